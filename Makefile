@@ -1,0 +1,98 @@
+# Everything from a fresh checkout: needs Python 3.10+, a C++ compiler and make, nothing else.
+# Set-up (.venv, pinned packages, the native module) happens by itself and is skipped when current.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# Stamps are written last: a set-up that was interrupted leaves none and starts over.
+INSTALLED := $(VENV)/.stamp-installed
+BUILT := $(VENV)/.stamp-built
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt flmoe_kernels/_version.py \
+	$(shell find csrc 2>/dev/null)
+CPP_SOURCES := $(shell find csrc -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# A stamp counts only if the environment still runs, lies where it was made, and has the module.
+ifneq ($(shell $(PY) -c '' 2>/dev/null && cat $(INSTALLED) 2>/dev/null),$(shell pwd -P))
+$(INSTALLED): FORCE
+endif
+ifeq ($(wildcard flmoe_kernels/_native*.so),)
+$(BUILT): FORCE
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: FORCE help compiler setup demo test bench lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
+	@echo "PYTHON=... picks the Python to set up with; ARGS=... is passed on to the command."
+
+# Asked before anything is downloaded.
+compiler:
+	@$(check_compiler)
+
+setup: compiler $(BUILT) ## make .venv and build the native module
+
+demo: compiler $(BUILT) ## run the demo on real data
+	$(PY) -m flmoe_kernels demo $(ARGS)
+
+test: compiler $(BUILT) ## run all tests
+	$(PY) -m pytest $(ARGS)
+
+bench: compiler $(BUILT) ## run the quick benchmark gate
+	$(PY) -m pytest bench -q $(ARGS)
+
+lint: $(INSTALLED) ## check style and types, change nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(INSTALLED) ## rewrite the sources in the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+clean: ## remove everything that was set up, built or written
+	rm -rf $(VENV) build dist *.egg-info demo_out .mypy_cache .pytest_cache .ruff_cache \
+		.hypothesis .benchmarks flmoe_kernels/_native*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without a valid stamp the environment is of unknown state and is made anew; with one, only the
+# requirements changed, and pip brings it up to date.
+$(INSTALLED): requirements/dev.txt
+	@$(check_python)
+	@if [ "$$($(PY) -c '' 2>/dev/null && cat $(INSTALLED) 2>/dev/null)" != "$$(pwd -P)" ]; then \
+		echo "Making $(VENV) and installing pinned packages: some minutes, this once."; \
+		rm -rf $(VENV) && "$(PYTHON)" -m venv $(VENV); \
+	fi
+	@rm -f $(INSTALLED) $(BUILT)
+	$(PIP) install -r requirements/dev.txt
+	@pwd -P > $(INSTALLED)
+
+$(BUILT): $(INSTALLED) $(BUILD_INPUTS)
+	@rm -f $(BUILT)
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $(BUILT)
+
+define check_python
+say() { echo "make: $$1" >&2; exit 1; }; \
+command -v "$(PYTHON)" >/dev/null || say "there is no $(PYTHON): install Python 3.10 or newer\
+ (Debian/Ubuntu: apt-get install python3 python3-venv), or run make PYTHON=/path/to/python"; \
+"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || say "$(PYTHON) is older than\
+ 3.10: install a newer Python, or run make PYTHON=/path/to/python"; \
+"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || say "$(PYTHON) cannot make virtual\
+ environments: install its venv module (Debian/Ubuntu: apt-get install python3-venv)"
+endef
+
+define check_compiler
+for compiler in "$${CXX%% *}" c++ g++ clang++; do \
+	command -v "$$compiler" >/dev/null && exit 0; \
+done; \
+echo "make: there is no C++ compiler: install GCC 10+ or Clang 12+ (Debian/Ubuntu: apt-get install\
+ g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)" >&2; exit 1
+endef

@@ -1,0 +1,37 @@
+// One parallel loop for all CPU kernels.
+//
+// Work items are handed out dynamically, so results must not depend on which thread runs an item: every
+// item owns its outputs. The loop runs on the OpenMP pool that torch already keeps (found at run time), since
+// a second pool would fight with torch's spinning workers for the same cores; without one it starts threads.
+#pragma once
+
+#include <cstdint>
+
+namespace flmoe {
+
+using ItemFn = void (*)(void* context, int64_t item, int thread);
+
+// Calls fn(context, item, thread) once for each item in [0, items); thread < threads.
+void parallel_items(int64_t items, int threads, ItemFn fn, void* context);
+
+// The name of the pool in use: "openmp" or "threads".
+const char* parallel_pool();
+
+template <typename F>
+void parallel_for(int64_t items, int threads, const F& body) {
+  parallel_items(
+      items, threads,
+      [](void* context, int64_t item, int thread) {
+        (*static_cast<const F*>(context))(item, thread);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Scratch memory of the calling thread, 64-byte aligned, kept between calls and grown on demand.
+// Contents are undefined. Slots let one item hold several buffers.
+void* thread_scratch(int slot, int64_t bytes);
+
+// Asks for huge pages under a large fresh buffer: first-touch faults cost more than the kernels that fill it.
+void advise_huge(void* data, int64_t bytes);
+
+}  // namespace flmoe

@@ -1,0 +1,185 @@
+// Dense layers of all experts in one call: out[e] = x[e] weight[e]^T + bias[e].
+//
+// The weight is packed once per call into column panels as wide as the register tile; an item is a block of
+// rows of one expert and walks all panels, so its rows stay in the L2 cache and a panel in L1/L2. The
+// weight gradient reads both operands in place (columns of grad_out are contiguous); an item owns a
+// block of its rows and sums over tokens in order, so results do not depend on the number of threads.
+// Why not torch's matmul: MKL keeps to AVX2 on processors that are not Intel's; measured beside this file's
+// results in bench/results.
+#include "cpu/gemm.h"
+#include "cpu/kernels/entry.h"
+
+namespace flmoe::FLMOE_ISA {
+namespace {
+
+constexpr int64_t kRowBlock = 96;     // 16 register tiles; 96 KiB of input at width 256
+constexpr int64_t kOutBlock = 48;     // rows of the weight gradient per item
+constexpr int64_t kTokenBlock = 256;  // depth of one pass of the weight gradient
+
+template <typename A>
+constexpr int64_t kPanel = kMaxPanelVectors * kLanes<A>;
+
+template <typename A>
+int64_t panels_of(int64_t columns) {
+  return (columns + kPanel<A> - 1) / kPanel<A>;
+}
+
+// (depth x columns) with element (k, n) at k * k_stride + n * n_stride, to panels [column block][k][kPanel].
+template <typename T, typename A>
+void pack_panel(const T* in, int64_t k_stride, int64_t n_stride, int64_t depth, int64_t columns,
+                A* out) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t n = columns; n < kPanel<A>; ++n) out[k * kPanel<A> + n] = 0;
+  if (n_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k)
+      read_row<T, A>(in + k * k_stride, out + k * kPanel<A>, columns);
+    return;
+  }
+  constexpr int64_t kBlock = 16;  // reads whole cache lines of rows, writes a line at a time
+  for (int64_t k0 = 0; k0 < depth; k0 += kBlock)
+    for (int64_t n = 0; n < columns; ++n)
+      for (int64_t k = k0; k < min64(k0 + kBlock, depth); ++k)
+        out[k * kPanel<A> + n] = read<T, A>(in + k * k_stride + n * n_stride);
+}
+
+// out (rows x columns) = x (rows x depth) packed panels [+ bias], for one block of rows.
+template <typename T, typename A>
+void rows_times_panels(const T* x, int64_t rows, int64_t depth, const A* panels, int64_t columns,
+                       const T* bias, T* out) {
+  const A* input;
+  A* scratch = static_cast<A*>(
+      thread_scratch(0, (kRowBlock * depth + kRowBlock * kPanel<A>) * sizeof(A)));
+  if constexpr (sizeof(T) == sizeof(A)) {
+    input = x;
+  } else {
+    A* converted = scratch + kRowBlock * kPanel<A>;
+    read_row<T, A>(x, converted, rows * depth);
+    input = converted;
+  }
+  for (int64_t n0 = 0; n0 < columns; n0 += kPanel<A>) {
+    const int64_t count = min64(kPanel<A>, columns - n0);
+    const A* panel = panels + n0 * depth;
+    const bool direct = sizeof(T) == sizeof(A) && count == kPanel<A>;
+    A* tile = direct ? reinterpret_cast<A*>(out + n0) : scratch;
+    const int64_t tile_stride = direct ? columns : kPanel<A>;
+    if (bias != nullptr) {
+      for (int64_t i = 0; i < rows; ++i) read_row<T, A>(bias + n0, tile + i * tile_stride, count);
+    }
+    gemm<A>(rows, round_up(count, kLanes<A>), depth, input, depth, 1, panel, kPanel<A>, tile,
+            tile_stride, bias != nullptr);
+    if (!direct) {
+      for (int64_t i = 0; i < rows; ++i)
+        write_row<T, A>(tile + i * tile_stride, out + i * columns + n0, count);
+    }
+  }
+}
+
+// One operand of a batched product, packed in parallel into a buffer shared by the threads.
+template <typename T, typename A>
+void pack_all(const T* weight, int64_t experts, int64_t depth, int64_t columns, int64_t k_stride,
+              int64_t n_stride, int threads, A* out) {
+  const int64_t panels = panels_of<A>(columns);
+  parallel_for(experts * panels, threads, [&](int64_t item, int) {
+    const int64_t n0 = item % panels * kPanel<A>;
+    pack_panel<T, A>(weight + item / panels * depth * columns + n0 * n_stride, k_stride, n_stride,
+                     depth, min64(kPanel<A>, columns - n0), out + item * depth * kPanel<A>);
+  });
+}
+
+template <typename T, typename A>
+void batched_rows(const T* x, const A* packed, const T* bias, T* out, int64_t experts,
+                  int64_t rows, int64_t depth, int64_t columns, int threads) {
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const int64_t packed_size = panels_of<A>(columns) * depth * kPanel<A>;
+  parallel_for(experts * blocks, threads, [&](int64_t item, int) {
+    const int64_t e = item / blocks, row0 = item % blocks * kRowBlock;
+    const int64_t first = e * rows + row0;
+    rows_times_panels<T, A>(x + first * depth, min64(kRowBlock, rows - row0), depth,
+                            packed + e * packed_size, columns,
+                            bias == nullptr ? nullptr : bias + e * columns, out + first * columns);
+  });
+}
+
+// Rows [n0, n0 + count) of grad_weight[e] = grad_out[e]^T x[e], and of grad_bias[e].
+template <typename T, typename A>
+void weight_gradient_item(const LinearArgs& args, int64_t e, int64_t n0, int64_t count) {
+  const int64_t in = args.in_width, out = args.out_width, padded = round_up(in, kLanes<A>);
+  const T* x = static_cast<const T*>(args.x) + e * args.rows * in;
+  const T* grad_out = static_cast<const T*>(args.grad_out) + e * args.rows * out + n0;
+  A* sums = static_cast<A*>(thread_scratch(
+      0, (kOutBlock * padded + kOutBlock + kTokenBlock * (padded + kOutBlock)) * sizeof(A)));
+  A* bias = sums + kOutBlock * padded;
+  A* x_block = bias + kOutBlock;
+  A* grad_block = x_block + kTokenBlock * padded;
+  for (int64_t i = 0; i < kOutBlock * padded + kOutBlock; ++i) sums[i] = 0;
+  for (int64_t r0 = 0; r0 < args.rows; r0 += kTokenBlock) {
+    const int64_t tokens = min64(kTokenBlock, args.rows - r0);
+    for (int64_t r = 0; r < tokens; ++r) {
+      A* to = grad_block + r * kOutBlock;
+      read_row<T, A>(grad_out + (r0 + r) * out, to, count);
+      for (int64_t n = 0; n < count; ++n) bias[n] += to[n];
+    }
+    const A* b = x_block;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (padded == in) b = reinterpret_cast<const A*>(x + r0 * in);
+    }
+    if (b == x_block) {
+      for (int64_t r = 0; r < tokens; ++r) {
+        read_row<T, A>(x + (r0 + r) * in, x_block + r * padded, in);
+        for (int64_t k = in; k < padded; ++k) x_block[r * padded + k] = 0;
+      }
+    }
+    gemm<A>(count, padded, tokens, grad_block, 1, kOutBlock, b, padded, sums, padded, true);
+  }
+  if (args.grad_weight != nullptr) {
+    for (int64_t n = 0; n < count; ++n)
+      write_row<T, A>(sums + n * padded,
+                      static_cast<T*>(args.grad_weight) + (e * out + n0 + n) * in, in);
+  }
+  if (args.grad_bias != nullptr)
+    write_row<T, A>(bias, static_cast<T*>(args.grad_bias) + e * out + n0, count);
+}
+
+template <typename A>
+A* packing_buffer(int64_t experts, int64_t depth, int64_t columns) {
+  const int64_t elements = experts * panels_of<A>(columns) * depth * kPanel<A>;
+  // Slot 1: the items that read it use slot 0 of the same thread.
+  return static_cast<A*>(thread_scratch(1, elements * static_cast<int64_t>(sizeof(A))));
+}
+
+}  // namespace
+
+void linear_forward(DType dtype, const LinearArgs& args) {
+  with_dtype(dtype, [&]<typename T>() {
+    using A = typename Compute<T>::Type;
+    A* packed = packing_buffer<A>(args.experts, args.in_width, args.out_width);
+    pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.in_width,
+                   args.out_width, 1, args.in_width, args.threads, packed);
+    batched_rows<T, A>(static_cast<const T*>(args.x), packed, static_cast<const T*>(args.bias),
+                       static_cast<T*>(args.out), args.experts, args.rows, args.in_width,
+                       args.out_width, args.threads);
+  });
+}
+
+void linear_backward(DType dtype, const LinearArgs& args) {
+  with_dtype(dtype, [&]<typename T>() {
+    using A = typename Compute<T>::Type;
+    if (args.grad_x != nullptr) {
+      A* packed = packing_buffer<A>(args.experts, args.out_width, args.in_width);
+      pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.out_width,
+                     args.in_width, args.in_width, 1, args.threads, packed);
+      batched_rows<T, A>(static_cast<const T*>(args.grad_out), packed, nullptr,
+                         static_cast<T*>(args.grad_x), args.experts, args.rows, args.out_width,
+                         args.in_width, args.threads);
+    }
+    if (args.grad_weight != nullptr || args.grad_bias != nullptr) {
+      const int64_t blocks = (args.out_width + kOutBlock - 1) / kOutBlock;
+      parallel_for(args.experts * blocks, args.threads, [&](int64_t item, int) {
+        const int64_t n0 = item % blocks * kOutBlock;
+        weight_gradient_item<T, A>(args, item / blocks, n0, min64(kOutBlock, args.out_width - n0));
+      });
+    }
+  });
+}
+
+}  // namespace flmoe::FLMOE_ISA

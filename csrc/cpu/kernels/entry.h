@@ -1,0 +1,54 @@
+// What every kernel file shares: the choice of storage type, dropout keys, and the entry points' names.
+#pragma once
+
+#include <initializer_list>
+
+#include "common/parallel.h"
+#include "cpu/kernels.h"
+#include "cpu/philox.h"
+
+namespace flmoe::FLMOE_ISA {
+
+// Calls body.template operator()<T>() with the storage type of `dtype`.
+template <typename F>
+inline void with_dtype(DType dtype, const F& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body.template operator()<float>();
+    case DType::kFloat64:
+      return body.template operator()<double>();
+    case DType::kBFloat16:
+      return body.template operator()<BFloat16>();
+    case DType::kFloat16:
+      return body.template operator()<Float16>();
+  }
+}
+
+inline Dropout dropout_of(const DropoutSpec& spec) {
+  if (spec.threshold >= 65536u) return {0, 0, 65536u};
+  const auto seed = static_cast<uint64_t>(*spec.seed);
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), spec.threshold};
+}
+
+// What a kept value is multiplied with, so that the mean stays: 1 / keep rate.
+template <typename A>
+inline A keep_scale(const Dropout& d) {
+  return d.threshold == 0 ? A(0) : A(65536.0 / d.threshold);
+}
+
+void attention_forward(DType, const AttentionForward&);
+void attention_backward(DType, const AttentionBackward&);
+void linear_forward(DType, const LinearArgs&);
+void linear_backward(DType, const LinearArgs&);
+void norm_forward(DType, const NormArgs&);
+void norm_backward(DType, const NormArgs&);
+void gelu_forward(DType, const GeluArgs&);
+void gelu_backward(DType, const GeluArgs&);
+void pool_forward(DType, const PoolArgs&);
+void pool_backward(DType, const PoolArgs&);
+void views_forward(DType, const ViewsArgs&);
+void views_backward(DType, const ViewsArgs&);
+void loss_forward(DType, const LossArgs&);
+void loss_backward(DType, const LossArgs&);
+
+}  // namespace flmoe::FLMOE_ISA

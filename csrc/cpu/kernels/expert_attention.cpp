@@ -1,0 +1,338 @@
+// Softmax attention over packed problems, dropout inside, no (L, L) buffer.
+//
+// Forward: one item is (group, problem, head, block of rows). Keys pass in blocks of 128 (one dropout
+// group), transposed once per item so that scores are a plain register-tiled product; the softmax is
+// online, so memory is one tile of scores. Bound: 4 * L * L * width FLOP per problem and head.
+// Backward: one item is (group, problem, head). It recomputes the probabilities from the log-sum-exp and
+// forms all three gradients tile by tile; an item owns its outputs, so the result is deterministic.
+#include <cmath>
+
+#include "cpu/gemm.h"
+#include "cpu/kernels/entry.h"
+
+namespace flmoe::FLMOE_ISA {
+namespace {
+
+constexpr int64_t kKeyBlock = kDropoutGroup;
+constexpr int64_t kRowBlock = 384;  // amortises the transposition of a key block; 98 KiB of output at width 64
+constexpr int64_t kForwardTile = 24;
+constexpr int64_t kBackwardTile = 48;  // the inner depth of two of the five products
+
+template <typename T>
+const T* row_of(const RowView& view, int64_t group, int64_t row, int64_t head) {
+  return static_cast<const T*>(view.data) + group * view.group_stride + row * view.row_stride +
+         head * view.head_stride;
+}
+
+// rows x width of a view into rows x padded, zero padded and scaled.
+template <typename T, typename A>
+void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t width, int64_t padded, A scale,
+               A* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    A* to = out + r * padded;
+    for (int64_t d = 0; d < width; ++d) to[d] = read<T, A>(in + r * stride + d) * scale;
+    for (int64_t d = width; d < padded; ++d) to[d] = 0;
+  }
+}
+
+// rows <= 128 keys into width x 128, zero padded to whole vectors of keys.
+template <typename T, typename A>
+void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t width, A* out) {
+  const int64_t padded = round_up(rows, kLanes<A>);
+  for (int64_t r0 = 0; r0 < padded; r0 += kLanes<A>) {
+    for (int64_t d = 0; d < width; ++d) {
+      A* to = out + d * kKeyBlock + r0;
+      for (int64_t r = 0; r < kLanes<A>; ++r)
+        to[r] = r0 + r < rows ? read<T, A>(in + (r0 + r) * stride + d) : A(0);
+    }
+  }
+}
+
+template <typename A>
+struct Slices {
+  A* next;
+  A* take(int64_t count) {
+    A* here = next;
+    next += round_up(count, 64 / sizeof(A));
+    return here;
+  }
+};
+
+struct Problem {
+  int64_t group, index, head, first, length;
+};
+
+template <typename A>
+Slices<A> scratch_for(int64_t elements) {
+  return {static_cast<A*>(thread_scratch(0, elements * static_cast<int64_t>(sizeof(A))))};
+}
+
+Problem problem_of(const AttentionForward& args, int64_t item) {
+  const int64_t head = item % args.heads, index = item / args.heads % args.problems;
+  const int64_t group = item / args.heads / args.problems;
+  return {group, index, head, args.cumulative[index],
+          args.cumulative[index + 1] - args.cumulative[index]};
+}
+
+// One row of scores to unnormalised probabilities; updates the row's running maximum and sum and returns
+// the factor for what was accumulated before.
+template <typename A>
+A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
+  const int64_t padded = round_up(keys, kLanes<A>);
+  for (int64_t j = keys; j < padded; ++j) scores[j] = -INFINITY;
+  Vec<A> best = splat(*maximum);
+  for (int64_t j = 0; j < padded; j += kLanes<A>) {
+    const Vec<A> s = load(scores + j);
+    // A NaN score wins, as it does in a softmax.
+    best = (s > best) | (s != s) ? s : best;
+  }
+  const A top = max_lanes<A>(best);
+  const A old = *maximum;
+  // A row of -inf alone would give inf - inf; there the probabilities are NaN, as in torch.
+  Vec<A> sum = {};
+  for (int64_t j = 0; j < padded; j += kLanes<A>) {
+    const Vec<A> p = exp_vec(load(scores + j) - top);
+    sum += p;
+    store(scores + j, p);
+  }
+  const A factor = old == top ? A(1) : std::exp(old - top);
+  *total = *total * factor + sum_lanes<A>(sum);
+  *maximum = top;
+  return factor;
+}
+
+template <typename A>
+void drop_row(A* probabilities, int64_t keys, const Dropout& dropout, const Problem& problem,
+              int64_t problem_id, int64_t row, int64_t group) {
+  uint32_t bits[4];
+  dropout_bits(dropout, static_cast<uint32_t>(problem_id), static_cast<uint32_t>(problem.head),
+               static_cast<uint32_t>(row), static_cast<uint32_t>(group), bits);
+  for (int64_t j = 0; j < keys; j += kLanes<A>)
+    store(probabilities + j,
+          keep_lanes<A>(load(probabilities + j), lane_bits<A>(bits, static_cast<int>(j))));
+}
+
+template <typename T, typename A>
+void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, int64_t rows) {
+  const int64_t width = args.width, padded = round_up(width, kLanes<A>);
+  const Dropout dropout = dropout_of(args.dropout);
+  Slices<A> scratch = scratch_for<A>(2 * rows * (padded + 16) + kKeyBlock * (width + padded) +
+                                     kForwardTile * kKeyBlock + 2 * rows + 256);
+  A* q = scratch.take(rows * padded);
+  A* out = scratch.take(rows * padded);
+  A* keys = scratch.take(width * kKeyBlock);
+  A* values = scratch.take(kKeyBlock * padded);
+  A* tile = scratch.take(kForwardTile * kKeyBlock);
+  A* maximum = scratch.take(rows);
+  A* total = scratch.take(rows);
+  pack_rows<T, A>(row_of<T>(args.q, p.group, p.first + row0, p.head), args.q.row_stride, rows,
+                  width, padded, A(args.scale), q);
+  for (int64_t i = 0; i < rows; ++i) maximum[i] = -INFINITY, total[i] = 0;
+  for (int64_t i = 0; i < rows * padded; ++i) out[i] = 0;
+
+  for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
+    const int64_t count = min64(kKeyBlock, p.length - j0);
+    const int64_t count_padded = round_up(count, kLanes<A>);
+    pack_transposed<T, A>(row_of<T>(args.k, p.group, p.first + j0, p.head), args.k.row_stride,
+                          count, width, keys);
+    pack_rows<T, A>(row_of<T>(args.v, p.group, p.first + j0, p.head), args.v.row_stride, count,
+                    width, padded, A(1), values);
+    for (int64_t i0 = 0; i0 < rows; i0 += kForwardTile) {
+      const int64_t tile_rows = min64(kForwardTile, rows - i0);
+      gemm<A>(tile_rows, count_padded, width, q + i0 * padded, padded, 1, keys, kKeyBlock, tile,
+              kKeyBlock, false);
+      for (int64_t i = 0; i < tile_rows; ++i) {
+        const A factor =
+            softmax_row<A>(tile + i * kKeyBlock, count, maximum + i0 + i, total + i0 + i);
+        if (factor != A(1))
+          for (int64_t d = 0; d < padded; ++d) out[(i0 + i) * padded + d] *= factor;
+        if (dropout.active())
+          drop_row<A>(tile + i * kKeyBlock, count, dropout, p, p.group * args.problems + p.index,
+                      row0 + i0 + i, j0 / kDropoutGroup);
+      }
+      gemm<A>(tile_rows, padded, count, tile, kKeyBlock, 1, values, padded, out + i0 * padded,
+              padded, true);
+    }
+  }
+  const A kept = keep_scale<A>(dropout);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (p.group * args.rows + p.first + row0 + i) * args.heads + p.head;
+    const A scale = kept / total[i];
+    for (int64_t d = 0; d < padded; ++d) out[i * padded + d] *= scale;
+    write_row<T, A>(out + i * padded, static_cast<T*>(args.out) + at * width, width);
+    static_cast<A*>(args.lse)[at] = maximum[i] + std::log(total[i]);
+  }
+}
+
+template <typename T, typename A>
+struct BackwardItem {
+  const AttentionBackward& args;
+  const Problem& p;
+  int64_t width, padded;
+  Dropout dropout;
+  A kept;
+  A *q, *grad_out, *grad_q, *lse, *delta;               // whole problem
+  A *keys, *keys_t, *values_t, *grad_keys, *grad_values;  // one key block
+  A *probabilities, *scores;                             // one tile
+
+  BackwardItem(const AttentionBackward& args, const Problem& p)
+      : args(args), p(p), width(args.forward.width), padded(round_up(width, kLanes<A>)),
+        dropout(dropout_of(args.forward.dropout)), kept(keep_scale<A>(dropout)) {
+    const int64_t block = kKeyBlock * (padded + 16);
+    Slices<A> scratch = scratch_for<A>(3 * p.length * padded + 2 * p.length + 5 * block +
+                                       2 * kBackwardTile * kKeyBlock + 512);
+    q = scratch.take(p.length * padded);
+    grad_out = scratch.take(p.length * padded);
+    grad_q = scratch.take(p.length * padded);
+    lse = scratch.take(p.length);
+    delta = scratch.take(p.length);
+    keys = scratch.take(kKeyBlock * padded);
+    keys_t = scratch.take(kKeyBlock * padded);
+    values_t = scratch.take(kKeyBlock * padded);
+    grad_keys = scratch.take(kKeyBlock * padded);
+    grad_values = scratch.take(kKeyBlock * padded);
+    probabilities = scratch.take(kBackwardTile * kKeyBlock);
+    scores = scratch.take(kBackwardTile * kKeyBlock);
+  }
+
+  int64_t element(int64_t row) const {
+    return (p.group * args.forward.rows + p.first + row) * args.forward.heads + p.head;
+  }
+
+  T* output_row(const RowView& grad, int64_t row) const {
+    return const_cast<T*>(row_of<T>(grad, p.group, p.first + row, p.head));
+  }
+
+  void load_problem() {
+    const AttentionForward& f = args.forward;
+    pack_rows<T, A>(row_of<T>(f.q, p.group, p.first, p.head), f.q.row_stride, p.length, width,
+                    padded, A(f.scale), q);
+    pack_rows<T, A>(row_of<T>(args.grad_out, p.group, p.first, p.head), args.grad_out.row_stride,
+                    p.length, width, padded, A(1), grad_out);
+    for (int64_t i = 0; i < p.length; ++i) {
+      const T* out = static_cast<const T*>(f.out) + element(i) * width;
+      A dot = 0;
+      for (int64_t d = 0; d < width; ++d) dot += read<T, A>(out + d) * grad_out[i * padded + d];
+      delta[i] = dot;
+      lse[i] = static_cast<const A*>(f.lse)[element(i)];
+    }
+    for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] = 0;
+  }
+
+  void load_block(int64_t j0, int64_t count) {
+    const AttentionForward& f = args.forward;
+    const T* k = row_of<T>(f.k, p.group, p.first + j0, p.head);
+    const T* v = row_of<T>(f.v, p.group, p.first + j0, p.head);
+    pack_rows<T, A>(k, f.k.row_stride, count, width, padded, A(1), keys);
+    pack_transposed<T, A>(k, f.k.row_stride, count, width, keys_t);
+    pack_transposed<T, A>(v, f.v.row_stride, count, width, values_t);
+    for (int64_t i = 0; i < count * padded; ++i) grad_keys[i] = 0, grad_values[i] = 0;
+  }
+
+  // scores -> dropped probabilities (for grad_v) and, in place of the scores' gradient input, grad_scores.
+  void tile_row(int64_t i, int64_t row, int64_t j0, int64_t count) {
+    A* prob = probabilities + i * kKeyBlock;
+    A* grad = scores + i * kKeyBlock;  // holds grad_out . v on entry
+    uint32_t bits[4];
+    if (dropout.active())
+      dropout_bits(dropout, static_cast<uint32_t>(p.group * args.forward.problems + p.index),
+                   static_cast<uint32_t>(p.head), static_cast<uint32_t>(row),
+                   static_cast<uint32_t>(j0 / kDropoutGroup), bits);
+    for (int64_t j = 0; j < count; j += kLanes<A>) {
+      const Vec<A> x = exp_vec(load(prob + j) - lse[row]);
+      Vec<A> dropped = x, g = load(grad + j);
+      if (dropout.active()) {
+        const uint32_t lanes = lane_bits<A>(bits, static_cast<int>(j));
+        dropped = keep_lanes<A>(x * kept, lanes);
+        g = keep_lanes<A>(g * kept, lanes);
+      }
+      store(prob + j, dropped);
+      store(grad + j, x * (g - delta[row]));
+    }
+  }
+
+  void run() {
+    load_problem();
+    for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
+      const int64_t count = min64(kKeyBlock, p.length - j0);
+      const int64_t count_padded = round_up(count, kLanes<A>);
+      load_block(j0, count);
+      for (int64_t i0 = 0; i0 < p.length; i0 += kBackwardTile) {
+        const int64_t rows = min64(kBackwardTile, p.length - i0);
+        const A *q_tile = q + i0 * padded, *go_tile = grad_out + i0 * padded;
+        gemm<A>(rows, count_padded, width, q_tile, padded, 1, keys_t, kKeyBlock, probabilities,
+                kKeyBlock, false);
+        gemm<A>(rows, count_padded, width, go_tile, padded, 1, values_t, kKeyBlock, scores,
+                kKeyBlock, false);
+        for (int64_t i = 0; i < rows; ++i) tile_row(i, i0 + i, j0, count);
+        gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, go_tile, padded, grad_values,
+                padded, true);
+        gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded,
+                true);
+        gemm<A>(rows, padded, count, scores, kKeyBlock, 1, keys, padded, grad_q + i0 * padded,
+                padded, true);
+      }
+      for (int64_t j = 0; j < count; ++j) {
+        write_row<T, A>(grad_keys + j * padded, output_row(args.grad_k, j0 + j), width);
+        write_row<T, A>(grad_values + j * padded, output_row(args.grad_v, j0 + j), width);
+      }
+    }
+    for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] *= A(args.forward.scale);
+    for (int64_t i = 0; i < p.length; ++i)
+      write_row<T, A>(grad_q + i * padded, output_row(args.grad_q, i), width);
+  }
+};
+
+// Rows of a group that no problem covers are zero.
+template <typename T>
+void clear_uncovered(const AttentionForward& args, const RowView& view, int64_t width) {
+  const int64_t first = args.cumulative[0], last = args.cumulative[args.problems];
+  for (int64_t g = 0; g < args.groups; ++g)
+    for (int64_t r = 0; r < args.rows; ++r)
+      if (r < first || r >= last)
+        for (int64_t h = 0; h < args.heads; ++h)
+          std::memset(const_cast<T*>(row_of<T>(view, g, r, h)), 0, width * sizeof(T));
+}
+
+RowView contiguous(void* data, const AttentionForward& args, int64_t width) {
+  return {data, args.rows * args.heads * width, args.heads * width, width};
+}
+
+}  // namespace
+
+void attention_forward(DType dtype, const AttentionForward& args) {
+  with_dtype(dtype, [&]<typename T>() {
+    using A = typename Compute<T>::Type;
+    clear_uncovered<T>(args, contiguous(args.out, args, args.width), args.width);
+    clear_uncovered<A>(args, contiguous(args.lse, args, 1), 1);
+    int64_t longest = 0;
+    for (int64_t p = 0; p < args.problems; ++p) {
+      const int64_t length = args.cumulative[p + 1] - args.cumulative[p];
+      longest = length > longest ? length : longest;
+    }
+    const int64_t blocks = (longest + kRowBlock - 1) / kRowBlock;
+    if (blocks == 0) return;
+    const int64_t items = args.groups * args.problems * args.heads * blocks;
+    parallel_for(items, args.threads, [&](int64_t item, int) {
+      const Problem p = problem_of(args, item / blocks);
+      const int64_t row0 = item % blocks * kRowBlock;
+      if (row0 < p.length)
+        forward_item<T, A>(args, p, row0, min64(kRowBlock, p.length - row0));
+    });
+  });
+}
+
+void attention_backward(DType dtype, const AttentionBackward& args) {
+  with_dtype(dtype, [&]<typename T>() {
+    using A = typename Compute<T>::Type;
+    const AttentionForward& f = args.forward;
+    for (const RowView& grad : {args.grad_q, args.grad_k, args.grad_v})
+      clear_uncovered<T>(f, grad, f.width);
+    parallel_for(f.groups * f.problems * f.heads, f.threads, [&](int64_t item, int) {
+      const Problem p = problem_of(f, item);
+      if (p.length > 0) BackwardItem<T, A>(args, p).run();
+    });
+  });
+}
+
+}  // namespace flmoe::FLMOE_ISA

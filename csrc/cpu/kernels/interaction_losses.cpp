@@ -1,0 +1,144 @@
+// The interaction losses of all experts in one call: a triplet per uniqueness expert, cosines for synergy
+// and redundancy. latents (experts, views, batch, width), views = modalities + 1, experts = modalities + 2.
+#include <cmath>
+
+#include "cpu/kernels/entry.h"
+
+namespace flmoe::FLMOE_ISA {
+namespace {
+
+constexpr double kMargin = 1.0;
+constexpr double kTripletEps = 1e-7;
+constexpr double kNormFloor = 1e-12;
+
+template <typename T, typename A>
+struct Sample {
+  const LossArgs& args;
+  int64_t expert, index, width;
+  A *views, *grads;  // (views, width) each
+
+  Sample(const LossArgs& args, int64_t expert, int64_t index)
+      : args(args), expert(expert), index(index), width(args.width) {
+    const int64_t elements = args.views * width;
+    views = static_cast<A*>(thread_scratch(0, 2 * elements * static_cast<int64_t>(sizeof(A))));
+    grads = views + elements;
+    for (int64_t v = 0; v < args.views; ++v)
+      read_row<T, A>(static_cast<const T*>(args.latents) + offset(v), views + v * width, width);
+  }
+
+  int64_t offset(int64_t v) const {
+    return ((expert * args.views + v) * args.batch + index) * width;
+  }
+  int64_t modalities() const { return args.views - 1; }
+
+  A distance(int64_t v) const {
+    A total = 0;
+    const A* other = views + v * width;
+#pragma omp simd reduction(+ : total)
+    for (int64_t d = 0; d < width; ++d) {
+      const A diff = views[d] - other[d] + A(kTripletEps);
+      total += diff * diff;
+    }
+    return std::sqrt(total);
+  }
+
+  A dot(int64_t v, int64_t w) const {
+    A total = 0;
+    const A *x = views + v * width, *y = views + w * width;
+#pragma omp simd reduction(+ : total)
+    for (int64_t d = 0; d < width; ++d) total += x[d] * y[d];
+    return total;
+  }
+
+  A norm(int64_t v) const {
+    const A length = std::sqrt(dot(v, v));
+    return length < A(kNormFloor) ? A(kNormFloor) : length;
+  }
+
+  A cosine(int64_t v) const { return dot(0, v) / (norm(0) * norm(v)); }
+
+  // This sample's share of the expert's loss, before the mean over the batch.
+  A loss() const {
+    const int64_t m = modalities();
+    A total = 0;
+    if (expert < m) {
+      const A negative = distance(1 + expert);
+      for (int64_t other = 0; other < m; ++other) {
+        if (other == expert) continue;
+        const A value = distance(1 + other) - negative + A(kMargin);
+        total += value > 0 || value != value ? value : A(0);
+      }
+      return total / (m - 1);
+    }
+    for (int64_t v = 1; v <= m; ++v) total += expert == m ? cosine(v) : A(1) - cosine(v);
+    return total / m;
+  }
+
+  // Adds factor * d(distance to view v) to the gradients.
+  void add_distance(int64_t v, A factor) {
+    const A length = distance(v);
+    if (length == 0) return;
+    for (int64_t d = 0; d < width; ++d) {
+      const A part = factor * (views[d] - views[v * width + d] + A(kTripletEps)) / length;
+      grads[d] += part;
+      grads[v * width + d] -= part;
+    }
+  }
+
+  void add_cosine(int64_t v, A factor) {
+    const A length0 = norm(0), length = norm(v), both = length0 * length;
+    const A cos = dot(0, v) / both;
+    // Below the floor the length is a constant.
+    const A back0 = length0 > A(kNormFloor) ? cos / (length0 * length0) : A(0);
+    const A back = length > A(kNormFloor) ? cos / (length * length) : A(0);
+    for (int64_t d = 0; d < width; ++d) {
+      const A x = views[d], y = views[v * width + d];
+      grads[d] += factor * (y / both - back0 * x);
+      grads[v * width + d] += factor * (x / both - back * y);
+    }
+  }
+
+  void backward(A grad) {
+    const int64_t m = modalities();
+    for (int64_t i = 0; i < args.views * width; ++i) grads[i] = 0;
+    grad /= static_cast<A>(args.batch);
+    if (expert < m) {
+      const A negative = distance(1 + expert), share = grad / (m - 1);
+      for (int64_t other = 0; other < m; ++other) {
+        if (other == expert || distance(1 + other) - negative + A(kMargin) < 0) continue;
+        add_distance(1 + other, share);
+        add_distance(1 + expert, -share);
+      }
+    } else {
+      for (int64_t v = 1; v <= m; ++v) add_cosine(v, (expert == m ? grad : -grad) / m);
+    }
+    for (int64_t v = 0; v < args.views; ++v)
+      write_row<T, A>(grads + v * width, static_cast<T*>(args.grad_latents) + offset(v), width);
+  }
+};
+
+}  // namespace
+
+void loss_forward(DType dtype, const LossArgs& args) {
+  with_dtype(dtype, [&]<typename T>() {
+    using A = typename Compute<T>::Type;
+    parallel_for(args.experts, args.threads, [&](int64_t e, int) {
+      A total = 0;
+      for (int64_t b = 0; b < args.batch; ++b) total += Sample<T, A>(args, e, b).loss();
+      write<T, A>(static_cast<T*>(args.losses) + e, total / static_cast<A>(args.batch));
+    });
+  });
+}
+
+void loss_backward(DType dtype, const LossArgs& args) {
+  with_dtype(dtype, [&]<typename T>() {
+    using A = typename Compute<T>::Type;
+    parallel_for(args.experts * args.batch, args.threads, [&](int64_t item, int) {
+      const int64_t e = item / args.batch;
+      const A grad = read<T, A>(static_cast<const T*>(args.grad_losses) + e);
+      Sample<T, A>(args, e, item % args.batch).backward(grad);
+    });
+  });
+}
+
+}  // namespace flmoe::FLMOE_ISA

@@ -1,0 +1,13 @@
+#include "cpu/kernels/entry.h"
+
+namespace flmoe::FLMOE_ISA {
+
+const Kernels& kernels() {
+  static const Kernels table = {
+      attention_forward, attention_backward, linear_forward, linear_backward, norm_forward,
+      norm_backward,     gelu_forward,       gelu_backward,  pool_forward,    pool_backward,
+      views_forward,     views_backward,     loss_forward,   loss_backward};
+  return table;
+}
+
+}  // namespace flmoe::FLMOE_ISA

@@ -1,0 +1,12 @@
+"""Fast kernels for interaction mixtures of experts (FL-I2MoE) and their explanations."""
+
+from ._version import __version__ as __version__
+from .backend import BackendUnavailable as BackendUnavailable
+from .backend import available_backends as available_backends
+from .backend import use_backend as use_backend
+from .expert_attention import expert_attention as expert_attention
+from .interaction_moe import FusionTransformer as FusionTransformer
+from .interaction_moe import InteractionMoE as InteractionMoE
+from .interaction_moe import ReferenceInteractionMoE as ReferenceInteractionMoE
+from .swap import SwapReport as SwapReport
+from .swap import swap as swap

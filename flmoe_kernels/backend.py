@@ -1,0 +1,136 @@
+"""Which backends exist, what each can do here, and which one a call gets.
+
+A backend is named explicitly by `backend=` on a call, by `use_backend(...)` around it, or by the environment
+variable FLMOE_BACKEND (read at import); an explicit choice never falls back, it raises with the reason.
+Without one, CUDA tensors go to the GPU backends and CPU tensors to the C++ kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
+BACKENDS = (REFERENCE, CPU, TRITON, CUDA)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# operator -> backend -> dtypes. An operator that a backend lacks has no row: that is a fact, not a gap to hide.
+CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    op: {REFERENCE: (*_FLOATS, torch.float64), CPU: (*_FLOATS, torch.float64)}
+    for op in ("expert_attention", "interaction_moe")
+}
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend cannot run this call; the message says why."""
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    # After torch: the native module shares the OpenMP pool that torch has loaded.
+    try:
+        return importlib.import_module("flmoe_kernels._native"), ""
+    except ImportError as error:
+        return None, f"the native module is not built or cannot be loaded ({error})"
+
+
+_native, _native_reason = _load_native()
+
+
+def native() -> ModuleType:
+    """The native module; BackendUnavailable if it was not built."""
+    if _native is None:
+        raise BackendUnavailable(f"backend 'cpu': {_native_reason}")
+    return _native
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU kernels chose ("avx512", "avx2", "baseline"), or "none"."""
+    return "none" if _native is None else str(_native.instruction_set())
+
+
+def backend_status() -> dict[str, tuple[bool, str]]:
+    """For every backend whether it can run on this machine, and why (not)."""
+    status = {
+        REFERENCE: (True, f"PyTorch {torch.__version__}"),
+        CPU: (False, _native_reason)
+        if _native is None
+        else (True, f"{instruction_set()}, {_native.parallel_pool()} pool"),
+    }
+    no_kernels = "no operator of this version has kernels for it"
+    if importlib.util.find_spec("triton") is None:
+        status[TRITON] = (False, f"{no_kernels}; the package triton is not installed")
+    else:
+        status[TRITON] = (False, no_kernels)
+    status[CUDA] = (False, no_kernels)
+    return status
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine."""
+    return tuple(name for name, (ok, _) in backend_status().items() if ok)
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_environment = os.environ.get("FLMOE_BACKEND") or None
+if _environment is not None:
+    _known(_environment, "FLMOE_BACKEND")
+_forced: list[str] = []
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every call inside the `with` block uses this backend, unless the call names one itself."""
+    _forced.append(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
+    """The backend for one call of `op` on tensors like `tensor`.
+
+    Raises:
+        ValueError: an unknown backend name.
+        BackendUnavailable: the chosen backend cannot run this; names the operator, backend and reason.
+    """
+    explicit = backend or (_forced[-1] if _forced else _environment)
+    if explicit is not None:
+        name = _known(explicit, "backend")
+    elif tensor.device.type == "cpu" and _native is not None:
+        name = CPU
+    else:
+        name = REFERENCE
+    reason = _refusal(op, name, tensor)
+    if reason:
+        if explicit is None:
+            raise BackendUnavailable(f"{op}: {reason}")
+        raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}")
+    return name
+
+
+def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
+    supported = CAPABILITIES[op]
+    if name not in supported:
+        return f"this operator has no {name} kernels in this version"
+    if name == CPU:
+        if _native is None:
+            return _native_reason
+        if tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device}"
+    if tensor.dtype not in supported[name]:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported[name])
+        return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not among {names}"
+    return ""

@@ -1,0 +1,211 @@
+"""Real digits as two modalities of patch tokens, with labels whose interaction kind is known.
+
+A sample is a pair of handwritten digits, image A and image B, each seen by a frozen encoder of its own
+and turned into 4 x 4 patch tokens. What the label says about the pair fixes the kind of interaction:
+
+    unique_a   the digit in A; B is drawn independently and tells nothing
+    unique_b   the digit in B; A tells nothing
+    redundant  the digit that both show, in two different images: either one is enough
+    synergy    the parity of the sum of both digits: neither alone is better than chance
+
+Images are split once, before anything is trained: the encoders, their normalisation and the layer see
+training images only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_CLASSES = 10
+GRID = 4
+NUM_TOKENS = GRID * GRID
+TEST_FRACTION = 1 / 3
+# A third of the pairs have one modality cut short by up to this many tokens, as padding does.
+PADDED_FRACTION = 1 / 3
+MAX_PADDED = 4
+ENCODER_STEPS = 300
+ENCODER_BATCH = 128
+EXPERTS = ("unique_a", "unique_b", "synergy", "redundancy")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One labelling of the pairs, and the expert that it should need by construction."""
+
+    name: str
+    expert: str
+    num_classes: int
+    meaning: str
+
+    @property
+    def chance(self) -> float:
+        return 1.0 / self.num_classes
+
+
+TASKS = (
+    Task("unique_a", "unique_a", NUM_CLASSES, "the digit in A"),
+    Task("unique_b", "unique_b", NUM_CLASSES, "the digit in B"),
+    Task("redundant", "redundancy", NUM_CLASSES, "the digit in both"),
+    Task("synergy", "synergy", 2, "parity of A + B"),
+)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Labelled images (N, 1, 8, 8) in [0, 1] and the split of their indices into train and test."""
+
+    images: Tensor
+    labels: Tensor
+    train: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Frozen features of every image: one (N, tokens, width) tensor per modality."""
+
+    tokens: tuple[Tensor, Tensor]
+    accuracy: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Samples of one task: image indices per modality, labels (S), masks (S, tokens), True = valid."""
+
+    index: tuple[Tensor, Tensor]
+    labels: Tensor
+    masks: tuple[Tensor, Tensor]
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def batch(self, encoded: Encoded, rows: Tensor | slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Token sequences [(B, tokens, width)] * 2, padded tokens zero, and their masks."""
+        masks = [mask[rows] for mask in self.masks]
+        inputs = [
+            tokens[index[rows]] * mask.unsqueeze(-1)
+            for tokens, index, mask in zip(encoded.tokens, self.index, masks, strict=True)
+        ]
+        return inputs, masks
+
+
+def load(seed: int) -> Digits:
+    """The 1,797 handwritten digits that scikit-learn ships, split by image."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.as_tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
+    labels = torch.as_tensor(data.target, dtype=torch.long)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    held_out = round(len(labels) * TEST_FRACTION)
+    return Digits(images, labels, train=order[held_out:], test=order[:held_out])
+
+
+class PatchEncoder(nn.Module):
+    """Two convolutions from an 8 x 8 digit to 16 tokens: one for each 2 x 2 patch and its surroundings."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(64, width, 3, padding=1),
+        )
+        self.head = nn.Linear(width, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens (N, 16, width), row by row."""
+        return self.body(images).flatten(2).transpose(1, 2)
+
+
+def train_encoder(digits: Digits, width: int, generator: torch.Generator, steps: int) -> PatchEncoder:
+    """Train on the digits of the training images, then freeze."""
+    encoder = PatchEncoder(width)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
+    for _ in range(steps):
+        pick = torch.randint(len(digits.train), (ENCODER_BATCH,), generator=generator)
+        rows = digits.train[pick]
+        logits = encoder.head(encoder(digits.images[rows]).mean(dim=1))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, digits.labels[rows]).backward()
+        optimizer.step()
+    return encoder.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _encode(encoder: PatchEncoder, digits: Digits) -> tuple[Tensor, float]:
+    """Tokens of all images at zero mean and unit variance over the training images, and test accuracy.
+
+    Unit variance because the perturbed views replace a modality by N(0, 1) noise.
+    """
+    tokens = encoder(digits.images)
+    guess = encoder.head(tokens.mean(dim=1)).argmax(dim=1)
+    accuracy = (guess == digits.labels)[digits.test].float().mean().item()
+    known = tokens[digits.train]
+    scale = known.std(dim=(0, 1)).clamp_min(1e-6)
+    return (tokens - known.mean(dim=(0, 1))) / scale, accuracy
+
+
+def encode(digits: Digits, width: int, seed: int, steps: int = ENCODER_STEPS) -> Encoded:
+    """Both modalities: two encoders, trained apart from different initial weights, then frozen."""
+    tokens, accuracy = [], []
+    for m in range(2):
+        torch.manual_seed(seed * 2 + m)
+        generator = torch.Generator().manual_seed(seed * 2 + m)
+        features, score = _encode(train_encoder(digits, width, generator, steps), digits)
+        tokens.append(features)
+        accuracy.append(score)
+    return Encoded((tokens[0], tokens[1]), (accuracy[0], accuracy[1]))
+
+
+def make_pairs(
+    task: Task, digits: Digits, rows: Tensor, samples: int, generator: torch.Generator
+) -> Pairs:
+    """Draw samples of a task from the images in rows (train or test indices, never both)."""
+    by_class = [rows[digits.labels[rows] == c] for c in range(NUM_CLASSES)]
+    counts = torch.tensor([len(group) for group in by_class])
+    if int(counts.min()) < 2:
+        raise ValueError(f"rows: expected at least 2 images of every digit, got {counts.tolist()}")
+    starts = counts.cumsum(0) - counts
+    grouped = torch.cat(by_class)
+
+    def uniform() -> Tensor:
+        return torch.rand(samples, generator=generator)
+
+    digit_a = torch.randint(NUM_CLASSES, (samples,), generator=generator)
+    digit_b = torch.randint(NUM_CLASSES, (samples,), generator=generator)
+    if task.name == "redundant":
+        digit_b = digit_a
+    place_a = (uniform() * counts[digit_a]).long()
+    place_b = (uniform() * counts[digit_b]).long()
+    if task.name == "redundant":
+        # A step of 1 .. n - 1 around the class: the same digit, never the same image.
+        step = 1 + (uniform() * (counts[digit_a] - 1)).long()
+        place_b = (place_a + step) % counts[digit_a]
+    labels = {
+        "unique_a": digit_a,
+        "unique_b": digit_b,
+        "redundant": digit_a,
+        "synergy": (digit_a + digit_b) % 2,
+    }[task.name]
+    index = (grouped[starts[digit_a] + place_a], grouped[starts[digit_b] + place_b])
+    return Pairs(index, labels, _padding(samples, generator))
+
+
+def _padding(samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Masks (S, tokens) that cut some samples short in one modality, never in both."""
+    padded = torch.rand(samples, generator=generator) < PADDED_FRACTION
+    which = torch.randint(2, (samples,), generator=generator)
+    cut = torch.randint(1, MAX_PADDED + 1, (samples,), generator=generator)
+    place = torch.arange(NUM_TOKENS)
+    masks = []
+    for m in range(2):
+        lengths = torch.where(padded & (which == m), NUM_TOKENS - cut, NUM_TOKENS)
+        masks.append(place < lengths.unsqueeze(1))
+    return masks[0], masks[1]

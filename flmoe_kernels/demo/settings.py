@@ -1,0 +1,46 @@
+"""What a run of the demo is made of; the whole of it is written to demo.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and lengths of one run.
+
+    The weight of the interaction losses is as large as the tasks tolerate: with little of it every
+    expert learns every task, and which one is relied on says nothing.
+    """
+
+    seed: int = 0
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    dropout: float = 0.1
+    temperature: float = 1.0
+    batch_size: int = 32
+    steps: int = 180
+    learning_rate: float = 4e-3
+    interaction_weight: float = 2.0
+    train_pairs: int = 4096
+    test_pairs: int = 1000
+    encoder_steps: int = 300
+    timed_steps: int = 15
+    timed_inferences: int = 30
+
+    @classmethod
+    def choose(cls, seed: int, quick: bool) -> Settings:
+        """The full run, or one that passes through every stage and learns next to nothing."""
+        if not quick:
+            return cls(seed=seed)
+        return cls(
+            seed=seed,
+            batch_size=16,
+            steps=6,
+            train_pairs=256,
+            test_pairs=128,
+            encoder_steps=40,
+            timed_steps=3,
+            timed_inferences=3,
+        )

@@ -1,0 +1,81 @@
+"""expert_attention through the native CPU module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backend import native
+from ..cpu_runtime import address, dtype_code, empty, statistics_dtype, threads
+from ..dropout import DRAWS, keep_threshold
+
+
+def _view(x: Tensor) -> tuple[int, int, int, int]:
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _common(
+    q: Tensor, cu_seqlens: Tensor, seed: Tensor | None, dropout_p: float, scale: float
+) -> tuple:
+    groups, rows, heads, width = q.shape
+    sizes = (groups, cu_seqlens.numel() - 1, rows, heads, width)
+    threshold = DRAWS if seed is None else keep_threshold(dropout_p)
+    return cu_seqlens.data_ptr(), sizes, scale, address(seed), threshold
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    q, k, v, cu_seqlens = (*map(_rows_contiguous, (q, k, v)), cu_seqlens.contiguous())
+    out = empty(q.shape, q)
+    lse = empty(q.shape[:3], q, statistics_dtype(q.dtype))
+    native().attention_forward(
+        dtype_code(q),
+        _view(q),
+        _view(k),
+        _view(v),
+        *_common(q, cu_seqlens, seed, dropout_p, scale),
+        out.data_ptr(),
+        lse.data_ptr(),
+        threads(),
+    )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dropout_p: float,
+    scale: float,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous."""
+    q, k, v, grad_out = map(_rows_contiguous, (q, k, v, grad_out))
+    cu_seqlens = cu_seqlens.contiguous()
+    native().attention_backward(
+        dtype_code(q),
+        _view(q),
+        _view(k),
+        _view(v),
+        *_common(q, cu_seqlens, seed, dropout_p, scale),
+        out.data_ptr(),
+        lse.data_ptr(),
+        threads(),
+        _view(grad_out),
+        *map(_view, grads),
+    )

@@ -1,0 +1,177 @@
+"""All experts and all views of the layer in one batched pass over packed rows.
+
+Rows are (expert, view, token): padded tokens are absent, matrix products run once per stage for all
+experts, and the first layer's norm and projection see each token twice per expert (original, noise)
+instead of once per view. What a stage writes is what the next one reads; attention maps and dropout masks
+are never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import dropout as rng
+from ..encoder import op as _encoder_op  # registers the encoder's operators
+from ..expert_attention import op as _attention_op  # registers flmoe::expert_attention_packed
+from .packing import TokenPlan
+from .reference import Compat, Replacements, sinusoidal_positions
+
+assert _encoder_op is not None and _attention_op is not None
+_OPS = torch.ops.flmoe
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One encoder layer of all experts: weights stacked over experts, rates of its dropouts."""
+
+    norm1: tuple[Tensor, Tensor]
+    norm2: tuple[Tensor, Tensor]
+    qkv: Tensor
+    proj: tuple[Tensor, Tensor]
+    mlp_in: tuple[Tensor, Tensor]
+    mlp_out: tuple[Tensor, Tensor]
+    heads: int
+    eps: float
+    attention_p: float
+    branch_p: float  # on the attention branch, see branch_rate
+    mlp_p: float
+    output_p: float
+
+
+def branch_rate(projection: float, residual: float, compat: Compat) -> float:
+    """Two dropouts in a row are one, with the product of the keep rates.
+
+    I2MoE adds the branch to itself between the two, so there they stay two, of one rate.
+    """
+    return projection if compat == "i2moe" else 1.0 - (1.0 - projection) * (1.0 - residual)
+
+
+def stack_layer(layers: Sequence[nn.Module], compat: Compat, training: bool) -> LayerWeights:
+    """The weights of one layer index, expert after expert. Gradients flow back to each parameter."""
+
+    def stacked(get: Callable[[nn.Module], Tensor]) -> Tensor:
+        return torch.stack([get(layer) for layer in layers])
+
+    def affine(get: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, Tensor]:
+        return stacked(lambda x: get(x).weight), stacked(lambda x: get(x).bias)
+
+    first = layers[0]
+    width = first.norm1.weight.shape[0]
+    parts = [w for x in layers for w in (x.attn.q.weight, x.attn.kv.weight)]
+    on = 1.0 if training else 0.0
+    return LayerWeights(
+        norm1=affine(lambda x: x.norm1),
+        norm2=affine(lambda x: x.norm2),
+        qkv=torch.cat(parts).view(len(layers), 3 * width, width),
+        proj=affine(lambda x: x.attn.proj),
+        mlp_in=affine(lambda x: x.mlp.network[0]),
+        mlp_out=affine(lambda x: x.mlp.network[3]),
+        heads=first.attn.num_heads,
+        eps=first.norm1.eps,
+        attention_p=on * first.attn.attn_drop.p,
+        branch_p=on * branch_rate(first.attn.proj_drop.p, first.dropout1.p, compat),
+        mlp_p=on * first.mlp.network[2].p,
+        output_p=on * first.dropout2.p,
+    )
+
+
+def embed(
+    inputs: Sequence[Tensor],
+    plan: TokenPlan,
+    positions: Tensor | None,
+    experts: int,
+    replacements: Replacements | None,
+    with_views: bool,
+) -> Tensor:
+    """Rows before the first layer, (E, 2, n, D): the tokens and their noise; (E, 1, n, D) without views.
+
+    positions: learned ones (E, L, D), or None for sinusoidal ones.
+    """
+    tokens = torch.cat(list(inputs), dim=1)
+    length, width = tokens.shape[1:]
+    if positions is None:
+        table = sinusoidal_positions(length, width, tokens.device, tokens.dtype)
+        place = table.index_select(0, plan.position)
+    else:
+        place = positions.index_select(1, plan.position)
+    rows = (plan.pack(tokens) + place).expand(experts, plan.rows, width)
+    if not with_views:
+        return rows.unsqueeze(1)
+    if replacements is None:
+        noise = torch.randn(
+            (experts, plan.rows, width), dtype=tokens.dtype, device=tokens.device
+        )
+    else:
+        noise = plan.pack(torch.stack([torch.cat(list(each), dim=1) for each in replacements]))
+    return torch.stack([rows, noise + place], dim=1)
+
+
+@dataclass
+class Seeds:
+    """One seed per dropout, drawn together from torch's generator; None where nothing is dropped."""
+
+    seeds: Sequence[Tensor]
+    next: int = 0
+
+    @classmethod
+    def draw(cls, count: int) -> Seeds:
+        values = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64)
+        return cls(values.unbind(0))
+
+    def take(self, p: float) -> Tensor | None:
+        seed = self.seeds[self.next]
+        self.next += 1
+        return seed if rng.keep_threshold(p) < rng.DRAWS else None
+
+
+SEEDS_PER_LAYER = 4
+
+
+def encode(
+    rows: Tensor, layers: Sequence[LayerWeights], plan: TokenPlan, views: int, compat: Compat
+) -> Tensor:
+    """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without."""
+    experts, copies, n, width = rows.shape
+    samples = plan.cu_samples.shape[0] - 1
+    seeds = Seeds.draw(SEEDS_PER_LAYER * len(layers))
+    first = layers[0]
+    flat = rows.reshape(experts, copies * n, width)
+    normed, _, _ = _OPS.expert_norm(flat, *first.norm1, first.eps)
+    qkv = _OPS.expert_linear(normed, first.qkv, None)
+    stream: Tensor | None = flat if compat == "fl_i2moe" else None
+    if views > 1:
+        qkv = _OPS.expand_views(qkv.view(experts, 2, n, 3 * width), plan.modality, views)
+        if stream is not None:
+            stream = _OPS.expand_views(rows, plan.modality, views).flatten(1, 2)
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        attended, _ = _OPS.expert_attention_packed(
+            qkv.view(experts * views, n, 3, layer.heads, width // layer.heads),
+            plan.cu_samples,
+            seeds.take(layer.attention_p),
+            layer.attention_p,
+            (width // layer.heads) ** -0.5,
+        )
+        branch = _OPS.expert_linear(attended.view(experts, views * n, width), *layer.proj)
+        residual = stream if compat == "fl_i2moe" else None
+        seed = seeds.take(layer.branch_p)
+        stream, normed, _, _ = _OPS.dropout_add_norm(
+            residual, branch, *layer.norm2, seed, layer.branch_p, layer.eps
+        )
+        hidden = _OPS.expert_linear(normed, *layer.mlp_in)
+        hidden = _OPS.gelu_dropout(hidden, seeds.take(layer.mlp_p), layer.mlp_p)
+        update = _OPS.expert_linear(hidden, *layer.mlp_out)
+        seed = seeds.take(layer.output_p)
+        if following is None:
+            latent = _OPS.dropout_add_pool(
+                stream, update, plan.cu_segments, views, seed, layer.output_p
+            )
+            return latent.view(experts, views, samples, -1)
+        stream, normed, _, _ = _OPS.dropout_add_norm(
+            stream, update, *following.norm1, seed, layer.output_p, layer.eps
+        )
+        qkv = _OPS.expert_linear(normed, following.qkv, None)
+    raise AssertionError("a layer without encoder layers is refused at construction")

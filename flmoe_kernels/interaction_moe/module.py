@@ -1,0 +1,225 @@
+"""InteractionMoE: the published layer's interface, parameters and answers, computed by fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backend as backends
+from . import op as _op  # registers flmoe::interaction_losses
+from .api import validate_inputs, validate_replacements
+from .architecture import LayerSpec
+from .forward import LayerWeights, embed, encode, stack_layer
+from .packing import TokenPlan, plan_tokens
+from .reference import (
+    Masks,
+    ReferenceInteractionMoE,
+    Replacements,
+    reweighting_features,
+)
+from .structure import UnsupportedLayer, describe
+
+assert _op is not None
+_OPERATOR = "interaction_moe"
+
+
+class InteractionMoE(ReferenceInteractionMoE):
+    """The fast FL-I2MoE / I2MoE layer: same constructor, parameters, state_dict and outputs.
+
+    Args:
+        num_modalities: M, at least two.
+        fusion_model: template of the experts' fusion model, a FusionTransformer or a fusion Transformer of
+            the published code; every expert gets a deep copy.
+        fusion_sparse: also return gate losses (zeros, as the fusion models are dense).
+        hidden_dim: token width D.
+        hidden_dim_rw, num_layer_rw, temperature_rw: the reweighting MLP.
+        backend: "reference" or "cpu"; default by device and `use_backend`.
+
+    Shapes and returns are those of `ReferenceInteractionMoE`. Differences: noise and dropout are equal in
+    distribution, not bitwise; two dropouts in a row are one; a sample whose tokens are all padded gives
+    latent 0, not NaN.
+
+    Raises:
+        UnsupportedLayer (a ValueError): the fusion model is not one that the kernels compute.
+
+    Source: arXiv 2603.13326 and 2505.19190.
+    """
+
+    def __init__(
+        self,
+        num_modalities: int,
+        fusion_model: nn.Module,
+        fusion_sparse: bool = False,
+        hidden_dim: int = 256,
+        hidden_dim_rw: int = 256,
+        num_layer_rw: int = 2,
+        temperature_rw: float = 1.0,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            num_modalities,
+            fusion_model,
+            fusion_sparse,
+            hidden_dim,
+            hidden_dim_rw,
+            num_layer_rw,
+            temperature_rw,
+        )
+        self.backend = backend
+        self._spec = _supported(self)
+
+    @classmethod
+    def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> InteractionMoE:
+        """A fast layer around the parts of an existing one, which it shares: same Parameter objects.
+
+        Raises:
+            UnsupportedLayer: naming the part that the kernels do not compute.
+        """
+        spec = _supported(layer)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.num_modalities = spec.num_modalities
+        self.fusion_sparse = spec.fusion_sparse
+        self.reweight = layer.reweight
+        self.interaction_experts = layer.interaction_experts
+        self.backend = backend
+        self._spec = spec
+        # Not train(): the parts keep the modes that they have.
+        self.training = layer.training
+        return self
+
+    @property
+    def spec(self) -> LayerSpec:
+        """Sizes and rates at construction."""
+        return self._spec
+
+    def forward(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks = None,
+        *,
+        replacements: Replacements | None = None,
+    ) -> tuple:
+        """As ReferenceInteractionMoE.forward.
+
+        Raises:
+            TypeError, ValueError: inputs, masks or replacements of the wrong kind, shape, dtype or device.
+            BackendUnavailable: the backend asked for cannot run this.
+        """
+        inputs, backend = self._enter(inputs, masks)
+        validate_replacements(self._spec, replacements, inputs)
+        if backend == backends.REFERENCE:
+            return super().forward(inputs, masks, replacements=replacements)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return self._fast_forward(inputs, masks, replacements)
+
+    def inference(
+        self, inputs: Sequence[Tensor], masks: Masks = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """As ReferenceInteractionMoE.inference: the full view alone."""
+        inputs, backend = self._enter(inputs, masks)
+        if backend == backends.REFERENCE:
+            return super().inference(inputs, masks)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            plan = self._plan(inputs, masks)
+            latents = self._latents(inputs, plan, None, views=1)
+            logits = self._head(latents)[:, 0]
+            weights = self._weights(inputs, masks)
+            return list(logits.unbind(0)), weights, _mix(weights, logits)
+
+    def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], str]:
+        parameter = self.reweight.mlp.network[0].weight
+        if torch.is_autocast_enabled(parameter.device.type) and isinstance(inputs, list | tuple):
+            # Under autocast an encoder hands over low precision; the layer keeps its parameters' type.
+            inputs = [x.to(parameter.dtype) if isinstance(x, Tensor) else x for x in inputs]
+        validate_inputs(self._spec, inputs, masks, parameter)
+        return inputs, backends.choose(_OPERATOR, parameter, self.backend)
+
+    def _plan(self, inputs: Sequence[Tensor], masks: Masks) -> TokenPlan:
+        first = inputs[0]
+        return plan_tokens(first.shape[0], [x.shape[1] for x in inputs], masks, first.device)
+
+    def _layers(self) -> list[LayerWeights]:
+        networks = [expert.fusion_model.network for expert in self.interaction_experts]
+        return [
+            stack_layer([network[i] for network in networks], self._spec.compat, self.training)
+            for i in range(self._spec.num_layers)
+        ]
+
+    def _latents(
+        self,
+        inputs: Sequence[Tensor],
+        plan: TokenPlan,
+        replacements: Replacements | None,
+        views: int,
+    ) -> Tensor:
+        spec = self._spec
+        positions = None
+        if spec.compat == "i2moe":
+            learned = [expert.fusion_model.pos_embed for expert in self.interaction_experts]
+            positions = torch.cat(learned)
+        rows = embed(inputs, plan, positions, spec.num_experts, replacements, views > 1)
+        return encode(rows, self._layers(), plan, views, spec.compat)
+
+    def _head(self, latents: Tensor) -> Tensor:
+        """Logits (E, V, B, C) of latents (E, V, B, M * D)."""
+        heads = [expert.fusion_model.network[-1].fc for expert in self.interaction_experts]
+        weight = torch.stack([head.weight for head in heads])
+        bias = torch.stack([head.bias for head in heads])
+        flat = torch.baddbmm(bias.unsqueeze(1), latents.flatten(1, 2), weight.mT)
+        return flat.view(*latents.shape[:3], -1)
+
+    def _weights(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
+        scores = self.reweight.mlp(reweighting_features(inputs, masks))
+        return torch.softmax(scores / self.reweight.temperature, dim=1)
+
+    def _fast_forward(
+        self, inputs: Sequence[Tensor], masks: Masks, replacements: Replacements | None
+    ) -> tuple:
+        experts, views = self._spec.num_experts, self.num_modalities + 1
+        plan = self._plan(inputs, masks)
+        latents = self._latents(inputs, plan, replacements, views)
+        logits = self._head(latents)
+        weights = self._weights(inputs, masks)
+        mixed = _mix(weights, logits[:, 0])
+        gate_losses: tuple[Any, ...] = ()
+        if self.fusion_sparse:
+            gate_losses = ([[mixed.new_zeros(()) for _ in range(views)] for _ in range(experts)],)
+        view_logits = _by_expert(logits)
+        if self._spec.compat == "i2moe":
+            losses = list(torch.ops.flmoe.interaction_losses(logits).unbind(0))
+            return (view_logits, weights, mixed, losses, *gate_losses)
+        losses = list(torch.ops.flmoe.interaction_losses(latents).unbind(0))
+        view_latents = _by_expert(latents)
+        outputs = [
+            list(zip(one, other, strict=True))
+            for one, other in zip(view_logits, view_latents, strict=True)
+        ]
+        return (outputs, weights, mixed, losses, *gate_losses, [z[0] for z in view_latents])
+
+
+def _supported(layer: nn.Module) -> LayerSpec:
+    spec = describe(layer)
+    for i, rates in enumerate(spec.dropout):
+        if spec.compat == "i2moe" and rates.projection != rates.residual1:
+            raise UnsupportedLayer(
+                f"network.{i}: proj_drop and dropout1 differ, {rates.projection} and "
+                f"{rates.residual1}; with the residual of I2MoE they must be equal"
+            )
+    return spec
+
+
+def _by_expert(x: Tensor) -> list[list[Tensor]]:
+    """x (E, V, ...) as nested lists; one unbind, so that its backward is one stack."""
+    flat = x.flatten(0, 1).unbind(0)
+    views = x.shape[1]
+    return [list(flat[e * views : (e + 1) * views]) for e in range(x.shape[0])]
+
+
+def _mix(weights: Tensor, logits: Tensor) -> Tensor:
+    """sum_e weights (B, E) * logits (E, B, C) -> (B, C)."""
+    return torch.einsum("be,ebc->bc", weights, logits)

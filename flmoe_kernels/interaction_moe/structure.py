@@ -1,0 +1,350 @@
+"""What an interaction layer is made of, and whether the fast layer may stand in for it.
+
+The fast layer computes the mathematics of `reference.py` from parameters that it reads in place; it
+never calls the parts of a layer one by one. Everything that those parts could do differently is
+therefore looked at here, strictly by structure: the names of the layer's own classes do not matter,
+but what they are made of must be torch's own modules, unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import MLP_EXPANSION, DropoutRates, LayerSpec
+from .reference import Compat
+
+__all__ = ["SPARSE_MLP", "LayerSpec", "UnsupportedLayer", "check_state", "describe"]
+
+CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+SPARSE_MLP = "FMoETransformerMLP"
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class UnsupportedLayer(ValueError):
+    """The fast layer cannot stand in for this one: names the part and what is unexpected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fusion:
+    hidden_dim: int
+    num_classes: int
+    num_layers: int
+    num_heads: int
+    compat: Compat
+    num_patches: int | None
+    norm_eps: float
+    dropout: tuple[DropoutRates, ...]
+
+
+def describe(layer: nn.Module) -> LayerSpec:
+    """The specification of an interaction layer, the published ones' or the reference's.
+
+    Raises:
+        UnsupportedLayer: the structure is not one that the fast layer computes; names the part.
+    """
+    num_modalities = getattr(layer, "num_modalities", None)
+    if isinstance(num_modalities, bool) or not isinstance(num_modalities, int):
+        raise UnsupportedLayer(f"num_modalities: expected an int, got {num_modalities!r}")
+    if num_modalities < 2:
+        raise UnsupportedLayer(
+            f"num_modalities: expected at least 2, got {num_modalities}: with one modality the "
+            "uniqueness loss has no positive view"
+        )
+    experts = _child(layer, "", "interaction_experts", nn.ModuleList)
+    if len(experts) != num_modalities + 2:
+        raise UnsupportedLayer(
+            f"interaction_experts: expected {num_modalities + 2} experts (one per modality, "
+            f"synergy, redundancy), got {len(experts)}"
+        )
+    fusion_sparse = bool(getattr(layer, "fusion_sparse", False))
+    fusions = []
+    for e, expert in enumerate(experts):
+        path = f"interaction_experts.{e}"
+        if bool(getattr(expert, "fusion_sparse", fusion_sparse)) != fusion_sparse:
+            raise UnsupportedLayer(
+                f"{path}.fusion_sparse: differs from the layer's {fusion_sparse}"
+            )
+        fusion_model = _child(expert, path, "fusion_model", nn.Module)
+        fusions.append(_fusion(fusion_model, f"{path}.fusion_model", num_modalities))
+    _same_in_all(fusions)
+    first = fusions[0]
+    hidden, layers, temperature, rate = _reweight(layer, num_modalities, first.hidden_dim)
+    spec = LayerSpec(
+        num_modalities=num_modalities,
+        fusion_sparse=fusion_sparse,
+        reweight_hidden=hidden,
+        reweight_layers=layers,
+        temperature=temperature,
+        reweight_dropout=rate,
+        **{field.name: getattr(first, field.name) for field in dataclasses.fields(first)},
+    )
+    _check_parameters(layer, spec)
+    _check_own_code(layer)
+    return spec
+
+
+def check_state(layer: nn.Module) -> None:
+    """What the fast layer could not honour although the structure fits.
+
+    Raises:
+        UnsupportedLayer: a hook on an inner part (it would never fire again), parts in another mode
+            than the layer, or a layer that was compiled in place.
+    """
+    if getattr(layer, "_compiled_call_impl", None) is not None:
+        raise UnsupportedLayer("the layer is compiled: swap first, then compile")
+    for name, part in layer.named_modules():
+        if part is layer:
+            continue
+        if any(getattr(part, hooks) for hooks in CALL_HOOKS):
+            raise UnsupportedLayer(
+                f"{name}: carries a hook, which would never fire: the fast layer does not call its "
+                "parts one by one"
+            )
+        if isinstance(part, nn.Dropout) and part.training != layer.training:
+            raise UnsupportedLayer(
+                f"{name}: in {_mode(part)} mode while the layer is in {_mode(layer)} mode; the "
+                "fast layer has one mode for all its parts"
+            )
+
+
+def _mode(module: nn.Module) -> str:
+    return "train" if module.training else "eval"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _child(module: nn.Module, path: str, name: str, kind: type[ModuleT]) -> ModuleT:
+    child = getattr(module, name, None)
+    if not isinstance(child, kind):
+        found = "nothing" if child is None else type(child).__name__
+        raise UnsupportedLayer(f"{_join(path, name)}: expected {kind.__name__}, got {found}")
+    return child
+
+
+def _plain(module: nn.Module, path: str, kind: type[ModuleT]) -> ModuleT:
+    """The module itself when it computes exactly what torch's class of that name does."""
+    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+        raise UnsupportedLayer(f"{path}: expected {kind.__name__}, got {type(module).__name__}")
+    return module
+
+
+def _linear(module: nn.Module, path: str, fan_in: int, fan_out: int, bias: bool) -> None:
+    linear = _plain(module, path, nn.Linear)
+    if (linear.in_features, linear.out_features) != (fan_in, fan_out):
+        raise UnsupportedLayer(
+            f"{path}: expected a map from {fan_in} to {fan_out}, got {linear.in_features} to "
+            f"{linear.out_features}"
+        )
+    if (linear.bias is not None) != bias:
+        raise UnsupportedLayer(f"{path}: {'has no bias' if bias else 'has an unexpected bias'}")
+
+
+def _rate(module: nn.Module, path: str, name: str) -> float:
+    return float(_plain(_child(module, path, name, nn.Module), _join(path, name), nn.Dropout).p)
+
+
+def _sequence(module: nn.Module, path: str, name: str) -> list[nn.Module]:
+    network = _child(module, path, name, nn.Module)
+    if not isinstance(network, nn.Sequential | nn.ModuleList):
+        raise UnsupportedLayer(
+            f"{_join(path, name)}: expected Sequential, got {type(network).__name__}"
+        )
+    return list(network)
+
+
+def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
+    if not isinstance(getattr(model, "network", None), nn.Module):
+        raise UnsupportedLayer(
+            f"{path}: an unknown fusion model, {type(model).__name__} (no .network of layers "
+            "and a head)"
+        )
+    parts = _sequence(model, path, "network")
+    if len(parts) < 2:
+        raise UnsupportedLayer(
+            f"{path}.network: expected layers and a head, got {len(parts)} parts"
+        )
+    *layers, head = parts
+    norm = _child(layers[0], f"{path}.network.0", "norm1", nn.LayerNorm)
+    dim, eps = int(norm.normalized_shape[-1]), float(norm.eps)
+    described = [
+        _encoder_layer(layer, f"{path}.network.{i}", dim, eps) for i, layer in enumerate(layers)
+    ]
+    heads = {number for number, _ in described}
+    if len(heads) > 1:
+        raise UnsupportedLayer(f"{path}: layers differ in num_heads, {sorted(heads)}")
+    fc = _child(head, f"{path}.network.{len(layers)}", "fc", nn.Linear)
+    _linear(
+        fc, f"{path}.network.{len(layers)}.fc", num_modalities * dim, int(fc.out_features), True
+    )
+    num_patches = _num_patches(model, path, num_modalities, dim)
+    return _Fusion(
+        hidden_dim=dim,
+        num_classes=int(fc.out_features),
+        num_layers=len(layers),
+        num_heads=heads.pop(),
+        compat="fl_i2moe" if num_patches is None else "i2moe",
+        num_patches=num_patches,
+        norm_eps=eps,
+        dropout=tuple(rates for _, rates in described),
+    )
+
+
+def _num_patches(model: nn.Module, path: str, num_modalities: int, dim: int) -> int | None:
+    positions = getattr(model, "pos_embed", None)
+    if positions is None:
+        return None
+    shape = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+    if (
+        not isinstance(positions, nn.Parameter)
+        or positions.dim() != 3
+        or positions.shape[0] != 1
+        or positions.shape[1] < num_modalities
+        or positions.shape[1] % num_modalities
+        or positions.shape[2] != dim
+    ):
+        raise UnsupportedLayer(
+            f"{path}.pos_embed: expected a parameter (1, {num_modalities} * tokens per modality, "
+            f"{dim}), got {shape}"
+        )
+    return int(positions.shape[1]) // num_modalities
+
+
+def _encoder_layer(layer: nn.Module, path: str, dim: int, eps: float) -> tuple[int, DropoutRates]:
+    if getattr(layer, "self_attn", True) is not True:
+        raise UnsupportedLayer(f"{path}: cross-attention (self_attn is False)")
+    for name in ("norm1", "norm2"):
+        _layer_norm(layer, path, name, dim, eps)
+    attn = _child(layer, path, "attn", nn.Module)
+    heads = _attention(attn, f"{path}.attn", dim)
+    mlp = _child(layer, path, "mlp", nn.Module)
+    if SPARSE_MLP in type(mlp).__name__ or hasattr(mlp, "experts"):
+        raise UnsupportedLayer(
+            f"{path}.mlp: a sparse MLP ({type(mlp).__name__}), whose fast replacement is not "
+            "part of this version"
+        )
+    parts, where = _sequence(mlp, f"{path}.mlp", "network"), f"{path}.mlp.network"
+    if len(parts) != 4:
+        raise UnsupportedLayer(
+            f"{where}: expected Linear, GELU, Dropout, Linear, got "
+            + ", ".join(type(part).__name__ for part in parts)
+        )
+    _linear(parts[0], f"{where}.0", dim, MLP_EXPANSION * dim, True)
+    if _plain(parts[1], f"{where}.1", nn.GELU).approximate != "none":
+        raise UnsupportedLayer(f"{where}.1: expected GELU with the exact erf, got its tanh form")
+    rate = float(_plain(parts[2], f"{where}.2", nn.Dropout).p)
+    _linear(parts[3], f"{where}.3", MLP_EXPANSION * dim, dim, True)
+    return heads, DropoutRates(
+        attention=_rate(attn, f"{path}.attn", "attn_drop"),
+        projection=_rate(attn, f"{path}.attn", "proj_drop"),
+        residual1=_rate(layer, path, "dropout1"),
+        mlp=rate,
+        residual2=_rate(layer, path, "dropout2"),
+    )
+
+
+def _layer_norm(layer: nn.Module, path: str, name: str, dim: int, eps: float) -> None:
+    where = f"{path}.{name}"
+    norm = _plain(_child(layer, path, name, nn.Module), where, nn.LayerNorm)
+    if tuple(norm.normalized_shape) != (dim,):
+        raise UnsupportedLayer(f"{where}: expected width {dim}, got {tuple(norm.normalized_shape)}")
+    if norm.weight is None or norm.bias is None:
+        raise UnsupportedLayer(f"{where}: has no affine weight and bias")
+    if norm.eps != eps:
+        raise UnsupportedLayer(f"{where}: eps is {norm.eps}, {eps} in the first layer")
+
+
+def _attention(attn: nn.Module, path: str, dim: int) -> int:
+    heads = getattr(attn, "num_heads", None)
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise UnsupportedLayer(f"{path}.num_heads: expected a divisor of {dim}, got {heads!r}")
+    scale, expected = getattr(attn, "scale", None), (dim // heads) ** -0.5
+    if not isinstance(scale, float) or not math.isclose(scale, expected, rel_tol=1e-6):
+        raise UnsupportedLayer(
+            f"{path}.scale: expected head_dim^-1/2 = {expected:.6g}, got {scale}"
+        )
+    for name, width, bias in (("q", dim, False), ("kv", 2 * dim, False), ("proj", dim, True)):
+        _linear(_child(attn, path, name, nn.Module), f"{path}.{name}", dim, width, bias)
+    return heads
+
+
+def _same_in_all(fusions: list[_Fusion]) -> None:
+    for field in dataclasses.fields(_Fusion):
+        values = [getattr(fusion, field.name) for fusion in fusions]
+        for e, value in enumerate(values):
+            if value != values[0]:
+                raise UnsupportedLayer(
+                    f"interaction_experts.{e}: {field.name} is {value}, {values[0]} in expert 0"
+                )
+
+
+def _reweight(
+    layer: nn.Module, num_modalities: int, dim: int
+) -> tuple[int | None, int, float, float]:
+    """Hidden width, number of linear maps, temperature and dropout rate of the reweighting MLP."""
+    reweight = _child(layer, "", "reweight", nn.Module)
+    temperature = getattr(reweight, "temperature", None)
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        raise UnsupportedLayer(
+            f"reweight.temperature: expected a positive number, got {temperature}"
+        )
+    mlp = _child(reweight, "reweight", "mlp", nn.Module)
+    parts, where = _sequence(mlp, "reweight.mlp", "network"), "reweight.mlp.network"
+    count = (len(parts) + 2) // 3
+    if len(parts) != 3 * count - 2 or count < 1:
+        raise UnsupportedLayer(
+            f"{where}: expected Linear, then any number of ReLU, Dropout, Linear, got "
+            + (", ".join(type(part).__name__ for part in parts) or "nothing")
+        )
+    hidden = None if count == 1 else int(_plain(parts[0], f"{where}.0", nn.Linear).out_features)
+    widths = [num_modalities * dim, *[hidden or 0] * (count - 1), num_modalities + 2]
+    rates = set()
+    for i in range(count):
+        _linear(parts[3 * i], f"{where}.{3 * i}", widths[i], widths[i + 1], True)
+        if i < count - 1:
+            _plain(parts[3 * i + 1], f"{where}.{3 * i + 1}", nn.ReLU)
+            rates.add(float(_plain(parts[3 * i + 2], f"{where}.{3 * i + 2}", nn.Dropout).p))
+    if len(rates) > 1:
+        raise UnsupportedLayer(f"{where}: dropout rates differ, {sorted(rates)}")
+    return hidden, count, float(temperature), rates.pop() if rates else 0.0
+
+
+def _check_parameters(layer: nn.Module, spec: LayerSpec) -> None:
+    """Exactly the expected parameters: the fast layer would lose what an extra one does."""
+    expected = spec.parameter_shapes()
+    found = {
+        **dict(layer.named_parameters(remove_duplicate=False)),
+        **dict(layer.named_buffers(remove_duplicate=False)),
+    }
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise UnsupportedLayer(f"{unknown[0]}: an unexpected parameter or buffer")
+    if missing := sorted(expected.keys() - found.keys()):
+        raise UnsupportedLayer(f"{missing[0]}: not a parameter of the layer")
+    for what, value_of in _UNIFORM:
+        values = {value_of(tensor) for tensor in found.values()}
+        if len(values) > 1:
+            raise UnsupportedLayer(f"parameters differ in {what}: {sorted(map(str, values))}")
+    dtype = next(iter(found.values())).dtype
+    if not dtype.is_floating_point:
+        raise UnsupportedLayer(f"parameters are {dtype}, expected a floating dtype")
+
+
+_UNIFORM: tuple[tuple[str, Callable[[Tensor], torch.dtype | torch.device]], ...] = (
+    ("dtype", lambda tensor: tensor.dtype),
+    ("device", lambda tensor: tensor.device),
+)
+
+
+def _check_own_code(layer: nn.Module) -> None:
+    for name, part in layer.named_modules():
+        for method in ("forward", "inference"):
+            if method in vars(part):
+                raise UnsupportedLayer(f"{_join(name, method)}: replaced on this instance")

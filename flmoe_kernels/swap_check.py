@@ -1,0 +1,376 @@
+"""Whether a fast layer computes what the layer that it is to replace computes.
+
+Both run on the same inputs with the same replacement noise, and so does a float64 copy of the
+original, which tells how far either is from exact. The original is only ever run as a copy, so that
+nothing of it changes: no buffer, no stored attention map, no gradient, no mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .interaction_moe.architecture import LayerSpec, build
+
+GROUPS = ("logits", "weights", "latents", "losses")
+MAX_SAMPLES = 4
+RANDOM_LENGTHS = (17, 12, 7, 13, 5)
+ROUNDING = 2.0
+# The published layer computes its positions in float32 whatever its dtype, so that in float64 it is
+# itself no closer to exact than this.
+FLOAT64_ROUNDING = 1e-5
+TIMED_CALLS = 5
+
+Outputs = dict[str, list[Tensor]]
+
+
+class Disagreement(Exception):
+    """The two layers differ, or cannot be compared; the message is the reason for the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of the layer: M sequences (B, L_m, D), and M masks (B, L_m), None each, or None."""
+
+    inputs: list[Tensor]
+    masks: list[Tensor | None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Largest absolute error per group of outputs against the original in float64; how many times
+    faster inference ran, or None where the original does not run."""
+
+    errors: Mapping[str, float]
+    speed_up: float | None
+
+
+class _GivenNoise(TorchFunctionMode):
+    """Within it torch.randn_like returns the given tensors, in order."""
+
+    def __init__(self, noise: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.left = list(noise)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.randn_like:
+            return func(*args, **(kwargs or {}))
+        if not self.left or self.left[0].shape != args[0].shape:
+            raise Disagreement("draws other noise than one replacement per expert and modality")
+        return self.left.pop(0)
+
+
+def compare(
+    layer: nn.Module,
+    spec: LayerSpec,
+    adopt: Callable[[nn.Module], nn.Module],
+    case: Case | None = None,
+) -> Comparison:
+    """Compare a layer with its fast replacement, in eval mode.
+
+    Every view, the weights, the losses and inference are compared. In each group of outputs the
+    fast layer's error against the original in float64 may be at most twice the error of the
+    original itself in its own dtype, plus two units of rounding of the group's largest value. Where
+    the original does not run in its own dtype (the published layer adds float32 positions, which
+    its bfloat16 and float16 weights refuse), the reference layer's error takes the place of its.
+
+    Args:
+        layer: the original; not run and not changed.
+        spec: its description.
+        adopt: makes the fast layer on the submodules of a layer.
+        case: a call to compare on, its first samples only; random inputs, with and without masks,
+            when None.
+
+    Raises:
+        Disagreement: with the reason.
+    """
+    parameter = next(layer.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    cases = random_cases(spec) if case is None else [_few_samples(case, spec)]
+    original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
+    peer: nn.Module = original
+    fast = adopt(bare_copy(layer)).eval()
+    errors: dict[str, float] = {}
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for one in cases:
+            at = _moved(one, device, dtype)
+            noise = _noise(at, spec.num_experts)
+            precise = _original(exact, _moved(at, device, torch.float64), noise, spec)
+            try:
+                own = _original(peer, at, noise, spec)
+            except Exception:
+                if dtype not in (torch.bfloat16, torch.float16):
+                    raise
+                peer = _reference_copy(layer, spec)
+                own = _original(peer, at, noise, spec)
+            found = _fast(fast, at, noise, spec)
+            for group in precise:
+                error = _within_budget(group, found[group], own[group], precise[group], dtype)
+                errors[group] = max(errors.get(group, 0.0), error)
+        first = _moved(cases[0], device, dtype)
+        speed_up = _speed_up(original, fast, first) if peer is original else None
+    return Comparison(errors, speed_up)
+
+
+def bare_copy(layer: nn.Module) -> nn.Module:
+    """The layer on deep copies of its submodules, with no hook of the layer copied.
+
+    Tensors that a forward left behind (attention maps) are shared: they may be large, and deepcopy
+    refuses those that have a gradient history.
+    """
+    left_behind = {
+        id(value): value.detach()
+        for part in layer.modules()
+        for value in vars(part).values()
+        if isinstance(value, Tensor)
+    }
+    clone = copy.copy(layer)
+    for name, empty in vars(nn.Module()).items():
+        if isinstance(empty, dict):
+            clone.__dict__[name] = type(empty)()
+    for name, child in layer.named_children():
+        clone.add_module(name, copy.deepcopy(child, left_behind))
+    return clone
+
+
+def random_cases(spec: LayerSpec) -> list[Case]:
+    """Two samples of N(0, 1) tokens: ragged and partly padded ones, then without masks."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [
+        spec.num_patches or RANDOM_LENGTHS[m % len(RANDOM_LENGTHS)]
+        for m in range(spec.num_modalities)
+    ]
+    inputs = [torch.randn(2, n, spec.hidden_dim, generator=generator) for n in lengths]
+    if spec.compat == "i2moe":
+        return [Case(inputs, None)]
+    masks = [torch.ones(2, n, dtype=torch.bool) for n in lengths]
+    for m, mask in enumerate(masks):
+        mask[1, (mask.shape[1] + 1) // 2 :] = False
+        if m == spec.num_modalities - 1:
+            mask[1] = False
+    return [Case(inputs, list(masks)), Case(inputs, None)]
+
+
+def capture(
+    model: nn.Module, layers: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]
+) -> dict[int, Case]:
+    """Run the model in eval mode and keep the first call of each layer, by id(layer).
+
+    Modes are restored, no gradient is recorded. Calls of forward and of inference are seen. The
+    model's own hooks fire, and an error of the model is the caller's.
+    """
+    seen: dict[int, Case] = {}
+    modes = [(part, part.training) for part in model.modules()]
+    undo: list[Callable[[], object]] = []
+    for layer in layers:
+        undo += _watch(layer, seen)
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for step in undo:
+            step()
+    return seen
+
+
+def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], object]]:
+    """Record the layer's calls; yields what undoes it."""
+
+    def record(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("inputs", "masks"), args, strict=False)) | kwargs
+        if id(layer) not in seen:
+            seen[id(layer)] = Case(_tensors(given.get("inputs")), _masks(given.get("masks")))
+
+    yield layer.register_forward_pre_hook(record, with_kwargs=True).remove
+    inference = getattr(layer, "inference", None)
+    if callable(inference):
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            record(layer, args, kwargs)
+            return inference(*args, **kwargs)
+
+        layer.__dict__["inference"] = recorded
+        yield lambda: layer.__dict__.pop("inference")
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Copies of a sequence of tensors, none of anything else: the comparison will then say so."""
+    if not isinstance(values, list | tuple) or not all(isinstance(x, Tensor) for x in values):
+        return []
+    return [x.detach().clone() for x in values]
+
+
+def _masks(masks: Any) -> list[Tensor | None] | None:
+    if masks is None:
+        return None
+    if not isinstance(masks, list | tuple):
+        return []
+    return [m.detach().clone() if isinstance(m, Tensor) else None for m in masks]
+
+
+def _few_samples(case: Case, spec: LayerSpec) -> Case:
+    """The first samples with any valid token: of the others the original makes NaN."""
+    shapes = [tuple(x.shape) for x in case.inputs]
+    if len(shapes) != spec.num_modalities or any(len(shape) != 3 for shape in shapes):
+        raise Disagreement(
+            f"was called with inputs of shapes {shapes}, expected {spec.num_modalities} sequences "
+            f"(B, L, {spec.hidden_dim})"
+        )
+    given = [None] * len(shapes) if case.masks is None else case.masks
+    if len(given) != len(shapes):
+        raise Disagreement(f"was called with {len(given)} masks for {len(shapes)} modalities")
+    valid = torch.zeros(shapes[0][0], dtype=torch.bool)
+    for x, mask in zip(case.inputs, given, strict=True):
+        present = torch.ones(x.shape[:2]) if mask is None else mask.cpu() != 0
+        valid |= present.bool().any(dim=1)
+    keep = valid.nonzero().flatten()[:MAX_SAMPLES]
+    if not len(keep):
+        raise Disagreement("the captured call has no sample with a valid token to compare on")
+    masks = case.masks
+    return Case(
+        [x[keep.to(x.device)] for x in case.inputs],
+        None if masks is None else [None if m is None else m[keep.to(m.device)] for m in masks],
+    )
+
+
+def _moved(case: Case, device: torch.device, dtype: torch.dtype) -> Case:
+    masks = case.masks
+    return Case(
+        [x.to(device, dtype) for x in case.inputs],
+        None if masks is None else [None if m is None else m.to(device) for m in masks],
+    )
+
+
+def _noise(case: Case, num_experts: int) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [torch.randn(x.shape, generator=generator).to(x) for x in case.inputs]
+        for _ in range(num_experts)
+    ]
+
+
+def _reference_copy(layer: nn.Module, spec: LayerSpec) -> nn.Module:
+    heads, sparse = spec.num_heads, spec.fusion_sparse
+    reference = build(spec, heads, spec.temperature, fusion_sparse=sparse)
+    for part in reference.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = spec.norm_eps
+    reference.load_state_dict(bare_copy(layer).state_dict())
+    return reference.to(next(layer.parameters())).eval()
+
+
+def _call(function: Callable[..., Any], case: Case) -> Any:
+    """Call with masks where the signature has them: the older variant's layer has none."""
+    if "masks" in inspect.signature(function).parameters:
+        return function(list(case.inputs), case.masks)
+    if case.masks is not None:
+        raise Disagreement("was called with masks, which it does not take")
+    return function(list(case.inputs))
+
+
+def _original(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
+    given = _GivenNoise([x.to(case.inputs[0].dtype) for expert in noise for x in expert])
+    try:
+        with given:
+            result = _call(layer.forward, case)
+        inferred = _call(layer.inference, case) if hasattr(layer, "inference") else None
+    except Disagreement:
+        raise
+    except Exception as error:
+        raise Disagreement(f"its own forward fails: {first_line(error)}") from error
+    if given.left:
+        raise Disagreement("does not draw one replacement with torch.randn_like per view")
+    return _collect(result, inferred, spec)
+
+
+def _fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
+    try:
+        result = layer(list(case.inputs), case.masks, replacements=noise)
+        inferred = layer.inference(list(case.inputs), case.masks)
+    except Exception as error:
+        raise Disagreement(f"the fast layer fails: {first_line(error)}") from error
+    return _collect(result, inferred, spec)
+
+
+def _collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
+    """The outputs of forward and inference by group."""
+    latents_out = spec.compat == "fl_i2moe"
+    count = 4 + spec.fusion_sparse + latents_out
+    if not isinstance(result, tuple) or len(result) != count:
+        got = len(result) if isinstance(result, tuple) else type(result).__name__
+        raise Disagreement(f"its forward returns {got} values, expected {count}")
+    experts, weights, logits, losses = result[:4]
+    views = [view for expert in experts for view in expert]
+    outputs: Outputs = {
+        "logits": [logits, *(view[0] if latents_out else view for view in views)],
+        "weights": [weights],
+        "losses": list(losses),
+    }
+    if latents_out:
+        outputs["latents"] = [*(view[1] for view in views), *result[-1]]
+    if inferred is not None:
+        expert_logits, weights, logits = inferred
+        outputs["logits"] += [logits, *expert_logits]
+        outputs["weights"].append(weights)
+    return outputs
+
+
+def _within_budget(
+    group: str, fast: list[Tensor], own: list[Tensor], exact: list[Tensor], dtype: torch.dtype
+) -> float:
+    """The fast layer's largest error in the group; Disagreement where it exceeds the budget."""
+    exact, fast, own = ([x.double() for x in part] for part in (exact, fast[: len(exact)], own))
+    if [x.shape for x in fast] != [x.shape for x in exact]:
+        raise Disagreement(f"{group}: the shapes differ from the fast layer's")
+    if not all(bool(x.isfinite().all()) for x in (*exact, *own)):
+        raise Disagreement(f"{group}: its own outputs are not finite, nothing can be compared")
+    scale = max(float(x.abs().max()) for x in exact)
+    rounding = FLOAT64_ROUNDING if dtype == torch.float64 else ROUNDING * torch.finfo(dtype).eps
+    budget = 2.0 * _largest(own, exact) + rounding * scale
+    error = _largest(fast, exact)
+    if not error <= budget:
+        raise Disagreement(
+            f"the fast layer's {group} are off by {error:.1e} where {budget:.1e} is allowed"
+        )
+    return error
+
+
+def _largest(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest absolute difference; NaN where any is."""
+    return float(torch.stack([(x - y).abs().max() for x, y in zip(a, b, strict=True)]).max())
+
+
+def _speed_up(original: Any, fast: Any, case: Case) -> float | None:
+    if not hasattr(original, "inference"):
+        return None
+    calls = (original.inference, fast.inference)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(TIMED_CALLS + 1):
+        for call, record in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            _call(call, case)
+            if case.inputs[0].is_cuda:
+                torch.cuda.synchronize(case.inputs[0].device)
+            if turn:
+                record.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]) / statistics.median(seconds[1])
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,161 @@
+"""The way to a user: sdist, wheel from the sdist, install, import with no compiler in reach."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("csrc", "flmoe_kernels", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "pyproject.toml")
+BUILD = [sys.executable, "setup.py", "build_ext"]
+CHECK_IMPORT = """
+import flmoe_kernels
+from flmoe_kernels import _native
+print(flmoe_kernels.__file__, _native.__file__, sep="\\n")
+"""
+
+
+def run(
+    command: list[str], cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources alone, as a fresh checkout has them, in a folder with a space in its name."""
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("not run from a source checkout")
+    folder = tmp_path_factory.mktemp("a checkout")
+    for name in (*SOURCES, "setup.py"):
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            shutil.copy2(ROOT / name, folder / name)
+    if (ROOT / "README.md").is_file():
+        shutil.copy2(ROOT / "README.md", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout: Path) -> Path:
+    code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    built = run([sys.executable, "-c", code], cwd=checkout)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    return archive
+
+
+def require_build_tools() -> None:
+    for module in ("cmake", "ninja", "pybind11", "setuptools", "pip"):
+        pytest.importorskip(module, reason=f"{module} is needed to build: see requirements/dev.txt")
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler on PATH")
+
+
+def test_sdist_holds_what_the_build_needs(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "flmoe_kernels/py.typed"}
+    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
+    assert wanted <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist_imports_with_no_compiler(sdist: Path, tmp_path: Path) -> None:
+    require_build_tools()
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    (unpacked,) = tmp_path.iterdir()
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    wheels = tmp_path / "wheels"
+    build = [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", str(wheels), "."]
+    # Unoptimised: the test is about the way, not the speed, and waits for a fraction of the time.
+    built = run(build, cwd=unpacked, env={"CMAKE_BUILD_TYPE": "Debug"})
+    assert built.returncode == 0, built.stdout + built.stderr
+
+    (wheel,) = wheels.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.startswith("flmoe_kernels/_native")]
+    assert "flmoe_kernels/py.typed" in names
+    assert not [name for name in names if name.startswith(("csrc/", "tests/", "bench/"))]
+
+    target = tmp_path / "installed"
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    installed = run(install, cwd=tmp_path)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.rmtree(unpacked)
+    environment = {"PYTHONPATH": str(target), "PATH": str(empty)}
+    imported = run([sys.executable, "-c", CHECK_IMPORT], cwd=empty, env=environment)
+    assert imported.returncode == 0, imported.stderr
+    assert all(line.startswith(str(target)) for line in imported.stdout.split("\n") if line)
+
+
+def test_no_compiler_says_what_to_install(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    result = run(BUILD, cwd=checkout, env={"PATH": str(tmp_path)})
+    assert result.returncode != 0
+    assert "no C++ compiler" in result.stderr
+    assert "apt-get install g++" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_compiler_is_named(checkout: Path) -> None:
+    result = run(BUILD, cwd=checkout, env={"CXX": "no-such-compiler"})
+    assert result.returncode != 0
+    assert "no-such-compiler" in result.stderr
+
+
+@pytest.mark.parametrize("tool", ["cmake", "ninja", "pybind11"])
+def test_missing_build_tool_names_the_pip_command(checkout: Path, tool: str) -> None:
+    # None in sys.modules makes the import fail as if the package were not installed.
+    code = f"""
+import runpy, shutil, sys
+sys.modules[{tool!r}] = None
+which = shutil.which
+shutil.which = lambda name, **options: None if name == {tool!r} else which(name, **options)
+sys.argv = ["setup.py", "build_ext"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    result = run([sys.executable, "-c", code], cwd=checkout)
+    assert result.returncode != 0
+    assert f"pip install {tool}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_compile_error_points_to_the_log(checkout: Path, tmp_path: Path) -> None:
+    require_build_tools()
+    broken = tmp_path / "broken"
+    shutil.copytree(checkout, broken, ignore=shutil.ignore_patterns("build", "dist"))
+    # Nothing but the broken file, so that the failure does not wait for the kernels.
+    shutil.rmtree(broken / "csrc")
+    for name in ("bindings.cpp", "cpu/dispatch.cpp", "cpu/kernels/kernel.cpp"):
+        path = broken / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("this is no C++;\n")
+    result = run(BUILD, cwd=broken)
+    assert result.returncode != 0
+    assert "log above" in result.stderr
+    assert "kernel.cpp" in result.stdout + result.stderr

@@ -1,0 +1,87 @@
+"""Rules about the repository itself: file sizes, one version source, nothing of one machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import flmoe_kernels
+from flmoe_kernels._version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 500
+# Pinned versions, the licence text and measured results are data: nobody reads them in one sitting.
+DATA = {".csv", ".json", ".txt", ".png", ".svg", ".npz", ".safetensors"}
+DATA_NAMES = {"LICENSE"}
+
+
+def repository_files() -> list[Path]:
+    """What git tracks or would track; a file deleted but not yet committed is left out."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files belong to the repository is unknown")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    paths = [ROOT / name for name in listing.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def text_files() -> list[tuple[str, str]]:
+    found = []
+    for path in repository_files():
+        try:
+            found.append((str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError:
+            continue
+    assert found
+    return found
+
+
+def test_files_are_short_enough_to_read() -> None:
+    too_long = {}
+    for name, text in text_files():
+        path = Path(name)
+        if path.suffix in DATA or path.name in DATA_NAMES:
+            continue
+        lines = text.count("\n")
+        if lines > MAX_LINES:
+            too_long[name] = lines
+    assert not too_long, f"over {MAX_LINES} lines: {too_long}"
+
+
+def test_no_path_of_one_machine() -> None:
+    # Assembled here, so that this file does not hold what it looks for.
+    folders = "|".join(("wo" + "rk", "ro" + "ot", "ho" + r"me/\w+"))
+    pattern = re.compile(rf"(?<![\w.\-/}})])/(?:{folders})(?:/|\b)(?![\w-])")
+    found = {
+        f"{name}:{number}": line.strip()
+        for name, text in text_files()
+        for number, line in enumerate(text.splitlines(), start=1)
+        if pattern.search(line)
+    }
+    assert not found, f"paths of one machine: {found}"
+
+
+def test_one_version_source() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^dynamic = \[.*"version".*\]$', pyproject, re.MULTILINE)
+    assert "flmoe_kernels._version.__version__" in pyproject
+    version_here = re.compile(re.escape(__version__) + r"\b")
+    for name in ("setup.py", "CMakeLists.txt", "Makefile", "flmoe_kernels/__init__.py"):
+        assert not version_here.search((ROOT / name).read_text()), f"{name} has a version"
+    assert not re.search(r"^version\s*=\s*[\"']", pyproject, re.MULTILINE)
+    assert flmoe_kernels.__version__ == __version__
+
+
+def test_every_requirement_is_pinned() -> None:
+    pin = re.compile(r"[a-z0-9-]+==[\w.+]+(; [a-z_]+ [<>=]+ \"[\w.]+\")?")
+    for line in (ROOT / "requirements" / "dev.txt").read_text().splitlines():
+        requirement = line.split("#")[0].strip()
+        assert not requirement or pin.fullmatch(requirement), requirement
