@@ -1,5 +1,6 @@
-// The Python border: addresses, sizes and strides in, nothing of torch. The Python side has validated
-// everything before it calls; what is checked here again is what a wrong call would corrupt memory with.
+// The Python border: addresses, sizes and strides in, nothing of torch. The Python side has
+// validated everything before it calls; what is checked here again is what a wrong call would
+// corrupt memory with.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -51,7 +52,8 @@ flmoe::AttentionForward attention_args(const py::tuple& q, const py::tuple& k, c
   for (int64_t p = 0; p <= args.problems; ++p) {
     if (args.cumulative[p] < last || args.cumulative[p] > args.rows)
       throw std::invalid_argument(
-          "cu_seqlens: expected values that start at 0 or above, never decrease and stay within rows");
+          "cu_seqlens: expected values that start at 0 or above, never decrease and stay within "
+          "rows");
     last = args.cumulative[p];
   }
   args.scale = scale;
@@ -72,20 +74,20 @@ void without_gil(const F& body) {
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward",
-        [](int dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v, Address cumulative,
-           const py::tuple& sizes, double scale, Address seed, int64_t threshold, Address out,
-           Address lse, int threads) {
-          const auto args = attention_args(q, k, v, cumulative, five(sizes), scale, seed, threshold,
-                                           out, lse, threads);
-          const DType type = dtype_of(dtype);
-          without_gil([&] { flmoe::active_kernels().attention_forward(type, args); });
-        });
+  m.def("attention_forward", [](int dtype, const py::tuple& q, const py::tuple& k,
+                                const py::tuple& v, Address cumulative, const py::tuple& sizes,
+                                double scale, Address seed, int64_t threshold, Address out,
+                                Address lse, int threads) {
+    const auto args =
+        attention_args(q, k, v, cumulative, five(sizes), scale, seed, threshold, out, lse, threads);
+    const DType type = dtype_of(dtype);
+    without_gil([&] { flmoe::active_kernels().attention_forward(type, args); });
+  });
   m.def("attention_backward",
-        [](int dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v, Address cumulative,
-           const py::tuple& sizes, double scale, Address seed, int64_t threshold, Address out,
-           Address lse, int threads, const py::tuple& grad_out, const py::tuple& grad_q,
-           const py::tuple& grad_k, const py::tuple& grad_v) {
+        [](int dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v,
+           Address cumulative, const py::tuple& sizes, double scale, Address seed,
+           int64_t threshold, Address out, Address lse, int threads, const py::tuple& grad_out,
+           const py::tuple& grad_q, const py::tuple& grad_k, const py::tuple& grad_v) {
           flmoe::AttentionBackward args{};
           args.forward = attention_args(q, k, v, cumulative, five(sizes), scale, seed, threshold,
                                         out, lse, threads);
@@ -97,17 +99,17 @@ void bind_attention(py::module_& m) {
 }
 
 void bind_linear(py::module_& m) {
-  m.def("linear_forward", [](int dtype, Address x, Address weight, Address bias, Address out,
-                             int64_t experts, int64_t rows, int64_t in_width, int64_t out_width,
-                             int threads) {
-    flmoe::LinearArgs args{};
-    args.x = pointer(x), args.weight = pointer(weight), args.bias = pointer(bias);
-    args.out = pointer(out);
-    args.experts = experts, args.rows = rows, args.in_width = in_width;
-    args.out_width = out_width, args.threads = threads;
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().linear_forward(type, args); });
-  });
+  m.def("linear_forward",
+        [](int dtype, Address x, Address weight, Address bias, Address out, int64_t experts,
+           int64_t rows, int64_t in_width, int64_t out_width, int threads) {
+          flmoe::LinearArgs args{};
+          args.x = pointer(x), args.weight = pointer(weight), args.bias = pointer(bias);
+          args.out = pointer(out);
+          args.experts = experts, args.rows = rows, args.in_width = in_width;
+          args.out_width = out_width, args.threads = threads;
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().linear_forward(type, args); });
+        });
   m.def("linear_backward",
         [](int dtype, Address x, Address weight, Address grad_out, Address grad_x,
            Address grad_weight, Address grad_bias, int64_t experts, int64_t rows, int64_t in_width,
@@ -156,11 +158,11 @@ void bind_norm(py::module_& m) {
         });
 }
 
-flmoe::GeluArgs gelu_args(Address x, Address grad_out, Address out, Address seed,
-                          int64_t threshold, int64_t experts, int64_t rows, int64_t width,
-                          int threads) {
-  return {pointer(x), pointer(grad_out), pointer(out), dropout(seed, threshold), experts, rows,
-          width,      threads};
+flmoe::GeluArgs gelu_args(Address x, Address grad_out, Address out, Address seed, int64_t threshold,
+                          int64_t experts, int64_t rows, int64_t width, int threads) {
+  return {
+      pointer(x), pointer(grad_out), pointer(out), dropout(seed, threshold), experts, rows, width,
+      threads};
 }
 
 void bind_gelu(py::module_& m) {
@@ -170,14 +172,14 @@ void bind_gelu(py::module_& m) {
     const DType type = dtype_of(dtype);
     without_gil([&] { flmoe::active_kernels().gelu_forward(type, args); });
   });
-  m.def("gelu_backward", [](int dtype, Address x, Address grad_out, Address grad_x, Address seed,
-                            int64_t threshold, int64_t experts, int64_t rows, int64_t width,
-                            int threads) {
-    const auto args =
-        gelu_args(x, grad_out, grad_x, seed, threshold, experts, rows, width, threads);
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().gelu_backward(type, args); });
-  });
+  m.def("gelu_backward",
+        [](int dtype, Address x, Address grad_out, Address grad_x, Address seed, int64_t threshold,
+           int64_t experts, int64_t rows, int64_t width, int threads) {
+          const auto args =
+              gelu_args(x, grad_out, grad_x, seed, threshold, experts, rows, width, threads);
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().gelu_backward(type, args); });
+        });
 }
 
 // sizes = (experts, views, rows, segments, width)
@@ -198,14 +200,14 @@ flmoe::PoolArgs pool_args(Address cumulative, bool has_update, Address seed, int
 }
 
 void bind_pool(py::module_& m) {
-  m.def("pool_forward", [](int dtype, Address residual, Address update, Address cumulative,
-                           Address seed, int64_t threshold, Address out, const py::tuple& sizes,
-                           int threads) {
-    auto args = pool_args(cumulative, update != 0, seed, threshold, five(sizes), threads);
-    args.residual = pointer(residual), args.update = pointer(update), args.out = pointer(out);
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().pool_forward(type, args); });
-  });
+  m.def("pool_forward",
+        [](int dtype, Address residual, Address update, Address cumulative, Address seed,
+           int64_t threshold, Address out, const py::tuple& sizes, int threads) {
+          auto args = pool_args(cumulative, update != 0, seed, threshold, five(sizes), threads);
+          args.residual = pointer(residual), args.update = pointer(update), args.out = pointer(out);
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().pool_forward(type, args); });
+        });
   m.def("pool_backward", [](int dtype, Address grad_out, Address cumulative, Address seed,
                             int64_t threshold, Address grad_residual, Address grad_update,
                             const py::tuple& sizes, int threads) {
@@ -236,19 +238,26 @@ void bind_views(py::module_& m) {
 void bind_losses(py::module_& m) {
   m.def("loss_forward", [](int dtype, Address latents, Address losses, int64_t experts,
                            int64_t views, int64_t batch, int64_t width, int threads) {
-    const flmoe::LossArgs args{pointer(latents), nullptr, pointer(losses), nullptr, experts, views,
-                               batch,            width,   threads};
+    const flmoe::LossArgs args{
+        pointer(latents), nullptr, pointer(losses), nullptr, experts, views, batch, width, threads};
     const DType type = dtype_of(dtype);
     without_gil([&] { flmoe::active_kernels().loss_forward(type, args); });
   });
-  m.def("loss_backward", [](int dtype, Address latents, Address grad_losses, Address grad_latents,
-                            int64_t experts, int64_t views, int64_t batch, int64_t width,
-                            int threads) {
-    const flmoe::LossArgs args{pointer(latents), pointer(grad_losses), nullptr,
-                               pointer(grad_latents), experts, views, batch, width, threads};
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().loss_backward(type, args); });
-  });
+  m.def("loss_backward",
+        [](int dtype, Address latents, Address grad_losses, Address grad_latents, int64_t experts,
+           int64_t views, int64_t batch, int64_t width, int threads) {
+          const flmoe::LossArgs args{pointer(latents),
+                                     pointer(grad_losses),
+                                     nullptr,
+                                     pointer(grad_latents),
+                                     experts,
+                                     views,
+                                     batch,
+                                     width,
+                                     threads};
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().loss_backward(type, args); });
+        });
 }
 
 }  // namespace
@@ -256,8 +265,10 @@ void bind_losses(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of flmoe_kernels; called through its Python operators only.";
   m.def("instruction_set", [] { return flmoe::active_instruction_set(); });
+  m.def("instruction_set_runs", [](const char* name) { return flmoe::instruction_set_runs(name); });
   m.def("parallel_pool", [] { return flmoe::parallel_pool(); });
-  m.def("advise_huge", [](Address data, int64_t bytes) { flmoe::advise_huge(pointer(data), bytes); });
+  m.def("advise_huge",
+        [](Address data, int64_t bytes) { flmoe::advise_huge(pointer(data), bytes); });
   bind_attention(m);
   bind_linear(m);
   bind_norm(m);

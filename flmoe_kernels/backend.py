@@ -35,9 +35,13 @@ class BackendUnavailable(RuntimeError):
 def _load_native() -> tuple[ModuleType | None, str]:
     # After torch: the native module shares the OpenMP pool that torch has loaded.
     try:
-        return importlib.import_module("flmoe_kernels._native"), ""
+        module = importlib.import_module("flmoe_kernels._native")
+        module.instruction_set()
     except ImportError as error:
         return None, f"the native module is not built or cannot be loaded ({error})"
+    except RuntimeError as error:  # FLMOE_ISA names what this processor cannot run
+        return None, str(error)
+    return module, ""
 
 
 _native, _native_reason = _load_native()
@@ -53,6 +57,14 @@ def native() -> ModuleType:
 def instruction_set() -> str:
     """The instruction set that the CPU kernels chose ("avx512", "avx2", "baseline"), or "none"."""
     return "none" if _native is None else str(_native.instruction_set())
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this processor can run, best first; FLMOE_ISA picks one."""
+    if _native is None:
+        return ()
+    runs = _native.instruction_set_runs
+    return tuple(name for name in ("avx512", "avx2", "baseline") if runs(name))
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:

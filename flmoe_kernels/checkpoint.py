@@ -61,7 +61,7 @@ class _File:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What `swap_checkpoint` did: where it wrote, with what settings, and the report of the check."""
+    """What `swap_checkpoint` did: where it wrote, with what settings, and the check's report."""
 
     source: Path
     out: Path
@@ -82,11 +82,11 @@ class Conversion:
         }
 
     def summary(self) -> str:
-        """Two lines: what was read and with what settings, and what was written."""
+        """What was read, with what settings it was run, and what was written."""
         return (
-            f"Read {self.source}: {_in_words(self.architecture)}; run with {self.num_heads} "
-            f"heads and temperature {self.temperature:g}, which parameters do not tell.\n"
-            f"Wrote {self.out}."
+            f"Read {self.source}: {_in_words(self.architecture)}.\n"
+            f"Run with {self.num_heads} heads and temperature {self.temperature:g}, which its "
+            f"parameters do not tell.\nWrote {self.out}."
         )
 
 
@@ -181,7 +181,7 @@ def _read(path: Path) -> _File:
             raise CheckpointError(
                 path,
                 f"expected a state_dict or {{{MODEL_KEY!r}: state_dict}}, but {key!r} holds a "
-                f"{type(value).__name__}",
+                f"value of type {type(value).__name__}",
             )
     config = dict(config) if isinstance(config, Mapping) else {}
     return _File(path, _unprefixed(state), config, others)

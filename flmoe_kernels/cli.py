@@ -90,11 +90,57 @@ def info(
         print_info(facts)
 
 
+@app.command()
+def swap(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the published layer.")],
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads, which no checkpoint tells.  [default: 4]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the softmax over experts.  [default: 1.0]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write.  [default: CHECKPOINT.flmoe.pt]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+) -> None:
+    """Check the fast layer on a checkpoint, and write the checkpoint with its settings."""
+    from flmoe_kernels.checkpoint import CheckpointError, swap_checkpoint
+
+    try:
+        conversion = swap_checkpoint(checkpoint, num_heads=heads, temperature=temperature, out=out)
+    except CheckpointError as error:
+        fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(conversion.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        typer.echo(conversion.summary())
+        Console().print(conversion.report)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results, made if missing.")] = Path(
+        "demo_out"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of data, weights and noise.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Every stage, hardly trained.")] = False,
+) -> None:
+    """Train the reference layer on real digits, swap it, compare both, and write the results."""
+    from flmoe_kernels.demo import main as run_demo
+
+    with needs_extra("demo"):
+        code = run_demo(out, seed=seed, quick=quick)
+    raise typer.Exit(code)
+
+
 def gather_info() -> dict[str, Any]:
     """What `info` shows, as plain values that JSON can hold."""
     import torch
 
-    from flmoe_kernels.backend import backend_status, instruction_set
+    from flmoe_kernels.backend import backend_status, instruction_set, instruction_sets
 
     status = backend_status()
     native_runs = status["cpu"][0]
@@ -111,6 +157,7 @@ def gather_info() -> dict[str, Any]:
         "missing": missing,
         "devices": {"cpu": cpu_model(), "cuda": cuda_devices()},
         "instruction_set": instruction_set() if native_runs else None,
+        "instruction_sets": list(instruction_sets()),
         "threads": torch.get_num_threads(),
         "backends": {name: {"ok": ok, "reason": reason} for name, (ok, reason) in status.items()},
     }
@@ -151,6 +198,7 @@ def print_info(facts: dict[str, Any]) -> None:
     machine.add_row("cpu", Text(facts["devices"]["cpu"]))
     machine.add_row("cuda", Text(", ".join(facts["devices"]["cuda"]) or "no device"))
     machine.add_row("instruction set", facts["instruction_set"] or "none: no native module")
+    machine.add_row("  of", ", ".join(facts["instruction_sets"]) or "-")
     machine.add_row("threads", str(facts["threads"]))
 
     backends = Table("backend", "runs here", "reason", title="Backends", title_justify="left")

@@ -53,8 +53,6 @@ def keep_mask(
         c2, c3 = ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
         k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
     word = (zero + column // 32) % 4
-    value = torch.where(
-        word < 2, torch.where(word == 0, c0, c1), torch.where(word == 2, c2, c3)
-    )
+    value = torch.where(word < 2, torch.where(word == 0, c0, c1), torch.where(word == 2, c2, c3))
     draw = torch.where(column % 2 == 0, value & 0xFFFF, value >> 16)
     return draw < keep_threshold(p)

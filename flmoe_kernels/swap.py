@@ -19,7 +19,8 @@ from .interaction_moe.structure import (
     check_state,
     describe,
 )
-from .swap_check import Case, Comparison, Disagreement, capture, compare, first_line
+from .swap_check import Case, Comparison, capture, compare
+from .swap_outputs import Disagreement, first_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

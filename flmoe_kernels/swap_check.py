@@ -13,6 +13,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,21 +21,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .interaction_moe.architecture import LayerSpec, build
+from .swap_outputs import (
+    Disagreement,
+    Outputs,
+    check_fast_losses,
+    check_own_losses,
+    collect,
+    first_line,
+    largest,
+    within_budget,
+)
 
-GROUPS = ("logits", "weights", "latents", "losses")
 MAX_SAMPLES = 4
 RANDOM_LENGTHS = (17, 12, 7, 13, 5)
-ROUNDING = 2.0
-# The published layer computes its positions in float32 whatever its dtype, so that in float64 it is
-# itself no closer to exact than this.
-FLOAT64_ROUNDING = 1e-5
 TIMED_CALLS = 5
-
-Outputs = dict[str, list[Tensor]]
-
-
-class Disagreement(Exception):
-    """The two layers differ, or cannot be compared; the message is the reason for the report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,10 @@ def compare(
 ) -> Comparison:
     """Compare a layer with its fast replacement, in eval mode.
 
-    Every view, the weights, the losses and inference are compared. In each group of outputs the
-    fast layer's error against the original in float64 may be at most twice the error of the
-    original itself in its own dtype, plus two units of rounding of the group's largest value. Where
-    the original does not run in its own dtype (the published layer adds float32 positions, which
-    its bfloat16 and float16 weights refuse), the reference layer's error takes the place of its.
+    Every view, the weights, the losses and inference are compared, each with the budget that
+    `swap_outputs` states. Where the original does not run in its own dtype (the published layer
+    adds float32 positions, which its bfloat16 and float16 weights refuse), the reference layer's
+    error takes the place of its own.
 
     Args:
         layer: the original; not run and not changed.
@@ -115,9 +114,13 @@ def compare(
                 peer = _reference_copy(layer, spec)
                 own = _original(peer, at, noise, spec)
             found = _fast(fast, at, noise, spec)
-            for group in precise:
-                error = _within_budget(group, found[group], own[group], precise[group], dtype)
+            for group in precise.groups:
+                error = within_budget(group, found, own, precise, dtype)
                 errors[group] = max(errors.get(group, 0.0), error)
+            check_own_losses(precise)
+            check_fast_losses(found, dtype)
+            error = largest(found.losses, precise.losses)
+            errors["losses"] = max(errors.get("losses", 0.0), error)
         first = _moved(cases[0], device, dtype)
         speed_up = _speed_up(original, fast, first) if peer is original else None
     return Comparison(errors, speed_up)
@@ -167,7 +170,7 @@ def capture(
 ) -> dict[int, Case]:
     """Run the model in eval mode and keep the first call of each layer, by id(layer).
 
-    Modes are restored, no gradient is recorded. Calls of forward and of inference are seen. The
+    Calls of forward and of inference are seen. Modes are restored and no gradient is recorded. The
     model's own hooks fire, and an error of the model is the caller's.
     """
     seen: dict[int, Case] = {}
@@ -189,23 +192,22 @@ def capture(
 
 
 def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], object]]:
-    """Record the layer's calls; yields what undoes it."""
+    """Let a copy answer the layer's calls and record them; yields what undoes it."""
+    clone = bare_copy(layer).eval()
 
-    def record(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict(zip(("inputs", "masks"), args, strict=False)) | kwargs
-        if id(layer) not in seen:
-            seen[id(layer)] = Case(_tensors(given.get("inputs")), _masks(given.get("masks")))
-
-    yield layer.register_forward_pre_hook(record, with_kwargs=True).remove
-    inference = getattr(layer, "inference", None)
-    if callable(inference):
-
+    def recording(answer: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            record(layer, args, kwargs)
-            return inference(*args, **kwargs)
+            given = dict(zip(("inputs", "masks"), args, strict=False)) | kwargs
+            if id(layer) not in seen:
+                seen[id(layer)] = Case(_tensors(given.get("inputs")), _masks(given.get("masks")))
+            return answer(*args, **kwargs)
 
-        layer.__dict__["inference"] = recorded
-        yield lambda: layer.__dict__.pop("inference")
+        return recorded
+
+    for method in ("forward", "inference"):
+        if callable(answer := getattr(clone, method, None)):
+            layer.__dict__[method] = recording(answer)
+            yield partial(layer.__dict__.pop, method)
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -295,7 +297,7 @@ def _original(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec
         raise Disagreement(f"its own forward fails: {first_line(error)}") from error
     if given.left:
         raise Disagreement("does not draw one replacement with torch.randn_like per view")
-    return _collect(result, inferred, spec)
+    return collect(result, inferred, spec)
 
 
 def _fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
@@ -304,55 +306,7 @@ def _fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) ->
         inferred = layer.inference(list(case.inputs), case.masks)
     except Exception as error:
         raise Disagreement(f"the fast layer fails: {first_line(error)}") from error
-    return _collect(result, inferred, spec)
-
-
-def _collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
-    """The outputs of forward and inference by group."""
-    latents_out = spec.compat == "fl_i2moe"
-    count = 4 + spec.fusion_sparse + latents_out
-    if not isinstance(result, tuple) or len(result) != count:
-        got = len(result) if isinstance(result, tuple) else type(result).__name__
-        raise Disagreement(f"its forward returns {got} values, expected {count}")
-    experts, weights, logits, losses = result[:4]
-    views = [view for expert in experts for view in expert]
-    outputs: Outputs = {
-        "logits": [logits, *(view[0] if latents_out else view for view in views)],
-        "weights": [weights],
-        "losses": list(losses),
-    }
-    if latents_out:
-        outputs["latents"] = [*(view[1] for view in views), *result[-1]]
-    if inferred is not None:
-        expert_logits, weights, logits = inferred
-        outputs["logits"] += [logits, *expert_logits]
-        outputs["weights"].append(weights)
-    return outputs
-
-
-def _within_budget(
-    group: str, fast: list[Tensor], own: list[Tensor], exact: list[Tensor], dtype: torch.dtype
-) -> float:
-    """The fast layer's largest error in the group; Disagreement where it exceeds the budget."""
-    exact, fast, own = ([x.double() for x in part] for part in (exact, fast[: len(exact)], own))
-    if [x.shape for x in fast] != [x.shape for x in exact]:
-        raise Disagreement(f"{group}: the shapes differ from the fast layer's")
-    if not all(bool(x.isfinite().all()) for x in (*exact, *own)):
-        raise Disagreement(f"{group}: its own outputs are not finite, nothing can be compared")
-    scale = max(float(x.abs().max()) for x in exact)
-    rounding = FLOAT64_ROUNDING if dtype == torch.float64 else ROUNDING * torch.finfo(dtype).eps
-    budget = 2.0 * _largest(own, exact) + rounding * scale
-    error = _largest(fast, exact)
-    if not error <= budget:
-        raise Disagreement(
-            f"the fast layer's {group} are off by {error:.1e} where {budget:.1e} is allowed"
-        )
-    return error
-
-
-def _largest(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest absolute difference; NaN where any is."""
-    return float(torch.stack([(x - y).abs().max() for x, y in zip(a, b, strict=True)]).max())
+    return collect(result, inferred, spec)
 
 
 def _speed_up(original: Any, fast: Any, case: Case) -> float | None:
@@ -369,8 +323,3 @@ def _speed_up(original: Any, fast: Any, case: Case) -> float | None:
             if turn:
                 record.append(time.perf_counter() - start)
     return statistics.median(seconds[0]) / statistics.median(seconds[1])
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -16,7 +16,9 @@ def require_same(name: str, value: Tensor, other: str, reference: Tensor) -> Non
     if value.dtype != reference.dtype:
         raise TypeError(f"{name}: expected dtype {reference.dtype} as {other}, got {value.dtype}")
     if value.device != reference.device:
-        raise ValueError(f"{name}: expected device {reference.device} as {other}, got {value.device}")
+        raise ValueError(
+            f"{name}: expected device {reference.device} as {other}, got {value.device}"
+        )
 
 
 def require_floating(name: str, value: Tensor) -> None:

@@ -83,7 +83,9 @@ void parallel_items(int64_t items, int threads, ItemFn fn, void* context) {
   if (loop.error) std::rethrow_exception(loop.error);
 }
 
-const char* parallel_pool() { return gomp() != nullptr ? "openmp" : "threads"; }
+const char* parallel_pool() {
+  return gomp() != nullptr ? "openmp" : "threads";
+}
 
 void* thread_scratch(int slot, int64_t bytes) {
   thread_local Scratch scratch;

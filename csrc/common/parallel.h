@@ -1,8 +1,9 @@
 // One parallel loop for all CPU kernels.
 //
-// Work items are handed out dynamically, so results must not depend on which thread runs an item: every
-// item owns its outputs. The loop runs on the OpenMP pool that torch already keeps (found at run time), since
-// a second pool would fight with torch's spinning workers for the same cores; without one it starts threads.
+// Work items are handed out dynamically, so results must not depend on which thread runs an item:
+// every item owns its outputs. The loop runs on the OpenMP pool that torch already keeps (found at
+// run time), since a second pool would fight with torch's spinning workers for the same cores;
+// without one it starts threads.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,8 @@ void parallel_for(int64_t items, int threads, const F& body) {
 // Contents are undefined. Slots let one item hold several buffers.
 void* thread_scratch(int slot, int64_t bytes);
 
-// Asks for huge pages under a large fresh buffer: first-touch faults cost more than the kernels that fill it.
+// Asks for huge pages under a large fresh buffer: first-touch faults cost more than the kernels
+// that fill it.
 void advise_huge(void* data, int64_t bytes);
 
 }  // namespace flmoe

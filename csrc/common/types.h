@@ -1,4 +1,5 @@
-// Element types as they cross the Python border, and their conversion to the type that is computed in.
+// Element types as they cross the Python border, and their conversion to the type that is computed
+// in.
 #pragma once
 
 #include <cstdint>

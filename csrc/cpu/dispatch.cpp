@@ -16,12 +16,14 @@ struct Choice {
 };
 
 #if defined(FLMOE_HAVE_X86_ISAS)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
 }
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
 const Choice kChoices[] = {
@@ -54,7 +56,17 @@ const Choice& active() {
 
 }  // namespace
 
-const Kernels& active_kernels() { return active().kernels(); }
-const char* active_instruction_set() { return active().name; }
+const Kernels& active_kernels() {
+  return active().kernels();
+}
+const char* active_instruction_set() {
+  return active().name;
+}
+
+bool instruction_set_runs(const char* name) {
+  for (const Choice& choice : kChoices)
+    if (std::strcmp(choice.name, name) == 0) return choice.supported();
+  return false;
+}
 
 }  // namespace flmoe

@@ -1,9 +1,9 @@
 // The register-tiled matrix product under every CPU kernel of this package.
 //
-// C (M x N) = or += A (M x K) B (K x N), all in the compute type. A is read through two strides, so that a
-// transpose costs nothing; rows of B and C are contiguous and N is padded to whole vectors by the
-// caller. 6 rows x 4 vectors (AVX-512) keep 24 independent multiply-add chains in registers, enough to
-// cover the latency of two FMA units; each loaded vector of B feeds 6 of them.
+// C (M x N) = or += A (M x K) B (K x N), all in the compute type. A is read through two strides, so
+// that a transpose costs nothing; rows of B and C are contiguous and N is padded to whole vectors
+// by the caller. 6 rows x 4 vectors (AVX-512) keep 24 independent multiply-add chains in registers,
+// enough to cover the latency of two FMA units; each loaded vector of B feeds 6 of them.
 #pragma once
 
 #include "cpu/simd.h"

@@ -1,5 +1,6 @@
-// What a kernel file offers: one table of entry points per instruction set. Plain pointers and sizes in,
-// nothing of torch. All tensors are contiguous unless a RowView says otherwise; sizes are in elements.
+// What a kernel file offers: one table of entry points per instruction set. Plain pointers and
+// sizes in, nothing of torch. All tensors are contiguous unless a RowView says otherwise; sizes are
+// in elements.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +21,8 @@ struct AttentionForward {
   int64_t groups, problems, rows, heads, width;
   double scale;
   DropoutSpec dropout;
-  void* out;        // (groups, rows, heads, width)
-  void* lse;        // (groups, rows, heads), compute type
+  void* out;  // (groups, rows, heads, width)
+  void* lse;  // (groups, rows, heads), compute type
   int threads;
 };
 
@@ -73,7 +74,8 @@ struct PoolArgs {
   int threads;
 };
 
-// out[e, v, r] = x[e, modality[r] == v - 1 ? 1 : 0, r]: view v takes its noise where its modality is replaced.
+// out[e, v, r] = x[e, modality[r] == v - 1 ? 1 : 0, r]: view v takes its noise where its modality
+// is replaced.
 struct ViewsArgs {
   const void* x;
   const int32_t* modality;
@@ -118,8 +120,12 @@ const Kernels& kernels();
 }
 #endif
 
-// The table for this processor, or the one named by FLMOE_ISA (baseline, avx2, avx512) if it can run here.
+// The table for this processor, or the one named by FLMOE_ISA (baseline, avx2, avx512) if it can
+// run here.
 const Kernels& active_kernels();
 const char* active_instruction_set();
+
+// Whether this processor runs the instruction set of that name.
+bool instruction_set_runs(const char* name);
 
 }  // namespace flmoe

@@ -1,10 +1,11 @@
-// Dropout masks from a counter-based generator: any element's mask can be made again from its indices, so
-// no mask is ever stored, and every backend that follows this page draws the same one.
+// Dropout masks from a counter-based generator: any element's mask can be made again from its
+// indices, so no mask is ever stored, and every backend that follows this page draws the same one.
 //
-// Philox 4x32 with 7 rounds (Salmon et al., SC 2011; seven rounds pass BigCrush). Key: the seed's two
-// halves. Counter: (column block, row, head, problem). One counter yields four words, eight 16-bit draws.
-// Column c of a row belongs to group g = c / 128, word w = c / 32 % 4, half c % 2 of the counter whose
-// column block is 16 g + c / 2 % 16. A draw below `threshold` keeps: keep rate = threshold / 65536.
+// Philox 4x32 with 7 rounds (Salmon et al., SC 2011; seven rounds pass BigCrush). Key: the seed's
+// two halves. Counter: (column block, row, head, problem). One counter yields four words, eight
+// 16-bit draws. Column c of a row belongs to group g = c / 128, word w = c / 32 % 4, half c % 2 of
+// the counter whose column block is 16 g + c / 2 % 16. A draw below `threshold` keeps: keep rate =
+// threshold / 65536.
 #pragma once
 
 #include "cpu/simd.h"
@@ -86,8 +87,7 @@ inline void dropout_bits(const Dropout& d, uint32_t problem, uint32_t head, uint
   __m256i words[2][4];
   for (int half = 0; half < 2; ++half) {
     const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-    __m256i c0 =
-        _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(group * 16 + 8 * half)), lane);
+    __m256i c0 = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(group * 16 + 8 * half)), lane);
     __m256i c1 = _mm256_set1_epi32(static_cast<int>(row));
     __m256i c2 = _mm256_set1_epi32(static_cast<int>(head));
     __m256i c3 = _mm256_set1_epi32(static_cast<int>(problem));

@@ -1,7 +1,8 @@
 // Vectors of the instruction set that a kernel file is compiled for (GCC/Clang vector extensions).
 //
 // Kernel files are compiled once per instruction set, inside namespace flmoe::FLMOE_ISA, and use no
-// templates of the standard library: the linker may keep any one copy of those, from any of the sets.
+// templates of the standard library: the linker may keep any one copy of those, from any of the
+// sets.
 #pragma once
 
 #include <cmath>
@@ -64,18 +65,34 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-template <typename A>
-inline A sum_lanes(Vec<A> v) {
-  A total = 0;
-  for (int i = 0; i < kLanes<A>; ++i) total += v[i];
-  return total;
+// Reductions halve the vector until one lane is left.
+template <typename A, int N>
+struct Part {
+  using Type __attribute__((vector_size(N * sizeof(A)))) = A;
+};
+
+template <typename A, int N, typename F>
+inline A reduce(typename Part<A, N>::Type v, const F& combine) {
+  if constexpr (N == 2) {
+    const typename Part<A, 2>::Type swapped = {v[1], v[0]};
+    return combine(v, swapped)[0];
+  } else {
+    typename Part<A, N / 2>::Type low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return reduce<A, N / 2>(combine(low, high), combine);
+  }
 }
 
 template <typename A>
+inline A sum_lanes(Vec<A> v) {
+  return reduce<A, kLanes<A>>(v, [](auto x, auto y) { return x + y; });
+}
+
+// The largest lane; NaN if there is one.
+template <typename A>
 inline A max_lanes(Vec<A> v) {
-  A best = v[0];
-  for (int i = 1; i < kLanes<A>; ++i) best = v[i] > best || v[i] != v[i] ? v[i] : best;
-  return best;
+  return reduce<A, kLanes<A>>(v, [](auto x, auto y) { return ((x > y) | (x != x)) ? x : y; });
 }
 
 // Keeps the lanes whose bit is set, in lane order from the lowest bit; the others become exactly 0.
@@ -121,9 +138,9 @@ inline VecD exp_vec(VecD x) {
   return x;
 }
 
-// Standard normal distribution function and density of x: GELU(x) = x * cdf, GELU'(x) = cdf + x * pdf.
-// cdf(-|x|) = exp(-x^2/2) P(s) / 2 with s = 1 / (1 + 0.42 |x| / sqrt 2) and P fitted to the scaled
-// complementary error function with a relative error of 4e-8.
+// Standard normal distribution function and density of x: GELU(x) = x * cdf, GELU'(x) = cdf + x *
+// pdf. cdf(-|x|) = exp(-x^2/2) P(s) / 2 with s = 1 / (1 + 0.42 |x| / sqrt 2) and P fitted to the
+// scaled complementary error function with a relative error of 4e-8.
 inline void normal_cdf_pdf(VecF x, VecF* cdf, VecF* pdf) {
   const VecF positive = x < 0.0f ? -x : x;
   const VecF s = 1.0f / (positive * 0.29698485f + 1.0f);
@@ -221,6 +238,8 @@ inline void write_row(const A* in, T* out, int64_t n) {
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 }  // namespace flmoe::FLMOE_ISA

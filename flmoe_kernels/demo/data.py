@@ -1,15 +1,15 @@
 """Real digits as two modalities of patch tokens, with labels whose interaction kind is known.
 
-A sample is a pair of handwritten digits, image A and image B, each seen by a frozen encoder of its own
-and turned into 4 x 4 patch tokens. What the label says about the pair fixes the kind of interaction:
+A sample is a pair of handwritten digits, image A and image B, each turned into 4 x 4 patch tokens
+by a frozen encoder of its own. What the label says about the pair fixes the kind of interaction:
 
     unique_a   the digit in A; B is drawn independently and tells nothing
     unique_b   the digit in B; A tells nothing
     redundant  the digit that both show, in two different images: either one is enough
     synergy    the parity of the sum of both digits: neither alone is better than chance
 
-Images are split once, before anything is trained: the encoders, their normalisation and the layer see
-training images only.
+Images are split once, before anything is trained: the encoders, their normalisation and the layer
+see training images only.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Samples of one task: image indices per modality, labels (S), masks (S, tokens), True = valid."""
+    """Samples of a task: image indices per modality, labels (S), masks (S, tokens) True = valid."""
 
     index: tuple[Tensor, Tensor]
     labels: Tensor
@@ -106,7 +106,10 @@ def load(seed: int) -> Digits:
 
 
 class PatchEncoder(nn.Module):
-    """Two convolutions from an 8 x 8 digit to 16 tokens: one for each 2 x 2 patch and its surroundings."""
+    """Three convolutions from an 8 x 8 digit to 16 tokens: each a 2 x 2 patch and its surroundings.
+
+    The head that trains it reads the mean of the tokens, so that every token carries evidence.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -124,7 +127,9 @@ class PatchEncoder(nn.Module):
         return self.body(images).flatten(2).transpose(1, 2)
 
 
-def train_encoder(digits: Digits, width: int, generator: torch.Generator, steps: int) -> PatchEncoder:
+def train_encoder(
+    digits: Digits, width: int, generator: torch.Generator, steps: int
+) -> PatchEncoder:
     """Train on the digits of the training images, then freeze."""
     encoder = PatchEncoder(width)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
@@ -140,9 +145,9 @@ def train_encoder(digits: Digits, width: int, generator: torch.Generator, steps:
 
 @torch.no_grad()
 def _encode(encoder: PatchEncoder, digits: Digits) -> tuple[Tensor, float]:
-    """Tokens of all images at zero mean and unit variance over the training images, and test accuracy.
+    """Tokens of all images, standardised over the training images, and the encoder's test accuracy.
 
-    Unit variance because the perturbed views replace a modality by N(0, 1) noise.
+    Standardised because the perturbed views replace a modality by N(0, 1) noise.
     """
     tokens = encoder(digits.images)
     guess = encoder.head(tokens.mean(dim=1)).argmax(dim=1)

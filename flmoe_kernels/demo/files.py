@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside the target, then put it in the target's place.
 
     Whatever ends `write` early, Ctrl-C included, leaves the target as it was and no temporary file.

@@ -52,6 +52,8 @@ def measure(mode: str, settings: Settings) -> Peak:
 
 def main(mode: str, settings: Settings) -> Peak:
     """Measure a training step of one layer in this process."""
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
     torch.manual_seed(settings.seed)
     model = PairClassifier(NUM_CLASSES, settings).train()
     if mode == "fast":

@@ -33,7 +33,7 @@ class PairClassifier(nn.Module):
             num_heads=settings.num_heads,
             dropout=settings.dropout,
         )
-        self.layer: nn.Module = ReferenceInteractionMoE(
+        self.layer = ReferenceInteractionMoE(
             num_modalities=2,
             fusion_model=fusion,
             hidden_dim=settings.width,
@@ -153,9 +153,14 @@ class Reliance:
     alone: tuple[float, ...]
 
     @property
-    def most(self) -> str:
-        """The expert with the largest share."""
-        return EXPERTS[max(range(len(EXPERTS)), key=self.share.__getitem__)]
+    def most(self) -> dict[str, str]:
+        """The expert relied on most: by share, by weight, and by the accuracy lost without it."""
+        measures = {
+            "share": self.share,
+            "weight": self.weight,
+            "accuracy_lost": tuple(-accuracy for accuracy in self.without),
+        }
+        return {name: EXPERTS[values.index(max(values))] for name, values in measures.items()}
 
 
 def reliance(predictions: Predictions, labels: Tensor) -> Reliance:

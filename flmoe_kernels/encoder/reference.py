@@ -5,6 +5,8 @@ E experts, R rows, K in and N out width, D width, V views, n rows of one view, S
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,10 +47,8 @@ def dropout_add_norm(
 ) -> tuple[Tensor, Tensor]:
     """sum = residual + dropout(update), or without a residual u + dropout(u), u = dropout(update); norm of it."""
     dropped = dropout(update, seed, p)
-    if residual is None:
-        total = dropped + dropout(dropped, seed, p, stream=1)
-    else:
-        total = residual + dropped
+    base = dropout(dropped, seed, p, stream=1) if residual is None else residual
+    total = base + dropped
     return total, expert_norm(total, gain, shift, eps)
 
 
@@ -69,10 +69,7 @@ def dropout_add_pool(
     experts, rows, width = residual.shape
     total = (residual + dropout(update, seed, p)).view(experts, views, rows // views, width)
     bounds = cu_segments.tolist()
-    means = [
-        total[:, :, a:b].sum(dim=2) / max(b - a, 1)
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    means = [total[:, :, a:b].sum(dim=2) / max(b - a, 1) for a, b in itertools.pairwise(bounds)]
     return torch.stack(means, dim=2)
 
 

@@ -10,7 +10,8 @@ from ..dropout import DRAWS, keep_threshold
 
 
 def _view(x: Tensor) -> tuple[int, int, int, int]:
-    return (x.data_ptr(), *x.stride()[:3])
+    group, row, head, _ = x.stride()
+    return x.data_ptr(), group, row, head
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -23,9 +23,7 @@ torch.library.define(
     "flmoe::expert_attention_backward",
     f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_SAVED}, {_TAIL}) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
-    "flmoe::expert_attention_packed", f"(Tensor qkv, {_TAIL}) -> (Tensor, Tensor)"
-)
+torch.library.define("flmoe::expert_attention_packed", f"(Tensor qkv, {_TAIL}) -> (Tensor, Tensor)")
 torch.library.define(
     "flmoe::expert_attention_packed_backward",
     f"(Tensor grad_out, Tensor qkv, {_SAVED}, {_TAIL}) -> Tensor",

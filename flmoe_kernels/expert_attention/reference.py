@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def attention_reference(
     stats = torch.float64 if q.dtype == torch.float64 else torch.float32
     pieces: list[Tensor] = [q.new_zeros(groups, bounds[0], heads, v.shape[-1])]
     sums: list[Tensor] = [q.new_zeros((groups, bounds[0], heads), dtype=stats)]
-    for p, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for p, (first, last) in enumerate(itertools.pairwise(bounds)):
         query, key, value = (x[:, first:last].transpose(1, 2) for x in (q, k, v))
         scores = (query @ key.transpose(-2, -1)) * scale
         probabilities = scores.softmax(dim=-1)

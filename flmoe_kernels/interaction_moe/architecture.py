@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from torch import nn
+
 from .reference import Compat, FusionTransformer, ReferenceInteractionMoE
 
 MLP_EXPANSION = 2
@@ -145,3 +147,20 @@ def build(
         architecture.reweight_layers,
         temperature,
     )
+
+
+def build_like(spec: LayerSpec) -> ReferenceInteractionMoE:
+    """A reference layer with every size and rate of `spec`, and fresh parameters."""
+    layer = build(spec, spec.num_heads, spec.temperature, fusion_sparse=spec.fusion_sparse)
+    for part in layer.reweight.mlp.network:
+        if isinstance(part, nn.Dropout):
+            part.p = spec.reweight_dropout
+    for expert in layer.interaction_experts:
+        for encoder, rates in zip(expert.fusion_model.network, spec.dropout, strict=False):
+            encoder.attn.attn_drop.p = rates.attention
+            encoder.attn.proj_drop.p = rates.projection
+            encoder.dropout1.p = rates.residual1
+            encoder.mlp.network[2].p = rates.mlp
+            encoder.dropout2.p = rates.residual2
+            encoder.norm1.eps = encoder.norm2.eps = spec.norm_eps
+    return layer

@@ -8,19 +8,19 @@ are never stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import dropout as rng
-from ..encoder import op as _encoder_op  # registers the encoder's operators
-from ..expert_attention import op as _attention_op  # registers flmoe::expert_attention_packed
+from ..encoder import op as _encoder_op  # noqa: F401  registers the encoder's operators
+from ..expert_attention import op as _attention_op  # noqa: F401  registers its operators
 from .packing import TokenPlan
 from .reference import Compat, Replacements, sinusoidal_positions
 
-assert _encoder_op is not None and _attention_op is not None
 _OPS = torch.ops.flmoe
 
 
@@ -50,13 +50,13 @@ def branch_rate(projection: float, residual: float, compat: Compat) -> float:
     return projection if compat == "i2moe" else 1.0 - (1.0 - projection) * (1.0 - residual)
 
 
-def stack_layer(layers: Sequence[nn.Module], compat: Compat, training: bool) -> LayerWeights:
+def stack_layer(layers: Sequence[Any], compat: Compat, training: bool) -> LayerWeights:
     """The weights of one layer index, expert after expert. Gradients flow back to each parameter."""
 
-    def stacked(get: Callable[[nn.Module], Tensor]) -> Tensor:
+    def stacked(get: Callable[[Any], Tensor]) -> Tensor:
         return torch.stack([get(layer) for layer in layers])
 
-    def affine(get: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, Tensor]:
+    def affine(get: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
         return stacked(lambda x: get(x).weight), stacked(lambda x: get(x).bias)
 
     first = layers[0]
@@ -102,33 +102,23 @@ def embed(
     if not with_views:
         return rows.unsqueeze(1)
     if replacements is None:
-        noise = torch.randn(
-            (experts, plan.rows, width), dtype=tokens.dtype, device=tokens.device
-        )
+        noise = torch.randn((experts, plan.rows, width), dtype=tokens.dtype, device=tokens.device)
     else:
         noise = plan.pack(torch.stack([torch.cat(list(each), dim=1) for each in replacements]))
     return torch.stack([rows, noise + place], dim=1)
 
 
-@dataclass
-class Seeds:
-    """One seed per dropout, drawn together from torch's generator; None where nothing is dropped."""
+def draw_seeds(layers: Sequence[LayerWeights]) -> Iterator[Tensor | None]:
+    """A seed for every dropout in the order of use, drawn together; None for those that drop nothing.
 
-    seeds: Sequence[Tensor]
-    next: int = 0
-
-    @classmethod
-    def draw(cls, count: int) -> Seeds:
-        values = torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64)
-        return cls(values.unbind(0))
-
-    def take(self, p: float) -> Tensor | None:
-        seed = self.seeds[self.next]
-        self.next += 1
-        return seed if rng.keep_threshold(p) < rng.DRAWS else None
-
-
-SEEDS_PER_LAYER = 4
+    Without any dropout torch's generator is left alone.
+    """
+    rates = [p for x in layers for p in (x.attention_p, x.branch_p, x.mlp_p, x.output_p)]
+    active = [rng.keep_threshold(p) < rng.DRAWS for p in rates]
+    if not any(active):
+        return iter([None] * len(rates))
+    values = torch.randint(0, 2**63 - 1, (len(rates),), dtype=torch.int64).unbind(0)
+    return iter([value if on else None for value, on in zip(values, active, strict=True)])
 
 
 def encode(
@@ -137,7 +127,7 @@ def encode(
     """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without."""
     experts, copies, n, width = rows.shape
     samples = plan.cu_samples.shape[0] - 1
-    seeds = Seeds.draw(SEEDS_PER_LAYER * len(layers))
+    seeds = draw_seeds(layers)
     first = layers[0]
     flat = rows.reshape(experts, copies * n, width)
     normed, _, _ = _OPS.expert_norm(flat, *first.norm1, first.eps)
@@ -151,20 +141,20 @@ def encode(
         attended, _ = _OPS.expert_attention_packed(
             qkv.view(experts * views, n, 3, layer.heads, width // layer.heads),
             plan.cu_samples,
-            seeds.take(layer.attention_p),
+            next(seeds),
             layer.attention_p,
             (width // layer.heads) ** -0.5,
         )
         branch = _OPS.expert_linear(attended.view(experts, views * n, width), *layer.proj)
         residual = stream if compat == "fl_i2moe" else None
-        seed = seeds.take(layer.branch_p)
+        seed = next(seeds)
         stream, normed, _, _ = _OPS.dropout_add_norm(
             residual, branch, *layer.norm2, seed, layer.branch_p, layer.eps
         )
         hidden = _OPS.expert_linear(normed, *layer.mlp_in)
-        hidden = _OPS.gelu_dropout(hidden, seeds.take(layer.mlp_p), layer.mlp_p)
+        hidden = _OPS.gelu_dropout(hidden, next(seeds), layer.mlp_p)
         update = _OPS.expert_linear(hidden, *layer.mlp_out)
-        seed = seeds.take(layer.output_p)
+        seed = next(seeds)
         if following is None:
             latent = _OPS.dropout_add_pool(
                 stream, update, plan.cu_segments, views, seed, layer.output_p

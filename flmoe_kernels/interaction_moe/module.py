@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
-from . import op as _op  # registers flmoe::interaction_losses
+from . import op as _op  # noqa: F401  registers flmoe::interaction_losses
 from .api import validate_inputs, validate_replacements
-from .architecture import LayerSpec
+from .architecture import LayerSpec, build_like
 from .forward import LayerWeights, embed, encode, stack_layer
 from .packing import TokenPlan, plan_tokens
 from .reference import (
@@ -22,7 +22,6 @@ from .reference import (
 )
 from .structure import UnsupportedLayer, describe
 
-assert _op is not None
 _OPERATOR = "interaction_moe"
 
 
@@ -71,10 +70,11 @@ class InteractionMoE(ReferenceInteractionMoE):
         )
         self.backend = backend
         self._spec = _supported(self)
+        self._take_parameters(self)
 
     @classmethod
     def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> InteractionMoE:
-        """A fast layer around the parts of an existing one, which it shares: same Parameter objects.
+        """A fast layer on the parameters of an existing one: the same Parameter objects, in modules of its own.
 
         Raises:
             UnsupportedLayer: naming the part that the kernels do not compute.
@@ -84,13 +84,24 @@ class InteractionMoE(ReferenceInteractionMoE):
         nn.Module.__init__(self)
         self.num_modalities = spec.num_modalities
         self.fusion_sparse = spec.fusion_sparse
-        self.reweight = layer.reweight
-        self.interaction_experts = layer.interaction_experts
         self.backend = backend
         self._spec = spec
-        # Not train(): the parts keep the modes that they have.
-        self.training = layer.training
-        return self
+        self._take_parameters(layer)
+        return self.train(layer.training)
+
+    def _take_parameters(self, layer: nn.Module) -> None:
+        """Fill this layer with modules of its own that hold `layer`'s parameters.
+
+        So the reference backend runs whatever classes the parameters came in.
+        """
+        parameters = dict(layer.named_parameters(remove_duplicate=False))
+        with torch.device("meta"):
+            skeleton = build_like(self._spec)
+        self.reweight = skeleton.reweight
+        self.interaction_experts = skeleton.interaction_experts
+        for name in list(skeleton.state_dict()):
+            owner, _, leaf = name.rpartition(".")
+            skeleton.get_submodule(owner).register_parameter(leaf, parameters[name])
 
     @property
     def spec(self) -> LayerSpec:
@@ -132,7 +143,7 @@ class InteractionMoE(ReferenceInteractionMoE):
             return list(logits.unbind(0)), weights, _mix(weights, logits)
 
     def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], str]:
-        parameter = self.reweight.mlp.network[0].weight
+        parameter: Any = self.reweight.mlp.network[0].weight
         if torch.is_autocast_enabled(parameter.device.type) and isinstance(inputs, list | tuple):
             # Under autocast an encoder hands over low precision; the layer keeps its parameters' type.
             inputs = [x.to(parameter.dtype) if isinstance(x, Tensor) else x for x in inputs]

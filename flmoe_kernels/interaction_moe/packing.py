@@ -65,14 +65,10 @@ def plan_tokens(
     counts = torch.stack([part.sum(dim=1) for part in valid.split(list(lengths), dim=1)], dim=1)
     compact = device.type == "cpu" and not torch.compiler.is_compiling()
     flat = valid.flatten()
-    if compact:
-        index = flat.nonzero().squeeze(1)
-    else:
-        index = torch.argsort((~flat).to(torch.uint8), stable=True)
+    first = torch.argsort((~flat).to(torch.uint8), stable=True) if not compact else flat.nonzero()
+    index = first.flatten()
     position = index % total
-    return _with_runs(
-        index, position, modality[position], counts.flatten(), len(lengths), compact
-    )
+    return _with_runs(index, position, modality[position], counts.flatten(), len(lengths), compact)
 
 
 def _with_runs(

@@ -8,8 +8,9 @@ its own: exactly the work that the published layer does. Parameter names are tho
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             if i:
                 layers += [activation, nn.Dropout(dropout)]
             layers.append(nn.Linear(fan_in, fan_out))
@@ -316,6 +317,9 @@ class ReferenceInteractionMoE(nn.Module):
         num_layer_rw: its number of linear layers.
         temperature_rw: temperature of its softmax over experts.
     """
+
+    reweight: Reweighting
+    interaction_experts: Any  # a ModuleList of InteractionExpert
 
     def __init__(
         self,

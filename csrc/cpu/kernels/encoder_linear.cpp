@@ -1,11 +1,11 @@
 // Dense layers of all experts in one call: out[e] = x[e] weight[e]^T + bias[e].
 //
-// The weight is packed once per call into column panels as wide as the register tile; an item is a block of
-// rows of one expert and walks all panels, so its rows stay in the L2 cache and a panel in L1/L2. The
-// weight gradient reads both operands in place (columns of grad_out are contiguous); an item owns a
-// block of its rows and sums over tokens in order, so results do not depend on the number of threads.
-// Why not torch's matmul: MKL keeps to AVX2 on processors that are not Intel's; measured beside this file's
-// results in bench/results.
+// The weight is packed once per call into column panels as wide as the register tile; an item is a
+// block of rows of one expert and walks all panels, so its rows stay in the L2 cache and a panel in
+// L1/L2. The weight gradient reads both operands in place (columns of grad_out are contiguous); an
+// item owns a block of its rows and sums over tokens in order, so results do not depend on the
+// number of threads. Why not torch's matmul: MKL keeps to AVX2 on processors that are not Intel's;
+// measured beside this file's results in bench/results.
 #include "cpu/gemm.h"
 #include "cpu/kernels/entry.h"
 
@@ -24,7 +24,8 @@ int64_t panels_of(int64_t columns) {
   return (columns + kPanel<A> - 1) / kPanel<A>;
 }
 
-// (depth x columns) with element (k, n) at k * k_stride + n * n_stride, to panels [column block][k][kPanel].
+// (depth x columns) with element (k, n) at k * k_stride + n * n_stride, to panels [column
+// block][k][kPanel].
 template <typename T, typename A>
 void pack_panel(const T* in, int64_t k_stride, int64_t n_stride, int64_t depth, int64_t columns,
                 A* out) {
@@ -47,8 +48,8 @@ template <typename T, typename A>
 void rows_times_panels(const T* x, int64_t rows, int64_t depth, const A* panels, int64_t columns,
                        const T* bias, T* out) {
   const A* input;
-  A* scratch = static_cast<A*>(
-      thread_scratch(0, (kRowBlock * depth + kRowBlock * kPanel<A>) * sizeof(A)));
+  A* scratch =
+      static_cast<A*>(thread_scratch(0, (kRowBlock * depth + kRowBlock * kPanel<A>)*sizeof(A)));
   if constexpr (sizeof(T) == sizeof(A)) {
     input = x;
   } else {
@@ -87,8 +88,8 @@ void pack_all(const T* weight, int64_t experts, int64_t depth, int64_t columns, 
 }
 
 template <typename T, typename A>
-void batched_rows(const T* x, const A* packed, const T* bias, T* out, int64_t experts,
-                  int64_t rows, int64_t depth, int64_t columns, int threads) {
+void batched_rows(const T* x, const A* packed, const T* bias, T* out, int64_t experts, int64_t rows,
+                  int64_t depth, int64_t columns, int threads) {
   const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
   const int64_t packed_size = panels_of<A>(columns) * depth * kPanel<A>;
   parallel_for(experts * blocks, threads, [&](int64_t item, int) {
@@ -153,8 +154,8 @@ void linear_forward(DType dtype, const LinearArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     A* packed = packing_buffer<A>(args.experts, args.in_width, args.out_width);
-    pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.in_width,
-                   args.out_width, 1, args.in_width, args.threads, packed);
+    pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.in_width, args.out_width,
+                   1, args.in_width, args.threads, packed);
     batched_rows<T, A>(static_cast<const T*>(args.x), packed, static_cast<const T*>(args.bias),
                        static_cast<T*>(args.out), args.experts, args.rows, args.in_width,
                        args.out_width, args.threads);

@@ -1,9 +1,9 @@
-// Row-wise kernels between the encoder's matrix products: residual + dropout + layer norm, GELU + dropout,
-// residual + dropout + mean pooling, and the choice of each view's rows.
+// Row-wise kernels between the encoder's matrix products: residual + dropout + layer norm, GELU +
+// dropout, residual + dropout + mean pooling, and the choice of each view's rows.
 //
 // Every kernel reads and writes each element once and is bound by memory; dropout masks are made
-// again in the backward from (seed, expert, row, column). Sums over rows run in fixed chunks that are added in
-// order, so gradients of gains do not depend on the number of threads.
+// again in the backward from (seed, expert, row, column). Sums over rows run in fixed chunks that
+// are added in order, so gradients of gains do not depend on the number of threads.
 #include <cmath>
 
 #include "cpu/kernels/entry.h"
@@ -69,7 +69,9 @@ struct NormRow {
   A *x, *u, *gain, *shift, *twice;
 
   explicit NormRow(const NormArgs& args)
-      : args(args), dropout(dropout_of(args.dropout)), kept(keep_scale<A>(dropout)),
+      : args(args),
+        dropout(dropout_of(args.dropout)),
+        kept(keep_scale<A>(dropout)),
         width(args.width) {
     const int64_t padded = round_up(width, 64);
     x = row_scratch<A>(0, 5, width);
@@ -303,8 +305,7 @@ void gelu_backward(DType dtype, const GeluArgs& args) {
                      normal_cdf_pdf(v, &cdf, &pdf);
                      store(grad + d, load(grad + d) * (cdf + v * pdf));
                    }
-                   write_row<T, A>(grad, static_cast<T*>(args.out) + row * args.width,
-                                   args.width);
+                   write_row<T, A>(grad, static_cast<T*>(args.out) + row * args.width, args.width);
                  }
                });
   });
@@ -313,9 +314,8 @@ void gelu_backward(DType dtype, const GeluArgs& args) {
 void pool_forward(DType dtype, const PoolArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
-    for_segments(args, [&](int64_t e, int64_t v, int64_t segment) {
-      pool_item<T, A>(args, e, v, segment);
-    });
+    for_segments(
+        args, [&](int64_t e, int64_t v, int64_t segment) { pool_item<T, A>(args, e, v, segment); });
   });
 }
 
@@ -345,8 +345,7 @@ void views_forward(DType dtype, const ViewsArgs& args) {
                  for (int64_t r = first; r < last; ++r) {
                    const int64_t replaced = args.modality[r] == v - 1 ? 1 : 0;
                    std::memcpy(static_cast<T*>(args.out) + (ev * n + r) * width,
-                               static_cast<const T*>(args.x) +
-                                   ((e * 2 + replaced) * n + r) * width,
+                               static_cast<const T*>(args.x) + ((e * 2 + replaced) * n + r) * width,
                                width * sizeof(T));
                  }
                });
@@ -358,25 +357,23 @@ void views_backward(DType dtype, const ViewsArgs& args) {
     using A = typename Compute<T>::Type;
     const int64_t width = args.width, n = args.rows;
     // Here x is the gradient of the views and out that of the (original, noise) rows.
-    for_chunks(args.experts, n, args.threads,
-               [&](int64_t e, int64_t, int64_t first, int64_t last) {
-                 A* sum = row_scratch<A>(0, 1, width);
-                 for (int64_t r = first; r < last; ++r) {
-                   T* original = static_cast<T*>(args.out) + ((e * 2) * n + r) * width;
-                   T* noise = original + n * width;
-                   for (int64_t d = 0; d < width; ++d) sum[d] = 0;
-                   for (int64_t v = 0; v < args.views; ++v) {
-                     const T* grad =
-                         static_cast<const T*>(args.x) + ((e * args.views + v) * n + r) * width;
-                     if (args.modality[r] == v - 1) {
-                       std::memcpy(noise, grad, width * sizeof(T));
-                     } else {
-                       for (int64_t d = 0; d < width; ++d) sum[d] += read<T, A>(grad + d);
-                     }
-                   }
-                   write_row<T, A>(sum, original, width);
-                 }
-               });
+    for_chunks(args.experts, n, args.threads, [&](int64_t e, int64_t, int64_t first, int64_t last) {
+      A* sum = row_scratch<A>(0, 1, width);
+      for (int64_t r = first; r < last; ++r) {
+        T* original = static_cast<T*>(args.out) + ((e * 2) * n + r) * width;
+        T* noise = original + n * width;
+        for (int64_t d = 0; d < width; ++d) sum[d] = 0;
+        for (int64_t v = 0; v < args.views; ++v) {
+          const T* grad = static_cast<const T*>(args.x) + ((e * args.views + v) * n + r) * width;
+          if (args.modality[r] == v - 1) {
+            std::memcpy(noise, grad, width * sizeof(T));
+          } else {
+            for (int64_t d = 0; d < width; ++d) sum[d] += read<T, A>(grad + d);
+          }
+        }
+        write_row<T, A>(sum, original, width);
+      }
+    });
   });
 }
 

@@ -1,4 +1,5 @@
-// What every kernel file shares: the choice of storage type, dropout keys, and the entry points' names.
+// What every kernel file shares: the choice of storage type, dropout keys, and the entry points'
+// names.
 #pragma once
 
 #include <initializer_list>

@@ -1,10 +1,11 @@
 // Softmax attention over packed problems, dropout inside, no (L, L) buffer.
 //
-// Forward: one item is (group, problem, head, block of rows). Keys pass in blocks of 128 (one dropout
-// group), transposed once per item so that scores are a plain register-tiled product; the softmax is
-// online, so memory is one tile of scores. Bound: 4 * L * L * width FLOP per problem and head.
-// Backward: one item is (group, problem, head). It recomputes the probabilities from the log-sum-exp and
-// forms all three gradients tile by tile; an item owns its outputs, so the result is deterministic.
+// Forward: one item is (group, problem, head, block of rows). Keys pass in blocks of 128 (one
+// dropout group), transposed once per item so that scores are a plain register-tiled product; the
+// softmax is online, so memory is one tile of scores. Bound: 4 * L * L * width FLOP per problem and
+// head. Backward: one item is (group, problem, head). It recomputes the probabilities from the
+// log-sum-exp and forms all three gradients tile by tile; an item owns its outputs, so the result
+// is deterministic.
 #include <cmath>
 
 #include "cpu/gemm.h"
@@ -14,7 +15,8 @@ namespace flmoe::FLMOE_ISA {
 namespace {
 
 constexpr int64_t kKeyBlock = kDropoutGroup;
-constexpr int64_t kRowBlock = 384;  // amortises the transposition of a key block; 98 KiB of output at width 64
+constexpr int64_t kRowBlock =
+    384;  // amortises the transposition of a key block; 98 KiB of output at width 64
 constexpr int64_t kForwardTile = 24;
 constexpr int64_t kBackwardTile = 48;  // the inner depth of two of the five products
 
@@ -74,8 +76,8 @@ Problem problem_of(const AttentionForward& args, int64_t item) {
           args.cumulative[index + 1] - args.cumulative[index]};
 }
 
-// One row of scores to unnormalised probabilities; updates the row's running maximum and sum and returns
-// the factor for what was accumulated before.
+// One row of scores to unnormalised probabilities; updates the row's running maximum and sum and
+// returns the factor for what was accumulated before.
 template <typename A>
 A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
   const int64_t padded = round_up(keys, kLanes<A>);
@@ -171,13 +173,17 @@ struct BackwardItem {
   int64_t width, padded;
   Dropout dropout;
   A kept;
-  A *q, *grad_out, *grad_q, *lse, *delta;               // whole problem
+  A *q, *grad_out, *grad_q, *lse, *delta;                 // whole problem
   A *keys, *keys_t, *values_t, *grad_keys, *grad_values;  // one key block
-  A *probabilities, *scores;                             // one tile
+  A *probabilities, *scores;                              // one tile
 
   BackwardItem(const AttentionBackward& args, const Problem& p)
-      : args(args), p(p), width(args.forward.width), padded(round_up(width, kLanes<A>)),
-        dropout(dropout_of(args.forward.dropout)), kept(keep_scale<A>(dropout)) {
+      : args(args),
+        p(p),
+        width(args.forward.width),
+        padded(round_up(width, kLanes<A>)),
+        dropout(dropout_of(args.forward.dropout)),
+        kept(keep_scale<A>(dropout)) {
     const int64_t block = kKeyBlock * (padded + 16);
     Slices<A> scratch = scratch_for<A>(3 * p.length * padded + 2 * p.length + 5 * block +
                                        2 * kBackwardTile * kKeyBlock + 512);
@@ -229,7 +235,8 @@ struct BackwardItem {
     for (int64_t i = 0; i < count * padded; ++i) grad_keys[i] = 0, grad_values[i] = 0;
   }
 
-  // scores -> dropped probabilities (for grad_v) and, in place of the scores' gradient input, grad_scores.
+  // scores -> dropped probabilities (for grad_v) and, in place of the scores' gradient input,
+  // grad_scores.
   void tile_row(int64_t i, int64_t row, int64_t j0, int64_t count) {
     A* prob = probabilities + i * kKeyBlock;
     A* grad = scores + i * kKeyBlock;  // holds grad_out . v on entry
@@ -267,8 +274,7 @@ struct BackwardItem {
         for (int64_t i = 0; i < rows; ++i) tile_row(i, i0 + i, j0, count);
         gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, go_tile, padded, grad_values,
                 padded, true);
-        gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded,
-                true);
+        gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded, true);
         gemm<A>(rows, padded, count, scores, kKeyBlock, 1, keys, padded, grad_q + i0 * padded,
                 padded, true);
       }
@@ -316,8 +322,7 @@ void attention_forward(DType dtype, const AttentionForward& args) {
     parallel_for(items, args.threads, [&](int64_t item, int) {
       const Problem p = problem_of(args, item / blocks);
       const int64_t row0 = item % blocks * kRowBlock;
-      if (row0 < p.length)
-        forward_item<T, A>(args, p, row0, min64(kRowBlock, p.length - row0));
+      if (row0 < p.length) forward_item<T, A>(args, p, row0, min64(kRowBlock, p.length - row0));
     });
   });
 }

@@ -1,5 +1,6 @@
-// The interaction losses of all experts in one call: a triplet per uniqueness expert, cosines for synergy
-// and redundancy. latents (experts, views, batch, width), views = modalities + 1, experts = modalities + 2.
+// The interaction losses of all experts in one call: a triplet per uniqueness expert, cosines for
+// synergy and redundancy. latents (experts, views, batch, width), views = modalities + 1, experts =
+// modalities + 2.
 #include <cmath>
 
 #include "cpu/kernels/entry.h"

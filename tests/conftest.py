@@ -1,0 +1,45 @@
+"""Fixtures that every test gets."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Before torch loads OpenMP: threads that spin while they wait make small tests slow on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(make)
+    def fill(*args: Any, **kwargs: Any) -> Tensor:
+        out = make(*args, **kwargs)
+        # Not the tensors that a tracer makes in place of real ones.
+        if type(out) is Tensor and out.device.type == "cpu" and out.dtype.is_floating_point:
+            out.detach().fill_(float("nan"))
+        return out
+
+    return fill
+
+
+@pytest.fixture(autouse=True)
+def nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel forgets to write shows as NaN."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> Iterator[None]:
+    """A test's draws depend on no other test, and it may set the number of threads."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)
