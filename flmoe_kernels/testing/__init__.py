@@ -10,3 +10,6 @@ from .inputs import draw_masks as draw_masks
 from .inputs import draw_replacements as draw_replacements
 from .inputs import gradients as gradients
 from .inputs import make_seed as make_seed
+from .layers import LayerCase as LayerCase
+from .layers import named_outputs as named_outputs
+from .layers import outputs_and_gradients as outputs_and_gradients

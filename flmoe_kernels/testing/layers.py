@@ -1,0 +1,114 @@
+"""Interaction layers for tests: any architecture with every parameter drawn, and all that a call returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..interaction_moe.reference import (
+    Compat,
+    FusionTransformer,
+    Masks,
+    ReferenceInteractionMoE,
+    Replacements,
+)
+from .inputs import draw, gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCase:
+    """One layer and one call of it, apart from the data."""
+
+    lengths: tuple[int, ...] = (5, 4)
+    compat: Compat = "fl_i2moe"
+    batch: int = 2
+    dim: int = 8
+    heads: int = 2
+    layers: int = 1
+    classes: int = 3
+    dropout: float = 0.0
+    sparse: bool = False
+    masks: str = "none"
+
+    def __str__(self) -> str:
+        sizes = f"L{'-'.join(map(str, self.lengths))}B{self.batch}D{self.dim}"
+        return f"{self.compat}:{sizes}h{self.heads}n{self.layers}:{self.masks}"
+
+    @property
+    def experts(self) -> int:
+        return len(self.lengths) + 2
+
+    def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 50) -> list[Tensor]:
+        return [
+            draw(self.batch, length, self.dim, dtype=dtype, seed=seed + m)
+            for m, length in enumerate(self.lengths)
+        ]
+
+    def reference(self, dtype: torch.dtype = torch.float32) -> ReferenceInteractionMoE:
+        """The reference layer in train mode, its reweighting without dropout unless the rest has it."""
+        fusion = FusionTransformer(
+            len(self.lengths),
+            self.dim,
+            self.classes,
+            self.layers,
+            self.heads,
+            self.dropout,
+            self.compat,
+            self.lengths[0] if self.compat == "i2moe" else None,
+        )
+        layer = ReferenceInteractionMoE(
+            len(self.lengths), fusion, self.sparse, self.dim, 2 * self.dim, 3, 1.5
+        )
+        with torch.no_grad():
+            for i, (name, parameter) in enumerate(layer.named_parameters()):
+                # Away from 0 and 1, so that no parameter's part in the result can be mistaken.
+                values = draw(*parameter.shape, seed=1000 + i)
+                fan_in = parameter.shape[-1] if parameter.dim() == 2 else 4
+                offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(offset + values * fan_in**-0.5)
+        if self.dropout == 0:
+            for part in layer.reweight.modules():
+                if isinstance(part, nn.Dropout):
+                    part.p = 0.0
+        return layer.to(dtype)
+
+
+def named_outputs(layer: nn.Module, result: Sequence[Any]) -> dict[str, Tensor]:
+    """Every tensor that a layer's forward returns, by name."""
+    experts = result[0]
+    found = {"weights": result[1], "logits": result[2], "losses": torch.stack(list(result[3]))}
+    found["expert_logits"] = torch.stack(
+        [torch.stack([v if isinstance(v, Tensor) else v[0] for v in views]) for views in experts]
+    )
+    if not isinstance(experts[0][0], Tensor):
+        found["expert_latents"] = torch.stack(
+            [torch.stack([latent for _, latent in views]) for views in experts]
+        )
+        found["latents"] = torch.stack(list(result[-1]))
+    return found
+
+
+def outputs_and_gradients(
+    layer: nn.Module,
+    inputs: Sequence[Tensor],
+    masks: Masks,
+    replacements: Replacements | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a call returns, and the gradients of all of it by parameter, input and replacement."""
+    x = [each.detach().requires_grad_() for each in inputs]
+    noise = None
+    if replacements is not None:
+        noise = [[each.detach().requires_grad_() for each in row] for row in replacements]
+    outputs = named_outputs(layer, layer(x, masks, replacements=noise))
+    leaves = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    leaves |= {f"inputs.{m}": each for m, each in enumerate(x)}
+    for e, row in enumerate(noise or []):
+        leaves |= {f"replacements.{e}.{m}": each for m, each in enumerate(row)}
+    # Not the latents twice.
+    wanted = [out for name, out in outputs.items() if name != "latents"]
+    found = gradients(wanted, list(leaves.values()))
+    return {name: x.detach() for name, x in outputs.items()}, dict(zip(leaves, found, strict=True))

@@ -1,0 +1,76 @@
+"""The README's table of operators, backends and dtypes against what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import flmoe_kernels as fk
+from flmoe_kernels.backend import BACKENDS, CAPABILITIES
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def table() -> dict[str, dict[str, tuple[str, ...]]]:
+    """operator -> backend -> dtype names, from the README."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| operator |"))
+    columns = [cell.strip() for cell in lines[start].strip("|").split("|")][1:]
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        operator, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[operator] = {
+            column: tuple(name.strip() for name in cell.split(",") if name.strip() != "-")
+            for column, cell in zip(columns, cells, strict=True)
+        }
+    return rows
+
+
+CELLS = [
+    (operator, backend, dtype)
+    for operator, row in table().items()
+    for backend, dtypes in row.items()
+    for dtype in dtypes
+]
+
+
+def call(operator: str, backend: str, dtype: torch.dtype) -> torch.Tensor:
+    if operator == "expert_attention":
+        q = torch.ones(3, 1, 4, dtype=dtype)
+        runs = torch.tensor([0, 1, 3], dtype=torch.int32)
+        return fk.expert_attention(q, q, q, runs, backend=backend)
+    if operator == "interaction_moe":
+        fusion = fk.FusionTransformer(2, 8, 3, num_layers=1, num_heads=2)
+        layer = fk.InteractionMoE(2, fusion, hidden_dim=8, hidden_dim_rw=4, backend=backend)
+        inputs = [torch.ones(2, n, 8, dtype=dtype) for n in (3, 2)]
+        return layer.to(dtype).eval().inference(inputs)[2]
+    raise AssertionError(f"no call is known for {operator}")
+
+
+def test_table_is_the_capability_table() -> None:
+    expected = {
+        operator: {
+            backend: tuple(str(d).removeprefix("torch.") for d in row.get(backend, ()))
+            for backend in BACKENDS
+        }
+        for operator, row in CAPABILITIES.items()
+    }
+    assert table() == expected
+
+
+@pytest.mark.parametrize(("operator", "backend", "dtype"), CELLS)
+def test_every_cell_runs(operator: str, backend: str, dtype: str) -> None:
+    out = call(operator, backend, getattr(torch, dtype))
+    assert out.dtype == getattr(torch, dtype)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("operator", list(CAPABILITIES))
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("reference", "cpu")])
+def test_every_dash_refuses(operator: str, backend: str) -> None:
+    with pytest.raises(fk.BackendUnavailable, match=f"{operator}.*{backend}"):
+        call(operator, backend, torch.float32)
