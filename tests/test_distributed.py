@@ -46,7 +46,8 @@ def run_rank(rank: int, folder: str) -> None:
     )
     try:
         layer = make_layer()
-        loss_of(nn.parallel.DistributedDataParallel(layer), rank).backward()
+        wrapped = nn.parallel.DistributedDataParallel(layer)
+        loss_of(wrapped, rank).backward()
         if rank == 0:
             grads = {name: p.grad for name, p in layer.named_parameters()}
             torch.save(grads, f"{folder}/grads.pt")
