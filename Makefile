@@ -93,6 +93,6 @@ define check_compiler
 for compiler in "$${CXX%% *}" c++ g++ clang++; do \
 	command -v "$$compiler" >/dev/null && exit 0; \
 done; \
-echo "make: there is no C++ compiler: install GCC 10+ or Clang 12+ (Debian/Ubuntu: apt-get install\
+echo "make: there is no C++ compiler: install GCC 11+ or Clang 14+ (Debian/Ubuntu: apt-get install\
  g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)" >&2; exit 1
 endef

@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ("CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_BUILD_TYPE", "FLMOE_SANITIZE")
 COMPILER_HELP = (
-    "Install GCC 10 or newer, or Clang 12 or newer "
+    "Install GCC 11 or newer, or Clang 14 or newer "
     "(Debian/Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
     "macOS: xcode-select --install), or name one with CXX=/path/to/compiler."
 )

@@ -17,7 +17,10 @@ FAST, REFERENCE, SDPA, COMPILED = "fast", "reference", "reference+sdpa", "compil
 
 
 class SdpaAttention(Attention):
-    """The reference's attention with its three middle lines replaced by torch's fused kernel."""
+    """The reference's attention with its middle lines replaced by torch's scaled_dot_product_attention.
+
+    On the CPU, torch takes its fused kernel for it only where nothing is dropped.
+    """
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         batch, length, dim = x.shape
@@ -44,7 +47,7 @@ def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
 
 
 def with_sdpa(layer: ReferenceInteractionMoE, shape: LayerShape) -> ReferenceInteractionMoE:
-    """A reference of its own parameters' values whose attention is torch's fused kernel."""
+    """A copy of the reference whose attention is torch's scaled_dot_product_attention."""
     copy = make_reference(shape)
     copy.load_state_dict(layer.state_dict())
     for module in copy.modules():

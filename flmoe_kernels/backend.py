@@ -103,7 +103,7 @@ _forced: list[str] = []
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every call inside the `with` block uses this backend, unless the call names one itself."""
+    """Every call inside the `with` block, in any thread, uses this backend, unless it names one itself."""
     _forced.append(_known(name, "use_backend"))
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,3 +38,42 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     if size >= _HUGE_BYTES:
         native().advise_huge(out.data_ptr(), size)
     return out
+
+
+def expect(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Fail unless x, if given, is what a kernel will read: this shape and dtype, in host memory.
+
+    The kernels read through plain addresses; a call of a registered operator that did not come through the
+    package's doors must not become a read past a tensor's end.
+    """
+    if x is None:
+        return
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device.type != "cpu":
+        raise ValueError(
+            f"{name}: expected {dtype} {tuple(shape)} on cpu, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+
+
+def expect_run_lengths(name: str, x: Tensor) -> None:
+    expect(name, x, (max(x.numel(), 1),), torch.int32)
+
+
+def expect_seed(seed: Tensor | None) -> None:
+    if seed is not None:
+        expect("seed", seed.reshape(-1), (1,), torch.int64)
+
+
+def first_order_only(op: str) -> None:
+    """Make a second derivative through a backward operator an error instead of a silent zero."""
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        pass
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{op} has no derivative: the kernels are differentiable once; "
+            "backend='reference' is differentiable any number of times"
+        )
+
+    torch.library.register_autograd(op, refuse, setup_context=setup)

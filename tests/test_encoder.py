@@ -102,6 +102,38 @@ def test_expert_linear(rows: int, width: int, bias: bool, dtype: torch.dtype) ->
         compare(OPS.expert_linear, reference.expert_linear, arguments, dtype)
 
 
+@pytest.mark.parametrize("steady", [True, False])
+def test_sums_over_many_rows(steady: bool) -> None:
+    """Gradients of weights are sums over all tokens and views: their rounding must not grow with them.
+
+    Steady: every row's gradient is the same, as behind the mean pooling, so that nothing cancels.
+    """
+    rows, width = 6192, 16
+    cotangent = draw(1, 1 if steady else rows, width, seed=4).expand(1, rows, width)
+    x, weight, bias = draw(1, rows, width), draw(1, width, width, seed=1), draw(1, width, seed=2)
+    calls = {
+        "expert_linear": (lambda op: op, reference.expert_linear, [x, weight, bias]),
+        "expert_norm": (
+            lambda op: lambda *args: tensors(op(*args))[0],
+            reference.expert_norm,
+            [x, weight[:, 0], bias, EPS],
+        ),
+    }
+    for name, (first, oracle, arguments) in calls.items():
+        found = []
+        for operator, dtype in (
+            (first(getattr(OPS, name)), torch.float32),
+            (first(oracle), torch.float32),
+            (first(oracle), torch.float64),
+        ):
+            inputs = as_dtype(arguments, dtype, requires_grad=True)
+            out = operator(*inputs)
+            leaves = [each for each in inputs if isinstance(each, Tensor)]
+            found.append(torch.autograd.grad(out, leaves, cotangent.to(dtype)))
+        for i, triple in enumerate(zip(*found, strict=True)):
+            assert_within_budget(*triple, f"gradient {i} of {name}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), SIZES)
 def test_expert_norm(rows: int, width: int, dtype: torch.dtype) -> None:

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "common/types.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -175,11 +179,26 @@ inline float to_float(BFloat16 x) {
   return f;
 }
 
+#if defined(__F16C__)
 inline float to_float(Float16 x) {
-  _Float16 h;
-  std::memcpy(&h, &x.bits, 2);
-  return static_cast<float>(h);
+  return _cvtsh_ss(x.bits);
 }
+#else
+// Without the instruction: half precision's bits moved into place, then scaled by 2^112, the
+// difference of the exponents' biases, which is exact and turns subnormals into normal numbers.
+inline float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  uint32_t bits = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  float magnitude;
+  std::memcpy(&magnitude, &bits, 4);
+  magnitude *= 5.192296858534828e33f;
+  std::memcpy(&bits, &magnitude, 4);
+  if ((x.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000u;  // infinity or NaN
+  bits |= sign;
+  std::memcpy(&magnitude, &bits, 4);
+  return magnitude;
+}
+#endif
 
 inline void from_float(float f, BFloat16* out) {
   uint32_t bits;
@@ -191,10 +210,34 @@ inline void from_float(float f, BFloat16* out) {
   }
 }
 
+#if defined(__F16C__)
 inline void from_float(float f, Float16* out) {
-  const _Float16 h = static_cast<_Float16>(f);
-  std::memcpy(&out->bits, &h, 2);
+  out->bits = _cvtss_sh(f, 0);
 }
+#else
+inline void from_float(float f, Float16* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00;  // NaN
+  } else if (bits >= 0x477ff000u) {
+    half = 0x7c00;  // rounds to infinity
+  } else if (bits < 0x38800000u) {
+    // Subnormal: adding 1/2 lines the unit of half precision's subnormals up with float's last bit.
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&half, &magnitude, 4);
+    half -= 0x3f000000u;
+  } else {
+    half = (bits - 0x38000000u + 0xfff + ((bits >> 13) & 1)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+#endif
 
 // Storage types and the type their arithmetic is done in.
 template <typename T>

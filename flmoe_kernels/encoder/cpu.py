@@ -6,15 +6,32 @@ import torch
 from torch import Tensor
 
 from ..backend import native
-from ..cpu_runtime import address, dtype_code, empty, statistics_dtype, threads
+from ..cpu_runtime import (
+    address,
+    dtype_code,
+    empty,
+    expect,
+    expect_run_lengths,
+    expect_seed,
+    statistics_dtype,
+    threads,
+)
 from ..dropout import DRAWS, keep_threshold
 
 
 def _dropout(seed: Tensor | None, p: float) -> tuple[int, int]:
+    expect_seed(seed)
     return address(seed), DRAWS if seed is None else keep_threshold(p)
 
 
+def _expect_linear(x: Tensor, weight: Tensor) -> None:
+    expect("x", x, (weight.shape[0], x.shape[1], weight.shape[2]), x.dtype)
+    expect("weight", weight, weight.shape, x.dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _expect_linear(x, weight)
+    expect("bias", bias, weight.shape[:2], x.dtype)
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     experts, rows, in_width = x.shape
@@ -34,6 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _expect_linear(x, weight)
+    expect("grad_out", grad_out, (*x.shape[:2], weight.shape[1]), x.dtype)
     grad_out, x, weight = grad_out.contiguous(), x.contiguous(), weight.contiguous()
     experts, rows, in_width = x.shape
     out_width = weight.shape[1]
@@ -64,6 +83,12 @@ def norm(
     p: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    source = residual if update is None else update
+    assert source is not None
+    for name, each in (("residual", residual), ("update", update)):
+        expect(name, each, source.shape, source.dtype)
+    for name, each in (("gain", gain), ("shift", shift)):
+        expect(name, each, (source.shape[0], source.shape[2]), source.dtype)
     residual = None if residual is None else residual.contiguous()
     update = None if update is None else update.contiguous()
     gain, shift = gain.contiguous(), shift.contiguous()
@@ -97,6 +122,12 @@ def norm_backward(
     self_residual: bool,
     want_update: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for name, each in (("grad_total", grad_total), ("grad_normed", grad_normed), ("total", total)):
+        expect(name, each, total.shape, total.dtype)
+    for name, each in (("mean", mean), ("rstd", rstd)):
+        expect(name, each, total.shape[:2], statistics_dtype(total.dtype))
+    expect("gain", gain, (total.shape[0], total.shape[2]), total.dtype)
+    total, mean, rstd = total.contiguous(), mean.contiguous(), rstd.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_normed = None if grad_normed is None else grad_normed.contiguous()
     gain = gain.contiguous()
@@ -130,6 +161,7 @@ def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 
 def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    expect("grad_out", grad_out, x.shape, x.dtype)
     x, grad_out = x.contiguous(), grad_out.contiguous()
     grad_x = empty(x.shape, x)
     native().gelu_backward(
@@ -143,14 +175,18 @@ def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) ->
 
 
 def _pool_sizes(shape: torch.Size, cu_segments: Tensor, views: int) -> tuple[int, ...]:
+    expect_run_lengths("cu_segments", cu_segments)
     experts, rows, width = shape
+    if views < 1 or rows % views:
+        raise ValueError(f"views: expected a divisor of {rows} rows, got {views}")
     return experts, views, rows // views, cu_segments.numel() - 1, width
 
 
 def pool(
     residual: Tensor, update: Tensor, cu_segments: Tensor, views: int, seed: Tensor | None, p: float
 ) -> Tensor:
-    residual, update = residual.contiguous(), update.contiguous()
+    expect("update", update, residual.shape, residual.dtype)
+    residual, update, cu_segments = (x.contiguous() for x in (residual, update, cu_segments))
     sizes = _pool_sizes(residual.shape, cu_segments, views)
     out = empty((sizes[0], views, sizes[3], sizes[4]), residual)
     native().pool_forward(
@@ -167,7 +203,13 @@ def pool(
 def pool_backward(
     grad_out: Tensor, cu_segments: Tensor, views: int, rows: int, seed: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor]:
-    grad_out = grad_out.contiguous()
+    grad_out, cu_segments = grad_out.contiguous(), cu_segments.contiguous()
+    expect(
+        "grad_out",
+        grad_out,
+        (grad_out.shape[0], views, cu_segments.numel() - 1, grad_out.shape[3]),
+        grad_out.dtype,
+    )
     shape = torch.Size((grad_out.shape[0], rows, grad_out.shape[3]))
     grad_residual = empty(shape, grad_out)
     grad_update = empty((0,) if seed is None else shape, grad_out)
@@ -184,8 +226,10 @@ def pool_backward(
 
 
 def views_of(x: Tensor, modality: Tensor, views: int) -> Tensor:
-    x = x.contiguous()
     experts, _, rows, width = x.shape
+    expect("x", x, (experts, 2, rows, width), x.dtype)
+    expect("modality", modality, (rows,), torch.int32)
+    x, modality = x.contiguous(), modality.contiguous()
     out = empty((experts, views, rows, width), x)
     native().views_forward(
         dtype_code(x), *map(address, (x, modality, out)), experts, views, rows, width, threads()
@@ -194,8 +238,9 @@ def views_of(x: Tensor, modality: Tensor, views: int) -> Tensor:
 
 
 def views_backward(grad_out: Tensor, modality: Tensor) -> Tensor:
-    grad_out = grad_out.contiguous()
     experts, views, rows, width = grad_out.shape
+    expect("modality", modality, (rows,), torch.int32)
+    grad_out, modality = grad_out.contiguous(), modality.contiguous()
     grad_x = empty((experts, 2, rows, width), grad_out)
     native().views_backward(
         dtype_code(grad_out),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cpu_runtime import statistics_dtype
+from ..cpu_runtime import first_order_only, statistics_dtype
 from . import cpu
 
 _OPS = torch.ops.flmoe
@@ -263,3 +263,12 @@ def _views_autograd(ctx: Any, grad: Tensor) -> tuple:
 
 
 torch.library.register_autograd("flmoe::expand_views", _views_autograd, setup_context=_views_setup)
+
+for _name in (
+    "expert_linear",
+    "dropout_add_norm",
+    "gelu_dropout",
+    "dropout_add_pool",
+    "expand_views",
+):
+    first_order_only(f"flmoe::{_name}_backward")

@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backend import native
-from ..cpu_runtime import address, dtype_code, empty, statistics_dtype, threads
+from ..cpu_runtime import (
+    address,
+    dtype_code,
+    empty,
+    expect,
+    expect_run_lengths,
+    expect_seed,
+    statistics_dtype,
+    threads,
+)
 from ..dropout import DRAWS, keep_threshold
 
 
@@ -16,6 +25,15 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _expect(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q: expected (G, rows, H, d), got {tuple(q.shape)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expect(name, x, q.shape, q.dtype)
+    expect_run_lengths("cu_seqlens", cu_seqlens)
+    expect_seed(seed)
 
 
 def _common(
@@ -36,6 +54,7 @@ def forward(
     dropout_p: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    _expect(q, k, v, cu_seqlens, seed)
     q, k, v, cu_seqlens = (*map(_rows_contiguous, (q, k, v)), cu_seqlens.contiguous())
     out = empty(q.shape, q)
     lse = empty(q.shape[:3], q, statistics_dtype(q.dtype))
@@ -66,6 +85,11 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous."""
+    _expect(q, k, v, cu_seqlens, seed)
+    expect("grad_out", grad_out, q.shape, q.dtype)
+    expect("out", out, q.shape, q.dtype)
+    expect("lse", lse, q.shape[:3], statistics_dtype(q.dtype))
+    out, lse = out.contiguous(), lse.contiguous()
     q, k, v, grad_out = map(_rows_contiguous, (q, k, v, grad_out))
     cu_seqlens = cu_seqlens.contiguous()
     native().attention_backward(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cpu_runtime import empty, statistics_dtype
+from ..cpu_runtime import empty, first_order_only, statistics_dtype
 from . import cpu
 
 _TAIL = "Tensor cu_seqlens, Tensor? seed, float dropout_p, float scale"
@@ -133,3 +133,5 @@ torch.library.register_autograd("flmoe::expert_attention", _autograd, setup_cont
 torch.library.register_autograd(
     "flmoe::expert_attention_packed", _packed_autograd, setup_context=_setup
 )
+first_order_only("flmoe::expert_attention_backward")
+first_order_only("flmoe::expert_attention_packed_backward")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..backend import native
-from ..cpu_runtime import address, dtype_code, threads
+from ..cpu_runtime import address, dtype_code, empty, expect, threads
 
 
 def losses(latents: Tensor) -> Tensor:
     latents = latents.contiguous()
-    out = torch.empty(latents.shape[0], dtype=latents.dtype)
+    experts, views, _, _ = latents.shape
+    if views != experts - 1 or views < 3:
+        raise ValueError(f"latents: expected (M + 2, M + 1, B, width), got {tuple(latents.shape)}")
+    out = empty((experts,), latents)
     native().loss_forward(
         dtype_code(latents), address(latents), address(out), *latents.shape, threads()
     )
@@ -19,8 +21,9 @@ def losses(latents: Tensor) -> Tensor:
 
 
 def losses_backward(grad_losses: Tensor, latents: Tensor) -> Tensor:
+    expect("grad_losses", grad_losses, latents.shape[:1], latents.dtype)
     latents, grad_losses = latents.contiguous(), grad_losses.contiguous()
-    grad = torch.empty(latents.shape, dtype=latents.dtype)
+    grad = empty(latents.shape, latents)
     native().loss_backward(
         dtype_code(latents),
         *map(address, (latents, grad_losses, grad)),

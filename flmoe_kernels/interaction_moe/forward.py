@@ -42,15 +42,35 @@ class LayerWeights:
     output_p: float
 
 
-def branch_rate(projection: float, residual: float, compat: Compat) -> float:
-    """Two dropouts in a row are one, with the product of the keep rates.
+def rate_of(name: str, dropouts: Sequence[Any]) -> float:
+    """The rate of one dropout of all experts: each part's own rate and mode count, and they must agree."""
+    rates = {drop.p if drop.training else 0.0 for drop in dropouts}
+    if len(rates) > 1:
+        raise ValueError(
+            f"{name}: experts differ in rate or mode, {sorted(rates)}; the kernels need one rate for "
+            "all, backend='reference' does not"
+        )
+    return rates.pop()
+
+
+def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
+    """Two dropouts in a row, after the projection and before the residual, are one: keep rates multiply.
 
     I2MoE adds the branch to itself between the two, so there they stay two, of one rate.
     """
-    return projection if compat == "i2moe" else 1.0 - (1.0 - projection) * (1.0 - residual)
+    projection = rate_of("proj_drop", [x.attn.proj_drop for x in layers])
+    residual = rate_of("dropout1", [x.dropout1 for x in layers])
+    if compat == "fl_i2moe":
+        return 1.0 - (1.0 - projection) * (1.0 - residual)
+    if projection != residual:
+        raise ValueError(
+            f"dropout1: expected the rate of proj_drop, {projection}, got {residual}; with the residual "
+            "of I2MoE the kernels need them equal, backend='reference' does not"
+        )
+    return projection
 
 
-def stack_layer(layers: Sequence[Any], compat: Compat, training: bool) -> LayerWeights:
+def stack_layer(layers: Sequence[Any], compat: Compat) -> LayerWeights:
     """The weights of one layer index, expert after expert. Gradients flow back to each parameter."""
 
     def stacked(get: Callable[[Any], Tensor]) -> Tensor:
@@ -62,7 +82,6 @@ def stack_layer(layers: Sequence[Any], compat: Compat, training: bool) -> LayerW
     first = layers[0]
     width = first.norm1.weight.shape[0]
     parts = [w for x in layers for w in (x.attn.q.weight, x.attn.kv.weight)]
-    on = 1.0 if training else 0.0
     return LayerWeights(
         norm1=affine(lambda x: x.norm1),
         norm2=affine(lambda x: x.norm2),
@@ -72,10 +91,10 @@ def stack_layer(layers: Sequence[Any], compat: Compat, training: bool) -> LayerW
         mlp_out=affine(lambda x: x.mlp.network[3]),
         heads=first.attn.num_heads,
         eps=first.norm1.eps,
-        attention_p=on * first.attn.attn_drop.p,
-        branch_p=on * branch_rate(first.attn.proj_drop.p, first.dropout1.p, compat),
-        mlp_p=on * first.mlp.network[2].p,
-        output_p=on * first.dropout2.p,
+        attention_p=rate_of("attn_drop", [x.attn.attn_drop for x in layers]),
+        branch_p=branch_rate(layers, compat),
+        mlp_p=rate_of("mlp.network.2", [x.mlp.network[2] for x in layers]),
+        output_p=rate_of("dropout2", [x.dropout2 for x in layers]),
     )
 
 
@@ -108,7 +127,7 @@ def embed(
     return torch.stack([rows, noise + place], dim=1)
 
 
-def draw_seeds(layers: Sequence[LayerWeights]) -> Iterator[Tensor | None]:
+def draw_seeds(layers: Sequence[LayerWeights], device: torch.device) -> Iterator[Tensor | None]:
     """A seed for every dropout in the order of use, drawn together; None for those that drop nothing.
 
     Without any dropout torch's generator is left alone.
@@ -117,7 +136,7 @@ def draw_seeds(layers: Sequence[LayerWeights]) -> Iterator[Tensor | None]:
     active = [rng.keep_threshold(p) < rng.DRAWS for p in rates]
     if not any(active):
         return iter([None] * len(rates))
-    values = torch.randint(0, 2**63 - 1, (len(rates),), dtype=torch.int64).unbind(0)
+    values = torch.randint(0, 2**63 - 1, (len(rates),), dtype=torch.int64, device=device).unbind(0)
     return iter([value if on else None for value, on in zip(values, active, strict=True)])
 
 
@@ -127,9 +146,10 @@ def encode(
     """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without."""
     experts, copies, n, width = rows.shape
     samples = plan.cu_samples.shape[0] - 1
-    seeds = draw_seeds(layers)
+    seeds = draw_seeds(layers, rows.device)
     first = layers[0]
-    flat = rows.reshape(experts, copies * n, width)
+    rows = rows.contiguous()
+    flat = rows.view(experts, copies * n, width)
     normed, _, _ = _OPS.expert_norm(flat, *first.norm1, first.eps)
     qkv = _OPS.expert_linear(normed, first.qkv, None)
     stream: Tensor | None = flat if compat == "fl_i2moe" else None
@@ -159,7 +179,7 @@ def encode(
             latent = _OPS.dropout_add_pool(
                 stream, update, plan.cu_segments, views, seed, layer.output_p
             )
-            return latent.view(experts, views, samples, -1)
+            return latent.view(experts, views, samples, plan.modalities * width)
         stream, normed, _, _ = _OPS.dropout_add_norm(
             stream, update, *following.norm1, seed, layer.output_p, layer.eps
         )

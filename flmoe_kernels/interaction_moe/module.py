@@ -15,14 +15,28 @@ from .architecture import LayerSpec, build_like
 from .forward import LayerWeights, embed, encode, stack_layer
 from .packing import TokenPlan, plan_tokens
 from .reference import (
+    MLP,
+    Attention,
+    EncoderLayer,
+    FusionTransformer,
+    Head,
+    InteractionExpert,
     Masks,
     ReferenceInteractionMoE,
     Replacements,
+    Reweighting,
     reweighting_features,
 )
 from .structure import UnsupportedLayer, describe
 
 _OPERATOR = "interaction_moe"
+# What a layer is made of after construction.
+_PARTS = frozenset(
+    {
+        *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
+        *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
+    }
+)
 
 
 class InteractionMoE(ReferenceInteractionMoE):
@@ -39,7 +53,8 @@ class InteractionMoE(ReferenceInteractionMoE):
 
     Shapes and returns are those of `ReferenceInteractionMoE`. Differences: noise and dropout are equal in
     distribution, not bitwise; two dropouts in a row are one; a sample whose tokens are all padded gives
-    latent 0, not NaN.
+    latent 0, not NaN (by the kernels; the reference backend keeps the NaN). Differentiable once by the
+    kernels, any number of times by the reference backend.
 
     Raises:
         UnsupportedLayer (a ValueError): the fusion model is not one that the kernels compute.
@@ -100,6 +115,8 @@ class InteractionMoE(ReferenceInteractionMoE):
         self.reweight = skeleton.reweight
         self.interaction_experts = skeleton.interaction_experts
         for name in list(skeleton.state_dict()):
+            if name not in parameters:
+                raise UnsupportedLayer(f"{name}: expected a parameter, found a buffer")
             owner, _, leaf = name.rpartition(".")
             skeleton.get_submodule(owner).register_parameter(leaf, parameters[name])
 
@@ -122,6 +139,8 @@ class InteractionMoE(ReferenceInteractionMoE):
             BackendUnavailable: the backend asked for cannot run this.
         """
         inputs, backend = self._enter(inputs, masks)
+        if replacements is not None and torch.is_autocast_enabled(inputs[0].device.type):
+            replacements = [[x.to(inputs[0].dtype) for x in each] for each in replacements]
         validate_replacements(self._spec, replacements, inputs)
         if backend == backends.REFERENCE:
             return super().forward(inputs, masks, replacements=replacements)
@@ -148,7 +167,29 @@ class InteractionMoE(ReferenceInteractionMoE):
             # Under autocast an encoder hands over low precision; the layer keeps its parameters' type.
             inputs = [x.to(parameter.dtype) if isinstance(x, Tensor) else x for x in inputs]
         validate_inputs(self._spec, inputs, masks, parameter)
-        return inputs, backends.choose(_OPERATOR, parameter, self.backend)
+        backend = backends.choose(_OPERATOR, parameter, self.backend)
+        if backend != backends.REFERENCE and not torch.compiler.is_compiling():
+            self._check_parts()
+        return inputs, backend
+
+    def _check_parts(self) -> None:
+        """The kernels do not call the parts one by one: one that would act differently must not be ignored.
+
+        Raises:
+            UnsupportedLayer: a part of another class than at construction, or with a hook.
+        """
+        for root in (self.reweight, self.interaction_experts):
+            for part in root.modules():
+                if type(part) not in _PARTS:
+                    raise UnsupportedLayer(
+                        f"{type(part).__name__}: put into the layer after construction; the kernels "
+                        "would not call it, backend='reference' does"
+                    )
+                if part._forward_hooks or part._forward_pre_hooks:
+                    raise UnsupportedLayer(
+                        f"{type(part).__name__}: carries a hook on a part of the layer, which the "
+                        "kernels would not call; backend='reference' does"
+                    )
 
     def _plan(self, inputs: Sequence[Tensor], masks: Masks) -> TokenPlan:
         first = inputs[0]
@@ -157,7 +198,7 @@ class InteractionMoE(ReferenceInteractionMoE):
     def _layers(self) -> list[LayerWeights]:
         networks = [expert.fusion_model.network for expert in self.interaction_experts]
         return [
-            stack_layer([network[i] for network in networks], self._spec.compat, self.training)
+            stack_layer([network[i] for network in networks], self._spec.compat)
             for i in range(self._spec.num_layers)
         ]
 

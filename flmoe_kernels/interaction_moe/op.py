@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu_runtime import first_order_only
 from . import cpu
 
 torch.library.define("flmoe::interaction_losses", "(Tensor latents) -> Tensor")
@@ -36,3 +37,4 @@ def _autograd(ctx: Any, grad: Tensor) -> Tensor:
 
 
 torch.library.register_autograd("flmoe::interaction_losses", _autograd, setup_context=_setup)
+first_order_only("flmoe::interaction_losses_backward")

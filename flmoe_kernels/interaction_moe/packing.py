@@ -19,6 +19,7 @@ class TokenPlan:
         modality: (n,) int32.
         cu_samples: (B + 1,) int32, runs of rows of one sample.
         cu_segments: (B * M + 1,) int32, runs of rows of one sample and modality.
+        modalities: M.
         compact: no rows but the valid ones. False when their number may not be read (tracing, a GPU):
             then n = B * L, the valid rows stand first, and the runs end before the others.
     """
@@ -28,6 +29,7 @@ class TokenPlan:
     modality: Tensor
     cu_samples: Tensor
     cu_segments: Tensor
+    modalities: int
     compact: bool
 
     @property
@@ -82,5 +84,11 @@ def _with_runs(
     ends = counts.cumsum(0).to(torch.int32)
     segments = torch.cat([ends.new_zeros(1), ends])
     return TokenPlan(
-        index, position, modality, segments[::modalities].contiguous(), segments, compact
+        index=index,
+        position=position,
+        modality=modality,
+        cu_samples=segments[::modalities].contiguous(),
+        cu_segments=segments,
+        modalities=modalities,
+        compact=compact,
     )

@@ -11,5 +11,6 @@ from .inputs import draw_replacements as draw_replacements
 from .inputs import gradients as gradients
 from .inputs import make_seed as make_seed
 from .layers import LayerCase as LayerCase
+from .layers import assert_layer_within_budget as assert_layer_within_budget
 from .layers import named_outputs as named_outputs
 from .layers import outputs_and_gradients as outputs_and_gradients

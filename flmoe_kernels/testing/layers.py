@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from ..interaction_moe.reference import (
     ReferenceInteractionMoE,
     Replacements,
 )
-from .inputs import draw, gradients
+from .budget import assert_within_budget
+from .inputs import as_dtype, draw, draw_masks, draw_replacements, gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,3 +114,55 @@ def outputs_and_gradients(
     wanted = [out for name, out in outputs.items() if name != "latents"]
     found = gradients(wanted, list(leaves.values()))
     return {name: x.detach() for name, x in outputs.items()}, dict(zip(leaves, found, strict=True))
+
+
+def assert_layer_within_budget(
+    case: LayerCase, layer: nn.Module, dtype: torch.dtype, *, seed: int = 50
+) -> None:
+    """A layer's outputs and gradients on one call, with given noise, against the reference layer.
+
+    Args:
+        case: the call, and the architecture and parameters of the reference.
+        layer: a layer with the same parameters, in `dtype`.
+        dtype: of parameters and inputs; the oracle computes in float64 from the rounded values.
+        seed: of the inputs.
+    """
+    x = case.inputs(dtype, seed)
+    masks = draw_masks(case.masks, case.batch, case.lengths)
+    noise = draw_replacements(x, case.experts)
+    found = [
+        outputs_and_gradients(layer, x, masks, noise),
+        outputs_and_gradients(case.reference(dtype), x, masks, noise),
+        outputs_and_gradients(
+            case.reference(dtype).double(),
+            as_dtype(x, torch.float64),
+            masks,
+            as_dtype(noise, torch.float64),
+        ),
+    ]
+    actual, low, exact = ({**outputs, **grads} for outputs, grads in found)
+    assert actual.keys() == exact.keys(), "other outputs or parameters"
+    sizes: dict[str, float] = {}
+    for name, value in exact.items():
+        kind = _kind(name)
+        sizes[kind] = max(sizes.get(kind, 0.0), float(value.abs().max()))
+    for name, oracle in exact.items():
+        # Deep in a stack the gradients of queries vanish: those are measured by their peers in other
+        # layers and experts.
+        size = sizes[_kind(name)]
+        assert_within_budget(
+            actual[name],
+            low[name],
+            oracle,
+            f"{name} of {case} in {dtype}",
+            magnitude=size,
+            may_vanish=float(oracle.abs().max()) < 0.25 * size,
+        )
+
+
+def _kind(name: str) -> str:
+    """Parameters of one role in all experts and layers; an output is a kind of its own."""
+    if ".attn." in name:
+        # Scores enter through differences, so that the gradient of q is what is left of terms of this size.
+        return "attn"
+    return re.sub(r"\d+", "#", name) if "." in name else name

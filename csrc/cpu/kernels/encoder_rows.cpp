@@ -323,12 +323,14 @@ void pool_backward(DType dtype, const PoolArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     // Rows that no segment covers got no gradient.
-    const int64_t covered = args.cumulative[args.segments];
+    const int64_t first = args.cumulative[0], covered = args.cumulative[args.segments];
     for (void* grad : {args.grad_residual, args.grad_update}) {
       if (grad == nullptr) continue;
-      for (int64_t ev = 0; ev < args.experts * args.views; ++ev)
-        std::memset(static_cast<T*>(grad) + (ev * args.rows + covered) * args.width, 0,
-                    (args.rows - covered) * args.width * sizeof(T));
+      for (int64_t ev = 0; ev < args.experts * args.views; ++ev) {
+        T* rows = static_cast<T*>(grad) + ev * args.rows * args.width;
+        std::memset(rows, 0, first * args.width * sizeof(T));
+        std::memset(rows + covered * args.width, 0, (args.rows - covered) * args.width * sizeof(T));
+      }
     }
     for_segments(args, [&](int64_t e, int64_t v, int64_t segment) {
       pool_backward_item<T, A>(args, e, v, segment);
@@ -363,6 +365,7 @@ void views_backward(DType dtype, const ViewsArgs& args) {
         T* original = static_cast<T*>(args.out) + ((e * 2) * n + r) * width;
         T* noise = original + n * width;
         for (int64_t d = 0; d < width; ++d) sum[d] = 0;
+        std::memset(noise, 0, width * sizeof(T));  // unless a view replaces it
         for (int64_t v = 0; v < args.views; ++v) {
           const T* grad = static_cast<const T*>(args.x) + ((e * args.views + v) * n + r) * width;
           if (args.modality[r] == v - 1) {

@@ -90,6 +90,12 @@ A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
   }
   const A top = max_lanes<A>(best);
   const A old = *maximum;
+  if (top == -INFINITY) {
+    // Only -inf so far: no weight yet. A row that ends so has a total of 0 and becomes NaN, as in
+    // torch.
+    for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
+    return A(1);
+  }
   // A row of -inf alone would give inf - inf; there the probabilities are NaN, as in torch.
   Vec<A> sum = {};
   for (int64_t j = 0; j < padded; j += kLanes<A>) {
@@ -168,6 +174,11 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
 
 template <typename T, typename A>
 struct BackwardItem {
+  // delta = out . grad_out, unless the output was rounded to half precision: the scores' gradient
+  // is a difference of near-equal numbers then, so delta is summed from the probabilities in a pass
+  // of its own.
+  static constexpr bool kExactOutput = sizeof(T) == sizeof(A);
+
   const AttentionBackward& args;
   const Problem& p;
   int64_t width, padded;
@@ -216,11 +227,12 @@ struct BackwardItem {
     pack_rows<T, A>(row_of<T>(args.grad_out, p.group, p.first, p.head), args.grad_out.row_stride,
                     p.length, width, padded, A(1), grad_out);
     for (int64_t i = 0; i < p.length; ++i) {
-      const T* out = static_cast<const T*>(f.out) + element(i) * width;
-      A dot = 0;
-      for (int64_t d = 0; d < width; ++d) dot += read<T, A>(out + d) * grad_out[i * padded + d];
-      delta[i] = dot;
       lse[i] = static_cast<const A*>(f.lse)[element(i)];
+      delta[i] = 0;
+      if constexpr (kExactOutput) {
+        const T* out = static_cast<const T*>(f.out) + element(i) * width;
+        for (int64_t d = 0; d < width; ++d) delta[i] += out[d] * grad_out[i * padded + d];
+      }
     }
     for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] = 0;
   }
@@ -235,11 +247,14 @@ struct BackwardItem {
     for (int64_t i = 0; i < count * padded; ++i) grad_keys[i] = 0, grad_values[i] = 0;
   }
 
-  // scores -> dropped probabilities (for grad_v) and, in place of the scores' gradient input,
-  // grad_scores.
+  // One row of a tile: scores -> dropped probabilities (for grad_v), grad_out . v -> gradient of
+  // the scores. With kOnlyDelta it only adds to delta[row] = sum over keys of probability * its
+  // gradient.
+  template <bool kOnlyDelta>
   void tile_row(int64_t i, int64_t row, int64_t j0, int64_t count) {
     A* prob = probabilities + i * kKeyBlock;
-    A* grad = scores + i * kKeyBlock;  // holds grad_out . v on entry
+    A* grad = scores + i * kKeyBlock;
+    Vec<A> sum = {};
     uint32_t bits[4];
     if (dropout.active())
       dropout_bits(dropout, static_cast<uint32_t>(p.group * args.forward.problems + p.index),
@@ -253,13 +268,39 @@ struct BackwardItem {
         dropped = keep_lanes<A>(x * kept, lanes);
         g = keep_lanes<A>(g * kept, lanes);
       }
-      store(prob + j, dropped);
-      store(grad + j, x * (g - delta[row]));
+      if constexpr (kOnlyDelta) {
+        sum += x * g;  // 0 past the last key: there g is 0
+      } else {
+        store(prob + j, dropped);
+        store(grad + j, x * (g - delta[row]));
+      }
+    }
+    if constexpr (kOnlyDelta) delta[row] += sum_lanes<A>(sum);
+  }
+
+  // Scores and grad_out . v of a tile of rows against the loaded block of keys.
+  void tile_products(int64_t i0, int64_t rows, int64_t keys_padded) {
+    gemm<A>(rows, keys_padded, width, q + i0 * padded, padded, 1, keys_t, kKeyBlock, probabilities,
+            kKeyBlock, false);
+    gemm<A>(rows, keys_padded, width, grad_out + i0 * padded, padded, 1, values_t, kKeyBlock,
+            scores, kKeyBlock, false);
+  }
+
+  void sum_delta() {
+    for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
+      const int64_t count = min64(kKeyBlock, p.length - j0);
+      load_block(j0, count);
+      for (int64_t i0 = 0; i0 < p.length; i0 += kBackwardTile) {
+        const int64_t rows = min64(kBackwardTile, p.length - i0);
+        tile_products(i0, rows, round_up(count, kLanes<A>));
+        for (int64_t i = 0; i < rows; ++i) tile_row<true>(i, i0 + i, j0, count);
+      }
     }
   }
 
   void run() {
     load_problem();
+    if constexpr (!kExactOutput) sum_delta();
     for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
       const int64_t count = min64(kKeyBlock, p.length - j0);
       const int64_t count_padded = round_up(count, kLanes<A>);
@@ -267,11 +308,8 @@ struct BackwardItem {
       for (int64_t i0 = 0; i0 < p.length; i0 += kBackwardTile) {
         const int64_t rows = min64(kBackwardTile, p.length - i0);
         const A *q_tile = q + i0 * padded, *go_tile = grad_out + i0 * padded;
-        gemm<A>(rows, count_padded, width, q_tile, padded, 1, keys_t, kKeyBlock, probabilities,
-                kKeyBlock, false);
-        gemm<A>(rows, count_padded, width, go_tile, padded, 1, values_t, kKeyBlock, scores,
-                kKeyBlock, false);
-        for (int64_t i = 0; i < rows; ++i) tile_row(i, i0 + i, j0, count);
+        tile_products(i0, rows, count_padded);
+        for (int64_t i = 0; i < rows; ++i) tile_row<false>(i, i0 + i, j0, count);
         gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, go_tile, padded, grad_values,
                 padded, true);
         gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded, true);
