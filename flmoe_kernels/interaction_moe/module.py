@@ -223,7 +223,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         weight = torch.stack([head.weight for head in heads])
         bias = torch.stack([head.bias for head in heads])
         flat = torch.baddbmm(bias.unsqueeze(1), latents.flatten(1, 2), weight.mT)
-        return flat.view(*latents.shape[:3], -1)
+        return flat.view(*latents.shape[:3], self._spec.num_classes)
 
     def _weights(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
         scores = self.reweight.mlp(reweighting_features(inputs, masks))

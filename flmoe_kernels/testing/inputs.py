@@ -45,7 +45,8 @@ def as_dtype(tree: Any, dtype: torch.dtype, requires_grad: bool = False) -> Any:
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 7) -> list[Tensor]:
     """Gradients of inputs of the outputs' inner product with seeded normal values; zeros for no gradient."""
     cotangents = {
-        out: draw(*out.shape, dtype=out.dtype, seed=seed + i)
+        # Values that every dtype holds exactly, so that results in several dtypes can be compared.
+        out: draw(*out.shape, dtype=torch.bfloat16, seed=seed + i).to(out.dtype)
         for i, out in enumerate(outputs)
         if out.requires_grad
     }
