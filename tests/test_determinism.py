@@ -125,6 +125,21 @@ def test_the_comparison_of_bits_sees_a_difference() -> None:
     assert not same_bits(one, other)
 
 
+def every_pattern(dtype: torch.dtype) -> Tensor:
+    """All values of a 16-bit type, and beside each a random one, as (1, 2, 65536)."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    order = torch.randperm(2**16, generator=torch.Generator().manual_seed(1))
+    return torch.stack([patterns, patterns[order]]).view(dtype).unsqueeze(0)
+
+
+def conversions(dtype: torch.dtype) -> list[Tensor]:
+    """Every 16-bit value through float32 and back, and the means of pairs, which round."""
+    x = every_pattern(dtype)
+    each, pairs = cumulative([1, 1]), cumulative([2])
+    zero = torch.zeros_like(x)
+    return [OPS.dropout_add_pool(x, zero, runs, 1, None, 0.0) for runs in (each, pairs)]
+
+
 def battery() -> dict[str, Any]:
     """What the instruction set of this process gives: masks, results and a layer's step with given noise."""
     found: dict[str, Any] = {"isa": instruction_set(), "masks": [], "losses": {}, "layer": {}}
@@ -143,6 +158,7 @@ def battery() -> dict[str, Any]:
         found[f"attention {dtype}"] = attention(dtype, "cpu")
         found[f"encoder {dtype}"] = encoder(dtype, OPS)
         found["losses"][dtype] = losses(dtype)
+    found["conversions"] = {dtype: conversions(dtype) for dtype in DTYPES[2:]}
     case = LayerCase((9, 5), dim=24, heads=3, layers=2, masks="partial")
     x = case.inputs()
     noise = draw_replacements(x, case.experts)
@@ -179,6 +195,21 @@ def test_masks_do_not_depend_on_the_instruction_set(batteries: dict[str, dict[st
         assert same_bits(found["masks"], expected), isa
     other = [mask.roll(1, 0) for mask in expected]
     assert not same_bits(other, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_half_precision_converts_exactly(
+    batteries: dict[str, dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """Subnormals, infinities, NaN, and rounding to even, as torch converts."""
+    x = every_pattern(dtype).float()
+    expected = [x.to(dtype).unsqueeze(1), ((x[:, :1] + x[:, 1:]) * 0.5).to(dtype).unsqueeze(1)]
+    truncated = (expected[1].view(torch.int16) + 1).view(dtype)
+    for isa, found in batteries.items():
+        for got, want in zip(found["conversions"][dtype], expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=isa)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(found["conversions"][dtype][1], truncated, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

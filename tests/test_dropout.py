@@ -192,9 +192,7 @@ def encoder_masks(experts: int, rows: int, width: int, seed: Tensor, p: float) -
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("width", [1, 17, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_kernels_of_the_encoder_draw_these_masks(
-    p: float, width: int, dtype: torch.dtype
-) -> None:
+def test_kernels_of_the_encoder_draw_these_masks(p: float, width: int, dtype: torch.dtype) -> None:
     experts, rows = 2, 67
     seed, ones = make_seed(), torch.ones(experts, rows, width, dtype=dtype)
     zeros, affine = torch.zeros_like(ones), torch.ones(experts, width, dtype=dtype)

@@ -324,9 +324,9 @@ def test_wrong_results_fail(dtype: torch.dtype) -> None:
     got = OPS.dropout_add_pool(*as_dtype(wrong_runs, dtype))
     assert_outside_budget(got, low, oracle, "dropout_add_pool")
     x, weight, bias = draw(2, 9, 64), draw(2, 64, 64, seed=1), draw(2, 64, seed=2)
-    _, low, oracle = compare(
-        OPS.expert_linear, reference.expert_linear, [x, weight, bias], dtype
-    )[0]
+    _, low, oracle = compare(OPS.expert_linear, reference.expert_linear, [x, weight, bias], dtype)[
+        0
+    ]
     for wrong in ([x, weight.mT, bias], [x, weight, None], [x, weight.flip(0), bias]):
         got = OPS.expert_linear(*as_dtype(wrong, dtype))
         assert_outside_budget(got, low, oracle, "expert_linear")
@@ -424,9 +424,7 @@ def test_nan_and_inf_propagate(value: float) -> None:
         target.view(-1)[1] = value
         exact = as_dtype(arguments, torch.float64)
         stem = name.split()[0]
-        oracle = (
-            reference_losses if stem == "interaction_losses" else getattr(reference, stem)
-        )
+        oracle = reference_losses if stem == "interaction_losses" else getattr(reference, stem)
         got, want = tensors(getattr(OPS, stem)(*arguments))[0], tensors(oracle(*exact))[0]
         assert torch.equal(got.isnan(), want.isnan()), name
         assert torch.equal(got.isposinf(), want.isposinf()), name

@@ -199,7 +199,8 @@ def test_no_rows_and_no_problems(grouped: bool) -> None:
     for case in (Case((), 2, 4, 0.5, groups), Case((), 2, 4, 0.5, groups, tail=3)):
         for backend in ("cpu", "reference"):
             for result, x in zip(
-                run(case, case.qkv(torch.float32), backend), [*case.qkv(torch.float32)] * 2,
+                run(case, case.qkv(torch.float32), backend),
+                [*case.qkv(torch.float32)] * 2,
                 strict=False,
             ):
                 assert result.shape == x.shape
@@ -346,7 +347,9 @@ def test_opcheck(p: float, dtype: torch.dtype) -> None:
     out, lse = OPS.expert_attention(q, k, v, *tail)
     grad = draw(*out.shape, dtype=dtype, seed=8)
     torch.library.opcheck(OPS.expert_attention_backward.default, (grad, q, k, v, out, lse, *tail))
-    torch.library.opcheck(OPS.expert_attention_packed_backward.default, (grad, qkv, out, lse, *tail))
+    torch.library.opcheck(
+        OPS.expert_attention_packed_backward.default, (grad, qkv, out, lse, *tail)
+    )
     leaves = [x.requires_grad_() for x in (q, k, v, qkv)]
     torch.library.opcheck(OPS.expert_attention.default, (*leaves[:3], *tail))
     torch.library.opcheck(OPS.expert_attention_packed.default, (leaves[3], *tail))
@@ -376,8 +379,7 @@ def test_only_the_wanted_gradients() -> None:
     full = run(case, case.qkv(torch.float32), "cpu")
     for wanted in itertools.product([False, True], repeat=3):
         qkv = [
-            x.requires_grad_(want)
-            for x, want in zip(case.qkv(torch.float32), wanted, strict=True)
+            x.requires_grad_(want) for x, want in zip(case.qkv(torch.float32), wanted, strict=True)
         ]
         out = expert_attention(*qkv, case.cu_seqlens)
         assert isinstance(out, Tensor)

@@ -165,7 +165,9 @@ def test_inference_is_the_full_view(case: LayerCase) -> None:
 def test_shape_of_what_comes_back(case: LayerCase, sparse: bool) -> None:
     case = dataclasses.replace(case, sparse=sparse)
     x, masks, noise = data(case)
-    results = [layer(x, masks, replacements=noise) for layer in (fast_layer(case), case.reference())]
+    results = [
+        layer(x, masks, replacements=noise) for layer in (fast_layer(case), case.reference())
+    ]
 
     def structure(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -361,5 +363,7 @@ def test_a_parameter_shared_by_experts_adds_up_its_gradients() -> None:
         assert isinstance(heads[1].fc, nn.Linear)
     x, masks, noise = data(FL, torch.float64)
     name = "interaction_experts.0.fusion_model.network.1.fc.weight"
-    found, expected = (outputs_and_gradients(m, x, masks, noise)[1][name] for m in (layer, reference))
+    found, expected = (
+        outputs_and_gradients(m, x, masks, noise)[1][name] for m in (layer, reference)
+    )
     torch.testing.assert_close(found, expected)

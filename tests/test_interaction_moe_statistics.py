@@ -85,7 +85,9 @@ def test_moments_agree_with_the_reference(name: str) -> None:
     assert largest_deviation(wrong, expected)[1] > SIGMAS
     fixed = samples(case, lambda: InteractionMoE.adopt(case.reference()), noise=False)
     assert largest_deviation(fixed, expected)[1] > SIGMAS
-    width = (found.shape[1] - case.experts - case.classes) // case.experts // (len(case.lengths) + 1)
+    width = (
+        (found.shape[1] - case.experts - case.classes) // case.experts // (len(case.lengths) + 1)
+    )
     shared = found.clone()
     shared[:, width : 2 * width] = found[:, :width]
     assert largest_deviation(shared, expected)[2] > SIGMAS

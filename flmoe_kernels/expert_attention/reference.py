@@ -28,7 +28,7 @@ def attention_reference(
     bounds = cu_seqlens.tolist()
     problems = len(bounds) - 1
     stats = torch.float64 if q.dtype == torch.float64 else torch.float32
-    pieces: list[Tensor] = [q.new_zeros(groups, bounds[0], heads, v.shape[-1])]
+    pieces: list[Tensor] = [_zeros_of(q[:, : bounds[0]])]
     sums: list[Tensor] = [q.new_zeros((groups, bounds[0], heads), dtype=stats)]
     for p, (first, last) in enumerate(itertools.pairwise(bounds)):
         query, key, value = (x[:, first:last].transpose(1, 2) for x in (q, k, v))
@@ -40,9 +40,14 @@ def attention_reference(
         pieces.append((probabilities @ value).transpose(1, 2))
         sums.append(scores.to(stats).logsumexp(dim=-1).transpose(1, 2))
     tail = rows - bounds[-1]
-    pieces.append(q.new_zeros(groups, tail, heads, v.shape[-1]))
+    pieces.append(_zeros_of(q[:, bounds[-1] :]))
     sums.append(q.new_zeros((groups, tail, heads), dtype=stats))
     return torch.cat(pieces, dim=1), torch.cat(sums, dim=1)
+
+
+def _zeros_of(x: Tensor) -> Tensor:
+    """Zeros for rows that no run covers: with a gradient, which is zero, whatever x holds."""
+    return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
 
 
 def _problem_mask(

@@ -101,45 +101,72 @@ void batched_rows(const T* x, const A* packed, const T* bias, T* out, int64_t ex
   });
 }
 
-// Rows [n0, n0 + count) of grad_weight[e] = grad_out[e]^T x[e], and of grad_bias[e].
+// Rows [n0, n0 + count) of grad_weight[e] = grad_out[e]^T x[e], and of grad_bias[e]. Blocks of
+// tokens are summed apart and then added: the rounding error grows with the block and the number of
+// blocks, not with the number of tokens.
 template <typename T, typename A>
-void weight_gradient_item(const LinearArgs& args, int64_t e, int64_t n0, int64_t count) {
-  const int64_t in = args.in_width, out = args.out_width, padded = round_up(in, kLanes<A>);
-  const T* x = static_cast<const T*>(args.x) + e * args.rows * in;
-  const T* grad_out = static_cast<const T*>(args.grad_out) + e * args.rows * out + n0;
-  A* sums = static_cast<A*>(thread_scratch(
-      0, (kOutBlock * padded + kOutBlock + kTokenBlock * (padded + kOutBlock)) * sizeof(A)));
-  A* bias = sums + kOutBlock * padded;
-  A* x_block = bias + kOutBlock;
-  A* grad_block = x_block + kTokenBlock * padded;
-  for (int64_t i = 0; i < kOutBlock * padded + kOutBlock; ++i) sums[i] = 0;
-  for (int64_t r0 = 0; r0 < args.rows; r0 += kTokenBlock) {
-    const int64_t tokens = min64(kTokenBlock, args.rows - r0);
+struct WeightGradient {
+  const LinearArgs& args;
+  int64_t e, n0, count, padded;
+  A *total, *bias_total, *block, *bias_block, *x_block, *grad_block;
+
+  WeightGradient(const LinearArgs& args, int64_t e, int64_t n0, int64_t count)
+      : args(args), e(e), n0(n0), count(count), padded(round_up(args.in_width, kLanes<A>)) {
+    const int64_t sums = kOutBlock * padded + kOutBlock;
+    const int64_t elements = 2 * sums + kTokenBlock * (padded + kOutBlock);
+    total = static_cast<A*>(thread_scratch(0, elements * static_cast<int64_t>(sizeof(A))));
+    bias_total = total + kOutBlock * padded;
+    block = total + sums;
+    bias_block = block + kOutBlock * padded;
+    x_block = block + sums;
+    grad_block = x_block + kTokenBlock * padded;
+    for (int64_t i = 0; i < sums; ++i) total[i] = 0;
+  }
+
+  // The block's rows of x in the compute type, in place where they already are.
+  const A* load_x(int64_t first, int64_t tokens) {
+    const int64_t width = args.in_width;
+    const T* x = static_cast<const T*>(args.x) + (e * args.rows + first) * width;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (padded == width) return reinterpret_cast<const A*>(x);
+    }
+    for (int64_t r = 0; r < tokens; ++r) {
+      read_row<T, A>(x + r * width, x_block + r * padded, width);
+      for (int64_t k = width; k < padded; ++k) x_block[r * padded + k] = 0;
+    }
+    return x_block;
+  }
+
+  void load_grad(int64_t first, int64_t tokens) {
+    const T* grad =
+        static_cast<const T*>(args.grad_out) + (e * args.rows + first) * args.out_width + n0;
+    for (int64_t n = 0; n < count; ++n) bias_block[n] = 0;
     for (int64_t r = 0; r < tokens; ++r) {
       A* to = grad_block + r * kOutBlock;
-      read_row<T, A>(grad_out + (r0 + r) * out, to, count);
-      for (int64_t n = 0; n < count; ++n) bias[n] += to[n];
+      read_row<T, A>(grad + r * args.out_width, to, count);
+      for (int64_t n = 0; n < count; ++n) bias_block[n] += to[n];
     }
-    const A* b = x_block;
-    if constexpr (sizeof(T) == sizeof(A)) {
-      if (padded == in) b = reinterpret_cast<const A*>(x + r0 * in);
-    }
-    if (b == x_block) {
-      for (int64_t r = 0; r < tokens; ++r) {
-        read_row<T, A>(x + (r0 + r) * in, x_block + r * padded, in);
-        for (int64_t k = in; k < padded; ++k) x_block[r * padded + k] = 0;
-      }
-    }
-    gemm<A>(count, padded, tokens, grad_block, 1, kOutBlock, b, padded, sums, padded, true);
   }
-  if (args.grad_weight != nullptr) {
-    for (int64_t n = 0; n < count; ++n)
-      write_row<T, A>(sums + n * padded,
-                      static_cast<T*>(args.grad_weight) + (e * out + n0 + n) * in, in);
+
+  void run() {
+    for (int64_t first = 0; first < args.rows; first += kTokenBlock) {
+      const int64_t tokens = min64(kTokenBlock, args.rows - first);
+      load_grad(first, tokens);
+      gemm<A>(count, padded, tokens, grad_block, 1, kOutBlock, load_x(first, tokens), padded, block,
+              padded, false);
+      for (int64_t i = 0; i < count * padded; ++i) total[i] += block[i];
+      for (int64_t n = 0; n < count; ++n) bias_total[n] += bias_block[n];
+    }
+    const int64_t row = e * args.out_width + n0;
+    if (args.grad_weight != nullptr) {
+      T* out = static_cast<T*>(args.grad_weight) + row * args.in_width;
+      for (int64_t n = 0; n < count; ++n)
+        write_row<T, A>(total + n * padded, out + n * args.in_width, args.in_width);
+    }
+    if (args.grad_bias != nullptr)
+      write_row<T, A>(bias_total, static_cast<T*>(args.grad_bias) + row, count);
   }
-  if (args.grad_bias != nullptr)
-    write_row<T, A>(bias, static_cast<T*>(args.grad_bias) + e * out + n0, count);
-}
+};
 
 template <typename A>
 A* packing_buffer(int64_t experts, int64_t depth, int64_t columns) {
@@ -177,7 +204,8 @@ void linear_backward(DType dtype, const LinearArgs& args) {
       const int64_t blocks = (args.out_width + kOutBlock - 1) / kOutBlock;
       parallel_for(args.experts * blocks, args.threads, [&](int64_t item, int) {
         const int64_t n0 = item % blocks * kOutBlock;
-        weight_gradient_item<T, A>(args, item / blocks, n0, min64(kOutBlock, args.out_width - n0));
+        const int64_t count = min64(kOutBlock, args.out_width - n0);
+        WeightGradient<T, A>(args, item / blocks, n0, count).run();
       });
     }
   });
