@@ -161,8 +161,8 @@ def swap(
     places is replaced by one object. The fast layer has the same parameter objects, so an optimizer
     made before keeps working, the same train or eval mode, attributes and hooks. A layer that is
     not supported, or on which the two disagree, is left exactly as it was, with the reason. Swap
-    before torch.compile. The published attention's `last_attn` is no longer written: the fast layer
-    stores no maps.
+    before torch.compile. The parts inside the fast layer are the reference's, which hold the
+    parameters; the published attention's `last_attn` is not among them: no map is ever stored.
 
     Args:
         model: any module; when it is itself the layer, use `report.model` afterwards.

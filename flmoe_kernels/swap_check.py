@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .interaction_moe.architecture import LayerSpec, build
+from .interaction_moe.architecture import LayerSpec, build_like
 from .swap_outputs import (
     Disagreement,
     Outputs,
@@ -267,11 +267,7 @@ def _noise(case: Case, num_experts: int) -> list[list[Tensor]]:
 
 
 def _reference_copy(layer: nn.Module, spec: LayerSpec) -> nn.Module:
-    heads, sparse = spec.num_heads, spec.fusion_sparse
-    reference = build(spec, heads, spec.temperature, fusion_sparse=sparse)
-    for part in reference.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.eps = spec.norm_eps
+    reference = build_like(spec)
     reference.load_state_dict(bare_copy(layer).state_dict())
     return reference.to(next(layer.parameters())).eval()
 

@@ -330,12 +330,19 @@ def test_interrupt_while_training_keeps_whole_files_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train_one_then_stop(task: Task, *rest: object) -> PairClassifier:
+        assert torch.get_num_threads() == 1
         if task is not TASKS[0]:
             raise KeyboardInterrupt
         return train(task, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pipeline, "train", train_one_then_stop)
-    assert demo.main(tmp_path) == 130
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert demo.main(tmp_path) == 130
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert capsys.readouterr().err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["unique_a.pt"]
     assert pipeline.load_checkpoint(TASKS[0], TINY, tmp_path / "unique_a.pt")

@@ -254,6 +254,8 @@ HOOKS = (
     "register_forward_pre_hook",
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_post_hook",
 )
 
 

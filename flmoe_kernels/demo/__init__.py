@@ -24,8 +24,8 @@ EXTRAS = ("sklearn", "matplotlib", "tqdm")
 def run(out: str | Path = "demo_out", *, seed: int = 0, quick: bool = False) -> Results:
     """Run the demo and write OUT/demo.json, OUT/demo.png and one checkpoint per task.
 
-    Every file appears whole or not at all, whenever the run ends. Given the seed and the number of
-    threads, everything but times and memory is the same in every run.
+    Every file appears whole or not at all, whenever the run ends. Given the seed, everything but
+    times and memory is the same in every run on one machine.
 
     Args:
         out: folder for the results; made if missing.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,15 +43,30 @@ def run_pipeline(settings: Settings, out: Path, console: Console) -> Results:
         f"{len(digits.labels)} handwritten digits: {images['train']} to train on, "
         f"{images['test']} held out. Training and freezing two small encoders."
     )
-    encoded = encode(digits, settings.width, settings.seed, settings.encoder_steps)
-    tasks = []
-    for task in TASKS:
-        tasks.append(_run_task(task, digits, encoded, settings, out, console))
+    with one_thread():
+        encoded = encode(digits, settings.width, settings.seed, settings.encoder_steps)
+        tasks = [_run_task(task, digits, encoded, settings, out, console) for task in TASKS]
     console.print("Timing both layers, then measuring their memory, each in a fresh process.")
     times = _times(tasks[-1], _test_pairs(TASKS[-1], digits, settings), encoded, settings, out)
     peaks = {mode: memory.measure(mode, settings) for mode in memory.MODES}
     seconds = time.perf_counter() - start
     return Results(settings, images, encoded.accuracy, tuple(tasks), times, peaks, seconds)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch computes on one thread.
+
+    The same numbers then come out whatever the number of cores, and a busy core cannot stall the
+    training: its operations are small, a second thread gains a third, and where that thread has to
+    wait for a core, every one of them waits with it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train_pairs(task: Task, digits: Digits, settings: Settings) -> Pairs:

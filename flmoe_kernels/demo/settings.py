@@ -20,7 +20,7 @@ class Settings:
     dropout: float = 0.1
     temperature: float = 1.0
     batch_size: int = 32
-    steps: int = 180
+    steps: int = 160
     learning_rate: float = 4e-3
     interaction_weight: float = 2.0
     train_pairs: int = 4096

@@ -28,7 +28,7 @@ def attention_reference(
     bounds = cu_seqlens.tolist()
     problems = len(bounds) - 1
     stats = torch.float64 if q.dtype == torch.float64 else torch.float32
-    pieces: list[Tensor] = [_zeros_of(q[:, : bounds[0]])]
+    pieces: list[Tensor] = [_zeros_of(*(x[:, : bounds[0]] for x in (q, k, v)))]
     sums: list[Tensor] = [q.new_zeros((groups, bounds[0], heads), dtype=stats)]
     for p, (first, last) in enumerate(itertools.pairwise(bounds)):
         query, key, value = (x[:, first:last].transpose(1, 2) for x in (q, k, v))
@@ -40,14 +40,15 @@ def attention_reference(
         pieces.append((probabilities @ value).transpose(1, 2))
         sums.append(scores.to(stats).logsumexp(dim=-1).transpose(1, 2))
     tail = rows - bounds[-1]
-    pieces.append(_zeros_of(q[:, bounds[-1] :]))
+    pieces.append(_zeros_of(*(x[:, bounds[-1] :] for x in (q, k, v))))
     sums.append(q.new_zeros((groups, tail, heads), dtype=stats))
     return torch.cat(pieces, dim=1), torch.cat(sums, dim=1)
 
 
-def _zeros_of(x: Tensor) -> Tensor:
-    """Zeros for rows that no run covers: with a gradient, which is zero, whatever x holds."""
-    return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
+def _zeros_of(*rows: Tensor) -> Tensor:
+    """Zeros for rows that no run covers: with gradients, which are zero, whatever the rows hold."""
+    never = torch.zeros_like(rows[0], dtype=torch.bool)
+    return torch.stack([torch.where(never, x, 0.0) for x in rows]).sum(dim=0)
 
 
 def _problem_mask(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
-from ..cpu_runtime import statistics_dtype
 from . import op as _op  # noqa: F401  registers flmoe::interaction_losses
 from .api import validate_inputs, validate_replacements
 from .architecture import LayerSpec, build_like
@@ -227,10 +226,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         return flat.view(*latents.shape[:3], self._spec.num_classes)
 
     def _weights(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
-        # In float32 at least: in float16 the norm of a modality that is all padding would be 0 / 0.
-        wide = [x.to(statistics_dtype(x.dtype)) for x in inputs]
-        features = reweighting_features(wide, masks).to(inputs[0].dtype)
-        scores = self.reweight.mlp(features)
+        scores = self.reweight.mlp(reweighting_features(inputs, masks))
         return torch.softmax(scores / self.reweight.temperature, dim=1)
 
     def _fast_forward(

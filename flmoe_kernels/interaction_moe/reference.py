@@ -252,9 +252,10 @@ def reweighting_features(inputs: Sequence[Tensor], masks: Masks = None) -> Tenso
     features = []
     for m, x in enumerate(inputs):
         mask = masks[m] if masks is not None else None
-        pooled = masked_mean(x, mask)
+        # The floor of the norm, 1e-12, is 0 in float16: a modality of padding alone would give 0 / 0.
+        pooled = masked_mean(x.float() if x.dtype == torch.float16 else x, mask)
         features.append(pooled if mask is None else F.normalize(pooled, p=2, dim=1))
-    return torch.cat(features, dim=1)
+    return torch.cat(features, dim=1).to(inputs[0].dtype)
 
 
 class InteractionExpert(nn.Module):

@@ -21,7 +21,6 @@ from .reference import Compat
 
 __all__ = ["SPARSE_MLP", "LayerSpec", "UnsupportedLayer", "check_state", "describe"]
 
-CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 SPARSE_MLP = "FMoETransformerMLP"
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -102,10 +101,10 @@ def check_state(layer: nn.Module) -> None:
     for name, part in layer.named_modules():
         if part is layer:
             continue
-        if any(getattr(part, hooks) for hooks in CALL_HOOKS):
+        if any(hooks for key, hooks in vars(part).items() if "_hooks" in key):
             raise UnsupportedLayer(
-                f"{name}: carries a hook, which would never fire: the fast layer does not call its "
-                "parts one by one"
+                f"{name}: carries a hook, which would never fire: the fast layer has parts of its "
+                "own and does not call them one by one"
             )
         if isinstance(part, nn.Dropout) and part.training != layer.training:
             raise UnsupportedLayer(

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kRowBlock = 96;     // 16 register tiles; 96 KiB of input at width 256
 constexpr int64_t kOutBlock = 48;     // rows of the weight gradient per item
+constexpr int64_t kBiasBlock = 32;    // tokens of grad_bias summed in the compute type
 constexpr int64_t kTokenBlock = 256;  // depth of one pass of the weight gradient
 
 template <typename A>
@@ -108,18 +109,22 @@ template <typename T, typename A>
 struct WeightGradient {
   const LinearArgs& args;
   int64_t e, n0, count, padded;
-  A *total, *bias_total, *block, *bias_block, *x_block, *grad_block;
+  double* bias_total;
+  A *total, *block, *bias_block, *x_block, *grad_block;
 
   WeightGradient(const LinearArgs& args, int64_t e, int64_t n0, int64_t count)
       : args(args), e(e), n0(n0), count(count), padded(round_up(args.in_width, kLanes<A>)) {
-    const int64_t sums = kOutBlock * padded + kOutBlock;
-    const int64_t elements = 2 * sums + kTokenBlock * (padded + kOutBlock);
-    total = static_cast<A*>(thread_scratch(0, elements * static_cast<int64_t>(sizeof(A))));
-    bias_total = total + kOutBlock * padded;
+    const int64_t sums = kOutBlock * padded;
+    const int64_t elements = 2 * sums + kOutBlock + kTokenBlock * (padded + kOutBlock);
+    const int64_t bias_bytes = kOutBlock * static_cast<int64_t>(sizeof(double));
+    bias_total = static_cast<double*>(
+        thread_scratch(0, bias_bytes + elements * static_cast<int64_t>(sizeof(A))));
+    total = reinterpret_cast<A*>(bias_total + kOutBlock);
     block = total + sums;
-    bias_block = block + kOutBlock * padded;
-    x_block = block + sums;
+    bias_block = block + sums;
+    x_block = bias_block + kOutBlock;
     grad_block = x_block + kTokenBlock * padded;
+    for (int64_t n = 0; n < kOutBlock; ++n) bias_total[n] = 0, bias_block[n] = 0;
     for (int64_t i = 0; i < sums; ++i) total[i] = 0;
   }
 
@@ -140,11 +145,13 @@ struct WeightGradient {
   void load_grad(int64_t first, int64_t tokens) {
     const T* grad =
         static_cast<const T*>(args.grad_out) + (e * args.rows + first) * args.out_width + n0;
-    for (int64_t n = 0; n < count; ++n) bias_block[n] = 0;
     for (int64_t r = 0; r < tokens; ++r) {
       A* to = grad_block + r * kOutBlock;
       read_row<T, A>(grad + r * args.out_width, to, count);
       for (int64_t n = 0; n < count; ++n) bias_block[n] += to[n];
+      if (r % kBiasBlock == kBiasBlock - 1 || r == tokens - 1) {
+        for (int64_t n = 0; n < count; ++n) bias_total[n] += bias_block[n], bias_block[n] = 0;
+      }
     }
   }
 
@@ -155,7 +162,6 @@ struct WeightGradient {
       gemm<A>(count, padded, tokens, grad_block, 1, kOutBlock, load_x(first, tokens), padded, block,
               padded, false);
       for (int64_t i = 0; i < count * padded; ++i) total[i] += block[i];
-      for (int64_t n = 0; n < count; ++n) bias_total[n] += bias_block[n];
     }
     const int64_t row = e * args.out_width + n0;
     if (args.grad_weight != nullptr) {
@@ -163,8 +169,10 @@ struct WeightGradient {
       for (int64_t n = 0; n < count; ++n)
         write_row<T, A>(total + n * padded, out + n * args.in_width, args.in_width);
     }
-    if (args.grad_bias != nullptr)
-      write_row<T, A>(bias_total, static_cast<T*>(args.grad_bias) + row, count);
+    if (args.grad_bias != nullptr) {
+      for (int64_t n = 0; n < count; ++n)
+        write<T, A>(static_cast<T*>(args.grad_bias) + row + n, static_cast<A>(bias_total[n]));
+    }
   }
 };
 
