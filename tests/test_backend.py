@@ -168,7 +168,9 @@ def test_environment_variable() -> None:
     assert "interaction_moe: backend 'cuda' was asked for, but" in result.stderr
     result = run_python("import flmoe_kernels", FLMOE_BACKEND="fast")
     assert result.returncode != 0
-    assert "FLMOE_BACKEND: expected one of reference, cpu, triton, cuda, got 'fast'" in result.stderr
+    assert (
+        "FLMOE_BACKEND: expected one of reference, cpu, triton, cuda, got 'fast'" in result.stderr
+    )
 
 
 def test_an_instruction_set_that_cannot_be_had() -> None:

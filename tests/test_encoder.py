@@ -1,27 +1,24 @@
-"""The fusion encoder's operators and the interaction losses against their float64 references."""
+"""The fusion encoder's operators against their float64 references."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from operator_cases import DTYPES, EPS, OPS, Operator, compare, evaluate, reference_losses, tensors
 from torch import Tensor
 
 from flmoe_kernels.encoder import reference
-from flmoe_kernels.interaction_moe.reference import interaction_losses
 from flmoe_kernels.testing import (
     as_dtype,
     assert_outside_budget,
     assert_within_budget,
     cumulative,
     draw,
-    gradients,
     make_seed,
 )
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (rows, width): around whole vectors, chunks of 64 rows and groups of 128 columns.
 SIZES = (
     (0, 16),
@@ -35,51 +32,6 @@ SIZES = (
     (63, 256),
     (97, 300),
 )
-EPS = 1e-5
-OPS = torch.ops.flmoe
-Operator = Callable[..., Any]
-
-
-def tensors(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else list(results)
-
-
-def evaluate(operator: Operator, arguments: Sequence[Any], outputs: int) -> list[Tensor]:
-    """The first results of an operator and the gradients of its floating arguments."""
-    leaves = [x for x in arguments if isinstance(x, Tensor) and x.dtype.is_floating_point]
-    results = tensors(operator(*arguments))[:outputs]
-    return [*(x.detach() for x in results), *gradients(results, leaves)]
-
-
-def compare(
-    operator: Operator,
-    oracle: Operator,
-    arguments: Sequence[Any],
-    dtype: torch.dtype,
-    outputs: int = 1,
-    magnitude: float = 0.0,
-    may_vanish: bool = False,
-) -> list[list[Tensor]]:
-    """Results and gradients of both, checked; (kernel, reference, reference in float64) of each."""
-    inputs = list(arguments)
-    found = [
-        evaluate(operator, as_dtype(inputs, dtype, requires_grad=True), outputs),
-        evaluate(oracle, as_dtype(inputs, dtype, requires_grad=True), outputs),
-        evaluate(
-            oracle, as_dtype(as_dtype(inputs, dtype), torch.float64, requires_grad=True), outputs
-        ),
-    ]
-    size = max((float(x.abs().max()) for x in found[2][outputs:] if x.numel()), default=0.0)
-    triples = [list(triple) for triple in zip(*found, strict=True)]
-    for i, triple in enumerate(triples):
-        name = f"result {i}" if i < outputs else f"gradient {i - outputs}"
-        assert_within_budget(
-            *triple,
-            f"{name} in {dtype}",
-            magnitude=magnitude if i < outputs else size,
-            may_vanish=may_vanish,
-        )
-    return triples
 
 
 def norm_arguments(rows: int, width: int, p: float, residual: bool) -> list[Any]:
@@ -235,75 +187,6 @@ def test_expand_views(rows: int, width: int, modalities: int, dtype: torch.dtype
     arguments = [draw(2, 2, rows, width), modality, modalities + 1]
     results = compare(OPS.expand_views, reference.expand_views, arguments, dtype)
     assert torch.equal(results[0][0], results[0][1]), "a copy has no rounding"
-
-
-def reference_losses(latents: Tensor) -> Tensor:
-    return torch.stack(interaction_losses([list(expert.unbind(0)) for expert in latents.unbind(0)]))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spread", [0.05, 1.0, 4.0])
-@pytest.mark.parametrize(
-    ("modalities", "batch", "width"),
-    [(2, 7, 3), (3, 1, 17), (5, 3, 64), (2, 1, 300), (4, 7, 100)],
-)
-def test_interaction_losses(
-    modalities: int, batch: int, width: int, spread: float, dtype: torch.dtype
-) -> None:
-    """A small spread keeps every triplet inside the margin, a large one puts many outside."""
-    latents = draw(modalities + 2, modalities + 1, batch, width, seed=5, scale=spread)
-    # A triplet's loss is a difference of distances.
-    distance = spread * (2 * width) ** 0.5
-    size = distance if dtype == torch.float32 else 0.0
-    compare(OPS.interaction_losses, reference_losses, [latents], dtype, magnitude=size)
-
-
-def test_interaction_losses_of_one_column() -> None:
-    """A cosine of two numbers is a sign; its gradient is 0, and in low precision rounding alone."""
-    latents = draw(5, 4, 7, 1, seed=5)
-    compare(OPS.interaction_losses, reference_losses, [latents], torch.float64)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("active", [True, False])
-def test_triplet_margin(active: bool, dtype: torch.dtype) -> None:
-    """Inside the margin the loss is distance - distance + 1; outside, it and its gradient are 0."""
-    latents = torch.zeros(4, 3, 1, 4)
-    latents[:, 1, 0, 0], latents[:, 2, 0, 0] = 1.0, 1.5 if active else 2.5
-    result, grad = (
-        triple[0] for triple in compare(OPS.interaction_losses, reference_losses, [latents], dtype)
-    )
-    # Expert 0's negative is view 1 and its positive view 2; expert 1 has them swapped.
-    far = 1.5 if active else 2.5
-    torch.testing.assert_close(result[0], torch.tensor(far, dtype=dtype), atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        result[1], torch.tensor(0.5 if active else 0.0, dtype=dtype), atol=1e-6, rtol=0
-    )
-    assert bool((grad[1] != 0).any()) == active
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_losses_of_zero_latents_and_identical_views(dtype: torch.dtype) -> None:
-    shape = (5, 4, 3, 6)
-    zeros = torch.zeros(shape)
-    one_zero_view = draw(*shape, seed=1)
-    one_zero_view[:, 2] = 0
-    zero_anchor = draw(*shape, seed=2)
-    zero_anchor[:, 0] = 0
-    zero_sample = draw(*shape, seed=3)
-    zero_sample[:, :, 1] = 0
-    same_views = draw(5, 1, 3, 6, seed=4).expand(shape)
-    for latents in (one_zero_view, zero_anchor, zero_sample, same_views, zeros):
-        compare(OPS.interaction_losses, reference_losses, [latents], dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_losses_of_zero_latents_are_finite_in_half_precision(dtype: torch.dtype) -> None:
-    zeros = torch.zeros(4, 3, 2, 6, dtype=dtype, requires_grad=True)
-    losses = OPS.interaction_losses(zeros)
-    assert torch.equal(losses, torch.tensor([1, 1, 0, 1], dtype=dtype))
-    (grad,) = gradients([losses], [zeros])
-    assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

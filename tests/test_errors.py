@@ -35,17 +35,17 @@ ATTENTION: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "q of 5 dimensions": (
         ValueError,
         r"q: expected \(rows, H, d\) or .*got \(1, 1, 6, 2, 4\)",
-        {name: Q[None, None] for name in "qkv"},
+        dict.fromkeys("qkv", Q[None, None]),
     ),
     "no heads": (
         ValueError,
         r"q: expected at least one head of width one, got \(6, 0, 4\)",
-        {name: Q[:, :0] for name in "qkv"},
+        dict.fromkeys("qkv", Q[:, :0]),
     ),
     "width 0": (
         ValueError,
         r"q: expected at least one head of width one, got \(6, 2, 0\)",
-        {name: Q[..., :0] for name in "qkv"},
+        dict.fromkeys("qkv", Q[..., :0]),
     ),
     "k of another shape": (
         ValueError,

@@ -106,7 +106,7 @@ def outputs_and_gradients(
     if replacements is not None:
         noise = [[each.detach().requires_grad_() for each in row] for row in replacements]
     outputs = named_outputs(layer, layer(x, masks, replacements=noise))
-    leaves = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    leaves: dict[str, Tensor] = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     leaves |= {f"inputs.{m}": each for m, each in enumerate(x)}
     for e, row in enumerate(noise or []):
         leaves |= {f"replacements.{e}.{m}": each for m, each in enumerate(row)}
