@@ -42,7 +42,7 @@ def measure(shape: LayerShape, rounds: int) -> list[dict[str, Any]]:
         # The compiled peer has no inference method of its own: dynamo compiles its forward only.
         names = [n for n in layers if kind == "training" or n in (FAST, REFERENCE, SDPA)]
         calls = {name: make(layers[name], inputs, masks) for name in names}
-        timings = interleave(calls, rounds if shape.tokens[0] > 8 else 10 * rounds, warmup=2)
+        timings = interleave(calls, rounds if shape.tokens[0] > 8 else 10 * rounds)
         rows += [_row(shape, kind, name, t, timings[FAST]) for name, t in timings.items()]
     return rows
 

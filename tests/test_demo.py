@@ -246,7 +246,7 @@ def test_reliance_names_the_expert_that_the_answer_rests_on() -> None:
     assert found.without[2] < 0.5 < found.without[0]
 
 
-def made_up_results(relied_on: int, fast_error: float) -> Results:
+def made_up_results(relied_on: int, fast_error: float, load: float = 1.0) -> Results:
     """Results in which every task relied on one expert."""
     share = [0.1] * len(EXPERTS)
     share[relied_on] = 0.7
@@ -259,7 +259,7 @@ def made_up_results(relied_on: int, fast_error: float) -> Results:
     )
     times = {"training step": Times(2.0, 1.0, 1), "inference": Times(1.0, 0.5, 1)}
     peaks = {"reference": Peak(2**20, "made up"), "fast": Peak(0, "made up")}
-    return Results(TINY, {"train": 2, "test": 1}, (0.9, 0.9), tasks, times, peaks, 1.0)
+    return Results(TINY, {"train": 2, "test": 1}, (0.9, 0.9), tasks, times, peaks, load, 1.0)
 
 
 def test_report_tells_when_another_expert_was_relied_on() -> None:
@@ -275,6 +275,14 @@ def test_report_tells_when_another_expert_was_relied_on() -> None:
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         assert cells[-1] == verdict
         assert cells[3] == ("*[70%]" if verdict == "yes" else "*70%")
+
+
+@pytest.mark.parametrize(("load", "told"), [(1.0, False), (3.0, True)])
+def test_report_tells_when_the_machine_was_busy(load: float, told: bool) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    print_report(made_up_results(0, 1e-7, load), console)
+    assert isinstance(console.file, io.StringIO)
+    assert ("indicative" in console.file.getvalue()) == told
 
 
 @pytest.mark.parametrize(("fast_error", "code"), [(1e-7, 0), (1e-2, 1)])

@@ -50,7 +50,7 @@ CASES = [
 ]
 LARGE = [
     LayerCase((63, 60), dim=40, heads=4, masks="partial"),
-    LayerCase((140, 61), dim=24, heads=3, batch=1, masks="partial"),
+    LayerCase((320, 196), dim=16, heads=2, batch=1, masks="partial"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +48,13 @@ def run_pipeline(settings: Settings, out: Path, console: Console) -> Results:
         encoded = encode(digits, settings.width, settings.seed, settings.encoder_steps)
         tasks = [_run_task(task, digits, encoded, settings, out, console) for task in TASKS]
     console.print("Timing both layers, then measuring their memory, each in a fresh process.")
+    load_average = os.getloadavg()[0]
     times = _times(tasks[-1], _test_pairs(TASKS[-1], digits, settings), encoded, settings, out)
     peaks = {mode: memory.measure(mode, settings) for mode in memory.MODES}
     seconds = time.perf_counter() - start
-    return Results(settings, images, encoded.accuracy, tuple(tasks), times, peaks, seconds)
+    return Results(
+        settings, images, encoded.accuracy, tuple(tasks), times, peaks, load_average, seconds
+    )
 
 
 @contextmanager

@@ -102,10 +102,15 @@ def _differences(results: Results) -> Table:
 
 def _costs(results: Results) -> Table:
     settings = results.settings
+    busy = (
+        f"\nOther programs were running (load {results.load:.1f}): take the times as indicative."
+        if results.busy
+        else ""
+    )
     table = _table(
         "What it costs",
         f"Batch {settings.batch_size}, medians of alternating calls; memory: growth of the process "
-        "during one step.",
+        f"during one step.{busy}",
         *("", "reference", "fast", "ratio"),
     )
     for name, times in results.times.items():

@@ -18,6 +18,8 @@ from .settings import Settings
 from .train import Reliance
 
 PACKAGES = ("torch", "numpy", "scikit-learn", "matplotlib")
+# The demo itself is one; half a core's work of others already shows in the times of two threads.
+BUSY_LOAD = 1.5
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that a run found. Times in seconds, memory in bytes."""
+    """Everything that a run found. Times in seconds, memory in bytes; load is the system's load
+    average just before the timing, in which the training on one thread counts for one."""
 
     settings: Settings
     images: dict[str, int]
@@ -62,12 +65,18 @@ class Results:
     tasks: tuple[TaskResult, ...]
     times: dict[str, Times]
     memory: dict[str, Peak]
+    load: float
     seconds: float
 
     @property
     def same(self) -> bool:
         """Whether the two layers agree on every task but for rounding."""
         return all(result.same for result in self.tasks)
+
+    @property
+    def busy(self) -> bool:
+        """Whether other programs were running during the timing, so that times mean little."""
+        return self.load > BUSY_LOAD
 
     def worst(self, group: str) -> Difference:
         """The largest difference of a group over all tasks."""
@@ -94,6 +103,7 @@ class Results:
             "peak_memory_of_a_training_step": {
                 name: dataclasses.asdict(peak) for name, peak in self.memory.items()
             },
+            "load_average_before_timing": self.load,
             "total_seconds": self.seconds,
         }
 
