@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,16 @@ from bench.test_interaction_moe import make_call
 PEERS = (REFERENCE, SDPA, COMPILED)
 
 
-def measure(shape: LayerShape, rounds: int) -> list[dict[str, Any]]:
+def measure(shape: LayerShape, rounds: int, peers: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of results of one shape: pass, contestant, timing, ratio to the fast layer."""
     inputs, masks = make_inputs(shape)
     reference = make_reference(shape)
-    layers = {name: contestant(name, reference, shape) for name in (FAST, *PEERS)}
+    layers = {name: contestant(name, reference, shape) for name in (FAST, *peers)}
     rows: list[dict[str, Any]] = []
     for kind in ("training", "inference"):
         make = training_step if kind == "training" else inference
         # The compiled peer has no inference method of its own: dynamo compiles its forward only.
-        names = [n for n in layers if kind == "training" or n in (FAST, REFERENCE, SDPA)]
+        names = [name for name in layers if kind == "training" or name != COMPILED]
         calls = {name: make(layers[name], inputs, masks) for name in names}
         timings = interleave(calls, rounds if shape.tokens[0] > 8 else 10 * rounds)
         rows += [_row(shape, kind, name, t, timings[FAST]) for name, t in timings.items()]
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shape", choices=[s.name for s in LAYER_SHAPES], action="append")
+    parser.add_argument("--peer", choices=PEERS, action="append", help="default: all")
     options = parser.parse_args()
     shapes = [s for s in LAYER_SHAPES if not options.shape or s.name in options.shape]
     result: dict[str, Any] = {"environment": environment(), "time": [], "memory": []}
@@ -71,7 +73,7 @@ def main() -> None:
             result["memory"].append({"shape": shape.name, "contestant": name, "peak_bytes": peak})
             print(f"{shape.name:8} training   {name:15} peak {peak / 2**20:8.1f} MiB", flush=True)
     for shape in shapes:
-        for row in measure(shape, options.rounds):
+        for row in measure(shape, options.rounds, options.peer or PEERS):
             result["time"].append(row)
             print(
                 f"{row['shape']:8} {row['pass']:10} {row['contestant']:15} "

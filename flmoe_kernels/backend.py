@@ -118,7 +118,9 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
         ValueError: an unknown backend name.
         BackendUnavailable: the chosen backend cannot run this; names the operator, backend and reason.
     """
-    explicit = backend or (_forced[-1] if _forced else _environment)
+    explicit = backend
+    if explicit is None:
+        explicit = _forced[-1] if _forced else _environment
     if explicit is not None:
         name = _known(explicit, "backend")
     elif tensor.device.type == "cpu" and _native is not None:

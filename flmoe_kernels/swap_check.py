@@ -87,7 +87,7 @@ def compare(
     Args:
         layer: the original; not run and not changed.
         spec: its description.
-        adopt: makes the fast layer on the submodules of a layer.
+        adopt: makes the fast layer on the parameters of a layer.
         case: a call to compare on, its first samples only; random inputs, with and without masks,
             when None.
 
@@ -99,7 +99,7 @@ def compare(
     cases = random_cases(spec) if case is None else [_few_samples(case, spec)]
     original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
     peer: nn.Module = original
-    fast = adopt(bare_copy(layer)).eval()
+    fast = adopt(layer).eval()
     errors: dict[str, float] = {}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for one in cases:

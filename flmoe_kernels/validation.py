@@ -27,6 +27,8 @@ def require_floating(name: str, value: Tensor) -> None:
 
 
 def require_probability(name: str, value: float) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a probability from 0 to 1, got {value}")
 

@@ -359,6 +359,18 @@ def test_captured_calls_that_cannot_be_compared(case: swap_check.Case, reason: s
         swap_check.compare(layer, describe(layer), InteractionMoE.adopt, case)
 
 
+def test_captured_calls_are_compared_on_their_first_samples_with_tokens() -> None:
+    inputs = [torch.arange(9.0).view(9, 1, 1).expand(9, 4, 16)] * 2
+    masks = [torch.ones(9, 4), torch.ones(9, 4)]
+    masks[0][:2] = masks[1][1] = 0
+    few = swap_check._few_samples(swap_check.Case(inputs, [masks[0], None]), describe(make_layer()))
+    assert few.inputs[0][:, 0, 0].tolist() == [0, 1, 2, 3]
+    few = swap_check._few_samples(swap_check.Case(inputs, list(masks)), describe(make_layer()))
+    assert few.inputs[1][:, 0, 0].tolist() == [0, 2, 3, 4]
+    assert few.masks is not None
+    assert [mask.shape[0] for mask in few.masks] == [4, 4]
+
+
 def test_masks_given_to_the_variant_without_them_are_a_reason() -> None:
     layer, inputs = make_layer(i2), [torch.randn(2, 5, 16)] * 2
     case = swap_check.Case(inputs, [torch.ones(2, 5)] * 2)

@@ -76,11 +76,15 @@ def validate_replacements(
     """replacements[e][m] shaped, typed and placed as inputs[m], for all M + 2 experts."""
     if replacements is None:
         return
+    if not isinstance(replacements, list | tuple):
+        raise TypeError(f"replacements: expected a list, got {type(replacements).__name__}")
     if len(replacements) != spec.num_experts:
         raise ValueError(
             f"replacements: expected one list per expert, {spec.num_experts}, got {len(replacements)}"
         )
     for e, each in enumerate(replacements):
+        if not isinstance(each, list | tuple):
+            raise TypeError(f"replacements[{e}]: expected a list, got {type(each).__name__}")
         if len(each) != len(inputs):
             raise ValueError(
                 f"replacements[{e}]: expected {len(inputs)} modalities, got {len(each)}"
