@@ -123,7 +123,8 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
         explicit = _forced[-1] if _forced else _environment
     if explicit is not None:
         name = _known(explicit, "backend")
-    elif tensor.device.type == "cpu" and _native is not None:
+    elif tensor.device.type == "cpu" and (_native is not None or os.environ.get("FLMOE_ISA")):
+        # FLMOE_ISA asks for the CPU kernels: when it names what cannot run, that is an error to show.
         name = CPU
     else:
         name = REFERENCE
