@@ -26,8 +26,8 @@ class Settings:
     train_pairs: int = 4096
     test_pairs: int = 1000
     encoder_steps: int = 300
-    timed_steps: int = 15
-    timed_inferences: int = 30
+    timed_steps: int = 7
+    timed_inferences: int = 15
 
     @classmethod
     def choose(cls, seed: int, quick: bool) -> Settings:
