@@ -168,6 +168,7 @@ BAD_KEYS: list[tuple[str, Callable[[State], object], list[str]]] = [
         [f"missing: reweight.mlp.network.3.bias, {EXPERT}network.1.attn.q.weight"],
     ),
     ("unknown", with_value("extra.weight", torch.ones(1)), ["unknown: extra.weight"]),
+    ("key of two lines", with_value("extra\nline", torch.ones(1)), ["unknown: extra line"]),
     (
         "shape",
         with_value(EXPERT + "network.0.norm1.weight", torch.ones(3)),
