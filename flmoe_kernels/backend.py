@@ -24,7 +24,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # operator -> backend -> dtypes. An operator that a backend lacks has no row: that is a fact, not a gap to hide.
 CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     op: {REFERENCE: (*_FLOATS, torch.float64), CPU: (*_FLOATS, torch.float64)}
-    for op in ("expert_attention", "interaction_moe")
+    for op in ("expert_attention", "interaction_moe", "pair_moe")
 }
 
 

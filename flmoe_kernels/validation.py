@@ -41,3 +41,36 @@ def require_seed(name: str, value: Tensor, device: torch.device) -> None:
         )
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def require_count(name: str, value: int, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        upper = "" if most is None else f" to {most}"
+        raise ValueError(f"{name}: expected an int from {least}{upper}, got {value}")
+
+
+def require_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def require_index(
+    name: str, value: Tensor, shape: tuple[int, ...], count: int, device: torch.device
+) -> None:
+    """int64 values within 0..count - 1."""
+    require_tensor(name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {value.dtype}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    # Reading values waits for a GPU and cannot be traced; there torch's own indexing stays in bounds.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= count:
+            raise ValueError(f"{name}: expected values from 0 to {count - 1}, got {low} to {high}")

@@ -206,6 +206,57 @@ def losses(native: Any, case: Case, modalities: int, batch: int, width: int) -> 
     case.check(f"losses {shape}")
 
 
+def pairs(
+    native: Any, case: Case, sizes: tuple[int, ...], kinds: Sequence[int], top_k: int, masks: int
+) -> None:
+    """pair_moe at every reduction, and its maps; masks: bit 0 for side a, bit 1 for side b."""
+    batch, experts, rows, columns, rank, width = sizes
+
+    def view(length: int, size: int) -> tuple[int, ...]:
+        # As a projection writes it: (batch, tokens, experts, size).
+        shape = (batch, length, experts, size)
+        return (case.floats(*shape), length * experts * size, experts * size, size)
+
+    def mask(bit: int, length: int) -> int:
+        if not masks & bit:
+            return 0
+        return case.keep((RANDOM.random((batch, length)) < 0.7).astype(np.uint8).tobytes())
+
+    wide = STATISTICS[case.dtype]
+    bias = case.keep(stored(RANDOM.standard_normal(experts), wide))
+    views = (view(rows, rank), view(columns, rank), view(rows, width), view(columns, width))
+    tensors = (*views, bias, mask(1, rows), mask(2, columns))
+    call = (case.dtype, tensors, sizes, list(kinds), top_k, rank**-0.5, 3)
+
+    def cleared(*shape: int) -> int:
+        """What a kernel adds to, or leaves alone where a token is masked."""
+        return case.keep(stored(np.zeros(shape), wide))
+
+    shapes = ((batch, experts, rows, width), (batch, rows, width), (batch, experts, width))
+    steps = (
+        (experts * rows * width, width, rows * width),
+        (rows * width, width, 0),
+        (experts * width, 0, width),
+    )
+    for reduce, (shape, strides) in enumerate(zip(shapes, steps, strict=True)):
+        y = case.keep(stored(np.zeros(shape), case.dtype))
+        native.pair_forward(*call, reduce, y, cleared(batch, experts, rows))
+        grad_mass = case.keep(stored(RANDOM.standard_normal((batch, experts, rows)), wide))
+        grads = [
+            cleared(batch, experts, length, size)
+            for size in (rank, width)
+            for length in (rows, columns)
+        ]
+        grad_y = (case.floats(*shape), *strides)
+        native.pair_backward(*call, reduce, grad_y, grad_mass, *grads, case.statistics(experts))
+    head, count = (case.floats(batch, experts, width), experts * width, 0, width), 9
+    native.pair_map(*call, head, cleared(batch, experts, rows, columns))
+    slots = (batch, experts + 1, count)
+    places = [case.keep(bytes(8 * int(np.prod(slots)))) for _ in range(2)]
+    native.pair_top(*call, head, count, cleared(*slots), *places)
+    case.check(f"pairs {sizes} {kinds} {top_k} {masks}")
+
+
 def drive(native: ModuleType) -> int:
     """Every kernel in every dtype; the number of calls made."""
     count = 0
@@ -233,6 +284,12 @@ def drive(native: ModuleType) -> int:
             rows_kernels(native, case(), rows, width, (KEEP_ALL, 40000)[i % 2])
         for modalities, batch, width in ((2, 1, 1), (3, 5, 7), (5, 2, 33), (2, 3, 130)):
             losses(native, case(), modalities, batch, width)
+        lengths = ((0, 3), (3, 0), (1, 1), (25, 130), (67, 5))
+        for i, (rows, columns) in enumerate(lengths):
+            for experts in range(1, 9):
+                kinds = [(i + e) % 5 for e in range(experts)]
+                shape = (1 + i % 2, experts, rows, columns, (1, 5, 16)[i % 3], (17, 3, 32)[i % 3])
+                pairs(native, case(), shape, kinds, 1 + i % experts, (i + experts) % 4)
     return count
 
 

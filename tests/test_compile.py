@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from flmoe_kernels import InteractionMoE, expert_attention
+from flmoe_kernels import InteractionMoE, expert_attention, pair_map, pair_moe, top_pairs
 from flmoe_kernels.testing import (
     LayerCase,
     cumulative,
@@ -88,6 +88,32 @@ def test_runs_out_of_range_are_refused_in_compiled_code_too() -> None:
     for bounds in ([0, 9], [0, 4, 2], [-3, 6]):
         with pytest.raises(ValueError, match="cu_seqlens: expected values that"):
             compiled(q, q, q, torch.tensor(bounds, dtype=torch.int32), make_seed())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reduce", ["none", "experts", "pool"])
+def test_pair_moe(reduce: str, dynamic: bool) -> None:
+    kinds = ("unique_a", "synergy", "null")
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, a, c, bias, mask, head = tensors
+        options: dict[str, Any] = {"kinds": kinds, "gate_bias": bias, "mask_b": mask, "top_k": 2}
+        y, mass = pair_moe(q, k, a, c, **options, reduce=reduce)
+        detached = [x.detach() for x in (q, k, a, c)]
+        options["gate_bias"] = bias.detach()
+        phi = pair_map(*detached, head, **options)
+        return y, mass, phi, *top_pairs(*detached, head, n_pairs=3, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (5, 8):
+        shapes = [(2, 3, rows, 4), (2, 3, 7, 4), (2, 3, rows, 6), (2, 3, 7, 6), (3,)]
+        leaves = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+        rest = (torch.arange(14).view(2, 7) % 4 != 1, draw(3, 6, seed=9))
+        results = []
+        for function in (compiled, call):
+            out = function(*leaves, *rest)
+            results.append([*out, *gradients(out[:2], leaves)])
+        assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels import InteractionMoE, expert_attention
+from flmoe_kernels import InteractionMoE, expert_attention, pair_moe
 from flmoe_kernels.backend import instruction_set, instruction_sets
 from flmoe_kernels.encoder import reference
 from flmoe_kernels.testing import (
@@ -79,6 +79,25 @@ def losses(dtype: torch.dtype) -> list[Tensor]:
     return [out.detach(), *gradients([out], [latents])]
 
 
+def pairs(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
+    """Every reduction, with more rows and columns than a block, a chunk and a work item take."""
+    kinds = ("unique_a", "unique_b", "synergy", "redundancy", "null")
+    shapes = [(530, 9), (300, 9), (530, 20), (300, 20)]
+    leaves = [
+        draw(1, 5, *shape, dtype=dtype, seed=i).to(wide or dtype).requires_grad_()
+        for i, shape in enumerate(shapes)
+    ]
+    bias = draw(5, dtype=dtype, seed=4).to(wide or dtype).requires_grad_()
+    mask_b = (torch.arange(300) % 7 != 3).unsqueeze(0)
+    found = []
+    for reduce in ("none", "experts", "pool"):
+        y, mass = pair_moe(
+            *leaves, kinds=kinds, gate_bias=bias, mask_b=mask_b, reduce=reduce, backend=backend
+        )
+        found += [y.detach(), mass.detach(), *gradients([y, mass], [*leaves, bias])]
+    return found
+
+
 def step(case: LayerCase, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """A training step with noise and dropout from torch's generator: results, gradients, parameters after."""
     torch.manual_seed(11)
@@ -110,6 +129,7 @@ def test_operators_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     assert_same_bits_for_any_threads(lambda: attention(dtype, "cpu"))
     assert_same_bits_for_any_threads(lambda: encoder(dtype, OPS))
     assert_same_bits_for_any_threads(lambda: losses(dtype))
+    assert_same_bits_for_any_threads(lambda: pairs(dtype, "cpu"))
 
 
 @pytest.mark.parametrize("case", [STEP, STEP_I2], ids=str)
@@ -157,6 +177,7 @@ def battery() -> dict[str, Any]:
     for dtype in DTYPES:
         found[f"attention {dtype}"] = attention(dtype, "cpu")
         found[f"encoder {dtype}"] = encoder(dtype, OPS)
+        found[f"pairs {dtype}"] = pairs(dtype, "cpu")
         found["losses"][dtype] = losses(dtype)
     found["conversions"] = {dtype: conversions(dtype) for dtype in DTYPES[2:]}
     case = LayerCase((9, 5), dim=24, heads=3, layers=2, masks="partial")
@@ -220,6 +241,7 @@ def test_every_instruction_set_is_within_the_budget(
     operators = {
         f"attention {dtype}": (attention(dtype, "reference"), attention(dtype, "reference", wide)),
         f"encoder {dtype}": (encoder(dtype, reference), encoder(dtype, reference, wide)),
+        f"pairs {dtype}": (pairs(dtype, "reference"), pairs(dtype, "reference", wide)),
     }
     for isa, found in batteries.items():
         for name, (low, oracle) in operators.items():

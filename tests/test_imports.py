@@ -106,7 +106,8 @@ print(*[part for part in parts if f"flmoe_kernels.{part}" in sys.modules])
 def test_public_names() -> None:
     for name in (
         *("BackendUnavailable", "FusionTransformer", "InteractionMoE", "ReferenceInteractionMoE"),
-        *("SwapReport", "available_backends", "expert_attention", "swap", "use_backend"),
+        *("SwapReport", "available_backends", "expert_attention", "pair_map", "pair_moe"),
+        *("swap", "top_pairs", "use_backend"),
         "__version__",
     ):
         assert hasattr(flmoe_kernels, name)

@@ -91,6 +91,49 @@ struct LossArgs {
   int threads;
 };
 
+// pair_moe. A view's groups are samples and its heads are experts: (batch, tokens, experts, width).
+struct PairArgs {
+  RowView q, k, a, c;
+  const void* gate_bias;           // (experts), compute type, or null
+  const uint8_t *mask_a, *mask_b;  // (batch, rows), (batch, columns), non-zero = valid, or null
+  int64_t batch, experts, rows, columns, rank, width;
+  int kinds[8];
+  int64_t top_k;
+  double scale;
+  int threads;
+};
+
+enum class PairReduce : int { kNone = 0, kExperts = 1, kPool = 2 };
+
+// Rows of y and mass that are masked are not written.
+struct PairForward {
+  PairArgs in;
+  PairReduce reduce;
+  void *y, *mass;
+};
+
+// Gradients in the compute type, contiguous (batch, experts, tokens, width), added to what is
+// there; grad_bias (experts) is written. grad_y has strides of 0 where it does not vary.
+struct PairBackward {
+  PairArgs in;
+  PairReduce reduce;
+  RowView grad_y;
+  const void* grad_mass;  // (batch, experts, rows), compute type, or null
+  void *grad_q, *grad_k, *grad_a, *grad_c, *grad_bias;
+};
+
+// head: one row of width per sample and expert. map: (batch, experts, rows, columns), compute type,
+// masked pairs not written. The best `count` of each expert and of their sum: (batch, experts + 1,
+// count).
+struct PairScores {
+  PairArgs in;
+  RowView head;
+  void* map;
+  int64_t count;
+  void* values;
+  int64_t *i, *j;
+};
+
 struct Kernels {
   void (*attention_forward)(DType, const AttentionForward&);
   void (*attention_backward)(DType, const AttentionBackward&);
@@ -106,6 +149,10 @@ struct Kernels {
   void (*views_backward)(DType, const ViewsArgs&);
   void (*loss_forward)(DType, const LossArgs&);
   void (*loss_backward)(DType, const LossArgs&);
+  void (*pair_forward)(DType, const PairForward&);
+  void (*pair_backward)(DType, const PairBackward&);
+  void (*pair_map)(DType, const PairScores&);
+  void (*pair_top)(DType, const PairScores&);
 };
 
 namespace baseline {

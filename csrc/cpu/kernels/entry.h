@@ -51,5 +51,9 @@ void views_forward(DType, const ViewsArgs&);
 void views_backward(DType, const ViewsArgs&);
 void loss_forward(DType, const LossArgs&);
 void loss_backward(DType, const LossArgs&);
+void pair_forward(DType, const PairForward&);
+void pair_backward(DType, const PairBackward&);
+void pair_map(DType, const PairScores&);
+void pair_top(DType, const PairScores&);
 
 }  // namespace flmoe::FLMOE_ISA

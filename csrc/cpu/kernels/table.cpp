@@ -6,7 +6,8 @@ const Kernels& kernels() {
   static const Kernels table = {
       attention_forward, attention_backward, linear_forward, linear_backward, norm_forward,
       norm_backward,     gelu_forward,       gelu_backward,  pool_forward,    pool_backward,
-      views_forward,     views_backward,     loss_forward,   loss_backward};
+      views_forward,     views_backward,     loss_forward,   loss_backward,   pair_forward,
+      pair_backward,     pair_map,           pair_top};
   return table;
 }
 

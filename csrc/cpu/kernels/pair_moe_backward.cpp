@@ -1,0 +1,326 @@
+// pair_moe backward: gradients of q, k, a, c and the gate's bias, the probabilities made again.
+//
+// With G the gradient of y, h_i = (s2 + s3 a_i) * G_i and m_i = grad mass_i + s1 G_i . a_i:
+//     dp_ij = m_i + h_i . c_j,   d_ij = p_e (dp_e - sum over experts of p dp)
+//     dq_i = scale sum_j d_ij k_j    dk_j = scale sum_i d_ij q_i    dbias = sum_ij d_ij
+//     dc_j = sum_i p_ij h_i          da_i = s1 G_i mass_i + s3 G_i * sum_j p_ij c_j
+// Rows and columns are cut into the same number of chunks. An item is (sample, chunk of rows) and
+// meets the chunks of columns in rounds, in round t its own number plus t: within a round no two
+// items share a row or a column, so every gradient is added in one fixed order, without atomics or
+// copies of it. Bound: 6 R FLOP per pair and expert, 4 V more where the message from side b varies
+// with the row (none do under "pool" but synergy), 2 V more for synergy.
+#include "cpu/pair_gate.h"
+
+namespace flmoe::FLMOE_ISA {
+namespace {
+
+template <typename A>
+struct BackwardTile {
+  A* pairs;     // logits in, d out
+  A* messages;  // h . c in, p out, for the experts of `products`
+  const A *bias, *row_part, *column_part;
+  A *mass, *column_mass;  // += sums of p over columns and rows; column_mass null if not wanted
+  A* grad_bias;           // += sums of d, a whole vector per expert
+  uint32_t products;
+  int64_t row_stride, rows, columns, top_k;  // row_stride: between experts of row_part and mass
+};
+
+struct BackwardGate {
+  template <typename A, int E, bool kTopK>
+  static void run(const BackwardTile<A>& tile) {
+    Vec<A> bias_sums[E];
+    for (int e = 0; e < E; ++e) bias_sums[e] = load(tile.grad_bias + e * kLanes<A>);
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      A *at = tile.pairs + i * kTileRow, *with = tile.messages + i * kTileRow;
+      Vec<A> sums[E] = {};
+      for (int64_t j = 0; j < tile.columns; j += kLanes<A>) {
+        Vec<A> p[E], dp[E], mean = {};
+#pragma GCC unroll 8
+        for (int e = 0; e < E; ++e) p[e] = load(at + e * kTileExpert + j) + tile.bias[e];
+        gate<A, E, kTopK>(p, tile.top_k);
+        if (j + kLanes<A> > tile.columns)
+          for (int e = 0; e < E; ++e) p[e] = keep_first<A>(p[e], tile.columns - j);
+#pragma GCC unroll 8
+        for (int e = 0; e < E; ++e) {
+          dp[e] =
+              tile.row_part[e * tile.row_stride + i] + load(tile.column_part + e * kPairBlock + j);
+          if (has(tile.products, e)) dp[e] += load(with + e * kTileExpert + j);
+          mean += p[e] * dp[e];
+        }
+#pragma GCC unroll 8
+        for (int e = 0; e < E; ++e) {
+          const Vec<A> d = p[e] * (dp[e] - mean);
+          sums[e] += p[e];
+          bias_sums[e] += d;
+          store(at + e * kTileExpert + j, d);
+          if (has(tile.products, e)) store(with + e * kTileExpert + j, p[e]);
+        }
+        if (tile.column_mass != nullptr)
+          for (int e = 0; e < E; ++e) {
+            A* column = tile.column_mass + e * kPairBlock + j;
+            store(column, load(column) + p[e]);
+          }
+      }
+      for (int e = 0; e < E; ++e) tile.mass[e * tile.row_stride + i] += sum_lanes<A>(sums[e]);
+    }
+    for (int e = 0; e < E; ++e) store(tile.grad_bias + e * kLanes<A>, bias_sums[e]);
+  }
+};
+
+template <typename T, typename A>
+struct BackwardItem {
+  const PairBackward& args;
+  const PairArgs& in;
+  int64_t b, first_row, last_row, first_column, last_column;
+  ExpertSets experts;
+  int64_t rank_padded, width_padded;
+  int64_t rows = 0, valid = 0;
+  int64_t *row_index, *column_index;
+  A *q, *h, *a_part, *mass, *grad_q, *t;           // chunk of rows
+  A *keys, *keys_rows, *values, *values_rows;      // block of columns
+  A *column_part, *column_mass, *grad_k, *grad_c;  // block of columns
+  A *logits, *messages, *bias, *bias_sums;
+  A* grad_bias;
+
+  BackwardItem(const PairBackward& args, int64_t b, const int64_t* bounds, A* grad_bias)
+      : args(args),
+        in(args.in),
+        b(b),
+        first_row(bounds[0]),
+        last_row(bounds[1]),
+        first_column(bounds[2]),
+        last_column(bounds[3]),
+        experts(args.in, args.reduce),
+        rank_padded(round_up(args.in.rank, kLanes<A>)),
+        width_padded(round_up(args.in.width, kLanes<A>)),
+        grad_bias(grad_bias) {
+    Pieces<A> sizes{nullptr};
+    lay_out(sizes);
+    Pieces<A> pieces{static_cast<A*>(thread_scratch(0, sizes.used * int64_t(sizeof(A))))};
+    lay_out(pieces);
+    const int64_t tokens = last_row - first_row + last_column - first_column;
+    row_index = static_cast<int64_t*>(thread_scratch(1, (tokens + 1) * int64_t(sizeof(int64_t))));
+    column_index = row_index + (last_row - first_row);
+  }
+
+  void lay_out(Pieces<A>& pieces) {
+    const int64_t n = in.experts, most = last_row - first_row;
+    const int64_t block = n * kPairBlock;
+    q = pieces.take(n * most * rank_padded);
+    h = pieces.take(n * most * width_padded);
+    a_part = pieces.take(n * most);
+    mass = pieces.take(n * most);
+    grad_q = pieces.take(n * most * rank_padded);
+    t = pieces.take(n * most * width_padded);
+    keys = pieces.take(block * in.rank);
+    keys_rows = pieces.take(block * rank_padded);
+    values = pieces.take(block * in.width);
+    values_rows = pieces.take(block * width_padded);
+    column_part = pieces.take(block);
+    column_mass = pieces.take(block);
+    grad_k = pieces.take(block * rank_padded);
+    grad_c = pieces.take(block * width_padded);
+    logits = pieces.take(n * kTileExpert);
+    messages = pieces.take(n * kTileExpert);
+    bias = pieces.take(n);
+    bias_sums = pieces.take(n * kLanes<A>);
+  }
+
+  const T* grad_y(int64_t e, int64_t i) const { return token<T>(args.grad_y, b, e, i); }
+  const Message& message(int64_t e) const { return kMessages[in.kinds[e]]; }
+
+  A dot(const T* x, const T* y) const {
+    A total = 0;
+    for (int64_t d = 0; d < in.width; ++d) total += read<T, A>(x + d) * read<T, A>(y + d);
+    return total;
+  }
+
+  void load_rows() {
+    for (int64_t e = 0; e < in.experts; ++e) {
+      gather_rows<T, A>(in.q, b, e, row_index, rows, in.rank, rank_padded, A(in.scale),
+                        q + e * rows * rank_padded);
+      bias[e] = in.gate_bias ? static_cast<const A*>(in.gate_bias)[e] : A(0);
+      for (int64_t r = 0; r < rows; ++r) load_row(e, r);
+    }
+    std::memset(mass, 0, in.experts * rows * sizeof(A));
+    std::memset(grad_q, 0, in.experts * rows * rank_padded * sizeof(A));
+    for (int64_t e = 0; e < in.experts; ++e)
+      if (has(experts.synergy, e))
+        std::memset(t + e * rows * width_padded, 0, rows * width_padded * sizeof(A));
+  }
+
+  // m_i and, where it varies, h_i.
+  void load_row(int64_t e, int64_t r) {
+    const int64_t i = row_index[r];
+    const T *g = grad_y(e, i), *a = token<T>(in.a, b, e, i);
+    const Message& m = message(e);
+    A part = 0;
+    if (args.grad_mass)
+      part = static_cast<const A*>(args.grad_mass)[(b * in.experts + e) * in.rows + i];
+    if (m.a != 0) part += A(m.a) * dot(g, a);
+    a_part[e * rows + r] = part;
+    if (!has(experts.products, e)) return;
+    A* to = h + (e * rows + r) * width_padded;
+    const A s2 = A(m.c), s3 = A(m.product);
+    for (int64_t d = 0; d < in.width; ++d) {
+      const A factor = m.product != 0 ? s3 * read<T, A>(a + d) : s2;
+      to[d] = factor * read<T, A>(g + d);
+    }
+    for (int64_t d = in.width; d < width_padded; ++d) to[d] = 0;
+  }
+
+  void load_columns(const int64_t* index, int64_t count) {
+    for (int64_t e = 0; e < in.experts; ++e) {
+      gather_columns<T, A>(in.k, b, e, index, count, in.rank, keys + e * kPairBlock * in.rank);
+      gather_rows<T, A>(in.k, b, e, index, count, in.rank, rank_padded, A(in.scale),
+                        keys_rows + e * kPairBlock * rank_padded);
+      if (has(experts.products, e))
+        gather_columns<T, A>(in.c, b, e, index, count, in.width,
+                             values + e * kPairBlock * in.width);
+      if (has(experts.synergy, e))
+        gather_rows<T, A>(in.c, b, e, index, count, in.width, width_padded, A(1),
+                          values_rows + e * kPairBlock * width_padded);
+      for (int64_t j = 0; j < kPairBlock; ++j)
+        column_part[e * kPairBlock + j] =
+            has(experts.columns, e) && j < count
+                ? A(message(e).c) * dot(grad_y(e, 0), token<T>(in.c, b, e, index[j]))
+                : A(0);
+    }
+    std::memset(column_mass, 0, in.experts * kPairBlock * sizeof(A));
+    std::memset(grad_k, 0, in.experts * kPairBlock * rank_padded * sizeof(A));
+    std::memset(grad_c, 0, in.experts * kPairBlock * width_padded * sizeof(A));
+  }
+
+  void run_tile(int64_t i0, int64_t tile_rows, int64_t count) {
+    const int64_t count_padded = round_up(count, kLanes<A>);
+    for (int64_t e = 0; e < in.experts; ++e) {
+      gemm<A>(tile_rows, count_padded, in.rank, q + (e * rows + i0) * rank_padded, rank_padded, 1,
+              keys + e * kPairBlock * in.rank, kPairBlock, logits + e * kTileExpert, kTileRow,
+              false);
+      if (has(experts.products, e))
+        gemm<A>(tile_rows, count_padded, in.width, h + (e * rows + i0) * width_padded, width_padded,
+                1, values + e * kPairBlock * in.width, kPairBlock, messages + e * kTileExpert,
+                kTileRow, false);
+    }
+    for_experts<BackwardGate, A>(in)({logits, messages, bias, a_part + i0, column_part, mass + i0,
+                                      experts.columns != 0 ? column_mass : nullptr, bias_sums,
+                                      experts.products, rows, tile_rows, count, in.top_k});
+    for (int64_t e = 0; e < in.experts; ++e) {
+      const A *d = logits + e * kTileExpert, *p = messages + e * kTileExpert;
+      gemm<A>(tile_rows, rank_padded, count, d, kTileRow, 1,
+              keys_rows + e * kPairBlock * rank_padded, rank_padded,
+              grad_q + (e * rows + i0) * rank_padded, rank_padded, true);
+      gemm<A>(count, rank_padded, tile_rows, d, 1, kTileRow, q + (e * rows + i0) * rank_padded,
+              rank_padded, grad_k + e * kPairBlock * rank_padded, rank_padded, true);
+      if (has(experts.products, e))
+        gemm<A>(count, width_padded, tile_rows, p, 1, kTileRow, h + (e * rows + i0) * width_padded,
+                width_padded, grad_c + e * kPairBlock * width_padded, width_padded, true);
+      if (has(experts.synergy, e))
+        gemm<A>(tile_rows, width_padded, count, p, kTileRow, 1,
+                values_rows + e * kPairBlock * width_padded, width_padded,
+                t + (e * rows + i0) * width_padded, width_padded, true);
+    }
+  }
+
+  static void add(const A* in, A* out, int64_t n) {
+    for (int64_t d = 0; d < n; ++d) out[d] += in[d];
+  }
+
+  void add_columns(const int64_t* index, int64_t count) {
+    for (int64_t e = 0; e < in.experts; ++e)
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t at = (b * in.experts + e) * in.columns + index[j];
+        const int64_t local = e * kPairBlock + j;
+        add(grad_k + local * rank_padded, static_cast<A*>(args.grad_k) + at * in.rank, in.rank);
+        A* to = static_cast<A*>(args.grad_c) + at * in.width;
+        if (has(experts.products, e)) add(grad_c + local * width_padded, to, in.width);
+        if (has(experts.columns, e)) {
+          const A weight = A(message(e).c) * column_mass[local];
+          const T* g = grad_y(e, 0);
+          for (int64_t d = 0; d < in.width; ++d) to[d] += weight * read<T, A>(g + d);
+        }
+      }
+  }
+
+  void add_rows() {
+    for (int64_t e = 0; e < in.experts; ++e)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t i = row_index[r], at = (b * in.experts + e) * in.rows + i;
+        add(grad_q + (e * rows + r) * rank_padded, static_cast<A*>(args.grad_q) + at * in.rank,
+            in.rank);
+        const Message& m = message(e);
+        if (m.a == 0 && m.product == 0) continue;
+        A* to = static_cast<A*>(args.grad_a) + at * in.width;
+        const A own = A(m.a) * mass[e * rows + r];
+        const A* sum = t + (e * rows + r) * width_padded;
+        const T* g = grad_y(e, i);
+        for (int64_t d = 0; d < in.width; ++d) {
+          const A factor = m.product != 0 ? A(m.product) * sum[d] : own;
+          to[d] += factor * read<T, A>(g + d);
+        }
+      }
+  }
+
+  void run() {
+    rows =
+        valid_tokens(in.mask_a ? in.mask_a + b * in.rows : nullptr, first_row, last_row, row_index);
+    valid = valid_tokens(in.mask_b ? in.mask_b + b * in.columns : nullptr, first_column,
+                         last_column, column_index);
+    if (rows == 0 || valid == 0) return;
+    load_rows();
+    std::memset(bias_sums, 0, in.experts * kVectorBytes);
+    for (int64_t j0 = 0; j0 < valid; j0 += kPairBlock) {
+      const int64_t count = min64(kPairBlock, valid - j0);
+      load_columns(column_index + j0, count);
+      for (int64_t i0 = 0; i0 < rows; i0 += kPairTile)
+        run_tile(i0, min64(kPairTile, rows - i0), count);
+      add_columns(column_index + j0, count);
+    }
+    add_rows();
+    for (int64_t e = 0; e < in.experts; ++e)
+      grad_bias[e] += sum_lanes<A>(load(bias_sums + e * kLanes<A>));
+  }
+};
+
+// How many chunks each side is cut into: chunks of at most 256 tokens keep an item's buffers in the
+// second-level cache; more of them, down to 64 tokens, where the batch alone is too small for many
+// threads. Depends on the shape only.
+int64_t chunks_of(const PairArgs& in) {
+  const int64_t longest = in.rows > in.columns ? in.rows : in.columns;
+  const int64_t least = (longest + 255) / 256, most = (longest + 63) / 64;
+  const int64_t wanted = (16 + in.batch - 1) / in.batch;
+  const int64_t chosen = wanted < most ? wanted : most;
+  return chosen > least ? chosen : least;
+}
+
+template <typename T, typename A>
+void backward(const PairBackward& args) {
+  const PairArgs& in = args.in;
+  for (int64_t e = 0; e < in.experts; ++e) static_cast<A*>(args.grad_bias)[e] = 0;
+  if (in.batch == 0 || in.rows == 0 || in.columns == 0) return;
+  const int64_t chunks = chunks_of(in), items = in.batch * chunks;
+  const int64_t each_row = (in.rows + chunks - 1) / chunks;
+  const int64_t each_column = (in.columns + chunks - 1) / chunks;
+  const int64_t sums = items * in.experts * int64_t(sizeof(A));
+  A* grad_bias = static_cast<A*>(thread_scratch(2, sums));
+  std::memset(grad_bias, 0, sums);
+  for (int64_t round = 0; round < chunks; ++round)
+    parallel_for(items, in.threads, [&](int64_t item, int) {
+      const int64_t row = item % chunks, column = (row + round) % chunks;
+      const int64_t bounds[4] = {
+          min64(row * each_row, in.rows), min64((row + 1) * each_row, in.rows),
+          min64(column * each_column, in.columns), min64((column + 1) * each_column, in.columns)};
+      BackwardItem<T, A>(args, item / chunks, bounds, grad_bias + item * in.experts).run();
+    });
+  for (int64_t item = 0; item < items; ++item)
+    for (int64_t e = 0; e < in.experts; ++e)
+      static_cast<A*>(args.grad_bias)[e] += grad_bias[item * in.experts + e];
+}
+
+}  // namespace
+
+void pair_backward(DType dtype, const PairBackward& args) {
+  with_dtype(dtype, [&]<typename T>() { backward<T, typename Compute<T>::Type>(args); });
+}
+
+}  // namespace flmoe::FLMOE_ISA

@@ -1,0 +1,315 @@
+// pair_map and top_pairs: the contribution of every pair through a linear head w,
+//     phi_ij = p_ij (m_i + n_j + h_i . c_j),  m_i = s1 a_i . w,  n_j = s2 c_j . w,  h_i = s3 a_i *
+//     w,
+// written out, or reduced to the largest ones while it streams by.
+//
+// One item is (sample, block of rows), as in the forward. For top_pairs an item keeps one heap per
+// expert and one for the sum over experts, the worst kept pair on top: a vector of contributions is
+// passed over when none of its lanes reaches that one. The items' heaps are merged at the end.
+// Bound: 2 R FLOP per pair and expert and 2 V for synergy.
+#include "cpu/pair_gate.h"
+
+namespace flmoe::FLMOE_ISA {
+namespace {
+
+template <typename A>
+struct Candidate {
+  A value;
+  int64_t pair;  // i * columns + j
+};
+
+// Whether x comes before y: NaN first, then the larger value, then the earlier pair.
+template <typename A>
+bool before(const Candidate<A>& x, const Candidate<A>& y) {
+  const bool x_nan = x.value != x.value, y_nan = y.value != y.value;
+  if (x_nan != y_nan) return x_nan;
+  if (!x_nan && x.value != y.value) return x.value > y.value;
+  return x.pair < y.pair;
+}
+
+// The best `capacity` candidates offered, as a binary heap with the last of them in front.
+template <typename A>
+struct Best {
+  Candidate<A>* heap;
+  int64_t size, capacity;
+
+  // A value below this cannot enter.
+  A threshold() const { return size < capacity ? A(-INFINITY) : heap[0].value; }
+
+  void offer(const Candidate<A>& x) {
+    if (size < capacity) {
+      int64_t at = size++;
+      while (at > 0 && before(heap[(at - 1) / 2], x)) {
+        heap[at] = heap[(at - 1) / 2];
+        at = (at - 1) / 2;
+      }
+      heap[at] = x;
+    } else if (before(x, heap[0])) {
+      sink(x, size);
+    }
+  }
+
+  // Puts x in place of the front of heap[0, n).
+  void sink(const Candidate<A>& x, int64_t n) {
+    int64_t at = 0;
+    for (;;) {
+      int64_t child = 2 * at + 1;
+      if (child >= n) break;
+      if (child + 1 < n && before(heap[child], heap[child + 1])) ++child;
+      if (!before(x, heap[child])) break;
+      heap[at] = heap[child];
+      at = child;
+    }
+    heap[at] = x;
+  }
+
+  // First to last.
+  void sort() {
+    for (int64_t n = size; n > 1; --n) {
+      const Candidate<A> last = heap[n - 1], front = heap[0];
+      sink(last, n - 1);
+      heap[n - 1] = front;
+    }
+  }
+};
+
+template <typename A>
+struct ScoreTile {
+  A* pairs;           // logits in, contributions out
+  const A* messages;  // h . c, for the experts of `synergy`
+  const A *bias, *row_part, *column_part;
+  uint32_t synergy;
+  int64_t row_stride, rows, columns, top_k;  // row_stride: between experts of row_part
+};
+
+struct ScoreGate {
+  template <typename A, int E, bool kTopK>
+  static void run(const ScoreTile<A>& tile) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      A* at = tile.pairs + i * kTileRow;
+      const A* with = tile.messages + i * kTileRow;
+      for (int64_t j = 0; j < tile.columns; j += kLanes<A>) {
+        Vec<A> p[E];
+#pragma GCC unroll 8
+        for (int e = 0; e < E; ++e) p[e] = load(at + e * kTileExpert + j) + tile.bias[e];
+        gate<A, E, kTopK>(p, tile.top_k);
+#pragma GCC unroll 8
+        for (int e = 0; e < E; ++e) {
+          Vec<A> value =
+              tile.row_part[e * tile.row_stride + i] + load(tile.column_part + e * kPairBlock + j);
+          if (has(tile.synergy, e)) value += load(with + e * kTileExpert + j);
+          store(at + e * kTileExpert + j, p[e] * value);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, typename A>
+struct ScoreItem {
+  const PairScores& args;
+  const PairArgs& in;
+  int64_t b, first, last;
+  uint32_t synergy;
+  int64_t rows = 0, valid = 0;
+  int64_t *row_index, *column_index;
+  A *q, *h, *a_part;               // whole item
+  A *keys, *values, *column_part;  // one block of columns
+  A *logits, *messages, *bias;
+  Best<A>* best;  // experts + 1 of them, or null for pair_map
+
+  ScoreItem(const PairScores& args, int64_t b, int64_t first, int64_t last, Best<A>* best)
+      : args(args), in(args.in), b(b), first(first), last(last), best(best) {
+    synergy = ExpertSets(in, PairReduce::kPool).synergy;
+    Pieces<A> sizes{nullptr};
+    lay_out(sizes);
+    Pieces<A> pieces{static_cast<A*>(thread_scratch(0, sizes.used * int64_t(sizeof(A))))};
+    lay_out(pieces);
+    row_index = static_cast<int64_t*>(
+        thread_scratch(1, (last - first + in.columns) * int64_t(sizeof(int64_t))));
+    column_index = row_index + (last - first);
+  }
+
+  void lay_out(Pieces<A>& pieces) {
+    const int64_t experts = in.experts, most = last - first;
+    q = pieces.take(experts * most * in.rank);
+    h = pieces.take(experts * most * in.width);
+    a_part = pieces.take(experts * most);
+    keys = pieces.take(experts * kPairBlock * in.rank);
+    values = pieces.take(experts * kPairBlock * in.width);
+    column_part = pieces.take(experts * kPairBlock);
+    logits = pieces.take(experts * kTileExpert);
+    messages = pieces.take(experts * kTileExpert);
+    bias = pieces.take(experts);
+  }
+
+  const T* head(int64_t e) const { return token<T>(args.head, b, e, 0); }
+
+  A dot(const T* x, const T* y) const {
+    A total = 0;
+    for (int64_t d = 0; d < in.width; ++d) total += read<T, A>(x + d) * read<T, A>(y + d);
+    return total;
+  }
+
+  void load_rows() {
+    rows = valid_tokens(in.mask_a ? in.mask_a + b * in.rows : nullptr, first, last, row_index);
+    valid =
+        valid_tokens(in.mask_b ? in.mask_b + b * in.columns : nullptr, 0, in.columns, column_index);
+    for (int64_t e = 0; e < in.experts; ++e) {
+      const Message& message = kMessages[in.kinds[e]];
+      gather_rows<T, A>(in.q, b, e, row_index, rows, in.rank, in.rank, A(in.scale),
+                        q + e * rows * in.rank);
+      bias[e] = in.gate_bias ? static_cast<const A*>(in.gate_bias)[e] : A(0);
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* a = token<T>(in.a, b, e, row_index[r]);
+        a_part[e * rows + r] = message.a != 0 ? A(message.a) * dot(a, head(e)) : A(0);
+        if (!has(synergy, e)) continue;
+        A* to = h + (e * rows + r) * in.width;
+        for (int64_t d = 0; d < in.width; ++d)
+          to[d] = A(message.product) * read<T, A>(a + d) * read<T, A>(head(e) + d);
+      }
+    }
+  }
+
+  void load_columns(const int64_t* index, int64_t count) {
+    for (int64_t e = 0; e < in.experts; ++e) {
+      const A s2 = A(kMessages[in.kinds[e]].c);
+      gather_columns<T, A>(in.k, b, e, index, count, in.rank, keys + e * kPairBlock * in.rank);
+      if (has(synergy, e))
+        gather_columns<T, A>(in.c, b, e, index, count, in.width,
+                             values + e * kPairBlock * in.width);
+      for (int64_t j = 0; j < kPairBlock; ++j)
+        column_part[e * kPairBlock + j] =
+            s2 != 0 && j < count ? s2 * dot(token<T>(in.c, b, e, index[j]), head(e)) : A(0);
+    }
+  }
+
+  void offer_vector(Vec<A> phi, int64_t lanes, int64_t row, const int64_t* index, Best<A>& kept) {
+    // Not "phi >= threshold": NaN has to pass.
+    const auto below = phi < splat(kept.threshold());
+    bool any = false;
+    for (int64_t lane = 0; lane < lanes; ++lane) any |= below[lane] == 0;
+    if (!any) return;
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      if (below[lane] == 0) kept.offer({phi[lane], row_index[row] * in.columns + index[lane]});
+  }
+
+  void keep_best(int64_t i, int64_t row, const int64_t* index, int64_t count) {
+    const A* at = logits + i * kTileRow;
+    for (int64_t j = 0; j < count; j += kLanes<A>) {
+      const int64_t lanes = min64(kLanes<A>, count - j);
+      Vec<A> total = {};
+      for (int64_t e = 0; e < in.experts; ++e) {
+        const Vec<A> phi = load(at + e * kTileExpert + j);
+        total += phi;
+        offer_vector(phi, lanes, row, index + j, best[e]);
+      }
+      offer_vector(total, lanes, row, index + j, best[in.experts]);
+    }
+  }
+
+  void write_map(int64_t i, int64_t row, const int64_t* index, int64_t count) {
+    for (int64_t e = 0; e < in.experts; ++e) {
+      A* to = static_cast<A*>(args.map) +
+              ((b * in.experts + e) * in.rows + row_index[row]) * in.columns;
+      const A* at = logits + e * kTileExpert + i * kTileRow;
+      for (int64_t j = 0; j < count; ++j) to[index[j]] = at[j];
+    }
+  }
+
+  void run() {
+    load_rows();
+    if (rows == 0) return;
+    for (int64_t j0 = 0; j0 < valid; j0 += kPairBlock) {
+      const int64_t count = min64(kPairBlock, valid - j0);
+      const int64_t padded = round_up(count, kLanes<A>);
+      const int64_t* index = column_index + j0;
+      load_columns(index, count);
+      for (int64_t i0 = 0; i0 < rows; i0 += kPairTile) {
+        const int64_t tile_rows = min64(kPairTile, rows - i0);
+        for (int64_t e = 0; e < in.experts; ++e) {
+          gemm<A>(tile_rows, padded, in.rank, q + (e * rows + i0) * in.rank, in.rank, 1,
+                  keys + e * kPairBlock * in.rank, kPairBlock, logits + e * kTileExpert, kTileRow,
+                  false);
+          if (has(synergy, e))
+            gemm<A>(tile_rows, padded, in.width, h + (e * rows + i0) * in.width, in.width, 1,
+                    values + e * kPairBlock * in.width, kPairBlock, messages + e * kTileExpert,
+                    kTileRow, false);
+        }
+        for_experts<ScoreGate, A>(in)({logits, messages, bias, a_part + i0, column_part, synergy,
+                                       rows, tile_rows, count, in.top_k});
+        for (int64_t i = 0; i < tile_rows; ++i) {
+          if (best != nullptr)
+            keep_best(i, i0 + i, index, count);
+          else
+            write_map(i, i0 + i, index, count);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, typename A>
+void map(const PairScores& args) {
+  const PairArgs& in = args.in;
+  const RowBlocks cut(in);
+  const int64_t each = cut.each, blocks = cut.count;
+  parallel_for(in.batch * blocks, in.threads, [&](int64_t item, int) {
+    const int64_t first = item % blocks * each;
+    ScoreItem<T, A>(args, item / blocks, first, min64(first + each, in.rows), nullptr).run();
+  });
+}
+
+template <typename A>
+void write_best(const PairScores& args, Best<A>& found, int64_t slot) {
+  found.sort();
+  A* values = static_cast<A*>(args.values) + slot * args.count;
+  int64_t *i = args.i + slot * args.count, *j = args.j + slot * args.count;
+  for (int64_t n = 0; n < args.count; ++n) {
+    const bool there = n < found.size;
+    values[n] = there ? found.heap[n].value : A(-INFINITY);
+    i[n] = there ? found.heap[n].pair / args.in.columns : -1;
+    j[n] = there ? found.heap[n].pair % args.in.columns : -1;
+  }
+}
+
+template <typename T, typename A>
+void top(const PairScores& args) {
+  const PairArgs& in = args.in;
+  const RowBlocks cut(in);
+  const int64_t each = cut.each, blocks = cut.count, slots = in.experts + 1;
+  const int64_t heaps = in.batch * blocks * slots;
+  const int64_t most = min64(args.count, each * in.columns);
+  auto* storage = static_cast<Candidate<A>*>(
+      thread_scratch(2, (heaps * most + 1) * int64_t(sizeof(Candidate<A>))));
+  auto* best = static_cast<Best<A>*>(thread_scratch(3, (heaps + 1) * int64_t(sizeof(Best<A>))));
+  for (int64_t n = 0; n < heaps; ++n) best[n] = {storage + n * most, 0, most};
+  parallel_for(in.batch * blocks, in.threads, [&](int64_t item, int) {
+    const int64_t first = item % blocks * each;
+    ScoreItem<T, A>(args, item / blocks, first, min64(first + each, in.rows), best + item * slots)
+        .run();
+  });
+  parallel_for(in.batch * slots, in.threads, [&](int64_t slot, int) {
+    const int64_t b = slot / slots, e = slot % slots;
+    Best<A> merged{static_cast<Candidate<A>*>(
+                       thread_scratch(0, (args.count + 1) * int64_t(sizeof(Candidate<A>)))),
+                   0, args.count};
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Best<A>& part = best[(b * blocks + block) * slots + e];
+      for (int64_t n = 0; n < part.size; ++n) merged.offer(part.heap[n]);
+    }
+    write_best(args, merged, slot);
+  });
+}
+
+}  // namespace
+
+void pair_map(DType dtype, const PairScores& args) {
+  with_dtype(dtype, [&]<typename T>() { map<T, typename Compute<T>::Type>(args); });
+}
+
+void pair_top(DType dtype, const PairScores& args) {
+  with_dtype(dtype, [&]<typename T>() { top<T, typename Compute<T>::Type>(args); });
+}
+
+}  // namespace flmoe::FLMOE_ISA

@@ -1,0 +1,214 @@
+// What the kernels of pair_moe share: reading valid tokens into tiles, and the gate of a tile.
+//
+// A tile is kPairTile rows (side a) by up to kPairBlock columns (side b) of logits for every
+// expert, made by the register-tiled product from packed q and transposed k. Masked tokens are left
+// out when tokens are packed, so that they are neither computed nor read. The softmax runs over the
+// experts, lane by lane, so a whole vector of pairs is gated without any exchange between lanes.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/gemm.h"
+#include "cpu/kernels/entry.h"
+
+namespace flmoe::FLMOE_ISA {
+
+constexpr int kMaxExperts = 8;
+constexpr int64_t kPairBlock = 128;
+constexpr int64_t kPairTile = 24;  // 4 experts x 24 x 128 floats stay in 48 KiB
+
+// kind -> (s1, s2, s3); the positions are those of KINDS in flmoe_kernels/pair_moe/kinds.py.
+struct Message {
+  double a, c, product;
+};
+constexpr Message kMessages[5] = {{1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {0.5, 0.5, 0}, {0, 0, 0}};
+
+// Sets of experts, one bit each.
+struct ExpertSets {
+  uint32_t products =
+      0;                 // the message from side b varies with the row: a product per row is needed
+  uint32_t columns = 0;  // it is the same for all rows: the columns' mass is enough
+  uint32_t synergy = 0;
+
+  ExpertSets(const PairArgs& in, PairReduce reduce) {
+    for (int64_t e = 0; e < in.experts; ++e) {
+      const Message& message = kMessages[in.kinds[e]];
+      const bool varies = message.product != 0 || reduce != PairReduce::kPool;
+      if (message.product != 0) synergy |= 1u << e;
+      if (message.product != 0 || (message.c != 0 && varies)) products |= 1u << e;
+      if (message.c != 0 && !varies) columns |= 1u << e;
+    }
+  }
+};
+inline bool has(uint32_t set, int64_t e) {
+  return (set >> e & 1u) != 0;
+}
+
+// Hands out 64-byte aligned pieces of one scratch buffer; the first pass, with no buffer, adds up
+// how much is needed.
+template <typename A>
+struct Pieces {
+  A* base;
+  int64_t used = 0;
+  A* take(int64_t count) {
+    A* here = base == nullptr ? nullptr : base + used;
+    used += round_up(count, 64 / static_cast<int64_t>(sizeof(A)));
+    return here;
+  }
+};
+
+template <typename T>
+inline const T* token(const RowView& view, int64_t b, int64_t e, int64_t i) {
+  return static_cast<const T*>(view.data) + b * view.group_stride + e * view.head_stride +
+         i * view.row_stride;
+}
+
+// Positions in [first, last) whose mask byte is set; all of them without a mask.
+inline int64_t valid_tokens(const uint8_t* mask, int64_t first, int64_t last, int64_t* out) {
+  int64_t count = 0;
+  for (int64_t i = first; i < last; ++i)
+    if (mask == nullptr || mask[i]) out[count++] = i;
+  return count;
+}
+
+// count tokens of one expert into count x padded, zero padded and scaled.
+template <typename T, typename A>
+inline void gather_rows(const RowView& view, int64_t b, int64_t e, const int64_t* index,
+                        int64_t count, int64_t width, int64_t padded, A scale, A* out) {
+  for (int64_t r = 0; r < count; ++r) {
+    const T* in = token<T>(view, b, e, index[r]);
+    A* to = out + r * padded;
+    for (int64_t d = 0; d < width; ++d) to[d] = read<T, A>(in + d) * scale;
+    for (int64_t d = width; d < padded; ++d) to[d] = 0;
+  }
+}
+
+// count <= kPairBlock tokens of one expert into width x kPairBlock, zero padded to whole vectors.
+template <typename T, typename A>
+inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int64_t* index,
+                           int64_t count, int64_t width, A* out) {
+  const int64_t padded = round_up(count, kLanes<A>);
+  for (int64_t r0 = 0; r0 < padded; r0 += kLanes<A>) {
+    const T* in[kLanes<A>];
+    for (int64_t r = 0; r < kLanes<A>; ++r)
+      in[r] = token<T>(view, b, e, index[r0 + r < count ? r0 + r : 0]);
+    for (int64_t d = 0; d < width; ++d) {
+      A* to = out + d * kPairBlock + r0;
+      for (int64_t r = 0; r < kLanes<A>; ++r) to[r] = read<T, A>(in[r] + d);
+    }
+    for (int64_t r = count - r0; r < kLanes<A>; ++r)
+      if (r >= 0)
+        for (int64_t d = 0; d < width; ++d) out[d * kPairBlock + r0 + r] = 0;
+  }
+}
+
+// One gated tile: [expert][row][column], columns contiguous.
+constexpr int64_t kTileRow = kPairBlock;
+constexpr int64_t kTileExpert = kPairTile * kPairBlock;
+
+// exp for x <= 0 (or NaN), where it can neither overflow nor need two steps to scale.
+inline VecF exp_nonpositive(VecF x) {
+  const VecF low = splat(-87.33654f);
+  const VecF clamped = x < low ? low : x;
+  const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const VecF biased = clamped * 1.44269504f + magic;
+  const VecF n = biased - magic;
+  const VecF r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  VecF y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const VecF scale = (VecF)(((VecI32)biased - (VecI32)magic + 127) << 23);
+  return x < low ? VecF{} : y * scale;
+}
+inline VecD exp_nonpositive(VecD x) {
+  return exp_vec(x);
+}
+
+// Logits of a vector of pairs to probabilities over E experts, in place.
+template <typename A, int E, bool kTopK>
+inline void gate(Vec<A>* x, int64_t top_k) {
+  using Int = typename Simd<A>::Int;
+  using Lane = typename Simd<A>::Lane;
+  Int rank[E] = {};
+  if constexpr (kTopK) {
+    // How many experts come first: a larger logit, or an equal one and a lower index.
+#pragma GCC unroll 8
+    for (int e = 1; e < E; ++e)
+#pragma GCC unroll 8
+      for (int f = 0; f < e; ++f) {
+        rank[e] -= (Int)(x[f] >= x[e]);
+        rank[f] -= (Int)(x[e] > x[f]);
+      }
+#pragma GCC unroll 8
+    for (int e = 0; e < E; ++e)
+      x[e] = (rank[e] < static_cast<Lane>(top_k)) ? x[e] : splat(A(-INFINITY));
+  }
+  Vec<A> top = x[0];
+#pragma GCC unroll 8
+  for (int e = 1; e < E; ++e) top = x[e] > top ? x[e] : top;
+  // NaN in one logit makes all of the pair's probabilities NaN through the sum, as in a softmax.
+  Vec<A> total = {};
+#pragma GCC unroll 8
+  for (int e = 0; e < E; ++e) {
+    x[e] = exp_nonpositive(x[e] - top);
+    total += x[e];
+  }
+  const Vec<A> share = A(1) / total;
+#pragma GCC unroll 8
+  for (int e = 0; e < E; ++e) {
+    x[e] *= share;
+    if constexpr (kTopK) x[e] = (rank[e] < static_cast<Lane>(top_k)) ? x[e] : Vec<A>{};
+  }
+}
+
+// Keeps the first `count` lanes of a vector; the others become 0, whatever they hold.
+template <typename A>
+inline Vec<A> keep_first(Vec<A> x, int64_t count) {
+  return keep_lanes<A>(x, count >= kLanes<A> ? 0xffffu : (1u << count) - 1u);
+}
+
+// Kernel::run<A, E, kTopK> for the number of experts of a call: the gate keeps one vector per
+// expert in registers. Only this is compiled for every E, not the products around it.
+template <typename Kernel, typename A>
+inline auto for_experts(const PairArgs& args) {
+  const bool top = args.top_k < args.experts;
+  switch (args.experts) {
+    case 1:
+      return &Kernel::template run<A, 1, false>;
+    case 2:
+      return top ? &Kernel::template run<A, 2, true> : &Kernel::template run<A, 2, false>;
+    case 3:
+      return top ? &Kernel::template run<A, 3, true> : &Kernel::template run<A, 3, false>;
+    case 4:
+      return top ? &Kernel::template run<A, 4, true> : &Kernel::template run<A, 4, false>;
+    case 5:
+      return top ? &Kernel::template run<A, 5, true> : &Kernel::template run<A, 5, false>;
+    case 6:
+      return top ? &Kernel::template run<A, 6, true> : &Kernel::template run<A, 6, false>;
+    case 7:
+      return top ? &Kernel::template run<A, 7, true> : &Kernel::template run<A, 7, false>;
+    default:
+      return top ? &Kernel::template run<A, 8, true> : &Kernel::template run<A, 8, false>;
+  }
+}
+
+// The rows of a sample cut into work items: enough of them for many threads, few enough that
+// packing side b for each stays cheap. Depends on the shape only, so that results do not depend on
+// threads.
+struct RowBlocks {
+  int64_t each = 0, count = 0;
+
+  explicit RowBlocks(const PairArgs& in) {
+    constexpr int64_t kItems = 16, kMost = 384;
+    if (in.batch == 0 || in.rows == 0) return;
+    const int64_t wanted = (kItems + in.batch - 1) / in.batch;
+    each = min64(round_up((in.rows + wanted - 1) / wanted, kPairTile), kMost);
+    count = (in.rows + each - 1) / each;
+  }
+};
+
+}  // namespace flmoe::FLMOE_ISA
