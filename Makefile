@@ -10,6 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 # Stamps are written last: a set-up that was interrupted leaves none and starts over.
 INSTALLED := $(VENV)/.stamp-installed
+TOOLS := $(VENV)/.stamp-tools
 BUILT := $(VENV)/.stamp-built
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt flmoe_kernels/_version.py \
 	$(shell find csrc 2>/dev/null)
@@ -35,24 +36,24 @@ help: ## list the targets
 compiler:
 	@$(check_compiler)
 
-setup: compiler $(BUILT) ## make .venv and build the native module
+setup: compiler $(BUILT) $(TOOLS) ## make .venv and build the native module
 
 demo: compiler $(BUILT) ## run the demo on real data
 	$(PY) -m flmoe_kernels demo $(ARGS)
 
-test: compiler $(BUILT) ## run all tests
+test: compiler $(BUILT) $(TOOLS) ## run all tests
 	$(PY) -m pytest $(ARGS)
 
-bench: compiler $(BUILT) ## run the quick benchmark gate
+bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmark gate
 	$(PY) -m pytest bench -q $(ARGS)
 
-lint: $(INSTALLED) ## check style and types, change nothing
+lint: $(TOOLS) ## check style and types, change nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
 
-format: $(INSTALLED) ## rewrite the sources in the project's style
+format: $(TOOLS) ## rewrite the sources in the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
@@ -64,15 +65,21 @@ clean: ## remove everything that was set up, built or written
 
 # Without a valid stamp the environment is of unknown state and is made anew; with one, only the
 # requirements changed, and pip brings it up to date.
-$(INSTALLED): requirements/dev.txt
+$(INSTALLED): requirements/demo.txt
 	@$(check_python)
 	@if [ "$$($(PY) -c '' 2>/dev/null && cat $(INSTALLED) 2>/dev/null)" != "$$(pwd -P)" ]; then \
 		echo "Making $(VENV) and installing pinned packages: some minutes, this once."; \
 		rm -rf $(VENV) && "$(PYTHON)" -m venv $(VENV); \
 	fi
-	@rm -f $(INSTALLED) $(BUILT)
-	$(PIP) install -r requirements/dev.txt
+	@rm -f $(INSTALLED) $(TOOLS) $(BUILT)
+	$(PIP) install -r requirements/demo.txt
 	@pwd -P > $(INSTALLED)
+
+# What only tests and linting use: the demo does not wait for it.
+$(TOOLS): $(INSTALLED) requirements/dev.txt
+	@rm -f $(TOOLS)
+	$(PIP) install -r requirements/dev.txt
+	@touch $(TOOLS)
 
 $(BUILT): $(INSTALLED) $(BUILD_INPUTS)
 	@rm -f $(BUILT)

@@ -64,7 +64,9 @@ def sdist(checkout: Path) -> Path:
 
 def require_build_tools() -> None:
     for module in ("cmake", "ninja", "pybind11", "setuptools", "pip"):
-        pytest.importorskip(module, reason=f"{module} is needed to build: see requirements/dev.txt")
+        pytest.importorskip(
+            module, reason=f"{module} is needed to build: see requirements/demo.txt"
+        )
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler on PATH")
 

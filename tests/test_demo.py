@@ -42,6 +42,7 @@ from flmoe_kernels.demo.memory import Peak
 from flmoe_kernels.demo.report import print_report
 from flmoe_kernels.demo.results import Results, TaskResult
 from flmoe_kernels.demo.settings import Settings
+from flmoe_kernels.demo.token_pairs import PairResult, Picture
 from flmoe_kernels.demo.train import PairClassifier, Predictions, predict, reliance, train
 
 TINY = Settings(
@@ -55,8 +56,10 @@ TINY = Settings(
     encoder_steps=2,
     timed_steps=1,
     timed_inferences=1,
+    pair_steps=2,
+    pair_batch_size=8,
 )
-OUTPUTS = {"demo.json", "demo.png", *(f"{task.name}.pt" for task in TASKS)}
+OUTPUTS = {"demo.json", "demo.png", "demo_pairs.png", *(f"{task.name}.pt" for task in TASKS)}
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +249,13 @@ def test_reliance_names_the_expert_that_the_answer_rests_on() -> None:
     assert found.without[2] < 0.5 < found.without[0]
 
 
+def made_up_pair_result(task: Task) -> PairResult:
+    image = [[0.0] * 8] * 8
+    values = [0.5] + [0.0] * 15
+    picture = Picture((3, 4), (image, image), 1, 1, (values, values), [[-0.1] * 16] * 16, 1e-7)
+    return PairResult(task, 0.9, (0.1, 0.2, 0.4, 0.3), picture)
+
+
 def made_up_results(relied_on: int, fast_error: float, load: float = 1.0) -> Results:
     """Results in which every task relied on one expert."""
     share = [0.1] * len(EXPERTS)
@@ -259,7 +269,9 @@ def made_up_results(relied_on: int, fast_error: float, load: float = 1.0) -> Res
     )
     times = {"training step": Times(2.0, 1.0, 1), "inference": Times(1.0, 0.5, 1)}
     peaks = {"reference": Peak(2**20, "made up"), "fast": Peak(0, "made up")}
-    return Results(TINY, {"train": 2, "test": 1}, (0.9, 0.9), tasks, times, peaks, load, 1.0)
+    pairs = tuple(made_up_pair_result(task) for task in TASKS)
+    images = {"train": 2, "test": 1}
+    return Results(TINY, images, (0.9, 0.9), tasks, pairs, times, peaks, load, 1.0)
 
 
 def test_report_tells_when_another_expert_was_relied_on() -> None:

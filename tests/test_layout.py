@@ -81,7 +81,11 @@ def test_one_version_source() -> None:
 
 
 def test_every_requirement_is_pinned() -> None:
-    pin = re.compile(r"[a-z0-9-]+==[\w.+]+(; [a-z_]+ [<>=]+ \"[\w.]+\")?")
-    for line in (ROOT / "requirements" / "dev.txt").read_text().splitlines():
-        requirement = line.split("#")[0].strip()
-        assert not requirement or pin.fullmatch(requirement), requirement
+    marker = r'[a-z_]+ [<>=]+ "[\w.]+"'
+    pin = re.compile(rf"[a-z0-9-]+==[\w.+]+(; {marker}( and {marker})*)?|-r demo\.txt")
+    files = sorted((ROOT / "requirements").glob("*.txt"))
+    assert len(files) == 2
+    for file in files:
+        for line in file.read_text().splitlines():
+            requirement = line.split("#")[0].strip()
+            assert not requirement or pin.fullmatch(requirement), requirement

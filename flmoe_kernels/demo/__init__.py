@@ -1,4 +1,5 @@
-"""The main job on real data: train the reference layer, swap it, show what changed and what not.
+"""The main job on real data: train the reference layer, swap it, show what changed and what not; then the
+same tasks with the layer over token pairs, taken apart exactly.
 
     python -m flmoe_kernels demo [--out demo_out] [--seed 0] [--quick]
 
@@ -22,7 +23,7 @@ EXTRAS = ("sklearn", "matplotlib", "tqdm")
 
 
 def run(out: str | Path = "demo_out", *, seed: int = 0, quick: bool = False) -> Results:
-    """Run the demo and write OUT/demo.json, OUT/demo.png and one checkpoint per task.
+    """Run the demo and write OUT/demo.json, OUT/demo.png, OUT/demo_pairs.png and one checkpoint per task.
 
     Every file appears whole or not at all, whenever the run ends. Given the seed, everything but
     times and memory is the same in every run on one machine.
@@ -46,6 +47,7 @@ def run(out: str | Path = "demo_out", *, seed: int = 0, quick: bool = False) -> 
     from rich.console import Console
 
     from .figure import write_figure
+    from .pair_figure import write_pair_figure
     from .pipeline import run_pipeline
     from .report import print_report
     from .results import write_json
@@ -57,8 +59,12 @@ def run(out: str | Path = "demo_out", *, seed: int = 0, quick: bool = False) -> 
     results = run_pipeline(Settings.choose(seed, quick), folder, console)
     write_json(results, folder / "demo.json")
     write_figure(results, folder / "demo.png")
+    write_pair_figure(results.pairs, folder / "demo_pairs.png")
     print_report(results, console)
-    console.print(f"{results.seconds:.0f} s; written: demo.json, demo.png, checkpoints", end=" ")
+    console.print(
+        f"{results.seconds:.0f} s; written: demo.json, demo.png, demo_pairs.png, checkpoints",
+        end=" ",
+    )
     console.print(f"in {folder}", markup=False, highlight=False, soft_wrap=True)
     return results
 

@@ -20,6 +20,7 @@ from .files import write_whole
 from .measure import Batch, Times, changed, compare, time_inference, time_training
 from .results import Results, TaskResult
 from .settings import Settings
+from .token_pairs import PairResult, run_task
 from .train import PairClassifier, predict, reliance, train
 
 
@@ -47,13 +48,22 @@ def run_pipeline(settings: Settings, out: Path, console: Console) -> Results:
     with one_thread():
         encoded = encode(digits, settings.width, settings.seed, settings.encoder_steps)
         tasks = [_run_task(task, digits, encoded, settings, out, console) for task in TASKS]
+        pairs = [_run_pairs(task, digits, encoded, settings, console) for task in TASKS]
     console.print("Timing both layers, then measuring their memory, each in a fresh process.")
     load_average = os.getloadavg()[0]
     times = _times(tasks[-1], _test_pairs(TASKS[-1], digits, settings), encoded, settings, out)
     peaks = {mode: memory.measure(mode, settings) for mode in memory.MODES}
     seconds = time.perf_counter() - start
     return Results(
-        settings, images, encoded.accuracy, tuple(tasks), times, peaks, load_average, seconds
+        settings=settings,
+        images=images,
+        encoder_accuracy=encoded.accuracy,
+        tasks=tuple(tasks),
+        pairs=tuple(pairs),
+        times=times,
+        memory=peaks,
+        load=load_average,
+        seconds=seconds,
     )
 
 
@@ -106,6 +116,15 @@ def _run_task(
         reliance=reliance(after, test.labels),
     )
     console.print(f"{task.name}: {result.before:.1%} before the swap, {result.after:.1%} after.")
+    return result
+
+
+def _run_pairs(
+    task: Task, digits: Digits, encoded: Encoded, settings: Settings, console: Console
+) -> PairResult:
+    train_pairs, test_pairs = (make(task, digits, settings) for make in (_train_pairs, _test_pairs))
+    result = run_task(task, train_pairs, test_pairs, encoded, digits, settings)
+    console.print(f"{task.name}: {result.accuracy:.1%} with the layer over token pairs.")
     return result
 
 

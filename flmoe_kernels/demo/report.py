@@ -24,6 +24,7 @@ def _tables(results: Results) -> Iterator[Table]:
     yield _experts(results)
     yield _differences(results)
     yield _costs(results)
+    yield _token_pairs(results)
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:
@@ -83,6 +84,25 @@ def _expert_cell(result: TaskResult, e: int) -> Text:
     marks = {measure: "*" if most == name else "" for measure, most in found.most.items()}
     # Text, since brackets are rich's markup in a plain string.
     return Text("\n".join(marks[measure] + cell for measure, cell in cells.items()))
+
+
+def _token_pairs(results: Results) -> Table:
+    worst = max(result.picture.error for result in results.pairs)
+    table = _table(
+        "The layer over token pairs, which explains itself",
+        "Share of each expert in the logit of the true class; marks as above.\n"
+        "Every patch and pair of patches has an exact value, see demo_pairs.png; the patches' values add up\n"
+        f"to the logit but for {worst:.0e}.",
+        *("task", "accuracy", *EXPERTS, "as expected"),
+    )
+    for result in results.pairs:
+        cells = []
+        for name, share in zip(EXPERTS, result.share, strict=True):
+            cell = f"[{share:.0%}]" if name == result.task.expert else f"{share:.0%}"
+            cells.append(Text(("*" if name == result.most else "") + cell))
+        verdict = Text("yes", "green") if result.as_expected else Text("no", "red")
+        table.add_row(result.task.name, f"{result.accuracy:.1%}", *cells, verdict)
+    return table
 
 
 def _differences(results: Results) -> Table:

@@ -15,6 +15,8 @@ from .files import write_whole
 from .measure import GROUPS, Difference, Times
 from .memory import Peak
 from .settings import Settings
+from .token_pairs import PairResult
+from .token_pairs import as_dict as pair_as_dict
 from .train import Reliance
 
 PACKAGES = ("torch", "numpy", "scikit-learn", "matplotlib")
@@ -63,6 +65,7 @@ class Results:
     images: dict[str, int]
     encoder_accuracy: tuple[float, float]
     tasks: tuple[TaskResult, ...]
+    pairs: tuple[PairResult, ...]
     times: dict[str, Times]
     memory: dict[str, Peak]
     load: float
@@ -94,6 +97,7 @@ class Results:
             "images": self.images,
             "encoder_test_accuracy": dict(zip(("a", "b"), self.encoder_accuracy, strict=True)),
             "tasks": {result.task.name: _task_as_dict(result) for result in self.tasks},
+            "token_pair_layer": {result.task.name: pair_as_dict(result) for result in self.pairs},
             "largest_difference": {group: self.worst(group).largest for group in GROUPS},
             "same_but_for_rounding": self.same,
             "seconds": {

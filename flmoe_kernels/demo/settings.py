@@ -28,6 +28,14 @@ class Settings:
     encoder_steps: int = 300
     timed_steps: int = 7
     timed_inferences: int = 15
+    # The layer over token pairs. Its interaction losses weigh less: with 1.0 the parity is learned less well.
+    pair_rank: int = 16
+    pair_value_dim: int = 32
+    pair_normalizer: float = 64.0
+    pair_batch_size: int = 64
+    pair_steps: int = 400
+    pair_learning_rate: float = 3e-3
+    pair_interaction_weight: float = 0.3
 
     @classmethod
     def choose(cls, seed: int, quick: bool) -> Settings:
@@ -43,4 +51,5 @@ class Settings:
             encoder_steps=40,
             timed_steps=3,
             timed_inferences=3,
+            pair_steps=6,
         )
