@@ -26,6 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # two pips must not write to one environment at once
 .PHONY: FORCE help compiler setup demo test bench lint format clean
 
 help: ## list the targets

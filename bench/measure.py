@@ -62,7 +62,8 @@ def _status_kib(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _grow(make: Callable[..., Callable[[], None]], args: tuple, pipe: Any) -> None:
+def _grow(make: Callable[..., Callable[[], None]], args: tuple, threads: int, pipe: Any) -> None:
+    torch.set_num_threads(threads)
     call = make(*args)
     before = _status_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -78,7 +79,8 @@ def peak_growth(make: Callable[..., Callable[[], None]], *args: Any) -> int:
     """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_grow, args=(make, args, send))
+    threads = torch.get_num_threads()
+    process = context.Process(target=_grow, args=(make, args, threads, send))
     process.start()
     send.close()
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def base_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def warmed_call(shape: PairShape, name: str, kind: str, reduce: str) -> Callable[[], None]:
+    """A call at `shape` in a process that has made a small one, so that libraries are loaded; the compiled peer
+    has compiled this very shape."""
+    if name != COMPILED:
+        make_call(PairShape("small", 1, 8, 8), name, kind, reduce)()
+    call = make_call(shape, name, kind, reduce)
+    if name == COMPILED:
+        call()
+    return call
+
+
 def size_rows() -> list[dict[str, Any]]:
     """One sample of L x L pairs, forward and backward, "none": time and memory of each contestant."""
     rows = []
@@ -73,7 +85,7 @@ def size_rows() -> list[dict[str, Any]]:
         calls = {name: make_call(shape, name, kind, reduce) for name in names}
         timings = interleave(calls, 5 if length <= PEER_LIMIT else 3, warmup=2)
         for name, timing in timings.items():
-            grown = peak_growth(make_call, shape, name, kind, reduce)
+            grown = peak_growth(warmed_call, shape, name, kind, reduce)
             rows.append(
                 {
                     "shape": shape.name,
@@ -88,6 +100,31 @@ def size_rows() -> list[dict[str, Any]]:
                 }
             )
             show(rows[-1])
+    return rows
+
+
+def skewed_rows() -> list[dict[str, Any]]:
+    """The same number of pairs with sides of any proportion: time per pair should not depend on it."""
+    rows = []
+    for log in range(10, 4, -1):
+        for sides in ((4**9 >> log, 1 << log), (1 << log, 4**9 >> log)):
+            shape = PairShape(f"{sides[0]} x {sides[1]}", 1, *sides)
+            calls = {
+                name: make_call(shape, name, PASSES[1], REDUCTIONS[0]) for name in (FAST, REFERENCE)
+            }
+            timings = interleave(calls, 7, warmup=2)
+            for name, timing in timings.items():
+                rows.append(
+                    {
+                        "shape": shape.name,
+                        "pass": PASSES[1],
+                        "reduce": REDUCTIONS[0],
+                        "contestant": name,
+                        **as_dict(timing),
+                        "ratio": timing.p50 / timings[FAST].p50,
+                    }
+                )
+                show(rows[-1])
     return rows
 
 
@@ -113,10 +150,11 @@ def plot(rows: list[dict[str, Any]], target: Path) -> None:
         (memory, "tokens", "peak_bytes", 2**-20),
     ):
         for name in NAMES:
-            own = [row for row in rows if row["contestant"] == name and row[up] > 0]
+            own = [row for row in rows if row["contestant"] == name]
             axes.loglog(
                 [row[across] for row in own],
-                [row[up] * scale for row in own],
+                # What no page was added for shows as one page.
+                [max(row[up], 4096 if up == "peak_bytes" else 0) * scale for row in own],
                 label=name,
                 **STYLE[name],
             )
@@ -133,12 +171,13 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write the plot over sizes here")
     parser.add_argument("--rounds", type=int, default=21)
     options = parser.parse_args()
-    long = peak_growth(make_call, PAIR_LONG, FAST, PASSES[1], REDUCTIONS[0])
+    long = peak_growth(warmed_call, PAIR_LONG, FAST, PASSES[1], REDUCTIONS[0])
     print(f"{PAIR_LONG.name}: {long / 2**20:.1f} MiB over its inputs, forward and backward")
     result = {
         "environment": environment(),
         "pair_base": base_rows(options.rounds),
         "pair_long_peak_bytes": long,
+        "proportions": skewed_rows(),
         "sizes": size_rows(),
     }
     for path in (options.out, options.plot):

@@ -48,12 +48,13 @@ class PairShape:
     def pairs(self) -> int:
         return self.batch * self.rows * self.columns
 
-    def flop(self, kind: str, reduce: str) -> int:
+    def flop(self, phase: str, reduce: str) -> int:
         """Floating-point operations that the kernels' products make; exponentials and sums not counted.
 
-        Per pair: 2 R for each expert's logit, and 2 V for each expert whose message from side b differs
-        from row to row: all but unique_a, under "pool" synergy alone. The backward makes both again with
-        two gradients of each, and the sum of p c once more for synergy.
+        Per pair, forward: 2 R for each expert's logit, and 2 V for each expert whose message from side b differs
+        from row to row: neither unique_a nor null, and under "pool" synergy alone. Backward: the logit again and
+        its two gradients, 6 R; of the message the product with the gradient of y and the gradient of c, 4 V;
+        and for synergy the sum of p c again, 2 V.
         """
         experts = len(self.kinds)
         products = sum(
@@ -61,7 +62,7 @@ class PairShape:
             for kind in self.kinds
         )
         forward = 2 * self.rank * experts + 2 * self.width * products
-        if kind == "forward":
+        if phase == "forward":
             return forward * self.pairs
         synergy = self.kinds.count("synergy")
         backward = 6 * self.rank * experts + 4 * self.width * products + 2 * self.width * synergy
@@ -70,3 +71,25 @@ class PairShape:
 
 PAIR_BASE = PairShape("pair_base", 8, 320, 196)
 PAIR_LONG = PairShape("pair_long", 1, 8192, 8192)
+
+
+@dataclass(frozen=True)
+class RoutedShape:
+    """One use of routed_mlp: tokens that go to `choices` of the experts each."""
+
+    name: str
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    choices: int
+
+    def flop(self) -> int:
+        """Of the products, forward and backward."""
+        return 12 * self.tokens * self.choices * self.width * self.hidden
+
+
+ROUTED_SMALL = (
+    RoutedShape("routed_small E4", 16512, 256, 512, 4, 2),
+    RoutedShape("routed_small E16", 16512, 256, 512, 16, 2),
+)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import environment, peak_growth, seconds_of
+from bench.measure import environment, interleave, peak_growth, seconds_of
 from bench.pairs import (
     COMPILED,
     FAST,
@@ -21,8 +21,8 @@ from bench.pairs import (
 )
 from bench.shapes import PAIR_BASE, PAIR_LONG
 
-# (pass, reduce) -> the ratio to torch.compile of the reference below which this gate fails. Well below what
-# is measured (bench/results).
+# (pass, reduce) -> the ratio to torch.compile of the reference below which this gate fails: 60 to 70% of what
+# bench/results/pair_moe.json holds, since a runner's second core may be taken away for a while.
 FLOORS = {
     ("forward", "none"): 1.6,
     ("forward", "pool"): 1.6,
@@ -64,11 +64,9 @@ def test_pair_base(benchmark: Any, kind: str, reduce: str) -> None:
 def test_share_of_sgemm() -> None:
     """The forward makes its products at half the rate of a large matrix product, or more."""
     fast, peer = make_call(PAIR_BASE, FAST, "forward", "none"), sgemm()
-    shares = []
-    for _ in range(10):
-        rate = PAIR_BASE.flop("forward", "none") / min(seconds_of(fast) for _ in range(5))
-        shares.append(rate / (SGEMM_FLOP / seconds_of(peer)))
-    share = statistics.median(shares[2:])
+    timings = interleave({"fast": fast, "sgemm": peer}, 15, warmup=3)
+    rate = PAIR_BASE.flop("forward", "none") / timings["fast"].p50
+    share = rate / (SGEMM_FLOP / timings["sgemm"].p50)
     assert share >= SGEMM_SHARE, f"pair_moe forward at pair_base: {share:.0%} of the sgemm rate"
 
 

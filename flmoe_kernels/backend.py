@@ -24,8 +24,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # operator -> backend -> dtypes. An operator that a backend lacks has no row: that is a fact, not a gap to hide.
 CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     op: {REFERENCE: (*_FLOATS, torch.float64), CPU: (*_FLOATS, torch.float64)}
-    for op in ("expert_attention", "interaction_moe", "pair_moe")
+    for op in ("expert_attention", "interaction_moe", "pair_moe", "routed_mlp")
 }
+CAPABILITIES["pair_moe"][TRITON] = _FLOATS
 
 
 class BackendUnavailable(RuntimeError):
@@ -75,13 +76,24 @@ def backend_status() -> dict[str, tuple[bool, str]]:
         if _native is None
         else (True, f"{instruction_set()}, {_native.parallel_pool()} pool"),
     }
-    no_kernels = "no operator of this version has kernels for it"
-    if importlib.util.find_spec("triton") is None:
-        status[TRITON] = (False, f"{no_kernels}; the package triton is not installed")
-    else:
-        status[TRITON] = (False, no_kernels)
-    status[CUDA] = (False, no_kernels)
+    status[TRITON] = _triton_status()
+    status[CUDA] = (False, "no operator of this version has kernels for it")
     return status
+
+
+def _triton_status() -> tuple[bool, str]:
+    """Looked up on each call, without importing triton, which takes seconds."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed"
+    if _interpreted():
+        return True, "Triton's interpreter, slowly, on CPU tensors (TRITON_INTERPRET=1)"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return True, f"CUDA {torch.version.cuda}"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available_backends() -> tuple[str, ...]:
@@ -126,6 +138,8 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     elif tensor.device.type == "cpu" and (_native is not None or os.environ.get("FLMOE_ISA")):
         # FLMOE_ISA asks for the CPU kernels: when it names what cannot run, that is an error to show.
         name = CPU
+    elif tensor.device.type == "cuda" and not _refusal(op, TRITON, tensor):
+        name = TRITON
     else:
         name = REFERENCE
     reason = _refusal(op, name, tensor)
@@ -144,6 +158,12 @@ def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
         if _native is None:
             return _native_reason
         if tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device}"
+    if name == TRITON:
+        runs, reason = _triton_status()
+        if not runs:
+            return reason
+        if tensor.device.type != ("cpu" if _interpreted() else "cuda"):
             return f"the tensors are on {tensor.device}"
     if tensor.dtype not in supported[name]:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported[name])

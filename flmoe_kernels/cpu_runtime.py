@@ -64,15 +64,15 @@ def expect_seed(seed: Tensor | None) -> None:
         expect("seed", seed.reshape(-1), (1,), torch.int64)
 
 
-def first_order_only(op: str) -> None:
-    """Make a second derivative through a backward operator an error instead of a silent zero."""
+def first_order_only(op: str, times: str = "differentiable once") -> None:
+    """Make a derivative through an operator that has none an error instead of a silent zero."""
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         pass
 
     def refuse(ctx: Any, *grads: Any) -> NoReturn:
         raise NotImplementedError(
-            f"{op} has no derivative: the kernels are differentiable once; "
+            f"{op} has no derivative: the kernels are {times}; "
             "backend='reference' is differentiable any number of times"
         )
 

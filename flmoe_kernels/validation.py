@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,8 @@ from torch import Tensor
 def require_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a dense (strided) Tensor, got layout {value.layout}")
 
 
 def require_same(name: str, value: Tensor, other: str, reference: Tensor) -> None:
@@ -44,7 +49,7 @@ def require_seed(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def require_count(name: str, value: int, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least or (most is not None and value > most):
         upper = "" if most is None else f" to {most}"
@@ -52,10 +57,11 @@ def require_count(name: str, value: int, least: int, most: int | None = None) ->
 
 
 def require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A positive number whose inverse float32 holds."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a positive number, got {value}")
+    if not 1e-37 < value < 1e37:
+        raise ValueError(f"{name}: expected a positive number (1e-37 to 1e37), got {value}")
 
 
 def require_index(
@@ -69,8 +75,58 @@ def require_index(
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    # Reading values waits for a GPU and cannot be traced; there torch's own indexing stays in bounds.
+    # Reading values waits for a GPU and cannot be traced; there index_select refuses.
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= count:
             raise ValueError(f"{name}: expected values from 0 to {count - 1}, got {low} to {high}")
+
+
+def require_shape(name: str, value: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """value has this shape, whose dimensions are called `letters`; -1 stands for a size not known."""
+    if tuple(value.shape) != shape:
+        expected = ", ".join("any" if size < 0 else str(size) for size in shape)
+        raise ValueError(f"{name}: expected {letters} = ({expected}), got {tuple(value.shape)}")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as torch's own products take them; not float64."""
+    kind = tensors[0].device.type
+    # Not every device type has autocast: meta has none.
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None) -> None:
+    """masks M x (B, L_m), bool or 0/1, or None, for inputs M x (B, L_m, ...); None where the input is."""
+    if masks is None:
+        return
+    if not isinstance(masks, list | tuple):
+        raise TypeError(f"masks: expected a list of Tensors or None, got {type(masks).__name__}")
+    if len(masks) != len(inputs):
+        raise ValueError(f"masks: expected {len(inputs)}, got {len(masks)}")
+    for m, (mask, x) in enumerate(zip(masks, inputs, strict=True)):
+        if mask is None:
+            continue
+        name = f"masks[{m}]"
+        require_tensor(name, mask)
+        if x is None:
+            raise ValueError(f"{name}: expected None as inputs[{m}] is, got {tuple(mask.shape)}")
+        if mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"{name}: expected {tuple(x.shape[:2])} as inputs[{m}], got {tuple(mask.shape)}"
+            )
+        if mask.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device}, got {mask.device}")
+        # Reading values cannot be traced, and on a GPU it waits.
+        if mask.dtype == torch.bool or torch.compiler.is_compiling() or mask.is_cuda:
+            continue
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(f"{name}: expected 0 (padding) and 1 (valid) only, got other values")

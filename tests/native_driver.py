@@ -239,7 +239,8 @@ def pairs(
         (experts * width, 0, width),
     )
     for reduce, (shape, strides) in enumerate(zip(shapes, steps, strict=True)):
-        y = case.keep(stored(np.zeros(shape), case.dtype))
+        pooled = reduce == len(shapes) - 1
+        y = case.keep(stored(np.zeros(shape), wide if pooled else case.dtype))
         native.pair_forward(*call, reduce, y, cleared(batch, experts, rows))
         grad_mass = case.keep(stored(RANDOM.standard_normal((batch, experts, rows)), wide))
         grads = [
@@ -247,14 +248,62 @@ def pairs(
             for size in (rank, width)
             for length in (rows, columns)
         ]
-        grad_y = (case.floats(*shape), *strides)
+        values = stored(RANDOM.standard_normal(shape), wide if pooled else case.dtype)
+        grad_y = (case.keep(values), *strides)
         native.pair_backward(*call, reduce, grad_y, grad_mass, *grads, case.statistics(experts))
     head, count = (case.floats(batch, experts, width), experts * width, 0, width), 9
     native.pair_map(*call, head, cleared(batch, experts, rows, columns))
     slots = (batch, experts + 1, count)
     places = [case.keep(bytes(8 * int(np.prod(slots)))) for _ in range(2)]
-    native.pair_top(*call, head, count, cleared(*slots), *places)
+    candidates = case.keep(bytes(native.pair_candidates(sizes, count)))
+    native.pair_top(*call, head, count, cleared(*slots), *places, candidates)
     case.check(f"pairs {sizes} {kinds} {top_k} {masks}")
+
+
+def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: bool) -> None:
+    """Gate, capacity, dispatch, and the MLP forward and backward; sizes as in routed_forward."""
+    tokens, choices, experts, width, hidden = sizes
+    rows = tokens * choices
+    index, kept = case.keep(bytes(8 * rows)), case.keep(bytes(8 * rows))
+    weight = case.output(tokens, choices)
+    native.gate_forward(
+        case.dtype,
+        case.floats(tokens, experts),
+        index,
+        weight,
+        (tokens, experts, choices),
+        False,
+        3,
+    )
+    mask = case.keep((RANDOM.random(tokens) < 0.8).astype(np.uint8).tobytes())
+    capacity = max(1, rows // (2 * experts))
+    assert native.routed_limit(index, mask, kept, (tokens, choices, experts), capacity)
+    counts, offsets = case.keep(bytes(4 * experts)), case.keep(bytes(4 * (experts + 1)))
+    permutation = case.keep(bytes(4 * rows))
+    assert native.routed_dispatch(kept, counts, offsets, permutation, rows, experts)
+
+    def cleared(*shape: int, dtype: int) -> int:
+        """What dropped rows leave alone."""
+        return case.keep(stored(np.zeros(shape), dtype))
+
+    shapes = (
+        (experts, hidden, width),
+        (experts, hidden),
+        (experts, width, hidden),
+        (experts, width),
+    )
+    weights = [case.floats(*shape) if biases or len(shape) == 3 else 0 for shape in shapes]
+    tensors = [case.floats(tokens, width), weight, *weights, offsets, permutation]
+    call = (case.dtype, tensors, sizes, act, 3)
+    wide, before = STATISTICS[case.dtype], cleared(rows, hidden, dtype=case.dtype)
+    native.routed_forward(
+        *call, case.output(tokens, width), before, cleared(rows, width, dtype=wide)
+    )
+    workspace = [cleared(rows, size, dtype=wide) for size in (hidden, hidden, width)]
+    grads = [case.output(tokens, width), cleared(tokens, choices, dtype=case.dtype)]
+    grads += [case.output(*shape) if biases or len(shape) == 3 else 0 for shape in shapes]
+    native.routed_backward(*call, case.floats(tokens, width), before, workspace, grads)
+    case.check(f"routing {sizes} {act} {biases}")
 
 
 def drive(native: ModuleType) -> int:
@@ -284,6 +333,16 @@ def drive(native: ModuleType) -> int:
             rows_kernels(native, case(), rows, width, (KEEP_ALL, 40000)[i % 2])
         for modalities, batch, width in ((2, 1, 1), (3, 5, 7), (5, 2, 33), (2, 3, 130)):
             losses(native, case(), modalities, batch, width)
+        for i, tokens in enumerate((0, 1, 5, 97, 130)):
+            for experts in (1, 3, 9):
+                shape = (
+                    tokens,
+                    min(1 + i % 3, experts),
+                    experts,
+                    (1, 5, 33)[i % 3],
+                    (17, 1, 64)[i % 3],
+                )
+                routing(native, case(), shape, i % 4, i % 2 == 0)
         lengths = ((0, 3), (3, 0), (1, 1), (25, 130), (67, 5))
         for i, (rows, columns) in enumerate(lengths):
             for experts in range(1, 9):

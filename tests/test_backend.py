@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,32 +41,78 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_capability_table() -> None:
-    floats = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
-    assert set(backends.CAPABILITIES) == {"expert_attention", "interaction_moe"}
-    for supported in backends.CAPABILITIES.values():
-        assert set(supported) == {"reference", "cpu"}
-        assert all(set(dtypes) == floats for dtypes in supported.values())
+    half = {torch.float32, torch.bfloat16, torch.float16}
+    operators = {"expert_attention", "interaction_moe", "pair_moe", "routed_mlp"}
+    assert set(backends.CAPABILITIES) == operators
+    for op, supported in backends.CAPABILITIES.items():
+        on_gpu = {"triton"} if op == "pair_moe" else set()
+        assert set(supported) == {"reference", "cpu"} | on_gpu
+        for name, dtypes in supported.items():
+            assert set(dtypes) == half if name in on_gpu else half | {torch.float64}
 
 
 def test_every_backend_says_whether_it_runs_and_why() -> None:
     status = backends.backend_status()
     assert tuple(status) == backends.BACKENDS == ("reference", "cpu", "triton", "cuda")
     assert all(isinstance(ok, bool) and reason for ok, reason in status.values())
-    assert available_backends() == ("reference", "cpu")
+    runs = ("triton",) if status["triton"][0] else ()
+    assert available_backends() == ("reference", "cpu", *runs)
     assert torch.__version__ in status["reference"][1]
     assert backends.instruction_set() in status["cpu"][1]
     assert "openmp" in status["cpu"][1], "the kernels do not share torch's threads"
-    for name in ("triton", "cuda"):
-        assert "no operator of this version has kernels" in status[name][1]
+    assert "no operator of this version has kernels" in status["cuda"][1]
 
 
-def test_choice_without_a_wish() -> None:
-    for op in backends.CAPABILITIES:
-        assert backends.choose(op, X) == "cpu"
-        assert backends.choose(op, X.to("meta")) == "reference"
-        assert backends.choose(op, X.double()) == "cpu"
-    with pytest.raises(BackendUnavailable, match=r"^expert_attention: dtype int64 is not among"):
-        backends.choose("expert_attention", X.long())
+@pytest.fixture
+def triton_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes backend.py see a machine with or without the package, a CUDA device and the interpreter."""
+
+    def pretend(*, package: bool = True, device: bool = False, interpreter: bool = False) -> None:
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: package or None)
+        monkeypatch.setattr(torch.version, "cuda", "13.0" if device else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+        monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreter else "0")
+
+    return pretend
+
+
+def on_cuda(dtype: torch.dtype = torch.float32) -> Any:
+    """What `choose` asks of a tensor on a machine that need not have the device."""
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+
+
+def test_triton_says_what_it_lacks(triton_machine: Callable[..., None]) -> None:
+    x = torch.zeros(1)
+    triton_machine(package=False)
+    assert backends.backend_status()["triton"] == (False, "the package triton is not installed")
+    with pytest.raises(BackendUnavailable, match=r"^pair_moe: .*'triton'.* is not installed$"):
+        backends.choose("pair_moe", x, "triton")
+    triton_machine()
+    with pytest.raises(BackendUnavailable, match="there is no CUDA device, and TRITON_INTERPRET"):
+        backends.choose("pair_moe", x, "triton")
+    triton_machine(interpreter=True)
+    assert backends.choose("pair_moe", x, "triton") == "triton"
+    with pytest.raises(BackendUnavailable, match="dtype float64 is not among float32, bfloat16"):
+        backends.choose("pair_moe", x.double(), "triton")
+    with pytest.raises(BackendUnavailable, match="the tensors are on cuda:0"):
+        backends.choose("pair_moe", on_cuda(), "triton")
+    triton_machine(device=True)
+    assert "triton" in available_backends()
+    assert backends.choose("pair_moe", on_cuda(), "triton") == "triton"
+    with pytest.raises(BackendUnavailable, match="the tensors are on cpu"):
+        backends.choose("pair_moe", x, "triton")
+
+
+def test_cuda_tensors_get_triton_where_it_runs(triton_machine: Callable[..., None]) -> None:
+    triton_machine(device=True)
+    assert backends.choose("pair_moe", on_cuda()) == "triton"
+    assert backends.choose("pair_moe", on_cuda(torch.float64)) == "reference"
+    assert backends.choose("expert_attention", on_cuda()) == "reference"
+    assert backends.choose("pair_moe", torch.zeros(1)) == "cpu"
+    triton_machine(package=False, device=True)
+    assert backends.choose("pair_moe", on_cuda()) == "reference"
+    triton_machine(device=True, interpreter=True)
+    assert backends.choose("pair_moe", torch.zeros(1)) == "cpu"
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

@@ -153,7 +153,7 @@ def test_compile_error_points_to_the_log(checkout: Path, tmp_path: Path) -> None
     shutil.copytree(checkout, broken, ignore=shutil.ignore_patterns("build", "dist"))
     # Nothing but the broken file, so that the failure does not wait for the kernels.
     shutil.rmtree(broken / "csrc")
-    for name in ("bindings.cpp", "cpu/dispatch.cpp", "cpu/kernels/kernel.cpp"):
+    for name in ("bindings/module.cpp", "cpu/dispatch.cpp", "cpu/kernels/kernel.cpp"):
         path = broken / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("this is no C++;\n")

@@ -116,6 +116,19 @@ def test_pair_moe(reduce: str, dynamic: bool) -> None:
         assert all(map(torch.equal, *results))
 
 
+def test_a_negative_target_is_refused_in_compiled_code_too() -> None:
+    q, head = draw(2, 1, 3, 4), draw(1, 4, 5)
+
+    def call(target: Tensor) -> Tensor:
+        return pair_map(q, q, q, q, head, kinds=["synergy"], target=target)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled(torch.tensor([4, 0]))
+    for target in ([-1, 0], [0, 5]):
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            compiled(torch.tensor(target))
+
+
 @pytest.mark.parametrize(
     "case",
     [FL, dataclasses.replace(FL, masks="partial"), dataclasses.replace(FL, masks="mixed"), I2],

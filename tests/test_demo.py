@@ -20,6 +20,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+from demo_results import TINY, made_up_results
+
 from flmoe_kernels import demo
 from flmoe_kernels.demo import memory, pipeline
 from flmoe_kernels.demo.data import (
@@ -37,28 +39,13 @@ from flmoe_kernels.demo.data import (
 )
 from flmoe_kernels.demo.figure import write_figure
 from flmoe_kernels.demo.files import write_whole
-from flmoe_kernels.demo.measure import GROUPS, Difference, Times, compare, interleaved
+from flmoe_kernels.demo.measure import GROUPS, Times, compare, interleaved
 from flmoe_kernels.demo.memory import Peak
 from flmoe_kernels.demo.report import print_report
-from flmoe_kernels.demo.results import Results, TaskResult
+from flmoe_kernels.demo.results import Results
 from flmoe_kernels.demo.settings import Settings
-from flmoe_kernels.demo.token_pairs import PairResult, Picture
 from flmoe_kernels.demo.train import PairClassifier, Predictions, predict, reliance, train
 
-TINY = Settings(
-    width=16,
-    num_layers=1,
-    num_heads=2,
-    batch_size=4,
-    steps=2,
-    train_pairs=32,
-    test_pairs=16,
-    encoder_steps=2,
-    timed_steps=1,
-    timed_inferences=1,
-    pair_steps=2,
-    pair_batch_size=8,
-)
 OUTPUTS = {"demo.json", "demo.png", "demo_pairs.png", *(f"{task.name}.pt" for task in TASKS)}
 
 
@@ -249,39 +236,43 @@ def test_reliance_names_the_expert_that_the_answer_rests_on() -> None:
     assert found.without[2] < 0.5 < found.without[0]
 
 
-def made_up_pair_result(task: Task) -> PairResult:
-    image = [[0.0] * 8] * 8
-    values = [0.5] + [0.0] * 15
-    picture = Picture((3, 4), (image, image), 1, 1, (values, values), [[-0.1] * 16] * 16, 1e-7)
-    return PairResult(task, 0.9, (0.1, 0.2, 0.4, 0.3), picture)
+def printed_report(results: Results) -> list[str]:
+    console = Console(file=io.StringIO(), width=100)
+    print_report(results, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
 
 
-def made_up_results(relied_on: int, fast_error: float, load: float = 1.0) -> Results:
-    """Results in which every task relied on one expert."""
-    share = [0.1] * len(EXPERTS)
-    share[relied_on] = 0.7
-    logits = torch.tensor(share).view(1, 4, 1) * torch.tensor([1.0, -1.0])
-    found = reliance(Predictions(logits.sum(1), torch.ones(1, 4), logits), torch.zeros(1).long())
-    difference = Difference(fast_error, "there", 1.0, 1e-7, fast_error)
-    tasks = tuple(
-        TaskResult(task, f"{task.name}.pt", 0.9, 0.9, 0, dict.fromkeys(GROUPS, difference), found)
-        for task in TASKS
-    )
-    times = {"training step": Times(2.0, 1.0, 1), "inference": Times(1.0, 0.5, 1)}
-    peaks = {"reference": Peak(2**20, "made up"), "fast": Peak(0, "made up")}
-    pairs = tuple(made_up_pair_result(task) for task in TASKS)
-    images = {"train": 2, "test": 1}
-    return Results(TINY, images, (0.9, 0.9), tasks, pairs, times, peaks, load, 1.0)
+def test_report_of_the_layer_over_token_pairs() -> None:
+    lines = printed_report(made_up_results(0, 1e-7))
+    titles = [
+        line for line in lines if line.startswith(("What each", "The layer over", "The same"))
+    ]
+    assert [title.split()[0] for title in titles] == ["What", "The", "The"]
+    start, end = lines.index(titles[1]), lines.index(titles[2])
+    assert titles[1].startswith("The layer over token pairs")
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in lines[start:end]
+        if line.startswith("│")
+    ]
+    assert rows == [
+        ["unique_a", "91.0%", "*[61%]", "11%", "15%", "13%", "yes"],
+        ["unique_b", "92.0%", "12%", "*[52%]", "17%", "19%", "yes"],
+        ["redundant", "93.0%", "14%", "*41%", "16%", "[29%]", "no"],
+        ["synergy", "94.0%", "*44%", "10%", "[28%]", "18%", "no"],
+    ]
+    caption = " ".join(" ".join(lines[start:end]).split())
+    assert "add up to the logit less that of no patches, but for 4e-07" in caption
+    budgets = f"{TINY.pair_steps} steps of {TINY.pair_batch_size} pairs"
+    assert f"Trained for {budgets}, the reference layer for {TINY.steps} of 4" in caption
 
 
 def test_report_tells_when_another_expert_was_relied_on() -> None:
     results = made_up_results(relied_on=EXPERTS.index("synergy"), fast_error=1e-7)
     by_share = [result.as_expected["share"] for result in results.tasks]
     assert by_share == [False, False, False, True]
-    console = Console(file=io.StringIO(), width=100)
-    print_report(results, console)
-    assert isinstance(console.file, io.StringIO)
-    lines = console.file.getvalue().splitlines()
+    lines = printed_report(results)
     for task, verdict in zip(TASKS, ("no", "no", "no", "yes"), strict=True):
         [line] = [line for line in lines if task.name in line and "70%" in line]
         cells = [cell.strip() for cell in line.strip("│").split("│")]
@@ -291,10 +282,8 @@ def test_report_tells_when_another_expert_was_relied_on() -> None:
 
 @pytest.mark.parametrize(("load", "told"), [(1.0, False), (3.0, True)])
 def test_report_tells_when_the_machine_was_busy(load: float, told: bool) -> None:
-    console = Console(file=io.StringIO(), width=100)
-    print_report(made_up_results(0, 1e-7, load), console)
-    assert isinstance(console.file, io.StringIO)
-    assert ("indicative" in console.file.getvalue()) == told
+    printed = "\n".join(printed_report(made_up_results(0, 1e-7, load)))
+    assert ("indicative" in printed) == told
 
 
 @pytest.mark.parametrize(("fast_error", "code"), [(1e-7, 0), (1e-2, 1)])

@@ -1,7 +1,8 @@
-"""The layer under DistributedDataParallel: two ranks' averaged gradients are those of the mean loss."""
+"""The layers under DistributedDataParallel: two ranks' averaged gradients are those of the mean loss."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from flmoe_kernels import FusionTransformer, InteractionMoE
+from flmoe_kernels import FusionTransformer, InteractionMoE, PairInteractionMoE
 
 RANKS, LENGTHS, WIDTH = 2, (5, 7), 16
 
@@ -39,15 +40,23 @@ def loss_of(layer: nn.Module, rank: int) -> Tensor:
     return outputs[2].square().mean() + torch.stack(outputs[3]).sum()
 
 
-def run_rank(rank: int, folder: str) -> None:
+def run_rank(
+    rank: int,
+    folder: str,
+    make: Callable[[], nn.Module],
+    loss: Callable[[nn.Module, int], Tensor],
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
     )
     try:
-        layer = make_layer()
+        layer = make()
         wrapped = nn.parallel.DistributedDataParallel(layer)
-        loss_of(wrapped, rank).backward()
+        # A parameter that got no gradient is an error of the next forward pass.
+        for _ in range(2):
+            wrapped.zero_grad()
+            loss(wrapped, rank).backward()
         if rank == 0:
             grads = {name: p.grad for name, p in layer.named_parameters()}
             torch.save(grads, f"{folder}/grads.pt")
@@ -56,7 +65,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_gradients_are_averaged_over_ranks(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=RANKS)
+    mp.spawn(run_rank, args=(str(tmp_path), make_layer, loss_of), nprocs=RANKS)
     found = torch.load(tmp_path / "grads.pt", weights_only=True)
     layer = make_layer()
     (sum(loss_of(layer, rank) for rank in range(RANKS)) / RANKS).backward()
@@ -67,3 +76,37 @@ def test_gradients_are_averaged_over_ranks(tmp_path: Path) -> None:
     loss_of(alone, 0).backward()
     name = "interaction_experts.0.fusion_model.network.0.attn.q.weight"
     assert not torch.allclose(found[name], alone.get_parameter(name).grad, rtol=1e-3)
+
+
+class PairStack(nn.Module):
+    """Two layers over token pairs, of which the first passes sequences on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        dims, sizes = (WIDTH, WIDTH), {"rank": 4, "value_dim": 8, "normalizer": 35.0}
+        self.below = PairInteractionMoE(dims, num_classes=None, token_outputs=True, **sizes)
+        self.above = PairInteractionMoE(dims, num_classes=3, **sizes)
+
+    def forward(self, inputs: list[Tensor | None]) -> Tensor:
+        return self.above(self.below(inputs).tokens).logits
+
+
+def make_pair_stack() -> PairStack:
+    return PairStack().double()
+
+
+def pair_loss(model: nn.Module, rank: int) -> Tensor:
+    """On rank 1 a modality is missing, which must not leave a parameter without a gradient."""
+    a, b = make_batch(rank)[0]
+    return model([a, b if rank == 0 else None]).square().mean()
+
+
+def test_pair_layers_of_which_one_rank_lacks_a_modality(tmp_path: Path) -> None:
+    mp.spawn(run_rank, args=(str(tmp_path), make_pair_stack, pair_loss), nprocs=RANKS)
+    found = torch.load(tmp_path / "grads.pt", weights_only=True)
+    model = make_pair_stack()
+    (sum(pair_loss(model, rank) for rank in range(RANKS)) / RANKS).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+        assert bool(parameter.grad.any()), name

@@ -107,7 +107,7 @@ def test_public_names() -> None:
     for name in (
         *("BackendUnavailable", "FusionTransformer", "InteractionMoE", "ReferenceInteractionMoE"),
         *("SwapReport", "available_backends", "expert_attention", "pair_map", "pair_moe"),
-        *("swap", "top_pairs", "use_backend"),
+        *("PairInteractionMoE", "routed_mlp", "swap", "top_pairs", "use_backend"),
         "__version__",
     ):
         assert hasattr(flmoe_kernels, name)

@@ -109,14 +109,25 @@ CALLS: dict[str, Mistake] = {
     "top_k no int": (TypeError, r"top_k: expected an int, got float", {"top_k": 2.0}),
     "temperature 0": (
         ValueError,
-        r"temperature: expected a positive number, got 0",
+        r"temperature: expected a positive number .*, got 0",
         {"temperature": 0},
     ),
     "temperature NaN": (
         ValueError,
-        r"temperature: expected a positive number, got nan",
+        r"temperature: expected a positive number .*, got nan",
         {"temperature": float("nan")},
     ),
+    "temperature too large for a float": (
+        ValueError,
+        r"temperature: expected a positive number .*, got 1000",
+        {"temperature": 10**400},
+    ),
+    "temperature whose inverse overflows": (
+        ValueError,
+        r"temperature: expected a positive number .*, got 1e-40",
+        {"temperature": 1e-40},
+    ),
+    "q sparse": (TypeError, r"q: expected a dense \(strided\) Tensor", {"q": Q.to_sparse()}),
     "temperature a string": (
         TypeError,
         r"temperature: expected a number, got str",

@@ -22,7 +22,8 @@ CONSTRUCTION: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "dims no list": (TypeError, r"dims: expected a list of widths, got int", {"dims": 5}),
     "one modality": (ValueError, r"dims: expected at least 2 modalities, got 1", {"dims": [4]}),
     "width no int": (TypeError, r"dims\[1\]: expected an int, got float", {"dims": [4, 2.0]}),
-    "no width": (ValueError, r"dims\[0\]: expected an int from 1, got 0", {"dims": [0, 2]}),
+    "no width": (ValueError, r"dims\[0\]: expected an int from 2, got 0", {"dims": [0, 2]}),
+    "width 1": (ValueError, r"dims\[1\]: expected an int from 2, got 1", {"dims": [2, 1]}),
     "no class": (ValueError, r"num_classes: expected an int from 1, got 0", {"num_classes": 0}),
     "nothing to return": (
         ValueError,
@@ -36,7 +37,17 @@ CONSTRUCTION: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "rank 0": (ValueError, r"rank: expected an int from 1, got 0", {"rank": 0}),
     "value_dim 0": (ValueError, r"value_dim: expected an int from 1, got 0", {"value_dim": 0}),
     "top 5 of 4": (ValueError, r"top_k: expected an int from 1 to 4, got 5", {"top_k": 5}),
-    "cold": (ValueError, r"temperature: expected a positive number, got 0", {"temperature": 0.0}),
+    "cold": (ValueError, r"temperature: expected a positive number", {"temperature": 0.0}),
+    "backend": (
+        ValueError,
+        r"backend: expected one of reference, cpu, triton, cuda, got 'gpu'",
+        {"backend": "gpu"},
+    ),
+    "token_outputs": (
+        TypeError,
+        r"token_outputs: expected a bool, got str",
+        {"token_outputs": "all"},
+    ),
     "normalizer": (TypeError, r"normalizer: expected a number, got str", {"normalizer": "mean"}),
 }
 

@@ -2,132 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from pair_games import (
+    GAMES,
+    explained_pairs,
+    explained_values,
+    game,
+    interaction_index,
+    shapley_value,
+)
 from pair_layers import BACKENDS, DIMS, pair_inputs, pair_layer
 from torch import Tensor
 
-from flmoe_kernels import PairExplanation, PairInteractionMoE
 from flmoe_kernels.pair_moe import TopPairs, sides
 from flmoe_kernels.testing import draw_masks
 
 EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 TIGHT = {"rtol": 0.0, "atol": 1e-12}
-# Lengths, masks and options of games of 5 to 7 players.
-GAMES: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
-    "two modalities": ((2, 3), "none", {}),
-    "three modalities": ((3, 2, 2), "none", {}),
-    "masked": ((3, 2, 2), "padded_modality", {}),
-    "top 2 with null": (
-        (2, 3),
-        "partial",
-        {"kinds": ("unique_a", "null", "synergy", "unique_b", "redundancy"), "top_k": 2},
-    ),
-    "top 1 of repeated kinds": (
-        (3, 2, 2),
-        "none",
-        {"kinds": ("synergy", "unique_b") * 2, "top_k": 1},
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Game:
-    """One sample's logit on every coalition: values (2^n, E + 1), by expert and, last, whole; bit i is token i."""
-
-    layer: PairInteractionMoE
-    inputs: list[Tensor]
-    masks: list[Tensor | None] | None
-    target: int
-    values: Tensor
-
-    @property
-    def lengths(self) -> list[int]:
-        return [x.shape[1] for x in self.inputs]
-
-    @property
-    def players(self) -> int:
-        return sum(self.lengths)
-
-    def explain(self) -> PairExplanation:
-        return self.layer.explain(self.inputs, self.masks, self.target)
-
-
-@cache
-def game(name: str, backend: str, sample: int = 1) -> Game:
-    """Brute force: the forward pass with the other tokens masked out."""
-    lengths, pattern, options = GAMES[name]
-    layer = pair_layer(DIMS[: len(lengths)], backend=backend, **options)
-    inputs = [x[sample : sample + 1] for x in pair_inputs(lengths)]
-    masks = draw_masks(pattern, 2, lengths)
-    if masks is not None:
-        masks = [None if mask is None else mask[sample : sample + 1] for mask in masks]
-    target = 2
-    coalitions = torch.arange(2 ** sum(lengths))
-    inside = ((coalitions[:, None] >> torch.arange(sum(lengths))) & 1).bool().split(lengths, dim=1)
-    count = len(coalitions)
-    if masks is not None:
-        inside = [
-            s if mask is None else s & mask.bool() for s, mask in zip(inside, masks, strict=True)
-        ]
-    with torch.no_grad():
-        out = layer([x.expand(count, -1, -1) for x in inputs], list(inside))
-    values = torch.cat([out.expert_logits[:, :, target], out.logits[:, target, None]], dim=1)
-    return Game(layer, inputs, masks, target, values)
-
-
-def subsets(players: Sequence[int]) -> list[int]:
-    """All sets of them as bits."""
-    found = [0]
-    for player in players:
-        found += [s | 1 << player for s in found]
-    return found
-
-
-def shapley_value(values: Tensor, players: int, i: int) -> Tensor:
-    """Definition: sum over S without i of s! (n - s - 1)! / n! (v(S + i) - v(S))."""
-    total = torch.zeros_like(values[0])
-    for s in subsets([k for k in range(players) if k != i]):
-        size = s.bit_count()
-        weight = math.factorial(size) * math.factorial(players - size - 1) / math.factorial(players)
-        total += weight * (values[s | 1 << i] - values[s])
-    return total
-
-
-def interaction_index(values: Tensor, players: int, i: int, j: int) -> Tensor:
-    """Definition: sum over S without i, j of s! (n - s - 2)! / (n - 1)! times the second difference."""
-    total = torch.zeros_like(values[0])
-    n = players - 1
-    for s in subsets([k for k in range(players) if k not in (i, j)]):
-        size = s.bit_count()
-        weight = math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n)
-        a, b = 1 << i, 1 << j
-        total += weight * (values[s | a | b] - values[s | a] - values[s | b] + values[s])
-    return total
-
-
-def explained_values(found: PairExplanation) -> Tensor:
-    """(n, E + 1): Shapley values of all tokens of the one sample, by expert and whole."""
-    columns = [*range(len(found.experts)), None]
-    return torch.stack([torch.cat(found.shapley_values(e), dim=1)[0] for e in columns], dim=1)
-
-
-def explained_pairs(found: PairExplanation) -> Tensor:
-    """(n, n, E + 1): interaction indices of all pairs of tokens of the one sample."""
-    places = torch.arange(sum(found.lengths)).split(list(found.lengths))
-    whole = found.value.new_zeros(sum(found.lengths), sum(found.lengths), len(found.experts))
-    for m, n in itertools.permutations(range(len(found.lengths)), 2):
-        phi = found.pair_map(m, n)[0].permute(1, 2, 0)
-        whole[places[m][:, None], places[n][None, :]] = phi
-    return torch.cat([whole, whole.sum(dim=2, keepdim=True)], dim=2)
 
 
 @EACH_BACKEND
@@ -244,6 +141,7 @@ def test_identities_of_a_batch(backend: str) -> None:
     found = layer.explain(x, masks)
     out = layer(x, masks)
     assert torch.equal(found.target, out.logits.argmax(dim=1))
+    torch.testing.assert_close(found.logits, out.logits)
     torch.testing.assert_close(found.value, out.logits.max(dim=1).values)
     nothing = [torch.zeros(3, length, dtype=torch.bool) for length in lengths]
     at_target = found.target[:, None]
@@ -281,8 +179,9 @@ def test_maps_of_absent_experts_are_zero(backend: str) -> None:
 
 
 @EACH_BACKEND
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
 @pytest.mark.parametrize(("m", "n"), [(0, 1), (1, 0), (0, 2), (2, 1)])
-def test_top_pairs_are_the_largest_of_the_map(m: int, n: int, backend: str) -> None:
+def test_top_pairs_are_the_extremes_of_the_map(m: int, n: int, largest: bool, backend: str) -> None:
     lengths = (9, 7, 5)
     layer = pair_layer(DIMS, backend=backend)
     x, masks = pair_inputs(lengths), draw_masks("partial", 2, lengths)
@@ -292,13 +191,17 @@ def test_top_pairs_are_the_largest_of_the_map(m: int, n: int, backend: str) -> N
     count = 40  # more than are valid in some sample
     assert int(valid.sum(dim=(1, 2)).min()) < count
     whole = torch.cat([phi, phi.sum(dim=1, keepdim=True)], dim=1)
-    flat = whole.masked_fill(~valid[:, None], -torch.inf).flatten(2)
+    worst = -torch.inf if largest else torch.inf
+    flat = whole.masked_fill(~valid[:, None], worst).flatten(2)
     missing = max(count - flat.shape[2], 0)
-    want = torch.nn.functional.pad(flat, (0, missing), value=-torch.inf)
-    want = want.sort(dim=2, descending=True).values[..., :count]
-    top = found.top_pairs(count, m, n)
+    want = torch.nn.functional.pad(flat, (0, missing), value=worst)
+    want = want.sort(dim=2, descending=largest).values[..., :count]
+    top = found.top_pairs(count, m, n, largest=largest)
     assert isinstance(top, TopPairs)
     present = [e for e in range(5) if found.experts[e] not in {f"unique_{3 - m - n}"}]
+    [absent] = set(range(5)) - set(present)
+    assert (top.values[:, absent] == worst).all()
+    assert (top.i[:, absent] == -1).all()
     torch.testing.assert_close(top.values[:, present], want[:, present])
     torch.testing.assert_close(top.total_values, want[:, -1])
     for values, i, j, maps in (
@@ -409,6 +312,51 @@ def test_it_is_apart_from_training() -> None:
     torch.optim.SGD(layer.parameters(), lr=0.5).step()
     assert torch.equal(found.pair_map(), before)
     assert not torch.equal(layer.explain(x, target=found.target).pair_map(), before)
+
+
+def test_it_does_not_change_with_the_callers_tensors() -> None:
+    layer, x = pair_layer(DIMS), pair_inputs((3, 2, 2))
+    masks = [torch.ones(2, each.shape[1], dtype=torch.bool) for each in x]
+    target = torch.tensor([2, 0])
+    found, again = (layer.explain(x, masks, target.clone()) for _ in range(2))
+    mine = layer.explain(x, masks, target)
+    for each in (*x, *masks, target):
+        each.zero_()
+    # What it hands out is the caller's, too.
+    for m in range(3):
+        found.anchor_map(m).fill_(7.0)
+        for each in (*found.shapley_values(), *found.shapley_values("synergy")):
+            each.fill_(7.0)
+    found.pair_map().fill_(7.0)
+    for other in (found, mine):
+        assert other.to_dict() == again.to_dict()
+        for m in range(3):
+            assert torch.equal(other.anchor_map(m), again.anchor_map(m))
+        assert torch.equal(other.pair_map(0, 2), again.pair_map(0, 2))
+        assert torch.equal(other.top_pairs(3).total_values, again.top_pairs(3).total_values)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_identities_hold_in_half_precision(dtype: torch.dtype, backend: str) -> None:
+    lengths = (40, 30, 20)
+    layer = pair_layer(DIMS, dtype, backend=backend, rank=8, value_dim=16, normalizer=30.0)
+    x, masks = pair_inputs(lengths, dtype=dtype), draw_masks("partial", 2, lengths)
+    found = layer.explain(x, masks)
+    values = found.shapley_values()
+    total = torch.stack([each.sum(dim=1) for each in values]).sum(dim=0)
+    assert float(found.value.abs().max()) > 1
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(total, found.value - found.baseline, **close)
+    for m, each in enumerate(values):
+        expected = found.anchor_map(m).sum(dim=1)
+        for n in set(range(3)) - {m}:
+            expected = expected + found.pair_map(m, n).sum(dim=(1, 3)) / 2
+        torch.testing.assert_close(each, expected, **close)
+    # forward's logits are the same ones, rounded.
+    torch.testing.assert_close(
+        layer(x, masks).logits, found.logits, rtol=0.02, atol=0.3, check_dtype=False
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

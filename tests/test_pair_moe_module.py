@@ -109,8 +109,7 @@ def test_a_missing_modality_is_one_with_every_token_masked(backend: str) -> None
         torch.testing.assert_close(absent.logits, other.logits)
         torch.testing.assert_close(absent.latents, other.latents)
         torch.testing.assert_close(absent.tokens[0], other.tokens[0])
-    assert absent.tokens[1] is None
-    assert empty.tokens[1].shape == (2, 0, 4)
+    assert absent.tokens[1].shape == empty.tokens[1].shape == (2, 0, 4)
     assert not torch.allclose(absent.logits, layer(x).logits)
 
 
@@ -218,10 +217,24 @@ def test_layers_stack(backend: str) -> None:
     above(first.tokens).logits.sum().backward()
     assert all(each.grad is not None and each.grad.any() for each in x)
     assert all(parameter.grad is not None for parameter in below.parameters())
-    alone = below([x[0], None])
-    assert alone.tokens[1] is None
-    assert above(alone.tokens).logits.shape == (2, 3)
     assert below(x, interaction_losses=True).losses.shape == (4,)
+
+
+@EACH_BACKEND
+def test_layers_stack_without_a_modality(backend: str) -> None:
+    """Every parameter keeps a gradient, as DistributedDataParallel wants it; of unused ones it is 0."""
+    below = pair_layer(DIMS, num_classes=None, token_outputs=True, backend=backend)
+    above = pair_layer(DIMS, backend=backend, seed=1)
+    x = pair_inputs((3, 2, 2))
+    first = below([x[0], None, x[2]])
+    assert [each.shape for each in first.tokens] == [(2, 3, 5), (2, 0, 4), (2, 2, 6)]
+    out = above(first.tokens)
+    torch.testing.assert_close(out.logits, above([first.tokens[0], None, first.tokens[2]]).logits)
+    out.logits.square().sum().backward()
+    for layer in (below, above):
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert not below.token_maps[0]["b"].weight.grad.any()
+    assert below.token_maps[0]["a"].weight.grad.any()
 
 
 STATE = {
@@ -270,6 +283,28 @@ def test_copies_pickles_and_checkpoints() -> None:
     assert torch.equal(layer(x).logits, expected)
 
 
+def test_loads_into_a_layer_made_without_memory() -> None:
+    layer, x = pair_layer(DIMS, token_outputs=True), pair_inputs((3, 2, 2))
+    other = pair_layer(DIMS, token_outputs=True, seed=5).to("meta")
+    assert all(parameter.is_meta for parameter in other.parameters())
+    other.to_empty(device="cpu")
+    other.load_state_dict(layer.state_dict(), strict=True)
+    found, expected = (each(x) for each in (other, layer))
+    assert torch.equal(found.logits, expected.logits)
+    assert all(map(torch.equal, found.tokens, expected.tokens))
+    assert torch.equal(other.explain(x).pair_map(), layer.explain(x).pair_map())
+
+
+def test_repr_shows_what_is_not_default() -> None:
+    plain = repr(PairInteractionMoE([4, 3], num_classes=2))
+    assert "(4, 3), num_classes=2" in plain
+    for word in ("top_k", "temperature", "token_outputs", "backend"):
+        assert word not in plain
+    layer = pair_layer(top_k=2, temperature=0.5, token_outputs=True, backend="reference")
+    shown = ", normalizer=5, top_k=2, temperature=0.5, token_outputs=True, backend='reference'"
+    assert shown in repr(layer)
+
+
 def test_initialisation() -> None:
     layer = PairInteractionMoE([16, 8], num_classes=20)
     assert (layer.gate_bias == 0).all()
@@ -295,6 +330,52 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert layer.gate_bias.grad.dtype == torch.float32
     best = expected.logits.max(dim=1).values
     torch.testing.assert_close(explanation.value, best)
+
+
+def test_autocast_casts_what_autocast_casts() -> None:
+    layer = pair_layer(dtype=torch.float32)
+    a, b = pair_inputs((6, 5), dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer([a, b.float()]).logits.isfinite().all()
+        for wrong in (torch.zeros(2, 6, 5, dtype=torch.int64), a.double(), a > 0):
+            message = rf"inputs\[0\]: expected dtype torch\.float32 .*got {wrong.dtype}"
+            for call in (layer, layer.explain):
+                with pytest.raises(TypeError, match=message):
+                    call([wrong, b])
+        with pytest.raises(TypeError, match=r"replacements\[0\]: expected dtype torch\.float32"):
+            layer([a, b], interaction_losses=True, replacements=[a.long(), b])
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("autocast", [False, True], ids=["half layer", "autocast"])
+def test_sums_over_many_pairs_fit_float16(autocast: bool, backend: str) -> None:
+    """512 x 512 pairs whose messages have one sign: their sum is beyond float16's 65504."""
+    layer = PairInteractionMoE([8, 8], num_classes=3, rank=2, value_dim=4, backend=backend)
+    with torch.no_grad():
+        for maps in layer.projections:
+            for linear in maps.values():
+                linear.weight.mul_(0.1)
+                linear.bias.fill_(1.0)
+        layer.head.add_(0.25)
+    layer.half().float()
+    # LayerNorm takes a mean over features away: what the tokens have in common is a direction.
+    common = torch.linspace(-3.0, 3.0, 8)
+    x = [each + common for each in pair_inputs((512, 512), (8, 8), dtype=torch.float32)]
+    x = [each.half().float() for each in x]
+    expected = layer(x, interaction_losses=True, replacements=[each.flip(0) for each in x])
+    assert float((expected.latents.detach() * layer.normalizer).abs().max()) > 65504
+    if not autocast:
+        layer = layer.half()
+    half = [each.half() for each in x]
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        found = layer(half, interaction_losses=True, replacements=[each.flip(0) for each in half])
+    assert found.logits.dtype == layer.gate_bias.dtype
+    assert found.latents.dtype == found.losses.dtype == torch.float32
+    close = {"rtol": 0.01, "atol": 0.01, "check_dtype": False}
+    for name in ("logits", "expert_logits", "latents", "losses"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), **close)
+    found.logits.float().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
 @EACH_BACKEND

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import resource
 from typing import Any
 
 import pytest
@@ -84,17 +86,19 @@ def test_contributions_add_up_to_the_pooled_value(backend: str) -> None:
 
 
 def sorted_pairs(phi: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition: sort every pair of a (B, La, Lb) map; equal values stay in the order of (i, j)."""
-    columns = max(phi.shape[2], 1)
-    values, place = (
-        phi.masked_fill(~valid, -torch.inf).flatten(1).sort(descending=True, stable=True)
+    """The definition, pair by pair: the valid ones of a (B, La, Lb) map by value, then by (i, j)."""
+    samples: list[list[tuple[float, int, int]]] = []
+    for b in range(len(phi)):
+        pairs = [(float(phi[b, i, j]), i, j) for i, j in valid[b].nonzero().tolist()]
+        pairs.sort(key=lambda pair: (not math.isnan(pair[0]), -pair[0], pair[1], pair[2]))
+        pairs += [(-math.inf, -1, -1)] * (count - len(pairs))
+        samples.append(pairs[:count])
+    values = torch.tensor([[pair[0] for pair in each] for each in samples], dtype=phi.dtype)
+    i, j = (
+        torch.tensor([[pair[n] for pair in each] for each in samples], dtype=torch.int64)
+        for n in (1, 2)
     )
-    present = valid.flatten(1).gather(1, place)
-    missing = max(count - values.shape[1], 0)
-    pad = torch.nn.functional.pad
-    i, j = (torch.where(present, x, -1)[:, :count] for x in (place // columns, place % columns))
-    values = pad(values[:, :count], (0, missing), value=-torch.inf)
-    return values, pad(i, (0, missing), value=-1), pad(j, (0, missing), value=-1)
+    return tuple(x.view(len(phi), count) for x in (values, i, j))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("count", [1, 6, 300])
@@ -143,6 +147,42 @@ def test_ties_go_to_the_earlier_pair(backend: str) -> None:
         assert values.unique().numel() <= 6
     assert not found.values[:, 4].any(), "a null expert's contributions are all zero"
     assert torch.equal(found.j[0, 4], torch.arange(40))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_valid_pair_of_minus_infinity_comes_before_masked_ones(backend: str) -> None:
+    a = torch.tensor([2.0, 5.0, -torch.inf]).view(1, 1, 3, 1)
+    zeros = torch.zeros(1, 1, 3, 1)
+    found = top_pairs(
+        *(zeros, zeros[:, :, :2], a, zeros[:, :, :2]),
+        torch.ones(1, 1),
+        n_pairs=5,
+        kinds=("unique_a",),
+        mask_a=torch.tensor([[True, False, True]]),
+        backend=backend,
+    )
+    assert found.i[0, 0].tolist() == [0, 0, 2, 2, -1]
+    assert found.total_i[0].tolist() == [0, 0, 2, 2, -1]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_equal_totals_go_to_the_earlier_pair(backend: str) -> None:
+    ones = torch.ones(1, 2, 4, 3)
+    options: dict[str, Any] = {"kinds": ("unique_a", "synergy"), "backend": backend}
+    found = top_pairs(*(ones, ones, ones, ones), torch.ones(2, 3), n_pairs=6, **options)
+    assert found.total_i[0].tolist() == [0, 0, 0, 0, 1, 1]
+    assert found.total_j[0].tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_memory_does_not_grow_with_the_map() -> None:
+    """Lists of the best are what top_pairs holds: no map, and nothing is kept afterwards."""
+    resident = []
+    q = torch.randn(1, 2, 4000, 2)
+    for _ in range(3):
+        top_pairs(q, q, q, q, torch.ones(2, 2), n_pairs=1000, kinds=("synergy", "null"))
+        resident.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # The map alone would be 2 x 61 MiB.
+    assert (resident[-1] - resident[0]) < 20 * 1024
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

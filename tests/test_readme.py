@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ import torch
 import flmoe_kernels as fk
 from flmoe_kernels.backend import BACKENDS, CAPABILITIES
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def table() -> dict[str, dict[str, tuple[str, ...]]]:
@@ -48,6 +52,13 @@ def call(operator: str, backend: str, dtype: torch.dtype) -> torch.Tensor:
         layer = fk.InteractionMoE(2, fusion, hidden_dim=8, hidden_dim_rw=4, backend=backend)
         inputs = [torch.ones(2, n, 8, dtype=dtype) for n in (3, 2)]
         return layer.to(dtype).eval().inference(inputs)[2]
+    if operator == "pair_moe":
+        q = torch.ones(1, 2, 3, 4, dtype=dtype)
+        return fk.pair_moe(q, q, q, q, kinds=("synergy", "null"), backend=backend).y
+    if operator == "routed_mlp":
+        x, weights = torch.ones(3, 4, dtype=dtype), torch.ones(2, 4, 4, dtype=dtype)
+        index, biases = torch.tensor([[0], [1], [-1]]), weights[:, 0]
+        return fk.routed_mlp(x, index, x[:, :1], weights, biases, weights, biases, backend=backend)
     raise AssertionError(f"no call is known for {operator}")
 
 
@@ -64,13 +75,38 @@ def test_table_is_the_capability_table() -> None:
 
 @pytest.mark.parametrize(("operator", "backend", "dtype"), CELLS)
 def test_every_cell_runs(operator: str, backend: str, dtype: str) -> None:
+    if backend == "triton":
+        run_interpreted(operator, dtype)
+        return
     out = call(operator, backend, getattr(torch, dtype))
     assert out.dtype == getattr(torch, dtype)
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("operator", list(CAPABILITIES))
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("reference", "cpu")])
+def run_interpreted(operator: str, dtype: str) -> None:
+    """The same on Triton's interpreter, which is chosen for a whole process."""
+    pytest.importorskip("triton")
+    code = f"""
+import torch, test_readme
+out = test_readme.call({operator!r}, "triton", torch.{dtype})
+assert out.dtype == torch.{dtype} and torch.isfinite(out).all(), out
+"""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+DASHES = [(op, name) for op, row in CAPABILITIES.items() for name in BACKENDS if name not in row]
+
+
+@pytest.mark.parametrize(("operator", "backend"), DASHES)
 def test_every_dash_refuses(operator: str, backend: str) -> None:
     with pytest.raises(fk.BackendUnavailable, match=f"{operator}.*{backend}"):
         call(operator, backend, torch.float32)

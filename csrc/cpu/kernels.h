@@ -91,21 +91,25 @@ struct LossArgs {
   int threads;
 };
 
+constexpr int kMaxExperts = 8;
+constexpr int kPairKinds = 5;
+
 // pair_moe. A view's groups are samples and its heads are experts: (batch, tokens, experts, width).
 struct PairArgs {
   RowView q, k, a, c;
   const void* gate_bias;           // (experts), compute type, or null
   const uint8_t *mask_a, *mask_b;  // (batch, rows), (batch, columns), non-zero = valid, or null
   int64_t batch, experts, rows, columns, rank, width;
-  int kinds[8];
+  int kinds[kMaxExperts];
   int64_t top_k;
   double scale;
   int threads;
 };
 
+// The positions are those of REDUCTIONS in flmoe_kernels/pair_moe/call.py.
 enum class PairReduce : int { kNone = 0, kExperts = 1, kPool = 2 };
 
-// Rows of y and mass that are masked are not written.
+// Rows of y and mass that are masked are not written. y is of the compute type under kPool.
 struct PairForward {
   PairArgs in;
   PairReduce reduce;
@@ -123,8 +127,8 @@ struct PairBackward {
 };
 
 // head: one row of width per sample and expert. map: (batch, experts, rows, columns), compute type,
-// masked pairs not written. The best `count` of each expert and of their sum: (batch, experts + 1,
-// count).
+// masked pairs not written; null for top_pairs: the best `count` of each expert and of their sum,
+// (batch, experts + 1, count), found in `candidates`, which holds pair_candidates() of them.
 struct PairScores {
   PairArgs in;
   RowView head;
@@ -132,6 +136,85 @@ struct PairScores {
   int64_t count;
   void* values;
   int64_t *i, *j;
+  void* candidates;
+};
+
+// top_pairs searches a sample's rows in so many groups, each with lists of its own: as many as keep
+// threads busy, fewer where the lists are long. Static, so that no instruction set's copy is
+// shared.
+static inline int64_t top_groups(const PairArgs& in, int64_t count) {
+  constexpr int64_t kItems = 16, kLongest = int64_t{1} << 18;
+  const int64_t wanted = in.batch > 0 ? (kItems + in.batch - 1) / in.batch : 1;
+  const int64_t most = count < kLongest ? kLongest / count : 1;
+  return wanted < most ? wanted : most;
+}
+
+// Entries of one of those lists.
+static inline int64_t top_entries(const PairArgs& in, int64_t count) {
+  return count < in.rows * in.columns ? count : in.rows * in.columns;
+}
+
+struct PairCandidate {
+  double value;
+  int64_t pair;  // i * columns + j
+};
+
+// Candidates of workspace that top_pairs needs.
+static inline int64_t pair_candidates(const PairArgs& in, int64_t count) {
+  return in.batch * top_groups(in, count) * (in.experts + 1) * top_entries(in, count);
+}
+
+// The top_k experts of each token of logits (tokens, experts), and their softmax weights.
+struct GateArgs {
+  const void* logits;
+  int64_t* index;
+  void* weight;
+  int64_t tokens, experts, top_k;
+  bool over_all;  // softmax over all experts instead of the chosen ones
+  int threads;
+};
+
+// kept (tokens, top_k): index, or -1 where the token is masked or the expert already has `capacity`
+// rows, counted in the order of tokens and of their choices.
+struct LimitArgs {
+  const int64_t* index;
+  const uint8_t* mask;  // (tokens), non-zero = valid, or null
+  int64_t* kept;
+  int64_t tokens, top_k, experts;
+  int64_t capacity;  // or -1
+};
+
+// counts (experts), offsets (experts + 1) and permutation (rows) of index (rows), -1 = dropped.
+struct DispatchArgs {
+  const int64_t* index;
+  int32_t *counts, *offsets, *permutation;
+  int64_t rows, experts;
+};
+
+// x (tokens, width); weight (tokens, choices); w_in (experts, hidden, width) and w_out (experts,
+// width, hidden) with biases or null. permutation lists places in (tokens, choices) by expert.
+struct RoutedArgs {
+  const void *x, *weight, *w_in, *b_in, *w_out, *b_out;
+  const int32_t *offsets, *permutation;
+  int64_t tokens, choices, experts, width, hidden;
+  int act;
+  int threads;
+};
+
+// hidden: pre-activations (tokens * choices, hidden); rows: workspace (tokens * choices, width) in
+// the compute type. Both by place in the permutation; dropped rows are not touched.
+struct RoutedForward {
+  RoutedArgs in;
+  void *out, *hidden, *rows;
+};
+
+// grad_hidden, weighted: workspaces (tokens * choices, hidden) in the compute type. Gradients of
+// dropped rows' weights are not touched; biases' gradients are null where there are none.
+struct RoutedBackward {
+  RoutedArgs in;
+  const void *grad_out, *hidden;
+  void *grad_hidden, *weighted, *rows;
+  void *grad_x, *grad_weight, *grad_w_in, *grad_b_in, *grad_w_out, *grad_b_out;
 };
 
 struct Kernels {
@@ -153,6 +236,11 @@ struct Kernels {
   void (*pair_backward)(DType, const PairBackward&);
   void (*pair_map)(DType, const PairScores&);
   void (*pair_top)(DType, const PairScores&);
+  void (*gate_forward)(DType, const GateArgs&);
+  bool (*routed_limit)(const LimitArgs&);        // false: an index is out of range
+  bool (*routed_dispatch)(const DispatchArgs&);  // the same
+  void (*routed_forward)(DType, const RoutedForward&);
+  void (*routed_backward)(DType, const RoutedBackward&);
 };
 
 namespace baseline {

@@ -13,7 +13,6 @@
 
 namespace flmoe::FLMOE_ISA {
 
-constexpr int kMaxExperts = 8;
 constexpr int64_t kPairBlock = 128;
 constexpr int64_t kPairTile = 24;  // 4 experts x 24 x 128 floats stay in 48 KiB
 
@@ -21,7 +20,14 @@ constexpr int64_t kPairTile = 24;  // 4 experts x 24 x 128 floats stay in 48 KiB
 struct Message {
   double a, c, product;
 };
-constexpr Message kMessages[5] = {{1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {0.5, 0.5, 0}, {0, 0, 0}};
+constexpr Message kMessages[kPairKinds] = {
+    {1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {0.5, 0.5, 0}, {0, 0, 0}};
+// The kernels make the product or the sum of a message, never both.
+constexpr bool one_form(const Message& m) {
+  return m.product == 0 || (m.a == 0 && m.c == 0);
+}
+static_assert(one_form(kMessages[0]) && one_form(kMessages[1]) && one_form(kMessages[2]) &&
+              one_form(kMessages[3]) && one_form(kMessages[4]));
 
 // Sets of experts, one bit each.
 struct ExpertSets {
@@ -97,8 +103,7 @@ inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int6
       for (int64_t r = 0; r < kLanes<A>; ++r) to[r] = read<T, A>(in[r] + d);
     }
     for (int64_t r = count - r0; r < kLanes<A>; ++r)
-      if (r >= 0)
-        for (int64_t d = 0; d < width; ++d) out[d * kPairBlock + r0 + r] = 0;
+      for (int64_t d = 0; d < width; ++d) out[d * kPairBlock + r0 + r] = 0;
   }
 }
 
@@ -203,10 +208,11 @@ struct RowBlocks {
   int64_t each = 0, count = 0;
 
   explicit RowBlocks(const PairArgs& in) {
-    constexpr int64_t kItems = 16, kMost = 384;
+    constexpr int64_t kItems = 16, kLeast = 3 * kPairTile, kMost = 16 * kPairTile;
     if (in.batch == 0 || in.rows == 0) return;
     const int64_t wanted = (kItems + in.batch - 1) / in.batch;
-    each = min64(round_up((in.rows + wanted - 1) / wanted, kPairTile), kMost);
+    const int64_t share = round_up((in.rows + wanted - 1) / wanted, kPairTile);
+    each = share < kLeast ? kLeast : min64(share, kMost);
     count = (in.rows + each - 1) / each;
   }
 };

@@ -1,5 +1,5 @@
 """The main job on real data: train the reference layer, swap it, show what changed and what not; then the
-same tasks with the layer over token pairs, taken apart exactly.
+same tasks with the layer over token pairs, whose answers are explained exactly.
 
     python -m flmoe_kernels demo [--out demo_out] [--seed 0] [--quick]
 

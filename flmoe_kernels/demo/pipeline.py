@@ -51,7 +51,8 @@ def run_pipeline(settings: Settings, out: Path, console: Console) -> Results:
         pairs = [_run_pairs(task, digits, encoded, settings, console) for task in TASKS]
     console.print("Timing both layers, then measuring their memory, each in a fresh process.")
     load_average = os.getloadavg()[0]
-    times = _times(tasks[-1], _test_pairs(TASKS[-1], digits, settings), encoded, settings, out)
+    held_out = draw_test_pairs(TASKS[-1], digits, settings)
+    times = _times(tasks[-1], held_out, encoded, settings, out)
     peaks = {mode: memory.measure(mode, settings) for mode in memory.MODES}
     seconds = time.perf_counter() - start
     return Results(
@@ -83,12 +84,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _train_pairs(task: Task, digits: Digits, settings: Settings) -> Pairs:
+def draw_train_pairs(task: Task, digits: Digits, settings: Settings) -> Pairs:
     generator = torch.Generator().manual_seed(settings.seed)
     return make_pairs(task, digits, digits.train, settings.train_pairs, generator)
 
 
-def _test_pairs(task: Task, digits: Digits, settings: Settings) -> Pairs:
+def draw_test_pairs(task: Task, digits: Digits, settings: Settings) -> Pairs:
     generator = torch.Generator().manual_seed(settings.seed)
     return make_pairs(task, digits, digits.test, settings.test_pairs, generator)
 
@@ -96,7 +97,7 @@ def _test_pairs(task: Task, digits: Digits, settings: Settings) -> Pairs:
 def _run_task(
     task: Task, digits: Digits, encoded: Encoded, settings: Settings, out: Path, console: Console
 ) -> TaskResult:
-    pairs = _train_pairs(task, digits, settings)
+    pairs = draw_train_pairs(task, digits, settings)
     reference = train(task, pairs, encoded, settings)
     checkpoint = out / f"{task.name}.pt"
     save_checkpoint(reference, settings, checkpoint)
@@ -104,7 +105,7 @@ def _run_task(
     fast = load_checkpoint(task, settings, checkpoint)
     swap_layer(fast)
 
-    test = _test_pairs(task, digits, settings)
+    test = draw_test_pairs(task, digits, settings)
     before, after = predict(reference, test, encoded), predict(fast, test, encoded)
     result = TaskResult(
         task=task,
@@ -122,8 +123,8 @@ def _run_task(
 def _run_pairs(
     task: Task, digits: Digits, encoded: Encoded, settings: Settings, console: Console
 ) -> PairResult:
-    train_pairs, test_pairs = (make(task, digits, settings) for make in (_train_pairs, _test_pairs))
-    result = run_task(task, train_pairs, test_pairs, encoded, digits, settings)
+    pairs, held_out = (draw(task, digits, settings) for draw in (draw_train_pairs, draw_test_pairs))
+    result = run_task(task, pairs, held_out, encoded, digits, settings)
     console.print(f"{task.name}: {result.accuracy:.1%} with the layer over token pairs.")
     return result
 

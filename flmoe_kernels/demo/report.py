@@ -22,9 +22,9 @@ def print_report(results: Results, console: Console) -> None:
 def _tables(results: Results) -> Iterator[Table]:
     yield _accuracies(results)
     yield _experts(results)
+    yield _token_pairs(results)
     yield _differences(results)
     yield _costs(results)
-    yield _token_pairs(results)
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:
@@ -56,7 +56,8 @@ def _accuracies(results: Results) -> Table:
 def _experts(results: Results) -> Table:
     table = _table(
         "What each task relied on",
-        "Share of each expert in |weight x logits|, its mean weight, change of accuracy without it.\n"
+        "Share: |the expert's weighted logits less their mean over the classes|, all classes "
+        "together, in percent of all experts'; below it the mean weight and the change of accuracy without it.\n"
         "[ ] the expert that the labels should need, * the one relied on most by that measure.",
         *("task", *EXPERTS, "as expected"),
     )
@@ -87,12 +88,18 @@ def _expert_cell(result: TaskResult, e: int) -> Text:
 
 
 def _token_pairs(results: Results) -> Table:
-    worst = max(result.picture.error for result in results.pairs)
+    worst = max(result.sample.error for result in results.pairs)
+    settings = results.settings
     table = _table(
-        "The layer over token pairs, which explains itself",
-        "Share of each expert in the logit of the true class; marks as above.\n"
-        "Every patch and pair of patches has an exact value, see demo_pairs.png; the patches' values add up\n"
-        f"to the logit but for {worst:.0e}.",
+        "The layer over token pairs, whose explanations are exact",
+        "Share: |the expert's part of the true class's logit less its mean over the classes|, in "
+        "percent of all experts'; marks as above.\n"
+        "In the task redundant either image alone tells the label: the two uniqueness experts can carry it as "
+        "well as redundancy, and no loss forbids it.\n"
+        "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up "
+        f"to the logit less that of no patches, but for {worst:.0e}.\n"
+        f"Trained for {settings.pair_steps} steps of {settings.pair_batch_size} pairs, "
+        f"the reference layer for {settings.steps} of {settings.batch_size}.",
         *("task", "accuracy", *EXPERTS, "as expected"),
     )
     for result in results.pairs:

@@ -92,6 +92,7 @@ class Results:
     def as_dict(self) -> dict[str, Any]:
         return {
             "settings": dataclasses.asdict(self.settings),
+            "samples_seen": self.settings.samples_seen,
             "versions": _versions(),
             "machine": _machine(),
             "images": self.images,

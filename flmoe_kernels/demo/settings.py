@@ -37,6 +37,14 @@ class Settings:
     pair_learning_rate: float = 3e-3
     pair_interaction_weight: float = 0.3
 
+    @property
+    def samples_seen(self) -> dict[str, int]:
+        """What each layer is trained on, steps x batch, with repetitions."""
+        return {
+            "reference": self.steps * self.batch_size,
+            "token pairs": self.pair_steps * self.pair_batch_size,
+        }
+
     @classmethod
     def choose(cls, seed: int, quick: bool) -> Settings:
         """The full run, or one that passes through every stage and learns next to nothing."""

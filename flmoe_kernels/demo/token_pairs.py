@@ -1,7 +1,7 @@
-"""The second act: a layer over token pairs learns the same tasks and explains itself exactly.
+"""The layer over token pairs learns the same tasks, and its predictions are explained exactly.
 
-One sample of each task is taken apart: the Shapley value of every patch and the interaction index of every pair
-of patches, from one pass, where the first act's layer would need an estimate from thousands.
+For one sample of each task: the Shapley value of every patch and the interaction index of every pair of patches,
+from one pass, where the reference layer would need an estimate from thousands of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..pair_moe import PairExplanation, PairInteractionMoE
 from .data import EXPERTS, Digits, Encoded, Pairs, Task
@@ -20,15 +20,16 @@ from .train import LARGEST_GRADIENT, WARM_UP
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One sample taken apart, as nested lists: values of patches and of pairs of patches of its class.
+class SampleExplanation:
+    """The explanation of one sample's logit of its true class, as nested lists.
 
     Attributes:
         digits: the class of each of the two images.
         images: the images, 8 x 8.
         label, guess: true and predicted class of the pair.
-        patches: Shapley value of every patch of each image, 16.
-        pairs: Shapley interaction index of every two patches, 16 x 16, all experts together.
+        valid: for every patch of each image, 16, whether it is there: False is padding.
+        patches: Shapley value of every patch of each image, 16; 0 for padding.
+        pairs: Shapley interaction index of every two patches, 16 x 16, summed over the experts.
         error: |sum of the patches' values - (logit - logit without any patch)|, 0 but for rounding.
     """
 
@@ -36,6 +37,7 @@ class Picture:
     images: tuple[list[list[float]], list[list[float]]]
     label: int
     guess: int
+    valid: tuple[list[bool], list[bool]]
     patches: tuple[list[float], list[float]]
     pairs: list[list[float]]
     error: float
@@ -47,14 +49,15 @@ class PairResult:
 
     Attributes:
         accuracy: test accuracy.
-        share: mean share of each expert in the logit of the true class, in the order of EXPERTS.
-        picture: the first test sample, taken apart.
+        share: mean share of each expert in the logit of the true class, in the order of EXPERTS; see
+            PairExplanation.expert_share.
+        sample: the explanation of the first test sample.
     """
 
     task: Task
     accuracy: float
     share: tuple[float, ...]
-    picture: Picture
+    sample: SampleExplanation
 
     @property
     def most(self) -> str:
@@ -107,40 +110,36 @@ def train_layer(
     return layer.eval()
 
 
-def examine(
+def evaluate(
     task: Task,
     layer: PairInteractionMoE,
     pairs: Pairs,
     encoded: Encoded,
     digits: Digits,
 ) -> PairResult:
-    """Accuracy and shares over all pairs, and the first of them taken apart."""
+    """Accuracy and shares over all pairs, and the explanation of the first of them."""
     explanation = layer.explain(*pairs.batch(encoded, slice(None)), pairs.labels)
-    guess = explanation.expert_logits.sum(dim=1) + _bias(layer)
-    correct = guess.argmax(dim=1) == pairs.labels
+    correct = explanation.logits.argmax(dim=1) == pairs.labels
     return PairResult(
         task=task,
         accuracy=correct.double().mean().item(),
         share=tuple(explanation.expert_share().mean(dim=0).tolist()),
-        picture=_picture(explanation, pairs, digits, int(guess[0].argmax())),
+        sample=explain_first(explanation, pairs, digits),
     )
 
 
-def _bias(layer: PairInteractionMoE) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias.detach()
-
-
-def _picture(explanation: PairExplanation, pairs: Pairs, digits: Digits, guess: int) -> Picture:
+def explain_first(explanation: PairExplanation, pairs: Pairs, digits: Digits) -> SampleExplanation:
+    """What is shown of the first of the explained pairs."""
     patches = explanation.shapley_values()
     total = sum(float(values[0].double().sum()) for values in patches)
     images = [digits.images[index[0], 0] for index in pairs.index]
     a, b = (int(digits.labels[index[0]]) for index in pairs.index)
-    return Picture(
+    return SampleExplanation(
         digits=(a, b),
         images=(images[0].tolist(), images[1].tolist()),
         label=int(pairs.labels[0]),
-        guess=guess,
+        guess=int(explanation.logits[0].argmax()),
+        valid=(pairs.masks[0][0].tolist(), pairs.masks[1][0].tolist()),
         patches=(patches[0][0].tolist(), patches[1][0].tolist()),
         pairs=explanation.pair_map()[0].sum(dim=0).tolist(),
         error=abs(total - float(explanation.value[0] - explanation.baseline[0])),
@@ -156,17 +155,17 @@ def run_task(
     settings: Settings,
 ) -> PairResult:
     layer = train_layer(task, train_pairs, encoded, settings)
-    return examine(task, layer, test_pairs, encoded, digits)
+    return evaluate(task, layer, test_pairs, encoded, digits)
 
 
 def as_dict(result: PairResult) -> dict[str, object]:
     """For demo.json; the images themselves are left out."""
-    picture = dataclasses.asdict(result.picture)
-    picture.pop("images")
+    sample = dataclasses.asdict(result.sample)
+    sample.pop("images")
     return {
         "accuracy": result.accuracy,
         "share": dict(zip(EXPERTS, result.share, strict=True)),
         "most_relied_on": result.most,
         "as_expected": result.as_expected,
-        "first_sample": picture,
+        "first_sample": sample,
     }

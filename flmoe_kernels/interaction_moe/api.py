@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import validation as check
@@ -41,33 +40,10 @@ def validate_inputs(
                 f"got {x.shape[1]}"
             )
         check.require_same(name, x, "the layer's parameters", parameter)
-    _validate_masks(spec, inputs, masks)
-
-
-def _validate_masks(spec: LayerSpec, inputs: Sequence[Tensor], masks: Masks) -> None:
-    if masks is None:
-        return
-    if not isinstance(masks, list | tuple):
-        raise TypeError(f"masks: expected a list of Tensors or None, got {type(masks).__name__}")
-    if spec.compat == "i2moe" and any(mask is not None for mask in masks):
+    given = isinstance(masks, list | tuple) and any(mask is not None for mask in masks)
+    if given and spec.compat == "i2moe":
         raise ValueError("masks: a layer with learned positions (I2MoE) takes none")
-    if len(masks) != len(inputs):
-        raise ValueError(f"masks: expected {len(inputs)}, got {len(masks)}")
-    for m, (mask, x) in enumerate(zip(masks, inputs, strict=True)):
-        if mask is None:
-            continue
-        name = f"masks[{m}]"
-        check.require_tensor(name, mask)
-        if mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"{name}: expected {tuple(x.shape[:2])} as inputs[{m}], got {tuple(mask.shape)}"
-            )
-        if mask.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device}, got {mask.device}")
-        if mask.dtype == torch.bool or torch.compiler.is_compiling() or mask.is_cuda:
-            continue
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"{name}: expected 0 (padding) and 1 (valid) only, got other values")
+    check.require_masks(inputs, masks)
 
 
 def validate_replacements(

@@ -9,4 +9,4 @@ from .explanation import PairExplanation as PairExplanation
 from .kinds import KINDS as KINDS
 from .kinds import swap_sides as swap_sides
 from .module import PairInteractionMoE as PairInteractionMoE
-from .module import PairOutput as PairOutput
+from .output import PairOutput as PairOutput

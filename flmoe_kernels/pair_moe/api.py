@@ -20,7 +20,7 @@ _OPERATOR = "pair_moe"
 
 
 class PairMoEOutput(NamedTuple):
-    """y: the accumulated messages, shaped by `reduce`; mass (B, E, La): the summed probabilities."""
+    """y: the accumulated messages, shaped by `reduce`; mass (B, E, La): the summed gate probabilities."""
 
     y: Tensor
     mass: Tensor
@@ -84,7 +84,8 @@ def pair_moe(
         backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
 
     Returns:
-        (y, mass): y in the inputs' dtype; mass (B, E, La) in float32 (float64 for float64).
+        (y, mass): y in the inputs' dtype, for "pool" in that of mass; mass (B, E, La) in float32 (float64 for
+        float64). Under autocast q, k, a and c are brought to its dtype first.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; named.
@@ -206,7 +207,8 @@ def _call(
 ) -> PairCall:
     for name, x in (("q", q), ("k", k), ("a", a), ("c", c)):
         check.require_tensor(name, x)
-    check.require_floating("q", q)
+        check.require_floating(name, x)
+    q, k, a, c = check.autocast(q, k, a, c)
     if q.dim() != 4 or q.shape[3] < 1 or not 1 <= q.shape[1] <= MAX_EXPERTS:
         raise ValueError(
             f"q: expected (B, E, La, R) with E from 1 to {MAX_EXPERTS} and R from 1, "
@@ -215,11 +217,11 @@ def _call(
     batch, experts, rows, rank = q.shape
     columns = k.shape[2] if k.dim() == 4 else -1
     width = a.shape[3] if a.dim() == 4 else -1
-    _require_shape("k", k, (batch, experts, columns, rank), "(B, E, Lb, R)")
-    _require_shape("a", a, (batch, experts, rows, width), "(B, E, La, V)")
+    check.require_shape("k", k, (batch, experts, columns, rank), "(B, E, Lb, R)")
+    check.require_shape("a", a, (batch, experts, rows, width), "(B, E, La, V)")
     if width < 1:
         raise ValueError(f"a: expected (B, E, La, V) with V from 1, got {tuple(a.shape)}")
-    _require_shape("c", c, (batch, experts, columns, width), "(B, E, Lb, V)")
+    check.require_shape("c", c, (batch, experts, columns, width), "(B, E, Lb, V)")
     for name, x in (("k", k), ("a", a), ("c", c)):
         check.require_same(name, x, "q", q)
     _require_kinds(kinds, experts)
@@ -229,16 +231,10 @@ def _call(
     check.require_count("top_k", top_k, 1, experts)
     check.require_positive("temperature", temperature)
     codes = tuple(kind_codes(kinds))
-    scale = 1.0 / (rank**0.5 * temperature)
+    scale = 1.0 / (rank**0.5 * float(temperature))
     call = PairCall(q, k, a, c, gate_bias, mask_a, mask_b, codes, top_k, scale)
     _require_gate_bias(call)
     return call
-
-
-def _require_shape(name: str, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    if tuple(x.shape) != shape:
-        expected = ", ".join("any" if size < 0 else str(size) for size in shape)
-        raise ValueError(f"{name}: expected {letters} = ({expected}), got {tuple(x.shape)}")
 
 
 def _require_kinds(kinds: Sequence[str], experts: int) -> None:
@@ -281,11 +277,13 @@ def _require_gate_bias(call: PairCall) -> None:
 def _head_of(call: PairCall, head: Tensor, target: Tensor | None) -> Tensor:
     """The head of each sample's target, (B, E, V)."""
     check.require_tensor("head", head)
+    (head,) = check.autocast(head)
     check.require_same("head", head, "q", call.q)
     if target is None:
-        _require_shape("head", head, (call.experts, call.width), "(E, V)")
+        check.require_shape("head", head, (call.experts, call.width), "(E, V)")
         return head.expand(call.batch, -1, -1)
     classes = head.shape[2] if head.dim() == 3 else -1
-    _require_shape("head", head, (call.experts, call.width, classes), "(E, V, C)")
+    check.require_shape("head", head, (call.experts, call.width, classes), "(E, V, C)")
     check.require_index("target", target, (call.batch,), classes, call.q.device)
-    return head.permute(2, 0, 1)[target]
+    # Not head[..., target]: indexing takes a negative class for one counted from the end.
+    return head.permute(2, 0, 1).index_select(0, target)

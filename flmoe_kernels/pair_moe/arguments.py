@@ -11,6 +11,7 @@ from .. import validation as check
 from .kinds import KINDS, MAX_EXPERTS
 
 Inputs = Sequence[Tensor | None]
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def validate_sizes(
@@ -22,7 +23,9 @@ def validate_sizes(
     if len(dims) < 2:
         raise ValueError(f"dims: expected at least 2 modalities, got {len(dims)}")
     for m, dim in enumerate(dims):
-        check.require_count(f"dims[{m}]", dim, 1)
+        check.require_count(f"dims[{m}]", dim, 2)  # a LayerNorm of one feature is constant
+    if not isinstance(token_outputs, bool):
+        raise TypeError(f"token_outputs: expected a bool, got {type(token_outputs).__name__}")
     if num_classes is not None:
         check.require_count("num_classes", num_classes, 1)
     elif not token_outputs:
@@ -34,6 +37,19 @@ def validate_sizes(
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"kinds: expected names among {', '.join(KINDS)}, got {kind!r}")
+
+
+def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
+    """Under autocast an encoder hands over low precision: all that autocast itself casts gets the
+    parameters' dtype, which norms and anchors have. The rest is left for validate_inputs to refuse."""
+    if not torch.is_autocast_enabled(parameter.device.type):
+        return inputs
+    if not isinstance(inputs, list | tuple):
+        return inputs
+    return [
+        x.to(parameter.dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_DTYPES else x
+        for x in inputs
+    ]
 
 
 def validate_inputs(
@@ -62,34 +78,7 @@ def validate_inputs(
         if x.shape[0] != batch:
             raise ValueError(f"{name}: expected batch {batch} as inputs[{first}], got {x.shape[0]}")
         check.require_same(name, x, "the layer's parameters", parameter)
-    _validate_masks(inputs, masks)
-
-
-def _validate_masks(inputs: Inputs, masks: Inputs | None) -> None:
-    if masks is None:
-        return
-    if not isinstance(masks, list | tuple):
-        raise TypeError(f"masks: expected a list of Tensors or None, got {type(masks).__name__}")
-    if len(masks) != len(inputs):
-        raise ValueError(f"masks: expected {len(inputs)}, got {len(masks)}")
-    for m, (mask, x) in enumerate(zip(masks, inputs, strict=True)):
-        if mask is None:
-            continue
-        name = f"masks[{m}]"
-        check.require_tensor(name, mask)
-        if x is None:
-            raise ValueError(f"{name}: expected None as inputs[{m}] is, got {tuple(mask.shape)}")
-        if mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"{name}: expected {tuple(x.shape[:2])} as inputs[{m}], got {tuple(mask.shape)}"
-            )
-        if mask.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device}, got {mask.device}")
-        # Reading values cannot be traced, and on a GPU it waits.
-        if mask.dtype == torch.bool or torch.compiler.is_compiling() or mask.is_cuda:
-            continue
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"{name}: expected 0 (padding) and 1 (valid) only, got other values")
+    check.require_masks(inputs, masks)
 
 
 def validate_replacements(replacements: Inputs, inputs: Inputs) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..cpu_runtime import statistics_dtype
 
+# The positions are those of PairReduce in csrc/cpu/kernels.h.
 REDUCE_NONE, REDUCE_EXPERTS, REDUCE_POOL = REDUCTIONS = ("none", "experts", "pool")
 
 
@@ -62,6 +63,10 @@ class PairCall:
     def statistics(self) -> torch.dtype:
         """float64 for float64 inputs, float32 otherwise: of probabilities, mass and contributions."""
         return statistics_dtype(self.q.dtype)
+
+    def y_dtype(self, reduce: str) -> torch.dtype:
+        """The inputs' dtype; for "pool", whose sums over all pairs would overflow float16, `statistics`."""
+        return self.statistics if reduce == REDUCE_POOL else self.q.dtype
 
     def y_shape(self, reduce: str) -> tuple[int, ...]:
         batch, experts, rows, width = self.a.shape

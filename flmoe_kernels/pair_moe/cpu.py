@@ -18,7 +18,7 @@ def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
     call = _checked(call)
     # The kernel passes over masked rows.
     make = empty if call.mask_a is None else _zeros
-    y = make(call.y_shape(reduce), call.q)
+    y = make(call.y_shape(reduce), call.q, call.y_dtype(reduce))
     mass = make(call.q.shape[:3], call.q, call.statistics)
     native().pair_forward(*_common(call), REDUCTIONS.index(reduce), address(y), address(mass))
     return y, mass
@@ -29,7 +29,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, a, c in their dtype, and of the gate's bias in the statistics dtype."""
     call = _checked(call)
-    expect("grad_y", grad_y, call.y_shape(reduce), call.q.dtype)
+    expect("grad_y", grad_y, call.y_shape(reduce), call.y_dtype(reduce))
     expect("grad_mass", grad_mass, call.q.shape[:3], call.statistics)
     grad_mass = None if grad_mass is None else grad_mass.contiguous()
     grad_y = _rows_contiguous(grad_y)
@@ -60,7 +60,10 @@ def top_pairs(call: PairCall, head: Tensor, count: int) -> tuple[Tensor, Tensor,
     shape = (call.batch, call.experts + 1, count)
     values = empty(shape, call.q, call.statistics)
     i, j = (empty(shape, call.q, torch.int64) for _ in range(2))
-    native().pair_top(*_common(call), _head_view(head), count, *map(address, (values, i, j)))
+    sizes = (call.batch, call.experts, call.rows, call.columns, call.rank, call.width)
+    candidates = empty((native().pair_candidates(sizes, count),), call.q, torch.uint8)
+    tensors = (values, i, j, candidates)
+    native().pair_top(*_common(call), _head_view(head), count, *map(address, tensors))
     return values, i, j
 
 

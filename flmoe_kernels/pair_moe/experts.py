@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from .kinds import NULL, REDUNDANCY, SYNERGY, UNIQUE_A, UNIQUE_B
 
 # The experts that the interaction losses speak of, once each; null experts have no loss.
@@ -21,12 +24,15 @@ class ExpertTable:
     another kind is one and the same in every pair.
 
     Attributes:
+        modalities: M.
+        kinds: those of one pair's experts.
         pairs: all (m, n) with m < n, in lexicographic order.
         names: E names, uniqueness by modality first ("unique_0", "unique_1", ..), then the other kinds in
             the order of `kinds`; those after the first of a kind end in "_2", "_3", ..
         places: places[p][e] is the position in `names` of expert e of pair p.
     """
 
+    modalities: int
     kinds: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
     names: tuple[str, ...]
@@ -54,7 +60,13 @@ class ExpertTable:
         ]
         names = (*(unique[key] for key in sorted(unique)), *shared)
         places = tuple(tuple(names.index(name) for name in each) for each in in_pairs)
-        return cls(tuple(kinds), pairs, names, places)
+        return cls(modalities, tuple(kinds), pairs, names, places)
+
+    def spread(self, x: Tensor, p: int, absent: float = 0) -> Tensor:
+        """(B, E, ...) of all experts, from x (B, E_pair, ...) of pair p's; `absent` for those that it lacks."""
+        present = dict(zip(self.places[p], x.unbind(1), strict=True))
+        lacking = x.new_full((x.shape[0], *x.shape[2:]), absent)
+        return torch.stack([present.get(e, lacking) for e in range(len(self.names))], dim=1)
 
     def with_losses(self) -> tuple[int, ...]:
         """Places of the M + 2 experts of the interaction losses: uniqueness x M, synergy, redundancy.

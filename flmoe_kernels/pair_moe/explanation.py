@@ -19,19 +19,18 @@ import torch
 from torch import Tensor
 
 from .. import validation as check
-from ..cpu_runtime import statistics_dtype
 from .api import TopPairs
 from .call import REDUCE_NONE
 from .experts import ExpertTable
-from .sides import Projected
+from .sides import ProjectedPair
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PairExplanation:
     """Every token's and token pair's part in one logit of each sample, by expert. No autograd graph.
 
-    Results are in the statistics dtype (float32; float64 for float64). The expert axis E is the layer's, see
-    `experts`; an expert that a pair of modalities lacks has zeros there. Masked tokens have zeros.
+    Values are in the statistics dtype, see PairOutput. The expert axis E is the layer's, see `experts`; an expert
+    that a pair of modalities lacks has zeros there. Masked tokens have zeros.
 
     Attributes:
         experts: E names.
@@ -39,6 +38,7 @@ class PairExplanation:
         target: (B,) int64, the class that is explained.
         value: (B,) v(all): the target's logit.
         baseline: (B,) v(none): the logit with every token masked.
+        logits: (B, C), the bias and the sum of expert_logits.
         expert_logits: (B, E, C), the experts' parts of all logits.
         expert_baseline: (B, E), the experts' parts of the baseline, which has the bias besides.
         token_index, pair_index: names of the indices, "SV" and "SII".
@@ -52,6 +52,7 @@ class PairExplanation:
     target: Tensor
     value: Tensor
     baseline: Tensor
+    logits: Tensor
     expert_logits: Tensor
     expert_baseline: Tensor
     _anchored: tuple[Tensor, ...]  # (B, E, L_m): with the anchors of the other modalities
@@ -80,27 +81,31 @@ class PairExplanation:
         pair, p = self._between_tokens(m, n)
         terms = self._terms
         phi = pair.map(terms.head_of(p), self.target) / terms.normalizer
-        return terms.spread(phi, p)
+        return terms.table.spread(phi, p)
 
     def anchor_map(self, m: int) -> Tensor:
         """What each token of modality m says without a partner, (B, E, L_m): phi[i, anchors]."""
         check.require_count("m", m, 0, len(self.lengths) - 1)
-        return self._anchored[m]
+        return self._anchored[m].clone()
 
-    def top_pairs(self, n_pairs: int, m: int = 0, n: int = 1) -> TopPairs:
+    def top_pairs(self, n_pairs: int, m: int = 0, n: int = 1, *, largest: bool = True) -> TopPairs:
         """The n_pairs largest interaction indices of two modalities; i counts m's tokens, j those of n.
 
         Streamed: no map is held. An expert that the pair lacks has -inf and -1, as where fewer are valid.
+
+        Args:
+            largest: False for the smallest (most negative) ones, from the smallest; inf for -inf.
         """
         check.require_count("n_pairs", n_pairs, 1)
         pair, p = self._between_tokens(m, n)
-        terms = self._terms
-        found = pair.top(terms.head_of(p), self.target, n_pairs)
+        terms, sign = self._terms, 1.0 if largest else -1.0
+        found = pair.top(sign * terms.head_of(p), self.target, n_pairs)
+        unit = sign / terms.normalizer
         return TopPairs(
-            terms.spread(found.values / terms.normalizer, p, -torch.inf),
-            terms.spread(found.i, p, -1),
-            terms.spread(found.j, p, -1),
-            found.total_values / terms.normalizer,
+            terms.table.spread(unit * found.values, p, -sign * torch.inf),
+            terms.table.spread(found.i, p, -1),
+            terms.table.spread(found.j, p, -1),
+            unit * found.total_values,
             found.total_i,
             found.total_j,
         )
@@ -158,7 +163,7 @@ class PairExplanation:
         """The experts' parts of the target's logit, (B, E)."""
         return _at_target(self.expert_logits, self.target)
 
-    def _between_tokens(self, m: int, n: int) -> tuple[Projected, int]:
+    def _between_tokens(self, m: int, n: int) -> tuple[ProjectedPair, int]:
         """The operands of modalities m (side a) and n without anchors, and the pair's position."""
         for name, value in (("m", m), ("n", n)):
             check.require_count(name, value, 0, len(self.lengths) - 1)
@@ -173,7 +178,7 @@ class PairExplanation:
 class _Terms:
     """What the terms phi of the game are made of: operands and heads."""
 
-    pairs: tuple[Projected, ...]
+    pairs: tuple[ProjectedPair, ...]
     table: ExpertTable
     head: Tensor  # (E, V, C)
     normalizer: float
@@ -182,27 +187,20 @@ class _Terms:
         """(E_pair, V, C)"""
         return self.head[list(self.table.places[p])]
 
-    def spread(self, x: Tensor, p: int, absent: float = 0) -> Tensor:
-        """x (B, E_pair, ...) of one modality pair with all E experts."""
-        whole = x.new_full((x.shape[0], len(self.table.names), *x.shape[2:]), absent)
-        whole[:, list(self.table.places[p])] = x
-        return whole
-
-    def anchored(self, pair: Projected, p: int, target: Tensor) -> Tensor:
+    def anchored(self, pair: ProjectedPair, p: int, target: Tensor) -> Tensor:
         """phi (B, E, La + 1) of side a's tokens and anchor with the anchor of side b."""
         phi = pair.between(pair.a, pair.b.anchor).map(self.head_of(p), target)
-        return self.spread(phi[..., 0] / self.normalizer, p)
+        return self.table.spread(phi[..., 0] / self.normalizer, p)
 
-    def partnered(self, pair: Projected, p: int, target: Tensor) -> Tensor:
+    def partnered(self, pair: ProjectedPair, p: int, target: Tensor) -> Tensor:
         """(B, E, La): phi of side a's tokens summed over the tokens of side b."""
-        y = _without_anchors(pair).mix(REDUCE_NONE).y
-        wide = statistics_dtype(y.dtype)
-        weight = self.head_of(p).permute(2, 0, 1)[target].to(wide)
-        return self.spread(torch.einsum("beiv,bev->bei", y.to(wide), weight) / self.normalizer, p)
+        y = _without_anchors(pair).accumulate(REDUCE_NONE).y
+        weight = self.head_of(p).permute(2, 0, 1)[target]
+        return self.table.spread(torch.einsum("beiv,bev->bei", y, weight) / self.normalizer, p)
 
 
 def explain_pairs(
-    pairs: Sequence[Projected],
+    pairs: Sequence[ProjectedPair],
     table: ExpertTable,
     head: Tensor,
     bias: Tensor,
@@ -210,14 +208,14 @@ def explain_pairs(
     expert_logits: Tensor,
     target: Tensor,
 ) -> PairExplanation:
-    """The explanation of logits bias (C) + sum of expert_logits (B, E, C), whose class target (B) counts.
+    """The explanation of class target (B) of the logits bias (C) + sum of expert_logits (B, E, C).
 
-    Row sums come from pair_moe, anchor terms from maps with one column.
+    All in the statistics dtype. The tensors are kept: they must not be the caller's or the layer's. Row sums come
+    from pair_moe, anchor terms from maps with one column.
     """
     terms = _Terms(tuple(pairs), table, head, normalizer)
-    modalities = table.pairs[-1][1] + 1
-    anchored: list[list[Tensor]] = [[] for _ in range(modalities)]
-    partnered: list[list[Tensor]] = [[] for _ in range(modalities)]
+    anchored: list[list[Tensor]] = [[] for _ in range(table.modalities)]
+    partnered: list[list[Tensor]] = [[] for _ in range(table.modalities)]
     anchors_alone = []
     for p, ((m, n), pair) in enumerate(zip(table.pairs, pairs, strict=True)):
         own, others = (terms.anchored(side, p, target) for side in (pair, pair.swapped()))
@@ -227,14 +225,14 @@ def explain_pairs(
         partnered[m].append(terms.partnered(pair, p, target))
         partnered[n].append(terms.partnered(pair.swapped(), p, target))
     expert_baseline = torch.stack(anchors_alone).sum(dim=0)
-    wide = statistics_dtype(head.dtype)
-    expert_logits, bias = expert_logits.to(wide), bias.to(wide)
+    logits = bias + expert_logits.sum(dim=1)
     return PairExplanation(
         experts=table.names,
         lengths=tuple(x[0].shape[2] for x in anchored),
         target=target,
-        value=bias[target] + _at_target(expert_logits, target).sum(dim=1),
+        value=logits.gather(1, target[:, None])[:, 0],
         baseline=bias[target] + expert_baseline.sum(dim=1),
+        logits=logits,
         expert_logits=expert_logits,
         expert_baseline=expert_baseline,
         _anchored=tuple(torch.stack(x).sum(dim=0) for x in anchored),
@@ -243,7 +241,7 @@ def explain_pairs(
     )
 
 
-def _without_anchors(pair: Projected) -> Projected:
+def _without_anchors(pair: ProjectedPair) -> ProjectedPair:
     return pair.between(pair.a.tokens, pair.b.tokens)
 
 

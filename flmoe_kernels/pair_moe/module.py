@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..interaction_moe.reference import interaction_losses as reference_losses
 from .arguments import (
     Inputs,
     batch_of,
+    cast_for_autocast,
     plain_tokens,
     validate_inputs,
     validate_replacements,
@@ -26,32 +27,12 @@ from .call import REDUCE_EXPERTS, REDUCE_POOL
 from .experts import ExpertTable
 from .explanation import PairExplanation, explain_pairs
 from .kinds import DEFAULT_KINDS
-from .sides import Gate, Projected, Side, join
+from .output import PairOutput
+from .sides import Gate, ProjectedPair, Side, join
 
+# Options that the repr shows where they differ.
+_DEFAULTS = {"top_k": None, "temperature": 1.0, "token_outputs": False, "backend": None}
 _VARIANTS = 3  # of a pair's sides: as given, first one replaced, second one replaced
-
-
-class PairOutput(NamedTuple):
-    """What PairInteractionMoE returns; see there for P, E and E_pair.
-
-    logits: (B, C), or None without classes.
-    expert_logits: (B, E, C), whose sum over E plus the bias is logits; or None.
-    latents: (E, B, P * V), each expert's accumulated messages of every modality pair over the
-        normalizer; zeros where a pair lacks the expert. None with neither classes nor losses.
-    mass: for each modality pair (m, n) a (B, E_pair, L_m + 1) in the statistics dtype: how much of
-        the pairs of token i of modality m its experts have got, summed over n's tokens and anchor;
-        the last i is m's anchor. The experts are `layer.pair_experts[p]`.
-    tokens: with token_outputs (B, L_m, dims[m]) per modality, 0 where masked, None for a missing one;
-        without them None.
-    losses: (M + 2,) where asked for: uniqueness of each modality, synergy, redundancy.
-    """
-
-    logits: Tensor | None = None
-    expert_logits: Tensor | None = None
-    latents: Tensor | None = None
-    mass: tuple[Tensor, ...] = ()
-    tokens: tuple[Tensor | None, ...] | None = None
-    losses: Tensor | None = None
 
 
 class PairInteractionMoE(nn.Module):
@@ -65,19 +46,26 @@ class PairInteractionMoE(nn.Module):
 
     Nothing in it mixes tokens but the sum over pairs, so that a class's logit is a 2-additive game over the
     tokens: `explain` gives its Shapley values and interaction indices exactly, by expert. A pair with an anchor
-    is what a token says without a partner; a missing modality leaves a working model. Order matters only as far
-    as the inputs carry it: positions are the encoder's business.
+    is what a token says without a partner. Order matters only as far as the inputs carry it: positions are the
+    encoder's business.
+
+    Without one of its modalities the layer runs on what the anchors carry. One anchor then stands for all tokens
+    of that side, over the same normalizer: there is less evidence, and nothing in the layer trains this case.
+    Where it matters, leave out modalities at random in training (inputs None or masks).
+
+    Under FSDP2 call register_fsdp_forward_method(layer, "explain"), or explain meets sharded parameters.
 
     Args:
-        dims: token width of each of M >= 2 modalities.
+        dims: token width of each of M >= 2 modalities, each at least 2: a LayerNorm of one feature is constant.
         num_classes: C; None, with token_outputs only, for a layer without a head.
         kinds: the experts of one modality pair, see `pair_moe`; 1 to 8, which share each token pair. Experts of
             the whole layer, E: see `experts`.
         rank, value_dim: widths R and V of the gate's vectors and of the messages.
         top_k: experts that share a token pair, 1 to len(kinds); None for all.
         temperature: of the gate's softmax.
-        normalizer: what the sums over token pairs are divided by: about the number of token pairs of a
-            typical sample. A constant, because one that depended on which tokens are there (a mean)
+        normalizer: what the sums over token pairs are divided by: about the number of token pairs of one
+            modality pair in a typical sample, 256 for 16 x 16 tokens, 4096 for 64 x 64; a smaller one gives
+            larger initial logits. A constant, because one that depended on which tokens are there (a mean)
             would make every token interact with every other one.
         token_outputs: also return the sequences, each token plus a map of what its pairs accumulate, over
             sqrt(normalizer), about the number of a token's partners. So the layer stacks; only the last one
@@ -122,6 +110,8 @@ class PairInteractionMoE(nn.Module):
             check.require_count("top_k", top_k, 1, len(kinds))
         check.require_positive("temperature", temperature)
         check.require_positive("normalizer", normalizer)
+        if backend is not None:
+            check.require_choice("backend", backend, backends.BACKENDS)
         self.dims = tuple(dims)
         self.num_classes = num_classes
         self.kinds = tuple(kinds)
@@ -164,8 +154,6 @@ class PairInteractionMoE(nn.Module):
                 )
                 for m, n in pairs
             )
-        self._places: Tensor
-        self.register_buffer("_places", torch.tensor(self._table.places), persistent=False)
 
     def reset_parameters(self) -> None:
         """Draw this module's own parameters again; those of its parts have their own methods."""
@@ -190,11 +178,14 @@ class PairInteractionMoE(nn.Module):
         return tuple(tuple(self.experts[e] for e in places) for places in self._table.places)
 
     def extra_repr(self) -> str:
-        top_k = "" if self.top_k is None else f", top_k={self.top_k}"
-        return (
+        shown = (
             f"{self.dims}, num_classes={self.num_classes}, kinds={self.kinds}, rank={self.rank}, "
-            f"value_dim={self.value_dim}{top_k}, normalizer={self.normalizer:g}"
+            f"value_dim={self.value_dim}, normalizer={self.normalizer:g}"
         )
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            shown += "" if value == default else f", {name}={value!r}"
+        return shown
 
     def forward(
         self,
@@ -212,7 +203,9 @@ class PairInteractionMoE(nn.Module):
             masks: M x (B, L_m), True or 1 = valid, or None each. What a masked token holds does not matter.
             interaction_losses: also the M + 2 losses of FL-I2MoE on the latents. View m has N(0, 1) noise in place
                 of modality m's tokens (not of its anchor; masks unchanged). Unlike there, experts share a
-                view's noise: the gate compares them on the same token pair.
+                view's noise: the gate compares them on the same token pair. Meant for samples that have all
+                modalities: the view of an absent one equals the full view, which leaves constants in the
+                synergy and redundancy losses and a triplet without a negative in its uniqueness loss.
             replacements: the noise, M x (B, L_m, dims[m]), None for a missing modality; by default drawn from
                 torch's generator. With interaction_losses only.
 
@@ -239,9 +232,10 @@ class PairInteractionMoE(nn.Module):
             out = out._replace(latents=_side_by_side(pooled), mass=mass)
         if self.head is not None and out.latents is not None:
             logits, expert_logits = self._classify(out.latents)
-            out = out._replace(logits=logits, expert_logits=expert_logits)
+            dtype = self.gate_bias.dtype
+            out = out._replace(logits=logits.to(dtype), expert_logits=expert_logits.to(dtype))
         if self.token_outputs:
-            tokens_out, mass = self._token_outputs(inputs, tokens, pairs)
+            tokens_out, mass = self._token_outputs(tokens, pairs)
             out = out._replace(tokens=tokens_out, mass=mass)
         return out
 
@@ -261,8 +255,9 @@ class PairInteractionMoE(nn.Module):
         Raises:
             TypeError, ValueError, BackendUnavailable: as forward; ValueError for a layer without classes.
 
-        Cost: about four forward passes; nothing of size L_m x L_n. In the parameters' dtype, also under
-        autocast: half precision explains the logits up to its own rounding.
+        Cost: about four forward passes; nothing of size L_m x L_n. Tokens are projected in the parameters' dtype,
+        also under autocast, and all else is in the statistics dtype (see PairOutput): the values add up to the
+        explanation's own logits, from which forward's differ by half precision's rounding.
         """
         if self.num_classes is None or self.head is None or self.bias is None:
             raise ValueError("explain: expected a layer with classes, got num_classes=None")
@@ -270,7 +265,7 @@ class PairInteractionMoE(nn.Module):
         batch = batch_of(inputs)
         validate_target(target, batch, self.num_classes, self.gate_bias)
         with torch.autocast(self.gate_bias.device.type, enabled=False):
-            pairs = [pair.detached() for pair in self._project(*self._tokens(inputs, masks))]
+            pairs = [pair.frozen() for pair in self._project(*self._tokens(inputs, masks))]
             pooled, _ = self._pool(pairs)
             logits, expert_logits = self._classify(_side_by_side(pooled))
             if target is None:
@@ -280,31 +275,24 @@ class PairInteractionMoE(nn.Module):
             return explain_pairs(
                 pairs,
                 self._table,
-                self.head.detach().clone(),
-                self.bias.detach(),
+                self.head.detach().to(logits.dtype, copy=True),
+                self.bias.detach().to(logits.dtype),
                 self.normalizer,
                 expert_logits,
-                target,
+                target.clone(),
             )
 
     def _enter(self, inputs: Inputs, masks: Inputs | None) -> Inputs:
-        inputs = self._as_parameters(inputs)
+        inputs = cast_for_autocast(inputs, self.gate_bias)
         validate_inputs(self.dims, inputs, masks, self.gate_bias)
         backends.choose("pair_moe", self.gate_bias, self.backend)
         return inputs
-
-    def _as_parameters(self, inputs: Inputs) -> Inputs:
-        """Under autocast an encoder hands over low precision; norms and anchors are in the parameters' type."""
-        like = self.gate_bias
-        if not torch.is_autocast_enabled(like.device.type) or not isinstance(inputs, list | tuple):
-            return inputs
-        return [x.to(like.dtype) if isinstance(x, Tensor) else x for x in inputs]
 
     def _noise(self, inputs: Inputs, replacements: Inputs | None, wanted: bool) -> Inputs | None:
         if replacements is not None:
             if not wanted:
                 raise ValueError("replacements: expected None, as interaction_losses is False")
-            replacements = self._as_parameters(replacements)
+            replacements = cast_for_autocast(replacements, self.gate_bias)
             validate_replacements(replacements, inputs)
             return replacements
         if not wanted:
@@ -316,7 +304,9 @@ class PairInteractionMoE(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         return plain_tokens(inputs, masks, self.dims, self.gate_bias)
 
-    def _project(self, tokens: Sequence[Tensor], valid: Sequence[Tensor | None]) -> list[Projected]:
+    def _project(
+        self, tokens: Sequence[Tensor], valid: Sequence[Tensor | None]
+    ) -> list[ProjectedPair]:
         """Both sides of every modality pair, the anchor behind the tokens."""
         batch, experts = tokens[0].shape[0], len(self.kinds)
         sequences, masks = [], []
@@ -333,20 +323,17 @@ class PairInteractionMoE(nn.Module):
             self.modality_pairs, self.projections, self.gate_bias, strict=True
         ):
             gate = Gate(self.kinds, bias, self.top_k, self.temperature, self.backend)
-            pairs.append(Projected(side(maps["a"], m), side(maps["b"], n), gate))
+            pairs.append(ProjectedPair(side(maps["a"], m), side(maps["b"], n), gate))
         return pairs
 
-    def _pool(self, pairs: Sequence[Projected]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    def _pool(self, pairs: Sequence[ProjectedPair]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """For each modality pair all experts' pooled messages over the normalizer, (B, E, V); mass."""
-        found = [pair.mix(REDUCE_POOL) for pair in pairs]
-        pooled = []
-        for out, places in zip(found, self._places, strict=True):
-            absent = out.y.new_zeros((out.y.shape[0], len(self.experts), self.value_dim))
-            pooled.append(absent.index_copy(1, places, out.y / self.normalizer))
+        found = [pair.accumulate(REDUCE_POOL) for pair in pairs]
+        pooled = [self._table.spread(out.y / self.normalizer, p) for p, out in enumerate(found)]
         return pooled, tuple(out.mass for out in found)
 
     def _perturbed_latents(
-        self, full: Sequence[Projected], replaced: Sequence[Projected]
+        self, full: Sequence[ProjectedPair], replaced: Sequence[ProjectedPair]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Latents (E, M + 1, B, P * V) of the full view and of those with one modality replaced; mass.
 
@@ -375,28 +362,29 @@ class PairInteractionMoE(nn.Module):
         return torch.stack(reference_losses([expert.unbind(0) for expert in latents.unbind(0)]))
 
     def _classify(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and the experts' parts of them (B, E, C), of latents (E, B, P * V)."""
+        """Logits (B, C) and the experts' parts of them (B, E, C) of latents (E, B, P * V), in their dtype."""
         assert self.head is not None
         assert self.bias is not None
-        summed = latents.unflatten(2, (-1, self.value_dim)).sum(dim=2)
-        expert_logits = (summed @ self.head).transpose(0, 1)
-        return self.bias + expert_logits.sum(dim=1), expert_logits
+        with torch.autocast(latents.device.type, enabled=False):
+            summed = latents.unflatten(2, (-1, self.value_dim)).sum(dim=2)
+            expert_logits = (summed @ self.head.to(latents.dtype)).transpose(0, 1)
+            return self.bias.to(latents.dtype) + expert_logits.sum(dim=1), expert_logits
 
     def _token_outputs(
-        self, inputs: Inputs, tokens: Sequence[Tensor], pairs: Sequence[Projected]
-    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        self, tokens: Sequence[Tensor], pairs: Sequence[ProjectedPair]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Tokens (B, L_m, dims[m]) with what their pairs add to them; mass."""
         added: list[list[Tensor]] = [[] for _ in tokens]
         masses = []
         for (m, n), pair, maps in zip(self.modality_pairs, pairs, self.token_maps, strict=True):
-            own, partners = pair.mix(REDUCE_EXPERTS), pair.swapped().mix(REDUCE_EXPERTS)
+            own, partners = (side.accumulate(REDUCE_EXPERTS) for side in (pair, pair.swapped()))
             added[m].append(maps["a"](own.y[:, :-1]))
             added[n].append(maps["b"](partners.y[:, :-1]))
             masses.append(own.mass)
         scale = 1.0 / math.sqrt(self.normalizer)
         outputs = tuple(
-            None if given is None else x + scale * torch.stack(parts).sum(dim=0)
-            for given, x, parts in zip(inputs, tokens, added, strict=True)
+            x + scale * torch.stack(parts).sum(dim=0)
+            for x, parts in zip(tokens, added, strict=True)
         )
         return outputs, tuple(masses)
 

@@ -73,7 +73,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, reduce, _ = args
     call = _call(tuple(inputs))
     mass = call.q.new_empty(call.q.shape[:3], dtype=call.statistics)
-    return call.q.new_empty(call.y_shape(reduce)), mass
+    return call.q.new_empty(call.y_shape(reduce), dtype=call.y_dtype(reduce)), mass
 
 
 @torch.library.register_fake("flmoe::pair_moe_backward")
@@ -102,21 +102,23 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7])
     ctx.options = inputs[7:]
-    ctx.y_like = output[0].shape
 
 
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_mass: Tensor | None) -> tuple:
     if grad_y is None and grad_mass is None:
         return (None,) * 12
-    q, *_, gate_bias, _mask_a, _mask_b = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: with activation checkpointing each look computes them again
+    call = _call((*saved, *ctx.options[:3]))
+    reduce = ctx.options[3]
     if grad_y is None:
-        grad_y = q.new_zeros(ctx.y_like)
+        grad_y = call.q.new_zeros(call.y_shape(reduce), dtype=call.y_dtype(reduce))
     op = torch.ops.flmoe.pair_moe_backward
-    *grads, grad_bias = op(grad_y, grad_mass, *ctx.saved_tensors, *ctx.options)
-    grad_bias = None if gate_bias is None else grad_bias.to(gate_bias.dtype)
+    *grads, grad_bias = op(grad_y, grad_mass, *saved, *ctx.options)
+    grad_bias = None if call.gate_bias is None else grad_bias.to(call.gate_bias.dtype)
     return (*grads, grad_bias, *(None,) * 7)
 
 
 torch.library.register_autograd("flmoe::pair_moe", _autograd, setup_context=_setup)
-for _op in ("pair_moe_backward", "pair_map", "top_pairs"):
-    first_order_only(f"flmoe::{_op}")
+first_order_only("flmoe::pair_moe_backward")
+for _op in ("pair_map", "top_pairs"):
+    first_order_only(f"flmoe::{_op}", times="not differentiable")

@@ -11,6 +11,7 @@ A masked token adds nothing and gets no gradient, whatever it holds.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .call import REDUCE_EXPERTS, REDUCE_POOL, PairCall
@@ -18,7 +19,13 @@ from .kinds import coefficients_of
 
 
 def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
-    """y, by `reduce`, in the inputs' dtype, and mass (B, E, La) in the statistics dtype."""
+    """y, by `reduce`, in the inputs' dtype ("pool": statistics dtype), and mass (B, E, La) in the latter."""
+    # Autocast would compute the gate and the sums in half precision.
+    with torch.autocast(call.q.device.type, enabled=False):
+        return _forward(call, reduce)
+
+
+def _forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
     q, k, a, c = _without_masked(call)
     p = _gate(call, q, k)
     mass = p.sum(dim=3)
@@ -36,12 +43,17 @@ def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
     if reduce == REDUCE_EXPERTS:
         y = y.sum(dim=1)
     elif reduce == REDUCE_POOL:
-        y = y.sum(dim=2)
+        y = y.sum(dim=2, dtype=call.statistics)
     return y, mass
 
 
 def pair_map(call: PairCall, head: Tensor) -> Tensor:
     """phi (B, E, La, Lb) = p * (message . head) for head (B, E, V), in the statistics dtype."""
+    with torch.autocast(call.q.device.type, enabled=False):
+        return _pair_map(call, head)
+
+
+def _pair_map(call: PairCall, head: Tensor) -> Tensor:
     q, k, a, c = (x.to(call.statistics) for x in _without_masked(call))
     w = head.to(call.statistics)
     values = []
@@ -66,23 +78,20 @@ def top_pairs(call: PairCall, head: Tensor, count: int) -> tuple[Tensor, Tensor,
     """
     phi = pair_map(call, head)
     phi = torch.cat([phi, phi.sum(dim=1, keepdim=True)], dim=1)
+    found, places = phi.flatten(2).sort(dim=2, descending=True, stable=True)
     valid = _valid_pairs(call)
     if valid is not None:
-        phi = phi.masked_fill(~valid, -torch.inf)
-    flat = phi.flatten(2)
-    values, place = flat.sort(dim=2, descending=True, stable=True)
-    values, place = values[:, :, :count], place[:, :, :count]
-    if valid is None:
-        present = torch.ones_like(place, dtype=torch.bool)
-    else:
-        present = valid.flatten(2).expand(flat.shape).gather(2, place)
-    missing = count - place.shape[2]
+        # Valid pairs first, in the order found: one of -inf comes before all that are masked.
+        there = valid.flatten(2).expand(found.shape).gather(2, places)
+        order = (~there).to(torch.uint8).argsort(dim=2, stable=True)
+        there, found, places = (x.gather(2, order) for x in (there, found, places))
+        found, places = found.masked_fill(~there, -torch.inf), places.masked_fill(~there, -1)
+    missing = max(count - places.shape[2], 0)
+    found = F.pad(found[:, :, :count], (0, missing), value=-torch.inf)
+    places = F.pad(places[:, :, :count], (0, missing), value=-1)
     columns = max(call.columns, 1)
-    i, j = (
-        torch.nn.functional.pad(torch.where(present, x, -1), (0, missing), value=-1)
-        for x in (place // columns, place % columns)
-    )
-    return torch.nn.functional.pad(values, (0, missing), value=-torch.inf), i, j
+    i, j = (torch.where(places < 0, -1, x) for x in (places // columns, places % columns))
+    return found, i, j
 
 
 def _without_masked(call: PairCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu_runtime import statistics_dtype
 from .api import PairMoEOutput, TopPairs, pair_map, pair_moe, top_pairs
 from .kinds import swap_sides
 
@@ -70,28 +71,30 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Projected:
+class ProjectedPair:
     """Both sides of a pair of modalities, ready for the operators of api.py."""
 
     a: Side
     b: Side
     gate: Gate
 
-    def between(self, a: Side, b: Side) -> Projected:
+    def between(self, a: Side, b: Side) -> ProjectedPair:
         """The same pair with other tokens."""
         return replace(self, a=a, b=b)
 
-    def swapped(self) -> Projected:
+    def swapped(self) -> ProjectedPair:
         """The same pair seen from side b; its experts keep their order."""
         gate = replace(self.gate, kinds=swap_sides(self.gate.kinds))
-        return Projected(self.b, self.a, gate)
+        return ProjectedPair(self.b, self.a, gate)
 
-    def detached(self) -> Projected:
-        """Without autograd, and with a gate bias that later training steps do not change."""
-        a, b = (replace(side, packed=side.packed.detach()) for side in (self.a, self.b))
-        return Projected(a, b, replace(self.gate, bias=self.gate.bias.detach().clone()))
+    def frozen(self) -> ProjectedPair:
+        """Without autograd, in the statistics dtype, and untouched by later training steps."""
+        wide = statistics_dtype(self.a.packed.dtype)
+        a, b = (replace(side, packed=side.packed.detach().to(wide)) for side in (self.a, self.b))
+        bias = self.gate.bias.detach().to(wide, copy=True)
+        return ProjectedPair(a, b, replace(self.gate, bias=bias))
 
-    def mix(self, reduce: str) -> PairMoEOutput:
+    def accumulate(self, reduce: str) -> PairMoEOutput:
         return pair_moe(*self._operands(), **self._options(), reduce=reduce)
 
     def map(self, head: Tensor, target: Tensor) -> Tensor:

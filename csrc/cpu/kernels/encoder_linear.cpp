@@ -6,8 +6,7 @@
 // item owns a block of its rows and sums over tokens in order, so results do not depend on the
 // number of threads. Why not torch's matmul: MKL keeps to AVX2 on processors that are not Intel's;
 // measured beside this file's results in bench/results.
-#include "cpu/gemm.h"
-#include "cpu/kernels/entry.h"
+#include "cpu/panels.h"
 
 namespace flmoe::FLMOE_ISA {
 namespace {
@@ -16,33 +15,6 @@ constexpr int64_t kRowBlock = 96;     // 16 register tiles; 96 KiB of input at w
 constexpr int64_t kOutBlock = 48;     // rows of the weight gradient per item
 constexpr int64_t kBiasBlock = 32;    // tokens of grad_bias summed in the compute type
 constexpr int64_t kTokenBlock = 256;  // depth of one pass of the weight gradient
-
-template <typename A>
-constexpr int64_t kPanel = kMaxPanelVectors * kLanes<A>;
-
-template <typename A>
-int64_t panels_of(int64_t columns) {
-  return (columns + kPanel<A> - 1) / kPanel<A>;
-}
-
-// (depth x columns) with element (k, n) at k * k_stride + n * n_stride, to panels [column
-// block][k][kPanel].
-template <typename T, typename A>
-void pack_panel(const T* in, int64_t k_stride, int64_t n_stride, int64_t depth, int64_t columns,
-                A* out) {
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t n = columns; n < kPanel<A>; ++n) out[k * kPanel<A> + n] = 0;
-  if (n_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k)
-      read_row<T, A>(in + k * k_stride, out + k * kPanel<A>, columns);
-    return;
-  }
-  constexpr int64_t kBlock = 16;  // reads whole cache lines of rows, writes a line at a time
-  for (int64_t k0 = 0; k0 < depth; k0 += kBlock)
-    for (int64_t n = 0; n < columns; ++n)
-      for (int64_t k = k0; k < min64(k0 + kBlock, depth); ++k)
-        out[k * kPanel<A> + n] = read<T, A>(in + k * k_stride + n * n_stride);
-}
 
 // out (rows x columns) = x (rows x depth) packed panels [+ bias], for one block of rows.
 template <typename T, typename A>
@@ -76,28 +48,16 @@ void rows_times_panels(const T* x, int64_t rows, int64_t depth, const A* panels,
   }
 }
 
-// One operand of a batched product, packed in parallel into a buffer shared by the threads.
-template <typename T, typename A>
-void pack_all(const T* weight, int64_t experts, int64_t depth, int64_t columns, int64_t k_stride,
-              int64_t n_stride, int threads, A* out) {
-  const int64_t panels = panels_of<A>(columns);
-  parallel_for(experts * panels, threads, [&](int64_t item, int) {
-    const int64_t n0 = item % panels * kPanel<A>;
-    pack_panel<T, A>(weight + item / panels * depth * columns + n0 * n_stride, k_stride, n_stride,
-                     depth, min64(kPanel<A>, columns - n0), out + item * depth * kPanel<A>);
-  });
-}
-
 template <typename T, typename A>
 void batched_rows(const T* x, const A* packed, const T* bias, T* out, int64_t experts, int64_t rows,
                   int64_t depth, int64_t columns, int threads) {
   const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  const int64_t packed_size = panels_of<A>(columns) * depth * kPanel<A>;
+  const int64_t each = packed_size<A>(depth, columns);
   parallel_for(experts * blocks, threads, [&](int64_t item, int) {
     const int64_t e = item / blocks, row0 = item % blocks * kRowBlock;
     const int64_t first = e * rows + row0;
     rows_times_panels<T, A>(x + first * depth, min64(kRowBlock, rows - row0), depth,
-                            packed + e * packed_size, columns,
+                            packed + e * each, columns,
                             bias == nullptr ? nullptr : bias + e * columns, out + first * columns);
   });
 }
@@ -178,7 +138,7 @@ struct WeightGradient {
 
 template <typename A>
 A* packing_buffer(int64_t experts, int64_t depth, int64_t columns) {
-  const int64_t elements = experts * panels_of<A>(columns) * depth * kPanel<A>;
+  const int64_t elements = experts * packed_size<A>(depth, columns);
   // Slot 1: the items that read it use slot 0 of the same thread.
   return static_cast<A*>(thread_scratch(1, elements * static_cast<int64_t>(sizeof(A))));
 }

@@ -5,7 +5,9 @@
 // gate in place, and t += p c for the experts that need it. Bound: 2 R FLOP per pair and expert and
 // 2 V per pair and expert with a message from side b that varies with the row: a uniqueness expert
 // of side a and a null expert need none, and under "pool" only synergy does, since there the sum
-// over rows of p c_j is c_j times the column's mass. Memory: one tile and one block.
+// over rows of p c_j is c_j times the column's mass. Traffic: an item reads side b once and its
+// rows once and writes its rows of y; its own buffers (q, t and mass of at most 384 rows, one
+// block, one tile) stay in the second-level cache.
 #include "cpu/pair_gate.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -221,7 +223,7 @@ void forward(const PairForward& args) {
       A total = 0;
       for (int64_t block = 0; block < blocks; ++block)
         total += partial[(b * blocks + block) * pool_size + d];
-      write<T, A>(static_cast<T*>(args.y) + b * pool_size + d, total);
+      static_cast<A*>(args.y)[b * pool_size + d] = total;
     }
 }
 

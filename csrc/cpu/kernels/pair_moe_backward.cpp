@@ -1,14 +1,20 @@
 // pair_moe backward: gradients of q, k, a, c and the gate's bias, the probabilities made again.
 //
-// With G the gradient of y, h_i = (s2 + s3 a_i) * G_i and m_i = grad mass_i + s1 G_i . a_i:
-//     dp_ij = m_i + h_i . c_j,   d_ij = p_e (dp_e - sum over experts of p dp)
-//     dq_i = scale sum_j d_ij k_j    dk_j = scale sum_i d_ij q_i    dbias = sum_ij d_ij
-//     dc_j = sum_i p_ij h_i          da_i = s1 G_i mass_i + s3 G_i * sum_j p_ij c_j
-// Rows and columns are cut into the same number of chunks. An item is (sample, chunk of rows) and
-// meets the chunks of columns in rounds, in round t its own number plus t: within a round no two
-// items share a row or a column, so every gradient is added in one fixed order, without atomics or
-// copies of it. Bound: 6 R FLOP per pair and expert, 4 V more where the message from side b varies
-// with the row (none do under "pool" but synergy), 2 V more for synergy.
+// With G the gradient of y:
+//
+//     h_i   = (s2 + s3 a_i) * G_i
+//     m_i   = grad mass_i + s1 G_i . a_i
+//     dp_ij = m_i + h_i . c_j
+//     d_ij  = p_e (dp_e - sum over experts of p dp)
+//     dq_i  = scale sum_j d_ij k_j    dk_j = scale sum_i d_ij q_i    dbias = sum_ij d_ij
+//     dc_j  = sum_i p_ij h_i          da_i = s1 G_i mass_i + s3 G_i * sum_j p_ij c_j
+//
+// Both sides are cut into chunks. An item is a chunk of rows and meets the chunks of columns in
+// rounds: within a round no two items share a row or a column, so every gradient is added in one
+// fixed order, without atomics. Where one side is so short that too few items fit into a round,
+// groups of them work on copies of that side's gradients, added up at the end. Bound: 6 R FLOP per
+// pair and expert, 4 V more where the message from side b varies with the row (none do under "pool"
+// but synergy), 2 V more for synergy. Traffic: both sides once per pair of chunks.
 #include "cpu/pair_gate.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -45,11 +51,14 @@ struct BackwardGate {
           dp[e] =
               tile.row_part[e * tile.row_stride + i] + load(tile.column_part + e * kPairBlock + j);
           if (has(tile.products, e)) dp[e] += load(with + e * kTileExpert + j);
+          // An expert that the pair was not given to has no part, whatever its values hold.
+          if constexpr (kTopK) dp[e] = p[e] == A(0) ? Vec<A>{} : dp[e];
           mean += p[e] * dp[e];
         }
 #pragma GCC unroll 8
         for (int e = 0; e < E; ++e) {
-          const Vec<A> d = p[e] * (dp[e] - mean);
+          Vec<A> d = p[e] * (dp[e] - mean);
+          if constexpr (kTopK) d = p[e] == A(0) ? Vec<A>{} : d;
           sums[e] += p[e];
           bias_sums[e] += d;
           store(at + e * kTileExpert + j, d);
@@ -67,6 +76,17 @@ struct BackwardGate {
   }
 };
 
+template <typename A>
+void add(const A* in, A* out, int64_t n) {
+  for (int64_t d = 0; d < n; ++d) out[d] += in[d];
+}
+
+// Where gradients are added: all of the sides' or a group's copies.
+template <typename A>
+struct Gradients {
+  A *q, *k, *a, *c;
+};
+
 template <typename T, typename A>
 struct BackwardItem {
   const PairBackward& args;
@@ -79,10 +99,12 @@ struct BackwardItem {
   A *q, *h, *a_part, *mass, *grad_q, *t;           // chunk of rows
   A *keys, *keys_rows, *values, *values_rows;      // block of columns
   A *column_part, *column_mass, *grad_k, *grad_c;  // block of columns
-  A *logits, *messages, *bias, *bias_sums;
+  A *logits, *messages, *bias, *bias_sums, *grad_buffer;
+  Gradients<A> gradients;
   A* grad_bias;
 
-  BackwardItem(const PairBackward& args, int64_t b, const int64_t* bounds, A* grad_bias)
+  BackwardItem(const PairBackward& args, int64_t b, const int64_t* bounds,
+               const Gradients<A>& gradients, A* grad_bias)
       : args(args),
         in(args.in),
         b(b),
@@ -93,6 +115,7 @@ struct BackwardItem {
         experts(args.in, args.reduce),
         rank_padded(round_up(args.in.rank, kLanes<A>)),
         width_padded(round_up(args.in.width, kLanes<A>)),
+        gradients(gradients),
         grad_bias(grad_bias) {
     Pieces<A> sizes{nullptr};
     lay_out(sizes);
@@ -124,14 +147,25 @@ struct BackwardItem {
     messages = pieces.take(n * kTileExpert);
     bias = pieces.take(n);
     bias_sums = pieces.take(n * kLanes<A>);
+    grad_buffer = pieces.take(in.width);
   }
 
-  const T* grad_y(int64_t e, int64_t i) const { return token<T>(args.grad_y, b, e, i); }
+  // The gradient of row i of y in the compute type; good until the next one is asked for.
+  const A* grad_y(int64_t e, int64_t i) const {
+    if (args.reduce == PairReduce::kPool) return token<A>(args.grad_y, b, e, i);
+    const T* g = token<T>(args.grad_y, b, e, i);
+    if constexpr (sizeof(T) == sizeof(A)) {
+      return reinterpret_cast<const A*>(g);
+    } else {
+      read_row<T, A>(g, grad_buffer, in.width);
+      return grad_buffer;
+    }
+  }
   const Message& message(int64_t e) const { return kMessages[in.kinds[e]]; }
 
-  A dot(const T* x, const T* y) const {
+  A dot(const A* x, const T* y) const {
     A total = 0;
-    for (int64_t d = 0; d < in.width; ++d) total += read<T, A>(x + d) * read<T, A>(y + d);
+    for (int64_t d = 0; d < in.width; ++d) total += x[d] * read<T, A>(y + d);
     return total;
   }
 
@@ -152,7 +186,8 @@ struct BackwardItem {
   // m_i and, where it varies, h_i.
   void load_row(int64_t e, int64_t r) {
     const int64_t i = row_index[r];
-    const T *g = grad_y(e, i), *a = token<T>(in.a, b, e, i);
+    const A* g = grad_y(e, i);
+    const T* a = token<T>(in.a, b, e, i);
     const Message& m = message(e);
     A part = 0;
     if (args.grad_mass)
@@ -164,7 +199,7 @@ struct BackwardItem {
     const A s2 = A(m.c), s3 = A(m.product);
     for (int64_t d = 0; d < in.width; ++d) {
       const A factor = m.product != 0 ? s3 * read<T, A>(a + d) : s2;
-      to[d] = factor * read<T, A>(g + d);
+      to[d] = factor * g[d];
     }
     for (int64_t d = in.width; d < width_padded; ++d) to[d] = 0;
   }
@@ -222,22 +257,18 @@ struct BackwardItem {
     }
   }
 
-  static void add(const A* in, A* out, int64_t n) {
-    for (int64_t d = 0; d < n; ++d) out[d] += in[d];
-  }
-
   void add_columns(const int64_t* index, int64_t count) {
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t j = 0; j < count; ++j) {
         const int64_t at = (b * in.experts + e) * in.columns + index[j];
         const int64_t local = e * kPairBlock + j;
-        add(grad_k + local * rank_padded, static_cast<A*>(args.grad_k) + at * in.rank, in.rank);
-        A* to = static_cast<A*>(args.grad_c) + at * in.width;
+        add(grad_k + local * rank_padded, gradients.k + at * in.rank, in.rank);
+        A* to = gradients.c + at * in.width;
         if (has(experts.products, e)) add(grad_c + local * width_padded, to, in.width);
         if (has(experts.columns, e)) {
           const A weight = A(message(e).c) * column_mass[local];
-          const T* g = grad_y(e, 0);
-          for (int64_t d = 0; d < in.width; ++d) to[d] += weight * read<T, A>(g + d);
+          const A* g = grad_y(e, 0);
+          for (int64_t d = 0; d < in.width; ++d) to[d] += weight * g[d];
         }
       }
   }
@@ -246,17 +277,16 @@ struct BackwardItem {
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = row_index[r], at = (b * in.experts + e) * in.rows + i;
-        add(grad_q + (e * rows + r) * rank_padded, static_cast<A*>(args.grad_q) + at * in.rank,
-            in.rank);
+        add(grad_q + (e * rows + r) * rank_padded, gradients.q + at * in.rank, in.rank);
         const Message& m = message(e);
         if (m.a == 0 && m.product == 0) continue;
-        A* to = static_cast<A*>(args.grad_a) + at * in.width;
+        A* to = gradients.a + at * in.width;
         const A own = A(m.a) * mass[e * rows + r];
         const A* sum = t + (e * rows + r) * width_padded;
-        const T* g = grad_y(e, i);
+        const A* g = grad_y(e, i);
         for (int64_t d = 0; d < in.width; ++d) {
           const A factor = m.product != 0 ? A(m.product) * sum[d] : own;
-          to[d] += factor * read<T, A>(g + d);
+          to[d] += factor * g[d];
         }
       }
   }
@@ -282,39 +312,98 @@ struct BackwardItem {
   }
 };
 
-// How many chunks each side is cut into: chunks of at most 256 tokens keep an item's buffers in the
-// second-level cache; more of them, down to 64 tokens, where the batch alone is too small for many
-// threads. Depends on the shape only.
-int64_t chunks_of(const PairArgs& in) {
-  const int64_t longest = in.rows > in.columns ? in.rows : in.columns;
-  const int64_t least = (longest + 255) / 256, most = (longest + 63) / 64;
-  const int64_t wanted = (16 + in.batch - 1) / in.batch;
-  const int64_t chosen = wanted < most ? wanted : most;
-  return chosen > least ? chosen : least;
-}
+constexpr int64_t kItems = 16;  // enough for many threads
+
+// One side cut into chunks: of at most 256 tokens, which keeps an item's buffers in the
+// second-level cache, and down to 64 where the batch alone is too small for many threads.
+struct Cut {
+  int64_t each, count;
+
+  Cut(int64_t length, int64_t batch) {
+    const int64_t least = (length + 255) / 256, most = (length + 63) / 64;
+    const int64_t wanted = (kItems + batch - 1) / batch;
+    int64_t chunks = wanted < most ? wanted : most;
+    if (chunks < least) chunks = least;
+    each = (length + chunks - 1) / chunks;
+    count = (length + each - 1) / each;
+  }
+};
+
+// The rounds: the longer side's chunks are taken in squares of as many as the shorter side has, and
+// `groups` squares at a time. Everything depends on the shape only.
+template <typename T, typename A>
+struct Rounds {
+  const PairBackward& args;
+  const PairArgs& in;
+  Cut row_cut, column_cut;
+  bool short_columns;
+  int64_t side, squares, groups, items, copy_size;
+  A *copies, *grad_bias;
+
+  explicit Rounds(const PairBackward& args)
+      : args(args),
+        in(args.in),
+        row_cut(args.in.rows, args.in.batch),
+        column_cut(args.in.columns, args.in.batch) {
+    short_columns = column_cut.count <= row_cut.count;
+    side = short_columns ? column_cut.count : row_cut.count;
+    squares = ((short_columns ? row_cut.count : column_cut.count) + side - 1) / side;
+    const int64_t wanted = (kItems + in.batch * side - 1) / (in.batch * side);
+    groups = wanted < squares ? wanted : squares;
+    items = in.batch * groups * side;
+    copy_size = in.batch * in.experts * (short_columns ? in.columns : in.rows);
+    copies = cleared(3, (groups - 1) * copy_size * (in.rank + in.width));
+    grad_bias = cleared(2, items * in.experts);
+  }
+
+  static A* cleared(int slot, int64_t count) {
+    void* data = thread_scratch(slot, (count + 1) * int64_t(sizeof(A)));
+    return static_cast<A*>(std::memset(data, 0, (count + 1) * sizeof(A)));
+  }
+
+  A* rank_copy(int64_t group) const {
+    return copies + (group - 1) * copy_size * (in.rank + in.width);
+  }
+  A* width_copy(int64_t group) const { return rank_copy(group) + copy_size * in.rank; }
+
+  Gradients<A> gradients(int64_t group) const {
+    Gradients<A> all{static_cast<A*>(args.grad_q), static_cast<A*>(args.grad_k),
+                     static_cast<A*>(args.grad_a), static_cast<A*>(args.grad_c)};
+    if (group > 0 && short_columns) all.k = rank_copy(group), all.c = width_copy(group);
+    if (group > 0 && !short_columns) all.q = rank_copy(group), all.a = width_copy(group);
+    return all;
+  }
+
+  void run_item(int64_t item, int64_t step, int64_t turn) const {
+    const int64_t i = item % side, group = item / side % groups, b = item / side / groups;
+    const int64_t far = (step * groups + group) * side + i, near = (i + turn) % side;
+    const int64_t row = short_columns ? far : near, column = short_columns ? near : far;
+    if (row >= row_cut.count || column >= column_cut.count) return;
+    const int64_t bounds[4] = {row * row_cut.each, min64((row + 1) * row_cut.each, in.rows),
+                               column * column_cut.each,
+                               min64((column + 1) * column_cut.each, in.columns)};
+    BackwardItem<T, A>(args, b, bounds, gradients(group), grad_bias + item * in.experts).run();
+  }
+
+  void run() const {
+    for (int64_t step = 0; step * groups < squares; ++step)
+      for (int64_t turn = 0; turn < side; ++turn)
+        parallel_for(items, in.threads, [&](int64_t item, int) { run_item(item, step, turn); });
+    const Gradients<A> all = gradients(0);
+    for (int64_t group = 1; group < groups; ++group) {
+      add(rank_copy(group), short_columns ? all.k : all.q, copy_size * in.rank);
+      add(width_copy(group), short_columns ? all.c : all.a, copy_size * in.width);
+    }
+    for (int64_t item = 0; item < items; ++item)
+      add(grad_bias + item * in.experts, static_cast<A*>(args.grad_bias), in.experts);
+  }
+};
 
 template <typename T, typename A>
 void backward(const PairBackward& args) {
   const PairArgs& in = args.in;
-  for (int64_t e = 0; e < in.experts; ++e) static_cast<A*>(args.grad_bias)[e] = 0;
-  if (in.batch == 0 || in.rows == 0 || in.columns == 0) return;
-  const int64_t chunks = chunks_of(in), items = in.batch * chunks;
-  const int64_t each_row = (in.rows + chunks - 1) / chunks;
-  const int64_t each_column = (in.columns + chunks - 1) / chunks;
-  const int64_t sums = items * in.experts * int64_t(sizeof(A));
-  A* grad_bias = static_cast<A*>(thread_scratch(2, sums));
-  std::memset(grad_bias, 0, sums);
-  for (int64_t round = 0; round < chunks; ++round)
-    parallel_for(items, in.threads, [&](int64_t item, int) {
-      const int64_t row = item % chunks, column = (row + round) % chunks;
-      const int64_t bounds[4] = {
-          min64(row * each_row, in.rows), min64((row + 1) * each_row, in.rows),
-          min64(column * each_column, in.columns), min64((column + 1) * each_column, in.columns)};
-      BackwardItem<T, A>(args, item / chunks, bounds, grad_bias + item * in.experts).run();
-    });
-  for (int64_t item = 0; item < items; ++item)
-    for (int64_t e = 0; e < in.experts; ++e)
-      static_cast<A*>(args.grad_bias)[e] += grad_bias[item * in.experts + e];
+  std::memset(args.grad_bias, 0, in.experts * sizeof(A));
+  if (in.batch > 0 && in.rows > 0 && in.columns > 0) Rounds<T, A>(args).run();
 }
 
 }  // namespace

@@ -1,26 +1,22 @@
 // pair_map and top_pairs: the contribution of every pair through a linear head w,
-//     phi_ij = p_ij (m_i + n_j + h_i . c_j),  m_i = s1 a_i . w,  n_j = s2 c_j . w,  h_i = s3 a_i *
-//     w,
-// written out, or reduced to the largest ones while it streams by.
 //
-// One item is (sample, block of rows), as in the forward. For top_pairs an item keeps one heap per
-// expert and one for the sum over experts, the worst kept pair on top: a vector of contributions is
-// passed over when none of its lanes reaches that one. The items' heaps are merged at the end.
-// Bound: 2 R FLOP per pair and expert and 2 V for synergy.
+//     phi_ij = p_ij (m_i + n_j + h_i . c_j)
+//     m_i = s1 a_i . w
+//     n_j = s2 c_j . w
+//     h_i = s3 a_i * w
+//
+// written out, or reduced to the largest ones while it streams by. One item is (sample, block of
+// rows), as in the forward; for top_pairs (sample, group of such blocks), with a heap per expert
+// and one for the sum over experts, the worst kept pair on top: a vector of contributions is passed
+// over when none of its lanes reaches that one. The groups' heaps are merged at the end. Bound: 2 R
+// FLOP per pair and expert and 2 V for synergy; traffic: both sides once per item, and the map.
 #include "cpu/pair_gate.h"
 
 namespace flmoe::FLMOE_ISA {
 namespace {
 
-template <typename A>
-struct Candidate {
-  A value;
-  int64_t pair;  // i * columns + j
-};
-
 // Whether x comes before y: NaN first, then the larger value, then the earlier pair.
-template <typename A>
-bool before(const Candidate<A>& x, const Candidate<A>& y) {
+bool before(const PairCandidate& x, const PairCandidate& y) {
   const bool x_nan = x.value != x.value, y_nan = y.value != y.value;
   if (x_nan != y_nan) return x_nan;
   if (!x_nan && x.value != y.value) return x.value > y.value;
@@ -28,15 +24,14 @@ bool before(const Candidate<A>& x, const Candidate<A>& y) {
 }
 
 // The best `capacity` candidates offered, as a binary heap with the last of them in front.
-template <typename A>
 struct Best {
-  Candidate<A>* heap;
+  PairCandidate* heap;
   int64_t size, capacity;
 
   // A value below this cannot enter.
-  A threshold() const { return size < capacity ? A(-INFINITY) : heap[0].value; }
+  double threshold() const { return size < capacity ? -INFINITY : heap[0].value; }
 
-  void offer(const Candidate<A>& x) {
+  void offer(const PairCandidate& x) {
     if (size < capacity) {
       int64_t at = size++;
       while (at > 0 && before(heap[(at - 1) / 2], x)) {
@@ -50,7 +45,7 @@ struct Best {
   }
 
   // Puts x in place of the front of heap[0, n).
-  void sink(const Candidate<A>& x, int64_t n) {
+  void sink(const PairCandidate& x, int64_t n) {
     int64_t at = 0;
     for (;;) {
       int64_t child = 2 * at + 1;
@@ -66,7 +61,7 @@ struct Best {
   // First to last.
   void sort() {
     for (int64_t n = size; n > 1; --n) {
-      const Candidate<A> last = heap[n - 1], front = heap[0];
+      const PairCandidate last = heap[n - 1], front = heap[0];
       sink(last, n - 1);
       heap[n - 1] = front;
     }
@@ -116,9 +111,9 @@ struct ScoreItem {
   A *q, *h, *a_part;               // whole item
   A *keys, *values, *column_part;  // one block of columns
   A *logits, *messages, *bias;
-  Best<A>* best;  // experts + 1 of them, or null for pair_map
+  Best* best;  // experts + 1 of them, or null for pair_map
 
-  ScoreItem(const PairScores& args, int64_t b, int64_t first, int64_t last, Best<A>* best)
+  ScoreItem(const PairScores& args, int64_t b, int64_t first, int64_t last, Best* best)
       : args(args), in(args.in), b(b), first(first), last(last), best(best) {
     synergy = ExpertSets(in, PairReduce::kPool).synergy;
     Pieces<A> sizes{nullptr};
@@ -184,9 +179,9 @@ struct ScoreItem {
     }
   }
 
-  void offer_vector(Vec<A> phi, int64_t lanes, int64_t row, const int64_t* index, Best<A>& kept) {
+  void offer_vector(Vec<A> phi, int64_t lanes, int64_t row, const int64_t* index, Best& kept) {
     // Not "phi >= threshold": NaN has to pass.
-    const auto below = phi < splat(kept.threshold());
+    const auto below = phi < splat(static_cast<A>(kept.threshold()));
     bool any = false;
     for (int64_t lane = 0; lane < lanes; ++lane) any |= below[lane] == 0;
     if (!any) return;
@@ -261,13 +256,13 @@ void map(const PairScores& args) {
 }
 
 template <typename A>
-void write_best(const PairScores& args, Best<A>& found, int64_t slot) {
+void write_best(const PairScores& args, Best& found, int64_t slot) {
   found.sort();
   A* values = static_cast<A*>(args.values) + slot * args.count;
   int64_t *i = args.i + slot * args.count, *j = args.j + slot * args.count;
   for (int64_t n = 0; n < args.count; ++n) {
     const bool there = n < found.size;
-    values[n] = there ? found.heap[n].value : A(-INFINITY);
+    values[n] = there ? static_cast<A>(found.heap[n].value) : A(-INFINITY);
     i[n] = there ? found.heap[n].pair / args.in.columns : -1;
     j[n] = there ? found.heap[n].pair % args.in.columns : -1;
   }
@@ -277,28 +272,26 @@ template <typename T, typename A>
 void top(const PairScores& args) {
   const PairArgs& in = args.in;
   const RowBlocks cut(in);
-  const int64_t each = cut.each, blocks = cut.count, slots = in.experts + 1;
-  const int64_t heaps = in.batch * blocks * slots;
-  const int64_t most = min64(args.count, each * in.columns);
-  auto* storage = static_cast<Candidate<A>*>(
-      thread_scratch(2, (heaps * most + 1) * int64_t(sizeof(Candidate<A>))));
-  auto* best = static_cast<Best<A>*>(thread_scratch(3, (heaps + 1) * int64_t(sizeof(Best<A>))));
-  for (int64_t n = 0; n < heaps; ++n) best[n] = {storage + n * most, 0, most};
-  parallel_for(in.batch * blocks, in.threads, [&](int64_t item, int) {
-    const int64_t first = item % blocks * each;
-    ScoreItem<T, A>(args, item / blocks, first, min64(first + each, in.rows), best + item * slots)
-        .run();
+  const int64_t groups = top_groups(in, args.count), slots = in.experts + 1;
+  const int64_t entries = top_entries(in, args.count);
+  const int64_t blocks = (cut.count + groups - 1) / groups;  // of one group
+  auto* best = static_cast<Best*>(
+      thread_scratch(2, (in.batch * groups * slots + 1) * int64_t(sizeof(Best))));
+  for (int64_t n = 0; n < in.batch * groups * slots; ++n)
+    best[n] = {static_cast<PairCandidate*>(args.candidates) + n * entries, 0, entries};
+  parallel_for(in.batch * groups, in.threads, [&](int64_t item, int) {
+    const int64_t begin = item % groups * blocks, end = min64(begin + blocks, cut.count);
+    for (int64_t block = begin; block < end; ++block)
+      ScoreItem<T, A>(args, item / groups, block * cut.each, min64((block + 1) * cut.each, in.rows),
+                      best + item * slots)
+          .run();
   });
   parallel_for(in.batch * slots, in.threads, [&](int64_t slot, int) {
-    const int64_t b = slot / slots, e = slot % slots;
-    Best<A> merged{static_cast<Candidate<A>*>(
-                       thread_scratch(0, (args.count + 1) * int64_t(sizeof(Candidate<A>)))),
-                   0, args.count};
-    for (int64_t block = 0; block < blocks; ++block) {
-      const Best<A>& part = best[(b * blocks + block) * slots + e];
-      for (int64_t n = 0; n < part.size; ++n) merged.offer(part.heap[n]);
-    }
-    write_best(args, merged, slot);
+    Best* own = best + slot / slots * groups * slots + slot % slots;
+    for (int64_t group = 1; group < groups; ++group)
+      for (int64_t n = 0; n < own[group * slots].size; ++n)
+        own[0].offer(own[group * slots].heap[n]);
+    write_best<A>(args, own[0], slot);
   });
 }
 

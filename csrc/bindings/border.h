@@ -1,0 +1,58 @@
+// The Python border: addresses, sizes and strides in, nothing of torch. The Python side has
+// validated everything before it calls; what is checked here again is what a wrong call would
+// corrupt memory with.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace flmoe::bindings {
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+template <typename T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline DType dtype_of(int code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("dtype: expected a code from 0 to 3");
+  return static_cast<DType>(code);
+}
+
+// (address, group stride, row stride, head stride)
+inline flmoe::RowView view(const py::tuple& t) {
+  return {pointer(t[0].cast<Address>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+          t[3].cast<int64_t>()};
+}
+
+inline flmoe::DropoutSpec dropout(Address seed, int64_t threshold) {
+  if (threshold < 65536 && seed == 0) throw std::invalid_argument("seed: expected an address");
+  return {pointer<const int64_t>(seed), static_cast<uint32_t>(threshold)};
+}
+
+inline std::array<int64_t, 5> five(const py::tuple& t) {
+  return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
+          t[4].cast<int64_t>()};
+}
+
+template <typename F>
+void without_gil(const F& body) {
+  py::gil_scoped_release release;
+  body();
+}
+
+void bind_attention(py::module_& m);
+void bind_encoder(py::module_& m);
+void bind_losses(py::module_& m);
+void bind_pairs(py::module_& m);
+void bind_routing(py::module_& m);
+
+}  // namespace flmoe::bindings

@@ -1,0 +1,153 @@
+#include "bindings/border.h"
+
+namespace flmoe::bindings {
+namespace {
+
+void bind_linear(py::module_& m) {
+  m.def("linear_forward",
+        [](int dtype, Address x, Address weight, Address bias, Address out, int64_t experts,
+           int64_t rows, int64_t in_width, int64_t out_width, int threads) {
+          flmoe::LinearArgs args{};
+          args.x = pointer(x), args.weight = pointer(weight), args.bias = pointer(bias);
+          args.out = pointer(out);
+          args.experts = experts, args.rows = rows, args.in_width = in_width;
+          args.out_width = out_width, args.threads = threads;
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().linear_forward(type, args); });
+        });
+  m.def("linear_backward",
+        [](int dtype, Address x, Address weight, Address grad_out, Address grad_x,
+           Address grad_weight, Address grad_bias, int64_t experts, int64_t rows, int64_t in_width,
+           int64_t out_width, int threads) {
+          flmoe::LinearArgs args{};
+          args.x = pointer(x), args.weight = pointer(weight), args.grad_out = pointer(grad_out);
+          args.grad_x = pointer(grad_x), args.grad_weight = pointer(grad_weight);
+          args.grad_bias = pointer(grad_bias);
+          args.experts = experts, args.rows = rows, args.in_width = in_width;
+          args.out_width = out_width, args.threads = threads;
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().linear_backward(type, args); });
+        });
+}
+
+void bind_norm(py::module_& m) {
+  m.def("norm_forward",
+        [](int dtype, Address residual, Address update, Address gain, Address shift, double eps,
+           Address seed, int64_t threshold, bool self_residual, Address sum, Address normed,
+           Address mean, Address rstd, int64_t experts, int64_t rows, int64_t width, int threads) {
+          flmoe::NormArgs args{};
+          args.residual = pointer(residual), args.update = pointer(update);
+          args.gain = pointer(gain), args.shift = pointer(shift), args.eps = eps;
+          args.dropout = dropout(seed, threshold), args.self_residual = self_residual;
+          args.sum = pointer(sum), args.normed = pointer(normed);
+          args.mean = pointer(mean), args.rstd = pointer(rstd);
+          args.experts = experts, args.rows = rows, args.width = width, args.threads = threads;
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().norm_forward(type, args); });
+        });
+  m.def("norm_backward",
+        [](int dtype, Address sum, Address mean, Address rstd, Address gain, Address seed,
+           int64_t threshold, bool self_residual, Address grad_sum, Address grad_normed,
+           Address grad_residual, Address grad_update, Address grad_gain, Address grad_shift,
+           int64_t experts, int64_t rows, int64_t width, int threads) {
+          flmoe::NormArgs args{};
+          args.sum = pointer(sum), args.mean = pointer(mean), args.rstd = pointer(rstd);
+          args.gain = pointer(gain), args.dropout = dropout(seed, threshold);
+          args.self_residual = self_residual;
+          args.grad_sum = pointer(grad_sum), args.grad_normed = pointer(grad_normed);
+          args.grad_residual = pointer(grad_residual), args.grad_update = pointer(grad_update);
+          args.grad_gain = pointer(grad_gain), args.grad_shift = pointer(grad_shift);
+          args.experts = experts, args.rows = rows, args.width = width, args.threads = threads;
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().norm_backward(type, args); });
+        });
+}
+
+flmoe::GeluArgs gelu_args(Address x, Address grad_out, Address out, Address seed, int64_t threshold,
+                          int64_t experts, int64_t rows, int64_t width, int threads) {
+  return {
+      pointer(x), pointer(grad_out), pointer(out), dropout(seed, threshold), experts, rows, width,
+      threads};
+}
+
+void bind_gelu(py::module_& m) {
+  m.def("gelu_forward", [](int dtype, Address x, Address out, Address seed, int64_t threshold,
+                           int64_t experts, int64_t rows, int64_t width, int threads) {
+    const auto args = gelu_args(x, 0, out, seed, threshold, experts, rows, width, threads);
+    const DType type = dtype_of(dtype);
+    without_gil([&] { flmoe::active_kernels().gelu_forward(type, args); });
+  });
+  m.def("gelu_backward",
+        [](int dtype, Address x, Address grad_out, Address grad_x, Address seed, int64_t threshold,
+           int64_t experts, int64_t rows, int64_t width, int threads) {
+          const auto args =
+              gelu_args(x, grad_out, grad_x, seed, threshold, experts, rows, width, threads);
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().gelu_backward(type, args); });
+        });
+}
+
+// sizes = (experts, views, rows, segments, width)
+flmoe::PoolArgs pool_args(Address cumulative, bool has_update, Address seed, int64_t threshold,
+                          const std::array<int64_t, 5>& sizes, int threads) {
+  flmoe::PoolArgs args{};
+  args.cumulative = pointer<const int32_t>(cumulative);
+  args.has_update = has_update, args.dropout = dropout(seed, threshold);
+  args.experts = sizes[0], args.views = sizes[1], args.rows = sizes[2];
+  args.segments = sizes[3], args.width = sizes[4], args.threads = threads;
+  int32_t last = 0;
+  for (int64_t s = 0; s <= args.segments; ++s) {
+    if (args.cumulative[s] < last || args.cumulative[s] > args.rows)
+      throw std::invalid_argument("cu_segments: expected values that never decrease within rows");
+    last = args.cumulative[s];
+  }
+  return args;
+}
+
+void bind_pool(py::module_& m) {
+  m.def("pool_forward",
+        [](int dtype, Address residual, Address update, Address cumulative, Address seed,
+           int64_t threshold, Address out, const py::tuple& sizes, int threads) {
+          auto args = pool_args(cumulative, update != 0, seed, threshold, five(sizes), threads);
+          args.residual = pointer(residual), args.update = pointer(update), args.out = pointer(out);
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().pool_forward(type, args); });
+        });
+  m.def("pool_backward", [](int dtype, Address grad_out, Address cumulative, Address seed,
+                            int64_t threshold, Address grad_residual, Address grad_update,
+                            const py::tuple& sizes, int threads) {
+    auto args = pool_args(cumulative, grad_update != 0, seed, threshold, five(sizes), threads);
+    args.grad_out = pointer(grad_out), args.grad_residual = pointer(grad_residual);
+    args.grad_update = pointer(grad_update);
+    const DType type = dtype_of(dtype);
+    without_gil([&] { flmoe::active_kernels().pool_backward(type, args); });
+  });
+}
+
+void bind_views(py::module_& m) {
+  using Kernel = void (*flmoe::Kernels::*)(DType, const flmoe::ViewsArgs&);
+  const auto bind = [&m](const char* name, Kernel kernel) {
+    m.def(name, [kernel](int dtype, Address x, Address modality, Address out, int64_t experts,
+                         int64_t views, int64_t rows, int64_t width, int threads) {
+      const flmoe::ViewsArgs args{
+          pointer(x), pointer<const int32_t>(modality), pointer(out), experts, views, rows, width,
+          threads};
+      const DType type = dtype_of(dtype);
+      without_gil([&] { (flmoe::active_kernels().*kernel)(type, args); });
+    });
+  };
+  bind("views_forward", &flmoe::Kernels::views_forward);
+  bind("views_backward", &flmoe::Kernels::views_backward);
+}
+
+}  // namespace
+
+void bind_encoder(py::module_& m) {
+  bind_linear(m);
+  bind_norm(m);
+  bind_gelu(m);
+  bind_pool(m);
+  bind_views(m);
+}
+
+}  // namespace flmoe::bindings

@@ -1,0 +1,17 @@
+#include "bindings/border.h"
+#include "common/parallel.h"
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native CPU kernels of flmoe_kernels; called through its Python operators only.";
+  m.def("instruction_set", [] { return flmoe::active_instruction_set(); });
+  m.def("instruction_set_runs", [](const char* name) { return flmoe::instruction_set_runs(name); });
+  m.def("parallel_pool", [] { return flmoe::parallel_pool(); });
+  m.def("advise_huge", [](flmoe::bindings::Address data, int64_t bytes) {
+    flmoe::advise_huge(flmoe::bindings::pointer(data), bytes);
+  });
+  flmoe::bindings::bind_attention(m);
+  flmoe::bindings::bind_encoder(m);
+  flmoe::bindings::bind_losses(m);
+  flmoe::bindings::bind_pairs(m);
+  flmoe::bindings::bind_routing(m);
+}

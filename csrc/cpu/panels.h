@@ -1,0 +1,55 @@
+// Matrices packed into column panels as wide as the register tile: what products with many rows
+// read one operand from.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/kernels/entry.h"
+
+namespace flmoe::FLMOE_ISA {
+
+template <typename A>
+constexpr int64_t kPanel = kMaxPanelVectors * kLanes<A>;
+
+template <typename A>
+int64_t panels_of(int64_t columns) {
+  return (columns + kPanel<A> - 1) / kPanel<A>;
+}
+
+// Elements of one packed (depth x columns) matrix.
+template <typename A>
+int64_t packed_size(int64_t depth, int64_t columns) {
+  return panels_of<A>(columns) * depth * kPanel<A>;
+}
+
+// (depth x columns) with element (k, n) at k * k_stride + n * n_stride, to panels [column
+// block][k][kPanel].
+template <typename T, typename A>
+void pack_panel(const T* in, int64_t k_stride, int64_t n_stride, int64_t depth, int64_t columns,
+                A* out) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t n = columns; n < kPanel<A>; ++n) out[k * kPanel<A> + n] = 0;
+  if (n_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k)
+      read_row<T, A>(in + k * k_stride, out + k * kPanel<A>, columns);
+    return;
+  }
+  constexpr int64_t kBlock = 16;  // reads whole cache lines of rows, writes a line at a time
+  for (int64_t k0 = 0; k0 < depth; k0 += kBlock)
+    for (int64_t n = 0; n < columns; ++n)
+      for (int64_t k = k0; k < min64(k0 + kBlock, depth); ++k)
+        out[k * kPanel<A> + n] = read<T, A>(in + k * k_stride + n * n_stride);
+}
+
+// One operand of a batched product, packed in parallel into a buffer shared by the threads.
+template <typename T, typename A>
+void pack_all(const T* weight, int64_t experts, int64_t depth, int64_t columns, int64_t k_stride,
+              int64_t n_stride, int threads, A* out) {
+  const int64_t panels = panels_of<A>(columns);
+  parallel_for(experts * panels, threads, [&](int64_t item, int) {
+    const int64_t n0 = item % panels * kPanel<A>;
+    pack_panel<T, A>(weight + item / panels * depth * columns + n0 * n_stride, k_stride, n_stride,
+                     depth, min64(kPanel<A>, columns - n0), out + item * depth * kPanel<A>);
+  });
+}
+
+}  // namespace flmoe::FLMOE_ISA

@@ -1,0 +1,162 @@
+"""What the Triton kernels of pair_moe share: tiles of tokens, and the gate over a tile of pairs.
+
+An operand is a tuple (pointer, stride over samples, stride over experts, stride over tokens); its last
+dimension is contiguous. Tokens come in blocks: their first index and a `valid` vector, False past the end and
+for masked tokens, of which nothing is read. Offsets of samples, experts and blocks are 64 bits wide; those
+within a block fit 32 because launch.operand copies what is spread wider.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The interpreter multiplies bfloat16 as the integers that it keeps it in, and truncates instead of rounding to it;
+# there operands of products are widened.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(x, y, total, PRECISION: tl.constexpr):
+    """total + x @ y, with x rounded to y's type."""
+    if INTERPRETED and y.dtype == tl.bfloat16:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    else:
+        x = x.to(y.dtype)
+    return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@triton.jit
+def valid_tokens(mask, b, first, length, BLOCK: tl.constexpr):
+    token = first + tl.arange(0, BLOCK)
+    valid = token < length
+    if mask is not None:
+        valid = tl.load(mask + tl.cast(b, tl.int64) * length + token, mask=valid, other=False)
+    return valid
+
+
+@triton.jit
+def load_tokens(x, b, e, first, valid, column, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns `column` to column + CHUNK of a block of one expert's tokens; zeros where there are none."""
+    pointer, of_sample, of_expert, of_token = x
+    start = pointer + column + tl.cast(b, tl.int64) * of_sample
+    start += tl.full((), e, tl.int64) * of_expert + tl.cast(first, tl.int64) * of_token
+    at = tl.arange(0, CHUNK)
+    offsets = tl.arange(0, valid.shape[0])[:, None] * of_token + at[None, :]
+    present = valid[:, None]
+    if WIDTH % CHUNK != 0:
+        present = present & (column + at < WIDTH)[None, :]
+    return tl.load(start + offsets, mask=present, other=0.0)
+
+
+@triton.jit
+def store_tokens(x, b, e, first, valid, length, column, values, WIDTH: tl.constexpr):
+    """The inverse of load_tokens for every token below `length`; zeros for those that are not valid."""
+    pointer, of_sample, of_expert, of_token = x
+    start = pointer + column + tl.cast(b, tl.int64) * of_sample
+    start += tl.full((), e, tl.int64) * of_expert + tl.cast(first, tl.int64) * of_token
+    row, at = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
+    present = (first + row < length)[:, None] & (column + at < WIDTH)[None, :]
+    values = tl.where(valid[:, None], values, 0.0).to(pointer.dtype.element_ty)
+    tl.store(start + row[:, None] * of_token + at[None, :], values, mask=present)
+
+
+@triton.jit
+def load_sums(sums, b, e, first, valid, length, EXPERTS: tl.constexpr):
+    """A block of a contiguous (B, E, length) tensor."""
+    at = sums + (tl.cast(b, tl.int64) * EXPERTS + e) * length + first
+    return tl.load(at + tl.arange(0, valid.shape[0]), mask=valid, other=0.0)
+
+
+@triton.jit
+def store_sums(sums, b, e, first, valid, length, values, EXPERTS: tl.constexpr):
+    at = sums + (tl.cast(b, tl.int64) * EXPERTS + e) * length + first
+    row = tl.arange(0, valid.shape[0])
+    tl.store(at + row, tl.where(valid, values, 0.0), mask=first + row < length)
+
+
+@triton.jit
+def products(
+    x,
+    z,
+    b,
+    e,
+    x0,
+    valid_x,
+    z0,
+    valid_z,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x_i . z_j of one expert for a tile of pairs, in float32 (z may be of a narrower type than x)."""
+    total = tl.zeros((valid_x.shape[0], valid_z.shape[0]), tl.float32)
+    if WIDTH <= CHUNK:
+        # The tile of x is the same for every z: the compiler loads it once.
+        left = load_tokens(x, b, e, x0, valid_x, 0, WIDTH, CHUNK)
+        right = load_tokens(z, b, e, z0, valid_z, 0, WIDTH, CHUNK).to(left.dtype)
+        total = dot(left, tl.trans(right), total, PRECISION)
+    else:
+        # A loop that stays one: unrolled, all chunks of x would be held at once.
+        for column in range(0, WIDTH, CHUNK):
+            left = load_tokens(x, b, e, x0, valid_x, column, WIDTH, CHUNK)
+            right = load_tokens(z, b, e, z0, valid_z, column, WIDTH, CHUNK).to(left.dtype)
+            total = dot(left, tl.trans(right), total, PRECISION)
+    return total
+
+
+@triton.jit
+def gate(
+    x,
+    z,
+    bias,
+    b,
+    x0,
+    valid_x,
+    z0,
+    valid_z,
+    scale,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Probabilities of the experts for a tile of pairs, one [x, z] tile each; 0 where z is not valid.
+
+    Whether x is valid is left to what is stored of a row.
+    """
+    logits = ()
+    for e in tl.static_range(EXPERTS):
+        logit = products(x, z, b, e, x0, valid_x, z0, valid_z, WIDTH, CHUNK, PRECISION)
+        logit *= scale * LOG2_E
+        if bias is not None:
+            logit += tl.load(bias + e).to(tl.float32) * LOG2_E
+        logits += (logit,)
+    largest = logits[0]
+    for e in tl.static_range(1, EXPERTS):
+        largest = tl.maximum(largest, logits[e])
+    total = tl.zeros_like(largest)
+    weights = ()
+    for e in tl.static_range(EXPERTS):
+        weight = tl.exp2(logits[e] - largest)
+        if TOP_K < EXPERTS:
+            before = tl.zeros_like(largest).to(tl.int32)
+            for other in tl.static_range(EXPERTS):
+                if other < e:
+                    before += (logits[other] >= logits[e]).to(tl.int32)
+                elif other > e:
+                    before += (logits[other] > logits[e]).to(tl.int32)
+            weight = tl.where(before < TOP_K, weight, 0.0)
+        total += weight
+        weights += (weight,)
+    share = 1.0 / total
+    p = ()
+    for e in tl.static_range(EXPERTS):
+        present = valid_z[None, :]
+        if TOP_K < EXPERTS:
+            # 0 also where the other weights are NaN.
+            present = present & (weights[e] != 0.0)
+        p += (tl.where(present, weights[e] * share, 0.0),)
+    return p

@@ -1,0 +1,135 @@
+"""What every Triton backend needs: launches as values, which run, or compile ahead of time for a report.
+
+A launch holds exactly what its kernel gets. So what a static check compiles for a GPU that is not there, from
+tensors on the meta device, is what runs where it is.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
+_MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a kernel: per thread registers and spilled bytes, per block shared bytes."""
+
+    registers: int
+    spilled: int
+    shared: int
+    # The matrix instructions of the PTX by name.
+    matrix: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, the number of its programs, and all of its arguments by name."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments, **self.constants, **self._options())
+
+    def compile(self, architecture: int) -> Report:
+        """Compile for sm_`architecture`; needs no GPU, but real kernels, not those of the interpreter."""
+        signature: dict[str, Any] = {}
+        constants: dict[Any, Any] = {}
+        attributes: dict[tuple[int, ...], list] = {}
+        for place, name in enumerate(self.kernel.arg_names):
+            if name in self.constants:
+                signature[name], constants[name] = "constexpr", self.constants[name]
+            else:
+                value = self.arguments[name]
+                signature[name] = _specialize(value, (place,), constants, attributes)
+        compiled = triton.compile(
+            ASTSource(self.kernel, signature, constants, attributes),
+            target=GPUTarget("cuda", architecture, 32),
+            options=self._options(),
+        )
+        return _report(compiled)
+
+    def _options(self) -> dict[str, Any]:
+        # Fused multiply-adds are what the error budgets are met with; their default is about to change.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+def run(launches: Iterable[Launch], device: torch.device) -> None:
+    """Run launches in order on the current stream of `device`, which need not be the current device."""
+    if device.type == "cpu":
+        _run(launches)
+    else:
+        with torch.cuda.device(device):
+            _run(launches)
+
+
+def _run(launches: Iterable[Launch]) -> None:
+    for launch in launches:
+        if launch.programs:
+            launch.run()
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """The signature of one argument under the rules of a launch: 1 and None become constants, and
+    pointers and multiples of 16 are known to be aligned."""
+    if isinstance(value, tuple):
+        parts = [
+            _specialize(part, (*path, i), constants, attributes) for i, part in enumerate(value)
+        ]
+        return tuple(parts)
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, Tensor) or value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _report(compiled: Any) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    matrix: dict[str, int] = {}
+    for name in _MATRIX_INSTRUCTION.findall(compiled.asm["ptx"]):
+        matrix[name] = matrix.get(name, 0) + 1
+    spilled = resources["STACK"] + resources["LOCAL"]
+    return Report(resources["REG"], spilled, compiled.metadata.shared, matrix)
