@@ -111,28 +111,6 @@ inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int6
 constexpr int64_t kTileRow = kPairBlock;
 constexpr int64_t kTileExpert = kPairTile * kPairBlock;
 
-// exp for x <= 0 (or NaN), where it can neither overflow nor need two steps to scale.
-inline VecF exp_nonpositive(VecF x) {
-  const VecF low = splat(-87.33654f);
-  const VecF clamped = x < low ? low : x;
-  const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const VecF biased = clamped * 1.44269504f + magic;
-  const VecF n = biased - magic;
-  const VecF r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  VecF y = splat(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  const VecF scale = (VecF)(((VecI32)biased - (VecI32)magic + 127) << 23);
-  return x < low ? VecF{} : y * scale;
-}
-inline VecD exp_nonpositive(VecD x) {
-  return exp_vec(x);
-}
-
 // Logits of a vector of pairs to probabilities over E experts, in place.
 template <typename A, int E, bool kTopK>
 inline void gate(Vec<A>* x, int64_t top_k) {

@@ -111,35 +111,59 @@ inline Vec<A> keep_lanes(Vec<A> v, uint32_t bits) {
   return ((lane_bit & static_cast<Lane>(bits)) != 0) ? v : Vec<A>{};
 }
 
-// exp to about one unit in the last place; 0 below -87.3, inf above 88.7, NaN stays NaN.
-inline VecF exp_vec(VecF x) {
-  const VecF low = splat(-87.33654f), high = splat(88.72283f);
-  VecF clamped = x < low ? low : x;
-  clamped = clamped > high ? high : clamped;
+// exp(x) = y * 2^whole for x within the exponent's range: returns y, about 1, to one unit in the
+// last place.
+inline VecF exp_parts(VecF x, VecI32* whole) {
   const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const VecF biased = clamped * 1.44269504f + magic;
+  const VecF biased = x * 1.44269504f + magic;
   const VecF n = biased - magic;
-  const VecF r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   VecF y = splat(1.9875691500e-4f);
   y = y * r + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  // 2^n by its exponent bits, in two steps so that n = 128 does not overflow.
-  const VecI32 whole = (VecI32)biased - (VecI32)magic;
+  *whole = (VecI32)biased - (VecI32)magic;
+  return y * (r * r) + r + 1.0f;
+}
+
+// 2^n by its exponent's bits, for n from -126 to 127.
+inline VecF power_of_two(VecI32 n) {
+  return (VecF)((n + 127) << 23);
+}
+
+constexpr float kExpLow = -87.33654f, kExpHigh = 88.72283f;
+
+// exp; 0 below -87.3, inf above 88.7, NaN stays NaN.
+inline VecF exp_vec(VecF x) {
+  const VecF low = splat(kExpLow), high = splat(kExpHigh);
+  VecF clamped = x < low ? low : x;
+  clamped = clamped > high ? high : clamped;
+  VecI32 whole;
+  VecF y = exp_parts(clamped, &whole);
+  // In two steps, so that n = 128 does not overflow.
   const VecI32 half = whole >> 1;
-  const VecF scale_a = (VecF)((half + 127) << 23);
-  const VecF scale_b = (VecF)((whole - half + 127) << 23);
-  y = y * scale_a * scale_b;
+  y = y * power_of_two(half) * power_of_two(whole - half);
   y = x < low ? VecF{} : y;
   return x > high ? splat(INFINITY) : y;
+}
+
+// exp for x <= 0 (or NaN), where it can neither overflow nor need two steps to scale.
+inline VecF exp_nonpositive(VecF x) {
+  const VecF low = splat(kExpLow);
+  VecI32 whole;
+  const VecF y = exp_parts(x < low ? low : x, &whole);
+  return x < low ? VecF{} : y * power_of_two(whole);
 }
 
 inline VecD exp_vec(VecD x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
+}
+
+inline VecD exp_nonpositive(VecD x) {
+  return exp_vec(x);
 }
 
 // Standard normal distribution function and density of x: GELU(x) = x * cdf, GELU'(x) = cdf + x *
