@@ -47,22 +47,24 @@ void bind_pairs(py::module_& m) {
           const DType type = dtype_of(dtype);
           without_gil([&] { flmoe::active_kernels().pair_forward(type, args); });
         });
-  m.def("pair_backward", [](int dtype, const py::tuple& tensors, const Sizes& sizes,
-                            const Kinds& kinds, int64_t top_k, double scale, int threads,
-                            int reduce, const py::tuple& grad_y, Address grad_mass, Address grad_q,
-                            Address grad_k, Address grad_a, Address grad_c, Address grad_bias) {
-    const flmoe::PairBackward args{pair_args(tensors, sizes, kinds, top_k, scale, threads),
-                                   pair_reduce(reduce),
-                                   view(grad_y),
-                                   pointer(grad_mass),
-                                   pointer(grad_q),
-                                   pointer(grad_k),
-                                   pointer(grad_a),
-                                   pointer(grad_c),
-                                   pointer(grad_bias)};
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().pair_backward(type, args); });
-  });
+  m.def("pair_backward",
+        [](int dtype, const py::tuple& tensors, const Sizes& sizes, const Kinds& kinds,
+           int64_t top_k, double scale, int threads, int reduce, const py::tuple& grad_y,
+           Address grad_mass, Address grad_q, Address grad_k, Address grad_a, Address grad_c,
+           Address grad_bias, bool fresh) {
+          const flmoe::PairBackward args{pair_args(tensors, sizes, kinds, top_k, scale, threads),
+                                         pair_reduce(reduce),
+                                         view(grad_y),
+                                         pointer(grad_mass),
+                                         pointer(grad_q),
+                                         pointer(grad_k),
+                                         pointer(grad_a),
+                                         pointer(grad_c),
+                                         pointer(grad_bias),
+                                         fresh};
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().pair_backward(type, args); });
+        });
   m.def("pair_candidates", [](const Sizes& sizes, int64_t count) {
     if (count < 1) throw std::invalid_argument("count: expected 1 or more");
     flmoe::PairArgs args{};

@@ -124,6 +124,7 @@ struct PairBackward {
   RowView grad_y;
   const void* grad_mass;  // (batch, experts, rows), compute type, or null
   void *grad_q, *grad_k, *grad_a, *grad_c, *grad_bias;
+  bool fresh;
 };
 
 // head: one row of width per sample and expert. map: (batch, experts, rows, columns), compute type,

@@ -89,20 +89,58 @@ inline void gather_rows(const RowView& view, int64_t b, int64_t e, const int64_t
   }
 }
 
+#if defined(__clang__)
+constexpr bool kHasShuffle = false;
+template <typename A>
+inline void transpose(Vec<A>*) {}
+#else
+constexpr bool kHasShuffle = true;
+// kLanes vectors as rows of a square matrix, transposed in place: halves, quarters, .. change
+// places.
+template <typename A>
+inline void transpose(Vec<A>* rows) {
+  using Int = typename Simd<A>::Int;
+  constexpr int n = kLanes<A>;
+#pragma GCC unroll 8
+  for (int step = n / 2; step > 0; step /= 2) {
+    Int low, high;
+    for (int k = 0; k < n; ++k) {
+      low[k] = (k & step) == 0 ? k : n + k - step;
+      high[k] = (k & step) == 0 ? k + step : n + k;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if ((i & step) != 0) continue;
+      const Vec<A> x = rows[i], y = rows[i + step];
+      rows[i] = __builtin_shuffle(x, y, low);
+      rows[i + step] = __builtin_shuffle(x, y, high);
+    }
+  }
+}
+#endif
+
 // count <= kPairBlock tokens of one expert into width x kPairBlock, zero padded to whole vectors.
 template <typename T, typename A>
 inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int64_t* index,
                            int64_t count, int64_t width, A* out) {
-  const int64_t padded = round_up(count, kLanes<A>);
-  for (int64_t r0 = 0; r0 < padded; r0 += kLanes<A>) {
-    const T* in[kLanes<A>];
-    for (int64_t r = 0; r < kLanes<A>; ++r)
-      in[r] = token<T>(view, b, e, index[r0 + r < count ? r0 + r : 0]);
-    for (int64_t d = 0; d < width; ++d) {
-      A* to = out + d * kPairBlock + r0;
-      for (int64_t r = 0; r < kLanes<A>; ++r) to[r] = read<T, A>(in[r] + d);
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t r0 = 0; r0 < count; r0 += lanes) {
+    const int64_t rows = min64(lanes, count - r0);
+    const T* in[lanes];
+    for (int64_t r = 0; r < lanes; ++r)
+      in[r] = token<T>(view, b, e, index[r0 + (r < rows ? r : 0)]);
+    int64_t d = 0;
+    if constexpr (sizeof(T) == sizeof(A) && kHasShuffle) {
+      for (; d + lanes <= width; d += lanes) {
+        Vec<A> square[lanes];
+        for (int64_t r = 0; r < lanes; ++r) std::memcpy(&square[r], in[r] + d, sizeof square[r]);
+        transpose<A>(square);
+        for (int64_t r = 0; r < lanes; ++r) store(out + (d + r) * kPairBlock + r0, square[r]);
+      }
     }
-    for (int64_t r = count - r0; r < kLanes<A>; ++r)
+    for (; d < width; ++d)
+      for (int64_t r = 0; r < lanes; ++r) out[d * kPairBlock + r0 + r] = read<T, A>(in[r] + d);
+    for (int64_t r = rows; r < lanes; ++r)
       for (int64_t d = 0; d < width; ++d) out[d * kPairBlock + r0 + r] = 0;
   }
 }

@@ -33,14 +33,18 @@ def backward(
     expect("grad_mass", grad_mass, call.q.shape[:3], call.statistics)
     grad_mass = None if grad_mass is None else grad_mass.contiguous()
     grad_y = _rows_contiguous(grad_y)
+    # The kernel passes over masked tokens, and over everything where one side has none.
+    fresh = call.mask_a is None and call.mask_b is None and call.rows > 0 and call.columns > 0
+    make = empty if fresh else _zeros
     # Half precision is added up in float32 and rounded once.
-    grads = [_zeros(x.shape, x, call.statistics) for x in (call.q, call.k, call.a, call.c)]
+    grads = [make(x.shape, x, call.statistics) for x in (call.q, call.k, call.a, call.c)]
     bias = empty((call.experts,), call.q, call.statistics)
     native().pair_backward(
         *_common(call),
         REDUCTIONS.index(reduce),
         _grad_view(grad_y, reduce),
         *map(address, (grad_mass, *grads, bias)),
+        fresh,
     )
     q, k, a, c = (grad.to(call.q.dtype) for grad in grads)
     return q, k, a, c, bias

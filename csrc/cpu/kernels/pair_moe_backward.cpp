@@ -81,10 +81,11 @@ void add(const A* in, A* out, int64_t n) {
   for (int64_t d = 0; d < n; ++d) out[d] += in[d];
 }
 
-// Where gradients are added: all of the sides' or a group's copies.
+// Where gradients go: into those of the call or a group's copies, and whether what is there counts.
 template <typename A>
 struct Gradients {
   A *q, *k, *a, *c;
+  bool add_rows = true, add_columns = true;
 };
 
 template <typename T, typename A>
@@ -165,6 +166,7 @@ struct BackwardItem {
 
   A dot(const A* x, const T* y) const {
     A total = 0;
+#pragma omp simd reduction(+ : total)
     for (int64_t d = 0; d < in.width; ++d) total += x[d] * read<T, A>(y + d);
     return total;
   }
@@ -177,10 +179,6 @@ struct BackwardItem {
       for (int64_t r = 0; r < rows; ++r) load_row(e, r);
     }
     std::memset(mass, 0, in.experts * rows * sizeof(A));
-    std::memset(grad_q, 0, in.experts * rows * rank_padded * sizeof(A));
-    for (int64_t e = 0; e < in.experts; ++e)
-      if (has(experts.synergy, e))
-        std::memset(t + e * rows * width_padded, 0, rows * width_padded * sizeof(A));
   }
 
   // m_i and, where it varies, h_i.
@@ -197,9 +195,10 @@ struct BackwardItem {
     if (!has(experts.products, e)) return;
     A* to = h + (e * rows + r) * width_padded;
     const A s2 = A(m.c), s3 = A(m.product);
-    for (int64_t d = 0; d < in.width; ++d) {
-      const A factor = m.product != 0 ? s3 * read<T, A>(a + d) : s2;
-      to[d] = factor * g[d];
+    if (m.product != 0) {
+      for (int64_t d = 0; d < in.width; ++d) to[d] = s3 * read<T, A>(a + d) * g[d];
+    } else {
+      for (int64_t d = 0; d < in.width; ++d) to[d] = s2 * g[d];
     }
     for (int64_t d = in.width; d < width_padded; ++d) to[d] = 0;
   }
@@ -222,11 +221,11 @@ struct BackwardItem {
                 : A(0);
     }
     std::memset(column_mass, 0, in.experts * kPairBlock * sizeof(A));
-    std::memset(grad_k, 0, in.experts * kPairBlock * rank_padded * sizeof(A));
-    std::memset(grad_c, 0, in.experts * kPairBlock * width_padded * sizeof(A));
   }
 
-  void run_tile(int64_t i0, int64_t tile_rows, int64_t count) {
+  // The sums of rows start anew with the first block of columns, those of columns with the first
+  // tile.
+  void run_tile(int64_t i0, int64_t tile_rows, int64_t j0, int64_t count) {
     const int64_t count_padded = round_up(count, kLanes<A>);
     for (int64_t e = 0; e < in.experts; ++e) {
       gemm<A>(tile_rows, count_padded, in.rank, q + (e * rows + i0) * rank_padded, rank_padded, 1,
@@ -244,49 +243,63 @@ struct BackwardItem {
       const A *d = logits + e * kTileExpert, *p = messages + e * kTileExpert;
       gemm<A>(tile_rows, rank_padded, count, d, kTileRow, 1,
               keys_rows + e * kPairBlock * rank_padded, rank_padded,
-              grad_q + (e * rows + i0) * rank_padded, rank_padded, true);
+              grad_q + (e * rows + i0) * rank_padded, rank_padded, j0 > 0);
       gemm<A>(count, rank_padded, tile_rows, d, 1, kTileRow, q + (e * rows + i0) * rank_padded,
-              rank_padded, grad_k + e * kPairBlock * rank_padded, rank_padded, true);
+              rank_padded, grad_k + e * kPairBlock * rank_padded, rank_padded, i0 > 0);
       if (has(experts.products, e))
         gemm<A>(count, width_padded, tile_rows, p, 1, kTileRow, h + (e * rows + i0) * width_padded,
-                width_padded, grad_c + e * kPairBlock * width_padded, width_padded, true);
+                width_padded, grad_c + e * kPairBlock * width_padded, width_padded, i0 > 0);
       if (has(experts.synergy, e))
         gemm<A>(tile_rows, width_padded, count, p, kTileRow, 1,
                 values_rows + e * kPairBlock * width_padded, width_padded,
-                t + (e * rows + i0) * width_padded, width_padded, true);
+                t + (e * rows + i0) * width_padded, width_padded, j0 > 0);
     }
   }
 
-  void add_columns(const int64_t* index, int64_t count) {
+  // to = [to +] scale * x
+  static void put(bool add, const A* x, A scale, A* to, int64_t n) {
+    if (add) {
+      for (int64_t d = 0; d < n; ++d) to[d] += scale * x[d];
+    } else {
+      for (int64_t d = 0; d < n; ++d) to[d] = scale * x[d];
+    }
+  }
+
+  void put_columns(const int64_t* index, int64_t count) {
+    const bool add = gradients.add_columns;
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t j = 0; j < count; ++j) {
         const int64_t at = (b * in.experts + e) * in.columns + index[j];
         const int64_t local = e * kPairBlock + j;
-        add(grad_k + local * rank_padded, gradients.k + at * in.rank, in.rank);
+        put(add, grad_k + local * rank_padded, A(1), gradients.k + at * in.rank, in.rank);
         A* to = gradients.c + at * in.width;
-        if (has(experts.products, e)) add(grad_c + local * width_padded, to, in.width);
-        if (has(experts.columns, e)) {
-          const A weight = A(message(e).c) * column_mass[local];
-          const A* g = grad_y(e, 0);
-          for (int64_t d = 0; d < in.width; ++d) to[d] += weight * g[d];
+        if (has(experts.products, e)) {
+          put(add, grad_c + local * width_padded, A(1), to, in.width);
+        } else if (has(experts.columns, e)) {
+          put(add, grad_y(e, 0), A(message(e).c) * column_mass[local], to, in.width);
+        } else if (!add) {
+          std::memset(to, 0, in.width * sizeof(A));
         }
       }
   }
 
-  void add_rows() {
+  void put_rows() {
+    const bool add = gradients.add_rows;
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = row_index[r], at = (b * in.experts + e) * in.rows + i;
-        add(grad_q + (e * rows + r) * rank_padded, gradients.q + at * in.rank, in.rank);
+        put(add, grad_q + (e * rows + r) * rank_padded, A(1), gradients.q + at * in.rank, in.rank);
         const Message& m = message(e);
-        if (m.a == 0 && m.product == 0) continue;
         A* to = gradients.a + at * in.width;
-        const A own = A(m.a) * mass[e * rows + r];
-        const A* sum = t + (e * rows + r) * width_padded;
         const A* g = grad_y(e, i);
-        for (int64_t d = 0; d < in.width; ++d) {
-          const A factor = m.product != 0 ? A(m.product) * sum[d] : own;
-          to[d] += factor * g[d];
+        if (m.product != 0) {
+          A* sum = t + (e * rows + r) * width_padded;
+          for (int64_t d = 0; d < in.width; ++d) sum[d] *= g[d];
+          put(add, sum, A(m.product), to, in.width);
+        } else if (m.a != 0) {
+          put(add, g, A(m.a) * mass[e * rows + r], to, in.width);
+        } else if (!add) {
+          std::memset(to, 0, in.width * sizeof(A));
         }
       }
   }
@@ -303,16 +316,16 @@ struct BackwardItem {
       const int64_t count = min64(kPairBlock, valid - j0);
       load_columns(column_index + j0, count);
       for (int64_t i0 = 0; i0 < rows; i0 += kPairTile)
-        run_tile(i0, min64(kPairTile, rows - i0), count);
-      add_columns(column_index + j0, count);
+        run_tile(i0, min64(kPairTile, rows - i0), j0, count);
+      put_columns(column_index + j0, count);
     }
-    add_rows();
+    put_rows();
     for (int64_t e = 0; e < in.experts; ++e)
       grad_bias[e] += sum_lanes<A>(load(bias_sums + e * kLanes<A>));
   }
 };
 
-constexpr int64_t kItems = 16;  // enough for many threads
+constexpr int64_t kItems = 8;  // enough for a few threads; more would pack both sides more often
 
 // One side cut into chunks: of at most 256 tokens, which keeps an item's buffers in the
 // second-level cache, and down to 64 where the batch alone is too small for many threads.
@@ -324,7 +337,7 @@ struct Cut {
     const int64_t wanted = (kItems + batch - 1) / batch;
     int64_t chunks = wanted < most ? wanted : most;
     if (chunks < least) chunks = least;
-    each = (length + chunks - 1) / chunks;
+    each = round_up((length + chunks - 1) / chunks, 2 * kPairTile);  // whole tiles and vectors
     count = (length + each - 1) / each;
   }
 };
@@ -367,8 +380,12 @@ struct Rounds {
   A* width_copy(int64_t group) const { return rank_copy(group) + copy_size * in.rank; }
 
   Gradients<A> gradients(int64_t group) const {
-    Gradients<A> all{static_cast<A*>(args.grad_q), static_cast<A*>(args.grad_k),
-                     static_cast<A*>(args.grad_a), static_cast<A*>(args.grad_c)};
+    Gradients<A> all{static_cast<A*>(args.grad_q),
+                     static_cast<A*>(args.grad_k),
+                     static_cast<A*>(args.grad_a),
+                     static_cast<A*>(args.grad_c),
+                     true,
+                     true};
     if (group > 0 && short_columns) all.k = rank_copy(group), all.c = width_copy(group);
     if (group > 0 && !short_columns) all.q = rank_copy(group), all.a = width_copy(group);
     return all;
@@ -382,7 +399,14 @@ struct Rounds {
     const int64_t bounds[4] = {row * row_cut.each, min64((row + 1) * row_cut.each, in.rows),
                                column * column_cut.each,
                                min64((column + 1) * column_cut.each, in.columns)};
-    BackwardItem<T, A>(args, b, bounds, gradients(group), grad_bias + item * in.experts).run();
+    Gradients<A> to = gradients(group);
+    // Every chunk is met in the first turn of its first step, by group 0 for the shorter side.
+    const bool far_is_new = turn == 0, near_is_new = turn == 0 && step == 0 && group == 0;
+    if (args.fresh) {
+      to.add_rows = !(short_columns ? far_is_new : near_is_new);
+      to.add_columns = !(short_columns ? near_is_new : far_is_new);
+    }
+    BackwardItem<T, A>(args, b, bounds, to, grad_bias + item * in.experts).run();
   }
 
   void run() const {
