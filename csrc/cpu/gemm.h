@@ -57,7 +57,7 @@ inline void panel_gemm(int64_t m, int64_t depth, const A* a, int64_t a_row, int6
 
 // n is a multiple of kLanes<A>.
 template <typename A>
-inline void gemm(int64_t m, int64_t n, int64_t depth, const A* a, int64_t a_row, int64_t a_col,
+[[gnu::noinline]] void gemm(int64_t m, int64_t n, int64_t depth, const A* a, int64_t a_row, int64_t a_col,
                  const A* b, int64_t b_row, A* c, int64_t c_row, bool accumulate) {
   constexpr int64_t kWide = kMaxPanelVectors * kLanes<A>;
   int64_t j = 0;
