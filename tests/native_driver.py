@@ -250,7 +250,9 @@ def pairs(
         ]
         values = stored(RANDOM.standard_normal(shape), wide if pooled else case.dtype)
         grad_y = (case.keep(values), *strides)
-        native.pair_backward(*call, reduce, grad_y, grad_mass, *grads, case.statistics(experts), False)
+        native.pair_backward(
+            *call, reduce, grad_y, grad_mass, *grads, case.statistics(experts), False
+        )
     head, count = (case.floats(batch, experts, width), experts * width, 0, width), 9
     native.pair_map(*call, head, cleared(batch, experts, rows, columns))
     slots = (batch, experts + 1, count)
