@@ -5,3 +5,7 @@ from .api import Routing as Routing
 from .api import dispatch as dispatch
 from .api import gate as gate
 from .api import routed_mlp as routed_mlp
+from .gates import GShardGate as GShardGate
+from .gates import NaiveGate as NaiveGate
+from .gates import NoisyGate as NoisyGate
+from .gates import SwitchGate as SwitchGate
