@@ -115,3 +115,41 @@ def environment() -> dict[str, Any]:
 
 def as_dict(timing: Timing) -> dict[str, float]:
     return asdict(timing)
+
+
+def gate_ratio(
+    benchmark: Any,
+    fast: Callable[[], Any],
+    peer: Callable[[], Any],
+    *,
+    floor: float,
+    rounds: int,
+    what: str,
+    peer_name: str,
+    flop: int | None = None,
+) -> None:
+    """Fail when fast is not `floor` times as fast as peer: the median of ratios of calls that take turns.
+
+    A gate on seconds would fail with the machine's mood; a ratio to a peer that runs in turn in the same
+    process does not. Each round times the peer first (pytest-benchmark's untimed set-up) and then `fast`.
+
+    Args:
+        what: operator, pass and shape, for the message.
+        flop: of one call, for the recorded rate.
+    """
+    peer_seconds: list[float] = []
+
+    def time_peer() -> None:
+        peer_seconds.append(seconds_of(peer))
+
+    benchmark.pedantic(fast, setup=time_peer, rounds=rounds, iterations=1, warmup_rounds=1)
+    fast_seconds = benchmark.stats.stats.data
+    ratios = [p / f for p, f in zip(peer_seconds[-rounds:], fast_seconds, strict=True)]
+    ratio, spread = statistics.median(ratios), [min(ratios), max(ratios)]
+    benchmark.extra_info.update(environment(), peer=peer_name, ratio=ratio, ratio_spread=spread)
+    if flop is not None:
+        benchmark.extra_info["gflops"] = flop / statistics.median(fast_seconds) / 1e9
+    assert ratio >= floor, (
+        f"{what}: expected at least {floor}x the {peer_name}, measured {ratio:.2f}x "
+        f"({spread[0]:.2f} to {spread[1]:.2f} in {rounds} rounds)"
+    )

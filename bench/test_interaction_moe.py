@@ -1,12 +1,7 @@
-"""The layer against the reference, interleaved, with the gate on their ratio.
-
-A gate on seconds would fail with the machine's mood; a ratio to a peer that runs in turn in the same
-process does not. Each round times the peer first (pytest-benchmark's untimed set-up) and then the fast layer.
-"""
+"""The layer against the reference, interleaved, with the gate on their ratio, see bench.measure.gate_ratio."""
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import pytest
@@ -21,7 +16,7 @@ from bench.layers import (
     make_reference,
     training_step,
 )
-from bench.measure import environment, peak_growth, seconds_of
+from bench.measure import gate_ratio, peak_growth
 from bench.shapes import ENRICO, LAYER_SHAPES, MIMIC, MMIMDB, LayerShape
 
 MAKERS = {"training": training_step, "inference": inference}
@@ -49,22 +44,8 @@ def make_call(shape: LayerShape, name: str, kind: str) -> Any:
 def test_layer(benchmark: Any, shape: LayerShape, kind: str) -> None:
     floor, rounds = FLOORS[shape.name, kind]
     peer, fast = (make_call(shape, name, kind) for name in (REFERENCE, FAST))
-    peer_seconds: list[float] = []
-
-    def time_peer() -> None:
-        peer_seconds.append(seconds_of(peer))
-
-    benchmark.pedantic(fast, setup=time_peer, rounds=rounds, iterations=1, warmup_rounds=1)
-    fast_seconds = benchmark.stats.stats.data
-    ratios = [p / f for p, f in zip(peer_seconds[-rounds:], fast_seconds, strict=True)]
-    ratio = statistics.median(ratios)
-    benchmark.extra_info.update(
-        environment(), peer=REFERENCE, ratio=ratio, ratio_spread=[min(ratios), max(ratios)]
-    )
-    assert ratio >= floor, (
-        f"interaction_moe {kind} at {shape.name}: expected at least {floor}x the reference, "
-        f"measured {ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)"
-    )
+    what = f"interaction_moe {kind} at {shape.name}"
+    gate_ratio(benchmark, fast, peer, floor=floor, rounds=rounds, what=what, peer_name=REFERENCE)
 
 
 def test_training_memory() -> None:

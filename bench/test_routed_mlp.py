@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import environment, seconds_of
+from bench.measure import gate_ratio
 from bench.shapes import ROUTED_SMALL, RoutedShape
 from flmoe_kernels.routed_mlp import gate, routed_mlp
 
@@ -65,24 +64,13 @@ def test_routed_small(benchmark: Any, shape: RoutedShape, peer_name: str) -> Non
     fast, peer = make_call(shape, FAST), make_call(shape, peer_name)
     for got, want in zip(fast(), peer(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
-    rounds = ROUNDS if peer_name == LOOP else 3
-    peer_seconds: list[float] = []
-
-    def time_peer() -> None:
-        peer_seconds.append(seconds_of(peer))
-
-    benchmark.pedantic(fast, setup=time_peer, rounds=rounds, iterations=1, warmup_rounds=1)
-    fast_seconds = benchmark.stats.stats.data
-    ratios = [p / f for p, f in zip(peer_seconds[-rounds:], fast_seconds, strict=True)]
-    ratio = statistics.median(ratios)
-    benchmark.extra_info.update(
-        environment(),
-        peer=peer_name,
-        ratio=ratio,
-        ratio_spread=[min(ratios), max(ratios)],
-        gflops=shape.flop() / statistics.median(fast_seconds) / 1e9,
-    )
-    assert ratio >= FLOOR, (
-        f"routed_mlp forward and backward at {shape.name}: expected at least {FLOOR}x the {peer_name}, "
-        f"measured {ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)"
+    gate_ratio(
+        benchmark,
+        fast,
+        peer,
+        floor=FLOOR,
+        rounds=ROUNDS if peer_name == LOOP else 3,
+        what=f"routed_mlp forward and backward at {shape.name}",
+        peer_name=peer_name,
+        flop=shape.flop(),
     )

@@ -29,9 +29,10 @@ from .tiles import (
 # y and mass; and the gradients of a and c, which are sums of the same form with other operands, see launch.py.
 #     out_i = S1 a_i sum_j p + S2 sum_j p c_j + S3 a_i * sum_j p c_j
 # One program per block of tokens i, chunk of V and sample, with a loop over blocks of j. Traffic: q, a and out
-# once; k and c once per block of i, from L2. Bound: the arithmetic and exponentials of the softmax; the matrix
-# units wait for them. That is why sums of p c_j are a matrix product for every reduction: "pool" could do without
-# it for unique_b and redundancy, but summing p over the rows of a tile, across warps, takes longer.
+# once; k and c once per block of i, from L2. Bound, by
+# counting instructions and not yet measured: the arithmetic and exponentials of the softmax; the matrix units
+# wait for them. That is why sums of p c_j are a matrix product for every reduction: "pool" could do without it for
+# unique_b and redundancy, but would have to sum p over the rows of a tile, across warps, on the busier units.
 @triton.jit
 def accumulate_kernel(
     q,

@@ -47,7 +47,8 @@ class Tiles:
 # allow; a float32 "accumulate" has eight warps and is alone. Only sm_100 takes more than the 99 KiB that the
 # smallest devices of sm_8x and sm_12x have, for the first "gradient". float32 and more than four experts have
 # twice the bytes or tiles: shallower chunks keep shared memory in bounds, and their kernels spill, most of them
-# less than 400 bytes per thread, which costs less than the second gate that narrower outputs would.
+# less than 400 bytes per thread; narrower outputs would not, at the price of a second gate. Which is faster has
+# not been measured.
 TABLE = {
     ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 2, (26624, 36864, 53376)),
     ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (52288, 61504, 107696)),
