@@ -24,9 +24,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # operator -> backend -> dtypes. An operator that a backend lacks has no row: that is a fact, not a gap to hide.
 CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     op: {REFERENCE: (*_FLOATS, torch.float64), CPU: (*_FLOATS, torch.float64)}
-    for op in ("expert_attention", "interaction_moe", "pair_moe", "routed_mlp")
+    for op in ("expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp")
 }
 CAPABILITIES["pair_moe"][TRITON] = _FLOATS
+
+# What a CUDA tensor gets, best first, where the operator and the machine have it.
+_ON_CUDA = (CUDA, TRITON)
 
 
 class BackendUnavailable(RuntimeError):
@@ -138,8 +141,9 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     elif tensor.device.type == "cpu" and (_native is not None or os.environ.get("FLMOE_ISA")):
         # FLMOE_ISA asks for the CPU kernels: when it names what cannot run, that is an error to show.
         name = CPU
-    elif tensor.device.type == "cuda" and not _refusal(op, TRITON, tensor):
-        name = TRITON
+    elif tensor.device.type == "cuda":
+        able = [name for name in _ON_CUDA if not _refusal(op, name, tensor)]
+        name = able[0] if able else REFERENCE
     else:
         name = REFERENCE
     reason = _refusal(op, name, tensor)

@@ -42,7 +42,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_capability_table() -> None:
     half = {torch.float32, torch.bfloat16, torch.float16}
-    operators = {"expert_attention", "interaction_moe", "pair_moe", "routed_mlp"}
+    operators = {"expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp"}
     assert set(backends.CAPABILITIES) == operators
     for op, supported in backends.CAPABILITIES.items():
         on_gpu = {"triton"} if op == "pair_moe" else set()

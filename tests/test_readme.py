@@ -12,6 +12,7 @@ import torch
 
 import flmoe_kernels as fk
 from flmoe_kernels.backend import BACKENDS, CAPABILITIES
+from flmoe_kernels.routed_mlp import gate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,6 +56,8 @@ def call(operator: str, backend: str, dtype: torch.dtype) -> torch.Tensor:
     if operator == "pair_moe":
         q = torch.ones(1, 2, 3, 4, dtype=dtype)
         return fk.pair_moe(q, q, q, q, kinds=("synergy", "null"), backend=backend).y
+    if operator == "routing":
+        return gate(torch.ones(3, 4, dtype=dtype), 2, backend=backend).weight
     if operator == "routed_mlp":
         x, weights = torch.ones(3, 4, dtype=dtype), torch.ones(2, 4, 4, dtype=dtype)
         index, biases = torch.tensor([[0], [1], [-1]]), weights[:, 0]

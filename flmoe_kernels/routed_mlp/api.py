@@ -14,7 +14,7 @@ from . import reference
 from .reference import ACTIVATIONS
 
 __all__ = ["Dispatch", "Routing", "dispatch", "gate", "routed_mlp"]
-_OPERATOR = "routed_mlp"
+_OPERATOR, _ROUTING = "routed_mlp", "routing"
 SELECTED, ALL = "selected", "all"
 
 
@@ -79,7 +79,7 @@ def gate(
         check.require_count("capacity", capacity, 0)
     if mask is not None:
         _require_mask(mask, logits)
-    name = backends.choose(_OPERATOR, logits, backend)
+    name = backends.choose(_ROUTING, logits, backend)
     if name == backends.REFERENCE:
         index, weight = reference.gate(logits, top_k, over == ALL)
     else:
@@ -112,7 +112,7 @@ def dispatch(index: Tensor, num_experts: int, *, backend: str | None = None) -> 
     check.require_count("num_experts", num_experts, 1)
     index = _require_index(index, num_experts)
     like = index.new_empty((0,), dtype=torch.float32)
-    name = backends.choose(_OPERATOR, like, backend)
+    name = backends.choose(_ROUTING, like, backend)
     if name == backends.REFERENCE:
         return Dispatch(*reference.dispatch(index, num_experts))
     return Dispatch(*torch.ops.flmoe.routed_dispatch(index, num_experts, name))
@@ -170,7 +170,8 @@ def routed_mlp(
     name = backends.choose(_OPERATOR, x, backend)
     if name == backends.REFERENCE:
         return reference.routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, act)
-    _, offsets, permutation = torch.ops.flmoe.routed_dispatch(index, experts, name)
+    routing = backends.choose(_ROUTING, x, backend)
+    _, offsets, permutation = torch.ops.flmoe.routed_dispatch(index, experts, routing)
     code = list(ACTIVATIONS).index(act)
     tensors = (x, weight, w_in, b_in, w_out, b_out, offsets, permutation)
     return torch.ops.flmoe.routed_mlp(*tensors, code, name)[0]
