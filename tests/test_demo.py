@@ -444,7 +444,12 @@ def test_quick_run_from_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_ends_with_one_line(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        demo_command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        demo_command(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background deaf to Ctrl-C, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     try:
