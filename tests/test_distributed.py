@@ -60,6 +60,9 @@ def run_rank(
         if rank == 0:
             grads = {name: p.grad for name, p in layer.named_parameters()}
             torch.save(grads, f"{folder}/grads.pt")
+        # A group that outlives its peers, or this function, can abort the process as it ends.
+        del wrapped
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
