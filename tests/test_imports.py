@@ -97,7 +97,7 @@ torch.cuda.init = torch.cuda._lazy_init = torch.cuda.is_available = refuse
 import flmoe_kernels
 print(threads() - before, torch.cuda.is_initialized(), torch.equal(torch.get_rng_state(), seeds))
 print(settings == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()))
-parts = ("cli", "demo", "testing", "checkpoint")
+parts = ("cli", "demo", "testing", "checkpoint", "explain")
 print(*[part for part in parts if f"flmoe_kernels.{part}" in sys.modules])
 """
     assert run(code).split() == ["0", "False", "True", "True"]
@@ -107,7 +107,7 @@ def test_public_names() -> None:
     for name in (
         *("BackendUnavailable", "FusionTransformer", "InteractionMoE", "ReferenceInteractionMoE"),
         *("SwapReport", "available_backends", "expert_attention", "pair_map", "pair_moe"),
-        *("PairInteractionMoE", "routed_mlp", "swap", "top_pairs", "use_backend"),
+        *("PairInteractionMoE", "RoutedMLP", "routed_mlp", "swap", "top_pairs", "use_backend"),
         "__version__",
     ):
         assert hasattr(flmoe_kernels, name)

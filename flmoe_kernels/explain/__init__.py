@@ -1,0 +1,12 @@
+"""Explanations of one prediction: values of coalitions of tokens, and indices of token pairs from them."""
+
+from .additive import TwoAdditiveGame as TwoAdditiveGame
+from .games import TokenGame as TokenGame
+from .games import token_means as token_means
+from .interactions import probe_game as probe_game
+from .interactions import probe_pairs as probe_pairs
+from .interactions import redundancy_gap as redundancy_gap
+from .interactions import shapley_interactions as shapley_interactions
+from .results import PairValues as PairValues
+from .run import Run as Run
+from .sampling import Sampling as Sampling

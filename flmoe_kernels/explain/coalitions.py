@@ -1,0 +1,88 @@
+"""Coalitions as packed bits: a row of bytes each, so that a million of them fit and equal ones are found.
+
+A coalition of n players is a row of (n + 7) // 8 bytes; player k is bit 7 - k % 8 of byte k // 8 (numpy's order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Packed = NDArray[np.uint8]
+
+_BITS_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.int64)
+_ROWS_AT_ONCE = 8192  # rows of bools that are held while packing: 4 MiB for 512 players
+
+
+def pack(coalitions: Bools) -> Packed:
+    """(m, n) bool -> (m, bytes)."""
+    return np.packbits(coalitions, axis=1)
+
+
+def unpack(packed: Packed, players: int) -> Bools:
+    """(m, bytes) -> (m, n) bool."""
+    return np.unpackbits(packed, axis=1, count=players).astype(np.bool_)
+
+
+def sizes(packed: Packed) -> Ints:
+    """(m,): the number of players of each coalition."""
+    return _BITS_SET[packed].sum(axis=1)
+
+
+def distinct(packed: Packed) -> tuple[Packed, Ints]:
+    """The distinct rows, the smaller coalitions first, and for each given row its place among them.
+
+    Neighbours cost a model that skips absent tokens about the same, so batches of neighbours are even. The order
+    depends on the set of rows alone.
+    """
+    if not packed.shape[1]:
+        return packed[:1], np.zeros(len(packed), dtype=np.int64)
+    # Whole rows as one value each, compared byte by byte.
+    whole = np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1]))).ravel()
+    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    rows = packed[first]
+    order = np.argsort(sizes(rows), kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return rows[order], place[inverse.ravel()]
+
+
+def toggled_prefixes(position: Ints, length: Ints, toggled: Ints) -> Packed:
+    """For each r the first length[r] players of a permutation, player toggled[r] put in or taken out, packed.
+
+    Args:
+        position: (n,), the place of each player in the permutation.
+        length: (m,), from 0 to n.
+        toggled: (m,), a player, or n for none.
+    """
+    players = len(position)
+    packed = np.empty((len(length), (players + 7) // 8), dtype=np.uint8)
+    for start in range(0, len(length), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        inside = position[None, :] < length[rows, None]
+        [real] = np.nonzero(toggled[rows] < players)
+        inside[real, toggled[rows][real]] ^= True
+        packed[rows] = pack(inside)
+    return packed
+
+
+def from_integers(codes: Ints, players: int) -> Packed:
+    """Coalitions whose player k is bit k of a code, packed."""
+    return pack((codes[:, None] >> np.arange(players)) & 1 == 1)
+
+
+def empty_and_full(players: int) -> Packed:
+    """(2, bytes): nobody, and everybody."""
+    return pack(np.stack([np.zeros(players, dtype=np.bool_), np.ones(players, dtype=np.bool_)]))
+
+
+def all_pairs(players: Sequence[int] | Ints) -> Ints:
+    """(p, 2): the pairs (i, j), i before j, of some players."""
+    chosen = np.asarray(players, dtype=np.int64)
+    first, second = np.triu_indices(len(chosen), k=1)
+    return np.stack([chosen[first], chosen[second]], axis=1)

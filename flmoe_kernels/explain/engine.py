@@ -1,0 +1,91 @@
+"""The one engine below all estimates: values of coalitions, each distinct one once, in batches, over ranks."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from .coalitions import Bools, Floats, Packed, distinct, sizes, unpack
+from .ranks import Ranks
+
+DEFAULT_BATCH = 4096  # of a game that does not say how many coalitions it takes at once
+
+
+class Game(Protocol):
+    """A set function v over players 0 .. n - 1, as `shapiq` has them, too.
+
+    It may also have `batch_size`, the most coalitions it takes at once; `fingerprint() -> str`, hexadecimal, to
+    which checkpoints are bound; and `describe() -> dict` for the result, in JSON's types.
+    """
+
+    @property
+    def players(self) -> int: ...
+
+    def __call__(self, coalitions: Bools) -> Floats:
+        """v (m,) of coalitions (m, n) bool."""
+        ...
+
+
+class Evaluator:
+    """Evaluates packed coalitions of a game.
+
+    Batches are cut from the distinct coalitions in an order that depends on the request alone, and batch k is
+    the work of rank k modulo their number: so the values have the same bits whatever the number of ranks. Only
+    the batch size may change a model's last bits, so ranks agree on the least of theirs, and results name it.
+
+    Args:
+        game: see Game.
+        batch_size: coalitions of one batch; None for the game's own.
+        ranks: who shares the work.
+
+    Attributes:
+        evaluations: distinct coalitions of each call, summed over calls: on all ranks together.
+    """
+
+    def __init__(
+        self, game: Game, batch_size: int | None = None, ranks: Ranks | None = None
+    ) -> None:
+        self.game = game
+        self.ranks = Ranks() if ranks is None else ranks
+        own: Any = getattr(game, "batch_size", DEFAULT_BATCH)
+        self.batch_size = self.ranks.least(own if batch_size is None else batch_size)
+        self.evaluations = 0
+
+    def __call__(self, packed: Packed) -> Floats:
+        """Values (m,) of packed coalitions (m, bytes), in their order.
+
+        Raises:
+            TypeError, ValueError: the game returned another shape or values that are not finite.
+        """
+        if not len(packed):
+            return np.zeros(0)
+        rows, place = distinct(packed)
+        self.evaluations += len(rows)
+        values = np.zeros(len(rows))
+        for k, start in enumerate(range(0, len(rows), self.batch_size)):
+            if k % self.ranks.size == self.ranks.rank:
+                stop = start + self.batch_size
+                values[start:stop] = self._evaluate(rows[start:stop])
+        # Adding 0 makes -0 into 0, as the sum over several ranks does.
+        values = self.ranks.total(values + 0.0)
+        self._require_finite(values, rows)
+        return values[place]
+
+    def _evaluate(self, rows: Packed) -> Floats:
+        values = np.asarray(self.game(unpack(rows, self.game.players)), dtype=np.float64)
+        if values.shape != (len(rows),):
+            raise ValueError(
+                f"game: expected values ({len(rows)},) of as many coalitions, got {values.shape}"
+            )
+        return values
+
+    def _require_finite(self, values: Floats, rows: Packed) -> None:
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong):
+            size = int(sizes(rows[wrong[:1]])[0])
+            raise ValueError(
+                f"game: expected finite values, got {values[wrong[0]]} for a coalition of {size} of "
+                f"{self.game.players} tokens, one of {len(wrong)} such; a layer may give NaN "
+                "where no token is left, and then fill='zero' or 'mean' keeps them"
+            )

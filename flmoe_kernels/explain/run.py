@@ -1,0 +1,229 @@
+"""From a game and candidate pairs to results: choose a method, evaluate until it ends, save on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import validation as check
+from .candidates import Candidates
+from .coalitions import Floats, Ints, empty_and_full
+from .engine import Evaluator, Game
+from .enumeration import MAX_PLAYERS, Enumeration
+from .ranks import Ranks
+from .results import PairValues
+from .resume import Checkpoint
+from .sampling import PairSampling, Sampling
+
+METHODS = ("auto", "exact", "sampling")
+# v(none) and v(all) of one model differ between machines by rounding; those of another model by more.
+_SAME_GAME = 1e-3
+
+Estimator = PairSampling | Enumeration
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how coalitions are evaluated; the result does not depend on it but for a model's last bits.
+
+    Attributes:
+        max_batch: coalitions that a model sees at once; None for what the memory at hand allows, at most 256.
+            Give it where the same bits are wanted on other machines.
+        checkpoint: a folder, in which each sample's progress is kept: the same call goes on from there. It is
+            bound to the model, the sample and what is asked; of a model that is no Module only the name and two
+            values can be compared.
+        distributed: share the evaluations among the ranks of the default process group. Every rank makes the
+            same call, with the model on its own device, and gets the same result.
+        progress: a bar per sample on standard error, which needs tqdm.
+    """
+
+    max_batch: int | None = None
+    checkpoint: str | Path | None = None
+    distributed: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_batch is not None:
+            check.require_count("max_batch", self.max_batch, 1)
+
+
+class Outcome(NamedTuple):
+    value: float
+    baseline: float
+    evaluations: int
+    batch_size: int
+
+
+def estimate(
+    game: Game,
+    candidates: Candidates,
+    indices: Sequence[str],
+    method: str,
+    sampling: Sampling,
+    run: Run,
+    sample: int = 0,
+    label: str = "",
+) -> dict[str, PairValues]:
+    """Indices of a game's candidate pairs, all from the same evaluations. Arguments as in `interactions`."""
+    estimator = choose(game.players, candidates.pairs, indices, method, sampling, sample)
+    outcome = play(game, estimator, run, sample, label)
+    describe: Any = getattr(game, "describe", dict)
+    lengths: Any = getattr(game, "lengths", (game.players,))
+    sampled = isinstance(estimator, PairSampling)
+    return {
+        name: PairValues(
+            index=name,
+            values=values.copy(),
+            standard_errors=errors.copy(),
+            pairs=candidates.pairs,
+            tokens=tokens_of(game),
+            lengths=tuple(lengths),
+            value=outcome.value,
+            baseline=outcome.baseline,
+            method=estimator.method,
+            stopped_by=str(estimator.stopped_by),
+            draws=estimator.draws,
+            evaluations=outcome.evaluations,
+            batch_size=outcome.batch_size,
+            candidates=candidates.chosen,
+            game=describe(),
+            sampling=asdict(sampling) if sampled else None,
+            sample=sample,
+        )
+        for name, (values, errors) in estimator.estimates().items()
+    }
+
+
+def tokens_of(game: Game) -> Ints:
+    """Modality and position of each player; one modality where the game has none."""
+    one = np.stack([np.zeros(game.players, dtype=np.int64), np.arange(game.players)], axis=1)
+    found: Any = getattr(game, "tokens", one)
+    return found
+
+
+def choose(
+    players: int,
+    pairs: Ints,
+    indices: Sequence[str],
+    method: str,
+    sampling: Sampling,
+    sample: int,
+) -> Estimator:
+    """ "auto" enumerates where the budget reaches all coalitions of at most MAX_PLAYERS players."""
+    check.require_choice("method", method, METHODS)
+    reachable = players <= MAX_PLAYERS and 2**players <= sampling.budget
+    if method == "exact" or (method == "auto" and reachable):
+        return Enumeration(players, pairs, indices)
+    return PairSampling(players, pairs, indices, sampling, sample)
+
+
+def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) -> Outcome:
+    """Evaluate what the estimator asks for until it ends, from the last checkpoint on."""
+    ranks = Ranks.of(run.distributed)
+    evaluator = Evaluator(game, run.max_batch, ranks)
+    checkpoint = None
+    if run.checkpoint is not None or ranks.size > 1:
+        digest = fingerprint(game, estimator)
+        ranks.require_same("model, inputs and arguments", digest)
+        if run.checkpoint is not None:
+            checkpoint = Checkpoint(run.checkpoint, sample, digest, ranks)
+    ends = None if isinstance(estimator, Enumeration) else evaluator(empty_and_full(game.players))
+    ends = _resume(checkpoint, estimator, evaluator, run, ends)
+    with _bar(run.progress and ranks.first, estimator, label) as advance:
+        while estimator.stopped_by is None:
+            estimator.absorb(evaluator(estimator.plan()))
+            advance()
+            _save(checkpoint, estimator, evaluator, ends)
+    _save(checkpoint, estimator, evaluator, ends, last=True)
+    if isinstance(estimator, Enumeration):
+        ends = estimator.ends
+    assert ends is not None
+    return Outcome(float(ends[1]), float(ends[0]), evaluator.evaluations, evaluator.batch_size)
+
+
+def fingerprint(game: Game, estimator: Estimator) -> str:
+    """Of the game and all that its estimate depends on but the batch size."""
+    own: Any = getattr(game, "fingerprint", None)
+    kind = type(game)
+    request = {
+        "game": f"{kind.__module__}.{kind.__qualname__}" if own is None else own(),
+        "players": game.players,
+        "method": estimator.method,
+        "indices": list(estimator.indices),
+        "pairs": hashlib.sha256(estimator.pairs.astype("<i8").tobytes()).hexdigest(),
+        **estimator.request(),
+    }
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _resume(
+    checkpoint: Checkpoint | None,
+    estimator: Estimator,
+    evaluator: Evaluator,
+    run: Run,
+    ends: Floats | None,
+) -> Floats | None:
+    """Restore what was saved, if anything; v(none) and v(all) as they were then."""
+    saved = None if checkpoint is None else checkpoint.read()
+    if checkpoint is None or saved is None:
+        return ends
+    header, arrays = saved
+    before = arrays.pop("ends", None)
+    if before is not None and ends is not None:
+        size = max(1.0, float(np.abs(ends).max()))
+        if not np.allclose(before, ends, rtol=0.0, atol=_SAME_GAME * size):
+            raise ValueError(
+                f"{checkpoint.path}: belongs to another model or sample: v(none) and v(all) were "
+                f"{before.tolist()}, and are {ends.tolist()}"
+            )
+    try:
+        estimator.restore(arrays)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint.path}: damaged: {error}") from error
+    evaluator.evaluations = int(header["evaluations"])
+    if run.max_batch is None:
+        # Not more than before, for the same bits, nor than there is memory for now.
+        evaluator.batch_size = min(evaluator.batch_size, int(header["batch_size"]))
+    return before
+
+
+def _save(
+    checkpoint: Checkpoint | None,
+    estimator: Estimator,
+    evaluator: Evaluator,
+    ends: Floats | None,
+    *,
+    last: bool = False,
+) -> None:
+    if checkpoint is None:
+        return
+    header = {"evaluations": evaluator.evaluations, "batch_size": evaluator.batch_size}
+    arrays = estimator.state() if ends is None else {**estimator.state(), "ends": ends}
+    checkpoint.save(header, arrays, last=last)
+
+
+@contextmanager
+def _bar(shown: bool, estimator: Estimator, label: str) -> Iterator[Any]:
+    """A function that moves the bar to where the estimator is."""
+    if not shown:
+        yield lambda: None
+        return
+    try:
+        tqdm: Any = importlib.import_module("tqdm").tqdm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("progress: needs a package: pip install tqdm") from error
+    done, total = estimator.progress
+    with tqdm(total=total, initial=done, desc=label or estimator.method) as bar:
+
+        def advance() -> None:
+            bar.update(estimator.progress[0] - bar.n)
+
+        yield advance
