@@ -7,6 +7,10 @@ missing and how to get it.
 Environment:
     CXX, CXXFLAGS, LDFLAGS, CMAKE_BUILD_TYPE    as everywhere with CMake
     FLMOE_SANITIZE                              sanitizers to compile in: "address,undefined"
+    FLMOE_CUDA                                  1: build the CUDA kernels or fail; 0: leave them out; unset: build
+                                                them where nvcc works
+    CUDACXX, CUDA_HOME, CUDA_PATH               where nvcc is; else PATH and /usr/local/cuda
+    CUDAHOSTCXX, CUDAFLAGS                      the C++ compiler that nvcc calls, and options for nvcc
 """
 
 from __future__ import annotations
@@ -25,7 +29,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-ENVIRONMENT = ("CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_BUILD_TYPE", "FLMOE_SANITIZE")
+ENVIRONMENT = (
+    *("CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_BUILD_TYPE", "FLMOE_SANITIZE"),
+    *("CUDAHOSTCXX", "CUDAFLAGS"),
+)
+CUDA_MODES = {"": "AUTO", "1": "ON", "0": "OFF"}
 COMPILER_HELP = (
     "Install GCC 11 or newer, or Clang 14 or newer "
     "(Debian/Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
@@ -99,6 +107,27 @@ def find_tools() -> tuple[str, str, str]:
     return cmake, ninja, pybind11
 
 
+def cuda_mode() -> str:
+    """What CMake's FLMOE_CUDA is to be."""
+    wanted = os.environ.get("FLMOE_CUDA", "")
+    if wanted not in CUDA_MODES:
+        stop(f"FLMOE_CUDA: expected 1, 0 or nothing, got {wanted!r}.")
+    return CUDA_MODES[wanted]
+
+
+def find_nvcc() -> str | None:
+    """nvcc by the variables that name it, else on PATH, else where NVIDIA's installers put it."""
+    named = os.environ.get("CUDACXX")
+    if named:
+        return shutil.which(named) or stop(f"CUDACXX={named!r} is no program that runs here.")
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    for home in homes:
+        found = home and shutil.which("nvcc", path=str(Path(home) / "bin"))
+        if found:
+            return found
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
 def build_directory(*choices: str) -> Path:
     """A folder that survives the build, so that the next one compiles only what changed.
 
@@ -124,7 +153,9 @@ class CMakeBuild(build_ext):
         cmake, ninja, pybind11 = find_tools()
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         choices = {name: os.environ.get(name, "") for name in ENVIRONMENT}
-        folder = build_directory(sys.base_prefix, suffix, *choices.values())
+        cuda = cuda_mode()
+        nvcc = None if cuda == "OFF" else find_nvcc()
+        folder = build_directory(sys.base_prefix, suffix, cuda, nvcc or "", *choices.values())
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
             # Tool paths change from build to build under build isolation: set them every time.
@@ -132,7 +163,10 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11}",
             f"-DFLMOE_SANITIZE={choices['FLMOE_SANITIZE']}",
+            f"-DFLMOE_CUDA={cuda}",
         ]
+        if nvcc is not None:
+            os.environ["CUDACXX"] = nvcc  # where CMake looks first
         self.run_cmake("configuring", configure)
         self.run_cmake("compiling", [cmake, "--build", str(folder)])
 

@@ -7,10 +7,11 @@ Without one, CUDA tensors go to the GPU backends and CPU tensors to the C++ kern
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -27,6 +28,7 @@ CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     for op in ("expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp")
 }
 CAPABILITIES["pair_moe"][TRITON] = _FLOATS
+CAPABILITIES["routing"][CUDA] = (*_FLOATS, torch.float64)
 
 # What a CUDA tensor gets, best first, where the operator and the machine have it.
 _ON_CUDA = (CUDA, TRITON)
@@ -80,7 +82,7 @@ def backend_status() -> dict[str, tuple[bool, str]]:
         else (True, f"{instruction_set()}, {_native.parallel_pool()} pool"),
     }
     status[TRITON] = _triton_status()
-    status[CUDA] = (False, "no operator of this version has kernels for it")
+    status[CUDA] = _cuda_status()
     return status
 
 
@@ -93,6 +95,56 @@ def _triton_status() -> tuple[bool, str]:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
     return True, f"CUDA {torch.version.cuda}"
+
+
+def _cuda_status() -> tuple[bool, str]:
+    """Looked up on each call; where there is a device that could run the kernels, it is made ready."""
+    reason = _cuda_lack()
+    if reason:
+        return False, reason
+    assert _native is not None
+    refusals = [_cuda_lack(device) for device in range(_native.cuda_devices()[0])]
+    if all(refusals):
+        return False, refusals[0]
+    return True, f"kernels for {_native.cuda_build()[0]}"
+
+
+def _constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
+    """For what the compiler cannot look into, and need not: this machine does not change under a trace."""
+    # All that torch.compiler.assume_constant_result does, but it imports the compiler, which takes seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_traces
+def _cuda_lack(device: int | None = None) -> str:
+    """Why no device can run the CUDA kernels, or why this one cannot; "" where nothing is in the way."""
+    if _native is None:
+        return _native_reason
+    architectures, reason = _native.cuda_build()
+    if not architectures:
+        return f"the native module was built without CUDA ({reason})"
+    devices, reason = _native.cuda_devices()
+    torch_has_one = torch.version.cuda is not None and torch.cuda.is_available()
+    if not devices and torch_has_one:
+        return (
+            f"the driver is too old for the CUDA that the native module was built with ({reason})"
+        )
+    if not devices:
+        return f"there is no CUDA device ({reason or 'none is visible'})"
+    if not torch_has_one:
+        return f"torch {torch.__version__} has no CUDA device"
+    return "" if device is None else _device_lack(_native, device)
+
+
+@functools.cache
+def _device_lack(module: ModuleType, device: int) -> str:
+    """Asked once for every device."""
+    major, minor, message = module.cuda_probe(device)
+    if not message:
+        return ""
+    name = f"cuda:{device} is sm_{major}{minor}" if major else f"cuda:{device} does not answer"
+    return f"{name}, the kernels are for {module.cuda_build()[0]} ({message})"
 
 
 def _interpreted() -> bool:
@@ -168,6 +220,13 @@ def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
         if not runs:
             return reason
         if tensor.device.type != ("cpu" if _interpreted() else "cuda"):
+            return f"the tensors are on {tensor.device}"
+    if name == CUDA:
+        there = tensor.device.type == "cuda"
+        reason = _cuda_lack(tensor.device.index if there else None)
+        if reason:
+            return reason
+        if not there:
             return f"the tensors are on {tensor.device}"
     if tensor.dtype not in supported[name]:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported[name])

@@ -283,6 +283,7 @@ def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: b
     counts, offsets = case.keep(bytes(4 * experts)), case.keep(bytes(4 * (experts + 1)))
     permutation = case.keep(bytes(4 * rows))
     assert native.routed_dispatch(kept, counts, offsets, permutation, rows, experts)
+    twin(native, case, sizes, mask, capacity)
 
     def cleared(*shape: int, dtype: int) -> int:
         """What dropped rows leave alone."""
@@ -306,6 +307,22 @@ def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: b
     grads += [case.output(*shape) if biases or len(shape) == 3 else 0 for shape in shapes]
     native.routed_backward(*call, case.floats(tokens, width), before, workspace, grads)
     case.check(f"routing {sizes} {act} {biases}")
+
+
+def twin(native: Any, case: Case, sizes: tuple[int, ...], mask: int, capacity: int) -> None:
+    """The GPU's blocks on the host, in one block and in several."""
+    tokens, choices, experts = sizes[:3]
+    rows = tokens * choices
+    for block, over_all in ((0, False), (256, True)):
+        index, kept = case.keep(bytes(8 * rows)), case.keep(bytes(8 * rows))
+        logits, weight = case.floats(tokens, experts), case.output(tokens, choices)
+        shape = (tokens, experts, choices)
+        native.route_twin_gate(case.dtype, (logits, index, weight), shape, over_all, 5)
+        shape = (tokens, choices, experts)
+        for most in (-1, capacity):
+            native.route_twin_limit((index, mask, kept), shape, most, block, 5)
+        order = [case.keep(bytes(4 * n)) for n in (experts, experts + 1, rows)]
+        native.route_twin_dispatch((kept, *order), rows, experts, block, 5)
 
 
 def drive(native: ModuleType) -> int:
@@ -345,6 +362,11 @@ def drive(native: ModuleType) -> int:
                     (17, 1, 64)[i % 3],
                 )
                 routing(native, case(), shape, i % 4, i % 2 == 0)
+        for experts in (40, 270):
+            many = case()
+            mask = many.keep(bytes(i % 4 > 0 for i in range(300)))
+            twin(native, many, (300, 2, experts), mask, 3)
+            many.check(f"twin of {experts} experts")
         lengths = ((0, 3), (3, 0), (1, 1), (25, 130), (67, 5))
         for i, (rows, columns) in enumerate(lengths):
             for experts in range(1, 9):

@@ -19,6 +19,8 @@ CHECK_IMPORT = """
 import flmoe_kernels
 from flmoe_kernels import _native
 print(flmoe_kernels.__file__, _native.__file__, sep="\\n")
+print("".join(_native.cuda_build()))
+print(flmoe_kernels.backend.backend_status()["cuda"][1])
 """
 
 
@@ -76,6 +78,7 @@ def test_sdist_holds_what_the_build_needs(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "flmoe_kernels/py.typed"}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
+    assert {"csrc/cuda/cuda.cmake", "csrc/cuda/route.cu"} <= wanted
     assert wanted <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -88,7 +91,7 @@ def test_wheel_from_the_sdist_imports_with_no_compiler(sdist: Path, tmp_path: Pa
     (unpacked,) = tmp_path.iterdir()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     wheels = tmp_path / "wheels"
-    build = [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", str(wheels), "."]
+    build = [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(wheels), "."]
     # Unoptimised: the test is about the way, not the speed, and waits for a fraction of the time.
     built = run(build, cwd=unpacked, env={"CMAKE_BUILD_TYPE": "Debug"})
     assert built.returncode == 0, built.stdout + built.stderr
@@ -109,7 +112,15 @@ def test_wheel_from_the_sdist_imports_with_no_compiler(sdist: Path, tmp_path: Pa
     environment = {"PYTHONPATH": str(target), "PATH": str(empty)}
     imported = run([sys.executable, "-c", CHECK_IMPORT], cwd=empty, env=environment)
     assert imported.returncode == 0, imported.stderr
-    assert all(line.startswith(str(target)) for line in imported.stdout.split("\n") if line)
+    *files, cuda, reason = imported.stdout.splitlines()
+    assert all(file.startswith(str(target)) for file in files)
+    # Built where the log says so, and loaded where nothing but the package is in reach.
+    log = built.stdout + built.stderr
+    if "CUDA kernels for sm_" in log:
+        assert cuda.startswith("sm_80 sm_90a")
+    else:
+        assert f"CUDA kernels are left out: {cuda}" in " ".join(log.split())
+        assert cuda in reason
 
 
 def test_no_compiler_says_what_to_install(
@@ -146,18 +157,65 @@ runpy.run_path("setup.py", run_name="__main__")
     assert "Traceback" not in result.stderr
 
 
+NVCC = """#!/bin/sh
+echo "nvcc: no host compiler of this version" >&2
+exit 1
+"""
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path: Path) -> Path:
+    program = tmp_path / "nvcc"
+    program.write_text(NVCC)
+    program.chmod(0o755)
+    return program
+
+
+def configured(checkout: Path, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """The build as far as CMake's decision about CUDA: nothing there compiles."""
+    return run(BUILD, cwd=without_kernels(checkout, tmp_path / "broken"), env=env)
+
+
+def without_kernels(checkout: Path, folder: Path) -> Path:
+    """A checkout in which nothing but broken files is left to compile, so that no failure waits for kernels."""
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("build", "dist"))
+    shutil.rmtree(folder / "csrc")
+    for name in ("bindings/module.cpp", "cpu/dispatch.cpp", "cpu/kernels/kernel.cpp"):
+        path = folder / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("this is no C++;\n")
+    shutil.copytree(checkout / "csrc" / "cuda", folder / "csrc" / "cuda")
+    return folder
+
+
+def test_cuda_is_asked_for_or_not(checkout: Path, tmp_path: Path, broken_nvcc: Path) -> None:
+    """Without a working nvcc: an error where CUDA was asked for, a word otherwise; 0 does not look."""
+    require_build_tools()
+    nvcc = str(broken_nvcc)
+    wrong = run(BUILD, cwd=checkout, env={"FLMOE_CUDA": "yes"})
+    assert wrong.returncode != 0
+    assert "FLMOE_CUDA: expected 1, 0 or nothing, got 'yes'" in wrong.stderr
+    missing = run(BUILD, cwd=checkout, env={"CUDACXX": "no-such-nvcc"})
+    assert missing.returncode != 0
+    assert "CUDACXX='no-such-nvcc' is no program" in missing.stderr
+
+    asked = configured(checkout, tmp_path / "1", FLMOE_CUDA="1", CUDACXX=nvcc)
+    assert asked.returncode != 0
+    assert "FLMOE_CUDA=1 asks for the CUDA kernels, but" in asked.stderr
+    assert "nvcc cannot compile a program here" in " ".join(asked.stderr.split())
+    auto = configured(checkout, tmp_path / "2", FLMOE_CUDA="", CUDACXX=nvcc)
+    assert "CUDA kernels are left out" in auto.stderr
+    assert "kernel.cpp" in auto.stdout + auto.stderr, "the build did not go on without CUDA"
+    never = configured(checkout, tmp_path / "3", FLMOE_CUDA="0", CUDACXX=nvcc)
+    assert "CUDA kernels are left out: FLMOE_CUDA=0" in never.stdout
+    assert "Looking for a CUDA compiler" not in never.stdout
+
+
 @pytest.mark.slow
 def test_compile_error_points_to_the_log(checkout: Path, tmp_path: Path) -> None:
     require_build_tools()
-    broken = tmp_path / "broken"
-    shutil.copytree(checkout, broken, ignore=shutil.ignore_patterns("build", "dist"))
-    # Nothing but the broken file, so that the failure does not wait for the kernels.
-    shutil.rmtree(broken / "csrc")
-    for name in ("bindings/module.cpp", "cpu/dispatch.cpp", "cpu/kernels/kernel.cpp"):
-        path = broken / "csrc" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("this is no C++;\n")
-    result = run(BUILD, cwd=broken)
+    broken = without_kernels(checkout, tmp_path / "broken")
+    result = run(BUILD, cwd=broken, env={"FLMOE_CUDA": "0"})
     assert result.returncode != 0
     assert "log above" in result.stderr
     assert "kernel.cpp" in result.stdout + result.stderr

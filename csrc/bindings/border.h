@@ -53,6 +53,7 @@ void bind_attention(py::module_& m);
 void bind_encoder(py::module_& m);
 void bind_losses(py::module_& m);
 void bind_pairs(py::module_& m);
+void bind_route(py::module_& m);
 void bind_routing(py::module_& m);
 
 }  // namespace flmoe::bindings

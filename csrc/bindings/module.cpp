@@ -2,7 +2,7 @@
 #include "common/parallel.h"
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native CPU kernels of flmoe_kernels; called through its Python operators only.";
+  m.doc() = "Native kernels of flmoe_kernels; called through its Python operators only.";
   m.def("instruction_set", [] { return flmoe::active_instruction_set(); });
   m.def("instruction_set_runs", [](const char* name) { return flmoe::instruction_set_runs(name); });
   m.def("parallel_pool", [] { return flmoe::parallel_pool(); });
@@ -14,4 +14,5 @@ PYBIND11_MODULE(_native, m) {
   flmoe::bindings::bind_losses(m);
   flmoe::bindings::bind_pairs(m);
   flmoe::bindings::bind_routing(m);
+  flmoe::bindings::bind_route(m);
 }

@@ -5,21 +5,12 @@
 // keep their place and nothing depends on threads.
 #include <cmath>
 
+#include "common/routing.h"
 #include "cpu/kernels/entry.h"
 #include "cpu/simd.h"
 
 namespace flmoe::FLMOE_ISA {
 namespace {
-
-// Whether value x of expert e comes before value y of expert f: NaN first, then the larger, then
-// the lower expert.
-template <typename A>
-bool before(A x, int64_t e, A y, int64_t f) {
-  const bool x_nan = x != x, y_nan = y != y;
-  if (x_nan != y_nan) return x_nan;
-  if (!x_nan && x != y) return x > y;
-  return e < f;
-}
 
 // The top k experts of one token in order, and their weights.
 template <typename T, typename A>
@@ -31,8 +22,8 @@ void select(const GateArgs& args, int64_t token, A* logits) {
     // The best one of those that come after the last one chosen.
     int64_t best = -1;
     for (int64_t e = 0; e < experts; ++e) {
-      if (n > 0 && !before(logits[index[n - 1]], index[n - 1], logits[e], e)) continue;
-      if (best < 0 || before(logits[e], e, logits[best], best)) best = e;
+      if (n > 0 && !comes_before(logits[index[n - 1]], index[n - 1], logits[e], e)) continue;
+      if (best < 0 || comes_before(logits[e], e, logits[best], best)) best = e;
     }
     index[n] = best;
   }
@@ -68,7 +59,7 @@ bool routed_limit(const LimitArgs& args) {
     const int64_t e = args.index[r];
     if (e < -1 || e >= args.experts) return false;
     const bool valid = e >= 0 && (args.mask == nullptr || args.mask[r / args.top_k]);
-    args.kept[r] = valid && (args.capacity < 0 || used[e]++ < args.capacity) ? e : -1;
+    args.kept[r] = valid && has_room(used[e]++, args.capacity) ? e : -1;
   }
   return true;
 }

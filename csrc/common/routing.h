@@ -1,0 +1,86 @@
+// What routing means, row by row: compiled for the CPU kernels, for the GPU and for its twin on the
+// host, so that they cannot disagree. Everything is static: no instruction set's copy is shared.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FLMOE_BOTH __host__ __device__
+#else
+#define FLMOE_BOTH
+#endif
+
+namespace flmoe {
+
+// Whether value x of expert e comes before value y of expert f: NaN first, then the larger, then
+// the lower expert. A total order, so that a tree of comparisons has one answer.
+template <typename A>
+static inline FLMOE_BOTH bool comes_before(A x, int64_t e, A y, int64_t f) {
+  const bool x_nan = x != x, y_nan = y != y;
+  if (x_nan != y_nan) return x_nan;
+  if (!x_nan && x != y) return x > y;
+  return e < f;
+}
+
+// Whether the row that is number `place` of its expert, from 0, stays; capacity -1 is none.
+static inline FLMOE_BOTH bool has_room(int64_t place, int64_t capacity) {
+  return capacity < 0 || place < capacity;
+}
+
+// Rows (tokens, top_k) by expert. mask (tokens): non-zero = valid, or null.
+struct RouteRows {
+  const int64_t* index;
+  const uint8_t* mask;
+  int64_t rows;
+  int32_t top_k, experts;
+};
+
+// The expert of a row, or -1 where it has none: dropped before, masked, or out of range.
+static inline FLMOE_BOTH int32_t expert_of(const RouteRows& in, int64_t row) {
+  const int64_t e = in.index[row];
+  const bool inside = e >= 0 && e < in.experts;
+  // Rows fit 32 bits, whose division is several times faster on a GPU.
+  const bool valid = in.mask == nullptr ||
+                     in.mask[static_cast<uint32_t>(row) / static_cast<uint32_t>(in.top_k)] != 0;
+  return inside && valid ? static_cast<int32_t>(e) : -1;
+}
+
+// How rows are cut into blocks of a GPU. blocks = 1 and alone: one launch does everything.
+struct RoutePlan {
+  int64_t blocks, rows_per_block;
+  bool alone;
+};
+
+// Threads of a block that is alone, and of one among many.
+constexpr int kAloneThreads = 1024, kManyThreads = 256;
+// Counters of a block in shared memory, 32 KiB: one per warp and bin, so many bins in one window.
+constexpr int kTallies = 8192;
+
+static inline int64_t ceil_div(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+// Bins are experts, and for dispatch one more that holds the dropped rows.
+//
+// A block walks its rows twice per window of bins, 32 warps at a time when it is alone: 8192 rows
+// are 16 short steps, about what two more launches would cost. Beyond, blocks take 1024 rows, four
+// steps of each warp's 32 lanes, so that 64 experts of 16384 tokens fill the GPU; not more than
+// 1024 blocks, which the largest GPU holds at once, and not more than 2^24 counters (64 MiB).
+static inline RoutePlan route_plan(int64_t rows, int64_t bins) {
+  constexpr int64_t kAloneRows = 8192, kBlockRows = 1024, kBlocks = 1024;
+  constexpr int64_t kCounters = int64_t{1} << 24;
+  if (rows * ceil_div(bins, kTallies / (kAloneThreads / 32)) <= kAloneRows) return {1, rows, true};
+  int64_t most = kCounters / bins;
+  most = most < 1 ? 1 : most < kBlocks ? most : kBlocks;
+  const int64_t wanted = ceil_div(rows, kBlockRows);
+  const int64_t blocks = wanted < most ? wanted : most;
+  const int64_t each = ceil_div(ceil_div(rows, blocks), kBlockRows) * kBlockRows;
+  return {ceil_div(rows, each), each, false};
+}
+
+// Counters between launches: one per bin and block.
+static inline int64_t route_counters(const RoutePlan& plan, int64_t bins) {
+  return plan.alone ? 0 : plan.blocks * bins;
+}
+
+}  // namespace flmoe

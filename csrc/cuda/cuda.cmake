@@ -1,0 +1,110 @@
+# The CUDA part of the native module: csrc/cuda/*.cu, where there is an nvcc that works.
+#
+# FLMOE_CUDA=ON   must be built: no working nvcc is an error
+# FLMOE_CUDA=OFF  is left out
+# FLMOE_CUDA=AUTO is built where it can be; a package must install on every machine, so an nvcc that
+#                 cannot compile (too old, or a host compiler it does not know) is a warning
+#
+# Sets nothing but the target flmoe_cuda, where it is built, and flmoe_link_cuda(module).
+
+set(FLMOE_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF or AUTO")
+# C++17 device code with CUB, and sm_90a, which 12.0 is the first to know.
+set(oldest_nvcc 12.0)
+# Machine code for the architectures that kernels are made for. The PTX is that of the oldest: it is
+# compiled at first use on every other GPU from 8.0 on, as sm_120, and the kernels use nothing newer.
+set(cuda_architectures 80 90a)
+set(cuda_ptx 80)
+set(cuda_reason "")
+
+# Ends in cuda_reason, empty where nvcc compiles and links a program with everything that is needed.
+macro(flmoe_try_cuda)
+  # CMake's own list of architectures does not matter: the options below name them.
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    if(DEFINED ENV{CUDACXX} AND NOT "$ENV{CUDACXX}" STREQUAL "")
+      set(cuda_reason "$ENV{CUDACXX} cannot compile a program here; a host compiler that is too new for it can be replaced by CUDAHOSTCXX=/path/to/g++")
+    else()
+      set(cuda_reason "nvcc was not found")
+    endif()
+  else()
+    enable_language(CUDA)
+    find_package(CUDAToolkit QUIET)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS oldest_nvcc)
+      set(cuda_reason "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than ${oldest_nvcc}")
+    elseif(NOT TARGET CUDA::cudart_static)
+      set(cuda_reason "nvcc's toolkit has no libcudart_static")
+    else()
+      set(probe ${CMAKE_CURRENT_BINARY_DIR}/flmoe_cuda_probe.cu)
+      file(WRITE ${probe}
+        "#include <cub/block/block_scan.cuh>\n#include <cuda_fp16.h>\nint main() { return 0; }\n")
+      try_compile(cuda_compiles ${CMAKE_CURRENT_BINARY_DIR}/flmoe_cuda_probe ${probe}
+        CMAKE_FLAGS -DCMAKE_CUDA_STANDARD=17 -DCMAKE_CUDA_ARCHITECTURES=OFF
+        OUTPUT_VARIABLE cuda_log)
+      if(NOT cuda_compiles)
+        message(STATUS "${cuda_log}")
+        set(cuda_reason "nvcc cannot compile a program with CUB here, see above")
+      endif()
+    endif()
+  endif()
+endmacro()
+
+if(FLMOE_CUDA STREQUAL "OFF")
+  set(cuda_reason "FLMOE_CUDA=0")
+else()
+  flmoe_try_cuda()
+endif()
+
+if(cuda_reason)
+  set(message "flmoe_kernels: CUDA kernels are left out: ${cuda_reason}.")
+  if(FLMOE_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "error: FLMOE_CUDA=1 asks for the CUDA kernels, but ${cuda_reason}.")
+  elseif(FLMOE_CUDA STREQUAL "AUTO" AND DEFINED ENV{CUDACXX} AND NOT "$ENV{CUDACXX}" STREQUAL "")
+    message(WARNING "${message}")
+  else()
+    message(STATUS "${message}")
+  endif()
+else()
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    list(APPEND cuda_architectures 100)
+  else()
+    message(STATUS "flmoe_kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not know sm_100, which "
+      "gets the kernels' PTX; nvcc 12.8 is the first that does.")
+  endif()
+  set(cuda_options "")
+  foreach(architecture IN LISTS cuda_architectures)
+    list(APPEND cuda_options
+      "SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}")
+  endforeach()
+  list(APPEND cuda_options "SHELL:-gencode arch=compute_${cuda_ptx},code=compute_${cuda_ptx}")
+
+  file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
+  add_library(flmoe_cuda OBJECT ${cuda_sources})
+  set_target_properties(flmoe_cuda PROPERTIES
+    CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_ARCHITECTURES OFF
+    CUDA_VISIBILITY_PRESET hidden)
+  target_include_directories(flmoe_cuda PRIVATE csrc)
+  target_compile_options(flmoe_cuda PRIVATE ${cuda_options} -Xcompiler=-Wall,-Wextra)
+  list(JOIN cuda_architectures " sm_" cuda_names)
+  set(cuda_names "sm_${cuda_names}, PTX ${cuda_ptx}")
+  message(STATUS
+    "flmoe_kernels: CUDA kernels for ${cuda_names} with nvcc ${CMAKE_CUDA_COMPILER_VERSION}.")
+endif()
+
+# Links what there is into a module, and tells it what that is.
+function(flmoe_link_cuda module)
+  if(NOT TARGET flmoe_cuda)
+    target_compile_definitions(${module} PRIVATE
+      "FLMOE_CUDA_ARCHITECTURES=\"\"" "FLMOE_CUDA_REASON=\"${cuda_reason}\"")
+    return()
+  endif()
+  target_compile_definitions(${module} PRIVATE FLMOE_HAVE_CUDA=1
+    "FLMOE_CUDA_ARCHITECTURES=\"${cuda_names}\"" "FLMOE_CUDA_REASON=\"\"")
+  target_sources(${module} PRIVATE $<TARGET_OBJECTS:flmoe_cuda>)
+  # The runtime is linked in, so that the module loads on a machine without a driver, and hidden, so
+  # that its names never meet those of the runtime that torch brings.
+  target_link_libraries(${module} PRIVATE CUDA::cudart_static)
+  set_target_properties(${module} PROPERTIES LINKER_LANGUAGE CXX)
+  target_link_options(${module} PRIVATE -Wl,--exclude-libs,ALL)
+endfunction()
