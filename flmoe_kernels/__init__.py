@@ -14,6 +14,7 @@ from .pair_moe import PairOutput as PairOutput
 from .pair_moe import pair_map as pair_map
 from .pair_moe import pair_moe as pair_moe
 from .pair_moe import top_pairs as top_pairs
+from .routed_mlp import RoutedMLP as RoutedMLP
 from .routed_mlp import routed_mlp as routed_mlp
 from .swap import SwapReport as SwapReport
 from .swap import swap as swap

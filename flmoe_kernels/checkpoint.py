@@ -1,29 +1,39 @@
 """Checkpoints of the published layer: reading them without running anything, and converting them.
 
 A checkpoint holds parameters, not settings: the architecture is read from its keys and shapes, and
-anything that does not fit is an error that lists it. The number of heads and the temperature leave
-no trace in the parameters and must be given, unless the file was written here and carries them.
+anything that does not fit is an error that lists it. The number of heads and the temperature, and
+how the gates of sparse MLPs choose, leave no trace in the parameters and must be given, unless the
+file was written here and carries them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .checkpoint_file import (
+    CONFIG_KEY,
+    MODEL_KEY,
+    CheckpointError,
+    CheckpointFile,
+    listed,
+    read,
+    target_of,
+    write,
+)
+from .checkpoint_sparse import in_one_layout, in_words, infer_sparse
 from .interaction_moe.architecture import Architecture, build
 from .interaction_moe.reference import ReferenceInteractionMoE
 from .swap import SwapReport, swap
 
 __all__ = [
+    "CONFIG_KEY",
+    "MODEL_KEY",
     "Architecture",
     "CheckpointError",
     "Conversion",
@@ -33,30 +43,11 @@ __all__ = [
     "swap_checkpoint",
 ]
 
-MODEL_KEY = "ensemble_model"
-CONFIG_KEY = "flmoe_config"
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 DEFAULT_HEADS = 4
 DEFAULT_TEMPERATURE = 1.0
-LISTED = 20
 
 EXPERT = r"interaction_experts\.\d+\.fusion_model\."
 HEAD = EXPERT + r"network\.(\d+)\.fc\.weight"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: one line that names the file and what is wrong with it."""
-
-    def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
-        super().__init__(" ".join(f"{os.fspath(path)}: {problem}".split()))
-
-
-@dataclasses.dataclass(frozen=True)
-class _File:
-    path: Path
-    state_dict: dict[str, Tensor]
-    config: dict[str, Any]
-    others: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,23 +77,37 @@ class Conversion:
         return (
             f"Read {self.source}: {_in_words(self.architecture)}.\n"
             f"Run with {self.num_heads} heads and temperature {self.temperature:g}, which its "
-            f"parameters do not tell.\nWrote {self.out}."
+            f"parameters do not tell{self._gate_in_words()}.\nWrote {self.out}."
         )
 
+    def _gate_in_words(self) -> str:
+        sparse = self.architecture.sparse
+        if sparse is None:
+            return ""
+        noisy = "" if sparse.gate == "NoisyGate" else f"the gate, {sparse.gate}, and "
+        return f"; nor do they tell {noisy}that a token takes {sparse.top_k} of its experts"
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Architecture]:
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, gate: str | None = None, top_k: int | None = None
+) -> tuple[dict[str, Tensor], Architecture]:
     """The state_dict of an interaction layer and the architecture that its keys and shapes tell.
 
     Args:
         path: a file of torch.save, either {"ensemble_model": state_dict, ...} or a bare
             state_dict, or a .safetensors file. Keys may carry DataParallel's "module." prefix.
+            Sparse MLPs in either layout of FastMoE are returned in the one of the published layer.
+        gate: of sparse MLPs: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate"; default what
+            the file says if it was converted here, else NoisyGate where its parameters show, else
+            GShardGate.
+        top_k: experts of a token; default likewise, else 2, for SwitchGate 1.
 
     Raises:
         CheckpointError: no readable checkpoint, one that holds more than tensors (it is not
-            unpickled), sparse MLPs, or keys and shapes that do not fit, which are listed.
+            unpickled), or keys, shapes and settings that do not fit, which are listed.
     """
-    file = _read(Path(path))
-    return file.state_dict, _infer(file)
+    file, architecture = _infer(read(Path(path)), gate, top_k)
+    return file.state_dict, architecture
 
 
 def load_layer(
@@ -110,6 +115,9 @@ def load_layer(
     num_heads: int | None = None,
     temperature: float | None = None,
     dropout: float = 0.5,
+    *,
+    gate: str | None = None,
+    top_k: int | None = None,
 ) -> ReferenceInteractionMoE:
     """The reference layer with the parameters of a checkpoint, in eval mode; `swap` makes it fast.
 
@@ -118,12 +126,13 @@ def load_layer(
         num_heads: attention heads; default what the file says if it was converted here, else 4.
         temperature: of the softmax over experts; default likewise, else 1.0.
         dropout: rate of the dropouts inside the fusion models, for training on.
+        gate, top_k: see `load_checkpoint`. A layer with sparse MLPs also returns gate losses.
 
     Raises:
         CheckpointError: as load_checkpoint, or settings that do not fit the architecture.
     """
-    file = _read(Path(path))
-    return _layer(file, _infer(file), *_settings(file, num_heads, temperature), dropout)
+    file, architecture = _infer(read(Path(path)), gate, top_k)
+    return _layer(file, architecture, *_settings(file, num_heads, temperature), dropout)
 
 
 def swap_checkpoint(
@@ -131,6 +140,8 @@ def swap_checkpoint(
     *,
     num_heads: int | None = None,
     temperature: float | None = None,
+    gate: str | None = None,
+    top_k: int | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Conversion:
     """Check that the fast layer computes what a checkpoint's does; write it with its settings.
@@ -142,98 +153,30 @@ def swap_checkpoint(
         path: see `load_checkpoint`.
         num_heads: see `load_layer`.
         temperature: see `load_layer`.
+        gate, top_k: see `load_checkpoint`.
         out: file to write, .safetensors or torch.save's format; default beside the checkpoint, with
             the suffix .flmoe.pt.
 
     Raises:
         CheckpointError: as load_layer, the two layers disagree, or the file cannot be written.
     """
-    file = _read(Path(path))
-    architecture = _infer(file)
+    file, architecture = _infer(read(Path(path)), gate, top_k)
     heads, scale = _settings(file, num_heads, temperature)
-    target = _target(file, out)
+    target = target_of(file, out)
     layer = _layer(file, architecture, heads, scale)
     report = swap(layer)
     if report.left:
         raise CheckpointError(path, f"not converted: {report.left[0].reason}")
     config = {**dataclasses.asdict(architecture), "num_heads": heads, "temperature": scale}
-    _write(target, file, config)
+    write(target, file, config)
     return Conversion(file.path, target, architecture, heads, scale, report)
 
 
-def _read(path: Path) -> _File:
-    if path.is_dir():
-        raise CheckpointError(path, "is a folder, expected a checkpoint file")
-    if not path.exists():
-        raise CheckpointError(path, "no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = _read_torch(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(path, f"holds a {type(content).__name__}, expected a state_dict")
-    others: dict[str, Any] = dict(content) if MODEL_KEY in content else {}
-    config = others.pop(CONFIG_KEY, None)
-    state: Any = others.pop(MODEL_KEY, content)
-    if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(path, f"holds an empty or no state_dict under {MODEL_KEY!r}")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                path,
-                f"expected a state_dict or {{{MODEL_KEY!r}: state_dict}}, but {key!r} holds a "
-                f"value of type {type(value).__name__}",
-            )
-    config = dict(config) if isinstance(config, Mapping) else {}
-    return _File(path, _unprefixed(state), config, others)
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch refuses every global that is not needed for tensors, and names it so.
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise CheckpointError(
-                path,
-                f"holds more than tensors ({refused[1]}); not loaded, since that could run code",
-            ) from error
-        raise CheckpointError(path, "not a PyTorch checkpoint, or a truncated one") from error
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
-    except Exception as error:
-        # The readers of archive and pickle raise many kinds of error on damaged files.
-        raise CheckpointError(path, "not a PyTorch checkpoint, or a truncated one") from error
-
-
-def _read_safetensors(path: Path) -> _File:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        raise CheckpointError(path, "needs a package: pip install safetensors") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            config = json.loads((file.metadata() or {}).get(CONFIG_KEY, "{}"))
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(path, "not a .safetensors file, or a truncated one") from error
-    return _File(path, _unprefixed(state), config if isinstance(config, dict) else {}, {})
-
-
-def _unprefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if all(key.startswith("module.") for key in state):
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
-
-
-def _infer(file: _File) -> Architecture:
+def _infer(
+    file: CheckpointFile, gate: str | None, top_k: int | None
+) -> tuple[CheckpointFile, Architecture]:
+    """The architecture, and the file with its sparse MLPs, if any, in the published layout."""
     state, path = file.state_dict, file.path
-    sparse = [key for key in state if re.search(r"\.mlp\.(experts|gate|all_gates)\b", key)]
-    if sparse:
-        raise CheckpointError(
-            path, f"holds sparse MLPs ({sparse[0]}), which are not supported in this version"
-        )
     experts = 1 + _last(file, r"interaction_experts\.(\d+)\..*", "of the experts")
     if experts < 4:
         raise CheckpointError(path, f"expected 4 experts (two modalities) or more, got {experts}")
@@ -243,25 +186,28 @@ def _infer(file: _File) -> Architecture:
         raise CheckpointError(path, "numbers in its keys exceed the number of its keys")
     positions = [key for key in state if re.fullmatch(EXPERT + "pos_embed", key)]
     modalities = experts - 2
+    dim = _size(file, EXPERT + r"network\.\d+\.norm1\.weight", 0)
     architecture = Architecture(
         num_modalities=modalities,
-        hidden_dim=_size(file, EXPERT + r"network\.\d+\.norm1\.weight", 0),
+        hidden_dim=dim,
         num_classes=_size(file, HEAD, 0),
         num_layers=num_layers,
         compat="i2moe" if positions else "fl_i2moe",
         num_patches=_size(file, EXPERT + "pos_embed", 1) // modalities if positions else None,
         reweight_hidden=_size(file, r"reweight\.mlp\.network\.0\.weight", 0) if reweight else None,
         reweight_layers=reweight // 3 + 1,
+        sparse=infer_sparse(file, dim, gate, top_k),
     )
+    file = in_one_layout(file, architecture)
     _check_strictly(file, architecture)
-    return architecture
+    return file, architecture
 
 
-def _last(file: _File, pattern: str, whose: str) -> int:
+def _last(file: CheckpointFile, pattern: str, whose: str) -> int:
     matches = [re.fullmatch(pattern, key) for key in file.state_dict]
     numbers = [int(match[1]) for match in matches if match]
     if not numbers:
-        keys = _listed(repr(key) for key in file.state_dict)
+        keys = listed(repr(key) for key in file.state_dict)
         raise CheckpointError(
             file.path,
             f"not an interaction layer: no keys {whose}; it has {keys}",
@@ -269,14 +215,14 @@ def _last(file: _File, pattern: str, whose: str) -> int:
     return max(numbers)
 
 
-def _size(file: _File, pattern: str, axis: int) -> int:
+def _size(file: CheckpointFile, pattern: str, axis: int) -> int:
     for key, value in file.state_dict.items():
         if re.fullmatch(pattern, key) and value.dim() > axis and value.shape[axis] > 0:
             return int(value.shape[axis])
     raise CheckpointError(file.path, f"no usable tensor at any key {pattern}".replace("\\", ""))
 
 
-def _check_strictly(file: _File, architecture: Architecture) -> None:
+def _check_strictly(file: CheckpointFile, architecture: Architecture) -> None:
     expected, state = architecture.parameter_shapes(), file.state_dict
     problems = {
         "missing": [key for key in expected if key not in state],
@@ -291,30 +237,26 @@ def _check_strictly(file: _File, architecture: Architecture) -> None:
         raise CheckpointError(
             file.path,
             f"keys do not fit the architecture that they tell ({_in_words(architecture)}): "
-            + "; ".join(f"{what}: {_listed(keys)}" for what, keys in problems.items() if keys),
+            + "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys),
         )
     dtypes = {value.dtype for value in state.values()}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         raise CheckpointError(
-            file.path, f"expected one floating dtype, got {_listed(sorted(map(str, dtypes)))}"
+            file.path, f"expected one floating dtype, got {listed(sorted(map(str, dtypes)))}"
         )
-
-
-def _listed(items: Iterable[str]) -> str:
-    every = list(items)
-    more = f" and {len(every) - LISTED} more" if len(every) > LISTED else ""
-    return ", ".join(every[:LISTED]) + more
 
 
 def _in_words(architecture: Architecture) -> str:
     return (
         f"{architecture.compat}, {architecture.num_modalities} modalities, "
         f"width {architecture.hidden_dim}, {architecture.num_classes} classes, "
-        f"{architecture.num_layers} fusion layers"
+        f"{architecture.num_layers} fusion layers{in_words(architecture.sparse)}"
     )
 
 
-def _settings(file: _File, num_heads: int | None, temperature: float | None) -> tuple[int, float]:
+def _settings(
+    file: CheckpointFile, num_heads: int | None, temperature: float | None
+) -> tuple[int, float]:
     heads, scale = file.config.get("num_heads"), file.config.get("temperature")
     if num_heads is None:
         num_heads = heads if isinstance(heads, int) else DEFAULT_HEADS
@@ -324,62 +266,16 @@ def _settings(file: _File, num_heads: int | None, temperature: float | None) -> 
 
 
 def _layer(
-    file: _File,
+    file: CheckpointFile,
     architecture: Architecture,
     num_heads: int,
     temperature: float,
     dropout: float = 0.5,
 ) -> ReferenceInteractionMoE:
     try:
-        layer = build(architecture, num_heads, temperature, dropout)
+        sparse = architecture.sparse is not None
+        layer = build(architecture, num_heads, temperature, dropout, fusion_sparse=sparse)
     except ValueError as error:
         raise CheckpointError(file.path, str(error)) from error
     layer.to(next(iter(file.state_dict.values())).dtype).load_state_dict(file.state_dict)
     return layer.eval()
-
-
-def _target(file: _File, out: str | os.PathLike[str] | None) -> Path:
-    """Where to write, refused before any work where that cannot succeed."""
-    known = file.path.suffix in SUFFIXES
-    name = (file.path.stem if known else file.path.name) + ".flmoe.pt"
-    target = file.path.with_name(name) if out is None else Path(out)
-    if target.is_dir():
-        raise CheckpointError(target, "is a folder, expected a file to write")
-    if not target.parent.is_dir():
-        raise CheckpointError(target, "cannot be written: no such folder")
-    if target.exists() and target.samefile(file.path):
-        raise CheckpointError(target, "is the checkpoint itself, which would be overwritten")
-    if target.suffix == ".safetensors" and file.others:
-        raise CheckpointError(
-            target,
-            f"the checkpoint also holds {_listed(sorted(map(repr, file.others)))}, for which a "
-            ".safetensors file has no place; write a .pt file",
-        )
-    return target
-
-
-def _write(target: Path, file: _File, config: dict[str, Any]) -> None:
-    state = {key: value.detach().clone().contiguous() for key, value in file.state_dict.items()}
-    write: Callable[[Path], None]
-    if target.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save_file
-        except ModuleNotFoundError as error:
-            raise CheckpointError(target, "needs a package: pip install safetensors") from error
-
-        def write(path: Path) -> None:
-            save_file(state, path, metadata={CONFIG_KEY: json.dumps(config)})
-    else:
-
-        def write(path: Path) -> None:
-            with path.open("wb") as stream:
-                torch.save({**file.others, MODEL_KEY: state, CONFIG_KEY: config}, stream)
-
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(target, f"cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -99,6 +99,15 @@ def swap(
     temperature: Annotated[
         float | None, typer.Option(help="Of the softmax over experts.  [default: 1.0]")
     ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="Of sparse MLPs, e.g. SwitchGate.  [default: what it shows, or GShardGate]"
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts of a token in sparse MLPs.  [default: 2; Switch: 1]")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write.  [default: CHECKPOINT.flmoe.pt]")
     ] = None,
@@ -108,7 +117,14 @@ def swap(
     from flmoe_kernels.checkpoint import CheckpointError, swap_checkpoint
 
     try:
-        conversion = swap_checkpoint(checkpoint, num_heads=heads, temperature=temperature, out=out)
+        conversion = swap_checkpoint(
+            checkpoint,
+            num_heads=heads,
+            temperature=temperature,
+            gate=gate,
+            top_k=top_k,
+            out=out,
+        )
     except CheckpointError as error:
         fail(str(error))
     if as_json:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .interaction_moe.architecture import LayerSpec, build_like
+from .sparse_copies import check_can_run, lift_capacity
 from .swap_outputs import (
     Disagreement,
     Outputs,
@@ -39,7 +40,10 @@ TIMED_CALLS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of the layer: M sequences (B, L_m, D), and M masks (B, L_m), None each, or None."""
+    """One call of the layer: M sequences (B, L_m, D), and M masks (B, L_m), None each, or None.
+
+    Of a sparse MLP, its one input (..., D).
+    """
 
     inputs: list[Tensor]
     masks: list[Tensor | None] | None
@@ -64,7 +68,8 @@ class _GivenNoise(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.randn_like:
+        # What is not shaped as a sequence (B, L, D) is a gate's own noise, which is 0 in eval mode.
+        if func is not torch.randn_like or args[0].dim() != 3:
             return func(*args, **(kwargs or {}))
         if not self.left or self.left[0].shape != args[0].shape:
             raise Disagreement("draws other noise than one replacement per expert and modality")
@@ -80,7 +85,9 @@ def compare(
     """Compare a layer with its fast replacement, in eval mode.
 
     Every view, the weights, the losses and inference are compared, each with the budget that
-    `swap_outputs` states. Where the original does not run in its own dtype (the published layer
+    `swap_outputs` states. Not compared are gate losses, of which the original keeps its last
+    modality's, and which rows of a sparse MLP are dropped, which the original does not do the same
+    way twice: no capacity is reached here. Where the original does not run in its own dtype (the published layer
     adds float32 positions, which its bfloat16 and float16 weights refuse), the reference layer's
     error takes the place of its own.
 
@@ -93,13 +100,17 @@ def compare(
 
     Raises:
         Disagreement: with the reason.
+        UnsupportedMLP: sparse MLPs of FastMoE's own code, where they must not be run.
     """
+    check_can_run(layer)
     parameter = next(layer.parameters())
     device, dtype = parameter.device, parameter.dtype
     cases = random_cases(spec) if case is None else [_few_samples(case, spec)]
     original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
     peer: nn.Module = original
     fast = adopt(layer).eval()
+    for module in (original, exact, fast):
+        lift_capacity(module)
     errors: dict[str, float] = {}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for one in cases:
@@ -135,7 +146,8 @@ def bare_copy(layer: nn.Module) -> nn.Module:
     left_behind = {
         id(value): value.detach()
         for part in layer.modules()
-        for value in vars(part).values()
+        for held in vars(part).values()
+        for value in (held if isinstance(held, list) else [held])
         if isinstance(value, Tensor)
     }
     clone = copy.copy(layer)
@@ -199,7 +211,9 @@ def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], obj
         def recorded(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(("inputs", "masks"), args, strict=False)) | kwargs
             if id(layer) not in seen:
-                seen[id(layer)] = Case(_tensors(given.get("inputs")), _masks(given.get("masks")))
+                # "inp" is what a sparse MLP calls its input.
+                inputs = given.get("inputs", given.get("inp"))
+                seen[id(layer)] = Case(_tensors(inputs), _masks(given.get("masks")))
             return answer(*args, **kwargs)
 
         return recorded
@@ -211,7 +225,9 @@ def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], obj
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """Copies of a sequence of tensors, none of anything else: the comparison will then say so."""
+    """Copies of tensors or of one, none of anything else: the comparison will then say so."""
+    if isinstance(values, Tensor):
+        values = [values]
     if not isinstance(values, list | tuple) or not all(isinstance(x, Tensor) for x in values):
         return []
     return [x.detach().clone() for x in values]
@@ -269,6 +285,7 @@ def _noise(case: Case, num_experts: int) -> list[list[Tensor]]:
 def _reference_copy(layer: nn.Module, spec: LayerSpec) -> nn.Module:
     reference = build_like(spec)
     reference.load_state_dict(bare_copy(layer).state_dict())
+    lift_capacity(reference)
     return reference.to(next(layer.parameters())).eval()
 
 
@@ -308,14 +325,21 @@ def _fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) ->
 def _speed_up(original: Any, fast: Any, case: Case) -> float | None:
     if not hasattr(original, "inference"):
         return None
-    calls = (original.inference, fast.inference)
+    calls = (partial(_call, layer.inference, case) for layer in (original, fast))
+    return times_faster(*calls, on=case.inputs[0].device)
+
+
+def times_faster(
+    original: Callable[[], Any], fast: Callable[[], Any], *, on: torch.device
+) -> float:
+    """How many times faster one call is than the other, by medians of a few interleaved calls of each."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(TIMED_CALLS + 1):
-        for call, record in zip(calls, seconds, strict=True):
+        for call, record in zip((original, fast), seconds, strict=True):
             start = time.perf_counter()
-            _call(call, case)
-            if case.inputs[0].is_cuda:
-                torch.cuda.synchronize(case.inputs[0].device)
+            call()
+            if on.type == "cuda":
+                torch.cuda.synchronize(on)
             if turn:
                 record.append(time.perf_counter() - start)
     return statistics.median(seconds[0]) / statistics.median(seconds[1])

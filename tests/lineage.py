@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lineage_sparse import FMoETransformerMLP, gate_loss
 from torch import Tensor, nn
 
 
@@ -46,22 +47,6 @@ class MLP(nn.Module):
         return self.network(x)
 
 
-class FMoETransformerMLP(nn.Module):
-    """The sparse MLP: only its name and the shape of its parameters matter here."""
-
-    def __init__(self, dim: int, num_experts: int = 4) -> None:
-        super().__init__()
-        self.experts = nn.ParameterDict(
-            {
-                "htoh4": torch.randn(num_experts, 2 * dim, dim),
-                "h4toh": torch.randn(num_experts, dim),
-            }
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, rate: float) -> None:
         super().__init__()
@@ -90,7 +75,12 @@ class Attention(nn.Module):
 
 class _Layer(nn.Module):
     def __init__(
-        self, dim: int, num_heads: int, rate: float, sparse: bool, self_attn: bool
+        self,
+        dim: int,
+        num_heads: int,
+        rate: float,
+        self_attn: bool,
+        sparse: dict[str, Any] | None,
     ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(rate)
@@ -98,10 +88,10 @@ class _Layer(nn.Module):
         self.dropout1, self.dropout2 = nn.Dropout(rate), nn.Dropout(rate)
         self.activation = nn.GELU()
         self.attn = Attention(dim, num_heads, rate)
-        self.mlp_sparse, self.self_attn = sparse, self_attn
+        self.mlp_sparse, self.self_attn = sparse is not None, self_attn
         self.mlp: nn.Module = MLP(dim, 2 * dim, dim, 2, nn.GELU(), rate)
-        if sparse:
-            self.mlp = FMoETransformerMLP(dim)
+        if sparse is not None:
+            self.mlp = FMoETransformerMLP(d_model=dim, d_hidden=2 * dim, **sparse)
 
     def finish(self, x: Tensor, lengths: list[int]) -> list[Tensor]:
         return [p + self.dropout2(self.mlp(self.norm2(p))) for p in x.split(lengths, dim=1)]
@@ -121,18 +111,32 @@ class _Fusion(nn.Module):
         dropout: float = 0.5,
         mlp_sparse: bool = False,
         self_attn: bool = True,
+        num_experts: int = 4,
+        num_routers: int = 1,
+        top_k: int = 2,
+        gate: str = "GShardGate",
+        apart: bool = False,
     ) -> None:
         super().__init__()
+        top_k = 1 if gate == "SwitchGate" else top_k
+        sparse: dict[str, Any] = {"num_expert": num_experts, "n_router": num_routers}
+        sparse |= {"gate": gate, "top_k": top_k, "apart": apart}
         layers = [
-            self.layer(hidden_dim, num_heads, dropout, mlp_sparse and i % 2 == 0, self_attn)
+            self.layer(
+                hidden_dim,
+                num_heads,
+                dropout,
+                self_attn,
+                sparse if mlp_sparse and i % 2 == 0 else None,
+            )
             for i in range(num_layers)
         ]
         head = Linear(hidden_dim * num_modalities, output_dim)
         self.network = nn.Sequential(*layers, head)
         self.pos_embed: nn.Parameter | None = None
 
-    def gate_loss(self) -> float:
-        return 0.0
+    def gate_loss(self) -> Any:
+        return gate_loss(self)
 
 
 class fl:
@@ -237,15 +241,22 @@ class fl:
                 for _ in range(branches)
             )
 
+        def every_view(self, inputs: list[Tensor], masks: list | None) -> tuple[list, list]:
+            outputs: list[list] = [[] for _ in self.interaction_experts]
+            gates: list[list] = [[] for _ in self.interaction_experts]
+            for e, expert in enumerate(self.interaction_experts):
+                for m in (None, *range(len(inputs))):
+                    outputs[e].append(expert.one(inputs, masks, m))
+                    if self.fusion_sparse:
+                        gates[e].append(expert.fusion_model.gate_loss())
+            return outputs, gates
+
         def forward(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
-            outputs = [
-                [expert.one(inputs, masks, m) for m in (None, *range(len(inputs)))]
-                for expert in self.interaction_experts
-            ]
+            outputs, gate_losses = self.every_view(inputs, masks)
             weights = self.reweight(inputs, masks)
             logits = _mixed([views[0][0] for views in outputs], weights)
             losses = _losses([[view[1] for view in views] for views in outputs])
-            gates = ([[0.0 for _ in views] for views in outputs],) if self.fusion_sparse else ()
+            gates = (gate_losses,) if self.fusion_sparse else ()
             return (outputs, weights, logits, losses, *gates, [views[0][1] for views in outputs])
 
         def inference(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
@@ -298,12 +309,9 @@ class i2:
 
     class InteractionMoE(fl.InteractionMoE):
         def forward(self, inputs: list[Tensor]) -> tuple:
-            outputs = [
-                [expert.one(inputs, None, m) for m in (None, *range(len(inputs)))]
-                for expert in self.interaction_experts
-            ]
+            outputs, gate_losses = self.every_view(inputs, None)
             weights = self.reweight(inputs)
-            gates = ([[0.0 for _ in views] for views in outputs],) if self.fusion_sparse else ()
+            gates = (gate_losses,) if self.fusion_sparse else ()
             logits = _mixed([views[0] for views in outputs], weights)
             return (outputs, weights, logits, _losses(outputs), *gates)
 

@@ -200,14 +200,18 @@ BAD_KEYS: list[tuple[str, Callable[[State], object], list[str]]] = [
         ["missing: interaction_experts.0.fusion_model.pos_embed"],
     ),
     (
-        "sparse",
+        "one sparse tensor",
         with_value(EXPERT + "network.0.mlp.experts.htoh4.weight", torch.ones(4, 32, 16)),
-        ["sparse MLPs", "htoh4", "not supported in this version"],
+        [
+            "sparse with 4 experts, top 2 of a GShardGate",
+            "missing: interaction_experts.0.fusion_model.network.0.mlp.gate.gate.weight",
+            "unknown: interaction_experts.0.fusion_model.network.0.mlp.network.0.weight",
+        ],
     ),
     (
-        "sparse gate",
+        "one sparse gate",
         with_value(EXPERT + "network.0.mlp.all_gates.0.gate.weight", torch.ones(4, 16)),
-        ["sparse MLPs"],
+        ["sparse MLPs: no usable tensor experts.htoh4.weight"],
     ),
     (
         "one modality",

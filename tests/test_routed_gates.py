@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
-from flmoe_kernels.routed_mlp import GShardGate, NaiveGate, NoisyGate, SwitchGate
+from flmoe_kernels.routed_mlp import GShardGate, NaiveGate, NoisyGate, SwitchGate, limit
+from flmoe_kernels.routed_mlp.gate_base import MAX_PENDING
 from flmoe_kernels.routed_mlp.gates import GATES, Gate, variation
 from flmoe_kernels.testing import draw
 
@@ -96,6 +101,25 @@ def test_capacity(name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["gshard", "switch"])
+def test_capacity_counts_the_tokens_that_it_is_told(name: str) -> None:
+    """Rows packed without padding are routed as the padded ones are."""
+    gate, mask = make(name), torch.arange(N) % 3 != 1
+    assert isinstance(gate, GShardGate | SwitchGate)
+    gate.capacity = (0.9, 0.9)
+    x = draw(N, D)
+    if name == "switch":
+        gate.switch_eps = 0.0
+    padded, packed, alone = (
+        gate(*arguments)
+        for arguments in ((x, mask), (x[mask], None, N), (x[mask], None, int(mask.sum())))
+    )
+    assert torch.equal(padded.index[mask], packed.index)
+    torch.testing.assert_close(padded.weight[mask], packed.weight)
+    assert (packed.index < 0).any()
+    assert not torch.equal(packed.index, alone.index), "the control: what the rows alone would get"
+
+
+@pytest.mark.parametrize("name", ["gshard", "switch"])
 def test_balance_loss_is_its_formula(name: str) -> None:
     gate, x = make(name, training=False), draw(N, D)
     assert isinstance(gate, GShardGate | SwitchGate)
@@ -133,6 +157,144 @@ def test_noisy_loss_is_its_formula() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
+@every_gate
+def test_losses_of_a_step_add_up(name: str) -> None:
+    gate, parts = make(name), [draw(N, D, seed=i) for i in range(3)]
+    apart = [call(gate, part)[2] for part in parts]
+    for part in parts:
+        torch.manual_seed(1)
+        gate(part)
+    total = gate.get_loss(clear=False)
+    assert total is not None
+    torch.testing.assert_close(total, sum(apart))
+    assert gate.get_loss() is total
+    assert gate.get_loss() is None
+    if name != "naive":
+        assert all(total != loss for loss in apart), "the control: one call's loss alone"
+
+
+def test_losses_that_are_not_trained_on_replace() -> None:
+    gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
+    of_x, of_y = call(gate, x)[2], call(gate, y)[2]
+
+    gate(y)
+    with torch.no_grad():
+        gate(x), gate(x)
+    assert gate.get_loss(clear=False) == of_x, "under no_grad"
+    gate(y)
+    loss = gate.get_loss()
+    assert loss is not None
+    assert loss == of_y, "and a training loss does not add to it"
+    assert loss.requires_grad
+
+    gate.eval()
+    gate(x), gate(x)
+    assert gate.get_loss(clear=False) == of_x, "in eval mode"
+    gate.train()
+    gate(y)
+    assert gate.get_loss() == of_y
+
+
+def test_losses_that_nobody_takes_hold_no_graphs() -> None:
+    gate, x = make("gshard"), draw(4, D)
+    first = draw(4, D).requires_grad_()
+    graph = weakref.ref(first)
+    gate(first)
+    del first
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(MAX_PENDING - 1):
+            gate(x)
+    gc.collect()
+    assert graph() is not None, "the control: until then its graph is needed"
+    with pytest.warns(UserWarning, match="losses of 256 calls of a GShardGate were never taken"):
+        gate(x)
+    gc.collect()
+    assert graph() is None
+    assert gate.get_loss(clear=False) == call(make("gshard"), x)[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2 * MAX_PENDING):
+            gate(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_does_not_count_twice(reentrant: bool) -> None:
+    gate, x = make("gshard"), draw(N, D).requires_grad_()
+    expected = call(gate, x)[2]
+
+    def weights(x: Tensor) -> Tensor:
+        return gate(x).weight
+
+    def gradients(weight: Tensor) -> tuple[Tensor, ...]:
+        loss = gate.get_loss()
+        assert loss is not None
+        assert loss == expected
+        total = weight[:, 0].sum() + (0.0 if reentrant else loss)
+        for parameter in gate.parameters():
+            parameter.grad = None
+        total.backward()
+        assert gate.get_loss() is None
+        return tuple(p.grad for p in gate.parameters() if p.grad is not None)
+
+    again = gradients(torch.utils.checkpoint.checkpoint(weights, x, use_reentrant=reentrant))
+    torch.testing.assert_close(again, gradients(weights(x)))
+
+
+def test_hooks_of_the_lineage() -> None:
+    gate, x = make("naive"), draw(N, D).requires_grad_()
+    for _ in range(5):
+        index = gate(x).index
+    assert [logit.tolist() for logit in gate.topk_logits] == [index.tolist()], "the last call's"
+    assert not gate.topk_logits[0].requires_grad
+    assert len(gate.get_topk_logit()) == 1
+    assert gate.get_topk_logit() == gate.topk_logits == []
+    gate(x)
+    gate.reset_topk_logit()
+    assert gate.topk_logits == []
+    gate.set_topk_logit(index)
+    assert len(gate.get_topk_logit(clear=False)) == len(gate.topk_logits) == 1
+    gate.set_topk_indicates(index)
+    assert gate.get_topk_indicate(clear=False) is gate.get_topk_indicate() is index
+    assert gate.get_topk_indicate() is None
+
+
+@every_gate
+def test_clean_logits_are_what_evaluation_chooses_by(name: str) -> None:
+    gate, x = make(name, training=False), draw(N, D)
+    order = gate.clean_logits(x).argsort(dim=1, descending=True)[:, : gate.top_k]
+    index = gate(x).index
+    assert torch.equal(torch.where(index < 0, -1, order), index)
+    assert (index >= 0).any()
+
+
+@every_gate
+def test_float64_is_not_rounded_on_the_way(name: str) -> None:
+    gate = make(name, training=False).double()
+    x = draw(N, D, dtype=torch.float64)
+    loss = call(gate, x)[2]
+    assert loss.dtype == torch.float64
+    nudged = call(gate, x * (1.0 + 1e-11))[2]
+    assert 0 < abs(nudged - loss) < 1e-8 or name in ("naive", "noisy, all")
+
+
+def test_limit() -> None:
+    index = torch.tensor([[1, 0], [1, 2], [0, 1], [-1, 1], [1, 0]])
+    mask = torch.tensor([True, False, True, True, True])
+    for backend in ("reference", None):
+        found = limit(index.int(), 3, capacity=2, mask=mask, backend=backend)
+        assert found.dtype == torch.int64
+        assert found.tolist() == [[1, 0], [-1, -1], [0, 1], [-1, -1], [-1, -1]]
+        assert limit(index, 3, capacity=0, backend=backend).max() == -1
+        assert torch.equal(limit(index, 3, backend=backend), index)
+    with pytest.raises(ValueError, match="index: expected -1 or experts from 0 to 1"):
+        limit(index, 2)
+    with pytest.raises(ValueError, match=r"mask: expected \(5,\), got \(4,\)"):
+        limit(index, 3, mask=mask[:4])
+    with pytest.raises(TypeError, match="capacity: expected an int, got float"):
+        limit(index, 3, capacity=2.0)  # type: ignore[arg-type]
+
+
 def test_noise_is_drawn_in_training_alone() -> None:
     x = draw(N, D)
     for name in ("switch", "noisy", "gshard random"):
@@ -161,10 +323,10 @@ def test_parameters_are_those_of_the_published_gates() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="top_k: expected 2 for GShard, got 1"):
-        GShardGate(D, E, top_k=1)
-    with pytest.raises(ValueError, match="top_k: expected 1 for Switch, got 2"):
-        SwitchGate(D, E, top_k=2)
+    with pytest.raises(ValueError, match="topk: expected 2 for GShard, got 1"):
+        GShardGate(D, E, topk=1)
+    with pytest.raises(ValueError, match="topk: expected 1 for Switch, got 2"):
+        SwitchGate(D, E, topk=2)
     with pytest.raises(ValueError, match="top_k: expected an int from 1 to 5, got 6"):
         NaiveGate(D, E, top_k=6)
     with pytest.raises(ValueError, match="capacity: expected a positive number"):

@@ -40,6 +40,7 @@ def test_describes_the_masked_variant(modalities: int, sparse: bool) -> None:
         "num_patches": None,
         "reweight_hidden": 20,
         "reweight_layers": 2,
+        "sparse": None,
         "num_heads": 4,
         "fusion_sparse": sparse,
         "norm_eps": 1e-5,
@@ -240,13 +241,6 @@ def test_refuses(broken: Callable[[nn.Module], Any], message: str) -> None:
     broken(layer)
     with pytest.raises(UnsupportedLayer, match=message):
         describe(layer)
-
-
-def test_refuses_sparse_mlps() -> None:
-    with pytest.raises(
-        UnsupportedLayer, match=r"network\.0\.mlp: a sparse MLP \(FMoETransformerMLP"
-    ):
-        describe(make_layer(mlp_sparse=True))
 
 
 HOOKS = (

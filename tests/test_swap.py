@@ -295,13 +295,13 @@ def test_a_hook_may_change_the_output() -> None:
 
 def test_report_prints_as_text_and_as_a_rich_table() -> None:
     rich_console = pytest.importorskip("rich.console")
-    model = nn.ModuleDict({"good": make_layer(), "odd": make_layer(mlp_sparse=True)})
+    model = nn.ModuleDict({"good": make_layer(), "odd": make_layer(self_attn=False)})
     report = swap(model)
     console = rich_console.Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report)
     for text in (str(report), console.export_text()):
         assert "1 layer swapped, 1 left as is." in text
-        for word in ("good", "fl_i2moe", "random", "odd", "sparse MLP", "indicative"):
+        for word in ("good", "fl_i2moe", "random", "odd", "cross-attention", "indicative"):
             assert word in text, text
     for line in str(report).splitlines():
         assert line == line.rstrip()

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from lineage import FMoETransformerMLP, LateFusion, MaxPooled, fl, i2, make_layer
+from lineage import LateFusion, MaxPooled, fl, i2, make_layer
+from lineage_sparse import make_mlp
 from torch import Tensor, nn
 
 from flmoe_kernels import swap_check
@@ -147,11 +148,15 @@ def diverged() -> nn.Module:
 
 LEFT: list[tuple[str, Callable[[], nn.Module], str]] = [
     ("unknown fusion", late_fusion_layer, "unknown fusion model, LateFusion"),
-    ("sparse inside", lambda: make_layer(mlp_sparse=True), "sparse MLP"),
+    (
+        "sparse inside",
+        lambda: make_layer(mlp_sparse=True, apart=True),
+        r"network.0.mlp.experts: each has parameters of its own \(FastMoE",
+    ),
     (
         "sparse alone",
-        lambda: FMoETransformerMLP(4),
-        "FMoETransformerMLP is not part of this version",
+        lambda: make_mlp(gate_hook=print),
+        "gate_hook: set, and RoutedMLP has none",
     ),
     ("cross-attention", lambda: make_layer(self_attn=False), "cross-attention"),
     ("subclass", subclassed, "own methods would be lost"),

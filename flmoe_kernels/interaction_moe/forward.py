@@ -18,10 +18,28 @@ from torch import Tensor
 from .. import dropout as rng
 from ..encoder import op as _encoder_op  # noqa: F401  registers the encoder's operators
 from ..expert_attention import op as _attention_op  # noqa: F401  registers its operators
+from ..routed_mlp.module import RoutedMLP
+from .fusion import Compat, sinusoidal_positions
 from .packing import TokenPlan
-from .reference import Compat, Replacements, sinusoidal_positions
+from .reference import Replacements
+from .sparse import (
+    GateLosses,
+    RoutedWeights,
+    routed_update,
+    rows_by_modality,
+    stack_routed,
+    sum_losses,
+)
 
 _OPS = torch.ops.flmoe
+
+
+@dataclass(frozen=True)
+class DenseWeights:
+    """The MLPs of one encoder layer of all experts."""
+
+    w_in: tuple[Tensor, Tensor]
+    w_out: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,13 +50,12 @@ class LayerWeights:
     norm2: tuple[Tensor, Tensor]
     qkv: Tensor
     proj: tuple[Tensor, Tensor]
-    mlp_in: tuple[Tensor, Tensor]
-    mlp_out: tuple[Tensor, Tensor]
+    mlp: DenseWeights | RoutedWeights
     heads: int
     eps: float
     attention_p: float
     branch_p: float  # on the attention branch, see branch_rate
-    mlp_p: float
+    mlp_p: float  # 0 in a routed MLP, which has no dropout inside
     output_p: float
 
 
@@ -82,18 +99,24 @@ def stack_layer(layers: Sequence[Any], compat: Compat) -> LayerWeights:
     first = layers[0]
     width = first.norm1.weight.shape[0]
     parts = [w for x in layers for w in (x.attn.q.weight, x.attn.kv.weight)]
+    mlps = [x.mlp for x in layers]
+    mlp: DenseWeights | RoutedWeights
+    if isinstance(first.mlp, RoutedMLP):
+        mlp, mlp_p = stack_routed(mlps), 0.0
+    else:
+        mlp = DenseWeights(affine(lambda x: x.mlp.network[0]), affine(lambda x: x.mlp.network[3]))
+        mlp_p = rate_of("mlp.network.2", [each.network[2] for each in mlps])
     return LayerWeights(
         norm1=affine(lambda x: x.norm1),
         norm2=affine(lambda x: x.norm2),
         qkv=torch.cat(parts).view(len(layers), 3 * width, width),
         proj=affine(lambda x: x.attn.proj),
-        mlp_in=affine(lambda x: x.mlp.network[0]),
-        mlp_out=affine(lambda x: x.mlp.network[3]),
+        mlp=mlp,
         heads=first.attn.num_heads,
         eps=first.norm1.eps,
         attention_p=rate_of("attn_drop", [x.attn.attn_drop for x in layers]),
         branch_p=branch_rate(layers, compat),
-        mlp_p=rate_of("mlp.network.2", [x.mlp.network[2] for x in layers]),
+        mlp_p=mlp_p,
         output_p=rate_of("dropout2", [x.dropout2 for x in layers]),
     )
 
@@ -141,12 +164,19 @@ def draw_seeds(layers: Sequence[LayerWeights], device: torch.device) -> Iterator
 
 
 def encode(
-    rows: Tensor, layers: Sequence[LayerWeights], plan: TokenPlan, views: int, compat: Compat
-) -> Tensor:
-    """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without."""
+    rows: Tensor,
+    layers: Sequence[LayerWeights],
+    plan: TokenPlan,
+    views: int,
+    compat: Compat,
+    backend: str,
+) -> tuple[Tensor, GateLosses]:
+    """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without; gate losses [E][V]."""
     experts, copies, n, width = rows.shape
-    samples = plan.cu_samples.shape[0] - 1
     seeds = draw_seeds(layers, rows.device)
+    sparse = any(isinstance(layer.mlp, RoutedWeights) for layer in layers)
+    groups = rows_by_modality(plan) if sparse else None
+    gathered: list[GateLosses] = []
     first = layers[0]
     rows = rows.contiguous()
     flat = rows.view(experts, copies * n, width)
@@ -171,17 +201,27 @@ def encode(
         stream, normed, _, _ = _OPS.dropout_add_norm(
             residual, branch, *layer.norm2, seed, layer.branch_p, layer.eps
         )
-        hidden = _OPS.expert_linear(normed, *layer.mlp_in)
-        hidden = _OPS.gelu_dropout(hidden, next(seeds), layer.mlp_p)
-        update = _OPS.expert_linear(hidden, *layer.mlp_out)
+        seed = next(seeds)
+        if isinstance(layer.mlp, RoutedWeights):
+            assert groups is not None
+            update, losses = routed_update(normed, layer.mlp, groups, views, backend)
+            gathered.append(losses)
+        else:
+            update = dense_update(normed, layer.mlp, seed, layer.mlp_p)
         seed = next(seeds)
         if following is None:
             latent = _OPS.dropout_add_pool(
                 stream, update, plan.cu_segments, views, seed, layer.output_p
             )
-            return latent.view(experts, views, samples, plan.modalities * width)
+            latent = latent.view(experts, views, plan.samples, plan.modalities * width)
+            return latent, sum_losses(gathered, experts, views, latent)
         stream, normed, _, _ = _OPS.dropout_add_norm(
             stream, update, *following.norm1, seed, layer.output_p, layer.eps
         )
         qkv = _OPS.expert_linear(normed, following.qkv, None)
     raise AssertionError("a layer without encoder layers is refused at construction")
+
+
+def dense_update(normed: Tensor, mlp: DenseWeights, seed: Tensor | None, p: float) -> Tensor:
+    hidden = _OPS.expert_linear(normed, *mlp.w_in)
+    return _OPS.expert_linear(_OPS.gelu_dropout(hidden, seed, p), *mlp.w_out)

@@ -9,24 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
+from ..routed_mlp.gate_base import Gate
+from ..routed_mlp.gates import GATES
+from ..routed_mlp.module import ExpertLinear, Experts, RoutedMLP
 from . import op as _op  # noqa: F401  registers flmoe::interaction_losses
 from .api import validate_inputs, validate_replacements
 from .architecture import LayerSpec, build_like
 from .forward import LayerWeights, embed, encode, stack_layer
+from .fusion import MLP, Attention, EncoderLayer, FusionTransformer, Head, Masks
 from .packing import TokenPlan, plan_tokens
 from .reference import (
-    MLP,
-    Attention,
-    EncoderLayer,
-    FusionTransformer,
-    Head,
     InteractionExpert,
-    Masks,
     ReferenceInteractionMoE,
     Replacements,
     Reweighting,
     reweighting_features,
 )
+from .sparse import GateLosses
 from .structure import UnsupportedLayer, describe
 
 _OPERATOR = "interaction_moe"
@@ -34,6 +33,7 @@ _OPERATOR = "interaction_moe"
 _PARTS = frozenset(
     {
         *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
+        *(RoutedMLP, Experts, ExpertLinear, *GATES.values(), nn.ModuleDict),
         *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
     }
 )
@@ -46,7 +46,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         num_modalities: M, at least two.
         fusion_model: template of the experts' fusion model, a FusionTransformer or a fusion Transformer of
             the published code; every expert gets a deep copy.
-        fusion_sparse: also return gate losses (zeros, as the fusion models are dense).
+        fusion_sparse: also return gate losses, zeros where the fusion models are dense.
         hidden_dim: token width D.
         hidden_dim_rw, num_layer_rw, temperature_rw: the reweighting MLP.
         backend: "reference" or "cpu"; default by device and `use_backend`.
@@ -54,7 +54,8 @@ class InteractionMoE(ReferenceInteractionMoE):
     Shapes and returns are those of `ReferenceInteractionMoE`. Differences: noise and dropout are equal in
     distribution, not bitwise; two dropouts in a row are one; a sample whose tokens are all padded gives
     latent 0, not NaN (by the kernels; the reference backend keeps the NaN). Differentiable once by the
-    kernels, any number of times by the reference backend.
+    kernels, any number of times by the reference backend. In sparse fusion models the kernels ask the gates
+    alone: what a RoutedMLP notes of a call (last_topk_indices and the like) stays empty.
 
     Raises:
         UnsupportedLayer (a ValueError): the fusion model is not one that the kernels compute.
@@ -119,6 +120,10 @@ class InteractionMoE(ReferenceInteractionMoE):
                 raise UnsupportedLayer(f"{name}: expected a parameter, found a buffer")
             owner, _, leaf = name.rpartition(".")
             skeleton.get_submodule(owner).register_parameter(leaf, parameters[name])
+        for part in skeleton.modules():
+            if isinstance(part, Gate):
+                # The kernels' pass asks the gates too; only the reference's MLPs are always the reference.
+                part.backend = self.backend
 
     @property
     def spec(self) -> LayerSpec:
@@ -145,7 +150,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         if backend == backends.REFERENCE:
             return super().forward(inputs, masks, replacements=replacements)
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return self._fast_forward(inputs, masks, replacements)
+            return self._fast_forward(inputs, masks, replacements, backend)
 
     def inference(
         self, inputs: Sequence[Tensor], masks: Masks = None
@@ -156,7 +161,7 @@ class InteractionMoE(ReferenceInteractionMoE):
             return super().inference(inputs, masks)
         with torch.autocast(inputs[0].device.type, enabled=False):
             plan = self._plan(inputs, masks)
-            latents = self._latents(inputs, plan, None, views=1)
+            latents, _ = self._latents(inputs, plan, None, 1, backend)
             logits = self._head(latents)[:, 0]
             weights = self._weights(inputs, masks)
             return list(logits.unbind(0)), weights, _mix(weights, logits)
@@ -208,14 +213,15 @@ class InteractionMoE(ReferenceInteractionMoE):
         plan: TokenPlan,
         replacements: Replacements | None,
         views: int,
-    ) -> Tensor:
+        backend: str,
+    ) -> tuple[Tensor, GateLosses]:
         spec = self._spec
         positions = None
         if spec.compat == "i2moe":
             learned = [expert.fusion_model.pos_embed for expert in self.interaction_experts]
             positions = torch.cat(learned)
         rows = embed(inputs, plan, positions, spec.num_experts, replacements, views > 1)
-        return encode(rows, self._layers(), plan, views, spec.compat)
+        return encode(rows, self._layers(), plan, views, spec.compat, backend)
 
     def _head(self, latents: Tensor) -> Tensor:
         """Logits (E, V, B, C) of latents (E, V, B, M * D)."""
@@ -230,17 +236,18 @@ class InteractionMoE(ReferenceInteractionMoE):
         return torch.softmax(scores / self.reweight.temperature, dim=1)
 
     def _fast_forward(
-        self, inputs: Sequence[Tensor], masks: Masks, replacements: Replacements | None
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks,
+        replacements: Replacements | None,
+        backend: str,
     ) -> tuple:
-        experts, views = self._spec.num_experts, self.num_modalities + 1
-        plan = self._plan(inputs, masks)
-        latents = self._latents(inputs, plan, replacements, views)
+        plan, views = self._plan(inputs, masks), self.num_modalities + 1
+        latents, gates = self._latents(inputs, plan, replacements, views, backend)
         logits = self._head(latents)
         weights = self._weights(inputs, masks)
         mixed = _mix(weights, logits[:, 0])
-        gate_losses: tuple[Any, ...] = ()
-        if self.fusion_sparse:
-            gate_losses = ([[mixed.new_zeros(()) for _ in range(views)] for _ in range(experts)],)
+        gate_losses = (gates,) if self.fusion_sparse else ()
         view_logits = _by_expert(logits)
         if self._spec.compat == "i2moe":
             losses = list(torch.ops.flmoe.interaction_losses(logits).unbind(0))

@@ -19,7 +19,7 @@ class TokenPlan:
         modality: (n,) int32.
         cu_samples: (B + 1,) int32, runs of rows of one sample.
         cu_segments: (B * M + 1,) int32, runs of rows of one sample and modality.
-        modalities: M.
+        lengths: L_m, padding counted.
         compact: no rows but the valid ones. False when their number may not be read (tracing, a GPU):
             then n = B * L, the valid rows stand first, and the runs end before the others.
     """
@@ -29,12 +29,20 @@ class TokenPlan:
     modality: Tensor
     cu_samples: Tensor
     cu_segments: Tensor
-    modalities: int
+    lengths: tuple[int, ...]
     compact: bool
 
     @property
     def rows(self) -> int:
         return self.position.shape[0]
+
+    @property
+    def samples(self) -> int:
+        return self.cu_samples.shape[0] - 1
+
+    @property
+    def modalities(self) -> int:
+        return len(self.lengths)
 
     def pack(self, tokens: Tensor) -> Tensor:
         """(..., B, L, D) -> (..., n, D)."""
@@ -54,7 +62,7 @@ def plan_tokens(
     if masks is None or all(mask is None for mask in masks):
         position = torch.arange(total, device=device).repeat(batch)
         counts = sizes.repeat(batch)
-        return _with_runs(None, position, modality.repeat(batch), counts, len(lengths), True)
+        return _with_runs(None, position, modality.repeat(batch), counts, lengths, True)
     valid = torch.cat(
         [
             torch.ones((batch, length), dtype=torch.bool, device=device)
@@ -70,7 +78,7 @@ def plan_tokens(
     first = torch.argsort((~flat).to(torch.uint8), stable=True) if not compact else flat.nonzero()
     index = first.flatten()
     position = index % total
-    return _with_runs(index, position, modality[position], counts.flatten(), len(lengths), compact)
+    return _with_runs(index, position, modality[position], counts.flatten(), lengths, compact)
 
 
 def _with_runs(
@@ -78,7 +86,7 @@ def _with_runs(
     position: Tensor,
     modality: Tensor,
     counts: Tensor,
-    modalities: int,
+    lengths: Sequence[int],
     compact: bool,
 ) -> TokenPlan:
     ends = counts.cumsum(0).to(torch.int32)
@@ -87,8 +95,8 @@ def _with_runs(
         index=index,
         position=position,
         modality=modality,
-        cu_samples=segments[::modalities].contiguous(),
+        cu_samples=segments[:: len(lengths)].contiguous(),
         cu_segments=segments,
-        modalities=modalities,
+        lengths=tuple(lengths),
         compact=compact,
     )

@@ -11,23 +11,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .architecture import MLP_EXPANSION, DropoutRates, LayerSpec
-from .reference import Compat
+from .architecture import DropoutRates, LayerSpec, SparseSpec
+from .fusion import MLP_EXPANSION, Compat, is_sparse_layer
+from .parts import (
+    UnsupportedLayer,
+    child_of,
+    dropout_rate,
+    expect_linear,
+    joined,
+    plain_module,
+    sequence_of,
+)
+from .sparse_structure import describe_sparse, has_hook, is_sparse
 
-__all__ = ["SPARSE_MLP", "LayerSpec", "UnsupportedLayer", "check_state", "describe"]
-
-SPARSE_MLP = "FMoETransformerMLP"
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-class UnsupportedLayer(ValueError):
-    """The fast layer cannot stand in for this one: names the part and what is unexpected."""
+__all__ = ["LayerSpec", "UnsupportedLayer", "check_state", "describe"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,14 @@ class _Fusion:
     num_patches: int | None
     norm_eps: float
     dropout: tuple[DropoutRates, ...]
+    sparse: SparseSpec | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    num_heads: int
+    rates: DropoutRates
+    sparse: SparseSpec | None
 
 
 def describe(layer: nn.Module) -> LayerSpec:
@@ -56,7 +65,7 @@ def describe(layer: nn.Module) -> LayerSpec:
             f"num_modalities: expected at least 2, got {num_modalities}: with one modality the "
             "uniqueness loss has no positive view"
         )
-    experts = _child(layer, "", "interaction_experts", nn.ModuleList)
+    experts = child_of(layer, "", "interaction_experts", nn.ModuleList)
     if len(experts) != num_modalities + 2:
         raise UnsupportedLayer(
             f"interaction_experts: expected {num_modalities + 2} experts (one per modality, "
@@ -70,7 +79,7 @@ def describe(layer: nn.Module) -> LayerSpec:
             raise UnsupportedLayer(
                 f"{path}.fusion_sparse: differs from the layer's {fusion_sparse}"
             )
-        fusion_model = _child(expert, path, "fusion_model", nn.Module)
+        fusion_model = child_of(expert, path, "fusion_model", nn.Module)
         fusions.append(_fusion(fusion_model, f"{path}.fusion_model", num_modalities))
     _same_in_all(fusions)
     first = fusions[0]
@@ -101,12 +110,13 @@ def check_state(layer: nn.Module) -> None:
     for name, part in layer.named_modules():
         if part is layer:
             continue
-        if any(hooks for key, hooks in vars(part).items() if "_hooks" in key):
+        if has_hook(part):
             raise UnsupportedLayer(
                 f"{name}: carries a hook, which would never fire: the fast layer has parts of its "
                 "own and does not call them one by one"
             )
-        if isinstance(part, nn.Dropout) and part.training != layer.training:
+        acts_by_mode = isinstance(part, nn.Dropout) or ".mlp.gate" in name or ".all_gates." in name
+        if acts_by_mode and part.training != layer.training:
             raise UnsupportedLayer(
                 f"{name}: in {_mode(part)} mode while the layer is in {_mode(layer)} mode; the "
                 "fast layer has one mode for all its parts"
@@ -117,71 +127,28 @@ def _mode(module: nn.Module) -> str:
     return "train" if module.training else "eval"
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _child(module: nn.Module, path: str, name: str, kind: type[ModuleT]) -> ModuleT:
-    child = getattr(module, name, None)
-    if not isinstance(child, kind):
-        found = "nothing" if child is None else type(child).__name__
-        raise UnsupportedLayer(f"{_join(path, name)}: expected {kind.__name__}, got {found}")
-    return child
-
-
-def _plain(module: nn.Module, path: str, kind: type[ModuleT]) -> ModuleT:
-    """The module itself when it computes exactly what torch's class of that name does."""
-    if not isinstance(module, kind) or type(module).forward is not kind.forward:
-        raise UnsupportedLayer(f"{path}: expected {kind.__name__}, got {type(module).__name__}")
-    return module
-
-
-def _linear(module: nn.Module, path: str, fan_in: int, fan_out: int, bias: bool) -> None:
-    linear = _plain(module, path, nn.Linear)
-    if (linear.in_features, linear.out_features) != (fan_in, fan_out):
-        raise UnsupportedLayer(
-            f"{path}: expected a map from {fan_in} to {fan_out}, got {linear.in_features} to "
-            f"{linear.out_features}"
-        )
-    if (linear.bias is not None) != bias:
-        raise UnsupportedLayer(f"{path}: {'has no bias' if bias else 'has an unexpected bias'}")
-
-
-def _rate(module: nn.Module, path: str, name: str) -> float:
-    return float(_plain(_child(module, path, name, nn.Module), _join(path, name), nn.Dropout).p)
-
-
-def _sequence(module: nn.Module, path: str, name: str) -> list[nn.Module]:
-    network = _child(module, path, name, nn.Module)
-    if not isinstance(network, nn.Sequential | nn.ModuleList):
-        raise UnsupportedLayer(
-            f"{_join(path, name)}: expected Sequential, got {type(network).__name__}"
-        )
-    return list(network)
-
-
 def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
     if not isinstance(getattr(model, "network", None), nn.Module):
         raise UnsupportedLayer(
             f"{path}: an unknown fusion model, {type(model).__name__} (no .network of layers "
             "and a head)"
         )
-    parts = _sequence(model, path, "network")
+    parts = sequence_of(model, path, "network")
     if len(parts) < 2:
         raise UnsupportedLayer(
             f"{path}.network: expected layers and a head, got {len(parts)} parts"
         )
     *layers, head = parts
-    norm = _child(layers[0], f"{path}.network.0", "norm1", nn.LayerNorm)
+    norm = child_of(layers[0], f"{path}.network.0", "norm1", nn.LayerNorm)
     dim, eps = int(norm.normalized_shape[-1]), float(norm.eps)
     described = [
         _encoder_layer(layer, f"{path}.network.{i}", dim, eps) for i, layer in enumerate(layers)
     ]
-    heads = {number for number, _ in described}
+    heads = {encoder.num_heads for encoder in described}
     if len(heads) > 1:
         raise UnsupportedLayer(f"{path}: layers differ in num_heads, {sorted(heads)}")
-    fc = _child(head, f"{path}.network.{len(layers)}", "fc", nn.Linear)
-    _linear(
+    fc = child_of(head, f"{path}.network.{len(layers)}", "fc", nn.Linear)
+    expect_linear(
         fc, f"{path}.network.{len(layers)}.fc", num_modalities * dim, int(fc.out_features), True
     )
     num_patches = _num_patches(model, path, num_modalities, dim)
@@ -193,8 +160,29 @@ def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
         compat="fl_i2moe" if num_patches is None else "i2moe",
         num_patches=num_patches,
         norm_eps=eps,
-        dropout=tuple(rates for _, rates in described),
+        dropout=tuple(encoder.rates for encoder in described),
+        sparse=_sparse(described, path),
     )
+
+
+def _sparse(layers: list[_Encoder], path: str) -> SparseSpec | None:
+    """The description of all sparse layers; they must be those of the published fusion models."""
+    specs = {i: layer.sparse for i, layer in enumerate(layers) if layer.sparse is not None}
+    if not specs:
+        return None
+    expected = [i for i in range(len(layers)) if is_sparse_layer(i)]
+    if list(specs) != expected:
+        raise UnsupportedLayer(
+            f"{path}: sparse MLPs in layers {list(specs)}, expected none or {expected}"
+        )
+    for i, spec in specs.items():
+        for field in dataclasses.fields(SparseSpec):
+            value, first = (getattr(each, field.name) for each in (spec, specs[0]))
+            if value != first:
+                raise UnsupportedLayer(
+                    f"{path}.network.{i}.mlp: {field.name} is {value}, {first} in the first layer"
+                )
+    return specs[0]
 
 
 def _num_patches(model: nn.Module, path: str, num_modalities: int, dim: int) -> int | None:
@@ -217,42 +205,43 @@ def _num_patches(model: nn.Module, path: str, num_modalities: int, dim: int) -> 
     return int(positions.shape[1]) // num_modalities
 
 
-def _encoder_layer(layer: nn.Module, path: str, dim: int, eps: float) -> tuple[int, DropoutRates]:
+def _encoder_layer(layer: nn.Module, path: str, dim: int, eps: float) -> _Encoder:
     if getattr(layer, "self_attn", True) is not True:
         raise UnsupportedLayer(f"{path}: cross-attention (self_attn is False)")
     for name in ("norm1", "norm2"):
         _layer_norm(layer, path, name, dim, eps)
-    attn = _child(layer, path, "attn", nn.Module)
+    attn = child_of(layer, path, "attn", nn.Module)
     heads = _attention(attn, f"{path}.attn", dim)
-    mlp = _child(layer, path, "mlp", nn.Module)
-    if SPARSE_MLP in type(mlp).__name__ or hasattr(mlp, "experts"):
-        raise UnsupportedLayer(
-            f"{path}.mlp: a sparse MLP ({type(mlp).__name__}), whose fast replacement is not "
-            "part of this version"
-        )
-    parts, where = _sequence(mlp, f"{path}.mlp", "network"), f"{path}.mlp.network"
+    mlp = child_of(layer, path, "mlp", nn.Module)
+    sparse = describe_sparse(mlp, f"{path}.mlp", dim) if is_sparse(mlp) else None
+    rates = DropoutRates(
+        attention=dropout_rate(attn, f"{path}.attn", "attn_drop"),
+        projection=dropout_rate(attn, f"{path}.attn", "proj_drop"),
+        residual1=dropout_rate(layer, path, "dropout1"),
+        mlp=0.0 if sparse is not None else _dense_mlp(mlp, f"{path}.mlp", dim),
+        residual2=dropout_rate(layer, path, "dropout2"),
+    )
+    return _Encoder(heads, rates, sparse)
+
+
+def _dense_mlp(mlp: nn.Module, path: str, dim: int) -> float:
+    """The rate of the dropout inside."""
+    parts, where = sequence_of(mlp, path, "network"), f"{path}.network"
     if len(parts) != 4:
         raise UnsupportedLayer(
             f"{where}: expected Linear, GELU, Dropout, Linear, got "
             + ", ".join(type(part).__name__ for part in parts)
         )
-    _linear(parts[0], f"{where}.0", dim, MLP_EXPANSION * dim, True)
-    if _plain(parts[1], f"{where}.1", nn.GELU).approximate != "none":
+    expect_linear(parts[0], f"{where}.0", dim, MLP_EXPANSION * dim, True)
+    if plain_module(parts[1], f"{where}.1", nn.GELU).approximate != "none":
         raise UnsupportedLayer(f"{where}.1: expected GELU with the exact erf, got its tanh form")
-    rate = float(_plain(parts[2], f"{where}.2", nn.Dropout).p)
-    _linear(parts[3], f"{where}.3", MLP_EXPANSION * dim, dim, True)
-    return heads, DropoutRates(
-        attention=_rate(attn, f"{path}.attn", "attn_drop"),
-        projection=_rate(attn, f"{path}.attn", "proj_drop"),
-        residual1=_rate(layer, path, "dropout1"),
-        mlp=rate,
-        residual2=_rate(layer, path, "dropout2"),
-    )
+    expect_linear(parts[3], f"{where}.3", MLP_EXPANSION * dim, dim, True)
+    return float(plain_module(parts[2], f"{where}.2", nn.Dropout).p)
 
 
 def _layer_norm(layer: nn.Module, path: str, name: str, dim: int, eps: float) -> None:
     where = f"{path}.{name}"
-    norm = _plain(_child(layer, path, name, nn.Module), where, nn.LayerNorm)
+    norm = plain_module(child_of(layer, path, name, nn.Module), where, nn.LayerNorm)
     if tuple(norm.normalized_shape) != (dim,):
         raise UnsupportedLayer(f"{where}: expected width {dim}, got {tuple(norm.normalized_shape)}")
     if norm.weight is None or norm.bias is None:
@@ -271,7 +260,7 @@ def _attention(attn: nn.Module, path: str, dim: int) -> int:
             f"{path}.scale: expected head_dim^-1/2 = {expected:.6g}, got {scale}"
         )
     for name, width, bias in (("q", dim, False), ("kv", 2 * dim, False), ("proj", dim, True)):
-        _linear(_child(attn, path, name, nn.Module), f"{path}.{name}", dim, width, bias)
+        expect_linear(child_of(attn, path, name, nn.Module), f"{path}.{name}", dim, width, bias)
     return heads
 
 
@@ -289,28 +278,30 @@ def _reweight(
     layer: nn.Module, num_modalities: int, dim: int
 ) -> tuple[int | None, int, float, float]:
     """Hidden width, number of linear maps, temperature and dropout rate of the reweighting MLP."""
-    reweight = _child(layer, "", "reweight", nn.Module)
+    reweight = child_of(layer, "", "reweight", nn.Module)
     temperature = getattr(reweight, "temperature", None)
     if not isinstance(temperature, int | float) or not temperature > 0:
         raise UnsupportedLayer(
             f"reweight.temperature: expected a positive number, got {temperature}"
         )
-    mlp = _child(reweight, "reweight", "mlp", nn.Module)
-    parts, where = _sequence(mlp, "reweight.mlp", "network"), "reweight.mlp.network"
+    mlp = child_of(reweight, "reweight", "mlp", nn.Module)
+    parts, where = sequence_of(mlp, "reweight.mlp", "network"), "reweight.mlp.network"
     count = (len(parts) + 2) // 3
     if len(parts) != 3 * count - 2 or count < 1:
         raise UnsupportedLayer(
             f"{where}: expected Linear, then any number of ReLU, Dropout, Linear, got "
             + (", ".join(type(part).__name__ for part in parts) or "nothing")
         )
-    hidden = None if count == 1 else int(_plain(parts[0], f"{where}.0", nn.Linear).out_features)
+    hidden = (
+        None if count == 1 else int(plain_module(parts[0], f"{where}.0", nn.Linear).out_features)
+    )
     widths = [num_modalities * dim, *[hidden or 0] * (count - 1), num_modalities + 2]
     rates = set()
     for i in range(count):
-        _linear(parts[3 * i], f"{where}.{3 * i}", widths[i], widths[i + 1], True)
+        expect_linear(parts[3 * i], f"{where}.{3 * i}", widths[i], widths[i + 1], True)
         if i < count - 1:
-            _plain(parts[3 * i + 1], f"{where}.{3 * i + 1}", nn.ReLU)
-            rates.add(float(_plain(parts[3 * i + 2], f"{where}.{3 * i + 2}", nn.Dropout).p))
+            plain_module(parts[3 * i + 1], f"{where}.{3 * i + 1}", nn.ReLU)
+            rates.add(float(plain_module(parts[3 * i + 2], f"{where}.{3 * i + 2}", nn.Dropout).p))
     if len(rates) > 1:
         raise UnsupportedLayer(f"{where}: dropout rates differ, {sorted(rates)}")
     return hidden, count, float(temperature), rates.pop() if rates else 0.0
@@ -346,4 +337,4 @@ def _check_own_code(layer: nn.Module) -> None:
     for name, part in layer.named_modules():
         for method in ("forward", "inference"):
             if method in vars(part):
-                raise UnsupportedLayer(f"{_join(name, method)}: replaced on this instance")
+                raise UnsupportedLayer(f"{joined(name, method)}: replaced on this instance")

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .. import backend as backends
 from .. import validation as check
+from ..cpu_runtime import statistics_dtype
 from . import op as _op  # noqa: F401  registers flmoe::routed_mlp
 from . import reference
 from .reference import ACTIVATIONS
 
-__all__ = ["Dispatch", "Routing", "dispatch", "gate", "routed_mlp"]
+__all__ = ["Dispatch", "Routing", "dispatch", "gate", "limit", "reweigh", "routed_mlp"]
 _OPERATOR, _ROUTING = "routed_mlp", "routing"
 SELECTED, ALL = "selected", "all"
 
@@ -59,7 +60,7 @@ def gate(
         capacity: rows that an expert takes at most; None for any number.
         mask: (N) bool, True = valid; a masked token is dropped and takes no capacity.
         renormalize: with "selected", share a dropped choice's weight among the token's other ones.
-        backend: "reference" or "cpu"; default by device, see flmoe_kernels.use_backend.
+        backend: "reference", "cpu", "triton" or "cuda"; default by device, see flmoe_kernels.use_backend.
 
     Returns:
         Routing; weight is differentiable.
@@ -78,7 +79,7 @@ def gate(
     if capacity is not None:
         check.require_count("capacity", capacity, 0)
     if mask is not None:
-        _require_mask(mask, logits)
+        _require_mask(mask, "logits", logits)
     name = backends.choose(_ROUTING, logits, backend)
     if name == backends.REFERENCE:
         index, weight = reference.gate(logits, top_k, over == ALL)
@@ -86,16 +87,70 @@ def gate(
         weight, index = torch.ops.flmoe.routed_gate(logits, top_k, over == ALL, name)
     if mask is None and capacity is None:
         return Routing(index, weight)
-    experts = logits.shape[1]
+    free = Routing(index, weight)
+    index = _limit(index, logits.shape[1], capacity, mask, name)
+    share = over == SELECTED and renormalize and capacity is not None
+    return Routing(index, reweigh(logits, free, index, share))
+
+
+def limit(
+    index: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Drop the choices of masked tokens, then those for which an expert has no place left.
+
+    An expert's places go to the lowest tokens (of one token, to its better choice), deterministically.
+
+    Args:
+        index: (N, K) int64 or int32, experts from 0 to num_experts - 1, or -1 for a choice already dropped.
+        num_experts: E, at least 1.
+        capacity: rows that an expert takes at most; None for any number.
+        mask: (N) bool, True = valid.
+        backend: as in gate.
+
+    Returns:
+        (N, K) int64, -1 where dropped.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range.
+    """
+    check.require_count("num_experts", num_experts, 1)
+    index = _require_index(index, num_experts)
+    if capacity is not None:
+        check.require_count("capacity", capacity, 0)
+    if mask is not None:
+        _require_mask(mask, "index", index)
+    like = index.new_empty((0,), dtype=torch.float32)
+    return _limit(index, num_experts, capacity, mask, backends.choose(_ROUTING, like, backend))
+
+
+def _limit(
+    index: Tensor, experts: int, capacity: int | None, mask: Tensor | None, name: str
+) -> Tensor:
     if name == backends.REFERENCE:
-        index = reference.limit(index, mask, experts, capacity)
-    else:
-        index = torch.ops.flmoe.routed_limit(index, mask, experts, capacity, name)
-    weight = torch.where(index < 0, 0.0, weight)
-    if over == SELECTED and renormalize and capacity is not None:
-        total = weight.sum(dim=1, keepdim=True)
-        weight = weight / torch.where(total == 0, 1.0, total)
-    return Routing(index, weight)
+        return reference.limit(index, mask, experts, capacity)
+    return torch.ops.flmoe.routed_limit(index, mask, experts, capacity, name)
+
+
+def reweigh(logits: Tensor, free: Routing, index: Tensor, renormalize: bool) -> Tensor:
+    """The weights (N, K) of what is left of free choices: 0 where index (N, K) is -1.
+
+    Renormalized, they are a softmax over the logits of the choices that a token keeps. Not the free weights
+    divided by their sum: a small one has lost its digits, and the division's gradient overflows.
+    """
+    dropped = index < 0
+    if not renormalize:
+        return torch.where(dropped, 0.0, free.weight)
+    kept = ~dropped
+    # Of one choice the weight is 1, whatever its logit is: a constant, so that no gradient is inf - inf.
+    single = kept.sum(dim=1, keepdim=True) < 2
+    chosen = logits.gather(1, free.index).to(statistics_dtype(logits.dtype))
+    shared = chosen.masked_fill(dropped & ~single, -torch.inf).softmax(dim=1)
+    return torch.where(single, kept.to(shared.dtype), shared).to(logits.dtype)
 
 
 def dispatch(index: Tensor, num_experts: int, *, backend: str | None = None) -> Dispatch:
@@ -139,13 +194,13 @@ def routed_mlp(
     the same bits for any number of threads.
 
     Args:
-        x: (N, D) float32, float64, bfloat16 or float16.
+        x: (N, D) float32, float64, bfloat16 or float16; autocast changes nothing.
         index: (N, K) int64 or int32, experts from 0 to E - 1, or -1.
         weight: (N, K), same dtype as x.
         w_in, b_in: (E, F, D) and (E, F) or None, same dtype.
         w_out, b_out: (E, D, F) and (E, D) or None, same dtype.
         act: "gelu" (exact), "gelu_tanh", "relu" or "silu".
-        backend: as in gate.
+        backend: "reference", "cpu" or "triton"; default by device.
 
     Returns:
         out (N, D). Differentiable by x, weight, weights and biases.
@@ -156,7 +211,7 @@ def routed_mlp(
     Cost: 4 D F FLOP per kept row forward and 8 D F backward; memory O(N K (D + F)).
     Source: the sparse experts of FL-I2MoE's baselines, after FastMoE (arXiv 2103.13262).
     """
-    _validate(x, weight, w_in, b_in, w_out, b_out)
+    validate(x, weight, w_in, b_in, w_out, b_out)
     experts = w_in.shape[0]
     index = _require_index(index, experts)
     if index.shape != weight.shape:
@@ -177,14 +232,14 @@ def routed_mlp(
     return torch.ops.flmoe.routed_mlp(*tensors, code, name)[0]
 
 
-def _require_mask(mask: Tensor, logits: Tensor) -> None:
+def _require_mask(mask: Tensor, other: str, like: Tensor) -> None:
     check.require_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, True = valid, got {mask.dtype}")
-    if mask.shape != logits.shape[:1]:
-        raise ValueError(f"mask: expected ({logits.shape[0]},), got {tuple(mask.shape)}")
-    if mask.device != logits.device:
-        raise ValueError(f"mask: expected device {logits.device} as logits, got {mask.device}")
+    if mask.shape != like.shape[:1]:
+        raise ValueError(f"mask: expected ({like.shape[0]},), got {tuple(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"mask: expected device {like.device} as {other}, got {mask.device}")
 
 
 def _require_index(index: Tensor, experts: int) -> Tensor:
@@ -203,7 +258,7 @@ def _require_index(index: Tensor, experts: int) -> Tensor:
     return index.long()
 
 
-def _validate(
+def validate(
     x: Tensor,
     weight: Tensor,
     w_in: Tensor,

@@ -67,9 +67,11 @@ def routed_mlp(
     """out (N, D) of x (N, D), expert by expert."""
     out = torch.zeros_like(x)
     activation = ACTIVATIONS[act]
-    for e in range(w_in.shape[0]):
-        token, choice = (index == e).nonzero(as_tuple=True)
-        hidden = activation(F.linear(x[token], w_in[e], None if b_in is None else b_in[e]))
-        row = F.linear(hidden, w_out[e], None if b_out is None else b_out[e])
-        out = out.index_add(0, token, row * weight[token, choice, None].to(row.dtype))
+    # Autocast would give the products a type of its own; the kernels do not see it either.
+    with torch.autocast(x.device.type, enabled=False):
+        for e in range(w_in.shape[0]):
+            token, choice = (index == e).nonzero(as_tuple=True)
+            hidden = activation(F.linear(x[token], w_in[e], None if b_in is None else b_in[e]))
+            row = F.linear(hidden, w_out[e], None if b_out is None else b_out[e])
+            out = out.index_add(0, token, row * weight[token, choice, None].to(row.dtype))
     return out

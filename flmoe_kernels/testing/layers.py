@@ -23,7 +23,11 @@ from .inputs import as_dtype, draw, draw_masks, draw_replacements, gradients
 
 @dataclasses.dataclass(frozen=True)
 class LayerCase:
-    """One layer and one call of it, apart from the data."""
+    """One layer and one call of it, apart from the data.
+
+    sparse: return gate losses. gate: of sparse fusion models, None for dense ones; mlp_experts, top_k, routers and
+    capacity (of training and evaluation alike, None for the gate's own) are those of their MLPs.
+    """
 
     lengths: tuple[int, ...] = (5, 4)
     compat: Compat = "fl_i2moe"
@@ -35,10 +39,19 @@ class LayerCase:
     dropout: float = 0.0
     sparse: bool = False
     masks: str = "none"
+    gate: str | None = None
+    mlp_experts: int = 4
+    top_k: int = 2
+    routers: int = 1
+    capacity: float | None = None
 
     def __str__(self) -> str:
         sizes = f"L{'-'.join(map(str, self.lengths))}B{self.batch}D{self.dim}"
-        return f"{self.compat}:{sizes}h{self.heads}n{self.layers}:{self.masks}"
+        name = f"{self.compat}:{sizes}h{self.heads}n{self.layers}:{self.masks}"
+        if self.gate is None:
+            return name
+        limit = "" if self.capacity is None else f"c{self.capacity}"
+        return f"{name}:{self.gate}E{self.mlp_experts}k{self.top_k}r{self.routers}{limit}"
 
     @property
     def experts(self) -> int:
@@ -61,7 +74,16 @@ class LayerCase:
             self.dropout,
             self.compat,
             self.lengths[0] if self.compat == "i2moe" else None,
+            mlp_sparse=self.gate is not None,
+            num_experts=self.mlp_experts,
+            num_routers=self.routers,
+            top_k=self.top_k,
+            gate=self.gate or "GShardGate",
         )
+        if self.capacity is not None:
+            for part in fusion.modules():
+                if hasattr(part, "capacity"):
+                    setattr(part, "capacity", (self.capacity, self.capacity))  # noqa: B010
         layer = ReferenceInteractionMoE(
             len(self.lengths), fusion, self.sparse, self.dim, 2 * self.dim, 3, 1.5
         )
@@ -69,7 +91,8 @@ class LayerCase:
             for i, (name, parameter) in enumerate(layer.named_parameters()):
                 # Away from 0 and 1, so that no parameter's part in the result can be mistaken.
                 values = draw(*parameter.shape, seed=1000 + i)
-                fan_in = parameter.shape[-1] if parameter.dim() == 2 else 4
+                matrix = parameter.dim() == 2 or ".experts." in name
+                fan_in = parameter.shape[-1] if matrix else 4
                 offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 parameter.copy_(offset + values * fan_in**-0.5)
         if self.dropout == 0:
@@ -91,6 +114,8 @@ def named_outputs(layer: nn.Module, result: Sequence[Any]) -> dict[str, Tensor]:
             [torch.stack([latent for _, latent in views]) for views in experts]
         )
         found["latents"] = torch.stack(list(result[-1]))
+    if len(result) == 5 + ("latents" in found):
+        found["gate_losses"] = torch.stack([torch.stack(list(views)) for views in result[4]])
     return found
 
 
@@ -123,7 +148,7 @@ def assert_layer_within_budget(
 
     Args:
         case: the call, and the architecture and parameters of the reference.
-        layer: a layer with the same parameters, in `dtype`.
+        layer: a layer with the same parameters, in `dtype`; the reference runs in its mode.
         dtype: of parameters and inputs; the oracle computes in float64 from the rounded values.
         seed: of the inputs.
     """
@@ -132,9 +157,9 @@ def assert_layer_within_budget(
     noise = draw_replacements(x, case.experts)
     found = [
         outputs_and_gradients(layer, x, masks, noise),
-        outputs_and_gradients(case.reference(dtype), x, masks, noise),
+        outputs_and_gradients(case.reference(dtype).train(layer.training), x, masks, noise),
         outputs_and_gradients(
-            case.reference(dtype).double(),
+            case.reference(dtype).double().train(layer.training),
             as_dtype(x, torch.float64),
             masks,
             as_dtype(noise, torch.float64),

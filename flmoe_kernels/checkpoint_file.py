@@ -1,0 +1,154 @@
+"""Files of checkpoints: read without running anything, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODEL_KEY = "ensemble_model"
+CONFIG_KEY = "flmoe_config"
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+LISTED = 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: one line that names the file and what is wrong with it."""
+
+    def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
+        super().__init__(" ".join(f"{os.fspath(path)}: {problem}".split()))
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointFile:
+    path: Path
+    state_dict: dict[str, Tensor]
+    config: dict[str, Any]
+    others: dict[str, Any]
+
+
+def read(path: Path) -> CheckpointFile:
+    if path.is_dir():
+        raise CheckpointError(path, "is a folder, expected a checkpoint file")
+    if not path.exists():
+        raise CheckpointError(path, "no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = _read_torch(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(path, f"holds a {type(content).__name__}, expected a state_dict")
+    others: dict[str, Any] = dict(content) if MODEL_KEY in content else {}
+    config = others.pop(CONFIG_KEY, None)
+    state: Any = others.pop(MODEL_KEY, content)
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(path, f"holds an empty or no state_dict under {MODEL_KEY!r}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                path,
+                f"expected a state_dict or {{{MODEL_KEY!r}: state_dict}}, but {key!r} holds a "
+                f"value of type {type(value).__name__}",
+            )
+    config = dict(config) if isinstance(config, Mapping) else {}
+    return CheckpointFile(path, _unprefixed(state), config, others)
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch refuses every global that is not needed for tensors, and names it so.
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                path,
+                f"holds more than tensors ({refused[1]}); not loaded, since that could run code",
+            ) from error
+        raise CheckpointError(path, "not a PyTorch checkpoint, or a truncated one") from error
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        # The readers of archive and pickle raise many kinds of error on damaged files.
+        raise CheckpointError(path, "not a PyTorch checkpoint, or a truncated one") from error
+
+
+def _read_safetensors(path: Path) -> CheckpointFile:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise CheckpointError(path, "needs a package: pip install safetensors") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            config = json.loads((file.metadata() or {}).get(CONFIG_KEY, "{}"))
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(path, "not a .safetensors file, or a truncated one") from error
+    return CheckpointFile(path, _unprefixed(state), config if isinstance(config, dict) else {}, {})
+
+
+def _unprefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if all(key.startswith("module.") for key in state):
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def listed(items: Iterable[str]) -> str:
+    every = list(items)
+    more = f" and {len(every) - LISTED} more" if len(every) > LISTED else ""
+    return ", ".join(every[:LISTED]) + more
+
+
+def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
+    """Where to write, refused before any work where that cannot succeed."""
+    known = file.path.suffix in SUFFIXES
+    name = (file.path.stem if known else file.path.name) + ".flmoe.pt"
+    target = file.path.with_name(name) if out is None else Path(out)
+    if target.is_dir():
+        raise CheckpointError(target, "is a folder, expected a file to write")
+    if not target.parent.is_dir():
+        raise CheckpointError(target, "cannot be written: no such folder")
+    if target.exists() and target.samefile(file.path):
+        raise CheckpointError(target, "is the checkpoint itself, which would be overwritten")
+    if target.suffix == ".safetensors" and file.others:
+        raise CheckpointError(
+            target,
+            f"the checkpoint also holds {listed(sorted(map(repr, file.others)))}, for which a "
+            ".safetensors file has no place; write a .pt file",
+        )
+    return target
+
+
+def write(target: Path, file: CheckpointFile, config: dict[str, Any]) -> None:
+    state = {key: value.detach().clone().contiguous() for key, value in file.state_dict.items()}
+    save: Callable[[Path], None]
+    if target.suffix == ".safetensors":
+        try:
+            from safetensors.torch import save_file
+        except ModuleNotFoundError as error:
+            raise CheckpointError(target, "needs a package: pip install safetensors") from error
+
+        def save(path: Path) -> None:
+            save_file(state, path, metadata={CONFIG_KEY: json.dumps(config)})
+    else:
+
+        def save(path: Path) -> None:
+            with path.open("wb") as stream:
+                torch.save({**file.others, MODEL_KEY: state, CONFIG_KEY: config}, stream)
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save(temporary)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(target, f"cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
