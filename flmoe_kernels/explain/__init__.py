@@ -1,6 +1,11 @@
 """Explanations of one prediction: values of coalitions of tokens, and indices of token pairs from them."""
 
 from .additive import TwoAdditiveGame as TwoAdditiveGame
+from .attribution import attribute as attribute
+from .attribution_values import Attribution as Attribution
+from .drops import MaskingDrops as MaskingDrops
+from .faithfulness import faithfulness as faithfulness
+from .faithfulness import pair_masking as pair_masking
 from .games import TokenGame as TokenGame
 from .games import token_means as token_means
 from .interactions import probe_game as probe_game

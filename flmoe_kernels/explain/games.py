@@ -91,7 +91,7 @@ class TokenGame:
         self.lengths = tuple(0 if x is None else x.shape[1] for x in self._inputs)
         self.tokens = players_of(self.lengths, self._masks)
         self._place = _flat_places(self.tokens, self.lengths)
-        self._fills = _fills(fill, baseline, self._inputs)
+        self.fill_values = fill_values(fill, baseline, self._inputs)
         self.target = self._target(target)
         if max_batch is None:
             given = [x for x in self._inputs if x is not None]
@@ -134,7 +134,7 @@ class TokenGame:
         hasher = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
         hasher.update(model_digest(self.model).encode())
         masks: Inputs = [None] * len(self._inputs) if self._masks is None else self._masks
-        for tensor in (*self._inputs, *masks, *self._fills):
+        for tensor in (*self._inputs, *masks, *self.fill_values):
             add_tensor(hasher, tensor)
         return hasher.hexdigest()
 
@@ -166,7 +166,7 @@ class TokenGame:
                 inputs.append(x.expand(m, *x.shape[1:]))
                 masks.append(kept[k])
             else:
-                fill = self._fills[k]
+                fill = self.fill_values[k]
                 assert fill is not None
                 stays = kept[k] if mask is None else kept[k] | ~mask.to(torch.bool)
                 inputs.append(
@@ -281,7 +281,7 @@ def _flat_places(tokens: Ints, lengths: Sequence[int]) -> Ints:
     return (starts[tokens[:, 0]] + tokens[:, 1]).astype(np.int64)
 
 
-def _fills(
+def fill_values(
     fill: str, baseline: Sequence[Tensor | None] | None, inputs: Inputs
 ) -> list[Tensor | None]:
     """What absent tokens of each modality become, to be broadcast over (m, L_m, ...); None with "drop"."""

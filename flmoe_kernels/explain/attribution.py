@@ -1,0 +1,350 @@
+"""attribute: how much each token says to one logit, by attention or by gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation as check
+from ..interaction_moe.api import validate_inputs
+from ..interaction_moe.reference import ReferenceInteractionMoE
+from ..interaction_moe.structure import describe
+from .attribution_values import (
+    EXPERT,
+    EXPLAINS,
+    GRADIENT_ROLLOUT,
+    INTEGRATED,
+    METHODS,
+    MIXTURE,
+    ROLLOUT,
+    Attribution,
+)
+from .games import fill_values
+from .integrated import GAUSS, RULES, LogitsOf, Path, integrated_gradients
+from .masking import require_batch, valid_tokens
+from .memory import batch_size
+from .models import Inputs, expert_names, logits_of, require_model
+from .rollout import (
+    AttentionRecord,
+    attention_rollout,
+    evaluation_copy,
+    gradient_rollout,
+    recording_copy,
+)
+from .targets import LOGIT, resolve_targets
+
+TOKENS, LATENT = READOUTS = ("tokens", "latent")
+
+
+def attribute(
+    model: Any,
+    inputs: Inputs,
+    masks: Inputs | None = None,
+    *,
+    method: str = GRADIENT_ROLLOUT,
+    target: int | Tensor | None = None,
+    multi_label: bool = False,
+    explains: str = MIXTURE,
+    readout: str | int = TOKENS,
+    baseline: Sequence[Tensor | None] | None = None,
+    n_steps: int = 32,
+    rule: str = GAUSS,
+    magnitude: bool = False,
+    max_batch: int | None = None,
+) -> Attribution:
+    """How much each token says to the target's logit, by expert. No L x L map is ever held.
+
+    With z_e the target's logit of expert e and w_e its weight in the mixture, the score of expert e is w_e z_e,
+    its part of the mixture's logit (explains="mixture"), or z_e (explains="expert"). Per expert:
+
+    attention_rollout: a = r R, R = A_n ... A_1 over the layers, A = (P + I) / 2 with P the mean over heads of the
+        softmax rows; r the readout's weights of the last layer's tokens. Says where attention goes, whatever
+        the score. Source: arXiv 2005.00928.
+    gradient_rollout: a = r R with A = (C + I) / (its row sums), C the mean over heads of relu(P * dP), dP the
+        score's gradient by the attention probabilities; w_e is held constant, as nothing of it depends on them.
+        Source: arXiv 2103.15679, which does not divide by the row sums.
+    integrated_gradients: (x - x0) * integral over t of the score's gradient at x0 + t (x - x0), summed over the
+        token's features; the token's values sum to score(x) - score(x0) up to `completeness_error`, the
+        rule's error. Source: arXiv 1703.01365. With explains="mixture" the experts' weights move with t. Those of
+        FL-I2MoE come from features that are L2-normalised where masks are given, which jump at a zero baseline:
+        their gradient grows like 1 / t and its integral has no limit, so that values depend on the rule and
+        completeness is missed. Give another baseline, or explains="expert", which has the weights of x for all t.
+
+    Departures from the published evaluator (its masking evaluation of I2MoE): padded queries have no weight in
+    the readout, which there is the mean over all rows; in layers without a residual around the attention
+    (compat "i2moe") there is no I; integrated gradients there are the mean of |.| over features, `magnitude`
+    here, and the rule the right Riemann sum of 16 steps.
+
+    Routed MLPs whose gates have a capacity make a sample's logits depend on its batch: the rollouts' batch is the
+    given one, that of integrated gradients the rows of a pass.
+
+    Args:
+        model: InteractionMoE or its reference (swap() makes a published layer one); for integrated_gradients also
+            PairInteractionMoE or any differentiable callable of (inputs, masks) that returns logits, as one
+            expert, "model". In eval mode. Its parameters' gradients are left alone.
+        inputs: M x (B, L_m, D_m); None for a missing modality where the model takes it.
+        masks: M x (B, L_m), True or 1 = valid, or None each.
+        method: one of the three.
+        target, multi_label: see `resolve_targets`; by default the class that the model predicts.
+        explains: "mixture" or "expert"; a model without experts is the mixture.
+        readout: of the rollouts: "tokens", uniform over all valid tokens, as published; "latent", uniform over
+            the modalities and the valid tokens of each, the mean of the latent's parts; or a modality, whose
+            part of the latent is the mean of its tokens.
+        baseline: x0, M x (D_m,) or (L_m, D_m), such as `token_means`; by default 0.
+        n_steps, rule: nodes of the quadrature: "gauss_legendre" converges geometrically on these smooth models
+            and is the default; "midpoint" where kinks rule (ReLU networks).
+        magnitude: the mean of |.| over a token's features in place of their sum.
+        max_batch: rows of one pass of integrated gradients, samples times steps; None for what memory allows.
+
+    Returns:
+        Attribution.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Cost: a rollout one pass of each expert, with gradients two and a backward; memory O(B L (D + H d)) and the
+    blocks of scores. Integrated gradients n_steps passes and backwards, max_batch rows in memory.
+    """
+    check.require_choice("method", method, METHODS)
+    check.require_choice("explains", explains, EXPLAINS)
+    require_model(model, masking=False)
+    require_batch(inputs, masks)
+    with torch.inference_mode(False):
+        # Copies are made outside inference mode, whose tensors autograd refuses.
+        inputs = [None if x is None else x.detach().clone() for x in inputs]
+        if masks is not None:
+            masks = [None if mask is None else mask.clone() for mask in masks]
+        if method == INTEGRATED:
+            path = _path(inputs, baseline, n_steps, rule, max_batch)
+            parts = _parts(model, inputs, masks, explains)
+            return _by_path(parts, inputs, masks, (target, multi_label), explains, path, magnitude)
+        experts = _Experts.of(model, inputs, masks)
+        return _by_rollout(experts, masks, method, (target, multi_label), explains, readout)
+
+
+@dataclass(frozen=True, eq=False)
+class _Experts:
+    """The experts of an interaction layer and B samples: fusion models that record their attention."""
+
+    names: tuple[str, ...]
+    fusions: list[tuple[nn.Module, list[AttentionRecord]]]
+    reweight: nn.Module
+    residual: bool
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, model: Any, inputs: Inputs, masks: Inputs | None) -> _Experts:
+        """Raises TypeError, ValueError: no such layer, or inputs that it does not take."""
+        if not isinstance(model, ReferenceInteractionMoE):
+            raise TypeError(
+                "model: expected InteractionMoE or its reference, whose attention is known, got "
+                f"{type(model).__name__}; swap() makes a published layer one, and "
+                "method='integrated_gradients' takes any model"
+            )
+        given: Any = inputs
+        parameter: Any = model.reweight.mlp.network[0].weight
+        validate_inputs(describe(model), given, masks, parameter)
+        return cls(
+            names=expert_names(model),
+            fusions=[recording_copy(expert.fusion_model) for expert in model.interaction_experts],
+            reweight=evaluation_copy(model.reweight),
+            residual=model.compat == "fl_i2moe",
+            inputs=inputs,
+        )
+
+    def run(
+        self, e: int, inputs: Any, masks: Inputs | None
+    ) -> tuple[Tensor, list[AttentionRecord]]:
+        """Logits (B, C) of expert e and what its attentions computed, first layer first."""
+        fusion, records = self.fusions[e]
+        try:
+            logits, _ = fusion(inputs, masks)
+            return logits, list(records)
+        finally:
+            records.clear()
+
+    def scores(self, e: int, mixed: bool) -> LogitsOf:
+        """A function of inputs and masks: logits (B, C) of expert e, times its weights where mixed."""
+
+        def logits(inputs: Any, masks: Any) -> Tensor:
+            own = self.run(e, inputs, masks)[0]
+            return own * self.reweight(inputs, masks)[:, e : e + 1] if mixed else own
+
+        return logits
+
+
+def _by_rollout(
+    experts: _Experts,
+    masks: Inputs | None,
+    method: str,
+    wanted: tuple[int | Tensor | None, bool],
+    explains: str,
+    readout: str | int,
+) -> Attribution:
+    valid = valid_tokens(experts.inputs, masks)
+    start, whole = readout_weights(readout, valid), torch.cat(valid, dim=1)
+    rows: list[Tensor] = []
+    logits: list[Tensor] = []
+    with torch.no_grad():
+        weights = experts.reweight(experts.inputs, masks)
+        for e in range(len(experts.names)):
+            own, records = experts.run(e, experts.inputs, masks)
+            logits.append(own)
+            if method == ROLLOUT:
+                rows.append(attention_rollout(start, records, whole, experts.residual))
+        mixture = (torch.stack(logits, dim=1) * weights.unsqueeze(2)).sum(dim=1)
+    targets = resolve_targets(wanted[0], mixture, wanted[1])
+    factors = weights if explains == MIXTURE else torch.ones_like(weights)
+    if method == GRADIENT_ROLLOUT:
+        for e in range(len(experts.names)):
+            with torch.enable_grad():
+                own, records = experts.run(e, experts.inputs, masks)
+                score = (targets.read(own, LOGIT) * factors[:, e]).sum()
+                gradients = torch.autograd.grad(score, [record.out for record in records])
+            rows.append(gradient_rollout(start, records, gradients, whole, experts.residual))
+    scores = torch.stack([targets.read(own, LOGIT) for own in logits], dim=1) * factors
+    lengths = [x.shape[1] for x in valid]
+    values = torch.stack(rows, dim=1)
+    # What attention says of an expert does not know its weight; a gradient of w_e z_e does.
+    shares = weights if explains == EXPERT or method == ROLLOUT else torch.ones_like(weights)
+    return Attribution(
+        index=method,
+        explains=explains,
+        experts=experts.names,
+        values=values.split(lengths, dim=2),
+        mixture=torch.einsum("be,bel->bl", shares.double(), values).split(lengths, dim=1),
+        valid=tuple(valid),
+        weights=weights.double(),
+        targets=targets.weights,
+        multi_label=targets.multi_label,
+        scores=scores,
+        completeness_error=None,
+        budget=1,
+        settings={"readout": readout},
+    )
+
+
+def readout_weights(readout: str | int, valid: Sequence[Tensor]) -> Tensor:
+    """What the readout takes of each token of the last layer, (B, L) in float64, 0 for padding."""
+    if isinstance(readout, str):
+        check.require_choice("readout", readout, READOUTS)
+    else:
+        check.require_count("readout", readout, 0, len(valid) - 1)
+    if readout == TOKENS:
+        whole = torch.cat(list(valid), dim=1).double()
+        return whole / whole.sum(dim=1, keepdim=True).clamp_min(1.0)
+    parts = [x / x.sum(dim=1, keepdim=True).clamp_min(1.0) for x in (v.double() for v in valid)]
+    if readout == LATENT:
+        return torch.cat(parts, dim=1) / len(parts)
+    return torch.cat([x * float(m == readout) for m, x in enumerate(parts)], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What integrated gradients differentiate: logits of each part, and of all of them together."""
+
+    names: tuple[str, ...]
+    logits: list[LogitsOf]
+    mixture: Tensor
+    weights: Tensor
+
+
+def _parts(model: Any, inputs: Inputs, masks: Inputs | None, explains: str) -> _Parts:
+    if isinstance(model, ReferenceInteractionMoE):
+        experts = _Experts.of(model, inputs, masks)
+        with torch.no_grad():
+            weights = experts.reweight(inputs, masks)
+            own = [experts.run(e, inputs, masks)[0] for e in range(len(experts.names))]
+        mixture = (torch.stack(own, dim=1) * weights.unsqueeze(2)).sum(dim=1)
+        functions = [experts.scores(e, explains == MIXTURE) for e in range(len(own))]
+        return _Parts(experts.names, functions, mixture, weights)
+    with torch.no_grad():
+        mixture = logits_of(model, inputs, masks, None)
+    # The experts of PairInteractionMoE are added, each with weight 1; another model is its only part.
+    names = expert_names(model)
+    places: list[int | None] = [*range(len(names))] if names else [None]
+    functions = [functools.partial(_logits_of_part, model, place) for place in places]
+    return _Parts(
+        names or ("model",), functions, mixture, mixture.new_ones((len(mixture), len(places)))
+    )
+
+
+def _logits_of_part(model: Any, place: int | None, inputs: Inputs, masks: Inputs | None) -> Tensor:
+    return logits_of(model, inputs, masks, place)
+
+
+def _by_path(
+    parts: _Parts,
+    inputs: Inputs,
+    masks: Inputs | None,
+    wanted: tuple[int | Tensor | None, bool],
+    explains: str,
+    path: Path,
+    magnitude: bool,
+) -> Attribution:
+    targets = resolve_targets(wanted[0], parts.mixture, wanted[1])
+    valid = valid_tokens(inputs, masks)
+    shares = parts.weights if explains == EXPERT else torch.ones_like(parts.weights)
+    values: list[list[Tensor]] = [[] for _ in inputs]
+    together: list[Tensor] = []
+    errors, scores = [], []
+    for logits, share in zip(parts.logits, shares.double().unbind(dim=1), strict=True):
+        found = integrated_gradients(logits, inputs, masks, targets, path)
+        errors.append(found.error)
+        scores.append(found.score)
+        for m, x in enumerate(found.values):
+            values[m].append(_of_tokens(x, valid[m], magnitude))
+        weighted = [x * share.view(-1, *[1] * (x.dim() - 1)) for x in found.values]
+        together = (
+            [x + y for x, y in zip(together, weighted, strict=True)] if together else weighted
+        )
+    return Attribution(
+        index=INTEGRATED,
+        explains=explains,
+        experts=parts.names,
+        values=tuple(torch.stack(each, dim=1) for each in values),
+        mixture=tuple(_of_tokens(x, v, magnitude) for x, v in zip(together, valid, strict=True)),
+        valid=tuple(valid),
+        weights=parts.weights.double(),
+        targets=targets.weights,
+        multi_label=targets.multi_label,
+        scores=torch.stack(scores, dim=1),
+        completeness_error=torch.stack(errors, dim=1),
+        budget=path.n_steps,
+        settings={"rule": path.rule, "n_steps": path.n_steps, "magnitude": int(magnitude)},
+    )
+
+
+def _of_tokens(values: Tensor, valid: Tensor, magnitude: bool) -> Tensor:
+    """(B, L) of values (B, L, ...) by feature; 0 for padding."""
+    features = values.flatten(2)
+    found = features.abs().mean(dim=2) if magnitude else features.sum(dim=2)
+    return found.masked_fill(~valid, 0.0)
+
+
+def _path(
+    inputs: Inputs,
+    baseline: Sequence[Tensor | None] | None,
+    n_steps: int,
+    rule: str,
+    max_batch: int | None,
+) -> Path:
+    check.require_choice("rule", rule, RULES)
+    check.require_count("n_steps", n_steps, 1)
+    fill = "zero" if baseline is None else "mean"
+    starts = [
+        None if x is None or start is None else start.expand_as(x)
+        for x, start in zip(inputs, fill_values(fill, baseline, inputs), strict=True)
+    ]
+    if max_batch is None:
+        given = [x for x in inputs if x is not None]
+        # A backward keeps about twice what a pass holds.
+        size = 2 * sum(x[:1].nbytes for x in given)
+        max_batch = batch_size(size, given[0].device)
+    check.require_count("max_batch", max_batch, 1)
+    return Path(starts, rule, n_steps, max_batch)

@@ -1,0 +1,129 @@
+"""What an attribution is: values of tokens, by expert, with what they are values of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import validation as check
+from .archive import decode, encode, write_whole
+from .masking import candidates, min_max
+
+ROLLOUT, GRADIENT_ROLLOUT, INTEGRATED = METHODS = (
+    "attention_rollout",
+    "gradient_rollout",
+    "integrated_gradients",
+)
+MIXTURE, EXPERT = EXPLAINS = ("mixture", "expert")
+_KIND = "flmoe_kernels.explain.Attribution"
+_HEADER = ("index", "explains", "experts", "multi_label", "budget", "settings")
+_OPTIONAL = "completeness_error"
+_LISTS = ("values", "mixture", "valid")
+_TENSORS = ("weights", "targets", "scores", _OPTIONAL)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution:
+    """Every token's part in the target's logit of each sample, by expert. float64, no autograd graph.
+
+    Attributes:
+        index: the method, one of METHODS.
+        explains: "mixture" or "expert", see `attribute`.
+        experts: E names.
+        values: M x (B, E, L_m), 0 for padding.
+        mixture: M x (B, L_m), of all experts together: sum_e w_e values_e where each expert's own score is
+            explained, or nothing of it enters the values (attention rollout), and sum_e values_e where the
+            experts' parts of the mixture are. Magnitudes are taken after that sum.
+        valid: M x (B, L_m) bool.
+        weights: (B, E), the mixture's weights of the experts at these inputs.
+        targets: (B, C), what is explained: rows that sum to 1 over the explained classes.
+        multi_label: whether several classes may be.
+        scores: (B, E), the explained scores of the experts.
+        completeness_error: (B, E), for integrated gradients the score less its value at the baseline less the
+            sum of the values before any magnitude is taken; else None.
+        budget: evaluations of each sample's score per expert.
+        settings: what the method was called with.
+    """
+
+    index: str
+    explains: str
+    experts: tuple[str, ...]
+    values: tuple[Tensor, ...]
+    mixture: tuple[Tensor, ...]
+    valid: tuple[Tensor, ...]
+    weights: Tensor
+    targets: Tensor
+    multi_label: bool
+    scores: Tensor
+    completeness_error: Tensor | None
+    budget: int
+    settings: dict[str, str | int]
+
+    def of(self, expert: str | int | None = None) -> list[Tensor]:
+        """Values M x (B, L_m) of one expert, by name or position, or of the mixture."""
+        if expert is None:
+            return [x.clone() for x in self.mixture]
+        place = self._place(expert)
+        return [x[:, place].clone() for x in self.values]
+
+    def normalized(
+        self, expert: str | int | None = None, exempt: Sequence[int] = ()
+    ) -> list[Tensor]:
+        """As `of`, scaled for each sample and modality to 0..1 over its valid tokens: (x - min) / (max - min).
+
+        Where all are equal, 0; padding is 0. The published evaluator leaves padding and the exempt token as they
+        come.
+
+        Args:
+            exempt: modalities whose token 0 has no part in this and is 0.
+        """
+        chosen = candidates(self.valid, exempt)
+        return [min_max(x, ok) for x, ok in zip(self.of(expert), chosen, strict=True)]
+
+    def save(self, path: str | Path) -> None:
+        """Write one file, an .npz with a JSON header; whole or not at all."""
+        header: dict[str, Any] = {name: getattr(self, name) for name in _HEADER}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        for name in _LISTS:
+            tensors |= {f"{name}_{m}": x for m, x in enumerate(getattr(self, name))}
+        arrays = {name: x.cpu().numpy() for name, x in tensors.items() if x is not None}
+        write_whole(Path(path), encode(_KIND, {**header, "modalities": len(self.values)}, arrays))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """What `save` wrote, on the CPU. Nothing is unpickled.
+
+        Raises:
+            ValueError: another file, or a damaged one.
+        """
+        header, arrays = decode(Path(path).read_bytes(), _KIND, str(path))
+        tensors: dict[str, Any] = {name: torch.from_numpy(x) for name, x in arrays.items()}
+        modalities = range(int(header.get("modalities", 0)))
+        tensors.setdefault(_OPTIONAL, None)
+        whole = {*_TENSORS, *(f"{name}_{m}" for name in _LISTS for m in modalities)}
+        if set(tensors) != whole or not set(_HEADER) <= set(header):
+            raise ValueError(f"{path}: expected the parts of {_KIND}, got others")
+        lists = {name: tuple(tensors[f"{name}_{m}"] for m in modalities) for name in _LISTS}
+        found = {name: header[name] for name in _HEADER} | {
+            name: tensors[name] for name in _TENSORS
+        }
+        return cls(**{**found, **lists, "experts": tuple(header["experts"])})
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(f"{m}: {x.shape[2]} tokens" for m, x in enumerate(self.values))
+        return (
+            f"Attribution({self.index} of the {self.explains} for {len(self.weights)} samples; "
+            f"modalities {lengths}; experts {', '.join(self.experts)})"
+        )
+
+    def _place(self, expert: str | int) -> int:
+        if isinstance(expert, str):
+            check.require_choice("expert", expert, self.experts)
+            return self.experts.index(expert)
+        check.require_count("expert", expert, 0, len(self.experts) - 1)
+        return expert

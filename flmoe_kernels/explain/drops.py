@@ -1,0 +1,267 @@
+"""What a model loses when tokens are masked, next to as many random ones: measured and kept."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import validation as check
+from .archive import decode, encode, write_whole
+from .masking import MaskedModel, places
+from .targets import PROB, Targets
+
+COMPREHENSIVENESS, SUFFICIENCY = KINDS = ("comprehensiveness", "sufficiency")
+MEAN, AUC = AOPC_MODES = ("mean", "auc")
+_KIND = "flmoe_kernels.explain.MaskingDrops"
+_HEADER = (
+    *("index", "unit", "budgets", "metrics", "multi_label"),
+    *("seed", "evaluations", "batch_size", "settings"),
+)
+_TENSORS = ("identified", "random", "original", "masked", "maskable", "targets")
+
+
+class Summary(NamedTuple):
+    """Means over samples, of a budget each (K,) or of their aggregate ().
+
+    identified: the mean drop where identified tokens are masked.
+    standard_error: of that mean, over samples.
+    random: the mean drop where random tokens are masked, over seeds and samples.
+    random_std: the standard deviation over seeds of the samples' mean; 0 for one seed.
+    gap: how much better identified tokens do: identified - random for comprehensiveness, which should be large,
+        random - identified for sufficiency, which should be small.
+
+    Without random draws the last three are NaN.
+    """
+
+    identified: Tensor
+    standard_error: Tensor
+    random: Tensor
+    random_std: Tensor
+    gap: Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MaskingDrops:
+    """Drops of B samples under K budgets by Q metrics. float64.
+
+    With f a metric of the target, x a sample, T the tokens identified under a budget and N all that may be masked,
+
+        comprehensiveness = f(x) - f(x with T masked)
+        sufficiency       = f(x) - f(x with N without T masked)
+
+    A sample without a token that may be masked has NaN and is left out of all means.
+
+    Attributes:
+        index: "faithfulness" (T by attributions) or "pair_masking" (T by ranked pairs).
+        unit: of the budgets, "percent" of each modality's tokens or "tokens".
+        budgets: K increasing numbers.
+        metrics: Q of "prob", "log_prob", "logit", see `Targets.read`.
+        identified: (2, Q, B, K): comprehensiveness, sufficiency.
+        random: (2, Q, R, B, K), the same with T drawn at random, as many tokens of each modality; R repeats.
+        original: (Q, B), f(x).
+        masked: (B, K) int64, the size of T.
+        maskable: (B,) int64, the size of N.
+        targets, multi_label: see Attribution.
+        seed: of the random draws.
+        evaluations: samples, masked or not, that the model saw.
+        batch_size: of them at once.
+        settings: fill, expert, exempt and what the call adds.
+    """
+
+    index: str
+    unit: str
+    budgets: tuple[float, ...]
+    metrics: tuple[str, ...]
+    identified: Tensor
+    random: Tensor
+    original: Tensor
+    masked: Tensor
+    maskable: Tensor
+    targets: Tensor
+    multi_label: bool
+    seed: int
+    evaluations: int
+    batch_size: int
+    settings: dict[str, Any]
+
+    def values(self, kind: str = COMPREHENSIVENESS, metric: str = PROB) -> Tensor:
+        """The drops of single samples, (B, K)."""
+        return self.identified[self._places(kind, metric)].clone()
+
+    def curve(self, kind: str = COMPREHENSIVENESS, metric: str = PROB) -> Summary:
+        """Means over samples for every budget."""
+        return self._summary(kind, metric, torch.eye(len(self.budgets), dtype=torch.float64))
+
+    def aopc(self, kind: str = COMPREHENSIVENESS, metric: str = PROB, mode: str = MEAN) -> Summary:
+        """The area over the perturbation curve: the mean over budgets (DeYoung et al., arXiv 1911.03429).
+
+        Args:
+            mode: "mean", or "auc": the trapezoidal area over the budgets, divided by their span.
+        """
+        check.require_choice("mode", mode, AOPC_MODES)
+        weights = torch.full((len(self.budgets),), 1.0 / len(self.budgets), dtype=torch.float64)
+        if mode == AUC and len(self.budgets) > 1:
+            x = torch.tensor(self.budgets, dtype=torch.float64)
+            step = x.diff() / (2.0 * (x[-1] - x[0]))
+            zero = step.new_zeros(1)
+            weights = torch.cat([step, zero]) + torch.cat([zero, step])
+        return Summary(*(x[0] for x in self._summary(kind, metric, weights.unsqueeze(1))))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row of plain numbers for every kind, metric and budget, and for AOPC, whose budget is None."""
+        found = []
+        for kind in KINDS:
+            for metric in self.metrics:
+                curve = self.curve(kind, metric)
+                parts = [Summary(*each) for each in zip(*curve, strict=True)]
+                for budget, part in zip(
+                    (*self.budgets, None), (*parts, self.aopc(kind, metric)), strict=True
+                ):
+                    numbers = {name: float(x) for name, x in part._asdict().items()}
+                    found.append({"kind": kind, "metric": metric, "budget": budget, **numbers})
+        return found
+
+    def table(self) -> str:
+        """The rows as text, below a line that says what they are."""
+        lines = [
+            repr(self),
+            f"{'kind':<18}{'metric':<10}{self.unit:>8}"
+            + "".join(f"{name:>15}" for name in Summary._fields),
+        ]
+        for row in self.rows():
+            budget = "AOPC" if row["budget"] is None else f"{row['budget']:g}"
+            numbers = "".join(f"{row[name]:>15.5g}" for name in Summary._fields)
+            lines.append(f"{row['kind']:<18}{row['metric']:<10}{budget:>8}{numbers}")
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write one file, an .npz with a JSON header; whole or not at all."""
+        header = {name: getattr(self, name) for name in _HEADER}
+        arrays = {name: getattr(self, name).cpu().numpy() for name in _TENSORS}
+        write_whole(Path(path), encode(_KIND, header, arrays))
+
+    @classmethod
+    def load(cls, path: str | Path) -> MaskingDrops:
+        """What `save` wrote, on the CPU. Nothing is unpickled.
+
+        Raises:
+            ValueError: another file, or a damaged one.
+        """
+        header, arrays = decode(Path(path).read_bytes(), _KIND, str(path))
+        if set(arrays) != set(_TENSORS) or not set(_HEADER) <= set(header):
+            raise ValueError(f"{path}: expected the parts of {_KIND}, got others")
+        found = {name: header[name] for name in _HEADER}
+        tensors = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
+        lists = {name: tuple(found[name]) for name in ("budgets", "metrics")}
+        return cls(**{**found, **tensors, **lists})
+
+    def __repr__(self) -> str:
+        budgets = ", ".join(f"{budget:g}" for budget in self.budgets)
+        return (
+            f"MaskingDrops({self.index} of {len(self.maskable)} samples; {budgets} {self.unit}, fill "
+            f"{self.settings.get('fill')!r}; {self.random.shape[2]} random repeats, seed {self.seed}; "
+            f"{self.evaluations} evaluations)"
+        )
+
+    def _places(self, kind: str, metric: str) -> tuple[int, int]:
+        check.require_choice("kind", kind, KINDS)
+        check.require_choice("metric", metric, self.metrics)
+        return KINDS.index(kind), self.metrics.index(metric)
+
+    def _summary(self, kind: str, metric: str, weights: Tensor) -> Summary:
+        """Of drops times weights (K, k)."""
+        place = self._places(kind, metric)
+        weights = weights.to(self.identified.device)
+        there = self.maskable > 0
+        identified = self.identified[place][there] @ weights
+        by_seed = (self.random[place][:, there] @ weights).mean(dim=1)
+        mean, random = identified.mean(dim=0), by_seed.mean(dim=0)
+        seeds, samples = len(by_seed), len(identified)
+        spread = by_seed.std(dim=0) if seeds > 1 else torch.zeros_like(random) * random
+        error = identified.std(dim=0) * samples**-0.5 if samples > 1 else mean * torch.nan
+        gap = mean - random if kind == COMPREHENSIVENESS else random - mean
+        return Summary(mean, error, random, spread, gap)
+
+
+def draw_places(candidate: Sequence[Tensor], n_random: int, seed: int) -> list[Tensor]:
+    """Uniformly random orders of the candidates M x (B, L_m): their places, M x (n_random, B, L_m).
+
+    The same on every device, and the first ones of a longer draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [x.shape[1] for x in candidate]
+    keys = [
+        torch.rand((len(candidate[0]), sum(lengths)), generator=generator, dtype=torch.float64)
+        for _ in range(n_random)
+    ]
+    whole = torch.stack(keys) if keys else torch.zeros((0, len(candidate[0]), sum(lengths)))
+    parts = whole.to(candidate[0].device).split(lengths, dim=2)
+    return [places(part, each) for part, each in zip(parts, candidate, strict=True)]
+
+
+class Measured(NamedTuple):
+    """See MaskingDrops."""
+
+    identified: Tensor
+    random: Tensor
+    original: Tensor
+    evaluations: int
+
+
+def measure(
+    masked: MaskedModel,
+    targets: Targets,
+    metrics: Sequence[str],
+    chosen: Sequence[Tensor],
+    candidate: Sequence[Tensor],
+    progress: bool = False,
+) -> Measured:
+    """The drops of sets of tokens.
+
+    Args:
+        chosen: M x (1 + R, K, B, L_m) bool, among the candidates: the identified ones, then the random ones.
+        candidate: M x (B, L_m) bool.
+    """
+    sets, budgets, batch = chosen[0].shape[:3]
+    count = sets * budgets * batch
+    flat = [x.flatten(0, 2) for x in chosen]
+    samples = torch.arange(batch, device=masked.device)
+    nothing = [torch.zeros_like(x) for x in candidate]
+    original = masked.read(targets, metrics, samples, nothing)
+    found = []
+    with _bar(progress, 2 * count) as advance:
+        for kind in KINDS:
+            for rows in torch.arange(count, device=masked.device).split(masked.max_batch):
+                of = rows % batch
+                hidden = [x[rows] for x in flat]
+                if kind == SUFFICIENCY:
+                    hidden = [
+                        each[of] & ~gone for each, gone in zip(candidate, hidden, strict=True)
+                    ]
+                found.append(original[:, of] - masked.read(targets, metrics, of, hidden))
+                advance(len(rows))
+    drops = torch.cat(found, dim=1).view(len(metrics), len(KINDS), sets, budgets, batch)
+    drops = drops.permute(1, 0, 2, 4, 3)
+    empty = torch.stack([x.sum(dim=1) for x in candidate]).sum(dim=0) == 0
+    drops = drops.masked_fill(empty[:, None], torch.nan)
+    return Measured(drops[:, :, 0].clone(), drops[:, :, 1:].clone(), original, batch + 2 * count)
+
+
+@contextmanager
+def _bar(shown: bool, total: int) -> Iterator[Any]:
+    if not shown:
+        yield lambda count: None
+        return
+    try:
+        tqdm: Any = importlib.import_module("tqdm").tqdm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("progress: needs a package: pip install tqdm") from error
+    with tqdm(total=total, desc="masked samples") as bar:
+        yield bar.update

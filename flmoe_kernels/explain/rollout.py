@@ -1,0 +1,198 @@
+"""Attention rollout and attention x gradient rollout without L x L maps.
+
+A rollout multiplies the attention of all layers, R = A_n ... A_1, and reads w R for some weights w (L,) over the
+last layer's tokens. Only w R is ever needed, so w travels from the last layer down, one vector times one matrix
+at a time, and the matrix is made for a block of queries at a time from q and k: nothing larger than the blocks
+of MAX_SCORES scores exists, whatever L is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..expert_attention import expert_attention
+from ..interaction_moe.packing import plan_tokens
+from ..interaction_moe.reference import Attention
+
+# Scores of one block, 4 MiB of float32: a few of these are alive at once. They stay in a CPU's caches, and one
+# product fills a GPU. mmimdb's 516 tokens and 4 heads go sample by sample, 508 queries at once.
+MAX_SCORES = 2**20
+# Of a row's sum, as in the published evaluator; only a row of zeros comes near.
+LEAST_SUM = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRecord:
+    """What one attention computed: q, k, v (B, L, H, d) and, before the projection, its output (B, L, H * d)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    scale: float
+
+
+class RecordingAttention(nn.Module):
+    """The attention of a fusion layer on the same parameters, by expert_attention, which keeps no map.
+
+    Every call appends an AttentionRecord to `records`. Padded queries give 0 and a sample of padding alone gives
+    0, where the reference gives values that nothing reads, and NaN. With gradients enabled the output always
+    carries one, also where no parameter asks for it.
+    """
+
+    def __init__(self, attention: Attention, records: list[AttentionRecord]) -> None:
+        super().__init__()
+        self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.q, self.kv, self.proj = attention.q, attention.kv, attention.proj
+        self.records = records
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        heads = (self.num_heads, x.shape[2] // self.num_heads)
+        q = self.q(x)
+        k, v = self.kv(x).chunk(2, dim=2)
+        masks = None if key_mask is None else [key_mask]
+        plan = plan_tokens(x.shape[0], [x.shape[1]], masks, x.device)
+        rows_q, rows_k, rows_v = (plan.pack(part).unflatten(-1, heads) for part in (q, k, v))
+        packed: Any = expert_attention(rows_q, rows_k, rows_v, plan.cu_samples, scale=self.scale)
+        flat = packed.flatten(1)
+        if plan.index is not None:
+            whole = flat.new_zeros((x.shape[0] * x.shape[1], x.shape[2]))
+            flat = whole.index_copy(0, plan.index, flat)
+        out = flat.view(x.shape)
+        if torch.is_grad_enabled() and not out.requires_grad:
+            out.requires_grad_()
+        self.records.append(
+            AttentionRecord(
+                q=q.detach().unflatten(-1, heads),
+                k=k.detach().unflatten(-1, heads),
+                v=v.detach().unflatten(-1, heads),
+                out=out,
+                scale=self.scale,
+            )
+        )
+        return self.proj(out)
+
+
+def evaluation_copy(
+    module: nn.Module, replace: Callable[[nn.Module], nn.Module | None] | None = None
+) -> nn.Module:
+    """The module in eval mode on the same parameters; the module itself is left as it is.
+
+    Args:
+        module: of plain containers and parts that call one another as submodules.
+        replace: another module for a part, or None for a copy of it.
+    """
+    return _copied(module, replace, {})
+
+
+def _copied(
+    module: nn.Module,
+    replace: Callable[[nn.Module], nn.Module | None] | None,
+    seen: dict[int, nn.Module],
+) -> nn.Module:
+    if id(module) not in seen:
+        other = None if replace is None else replace(module)
+        if other is None:
+            other = copy.copy(module)
+            parts = {
+                name: None if part is None else _copied(part, replace, seen)
+                for name, part in module._modules.items()
+            }
+            other.__dict__["_modules"] = parts
+        other.__dict__["training"] = False
+        seen[id(module)] = other
+    return seen[id(module)]
+
+
+def recording_copy(fusion: nn.Module) -> tuple[nn.Module, list[AttentionRecord]]:
+    """A fusion model in eval mode on the same parameters, and the list that its attentions append to."""
+    records: list[AttentionRecord] = []
+
+    def replaced(part: nn.Module) -> nn.Module | None:
+        return RecordingAttention(part, records) if isinstance(part, Attention) else None
+
+    return evaluation_copy(fusion, replaced), records
+
+
+def attention_rollout(
+    readout: Tensor, records: Sequence[AttentionRecord], valid: Tensor, residual: bool
+) -> Tensor:
+    """w R (B, L) in float64 for w = readout (B, L), R = A_n ... A_1 with head means A:
+
+        A_l = (mean over heads of softmax(scale q k^T) + I) / 2, without I and 1/2 where there is no residual.
+
+    Source: Abnar and Zuidema, arXiv 2005.00928. Time as the forward pass of the attention.
+    """
+    rows = readout.double()
+    for record in reversed(records):
+        moved = torch.zeros_like(rows)
+        for samples, queries, probabilities in _blocks(record, valid):
+            mean = probabilities.mean(dim=1)
+            moved[samples] += _times(rows[samples, queries], mean)
+        rows = 0.5 * (rows + moved) if residual else moved
+    return rows
+
+
+def gradient_rollout(
+    readout: Tensor,
+    records: Sequence[AttentionRecord],
+    gradients: Sequence[Tensor],
+    valid: Tensor,
+    residual: bool,
+) -> Tensor:
+    """w R (B, L) in float64 for w = readout (B, L), R = M_n ... M_1 with
+
+        C = mean over heads of relu(P * dP),   M = (C + I) / (row sums of C + I)
+
+    P the probabilities and dP = g v^T the score's gradient by them, made block by block like P from the gradient
+    g (B, L, H * d) by the attention's output, one per record. Without a residual there is no I.
+    """
+    rows = readout.double()
+    for record, gradient in zip(reversed(records), reversed(gradients), strict=True):
+        g = gradient.view_as(record.q)
+        moved = torch.zeros_like(rows)
+        for samples, queries, probabilities in _blocks(record, valid):
+            # Shapes (samples, H, block, d) and (samples, H, d, L).
+            by_probability = _upcast(g[samples, queries]).transpose(1, 2) @ _upcast(
+                record.v[samples]
+            ).permute(0, 2, 3, 1)
+            mean = by_probability.mul_(probabilities).relu_().mean(dim=1)
+            total = mean.sum(dim=2).double() + float(residual)
+            share = rows[samples, queries] / total.clamp_min(LEAST_SUM)
+            moved[samples] += _times(share, mean)
+            if residual:
+                moved[samples, queries] += share
+        rows = moved
+    return rows
+
+
+def _blocks(record: AttentionRecord, valid: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Probabilities (samples, H, block, L) of blocks of samples and queries; 0 for padded keys."""
+    batch, length, heads, _ = record.q.shape
+    samples = max(1, MAX_SCORES // max(1, heads * length * length))
+    block = max(1, min(length, MAX_SCORES // max(1, heads * length)))
+    for first in range(0, batch, samples):
+        chosen = slice(first, first + samples)
+        keys = _upcast(record.k[chosen]).permute(0, 2, 3, 1) * record.scale
+        padded = ~valid[chosen, None, None, :]
+        for start in range(0, length, block):
+            queries = slice(start, start + block)
+            scores = _upcast(record.q[chosen, queries]).transpose(1, 2) @ keys
+            scores = scores.masked_fill_(padded, float("-inf")).softmax(dim=-1)
+            # The softmax of a sample of padding alone is NaN.
+            yield chosen, queries, scores.masked_fill_(padded, 0.0)
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (S, Q) times matrix (S, Q, L) in the matrix's dtype, added to in float64."""
+    return (rows.to(matrix.dtype).unsqueeze(1) @ matrix).squeeze(1).double()
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
