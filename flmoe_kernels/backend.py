@@ -27,7 +27,8 @@ CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     op: {REFERENCE: (*_FLOATS, torch.float64), CPU: (*_FLOATS, torch.float64)}
     for op in ("expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp")
 }
-CAPABILITIES["pair_moe"][TRITON] = _FLOATS
+for op in ("pair_moe", "routing", "routed_mlp"):
+    CAPABILITIES[op][TRITON] = _FLOATS
 CAPABILITIES["routing"][CUDA] = (*_FLOATS, torch.float64)
 
 # What a CUDA tensor gets, best first, where the operator and the machine have it.

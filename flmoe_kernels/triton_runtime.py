@@ -6,11 +6,12 @@ tensors on the meta device, is what runs where it is.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +25,11 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.bool: "*i1",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
+# Where there is no GPU to ask: few, since the interpreter runs programs one by one.
+_MULTIPROCESSORS = 2
 _MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 
 
@@ -42,7 +46,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, the number of its programs, and all of its arguments by name."""
+    """A kernel, the number of its programs, and all of its arguments by name.
+
+    registers: the most that a thread may have, by architecture; for others it is the compiler's choice.
+    """
 
     kernel: Any
     programs: int
@@ -50,9 +57,11 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: Mapping[int, int] = field(default_factory=dict)
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.constants, **self._options())
+        options = self._options(_architecture() if self.registers else 0)
+        self.kernel[(self.programs,)](**self.arguments, **self.constants, **options)
 
     def compile(self, architecture: int) -> Report:
         """Compile for sm_`architecture`; needs no GPU, but real kernels, not those of the interpreter."""
@@ -68,13 +77,16 @@ class Launch:
         compiled = triton.compile(
             ASTSource(self.kernel, signature, constants, attributes),
             target=GPUTarget("cuda", architecture, 32),
-            options=self._options(),
+            options=self._options(architecture),
         )
         return _report(compiled)
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, architecture: int) -> dict[str, Any]:
         # Fused multiply-adds are what the error budgets are met with; their default is about to change.
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        if architecture in self.registers:
+            options["maxnreg"] = self.registers[architecture]
+        return options
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:
@@ -95,6 +107,46 @@ def _run(launches: Iterable[Launch]) -> None:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has: persistent kernels run a fixed number of programs on each."""
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _architecture() -> int:
+    """The current GPU's, 90 for sm_90; 0 in the interpreter."""
+    return 0 if interpreted() else _capability(torch.cuda.current_device())
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def matrix_precision(dtype: torch.dtype) -> str:
+    """float32 products: three TF32 ones, which are near float32, or one where torch's own may be that."""
+    settings = torch.backends.cuda.matmul
+    # From torch 2.9 on reading allow_tf32 may raise.
+    fast = getattr(settings, "fp32_precision", None) or ("tf32" if settings.allow_tf32 else "ieee")
+    return "tf32" if fast == "tf32" and dtype == torch.float32 else "tf32x3"
+
+
+def expect(
+    name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fail unless x, if given, is what a kernel will read: a call of a registered operator that did not come
+    through the package's doors must not become a read past a tensor's end."""
+    if x is None:
+        return
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"{name}: expected {dtype} {tuple(shape)} on {device}, "
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
 
 
 def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:

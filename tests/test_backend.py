@@ -45,8 +45,9 @@ def test_capability_table() -> None:
     operators = {"expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp"}
     assert set(backends.CAPABILITIES) == operators
     for op, supported in backends.CAPABILITIES.items():
-        on_gpu = {"pair_moe": {"triton"}, "routing": {"cuda"}}.get(op, set())
-        assert set(supported) == {"reference", "cpu"} | on_gpu
+        triton = {"triton"} if op in ("pair_moe", "routing", "routed_mlp") else set()
+        cuda = {"cuda"} if op == "routing" else set()
+        assert set(supported) == {"reference", "cpu"} | triton | cuda
         for name, dtypes in supported.items():
             assert set(dtypes) == half if name == "triton" else half | {torch.float64}
 

@@ -1,6 +1,6 @@
 """Every Triton kernel compiled for sm_80, sm_90 and sm_100, without a GPU: registers, shared memory, matrix units.
 
-What is compiled, and with which arguments, is pair_moe_triton_static.py's.
+What is compiled, and with which arguments, is pair_moe_triton_static.py's and routed_triton_static.py's.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ TWO_BLOCKS = {80: 81 * KIB, 90: 113 * KIB, 100: 113 * KIB}
 Report = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def reports() -> list[Report]:
+def compiled(script: str) -> list[Report]:
     """Those that were printed, also where the compiler's process did not end well."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(TESTS / "pair_moe_triton_static.py")],
+        [sys.executable, str(TESTS / script)],
         env=environment | {"PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
@@ -47,8 +46,18 @@ def reports() -> list[Report]:
     return found
 
 
+@pytest.fixture(scope="module")
+def reports() -> list[Report]:
+    return compiled("pair_moe_triton_static.py")
+
+
+@pytest.fixture(scope="module")
+def routed() -> list[Report]:
+    return compiled("routed_triton_static.py")
+
+
 def named(report: Report) -> str:
-    return "{case}, {reduce}: {output} on sm_{architecture}".format_map(report)
+    return "{case}, {output} on sm_{architecture}".format_map(report) + report.get("reduce", "")
 
 
 def test_every_output_was_compiled(reports: list[Report]) -> None:
@@ -100,3 +109,42 @@ def test_two_blocks_fit_an_sm(reports: list[Report]) -> None:
             assert report["shared"] <= 99 * KIB, named(report)
         else:
             assert report["shared"] <= TWO_BLOCKS[report["architecture"]], named(report)
+
+
+def test_every_kernel_of_routing_and_of_the_routed_mlp_was_compiled(routed: list[Report]) -> None:
+    products = {"hidden", "rows", "grad_x", "grad_hidden", "grad_w_in", "grad_w_out"}
+    others = {"grad_weight", "sum", "gate", "count", "scan", "place", "limit"}
+    for architecture in MATRIX:
+        here = {r["output"] for r in routed if r["architecture"] == architecture}
+        assert here == (products | others if architecture == 90 else products)
+
+
+def test_routed_kernels_spill_nothing_and_share_an_sm(routed: list[Report]) -> None:
+    for report in routed:
+        assert report["spilled"] <= (0 if TABLE_WRITTEN_WITH else 64), named(report)
+        if report["kernel"] and report["architecture"] == 90:
+            # 64 Ki registers for two blocks.
+            assert report["registers"] * 32 * report["warps"] <= 2**15, named(report)
+
+
+def test_routed_products_run_on_matrix_units(routed: list[Report]) -> None:
+    wanted = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    for report in routed:
+        if not report["kernel"]:
+            assert not report["matrix"], named(report)
+            continue
+        assert set(report["matrix"]) <= MATRIX[report["architecture"]], named(report)
+        if TABLE_WRITTEN_WITH:
+            assert set(report["matrix"]) == {wanted[report["architecture"]]}, named(report)
+        # A loop whose body holds a whole chunk: 64 deep in steps of 16, or three products of 32 in steps of 8.
+        assert sum(report["matrix"].values()) >= 4, named(report)
+
+
+def test_routed_shared_memory_is_the_tables(routed: list[Report]) -> None:
+    for report in routed:
+        if not report["kernel"]:
+            assert report["shared"] <= 48 * KIB, named(report)
+            continue
+        assert report["shared"] <= TWO_BLOCKS[report["architecture"]], named(report)
+        if TABLE_WRITTEN_WITH:
+            assert report["shared"] == report["expected"], named(report)

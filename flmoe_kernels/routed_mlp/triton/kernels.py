@@ -1,0 +1,350 @@
+"""The Triton kernels of routed_mlp: grouped products over the rows of each expert, found from offsets on the GPU.
+
+R = N K rows, of which expert e has those from offsets[e] to offsets[e + 1] of the permutation; those after
+offsets[E] were dropped. Grids depend on shapes alone. The products over rows are persistent: a fixed number of
+programs walks the tiles (expert, block of rows, block of columns) in an order that keeps weights in L2, see
+tiles.locate; a second program on the same SM multiplies while the first one finishes a tile. Every sum has one
+order: no atomics.
+
+    forward    hidden_kernel      h = x w_in^T + b_in, and act(h)                2 D F FLOP per kept row
+               rows_kernel        weight (act(h) w_out^T + b_out), at n, k       2 D F
+               sum_kernel         out[n], over k; not for K = 1
+    backward   hidden_gradient    grad of h, weight act(h), parts of the next    2 D F
+               choice_gradient    grad of weight
+               weight_gradient    grads of w_in and b_in, of w_out and b_out     2 x 2 D F
+               rows_kernel        grad of x, at n, k; then sum_kernel            2 D F
+
+act(h) is a second buffer, not made again where the second product loads it: there each of its D / 128 blocks of
+columns would compute it anew, and 128 elements take an SM some 25 clocks, their part of the product 8. The price
+is R F elements written once, 268 MB of the 2.6 GB that routed_large moves, 34 MB of 154 MB at routed_small. Rows
+at n, k are kept in x's type: half the bytes of float32 for one rounding.
+
+Tiles in bfloat16 and float16 are 128 x 128 over 64 at a time, accumulated in float32 and finished in slices of
+columns, so that two programs of eight warps share an SM of sm_90 at 128 registers.
+
+Bound, by counting and not yet measured, on an H100 (989 TFLOP/s, 3.35 TB/s) in bfloat16:
+    routed_large: forward 1.10 TFLOP, 1.1 ms in two products, and 0.6 GB, 0.2 ms, to add rows up; backward
+    2.20 TFLOP, 2.2 ms, and 0.3 ms of sums. The matrix units.
+    routed_small: forward 17 GFLOP, 17 us, and 154 MB, 46 us where L2 holds none of it. Memory, then launches.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    RELU,
+    activate,
+    block_ends,
+    columns_of,
+    dot,
+    group_range,
+    load_places,
+    load_rows,
+    locate,
+    multiply,
+    slices,
+)
+
+
+# hidden (R, F) by row, before its activation: what the backward needs; and after it. Rows of x are gathered by the
+# loads. Traffic: w_in once per band of rows, x from L2, two outputs. Bound: the matrix units.
+@triton.jit
+def hidden_kernel(
+    x,
+    w,
+    bias,
+    offsets,
+    permutation,
+    hidden,
+    active,
+    rows,
+    depth,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ACROSS: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
+    ends = block_ends(offsets, rows, EXPERTS, EXPERTS, ROWS)
+    for tile in range(tl.program_id(0), tl.max(ends, 0) * ACROSS, tl.num_programs(0)):
+        e, down, across = locate(tile, ends, ACROSS)
+        first, end = group_range(offsets, e, rows, EXPERTS)
+        first += down * ROWS
+        at = tl.arange(0, ROWS)
+        place, valid = load_places(permutation, first + at, end, rows)
+        value = multiply(
+            *(x, place // CHOICES, w, e, across, depth),
+            *(D, F, 1, D, COLUMNS, DEPTH, PRECISION),
+        )
+        start = first.to(tl.int64) * F
+        parts = slices(value, SLICES)
+        for i in tl.static_range(SLICES):
+            column, present = columns_of(across * SLICES + i, F, COLUMNS // SLICES)
+            value = parts[i]
+            if bias is not None:
+                own = tl.load(bias + e * F + column, mask=present, other=0.0)
+                value += own.to(tl.float32)[None, :]
+            to = at[:, None] * F + column[None, :]
+            inside = valid[:, None] & present[None, :]
+            tl.store(hidden + start + to, value.to(hidden.dtype.element_ty), mask=inside)
+            value, _ = activate(value, ACT)
+            tl.store(active + start + to, value.to(active.dtype.element_ty), mask=inside)
+
+
+# out (R, OUTER) by place, of rows `a` (R, INNER) by row: the outputs of rows before they are added up, and the
+# gradients of x. Dropped rows are the last group, whose tiles multiply nothing and store zeros. Traffic: w once
+# per band of rows, a from L2, out once. Bound: the matrix units.
+@triton.jit
+def rows_kernel(
+    a,
+    w,
+    bias,
+    weight,
+    offsets,
+    permutation,
+    out,
+    rows,
+    EXPERTS: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    OF_INNER: tl.constexpr,
+    OF_OUTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ACROSS: tl.constexpr = (OUTER + COLUMNS - 1) // COLUMNS
+    ends = block_ends(offsets, rows, EXPERTS, EXPERTS + 1, ROWS)
+    for tile in range(tl.program_id(0), tl.max(ends, 0) * ACROSS, tl.num_programs(0)):
+        group, down, across = locate(tile, ends, ACROSS)
+        first, end = group_range(offsets, group, rows, EXPERTS)
+        row = first + down * ROWS + tl.arange(0, ROWS)
+        place, valid = load_places(permutation, row, end, rows)
+        kept = group < EXPERTS
+        e = tl.minimum(group, EXPERTS - 1)
+        value = multiply(
+            *(a, tl.where(valid, row, 0), w, e, across, tl.where(kept, INNER, 0)),
+            *(INNER, OUTER, OF_INNER, OF_OUTER, COLUMNS, DEPTH, PRECISION),
+        )
+        if weight is not None:
+            share = tl.load(weight + place, mask=valid & kept, other=0.0).to(tl.float32)
+        to = out + place.to(tl.int64)[:, None] * OUTER
+        parts = slices(value, SLICES)
+        for i in tl.static_range(SLICES):
+            column, present = columns_of(across * SLICES + i, OUTER, COLUMNS // SLICES)
+            value = parts[i]
+            if bias is not None:
+                own = tl.load(bias + e * OUTER + column, mask=present & kept, other=0.0)
+                value += own.to(tl.float32)[None, :]
+            if weight is not None:
+                value *= share[:, None]
+            inside = valid[:, None] & present[None, :]
+            tl.store(to + column[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+# With g = grad_out w_out of a row: grad_hidden = weight g act'(h), active = weight act(h), which the gradient of
+# w_out takes, and dots[row, block of columns] = g . act(h) of these columns, which that of weight takes. What is
+# stored first is dead first: the other order spills on sm_90. Traffic: w_out once per band of rows, grad_out from
+# L2, hidden, two outputs. Bound: the matrix units.
+@triton.jit
+def hidden_gradient_kernel(
+    grad_out,
+    w,
+    weight,
+    hidden,
+    offsets,
+    permutation,
+    grad_hidden,
+    active,
+    dots,
+    rows,
+    depth,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ACROSS: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
+    ends = block_ends(offsets, rows, EXPERTS, EXPERTS, ROWS)
+    for tile in range(tl.program_id(0), tl.max(ends, 0) * ACROSS, tl.num_programs(0)):
+        e, down, across = locate(tile, ends, ACROSS)
+        first, end = group_range(offsets, e, rows, EXPERTS)
+        first += down * ROWS
+        at = tl.arange(0, ROWS)
+        place, valid = load_places(permutation, first + at, end, rows)
+        grad = multiply(
+            *(grad_out, place // CHOICES, w, e, across, depth),
+            *(D, F, F, 1, COLUMNS, DEPTH, PRECISION),
+        )
+        share = tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)
+        product = tl.zeros((ROWS,), tl.float32)
+        start = first.to(tl.int64) * F
+        parts = slices(grad, SLICES)
+        for i in tl.static_range(SLICES):
+            column, present = columns_of(across * SLICES + i, F, COLUMNS // SLICES)
+            to = at[:, None] * F + column[None, :]
+            inside = valid[:, None] & present[None, :]
+            before = tl.load(hidden + start + to, mask=inside, other=0.0).to(tl.float32)
+            value, slope = activate(before, ACT)
+            change = parts[i] * slope
+            if ACT == RELU:
+                # As torch's, which passes no NaN where it is off.
+                change = tl.where(slope == 0.0, 0.0, change)
+            change *= share[:, None]
+            tl.store(grad_hidden + start + to, change.to(grad_hidden.dtype.element_ty), mask=inside)
+            product += tl.sum(parts[i] * value, 1)
+            value *= share[:, None]
+            tl.store(active + start + to, value.to(active.dtype.element_ty), mask=inside)
+        line = dots + first.to(tl.int64) * ACROSS + across
+        tl.store(line + at * ACROSS, product, mask=valid)
+
+
+# Gradient of weight[n, k]: the sum of a row's dots, and grad_out . b_out. Programs walk blocks of rows as above,
+# those of dropped rows too, which get zeros. Traffic: grad_out from L2. Bound: that.
+@triton.jit
+def choice_gradient_kernel(
+    dots,
+    grad_out,
+    bias,
+    offsets,
+    permutation,
+    grad_weight,
+    rows,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    ends = block_ends(offsets, rows, EXPERTS, EXPERTS + 1, ROWS)
+    part = tl.arange(0, triton.next_power_of_2(PARTS))[None, :]
+    for tile in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        group, down, _ = locate(tile, ends, 1)
+        first, end = group_range(offsets, group, rows, EXPERTS)
+        row = first + down * ROWS + tl.arange(0, ROWS)
+        place, valid = load_places(permutation, row, end, rows)
+        kept = valid & (group < EXPERTS)
+        at = row.to(tl.int64)[:, None] * PARTS + part
+        own = tl.load(dots + at, mask=kept[:, None] & (part < PARTS), other=0.0)
+        total = tl.sum(own, 1)
+        if bias is not None:
+            e = tl.minimum(group, EXPERTS - 1)
+            line = grad_out + (place // CHOICES).to(tl.int64)[:, None] * D
+            products = tl.zeros((ROWS, WIDE), tl.float32)
+            for block in range(tl.cdiv(D, WIDE)):
+                column, present = columns_of(block, D, WIDE)
+                inside = kept[:, None] & present[None, :]
+                g = tl.load(line + column[None, :], mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(bias + e * D + column, mask=present, other=0.0).to(tl.float32)
+                # Chosen, so that dropped rows stay 0 whatever the bias is.
+                products += tl.where(inside, g * b[None, :], 0.0)
+            total += tl.sum(products, 1)
+        tl.store(grad_weight + place, total.to(grad_weight.dtype.element_ty), mask=valid)
+
+
+# grad (E, P, SPLITS, Q) = sum over an expert's rows of left^T right, and bias (E, SPLITS, P) = sum of left,
+# weighted where there are weights. left and right lie by row, or are gathered from tokens with LEFT_OF and
+# RIGHT_OF rows each; 0 says by row. One program per tile of an expert and split, a share of its rows; the last
+# programs add up biases, which waits for memory while the others multiply. Experts without rows get zeros.
+# Traffic: rows once per tile, from L2, and the gradients. Bound: the matrix units.
+@triton.jit
+def weight_gradient_kernel(
+    left,
+    right,
+    weight,
+    offsets,
+    permutation,
+    grad,
+    bias,
+    rows,
+    EXPERTS: tl.constexpr,
+    LEFT_OF: tl.constexpr,
+    RIGHT_OF: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    DOWN: tl.constexpr = (P + ROWS - 1) // ROWS
+    ACROSS: tl.constexpr = (Q + COLUMNS - 1) // COLUMNS
+    PRODUCTS: tl.constexpr = EXPERTS * SPLITS * DOWN * ACROSS
+    program = tl.program_id(0)
+    multiplies = program < PRODUCTS
+    across = tl.where(multiplies, program % ACROSS, 0)
+    block = tl.where(multiplies, program // ACROSS, program - PRODUCTS)
+    down, split, e = block % DOWN, block // DOWN % SPLITS, block // DOWN // SPLITS
+    first, end = group_range(offsets, e, rows, EXPERTS)
+    part = tl.cdiv(tl.cdiv(end - first, DEPTH), SPLITS) * DEPTH
+    first = tl.minimum(first + split * part, end)
+    end = tl.minimum(first + part, end)
+    at = tl.arange(0, DEPTH)
+    p, present = columns_of(down, P, ROWS)
+    if multiplies:
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for r in range(first, end, DEPTH):
+            x = load_rows(left, r + at, end, down, permutation, rows, LEFT_OF, P, ROWS)
+            y = load_rows(right, r + at, end, across, permutation, rows, RIGHT_OF, Q, COLUMNS)
+            total = dot(tl.trans(x), y, total, PRECISION)
+        q, there = columns_of(across, Q, COLUMNS)
+        to = ((e * P + p).to(tl.int64) * SPLITS + split) * Q
+        tl.store(
+            grad + to[:, None] + q[None, :],
+            total.to(grad.dtype.element_ty),
+            mask=present[:, None] & there[None, :],
+        )
+    elif bias is not None:
+        sums = tl.zeros((DEPTH, ROWS), tl.float32)
+        for r in range(first, end, DEPTH):
+            x = load_rows(left, r + at, end, down, permutation, rows, LEFT_OF, P, ROWS)
+            x = x.to(tl.float32)
+            if weight is not None:
+                place, valid = load_places(permutation, r + at, end, rows)
+                x *= tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)[:, None]
+            sums += x
+        line = bias + (e * SPLITS + split).to(tl.int64) * P
+        tl.store(line + p, tl.sum(sums, 0).to(bias.dtype.element_ty), mask=present)
+
+
+# out (lines, WIDTH) = sum over k of parts (lines, COUNT, WIDTH), in the order of k. Traffic: parts and out once.
+# Bound: that.
+@triton.jit
+def sum_kernel(
+    parts,
+    out,
+    lines,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LINES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    ACROSS: tl.constexpr = (WIDTH + WIDE - 1) // WIDE
+    line = tl.program_id(0) // ACROSS * LINES + tl.arange(0, LINES)
+    column, present = columns_of(tl.program_id(0) % ACROSS, WIDTH, WIDE)
+    inside = (line < lines)[:, None] & present[None, :]
+    line = line.to(tl.int64)[:, None]
+    total = tl.zeros((LINES, WIDE), tl.float32)
+    for k in range(COUNT):
+        at = (line * COUNT + k) * WIDTH + column[None, :]
+        total += tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
+    at = line * WIDTH + column[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,192 @@
+"""The Triton kernels of routing: choice of experts, and the order of rows by expert.
+
+Rows are n * K + k. Counting is by sums and cumulative sums of integers in a fixed order, without atomics: what
+place a row gets depends on the rows before it alone. An index out of range counts as dropped, since looking at
+values would wait for the GPU: neither it nor a masked token ever becomes an address. Dropped rows are a group E.
+
+Bound: launches. Even at N K = 131072 and E = 64 what is read and written is some 2 MiB, microseconds each.
+"""
+
+# As the other kernels: a language of its own in Python's syntax, see pyproject.toml.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LEAST = tl.constexpr(-0x80000000)
+
+
+@triton.jit
+def order_keys(x):
+    """Integers that order as float32 values do: NaN above all and equal to itself, zeros of either sign equal."""
+    x = tl.where(x == 0.0, 0.0, x)
+    bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+# The TOP_K experts of a block of tokens, best first, and their weights. One program per block, whose logits are in
+# registers: TOP_K times the largest key is found, of equal ones that of the lowest expert, and taken out. Its rank
+# is where it is stored, so that weights need no second search. Traffic: logits, index and weight once.
+@triton.jit
+def gate_kernel(
+    logits,
+    index,
+    weight,
+    tokens,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    OVER_ALL: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    LANES: tl.constexpr = triton.next_power_of_2(EXPERTS)
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    e = tl.arange(0, LANES)[None, :]
+    present = (n < tokens)[:, None] & (e < EXPERTS)
+    n = n.to(tl.int64)[:, None]
+    x = tl.load(logits + n * EXPERTS + e, mask=present, other=0.0).to(tl.float32)
+    # No key of a value is the least integer, which stands for those that are not there or were taken.
+    key = tl.where(present, order_keys(x), _LEAST)
+    rank = tl.full((TOKENS, LANES), TOP_K, tl.int32)
+    for k in range(TOP_K):
+        best = tl.max(key, 1)[:, None]
+        lowest = tl.min(tl.where(key == best, e, LANES), 1)[:, None]
+        rank = tl.where(e == lowest, k, rank)
+        key = tl.where(e == lowest, _LEAST, key)
+    top = tl.sum(tl.where(rank == 0, x, 0.0), 1)[:, None]
+    share = tl.exp(x - top)
+    chosen = present & (rank < TOP_K)
+    counted = present if OVER_ALL else chosen
+    share = share / tl.sum(tl.where(counted, share, 0.0), 1)[:, None]
+    to = n * TOP_K + rank
+    tl.store(index + to, tl.broadcast_to(e, (TOKENS, LANES)).to(tl.int64), mask=chosen)
+    tl.store(weight + to, share.to(weight.dtype.element_ty), mask=chosen)
+
+
+@triton.jit
+def groups_of(index, mask, row, rows, EXPERTS: tl.constexpr, CHOICES: tl.constexpr):
+    """Expert of each row; EXPERTS where dropped, masked or out of range, -1 past the end."""
+    expert = tl.load(index + row, mask=row < rows, other=-1)
+    kept = (expert >= 0) & (expert < EXPERTS)
+    if mask is not None:
+        kept = kept & tl.load(mask + row // CHOICES, mask=row < rows, other=False)
+    return tl.where(row < rows, tl.where(kept, expert, EXPERTS), -1).to(tl.int32)
+
+
+@triton.jit
+def one_hot(group, LANES: tl.constexpr):
+    return (group[:, None] == tl.arange(0, LANES)[None, :]).to(tl.int32)
+
+
+# counts[block, group] of a block of rows. One program per block, STEP rows at a time.
+@triton.jit
+def count_kernel(
+    index,
+    mask,
+    counts,
+    rows,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    LANES: tl.constexpr = triton.next_power_of_2(EXPERTS + 1)
+    lane = tl.arange(0, LANES)
+    found = tl.zeros((LANES,), tl.int32)
+    for step in range(0, BLOCK, STEP):
+        row = tl.program_id(0) * BLOCK + step + tl.arange(0, STEP)
+        group = groups_of(index, mask, row, rows, EXPERTS, CHOICES)
+        found += tl.sum(one_hot(group, LANES), 0)
+    line = counts + tl.program_id(0).to(tl.int64) * (EXPERTS + 1)
+    tl.store(line + lane, found, mask=lane <= EXPERTS)
+
+
+# counts[block, group] become how many rows of the group are in the blocks before; totals are kept. One program per
+# WIDE groups walks the blocks in order.
+@triton.jit
+def scan_kernel(
+    counts,
+    totals,
+    blocks,
+    EXPERTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    lane = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    before = tl.zeros((WIDE,), tl.int32)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        at = block.to(tl.int64)[:, None] * (EXPERTS + 1) + lane[None, :]
+        inside = (block < blocks)[:, None] & (lane <= EXPERTS)[None, :]
+        own = tl.load(counts + at, mask=inside, other=0)
+        tl.store(counts + at, tl.cumsum(own, 0) - own + before[None, :], mask=inside)
+        before += tl.sum(own, 0)
+    tl.store(totals + lane, before, mask=lane <= EXPERTS)
+
+
+@triton.jit
+def positions(group, before, LANES: tl.constexpr):
+    """Where each row comes in its group, of which `before` come first; and how many come before the next rows."""
+    own = one_hot(group, LANES)
+    place = tl.sum(own * (tl.cumsum(own, 0) - 1 + before[None, :]), 1)
+    return place, before + tl.sum(own, 0)
+
+
+# The stable permutation. One program per block of rows; the first one also writes counts and offsets.
+@triton.jit
+def place_kernel(
+    index,
+    before,
+    totals,
+    counts,
+    offsets,
+    permutation,
+    rows,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    LANES: tl.constexpr = triton.next_power_of_2(EXPERTS + 1)
+    lane = tl.arange(0, LANES)
+    total = tl.load(totals + lane, mask=lane <= EXPERTS, other=0)
+    start = tl.cumsum(total, 0) - total
+    if tl.program_id(0) == 0:
+        tl.store(counts + lane, total, mask=lane < EXPERTS)
+        tl.store(offsets + lane, start, mask=lane <= EXPERTS)
+    line = before + tl.program_id(0).to(tl.int64) * (EXPERTS + 1)
+    start += tl.load(line + lane, mask=lane <= EXPERTS, other=0)
+    for step in range(0, BLOCK, STEP):
+        row = tl.program_id(0) * BLOCK + step + tl.arange(0, STEP)
+        place, start = positions(groups_of(index, None, row, rows, EXPERTS, 1), start, LANES)
+        tl.store(permutation + place, row, mask=row < rows)
+
+
+# Which rows an expert keeps: the first `capacity`, or without counts before each block all that are not masked.
+@triton.jit
+def limit_kernel(
+    index,
+    mask,
+    before,
+    kept,
+    rows,
+    capacity,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    LANES: tl.constexpr = triton.next_power_of_2(EXPERTS + 1)
+    lane = tl.arange(0, LANES)
+    count = tl.zeros((LANES,), tl.int32)
+    if before is not None:
+        line = before + tl.program_id(0).to(tl.int64) * (EXPERTS + 1)
+        count += tl.load(line + lane, mask=lane <= EXPERTS, other=0)
+    for step in range(0, BLOCK, STEP):
+        row = tl.program_id(0) * BLOCK + step + tl.arange(0, STEP)
+        group = groups_of(index, mask, row, rows, EXPERTS, CHOICES)
+        keep = group < EXPERTS
+        if before is not None:
+            place, count = positions(group, count, LANES)
+            keep = keep & (place < capacity)
+        tl.store(kept + row, tl.where(keep, group, -1).to(tl.int64), mask=row < rows)

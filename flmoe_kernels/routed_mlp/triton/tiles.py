@@ -1,0 +1,191 @@
+"""What the Triton kernels of routed_mlp share: the walk over tiles of experts, products, activations.
+
+Rows are those of the permutation: expert e's are offsets[e] to offsets[e + 1], and the dropped ones, after
+offsets[E], are a group E of their own. Their place is n * K + k. Offsets are clamped to the rows that exist and
+places out of range are not valid, so that tensors that no dispatch made cannot become a wild read or write.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Blocks of rows that go through all blocks of columns before the next ones do.
+BAND = tl.constexpr(8)
+# The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+GELU, GELU_TANH, RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def dot(x, y, total, PRECISION: tl.constexpr):
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@triton.jit
+def group_range(offsets, group, rows, EXPERTS: tl.constexpr):
+    """First row and end of a group, or of several; none for what is beyond the dropped ones."""
+    first = tl.load(offsets + group, mask=group <= EXPERTS, other=rows)
+    end = tl.load(offsets + group + 1, mask=group < EXPERTS, other=rows)
+    first = tl.minimum(tl.maximum(first, 0), rows)
+    return first, tl.minimum(tl.maximum(end, first), rows)
+
+
+@triton.jit
+def block_ends(offsets, rows, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """For each of the first GROUPS groups, the number of blocks of ROWS rows up to its end."""
+    group = tl.arange(0, triton.next_power_of_2(GROUPS))
+    first, end = group_range(offsets, group, rows, EXPERTS)
+    return tl.cumsum(tl.where(group < GROUPS, tl.cdiv(end - first, ROWS), 0), 0)
+
+
+@triton.jit
+def locate(tile, ends, ACROSS: tl.constexpr):
+    """Group, block of its rows and block of columns of a tile.
+
+    A group's tiles follow one another in bands of BAND blocks of rows; within a band rows run fastest. So what
+    runs at a time reads few blocks of weights and of rows, again and again from L2.
+    """
+    index = tile // ACROSS
+    group = tl.sum((ends <= index).to(tl.int32), 0)
+    before = tl.max(tl.where(ends <= index, ends, 0), 0)
+    blocks = tl.min(tl.where(ends > index, ends, 0x7FFFFFFF), 0) - before
+    inside = tile - before * ACROSS
+    band = inside // (BAND * ACROSS) * BAND
+    height = tl.minimum(blocks - band, BAND)
+    inside -= band * ACROSS
+    return group, band + inside % height, inside // height
+
+
+@triton.jit
+def load_places(permutation, row, end, rows):
+    """Places of rows below `end`, and which of them are valid; 0 for the others."""
+    valid = row < end
+    place = tl.load(permutation + row, mask=valid, other=-1)
+    valid = valid & (place >= 0) & (place < rows)
+    return tl.where(valid, place, 0), valid
+
+
+@triton.jit
+def columns_of(block, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of a block, and which are valid."""
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    return column, column < WIDTH
+
+
+@triton.jit
+def load_rows(
+    x,
+    row,
+    end,
+    block,
+    permutation,
+    rows,
+    GATHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A block of columns of rows below `end`, or with GATHER of their tokens; zeros where not valid."""
+    column, present = columns_of(block, WIDTH, COLUMNS)
+    if GATHER > 0:
+        place, valid = load_places(permutation, row, end, rows)
+        source = place // GATHER
+    else:
+        source, valid = row, row < end
+    at = source.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    if WIDTH % COLUMNS == 0:
+        return tl.load(x + at, mask=valid[:, None], other=0.0)
+    return tl.load(x + at, mask=valid[:, None] & present[None, :], other=0.0)
+
+
+@triton.jit
+def multiply(
+    a,
+    source,
+    w,
+    expert,
+    block,
+    depth,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    OF_INNER: tl.constexpr,
+    OF_OUTER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums over k below `depth`, INNER or 0, of a[source, k] * w[expert, k, n] for a block of columns n.
+
+    depth is no constant, so that a loop of few rounds stays one: unrolled, it would take more registers.
+    Rows of `a` are INNER long. w is (E, INNER, OUTER) by its strides: the transposed of what lies in memory,
+    or that itself. Rows that are not valid read row 0 of a, and what comes of it is not stored: no mask is
+    needed but at ends that are not a whole chunk.
+    """
+    at = tl.arange(0, DEPTH)
+    column, present = columns_of(block, OUTER, COLUMNS)
+    if INNER * OUTER >= 2**31:
+        at, column = at.to(tl.int64), column.to(tl.int64)
+    left = a + source.to(tl.int64)[:, None] * INNER + at[None, :]
+    right = w + expert.to(tl.int64) * (INNER * OUTER)
+    right += at[:, None] * OF_INNER + column[None, :] * OF_OUTER
+    total = tl.zeros((source.shape[0], COLUMNS), tl.float32)
+    for k in range(0, depth, DEPTH):
+        if INNER % DEPTH == 0 and OUTER % COLUMNS == 0:
+            x = tl.load(left + k)
+            y = tl.load(right + k * OF_INNER)
+        else:
+            here = k + at < INNER
+            x = tl.load(left + k, mask=here[None, :], other=0.0)
+            y = tl.load(right + k * OF_INNER, mask=here[:, None] & present[None, :], other=0.0)
+        total = dot(x, y, total, PRECISION)
+    return total
+
+
+@triton.jit
+def halves(x):
+    """The columns of a tile, the lower half and the upper."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def slices(x, COUNT: tl.constexpr):
+    """The columns of a tile in COUNT (1, 2 or 4) slices, in order."""
+    if COUNT == 1:
+        found = (x,)
+    else:
+        low, high = halves(x)
+        if COUNT == 2:
+            found = (low, high)
+        elif COUNT == 4:
+            found = halves(low) + halves(high)
+        else:
+            a, b = halves(low)
+            c, d = halves(high)
+            found = halves(a) + halves(b) + halves(c) + halves(d)
+    return found
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """Value and derivative; the codes are the positions in ACTIVATIONS of reference.py."""
+    if ACT == GELU:
+        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        value = x * share
+    elif ACT == GELU_TANH:
+        # (1 + tanh(u)) / 2 is the logistic function of 2 u.
+        share = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        slope = share + x * share * (1.0 - share) * inner
+        value = x * share
+    elif ACT == RELU:
+        # NaN is not below 0 and passes.
+        slope = tl.where(x <= 0.0, 0.0, 1.0)
+        value = tl.where(x <= 0.0, 0.0, x)
+    else:
+        share = tl.sigmoid(x)
+        slope = share * (1.0 + x * (1.0 - share))
+        value = x * share
+    return value, slope
