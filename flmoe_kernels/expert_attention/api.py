@@ -37,15 +37,15 @@ def expert_attention(
 
     Args:
         q, k, v: (rows, H, d), or (G, rows, H, d) for G groups that share the same runs (problem ids then
-            count group by group). float32, float64, bfloat16 or float16; last dimension contiguous, or
-            copied. Any H and d.
+            count group by group). float32, bfloat16, float16, and float64 where the backend has it; last
+            dimension contiguous, or copied. Any H and d.
         cu_seqlens: (P + 1,) int32 on the same device, non-decreasing, within 0..rows.
         dropout_p: probability, 0 to 1, with which an attention probability is dropped.
         seed: one int64 on the same device; None draws one from torch's generator when dropout_p > 0.
         scale: factor of the scores; default d^-1/2.
         return_lse: also return the log-sum-exp of each row's scaled scores, (rows, H) or (G, rows, H),
             float32 (float64 for float64). No gradient flows through it.
-        backend: "reference" or "cpu"; default by device, see flmoe_kernels.use_backend.
+        backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
 
     Returns:
         out, shaped as q; with return_lse (out, lse).
@@ -67,11 +67,13 @@ def expert_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     grouped = q.dim() == 4
     q4, k4, v4 = (q, k, v) if grouped else (q[None], k[None], v[None])
-    if backends.choose(_OPERATOR, q, backend) == backends.REFERENCE:
-        out, lse = attention_reference(q4, k4, v4, cu_seqlens, seed, dropout_p, scale)
+    chosen = backends.choose(_OPERATOR, q, backend)
+    tail = (cu_seqlens, seed, dropout_p, scale)
+    if chosen == backends.REFERENCE:
+        out, lse = attention_reference(q4, k4, v4, *tail)
         lse = lse.detach()
     else:
-        out, lse = torch.ops.flmoe.expert_attention(q4, k4, v4, cu_seqlens, seed, dropout_p, scale)
+        out, lse = torch.ops.flmoe.expert_attention(q4, k4, v4, *tail, chosen)
     out, lse = (out, lse) if grouped else (out[0], lse[0])
     return (out, lse) if return_lse else out
 

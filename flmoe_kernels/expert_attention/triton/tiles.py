@@ -1,0 +1,137 @@
+"""What the Triton kernels of expert_attention share: where a program works, rows of a head, products.
+
+An operand is a tuple (pointer, stride over groups, stride over rows, stride over heads); its last dimension is
+contiguous. `head_of` narrows it to (pointer, stride over rows) at a first row. Offsets of groups, heads and
+first rows are 64 bits wide; those within a block fit 32 because launch.readable copies what is spread wider.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Candidates that a step of `find_run` reads at a time: one step finds one of 64 runs, two one of 4096.
+_WIDE = tl.constexpr(64)
+# The interpreter multiplies bfloat16 as the integers that it keeps it in; there operands of products are widened.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(x, y, total, PRECISION: tl.constexpr):
+    """total + x @ y, with x rounded to y's type."""
+    if INTERPRETED and y.dtype == tl.bfloat16:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    else:
+        x = x.to(y.dtype)
+    return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@triton.jit
+def boundary(cu, run, problems, rows):
+    """The first row of a run: run 0 is what precedes the first problem, run p + 1 is problem p, and run
+    problems + 1 what follows the last. Kept within 0..rows, whatever cu holds."""
+    inner = (run > 0) & (run <= problems + 1)
+    bound = tl.load(cu + run - 1, mask=inner, other=0)
+    bound = tl.minimum(tl.maximum(bound, 0), rows)
+    return tl.where(run > problems + 1, rows, bound)
+
+
+@triton.jit
+def find_run(cu, problems, rows, slot, BLOCK: tl.constexpr):
+    """The last run r with boundary(r) // BLOCK + r <= slot, by a search that reads _WIDE runs at a time."""
+    low = tl.full((), 0, tl.int32)
+    span = tl.full((), 2, tl.int32) + problems
+    while span > 1:
+        step = (span + _WIDE - 1) // _WIDE
+        at = tl.arange(0, _WIDE) * step
+        start = boundary(cu, low + at, problems, rows) // BLOCK + low + at
+        below = tl.sum(((at < span) & (start <= slot)).to(tl.int32), 0)
+        skipped = tl.maximum(below - 1, 0) * step
+        low += skipped
+        span = tl.minimum(step, span - skipped)
+    return low
+
+
+@triton.jit
+def place(cu, problems, rows, slot, BLOCK: tl.constexpr):
+    """Where a program works: (problem, its first row, its length, the block's first row within it, how many
+    rows it attends to).
+
+    The grid may not depend on what cu holds. Run r owns the slots from boundary(r) // BLOCK + r on, which are
+    at least as many as its blocks and at most one more, so rows // BLOCK + problems + 2 slots are enough for any
+    runs. A slot without a block has a start past the length; rows that no problem covers attend to nothing.
+    """
+    run = find_run(cu, problems, rows, slot, BLOCK)
+    first = boundary(cu, run, problems, rows)
+    length = tl.maximum(boundary(cu, run + 1, problems, rows) - first, 0)
+    start = (slot - first // BLOCK - run) * BLOCK
+    # A slot before the first: only where runs descend.
+    start = tl.where(start < 0, length, start)
+    covered = (run > 0) & (run <= problems) & (start < length)
+    return run - 1, first, length, start, tl.where(covered, length, 0)
+
+
+@triton.jit
+def head_of(x, group, head, first):
+    pointer, of_group, of_row, of_head = x
+    start = pointer + tl.cast(group, tl.int64) * of_group + tl.cast(head, tl.int64) * of_head
+    return start + tl.cast(first, tl.int64) * of_row, of_row
+
+
+@triton.jit
+def load_rows(x, first, row, valid, column, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns `column` to column + CHUNK of the rows first + row of a head.
+
+    Zeros where not `valid`; None: every row is.
+    """
+    pointer, of_row = x
+    at = tl.arange(0, CHUNK)
+    pointers = pointer + column + tl.cast(first, tl.int64) * of_row
+    pointers = pointers + row[:, None] * of_row + at[None, :]
+    if WIDTH % CHUNK == 0:
+        if valid is None:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        present = (column + at < WIDTH)[None, :]
+        if valid is not None:
+            present = present & valid[:, None]
+        return tl.load(pointers, mask=present, other=0.0)
+
+
+@triton.jit
+def store_rows(x, row, valid, column, values, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    pointer, of_row = x
+    at = tl.arange(0, CHUNK)
+    pointers = pointer + column + row[:, None] * of_row + at[None, :]
+    present = valid[:, None]
+    if WIDTH % CHUNK != 0:
+        present = present & (column + at < WIDTH)[None, :]
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def products(
+    x_tile,
+    z_tile,
+    x,
+    x_first,
+    x_row,
+    x_valid,
+    z,
+    z_first,
+    z_row,
+    z_valid,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x_i . z_j for a tile of rows of x and z, in float32; the tiles are their first chunks."""
+    total = tl.zeros((x_tile.shape[0], z_tile.shape[0]), tl.float32)
+    total = dot(x_tile, tl.trans(z_tile), total, PRECISION)
+    for column in range(CHUNK, WIDTH, CHUNK):
+        left = load_rows(x, x_first, x_row, x_valid, column, WIDTH, CHUNK)
+        right = load_rows(z, z_first, z_row, z_valid, column, WIDTH, CHUNK)
+        total = dot(left, tl.trans(right), total, PRECISION)
+    return total
