@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test files run side by side, each file in one process: what a file compiles once stays there.
+WORKERS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -31,7 +33,8 @@ endif
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
-	@echo "PYTHON=... picks the Python to set up with; ARGS=... is passed on to the command."
+	@echo "PYTHON=... picks the Python to set up with; ARGS=... is passed on to the command,"
+	@echo "WORKERS=... is how many test files run at a time."
 
 # Asked before anything is downloaded.
 compiler:
@@ -43,7 +46,7 @@ demo: compiler $(BUILT) ## run the demo on real data
 	$(PY) -m flmoe_kernels demo $(ARGS)
 
 test: compiler $(BUILT) $(TOOLS) ## run all tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmark gate
 	$(PY) -m pytest bench -q $(ARGS)
