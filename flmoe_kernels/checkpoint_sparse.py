@@ -69,10 +69,12 @@ def in_one_layout(file: CheckpointFile, architecture: Architecture) -> Checkpoin
     with torch.device("meta"):
         skeleton = build(architecture, num_heads=1)
     state: dict[str, Any] = dict(file.state_dict)
+    missing: list[str] = []
     errors: list[str] = []
     for name, part in skeleton.named_modules():
         if isinstance(part, RoutedMLP):
-            prepare_state_dict(part, state, f"{name}.", {}, True, [], [], errors)
+            prepare_state_dict(part, state, f"{name}.", {}, True, missing, [], errors)
+    errors += [f'Missing key in state_dict: "{key}".' for key in missing]
     if errors:
         raise CheckpointError(file.path, f"sparse MLPs: {listed(errors)}")
     expected = architecture.parameter_shapes()

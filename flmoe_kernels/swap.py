@@ -15,6 +15,7 @@ from .interaction_moe.module import InteractionMoE
 from .interaction_moe.structure import LayerSpec, UnsupportedLayer, check_state, describe
 from .routed_mlp import structure as sparse
 from .routed_mlp.module import RoutedMLP
+from .sparse_copies import check_can_run
 from .swap_check import Case, Comparison, capture, compare
 from .swap_outputs import Disagreement, first_line
 from .swap_report import LAYER_NAMES as LAYER_NAMES
@@ -47,7 +48,9 @@ def swap(
         check: compare each layer with its replacement first (see `swap_check.compare`).
         inputs: what to run the model on, so that each layer is compared on its own inputs: a tuple
             of positional arguments, a dict of keyword arguments, or one argument that is neither. A
-            layer that is not reached is compared on random inputs, as all are without this.
+            layer that is not reached is compared on random inputs, as all are without this. Where a
+            layer runs FastMoE's own code and is not on a CUDA device the model is not run, which
+            would end the process: that layer is left, and the others are compared on random inputs.
         masks: passed to the model as `masks=`, when given.
 
     Returns:
@@ -203,9 +206,11 @@ def _supported(sites: list[_Site]) -> LayerSpec | sparse.RoutedSpec:
 def _calls(
     model: nn.Module, found: dict[int, list[_Site]], inputs: Any, masks: Any
 ) -> dict[int, Case]:
-    """The first call of every supported layer when the model runs on the given inputs."""
+    """The first call of every supported layer when the model runs on the given inputs; none if it must not."""
     layers = []
     for sites in found.values():
+        if not _can_run(sites[0].module):
+            return {}
         try:
             _supported(sites)
         except (UnsupportedLayer, sparse.UnsupportedMLP):
@@ -216,6 +221,16 @@ def _calls(
     if masks is not None:
         kwargs["masks"] = masks
     return capture(model, layers, args, kwargs) if layers else {}
+
+
+def _can_run(layer: nn.Module) -> bool:
+    if next(layer.parameters(), None) is None:
+        return True
+    try:
+        check_can_run(layer)
+    except sparse.UnsupportedMLP:
+        return False
+    return True
 
 
 def _take_over(layer: nn.Module, fast: nn.Module) -> None:

@@ -23,7 +23,7 @@ from .swap_outputs import Disagreement, Outputs, first_line, within_budget
 
 RANDOM_TOKENS = (2, 29)
 MAX_TOKENS = 512
-# In units of rounding of the largest logit: above the difference that two orders of a sum make.
+# In units of rounding of a token's largest logit: above the difference that two orders of a sum make.
 CLEAR_CHOICE = 8.0
 
 
@@ -83,11 +83,14 @@ def _tokens(case: Case | None, spec: RoutedSpec) -> Tensor:
 
 
 def _clear_choices(logits: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
-    """(N) bool: that the last expert chosen and the first one that is not are apart; logits (N, E)."""
+    """(N) bool: that the last expert chosen and the first one that is not are apart; logits (N, E).
+
+    Apart by the token's own largest logit: one token of a large norm says nothing about the others' rounding.
+    """
     if top_k == logits.shape[1] or not len(logits):
         return torch.ones_like(logits[:, 0], dtype=torch.bool)
     ordered = logits.sort(dim=1, descending=True).values
-    rounding = CLEAR_CHOICE * torch.finfo(dtype).eps * logits.abs().amax()
+    rounding = CLEAR_CHOICE * torch.finfo(dtype).eps * logits.abs().amax(dim=1)
     # Not-a-number is kept: the comparison says that the outputs are not finite.
     return ~(ordered[:, top_k - 1] - ordered[:, top_k] <= rounding)
 

@@ -10,7 +10,7 @@ import dataclasses
 import faulthandler
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -31,6 +31,9 @@ from flmoe_kernels.testing import draw
 
 LOCAL, WIDTH, HIDDEN, CHOICES = 3, 5, 7, 2
 NAMES = ("x", "weight", "w_in", "b_in", "w_out", "b_out")
+DIRECTIONS, STEP = 3, 1e-5
+# Tokens of each rank: together more than half precision can count.
+BALANCED = (700, 0, 41, 300)
 # A collective that waits longer has lost a rank, and a rank that lives longer hangs.
 COLLECTIVE_SECONDS, RANK_SECONDS = 40, 150
 
@@ -157,19 +160,68 @@ def whole(case: Case, ranks: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return evaluate(call, case.inputs(ranks, dtype), case.cotangent(ranks), NAMES)
 
 
-def derivatives() -> bool:
-    """First and second, against differences of values; that takes calls in step, hence one rank."""
-    case = Case((4,))
-    index = case.index(1)
+def derivatives(rank: int, ranks: int) -> dict[str, Tensor]:
+    """A rank's part of the objective's first and second derivatives along random directions of all ranks' inputs,
+    (DIRECTIONS,) each: "first" and "second" from backward passes, and from differences of values and of "first".
+    """
+    case = Case((4, 5, 0, 3))
+    whole = case.inputs(ranks)
+    index, cotangent = (
+        case.slice("out", x, rank, ranks) for x in (case.index(ranks), case.cotangent(ranks))
+    )
+    point = [case.slice(n, x, rank, ranks).requires_grad_() for n, x in whole.items()]
 
-    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
-        return parallel.parallel_routed_mlp(
-            x, index, weight, *parameters, act="silu", mean_gradients=True, backend="reference"
+    def towards(seed: int) -> list[Tensor]:
+        return [
+            case.slice(n, draw(*x.shape, dtype=x.dtype, seed=seed + i), rank, ranks)
+            for i, (n, x) in enumerate(whole.items())
+        ]
+
+    def value(at: list[Tensor]) -> Tensor:
+        x, weight, *parameters = at
+        out = parallel.parallel_routed_mlp(
+            x, index, weight, *parameters, act="silu", backend="reference"
         )
+        return (out.square() * cotangent).sum()
 
-    inputs = [x.requires_grad_() for x in case.inputs(1).values()]
-    first = torch.autograd.gradcheck(call, inputs)
-    return first and torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+    def slope(at: list[Tensor], way: list[Tensor]) -> Tensor:
+        return along(torch.autograd.grad(value(at), at, create_graph=True), way)
+
+    def difference(f: Callable[[list[Tensor]], Tensor], way: list[Tensor]) -> Tensor:
+        ends = [
+            [(x + step * w).detach().requires_grad_() for x, w in zip(point, way, strict=True)]
+            for step in (STEP, -STEP)
+        ]
+        return (f(ends[0]) - f(ends[1])).detach() / (2 * STEP)
+
+    found: dict[str, list[Tensor]] = {n: [] for n in ("first", "value", "second", "slope")}
+    for n in range(DIRECTIONS):
+        v, u = towards(100 + 40 * n), towards(120 + 40 * n)
+        first = slope(point, v)
+        found["first"].append(first.detach())
+        found["second"].append(along(torch.autograd.grad(first, point), u))
+        found["value"].append(difference(value, v))
+        found["slope"].append(difference(lambda at, v=v: slope(at, v), u))  # type: ignore[misc]
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def along(gradients: Sequence[Tensor], way: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(g * w).sum() for g, w in zip(gradients, way, strict=True)]).sum()
+
+
+def balance(rank: int, ranks: int) -> dict[str, Tensor]:
+    """A gate's loss under autocast, and the logits that it chose by."""
+    tokens = sum(BALANCED[:rank]), sum(BALANCED[: rank + 1])
+    torch.manual_seed(4)
+    gate = SwitchGate(WIDTH, LOCAL * ranks, switch_eps=0.0, capacity=(99.0, 99.0))
+    gate.spread = True
+    x = draw(sum(BALANCED[:ranks]), WIDTH, seed=6)[slice(*tokens)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gate(x)
+        logits = gate.clean_logits(x)
+    loss = gate.get_loss()
+    assert loss is not None
+    return {"loss": loss.detach(), "logits": logits.detach()}
 
 
 LIMITED = Case((5, 4, 0, 11))
@@ -374,8 +426,8 @@ def batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def run_rank(rank: int, ranks: int) -> dict[str, Any]:
     results: dict[str, Any] = {name: part(case, rank, ranks) for name, case in CASES.items()}
-    if ranks == 1:
-        results["derivatives"] = derivatives()
+    results["derivatives"] = derivatives(rank, ranks)
+    results["balance"] = balance(rank, ranks)
     results["limits"] = limits(rank, ranks)
     results["sums"] = sums(rank)
     results["layer"] = layer_part(rank, ranks)

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import warnings
-import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.utils.checkpoint
+from routed_gates import MAKERS, D, E, N, call, every_gate, make
 from torch import Tensor
 
-from flmoe_kernels.routed_mlp import GShardGate, NaiveGate, NoisyGate, SwitchGate, limit
-from flmoe_kernels.routed_mlp.gate_base import MAX_PENDING
-from flmoe_kernels.routed_mlp.gates import GATES, Gate, variation
-from flmoe_kernels.testing import draw
-
-D, E, N = 6, 5, 60
-MAKERS: dict[str, Callable[[], Gate]] = {
-    "naive": lambda: NaiveGate(D, E, top_k=3),
-    "gshard": lambda: GShardGate(D, E),
-    "gshard random": lambda: GShardGate(D, E, random_routing=True),
-    "switch": lambda: SwitchGate(D, E),
-    "noisy": lambda: NoisyGate(D, E, top_k=2),
-    "noisy, all": lambda: NoisyGate(D, E, top_k=E),
-}
-every_gate = pytest.mark.parametrize("name", list(MAKERS))
-
-
-def make(name: str, training: bool = True) -> Gate:
-    torch.manual_seed(0)
-    return MAKERS[name]().train(training)
-
-
-def call(gate: Gate, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """index, weight and loss, with the same random numbers every time."""
-    torch.manual_seed(1)
-    index, weight = gate(x, mask)
-    loss = gate.get_loss()
-    assert loss is not None
-    return index, weight, loss
+from flmoe_kernels.routed_mlp import GShardGate, NaiveGate, SwitchGate, limit
+from flmoe_kernels.routed_mlp import gate as choose
+from flmoe_kernels.routed_mlp.gates import GATES, variation
+from flmoe_kernels.testing import assert_outside_budget, assert_within_budget, draw
 
 
 @every_gate
@@ -157,90 +128,6 @@ def test_noisy_loss_is_its_formula() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-@every_gate
-def test_losses_of_a_step_add_up(name: str) -> None:
-    gate, parts = make(name), [draw(N, D, seed=i) for i in range(3)]
-    apart = [call(gate, part)[2] for part in parts]
-    for part in parts:
-        torch.manual_seed(1)
-        gate(part)
-    total = gate.get_loss(clear=False)
-    assert total is not None
-    torch.testing.assert_close(total, sum(apart))
-    assert gate.get_loss() is total
-    assert gate.get_loss() is None
-    if name != "naive":
-        assert all(total != loss for loss in apart), "the control: one call's loss alone"
-
-
-def test_losses_that_are_not_trained_on_replace() -> None:
-    gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
-    of_x, of_y = call(gate, x)[2], call(gate, y)[2]
-
-    gate(y)
-    with torch.no_grad():
-        gate(x), gate(x)
-    assert gate.get_loss(clear=False) == of_x, "under no_grad"
-    gate(y)
-    loss = gate.get_loss()
-    assert loss is not None
-    assert loss == of_y, "and a training loss does not add to it"
-    assert loss.requires_grad
-
-    gate.eval()
-    gate(x), gate(x)
-    assert gate.get_loss(clear=False) == of_x, "in eval mode"
-    gate.train()
-    gate(y)
-    assert gate.get_loss() == of_y
-
-
-def test_losses_that_nobody_takes_hold_no_graphs() -> None:
-    gate, x = make("gshard"), draw(4, D)
-    first = draw(4, D).requires_grad_()
-    graph = weakref.ref(first)
-    gate(first)
-    del first
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(MAX_PENDING - 1):
-            gate(x)
-    gc.collect()
-    assert graph() is not None, "the control: until then its graph is needed"
-    with pytest.warns(UserWarning, match="losses of 256 calls of a GShardGate were never taken"):
-        gate(x)
-    gc.collect()
-    assert graph() is None
-    assert gate.get_loss(clear=False) == call(make("gshard"), x)[2]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(2 * MAX_PENDING):
-            gate(x)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_does_not_count_twice(reentrant: bool) -> None:
-    gate, x = make("gshard"), draw(N, D).requires_grad_()
-    expected = call(gate, x)[2]
-
-    def weights(x: Tensor) -> Tensor:
-        return gate(x).weight
-
-    def gradients(weight: Tensor) -> tuple[Tensor, ...]:
-        loss = gate.get_loss()
-        assert loss is not None
-        assert loss == expected
-        total = weight[:, 0].sum() + (0.0 if reentrant else loss)
-        for parameter in gate.parameters():
-            parameter.grad = None
-        total.backward()
-        assert gate.get_loss() is None
-        return tuple(p.grad for p in gate.parameters() if p.grad is not None)
-
-    again = gradients(torch.utils.checkpoint.checkpoint(weights, x, use_reentrant=reentrant))
-    torch.testing.assert_close(again, gradients(weights(x)))
-
-
 def test_hooks_of_the_lineage() -> None:
     gate, x = make("naive"), draw(N, D).requires_grad_()
     for _ in range(5):
@@ -276,6 +163,78 @@ def test_float64_is_not_rounded_on_the_way(name: str) -> None:
     assert loss.dtype == torch.float64
     nudged = call(gate, x * (1.0 + 1e-11))[2]
     assert 0 < abs(nudged - loss) < 1e-8 or name in ("naive", "noisy, all")
+
+
+def crowded(gap: float, dtype: torch.dtype) -> tuple[GShardGate, Tensor]:
+    """Six tokens whose better choice is full for the last three, and whose other one is `gap` below it."""
+    gate = GShardGate(3, 3, capacity=(0.75, 0.75)).to(dtype)
+    with torch.no_grad():
+        gate.gate.weight.copy_(torch.eye(3))
+        gate.gate.bias.zero_()
+    assert gate.rows_per_expert(6) == 3
+    x = torch.tensor([[gap, 0.0, -gap], [gap, -gap, 0.0]]).repeat_interleave(3, dim=0)
+    return gate, x.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap"),
+    [
+        (torch.float16, 3.0),
+        (torch.float16, 6.0),
+        (torch.float16, 13.0),
+        (torch.bfloat16, 89.0),
+        (torch.float32, 89.0),
+        (torch.float32, 200.0),
+    ],
+)
+def test_a_sole_survivor_weighs_one_and_has_no_gradient(dtype: torch.dtype, gap: float) -> None:
+    """However little it weighed before, and with the scale that losses of half precision are given."""
+    gate, x = crowded(gap, dtype)
+    index, weight, _ = call(gate, x)
+    assert index.tolist() == [[0, 1]] * 3 + [[-1, 2]] * 3
+    assert weight[3:].tolist() == [[0.0, 1.0]] * 3
+    (weight.float().square().mean() * 65536.0).backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+    assert not x.grad[3:].any()
+    assert gap > 6.0 or bool(x.grad[:3].any()), "the control: of two choices there is one"
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_left_is_a_softmax_of_its_own(dtype: torch.dtype, backend: str | None) -> None:
+    """Against the formula in float64, with two of three choices left, one, and none, far apart."""
+    logits = (4.0 * draw(40, 6)).to(dtype)
+    logits[::2, 0] += 15.0
+    mask = torch.arange(40) % 7 != 3
+    cotangent = draw(40, 3, seed=3).to(dtype)
+
+    def found(kind: torch.dtype, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        leaf = logits.to(kind, copy=True).requires_grad_()
+        index, weight = choose(leaf, 3, capacity=9, mask=mask, backend=backend)
+        (weight * cotangent.to(kind)).sum().backward()
+        assert leaf.grad is not None
+        return index, weight.detach(), leaf.grad
+
+    index, weight, grad = found(dtype, backend)
+    free = choose(logits, 3).index
+    left = (index >= 0).sum(dim=1)
+    assert set(left.tolist()) == {0, 1, 2, 3}
+    leaf = logits.double().requires_grad_()
+    rows = []
+    for n in range(40):
+        kept = (index[n] >= 0).nonzero().flatten()
+        share = leaf[n, free[n, kept]].softmax(dim=0)
+        rows.append(torch.zeros(3, dtype=torch.float64).index_put((kept,), share))
+    exact = torch.stack(rows)
+    (exact * cotangent).sum().backward()
+    assert leaf.grad is not None
+    _, low, low_grad = found(dtype, "reference")
+    assert_within_budget(weight, low, exact.detach(), "weights")
+    assert_within_budget(grad, low_grad, leaf.grad, "gradients")
+    lost = torch.where(index < 0, 0.0, choose(logits, 3).weight)
+    assert_outside_budget(lost, low, exact.detach(), "weights as before the drops")
+    assert not grad[left < 2].any()
 
 
 def test_limit() -> None:

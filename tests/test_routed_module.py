@@ -10,9 +10,11 @@ import pytest
 import torch
 from routed_layers import GATES, D, E, F, every_gate, make
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 from flmoe_kernels import BackendUnavailable, RoutedMLP
-from flmoe_kernels.routed_mlp import GShardGate, NoisyGate, reference
+from flmoe_kernels.routed_mlp import GShardGate, NoisyGate, reference, routed_mlp
 from flmoe_kernels.routed_mlp.structure import activation_name
 from flmoe_kernels.testing import assert_outside_budget, assert_within_budget, draw
 
@@ -284,6 +286,67 @@ def test_a_training_step_compiles_whole() -> None:
     torch.testing.assert_close(results[1], results[2])
 
 
+def test_many_calls_of_a_step_compile_once() -> None:
+    """As FL-I2MoE calls a layer: for every modality of every view. Their number is compiled into nothing."""
+    torch.compiler.reset()
+    mlp, x = make(), draw(9, D)
+    counter = CompileCounter()
+    compiled = torch.compile(mlp, fullgraph=True, backend=counter)
+    for step in range(3):
+        out = sum(compiled(x).square().sum() for _ in range(12))
+        loss = mlp.gate_loss()
+        assert loss is not None
+        torch.testing.assert_close(loss, 12 * alone(mlp, x))
+        (out + loss).backward()
+        if step == 0:
+            first = counter.frame_count
+    assert counter.frame_count == first <= 3
+
+
+def alone(mlp: RoutedMLP, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        mlp(x)
+    loss = mlp.gate_loss()
+    assert loss is not None
+    return loss
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_compiled_code_and_checkpoints(where: str) -> None:
+    """Inside of one it counts again: what the second get_loss of a step is for. Outside it does not."""
+    torch.compiler.reset()
+    mlp, head, x = make(), nn.Linear(D, D), draw(9, D)
+    part = torch.compile(mlp, backend="aot_eager") if where == "inside" else mlp
+
+    def whole(x: Tensor) -> Tensor:
+        return checkpoint(lambda z: head(part(z)).relu(), x, use_reentrant=False)
+
+    call = torch.compile(whole, backend="aot_eager") if where == "outside" else whole
+    expected = alone(mlp, x)
+    for _ in range(3):
+        out, loss = call(x).sum(), mlp.gate_loss()
+        assert loss is not None
+        torch.testing.assert_close(loss, expected)
+        (out + loss).backward()
+        again = mlp.gate_loss()
+        assert (again is None) == (where == "outside")
+
+
+@every_gate
+def test_training_with_and_without_the_loss(gate: str) -> None:
+    """A loss enters every other step; what the steps between left behind is in none of them."""
+    mlp, x = make(gate), draw(9, D)
+    for step in range(4):
+        torch.manual_seed(6)
+        out = mlp(x).square().sum()
+        loss = mlp.gate_loss(clear=step % 2 == 1)
+        assert loss is not None
+        if step == 0:
+            expected = loss.detach()
+        assert loss == expected
+        (out + loss if step % 2 else out).backward()
+
+
 @every_gate
 def test_autocast_is_that_of_linear_maps(gate: str) -> None:
     mlp, x = make(gate), draw(11, D)
@@ -300,6 +363,22 @@ def test_autocast_is_that_of_linear_maps(gate: str) -> None:
             expected_output(mlp, x.bfloat16(), k) for k in (torch.bfloat16, torch.float64)
         )
     assert_within_budget(out.detach(), own, exact, gate)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_is_not_seen_by_the_function(dtype: torch.dtype, backend: str | None) -> None:
+    x, index = draw(11, D), torch.arange(22).view(11, 2) % E
+    weight = draw(11, 2, seed=1).softmax(dim=1)
+    mlp = make()
+    first, second = mlp.experts.htoh4, mlp.experts.h4toh
+    arguments = (x, index, weight, first.weight, first.bias, second.weight, second.bias)
+    expected = routed_mlp(*arguments, backend=backend)
+    with torch.autocast("cpu", dtype=dtype):
+        found = routed_mlp(*arguments, backend=backend)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    found.sum().backward()
 
 
 def test_moves_with_the_model() -> None:

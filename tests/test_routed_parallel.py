@@ -17,7 +17,7 @@ from parallel_ranks import CASES, LOCAL, NAMES
 from torch import Tensor
 
 from flmoe_kernels.routed_mlp import RoutedMLP, limit, parallel, routed_mlp
-from flmoe_kernels.testing import assert_within_budget
+from flmoe_kernels.testing import assert_outside_budget, assert_within_budget
 
 PROGRAM = str(Path(ranked.__file__))
 # After a rank has ended itself, see parallel_ranks.
@@ -155,7 +155,30 @@ def test_capacity_is_shared(results: Results) -> None:
 
 
 def test_derivatives(results: Results) -> None:
-    assert results[0].get("derivatives", True)
+    """First and second, of the sum of all ranks' objectives, against differences of values."""
+    total = {
+        n: torch.stack([result["derivatives"][n] for result in results]).sum(dim=0)
+        for n in results[0]["derivatives"]
+    }
+    for found, expected in (("first", "value"), ("second", "slope")):
+        assert difference(total[found], total[expected]) < 1e-7, found
+        assert difference(total[found].roll(1), total[expected]) > 1e-2, "another direction's"
+        alone = [difference(r["derivatives"][found], total[expected]) for r in results]
+        assert len(results) == 1 or min(alone) > 1e-2, "one rank's part"
+
+
+def test_balance_under_autocast(results: Results) -> None:
+    """The loss of all ranks' tokens by its formula in float64, of a router's logits in half precision."""
+    logits = torch.cat([result["balance"]["logits"] for result in results])
+    assert logits.dtype == torch.bfloat16
+    experts = logits.shape[1]
+    shares = torch.nn.functional.one_hot(logits.argmax(dim=1), experts).double().mean(dim=0)
+    exact = experts * (shares * logits.double().softmax(dim=1).mean(dim=0)).sum()
+    own = experts * (shares.float() * logits.float().softmax(dim=1).mean(dim=0)).sum()
+    for result in results:
+        found = result["balance"]["loss"]
+        assert_within_budget(found, own, exact, "balance")
+        assert_outside_budget(found.bfloat16(), own, exact, "a loss of half precision")
 
 
 def test_sums(results: Results) -> None:

@@ -91,6 +91,35 @@ def test_wrong_checkpoints_are_named(
         make().load_state_dict(state)
 
 
+def test_part_of_a_checkpoint_loads_where_that_is_allowed() -> None:
+    """Experts apart: what is there is loaded, what is not keeps its values and is named."""
+    state = apart(make(seed=1).state_dict(), routers=True)
+    left = {"experts.2.htoh4.bias", *(f"experts.{e}.h4toh.weight" for e in range(E))}
+    wanted = {key: value.double() for key, value in state.items() if key not in left}
+    mlp, kept = make(), make().state_dict()
+    found = mlp.load_state_dict(wanted | {"experts.5.htoh4.bias": torch.zeros(1, F)}, strict=False)
+    assert sorted(found.missing_keys) == sorted(left)
+    assert found.unexpected_keys == ["experts.5.htoh4.bias"]
+    assert torch.equal(mlp.experts.h4toh.weight, kept["experts.h4toh.weight"])
+    bias, before = mlp.experts.htoh4.bias, kept["experts.htoh4.bias"]
+    assert torch.equal(bias[2], before[2])
+    for e in (0, 1, 3, 4):
+        assert torch.equal(bias[e : e + 1], state[f"experts.{e}.htoh4.bias"])
+        assert not torch.equal(bias[e], before[e])
+    with pytest.raises(RuntimeError, match=r"size mismatch for experts\.1\.h4toh\.bias"):
+        make().load_state_dict(wanted | {"experts.1.h4toh.bias": torch.zeros(D)}, strict=False)
+
+
+def test_a_skeleton_takes_a_checkpoint_of_experts_apart() -> None:
+    state = apart(make(seed=1).state_dict(), routers=False)
+    skeleton = make().to("meta")
+    skeleton.load_state_dict(state, assign=True)
+    torch.testing.assert_close(skeleton.state_dict(), make(seed=1).state_dict(), rtol=0, atol=0)
+    del state["experts.2.htoh4.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"experts\.2\.htoh4\.bias"'):
+        make().to("meta").load_state_dict(state, assign=True, strict=False)
+
+
 def test_a_diverged_checkpoint_still_loads() -> None:
     state = make().state_dict()
     state["gate.gate.bias"][0] = float("nan")

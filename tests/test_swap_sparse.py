@@ -292,6 +292,20 @@ LEFT: list[tuple[str, Callable[[], nn.Module], str]] = [
         changed(lambda m: other_part(m, "experts.h4toh", bias=nn.Parameter(torch.ones(5, 3)))),
         r"experts.h4toh.bias: expected \(5, 16\), got \(5, 3\)",
     ),
+    *(
+        (
+            f"no {name}",
+            changed(lambda m, name=name: delattr(m.gate, name), gate),
+            rf"all_gates.0.{name}: missing, which a {gate} has",
+        )
+        for gate, name in (
+            ("GShardGate", "capacity"),
+            ("GShardGate", "random_routing"),
+            ("SwitchGate", "capacity"),
+            ("SwitchGate", "switch_eps"),
+            ("AddtionalNoisyGate", "noise_epsilon"),
+        )
+    ),
     ("no bias", changed(lambda m: other_part(m, "experts.htoh4", bias=None)), "htoh4.bias"),
     (
         "extra parameter",
@@ -413,6 +427,12 @@ def test_tokens_whose_choice_hangs_on_rounding_are_left_out() -> None:
     assert "hang on rounding" in reason(swap(mlp))
 
 
+def test_one_large_token_leaves_the_others_in() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.9], [3e7, 2e7, 1e7], [3.0, 2.0, 2.0]])
+    clear = swap_mlp._clear_choices(logits.double(), 2, torch.float32)
+    assert clear.tolist() == [True, True, False]
+
+
 def test_given_inputs_of_another_kind_are_a_reason() -> None:
     mlp = make_mlp()
     for inputs in ([], [draw(2, 15)], [draw(2, 16)] * 2):
@@ -430,3 +450,23 @@ def test_fastmoe_s_own_modules_are_not_run_on_the_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fl.TransformerEncoderLayer, "__module__", "fmoe.transformer")
     monkeypatch.setattr(fl.InteractionMoE, "forward", lambda *_: pytest.fail("was run"))
     assert "CUDA device only" in reason(swap(make_layer()))
+
+
+def test_no_layer_runs_fastmoe_s_own_code_on_given_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One such layer in the model, and the model is not run: the others are compared on random inputs."""
+    model = Fusion()
+
+    class Own(lineage.FMoELinear):
+        def forward(self, *_: Any) -> Tensor:
+            return pytest.fail("was run")
+
+    Own.__module__ = "fmoe.linear"
+    for part in ("htoh4", "h4toh"):
+        getattr(model.network[1].mlp.experts, part).__class__ = Own
+    monkeypatch.setattr(Fusion, "forward", lambda *_: pytest.fail("was run"))
+    report = swap(model, inputs=(parts(),))
+    assert [(entry.name, entry.inputs) for entry in report.swapped_mlps] == [
+        ("network.0.mlp", "random")
+    ]
+    assert [entry.name for entry in report.left] == ["network.1.mlp"]
+    assert "CUDA device only" in report.left[0].reason

@@ -116,7 +116,8 @@ def limit(
         (N, K) int64, -1 where dropped.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range.
+        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range on the CPU. On a
+            GPU, where looking would wait, such a row counts as dropped.
     """
     check.require_count("num_experts", num_experts, 1)
     index = _require_index(index, num_experts)
@@ -162,7 +163,8 @@ def dispatch(index: Tensor, num_experts: int, *, backend: str | None = None) -> 
         backend: as in gate.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range.
+        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range on the CPU. On a
+            GPU, where looking would wait, such a row counts as dropped.
     """
     check.require_count("num_experts", num_experts, 1)
     index = _require_index(index, num_experts)
@@ -206,7 +208,8 @@ def routed_mlp(
         out (N, D). Differentiable by x, weight, weights and biases.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range.
+        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range on the CPU. On a
+            GPU, where looking would wait, such a row counts as dropped.
 
     Cost: 4 D F FLOP per kept row forward and 8 D F backward; memory O(N K (D + F)).
     Source: the sparse experts of FL-I2MoE's baselines, after FastMoE (arXiv 2103.13262).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from .. import validation as check
 from .api import Routing
 
-# Calls whose losses are added up before the gate takes it that nobody wants them: each holds its graph.
-MAX_PENDING = 256
-
 
 class Gate(nn.Module):
     """What all gates have in common.
 
     Losses: in training, with gradients recorded, those of successive calls add up until get_loss takes them, so
-    that every modality and view counts. In eval mode or under no_grad a call's loss takes the place of what was
-    there, and a training call's the place of such a one. A loss that nobody takes must not hold graphs for ever:
-    after MAX_PENDING calls the gate warns once and starts afresh. What activation checkpointing computes again
-    during a backward pass is not counted again (its use_reentrant=True runs the first pass under no_grad, where
-    no loss has a gradient).
+    that every modality and view counts. A backward pass through one of these calls ends the step: what nobody
+    took stays to be looked at, and the next training call starts afresh, for its graph is gone (a pass with
+    create_graph=True ends nothing). In eval mode or under no_grad a call's loss takes the place of what was
+    there, but for a sum that training calls are still adding to, which is left as it is. A loop that neither
+    takes losses nor goes backward should run under no_grad, for each call's graph is kept.
+
+    What activation checkpointing computes again during a backward pass is not counted again; its
+    use_reentrant=True runs the first pass under no_grad, where no loss has a gradient. Compiled code cannot tell
+    either: torch.compile inside of a checkpoint counts again, and a compiled training call does not see the
+    backward pass. Take the loss in every training step there, wanted or not, and with a checkpoint around
+    compiled code call get_loss once more after the backward pass, to throw away what it counted again.
 
     Args:
         d_model: token width D.
@@ -40,7 +43,7 @@ class Gate(nn.Module):
         None but the last three is copied or pickled.
     """
 
-    TRANSIENT = ("loss", "indicates")
+    TRANSIENT = ("loss", "_first", "indicates")
 
     def __init__(self, d_model: int, num_expert: int, world_size: int, top_k: int) -> None:
         super().__init__()
@@ -58,8 +61,9 @@ class Gate(nn.Module):
         self.loss: Tensor | None = None
         self.topk_logits: list[Tensor] = []
         self.indicates: Any = None
-        self._pending = 0
-        self._warned = False
+        # The first loss of those that `loss` is the sum of, while training calls still add to it. Not a count: a
+        # compiled call would be compiled anew for each value.
+        self._first: Tensor | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, tokens: int | None = None) -> Routing:
         """Route x (N, D).
@@ -75,6 +79,8 @@ class Gate(nn.Module):
         """
         index, weight, loss = self.route(x, mask, len(x) if tokens is None else tokens)
         self.set_loss(loss)
+        if self._counts():
+            self._watch(weight, loss)
         self.set_topk_logit(index)
         return Routing(index, weight)
 
@@ -88,28 +94,40 @@ class Gate(nn.Module):
 
     def set_loss(self, loss: Tensor) -> None:
         """Gather a call's loss."""
-        if not (self.training and torch.is_grad_enabled()):
-            self.loss, self._pending = loss, 0
-            return
-        if _inside_backward():
-            return
-        if self.loss is None or self._pending in (0, MAX_PENDING):
-            if self._pending == MAX_PENDING and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"the losses of {MAX_PENDING} calls of a {type(self).__name__} were never taken and are "
-                    "dropped: call get_loss in each training step, or gate_loss of the module around it",
-                    stacklevel=2,
-                )
-            self.loss, self._pending = loss, 1
+        if not self._counts():
+            if self._first is None and not _inside_backward():
+                self.loss = loss
+        elif self._first is None or self.loss is None:
+            self.loss = self._first = loss
         else:
-            self.loss, self._pending = self.loss + loss, self._pending + 1
+            self.loss = self.loss + loss
+
+    def _counts(self) -> bool:
+        """Whether a call now is one of a training step, and not computed again for its backward pass."""
+        return self.training and torch.is_grad_enabled() and not _inside_backward()
+
+    def _watch(self, *outputs: Tensor) -> None:
+        """End the step on a backward pass through any of a call's outputs."""
+        if self._first is None or torch.compiler.is_compiling():
+            return
+        # Weak, or the graph would hold the gate that holds the graph, where no collector looks.
+        gate, first = weakref.ref(self), weakref.ref(self._first)
+
+        def passed(_grad: Tensor) -> None:
+            held = gate()
+            # Gradients are recorded with create_graph=True alone, which keeps the graph.
+            if held is not None and held._first is first() and not torch.is_grad_enabled():
+                held._first = None
+
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(passed)
 
     def get_loss(self, clear: bool = True) -> Tensor | None:
         """The gathered loss, a scalar, or None; by default it is forgotten."""
         loss = self.loss
         if clear:
-            self.loss, self._pending = None, 0
+            self.loss = self._first = None
         return loss
 
     @property
@@ -141,7 +159,7 @@ class Gate(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A loss on a graph can be neither copied nor pickled.
-        return {**self.__dict__, **dict.fromkeys(self.TRANSIENT), "topk_logits": [], "_pending": 0}
+        return {**self.__dict__, **dict.fromkeys(self.TRANSIENT), "topk_logits": []}
 
     def extra_repr(self) -> str:
         return f"experts={self.tot_expert}, top_k={self.top_k}"

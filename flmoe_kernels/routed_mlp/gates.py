@@ -83,7 +83,7 @@ class _CapacityGate(NaiveGate):
         tokens: int,
         renormalize: bool,
     ) -> Routing:
-        """Those of free choices, made by logits (N, E), that are within the experts' capacity and of valid tokens."""
+        """Those of free choices by logits (N, E) that are of valid tokens and within the experts' capacity."""
         experts, backend = self.tot_expert, self.backend
         if self.spread:
             rows = self.rows_per_expert(tokens_over_ranks(tokens, free.index.device, self.group))

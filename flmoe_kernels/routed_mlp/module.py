@@ -74,7 +74,7 @@ class RoutedMLP(nn.Module):
         top_k: K, experts of a token.
         moe_group: the process group of these, which has world_size ranks; None for the default group. A layer
             with a group of its own can be neither copied nor pickled; its state_dict can.
-        backend: "reference" or "cpu", of routing and of the MLP; default by device.
+        backend: "reference", "cpu" or "triton", of routing and of the MLP; default by device.
 
     Attributes:
         last_topk_indices, last_topk_scores: (N, K) of the last call, the latter on its graph; -1 and 0 for a

@@ -11,13 +11,15 @@ Rank r of a group of R holds the experts r * local to (r + 1) * local - 1 and an
 
 An expert sees its rows in the order of ranks, then of tokens, and a token's rows are added in the order of k: a
 result is that of one process which holds all tokens in the order of ranks, up to the order in which the matrix
-products add. The wait is inherent: an uneven exchange needs the sizes on the host. All else is queued.
+products add. The wait is inherent: an uneven exchange needs the sizes on the host. A gate with a capacity waits
+once more, for the number of all ranks' tokens. All else is queued.
 
 What every rank has to do: run the same calls in the same order, forward and backward; a rank without tokens
 too, and one whose objective has no use for the output (then add `out.sum() * 0`). Ranks need not agree on which
 inputs require gradients, they tell one another; that one records gradients while another does not is an error
-on all of them. An error that one rank alone can see (an index out of range) leaves the others waiting until the
-group's own timeout.
+on all of them. A gate's loss has to enter the objective on every rank or on none: its sum over the ranks is a
+collective, whose backward is one too. An error that one rank alone can see (an index out of range) leaves the
+others waiting until the group's own timeout.
 
 A training program, in train.py, started with `torchrun --nproc-per-node 4 train.py`:
 

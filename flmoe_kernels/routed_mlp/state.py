@@ -23,38 +23,54 @@ def prepare_state_dict(
     prefix: str,
     _metadata: dict[str, Any],
     _strict: bool,
-    _missing: list[str],
+    missing: list[str],
     _unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """A hook before loading: rewrites `state`, and adds to `errors` what torch would not name.
+    """A hook before loading: rewrites `state`, and adds to `missing` and `errors` what torch would not name.
 
-    Keys that it does not know are left for torch's own strict check.
+    Keys that it does not know are left for torch's own strict check, as are those in `missing`.
     """
-    _stack_experts(module, state, prefix + "experts.", errors)
+    _stack_experts(module, state, prefix + "experts.", missing, errors)
     _match_gates(state, prefix + "gate.", prefix + "all_gates.", errors)
 
 
-def _stack_experts(module: Any, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-    """One tensor for all experts, of one per expert; only if the state has no such tensor yet."""
+def _stack_experts(
+    module: Any, state: dict[str, Any], prefix: str, missing: list[str], errors: list[str]
+) -> None:
+    """One tensor for all experts, of one per expert; only if the state has no such tensor yet.
+
+    A missing expert keeps its present values, should the state be loaded in spite of that; where the module has
+    none, on the meta device, it is an error.
+    """
     numbered = re.compile(re.escape(prefix) + r"(\d+)\.")
     if not any(map(numbered.match, state)) or any(prefix + piece in state for piece in PIECES):
         return
     for piece in PIECES:
-        keys = [f"{prefix}{expert}.{piece}" for expert in range(module.num_expert)]
-        expected = (1, *module.experts.get_parameter(piece).shape[1:])
-        problems = [problem for key in keys if (problem := _problem(state, key, expected))]
-        errors += problems
-        found = [state.pop(key) for key in keys if key in state]
-        # A placeholder where something is wrong: the error says what, a missing key would not.
-        whole = module.experts.get_parameter(piece) if problems else torch.cat(found)
-        state[prefix + piece] = whole.detach()
+        own = module.experts.get_parameter(piece).detach()
+        found: dict[int, Tensor] = {}
+        for expert in range(module.num_expert):
+            key = f"{prefix}{expert}.{piece}"
+            if key not in state:
+                if own.is_meta:
+                    errors.append(f'Missing key in state_dict: "{key}".')
+                else:
+                    missing.append(key)
+                continue
+            value = state.pop(key)
+            if problem := _problem(key, value, (1, *own.shape[1:])):
+                errors.append(problem)
+            else:
+                found[expert] = value
+        if len(found) == module.num_expert:
+            state[prefix + piece] = torch.cat(list(found.values()))
+            continue
+        state[prefix + piece] = own.clone()
+        for expert, value in found.items():
+            state[prefix + piece][expert : expert + 1] = value
 
 
-def _problem(state: dict[str, Any], key: str, expected: tuple[int, ...]) -> str:
-    if key not in state:
-        return f'Missing key in state_dict: "{key}".'
-    value = state[key]
+def _problem(key: str, value: Any, expected: tuple[int, ...]) -> str:
     if not isinstance(value, Tensor):
         return f'"{key}": expected a Tensor, got {type(value).__name__}.'
     if tuple(value.shape) != expected:

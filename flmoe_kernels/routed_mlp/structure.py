@@ -36,8 +36,15 @@ PUBLISHED_GATES: dict[str, dict[str, str]] = {
     "NoisyGate": _NOISY,
     "AddtionalNoisyGate": _NOISY,
 }
-# The settings that a gate has beyond its sizes; where the published one lacks one, it is none of that kind.
-_SETTINGS = ("capacity", "random_routing", "switch_eps", "noise_epsilon")
+# The settings that a published gate has beyond its sizes. One that lacks any is not of that kind: ours would
+# compute with a default of its own.
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "NaiveGate": (),
+    "GShardGate": ("capacity", "random_routing"),
+    "SwitchGate": ("capacity", "switch_eps"),
+    "NoisyGate": ("noise_epsilon",),
+    "AddtionalNoisyGate": ("noise_epsilon",),
+}
 _FIXED_CHOICES = {"GShardGate": 2, "SwitchGate": 1}
 
 
@@ -66,9 +73,8 @@ class RoutedSpec:
     def make_gate(self, published: nn.Module, make: Callable[..., Gate]) -> Gate:
         """A new gate with the published one's settings; its parameters are for the caller to share."""
         gate = make(self.d_model, self.num_expert, 1, self.top_k)
-        for name in _SETTINGS:
-            if hasattr(gate, name) and hasattr(published, name):
-                setattr(gate, name, getattr(published, name))
+        for name in _SETTINGS[self.gate]:
+            setattr(gate, name, getattr(published, name))
         linear = getattr(published, "gate", None)
         if isinstance(linear, nn.Linear) and linear.bias is None:
             gate.gate.register_parameter("bias", None)
@@ -180,6 +186,9 @@ def _check_gates(layer: Any, spec: RoutedSpec) -> None:
                 raise UnsupportedMLP(f"{path}.{name}: expected {value}, got {found!r}")
         if spec.top_k != _FIXED_CHOICES.get(spec.gate, spec.top_k):
             raise UnsupportedMLP(f"{path}.top_k: {spec.top_k}, which {spec.gate} has not")
+        for name in _SETTINGS[spec.gate]:
+            if not hasattr(router, name):
+                raise UnsupportedMLP(f"{path}.{name}: missing, which a {spec.gate} has")
         if "gate.weight" in PUBLISHED_GATES[spec.gate]:
             linear = getattr(router, "gate", None)
             if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
