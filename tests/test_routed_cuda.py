@@ -301,3 +301,11 @@ def test_streams_and_gradients_on_the_gpu() -> None:
     torch.testing.assert_close(gradient.cpu(), wanted)
     with pytest.raises(BackendUnavailable, match="the tensors are on cpu"):
         gate(logits, 3, backend="cuda")
+
+
+@needs_gpu
+def test_a_call_that_failed_does_not_fail_the_next() -> None:
+    index = random_index(900, 2, 8, seed=3)
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        native.cuda_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (99, 0))
+    assert equal(Gpu().dispatch(index, 8), cpu.dispatch(index, 8))

@@ -42,6 +42,9 @@ __global__ void __launch_bounds__(kThreads, 1) route_kernel(const Body body) {
 class Launch {
  public:
   explicit Launch(const Place& place) : stream_(static_cast<cudaStream_t>(place.stream)) {
+    // The runtime is this module's own, so what it still remembers is a call of this file that
+    // failed, and said so then: it must not be taken for a failure of the launches to come.
+    cudaGetLastError();
     error_ = cudaSetDevice(place.device);
   }
 
