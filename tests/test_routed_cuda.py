@@ -251,6 +251,17 @@ def test_shuffled_orders_show_a_race() -> None:
     assert len({native.route_twin_race(order) for order in range(10)}) > 5
 
 
+@pytest.mark.parametrize("in_a_warp", [False, True])
+def test_the_twin_refuses_what_a_gpu_cannot_read(in_a_warp: bool) -> None:
+    """The control: a thread's variable is its own, though on the host all of them are an array."""
+    own = native.route_twin_peek(in_a_warp, 0)
+    assert own == (31 if in_a_warp else 255)
+    for apart in (1, 16):
+        with pytest.raises(RuntimeError, match="a thread takes another thread's variable"):
+            native.route_twin_peek(in_a_warp, apart)
+    assert native.route_twin_peek(in_a_warp, 0) == own
+
+
 def test_border_refuses_what_it_cannot_count() -> None:
     for rows, bins in ((2**31, 4), (-1, 4), (5, 0), (5, 2**31 - 1)):
         with pytest.raises(ValueError, match="expected"):

@@ -150,6 +150,8 @@ void bind_route(py::module_& m) {
     return flmoe::twin_dispatch(dispatch_args(tensors, rows, experts), rows_per_block, order);
   });
   m.def("route_twin_race", [](uint64_t order) { return flmoe::twin_race(order); });
+  m.def("route_twin_peek",
+        [](bool in_a_warp, int apart) { return flmoe::twin_peek(in_a_warp, apart); });
 #if defined(FLMOE_HAVE_CUDA)
   bind_launches(m);
 #endif
