@@ -25,6 +25,11 @@ endif
 ifeq ($(wildcard flmoe_kernels/_native*.so),)
 $(BUILT): FORCE
 endif
+# Nor for another choice about CUDA than the module was built with.
+CUDA_CHOICE := FLMOE_CUDA=$(FLMOE_CUDA)
+ifneq ($(shell cat $(BUILT) 2>/dev/null),$(CUDA_CHOICE))
+$(BUILT): FORCE
+endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -88,7 +93,15 @@ $(TOOLS): $(INSTALLED) requirements/dev.txt
 $(BUILT): $(INSTALLED) $(BUILD_INPUTS)
 	@rm -f $(BUILT)
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
-	@touch $(BUILT)
+	@$(PY) -c '$(say_cuda)'
+	@echo '$(CUDA_CHOICE)' > $(BUILT)
+
+# What the build decided, which pip keeps to itself.
+define say_cuda
+from flmoe_kernels import _native; \
+built, reason = _native.cuda_build(); \
+print("CUDA kernels:", built or f"left out ({reason})")
+endef
 
 define check_python
 say() { echo "make: $$1" >&2; exit 1; }; \

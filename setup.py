@@ -128,6 +128,14 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def version_of(nvcc: str | None) -> str:
+    """What nvcc says of itself: the program of one path can be another one tomorrow."""
+    if nvcc is None:
+        return ""
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    return answer.stdout
+
+
 def build_directory(*choices: str) -> Path:
     """A folder that survives the build, so that the next one compiles only what changed.
 
@@ -155,7 +163,8 @@ class CMakeBuild(build_ext):
         choices = {name: os.environ.get(name, "") for name in ENVIRONMENT}
         cuda = cuda_mode()
         nvcc = None if cuda == "OFF" else find_nvcc()
-        folder = build_directory(sys.base_prefix, suffix, cuda, nvcc or "", *choices.values())
+        nvcc_key = (nvcc or "", version_of(nvcc))
+        folder = build_directory(sys.base_prefix, suffix, cuda, *nvcc_key, *choices.values())
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
             # Tool paths change from build to build under build isolation: set them every time.

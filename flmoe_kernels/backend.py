@@ -7,7 +7,6 @@ Without one, CUDA tensors go to the GPU backends and CPU tensors to the C++ kern
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -61,6 +60,14 @@ def native() -> ModuleType:
     return _native
 
 
+def native_cuda() -> ModuleType:
+    """The native module if it has the CUDA kernels, whatever the machine; BackendUnavailable if not."""
+    reason = _unbuilt_cuda()
+    if reason:
+        raise BackendUnavailable(f"backend 'cuda': {reason}")
+    return native()
+
+
 def instruction_set() -> str:
     """The instruction set that the CPU kernels chose ("avx512", "avx2", "baseline"), or "none"."""
     return "none" if _native is None else str(_native.instruction_set())
@@ -99,15 +106,27 @@ def _triton_status() -> tuple[bool, str]:
 
 
 def _cuda_status() -> tuple[bool, str]:
-    """Looked up on each call; where there is a device that could run the kernels, it is made ready."""
-    reason = _cuda_lack()
+    """Looked up on each call, by the attributes of the devices: none is made ready."""
+    reason = _unbuilt_cuda()
     if reason:
         return False, reason
     assert _native is not None
+    architectures = _native.cuda_build()[0]
+    reason = _cuda_lack()
+    if reason:
+        return False, f"{reason}; kernels were built, for {architectures}"
     refusals = [_cuda_lack(device) for device in range(_native.cuda_devices()[0])]
     if all(refusals):
         return False, refusals[0]
-    return True, f"kernels for {_native.cuda_build()[0]}"
+    return True, f"kernels for {architectures}"
+
+
+def _unbuilt_cuda() -> str:
+    """Why there are no CUDA kernels that could be called, or ""."""
+    if _native is None:
+        return _native_reason
+    architectures, reason = _native.cuda_build()
+    return "" if architectures else f"the native module was built without CUDA ({reason})"
 
 
 def _constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
@@ -120,11 +139,10 @@ def _constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
 @_constant_in_traces
 def _cuda_lack(device: int | None = None) -> str:
     """Why no device can run the CUDA kernels, or why this one cannot; "" where nothing is in the way."""
-    if _native is None:
-        return _native_reason
-    architectures, reason = _native.cuda_build()
-    if not architectures:
-        return f"the native module was built without CUDA ({reason})"
+    reason = _unbuilt_cuda()
+    if reason:
+        return reason
+    assert _native is not None
     devices, reason = _native.cuda_devices()
     torch_has_one = torch.version.cuda is not None and torch.cuda.is_available()
     if not devices and torch_has_one:
@@ -138,9 +156,8 @@ def _cuda_lack(device: int | None = None) -> str:
     return "" if device is None else _device_lack(_native, device)
 
 
-@functools.cache
 def _device_lack(module: ModuleType, device: int) -> str:
-    """Asked once for every device."""
+    """Asked anew each time, which costs a look into a table: what fails now may work later."""
     major, minor, message = module.cuda_probe(device)
     if not message:
         return ""
@@ -195,8 +212,10 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
         # FLMOE_ISA asks for the CPU kernels: when it names what cannot run, that is an error to show.
         name = CPU
     elif tensor.device.type == "cuda":
-        able = [name for name in _ON_CUDA if not _refusal(op, name, tensor)]
-        name = able[0] if able else REFERENCE
+        for name in _ON_CUDA:
+            if not _refusal(op, name, tensor):
+                return name
+        name = REFERENCE
     else:
         name = REFERENCE
     reason = _refusal(op, name, tensor)

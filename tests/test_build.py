@@ -203,12 +203,101 @@ def test_cuda_is_asked_for_or_not(checkout: Path, tmp_path: Path, broken_nvcc: P
     assert asked.returncode != 0
     assert "FLMOE_CUDA=1 asks for the CUDA kernels, but" in asked.stderr
     assert "nvcc cannot compile a program here" in " ".join(asked.stderr.split())
-    auto = configured(checkout, tmp_path / "2", FLMOE_CUDA="", CUDACXX=nvcc)
-    assert "CUDA kernels are left out" in auto.stderr
-    assert "kernel.cpp" in auto.stdout + auto.stderr, "the build did not go on without CUDA"
     never = configured(checkout, tmp_path / "3", FLMOE_CUDA="0", CUDACXX=nvcc)
     assert "CUDA kernels are left out: FLMOE_CUDA=0" in never.stdout
     assert "Looking for a CUDA compiler" not in never.stdout
+
+
+# A module whose documentation is the reason.
+TELLS_THE_REASON = """
+#include <Python.h>
+#include "cuda_build.h"
+static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_native", flmoe::kCudaReason, -1};
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&definition); }
+"""
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+print(importlib.util.module_from_spec(spec).__doc__)
+"""
+
+
+def test_an_nvcc_that_does_not_work_leaves_a_module_that_says_so(
+    checkout: Path, tmp_path: Path, broken_nvcc: Path
+) -> None:
+    """Without FLMOE_CUDA the build goes on, and the reason reaches the sources as it is."""
+    require_build_tools()
+    folder = without_kernels(checkout, tmp_path / "small")
+    for path in (folder / "csrc").rglob("*.cpp"):
+        path.write_text(TELLS_THE_REASON if path.name == "module.cpp" else "")
+    env = {"FLMOE_CUDA": "", "CUDACXX": str(broken_nvcc)}
+    built = run([*BUILD, "--build-lib", str(tmp_path / "lib")], cwd=folder, env=env)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "CUDA kernels are left out" in built.stderr
+    (module,) = (tmp_path / "lib").rglob("_native*")
+    told = run([sys.executable, "-c", LOAD, str(module)], cwd=tmp_path)
+    assert told.stdout.startswith(f"{broken_nvcc} cannot compile a program here (where it does not")
+    assert told.stdout.strip() in " ".join(built.stderr.split())
+
+
+NVCC_OF_A_VERSION = """#!/bin/sh
+if [ "$1" = --version ]; then cat "$0.version"; exit 0; fi
+echo "$@" >> "$0.calls"
+exit 1
+"""
+
+
+def test_an_nvcc_is_tried_again(checkout: Path, tmp_path: Path) -> None:
+    """That it did not work is not kept; and another version of it is built in a folder of its own."""
+    require_build_tools()
+    folder = without_kernels(checkout, tmp_path / "broken")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC_OF_A_VERSION)
+    nvcc.chmod(0o755)
+    version, calls = (nvcc.with_name(f"nvcc.{what}") for what in ("version", "calls"))
+    env = {"FLMOE_CUDA": "1", "CUDACXX": str(nvcc)}
+    for release, folders in (("13.0", 1), ("13.0", 1), ("13.1", 2)):
+        version.write_text(f"release {release}")
+        calls.unlink(missing_ok=True)
+        assert run(BUILD, cwd=folder, env=env).returncode != 0
+        assert calls.is_file(), "the compiler was not tried"
+        assert len(list((folder / "build").glob("native-*"))) == folders
+
+
+# Stands for the environment's Python: notes its calls, and succeeds.
+PYTHON_OF_MAKE = """#!/bin/sh
+echo "FLMOE_CUDA=$FLMOE_CUDA $*" >> calls
+"""
+
+
+def test_make_builds_anew_for_another_choice(tmp_path: Path) -> None:
+    if not shutil.which("make") or not (ROOT / "Makefile").is_file():
+        pytest.skip("there is no make, or no Makefile")
+    for name in ("Makefile", "pyproject.toml", "setup.py", "CMakeLists.txt"):
+        shutil.copy2(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    (tmp_path / "flmoe_kernels").mkdir()
+    for name in ("_version.py", "_native.so"):
+        (tmp_path / "flmoe_kernels" / name).touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON_OF_MAKE)
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".stamp-installed").write_text(str(tmp_path.resolve()))
+
+    def installs(*assignments: str, **env: str) -> list[str]:
+        calls = tmp_path / "calls"
+        calls.unlink(missing_ok=True)
+        done = run(["make", ".venv/.stamp-built", *assignments], cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = calls.read_text().splitlines()
+        return [line.split()[0] for line in lines if "install" in line]
+
+    assert installs(FLMOE_CUDA="0") == ["FLMOE_CUDA=0"]
+    assert installs(FLMOE_CUDA="0") == [], "the module is the one that was asked for"
+    assert installs(FLMOE_CUDA="1") == ["FLMOE_CUDA=1"]
+    assert installs("FLMOE_CUDA=1", FLMOE_CUDA="0") == []
+    assert installs(FLMOE_CUDA="") == ["FLMOE_CUDA="]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Routing on a GPU against the CPU kernels and the reference, bit for bit.
+"""Routing's CUDA blocks against the CPU kernels and the reference: integers equal, weights within the budget.
 
 Every case runs on the kernels' twin, which executes the very blocks and launches of the GPU on the host, with
 threads, warps and blocks in shuffled orders; and on a GPU where there is one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,6 +251,17 @@ def test_shuffled_orders_show_a_race() -> None:
     assert len({native.route_twin_race(order) for order in range(10)}) > 5
 
 
+@pytest.mark.parametrize("in_a_warp", [False, True])
+def test_the_twin_refuses_what_a_gpu_cannot_read(in_a_warp: bool) -> None:
+    """The control: a thread's variable is its own, though on the host all of them are an array."""
+    own = native.route_twin_peek(in_a_warp, 0)
+    assert own == (31 if in_a_warp else 255)
+    for apart in (1, 16):
+        with pytest.raises(RuntimeError, match="a thread takes another thread's variable"):
+            native.route_twin_peek(in_a_warp, apart)
+    assert native.route_twin_peek(in_a_warp, 0) == own
+
+
 def test_border_refuses_what_it_cannot_count() -> None:
     for rows, bins in ((2**31, 4), (-1, 4), (5, 0), (5, 2**31 - 1)):
         with pytest.raises(ValueError, match="expected"):
@@ -260,100 +270,6 @@ def test_border_refuses_what_it_cannot_count() -> None:
         Twin(rows_per_block=100).dispatch(torch.zeros(3, 1, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match="top_k: expected 1 to experts"):
         Twin().gate(torch.zeros(3, 2), 3, False)
-
-
-def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answers: Any) -> None:
-    """A machine whose native module answers so."""
-    facts: dict[str, Any] = {
-        "cuda_build": ("sm_80 sm_90a sm_100, PTX 80", ""),
-        "cuda_devices": (1, ""),
-        "cuda_probe": (9, 0, ""),
-    } | answers
-    fake = ModuleType("fake")
-    for name, answer in facts.items():
-        setattr(fake, name, lambda *_device, answer=answer: answer)
-    fake.instruction_set = lambda: "baseline"  # type: ignore[attr-defined]
-    fake.parallel_pool = lambda: "openmp"  # type: ignore[attr-defined]
-    monkeypatch.setattr(backends, "_native", fake)
-    monkeypatch.setattr(torch.version, "cuda", "13.0" if torch_has_one else None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_one)
-
-
-LACKS = {
-    "built without CUDA": (
-        {"cuda_build": ("", "nvcc was not found")},
-        r"the native module was built without CUDA \(nvcc was not found\)",
-    ),
-    "no device": (
-        {"cuda_devices": (0, "no CUDA-capable device is detected"), "torch_has_one": False},
-        r"there is no CUDA device \(no CUDA-capable device is detected\)",
-    ),
-    "old driver": (
-        {"cuda_devices": (0, "CUDA driver version is insufficient")},
-        r"the driver is too old .* \(CUDA driver version is insufficient\)",
-    ),
-    "torch without CUDA": ({"torch_has_one": False}, r"torch \S+ has no CUDA device"),
-    "old device": (
-        {"cuda_probe": (7, 5, "no kernel image is available")},
-        r"cuda:0 is sm_75, the kernels are for sm_80 sm_90a sm_100, PTX 80 \(no kernel image",
-    ),
-}
-
-
-@pytest.mark.parametrize("lack", LACKS)
-def test_every_lack_has_its_reason(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, message = LACKS[lack]
-    machine(monkeypatch, **answers)
-    ok, reason = backends.backend_status()["cuda"]
-    assert not ok
-    with pytest.raises(
-        BackendUnavailable, match=f"^routing: .*'cuda' was asked for, but {message}"
-    ):
-        backends.choose("routing", on_cuda(), "cuda")
-    with pytest.raises(BackendUnavailable, match=message):
-        raise BackendUnavailable(reason)
-    assert backends.choose("routing", on_cuda()) == "reference"
-
-
-def on_cuda(dtype: torch.dtype = torch.float32) -> Any:
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
-
-
-def test_a_machine_that_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch)
-    assert backends.backend_status()["cuda"] == (True, "kernels for sm_80 sm_90a sm_100, PTX 80")
-    for dtype in DTYPES:
-        assert backends.choose("routing", on_cuda(dtype)) == "cuda"
-    assert backends.choose("routed_mlp", on_cuda()) != "cuda"
-    with pytest.raises(BackendUnavailable, match="the tensors are on cpu"):
-        backends.choose("routing", torch.zeros(1), "cuda")
-    with pytest.raises(BackendUnavailable, match="dtype int64 is not among float32, bfloat16"):
-        backends.choose("routing", on_cuda(torch.int64), "cuda")
-
-
-def test_the_question_does_not_break_a_trace() -> None:
-    """The compiler cannot look into the native module, and choices are made while it traces."""
-
-    def ask(x: Tensor) -> Tensor:
-        return x + len(backends._cuda_lack()) + len(backends._cuda_lack(0))
-
-    compiled = torch.compile(ask, fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(1)).item() == ask(torch.zeros(1)).item()
-
-
-@pytest.mark.skipif(ON_GPU, reason="the kernels run here")
-def test_without_a_gpu_the_call_says_why() -> None:
-    for call in (
-        lambda: gate(torch.zeros(3, 2), 1, backend="cuda"),
-        lambda: dispatch(torch.zeros(3, 1, dtype=torch.int64), 2, backend="cuda"),
-    ):
-        with pytest.raises(BackendUnavailable, match="routing: backend 'cuda' was asked for") as e:
-            call()
-        assert WHY_NOT in str(e.value)
-    if native.cuda_build()[0]:
-        assert "CUDA" in WHY_NOT
-        with pytest.raises(RuntimeError, match="CUDA: "):
-            native.cuda_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (0, 0))
 
 
 @needs_gpu
@@ -396,3 +312,11 @@ def test_streams_and_gradients_on_the_gpu() -> None:
     torch.testing.assert_close(gradient.cpu(), wanted)
     with pytest.raises(BackendUnavailable, match="the tensors are on cpu"):
         gate(logits, 3, backend="cuda")
+
+
+@needs_gpu
+def test_a_call_that_failed_does_not_fail_the_next() -> None:
+    index = random_index(900, 2, 8, seed=3)
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        native.cuda_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (99, 0))
+    assert equal(Gpu().dispatch(index, 8), cpu.dispatch(index, 8))

@@ -3,6 +3,7 @@
 #include "bindings/border.h"
 #include "common/routing.h"
 #include "cpu/route_twin.h"
+#include "cuda_build.h"
 
 #if defined(FLMOE_HAVE_CUDA)
 #include "cuda/route.h"
@@ -124,7 +125,7 @@ void bind_launches(py::module_& m) {
 
 void bind_route(py::module_& m) {
   // (architectures, reason): one of them is empty.
-  m.def("cuda_build", [] { return py::make_tuple(FLMOE_CUDA_ARCHITECTURES, FLMOE_CUDA_REASON); });
+  m.def("cuda_build", [] { return py::make_tuple(flmoe::kCudaArchitectures, flmoe::kCudaReason); });
   m.def("route_plan", [](int64_t rows, int64_t bins) {
     require_countable(rows, bins);
     const flmoe::RoutePlan plan = flmoe::route_plan(rows, bins);
@@ -149,6 +150,8 @@ void bind_route(py::module_& m) {
     return flmoe::twin_dispatch(dispatch_args(tensors, rows, experts), rows_per_block, order);
   });
   m.def("route_twin_race", [](uint64_t order) { return flmoe::twin_race(order); });
+  m.def("route_twin_peek",
+        [](bool in_a_warp, int apart) { return flmoe::twin_peek(in_a_warp, apart); });
 #if defined(FLMOE_HAVE_CUDA)
   bind_launches(m);
 #endif

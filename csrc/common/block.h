@@ -14,7 +14,7 @@
 // barrier can be forgotten or diverge: outside of steps only arguments and results of exclusive_sum
 // decide. What is left to get wrong is two threads of one step at one address; the host runs
 // threads, lanes, warps and blocks in shuffled orders to show that. Each<T> is a variable that
-// every thread has for itself.
+// every thread has for itself; the host refuses every index but the running thread's own.
 #pragma once
 
 #if defined(__CUDACC__)

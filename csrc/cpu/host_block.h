@@ -1,10 +1,12 @@
 // The model of a GPU's block (csrc/common/block.h) on the host: every step runs all of its
 // threads one after another, in an order that changes from step to step. Results that depend on
-// that order would be a race on a GPU. For tests, not for speed.
+// that order would be a race on a GPU; and a thread that takes another one's variable, which no
+// thread of a GPU can, is an error. For tests, not for speed.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 // Scalars are converted as the CPU's baseline kernels do it.
@@ -37,15 +39,39 @@ class Orders {
 // What nothing may read before it is written.
 constexpr unsigned char kJunk = 0xa5;
 
-// One variable of kCount threads.
+// The one of kCount threads whose step runs: of a warp's 32, of a block's more. -1 between steps.
+template <int kCount>
+inline thread_local int running = -1;
+
+// Runs a step: f(i) for all i, each noted as the one that runs.
+template <int kCount, typename F>
+void run_step(Orders& orders, const F& f) {
+  struct Restore {
+    ~Restore() { running<kCount> = -1; }
+  } restore;
+  orders.each(kCount, [&](int i) {
+    running<kCount> = i;
+    f(i);
+  });
+}
+
+// One variable of kCount threads. In steps each has its own alone; what a GPU does between threads
+// (shuffles, scans) reads all of them with at().
 template <typename T, int kCount>
 class Lanes {
  public:
   Lanes() { std::memset(static_cast<void*>(values_), kJunk, sizeof values_); }
-  T& operator[](int i) { return values_[i]; }
-  const T& operator[](int i) const { return values_[i]; }
+  T& operator[](int i) { return values_[own(i)]; }
+  const T& operator[](int i) const { return values_[own(i)]; }
+  T& at(int i) { return values_[i]; }
+  const T& at(int i) const { return values_[i]; }
 
  private:
+  static int own(int i) {
+    if (i != running<kCount>) throw std::logic_error("a thread takes another thread's variable");
+    return i;
+  }
+
   T values_[kCount];
 };
 
@@ -57,13 +83,13 @@ struct Warp {
 
   template <typename F>
   void each(const F& f) {
-    orders.each(kLanes, f);
+    run_step<kLanes>(orders, f);
   }
 
   void match(const Each<int32_t>& key, Each<uint32_t>& peers) const {
     for (int i = 0; i < kLanes; ++i) {
-      peers[i] = 0;
-      for (int j = 0; j < kLanes; ++j) peers[i] |= uint32_t{key[i] == key[j]} << j;
+      peers.at(i) = 0;
+      for (int j = 0; j < kLanes; ++j) peers.at(i) |= uint32_t{key.at(i) == key.at(j)} << j;
     }
   }
 
@@ -75,9 +101,11 @@ struct Warp {
       const Each<int32_t> experts = expert;
       for (int i = 0; i < kLanes; ++i) {
         const int other = i ^ apart;
-        if (experts[other] < 0) continue;
-        if (experts[i] < 0 || comes_before(values[other], experts[other], values[i], experts[i]))
-          value[i] = values[other], expert[i] = experts[other];
+        const A x = values.at(other);
+        const int32_t e = experts.at(other);
+        if (e < 0) continue;
+        if (experts.at(i) < 0 || comes_before(x, e, values.at(i), experts.at(i)))
+          value.at(i) = x, expert.at(i) = e;
       }
     }
   }
@@ -86,7 +114,7 @@ struct Warp {
   void sum(Each<A>& value, int width) const {
     for (int apart = width / 2; apart > 0; apart /= 2) {
       const Each<A> values = value;
-      for (int i = 0; i < kLanes; ++i) value[i] = values[i] + values[i ^ apart];
+      for (int i = 0; i < kLanes; ++i) value.at(i) = values.at(i) + values.at(i ^ apart);
     }
   }
 
@@ -111,7 +139,7 @@ struct Block {
 
   template <typename F>
   void each(const F& f) {
-    orders.each(kThreads, f);
+    run_step<kThreads>(orders, f);
   }
 
   template <typename F>
@@ -125,8 +153,8 @@ struct Block {
   int32_t exclusive_sum(Each<int32_t>& value) const {
     int32_t sum = 0;
     for (int i = 0; i < kThreads; ++i) {
-      const int32_t own = value[i];
-      value[i] = sum;
+      const int32_t own = value.at(i);
+      value.at(i) = sum;
       sum += own;
     }
     return sum;

@@ -29,6 +29,29 @@ struct Race {
   }
 };
 
+// Each thread reads the variable of the one `apart` from it, in a step of the block or of a warp.
+struct Peek {
+  bool in_a_warp;
+  int apart;
+  int32_t* last;
+
+  template <typename Block>
+  void operator()(Block& block, int64_t) const {
+    if (in_a_warp) {
+      block.warps([&](auto& warp, int) { look(warp); });
+    } else {
+      look(block);
+    }
+  }
+
+  template <typename Group>
+  void look(Group& group) const {
+    typename Group::template Each<int32_t> own;
+    group.each([&](int i) { own[i] = i; });
+    group.each([&](int i) { *last = own[i ^ apart]; });
+  }
+};
+
 }  // namespace
 
 int twin_gate(DType dtype, const GateArgs& args, uint64_t order) {
@@ -81,6 +104,13 @@ int32_t twin_race(uint64_t order) {
   host::Launch launch(order);
   int32_t last = -1;
   launch.run<kManyThreads>(1, Race{&last});
+  return last;
+}
+
+int32_t twin_peek(bool in_a_warp, int apart) {
+  host::Launch launch(0);
+  int32_t last = -1;
+  launch.run<kManyThreads>(1, Peek{in_a_warp, apart, &last});
   return last;
 }
 

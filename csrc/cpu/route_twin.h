@@ -16,7 +16,10 @@ int twin_gate(DType dtype, const GateArgs& args, uint64_t order);
 int twin_limit(const LimitArgs& args, int64_t rows_per_block, uint64_t order);
 int twin_dispatch(const DispatchArgs& args, int64_t rows_per_block, uint64_t order);
 
-// The control: all threads of a block write their number to one place; the one that stays.
+// The controls. All threads of a block write their number to one place; the one that stays.
 int32_t twin_race(uint64_t order);
+// Every thread of a block's or a warp's step reads the variable of the one `apart` from it (by
+// exclusive or); the last one read. std::logic_error unless that is its own.
+int32_t twin_peek(bool in_a_warp, int apart);
 
 }  // namespace flmoe

@@ -5,15 +5,18 @@
 # FLMOE_CUDA=AUTO is built where it can be; a package must install on every machine, so an nvcc that
 #                 cannot compile (too old, or a host compiler it does not know) is a warning
 #
-# Sets nothing but the target flmoe_cuda, where it is built, and flmoe_link_cuda(module).
+# Makes the header cuda_build.h, the target flmoe_cuda where it is built, and flmoe_link_cuda(module).
 
 set(FLMOE_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF or AUTO")
-# C++17 device code with CUB, and sm_90a, which 12.0 is the first to know.
-set(oldest_nvcc 12.0)
+# The oldest that the kernels are built and looked at with, see .github/workflows/ci.yml.
+set(oldest_nvcc 13.0)
 # Machine code for the architectures that kernels are made for. The PTX is that of the oldest: it is
 # compiled at first use on every other GPU from 8.0 on, as sm_120, and the kernels use nothing newer.
-set(cuda_architectures 80 90a)
+set(cuda_architectures 80 90a 100)
 set(cuda_ptx 80)
+# Where cuda_build.h is, which tells the sources what was decided.
+set(cuda_build_folder ${CMAKE_CURRENT_BINARY_DIR}/generated)
+set(cuda_names "")
 set(cuda_reason "")
 
 # Ends in cuda_reason, empty where nvcc compiles and links a program with everything that is needed.
@@ -21,10 +24,14 @@ macro(flmoe_try_cuda)
   # CMake's own list of architectures does not matter: the options below name them.
   set(CMAKE_CUDA_ARCHITECTURES OFF)
   include(CheckLanguage)
+  # A compiler that was not found stays so in the build folder, whatever was put right since then.
+  if(NOT CMAKE_CUDA_COMPILER)
+    unset(CMAKE_CUDA_COMPILER CACHE)
+  endif()
   check_language(CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
     if(DEFINED ENV{CUDACXX} AND NOT "$ENV{CUDACXX}" STREQUAL "")
-      set(cuda_reason "$ENV{CUDACXX} cannot compile a program here; a host compiler that is too new for it can be replaced by CUDAHOSTCXX=/path/to/g++")
+      set(cuda_reason "$ENV{CUDACXX} cannot compile a program here (where it does not know the host compiler, name another with CUDAHOSTCXX=/path/to/g++)")
     else()
       set(cuda_reason "nvcc was not found")
     endif()
@@ -66,12 +73,6 @@ if(cuda_reason)
     message(STATUS "${message}")
   endif()
 else()
-  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-    list(APPEND cuda_architectures 100)
-  else()
-    message(STATUS "flmoe_kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not know sm_100, which "
-      "gets the kernels' PTX; nvcc 12.8 is the first that does.")
-  endif()
   set(cuda_options "")
   foreach(architecture IN LISTS cuda_architectures)
     list(APPEND cuda_options
@@ -84,7 +85,7 @@ else()
   set_target_properties(flmoe_cuda PROPERTIES
     CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_ARCHITECTURES OFF
     CUDA_VISIBILITY_PRESET hidden)
-  target_include_directories(flmoe_cuda PRIVATE csrc)
+  target_include_directories(flmoe_cuda PRIVATE csrc ${cuda_build_folder})
   target_compile_options(flmoe_cuda PRIVATE ${cuda_options} -Xcompiler=-Wall,-Wextra)
   list(JOIN cuda_architectures " sm_" cuda_names)
   set(cuda_names "sm_${cuda_names}, PTX ${cuda_ptx}")
@@ -92,15 +93,29 @@ else()
     "flmoe_kernels: CUDA kernels for ${cuda_names} with nvcc ${CMAKE_CUDA_COMPILER_VERSION}.")
 endif()
 
+# A header, and not definitions on the command line: a reason may hold any character.
+file(CONFIGURE OUTPUT ${cuda_build_folder}/cuda_build.h @ONLY CONTENT [=[
+// What csrc/cuda/cuda.cmake decided.
+#pragma once
+
+namespace flmoe {
+
+// One of the two is empty.
+inline constexpr char kCudaArchitectures[] = R"flmoe(@cuda_names@)flmoe";
+inline constexpr char kCudaReason[] = R"flmoe(@cuda_reason@)flmoe";
+// No GPU before this one, which is that of the PTX, runs the kernels: 80 for sm_80.
+inline constexpr int kCudaOldest = @cuda_ptx@;
+
+}  // namespace flmoe
+]=])
+
 # Links what there is into a module, and tells it what that is.
 function(flmoe_link_cuda module)
+  target_include_directories(${module} PRIVATE ${cuda_build_folder})
   if(NOT TARGET flmoe_cuda)
-    target_compile_definitions(${module} PRIVATE
-      "FLMOE_CUDA_ARCHITECTURES=\"\"" "FLMOE_CUDA_REASON=\"${cuda_reason}\"")
     return()
   endif()
-  target_compile_definitions(${module} PRIVATE FLMOE_HAVE_CUDA=1
-    "FLMOE_CUDA_ARCHITECTURES=\"${cuda_names}\"" "FLMOE_CUDA_REASON=\"\"")
+  target_compile_definitions(${module} PRIVATE FLMOE_HAVE_CUDA=1)
   target_sources(${module} PRIVATE $<TARGET_OBJECTS:flmoe_cuda>)
   # The runtime is linked in, so that the module loads on a machine without a driver, and hidden, so
   # that its names never meet those of the runtime that torch brings.

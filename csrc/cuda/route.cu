@@ -26,6 +26,7 @@
 #include "common/gate_blocks.h"
 #include "common/route_blocks.h"
 #include "cuda/device_block.cuh"
+#include "cuda_build.h"
 
 namespace flmoe::cuda {
 namespace {
@@ -41,6 +42,9 @@ __global__ void __launch_bounds__(kThreads, 1) route_kernel(const Body body) {
 class Launch {
  public:
   explicit Launch(const Place& place) : stream_(static_cast<cudaStream_t>(place.stream)) {
+    // The runtime is this module's own, so what it still remembers is a call of this file that
+    // failed, and said so then: it must not be taken for a failure of the launches to come.
+    cudaGetLastError();
     error_ = cudaSetDevice(place.device);
   }
 
@@ -124,12 +128,10 @@ const char* probe(int device, Capability* capability) {
       cudaDeviceGetAttribute(&capability->major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&capability->minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  cudaFuncAttributes attributes;
-  if (error == cudaSuccess)
-    error = cudaFuncGetAttributes(&attributes, route_kernel<kAloneThreads, route::PlaceRows>);
   cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const bool runs = capability->major * 10 + capability->minor >= kCudaOldest;
+  return runs ? nullptr : "it is older than all of these";
 }
 
 }  // namespace flmoe::cuda

@@ -23,7 +23,8 @@ const char* dispatch(const DispatchArgs& args, int32_t* counters, const Place& p
 // The number of devices; where there is none, *reason is CUDA's message.
 int devices(const char** reason);
 
-// Whether the kernels run on a device: null, or why not. Makes the device ready if it was not.
+// Whether the kernels run on a device: null, or why not. By its attributes: no context is made, and
+// the caller's current device stays what it is.
 struct Capability {
   int major, minor;
 };

@@ -1,9 +1,11 @@
 """Routing through the CUDA kernels of the native module, on the current stream of the tensors' device.
 
 Nothing here waits for the GPU, and what is allocated depends on shapes alone, so that calls can be captured in a
-CUDA graph (after one call outside of a capture, which loads the kernels). So nobody looks at the values of an
-index either: where the CPU kernels raise for an expert out of range, these treat the row as dropped, and never
-read or write by it.
+CUDA graph (after one call outside of a capture, which loads the kernels). So nobody waits to look at the values of
+an index either: where the CPU kernels raise for an expert out of range, here it counts as dropped, and nothing is
+read or written by it.
+
+Every function raises BackendUnavailable, with the reason, where the native module was built without CUDA.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backend import native
+from ..backend import native_cuda
 from ..cpu_runtime import address, dtype_code
 
 # Rows are numbered by the int32 of a permutation.
@@ -21,6 +23,7 @@ _MOST_ROWS = 2**31 - 1
 
 
 def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
+    native = native_cuda()
     tokens, experts = logits.shape
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k: expected 1 to {experts}, got {top_k}")
@@ -30,7 +33,7 @@ def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
     index = logits.new_empty((tokens, top_k), dtype=torch.int64)
     weight = logits.new_empty((tokens, top_k))
     with torch.cuda.device(logits.device):
-        native().cuda_gate(
+        native.cuda_gate(
             dtype_code(logits),
             [address(t) for t in (logits, index, weight)],
             (tokens, experts, top_k),
@@ -41,6 +44,7 @@ def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
 
 
 def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None) -> Tensor:
+    native = native_cuda()
     tokens, choices = index.shape
     _expect("index", index, (tokens, choices), torch.int64, index.device)
     _expect("mask", mask, (tokens,), torch.bool, index.device)
@@ -50,7 +54,7 @@ def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
     kept = torch.empty_like(index)
     counters = _counters(index, experts if capacity is not None else 0)
     with torch.cuda.device(index.device):
-        native().cuda_limit(
+        native.cuda_limit(
             [address(t) for t in (index, mask, kept)],
             (tokens, choices, experts),
             -1 if capacity is None else capacity,
@@ -61,6 +65,7 @@ def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
 
 
 def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    native = native_cuda()
     _expect("index", index, index.shape, torch.int64, index.device)
     _countable("index", index.numel())
     index = index.contiguous()
@@ -69,7 +74,7 @@ def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     permutation = index.new_empty((index.numel(),), dtype=torch.int32)
     counters = _counters(index, experts + 1)
     with torch.cuda.device(index.device):
-        native().cuda_dispatch(
+        native.cuda_dispatch(
             [address(t) for t in (index, counts, offsets, permutation)],
             index.numel(),
             experts,
@@ -81,7 +86,7 @@ def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _counters(index: Tensor, bins: int) -> Tensor:
     """What the launches hand on: one int32 per bin and block of rows, from torch's own allocator."""
-    count = native().route_counters(index.numel(), bins) if bins else 0
+    count = native_cuda().route_counters(index.numel(), bins) if bins else 0
     return index.new_empty((count,), dtype=torch.int32)
 
 
