@@ -24,6 +24,7 @@ from flmoe_kernels.triton_runtime import Launch, interpreted
 
 TRITON = "triton"
 OPS = torch.ops.flmoe
+NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOADS = ("even", "hot", "dropped", "none")
 BASE = RoutedCase(40, 6, 9, 4, 2)
@@ -81,16 +82,36 @@ def test_a_wrong_result_fails() -> None:
         assert_outside_budget(right * (1 + 1e-3), *rest, name)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", range(6))
-def test_nan_and_inf_stay_with_the_rows_they_belong_to(which: int, value: float) -> None:
-    case = dataclasses.replace(BASE, act="silu", load="dropped")
-    inputs, index = [x.abs() + 0.1 for x in case.inputs(torch.float32)], case.index()
-    inputs[which].view(-1)[1] = value
-    results = [run(case, inputs, index, backend) for backend in (TRITON, "reference")]
-    assert not all(x.isfinite().all() for x in results[0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_eight_choices(dtype: torch.dtype) -> None:
+    """Of eight experts, so that every token has all: eight roundings of rows before they are added up."""
+    check(RoutedCase(64, 24, 40, 8, 8), dtype, TRITON)
+
+
+def with_cotangent(
+    case: RoutedCase, inputs: list[Tensor], index: Tensor, backend: str, cotangent: Tensor
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = routed_mlp(leaves[0], index, *leaves[1:], act=case.act, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("act", ["silu", "relu"])
+@pytest.mark.parametrize("which", range(7))
+def test_nan_and_inf_stay_with_the_rows_they_belong_to(which: int, act: str, value: float) -> None:
+    """In each of the inputs, or in the cotangent. The others' formulas differ where they are infinite."""
+    case = dataclasses.replace(BASE, act=act, load="dropped")
+    index, positive = case.index(), [x.abs() + 0.1 for x in case.inputs(torch.float32)]
+    places = [*positive, torch.ones_like(positive[0])]
+    places[which].view(-1)[1] = value
+    *inputs, cotangent = places
+    results = [with_cotangent(case, inputs, index, b, cotangent) for b in (TRITON, "reference")]
+    # A negative infinity may end in a relu that is off.
+    assert value == -INF or not all(x.isfinite().all() for x in results[0])
     for name, got, want in zip(NAMES, *results, strict=True):
-        assert torch.equal(got.isfinite(), want.isfinite()), name
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(got), kind(want)), (name, kind)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -122,15 +143,18 @@ def test_nan_cotangents_pass_where_torch_passes_them(act: str) -> None:
 
 
 def test_what_is_dropped_and_what_is_empty_is_exactly_zero() -> None:
-    """Whatever the weights of experts without rows are, and the biases of those with."""
+    """Whatever the weights of experts without rows are, the biases of those with, and a dropped token's values."""
     for choices in (1, 2):
         case = RoutedCase(20, 6, 9, 4, choices)
         inputs, index = case.inputs(torch.float32), torch.zeros(20, choices, dtype=torch.int64)
         index[5:] = -1
         for x in inputs[2:]:
-            x[1:] = float("nan")
-        inputs[1][5:] = float("inf")
-        out, grad_x, grad_weight, *grads = run(case, inputs, index, TRITON)
+            x[1:] = NAN
+        inputs[0][5:], inputs[1][5:] = NAN, INF
+        cotangent = draw(20, 6)
+        cotangent[5:] = NAN
+        found = with_cotangent(case, inputs, index, TRITON, cotangent)
+        out, grad_x, grad_weight, *grads = found
         for x in (out, grad_x, grad_weight):
             assert not x[5:].any()
             assert x[:5].isfinite().all()
@@ -138,6 +162,7 @@ def test_what_is_dropped_and_what_is_empty_is_exactly_zero() -> None:
         for x in grads:
             assert not x[1:].any()
             assert x[0].any()
+            assert x[0].isfinite().all()
 
 
 def test_the_same_bits_twice_and_for_any_layout() -> None:
@@ -173,10 +198,13 @@ def test_rows_of_an_expert_in_splits(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 def test_splits_fill_a_gpu_and_follow_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda _device: 132)
-    assert launch.splits_of(meta_call(16512, 2, 4, 256, 512)) == 9
-    assert launch.splits_of(meta_call(16512, 2, 16, 256, 512)) == 3
+    assert launch.splits_of(meta_call(16512, 2, 4, 256, 512)) == 8
+    assert launch.splits_of(meta_call(16512, 2, 16, 256, 512)) == 2
     assert launch.splits_of(meta_call(16384, 8, 64, 2048, 1024)) == 1
     assert launch.splits_of(meta_call(100, 1, 4, 256, 512)) == 1
+    # A kernel is compiled for each: few, however many tokens there are.
+    found = {launch.splits_of(meta_call(n, 2, 4, 128, 256)) for n in range(100, 40000, 100)}
+    assert found == {1, 2, 4, 8, 16}
 
 
 def meta_call(tokens: int, choices: int, experts: int, width: int, hidden: int) -> RoutedCall:
@@ -234,7 +262,8 @@ def test_neither_launches_nor_buffers_follow_the_data(monkeypatch: pytest.Monkey
 
 
 def test_places_and_offsets_out_of_range_are_not_followed() -> None:
-    """Tensors that no dispatch made: rows of valid places are computed, others are left alone."""
+    """Tensors that no dispatch made: rows of valid places are computed, and the call ends: an address that a wild
+    place or offset made would be far outside any tensor."""
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
     want = kernels.forward(x, weight, w_in, b_in, w_out, b_out, offsets, permutation, 0)[1]
@@ -303,6 +332,15 @@ def test_what_does_not_agree_is_refused() -> None:
         OPS.routed_mlp(x, weight, *tail, permutation[1:], 0, TRITON)
     with pytest.raises(ValueError, match=r"x: expected torch\.float32 \(40, 6\)"):
         OPS.routed_mlp(x[1:], weight, *tail, permutation, 0, TRITON)
+    rows = 2**30 + 1
+    many = [x[:1].expand(rows, -1), weight[:1, :1].expand(rows, 1), *tail]
+    many += [permutation[:1].expand(rows)]
+    too_many = r"permutation: expected up to 2\^30 rows N \* K, got 1073741825"
+    with pytest.raises(ValueError, match=too_many):
+        kernels.forward(*many, 0)
+    hidden = w_in[0, :1, :1].expand(rows, 9)
+    with pytest.raises(ValueError, match=too_many):
+        kernels.backward(many[0], hidden, *many, 0)
 
 
 def test_opcheck() -> None:

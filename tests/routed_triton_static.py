@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from flmoe_kernels.routed_mlp.triton import launch as launches
@@ -23,15 +27,17 @@ SPLIT = ("grad_w_in", "grad_w_out")
 ROUTING = ("gate", "count", "scan", "place", "limit")
 # Nothing in these depends on the architecture: they are compiled for sm_90.
 ONCE = ("grad_weight", "sum", *ROUTING)
-# (N, K, E, D, F), see SPEC.md.
+# (N, K, E, D, F): SPEC.md's, widths that are no whole tiles, and weights of 2^31 elements.
 SMALL_4, SMALL_16 = (16512, 2, 4, 256, 512), (16512, 2, 16, 256, 512)
 LARGE = (16384, 8, 64, 2048, 1024)
+ODD, HALF, LESS = (16512, 2, 4, 250, 500), (16512, 2, 4, 196, 320), (40, 1, 3, 63, 70)
+HUGE = (64, 1, 1, 65536, 32768)
 GELU, GELU_TANH, RELU, SILU = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
 class StaticCase:
-    """A shape of SPEC.md, and outputs to compile; the weight gradients are split at routed_small."""
+    """A shape, and outputs to compile; the weight gradients are split at routed_small."""
 
     name: str
     sizes: tuple[int, int, int, int, int]
@@ -40,6 +46,12 @@ class StaticCase:
     act: int = GELU
     bias: bool = True
     splits: int = 1
+    architectures: tuple[int, ...] = ARCHITECTURES
+
+    @property
+    def whole(self) -> bool:
+        """Whether both widths are whole tiles of every kernel."""
+        return all(width % 128 == 0 for width in self.sizes[3:])
 
     def call(self) -> RoutedCall:
         tokens, choices, experts, width, hidden = self.sizes
@@ -59,12 +71,16 @@ class StaticCase:
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 CASES = (
     StaticCase("bfloat16", LARGE, BFLOAT16, (*KERNELS, *ONCE)),
-    StaticCase("bfloat16, E 4", SMALL_4, BFLOAT16, ("hidden", "grad_hidden", *SPLIT), splits=9),
-    StaticCase("bfloat16, E 16", SMALL_16, BFLOAT16, ("rows", "grad_x")),
+    StaticCase("bfloat16, E 4", SMALL_4, BFLOAT16, ("hidden", "grad_hidden", *SPLIT), splits=8),
+    StaticCase("bfloat16, E 16", SMALL_16, BFLOAT16, ("rows", "grad_x"), architectures=(90,)),
+    StaticCase("bfloat16, D 250", ODD, BFLOAT16, tuple(KERNELS), architectures=(90,)),
+    StaticCase("bfloat16, D 196", HALF, BFLOAT16, tuple(KERNELS), architectures=(90,)),
+    StaticCase("bfloat16, D 63", LESS, BFLOAT16, ("hidden", "grad_hidden")),
+    StaticCase("bfloat16, D 65536", HUGE, BFLOAT16, ("grad_x",), architectures=(90,)),
     StaticCase("float16", LARGE, FLOAT16, ("hidden", "gate"), GELU_TANH, bias=False),
     StaticCase("float16, silu", LARGE, FLOAT16, ("grad_hidden",), SILU),
     StaticCase("float32", LARGE, FLOAT32, tuple(KERNELS)),
-    StaticCase("float32, relu", SMALL_4, FLOAT32, ("grad_hidden",), RELU),
+    StaticCase("float32, relu", SMALL_4, FLOAT32, ("grad_hidden",), RELU, architectures=(90,)),
 )
 
 
@@ -123,7 +139,28 @@ def routing_of(case: StaticCase) -> Iterator[tuple[str, Launch]]:
     yield "limit", routing.limit_launch(index, mask, before, index, experts, 1000)
 
 
+def products_by(ttir: str, factor: int) -> list[str]:
+    """The types of the products of a scalar that is no constant with `factor`."""
+    found = []
+    for kind in ("i32", "i64"):
+        constants = re.findall(rf"(%\S+) = arith\.constant {factor} : {kind}\b", ttir)
+        products = re.findall(rf"arith\.muli (%[^\s,]+), (%\S+) : {kind}\b", ttir)
+        found += [kind for pair in products if set(pair) & set(constants)]
+    return found
+
+
+class Listener:
+    """Keeps the text of the first stage of the last compilation."""
+
+    ttir = ""
+
+    def __call__(self, metadata_group: dict[str, str], **_others: Any) -> None:
+        path = next(path for name, path in metadata_group.items() if name.endswith(".ttir"))
+        self.ttir = Path(path).read_text()
+
+
 def main() -> None:
+    triton.knobs.compilation.listener = listener = Listener()
     for case in CASES:
         for output, launch in launches_of(case):
             if output not in case.outputs:
@@ -131,11 +168,13 @@ def main() -> None:
             kernel = KERNELS.get(output)
             expected = launches.tiles_of(kernel, case.dtype).shared if kernel else (None,) * 3
             for architecture, shared in zip(ARCHITECTURES, expected, strict=True):
-                if output in ONCE and architecture != 90:
+                if architecture not in ((90,) if output in ONCE else case.architectures):
                     continue
                 report = dataclasses.asdict(launch.compile(architecture))
                 facts = {"case": case.name, "output": output, "warps": launch.warps}
                 facts |= {"kernel": kernel, "architecture": architecture, "expected": shared}
+                facts |= {"whole": case.whole, "width": case.sizes[3]}
+                facts |= {"by_width": products_by(listener.ttir, case.sizes[3])}
                 print(json.dumps(facts | report), flush=True)
 
 

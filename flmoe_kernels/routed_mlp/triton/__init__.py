@@ -12,12 +12,9 @@ from torch import Tensor
 from ...triton_runtime import Launch, expect, run
 from . import launch as launches
 from . import routing_launch as routing
-from .call import RoutedCall, checked
+from .call import RoutedCall, check_rows, checked
 
 __all__ = ["backward", "dispatch", "forward", "gate", "limit"]
-
-# Places are int32, and so are the kernels' sums of a few more of them.
-_MOST_ROWS = 2**30
 
 
 def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
@@ -172,5 +169,4 @@ def _counters(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 def _check_rows(index: Tensor) -> None:
     expect("index", index, index.shape, torch.int64, index.device)
-    if index.numel() > _MOST_ROWS:
-        raise ValueError(f"index: expected up to 2^30 rows N * K, got {index.numel()}")
+    check_rows("index", index.numel())

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ...triton_runtime import expect
 
+# Places are int32, and so are the kernels' sums of a few more of them.
+_MOST_ROWS = 2**30
+
 
 @dataclass(frozen=True)
 class RoutedCall:
@@ -73,6 +76,7 @@ def checked(
     }
     for name, (tensor, shape, dtype) in wanted.items():
         expect(name, tensor, shape, dtype, x.device)
+    check_rows("permutation", tokens * choices)
     return RoutedCall(
         x.contiguous(),
         weight.contiguous(),
@@ -84,3 +88,8 @@ def checked(
         permutation.contiguous(),
         act,
     )
+
+
+def check_rows(name: str, rows: int) -> None:
+    if rows > _MOST_ROWS:
+        raise ValueError(f"{name}: expected up to 2^30 rows N * K, got {rows}")

@@ -17,10 +17,10 @@ order: no atomics.
 act(h) is a second buffer, not made again where the second product loads it: there each of its D / 128 blocks of
 columns would compute it anew, and 128 elements take an SM some 25 clocks, their part of the product 8. The price
 is R F elements written once, 268 MB of the 2.6 GB that routed_large moves, 34 MB of 154 MB at routed_small. Rows
-at n, k are kept in x's type: half the bytes of float32 for one rounding.
+at n, k are kept in x's type: half the bytes of float32 for one more rounding of each of K rows.
 
 Tiles in bfloat16 and float16 are 128 x 128 over 64 at a time, accumulated in float32 and finished in slices of
-columns, so that two programs of eight warps share an SM of sm_90 at 128 registers.
+columns, so that two programs of eight warps share an SM of sm_90 at 128 registers where widths are whole tiles.
 
 Bound, by counting and not yet measured, on an H100 (989 TFLOP/s, 3.35 TB/s) in bfloat16:
     routed_large: forward 1.10 TFLOP, 1.1 ms in two products, and 0.6 GB, 0.2 ms, to add rows up; backward
@@ -208,7 +208,11 @@ def hidden_gradient_kernel(
                 change = tl.where(slope == 0.0, 0.0, change)
             change *= share[:, None]
             tl.store(grad_hidden + start + to, change.to(grad_hidden.dtype.element_ty), mask=inside)
-            product += tl.sum(parts[i] * value, 1)
+            each = parts[i] * value
+            if F % COLUMNS != 0:
+                # Beyond F lie sums over zero weights: NaN where the cotangent is infinite.
+                each = tl.where(present[None, :], each, 0.0)
+            product += tl.sum(each, 1)
             value *= share[:, None]
             tl.store(active + start + to, value.to(active.dtype.element_ty), mask=inside)
         line = dots + first.to(tl.int64) * ACROSS + across

@@ -49,8 +49,9 @@ class Tiles:
 # are 96 KiB: two blocks fit an SM of sm_90 and sm_100, and one what sm_89 and sm_12x have. Eight warps, because
 # four would hold 128 sums a thread, beside which the activations spill; four slices for the same reason. The
 # weight gradient has five stages: its rows' places are loaded in the first two. float32 multiplies three times,
-# with operands split in registers: a quarter of the tile for four warps. None of them spills. Which tiles are
-# fastest has not been measured.
+# with operands split in registers: a quarter of the tile for four warps. Where widths are whole tiles none of them
+# spills; odd widths, whose elements are read and stored one by one, spill up to 248 bytes a thread in what the
+# static test compiles. Which tiles are fastest has not been measured.
 TABLE = {
     ("hidden", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
     ("rows", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
@@ -63,7 +64,8 @@ TABLE = {
 }
 # With eight warps two programs share an SM at 128 registers a thread. sm_90 reads operands from shared memory and
 # fits without spilling; sm_80 holds them in registers and would spill, so there one program has the SM to itself;
-# sm_100 keeps sums in memory of their own and needs no limit, but for the hidden gradient, which is alone.
+# sm_100 keeps sums in memory of their own and needs no limit, but for the hidden gradient, which is alone. Widths
+# that are no whole tiles take masks and more addresses, which would spill: there too one program has the SM.
 _REGISTERS = {90: 128}
 
 
@@ -80,6 +82,10 @@ def _blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
+def _registers(tiles: Tiles, whole: bool) -> dict[int, int]:
+    return _REGISTERS if tiles.warps == 8 and whole else {}
+
+
 def _persistent(call: RoutedCall, tile_rows: int, across: int, each: int = _EACH) -> int:
     """The number of programs that walk tiles: no more than there can be tiles, whatever the loads."""
     most = (call.rows // tile_rows + call.experts + 1) * across
@@ -92,7 +98,7 @@ def _products(
     """A persistent product of rows with weights: INNER summed over, OUTER columns of the result."""
     tiles = tiles_of(name, call.x.dtype)
     inner, outer = constants.pop("sizes")
-    columns = _chunk(outer, tiles.columns)
+    columns, deep = _chunk(outer, tiles.columns), _chunk(inner, tiles.deep)
     own = {"offsets": call.offsets, "permutation": call.permutation, "rows": call.rows}
     return Launch(
         kernel,
@@ -103,13 +109,13 @@ def _products(
             "EXPERTS": call.experts,
             "ROWS": tiles.rows,
             "COLUMNS": columns,
-            "DEPTH": _chunk(inner, tiles.deep),
+            "DEPTH": deep,
             "SLICES": min(tiles.slices, columns // 16),
             "PRECISION": matrix_precision(call.x.dtype),
         },
         tiles.warps,
         tiles.stages,
-        _REGISTERS if tiles.warps == 8 else {},
+        _registers(tiles, inner % deep == 0 and outer % columns == 0),
     )
 
 
@@ -194,11 +200,15 @@ def choice_gradient_launch(
 
 
 def splits_of(call: RoutedCall) -> int:
-    """Shares of an expert's rows in its weight gradients: as many as fill the GPU where tiles alone do not."""
+    """Shares of an expert's rows in its weight gradients: as many as fill the GPU where tiles alone do not.
+
+    A power of two, being a constant of the kernels: few are compiled where the number of tokens changes.
+    """
     tiles = tiles_of("weight_gradient", call.x.dtype)
     across = _blocks(call.hidden, tiles.rows) * _blocks(call.width, tiles.columns)
     wanted = _blocks(_EACH * multiprocessors(call.x.device), call.experts * across)
-    return min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
+    splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
+    return 1 << (splits.bit_length() - 1)
 
 
 def weight_gradient_launch(
@@ -232,7 +242,7 @@ def weight_gradient_launch(
         },
         tiles.warps,
         tiles.stages,
-        _REGISTERS if tiles.warps == 8 else {},
+        _registers(tiles, p % high == 0 and q % wide == 0),
     )
 
 

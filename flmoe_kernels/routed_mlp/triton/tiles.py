@@ -12,7 +12,8 @@ import triton.language as tl
 
 # Blocks of rows that go through all blocks of columns before the next ones do.
 BAND = tl.constexpr(8)
-# The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened.
+# The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened. And it cuts
+# float32 off to bfloat16, where a GPU rounds to nearest: what it stores is off by up to a whole unit, not half.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 GELU, GELU_TANH, RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -130,15 +131,16 @@ def multiply(
     left = a + source.to(tl.int64)[:, None] * INNER + at[None, :]
     right = w + expert.to(tl.int64) * (INNER * OUTER)
     right += at[:, None] * OF_INNER + column[None, :] * OF_OUTER
+    stride = tl.full((), OF_INNER, tl.int64 if INNER * OUTER >= 2**31 else tl.int32)
     total = tl.zeros((source.shape[0], COLUMNS), tl.float32)
     for k in range(0, depth, DEPTH):
         if INNER % DEPTH == 0 and OUTER % COLUMNS == 0:
             x = tl.load(left + k)
-            y = tl.load(right + k * OF_INNER)
+            y = tl.load(right + k * stride)
         else:
             here = k + at < INNER
             x = tl.load(left + k, mask=here[None, :], other=0.0)
-            y = tl.load(right + k * OF_INNER, mask=here[:, None] & present[None, :], other=0.0)
+            y = tl.load(right + k * stride, mask=here[:, None] & present[None, :], other=0.0)
         total = dot(x, y, total, PRECISION)
     return total
 

@@ -1,0 +1,253 @@
+"""Encoded samples from an .npz file, for the command `explain`: nothing is unpickled, every array is checked."""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .figures.heat_map import grey
+
+Array = NDArray[Any]
+
+_NAME = re.compile(r"(?:inputs|masks|tokens|image)_(0|[1-9]\d*)|labels")
+
+
+class FeatureError(ValueError):
+    """The file cannot be used; the message names it and the array."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """S samples of M modalities.
+
+    Attributes:
+        inputs: M x (S, L_m, D).
+        masks: M x (S, L_m) bool or None, or None where no modality has one.
+        labels: (S,) int64, classes; (S, C) bool, positive labels; or None.
+        tokens: M x (S, L_m) strings, or None.
+        images: M x (S, H, W) or (S, H, W, 3), or None.
+        total: how many samples the file has.
+    """
+
+    inputs: list[Tensor]
+    masks: list[Tensor | None] | None
+    labels: Tensor | None
+    tokens: list[Array | None]
+    images: list[Array | None]
+    total: int
+
+    @property
+    def samples(self) -> int:
+        return len(self.inputs[0])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(x.shape[1] for x in self.inputs)
+
+    def first(self, count: int) -> Features:
+        """The first samples alone."""
+        return replace(
+            self,
+            inputs=[x[:count] for x in self.inputs],
+            masks=None
+            if self.masks is None
+            else [None if x is None else x[:count] for x in self.masks],
+            labels=None if self.labels is None else self.labels[:count],
+            tokens=[None if x is None else x[:count] for x in self.tokens],
+            images=[None if x is None else x[:count] for x in self.images],
+        )
+
+
+def load_features(
+    path: str | Path, modalities: int, width: int, classes: int, dtype: torch.dtype
+) -> Features:
+    """The samples in a file of numpy.savez, for a layer of M modalities, width D and C classes.
+
+    Its arrays are inputs_0 .. inputs_{M-1}, (S, L_m, D) floats, and, each of them optional, masks_m, (S, L_m)
+    bool or 0/1 with 1 for a valid token; labels, (S,) integers or (S, C) bool or 0/1 (multi-label); tokens_m,
+    (S, L_m) unicode strings; image_m, (S, H, W) or (S, H, W, 3), uint8 or floats from 0 to 1, whose patches, a
+    square of them row by row, are the modality's tokens.
+
+    Args:
+        dtype: of the layer, to which the inputs are converted.
+
+    Raises:
+        FeatureError: no such file, or an array that does not fit: its name, what was expected, what came.
+        OSError: the file cannot be read.
+    """
+    arrays = _read(Path(path))
+    known = {
+        f"{kind}_{m}" for kind in ("inputs", "masks", "tokens", "image") for m in range(modalities)
+    }
+    for name in arrays:
+        if name not in known | {"labels"}:
+            beyond = _NAME.fullmatch(name) is not None
+            why = f", as the layer has {modalities} modalities" if beyond else ""
+            raise FeatureError(
+                f"{path}: {name}: expected inputs_0 .. inputs_{modalities - 1}, masks_*, tokens_*, image_* of "
+                f"the same, and labels{why}"
+            )
+    file = _File(path, arrays)
+    inputs = [file.inputs(m, width, dtype) for m in range(modalities)]
+    samples = len(inputs[0])
+    lengths = [x.shape[1] for x in inputs]
+    masks = [file.masks(m, (samples, length)) for m, length in enumerate(lengths)]
+    _require_tokens(path, inputs, masks)
+    return Features(
+        inputs=inputs,
+        masks=None if all(mask is None for mask in masks) else masks,
+        labels=file.labels(samples, classes),
+        tokens=[file.tokens(m, (samples, length)) for m, length in enumerate(lengths)],
+        images=[file.images(m, samples, length) for m, length in enumerate(lengths)],
+        total=samples,
+    )
+
+
+def _read(path: Path) -> dict[str, Array]:
+    problem = f"{path}: expected an .npz file of plain arrays"
+    try:
+        file = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise FeatureError(
+            f"{problem}, got another file, or one that holds Python objects"
+        ) from error
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise FeatureError(f"{problem}, got a single array; numpy.savez writes one with names")
+    with file:
+        found = {}
+        for name in file.files:
+            try:
+                array = file[name]
+            except ValueError as error:
+                raise FeatureError(
+                    f"{path}: {name}: expected a plain array, got Python objects, which are not unpickled"
+                ) from error
+            except (
+                zipfile.BadZipFile,
+                zlib.error,
+                EOFError,
+                OSError,
+                NotImplementedError,
+            ) as error:
+                raise FeatureError(f"{path}: {name}: damaged") from error
+            if not isinstance(array, np.ndarray):
+                raise FeatureError(f"{path}: {name}: expected an array, got another file")
+            found[name] = array
+    return found
+
+
+@dataclass(frozen=True)
+class _File:
+    """Arrays by name; each method gives one, checked, or None where an optional one is not there."""
+
+    path: str | Path
+    arrays: Mapping[str, Array]
+
+    def fail(self, name: str, expected: str, array: Array) -> FeatureError:
+        return FeatureError(
+            f"{self.path}: {name}: expected {expected}, got {array.dtype} {array.shape}"
+        )
+
+    def inputs(self, m: int, width: int, dtype: torch.dtype) -> Tensor:
+        name = f"inputs_{m}"
+        if name not in self.arrays:
+            raise FeatureError(
+                f"{self.path}: {name}: expected (samples, tokens, {width}), got none"
+            )
+        array = self.arrays[name]
+        samples = self.arrays["inputs_0"].shape[:1]
+        expected = f"floats ({samples[0] if m else 'samples'}, tokens, {width})"
+        fits = array.ndim == 3 and array.shape[2] == width and array.shape[:1] == samples
+        if not fits or array.dtype.kind != "f" or not array.size:
+            raise self.fail(name, expected, array)
+        # Not float128 or a foreign byte order, which torch does not know.
+        native = np.float32 if array.dtype.itemsize <= 4 else np.float64
+        return torch.from_numpy(array.astype(native)).to(dtype)
+
+    def masks(self, m: int, shape: tuple[int, int]) -> Tensor | None:
+        array = self.arrays.get(f"masks_{m}")
+        if array is None:
+            return None
+        return torch.from_numpy(self._flags(f"masks_{m}", array, shape))
+
+    def labels(self, samples: int, classes: int) -> Tensor | None:
+        array = self.arrays.get("labels")
+        if array is None:
+            return None
+        if array.ndim == 2:
+            return torch.from_numpy(self._flags("labels", array, (samples, classes)))
+        if array.shape != (samples,) or array.dtype.kind not in "iu":
+            raise self.fail("labels", f"integers ({samples},) or 0/1 ({samples}, {classes})", array)
+        if array.min() < 0 or array.max() >= classes:
+            found = f"{array.min()} to {array.max()}"
+            raise FeatureError(
+                f"{self.path}: labels: expected classes from 0 to {classes - 1}, got {found}"
+            )
+        return torch.from_numpy(array.astype(np.int64))
+
+    def tokens(self, m: int, shape: tuple[int, int]) -> Array | None:
+        name = f"tokens_{m}"
+        array = self.arrays.get(name)
+        if array is not None and (array.shape != shape or array.dtype.kind != "U"):
+            raise self.fail(name, f"unicode strings {shape}", array)
+        if array is not None:
+            try:
+                "".join(array.ravel().tolist()).encode()
+            except UnicodeEncodeError as error:
+                raise FeatureError(
+                    f"{self.path}: {name}: expected text, got half of a character, {error.object[error.start]!r}"
+                ) from error
+        return array
+
+    def images(self, m: int, samples: int, length: int) -> Array | None:
+        name = f"image_{m}"
+        array = self.arrays.get(name)
+        if array is None:
+            return None
+        if math.isqrt(length) ** 2 != length:
+            raise FeatureError(
+                f"{self.path}: {name}: expected a square of patches, got {length} tokens in inputs_{m}"
+            )
+        if array.ndim not in (3, 4) or len(array) != samples:
+            raise self.fail(name, f"({samples}, H, W) or ({samples}, H, W, 3)", array)
+        try:
+            for image in array:
+                grey(image)
+        except ValueError as error:
+            raise FeatureError(f"{self.path}: {name}: {error}") from error
+        return array
+
+    def _flags(self, name: str, array: Array, shape: tuple[int, int]) -> Array:
+        if array.shape != shape or array.dtype.kind not in "biuf":
+            raise self.fail(name, f"bool or 0/1 {shape}", array)
+        if not ((array == 0) | (array == 1)).all():
+            raise FeatureError(f"{self.path}: {name}: expected 0 and 1 only, got other values")
+        return array.astype(np.bool_)
+
+
+def _require_tokens(path: str | Path, inputs: list[Tensor], masks: list[Tensor | None]) -> None:
+    """Finite valid tokens, of which every sample has one."""
+    there = torch.zeros(len(inputs[0]), dtype=torch.bool)
+    for m, (x, mask) in enumerate(zip(inputs, masks, strict=True)):
+        valid = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        there |= valid.any(dim=1)
+        broken = (~x.isfinite().all(dim=2) & valid).any(dim=1)
+        if bool(broken.any()):
+            sample = int(broken.nonzero()[0])
+            raise FeatureError(
+                f"{path}: inputs_{m}: expected finite valid tokens, got NaN or inf in sample {sample}"
+            )
+    if not bool(there.all()):
+        sample = int((~there).nonzero()[0])
+        raise FeatureError(f"{path}: masks_*: expected a valid token in sample {sample}, got none")

@@ -1,0 +1,105 @@
+"""What the figures share: how one is made and encoded, and how values around 0 are drawn."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+
+# Red for, blue against; in black and white both are dark, so that everything below 0 is also hatched or dashed.
+DIVERGING = "RdBu_r"
+FOR, AGAINST, UNSURE = "#b2182b", "#2166ac", "0.55"
+HATCH = "/////"
+ABSENT = "0.85"
+DPI = 110
+_LONGEST_LABEL = 18
+
+
+def make_figure(width: float, height: float) -> Figure:
+    """An empty Figure in inches: the class itself, as pyplot keeps every figure and looks for a window system.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        module: Any = importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed; run: pip install 'flmoe-kernels[demo]'",
+            name=error.name,
+        ) from error
+    figure: Figure = module.Figure(figsize=(width, height), layout="constrained")
+    return figure
+
+
+def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:
+    """The figure as a PNG file; equal figures give equal bytes with one version of matplotlib."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def require_array(name: str, value: Any, axes: str) -> Floats:
+    """float64 of an array or Tensor with as many axes as `axes` names.
+
+    Raises:
+        ValueError: another number of axes, or not numbers.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    found = np.asarray(value)
+    expected = f"({axes})"
+    if found.ndim != len(axes.split(", ")) or found.dtype.kind not in "fiub":
+        raise ValueError(f"{name}: expected numbers {expected}, got {found.dtype} {found.shape}")
+    return found.astype(np.float64)
+
+
+def limit_of(values: Floats) -> float:
+    """The largest |value| that is finite, for limits on both sides of 0; 1 where all are 0 or none is there."""
+    sizes = np.abs(values[np.isfinite(values)])
+    return float(sizes.max()) if sizes.size and sizes.max() > 0 else 1.0
+
+
+def label_of(tokens: Sequence[str] | None, place: int) -> str:
+    """A token's position and, if known, its string, shortened."""
+    if tokens is None:
+        return str(place)
+    text = plain(str(tokens[place]))
+    if len(text) > _LONGEST_LABEL:
+        text = text[: _LONGEST_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{text} ({place})"
+
+
+def plain(text: str) -> str:
+    """Text that is drawn as it is: a dollar would start a formula, other control characters have no glyph."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
+
+
+def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None:
+    if tokens is not None and len(tokens) != length:
+        raise ValueError(
+            f"{name}: expected {length} strings, one for each token, got {len(tokens)}"
+        )
+
+
+def hatch_negative(axes: Axes, values: Floats) -> None:
+    """Hatch the cells below 0 of an image with unit cells, of which NaN is no part."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    # One outline for all cells: a large map has many thousands.
+    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) - 0.5
+    cells = [Path(corners + place, closed=True) for place in np.argwhere(values < 0)[:, ::-1]]
+    if cells:
+        outline = Path.make_compound_path(*cells)
+        axes.add_patch(PathPatch(outline, fill=False, ec="0.35", hatch=HATCH, lw=0.0, zorder=2))

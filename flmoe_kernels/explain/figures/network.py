@@ -1,0 +1,160 @@
+"""The strongest pairs as lines between tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ... import validation as check
+from ..results import MAGNITUDE, PairValues
+from .canvas import AGAINST, FOR, UNSURE, label_of, make_figure, plain, require_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDEST, _THINNEST = 5.0, 0.8
+# A value within two standard errors of 0 may as well be 0.
+_SURE = 2.0
+Place = tuple[int, int]
+
+
+def pair_network(
+    found: PairValues,
+    n: int = 10,
+    *,
+    tokens: Sequence[Sequence[str] | None] | None = None,
+    names: Sequence[str] | None = None,
+    by: str = MAGNITUDE,
+    title: str | None = None,
+) -> Figure:
+    """A column of tokens for each modality, joined by the n strongest pairs.
+
+    Lines are as wide as |value|; above 0 solid and red, below 0 dashed and blue, within two standard errors of 0
+    grey. Only tokens of these pairs are shown, in the order of their positions. Pairs within one modality are
+    arcs.
+
+    Args:
+        found: one index of one sample's pairs.
+        n: how many pairs.
+        tokens: for each modality its L_m strings, or None for positions.
+        names: of the modalities.
+        by: which pairs are strongest, see PairValues.ranked.
+        title: by default what is shown.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check.require_count("n", n, 1)
+    count = len(found.lengths)
+    strings: list[Sequence[str] | None] = [None] * count if tokens is None else list(tokens)
+    titles = [f"modality {m}" for m in range(count)] if names is None else list(names)
+    for name, size in (("tokens", len(strings)), ("names", len(titles))):
+        if size != count:
+            raise ValueError(f"{name}: expected {count}, one for each modality, got {size}")
+    for m, (given, length) in enumerate(zip(strings, found.lengths, strict=True)):
+        require_tokens(f"tokens[{m}]", given, length)
+    best = found.top(n, by)
+    places = _places(best, count)
+    most = max([sum(1 for m, _ in places if m == k) for k in range(count)], default=0)
+    figure = make_figure(2.9 * count + 0.6, max(3.2, 0.42 * most + 2.0))
+    axes = figure.subplots()
+    _columns(axes, places, strings, titles)
+    # The strongest last, on top of the others.
+    for k in reversed(range(len(best))):
+        _line(axes, best, k, places)
+    _legend(axes, best)
+    axes.set_title(f"The {len(best)} strongest pairs by {found.index}" if title is None else title)
+    return figure
+
+
+def _places(best: PairValues, count: int) -> dict[Place, tuple[float, float]]:
+    """Where each token stands: modalities from left to right, each column spread over the whole height."""
+    used = sorted({tuple(best.tokens[k].tolist()) for k in best.pairs.ravel()})
+    found = {}
+    for m in range(count):
+        mine = [token for token in used if token[0] == m]
+        for k, token in enumerate(mine):
+            found[token] = (float(m), 1.0 - (k + 0.5) / len(mine))
+    return found
+
+
+def _columns(
+    axes: Axes,
+    places: dict[Place, tuple[float, float]],
+    tokens: Sequence[Sequence[str] | None],
+    names: Sequence[str],
+) -> None:
+    count = len(names)
+    for (m, position), (x, y) in places.items():
+        # Outer columns have their words outside; those between have them above the dot.
+        side = {0: "right", count - 1: "left"}.get(m, "center")
+        shift = {"right": (-8, 0), "left": (8, 0), "center": (0, 7)}[side]
+        axes.plot([x], [y], "o", color="black", ms=5, zorder=4)
+        axes.annotate(
+            label_of(tokens[m], position),
+            (x, y),
+            xytext=shift,
+            textcoords="offset points",
+            ha=side,
+            va="bottom" if side == "center" else "center",
+            fontsize=9,
+            zorder=5,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
+        )
+    axes.set_xlim(-0.75, count - 0.25)
+    axes.set_ylim(-0.02, 1.05)
+    axes.set_xticks(range(count), [plain(str(name)) for name in names])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _line(axes: Axes, best: PairValues, k: int, places: dict[Place, tuple[float, float]]) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    value, error = float(best.values[k]), float(best.standard_errors[k])
+    largest = float(np.abs(best.values).max()) or 1.0
+    first, second = (tuple(best.tokens[player].tolist()) for player in best.pairs[k])
+    # An arc bends inwards: words stand outside of the outer columns.
+    bend = 0.0 if first[0] != second[0] else 0.35 if first[0] else -0.35
+    colour = FOR if value >= 0 else AGAINST
+    line = FancyArrowPatch(
+        places[first],
+        places[second],
+        arrowstyle="-",
+        connectionstyle=f"arc3,rad={bend}",
+        linewidth=_THINNEST + (_WIDEST - _THINNEST) * abs(value) / largest,
+        linestyle="solid" if value >= 0 else (0, (3, 2)),
+        color=colour if abs(value) > _SURE * error else UNSURE,
+        shrinkA=0,
+        shrinkB=0,
+        zorder=2,
+    )
+    axes.add_patch(line)
+
+
+def _legend(axes: Axes, best: PairValues) -> None:
+    from matplotlib.lines import Line2D
+
+    largest = float(np.abs(best.values).max(initial=0.0))
+    handles = [
+        Line2D([], [], color=FOR, lw=2.5, label="above 0"),
+        Line2D([], [], color=AGAINST, lw=2.5, ls=(0, (3, 2)), label="below 0"),
+    ]
+    if (np.abs(best.values) <= _SURE * best.standard_errors).any():
+        handles.append(Line2D([], [], color=UNSURE, lw=2.5, label="grey: within 2 s.e. of 0"))
+    unit = best.game.get("output", "v")
+    axes.legend(
+        handles=handles,
+        title=f"widest line: |{best.index}| = {largest:.2g} ({unit})",
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.02),
+        ncols=len(handles),
+        frameon=False,
+    )

@@ -1,0 +1,84 @@
+"""What the mixture gives to each expert, sample by sample and over all samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .canvas import Floats, make_figure, plain, require_array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_NUMBERS = 24  # samples with a number in every cell
+_MOST_LABELS = 32
+
+
+def expert_weights(
+    weights: Any, names: Sequence[str], *, samples: Sequence[Any] | None = None, title: str = ""
+) -> Figure:
+    """The experts' weights of every sample as greys, and their mean over samples as bars.
+
+    Args:
+        weights: (S, E), finite.
+        names: E experts.
+        samples: S labels; by default 0 .. S - 1.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: naming the argument, what was expected and what came.
+    """
+    array = require_array("weights", weights, "S, E")
+    if not array.size or not np.isfinite(array).all():
+        raise ValueError(f"weights: expected finite weights (S, E), got {array.shape} with others")
+    if len(names) != array.shape[1]:
+        raise ValueError(f"names: expected {array.shape[1]}, one for each expert, got {len(names)}")
+    labels = list(range(len(array))) if samples is None else list(samples)
+    if len(labels) != len(array):
+        raise ValueError(f"samples: expected {len(array)} labels, got {len(labels)}")
+    figure = make_figure(9.5, min(9.0, max(3.4, 0.3 * len(array) + 1.8)))
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    experts = [plain(str(name)) for name in names]
+    _by_sample(left, array, experts, labels)
+    _overall(right, array, experts)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _by_sample(axes: Axes, weights: Floats, names: list[str], labels: list[Any]) -> None:
+    top = max(1.0, float(weights.max()))
+    image = axes.imshow(weights, cmap="Greys", vmin=0.0, vmax=top, aspect="auto")
+    if len(weights) <= _MOST_NUMBERS:
+        for (row, column), value in np.ndenumerate(weights):
+            ink = "white" if value > 0.5 * top else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+    places = range(0, len(labels), max(1, -(-len(labels) // _MOST_LABELS)))
+    axes.set_yticks(places, [plain(str(labels[k])) for k in places])
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("sample")
+    axes.set_title("weight of each expert, by sample", fontsize="medium")
+    axes.figure.colorbar(image, ax=axes, shrink=0.9)
+
+
+def _overall(axes: Axes, weights: Floats, names: list[str]) -> None:
+    mean = weights.mean(axis=0)
+    spread = weights.std(axis=0, ddof=1) if len(weights) > 1 else None
+    bars = axes.bar(
+        range(len(names)), mean, yerr=spread, color="0.75", edgecolor="black", capsize=4, hatch="//"
+    )
+    axes.bar_label(
+        bars,
+        [f"{value:.2f}" for value in mean],
+        label_type="center",
+        fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+    )
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(0.0, 1.08 * max(1.0, float((mean + (0.0 if spread is None else spread)).max())))
+    axes.set_ylabel("weight")
+    what = f"mean of {len(weights)} samples" + ("" if spread is None else ", ± std over samples")
+    axes.set_title(what, fontsize="medium")

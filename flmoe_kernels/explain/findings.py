@@ -1,0 +1,239 @@
+"""Everything that the command `explain` finds about some samples, and that as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from .attribution import attribute
+from .attribution_values import Attribution
+from .drops import MaskingDrops
+from .faithfulness import faithfulness, pair_masking
+from .features import Features
+from .games import token_means
+from .indices import RG, SII
+from .interactions import probe_pairs
+from .request import LABEL, PREDICTED, Request
+from .results import PairValues
+from .run import Run
+from .sampling import Sampling
+
+KIND = "flmoe_kernels.explain report"
+FORMAT = 1
+INDICES = (SII, RG)
+PACKAGES = ("torch", "numpy", "matplotlib")
+TOP_ROWS = 10  # pairs of a sample that the page lists; the file has all
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What was found about S samples.
+
+    Attributes:
+        request: what was asked.
+        features: the S samples.
+        layer: what the layer is, and how far it is from the reference, in JSON's types.
+        sources: names of the files that were read.
+        logits: (S, C).
+        expert_logits: (S, E, C).
+        target: (S,) the class whose logit is explained.
+        attribution: of all samples.
+        pairs: of each sample by index.
+        faithfulness: of the attribution.
+        pair_masking: by index, of its largest pairs.
+    """
+
+    request: Request
+    features: Features
+    layer: dict[str, Any]
+    sources: dict[str, str]
+    logits: Tensor
+    expert_logits: Tensor
+    target: Tensor
+    attribution: Attribution
+    pairs: list[dict[str, PairValues]]
+    faithfulness: MaskingDrops
+    pair_masking: dict[str, MaskingDrops]
+
+    @property
+    def predicted(self) -> list[int]:
+        return [int(k) for k in self.logits.argmax(dim=1)]
+
+    def label(self, sample: int) -> int | list[int] | None:
+        """A class, the positive ones, or None."""
+        labels = self.features.labels
+        if labels is None:
+            return None
+        if labels.dim() == 1:
+            return int(labels[sample])
+        return [int(k) for k in labels[sample].nonzero()[:, 0]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers in JSON's types; NaN and inf, which it does not have, are None."""
+        whole = {
+            "kind": KIND,
+            "format": FORMAT,
+            "versions": versions(),
+            "request": dataclasses.asdict(self.request),
+            "sources": self.sources,
+            "layer": self.layer,
+            "data": {
+                "samples_in_file": self.features.total,
+                "tokens_per_modality": list(self.features.lengths),
+                "labels": None
+                if self.features.labels is None
+                else ("class", "multi-label")[self.features.labels.dim() - 1],
+            },
+            "experts": list(self.attribution.experts),
+            "mean_expert_weights": self.attribution.weights.mean(dim=0).tolist(),
+            "samples": [self._sample(s) for s in range(self.features.samples)],
+            "faithfulness": _drops(self.faithfulness),
+            "pair_masking": {name: _drops(x) for name, x in self.pair_masking.items()},
+        }
+        found: dict[str, Any] = _finite(whole)
+        return found
+
+    def _sample(self, s: int) -> dict[str, Any]:
+        found = self.attribution
+        return {
+            "sample": s,
+            "label": self.label(s),
+            "predicted": self.predicted[s],
+            "target": int(self.target[s]),
+            "logits": self.logits[s].tolist(),
+            "expert_logits": self.expert_logits[s].tolist(),
+            "expert_weights": found.weights[s].tolist(),
+            "attribution": {
+                "valid": [x[s].tolist() for x in found.valid],
+                "mixture": [x[s].tolist() for x in found.mixture],
+                "experts": [x[s].tolist() for x in found.values],
+            },
+            "pairs": {name: values.to_dict() for name, values in self.pairs[s].items()},
+        }
+
+
+def find(
+    layer: Any,
+    whole: Features,
+    request: Request,
+    checkpoint: Path,
+    about: dict[str, Any],
+    sources: dict[str, str],
+) -> Findings:
+    """Explain the first samples with a layer in eval mode.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    features = whole.first(request.samples)
+    given = (features.inputs, features.masks)
+    with torch.no_grad():
+        expert_logits, _, logits = layer.inference(*given)
+    target = targets_of(request, features, logits)
+    # With several labels a class is its own question: its probability is a sigmoid's.
+    several = features.labels is not None and features.labels.dim() == 2
+    asked = torch.nn.functional.one_hot(target, logits.shape[1]).bool() if several else target
+    baseline = token_means([(whole.inputs, whole.masks)]) if request.fill == "mean" else None
+    value: dict[str, Any] = {"fill": request.fill, "baseline": baseline}
+    found = attribute(layer, *given, method=request.attribution, target=asked)
+    pairs = probe_pairs(
+        layer,
+        *given,
+        indices=INDICES,
+        target=target,
+        pairs=request.pairs,
+        scores=found.of(),
+        top=request.top,
+        method=request.method,
+        sampling=Sampling(budget=request.budget, seed=request.seed),
+        run=Run(checkpoint=checkpoint, progress=True),
+        **value,
+    )
+    value |= {"n_random": request.repeats, "seed": request.seed, "progress": True}
+    drops = faithfulness(layer, *given, found, **value)
+    masking = {
+        name: pair_masking(layer, *given, [each[name] for each in pairs], target=asked, **value)
+        for name in INDICES
+    }
+    return Findings(
+        request=request,
+        features=features,
+        layer=about,
+        sources=sources,
+        logits=logits,
+        expert_logits=torch.stack(expert_logits, dim=1),
+        target=target,
+        attribution=found,
+        pairs=pairs,
+        faithfulness=drops,
+        pair_masking=masking,
+    )
+
+
+def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
+    """The class of each sample, (S,): asked for, its label, or predicted.
+
+    Of several labels it is the positive one of largest logit; of none the largest logit.
+
+    Raises:
+        ValueError: no such class, or no labels where they are asked for.
+    """
+    labels, wanted = features.labels, request.target
+    if wanted is None:
+        wanted = PREDICTED if labels is None else LABEL
+    if wanted == PREDICTED:
+        return logits.argmax(dim=1)
+    if wanted == LABEL:
+        if labels is None:
+            raise ValueError("target: expected labels in the file for 'label', got none")
+        if labels.dim() == 1:
+            return labels
+        allowed = labels | ~labels.any(dim=1, keepdim=True)
+        return logits.masked_fill(~allowed, -torch.inf).argmax(dim=1)
+    if int(wanted) >= logits.shape[1]:
+        raise ValueError(f"target: expected a class from 0 to {logits.shape[1] - 1}, got {wanted}")
+    return torch.full((len(logits),), int(wanted))
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "flmoe-kernels": __version__}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def json_bytes(findings: Findings) -> bytes:
+    text = json.dumps(findings.as_dict(), indent=1, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def _drops(drops: MaskingDrops) -> dict[str, Any]:
+    return {
+        "index": drops.index,
+        "unit": drops.unit,
+        "budgets": list(drops.budgets),
+        "metrics": list(drops.metrics),
+        "multi_label": drops.multi_label,
+        "seed": drops.seed,
+        "repeats": drops.random.shape[2],
+        "evaluations": drops.evaluations,
+        "settings": drops.settings,
+        "masked": drops.masked.tolist(),
+        "rows": drops.rows(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

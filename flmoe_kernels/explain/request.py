@@ -1,0 +1,69 @@
+"""What the command `explain` is asked for, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import validation as check
+from .attribution_values import GRADIENT_ROLLOUT
+from .attribution_values import METHODS as ATTRIBUTIONS
+from .candidates import ACROSS, ALL
+from .games import FILLS
+from .run import METHODS
+
+LABEL, PREDICTED = "label", "predicted"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Of the first samples of a file: which values, of what, from how many evaluations.
+
+    At 356 valid tokens of width 256 and four experts (the shape mmimdb, where two cores evaluate about sixty
+    samples a second) the default budget and the maskings take about a minute for each sample.
+
+    Attributes:
+        samples: how many of the file, from the first on.
+        attribution: how tokens are scored, see `attribute`.
+        method: of the pairs' indices, see `probe_pairs`.
+        budget: the most coalitions evaluated for each sample.
+        top: tokens of largest |attribution| of each modality whose pairs are asked about.
+        pairs: "across" modalities or "all".
+        target: "label", of the file; "predicted"; or a class; None for the label where there is one.
+        fill: what absent and masked tokens become; "mean" is of all samples of the file.
+        repeats: random sets of tokens next to each identified one.
+        seed: of coalitions and random sets.
+    """
+
+    samples: int = 4
+    attribution: str = GRADIENT_ROLLOUT
+    method: str = "auto"
+    budget: int = 3072
+    top: int = 5
+    pairs: str = ACROSS
+    target: str | None = None
+    fill: str = "zero"
+    repeats: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"samples": 1, "budget": 1, "top": 1, "repeats": 0, "seed": 0}.items():
+            check.require_count(name, getattr(self, name), least)
+        check.require_choice("attribution", self.attribution, ATTRIBUTIONS)
+        check.require_choice("method", self.method, METHODS)
+        check.require_choice("pairs", self.pairs, (ACROSS, ALL))
+        check.require_choice("fill", self.fill, FILLS)
+        words = (None, LABEL, PREDICTED)
+        # isdecimal also takes digits of other scripts, and int() reads them.
+        if self.target not in words and not str(self.target).isdecimal():
+            raise ValueError(
+                f"target: expected {LABEL}, {PREDICTED} or a class, got {self.target!r}"
+            )
+
+    @classmethod
+    def choose(cls, quick: bool, **given: str | int | None) -> Request:
+        """What is given, and for the rest (None) the defaults, with quick such as take seconds."""
+        known: dict[str, str | int] = {}
+        if quick:
+            known = {"samples": 1, "budget": 256, "top": 2, "repeats": 2}
+        known |= {name: value for name, value in given.items() if value is not None}
+        return cls(**known)  # type: ignore[arg-type]
