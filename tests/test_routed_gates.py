@@ -54,6 +54,27 @@ def test_losses_have_gradients(name: str) -> None:
     assert loss.requires_grad
 
 
+@every_gate
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck(name: str, training: bool) -> None:
+    """Weights, drops included, and losses, by the tokens and by every parameter; masked tokens among them."""
+    gate = make(name, training).double()
+    x = draw(11, D, dtype=torch.float64).requires_grad_()
+    mask = torch.arange(11) % 4 != 1
+    names = [name for name, _ in gate.named_parameters()]
+
+    def values(x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        own = dict(zip(names, parameters, strict=True))
+        _, weight = torch.func.functional_call(gate, own, (x, mask))
+        loss = gate.get_loss()
+        assert loss is not None
+        return weight, loss
+
+    leaves = [p.detach().clone().requires_grad_() for p in gate.parameters()]
+    assert torch.autograd.gradcheck(values, (x, *leaves))
+
+
 @pytest.mark.parametrize("name", ["gshard", "switch"])
 @pytest.mark.parametrize("training", [True, False])
 def test_capacity(name: str, training: bool) -> None:
