@@ -20,6 +20,8 @@ _MAX_STRIDE = 2**24
 # Problems of up to this many rows on average take the smallest tiles.
 _SHORT = 16
 _WIDEST = 128
+# Below this a scale times log2(e) may be 0 in float32, or become it; 0 times the -inf of a masked score is NaN.
+_LEAST_FACTOR = 1e-37
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _launch(
 
 def forward_launch(call: AttentionCall, out: Tensor, lse: Tensor) -> Launch:
     launch = _launch(attend_kernel, "attend", call, "rows", {"out": operand(out), "lse": lse})
-    return replace(launch, constants=launch.constants | {"POSITIVE": call.scale > 0})
+    return replace(launch, constants=launch.constants | {"POSITIVE": call.scale > _LEAST_FACTOR})
 
 
 def backward_launches(
