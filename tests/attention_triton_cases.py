@@ -44,6 +44,7 @@ CASES = (
     (Case((40, 33), 1, 128, 0.5), BFLOAT16),
     (Case((20, 35), 1, 130, 0.3), FLOAT16),
     (Case((9, 20), 1, 130, 0.3), FLOAT32),
+    (Case((35, 12), 1, 72, 0.5), FLOAT32),
     (Case((12, 4, 7, 0, 12), 3, 32, 0.5, lead=1, tail=3), BFLOAT16),
     (Case((5, 1, 0, 7, 2), 2, 8, 0.5, groups=2, lead=3, tail=5), FLOAT32),
     (Case((4, 17, 1), 1, 40, 0.999), FLOAT16),
@@ -251,7 +252,12 @@ def test_classes_and_layouts_of_a_call() -> None:
         (64, 64, BFLOAT16, "short"),
         (65, 64, BFLOAT16, "long"),
         (64, 65, FLOAT16, "wide"),
-        (64, 65, FLOAT32, "float32"),
+        (64, 128, BFLOAT16, "wide"),
+        (64, 129, BFLOAT16, "chunked"),
+        (65, 64, FLOAT32, "float32"),
+        (64, 65, FLOAT32, "float32, wide"),
+        (64, 128, FLOAT32, "float32, wide"),
+        (64, 129, FLOAT32, "float32, chunked"),
         (64, 64, FLOAT32, "float32, short"),
     ):
         x = torch.empty(1, rows, 1, width, dtype=dtype, device="meta")
