@@ -9,14 +9,10 @@ import dataclasses
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from attention_cases import NAMES, Case, run
 from torch import Tensor
 
-from flmoe_kernels import dropout as rng
 from flmoe_kernels import expert_attention
-from flmoe_kernels.expert_attention import triton as kernels
 from flmoe_kernels.expert_attention.triton.launch import (
     TABLE,
     AttentionCall,
@@ -24,8 +20,6 @@ from flmoe_kernels.expert_attention.triton.launch import (
     class_of,
     readable,
 )
-from flmoe_kernels.expert_attention.triton.philox import kept_elements
-from flmoe_kernels.expert_attention.triton.tiles import place
 from flmoe_kernels.testing import (
     as_dtype,
     assert_outside_budget,
@@ -50,6 +44,7 @@ CASES = (
     (Case((40, 33), 1, 128, 0.5), BFLOAT16),
     (Case((20, 35), 1, 130, 0.3), FLOAT16),
     (Case((9, 20), 1, 130, 0.3), FLOAT32),
+    (Case((35, 12), 1, 72, 0.5), FLOAT32),
     (Case((12, 4, 7, 0, 12), 3, 32, 0.5, lead=1, tail=3), BFLOAT16),
     (Case((5, 1, 0, 7, 2), 2, 8, 0.5, groups=2, lead=3, tail=5), FLOAT32),
     (Case((4, 17, 1), 1, 40, 0.999), FLOAT16),
@@ -108,29 +103,6 @@ def test_a_wrong_result_fails(dtype: torch.dtype) -> None:
             assert_outside_budget(*found, f"{name}: {reason}")
 
 
-@triton.jit
-def dump_kernel(seed, threshold, problem, head, row, out, COLUMNS: tl.constexpr):
-    rows = row + tl.arange(0, 16)
-    first = tl.program_id(0) * COLUMNS
-    kept = kept_elements(seed, threshold, problem, head, rows, first, COLUMNS)
-    at = tl.arange(0, 16)[:, None] * tl.num_programs(0) * COLUMNS + first
-    tl.store(out + at + tl.arange(0, COLUMNS)[None, :], kept.to(tl.int32))
-
-
-@pytest.mark.parametrize("columns", [16, 32, 64, 128])
-@pytest.mark.parametrize("seed", [0, -1, 2**61 + 987654321])
-def test_tiles_of_the_mask_are_the_generators(columns: int, seed: int) -> None:
-    for p, problem, head, row in ((0.3, 0, 0, 0), (0.5, 2**31 - 3, 7, 8176), (1.0, 3, 1, 2)):
-        found = torch.full((16, 512), -1, dtype=torch.int32)
-        threshold = rng.keep_threshold(p)
-        dump_kernel[(512 // columns,)](
-            make_seed(seed), threshold, problem, head, row, found, columns
-        )
-        rows = row + torch.arange(16).view(-1, 1)
-        kept = rng.keep_mask(make_seed(seed), p, problem, head, rows, torch.arange(512))
-        assert torch.equal(found, kept.int())
-
-
 @pytest.mark.parametrize(
     ("length", "heads", "dtype"), [(11, 3, BFLOAT16), (63, 1, FLOAT16), (130, 1, FLOAT32)], ids=str
 )
@@ -152,80 +124,6 @@ def test_the_mask_is_the_cpu_kernels(length: int, heads: int, dtype: torch.dtype
         assert torch.equal(got, want)
     assert torch.equal(found[0][0], found[0][1].transpose(1, 3))
     assert 0.35 < found[0][0].double().mean() < 0.65
-
-
-@triton.jit
-def place_kernel(cu, slots, out, problems, rows, BLOCK: tl.constexpr):
-    slot = tl.load(slots + tl.program_id(0))
-    problem, first, length, start, others = place(cu, problems, rows, slot, BLOCK)
-    out += tl.program_id(0) * 5
-    tl.store(out, problem)
-    tl.store(out + 1, first)
-    tl.store(out + 2, length)
-    tl.store(out + 3, start)
-    tl.store(out + 4, others)
-
-
-def places(cu: Tensor, rows: int, step: int = 1) -> dict[int, list[int]]:
-    """What every step-th slot of blocks of 16 rows gets."""
-    problems = cu.numel() - 1
-    slots = torch.arange(0, rows // 16 + problems + 2, step, dtype=torch.int32)
-    out = torch.full((len(slots), 5), -9, dtype=torch.int32)
-    place_kernel[(len(slots),)](cu, slots, out, problems, rows, 16)
-    return dict(zip(slots.tolist(), out.tolist(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("lengths", "lead", "tail", "step"),
-    [
-        ((), 0, 37, 1),
-        ((15, 16, 17, 0, 33, 1), 5, 40, 1),
-        ((0, 0, 64), 0, 0, 1),
-        ((3, 0, 14, 2) * 20, 1, 0, 1),
-        ((1, 3) * 2100, 16, 0, 151),
-    ],
-    ids=lambda x: str(len(x)) if isinstance(x, tuple) else str(x),
-)
-def test_every_block_has_one_slot(
-    lengths: tuple[int, ...], lead: int, tail: int, step: int
-) -> None:
-    """Whatever the runs are, also where the search takes two or three steps."""
-    first = 0
-    expected = {}
-    for i, length in enumerate((lead, *lengths, tail)):
-        others = length if 0 < i <= len(lengths) else 0
-        for block in range(-(-length // 16)):
-            slot = first // 16 + i + block
-            assert slot not in expected
-            expected[slot] = [i - 1, first, length, 16 * block, others]
-        first += length
-    found = places(cumulative(lengths, lead), first, step)
-    busy = {slot: at for slot, at in found.items() if at[3] < at[2]}
-    assert busy == {slot: at for slot, at in expected.items() if slot % step == 0}
-    assert max(expected, default=0) < first // 16 + len(lengths) + 2
-
-
-@pytest.mark.parametrize(
-    "bounds", [[0, 2, 7], [-1, 2, 6], [0, 4, 2], [0, 2**31 - 1], [-(2**31), 0], [5, 1, 3, 0]]
-)
-def test_runs_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
-    """Only where values are not read beforehand, as on a GPU, do they reach the kernels."""
-    rows, cu = 6, torch.tensor(bounds, dtype=torch.int32)
-    inside = (slice(None), slice(40, 40 + rows))
-    wide = [torch.full((1, rows + 80, 2, 4), float("nan")) for _ in range(7)]
-    for i, x in enumerate(wide[:4]):
-        x[inside] = draw(1, rows, 2, 4, seed=i)
-    q, k, v, grad_out, *grads = (x[inside] for x in wide)
-    out, lse = kernels.forward(q, k, v, cu, make_seed(), 0.5, 1.0)
-    kernels.backward(
-        *(grad_out, q, k, v, cu, make_seed(), out.nan_to_num(), lse.nan_to_num(), 0.5, 1.0),
-        (grads[0], grads[1], grads[2]),
-    )
-    for x in wide[4:]:
-        assert x[:, :40].isnan().all()
-        assert x[:, 40 + rows :].isnan().all()
-    for at in places(cu, rows).values():
-        assert at[3] >= at[2] or (at[1] >= 0 and at[1] + at[2] <= rows)
 
 
 def test_uncovered_rows_get_zeros() -> None:
@@ -354,7 +252,12 @@ def test_classes_and_layouts_of_a_call() -> None:
         (64, 64, BFLOAT16, "short"),
         (65, 64, BFLOAT16, "long"),
         (64, 65, FLOAT16, "wide"),
-        (64, 65, FLOAT32, "float32"),
+        (64, 128, BFLOAT16, "wide"),
+        (64, 129, BFLOAT16, "chunked"),
+        (65, 64, FLOAT32, "float32"),
+        (64, 65, FLOAT32, "float32, wide"),
+        (64, 128, FLOAT32, "float32, wide"),
+        (64, 129, FLOAT32, "float32, chunked"),
         (64, 64, FLOAT32, "float32, short"),
     ):
         x = torch.empty(1, rows, 1, width, dtype=dtype, device="meta")
@@ -370,9 +273,11 @@ def test_classes_and_layouts_of_a_call() -> None:
 
 def test_the_operators_refuse_what_would_read_past_a_tensor() -> None:
     q, cu = draw(1, 6, 2, 4), cumulative([6])
-    seed, half = torch.zeros(2, dtype=torch.int64), q.to(FLOAT16)
+    seed, half, double = torch.zeros(2, dtype=torch.int64), q.to(FLOAT16), q.double()
     for arguments, message in (
         ((q[0], q[0], q[0], cu, None), "q: expected"),
+        ((double, double, double, cu, None), "q: expected float32, bfloat16 or float16"),
+        ((q.int(), q.int(), q.int(), cu, None), "q: expected float32, bfloat16 or float16"),
         ((q, q[:, :5], q, cu, None), "k: expected"),
         ((q, q, half, cu, None), "v: expected"),
         ((q, q, q, cu.long(), None), "cu_seqlens: expected"),
@@ -383,14 +288,81 @@ def test_the_operators_refuse_what_would_read_past_a_tensor() -> None:
             OPS.expert_attention(*arguments, 0.5, 1.0, TRITON)
 
 
-def test_opcheck() -> None:
+def test_the_backward_refuses_what_would_read_past_a_tensor() -> None:
+    q, cu = draw(1, 6, 2, 4), cumulative([6])
+    tail = (cu, None, 0.0, 1.0, TRITON)
+    out, lse = OPS.expert_attention(q, q, q, *tail)
+    half, double = q.to(FLOAT16), q.double()
+    assert len(OPS.expert_attention_backward(q, q, q, q, out, lse, *tail)) == 3
+    for (grad_out, x, found, statistics), message in (
+        ((q[:, :5], q, out, lse), "grad_out: expected"),
+        ((half, q, out, lse), "grad_out: expected"),
+        ((q, q, out[..., :3], lse), "out: expected"),
+        ((q, q, half, lse), "out: expected"),
+        ((q, q, out, lse[:, :5]), "lse: expected"),
+        ((q, q, out, lse.double()), "lse: expected"),
+        ((double, double, double, lse), "q: expected float32, bfloat16 or float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPS.expert_attention_backward(grad_out, x, x, x, found, statistics, *tail)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_opcheck(p: float) -> None:
     case = Case((4, 0, 7), 1, 5, tail=1, groups=1)
     q, k, v = case.qkv(FLOAT32)
-    tail = (case.cu_seqlens, make_seed(), 0.5, 0.4, TRITON)
-    leaves = [x.requires_grad_() for x in (q, k, v, torch.stack([q, k, v], 2))]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    qkv = torch.stack([q, k, v], 2)
+    tail = (case.cu_seqlens, make_seed() if p else None, p, 0.4, TRITON)
+    out, lse = OPS.expert_attention(q, k, v, *tail)
+    grad = draw(*out.shape, seed=8)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, qkv)]
     for op, arguments in (
         (OPS.expert_attention.default, leaves[:3]),
         (OPS.expert_attention_packed.default, leaves[3:]),
+        (OPS.expert_attention_backward.default, [grad, q, k, v, out, lse]),
+        (OPS.expert_attention_packed_backward.default, [grad, qkv, out, lse]),
     ):
-        torch.library.opcheck(op, (*arguments, *tail), test_utils=checks)
+        torch.library.opcheck(op, (*arguments, *tail))
+
+
+def test_compiles_in_one_graph() -> None:
+    case = Case((5, 7), 2, 8, 0.5)
+    expected = run(case, case.qkv(FLOAT32), TRITON)
+    cu, seed = case.cu_seqlens, make_seed()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = expert_attention(q, k, v, cu, dropout_p=0.5, seed=seed, backend=TRITON)
+        assert isinstance(out, Tensor)
+        return out
+
+    leaves = [x.requires_grad_() for x in case.qkv(FLOAT32)]
+    out = compiled(*leaves)
+    for name, got, want in zip(NAMES, (out, *gradients([out], leaves)), expected, strict=True):
+        assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
+@pytest.mark.parametrize("backend", [TRITON, "cpu", "reference"])
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    case = Case((5, 7), 2, 8, 0.5)
+    expected = run(case, case.qkv(dtype), backend)
+    leaves = [x.requires_grad_() for x in case.qkv(dtype)]
+    options = {"dropout_p": case.p, "seed": make_seed(), "backend": backend}
+    with torch.autocast("cpu", dtype=BFLOAT16):
+        out = expert_attention(*leaves, case.cu_seqlens, **options)
+    assert isinstance(out, Tensor)
+    for name, got, want in zip(NAMES, (out, *gradients([out], leaves)), expected, strict=True):
+        assert got.dtype == dtype
+        assert torch.equal(got, want), name
+
+
+def test_a_scale_too_small_for_float32_is_zero() -> None:
+    """A factor that rounds to 0 makes no NaN of the -inf of keys past the last."""
+    case = Case((9, 30), 1, 8, 0.5)
+    found = [
+        run(dataclasses.replace(case, scale=scale), case.qkv(FLOAT32), TRITON)
+        for scale in (1e-50, 0.0)
+    ]
+    for name, got, want in zip(NAMES, *found, strict=True):
+        assert torch.equal(got, want), name

@@ -53,6 +53,9 @@ CASES = (
     StaticCase("long", 1, 8192, 1, 4, 64, BFLOAT16, 0.0),
     StaticCase("mimic", 20, 32 * 12, 32, 4, 32, BFLOAT16),
     StaticCase("width 128", 12, 32 * 516, 32, 2, 128, BFLOAT16),
+    StaticCase("width 256", 12, 32 * 516, 32, 2, 256, BFLOAT16),
+    StaticCase("width 128, float32", 12, 32 * 516, 32, 2, 128, FLOAT32),
+    StaticCase("width 256, float32", 12, 32 * 516, 32, 2, 256, FLOAT32),
     StaticCase("mmimdb, float32", 12, 32 * 516, 32, 4, 64, FLOAT32),
     StaticCase("mimic, float32", 20, 32 * 12, 32, 4, 32, FLOAT32),
 )

@@ -1,4 +1,5 @@
-"""expert_attention's Triton kernels in Triton's interpreter: attention_triton_cases.py in a process of its own.
+"""expert_attention's Triton kernels in Triton's interpreter: attention_triton_parts.py and
+attention_triton_cases.py in a process of their own.
 
 Whether kernels are interpreted is settled for a process when Triton is imported, and other tests compile.
 """
@@ -13,12 +14,13 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+FILES = ("attention_triton_parts.py", "attention_triton_cases.py")
 
 
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "attention_triton_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", *FILES],
         cwd=TESTS,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,

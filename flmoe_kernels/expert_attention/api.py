@@ -33,7 +33,8 @@ def expert_attention(
     out = dropout(softmax(scale * q k^T)) v. Padded tokens are simply absent; a run of no rows is an
     empty problem; rows that no run covers give 0. No (L, L) buffer exists in the forward or the backward, which
     makes the probabilities again from the log-sum-exp, and the dropout mask again from
-    (seed, problem, head, row, column), see flmoe_kernels.dropout. Deterministic for any number of threads.
+    (seed, problem, head, row, column), see flmoe_kernels.dropout. Deterministic for any number of threads;
+    autocast changes nothing.
 
     Args:
         q, k, v: (rows, H, d), or (G, rows, H, d) for G groups that share the same runs (problem ids then
@@ -70,7 +71,9 @@ def expert_attention(
     chosen = backends.choose(_OPERATOR, q, backend)
     tail = (cu_seqlens, seed, dropout_p, scale)
     if chosen == backends.REFERENCE:
-        out, lse = attention_reference(q4, k4, v4, *tail)
+        # Autocast would give the products a type of its own; the kernels do not see it either.
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = attention_reference(q4, k4, v4, *tail)
         lse = lse.detach()
     else:
         out, lse = torch.ops.flmoe.expert_attention(q4, k4, v4, *tail, chosen)

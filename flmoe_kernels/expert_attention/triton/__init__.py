@@ -13,6 +13,7 @@ from ...triton_runtime import expect, run
 from .launch import AttentionCall, backward_launches, forward_launch, readable, rows_contiguous
 
 __all__ = ["backward", "forward"]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward(
@@ -61,6 +62,8 @@ def _checked(call: AttentionCall) -> AttentionCall:
     q = call.q
     if q.dim() != 4:
         raise ValueError(f"q: expected (G, rows, H, d), got {tuple(q.shape)}")
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"q: expected float32, bfloat16 or float16, got {q.dtype}")
     for name, x in (("k", call.k), ("v", call.v)):
         expect(name, x, q.shape, q.dtype, q.device)
     expect("cu_seqlens", call.cu_seqlens, (max(call.problems, 0) + 1,), torch.int32, q.device)

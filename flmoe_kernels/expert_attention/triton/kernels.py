@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from .philox import kept_elements
-from .tiles import dot, head_of, load_rows, place, products, store_rows
+from .tiles import (
+    dot,
+    head_of,
+    load_rows,
+    place,
+    products,
+    row_at,
+    statistics_of,
+    store_rows,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -104,7 +113,7 @@ def attend_kernel(
     store_rows(head_of(out, group, head, first + start), row, valid, column, sums, WIDTH, CHUNK)
     if column == 0:
         values = tl.where(keys > 0, (largest + tl.log2(total)) * LN_2, 0.0)
-        at = (tl.cast(group, tl.int64) * rows + first + start) * heads + head
+        at = statistics_of(group, rows, first + start, heads, head)
         tl.store(lse + at + row * heads, values, mask=valid)
 
 
@@ -155,7 +164,7 @@ def query_gradient_kernel(
     for other in range(CHUNK, WIDTH, CHUNK):
         left = load_rows(grad_out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
         together += tl.sum(left * load_rows(out, 0, row, valid, other, WIDTH, CHUNK), 1)
-    at = (tl.cast(group, tl.int64) * rows + first + start) * heads + head
+    at = statistics_of(group, rows, first + start, heads, head)
     if column == 0:
         tl.store(delta + at + row * heads, together, mask=valid)
     origin = tl.load(lse + at + row * heads, mask=valid, other=0.0) * LOG2_E
@@ -229,7 +238,7 @@ def key_gradient_kernel(
         head_of(v, group, head, first + start),
     )
     grad_out = head_of(grad_out, group, head, first)
-    at = (tl.cast(group, tl.int64) * rows + first) * heads + head
+    at = statistics_of(group, rows, first, heads, head)
     k_tile = load_rows(k, 0, key, valid_key, 0, WIDTH, CHUNK)
     v_tile = load_rows(v, 0, key, valid_key, 0, WIDTH, CHUNK)
     sums_k = tl.zeros((COLUMNS, CHUNK), tl.float32)
@@ -240,7 +249,7 @@ def key_gradient_kernel(
         row = tl.minimum(tl.arange(0, ROWS), queries - 1 - i)
         q_tile = load_rows(q, i, row, None, 0, WIDTH, CHUNK)
         grad_tile = load_rows(grad_out, i, row, None, 0, WIDTH, CHUNK)
-        statistics = at + tl.cast(i, tl.int64) * heads + row * heads
+        statistics = row_at(at, i, heads) + row * heads
         origin = tl.load(lse + statistics) * LOG2_E
         origin = tl.where(i + tl.arange(0, ROWS) < queries, origin, float("inf"))
         together = tl.load(delta + statistics)

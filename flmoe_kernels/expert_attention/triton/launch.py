@@ -20,6 +20,8 @@ _MAX_STRIDE = 2**24
 # Problems of up to this many rows on average take the smallest tiles.
 _SHORT = 16
 _WIDEST = 128
+# Below this a scale times log2(e) may be 0 in float32, or become it; 0 times the -inf of a masked score is NaN.
+_LEAST_FACTOR = 1e-37
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class Tiles:
 # in "query_gradient"; half the rows in "key_gradient", whose sums alone are 128 registers, which leaves its scores
 # to mma.sync on every architecture. "short" is for problems of at most 16 rows on average: a warp and a tile for
 # each problem and head. float32 products are three TF32 ones, of operands that are split in two: 32 x 32 is what
-# does not spill at width 64; wider ones have no row of their own and spill, at width 128 up to 312 bytes per
-# thread. So do 16-bit calls wider than 128, whose rows pass in chunks, by up to 1.4 KB. Which is faster has not
-# been measured.
+# does not spill at width 64. "chunked" is for widths over 128, whose rows pass in chunks of 128 columns. Tiles of
+# wide float32 and of chunked rows are smaller for the registers and the shared memory: at widths 128 and 256 up
+# to 32 bytes per thread spill in 16 bit and up to 112 in float32, and no block takes more than the 99 KiB that
+# sm_86 and sm_89 have. Which is faster has not been measured.
 TABLE = {
     ("attend", "long"): Tiles(64, 64, 4, 2, (24576, 40960, 41000)),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 65536, 73792)),
@@ -73,12 +76,21 @@ TABLE = {
     ("attend", "wide"): Tiles(64, 64, 4, 2, (57344, 81920, 81960)),
     ("query_gradient", "wide"): Tiles(64, 32, 4, 2, (53248, 73728, 77880)),
     ("key_gradient", "wide"): Tiles(32, 64, 4, 2, (53504, 53504, 51464)),
+    ("attend", "chunked"): Tiles(64, 32, 4, 1, (45056, 40960, 40968)),
+    ("query_gradient", "chunked"): Tiles(32, 32, 4, 1, (43008, 43008, 43008)),
+    ("key_gradient", "chunked"): Tiles(32, 32, 4, 1, (51200, 51200, 51200)),
     ("attend", "short"): Tiles(16, 16, 1, 2, (3072, 3072, 3072)),
     ("query_gradient", "short"): Tiles(16, 16, 1, 1, (3584, 3584, 3584)),
     ("key_gradient", "short"): Tiles(16, 16, 1, 1, (4096, 4096, 4096)),
     ("attend", "float32"): Tiles(32, 32, 4, 1, (24576, 24576, 24576)),
     ("query_gradient", "float32"): Tiles(32, 32, 4, 1, (40960, 40960, 40960)),
     ("key_gradient", "float32"): Tiles(32, 32, 4, 1, (49152, 49152, 49152)),
+    ("attend", "float32, wide"): Tiles(32, 32, 4, 1, (49152, 49152, 49152)),
+    ("query_gradient", "float32, wide"): Tiles(32, 16, 4, 1, (73728, 73728, 73728)),
+    ("key_gradient", "float32, wide"): Tiles(16, 32, 4, 1, (81920, 81920, 81920)),
+    ("attend", "float32, chunked"): Tiles(32, 16, 4, 1, (73728, 73728, 73728)),
+    ("query_gradient", "float32, chunked"): Tiles(16, 16, 4, 1, (73728, 73728, 73728)),
+    ("key_gradient", "float32, chunked"): Tiles(16, 16, 4, 1, (73728, 73728, 73728)),
     ("attend", "float32, short"): Tiles(16, 16, 1, 1, (6144, 6144, 6144)),
     ("query_gradient", "float32, short"): Tiles(16, 16, 1, 1, (10240, 10240, 10240)),
     ("key_gradient", "float32, short"): Tiles(16, 16, 1, 1, (12288, 12288, 12288)),
@@ -91,11 +103,14 @@ def tiles_of(kernel: str, call: AttentionCall) -> Tiles:
 
 def class_of(call: AttentionCall) -> str:
     """The rows of TABLE for a call: by dtype, width and mean length, which is all that shapes tell."""
-    wide = call.q.shape[3] > 64
-    short = not wide and call.q.shape[1] <= _SHORT * call.problems
-    if call.q.dtype == torch.float32:
-        return "float32, short" if short else "float32"
-    return "wide" if wide else "short" if short else "long"
+    width = call.q.shape[3]
+    if width > 64:
+        size = "wide" if width <= _WIDEST else "chunked"
+    else:
+        size = "short" if call.q.shape[1] <= _SHORT * call.problems else "long"
+    if call.q.dtype != torch.float32:
+        return size
+    return "float32" if size == "long" else f"float32, {size}"
 
 
 def readable(call: AttentionCall) -> AttentionCall:
@@ -150,7 +165,7 @@ def _launch(
 
 def forward_launch(call: AttentionCall, out: Tensor, lse: Tensor) -> Launch:
     launch = _launch(attend_kernel, "attend", call, "rows", {"out": operand(out), "lse": lse})
-    return replace(launch, constants=launch.constants | {"POSITIVE": call.scale > 0})
+    return replace(launch, constants=launch.constants | {"POSITIVE": call.scale > _LEAST_FACTOR})
 
 
 def backward_launches(

@@ -75,7 +75,18 @@ def place(cu, problems, rows, slot, BLOCK: tl.constexpr):
 def head_of(x, group, head, first):
     pointer, of_group, of_row, of_head = x
     start = pointer + tl.cast(group, tl.int64) * of_group + tl.cast(head, tl.int64) * of_head
-    return start + tl.cast(first, tl.int64) * of_row, of_row
+    return row_at(start, first, of_row), of_row
+
+
+@triton.jit
+def row_at(pointer, first, of_row):
+    return pointer + tl.cast(first, tl.int64) * of_row
+
+
+@triton.jit
+def statistics_of(group, rows, first, heads, head):
+    """Where row `first` of a head stands in lse and delta, (G, rows, H); rows are `heads` apart."""
+    return (tl.cast(group, tl.int64) * rows + first) * heads + head
 
 
 @triton.jit
@@ -86,7 +97,7 @@ def load_rows(x, first, row, valid, column, WIDTH: tl.constexpr, CHUNK: tl.const
     """
     pointer, of_row = x
     at = tl.arange(0, CHUNK)
-    pointers = pointer + column + tl.cast(first, tl.int64) * of_row
+    pointers = row_at(pointer, first, of_row) + column
     pointers = pointers + row[:, None] * of_row + at[None, :]
     if WIDTH % CHUNK == 0:
         if valid is None:
