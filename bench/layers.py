@@ -35,12 +35,13 @@ class SdpaAttention(Attention):
 
 def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
     torch.manual_seed(0)
-    fusion = FusionTransformer(
-        shape.modalities, shape.dim, shape.classes, shape.layers, shape.heads, shape.dropout
-    )
+    sparse = {"mlp_sparse": True, "num_experts": shape.experts} if shape.experts else {}
+    sizes = (shape.modalities, shape.dim, shape.classes, shape.layers, shape.heads)
+    fusion = FusionTransformer(*sizes, shape.dropout, **sparse)  # type: ignore[arg-type]
     return ReferenceInteractionMoE(
         shape.modalities,
         fusion,
+        fusion_sparse=bool(shape.experts),
         hidden_dim=shape.dim,
         temperature_rw=shape.temperature,
     )
@@ -85,7 +86,7 @@ def make_inputs(shape: LayerShape) -> tuple[list[Tensor], list[Tensor | None]]:
 
 
 def training_step(layer: nn.Module, inputs: Any, masks: Any) -> Callable[[], None]:
-    """Forward, task and interaction losses, backward into every parameter."""
+    """Forward, task, interaction and gate losses, backward into every parameter."""
     layer.train()
 
     def step() -> None:
@@ -94,6 +95,8 @@ def training_step(layer: nn.Module, inputs: Any, masks: Any) -> Callable[[], Non
         outputs = layer(inputs, masks)
         loss = F.binary_cross_entropy_with_logits(outputs[2], torch.ones_like(outputs[2]))
         loss = loss + 0.5 * torch.stack(list(outputs[3])).mean()
+        if layer.fusion_sparse:
+            loss = loss + 0.01 * torch.stack([x for row in outputs[4] for x in row]).mean()
         loss.backward()
 
     return step

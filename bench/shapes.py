@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One use of the layer. valid: of each modality's tokens, how many are not padding; None = all."""
+    """One use of the layer. valid: of each modality's tokens, how many are not padding; None = all.
+
+    experts: of the routed MLPs (GShard, 2 for a token) of sparse fusion models; 0 = dense.
+    """
 
     name: str
     batch: int
@@ -19,6 +23,7 @@ class LayerShape:
     classes: int
     dropout: float = 0.5
     temperature: float = 2.0
+    experts: int = 0
 
     @property
     def modalities(self) -> int:
@@ -29,7 +34,8 @@ class LayerShape:
 MMIMDB = LayerShape("mmimdb", 4, (320, 196), (160, None), 256, 4, 2, 23)
 ENRICO = LayerShape("enrico", 4, (196, 196), (None, None), 256, 4, 2, 20)
 MIMIC = LayerShape("mimic", 32, (4, 4, 4), (None, None, None), 128, 4, 2, 2)
-LAYER_SHAPES = (MMIMDB, ENRICO, MIMIC)
+MMIMDB_SPARSE = dataclasses.replace(MMIMDB, name="mmimdb_sparse", experts=16)
+LAYER_SHAPES = (MMIMDB, ENRICO, MIMIC, MMIMDB_SPARSE)
 
 
 @dataclass(frozen=True)

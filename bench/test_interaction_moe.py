@@ -30,6 +30,8 @@ FLOORS = {
     ("enrico", "inference"): (1.2, 10),
     ("mimic", "training"): (1.5, 20),
     ("mimic", "inference"): (1.0, 30),
+    ("mmimdb_sparse", "training"): (4.0, 3),
+    ("mmimdb_sparse", "inference"): (1.8, 10),
 }
 MEMORY_FRACTION = 1 / 3
 
