@@ -201,7 +201,7 @@ def explain(
     quick: Annotated[bool, typer.Option("--quick", help="One sample, hardly estimated.")] = False,
 ) -> None:
     """Explain samples: experts, tokens, token pairs, and whether the model needs them; as a page."""
-    from flmoe_kernels.explain.request import Request
+    from flmoe_kernels.explain.report.request import Request
 
     asked = {"samples": samples, "budget": budget, "top": top, "repeats": repeats, "seed": seed}
     words = {"attribution": attribution, "method": method, "pairs": pairs, "fill": fill}
@@ -211,7 +211,7 @@ def explain(
         fail(str(error))
     layer = {"num_heads": heads, "temperature": temperature, "gate": gate, "top_k": top_k}
     with needs_extra("demo"):
-        from flmoe_kernels.explain.command import main as run_explain
+        from flmoe_kernels.explain.report.command import main as run_explain
 
         code = run_explain(checkpoint, data, out, request, **layer)
     raise typer.Exit(code)

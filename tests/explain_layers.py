@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import InteractionMoE
-from flmoe_kernels.explain.attribution import readout_weights
-from flmoe_kernels.explain.masking import valid_tokens
+from flmoe_kernels.explain.attribution.attribute import readout_weights
+from flmoe_kernels.explain.tokens import valid_tokens
 from flmoe_kernels.interaction_moe.reference import masked_mean, sinusoidal_positions
 from flmoe_kernels.routed_mlp.module import RoutedMLP
 from flmoe_kernels.testing import (

@@ -14,9 +14,9 @@ import torch
 from explain_layers import CASES, Weighted, call_of, dense_expert, dense_rollout, scaled_rows
 from torch import Tensor
 
-from flmoe_kernels.explain import rollout
-from flmoe_kernels.explain.attribution import attribute
-from flmoe_kernels.explain.attribution_values import METHODS, Attribution
+from flmoe_kernels.explain.attribution import rollout
+from flmoe_kernels.explain.attribution.attribute import attribute
+from flmoe_kernels.explain.attribution.values import METHODS, Attribution
 from flmoe_kernels.testing import (
     LayerCase,
     as_dtype,
@@ -116,7 +116,7 @@ def test_the_mixture_is_made_of_the_experts() -> None:
 
 GROWTH = """
 import re, torch
-from flmoe_kernels.explain.attribution import attribute
+from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.testing import LayerCase
 def peak():
     # Of this program: ru_maxrss would begin at the size of the process that started it.

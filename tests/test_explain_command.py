@@ -31,14 +31,14 @@ from flmoe_kernels.explain import (
     Sampling,
     TokenGame,
     attribute,
-    command,
     faithfulness,
     pair_masking,
     probe_pairs,
-    resume,
 )
-from flmoe_kernels.explain.findings import targets_of
-from flmoe_kernels.explain.request import Request
+from flmoe_kernels.explain.coalitions import resume
+from flmoe_kernels.explain.report import command
+from flmoe_kernels.explain.report.findings import targets_of
+from flmoe_kernels.explain.report.request import Request
 from flmoe_kernels.swap_report import LeftLayer, SwapReport
 from flmoe_kernels.testing import LayerCase
 

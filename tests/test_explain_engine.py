@@ -21,11 +21,11 @@ from flmoe_kernels.explain import (
     Sampling,
     memory,
     probe_pairs,
-    resume,
     shapley_interactions,
 )
-from flmoe_kernels.explain.coalitions import distinct, pack, sizes, toggled_prefixes, unpack
-from flmoe_kernels.explain.engine import Evaluator
+from flmoe_kernels.explain.coalitions import resume
+from flmoe_kernels.explain.coalitions.engine import Evaluator
+from flmoe_kernels.explain.coalitions.packed import distinct, pack, sizes, toggled_prefixes, unpack
 from flmoe_kernels.testing import LayerCase
 
 CASE = LayerCase(lengths=(5, 4))

@@ -23,11 +23,11 @@ from explain_masking import (
 from torch import Tensor
 
 from flmoe_kernels import PairInteractionMoE
-from flmoe_kernels.explain.attribution import attribute
-from flmoe_kernels.explain.drops import KINDS, MaskingDrops
-from flmoe_kernels.explain.faithfulness import faithfulness, pair_masking
-from flmoe_kernels.explain.masking import percent_counts
+from flmoe_kernels.explain.attribution.attribute import attribute
+from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
+from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
 from flmoe_kernels.explain.targets import METRICS, resolve_targets
+from flmoe_kernels.explain.tokens import percent_counts
 from flmoe_kernels.testing import draw, draw_masks
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from explain_files import Arrays, full_arrays, write_data
 
-from flmoe_kernels.explain.features import FeatureError, load_features
+from flmoe_kernels.explain.report.features import FeatureError, load_features
 
 
 def changed(**more: Any) -> Callable[[], Arrays]:

@@ -26,10 +26,10 @@ from flmoe_kernels.explain import (
     pair_network,
     token_patch_map,
 )
-from flmoe_kernels.explain.drops import KINDS
 from flmoe_kernels.explain.figures import png_bytes
 from flmoe_kernels.explain.figures.canvas import AGAINST, FOR, UNSURE
 from flmoe_kernels.explain.figures.heat_map import grey
+from flmoe_kernels.explain.masking.drops import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")

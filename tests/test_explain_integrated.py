@@ -10,8 +10,8 @@ from explain_layers import CASES, Weighted, call_of
 from torch import Tensor
 
 from flmoe_kernels import PairInteractionMoE
-from flmoe_kernels.explain.attribution import attribute
-from flmoe_kernels.explain.integrated import quadrature
+from flmoe_kernels.explain.attribution.attribute import attribute
+from flmoe_kernels.explain.attribution.integrated import quadrature
 from flmoe_kernels.testing import (
     LayerCase,
     draw,

@@ -19,8 +19,8 @@ from explain_masking import (
 from torch import Tensor
 
 from flmoe_kernels import PairInteractionMoE
-from flmoe_kernels.explain.faithfulness import pair_masking
-from flmoe_kernels.explain.interactions import shapley_interactions
+from flmoe_kernels.explain.masking.faithfulness import pair_masking
+from flmoe_kernels.explain.pairs.interactions import shapley_interactions
 from flmoe_kernels.testing import draw, draw_masks
 
 

@@ -14,8 +14,8 @@ import torch
 from explain_games import first_of, interaction_layer, random_terms, unanimity
 
 from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
-from flmoe_kernels.explain import results as results_module
 from flmoe_kernels.explain.archive import decode, encode
+from flmoe_kernels.explain.pairs import results as results_module
 from flmoe_kernels.testing import LayerCase
 
 CASE = LayerCase(lengths=(4, 3))

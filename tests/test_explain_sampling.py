@@ -21,8 +21,8 @@ from explain_games import (
 from numpy.typing import NDArray
 
 from flmoe_kernels.explain import Sampling, probe_game
-from flmoe_kernels.explain.coalitions import all_pairs, unpack
-from flmoe_kernels.explain.sampling import PermutationPlan, cost_bound, permutation
+from flmoe_kernels.explain.coalitions.packed import all_pairs, unpack
+from flmoe_kernels.explain.pairs.sampling import PermutationPlan, cost_bound, permutation
 
 BOTH = ("SII", "RG")
 

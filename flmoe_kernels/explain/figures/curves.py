@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..drops import COMPREHENSIVENESS, KINDS, MaskingDrops
+from ..masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
 from ..targets import LOGIT, PROB
 from .canvas import make_figure
 

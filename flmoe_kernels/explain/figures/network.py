@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ... import validation as check
-from ..results import MAGNITUDE, PairValues
+from ..pairs.results import MAGNITUDE, PairValues
 from .canvas import AGAINST, FOR, UNSURE, label_of, make_figure, plain, require_tokens
 
 if TYPE_CHECKING:

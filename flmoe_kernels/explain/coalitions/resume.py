@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .archive import Arrays, decode, encode, write_whole
+from ..archive import Arrays, decode, encode, write_whole
 from .ranks import Ranks
 
 SAVE_EVERY_S = 30.0

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import validation as check
+from ... import validation as check
+from ..coalitions.engine import Evaluator, Game
+from ..coalitions.packed import Floats, Ints, empty_and_full
+from ..coalitions.ranks import Ranks
+from ..coalitions.resume import Checkpoint
 from .candidates import Candidates
-from .coalitions import Floats, Ints, empty_and_full
-from .engine import Evaluator, Game
 from .enumeration import MAX_PLAYERS, Enumeration
-from .ranks import Ranks
 from .results import PairValues
-from .resume import Checkpoint
 from .sampling import PairSampling, Sampling
 
 METHODS = ("auto", "exact", "sampling")

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import validation as check
-from .archive import decode, encode, write_whole
-from .masking import MaskedModel, places
-from .targets import PROB, Targets
+from ... import validation as check
+from ..archive import decode, encode, write_whole
+from ..targets import PROB, Targets
+from ..tokens import places
+from .model import MaskedModel
 
 COMPREHENSIVENESS, SUFFICIENCY = KINDS = ("comprehensiveness", "sufficiency")
 MEAN, AUC = AOPC_MODES = ("mean", "auc")

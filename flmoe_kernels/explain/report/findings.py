@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
-from .attribution import attribute
-from .attribution_values import Attribution
-from .drops import MaskingDrops
-from .faithfulness import faithfulness, pair_masking
+from ... import __version__
+from ..attribution.attribute import attribute
+from ..attribution.values import Attribution
+from ..coalitions.games import token_means
+from ..masking.drops import MaskingDrops
+from ..masking.faithfulness import faithfulness, pair_masking
+from ..pairs.indices import RG, SII
+from ..pairs.interactions import probe_pairs
+from ..pairs.results import PairValues
+from ..pairs.run import Run
+from ..pairs.sampling import Sampling
 from .features import Features
-from .games import token_means
-from .indices import RG, SII
-from .interactions import probe_pairs
 from .request import LABEL, PREDICTED, Request
-from .results import PairValues
-from .run import Run
-from .sampling import Sampling
 
 KIND = "flmoe_kernels.explain report"
 FORMAT = 1

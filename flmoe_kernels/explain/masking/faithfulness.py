@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import validation as check
-from .attribution_values import Attribution
-from .coalitions import Ints
+from ... import validation as check
+from ..attribution.values import Attribution
+from ..coalitions.packed import Ints
+from ..models import Inputs, expert_names
+from ..pairs.results import LARGEST, PairValues
+from ..targets import METRICS, Targets, require_metrics, resolve_targets
+from ..tokens import candidates, percent_counts, places, valid_tokens
 from .drops import MaskingDrops, draw_places, measure
-from .masking import MaskedModel, candidates, percent_counts, places, valid_tokens
-from .models import Inputs, expert_names
-from .results import LARGEST, PairValues
-from .targets import METRICS, Targets, require_metrics, resolve_targets
+from .model import MaskedModel
 
 PERCENT, TOKENS = "percent", "tokens"
 Pairs = Sequence[PairValues | Sequence[Sequence[Sequence[int]]]]

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import validation as check
-from .coalitions import Bools, Floats, Ints
-from .memory import batch_size
-from .models import (
+from ... import validation as check
+from ..memory import batch_size
+from ..models import (
     Inputs,
     add_tensor,
     expert_names,
@@ -23,6 +22,7 @@ from .models import (
     model_digest,
     require_model,
 )
+from .packed import Bools, Floats, Ints
 
 OUTPUTS = ("logit", "log_prob")
 FILLS = ("zero", "mean", "drop")

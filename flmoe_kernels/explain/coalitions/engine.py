@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .coalitions import Bools, Floats, Packed, distinct, sizes, unpack
+from .packed import Bools, Floats, Packed, distinct, sizes, unpack
 from .ranks import Ranks
 
 DEFAULT_BATCH = 4096  # of a game that does not say how many coalitions it takes at once

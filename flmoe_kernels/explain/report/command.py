@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..checkpoint import CheckpointError, load_layer
-from ..interaction_moe.structure import describe
-from ..swap import swap
-from .archive import write_whole
-from .drops import KINDS, MaskingDrops
+from ...checkpoint import CheckpointError, load_layer
+from ...interaction_moe.structure import describe
+from ...swap import swap
+from ..archive import write_whole
+from ..figures import drop_curve, expert_weights, pair_network, png_bytes, token_patch_map
+from ..masking.drops import KINDS, MaskingDrops
+from ..pairs.indices import SII
+from ..pairs.results import MAGNITUDE, PairValues
 from .features import Features, load_features
-from .figures import drop_curve, expert_weights, pair_network, png_bytes, token_patch_map
 from .findings import TOP_ROWS, Findings, find, json_bytes
-from .indices import SII
 from .page import Picture, page, token_name
 from .request import Request
-from .results import MAGNITUDE, PairValues
 
 INTERRUPTED = 130
 EXTRAS = ("matplotlib", "tqdm")

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import validation as check
-from .additive import TwoAdditiveGame, has_closed_form
+from ... import validation as check
+from ..coalitions.additive import TwoAdditiveGame, has_closed_form
+from ..coalitions.engine import Game
+from ..coalitions.games import FILLS, OUTPUTS, TokenGame, require_inputs
+from ..coalitions.packed import all_pairs
+from ..models import Inputs
 from .candidates import ALL, Candidates, candidate_pairs, require_pairs
-from .coalitions import all_pairs
-from .engine import Game
-from .games import FILLS, OUTPUTS, TokenGame, require_inputs
 from .indices import RG, SII, require_indices
-from .models import Inputs
 from .results import CLOSED_FORM, PairValues
 from .run import METHODS, Run, estimate
 from .sampling import Sampling

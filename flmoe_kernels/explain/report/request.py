@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import validation as check
-from .attribution_values import GRADIENT_ROLLOUT
-from .attribution_values import METHODS as ATTRIBUTIONS
-from .candidates import ACROSS, ALL
-from .games import FILLS
-from .run import METHODS
+from ... import validation as check
+from ..attribution.values import GRADIENT_ROLLOUT
+from ..attribution.values import METHODS as ATTRIBUTIONS
+from ..coalitions.games import FILLS
+from ..pairs.candidates import ACROSS, ALL
+from ..pairs.run import METHODS
 
 LABEL, PREDICTED = "label", "predicted"
 

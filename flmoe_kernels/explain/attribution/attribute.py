@@ -10,11 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import validation as check
-from ..interaction_moe.api import validate_inputs
-from ..interaction_moe.reference import ReferenceInteractionMoE
-from ..interaction_moe.structure import describe
-from .attribution_values import (
+from ... import validation as check
+from ...interaction_moe.api import validate_inputs
+from ...interaction_moe.reference import ReferenceInteractionMoE
+from ...interaction_moe.structure import describe
+from ..coalitions.games import fill_values
+from ..memory import batch_size
+from ..models import Inputs, expert_names, logits_of, require_model
+from ..targets import LOGIT, resolve_targets
+from ..tokens import require_batch, valid_tokens
+from .integrated import GAUSS, RULES, LogitsOf, Path, integrated_gradients
+from .rollout import (
+    AttentionRecord,
+    attention_rollout,
+    evaluation_copy,
+    gradient_rollout,
+    recording_copy,
+)
+from .values import (
     EXPERT,
     EXPLAINS,
     GRADIENT_ROLLOUT,
@@ -24,19 +37,6 @@ from .attribution_values import (
     ROLLOUT,
     Attribution,
 )
-from .games import fill_values
-from .integrated import GAUSS, RULES, LogitsOf, Path, integrated_gradients
-from .masking import require_batch, valid_tokens
-from .memory import batch_size
-from .models import Inputs, expert_names, logits_of, require_model
-from .rollout import (
-    AttentionRecord,
-    attention_rollout,
-    evaluation_copy,
-    gradient_rollout,
-    recording_copy,
-)
-from .targets import LOGIT, resolve_targets
 
 TOKENS, LATENT = READOUTS = ("tokens", "latent")
 

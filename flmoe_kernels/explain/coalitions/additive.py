@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import validation as check
-from ..pair_moe import PairInteractionMoE
-from .coalitions import Bools, Floats, Ints
+from ... import validation as check
+from ...pair_moe import PairInteractionMoE
+from ..models import Inputs, expert_names, expert_place, require_model
 from .games import one_sample, players_of, require_inputs
-from .models import Inputs, expert_names, expert_place, require_model
+from .packed import Bools, Floats, Ints
 
 
 def has_closed_form(model: Any, output: str, fill: str) -> bool:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .coalitions import Floats
+from ..coalitions.packed import Floats
 
 SII = "SII"
 RG = "RG"

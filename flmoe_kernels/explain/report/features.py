@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .figures.heat_map import grey
+from ..figures.heat_map import grey
 
 Array = NDArray[Any]
 

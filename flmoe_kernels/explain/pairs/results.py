@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import validation as check
-from .archive import decode, encode, write_whole
-from .coalitions import Floats, Ints
+from ... import validation as check
+from ..archive import decode, encode, write_whole
+from ..coalitions.packed import Floats, Ints
 from .indices import SII
 
 CLOSED_FORM = "closed_form"

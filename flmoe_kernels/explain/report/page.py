@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from .drops import MaskingDrops
+from ..masking.drops import MaskingDrops
+from ..pairs.indices import RG, SII
+from ..pairs.results import MAGNITUDE
+from ..targets import PROB
 from .findings import TOP_ROWS, Findings, versions
-from .indices import RG, SII
-from .results import MAGNITUDE
-from .targets import PROB
 
 _TOP_TOKENS = 5
 OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"

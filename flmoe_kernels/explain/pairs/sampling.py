@@ -34,8 +34,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .. import validation as check
-from .coalitions import Floats, Ints, Packed, toggled_prefixes
+from ... import validation as check
+from ..coalitions.packed import Floats, Ints, Packed, toggled_prefixes
 from .indices import INDICES, Corners
 
 OVERHEAD = 2  # evaluations of everybody and of nobody, which every run starts with

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .coalitions import Floats
+from .packed import Floats
 
 
 @dataclass(frozen=True)

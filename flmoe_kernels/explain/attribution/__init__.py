@@ -1,0 +1,1 @@
+"""How much each token says to a logit: rollouts and integrated gradients."""

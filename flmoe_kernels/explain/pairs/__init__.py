@@ -1,0 +1,1 @@
+"""Indices of token pairs: what they are, how they are estimated, and the results."""

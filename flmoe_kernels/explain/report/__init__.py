@@ -1,0 +1,1 @@
+"""The command `explain`: files in, findings, a page out."""
