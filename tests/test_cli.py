@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from flmoe_kernels._version import __version__
-from flmoe_kernels.cli import needs_extra
+from flmoe_kernels.commands.errors import needs_extra
 
 
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,30 @@
+"""How a command ends that cannot do what was asked: one line on stderr, exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+PACKAGE = "flmoe_kernels"
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with one line on stderr and exit code 2."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code=2)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Turn a missing third-party package into one line that says which extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        # A missing module of our own is a bug or a broken install: no extra would mend it.
+        if not missing or missing.split(".")[0] == PACKAGE:
+            raise
+        fail(f"{missing} is not installed; run: pip install 'flmoe-kernels[{extra}]'")
