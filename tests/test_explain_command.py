@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import subprocess
 import sys
@@ -212,14 +213,14 @@ def test_interrupted_run_goes_on_and_ends_the_same(
         asked.append(len(coalitions))
         return evaluate(self, coalitions)
 
-    def save_and_stop(self: Any, header: Any, arrays: Any, *, last: bool = False) -> None:
-        save(self, header, arrays, last=last)
-        if self.path.name == "sample_00001.npz":
-            raise KeyboardInterrupt
+    def save_and_stop(self: Any, header: Any, arrays: Any) -> None:
+        save(self, header, arrays)
+        if self.path.name == "sample_00001.npz" and not len(arrays["step"]):
+            raise KeyboardInterrupt  # at the last save of the sample
 
     monkeypatch.setattr(TokenGame, "__call__", counted)
     with monkeypatch.context() as stopping:
-        stopping.setattr(resume, "SAVE_EVERY_S", 0.0)
+        stopping.setattr(resume, "SAVING_SHARE", math.inf)
         stopping.setattr(resume.Checkpoint, "save", save_and_stop)
         assert command.main(checkpoint, data, out, REQUEST) == command.INTERRUPTED
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("interrupted")]

@@ -138,7 +138,7 @@ class Sum(nn.Module):
 def test_an_interrupted_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(resume, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)
     model = Sum().eval()
     x = [torch.randn(2, 12, 1), torch.randn(2, 12, 1)]
     masks = [torch.arange(12) < torch.tensor([[7], [5]])] * 2
@@ -194,7 +194,7 @@ def test_an_interrupted_run_goes_on(
 
 def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there is more memory than before; where there is less, it goes on with smaller ones."""
-    monkeypatch.setattr(resume, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)
     model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
     sampling = Sampling(budget=8000)
 
@@ -217,6 +217,39 @@ def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.Mon
         assert found.evaluations == whole.evaluations
         assert (found.to_dict() == whole.to_dict()) == (name == "more")
         np.testing.assert_allclose(found.values, whole.values, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sampling", "exact"])
+def test_no_more_than_the_batch_under_way_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Whenever the process ends: what was evaluated before is in the file, also in the middle of a step."""
+    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)  # here a batch is quicker than a file
+    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
+    masks = [torch.arange(12) < 7] * 2
+    masks = [mask.unsqueeze(0) for mask in masks]
+    asked: list[int] = []
+    model.register_forward_hook(lambda _m, _i, out: asked.append(len(out)))
+
+    def call(folder: Path | None) -> PairValues:
+        sampling = Sampling(budget=20_000)
+        run = Run(checkpoint=folder, max_batch=128)
+        options: Any = {"target": 0, "method": method, "sampling": sampling, "run": run}
+        return shapley_interactions(model, x, masks, **options)[0]
+
+    whole, total = call(None), sum(asked)
+    ends = sum(size for size in asked if size <= 2)
+    for batches in (1, 7, 33, 60):
+        asked.clear()
+        folder = tmp_path / f"{batches}"
+        hook = interrupted_after(batches, model)
+        with pytest.raises(Interrupted):
+            call(folder)
+        hook.remove()
+        before = sum(asked) - asked[-1] * (len(asked) > batches)
+        asked.clear()
+        assert call(folder).to_dict() == whole.to_dict()
+        assert before + sum(asked) <= total + ends + 128
 
 
 def test_a_checkpoint_of_another_callable(tmp_path: Path) -> None:

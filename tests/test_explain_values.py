@@ -137,8 +137,8 @@ def test_the_fast_layer_computes_no_absent_token(monkeypatch: pytest.MonkeyPatch
     rows = []
     plan = module.plan_tokens
 
-    def spy(*args: Any) -> Any:
-        found = plan(*args)
+    def spy(*args: Any, **options: Any) -> Any:
+        found = plan(*args, **options)
         rows.append(found.rows)
         return found
 

@@ -77,12 +77,19 @@ def training_step(
 
 
 def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> PairClassifier:
-    """Train a fresh reference model on a task; shows a progress bar on a terminal."""
+    """Train a fresh reference model on a task."""
+    torch.manual_seed(settings.seed)
+    return fit(PairClassifier(task.num_classes, settings), task, pairs, encoded, settings)
+
+
+def fit(
+    model: PairClassifier, task: Task, pairs: Pairs, encoded: Encoded, settings: Settings
+) -> PairClassifier:
+    """Train a model, its layer the reference's or the fast one; shows a progress bar on a terminal."""
     from tqdm import tqdm
 
-    torch.manual_seed(settings.seed)
+    model.train()
     generator = torch.Generator().manual_seed(settings.seed)
-    model = PairClassifier(task.num_classes, settings).train()
     optimizer = make_optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=WARM_UP

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,8 +31,8 @@ class Game(Protocol):
 class Evaluator:
     """Evaluates packed coalitions of a game.
 
-    Batches are cut from the distinct coalitions in an order that depends on the request alone, and batch k is
-    the work of rank k modulo their number: so the values have the same bits whatever the number of ranks. Only
+    Batches are cut from the distinct coalitions in an order that depends on the request alone, and in each round
+    every rank takes the next one: so the values have the same bits whatever the number of ranks. Only
     the batch size may change a model's last bits, so ranks agree on the least of theirs, and results name it.
 
     Args:
@@ -52,8 +53,17 @@ class Evaluator:
         self.batch_size = self.ranks.least(own if batch_size is None else batch_size)
         self.evaluations = 0
 
-    def __call__(self, packed: Packed) -> Floats:
+    def __call__(
+        self,
+        packed: Packed,
+        known: Floats | None = None,
+        on_round: Callable[[Floats], None] | None = None,
+    ) -> Floats:
         """Values (m,) of packed coalitions (m, bytes), in their order.
+
+        Args:
+            known: values of the first distinct coalitions, from an earlier call for the same ones.
+            on_round: called with the values known so far, whenever every rank has evaluated a batch.
 
         Raises:
             TypeError, ValueError: the game returned another shape or values that are not finite.
@@ -63,14 +73,28 @@ class Evaluator:
         rows, place = distinct(packed)
         self.evaluations += len(rows)
         values = np.zeros(len(rows))
-        for k, start in enumerate(range(0, len(rows), self.batch_size)):
-            if k % self.ranks.size == self.ranks.rank:
-                stop = start + self.batch_size
-                values[start:stop] = self._evaluate(rows[start:stop])
+        done = 0
+        if known is not None:
+            done = min(len(known), len(rows))
+            values[:done] = known[:done]
+        while done < len(rows):
+            stop = min(done + self.batch_size * self.ranks.size, len(rows))
+            values[done:stop] = self._round(rows[done:stop])
+            done = stop
+            if on_round is not None:
+                on_round(values[:done])
+        return values[place]
+
+    def _round(self, rows: Packed) -> Floats:
+        """Values of at most a batch for each rank."""
+        values = np.zeros(len(rows))
+        mine = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
+        if len(rows[mine]):
+            values[mine] = self._evaluate(rows[mine])
         # Adding 0 makes -0 into 0, as the sum over several ranks does.
         values = self.ranks.total(values + 0.0)
         self._require_finite(values, rows)
-        return values[place]
+        return values
 
     def _evaluate(self, rows: Packed) -> Floats:
         values = np.asarray(self.game(unpack(rows, self.game.players)), dtype=np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from ..archive import Arrays, decode, encode, write_whole
 from .ranks import Ranks
 
-SAVE_EVERY_S = 30.0
+# A batch of evaluations is saved at once, unless saving would take more than this share of the run.
+SAVING_SHARE = 0.05
 _KIND = "flmoe_kernels.explain checkpoint"
 
 
@@ -27,7 +29,7 @@ class Checkpoint:
         self.path = Path(folder) / f"sample_{sample:05d}.npz"
         self._fingerprint = fingerprint
         self._ranks = ranks
-        self._saved = time.monotonic()
+        self._saved, self._took = -math.inf, 0.0
         if ranks.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -51,11 +53,17 @@ class Checkpoint:
             )
         return header, arrays
 
-    def save(self, header: Mapping[str, Any], arrays: Arrays, *, last: bool = False) -> None:
-        """Write, but not more often than every SAVE_EVERY_S seconds unless it is the last time."""
-        now = time.monotonic()
-        if not self._ranks.first or (not last and now - self._saved < SAVE_EVERY_S):
+    def due(self) -> bool:
+        """Whether as much time has passed since the last save as makes another one cheap. On the first rank."""
+        waited = time.monotonic() - self._saved
+        return self._ranks.first and waited * SAVING_SHARE >= self._took
+
+    def save(self, header: Mapping[str, Any], arrays: Arrays) -> None:
+        """Write; the file is the old one or the new one, whenever the process ends."""
+        if not self._ranks.first:
             return
+        start = time.monotonic()
         whole = {**header, "fingerprint": self._fingerprint}
         write_whole(self.path, encode(_KIND, whole, arrays))
-        self._saved = now
+        self._saved = time.monotonic()
+        self._took = self._saved - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,13 +136,15 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
         if run.checkpoint is not None:
             checkpoint = Checkpoint(run.checkpoint, sample, digest, ranks)
     ends = None if isinstance(estimator, Enumeration) else evaluator(empty_and_full(game.players))
-    ends = _resume(checkpoint, estimator, evaluator, run, ends)
+    ends, known = _resume(checkpoint, estimator, evaluator, run, ends)
     with _bar(run.progress and ranks.first, estimator, label) as advance:
         while estimator.stopped_by is None:
-            estimator.absorb(evaluator(estimator.plan()))
+            save = None if checkpoint is None else _saver(checkpoint, estimator, evaluator, ends)
+            estimator.absorb(evaluator(estimator.plan(), known, save))
+            known = None
             advance()
-            _save(checkpoint, estimator, evaluator, ends)
-    _save(checkpoint, estimator, evaluator, ends, last=True)
+    if checkpoint is not None:
+        _saver(checkpoint, estimator, evaluator, ends, whole=True)(np.zeros(0))
     if isinstance(estimator, Enumeration):
         ends = estimator.ends
     assert ends is not None
@@ -170,13 +172,16 @@ def _resume(
     evaluator: Evaluator,
     run: Run,
     ends: Floats | None,
-) -> Floats | None:
-    """Restore what was saved, if anything; v(none) and v(all) as they were then."""
+) -> tuple[Floats | None, Floats | None]:
+    """Restore what was saved, if anything.
+
+    Returns v(none) and v(all) as they were then, and the values that were known of the step that was under way.
+    """
     saved = None if checkpoint is None else checkpoint.read()
     if checkpoint is None or saved is None:
-        return ends
+        return ends, None
     header, arrays = saved
-    before = arrays.pop("ends", None)
+    before, known = arrays.pop("ends", None), arrays.pop("step", None)
     if before is not None and ends is not None:
         size = max(1.0, float(np.abs(ends).max()))
         if not np.allclose(before, ends, rtol=0.0, atol=_SAME_GAME * size):
@@ -185,6 +190,8 @@ def _resume(
                 f"{before.tolist()}, and are {ends.tolist()}"
             )
     try:
+        if known is None or known.ndim != 1 or known.dtype != np.float64:
+            raise ValueError("expected the values of a step (m,) float64")
         estimator.restore(arrays)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: damaged: {error}") from error
@@ -192,22 +199,29 @@ def _resume(
     if run.max_batch is None:
         # Not more than before, for the same bits, nor than there is memory for now.
         evaluator.batch_size = min(evaluator.batch_size, int(header["batch_size"]))
-    return before
+    return before, known
 
 
-def _save(
-    checkpoint: Checkpoint | None,
+def _saver(
+    checkpoint: Checkpoint,
     estimator: Estimator,
     evaluator: Evaluator,
     ends: Floats | None,
     *,
-    last: bool = False,
-) -> None:
-    if checkpoint is None:
-        return
+    whole: bool = False,
+) -> Callable[[Floats], None]:
+    """A function that saves the estimate as it is now, before its next step, with what is known of that step.
+
+    whole: there is no next step, and the file has to be written.
+    """
     header = {"evaluations": evaluator.evaluations, "batch_size": evaluator.batch_size}
     arrays = estimator.state() if ends is None else {**estimator.state(), "ends": ends}
-    checkpoint.save(header, arrays, last=last)
+
+    def save(known: Floats) -> None:
+        if whole or checkpoint.due():
+            checkpoint.save(header, {**arrays, "step": known})
+
+    return save
 
 
 @contextmanager

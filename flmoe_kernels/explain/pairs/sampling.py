@@ -19,8 +19,9 @@ among the players but i and j, a draw of the same distribution: where v grows or
 cancel.
 
 Standard errors come from the means of independent units (a permutation and its reverse): draws of one unit are not
-independent of each other. The number of units that a budget pays for is fixed before the first draw, by a bound
-on the cost of a unit, so a budget brings no bias. A tolerance does: a run that stops when the errors look
+independent of each other. The number of units that a budget pays for is fixed before the first draw, by what
+units of other permutations cost, so a budget brings no bias (but for the rare run whose own units are dearer and
+which ends a unit earlier). A tolerance does: a run that stops when the errors look
 small stops more often where they came out too small, so that estimates lean, and standard errors are a little too
 small. min_draws keeps that little: the standard error is then known to about 1 / sqrt(2 * units).
 """
@@ -35,11 +36,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ... import validation as check
-from ..coalitions.packed import Floats, Ints, Packed, toggled_prefixes
+from ..coalitions.packed import Floats, Ints, Packed, distinct, toggled_prefixes
 from .indices import INDICES, Corners
 
 OVERHEAD = 2  # evaluations of everybody and of nobody, which every run starts with
 _LEAST_UNITS = 2  # for a standard error
+_PILOTS = 3  # units that are planned, not evaluated, to know what one costs
 _STEP_COALITIONS = (
     4096  # evaluated between two looks at the stopping rule: fills batches on several ranks
 )
@@ -75,13 +77,14 @@ class Sampling:
             check.require_positive("tolerance", self.tolerance)
 
 
-def permutation(seed: int, sample: int, draw: int, players: int) -> Ints:
-    """A uniformly random order of the players, the same on every machine and numpy version.
+def permutation(seed: int, sample: int, draw: int, players: int, *, pilot: bool = False) -> Ints:
+    """A uniformly random order of the players, the same on every machine and numpy version; pilots' are others.
 
     By sorting raw words of the bit generator, whose stream numpy promises never to change; that of
     Generator.permutation it does not.
     """
-    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample, draw)))
+    key = (sample, draw, 1) if pilot else (sample, draw)
+    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key))
     return np.argsort(words.random_raw(players), kind="stable").astype(np.int64)
 
 
@@ -127,11 +130,9 @@ class PermutationPlan:
         return INDICES[index](Corners(*values[self.corners])).mean(axis=0)
 
 
-def cost_bound(players: int, pairs: Ints) -> int:
-    """What one permutation asks for at most: all toggled prefixes, or four rows for every pair and two for
-    every candidate where that is less."""
-    candidates = len(np.unique(pairs))
-    return min((players + 1) * (candidates + 1), 4 * len(pairs) + 2 * candidates)
+def cost(unit: Sequence[PermutationPlan]) -> int:
+    """The distinct coalitions that a unit asks for."""
+    return len(distinct(np.concatenate([plan.coalitions for plan in unit]))[0])
 
 
 @dataclass
@@ -158,17 +159,19 @@ class PairSampling:
     sample: int = 0
 
     def __post_init__(self) -> None:
-        bound = cost_bound(self.players, self.pairs) * self._draws_per_unit
-        self.units_planned = (self.sampling.budget - OVERHEAD) // bound if bound else _LEAST_UNITS
-        if self.units_planned < _LEAST_UNITS:
+        self.units, self.asked = 0, 0
+        first = sum(cost(self._plan_unit(k)) for k in range(_LEAST_UNITS))
+        if first + OVERHEAD > self.sampling.budget:
             raise ValueError(
-                f"budget: expected at least {_LEAST_UNITS * bound + OVERHEAD}, which two draws of "
-                f"{len(self.pairs)} pairs of {self.players} players may cost, got "
+                f"budget: expected at least {first + OVERHEAD}, which two draws of "
+                f"{len(self.pairs)} pairs of {self.players} players cost, got "
                 f"{self.sampling.budget}; fewer candidate pairs cost less"
             )
+        price = max(cost(self._plan_unit(k, pilot=True)) for k in range(_PILOTS))
+        paid = (self.sampling.budget - OVERHEAD) // price if price else _LEAST_UNITS
+        self.units_planned = max(_LEAST_UNITS, paid)
         # Of the request alone, so that where it stops does not depend on ranks or memory.
-        self._units_per_step = max(1, _STEP_COALITIONS // bound) if bound else _LEAST_UNITS
-        self.units = 0
+        self._units_per_step = max(1, _STEP_COALITIONS // price) if price else _LEAST_UNITS
         self._mean = np.zeros((len(self.indices), len(self.pairs)))
         self._squares = np.zeros_like(self._mean)  # summed squared deviations from the mean
         self._plans: list[list[PermutationPlan]] = []
@@ -199,9 +202,17 @@ class PairSampling:
 
     def plan(self) -> Packed:
         """The next coalitions, packed."""
-        count = min(self._units_per_step, self.units_planned - self.units)
-        self._plans = [self._plan_unit(self.units + k) for k in range(count)]
-        return np.concatenate([plan.coalitions for unit in self._plans for plan in unit])
+        self._plans = []
+        for k in range(min(self._units_per_step, self.units_planned - self.units)):
+            unit = self._plan_unit(self.units + k)
+            price = cost(unit)
+            if self.asked + price + OVERHEAD > self.sampling.budget:
+                self.units_planned = self.units + k
+                break
+            self._plans.append(unit)
+            self.asked += price
+        nothing = np.zeros((0, (self.players + 7) // 8), dtype=np.uint8)
+        return np.concatenate([nothing, *(p.coalitions for unit in self._plans for p in unit)])
 
     def absorb(self, values: Floats) -> None:
         """The values of the coalitions of the last plan, in their order."""
@@ -230,17 +241,19 @@ class PairSampling:
 
     def state(self) -> dict[str, Any]:
         """What a later run needs to go on; see `restore`."""
-        return {"units": np.array(self.units), "mean": self._mean, "squares": self._squares}
+        numbers = {"units": np.array(self.units), "asked": np.array(self.asked)}
+        return {**numbers, "mean": self._mean, "squares": self._squares}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError: not the state of such an estimate."""
         mean, squares = (np.array(state[name], dtype=np.float64) for name in ("mean", "squares"))
         if mean.shape != self._mean.shape or squares.shape != self._mean.shape:
             raise ValueError(f"expected sums of {self._mean.shape}, got {mean.shape}")
-        self.units, self._mean, self._squares = int(state["units"]), mean, squares
+        self.units, self.asked = int(state["units"]), int(state["asked"])
+        self._mean, self._squares = mean, squares
 
-    def _plan_unit(self, unit: int) -> list[PermutationPlan]:
-        order = permutation(self.sampling.seed, self.sample, unit, self.players)
+    def _plan_unit(self, unit: int, *, pilot: bool = False) -> list[PermutationPlan]:
+        order = permutation(self.sampling.seed, self.sample, unit, self.players, pilot=pilot)
         orders = [order, order[::-1]][: self._draws_per_unit]
         return [PermutationPlan.of(each, self.pairs) for each in orders]
 
