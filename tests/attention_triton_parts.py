@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flmoe_kernels import dropout as rng
 from flmoe_kernels.expert_attention import triton as kernels
-from flmoe_kernels.expert_attention.triton.philox import kept_elements
 from flmoe_kernels.expert_attention.triton.tiles import head_of, place, row_at, statistics_of
 from flmoe_kernels.testing import cumulative, draw, make_seed
+from flmoe_kernels.triton_philox import kept_elements
 
 
 @triton.jit

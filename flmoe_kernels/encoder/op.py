@@ -1,27 +1,56 @@
 """torch.library registration of the encoder's operators: schemas, fakes, autograd. Glue only.
 
-Shapes are those of encoder/reference.py. A gradient that nobody wants comes back with no elements.
+Shapes are those of encoder/reference.py. A gradient that nobody wants comes back with no elements. The backend is
+the last argument of every operator, so that a gradient is computed by the backend that computed the value.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backend import CPU
 from ..cpu_runtime import first_order_only, statistics_dtype
-from . import cpu
 
 _OPS = torch.ops.flmoe
 _DROP = "Tensor? seed, float p"
 
 
-def _define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
-    torch.library.define(f"flmoe::{name}", schema)
-    torch.library.impl(f"flmoe::{name}", "cpu", kernel)
-    torch.library.register_fake(f"flmoe::{name}", fake)
+def _backend(name: str) -> Any:
+    """The module of a backend: linear, norm, gelu, pool, views_of and the backward of each."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _norm_alone(backend: Any) -> Callable:
+    def norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
+        return backend.norm(x, None, gain, shift, None, 0.0, eps)[1:]
+
+    return norm
+
+
+def _define(
+    name: str, schema: str, of_backend: str | Callable[[Any], Callable], fake: Callable
+) -> None:
+    """Register "(schema, str backend='cpu')" -> results.
+
+    of_backend: the name of the function in a backend's module, or what makes the function from the module.
+    """
+    arguments, results = schema.split(" -> ")
+    torch.library.define(f"flmoe::{name}", f"({arguments[1:-1]}, str backend='{CPU}') -> {results}")
+    count = len(getattr(_OPS, name).default._schema.arguments) - 1
+
+    def kernel(*args: Any) -> Any:
+        # torch leaves out a trailing argument that is its schema's default.
+        backend = _backend(args[count] if len(args) > count else CPU)
+        found = getattr(backend, of_backend) if isinstance(of_backend, str) else of_backend(backend)
+        return found(*args[:count])
+
+    torch.library.impl(f"flmoe::{name}", ("cpu", "cuda"), kernel)
+    torch.library.register_fake(f"flmoe::{name}", lambda *args: fake(*args[:count]))
 
 
 def _like(x: Tensor, wanted: bool = True) -> Tensor:
@@ -33,7 +62,7 @@ def _like(x: Tensor, wanted: bool = True) -> Tensor:
 _define(
     "expert_linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    cpu.linear,
+    "linear",
     lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[1])),
 )
 
@@ -49,20 +78,20 @@ _define(
     "expert_linear_backward",
     "(Tensor grad_out, Tensor x, Tensor weight, bool want_x, bool want_weight, bool want_bias) "
     "-> (Tensor, Tensor, Tensor)",
-    cpu.linear_backward,
+    "linear_backward",
     _linear_backward_fake,
 )
 
 
 def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, _ = inputs
+    x, weight, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple:
     wants = ctx.needs_input_grad[:3]
-    grads = _OPS.expert_linear_backward(grad, *ctx.saved_tensors, *wants)
-    return tuple(g if want else None for g, want in zip(grads, wants, strict=True))
+    grads = _OPS.expert_linear_backward(grad, *ctx.saved_tensors, *wants, ctx.backend)
+    return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
 
 
 torch.library.register_autograd(
@@ -81,14 +110,14 @@ def _norm_fake(x: Tensor, has_sum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor
 _define(
     "expert_norm",
     "(Tensor x, Tensor gain, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)",
-    lambda x, gain, shift, eps: cpu.norm(x, None, gain, shift, None, 0.0, eps)[1:],
+    _norm_alone,
     lambda x, gain, shift, eps: _norm_fake(x, False)[1:],
 )
 _define(
     "dropout_add_norm",
     f"(Tensor? residual, Tensor update, Tensor gain, Tensor shift, {_DROP}, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    cpu.norm,
+    "norm",
     lambda residual, update, *rest: _norm_fake(update, True),
 )
 
@@ -114,13 +143,13 @@ _define(
     "(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor mean, Tensor rstd, "
     f"Tensor gain, {_DROP}, bool self_residual, bool want_update) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    cpu.norm_backward,
+    "norm_backward",
     _norm_backward_fake,
 )
 
 
 def _expert_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, gain, _, _ = inputs
+    x, gain, _, _, ctx.backend = inputs
     _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
@@ -129,15 +158,15 @@ def _expert_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _expert_norm_autograd(ctx: Any, grad: Tensor | None, *_stats: None) -> tuple:
     if grad is None:
-        return None, None, None, None
+        return (None,) * 5
     x_grad, _, gain, shift = _OPS.dropout_add_norm_backward(
-        None, grad, *ctx.saved_tensors, None, 0.0, False, False
+        None, grad, *ctx.saved_tensors, None, 0.0, False, False, ctx.backend
     )
-    return x_grad, gain, shift, None
+    return x_grad, gain, shift, None, None
 
 
 def _add_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    residual, _, gain, _, seed, ctx.p, _ = inputs
+    residual, _, gain, _, seed, ctx.p, _, ctx.backend = inputs
     total, _, mean, rstd = output
     ctx.self_residual = residual is None
     ctx.set_materialize_grads(False)
@@ -150,11 +179,12 @@ def _add_norm_autograd(
 ) -> tuple:
     *saved, seed = ctx.saved_tensors
     residual, update, gain, shift = _OPS.dropout_add_norm_backward(
-        grad_total, grad_normed, *saved, seed, ctx.p, ctx.self_residual, True
+        grad_total, grad_normed, *saved, seed, ctx.p, ctx.self_residual, True, ctx.backend
     )
+    rest = (gain, shift, None, None, None, None)
     if ctx.self_residual:
-        return None, update, gain, shift, None, None, None
-    return residual, residual if seed is None else update, gain, shift, None, None, None
+        return None, update, *rest
+    return residual, residual if seed is None else update, *rest
 
 
 torch.library.register_autograd(
@@ -167,22 +197,23 @@ torch.library.register_autograd(
 
 # ---- gelu_dropout ----
 
-_define("gelu_dropout", f"(Tensor x, {_DROP}) -> Tensor", cpu.gelu, lambda x, *rest: _like(x))
+_define("gelu_dropout", f"(Tensor x, {_DROP}) -> Tensor", "gelu", lambda x, *rest: _like(x))
 _define(
     "gelu_dropout_backward",
     f"(Tensor grad_out, Tensor x, {_DROP}) -> Tensor",
-    cpu.gelu_backward,
+    "gelu_backward",
     lambda grad_out, x, *rest: _like(x),
 )
 
 
 def _gelu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, seed, ctx.p = inputs
+    x, seed, ctx.p, ctx.backend = inputs
     ctx.save_for_backward(x, seed)
 
 
 def _gelu_autograd(ctx: Any, grad: Tensor) -> tuple:
-    return _OPS.gelu_dropout_backward(grad, *ctx.saved_tensors, ctx.p), None, None
+    grad_x = _OPS.gelu_dropout_backward(grad, *ctx.saved_tensors, ctx.p, ctx.backend)
+    return grad_x, None, None, None
 
 
 torch.library.register_autograd("flmoe::gelu_dropout", _gelu_autograd, setup_context=_gelu_setup)
@@ -208,19 +239,19 @@ def _pool_backward_fake(
 _define(
     "dropout_add_pool",
     f"(Tensor residual, Tensor update, Tensor cu_segments, int views, {_DROP}) -> Tensor",
-    cpu.pool,
+    "pool",
     _pool_fake,
 )
 _define(
     "dropout_add_pool_backward",
     f"(Tensor grad_out, Tensor cu_segments, int views, int rows, {_DROP}) -> (Tensor, Tensor)",
-    cpu.pool_backward,
+    "pool_backward",
     _pool_backward_fake,
 )
 
 
 def _pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    residual, _, cu_segments, ctx.views, seed, ctx.p = inputs
+    residual, _, cu_segments, ctx.views, seed, ctx.p, ctx.backend = inputs
     ctx.rows = residual.shape[1]
     ctx.save_for_backward(cu_segments, seed)
 
@@ -228,9 +259,9 @@ def _pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
     cu_segments, seed = ctx.saved_tensors
     residual, update = _OPS.dropout_add_pool_backward(
-        grad, cu_segments, ctx.views, ctx.rows, seed, ctx.p
+        grad, cu_segments, ctx.views, ctx.rows, seed, ctx.p, ctx.backend
     )
-    return residual, residual if seed is None else update, None, None, None, None
+    return residual, residual if seed is None else update, *(None,) * 5
 
 
 torch.library.register_autograd(
@@ -243,23 +274,24 @@ torch.library.register_autograd(
 _define(
     "expand_views",
     "(Tensor x, Tensor modality, int views) -> Tensor",
-    cpu.views_of,
+    "views_of",
     lambda x, modality, views: x.new_empty((x.shape[0], views, *x.shape[2:])),
 )
 _define(
     "expand_views_backward",
     "(Tensor grad_out, Tensor modality) -> Tensor",
-    cpu.views_backward,
+    "views_backward",
     lambda grad, modality: grad.new_empty((grad.shape[0], 2, *grad.shape[2:])),
 )
 
 
 def _views_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+    _, modality, _, ctx.backend = inputs
+    ctx.save_for_backward(modality)
 
 
 def _views_autograd(ctx: Any, grad: Tensor) -> tuple:
-    return _OPS.expand_views_backward(grad, *ctx.saved_tensors), None, None
+    return _OPS.expand_views_backward(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 3
 
 
 torch.library.register_autograd("flmoe::expand_views", _views_autograd, setup_context=_views_setup)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .philox import kept_elements
+from ...triton_philox import kept_elements
 from .tiles import (
     dot,
     head_of,

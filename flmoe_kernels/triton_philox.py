@@ -12,7 +12,7 @@ compare a draw (the upper half in place, the lower half after a shift) and to ch
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types, as in kernels.py and tiles.py.
+# Kernels: a language of their own in Python's syntax, without types.
 
 from __future__ import annotations
 

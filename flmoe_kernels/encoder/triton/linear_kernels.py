@@ -1,0 +1,239 @@
+"""The Triton kernels of expert_linear: a product with its bias for each expert, gradients of weights over rows.
+
+Rows are read through an operand, a tuple (pointer, stride over experts, stride over rows) whose last dimension
+is contiguous. Weights, biases and results are contiguous. Offsets of experts and of blocks are 64 bits wide;
+those within a block fit 32, because linear_launch copies rows that lie far apart. Every sum has one order: no
+atomics.
+
+    forward    product_kernel             out = x w^T + b
+    backward   product_kernel             grad of x = grad_out w
+               weight_gradient_kernel     grads of w = grad_out^T x and b = sum of grad_out, over shares of rows
+               sum_kernel                 the same over all rows; not for one share
+
+Why a product of this package's own, and its bounds: see linear_launch.py.
+"""
+
+# mypy: ignore-errors
+# Kernels: a language of their own in Python's syntax, without types.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Blocks of rows that go through all blocks of columns before the next ones do.
+BAND = tl.constexpr(8)
+# The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# Columns of the ones that rows are added up with: the fewest that every matrix unit takes.
+ONES = tl.constexpr(16)
+
+
+@triton.jit
+def dot(x, y, total, PRECISION: tl.constexpr):
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@triton.jit
+def halves(x):
+    """The columns of a tile, the lower half and the upper."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def slices(x, COUNT: tl.constexpr):
+    """The columns of a tile in COUNT (1, 2 or 4) slices, in order."""
+    if COUNT == 1:
+        found = (x,)
+    elif COUNT == 2:
+        found = halves(x)
+    else:
+        low, high = halves(x)
+        found = halves(low) + halves(high)
+    return found
+
+
+@triton.jit
+def rows_of(x, expert, row):
+    """Pointer to an operand's row, the row's number being a scalar; and its stride over rows."""
+    pointer, of_expert, of_row = x
+    return further(further(pointer, expert, of_expert), row, of_row), of_row
+
+
+@triton.jit
+def further(pointers, count, stride):
+    """Pointers `count` strides on, as far as 64 bits go."""
+    return pointers + tl.full((), count, tl.int64) * stride
+
+
+@triton.jit
+def row_of(x, expert, rows, row, WIDTH: tl.constexpr):
+    """Pointer to a row of a contiguous (E, rows, WIDTH) tensor."""
+    return further(x, tl.full((), expert, tl.int64) * rows + row, WIDTH)
+
+
+# out (E, rows, OUTER) = a (E, rows, INNER) w, with w (E, INNER, OUTER) by its strides: the transposed of what lies
+# in memory, or that itself. One program per tile; an expert's tiles follow one another in bands of BAND blocks of
+# rows, in which rows run fastest: what runs at a time reads few rows and one expert's weights, again and again
+# from L2. Two programs share an SM: one multiplies while the other waits or stores. Rows past the last one read
+# that again, and nothing of them is stored. Traffic: a and out once, w from L2. Bound, in 16 bits on an H100:
+# memory where INNER OUTER / (INNER + OUTER) is below some 300 FLOP per byte, else the matrix units.
+@triton.jit
+def product_kernel(
+    a,
+    w,
+    bias,
+    out,
+    rows,
+    depth,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    OF_INNER: tl.constexpr,
+    OF_OUTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ACROSS: tl.constexpr = (OUTER + COLUMNS - 1) // COLUMNS
+    WHOLE: tl.constexpr = INNER % DEPTH == 0 and OUTER % COLUMNS == 0
+    blocks = tl.cdiv(rows, ROWS)
+    expert = tl.program_id(0) // (blocks * ACROSS)
+    inside = tl.program_id(0) % (blocks * ACROSS)
+    band = inside // (BAND * ACROSS) * BAND
+    height = tl.minimum(blocks - band, BAND)
+    inside -= band * ACROSS
+    first, across = (band + inside % height) * ROWS, inside // height
+
+    row, at = tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    column = tl.arange(0, COLUMNS)
+    present = across * COLUMNS + column < OUTER
+    left, of_row = rows_of(a, expert, first)
+    left += tl.minimum(row, rows - 1 - first)[:, None] * of_row + at[None, :]
+    right = further(row_of(w, expert, INNER, 0, OUTER), across * COLUMNS, OF_OUTER)
+    right += at[:, None] * OF_INNER + column[None, :] * OF_OUTER
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # depth, which is INNER, is no constant, so that a loop of few rounds stays one.
+    for k in range(0, depth, DEPTH):
+        if WHOLE:
+            x, y = tl.load(left + k), tl.load(further(right, k, OF_INNER))
+        else:
+            here = k + at < INNER
+            x = tl.load(left + k, mask=here[None, :], other=0.0)
+            loaded = here[:, None] & present[None, :]
+            y = tl.load(further(right, k, OF_INNER), mask=loaded, other=0.0)
+        total = dot(x, y, total, PRECISION)
+
+    valid = row < rows - first
+    to = row_of(out, expert, rows, first, OUTER) + row[:, None] * OUTER
+    parts = slices(total, SLICES)
+    for i in tl.static_range(SLICES):
+        value = parts[i]
+        column = (across * SLICES + i) * (COLUMNS // SLICES) + tl.arange(0, COLUMNS // SLICES)
+        present = column < OUTER
+        if bias is not None:
+            own = tl.load(further(bias, expert, OUTER) + column, mask=present, other=0.0)
+            value += own.to(tl.float32)[None, :]
+        value = value.to(out.dtype.element_ty)
+        tl.store(to + column[None, :], value, mask=valid[:, None] & present[None, :])
+
+
+# grad (E, splits, P, Q) = left^T right, and bias (E, splits, P) = sum of left, over each share of `part` rows of
+# left (E, rows, P) and right (E, rows, Q); either may be absent. One program per tile of a share, of which the
+# ACROSS x DOWN follow one another, so that a share's rows come from memory once. Columns of left are added up by
+# the matrix units too, as a product of the tile that is there anyway with ones: 1/8 of the work, where a pass of
+# its own would read grad_out, at mmimdb up to two thirds of all bytes, once more. All tiles do, and those of the
+# first column store it: the slowest would be no faster if others did less. Rows past a share's end are zeros.
+# Traffic: left and right once, parts. Bound: as above, by P Q / (P + Q).
+@triton.jit
+def weight_gradient_kernel(
+    left,
+    right,
+    grad,
+    bias,
+    rows,
+    splits,
+    part,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    DOWN: tl.constexpr = (P + ROWS - 1) // ROWS
+    share = tl.program_id(0) // (ACROSS * DOWN)
+    across, down = tl.program_id(0) % ACROSS, tl.program_id(0) // ACROSS % DOWN
+    expert, first = share // splits, share % splits * part
+    count = tl.minimum(rows - first, part)
+
+    at = tl.arange(0, DEPTH)
+    p, q = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
+    x_of, of_left = rows_of(left, expert, first)
+    x_of += at[:, None] * of_left + p[None, :]
+    y_of, of_right = rows_of(right, expert, first)
+    y_of += at[:, None] * of_right + q[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sums = tl.zeros((ROWS, ONES), tl.float32)
+    ones = tl.full((DEPTH, ONES), 1.0, tl.float32).to(left[0].dtype.element_ty)
+    for r in range(0, count, DEPTH):
+        inside = (r + at < count)[:, None]
+        valid = inside if P % ROWS == 0 else inside & (p < P)[None, :]
+        x = tl.load(further(x_of, r, of_left), mask=valid, other=0.0)
+        if grad is not None:
+            valid = inside if Q % COLUMNS == 0 else inside & (q < Q)[None, :]
+            y = tl.load(further(y_of, r, of_right), mask=valid, other=0.0)
+            total = dot(tl.trans(x), y, total, PRECISION)
+        if bias is not None:
+            # A bias is summed in float32 also where products may be TF32.
+            sums = dot(tl.trans(x), ones, sums, "tf32x3")
+    if grad is not None:
+        to = row_of(grad, share, P, down * ROWS, Q) + tl.arange(0, ROWS)[:, None] * Q
+        value = total.to(grad.dtype.element_ty)
+        tl.store(to + q[None, :], value, mask=(p < P)[:, None] & (q < Q)[None, :])
+    if bias is not None:
+        # All columns are the same.
+        value = tl.max(sums, 1).to(bias.dtype.element_ty)
+        tl.store(further(bias, share, P) + p, value, mask=(p < P) & (across == 0))
+
+
+@triton.jit
+def add_parts(parts, out, block, splits, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of out (E, WIDTH), the sum of parts (E, splits, WIDTH) in order."""
+    ACROSS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    at = block % ACROSS * BLOCK + tl.arange(0, BLOCK)
+    expert = block // ACROSS
+    line = row_of(parts, expert, splits, 0, WIDTH)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(line + at, mask=at < WIDTH, other=0.0)
+        line += WIDTH
+    value = total.to(out.dtype.element_ty)
+    tl.store(further(out, expert, WIDTH) + at, value, mask=at < WIDTH)
+
+
+# grad (E, GRAD) and bias (E, BIAS) from their parts (E, splits, ...), in the order of the shares. The last
+# programs are those of biases. Traffic: parts, from L2 as far as they are still there, and gradients. Bound: that.
+@triton.jit
+def sum_kernel(
+    parts,
+    bias_parts,
+    grad,
+    bias,
+    splits,
+    experts,
+    GRAD: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ACROSS: tl.constexpr = (GRAD + BLOCK - 1) // BLOCK
+    block = tl.program_id(0)
+    if block < experts * ACROSS:
+        if grad is not None:
+            add_parts(parts, grad, block, splits, GRAD, BLOCK)
+    elif bias is not None:
+        add_parts(bias_parts, bias, block - experts * ACROSS, splits, BIAS, BLOCK)
