@@ -1,7 +1,7 @@
 """What a pair probe costs at mmimdb, next to the naive loop: python -m bench.explain_cost [--out FILE]
 
-The naive loop asks the reference layer for v(S), v(S + i), v(S + j) and v(S + i + j) of one pair and one draw of S,
-one at a time, absent tokens masked out. Ours asks the engine for draws of the same kind: pairs across the modalities
+The naive loop asks the reference layer for v(S), v(S + i), v(S + j) and v(S + i + j) of one pair and one draw,
+one at a time, absent tokens masked out. Ours asks the engine for the same kind of draws: pairs across modalities
 among the top tokens, by permutations that all pairs share, absent tokens not computed. Both take turns, in short
 parts. Two rates of ours: coalitions that the layer evaluated a second, and coalition values that the estimate
 used a second, four for every draw of every pair, which is what the naive loop evaluates.
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--draws", type=int, default=20, help="of the naive loop, per round")
     parser.add_argument("--top", type=int, default=8, help="tokens of a modality")
-    parser.add_argument("--budget", type=int, default=1024, help="coalitions, per round")
+    parser.add_argument("--budget", type=int, default=2048, help="coalitions, per round")
     parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
     rows = list(rounds(options))

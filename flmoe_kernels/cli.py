@@ -20,10 +20,13 @@ from typing import Annotated
 import typer
 
 from flmoe_kernels._version import __version__
+from flmoe_kernels.commands import bench, tune
+from flmoe_kernels.commands.aot import aot
 from flmoe_kernels.commands.demo import demo
 from flmoe_kernels.commands.errors import PACKAGE
 from flmoe_kernels.commands.explain import explain
 from flmoe_kernels.commands.info import info
+from flmoe_kernels.commands.profile import profile
 from flmoe_kernels.commands.swap import swap
 
 app = typer.Typer(
@@ -33,8 +36,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (info, swap, demo, explain):
+for command in (info, swap, demo, explain, profile, aot):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
+app.add_typer(tune.app, name="tune")
 
 
 def main() -> None:
