@@ -26,7 +26,7 @@ CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     op: {REFERENCE: (*_FLOATS, torch.float64), CPU: (*_FLOATS, torch.float64)}
     for op in ("expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp")
 }
-for op in ("expert_attention", "pair_moe", "routing", "routed_mlp"):
+for op in ("expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp"):
     CAPABILITIES[op][TRITON] = _FLOATS
 CAPABILITIES["routing"][CUDA] = (*_FLOATS, torch.float64)
 

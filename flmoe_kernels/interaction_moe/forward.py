@@ -8,12 +8,14 @@ are never stored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import dropout as rng
 from ..encoder import op as _encoder_op  # noqa: F401  registers the encoder's operators
@@ -28,7 +30,6 @@ from .sparse import (
     routed_update,
     rows_by_modality,
     stack_routed,
-    sum_losses,
 )
 
 _OPS = torch.ops.flmoe
@@ -87,11 +88,11 @@ def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
     return projection
 
 
-def stack_layer(layers: Sequence[Any], compat: Compat) -> LayerWeights:
-    """The weights of one layer index, expert after expert. Gradients flow back to each parameter."""
+def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> LayerWeights:
+    """The weights of one layer index, expert after expert, in `dtype`. Gradients flow back to each parameter."""
 
     def stacked(get: Callable[[Any], Tensor]) -> Tensor:
-        return torch.stack([get(layer) for layer in layers])
+        return torch.stack([get(layer) for layer in layers]).to(dtype)
 
     def affine(get: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
         return stacked(lambda x: get(x).weight), stacked(lambda x: get(x).bias)
@@ -102,14 +103,14 @@ def stack_layer(layers: Sequence[Any], compat: Compat) -> LayerWeights:
     mlps = [x.mlp for x in layers]
     mlp: DenseWeights | RoutedWeights
     if isinstance(first.mlp, RoutedMLP):
-        mlp, mlp_p = stack_routed(mlps), 0.0
+        mlp, mlp_p = stack_routed(mlps, dtype), 0.0
     else:
         mlp = DenseWeights(affine(lambda x: x.mlp.network[0]), affine(lambda x: x.mlp.network[3]))
         mlp_p = rate_of("mlp.network.2", [each.network[2] for each in mlps])
     return LayerWeights(
         norm1=affine(lambda x: x.norm1),
         norm2=affine(lambda x: x.norm2),
-        qkv=torch.cat(parts).view(len(layers), 3 * width, width),
+        qkv=torch.cat(parts).to(dtype).view(len(layers), 3 * width, width),
         proj=affine(lambda x: x.attn.proj),
         mlp=mlp,
         heads=first.attn.num_heads,
@@ -122,7 +123,7 @@ def stack_layer(layers: Sequence[Any], compat: Compat) -> LayerWeights:
 
 
 def embed(
-    inputs: Sequence[Tensor],
+    tokens: Tensor,
     plan: TokenPlan,
     positions: Tensor | None,
     experts: int,
@@ -131,23 +132,49 @@ def embed(
 ) -> Tensor:
     """Rows before the first layer, (E, 2, n, D): the tokens and their noise; (E, 1, n, D) without views.
 
-    positions: learned ones (E, L, D), or None for sinusoidal ones.
+    tokens: (B, L, D), the modalities one after another. positions: learned ones (E, L, D), or None for sinusoidal
+    ones.
     """
-    tokens = torch.cat(list(inputs), dim=1)
-    length, width = tokens.shape[1:]
-    if positions is None:
-        table = sinusoidal_positions(length, width, tokens.device, tokens.dtype)
-        place = table.index_select(0, plan.position)
+    batch, length, width = tokens.shape
+    # Rows as (B, L) where none are left out: then a position's gradient is a plain sum over the samples.
+    shape = (batch, length) if plan.index is None else (plan.rows,)
+    if positions is not None:
+        place = positions.unsqueeze(1) if plan.index is None else _select(positions, plan)
     else:
-        place = positions.index_select(1, plan.position)
-    rows = (plan.pack(tokens) + place).expand(experts, plan.rows, width)
+        place = position_table(length, width, tokens.device, tokens.dtype)
+        place = place if plan.index is None else _select(place, plan)
+    rows = (plan.pack(tokens).view(*shape, width) + place).expand(experts, *shape, width)
     if not with_views:
-        return rows.unsqueeze(1)
+        return rows.reshape(experts, 1, plan.rows, width)
     if replacements is None:
-        noise = torch.randn((experts, plan.rows, width), dtype=tokens.dtype, device=tokens.device)
+        noise = torch.randn((experts, *shape, width), dtype=tokens.dtype, device=tokens.device)
     else:
         noise = plan.pack(torch.stack([torch.cat(list(each), dim=1) for each in replacements]))
-    return torch.stack([rows, noise + place], dim=1)
+        noise = noise.view(experts, *shape, width)
+    return torch.stack([rows, noise + place], dim=1).flatten(2, -2)
+
+
+def _select(table: Tensor, plan: TokenPlan) -> Tensor:
+    return table.index_select(-2, plan.position)
+
+
+def position_table(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal positions (length, width), kept between calls where that is safe.
+
+    Not within a trace, whose tensors are none to keep; nor while a CUDA graph is captured, which would go on
+    reading what a later call may push out.
+    """
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return sinusoidal_positions(length, width, device, dtype)
+    return _kept_positions(length, width, device, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_positions(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # A tensor made in inference mode could have no part in training later.
+    with torch.inference_mode(False):
+        return sinusoidal_positions(length, width, device, dtype)
 
 
 def draw_seeds(layers: Sequence[LayerWeights], device: torch.device) -> Iterator[Tensor | None]:
@@ -170,8 +197,9 @@ def encode(
     views: int,
     compat: Compat,
     backend: str,
-) -> tuple[Tensor, GateLosses]:
-    """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without; gate losses [E][V]."""
+) -> tuple[Tensor, list[GateLosses]]:
+    """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without; gate losses [E][V] of every
+    sparse layer."""
     experts, copies, n, width = rows.shape
     seeds = draw_seeds(layers, rows.device)
     sparse = any(isinstance(layer.mlp, RoutedWeights) for layer in layers)
@@ -180,13 +208,13 @@ def encode(
     first = layers[0]
     rows = rows.contiguous()
     flat = rows.view(experts, copies * n, width)
-    normed, _, _ = _OPS.expert_norm(flat, *first.norm1, first.eps)
-    qkv = _OPS.expert_linear(normed, first.qkv, None)
+    normed, _, _ = _OPS.expert_norm(flat, *first.norm1, first.eps, backend)
+    qkv = _OPS.expert_linear(normed, first.qkv, None, backend)
     stream: Tensor | None = flat if compat == "fl_i2moe" else None
     if views > 1:
-        qkv = _OPS.expand_views(qkv.view(experts, 2, n, 3 * width), plan.modality, views)
+        qkv = _OPS.expand_views(qkv.view(experts, 2, n, 3 * width), plan.modality, views, backend)
         if stream is not None:
-            stream = _OPS.expand_views(rows, plan.modality, views).flatten(1, 2)
+            stream = _OPS.expand_views(rows, plan.modality, views, backend).flatten(1, 2)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         attended, _ = _OPS.expert_attention_packed(
             qkv.view(experts * views, n, 3, layer.heads, width // layer.heads),
@@ -194,12 +222,13 @@ def encode(
             next(seeds),
             layer.attention_p,
             (width // layer.heads) ** -0.5,
+            backend,
         )
-        branch = _OPS.expert_linear(attended.view(experts, views * n, width), *layer.proj)
+        branch = _OPS.expert_linear(attended.view(experts, views * n, width), *layer.proj, backend)
         residual = stream if compat == "fl_i2moe" else None
         seed = next(seeds)
         stream, normed, _, _ = _OPS.dropout_add_norm(
-            residual, branch, *layer.norm2, seed, layer.branch_p, layer.eps
+            residual, branch, *layer.norm2, seed, layer.branch_p, layer.eps, backend
         )
         seed = next(seeds)
         if isinstance(layer.mlp, RoutedWeights):
@@ -207,21 +236,23 @@ def encode(
             update, losses = routed_update(normed, layer.mlp, groups, views, backend)
             gathered.append(losses)
         else:
-            update = dense_update(normed, layer.mlp, seed, layer.mlp_p)
+            update = dense_update(normed, layer.mlp, seed, layer.mlp_p, backend)
         seed = next(seeds)
         if following is None:
             latent = _OPS.dropout_add_pool(
-                stream, update, plan.cu_segments, views, seed, layer.output_p
+                stream, update, plan.cu_segments, views, seed, layer.output_p, backend
             )
             latent = latent.view(experts, views, plan.samples, plan.modalities * width)
-            return latent, sum_losses(gathered, experts, views, latent)
+            return latent, gathered
         stream, normed, _, _ = _OPS.dropout_add_norm(
-            stream, update, *following.norm1, seed, layer.output_p, layer.eps
+            stream, update, *following.norm1, seed, layer.output_p, layer.eps, backend
         )
-        qkv = _OPS.expert_linear(normed, following.qkv, None)
+        qkv = _OPS.expert_linear(normed, following.qkv, None, backend)
     raise AssertionError("a layer without encoder layers is refused at construction")
 
 
-def dense_update(normed: Tensor, mlp: DenseWeights, seed: Tensor | None, p: float) -> Tensor:
-    hidden = _OPS.expert_linear(normed, *mlp.w_in)
-    return _OPS.expert_linear(_OPS.gelu_dropout(hidden, seed, p), *mlp.w_out)
+def dense_update(
+    normed: Tensor, mlp: DenseWeights, seed: Tensor | None, p: float, backend: str
+) -> Tensor:
+    hidden = _OPS.expert_linear(normed, *mlp.w_in, backend)
+    return _OPS.expert_linear(_OPS.gelu_dropout(hidden, seed, p, backend), *mlp.w_out, backend)

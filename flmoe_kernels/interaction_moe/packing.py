@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class TokenPlan:
         cu_samples: (B + 1,) int32, runs of rows of one sample.
         cu_segments: (B * M + 1,) int32, runs of rows of one sample and modality.
         lengths: L_m, padding counted.
+        valid: (B, L) bool, or None where all tokens are.
         compact: no rows but the valid ones. False when their number may not be read (tracing, a GPU):
             then n = B * L, the valid rows stand first, and the runs end before the others.
     """
@@ -30,6 +32,7 @@ class TokenPlan:
     cu_samples: Tensor
     cu_segments: Tensor
     lengths: tuple[int, ...]
+    valid: Tensor | None
     compact: bool
 
     @property
@@ -45,24 +48,43 @@ class TokenPlan:
         return len(self.lengths)
 
     def pack(self, tokens: Tensor) -> Tensor:
-        """(..., B, L, D) -> (..., n, D)."""
+        """(..., B, L, D) -> (..., n, D). Rows past the valid ones are 0: what stands in padding, NaN included,
+        would reach the gradients of weights as 0 times it."""
+        if self.valid is not None and not self.compact:
+            tokens = torch.where(self.valid.unsqueeze(-1), tokens, 0.0)
         flat = tokens.flatten(-3, -2)
         return flat if self.index is None else flat.index_select(-2, self.index)
 
 
 def plan_tokens(
-    batch: int, lengths: Sequence[int], masks: Sequence[Tensor | None] | None, device: torch.device
+    batch: int,
+    lengths: Sequence[int],
+    masks: Sequence[Tensor | None] | None,
+    device: torch.device,
+    *,
+    reads: bool = True,
 ) -> TokenPlan:
-    """The plan for M sequences of these lengths and masks (B, L_m), True = valid, None = all valid."""
+    """The plan for M sequences of these lengths and masks (B, L_m), True = valid, None = all valid.
+
+    Nothing is copied from the host, and nothing waits for the device. reads: how many tokens are valid may be read
+    where that costs nothing, on a CPU and outside of traces; the plan is then compact.
+    """
     total = sum(lengths)
-    sizes = torch.tensor(lengths, device=device)
-    modality = torch.repeat_interleave(
-        torch.arange(len(lengths), device=device, dtype=torch.int32), sizes, output_size=total
-    )
+    modality = _modality(lengths, device)
     if masks is None or all(mask is None for mask in masks):
-        position = torch.arange(total, device=device).repeat(batch)
-        counts = sizes.repeat(batch)
-        return _with_runs(None, position, modality.repeat(batch), counts, lengths, True)
+        samples = torch.arange(0, (batch + 1) * total, total, dtype=torch.int32, device=device)
+        starts = accumulate(lengths[:-1], initial=0)
+        segments = torch.stack([samples + start for start in starts], dim=1).flatten()
+        return TokenPlan(
+            index=None,
+            position=torch.arange(total, device=device).repeat(batch),
+            modality=modality.repeat(batch),
+            cu_samples=samples,
+            cu_segments=segments[: batch * len(lengths) + 1],
+            lengths=tuple(lengths),
+            valid=None,
+            compact=True,
+        )
     valid = torch.cat(
         [
             torch.ones((batch, length), dtype=torch.bool, device=device)
@@ -72,31 +94,30 @@ def plan_tokens(
         ],
         dim=1,
     )
-    counts = torch.stack([part.sum(dim=1) for part in valid.split(list(lengths), dim=1)], dim=1)
-    compact = device.type == "cpu" and not torch.compiler.is_compiling()
+    compact = reads and device.type == "cpu" and not torch.compiler.is_compiling()
     flat = valid.flatten()
     first = torch.argsort((~flat).to(torch.uint8), stable=True) if not compact else flat.nonzero()
     index = first.flatten()
     position = index % total
-    return _with_runs(index, position, modality[position], counts.flatten(), lengths, compact)
-
-
-def _with_runs(
-    index: Tensor | None,
-    position: Tensor,
-    modality: Tensor,
-    counts: Tensor,
-    lengths: Sequence[int],
-    compact: bool,
-) -> TokenPlan:
-    ends = counts.cumsum(0).to(torch.int32)
+    counts = torch.stack([part.sum(dim=1) for part in valid.split(list(lengths), dim=1)], dim=1)
+    ends = counts.flatten().cumsum(0).to(torch.int32)
     segments = torch.cat([ends.new_zeros(1), ends])
     return TokenPlan(
         index=index,
         position=position,
-        modality=modality,
+        modality=modality[position],
         cu_samples=segments[:: len(lengths)].contiguous(),
         cu_segments=segments,
         lengths=tuple(lengths),
+        valid=valid,
         compact=compact,
     )
+
+
+def _modality(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(L,) int32, each token's modality: by comparisons, for a list of lengths would have to be copied over."""
+    place = torch.arange(sum(lengths), device=device)
+    modality = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
+    for end in accumulate(lengths[:-1]):
+        modality += place >= end
+    return modality

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -63,15 +64,15 @@ def rows_by_modality(plan: TokenPlan) -> ModalityRows:
     return ModalityRows(order, place, sizes, tokens, valid)
 
 
-def stack_routed(mlps: Sequence[Any]) -> RoutedWeights:
-    """The routed MLPs of one layer index, interaction expert after expert. Gradients flow back."""
+def stack_routed(mlps: Sequence[Any], dtype: torch.dtype) -> RoutedWeights:
+    """The routed MLPs of one layer index, interaction expert after expert, in `dtype`. Gradients flow back."""
     first, second = ([getattr(mlp.experts, name) for mlp in mlps] for name in ("htoh4", "h4toh"))
     return RoutedWeights(
         gates=tuple(mlp.gate for mlp in mlps),
-        w_in=torch.cat([part.weight for part in first]),
-        b_in=torch.cat([part.bias for part in first]),
-        w_out=torch.cat([part.weight for part in second]),
-        b_out=torch.cat([part.bias for part in second]),
+        w_in=torch.cat([part.weight for part in first]).to(dtype),
+        b_in=torch.cat([part.bias for part in first]).to(dtype),
+        w_out=torch.cat([part.weight for part in second]).to(dtype),
+        b_out=torch.cat([part.bias for part in second]).to(dtype),
     )
 
 
@@ -88,7 +89,8 @@ def routed_update(
     update = routed_mlp(
         normed.view(experts * count, width),
         index,
-        routing.weight,
+        # Under autocast some gates compute in float32.
+        routing.weight.to(normed.dtype),
         weights.w_in,
         weights.b_in,
         weights.w_out,
@@ -102,12 +104,11 @@ def routed_update(
 
 def sum_losses(layers: Sequence[GateLosses], experts: int, views: int, like: Tensor) -> GateLosses:
     """The losses of all sparse layers together; zeros of the kind of `like` where there is none."""
-    if not layers:
-        return [[like.new_zeros(()) for _ in range(views)] for _ in range(experts)]
-    return [
-        [torch.stack([losses[e][v] for losses in layers]).sum() for v in range(views)]
-        for e in range(experts)
-    ]
+    total = like.new_zeros((experts * views,))
+    if layers:
+        total = torch.stack([torch.stack(list(chain(*losses))) for losses in layers]).sum(dim=0)
+    flat = total.unbind(0)
+    return [list(flat[e * views : (e + 1) * views]) for e in range(experts)]
 
 
 def _route(x: Tensor, weights: RoutedWeights, rows: ModalityRows) -> tuple[Routing, list[Tensor]]:

@@ -357,8 +357,9 @@ class PairInteractionMoE(nn.Module):
 
     def _losses(self, latents: Tensor) -> Tensor:
         """Losses (M + 2,) of latents (M + 2, M + 1, B, P * V)."""
-        if backends.choose("pair_moe", latents, self.backend) == backends.CPU:
-            return torch.ops.flmoe.interaction_losses(latents)
+        backend = backends.choose("pair_moe", latents, self.backend)
+        if backend != backends.REFERENCE:
+            return torch.ops.flmoe.interaction_losses(latents, backend)
         return torch.stack(reference_losses([expert.unbind(0) for expert in latents.unbind(0)]))
 
     def _classify(self, latents: Tensor) -> tuple[Tensor, Tensor]:
