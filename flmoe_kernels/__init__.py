@@ -18,3 +18,4 @@ from .routed_mlp import RoutedMLP as RoutedMLP
 from .routed_mlp import routed_mlp as routed_mlp
 from .swap import SwapReport as SwapReport
 from .swap import swap as swap
+from .tuning import autotune as autotune

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...triton_runtime import Launch
+from ... import tuning
+from ...triton_runtime import Launch, matrix_precision
+from ...triton_tables import architecture_of
 from ..call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 from ..kinds import coefficients_of
 from .kernels import accumulate_kernel, gate_gradient_kernel, map_kernel, project_kernel
+from .table import TABLE, Tiles, key_of, narrower, registers_of
 
 # What a kernel reads or writes (B, E, L, width) through, and S1, S2, S3 of every expert.
 Operand = tuple[Tensor, int, int, int]
@@ -19,54 +22,20 @@ Coefficients = tuple[tuple[float, ...], ...]
 
 # Tokens further apart than this are copied, so that offsets within a block stay below 2^31.
 _MAX_STRIDE = 2**24
-_MANY = 4
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Tile of pairs, chunks that widths are read in (deep) and written in (wide), warps, pipeline stages.
+def tiles_of(
+    kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
+) -> Tiles:
+    """The launch table's of sm_`architecture`; without one, what runs where the call's tensors are, which with
+    autotune is the fastest found. `reduce` is the forward's."""
+    if architecture is None and tuning.enabled():
+        # Knows the launches, and so is above this module; nothing else needs it.
+        from .tuned import fastest
 
-    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes (R 32, V 64), the largest over all
-    reductions and outputs; compiled with Triton 3.7.1, whose numbers the static test holds this table to.
-    """
-
-    rows: int
-    columns: int
-    deep: int
-    wide: int
-    warps: int
-    stages: int
-    shared: tuple[int, int, int]
-
-
-# (kernel, more than _MANY experts, float32) -> tiles, the same for every architecture: 16 columns are the least
-# that a matrix product sums over, and 64 rows give each of four warps the 16 that its instruction takes (and
-# sm_90's the 64 of its group), so that p stays in the registers where it was made. More columns spill on sm_80 and
-# sm_90, where a tile per expert and the sums fill the 255 registers of a thread. "map" sums nothing over the tile
-# and takes 32 rows, which leave registers for its keys. Two blocks share an SM, as registers and shared memory
-# allow; a float32 "accumulate" has eight warps and is alone. Only sm_100 takes more than the 99 KiB that the
-# smallest devices of sm_8x and sm_12x have, for the first "gradient". float32 and more than four experts have
-# twice the bytes or tiles: shallower chunks keep shared memory in bounds, and their kernels spill, most of them
-# less than 400 bytes per thread; narrower outputs would not, at the price of a second gate. Which is faster has
-# not been measured.
-TABLE = {
-    ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 2, (26624, 36864, 53376)),
-    ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (52288, 61504, 107696)),
-    ("map", False, False): Tiles(32, 16, 64, 64, 4, 1, (8192, 8192, 8192)),
-    ("accumulate", True, False): Tiles(64, 16, 32, 32, 4, 2, (47104, 61440, 94432)),
-    ("gradient", True, False): Tiles(64, 16, 32, 32, 8, 2, (46080, 51200, 18944)),
-    ("map", True, False): Tiles(32, 16, 32, 64, 4, 1, (4096, 4096, 4096)),
-    ("accumulate", False, True): Tiles(64, 16, 32, 64, 8, 2, (86016, 94208, 61508)),
-    ("gradient", False, True): Tiles(32, 16, 32, 32, 4, 2, (38912, 38912, 38912)),
-    ("map", False, True): Tiles(32, 16, 64, 64, 4, 1, (8192, 8192, 8192)),
-    ("accumulate", True, True): Tiles(32, 16, 32, 32, 4, 2, (94208, 94208, 94208)),
-    ("gradient", True, True): Tiles(32, 16, 32, 32, 4, 2, (71680, 71680, 71680)),
-    ("map", True, True): Tiles(32, 16, 32, 64, 4, 1, (4096, 4096, 4096)),
-}
-
-
-def tiles_of(kernel: str, call: PairCall) -> Tiles:
-    return TABLE[kernel, call.experts > _MANY, call.q.dtype == torch.float32]
+        return fastest(kernel, call)
+    place = architecture_of(call.q.device) if architecture is None else architecture
+    return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call, reduce))
 
 
 def readable(call: PairCall) -> PairCall:
@@ -109,14 +78,6 @@ def _chunk(width: int, most: int) -> int:
     return min(most, max(16, 1 << (width - 1).bit_length()))
 
 
-def precision_of(call: PairCall) -> str:
-    """float32 products: three TF32 ones, which are near float32, or one where torch's own may be that."""
-    settings = torch.backends.cuda.matmul
-    # From torch 2.9 on reading allow_tf32 may raise.
-    fast = getattr(settings, "fp32_precision", None) or ("tf32" if settings.allow_tf32 else "ieee")
-    return "tf32" if fast == "tf32" and call.q.dtype == torch.float32 else "tf32x3"
-
-
 def _blocks(length: int, block: int) -> int:
     return -(-length // block)
 
@@ -129,7 +90,7 @@ def _gate_constants(call: PairCall, tiles: Tiles) -> dict[str, Any]:
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
         "DEPTH_R": _chunk(call.rank, tiles.deep),
-        "PRECISION": precision_of(call),
+        "PRECISION": matrix_precision(call.q.dtype),
     }
 
 
@@ -143,14 +104,37 @@ def _gate_operands(call: PairCall, swapped: bool) -> tuple[Operand, Operand, Any
     return (k, q, call.mask_b, call.mask_a) if swapped else (q, k, call.mask_a, call.mask_b)
 
 
-def row_blocks(kernel: str, call: PairCall) -> int:
+def row_blocks(
+    kernel: str, call: PairCall, architecture: int | None = None, tiles: Tiles | None = None
+) -> int:
     """How many blocks a kernel cuts side a into: as many partial sums has what it adds up over them."""
-    return _blocks(call.rows, tiles_of(kernel, call).rows)
+    return _blocks(call.rows, (tiles or tiles_of(kernel, call, architecture)).rows)
 
 
-def forward_launch(call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Launch:
+def _expect_blocks(name: str, found: int, blocks: int) -> None:
+    """Partial sums are written by block: a buffer that was cut by other tiles would be written past its end."""
+    if found != blocks:
+        raise ValueError(f"{name}: expected partial sums of {blocks} blocks, got {found}")
+
+
+def forward_launch(
+    call: PairCall,
+    reduce: str,
+    y: Tensor,
+    mass: Tensor,
+    *,
+    architecture: int | None = None,
+) -> Launch:
     """y is (B, E, La, V), (B, La, V), or for "pool" partial sums (B, E, row_blocks, V) in float32."""
+    tiles = tiles_of("accumulate", call, architecture, reduce)
+    return forward_with(tiles, call, reduce, y, mass)
+
+
+def forward_with(tiles: Tiles, call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Launch:
+    if reduce == REDUCE_POOL:
+        _expect_blocks("y", y.shape[2], _blocks(call.rows, tiles.rows))
     return _accumulate(
+        tiles,
         call,
         operand(y.unsqueeze(1) if reduce == REDUCE_EXPERTS else y),
         (operand(call.a), operand(call.c)),
@@ -161,6 +145,7 @@ def forward_launch(call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Laun
 
 
 def _accumulate(
+    tiles: Tiles,
     call: PairCall,
     out: Operand,
     values: tuple[Operand | None, Operand | None],
@@ -170,7 +155,6 @@ def _accumulate(
     mass: Tensor | None = None,
     swapped: bool = False,
 ) -> Launch:
-    tiles = tiles_of("accumulate", call)
     wide = _chunk(call.width, tiles.wide)
     sides = _gate_operands(call, swapped)
     rows, columns = sides[0][0].shape[2], sides[1][0].shape[2]
@@ -189,6 +173,7 @@ def _accumulate(
         },
         tiles.warps,
         tiles.stages,
+        registers_of(tiles),
     )
 
 
@@ -265,6 +250,8 @@ def backward_launches(
     sides: Sides,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     grad_bias: Tensor,
+    *,
+    architecture: int | None = None,
 ) -> list[Launch]:
     """Gradients of q, k, a, c, and (B, row_blocks, E) partial sums of gate_bias's.
 
@@ -279,18 +266,21 @@ def backward_launches(
     g_a = spread(grad_y, call, reduce, call.rows)
     g_c = spread(grad_y, call, reduce, call.columns) if pool else None
     added = tuple(float(product) for product in sides.product)
+    sums = tiles_of("accumulate", call, architecture)
+    gates = tiles_of("gradient", call, architecture)
     return [
-        _accumulate(call, grad_a, (g_a, operand(call.c)), (s1, none, s3)),
+        _accumulate(sums, call, grad_a, (g_a, operand(call.c)), (s1, none, s3)),
         _accumulate(
-            *(call, grad_c, (g_c, factor), (s2 if pool else none, added, none)),
+            *(sums, call, grad_c, (g_c, factor), (s2 if pool else none, added, none)),
             swapped=True,
         ),
-        _gate_gradient(call, sides, grad_q, grad_bias),
-        _gate_gradient(call, sides, grad_k, None, swapped=True),
+        gate_gradient_with(gates, call, sides, grad_q, grad_bias),
+        gate_gradient_with(gates, call, sides, grad_k, None, swapped=True),
     ]
 
 
-def _gate_gradient(
+def gate_gradient_with(
+    tiles: Tiles,
     call: PairCall,
     sides: Sides,
     grad: Operand,
@@ -298,7 +288,7 @@ def _gate_gradient(
     *,
     swapped: bool = False,
 ) -> Launch:
-    tiles = tiles_of("gradient", call)
+    """The gradient of q and (B, row_blocks, E) partial sums of gate_bias's, or swapped the gradient of k."""
     wide = _chunk(call.rank, tiles.wide)
     gates = _gate_operands(call, swapped)
     values = [None if sides.factor is None else operand(sides.factor), operand(call.c)]
@@ -307,6 +297,8 @@ def _gate_gradient(
         values.reverse()
         offsets.reverse()
     rows, columns = gates[0][0].shape[2], gates[1][0].shape[2]
+    if grad_bias is not None:
+        _expect_blocks("grad_bias", grad_bias.shape[1], _blocks(rows, tiles.rows))
     return Launch(
         gate_gradient_kernel,
         _blocks(rows, tiles.rows) * _blocks(call.rank, wide) * call.batch,
@@ -324,12 +316,26 @@ def _gate_gradient(
         },
         tiles.warps,
         tiles.stages,
+        registers_of(tiles),
     )
 
 
-def map_launch(call: PairCall, sides: Sides, out: Tensor, first: int, end: int) -> Launch:
+def map_launch(
+    call: PairCall,
+    sides: Sides,
+    out: Tensor,
+    first: int,
+    end: int,
+    *,
+    architecture: int | None = None,
+) -> Launch:
     """Rows first to end: out is phi (B, E, rows, Lb) in float32, or keys (B, E + 1, rows, Lb) in int64."""
-    tiles = tiles_of("map", call)
+    return map_with(tiles_of("map", call, architecture), call, sides, out, first, end)
+
+
+def map_with(
+    tiles: Tiles, call: PairCall, sides: Sides, out: Tensor, first: int, end: int
+) -> Launch:
     return Launch(
         map_kernel,
         _blocks(end - first, tiles.rows) * _blocks(call.columns, tiles.columns) * call.batch,
@@ -356,4 +362,5 @@ def map_launch(call: PairCall, sides: Sides, out: Tensor, first: int, end: int) 
         },
         tiles.warps,
         tiles.stages,
+        registers_of(tiles),
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import tuning
 from ...triton_runtime import Launch, matrix_precision, multiprocessors
+from ...triton_tables import architecture_of
 from .call import RoutedCall
 from .kernels import (
     choice_gradient_kernel,
@@ -18,59 +19,31 @@ from .kernels import (
     sum_kernel,
     weight_gradient_kernel,
 )
+from .table import REGISTERS, TABLE, Tiles, key_of, narrower
 
-# Programs on each multiprocessor: two of products, more where each is small.
-_EACH, _EACH_SMALL = 2, 8
+# Programs on each multiprocessor where each is small.
+_EACH_SMALL = 8
 # A split of an expert's rows is worth its partial sums from so many rows on; and there are no more than this.
 _SPLIT_ROWS, _MOST_SPLITS = 512, 16
 # Elements that a program of sum_kernel adds up, and columns of choice_gradient_kernel at a time.
 _SUM_TILE, _CHOICE_TILE = 2048, (32, 128)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Tile of results, the chunk of what is summed over, slices that a tile is finished in, warps, stages.
-
-    shared: bytes per block on sm_80, sm_90 and sm_100 at routed_small and routed_large, the largest over all;
-    compiled with Triton 3.7.1, whose numbers the static test holds this table to.
-    """
-
-    rows: int
-    columns: int
-    deep: int
-    slices: int
-    warps: int
-    stages: int
-    shared: tuple[int, int, int]
+def tiles_of(kernel: str, dtype: torch.dtype, architecture: int | None = None) -> Tiles:
+    """The launch table's of sm_`architecture` for calls of no narrower class; of none, the one that is for all."""
+    return TABLE.tiles(key_of(kernel, dtype), architecture)
 
 
-# (kernel, float32) -> tiles, the same for every architecture. 128 x 128 takes 64 FLOP per byte from L2 and what
-# sm_90's matrix units read from shared memory at full rate; 64 deep is one line of 128 bytes. Three stages of that
-# are 96 KiB: two blocks fit an SM of sm_90 and sm_100, and one what sm_89 and sm_12x have. Eight warps, because
-# four would hold 128 sums a thread, beside which the activations spill; four slices for the same reason. The
-# weight gradient has five stages: its rows' places are loaded in the first two. float32 multiplies three times,
-# with operands split in registers: a quarter of the tile for four warps. Where widths are whole tiles none of them
-# spills; odd widths, whose elements are read and stored one by one, spill up to 248 bytes a thread in what the
-# static test compiles. Which tiles are fastest has not been measured.
-TABLE = {
-    ("hidden", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
-    ("rows", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
-    ("hidden_gradient", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
-    ("weight_gradient", False): Tiles(128, 128, 64, 1, 8, 5, (49664, 98816, 98832)),
-    ("hidden", True): Tiles(64, 64, 32, 2, 4, 3, (32768, 49152, 49160)),
-    ("rows", True): Tiles(64, 64, 32, 2, 4, 3, (32768, 49152, 49160)),
-    ("hidden_gradient", True): Tiles(64, 64, 32, 2, 4, 3, (32768, 49152, 49160)),
-    ("weight_gradient", True): Tiles(64, 64, 32, 1, 4, 5, (33024, 49408, 49416)),
-}
-# With eight warps two programs share an SM at 128 registers a thread. sm_90 reads operands from shared memory and
-# fits without spilling; sm_80 holds them in registers and would spill, so there one program has the SM to itself;
-# sm_100 keeps sums in memory of their own and needs no limit, but for the hidden gradient, which is alone. Widths
-# that are no whole tiles take masks and more addresses, which would spill: there too one program has the SM.
-_REGISTERS = {90: 128}
+def tiles_for(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
+    """The launch table's; without an architecture, what runs where the call's tensors are, which with autotune is
+    the fastest found."""
+    if architecture is None and tuning.enabled():
+        # Knows the launches, and so is above this module; nothing else needs it.
+        from .tuned import fastest
 
-
-def tiles_of(kernel: str, dtype: torch.dtype) -> Tiles:
-    return TABLE[kernel, dtype == torch.float32]
+        return fastest(kernel, call)
+    place = architecture_of(call.x.device) if architecture is None else architecture
+    return TABLE.tiles(key_of(kernel, call.x.dtype), place, *narrower(kernel, call))
 
 
 def _chunk(width: int, most: int) -> int:
@@ -83,26 +56,29 @@ def _blocks(length: int, block: int) -> int:
 
 
 def _registers(tiles: Tiles, whole: bool) -> dict[int, int]:
-    return _REGISTERS if tiles.warps == 8 and whole else {}
+    return REGISTERS if tiles.warps == 8 and tiles.programs == 2 and whole else {}
 
 
-def _persistent(call: RoutedCall, tile_rows: int, across: int, each: int = _EACH) -> int:
+def _persistent(call: RoutedCall, tile_rows: int, across: int, each: int) -> int:
     """The number of programs that walk tiles: no more than there can be tiles, whatever the loads."""
     most = (call.rows // tile_rows + call.experts + 1) * across
     return min(each * multiprocessors(call.x.device), most)
 
 
 def _products(
-    kernel: Any, name: str, call: RoutedCall, arguments: dict[str, Any], constants: dict[str, Any]
+    kernel: Any,
+    tiles: Tiles,
+    call: RoutedCall,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
 ) -> Launch:
     """A persistent product of rows with weights: INNER summed over, OUTER columns of the result."""
-    tiles = tiles_of(name, call.x.dtype)
     inner, outer = constants.pop("sizes")
     columns, deep = _chunk(outer, tiles.columns), _chunk(inner, tiles.deep)
     own = {"offsets": call.offsets, "permutation": call.permutation, "rows": call.rows}
     return Launch(
         kernel,
-        _persistent(call, tiles.rows, _blocks(outer, columns)),
+        _persistent(call, tiles.rows, _blocks(outer, columns), tiles.programs),
         {**arguments, **own},
         {
             **constants,
@@ -119,26 +95,50 @@ def _products(
     )
 
 
-def hidden_launch(call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
+def hidden_launch(
+    call: RoutedCall,
+    hidden: Tensor,
+    active: Tensor,
+    *,
+    architecture: int | None = None,
+) -> Launch:
     """hidden and active (R, F) by row."""
+    return hidden_with(tiles_for("hidden", call, architecture), call, hidden, active)
+
+
+def hidden_with(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
     arguments: dict[str, Any] = {"x": call.x, "w": call.w_in, "bias": call.b_in, "hidden": hidden}
     arguments |= {"active": active, "depth": call.width}
     constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
     sizes = {"sizes": (call.width, call.hidden)}
-    return _products(hidden_kernel, "hidden", call, arguments, {**constants, **sizes})
+    return _products(hidden_kernel, tiles, call, arguments, {**constants, **sizes})
 
 
-def rows_launch(call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
+def rows_launch(
+    call: RoutedCall,
+    active: Tensor,
+    out: Tensor,
+    *,
+    architecture: int | None = None,
+) -> Launch:
     """out (R, D) by place: each row's weighted output."""
-    return _rows(call, active, call.w_out, (1, call.hidden), out, call.b_out, call.weight)
+    return rows_with(tiles_for("rows", call, architecture), call, active, out)
 
 
-def token_gradient_launch(call: RoutedCall, grad_hidden: Tensor, out: Tensor) -> Launch:
+def rows_with(tiles: Tiles, call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
+    return _rows(tiles, call, active, call.w_out, (1, call.hidden), out, call.b_out, call.weight)
+
+
+def token_gradient_launch(
+    call: RoutedCall, grad_hidden: Tensor, out: Tensor, *, architecture: int | None = None
+) -> Launch:
     """out (R, D) by place: each row's part of the gradient of x."""
-    return _rows(call, grad_hidden, call.w_in, (call.width, 1), out, None, None)
+    tiles = tiles_for("rows", call, architecture)
+    return _rows(tiles, call, grad_hidden, call.w_in, (call.width, 1), out, None, None)
 
 
 def _rows(
+    tiles: Tiles,
     call: RoutedCall,
     a: Tensor,
     w: Tensor,
@@ -151,12 +151,12 @@ def _rows(
     constants = {"INNER": call.hidden, "OUTER": call.width}
     constants |= dict(zip(("OF_INNER", "OF_OUTER"), strides, strict=True))
     sizes = {"sizes": (call.hidden, call.width)}
-    return _products(rows_kernel, "rows", call, arguments, {**constants, **sizes})
+    return _products(rows_kernel, tiles, call, arguments, {**constants, **sizes})
 
 
-def dot_parts(call: RoutedCall) -> int:
+def dot_parts(call: RoutedCall, architecture: int | None = None, tiles: Tiles | None = None) -> int:
     """Blocks of columns of the hidden gradient, each of which leaves a part of every row's dot."""
-    tiles = tiles_of("hidden_gradient", call.x.dtype)
+    tiles = tiles or tiles_for("hidden_gradient", call, architecture)
     return _blocks(call.hidden, _chunk(call.hidden, tiles.columns))
 
 
@@ -167,15 +167,33 @@ def hidden_gradient_launch(
     grad_hidden: Tensor,
     active: Tensor,
     dots: Tensor,
+    *,
+    architecture: int | None = None,
 ) -> Launch:
     """grad_hidden and active (R, F) by row; dots (R, dot_parts) in float32."""
+    tiles = tiles_for("hidden_gradient", call, architecture)
+    return hidden_gradient_with(tiles, call, grad_out, hidden, grad_hidden, active, dots)
+
+
+def hidden_gradient_with(
+    tiles: Tiles,
+    call: RoutedCall,
+    grad_out: Tensor,
+    hidden: Tensor,
+    grad_hidden: Tensor,
+    active: Tensor,
+    dots: Tensor,
+) -> Launch:
+    parts = dot_parts(call, tiles=tiles)
+    if dots.shape[1] != parts:
+        # A buffer that was cut by other tiles would be written past its end.
+        raise ValueError(f"dots: expected {parts} blocks of columns, got {dots.shape[1]}")
     arguments: dict[str, Any] = {"grad_out": grad_out, "w": call.w_out, "weight": call.weight}
     arguments |= {"hidden": hidden, "grad_hidden": grad_hidden, "active": active}
     arguments |= {"dots": dots, "depth": call.width}
     constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
     sizes = {"sizes": (call.width, call.hidden)}
-    kernel = hidden_gradient_kernel
-    return _products(kernel, "hidden_gradient", call, arguments, {**constants, **sizes})
+    return _products(hidden_gradient_kernel, tiles, call, arguments, {**constants, **sizes})
 
 
 def choice_gradient_launch(
@@ -199,14 +217,14 @@ def choice_gradient_launch(
     )
 
 
-def splits_of(call: RoutedCall) -> int:
+def splits_of(call: RoutedCall, architecture: int | None = None, tiles: Tiles | None = None) -> int:
     """Shares of an expert's rows in its weight gradients: as many as fill the GPU where tiles alone do not.
 
     A power of two, being a constant of the kernels: few are compiled where the number of tokens changes.
     """
-    tiles = tiles_of("weight_gradient", call.x.dtype)
+    tiles = tiles or tiles_for("weight_gradient", call, architecture)
     across = _blocks(call.hidden, tiles.rows) * _blocks(call.width, tiles.columns)
-    wanted = _blocks(_EACH * multiprocessors(call.x.device), call.experts * across)
+    wanted = _blocks(tiles.programs * multiprocessors(call.x.device), call.experts * across)
     splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
     return 1 << (splits.bit_length() - 1)
 
@@ -218,9 +236,23 @@ def weight_gradient_launch(
     grad: Tensor,
     bias: Tensor | None,
     weight: Tensor | None,
+    *,
+    architecture: int | None = None,
 ) -> Launch:
     """grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token, or else by row."""
-    tiles = tiles_of("weight_gradient", call.x.dtype)
+    tiles = tiles_for("weight_gradient", call, architecture)
+    return weight_gradient_with(tiles, call, left, right, grad, bias, weight)
+
+
+def weight_gradient_with(
+    tiles: Tiles,
+    call: RoutedCall,
+    left: tuple[Tensor, bool],
+    right: tuple[Tensor, bool],
+    grad: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+) -> Launch:
     p, splits, q = grad.shape[1:]
     high, wide = _chunk(p, tiles.rows), _chunk(q, tiles.columns)
     down, across = _blocks(p, high), _blocks(q, wide)
