@@ -10,25 +10,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measure import as_dict, environment, interleave, peak_growth
-from bench.pairs import (
-    COMPILED,
-    FAST,
-    PASSES,
-    REDUCTIONS,
-    REFERENCE,
-    SGEMM_FLOP,
-    make_call,
-    sgemm,
-)
-from bench.shapes import PAIR_BASE, PAIR_LONG, PairShape
+from bench.products import SGEMM_FLOP, sgemm
+from flmoe_kernels.profiling.cases import BOTH, FORWARD, Case
+from flmoe_kernels.profiling.contestants import prepare
+from flmoe_kernels.profiling.costs import cost
+from flmoe_kernels.profiling.environment import environment
+from flmoe_kernels.profiling.measure import interleave, timings
+from flmoe_kernels.profiling.memory import peak_growth
+from flmoe_kernels.profiling.shapes import PAIR_BASE, PAIR_LONG, PairShape
 
+FAST, REFERENCE, COMPILED = "cpu", "reference", "compiled"
 NAMES = (FAST, REFERENCE, COMPILED)
+PASSES = (FORWARD, BOTH)
+REDUCTIONS = ("none", "pool")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PEER_LIMIT = 2048  # the reference's maps of longer ones do not fit
 STYLE = {
@@ -38,24 +38,32 @@ STYLE = {
 }
 
 
+def case_of(shape: PairShape, kind: str, reduce: str) -> Case:
+    return Case("pair_moe", shape, kind, torch.float32, "cpu", reduce)
+
+
+def make_call(shape: PairShape, name: str, kind: str, reduce: str) -> Callable[[], object]:
+    return prepare(case_of(shape, kind, reduce), name).call
+
+
 def base_rows(rounds: int) -> list[dict[str, Any]]:
     """Every pass and reduction at pair_base, with the rate against this machine's sgemm."""
     rows = []
     for kind in PASSES:
         for reduce in REDUCTIONS:
             calls = {name: make_call(PAIR_BASE, name, kind, reduce) for name in NAMES}
-            timings = interleave({**calls, "sgemm": sgemm()}, rounds, warmup=3)
-            sgemm_rate = SGEMM_FLOP / timings.pop("sgemm").p50
-            for name, timing in timings.items():
-                flop = PAIR_BASE.flop(kind, reduce)
+            found = timings(interleave({**calls, "sgemm": sgemm()}, rounds, warmup=3))
+            sgemm_rate = SGEMM_FLOP / found.pop("sgemm").p50
+            for name, timing in found.items():
+                flop = cost(case_of(PAIR_BASE, kind, reduce)).flop
                 rows.append(
                     {
                         "shape": PAIR_BASE.name,
                         "pass": kind,
                         "reduce": reduce,
                         "contestant": name,
-                        **as_dict(timing),
-                        "ratio": timing.p50 / timings[FAST].p50,
+                        **asdict(timing),
+                        "ratio": timing.p50 / found[FAST].p50,
                         "gflops": flop / timing.p50 / 1e9,
                         "share_of_sgemm": flop / timing.p50 / sgemm_rate,
                     }
@@ -64,7 +72,7 @@ def base_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def warmed_call(shape: PairShape, name: str, kind: str, reduce: str) -> Callable[[], None]:
+def warmed_call(shape: PairShape, name: str, kind: str, reduce: str) -> Callable[[], object]:
     """A call at `shape` in a process that has made a small one, so that libraries are loaded; the compiled peer
     has compiled this very shape."""
     if name != COMPILED:
@@ -83,8 +91,8 @@ def size_rows() -> list[dict[str, Any]]:
         names = NAMES if length <= PEER_LIMIT else (FAST,)
         kind, reduce = PASSES[1], REDUCTIONS[0]
         calls = {name: make_call(shape, name, kind, reduce) for name in names}
-        timings = interleave(calls, 5 if length <= PEER_LIMIT else 3, warmup=2)
-        for name, timing in timings.items():
+        found = timings(interleave(calls, 5 if length <= PEER_LIMIT else 3, warmup=2))
+        for name, timing in found.items():
             grown = peak_growth(warmed_call, shape, name, kind, reduce)
             rows.append(
                 {
@@ -92,8 +100,8 @@ def size_rows() -> list[dict[str, Any]]:
                     "pass": kind,
                     "reduce": reduce,
                     "contestant": name,
-                    **as_dict(timing),
-                    "ratio": timing.p50 / timings[FAST].p50,
+                    **asdict(timing),
+                    "ratio": timing.p50 / found[FAST].p50,
                     "pairs": shape.pairs,
                     "tokens": 2 * length,
                     "peak_bytes": grown,
@@ -112,16 +120,16 @@ def skewed_rows() -> list[dict[str, Any]]:
             calls = {
                 name: make_call(shape, name, PASSES[1], REDUCTIONS[0]) for name in (FAST, REFERENCE)
             }
-            timings = interleave(calls, 7, warmup=2)
-            for name, timing in timings.items():
+            found = timings(interleave(calls, 7, warmup=2))
+            for name, timing in found.items():
                 rows.append(
                     {
                         "shape": shape.name,
                         "pass": PASSES[1],
                         "reduce": REDUCTIONS[0],
                         "contestant": name,
-                        **as_dict(timing),
-                        "ratio": timing.p50 / timings[FAST].p50,
+                        **asdict(timing),
+                        "ratio": timing.p50 / found[FAST].p50,
                     }
                 )
                 show(rows[-1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import platform
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +30,7 @@ def gather_info() -> dict[str, Any]:
     import torch
 
     from flmoe_kernels.backend import backend_status, instruction_set, instruction_sets
+    from flmoe_kernels.profiling.environment import cpu_model
 
     status = backend_status()
     native_runs = status["cpu"][0]
@@ -51,17 +51,6 @@ def gather_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backends": {name: {"ok": ok, "reason": reason} for name, (ok, reason) in status.items()},
     }
-
-
-def cpu_model() -> str:
-    """The processor's name as the system tells it; on Linux platform.processor() is often empty."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def cuda_devices() -> list[str]:

@@ -1,0 +1,11 @@
+"""expert_attention against the reference and torch's scaled_dot_product_attention, interleaved, with gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.gates import Comparison, hold
+
+
+def test_against_peers(benchmark: Any, comparison: Comparison) -> None:
+    hold(benchmark, comparison)

@@ -1,0 +1,147 @@
+"""What can be timed: an operator at a shape, in a phase, in a dtype, on a device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .shapes import LayerShape, PairShape, RoutedShape, Shape, by_name, is_cuda, named_shapes
+
+FORWARD, BACKWARD, BOTH = PHASES = ("forward", "backward", "forward+backward")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """shapes: their class. variants: what a call may be asked beyond its shape; "" where nothing."""
+
+    name: str
+    shapes: type[LayerShape] | type[PairShape] | type[RoutedShape]
+    variants: tuple[str, ...] = ("",)
+    phases: tuple[str, ...] = PHASES
+
+
+# pair_moe: how y is reduced. expert_attention: with the shape's dropout or without. routed_mlp: its linear maps'
+# biases. interaction_moe: forward is inference (the full view), forward+backward a training step.
+PAIR_MOE = Operator("pair_moe", PairShape, ("none", "pool"))
+EXPERT_ATTENTION = Operator("expert_attention", LayerShape, ("dropout", "plain"))
+ROUTED_MLP = Operator("routed_mlp", RoutedShape, ("bias", "no_bias"))
+ROUTING = Operator("routing", RoutedShape)
+INTERACTION_MOE = Operator("interaction_moe", LayerShape)
+OPERATORS = {
+    operator.name: operator
+    for operator in (PAIR_MOE, EXPERT_ATTENTION, ROUTED_MLP, ROUTING, INTERACTION_MOE)
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that is timed; hashable, and the same in another process.
+
+    device: "cpu", "cuda" or "cuda:N". variant: one of the operator's.
+    """
+
+    operator: str
+    shape: Shape
+    phase: str
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    variant: str = ""
+
+    def __post_init__(self) -> None:
+        operator = _operator(self.operator)
+        if not isinstance(self.shape, operator.shapes):
+            raise ValueError(
+                f"shape: {self.operator} expected a {operator.shapes.__name__}, got {self.shape!r}"
+            )
+        _known("phase", self.phase, operator.phases)
+        _known("variant", self.variant, operator.variants)
+
+    @property
+    def name(self) -> str:
+        """Like pair_moe/pair_base/forward+backward/float32/pool; the same on every device."""
+        parts = (self.operator, self.shape.name, self.phase, dtype_name(self.dtype), self.variant)
+        return "/".join(part for part in parts if part)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cases(
+    operators: Sequence[str] | None = None,
+    shapes: Sequence[str | Shape] | None = None,
+    phases: Sequence[str] | None = None,
+    dtypes: Sequence[str | torch.dtype] | None = None,
+    device: str = "cpu",
+) -> list[Case]:
+    """Every case of these operators, shapes, phases and dtypes that there is on this kind of device.
+
+    Args:
+        operators: names in OPERATORS; None for all.
+        shapes: names (see shapes.named_shapes) or shapes; None for all; those of other operators are left out.
+        phases: names in PHASES; None for all.
+        dtypes: names in DTYPES or dtypes; None for float32 on a CPU and bfloat16 on a GPU.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    chosen = list(named_shapes(device)) if shapes is None else shapes
+    sizes = [by_name(shape, device) if isinstance(shape, str) else shape for shape in chosen]
+    default = "bfloat16" if is_cuda(device) else "float32"
+    types = [_dtype(dtype) for dtype in ((default,) if dtypes is None else dtypes)]
+    for phase in phases or ():
+        _known("phase", phase, PHASES)
+    found = []
+    for name in OPERATORS if operators is None else operators:
+        operator = _operator(name)
+        wanted = [phase for phase in operator.phases if phases is None or phase in phases]
+        for shape, phase, dtype, variant in itertools.product(
+            sizes, wanted, types, operator.variants
+        ):
+            if isinstance(shape, operator.shapes) and not lack(operator, shape, dtype, variant):
+                found.append(Case(name, shape, phase, dtype, device, variant))
+    return found
+
+
+def lack(operator: Operator, shape: Shape, dtype: torch.dtype, variant: str) -> str:
+    """Why such a case says nothing, or ""."""
+    if isinstance(shape, LayerShape):
+        if operator is EXPERT_ATTENTION and shape.experts:
+            return "its attention is that of the dense shape"
+        if operator is EXPERT_ATTENTION and variant == "dropout" and not shape.dropout:
+            return "nothing is dropped at this shape"
+        if shape.experts and dtype not in (torch.float32, torch.float64):
+            # Rounded logits choose other experts, so that results cannot be compared with the exact ones.
+            return "choices of experts depend on how half precision rounds"
+    return ""
+
+
+def _operator(name: str) -> Operator:
+    _known("operator", name, tuple(OPERATORS))
+    return OPERATORS[name]
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    _known("dtype", dtype, tuple(DTYPES))
+    return DTYPES[dtype]
+
+
+def _known(what: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        expected = ", ".join(repr(each) for each in names)
+        raise ValueError(f"{what}: expected one of {expected}, got {name!r}")

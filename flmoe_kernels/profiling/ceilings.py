@@ -1,0 +1,133 @@
+"""What this machine can do at most, measured on the spot: matrix products, copies; and the roofline from both.
+
+The ceilings are torch's own large product and copy, so "share of the roofline" says how far a kernel is from
+what a program gets here, not from a data sheet. A kernel may exceed them where torch's library misses the
+processor's best instructions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .cases import dtype_name
+from .costs import Cost
+from .measure import Clock, clock_of
+from .shapes import is_cuda
+
+MATMUL, MEMORY, EXPONENTIALS = "matrix products", "memory", "exponentials"
+# Large enough that neither launches nor caches matter, small enough for a second of measuring.
+_SIDE = {"cpu": 2048, "cuda": 8192}
+_COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+_ROUNDS = 7
+# Special functions of one multiprocessor in a clock: 16 units, as NVIDIA's programming guide counts them for
+# compute capability 8.0, 9.0 and 10.0.
+_EXPONENTIALS_PER_CLOCK = 16
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """flops: FLOP/s of a large product by dtype. bytes_per_second: of a copy, read and written bytes both.
+
+    exponentials: per second, counted from the clock and not measured; 0 where that is unknown.
+    """
+
+    device: str
+    flops: Mapping[str, float] = field(default_factory=dict)
+    bytes_per_second: float = 0.0
+    exponentials: float = 0.0
+
+    def roofline_seconds(self, cost: Cost, dtype: torch.dtype) -> tuple[float, str]:
+        """The least time of such a call, and which limit binds.
+
+        Raises:
+            KeyError: products of this dtype were not measured.
+        """
+        limits = {
+            MATMUL: cost.flop / self.flops[dtype_name(dtype)],
+            MEMORY: cost.bytes / self.bytes_per_second,
+        }
+        if self.exponentials:
+            limits[EXPONENTIALS] = cost.exponentials / self.exponentials
+        binding = max(limits, key=lambda name: limits[name])
+        return limits[binding], binding
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"flops": dict(self.flops)}
+
+
+def measure_ceilings(
+    device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (), clock: Clock | None = None
+) -> Ceilings:
+    """Measure for some seconds.
+
+    Args:
+        dtypes: of products; default float32, on a GPU bfloat16, float16 and float32.
+        clock: in place of the device's: ceilings must be timed as what is compared with them.
+    """
+    default = (
+        (torch.bfloat16, torch.float16, torch.float32) if is_cuda(device) else (torch.float32,)
+    )
+    return Ceilings(
+        device=device,
+        flops={
+            dtype_name(dtype): matmul_rate(device, dtype, clock=clock)
+            for dtype in dtypes or default
+        },
+        bytes_per_second=copy_rate(device, clock=clock),
+        exponentials=exponential_rate(device),
+    )
+
+
+def matmul_rate(
+    device: str, dtype: torch.dtype, side: int = 0, clock: Clock | None = None
+) -> float:
+    """FLOP/s of torch.mm of two square matrices, results written to a matrix that is there."""
+    side = side or _SIDE[_kind(device)]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / _median_seconds(lambda: torch.mm(a, b, out=out), clock or clock_of(device))
+
+
+def copy_rate(device: str, count: int = 0, clock: Clock | None = None) -> float:
+    """Bytes per second of a copy within the device's memory: read and written ones."""
+    count = count or _COPY_BYTES[_kind(device)]
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * count / _median_seconds(lambda: target.copy_(source), clock or clock_of(device))
+
+
+def exponential_rate(device: str) -> float:
+    """Of a GPU by its largest clock; 0 where no tool tells it, and on a CPU, whose kernels use no such unit."""
+    if not is_cuda(device):
+        return 0.0
+    index = torch.device(device).index or 0
+    command = ["nvidia-smi", f"--id={index}", "--query-gpu=clocks.max.sm"]
+    try:
+        done = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+        clock = float(done.stdout.split()[0]) * 1e6
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0.0
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return processors * _EXPONENTIALS_PER_CLOCK * clock
+
+
+def _median_seconds(call: Any, clock: Clock) -> float:
+    for _ in range(2):
+        clock(call)
+    return statistics.median(clock(call) for _ in range(_ROUNDS))
+
+
+def _kind(device: str) -> str:
+    return "cuda" if is_cuda(device) else "cpu"

@@ -1,0 +1,177 @@
+"""What a case must do: floating-point operations, bytes, exponentials. The numerators of every rate here.
+
+FLOP are those of matrix products, 2 for a multiply-add, of valid tokens and chosen experts alone; a peer that
+computes padding or every expert gets no credit for it. Bytes are the inputs that must be read and the results
+that must be written once, in the case's dtype (statistics in float32); what a kernel reads again is its own
+affair, except where the algorithm itself must: a backward that is timed alone reads the forward's inputs again.
+Exponentials are those of the softmax, which pair_moe's bound on a GPU counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .cases import BACKWARD, BOTH, FORWARD, Case
+from .shapes import LayerShape, PairShape, RoutedShape
+
+_STATISTIC = 4  # bytes of a float32
+_INDEX = 8  # of an int64
+_MLP_EXPANSION = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call. exponentials: of the softmax, forward, and once more where the backward makes it again."""
+
+    flop: int
+    bytes: int
+    exponentials: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flop + other.flop,
+            self.bytes + other.bytes,
+            self.exponentials + other.exponentials,
+        )
+
+
+def cost(case: Case) -> Cost:
+    """Of one call of a case."""
+    shape, size = case.shape, case.dtype.itemsize
+    if isinstance(shape, PairShape):
+        parts = pair_cost(shape, case.variant, size)
+    elif isinstance(shape, RoutedShape):
+        biased = case.variant == "bias"
+        parts = (
+            routing_cost(shape, size)
+            if case.operator == "routing"
+            else routed_cost(shape, size, biased)
+        )
+    elif case.operator == "expert_attention":
+        parts = attention_cost(shape, shape.views, size)
+    else:
+        parts = layer_cost(shape, 1 if case.phase == FORWARD else shape.views, size)
+    forward, backward = parts
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[case.phase]
+
+
+def pair_cost(shape: PairShape, reduce: str, size: int) -> tuple[Cost, Cost]:
+    """pair_moe, forward and backward.
+
+    Per pair, forward: 2 R for each expert's logit, and 2 V for each expert whose message from side b differs
+    from row to row: neither unique_a nor null, and under "pool" synergy alone. Backward: the logit again and
+    its two gradients, 6 R; of the message the product with the gradient of y and the gradient of c, 4 V;
+    and for synergy the sum of p c again, 2 V. One exponential for each pair and expert in each pass.
+    """
+    experts = len(shape.kinds)
+    products = sum(
+        kind == "synergy" or (reduce != "pool" and kind not in ("unique_a", "null"))
+        for kind in shape.kinds
+    )
+    synergy = shape.kinds.count("synergy")
+    forward = 2 * shape.rank * experts + 2 * shape.width * products
+    backward = 6 * shape.rank * experts + 4 * shape.width * products + 2 * shape.width * synergy
+    tokens = shape.batch * experts * (shape.rows + shape.columns)
+    inputs = tokens * (shape.rank + shape.width) * size
+    rows = shape.batch * experts * (1 if reduce == "pool" else shape.rows)
+    y = rows * shape.width * (_STATISTIC if reduce == "pool" else size)
+    mass = shape.batch * experts * shape.rows * _STATISTIC
+    exponentials = shape.pairs * experts
+    return (
+        Cost(forward * shape.pairs, inputs + y + mass, exponentials),
+        # Inputs and the gradient of y in, gradients of the inputs out.
+        Cost(backward * shape.pairs, 2 * inputs + y, exponentials),
+    )
+
+
+def attention_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost]:
+    """expert_attention over the valid tokens of one fusion layer, all experts, `views` and samples.
+
+    Forward 4 d FLOP for each query, key and head; backward 10 d: scores again, and the gradients of
+    probabilities, v, q and k. Forward reads q, k, v and writes out and one log-sum-exp for each row and head;
+    backward reads those and the gradient of out, and writes three gradients.
+    """
+    problems = shape.fusion_models * views * shape.batch
+    scores = problems * shape.valid_tokens**2
+    rows = problems * shape.valid_tokens
+    tensor = rows * shape.dim * size
+    statistics = rows * shape.heads * _STATISTIC
+    exponentials = scores * shape.heads
+    return (
+        Cost(4 * shape.dim * scores, 4 * tensor + statistics, exponentials),
+        Cost(10 * shape.dim * scores, 8 * tensor + statistics, exponentials),
+    )
+
+
+def routed_cost(shape: RoutedShape, size: int, biased: bool) -> tuple[Cost, Cost]:
+    """routed_mlp: 4 D F FLOP for each routed row forward, 8 D F backward.
+
+    Bytes: x, the weights of all experts, the tokens' choices and weights, and out; hidden rows are written
+    and read once forward (the two products are two kernels in every backend) and, kept, read backward, where
+    their gradient is written and read once as well.
+    """
+    rows = shape.routed_rows
+    tokens = shape.tokens * shape.width * size
+    weights = 2 * shape.experts * shape.width * shape.hidden * size
+    weights += shape.experts * (shape.width + shape.hidden) * size if biased else 0
+    choices = rows * (size + _INDEX)
+    hidden = rows * shape.hidden * size
+    product = 4 * rows * shape.width * shape.hidden
+    return (
+        Cost(product, 2 * tokens + weights + choices + 2 * hidden),
+        # x, the gradient of out, weights, kept rows in; gradients of x, weights, choices out.
+        Cost(2 * product, 3 * tokens + 2 * weights + 2 * choices + 3 * hidden),
+    )
+
+
+def routing_cost(shape: RoutedShape, size: int) -> tuple[Cost, Cost]:
+    """gate and dispatch: logits in; index, weight, counts, offsets and permutation out. No products.
+
+    Backward: the gradient of weight, index and logits in, the gradient of logits out.
+    """
+    logits = shape.tokens * shape.experts * size
+    index, weight = shape.routed_rows * _INDEX, shape.routed_rows * size
+    permutation = 4 * (shape.routed_rows + 2 * shape.experts + 1)
+    return (
+        Cost(0, logits + index + weight + permutation, shape.routed_rows),
+        Cost(0, 2 * logits + index + weight),
+    )
+
+
+def layer_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost]:
+    """interaction_moe: the fusion Transformers of all experts and `views`, on valid tokens.
+
+    A layer makes 8 D^2 FLOP for each row in q, k, v and the projection, 8 D^2 in its MLP (expansion 2; with
+    routed experts that for each of two choices) and its attention. In the first layer the queries, keys and
+    values of tokens that a view does not replace are those of the full view: they are computed once, so that
+    in training two sets of rows, the tokens and their noise, go through that product. Backward twice the
+    products. Bytes, at least: for every layer the weights and the rows that enter and leave it, and for the
+    backward the same again with gradients; not counted are the rows between kernels.
+    """
+    samples = shape.fusion_models * shape.batch
+    rows = samples * views * shape.valid_tokens
+    first = samples * min(views, 2) * shape.valid_tokens
+    square = shape.dim**2
+    choices = 2 if shape.experts else 1
+    sparse_layers = (shape.layers + 1) // 2 if shape.experts else 0
+    dense_layers = shape.layers - sparse_layers
+    flop = 6 * square * (first + (shape.layers - 1) * rows) + 2 * square * shape.layers * rows
+    flop += 4 * _MLP_EXPANSION * square * rows * (dense_layers + choices * sparse_layers)
+    mlp = 2 * _MLP_EXPANSION * square
+    parameters = shape.layers * 4 * square + mlp * (
+        dense_layers + sparse_layers * max(shape.experts, 1)
+    )
+    weights = shape.fusion_models * parameters * size
+    stream = 2 * shape.layers * rows * shape.dim * size
+    attention, attention_backward = attention_cost(shape, views, size)
+    forward = Cost(
+        flop + shape.layers * attention.flop,
+        weights + stream,
+        shape.layers * attention.exponentials,
+    )
+    backward = Cost(
+        2 * flop + shape.layers * attention_backward.flop,
+        2 * weights + 2 * stream,
+        shape.layers * attention.exponentials,
+    )
+    return forward, backward

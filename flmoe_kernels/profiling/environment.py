@@ -1,0 +1,100 @@
+"""What a result depends on: device, driver, instruction set, threads, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..backend import instruction_set
+from .shapes import is_cuda
+
+# Names the commit where there is no git checkout to ask: on a machine that was given the files alone.
+COMMIT_VARIABLE = "FLMOE_COMMIT"
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Plain values that JSON can hold; `driver` and the GPU's own facts for CUDA devices alone."""
+    facts: dict[str, Any] = {
+        "device": device_name(device),
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(),
+        "flmoe_kernels": __version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+    if is_cuda(device):
+        facts |= _gpu_facts(device)
+    return facts
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the processor's name."""
+    return str(torch.cuda.get_device_name(device)) if is_cuda(device) else cpu_model()
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it; on Linux platform.processor() is often empty."""
+    if _CPUINFO.is_file():
+        for line in _CPUINFO.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The checkout that the package or the working directory lies in, else FLMOE_COMMIT, else "unknown"."""
+    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
+        found = _output("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12")
+        if found:
+            return found
+    return os.environ.get(COMMIT_VARIABLE) or "unknown"
+
+
+def _gpu_facts(device: str) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    asked = _output(
+        *("nvidia-smi", f"--id={torch.device(device).index or 0}", "--format=csv,noheader"),
+        "--query-gpu=driver_version,clocks.max.sm,power.limit",
+    )
+    driver, clock, power = ([*asked.split(", "), "", "", ""])[:3]
+    return {
+        "driver": driver or "unknown",
+        "cuda": torch.version.cuda,
+        "architecture": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "clock": clock or "unknown",
+        "power_limit": power or "unknown",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    """What a program prints, or "" where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
