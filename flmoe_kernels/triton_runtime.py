@@ -7,10 +7,14 @@ tensors on the meta device, is what runs where it is.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,19 +33,27 @@ _TYPES = {
     torch.int64: "*i64",
 }
 # Where there is no GPU to ask: few, since the interpreter runs programs one by one.
-_MULTIPROCESSORS = 2
+_MULTIPROCESSORS: ContextVar[int] = ContextVar("multiprocessors", default=2)
 _MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
+_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-zA-Z]\w*::\w+)*(?:\.v(\d))?\.[a-z](\d+)\b")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a kernel: per thread registers and spilled bytes, per block shared bytes."""
+    """What the compiler made of a kernel: per thread registers and spilled bytes, per block shared bytes.
+
+    matrix: the matrix instructions of the PTX by name. warps: of a block, with those that the compiler added.
+    tensor_memory: columns, of the 512 that an SM of sm_100 has; 0 elsewhere. accesses: loads and stores of global
+    memory in the PTX by the bytes that a thread moves with each, "ld.16" or "st.4".
+    """
 
     registers: int
     spilled: int
     shared: int
-    # The matrix instructions of the PTX by name.
     matrix: dict[str, int]
+    warps: int
+    tensor_memory: int
+    accesses: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,24 @@ class Launch:
 
     def compile(self, architecture: int) -> Report:
         """Compile for sm_`architecture`; needs no GPU, but real kernels, not those of the interpreter."""
+        return _report(self.compiled(architecture))
+
+    def compiled(self, architecture: int) -> Any:
+        """What Triton makes of it, with the text of every stage in `asm`."""
+        return triton.compile(
+            ASTSource(self.kernel, *self._specialization()),
+            target=GPUTarget("cuda", architecture, 32),
+            options=self._options(architecture),
+        )
+
+    def specialization(self, architecture: int) -> str:
+        """Equal for launches that run the same compiled kernel, whatever their shapes are."""
+        kernel = f"{self.kernel.fn.__module__}.{self.kernel.fn.__name__}"
+        facts = (kernel, architecture, *self._specialization(), self._options(architecture))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def _specialization(self) -> tuple[dict, dict, dict]:
+        """Signature, constants and attributes of the kernel."""
         signature: dict[str, Any] = {}
         constants: dict[Any, Any] = {}
         attributes: dict[tuple[int, ...], list] = {}
@@ -74,12 +104,7 @@ class Launch:
             else:
                 value = self.arguments[name]
                 signature[name] = _specialize(value, (place,), constants, attributes)
-        compiled = triton.compile(
-            ASTSource(self.kernel, signature, constants, attributes),
-            target=GPUTarget("cuda", architecture, 32),
-            options=self._options(architecture),
-        )
-        return _report(compiled)
+        return signature, constants, attributes
 
     def _options(self, architecture: int) -> dict[str, Any]:
         # Fused multiply-adds are what the error budgets are met with; their default is about to change.
@@ -112,8 +137,18 @@ def interpreted() -> bool:
 def multiprocessors(device: torch.device) -> int:
     """How many a GPU has: persistent kernels run a fixed number of programs on each."""
     if device.type != "cuda":
-        return _MULTIPROCESSORS
+        return _MULTIPROCESSORS.get()
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@contextmanager
+def assume_multiprocessors(count: int) -> Iterator[None]:
+    """Within: launches of tensors that are on no GPU are those for one with so many multiprocessors."""
+    token = _MULTIPROCESSORS.set(count)
+    try:
+        yield
+    finally:
+        _MULTIPROCESSORS.reset(token)
 
 
 def _architecture() -> int:
@@ -180,8 +215,17 @@ def _report(compiled: Any) -> Report:
             check=True,
         ).stdout
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    matrix: dict[str, int] = {}
-    for name in _MATRIX_INSTRUCTION.findall(compiled.asm["ptx"]):
-        matrix[name] = matrix.get(name, 0) + 1
-    spilled = resources["STACK"] + resources["LOCAL"]
-    return Report(resources["REG"], spilled, compiled.metadata.shared, matrix)
+    ptx = compiled.asm["ptx"]
+    accesses = (
+        f"{kind}.{int(many or 1) * int(bits) // 8}" for kind, many, bits in _ACCESS.findall(ptx)
+    )
+    metadata = compiled.metadata
+    return Report(
+        resources["REG"],
+        resources["STACK"] + resources["LOCAL"],
+        metadata.shared,
+        dict(Counter(_MATRIX_INSTRUCTION.findall(ptx))),
+        metadata.num_warps,
+        getattr(metadata, "tmem_size", None) or 0,
+        dict(Counter(accesses)),
+    )

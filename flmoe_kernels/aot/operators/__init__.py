@@ -1,0 +1,1 @@
+"""The kernels of each operator as cases; cases.py puts them together."""
