@@ -1,0 +1,333 @@
+"""The command `bench`: time the kernels against their peers, hold them to floors, compare two results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+
+import typer
+
+from .errors import fail, needs_extra
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from flmoe_kernels.profiling.floors import Floor, Floors, Here
+    from flmoe_kernels.profiling.gate import Verdict
+    from flmoe_kernels.profiling.results import Row
+
+LOG_WIDTH = 160
+
+app = typer.Typer(help="Time the kernels against their peers; gate; compare two results.")
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    gate: Annotated[
+        Path | None, typer.Option(help="Floors to hold this machine to; exit code 1 below one.")
+    ] = None,
+    case: Annotated[
+        str | None, typer.Option(help="One case, e.g. pair_moe/pair_base/forward/float32/pool.")
+    ] = None,
+    op: Annotated[str | None, typer.Option(help="The cases of one operator.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every case or floor, not the quick set alone.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seconds: Annotated[
+        float, typer.Option(help="At most so long for a case; a gate's file has its own.")
+    ] = 8.0,
+    threads: Annotated[
+        int | None, typer.Option(help="Default torch's own; a gate's file has its own.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="As one more run of the --json file.")
+    ] = False,
+    update: Annotated[
+        Path | None, typer.Option(help="Write this machine's ratios to this file of floors.")
+    ] = None,
+    no_retry: Annotated[
+        bool, typer.Option("--no-retry", help="Below a floor is below: no second process.")
+    ] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Print names of cases and contestants, time nothing.")
+    ] = False,
+    only: Annotated[str | None, typer.Option(hidden=True)] = None,
+    plant: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Time the kernels against their peers: all cases, one, an operator's, or those of a file of floors.
+
+    Without --gate the quick set is every operator at a small shape, forward and forward+backward.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if device not in ("cpu", "cuda"):
+        fail(f"--device: expected cpu or cuda, got {device!r}")
+    if update is not None and gate is None:
+        fail("--update: needs --gate FILE, which says what is to be measured")
+    if append and json_file is None:
+        fail("--append: needs --json FILE")
+    _plant(plant)
+    if listing:
+        _list(case, op, full, device)
+        return
+    if gate is None:
+        _run(case, op, full, device, seconds, threads, json_file, append)
+        return
+    chosen = _Chosen(device, case, op, full, only)
+    retry = not no_retry and update is None
+    _gate(gate, chosen, retry, plant, json_file, append, update)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A file of bench --json.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    by: Annotated[
+        str, typer.Option(help="What counts: ratio (to the peer beside it) or time.")
+    ] = "ratio",
+    fail_below: Annotated[
+        float, typer.Option(help="Exit code 1 where AFTER is surely below this speed of BEFORE.")
+    ] = 0.9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Append the table to this file as Markdown.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Compare two results, of two commits or two machines; exit code 1 on a significant regression."""
+    from flmoe_kernels.profiling import compare as comparing
+    from flmoe_kernels.profiling.results import ResultError, load_runs
+
+    if by not in comparing.BY:
+        fail(f"--by: expected {' or '.join(comparing.BY)}, got {by!r}")
+    try:
+        comparison = comparing.compare(
+            load_runs(before), load_runs(after), by=by, fail_below=fail_below
+        )
+    except (ResultError, ValueError) as error:
+        fail(str(error))
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(comparison.as_dict(), indent=2))
+    else:
+        _print(comparing.table(comparison))
+        typer.echo(comparison.summary())
+    if markdown is not None:
+        with markdown.open("a", encoding="utf-8") as file:
+            file.write(comparing.markdown(comparison))
+    if plot is not None:
+        with needs_extra("demo"):
+            from flmoe_kernels.profiling.compare_plot import save_figure
+
+            try:
+                save_figure(comparison, plot)
+            except ValueError as error:
+                fail(str(error))
+    raise typer.Exit(code=1 if comparison.regressions else 0)
+
+
+class _Chosen(NamedTuple):
+    """Which floors are meant; only: one, by its key."""
+
+    device: str
+    case: str | None
+    op: str | None
+    full: bool
+    only: str | None
+
+
+def _gate(
+    path: Path,
+    wanted: _Chosen,
+    retry: bool,
+    plant: str | None,
+    json_file: Path | None,
+    append: bool,
+    update: Path | None,
+) -> None:
+    from flmoe_kernels.profiling.gate import gate_table, precisely
+
+    floors = _load(path)
+    here = _here(wanted.device)
+    if floors.machine(here) is None:
+        note = "no [machine] table describes this one: the low floors of any machine apply"
+        typer.echo(f"{path}: {note} ({here.device or here.cpu}, {here.isa})", err=True)
+    chosen = _choose(floors, wanted)
+    if update is not None:
+        chosen = [precisely(floor) for floor in chosen]
+    verdicts = _verdicts(path, floors, chosen, here, retry, plant)
+    _print(gate_table(verdicts))
+    if json_file is not None:
+        _save_gate(json_file, append, wanted.device, verdicts)
+    if update is not None:
+        _update(update, path, here, verdicts)
+    elif not all(verdict.passed for verdict in verdicts):
+        raise typer.Exit(code=1)
+
+
+def _plant(plant: str | None) -> None:
+    if plant is None:
+        return
+    from flmoe_kernels.profiling.plant import plant as do_plant
+
+    try:
+        do_plant(plant)
+    except ValueError as error:
+        fail(str(error))
+
+
+def _load(path: Path) -> Floors:
+    from flmoe_kernels.profiling.floors import FloorsError, load_floors
+    from flmoe_kernels.profiling.gate import known_cases
+
+    try:
+        return load_floors(path, known_cases())
+    except FloorsError as error:
+        fail(str(error))
+
+
+def _here(device: str) -> Here:
+    import torch
+
+    from flmoe_kernels.backend import instruction_set
+    from flmoe_kernels.profiling.contestants import device_lack
+    from flmoe_kernels.profiling.environment import cpu_model, device_name
+    from flmoe_kernels.profiling.floors import Here
+
+    lack = device_lack(device)
+    if lack:
+        fail(f"--device {device}: {lack}")
+    gpu = "" if device == "cpu" else device_name(device)
+    return Here(cpu_model(), instruction_set(), gpu, torch.__version__)
+
+
+def _choose(floors: Floors, wanted: _Chosen) -> list[Floor]:
+    from flmoe_kernels.profiling.gate import choose
+
+    if wanted.only is not None:
+        return [floor for floor in floors.floors if floor.key == wanted.only]
+    try:
+        return choose(floors, wanted.device, wanted.case, wanted.op, wanted.full)
+    except LookupError as error:
+        fail(str(error.args[0]))
+
+
+def _verdicts(
+    path: Path, floors: Floors, chosen: list[Floor], here: Here, retry: bool, plant: str | None
+) -> list[Verdict]:
+    from flmoe_kernels.profiling import gate
+    from flmoe_kernels.profiling.check import WrongAnswer
+
+    again = gate.measure_elsewhere(path, plant) if retry else None
+    found = []
+    try:
+        for verdict in gate.run_gate(floors, chosen, here, gate.measure_here, again):
+            typer.echo(verdict.message(), err=True)
+            found.append(verdict)
+    except gate.Unmeasured as error:
+        fail(str(error))
+    except WrongAnswer as error:
+        _wrong(error)
+    return found
+
+
+def _wrong(error: Exception) -> NoReturn:
+    typer.echo(f"WRONG: {error}", err=True)
+    raise typer.Exit(code=1)
+
+
+def _print(table: RenderableType) -> None:
+    from rich.console import Console
+
+    # A log has no width of its own, and rich would take 80 columns.
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(table)
+
+
+def _save_gate(path: Path, append: bool, device: str, verdicts: list[Verdict]) -> None:
+    from flmoe_kernels.profiling.results import rows_of
+
+    rows: list[Row] = []
+    for verdict in verdicts:
+        floor, paired = verdict.floor, verdict.attempts[-1]
+        rows += rows_of(floor.case, floor.ours, floor.peer, floor.threads, paired)
+    _save(path, append, device, rows, gate=[verdict.as_dict() for verdict in verdicts])
+
+
+def _save(path: Path, append: bool, device: str, rows: list[Row], **more: Any) -> None:
+    from flmoe_kernels.profiling.environment import environment
+    from flmoe_kernels.profiling.results import ResultError, Run, save_run
+
+    try:
+        save_run(path, Run(environment(device), rows, **more), append)
+    except (ResultError, OSError) as error:
+        fail(str(error))
+
+
+def _update(path: Path, source: Path, here: Here, verdicts: list[Verdict]) -> None:
+    from flmoe_kernels.profiling.floors import FloorsError, machine_of, update_file
+
+    ratios = {verdict.floor.key: verdict.attempts[-1].ratio for verdict in verdicts}
+    try:
+        name = update_file(path, source, machine_of(here, ratios))
+    except (FloorsError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"{path}: [machine.{name}] holds the ratios of this machine now", err=True)
+
+
+def _list(case: str | None, op: str | None, full: bool, device: str) -> None:
+    from flmoe_kernels.backend import BackendUnavailable
+    from flmoe_kernels.profiling import bench as running
+    from flmoe_kernels.profiling.contestants import contestants
+    from flmoe_kernels.profiling.gate import Unmeasured
+
+    _here(device)
+    try:
+        for entry in running.choose(case, op, full, device):
+            typer.echo(entry.case.name)
+            for one in contestants(entry.case):
+                reason = f": cannot run here: {one.why_not}" if one.why_not else ""
+                typer.echo(f"  {one.name} ({one.kind}, {one.version}){reason}")
+    except (Unmeasured, BackendUnavailable, ValueError) as error:
+        fail(str(error))
+
+
+def _run(
+    case: str | None,
+    op: str | None,
+    full: bool,
+    device: str,
+    seconds: float,
+    threads: int | None,
+    json_file: Path | None,
+    append: bool,
+) -> None:
+    import torch
+
+    from flmoe_kernels.backend import BackendUnavailable
+    from flmoe_kernels.profiling import bench as running
+    from flmoe_kernels.profiling.check import WrongAnswer
+    from flmoe_kernels.profiling.gate import Unmeasured
+
+    _here(device)
+    rows: list[Row] = []
+    details = []
+    try:
+        for entry in running.choose(case, op, full, device):
+            typer.echo(f"{entry.case.name} ...", err=True)
+            found = running.measure(entry, seconds, threads or torch.get_num_threads())
+            for message in found.left_out:
+                typer.echo(f"  left out: {message}", err=True)
+            rows += found.rows
+            details.append(found.details)
+    except (Unmeasured, BackendUnavailable, ValueError) as error:
+        fail(str(error))
+    except WrongAnswer as error:
+        _wrong(error)
+    _print(running.table(rows))
+    if json_file is not None:
+        _save(json_file, append, device, rows, details=details)
