@@ -4,6 +4,8 @@
 // that a transpose costs nothing; rows of B and C are contiguous and N is padded to whole vectors
 // by the caller. 6 rows x 4 vectors (AVX-512) keep 24 independent multiply-add chains in registers,
 // enough to cover the latency of two FMA units; each loaded vector of B feeds 6 of them.
+// What is accumulated is a sum of its own first: sums over many calls are sums of sums, whose
+// rounding grows with the length of each and with their number, not with their product.
 #pragma once
 
 #include "cpu/simd.h"
@@ -18,7 +20,7 @@ inline void micro_gemm(int64_t depth, const A* a, int64_t a_row, int64_t a_col, 
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v)
-      acc[i][v] = accumulate ? load(c + i * c_row + v * kLanes<A>) : Vec<A>{};
+      acc[i][v] = Vec<A>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<A> row[VECS];
 #pragma GCC unroll 4
@@ -33,7 +35,10 @@ inline void micro_gemm(int64_t depth, const A* a, int64_t a_row, int64_t a_col, 
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) store(c + i * c_row + v * kLanes<A>, acc[i][v]);
+    for (int v = 0; v < VECS; ++v) {
+      A* to = c + i * c_row + v * kLanes<A>;
+      store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
+    }
 }
 
 // All rows of one panel of VECS vectors.

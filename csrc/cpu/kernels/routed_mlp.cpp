@@ -211,14 +211,16 @@ struct WeightGradient {
     const int64_t padded = round_up(columns, kLanes<A>);
     const int64_t sums = kOutBlock * padded;
     A* total = static_cast<A*>(thread_scratch(
-        0, (sums + kTokenBlock * (padded + kOutBlock) + kOutBlock + 64) * int64_t(sizeof(A))));
+        0, (sums + kTokenBlock * (padded + kOutBlock) + 2 * kOutBlock + 64) * int64_t(sizeof(A))));
     A *right = total + sums, *left = right + kTokenBlock * padded;
-    A* bias = left + kTokenBlock * kOutBlock;
+    A *bias = left + kTokenBlock * kOutBlock, *part = bias + kOutBlock;
     std::memset(total, 0, sums * sizeof(A));
     std::memset(bias, 0, kOutBlock * sizeof(A));
     for (int64_t first = in.offsets[e]; first < in.offsets[e + 1]; first += kTokenBlock) {
       const int64_t depth = min64(kTokenBlock, in.offsets[e + 1] - first);
-      load(first, depth, n0, count, columns, padded, left, right, bias);
+      std::memset(part, 0, kOutBlock * sizeof(A));
+      load(first, depth, n0, count, columns, padded, left, right, part);
+      for (int64_t n = 0; n < count; ++n) bias[n] += part[n];
       gemm<A>(count, padded, depth, left, 1, kOutBlock, right, padded, total, padded, true);
     }
     const int64_t rows = tokens_left ? in.width : in.hidden;
