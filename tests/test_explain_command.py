@@ -38,7 +38,6 @@ from flmoe_kernels.explain import (
 )
 from flmoe_kernels.explain.coalitions import resume
 from flmoe_kernels.explain.report import command
-from flmoe_kernels.explain.report.findings import targets_of
 from flmoe_kernels.explain.report.request import Request
 from flmoe_kernels.swap_report import LeftLayer, SwapReport
 from flmoe_kernels.testing import LayerCase
@@ -181,11 +180,28 @@ def test_page_is_whole_safe_and_needs_nothing_else(made: tuple[Path, Path, Path]
         kind, _, content = source.partition(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(content, validate=True) in on_disk
-    assert set(page.links) == {path.name for path in out.iterdir()} - {"index.html", "checkpoints"}
+    files = {path.name for path in out.iterdir()} - {"index.html", "checkpoints"}
+    assert set(page.links) == files | {"#sample_0", "#sample_1"}
+    assert {'id="sample_0"', 'id="sample_1"'} <= set(re.findall(r'id="sample_\d"', text))
     assert not re.search(r"(?:src|href)=\"https?:|url\(|@import", text)
     # The untrusted token is there, as text.
     assert any(EVIL in cell for cell in page.cells)
     assert any("' onload='" in cell for cell in page.cells)
+
+
+def test_page_is_accessible_and_loads_nothing(made: tuple[Path, Path, Path]) -> None:
+    text = (made[2] / "index.html").read_text(encoding="utf-8")
+    assert '<html lang="en">' in text
+    assert "default-src 'none'; img-src data:;" in text
+    # Every table has a caption, every head of a row or column words, every section a title.
+    assert text.count("<table>") == text.count("<caption>") > 4
+    heads = re.findall(r"<th ([^>]*)>(.*?)</th>", text)
+    assert all("scope=" in about and words for about, words in heads)
+    assert any(about == 'scope="row"' for about, _ in heads)
+    for title in re.findall(r'aria-labelledby="(\w+)"', text):
+        assert f'<h2 id="{title}">' in text
+    colours = re.search(r"body \{[^}]*color: #111;[^}]*background: #fff;", text)
+    assert colours is not None
 
 
 def test_page_lists_the_pairs_of_each_sample(made: tuple[Path, Path, Path]) -> None:
@@ -257,20 +273,22 @@ def test_interrupt_while_writing_leaves_no_part_of_a_file(
     victim: str, made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, data, whole = made
-    write = Path.write_bytes
+    opened = Path.open
     target = {"figure": "faithfulness.png", "json": "explanation.json", "page": "index.html"}[
         victim
     ]
 
-    def half(self: Path, content: bytes) -> int:
-        if target in self.name:
-            write(self, content[: len(content) // 2])
+    def half(self: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        stream = opened(self, mode, *more, **options)
+        if target in self.name and mode in ("wb", "xb"):
+            stream.write(b"half")
+            stream.close()
             raise KeyboardInterrupt
-        return write(self, content)
+        return stream
 
     pictures = {f"{x}.png": command.Picture(b"png", "alt", "caption") for x in FIGURES}
     monkeypatch.setattr(command, "draw", lambda found: pictures)
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(Path, "open", half)
     assert command.main(checkpoint, data, tmp_path, REQUEST) == command.INTERRUPTED
     names = {path.name for path in tmp_path.iterdir()}
     assert target not in names
@@ -370,64 +388,32 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
         assert found["faithfulness"]["rows"][0]["random"] is None
 
 
-def test_targets() -> None:
-    arrays = full_arrays()
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
-
-    def found(target: str | None, labels: Any) -> list[int]:
-        request = Request(target=target)
-        features = Labelled(labels=None if labels is None else torch.as_tensor(labels))
-        return targets_of(request, features, logits).tolist()
-
-    several = [[True, False, True, False], [False] * 4, [False, False, False, True]]
-    assert found(None, None) == found("predicted", arrays["labels"]) == [1, 0, 3]
-    assert found(None, arrays["labels"]) == found("label", arrays["labels"]) == [0, 3, 1]
-    assert found("label", several) == [2, 0, 3]
-    assert found("3", None) == [3, 3, 3]
-    with pytest.raises(ValueError, match="target: expected a class from 0 to 3, got 4"):
-        found("4", None)
-    with pytest.raises(ValueError, match="target: expected labels in the file"):
-        found("label", None)
-
-
-class Labelled:
-    """The labels of samples alone."""
-
-    def __init__(self, labels: Any) -> None:
-        self.labels = labels
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--samples", "0", "samples: expected an int from 1, got 0"),
-        ("--attribution", "guess", "attribution: expected one of attention_rollout"),
-        ("--method", "closed_form", "method: expected one of auto, exact, sampling"),
-        ("--pairs", "some", "pairs: expected one of across, all"),
-        ("--target", "-1", "target: expected label, predicted or a class, got '-1'"),
-        ("--target", "4", "target: expected a class from 0 to 3, got 4"),
-        ("--fill", "noise", "fill: expected one of zero, mean, drop"),
-        ("--seed", "-1", "seed: expected an int from 0"),
-        ("--budget", "3", "budget: expected at least"),
-        ("--heads", "3", "layer.pt"),
-        ("--checkpoint", "none.pt", "none.pt"),
-        ("--data", "none.npz", "No such file or directory: 'none.npz'"),
-        ("--data", "layer.pt", "layer.pt: "),
-        ("--out", "layer.pt", "File exists"),
-    ],
-)
-def test_bad_options_are_one_line_and_exit_code_2(
-    option: str,
-    value: str,
-    message: str,
+@pytest.mark.parametrize("method", ["integrated_gradients", "attention_rollout"])
+def test_the_image_shows_signed_scores_as_they_are(
+    method: str,
     made: tuple[Path, Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(made[0].parent)
-    options = {"--checkpoint": "layer.pt", "--data": "data.npz", "--out": str(tmp_path / "out")}
-    words = [word for pair in (options | {option: value}).items() for word in pair]
-    result = CliRunner().invoke(app, ["explain", *words])
-    assert result.exit_code == 2, result.output
-    assert message in one_line(result.stderr)
-    assert not (tmp_path / "out" / "index.html").exists()
+    """Scaled to 0..1 the token that speaks most against the class would be the one that weighs nothing."""
+    shown: list[tuple[Any, str]] = []
+
+    def seen(*given: Any, weights: Any, weights_label: str, **options: Any) -> Any:
+        if weights is not None:
+            shown.append((weights, weights_label))
+        return draw_map(*given, weights=weights, weights_label=weights_label, **options)
+
+    draw_map = command.token_patch_map
+    monkeypatch.setattr(command, "token_patch_map", seen)
+    request = Request(samples=1, budget=64, top=1, repeats=0, attribution=method)
+    found = command.run(made[0], made[1], tmp_path, request)
+    own = found.attribution.of()[1][0]
+    [(weights, label)] = shown
+    if method == "integrated_gradients":
+        assert float(own.min()) < 0 < float(own.max())
+        assert torch.equal(weights, own)
+        assert label == "integrated_gradients (logit)"
+    else:
+        assert torch.equal(weights, found.attribution.normalized()[1][0])
+        assert (float(weights.min()), float(weights.max())) == (0.0, 1.0)
+        assert label.endswith("scaled from 0 to 1")

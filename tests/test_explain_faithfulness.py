@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,12 @@ def test_counts_of_a_percentage() -> None:
     assert int(percent_counts(full, 7)) == 7 < int(np.ceil(100 * (7 / 100.0)))
     assert int(percent_counts(full, 2.5)) == 3
     assert int(percent_counts(full, 100)) == 100
+    # Percentages of many digits, times as many tokens, have no place in 64 bits.
+    for percent, n in itertools.product((100 / 7, 100 / 3, 1 / 3, 1e-30), (8192, 100_000)):
+        expected = math.ceil(n * Fraction(str(percent)) / 100)
+        assert int(percent_counts(torch.ones(1, n, dtype=torch.bool), percent)) == expected
+    mixed = torch.tensor([[True, True, False], [False] * 3])
+    assert percent_counts(mixed, 60).tolist() == [2, 0]
 
 
 def test_a_sample_of_padding_is_left_out() -> None:
@@ -323,9 +331,21 @@ def test_errors() -> None:
         ([[((0, 7), (1, 0))], [], [], []], r"pairs\[0\]: expected valid tokens, got .* \(0, 7\)"),
         ([[], [((0, -1), (1, 0))], [], []], r"pairs\[1\]: expected valid tokens"),
         ([[((0, 1, 2), (1, 0, 2))], [], [], []], r"pairs\[0\]: expected a PairValues or a list"),
+        ([[((0, 1), (1, 0)), ((0, 1),)], [], [], []], r"pairs\[0\]: .* got others"),
+        ([[], [((0, 1), (0, 1))], [], []], r"pairs\[1\]: expected pairs of two .* \(0, 1\) twice"),
     ]
     for pairs, message in pair_errors:
         with pytest.raises(ValueError, match=message):
             pair_masking(layer, inputs, masks, pairs)
+    with pytest.raises(TypeError, match=r"pairs\[0\]: expected a PairValues .* got NoneType"):
+        pair_masking(layer, inputs, masks, [None] * 4)  # type: ignore[list-item]
+    # Of a model with other classes; one column would pass for all of them.
+    explained = attribute(layer, inputs, masks)
+    for classes in (5, 1):
+        other = dataclasses.replace(explained, targets=torch.ones(4, classes))
+        with pytest.raises(
+            ValueError, match=rf"logits: expected .* = \(4, {classes}\), got \(4, 3"
+        ):
+            faithfulness(layer, inputs, masks, other)
     with pytest.raises(TypeError, match="budgets: expected an int, got float"):
         pair_masking(layer, inputs, masks, [[]] * 4, budgets=[2.5])  # type: ignore[list-item]

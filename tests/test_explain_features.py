@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from explain_files import Arrays, full_arrays, write_data
 
+from flmoe_kernels.explain.report import features
 from flmoe_kernels.explain.report.features import FeatureError, load_features
 
 
@@ -85,6 +88,10 @@ def test_padding_may_hold_anything(tmp_path: Path) -> None:
     path = write_data(tmp_path, changed(inputs_0=BROKEN.astype(">f8"))())
     found = load_features(path, 2, 8, 4, torch.float32)
     assert found.inputs[0].dtype == torch.float32
+    # What a layer multiplies by 0 is finite.
+    assert found.masks is not None
+    assert found.masks[0] is not None
+    assert torch.equal(found.inputs[0][~found.masks[0]], torch.zeros(2, 8))
     assert found.first(2).samples == 2
     assert found.first(9).lengths == (5, 9)
 
@@ -97,6 +104,87 @@ class Danger:
 
     def __reduce__(self) -> Any:
         return (Path.touch, (self.path,))
+
+
+def test_a_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    path = write_data(tmp_path, {**full_arrays(), "x\x1b[2J\n": X})
+    with pytest.raises(FeatureError, match=r": x \[2J : expected inputs_0") as caught:
+        load_features(path, 2, 8, 4, torch.float32)
+    assert str(caught.value).isprintable()
+
+
+def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
+    """An .npy file that says so much is in it, and has 64 bytes."""
+    file = io.BytesIO()
+    about = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, about)
+    return file.getvalue() + bytes(64)
+
+
+def npy(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+BEYOND = np.full((3, 5), 0x7FFFFFFF, dtype="<u4")
+FORGED: dict[str, tuple[str, bytes, str]] = {
+    "larger than memory": ("inputs_0", header((10**13,)), "inputs_0: .* that fits in memory"),
+    "more than there is": ("inputs_0", header((10**6,)), "inputs_0: damaged"),
+    "beyond 64 bits": ("inputs_0", header((10**30,)), "inputs_0: damaged"),
+    "negative": ("inputs_0", header((-5,)), "inputs_0: damaged"),
+    "cut": ("inputs_0", npy(X)[:-100], "inputs_0: damaged"),
+    "no header": ("inputs_0", b"inputs", "inputs_0: expected an array, got another file"),
+    "no characters": (
+        "tokens_0",
+        npy(BEYOND).replace(b"'<u4'", b"'<U1'"),
+        "tokens_0: expected text, got other numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_forged_arrays_are_refused(kind: str, tmp_path: Path) -> None:
+    name, content, message = FORGED[kind]
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as file:
+        for other in ("inputs_0", "inputs_1"):
+            file.writestr(f"{other}.npy", content if other == name else npy(X))
+        if name not in ("inputs_0", "inputs_1"):
+            file.writestr(f"{name}.npy", content)
+    with pytest.raises(FeatureError, match=message) as caught:
+        load_features(tmp_path / "data.npz", 2, 8, 4, torch.float32)
+    assert "Python objects" not in str(caught.value)
+
+
+def test_encrypted_or_altered_archives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("inputs_0.npy", npy(X))
+    content = bytearray(path.read_bytes())
+    altered = content.copy()
+    altered[70:90] = b"\xff" * 20
+    encrypted = content.copy()
+    encrypted[6] |= 1
+    encrypted[content.index(b"PK\x01\x02") + 8] |= 1
+    for each in (altered, encrypted):
+        path.write_bytes(each)
+        with pytest.raises(FeatureError, match="inputs_0: damaged or encrypted"):
+            load_features(path, 2, 8, 4, torch.float32)
+    path.write_bytes(content)
+    with pytest.raises(FeatureError, match=r"inputs_1: expected .* got none"):
+        load_features(path, 2, 8, 4, torch.float32)
+
+
+def test_an_archive_that_unpacks_beyond_memory_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, **full_arrays(), inputs_2=np.zeros(10**6))
+    assert path.stat().st_size < 10**5
+    monkeypatch.setattr(features, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
+    with pytest.raises(FeatureError, match="expected arrays of 1000000 bytes at most, got 80"):
+        load_features(path, 2, 8, 4, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["objects", "pickle", "array", "text", "torn"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyArrowPatch, PathPatch, Rectangle
 
@@ -119,6 +121,40 @@ def test_map_holds_the_candidates_around_zero() -> None:
     assert figure.get_suptitle() == "of one sample"
 
 
+def luminance(colour: Any) -> float:
+    return float(np.dot(to_rgba(colour)[:3], [0.299, 0.587, 0.114]))
+
+
+def test_hatches_are_seen_without_colour() -> None:
+    """Every cell below 0 has lines lighter or darker than itself; on small values they are pale."""
+    values = -np.linspace(0.0, 1.0, 41)[None]
+    axes = token_patch_map(values).axes[0]
+    [image] = axes.get_images()
+    ground = [luminance(colour) for colour in image.to_rgba(values)[0]]
+    ink = {}
+    for patch in axes.patches:
+        for corners in patch.get_path().to_polygons():
+            ink[round(corners[:4, 0].mean())] = luminance(patch.get_edgecolor())
+    assert sorted(ink) == list(range(1, 41))
+    for place, line in ink.items():
+        assert abs(line - ground[place]) > 0.12, place
+    assert ground[1] - ink[1] < 0.5 * (ground[3] - ink[3])
+    # One ink for all is lost on some of the blues.
+    assert min(abs(0.35 - each) for each in ground) < 0.05
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.0, 1e-6])
+def test_one_patch(value: float) -> None:
+    figure = token_patch_map(np.array([[value]]), image=np.full((3, 5), 0.5))
+    axes = figure.axes[1]
+    framed = "framed: the largest" if value else ""
+    assert axes.get_xlabel() == framed + ("; hatched: below 0" if value < 0 else "")
+    low, high = figure.axes[-1].get_ylim()
+    assert (low < 0) == (value < 0)
+    assert high == pytest.approx(abs(value) or 1.0)
+    assert png_bytes(figure, dpi=40)
+
+
 def test_cells_without_a_value_are_no_zeros() -> None:
     values = np.array([[1.0, NAN], [0.0, -1.0]])
     [image] = token_patch_map(values).axes[0].get_images()
@@ -180,6 +216,7 @@ def test_network_tells_sign_size_and_doubt() -> None:
     expected = {0.5: FOR, -1.0: AGAINST, 0.1: UNSURE, 0.3: FOR}
     for value, colour in expected.items():
         assert line_colour(by_value[value]) == to_rgba(colour)
+    assert axes.get_title() == "The 4 strongest pairs by |SII|"
     assert set(texts(axes)) == {"a (0)", "b (1)", "c (2)", "0", "1"}
     assert labels(axes, "x") == ["text", "image"]
     legend = axes.get_legend()
@@ -206,6 +243,14 @@ def test_network_of_the_strongest_alone_and_of_three_modalities() -> None:
     axes = pair_network(three).axes[0]
     assert sorted(texts(axes)) == ["0", "2", "4"]
     assert labels(axes, "x") == ["modality 0", "modality 1", "modality 2"]
+    # A line past a column bends and is interrupted around its tokens; one that ends there is not.
+    past = three.__class__(**{**vars(three), "pairs": np.array([[0, 2], [1, 2]])})
+    axes = pair_network(past).axes[0]
+    ends, passes = sorted(axes.patches, key=lambda line: -line.get_zorder())
+    gaps = [x for x in axes.get_lines() if x.get_color() == "white"]
+    assert len(gaps) == 3
+    assert all(passes.get_zorder() < gap.get_zorder() < ends.get_zorder() for gap in gaps)
+    assert passes.get_connectionstyle().rad != 0 == ends.get_connectionstyle().rad
     # No pairs at all is a picture without lines, not an error.
     none = pair_values(pairs=np.zeros((0, 2), int), values=np.zeros(0), standard_errors=np.zeros(0))
     assert not pair_network(none).axes[0].patches
@@ -250,6 +295,10 @@ def test_curves_of_one_sample_without_random_draws() -> None:
     assert axes.get_xlabel() == "budget (tokens)"
     with pytest.raises(ValueError, match="metric: expected one of prob, logit"):
         drop_curve(drops, "log_prob")
+    # One repeat has no spread to show.
+    axes = drop_curve(masking_drops(repeats=1)).axes[0]
+    names = [text.get_text().split(",")[0] for text in axes.get_legend().get_texts()]
+    assert sorted(names) == ["identified", "random"]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 50])
@@ -264,8 +313,23 @@ def test_weights_by_sample_and_their_mean(samples: int) -> None:
     assert len(left.texts) == (4 * samples if samples <= 24 else 0)
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], weights.mean(dim=0))
     assert labels(left, "x") == labels(right, "x") == names
-    assert f"{samples} samples" in right.get_title()
+    assert right.get_title().startswith(
+        "one sample" if samples == 1 else f"mean of {samples} samples"
+    )
     assert right.get_ylabel() == "weight"
+
+
+@pytest.mark.parametrize("modalities", [2, 3, 6])
+def test_names_of_experts_do_not_overlap(modalities: int) -> None:
+    names = [*(f"unique_{m}" for m in range(modalities)), "synergy", "redundancy"]
+    figure = expert_weights(np.full((2, len(names)), 1 / len(names)), names)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes[:2]:
+        boxes = [x.get_window_extent(canvas.get_renderer()) for x in axes.get_xticklabels()]
+        assert len(boxes) == len(names)
+        for left, right in itertools.pairwise(boxes):
+            assert left.x1 < right.x0
 
 
 CALLS: dict[str, Any] = {

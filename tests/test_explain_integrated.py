@@ -55,6 +55,21 @@ def test_integrated_gradients_of_a_linear_model_are_exact(rule: str, steps: int)
     torch.testing.assert_close(sizes.values[0][:, 0], expected)
 
 
+def test_the_nodes_of_half_precision_inputs_are_not_rounded() -> None:
+    """On a cubic, which the rule integrates exactly; its nodes rounded to bfloat16 are the control."""
+    inputs = [(draw(1, 64, 64).abs() + 0.5).to(torch.bfloat16)]
+
+    def cubes(x: Any, masks: Any) -> Tensor:
+        return x[0].float().pow(3).flatten(1).sum(dim=1, keepdim=True)
+
+    found = attribute(cubes, inputs, method="integrated_gradients", n_steps=8)
+    assert found.completeness_error is not None
+    nodes, weights = quadrature("gauss_legendre", 8)
+    rounded = float(weights @ (3 * nodes.to(torch.bfloat16).double().square())) - 1
+    assert abs(rounded) > 1e-3
+    assert abs(float(found.completeness_error / found.scores)) < 0.2 * abs(rounded)
+
+
 def looped_gradients(score: Any, inputs: list[Tensor], rule: str, steps: int) -> list[Tensor]:
     """The definition from zero, a sample of a step at a time: M x (B, L_m)."""
     found = [torch.zeros(x.shape[:2], dtype=torch.float64) for x in inputs]

@@ -203,6 +203,29 @@ def test_pruning_keeps_the_index_and_says_so() -> None:
     assert {type(each) for each in pruned} == {PairValues}
 
 
+def test_what_is_wrong_with_a_later_sample_is_told_before_any_work() -> None:
+    asked = []
+
+    def model(inputs: Any, masks: Any) -> torch.Tensor:
+        asked.append(len(inputs[0]))
+        return inputs[0].sum(dim=1)
+
+    x, masks = [torch.ones(2, 4, 3)], [torch.tensor([[True] * 4, [True] * 2 + [False] * 2])]
+    whole, holed = torch.ones(2, 4), torch.ones(2, 4)
+    holed[1, 0] = torch.nan
+    for options, message in (
+        ({"pairs": [((0, 0), (0, 3))]}, r"pairs: expected valid tokens, got .* \[0, 3\]"),
+        ({"top": 1, "scores": [holed]}, r"scores\[0\]: expected finite scores"),
+        ({"top": 1, "scores": [whole[:1]]}, r"scores\[0\]: expected \(2, tokens\), got \(1, 4\)"),
+        ({"top": 1, "scores": [whole.repeat(2, 1)]}, r"scores\[0\]: expected \(2, tokens\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probe_pairs(model, x, masks, target=0, **options)
+    assert not asked
+    probe_pairs(model, x, masks, target=0, top=2, scores=[whole])
+    assert asked
+
+
 def test_too_few_tokens() -> None:
     case = LayerCase(lengths=(3, 2))
     layer, x = interaction_layer(case), case.inputs(torch.float64)

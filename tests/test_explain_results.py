@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from explain_games import first_of, interaction_layer, random_terms, unanimity
 
 from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
-from flmoe_kernels.explain.archive import decode, encode
+from flmoe_kernels.explain.archive import decode, encode, write_whole
 from flmoe_kernels.explain.pairs import results as results_module
 from flmoe_kernels.testing import LayerCase
 
@@ -202,16 +203,73 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
     path = tmp_path / "found.npz"
     sampled.save(path)
 
-    def full(self: Path, content: bytes) -> None:
-        with self.open("wb") as stream:
-            stream.write(content[:10])
+    def full(descriptor: int) -> None:
+        os.ftruncate(descriptor, 10)
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         made_up([1.0]).save(path)
     assert PairValues.load(path).to_dict() == sampled.to_dict()
     assert [each.name for each in tmp_path.iterdir()] == ["found.npz"]
+
+
+def test_the_content_is_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        done.append(("content", os.fstat(descriptor).st_size))
+
+    def replaced(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(("name", target.stat().st_size))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_whole(tmp_path / "found", b"whole")
+    assert done == [("content", 5), ("name", 5)]
+
+
+def test_two_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ranks that do not know of one another, in containers where each has the same process number."""
+    target, replace = tmp_path / "found", os.replace
+
+    def second(source: Path, destination: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        write_whole(target, b"the other's")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", second)
+    write_whole(target, b"mine")
+    assert target.read_bytes() == b"mine"
+    assert [each.name for each in tmp_path.iterdir()] == ["found"]
+
+
+def test_no_damage_passes_unnamed() -> None:
+    """Bytes of a file exchanged: it is refused by name, or what is read is whole all the same."""
+    content = encode("kind", {"a": 1}, {"x": np.arange(30.0), "y": np.arange(5)})
+    draw, refused = np.random.default_rng(0), 0
+    # First the mark of an encrypted part, for which zipfile has an error of its own.
+    places = [content.rindex(b"PK\x01\x02") + 8, *draw.integers(0, len(content), 3000).tolist()]
+    for k, place in enumerate(places):
+        damaged = bytearray(content)
+        damaged[place] = 1 if not k else int(draw.integers(256))
+        problem = ""
+        try:
+            header, arrays = decode(bytes(damaged), "kind", "file")
+        except ValueError as error:
+            problem = str(error)
+        else:
+            assert header["a"] == 1
+            # A part may be lost with its entry; what is read of one is what was written.
+            np.testing.assert_array_equal(arrays.get("x", np.arange(30.0)), np.arange(30.0))
+        assert problem.startswith("file: ") or (k and not problem)
+        refused += bool(problem)
+    assert refused > 1000
 
 
 def test_shapiq_takes_it(sampled: PairValues) -> None:

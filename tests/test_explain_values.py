@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from flmoe_kernels.explain import (
     shapley_interactions,
     token_means,
 )
+from flmoe_kernels.explain.models import takes_tokens_in_any_order
 from flmoe_kernels.testing import LayerCase, draw_masks
 
 CASE = LayerCase(lengths=(5, 4))
@@ -170,29 +172,126 @@ def test_two_additive_games_are_their_layers() -> None:
         np.testing.assert_allclose(ends, [closed.value, closed.baseline], atol=1e-12)
 
 
-def test_token_means() -> None:
-    batches: list[Any] = []
-    for seed in range(3):
-        x = CASE.inputs(seed=seed)
-        masks = draw_masks("mixed", 2, CASE.lengths, seed=seed)
-        for m, mask in enumerate(masks):
-            if mask is not None:
-                x[m][~mask] = torch.nan
-        batches.append((x if seed else [x[0], None], masks if seed else None))
-    found = token_means(batches)
-    for m in range(2):
-        kept = []
-        for x, masks in batches:
-            if x[m] is not None:
-                mask = None if masks is None else masks[m]
-                kept.append(x[m].flatten(0, 1) if mask is None else x[m][mask])
-        torch.testing.assert_close(found[m], torch.cat(kept).mean(dim=0))
-    for samples, message in (
-        ([], r"samples: expected batches of \(inputs, masks\), got none"),
-        ([([None], None)], r"samples: expected a valid token of modality 0, got none"),
+def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
+    """Absent tokens are left out, not masked, up to the longest of the batch; the values are the same."""
+    lengths = (9, 0, 7)
+    layer = pair_layer(DIMS, top_k=2)
+    x: list[Any] = pair_inputs(lengths)
+    x[1] = None
+    masks: list[Any] = draw_masks("partial", 2, (9, 1, 7))
+    masks[1] = None
+    x[0][~masks[0]] = torch.nan
+    seen: list[Any] = []
+    layer.register_forward_pre_hook(lambda _m, given: seen.append(given))
+    for expert in (None, "synergy"):
+        game = TokenGame(layer, x, masks, target=1, sample=1, expert=expert, max_batch=16)
+        # A batch of few tokens each, the empty coalition with them; one of any; nobody alone.
+        few, none = np.zeros((16, game.players), dtype=np.bool_), game.players * [False]
+        few[np.arange(1, 16), np.arange(1, 16) % game.players] = True
+        inside = np.concatenate([few, drawn(16, game.players), [none]])
+        seen.clear()
+        values = game(inside)
+        assert len(seen) == 3
+        for k, (inputs, given) in enumerate(seen):
+            batch = inside[16 * k : 16 * k + 16]
+            for m in (0, 2):
+                counts = batch[:, game.tokens[:, 0] == m].sum(axis=1)
+                assert inputs[m].shape[1] == given[m].shape[1] == counts.max()
+                assert given[m].sum(dim=1).tolist() == counts.tolist()
+            assert inputs[1] is None
+        masked = [masked_out(layer, x, game, row, expert) for row in inside]
+        np.testing.assert_allclose(values, masked, rtol=0, atol=1e-12)
+        assert values.std() > 1e-3, "the control: no constant would pass"
+    # A derived layer may do with positions what it likes, and any other model.
+    assert takes_tokens_in_any_order(layer)
+    assert not takes_tokens_in_any_order(type("Positions", (type(layer),), {})(DIMS, num_classes=2))
+    assert not takes_tokens_in_any_order(interaction_layer(CASE))
+
+
+def masked_out(layer: Any, x: list[Any], game: TokenGame, row: Any, expert: str | None) -> float:
+    """The logit of class 1 of sample 1 alone, its absent tokens masked."""
+    masks = [None if each is None else torch.zeros(1, each.shape[1]).bool() for each in x]
+    for m, i in game.tokens[row]:
+        masks[m][0, i] = True
+    with torch.no_grad():
+        out = layer([None if each is None else each[1:2] for each in x], masks)
+    logits = out.logits if expert is None else out.expert_logits[:, [*layer.experts].index(expert)]
+    return float(logits[0, 1])
+
+
+@pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
+def test_half_precision(fill: str) -> None:
+    """Values are the layer's own logits in its dtype, no less and no more."""
+    layer, x = interaction_layer(CASE, torch.bfloat16), CASE.inputs(torch.bfloat16)
+    means = token_means([(x, None)]) if fill == "mean" else None
+    options: dict[str, Any] = {"fill": fill, "baseline": means, "target": 1, "sample": 1}
+    inside = np.concatenate([np.ones((1, 9), dtype=np.bool_), drawn(7, 9)])
+    game = TokenGame(layer, x, **options)
+    values = game(inside)
+    with torch.no_grad():
+        given = game._present(inside)
+        _, _, logits = layer.inference(*given)
+    assert logits.dtype == torch.bfloat16
+    np.testing.assert_array_equal(values, logits[:, 1].double().numpy())
+    wide = interaction_layer(CASE, torch.float32)
+    wide.load_state_dict(layer.state_dict())
+    if means is not None:
+        options["baseline"] = [each.float() for each in means]
+    exact = TokenGame(wide, [each.float() for each in x], **options)(inside)
+    assert np.abs(values - exact).max() < 0.1 * np.abs(exact).max() < np.abs(exact - exact[0]).max()
+
+
+def test_autocast_is_the_callers() -> None:
+    """It reaches the model, and its half-precision logits are read in float64."""
+    linear = torch.nn.Linear(4, 3).eval()
+    x = [torch.randn(1, 6, 4)]
+    game = TokenGame(lambda inputs, masks: linear(inputs[0]).tanh().sum(dim=1), x, fill="zero")
+    inside = drawn(8, 6)
+    exact = game(inside)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = game(inside)
+    assert cast.dtype == np.float64
+    assert 0 < np.abs(cast - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_a_closed_form_has_finite_terms() -> None:
+    x = pair_inputs((3, 2))
+    masks = [torch.tensor([[True, True, False]] * 2), None]
+    layer = pair_layer()
+    clean = TwoAdditiveGame(layer, x, masks, target=0)
+    x[0][:, 2] = torch.nan
+    assert TwoAdditiveGame(layer, x, masks, target=0).value == clean.value, "padding"
+    x[0][0, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"inputs: expected finite values of valid tokens"):
+        shapley_interactions(layer, x, masks, target=0)
+    with pytest.raises(ValueError, match=r"coalitions: expected \(coalitions, 4\), got \(2, 3\)"):
+        clean(np.ones((2, 3)))
+    with pytest.raises(
+        TypeError, match=r"model: expected a PairInteractionMoE, got InteractionMoE"
     ):
-        with pytest.raises(ValueError, match=message):
-            token_means(samples)
+        TwoAdditiveGame(interaction_layer(CASE), CASE.inputs(torch.float64))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
+def test_values_on_a_gpu(fill: str, tmp_path: Path) -> None:
+    """Samples stay where they are, and what comes back is on the host."""
+    layer, x = pair_layer(DIMS, backend="reference"), pair_inputs((6, 3, 4))
+    masks = draw_masks("partial", 2, (6, 3, 4))
+    found = []
+    for device in ("cpu", "cuda"):
+        there, given = layer.to(device), [each.to(device) for each in x]
+        valid = [each.to(device) for each in masks]
+        means = token_means([(given, valid)], exempt=[0]) if fill == "mean" else None
+        options: dict[str, Any] = {"fill": fill, "baseline": means, "target": 1}
+        game = TokenGame(there, given, valid, sample=1, **options)
+        run = Run(checkpoint=tmp_path / device)
+        both = [probe_pairs(there, given, valid, run=run, **options)[1] for _ in range(2)]
+        assert both[0]["RG"].to_dict() == both[1]["RG"].to_dict()
+        found.append([game(drawn(32, game.players)), both[0]["SII"].values, both[0]["RG"].values])
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-10)
+        assert float(mine.std()) > 1e-4
 
 
 MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
@@ -223,6 +322,15 @@ MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         r"pairs: expected valid tokens, got \(modality, token\) \[0, 9\]",
         {"pairs": [((0, 1), (0, 9))]},
     ),
+    "ragged": (
+        ValueError,
+        r"pairs: expected an array of integers, got \[",
+        {"pairs": [((0, 1), (0,)), ((0, 1), (1, 1))]},
+    ),
+    "indices": (ValueError, r"indices: expected one or more of SII, RG", {"indices": 5}),
+    "index kind": (ValueError, r"indices: expected one or more of SII", {"indices": [["SII"]]}),
+    "sampling": (TypeError, r"sampling: expected a Sampling, got int", {"sampling": 5}),
+    "run": (TypeError, r"run: expected a Run, got dict", {"run": {}}),
     "one token": (
         ValueError,
         r"pairs: expected two players each",
@@ -236,7 +344,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "top alone": (ValueError, r"top: expected both scores and top", {"top": 3}),
     "scores": (
         ValueError,
-        r"scores\[0\]: expected \(batch, tokens\), got \(5,\)",
+        r"scores\[0\]: expected \(2, tokens\), got \(5,\)",
         {"top": 3, "scores": [torch.ones(5)] * 2},
     ),
     "distributed": (

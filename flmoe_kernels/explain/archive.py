@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -43,7 +44,8 @@ def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays
         header = json.loads(arrays.pop(_HEADER).tobytes())
     except (ValueError, KeyError, AttributeError, TypeError, EOFError, OSError) as error:
         raise ValueError(problem) from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    # RuntimeError: a part that says it is encrypted, or packed in a way that zipfile does not know.
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise ValueError(problem) from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise ValueError(problem)
@@ -55,10 +57,17 @@ def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays
 
 
 def write_whole(target: Path, content: bytes) -> None:
-    """The file appears whole or not at all, and an old one stays until the new one is there."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """The file appears whole or not at all, and an old one stays until the new one is there.
+
+    Also where the machine stops, and where several processes write the same file.
+    """
+    # Processes of several containers on one file system may have the same number.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())  # else the name may be on the disk before the content
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

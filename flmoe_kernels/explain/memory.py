@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 MEMINFO = Path("/proc/meminfo")
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
 LARGEST = 256  # a larger batch is no faster, and leaves less to share among ranks
 # A model's activations over the bytes of its inputs: some ten rows of their width in each of about five experts.
 _EXPANSION = 64
@@ -15,17 +18,44 @@ _ASSUMED_BYTES = 2**31  # where the system does not tell
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device."""
+    """Memory that can still be had on a device; of the host's what a container or a batch job leaves."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
-    try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux
-        return _ASSUMED_BYTES
+    lines = _lines(MEMINFO)  # none where this is not Linux
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else _ASSUMED_BYTES
+    host = int(found[0]) * 1024 if found else _ASSUMED_BYTES
+    return max(0, min([host, *_group_rooms()]))
+
+
+def _group_rooms() -> Iterator[int]:
+    """What each control group that this process is in, and each one around it, still allows."""
+    for line in _lines(OWN_GROUPS):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, cache = GROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, used = GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+            numbers = [_lines(folder / name)[:1] for name in (limit, used)]
+            # Nothing to read at the root, nor where a container shows its own group only; "max" is no limit.
+            if not all(each and each[0].isdecimal() for each in numbers):
+                continue
+            most, taken = (int(each[0]) for each in numbers)
+            stat = dict(each.split(maxsplit=1) for each in _lines(folder / "memory.stat"))
+            yield most - taken + int(stat.get(cache, 0))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 def batch_size(sample_bytes: int, device: torch.device) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +17,9 @@ from ..interaction_moe import ReferenceInteractionMoE
 from ..pair_moe import PairInteractionMoE
 
 Inputs = Sequence[Tensor | None]
+
+_OWN = __name__.partition(".")[0] + "."  # where the layers of this package come from
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def expert_names(model: Any) -> tuple[str, ...]:
@@ -108,16 +114,69 @@ def add_tensor(hasher: Any, value: Tensor | None) -> None:
     hasher.update(flat.view(torch.uint8).numpy().tobytes())
 
 
-def model_digest(model: Any) -> str:
-    """What tells one model from another: its class and, of a Module, every parameter and buffer.
+def takes_tokens_in_any_order(model: Any) -> bool:
+    """Whether logits depend on the set of valid tokens alone: masked ones may be left out, others moved up.
 
-    Of another callable only the name is known: what it closes over is not.
+    A class derived from PairInteractionMoE may add positions, so none is believed.
+    """
+    return type(model) is PairInteractionMoE
+
+
+def game_digest(
+    model: Any, described: Mapping[str, Any], tensors: Sequence[Tensor | None], device: torch.device
+) -> str:
+    """Of a value function: the model, what is asked of it in JSON's types, and the sample's tensors.
+
+    Autocast belongs to it, as half precision is no rounding of last bits.
+    """
+    cast = _autocast_dtype(device)
+    hasher = hashlib.sha256(json.dumps([described, str(cast)], sort_keys=True).encode())
+    hasher.update(model_digest(model).encode())
+    for tensor in tensors:
+        add_tensor(hasher, tensor)
+    return hasher.hexdigest()
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    # Not every device type has autocast: meta has none.
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def model_digest(model: Any) -> str:
+    """What tells one model from another: its class and, of a Module, parts, their settings, and every tensor.
+
+    Settings are what a part's repr says and, of this package's layers, their plain attributes (heads,
+    temperature). Buffers count, also those that no state_dict has. Of another callable only the name is known:
+    what it closes over is not.
     """
     hasher = hashlib.sha256()
     kind = type(model) if isinstance(model, nn.Module) else model
-    hasher.update(f"{kind.__module__}.{getattr(kind, '__qualname__', type(kind))}".encode())
+    # A partial's or an instance's own text may hold an address, which is another one in the next process.
+    name = getattr(kind, "__qualname__", type(kind).__qualname__)
+    hasher.update(f"{kind.__module__}.{name}".encode())
     if isinstance(model, nn.Module):
-        for name, value in model.state_dict().items():
+        for name, part in model.named_modules(remove_duplicate=False):
+            hasher.update(f"{name}: {type(part).__qualname__} {_settings(part)}".encode())
+        for name, value in itertools.chain(
+            model.named_parameters(remove_duplicate=False),
+            model.named_buffers(remove_duplicate=False),
+        ):
             hasher.update(name.encode())
-            add_tensor(hasher, value if isinstance(value, Tensor) else None)
+            add_tensor(hasher, value)
     return hasher.hexdigest()
+
+
+def _settings(part: nn.Module) -> str:
+    told = [_ADDRESS.sub("", part.extra_repr())]
+    if type(part).__module__.startswith(_OWN):
+        told += [
+            f"{name}={value!r}"
+            for name, value in sorted(vars(part).items())
+            if isinstance(value, int | float | str | tuple)
+            and name != "training"
+            and not name.startswith("_")
+        ]
+    return ", ".join(told)

@@ -36,13 +36,20 @@ class Targets:
             log_prob    log softmax(z)_c    log sigmoid(z_c)
 
         The published evaluator stops log sigmoid at log 1e-12; here it goes on.
+
+        Raises:
+            ValueError: logits of other samples or classes than the targets.
         """
+        weights = self.weights if samples is None else self.weights[samples]
+        # One column would be spread over all of the other's.
+        check.require_shape(
+            "logits", logits, tuple(weights.shape), "(samples, classes) as the targets"
+        )
         z = logits.double()
         if metric == PROB:
             z = z.sigmoid() if self.multi_label else z.softmax(dim=1)
         elif metric == LOG_PROB:
             z = F.logsigmoid(z) if self.multi_label else z.log_softmax(dim=1)
-        weights = self.weights if samples is None else self.weights[samples]
         # A class of weight 0 has no part, also where its logit or log-probability is infinite.
         return torch.where(weights == 0, 0.0, z * weights).sum(dim=1)
 

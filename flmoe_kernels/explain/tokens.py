@@ -64,8 +64,9 @@ def percent_counts(candidate: Tensor, percent: float) -> Tensor:
     product makes 8 of 7 percent of 100. Both agree for K = 5, 10, 15, 20, 25.
     """
     share = Fraction(str(percent)) / 100
-    scaled = -candidate.sum(dim=-1) * share.numerator
-    return -torch.div(scaled, share.denominator, rounding_mode="floor")
+    # In Python's integers, as n times the numerator of a percentage like 100 / 7 has no place in 64 bits.
+    counts = [-(-n * share.numerator // share.denominator) for n in range(candidate.shape[-1] + 1)]
+    return torch.tensor(counts, device=candidate.device)[candidate.sum(dim=-1)]
 
 
 def places(values: Tensor, candidate: Tensor) -> Tensor:

@@ -121,9 +121,11 @@ def _weighted_gradients(
         if x is None or start is None:
             points.append(None)
             continue
-        t = nodes.to(x.dtype).view(count, *[1] * x.dim())
-        whole = start[samples] + t * (x[samples] - start[samples])
-        points.append(whole.flatten(0, 1).requires_grad_())
+        # In half precision the points are rounded, each number on its own, and not the nodes, all alike.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        t = nodes.to(wide).view(count, *[1] * x.dim())
+        whole = torch.lerp(start[samples].to(wide), x[samples].to(wide), t)
+        points.append(whole.to(x.dtype).flatten(0, 1).requires_grad_())
     given = [point for point in points if point is not None]
     with torch.enable_grad():
         score = targets.read(logits_of(points, rows_of(masks, rows)), LOGIT, rows).sum()

@@ -92,7 +92,7 @@ class Attribution:
         for name in _LISTS:
             tensors |= {f"{name}_{m}": x for m, x in enumerate(getattr(self, name))}
         arrays = {name: x.cpu().numpy() for name, x in tensors.items() if x is not None}
-        write_whole(Path(path), encode(_KIND, {**header, "modalities": len(self.values)}, arrays))
+        write_whole(Path(path), encode(_KIND, header, arrays))
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
@@ -103,7 +103,8 @@ class Attribution:
         """
         header, arrays = decode(Path(path).read_bytes(), _KIND, str(path))
         tensors: dict[str, Any] = {name: torch.from_numpy(x) for name, x in arrays.items()}
-        modalities = range(int(header.get("modalities", 0)))
+        # Not what the header says, which may be any number.
+        modalities = range(sum(name.startswith(f"{_LISTS[0]}_") for name in arrays))
         tensors.setdefault(_OPTIONAL, None)
         whole = {*_TENSORS, *(f"{name}_{m}" for name in _LISTS for m in modalities)}
         if set(tensors) != whole or not set(_HEADER) <= set(header):

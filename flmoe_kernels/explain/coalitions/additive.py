@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,8 @@ from torch import Tensor
 
 from ... import validation as check
 from ...pair_moe import PairInteractionMoE
-from ..models import Inputs, expert_names, expert_place, require_model
-from .games import one_sample, players_of, require_inputs
+from ..models import Inputs, expert_names, expert_place, game_digest, require_model
+from .games import one_sample, players_of, require_coalitions, require_inputs
 from .packed import Bools, Floats, Ints
 
 
@@ -38,6 +36,9 @@ class TwoAdditiveGame:
         value, baseline: v(all) and v(none).
         single: (n,), a token's terms with the anchors.
         pair: (n, n), symmetric, 0 within a modality. Memory is O(n^2).
+
+    Raises:
+        TypeError, ValueError: as TokenGame; ValueError for terms that are not finite.
     """
 
     batch_size = 4096
@@ -52,13 +53,14 @@ class TwoAdditiveGame:
         expert: str | int | None = None,
         sample: int = 0,
     ) -> None:
+        if not isinstance(model, PairInteractionMoE):
+            raise TypeError(f"model: expected a PairInteractionMoE, got {type(model).__name__}")
         require_model(model, masking=True)
         check.require_count("sample", sample, 0, require_inputs(inputs, masks) - 1)
         self._expert = expert_place(model, expert)
         mine = one_sample(masks, sample)
-        found = model.explain(
-            [None if x is None else x[sample : sample + 1] for x in inputs], mine, target
-        )
+        own = [None if x is None else x[sample : sample + 1].detach() for x in inputs]
+        found = model.explain(own, mine, target)
         self.lengths = found.lengths
         self.tokens = players_of(found.lengths, mine)
         self.target = int(found.target)
@@ -75,6 +77,12 @@ class TwoAdditiveGame:
         whole, by_expert = found.baseline, found.expert_baseline
         self.baseline = float(whole if self._expert is None else by_expert[0, self._expert])
         self.value = self.baseline + float(self.single.sum() + self.pair.sum() / 2)
+        if not np.isfinite(self.value):
+            raise ValueError(
+                "inputs: expected finite values of valid tokens, for which the layer has finite "
+                f"logits, got v(none) = {self.baseline} and v(all) = {self.value}"
+            )
+        self._model, self._sample = model, [*own, *(mine or [])]
         self._described = {
             "of": type(model).__name__,
             "target": self.target,
@@ -89,7 +97,7 @@ class TwoAdditiveGame:
 
     def __call__(self, coalitions: Bools) -> Floats:
         """Values (m,) of coalitions (m, n)."""
-        inside = np.asarray(coalitions, dtype=np.float64)
+        inside = require_coalitions(coalitions, self.players).astype(np.float64)
         pairs = np.einsum("mi,mi->m", inside @ self.pair, inside) / 2
         return self.baseline + inside @ self.single + pairs
 
@@ -101,10 +109,9 @@ class TwoAdditiveGame:
         return dict(self._described)
 
     def fingerprint(self) -> str:
-        hasher = hashlib.sha256(json.dumps(self._described, sort_keys=True).encode())
-        for array in (np.array(self.baseline), self.single, self.pair, self.tokens):
-            hasher.update(array.tobytes())
-        return hasher.hexdigest()
+        """Of the sample, the model and the value function; not of the terms, whose last bits differ by machine."""
+        device = next(x.device for x in self._sample if x is not None)
+        return game_digest(self._model, self._described, self._sample, device)
 
     def _of_expert(self, terms: Tensor) -> Floats:
         """Terms (1, E, ...) of one expert or, summed, of all, in float64."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ... import validation as check
 from .packed import Bools, Floats, Packed, distinct, sizes, unpack
 from .ranks import Ranks
 
@@ -37,11 +38,14 @@ class Evaluator:
 
     Args:
         game: see Game.
-        batch_size: coalitions of one batch; None for the game's own.
+        batch_size: coalitions of one batch, of which a game that takes fewer at once gets fewer; None for its own.
         ranks: who shares the work.
 
     Attributes:
         evaluations: distinct coalitions of each call, summed over calls: on all ranks together.
+
+    Raises:
+        TypeError, ValueError: the game's batch_size is no positive int.
     """
 
     def __init__(
@@ -49,8 +53,11 @@ class Evaluator:
     ) -> None:
         self.game = game
         self.ranks = Ranks() if ranks is None else ranks
-        own: Any = getattr(game, "batch_size", DEFAULT_BATCH)
-        self.batch_size = self.ranks.least(own if batch_size is None else batch_size)
+        own: Any = getattr(game, "batch_size", None)
+        if own is not None:
+            check.require_count("game.batch_size", own, 1)
+        limits = [int(each) for each in (own, batch_size) if each is not None]
+        self.batch_size = self.ranks.least(min(limits, default=DEFAULT_BATCH))
         self.evaluations = 0
 
     def __call__(

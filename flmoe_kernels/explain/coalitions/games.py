@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,12 +13,12 @@ from ... import validation as check
 from ..memory import batch_size
 from ..models import (
     Inputs,
-    add_tensor,
     expert_names,
     expert_place,
+    game_digest,
     logits_of,
-    model_digest,
     require_model,
+    takes_tokens_in_any_order,
 )
 from .packed import Bools, Floats, Ints
 
@@ -36,7 +34,8 @@ class TokenGame:
 
     With "drop" every modality gets a mask, also where the sample came without: a layer that treats a missing mask
     otherwise (InteractionMoE normalises the features that weigh its experts only under one) has then another
-    v(all) than its logit without masks.
+    v(all) than its logit without masks. A PairInteractionMoE, to which order says nothing, is given no more tokens
+    of a modality than the longest coalition of the batch has.
 
     Calling it takes coalitions (m, n) bool and gives values (m,) float64, so that it is a game for shapiq, too.
 
@@ -106,11 +105,7 @@ class TokenGame:
     @torch.no_grad()
     def __call__(self, coalitions: Bools) -> Floats:
         """Values (m,) of coalitions (m, n)."""
-        coalitions = np.asarray(coalitions, dtype=np.bool_)
-        if coalitions.ndim != 2 or coalitions.shape[1] != self.players:
-            raise ValueError(
-                f"coalitions: expected (coalitions, {self.players}), got {coalitions.shape}"
-            )
+        coalitions = require_coalitions(coalitions, self.players)
         require_model(self.model, masking=self.fill == "drop")
         values = np.empty(len(coalitions))
         for start in range(0, len(coalitions), self.batch_size):
@@ -131,12 +126,9 @@ class TokenGame:
 
     def fingerprint(self) -> str:
         """Of the sample, the model and the value function, see `models.model_digest`."""
-        hasher = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
-        hasher.update(model_digest(self.model).encode())
         masks: Inputs = [None] * len(self._inputs) if self._masks is None else self._masks
-        for tensor in (*self._inputs, *masks, *self.fill_values):
-            add_tensor(hasher, tensor)
-        return hasher.hexdigest()
+        tensors = (*self._inputs, *masks, *self.fill_values)
+        return game_digest(self.model, self.describe(), tensors, self._device)
 
     def _values(self, coalitions: Bools) -> Floats:
         logits = logits_of(self.model, *self._present(coalitions), self.expert)
@@ -155,6 +147,7 @@ class TokenGame:
         inside = np.zeros((m, sum(self.lengths)), dtype=np.bool_)
         inside[:, self._place] = coalitions
         kept = torch.from_numpy(inside).to(self._device).split(list(self.lengths), dim=1)
+        packs = takes_tokens_in_any_order(self.model)
         inputs: list[Tensor | None] = []
         masks: list[Tensor | None] = []
         for k, x in enumerate(self._inputs):
@@ -163,8 +156,10 @@ class TokenGame:
                 inputs.append(None)
                 masks.append(None)
             elif self.fill == "drop":
-                inputs.append(x.expand(m, *x.shape[1:]))
-                masks.append(kept[k])
+                x, stays = x.expand(m, *x.shape[1:]), kept[k]
+                tokens = packed_tokens(x, stays) if packs else (x, stays)
+                inputs.append(tokens[0])
+                masks.append(tokens[1])
             else:
                 fill = self.fill_values[k]
                 assert fill is not None
@@ -189,6 +184,26 @@ class TokenGame:
             return int(logits.argmax(dim=1))
         check.require_count("target", target, 0, classes - 1)
         return int(target)
+
+
+def packed_tokens(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept tokens (B, L) of x (B, L, ...) moved up in their order, to the longest row's number of them.
+
+    Returns:
+        (B, K, ...) and the mask (B, K). Waits for a GPU.
+    """
+    longest = int(kept.sum(dim=1).max()) if len(kept) else 0
+    order = kept.to(torch.uint8).sort(dim=1, descending=True, stable=True)[1][:, :longest]
+    rows = torch.arange(len(kept), device=kept.device).unsqueeze(1)
+    return x[rows, order], kept.gather(1, order)
+
+
+def require_coalitions(coalitions: Any, players: int) -> Bools:
+    """Coalitions (m, n) as bool. Raises ValueError: another shape."""
+    found: Bools = np.asarray(coalitions, dtype=np.bool_)
+    if found.ndim != 2 or found.shape[1] != players:
+        raise ValueError(f"coalitions: expected (coalitions, {players}), got {found.shape}")
+    return found
 
 
 def require_inputs(inputs: Any, masks: Any) -> int:
@@ -234,18 +249,25 @@ def players_of(lengths: Sequence[int], masks: Inputs | None) -> Ints:
 
 
 @torch.no_grad()
-def token_means(samples: Iterable[tuple[Inputs, Inputs | None]]) -> list[Tensor]:
-    """Each modality's mean token (D_m,) over the valid tokens of a data set: the baseline of fill="mean".
+def token_means(
+    samples: Iterable[tuple[Inputs, Inputs | None]], *, exempt: Sequence[int] = ()
+) -> list[Tensor]:
+    """Each modality's mean token (D_m, ...) over the valid tokens of a data set: the baseline of fill="mean".
 
     Args:
         samples: batches of (inputs, masks); a modality may be missing from some, not from all.
+        exempt: modalities whose token 0 is left out of the mean, as `faithfulness` leaves it unmasked, and under
+            the same rule: where a batch has one token of the modality alone, it counts.
 
     Returns:
         Summed in float64, in the dtype and on the device of the first batch that has the modality.
 
     Raises:
-        ValueError: no batches, or a modality without one valid token.
+        TypeError, ValueError: no batches, one of another number of modalities, a modality without one valid
+            token, exempt that names no modality, or one twice.
     """
+    if len(set(exempt)) < len(exempt):
+        raise ValueError(f"exempt: expected each modality once, got {tuple(exempt)}")
     sums: list[Tensor | None] = []
     counts: list[float] = []
     like: list[Tensor | None] = []
@@ -253,17 +275,28 @@ def token_means(samples: Iterable[tuple[Inputs, Inputs | None]]) -> list[Tensor]
         if not sums:
             sums, like = [None] * len(inputs), [None] * len(inputs)
             counts = [0.0] * len(inputs)
+            for m in exempt:
+                check.require_count("exempt", m, 0, len(inputs) - 1)
+        if len(inputs) != len(sums):
+            raise ValueError(f"samples: expected {len(sums)} modalities, got {len(inputs)}")
+        if any(x is not None for x in inputs):
+            require_inputs(inputs, masks)
         for m, x in enumerate(inputs):
             if x is None:
                 continue
             mask = None if masks is None else masks[m]
-            weight = x.new_ones(x.shape[:2]) if mask is None else mask
-            weight = weight.to(device=x.device, dtype=torch.float64)
+            counted = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            if mask is not None:
+                counted = mask.to(torch.bool, copy=True)
+            if m in exempt and x.shape[1] > 1:
+                counted[:, 0] = False
             # A padded token may hold anything, NaN too.
-            kept = torch.where(weight.unsqueeze(2) > 0, x.double(), 0.0)
+            kept = torch.where(
+                counted.reshape(*counted.shape, *[1] * (x.dim() - 2)), x.double(), 0.0
+            )
             part, known = kept.sum(dim=(0, 1)), sums[m]
             sums[m] = part if known is None else known + part
-            counts[m] += float(weight.sum())
+            counts[m] += float(counted.sum())
             like[m] = x if like[m] is None else like[m]
     means = []
     for m, (total, count, example) in enumerate(zip(sums, counts, like, strict=True)):

@@ -20,6 +20,8 @@ Floats = NDArray[np.float64]
 DIVERGING = "RdBu_r"
 FOR, AGAINST, UNSURE = "#b2182b", "#2166ac", "0.55"
 HATCH = "/////"
+# Of the limit: below, nothing to look at; above, the blues are darker than a middle grey.
+_SMALL, _DARK = 0.05, 0.6
 ABSENT = "0.85"
 DPI = 110
 _LONGEST_LABEL = 18
@@ -74,15 +76,20 @@ def label_of(tokens: Sequence[str] | None, place: int) -> str:
     """A token's position and, if known, its string, shortened."""
     if tokens is None:
         return str(place)
-    text = plain(str(tokens[place]))
+    text = str(tokens[place])
     if len(text) > _LONGEST_LABEL:
         text = text[: _LONGEST_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return f"{text} ({place})"
+    return f"{plain(text)} ({place})"
 
 
 def plain(text: str) -> str:
     """Text that is drawn as it is: a dollar would start a formula, other control characters have no glyph."""
-    return "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
+    return printable(text).replace("$", r"\$")
+
+
+def printable(text: str) -> str:
+    """Text on one line, without what steers a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None:
@@ -92,14 +99,25 @@ def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None
         )
 
 
-def hatch_negative(axes: Axes, values: Floats) -> None:
-    """Hatch the cells below 0 of an image with unit cells, of which NaN is no part."""
+def hatch_negative(axes: Axes, values: Floats, limit: float) -> None:
+    """Hatch the cells below 0 of an image with unit cells, coloured from -limit to limit; NaN is no cell.
+
+    Pale where the value is small, so that many small values do not drown a few large ones; white on dark colours,
+    which are the largest values and would swallow dark lines.
+    """
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    # One outline for all cells: a large map has many thousands.
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) - 0.5
-    cells = [Path(corners + place, closed=True) for place in np.argwhere(values < 0)[:, ::-1]]
-    if cells:
-        outline = Path.make_compound_path(*cells)
-        axes.add_patch(PathPatch(outline, fill=False, ec="0.35", hatch=HATCH, lw=0.0, zorder=2))
+    size = np.where(values < 0, -values / limit, np.nan)
+    for ink, least, most in (
+        ("0.8", 0.0, _SMALL),
+        ("0.35", _SMALL, _DARK),
+        ("white", _DARK, np.inf),
+    ):
+        chosen = (size > least) & (size <= most)
+        cells = [Path(corners + place, closed=True) for place in np.argwhere(chosen)[:, ::-1]]
+        if cells:
+            # One outline for all cells: a large map has many thousands.
+            outline = Path.make_compound_path(*cells)
+            axes.add_patch(PathPatch(outline, fill=False, ec=ink, hatch=HATCH, lw=0.0, zorder=2))

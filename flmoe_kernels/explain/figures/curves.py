@@ -70,9 +70,10 @@ def _panel(
         zorder=3,
     )
     if np.isfinite(random).any():
-        axes.fill_between(
-            x, random - spread, random + spread, color="0.85", ec="0.6", label="± std"
-        )
+        if drops.random.shape[2] > 1:
+            axes.fill_between(
+                x, random - spread, random + spread, color="0.85", ec="0.6", label="± std"
+            )
         axes.plot(
             x,
             random,

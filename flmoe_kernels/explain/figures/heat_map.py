@@ -139,7 +139,7 @@ def _map(axes: Axes, values: Floats, unit: str) -> None:
     axes.set_facecolor(ABSENT)
     if max(values.shape) <= _MOST_NUMBERS:
         _numbers(axes, values)
-    hatch_negative(axes, values)
+    hatch_negative(axes, values, limit)
     bar = axes.figure.colorbar(image, ax=axes, ticks=[-limit, 0.0, limit], shrink=0.9)
     bar.ax.set_yticklabels([f"{-limit:.2g}", "0", f"{limit:.2g}"])
     bar.set_label(f"{unit}; hatched: below 0")
@@ -186,33 +186,33 @@ def _overlay(axes: Axes, picture: Floats, weights: Floats, label: str) -> None:
         extent=box,
         interpolation="nearest",
     )
-    hatch_negative(axes, np.where(np.abs(weights) > 0.05 * limit, weights, np.nan))
-    _frames(axes, weights)
+    hatch_negative(axes, np.where(np.abs(weights) > 0.05 * limit, weights, np.nan), limit)
+    framed = _frames(axes, weights)
     axes.set_aspect((height / rows) / (width / columns))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(label, fontsize="medium")
     signed = bool((weights < 0).any())
-    axes.set_xlabel(
-        f"framed: the {_FRAMED} largest" + ("; hatched: below 0" if signed else ""),
-        fontsize="small",
-    )
-    bar = axes.figure.colorbar(
-        shown, ax=axes, shrink=0.6, ticks=[-limit, 0.0, limit], location="right"
-    )
-    bar.ax.set_yticklabels([f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    count = f"{framed} " if framed > 1 else ""
+    told = [f"framed: the {count}largest"] if framed else []
+    axes.set_xlabel("; ".join([*told, *(["hatched: below 0"] if signed else [])]), fontsize="small")
+    # Where nothing is below 0 the scale does not show what would be.
+    ticks = [-limit, 0.0, limit] if signed else [0.0, limit]
+    bar = axes.figure.colorbar(shown, ax=axes, shrink=0.6, ticks=ticks, location="right")
+    bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
+    bar.ax.set_ylim(ticks[0], ticks[-1])
 
 
-def _frames(axes: Axes, weights: Floats) -> None:
+def _frames(axes: Axes, weights: Floats) -> int:
+    """How many patches were framed: none whose weight is 0."""
     from matplotlib.patches import Rectangle
 
     sizes = np.nan_to_num(np.abs(weights)).ravel()
-    for place in np.argsort(-sizes, kind="stable")[:_FRAMED]:
-        if sizes[place] > 0:
-            row, column = divmod(int(place), weights.shape[1])
-            corner = (column - 0.47, row - 0.47)
-            # White below black shows on any ground.
-            for colour, line in (("white", 2.6), ("black", 1.2)):
-                axes.add_patch(
-                    Rectangle(corner, 0.94, 0.94, fill=False, ec=colour, lw=line, zorder=4)
-                )
+    places = [k for k in np.argsort(-sizes, kind="stable")[:_FRAMED] if sizes[k] > 0]
+    for place in places:
+        row, column = divmod(int(place), weights.shape[1])
+        corner = (column - 0.47, row - 0.47)
+        # White below black shows on any ground.
+        for colour, line in (("white", 2.6), ("black", 1.2)):
+            axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, ec=colour, lw=line, zorder=4))
+    return len(places)

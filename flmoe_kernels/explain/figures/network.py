@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _WIDEST, _THINNEST = 5.0, 0.8
 # A value within two standard errors of 0 may as well be 0.
 _SURE = 2.0
+_GAP = 1.5  # its place in the order of drawing
 Place = tuple[int, int]
 
 
@@ -67,7 +68,8 @@ def pair_network(
     for k in reversed(range(len(best))):
         _line(axes, best, k, places)
     _legend(axes, best)
-    axes.set_title(f"The {len(best)} strongest pairs by {found.index}" if title is None else title)
+    size = f"|{found.index}|" if by == MAGNITUDE else f"{by} {found.index}"
+    axes.set_title(f"The {len(best)} strongest pairs by {size}" if title is None else title)
     return figure
 
 
@@ -94,6 +96,8 @@ def _columns(
         side = {0: "right", count - 1: "left"}.get(m, "center")
         shift = {"right": (-8, 0), "left": (8, 0), "center": (0, 7)}[side]
         axes.plot([x], [y], "o", color="black", ms=5, zorder=4)
+        # A gap in the lines that pass by, which lie below it; those that end here lie above.
+        axes.plot([x], [y], "o", color="white", ms=14, zorder=_GAP)
         axes.annotate(
             label_of(tokens[m], position),
             (x, y),
@@ -121,8 +125,10 @@ def _line(axes: Axes, best: PairValues, k: int, places: dict[Place, tuple[float,
     value, error = float(best.values[k]), float(best.standard_errors[k])
     largest = float(np.abs(best.values).max()) or 1.0
     first, second = (tuple(best.tokens[player].tolist()) for player in best.pairs[k])
-    # An arc bends inwards: words stand outside of the outer columns.
-    bend = 0.0 if first[0] != second[0] else 0.35 if first[0] else -0.35
+    # An arc bends inwards: words stand outside of the outer columns. A line past a column bends, too: straight,
+    # many would run along its tokens.
+    across = abs(first[0] - second[0])
+    bend = (0.35 if first[0] else -0.35) if not across else -0.12 if across > 1 else 0.0
     colour = FOR if value >= 0 else AGAINST
     line = FancyArrowPatch(
         places[first],
@@ -134,7 +140,7 @@ def _line(axes: Axes, best: PairValues, k: int, places: dict[Place, tuple[float,
         color=colour if abs(value) > _SURE * error else UNSURE,
         shrinkA=0,
         shrinkB=0,
-        zorder=2,
+        zorder=_GAP + 0.5 if across < 2 else _GAP - 0.5,
     )
     axes.add_patch(line)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MOST_NUMBERS = 24  # samples with a number in every cell
 _MOST_LABELS = 32
+_LEVEL_LETTERS = 36  # of all names together, which have room side by side
 
 
 def expert_weights(
@@ -58,7 +59,7 @@ def _by_sample(axes: Axes, weights: Floats, names: list[str], labels: list[Any])
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
     places = range(0, len(labels), max(1, -(-len(labels) // _MOST_LABELS)))
     axes.set_yticks(places, [plain(str(labels[k])) for k in places])
-    axes.set_xticks(range(len(names)), names)
+    _name_columns(axes, names)
     axes.set_ylabel("sample")
     axes.set_title("weight of each expert, by sample", fontsize="medium")
     axes.figure.colorbar(image, ax=axes, shrink=0.9)
@@ -77,8 +78,14 @@ def _overall(axes: Axes, weights: Floats, names: list[str]) -> None:
         fontsize=9,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
     )
-    axes.set_xticks(range(len(names)), names)
+    _name_columns(axes, names)
     axes.set_ylim(0.0, 1.08 * max(1.0, float((mean + (0.0 if spread is None else spread)).max())))
     axes.set_ylabel("weight")
-    what = f"mean of {len(weights)} samples" + ("" if spread is None else ", ± std over samples")
+    what = "one sample" if spread is None else f"mean of {len(weights)} samples, ± std over samples"
     axes.set_title(what, fontsize="medium")
+
+
+def _name_columns(axes: Axes, names: list[str]) -> None:
+    axes.set_xticks(range(len(names)), names)
+    if sum(map(len, names)) > _LEVEL_LETTERS:
+        axes.tick_params(axis="x", rotation=90)

@@ -217,7 +217,8 @@ def _values_of(
     """Attributions M x (B, L_m), finite at the candidates; zeros elsewhere."""
     given: Any = attributions
     if isinstance(attributions, Attribution):
-        given = attributions.of(expert)
+        # A loaded one is on the CPU.
+        given = [x.to(candidate[0].device) for x in attributions.of(expert)]
     if not isinstance(given, list | tuple) or len(given) != len(candidate):
         raise ValueError(f"attributions: expected {len(candidate)} Tensors, one for each modality")
     found = []
@@ -248,13 +249,7 @@ def _ranked_pairs(pairs: Any, valid: Sequence[Tensor], by: str) -> list[Ints]:
         if isinstance(each, PairValues):
             tokens = each.tokens[each.pairs[each.ranked(by=by)]]
         else:
-            tokens = np.asarray(each, dtype=None if len(each) else np.int64)
-            tokens = tokens.reshape(0, 2, 2) if not tokens.size else tokens
-        if tokens.ndim != 3 or tokens.shape[1:] != (2, 2) or tokens.dtype.kind not in "iu":
-            raise ValueError(
-                f"pairs[{b}]: expected a PairValues or a list of ((m, i), (n, j)), got an array of "
-                f"{tokens.shape}"
-            )
+            tokens = _listed(f"pairs[{b}]", each)
         for m, i in np.unique(tokens.reshape(-1, 2), axis=0).tolist():
             known = 0 <= m < len(flags) and 0 <= i < flags[m].shape[1]
             if not known or not flags[m][b, i]:
@@ -263,6 +258,26 @@ def _ranked_pairs(pairs: Any, valid: Sequence[Tensor], by: str) -> list[Ints]:
                 )
         found.append(tokens)
     return found
+
+
+def _listed(name: str, pairs: Any) -> Ints:
+    """(p, 2, 2) of a list of ((m, i), (n, j)), each of two tokens."""
+    expected = f"{name}: expected a PairValues or a list of ((m, i), (n, j)), got"
+    if not isinstance(pairs, list | tuple | np.ndarray):
+        raise TypeError(f"{expected} {type(pairs).__name__}")
+    if not len(pairs):
+        return np.zeros((0, 2, 2), dtype=np.int64)
+    try:
+        tokens = np.asarray(pairs)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(f"{expected} others") from error
+    if tokens.ndim != 3 or tokens.shape[1:] != (2, 2) or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{expected} an array of {tokens.shape}")
+    same = (tokens[:, 0] == tokens[:, 1]).all(axis=1)
+    if same.any():
+        token = tuple(tokens[same.argmax(), 0].tolist())
+        raise ValueError(f"{name}: expected pairs of two tokens, got {token} twice")
+    return tokens.astype(np.int64)
 
 
 def _unions(

@@ -92,7 +92,7 @@ def _top_players(tokens: Ints, scores: Scores, top: int) -> Ints:
 
 
 def _listed(tokens: Ints, pairs: Any) -> Ints:
-    places = np.asarray(pairs)
+    places = _integers(pairs)
     if not places.size:
         return np.zeros((0, 2), dtype=np.int64)
     if places.ndim != 3 or places.shape[1:] != (2, 2) or places.dtype.kind not in "iu":
@@ -110,13 +110,21 @@ def _listed(tokens: Ints, pairs: Any) -> Ints:
     return require_pairs(np.array(found, dtype=np.int64), len(tokens))
 
 
+def _integers(pairs: Any) -> Any:
+    """An array of whatever it is. Raises ValueError: rows of several lengths, or no host's tensor."""
+    try:
+        return np.asarray(pairs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"pairs: expected an array of integers, got {pairs!r}") from error
+
+
 def require_pairs(pairs: Any, players: int) -> Ints:
     """Pairs (p, 2) of players, each i < j.
 
     Raises:
         ValueError: another shape, a player that is none, a pair of one player or given twice.
     """
-    found = np.asarray(pairs)
+    found = _integers(pairs)
     if not found.size:
         return np.zeros((0, 2), dtype=np.int64)
     if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":

@@ -18,7 +18,7 @@ reading of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,8 +52,9 @@ INDICES: dict[str, Callable[[Corners], Floats]] = {SII: second_difference, RG: k
 
 def require_indices(indices: Sequence[str]) -> tuple[str, ...]:
     """Raises ValueError: none, an unknown one, or one twice."""
-    names = tuple(indices)
-    if not names or len(set(names)) < len(names) or not set(names) <= set(INDICES):
+    names = tuple(indices) if isinstance(indices, Iterable) else ()
+    known_once = all(name in [*INDICES] and names.count(name) == 1 for name in names)
+    if not names or not known_once:
         known = ", ".join(INDICES)
         raise ValueError(f"indices: expected one or more of {known}, each once, got {indices!r}")
     return names

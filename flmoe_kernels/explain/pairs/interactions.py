@@ -13,8 +13,8 @@ from torch import Tensor
 from ... import validation as check
 from ..coalitions.additive import TwoAdditiveGame, has_closed_form
 from ..coalitions.engine import Game
-from ..coalitions.games import FILLS, OUTPUTS, TokenGame, require_inputs
-from ..coalitions.packed import all_pairs
+from ..coalitions.games import FILLS, OUTPUTS, TokenGame, one_sample, players_of, require_inputs
+from ..coalitions.packed import Ints, all_pairs
 from ..models import Inputs
 from .candidates import ALL, Candidates, candidate_pairs, require_pairs
 from .indices import RG, SII, require_indices
@@ -108,19 +108,23 @@ def probe_pairs(
     """
     names = require_indices(indices)
     check.require_choice("method", method, (CLOSED_FORM, *METHODS))
-    sampling, run = sampling or Sampling(), run or Run()
+    sampling, run = _settings(sampling, run)
     batch = require_inputs(inputs, masks)
     closed = _is_closed(model, output, fill, baseline)
     solved = _solved(names, method, closed)
     estimated = [name for name in names if name not in solved]
+    targets, candidates = _targets(target, batch), []
+    for sample in range(batch):
+        tokens = _tokens(inputs, masks, sample)
+        mine = _of_sample(scores, sample, batch)
+        candidates.append(candidate_pairs(tokens, pairs, mine, top))
     play: Any = TwoAdditiveGame
     if not closed:
         value: dict[str, Any] = {"output": output, "fill": fill, "baseline": baseline}
         play = functools.partial(TokenGame, **value, max_batch=run.max_batch)
     results = []
-    for sample, sample_target in enumerate(_targets(target, batch)):
-        game = play(model, inputs, masks, target=sample_target, expert=expert, sample=sample)
-        chosen = candidate_pairs(game.tokens, pairs, _of_sample(scores, sample), top)
+    for sample, (own_target, chosen) in enumerate(zip(targets, candidates, strict=True)):
+        game = play(model, inputs, masks, target=own_target, expert=expert, sample=sample)
         found = {SII: _in_closed_form(game, chosen, sample)} if solved else {}
         if estimated:
             label = f"sample {sample + 1} of {batch}"
@@ -149,8 +153,16 @@ def probe_game(
     else:
         listed = require_pairs(pairs, game.players)
         chosen = Candidates(listed, f"{len(listed)} listed pairs")
-    names = require_indices(indices)
-    return estimate(game, chosen, names, method, sampling or Sampling(), run or Run())
+    return estimate(game, chosen, require_indices(indices), method, *_settings(sampling, run))
+
+
+def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run]:
+    """Raises TypeError: something else."""
+    found = Sampling() if sampling is None else sampling, Run() if run is None else run
+    for name, value, kind in zip(("sampling", "run"), found, (Sampling, Run), strict=True):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+    return found
 
 
 def _is_closed(model: Any, output: str, fill: str, baseline: Any) -> bool:
@@ -207,7 +219,12 @@ def _targets(target: int | Tensor | None, batch: int) -> list[int | None]:
     return [target] * batch
 
 
-def _of_sample(scores: Any, sample: int) -> list[Tensor | None] | None:
+def _tokens(inputs: Inputs, masks: Inputs | None, sample: int) -> Ints:
+    lengths = [0 if x is None else x.shape[1] for x in inputs]
+    return players_of(lengths, one_sample(masks, sample))
+
+
+def _of_sample(scores: Any, sample: int, batch: int) -> list[Tensor | None] | None:
     """Scores of one sample, M x (L_m,), of M x (B, L_m)."""
     if scores is None:
         return None
@@ -216,6 +233,8 @@ def _of_sample(scores: Any, sample: int) -> list[Tensor | None] | None:
     for m, score in enumerate(scores):
         if score is not None:
             check.require_tensor(f"scores[{m}]", score)
-            if score.dim() != 2 or len(score) <= sample:
-                raise ValueError(f"scores[{m}]: expected (batch, tokens), got {tuple(score.shape)}")
+            if score.dim() != 2 or len(score) != batch:
+                raise ValueError(
+                    f"scores[{m}]: expected ({batch}, tokens), got {tuple(score.shape)}"
+                )
     return [None if score is None else score[sample] for score in scores]

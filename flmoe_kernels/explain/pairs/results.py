@@ -37,7 +37,8 @@ class PairValues:
         method: "closed_form", "exact" (by enumeration) or "sampling".
         stopped_by: "exact", "budget" or "tolerance"; the last one makes values lean, see `sampling`.
         draws: permutations, each of which gives every pair two coalitions S.
-        evaluations: distinct coalitions that were evaluated; 1 in closed form, a pass of the layer.
+        evaluations: coalitions that were evaluated, each once of those that a step of the run asks for together,
+            and again where a later step asks for it; 1 in closed form, a pass of the layer.
         batch_size: coalitions that were evaluated together, of which a model's last bits may depend.
         candidates: how the pairs were chosen, in words.
         game: the value function, see `TokenGame.describe`.

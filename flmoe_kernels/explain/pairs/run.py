@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import validation as check
+from ..archive import Arrays
 from ..coalitions.engine import Evaluator, Game
 from ..coalitions.packed import Floats, Ints, empty_and_full
 from ..coalitions.ranks import Ranks
@@ -35,11 +36,12 @@ class Run:
     """Where and how coalitions are evaluated; the result does not depend on it but for a model's last bits.
 
     Attributes:
-        max_batch: coalitions that a model sees at once; None for what the memory at hand allows, at most 256.
-            Give it where the same bits are wanted on other machines.
+        max_batch: coalitions that a model sees at once, of which a game that says that it takes fewer gets fewer;
+            None for what the memory at hand allows, at most 256. Give it where the same bits are wanted on other
+            machines.
         checkpoint: a folder, in which each sample's progress is kept: the same call goes on from there. It is
-            bound to the model, the sample and what is asked; of a model that is no Module only the name and two
-            values can be compared.
+            bound to the model, the sample and what is asked; of a model that is no Module only the name and the
+            values of no and of all tokens can be compared.
         distributed: share the evaluations among the ranks of the default process group. Every rank makes the
             same call, with the model on its own device, and gets the same result.
         progress: a bar per sample on standard error, which needs tqdm.
@@ -53,6 +55,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.max_batch is not None:
             check.require_count("max_batch", self.max_batch, 1)
+            # A plain number, not numpy's, so that results and checkpoints can be written.
+            object.__setattr__(self, "max_batch", int(self.max_batch))
 
 
 class Outcome(NamedTuple):
@@ -135,16 +139,31 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
         ranks.require_same("model, inputs and arguments", digest)
         if run.checkpoint is not None:
             checkpoint = Checkpoint(run.checkpoint, sample, digest, ranks)
-    ends = None if isinstance(estimator, Enumeration) else evaluator(empty_and_full(game.players))
-    ends, known = _resume(checkpoint, estimator, evaluator, run, ends)
+    ends, resumed = None, None
+    enumerated = isinstance(estimator, Enumeration)
+    if checkpoint is not None or not enumerated:
+        ends = evaluator(empty_and_full(game.players))
+    if enumerated:
+        evaluator.evaluations = (
+            0  # they are two of all, here asked for to tell one model from another
+        )
+    if checkpoint is not None and ends is not None:
+        ends, resumed = _resume(checkpoint, estimator, evaluator, run, ends)
     with _bar(run.progress and ranks.first, estimator, label) as advance:
         while estimator.stopped_by is None:
-            save = None if checkpoint is None else _saver(checkpoint, estimator, evaluator, ends)
-            estimator.absorb(evaluator(estimator.plan(), known, save))
-            known = None
+            now = _state(estimator, evaluator, ends)
+            coalitions = estimator.plan()
+            save, known = None, None
+            if checkpoint is not None:
+                step = hashlib.sha256(coalitions.data).hexdigest()
+                known = None if resumed is None else resumed.of(step, checkpoint)
+                save = _saver(checkpoint, now, step)
+            estimator.absorb(evaluator(coalitions, known, save))
+            resumed = None
             advance()
     if checkpoint is not None:
-        _saver(checkpoint, estimator, evaluator, ends, whole=True)(np.zeros(0))
+        header, arrays = _state(estimator, evaluator, ends)
+        checkpoint.save({**header, "coalitions": ""}, {**arrays, "step": np.zeros(0)})
     if isinstance(estimator, Enumeration):
         ends = estimator.ends
     assert ends is not None
@@ -166,60 +185,79 @@ def fingerprint(game: Game, estimator: Estimator) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
+class _Step(NamedTuple):
+    """What is known of a step that was under way: the first values of its distinct coalitions."""
+
+    coalitions: str  # digest of what the step asked for
+    values: Floats
+
+    def of(self, coalitions: str, checkpoint: Checkpoint) -> Floats | None:
+        """The values for a step of these coalitions; None where none is known.
+
+        Raises:
+            ValueError: the values are of others.
+        """
+        if not len(self.values):
+            return None
+        if coalitions != self.coalitions:
+            raise ValueError(
+                f"{checkpoint.path}: belongs to another version of this package, which asked for other "
+                "coalitions; give another folder, or remove it"
+            )
+        return self.values
+
+
 def _resume(
-    checkpoint: Checkpoint | None,
-    estimator: Estimator,
-    evaluator: Evaluator,
-    run: Run,
-    ends: Floats | None,
-) -> tuple[Floats | None, Floats | None]:
+    checkpoint: Checkpoint, estimator: Estimator, evaluator: Evaluator, run: Run, ends: Floats
+) -> tuple[Floats, _Step | None]:
     """Restore what was saved, if anything.
 
-    Returns v(none) and v(all) as they were then, and the values that were known of the step that was under way.
+    Returns v(none) and v(all) as they were then, and the step that was under way.
     """
-    saved = None if checkpoint is None else checkpoint.read()
-    if checkpoint is None or saved is None:
+    saved = checkpoint.read()
+    if saved is None:
         return ends, None
     header, arrays = saved
-    before, known = arrays.pop("ends", None), arrays.pop("step", None)
-    if before is not None and ends is not None:
-        size = max(1.0, float(np.abs(ends).max()))
-        if not np.allclose(before, ends, rtol=0.0, atol=_SAME_GAME * size):
-            raise ValueError(
-                f"{checkpoint.path}: belongs to another model or sample: v(none) and v(all) were "
-                f"{before.tolist()}, and are {ends.tolist()}"
-            )
     try:
-        if known is None or known.ndim != 1 or known.dtype != np.float64:
-            raise ValueError("expected the values of a step (m,) float64")
+        before, values = arrays.pop("ends"), arrays.pop("step")
+        step = _Step(str(header["coalitions"]), values)
+        evaluations, batch_size = int(header["evaluations"]), int(header["batch_size"])
+        if before.shape != (2,) or values.ndim != 1 or values.dtype != np.float64:
+            raise ValueError("expected v(none) and v(all), and the values of a step (m,) float64")
         estimator.restore(arrays)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{checkpoint.path}: damaged: {error}") from error
-    evaluator.evaluations = int(header["evaluations"])
+    size = max(1.0, float(np.abs(ends).max()))
+    if not np.allclose(before, ends, rtol=0.0, atol=_SAME_GAME * size):
+        raise ValueError(
+            f"{checkpoint.path}: belongs to another model or sample: v(none) and v(all) were "
+            f"{before.tolist()}, and are {ends.tolist()}"
+        )
+    evaluator.evaluations = evaluations
     if run.max_batch is None:
         # Not more than before, for the same bits, nor than there is memory for now.
-        evaluator.batch_size = min(evaluator.batch_size, int(header["batch_size"]))
-    return before, known
+        evaluator.batch_size = min(evaluator.batch_size, batch_size)
+    return before, step
+
+
+def _state(
+    estimator: Estimator, evaluator: Evaluator, ends: Floats | None
+) -> tuple[dict[str, Any], Arrays]:
+    """Header and arrays of the estimate as it is now, between two steps."""
+    header = {"evaluations": evaluator.evaluations, "batch_size": evaluator.batch_size}
+    state = estimator.state()
+    return header, state if ends is None else {**state, "ends": ends}
 
 
 def _saver(
-    checkpoint: Checkpoint,
-    estimator: Estimator,
-    evaluator: Evaluator,
-    ends: Floats | None,
-    *,
-    whole: bool = False,
+    checkpoint: Checkpoint, before: tuple[dict[str, Any], Arrays], coalitions: str
 ) -> Callable[[Floats], None]:
-    """A function that saves the estimate as it is now, before its next step, with what is known of that step.
-
-    whole: there is no next step, and the file has to be written.
-    """
-    header = {"evaluations": evaluator.evaluations, "batch_size": evaluator.batch_size}
-    arrays = estimator.state() if ends is None else {**estimator.state(), "ends": ends}
+    """A function that saves the estimate as it was before a step, with what is known of the step."""
+    header, arrays = before
 
     def save(known: Floats) -> None:
-        if whole or checkpoint.due():
-            checkpoint.save(header, {**arrays, "step": known})
+        if checkpoint.due():
+            checkpoint.save({**header, "coalitions": coalitions}, {**arrays, "step": known})
 
     return save
 

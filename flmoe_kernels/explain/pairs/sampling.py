@@ -19,11 +19,11 @@ among the players but i and j, a draw of the same distribution: where v grows or
 cancel.
 
 Standard errors come from the means of independent units (a permutation and its reverse): draws of one unit are not
-independent of each other. The number of units that a budget pays for is fixed before the first draw, by what
-units of other permutations cost, so a budget brings no bias (but for the rare run whose own units are dearer and
-which ends a unit earlier). A tolerance does: a run that stops when the errors look
-small stops more often where they came out too small, so that estimates lean, and standard errors are a little too
-small. min_draws keeps that little: the standard error is then known to about 1 / sqrt(2 * units).
+independent of each other. The number of units that a budget pays for is fixed before the first draw, by the
+dearest of some units of other permutations, so a budget brings no bias (but for the rare run, about one in a
+hundred, whose own units are dearer and which ends some earlier). A tolerance does: a run that stops when the
+errors look small stops more often where they came out too small, so that estimates lean, and standard errors are a
+little too small. min_draws keeps that little: the standard error is then known to about 1 / sqrt(2 * units).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from .indices import INDICES, Corners
 
 OVERHEAD = 2  # evaluations of everybody and of nobody, which every run starts with
 _LEAST_UNITS = 2  # for a standard error
-_PILOTS = 3  # units that are planned, not evaluated, to know what one costs
+# Units that are planned, not evaluated, to know what one costs: all of so many are seldom cheaper than the mean.
+_PILOTS = 8
 _STEP_COALITIONS = (
     4096  # evaluated between two looks at the stopping rule: fills batches on several ranks
 )
@@ -73,8 +74,12 @@ class Sampling:
         check.require_count("seed", self.seed, 0)
         if not isinstance(self.antithetic, bool):
             raise TypeError(f"antithetic: expected a bool, got {type(self.antithetic).__name__}")
+        # Plain numbers, not numpy's, so that results and checkpoints can be written.
+        for name in ("budget", "min_draws", "seed"):
+            object.__setattr__(self, name, int(getattr(self, name)))
         if self.tolerance is not None:
             check.require_positive("tolerance", self.tolerance)
+            object.__setattr__(self, "tolerance", float(self.tolerance))
 
 
 def permutation(seed: int, sample: int, draw: int, players: int, *, pilot: bool = False) -> Ints:

@@ -23,6 +23,7 @@ from ...checkpoint import CheckpointError, load_layer
 from ...interaction_moe.structure import describe
 from ...swap import swap
 from ..archive import write_whole
+from ..attribution.values import INTEGRATED
 from ..figures import drop_curve, expert_weights, pair_network, png_bytes, token_patch_map
 from ..masking.drops import KINDS, MaskingDrops
 from ..pairs.indices import SII
@@ -153,14 +154,15 @@ def _of_sample(found: Findings, sample: int, name: str, values: PairValues) -> d
         values,
         TOP_ROWS,
         tokens=tokens,
-        title=f"Sample {sample}: the strongest pairs by {name}",
+        title=f"Sample {sample}: the strongest pairs by |{name}|",
     )
     count = min(TOP_ROWS, len(values))
     pictures = {
         f"sample_{sample:05d}_{name}_network.png": Picture(
             png_bytes(network),
             f"Lines between tokens, the widest for {_strongest(found, sample, values)}.",
-            f"The {count} strongest pairs by {name}; widths are sizes.",
+            f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, grey: within two standard "
+            "errors of 0; widths are sizes.",
         )
     }
     for m, n in itertools.combinations(range(len(features.lengths)), 2):
@@ -185,14 +187,14 @@ def _map(
     between = values.between(rows, columns)
     if not (between == between).any():
         return {}
-    weights = found.attribution.normalized()[columns][sample]
+    weights, label = _over_image(found, sample, columns)
     figure = token_patch_map(
         between,
         tokens[rows],
         image,
         patches=tokens[columns],
         weights=None if image is None else weights,
-        weights_label=f"{found.attribution.index}, scaled to 1",
+        weights_label=label,
         title=f"Sample {sample}, class {int(found.target[sample])}: {name}",
         unit=f"{name} ({values.game.get('output', 'v')})",
         row_name=f"token of modality {rows}",
@@ -206,6 +208,17 @@ def _map(
             f"{name} of all candidate pairs of modalities {rows} and {columns}{over}.",
         )
     }
+
+
+def _over_image(found: Findings, sample: int, modality: int) -> tuple[Any, str]:
+    """What the image shows of its patches, and what that is."""
+    index = found.attribution.index
+    if index == INTEGRATED:
+        # They have a sign, and scaled the most negative would be 0.
+        valid = found.attribution.valid[modality][sample]
+        own = found.attribution.of()[modality][sample].masked_fill(~valid, torch.nan)
+        return own, f"{index} (logit)"
+    return found.attribution.normalized()[modality][sample], f"{index}, scaled from 0 to 1"
 
 
 def _sides(features: Features, m: int, n: int) -> list[tuple[int, int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,10 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..figures.canvas import printable
 from ..figures.heat_map import grey
+from ..memory import available_bytes
 
 Array = NDArray[Any]
 
+_CPU = torch.device("cpu")
+_FIRST_HALF, _LAST_HALF = 0xD800, 0xDFFF  # surrogates
+# What numpy and zipfile raise for a file that is torn, altered or encrypted.
+_DAMAGED = (
+    *(ValueError, EOFError, OSError, RuntimeError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 _NAME = re.compile(r"(?:inputs|masks|tokens|image)_(0|[1-9]\d*)|labels")
 
 
@@ -32,7 +43,7 @@ class Features:
     """S samples of M modalities.
 
     Attributes:
-        inputs: M x (S, L_m, D).
+        inputs: M x (S, L_m, D), 0 for padding.
         masks: M x (S, L_m) bool or None, or None where no modality has one.
         labels: (S,) int64, classes; (S, C) bool, positive labels; or None.
         tokens: M x (S, L_m) strings, or None.
@@ -95,8 +106,8 @@ def load_features(
             beyond = _NAME.fullmatch(name) is not None
             why = f", as the layer has {modalities} modalities" if beyond else ""
             raise FeatureError(
-                f"{path}: {name}: expected inputs_0 .. inputs_{modalities - 1}, masks_*, tokens_*, image_* of "
-                f"the same, and labels{why}"
+                f"{path}: {printable(name)}: expected inputs_0 .. inputs_{modalities - 1}, masks_*, "
+                f"tokens_*, image_* of the same, and labels{why}"
             )
     file = _File(path, arrays)
     inputs = [file.inputs(m, width, dtype) for m in range(modalities)]
@@ -105,7 +116,11 @@ def load_features(
     masks = [file.masks(m, (samples, length)) for m, length in enumerate(lengths)]
     _require_tokens(path, inputs, masks)
     return Features(
-        inputs=inputs,
+        # Padding may hold anything, and 0 times NaN is NaN.
+        inputs=[
+            x if mask is None else x.masked_fill(~mask.unsqueeze(2), 0.0)
+            for x, mask in zip(inputs, masks, strict=True)
+        ],
         masks=None if all(mask is None for mask in masks) else masks,
         labels=file.labels(samples, classes),
         tokens=[file.tokens(m, (samples, length)) for m, length in enumerate(lengths)],
@@ -125,24 +140,27 @@ def _read(path: Path) -> dict[str, Array]:
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise FeatureError(f"{problem}, got a single array; numpy.savez writes one with names")
     with file:
+        size, room = sum(part.file_size for part in file.zip.infolist()), available_bytes(_CPU)
+        if size > room:
+            raise FeatureError(f"{path}: expected arrays of {room} bytes at most, got {size}")
         found = {}
         for name in file.files:
+            shown = printable(name)
             try:
                 array = file[name]
-            except ValueError as error:
+            except MemoryError as error:
                 raise FeatureError(
-                    f"{path}: {name}: expected a plain array, got Python objects, which are not unpickled"
+                    f"{path}: {shown}: expected an array that fits in memory, got a larger one"
                 ) from error
-            except (
-                zipfile.BadZipFile,
-                zlib.error,
-                EOFError,
-                OSError,
-                NotImplementedError,
-            ) as error:
-                raise FeatureError(f"{path}: {name}: damaged") from error
+            except _DAMAGED as error:
+                if "Object arrays" in str(error):
+                    raise FeatureError(
+                        f"{path}: {shown}: expected a plain array, got Python objects, which are not "
+                        "unpickled"
+                    ) from error
+                raise FeatureError(f"{path}: {shown}: damaged or encrypted") from error
             if not isinstance(array, np.ndarray):
-                raise FeatureError(f"{path}: {name}: expected an array, got another file")
+                raise FeatureError(f"{path}: {shown}: expected an array, got another file")
             found[name] = array
     return found
 
@@ -202,12 +220,12 @@ class _File:
         if array is not None and (array.shape != shape or array.dtype.kind != "U"):
             raise self.fail(name, f"unicode strings {shape}", array)
         if array is not None:
-            try:
-                "".join(array.ravel().tolist()).encode()
-            except UnicodeEncodeError as error:
-                raise FeatureError(
-                    f"{self.path}: {name}: expected text, got half of a character, {error.object[error.start]!r}"
-                ) from error
+            points = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).view(np.uint32)
+            # Python has strings with halves of a character, which no file can hold, and none beyond the last.
+            if ((points >= _FIRST_HALF) & (points <= _LAST_HALF)).any():
+                raise FeatureError(f"{self.path}: {name}: expected text, got half of a character")
+            if (points > sys.maxunicode).any():
+                raise FeatureError(f"{self.path}: {name}: expected text, got other numbers")
         return array
 
     def images(self, m: int, samples: int, length: int) -> Array | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from ..figures.canvas import printable
 from ..masking.drops import MaskingDrops
 from ..pairs.indices import RG, SII
 from ..pairs.results import MAGNITUDE
@@ -15,15 +16,21 @@ from ..targets import PROB
 from .findings import TOP_ROWS, Findings, versions
 
 _TOP_TOKENS = 5
+_LONGEST_TOKEN = 100
+# Should an escape ever be missed, a browser still runs and loads nothing.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #111;
+  background: #fff; }
 h1, h2, h3 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; border-top: 1px solid #bbb; padding-top: 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { border-bottom: 1px solid #ccc; padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
-td.number, th.number { text-align: right; }
+th, td { border-bottom: 1px solid #ccc; padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top;
+  overflow-wrap: anywhere; }
+tbody th { font-weight: inherit; }
+td.number, th.number { text-align: right; overflow-wrap: normal; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
 figcaption, .note { color: #444; font-size: .9rem; }
@@ -44,6 +51,7 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
     title = f"Explanations of {findings.features.samples} samples"
     body = [
         f"<h1>{escape(title)}</h1>",
+        _contents(findings),
         _summary(findings),
         "<h2>Experts</h2>",
         _figure(pictures["expert_weights.png"]),
@@ -59,6 +67,7 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
@@ -66,11 +75,14 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
 
 
 def token_name(findings: Findings, sample: int, modality: int, position: int) -> str:
-    """A token by its modality, position and, if known, its string."""
+    """A token by its modality, position and, if known, its string, on one line and shortened."""
     strings = findings.features.tokens[modality]
     if strings is None:
         return f"{modality}:{position}"
-    return f"{modality}:{position} {OPEN}{strings[sample, position]}{CLOSE}"
+    text = printable(str(strings[sample, position]))
+    if len(text) > _LONGEST_TOKEN:
+        text = text[: _LONGEST_TOKEN - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{modality}:{position} {OPEN}{text}{CLOSE}"
 
 
 def _table(
@@ -88,8 +100,21 @@ def _table(
         "<tr>" + "".join(cell("td", place, value) for place, value in enumerate(row)) + "</tr>"
         for row in rows
     ]
+    return _framed_table(caption, f"<thead><tr>{head}</tr></thead>\n", lines)
+
+
+def _facts(caption: str, facts: Mapping[str, Any]) -> str:
+    """A table of names and what they are, each name the head of its row."""
+    lines = [
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>'
+        for name, value in facts.items()
+    ]
+    return _framed_table(caption, "", lines)
+
+
+def _framed_table(caption: str, head: str, lines: Sequence[str]) -> str:
     return (
-        f"<table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        f"<table>\n<caption>{escape(caption)}</caption>\n{head}<tbody>\n"
         + "\n".join(lines)
         + "\n</tbody>\n</table>"
     )
@@ -114,12 +139,23 @@ def _summary(findings: Findings) -> str:
         "tokens by modality": ", ".join(map(str, findings.features.lengths)),
         "samples": f"{findings.features.samples} of {findings.features.total}",
         "experts": ", ".join(findings.attribution.experts),
-        **{name: value for name, value in asdict(request).items() if name != "samples"},
+        "scores of tokens": request.attribution,
+        "pairs": f"{request.pairs}, of the {request.top} tokens of largest score in each modality",
+        "their values": f"{request.method}, of at most {request.budget} coalitions for a sample",
+        "class explained": request.target
+        or ("predicted" if findings.features.labels is None else "label"),
+        "absent tokens": request.fill,
+        "random sets of tokens": f"{request.repeats}, seed {request.seed}",
     }
-    facts["target"] = request.target or (
-        "predicted" if findings.features.labels is None else "label"
+    return _facts("What was asked", {name: printable(str(x)) for name, x in facts.items()})
+
+
+def _contents(findings: Findings) -> str:
+    """Links to the samples."""
+    links = "".join(
+        f'<li><a href="#sample_{s}">Sample {s}</a></li>' for s in range(findings.features.samples)
     )
-    return _table("What was asked", ("", ""), facts.items(), words=2)
+    return f'<nav aria-label="Samples"><ul>{links}</ul></nav>'
 
 
 def _aopc(findings: Findings) -> str:
@@ -153,8 +189,8 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
         f"{first.evaluations} coalitions evaluated."
     )
     parts = [
-        f'<section id="sample_{s}">',
-        f"<h2>Sample {s}</h2>",
+        f'<section id="sample_{s}" aria-labelledby="title_{s}">',
+        f'<h2 id="title_{s}">Sample {s}</h2>',
         f"<p>Explained: class {target} (logit {float(findings.logits[s, target]):.4g}); predicted "
         f"{findings.predicted[s]}{escape(told)}. Weights of the experts: "
         + escape(", ".join(f"{name} {weight:.2f}" for name, weight in experts))
@@ -210,7 +246,8 @@ def _footer(findings: Findings, files: Sequence[str]) -> str:
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
         "<h2>How to read this</h2>\n"
-        "<dl>\n<dt>SII</dt><dd>Shapley interaction index: what two tokens say together beyond what each says "
+        "<dl>\n<dt>0:3</dt><dd>The token at position 3 of modality 0, both counted from 0.</dd>\n"
+        "<dt>SII</dt><dd>Shapley interaction index: what two tokens say together beyond what each says "
         "alone, averaged over coalitions of the other tokens. Above 0 synergy, below 0 overlap.</dd>\n"
         "<dt>RG</dt><dd>Redundancy gap: what either of the two tokens alone keeps of the logit. Substitutes "
         "have a large RG and an SII below 0.</dd>\n"
