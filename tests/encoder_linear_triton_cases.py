@@ -64,7 +64,6 @@ CASES = (
     (Case(1, 1100, 17, 20), FLOAT16),
     (Case(1, 523, 128, 128), BFLOAT16),
     (Case(2, 97, 63, 70), FLOAT32),
-    (Case(1, 600, 64, 96), FLOAT32),
     (Case(5, 70, 16, 48, bias=False), FLOAT32),
     (Case(8, 1, 3, 7), FLOAT32),
     (Case(2, 196, 1, 3), FLOAT32),
@@ -146,8 +145,12 @@ def test_a_wrong_result_fails(dtype: torch.dtype) -> None:
     assert_outside_budget(without, low[0], oracle[0], "out without its bias")
 
 
-@pytest.mark.parametrize("wants", list(itertools.product([False, True], repeat=3)), ids=str)
-@pytest.mark.parametrize("rows", [30, 520])
+WANTS = [(30, wants) for wants in itertools.product([False, True], repeat=3)]
+# The sum over shares of either alone.
+WANTS += [(520, (False, True, False)), (520, (False, False, True))]
+
+
+@pytest.mark.parametrize(("rows", "wants"), WANTS, ids=str)
 def test_only_what_is_wanted(rows: int, wants: tuple[bool, bool, bool]) -> None:
     case = Case(1, rows, 20, 24)
     x, weight, _ = case.inputs(BFLOAT16)
@@ -227,7 +230,7 @@ def test_rows_are_copied_only_where_they_cannot_be_read() -> None:
         assert of_row == found.stride(1) <= 2**24
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("which", range(4))
 def test_nan_and_inf_propagate(value: float, which: int) -> None:
     """From an element of x, of a weight, of a bias and of the gradient, to what depends on it alone."""
@@ -244,11 +247,11 @@ def test_nan_and_inf_propagate(value: float, which: int) -> None:
         assert torch.equal(got.isinf(), want.isinf()), name
 
 
-@pytest.mark.parametrize("steady", [True, False])
-def test_sums_over_many_rows(steady: bool) -> None:
-    """Their rounding must not grow with the rows, of which there are more than a share of float32 may have."""
+def test_sums_over_many_rows() -> None:
+    """Their rounding must not grow with the rows, of which there are more than a share of float32 may have; every
+    row's gradient is the same, so that nothing cancels."""
     rows, width = 9000, 16
-    cotangent = draw(1, 1 if steady else rows, width, seed=4).expand(1, rows, width)
+    cotangent = draw(1, 1, width, seed=4).expand(1, rows, width)
     x, weight = draw(1, rows, width), draw(1, width, width, seed=1)
     assert shares_of(FLOAT32, 1, rows, width, width) > 2
     found = [list(linear_backward(cotangent, x, weight, False, True, True)[1:])]
@@ -259,7 +262,7 @@ def test_sums_over_many_rows(steady: bool) -> None:
         assert_within_budget(*triple, name)
 
 
-@pytest.mark.parametrize("tiles", [(16, 32, 16, 1), (32, 16, 32, 1), (32, 64, 32, 4)], ids=str)
+@pytest.mark.parametrize("tiles", [(16, 32, 16, 1), (32, 64, 32, 4)], ids=str)
 def test_other_tiles_give_the_same_numbers(
     tiles: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,5 @@
-"""The encoder's row-wise Triton kernels in Triton's interpreter: encoder_rows_triton_cases.py in a process of its
-own.
+"""The encoder's row-wise Triton kernels, and the operators on them, in Triton's interpreter: the case files below
+in a process of their own.
 
 Whether kernels are interpreted is settled for a process when Triton is imported, and other tests compile.
 """
@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+CASES = ("encoder_rows_triton_cases.py", "encoder_op_triton_cases.py")
 
 
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "encoder_rows_triton_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", *CASES],
         cwd=TESTS,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,

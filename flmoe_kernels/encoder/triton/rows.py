@@ -6,6 +6,8 @@ capture it. Tensors are made contiguous here if they are not.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ from .rows_launch import (
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Numbers of an expert's rows and offsets within a tile are 32 bits wide.
+_MOST_ROWS, _MOST_WIDTH = 2**30, 2**20
 
 
 def _expect_rows(name: str, x: Tensor, dimensions: int = 3) -> None:
@@ -32,6 +36,14 @@ def _expect_rows(name: str, x: Tensor, dimensions: int = 3) -> None:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got {tuple(x.shape)}")
     if x.dtype not in _DTYPES:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
+    _expect_size(name, math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def _expect_size(name: str, rows: int, width: int) -> None:
+    if rows > _MOST_ROWS or width > _MOST_WIDTH:
+        raise ValueError(
+            f"{name}: expected up to 2^30 rows of an expert and widths of 2^20, got {rows} of {width}"
+        )
 
 
 def _dropout(seed: Tensor | None, p: float, like: Tensor) -> Dropout:
@@ -145,6 +157,7 @@ def _expect_segments(cu_segments: Tensor, views: int, rows: int, like: Tensor) -
     expect("cu_segments", cu_segments, (max(cu_segments.numel(), 1),), torch.int32, like.device)
     if views < 1 or rows % views:
         raise ValueError(f"views: expected a divisor of {rows} rows, got {views}")
+    _expect_size("rows", rows, like.shape[-1])
 
 
 def pool(
@@ -191,6 +204,7 @@ def views_of(x: Tensor, modality: Tensor, views: int) -> Tensor:
     experts, _, rows, width = x.shape
     expect("x", x, (experts, 2, rows, width), x.dtype, x.device)
     expect("modality", modality, (rows,), torch.int32, x.device)
+    _expect_size("views", views * rows, width)
     out = x.new_empty((experts, views, rows, width))
     if out.numel():
         run([views_launch(x.contiguous(), modality.contiguous(), out)], x.device)

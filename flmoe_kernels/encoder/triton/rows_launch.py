@@ -253,10 +253,11 @@ def pool_gradient_launch(
     grad_residual: Tensor,
     grad_update: Tensor | None,
 ) -> Launch:
-    _, views, segments, _ = grad_out.shape
+    views = grad_out.shape[1]
     arguments: dict[str, Any] = {"grad_out": grad_out, "cu": cu_segments}
     arguments |= {"grad_residual": grad_residual, "grad_update": grad_update}
-    arguments |= {"rows": grad_residual.shape[1] // views, "views": views, "segments": segments}
+    arguments |= {"rows": grad_residual.shape[1] // views, "views": views}
+    arguments |= {"bounds": cu_segments.shape[0]}
     kernel = pool_gradient_kernel
     return _elementwise(kernel, "pool_gradient", grad_residual, arguments, dropout)
 

@@ -68,13 +68,13 @@ def pool_kernel(
 
 
 @triton.jit
-def segment_of(cu, row, rows, segments):
+def segment_of(cu, row, rows, bounds):
     """Which segment each row is in, what share of it a row is, and whether it is in any at all.
 
     A search for the last segment that begins no later; so for segments that descend it finds one too, or none.
     """
     found = tl.zeros_like(row)
-    size = tl.full((), 0, tl.int32) + segments
+    size, segments = bounds - 1, bounds - 1
     while size > 1:
         half = size // 2
         begins = tl.load(cu + found + half)
@@ -90,7 +90,8 @@ def segment_of(cu, row, rows, segments):
 # Gradients of the residual, the segment's gradient divided by its length, and of the update, its dropout; zeros in
 # rows of no segment. One program per block of rows and columns, which looks its rows' segments up. Traffic: two
 # outputs once, 4 bytes an element in 16 bits; the gradient of a segment from L2 for each of its rows. Bound:
-# bytes, 0.20 GB and 61 us; 20 instructions an element of the 35 there are.
+# bytes, 0.20 GB and 61 us; 20 instructions an element of the 35 there are. It gets the number of bounds, not of
+# segments: a launch makes a constant of 1, and a search known to take no step is what Triton 3.6 fails to compile.
 @triton.jit
 def pool_gradient_kernel(
     grad_out,
@@ -100,7 +101,7 @@ def pool_gradient_kernel(
     grad_update,
     rows,
     views,
-    segments,
+    bounds,
     threshold,
     kept_scale,
     WIDTH: tl.constexpr,
@@ -111,8 +112,8 @@ def pool_gradient_kernel(
     row = tl.arange(0, ROWS)
     valid = first + row < views * rows
     view, of_view = (first + row) // rows, (first + row) % rows
-    segment, share, covered = segment_of(cu, of_view, rows, segments)
-    source = (tl.cast(expert, tl.int64) * views + view) * segments + segment
+    segment, share, covered = segment_of(cu, of_view, rows, bounds)
+    source = (tl.cast(expert, tl.int64) * views + view) * (bounds - 1) + segment
     covered = covered & valid
     grad = [load_part(grad_out, source, covered, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
     grad = [each * share[:, None] for each in grad]
