@@ -68,8 +68,8 @@ def pair_network(
     for k in reversed(range(len(best))):
         _line(axes, best, k, places)
     _legend(axes, best)
-    size = f"|{found.index}|" if by == MAGNITUDE else f"{by} {found.index}"
-    axes.set_title(f"The {len(best)} strongest pairs by {size}" if title is None else title)
+    what = f"|{found.index}|" if by == MAGNITUDE else f"{by} {found.index}"
+    axes.set_title(f"The {len(best)} strongest pairs by {what}" if title is None else title)
     return figure
 
 
@@ -96,8 +96,9 @@ def _columns(
         side = {0: "right", count - 1: "left"}.get(m, "center")
         shift = {"right": (-8, 0), "left": (8, 0), "center": (0, 7)}[side]
         axes.plot([x], [y], "o", color="black", ms=5, zorder=4)
-        # A gap in the lines that pass by, which lie below it; those that end here lie above.
-        axes.plot([x], [y], "o", color="white", ms=14, zorder=_GAP)
+        if side == "center":
+            # A gap in the lines that pass by, which lie below it; those that end here lie above.
+            axes.plot([x], [y], "o", color="white", ms=14, zorder=_GAP)
         axes.annotate(
             label_of(tokens[m], position),
             (x, y),
