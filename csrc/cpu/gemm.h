@@ -19,8 +19,7 @@ inline void micro_gemm(int64_t depth, const A* a, int64_t a_row, int64_t a_col, 
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v)
-      acc[i][v] = Vec<A>{};
+    for (int v = 0; v < VECS; ++v) acc[i][v] = Vec<A>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<A> row[VECS];
 #pragma GCC unroll 4
