@@ -23,6 +23,7 @@ KNOWN = (80, 86, 90, 100)
 _CONSUMER, _LIKE = 120, 86
 
 
+@functools.cache
 def known(architecture: int | None) -> int | None:
     """The one of KNOWN whose configurations an architecture gets: the nearest that is not newer.
 

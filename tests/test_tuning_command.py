@@ -6,10 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-from test_tuning import FOUND
+from tuning_trials import FOUND
 
 from flmoe_kernels.tuning import cache
 from flmoe_kernels.tuning.finding import encode
+
+
+def test_a_folder_that_cannot_be_named_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nobody-of-this-name/cache")
+    runner = pytest.importorskip("typer.testing").CliRunner()
+    from flmoe_kernels.commands.tune import app
+
+    for command in ("show", "clear"):
+        result = runner.invoke(app, [command])
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: FLMOE_CACHE_DIR: expected a folder")
 
 
 def test_show_and_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

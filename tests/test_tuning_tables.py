@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flmoe_kernels import tuning
 from flmoe_kernels.triton_tables import KNOWN, Table, architecture_of, known
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -21,6 +22,7 @@ from flmoe_kernels.expert_attention.triton.table import TABLE as ATTENTION
 from flmoe_kernels.expert_attention.triton.table import AttentionCall
 from flmoe_kernels.pair_moe.call import PairCall
 from flmoe_kernels.pair_moe.triton import launch as pair
+from flmoe_kernels.pair_moe.triton import tuned as pair_tuned
 from flmoe_kernels.pair_moe.triton.table import FEW, registers_of
 from flmoe_kernels.pair_moe.triton.table import TABLE as PAIR
 from flmoe_kernels.routed_mlp.triton import launch as routed
@@ -170,6 +172,31 @@ def test_launches_are_cut_by_the_tiles_of_the_architecture() -> None:
         assert launch.constants["COLUMNS"] == columns
     for call in (attending(8192, 1, 64, dropout=False), attending(384, 32, 32)):
         assert attention.tiles_of("attend", call, 90) == attention.tiles_of("attend", call)
+
+
+def test_calls_whose_tables_or_products_differ_are_two_questions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuning.Question] = []
+
+    def choose(question: tuning.Question, candidates: Any, *_: object) -> Any:
+        asked.append(question)
+        return candidates[0]
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(pair_tuned, "architecture_of", lambda _device: 90)
+    # 100 blocks are few and 104 are not, in one bucket of sizes.
+    few, many = pairs(4, 1600, 512), pairs(4, 1664, 512)
+    for call, reduce in ((few, "none"), (many, "none"), (many, "experts"), (many, "pool")):
+        found = pair_tuned.fastest("accumulate", call, reduce)
+        assert found == pair.tiles_of("accumulate", call, 90, reduce)
+    assert len(set(asked)) == 3
+    assert asked[1] == asked[3], "sums over rows and the backward are cut alike"
+    asked.clear()
+    for precision in ("tf32x3", "tf32"):
+        monkeypatch.setattr(pair_tuned, "matrix_precision", lambda _dtype, it=precision: it)
+        pair_tuned.fastest("accumulate", few)
+    assert asked[0] != asked[1]
 
 
 def test_wide_layers_have_a_program_on_each_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .errors import fail
 
 if TYPE_CHECKING:
     from flmoe_kernels.tuning.finding import Finding
@@ -30,11 +34,8 @@ def show(
     from flmoe_kernels.tuning import cache
     from flmoe_kernels.tuning.finding import as_json_value
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", cache.TuningWarning)
+    with _complaints():
         found = list(cache.findings())
-    for warning in caught:
-        typer.echo(f"warning: {warning.message}", err=True)
     if as_json:
         content = {"folder": str(cache.folder()), "findings": list(map(as_json_value, found))}
         typer.echo(json.dumps(content, indent=2))
@@ -49,8 +50,24 @@ def clear() -> None:
     """Remove every finding; later calls with autotune look anew."""
     from flmoe_kernels.tuning import cache
 
-    count = cache.clear()
+    with _complaints():
+        count = cache.clear()
     typer.echo(f"removed {count} finding{'' if count == 1 else 's'} from {cache.folder()}")
+
+
+@contextmanager
+def _complaints() -> Iterator[None]:
+    """Warnings as lines on stderr; a folder that cannot be used ends the command."""
+    from flmoe_kernels.tuning import cache
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", cache.TuningWarning)
+        try:
+            yield
+        except OSError as error:
+            fail(str(error))
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}", err=True)
 
 
 def _print(found: list[Finding]) -> None:

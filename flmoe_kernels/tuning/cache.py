@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from .finding import Finding, Question, decode, encode
 
 FOLDER_VARIABLE = "FLMOE_CACHE_DIR"
 _NAME = re.compile(r"[0-9a-f]{32}\.json")
+# What a writer that was killed leaves.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\w+\.tmp")
 # A finding has about one KiB: a larger file is something else, and is not read.
 _MOST_BYTES = 2**16
 
@@ -25,6 +28,18 @@ class TuningWarning(UserWarning):
 
 
 def folder() -> Path:
+    """Where findings lie, whether it is there or not.
+
+    Raises:
+        OSError: no variable names one and there is no home folder.
+    """
+    try:
+        return _named_folder()
+    except RuntimeError as error:
+        raise OSError(f"{FOLDER_VARIABLE}: expected a folder where {error}") from error
+
+
+def _named_folder() -> Path:
     own = os.environ.get(FOLDER_VARIABLE)
     if own:
         return Path(own).expanduser() / "tuning"
@@ -36,21 +51,26 @@ def folder() -> Path:
 
 def read(question: Question) -> Finding | None:
     """What was found before; None, with a warning where a file is not that finding, if there is nothing."""
-    path = folder() / f"{question.name()}.json"
+    try:
+        path = folder() / f"{question.name()}.json"
+    except OSError as error:
+        _warn(str(error))
+        return None
     finding = _load(path)
     if finding is not None and finding.question != question:
-        warnings.warn(f"{path}: ignored: it answers another question", TuningWarning, stacklevel=2)
+        _warn(f"{path}: ignored: it answers another question")
         return None
     return finding
 
 
 def write(finding: Finding) -> None:
     """The file appears whole or not at all; where it cannot be written, a warning."""
-    target = folder() / f"{finding.question.name()}.json"
+    name = finding.question.name()
     try:
+        target = folder() / f"{name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-        temporary = Path(name)
+        number, path = tempfile.mkstemp(dir=target.parent, prefix=f".{name}.", suffix=".tmp")
+        temporary = Path(path)
         try:
             with os.fdopen(number, "w", encoding="utf-8") as file:
                 file.write(encode(finding))
@@ -58,46 +78,74 @@ def write(finding: Finding) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(f"{target}: not written: {error}", TuningWarning, stacklevel=2)
+        _warn(f"{name}.json: not written: {error}")
 
 
 def findings() -> Iterator[Finding]:
-    """All that can be read, by file name; a warning for each that cannot."""
-    for path in _files():
+    """All that can be read, by file name; a warning for each that cannot.
+
+    Raises:
+        OSError: there is a folder, and it cannot be listed.
+    """
+    for path in _files(_NAME):
         finding = _load(path)
         if finding is not None:
             yield finding
 
 
 def clear() -> int:
-    """Remove findings, readable or not, and nothing else in the folder. Returns how many."""
-    count = 0
-    for path in _files():
-        path.unlink(missing_ok=True)
-        count += 1
-    return count
+    """Remove findings, readable or not, and what unfinished ones left, and nothing else in the folder.
+
+    Returns how many findings; a warning for each that stays.
+
+    Raises:
+        OSError: there is a folder, and it cannot be listed.
+    """
+    for path in _files(_TEMPORARY):
+        _remove(path)
+    return sum(map(_remove, _files(_NAME)))
 
 
-def _files() -> list[Path]:
+def _remove(path: Path) -> bool:
     try:
-        return sorted(path for path in folder().iterdir() if _NAME.fullmatch(path.name))
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _warn(f"{path}: not removed: {error}")
+        return False
+    return True
+
+
+def _files(name: re.Pattern[str]) -> list[Path]:
+    try:
+        return sorted(path for path in folder().iterdir() if name.fullmatch(path.name))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def _load(path: Path) -> Finding | None:
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        return decode(_content(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        warnings.warn(f"{path}: ignored: {error}", TuningWarning, stacklevel=3)
+    except (OSError, ValueError) as error:
+        _warn(f"{path}: ignored: {error}")
         return None
-    try:
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"longer than {_MOST_BYTES} bytes")
-        return decode(content.decode())
-    except ValueError as error:
-        warnings.warn(f"{path}: ignored: {error}", TuningWarning, stacklevel=3)
-        return None
+
+
+def _content(path: Path) -> str:
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("no regular file")
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"longer than {_MOST_BYTES} bytes")
+    return content.decode()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A pipe would be waited for until somebody writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, TuningWarning, stacklevel=3)

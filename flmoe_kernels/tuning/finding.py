@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SCHEMA = 1
-# Names of fields and values of a configuration; no table has more or larger ones.
-_MOST_FIELDS, _LARGEST = 32, 2**16
+# Names of fields and values of a configuration; no table has more or larger ones. And characters of a word.
+_MOST_FIELDS, _LARGEST, _LONGEST = 32, 2**16, 256
 _MOST_SECONDS = 1e6
 Tiles = dict[str, int]
 
@@ -81,7 +81,7 @@ def decode(text: str) -> Finding:
     )
     _expect_keys("the file", content, fields)
     if content["schema"] != SCHEMA or isinstance(content["schema"], bool):
-        raise ValueError(f"schema: expected {SCHEMA}, got {content['schema']!r}")
+        raise ValueError(f"schema: expected {SCHEMA}, got {_short(content['schema'])}")
     return Finding(
         _question(content["question"]),
         _whole_numbers("tiles", content["tiles"]),
@@ -101,32 +101,46 @@ def _question(content: Any) -> Question:
     words = ("kernel", "kind", "dtype", "device", "triton", "package")
     _expect_keys("question", content, (*words, "sizes"))
     for name in words:
-        if not isinstance(content[name], str):
-            raise ValueError(f"question.{name}: expected a string, got {content[name]!r}")
+        _expect_word(f"question.{name}", content[name])
     sizes = _whole_numbers("question.sizes", content["sizes"], 2**62)
     return Question(**{name: content[name] for name in words}, sizes=tuple(sizes.items()))
 
 
+def _expect_word(name: str, value: Any) -> None:
+    """Printable, since it may be shown in a terminal."""
+    if not isinstance(value, str) or len(value) > _LONGEST or not value.isprintable():
+        raise ValueError(
+            f"{name}: expected up to {_LONGEST} printable characters, got {_short(value)}"
+        )
+
+
+def _short(value: Any) -> str:
+    return ascii(value)[:_LONGEST]
+
+
 def _expect_keys(name: str, content: Any, keys: tuple[str, ...]) -> None:
     if not isinstance(content, dict) or set(content) != set(keys):
-        got = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{name}: expected an object of {', '.join(sorted(keys))}, got {got}")
+        got = sorted(content) if isinstance(content, dict) else content
+        expected = ", ".join(sorted(keys))
+        raise ValueError(f"{name}: expected an object of {expected}, got {_short(got)}")
 
 
 def _whole_numbers(name: str, content: Any, largest: int = _LARGEST) -> Tiles:
     if not isinstance(content, dict) or not 0 < len(content) <= _MOST_FIELDS:
         raise ValueError(f"{name}: expected an object of up to {_MOST_FIELDS} numbers")
+    for key in content:
+        _expect_word(f"a key of {name}", key)
     return {key: _whole_number(f"{name}.{key}", content[key], largest) for key in content}
 
 
 def _whole_number(name: str, value: Any, largest: int = _LARGEST) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
-        raise ValueError(f"{name}: expected a whole number up to {largest}, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number up to {largest}, got {_short(value)}")
     return value
 
 
 def _seconds(name: str, value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < _MOST_SECONDS:
-        raise ValueError(f"{name}: expected seconds, got {value!r}")
+        raise ValueError(f"{name}: expected seconds, got {_short(value)}")
     return float(value)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from .trial import Trial
@@ -22,17 +24,25 @@ def from_environment() -> bool:
     return value == "1"
 
 
-_environment = from_environment()
-_asked: list[tuple[bool, Timer | None]] = []
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    enabled: bool
+    timer: Timer | None
+
+
+_environment = _Asked(from_environment(), None)
+# The last one counts. A tuple that is replaced, so that a thread that reads it needs no lock.
+_asked: tuple[_Asked, ...] = (_environment,)
+_lock = threading.Lock()
 
 
 def enabled() -> bool:
-    return _asked[-1][0] if _asked else _environment
+    return _asked[-1].enabled
 
 
 def given_timer() -> Timer | None:
     """The one that `autotune` was given, instead of the device's own."""
-    return _asked[-1][1] if _asked else None
+    return _asked[-1].timer
 
 
 @contextmanager
@@ -48,9 +58,19 @@ def autotune(enabled: bool = True, *, timer: Timer | None = None) -> Iterator[No
     Args:
         enabled: False switches a surrounding autotune, or the environment's, off.
         timer: the clock, which must run a trial at least once; default: events of the trial's device.
+
+    Raises:
+        TypeError: `enabled` is not a truth value.
     """
-    _asked.append((enabled, timer))
+    global _asked
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected True or False, got {enabled!r}")
+    own = _Asked(enabled, timer)
+    with _lock:
+        _asked = (*_asked, own)
     try:
         yield
     finally:
-        _asked.pop()
+        # Its own and not the last one: blocks of two threads need not be nested.
+        with _lock:
+            _asked = tuple(one for one in _asked if one is not own)

@@ -10,24 +10,27 @@ from torch import Tensor
 
 from .trial import Trial
 
-# Runs whose median counts, and bytes that are written before each of them: more than any L2, and long enough that
-# the launch has been queued when they are done, so that no gap of the host is timed.
-_RUNS, _FLUSHED = 10, 2**28
+# Runs whose median counts; bytes that are written before each of them, more than any L2; and how often, so that
+# the launch has been queued when they are done and no gap of the host is timed: twice 2^28 take 67 us at 8 TB/s,
+# which is to be more than the host needs for a launch (assumed).
+_RUNS, _FLUSHED, _TIMES = 10, 2**28, 2
 
 
 def device_seconds(trial: Trial[Any]) -> float:
-    """Median seconds of a trial on the current stream of its device, for which this waits."""
+    """Median seconds of a trial on the current stream of its device; waits for that stream."""
     with torch.cuda.device(trial.device):
         flushed = _flushed(trial.device)
         pairs = [
             tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(_RUNS)
         ]
         for start, end in pairs:
-            flushed.zero_()
+            for _ in range(_TIMES):
+                flushed.zero_()
             start.record()
             trial.run()
             end.record()
-        torch.cuda.synchronize(trial.device)
+        # Not the whole device: other streams may wait for other processes.
+        pairs[-1][1].synchronize()
         found = sorted(start.elapsed_time(end) for start, end in pairs)
     return found[_RUNS // 2] / 1e3
 

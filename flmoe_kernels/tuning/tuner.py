@@ -36,9 +36,9 @@ def choose(
 ) -> Configuration:
     """The fastest of `candidates`, frozen dataclasses of numbers, of which the first is the launch table's.
 
-    It is the table's where nothing is known and nothing can be timed: without a device, and under capture. That
-    answer too stays for the life of the process. `prepare` makes what all trials share, where there is
-    something to time, and returns what makes one.
+    It is the table's where nothing is known and nothing can be timed: without a device, under capture, and where
+    memory does not suffice. That answer too stays for the life of the process. `prepare` makes what all trials
+    share, where there is something to time, and returns what makes one.
     """
     with _lock:
         if question not in _answers:
@@ -78,6 +78,10 @@ def _find(
         return candidates[0]
     try:
         best, finding = _fastest(question, candidates, prepare(), clock)
+    except torch.cuda.OutOfMemoryError as error:
+        # The call itself may well fit: trials need memory beside it.
+        _warn(question, f"not tuned: {error}")
+        return candidates[0]
     finally:
         timer.release()
     if finding is not None:
@@ -126,25 +130,21 @@ def _sound(
     """The trial of a candidate that compiles, runs and agrees with `wanted`, which the first one fills."""
     try:
         trial = make(candidate)
-        trial.run()
+        trial.run_afresh()
         results = list(trial.results())
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         # Whatever the compiler or the driver says of a configuration: too many registers, too much memory.
-        warnings.warn(
-            f"{question.kernel}: a candidate did not run: {described(candidate)}: {error}",
-            cache.TuningWarning,
-            stacklevel=2,
-        )
+        _warn(question, f"a candidate did not run: {described(candidate)}: {error}")
         return None
     if not wanted:
         wanted.extend(result.clone() for result in results)
     elif not agree(results, wanted):
-        warnings.warn(
-            f"{question.kernel}: a candidate gave other results: {described(candidate)}",
-            cache.TuningWarning,
-            stacklevel=2,
-        )
+        _warn(question, f"a candidate gave other results: {described(candidate)}")
         return None
     return trial
+
+
+def _warn(question: Question, message: str) -> None:
+    warnings.warn(f"{question.kernel}: {message}", cache.TuningWarning, stacklevel=3)

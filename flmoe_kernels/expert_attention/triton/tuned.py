@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...triton_runtime import Launch, run
+from ...triton_runtime import Launch, matrix_precision, run
 from ...triton_tables import architecture_of
 from .launch import attend_with, key_gradient_with, query_gradient_with
 from .table import TABLE, AttentionCall, Tiles, candidates, class_of
@@ -29,6 +29,7 @@ def fastest(kernel: str, call: AttentionCall) -> Tiles:
         problems=tuning.bucket(call.problems),
         width=width,
         dropout=int(call.seed is not None),
+        tf32=int(matrix_precision(call.q.dtype) == "tf32"),
     )
     found = candidates(kernel, call, architecture_of(device))
     return tuning.choose(asked, found, lambda: _TRIALS[kernel](call), device)
@@ -38,7 +39,7 @@ def _trial(
     call: AttentionCall, tiles: Tiles, launch: Launch, results: list[Tensor]
 ) -> tuning.Trial[Tiles]:
     device = call.q.device
-    return tuning.Trial(tiles, device, lambda: run([launch], device), lambda: results)
+    return tuning.Trial(tiles, device, lambda: run([launch], device), results, lambda: results)
 
 
 def _like_q(call: AttentionCall) -> Tensor:

@@ -33,7 +33,7 @@ def tiles_of(
         # Knows the launches, and so is above this module; nothing else needs it.
         from .tuned import fastest
 
-        return fastest(kernel, call)
+        return fastest(kernel, call, reduce)
     place = architecture_of(call.q.device) if architecture is None else architecture
     return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call, reduce))
 

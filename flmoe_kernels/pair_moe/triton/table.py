@@ -62,8 +62,8 @@ _ALL: dict[Key, Tiles] = {
 # FEW: calls whose larger side is up to so many blocks of 64 rows, of all samples: fewer than sm_80, sm_90 and
 # sm_100 have multiprocessors (sm_86 and sm_89 may have far fewer, and keep the tiles for all). Then the time is
 # that of one program, and 16 rows by 64 columns take it through its columns in a quarter of the steps, which are
-# half as long again: see docs/launch_tables.md. A limit of registers stands where without one the compiler spills
-# 8 bytes to have fewer, for blocks that do not come.
+# up to half as long again by prediction: see docs/launch_tables.md. A limit of registers stands where without one
+# the compiler spills 8 bytes to have fewer, for blocks that do not come.
 _ROWS, _FEW_PROGRAMS = 64, 100
 _LIMITED = (80, 90, 100)
 
@@ -95,7 +95,7 @@ _REPLACED: dict[int, dict[Key, Tiles]] = {
 }
 TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)
 
-# Rows, columns, warps and stages that autotune tries: tiles from a sixteenth to twice the table's.
+# Rows, columns, warps and stages that autotune tries: tiles of 512 to 4096 pairs.
 _TRIED = {
     "accumulate": (
         *((64, 16, 4, 2), (64, 32, 4, 2), (128, 16, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
@@ -113,11 +113,16 @@ def key_of(kernel: str, call: PairCall) -> Key:
     return kernel, call.experts > _MANY, call.q.dtype == torch.float32
 
 
+def few_programs(call: PairCall) -> bool:
+    """Whether a call's programs would leave most of a GPU idle, by shapes alone."""
+    return call.batch * -(-max(call.rows, call.columns) // _ROWS) <= _FEW_PROGRAMS
+
+
 def narrower(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> list[Key]:
-    """Keys that go before key_of: of calls whose programs would leave most of a GPU idle, by shapes alone; and of
-    a forward that adds up experts, which holds one more tile."""
-    key, blocks = key_of(kernel, call), -(-max(call.rows, call.columns) // _ROWS)
-    found = [(*key, FEW)] if call.batch * blocks <= _FEW_PROGRAMS else []
+    """Keys that go before key_of: of calls of few programs, and of a forward that adds up experts, which holds one
+    more tile."""
+    key = key_of(kernel, call)
+    found = [(*key, FEW)] if few_programs(call) else []
     return [*found, (*key, REDUCE_EXPERTS)] if reduce == REDUCE_EXPERTS else found
 
 
@@ -132,9 +137,11 @@ def class_of(call: PairCall) -> str:
     return f"{experts}, {'float32' if call.q.dtype == torch.float32 else '16 bit'}"
 
 
-def candidates(kernel: str, call: PairCall, architecture: int | None) -> list[Tiles]:
+def candidates(
+    kernel: str, call: PairCall, architecture: int | None, reduce: str = REDUCE_NONE
+) -> list[Tiles]:
     """What autotune tries, the launch table's first; chunks are the table's in all of them."""
-    first = TABLE.tiles(key_of(kernel, call), architecture, *narrower(kernel, call))
+    first = TABLE.tiles(key_of(kernel, call), architecture, *narrower(kernel, call, reduce))
     fields = ("rows", "columns", "warps", "stages")
     own = tuple(getattr(first, name) for name in fields)
     tried = (one for one in _TRIED[kernel] if one != own)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...triton_runtime import Launch, run
+from ...triton_runtime import Launch, matrix_precision, run
 from ...triton_tables import architecture_of
-from ..call import REDUCE_NONE, REDUCE_POOL, PairCall
+from ..call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 from .launch import (
     Sides,
     forward_with,
@@ -21,16 +21,19 @@ from .launch import (
     project_launches,
     row_blocks,
 )
-from .table import Tiles, candidates, class_of
+from .table import Tiles, candidates, class_of, few_programs
 
 # Pairs of all experts that a trial of a map fills: 64 MiB.
 _MAP = 2**24
 
 
-def fastest(kernel: str, call: PairCall) -> Tiles:
-    """The answer for all calls of these sizes, in buckets; see tuning.choose."""
+def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
+    """The answer for all calls of these sizes, in buckets; see tuning.choose. `reduce` is the forward's."""
     device = call.q.device
-    found = candidates(kernel, call, architecture_of(device))
+    summed = reduce == REDUCE_EXPERTS
+    # Sums over rows are cut by the answer for outputs of every token.
+    reduce = REDUCE_EXPERTS if summed else REDUCE_NONE
+    found = candidates(kernel, call, architecture_of(device), reduce)
     sizes = {"batch": call.batch, "rows": call.rows, "columns": call.columns}
     asked = tuning.question(
         f"pair_moe.{kernel}",
@@ -40,30 +43,39 @@ def fastest(kernel: str, call: PairCall) -> Tiles:
         **{name: tuning.bucket(size) for name, size in sizes.items()},
         **{"experts": call.experts, "rank": call.rank, "width": call.width},
         some=int(call.top_k < call.experts),
+        few=int(few_programs(call)),
+        summed=int(summed),
+        tf32=int(matrix_precision(call.q.dtype) == "tf32"),
     )
-    return tuning.choose(asked, found, lambda: _TRIALS[kernel](call), device)
+    return tuning.choose(asked, found, lambda: _TRIALS[kernel](call, reduce), device)
 
 
 def _trial(
-    call: PairCall, tiles: Tiles, launches: list[Launch], results: Callable[[], list[Tensor]]
+    call: PairCall,
+    tiles: Tiles,
+    launches: list[Launch],
+    buffers: list[Tensor],
+    results: Callable[[], list[Tensor]] | None = None,
 ) -> tuning.Trial[Tiles]:
     device = call.q.device
-    return tuning.Trial(tiles, device, lambda: run(launches, device), results)
+    return tuning.Trial(
+        tiles, device, lambda: run(launches, device), buffers, results or (lambda: buffers)
+    )
 
 
-def _accumulate(call: PairCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
-    """The forward, with an output for every token and expert."""
-    y = call.q.new_empty(call.y_shape(REDUCE_NONE))
+def _accumulate(call: PairCall, reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
+    """The forward, with an output for every token, and for every expert where they are not added up."""
+    y = call.q.new_empty(call.y_shape(reduce))
     mass = call.q.new_empty(call.q.shape[:3], dtype=call.statistics)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
-        launch = forward_with(tiles, call, REDUCE_NONE, y, mass)
-        return _trial(call, tiles, [launch], lambda: [y, mass])
+        launch = forward_with(tiles, call, reduce, y, mass)
+        return _trial(call, tiles, [launch], [y, mass])
 
     return make
 
 
-def _gradient(call: PairCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
+def _gradient(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
     """The gradients of q, k and gate_bias, with a for the cotangent of y."""
     sides = _sides(call, REDUCE_NONE, call.q.dtype, call.a)
     grad_q, grad_k = call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape)
@@ -75,12 +87,13 @@ def _gradient(call: PairCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
             gate_gradient_with(tiles, call, sides, operand(grad_q), bias),
             gate_gradient_with(tiles, call, sides, operand(grad_k), None, swapped=True),
         ]
-        return _trial(call, tiles, launches, lambda: [grad_q, grad_k, bias.sum(dim=1)])
+        found = [grad_q, grad_k]
+        return _trial(call, tiles, launches, [*found, bias], lambda: [*found, bias.sum(dim=1)])
 
     return make
 
 
-def _map(call: PairCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
+def _map(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
     """Contributions of the first rows, with a token's values for the head."""
     sides = _sides(call, REDUCE_POOL, call.statistics, call.a[:, :, 0])
     rows = min(call.rows, max(1, _MAP // (call.batch * call.experts * call.columns)))
@@ -89,7 +102,7 @@ def _map(call: PairCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         launch = map_with(tiles, call, sides, phi, 0, rows)
-        return _trial(call, tiles, [launch], lambda: [phi])
+        return _trial(call, tiles, [launch], [phi])
 
     return make
 

@@ -65,10 +65,10 @@ def _wide(slices: int, stages: int, shared: tuple[int, int, int]) -> Tiles:
 
 # Those that an architecture has instead, for calls whose widths both are _LARGE or more; shared bytes elsewhere
 # are 0. 128 x 256 takes 85 FLOP per byte from L2 where 128 x 128 takes 64: at 989 and 2250 TFLOP/s 11.6 and 26
-# TB/s instead of 15.4 and 35, more than either L2 gives, so bytes from L2 bound these products and fall by a
-# quarter. One program has an SM to itself, with 255 registers a thread on sm_90: the activations in slices of 32
-# columns do not spill. Nothing multiplies while it finishes a tile, which is why the sums must be long: at 1024
-# the products of a tile take 16 rounds of 1024 clocks on sm_90. Predictions; not measured.
+# TB/s instead of 15.5 and 35, more than either L2 gives (assumed), so bytes from L2 bound these products and fall
+# by a quarter. One program has an SM to itself, with 255 registers a thread on sm_90: the activations in slices
+# of 32 columns do not spill. Nothing multiplies while it finishes a tile, which is why the sums must be long: at
+# 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. Predictions; not measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
     90: {
         **{(name, False, LARGE): _wide(8, 3, (0, 147456, 0)) for name in _BY_ROWS},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import tuning
-from ...triton_runtime import Launch, run
+from ...triton_runtime import Launch, matrix_precision, run
 from ...triton_tables import architecture_of
 from . import launch as launches
 from .call import RoutedCall
@@ -32,20 +32,27 @@ def fastest(kernel: str, call: RoutedCall) -> Tiles:
         experts=call.experts,
         width=call.width,
         hidden=call.hidden,
+        tf32=int(matrix_precision(dtype) == "tf32"),
     )
     found = candidates(kernel, call, architecture_of(device))
     return tuning.choose(asked, found, lambda: _TRIALS[kernel](call), device)
 
 
 def _trial(
-    call: RoutedCall, tiles: Tiles, found: list[Launch], results: Callable[[], list[Tensor]]
+    call: RoutedCall,
+    tiles: Tiles,
+    found: list[Launch],
+    buffers: list[Tensor],
+    results: Callable[[], list[Tensor]] | None = None,
 ) -> tuning.Trial[Tiles]:
     device = call.x.device
-    return tuning.Trial(tiles, device, lambda: run(found, device), results)
+    return tuning.Trial(
+        tiles, device, lambda: run(found, device), buffers, results or (lambda: buffers)
+    )
 
 
 def _layer(call: RoutedCall) -> Tensor:
-    """(R, F), with zeros for the rows that were dropped, which no kernel writes."""
+    """(R, F), with zeros for the rows that were dropped, which no kernel writes: a trial's inputs are finite."""
     return call.x.new_zeros((call.rows, call.hidden))
 
 
@@ -67,18 +74,18 @@ def _hidden(call: RoutedCall) -> Make:
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         launch = launches.hidden_with(tiles, call, hidden, active)
-        return _trial(call, tiles, [launch], lambda: [hidden, active])
+        return _trial(call, tiles, [launch], [hidden, active])
 
     return make
 
 
 def _rows(call: RoutedCall) -> Make:
     _, active = _layers(call)
-    out = call.x.new_zeros((call.tokens, call.choices, call.width))
+    out = call.x.new_empty((call.tokens, call.choices, call.width))
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         launch = launches.rows_with(tiles, call, active, out)
-        return _trial(call, tiles, [launch], lambda: [out])
+        return _trial(call, tiles, [launch], [out])
 
     return make
 
@@ -90,9 +97,10 @@ def _hidden_gradient(call: RoutedCall) -> Make:
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         shape = (call.rows, launches.dot_parts(call, tiles=tiles))
-        dots = call.x.new_zeros(shape, dtype=torch.float32)
+        dots = call.x.new_empty(shape, dtype=torch.float32)
         launch = launches.hidden_gradient_with(tiles, call, call.x, hidden, grad, active, dots)
-        return _trial(call, tiles, [launch], lambda: [grad, active, dots.sum(dim=1)])
+        buffers = [grad, active, dots]
+        return _trial(call, tiles, [launch], buffers, lambda: [grad, active, dots.sum(dim=1)])
 
     return make
 
@@ -111,7 +119,7 @@ def _weight_gradient(call: RoutedCall) -> Make:
         found = [launches.weight_gradient_with(tiles, call, *sides, parts, None, None)]
         if not one:
             found.append(launches.sum_launch(parts.flatten(0, 1), whole.flatten(0, 1)))
-        return _trial(call, tiles, found, lambda: [whole])
+        return _trial(call, tiles, found, [whole, parts], lambda: [whole])
 
     return make
 
