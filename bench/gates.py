@@ -98,7 +98,12 @@ def record(benchmark: Any, comparison: Comparison, paired: Paired) -> None:
     """Rates, share of the roofline, ratio with its spread, device and versions, beside the benchmark's table."""
     case, work = comparison.case, cost(comparison.case)
     call = prepare(case, comparison.ours).call
-    benchmark.pedantic(call, rounds=TABLE_ROUNDS, iterations=1, warmup_rounds=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(comparison.threads)
+    try:
+        benchmark.pedantic(call, rounds=TABLE_ROUNDS, iterations=1, warmup_rounds=1)
+    finally:
+        torch.set_num_threads(before)
     seconds = paired.ours.p50
     bound, binds = ceilings(comparison.threads).roofline_seconds(work, case.dtype)
     benchmark.extra_info.update(environment())

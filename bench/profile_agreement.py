@@ -71,7 +71,7 @@ def compare_twice(case: tuple[str, str, str], device: str, seconds: float) -> di
 
 def median_seconds(call: Callable[[], Any], device: str) -> float:
     """Of one call: the median of calls until PATIENCE is over, by the wall clock and a wait for the device."""
-    seconds = []
+    seconds: list[float] = []
     start = time.perf_counter()
     call()
     while time.perf_counter() - start < PATIENCE or len(seconds) < 5:

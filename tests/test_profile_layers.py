@@ -122,15 +122,12 @@ def test_own_layer_without_kernels_says_so(
 
 
 @pytest.mark.skipif(bool(memory_lack("cpu")), reason="peaks need Linux's /proc")
-def test_peak_of_an_own_layer_grows_with_the_batch(checkpoint: Path) -> None:
-    found = []
-    for batch in (2, 512):
-        user = UserLayer(str(checkpoint), batch, (5, 4)).checked()
-        [_, reference] = profile_request.user_subjects(user, layers_of_users.TRAINING)
-        assert reference.peak is not None
-        found.append(reference.peak())
-    small, large = found
-    assert small is not None
-    assert large is not None
-    # One float32 row of every view and expert at the least, which the reference keeps for its backward.
-    assert large - small > 510 * 9 * 16 * 4 * 4 * 3
+def test_peak_of_an_own_layer_is_that_of_its_batch(checkpoint: Path) -> None:
+    user = UserLayer(str(checkpoint), 512, (5, 4)).checked()
+    [_, reference] = profile_request.user_subjects(user, layers_of_users.TRAINING)
+    assert reference.peak is not None
+    peak = reference.peak()
+    assert peak is not None
+    # Of rows of float32 in every expert and view: one at the least, which the reference keeps for its backward.
+    rows = 512 * 9 * 16 * 4 * 4 * 3
+    assert rows < peak < 100 * rows

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flmoe_kernels.profiling import gpu, suite, targets
+from flmoe_kernels.profiling import ceilings, gpu, suite, targets
 from flmoe_kernels.profiling.cases import BOTH, FORWARD, Case
 from flmoe_kernels.profiling.ceilings import Ceilings
 from flmoe_kernels.profiling.check import WrongAnswer
@@ -112,6 +112,7 @@ def test_a_case_that_fails_does_not_stop_its_group(
     gpu.measure_group(group, "cpu", True, CEILINGS, 0.01, path)
     rows, (first, second) = gpu.gather(tmp_path)
     assert first["failed"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert "test_profiling_gpu.py" in first["traceback"]
     assert "failed" not in second
     assert {row["case"] for row in rows} == {second["case"]}
     out = capsys.readouterr().out.splitlines()
@@ -144,8 +145,12 @@ def test_a_case_of_several_groups_is_one(tmp_path: Path) -> None:
     assert gpu.merge(first, failed) == gpu.merge(failed, first) == failed
 
 
-def test_the_whole_way_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_whole_way_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ceilings, a process for the group, the file, the table of targets."""
+    monkeypatch.setitem(ceilings._SIDE, "cpu", 128)
+    monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**20)
     arguments = ["--device", "cpu", "--dry-run", "--seconds", "0.01", "--only", "routing"]
     assert gpu.main([*arguments, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -221,6 +226,47 @@ def test_a_peer_that_fails_is_left_out_with_its_words(monkeypatch: pytest.Monkey
     reasons = {one["name"]: one["why_not"] for one in detail["left_out"]}
     assert reasons["reference"] == "failed: CUDA out of memory."
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(("kind", "bad"), [("ours", True), ("peer", False)])
+def test_another_backend_of_ours_that_is_wrong_is_told(kind: str, bad: bool) -> None:
+    """Beside the default one, which is timed all the same; what cannot run at all is no failure."""
+    one = {"name": "triton", "kind": kind, "why_not": "failed: y is off"}
+    found = detail("reference") | {"left_out": [one]}
+    assert gpu.is_bad(found) == bad
+    assert gpu.failing(found) == [one]
+    assert not gpu.is_bad(found | {"left_out": [one | {"why_not": "there is no CUDA device"}]})
+    assert gpu.is_bad({"case": "a", "failed": "RuntimeError: x"})
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def run(group: Group, seconds: float, path: Path, extra: Any) -> str:
+        if group.name != GROUPS[0].name:
+            raise KeyboardInterrupt
+        path.write_text(json.dumps({"rows": [], "detail": {"case": "a", "failed": "x"}}) + "\n")
+        return ""
+
+    monkeypatch.setitem(ceilings._SIDE, "cpu", 128)
+    monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setattr(gpu, "run_apart", run)
+    assert gpu.main(["--device", "cpu", "--dry-run", "--out", str(tmp_path)]) == 1
+    assert "interrupted" in capsys.readouterr().out
+    (run_,) = json.loads((tmp_path / gpu.FILE_NAME).read_text())["runs"]
+    assert [one["case"] for one in run_["details"]] == ["a"]
+
+
+def test_a_memory_that_cannot_be_measured_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(case: Case, one: Contestant) -> int:
+        if one.name == "reference":
+            raise RuntimeError("the process that was to measure its memory ended early, with -9")
+        return 42
+
+    monkeypatch.setattr(suite, "peak_bytes", ended)
+    (run,) = suite.run_suite([suite.entry_of(CASE)], seconds=0.01)["runs"]
+    peaks = {one["name"]: one["peak_bytes"] for one in run["details"][0]["contestants"]}
+    assert peaks == {"cpu": 42, "reference": None}
 
 
 def test_ours_that_fails_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,9 @@ def profile(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Your own layer: swapped, next to the reference.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="With --checkpoint: samples.")] = 32,
+    batch: Annotated[
+        int | None, typer.Option(help="With --checkpoint: samples; default 32.")
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="With --checkpoint: of each modality, as 320,196.")
     ] = None,
@@ -87,7 +89,7 @@ def profile(
                 _refuse(shape=shape, backend=backend, variant=variant, lengths=lengths)
                 user = UserLayer(
                     path=str(checkpoint),
-                    batch=batch,
+                    batch=32 if batch is None else batch,
                     tokens=_numbers("tokens", tokens),
                     valid=_numbers("valid", valid),
                     num_heads=heads,
@@ -99,7 +101,9 @@ def profile(
                 )
                 good = run_layer(user, phase, effort, files, check=check, memory=memory)
             else:
-                _refuse(tokens=tokens, valid=valid, heads=heads, temperature=temperature)
+                _refuse(
+                    batch=batch, tokens=tokens, valid=valid, heads=heads, temperature=temperature
+                )
                 _refuse(gate=gate, top_k=top_k)
                 request = Request(
                     op or "", shape, dtype, tuple(backend or ()), phase, device, variant
@@ -130,5 +134,5 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
 def _refuse(**given: object) -> None:
     """Options that say nothing of what is profiled."""
     for name, value in given.items():
-        if value:
+        if value not in (None, []):
             fail(f"--{name.replace('_', '-')}: says nothing of what is profiled here; leave it out")

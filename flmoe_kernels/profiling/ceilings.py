@@ -8,7 +8,6 @@ processor's best instructions.
 from __future__ import annotations
 
 import statistics
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from .cases import dtype_name
 from .costs import Cost
+from .environment import ask_driver
 from .measure import Clock, clock_of
 from .shapes import is_cuda
 
@@ -106,19 +106,10 @@ def exponential_rate(device: str) -> float:
     """Of a GPU by its largest clock; 0 where no tool tells it, and on a CPU, whose kernels use no such unit."""
     if not is_cuda(device):
         return 0.0
-    index = torch.device(device).index or 0
-    command = ["nvidia-smi", f"--id={index}", "--query-gpu=clocks.max.sm"]
-    try:
-        done = subprocess.run(
-            [*command, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        )
-        clock = float(done.stdout.split()[0]) * 1e6
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    told = "".join(ask_driver(device, "clocks.max.sm")).split(" ")[0]
+    if not told.isdecimal():
         return 0.0
+    clock = 1e6 * float(told)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return processors * _EXPONENTIALS_PER_CLOCK * clock
 

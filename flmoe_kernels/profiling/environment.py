@@ -56,21 +56,37 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The checkout that the package or the working directory lies in, else FLMOE_COMMIT, else "unknown"."""
+    """The checkout of this package that it or the working directory lies in, else FLMOE_COMMIT, else "unknown".
+
+    An installed package may lie in a checkout of somebody else's: that one's commit says nothing.
+    """
     for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
-        found = _output("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12")
-        if found:
-            return found
+        top = _output("git", "-C", str(folder), "rev-parse", "--show-toplevel")
+        if top and (Path(top) / "flmoe_kernels" / "_version.py").is_file():
+            found = _output("git", "-C", top, "describe", "--always", "--dirty", "--abbrev=12")
+            return found or "unknown"
     return os.environ.get(COMMIT_VARIABLE) or "unknown"
+
+
+def ask_driver(device: str, query: str) -> list[str]:
+    """What nvidia-smi tells of a GPU, in the query's order, with units; [] where it tells nothing."""
+    properties = torch.cuda.get_device_properties(device)
+    # nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves: the number is the last resort.
+    uuid = getattr(properties, "uuid", None)
+    names = [f"GPU-{uuid}"] if uuid else []
+    for name in (*names, str(torch.device(device).index or 0)):
+        told = _output(
+            "nvidia-smi", f"--id={name}", f"--query-gpu={query}", "--format=csv,noheader"
+        )
+        if told:
+            return told.split(", ")
+    return []
 
 
 def _gpu_facts(device: str) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    asked = _output(
-        *("nvidia-smi", f"--id={torch.device(device).index or 0}", "--format=csv,noheader"),
-        "--query-gpu=driver_version,clocks.max.sm,power.limit",
-    )
-    driver, clock, power = ([*asked.split(", "), "", "", ""])[:3]
+    told = ask_driver(device, "driver_version,clocks.max.sm,power.limit")
+    driver, clock, power = ([*told, "", "", ""])[:3]
     return {
         "driver": driver or "unknown",
         "cuda": torch.version.cuda,

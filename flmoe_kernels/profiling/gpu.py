@@ -11,10 +11,12 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ from .ceilings import Ceilings, measure_ceilings
 from .check import agree
 from .contestants import OURS, running
 from .environment import device_name, environment
+from .failures import words_of
+from .results import save_json
 from .shapes import LayerShape, PairShape, Shape, is_cuda
-from .suite import document, entry_of, measure_entry, save
+from .suite import FAILED, document, entry_of, measure_entry
 
 BUDGET = 480.0
 # A group gets what is left, but no more than this; with less than LEAST_SECONDS it is not started.
@@ -38,6 +42,8 @@ LEAST_SECONDS = 20.0
 # Of timing for one case.
 CASE_SECONDS = 4.0
 FILE_NAME = "gpu.json"
+# Characters of a failing case's traceback that the file keeps.
+MOST_TRACEBACK = 6000
 MODULE = "flmoe_kernels.profiling.gpu"
 
 
@@ -156,10 +162,15 @@ def measure_group(
                     is_cuda(device),
                     ceilings,
                 )
+                line = json.dumps({"rows": rows, "detail": detail}, allow_nan=False)
             except Exception as error:
-                words = (str(error).strip() or type(error).__name__).splitlines()[0]
-                rows, detail = [], {"case": case.name, "failed": f"{type(error).__name__}: {words}"}
-            file.write(json.dumps({"rows": rows, "detail": detail}) + "\n")
+                detail = {
+                    "case": case.name,
+                    "failed": f"{type(error).__name__}: {words_of(error)}",
+                    "traceback": traceback.format_exc()[-MOST_TRACEBACK:],
+                }
+                line = json.dumps({"rows": [], "detail": detail})
+            file.write(line + "\n")
             file.flush()
             print(line_of(detail), flush=True)
 
@@ -178,8 +189,19 @@ def line_of(detail: dict[str, Any]) -> str:
         "" if share is None else f"{share:4.0%} of the bound ({detail['binds']})",
         "" if peak is None else f"peak {peak / 2**20:.0f} MiB",
         f"vs {', '.join(ratios) or 'nobody'}",
+        *(f"; {one['name']} {one['why_not']}" for one in failing(detail)),
     ]
     return " ".join(filter(None, parts))
+
+
+def failing(detail: dict[str, Any]) -> list[dict[str, Any]]:
+    """Contestants that were left out because they failed or were wrong, not because they cannot run."""
+    return [x for x in detail.get("left_out", ()) if x["why_not"].startswith(FAILED + ":")]
+
+
+def is_bad(detail: dict[str, Any]) -> bool:
+    """Whether a kernel of this package failed or was wrong; a peer may."""
+    return bool(detail.get("failed")) or any(x["kind"] == OURS for x in failing(detail))
 
 
 def gather(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -289,7 +311,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_all(options: argparse.Namespace) -> int:
-    """The whole: ceilings, groups, the file, the table. Exit code 1 where a case of ours failed or was wrong."""
+    """The whole: ceilings, groups, the file, the table.
+
+    Exit code 1 where a case of ours failed or was wrong, or when interrupted, which ends the measuring alone.
+    """
     device = options.device
     facts = environment(device)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
@@ -303,9 +328,14 @@ def measure_all(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run: Run = lambda group, seconds, path: run_apart(group, seconds, path, extra)  # noqa: E731
-        for group, wrong in run_groups(chosen, left, run, folder):
-            if wrong:
-                print(f"{group.name:58} {wrong}", flush=True)
+        bad = False
+        try:
+            for group, wrong in run_groups(chosen, left, run, folder):
+                if wrong:
+                    print(f"{group.name:58} {wrong}", flush=True)
+        except KeyboardInterrupt:
+            bad = True
+            print("interrupted: what was measured until now is kept", flush=True)
         rows, details = gather(folder)
     result = document(device, rows, details, ceilings)
     # A dry run on a CPU goes the same way, and its cases have the names of the GPU's targets.
@@ -319,10 +349,12 @@ def measure_all(options: argparse.Namespace) -> int:
     if options.dry_run:
         print("a dry run: tiny sizes, which say nothing about any target")
     if target is not None:
-        save(target / FILE_NAME, result)
+        save_json(target / FILE_NAME, result)
         print(f"{target / FILE_NAME} holds all of it")
-    return 1 if any(detail.get("failed") for detail in details) else 0
+    return 1 if bad or any(map(is_bad, details)) else 0
 
 
 if __name__ == "__main__":
+    # A deadline's signal ends the measuring as Ctrl-C does: what was measured is written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..interaction_moe.reference import ReferenceInteractionMoE
 from ..swap import SwappedLayer, swap
 from .cases import BOTH, DTYPES, FORWARD, dtype_name
 from .contestants import OURS, PEER, device_lack
+from .memory import Call, peak_of
 from .peers.interaction_moe import loss_of
 from .shapes import LayerShape
 
@@ -178,7 +179,24 @@ def contestants_of(user: UserLayer) -> list[tuple[str, str, str]]:
     return [(name, OURS, __version__), (REFERENCE, PEER, torch.__version__)]
 
 
-def make_call(user: UserLayer, contestant: str, what: str) -> Callable[[], None]:
+def user_peak(user: UserLayer, contestant: str, what: str) -> int | None:
+    """Bytes that a call takes at most, see `memory.peak_bytes`; what: see `make_call`.
+
+    Raises:
+        RuntimeError: see there.
+    """
+    return peak_of(_warmed_call, user, contestant, what, device=user.device)
+
+
+def _warmed_call(user: UserLayer, contestant: str, what: str) -> Call:
+    # Of one sample: learned positions fix the tokens.
+    warm = make_call(dataclasses.replace(user, batch=1), contestant, what)
+    warm()
+    warm()
+    return make_call(user, contestant, what)
+
+
+def make_call(user: UserLayer, contestant: str, what: str) -> Call:
     """One training step or inference of the layer; parameters, inputs and masks are made here.
 
     A training step: forward with dropout and fresh noise, a task loss, the interaction and gate losses, backward

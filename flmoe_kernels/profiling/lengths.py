@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from .cases import Case
-from .contestants import Contestant, contestants
+from .contestants import Contestant, contestants, prepare
+from .failures import words_of
 from .length_plot import LengthPoint
 from .measure import clock_of
-from .peaks import at_length, case_peak
+from .memory import peak_bytes
 from .profile import Effort
 from .profile_request import subjects_of
-from .shapes import is_cuda
+from .shapes import at_length, is_cuda
 from .spread import spread_of, timed_blocks
 
 # A call that is expected to take longer, or a larger share of the free memory, is not begun.
@@ -27,17 +28,13 @@ _MEMINFO = Path("/proc/meminfo")
 Peak = Callable[[Case, Contestant], "int | None"]
 
 
-def measure_peak(case: Case, contestant: Contestant) -> int | None:
-    return case_peak(case, contestant.name)
-
-
 def scan(
     case: Case,
     names: Sequence[str],
     lengths: Sequence[int],
     effort: Effort,
     *,
-    peak: Peak = measure_peak,
+    peak: Peak = peak_bytes,
     tell: Callable[[str], None] = lambda message: None,
 ) -> list[LengthPoint]:
     """Contestants of a case at several lengths, the shortest first.
@@ -48,7 +45,7 @@ def scan(
     Args:
         names: of contestants of the case.
         lengths: from 1.
-        peak: measures bytes, before the time: in a process of its own, which may run out of memory.
+        peak: measures bytes, before the time: on a CPU in a process of its own, which may run out of memory.
 
     Raises:
         ValueError: no lengths, or one below 1.
@@ -66,9 +63,12 @@ def scan(
             if not why_not:
                 tell(f"memory of {name} at {length}")
                 try:
-                    peaks[name] = peak(here, known[name])
-                except (RuntimeError, MemoryError) as error:
-                    why_not = str(error).partition("\n")[0] or type(error).__name__
+                    found_peak = peak(here, known[name])
+                    prepare(here, known[name]).call()
+                except Exception as error:  # whatever a peer's compiler raises
+                    why_not = words_of(error)
+                else:
+                    peaks[name] = found_peak
             if why_not:
                 kind = known[name].kind
                 found.append(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .paired import device_seconds, wall_seconds
 from .shapes import is_cuda
 from .spread import median_interval
@@ -65,8 +67,16 @@ def paired_ratio(ours: Sequence[float], peer: Sequence[float]) -> Ratio:
 
 
 def clock_of(device: str) -> Clock:
-    """Events on a GPU's stream, after all that was launched before; the wall clock elsewhere."""
-    return device_seconds if is_cuda(device) else wall_seconds
+    """Events on the device's stream, after all that was launched before; the wall clock elsewhere."""
+    if not is_cuda(device):
+        return wall_seconds
+
+    def clock(call: Call) -> float:
+        # Events belong to the current device, which need not be the one that is timed.
+        with torch.cuda.device(device):
+            return device_seconds(call)
+
+    return clock
 
 
 def interleave(

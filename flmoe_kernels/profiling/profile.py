@@ -17,6 +17,7 @@ import torch
 from .cases import dtype_name
 from .ceilings import Ceilings
 from .costs import Cost
+from .failures import words_of
 from .measure import Clock, clock_of
 from .spread import BLOCKS, Spread, ratio_of, spread_of, timed_blocks
 from .stages import Breakdown
@@ -165,13 +166,24 @@ def profile_subjects(
         tell(f"tracing {subject.contestant}")
         path = trace if number == 0 else None
         breakdown = traced(subject.prepare(), subject.device, calls=effort.calls, trace=path)
-        if subject.peak is not None:
-            tell(f"memory of {subject.contestant}")
+        peak = _peak_of(subject, tell)
         runs = tuple(spread_of(timing[subject.contestant]) for timing in timings)
         spread = spread_of(every[subject.contestant])
         ratio = ratio_of(every[subject.contestant], every[names[0]]) if number else None
-        found.append(_profile(subject, spread, runs, ceilings, breakdown, ratio))
+        found.append(_profile(subject, spread, runs, ceilings, breakdown, ratio, peak))
     return found
+
+
+def _peak_of(subject: Subject, tell: Callable[[str], None]) -> int | None:
+    """None as well where measuring fails: the timing, which is done by then, is not lost for it."""
+    if subject.peak is None:
+        return None
+    tell(f"memory of {subject.contestant}")
+    try:
+        return subject.peak()
+    except RuntimeError as error:
+        tell(f"memory of {subject.contestant} was not measured: {words_of(error)}")
+        return None
 
 
 def _profile(
@@ -181,6 +193,7 @@ def _profile(
     ceilings: Ceilings,
     breakdown: Breakdown,
     ratio: tuple[float, float, float] | None,
+    peak: int | None,
 ) -> Profile:
     least, limit = ceilings.roofline_seconds(subject.cost, subject.dtype)
     return Profile(
@@ -198,7 +211,7 @@ def _profile(
         copy=ceilings.bytes_per_second,
         least=least,
         limit=limit,
-        peak_bytes=None if subject.peak is None else subject.peak(),
+        peak_bytes=peak,
         breakdown=breakdown,
         ratio=ratio,
     )

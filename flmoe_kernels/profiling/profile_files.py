@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .files import is_writable, write_whole
 from .profile_request import BadRequest
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ class Files:
         """
         for name in ("trace", "csv", "json", "plot"):
             path = getattr(self, name)
-            if path is None:
-                continue
-            if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            if path is not None and not is_writable(path):
                 raise BadRequest(f"{name}: {path} cannot be written: no such folder, or not yours")
         if self.plot is not None:
             _require_format(self.plot)
@@ -41,12 +39,12 @@ class Files:
         path = getattr(self, which)
         if path is not None:
             text = make()
-            _whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+            write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     def write_plot(self, make: Callable[[], Figure]) -> None:
         if self.plot is not None:
             figure = make()
-            _whole(self.plot, lambda part: figure.savefig(part, dpi=120))
+            write_whole(self.plot, lambda part: figure.savefig(part, dpi=120))
 
 
 def _require_format(path: Path) -> None:
@@ -59,13 +57,3 @@ def _require_format(path: Path) -> None:
     known = make_figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
         raise BadRequest(f"plot: expected a name that ends in .png, .pdf or .svg, got {path}")
-
-
-def _whole(target: Path, write: Callable[[Path], object]) -> None:
-    # The suffix stays last: savefig takes the format from it.
-    part = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        write(part)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)

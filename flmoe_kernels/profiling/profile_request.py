@@ -13,8 +13,8 @@ from . import cases
 from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, Case
 from .contestants import Contestant, contestants, default_ours, device_lack, prepare
 from .costs import cost
-from .layers_of_users import PHASES, UserLayer, contestants_of, make_call
-from .peaks import case_peak, user_peak
+from .layers_of_users import PHASES, UserLayer, contestants_of, make_call, user_peak
+from .memory import peak_bytes
 from .profile import Call, Subject
 from .shapes import Shape, is_cuda, named_shapes
 
@@ -112,7 +112,7 @@ def subjects_of(case: Case, found: Sequence[Contestant], memory: bool = True) ->
             device=case.device,
             cost=cost(case),
             prepare=functools.partial(_call_of, case, contestant),
-            peak=functools.partial(case_peak, case, contestant.name) if memory else None,
+            peak=functools.partial(peak_bytes, case, contestant) if memory else None,
         )
         for contestant in found
     ]

@@ -12,18 +12,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from . import profile_output as output
+from .cases import Case
 from .ceilings import Ceilings, measure_ceilings
 from .check import agree
-from .contestants import running
+from .contestants import Contestant, running
 from .environment import environment
 from .layers_of_users import PHASES, UserLayer, check_swap
 from .length_plot import LengthPoint, length_figure
-from .lengths import measure_peak, scan
-from .peaks import at_length
+from .lengths import scan
+from .memory import peak_bytes
 from .profile import Effort, Profile, profile_subjects
 from .profile_files import Files
-from .profile_request import BadRequest, Request, subjects_of, user_subjects
+from .profile_request import EVERY, BadRequest, Request, subjects_of, user_subjects
 from .roofline_plot import Roof, roofline_figure
+from .shapes import at_length
+from .suite import Entry, without_failing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,11 +54,27 @@ def run_case(request: Request, effort: Effort, files: Files, *, check: bool, mem
     with _telling() as tell:
         if check:
             tell("checking results against the reference in float64")
-            agree(case, *found)
+            found = _checked(case, found, EVERY in request.backends, tell)
+            subjects = subjects_of(case, found, memory)
         tell("measuring this machine's ceilings")
         ceilings = measure_ceilings(case.device, (case.dtype,))
         profiles = profile_subjects(subjects, ceilings, effort, trace=files.trace, tell=tell)
     return _finish(profiles, ceilings, files)
+
+
+def _checked(case: Case, found: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:
+    """Those that compute the case; where all were asked for, those that fail are left out, the first one never.
+
+    Raises:
+        WrongAnswer: one does not compute the case.
+    """
+    if not every:
+        agree(case, *found)
+        return found
+    entry = without_failing(Entry(case, found[0], tuple(found[1:])))
+    for one in entry.left_out:
+        tell(f"left out: {one.name}, {one.why_not}")
+    return list(entry.all)
 
 
 def run_layer(
@@ -107,6 +126,8 @@ def run_lengths(
         BadRequest: it cannot be met.
         WrongAnswer: a contestant does not compute the case, seen at the shortest length.
     """
+    if effort.repeat > 1:
+        raise BadRequest("repeat: of one shape, without --lengths")
     if files.trace is not None:
         raise BadRequest("trace: of one shape, without --lengths")
     if min(lengths) < 1:
@@ -120,13 +141,14 @@ def run_lengths(
     with _telling() as tell:
         if check:
             tell("checking results against the reference in float64")
-            agree(shortest, *chosen)
+            every = not request.backends or EVERY in request.backends
+            chosen = _checked(shortest, chosen, every, tell)
         points = scan(
             case,
             [contestant.name for contestant in chosen],
             lengths,
             effort,
-            peak=measure_peak if memory else lambda case, contestant: None,
+            peak=peak_bytes if memory else lambda case, contestant: None,
             tell=tell,
         )
     _print(output.length_table(points))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import write_whole
 from .paired import Blocks, Paired, Seconds
 
 SCHEMA = "flmoe_kernels.bench/1"
@@ -95,8 +97,18 @@ def save_run(path: Path, run: Run, append: bool = False) -> None:
     """Write a file of one run, or add the run to those that it has."""
     runs = load_runs(path) if append and path.exists() else []
     content = {"schema": SCHEMA, "runs": [dataclasses.asdict(r) for r in [*runs, run]]}
+    save_json(path, content)
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole, in a folder that need not be there yet.
+
+    Raises:
+        ValueError: NaN or infinity among the values, which JSON cannot hold.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def load_runs(path: Path) -> list[Run]:

@@ -115,6 +115,23 @@ def on_device(shape: Shape, device: str) -> Shape:
     return shape
 
 
+def at_length(shape: Shape, length: int) -> Shape:
+    """The shape at another sequence length: rows and columns of pairs, tokens of every modality (the same share of
+    them padded), rows of a routed MLP."""
+    name = f"{shape.name}@{length}"
+    if isinstance(shape, PairShape):
+        return dataclasses.replace(shape, name=name, rows=length, columns=length)
+    if isinstance(shape, LayerShape):
+        valid = tuple(
+            None if count is None else max(1, length * count // tokens)
+            for count, tokens in zip(shape.valid, shape.tokens, strict=True)
+        )
+        return dataclasses.replace(
+            shape, name=name, tokens=(length,) * shape.modalities, valid=valid
+        )
+    return dataclasses.replace(shape, name=name, tokens=length)
+
+
 def named_shapes(device: str = "cpu") -> dict[str, Shape]:
     """Every named shape that this kind of device can time, as it times it."""
     every: tuple[Shape, ...] = (*LAYER_SHAPES, *PAIR_SHAPES, *ROUTED_SHAPES)

@@ -8,11 +8,9 @@ was left out.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +21,10 @@ from .check import agree
 from .contestants import OURS, Contestant, contestants, default_ours, prepare
 from .costs import cost
 from .environment import environment
-from .memory import memory_lack, peak_bytes
-from .paired import LEAST_BLOCKS, Blocks, clock_for, measure_blocks
+from .failures import words_of
+from .measure import clock_of
+from .memory import peak_bytes
+from .paired import LEAST_BLOCKS, Blocks, Clock, clock_for, measure_blocks
 from .results import SCHEMA, row_of, rows_of
 from .shapes import is_cuda
 from .targets import outcomes, targets_of
@@ -38,6 +38,7 @@ _QUICK: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "interaction_moe": (("mmimdb_short", "mimic"), ("",), ("reference",)),
 }
 PRECISION = 0.02
+FAILED = "failed"
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -98,7 +99,7 @@ def run_suite(
 ) -> dict[str, Any]:
     """Check, time and measure every entry; JSON's values, in the form that `bench compare` reads.
 
-    A contestant that fails is left out with what it said; one of ours that computes something else raises.
+    A contestant that fails is left out with what it said; our first one, the one that peers are held to, raises.
 
     Args:
         seconds: of timing for a case, at most.
@@ -142,11 +143,6 @@ def document(
     return {"schema": SCHEMA, "runs": [run | {"targets": [one.as_dict() for one in found]}]}
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def measure_entry(
     entry: Entry, seconds: float, threads: int, memory: bool, ceilings: Ceilings | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -154,11 +150,11 @@ def measure_entry(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        entry = _without_failing(entry)
+        entry = without_failing(entry)
         started = time.monotonic()
         blocks = measure_blocks(
             lambda: {x.name: prepare(entry.case, x).call for x in entry.all},
-            clock_for("cuda" if is_cuda(entry.case.device) else "cpu", threads),
+            _clock_for(entry.case.device, threads),
             rounds=LEAST_BLOCKS,
             precision=PRECISION,
             seconds=seconds,
@@ -171,8 +167,16 @@ def measure_entry(
     return _rows(entry, blocks, threads), detail | {"seconds": spent}
 
 
-def _without_failing(entry: Entry) -> Entry:
+def _clock_for(device: str, threads: int) -> tuple[str, Clock]:
+    """Its name and itself; events lie on the stream of the very device."""
+    name, clock = clock_for(device, threads)
+    return name, clock_of(device) if is_cuda(device) else clock
+
+
+def without_failing(entry: Entry) -> Entry:
     """The entry with its failing peers left out: one that lacks memory or does not compile stops nobody else.
+
+    Nor does another backend of this package; its why_not begins with FAILED as that of every peer that failed.
 
     Raises:
         Exception: whatever our own contestant fails with.
@@ -184,8 +188,7 @@ def _without_failing(entry: Entry) -> Entry:
             agree(entry.case, peer)
             prepare(entry.case, peer).call()
         except Exception as error:
-            words = (str(error).strip() or type(error).__name__).splitlines()[0]
-            lost.append(replace(peer, why_not=f"failed: {words[:300]}"))
+            lost.append(replace(peer, why_not=f"{FAILED}: {words_of(error)}"))
         else:
             peers.append(peer)
         _release()
@@ -199,7 +202,11 @@ def _release() -> None:
 
 
 def _peak(case: Case, contestant: Contestant) -> int | None:
-    return None if memory_lack(case.device) else peak_bytes(case, contestant)
+    """None as well where measuring fails: a peer that runs out of memory in a process of its own stops nobody."""
+    try:
+        return peak_bytes(case, contestant)
+    except RuntimeError:
+        return None
 
 
 def _rows(entry: Entry, blocks: Blocks, threads: int) -> list[dict[str, Any]]:

@@ -81,7 +81,6 @@ def _ratios(
 
 _BOTH, _FORWARD = "forward+backward", "forward"
 _REDUCTIONS = ("none", "pool")
-_PAIR_BASE = "pair_moe/pair_base/forward/float32"
 _PAIR_512 = "pair_moe/pair_512/forward/bfloat16"
 _SMALL = ("routed_small_e4", "routed_small_e16")
 
@@ -93,8 +92,15 @@ CPU_TARGETS: tuple[Target, ...] = (
     *_ratios("interaction_moe", ("mmimdb",), _FORWARD, "float32", {"reference": 2.0}),
     *_ratios("pair_moe", ("pair_base",), _FORWARD, "float32", {"compiled": 2.0}, _REDUCTIONS),
     *_ratios("pair_moe", ("pair_base",), _BOTH, "float32", {"compiled": 2.0}, _REDUCTIONS),
-    *(Target(f"{_PAIR_BASE}/{reduce}", SHARE_OF_PRODUCT, 0.5) for reduce in _REDUCTIONS),
-    Target("pair_moe/pair_long/forward+backward/float32/none", PEAK, 256 * 2**20),
+    *(
+        Target(f"pair_moe/{shape}/forward/float32/{reduce}", SHARE_OF_PRODUCT, 0.5)
+        for shape in ("pair_base", "pair_long")
+        for reduce in _REDUCTIONS
+    ),
+    *(
+        Target(f"pair_moe/pair_long/forward+backward/float32/{reduce}", PEAK, 256 * 2**20)
+        for reduce in _REDUCTIONS
+    ),
     *_ratios(
         *("routed_mlp", _SMALL, _BOTH, "float32"),
         {"index loop": 1.5, "one-hot einsum": 1.5},

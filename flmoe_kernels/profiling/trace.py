@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from .files import write_whole
 from .shapes import is_cuda
 from .stages import CALL, WAIT, Breakdown, breakdown
 
@@ -59,14 +61,12 @@ def _wait(device: str) -> None:
 
 
 def _write(profiler: Any, target: Path, calls: int) -> None:
-    # The profiler chooses the format by the name's end: beside the target, under a name that ends in .json.
-    part = target.with_name(f".{target.name}.{os.getpid()}.json")
-    try:
+    # The profiler chooses the format by the name's end, whatever the target is called.
+    with tempfile.TemporaryDirectory(prefix="flmoe_kernels-") as folder:
+        part = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(part))
         check_trace(part, calls)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+        write_whole(target, lambda path: shutil.copyfile(part, path))
 
 
 def check_trace(path: Path, calls: int) -> int:

@@ -42,8 +42,6 @@ def lack(case: Case, name: str) -> str:
         return "it is for cases in half precision"
     if name == VMAP and shape.experts:
         return "vmap cannot choose experts by data"
-    if name in _COMPILED and case.phase == FORWARD:
-        return "torch.compile of a module compiles its forward: the layer's inference is another method"
     if name in _COMPILED and shape.experts:
         return "the index loop of routed experts cannot be compiled whole"
     return common.compile_lack(case) if name in _COMPILED else ""

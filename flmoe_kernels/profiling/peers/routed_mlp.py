@@ -153,18 +153,26 @@ def batched_bmm(
 ) -> Tensor:
     """Tokens gathered into (E, rows, D), padded with zeros, and two batched products over all experts."""
     experts, _, width = w_in.shape
-    flat = index.reshape(-1)
-    order = flat.argsort(stable=True)
-    expert = flat[order]
-    counts = torch.bincount(flat, minlength=experts)
-    starts = counts.cumsum(0) - counts
-    place = expert * rows + torch.arange(len(flat), device=x.device) - starts[expert]
+    expert, order, bounds = _sorted(index, experts)
+    starts = bounds[:-1].index_select(0, expert)
+    place = expert * rows + torch.arange(len(expert), device=x.device) - starts
     token = order // index.shape[1]
-    gathered = x.new_zeros(experts * rows, width).index_copy(0, place, x[token])
+    # index_select, whose backward adds: that of x[token] sorts first.
+    gathered = x.new_zeros(experts * rows, width).index_copy(0, place, x.index_select(0, token))
     hidden = _linear(gathered.view(experts, rows, width), w_in, b_in)
     out = _linear(F.gelu(hidden), w_out, b_out).reshape(experts * rows, -1)
-    weighted = out[place] * weight.reshape(-1)[order, None]
+    weighted = out.index_select(0, place) * weight.reshape(-1).index_select(0, order)[:, None]
     return torch.zeros_like(x).index_add(0, token, weighted)
+
+
+def _sorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choices sorted by expert, their places among all choices, and where each expert's begin and end (E + 1).
+
+    By a search, since torch.bincount makes the host wait for a GPU.
+    """
+    expert, order = index.reshape(-1).sort(stable=True)
+    bounds = torch.searchsorted(expert, torch.arange(experts + 1, device=index.device))
+    return expert, order, bounds
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,16 +192,14 @@ def grouped_mm(
     b_out: Tensor | None,
 ) -> Tensor:
     """Tokens sorted by expert, and torch's grouped products of their runs."""
-    flat = index.reshape(-1)
-    order = flat.argsort(stable=True)
-    expert, token = flat[order], order // index.shape[1]
-    counts = torch.bincount(flat, minlength=w_in.shape[0])
-    ends = counts.cumsum(0).to(torch.int32)
-    hidden = torch._grouped_mm(x[token], w_in.mT, offs=ends)
-    hidden = F.gelu(hidden if b_in is None else hidden + b_in[expert])
+    expert, order, bounds = _sorted(index, w_in.shape[0])
+    token, ends = order // index.shape[1], bounds[1:].to(torch.int32)
+    hidden = torch._grouped_mm(x.index_select(0, token), w_in.mT, offs=ends)
+    hidden = F.gelu(hidden if b_in is None else hidden + b_in.index_select(0, expert))
     out = torch._grouped_mm(hidden, w_out.mT, offs=ends)
-    out = out if b_out is None else out + b_out[expert]
-    return torch.zeros_like(x).index_add(0, token, out * weight.reshape(-1)[order, None])
+    out = out if b_out is None else out + b_out.index_select(0, expert)
+    weighted = out * weight.reshape(-1).index_select(0, order)[:, None]
+    return torch.zeros_like(x).index_add(0, token, weighted)
 
 
 def scattered(

@@ -1,0 +1,36 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def is_replaced(target: Path) -> bool:
+    """Whether writing puts a new file in its place: not for a link, nor for a pipe or device as /dev/stdout."""
+    return not target.is_symlink() and (target.is_file() or not target.exists())
+
+
+def is_writable(target: Path) -> bool:
+    if target.is_dir():
+        return False
+    if not is_replaced(target):
+        return os.access(target, os.W_OK)
+    return target.parent.is_dir() and os.access(target.parent, os.W_OK)
+
+
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` write a file of this name in a folder beside it, and put that in its place.
+
+    What is no plain file is written to and stays what it is.
+    """
+    if not is_replaced(target):
+        write(target)
+        return
+    # A folder of our own, in which nobody can have laid a link; the name keeps its ending, which tells formats.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        part = Path(folder) / target.name
+        write(part)
+        os.replace(part, target)
