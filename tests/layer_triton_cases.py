@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import pytest
 import torch
+from layer_triton_interpreter import patch_once_a_launch, round_to_nearest
 from torch import Tensor
 
 from flmoe_kernels import InteractionMoE
@@ -17,19 +19,17 @@ from flmoe_kernels.interaction_moe.packing import plan_tokens
 from flmoe_kernels.testing import (
     LayerCase,
     as_dtype,
-    assert_layer_within_budget,
     assert_outside_budget,
     assert_within_budget,
     draw_masks,
     draw_replacements,
-    named_outputs,
     outputs_and_gradients,
 )
 from flmoe_kernels.triton_runtime import interpreted
 
 TRITON = "triton"
 FL = LayerCase((5, 3), dim=32, layers=2, masks="partial", sparse=True)
-I2 = LayerCase((3, 3), "i2moe", dim=16, heads=1, dropout=0.4)
+I2 = LayerCase((3, 3), "i2moe", batch=1, dim=16, heads=1, dropout=0.4)
 Named = dict[str, Tensor]
 
 
@@ -60,14 +60,20 @@ def assert_all_within_budget(actual: Named, low: Named, exact: Named) -> None:
         )
 
 
+@pytest.fixture(autouse=True)
+def faster_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_once_a_launch(monkeypatch)
+
+
 def test_the_interpreter_runs_them() -> None:
     assert interpreted()
 
 
 def test_outputs_and_gradients_with_a_sample_of_padding_alone() -> None:
-    """Against the CPU kernels in float64, where the reference has NaN, and with NaN in all padding; and the
-    control, another noise."""
-    case = dataclasses.replace(FL, masks="padded_sample", heads=1, dim=16)
+    """A sparse layer and a dense one, NaN in all padding, against the CPU kernels in float64, for the reference
+    has NaN here; and the control, experts in another order."""
+    sizes = {"heads": 1, "dim": 16, "mlp_experts": 3}
+    case = dataclasses.replace(FL, masks="padded_sample", gate="GShardGate", **sizes)
     x = case.inputs()
     masks, noise = draw_masks(case.masks, case.batch, case.lengths), draw_replacements(x, 4)
     found = []
@@ -85,17 +91,19 @@ def test_outputs_and_gradients_with_a_sample_of_padding_alone() -> None:
     padded = case.batch // 2
     assert (actual[0]["expert_latents"][:, :, padded] == 0).all()
     assert all((actual[1][f"inputs.{m}"][~masks[m]] == 0).all() for m in range(2))
-    other = triton_layer(case).inference(x, [masks[0], None])[2]
-    assert_outside_budget(other, *(each["logits"] for each in found), "another mask")
+    for name in ("expert_logits", "losses"):
+        other = actual[0][name].roll(1, 0)
+        assert_outside_budget(other, *(each[name] for each in found), "another order")
 
 
-def test_inference_is_the_full_view_of_the_reference() -> None:
-    layer = triton_layer(FL).eval()
-    x, masks = FL.inputs(), draw_masks("mixed", FL.batch, FL.lengths)
-    found = layer.inference(x, masks)
+def test_inference_is_the_full_view_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    round_to_nearest(monkeypatch)
+    case, dtype = dataclasses.replace(FL, layers=1), torch.bfloat16
+    x, masks = case.inputs(dtype), draw_masks("mixed", case.batch, case.lengths)
+    found = triton_layer(case, dtype).eval().inference(x, masks)
     low, exact = (
-        FL.reference(dtype).eval().inference(as_dtype(x, dtype), masks)
-        for dtype in (torch.float32, torch.float64)
+        case.reference(dtype).to(kind).eval().inference(as_dtype(x, kind), masks)
+        for kind in (dtype, torch.float64)
     )
     for name, got, *want in zip(("weights", "logits"), found[1:], low[1:], exact[1:], strict=True):
         assert_within_budget(got, *want, name)
@@ -119,15 +127,10 @@ def test_dropout_is_the_cpu_kernels() -> None:
         assert (other[name] - want[name]).abs().max() > 1e-2
 
 
-def test_sparse_fusion_models() -> None:
-    case = LayerCase((5, 3), dim=16, heads=1, sparse=True, gate="GShardGate", masks="partial")
-    assert_layer_within_budget(case, triton_layer(case), torch.float32)
-
-
-def test_autocast_computes_in_its_type() -> None:
+def test_autocast_computes_in_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters stay float32, and so do logits, weights, latents and losses; the kernels' rows do not."""
-    # float16: the interpreter truncates to bfloat16 where a GPU rounds.
-    case, low_type = dataclasses.replace(FL, layers=1, heads=1, dim=16), torch.float16
+    round_to_nearest(monkeypatch)
+    case, low_type = dataclasses.replace(FL, layers=1, heads=1, dim=16), torch.bfloat16
     layer = InteractionMoE.adopt(case.reference(low_type).float(), backend=TRITON)
     x = case.inputs(low_type)
     masks, noise = draw_masks(case.masks, case.batch, case.lengths), draw_replacements(x, 4)
@@ -148,16 +151,15 @@ def test_autocast_computes_in_its_type() -> None:
 
 
 def test_a_gradient_scaler_trains_in_float16() -> None:
-    """A sparse model whose gate computes partly in float32 under autocast; noise and dropout drawn by torch."""
-    case = LayerCase((3, 2), dim=16, heads=1, dropout=0.1, sparse=True, gate="NoisyGate")
+    """A sparse model whose gate computes partly in float32 under autocast."""
+    case = LayerCase((3, 2), batch=1, dim=16, heads=1, gate="NoisyGate", mlp_experts=3)
     layer, x = triton_layer(case), case.inputs()
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     with torch.autocast("cpu", dtype=torch.float16):
-        outputs = named_outputs(layer, layer(x))
-        loss = outputs["logits"].square().mean() + outputs["losses"].sum()
-        loss = loss + outputs["gate_losses"].sum()
+        # The full view alone: a third of the work.
+        loss = layer.inference(x)[2].square().mean()
     assert loss.dtype == torch.float32
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -204,3 +206,16 @@ def test_positions_are_kept_between_calls_and_not_in_traces() -> None:
         assert table(*key) is not kept
     assert table(*key) is kept
     assert table(8, 6, *key[2:]).shape == (8, 6)
+
+
+def test_positions_are_not_kept_from_within_a_transform() -> None:
+    """Its tensors end with it; and a trace that keeps them has another graph the second time."""
+    key = (11, 6, torch.device("cpu"), torch.float32)
+    one = torch.ones(())
+    grad = torch.func.grad(lambda x: (forward.position_table(*key) * x).sum())(one)
+    kept = forward.position_table(*key)
+    torch.testing.assert_close(grad, kept.sum())
+    assert kept.data_ptr()
+    key = (12, *key[1:])
+    traced = torch.jit.trace(lambda x: forward.position_table(*key) + x, one)
+    assert torch.equal(traced(one), forward.position_table(*key) + 1)

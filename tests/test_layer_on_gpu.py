@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flmoe_kernels import InteractionMoE
 from flmoe_kernels import backend as backends
+from flmoe_kernels.interaction_moe.forward import position_table
 from flmoe_kernels.testing import (
     LayerCase,
     as_dtype,
@@ -238,6 +239,22 @@ def test_a_replay_computes_what_the_layer_computes() -> None:
             masks[m].copy_(other[m])
     graph.replay()
     assert all(map(torch.equal, held, call()))
+
+
+def test_each_stream_keeps_positions_of_its_own_and_a_capture_none() -> None:
+    def table() -> Tensor:
+        return position_table(
+            19, 8, torch.device("cuda", torch.cuda.current_device()), torch.float32
+        )
+
+    kept = table()
+    assert table() is kept
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert table() is not kept
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        captured = table()
+    assert captured is not kept
+    assert table() is kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

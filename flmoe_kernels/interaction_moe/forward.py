@@ -161,17 +161,34 @@ def _select(table: Tensor, plan: TokenPlan) -> Tensor:
 def position_table(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Sinusoidal positions (length, width), kept between calls where that is safe.
 
-    Not within a trace, whose tensors are none to keep; nor while a CUDA graph is captured, which would go on
-    reading what a later call may push out.
+    Not within a trace or a transform of torch.func, whose tensors end with it; nor while a CUDA graph is captured,
+    which would go on reading what a later call may push out. Each stream of a GPU keeps its own: nothing orders
+    what one writes, or frees, before what another reads.
     """
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if _traced():
         return sinusoidal_positions(length, width, device, dtype)
-    return _kept_positions(length, width, device, dtype)
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return sinusoidal_positions(length, width, device, dtype)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _kept_positions(length, width, device, dtype, stream)
+
+
+def _traced() -> bool:
+    # The compiler first: it can look into that one alone.
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 @functools.lru_cache(maxsize=16)
-def _kept_positions(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _kept_positions(
+    length: int, width: int, device: torch.device, dtype: torch.dtype, _stream: int
+) -> Tensor:
     # A tensor made in inference mode could have no part in training later.
     with torch.inference_mode(False):
         return sinusoidal_positions(length, width, device, dtype)

@@ -81,13 +81,13 @@ def _features_fake(
 
 _define(
     "reweighting_features",
-    "(Tensor tokens, Tensor? mask, int[] lengths, int normalized) -> (Tensor, Tensor)",
+    "(Tensor tokens, Tensor? mask, SymInt[] lengths, int normalized) -> (Tensor, Tensor)",
     "features",
     _features_fake,
 )
 _define(
     "reweighting_features_backward",
-    "(Tensor grad_features, Tensor features, Tensor statistics, Tensor? mask, int[] lengths) "
+    "(Tensor grad_features, Tensor features, Tensor statistics, Tensor? mask, SymInt[] lengths) "
     "-> Tensor",
     "features_backward",
     lambda grad, features, statistics, mask, lengths: features.new_empty(

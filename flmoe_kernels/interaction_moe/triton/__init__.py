@@ -124,8 +124,8 @@ def _latents(x: Tensor) -> Tensor:
 def _logits(x: Tensor) -> Tensor:
     """With the samples of an expert one after another; the experts may stand anywhere."""
     _expect_dtype("logits", x)
-    if x.dim() != 3:
-        raise ValueError(f"logits: expected (E, B, C), got {tuple(x.shape)}")
+    if x.dim() != 3 or not x.shape[0]:
+        raise ValueError(f"logits: expected (E, B, C) with E at least 1, got {tuple(x.shape)}")
     return x if x[0].is_contiguous() else x.contiguous()
 
 

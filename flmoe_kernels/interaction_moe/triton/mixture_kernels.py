@@ -27,9 +27,8 @@ def span_of(lengths, modality):
 @triton.jit
 def valid_tokens(mask, place, inside):
     """Which of a block's tokens count; mask None: all that are `inside`."""
-    if mask is None:
-        return inside
-    return tl.load(mask + place, mask=inside, other=False)
+    # Two returns would not do: the compiler would go on to the load from None.
+    return inside if mask is None else tl.load(mask + place, mask=inside, other=False)
 
 
 # Means of each modality's valid tokens, of length 1 where a modality is to be normalised. A program has one sample
