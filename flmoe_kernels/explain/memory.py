@@ -13,6 +13,9 @@ GROUPS = Path("/sys/fs/cgroup")
 LARGEST = 256  # a larger batch is no faster, and leaves less to share among ranks
 # A model's activations over the bytes of its inputs: some ten rows of their width in each of about five experts.
 _EXPANSION = 64
+# Bytes of inputs in a batch on the CPU: what comes of more does not stay in the caches. At mmimdb, 0.5 MiB a
+# sample, batches of 8 to 32 were faster than those of 256 (bench/results/NOTES.md).
+_CPU_INPUTS = 2**24
 _SHARE = 8  # of the memory at hand, one part in so many
 _ASSUMED_BYTES = 2**31  # where the system does not tell
 
@@ -65,4 +68,6 @@ def batch_size(sample_bytes: int, device: torch.device) -> int:
     another batch a model's last bits may differ.
     """
     fitting = available_bytes(device) // (_SHARE * _EXPANSION * max(sample_bytes, 1))
+    if device.type == "cpu":
+        fitting = min(fitting, _CPU_INPUTS // max(sample_bytes, 1))
     return min(LARGEST, 1 << max(int(fitting).bit_length() - 1, 0))
