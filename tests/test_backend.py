@@ -45,9 +45,8 @@ def test_capability_table() -> None:
     operators = {"expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp"}
     assert set(backends.CAPABILITIES) == operators
     for op, supported in backends.CAPABILITIES.items():
-        triton = {"triton"} if op != "interaction_moe" else set()
         cuda = {"cuda"} if op == "routing" else set()
-        assert set(supported) == {"reference", "cpu"} | triton | cuda
+        assert set(supported) == {"reference", "cpu", "triton"} | cuda
         for name, dtypes in supported.items():
             assert set(dtypes) == half if name == "triton" else half | {torch.float64}
 
@@ -108,7 +107,7 @@ def test_cuda_tensors_get_triton_where_it_runs(triton_machine: Callable[..., Non
     triton_machine(device=True)
     assert backends.choose("pair_moe", on_cuda()) == "triton"
     assert backends.choose("pair_moe", on_cuda(torch.float64)) == "reference"
-    assert backends.choose("interaction_moe", on_cuda()) == "reference"
+    assert backends.choose("interaction_moe", on_cuda()) == "triton"
     assert backends.choose("pair_moe", torch.zeros(1)) == "cpu"
     triton_machine(package=False, device=True)
     assert backends.choose("pair_moe", on_cuda()) == "reference"
@@ -117,8 +116,7 @@ def test_cuda_tensors_get_triton_where_it_runs(triton_machine: Callable[..., Non
 
 
 @pytest.mark.parametrize(
-    ("op", "name"),
-    [("expert_attention", "cuda"), ("interaction_moe", "cuda"), ("interaction_moe", "triton")],
+    ("op", "name"), [("expert_attention", "cuda"), ("interaction_moe", "cuda")]
 )
 def test_an_explicit_choice_never_falls_back(op: str, name: str) -> None:
     message = rf"^{op}: backend '{name}' was asked for, but this operator has no {name} kernels"
