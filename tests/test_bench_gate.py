@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -101,11 +102,19 @@ def test_choosing_floors() -> None:
         chosen(op="pair_moe")
 
 
-def test_what_is_expected_is_measured_with_more_care() -> None:
-    careful = gate.precisely(FLOOR)
-    assert careful.precision < FLOOR.precision
-    assert careful.seconds > FLOOR.seconds
-    assert careful.key == FLOOR.key
+def test_what_is_expected_from_now_on_is_the_median_of_several_processes() -> None:
+    other = dataclasses.replace(FLOOR, peer="compiled")
+    order = []
+    ratios = {FLOOR.key: [2.0, 9.0, 2.5], other.key: [4.0, 3.0, 1.0]}
+
+    def measure(floor: Floor, bound: float) -> Paired:
+        order.append((floor.key, bound))
+        return Given(ratios[floor.key].pop(0)).paired()
+
+    floors = dataclasses.replace(FLOORS, floors=(FLOOR, other))
+    found = list(gate.survey(floors, [FLOOR, other], HERE, measure))
+    assert [verdict.attempts[-1].ratio for verdict in found] == [2.5, 3.0]
+    assert order == 3 * [(verdict.floor.key, verdict.bound) for verdict in found]
 
 
 def test_a_real_measurement() -> None:

@@ -150,7 +150,7 @@ def _gate(
     append: bool,
     update: Path | None,
 ) -> None:
-    from flmoe_kernels.profiling.gate import gate_table, precisely
+    from flmoe_kernels.profiling.gate import gate_table
 
     floors = _load(path)
     here = _here(wanted.device)
@@ -158,9 +158,7 @@ def _gate(
         note = "no [machine] table describes this one: the low floors of any machine apply"
         typer.echo(f"{path}: {note} ({here.device or here.cpu}, {here.isa})", err=True)
     chosen = _choose(floors, wanted)
-    if update is not None:
-        chosen = [precisely(floor) for floor in chosen]
-    verdicts = _verdicts(path, floors, chosen, here, retry, plant)
+    verdicts = _verdicts(path, floors, chosen, here, retry, plant, update is not None)
     _print(gate_table(verdicts))
     if json_file is not None:
         _save_gate(json_file, append, wanted.device, verdicts)
@@ -218,15 +216,26 @@ def _choose(floors: Floors, wanted: _Chosen) -> list[Floor]:
 
 
 def _verdicts(
-    path: Path, floors: Floors, chosen: list[Floor], here: Here, retry: bool, plant: str | None
+    path: Path,
+    floors: Floors,
+    chosen: list[Floor],
+    here: Here,
+    retry: bool,
+    plant: str | None,
+    update: bool,
 ) -> list[Verdict]:
     from flmoe_kernels.profiling import gate
     from flmoe_kernels.profiling.check import WrongAnswer
 
-    again = gate.measure_elsewhere(path, plant) if retry else None
+    elsewhere = gate.measure_elsewhere(path, plant)
+    again = elsewhere if retry else None
     found = []
     try:
-        for verdict in gate.run_gate(floors, chosen, here, gate.measure_here, again):
+        for verdict in (
+            gate.survey(floors, chosen, here, elsewhere)
+            if update
+            else gate.run_gate(floors, chosen, here, gate.measure_here, again)
+        ):
             typer.echo(verdict.message(), err=True)
             found.append(verdict)
     except gate.Unmeasured as error:

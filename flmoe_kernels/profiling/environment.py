@@ -46,13 +46,19 @@ def device_name(device: str) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system tells it; on Linux platform.processor() is often empty."""
+    """The processor's name as the system tells it; on Linux platform.processor() is often empty.
+
+    A name without a number, as virtual machines have them, stands for many processors: family and model follow.
+    """
+    facts: dict[str, str] = {}
     if _CPUINFO.is_file():
         for line in _CPUINFO.read_text(errors="replace").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts and not any(letter.isdigit() for letter in name):
+        return f"{name} (family {facts['cpu family']}, model {facts.get('model', '?')})"
+    return name
 
 
 def commit() -> str:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .cases import Case
     from .prepared import Contestant
 
-UPDATE_CARE = 3
+UPDATE_RUNS = 3
 # A floor, and the ratio that it must reach -> what was measured.
 Measure = Callable[[Floor, float], Paired]
 
@@ -114,11 +114,23 @@ def run_gate(
         yield judge(floor, *floors.expected(floor, here), first, again)
 
 
-def precisely(floor: Floor) -> Floor:
-    """The floor as it is measured for `--update`: what is expected is worth more time than one look at it."""
-    return replace(
-        floor, precision=floor.precision / UPDATE_CARE, seconds=floor.seconds * UPDATE_CARE
-    )
+def survey(
+    floors: Floors, chosen: Sequence[Floor], here: Here, measure: Measure
+) -> Iterator[Verdict]:
+    """What `--update` writes: of each floor the median of UPDATE_RUNS measurements, all floors in turn.
+
+    What is expected from now on is worth more than one look: a process keeps the places of its buffers, and a
+    machine has moods of minutes.
+    """
+    found: dict[str, list[Paired]] = {floor.key: [] for floor in chosen}
+    for run in range(UPDATE_RUNS):
+        for floor in chosen:
+            expected, source = floors.expected(floor, here)
+            measured = found[floor.key]
+            measured.append(measure(floor, bound_of(floor, expected)))
+            if run == UPDATE_RUNS - 1:
+                middle = sorted(measured, key=lambda paired: paired.ratio)[UPDATE_RUNS // 2]
+                yield Verdict(floor, expected, source, (middle,))
 
 
 def gate_table(verdicts: Iterable[Verdict]) -> Table:

@@ -13,28 +13,22 @@ contestants that sleep, spin or run for different lengths of time.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from .shapes import is_cuda
-from .spread import median_interval
+from .spread import PREPARE_SHARE, Call, median_interval, no_collection
 
-Call = Callable[[], Any]
 Clock = Callable[[Call], float]  # makes the call and tells how many seconds it took
 
 BLOCK_ROUNDS = 5
 LEAST_BLOCKS = 6  # fewer have no interval of 95% confidence
 MOST_BLOCKS = 60
 SHORT = 2e-3  # calls that take fewer seconds are timed several at a time
-# A preparation of more than this share of the time to measure is not repeated for every block.
-PREPARE_SHARE = 0.05
 UNDECIDED = 3.0
 
 
@@ -224,7 +218,7 @@ def _block(
 
     names = list(calls)
     found: dict[str, list[float]] = {name: [] for name in names}
-    with _no_collection():
+    with no_collection():
         for call in calls.values():
             call()
         for number in range(rounds):
@@ -232,16 +226,3 @@ def _block(
             for name in (*names[first:], *names[:first]):
                 found[name].append(timed(name))
     return found
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Garbage is collected before, not in whichever call happens to come next."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
