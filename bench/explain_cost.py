@@ -2,7 +2,7 @@
 
 The naive loop asks the reference layer for v(S), v(S + i), v(S + j) and v(S + i + j) of one pair and one draw,
 one at a time, absent tokens masked out. Ours asks the engine for the same kind of draws: pairs across modalities
-among the top tokens, by permutations that all pairs share, absent tokens not computed. Both take turns, in short
+among the top tokens, by draws that all pairs share, absent tokens not computed. Both take turns, in short
 parts. Two rates of ours: coalitions that the layer evaluated a second, and coalition values that the estimate
 used a second, four for every draw of every pair, which is what the naive loop evaluates.
 """
@@ -71,7 +71,7 @@ def shared(
         sampling=explain.Sampling(budget=budget, seed=seed),
     )
     seconds = time.perf_counter() - start
-    used = CORNERS * 2 * found.draws * len(found.pairs)
+    used = CORNERS * found.draws * len(found.pairs)
     return found.evaluations / seconds, used / seconds, found
 
 
@@ -87,7 +87,7 @@ def rounds(options: argparse.Namespace) -> Iterator[dict[str, float]]:
             **{"naive": one, "evaluated": evaluated, "used": used},
             **{"evaluated_ratio": evaluated / one, "used_ratio": used / one},
             **{"pairs": len(found.pairs), "evaluations": found.evaluations},
-            "permutations": found.draws,
+            "draws": found.draws,
         }
         print(
             f"naive {one:6.1f}/s   ours evaluated {evaluated:7.1f}/s ({row['evaluated_ratio']:.1f}x), "

@@ -56,8 +56,8 @@ def test_planted_slowdown_is_caught_and_noise_is_not(noise: float) -> None:
 
 
 def test_a_slowdown_within_the_tolerance_passes() -> None:
-    """The control of the above: 5% is less than the tolerance of 12%."""
-    assert FLOOR.tolerance == 0.12
+    """The control of the above: 5% is less than the tolerance of 10%."""
+    assert FLOOR.tolerance == 0.10
     for seed in range(20):
         found = NoisyMachine(seed).measure(FLOOR, 1.05 * OURS, PEER)
         assert not falls_short(found, EXPECTED * (1 - FLOOR.tolerance))

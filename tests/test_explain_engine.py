@@ -20,7 +20,7 @@ from flmoe_kernels.explain import (
     shapley_interactions,
 )
 from flmoe_kernels.explain.coalitions.engine import Evaluator
-from flmoe_kernels.explain.coalitions.packed import distinct, pack, sizes, toggled_prefixes, unpack
+from flmoe_kernels.explain.coalitions.packed import distinct, pack, sizes, toggled, unpack
 from flmoe_kernels.testing import LayerCase
 
 CASE = LayerCase(lengths=(5, 4))
@@ -41,14 +41,12 @@ def test_packed_coalitions(players: int) -> None:
     np.testing.assert_array_equal(distinct(repeated[::-1])[0], rows)
 
 
-def test_toggled_prefixes() -> None:
-    order = np.array([3, 0, 2, 1])
-    position = np.argsort(order)
-    rows = [(0, 4), (2, 4), (2, 3), (2, 1), (4, 2), (4, 4), (0, 0)]
-    length, toggled = (np.array(column) for column in zip(*rows, strict=True))
-    found = unpack(toggled_prefixes(position, length, toggled), 4)
-    sets = [set(np.flatnonzero(row).tolist()) for row in found]
-    assert sets == [set(), {3, 0}, {0}, {3, 0, 1}, {3, 0, 1}, {0, 1, 2, 3}, {0}]
+def test_toggled() -> None:
+    inside = np.isin(np.arange(10), (3, 8))
+    rows = np.array([(10, 10), (3, 10), (10, 9), (8, 0), (0, 1), (3, 8)])
+    sets = [set(np.flatnonzero(row).tolist()) for row in unpack(toggled(inside, rows), 10)]
+    assert sets == [{3, 8}, {8}, {3, 8, 9}, {0, 3}, {0, 1, 3, 8}, set()]
+    assert toggled(inside, rows[:0]).shape == (0, 2)
 
 
 def test_each_distinct_coalition_once_in_batches() -> None:

@@ -116,7 +116,7 @@ def test_it_tells_how_it_was_found(sampled: PairValues) -> None:
     assert len(sampled) == 9
     assert repr(sampled) == (
         "PairValues(SII of 9 pairs (pairs across modalities) of 6 tokens; sampling of "
-        f"{sampled.draws} permutations, stopped by budget; {sampled.evaluations} evaluations)"
+        f"{sampled.draws} draws, stopped by budget; {sampled.evaluations} evaluations)"
     )
     assert sampled.sampling == {
         "budget": 3000,

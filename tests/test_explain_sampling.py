@@ -24,7 +24,8 @@ from scipy.stats import t as student
 
 from flmoe_kernels.explain import PairValues, Run, Sampling, probe_game
 from flmoe_kernels.explain.coalitions.packed import all_pairs, unpack
-from flmoe_kernels.explain.pairs.sampling import PairSampling, PermutationPlan, cost, permutation
+from flmoe_kernels.explain.pairs.indices import INDICES
+from flmoe_kernels.explain.pairs.sampling import Toggles, coalition
 
 BOTH = ("SII", "RG")
 
@@ -36,28 +37,32 @@ def random_game(players: int, seed: int = 0) -> Planted:
     return Planted(players, lambda inside: values[inside @ bits])
 
 
-def all_draws(game: Planted, pairs: NDArray[np.int64], index: str) -> NDArray[np.float64]:
-    """(n!, p): each permutation's estimate, by the plans that sampling uses."""
-    found = []
-    for order in itertools.permutations(range(game.players)):
-        plan = PermutationPlan.of(np.array(order), pairs)
-        values = np.asarray(game(unpack(plan.coalitions, game.players)))
-        found.append(plan.draws(values, index))
-    return np.array(found)
+def all_draws(
+    game: Planted, pairs: NDArray[np.int64], index: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(2^n, p), the estimate of each T by the code that sampling uses, and how likely each T is."""
+    players, found, weights = game.players, [], []
+    toggles = Toggles.of(players, pairs)
+    for drawn in itertools.product((False, True), repeat=players):
+        inside = np.array(drawn)
+        values = np.asarray(game(unpack(toggles.coalitions(inside), players)))
+        found.append(INDICES[index](toggles.corners(inside, values)))
+        weights.append(1 / ((players + 1) * math.comb(players, int(inside.sum()))))
+    return np.array(found), np.array(weights)
 
 
 @pytest.mark.parametrize("index", BOTH)
-@pytest.mark.parametrize("players", [2, 3, 4, 5])
-def test_the_mean_over_all_permutations_is_the_index(players: int, index: str) -> None:
+@pytest.mark.parametrize("players", [2, 3, 4, 5, 7])
+def test_the_mean_over_all_draws_is_the_index(players: int, index: str) -> None:
     """Unbiased, not only within noise: every draw of a game without any structure."""
     game = random_game(players)
     truth = by_definition(table(game, players), players, index)
     pairs = all_pairs(range(players))
-    draws = all_draws(game, pairs, index)
-    np.testing.assert_allclose(draws.mean(axis=0), as_array(truth, pairs), atol=1e-13)
+    draws, weights = all_draws(game, pairs, index)
+    assert weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(weights @ draws, as_array(truth, pairs), atol=1e-13)
     # Some pairs alone, in another order, have the same draws.
-    some = pairs[::-2]
-    np.testing.assert_array_equal(all_draws(game, some, index), draws[:, ::-2])
+    np.testing.assert_array_equal(all_draws(game, pairs[::-2], index)[0], draws[:, ::-2])
     # The control: S drawn uniformly from all subsets is another index.
     if players > 3:
         values = table(game, players)
@@ -76,26 +81,27 @@ def banzhaf(values: NDArray[np.float64], players: int, index: str) -> dict[tuple
     return found
 
 
-def test_every_pair_has_its_two_draws_and_rows_are_shared() -> None:
+@pytest.mark.parametrize("count", [1, 4, 21])
+def test_every_pair_has_its_corners_and_rows_are_shared(count: int) -> None:
     players = 7
-    pairs = all_pairs(range(players))
+    every = all_pairs(range(players))
+    pairs = every[np.random.default_rng(count).permutation(len(every))[:count]]
+    toggles = Toggles.of(players, pairs)
+    assert len(toggles) == 1 + len(np.unique(pairs)) + count
+    rows = np.arange(len(toggles), dtype=np.float64)
     for seed in range(20):
-        order = permutation(seed, 0, 0, players)
-        plan = PermutationPlan.of(order, pairs)
-        inside = unpack(plan.coalitions, players)
-        position = np.argsort(order)
+        drawn = coalition(seed, 0, 0, players)
+        inside = unpack(toggles.coalitions(drawn), players)
+        assert len(np.unique(inside, axis=0)) == len(inside)
+        corners = toggles.corners(drawn, rows)
         for p, (i, j) in enumerate(pairs):
-            for side, (anchor, other) in enumerate([(i, j), (j, i)]):
-                before = position < position[anchor]
-                before[other] = False
-                none, first, second, both = (inside[plan.corners[c, side, p]] for c in range(4))
-                assert (none == before).all()
-                assert set(np.flatnonzero(first != none)) == {anchor}
-                assert set(np.flatnonzero(second != none)) == {other}
-                assert set(np.flatnonzero(both != none)) == {i, j}
-        distinct = np.unique(inside, axis=0)
-        assert len(distinct) == cost([plan]) <= len(inside)
-        assert len(distinct) < 1.1 * 2 * len(pairs), "about one evaluation for each draw"
+            none, first, second, both = (inside[int(row[p])] for row in corners)
+            outside = drawn.copy()
+            outside[[i, j]] = False
+            assert (none == outside).all()
+            assert set(np.flatnonzero(first != none)) == {i}
+            assert set(np.flatnonzero(second != none)) == {j}
+            assert set(np.flatnonzero(both != none)) == {i, j}
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 45])
@@ -103,30 +109,13 @@ def test_every_pair_has_its_two_draws_and_rows_are_shared() -> None:
 def test_the_budget_is_used_and_never_exceeded(players: int, count: int) -> None:
     every = all_pairs(range(players))
     pairs = every[np.random.default_rng(count).permutation(len(every))[:count]]
-    unit = cost([PermutationPlan.of(permutation(9, 0, 0, players), pairs)])
+    unit = len(Toggles.of(players, pairs))
     for seed in range(10):
         game = Planted(players, lambda inside: inside.sum(axis=1) * 1.0)
         sampling = Sampling(budget=30 * unit, seed=seed, antithetic=False)
         found = probe_game(game, pairs, method="sampling", sampling=sampling)["SII"]
         assert found.evaluations <= sampling.budget
-        assert found.draws >= 20
-
-
-@pytest.mark.parametrize(("players", "count", "budget"), [(10, 3, 2000), (20, 10, 8000)])
-def test_the_number_of_units_is_nearly_always_that_of_the_pilots(
-    players: int, count: int, budget: int
-) -> None:
-    """A run that ends where its own units cost too much has a length that depends on its draws."""
-    every, runs, ended_earlier = all_pairs(range(players)), 120, 0
-    pairs = every[np.random.default_rng(count).permutation(len(every))[:count]]
-    for seed in range(runs):
-        sampling = PairSampling(players, pairs, ["SII"], Sampling(budget=budget, seed=seed))
-        planned = sampling.units_planned
-        while sampling.stopped_by is None:
-            sampling.absorb(np.zeros(len(sampling.plan())))
-        assert sampling.asked > 0.7 * budget
-        ended_earlier += sampling.units < planned
-    assert ended_earlier <= 0.03 * runs
+        assert found.draws == 29, "everybody and nobody cost two"
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
@@ -138,13 +127,16 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     assert PairValues.load(tmp_path / "found.npz").to_dict() == found.to_dict()
 
 
-def test_permutations_are_uniform_and_pinned() -> None:
-    orders = [tuple(permutation(3, 1, d, 4).tolist()) for d in range(4800)]
-    counts = np.array([orders.count(each) for each in itertools.permutations(range(4))])
-    # 23 degrees of freedom: above 50 in one of 1000 samples.
-    assert float(((counts - 200) ** 2 / 200).sum()) < 50
-    assert permutation(7, 0, 0, 6).tolist() == permutation(7, 0, 0, 6).tolist()
-    several = {tuple(permutation(*key, 30)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
+def test_draws_are_uniform_by_size_and_pinned() -> None:
+    count = 4800
+    drawn = [tuple(coalition(3, 1, d, 4).tolist()) for d in range(count)]
+    every = list(itertools.product((False, True), repeat=4))
+    expected = np.array([count / (5 * math.comb(4, sum(each))) for each in every])
+    counts = np.array([drawn.count(each) for each in every])
+    # 15 degrees of freedom: above 38 in one of 1000 samples.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 38
+    assert coalition(7, 0, 0, 12).tolist() == [k in (1, 3) for k in range(12)]
+    several = {tuple(coalition(*key, 30)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
     assert len(several) == 4
 
 
@@ -244,7 +236,7 @@ def test_shapiqs_exact_computer(seed: int) -> None:
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_coverage_and_no_bias(antithetic: bool) -> None:
     """Of 250 runs: 95% intervals of Student's t cover the truth as often as they say; their mean has no bias."""
-    players, runs, budget = 6, 250, 1000 if antithetic else 600
+    players, runs, budget = 6, 250, 3000 if antithetic else 1500
     game = random_game(players, seed=5)
     pairs = all_pairs(range(players))[::2]
     truth = probe_game(game, pairs, method="exact")

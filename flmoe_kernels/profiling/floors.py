@@ -57,7 +57,7 @@ class Floor:
     ratio: float
     ours: str = "cpu"
     device: str = "cpu"
-    tolerance: float = 0.12
+    tolerance: float = 0.10
     precision: float = 0.04
     rounds: int = 15
     seconds: float = 8.0

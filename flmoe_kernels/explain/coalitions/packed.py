@@ -16,7 +16,6 @@ Ints = NDArray[np.int64]
 Packed = NDArray[np.uint8]
 
 _BITS_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.int64)
-_ROWS_AT_ONCE = 8192  # rows of bools that are held while packing: 4 MiB for 512 players
 
 
 def pack(coalitions: Bools) -> Packed:
@@ -52,22 +51,14 @@ def distinct(packed: Packed) -> tuple[Packed, Ints]:
     return rows[order], place[inverse.ravel()]
 
 
-def toggled_prefixes(position: Ints, length: Ints, toggled: Ints) -> Packed:
-    """For each r the first length[r] players of a permutation, player toggled[r] put in or taken out, packed.
-
-    Args:
-        position: (n,), the place of each player in the permutation.
-        length: (m,), from 0 to n.
-        toggled: (m,), a player, or n for none.
-    """
-    players = len(position)
-    packed = np.empty((len(length), (players + 7) // 8), dtype=np.uint8)
-    for start in range(0, len(length), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        inside = position[None, :] < length[rows, None]
-        [real] = np.nonzero(toggled[rows] < players)
-        inside[real, toggled[rows][real]] ^= True
-        packed[rows] = pack(inside)
+def toggled(inside: Bools, players: Ints) -> Packed:
+    """A coalition (n,) with the players of each row (m, k) put in or taken out, packed; player n is nobody."""
+    packed = np.repeat(pack(inside[None]), len(players), axis=0)
+    row = np.arange(len(players))
+    for column in players.T:
+        real = column < len(inside)
+        chosen = column[real]
+        packed[row[real], chosen // 8] ^= (128 >> (chosen % 8)).astype(np.uint8)
     return packed
 
 

@@ -36,7 +36,7 @@ class PairValues:
         value, baseline: v(all) and v(none).
         method: "closed_form", "exact" (by enumeration) or "sampling".
         stopped_by: "exact", "budget" or "tolerance"; the last one makes values lean, see `sampling`.
-        draws: permutations, each of which gives every pair two coalitions S.
+        draws: coalitions, each of which gives every pair one S.
         evaluations: coalitions that were evaluated, each once of those that a step of the run asks for together,
             and again where a later step asks for it; 1 in closed form, a pass of the layer.
         batch_size: coalitions that were evaluated together, of which a model's last bits may depend.
@@ -195,7 +195,7 @@ class PairValues:
     def __repr__(self) -> str:
         how = self.method.replace("_", " ")
         if not self.exact:
-            how += f" of {self.draws} permutations, stopped by {self.stopped_by}"
+            how += f" of {self.draws} draws, stopped by {self.stopped_by}"
         return (
             f"PairValues({self.index} of {len(self)} pairs ({self.candidates}) of {self.players} "
             f"tokens; {how}; {self.evaluations} evaluations)"

@@ -1,29 +1,29 @@
-"""Pair indices by random permutations that all candidate pairs share.
+"""Pair indices by random coalitions that all candidate pairs share.
 
-One permutation of the n players gives every candidate pair two draws of S. Let P be who comes before i. Taking j
-out of the permutation leaves a uniformly random order of n - 1 players, in which i may stand for the pair {i, j};
-those before it are P without j. So S = P without j has exactly the distribution of `indices`, whether j comes
-before or after i, and the same with i and j exchanged; what is averaged is unbiased for every pair and index.
+A draw is one random coalition T of the n players, its size uniform on 0 .. n and T uniform among the sets of that
+size. It gives every candidate pair its S: T without i and j. By symmetry S is uniform among the sets of its size
+s, which T had if neither of the two is in T; else T had s + 1 or s + 2. Over T these three cases make
 
-What has to be evaluated are prefixes P of the permutation and prefixes with one player toggled:
+    ((n - s)(n - s - 1) + 2 (s + 1)(n - s - 1) + (s + 2)(s + 1)) / ((n + 1) n (n - 1)) = 1 / (n - 1),
 
-    j after i:   v(S) = v(P),      v(S+i) = v(P+i),      v(S+j) = v(P+j),  v(S+i+j) = v(P+i+j)
-    j before i:  v(S) = v(P - j),  v(S+i) = v(P+i - j),  v(S+j) = v(P),    v(S+i+j) = v(P+i)
+so S has exactly the distribution of `indices`, and what is averaged is unbiased for every pair and index.
 
-P + i is the prefix of the player after i, so that its row is shared, too: for all pairs of n players about n^2
-evaluations give n (n - 1) draws, one for each, where a draw alone costs four. With c candidates that are seldom
-neighbours in the permutation it is two for each.
+The corners of every pair are T with neither, one or both of the two toggled (put in or taken out):
 
-Antithetic: the reversed permutation. Who comes before i becomes who comes after it, so S becomes its complement
-among the players but i and j, a draw of the same distribution: where v grows or sags with the size of S, errors
-cancel.
+    i, j outside T:  v(S) = v(T),      v(S+i) = v(T+i),  v(S+j) = v(T+j),  v(S+i+j) = v(T+i+j)
+    i inside alone:  v(S) = v(T-i),    v(S+i) = v(T),    and so on
 
-Standard errors come from the means of independent units (a permutation and its reverse): draws of one unit are not
-independent of each other. The number of units that a budget pays for is fixed before the first draw, by the
-dearest of some units of other permutations, so a budget brings no bias (but for the rare run, about one in a
-hundred, whose own units are dearer and which ends some earlier). A tolerance does: a run that stops when the
-errors look small stops more often where they came out too small, so that estimates lean, and standard errors are a
-little too small. min_draws keeps that little: the standard error is then known to about 1 / sqrt(2 * units).
+One evaluation of T, one for each candidate token and one for each pair: c tokens and all pairs of them cost about
+c^2 / 2 for a draw of as many pairs, where four evaluations for each would be twice c^2.
+
+Antithetic: the complement of T. S becomes its complement among the players but i and j, a draw of the same
+distribution: where v grows or sags with the size of S, errors cancel.
+
+Standard errors come from the means of independent units (a draw and its complement): draws of one unit are not
+independent of each other. The number of units that a budget pays for is known before the first draw, so a budget
+brings no bias. A tolerance does: a run that stops when the errors look small stops more often where they came out
+too small, so that estimates lean, and standard errors are a little too small. min_draws keeps that little: the
+standard error is then known to about 1 / sqrt(2 * units).
 """
 
 from __future__ import annotations
@@ -36,16 +36,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ... import validation as check
-from ..coalitions.packed import Floats, Ints, Packed, distinct, toggled_prefixes
+from ..coalitions.packed import Bools, Floats, Ints, Packed, toggled
 from .indices import INDICES, Corners
 
 OVERHEAD = 2  # evaluations of everybody and of nobody, which every run starts with
 _LEAST_UNITS = 2  # for a standard error
-# Units that are planned, not evaluated, to know what one costs: all of so many are seldom cheaper than the mean.
-_PILOTS = 8
-_STEP_COALITIONS = (
-    4096  # evaluated between two looks at the stopping rule: fills batches on several ranks
-)
+# Evaluated between two looks at the stopping rule: fills batches on several ranks.
+_STEP_COALITIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,9 @@ class Sampling:
             the budget reaches that far.
         tolerance: end earlier, when every pair's standard error, in units of v, is at most this. See the module
             for the bias that any such rule brings.
-        min_draws: permutations before the tolerance is looked at.
+        min_draws: draws before the tolerance is looked at.
         seed: draw d of sample b depends on (seed, b, d) alone: not on batches, ranks or interruptions.
-        antithetic: draw permutations in pairs, the second the reverse of the first.
+        antithetic: draw coalitions in pairs, the second the complement of the first.
     """
 
     budget: int = 2**16
@@ -82,62 +79,65 @@ class Sampling:
             object.__setattr__(self, "tolerance", float(self.tolerance))
 
 
-def permutation(seed: int, sample: int, draw: int, players: int, *, pilot: bool = False) -> Ints:
-    """A uniformly random order of the players, the same on every machine and numpy version; pilots' are others.
+def coalition(seed: int, sample: int, draw: int, players: int) -> Bools:
+    """T (n,), the same on every machine and with every version of numpy.
 
-    By sorting raw words of the bit generator, whose stream numpy promises never to change; that of
-    Generator.permutation it does not.
+    The players of the smallest words, as many as the last word says: raw words of the bit generator, whose stream
+    numpy promises never to change, as it does not for those of Generator's methods.
     """
-    key = (sample, draw, 1) if pilot else (sample, draw)
-    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key))
-    return np.argsort(words.random_raw(players), kind="stable").astype(np.int64)
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample, draw)))
+    words = bits.random_raw(players + 1)
+    size = int(words[-1]) * (players + 1) >> 64
+    inside = np.zeros(players, dtype=np.bool_)
+    inside[np.argsort(words[:-1], kind="stable")[:size]] = True
+    return inside
 
 
 @dataclass(frozen=True)
-class PermutationPlan:
-    """The coalitions that one permutation asks for, and where each pair finds its values among them.
+class Toggles:
+    """What every draw does to its coalition T: nothing, toggle each candidate token, toggle each pair.
 
     Attributes:
-        coalitions: packed, (m, bytes); equal ones may occur, see `coalitions.distinct`.
-        corners: (4, 2, p), rows of `coalitions`: v(S), v(S + i), v(S + j), v(S + i + j), with each of the pair as
-            the one whose predecessors S are.
+        pairs: (p, 2).
+        players: (1 + c + p, 2): whom a draw's r-th coalition toggles, n for nobody.
+        place: (2, p): the row in which one of a pair is toggled alone.
     """
 
-    coalitions: Packed
-    corners: Ints
+    pairs: Ints
+    players: Ints
+    place: Ints
 
     @classmethod
-    def of(cls, order: Ints, pairs: Ints) -> PermutationPlan:
-        """The plan of one permutation for pairs (p, 2)."""
-        players = len(order)
-        position = np.empty(players, dtype=np.int64)
-        position[order] = np.arange(players)
-        anchor, other = pairs.T, pairs.T[::-1]
-        # A row (length of the prefix, toggled player or n) as one number.
-        plain = position[anchor] * (players + 1) + players
-        toggled = position[anchor] * (players + 1) + other
-        longer = players + 1
-        earlier = position[other] < position[anchor]
-        none, with_other = (
-            np.where(earlier, toggled, plain),
-            np.where(earlier, plain, toggled),
+    def of(cls, players: int, pairs: Ints) -> Toggles:
+        """For pairs (p, 2) of n players."""
+        tokens, place = np.unique(pairs, return_inverse=True)
+        nobody = np.full((1 + len(tokens), 2), players, dtype=np.int64)
+        nobody[1:, 0] = tokens
+        return cls(pairs, np.concatenate([nobody, pairs]), 1 + place.reshape(pairs.shape).T)
+
+    def __len__(self) -> int:
+        """Evaluations that a draw asks for."""
+        return len(self.players)
+
+    def coalitions(self, drawn: Bools) -> Packed:
+        """Those of T (n,), packed."""
+        return toggled(drawn, self.players)
+
+    def corners(self, drawn: Bools, values: Floats) -> Corners:
+        """Those of every pair, from the values (1 + c + p,) of the coalitions of T."""
+        count = len(self.pairs)
+        whole = np.zeros(count, dtype=np.int64)
+        both = np.arange(len(self) - count, len(self))
+        # Rows by what is toggled: [i, j], each 0 or 1.
+        rows = np.array([[whole, self.place[1]], [self.place[0], both]])
+        i, j = drawn[self.pairs].T.astype(np.int64)
+        every = np.arange(count)
+        return Corners(
+            none=values[rows[i, j, every]],
+            first=values[rows[1 - i, j, every]],
+            second=values[rows[i, 1 - j, every]],
+            both=values[rows[1 - i, 1 - j, every]],
         )
-        wanted = np.stack([none, none + longer, with_other, with_other + longer])
-        used = np.zeros((players + 1) ** 2, dtype=np.bool_)
-        used[wanted] = True
-        rows = np.flatnonzero(used)
-        coalitions = toggled_prefixes(position, rows // (players + 1), rows % (players + 1))
-        place = np.cumsum(used) - 1
-        return cls(coalitions, place[wanted])
-
-    def draws(self, values: Floats, index: str) -> Floats:
-        """(p,): the mean of each pair's two draws, from the values (m,) of the coalitions."""
-        return INDICES[index](Corners(*values[self.corners])).mean(axis=0)
-
-
-def cost(unit: Sequence[PermutationPlan]) -> int:
-    """The distinct coalitions that a unit asks for."""
-    return len(distinct(np.concatenate([plan.coalitions for plan in unit]))[0])
 
 
 @dataclass
@@ -164,22 +164,22 @@ class PairSampling:
     sample: int = 0
 
     def __post_init__(self) -> None:
-        self.units, self.asked = 0, 0
-        first = sum(cost(self._plan_unit(k)) for k in range(_LEAST_UNITS))
-        if first + OVERHEAD > self.sampling.budget:
+        self.units = 0
+        self._toggles = Toggles.of(self.players, self.pairs)
+        price = len(self._toggles) * self._draws_per_unit
+        paid = (self.sampling.budget - OVERHEAD) // price if len(self.pairs) else 0
+        if len(self.pairs) and paid < _LEAST_UNITS:
             raise ValueError(
-                f"budget: expected at least {first + OVERHEAD}, which two draws of "
-                f"{len(self.pairs)} pairs of {self.players} players cost, got "
-                f"{self.sampling.budget}; fewer candidate pairs cost less"
+                f"budget: expected at least {_LEAST_UNITS * price + OVERHEAD}, which "
+                f"{_LEAST_UNITS * self._draws_per_unit} draws of {len(self.pairs)} pairs of "
+                f"{self.players} players cost, got {self.sampling.budget}; fewer candidate pairs cost less"
             )
-        price = max(cost(self._plan_unit(k, pilot=True)) for k in range(_PILOTS))
-        paid = (self.sampling.budget - OVERHEAD) // price if price else _LEAST_UNITS
-        self.units_planned = max(_LEAST_UNITS, paid)
+        self.units_planned = paid
         # Of the request alone, so that where it stops does not depend on ranks or memory.
-        self._units_per_step = max(1, _STEP_COALITIONS // price) if price else _LEAST_UNITS
+        self._units_per_step = max(1, _STEP_COALITIONS // price)
         self._mean = np.zeros((len(self.indices), len(self.pairs)))
         self._squares = np.zeros_like(self._mean)  # summed squared deviations from the mean
-        self._plans: list[list[PermutationPlan]] = []
+        self._drawn: list[list[Bools]] = []
 
     @property
     def _draws_per_unit(self) -> int:
@@ -187,7 +187,7 @@ class PairSampling:
 
     @property
     def draws(self) -> int:
-        """Permutations so far."""
+        """Draws so far."""
         return self.units * self._draws_per_unit
 
     @property
@@ -207,33 +207,29 @@ class PairSampling:
 
     def plan(self) -> Packed:
         """The next coalitions, packed."""
-        self._plans = []
-        for k in range(min(self._units_per_step, self.units_planned - self.units)):
-            unit = self._plan_unit(self.units + k)
-            price = cost(unit)
-            if self.asked + price + OVERHEAD > self.sampling.budget:
-                self.units_planned = self.units + k
-                break
-            self._plans.append(unit)
-            self.asked += price
+        count = min(self._units_per_step, self.units_planned - self.units)
+        self._drawn = [self._draw(self.units + k) for k in range(count)]
         nothing = np.zeros((0, (self.players + 7) // 8), dtype=np.uint8)
-        return np.concatenate([nothing, *(p.coalitions for unit in self._plans for p in unit)])
+        every = (drawn for unit in self._drawn for drawn in unit)
+        return np.concatenate([nothing, *(self._toggles.coalitions(drawn) for drawn in every)])
 
     def absorb(self, values: Floats) -> None:
         """The values of the coalitions of the last plan, in their order."""
-        start = 0
-        for unit in self._plans:
-            means = np.zeros_like(self._mean)
-            for plan in unit:
-                part = values[start : start + len(plan.coalitions)]
-                start += len(plan.coalitions)
-                means += np.stack([plan.draws(part, index) for index in self.indices]) / len(unit)
+        parts = iter(values.reshape(-1, len(self._toggles)))
+        for unit in self._drawn:
+            corners = [self._toggles.corners(drawn, next(parts)) for drawn in unit]
+            means = np.stack(
+                [
+                    np.mean([INDICES[index](each) for each in corners], axis=0)
+                    for index in self.indices
+                ]
+            )
             # Welford's update, one unit after the other: the same bits however the steps are cut.
             self.units += 1
             before = means - self._mean
             self._mean += before / self.units
             self._squares += before * (means - self._mean)
-        self._plans = []
+        self._drawn = []
 
     def estimates(self) -> dict[str, tuple[Floats, Floats]]:
         """Values and standard errors, (p,) each, by index."""
@@ -246,21 +242,19 @@ class PairSampling:
 
     def state(self) -> dict[str, Any]:
         """What a later run needs to go on; see `restore`."""
-        numbers = {"units": np.array(self.units), "asked": np.array(self.asked)}
-        return {**numbers, "mean": self._mean, "squares": self._squares}
+        return {"units": np.array(self.units), "mean": self._mean, "squares": self._squares}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError: not the state of such an estimate."""
         mean, squares = (np.array(state[name], dtype=np.float64) for name in ("mean", "squares"))
         if mean.shape != self._mean.shape or squares.shape != self._mean.shape:
             raise ValueError(f"expected sums of {self._mean.shape}, got {mean.shape}")
-        self.units, self.asked = int(state["units"]), int(state["asked"])
+        self.units = int(state["units"])
         self._mean, self._squares = mean, squares
 
-    def _plan_unit(self, unit: int, *, pilot: bool = False) -> list[PermutationPlan]:
-        order = permutation(self.sampling.seed, self.sample, unit, self.players, pilot=pilot)
-        orders = [order, order[::-1]][: self._draws_per_unit]
-        return [PermutationPlan.of(each, self.pairs) for each in orders]
+    def _draw(self, unit: int) -> list[Bools]:
+        drawn = coalition(self.sampling.seed, self.sample, unit, self.players)
+        return [drawn, ~drawn][: self._draws_per_unit]
 
     def _errors(self) -> Floats:
         if self.units < _LEAST_UNITS:

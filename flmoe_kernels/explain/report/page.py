@@ -183,7 +183,7 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
     told = "" if label is None else f", label {label}"
     how = first.method.replace("_", " ")
     if not first.exact:
-        how = f"estimated from {first.draws} permutations"
+        how = f"estimated from {first.draws} draws"
     asked = (
         f"{len(first)} candidates: {first.candidates}, of {first.players} valid tokens; {how}, "
         f"{first.evaluations} coalitions evaluated."
