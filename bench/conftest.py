@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 
 from bench.gates import comparisons
+from flmoe_kernels.profiling.allocator import keep_freed_memory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="every case and peer of the registry: an hour or more"
     )
+
+
+def pytest_configure() -> None:
+    """Before the first comparison, and as `bench --gate` does it, whose floors these are."""
+    keep_freed_memory()
 
 
 def pytest_generate_tests(metafunc: Any) -> None:

@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 from flmoe_kernels.aot.architectures import ARCHITECTURES, H100, KIB
 from flmoe_kernels.aot.budget import DEFAULT, Allowance, Budget, Limits, failures, load, save
 from flmoe_kernels.aot.cases import CASES, listed
-from flmoe_kernels.aot.report import BEGIN, END
+from flmoe_kernels.aot.report import MARK
 from flmoe_kernels.aot.rows import Row, rows_of
+from flmoe_kernels.profiling.files import END_MARK
 from flmoe_kernels.triton_runtime import Report
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def test_launch_tables_state_the_shared_memory_of_their_largest_case() -> None:
 
 def test_the_page_shows_every_case_as_the_budget_has_it() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    table = text.partition(BEGIN)[2].partition(END)[0]
+    table = text.partition(MARK)[2].partition(END_MARK)[0]
     lines = {}
     operator = ""
     for line in table.splitlines():

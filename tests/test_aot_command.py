@@ -13,7 +13,6 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("triton")
 
 from flmoe_kernels.aot.budget import load, save
-from flmoe_kernels.aot.report import BEGIN, END
 from flmoe_kernels.commands.aot import aot
 
 app = typer.Typer()
@@ -111,16 +110,3 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
         result = run(*arguments)
         assert result.exit_code == 2, result.output
         assert message in result.stderr
-
-
-def test_markdown_is_written_between_its_marks(tmp_path: Path) -> None:
-    from flmoe_kernels.aot.report import write_markdown
-
-    path = tmp_path / "page.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_markdown(path, "new\n")
-    assert path.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
-    path.write_text("no marks\n")
-    with pytest.raises(ValueError, match="to write the table between"):
-        write_markdown(path, "new\n")
-    assert path.read_text() == "no marks\n"

@@ -15,7 +15,8 @@ from bench_machines import Given
 from typer.testing import CliRunner
 
 from flmoe_kernels.commands.bench import app
-from flmoe_kernels.profiling import gate
+from flmoe_kernels.profiling import bench as running
+from flmoe_kernels.profiling import files, gate, suite
 from flmoe_kernels.profiling.floors import Floor, load_floors
 from flmoe_kernels.profiling.paired import Paired
 from flmoe_kernels.profiling.results import load_runs
@@ -263,3 +264,30 @@ def test_commands_are_what_the_parser_says() -> None:
     command = typer.main.get_command(app)
     hidden = {option.name for option in command.params if getattr(option, "hidden", False)}
     assert hidden == {"only", "plant"}
+
+
+def test_the_named_set_is_measured_in_full_and_written_to_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One small operator in place of the set: peaks, ceilings and the table are those of the command."""
+    small = [suite.entry_of(gate.find_case(CASES[0], "cpu"), ["reference"])]
+    monkeypatch.setitem(running._SETS, running.NAMED, lambda device: small)
+    page, out = tmp_path / "page.md", tmp_path / "out.json"
+    page.write_text(f"before\n{running.MARK}\n{files.END_MARK}\nafter\n")
+    result = run("--named", "--seconds", 0.2, "--markdown", page, "--json", out)
+    assert result.exit_code == 0, result.output
+    [found] = load_runs(out)
+    assert found.ceilings is not None
+    assert found.ceilings["bytes_per_second"] > 0
+    ours, peer = found.details[0]["contestants"]
+    assert peer["name"] == "reference"
+    assert ours["share_of_roofline"] > 0
+    [line] = [line for line in page.read_text().splitlines() if line.startswith("| routing")]
+    assert f"reference **{peer['ratio']:.2f}x**" in line
+    assert f"| {ours['peak_bytes'] / 2**20:.0f} MiB |" in line
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    page.write_text("no marks\n")
+    refused = run("--named", "--markdown", page)
+    assert refused.exit_code == 2
+    assert "to write between" in refused.stderr

@@ -121,7 +121,7 @@ def test_it_tells_how_it_was_found(sampled: PairValues) -> None:
     assert sampled.sampling == {
         "budget": 3000,
         "tolerance": None,
-        "min_draws": 32,
+        "min_draws": 64,
         "seed": 4,
         "antithetic": True,
     }

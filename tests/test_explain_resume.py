@@ -219,6 +219,19 @@ def test_a_step_of_other_coalitions_is_refused(
     assert shapley_interactions(model, x, **options)[0].stopped_by == "budget"
 
 
+def test_an_estimate_of_other_draws_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished one too, as of a version that drew otherwise: its means are no part of this estimate."""
+    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
+    options: Any = {"target": 0, "sampling": Sampling(budget=8000), "run": Run(checkpoint=tmp_path)}
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_module, "_DESIGN", "permutations")
+        shapley_interactions(model, x, **options)
+    with pytest.raises(ValueError, match=r"belongs to another run"):
+        shapley_interactions(model, x, **options)
+
+
 class Scaled(nn.Module):
     """A buffer that no state_dict has, and a repr with an address."""
 

@@ -56,3 +56,16 @@ def test_a_result_is_valid_json_or_leaves_the_old_one(tmp_path: Path) -> None:
 )
 def test_a_failure_in_one_line(error: Exception, words: str) -> None:
     assert words_of(error) == words
+
+
+def test_marked_text_is_written_between_its_marks(tmp_path: Path) -> None:
+    mark, path = "<!-- begin: this -->", tmp_path / "page.md"
+    path.write_text(f"before\n{mark}\nold\n{files.END_MARK}\nafter\n")
+    files.write_marked(path, mark, "new\n")
+    assert path.read_text() == f"before\n{mark}\nnew\n{files.END_MARK}\nafter\n"
+    path.write_text("no marks\n")
+    with pytest.raises(ValueError, match="to write between"):
+        files.write_marked(path, mark, "new\n")
+    assert path.read_text() == "no marks\n"
+    files.write_marked(tmp_path / "absent.md", mark, "all of it\n")
+    assert (tmp_path / "absent.md").read_text() == "all of it\n"

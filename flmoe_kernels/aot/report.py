@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from .rows import Row
 if TYPE_CHECKING:
     from rich.table import Table
 
-BEGIN, END = "<!-- begin: python -m flmoe_kernels aot --markdown -->", "<!-- end -->"
+MARK = "<!-- begin: python -m flmoe_kernels aot --markdown -->"
 _MATRIX = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
 _LIMITS = {"tensor": "tensor", "exponentials": "exp", "bytes": "bytes", "launch": "launch"}
 
@@ -101,17 +100,6 @@ def markdown(rows: Sequence[Row], budget: Budget) -> str:
         on = ", ".join(f"sm_{n}" for n in each.architectures)
         lines.append(f"| `{each.cases}` | {on} | {each.bytes} | {each.reason} |")
     return "\n".join(lines) + "\n"
-
-
-def write_markdown(path: Path, text: str) -> None:
-    """In place of what is between the marks in the file, or as the file where there is none."""
-    if path.exists():
-        before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (mark and end):
-            raise ValueError(f"{path}: has no lines {BEGIN} and {END} to write the table between")
-        text = f"{before}{BEGIN}\n{text}{END}{after}"
-    path.write_text(text, encoding="utf-8")
 
 
 def matrix(row: Row) -> str:

@@ -53,11 +53,14 @@ def aot(
         from flmoe_kernels.aot import architectures, report
         from flmoe_kernels.aot.budget import save
         from flmoe_kernels.aot.run import Request
+        from flmoe_kernels.profiling.files import require_marks, write_marked
 
     limits = _budget(budget)
     try:
         devices = architectures.parse(arch)
         request = Request(devices, op or (), shape or (), dtype or (), quick, cases)
+        if markdown is not None:
+            require_marks(markdown, report.MARK)
         rows = _compiled(request, limits, processes)
         if write_budget is not None:
             rows, limits = _rewritten(rows, limits)
@@ -65,7 +68,7 @@ def aot(
         if json_file is not None and str(json_file) != "-":
             json_file.write_text(report.as_json(rows), encoding="utf-8")
         if markdown is not None:
-            report.write_markdown(markdown, report.markdown(rows, limits))
+            write_marked(markdown, report.MARK, report.markdown(rows, limits))
     except ModuleNotFoundError as error:
         fail(f"cases: {error}")
     except (ValueError, OSError) as error:

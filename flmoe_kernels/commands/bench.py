@@ -13,6 +13,7 @@ from .errors import fail, needs_extra
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from flmoe_kernels.profiling import suite
     from flmoe_kernels.profiling.floors import Floor, Floors, Here
     from flmoe_kernels.profiling.gate import Verdict
     from flmoe_kernels.profiling.results import Row
@@ -35,6 +36,12 @@ def bench(
     full: Annotated[
         bool, typer.Option("--full", help="Every case or floor, not the quick set alone.")
     ] = False,
+    named: Annotated[
+        bool,
+        typer.Option(
+            "--named", help="The README's set: the contract's shapes, with memory and ceilings."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seconds: Annotated[
         float, typer.Option(help="At most so long for a case; a gate's file has its own.")
@@ -46,6 +53,10 @@ def bench(
     append: Annotated[
         bool, typer.Option("--append", help="As one more run of the --json file.")
     ] = False,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="Write the table here too, between its marks if the file has any."),
+    ] = None,
     update: Annotated[
         Path | None, typer.Option(help="Write this machine's ratios to this file of floors.")
     ] = None,
@@ -70,12 +81,17 @@ def bench(
         fail("--update: needs --gate FILE, which says what is to be measured")
     if append and json_file is None:
         fail("--append: needs --json FILE")
+    if full and named:
+        fail("--named: is another set than --full")
+    if gate is not None and (named or markdown is not None):
+        fail("--named, --markdown: a gate has floors of its own, and no such table")
     _plant(plant)
     if listing:
-        _list(case, op, full, device)
+        _list(_Cases(case, op, full, named, device))
         return
     if gate is None:
-        _run(case, op, full, device, seconds, threads, json_file, append)
+        how = _How(seconds, threads, json_file, append, markdown)
+        _run(_Cases(case, op, full, named, device), how)
         return
     chosen = _Chosen(device, case, op, full, only)
     retry = not no_retry and update is None
@@ -131,6 +147,32 @@ def compare(
     raise typer.Exit(code=1 if comparison.regressions else 0)
 
 
+class _Cases(NamedTuple):
+    """Which cases are meant."""
+
+    case: str | None
+    op: str | None
+    full: bool
+    named: bool
+    device: str
+
+    def entries(self) -> list[suite.Entry]:
+        from flmoe_kernels.profiling import bench as running
+
+        which = running.FULL if self.full else running.NAMED if self.named else running.QUICK
+        return running.choose(self.case, self.op, which, self.device)
+
+
+class _How(NamedTuple):
+    """How they are timed, and where the result goes."""
+
+    seconds: float
+    threads: int | None
+    json_file: Path | None
+    append: bool
+    markdown: Path | None
+
+
 class _Chosen(NamedTuple):
     """Which floors are meant; only: one, by its key."""
 
@@ -150,8 +192,10 @@ def _gate(
     append: bool,
     update: Path | None,
 ) -> None:
+    from flmoe_kernels.profiling.allocator import keep_freed_memory
     from flmoe_kernels.profiling.gate import gate_table
 
+    keep_freed_memory()
     floors = _load(path)
     here = _here(wanted.device)
     if floors.machine(here) is None:
@@ -288,15 +332,14 @@ def _update(path: Path, source: Path, here: Here, verdicts: list[Verdict]) -> No
     typer.echo(f"{path}: [machine.{name}] holds the ratios of this machine now", err=True)
 
 
-def _list(case: str | None, op: str | None, full: bool, device: str) -> None:
+def _list(wanted: _Cases) -> None:
     from flmoe_kernels.backend import BackendUnavailable
-    from flmoe_kernels.profiling import bench as running
     from flmoe_kernels.profiling.contestants import contestants
     from flmoe_kernels.profiling.gate import Unmeasured
 
-    _here(device)
+    _here(wanted.device)
     try:
-        for entry in running.choose(case, op, full, device):
+        for entry in wanted.entries():
             typer.echo(entry.case.name)
             for one in contestants(entry.case):
                 reason = f": cannot run here: {one.why_not}" if one.why_not else ""
@@ -305,30 +348,27 @@ def _list(case: str | None, op: str | None, full: bool, device: str) -> None:
         fail(str(error))
 
 
-def _run(
-    case: str | None,
-    op: str | None,
-    full: bool,
-    device: str,
-    seconds: float,
-    threads: int | None,
-    json_file: Path | None,
-    append: bool,
-) -> None:
+def _run(wanted: _Cases, how: _How) -> None:
     import torch
 
     from flmoe_kernels.backend import BackendUnavailable
     from flmoe_kernels.profiling import bench as running
+    from flmoe_kernels.profiling.ceilings import measure_ceilings
     from flmoe_kernels.profiling.check import WrongAnswer
     from flmoe_kernels.profiling.gate import Unmeasured
 
-    _here(device)
+    _here(wanted.device)
     rows: list[Row] = []
     details = []
+    threads = how.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    if how.markdown is not None:
+        _require_marks(how.markdown)
+    ceilings = measure_ceilings(wanted.device) if wanted.named else None
     try:
-        for entry in running.choose(case, op, full, device):
+        for entry in wanted.entries():
             typer.echo(f"{entry.case.name} ...", err=True)
-            found = running.measure(entry, seconds, threads or torch.get_num_threads())
+            found = running.measure(entry, how.seconds, threads, wanted.named, ceilings)
             for message in found.left_out:
                 typer.echo(f"  left out: {message}", err=True)
             rows += found.rows
@@ -338,5 +378,30 @@ def _run(
     except WrongAnswer as error:
         _wrong(error)
     _print(running.table(rows))
-    if json_file is not None:
-        _save(json_file, append, device, rows, details=details)
+    if how.json_file is not None:
+        more = {"details": details, "ceilings": ceilings.as_dict() if ceilings else None}
+        _save(how.json_file, how.append, wanted.device, rows, **more)
+    if how.markdown is not None:
+        _write_markdown(how.markdown, details, wanted.device)
+
+
+def _require_marks(path: Path) -> None:
+    """Before minutes of timing."""
+    from flmoe_kernels.profiling.bench import MARK
+    from flmoe_kernels.profiling.files import require_marks
+
+    try:
+        require_marks(path, MARK)
+    except (OSError, ValueError) as error:
+        fail(f"--markdown: {error}")
+
+
+def _write_markdown(path: Path, details: list[dict[str, Any]], device: str) -> None:
+    from flmoe_kernels.profiling import bench as running
+    from flmoe_kernels.profiling.environment import environment
+    from flmoe_kernels.profiling.files import write_marked
+
+    try:
+        write_marked(path, running.MARK, running.markdown(details, environment(device)))
+    except (OSError, ValueError) as error:
+        fail(f"--markdown: {error}")

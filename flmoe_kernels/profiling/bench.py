@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import suite
-from .cases import OPERATORS
+from .cases import BOTH, OPERATORS
+from .ceilings import Ceilings
 from .gate import find_case
 from .results import Row
 
@@ -28,8 +29,13 @@ class Found:
         return [f"{one['name']}: {one['why_not']}" for one in self.details["left_out"]]
 
 
-def choose(case: str | None, op: str | None, full: bool, device: str) -> list[suite.Entry]:
-    """One case by its name, or an operator's, or all of the quick set; with `full`, of the registry.
+MARK = "<!-- begin: python -m flmoe_kernels bench --named --markdown -->"
+QUICK, NAMED, FULL = "quick", "named", "full"
+_SETS = {QUICK: suite.quick, NAMED: suite.named, FULL: suite.full}
+
+
+def choose(case: str | None, op: str | None, which: str, device: str) -> list[suite.Entry]:
+    """One case by its name, or those of a set (QUICK, NAMED, FULL), of one operator or all.
 
     Raises:
         Unmeasured: there is no case of this name on this device.
@@ -40,17 +46,23 @@ def choose(case: str | None, op: str | None, full: bool, device: str) -> list[su
         return [suite.entry_of(find_case(case, device))]
     if op is not None and op not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {op!r}")
-    entries = suite.full(device) if full else suite.quick(device)
+    entries = _SETS[which](device)
     return [entry for entry in entries if op in (None, entry.case.operator)]
 
 
-def measure(entry: suite.Entry, seconds: float, threads: int) -> Found:
-    """Time this package's kernels and the peers of a case in turn.
+def measure(
+    entry: suite.Entry,
+    seconds: float,
+    threads: int,
+    memory: bool = False,
+    ceilings: Ceilings | None = None,
+) -> Found:
+    """Time this package's kernels and the peers of a case in turn; with `memory` also measure peaks.
 
     Raises:
         WrongAnswer: this package's kernels compute something else; nothing is timed then.
     """
-    rows, details = suite.measure_entry(entry, seconds, threads, memory=False, ceilings=None)
+    rows, details = suite.measure_entry(entry, seconds, threads, memory, ceilings)
     return Found([Row(**row) for row in rows], details)
 
 
@@ -69,3 +81,38 @@ def table(rows: Iterable[Row]) -> Table:
             "" if row.ratio is None else f"{row.ratio_low:.2f} to {row.ratio_high:.2f}",
         )
     return found
+
+
+def markdown(details: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
+    """The same for a page, a line for each case, with peak memory and the share of the roofline where known."""
+    where = f"{environment['threads']} threads of {environment['cpu']}, {environment['instruction_set']}"
+    lines = [
+        f"{where}, torch {environment['torch']}, commit {environment['commit']}.",
+        "",
+        "| operator, shape | | this package | of the bound | peak | peers: ratio (interval of the median), peak |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for detail in details:
+        ours, *peers = detail["contestants"]
+        operator, shape, phase, _, *variant = detail["case"].split("/")
+        share = ours["share_of_roofline"]
+        against = "; ".join(
+            f"{peer['name']} **{peer['ratio']:.2f}x** ({peer['ratio_low']:.2f} to "
+            f"{peer['ratio_high']:.2f}){_peak(peer, ', ')}"
+            for peer in peers
+        )
+        cells = [
+            ", ".join([operator, shape, *variant]),
+            "training step" if phase == BOTH else phase,
+            f"{1e3 * ours['p50']:.3g} ms",
+            "" if share is None else f"{share:.0%}",
+            _peak(ours),
+            against,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _peak(contestant: Mapping[str, Any], before: str = "") -> str:
+    found = contestant["peak_bytes"]
+    return "" if found is None else f"{before}{found / 2**20:.0f} MiB"

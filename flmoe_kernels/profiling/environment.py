@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..backend import instruction_set
+from .allocator import allocator
 from .shapes import is_cuda
 
 # Names the commit where there is no git checkout to ask: on a machine that was given the files alone.
@@ -28,6 +29,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
+        "allocator": allocator(),
         "flmoe_kernels": __version__,
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -7,6 +7,35 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+END_MARK = "<!-- end -->"
+
+
+def write_marked(path: Path, mark: str, text: str) -> None:
+    """Write text in place of what is between the lines `mark` and END_MARK of a file, or as a file that is new.
+
+    Raises:
+        ValueError: the file lacks one of the lines.
+    """
+    if path.exists():
+        before, after = require_marks(path, mark)
+        text = f"{before}{mark}\n{text}{END_MARK}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
+def require_marks(path: Path, mark: str) -> tuple[str, str]:
+    """What precedes the line `mark` of a file, and what follows its END_MARK; nothing of a file that is new.
+
+    Raises:
+        ValueError: the file lacks one of the lines.
+    """
+    if not path.exists():
+        return "", ""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(mark)
+    _, end, after = rest.partition(END_MARK)
+    if not (begin and end):
+        raise ValueError(f"{path}: has no lines {mark} and {END_MARK} to write between")
+    return before, after
+
 
 def is_replaced(target: Path) -> bool:
     """Whether writing puts a new file in its place: not for a link, nor for a pipe or device as /dev/stdout."""

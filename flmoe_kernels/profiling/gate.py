@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .allocator import keep_freed_memory
 from .floors import DEVICES, Floor, Floors, Here
 from .paired import Blocks, Paired, Seconds
 
@@ -187,14 +186,12 @@ def known_cases() -> set[str]:
 def measure_here(floor: Floor, bound: float) -> Paired:
     """Measure a floor in this process: checks that both are right, then times them.
 
-    It goes on for longer where the interval of the ratio has `bound` in it. Freed memory stays with this process
-    from then on, see `keep_freed_memory`.
+    It goes on for longer where the interval of the ratio has `bound` in it.
 
     Raises:
         Unmeasured: there is no such case or contestant, or it cannot run here.
         WrongAnswer: one is wrong; nothing is timed then.
     """
-    keep_freed_memory()
     case = find_case(floor.case, floor.device)
     chosen = {name: _contestant(case, name) for name in (floor.ours, floor.peer)}
 

@@ -55,12 +55,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. gate: what became of floors, where they were asked about; details: of each case, see `suite`."""
+    """One run.
+
+    gate: what became of floors, where they were asked about. details, ceilings, targets: as `suite` has them.
+    """
 
     environment: dict[str, Any]
     rows: list[Row]
     gate: list[dict[str, Any]] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
+    ceilings: dict[str, Any] | None = None
+    targets: list[dict[str, Any]] = field(default_factory=list)
 
 
 def row_of(case: str, name: str, threads: int, blocks: Blocks) -> Row:
@@ -133,6 +138,8 @@ def load_runs(path: Path) -> list[Run]:
                 [Row(**row) for row in run["rows"]],
                 run.get("gate", []),
                 run.get("details", []),
+                run.get("ceilings"),
+                run.get("targets", []),
             )
             for run in content["runs"]
         ]

@@ -37,6 +37,13 @@ _QUICK: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "routing": (("routed_small_e4",), ("",), ("reference",)),
     "interaction_moe": (("mmimdb_short", "mimic"), ("",), ("reference",)),
 }
+# What the README tells of: the layer and its operators at the shapes of the contract.
+_NAMED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "interaction_moe": (("mmimdb", "enrico", "mimic", "mmimdb_sparse"), ("",)),
+    "expert_attention": (("mmimdb", "enrico", "mimic"), ("dropout",)),
+    "routed_mlp": (("routed_small_e4", "routed_small_e16"), ("bias",)),
+    "pair_moe": (("pair_base",), ("none", "pool")),
+}
 PRECISION = 0.02
 FAILED = "failed"
 
@@ -78,6 +85,16 @@ def quick(device: str = "cpu") -> list[Entry]:
     return [
         entry_of(case, peers)
         for operator, (shapes, variants, peers) in _QUICK.items()
+        for case in cases([operator], shapes, (FORWARD, BOTH), device=device)
+        if case.variant in variants
+    ]
+
+
+def named(device: str = "cpu") -> list[Entry]:
+    """The layer and its operators at the contract's shapes, forward and training step, against all peers."""
+    return [
+        entry_of(case)
+        for operator, (shapes, variants) in _NAMED.items()
         for case in cases([operator], shapes, (FORWARD, BOTH), device=device)
         if case.variant in variants
     ]

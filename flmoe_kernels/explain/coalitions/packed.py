@@ -51,11 +51,11 @@ def distinct(packed: Packed) -> tuple[Packed, Ints]:
     return rows[order], place[inverse.ravel()]
 
 
-def toggled(inside: Bools, players: Ints) -> Packed:
+def toggled(inside: Bools, rows: Ints) -> Packed:
     """A coalition (n,) with the players of each row (m, k) put in or taken out, packed; player n is nobody."""
-    packed = np.repeat(pack(inside[None]), len(players), axis=0)
-    row = np.arange(len(players))
-    for column in players.T:
+    packed = np.repeat(pack(inside[None]), len(rows), axis=0)
+    row = np.arange(len(rows))
+    for column in rows.T:
         real = column < len(inside)
         chosen = column[real]
         packed[row[real], chosen // 8] ^= (128 >> (chosen % 8)).astype(np.uint8)

@@ -29,7 +29,8 @@ class PairValues:
         index: "SII" or "RG", see `indices`.
         values: (p,) float64, in units of v.
         standard_errors: (p,), 0 where exact. Of one pair each: among many pairs the largest value is more
-            likely than the others to be too large by more than that.
+            likely than the others to be too large by more than that, and errors of pairs that share their draws
+            are not independent.
         pairs: (p, 2), players i < j.
         tokens: (n, 2), modality and position of each player.
         lengths: L_m of each modality, padding counted.

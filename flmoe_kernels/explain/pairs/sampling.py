@@ -23,7 +23,8 @@ Standard errors come from the means of independent units (a draw and its complem
 independent of each other. The number of units that a budget pays for is known before the first draw, so a budget
 brings no bias. A tolerance does: a run that stops when the errors look small stops more often where they came out
 too small, so that estimates lean, and standard errors are a little too small. min_draws keeps that little: the
-standard error is then known to about 1 / sqrt(2 * units).
+standard error is then known to about 1 / sqrt(2 * units), for units that are about normal. Errors of pairs are not
+independent of each other, since all of them share each T: a mean over pairs is known no better than its pairs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from .indices import INDICES, Corners
 
 OVERHEAD = 2  # evaluations of everybody and of nobody, which every run starts with
 _LEAST_UNITS = 2  # for a standard error
+# What checkpoints are bound to: those of other draws are no part of an estimate from these.
+_DESIGN = "toggled coalitions"
 # Evaluated between two looks at the stopping rule: fills batches on several ranks.
 _STEP_COALITIONS = 4096
 
@@ -55,13 +58,13 @@ class Sampling:
         tolerance: end earlier, when every pair's standard error, in units of v, is at most this. See the module
             for the bias that any such rule brings.
         min_draws: draws before the tolerance is looked at.
-        seed: draw d of sample b depends on (seed, b, d) alone: not on batches, ranks or interruptions.
+        seed: unit u of sample b depends on (seed, b, u) and n alone: not on batches, ranks or interruptions.
         antithetic: draw coalitions in pairs, the second the complement of the first.
     """
 
     budget: int = 2**16
     tolerance: float | None = None
-    min_draws: int = 32
+    min_draws: int = 64
     seed: int = 0
     antithetic: bool = True
 
@@ -79,13 +82,13 @@ class Sampling:
             object.__setattr__(self, "tolerance", float(self.tolerance))
 
 
-def coalition(seed: int, sample: int, draw: int, players: int) -> Bools:
+def coalition(seed: int, sample: int, unit: int, players: int) -> Bools:
     """T (n,), the same on every machine and with every version of numpy.
 
     The players of the smallest words, as many as the last word says: raw words of the bit generator, whose stream
     numpy promises never to change, as it does not for those of Generator's methods.
     """
-    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample, draw)))
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample, unit)))
     words = bits.random_raw(players + 1)
     size = int(words[-1]) * (players + 1) >> 64
     inside = np.zeros(players, dtype=np.bool_)
@@ -99,29 +102,29 @@ class Toggles:
 
     Attributes:
         pairs: (p, 2).
-        players: (1 + c + p, 2): whom a draw's r-th coalition toggles, n for nobody.
+        toggled: (1 + c + p, 2): whom a draw's r-th coalition toggles, n for nobody.
         place: (2, p): the row in which one of a pair is toggled alone.
     """
 
     pairs: Ints
-    players: Ints
+    toggled: Ints
     place: Ints
 
     @classmethod
     def of(cls, players: int, pairs: Ints) -> Toggles:
         """For pairs (p, 2) of n players."""
         tokens, place = np.unique(pairs, return_inverse=True)
-        nobody = np.full((1 + len(tokens), 2), players, dtype=np.int64)
-        nobody[1:, 0] = tokens
-        return cls(pairs, np.concatenate([nobody, pairs]), 1 + place.reshape(pairs.shape).T)
+        alone = np.full((1 + len(tokens), 2), players, dtype=np.int64)
+        alone[1:, 0] = tokens
+        return cls(pairs, np.concatenate([alone, pairs]), 1 + place.reshape(pairs.shape).T)
 
     def __len__(self) -> int:
         """Evaluations that a draw asks for."""
-        return len(self.players)
+        return len(self.toggled)
 
     def coalitions(self, drawn: Bools) -> Packed:
         """Those of T (n,), packed."""
-        return toggled(drawn, self.players)
+        return toggled(drawn, self.toggled)
 
     def corners(self, drawn: Bools, values: Floats) -> Corners:
         """Those of every pair, from the values (1 + c + p,) of the coalitions of T."""
@@ -167,6 +170,7 @@ class PairSampling:
         self.units = 0
         self._toggles = Toggles.of(self.players, self.pairs)
         price = len(self._toggles) * self._draws_per_unit
+        check.require_count("budget", self.sampling.budget, OVERHEAD)
         paid = (self.sampling.budget - OVERHEAD) // price if len(self.pairs) else 0
         if len(self.pairs) and paid < _LEAST_UNITS:
             raise ValueError(
@@ -209,9 +213,8 @@ class PairSampling:
         """The next coalitions, packed."""
         count = min(self._units_per_step, self.units_planned - self.units)
         self._drawn = [self._draw(self.units + k) for k in range(count)]
-        nothing = np.zeros((0, (self.players + 7) // 8), dtype=np.uint8)
-        every = (drawn for unit in self._drawn for drawn in unit)
-        return np.concatenate([nothing, *(self._toggles.coalitions(drawn) for drawn in every)])
+        every = [drawn for unit in self._drawn for drawn in unit]
+        return np.concatenate([self._toggles.coalitions(drawn) for drawn in every])
 
     def absorb(self, values: Floats) -> None:
         """The values of the coalitions of the last plan, in their order."""
@@ -238,7 +241,7 @@ class PairSampling:
 
     def request(self) -> dict[str, Any]:
         """What the draws and their end depend on, for a fingerprint."""
-        return {"sampling": asdict(self.sampling), "sample": self.sample}
+        return {"draws": _DESIGN, "sampling": asdict(self.sampling), "sample": self.sample}
 
     def state(self) -> dict[str, Any]:
         """What a later run needs to go on; see `restore`."""
