@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from flmoe_kernels.profiling.allocator import keep_freed_memory
 from flmoe_kernels.profiling.cases import Case
 from flmoe_kernels.profiling.contestants import prepare
 from flmoe_kernels.profiling.environment import environment
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--op", help="clean runs of this operator alone")
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "gate_trials.json")
     options = parser.parse_args()
+    keep_freed_memory()  # as the gate does
     result: dict[str, Any] = {
         "environment": environment(),
         "busy": options.busy,

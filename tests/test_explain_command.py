@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,25 @@ VARIANTS: dict[str, tuple[LayerCase, Arrays, dict[str, Any]]] = {
         {"attribution": "attention_rollout", "repeats": 0},
     ),
 }
+
+
+def test_the_first_token_of_an_exempt_modality_is_never_masked(
+    made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, data, plain = made
+    assert command.main(checkpoint, data, tmp_path, replace(REQUEST, exempt=(0,))) == 0
+    found = report_of(tmp_path)
+    assert found["request"]["exempt"] == [0]
+    layer = InteractionMoE.adopt(load_layer(checkpoint))
+    arrays = full_arrays()
+    inputs = [torch.from_numpy(arrays[f"inputs_{m}"][:2]) for m in (0, 1)]
+    masks = [torch.from_numpy(arrays["masks_0"][:2] == 1), None]
+    attribution = attribute(layer, inputs, masks, target=torch.tensor([0, 3]))
+    drops = faithfulness(layer, inputs, masks, attribution, n_random=2, seed=5, exempt=[0])
+    assert found["faithfulness"]["rows"] == drops.rows() != report_of(plain)["faithfulness"]["rows"]
+    assert found["pair_masking"]["SII"]["settings"]["exempt"] == [0]
+    assert command.main(checkpoint, data, tmp_path / "other", replace(REQUEST, exempt=(2,))) == 2
+    assert "exempt: expected an int from 0 to 1, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", VARIANTS)

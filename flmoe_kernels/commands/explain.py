@@ -46,6 +46,10 @@ def explain(
     fill: Annotated[
         str | None, typer.Option(help="Absent tokens: zero, mean or drop; default zero")
     ] = None,
+    exempt: Annotated[
+        list[int] | None,
+        typer.Option(help="A modality whose token 0 is never masked; may be repeated."),
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(help="Random sets next to identified ones; default 10")
     ] = None,
@@ -64,7 +68,7 @@ def explain(
     asked = {"samples": samples, "budget": budget, "top": top, "repeats": repeats, "seed": seed}
     words = {"attribution": attribution, "method": method, "pairs": pairs, "fill": fill}
     try:
-        request = Request.choose(quick, target=target, **asked, **words)
+        request = Request.choose(quick, target=target, exempt=tuple(exempt or ()), **asked, **words)
     except ValueError as error:
         fail(str(error))
     layer = {"num_heads": heads, "temperature": temperature, "gate": gate, "top_k": top_k}

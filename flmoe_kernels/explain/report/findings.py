@@ -25,6 +25,7 @@ from ..pairs.interactions import probe_pairs
 from ..pairs.results import PairValues
 from ..pairs.run import Run
 from ..pairs.sampling import Sampling
+from ..tokens import candidates, valid_tokens
 from .features import Features
 from .request import LABEL, PREDICTED, Request
 
@@ -143,7 +144,11 @@ def find(
     # With several labels a class is its own question: its probability is a sigmoid's.
     several = features.labels is not None and features.labels.dim() == 2
     asked = torch.nn.functional.one_hot(target, logits.shape[1]).bool() if several else target
-    baseline = token_means([(whole.inputs, whole.masks)]) if request.fill == "mean" else None
+    exempt = request.exempt
+    candidates(valid_tokens(*given), exempt)  # before minutes of work
+    baseline = None
+    if request.fill == "mean":
+        baseline = token_means([(whole.inputs, whole.masks)], exempt=exempt)
     value: dict[str, Any] = {"fill": request.fill, "baseline": baseline}
     found = attribute(layer, *given, method=request.attribution, target=asked)
     pairs = probe_pairs(
@@ -160,6 +165,7 @@ def find(
         **value,
     )
     value |= {"n_random": request.repeats, "seed": request.seed, "progress": True}
+    value |= {"exempt": exempt}
     drops = faithfulness(layer, *given, found, **value)
     masking = {
         name: pair_masking(layer, *given, [each[name] for each in pairs], target=asked, **value)

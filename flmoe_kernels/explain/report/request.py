@@ -30,6 +30,7 @@ class Request:
         pairs: "across" modalities or "all".
         target: "label", of the file; "predicted"; or a class; None for the label where there is one.
         fill: what absent and masked tokens become; "mean" is of all samples of the file.
+        exempt: modalities whose token 0 is never masked, as of a text encoder's first token.
         repeats: random sets of tokens next to each identified one.
         seed: of coalitions and random sets.
     """
@@ -42,6 +43,7 @@ class Request:
     pairs: str = ACROSS
     target: str | None = None
     fill: str = "zero"
+    exempt: tuple[int, ...] = ()
     repeats: int = 10
     seed: int = 0
 
@@ -52,6 +54,8 @@ class Request:
         check.require_choice("method", self.method, METHODS)
         check.require_choice("pairs", self.pairs, (ACROSS, ALL))
         check.require_choice("fill", self.fill, FILLS)
+        for modality in self.exempt:
+            check.require_count("exempt", modality, 0)
         words = (None, LABEL, PREDICTED)
         # isdecimal also takes digits of other scripts, and int() reads them.
         if self.target not in words and not str(self.target).isdecimal():
@@ -60,9 +64,9 @@ class Request:
             )
 
     @classmethod
-    def choose(cls, quick: bool, **given: str | int | None) -> Request:
+    def choose(cls, quick: bool, **given: str | int | tuple[int, ...] | None) -> Request:
         """What is given, and for the rest (None) the defaults, with quick such as take seconds."""
-        known: dict[str, str | int] = {}
+        known: dict[str, str | int | tuple[int, ...]] = {}
         if quick:
             known = {"samples": 1, "budget": 256, "top": 2, "repeats": 2}
         known |= {name: value for name, value in given.items() if value is not None}
