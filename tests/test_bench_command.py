@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from flmoe_kernels.commands.bench import app
 from flmoe_kernels.profiling import bench as running
 from flmoe_kernels.profiling import files, gate, suite
+from flmoe_kernels.profiling.allocator import KEEPS
 from flmoe_kernels.profiling.floors import Floor, load_floors
 from flmoe_kernels.profiling.paired import Paired
 from flmoe_kernels.profiling.results import load_runs
@@ -66,6 +67,7 @@ def test_gate_passes_and_writes_what_it_found(
     assert [row.case for row in last.rows if row.ratio] == CASES
     assert [found["passed"] for found in last.gate] == [True, True]
     assert {"torch", "instruction_set", "commit"} <= set(last.environment)
+    assert last.environment["allocator"] == KEEPS
 
 
 def test_gate_fails_with_the_case_and_its_numbers(
@@ -85,13 +87,19 @@ def test_gate_fails_with_the_case_and_its_numbers(
 
 
 def test_update_writes_what_the_next_gate_expects(
-    floors: Path, measured: dict[str, float], tmp_path: Path
+    floors: Path,
+    measured: dict[str, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mine = tmp_path / "mine.toml"
     measured.update(zip(CASES, (1.0, 5.0), strict=True))  # below a floor is no failure here
-    result = run("--gate", floors, "--update", mine)
+    with monkeypatch.context() as patched:
+        patched.delattr(gate, "measure_here")  # fresh processes alone are asked
+        result = run("--gate", floors, "--update", mine)
     assert result.exit_code == 0, result.output
     assert floors.read_text() == FLOORS
+    assert result.stderr.count(f"{CASES[0]}: process ") == gate.UPDATE_RUNS
     (machine,) = load_floors(mine).machines
     assert list(machine.ratio.values()) == [1.0, 5.0]
     assert run("--gate", mine).exit_code == 0
@@ -106,6 +114,12 @@ def test_update_writes_what_the_next_gate_expects(
     [
         (["--update", "x.toml"], "--update: needs --gate FILE"),
         (["--append"], "--append: needs --json FILE"),
+        (["--named", "--full"], "--named: is a set of its own"),
+        (["--named", "--case", CASES[0]], "--named: is a set of its own"),
+        (["--named", "--gate", "x.toml"], "--named: is a set of its own"),
+        (["--markdown", "x.md"], "--markdown: holds the table of --named"),
+        (["--markdown", "x.md", "--named", "--op", "routing"], "--markdown: holds the table"),
+        (["--named", "--op", "nonsense"], "operator: expected one of"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
         (["--gate", "absent.toml"], "absent.toml: cannot be read"),
         (["--case", "nonsense"], "nonsense: no such case on cpu"),
@@ -266,6 +280,17 @@ def test_commands_are_what_the_parser_says() -> None:
     assert hidden == {"only", "plant"}
 
 
+def test_the_named_set_is_what_the_readme_tells_of() -> None:
+    """Every case with exactly its peers: a name that is no longer in the registry would go unseen."""
+    found = {entry.case.name: [peer.name for peer in entry.peers] for entry in suite.named()}
+    assert len(found) == 16
+    for name, peers in found.items():
+        assert sorted(peers) == sorted(suite._NAMED[name.split("/")[0]][2]), name
+    shapes = {"/".join(name.split("/")[:2]) for name in found}
+    wanted = {f"{op}/{shape}" for op, (listed, *_) in suite._NAMED.items() for shape in listed}
+    assert shapes == wanted
+
+
 def test_the_named_set_is_measured_in_full_and_written_to_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +310,7 @@ def test_the_named_set_is_measured_in_full_and_written_to_a_page(
     [line] = [line for line in page.read_text().splitlines() if line.startswith("| routing")]
     assert f"reference **{peer['ratio']:.2f}x**" in line
     assert f"| {ours['peak_bytes'] / 2**20:.0f} MiB |" in line
+    assert found.environment["commit"] in page.read_text()
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("after\n")
     page.write_text("no marks\n")

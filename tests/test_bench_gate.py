@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from bench_machines import Given
 
-from flmoe_kernels.profiling import gate
+from flmoe_kernels.profiling import check, gate
 from flmoe_kernels.profiling.floors import Floor, Floors, Here, Machine
 from flmoe_kernels.profiling.paired import Paired
 
@@ -107,14 +108,20 @@ def test_what_is_expected_from_now_on_is_the_median_of_several_processes() -> No
     order = []
     ratios = {FLOOR.key: [2.0, 9.0, 2.5], other.key: [4.0, 3.0, 1.0]}
 
+    told = []
+
+    def tell(floor: Floor, run: int) -> None:
+        told.append((floor.key, run))
+
     def measure(floor: Floor, bound: float) -> Paired:
         order.append((floor.key, bound))
         return Given(ratios[floor.key].pop(0)).paired()
 
     floors = dataclasses.replace(FLOORS, floors=(FLOOR, other))
-    found = list(gate.survey(floors, [FLOOR, other], HERE, measure))
+    found = list(gate.survey(floors, [FLOOR, other], HERE, measure, tell))
     assert [verdict.attempts[-1].ratio for verdict in found] == [2.5, 3.0]
     assert order == 3 * [(verdict.floor.key, verdict.bound) for verdict in found]
+    assert told == [(floor.key, run) for run in range(3) for floor in (FLOOR, other)]
 
 
 def test_a_real_measurement() -> None:
@@ -141,7 +148,7 @@ def test_what_cannot_be_measured_says_why(floor: Floor, message: str) -> None:
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flmoe_kernels.profiling import check, paired
+    from flmoe_kernels.profiling import paired
 
     def disagree(*_: object) -> None:
         raise check.WrongAnswer("cpu computes something else")
@@ -155,7 +162,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from flmoe_kernels.profiling import check, paired
+    from flmoe_kernels.profiling import paired
 
     seen = []
 
@@ -178,3 +185,14 @@ def test_a_fresh_process_that_fails_says_so(tmp_path: Path) -> None:
         gate.Unmeasured, match=r"a fresh process ended with 2: (?s:.*)cannot be read"
     ):
         again(FLOOR, 1.0)
+
+
+def test_a_wrong_answer_in_a_fresh_process_is_one_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", f"a warning\n{gate.WRONG}cpu is off\n")
+
+    monkeypatch.setattr(gate.subprocess, "run", ended)
+    with pytest.raises(check.WrongAnswer, match=r"^cpu is off$"):
+        gate.measure_elsewhere(tmp_path / "floors.toml")(FLOOR, 1.0)

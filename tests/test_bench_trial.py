@@ -34,6 +34,7 @@ def test_counts(
         return int(fails), [found_of("some/case", not fails)], 1.0
 
     monkeypatch.setattr(gate_trial, "run_gate", run_gate)
+    monkeypatch.setattr(gate_trial, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(gate_trial, "native_share", lambda case: 0.6)
     out = tmp_path / "trials.json"
     monkeypatch.setattr(

@@ -67,5 +67,9 @@ def test_marked_text_is_written_between_its_marks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="to write between"):
         files.write_marked(path, mark, "new\n")
     assert path.read_text() == "no marks\n"
-    files.write_marked(tmp_path / "absent.md", mark, "all of it\n")
-    assert (tmp_path / "absent.md").read_text() == "all of it\n"
+    new = tmp_path / "new.md"
+    for text in ("all of it\n", "all of it again\n"):
+        files.write_marked(new, mark, text)
+        assert new.read_text() == f"{mark}\n{text}{files.END_MARK}\n"
+    with pytest.raises(OSError, match="cannot be written"):
+        files.require_marks(tmp_path / "nowhere" / "page.md", mark)

@@ -300,6 +300,24 @@ def test_environment_is_json_and_names_what_matters() -> None:
         assert facts[name], name
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 26, model 2)"),
+        ("AMD EPYC 9B45 96-Core Processor", "AMD EPYC 9B45 96-Core Processor"),
+    ],
+)
+def test_a_processor_whose_name_has_no_number_is_told_by_family_and_model(
+    name: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Tables of floors are chosen by it."""
+    file = tmp_path / "cpuinfo"
+    cores = [f"cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n\n" for _ in range(2)]
+    file.write_text("".join(cores))
+    monkeypatch.setattr(facts_of, "_CPUINFO", file)
+    assert facts_of.cpu_model() == told
+
+
 def test_the_commit_of_files_without_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts_of, "_output", lambda *command: "")
     monkeypatch.setenv(facts_of.COMMIT_VARIABLE, "abc123")

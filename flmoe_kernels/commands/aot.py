@@ -37,7 +37,7 @@ def aot(
     ] = None,
     markdown: Annotated[
         Path | None,
-        typer.Option(help="File to write the table to, between its marks if it has any."),
+        typer.Option(help="Write the table to this page, between its two marks; or a new page."),
     ] = None,
     cases: Annotated[
         str, typer.Option(help="The module that lists what is compiled.")

@@ -47,7 +47,7 @@ def bench(
         float, typer.Option(help="At most so long for a case; a gate's file has its own.")
     ] = 8.0,
     threads: Annotated[
-        int | None, typer.Option(help="Default torch's own; a gate's file has its own.")
+        int | None, typer.Option(min=1, help="Default torch's own; a gate's file has its own.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     append: Annotated[
@@ -55,7 +55,7 @@ def bench(
     ] = False,
     markdown: Annotated[
         Path | None,
-        typer.Option(help="Write the table here too, between its marks if the file has any."),
+        typer.Option(help="With --named: write the table to this page, between its two marks."),
     ] = None,
     update: Annotated[
         Path | None, typer.Option(help="Write this machine's ratios to this file of floors.")
@@ -81,10 +81,10 @@ def bench(
         fail("--update: needs --gate FILE, which says what is to be measured")
     if append and json_file is None:
         fail("--append: needs --json FILE")
-    if full and named:
-        fail("--named: is another set than --full")
-    if gate is not None and (named or markdown is not None):
-        fail("--named, --markdown: a gate has floors of its own, and no such table")
+    if named and (full or case is not None or gate is not None):
+        fail("--named: is a set of its own, next to --full, --case and --gate")
+    if markdown is not None and (not named or op is not None):
+        fail("--markdown: holds the table of --named, all of it")
     _plant(plant)
     if listing:
         _list(_Cases(case, op, full, named, device))
@@ -274,9 +274,13 @@ def _verdicts(
     elsewhere = gate.measure_elsewhere(path, plant)
     again = elsewhere if retry else None
     found = []
+
+    def tell(floor: Floor, run: int) -> None:
+        typer.echo(f"{floor.case}: process {run + 1} of {gate.UPDATE_RUNS}", err=True)
+
     try:
         for verdict in (
-            gate.survey(floors, chosen, here, elsewhere)
+            gate.survey(floors, chosen, here, elsewhere, tell)
             if update
             else gate.run_gate(floors, chosen, here, gate.measure_here, again)
         ):
@@ -290,7 +294,9 @@ def _verdicts(
 
 
 def _wrong(error: Exception) -> NoReturn:
-    typer.echo(f"WRONG: {error}", err=True)
+    from flmoe_kernels.profiling.gate import WRONG
+
+    typer.echo(f"{WRONG}{error}", err=True)
     raise typer.Exit(code=1)
 
 
@@ -302,21 +308,24 @@ def _print(table: RenderableType) -> None:
 
 
 def _save_gate(path: Path, append: bool, device: str, verdicts: list[Verdict]) -> None:
+    from flmoe_kernels.profiling.environment import environment
     from flmoe_kernels.profiling.results import rows_of
 
     rows: list[Row] = []
     for verdict in verdicts:
         floor, paired = verdict.floor, verdict.attempts[-1]
         rows += rows_of(floor.case, floor.ours, floor.peer, floor.threads, paired)
-    _save(path, append, device, rows, gate=[verdict.as_dict() for verdict in verdicts])
+    found = [verdict.as_dict() for verdict in verdicts]
+    _save(path, append, environment(device), rows, gate=found)
 
 
-def _save(path: Path, append: bool, device: str, rows: list[Row], **more: Any) -> None:
-    from flmoe_kernels.profiling.environment import environment
+def _save(
+    path: Path, append: bool, environment: dict[str, Any], rows: list[Row], **more: Any
+) -> None:
     from flmoe_kernels.profiling.results import ResultError, Run, save_run
 
     try:
-        save_run(path, Run(environment(device), rows, **more), append)
+        save_run(path, Run(environment, rows, **more), append)
     except (ResultError, OSError) as error:
         fail(str(error))
 
@@ -333,17 +342,20 @@ def _update(path: Path, source: Path, here: Here, verdicts: list[Verdict]) -> No
 
 
 def _list(wanted: _Cases) -> None:
+    _here(wanted.device)
+    for entry in _entries(wanted):
+        typer.echo(entry.case.name)
+        for one in (*entry.all, *entry.left_out):
+            reason = f": cannot run here: {one.why_not}" if one.why_not else ""
+            typer.echo(f"  {one.name} ({one.kind}, {one.version}){reason}")
+
+
+def _entries(wanted: _Cases) -> list[suite.Entry]:
     from flmoe_kernels.backend import BackendUnavailable
-    from flmoe_kernels.profiling.contestants import contestants
     from flmoe_kernels.profiling.gate import Unmeasured
 
-    _here(wanted.device)
     try:
-        for entry in wanted.entries():
-            typer.echo(entry.case.name)
-            for one in contestants(entry.case):
-                reason = f": cannot run here: {one.why_not}" if one.why_not else ""
-                typer.echo(f"  {one.name} ({one.kind}, {one.version}){reason}")
+        return wanted.entries()
     except (Unmeasured, BackendUnavailable, ValueError) as error:
         fail(str(error))
 
@@ -351,38 +363,40 @@ def _list(wanted: _Cases) -> None:
 def _run(wanted: _Cases, how: _How) -> None:
     import torch
 
-    from flmoe_kernels.backend import BackendUnavailable
     from flmoe_kernels.profiling import bench as running
     from flmoe_kernels.profiling.ceilings import measure_ceilings
     from flmoe_kernels.profiling.check import WrongAnswer
-    from flmoe_kernels.profiling.gate import Unmeasured
+    from flmoe_kernels.profiling.environment import environment
 
     _here(wanted.device)
-    rows: list[Row] = []
-    details = []
-    threads = how.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
+    entries = _entries(wanted)
     if how.markdown is not None:
         _require_marks(how.markdown)
+    threads = how.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    # Once, and before a file of the checkout is written.
+    facts = environment(wanted.device)
     ceilings = measure_ceilings(wanted.device) if wanted.named else None
+    rows: list[Row] = []
+    details = []
     try:
-        for entry in wanted.entries():
+        for entry in entries:
             typer.echo(f"{entry.case.name} ...", err=True)
             found = running.measure(entry, how.seconds, threads, wanted.named, ceilings)
             for message in found.left_out:
                 typer.echo(f"  left out: {message}", err=True)
             rows += found.rows
             details.append(found.details)
-    except (Unmeasured, BackendUnavailable, ValueError) as error:
+    except ValueError as error:
         fail(str(error))
     except WrongAnswer as error:
         _wrong(error)
     _print(running.table(rows))
     if how.json_file is not None:
         more = {"details": details, "ceilings": ceilings.as_dict() if ceilings else None}
-        _save(how.json_file, how.append, wanted.device, rows, **more)
+        _save(how.json_file, how.append, facts, rows, **more)
     if how.markdown is not None:
-        _write_markdown(how.markdown, details, wanted.device)
+        _write_markdown(how.markdown, details, facts)
 
 
 def _require_marks(path: Path) -> None:
@@ -396,12 +410,11 @@ def _require_marks(path: Path) -> None:
         fail(f"--markdown: {error}")
 
 
-def _write_markdown(path: Path, details: list[dict[str, Any]], device: str) -> None:
+def _write_markdown(path: Path, details: list[dict[str, Any]], environment: dict[str, Any]) -> None:
     from flmoe_kernels.profiling import bench as running
-    from flmoe_kernels.profiling.environment import environment
     from flmoe_kernels.profiling.files import write_marked
 
     try:
-        write_marked(path, running.MARK, running.markdown(details, environment(device)))
+        write_marked(path, running.MARK, running.markdown(details, environment))
     except (OSError, ValueError) as error:
         fail(f"--markdown: {error}")

@@ -48,7 +48,7 @@ def explain(
     ] = None,
     exempt: Annotated[
         list[int] | None,
-        typer.Option(help="A modality whose token 0 is never masked; may be repeated."),
+        typer.Option(help="A modality whose token 0 drop curves never mask; may be repeated."),
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(help="Random sets next to identified ones; default 10")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,16 +86,19 @@ def table(rows: Iterable[Row]) -> Table:
 
 def markdown(details: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
     """The same for a page, a line for each case, with peak memory and the share of the roofline where known."""
-    where = f"{environment['threads']} threads of {environment['cpu']}, {environment['instruction_set']}"
+    where = environment["device"]
+    if where == environment["cpu"]:
+        where = f"{environment['threads']} threads of {where}, {environment['instruction_set']}"
+    dtypes = {detail["case"].split("/")[3]: None for detail in details}
     lines = [
-        f"{where}, torch {environment['torch']}, commit {environment['commit']}.",
+        f"{where}, {' and '.join(dtypes)}, torch {environment['torch']}, commit {environment['commit']}.",
         "",
         "| operator, shape | | this package | of the bound | peak | peers: ratio (interval of the median), peak |",
         "|---|---|--:|--:|--:|---|",
     ]
     for detail in details:
         ours, *peers = detail["contestants"]
-        operator, shape, phase, _, *variant = detail["case"].split("/")
+        operator, shape, phase, dtype, *variant = detail["case"].split("/")
         share = ours["share_of_roofline"]
         against = "; ".join(
             f"{peer['name']} **{peer['ratio']:.2f}x** ({peer['ratio_low']:.2f} to "
@@ -102,15 +106,20 @@ def markdown(details: Sequence[Mapping[str, Any]], environment: Mapping[str, Any
             for peer in peers
         )
         cells = [
-            ", ".join([operator, shape, *variant]),
+            ", ".join([operator, shape, *variant, *([dtype] if len(dtypes) > 1 else [])]),
             "training step" if phase == BOTH else phase,
-            f"{1e3 * ours['p50']:.3g} ms",
+            f"{_digits(1e3 * ours['p50'])} ms",
             "" if share is None else f"{share:.0%}",
             _peak(ours),
             against,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _digits(value: float) -> str:
+    """Three of them or more, never an exponent."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def _peak(contestant: Mapping[str, Any], before: str = "") -> str:

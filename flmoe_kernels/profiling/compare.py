@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .allocator import DEFAULT
 from .results import Row, Run
 
 if TYPE_CHECKING:
@@ -218,6 +219,9 @@ def describe(environment: dict[str, Any]) -> str:
     """A machine and a commit in a few words."""
     keys = {"device": "", "instruction_set": "", "torch": "torch ", "commit": "commit "}
     words = [f"{word}{environment[key]}" for key, word in keys.items() if environment.get(key)]
+    # Ratios of the gate and of bench may differ by it.
+    if environment.get("allocator", DEFAULT) != DEFAULT:
+        words.append(f"an allocator that {environment['allocator']}")
     return ", ".join(words) or "unknown"
 
 

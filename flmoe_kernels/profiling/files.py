@@ -11,25 +11,28 @@ END_MARK = "<!-- end -->"
 
 
 def write_marked(path: Path, mark: str, text: str) -> None:
-    """Write text in place of what is between the lines `mark` and END_MARK of a file, or as a file that is new.
+    """Write text between the lines `mark` and END_MARK of a file, in place of what is there, or all as a new one.
 
     Raises:
+        OSError: the file cannot be written.
         ValueError: the file lacks one of the lines.
     """
-    if path.exists():
-        before, after = require_marks(path, mark)
-        text = f"{before}{mark}\n{text}{END_MARK}{after}"
-    path.write_text(text, encoding="utf-8")
+    before, after = require_marks(path, mark)
+    page = f"{before}{mark}\n{text}{END_MARK}{after}"
+    write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
 
 
 def require_marks(path: Path, mark: str) -> tuple[str, str]:
-    """What precedes the line `mark` of a file, and what follows its END_MARK; nothing of a file that is new.
+    """What precedes the line `mark` of a file, and what follows its END_MARK; a new file has but its last newline.
 
     Raises:
+        OSError: the file cannot be written.
         ValueError: the file lacks one of the lines.
     """
+    if not is_writable(path):
+        raise OSError(f"{path}: cannot be written")
     if not path.exists():
-        return "", ""
+        return "", "\n"
     before, begin, rest = path.read_text(encoding="utf-8").partition(mark)
     _, end, after = rest.partition(END_MARK)
     if not (begin and end):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .prepared import Contestant
 
 UPDATE_RUNS = 3
+# What `bench` begins the line with that tells of a wrong answer.
+WRONG = "WRONG: "
 # A floor, and the ratio that it must reach -> what was measured.
 Measure = Callable[[Floor, float], Paired]
 
@@ -115,9 +117,15 @@ def run_gate(
 
 
 def survey(
-    floors: Floors, chosen: Sequence[Floor], here: Here, measure: Measure
+    floors: Floors,
+    chosen: Sequence[Floor],
+    here: Here,
+    measure: Measure,
+    report: Callable[[Floor, int], None],
 ) -> Iterator[Verdict]:
     """What `--update` writes: of each floor the median of UPDATE_RUNS measurements, all floors in turn.
+
+    report: called with each floor and the number of its measurement, from 0 on, before that is made.
 
     What is expected from now on is worth more than one look: a process keeps the places of its buffers, and a
     machine has moods of minutes.
@@ -125,6 +133,7 @@ def survey(
     found: dict[str, list[Paired]] = {floor.key: [] for floor in chosen}
     for run in range(UPDATE_RUNS):
         for floor in chosen:
+            report(floor, run)
             expected, source = floors.expected(floor, here)
             measured = found[floor.key]
             measured.append(measure(floor, bound_of(floor, expected)))
@@ -276,8 +285,10 @@ def _contestant(case: Case, name: str) -> Contestant:
 def measure_elsewhere(file: Path, plant: str | None = None) -> Measure:
     """Measure floors of a file in a fresh process of this Python, which finds the bound in the file itself.
 
-    Returns a function that raises Unmeasured with the process's own words where it fails.
+    Returns a function that raises WrongAnswer where one of the two is wrong, and Unmeasured where the process
+    fails, with its own words.
     """
+    from .check import WrongAnswer
 
     def measure(floor: Floor, bound: float) -> Paired:
         with tempfile.TemporaryDirectory() as folder:
@@ -287,6 +298,9 @@ def measure_elsewhere(file: Path, plant: str | None = None) -> Measure:
             command += ["--no-retry", "--json", str(out)]
             command += ["--plant", plant] if plant else []
             done = subprocess.run(command, capture_output=True, text=True, check=False)
+            _, wrong, words = done.stderr.partition(WRONG)
+            if done.returncode == 1 and wrong:
+                raise WrongAnswer(words.strip())
             if done.returncode not in (0, 1) or not out.is_file():
                 raise Unmeasured(
                     f"{floor.case}: a fresh process ended with {done.returncode}: {done.stderr.strip()}"

@@ -57,7 +57,8 @@ class Row:
 class Run:
     """One run.
 
-    gate: what became of floors, where they were asked about. details, ceilings, targets: as `suite` has them.
+    gate: what became of floors, where they were asked about. details, ceilings: as `suite` has them.
+    targets: what `suite` says of each, where it made the run.
     """
 
     environment: dict[str, Any]

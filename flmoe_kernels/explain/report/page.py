@@ -145,6 +145,7 @@ def _summary(findings: Findings) -> str:
         "class explained": request.target
         or ("predicted" if findings.features.labels is None else "label"),
         "absent tokens": request.fill,
+        "first token never masked": ", ".join(f"modality {m}" for m in request.exempt) or "of none",
         "random sets of tokens": f"{request.repeats}, seed {request.seed}",
     }
     return _facts("What was asked", {name: printable(str(x)) for name, x in facts.items()})

@@ -18,8 +18,8 @@ LABEL, PREDICTED = "label", "predicted"
 class Request:
     """Of the first samples of a file: which values, of what, from how many evaluations.
 
-    At 356 valid tokens of width 256 and four experts (the shape mmimdb, where two cores evaluate about sixty
-    samples a second) the default budget and the maskings take about a minute for each sample.
+    At 356 valid tokens of width 256 and four experts (the shape mmimdb, of which two cores evaluate some 130
+    coalitions a second) the default budget and the maskings take about half a minute for each sample.
 
     Attributes:
         samples: how many of the file, from the first on.
@@ -30,7 +30,8 @@ class Request:
         pairs: "across" modalities or "all".
         target: "label", of the file; "predicted"; or a class; None for the label where there is one.
         fill: what absent and masked tokens become; "mean" is of all samples of the file.
-        exempt: modalities whose token 0 is never masked, as of a text encoder's first token.
+        exempt: modalities whose token 0 is never masked where drops are measured, as of a text encoder's first
+            token; coalitions of the pairs' indices have it absent as any other.
         repeats: random sets of tokens next to each identified one.
         seed: of coalitions and random sets.
     """
