@@ -1,7 +1,7 @@
 """Stand-ins for the published layers: same class names, attributes and mathematics, two variants.
 
 `fl` has masks, latents and sinusoidal positions; `i2` has neither masks nor latents, learned
-positions, and a residual that adds the attention output to itself. Written from the contract, so that
+positions, and a residual that adds the attention output to itself. Written from its description, so that
 nothing here needs the published code. The classes of both carry the published names.
 """
 

@@ -1,4 +1,4 @@
-"""The targets of the contract, on results made up here: met, missed by how much, not measured and why."""
+"""The targets, on results made up here: met, missed by how much, not measured and why."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_every_target_is_of_a_case_and_a_peer_that_exist(device: str) -> None:
             assert target.peer in {one.name for one in contestants(known[target.case])}, target
 
 
-def test_the_contract_is_whole() -> None:
+def test_the_targets_are_whole() -> None:
     """As many numbers as its two tables have rows, variants and peers."""
     assert targets_of("cpu") == CPU_TARGETS
     assert targets_of("cuda:0") == GPU_TARGETS

@@ -39,7 +39,7 @@ def bench(
     named: Annotated[
         bool,
         typer.Option(
-            "--named", help="The README's set: the contract's shapes, with memory and ceilings."
+            "--named", help="The README's set: the large named shapes, with memory and ceilings."
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

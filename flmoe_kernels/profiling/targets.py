@@ -1,6 +1,6 @@
 """The speed and memory that this package is held to, and what a result says of each: met, missed, not measured.
 
-The numbers are those of the package's contract: ratios on two cores of a CPU in float32, and on an H100-class GPU
+The numbers are the package's aims: ratios on two cores of a CPU in float32, and on an H100-class GPU
 in bfloat16. A share of the bound is that of the roofline of `costs`, which credits a kernel with the products that
 its reduction needs and with no others.
 """
@@ -18,7 +18,7 @@ MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 
 @dataclass(frozen=True)
 class Target:
-    """One number of the contract.
+    """One number that the package aims at.
 
     peer: whom our seconds are compared with, for a ratio; "" otherwise. limit: the least ratio or share, or for a
     peak the most bytes over the inputs.
