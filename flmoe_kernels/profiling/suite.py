@@ -37,7 +37,7 @@ _QUICK: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "routing": (("routed_small_e4",), ("",), ("reference",)),
     "interaction_moe": (("mmimdb_short", "mimic"), ("",), ("reference",)),
 }
-# What the README tells of, as _QUICK: the large named shapes. Compiling the layer takes many minutes for each case.
+# What the README tells of, as _QUICK: large named shapes. Compiling the layer takes many minutes for each case.
 _NAMED: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "interaction_moe": (("mmimdb", "enrico", "mimic"), ("",), ("reference", "reference+sdpa")),
     "expert_attention": (("mmimdb",), ("dropout",), ("reference", "unpadded sdpa")),
