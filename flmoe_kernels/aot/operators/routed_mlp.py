@@ -22,8 +22,6 @@ KERNELS = {"hidden": "hidden", "rows": "rows", "grad_x": "rows", "grad_hidden": 
 KERNELS |= {"grad_w_in": "weight_gradient", "grad_w_out": "weight_gradient"}
 PRODUCTS = tuple(KERNELS)
 OTHERS = ("grad_weight", "sum", "sum_w_in")
-# A loop whose body holds a whole chunk: 64 deep in steps of 16, or three products of 32 in steps of 8.
-LEAST = 4
 _COSTS: dict[str, Callable[..., costs.Work]] = {
     "hidden": costs.routed_hidden,
     "rows": costs.routed_rows,
@@ -90,7 +88,7 @@ USES: tuple[tuple[RoutedUse, tuple[str, ...], tuple[int, ...]], ...] = (
     (of("routed_small_e16"), ("hidden", "grad_hidden", "grad_w_in", "grad_w_out", *OTHERS), NONE),
     (of(ODD[0].name), PRODUCTS, NONE),
     (of(ODD[1].name), PRODUCTS, ONE),
-    (of(ODD[2].name), ("hidden", "grad_hidden"), ONE),
+    (of(ODD[2].name), PRODUCTS, ONE),
     (of(ODD[3].name), ("grad_x",), NONE),
     (of("routed_large", FLOAT16, "tanh, no bias", act=GELU_TANH, bias=0), ("hidden",), ONE),
     (of("routed_large", FLOAT16, "silu", act=SILU), ("grad_hidden",), ONE),
@@ -119,7 +117,9 @@ def built(use: RoutedUse, output: str, device: Architecture) -> Built:
     row = f"{kernel}, {dtype_name(use.dtype)}, {tiles.rows} x {tiles.columns}"
     table = stated(tiles.shared, device)
     work = _COSTS[kernel](launch, use.dtype, call.rows)
-    return Built(launch, work, LEAST, row, table)
+    # A loop whose body holds a whole chunk, in steps of 16; or three products of it in steps of 8.
+    least = 3 * tiles.deep // 8 if use.dtype == FLOAT32 else tiles.deep // 16
+    return Built(launch, work, least, row, table)
 
 
 def launches_of(use: RoutedUse, call: RoutedCall, number: int) -> Iterator[tuple[str, Launch]]:

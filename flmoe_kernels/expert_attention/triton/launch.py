@@ -12,7 +12,7 @@ from ...dropout import DRAWS, keep_scale, keep_threshold
 from ...triton_runtime import Launch, matrix_precision
 from ...triton_tables import architecture_of
 from .kernels import attend_kernel, key_gradient_kernel, query_gradient_kernel
-from .table import TABLE, WIDEST, AttentionCall, Tiles, class_of, narrower
+from .table import TABLE, AttentionCall, Tiles, class_of, narrower
 
 __all__ = [
     "TABLE",
@@ -73,9 +73,9 @@ def operand(x: Tensor) -> Operand:
     return x, x.stride(0), x.stride(1), x.stride(2)
 
 
-def chunk_of(width: int) -> int:
+def chunk_of(width: int, tiles: Tiles) -> int:
     """The columns that a program holds of a width; a matrix product takes no less than 16."""
-    return min(WIDEST, max(16, 1 << (width - 1).bit_length()))
+    return min(tiles.widest, max(16, 1 << (width - 1).bit_length()))
 
 
 def _launch(
@@ -83,7 +83,7 @@ def _launch(
 ) -> Launch:
     """A launch with a program for each slot of `block` rows and each chunk, head and group."""
     groups, rows, heads, width = call.q.shape
-    chunk = chunk_of(width)
+    chunk = chunk_of(width, tiles)
     slots = rows // block + call.problems + 2
     dropping = call.seed is not None
     arguments = {

@@ -40,7 +40,8 @@ class Tiles:
     """Tile of scores, warps, pipeline stages.
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
-    with Triton 3.7.1, whose numbers the static test holds this table to.
+    with Triton 3.7.1, whose numbers the static test holds this table to. widest: columns that a program holds
+    of a width, at most.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class Tiles:
     warps: int
     stages: int
     shared: tuple[int, int, int]
+    widest: int = WIDEST
 
 
 # (kernel, class of the call) -> tiles for every architecture that has none of its own. 64 rows give each of four
@@ -60,9 +62,9 @@ class Tiles:
 # which leaves its scores to mma.sync on every architecture. "short" is for problems of at most 16 rows on average:
 # a warp and a tile for each problem and head. float32 products are three TF32 ones, of operands that are split in
 # two: 32 x 32 is what does not spill at width 64. "chunked" is for widths over 128, whose rows pass in chunks of
-# 128 columns. Tiles of wide float32 and of chunked rows are smaller for the registers and the shared memory: at
-# widths 128 and 256 up to 32 bytes per thread spill in 16 bit and up to 112 in float32, and no block takes more
-# than the 99 KiB that sm_86 and sm_89 have. Which is faster has not been measured.
+# 128 columns, in float32 of 64. Tiles of wide float32 and of chunked rows are smaller for the registers and the
+# shared memory: nothing spills at widths 128 and 256, and no block takes more than the 99 KiB that sm_86 and sm_89
+# have. Which is faster has not been measured.
 _ALL: dict[Key, Tiles] = {
     ("attend", "long"): Tiles(64, 64, 4, 2, (24576, 40960, 41000)),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 65536, 73792)),
@@ -79,27 +81,36 @@ _ALL: dict[Key, Tiles] = {
     ("attend", "float32"): Tiles(32, 32, 4, 1, (24576, 24576, 24576)),
     ("query_gradient", "float32"): Tiles(32, 32, 4, 1, (40960, 40960, 40960)),
     ("key_gradient", "float32"): Tiles(32, 32, 4, 1, (49152, 49152, 49152)),
-    ("attend", "float32, wide"): Tiles(32, 32, 4, 1, (49152, 49152, 49152)),
-    ("query_gradient", "float32, wide"): Tiles(32, 16, 4, 1, (73728, 73728, 73728)),
-    ("key_gradient", "float32, wide"): Tiles(16, 32, 4, 1, (81920, 81920, 81920)),
-    ("attend", "float32, chunked"): Tiles(32, 16, 4, 1, (73728, 73728, 73728)),
-    ("query_gradient", "float32, chunked"): Tiles(16, 16, 4, 1, (73728, 73728, 73728)),
-    ("key_gradient", "float32, chunked"): Tiles(16, 16, 4, 1, (73728, 73728, 73728)),
+    ("attend", "float32, wide"): Tiles(16, 32, 4, 1, (32768, 32768, 32768)),
+    ("query_gradient", "float32, wide"): Tiles(16, 32, 4, 1, (49152, 49152, 49152)),
+    ("key_gradient", "float32, wide"): Tiles(16, 16, 4, 1, (49152, 49152, 49152)),
+    ("attend", "float32, chunked"): Tiles(16, 32, 4, 1, (16384, 16384, 16384), 64),
+    ("query_gradient", "float32, chunked"): Tiles(32, 16, 4, 1, (40960, 40960, 40960), 64),
+    ("key_gradient", "float32, chunked"): Tiles(16, 32, 4, 1, (40960, 40960, 40960), 64),
     ("attend", "float32, short"): Tiles(16, 16, 1, 1, (6144, 6144, 6144)),
     ("query_gradient", "float32, short"): Tiles(16, 16, 1, 1, (10240, 10240, 10240)),
     ("key_gradient", "float32, short"): Tiles(16, 16, 1, 1, (12288, 12288, 12288)),
 }
 
-# Those that an architecture has instead, with dropout; their shared bytes elsewhere are 0. 128 columns in the
+# Those that an architecture has instead; their shared bytes elsewhere are 0. With dropout 128 columns in the
 # first kernel use all four words of a dropout counter, and what a step costs once is shared by twice the scores:
 # 17.4 instead of 21.4 instructions per score on sm_90 at width 64, 19.8 instead of 23.9 on sm_80, whose siblings
 # sm_86 and sm_89 have the same instructions. At widths up to 64 nothing spills; on sm_100 this would, 280 bytes.
 # Without dropout it is 10.3 instead of 12.2 on sm_90, but 224 instead of 128 registers: two blocks on an SM where
-# four can hide their waits. Predictions, see docs/launch_tables.md; not measured.
+# four can hide their waits. The gradient of keys in float16 without dropout spills 8 bytes on sm_80 with two
+# stages, but not with three, nor with the one that lets two blocks into the 100 KiB of sm_86. Chunked rows spill
+# 16 on sm_100 with four warps, with eight nothing. Predictions, see docs/launch_tables.md; not measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
-    80: {("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0))},
-    86: {("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0))},
+    80: {
+        ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
+        ("key_gradient", "long"): Tiles(64, 64, 4, 3, (58368, 0, 0)),
+    },
+    86: {
+        ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
+        ("key_gradient", "long"): Tiles(64, 64, 4, 1, (40960, 0, 0)),
+    },
     90: {("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (0, 73728, 0))},
+    100: {("attend", "chunked"): Tiles(64, 32, 8, 1, (0, 0, 40968))},
 }
 TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)
 
@@ -118,7 +129,7 @@ _TRIED = {
     "short": ((16, 16, 1, 1), (16, 16, 1, 2), (16, 32, 1, 1), (32, 16, 1, 1), (32, 32, 2, 1)),
     "float32": ((32, 32, 4, 1), (32, 32, 4, 2), (32, 16, 4, 1), (64, 32, 8, 1), (64, 16, 4, 1)),
     "float32, wide": ((32, 32, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
-    "float32, chunked": ((32, 16, 4, 1), (16, 16, 4, 1), (16, 32, 4, 1)),
+    "float32, chunked": ((32, 32, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
     "float32, short": ((16, 16, 1, 1), (16, 16, 2, 1), (16, 32, 1, 1)),
 }
 
@@ -144,5 +155,5 @@ def candidates(kernel: str, call: AttentionCall, architecture: int | None) -> li
     """What autotune tries, the launch table's first."""
     kind = class_of(call)
     first = TABLE.tiles((kernel, kind), architecture, *narrower(kernel, call))
-    found = (Tiles(*one, _UNKNOWN) for one in _TRIED[kind])
+    found = (Tiles(*one, _UNKNOWN, first.widest) for one in _TRIED[kind])
     return [first, *(one for one in found if replace(first, shared=_UNKNOWN) != one)]

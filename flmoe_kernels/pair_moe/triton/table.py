@@ -39,23 +39,24 @@ class Tiles:
 # takes (and sm_90's the 64 of its group), so that p stays in the registers where it was made. More columns spill
 # on sm_80 and sm_90, where a tile per expert and the sums fill the 255 registers of a thread. "map" sums nothing
 # over the tile and takes 32 rows, which leave registers for its keys. Two blocks share an SM, as registers and
-# shared memory allow; a float32 "accumulate" has eight warps and is alone. Only sm_100 takes more than the 99 KiB
-# that the smallest devices of sm_8x and sm_12x have, for the first "gradient". float32 and more than four experts
-# have twice the bytes or tiles: shallower chunks keep shared memory in bounds, and their kernels spill, most of
-# them less than 400 bytes per thread; narrower outputs would not, at the price of a second gate. Which is faster
-# has not been measured.
+# shared memory allow. Only sm_100 takes more than the 99 KiB that the smallest devices of sm_8x and sm_12x have,
+# for the first "gradient". float32, whose products split operands in registers, and more than four experts have
+# twice the values or tiles: 16 rows, and chunks of 16 or 32, are what spills nothing. One does: the float32
+# gradient of eight experts, up to 104 bytes of a thread. Addresses take its registers, a set for each of eight
+# experts and five operands: no tile of forty tried was better, nor loads that cannot leave the loop, nor values
+# that are computed twice instead of held; without the compiler's induction variables it would be 56.
 _ALL: dict[Key, Tiles] = {
     ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 2, (26624, 36864, 53376)),
     ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (52288, 61504, 107712)),
     ("map", False, False): Tiles(32, 16, 64, 64, 4, 1, (8192, 8192, 8192)),
     ("accumulate", True, False): Tiles(64, 16, 32, 32, 4, 2, (47104, 61440, 94432)),
-    ("gradient", True, False): Tiles(64, 16, 32, 32, 8, 2, (46080, 51200, 18944)),
-    ("map", True, False): Tiles(32, 16, 32, 64, 4, 1, (4096, 4096, 4096)),
-    ("accumulate", False, True): Tiles(64, 16, 32, 64, 8, 2, (86016, 94208, 61508)),
-    ("gradient", False, True): Tiles(32, 16, 32, 32, 4, 2, (38912, 38912, 38912)),
+    ("gradient", True, False): Tiles(16, 16, 16, 32, 4, 1, (1536, 1536, 1536)),
+    ("map", True, False): Tiles(16, 32, 32, 64, 8, 1, (3072, 3072, 3072)),
+    ("accumulate", False, True): Tiles(16, 16, 32, 64, 4, 2, (38912, 38912, 38912)),
+    ("gradient", False, True): Tiles(16, 16, 32, 32, 4, 2, (20480, 20480, 20480)),
     ("map", False, True): Tiles(32, 16, 64, 64, 4, 1, (8192, 8192, 8192)),
-    ("accumulate", True, True): Tiles(32, 16, 32, 32, 4, 2, (94208, 94208, 94208)),
-    ("gradient", True, True): Tiles(32, 16, 32, 32, 4, 2, (71680, 71680, 71680)),
+    ("accumulate", True, True): Tiles(16, 16, 32, 32, 4, 2, (63488, 63488, 63488)),
+    ("gradient", True, True): Tiles(16, 32, 16, 32, 4, 2, (4096, 4096, 4096)),
     ("map", True, True): Tiles(32, 16, 32, 64, 4, 1, (4096, 4096, 4096)),
 }
 
@@ -80,17 +81,24 @@ def _few(accumulate: int, gradient: int) -> dict[Key, Tiles]:
 # instead of 16.8 instructions per pair and expert on sm_90 and 18.2 instead of 21.9 on sm_100, where sums lie in
 # memory of their own: what a step costs once, pointers, masks and barriers, is shared by twice the pairs. On sm_90
 # the forward that adds up experts would spill 8 bytes and keeps the tile that is for all. "gradient" holds two
-# tiles of pairs for each expert and spills 24 to 96 bytes with 32 columns. Predictions; not measured.
+# tiles of pairs for each expert and spills 24 to 96 bytes with 32 columns. 64 rows for float32 and for more than
+# four experts use the matrix units of a group of warps; on sm_80, which has none, they would spill. All of this is
+# predicted, not measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
     80: _few(0, 0),
     90: {
         **_few(0, 255),
         ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 2, (0, 57344, 0)),
         ("accumulate", False, False, REDUCE_EXPERTS): _ALL["accumulate", False, False],
+        ("gradient", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 4608, 0)),
+        ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 16384, 0)),
+        ("accumulate", True, True): Tiles(16, 16, 16, 32, 4, 2, (0, 2048, 0)),
     },
     100: {
         **_few(255, 0),
         ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 2, (0, 0, 73872)),
+        ("gradient", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 0, 5136)),
+        ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 0, 8200)),
     },
 }
 TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)

@@ -9,9 +9,10 @@ import torch
 from ...triton_tables import Table
 from .call import RoutedCall
 
-# Kernel, float32; and LARGE.
+# Kernel, float32; and LARGE or ODD.
 Key = tuple[str | bool, ...]
 LARGE, _LARGE = "large", 1024
+ODD = "odd"
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,8 @@ class Tiles:
 # stages of that are 96 KiB: two blocks fit an SM of sm_90 and sm_100, and one what sm_89 and sm_12x have. Eight
 # warps, because four would hold 128 sums a thread, beside which the activations spill; four slices for the same
 # reason. The weight gradient has five stages: its rows' places are loaded in the first two. float32 multiplies
-# three times, with operands split in registers: a quarter of the tile for four warps. Where widths are whole tiles
-# none of them spills; odd widths, whose elements are read and stored one by one, spill up to 248 bytes a thread in
-# what the static test compiles. Which tiles are fastest has not been measured.
+# three times, with operands split in registers: a quarter of the tile for four warps. None of them spills
+# where widths are even. Which tiles are fastest has not been measured.
 _ALL: dict[Key, Tiles] = {
     ("hidden", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
     ("rows", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
@@ -58,6 +58,13 @@ _ALL: dict[Key, Tiles] = {
 REGISTERS = {90: 128}
 _BY_ROWS = ("hidden", "rows", "hidden_gradient")
 
+# For odd widths, on every architecture: elements are read and stored one by one, and the addresses of 128 x 128
+# take up to 248 bytes more than there are registers. A quarter of the tile spills nothing.
+_ODD: dict[Key, Tiles] = {
+    **{(name, False, ODD): Tiles(64, 64, 32, 2, 4, 3, (12288, 16384, 20496)) for name in _BY_ROWS},
+    ("weight_gradient", False, ODD): Tiles(64, 64, 32, 1, 4, 5, (12288, 16384, 20496)),
+}
+
 
 def _wide(slices: int, stages: int, shared: tuple[int, int, int]) -> Tiles:
     return Tiles(128, 256, 64, slices, 8, stages, shared, programs=1)
@@ -70,11 +77,15 @@ def _wide(slices: int, stages: int, shared: tuple[int, int, int]) -> Tiles:
 # of 32 columns do not spill. Nothing multiplies while it finishes a tile, which is why the sums must be long: at
 # 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. Predictions; not measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
+    80: _ODD,
+    86: _ODD,
     90: {
+        **_ODD,
         **{(name, False, LARGE): _wide(8, 3, (0, 147456, 0)) for name in _BY_ROWS},
         ("weight_gradient", False, LARGE): _wide(1, 5, (0, 147968, 0)),
     },
     100: {
+        **_ODD,
         **{(name, False, LARGE): _wide(8, 3, (0, 0, 147472)) for name in _BY_ROWS},
         ("weight_gradient", False, LARGE): _wide(1, 5, (0, 0, 147984)),
     },
@@ -100,9 +111,11 @@ def key_of(kernel: str, dtype: torch.dtype) -> Key:
 
 
 def narrower(kernel: str, call: RoutedCall) -> list[Key]:
-    """The key that goes before key_of for calls whose widths both are so many chunks that larger tiles pay."""
-    large = min(call.width, call.hidden) >= _LARGE
-    return [(*key_of(kernel, call.x.dtype), LARGE)] if large else []
+    """The key that goes before key_of: of odd widths, or where both are so many chunks that larger tiles pay."""
+    key = key_of(kernel, call.x.dtype)
+    if call.width % 2 or call.hidden % 2:
+        return [(*key, ODD)]
+    return [(*key, LARGE)] if min(call.width, call.hidden) >= _LARGE else []
 
 
 def candidates(kernel: str, call: RoutedCall, architecture: int | None) -> list[Tiles]:
