@@ -43,8 +43,8 @@ class Tiles:
 # for the first "gradient". float32, whose products split operands in registers, and more than four experts have
 # twice the values or tiles: 16 rows, and chunks of 16 or 32, are what spills nothing. One does: the float32
 # gradient of eight experts, up to 104 bytes of a thread. Addresses take its registers, a set for each of eight
-# experts and five operands: no tile of forty tried was better, nor loads that cannot leave the loop, nor values
-# that are computed twice instead of held; without the compiler's induction variables it would be 56.
+# experts and five operands: no tile of fifty tried was better, nor loads that cannot leave the loop, values that
+# are computed twice instead of held, or barriers between experts; half the experts' sums would still spill 40.
 _ALL: dict[Key, Tiles] = {
     ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 2, (26624, 36864, 53376)),
     ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (52288, 61504, 107712)),
