@@ -13,6 +13,7 @@ from attention_cases import NAMES, Case, run
 from torch import Tensor
 
 from flmoe_kernels import expert_attention
+from flmoe_kernels.expert_attention.triton import launch
 from flmoe_kernels.expert_attention.triton.launch import (
     TABLE,
     AttentionCall,
@@ -30,6 +31,7 @@ from flmoe_kernels.testing import (
     make_seed,
 )
 from flmoe_kernels.triton_runtime import interpreted
+from flmoe_kernels.triton_tables import KNOWN
 
 OPS = torch.ops.flmoe
 TRITON = "triton"
@@ -238,6 +240,18 @@ def test_other_tiles_give_the_same_numbers(
         monkeypatch.setitem(TABLE, row, Tiles(*tiles, 4, 1, (0, 0, 0)))
     for name, got, want in zip(NAMES, run(case, case.qkv(FLOAT32), TRITON), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize(
+    ("width", "p", "dtype"), [(32, 0.5, BFLOAT16), (32, 0.0, FLOAT16), (130, 0.3, BFLOAT16)]
+)
+def test_tiles_of_an_architecture(
+    width: int, p: float, dtype: torch.dtype, architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its launch table has them."""
+    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    check(Case((67, 20), 1, width, p), dtype)
 
 
 def test_a_rate_too_small_for_the_generator_drops_nothing() -> None:

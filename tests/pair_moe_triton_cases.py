@@ -16,6 +16,7 @@ from flmoe_kernels import pair_map, pair_moe, top_pairs
 from flmoe_kernels.pair_moe import triton as kernels
 from flmoe_kernels.pair_moe.call import PairCall
 from flmoe_kernels.pair_moe.kinds import DEFAULT_KINDS
+from flmoe_kernels.pair_moe.triton import launch, table
 from flmoe_kernels.pair_moe.triton.launch import TABLE, Tiles, operand, readable
 from flmoe_kernels.testing import (
     as_dtype,
@@ -283,3 +284,22 @@ def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     found = run(case, case.inputs(torch.float32), TRITON)
     for name, got, want in zip(NAMES, found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("architecture", TABLE.replaced)
+@pytest.mark.parametrize("few", [True, False], ids=["few programs", "many"])
+@pytest.mark.parametrize("kinds", [DEFAULT_KINDS, MANY], ids=len)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_of_an_architecture(
+    dtype: torch.dtype,
+    kinds: tuple[str, ...],
+    few: bool,
+    architecture: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its launch table has them; a call that is small has those of few programs, unless none is."""
+    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    if not few:
+        monkeypatch.setattr(table, "_FEW_PROGRAMS", 0)
+    case = PairCase(35, 18, 17, 20, kinds=kinds, masks="both", batch=1, reduce="pool")
+    check(case, dtype, TRITON)

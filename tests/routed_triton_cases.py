@@ -21,6 +21,7 @@ from flmoe_kernels.routed_mlp.triton.call import RoutedCall
 from flmoe_kernels.routed_mlp.triton.launch import TABLE, Tiles
 from flmoe_kernels.testing import as_dtype, assert_outside_budget, draw
 from flmoe_kernels.triton_runtime import Launch, interpreted
+from flmoe_kernels.triton_tables import KNOWN
 
 TRITON = "triton"
 OPS = torch.ops.flmoe
@@ -228,6 +229,22 @@ def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> N
         found = run(case, inputs, index, TRITON)
         for name, got, want in zip(NAMES, found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("case", "architecture"),
+    [
+        *((RoutedCase(150, 33, 70, 2, 2, load="dropped"), one) for one in KNOWN),
+        (RoutedCase(9, 1026, 1024, 1, 1, bias=False), 90),
+    ],
+    ids=str,
+)
+def test_tiles_of_an_architecture(
+    case: RoutedCase, architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its launch table has them for odd widths and for large products."""
+    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    check(case, torch.bfloat16, TRITON)
 
 
 def test_every_tile_of_several_bands_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
