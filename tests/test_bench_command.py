@@ -286,6 +286,14 @@ def test_the_named_set_is_what_the_readme_tells_of() -> None:
     assert len(found) == 16
     for name, peers in found.items():
         assert sorted(peers) == sorted(suite._NAMED[name.split("/")[0]][2]), name
+    page = (ROOT / "README.md").read_text().partition(running.MARK)[2].partition(files.END_MARK)[0]
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if " ms |" in line]
+    told = {(line[0], line[1]): re.findall(r"(?:^|; )([^*]+) \*\*", line[-1]) for line in lines}
+    for name, peers in found.items():
+        operator, shape, phase, _, *variant = name.split("/")
+        words = "training step" if "+" in phase else phase
+        assert sorted(told.pop((", ".join([operator, shape, *variant]), words))) == sorted(peers)
+    assert not told
     shapes = {"/".join(name.split("/")[:2]) for name in found}
     wanted = {f"{op}/{shape}" for op, (listed, *_) in suite._NAMED.items() for shape in listed}
     assert shapes == wanted

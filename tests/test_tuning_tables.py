@@ -5,6 +5,7 @@ What the compiler makes of them is test_triton_static.py's.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from flmoe_kernels.pair_moe.triton.table import FEW, registers_of
 from flmoe_kernels.pair_moe.triton.table import TABLE as PAIR
 from flmoe_kernels.routed_mlp.triton import launch as routed
 from flmoe_kernels.routed_mlp.triton.call import RoutedCall
-from flmoe_kernels.routed_mlp.triton.table import LARGE
+from flmoe_kernels.routed_mlp.triton.table import LARGE, ODD
 from flmoe_kernels.routed_mlp.triton.table import TABLE as ROUTED
 
 TABLES = {"pair_moe": PAIR, "expert_attention": ATTENTION, "routed_mlp": ROUTED}
@@ -59,6 +60,13 @@ def attending(rows: int, problems: int, width: int, dropout: bool = True) -> Att
     q, seed = meta(1, rows, 4, width), meta(dtype=torch.int64) if dropout else None
     runs = meta(problems + 1, dtype=torch.int32)
     return AttentionCall(q, q, q, runs, seed, 0.5 * dropout, 1.0)
+
+
+def as_float32(call: Any) -> Any:
+    """The same call with its 16-bit tensors in float32."""
+    found = {name: value for name, value in vars(call).items() if isinstance(value, Tensor)}
+    halves = {name: x.float() for name, x in found.items() if x.dtype == torch.bfloat16}
+    return dataclasses.replace(call, **halves)
 
 
 def replacements() -> Iterator[tuple[str, int, Any, Any]]:
@@ -105,7 +113,8 @@ def test_replaced_configurations_fit_where_they_are_used() -> None:
 
 def test_every_replacement_is_what_some_call_gets() -> None:
     """None is hidden behind another, or keyed by what no call has."""
-    calls = (pairs(8, 320, 196), pairs(64, 512, 512), pairs(1, 8192, 8192))
+    calls = [pairs(8, 320, 196), pairs(64, 512, 512), pairs(1, 8192, 8192), pairs(8, 320, 196, 8)]
+    calls += [as_float32(call) for call in calls]
     used = set()
     for architecture in KNOWN:
         for kernel in ("accumulate", "gradient", "map"):
@@ -119,13 +128,13 @@ def test_every_replacement_is_what_some_call_gets() -> None:
                         )
                     )
         for kernel in ("attend", "query_gradient", "key_gradient"):
-            call = attending(16512, 32, 64)
-            used.add(
-                ("expert_attention", architecture, attention.tiles_of(kernel, call, architecture))
-            )
+            for call in (attending(16512, 32, width) for width in (64, 128, 256)):
+                for one in (call, as_float32(call)):
+                    tiles = attention.tiles_of(kernel, one, architecture)
+                    used.add(("expert_attention", architecture, tiles))
         for kernel in ("hidden", "rows", "hidden_gradient", "weight_gradient"):
-            tiles = routed.tiles_for(kernel, layer(2048, 1024), architecture)
-            used.add(("routed_mlp", architecture, tiles))
+            for call in (layer(2048, 1024), layer(63, 70), as_float32(layer(64, 71))):
+                used.add(("routed_mlp", architecture, routed.tiles_for(kernel, call, architecture)))
     for name, architecture, key, tiles in replacements():
         assert (name, architecture, tiles) in used, (name, architecture, key)
 
@@ -212,6 +221,8 @@ def test_wide_layers_have_a_program_on_each_multiprocessor(monkeypatch: pytest.M
         launch = routed.hidden_launch(call, out, out, architecture=architecture)
         wanted = (launch.constants["COLUMNS"], launch.programs, dict(launch.registers))
         assert wanted == found, (width, hidden, architecture)
-    assert all(LARGE in key for key in ROUTED.replaced[90])
-    assert 80 not in ROUTED.replaced
+    assert {key[-1] for key in ROUTED.replaced[90]} == {LARGE, ODD}
+    assert {key[-1] for key in ROUTED.replaced[80]} == {ODD}
+    for width, hidden, columns in ((63, 70, 64), (64, 71, 64), (2049, 1024, 64), (64, 70, 128)):
+        assert routed.tiles_for("hidden", layer(width, hidden), 90).columns == columns
     assert routed.tiles_of("hidden", torch.bfloat16, 90).columns == 128

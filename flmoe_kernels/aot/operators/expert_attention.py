@@ -72,6 +72,8 @@ def of_layer(
     )
 
 
+# Of one head its number is a constant to the compiler.
+WIDE = AttentionUse("mmimdb", BFLOAT16, 12, 32 * 516, (356,) * 32, 2, 256, 0.5, "width 256")
 LONG = AttentionUse("long", BFLOAT16, 1, 8192, (8192,), 4, 64, 0.0)
 # (use, kernels, architectures of the quick set). mmimdb and enrico run the same compiled kernels.
 USES: tuple[tuple[AttentionUse, tuple[str, ...], tuple[int, ...]], ...] = (
@@ -87,6 +89,9 @@ USES: tuple[tuple[AttentionUse, tuple[str, ...], tuple[int, ...]], ...] = (
     (of_layer("mimic", FLOAT32), KERNELS, ONE),
     (of_layer("mmimdb", FLOAT32, 2, "heads 2"), KERNELS, NONE),
     (of_layer("mmimdb", FLOAT32, 1, "heads 1"), KERNELS, NONE),
+    (of_layer("mmimdb", FLOAT16, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, NONE),
+    (of_layer("mmimdb", FLOAT32, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, NONE),
+    (WIDE, KERNELS, NONE),
 )
 
 

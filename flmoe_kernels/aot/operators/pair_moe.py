@@ -84,6 +84,7 @@ MASKED, MASKED_POOL, MASKED_EXPERTS = (
     for reduce in ("none", "pool", "experts")
 )
 EIGHT = PairUse("pair_base", BFLOAT16, "none", each=2, masks=True)
+EIGHT_FLOAT32 = PairUse("pair_base", FLOAT32, "none", each=2, masks=True)
 # (use, outputs, architectures of the quick set). Without masks lengths are all that differs between the two larger
 # shapes, and one compilation serves both.
 USES: tuple[tuple[PairUse, tuple[str, ...], tuple[int, ...]], ...] = (
@@ -102,11 +103,17 @@ USES: tuple[tuple[PairUse, tuple[str, ...], tuple[int, ...]], ...] = (
     (PairUse("pair_base", BFLOAT16, "none", masks=True, top_k=2), ("y", "grad_q"), ONE),
     (PairUse("pair_base", FLOAT16, "none", masks=True), ("y", "grad_k"), ONE),
     (BASE_FLOAT32, ("y", "grad_q"), ALL),
+    (BASE_FLOAT32, ("grad_a", "grad_c", "grad_k"), NONE),
+    (PairUse("pair_base", FLOAT32, "experts", masks=True), ("y",), NONE),
     (PairUse("pair_base", FLOAT32, "pool", masks=True), ("keys",), ONE),
     (PairUse("pair_512", FLOAT32, "pool"), ("y", "grad_q"), NONE),
     (EIGHT, ("y", "grad_q"), ONE),
-    (PairUse("pair_base", BFLOAT16, "pool", each=2, masks=True), ("keys",), NONE),
-    (PairUse("pair_base", FLOAT32, "none", each=2, masks=True), ("y", "grad_q"), NONE),
+    (EIGHT, ("grad_a", "grad_c", "grad_k"), NONE),
+    (PairUse("pair_base", BFLOAT16, "experts", each=2, masks=True), ("y",), NONE),
+    (PairUse("pair_base", BFLOAT16, "pool", each=2, masks=True), ("y", "keys"), NONE),
+    (EIGHT_FLOAT32, ("y", "grad_a", "grad_c", "grad_q", "grad_k"), NONE),
+    (PairUse("pair_base", FLOAT32, "experts", each=2, masks=True), ("y",), NONE),
+    (PairUse("pair_base", FLOAT32, "pool", each=2, masks=True), ("keys",), NONE),
 )
 
 

@@ -34,6 +34,7 @@ ODD = (
     RoutedShape("widths 250, 500", 16512, 250, 500, 4, 2),
     RoutedShape("widths 196, 320", 16512, 196, 320, 4, 2),
     RoutedShape("widths 63, 70", 40, 63, 70, 3, 1),
+    RoutedShape("widths 255, 511", 4096, 255, 511, 4, 2),
     RoutedShape("widths 65536, 32768", 64, 65536, 32768, 1, 1),
 )
 
@@ -89,7 +90,9 @@ USES: tuple[tuple[RoutedUse, tuple[str, ...], tuple[int, ...]], ...] = (
     (of(ODD[0].name), PRODUCTS, NONE),
     (of(ODD[1].name), PRODUCTS, ONE),
     (of(ODD[2].name), PRODUCTS, ONE),
-    (of(ODD[3].name), ("grad_x",), NONE),
+    (of(ODD[3].name), PRODUCTS, NONE),
+    (of(ODD[3].name, FLOAT32), PRODUCTS, NONE),
+    (of(ODD[4].name), ("grad_x",), NONE),
     (of("routed_large", FLOAT16, "tanh, no bias", act=GELU_TANH, bias=0), ("hidden",), ONE),
     (of("routed_large", FLOAT16, "silu", act=SILU), ("grad_hidden",), ONE),
     (of("routed_large", FLOAT32), PRODUCTS, ONE),

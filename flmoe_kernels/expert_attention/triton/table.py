@@ -56,15 +56,17 @@ class Tiles:
 # warps the 16 that its matrix instruction takes, and sm_90's the 64 of its group, so that scores stay in the
 # registers where they were made; with more warps each row is held twice. 64 columns: a tile of 128 would use all
 # four words of a dropout counter (17 instead of 21 instructions per score in sm_90's first kernel), but its
-# gradient kernels spill on two or three of the architectures, and the first one on sm_100. Two blocks share an SM:
-# 255 registers and the shared memory allow it. "wide" is for widths over 64, where a tile of rows has twice the
-# bytes: half the columns in "query_gradient"; half the rows in "key_gradient", whose sums alone are 128 registers,
-# which leaves its scores to mma.sync on every architecture. "short" is for problems of at most 16 rows on average:
-# a warp and a tile for each problem and head. float32 products are three TF32 ones, of operands that are split in
-# two: 32 x 32 is what does not spill at width 64. "chunked" is for widths over 128, whose rows pass in chunks of
-# 128 columns, in float32 of 64. Tiles of wide float32 and of chunked rows are smaller for the registers and the
-# shared memory: nothing spills at widths 128 and 256, and no block takes more than the 99 KiB that sm_86 and sm_89
-# have. Which is faster has not been measured.
+# gradient kernels spill on two or three of the architectures, and the first one on sm_100. Two blocks share an
+# SM: 255 registers and the shared memory allow it. "wide" is for widths over 64, where a tile of rows has twice
+# the bytes: half the columns in "query_gradient"; half the rows in "key_gradient", whose sums alone are 128
+# registers, which leaves its scores to mma.sync on every architecture. "short" is for problems of at most 16 rows
+# on average: a warp and a tile for each problem and head. float32 products are three TF32 ones, of operands that
+# are split in two: 32 x 32 is what does not spill at width 64. "chunked" is for widths over 128, whose rows pass
+# in chunks of 128 columns; each chunk of the output is a program that makes all scores. Two float32 kernels have
+# chunks of 64, twice the programs and at width 256 1.7 times the products: with 128 they spill up to 112 bytes.
+# Tiles of wide float32 and of chunked rows are smaller for the registers and the shared memory: nothing spills at
+# widths 128 and 256, though up to 584 bytes do at 200, which fills no chunk, and no block takes more than the 99
+# KiB that sm_86 and sm_89 have. Which is faster has not been measured.
 _ALL: dict[Key, Tiles] = {
     ("attend", "long"): Tiles(64, 64, 4, 2, (24576, 40960, 41000)),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 65536, 73792)),
@@ -82,11 +84,11 @@ _ALL: dict[Key, Tiles] = {
     ("query_gradient", "float32"): Tiles(32, 32, 4, 1, (40960, 40960, 40960)),
     ("key_gradient", "float32"): Tiles(32, 32, 4, 1, (49152, 49152, 49152)),
     ("attend", "float32, wide"): Tiles(16, 32, 4, 1, (32768, 32768, 32768)),
-    ("query_gradient", "float32, wide"): Tiles(16, 32, 4, 1, (49152, 49152, 49152)),
+    ("query_gradient", "float32, wide"): Tiles(16, 32, 4, 2, (65536, 65536, 65536)),
     ("key_gradient", "float32, wide"): Tiles(16, 16, 4, 1, (49152, 49152, 49152)),
     ("attend", "float32, chunked"): Tiles(16, 32, 4, 1, (16384, 16384, 16384), 64),
     ("query_gradient", "float32, chunked"): Tiles(32, 16, 4, 1, (40960, 40960, 40960), 64),
-    ("key_gradient", "float32, chunked"): Tiles(16, 32, 4, 1, (40960, 40960, 40960), 64),
+    ("key_gradient", "float32, chunked"): Tiles(16, 16, 4, 1, (73728, 73728, 73728)),
     ("attend", "float32, short"): Tiles(16, 16, 1, 1, (6144, 6144, 6144)),
     ("query_gradient", "float32, short"): Tiles(16, 16, 1, 1, (10240, 10240, 10240)),
     ("key_gradient", "float32, short"): Tiles(16, 16, 1, 1, (12288, 12288, 12288)),
@@ -97,20 +99,26 @@ _ALL: dict[Key, Tiles] = {
 # 17.4 instead of 21.4 instructions per score on sm_90 at width 64, 19.8 instead of 23.9 on sm_80, whose siblings
 # sm_86 and sm_89 have the same instructions. At widths up to 64 nothing spills; on sm_100 this would, 280 bytes.
 # Without dropout it is 10.3 instead of 12.2 on sm_90, but 224 instead of 128 registers: two blocks on an SM where
-# four can hide their waits. The gradient of keys in float16 without dropout spills 8 bytes on sm_80 with two
-# stages, but not with three, nor with the one that lets two blocks into the 100 KiB of sm_86. Chunked rows spill
-# 16 on sm_100 with four warps, with eight nothing. Predictions, see docs/launch_tables.md; not measured.
+# four can hide their waits. The others are here because the tiles for all spill 8 to 24 bytes in one named case of
+# theirs: half the columns for wide rows and eight warps for chunked ones on sm_80 and sm_86, three stages for the
+# gradient of keys on sm_80 and, wide, on sm_90, eight warps for chunked rows on sm_100, whose float32 gradient of
+# keys also has chunks of 64. Predictions, see docs/launch_tables.md; not measured.
+_AMPERE: dict[Key, Tiles] = {
+    ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
+    ("attend", "wide"): Tiles(64, 32, 4, 2, (36864, 0, 0)),
+    ("query_gradient", "chunked"): Tiles(32, 32, 8, 1, (43008, 0, 0)),
+}
 _REPLACED: dict[int, dict[Key, Tiles]] = {
-    80: {
-        ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
-        ("key_gradient", "long"): Tiles(64, 64, 4, 3, (58368, 0, 0)),
+    80: {**_AMPERE, ("key_gradient", "long"): Tiles(64, 64, 4, 3, (58368, 0, 0))},
+    86: _AMPERE,
+    90: {
+        ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (0, 73728, 0)),
+        ("key_gradient", "wide"): Tiles(32, 64, 4, 3, (0, 70144, 0)),
     },
-    86: {
-        ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
-        ("key_gradient", "long"): Tiles(64, 64, 4, 1, (40960, 0, 0)),
+    100: {
+        ("attend", "chunked"): Tiles(64, 64, 8, 1, (0, 0, 49160)),
+        ("key_gradient", "float32, chunked"): Tiles(16, 32, 4, 1, (0, 0, 40960), 64),
     },
-    90: {("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (0, 73728, 0))},
-    100: {("attend", "chunked"): Tiles(64, 32, 8, 1, (0, 0, 40968))},
 }
 TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)
 
@@ -155,5 +163,6 @@ def candidates(kernel: str, call: AttentionCall, architecture: int | None) -> li
     """What autotune tries, the launch table's first."""
     kind = class_of(call)
     first = TABLE.tiles((kernel, kind), architecture, *narrower(kernel, call))
-    found = (Tiles(*one, _UNKNOWN, first.widest) for one in _TRIED[kind])
+    chunks = (64, WIDEST) if kind == "float32, chunked" else (first.widest,)
+    found = (Tiles(*one, _UNKNOWN, widest) for one in _TRIED[kind] for widest in chunks)
     return [first, *(one for one in found if replace(first, shared=_UNKNOWN) != one)]

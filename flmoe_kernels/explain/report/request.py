@@ -31,7 +31,7 @@ class Request:
         target: "label", of the file; "predicted"; or a class; None for the label where there is one.
         fill: what absent and masked tokens become; "mean" is of all samples of the file.
         exempt: modalities whose token 0 is never masked where drops are measured, as of a text encoder's first
-            token; coalitions of the pairs' indices have it absent as any other.
+            token, and has no part in the mean of fill="mean"; in the pairs' coalitions it may be absent as any.
         repeats: random sets of tokens next to each identified one.
         seed: of coalitions and random sets.
     """

@@ -34,22 +34,21 @@ class Tiles:
     registers: int = 0
 
 
-# (kernel, more than _MANY experts, float32) -> tiles for every architecture that has none of its own: 16 columns
+# (kernel, more than _MANY experts, float32) -> tiles for every architecture that has none of its own. 16 columns
 # are the least that a matrix product sums over, and 64 rows give each of four warps the 16 that its instruction
 # takes (and sm_90's the 64 of its group), so that p stays in the registers where it was made. More columns spill
 # on sm_80 and sm_90, where a tile per expert and the sums fill the 255 registers of a thread. "map" sums nothing
-# over the tile and takes 32 rows, which leave registers for its keys. Two blocks share an SM, as registers and
-# shared memory allow. Only sm_100 takes more than the 99 KiB that the smallest devices of sm_8x and sm_12x have,
-# for the first "gradient". float32, whose products split operands in registers, and more than four experts have
-# twice the values or tiles: 16 rows, and chunks of 16 or 32, are what spills nothing. One does: the float32
-# gradient of eight experts, up to 104 bytes of a thread. Addresses take its registers, a set for each of eight
-# experts and five operands: no tile of fifty tried was better, nor loads that cannot leave the loop, values that
-# are computed twice instead of held, or barriers between experts; half the experts' sums would still spill 40.
+# over the tile and takes 512 pairs, which leave registers for its keys. Two blocks share an SM, as registers and
+# shared memory allow, but for those of eight warps, which are alone and as many warps. Only sm_100 takes more
+# than the 99 KiB that the smallest devices of sm_8x and sm_12x have, for the first "gradient".
+# float32, whose products split operands in registers, and more than four experts have twice the values or tiles:
+# there rows, columns and chunks are what spills nothing in any named case. One still does: the float32 gradient of
+# eight experts, up to 104 bytes of a thread, see docs/launch_tables.md. Which is faster has not been measured.
 _ALL: dict[Key, Tiles] = {
     ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 2, (26624, 36864, 53376)),
     ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (52288, 61504, 107712)),
     ("map", False, False): Tiles(32, 16, 64, 64, 4, 1, (8192, 8192, 8192)),
-    ("accumulate", True, False): Tiles(64, 16, 32, 32, 4, 2, (47104, 61440, 94432)),
+    ("accumulate", True, False): Tiles(64, 16, 32, 32, 4, 2, (47104, 61440, 94448)),
     ("gradient", True, False): Tiles(16, 16, 16, 32, 4, 1, (1536, 1536, 1536)),
     ("map", True, False): Tiles(16, 32, 32, 64, 8, 1, (3072, 3072, 3072)),
     ("accumulate", False, True): Tiles(16, 16, 32, 64, 4, 2, (38912, 38912, 38912)),
@@ -57,7 +56,7 @@ _ALL: dict[Key, Tiles] = {
     ("map", False, True): Tiles(32, 16, 64, 64, 4, 1, (8192, 8192, 8192)),
     ("accumulate", True, True): Tiles(16, 16, 32, 32, 4, 2, (63488, 63488, 63488)),
     ("gradient", True, True): Tiles(16, 32, 16, 32, 4, 2, (4096, 4096, 4096)),
-    ("map", True, True): Tiles(32, 16, 32, 64, 4, 1, (4096, 4096, 4096)),
+    ("map", True, True): Tiles(16, 32, 32, 64, 4, 1, (4096, 4096, 4096)),
 }
 
 # FEW: calls whose larger side is up to so many blocks of 64 rows, of all samples: fewer than sm_80, sm_90 and
@@ -79,17 +78,19 @@ def _few(accumulate: int, gradient: int) -> dict[Key, Tiles]:
 
 # Those that an architecture has instead; their shared bytes elsewhere are 0. 32 columns in "accumulate" take 14.6
 # instead of 16.8 instructions per pair and expert on sm_90 and 18.2 instead of 21.9 on sm_100, where sums lie in
-# memory of their own: what a step costs once, pointers, masks and barriers, is shared by twice the pairs. On sm_90
-# the forward that adds up experts would spill 8 bytes and keeps the tile that is for all. "gradient" holds two
-# tiles of pairs for each expert and spills 24 to 96 bytes with 32 columns. 64 rows for float32 and for more than
-# four experts use the matrix units of a group of warps; on sm_80, which has none, they would spill. All of this is
-# predicted, not measured.
+# memory of their own: what a step costs once, pointers, masks and barriers, is shared by twice the pairs. On
+# sm_90 the forward that adds up experts would spill 8 bytes and keeps the tile that is for all. "gradient" holds
+# two tiles of pairs for each expert and spills 24 to 96 bytes with 32 columns. float32 and more than four experts
+# have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight warps and chunks of 16,
+# at which nothing spills; sm_100 would spill to stay below 129 registers. float32 "accumulate" of more than four
+# experts has sm_80's tile on sm_90 too, with chunks of 16. Predictions; not measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
     80: _few(0, 0),
     90: {
         **_few(0, 255),
         ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 2, (0, 57344, 0)),
         ("accumulate", False, False, REDUCE_EXPERTS): _ALL["accumulate", False, False],
+        ("accumulate", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 8192, 0)),
         ("gradient", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 4608, 0)),
         ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 16384, 0)),
         ("accumulate", True, True): Tiles(16, 16, 16, 32, 4, 2, (0, 2048, 0)),
@@ -98,19 +99,26 @@ _REPLACED: dict[int, dict[Key, Tiles]] = {
         **_few(255, 0),
         ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 2, (0, 0, 73872)),
         ("gradient", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 0, 5136)),
-        ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 0, 8200)),
+        ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 0, 8200), 255),
     },
 }
 TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)
 
-# Rows, columns, warps and stages that autotune tries: tiles of 512 to 4096 pairs.
+# Rows, columns, warps and stages that autotune tries: tiles of 256 to 4096 pairs.
 _TRIED = {
     "accumulate": (
-        *((64, 16, 4, 2), (64, 32, 4, 2), (128, 16, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        *(
+            (16, 16, 4, 2),
+            (64, 16, 4, 2),
+            (64, 32, 4, 2),
+            (128, 16, 8, 2),
+            (128, 32, 8, 2),
+            (64, 32, 8, 2),
+        ),
         *((32, 16, 2, 2), (32, 32, 4, 2), (16, 32, 2, 2), (16, 64, 4, 2)),
     ),
     "gradient": (
-        *((64, 16, 4, 2), (64, 32, 4, 2), (128, 16, 8, 2), (64, 16, 8, 2)),
+        *((16, 16, 4, 2), (64, 16, 4, 2), (64, 32, 4, 2), (128, 16, 8, 2), (64, 16, 8, 2)),
         *((32, 16, 2, 2), (32, 16, 4, 2), (16, 32, 2, 2), (16, 64, 4, 2)),
     ),
     "map": ((32, 16, 4, 1), (64, 16, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1), (16, 64, 4, 1)),

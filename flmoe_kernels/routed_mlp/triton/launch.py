@@ -27,8 +27,9 @@ _EACH_SMALL = 8
 _SPLIT_ROWS, _MOST_SPLITS = 512, 16
 # Elements that a program of sum_kernel adds up, and columns of choice_gradient_kernel at a time.
 _SUM_TILE, _CHOICE_TILE = 2048, (32, 128)
-# Left to itself the compiler spills 8 bytes of choice_gradient_kernel to have 80 registers instead of 93.
-_UNHURRIED = {100: 255}
+# Left to itself the compiler spills 8 bytes of choice_gradient_kernel on sm_100 to have 80 registers, not 93; with
+# more than 128 three blocks would share an SM, not four.
+_UNHURRIED = {100: 128}
 
 
 def tiles_of(kernel: str, dtype: torch.dtype, architecture: int | None = None) -> Tiles:
