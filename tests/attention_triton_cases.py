@@ -31,7 +31,6 @@ from flmoe_kernels.testing import (
     make_seed,
 )
 from flmoe_kernels.triton_runtime import interpreted
-from flmoe_kernels.triton_tables import KNOWN
 
 OPS = torch.ops.flmoe
 TRITON = "triton"
@@ -242,9 +241,18 @@ def test_other_tiles_give_the_same_numbers(
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("architecture", KNOWN)
 @pytest.mark.parametrize(
-    ("width", "p", "dtype"), [(32, 0.5, BFLOAT16), (32, 0.0, FLOAT16), (130, 0.3, BFLOAT16)]
+    ("width", "p", "dtype", "architecture"),
+    [
+        (32, 0.5, BFLOAT16, 86),
+        (32, 0.5, BFLOAT16, 90),
+        (32, 0.0, FLOAT16, 80),
+        (72, 0.3, BFLOAT16, 86),
+        (72, 0.3, BFLOAT16, 90),
+        (130, 0.3, BFLOAT16, 80),
+        (130, 0.3, BFLOAT16, 100),
+        (130, 0.0, FLOAT32, 100),
+    ],
 )
 def test_tiles_of_an_architecture(
     width: int, p: float, dtype: torch.dtype, architecture: int, monkeypatch: pytest.MonkeyPatch
