@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("triton")
 
 from flmoe_kernels.aot.budget import load, save
+from flmoe_kernels.aot.report import MARK
 from flmoe_kernels.commands.aot import aot
 
 app = typer.Typer()
@@ -70,6 +71,7 @@ def test_json_holds_what_was_compiled(compiled: tuple[Result, Path]) -> None:
 def test_table_has_a_line_for_each_case(compiled: tuple[Result, Path]) -> None:
     result, folder = compiled
     text = (folder / "table.md").read_text()
+    assert text.startswith(f"{MARK}\n")
     for case in ("fine/good", "by_sum/bad", "capped/bad", "wrong/bad", "deadly/bad"):
         assert f"test/{case}/bfloat16" in result.stdout
         assert f"| {case}/bfloat16 |" in text

@@ -29,8 +29,10 @@ from .results import SCHEMA, row_of, rows_of
 from .shapes import is_cuda
 from .targets import outcomes, targets_of
 
+# By operator: shapes, variants, peers.
+_Listed = Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
 # The quick set: an operator's small shapes and variants, and peers that need no compiler.
-_QUICK: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+_QUICK: _Listed = {
     "pair_moe": (("pair_base",), ("none", "pool"), ("reference",)),
     "expert_attention": (("mmimdb_short",), ("dropout",), ("reference", "unpadded sdpa")),
     "routed_mlp": (("routed_small_e4",), ("bias",), ("index loop", "batched bmm")),
@@ -38,7 +40,7 @@ _QUICK: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "interaction_moe": (("mmimdb_short", "mimic"), ("",), ("reference",)),
 }
 # What the README tells of, as _QUICK: large named shapes. Compiling the layer takes many minutes for each case.
-_NAMED: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+_NAMED: _Listed = {
     "interaction_moe": (("mmimdb", "enrico", "mimic"), ("",), ("reference", "reference+sdpa")),
     "expert_attention": (("mmimdb",), ("dropout",), ("reference", "unpadded sdpa")),
     "routed_mlp": (
@@ -94,9 +96,7 @@ def named(device: str = "cpu") -> list[Entry]:
     return _entries(_NAMED, device)
 
 
-def _entries(
-    listed: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]], device: str
-) -> list[Entry]:
+def _entries(listed: _Listed, device: str) -> list[Entry]:
     return [
         entry_of(case, peers)
         for operator, (shapes, variants, peers) in listed.items()

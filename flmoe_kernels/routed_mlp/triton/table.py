@@ -65,9 +65,7 @@ _ODD: dict[Key, Tiles] = {
     ("hidden", False, ODD): Tiles(64, 64, 32, 2, 4, 3, (8192, 8192, 16400)),
     ("rows", False, ODD): Tiles(64, 64, 32, 2, 4, 3, (16384, 24576, 24592)),
     ("hidden_gradient", False, ODD): Tiles(64, 64, 32, 2, 8, 3, (12288, 16384, 20496)),
-    ("hidden", True, ODD): Tiles(64, 64, 32, 2, 8, 3, (32768, 49152, 49160)),
-    ("rows", True, ODD): Tiles(64, 64, 32, 2, 8, 3, (32768, 49152, 49160)),
-    ("hidden_gradient", True, ODD): Tiles(64, 64, 32, 2, 8, 3, (32768, 49152, 49160)),
+    **{(name, True, ODD): Tiles(64, 64, 32, 2, 8, 3, (32768, 49152, 49160)) for name in _BY_ROWS},
     ("weight_gradient", False, ODD): Tiles(64, 64, 32, 1, 4, 5, (20480, 24576, 28688)),
 }
 
