@@ -48,10 +48,11 @@ compiler:
 setup: compiler $(BUILT) $(TOOLS) ## make .venv and build the native module
 
 demo: compiler $(BUILT) ## run the demo on real data
-	$(PY) -m flmoe_kernels demo $(ARGS)
+	$(PY) -m examples.digits $(ARGS)
 
 test: compiler $(BUILT) $(TOOLS) ## run all tests
 	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmark gate
 	$(PY) -m pytest bench -q $(ARGS)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.gates import comparisons
-from flmoe_kernels.profiling.allocator import keep_freed_memory
+from flmoe_kernels.profile.allocator import keep_freed_memory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

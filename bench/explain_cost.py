@@ -23,9 +23,9 @@ from torch import Tensor
 
 from flmoe_kernels import InteractionMoE, explain
 from flmoe_kernels.explain.coalitions.games import TokenGame
-from flmoe_kernels.profiling.environment import environment
-from flmoe_kernels.profiling.peers.interaction_moe import make_inputs, make_reference
-from flmoe_kernels.profiling.shapes import MMIMDB
+from flmoe_kernels.profile.environment import environment
+from flmoe_kernels.profile.peers.interaction_moe import make_inputs, make_reference
+from flmoe_kernels.profile.shapes import MMIMDB
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 CORNERS = 4

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.digits.data import TASKS, encode, load
+from examples.digits.pipeline import draw_test_pairs, draw_train_pairs
+from examples.digits.settings import Settings
+from examples.digits.token_pairs import train_layer
+from examples.digits.train import PairClassifier, fit
 from flmoe_kernels import InteractionMoE
-from flmoe_kernels.demo.data import TASKS, encode, load
-from flmoe_kernels.demo.pipeline import draw_test_pairs, draw_train_pairs
-from flmoe_kernels.demo.settings import Settings
-from flmoe_kernels.demo.token_pairs import train_layer
-from flmoe_kernels.demo.train import PairClassifier, fit
 
 INTERACTION, TOKEN_PAIRS = LAYERS = ("InteractionMoE", "PairInteractionMoE")
 SYNERGY, REDUNDANT = "synergy", "redundant"

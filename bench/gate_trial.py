@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from flmoe_kernels.profiling.allocator import keep_freed_memory
-from flmoe_kernels.profiling.cases import Case
-from flmoe_kernels.profiling.contestants import prepare
-from flmoe_kernels.profiling.environment import environment
-from flmoe_kernels.profiling.floors import load_floors
-from flmoe_kernels.profiling.gate import find_case
-from flmoe_kernels.profiling.paired import clock_for, measure_blocks
-from flmoe_kernels.profiling.plant import plant
+from flmoe_kernels.profile.allocator import keep_freed_memory
+from flmoe_kernels.profile.cases import Case
+from flmoe_kernels.profile.contestants import prepare
+from flmoe_kernels.profile.environment import environment
+from flmoe_kernels.profile.floors import load_floors
+from flmoe_kernels.profile.gate import find_case
+from flmoe_kernels.profile.paired import clock_for, measure_blocks
+from flmoe_kernels.profile.plant import plant
 
 BENCH = Path(__file__).resolve().parent
 SLOWDOWN = 0.3

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from flmoe_kernels.backend import instruction_set
-from flmoe_kernels.profiling import gate, suite
-from flmoe_kernels.profiling.cases import Case
-from flmoe_kernels.profiling.ceilings import Ceilings, measure_ceilings
-from flmoe_kernels.profiling.contestants import Contestant, contestants, prepare
-from flmoe_kernels.profiling.costs import cost
-from flmoe_kernels.profiling.environment import cpu_model, environment
-from flmoe_kernels.profiling.floors import Floor, Here, load_floors
-from flmoe_kernels.profiling.paired import Paired, clock_for
+from flmoe_kernels.core.backend import instruction_set
+from flmoe_kernels.profile import gate, suite
+from flmoe_kernels.profile.cases import Case
+from flmoe_kernels.profile.ceilings import Ceilings, measure_ceilings
+from flmoe_kernels.profile.contestants import Contestant, contestants, prepare
+from flmoe_kernels.profile.costs import cost
+from flmoe_kernels.profile.environment import cpu_model, environment
+from flmoe_kernels.profile.floors import Floor, Here, load_floors
+from flmoe_kernels.profile.paired import Paired, clock_for
 
 FILE = Path(__file__).with_name("floors.toml")
 FLOORS = load_floors(FILE, gate.known_cases())

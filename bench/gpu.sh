@@ -80,7 +80,7 @@ step_install() {
     FLMOE_CUDA=1 run install "$INSTALL_LIMIT" \
         "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable .
     run info 60 "$PYTHON" -c \
-        'from flmoe_kernels.backend import backend_status as s; [print(k, *v) for k, v in s().items()]'
+        'from flmoe_kernels.core.backend import backend_status as s; [print(k, *v) for k, v in s().items()]'
 }
 
 step_tests() {
@@ -97,7 +97,7 @@ step_tests() {
 }
 
 step_sanitize() {
-    local module=(-m flmoe_kernels.profiling.gpu --sanitize --device "$DEVICE") tool
+    local module=(-m flmoe_kernels.profile.gpu --sanitize --device "$DEVICE") tool
     if [ "$DEVICE" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
         echo "== sanitize: no compute-sanitizer here; the same calls without it"
         run "sanitize (without the tool)" "$SANITIZE_LIMIT" "$PYTHON" "${module[@]}"
@@ -116,7 +116,7 @@ step_bench() {
     # The module keeps its own budget, which ends before the deadline: starting and writing take time as well.
     options=(--device "$DEVICE" --budget $((seconds - 20)))
     [ -z "$DRY_RUN" ] || options+=(--dry-run --seconds 0.2)
-    run bench "$BENCH_LIMIT" "$PYTHON" -m flmoe_kernels.profiling.gpu "${options[@]}"
+    run bench "$BENCH_LIMIT" "$PYTHON" -m flmoe_kernels.profile.gpu "${options[@]}"
 }
 
 for step in "${STEPS[@]}"; do

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from flmoe_kernels.demo.data import EXPERTS, TASKS, Task, encode, load
-from flmoe_kernels.demo.pipeline import draw_test_pairs, draw_train_pairs
-from flmoe_kernels.demo.settings import Settings
-from flmoe_kernels.demo.token_pairs import run_task
-from flmoe_kernels.demo.train import predict, reliance, train
-from flmoe_kernels.profiling.environment import environment
+from examples.digits.data import EXPERTS, TASKS, Task, encode, load
+from examples.digits.pipeline import draw_test_pairs, draw_train_pairs
+from examples.digits.settings import Settings
+from examples.digits.token_pairs import run_task
+from examples.digits.train import predict, reliance, train
+from flmoe_kernels.profile.environment import environment
 
 REFERENCE, TOKEN_PAIRS = "reference", "token pairs"
 RUNS = (

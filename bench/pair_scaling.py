@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from bench.products import SGEMM_FLOP, sgemm
-from flmoe_kernels.profiling.cases import BOTH, FORWARD, Case
-from flmoe_kernels.profiling.contestants import prepare
-from flmoe_kernels.profiling.costs import cost
-from flmoe_kernels.profiling.environment import environment
-from flmoe_kernels.profiling.measure import interleave, timings
-from flmoe_kernels.profiling.memory import peak_growth
-from flmoe_kernels.profiling.shapes import PAIR_BASE, PAIR_LONG, PairShape
+from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
+from flmoe_kernels.profile.contestants import prepare
+from flmoe_kernels.profile.costs import cost
+from flmoe_kernels.profile.environment import environment
+from flmoe_kernels.profile.measure import interleave, timings
+from flmoe_kernels.profile.memory import peak_growth
+from flmoe_kernels.profile.shapes import PAIR_BASE, PAIR_LONG, PairShape
 
 FAST, REFERENCE, COMPILED = "cpu", "reference", "compiled"
 NAMES = (FAST, REFERENCE, COMPILED)

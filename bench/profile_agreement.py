@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from flmoe_kernels.profiling.cases import DTYPES
-from flmoe_kernels.profiling.ceilings import copy_rate, matmul_rate
-from flmoe_kernels.profiling.environment import environment
+from flmoe_kernels.profile.cases import DTYPES
+from flmoe_kernels.profile.ceilings import copy_rate, matmul_rate
+from flmoe_kernels.profile.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "profile_agreement.json"
 TOLERANCE = 0.10

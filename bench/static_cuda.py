@@ -1,7 +1,7 @@
 """What nvcc made of the native module's CUDA kernels, without a GPU: python -m bench.static_cuda [--out FILE].
 
 Reads the machine code of every architecture with cuobjdump, of NVIDIA's toolkit or of the package triton, and
-writes registers, spilled bytes and shared memory per kernel. tests/test_cuda_static.py holds the module to it.
+writes registers, spilled bytes and shared memory per kernel. tests/core/test_cuda_static.py holds the module to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flmoe_kernels.backend import native
+from flmoe_kernels.core.backend import native
 
 RESULTS = Path(__file__).with_name("results") / "static" / "route.json"
 _RESOURCES = re.compile(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench.gates import Comparison, hold
-from flmoe_kernels.profiling.cases import BOTH, Case
-from flmoe_kernels.profiling.memory import memory_lack, peak_bytes
-from flmoe_kernels.profiling.shapes import MMIMDB
+from flmoe_kernels.profile.cases import BOTH, Case
+from flmoe_kernels.profile.memory import memory_lack, peak_bytes
+from flmoe_kernels.profile.shapes import MMIMDB
 
 MEMORY_FRACTION = 1 / 3
 

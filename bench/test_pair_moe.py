@@ -9,12 +9,12 @@ import torch
 
 from bench.gates import Comparison, hold
 from bench.products import SGEMM_FLOP, sgemm
-from flmoe_kernels.profiling.cases import BOTH, FORWARD, Case
-from flmoe_kernels.profiling.contestants import prepare
-from flmoe_kernels.profiling.costs import cost
-from flmoe_kernels.profiling.measure import interleave, timings
-from flmoe_kernels.profiling.memory import memory_lack, peak_bytes
-from flmoe_kernels.profiling.shapes import PAIR_BASE, PAIR_LONG
+from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
+from flmoe_kernels.profile.contestants import prepare
+from flmoe_kernels.profile.costs import cost
+from flmoe_kernels.profile.measure import interleave, timings
+from flmoe_kernels.profile.memory import memory_lack, peak_bytes
+from flmoe_kernels.profile.shapes import PAIR_BASE, PAIR_LONG
 
 SGEMM_SHARE = 0.5
 LONG_BYTES = 256 * 2**20

@@ -1,5 +1,5 @@
-"""`python -m flmoe_kernels` is the command line of cli.py."""
+"""`python -m flmoe_kernels` is the command line of cli/main.py."""
 
-from flmoe_kernels.cli import main
+from .cli.main import main
 
 main()

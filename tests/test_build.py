@@ -20,7 +20,7 @@ import flmoe_kernels
 from flmoe_kernels import _native
 print(flmoe_kernels.__file__, _native.__file__, sep="\\n")
 print("".join(_native.cuda_build()))
-print(flmoe_kernels.backend.backend_status()["cuda"][1])
+print(flmoe_kernels.core.backend.backend_status()["cuda"][1])
 """
 
 
@@ -78,7 +78,7 @@ def test_sdist_holds_what_the_build_needs(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "flmoe_kernels/py.typed"}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
-    assert {"csrc/cuda/cuda.cmake", "csrc/cuda/route.cu"} <= wanted
+    assert {"csrc/cuda/cuda.cmake", "csrc/cuda/routing.cu"} <= wanted
     assert wanted <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import flmoe_kernels as fk
-from flmoe_kernels.backend import BACKENDS, CAPABILITIES, backend_status
-from flmoe_kernels.routed_mlp import gate
+from flmoe_kernels.core.backend import BACKENDS, CAPABILITIES, backend_status
+from flmoe_kernels.ops.routed_mlp.api import gate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@
 
 namespace flmoe::FLMOE_ISA {
 
-// The positions are those of ACTIVATIONS in flmoe_kernels/routed_mlp/reference.py.
+// The positions are those of ACTIVATIONS in flmoe_kernels/ops/routed_mlp/reference.py.
 enum class Activation : int { kGelu = 0, kGeluTanh = 1, kRelu = 2, kSilu = 3 };
 
 // 1 / (1 + exp(-x)) without overflow on either side.

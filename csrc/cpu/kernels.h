@@ -106,7 +106,7 @@ struct PairArgs {
   int threads;
 };
 
-// The positions are those of REDUCTIONS in flmoe_kernels/pair_moe/call.py.
+// The positions are those of REDUCTIONS in flmoe_kernels/ops/pair_moe/call.py.
 enum class PairReduce : int { kNone = 0, kExperts = 1, kPool = 2 };
 
 // Rows of y and mass that are masked are not written. y is of the compute type under kPool.

@@ -16,7 +16,7 @@ namespace flmoe::FLMOE_ISA {
 constexpr int64_t kPairBlock = 128;
 constexpr int64_t kPairTile = 24;  // 4 experts x 24 x 128 floats stay in 48 KiB
 
-// kind -> (s1, s2, s3); the positions are those of KINDS in flmoe_kernels/pair_moe/kinds.py.
+// kind -> (s1, s2, s3); the positions are those of KINDS in flmoe_kernels/ops/pair_moe/kinds.py.
 struct Message {
   double a, c, product;
 };

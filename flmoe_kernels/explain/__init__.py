@@ -5,10 +5,10 @@ from .attribution.values import Attribution as Attribution
 from .coalitions.additive import TwoAdditiveGame as TwoAdditiveGame
 from .coalitions.games import TokenGame as TokenGame
 from .coalitions.games import token_means as token_means
-from .figures import drop_curve as drop_curve
-from .figures import expert_weights as expert_weights
-from .figures import pair_network as pair_network
-from .figures import token_patch_map as token_patch_map
+from .figures.curves import drop_curve as drop_curve
+from .figures.heat_map import token_patch_map as token_patch_map
+from .figures.network import pair_network as pair_network
+from .figures.weights import expert_weights as expert_weights
 from .masking.drops import MaskingDrops as MaskingDrops
 from .masking.faithfulness import faithfulness as faithfulness
 from .masking.faithfulness import pair_masking as pair_masking

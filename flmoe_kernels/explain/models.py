@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import validation as check
-from ..interaction_moe import ReferenceInteractionMoE
-from ..pair_moe import PairInteractionMoE
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
 Inputs = Sequence[Tensor | None]
 

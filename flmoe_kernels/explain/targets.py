@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import validation as check
+from flmoe_kernels.core import validation as check
 
 PROB, LOG_PROB, LOGIT = METRICS = ("prob", "log_prob", "logit")
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import validation as check
+from flmoe_kernels.core import validation as check
+
 from .coalitions.games import require_inputs
 from .models import Inputs
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from . import strategies as strategies
+from bench.without_hypothesis.hypothesis import strategies
 
 
 def given(*arguments: Any, **named: Any) -> Callable[[Callable], Callable]:

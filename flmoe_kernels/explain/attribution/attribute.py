@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import validation as check
-from ...interaction_moe.api import validate_inputs
-from ...interaction_moe.reference import ReferenceInteractionMoE
-from ...interaction_moe.structure import describe
-from ..coalitions.games import fill_values
-from ..memory import batch_size
-from ..models import Inputs, expert_names, logits_of, require_model
-from ..targets import LOGIT, resolve_targets
-from ..tokens import require_batch, valid_tokens
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.coalitions.games import fill_values
+from flmoe_kernels.explain.memory import batch_size
+from flmoe_kernels.explain.models import Inputs, expert_names, logits_of, require_model
+from flmoe_kernels.explain.targets import LOGIT, resolve_targets
+from flmoe_kernels.explain.tokens import require_batch, valid_tokens
+from flmoe_kernels.layers.interaction_moe.inputs import validate_inputs
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.interaction_moe.structure import describe
+
 from .integrated import GAUSS, RULES, LogitsOf, Path, integrated_gradients
 from .rollout import (
     AttentionRecord,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...expert_attention import expert_attention
-from ...interaction_moe.packing import plan_tokens
-from ...interaction_moe.reference import Attention
+from flmoe_kernels.layers.interaction_moe.packing import plan_tokens
+from flmoe_kernels.layers.interaction_moe.reference import Attention
+from flmoe_kernels.ops.expert_attention.api import expert_attention
 
 # Scores of one block, 4 MiB of float32: a few of these are alive at once. They stay in a CPU's caches, and one
 # product fills a GPU. mmimdb's 516 tokens and 4 heads go sample by sample, 508 queries at once.

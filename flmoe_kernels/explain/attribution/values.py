@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import validation as check
-from ..archive import decode, encode, write_whole
-from ..tokens import candidates, min_max
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.archive import decode, encode, write_whole
+from flmoe_kernels.explain.tokens import candidates, min_max
 
 ROLLOUT, GRADIENT_ROLLOUT, INTEGRATED = METHODS = (
     "attention_rollout",

@@ -9,9 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import validation as check
-from ...pair_moe import PairInteractionMoE
-from ..models import Inputs, expert_names, expert_place, game_digest, require_model
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.models import (
+    Inputs,
+    expert_names,
+    expert_place,
+    game_digest,
+    require_model,
+)
+from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
+
 from .games import one_sample, players_of, require_coalitions, require_inputs
 from .packed import Bools, Floats, Ints
 

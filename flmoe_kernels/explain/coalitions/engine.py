@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ... import validation as check
+from flmoe_kernels.core import validation as check
+
 from .packed import Bools, Floats, Packed, distinct, sizes, unpack
 from .ranks import Ranks
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import validation as check
-from ..memory import batch_size
-from ..models import (
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.memory import batch_size
+from flmoe_kernels.explain.models import (
     Inputs,
     expert_names,
     expert_place,
@@ -20,6 +20,7 @@ from ..models import (
     require_model,
     takes_tokens_in_any_order,
 )
+
 from .packed import Bools, Floats, Ints
 
 OUTPUTS = ("logit", "log_prob")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..archive import Arrays, decode, encode, write_whole
+from flmoe_kernels.explain.archive import Arrays, decode, encode, write_whole
+
 from .ranks import Ranks
 
 # A batch of evaluations is saved at once, unless saving would take more than this share of the run.

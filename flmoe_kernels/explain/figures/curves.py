@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
-from ..targets import LOGIT, PROB
+from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
+from flmoe_kernels.explain.targets import LOGIT, PROB
+
 from .canvas import make_figure
 
 if TYPE_CHECKING:

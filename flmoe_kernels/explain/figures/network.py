@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ... import validation as check
-from ..pairs.results import MAGNITUDE, PairValues
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.pairs.results import MAGNITUDE, PairValues
+
 from .canvas import AGAINST, FOR, UNSURE, label_of, make_figure, plain, require_tokens
 
 if TYPE_CHECKING:

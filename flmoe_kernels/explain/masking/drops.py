@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import validation as check
-from ..archive import decode, encode, write_whole
-from ..targets import PROB, Targets
-from ..tokens import places
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.archive import decode, encode, write_whole
+from flmoe_kernels.explain.targets import PROB, Targets
+from flmoe_kernels.explain.tokens import places
+
 from .model import MaskedModel
 
 COMPREHENSIVENESS, SUFFICIENCY = KINDS = ("comprehensiveness", "sufficiency")

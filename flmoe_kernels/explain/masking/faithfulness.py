@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import validation as check
-from ..attribution.values import Attribution
-from ..coalitions.packed import Ints
-from ..models import Inputs, expert_names
-from ..pairs.results import LARGEST, PairValues
-from ..targets import METRICS, Targets, require_metrics, resolve_targets
-from ..tokens import candidates, percent_counts, places, valid_tokens
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.attribution.values import Attribution
+from flmoe_kernels.explain.coalitions.packed import Ints
+from flmoe_kernels.explain.models import Inputs, expert_names
+from flmoe_kernels.explain.pairs.results import LARGEST, PairValues
+from flmoe_kernels.explain.targets import METRICS, Targets, require_metrics, resolve_targets
+from flmoe_kernels.explain.tokens import candidates, percent_counts, places, valid_tokens
+
 from .drops import MaskingDrops, draw_places, measure
 from .model import MaskedModel
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import validation as check
-from ..coalitions.packed import Ints, all_pairs
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.coalitions.packed import Ints, all_pairs
 
 ALL = "all"
 ACROSS = "across"

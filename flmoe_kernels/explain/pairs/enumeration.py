@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..coalitions.packed import Floats, Ints, Packed, from_integers
+from flmoe_kernels.explain.coalitions.packed import Floats, Ints, Packed, from_integers
+
 from .indices import INDICES, Corners
 
 MAX_PLAYERS = 16  # 65536 coalitions

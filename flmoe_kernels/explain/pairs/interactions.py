@@ -10,12 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import validation as check
-from ..coalitions.additive import TwoAdditiveGame, has_closed_form
-from ..coalitions.engine import Game
-from ..coalitions.games import FILLS, OUTPUTS, TokenGame, one_sample, players_of, require_inputs
-from ..coalitions.packed import Ints, all_pairs
-from ..models import Inputs
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.coalitions.additive import TwoAdditiveGame, has_closed_form
+from flmoe_kernels.explain.coalitions.engine import Game
+from flmoe_kernels.explain.coalitions.games import (
+    FILLS,
+    OUTPUTS,
+    TokenGame,
+    one_sample,
+    players_of,
+    require_inputs,
+)
+from flmoe_kernels.explain.coalitions.packed import Ints, all_pairs
+from flmoe_kernels.explain.models import Inputs
+
 from .candidates import ALL, Candidates, candidate_pairs, require_pairs
 from .indices import RG, SII, require_indices
 from .results import CLOSED_FORM, PairValues

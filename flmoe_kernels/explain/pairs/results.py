@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ... import validation as check
-from ..archive import decode, encode, write_whole
-from ..coalitions.packed import Floats, Ints
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.archive import decode, encode, write_whole
+from flmoe_kernels.explain.coalitions.packed import Floats, Ints
+
 from .indices import SII
 
 CLOSED_FORM = "closed_form"

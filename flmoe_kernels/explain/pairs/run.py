@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ... import validation as check
-from ..archive import Arrays
-from ..coalitions.engine import Evaluator, Game
-from ..coalitions.packed import Floats, Ints, empty_and_full
-from ..coalitions.ranks import Ranks
-from ..coalitions.resume import Checkpoint
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.archive import Arrays
+from flmoe_kernels.explain.coalitions.engine import Evaluator, Game
+from flmoe_kernels.explain.coalitions.packed import Floats, Ints, empty_and_full
+from flmoe_kernels.explain.coalitions.ranks import Ranks
+from flmoe_kernels.explain.coalitions.resume import Checkpoint
+
 from .candidates import Candidates
 from .enumeration import MAX_PLAYERS, Enumeration
 from .results import PairValues

@@ -36,8 +36,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ... import validation as check
-from ..coalitions.packed import Bools, Floats, Ints, Packed, toggled
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.coalitions.packed import Bools, Floats, Ints, Packed, toggled
+
 from .indices import INDICES, Corners
 
 OVERHEAD = 2  # evaluations of everybody and of nobody, which every run starts with

@@ -19,15 +19,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...checkpoint import CheckpointError, load_layer
-from ...interaction_moe.structure import describe
-from ...swap import swap
-from ..archive import write_whole
-from ..attribution.values import INTEGRATED
-from ..figures import drop_curve, expert_weights, pair_network, png_bytes, token_patch_map
-from ..masking.drops import KINDS, MaskingDrops
-from ..pairs.indices import SII
-from ..pairs.results import MAGNITUDE, PairValues
+from flmoe_kernels.explain.archive import write_whole
+from flmoe_kernels.explain.attribution.values import INTEGRATED
+from flmoe_kernels.explain.figures.canvas import png_bytes
+from flmoe_kernels.explain.figures.curves import drop_curve
+from flmoe_kernels.explain.figures.heat_map import token_patch_map
+from flmoe_kernels.explain.figures.network import pair_network
+from flmoe_kernels.explain.figures.weights import expert_weights
+from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
+from flmoe_kernels.explain.pairs.indices import SII
+from flmoe_kernels.explain.pairs.results import MAGNITUDE, PairValues
+from flmoe_kernels.layers.interaction_moe.structure import describe
+from flmoe_kernels.published.checkpoint import CheckpointError, load_layer
+from flmoe_kernels.published.swap import swap
+
 from .features import Features, load_features
 from .findings import TOP_ROWS, Findings, find, json_bytes
 from .page import Picture, page, token_name

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import __version__
-from ..attribution.attribute import attribute
-from ..attribution.values import Attribution
-from ..coalitions.games import token_means
-from ..masking.drops import MaskingDrops
-from ..masking.faithfulness import faithfulness, pair_masking
-from ..pairs.indices import RG, SII
-from ..pairs.interactions import probe_pairs
-from ..pairs.results import PairValues
-from ..pairs.run import Run
-from ..pairs.sampling import Sampling
-from ..tokens import candidates, valid_tokens
+from flmoe_kernels import __version__
+from flmoe_kernels.explain.attribution.attribute import attribute
+from flmoe_kernels.explain.attribution.values import Attribution
+from flmoe_kernels.explain.coalitions.games import token_means
+from flmoe_kernels.explain.masking.drops import MaskingDrops
+from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
+from flmoe_kernels.explain.pairs.indices import RG, SII
+from flmoe_kernels.explain.pairs.interactions import probe_pairs
+from flmoe_kernels.explain.pairs.results import PairValues
+from flmoe_kernels.explain.pairs.run import Run
+from flmoe_kernels.explain.pairs.sampling import Sampling
+from flmoe_kernels.explain.tokens import candidates, valid_tokens
+
 from .features import Features
 from .request import LABEL, PREDICTED, Request
 

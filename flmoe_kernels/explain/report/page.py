@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from ..figures.canvas import printable
-from ..masking.drops import MaskingDrops
-from ..pairs.indices import RG, SII
-from ..pairs.results import MAGNITUDE
-from ..targets import PROB
+from flmoe_kernels.explain.figures.canvas import printable
+from flmoe_kernels.explain.masking.drops import MaskingDrops
+from flmoe_kernels.explain.pairs.indices import RG, SII
+from flmoe_kernels.explain.pairs.results import MAGNITUDE
+from flmoe_kernels.explain.targets import PROB
+
 from .findings import TOP_ROWS, Findings, versions
 
 _TOP_TOKENS = 5

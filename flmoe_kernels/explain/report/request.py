@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ... import validation as check
-from ..attribution.values import GRADIENT_ROLLOUT
-from ..attribution.values import METHODS as ATTRIBUTIONS
-from ..coalitions.games import FILLS
-from ..pairs.candidates import ACROSS, ALL
-from ..pairs.run import METHODS
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.attribution.values import GRADIENT_ROLLOUT
+from flmoe_kernels.explain.attribution.values import METHODS as ATTRIBUTIONS
+from flmoe_kernels.explain.coalitions.games import FILLS
+from flmoe_kernels.explain.pairs.candidates import ACROSS, ALL
+from flmoe_kernels.explain.pairs.run import METHODS
 
 LABEL, PREDICTED = "label", "predicted"
 

@@ -1,0 +1,126 @@
+"""Launches of what the encoder does by row: a training step of the layer, and widths that are no whole tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.aot import costs
+from bench.aot.architectures import Architecture
+from bench.aot.cases import NONE, ONE, Built, Case, dtype_name, meta, stated
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.ops.encoder.triton import rows_launch as launches
+from flmoe_kernels.profile.shapes import LayerShape, by_name
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+NORMS = ("norm alone", "norm", "norm twice", "norm_gradient", "norm_gradient twice", "norm_sum")
+KERNELS = (*NORMS, "gelu", "gelu_gradient", "pool", "pool_gradient", "views", "views_gradient")
+
+
+@dataclass(frozen=True)
+class RowsUse:
+    """Rows (experts, views * rows, width) with runs of segments in each view."""
+
+    shape: str
+    dtype: torch.dtype
+    experts: int
+    views: int
+    rows: int
+    segments: int
+    width: int
+    dropout_p: float = 0.5
+
+    def tensor(self, *shape: int) -> Tensor:
+        return meta(shape, self.dtype)
+
+    def layer(self, times: int = 1) -> Tensor:
+        return self.tensor(self.experts, self.views * self.rows, times * self.width)
+
+
+def of_layer(name: str, dtype: torch.dtype, dropout_p: float = 0.5) -> RowsUse:
+    s = by_name(name, "cuda")
+    assert isinstance(s, LayerShape)
+    rows, segments = s.batch * sum(s.tokens), s.batch * s.modalities
+    return RowsUse(name, dtype, s.fusion_models, s.views, rows, segments, s.dim, dropout_p)
+
+
+def odd(width: int, rows: int = 4096) -> RowsUse:
+    return RowsUse(f"width {width}", BFLOAT16, 4, 3, rows, 64, width)
+
+
+# (use, kernels, architectures of the quick set); without products one architecture will do for most.
+USES: tuple[tuple[RowsUse, tuple[str, ...], tuple[int, ...]], ...] = (
+    (of_layer("mmimdb", BFLOAT16), KERNELS, ONE),
+    (of_layer("enrico", BFLOAT16), KERNELS, NONE),
+    (of_layer("mimic", BFLOAT16), ("norm", "pool", "pool_gradient"), ONE),
+    (of_layer("mimic", BFLOAT16), ("norm_gradient", "gelu", "views", "views_gradient"), ONE),
+    (of_layer("mmimdb", FLOAT32), KERNELS, ONE),
+    (of_layer("mimic", FLOAT32), ("norm", "pool", "pool_gradient"), NONE),
+    (of_layer("mmimdb", FLOAT16, 0.0), ("norm_gradient", "gelu"), ONE),
+    (odd(1024), ("norm", "norm_gradient"), ONE),
+    (odd(8192, 1024), ("norm", "norm_gradient"), ONE),
+    (odd(300), ("norm_gradient twice", "pool"), ONE),
+    (odd(63), ("norm", "gelu", "views"), ONE),
+)
+
+
+def cases() -> Iterator[Case]:
+    for use, kernels, quick in USES:
+        for kernel in kernels:
+            build = partial(built, use, kernel)
+            kind = dtype_name(use.dtype)
+            variant = "" if use.dropout_p else "no dropout"
+            yield Case("encoder_rows", kernel, use.shape, kind, variant, build, quick)
+
+
+def built(use: RowsUse, kernel: str, device: Architecture) -> Built:
+    row, launch = {name: (row, launch) for name, row, launch in launches_of(use)}[kernel]
+    work = (costs.gelu if kernel.startswith("gelu") else costs.work)(launch, use.dtype)
+    kind = ", float32" if use.dtype == FLOAT32 else ""
+    shared = launches.tiles_of(row, use.dtype).shared
+    # The table is about the named shapes: a row that has a tile alone has more.
+    table = None if use.shape.startswith("width") else stated(shared, device)
+    return Built(launch, work, tiles=f"{row}{kind}", table=table)
+
+
+def launches_of(use: RowsUse) -> Iterator[tuple[str, str, Launch]]:
+    """Every launch of a training step by what it computes, its row of the launch table, and itself."""
+    x, affine = use.layer(), use.tensor(use.experts, use.width)
+    statistics = meta(tuple(x.shape[:2]), FLOAT32)
+    dropout = launches.Dropout(meta((), torch.int64), use.dropout_p)
+    results = (x, x, statistics, statistics)
+    norm = (affine, affine), dropout, 1e-5
+    yield "norm alone", "norm", launches.norm_launch(x, None, *norm, (None, *results[1:]))
+    yield "norm", "norm", launches.norm_launch(x, x, *norm, results)
+    yield "norm twice", "norm", launches.norm_launch(None, x, *norm, results)
+    saved = (x, statistics, statistics, affine)
+    parts = meta(launches.norm_parts_shape(x), FLOAT32)
+    for name, twice, grad in (("norm_gradient", False, x), ("norm_gradient twice", True, None)):
+        grads = (grad, x, affine, affine)
+        found = launches.norm_gradient_launches((x, x), saved, dropout, twice, grads, parts)
+        yield name, "norm_gradient", found[0]
+    yield "norm_sum", "norm_sum", found[1]
+    wide = use.layer(2)
+    yield "gelu", "gelu", launches.gelu_launch(wide, dropout, wide)
+    gradient = launches.gelu_gradient_launch(wide, wide, dropout, wide)
+    yield "gelu_gradient", "gelu_gradient", gradient
+    runs = meta((use.segments + 1,), torch.int32)
+    pooled = use.tensor(use.experts, use.views, use.segments, use.width)
+    size = launches.pool_class(use.rows, use.segments)
+    yield "pool", size, launches.pool_launch(x, x, runs, dropout, pooled)
+    yield (
+        "pool_gradient",
+        "pool_gradient",
+        launches.pool_gradient_launch(pooled, runs, dropout, x, x),
+    )
+    modality = meta((use.rows,), torch.int32)
+    before, after = (
+        use.tensor(use.experts, copies, use.rows, 3 * use.width) for copies in (2, use.views)
+    )
+    yield "views", "views", launches.views_launch(before, modality, after)
+    gradient = launches.views_gradient_launch(after, modality, before)
+    yield "views_gradient", "views_gradient", gradient

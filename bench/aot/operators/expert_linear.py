@@ -1,0 +1,113 @@
+"""Launches of expert_linear: those of a training step of the layer, and widths that are no whole tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from bench.aot import costs
+from bench.aot.architectures import Architecture
+from bench.aot.cases import ALL, NONE, ONE, Built, Case, dtype_name, meta, stated
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.ops.encoder.triton import linear_launch as launches
+from flmoe_kernels.profile.shapes import LayerShape, by_name
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+# What each output is computed by: the kernel's rows of the launch table.
+KERNELS = {"out": "product", "grad_x": "product", "grad_weight": "weight_gradient"}
+# Matrix instructions of a chunk: 64 deep in steps of 16, half of that, 32 deep in steps of 8 three times.
+LEAST = {"16 bit": 4, "ragged": 2, "float32": 12}
+_COSTS: dict[str, Callable[..., costs.Work]] = {
+    "product": costs.linear_product,
+    "weight_gradient": costs.linear_weight_gradient,
+}
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """x (experts, rows, inner) and weights (experts, outer, inner)."""
+
+    shape: str
+    dtype: torch.dtype
+    experts: int
+    rows: int
+    inner: int
+    outer: int
+    bias: bool = True
+    variant: str = ""
+
+    def widths(self, output: str) -> tuple[int, int]:
+        """INNER and OUTER of a product, P and Q of a weight's gradient."""
+        return (self.inner, self.outer) if output == "out" else (self.outer, self.inner)
+
+
+def of_layer(name: str, dtype: torch.dtype, layer: str) -> LinearUse:
+    """A linear layer of every view of every expert; rows as a GPU packs them, padding last."""
+    s = by_name(name, "cuda")
+    assert isinstance(s, LayerShape)
+    inner, outer = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 2), "down": (2, 1)}[layer]
+    rows = s.views * s.batch * sum(s.tokens)
+    sizes = (s.fusion_models, rows, inner * s.dim, outer * s.dim)
+    return LinearUse(name, dtype, *sizes, layer != "qkv", layer)
+
+
+def odd(inner: int, outer: int, dtype: torch.dtype, experts: int = 4) -> LinearUse:
+    return LinearUse(f"widths {inner}, {outer}", dtype, experts, 4096, inner, outer)
+
+
+EVERY = (*KERNELS, "sum")
+OUT, FEW, GRADIENTS = ("out",), ("out", "grad_weight"), ("grad_x", "sum")
+# (use, outputs, architectures of the quick set).
+USES: tuple[tuple[LinearUse, tuple[str, ...], tuple[int, ...]], ...] = (
+    (of_layer("mmimdb", BFLOAT16, "up"), tuple(KERNELS), ALL),
+    (of_layer("mmimdb", BFLOAT16, "up"), ("sum",), ONE),
+    (of_layer("mmimdb", BFLOAT16, "qkv"), FEW, ALL),
+    (of_layer("mmimdb", BFLOAT16, "qkv"), GRADIENTS, NONE),
+    (of_layer("mmimdb", BFLOAT16, "proj"), FEW, ONE),
+    (of_layer("mmimdb", BFLOAT16, "proj"), GRADIENTS, NONE),
+    (of_layer("mmimdb", BFLOAT16, "down"), EVERY, NONE),
+    (of_layer("mmimdb", FLOAT16, "down"), FEW, ONE),
+    (of_layer("enrico", BFLOAT16, "up"), EVERY, NONE),
+    (of_layer("mimic", BFLOAT16, "up"), FEW, (80,)),
+    (of_layer("mimic", BFLOAT16, "qkv"), FEW, ONE),
+    (of_layer("mmimdb", FLOAT32, "up"), FEW, ONE),
+    (of_layer("mmimdb", FLOAT32, "up"), GRADIENTS, NONE),
+    (of_layer("mimic", FLOAT32, "down"), FEW, NONE),
+    (odd(300, 200, BFLOAT16), FEW, ONE),
+    (odd(63, 70, FLOAT16), FEW, ONE),
+    (odd(63, 70, FLOAT32), FEW, NONE),
+    (odd(65536, 32768, BFLOAT16, 1), OUT, NONE),
+)
+
+
+def cases() -> Iterator[Case]:
+    for use, outputs, quick in USES:
+        for output in outputs:
+            build = partial(built, use, output)
+            kind = dtype_name(use.dtype)
+            yield Case("expert_linear", output, use.shape, kind, use.variant, build, quick)
+
+
+def built(use: LinearUse, output: str, device: Architecture) -> Built:
+    launch = dict(launches_of(use))[output]
+    kernel = KERNELS.get(output)
+    if kernel is None:
+        return Built(launch, costs.work(launch, use.dtype))
+    row = launches.class_of(kernel, use.dtype, *use.widths(output))
+    table = stated(launches.TABLE[kernel, row].shared, device)
+    work = _COSTS[kernel](launch, use.dtype)
+    return Built(launch, work, LEAST[row], f"{kernel}, {row}", table)
+
+
+def launches_of(use: LinearUse) -> Iterator[tuple[str, Launch]]:
+    """Forward, and backward with all its gradients; without a sum where rows are not split."""
+    x = meta((use.experts, use.rows, use.inner), use.dtype)
+    weight = meta((use.experts, use.outer, use.inner), use.dtype)
+    bias = meta((use.experts, use.outer), use.dtype) if use.bias else None
+    grad_out = meta((use.experts, use.rows, use.outer), use.dtype)
+    yield "out", launches.forward(x, weight, bias)[1][0]
+    _, found = launches.backward(grad_out, x, weight, True, True, use.bias)
+    yield from zip(("grad_x", "grad_weight", "sum"), found, strict=False)

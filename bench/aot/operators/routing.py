@@ -1,0 +1,67 @@
+"""Launches of routing: the choice of experts and the order of rows, at the shapes of routed_mlp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from bench.aot import costs
+from bench.aot.architectures import Architecture
+from bench.aot.cases import NONE, ONE, Built, Case, dtype_name, meta
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.ops.routed_mlp.triton import routing_launch as routing
+from flmoe_kernels.profile.shapes import RoutedShape, by_name
+
+KERNELS = ("gate", "count", "scan", "place", "limit")
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+# (shape, dtype of the logits, kernels, architectures of the quick set); without products one architecture will do.
+USES = (
+    ("routed_large", BFLOAT16, KERNELS, ONE),
+    ("routed_large", FLOAT16, KERNELS[:1], ONE),
+    ("routed_small_e4", BFLOAT16, KERNELS, NONE),
+    ("routed_small_e16", BFLOAT16, KERNELS, NONE),
+)
+CAPACITY = 1000
+
+
+def cases() -> Iterator[Case]:
+    for shape, dtype, kernels, quick in USES:
+        for kernel in kernels:
+            build = partial(built, shape, dtype, kernel)
+            yield Case("routing", kernel, shape, dtype_name(dtype), "", build, quick)
+
+
+def built(shape: str, dtype: torch.dtype, kernel: str, _device: Architecture) -> Built:
+    sizes = by_name(shape, "cuda")
+    assert isinstance(sizes, RoutedShape)
+    launch = dict(launches_of(sizes, dtype))[kernel]
+    if kernel == "gate":
+        return Built(launch, costs.routing_gate(launch, dtype))
+    # The scan replaces counts by their sums.
+    twice = ("counts",) if kernel == "scan" else ()
+    return Built(launch, costs.work(launch, dtype, twice=twice))
+
+
+def launches_of(sizes: RoutedShape, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    tokens, choices, experts = sizes.tokens, sizes.choices, sizes.experts
+    index = meta((tokens, choices), torch.int64)
+    mask = meta((tokens,), torch.bool)
+    weight = meta((tokens, choices), dtype)
+    blocks = routing.count_blocks(index)
+    before, totals, counts, offsets, permutation = (
+        meta(shape, torch.int32)
+        for shape in (
+            (blocks, experts + 1),
+            (experts + 1,),
+            (experts,),
+            (experts + 1,),
+            (index.numel(),),
+        )
+    )
+    yield "gate", routing.gate_launch(meta((tokens, experts), dtype), index, weight, True)
+    counting = routing.count_launches(index, mask, before, totals)
+    yield from zip(("count", "scan"), counting, strict=True)
+    yield "place", routing.place_launch(index, before, totals, counts, offsets, permutation)
+    yield "limit", routing.limit_launch(index, mask, before, index, experts, CAPACITY)

@@ -1,0 +1,160 @@
+// Routing on a GPU, its plan, and its twin on the host. Without CUDA in the build the calls that
+// need it are not there; cuda_build says why.
+#include "bindings/border.h"
+#include "common/routing.h"
+#include "cpu/routing_twin.h"
+#include "cuda_build.h"
+
+#if defined(FLMOE_HAVE_CUDA)
+#include "cuda/routing.h"
+#endif
+
+namespace flmoe::bindings {
+namespace {
+
+// Rows and experts are counted in 32 bits.
+void require_countable(int64_t rows, int64_t experts) {
+  if (rows < 0 || rows > INT32_MAX) throw std::invalid_argument("rows: expected 0 to 2^31 - 1");
+  if (experts < 1 || experts >= INT32_MAX)
+    throw std::invalid_argument("experts: expected 1 to 2^31 - 2");
+}
+
+using GateSizes = std::array<int64_t, 3>;  // tokens, experts, top_k
+
+flmoe::GateArgs gate_args(const std::array<Address, 3>& tensors, const GateSizes& sizes,
+                          bool over_all) {
+  if (sizes[0] < 0 || sizes[2] < 1 || sizes[2] > sizes[1])
+    throw std::invalid_argument("top_k: expected 1 to experts");
+  require_countable(sizes[0], sizes[1]);
+  require_countable(sizes[0] * sizes[2], sizes[1]);
+  return {pointer(tensors[0]),
+          pointer<int64_t>(tensors[1]),
+          pointer(tensors[2]),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          over_all,
+          1};
+}
+
+using LimitSizes = std::array<int64_t, 3>;  // tokens, top_k, experts
+
+// tensors = addresses of (index, mask, kept)
+flmoe::LimitArgs limit_args(const std::array<Address, 3>& tensors, const LimitSizes& sizes,
+                            int64_t capacity) {
+  require_countable(sizes[0], sizes[2]);
+  require_countable(sizes[1], sizes[2]);
+  require_countable(sizes[0] * sizes[1], sizes[2]);
+  return {pointer<const int64_t>(tensors[0]),
+          pointer<const uint8_t>(tensors[1]),
+          pointer<int64_t>(tensors[2]),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          capacity};
+}
+
+// tensors = addresses of (index, counts, offsets, permutation)
+flmoe::DispatchArgs dispatch_args(const std::array<Address, 4>& tensors, int64_t rows,
+                                  int64_t experts) {
+  require_countable(rows, experts);
+  return {pointer<const int64_t>(tensors[0]),
+          pointer<int32_t>(tensors[1]),
+          pointer<int32_t>(tensors[2]),
+          pointer<int32_t>(tensors[3]),
+          rows,
+          experts};
+}
+
+void require_block(int64_t rows_per_block) {
+  if (rows_per_block < 0 || rows_per_block % flmoe::kManyThreads != 0)
+    throw std::invalid_argument("rows_per_block: expected a multiple of 256");
+}
+
+#if defined(FLMOE_HAVE_CUDA)
+// queue = (device, stream); counters = (address, how many)
+using Queue = std::array<int64_t, 2>;
+using Counters = std::array<int64_t, 2>;
+
+flmoe::cuda::Place place(const Queue& queue) {
+  return {static_cast<int>(queue[0]), pointer(static_cast<Address>(queue[1]))};
+}
+
+int32_t* counters_of(const Counters& given, int64_t rows, int64_t bins) {
+  if (given[1] < flmoe::route_counters(flmoe::route_plan(rows, bins), bins))
+    throw std::invalid_argument("counters: expected as many as route_counters says");
+  return pointer<int32_t>(static_cast<Address>(given[0]));
+}
+
+void check(const char* message) {
+  if (message != nullptr) throw std::runtime_error(std::string("CUDA: ") + message);
+}
+
+void bind_launches(py::module_& m) {
+  m.def("cuda_devices", [] {
+    const char* reason;
+    const int count = flmoe::cuda::devices(&reason);
+    return py::make_tuple(count, reason);
+  });
+  m.def("cuda_probe", [](int device) {
+    flmoe::cuda::Capability found{};
+    const char* message = flmoe::cuda::probe(device, &found);
+    return py::make_tuple(found.major, found.minor, message == nullptr ? "" : message);
+  });
+  m.def("cuda_gate", [](int dtype, const std::array<Address, 3>& tensors, const GateSizes& sizes,
+                        bool over_all, const Queue& queue) {
+    const flmoe::GateArgs args = gate_args(tensors, sizes, over_all);
+    check(flmoe::cuda::gate(dtype_of(dtype), args, place(queue)));
+  });
+  m.def("cuda_limit", [](const std::array<Address, 3>& tensors, const LimitSizes& sizes,
+                         int64_t capacity, const Counters& counters, const Queue& queue) {
+    const flmoe::LimitArgs args = limit_args(tensors, sizes, capacity);
+    int32_t* const given =
+        capacity < 0 ? nullptr : counters_of(counters, sizes[0] * sizes[1], sizes[2]);
+    check(flmoe::cuda::limit(args, given, place(queue)));
+  });
+  m.def("cuda_dispatch", [](const std::array<Address, 4>& tensors, int64_t rows, int64_t experts,
+                            const Counters& counters, const Queue& queue) {
+    const flmoe::DispatchArgs args = dispatch_args(tensors, rows, experts);
+    check(flmoe::cuda::dispatch(args, counters_of(counters, rows, experts + 1), place(queue)));
+  });
+}
+#endif
+
+}  // namespace
+
+void bind_route(py::module_& m) {
+  // (architectures, reason): one of them is empty.
+  m.def("cuda_build", [] { return py::make_tuple(flmoe::kCudaArchitectures, flmoe::kCudaReason); });
+  m.def("route_plan", [](int64_t rows, int64_t bins) {
+    require_countable(rows, bins);
+    const flmoe::RoutePlan plan = flmoe::route_plan(rows, bins);
+    return py::make_tuple(plan.blocks, plan.rows_per_block, plan.alone);
+  });
+  m.def("route_counters", [](int64_t rows, int64_t bins) {
+    require_countable(rows, bins);
+    return flmoe::route_counters(flmoe::route_plan(rows, bins), bins);
+  });
+  m.def("routing_twin_gate", [](int dtype, const std::array<Address, 3>& tensors,
+                              const GateSizes& sizes, bool over_all, uint64_t order) {
+    return flmoe::twin_gate(dtype_of(dtype), gate_args(tensors, sizes, over_all), order);
+  });
+  m.def("routing_twin_limit", [](const std::array<Address, 3>& tensors, const LimitSizes& sizes,
+                               int64_t capacity, int64_t rows_per_block, uint64_t order) {
+    require_block(rows_per_block);
+    return flmoe::twin_limit(limit_args(tensors, sizes, capacity), rows_per_block, order);
+  });
+  m.def("routing_twin_dispatch", [](const std::array<Address, 4>& tensors, int64_t rows,
+                                  int64_t experts, int64_t rows_per_block, uint64_t order) {
+    require_block(rows_per_block);
+    return flmoe::twin_dispatch(dispatch_args(tensors, rows, experts), rows_per_block, order);
+  });
+  m.def("routing_twin_race", [](uint64_t order) { return flmoe::twin_race(order); });
+  m.def("routing_twin_peek",
+        [](bool in_a_warp, int apart) { return flmoe::twin_peek(in_a_warp, apart); });
+#if defined(FLMOE_HAVE_CUDA)
+  bind_launches(m);
+#endif
+}
+
+}  // namespace flmoe::bindings

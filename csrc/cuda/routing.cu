@@ -1,0 +1,137 @@
+// Routing on a GPU: launches of the blocks in csrc/common/gate_blocks.h and dispatch_blocks.h, where
+// the work is written.
+//
+// Tiling: the gate gives each token a group of 1 to 32 lanes, 256 threads a block. limit and
+// dispatch are one launch of one block of 1024 threads while rows are few, else three launches:
+// count per block of rows, sum over blocks, place. Both cuts are route_plan's
+// (csrc/common/routing.h). Why not a device-wide sort: experts are few, so counting is one pass,
+// and three launches are fewer than a radix sort's; the temporary memory depends on shapes alone.
+//
+// Memory: the gate reads logits once (and again the chosen ones; beyond 256 experts once more per
+// choice) and writes index and weight. limit and dispatch read index twice per launch that walks
+// it, the second time from the cache: 8 bytes a row, and 8 or 4 written. All are bound by latency
+// at the sizes of one layer, by memory beyond.
+//
+// Races: a launch reads what launches before it on the stream wrote; no block reads what another
+// block of its launch writes. Count: block b writes counters[., b]. Sum: block e reads and writes
+// counters[e, .] and counts[e]. Place: each row's one thread writes permutation (the places are a
+// permutation) or kept; block 0 writes offsets. In a block, steps end with a barrier; in a step no
+// thread touches what another one writes: see walk(), where of the lanes with one bin only the
+// first writes its counter, a step after all have read it. No atomics: results are the same bits
+// for any order.
+#include "cuda/routing.h"
+
+#include <cuda_runtime.h>
+
+#include "common/gate_blocks.h"
+#include "common/dispatch_blocks.h"
+#include "cuda/device_block.cuh"
+#include "cuda_build.h"
+
+namespace flmoe::cuda {
+namespace {
+
+template <int kThreads, typename Body>
+__global__ void __launch_bounds__(kThreads, 1) route_kernel(const Body body) {
+  __shared__ typename Block<kThreads>::Shared shared;
+  Block<kThreads> block{shared, shared.tally};
+  body(block, static_cast<int64_t>(blockIdx.x));
+}
+
+// Queues launches until one fails; none of no blocks.
+class Launch {
+ public:
+  explicit Launch(const Place& place) : stream_(static_cast<cudaStream_t>(place.stream)) {
+    // The runtime is this module's own, so what it still remembers is a call of this file that
+    // failed, and said so then: it must not be taken for a failure of the launches to come.
+    cudaGetLastError();
+    error_ = cudaSetDevice(place.device);
+  }
+
+  template <int kThreads, typename Body>
+  void run(int64_t blocks, const Body& body) {
+    if (blocks == 0 || error_ != cudaSuccess) return;
+    route_kernel<kThreads, Body><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(body);
+    error_ = cudaGetLastError();
+  }
+
+  const char* message() const {
+    return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_);
+  }
+
+ private:
+  cudaStream_t stream_;
+  cudaError_t error_;
+};
+
+}  // namespace
+
+const char* gate(DType dtype, const GateArgs& args, const Place& place) {
+  Launch launch(place);
+  const route::GateTokens in{args.logits,
+                             args.index,
+                             args.weight,
+                             args.tokens,
+                             static_cast<int32_t>(args.experts),
+                             static_cast<int32_t>(args.top_k),
+                             args.over_all};
+  switch (dtype) {
+    case DType::kFloat32:
+      route::launch_gate<float>(launch, in);
+      break;
+    case DType::kFloat64:
+      route::launch_gate<double>(launch, in);
+      break;
+    case DType::kBFloat16:
+      route::launch_gate<BFloat16>(launch, in);
+      break;
+    case DType::kFloat16:
+      route::launch_gate<Float16>(launch, in);
+      break;
+  }
+  return launch.message();
+}
+
+const char* limit(const LimitArgs& args, int32_t* counters, const Place& place) {
+  Launch launch(place);
+  const RouteRows in{args.index, args.mask, args.tokens * args.top_k,
+                     static_cast<int32_t>(args.top_k), static_cast<int32_t>(args.experts)};
+  route::launch_limit(launch, in, route_plan(in.rows, args.experts), args.capacity, counters,
+                      args.kept);
+  return launch.message();
+}
+
+const char* dispatch(const DispatchArgs& args, int32_t* counters, const Place& place) {
+  Launch launch(place);
+  const RouteRows in{args.index, nullptr, args.rows, 1, static_cast<int32_t>(args.experts)};
+  route::launch_dispatch(launch, in, route_plan(args.rows, args.experts + 1), counters, args.counts,
+                         args.offsets, args.permutation);
+  return launch.message();
+}
+
+int devices(const char** reason) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  cudaGetLastError();  // it is told here, not at the next launch
+  int driver = 0;
+  if (error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess &&
+      driver == 0) {
+    *reason = "no NVIDIA driver is installed";
+    return 0;
+  }
+  *reason = error == cudaSuccess ? "" : cudaGetErrorString(error);
+  return error == cudaSuccess ? count : 0;
+}
+
+const char* probe(int device, Capability* capability) {
+  cudaError_t error =
+      cudaDeviceGetAttribute(&capability->major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&capability->minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaGetLastError();
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const bool runs = capability->major * 10 + capability->minor >= kCudaOldest;
+  return runs ? nullptr : "it is older than all of these";
+}
+
+}  // namespace flmoe::cuda

@@ -1,0 +1,90 @@
+"""The command `info`: what is installed, and what of it runs here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+from typing import Annotated, Any
+
+import typer
+
+from flmoe_kernels._version import __version__
+
+from .errors import PACKAGE
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+) -> None:
+    """Show versions, devices, instruction set, threads, and which backends run here."""
+    facts = gather_info()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        print_info(facts)
+
+
+def gather_info() -> dict[str, Any]:
+    """What `info` shows, as plain values that JSON can hold."""
+    import torch
+
+    from flmoe_kernels.core.backend import backend_status, instruction_set, instruction_sets
+    from flmoe_kernels.profile.environment import cpu_model
+
+    status = backend_status()
+    native_runs = status["cpu"][0]
+    versions: dict[str, str | None] = {PACKAGE: __version__, "python": platform.python_version()}
+    missing: dict[str, str] = {}
+    for name in ("torch", "numpy", "triton"):
+        try:
+            versions[name] = str(importlib.import_module(name).__version__)
+        except ImportError as error:
+            versions[name] = None
+            missing[name] = str(error)
+    return {
+        "versions": versions,
+        "missing": missing,
+        "devices": {"cpu": cpu_model(), "cuda": cuda_devices()},
+        "instruction_set": instruction_set() if native_runs else None,
+        "instruction_sets": list(instruction_sets()),
+        "threads": torch.get_num_threads(),
+        "backends": {name: {"ok": ok, "reason": reason} for name, (ok, reason) in status.items()},
+    }
+
+
+def cuda_devices() -> list[str]:
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            f"{properties.name} (sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB)"
+        )
+    return devices
+
+
+def print_info(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    machine = Table(show_header=False, title="This installation", title_justify="left")
+    for name, version in facts["versions"].items():
+        machine.add_row(name, Text(version or f"not available: {facts['missing'][name]}"))
+    machine.add_row("cpu", Text(facts["devices"]["cpu"]))
+    machine.add_row("cuda", Text(", ".join(facts["devices"]["cuda"]) or "no device"))
+    machine.add_row("instruction set", facts["instruction_set"] or "none: no native module")
+    machine.add_row("  of", ", ".join(facts["instruction_sets"]) or "-")
+    machine.add_row("threads", str(facts["threads"]))
+
+    backends = Table("backend", "runs here", "reason", title="Backends", title_justify="left")
+    for name, state in facts["backends"].items():
+        runs = Text("yes", "green") if state["ok"] else Text("no", "red")
+        backends.add_row(name, runs, Text(state["reason"]))
+
+    console = Console()
+    console.print(machine)
+    console.print(backends)

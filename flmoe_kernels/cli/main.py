@@ -1,0 +1,62 @@
+"""The command line: `python -m flmoe_kernels COMMAND`.
+
+Each command is a typer-annotated function in a module of `commands`, which imports what it needs inside
+itself, so that `--help` stays quick and a missing extra stops only the command that wants it:
+
+    def explain(out: Annotated[Path, typer.Option(help="Folder for results.")]) -> None:
+        \"\"\"Explain predictions.\"\"\"
+        with needs_extra("demo"):
+            from flmoe_kernels.explain.report.command import main as run
+        run(out)
+
+Results go to stdout, messages to stderr. Exit codes: 0 done, 1 a check of what came
+out failed, 2 the request cannot be met, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flmoe_kernels._version import __version__
+
+from . import bench, tune
+from .errors import PACKAGE
+from .explain import explain
+from .info import info
+from .profile import profile
+from .swap import swap
+
+app = typer.Typer(
+    name=PACKAGE,
+    help="Fast kernels for feature-level interaction mixtures of experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for command in (info, swap, explain, profile):
+    app.command()(command)
+app.add_typer(bench.app, name="bench")
+app.add_typer(tune.app, name="tune")
+
+
+def main() -> None:
+    """Run the command line as `python -m flmoe_kernels`, whichever way it was started."""
+    app(prog_name=f"python -m {PACKAGE}")
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PACKAGE} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Options that stand before any command."""

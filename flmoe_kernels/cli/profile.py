@@ -1,0 +1,138 @@
+"""The command `profile`: how fast is it here, how far from the limit, where does the time go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import fail, needs_extra
+
+
+def profile(
+    op: Annotated[
+        str | None, typer.Option(help="pair_moe, interaction_moe, ...; or see --checkpoint.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="A named shape; default the first.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default float32; on a GPU bfloat16.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A backend or peer; again for more, compared with the first; all for all that run. "
+            "Default what a call gets that does not ask."
+        ),
+    ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(
+            "--pass",
+            help="forward, backward or forward+backward (default); of the whole layer also "
+            "inference and training, with --checkpoint by default both.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    variant: Annotated[
+        str | None, typer.Option(help="Of the operator, as pool of pair_moe; default the first.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Your own layer: swapped, next to the reference.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="With --checkpoint: samples; default 32.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="With --checkpoint: of each modality, as 320,196.")
+    ] = None,
+    valid: Annotated[
+        str | None, typer.Option(help="With --checkpoint: how many are no padding; default all.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="See swap; default 4.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="See swap; default 1.0.")] = None,
+    gate: Annotated[str | None, typer.Option(help="See swap.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="See swap; default 2; Switch: 1.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Time and memory at these sequence lengths, as 128,256, with the peers."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of timing for each contestant.")] = 5.0,
+    repeat: Annotated[
+        int, typer.Option(help="Time so often; exit code 1 where runs disagree.")
+    ] = 1,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace here.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a table here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Roofline, or with --lengths time and memory: .png, .pdf.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Compare results with the reference's first.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peaks, in processes of their own.")] = True,
+) -> None:
+    """Time an operator or your own layer here: rates, share of this machine's limits, stages, memory."""
+    from flmoe_kernels.core.backend import BackendUnavailable
+    from flmoe_kernels.profile.check import WrongAnswer
+    from flmoe_kernels.profile.layers_of_users import UnsupportedRequest, UserLayer
+    from flmoe_kernels.profile.output_files import Files
+    from flmoe_kernels.profile.profiles import Effort
+    from flmoe_kernels.profile.request import BadRequest, Request
+    from flmoe_kernels.profile.run import run_case, run_layer, run_lengths
+    from flmoe_kernels.published.checkpoint import CheckpointError
+
+    if (op is None) == (checkpoint is None):
+        fail("--op or --checkpoint: expected one of them, got " + ("both" if op else "neither"))
+    files = Files(trace=trace, csv=csv_file, json=json_file, plot=plot)
+    try:
+        files.require_writable()
+        effort = Effort(seconds=seconds, repeat=repeat)
+        with needs_extra("demo"):
+            if checkpoint is not None:
+                _refuse(shape=shape, backend=backend, variant=variant, lengths=lengths)
+                user = UserLayer(
+                    path=str(checkpoint),
+                    batch=32 if batch is None else batch,
+                    tokens=_numbers("tokens", tokens),
+                    valid=_numbers("valid", valid),
+                    num_heads=heads,
+                    temperature=temperature,
+                    gate=gate,
+                    top_k=top_k,
+                    dtype=dtype,
+                    device=device,
+                )
+                good = run_layer(user, phase, effort, files, check=check, memory=memory)
+            else:
+                _refuse(
+                    batch=batch, tokens=tokens, valid=valid, heads=heads, temperature=temperature
+                )
+                _refuse(gate=gate, top_k=top_k)
+                request = Request(
+                    op or "", shape, dtype, tuple(backend or ()), phase, device, variant
+                )
+                if wanted := _numbers("lengths", lengths):
+                    good = run_lengths(request, wanted, effort, files, check=check, memory=memory)
+                else:
+                    good = run_case(request, effort, files, check=check, memory=memory)
+    except WrongAnswer as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(code=1) from error
+    except (BadRequest, UnsupportedRequest, BackendUnavailable, CheckpointError) as error:
+        fail(str(error))
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    raise typer.Exit(code=0 if good else 1)
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        fail(f"--{name}: expected numbers separated by commas, got {text!r}")
+
+
+def _refuse(**given: object) -> None:
+    """Options that say nothing of what is profiled."""
+    for name, value in given.items():
+        if value not in (None, []):
+            fail(f"--{name.replace('_', '-')}: says nothing of what is profiled here; leave it out")

@@ -1,0 +1,1 @@
+"""Shared by every operator: backends, registration, validation, the native module."""

@@ -1,0 +1,1 @@
+"""Launches, launch tables, Philox and tuning of the Triton kernels."""

@@ -1,0 +1,252 @@
+"""The sizes of an interaction layer: its state_dict and the layer itself follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+
+from .fusion import MLP, MLP_EXPANSION, Compat, FusionTransformer, is_sparse_layer
+from .reference import ReferenceInteractionMoE
+
+GATE_SETTINGS = ("capacity", "random_routing", "switch_eps", "noise_epsilon")
+
+
+@dataclasses.dataclass(frozen=True)
+class DropoutRates:
+    """Rates of one fusion layer: on attention probabilities, after the projection, on the attention
+    branch before its residual (dropout1), inside the MLP (0 in a routed one, which has no dropout),
+    and on the MLP branch (dropout2)."""
+
+    attention: float
+    projection: float
+    residual1: float
+    mlp: float
+    residual2: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseSpec:
+    """The routed MLPs of a sparse fusion model; the parameters tell the sizes, and Noisy gates from others.
+
+    Attributes:
+        num_experts: X, experts of every routed MLP.
+        d_hidden: their hidden width F.
+        num_routers: gates of each, of which the first routes.
+        gate: its class, a name in routed_mlp's GATES.
+        top_k: experts of a token.
+        capacity, random_routing, switch_eps, noise_epsilon: as the gate has them, None where it has none.
+    """
+
+    num_experts: int
+    d_hidden: int
+    num_routers: int
+    gate: str
+    top_k: int
+    capacity: tuple[float, float] | None
+    random_routing: bool | None
+    switch_eps: float | None
+    noise_epsilon: float | None
+
+    def parameter_shapes(self, path: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Keys and shapes of one routed MLP at `path`, for tokens of width `dim`."""
+        experts, hidden = self.num_experts, self.d_hidden
+        gate: dict[str, tuple[int, ...]] = {"gate.weight": (experts, dim), "gate.bias": (experts,)}
+        if self.gate == "NoisyGate":
+            gate = {"w_gate": (dim, experts), "w_noise": (dim, experts)}
+        yield from ((f"{path}.gate.{name}", shape) for name, shape in gate.items())
+        for name, fan_in, fan_out in (("htoh4", dim, hidden), ("h4toh", hidden, dim)):
+            yield f"{path}.experts.{name}.weight", (experts, fan_out, fan_in)
+            yield f"{path}.experts.{name}.bias", (experts, fan_out)
+        for r in range(self.num_routers):
+            yield from ((f"{path}.all_gates.{r}.{name}", shape) for name, shape in gate.items())
+
+    def with_settings(self, found: dict[str, Any]) -> SparseSpec:
+        """This with the gates' settings among `found` that are of the kind that these gates have."""
+        values: dict[str, Any] = {}
+        for name in GATE_SETTINGS:
+            own, value = getattr(self, name), found.get(name)
+            if isinstance(own, tuple) and isinstance(value, list | tuple):
+                value = tuple(value)
+                fits = len(value) == len(own) and all(
+                    isinstance(x, int | float) and x > 0 for x in value
+                )
+            else:
+                fits = own is not None and isinstance(value, type(own))
+            if fits:
+                values[name] = value
+        return dataclasses.replace(self, **values)
+
+    def configure(self, mlp: RoutedMLP) -> None:
+        """Give the gates of a routed MLP these settings."""
+        for router in mlp.all_gates.values():
+            for name in GATE_SETTINGS:
+                if (value := getattr(self, name)) is not None:
+                    setattr(router, name, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the parameters of a layer tell about it.
+
+    Attributes:
+        num_modalities: M; the layer has M + 2 experts.
+        hidden_dim: token width D.
+        num_classes: C.
+        num_layers: fusion layers of every expert.
+        compat: "fl_i2moe", or "i2moe" when the experts have learned positions.
+        num_patches: tokens per modality of the learned positions, else None.
+        reweight_hidden: hidden width of the reweighting MLP, None when it is a single linear map.
+        reweight_layers: its number of linear maps.
+        sparse: the routed MLPs in fusion layers 0, 2, 4, ..., None when all are dense.
+    """
+
+    num_modalities: int
+    hidden_dim: int
+    num_classes: int
+    num_layers: int
+    compat: Compat
+    num_patches: int | None
+    reweight_hidden: int | None
+    reweight_layers: int
+    sparse: SparseSpec | None
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_modalities + 2
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every key of the layer's state_dict with its shape; there are no others."""
+        return dict(self._shapes())
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        dim, hidden = self.hidden_dim, MLP_EXPANSION * self.hidden_dim
+        latent = self.num_modalities * dim
+        inner = [self.reweight_hidden or 0] * (self.reweight_layers - 1)
+        widths = [latent, *inner, self.num_experts]
+        for i in range(self.reweight_layers):
+            yield f"reweight.mlp.network.{3 * i}.weight", (widths[i + 1], widths[i])
+            yield f"reweight.mlp.network.{3 * i}.bias", (widths[i + 1],)
+        for e in range(self.num_experts):
+            fusion = f"interaction_experts.{e}.fusion_model"
+            if self.num_patches is not None:
+                yield f"{fusion}.pos_embed", (1, self.num_modalities * self.num_patches, dim)
+            for i in range(self.num_layers):
+                layer = f"{fusion}.network.{i}"
+                for norm in ("norm1", "norm2"):
+                    yield f"{layer}.{norm}.weight", (dim,)
+                    yield f"{layer}.{norm}.bias", (dim,)
+                yield f"{layer}.attn.q.weight", (dim, dim)
+                yield f"{layer}.attn.kv.weight", (2 * dim, dim)
+                yield f"{layer}.attn.proj.weight", (dim, dim)
+                yield f"{layer}.attn.proj.bias", (dim,)
+                if self.sparse is not None and is_sparse_layer(i):
+                    yield from self.sparse.parameter_shapes(f"{layer}.mlp", dim)
+                    continue
+                yield f"{layer}.mlp.network.0.weight", (hidden, dim)
+                yield f"{layer}.mlp.network.0.bias", (hidden,)
+                yield f"{layer}.mlp.network.3.weight", (dim, hidden)
+                yield f"{layer}.mlp.network.3.bias", (dim,)
+            yield f"{fusion}.network.{self.num_layers}.fc.weight", (self.num_classes, latent)
+            yield f"{fusion}.network.{self.num_layers}.fc.bias", (self.num_classes,)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec(Architecture):
+    """An architecture with what its parameters do not tell.
+
+    Attributes:
+        num_heads: attention heads H, a divisor of D.
+        fusion_sparse: whether the forward also returns gate losses.
+        norm_eps: epsilon of every LayerNorm.
+        temperature: of the softmax over experts.
+        dropout: rates of each fusion layer, the same in all experts.
+        reweight_dropout: rate inside the reweighting MLP.
+    """
+
+    num_heads: int
+    fusion_sparse: bool
+    norm_eps: float
+    temperature: float
+    dropout: tuple[DropoutRates, ...]
+    reweight_dropout: float
+
+
+def build(
+    architecture: Architecture,
+    num_heads: int = 4,
+    temperature: float = 1.0,
+    dropout: float = 0.5,
+    *,
+    fusion_sparse: bool = False,
+) -> ReferenceInteractionMoE:
+    """A reference layer of this architecture with fresh parameters.
+
+    Args:
+        architecture: the sizes.
+        num_heads: attention heads, a divisor of hidden_dim; not part of a checkpoint.
+        temperature: of the softmax over experts, positive; not part of a checkpoint.
+        dropout: rate of every dropout inside the fusion models.
+        fusion_sparse: whether the forward also returns gate losses.
+
+    Raises:
+        ValueError: an argument outside these ranges.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    sparse = architecture.sparse
+    routed: dict[str, Any] = {}
+    if sparse is not None:
+        routed = {
+            "num_experts": sparse.num_experts,
+            "num_routers": sparse.num_routers,
+            "top_k": sparse.top_k,
+            "gate": sparse.gate,
+        }
+    fusion = FusionTransformer(
+        architecture.num_modalities,
+        architecture.hidden_dim,
+        architecture.num_classes,
+        architecture.num_layers,
+        num_heads,
+        dropout,
+        architecture.compat,
+        architecture.num_patches,
+        mlp_sparse=sparse is not None,
+        **routed,
+    )
+    for part in fusion.modules():
+        if sparse is not None and isinstance(part, RoutedMLP):
+            sparse.configure(part)
+    return ReferenceInteractionMoE(
+        architecture.num_modalities,
+        fusion,
+        fusion_sparse,
+        architecture.hidden_dim,
+        architecture.reweight_hidden or architecture.hidden_dim,
+        architecture.reweight_layers,
+        temperature,
+    )
+
+
+def build_like(spec: LayerSpec) -> ReferenceInteractionMoE:
+    """A reference layer with every size and rate of `spec`, and fresh parameters."""
+    layer = build(spec, spec.num_heads, spec.temperature, fusion_sparse=spec.fusion_sparse)
+    for part in layer.reweight.mlp.network:
+        if isinstance(part, nn.Dropout):
+            part.p = spec.reweight_dropout
+    for expert in layer.interaction_experts:
+        for encoder, rates in zip(expert.fusion_model.network, spec.dropout, strict=False):
+            encoder.attn.attn_drop.p = rates.attention
+            encoder.attn.proj_drop.p = rates.projection
+            encoder.dropout1.p = rates.residual1
+            if isinstance(encoder.mlp, MLP):
+                dropout: Any = encoder.mlp.network[2]
+                dropout.p = rates.mlp
+            encoder.dropout2.p = rates.residual2
+            encoder.norm1.eps = encoder.norm2.eps = spec.norm_eps
+    return layer

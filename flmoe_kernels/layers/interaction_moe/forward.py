@@ -1,0 +1,270 @@
+"""All experts and all views of the layer in one batched pass over packed rows.
+
+Rows are (expert, view, token): padded tokens are absent, matrix products run once per stage for all
+experts, and the first layer's norm and projection see each token twice per expert (original, noise)
+instead of once per view. What a stage writes is what the next one reads; attention maps and dropout masks
+are never stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from flmoe_kernels.core import dropout as rng
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.ops.encoder import op as _encoder_op  # noqa: F401  registers the encoder's operators
+from flmoe_kernels.ops.expert_attention import op as _attention_op  # noqa: F401  registers its operators
+
+from .fusion import Compat, sinusoidal_positions
+from .packing import TokenPlan
+from .reference import Replacements
+from .sparse import GateLosses, RoutedWeights, routed_update, rows_by_modality, stack_routed
+
+_OPS = torch.ops.flmoe
+
+
+@dataclass(frozen=True)
+class DenseWeights:
+    """The MLPs of one encoder layer of all experts."""
+
+    w_in: tuple[Tensor, Tensor]
+    w_out: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One encoder layer of all experts: weights stacked over experts, rates of its dropouts."""
+
+    norm1: tuple[Tensor, Tensor]
+    norm2: tuple[Tensor, Tensor]
+    qkv: Tensor
+    proj: tuple[Tensor, Tensor]
+    mlp: DenseWeights | RoutedWeights
+    heads: int
+    eps: float
+    attention_p: float
+    branch_p: float  # on the attention branch, see branch_rate
+    mlp_p: float  # 0 in a routed MLP, which has no dropout inside
+    output_p: float
+
+
+def rate_of(name: str, dropouts: Sequence[Any]) -> float:
+    """The rate of one dropout of all experts: each part's own rate and mode count, and they must agree."""
+    rates = {drop.p if drop.training else 0.0 for drop in dropouts}
+    if len(rates) > 1:
+        raise ValueError(
+            f"{name}: experts differ in rate or mode, {sorted(rates)}; the kernels need one rate for "
+            "all, backend='reference' does not"
+        )
+    return rates.pop()
+
+
+def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
+    """Two dropouts in a row, after the projection and before the residual, are one: keep rates multiply.
+
+    I2MoE adds the branch to itself between the two, so there they stay two, of one rate.
+    """
+    projection = rate_of("proj_drop", [x.attn.proj_drop for x in layers])
+    residual = rate_of("dropout1", [x.dropout1 for x in layers])
+    if compat == "fl_i2moe":
+        return 1.0 - (1.0 - projection) * (1.0 - residual)
+    if projection != residual:
+        raise ValueError(
+            f"dropout1: expected the rate of proj_drop, {projection}, got {residual}; with the residual "
+            "of I2MoE the kernels need them equal, backend='reference' does not"
+        )
+    return projection
+
+
+def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> LayerWeights:
+    """The weights of one layer index, expert after expert, in `dtype`. Gradients flow back to each parameter."""
+
+    def stacked(get: Callable[[Any], Tensor]) -> Tensor:
+        return torch.stack([get(layer) for layer in layers]).to(dtype)
+
+    def affine(get: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+        return stacked(lambda x: get(x).weight), stacked(lambda x: get(x).bias)
+
+    first = layers[0]
+    width = first.norm1.weight.shape[0]
+    parts = [w for x in layers for w in (x.attn.q.weight, x.attn.kv.weight)]
+    mlps = [x.mlp for x in layers]
+    mlp: DenseWeights | RoutedWeights
+    if isinstance(first.mlp, RoutedMLP):
+        mlp, mlp_p = stack_routed(mlps, dtype), 0.0
+    else:
+        mlp = DenseWeights(affine(lambda x: x.mlp.network[0]), affine(lambda x: x.mlp.network[3]))
+        mlp_p = rate_of("mlp.network.2", [each.network[2] for each in mlps])
+    return LayerWeights(
+        norm1=affine(lambda x: x.norm1),
+        norm2=affine(lambda x: x.norm2),
+        qkv=torch.cat(parts).to(dtype).view(len(layers), 3 * width, width),
+        proj=affine(lambda x: x.attn.proj),
+        mlp=mlp,
+        heads=first.attn.num_heads,
+        eps=first.norm1.eps,
+        attention_p=rate_of("attn_drop", [x.attn.attn_drop for x in layers]),
+        branch_p=branch_rate(layers, compat),
+        mlp_p=mlp_p,
+        output_p=rate_of("dropout2", [x.dropout2 for x in layers]),
+    )
+
+
+def embed(
+    tokens: Tensor,
+    plan: TokenPlan,
+    positions: Tensor | None,
+    experts: int,
+    replacements: Replacements | None,
+    with_views: bool,
+) -> Tensor:
+    """Rows before the first layer, (E, 2, n, D): the tokens and their noise; (E, 1, n, D) without views.
+
+    tokens: (B, L, D), the modalities one after another. positions: learned ones (E, L, D), or None for sinusoidal
+    ones.
+    """
+    batch, length, width = tokens.shape
+    # Rows as (B, L) where none are left out: then a position's gradient is a plain sum over the samples.
+    shape = (batch, length) if plan.index is None else (plan.rows,)
+    if positions is not None:
+        place = positions.unsqueeze(1) if plan.index is None else _select(positions, plan)
+    else:
+        place = position_table(length, width, tokens.device, tokens.dtype)
+        place = place if plan.index is None else _select(place, plan)
+    rows = (plan.pack(tokens).view(*shape, width) + place).expand(experts, *shape, width)
+    if not with_views:
+        return rows.reshape(experts, 1, plan.rows, width)
+    if replacements is None:
+        noise = torch.randn((experts, *shape, width), dtype=tokens.dtype, device=tokens.device)
+    else:
+        noise = plan.pack(torch.stack([torch.cat(list(each), dim=1) for each in replacements]))
+        noise = noise.view(experts, *shape, width)
+    return torch.stack([rows, noise + place], dim=1).flatten(2, -2)
+
+
+def _select(table: Tensor, plan: TokenPlan) -> Tensor:
+    return table.index_select(-2, plan.position)
+
+
+def position_table(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal positions (length, width), kept between calls where that is safe.
+
+    Not within a trace or a transform of torch.func, whose tensors end with it; nor while a CUDA graph is captured,
+    which would go on reading what a later call may push out. Each stream of a GPU keeps its own: nothing orders
+    what one writes, or frees, before what another reads.
+    """
+    if _traced():
+        return sinusoidal_positions(length, width, device, dtype)
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return sinusoidal_positions(length, width, device, dtype)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _kept_positions(length, width, device, dtype, stream)
+
+
+def _traced() -> bool:
+    # The compiler first: it can look into that one alone.
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_positions(
+    length: int, width: int, device: torch.device, dtype: torch.dtype, _stream: int
+) -> Tensor:
+    # A tensor made in inference mode could have no part in training later.
+    with torch.inference_mode(False):
+        return sinusoidal_positions(length, width, device, dtype)
+
+
+def draw_seeds(layers: Sequence[LayerWeights], device: torch.device) -> Iterator[Tensor | None]:
+    """A seed for every dropout in the order of use, drawn together; None for those that drop nothing.
+
+    Without any dropout torch's generator is left alone.
+    """
+    rates = [p for x in layers for p in (x.attention_p, x.branch_p, x.mlp_p, x.output_p)]
+    active = [rng.keep_threshold(p) < rng.DRAWS for p in rates]
+    if not any(active):
+        return iter([None] * len(rates))
+    values = torch.randint(0, 2**63 - 1, (len(rates),), dtype=torch.int64, device=device).unbind(0)
+    return iter([value if on else None for value, on in zip(values, active, strict=True)])
+
+
+def encode(
+    rows: Tensor,
+    layers: Sequence[LayerWeights],
+    plan: TokenPlan,
+    views: int,
+    compat: Compat,
+    backend: str,
+) -> tuple[Tensor, list[GateLosses]]:
+    """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without; gate losses [E][V] of every
+    sparse layer."""
+    experts, copies, n, width = rows.shape
+    seeds = draw_seeds(layers, rows.device)
+    sparse = any(isinstance(layer.mlp, RoutedWeights) for layer in layers)
+    groups = rows_by_modality(plan) if sparse else None
+    gathered: list[GateLosses] = []
+    first = layers[0]
+    rows = rows.contiguous()
+    flat = rows.view(experts, copies * n, width)
+    normed, _, _ = _OPS.expert_norm(flat, *first.norm1, first.eps, backend)
+    qkv = _OPS.expert_linear(normed, first.qkv, None, backend)
+    stream: Tensor | None = flat if compat == "fl_i2moe" else None
+    if views > 1:
+        qkv = _OPS.expand_views(qkv.view(experts, 2, n, 3 * width), plan.modality, views, backend)
+        if stream is not None:
+            stream = _OPS.expand_views(rows, plan.modality, views, backend).flatten(1, 2)
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        attended, _ = _OPS.expert_attention_packed(
+            qkv.view(experts * views, n, 3, layer.heads, width // layer.heads),
+            plan.cu_samples,
+            next(seeds),
+            layer.attention_p,
+            (width // layer.heads) ** -0.5,
+            backend,
+        )
+        branch = _OPS.expert_linear(attended.view(experts, views * n, width), *layer.proj, backend)
+        residual = stream if compat == "fl_i2moe" else None
+        seed = next(seeds)
+        stream, normed, _, _ = _OPS.dropout_add_norm(
+            residual, branch, *layer.norm2, seed, layer.branch_p, layer.eps, backend
+        )
+        seed = next(seeds)
+        if isinstance(layer.mlp, RoutedWeights):
+            assert groups is not None
+            update, losses = routed_update(normed, layer.mlp, groups, views, backend)
+            gathered.append(losses)
+        else:
+            update = dense_update(normed, layer.mlp, seed, layer.mlp_p, backend)
+        seed = next(seeds)
+        if following is None:
+            latent = _OPS.dropout_add_pool(
+                stream, update, plan.cu_segments, views, seed, layer.output_p, backend
+            )
+            latent = latent.view(experts, views, plan.samples, plan.modalities * width)
+            return latent, gathered
+        stream, normed, _, _ = _OPS.dropout_add_norm(
+            stream, update, *following.norm1, seed, layer.output_p, layer.eps, backend
+        )
+        qkv = _OPS.expert_linear(normed, following.qkv, None, backend)
+    raise AssertionError("a layer without encoder layers is refused at construction")
+
+
+def dense_update(
+    normed: Tensor, mlp: DenseWeights, seed: Tensor | None, p: float, backend: str
+) -> Tensor:
+    hidden = _OPS.expert_linear(normed, *mlp.w_in, backend)
+    return _OPS.expert_linear(_OPS.gelu_dropout(hidden, seed, p, backend), *mlp.w_out, backend)

@@ -1,0 +1,288 @@
+"""The fusion model of one interaction expert in plain PyTorch: a transformer over all modalities.
+
+Attention materialises its (L, L) maps and each dropout is drawn on its own, as published. A sparse model has
+routed MLPs (arXiv 2103.13262) in its first encoder layer and every second one after it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.core.backend import REFERENCE
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+
+Compat = Literal["fl_i2moe", "i2moe"]
+Masks = Sequence[Tensor | None] | None
+
+MLP_EXPANSION = 2
+
+
+def is_sparse_layer(layer: int) -> bool:
+    """Whether this encoder layer of a sparse fusion model has a routed MLP: 0, 2, 4, ..., as published."""
+    return layer % 2 == 0
+
+
+def sinusoidal_positions(
+    length: int, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Positions (length, width): angle = pos / 10000^(2 * (d // 2) / width), sine in even d, cosine in odd."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    position = torch.arange(length, dtype=compute, device=device).unsqueeze(1)
+    column = torch.arange(width, device=device)
+    angle = position / torch.pow(10000.0, (2 * (column // 2)).to(compute) / width)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(dtype)
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of x (B, L, D) over its valid tokens, the count clamped to at least one; plain mean without a mask."""
+    if mask is None:
+        return x.mean(dim=1)
+    weight = mask.to(x.dtype).unsqueeze(-1)
+    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation and dropout between them; parameters at network.{0,3,6,..}."""
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        output_dim: int,
+        num_layers: int,
+        activation: nn.Module,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        layers: list[nn.Module] = []
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            if i:
+                layers += [activation, nn.Dropout(dropout)]
+            layers.append(nn.Linear(fan_in, fan_out))
+        self.network = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention with q and kv without bias, and the (L, L) probabilities in memory."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.attn_drop = nn.Dropout(dropout)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        batch, length, dim = x.shape
+        heads, width = self.num_heads, dim // self.num_heads
+        q = self.q(x).view(batch, length, heads, width).transpose(1, 2)
+        k, v = self.kv(x).view(batch, length, 2, heads, width).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) * self.scale
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
+        probabilities = self.attn_drop(scores.softmax(dim=-1))
+        out = (probabilities @ v).transpose(1, 2).reshape(batch, length, dim)
+        return self.proj_drop(self.proj(out))
+
+
+class EncoderLayer(nn.Module):
+    """One fusion layer: attention over the concatenated modalities, then an MLP on every token.
+
+    mlp: a routed one in a sparse layer, called modality by modality, or None for a dense one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dropout: float,
+        compat: Compat,
+        mlp: RoutedMLP | None = None,
+    ) -> None:
+        super().__init__()
+        self.compat = compat
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.attn = Attention(dim, num_heads, dropout)
+        self.mlp = mlp or MLP(dim, MLP_EXPANSION * dim, dim, 2, nn.GELU(), dropout)
+
+    def forward(self, x: list[Tensor], key_mask: Tensor | None = None) -> list[Tensor]:
+        lengths = [part.shape[1] for part in x]
+        tokens = torch.cat(x, dim=1)
+        attended = self.attn(self.norm1(tokens), key_mask)
+        # I2MoE adds the attention output to itself, not to the layer's input; its checkpoints need that.
+        residual = attended if self.compat == "i2moe" else tokens
+        tokens = residual + self.dropout1(attended)
+        parts = torch.split(tokens, lengths, dim=1)
+        if not isinstance(self.mlp, RoutedMLP):
+            return [part + self.dropout2(self.mlp(self.norm2(part))) for part in parts]
+        masks = [None] * len(x) if key_mask is None else torch.split(key_mask, lengths, dim=1)
+        updates = self._routed(self.mlp, [self.norm2(part) for part in parts], masks)
+        return [part + self.dropout2(u) for part, u in zip(parts, updates, strict=True)]
+
+    def _routed(
+        self, mlp: RoutedMLP, parts: Sequence[Tensor], masks: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Modality by modality, as published; the gate keeps the sum of their losses, in eval mode too."""
+        updates, losses = [], []
+        for part, mask in zip(parts, masks, strict=True):
+            updates.append(mlp(part, mask))
+            losses.append(mlp.gate_loss(clear=False))
+        if not (mlp.gate.training and torch.is_grad_enabled()):
+            mlp.gate.set_loss(torch.stack([loss for loss in losses if loss is not None]).sum())
+        return updates
+
+
+class Head(nn.Module):
+    """The linear classifier on a latent; parameters at fc.*."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(input_dim, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+def _require_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+class FusionTransformer(nn.Module):
+    """The fusion model of one expert.
+
+    Args:
+        num_modalities: M, at least one.
+        hidden_dim: token width D, divisible by num_heads.
+        output_dim: number of classes C.
+        num_layers: encoder layers, at least one.
+        dropout: rate of every dropout inside.
+        compat: "fl_i2moe" (pre-norm, sinusoidal positions, masks) or "i2moe" (learned positions).
+        num_patches: tokens per modality; needed by "i2moe", whose positions are a parameter.
+        mlp_sparse: routed MLPs in encoder layers 0, 2, 4, ..., without dropout inside, as published.
+        num_experts: experts of each routed MLP; needed by mlp_sparse.
+        num_routers: gates of each, of which the first routes.
+        top_k: experts of a token; SwitchGate makes it 1.
+        gate: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate".
+
+    Raises:
+        ValueError: an argument outside these ranges.
+    """
+
+    network: Any  # a Sequential of EncoderLayer, then the Head
+
+    def __init__(
+        self,
+        num_modalities: int,
+        hidden_dim: int,
+        output_dim: int,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        dropout: float = 0.5,
+        compat: Compat = "fl_i2moe",
+        num_patches: int | None = None,
+        *,
+        mlp_sparse: bool = False,
+        num_experts: int | None = None,
+        num_routers: int = 1,
+        top_k: int = 2,
+        gate: str = "GShardGate",
+    ) -> None:
+        super().__init__()
+        if compat not in ("fl_i2moe", "i2moe"):
+            raise ValueError(f"compat: expected 'fl_i2moe' or 'i2moe', got {compat!r}")
+        _require_sizes(
+            num_modalities=num_modalities,
+            hidden_dim=hidden_dim,
+            output_dim=output_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+        )
+        if hidden_dim % num_heads:
+            raise ValueError(
+                f"hidden_dim: expected a multiple of num_heads={num_heads}, got {hidden_dim}"
+            )
+        if mlp_sparse and num_experts is None:
+            raise ValueError("num_experts: mlp_sparse=True expected at least 1, got None")
+        self.compat = compat
+
+        def routed(layer: int) -> RoutedMLP | None:
+            if num_experts is None or not mlp_sparse or not is_sparse_layer(layer):
+                return None
+            return RoutedMLP(
+                num_experts,
+                hidden_dim,
+                MLP_EXPANSION * hidden_dim,
+                nn.GELU(),
+                n_router=num_routers,
+                gate=gate,
+                top_k=1 if gate == "SwitchGate" else top_k,
+                backend=REFERENCE,
+            )
+
+        layers: list[nn.Module] = [
+            EncoderLayer(hidden_dim, num_heads, dropout, compat, routed(i))
+            for i in range(num_layers)
+        ]
+        self.network = nn.Sequential(*layers, Head(num_modalities * hidden_dim, output_dim))
+        self.pos_embed: nn.Parameter | None = None
+        if compat == "i2moe":
+            if num_patches is None or num_patches < 1:
+                raise ValueError(
+                    f"num_patches: compat='i2moe' expected at least 1, got {num_patches}"
+                )
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_modalities * num_patches, hidden_dim))
+
+    def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and the latent (B, M * D) of token sequences (B, L_m, D); masks True = valid."""
+        lengths = [x.shape[1] for x in inputs]
+        tokens = torch.cat(list(inputs), dim=1)
+        valid: Tensor | None = None
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed
+        else:
+            tokens = tokens + sinusoidal_positions(
+                tokens.shape[1], tokens.shape[2], tokens.device, tokens.dtype
+            )
+            if masks is not None:
+                valid = torch.cat(
+                    [
+                        torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+                        if m is None
+                        else m.to(torch.bool)
+                        for x, m in zip(inputs, masks, strict=True)
+                    ],
+                    dim=1,
+                )
+                tokens = tokens * valid.unsqueeze(-1)
+        parts = list(torch.split(tokens, lengths, dim=1))
+        *encoder, head = self.network
+        for layer in encoder:
+            parts = layer(parts, valid)
+        part_masks = [None] * len(parts) if valid is None else torch.split(valid, lengths, dim=1)
+        latent = torch.cat(
+            [masked_mean(part, m) for part, m in zip(parts, part_masks, strict=True)], dim=1
+        )
+        return head(latent), latent
+
+    def gate_loss(self) -> Tensor:
+        """The sum of what the routed MLPs' gates gathered, which it takes from them; zero if there is none."""
+        found = [part.gate_loss() for part in self.modules() if isinstance(part, RoutedMLP)]
+        losses = [loss for loss in found if loss is not None]
+        return sum(losses, self.network[-1].fc.weight.new_zeros(()))

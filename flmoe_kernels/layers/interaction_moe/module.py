@@ -1,0 +1,339 @@
+"""InteractionMoE: the published layer's interface, parameters and answers, computed by fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.layers.routed_mlp.gate_base import Gate
+from flmoe_kernels.layers.routed_mlp.gates import GATES
+from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP
+from flmoe_kernels.ops.interaction_losses import op as _op  # noqa: F401  registers its operators
+
+from .architecture import LayerSpec, build_like
+from .forward import LayerWeights, embed, encode, stack_layer
+from .fusion import MLP, Attention, EncoderLayer, FusionTransformer, Head, Masks
+from .inputs import validate_inputs, validate_replacements
+from .packing import TokenPlan, plan_tokens
+from .reference import (
+    InteractionExpert,
+    ReferenceInteractionMoE,
+    Replacements,
+    Reweighting,
+    reweighting_features,
+)
+from .sparse import GateLosses, sum_losses
+from .structure import UnsupportedLayer, describe
+
+_OPERATOR = "interaction_moe"
+_OPS = torch.ops.flmoe
+# What a layer is made of after construction.
+_PARTS = frozenset(
+    {
+        *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
+        *(RoutedMLP, Experts, ExpertLinear, *GATES.values(), nn.ModuleDict),
+        *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
+    }
+)
+
+
+class InteractionMoE(ReferenceInteractionMoE):
+    """The fast FL-I2MoE / I2MoE layer: same constructor, parameters, state_dict and outputs.
+
+    Args:
+        num_modalities: M, at least two.
+        fusion_model: template of the experts' fusion model, a FusionTransformer or a fusion Transformer of
+            the published code; every expert gets a deep copy.
+        fusion_sparse: also return gate losses, zeros where the fusion models are dense.
+        hidden_dim: token width D.
+        hidden_dim_rw, num_layer_rw, temperature_rw: the reweighting MLP.
+        backend: "reference", "cpu" or "triton"; default by device and `use_backend`.
+
+    Shapes and returns are those of `ReferenceInteractionMoE`. Differences: noise and dropout are equal in
+    distribution, not bitwise; two dropouts in a row are one; a sample whose tokens are all padded gives
+    latent 0, not NaN (by the kernels; the reference backend keeps the NaN). Differentiable once by the
+    kernels, any number of times by the reference backend. Under torch.autocast the CPU kernels compute in the
+    parameters' dtype and the Triton kernels in autocast's, with float32 statistics; logits, weights, latents and
+    losses come in the parameters' dtype from both. In sparse fusion models the kernels ask the gates
+    alone: what a RoutedMLP notes of a call (last_topk_indices and the like) stays empty.
+
+    Raises:
+        UnsupportedLayer (a ValueError): the fusion model is not one that the kernels compute.
+
+    Source: arXiv 2603.13326 and 2505.19190.
+    """
+
+    def __init__(
+        self,
+        num_modalities: int,
+        fusion_model: nn.Module,
+        fusion_sparse: bool = False,
+        hidden_dim: int = 256,
+        hidden_dim_rw: int = 256,
+        num_layer_rw: int = 2,
+        temperature_rw: float = 1.0,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            num_modalities,
+            fusion_model,
+            fusion_sparse,
+            hidden_dim,
+            hidden_dim_rw,
+            num_layer_rw,
+            temperature_rw,
+        )
+        self.backend = backend
+        self._spec = _supported(self)
+        self._take_parameters(self)
+
+    @classmethod
+    def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> InteractionMoE:
+        """A fast layer on the parameters of an existing one: the same Parameter objects, in modules of its own.
+
+        Raises:
+            UnsupportedLayer: naming the part that the kernels do not compute.
+        """
+        spec = _supported(layer)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.num_modalities = spec.num_modalities
+        self.fusion_sparse = spec.fusion_sparse
+        self.backend = backend
+        self._spec = spec
+        self._take_parameters(layer)
+        return self.train(layer.training)
+
+    def _take_parameters(self, layer: nn.Module) -> None:
+        """Fill this layer with modules of its own that hold `layer`'s parameters.
+
+        So the reference backend runs whatever classes the parameters came in.
+        """
+        parameters = dict(layer.named_parameters(remove_duplicate=False))
+        with torch.device("meta"):
+            skeleton = build_like(self._spec)
+        self.reweight = skeleton.reweight
+        self.interaction_experts = skeleton.interaction_experts
+        for name in list(skeleton.state_dict()):
+            if name not in parameters:
+                raise UnsupportedLayer(f"{name}: expected a parameter, found a buffer")
+            owner, _, leaf = name.rpartition(".")
+            skeleton.get_submodule(owner).register_parameter(leaf, parameters[name])
+        for part in skeleton.modules():
+            if isinstance(part, Gate):
+                # The kernels' pass asks the gates too; only the reference's MLPs are always the reference.
+                part.backend = self.backend
+
+    @property
+    def spec(self) -> LayerSpec:
+        """Sizes and rates at construction."""
+        return self._spec
+
+    def forward(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks = None,
+        *,
+        replacements: Replacements | None = None,
+    ) -> tuple:
+        """As ReferenceInteractionMoE.forward.
+
+        Raises:
+            TypeError, ValueError: inputs, masks or replacements of the wrong kind, shape, dtype or device.
+            BackendUnavailable: the backend asked for cannot run this.
+        """
+        inputs, backend = self._enter(inputs, masks)
+        if replacements is not None and autocast_dtype(inputs[0].device) is not None:
+            replacements = [[x.to(inputs[0].dtype) for x in each] for each in replacements]
+        validate_replacements(self._spec, replacements, inputs)
+        if backend == backends.REFERENCE:
+            return super().forward(inputs, masks, replacements=replacements)
+        with _autocast_of(backend, inputs[0].device):
+            return self._fast_forward(inputs, masks, replacements, backend)
+
+    def inference(
+        self, inputs: Sequence[Tensor], masks: Masks = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """As ReferenceInteractionMoE.inference: the full view alone."""
+        inputs, backend = self._enter(inputs, masks)
+        if backend == backends.REFERENCE:
+            return super().inference(inputs, masks)
+        with _autocast_of(backend, inputs[0].device):
+            plan, tokens = self._plan(inputs, masks, backend)
+            latents, _ = self._latents(tokens, plan, None, 1, backend)
+            logits = self._head(latents)[:, 0]
+            weights, mixed = self._mix(inputs, masks, tokens, plan, logits, backend)
+            return list(logits.unbind(0)), weights, mixed
+
+    def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], str]:
+        """The inputs in the dtype that the layer computes in, and the backend."""
+        parameter = self._parameter
+        backend = backends.choose(_OPERATOR, parameter, self.backend)
+        like, cast = parameter, autocast_dtype(parameter.device)
+        if cast is not None and isinstance(inputs, list | tuple):
+            # Under autocast an encoder hands over low precision, and the layer keeps its parameters' type or, by
+            # Triton, takes autocast's, as torch's own layers do.
+            dtype = cast if backend == backends.TRITON else parameter.dtype
+            inputs = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
+            like = parameter.detach().new_empty((0,), dtype=dtype)
+        validate_inputs(self._spec, inputs, masks, like)
+        if backend != backends.REFERENCE and not torch.compiler.is_compiling():
+            self._check_parts()
+        return inputs, backend
+
+    @property
+    def _parameter(self) -> Tensor:
+        """Any one: all have one dtype and device."""
+        first: Any = self.reweight.mlp.network[0].weight
+        return first
+
+    def _check_parts(self) -> None:
+        """The kernels do not call the parts one by one: one that would act differently must not be ignored.
+
+        Raises:
+            UnsupportedLayer: a part of another class than at construction, or with a hook.
+        """
+        for root in (self.reweight, self.interaction_experts):
+            for part in root.modules():
+                if type(part) not in _PARTS:
+                    raise UnsupportedLayer(
+                        f"{type(part).__name__}: put into the layer after construction; the kernels "
+                        "would not call it, backend='reference' does"
+                    )
+                if part._forward_hooks or part._forward_pre_hooks:
+                    raise UnsupportedLayer(
+                        f"{type(part).__name__}: carries a hook on a part of the layer, which the "
+                        "kernels would not call; backend='reference' does"
+                    )
+
+    def _plan(
+        self, inputs: Sequence[Tensor], masks: Masks, backend: str
+    ) -> tuple[TokenPlan, Tensor]:
+        """Where the rows come from, and the tokens (B, L, D) of all modalities."""
+        first, lengths = inputs[0], [x.shape[1] for x in inputs]
+        # Triton's interpreter, too, takes the plan that a GPU gets.
+        reads = backend != backends.TRITON
+        plan = plan_tokens(first.shape[0], lengths, masks, first.device, reads=reads)
+        return plan, torch.cat(list(inputs), dim=1)
+
+    def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
+        networks = [expert.fusion_model.network for expert in self.interaction_experts]
+        return [
+            stack_layer([network[i] for network in networks], self._spec.compat, dtype)
+            for i in range(self._spec.num_layers)
+        ]
+
+    def _latents(
+        self,
+        tokens: Tensor,
+        plan: TokenPlan,
+        replacements: Replacements | None,
+        views: int,
+        backend: str,
+    ) -> tuple[Tensor, list[GateLosses]]:
+        spec, dtype = self._spec, tokens.dtype
+        positions = None
+        if spec.compat == "i2moe":
+            learned = [expert.fusion_model.pos_embed for expert in self.interaction_experts]
+            positions = torch.cat(learned).to(dtype)
+        rows = embed(tokens, plan, positions, spec.num_experts, replacements, views > 1)
+        return encode(rows, self._layers(dtype), plan, views, spec.compat, backend)
+
+    def _head(self, latents: Tensor) -> Tensor:
+        """Logits (E, V, B, C) of latents (E, V, B, M * D), in the parameters' dtype."""
+        heads = [expert.fusion_model.network[-1].fc for expert in self.interaction_experts]
+        weight = torch.stack([head.weight for head in heads]).to(latents.dtype)
+        bias = torch.stack([head.bias for head in heads]).to(latents.dtype)
+        flat = torch.baddbmm(bias.unsqueeze(1), latents.flatten(1, 2), weight.mT)
+        flat = flat.to(self._parameter.dtype)
+        return flat.view(*latents.shape[:3], self._spec.num_classes)
+
+    def _mix(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks,
+        tokens: Tensor,
+        plan: TokenPlan,
+        logits: Tensor,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights (B, E) of the experts and the mixture (B, C) of their logits (E, B, C)."""
+        mlp, temperature = self.reweight.mlp, self.reweight.temperature
+        if backend != backends.TRITON:
+            scores = mlp(reweighting_features(inputs, masks))
+            weights = torch.softmax(scores / temperature, dim=1)
+            return weights, torch.einsum("be,ebc->bc", weights, logits)
+        normalized = sum(1 << m for m, mask in enumerate(masks or []) if mask is not None)
+        features, _ = _OPS.reweighting_features(
+            tokens, plan.valid, plan.lengths, normalized, backend
+        )
+        weights, mixed = _OPS.mix_experts(
+            mlp(features).to(logits.dtype), logits, float(temperature), backend
+        )
+        return weights, mixed
+
+    def _fast_forward(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks,
+        replacements: Replacements | None,
+        backend: str,
+    ) -> tuple:
+        (plan, tokens), views = self._plan(inputs, masks, backend), self.num_modalities + 1
+        latents, gates = self._latents(tokens, plan, replacements, views, backend)
+        logits = self._head(latents)
+        latents = latents.to(logits.dtype)
+        weights, mixed = self._mix(inputs, masks, tokens, plan, logits[:, 0], backend)
+        gate_losses: tuple = ()
+        if self.fusion_sparse:
+            gate_losses = (sum_losses(gates, self._spec.num_experts, views, latents),)
+        view_logits = _by_expert(logits)
+        if self._spec.compat == "i2moe":
+            losses = list(_OPS.interaction_losses(logits, backend).unbind(0))
+            return (view_logits, weights, mixed, losses, *gate_losses)
+        losses = list(_OPS.interaction_losses(latents, backend).unbind(0))
+        view_latents = _by_expert(latents)
+        outputs = [
+            list(zip(one, other, strict=True))
+            for one, other in zip(view_logits, view_latents, strict=True)
+        ]
+        return (outputs, weights, mixed, losses, *gate_losses, [z[0] for z in view_latents])
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of torch.autocast on this device, None where it is off or the device has none."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:
+    """The CPU kernels' layer is without autocast; Triton's needs it for the gates and the reweighting MLP."""
+    if backend == backends.TRITON:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _supported(layer: nn.Module) -> LayerSpec:
+    spec = describe(layer)
+    for i, rates in enumerate(spec.dropout):
+        if spec.compat == "i2moe" and rates.projection != rates.residual1:
+            raise UnsupportedLayer(
+                f"network.{i}: proj_drop and dropout1 differ, {rates.projection} and "
+                f"{rates.residual1}; with the residual of I2MoE they must be equal"
+            )
+    return spec
+
+
+def _by_expert(x: Tensor) -> list[list[Tensor]]:
+    """x (E, V, ...) as nested lists; one unbind, so that its backward is one stack."""
+    flat = x.flatten(0, 1).unbind(0)
+    views = x.shape[1]
+    return [list(flat[e * views : (e + 1) * views]) for e in range(x.shape[0])]

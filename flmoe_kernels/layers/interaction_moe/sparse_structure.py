@@ -1,0 +1,100 @@
+"""What a sparse MLP inside a fusion layer is made of, and whether the fast layer computes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flmoe_kernels.layers.routed_mlp.gates import gate_class
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.layers.routed_mlp.state import prepare_state_dict
+from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, UnsupportedMLP, describe
+
+from .architecture import GATE_SETTINGS, SparseSpec
+from .fusion import MLP_EXPANSION
+from .parts import UnsupportedLayer
+
+CLASS_NAMES = (SPARSE_MLP, RoutedMLP.__name__)
+
+
+def is_sparse(mlp: nn.Module) -> bool:
+    """Whether this is a sparse MLP of any kind."""
+    names = {base.__name__ for base in type(mlp).__mro__}
+    return hasattr(mlp, "experts") or not names.isdisjoint(CLASS_NAMES)
+
+
+def has_hook(part: nn.Module) -> bool:
+    """Whether a part carries a hook, but for what a RoutedMLP does itself to a state_dict that it loads."""
+    return any(
+        getattr(hook, "hook", hook) is not prepare_state_dict
+        for key, hooks in vars(part).items()
+        if "_hooks" in key and hooks
+        for hook in hooks.values()
+    )
+
+
+def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
+    """The description of a fusion layer's sparse MLP, the published one or a RoutedMLP.
+
+    Raises:
+        UnsupportedLayer: naming the part that the fast layer does not compute.
+    """
+    if type(mlp).__name__ not in CLASS_NAMES:
+        raise UnsupportedLayer(
+            f"{path}: a sparse MLP of another kind, {type(mlp).__name__}, expected {SPARSE_MLP}"
+        )
+    try:
+        found = describe(mlp)
+    except UnsupportedMLP as error:
+        raise UnsupportedLayer(f"{path}.{error}") from error
+    for name, value, expected in (
+        ("d_model", found.d_model, dim),
+        ("d_hidden", found.d_hidden, MLP_EXPANSION * dim),
+    ):
+        if value != expected:
+            raise UnsupportedLayer(f"{path}.{name}: expected {expected}, got {value}")
+    if found.act != "gelu":
+        raise UnsupportedLayer(
+            f"{path}.experts.activation: expected GELU with the exact erf, got {found.act}"
+        )
+    routers = found.routers(mlp)
+    specs = {number: _settings(router) for number, router in routers.items()}
+    for number, router in routers.items():
+        linear = getattr(router, "gate", None)
+        if isinstance(linear, nn.Linear) and linear.bias is None:
+            raise UnsupportedLayer(f"{path}.all_gates.{number}.gate: has no bias")
+        if specs[number] != specs["0"]:
+            raise UnsupportedLayer(f"{path}.all_gates.{number}: has other settings than the first")
+    return SparseSpec(
+        num_experts=found.num_expert,
+        d_hidden=found.d_hidden,
+        num_routers=len(routers),
+        gate=gate_class(found.gate).__name__,
+        top_k=found.top_k,
+        **specs["0"],
+    )
+
+
+def default_sparse(
+    num_experts: int, dim: int, num_routers: int, gate: str, top_k: int
+) -> SparseSpec:
+    """The description of what a fusion model of these sizes has, its gates' settings the default ones."""
+    with torch.device("meta"):
+        mlp = RoutedMLP(
+            num_experts,
+            dim,
+            MLP_EXPANSION * dim,
+            n_router=num_routers,
+            gate=gate,
+            top_k=top_k,
+        )
+    return describe_sparse(mlp, "mlp", dim)
+
+
+def _settings(gate: Any) -> dict[str, Any]:
+    values = {name: getattr(gate, name, None) for name in GATE_SETTINGS}
+    if values["capacity"] is not None:
+        values["capacity"] = tuple(float(rate) for rate in values["capacity"])
+    return values

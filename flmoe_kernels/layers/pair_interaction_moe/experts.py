@@ -1,0 +1,98 @@
+"""The experts of a whole model: which of them each pair of modalities has."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.ops.pair_moe.kinds import NULL, REDUNDANCY, SYNERGY, UNIQUE_A, UNIQUE_B
+
+# The experts that the interaction losses speak of, once each; null experts have no loss.
+_WITH_LOSSES = sorted((UNIQUE_A, UNIQUE_B, SYNERGY, REDUNDANCY))
+
+
+@dataclass(frozen=True)
+class ExpertTable:
+    """Experts by name, and their places in each pair of modalities.
+
+    "unique_a" in pair (m, n) is the uniqueness expert of modality m, "unique_b" that of n; an expert of
+    another kind is one and the same in every pair.
+
+    Attributes:
+        modalities: M.
+        kinds: those of one pair's experts.
+        pairs: all (m, n) with m < n, in lexicographic order.
+        names: E names, uniqueness by modality first ("unique_0", "unique_1", ..), then the other kinds in
+            the order of `kinds`; those after the first of a kind end in "_2", "_3", ..
+        places: places[p][e] is the position in `names` of expert e of pair p.
+    """
+
+    modalities: int
+    kinds: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+    places: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, modalities: int, kinds: Sequence[str]) -> ExpertTable:
+        pairs = tuple(itertools.combinations(range(modalities), 2))
+        copies = _copies(kinds)
+        in_pairs = [
+            [_name(kind, copy, m, n) for kind, copy in zip(kinds, copies, strict=True)]
+            for m, n in pairs
+        ]
+        unique = {
+            (copy, modality): _name(kind, copy, modality, modality)
+            for m, n in pairs
+            for kind, copy in zip(kinds, copies, strict=True)
+            for side, modality in ((UNIQUE_A, m), (UNIQUE_B, n))
+            if kind == side
+        }
+        shared = [
+            name
+            for kind, name in zip(kinds, in_pairs[0], strict=True)
+            if kind not in (UNIQUE_A, UNIQUE_B)
+        ]
+        names = (*(unique[key] for key in sorted(unique)), *shared)
+        places = tuple(tuple(names.index(name) for name in each) for each in in_pairs)
+        return cls(modalities, tuple(kinds), pairs, names, places)
+
+    def spread(self, x: Tensor, p: int, absent: float = 0) -> Tensor:
+        """(B, E, ...) of all experts, from x (B, E_pair, ...) of pair p's; `absent` for those that it lacks."""
+        present = dict(zip(self.places[p], x.unbind(1), strict=True))
+        lacking = x.new_full((x.shape[0], *x.shape[2:]), absent)
+        return torch.stack([present.get(e, lacking) for e in range(len(self.names))], dim=1)
+
+    def with_losses(self) -> tuple[int, ...]:
+        """Places of the M + 2 experts of the interaction losses: uniqueness x M, synergy, redundancy.
+
+        Raises:
+            ValueError: one of those kinds is absent, or there more than once.
+        """
+        if sorted(kind for kind in self.kinds if kind != NULL) != _WITH_LOSSES:
+            raise ValueError(
+                "interaction_losses: expected kinds with unique_a, unique_b, synergy and redundancy "
+                f"once each (and any null), got {', '.join(self.kinds)}"
+            )
+        unique = [i for i, name in enumerate(self.names) if name.startswith("unique_")]
+        return (*unique, self.names.index(SYNERGY), self.names.index(REDUNDANCY))
+
+
+def _copies(kinds: Sequence[str]) -> list[int]:
+    """Which one of its kind each expert is, from 1."""
+    seen: Counter[str] = Counter()
+    copies = []
+    for kind in kinds:
+        seen[kind] += 1
+        copies.append(seen[kind])
+    return copies
+
+
+def _name(kind: str, copy: int, m: int, n: int) -> str:
+    name = {UNIQUE_A: f"unique_{m}", UNIQUE_B: f"unique_{n}"}.get(kind, kind)
+    return name if copy == 1 else f"{name}_{copy}"

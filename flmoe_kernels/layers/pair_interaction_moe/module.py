@@ -1,0 +1,396 @@
+"""PairInteractionMoE: a classifier of token sequences that is, exactly, a 2-additive game over the tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.layers.interaction_moe.reference import interaction_losses as reference_losses
+from flmoe_kernels.ops.interaction_losses import op as _losses_op  # noqa: F401  registers flmoe::interaction_losses
+from flmoe_kernels.ops.pair_moe.arguments import (
+    Inputs,
+    batch_of,
+    cast_for_autocast,
+    plain_tokens,
+    validate_inputs,
+    validate_replacements,
+    validate_sizes,
+    validate_target,
+)
+from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_POOL
+from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
+
+from .experts import ExpertTable
+from .explanation import PairExplanation, explain_pairs
+from .output import PairOutput
+from .sides import Gate, ProjectedPair, Side, join
+
+# Options that the repr shows where they differ.
+_DEFAULTS = {"top_k": None, "temperature": 1.0, "token_outputs": False, "backend": None}
+_VARIANTS = 3  # of a pair's sides: as given, first one replaced, second one replaced
+
+
+class PairInteractionMoE(nn.Module):
+    """A mixture of interaction experts over all token pairs of all modality pairs.
+
+    Each modality's tokens, and one learned anchor token that nothing masks, go through a LayerNorm of the
+    modality and, in each pair of modalities, through one linear map to the vectors of `pair_moe`. The pooled
+    messages of expert e in pair p go through a linear head of the expert, shared by the modality pairs:
+
+        logits = bias + sum over p, e of pooled[p, e] @ head[e] / normalizer
+
+    Nothing in it mixes tokens but the sum over pairs, so that a class's logit is a 2-additive game over the
+    tokens: `explain` gives its Shapley values and interaction indices exactly, by expert. A pair with an anchor
+    is what a token says without a partner. Order matters only as far as the inputs carry it: positions are the
+    encoder's business.
+
+    Without one of its modalities the layer runs on what the anchors carry. One anchor then stands for all tokens
+    of that side, over the same normalizer: there is less evidence, and nothing in the layer trains this case.
+    Where it matters, leave out modalities at random in training (inputs None or masks).
+
+    Under FSDP2 call register_fsdp_forward_method(layer, "explain"), or explain meets sharded parameters.
+
+    Args:
+        dims: token width of each of M >= 2 modalities, each at least 2: a LayerNorm of one feature is constant.
+        num_classes: C; None, with token_outputs only, for a layer without a head.
+        kinds: the experts of one modality pair, see `pair_moe`; 1 to 8, which share each token pair. Experts of
+            the whole layer, E: see `experts`.
+        rank, value_dim: widths R and V of the gate's vectors and of the messages.
+        top_k: experts that share a token pair, 1 to len(kinds); None for all.
+        temperature: of the gate's softmax.
+        normalizer: what the sums over token pairs are divided by: about the number of token pairs of one
+            modality pair in a typical sample, 256 for 16 x 16 tokens, 4096 for 64 x 64; a smaller one gives
+            larger initial logits. A constant, because one that depended on which tokens are there (a mean)
+            would make every token interact with every other one.
+        token_outputs: also return the sequences, each token plus a map of what its pairs accumulate, over
+            sqrt(normalizer), about the number of a token's partners. So the layer stacks; only the last one
+            is a 2-additive game, and over its own inputs.
+        backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
+
+    Attributes:
+        experts: E names: "unique_0", "unique_1", .. by modality, then the other kinds in their order, a repeated
+            one with a suffix "_2"; E = M + 2 for the default kinds.
+        modality_pairs: the P = M (M - 1) / 2 pairs (m, n), m < n, in lexicographic order.
+        pair_experts: for each of them the E_pair = len(kinds) names of its experts.
+
+    Parameters (state_dict): anchors.{m} (dims[m]); norms.{m}.weight, .bias (dims[m]); projections.{p}.{a,b}.weight
+        (E_pair * (R + V), dims), .bias; gate_bias (P, E_pair); head (E, V, C); bias (C); with token_outputs
+        token_maps.{p}.{a,b}.weight (dims, V).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: FL-I2MoE (arXiv 2603.13326) at the level of token pairs; the layer is this package's own.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        *,
+        num_classes: int | None,
+        kinds: Sequence[str] = DEFAULT_KINDS,
+        rank: int = 32,
+        value_dim: int = 64,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        normalizer: float = 256.0,
+        token_outputs: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        validate_sizes(dims, num_classes, kinds, token_outputs)
+        check.require_count("rank", rank, 1)
+        check.require_count("value_dim", value_dim, 1)
+        if top_k is not None:
+            check.require_count("top_k", top_k, 1, len(kinds))
+        check.require_positive("temperature", temperature)
+        check.require_positive("normalizer", normalizer)
+        if backend is not None:
+            check.require_choice("backend", backend, backends.BACKENDS)
+        self.dims = tuple(dims)
+        self.num_classes = num_classes
+        self.kinds = tuple(kinds)
+        self.rank, self.value_dim = rank, value_dim
+        self.top_k, self.temperature = top_k, float(temperature)
+        self.normalizer = float(normalizer)
+        self.token_outputs = token_outputs
+        self.backend = backend
+        self._table = ExpertTable.of(len(dims), kinds)
+        self._make_parameters()
+        self.reset_parameters()
+
+    def _make_parameters(self) -> None:
+        pairs, experts = self.modality_pairs, len(self.kinds)
+        width = experts * (self.rank + self.value_dim)
+        self.anchors = nn.ParameterList(nn.Parameter(torch.empty(dim)) for dim in self.dims)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.dims)
+        self.projections: Any = nn.ModuleList(
+            nn.ModuleDict(
+                {"a": nn.Linear(self.dims[m], width), "b": nn.Linear(self.dims[n], width)}
+            )
+            for m, n in pairs
+        )
+        self.gate_bias = nn.Parameter(torch.empty(len(pairs), experts))
+        self.head: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if self.num_classes is not None:
+            shape = (len(self.experts), self.value_dim, self.num_classes)
+            self.head = nn.Parameter(torch.empty(shape))
+            self.bias = nn.Parameter(torch.empty(self.num_classes))
+        self.token_maps: Any = None
+        if self.token_outputs:
+            # Without a bias, so that a token to which nothing comes is passed on as it is.
+            self.token_maps = nn.ModuleList(
+                nn.ModuleDict(
+                    {
+                        "a": nn.Linear(self.value_dim, self.dims[m], bias=False),
+                        "b": nn.Linear(self.value_dim, self.dims[n], bias=False),
+                    }
+                )
+                for m, n in pairs
+            )
+
+    def reset_parameters(self) -> None:
+        """Draw this module's own parameters again; those of its parts have their own methods."""
+        for anchor in self.anchors:
+            nn.init.normal_(anchor)
+        nn.init.zeros_(self.gate_bias)
+        if self.head is not None and self.bias is not None:
+            bound = self.value_dim**-0.5  # as nn.Linear
+            nn.init.uniform_(self.head, -bound, bound)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self._table.names
+
+    @property
+    def modality_pairs(self) -> tuple[tuple[int, int], ...]:
+        return self._table.pairs
+
+    @property
+    def pair_experts(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(self.experts[e] for e in places) for places in self._table.places)
+
+    def extra_repr(self) -> str:
+        shown = (
+            f"{self.dims}, num_classes={self.num_classes}, kinds={self.kinds}, rank={self.rank}, "
+            f"value_dim={self.value_dim}, normalizer={self.normalizer:g}"
+        )
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            shown += "" if value == default else f", {name}={value!r}"
+        return shown
+
+    def forward(
+        self,
+        inputs: Inputs,
+        masks: Inputs | None = None,
+        *,
+        interaction_losses: bool = False,
+        replacements: Inputs | None = None,
+    ) -> PairOutput:
+        """Classify; see PairOutput.
+
+        Args:
+            inputs: M x (B, L_m, dims[m]), any L_m; None for a modality that is missing, which is the same as one
+                whose tokens are all masked. At least one is given.
+            masks: M x (B, L_m), True or 1 = valid, or None each. What a masked token holds does not matter.
+            interaction_losses: also the M + 2 losses of FL-I2MoE on the latents. View m has N(0, 1) noise in place
+                of modality m's tokens (not of its anchor; masks unchanged). Unlike there, experts share a
+                view's noise: the gate compares them on the same token pair. Meant for samples that have all
+                modalities: the view of an absent one equals the full view, which leaves constants in the
+                synergy and redundancy losses and a triplet without a negative in its uniqueness loss.
+            replacements: the noise, M x (B, L_m, dims[m]), None for a missing modality; by default drawn from
+                torch's generator. With interaction_losses only.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+            BackendUnavailable: the backend asked for cannot run this.
+
+        Cost: one call of pair_moe per modality pair, on three times the batch with losses; with token_outputs
+        two more. Memory as pair_moe: nothing of size L_m x L_n.
+        """
+        inputs = self._enter(inputs, masks)
+        chosen = self._table.with_losses() if interaction_losses else ()
+        noise = self._noise(inputs, replacements, interaction_losses)
+        tokens, valid = self._tokens(inputs, masks)
+        pairs = self._project(tokens, valid)
+        out = PairOutput()
+        if noise is not None:
+            replaced = self._project(self._tokens(noise, masks)[0], valid)
+            views, mass = self._perturbed_latents(pairs, replaced)
+            losses = self._losses(torch.stack([views[e] for e in chosen]))
+            out = out._replace(latents=views[:, 0], mass=mass, losses=losses)
+        elif self.head is not None:
+            pooled, mass = self._pool(pairs)
+            out = out._replace(latents=_side_by_side(pooled), mass=mass)
+        if self.head is not None and out.latents is not None:
+            logits, expert_logits = self._classify(out.latents)
+            dtype = self.gate_bias.dtype
+            out = out._replace(logits=logits.to(dtype), expert_logits=expert_logits.to(dtype))
+        if self.token_outputs:
+            tokens_out, mass = self._token_outputs(tokens, pairs)
+            out = out._replace(tokens=tokens_out, mass=mass)
+        return out
+
+    @torch.no_grad()
+    def explain(
+        self,
+        inputs: Inputs,
+        masks: Inputs | None = None,
+        target: int | Tensor | None = None,
+    ) -> PairExplanation:
+        """The exact Shapley values and interaction indices of one class's logit; see PairExplanation.
+
+        Args:
+            inputs, masks: as in forward.
+            target: the class, one for all or (B,) int64; None for each sample's class of the largest logit.
+
+        Raises:
+            TypeError, ValueError, BackendUnavailable: as forward; ValueError for a layer without classes.
+
+        Cost: about four forward passes; nothing of size L_m x L_n. Tokens are projected in the parameters' dtype,
+        also under autocast, and all else is in the statistics dtype (see PairOutput): the values add up to the
+        explanation's own logits, from which forward's differ by half precision's rounding.
+        """
+        if self.num_classes is None or self.head is None or self.bias is None:
+            raise ValueError("explain: expected a layer with classes, got num_classes=None")
+        inputs = self._enter(inputs, masks)
+        batch = batch_of(inputs)
+        validate_target(target, batch, self.num_classes, self.gate_bias)
+        with torch.autocast(self.gate_bias.device.type, enabled=False):
+            pairs = [pair.frozen() for pair in self._project(*self._tokens(inputs, masks))]
+            pooled, _ = self._pool(pairs)
+            logits, expert_logits = self._classify(_side_by_side(pooled))
+            if target is None:
+                target = logits.argmax(dim=1)
+            elif isinstance(target, int):
+                target = torch.full((batch,), target, device=logits.device)
+            return explain_pairs(
+                pairs,
+                self._table,
+                self.head.detach().to(logits.dtype, copy=True),
+                self.bias.detach().to(logits.dtype),
+                self.normalizer,
+                expert_logits,
+                target.clone(),
+            )
+
+    def _enter(self, inputs: Inputs, masks: Inputs | None) -> Inputs:
+        inputs = cast_for_autocast(inputs, self.gate_bias)
+        validate_inputs(self.dims, inputs, masks, self.gate_bias)
+        backends.choose("pair_moe", self.gate_bias, self.backend)
+        return inputs
+
+    def _noise(self, inputs: Inputs, replacements: Inputs | None, wanted: bool) -> Inputs | None:
+        if replacements is not None:
+            if not wanted:
+                raise ValueError("replacements: expected None, as interaction_losses is False")
+            replacements = cast_for_autocast(replacements, self.gate_bias)
+            validate_replacements(replacements, inputs)
+            return replacements
+        if not wanted:
+            return None
+        return [None if x is None else torch.randn_like(x) for x in inputs]
+
+    def _tokens(
+        self, inputs: Inputs, masks: Inputs | None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        return plain_tokens(inputs, masks, self.dims, self.gate_bias)
+
+    def _project(
+        self, tokens: Sequence[Tensor], valid: Sequence[Tensor | None]
+    ) -> list[ProjectedPair]:
+        """Both sides of every modality pair, the anchor behind the tokens."""
+        batch, experts = tokens[0].shape[0], len(self.kinds)
+        sequences, masks = [], []
+        for x, mask, anchor, norm in zip(tokens, valid, self.anchors, self.norms, strict=True):
+            sequences.append(norm(torch.cat([x, anchor.expand(batch, 1, -1)], dim=1)))
+            masks.append(None if mask is None else nn.functional.pad(mask, (0, 1), value=True))
+
+        def side(linear: nn.Module, m: int) -> Side:
+            packed = linear(sequences[m]).unflatten(2, (experts, self.rank + self.value_dim))
+            return Side(packed, masks[m], self.rank)
+
+        pairs = []
+        for (m, n), maps, bias in zip(
+            self.modality_pairs, self.projections, self.gate_bias, strict=True
+        ):
+            gate = Gate(self.kinds, bias, self.top_k, self.temperature, self.backend)
+            pairs.append(ProjectedPair(side(maps["a"], m), side(maps["b"], n), gate))
+        return pairs
+
+    def _pool(self, pairs: Sequence[ProjectedPair]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """For each modality pair all experts' pooled messages over the normalizer, (B, E, V); mass."""
+        found = [pair.accumulate(REDUCE_POOL) for pair in pairs]
+        pooled = [self._table.spread(out.y / self.normalizer, p) for p, out in enumerate(found)]
+        return pooled, tuple(out.mass for out in found)
+
+    def _perturbed_latents(
+        self, full: Sequence[ProjectedPair], replaced: Sequence[ProjectedPair]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Latents (E, M + 1, B, P * V) of the full view and of those with one modality replaced; mass.
+
+        A pair has three variants, whatever the number of modalities: they are its batch.
+        """
+        stacked = [
+            pair.between(join((pair.a, noisy.a, pair.a)), join((pair.b, pair.b, noisy.b)))
+            for pair, noisy in zip(full, replaced, strict=True)
+        ]
+        pooled, mass = self._pool(stacked)
+        batch = full[0].a.packed.shape[0]
+        variants = [x.unflatten(0, (_VARIANTS, batch)).unbind(0) for x in pooled]
+        views = []
+        for replaced_modality in (None, *range(len(self.dims))):
+            parts = []
+            for pair, each in zip(self.modality_pairs, variants, strict=True):
+                which = 1 + pair.index(replaced_modality) if replaced_modality in pair else 0
+                parts.append(each[which])
+            views.append(_side_by_side(parts))
+        return torch.stack(views, dim=1), tuple(x[:batch] for x in mass)
+
+    def _losses(self, latents: Tensor) -> Tensor:
+        """Losses (M + 2,) of latents (M + 2, M + 1, B, P * V)."""
+        backend = backends.choose("pair_moe", latents, self.backend)
+        if backend != backends.REFERENCE:
+            return torch.ops.flmoe.interaction_losses(latents, backend)
+        return torch.stack(reference_losses([expert.unbind(0) for expert in latents.unbind(0)]))
+
+    def _classify(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and the experts' parts of them (B, E, C) of latents (E, B, P * V), in their dtype."""
+        assert self.head is not None
+        assert self.bias is not None
+        with torch.autocast(latents.device.type, enabled=False):
+            summed = latents.unflatten(2, (-1, self.value_dim)).sum(dim=2)
+            expert_logits = (summed @ self.head.to(latents.dtype)).transpose(0, 1)
+            return self.bias.to(latents.dtype) + expert_logits.sum(dim=1), expert_logits
+
+    def _token_outputs(
+        self, tokens: Sequence[Tensor], pairs: Sequence[ProjectedPair]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Tokens (B, L_m, dims[m]) with what their pairs add to them; mass."""
+        added: list[list[Tensor]] = [[] for _ in tokens]
+        masses = []
+        for (m, n), pair, maps in zip(self.modality_pairs, pairs, self.token_maps, strict=True):
+            own, partners = (side.accumulate(REDUCE_EXPERTS) for side in (pair, pair.swapped()))
+            added[m].append(maps["a"](own.y[:, :-1]))
+            added[n].append(maps["b"](partners.y[:, :-1]))
+            masses.append(own.mass)
+        scale = 1.0 / math.sqrt(self.normalizer)
+        outputs = tuple(
+            x + scale * torch.stack(parts).sum(dim=0)
+            for x, parts in zip(tokens, added, strict=True)
+        )
+        return outputs, tuple(masses)
+
+
+def _side_by_side(pooled: Sequence[Tensor]) -> Tensor:
+    """(E, B, P * V) of P times (B, E, V)."""
+    return torch.stack(list(pooled), dim=2).transpose(0, 1).flatten(2)

@@ -1,0 +1,120 @@
+"""The projected tokens of a pair of modalities, and the operators on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.native import statistics_dtype
+from flmoe_kernels.ops.pair_moe.api import PairMoEOutput, TopPairs, pair_map, pair_moe, top_pairs
+from flmoe_kernels.ops.pair_moe.kinds import swap_sides
+
+
+@dataclass(frozen=True)
+class Side:
+    """One modality's tokens in one pair: packed (B, L, E, R + V), q|a or k|c; mask (B, L) bool or None.
+
+    The last token is the modality's anchor. Slices are views.
+    """
+
+    packed: Tensor
+    mask: Tensor | None
+    rank: int
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Gate vectors (B, E, L, R) and values (B, E, L, V), strided views."""
+        # Split before the transposition, so that the backward joins the two gradients in the
+        # layout that the projection's backward reads.
+        gate, value = self.packed.split((self.rank, self.packed.shape[3] - self.rank), dim=3)
+        return gate.transpose(1, 2), value.transpose(1, 2)
+
+    @property
+    def tokens(self) -> Side:
+        """Without the anchor."""
+        return self._part(slice(None, -1))
+
+    @property
+    def anchor(self) -> Side:
+        """The anchor alone, which nothing masks."""
+        return replace(self, packed=self.packed[:, -1:], mask=None)
+
+    def _part(self, rows: slice) -> Side:
+        mask = None if self.mask is None else self.mask[:, rows]
+        return replace(self, packed=self.packed[:, rows], mask=mask)
+
+
+def join(sides: Sequence[Side]) -> Side:
+    """Several versions of one side as one, along the batch."""
+    first = sides[0]
+    masks = [side.mask for side in sides if side.mask is not None]
+    return replace(
+        first,
+        packed=torch.cat([side.packed for side in sides]),
+        mask=torch.cat(masks) if masks else None,
+    )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a pair's experts share it: the options of pair_moe that are the same for every call."""
+
+    kinds: tuple[str, ...]
+    bias: Tensor
+    top_k: int | None
+    temperature: float
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class ProjectedPair:
+    """Both sides of a pair of modalities, ready for the operators of api.py."""
+
+    a: Side
+    b: Side
+    gate: Gate
+
+    def between(self, a: Side, b: Side) -> ProjectedPair:
+        """The same pair with other tokens."""
+        return replace(self, a=a, b=b)
+
+    def swapped(self) -> ProjectedPair:
+        """The same pair seen from side b; its experts keep their order."""
+        gate = replace(self.gate, kinds=swap_sides(self.gate.kinds))
+        return ProjectedPair(self.b, self.a, gate)
+
+    def frozen(self) -> ProjectedPair:
+        """Without autograd, in the statistics dtype, and untouched by later training steps."""
+        wide = statistics_dtype(self.a.packed.dtype)
+        a, b = (replace(side, packed=side.packed.detach().to(wide)) for side in (self.a, self.b))
+        bias = self.gate.bias.detach().to(wide, copy=True)
+        return ProjectedPair(a, b, replace(self.gate, bias=bias))
+
+    def accumulate(self, reduce: str) -> PairMoEOutput:
+        return pair_moe(*self._operands(), **self._options(), reduce=reduce)
+
+    def map(self, head: Tensor, target: Tensor) -> Tensor:
+        """phi (B, E, La, Lb) through head (E, V, C) of class target (B)."""
+        return pair_map(*self._operands(), head, **self._options(), target=target)
+
+    def top(self, head: Tensor, target: Tensor, n_pairs: int) -> TopPairs:
+        return top_pairs(*self._operands(), head, **self._options(), target=target, n_pairs=n_pairs)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "kinds": self.gate.kinds,
+            "gate_bias": self.gate.bias,
+            "mask_a": self.a.mask,
+            "mask_b": self.b.mask,
+            "top_k": self.gate.top_k,
+            "temperature": self.gate.temperature,
+            "backend": self.gate.backend,
+        }
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (q, a), (k, c) = self.a.operands, self.b.operands
+        return q, k, a, c

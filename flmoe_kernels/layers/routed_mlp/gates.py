@@ -1,0 +1,279 @@
+"""Gates: which experts a token goes to, with what weight, and the loss that keeps the experts' loads even.
+
+Constructors, parameters and hooks are those of FastMoE (arXiv 2103.13262) and of FL-I2MoE's lineage, so that
+checkpoints load; what they compute is written anew. Every loss has a gradient and counts every call, drops are
+deterministic, and a masked token neither takes capacity nor counts in a loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.native import statistics_dtype
+from flmoe_kernels.ops.routed_mlp.api import ALL, SELECTED, Routing, limit, reweigh
+from flmoe_kernels.ops.routed_mlp.api import gate as choose
+
+from .gate_base import Gate as Gate
+from .parallel import limit_over_ranks, sum_over_ranks, tokens_over_ranks
+
+
+class NaiveGate(Gate):
+    """The top_k largest of a linear map, softmax over them. Its loss is 0.
+
+    Parameters: gate.weight (E, D), gate.bias (E).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        gate_bias: bool = True,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k)
+        self.gate = nn.Linear(d_model, self.tot_expert, bias=gate_bias)
+
+    def clean_logits(self, x: Tensor) -> Tensor:
+        return self.gate(x)
+
+    def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.gate(x)
+        index, weight = choose(logits, self.top_k, mask=mask, backend=self.backend)
+        # Zero, but on the graph: a sum of losses has a gradient whatever the gates are. Not 0 times the logits,
+        # whose sum may overflow.
+        return index, weight, logits[:0].sum()
+
+
+class _CapacityGate(NaiveGate):
+    """A gate whose experts take a bounded number of rows.
+
+    capacity: rates for training and evaluation; an expert takes rate * K / E of all tokens' rows, rounded up.
+    Masked tokens count among those: how many are valid is data, and nothing waits for it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int,
+        top_k: int,
+        capacity: tuple[float, float],
+        gate_bias: bool,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias)
+        for rate in capacity:
+            check.require_positive("capacity", rate)
+        self.capacity = tuple(capacity)
+
+    def rows_per_expert(self, tokens: int) -> int:
+        rate = self.capacity[0 if self.training else 1]
+        return math.ceil(rate * tokens * self.top_k / self.tot_expert)
+
+    def limited(
+        self,
+        logits: Tensor,
+        free: Routing,
+        mask: Tensor | None,
+        tokens: int,
+        renormalize: bool,
+    ) -> Routing:
+        """Those of free choices by logits (N, E) that are of valid tokens and within the experts' capacity."""
+        experts, backend = self.tot_expert, self.backend
+        if self.spread:
+            rows = self.rows_per_expert(tokens_over_ranks(tokens, free.index.device, self.group))
+            index = limit_over_ranks(free.index, mask, experts, rows, self.group, backend=backend)
+        else:
+            rows = self.rows_per_expert(tokens)
+            index = limit(free.index, experts, capacity=rows, mask=mask, backend=backend)
+        return Routing(index, reweigh(logits, free, index, renormalize))
+
+    def balance(self, first: Tensor, probabilities: Tensor, mask: Tensor | None) -> Tensor:
+        """E * sum over experts of (share of tokens whose first choice it is) * (mean probability); 1 when even."""
+        chosen = F.one_hot(first, self.tot_expert).to(probabilities.dtype)
+        valid = torch.ones_like(first, dtype=torch.bool) if mask is None else mask
+        # No matrix products: autocast would make them of half precision, in which counts of tokens overflow.
+        counted = [chosen, probabilities, torch.ones_like(chosen)]
+        sums = torch.stack([torch.where(valid[:, None], x, 0.0).sum(dim=0) for x in counted])
+        if self.spread:
+            sums = sum_over_ranks(sums, self.group)
+        shares, means = sums[:2] / sums[2].clamp(min=1.0)
+        return self.tot_expert * (shares * means).sum()
+
+
+class GShardGate(_CapacityGate):
+    """Top-2 with a capacity and a balance loss (arXiv 2006.16668).
+
+    random_routing: in training the second expert is taken with probability 2 * its weight only; what it weighed is
+    then lost, as published. The weight of a choice beyond the capacity goes to the token's other one.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        topk: int = 2,
+        capacity: tuple[float, float] = (1.2, 2.4),
+        random_routing: bool = False,
+        gate_bias: bool = True,
+    ) -> None:
+        if topk != 2:
+            raise ValueError(f"topk: expected 2 for GShard, got {topk}")
+        super().__init__(d_model, num_expert, world_size, 2, capacity, gate_bias)
+        self.random_routing = random_routing
+
+    def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.gate(x)
+        free = choose(logits, 2, backend=self.backend)
+        loss = self.balance(free.index[:, 0], _probabilities(logits), mask)
+        index, weight = self.limited(logits, free, mask, tokens, renormalize=True)
+        if self.random_routing and self.training:
+            draw = torch.rand(len(x), device=x.device, dtype=torch.float32)
+            dropped = 2 * free.weight[:, 1].float() < draw
+            second = torch.stack([torch.zeros_like(dropped), dropped], dim=1)
+            index = index.masked_fill(second, -1)
+            weight = weight.masked_fill(second, 0.0)
+        return index, weight, loss
+
+
+class SwitchGate(_CapacityGate):
+    """Top-1 with a capacity, jitter and a balance loss (arXiv 2101.03961).
+
+    In training the router sees its input multiplied with noise from 1 - switch_eps to 1 + switch_eps. The weight
+    is the expert's probability among all.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        topk: int = 1,
+        switch_eps: float = 0.1,
+        capacity: tuple[float, float] = (1.2, 2.4),
+        gate_bias: bool = True,
+    ) -> None:
+        if topk != 1:
+            raise ValueError(f"topk: expected 1 for Switch, got {topk}")
+        super().__init__(d_model, num_expert, world_size, 1, capacity, gate_bias)
+        check.require_probability("switch_eps", switch_eps)
+        self.switch_eps = switch_eps
+
+    def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.training and self.switch_eps > 0:
+            x = x * (1.0 + self.switch_eps * (2.0 * torch.rand_like(x) - 1.0))
+        logits = self.gate(x)
+        free = choose(logits, 1, over=ALL, backend=self.backend)
+        loss = self.balance(free.index[:, 0], _probabilities(logits), mask)
+        index, weight = self.limited(logits, free, mask, tokens, renormalize=False)
+        return index, weight, loss
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.to(statistics_dtype(logits.dtype)).softmax(dim=1)
+
+
+class NoisyGate(Gate):
+    """Noisy top-k with losses on importance and load (arXiv 1701.06538).
+
+    In training normal noise of a learned deviation is added to the logits; the loss is the squared coefficient of
+    variation of the experts' importance (summed weights) plus that of their load (expected number of tokens).
+
+    Parameters: w_gate, w_noise (D, E).
+    """
+
+    noise_epsilon = 1e-2
+
+    def __init__(self, d_model: int, num_expert: int, world_size: int = 1, top_k: int = 2) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k)
+        self.w_gate = nn.Parameter(torch.empty(d_model, self.tot_expert))
+        self.w_noise = nn.Parameter(torch.empty(d_model, self.tot_expert))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.w_gate, self.w_noise):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+    def clean_logits(self, x: Tensor) -> Tensor:
+        return x @ self.w_gate
+
+    def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        clean = self.clean_logits(x)
+        deviation, noisy = None, clean
+        if self.training:
+            deviation = F.softplus(x @ self.w_noise) + self.noise_epsilon
+            noisy = clean + torch.randn_like(clean) * deviation
+        index, weight = choose(noisy, self.top_k, over=SELECTED, mask=mask, backend=self.backend)
+        wide = statistics_dtype(noisy.dtype)
+        none = torch.zeros_like(noisy, dtype=wide)
+        importance = none.scatter_add(1, index.clamp(min=0), weight.to(wide))
+        load = self._load(clean.to(wide), noisy.to(wide), deviation, index, mask)
+        sums = torch.stack([importance.sum(dim=0), load.sum(dim=0)])
+        if self.spread:
+            sums = sum_over_ranks(sums, self.group)
+        return index, weight, variation(sums[0]) + variation(sums[1])
+
+    def _load(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        deviation: Tensor | None,
+        index: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """(N, E): the probability that other noise of the expert would leave it among the top_k."""
+        if deviation is None or self.top_k == self.tot_expert:
+            counts = torch.zeros_like(noisy)
+            return counts.scatter_add(1, index.clamp(min=0), (index >= 0).to(noisy.dtype))
+        best = noisy.topk(self.top_k + 1, dim=1).values
+        inside, outside = best[:, -1:], best[:, -2:-1]
+        # An expert that is in has to beat the first one that is out, and the other way round.
+        rival = torch.where(noisy > inside, inside, outside)
+        probability = torch.special.ndtr((clean - rival) / deviation.to(clean.dtype))
+        return probability if mask is None else probability * mask.unsqueeze(1)
+
+
+def variation(x: Tensor) -> Tensor:
+    """The squared coefficient of variation of x (E): 0 when all are equal, and for one expert."""
+    if x.numel() < 2:
+        return x[:0].sum()
+    return x.var() / (x.mean().square() + 1e-10)
+
+
+GATES: dict[str, type[Gate]] = {
+    gate.__name__: gate for gate in (NaiveGate, GShardGate, SwitchGate, NoisyGate)
+}
+# The name that FL-I2MoE's lineage gives its own copy of NoisyGate.
+LINEAGE_NAMES: dict[str, type[Gate]] = {"AddtionalNoisyGate": NoisyGate}
+
+
+def gate_class(gate: str | type[Gate] | Callable[..., Gate]) -> Callable[..., Gate]:
+    """What makes a gate of (d_model, num_expert, world_size, top_k), of a name or of itself.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor what makes a Gate.
+    """
+    if isinstance(gate, str):
+        known = GATES | LINEAGE_NAMES
+        if gate not in known:
+            raise ValueError(f"gate: expected one of {', '.join(known)}, got {gate!r}")
+        return known[gate]
+    if not callable(gate) or (isinstance(gate, type) and not issubclass(gate, Gate)):
+        name = gate.__qualname__ if isinstance(gate, type) else type(gate).__name__
+        raise TypeError(f"gate: expected a name, a Gate class or what makes a Gate, got {name}")
+
+    def made(*sizes: int) -> Gate:
+        result = gate(*sizes)
+        if not isinstance(result, Gate):
+            raise TypeError(f"gate: expected what makes a Gate, it made {type(result).__name__}")
+        return result
+
+    return made

@@ -1,0 +1,291 @@
+"""RoutedMLP: FastMoE's FMoETransformerMLP as FL-I2MoE's lineage uses it, on this package's kernels."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+
+from .gates import Gate, gate_class
+from .parallel import parallel_routed_mlp, require_ranks
+from .state import prepare_state_dict
+from .structure import activation_name, describe
+
+ACTIVATION = nn.GELU()
+
+
+class ExpertLinear(nn.Module):
+    """The linear maps of all experts: weight (E, out, in) and bias (E, out). Parameters, and no forward."""
+
+    def __init__(self, num_expert: int, in_feat: int, out_feat: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_expert, out_feat, in_feat))
+        self.bias = nn.Parameter(torch.empty(num_expert, out_feat))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every expert's weight as torch.nn.Linear's, by its own fan-in; biases 0, as published."""
+        bound = 1.0 / math.sqrt(self.weight.shape[2])
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        experts, out_feat, in_feat = self.weight.shape
+        return f"num_expert={experts}, in_features={in_feat}, out_features={out_feat}"
+
+
+class Experts(nn.Module):
+    """The experts' parameters under their published names: htoh4 (D to F), activation, h4toh (F to D)."""
+
+    def __init__(self, num_expert: int, d_model: int, d_hidden: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.htoh4 = ExpertLinear(num_expert, d_model, d_hidden)
+        self.h4toh = ExpertLinear(num_expert, d_hidden, d_model)
+        self.activation = activation
+
+
+class RoutedMLP(nn.Module):
+    """A gate chooses each token's experts; the token goes through their MLPs, weighted and summed.
+
+    Constructor, attributes and state_dict are those of the published FMoETransformerMLP; state_dicts of either
+    layout of its experts load strictly, see `state.prepare_state_dict`. What differs: docs/fastmoe.md.
+
+    Args:
+        num_expert: experts of this process; E = num_expert * world_size.
+        d_model, d_hidden: D and F.
+        activation: nn.GELU (either form), nn.ReLU or nn.SiLU.
+        expert_dp_comm: the name of a communication group, left on the experts' parameters as `dp_comm` for
+            FastMoE's data parallelism; nothing here reads it.
+        expert_rank: taken for compatibility; nothing reads it, as in the published code.
+        n_router: routers, for checkpoints that hold several. The first alone is ever used: the others get no
+            gradient, so that DistributedDataParallel stops with an error about unused parameters unless it is
+            told find_unused_parameters=True, and their get_loss gives None.
+        gate: a name ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate"; "AddtionalNoisyGate" [sic], the
+            lineage's, is NoisyGate), a Gate class, or what makes a Gate of (d_model, num_expert, world_size,
+            top_k).
+        world_size: processes that hold experts of their own and make the same calls in the same order, see
+            `parallel`; 1. Above it, the gate's capacities and losses count the tokens of all.
+        top_k: K, experts of a token.
+        moe_group: the process group of these, which has world_size ranks; None for the default group. A layer
+            with a group of its own can be neither copied nor pickled; its state_dict can.
+        backend: "reference", "cpu" or "triton", of routing and of the MLP; default by device.
+
+    Attributes:
+        last_topk_indices, last_topk_scores: (N, K) of the last call, the latter on its graph; -1 and 0 for a
+            dropped choice and for padding.
+        last_tot_expert: E.
+        capture_topk_pre_mix: also compute last_topk_pre_mix; False.
+        last_topk_pre_mix: (N, K, D), each chosen expert's output before it is weighted, 0 where dropped, on the
+            graph: out is their weighted sum. None unless captured.
+        These are of one call: not copied, not pickled.
+        mean_gradients: with world_size above 1, whether the experts' gradients are of the mean of all processes'
+            objectives, as DistributedDataParallel's, or of their sum; False. See `parallel.prepare_for_ddp`.
+
+    Parameters: experts.htoh4.weight (E, F, D), experts.htoh4.bias (E, F), experts.h4toh.weight (E, D, F),
+    experts.h4toh.bias (E, D); the gate's under gate.* and, the same objects, under all_gates.0.*.
+
+    Under autocast both maps and the gate compute in autocast's dtype, which is the output's, as torch.nn.Linear.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    # What a call leaves behind.
+    TRANSIENT = ("last_topk_indices", "last_topk_scores", "last_topk_pre_mix")
+
+    def __init__(
+        self,
+        num_expert: int = 32,
+        d_model: int = 1024,
+        d_hidden: int = 4096,
+        activation: nn.Module = ACTIVATION,
+        expert_dp_comm: str = "none",
+        expert_rank: int = 0,
+        n_router: int = 1,
+        gate: str | type[Gate] | Callable[..., Gate] = "NoisyGate",
+        world_size: int = 1,
+        top_k: int = 2,
+        *,
+        moe_group: Any = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("num_expert", num_expert),
+            ("d_model", d_model),
+            ("d_hidden", d_hidden),
+        ):
+            check.require_count(name, size, 1)
+        check.require_count("n_router", n_router, 1)
+        make = gate_class(gate)
+        routers = {str(r): make(d_model, num_expert, world_size, top_k) for r in range(n_router)}
+        self._assemble(routers, Experts(num_expert, d_model, d_hidden, activation), backend)
+        if world_size > 1:
+            require_ranks(world_size, moe_group)
+            for router in routers.values():
+                router.spread, router.group = True, moe_group
+        self.moe_group = moe_group
+        self.expert_rank = expert_rank
+        self._mark(expert_dp_comm)
+
+    @classmethod
+    def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> RoutedMLP:
+        """A RoutedMLP on the parameters of a published layer: the same Parameter objects, modules of its own.
+
+        The mode, capture_topk_pre_mix and the gates' settings are the layer's.
+
+        Raises:
+            UnsupportedMLP (a ValueError): naming the part that this class does not compute.
+        """
+        spec = describe(layer)
+        published: Any = layer
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        with torch.device("meta"):
+            routers = {
+                name: spec.make_gate(router, gate_class(spec.gate))
+                for name, router in spec.routers(layer).items()
+            }
+            sizes = (spec.num_expert, spec.d_model, spec.d_hidden)
+            experts = Experts(*sizes, copy.deepcopy(published.experts.activation))
+        self._assemble(routers, experts, backend)
+        self.moe_group = None
+        self.expert_rank = 0
+        self.capture_topk_pre_mix = bool(getattr(layer, "capture_topk_pre_mix", False))
+        for name, router in spec.routers(layer).items():
+            _share(router, routers[name])
+        for name in ("htoh4", "h4toh"):
+            _share(getattr(published.experts, name), getattr(experts, name))
+        return self.train(layer.training)
+
+    def _assemble(self, routers: dict[str, Gate], experts: Experts, backend: str | None) -> None:
+        # The gate comes first so that state_dicts have the published order.
+        self.gate = routers["0"]
+        self.experts = experts
+        self.all_gates = nn.ModuleDict(routers)
+        self.n_router = len(routers)
+        self.num_expert, self.d_model = self.gate.num_expert, self.gate.d_model
+        self.world_size, self.top_k = self.gate.world_size, self.gate.top_k
+        self.act = activation_name(experts.activation)
+        self.backend = backend
+        for router in routers.values():
+            router.backend = backend
+        self.last_tot_expert = self.gate.tot_expert
+        self.capture_topk_pre_mix = False
+        self.mean_gradients = False
+        self._forget()
+        self.register_load_state_dict_pre_hook(prepare_state_dict)
+
+    def _forget(self) -> None:
+        self.last_topk_indices: Tensor | None = None
+        self.last_topk_scores: Tensor | None = None
+        self.last_topk_pre_mix: Tensor | None = None
+
+    def _mark(self, comm: str) -> None:
+        """As FastMoE's DistributedGroupedDataParallel expects it."""
+        for parameter in self.experts.parameters():
+            parameter.dp_comm = comm  # type: ignore[attr-defined]
+        for parameter in self.all_gates.parameters():
+            parameter.dp_comm = "gate"  # type: ignore[attr-defined]
+
+    def forward(self, inp: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Every token through its experts.
+
+        Args:
+            inp: (..., D), any leading shape, the parameters' dtype or, under autocast, any it casts.
+            mask: (...) bool, True = valid; None = all. A masked token gives 0 and has no part in capacities
+                and losses, whatever it holds.
+
+        Returns:
+            (..., D).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+            BackendUnavailable: the backend asked for cannot run this.
+        """
+        self._forget()
+        x, valid = self._tokens(inp, mask)
+        index, weight = self.gate(x, valid)
+        self.last_topk_indices, self.last_topk_scores = index, weight
+        weight = weight.to(x.dtype)
+        if not self.capture_topk_pre_mix:
+            return self._through_experts(x, index, weight).view(inp.shape)
+        choices = index.shape[1]
+        rows = x.repeat_interleave(choices, dim=0)
+        ones = weight.new_ones((index.numel(), 1))
+        outputs = self._through_experts(rows, index.reshape(-1, 1), ones)
+        pre_mix = outputs.view(-1, choices, self.d_model)
+        self.last_topk_pre_mix = pre_mix
+        return torch.bmm(weight.unsqueeze(1), pre_mix).view(inp.shape)
+
+    def gate_loss(self, clear: bool = True) -> Tensor | None:
+        """What the gate gathered since it was last taken, a scalar; None if nothing. See Gate.get_loss."""
+        return self.gate.get_loss(clear)
+
+    def _tokens(self, inp: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (N, D) in the dtype to compute in, its padding 0, and mask (N)."""
+        check.require_tensor("inp", inp)
+        check.require_floating("inp", inp)
+        if inp.dim() < 1 or inp.shape[-1] != self.d_model:
+            raise ValueError(f"inp: expected (..., {self.d_model}), got {tuple(inp.shape)}")
+        x = inp.reshape(-1, self.d_model)
+        dtype = self._autocast_dtype(x)
+        if dtype is not None:
+            x = x.to(dtype)
+        else:
+            check.require_same("inp", x, "the parameters", self.experts.htoh4.weight)
+        if mask is None:
+            return x, None
+        check.require_tensor("mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected bool, True = valid, got {mask.dtype}")
+        if mask.shape != inp.shape[:-1]:
+            raise ValueError(f"mask: expected {tuple(inp.shape[:-1])}, got {tuple(mask.shape)}")
+        if mask.device != inp.device:
+            raise ValueError(f"mask: expected device {inp.device} as inp, got {mask.device}")
+        valid = mask.reshape(-1)
+        # A NaN in the padding would reach the losses: 0 times NaN is NaN.
+        return x.masked_fill(~valid[:, None], 0.0), valid
+
+    def _autocast_dtype(self, x: Tensor) -> torch.dtype | None:
+        """What autocast computes linear maps of x in; None where it leaves them alone."""
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+            return None
+        return torch.get_autocast_dtype(kind)
+
+    def _through_experts(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        inner, outer = self.experts.htoh4, self.experts.h4toh
+        parameters = [p.to(x.dtype) for p in (inner.weight, inner.bias, outer.weight, outer.bias)]
+        if self.world_size == 1:
+            return routed_mlp(x, index, weight, *parameters, act=self.act, backend=self.backend)
+        return parallel_routed_mlp(
+            x,
+            index,
+            weight,
+            *parameters,
+            act=self.act,
+            group=self.moe_group,
+            mean_gradients=self.mean_gradients,
+            backend=self.backend,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **dict.fromkeys(self.TRANSIENT)}
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, top_k={self.top_k}, act={self.act}"
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    """Put source's Parameter objects in the places of target's."""
+    for name, parameter in source.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        target.get_submodule(owner).register_parameter(leaf, parameter)

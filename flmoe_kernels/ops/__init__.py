@@ -1,0 +1,1 @@
+"""Operators, a package each: api, reference, registration, backends."""

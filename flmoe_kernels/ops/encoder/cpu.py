@@ -1,0 +1,254 @@
+"""The encoder's operators through the native CPU module. Tensors are made contiguous here if they are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.backend import native
+from flmoe_kernels.core.dropout import DRAWS, keep_threshold
+from flmoe_kernels.core.native import (
+    address,
+    dtype_code,
+    empty,
+    expect,
+    expect_run_lengths,
+    expect_seed,
+    statistics_dtype,
+    threads,
+)
+
+
+def _dropout(seed: Tensor | None, p: float) -> tuple[int, int]:
+    expect_seed(seed)
+    return address(seed), DRAWS if seed is None else keep_threshold(p)
+
+
+def _expect_linear(x: Tensor, weight: Tensor) -> None:
+    expect("x", x, (weight.shape[0], x.shape[1], weight.shape[2]), x.dtype)
+    expect("weight", weight, weight.shape, x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _expect_linear(x, weight)
+    expect("bias", bias, weight.shape[:2], x.dtype)
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    experts, rows, in_width = x.shape
+    out = empty((experts, rows, weight.shape[1]), x)
+    native().linear_forward(
+        dtype_code(x),
+        *map(address, (x, weight, bias, out)),
+        experts,
+        rows,
+        in_width,
+        weight.shape[1],
+        threads(),
+    )
+    return out
+
+
+def linear_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _expect_linear(x, weight)
+    expect("grad_out", grad_out, (*x.shape[:2], weight.shape[1]), x.dtype)
+    grad_out, x, weight = grad_out.contiguous(), x.contiguous(), weight.contiguous()
+    experts, rows, in_width = x.shape
+    out_width = weight.shape[1]
+    grad_x = empty(x.shape if want_x else (0,), x)
+    grad_weight = empty(weight.shape if want_weight else (0,), x)
+    grad_bias = empty((experts, out_width) if want_bias else (0,), x)
+    native().linear_backward(
+        dtype_code(x),
+        *map(address, (x, weight, grad_out)),
+        address(grad_x) if want_x else 0,
+        address(grad_weight) if want_weight else 0,
+        address(grad_bias) if want_bias else 0,
+        experts,
+        rows,
+        in_width,
+        out_width,
+        threads(),
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+def norm(
+    residual: Tensor | None,
+    update: Tensor | None,
+    gain: Tensor,
+    shift: Tensor,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    source = residual if update is None else update
+    assert source is not None
+    for name, each in (("residual", residual), ("update", update)):
+        expect(name, each, source.shape, source.dtype)
+    for name, each in (("gain", gain), ("shift", shift)):
+        expect(name, each, (source.shape[0], source.shape[2]), source.dtype)
+    residual = None if residual is None else residual.contiguous()
+    update = None if update is None else update.contiguous()
+    gain, shift = gain.contiguous(), shift.contiguous()
+    x = residual if update is None else update
+    assert x is not None
+    total = empty(x.shape if update is not None else (0,), x)
+    normed = empty(x.shape, x)
+    mean, rstd = (empty(x.shape[:2], x, statistics_dtype(x.dtype)) for _ in range(2))
+    native().norm_forward(
+        dtype_code(x),
+        *map(address, (residual, update, gain, shift)),
+        eps,
+        *_dropout(seed, p),
+        residual is None,
+        *map(address, (total, normed, mean, rstd)),
+        *x.shape,
+        threads(),
+    )
+    return total, normed, mean, rstd
+
+
+def norm_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    seed: Tensor | None,
+    p: float,
+    self_residual: bool,
+    want_update: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for name, each in (("grad_total", grad_total), ("grad_normed", grad_normed), ("total", total)):
+        expect(name, each, total.shape, total.dtype)
+    for name, each in (("mean", mean), ("rstd", rstd)):
+        expect(name, each, total.shape[:2], statistics_dtype(total.dtype))
+    expect("gain", gain, (total.shape[0], total.shape[2]), total.dtype)
+    total, mean, rstd = total.contiguous(), mean.contiguous(), rstd.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    grad_normed = None if grad_normed is None else grad_normed.contiguous()
+    gain = gain.contiguous()
+    grad_residual = empty((0,) if self_residual else total.shape, total)
+    # Without dropout the update's gradient is the residual's.
+    own_update = want_update and (self_residual or seed is not None)
+    grad_update = empty(total.shape if own_update else (0,), total)
+    grad_gain, grad_shift = (torch.empty_like(gain) for _ in range(2))
+    native().norm_backward(
+        dtype_code(total),
+        *map(address, (total, mean, rstd, gain)),
+        *_dropout(seed, p),
+        self_residual,
+        *map(address, (grad_total, grad_normed)),
+        0 if self_residual else address(grad_residual),
+        address(grad_update) if own_update else 0,
+        *map(address, (grad_gain, grad_shift)),
+        *total.shape,
+        threads(),
+    )
+    return grad_residual, grad_update, grad_gain, grad_shift
+
+
+def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    x = x.contiguous()
+    out = empty(x.shape, x)
+    native().gelu_forward(
+        dtype_code(x), address(x), address(out), *_dropout(seed, p), *x.shape, threads()
+    )
+    return out
+
+
+def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    expect("grad_out", grad_out, x.shape, x.dtype)
+    x, grad_out = x.contiguous(), grad_out.contiguous()
+    grad_x = empty(x.shape, x)
+    native().gelu_backward(
+        dtype_code(x),
+        *map(address, (x, grad_out, grad_x)),
+        *_dropout(seed, p),
+        *x.shape,
+        threads(),
+    )
+    return grad_x
+
+
+def _pool_sizes(shape: torch.Size, cu_segments: Tensor, views: int) -> tuple[int, ...]:
+    expect_run_lengths("cu_segments", cu_segments)
+    experts, rows, width = shape
+    if views < 1 or rows % views:
+        raise ValueError(f"views: expected a divisor of {rows} rows, got {views}")
+    return experts, views, rows // views, cu_segments.numel() - 1, width
+
+
+def pool(
+    residual: Tensor, update: Tensor, cu_segments: Tensor, views: int, seed: Tensor | None, p: float
+) -> Tensor:
+    expect("update", update, residual.shape, residual.dtype)
+    residual, update, cu_segments = (x.contiguous() for x in (residual, update, cu_segments))
+    sizes = _pool_sizes(residual.shape, cu_segments, views)
+    out = empty((sizes[0], views, sizes[3], sizes[4]), residual)
+    native().pool_forward(
+        dtype_code(residual),
+        *map(address, (residual, update, cu_segments)),
+        *_dropout(seed, p),
+        address(out),
+        sizes,
+        threads(),
+    )
+    return out
+
+
+def pool_backward(
+    grad_out: Tensor, cu_segments: Tensor, views: int, rows: int, seed: Tensor | None, p: float
+) -> tuple[Tensor, Tensor]:
+    grad_out, cu_segments = grad_out.contiguous(), cu_segments.contiguous()
+    expect(
+        "grad_out",
+        grad_out,
+        (grad_out.shape[0], views, cu_segments.numel() - 1, grad_out.shape[3]),
+        grad_out.dtype,
+    )
+    shape = torch.Size((grad_out.shape[0], rows, grad_out.shape[3]))
+    grad_residual = empty(shape, grad_out)
+    grad_update = empty((0,) if seed is None else shape, grad_out)
+    native().pool_backward(
+        dtype_code(grad_out),
+        *map(address, (grad_out, cu_segments)),
+        *_dropout(seed, p),
+        address(grad_residual),
+        0 if seed is None else address(grad_update),
+        _pool_sizes(shape, cu_segments, views),
+        threads(),
+    )
+    return grad_residual, grad_update
+
+
+def views_of(x: Tensor, modality: Tensor, views: int) -> Tensor:
+    experts, _, rows, width = x.shape
+    expect("x", x, (experts, 2, rows, width), x.dtype)
+    expect("modality", modality, (rows,), torch.int32)
+    x, modality = x.contiguous(), modality.contiguous()
+    out = empty((experts, views, rows, width), x)
+    native().views_forward(
+        dtype_code(x), *map(address, (x, modality, out)), experts, views, rows, width, threads()
+    )
+    return out
+
+
+def views_backward(grad_out: Tensor, modality: Tensor) -> Tensor:
+    experts, views, rows, width = grad_out.shape
+    expect("modality", modality, (rows,), torch.int32)
+    grad_out, modality = grad_out.contiguous(), modality.contiguous()
+    grad_x = empty((experts, 2, rows, width), grad_out)
+    native().views_backward(
+        dtype_code(grad_out),
+        *map(address, (grad_out, modality, grad_x)),
+        experts,
+        views,
+        rows,
+        width,
+        threads(),
+    )
+    return grad_x

@@ -1,0 +1,54 @@
+"""expert_linear through Triton: what may be read, and the launches that fill the results.
+
+No call waits for the GPU, and what is allocated and launched depends on shapes alone, so that CUDA graphs can
+capture it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton.launches import expect, run
+
+from . import linear_launch as launches
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Block offsets of rows and columns, and numbers of tiles, are 32 bits wide.
+_MOST_ROWS, _MOST_WIDTH = 2**30, 2**24
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (E, R, K), weight (E, N, K), bias (E, N) -> (E, R, N)."""
+    _check(x, weight)
+    expect("bias", bias, weight.shape[:2], x.dtype, x.device)
+    out, found = launches.forward(x, weight, bias)
+    run(found, x.device)
+    return out
+
+
+def linear_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; those not wanted have no elements."""
+    _check(x, weight)
+    expect("grad_out", grad_out, (*x.shape[:2], weight.shape[1]), x.dtype, x.device)
+    grads, found = launches.backward(grad_out, x, weight, want_x, want_weight, want_bias)
+    run(found, x.device)
+    return grads
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    """Fail unless the kernels can read these: an operator may be called past the package's doors."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name}: expected three dimensions, got {tuple(tensor.shape)}")
+    expect("x", x, (weight.shape[0], x.shape[1], weight.shape[2]), x.dtype, x.device)
+    expect("weight", weight, weight.shape, x.dtype, x.device)
+    if x.shape[1] > _MOST_ROWS or max(weight.shape[1:]) > _MOST_WIDTH:
+        raise ValueError(
+            f"x, weight: expected up to 2^30 rows and widths of 2^24, got {tuple(x.shape)} "
+            f"and {tuple(weight.shape)}"
+        )

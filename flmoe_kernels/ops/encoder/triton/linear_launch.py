@@ -1,0 +1,247 @@
+"""How the kernels of expert_linear are launched: what is allocated, tiles, shares of rows.
+
+Why not torch.bmm: by counting, a prediction and not measured, for an H100 (989 TFLOP/s in bfloat16, 3.35 TB/s,
+132 SMs) at mmimdb, E 4, R 49536 rows of each expert:
+
+    forward, K 256 -> N 512 with bias: 52 GFLOP, 53 us of the matrix units; x, w and out once are 305 MB, 91 us. So
+    memory bounds it, and every further pass over out shows. bmm and an addition of the bias read and write out
+    again, 406 MB and 121 us more; baddbmm with a bias that is broadcast copies it over all of out and reads that
+    back, the same bytes; a bias in the epilogue torch has for one matrix, not for a batch. Here a tile adds its
+    own values of the bias before its one store.
+
+    gradient of x: the same product without a bias, 305 MB. Nothing is to be won over cuBLAS here, and little to be
+    lost where memory is the bound.
+
+    gradients of w: sums over 49536 rows into few tiles; of 128 x 128 there are 16 (256 x 256), 32 (512 x 256) and
+    48 (768 x 256). Unless cuBLAS splits the sums, as few of 132 SMs work: a tile is 1.6 GFLOP, 217 us of an SM,
+    where memory would take 61, 91 and 121 us. Here they are split over shares of rows into at most _PROGRAMS
+    programs, which run all at once, and whose parts, at most 17 MB, L2 can hold between two kernels. The bias'
+    gradient comes with it; a sum of its own would read grad_out again, 203 MB and 61 us at N 512.
+
+At mimic (E 5, R 1536, D 128) each of these is 0.25 to 0.76 GFLOP and 4 to 8 MB, a few us: launches bound it, one
+for the forward and three for the backward.
+
+What is summed in which order depends on shapes alone, not on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton.launches import Launch, matrix_precision
+
+from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
+
+# What a kernel reads rows (E, rows, width) through.
+Operand = tuple[Tensor, int, int]
+
+# Rows further apart than this are copied, so that offsets within a block stay below 2^31.
+MAX_STRIDE = 2**24
+# Elements that a program of sum_kernel adds up.
+_SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile of results, the chunk of what is summed over, slices that a tile is finished in, warps, stages.
+
+    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
+    with Triton 3.7.1, whose numbers the static test holds this table to. registers: the most that a thread may
+    have, by architecture.
+    """
+
+    rows: int
+    columns: int
+    deep: int
+    slices: int
+    warps: int
+    stages: int
+    shared: tuple[int, int, int]
+    registers: Mapping[int, int] = field(default_factory=dict)
+
+
+# (kernel, class of the call) -> tiles, the same for every architecture. 128 x 128 takes 64 FLOP per byte from L2
+# and what sm_90's matrix units read from shared memory at full rate; 64 deep is one line of 128 bytes. Three
+# stages of that are 96 KiB: two blocks fit an SM of sm_90 and sm_100, and one what sm_89 and sm_12x have. Eight
+# warps, because four would hold 128 sums a thread; slices, so that few results at a time are rounded and stored.
+# sm_90 reads operands from shared memory and fits 128 registers, two blocks; sm_80 holds them in registers: there
+# a block has the SM to itself, which the compiler must be told for the product, or it takes 128 and spills.
+# "ragged" is for widths that are no whole tiles, whose masks and addresses take registers: half as deep they do
+# not spill, and a block has the SM to itself. float32 multiplies three times, with operands split in registers: a
+# quarter of the tile for four warps. None of what the static test compiles spills. Which tiles are fastest has not
+# been measured.
+TABLE = {
+    ("product", "16 bit"): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320), {80: 168, 90: 128}),
+    ("weight_gradient", "16 bit"): Tiles(128, 128, 64, 1, 8, 3, (65536, 100352, 100384), {90: 128}),
+    ("product", "ragged"): Tiles(128, 128, 32, 4, 8, 3, (24576, 32768, 40976)),
+    ("weight_gradient", "ragged"): Tiles(128, 128, 32, 1, 8, 3, (65536, 65536, 33824)),
+    ("product", "float32"): Tiles(64, 64, 32, 2, 4, 3, (32768, 49152, 49160)),
+    ("weight_gradient", "float32"): Tiles(64, 64, 32, 1, 4, 3, (32768, 53248, 53256)),
+}
+
+# Programs of the weight gradient: two on each of an H100's SMs. A share is worth its partial sums from so many
+# rows on. In float32 it has no more than the last number, which is 128 chunks: one sum over all rows in order
+# would be rounded 1548 times at mmimdb. The parts of that are 41 MB (768 x 256), a twentieth of what is read.
+_PROGRAMS, _LEAST_ROWS, _MOST_ROWS_FLOAT32 = 264, 256, 4096
+
+
+def tiles_of(kernel: str, dtype: torch.dtype, first: int, columns: int) -> Tiles:
+    return TABLE[kernel, class_of(kernel, dtype, first, columns)]
+
+
+def class_of(kernel: str, dtype: torch.dtype, first: int, columns: int) -> str:
+    """The rows of TABLE for two widths: INNER and OUTER of a product, P and Q of a weight's gradient."""
+    if dtype == torch.float32:
+        return "float32"
+    tiles = TABLE[kernel, "16 bit"]
+    most = tiles.deep if kernel == "product" else tiles.rows
+    whole = first % _chunk(first, most) == 0 and columns % _chunk(columns, tiles.columns) == 0
+    return "16 bit" if whole else "ragged"
+
+
+def _chunk(width: int, most: int) -> int:
+    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
+    return min(most, max(16, 1 << (width - 1).bit_length()))
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def operand(x: Tensor) -> Operand:
+    """Rows where they are, or a copy of those that the kernels cannot read there."""
+    scattered = x.stride(2) != 1 and x.shape[2] > 1
+    x = x.contiguous() if scattered or x.stride(1) > MAX_STRIDE else x
+    return x, x.stride(0), x.stride(1)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Launch]]:
+    """out (E, R, N) of x (E, R, K), weight (E, N, K) and bias (E, N), and the launches that fill it."""
+    out = x.new_empty((*x.shape[:2], weight.shape[1]))
+    bias = None if bias is None else bias.contiguous()
+    weight = weight.contiguous()
+    return out, [_product(operand(x), weight, (1, weight.shape[2]), bias, out)]
+
+
+def backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """Gradients of x, weight and bias, those not wanted without elements, and the launches that fill them.
+
+    Memory beside them: the parts of weights and biases in float32, see shares_of.
+    """
+    left = operand(grad_out)
+    found = []
+    grad_x = x.new_empty(x.shape if want_x else (0,))
+    if want_x:
+        weights = weight.contiguous()
+        found.append(_product(left, weights, (weight.shape[2], 1), None, grad_x))
+    grad = x.new_empty(weight.shape if want_weight else (0,))
+    bias = x.new_empty(weight.shape[:2] if want_bias else (0,))
+    if grad.numel() or bias.numel():
+        right = operand(x) if grad.numel() else None
+        filled = (each if each.numel() else None for each in (grad, bias))
+        found += _weight_gradients(left, right, *filled)
+    return (grad_x, grad, bias), found
+
+
+def _product(
+    a: Operand, weight: Tensor, strides: tuple[int, int], bias: Tensor | None, out: Tensor
+) -> Launch:
+    """out (E, R, OUTER) of a (E, R, INNER); strides of the weights over INNER and OUTER."""
+    experts, rows, inner = a[0].shape
+    outer = out.shape[2]
+    tiles = tiles_of("product", out.dtype, inner, outer)
+    columns, deep = _chunk(outer, tiles.columns), _chunk(inner, tiles.deep)
+    return Launch(
+        product_kernel,
+        experts * _blocks(rows, tiles.rows) * _blocks(outer, columns),
+        {"a": a, "w": weight, "bias": bias, "out": out, "rows": rows, "depth": inner},
+        {
+            **{"INNER": inner, "OUTER": outer, "OF_INNER": strides[0], "OF_OUTER": strides[1]},
+            **{"ROWS": tiles.rows, "COLUMNS": columns, "DEPTH": deep},
+            "SLICES": min(tiles.slices, columns // 16),
+            "PRECISION": matrix_precision(out.dtype),
+        },
+        tiles.warps,
+        tiles.stages,
+        tiles.registers,
+    )
+
+
+def shares_of(dtype: torch.dtype, experts: int, rows: int, p: int, q: int) -> int:
+    """Shares of an expert's rows in gradients (E, P, Q): as many as make the programs that run at once."""
+    tiles = tiles_of("weight_gradient", dtype, p, q)
+    across = _blocks(p, _chunk(p, tiles.rows)) * max(1, _blocks(q, _chunk(q, tiles.columns)))
+    fewest = _blocks(rows, _MOST_ROWS_FLOAT32) if dtype == torch.float32 else 1
+    return max(1, fewest, min(_PROGRAMS // max(1, experts * across), rows // _LEAST_ROWS))
+
+
+def _weight_gradients(
+    left: Operand, right: Operand | None, grad: Tensor | None, bias: Tensor | None
+) -> list[Launch]:
+    """grad (E, P, Q) and bias (E, P) of left (E, R, P) and right (E, R, Q)."""
+    experts, rows, p = left[0].shape
+    q = 0 if right is None else right[0].shape[2]
+    empty = left[0].new_empty
+    shares = shares_of(left[0].dtype, experts, rows, p, q)
+    if shares == 1:
+        return [_weight_gradient(left, right, grad, bias, 1)]
+    parts = None if grad is None else empty((experts, shares, p, q), dtype=torch.float32)
+    of_bias = None if bias is None else empty((experts, shares, p), dtype=torch.float32)
+    found = [_weight_gradient(left, right, parts, of_bias, shares)]
+    return [*found, _sum(parts, of_bias, grad, bias, shares)]
+
+
+def _weight_gradient(
+    left: Operand, right: Operand | None, grad: Tensor | None, bias: Tensor | None, shares: int
+) -> Launch:
+    experts, rows, p = left[0].shape
+    q = 0 if right is None else right[0].shape[2]
+    tiles = tiles_of("weight_gradient", left[0].dtype, p, q)
+    high, wide = _chunk(p, tiles.rows), _chunk(q, tiles.columns)
+    across = max(1, _blocks(q, wide))
+    return Launch(
+        weight_gradient_kernel,
+        experts * shares * _blocks(p, high) * across,
+        {
+            **{"left": left, "right": left if right is None else right, "grad": grad},
+            **{"bias": bias, "rows": rows, "splits": shares},
+            "part": _blocks(_blocks(rows, tiles.deep), shares) * tiles.deep,
+        },
+        {
+            **{"P": p, "Q": q, "ACROSS": across, "ROWS": high, "COLUMNS": wide},
+            **{"DEPTH": tiles.deep, "PRECISION": matrix_precision(left[0].dtype)},
+        },
+        tiles.warps,
+        tiles.stages,
+        tiles.registers,
+    )
+
+
+def _sum(
+    parts: Tensor | None,
+    bias_parts: Tensor | None,
+    grad: Tensor | None,
+    bias: Tensor | None,
+    shares: int,
+) -> Launch:
+    widths = [0 if x is None else x[0].numel() for x in (grad, bias)]
+    result = grad if bias is None else bias
+    assert result is not None
+    experts = result.shape[0]
+    return Launch(
+        sum_kernel,
+        experts * sum(_blocks(width, _SUM_BLOCK) for width in widths),
+        {
+            **{"parts": parts, "bias_parts": bias_parts, "grad": grad, "bias": bias},
+            **{"splits": shares, "experts": experts},
+        },
+        {"GRAD": widths[0], "BIAS": widths[1], "BLOCK": _SUM_BLOCK},
+        4,
+        2,
+    )

@@ -1,0 +1,225 @@
+"""The encoder's row-wise operators through Triton: what is allocated, and which launches fill it.
+
+No call waits for the GPU, and what is allocated and launched depends on shapes alone, so that CUDA graphs can
+capture it. Tensors are made contiguous here if they are not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton.launches import expect, run
+
+from .rows_launch import (
+    Dropout,
+    gelu_gradient_launch,
+    gelu_launch,
+    norm_gradient_launches,
+    norm_launch,
+    norm_parts_shape,
+    pool_gradient_launch,
+    pool_launch,
+    views_gradient_launch,
+    views_launch,
+)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Numbers of an expert's rows and offsets within a tile are 32 bits wide.
+_MOST_ROWS, _MOST_WIDTH = 2**30, 2**20
+
+
+def _expect_rows(name: str, x: Tensor, dimensions: int = 3) -> None:
+    """Fail unless x is what all else is compared with: an operator may be called past the package's doors."""
+    if x.dim() != dimensions:
+        raise ValueError(f"{name}: expected {dimensions} dimensions, got {tuple(x.shape)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
+    _expect_size(name, math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def _expect_size(name: str, rows: int, width: int) -> None:
+    if rows > _MOST_ROWS or width > _MOST_WIDTH:
+        raise ValueError(
+            f"{name}: expected up to 2^30 rows of an expert and widths of 2^20, got {rows} of {width}"
+        )
+
+
+def _dropout(seed: Tensor | None, p: float, like: Tensor) -> Dropout:
+    if seed is not None:
+        expect("seed", seed.reshape(-1), (1,), torch.int64, like.device)
+    return Dropout(seed, p)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def norm(
+    residual: Tensor | None,
+    update: Tensor | None,
+    gain: Tensor,
+    shift: Tensor,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """total, which has no elements without an update, normed, mean, rstd; see encoder/reference.py."""
+    x = residual if update is None else update
+    assert x is not None
+    _expect_rows("residual" if update is None else "update", x)
+    for name, each in (("residual", residual), ("update", update)):
+        expect(name, each, x.shape, x.dtype, x.device)
+    for name, each in (("gain", gain), ("shift", shift)):
+        expect(name, each, (x.shape[0], x.shape[2]), x.dtype, x.device)
+    dropout = _dropout(seed, p, x)
+    total = x.new_empty(x.shape if update is not None else (0,))
+    normed = x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        launch = norm_launch(
+            _contiguous(residual),
+            _contiguous(update),
+            (gain.contiguous(), shift.contiguous()),
+            dropout,
+            eps,
+            (None if update is None else total, normed, mean, rstd),
+        )
+        run([launch], x.device)
+    return total, normed, mean, rstd
+
+
+def norm_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    seed: Tensor | None,
+    p: float,
+    self_residual: bool,
+    want_update: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual, update, gain and shift; without dropout the update's is the residual's."""
+    _expect_rows("total", total)
+    for name, each in (("grad_total", grad_total), ("grad_normed", grad_normed)):
+        expect(name, each, total.shape, total.dtype, total.device)
+    for name, each in (("mean", mean), ("rstd", rstd)):
+        expect(name, each, total.shape[:2], torch.float32, total.device)
+    expect("gain", gain, (total.shape[0], total.shape[2]), total.dtype, total.device)
+    dropout = _dropout(seed, p, total)
+    own_update = want_update and (self_residual or seed is not None)
+    grad_residual = total.new_empty((0,) if self_residual else total.shape)
+    grad_update = total.new_empty(total.shape if own_update else (0,))
+    summed = grad_normed is not None and total.numel() > 0
+    new = torch.empty_like if summed else torch.zeros_like
+    grad_gain, grad_shift = (new(gain, memory_format=torch.contiguous_format) for _ in range(2))
+    if total.numel():
+        parts = total.new_empty(norm_parts_shape(total), dtype=torch.float32) if summed else None
+        launches = norm_gradient_launches(
+            (_contiguous(grad_total), _contiguous(grad_normed)),
+            (total.contiguous(), mean.contiguous(), rstd.contiguous(), gain.contiguous()),
+            dropout,
+            self_residual,
+            (
+                None if self_residual else grad_residual,
+                grad_update if own_update else None,
+                grad_gain,
+                grad_shift,
+            ),
+            parts,
+        )
+        run(launches, total.device)
+    return grad_residual, grad_update, grad_gain, grad_shift
+
+
+def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    _expect_rows("x", x)
+    dropout, out = _dropout(seed, p, x), x.new_empty(x.shape)
+    if x.numel():
+        run([gelu_launch(x.contiguous(), dropout, out)], x.device)
+    return out
+
+
+def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    _expect_rows("x", x)
+    expect("grad_out", grad_out, x.shape, x.dtype, x.device)
+    dropout, grad_x = _dropout(seed, p, x), x.new_empty(x.shape)
+    if x.numel():
+        launch = gelu_gradient_launch(grad_out.contiguous(), x.contiguous(), dropout, grad_x)
+        run([launch], x.device)
+    return grad_x
+
+
+def _expect_segments(cu_segments: Tensor, views: int, rows: int, like: Tensor) -> None:
+    expect("cu_segments", cu_segments, (max(cu_segments.numel(), 1),), torch.int32, like.device)
+    if views < 1 or rows % views:
+        raise ValueError(f"views: expected a divisor of {rows} rows, got {views}")
+    _expect_size("rows", rows, like.shape[-1])
+
+
+def pool(
+    residual: Tensor, update: Tensor, cu_segments: Tensor, views: int, seed: Tensor | None, p: float
+) -> Tensor:
+    """Means (E, V, S, D) over segments; segments that pass the last row of a view end there."""
+    _expect_rows("residual", residual)
+    expect("update", update, residual.shape, residual.dtype, residual.device)
+    experts, rows, width = residual.shape
+    _expect_segments(cu_segments, views, rows, residual)
+    dropout = _dropout(seed, p, residual)
+    out = residual.new_empty((experts, views, cu_segments.numel() - 1, width))
+    if out.numel():
+        residual, update, cu_segments = (x.contiguous() for x in (residual, update, cu_segments))
+        run([pool_launch(residual, update, cu_segments, dropout, out)], out.device)
+    return out
+
+
+def pool_backward(
+    grad_out: Tensor, cu_segments: Tensor, views: int, rows: int, seed: Tensor | None, p: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients (E, rows, D) of residual and update; zeros in rows of no segment."""
+    _expect_rows("grad_out", grad_out, 4)
+    _expect_segments(cu_segments, views, rows, grad_out)
+    experts, _, _, width = grad_out.shape
+    shape = (experts, views, cu_segments.numel() - 1, width)
+    expect("grad_out", grad_out, shape, grad_out.dtype, grad_out.device)
+    dropout = _dropout(seed, p, grad_out)
+    grad_residual = grad_out.new_empty((experts, rows, width))
+    grad_update = grad_out.new_empty((0,) if seed is None else grad_residual.shape)
+    if not grad_out.numel():
+        return grad_residual.zero_(), grad_update.zero_()
+    if grad_residual.numel():
+        grad_out, cu_segments = grad_out.contiguous(), cu_segments.contiguous()
+        own = None if seed is None else grad_update
+        launch = pool_gradient_launch(grad_out, cu_segments, dropout, grad_residual, own)
+        run([launch], grad_out.device)
+    return grad_residual, grad_update
+
+
+def views_of(x: Tensor, modality: Tensor, views: int) -> Tensor:
+    """(E, V, n, D) of the original and the replaced rows (E, 2, n, D)."""
+    _expect_rows("x", x, 4)
+    experts, _, rows, width = x.shape
+    expect("x", x, (experts, 2, rows, width), x.dtype, x.device)
+    expect("modality", modality, (rows,), torch.int32, x.device)
+    _expect_size("views", views * rows, width)
+    out = x.new_empty((experts, views, rows, width))
+    if out.numel():
+        run([views_launch(x.contiguous(), modality.contiguous(), out)], x.device)
+    return out
+
+
+def views_backward(grad_out: Tensor, modality: Tensor) -> Tensor:
+    _expect_rows("grad_out", grad_out, 4)
+    experts, views, rows, width = grad_out.shape
+    expect("modality", modality, (rows,), torch.int32, grad_out.device)
+    grad_x = grad_out.new_empty((experts, 2, rows, width))
+    if not views:
+        return grad_x.zero_()
+    if grad_x.numel():
+        launch = views_gradient_launch(grad_out.contiguous(), modality.contiguous(), grad_x)
+        run([launch], grad_out.device)
+    return grad_x

@@ -1,0 +1,289 @@
+"""How the row-wise kernels of the encoder are launched: tiles, warps, programs. Tensors are contiguous here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.dropout import DRAWS, keep_scale, keep_threshold
+from flmoe_kernels.core.triton.launches import Launch
+
+from .rows_kernels import (
+    gelu_gradient_kernel,
+    gelu_kernel,
+    norm_gradient_kernel,
+    norm_kernel,
+    norm_sum_kernel,
+)
+from .rows_pool_kernels import (
+    pool_gradient_kernel,
+    pool_kernel,
+    views_gradient_kernel,
+    views_kernel,
+)
+
+# Columns that the counters of the generator serve at a time: no tile with dropout is narrower.
+_GROUP = 128
+# Chunks of an expert's rows in the gradient of a norm: no more than so many, and none of fewer rows. They are 2048
+# programs for four experts, several for each place that an H100 has for one, whose parts are 2% of the traffic.
+_MOST_CHUNKS, _CHUNK_ROWS = 512, 32
+# Segments of up to this many rows on average take the smallest tiles.
+_SHORT = 16
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Elements of a tile, the most columns that it has (0: whole rows), warps.
+
+    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
+    with Triton 3.7.1, whose numbers the static test holds this table to.
+    """
+
+    elements: int
+    columns: int
+    warps: int
+    shared: tuple[int, int, int]
+
+
+# (kernel, float32) -> tiles, the same for every architecture. A thread takes 16 bytes of each of a tile's four
+# parts, 32 elements in 16 bits and 16 in float32, which is enough bytes on their way for a few blocks of four
+# warps to hide memory's latency. The gradient of a norm keeps two sums for each element and takes half of that, in
+# vectors of 8 bytes; views hold two operands at once and have no parts. Pooling adds rows up in the tile, which is
+# no wider than one group of columns, so that a segment and view have as many programs as there are groups. Nothing
+# spills, at widths that are no whole tiles neither; shared memory is for sums across warps alone. Which tiles are
+# fastest has not been measured.
+TABLE = {
+    ("norm", False): Tiles(4096, 0, 4, (128, 128, 128)),
+    ("norm", True): Tiles(2048, 0, 4, (64, 64, 64)),
+    ("norm_gradient", False): Tiles(2048, 0, 4, (1024, 1024, 1024)),
+    ("norm_gradient", True): Tiles(2048, 0, 4, (1024, 1024, 1024)),
+    ("norm_sum", False): Tiles(2048, 32, 4, (512, 512, 512)),
+    ("norm_sum", True): Tiles(2048, 32, 4, (512, 512, 512)),
+    ("gelu", False): Tiles(4096, 512, 4, (0, 0, 0)),
+    ("gelu", True): Tiles(2048, 512, 4, (0, 0, 0)),
+    ("gelu_gradient", False): Tiles(4096, 512, 4, (0, 0, 0)),
+    ("gelu_gradient", True): Tiles(2048, 512, 4, (0, 0, 0)),
+    ("pool", False): Tiles(4096, 128, 4, (512, 512, 512)),
+    ("pool", True): Tiles(2048, 128, 4, (512, 512, 512)),
+    ("pool, short", False): Tiles(1024, 128, 1, (64, 64, 64)),
+    ("pool, short", True): Tiles(512, 128, 1, (128, 128, 128)),
+    ("pool_gradient", False): Tiles(4096, 512, 4, (256, 256, 256)),
+    ("pool_gradient", True): Tiles(2048, 512, 4, (128, 128, 128)),
+    ("views", False): Tiles(2048, 256, 4, (0, 0, 0)),
+    ("views", True): Tiles(2048, 256, 4, (0, 0, 0)),
+    ("views_gradient", False): Tiles(2048, 256, 4, (0, 0, 0)),
+    ("views_gradient", True): Tiles(2048, 256, 4, (0, 0, 0)),
+}
+# A row that is wider than a tile takes it alone, with more warps, as many as a block can have.
+_MOST_WARPS = 16
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What a kernel takes of a dropout; seed None means none."""
+
+    seed: Tensor | None
+    p: float
+
+    def arguments(self) -> dict[str, Any]:
+        dropping = self.seed is not None and keep_threshold(self.p) < DRAWS
+        return {
+            "seed": self.seed if dropping else None,
+            "threshold": keep_threshold(self.p) if dropping else DRAWS,
+            "kept_scale": keep_scale(self.p) if dropping else 1.0,
+        }
+
+
+def tiles_of(kernel: str, dtype: torch.dtype) -> Tiles:
+    return TABLE[kernel, dtype == torch.float32]
+
+
+def blocks_of(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _shape(tiles: Tiles, width: int, least: int = _GROUP) -> tuple[int, int, int]:
+    """Rows and columns of a tile for rows of this width, and its warps; columns are a power of two."""
+    columns = max(least, 1 << (width - 1).bit_length())
+    columns = min(columns, tiles.columns or columns)
+    more = max(1, columns // tiles.elements)
+    return max(1, tiles.elements // columns), columns, min(_MOST_WARPS, tiles.warps * more)
+
+
+def norm_launch(
+    residual: Tensor | None,
+    update: Tensor | None,
+    affine: tuple[Tensor, Tensor],
+    dropout: Dropout,
+    eps: float,
+    results: tuple[Tensor | None, Tensor, Tensor, Tensor],
+) -> Launch:
+    """results: total, normed (E, R, D), mean, rstd (E, R); total None without an update."""
+    total, normed, mean, rstd = results
+    experts, rows, width = normed.shape
+    high, columns, warps = _shape(tiles_of("norm", normed.dtype), width)
+    return Launch(
+        norm_kernel,
+        experts * blocks_of(rows, high),
+        {
+            **{"residual": residual, "update": update, "gain": affine[0], "shift": affine[1]},
+            **{"total": total, "normed": normed, "mean": mean, "rstd": rstd},
+            **{"rows": rows, "eps": eps, **dropout.arguments()},
+        },
+        {"WIDTH": width, "PART": columns // 4, "ROWS": high},
+        warps,
+        1,
+    )
+
+
+def chunk_of(total: Tensor) -> int:
+    """How many rows a program of the gradient of a norm adds up: by shape and dtype alone."""
+    _, rows, width = total.shape
+    high, _, _ = _shape(tiles_of("norm_gradient", total.dtype), width)
+    least = max(_CHUNK_ROWS, blocks_of(rows, _MOST_CHUNKS))
+    return blocks_of(least, high) * high
+
+
+def norm_parts_shape(total: Tensor) -> tuple[int, int, int, int]:
+    """Of the sums that the gradient of a norm leaves, in float32: (E, chunks, 2, D)."""
+    experts, rows, width = total.shape
+    return experts, blocks_of(rows, chunk_of(total)), 2, width
+
+
+def norm_gradient_launches(
+    grads: tuple[Tensor | None, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    dropout: Dropout,
+    twice: bool,
+    results: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
+    parts: Tensor | None,
+) -> list[Launch]:
+    """grads: of total and of normed; saved: total, mean, rstd, gain; results: gradients of residual, update, gain
+    and shift; parts None without a gradient of normed. The second launch reads the parts that the first writes."""
+    total, mean, rstd, gain = saved
+    grad_residual, grad_update, grad_gain, grad_shift = results
+    experts, rows, width = total.shape
+    high, columns, warps = _shape(tiles_of("norm_gradient", total.dtype), width)
+    chunk = chunk_of(total)
+    first = Launch(
+        norm_gradient_kernel,
+        experts * blocks_of(rows, chunk),
+        {
+            **{"grad_total": grads[0], "grad_normed": grads[1]},
+            **{"total": total, "mean": mean, "rstd": rstd, "gain": gain},
+            **{"grad_residual": grad_residual, "grad_update": grad_update, "parts": parts},
+            **{"rows": rows, "chunk": chunk, **dropout.arguments()},
+        },
+        {"TWICE": twice, "WIDTH": width, "PART": columns // 4, "ROWS": high},
+        warps,
+        1,
+    )
+    if parts is None:
+        return [first]
+    tiles = tiles_of("norm_sum", total.dtype)
+    high, columns, warps = _shape(tiles, width, 1)
+    second = Launch(
+        norm_sum_kernel,
+        2 * experts * blocks_of(width, columns),
+        {"parts": parts, "grad_gain": grad_gain, "grad_shift": grad_shift, "count": parts.shape[1]},
+        {"WIDTH": width, "COLUMNS": columns, "LINES": min(high, 128)},
+        warps,
+        1,
+    )
+    return [first, second]
+
+
+def _elementwise(
+    kernel: Any, name: str, like: Tensor, arguments: dict[str, Any], dropout: Dropout
+) -> Launch:
+    """A program for each block of rows and columns of (E, R, D)."""
+    experts, rows, width = like.shape
+    high, columns, warps = _shape(tiles_of(name, like.dtype), width)
+    return Launch(
+        kernel,
+        experts * blocks_of(rows, high) * blocks_of(width, columns),
+        arguments | dropout.arguments(),
+        {"WIDTH": width, "PART": columns // 4, "ROWS": high},
+        warps,
+        1,
+    )
+
+
+def gelu_launch(x: Tensor, dropout: Dropout, out: Tensor) -> Launch:
+    arguments = {"x": x, "out": out, "rows": x.shape[1]}
+    return _elementwise(gelu_kernel, "gelu", x, arguments, dropout)
+
+
+def gelu_gradient_launch(grad_out: Tensor, x: Tensor, dropout: Dropout, grad_x: Tensor) -> Launch:
+    arguments = {"grad_out": grad_out, "x": x, "grad_x": grad_x, "rows": x.shape[1]}
+    return _elementwise(gelu_gradient_kernel, "gelu_gradient", x, arguments, dropout)
+
+
+def pool_class(rows: int, segments: int) -> str:
+    """The row of TABLE, by the mean length of segments among the rows of a view, which is all that shapes tell."""
+    return "pool, short" if rows <= _SHORT * segments else "pool"
+
+
+def pool_launch(
+    residual: Tensor, update: Tensor, cu_segments: Tensor, dropout: Dropout, out: Tensor
+) -> Launch:
+    experts, views, segments, width = out.shape
+    rows = residual.shape[1] // views
+    tiles = tiles_of(pool_class(rows, segments), out.dtype)
+    high, columns, warps = _shape(tiles, width)
+    return Launch(
+        pool_kernel,
+        experts * views * segments * blocks_of(width, columns),
+        {
+            **{"residual": residual, "update": update, "cu": cu_segments, "out": out},
+            **{"rows": rows, "views": views, "segments": segments, **dropout.arguments()},
+        },
+        {"WIDTH": width, "PART": columns // 4, "ROWS": high},
+        warps,
+        1,
+    )
+
+
+def pool_gradient_launch(
+    grad_out: Tensor,
+    cu_segments: Tensor,
+    dropout: Dropout,
+    grad_residual: Tensor,
+    grad_update: Tensor | None,
+) -> Launch:
+    views = grad_out.shape[1]
+    arguments: dict[str, Any] = {"grad_out": grad_out, "cu": cu_segments}
+    arguments |= {"grad_residual": grad_residual, "grad_update": grad_update}
+    arguments |= {"rows": grad_residual.shape[1] // views, "views": views}
+    arguments |= {"bounds": cu_segments.shape[0]}
+    kernel = pool_gradient_kernel
+    return _elementwise(kernel, "pool_gradient", grad_residual, arguments, dropout)
+
+
+def _views(kernel: Any, name: str, wide: Tensor, arguments: dict[str, Any]) -> Launch:
+    experts, views, rows, width = wide.shape
+    tiles = tiles_of(name, wide.dtype)
+    # Blocks of columns that divide the width need no mask.
+    whole = width & -width
+    tiles = replace(tiles, columns=whole) if _GROUP <= whole < tiles.columns else tiles
+    high, columns, warps = _shape(tiles, width, 16)
+    return Launch(
+        kernel,
+        experts * blocks_of(rows, high) * blocks_of(width, columns),
+        {**arguments, "rows": rows},
+        {"VIEWS": views, "WIDTH": width, "COLUMNS": columns, "ROWS": high},
+        warps,
+        1,
+    )
+
+
+def views_launch(x: Tensor, modality: Tensor, out: Tensor) -> Launch:
+    return _views(views_kernel, "views", out, {"x": x, "modality": modality, "out": out})
+
+
+def views_gradient_launch(grad_out: Tensor, modality: Tensor, grad_x: Tensor) -> Launch:
+    arguments = {"grad_out": grad_out, "modality": modality, "grad_x": grad_x}
+    return _views(views_gradient_kernel, "views_gradient", grad_out, arguments)

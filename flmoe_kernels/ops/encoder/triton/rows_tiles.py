@@ -1,0 +1,146 @@
+"""What the row-wise Triton kernels of the encoder share: parts of rows, their dropout, sums over them.
+
+A counter of the generator gives the draws of eight columns, 32 apart and in pairs (flmoe_kernels.core.dropout). So a
+tile of rows is held as four parts: part w has the columns whose draws are the counters' word w, 32 of every 128,
+and each part is read and written in pieces of 64 bytes (128 in float32), which are whole sectors. A thread has the
+same columns of every part and with them whole counters: each is computed once and all of it is used.
+
+Offsets within a tile fit 32 bits, where a tile begins is 64 bits wide.
+"""
+
+# mypy: ignore-errors
+# Kernels: a language of their own in Python's syntax, without types, as in rows_kernels.py.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flmoe_kernels.core.triton.philox import philox
+
+
+@triton.jit
+def begin(pointer, row, WIDTH: tl.constexpr):
+    """The address of a row."""
+    return pointer + tl.cast(row, tl.int64) * WIDTH
+
+
+@triton.jit
+def columns_of(first, WORD: tl.constexpr, PART: tl.constexpr):
+    """The PART columns of part WORD of the 4 * PART from `first` on, a multiple of 128."""
+    at = tl.arange(0, PART)
+    return first + at // 32 * 128 + WORD * 32 + at % 32
+
+
+@triton.jit
+def inside_of(valid, column, WIDTH: tl.constexpr, PART: tl.constexpr):
+    if WIDTH % (4 * PART) == 0:
+        return valid[:, None]
+    else:
+        return valid[:, None] & (column < WIDTH)[None, :]
+
+
+@triton.jit
+def load_part(
+    pointer, row, valid, first, WORD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr
+):
+    """Part WORD of rows at `pointer`, in float32; zeros where not `valid` and past the last column."""
+    column = columns_of(first, WORD, PART)
+    pointers = pointer + row[:, None] * WIDTH + column[None, :]
+    inside = inside_of(valid, column, WIDTH, PART)
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_part(
+    pointer, row, valid, first, values, WORD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr
+):
+    column = columns_of(first, WORD, PART)
+    pointers = pointer + row[:, None] * WIDTH + column[None, :]
+    inside = inside_of(valid, column, WIDTH, PART)
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_line(pointer, WORD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
+    """Part WORD of one row, (1, PART) in float32."""
+    column = columns_of(0, WORD, PART)
+    return tl.load(pointer + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_line(pointer, first, values, WORD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
+    column = columns_of(first, WORD, PART)
+    tl.store(pointer + column, values.to(pointer.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit
+def words_of(seed, row, expert, stream, first, PART: tl.constexpr):
+    """The four words of the counters of a tile, each (rows, PART / 2)."""
+    counter = first // 8 + tl.arange(0, PART // 2)
+    return philox(
+        tl.load(seed),
+        counter.to(tl.uint32)[None, :],
+        row.to(tl.uint32)[:, None],
+        tl.cast(expert, tl.uint32),
+        tl.cast(stream, tl.uint32),
+    )
+
+
+@triton.jit
+def drop(values, words, threshold, kept_scale, WORD: tl.constexpr):
+    """Dropout of part WORD."""
+    # A 16-bit draw is below the threshold where the word that it heads is below the threshold as a head.
+    limit = tl.cast(threshold, tl.uint32) << 16
+    draws = tl.interleave(words[WORD] << 16, words[WORD])
+    return tl.where(draws < limit, values * kept_scale, 0.0)
+
+
+@triton.jit
+def across(parts):
+    """Sums of rows."""
+    return tl.sum((parts[0] + parts[1]) + (parts[2] + parts[3]), 1)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, PART: tl.constexpr):
+    """The four parts of a tile of zeros."""
+    return [tl.zeros((ROWS, PART), tl.float32) for _ in (0, 1, 2, 3)]
+
+
+@triton.jit
+def normal_tail(x):
+    """P(X > |x|) of a standard normal X, and exp(-x^2 / 2).
+
+    exp(-x^2 / 2) t q(t) with t = 1 / (1 + 0.35 |x|) and q the polynomial of degree 8 that is nearest in relative
+    error for |x| < 13.2, where float32 ends: 3e-8, fitted to the scaled erfc. So the tail keeps its digits where
+    1 + erf(x) would lose them, and no branch chooses between polynomials: compiled for sm_90 the kernel has 33
+    instructions an element, with the library's erf 46, which is more than memory leaves time for.
+    """
+    size = tl.abs(x)
+    root = tl.rsqrt(1.0 + 0.35 * size)
+    t = root * root
+    q = t * -0.0291088858 + 0.143788001
+    q = t * q - 0.255326813
+    q = t * q + 0.158721488
+    q = t * q - 0.0227903889
+    q = t * q + 0.105369045
+    q = t * q + 0.119869126
+    q = t * q + 0.139856699
+    q = t * q + 0.139621712
+    bell = tl.exp2(x * x * -0.7213475204444817)
+    return bell * (t * q), bell
+
+
+@triton.jit
+def gelu(x):
+    """x cdf(x)."""
+    tail, _ = normal_tail(x)
+    return x * tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
+def gelu_slope(x):
+    """The derivative: cdf(x) + x pdf(x)."""
+    tail, bell = normal_tail(x)
+    return tl.where(x < 0.0, tail, 1.0 - tail) + x * (bell * 0.3989422804014327)

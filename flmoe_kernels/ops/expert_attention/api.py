@@ -1,0 +1,111 @@
+"""The door of expert_attention: docstring, validation, choice of the backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core import dropout as rng
+from flmoe_kernels.core import validation as check
+
+from . import op as _op  # noqa: F401  registers flmoe::expert_attention
+from .reference import attention_reference
+
+__all__ = ["expert_attention"]
+_OPERATOR = "expert_attention"
+
+
+def expert_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-head softmax attention in which every run of rows attends to itself alone.
+
+    For each problem p (an expert, view and sample), rows [cu_seqlens[p], cu_seqlens[p + 1]), and each head:
+    out = dropout(softmax(scale * q k^T)) v. Padded tokens are simply absent; a run of no rows is an
+    empty problem; rows that no run covers give 0. No (L, L) buffer exists in the forward or the backward, which
+    makes the probabilities again from the log-sum-exp, and the dropout mask again from
+    (seed, problem, head, row, column), see flmoe_kernels.core.dropout. Deterministic for any number of threads;
+    autocast changes nothing.
+
+    Args:
+        q, k, v: (rows, H, d), or (G, rows, H, d) for G groups that share the same runs (problem ids then
+            count group by group). float32, bfloat16, float16, and float64 where the backend has it; last
+            dimension contiguous, or copied. Any H and d.
+        cu_seqlens: (P + 1,) int32 on the same device, non-decreasing, within 0..rows.
+        dropout_p: probability, 0 to 1, with which an attention probability is dropped.
+        seed: one int64 on the same device; None draws one from torch's generator when dropout_p > 0.
+        scale: factor of the scores; default d^-1/2.
+        return_lse: also return the log-sum-exp of each row's scaled scores, (rows, H) or (G, rows, H),
+            float32 (float64 for float64). No gradient flows through it.
+        backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
+
+    Returns:
+        out, shaped as q; with return_lse (out, lse).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; named.
+        BackendUnavailable: the backend asked for cannot run this.
+
+    Cost: 4 * L^2 * d FLOP per problem and head, memory O(rows * H * d).
+    Source: the fusion attention of FL-I2MoE (arXiv 2603.13326), tiled with an online softmax
+    (arXiv 2205.14135).
+    """
+    _validate(q, k, v, cu_seqlens, dropout_p)
+    if dropout_p > 0:
+        seed = rng.new_seed(q.device) if seed is None else seed
+        check.require_seed("seed", seed, q.device)
+    else:
+        seed = None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    grouped = q.dim() == 4
+    q4, k4, v4 = (q, k, v) if grouped else (q[None], k[None], v[None])
+    chosen = backends.choose(_OPERATOR, q, backend)
+    tail = (cu_seqlens, seed, dropout_p, scale)
+    if chosen == backends.REFERENCE:
+        # Autocast would give the products a type of its own; the kernels do not see it either.
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = attention_reference(q4, k4, v4, *tail)
+        lse = lse.detach()
+    else:
+        out, lse = torch.ops.flmoe.expert_attention(q4, k4, v4, *tail, chosen)
+    out, lse = (out, lse) if grouped else (out[0], lse[0])
+    return (out, lse) if return_lse else out
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout_p: float) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
+        check.require_tensor(name, x)
+    check.require_floating("q", q)
+    if q.dim() not in (3, 4):
+        raise ValueError(f"q: expected (rows, H, d) or (G, rows, H, d), got {tuple(q.shape)}")
+    if q.shape[-1] < 1 or q.shape[-2] < 1:
+        raise ValueError(f"q: expected at least one head of width one, got {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise ValueError(f"{name}: expected shape {tuple(q.shape)} as q, got {tuple(x.shape)}")
+        check.require_same(name, x, "q", q)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: expected int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens: expected (P + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens: expected device {q.device}, got {cu_seqlens.device}")
+    check.require_probability("dropout_p", dropout_p)
+    # Reading values waits for a GPU and cannot be traced; there the kernels themselves stay in bounds.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        rows = q.shape[-3]
+        if bounds[0] < 0 or bounds[-1] > rows or sorted(bounds) != bounds:
+            raise ValueError(
+                f"cu_seqlens: expected non-decreasing values from 0 to {rows} rows, got {bounds}"
+            )

@@ -1,0 +1,106 @@
+"""expert_attention through the native CPU module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flmoe_kernels.core.backend import native
+from flmoe_kernels.core.dropout import DRAWS, keep_threshold
+from flmoe_kernels.core.native import (
+    address,
+    dtype_code,
+    empty,
+    expect,
+    expect_run_lengths,
+    expect_seed,
+    statistics_dtype,
+    threads,
+)
+
+
+def _view(x: Tensor) -> tuple[int, int, int, int]:
+    group, row, head, _ = x.stride()
+    return x.data_ptr(), group, row, head
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _expect(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q: expected (G, rows, H, d), got {tuple(q.shape)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expect(name, x, q.shape, q.dtype)
+    expect_run_lengths("cu_seqlens", cu_seqlens)
+    expect_seed(seed)
+
+
+def _common(
+    q: Tensor, cu_seqlens: Tensor, seed: Tensor | None, dropout_p: float, scale: float
+) -> tuple:
+    groups, rows, heads, width = q.shape
+    sizes = (groups, cu_seqlens.numel() - 1, rows, heads, width)
+    threshold = DRAWS if seed is None else keep_threshold(dropout_p)
+    return cu_seqlens.data_ptr(), sizes, scale, address(seed), threshold
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    _expect(q, k, v, cu_seqlens, seed)
+    q, k, v, cu_seqlens = (*map(_rows_contiguous, (q, k, v)), cu_seqlens.contiguous())
+    out = empty(q.shape, q)
+    lse = empty(q.shape[:3], q, statistics_dtype(q.dtype))
+    native().attention_forward(
+        dtype_code(q),
+        _view(q),
+        _view(k),
+        _view(v),
+        *_common(q, cu_seqlens, seed, dropout_p, scale),
+        out.data_ptr(),
+        lse.data_ptr(),
+        threads(),
+    )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dropout_p: float,
+    scale: float,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous."""
+    _expect(q, k, v, cu_seqlens, seed)
+    expect("grad_out", grad_out, q.shape, q.dtype)
+    expect("out", out, q.shape, q.dtype)
+    expect("lse", lse, q.shape[:3], statistics_dtype(q.dtype))
+    out, lse = out.contiguous(), lse.contiguous()
+    q, k, v, grad_out = map(_rows_contiguous, (q, k, v, grad_out))
+    cu_seqlens = cu_seqlens.contiguous()
+    native().attention_backward(
+        dtype_code(q),
+        _view(q),
+        _view(k),
+        _view(v),
+        *_common(q, cu_seqlens, seed, dropout_p, scale),
+        out.data_ptr(),
+        lse.data_ptr(),
+        threads(),
+        _view(grad_out),
+        *map(_view, grads),
+    )

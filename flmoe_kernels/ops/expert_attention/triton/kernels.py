@@ -1,0 +1,273 @@
+"""The Triton kernels of expert_attention. Nothing of size length x length is stored, and no sum crosses programs.
+
+Widths are read and written in chunks of CHUNK columns: one for widths up to the table's, padded with zeros
+inside the kernel; a wider one is written by a program per chunk, each of which makes the probabilities again.
+Exponentials are of base 2. Where an operator's argument is not there (no dropout), it is None and its code too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flmoe_kernels.core.triton.philox import kept_elements
+
+from .tiles import dot, head_of, load_rows, place, products, row_at, statistics_of, store_rows
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def decode(program, slots, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Slot, first column of the chunk, head and group: blocks of one head are neighbours, which share it in L2."""
+    CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    slot, rest = program % slots, program // slots
+    column, rest = rest % CHUNKS * CHUNK, rest // CHUNKS
+    return slot, column, rest % heads, rest // heads
+
+
+# Output and log-sum-exp. One program per block of rows of a problem and head, with a loop over blocks of its keys:
+#     m' = max(m, max_j s_j),   p_j = exp(s_j - m'),   l' = l exp(m - m') + sum_j p_j,
+#     o' = o exp(m - m') + sum_j kept_j p_j v_j,       out = o * scale of what is kept / l.
+# Traffic: q and out once; k and v once per block of rows, from L2. Bound, by counting instructions and not yet
+# measured: per score one exponential (16 a clock and SM) and, of the 128 that an SM issues a clock, 12 without and
+# 21 with dropout (compiled for sm_90 at width 64); its matrix units need 4 d of their 4096 FLOP a clock. So at
+# width 64 the instructions take longest, 1.5 and 2.7 times as long as the exponentials or the products.
+@triton.jit
+def attend_kernel(
+    q,
+    k,
+    v,
+    cu,
+    seed,
+    out,
+    lse,
+    problems,
+    rows,
+    heads,
+    scale,
+    threshold,
+    kept_scale,
+    POSITIVE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slots = rows // ROWS + problems + 2
+    slot, column, head, group = decode(tl.program_id(0), slots, heads, WIDTH, CHUNK)
+    problem, first, length, start, keys = place(cu, problems, rows, slot, ROWS)
+    row = tl.arange(0, ROWS)
+    valid = start + row < length
+    q, k, v = (
+        head_of(q, group, head, first + start),
+        head_of(k, group, head, first),
+        head_of(v, group, head, first),
+    )
+    q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
+    largest = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, CHUNK), tl.float32)
+    # With a positive factor the maximum is taken before it, and the factor is part of a multiply-add.
+    factor = scale * LOG2_E if POSITIVE else 1.0
+    for j in range(0, keys, COLUMNS):
+        key = tl.arange(0, COLUMNS)
+        valid_key = j + key < keys
+        k_tile = load_rows(k, j, key, valid_key, 0, WIDTH, CHUNK)
+        scores = products(
+            *(q_tile, k_tile, q, 0, row, valid, k, j, key, valid_key),
+            *(WIDTH, CHUNK, PRECISION),
+        )
+        if not POSITIVE:
+            scores *= scale * LOG2_E
+        scores = tl.where(valid_key[None, :], scores, -float("inf"))
+        before = largest
+        largest = tl.maximum(before, tl.max(scores, 1) * factor)
+        # A row of -inf so far has no weight yet; one that ends so has a total of 0 and becomes NaN.
+        origin = tl.where(largest == -float("inf"), 0.0, largest)
+        p = tl.exp2(scores * factor - origin[:, None])
+        fade = tl.exp2(before - origin)
+        total = total * fade + tl.sum(p, 1)
+        if seed is not None:
+            # A zero that the compiler does not know: with one that it knows it would choose after rounding to
+            # 16 bits, and then round and pack one value at a time.
+            nothing = kept_scale * 0.0
+            problem_id = group * problems + problem
+            kept = kept_elements(seed, threshold, problem_id, head, start + row, j, COLUMNS)
+            p = tl.where(kept, p, nothing)
+        v_tile = load_rows(v, j, key, valid_key, column, WIDTH, CHUNK)
+        sums = dot(p, v_tile, sums * fade[:, None], PRECISION)
+    # Rows that no problem covers: 0.
+    total = tl.where(keys > 0, total, 1.0)
+    sums *= (kept_scale / total)[:, None]
+    store_rows(head_of(out, group, head, first + start), row, valid, column, sums, WIDTH, CHUNK)
+    if column == 0:
+        values = tl.where(keys > 0, (largest + tl.log2(total)) * LN_2, 0.0)
+        at = statistics_of(group, rows, first + start, heads, head)
+        tl.store(lse + at + row * heads, values, mask=valid)
+
+
+# Gradient of q, and delta_i = grad_out_i . out_i for the next kernel. With g_ij = kept_ij * grad_out_i . v_j:
+#     grad_q_i = scale * sum_j d_ij k_j,   d_ij = p_ij (g_ij - delta_i),   p_ij = exp(s_ij - lse_i).
+# One program per block of rows. Traffic: q, grad_out, out and grad_q once; k and v once per block, from L2.
+# Bound as above: three products, 11 instructions per score without and 20 with dropout.
+@triton.jit
+def query_gradient_kernel(
+    q,
+    k,
+    v,
+    cu,
+    seed,
+    out,
+    lse,
+    grad_out,
+    delta,
+    grad_q,
+    problems,
+    rows,
+    heads,
+    scale,
+    threshold,
+    kept_scale,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slots = rows // ROWS + problems + 2
+    slot, column, head, group = decode(tl.program_id(0), slots, heads, WIDTH, CHUNK)
+    problem, first, length, start, keys = place(cu, problems, rows, slot, ROWS)
+    row = tl.arange(0, ROWS)
+    valid = start + row < length
+    q, k, v = (
+        head_of(q, group, head, first + start),
+        head_of(k, group, head, first),
+        head_of(v, group, head, first),
+    )
+    out = head_of(out, group, head, first + start)
+    grad_out = head_of(grad_out, group, head, first + start)
+    q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
+    grad_tile = load_rows(grad_out, 0, row, valid, 0, WIDTH, CHUNK)
+    out_tile = load_rows(out, 0, row, valid, 0, WIDTH, CHUNK)
+    together = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    for other in range(CHUNK, WIDTH, CHUNK):
+        left = load_rows(grad_out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
+        together += tl.sum(left * load_rows(out, 0, row, valid, other, WIDTH, CHUNK), 1)
+    at = statistics_of(group, rows, first + start, heads, head)
+    if column == 0:
+        tl.store(delta + at + row * heads, together, mask=valid)
+    origin = tl.load(lse + at + row * heads, mask=valid, other=0.0) * LOG2_E
+    sums = tl.zeros((ROWS, CHUNK), tl.float32)
+    for j in range(0, keys, COLUMNS):
+        key = tl.arange(0, COLUMNS)
+        valid_key = j + key < keys
+        k_tile = load_rows(k, j, key, valid_key, 0, WIDTH, CHUNK)
+        scores = products(
+            *(q_tile, k_tile, q, 0, row, valid, k, j, key, valid_key),
+            *(WIDTH, CHUNK, PRECISION),
+        )
+        p = tl.exp2(scores * (scale * LOG2_E) - origin[:, None])
+        # Past the last key this is no probability, and may be infinite.
+        p = tl.where(valid_key[None, :], p, 0.0)
+        v_tile = load_rows(v, j, key, valid_key, 0, WIDTH, CHUNK)
+        cotangent = products(
+            *(grad_tile, v_tile, grad_out, 0, row, valid, v, j, key, valid_key),
+            *(WIDTH, CHUNK, PRECISION),
+        )
+        if seed is not None:
+            problem_id = group * problems + problem
+            kept = kept_elements(seed, threshold, problem_id, head, start + row, j, COLUMNS)
+            cotangent *= tl.where(kept, kept_scale, 0.0)
+        d = p * (cotangent - together[:, None])
+        if WIDTH > CHUNK:
+            k_tile = load_rows(k, j, key, valid_key, column, WIDTH, CHUNK)
+        sums = dot(d, k_tile, sums, PRECISION)
+    store_rows(
+        head_of(grad_q, group, head, first + start), row, valid, column, sums * scale, WIDTH, CHUNK
+    )
+
+
+# Gradients of k and v:  grad_v_j = sum_i kept_ij p_ij grad_out_i,  grad_k_j = scale * sum_i d_ij q_i.
+# One program per block of keys, with a loop over blocks of the problem's rows; a tile is held as [row, key], as in
+# the other kernels, so that the same draws need no exchange, and transposed where it is multiplied. Traffic: k, v
+# and their gradients once; q and grad_out once per block, from L2.
+# Bound as above: four products, 13 and 24 instructions per score.
+@triton.jit
+def key_gradient_kernel(
+    q,
+    k,
+    v,
+    cu,
+    seed,
+    lse,
+    grad_out,
+    delta,
+    grad_k,
+    grad_v,
+    problems,
+    rows,
+    heads,
+    scale,
+    threshold,
+    kept_scale,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slots = rows // COLUMNS + problems + 2
+    slot, column, head, group = decode(tl.program_id(0), slots, heads, WIDTH, CHUNK)
+    problem, first, length, start, queries = place(cu, problems, rows, slot, COLUMNS)
+    key = tl.arange(0, COLUMNS)
+    valid_key = start + key < length
+    q, k, v = (
+        head_of(q, group, head, first),
+        head_of(k, group, head, first + start),
+        head_of(v, group, head, first + start),
+    )
+    grad_out = head_of(grad_out, group, head, first)
+    at = statistics_of(group, rows, first, heads, head)
+    k_tile = load_rows(k, 0, key, valid_key, 0, WIDTH, CHUNK)
+    v_tile = load_rows(v, 0, key, valid_key, 0, WIDTH, CHUNK)
+    sums_k = tl.zeros((COLUMNS, CHUNK), tl.float32)
+    sums_v = tl.zeros((COLUMNS, CHUNK), tl.float32)
+    for i in range(0, queries, ROWS):
+        # Past the last row the last one again, with no weight: nothing is then chosen element by element, and
+        # an infinity meets what it meets in the last row.
+        row = tl.minimum(tl.arange(0, ROWS), queries - 1 - i)
+        q_tile = load_rows(q, i, row, None, 0, WIDTH, CHUNK)
+        grad_tile = load_rows(grad_out, i, row, None, 0, WIDTH, CHUNK)
+        statistics = row_at(at, i, heads) + row * heads
+        origin = tl.load(lse + statistics) * LOG2_E
+        origin = tl.where(i + tl.arange(0, ROWS) < queries, origin, float("inf"))
+        together = tl.load(delta + statistics)
+        scores = products(
+            *(q_tile, k_tile, q, i, row, None, k, 0, key, valid_key),
+            *(WIDTH, CHUNK, PRECISION),
+        )
+        cotangent = products(
+            *(grad_tile, v_tile, grad_out, i, row, None, v, 0, key, valid_key),
+            *(WIDTH, CHUNK, PRECISION),
+        )
+        p = tl.exp2(scores * (scale * LOG2_E) - origin[:, None])
+        dropped = p
+        if seed is not None:
+            problem_id = group * problems + problem
+            kept = kept_elements(seed, threshold, problem_id, head, i + row, start, COLUMNS)
+            # One factor for both products: a choice in each would hold a predicate per score between them.
+            factor = tl.where(kept, kept_scale, 0.0)
+            dropped, cotangent = p * factor, cotangent * factor
+        d = p * (cotangent - together[:, None])
+        if WIDTH > CHUNK:
+            q_tile = load_rows(q, i, row, None, column, WIDTH, CHUNK)
+            grad_tile = load_rows(grad_out, i, row, None, column, WIDTH, CHUNK)
+        sums_v = dot(tl.trans(dropped), grad_tile, sums_v, PRECISION)
+        sums_k = dot(tl.trans(d), q_tile, sums_k, PRECISION)
+    grad_k = head_of(grad_k, group, head, first + start)
+    grad_v = head_of(grad_v, group, head, first + start)
+    store_rows(grad_k, key, valid_key, column, sums_k * scale, WIDTH, CHUNK)
+    store_rows(grad_v, key, valid_key, column, sums_v, WIDTH, CHUNK)

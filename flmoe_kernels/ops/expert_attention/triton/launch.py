@@ -1,0 +1,163 @@
+"""How the kernels of expert_attention are launched: tiles, warps, operands. Calls have been made `readable`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from flmoe_kernels.core.dropout import DRAWS, keep_scale, keep_threshold
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.launches import Launch, matrix_precision
+from flmoe_kernels.core.triton.tables import architecture_of
+
+from .kernels import attend_kernel, key_gradient_kernel, query_gradient_kernel
+from .table import TABLE, AttentionCall, Tiles, class_of, narrower
+
+__all__ = [
+    "TABLE",
+    "AttentionCall",
+    "Tiles",
+    "attend_with",
+    "backward_launches",
+    "class_of",
+    "forward_launch",
+    "key_gradient_with",
+    "operand",
+    "query_gradient_with",
+    "readable",
+    "rows_contiguous",
+    "tiles_of",
+]
+
+# What a kernel reads or writes (G, rows, H, d) through.
+Operand = tuple[Tensor, int, int, int]
+
+# Rows further apart than this are copied, so that offsets within a block stay below 2^31.
+_MAX_STRIDE = 2**24
+# Below this a scale times log2(e) may be 0 in float32, or become it; 0 times the -inf of a masked score is NaN.
+_LEAST_FACTOR = 1e-37
+
+
+def tiles_of(kernel: str, call: AttentionCall, architecture: int | None = None) -> Tiles:
+    """The launch table's of sm_`architecture`; without one, what runs where the call's tensors are, which with
+    autotune is the fastest found."""
+    if architecture is None and tuning.enabled():
+        # Knows the launches, and so is above this module; nothing else needs it.
+        from .tuned import fastest
+
+        return fastest(kernel, call)
+    place = architecture_of(call.q.device) if architecture is None else architecture
+    return TABLE.tiles((kernel, class_of(call)), place, *narrower(kernel, call))
+
+
+def readable(call: AttentionCall) -> AttentionCall:
+    """The call with copies of those inputs that kernels cannot read where they are."""
+    dropping = call.seed is not None and keep_threshold(call.dropout_p) < DRAWS
+    return replace(
+        call,
+        q=rows_contiguous(call.q),
+        k=rows_contiguous(call.k),
+        v=rows_contiguous(call.v),
+        cu_seqlens=call.cu_seqlens.contiguous(),
+        seed=call.seed if dropping else None,
+    )
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    scattered = x.stride(3) != 1 and x.shape[3] > 1
+    return x.contiguous() if scattered or x.stride(1) > _MAX_STRIDE else x
+
+
+def operand(x: Tensor) -> Operand:
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+def chunk_of(width: int, tiles: Tiles) -> int:
+    """The columns that a program holds of a width; a matrix product takes no less than 16."""
+    return min(tiles.widest, max(16, 1 << (width - 1).bit_length()))
+
+
+def _launch(
+    kernel: Any, tiles: Tiles, call: AttentionCall, block: int, rest: dict[str, Any]
+) -> Launch:
+    """A launch with a program for each slot of `block` rows and each chunk, head and group."""
+    groups, rows, heads, width = call.q.shape
+    chunk = chunk_of(width, tiles)
+    slots = rows // block + call.problems + 2
+    dropping = call.seed is not None
+    arguments = {
+        **{"q": operand(call.q), "k": operand(call.k), "v": operand(call.v)},
+        **{"cu": call.cu_seqlens, "seed": call.seed, **rest},
+        **{"problems": call.problems, "rows": rows, "heads": heads, "scale": call.scale},
+        "threshold": keep_threshold(call.dropout_p) if dropping else DRAWS,
+        "kept_scale": keep_scale(call.dropout_p) if dropping else 1.0,
+    }
+    constants = {
+        **{"WIDTH": width, "CHUNK": chunk, "ROWS": tiles.rows, "COLUMNS": tiles.columns},
+        "PRECISION": matrix_precision(call.q.dtype),
+    }
+    programs = slots * -(-width // chunk) * heads * groups
+    return Launch(kernel, programs, arguments, constants, tiles.warps, tiles.stages)
+
+
+def forward_launch(
+    call: AttentionCall, out: Tensor, lse: Tensor, *, architecture: int | None = None
+) -> Launch:
+    return attend_with(tiles_of("attend", call, architecture), call, out, lse)
+
+
+def attend_with(tiles: Tiles, call: AttentionCall, out: Tensor, lse: Tensor) -> Launch:
+    rest = {"out": operand(out), "lse": lse}
+    launch = _launch(attend_kernel, tiles, call, tiles.rows, rest)
+    return replace(launch, constants=launch.constants | {"POSITIVE": call.scale > _LEAST_FACTOR})
+
+
+def query_gradient_with(
+    tiles: Tiles,
+    call: AttentionCall,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_q: Tensor,
+) -> Launch:
+    """Writes delta too."""
+    rest = {"out": operand(out), "grad_q": operand(grad_q), "lse": lse}
+    rest |= {"grad_out": operand(grad_out), "delta": delta}
+    return _launch(query_gradient_kernel, tiles, call, tiles.rows, rest)
+
+
+def key_gradient_with(
+    tiles: Tiles,
+    call: AttentionCall,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> Launch:
+    rest = {"grad_k": operand(grad_k), "grad_v": operand(grad_v), "lse": lse}
+    rest |= {"grad_out": operand(grad_out), "delta": delta}
+    return _launch(key_gradient_kernel, tiles, call, tiles.columns, rest)
+
+
+def backward_launches(
+    call: AttentionCall,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    *,
+    architecture: int | None = None,
+) -> list[Launch]:
+    """The second reads the delta that the first writes."""
+    of_query = tiles_of("query_gradient", call, architecture)
+    of_key = tiles_of("key_gradient", call, architecture)
+    grad_q, grad_k, grad_v = grads
+    return [
+        query_gradient_with(of_query, call, grad_out, out, lse, delta, grad_q),
+        key_gradient_with(of_key, call, grad_out, lse, delta, grad_k, grad_v),
+    ]

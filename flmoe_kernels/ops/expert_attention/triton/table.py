@@ -1,0 +1,168 @@
+"""The launch table of expert_attention: tiles of its kernels by class of a call and architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton.tables import Table
+
+# Kernel, class of the call; and DROPOUT.
+Key = tuple[str, ...]
+DROPOUT = "dropout"
+# Problems of up to this many rows on average take the smallest tiles.
+SHORT = 16
+# Columns that a program holds of a width, at most.
+WIDEST = 128
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The inputs of one call: q, k, v (G, rows, H, d); seed None means no dropout."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens: Tensor
+    seed: Tensor | None
+    dropout_p: float
+    scale: float
+
+    @property
+    def problems(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile of scores, warps, pipeline stages.
+
+    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
+    with Triton 3.7.1, whose numbers the static test holds this table to. widest: columns that a program holds
+    of a width, at most.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    shared: tuple[int, int, int]
+    widest: int = WIDEST
+
+
+# (kernel, class of the call) -> tiles for every architecture that has none of its own. 64 rows give each of four
+# warps the 16 that its matrix instruction takes, and sm_90's the 64 of its group, so that scores stay in the
+# registers where they were made; with more warps each row is held twice. 64 columns: a tile of 128 would use all
+# four words of a dropout counter (17 instead of 21 instructions per score in sm_90's first kernel), but its
+# gradient kernels spill on two or three of the architectures, and the first one on sm_100. Two blocks share an
+# SM: 255 registers and the shared memory allow it. "wide" is for widths over 64, where a tile of rows has twice
+# the bytes: half the columns in "query_gradient"; half the rows in "key_gradient", whose sums alone are 128
+# registers, which leaves its scores to mma.sync on every architecture. "short" is for problems of at most 16 rows
+# on average: a warp and a tile for each problem and head. float32 products are three TF32 ones, of operands that
+# are split in two: 32 x 32 is what does not spill at width 64. "chunked" is for widths over 128, whose rows pass
+# in chunks of 128 columns; each chunk of the output is a program that makes all scores. Two float32 kernels have
+# chunks of 64, twice the programs and at width 256 1.7 times the products: with 128 they spill up to 112 bytes.
+# Tiles of wide float32 and of chunked rows are smaller for the registers and the shared memory: nothing spills at
+# widths 128 and 256, though up to 584 bytes do at 200, which fills no chunk, and no block takes more than the 99
+# KiB that sm_86 and sm_89 have. Which is faster has not been measured.
+_ALL: dict[Key, Tiles] = {
+    ("attend", "long"): Tiles(64, 64, 4, 2, (24576, 40960, 41000)),
+    ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 65536, 73792)),
+    ("key_gradient", "long"): Tiles(64, 64, 4, 2, (41472, 57856, 74312)),
+    ("attend", "wide"): Tiles(64, 64, 4, 2, (57344, 81920, 81960)),
+    ("query_gradient", "wide"): Tiles(64, 32, 4, 2, (53248, 73728, 77880)),
+    ("key_gradient", "wide"): Tiles(32, 64, 4, 2, (53504, 53504, 51464)),
+    ("attend", "chunked"): Tiles(64, 32, 4, 1, (45056, 40960, 40968)),
+    ("query_gradient", "chunked"): Tiles(32, 32, 4, 1, (43008, 43008, 43008)),
+    ("key_gradient", "chunked"): Tiles(32, 32, 4, 1, (51200, 51200, 51200)),
+    ("attend", "short"): Tiles(16, 16, 1, 2, (3072, 3072, 3072)),
+    ("query_gradient", "short"): Tiles(16, 16, 1, 1, (3584, 3584, 3584)),
+    ("key_gradient", "short"): Tiles(16, 16, 1, 1, (4096, 4096, 4096)),
+    ("attend", "float32"): Tiles(32, 32, 4, 1, (24576, 24576, 24576)),
+    ("query_gradient", "float32"): Tiles(32, 32, 4, 1, (40960, 40960, 40960)),
+    ("key_gradient", "float32"): Tiles(32, 32, 4, 1, (49152, 49152, 49152)),
+    ("attend", "float32, wide"): Tiles(16, 32, 4, 1, (32768, 32768, 32768)),
+    ("query_gradient", "float32, wide"): Tiles(16, 32, 4, 2, (65536, 65536, 65536)),
+    ("key_gradient", "float32, wide"): Tiles(16, 16, 4, 1, (49152, 49152, 49152)),
+    ("attend", "float32, chunked"): Tiles(16, 32, 4, 1, (16384, 16384, 16384), 64),
+    ("query_gradient", "float32, chunked"): Tiles(32, 16, 4, 1, (40960, 40960, 40960), 64),
+    ("key_gradient", "float32, chunked"): Tiles(16, 16, 4, 1, (73728, 73728, 73728)),
+    ("attend", "float32, short"): Tiles(16, 16, 1, 1, (6144, 6144, 6144)),
+    ("query_gradient", "float32, short"): Tiles(16, 16, 1, 1, (10240, 10240, 10240)),
+    ("key_gradient", "float32, short"): Tiles(16, 16, 1, 1, (12288, 12288, 12288)),
+}
+
+# Those that an architecture has instead; their shared bytes elsewhere are 0. With dropout 128 columns in the
+# first kernel use all four words of a dropout counter, and what a step costs once is shared by twice the scores:
+# 17.4 instead of 21.4 instructions per score on sm_90 at width 64, 19.8 instead of 23.9 on sm_80, whose siblings
+# sm_86 and sm_89 have the same instructions. At widths up to 64 nothing spills; on sm_100 this would, 280 bytes.
+# Without dropout it is 10.3 instead of 12.2 on sm_90, but 224 instead of 128 registers: two blocks on an SM where
+# four can hide their waits. The others are here because the tiles for all spill 8 to 24 bytes in one named case of
+# theirs: half the columns for wide rows and eight warps for chunked ones on sm_80 and sm_86, three stages for the
+# gradient of keys on sm_80 and, wide, on sm_90, eight warps for chunked rows on sm_100, whose float32 gradient of
+# keys also has chunks of 64. Predictions, see docs/launch_tables.md; not measured.
+_AMPERE: dict[Key, Tiles] = {
+    ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
+    ("attend", "wide"): Tiles(64, 32, 4, 2, (36864, 0, 0)),
+    ("query_gradient", "chunked"): Tiles(32, 32, 8, 1, (43008, 0, 0)),
+}
+_REPLACED: dict[int, dict[Key, Tiles]] = {
+    80: {**_AMPERE, ("key_gradient", "long"): Tiles(64, 64, 4, 3, (58368, 0, 0))},
+    86: _AMPERE,
+    90: {
+        ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (0, 73728, 0)),
+        ("key_gradient", "wide"): Tiles(32, 64, 4, 3, (0, 70144, 0)),
+    },
+    100: {
+        ("attend", "chunked"): Tiles(64, 64, 8, 1, (0, 0, 49160)),
+        ("key_gradient", "float32, chunked"): Tiles(16, 32, 4, 1, (0, 0, 40960), 64),
+    },
+}
+TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)
+
+_UNKNOWN = (0, 0, 0)
+# Rows, columns, warps and stages that autotune tries for every kernel of a class.
+_TRIED = {
+    "long": (
+        *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2)),
+        *((64, 32, 4, 2), (32, 64, 4, 2), (32, 64, 2, 2), (32, 32, 4, 2)),
+    ),
+    "wide": (
+        *((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (32, 64, 4, 2), (32, 32, 4, 2)),
+        *((128, 64, 8, 2), (128, 32, 8, 2)),
+    ),
+    "chunked": ((64, 32, 4, 1), (64, 32, 4, 2), (32, 32, 4, 1), (32, 64, 4, 1), (32, 16, 4, 1)),
+    "short": ((16, 16, 1, 1), (16, 16, 1, 2), (16, 32, 1, 1), (32, 16, 1, 1), (32, 32, 2, 1)),
+    "float32": ((32, 32, 4, 1), (32, 32, 4, 2), (32, 16, 4, 1), (64, 32, 8, 1), (64, 16, 4, 1)),
+    "float32, wide": ((32, 32, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    "float32, chunked": ((32, 32, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    "float32, short": ((16, 16, 1, 1), (16, 16, 2, 1), (16, 32, 1, 1)),
+}
+
+
+def class_of(call: AttentionCall) -> str:
+    """The rows of TABLE for a call: by dtype, width and mean length, which is all that shapes tell."""
+    width = call.q.shape[3]
+    if width > 64:
+        size = "wide" if width <= WIDEST else "chunked"
+    else:
+        size = "short" if call.q.shape[1] <= SHORT * call.problems else "long"
+    if call.q.dtype != torch.float32:
+        return size
+    return "float32" if size == "long" else f"float32, {size}"
+
+
+def narrower(kernel: str, call: AttentionCall) -> list[Key]:
+    """The key that goes before (kernel, class_of) where probabilities are dropped."""
+    return [] if call.seed is None else [(kernel, class_of(call), DROPOUT)]
+
+
+def candidates(kernel: str, call: AttentionCall, architecture: int | None) -> list[Tiles]:
+    """What autotune tries, the launch table's first."""
+    kind = class_of(call)
+    first = TABLE.tiles((kernel, kind), architecture, *narrower(kernel, call))
+    chunks = (64, WIDEST) if kind == "float32, chunked" else (first.widest,)
+    found = (Tiles(*one, _UNKNOWN, widest) for one in _TRIED[kind] for widest in chunks)
+    return [first, *(one for one in found if replace(first, shared=_UNKNOWN) != one)]

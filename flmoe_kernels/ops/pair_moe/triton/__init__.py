@@ -1,0 +1,118 @@
+"""pair_moe through Triton: what is allocated, and which launches fill it.
+
+No call waits for the GPU, and what is allocated depends on shapes alone, so that CUDA graphs can capture it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton.launches import run
+from flmoe_kernels.ops.pair_moe.call import REDUCE_POOL, PairCall
+
+from .launch import (
+    backward_launches,
+    forward_launch,
+    make_sides,
+    map_launch,
+    project_launches,
+    readable,
+    row_blocks,
+)
+
+__all__ = ["backward", "forward", "pair_map", "top_pairs"]
+
+# Keys that top_pairs holds at a time, over samples, experts, rows and columns: 32 MiB.
+_KEYS = 2**22
+_MISSING = -(2**63)
+
+
+def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
+    if _empty(call):
+        y = call.q.new_zeros(call.y_shape(reduce), dtype=call.y_dtype(reduce))
+        return y, call.q.new_zeros(call.q.shape[:3], dtype=call.statistics)
+    call = readable(call)
+    mass = call.q.new_empty(call.q.shape[:3], dtype=call.statistics)
+    if reduce == REDUCE_POOL:
+        blocks = row_blocks("accumulate", call)
+        partial = call.q.new_empty(
+            (call.batch, call.experts, blocks, call.width), dtype=call.y_dtype(reduce)
+        )
+        run([forward_launch(call, reduce, partial, mass)], call.q.device)
+        return partial.sum(dim=2), mass
+    y = call.q.new_empty(call.y_shape(reduce))
+    run([forward_launch(call, reduce, y, mass)], call.q.device)
+    return y, mass
+
+
+def backward(
+    call: PairCall, reduce: str, grad_y: Tensor, grad_mass: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (call.q, call.k, call.a, call.c)
+    if _empty(call):
+        bias = call.q.new_zeros((call.experts,), dtype=call.statistics)
+        q, k, a, c = (x.new_zeros(x.shape) for x in inputs)
+        return q, k, a, c, bias
+    q, k, a, c = (x.new_empty(x.shape) for x in inputs)
+    call = readable(call)
+    grad_mass = None if grad_mass is None else grad_mass.contiguous()
+    blocks = row_blocks("gradient", call)
+    bias = call.q.new_empty((call.batch, blocks, call.experts), dtype=call.statistics)
+    sides = make_sides(call, reduce, call.q.dtype)
+    launches = project_launches(call, reduce, grad_y, grad_mass, sides)
+    launches += backward_launches(call, reduce, grad_y, sides, (q, k, a, c), bias)
+    run(launches, call.q.device)
+    return q, k, a, c, bias.sum(dim=(0, 1))
+
+
+def pair_map(call: PairCall, head: Tensor) -> Tensor:
+    shape = (call.batch, call.experts, call.rows, call.columns)
+    if _empty(call):
+        return call.q.new_zeros(shape, dtype=call.statistics)
+    call = readable(call)
+    phi = call.q.new_empty(shape, dtype=call.statistics)
+    sides = make_sides(call, REDUCE_POOL, call.statistics)
+    launches = project_launches(call, REDUCE_POOL, head, None, sides)
+    launches.append(map_launch(call, sides, phi, 0, call.rows))
+    run(launches, call.q.device)
+    return phi
+
+
+def top_pairs(call: PairCall, head: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Streams over rows: the largest so far compete with those of the next rows, as keys that hold value
+    and place in one integer, so that ties need no second pass."""
+    if call.rows * call.columns > 2**32:
+        raise ValueError(
+            f"top_pairs: expected La * Lb up to 2^32 with backend 'triton', "
+            f"got {call.rows} * {call.columns}"
+        )
+    lines = call.experts + 1
+    best = call.q.new_full((call.batch, lines, count), _MISSING, dtype=torch.int64)
+    if not _empty(call):
+        call, device = readable(call), call.q.device
+        sides = make_sides(call, REDUCE_POOL, call.statistics)
+        run(project_launches(call, REDUCE_POOL, head, None, sides), device)
+        step = max(1, _KEYS // (call.batch * lines * call.columns))
+        for first in range(0, call.rows, step):
+            end = min(first + step, call.rows)
+            shape = (call.batch, lines, end - first, call.columns)
+            keys = call.q.new_empty(shape, dtype=torch.int64)
+            run([map_launch(call, sides, keys, first, end)], device)
+            best = torch.cat([best, keys.flatten(2)], dim=2).topk(count, dim=2).values
+    return _decode(best, max(call.columns, 1))
+
+
+def _decode(keys: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, i and j of keys, see order_keys in kernels.py."""
+    high = keys >> 32
+    bits = torch.where(high < 0, high ^ 0x7FFFFFFF, high).to(torch.int32)
+    place = 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+    missing = keys == _MISSING
+    values = bits.view(torch.float32).masked_fill(missing, -torch.inf)
+    i, j = (x.masked_fill(missing, -1) for x in (place // columns, place % columns))
+    return values, i, j
+
+
+def _empty(call: PairCall) -> bool:
+    return 0 in (call.batch, call.rows, call.columns)

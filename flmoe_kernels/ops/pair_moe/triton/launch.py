@@ -1,0 +1,367 @@
+"""How the kernels of pair_moe are launched: tiles, warps, operands. Calls have been made `readable`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.launches import Launch, matrix_precision
+from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
+from flmoe_kernels.ops.pair_moe.kinds import coefficients_of
+
+from .kernels import accumulate_kernel, gate_gradient_kernel, map_kernel, project_kernel
+from .table import TABLE, Tiles, key_of, narrower, registers_of
+
+# What a kernel reads or writes (B, E, L, width) through, and S1, S2, S3 of every expert.
+Operand = tuple[Tensor, int, int, int]
+Coefficients = tuple[tuple[float, ...], ...]
+
+# Tokens further apart than this are copied, so that offsets within a block stay below 2^31.
+_MAX_STRIDE = 2**24
+
+
+def tiles_of(
+    kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
+) -> Tiles:
+    """The launch table's of sm_`architecture`; without one, what runs where the call's tensors are, which with
+    autotune is the fastest found. `reduce` is the forward's."""
+    if architecture is None and tuning.enabled():
+        # Knows the launches, and so is above this module; nothing else needs it.
+        from .tuned import fastest
+
+        return fastest(kernel, call, reduce)
+    place = architecture_of(call.q.device) if architecture is None else architecture
+    return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call, reduce))
+
+
+def readable(call: PairCall) -> PairCall:
+    """The call with copies of those inputs that kernels cannot read where they are."""
+
+    def contiguous(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    return replace(
+        call,
+        q=_rows_contiguous(call.q),
+        k=_rows_contiguous(call.k),
+        a=_rows_contiguous(call.a),
+        c=_rows_contiguous(call.c),
+        gate_bias=contiguous(call.gate_bias),
+        mask_a=contiguous(call.mask_a),
+        mask_b=contiguous(call.mask_b),
+    )
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    scattered = x.stride(-1) != 1 and x.shape[-1] > 1
+    return x.contiguous() if scattered or x.stride(-2) > _MAX_STRIDE else x
+
+
+def operand(x: Tensor) -> Operand:
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+def spread(x: Tensor, call: PairCall, reduce: str, length: int) -> Operand:
+    """The operand (B, E, length, V) of y's cotangent, or of a head as reduced by "pool", without copies."""
+    x = _rows_contiguous(x)
+    if reduce != REDUCE_NONE:
+        x = x.unsqueeze(1 if reduce == REDUCE_EXPERTS else 2)
+    return operand(x.expand(call.batch, call.experts, length, call.width))
+
+
+def _chunk(width: int, most: int) -> int:
+    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
+    return min(most, max(16, 1 << (width - 1).bit_length()))
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _gate_constants(call: PairCall, tiles: Tiles) -> dict[str, Any]:
+    return {
+        "TOP_K": call.top_k,
+        "R": call.rank,
+        "V": call.width,
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "DEPTH_R": _chunk(call.rank, tiles.deep),
+        "PRECISION": matrix_precision(call.q.dtype),
+    }
+
+
+def _coefficients(call: PairCall) -> Coefficients:
+    return tuple(zip(*coefficients_of(call.kinds), strict=True))
+
+
+def _gate_operands(call: PairCall, swapped: bool) -> tuple[Operand, Operand, Any, Any]:
+    """q, k and their masks; k, q and theirs where the kernel's rows are the tokens of side b."""
+    q, k = operand(call.q), operand(call.k)
+    return (k, q, call.mask_b, call.mask_a) if swapped else (q, k, call.mask_a, call.mask_b)
+
+
+def row_blocks(
+    kernel: str, call: PairCall, architecture: int | None = None, tiles: Tiles | None = None
+) -> int:
+    """How many blocks a kernel cuts side a into: as many partial sums has what it adds up over them."""
+    return _blocks(call.rows, (tiles or tiles_of(kernel, call, architecture)).rows)
+
+
+def _expect_blocks(name: str, found: int, blocks: int) -> None:
+    """Partial sums are written by block: a buffer that was cut by other tiles would be written past its end."""
+    if found != blocks:
+        raise ValueError(f"{name}: expected partial sums of {blocks} blocks, got {found}")
+
+
+def forward_launch(
+    call: PairCall,
+    reduce: str,
+    y: Tensor,
+    mass: Tensor,
+    *,
+    architecture: int | None = None,
+) -> Launch:
+    """y is (B, E, La, V), (B, La, V), or for "pool" partial sums (B, E, row_blocks, V) in float32."""
+    tiles = tiles_of("accumulate", call, architecture, reduce)
+    return forward_with(tiles, call, reduce, y, mass)
+
+
+def forward_with(tiles: Tiles, call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Launch:
+    if reduce == REDUCE_POOL:
+        _expect_blocks("y", y.shape[2], _blocks(call.rows, tiles.rows))
+    return _accumulate(
+        tiles,
+        call,
+        operand(y.unsqueeze(1) if reduce == REDUCE_EXPERTS else y),
+        (operand(call.a), operand(call.c)),
+        _coefficients(call),
+        reduce=reduce,
+        mass=mass,
+    )
+
+
+def _accumulate(
+    tiles: Tiles,
+    call: PairCall,
+    out: Operand,
+    values: tuple[Operand | None, Operand | None],
+    coefficients: Coefficients,
+    *,
+    reduce: str = REDUCE_NONE,
+    mass: Tensor | None = None,
+    swapped: bool = False,
+) -> Launch:
+    wide = _chunk(call.width, tiles.wide)
+    sides = _gate_operands(call, swapped)
+    rows, columns = sides[0][0].shape[2], sides[1][0].shape[2]
+    return Launch(
+        accumulate_kernel,
+        _blocks(rows, tiles.rows) * _blocks(call.width, wide) * call.batch,
+        {
+            **dict(zip(("q", "k", "mask_a", "mask_b"), sides, strict=True)),
+            **{"a": values[0], "c": values[1], "bias": call.gate_bias},
+            **{"out": out, "mass": mass, "rows": rows, "columns": columns, "scale": call.scale},
+        },
+        {
+            **_gate_constants(call, tiles),
+            **dict(zip(("S1", "S2", "S3"), coefficients, strict=True)),
+            **{"REDUCE": reduce, "WIDE_V": wide},
+        },
+        tiles.warps,
+        tiles.stages,
+        registers_of(tiles),
+    )
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The parts of a pair's value that belong to one token, see project_kernel: value = offset_i + offset_j
+    + factor_i . c_j, with the product for some experts only."""
+
+    offset_i: Tensor
+    offset_j: Tensor | None
+    factor: Tensor | None
+    product: tuple[bool, ...]
+
+
+def make_sides(call: PairCall, reduce: str, dtype: torch.dtype) -> Sides:
+    """Uninitialised ones for a cotangent of y by `reduce`; factors in `dtype`."""
+    _, s2, s3 = _coefficients(call)
+    pool = reduce == REDUCE_POOL
+    # With the same cotangent for every i, c_j's part is c_j's alone, unless it is multiplied with a_i.
+    product = tuple(
+        third > 0 or (second > 0 and not pool) for second, third in zip(s2, s3, strict=True)
+    )
+    offset_i = call.a.new_empty(call.a.shape[:3], dtype=torch.float32)
+    offset_j = call.c.new_empty(call.c.shape[:3], dtype=torch.float32) if pool else None
+    factor = call.a.new_empty(call.a.shape, dtype=dtype) if any(product) else None
+    return Sides(offset_i, offset_j, factor, product)
+
+
+def project_launches(
+    call: PairCall, reduce: str, cotangent: Tensor, grad_mass: Tensor | None, sides: Sides
+) -> list[Launch]:
+    s1, s2, s3 = _coefficients(call)
+    none = (0.0,) * call.experts
+    pool = reduce == REDUCE_POOL
+    rows, wide, warps = 32, _chunk(call.width, 64), 4
+
+    def launch(x: Tensor, mask: Tensor | None, offset: Tensor, **rest: Any) -> Launch:
+        length = x.shape[2]
+        return Launch(
+            project_kernel,
+            _blocks(length, rows) * call.batch,
+            {
+                "x": operand(x),
+                "g": spread(cotangent, call, reduce, length),
+                "base": rest["base"],
+                "mask": mask,
+                "offset": offset,
+                "factor": rest["factor"],
+                "length": length,
+            },
+            {
+                **{name: rest[name] for name in ("C0", "C1", "C2")},
+                **{"V": call.width, "ROWS": rows, "WIDE_V": wide},
+            },
+            warps,
+            1,
+        )
+
+    factor = None if sides.factor is None else operand(sides.factor)
+    own = {"base": grad_mass, "factor": factor}
+    launches = [
+        launch(call.a, call.mask_a, sides.offset_i, C0=s1, C1=none if pool else s2, C2=s3, **own)
+    ]
+    if sides.offset_j is not None:
+        other = {"C0": s2, "C1": none, "C2": none, "base": None, "factor": None}
+        launches.append(launch(call.c, call.mask_b, sides.offset_j, **other))
+    return launches
+
+
+def backward_launches(
+    call: PairCall,
+    reduce: str,
+    grad_y: Tensor,
+    sides: Sides,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad_bias: Tensor,
+    *,
+    architecture: int | None = None,
+) -> list[Launch]:
+    """Gradients of q, k, a, c, and (B, row_blocks, E) partial sums of gate_bias's.
+
+    grad_a_i = s1 g_i sum_j p + s3 g_i * sum_j p c_j
+    grad_c_j = sum_i p factor_i [+ s2 g sum_i p, where g is the same for every i]
+    """
+    s1, s2, s3 = _coefficients(call)
+    none = (0.0,) * call.experts
+    pool = reduce == REDUCE_POOL
+    factor = None if sides.factor is None else operand(sides.factor)
+    grad_q, grad_k, grad_a, grad_c = map(operand, grads)
+    g_a = spread(grad_y, call, reduce, call.rows)
+    g_c = spread(grad_y, call, reduce, call.columns) if pool else None
+    added = tuple(float(product) for product in sides.product)
+    sums = tiles_of("accumulate", call, architecture)
+    gates = tiles_of("gradient", call, architecture)
+    return [
+        _accumulate(sums, call, grad_a, (g_a, operand(call.c)), (s1, none, s3)),
+        _accumulate(
+            *(sums, call, grad_c, (g_c, factor), (s2 if pool else none, added, none)),
+            swapped=True,
+        ),
+        gate_gradient_with(gates, call, sides, grad_q, grad_bias),
+        gate_gradient_with(gates, call, sides, grad_k, None, swapped=True),
+    ]
+
+
+def gate_gradient_with(
+    tiles: Tiles,
+    call: PairCall,
+    sides: Sides,
+    grad: Operand,
+    grad_bias: Tensor | None,
+    *,
+    swapped: bool = False,
+) -> Launch:
+    """The gradient of q and (B, row_blocks, E) partial sums of gate_bias's, or swapped the gradient of k."""
+    wide = _chunk(call.rank, tiles.wide)
+    gates = _gate_operands(call, swapped)
+    values = [None if sides.factor is None else operand(sides.factor), operand(call.c)]
+    offsets = [sides.offset_i, sides.offset_j]
+    if swapped:
+        values.reverse()
+        offsets.reverse()
+    rows, columns = gates[0][0].shape[2], gates[1][0].shape[2]
+    if grad_bias is not None:
+        _expect_blocks("grad_bias", grad_bias.shape[1], _blocks(rows, tiles.rows))
+    return Launch(
+        gate_gradient_kernel,
+        _blocks(rows, tiles.rows) * _blocks(call.rank, wide) * call.batch,
+        {
+            **dict(zip(("x", "z", "mask_x", "mask_z"), gates, strict=True)),
+            **{"u": values[0], "w": values[1], "bias": call.gate_bias},
+            **{"offset_x": offsets[0], "offset_z": offsets[1]},
+            **{"grad_x": grad, "grad_bias": grad_bias},
+            **{"length_x": rows, "length_z": columns, "scale": call.scale},
+        },
+        {
+            **_gate_constants(call, tiles),
+            **{"PRODUCT": sides.product, "WIDE_R": wide},
+            "DEPTH_V": _chunk(call.width, tiles.deep),
+        },
+        tiles.warps,
+        tiles.stages,
+        registers_of(tiles),
+    )
+
+
+def map_launch(
+    call: PairCall,
+    sides: Sides,
+    out: Tensor,
+    first: int,
+    end: int,
+    *,
+    architecture: int | None = None,
+) -> Launch:
+    """Rows first to end: out is phi (B, E, rows, Lb) in float32, or keys (B, E + 1, rows, Lb) in int64."""
+    return map_with(tiles_of("map", call, architecture), call, sides, out, first, end)
+
+
+def map_with(
+    tiles: Tiles, call: PairCall, sides: Sides, out: Tensor, first: int, end: int
+) -> Launch:
+    return Launch(
+        map_kernel,
+        _blocks(end - first, tiles.rows) * _blocks(call.columns, tiles.columns) * call.batch,
+        {
+            **{"q": operand(call.q), "k": operand(call.k), "c": operand(call.c)},
+            "u": None if sides.factor is None else operand(sides.factor),
+            "offset_i": sides.offset_i,
+            "offset_j": sides.offset_j,
+            "bias": call.gate_bias,
+            "mask_a": call.mask_a,
+            "mask_b": call.mask_b,
+            "out": out,
+            "first": first,
+            "end": end,
+            "rows": call.rows,
+            "columns": call.columns,
+            "scale": call.scale,
+        },
+        {
+            **_gate_constants(call, tiles),
+            "PRODUCT": sides.product,
+            "KEYS": out.dtype == torch.int64,
+            "DEPTH_V": _chunk(call.width, tiles.deep),
+        },
+        tiles.warps,
+        tiles.stages,
+        registers_of(tiles),
+    )

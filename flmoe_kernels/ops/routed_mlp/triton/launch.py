@@ -1,0 +1,298 @@
+"""How the kernels of the routed MLP are launched: tiles, warps, numbers of programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.launches import Launch, matrix_precision, multiprocessors
+from flmoe_kernels.core.triton.tables import architecture_of
+
+from .call import RoutedCall
+from .kernels import (
+    choice_gradient_kernel,
+    hidden_gradient_kernel,
+    hidden_kernel,
+    rows_kernel,
+    sum_kernel,
+    weight_gradient_kernel,
+)
+from .table import REGISTERS, TABLE, Tiles, key_of, narrower
+
+# Programs on each multiprocessor where each is small.
+_EACH_SMALL = 8
+# A split of an expert's rows is worth its partial sums from so many rows on; and there are no more than this.
+_SPLIT_ROWS, _MOST_SPLITS = 512, 16
+# Elements that a program of sum_kernel adds up, and columns of choice_gradient_kernel at a time.
+_SUM_TILE, _CHOICE_TILE = 2048, (32, 128)
+# Left to itself the compiler spills 8 bytes of choice_gradient_kernel on sm_100 to have 80 registers, not 93; with
+# more than 128 three blocks would share an SM, not four.
+_UNHURRIED = {100: 128}
+
+
+def tiles_of(kernel: str, dtype: torch.dtype, architecture: int | None = None) -> Tiles:
+    """The launch table's of sm_`architecture` for calls of no narrower class; of none, the one that is for all."""
+    return TABLE.tiles(key_of(kernel, dtype), architecture)
+
+
+def tiles_for(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
+    """The launch table's; without an architecture, what runs where the call's tensors are, which with autotune is
+    the fastest found."""
+    if architecture is None and tuning.enabled():
+        # Knows the launches, and so is above this module; nothing else needs it.
+        from .tuned import fastest
+
+        return fastest(kernel, call)
+    place = architecture_of(call.x.device) if architecture is None else architecture
+    return TABLE.tiles(key_of(kernel, call.x.dtype), place, *narrower(kernel, call))
+
+
+def _chunk(width: int, most: int) -> int:
+    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
+    return min(most, max(16, 1 << (width - 1).bit_length()))
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _registers(tiles: Tiles, whole: bool) -> dict[int, int]:
+    return REGISTERS if tiles.warps == 8 and tiles.programs == 2 and whole else {}
+
+
+def _persistent(call: RoutedCall, tile_rows: int, across: int, each: int) -> int:
+    """The number of programs that walk tiles: no more than there can be tiles, whatever the loads."""
+    most = (call.rows // tile_rows + call.experts + 1) * across
+    return min(each * multiprocessors(call.x.device), most)
+
+
+def _products(
+    kernel: Any,
+    tiles: Tiles,
+    call: RoutedCall,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+) -> Launch:
+    """A persistent product of rows with weights: INNER summed over, OUTER columns of the result."""
+    inner, outer = constants.pop("sizes")
+    columns, deep = _chunk(outer, tiles.columns), _chunk(inner, tiles.deep)
+    own = {"offsets": call.offsets, "permutation": call.permutation, "rows": call.rows}
+    return Launch(
+        kernel,
+        _persistent(call, tiles.rows, _blocks(outer, columns), tiles.programs),
+        {**arguments, **own},
+        {
+            **constants,
+            "EXPERTS": call.experts,
+            "ROWS": tiles.rows,
+            "COLUMNS": columns,
+            "DEPTH": deep,
+            "SLICES": min(tiles.slices, columns // 16),
+            "PRECISION": matrix_precision(call.x.dtype),
+        },
+        tiles.warps,
+        tiles.stages,
+        _registers(tiles, inner % deep == 0 and outer % columns == 0),
+    )
+
+
+def hidden_launch(
+    call: RoutedCall,
+    hidden: Tensor,
+    active: Tensor,
+    *,
+    architecture: int | None = None,
+) -> Launch:
+    """hidden and active (R, F) by row."""
+    return hidden_with(tiles_for("hidden", call, architecture), call, hidden, active)
+
+
+def hidden_with(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
+    arguments: dict[str, Any] = {"x": call.x, "w": call.w_in, "bias": call.b_in, "hidden": hidden}
+    arguments |= {"active": active, "depth": call.width}
+    constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
+    sizes = {"sizes": (call.width, call.hidden)}
+    return _products(hidden_kernel, tiles, call, arguments, {**constants, **sizes})
+
+
+def rows_launch(
+    call: RoutedCall,
+    active: Tensor,
+    out: Tensor,
+    *,
+    architecture: int | None = None,
+) -> Launch:
+    """out (R, D) by place: each row's weighted output."""
+    return rows_with(tiles_for("rows", call, architecture), call, active, out)
+
+
+def rows_with(tiles: Tiles, call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
+    return _rows(tiles, call, active, call.w_out, (1, call.hidden), out, call.b_out, call.weight)
+
+
+def token_gradient_launch(
+    call: RoutedCall, grad_hidden: Tensor, out: Tensor, *, architecture: int | None = None
+) -> Launch:
+    """out (R, D) by place: each row's part of the gradient of x."""
+    tiles = tiles_for("rows", call, architecture)
+    return _rows(tiles, call, grad_hidden, call.w_in, (call.width, 1), out, None, None)
+
+
+def _rows(
+    tiles: Tiles,
+    call: RoutedCall,
+    a: Tensor,
+    w: Tensor,
+    strides: tuple[int, int],
+    out: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+) -> Launch:
+    arguments = {"a": a, "w": w, "bias": bias, "weight": weight, "out": out}
+    constants = {"INNER": call.hidden, "OUTER": call.width}
+    constants |= dict(zip(("OF_INNER", "OF_OUTER"), strides, strict=True))
+    sizes = {"sizes": (call.hidden, call.width)}
+    return _products(rows_kernel, tiles, call, arguments, {**constants, **sizes})
+
+
+def dot_parts(call: RoutedCall, architecture: int | None = None, tiles: Tiles | None = None) -> int:
+    """Blocks of columns of the hidden gradient, each of which leaves a part of every row's dot."""
+    tiles = tiles or tiles_for("hidden_gradient", call, architecture)
+    return _blocks(call.hidden, _chunk(call.hidden, tiles.columns))
+
+
+def hidden_gradient_launch(
+    call: RoutedCall,
+    grad_out: Tensor,
+    hidden: Tensor,
+    grad_hidden: Tensor,
+    active: Tensor,
+    dots: Tensor,
+    *,
+    architecture: int | None = None,
+) -> Launch:
+    """grad_hidden and active (R, F) by row; dots (R, dot_parts) in float32."""
+    tiles = tiles_for("hidden_gradient", call, architecture)
+    return hidden_gradient_with(tiles, call, grad_out, hidden, grad_hidden, active, dots)
+
+
+def hidden_gradient_with(
+    tiles: Tiles,
+    call: RoutedCall,
+    grad_out: Tensor,
+    hidden: Tensor,
+    grad_hidden: Tensor,
+    active: Tensor,
+    dots: Tensor,
+) -> Launch:
+    parts = dot_parts(call, tiles=tiles)
+    if dots.shape[1] != parts:
+        # A buffer that was cut by other tiles would be written past its end.
+        raise ValueError(f"dots: expected {parts} blocks of columns, got {dots.shape[1]}")
+    arguments: dict[str, Any] = {"grad_out": grad_out, "w": call.w_out, "weight": call.weight}
+    arguments |= {"hidden": hidden, "grad_hidden": grad_hidden, "active": active}
+    arguments |= {"dots": dots, "depth": call.width}
+    constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
+    sizes = {"sizes": (call.width, call.hidden)}
+    return _products(hidden_gradient_kernel, tiles, call, arguments, {**constants, **sizes})
+
+
+def choice_gradient_launch(
+    call: RoutedCall, dots: Tensor, grad_out: Tensor, grad_weight: Tensor
+) -> Launch:
+    tile_rows, wide = _CHOICE_TILE
+    return Launch(
+        choice_gradient_kernel,
+        _persistent(call, tile_rows, 1, _EACH_SMALL),
+        {
+            **{"dots": dots, "grad_out": grad_out, "bias": call.b_out},
+            **{"offsets": call.offsets, "permutation": call.permutation},
+            **{"grad_weight": grad_weight, "rows": call.rows},
+        },
+        {
+            **{"EXPERTS": call.experts, "CHOICES": call.choices, "D": call.width},
+            **{"PARTS": dots.shape[1], "ROWS": tile_rows, "WIDE": _chunk(call.width, wide)},
+        },
+        4,
+        2,
+        _UNHURRIED,
+    )
+
+
+def splits_of(call: RoutedCall, architecture: int | None = None, tiles: Tiles | None = None) -> int:
+    """Shares of an expert's rows in its weight gradients: as many as fill the GPU where tiles alone do not.
+
+    A power of two, being a constant of the kernels: few are compiled where the number of tokens changes.
+    """
+    tiles = tiles or tiles_for("weight_gradient", call, architecture)
+    across = _blocks(call.hidden, tiles.rows) * _blocks(call.width, tiles.columns)
+    wanted = _blocks(tiles.programs * multiprocessors(call.x.device), call.experts * across)
+    splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
+    return 1 << (splits.bit_length() - 1)
+
+
+def weight_gradient_launch(
+    call: RoutedCall,
+    left: tuple[Tensor, bool],
+    right: tuple[Tensor, bool],
+    grad: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    *,
+    architecture: int | None = None,
+) -> Launch:
+    """grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token, or else by row."""
+    tiles = tiles_for("weight_gradient", call, architecture)
+    return weight_gradient_with(tiles, call, left, right, grad, bias, weight)
+
+
+def weight_gradient_with(
+    tiles: Tiles,
+    call: RoutedCall,
+    left: tuple[Tensor, bool],
+    right: tuple[Tensor, bool],
+    grad: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+) -> Launch:
+    p, splits, q = grad.shape[1:]
+    high, wide = _chunk(p, tiles.rows), _chunk(q, tiles.columns)
+    down, across = _blocks(p, high), _blocks(q, wide)
+    shares = call.experts * splits * down
+    of_left, of_right = (call.choices if by_token else 0 for _, by_token in (left, right))
+    return Launch(
+        weight_gradient_kernel,
+        shares * across + (0 if bias is None else shares),
+        {
+            **{"left": left[0], "right": right[0], "weight": weight},
+            **{"offsets": call.offsets, "permutation": call.permutation},
+            **{"grad": grad, "bias": bias, "rows": call.rows},
+        },
+        {
+            **{"EXPERTS": call.experts, "LEFT_OF": of_left, "RIGHT_OF": of_right},
+            **{"P": p, "Q": q, "SPLITS": splits},
+            **{"ROWS": high, "COLUMNS": wide, "DEPTH": tiles.deep},
+            "PRECISION": matrix_precision(call.x.dtype),
+        },
+        tiles.warps,
+        tiles.stages,
+        _registers(tiles, p % high == 0 and q % wide == 0),
+    )
+
+
+def sum_launch(parts: Tensor, out: Tensor) -> Launch:
+    """out (lines, width) of parts (lines, count, width)."""
+    lines, count, width = parts.shape
+    wide = _chunk(width, 1024)
+    high = max(1, _SUM_TILE // wide)
+    return Launch(
+        sum_kernel,
+        _blocks(lines, high) * _blocks(width, wide),
+        {"parts": parts, "out": out, "lines": lines},
+        {"COUNT": count, "WIDTH": width, "LINES": high, "WIDE": wide},
+        4,
+        2,
+    )

@@ -1,0 +1,120 @@
+"""Reference layers with better parts: what a careful user of plain PyTorch would run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flmoe_kernels.layers.interaction_moe.reference import (
+    Attention,
+    Masks,
+    ReferenceInteractionMoE,
+    Replacements,
+    interaction_losses,
+)
+
+
+class SdpaAttention(Attention):
+    """The reference's attention with its middle lines replaced by torch's scaled_dot_product_attention.
+
+    On the CPU, torch takes its fused kernel for it only where nothing is dropped.
+    """
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        batch, length, dim = x.shape
+        heads, width = self.num_heads, dim // self.num_heads
+        q = self.q(x).view(batch, length, heads, width).transpose(1, 2)
+        k, v = self.kv(x).view(batch, length, 2, heads, width).permute(2, 0, 3, 1, 4)
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        p = self.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, length, dim)))
+
+
+def with_sdpa(layer: ReferenceInteractionMoE) -> ReferenceInteractionMoE:
+    """A copy of the reference whose attention is torch's scaled_dot_product_attention."""
+    other = copy.deepcopy(layer)
+    for module in other.modules():
+        if type(module) is Attention:
+            module.__class__ = SdpaAttention
+    return other
+
+
+class VmapInteractionMoE(ReferenceInteractionMoE):
+    """All experts' fusion models as one, by torch.func: stacked parameters, one pass over experts and views.
+
+    With the reference's own attention: vmap runs torch's fused one on a CPU expert by expert.
+    """
+
+    @classmethod
+    def adopt(cls, layer: ReferenceInteractionMoE) -> VmapInteractionMoE:
+        """A copy of the reference that runs so."""
+        other = copy.deepcopy(layer)
+        other.__class__ = cls
+        assert isinstance(other, cls)
+        return other
+
+    def forward(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks = None,
+        *,
+        replacements: Replacements | None = None,
+    ) -> tuple:
+        """As the reference's, without gate losses."""
+        views = len(inputs) + 1
+        rows = [self._views_of(m, x, replacements) for m, x in enumerate(inputs)]
+        logits, latents = self._experts(rows, _repeated(masks, views))
+        logits, latents = (x.unflatten(1, (views, -1)) for x in (logits, latents))
+        weights = self.reweight(inputs, masks)
+        mixed = torch.einsum("be,ebc->bc", weights, logits[:, 0])
+        experts = [
+            list(zip(one, other, strict=True))
+            for one, other in zip(_by_view(logits), _by_view(latents), strict=True)
+        ]
+        losses = interaction_losses(_by_view(latents))
+        return (experts, weights, mixed, losses, list(latents[:, 0]))
+
+    def inference(
+        self, inputs: Sequence[Tensor], masks: Masks = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        count = len(self.interaction_experts)
+        logits, _ = self._experts([x.expand(count, *x.shape) for x in inputs], masks)
+        weights = self.reweight(inputs, masks)
+        return list(logits), weights, torch.einsum("be,ebc->bc", weights, logits)
+
+    def _views_of(self, m: int, x: Tensor, replacements: Replacements | None) -> Tensor:
+        """(E, views * B, L, D) of modality m: itself in every view but the one that replaces it by noise."""
+        count, views = len(self.interaction_experts), self.num_modalities + 1
+        if replacements is None:
+            noise = torch.randn((count, *x.shape), dtype=x.dtype, device=x.device)
+        else:
+            noise = torch.stack([row[m] for row in replacements])
+        same = x.expand(count, *x.shape)
+        return torch.cat([noise if view == m + 1 else same for view in range(views)], dim=1)
+
+    def _experts(self, rows: list[Tensor], masks: Masks) -> tuple[Tensor, Tensor]:
+        """Logits and latents (E, n, *) of every expert on its own rows (E, n, L, D)."""
+        models: list[nn.Module] = [expert.fusion_model for expert in self.interaction_experts]
+        named = [dict(model.named_parameters()) for model in models]
+        stacked = {name: torch.stack([each[name] for each in named]) for name in named[0]}
+
+        def one(parameters: dict[str, Tensor], own: list[Tensor]) -> Any:
+            return torch.func.functional_call(models[0], parameters, (own, masks))
+
+        return torch.vmap(one, randomness="different")(stacked, rows)
+
+
+def _repeated(masks: Masks, views: int) -> list[Tensor | None] | None:
+    if masks is None:
+        return None
+    return [None if mask is None else mask.repeat(views, 1) for mask in masks]
+
+
+def _by_view(x: Tensor) -> list[list[Tensor]]:
+    return [list(expert) for expert in x]

@@ -1,0 +1,170 @@
+"""What a user asks the profiler for, and the subjects that it names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flmoe_kernels.core.backend import BackendUnavailable
+
+from . import cases
+from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, Case
+from .contestants import Contestant, contestants, default_ours, device_lack, prepare
+from .costs import cost
+from .layers_of_users import PHASES, UserLayer, contestants_of, make_call, user_peak
+from .memory import peak_bytes
+from .profiles import Call, Subject
+from .shapes import Shape, is_cuda, named_shapes
+
+EVERY = "all"
+# What a forward, and a forward and backward, of the whole layer are called.
+_OTHER_NAMES = {"inference": FORWARD, "training": BOTH}
+
+
+class BadRequest(ValueError):
+    """The request names something that there is not, or that cannot run here; the message says what there is."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One case by its names.
+
+    backends: of this package, or any contestants of the case, of which the first is what the others are compared
+    with; "all" for all that run here; none for what a call gets that does not ask. shape, phase, dtype, variant:
+    None for the operator's first shape, forward and backward, float32 (on a GPU bfloat16), the first variant.
+    """
+
+    operator: str
+    shape: str | None = None
+    dtype: str | None = None
+    backends: tuple[str, ...] = ()
+    phase: str | None = None
+    device: str = "cpu"
+    variant: str | None = None
+
+    def case(self) -> Case:
+        """
+        Raises:
+            BadRequest: an unknown name, or a device that is not here.
+        """
+        operator = OPERATORS[_one_of("op", self.operator, OPERATORS)]
+        _check_device(self.device)
+        shapes = {
+            name: shape
+            for name, shape in named_shapes(self.device).items()
+            if isinstance(shape, operator.shapes)
+        }
+        shape = shapes[_one_of("shape", self.shape or next(iter(shapes)), shapes)]
+        gpu = is_cuda(self.device)
+        dtype = self.dtype or ("bfloat16" if gpu and _is_half_sound(shape) else "float32")
+        phase = self.phase or BOTH
+        if operator is INTERACTION_MOE:
+            phase = _OTHER_NAMES.get(phase, phase)
+        variant = self.variant or operator.variants[0]
+        found = Case(
+            operator=operator.name,
+            shape=shape,
+            phase=_one_of("pass", phase, operator.phases),
+            dtype=DTYPES[_one_of("dtype", dtype, DTYPES)],
+            device=self.device,
+            variant=_one_of("variant", variant, operator.variants),
+        )
+        if reason := cases.lack(operator, shape, found.dtype, variant):
+            raise BadRequest(f"{found.name}: {reason}")
+        return found
+
+    def contestants(self, case: Case) -> list[Contestant]:
+        """Who computes it, the first asked for first.
+
+        Raises:
+            BadRequest: an unknown name, or one that cannot run this here, with the reason.
+        """
+        known = {x.name: x for x in contestants(case)}
+        if not self.backends:
+            try:
+                return [default_ours(case)]
+            except BackendUnavailable as error:
+                raise BadRequest(str(error)) from error
+        if EVERY in self.backends:
+            return [x for x in known.values() if not x.why_not]
+        names = dict.fromkeys(self.backends)
+        found = [known[_one_of("backend", name, (*known, EVERY))] for name in names]
+        for contestant in found:
+            if contestant.why_not:
+                raise BadRequest(
+                    f"backend {contestant.name!r} cannot run {case.name} on {case.device}: "
+                    f"{contestant.why_not}"
+                )
+        return found
+
+
+def subjects_of(case: Case, found: Sequence[Contestant], memory: bool = True) -> list[Subject]:
+    """Contestants of a case as subjects; memory: whether their peaks are measured."""
+    return [
+        Subject(
+            what=case.name,
+            contestant=contestant.name,
+            kind=contestant.kind,
+            version=contestant.version,
+            dtype=case.dtype,
+            device=case.device,
+            cost=cost(case),
+            prepare=functools.partial(_call_of, case, contestant),
+            peak=functools.partial(peak_bytes, case, contestant) if memory else None,
+        )
+        for contestant in found
+    ]
+
+
+def _call_of(case: Case, contestant: Contestant) -> Call:
+    return prepare(case, contestant).call
+
+
+def user_subjects(user: UserLayer, what: str, memory: bool = True) -> list[Subject]:
+    """A user's layer swapped, then the reference. what: a key of layers_of_users.PHASES."""
+    layer = user.load()
+    dtype = next(layer.parameters()).dtype
+    shape = user.shape(layer)
+    case = Case(INTERACTION_MOE.name, shape, PHASES[what], dtype, user.device)
+    name = f"{shape.name}, batch {user.batch}, {what}"
+    return [
+        Subject(
+            what=name,
+            contestant=contestant,
+            kind=kind,
+            version=version,
+            dtype=dtype,
+            device=user.device,
+            cost=cost(case),
+            prepare=functools.partial(make_call, user, contestant, what),
+            peak=functools.partial(user_peak, user, contestant, what) if memory else None,
+        )
+        for contestant, kind, version in contestants_of(user)
+    ]
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise BadRequest(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    if missing := device_lack(device):
+        raise BadRequest(f"device: {device!r}: {missing}")
+    if is_cuda(device) and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise BadRequest(f"device: {device!r}: there are {torch.cuda.device_count()} CUDA devices")
+
+
+def _is_half_sound(shape: Shape) -> bool:
+    """Whether a layer's results in half precision can be compared: not where they choose experts."""
+    return not cases.lack(INTERACTION_MOE, shape, torch.bfloat16, "")
+
+
+def _one_of(what: str, name: str, names: Collection[str]) -> str:
+    if name not in names:
+        raise BadRequest(f"{what}: expected one of {', '.join(filter(None, names))}, got {name!r}")
+    return name

@@ -1,0 +1,225 @@
+"""What `profile` does once it is known what is asked for: check, measure, show, write.
+
+Each returns whether all that was checked held: with one run of timing always, with several whether they agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from . import output
+from .cases import Case
+from .ceilings import Ceilings, measure_ceilings
+from .check import agree
+from .contestants import Contestant, running
+from .environment import environment
+from .layers_of_users import PHASES, UserLayer, check_swap
+from .length_plot import LengthPoint, length_figure
+from .lengths import scan
+from .memory import peak_bytes
+from .output_files import Files
+from .profiles import Effort, Profile, profile_subjects
+from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
+from .roofline_plot import Roof, roofline_figure
+from .shapes import at_length
+from .suite import Entry, without_failing
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from flmoe_kernels.published.report import SwappedLayer
+
+Tell = Callable[[str], None]
+LOG_WIDTH = 160
+# Of a scan over lengths: a point of it needs less certainty than a profile.
+SCAN_BLOCKS = 7
+
+
+def run_case(request: Request, effort: Effort, files: Files, *, check: bool, memory: bool) -> bool:
+    """Contestants of a case of the registry.
+
+    Raises:
+        BadRequest: it cannot be met.
+        WrongAnswer: a contestant does not compute the case.
+    """
+    case = request.case()
+    found = request.contestants(case)
+    subjects = subjects_of(case, found, memory)
+    if files.plot is not None and not subjects[0].cost.flop:
+        raise BadRequest(f"plot: {case.operator} makes no products: it has no place in a roofline")
+    with _telling() as tell:
+        if check:
+            tell("checking results against the reference in float64")
+            found = _checked(case, found, EVERY in request.backends, tell)
+            subjects = subjects_of(case, found, memory)
+        tell("measuring this machine's ceilings")
+        ceilings = measure_ceilings(case.device, (case.dtype,))
+        profiles = profile_subjects(subjects, ceilings, effort, trace=files.trace, tell=tell)
+    return _finish(profiles, ceilings, files)
+
+
+def _checked(case: Case, found: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:
+    """Those that compute the case; where all were asked for, those that fail are left out, the first one never.
+
+    Raises:
+        WrongAnswer: one does not compute the case.
+    """
+    if not every:
+        agree(case, *found)
+        return found
+    entry = without_failing(Entry(case, found[0], tuple(found[1:])))
+    for one in entry.left_out:
+        tell(f"left out: {one.name}, {one.why_not}")
+    return list(entry.all)
+
+
+def run_layer(
+    user: UserLayer,
+    phase: str | None,
+    effort: Effort,
+    files: Files,
+    *,
+    check: bool,
+    memory: bool,
+) -> bool:
+    """A user's layer, swapped, next to the reference.
+
+    Raises:
+        CheckpointError, UnsupportedRequest, BadRequest: it cannot be met.
+        backend.BackendUnavailable: the kernels do not run there.
+    """
+    user = user.checked()
+    phases = _phases_of(phase)
+    with _telling() as tell:
+        swapped = None
+        if check:
+            tell("checking the swapped layer against the original")
+            swapped = check_swap(user)
+        subjects = {what: user_subjects(user, what, memory) for what in phases}
+        first = subjects[phases[0]][0]
+        tell("measuring this machine's ceilings")
+        ceilings = measure_ceilings(user.device, (first.dtype,))
+        profiles = []
+        for what in phases:
+            trace = files.trace if what == phases[0] else None
+            profiles += profile_subjects(subjects[what], ceilings, effort, trace=trace, tell=tell)
+    extra = {"layer": dataclasses.asdict(user), "swapped": _as_dict(swapped)}
+    return _finish(profiles, ceilings, files, **extra)
+
+
+def run_lengths(
+    request: Request,
+    lengths: Sequence[int],
+    effort: Effort,
+    files: Files,
+    *,
+    check: bool,
+    memory: bool,
+) -> bool:
+    """Contestants of a case over sequence lengths; without a choice, all that run at the shortest.
+
+    Raises:
+        BadRequest: it cannot be met.
+        WrongAnswer: a contestant does not compute the case, seen at the shortest length.
+    """
+    if effort.repeat > 1:
+        raise BadRequest("repeat: of one shape, without --lengths")
+    if files.trace is not None:
+        raise BadRequest("trace: of one shape, without --lengths")
+    if min(lengths) < 1:
+        raise BadRequest(f"lengths: expected numbers from 1, got {','.join(map(str, lengths))}")
+    case = request.case()
+    shortest = dataclasses.replace(case, shape=at_length(case.shape, min(lengths)))
+    chosen = request.contestants(shortest) if request.backends else running(shortest)
+    if not chosen:
+        raise BadRequest(f"{case.name}: nothing runs on {case.device} here")
+    effort = dataclasses.replace(effort, blocks=SCAN_BLOCKS)
+    with _telling() as tell:
+        if check:
+            tell("checking results against the reference in float64")
+            every = not request.backends or EVERY in request.backends
+            chosen = _checked(shortest, chosen, every, tell)
+        points = scan(
+            case,
+            [contestant.name for contestant in chosen],
+            lengths,
+            effort,
+            peak=peak_bytes if memory else lambda case, contestant: None,
+            tell=tell,
+        )
+    _print(output.length_table(points))
+    _write_lengths(case.name, points, files, environment(case.device))
+    return True
+
+
+def _write_lengths(
+    name: str, points: Sequence[LengthPoint], files: Files, facts: dict[str, Any]
+) -> None:
+    files.write_text("csv", lambda: output.lengths_csv(points))
+    held = [dataclasses.asdict(point) for point in points]
+    files.write_text("json", lambda: output.as_json([], facts, {}, case=name, lengths=held))
+    title = f"{name} on {facts['device']}, {_threads(facts)}"
+    files.write_plot(lambda: length_figure(points, title=title))
+
+
+def _finish(profiles: Sequence[Profile], ceilings: Ceilings, files: Files, **more: Any) -> bool:
+    facts = environment(ceilings.device)
+    _print(_heading(facts))
+    for table in output.tables(profiles):
+        _print(table)
+    files.write_text("csv", lambda: output.as_csv(profiles))
+    files.write_text("json", lambda: output.as_json(profiles, facts, ceilings.as_dict(), **more))
+    roof = Roof(dict(ceilings.flops), ceilings.bytes_per_second)
+    title = f"{facts['device']}, {_threads(facts)}"
+    files.write_plot(lambda: roofline_figure(output.points_of(profiles), roof, title=title))
+    return all(profile.agrees for profile in profiles)
+
+
+def _phases_of(phase: str | None) -> list[str]:
+    if phase is None:
+        return list(PHASES)
+    # "training" and "inference", or what the whole layer's passes are called otherwise.
+    for what, name in PHASES.items():
+        if phase in (name, what, what.partition(" ")[0]):
+            return [what]
+    raise BadRequest(f"pass: expected training or inference, got {phase!r}")
+
+
+def _as_dict(swapped: SwappedLayer | None) -> dict[str, Any] | None:
+    return None if swapped is None else dataclasses.asdict(swapped)
+
+
+def _heading(facts: dict[str, Any]) -> str:
+    words = [str(facts["device"]), _threads(facts), str(facts["instruction_set"])]
+    words += [f"{name} {facts[name]}" for name in ("flmoe_kernels", "torch", "commit")]
+    return ", ".join(words)
+
+
+def _threads(facts: dict[str, Any]) -> str:
+    return f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+
+
+def _print(what: RenderableType) -> None:
+    from rich.console import Console
+
+    # A log has no width of its own, and rich would take 80 columns.
+    width = None if sys.stdout.isatty() else LOG_WIDTH
+    Console(width=width).print(what, markup=False, highlight=False)
+
+
+@contextmanager
+def _telling() -> Iterator[Tell]:
+    """What is being done, on stderr: on a terminal while it is done, in a log line by line."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda message: console.print(Text(message), soft_wrap=True)
+        return
+    with console.status("") as status:
+        yield lambda message: status.update(Text(message))

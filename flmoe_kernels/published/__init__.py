@@ -1,0 +1,1 @@
+"""Layers and checkpoints of the published code: recognised, converted, compared, swapped."""

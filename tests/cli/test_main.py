@@ -1,0 +1,92 @@
+"""The command line: `info`, `--version`, and how failures are told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from flmoe_kernels._version import __version__
+from flmoe_kernels.cli.errors import needs_extra
+
+
+def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flmoe_kernels", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_info_json_is_pure_and_complete(tmp_path: Path) -> None:
+    result = run_cli("info", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert set(facts) >= {
+        "versions",
+        "missing",
+        "devices",
+        "instruction_set",
+        "threads",
+        "backends",
+    }
+    assert facts["versions"]["flmoe_kernels"] == __version__
+    assert set(facts["versions"]) == {"flmoe_kernels", "python", "torch", "numpy", "triton"}
+    # A version that is not there comes with the reason.
+    assert {name for name, value in facts["versions"].items() if value is None} == set(
+        facts["missing"]
+    )
+    assert facts["devices"]["cpu"]
+    assert facts["threads"] >= 1
+
+
+def test_info_tells_of_every_backend(tmp_path: Path) -> None:
+    facts = json.loads(run_cli("info", "--json", cwd=tmp_path).stdout)
+    assert set(facts["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    assert facts["backends"]["reference"]["ok"] is True
+    for name, state in facts["backends"].items():
+        assert isinstance(state["ok"], bool)
+        assert state["ok"] or state["reason"], f"{name} does not run and gives no reason"
+    native_runs = facts["backends"]["cpu"]["ok"]
+    assert (facts["instruction_set"] is not None) == native_runs
+
+
+def test_info_table_for_people(tmp_path: Path) -> None:
+    result = run_cli("info", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for word in ("torch", "instruction set", "threads", "reference", "triton"):
+        assert word in result.stdout
+
+
+def test_version(tmp_path: Path) -> None:
+    result = run_cli("--version", cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.split() == ["flmoe_kernels", __version__]
+
+
+def test_unknown_command_is_exit_code_2(tmp_path: Path) -> None:
+    result = run_cli("no-such-command", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "no-such-command" in result.stderr
+
+
+def test_missing_extra_is_one_line_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as stopped, needs_extra("demo"):
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets")
+    assert stopped.value.exit_code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "sklearn" in message
+    assert "pip install 'flmoe-kernels[demo]'" in message
+
+
+def test_missing_module_of_our_own_is_not_blamed_on_an_extra() -> None:
+    with pytest.raises(ModuleNotFoundError), needs_extra("demo"):
+        raise ModuleNotFoundError("No module named", name="flmoe_kernels.gone")

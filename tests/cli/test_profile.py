@@ -1,0 +1,375 @@
+"""`profile` as a command, at tiny shapes: what it prints and writes can be read back and agrees with itself."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+pytest.importorskip("matplotlib")
+
+from flmoe_kernels.cli.profile import profile
+from flmoe_kernels.profile import ceilings, lengths, suite
+from flmoe_kernels.profile import output as profile_output
+from flmoe_kernels.profile import profiles as profiling
+from flmoe_kernels.profile import request as profile_request
+from flmoe_kernels.profile import run as profile_run
+from flmoe_kernels.profile.cases import cases
+from flmoe_kernels.profile.check import WrongAnswer
+from flmoe_kernels.profile.costs import cost
+from flmoe_kernels.profile.lengths import scan
+from flmoe_kernels.profile.profiles import Effort
+from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape, at_length
+
+app = typer.Typer()
+app.command()(profile)
+
+PAIRS = PairShape("small_pairs", 2, 9, 7, rank=4, width=8)
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        LayerShape("small_layer", 2, (5, 4), (3, None), 16, 2, 1, 3),
+        PAIRS,
+        RoutedShape("small_rows", 40, 8, 16, 4, 2),
+    )
+}
+QUICK = ("--seconds", "0.02", "--no-memory")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and ceilings that take milliseconds, on one thread."""
+    monkeypatch.setattr(profile_request, "named_shapes", lambda device: SHAPES)
+    monkeypatch.setitem(ceilings._SIDE, "cpu", 96)
+    monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**16)
+    # Before every block it would take longer than the block.
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    torch.set_num_threads(1)
+
+
+def run(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [*arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
+    names = {"trace": "t.json", "csv": "out.csv", "json": "out.json", "plot": "roof.png"}
+    written = {name: tmp_path / file for name, file in names.items()}
+    options = itertools.chain(*((f"--{name}", str(path)) for name, path in written.items()))
+    backends = ("--backend", "cpu", "--backend", "reference")
+    result = run("--op", "pair_moe", "--variant", "pool", *backends, *QUICK, *options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names.values())
+
+    held = json.loads(written["json"].read_text())
+    assert held["schema"] == "flmoe_kernels.profile/1"
+    assert held["environment"]["torch"] == torch.__version__
+    assert set(held["ceilings"]["flops"]) == {"float32"}
+    ours, peer = held["profiles"]
+    case = cases(["pair_moe"], [PAIRS], ["forward+backward"])[1]
+    assert case.variant == "pool"
+    for found in (ours, peer):
+        assert found["what"] == case.name
+        assert (found["flop"], found["bytes"]) == (cost(case).flop, cost(case).bytes)
+        spread = found["spread"]
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+        assert spread["confidence"] >= 0.95
+        assert found["flops_per_second"] * spread["median"] == pytest.approx(found["flop"])
+        assert found["share_of_limit"] == pytest.approx(found["least"] / spread["median"])
+        least = max(found["flop"] / found["matmul"], found["bytes"] / found["copy"])
+        assert found["least"] == pytest.approx(least)
+        assert found["matmul"] == held["ceilings"]["flops"]["float32"]
+        breakdown = found["breakdown"]
+        total = sum(stage["seconds"] for stage in breakdown["stages"])
+        assert total == pytest.approx(breakdown["whole"])
+        assert found["peak_bytes"] is None
+    assert (ours["contestant"], ours["kind"], ours["ratio"]) == ("cpu", "ours", None)
+    assert (peer["contestant"], peer["kind"]) == ("reference", "peer")
+    assert peer["ratio"][1] <= peer["ratio"][0] <= peer["ratio"][2]
+    assert (ours["breakdown"]["operators"], peer["breakdown"]["operators"]) == (2, 0)
+
+    rows = rows_of(written["csv"])
+    for found in (ours, peer):
+        own = [row for row in rows if row["contestant"] == found["contestant"]]
+        [whole] = [row for row in own if row["stage"] == "whole"]
+        assert float(whole["seconds"]) == found["spread"]["median"]
+        assert float(whole["flops_per_second"]) == found["flops_per_second"]
+        assert float(whole["share_of_limit"]) == found["share_of_limit"]
+        assert (whole["peak_bytes"], whole["launches"]) == ("", "")
+        stages = [row for row in own if row["stage"] != "whole"]
+        assert [float(row["seconds"]) for row in stages] == [
+            stage["seconds"] for stage in found["breakdown"]["stages"]
+        ]
+        assert sum(float(row["share"]) for row in stages) == pytest.approx(1.0)
+
+    trace = json.loads(written["trace"].read_text())
+    assert any(event.get("name") == "flmoe::pair_moe_backward" for event in trace["traceEvents"])
+    assert written["plot"].read_bytes().startswith(b"\x89PNG")
+
+    for words in (case.name, "of matmul", "of copy", "flmoe::pair_moe_backward", "other (torch)"):
+        assert words in result.stdout
+    share = f"{ours['share_of_limit']:.1%} ({ours['limit']})"
+    assert share in result.stdout
+
+
+@pytest.mark.parametrize(
+    "operator", ["expert_attention", "routed_mlp", "routing", "interaction_moe"]
+)
+@pytest.mark.parametrize("phase", ["forward", "forward+backward"])
+def test_every_operator_has_a_profile(operator: str, phase: str, tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    run("--op", operator, "--pass", phase, *QUICK, "--no-check", "--json", str(target))
+    [found] = json.loads(target.read_text())["profiles"]
+    assert found["contestant"] == "cpu"
+    assert found["what"].startswith(f"{operator}/small_")
+    assert found["breakdown"]["operators"] >= 1
+
+
+def test_names_of_the_layer_s_passes() -> None:
+    for name, phase in (("inference", "forward"), ("training", "forward+backward")):
+        request = profile_request.Request("interaction_moe", phase=name)
+        assert request.case().phase == phase
+    with pytest.raises(profile_request.BadRequest, match="pass: expected one of forward"):
+        profile_request.Request("pair_moe", phase="training").case()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--op or --checkpoint: expected one of them, got neither"),
+        (("--op", "pair_moe", "--checkpoint", "x.pt"), "expected one of them, got both"),
+        (
+            ("--op", "pairs"),
+            "op: expected one of pair_moe, expert_attention, routed_mlp, routing, interaction_moe, "
+            "got 'pairs'",
+        ),
+        # Of this operator alone.
+        (
+            ("--op", "pair_moe", "--shape", "mmimdb"),
+            "shape: expected one of small_pairs, got 'mmimdb'",
+        ),
+        (
+            ("--op", "pair_moe", "--backend", "tpu"),
+            "backend: expected one of cpu, triton, reference, compiled, all, got 'tpu'",
+        ),
+        (("--op", "pair_moe", "--dtype", "int8"), "dtype: expected one of float32, bfloat16,"),
+        (("--op", "pair_moe", "--pass", "sideways"), "pass: expected one of forward, backward,"),
+        (("--op", "pair_moe", "--variant", "sum"), "variant: expected one of none, pool, got"),
+        (("--op", "pair_moe", "--device", "tpu:0"), "device: expected cpu, cuda or cuda:N"),
+        (("--op", "pair_moe", "--lengths", "8,x"), "--lengths: expected numbers separated by"),
+        (("--op", "pair_moe", "--lengths", "8,0"), "lengths: expected numbers from 1, got 8,0"),
+        (("--op", "pair_moe", "--tokens", "8"), "--tokens: says nothing of what is profiled"),
+        (("--op", "pair_moe", "--top-k", "1"), "--top-k: says nothing of what is profiled"),
+        (("--op", "pair_moe", "--batch", "32"), "--batch: says nothing of what is profiled"),
+        (("--op", "pair_moe", "--heads", "0"), "--heads: says nothing of what is profiled"),
+        (("--op", "pair_moe", "--lengths", "8", "--repeat", "2"), "repeat: of one shape"),
+        (("--op", "pair_moe", "--seconds", "0"), "seconds: expected more than 0"),
+        (
+            ("--op", "pair_moe", "--json", "nowhere/x.json"),
+            "json: nowhere/x.json cannot be written",
+        ),
+        (("--op", "pair_moe", "--plot", "x.wav"), "plot: expected a name that ends in .png"),
+        (("--op", "routing", "--plot", "x.png"), "plot: routing makes no products"),
+        (("--op", "pair_moe", "--lengths", "8", "--trace", "t.json"), "trace: of one shape"),
+        (("--checkpoint", "x.pt", "--lengths", "8"), "--lengths: says nothing of what is profiled"),
+        (("--checkpoint", "absent.pt"), "absent.pt: "),
+    ],
+)
+def test_what_cannot_be_met_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments, code=2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_what_cannot_run_here_says_why() -> None:
+    result = run("--op", "pair_moe", "--backend", "triton", code=2)
+    assert re.search(
+        r"backend 'triton' cannot run pair_moe/small_pairs.* on cpu: .+", result.stderr
+    )
+    result = run("--op", "pair_moe", "--device", "cuda", code=2)
+    assert "device: 'cuda': there is no CUDA device" in result.stderr
+    result = run("--op", "interaction_moe", "--backend", "reference, TF32", code=2)
+    assert "it is for cases in half precision" in result.stderr
+
+
+def test_a_wrong_answer_is_exit_code_1_before_any_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(case: Any, *contestants: Any) -> None:
+        raise WrongAnswer(f"{contestants[0].name} on {case.name}: y is off")
+
+    monkeypatch.setattr(profile_run, "agree", wrong)
+    monkeypatch.setattr(profile_run, "profile_subjects", lambda *_, **__: pytest.fail("timed"))
+    result = run("--op", "pair_moe", *QUICK, code=1)
+    assert "cpu on pair_moe/small_pairs/forward+backward/float32/none: y is off" in result.stderr
+
+
+def test_of_all_backends_one_that_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(case: Any, contestant: Any) -> None:
+        if contestant.name == "compiled":
+            raise RuntimeError("backend='inductor' raised:\nno such compiler\nmore")
+
+    for module in (profile_run, suite):
+        monkeypatch.setattr(module, "agree", broken)
+    target = tmp_path / "out.json"
+    result = run("--op", "pair_moe", "--backend", "all", *QUICK, "--json", str(target))
+    words = "left out: compiled, failed: backend='inductor' raised: no such compiler"
+    assert words in result.stderr
+    found = json.loads(target.read_text())["profiles"]
+    assert [one["contestant"] for one in found] == ["cpu", "reference"]
+
+
+def test_a_peak_that_cannot_be_measured_costs_no_timing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ended(case: Any, contestant: Any) -> int:
+        raise RuntimeError("the process ended early, with -9")
+
+    monkeypatch.setattr(profile_request, "peak_bytes", ended)
+    target = tmp_path / "out.json"
+    arguments = ("--seconds", "0.02", "--no-check", "--json", str(target))
+    result = run("--op", "pair_moe", *arguments)
+    assert "memory of cpu was not measured: the process ended early, with -9" in result.stderr
+    [found] = json.loads(target.read_text())["profiles"]
+    assert found["peak_bytes"] is None
+
+
+@pytest.mark.parametrize(("drift", "code"), [(1.0, 0), (1.5, 1)])
+def test_runs_that_disagree_are_exit_code_1(
+    drift: float, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real, runs = profiling.timed_blocks, itertools.count()
+
+    def timed(prepare: Any, clock: Any, **settings: Any) -> Any:
+        # After the first run the fake machine has become slower.
+        slower, calls = drift if next(runs) else 1.0, itertools.count()
+
+        def fake(call: Callable[[], Any]) -> float:
+            call()
+            return slower * (1e-3 + 1e-6 * (next(calls) % 7))
+
+        return real(prepare, fake, **settings)
+
+    monkeypatch.setattr(profiling, "timed_blocks", timed)
+    target = tmp_path / "out.json"
+    arguments = ("--repeat", "2", *QUICK, "--no-check", "--json", str(target))
+    result = run("--op", "pair_moe", *arguments, code=code)
+    assert "runs agree" in result.stdout
+    assert ("NO" in result.stdout) == bool(code)
+    [found] = json.loads(target.read_text())["profiles"]
+    assert len(found["runs"]) == 2
+    assert found["agrees"] == (not code)
+
+
+def test_lengths_are_measured_for_ours_and_the_peers(tmp_path: Path) -> None:
+    paths = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "png")}
+    backends = ("--backend", "cpu", "--backend", "reference")
+    written = (
+        "--csv",
+        str(paths["csv"]),
+        "--json",
+        str(paths["json"]),
+        "--plot",
+        str(paths["png"]),
+    )
+    result = run("--op", "pair_moe", *backends, "--lengths", "16,8,8", *QUICK, *written)
+    rows = rows_of(paths["csv"])
+    assert [(row["length"], row["contestant"]) for row in rows] == [
+        *(("8", "cpu"), ("8", "reference")),
+        *(("16", "cpu"), ("16", "reference")),
+    ]
+    for row in rows:
+        assert 0 < float(row["low"]) <= float(row["seconds"]) <= float(row["high"])
+        assert (row["peak_bytes"], row["why_not"]) == ("", "")
+    held = json.loads(paths["json"].read_text())
+    assert held["case"] == "pair_moe/small_pairs/forward+backward/float32/none"
+    assert [point["seconds"] for point in held["lengths"]] == [
+        float(row["seconds"]) for row in rows
+    ]
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    assert "reference" in result.stdout
+
+
+def test_shapes_at_other_lengths() -> None:
+    pairs = at_length(PAIRS, 100)
+    assert (pairs.rows, pairs.columns, pairs.name) == (100, 100, "small_pairs@100")
+    layer = at_length(LayerShape("l", 2, (320, 196), (160, None), 16, 2, 1, 3), 64)
+    assert (layer.tokens, layer.valid) == ((64, 64), (32, None))
+    assert at_length(SHAPES["small_rows"], 7).tokens == 7
+
+
+def test_what_outgrows_memory_or_fails_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lengths, "free_bytes", lambda device: 1000.0)
+
+    def peak(case: Any, contestant: Any) -> int:
+        if contestant.name == "compiled":
+            return 1
+        if contestant.name == "cpu":
+            return 10 * case.shape.rows
+        if case.shape.rows > 8:
+            raise RuntimeError("the process ended early\nand more")
+        return case.shape.rows**2
+
+    case = cases(["pair_moe"], [PAIRS], ["forward"])[0]
+    effort = Effort(seconds=0.02, blocks=2)
+    found = {
+        (point.length, point.contestant): point
+        for point in scan(case, ["cpu", "reference"], [4, 8, 16, 40, 90], effort, peak=peak)
+    }
+    reasons = {key: point.why_not for key, point in found.items()}
+    # Linear growth, from 160 bytes at 16 tokens: 900 at 90 are more than 60% of what is free.
+    assert [reasons[n, "cpu"] for n in (4, 8, 16, 40)] == [""] * 4
+    assert reasons[90, "cpu"] == "a call would take about 0.0 GiB"
+    assert [reasons[n, "reference"] for n in (4, 8)] == ["", ""]
+    assert {reasons[n, "reference"] for n in (16, 40, 90)} == {"the process ended early"}
+    assert found[16, "reference"].seconds is None
+    assert found[16, "cpu"].peak_bytes == 160
+    with pytest.raises(ValueError, match="lengths: expected numbers from 1"):
+        scan(case, ["cpu"], [0, 4], effort)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.9996e-3, "1 ms"),
+        (0.9994e-3, "999 us"),
+        (1.5, "1.5 s"),
+        (1234.5, "1234 s"),
+        (2e-6, "2 us"),
+    ],
+)
+def test_times_have_three_digits_and_a_unit(seconds: float, text: str) -> None:
+    assert profile_output._time(seconds) == text
+
+
+def test_the_page_names_options_that_there_are() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "profiling.md").read_text()
+    shown = typer.main.get_command(app)
+    options = {
+        name for parameter in shown.params for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page))
+    assert named
+    assert named <= options, f"not options: {sorted(named - options)}"

@@ -1,0 +1,220 @@
+"""torch.compile without a graph break, forward and backward, and torch.export: the same numbers as eager."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from flmoe_kernels import InteractionMoE, expert_attention, pair_map, pair_moe, top_pairs
+from tests.support.inputs import (
+    cumulative,
+    draw,
+    draw_masks,
+    draw_replacements,
+    gradients,
+    make_seed,
+)
+from tests.support.layers import LayerCase, outputs_and_gradients
+
+FL = LayerCase((5, 4), dim=8, layers=2, batch=2, sparse=True)
+I2 = LayerCase((3, 3), "i2moe", dim=8, batch=2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def fast_layer(case: LayerCase) -> InteractionMoE:
+    return InteractionMoE.adopt(case.reference(), backend="cpu")
+
+
+class Whole(nn.Module):
+    """A compiled layer that has the parameters of the plain one, under their own names."""
+
+    def __init__(self, layer: nn.Module, backend: str, dynamic: bool | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer.named_parameters(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled(*args, **kwargs)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        torch.testing.assert_close(found[name], want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    out = expert_attention(q, k, v, cu, dropout_p=0.5, seed=seed, return_lse=True)
+    assert isinstance(out, tuple)
+    return out
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("shape", [(12, 2, 5), (3, 12, 2, 5)])
+def test_expert_attention(shape: tuple[int, ...], dynamic: bool) -> None:
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (12, 9):
+        sizes = (*shape[:-3], rows, *shape[-2:])
+        qkv = [draw(*sizes, seed=i).requires_grad_() for i in range(3)]
+        rest = (cumulative([4, 0, rows - 5]), make_seed(rows))
+        results = []
+        for call in (compiled, attention):
+            out, lse = call(*qkv, *rest)
+            results.append([out, lse, *gradients([out], qkv)])
+        assert all(map(torch.equal, *results))
+    other = compiled(*qkv, rest[0], make_seed(1))[0]
+    assert not torch.equal(other, results[0][0]), "the seed was baked into the graph"
+
+
+def test_runs_out_of_range_are_refused_in_compiled_code_too() -> None:
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    q = draw(6, 1, 4)
+    for bounds in ([0, 9], [0, 4, 2], [-3, 6]):
+        with pytest.raises(ValueError, match="cu_seqlens: expected values that"):
+            compiled(q, q, q, torch.tensor(bounds, dtype=torch.int32), make_seed())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reduce", ["none", "experts", "pool"])
+def test_pair_moe(reduce: str, dynamic: bool) -> None:
+    kinds = ("unique_a", "synergy", "null")
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, a, c, bias, mask, head = tensors
+        options: dict[str, Any] = {"kinds": kinds, "gate_bias": bias, "mask_b": mask, "top_k": 2}
+        y, mass = pair_moe(q, k, a, c, **options, reduce=reduce)
+        detached = [x.detach() for x in (q, k, a, c)]
+        options["gate_bias"] = bias.detach()
+        phi = pair_map(*detached, head, **options)
+        return y, mass, phi, *top_pairs(*detached, head, n_pairs=3, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (5, 8):
+        shapes = [(2, 3, rows, 4), (2, 3, 7, 4), (2, 3, rows, 6), (2, 3, 7, 6), (3,)]
+        leaves = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+        rest = (torch.arange(14).view(2, 7) % 4 != 1, draw(3, 6, seed=9))
+        results = []
+        for function in (compiled, call):
+            out = function(*leaves, *rest)
+            results.append([*out, *gradients(out[:2], leaves)])
+        assert all(map(torch.equal, *results))
+
+
+def test_a_negative_target_is_refused_in_compiled_code_too() -> None:
+    q, head = draw(2, 1, 3, 4), draw(1, 4, 5)
+
+    def call(target: Tensor) -> Tensor:
+        return pair_map(q, q, q, q, head, kinds=["synergy"], target=target)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled(torch.tensor([4, 0]))
+    for target in ([-1, 0], [0, 5]):
+        with pytest.raises((ValueError, IndexError, RuntimeError)):
+            compiled(torch.tensor(target))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [FL, dataclasses.replace(FL, masks="partial"), dataclasses.replace(FL, masks="mixed"), I2],
+    ids=str,
+)
+def test_layer(case: LayerCase) -> None:
+    x, layer = case.inputs(), fast_layer(case)
+    masks = draw_masks(case.masks, case.batch, case.lengths)
+    noise = draw_replacements(x, case.experts)
+    expected = outputs_and_gradients(layer, x, masks, noise)
+    found = outputs_and_gradients(Whole(layer, "aot_eager"), x, masks, noise)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+    # The control: the comparison sees another input.
+    other = outputs_and_gradients(Whole(layer, "aot_eager"), [x[0] + 0.1, x[1]], masks, noise)
+    with pytest.raises(AssertionError):
+        assert_same(other[0], expected[0])
+
+
+def test_layer_with_padding_that_changes_between_calls() -> None:
+    """One graph for every mask, as padding is data; another batch size compiles at most once more."""
+    layer = fast_layer(dataclasses.replace(FL, masks="partial"))
+    compiled = Whole(layer, "aot_eager", dynamic=None)
+    for batch, pattern, seed in ((2, "partial", 1), (2, "padded_sample", 2), (3, "partial", 3)):
+        case = dataclasses.replace(FL, batch=batch)
+        x, masks = case.inputs(), draw_masks(pattern, batch, case.lengths, seed)
+        noise = draw_replacements(x, case.experts)
+        expected = outputs_and_gradients(layer, x, masks, noise)
+        found = outputs_and_gradients(compiled, x, masks, noise)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("case", [FL, I2], ids=str)
+def test_training_with_dropout_and_fresh_noise(case: LayerCase) -> None:
+    """Random inside the graph: finite, new in every call, repeated by torch.manual_seed."""
+    case = dataclasses.replace(case, dropout=0.5)
+    compiled = Whole(fast_layer(case), "aot_eager")
+    x = case.inputs()
+
+    def call(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        torch.manual_seed(seed)
+        return outputs_and_gradients(compiled, x, None, None)
+
+    first, again, other = call(1), call(1), call(2)
+    assert all(value.isfinite().all() for value in (*first[0].values(), *first[1].values()))
+    for one, two in zip(first, again, strict=True):
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert not torch.equal(first[0]["expert_logits"], other[0]["expert_logits"])
+    state = torch.get_rng_state()
+    outputs_and_gradients(compiled, x, None, None)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.slow
+def test_layer_through_inductor() -> None:
+    case = dataclasses.replace(FL, layers=1, masks="partial")
+    x, layer = case.inputs(), fast_layer(case)
+    masks = draw_masks(case.masks, case.batch, case.lengths)
+    noise = draw_replacements(x, case.experts)
+    expected = outputs_and_gradients(layer, x, masks, noise)
+    found = outputs_and_gradients(Whole(layer, "inductor"), x, masks, noise)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+class Inference(nn.Module):
+    def __init__(self, layer: InteractionMoE, masked: bool) -> None:
+        super().__init__()
+        self.layer, self.masked = layer, masked
+
+    def forward(self, a: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        _, weights, logits = self.layer.inference([a, b], [mask, None] if self.masked else None)
+        return weights, logits
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_export_of_inference(masked: bool) -> None:
+    model = Inference(fast_layer(FL).eval(), masked)
+    mask = torch.rand(2, 5) < 0.6
+    mask[:, 0] = True
+    x = FL.inputs()
+    program = torch.export.export(model, (*x, mask), strict=False)
+    other_mask = mask.roll(1, 0)
+    for arguments in ((*x, mask), (x[0] * 2, x[1], other_mask)):
+        for got, want in zip(program.module()(*arguments), model(*arguments), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    parts = [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
+    targets = {str(node.target) for part in parts for node in part.graph.nodes}
+    assert "flmoe.expert_attention_packed.default" in targets

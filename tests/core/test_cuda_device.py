@@ -1,0 +1,208 @@
+"""Whether routing's CUDA kernels run here: every lack has its reason, and to ask changes nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import BackendUnavailable
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.ops.routed_mlp import cuda
+from flmoe_kernels.ops.routed_mlp.api import dispatch, gate
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ON_GPU, WHY_NOT = backends.backend_status()["cuda"]
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"the kernels do not run here: {WHY_NOT}")
+needs_two_gpus = pytest.mark.skipif(
+    not ON_GPU or torch.cuda.device_count() < 2, reason="there are no two GPUs"
+)
+native = backends.native()
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answers: Any) -> None:
+    """A machine without Triton whose native module answers so."""
+    facts: dict[str, Any] = {
+        "cuda_build": ("sm_80 sm_90a sm_100, PTX 80", ""),
+        "cuda_devices": (1, ""),
+        "cuda_probe": (9, 0, ""),
+    } | answers
+    fake = ModuleType("fake")
+    for name, answer in facts.items():
+        setattr(fake, name, lambda *_device, answer=answer: answer)
+    fake.instruction_set = lambda: "baseline"  # type: ignore[attr-defined]
+    fake.parallel_pool = lambda: "openmp"  # type: ignore[attr-defined]
+    monkeypatch.setattr(backends, "_native", fake)
+    monkeypatch.setattr(backends, "_triton_status", lambda: (False, "it is not here"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if torch_has_one else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_one)
+
+
+LACKS = {
+    "built without CUDA": (
+        {"cuda_build": ("", "nvcc was not found")},
+        r"the native module was built without CUDA \(nvcc was not found\)",
+    ),
+    "no device": (
+        {"cuda_devices": (0, "no CUDA-capable device is detected"), "torch_has_one": False},
+        r"there is no CUDA device \(no CUDA-capable device is detected\)",
+    ),
+    "old driver": (
+        {"cuda_devices": (0, "CUDA driver version is insufficient")},
+        r"the driver is too old .* \(CUDA driver version is insufficient\)",
+    ),
+    "torch without CUDA": ({"torch_has_one": False}, r"torch \S+ has no CUDA device"),
+    "old device": (
+        {"cuda_probe": (7, 5, "it is older than all of these")},
+        r"cuda:0 is sm_75, the kernels are for sm_80 sm_90a sm_100, PTX 80 \(it is older",
+    ),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_every_lack_has_its_reason(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, message = LACKS[lack]
+    machine(monkeypatch, **answers)
+    ok, reason = backends.backend_status()["cuda"]
+    assert not ok
+    with pytest.raises(
+        BackendUnavailable, match=f"^routing: .*'cuda' was asked for, but {message}"
+    ):
+        backends.choose("routing", on_cuda(), "cuda")
+    with pytest.raises(BackendUnavailable, match=message):
+        raise BackendUnavailable(reason)
+    assert backends.choose("routing", on_cuda()) == "reference"
+
+
+def on_cuda(dtype: torch.dtype = torch.float32) -> Any:
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+
+
+def test_a_machine_that_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    assert backends.backend_status()["cuda"] == (True, "kernels for sm_80 sm_90a sm_100, PTX 80")
+    for dtype in DTYPES:
+        assert backends.choose("routing", on_cuda(dtype)) == "cuda"
+    assert backends.choose("routed_mlp", on_cuda()) != "cuda"
+    with pytest.raises(BackendUnavailable, match="the tensors are on cpu"):
+        backends.choose("routing", torch.zeros(1), "cuda")
+    with pytest.raises(BackendUnavailable, match="dtype int64 is not among float32, bfloat16"):
+        backends.choose("routing", on_cuda(torch.int64), "cuda")
+
+
+def test_status_tells_a_build_with_cuda_from_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python -m flmoe_kernels info` shows, also where there is no device."""
+    machine(monkeypatch, cuda_devices=(0, ""), torch_has_one=False)
+    assert backends.backend_status()["cuda"] == (
+        False,
+        "there is no CUDA device (none is visible); kernels were built, for sm_80 sm_90a sm_100, PTX 80",
+    )
+    machine(monkeypatch, cuda_build=("", "nvcc was not found"))
+    reason = "the native module was built without CUDA (nvcc was not found)"
+    assert backends.backend_status()["cuda"] == (False, reason)
+
+
+def test_a_device_is_asked_anew_and_once_for_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed once may work now; and asking is cheap, not free."""
+    machine(monkeypatch)
+    answers = [(0, 0, "out of memory"), (9, 0, "")]
+    asked = []
+
+    def probe(device: int) -> tuple[int, int, str]:
+        asked.append(device)
+        return answers[min(len(asked), 2) - 1]
+
+    monkeypatch.setattr(backends._native, "cuda_probe", probe)
+    assert backends.choose("routing", on_cuda()) == "reference"
+    assert backends.choose("routing", on_cuda()) == "cuda"
+    assert asked == [0, 0]
+    assert backends.choose("routing", on_cuda(), "cuda") == "cuda"
+    assert asked == [0, 0, 0]
+
+
+def test_calls_of_a_build_without_cuda_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that do not come through the doors."""
+    machine(monkeypatch, cuda_build=("", "nvcc was not found"))
+    logits, index = torch.zeros(3, 2), torch.zeros(3, 1, dtype=torch.int64)
+    message = r"^backend 'cuda': the native module was built without CUDA \(nvcc was not found\)$"
+    for call in (
+        lambda: cuda.gate(logits, 1, False),
+        lambda: cuda.limit(index, None, 2, 1),
+        lambda: cuda.dispatch(index, 2),
+    ):
+        with pytest.raises(BackendUnavailable, match=message):
+            call()
+
+
+def test_the_question_does_not_break_a_trace() -> None:
+    """The compiler cannot look into the native module, and choices are made while it traces."""
+
+    def ask(x: Tensor) -> Tensor:
+        return x + len(backends._cuda_lack()) + len(backends._cuda_lack(0))
+
+    compiled = torch.compile(ask, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == ask(torch.zeros(1)).item()
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernels run here")
+def test_without_a_gpu_the_call_says_why() -> None:
+    for call in (
+        lambda: gate(torch.zeros(3, 2), 1, backend="cuda"),
+        lambda: dispatch(torch.zeros(3, 1, dtype=torch.int64), 2, backend="cuda"),
+    ):
+        with pytest.raises(BackendUnavailable, match="routing: backend 'cuda' was asked for") as e:
+            call()
+        assert backends._cuda_lack() in str(e.value)
+        assert backends._cuda_lack() in WHY_NOT
+    # Nowhere to launch on: with a device, though one that torch cannot use, these would be null pointers.
+    if native.cuda_build()[0] and native.cuda_devices()[0] == 0:
+        with pytest.raises(RuntimeError, match="CUDA: "):
+            native.cuda_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (0, 0))
+
+
+def after_asking(code: str) -> str:
+    """Output of code in a process that has asked all devices, and done nothing else with a GPU."""
+    head = "import ctypes, torch\nfrom flmoe_kernels.core.backend import backend_status\n"
+    asked = "assert backend_status()['cuda'][0]\n"
+    command = [sys.executable, "-c", head + asked + code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+CONTEXTS = """
+cuda, active, flags = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(-1), ctypes.c_uint()
+def contexts():
+    for device in range(torch.cuda.device_count()):
+        assert cuda.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active)) == 0
+        yield active.value
+assert cuda.cuInit(0) == 0
+print(*contexts())
+torch.zeros(1, device="cuda:0")
+print(*contexts())
+"""
+
+
+@needs_gpu
+def test_asking_makes_no_context() -> None:
+    before, after = after_asking(CONTEXTS).splitlines()
+    assert set(before.split()) == {"0"}
+    assert after.split()[0] == "1", "the control: a tensor makes one"
+
+
+@needs_two_gpus
+def test_asking_leaves_the_current_device() -> None:
+    for device in (0, 1):
+        with torch.cuda.device(device):
+            assert backends.backend_status()["cuda"][0]
+            assert not backends._cuda_lack(1 - device)
+            assert torch.cuda.current_device() == device
+            assert torch.empty(1, device="cuda").device.index == device

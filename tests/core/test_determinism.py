@@ -1,0 +1,270 @@
+"""Same seed, same bits for any number of threads; same masks and close results for any instruction set.
+
+Run as a script, this file writes what its own kernels give to a file: tests start it once per instruction set.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import InteractionMoE, expert_attention, pair_moe
+from flmoe_kernels.core.backend import instruction_set, instruction_sets
+from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.ops.encoder import reference
+from tests.support.inputs import (
+    as_dtype,
+    cumulative,
+    draw,
+    draw_masks,
+    draw_replacements,
+    gradients,
+    make_seed,
+)
+from tests.support.layers import LayerCase, outputs_and_gradients
+
+ROOT = Path(__file__).resolve().parents[2]
+OPS = torch.ops.flmoe
+THREADS = (1, 2, 3)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STEP = LayerCase((150, 70), dim=48, heads=4, layers=2, batch=3, dropout=0.5, masks="partial")
+STEP_I2 = LayerCase((40, 40), "i2moe", dim=48, heads=4, layers=2, batch=3, dropout=0.5)
+
+
+def attention(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
+    """More rows than one item of the forward takes, an empty run, uncovered rows.
+
+    Inputs are rounded to `dtype` and computed with in `wide`.
+    """
+    shape = (2, 600, 3, 20)
+    qkv = [draw(*shape, dtype=dtype, seed=i).to(wide or dtype).requires_grad_() for i in range(3)]
+    runs = cumulative([3, 420, 0, 130], first=5)
+    out = expert_attention(*qkv, runs, dropout_p=0.3, seed=make_seed(), backend=backend)
+    assert isinstance(out, Tensor)
+    return [out.detach(), *gradients([out], qkv)]
+
+
+def encoder(dtype: torch.dtype, ops: Any, wide: torch.dtype | None = None) -> list[Tensor]:
+    """Every other operator of `ops`, chained, with more rows than a block or a chunk."""
+    shapes = [(2, 2 * 300, 33), (2, 100, 33), (2, 100), (2, 100), (2, 100)]
+    x, weight, bias, gain, shift = leaves = [
+        draw(*shape, dtype=dtype, seed=i, scale=0.2 if i == 1 else 1.0)
+        .to(wide or dtype)
+        .requires_grad_()
+        for i, shape in enumerate(shapes)
+    ]
+    modality = (torch.arange(300) % 2).to(torch.int32)
+    linear = ops.expert_linear(x, weight, bias)
+    views = ops.expand_views(linear.view(2, 2, 300, 100), modality, 3).flatten(1, 2)
+    gelu = ops.gelu_dropout(views, make_seed(), 0.4)
+    norms = ops.dropout_add_norm(views, gelu, gain, shift, make_seed(3), 0.4, 1e-5)
+    alone = ops.dropout_add_norm(None, norms[1], gain, shift, make_seed(4), 0.4, 1e-5)
+    runs = cumulative([90, 0, 200])
+    pooled = ops.dropout_add_pool(norms[0], alone[1], runs, 3, make_seed(5), 0.4)
+    return [pooled.detach(), *gradients([pooled], leaves)]
+
+
+def losses(dtype: torch.dtype) -> list[Tensor]:
+    latents = draw(5, 4, 70, 33, dtype=dtype).requires_grad_()
+    out = OPS.interaction_losses(latents)
+    return [out.detach(), *gradients([out], [latents])]
+
+
+def pairs(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
+    """Every reduction, with more rows and columns than a block, a chunk and a work item take."""
+    kinds = ("unique_a", "unique_b", "synergy", "redundancy", "null")
+    shapes = [(530, 9), (300, 9), (530, 20), (300, 20)]
+    leaves = [
+        draw(1, 5, *shape, dtype=dtype, seed=i).to(wide or dtype).requires_grad_()
+        for i, shape in enumerate(shapes)
+    ]
+    bias = draw(5, dtype=dtype, seed=4).to(wide or dtype).requires_grad_()
+    mask_b = (torch.arange(300) % 7 != 3).unsqueeze(0)
+    found = []
+    for reduce in ("none", "experts", "pool"):
+        y, mass = pair_moe(
+            *leaves, kinds=kinds, gate_bias=bias, mask_b=mask_b, reduce=reduce, backend=backend
+        )
+        found += [y.detach(), mass.detach(), *gradients([y, mass], [*leaves, bias])]
+    return found
+
+
+def step(case: LayerCase, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """A training step with noise and dropout from torch's generator: results, gradients, parameters after."""
+    torch.manual_seed(11)
+    layer = InteractionMoE.adopt(case.reference(dtype), backend="cpu")
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    masks = draw_masks(case.masks, case.batch, case.lengths)
+    outputs, grads = outputs_and_gradients(layer, case.inputs(dtype), masks, None)
+    for name, parameter in layer.named_parameters():
+        parameter.grad = grads[name]
+    optimizer.step()
+    return [*outputs.values(), *grads.values(), *(p.detach() for p in layer.parameters())]
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def assert_same_bits_for_any_threads(compute: Callable[[], list[Tensor]]) -> None:
+    torch.set_num_threads(THREADS[0])
+    first = compute()
+    assert all(x.isfinite().all() for x in first)
+    for threads in (*THREADS, THREADS[-1]):
+        torch.set_num_threads(threads)
+        assert same_bits(compute(), first), f"{threads} threads"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operators_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    assert_same_bits_for_any_threads(lambda: attention(dtype, "cpu"))
+    assert_same_bits_for_any_threads(lambda: encoder(dtype, OPS))
+    assert_same_bits_for_any_threads(lambda: losses(dtype))
+    assert_same_bits_for_any_threads(lambda: pairs(dtype, "cpu"))
+
+
+@pytest.mark.parametrize("case", [STEP, STEP_I2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step_does_not_depend_on_threads(case: LayerCase, dtype: torch.dtype) -> None:
+    assert_same_bits_for_any_threads(lambda: step(case, dtype))
+
+
+def test_the_comparison_of_bits_sees_a_difference() -> None:
+    one = step(STEP)
+    other = [x.clone() for x in one]
+    other[0].view(-1)[0] = torch.nextafter(other[0].view(-1)[0], torch.tensor(9.0))
+    assert not same_bits(one, other)
+
+
+def every_pattern(dtype: torch.dtype) -> Tensor:
+    """All values of a 16-bit type, and beside each a random one, as (1, 2, 65536)."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    order = torch.randperm(2**16, generator=torch.Generator().manual_seed(1))
+    return torch.stack([patterns, patterns[order]]).view(dtype).unsqueeze(0)
+
+
+def conversions(dtype: torch.dtype) -> list[Tensor]:
+    """Every 16-bit value through float32 and back, and the means of pairs, which round."""
+    x = every_pattern(dtype)
+    each, pairs = cumulative([1, 1]), cumulative([2])
+    zero = torch.zeros_like(x)
+    return [OPS.dropout_add_pool(x, zero, runs, 1, None, 0.0) for runs in (each, pairs)]
+
+
+def battery() -> dict[str, Any]:
+    """What the instruction set of this process gives: masks, results and a layer's step with given noise."""
+    found: dict[str, Any] = {"isa": instruction_set(), "masks": [], "losses": {}, "layer": {}}
+    for width in (1, 40, 129, 300):
+        ones = torch.ones(2, 70, width)
+        out = OPS.gelu_dropout(ones, make_seed(), 0.37)
+        twice = OPS.dropout_add_norm(
+            None, ones, ones[:, 0].clone(), ones[:, 0].clone(), make_seed(-9), 0.37, 1e-5
+        )
+        eye = torch.eye(width).unsqueeze(1)
+        zeros, runs = torch.zeros_like(eye), cumulative([width])
+        out_p = expert_attention(zeros, zeros, eye, runs, dropout_p=0.8, seed=make_seed(77))
+        assert isinstance(out_p, Tensor)
+        found["masks"] += [out != 0, twice[0], out_p != 0]
+    for dtype in DTYPES:
+        found[f"attention {dtype}"] = attention(dtype, "cpu")
+        found[f"encoder {dtype}"] = encoder(dtype, OPS)
+        found[f"pairs {dtype}"] = pairs(dtype, "cpu")
+        found["losses"][dtype] = losses(dtype)
+    found["conversions"] = {dtype: conversions(dtype) for dtype in DTYPES[2:]}
+    case = LayerCase((9, 5), dim=24, heads=3, layers=2, masks="partial")
+    x = case.inputs()
+    noise = draw_replacements(x, case.experts)
+    layer = InteractionMoE.adopt(case.reference(), backend="cpu")
+    masks = draw_masks(case.masks, case.batch, case.lengths)
+    outputs, grads = outputs_and_gradients(layer, x, masks, noise)
+    found["layer"] = {**outputs, **grads}
+    return found
+
+
+@pytest.fixture(scope="module")
+def batteries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The battery of every instruction set that this machine has."""
+    folder = tmp_path_factory.mktemp("isa")
+    started = []
+    for isa in instruction_sets():
+        path = folder / f"{isa}.pt"
+        # glibc fills fresh memory with this byte, so that reading what nobody wrote shows.
+        env = os.environ | {"FLMOE_ISA": isa, "MALLOC_PERTURB_": "128", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, __file__, str(path)]
+        started.append((isa, path, subprocess.Popen(command, env=env, cwd=ROOT)))
+    found = {}
+    for isa, path, process in started:
+        assert process.wait(timeout=120) == 0, isa
+        found[isa] = torch.load(path, weights_only=True)
+        assert found[isa]["isa"] == isa
+    assert "baseline" in found
+    return found
+
+
+def test_masks_do_not_depend_on_the_instruction_set(batteries: dict[str, dict[str, Any]]) -> None:
+    expected = battery()["masks"]
+    for isa, found in batteries.items():
+        assert same_bits(found["masks"], expected), isa
+    other = [mask.roll(1, 0) for mask in expected]
+    assert not same_bits(other, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_half_precision_converts_exactly(
+    batteries: dict[str, dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """Subnormals, infinities, NaN, and rounding to even, as torch converts."""
+    x = every_pattern(dtype).float()
+    expected = [x.to(dtype).unsqueeze(1), ((x[:, :1] + x[:, 1:]) * 0.5).to(dtype).unsqueeze(1)]
+    truncated = (expected[1].view(torch.int16) + 1).view(dtype)
+    for isa, found in batteries.items():
+        for got, want in zip(found["conversions"][dtype], expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=isa)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(found["conversions"][dtype][1], truncated, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_is_within_the_budget(
+    batteries: dict[str, dict[str, Any]], dtype: torch.dtype
+) -> None:
+    wide = torch.float64
+    operators = {
+        f"attention {dtype}": (attention(dtype, "reference"), attention(dtype, "reference", wide)),
+        f"encoder {dtype}": (encoder(dtype, reference), encoder(dtype, reference, wide)),
+        f"pairs {dtype}": (pairs(dtype, "reference"), pairs(dtype, "reference", wide)),
+    }
+    for isa, found in batteries.items():
+        for name, (low, oracle) in operators.items():
+            size = max(float(x.abs().max()) for x in oracle[1:])
+            for i, triple in enumerate(zip(found[name], low, oracle, strict=True)):
+                # The gradients of one call are added up from terms of one size.
+                magnitude = size if i else 0.0
+                assert_within_budget(
+                    *triple, f"{isa}: {name} {i}", magnitude=magnitude, may_vanish=i > 0
+                )
+        for got, want in zip(found["losses"][dtype], losses(wide), strict=True):
+            error = (got.double() - as_dtype(want, wide)).abs().max()
+            assert error <= 8 * torch.finfo(dtype).eps * 10, isa
+
+
+def test_the_layer_agrees_between_instruction_sets(batteries: dict[str, dict[str, Any]]) -> None:
+    expected = batteries["baseline"]["layer"]
+    size = max(float(x.abs().max()) for x in expected.values())
+    for isa, found in batteries.items():
+        for name, want in expected.items():
+            got = found["layer"][name]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6 * size, msg=f"{isa}: {name}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    torch.save(battery(), sys.argv[1])

@@ -1,0 +1,236 @@
+"""The dropout generator: its core, its rates, its independence, and that kernels draw its masks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core import dropout as rng
+from tests.support.inputs import cumulative, make_seed
+
+RATES = (0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999)
+WORD = 2**32 - 1
+FULL = (WORD,) * 4
+FAR = 1 << 31
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, int], rounds: int) -> tuple[int, ...]:
+    """Philox 4x32 in Python's integers."""
+    a, b, c, d = counter
+    low, high = key
+    for _ in range(rounds):
+        left, right = divmod(0xD2511F53 * a, 2**32), divmod(0xCD9E8D57 * c, 2**32)
+        a, b, c, d = right[0] ^ b ^ low, right[1], left[0] ^ d ^ high, left[1]
+        low, high = (low + 0x9E3779B9) % 2**32, (high + 0xBB67AE85) % 2**32
+    return a, b, c, d
+
+
+def draw(seed: int, problem: int, head: int, row: int, column: int) -> int:
+    """The 16-bit draw of one element, as the module's docstring defines it."""
+    counter = (16 * (column // 128) + column // 2 % 16, row, head, problem)
+    words = philox(counter, (seed & WORD, seed >> 32 & WORD), rng.ROUNDS)
+    return words[column // 32 % 4] >> 16 * (column % 2) & 0xFFFF
+
+
+def mask(seed: int = 5, p: float = 0.5, problem: int = 0, head: int = 0, size: int = 256) -> Tensor:
+    row, column = torch.arange(size).view(-1, 1), torch.arange(size)
+    return rng.keep_mask(make_seed(seed), p, problem, head, row, column)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (FULL, (WORD, WORD), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_the_independent_generator_gives_the_published_answers(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
+    assert philox(counter, key, 10) == expected
+    assert philox(counter, key, 9) != expected
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, 2**61 + 987654321, -(2**63)])
+@pytest.mark.parametrize("index", [(0, 0), (3, 1), (FAR + 7, FAR + 5)])
+def test_mask_is_the_generators(seed: int, index: tuple[int, int]) -> None:
+    problem, head = index
+    rows, columns = [0, 1, 319, WORD], [0, 1, 2, 31, 32, 63, 127, 128, 255, 300, 4097]
+    got = rng.keep_mask(
+        make_seed(seed), 0.3, problem, head, torch.tensor(rows).view(-1, 1), torch.tensor(columns)
+    )
+    threshold = round(0.7 * 65536)
+    draws = [[draw(seed, problem, head, row, column) for column in columns] for row in rows]
+    assert got.tolist() == [[value < threshold for value in line] for line in draws]
+    # A mask of one more round is another one.
+    more = [philox((0, row, head, problem), (seed & WORD, 0), rng.ROUNDS + 1)[0] for row in rows]
+    assert [value & 0xFFFF for value in more] != [line[0] for line in draws]
+
+
+def test_threshold_and_scale_are_exact() -> None:
+    for p in (*RATES, 0.0, 1.0, 1 / 3, 1e-6, 1 - 1e-6):
+        threshold = rng.keep_threshold(p)
+        assert abs(threshold / 65536 - (1 - p)) <= 2**-17 + 1e-15
+        if threshold:
+            assert threshold * rng.keep_scale(p) / 65536 == pytest.approx(1, rel=1e-15)
+    assert (rng.keep_threshold(0.0), rng.keep_scale(0.0)) == (65536, 1.0)
+    assert (rng.keep_threshold(0.5), rng.keep_scale(0.5)) == (32768, 2.0)
+    assert (rng.keep_threshold(0.75), rng.keep_scale(0.75)) == (16384, 4.0)
+    assert (rng.keep_threshold(1.0), rng.keep_scale(1.0)) == (0, 0.0)
+
+
+def test_draw_equal_to_the_threshold_is_dropped() -> None:
+    """Over all elements, an element is kept exactly by the rates above its own draw."""
+    value = draw(5, 0, 0, 0, 0)
+    assert 0 < value < 65535
+    at = torch.zeros(1, dtype=torch.int64)
+    keeps, drops = 1 - (value + 1) / 65536, 1 - value / 65536
+    assert rng.keep_mask(make_seed(5), keeps, 0, 0, at, at).item()
+    assert not rng.keep_mask(make_seed(5), drops, 0, 0, at, at).item()
+
+
+def assert_rate(kept: Tensor, p: float) -> None:
+    """Five standard deviations of a binomial around the rate that the threshold stands for."""
+    rate = rng.keep_threshold(p) / 65536
+    bound = 5 * math.sqrt(rate * (1 - rate) / kept.numel())
+    assert abs(kept.double().mean().item() - rate) <= bound
+
+
+@pytest.mark.parametrize("p", RATES)
+def test_keep_rate(p: float) -> None:
+    kept = torch.stack([mask(seed, p) for seed in range(4)])
+    assert_rate(kept, p)
+    with pytest.raises(AssertionError):
+        assert_rate(kept, p + (0.02 if p < 0.5 else -0.02))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_extreme_rates_are_certain(p: float) -> None:
+    assert mask(p=p).all() == (p == 0)
+    assert mask(p=p).any() == (p == 0)
+
+
+def test_every_row_and_column_has_its_own_rate() -> None:
+    """No position is favoured: counts per row, column, and place within a group of 128 columns."""
+    kept = torch.stack([mask(seed, 0.5) for seed in range(100, 116)]).double()
+    for sums, n in ((kept.sum((0, 1)), 16 * 256), (kept.sum((0, 2)), 16 * 256)):
+        assert float((sums - n / 2).abs().max()) <= 5 * math.sqrt(n / 4)
+        # Not constant either: the spread is that of a binomial.
+        assert 0.6 < float(sums.var()) / (n / 4) < 1.5
+
+
+def assert_independent(a: Tensor, b: Tensor) -> None:
+    n = a.numel()
+    agreement = (a == b).double().mean().item()
+    assert abs(agreement - 0.5) <= 5 * math.sqrt(0.25 / n)
+
+
+def test_masks_of_different_indices_are_independent() -> None:
+    masks = {
+        "seed 5": mask(),
+        "seed 6": mask(seed=6),
+        "high half of the seed": mask(seed=5 + 2**32),
+        "negative seed": mask(seed=-5),
+        "problem": mask(problem=1),
+        "far problem": mask(problem=1 << 16),
+        "head": mask(head=1),
+        "problem and head": mask(problem=1, head=1),
+    }
+    for one, other in itertools.combinations(masks.values(), 2):
+        assert_independent(one, other)
+    with pytest.raises(AssertionError):
+        assert_independent(mask(), mask())
+
+
+def test_elements_of_one_mask_are_independent() -> None:
+    base = mask()
+    shifted = {
+        "next row": (base[1:], base[:-1]),
+        "next column": (base[:, 1:], base[:, :-1]),
+        "next word": (base[:, 32:], base[:, :-32]),
+        "next group": (base[:, 128:], base[:, :-128]),
+        "half of one draw": (base[:, ::2], base[:, 1::2]),
+        "transposed": (base[:128, 128:], base[128:, :128].T),
+    }
+    for one, other in shifted.values():
+        assert_independent(one, other)
+
+
+def test_fresh_seeds_follow_torchs_generator() -> None:
+    torch.manual_seed(3)
+    first, second = rng.new_seed(), rng.new_seed()
+    torch.manual_seed(3)
+    assert rng.new_seed() == first
+    assert first != second
+    assert first.dtype == torch.int64
+    assert first.shape == ()
+
+
+# The kernels draw the same masks; attention is in test_expert_attention.
+
+
+def encoder_masks(experts: int, rows: int, width: int, seed: Tensor, p: float) -> Tensor:
+    return rng.keep_mask(
+        seed,
+        p,
+        0,
+        torch.arange(experts).view(-1, 1, 1),
+        torch.arange(rows).view(-1, 1),
+        torch.arange(width),
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("width", [1, 17, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_kernels_of_the_encoder_draw_these_masks(p: float, width: int, dtype: torch.dtype) -> None:
+    experts, rows = 2, 67
+    seed, ones = make_seed(), torch.ones(experts, rows, width, dtype=dtype)
+    zeros, affine = torch.zeros_like(ones), torch.ones(experts, width, dtype=dtype)
+    expected = encoder_masks(experts, rows, width, seed, p)
+    ops = torch.ops.flmoe
+    activated = ops.gelu_dropout(ones, seed, p)
+    total = ops.dropout_add_norm(zeros, ones, affine, affine, seed, p, 1e-5)[0]
+    runs = cumulative([1] * rows)
+    pooled = ops.dropout_add_pool(zeros, ones, runs, 1, seed, p)[:, 0]
+    for name, out in (("gelu", activated), ("norm", total), ("pool", pooled)):
+        assert torch.equal(out != 0, expected), name
+    scaled = (expected.double() * rng.keep_scale(p)).to(dtype)
+    assert torch.equal(total, scaled)
+    assert torch.equal(pooled, scaled)
+    if 0 < p < 0.9 and width > 1:
+        wrong = encoder_masks(experts, rows, width, make_seed(1), p)
+        assert not torch.equal(activated != 0, wrong)
+
+
+def test_self_residual_draws_two_masks() -> None:
+    experts, rows, width = 3, 40, 130
+    seed = make_seed()
+    ones, affine = torch.ones(experts, rows, width), torch.ones(experts, width)
+    total = torch.ops.flmoe.dropout_add_norm(None, ones, affine, affine, seed, 0.5, 1e-5)[0]
+    index = [torch.arange(n).view(-1, *[1] * i) for n, i in ((experts, 2), (rows, 1), (width, 0))]
+    first, second = (rng.keep_mask(seed, 0.5, stream, *index) for stream in (0, 1))
+    assert torch.equal(total, first * (2.0 + 4.0 * second))
+    assert_independent(first, second)
+
+
+def test_rows_of_a_later_view_have_their_own_mask() -> None:
+    """Pooling counts rows through all views, as the other kernels do: no two views share a mask."""
+    rows, views, width = 50, 3, 128
+    seed = make_seed()
+    ones = torch.ones(1, views * rows, width)
+    out = torch.ops.flmoe.dropout_add_pool(
+        torch.zeros_like(ones), ones, cumulative([1] * rows), views, seed, 0.5
+    )
+    expected = encoder_masks(1, views * rows, width, seed, 0.5).view(1, views, rows, width)
+    assert torch.equal(out != 0, expected)
+    assert_independent(expected[0, 0], expected[0, 1])

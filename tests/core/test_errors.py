@@ -1,0 +1,390 @@
+"""Every mistake that a caller can make gets its own message, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels import FusionTransformer, InteractionMoE, expert_attention
+from flmoe_kernels.layers.interaction_moe.structure import UnsupportedLayer
+from tests.support.inputs import cumulative, draw, draw_replacements, make_seed
+from tests.support.layers import LayerCase
+
+OPS = torch.ops.flmoe
+Q = draw(6, 2, 4)
+CU = cumulative([2, 4])
+
+ATTENTION: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "q no tensor": (TypeError, r"q: expected a Tensor, got list", {"q": [1.0]}),
+    "k no tensor": (TypeError, r"k: expected a Tensor, got NoneType", {"k": None}),
+    "cu no tensor": (TypeError, r"cu_seqlens: expected a Tensor, got list", {"cu_seqlens": [0, 6]}),
+    "q of integers": (
+        TypeError,
+        r"q: expected a floating-point dtype, got torch\.int64",
+        {name: Q.long() for name in "qkv"},
+    ),
+    "q of 2 dimensions": (
+        ValueError,
+        r"q: expected \(rows, H, d\) or .*got \(6, 8\)",
+        {name: Q.flatten(1) for name in "qkv"},
+    ),
+    "q of 5 dimensions": (
+        ValueError,
+        r"q: expected \(rows, H, d\) or .*got \(1, 1, 6, 2, 4\)",
+        dict.fromkeys("qkv", Q[None, None]),
+    ),
+    "no heads": (
+        ValueError,
+        r"q: expected at least one head of width one, got \(6, 0, 4\)",
+        dict.fromkeys("qkv", Q[:, :0]),
+    ),
+    "width 0": (
+        ValueError,
+        r"q: expected at least one head of width one, got \(6, 2, 0\)",
+        dict.fromkeys("qkv", Q[..., :0]),
+    ),
+    "k of another shape": (
+        ValueError,
+        r"k: expected shape \(6, 2, 4\) as q, got \(5, 2, 4\)",
+        {"k": Q[:5]},
+    ),
+    "v of another shape": (
+        ValueError,
+        r"v: expected shape \(6, 2, 4\) as q, got \(6, 2, 3\)",
+        {"v": Q[..., :3]},
+    ),
+    "v of another dtype": (
+        TypeError,
+        r"v: expected dtype torch\.float32 as q, got torch\.float64",
+        {"v": Q.double()},
+    ),
+    "k on another device": (
+        ValueError,
+        r"k: expected device cpu as q, got meta",
+        {"k": Q.to("meta")},
+    ),
+    "cu of another dtype": (
+        TypeError,
+        r"cu_seqlens: expected int32, got torch\.int64",
+        {"cu_seqlens": CU.long()},
+    ),
+    "cu empty": (
+        ValueError,
+        r"cu_seqlens: expected \(P \+ 1,\), got \(0,\)",
+        {"cu_seqlens": CU[:0]},
+    ),
+    "cu of 2 dimensions": (
+        ValueError,
+        r"cu_seqlens: expected \(P \+ 1,\), got \(1, 3\)",
+        {"cu_seqlens": CU[None]},
+    ),
+    "cu on another device": (
+        ValueError,
+        r"cu_seqlens: expected device cpu, got meta",
+        {"cu_seqlens": CU.to("meta")},
+    ),
+    "cu beyond the rows": (
+        ValueError,
+        r"cu_seqlens: .*0 to 6 rows, got \[0, 2, 7\]",
+        {"cu_seqlens": torch.tensor([0, 2, 7]).int()},
+    ),
+    "cu negative": (
+        ValueError,
+        r"cu_seqlens: .*0 to 6 rows, got \[-1, 2, 6\]",
+        {"cu_seqlens": torch.tensor([-1, 2, 6]).int()},
+    ),
+    "cu decreasing": (
+        ValueError,
+        r"cu_seqlens: .*non-decreasing.* got \[0, 4, 2, 6\]",
+        {"cu_seqlens": torch.tensor([0, 4, 2, 6]).int()},
+    ),
+    "p below 0": (
+        ValueError,
+        r"dropout_p: expected a probability from 0 to 1, got -0\.1",
+        {"dropout_p": -0.1},
+    ),
+    "p above 1": (
+        ValueError,
+        r"dropout_p: expected a probability from 0 to 1, got 1\.5",
+        {"dropout_p": 1.5},
+    ),
+    "p NaN": (
+        ValueError,
+        r"dropout_p: expected a probability from 0 to 1, got nan",
+        {"dropout_p": float("nan")},
+    ),
+    "seed no tensor": (
+        TypeError,
+        r"seed: expected a Tensor, got int",
+        {"dropout_p": 0.5, "seed": 3},
+    ),
+    "seed of another dtype": (
+        ValueError,
+        r"seed: expected one int64, got shape \(\) of torch\.int32",
+        {"dropout_p": 0.5, "seed": make_seed(3).int()},
+    ),
+    "two seeds": (
+        ValueError,
+        r"seed: expected one int64, got shape \(2,\) of torch\.int64",
+        {"dropout_p": 0.5, "seed": torch.zeros(2, dtype=torch.int64)},
+    ),
+    "seed on another device": (
+        ValueError,
+        r"seed: expected device cpu, got meta",
+        {"dropout_p": 0.5, "seed": make_seed(3).to("meta")},
+    ),
+    "unknown backend": (
+        ValueError,
+        r"backend: expected one of reference, cpu.*got 'gpu'",
+        {"backend": "gpu"},
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("mistake", ATTENTION)
+def test_expert_attention(mistake: str, backend: str) -> None:
+    error, message, changed = ATTENTION[mistake]
+    arguments = {"q": Q, "k": Q, "v": Q, "cu_seqlens": CU, "backend": backend, **changed}
+    with pytest.raises(error, match=message):
+        expert_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    "bounds", [[0, 2, 7], [-1, 2, 6], [0, 4, 2], [0, 2**31 - 1], [-(2**31), 0]]
+)
+def test_runs_are_checked_again_at_the_kernels_border(bounds: list[int]) -> None:
+    """Also where the values cannot be read beforehand: in the registered operators themselves."""
+    cu, q = torch.tensor(bounds, dtype=torch.int32), Q[None]
+    out, lse = torch.zeros_like(q), torch.zeros(1, 6, 2)
+    packed = torch.stack([q] * 3, dim=2)
+    runs: list[Callable[[], object]] = [
+        lambda: OPS.expert_attention(q, q, q, cu, None, 0.0, 1.0),
+        lambda: OPS.expert_attention_backward(q, q, q, q, out, lse, cu, None, 0.0, 1.0),
+        lambda: OPS.expert_attention_packed(packed, cu, None, 0.0, 1.0),
+        lambda: OPS.expert_attention_packed_backward(q, packed, out, lse, cu, None, 0.0, 1.0),
+        lambda: OPS.dropout_add_pool(Q, Q, cu.clamp(-5, 9), 1, None, 0.0),
+        lambda: OPS.dropout_add_pool_backward(
+            torch.zeros(6, 1, len(bounds) - 1, 4), cu.clamp(-5, 9), 1, 2, None, 0.0
+        ),
+    ]
+    for run in runs:
+        with pytest.raises(ValueError, match=r"cu_(seqlens|segments): expected values that"):
+            run()
+
+
+X, GAIN, INT = draw(2, 6, 4), draw(2, 4), torch.zeros(6, dtype=torch.int32)
+Call = tuple[str, tuple[Any, ...], str]
+BORDER: list[Call] = [
+    ("expert_linear", (X, draw(3, 5, 4), None), r"x: expected"),
+    ("expert_linear", (X, draw(2, 5, 3), None), r"x: expected"),
+    ("expert_linear", (X, draw(2, 5, 4).double(), None), r"weight: expected"),
+    ("expert_linear", (X, draw(2, 5, 4), draw(2, 4)), r"bias: expected"),
+    ("expert_norm", (X, draw(2, 3), GAIN, 1e-5), r"gain: expected"),
+    ("expert_norm", (X, GAIN, draw(1, 4), 1e-5), r"shift: expected"),
+    ("dropout_add_norm", (X[:, :5], X, GAIN, GAIN, None, 0.0, 1e-5), r"residual: expected"),
+    ("gelu_dropout", (X, INT[0], 0.5), r"seed: expected"),
+    ("gelu_dropout", (X, torch.zeros(2, dtype=torch.int64), 0.5), r"seed: expected"),
+    ("dropout_add_pool", (X, X[:, :5], CU, 1, None, 0.0), r"update: expected"),
+    ("dropout_add_pool", (X, X, CU.long(), 1, None, 0.0), r"cu_segments: expected"),
+    ("dropout_add_pool", (X, X, CU[:0], 1, None, 0.0), r"cu_segments: expected"),
+    ("dropout_add_pool", (X, X, CU, 4, None, 0.0), r"views: expected a divisor of 6"),
+    ("dropout_add_pool", (X, X, CU, 0, None, 0.0), r"views: expected a divisor of 6"),
+    ("expand_views", (draw(2, 3, 6, 4), INT, 3), r"x: expected"),
+    ("expand_views", (draw(2, 2, 6, 4), INT[:5], 3), r"modality: expected"),
+    ("expand_views", (draw(2, 2, 6, 4), INT.long(), 3), r"modality: expected"),
+    ("interaction_losses", (draw(4, 4, 2, 5),), r"latents: expected"),
+    ("interaction_losses_backward", (draw(3), draw(4, 3, 2, 5)), r"grad_losses: expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), BORDER)
+def test_operators_refuse_what_would_read_past_a_tensor(
+    name: str, arguments: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(OPS, name)(*arguments)
+
+
+def test_second_derivatives_are_refused() -> None:
+    q = Q.clone().requires_grad_()
+    out = expert_attention(q, q, q, CU)
+    assert isinstance(out, Tensor)
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"expert_attention_backward has no derivative"):
+        torch.autograd.grad(grad.sum(), q)
+
+
+CASE = LayerCase((5, 4), dim=8, batch=2)
+LEARNED = LayerCase((4, 4), "i2moe", dim=8, batch=2)
+A, B = CASE.inputs()
+NOISE = draw_replacements([A, B], 4)
+ONES = torch.ones(2, 5, dtype=torch.bool)
+LAYER: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "inputs no list": (TypeError, r"inputs: expected a list of Tensors, got Tensor", {"inputs": A}),
+    "three inputs": (ValueError, r"inputs: expected 2 modalities, got 3", {"inputs": [A, B, B]}),
+    "input no tensor": (
+        TypeError,
+        r"inputs\[1\]: expected a Tensor, got None",
+        {"inputs": [A, None]},
+    ),
+    "2 dimensions": (
+        ValueError,
+        r"inputs\[0\]: expected \(batch, tokens, 8\), got \(5, 8\)",
+        {"inputs": [A[0], B]},
+    ),
+    "another width": (
+        ValueError,
+        r"inputs\[1\]: expected \(batch, tokens, 8\), got \(2, 4, 7\)",
+        {"inputs": [A, B[..., :7]]},
+    ),
+    "no tokens": (
+        ValueError,
+        r"inputs\[0\]: expected \(batch, tokens, 8\), got \(2, 0, 8\)",
+        {"inputs": [A[:, :0], B]},
+    ),
+    "another batch": (
+        ValueError,
+        r"inputs\[1\]: expected batch 2 as inputs\[0\], got 1",
+        {"inputs": [A, B[:1]]},
+    ),
+    "another dtype": (
+        TypeError,
+        r"inputs\[0\]: expected dtype torch\.float32 as .*float64",
+        {"inputs": [A.double(), B]},
+    ),
+    "another device": (
+        ValueError,
+        r"inputs\[1\]: expected device cpu as .* got meta",
+        {"inputs": [A, B.to("meta")]},
+    ),
+    "masks no list": (TypeError, r"masks: expected a list .*got Tensor", {"masks": ONES}),
+    "one mask": (ValueError, r"masks: expected 2, got 1", {"masks": [ONES]}),
+    "mask no tensor": (TypeError, r"masks\[0\]: expected a Tensor, got int", {"masks": [5, None]}),
+    "mask of another shape": (
+        ValueError,
+        r"masks\[1\]: expected \(2, 4\) as inputs\[1\], got \(2, 5\)",
+        {"masks": [None, ONES]},
+    ),
+    "mask on another device": (
+        ValueError,
+        r"masks\[0\]: expected device cpu, got meta",
+        {"masks": [ONES.to("meta"), None]},
+    ),
+    "mask of other values": (
+        ValueError,
+        r"masks\[0\]: expected 0 \(padding\) and 1",
+        {"masks": [ONES * 0.5, None]},
+    ),
+    "mask of NaN": (
+        ValueError,
+        r"masks\[0\]: expected 0 \(padding\) and 1",
+        {"masks": [ONES * float("nan"), None]},
+    ),
+    "replacements of 3 experts": (
+        ValueError,
+        r"replacements: expected one list per expert, 4, got 3",
+        {"replacements": NOISE[:3]},
+    ),
+    "replacements of 1 modality": (
+        ValueError,
+        r"replacements\[2\]: expected 2 modalities, got 1",
+        {"replacements": [*NOISE[:2], [A], NOISE[3]]},
+    ),
+    "replacement no tensor": (
+        TypeError,
+        r"replacements\[1\]\[0\]: expected a Tensor, got str",
+        {"replacements": [NOISE[0], ["a", B], *NOISE[2:]]},
+    ),
+    "replacement of another shape": (
+        ValueError,
+        r"replacements\[0\]\[1\]: expected \(2, 4, 8\) as",
+        {"replacements": [[A, A], *NOISE[1:]]},
+    ),
+    "replacement of another dtype": (
+        TypeError,
+        r"replacements\[3\]\[0\]: expected dtype torch\.float32",
+        {"replacements": [*NOISE[:3], [A.half(), B]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("mistake", LAYER)
+def test_interaction_moe(mistake: str, backend: str) -> None:
+    error, message, changed = LAYER[mistake]
+    layer = InteractionMoE.adopt(CASE.reference(), backend=backend)
+    arguments = {"inputs": [A, B], "masks": None, "replacements": None, **changed}
+    with pytest.raises(error, match=message):
+        layer(**arguments)
+    if "replacements" not in changed:
+        with pytest.raises(error, match=message):
+            layer.inference(arguments["inputs"], arguments["masks"])
+
+
+def test_learned_positions_take_no_masks_and_no_other_length() -> None:
+    layer = InteractionMoE.adopt(LEARNED.reference())
+    x = LEARNED.inputs()
+    with pytest.raises(ValueError, match=r"masks: .*learned positions.*takes none"):
+        layer(x, [torch.ones(2, 4, dtype=torch.bool), None])
+    with pytest.raises(ValueError, match=r"inputs\[1\]: expected 4 tokens, .* got 3"):
+        layer([x[0], x[1][:, :3]])
+    assert layer(x, [None, None])[2].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"compat": "moe"}, r"compat: expected 'fl_i2moe' or 'i2moe', got 'moe'"),
+        ({"num_modalities": 0}, r"num_modalities: expected at least 1, got 0"),
+        ({"hidden_dim": 0}, r"hidden_dim: expected at least 1, got 0"),
+        ({"output_dim": 0}, r"output_dim: expected at least 1, got 0"),
+        ({"num_layers": 0}, r"num_layers: expected at least 1, got 0"),
+        ({"num_heads": 0}, r"num_heads: expected at least 1, got 0"),
+        ({"num_heads": 3}, r"hidden_dim: expected a multiple of num_heads=3, got 8"),
+        ({"compat": "i2moe"}, r"num_patches: compat='i2moe' expected at least 1, got None"),
+    ],
+)
+def test_fusion_transformer(changed: dict[str, Any], message: str) -> None:
+    arguments = {"num_modalities": 2, "hidden_dim": 8, "output_dim": 3, **changed}
+    with pytest.raises(ValueError, match=message):
+        FusionTransformer(**arguments)
+
+
+def test_construction() -> None:
+    fusion = FusionTransformer(1, 8, 3)
+    with pytest.raises(ValueError, match=r"num_modalities: expected at least 2, got 1"):
+        InteractionMoE(1, fusion, hidden_dim=8)
+    with pytest.raises(UnsupportedLayer, match=r"unknown fusion model, Linear"):
+        InteractionMoE(2, nn.Linear(8, 8), hidden_dim=8)
+    uneven = dataclasses.replace(LEARNED, dropout=0.5).reference()
+    for expert in uneven.interaction_experts:
+        expert.fusion_model.network[0].dropout1.p = 0.1
+    with pytest.raises(UnsupportedLayer, match=r"proj_drop and dropout1 differ, 0\.5 and 0\.1"):
+        InteractionMoE.adopt(uneven)
+
+
+def test_what_the_kernels_would_ignore_is_refused() -> None:
+    """Rates, modes, hooks and parts changed after construction; the reference backend honours them."""
+    changes: list[tuple[Callable[[Any], object], str]] = [
+        (lambda layer: setattr(layer.attn.attn_drop, "p", 0.9), r"attn_drop: experts differ"),
+        (lambda layer: layer.dropout2.eval(), r"dropout2: experts differ in rate or mode"),
+        (lambda layer: setattr(layer.mlp.network[2], "p", 0.1), r"mlp\.network\.2: experts differ"),
+        (lambda layer: layer.norm1.register_forward_hook(print), r"LayerNorm: carries a hook"),
+        (lambda layer: layer.mlp.register_forward_pre_hook(print), r"MLP: carries a hook"),
+        (lambda layer: setattr(layer, "norm2", nn.Identity()), r"Identity: put into the layer"),
+    ]
+    x = CASE.inputs()
+    for change, message in changes:
+        layer = InteractionMoE.adopt(dataclasses.replace(CASE, dropout=0.5).reference())
+        change(layer.interaction_experts[1].fusion_model.network[0])
+        for run in (layer, layer.inference):
+            with pytest.raises(ValueError, match=message):
+                run(x)
+        layer.backend = "reference"
+        layer(x)

@@ -1,0 +1,113 @@
+"""Importing the package, in a fresh process: what it must not need and must not do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flmoe_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONAL = ("triton", "rich", "typer", "sklearn", "matplotlib", "tqdm", "safetensors", "scipy")
+# Every finder looks past these names, as on a machine that does not have them.
+HIDE = """
+import sys
+def hide(finder):
+    class Hiding:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name in {names!r} or name.partition(".")[0] in {names!r}:
+                return None
+            return finder.find_spec(name, path, target)
+    return Hiding
+sys.meta_path[:] = map(hide, sys.meta_path)
+"""
+USE = """
+import torch, flmoe_kernels
+from flmoe_kernels import FusionTransformer, InteractionMoE
+layer = InteractionMoE(2, FusionTransformer(2, 8, 3, 1, 2), hidden_dim=8)
+x = [torch.randn(2, 3, 8), torch.randn(2, 4, 8)]
+layer(x)[2].sum().backward()
+"""
+
+
+def run(code: str, *names: str) -> str:
+    """Standard output of a program for which modules of these names do not exist."""
+    result = subprocess.run(
+        [sys.executable, "-c", HIDE.format(names=names) + code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_works_without_any_optional_package() -> None:
+    code = f"""
+{USE}
+loaded = [name for name in {OPTIONAL!r} if name in sys.modules]
+print(loaded, flmoe_kernels.available_backends())
+"""
+    assert run(code, *OPTIONAL).split("\n")[0] == "[] ('reference', 'cpu')"
+
+
+def test_hidden_packages_are_hidden() -> None:
+    code = """
+try:
+    import typer
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert run(code, "typer").strip() == "No module named 'typer'"
+    assert run(code).strip() == ""
+
+
+def test_works_without_the_native_module() -> None:
+    code = f"""
+{USE}
+print(flmoe_kernels.available_backends())
+with flmoe_kernels.use_backend("cpu"):
+    try:
+        layer(x)
+    except flmoe_kernels.BackendUnavailable as error:
+        print(error)
+"""
+    backends, reason, _ = run(code, "flmoe_kernels._native").split("\n")
+    assert backends == "('reference',)"
+    assert reason.startswith("interaction_moe: backend 'cpu' was asked for, but the native module")
+    assert "is not built or cannot be loaded (No module named 'flmoe_kernels._native'" in reason
+
+
+def test_import_starts_no_threads_touches_no_gpu_and_loads_no_tool() -> None:
+    code = """
+import os, threading, torch
+def threads():
+    tasks = "/proc/self/task"
+    return len(os.listdir(tasks)) if os.path.isdir(tasks) else threading.active_count()
+before, seeds = threads(), torch.get_rng_state()
+settings = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+def refuse(*args):
+    raise AssertionError("the import touched CUDA")
+torch.cuda.init = torch.cuda._lazy_init = torch.cuda.is_available = refuse
+import flmoe_kernels
+print(threads() - before, torch.cuda.is_initialized(), torch.equal(torch.get_rng_state(), seeds))
+print(settings == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()))
+parts = ("cli", "demo", "testing", "checkpoint", "explain")
+print(*[part for part in parts if f"flmoe_kernels.{part}" in sys.modules])
+"""
+    assert run(code).split() == ["0", "False", "True", "True"]
+
+
+def test_public_names() -> None:
+    for name in (
+        *("BackendUnavailable", "FusionTransformer", "InteractionMoE", "ReferenceInteractionMoE"),
+        *("SwapReport", "available_backends", "expert_attention", "pair_map", "pair_moe"),
+        *("PairInteractionMoE", "RoutedMLP", "routed_mlp", "swap", "top_pairs", "use_backend"),
+        "__version__",
+    ):
+        assert hasattr(flmoe_kernels, name)

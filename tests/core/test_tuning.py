@@ -1,0 +1,292 @@
+"""Autotune without a kernel: the choice among candidates, and when there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.tuning import asking, cache, switch, timer, trial, tuner
+from flmoe_kernels.core.triton.tuning.finding import decode
+from flmoe_kernels.core.triton.tuning.trial import agree
+from tests.support.tuning_trials import (
+    BETTER,
+    CPU,
+    FOUND,
+    QUESTION,
+    SECONDS,
+    TABLE,
+    Clock,
+    Tiles,
+    choose,
+    own_folder,
+    python,
+    refuse,
+    sums,
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    yield from own_folder(tmp_path, monkeypatch)
+
+
+def test_the_fastest_candidate_is_chosen_and_remembered(folder: Path) -> None:
+    clock = Clock(SECONDS)
+    assert choose(clock) == BETTER
+    assert set(clock.timed) == set(SECONDS)
+    finding = decode((folder / f"{QUESTION.name()}.json").read_text())
+    assert finding == FOUND
+    # In this process, without a look into the file; and from the file.
+    (folder / f"{QUESTION.name()}.json").write_text("gone")
+    with tuning.autotune(timer=refuse):
+        assert tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == BETTER
+    cache.write(FOUND)
+    tuner.forget()
+    with tuning.autotune(timer=refuse):
+        assert tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == BETTER
+
+
+def test_a_hardly_faster_candidate_is_not_worth_it() -> None:
+    assert choose(Clock(SECONDS | {BETTER: 1.99e-5})) == TABLE
+    assert cache.read(QUESTION) == dataclasses.replace(FOUND, tiles=FOUND.table, seconds=2e-5)
+
+
+def test_the_median_of_rounds_counts() -> None:
+    class Jumpy(Clock):
+        def __call__(self, trial: tuning.Trial[Any]) -> float:
+            first = trial.tiles not in self.timed
+            return super().__call__(trial) * (100 if first and trial.tiles == BETTER else 1)
+
+    assert choose(Jumpy(SECONDS)) == BETTER
+
+
+@pytest.mark.parametrize("wrong", [1.0, float("nan"), float("inf")])
+def test_a_candidate_with_other_results_is_refused(wrong: float) -> None:
+    def spoil(tiles: Tiles, out: Tensor) -> None:
+        if tiles == BETTER:
+            out += wrong
+
+    clock = Clock(SECONDS)
+    with pytest.warns(cache.TuningWarning, match="gave other results.*32"):
+        assert choose(clock, prepare=sums(spoil)) == TABLE
+    assert BETTER not in clock.timed
+    found = cache.read(QUESTION)
+    assert found is not None
+    assert (found.tried, found.refused) == (3, 1)
+
+
+def test_what_another_left_in_a_buffer_is_no_result() -> None:
+    out = torch.zeros(4)
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        def run() -> None:
+            # BETTER leaves out a place that the table filled before it.
+            out[: 3 if tiles == BETTER else 4] = 1.0
+
+        return tuning.Trial(tiles, CPU, run, [out], lambda: [out])
+
+    clock = Clock(SECONDS)
+    with pytest.warns(cache.TuningWarning, match="gave other results.*32"):
+        assert choose(clock, prepare=lambda: make) == TABLE
+    assert BETTER not in clock.timed
+
+
+def test_without_memory_for_trials_the_table_runs(folder: Path) -> None:
+    def spoil(tiles: Tiles, _out: Tensor) -> None:
+        if tiles == BETTER:
+            raise torch.cuda.OutOfMemoryError("no memory left")
+
+    with pytest.warns(cache.TuningWarning, match="op.kernel: not tuned: no memory left"):
+        assert choose(Clock(SECONDS), prepare=sums(spoil)) == TABLE
+    assert not folder.exists()
+    # And goes on to: launches and buffers of other calls were cut by it.
+    with tuning.autotune(timer=refuse):
+        assert tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == TABLE
+
+
+def test_a_candidate_that_does_not_run_is_refused() -> None:
+    def spoil(tiles: Tiles, _out: Tensor) -> None:
+        if tiles == BETTER:
+            raise RuntimeError("out of shared memory")
+
+    with pytest.warns(cache.TuningWarning, match="did not run.*out of shared memory"):
+        assert choose(Clock(SECONDS), prepare=sums(spoil)) == TABLE
+
+
+def test_without_the_tables_results_nothing_is_compared(folder: Path) -> None:
+    def spoil(tiles: Tiles, _out: Tensor) -> None:
+        if tiles == TABLE:
+            raise RuntimeError("no")
+
+    with pytest.warns(cache.TuningWarning, match="did not run"):
+        assert choose(Clock(SECONDS), prepare=sums(spoil)) == TABLE
+    assert not folder.exists()
+
+
+def test_results_agree_up_to_roundings_of_sums() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        y = x.to(dtype)
+        eps = torch.finfo(dtype).eps
+        assert agree([y * (1 + eps)], [y])
+        assert not agree([y + 0.1], [y])
+        assert not agree([torch.zeros_like(y)], [y])
+        assert not agree([y[:1]], [y])
+    odd = x.clone()
+    odd[0, 0], odd[0, 1] = float("nan"), float("inf")
+    assert agree([odd], [odd.clone()])
+    assert not agree([x], [odd])
+    assert not agree([odd], [x])
+    assert not agree([], [x])
+
+
+def test_results_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_AT_A_TIME", 7)
+    y = torch.ones(5, 4)
+    assert agree([y.clone()], [y])
+    for place in (0, 6, 7, 19):
+        for value in (2.0, float("nan"), float("-inf")):
+            x = y.clone()
+            x.view(-1)[place] = value
+            assert not agree([x], [y])
+            assert not agree([y], [x])
+            assert agree([x], [x.clone()])
+    # A large element allows errors of small ones, in other parts too.
+    y[-1, -1] = 1e6
+    assert agree([y + 1.0], [y])
+    infinite = torch.full((3,), float("inf"))
+    assert agree([infinite], [infinite.clone()])
+    assert not agree([-infinite], [infinite])
+
+
+# ---- when nothing may be timed
+
+
+def test_under_capture_the_table_or_what_is_known(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(timer, "capturing", lambda _device: True)
+    prepared: list[int] = []
+    clock = Clock(SECONDS)
+    assert choose(clock, prepare=lambda: prepared.append(1)) == TABLE
+    assert not clock.timed
+    assert not prepared
+    assert not folder.exists()
+    # The answer of a capture stays, so that what it recorded and what runs beside it are cut alike.
+    monkeypatch.setattr(timer, "capturing", lambda _device: False)
+    with tuning.autotune(timer=clock):
+        assert tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == TABLE
+    monkeypatch.setattr(timer, "capturing", lambda _device: True)
+    cache.write(FOUND)
+    assert choose(clock) == BETTER
+    assert not clock.timed
+
+
+def test_the_devices_clock_is_the_median_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With events that count milliseconds: a run takes one, the third and the fourth take 50."""
+    now, runs = [0.0], [0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            assert self.at == now[0], "the last one is waited for"
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def run() -> None:
+        runs[0] += 1
+        now[0] += 50.0 if runs[0] in (3, 4) else 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(timer, "_FLUSHED", 16)
+    timer.release()
+    assert timer.device_seconds(tuning.Trial(TABLE, CPU, run, [], list)) == pytest.approx(1e-3)
+    assert runs[0] == timer._RUNS
+    timer.release()
+
+
+def test_a_cpu_is_not_captured() -> None:
+    assert not timer.capturing(CPU)
+
+
+def test_without_a_clock_the_table(folder: Path) -> None:
+    cache.write(FOUND)
+    assert choose(None) == TABLE
+    assert choose(Clock(SECONDS)) == BETTER
+
+
+def test_off_by_default_and_within_autotune_false() -> None:
+    assert not tuning.enabled()
+    with tuning.autotune():
+        assert tuning.enabled()
+        with tuning.autotune(False):
+            assert not tuning.enabled()
+        assert tuning.enabled()
+    assert not tuning.enabled()
+
+
+def test_blocks_of_two_threads_need_not_be_nested() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with tuning.autotune(False):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with tuning.autotune(timer=refuse):
+        thread.start()
+        assert entered.wait(60)
+        assert not tuning.enabled(), "the last one counts, in every thread"
+    assert not tuning.enabled()
+    with tuning.autotune():
+        leave.set()
+        thread.join()
+        assert tuning.enabled()
+    assert not tuning.enabled()
+    assert switch.given_timer() is None
+
+
+def test_the_clock_is_not_taken_for_the_switch() -> None:
+    with pytest.raises(TypeError, match="enabled: expected True or False, got <function"):
+        tuning.autotune(refuse).__enter__()  # type: ignore[arg-type]
+    assert not tuning.enabled()
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
+    asking._gpu_name.cache_clear()
+    cuda = torch.device("cuda")
+    for current[0] in (0, 1):
+        asked = tuning.question("op.kernel", "16 bit", torch.bfloat16, cuda, rows=64)
+        assert asked.device == f"GPU {current[0]}"
+    asking._gpu_name.cache_clear()
+
+
+def test_the_environment_switches_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, on in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv(switch.VARIABLE, value)
+        assert switch.from_environment() == on
+    monkeypatch.setenv(switch.VARIABLE, "yes")
+    with pytest.raises(ValueError, match="FLMOE_AUTOTUNE: expected 0 or 1, got 'yes'"):
+        switch.from_environment()
+    code = "from flmoe_kernels import tuning; print(tuning.enabled())"
+    assert python(code, FLMOE_AUTOTUNE="1").stdout.strip() == "True"

@@ -1,0 +1,269 @@
+"""attribute: rollouts against dense L x L products, memory, and what comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.explain.attribution import rollout
+from flmoe_kernels.explain.attribution.attribute import attribute
+from flmoe_kernels.explain.attribution.values import METHODS, Attribution
+from tests.support.explain_layers import (
+    CASES,
+    Weighted,
+    call_of,
+    dense_expert,
+    dense_rollout,
+    scaled_rows,
+)
+from tests.support.inputs import as_dtype, draw_masks
+from tests.support.layers import LayerCase
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_dense_form_is_the_layer(case: LayerCase) -> None:
+    """The oracle's own forward pass gives the reference's logits."""
+    reference = case.reference(torch.float64).eval()
+    inputs, masks = case.inputs(torch.float64), draw_masks(case.masks, case.batch, case.lengths)
+    for expert in reference.interaction_experts:
+        found, _ = dense_expert(expert.fusion_model, inputs, masks)
+        torch.testing.assert_close(found, expert(inputs, masks)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_rollouts_are_the_dense_products(
+    case: LayerCase, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole samples at once, several samples, a few queries and single ones."""
+    for block, explains, readout in (
+        (rollout.MAX_SCORES, "mixture", "tokens"),
+        (1000, "mixture", 0),
+        (40, "expert", "latent"),
+        (1, "expert", 1),
+    ):
+        monkeypatch.setattr(rollout, "MAX_SCORES", block)
+        exact = dense_rollout(case, torch.float64, method, explains, readout)
+        options: dict[str, Any] = {"method": method, "explains": explains, "readout": readout}
+        for dtype in (torch.float64, torch.float32):
+            found = attribute(*call_of(case, dtype), **options)
+            low = dense_rollout(case, dtype, method, explains, readout)
+            for m, oracle in enumerate(exact):
+                ours, theirs = found.values[m].to(dtype), low[m]
+                assert_within_budget(ours, theirs, oracle, f"{method} {case}")
+                if float(oracle.std()) > 1e-3:
+                    assert_outside_budget(ours.roll(1, 1), theirs, oracle, "experts exchanged")
+                    assert_outside_budget(ours.roll(1, 0), theirs, oracle, "samples exchanged")
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_what_a_rollout_tells_apart_survives_float32(method: str) -> None:
+    """Gradient rollouts are close to uniform: compared after scaling, when only differences are left."""
+    case = CASES[0]
+    exact, low = (
+        dense_rollout(case, dtype, method, "expert", "tokens")
+        for dtype in (torch.float64, torch.float32)
+    )
+    found = attribute(*call_of(case, torch.float32), method=method, explains="expert")
+    for e in range(case.experts):
+        for m, ours in enumerate(found.normalized(e)):
+            scaled = [scaled_rows(x[m][:, e], found.valid[m]) for x in (low, exact)]
+            assert_within_budget(ours.float(), *scaled, f"{method} of expert {e}")
+            assert_outside_budget(ours.roll(1, 1), *scaled, "tokens exchanged")
+
+
+def test_gradient_rollout_of_several_labels() -> None:
+    """The score of a multi-label target is the mean over its labels, and that of none the largest logit."""
+    case = dataclasses.replace(CASES[0], batch=1, masks="none")
+    layer, inputs, masks = call_of(case, torch.float64)
+    options: dict[str, Any] = {"method": "gradient_rollout", "explains": "expert"}
+    labels = torch.tensor([[0, 1, 1, 0]])
+    found = attribute(layer, inputs, masks, target=labels, **options)
+    assert found.multi_label
+    single = [attribute(layer, inputs, masks, target=c, **options) for c in (1, 2)]
+    torch.testing.assert_close(found.scores, (single[0].scores + single[1].scores) / 2)
+    assert not torch.allclose(found.values[0], single[0].values[0], rtol=1e-6)
+    none = attribute(layer, inputs, masks, target=torch.zeros(1, 4), **options)
+    torch.testing.assert_close(none.values, attribute(layer, inputs, masks, **options).values)
+
+
+def test_the_mixture_is_made_of_the_experts() -> None:
+    layer, inputs, masks = call_of(CASES[0], torch.float64)
+    for method in METHODS:
+        found = {
+            explains: attribute(layer, inputs, masks, method=method, explains=explains, n_steps=3)
+            for explains in ("mixture", "expert")
+        }
+        weights = layer.inference(inputs, masks)[1]
+        own = found["expert"]
+        expected = [torch.einsum("be,bel->bl", weights, x) for x in own.values]
+        torch.testing.assert_close(own.of(), expected)
+        parts = found["mixture"]
+        if method == "attention_rollout":
+            torch.testing.assert_close(parts.of(), expected)
+        else:
+            torch.testing.assert_close(parts.of(), [x.sum(dim=1) for x in parts.values])
+        torch.testing.assert_close(parts.scores, own.scores * weights)
+        torch.testing.assert_close(own.of("synergy"), [x[:, 2] for x in own.values])
+        assert own.experts == ("unique_0", "unique_1", "synergy", "redundancy")
+
+
+GROWTH = """
+import re, torch
+from flmoe_kernels.explain.attribution.attribute import attribute
+from tests.support import LayerCase
+def peak():
+    # Of this program: ru_maxrss would begin at the size of the process that started it.
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+torch.set_num_threads(2)
+def call(length, method):
+    case = LayerCase((length, length), batch=1, dim=8, heads=2)
+    attribute(case.reference().eval(), case.inputs(), method=method, n_steps=1)
+    return peak()
+methods = ("attention_rollout", "gradient_rollout", "integrated_gradients")
+sizes = [max(call(768, method) for method in methods)]
+sizes += [call(1536, method) for method in methods]
+case = LayerCase((1536, 1536), batch=1, dim=8, heads=2)
+expert = case.reference().eval().interaction_experts[0]
+expert(case.inputs())
+sizes.append(peak())
+print(*(after - before for before, after in zip(sizes, sizes[1:])))
+"""
+
+
+def test_memory_does_not_grow_with_the_maps() -> None:
+    """In a process of its own; one pass of one reference expert, with its 2 x 36 MiB map, is the control."""
+    result = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, timeout=170
+    )
+    *ours, dense = map(int, result.stdout.split())  # KiB
+    assert max(ours) < 20 * 1024, ours
+    assert dense > 60 * 1024
+
+
+def test_normalized_is_min_max_over_what_may_be_masked() -> None:
+    layer, inputs, masks = call_of(CASES[0], torch.float64)
+    found = attribute(layer, inputs, masks)
+    for exempt in ((), (0,), (0, 1)):
+        for m, scaled in enumerate(found.normalized(exempt=exempt)):
+            ok = found.valid[m].clone()
+            if m in exempt:
+                ok[:, 0] = False
+            torch.testing.assert_close(scaled, scaled_rows(found.of()[m], ok))
+    flat = dataclasses.replace(found, mixture=tuple(torch.ones_like(x) for x in found.mixture))
+    assert not any(x.any() for x in flat.normalized())
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    """Frozen parameters, no_grad, inference mode and an odd hook change neither model nor values."""
+    case = dataclasses.replace(CASES[0], dropout=0.5)
+    layer, inputs, masks = call_of(case, torch.float64)
+    before = {name: id(part) for name, part in layer.named_modules()}
+    for method in METHODS:
+        options: dict[str, Any] = {"method": method, "n_steps": 2}
+        found = attribute(layer, inputs, masks, **options)
+        layer.requires_grad_(False)
+        with torch.no_grad():
+            frozen = attribute(layer, inputs, masks, **options)
+        with torch.inference_mode():
+            other = attribute(
+                layer, [x.clone() for x in inputs], [x.clone() for x in masks], **options
+            )
+        layer.requires_grad_(True)
+        for values in (frozen.values, other.values):
+            torch.testing.assert_close(values, found.values)
+        assert not any(x.requires_grad for x in found.values)
+    assert before == {name: id(part) for name, part in layer.named_modules()}
+    assert all(p.grad is None for p in layer.parameters())
+    assert all(x.grad is None for x in inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    layer, inputs, masks = call_of(CASES[0], dtype)
+    exact = case_in_double(CASES[0], dtype)
+    for method in METHODS[:2]:
+        found = attribute(layer, inputs, masks, method=method, explains="expert", target=0)
+        oracle = attribute(*exact, method=method, explains="expert", target=0)
+        for ours, theirs in zip(found.values, oracle.values, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.003)
+            assert float(theirs.max()) > 0.05
+
+
+def case_in_double(case: LayerCase, dtype: torch.dtype) -> tuple[Any, list[Tensor], Any]:
+    """The call with the values of another dtype, in float64."""
+    layer, inputs, masks = call_of(case, dtype)
+    return layer.double(), as_dtype(inputs, torch.float64), masks
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    layer, inputs, masks = call_of(CASES[3], torch.float32)
+    for method in METHODS:
+        found = attribute(layer, inputs, masks, method=method, n_steps=2)
+        found.save(tmp_path / "a.npz")
+        loaded = Attribution.load(tmp_path / "a.npz")
+        for field in dataclasses.fields(found):
+            mine, theirs = getattr(found, field.name), getattr(loaded, field.name)
+            if isinstance(mine, Tensor):
+                mine, theirs = (mine,), (theirs,)
+            if isinstance(mine, tuple) and isinstance(mine[0], Tensor):
+                assert all(map(torch.equal, mine, theirs)), field.name
+            else:
+                assert mine == theirs, field.name
+        assert repr(loaded) == repr(found)
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "b.npz").write_bytes(content[: len(content) // 2])
+    np.savez(tmp_path / "c.npz", values=np.ones(3))
+    for name in ("b.npz", "c.npz"):
+        with pytest.raises(ValueError, match=name):
+            Attribution.load(tmp_path / name)
+
+
+def test_errors() -> None:
+    layer, inputs, masks = call_of(CASES[0], torch.float32)
+    path: dict[str, Any] = {"method": "integrated_gradients"}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"method": "saliency"}, "method: expected one of attention_rollout"),
+        ({"explains": "all"}, "explains: expected one of mixture, expert"),
+        ({"readout": "cls"}, "readout: expected one of tokens, latent"),
+        ({"readout": 2}, "readout: expected an int from 0 to 1"),
+        ({"target": 4}, "target: expected an int from 0 to 3"),
+        ({"target": torch.tensor([0, 1, 9])}, "target: expected values from 0 to 3"),
+        ({"target": torch.full((3, 4), 2)}, "target: expected labels 0 and 1 only"),
+        ({"target": torch.zeros(3, 5)}, r"target: expected \(B, C\) = \(3, 4\)"),
+        ({"target": torch.zeros(3).long(), "multi_label": True}, "target: with multi_label"),
+        ({**path, "rule": "simpson"}, "rule: expected one of midpoint"),
+        ({**path, "n_steps": 0}, "n_steps: expected an int from 1"),
+        ({**path, "max_batch": 0}, "max_batch: expected an int from 1"),
+        ({**path, "baseline": [torch.zeros(16)]}, "baseline: expected 2 Tensors"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            attribute(layer, inputs, masks, **options)
+    with pytest.raises(ValueError, match="eval mode"):
+        attribute(layer.train(), inputs, masks)
+    layer.eval()
+    with pytest.raises(ValueError, match=r"inputs\[0\]: expected \(batch, tokens, 16\)"):
+        attribute(layer, [x[..., :8] for x in inputs], masks)
+    with pytest.raises(ValueError, match="at least one sample"):
+        attribute(layer, [x[:0] for x in inputs])
+    with pytest.raises(TypeError, match="expected InteractionMoE or its reference"):
+        attribute(Weighted((5, 3), 4, 3).eval(), inputs)
+    with pytest.raises(ValueError, match="logits with a gradient"):
+        attribute(lambda x, masks: x[0].detach().sum(dim=1), inputs, **path)
+    found = attribute(layer, inputs, masks)
+    with pytest.raises(ValueError, match="expert: expected one of unique_0"):
+        found.of("shared")
+    with pytest.raises(ValueError, match="expert: expected an int from 0 to 3"):
+        found.of(4)
+    with pytest.raises(ValueError, match="exempt: expected an int from 0 to 1"):
+        found.normalized(exempt=[2])

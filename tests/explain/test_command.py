@@ -1,0 +1,447 @@
+"""The command `explain`: its files hold what the library says, its page is safe, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from typer.testing import CliRunner
+
+from flmoe_kernels import InteractionMoE
+from flmoe_kernels.cli.main import app
+from flmoe_kernels.explain import (
+    Attribution,
+    MaskingDrops,
+    PairValues,
+    Sampling,
+    TokenGame,
+    attribute,
+    faithfulness,
+    pair_masking,
+    probe_pairs,
+)
+from flmoe_kernels.explain.coalitions import resume
+from flmoe_kernels.explain.report import command
+from flmoe_kernels.explain.report.request import Request
+from flmoe_kernels.published.checkpoint import load_layer
+from flmoe_kernels.published.report import LeftLayer, SwapReport
+from tests.support.explain_files import (
+    EVIL,
+    WORDS,
+    Arrays,
+    arrays_of,
+    full_arrays,
+    write_checkpoint,
+    write_data,
+)
+from tests.support.layers import LayerCase
+
+REQUEST = Request(samples=2, budget=300, top=3, repeats=2, seed=5)
+RESULTS = {"attribution", "faithfulness", "pair_masking_SII", "pair_masking_RG"} | {
+    f"sample_{s:05d}_{name}" for s in (0, 1) for name in ("SII", "RG")
+}
+FIGURES = {"expert_weights", "faithfulness", "pair_masking_SII", "pair_masking_RG"} | {
+    f"sample_{s:05d}_{name}_{what}"
+    for s in (0, 1)
+    for name in ("SII", "RG")
+    for what in ("network", "0_1")
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Checkpoint, data, and what the command wrote."""
+    folder = tmp_path_factory.mktemp("made")
+    checkpoint, data = write_checkpoint(folder), write_data(folder, full_arrays())
+    assert command.main(checkpoint, data, folder / "out", REQUEST) == 0
+    return checkpoint, data, folder / "out"
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "explanation.json").read_text())
+    return found
+
+
+def test_writes_these_files_and_no_other(made: tuple[Path, Path, Path]) -> None:
+    names = {path.name for path in made[2].iterdir()}
+    whole = {f"{name}.npz" for name in RESULTS} | {f"{name}.png" for name in FIGURES}
+    assert names == whole | {"explanation.json", "index.html", "checkpoints"}
+
+
+def test_numbers_are_the_library_s(made: tuple[Path, Path, Path]) -> None:
+    checkpoint, _, out = made
+    layer = InteractionMoE.adopt(load_layer(checkpoint))
+    arrays = full_arrays()
+    inputs = [torch.from_numpy(arrays[f"inputs_{m}"][:2]) for m in (0, 1)]
+    masks = [torch.from_numpy(arrays["masks_0"][:2] == 1), None]
+    target = torch.tensor([0, 3])
+    attribution = attribute(layer, inputs, masks, target=target)
+    pairs = probe_pairs(
+        layer,
+        inputs,
+        masks,
+        target=target,
+        fill="zero",
+        pairs="across",
+        scores=attribution.of(),
+        top=3,
+        sampling=Sampling(budget=300, seed=5),
+    )
+    experts, weights, logits = layer.inference(inputs, masks)
+    found = report_of(out)
+    assert found["request"]["seed"] == 5
+    assert found["sources"] == {"checkpoint": "layer.pt", "data": "data.npz"}
+    assert set(found["versions"]) == {"python", "flmoe-kernels", "torch", "numpy", "matplotlib"}
+    assert found["layer"]["architecture"]["num_classes"] == 4
+    assert 0 <= found["layer"]["largest_logit_error_in_check"] < 1e-3
+    assert found["data"]["samples_in_file"] == 3
+    assert len(found["samples"]) == 2
+    for s, sample in enumerate(found["samples"]):
+        assert (sample["target"], sample["label"]) == (int(target[s]), int(target[s]))
+        assert sample["predicted"] == int(logits[s].argmax())
+        assert sample["logits"] == logits[s].tolist()
+        assert sample["expert_logits"] == [x[s].tolist() for x in experts]
+        assert sample["expert_weights"] == pytest.approx(weights[s].tolist(), rel=1e-5)
+        for m in (0, 1):
+            assert sample["attribution"]["mixture"][m] == attribution.mixture[m][s].tolist()
+            assert sample["attribution"]["experts"][m] == attribution.values[m][s].tolist()
+        for name, values in pairs[s].items():
+            assert sample["pairs"][name] == values.to_dict()
+            saved = PairValues.load(out / f"sample_{s:05d}_{name}.npz")
+            assert saved.to_dict() == values.to_dict()
+    # The check can fail: the pairs' values are not one and the same for both samples.
+    assert found["samples"][0]["pairs"]["SII"]["values"] != pairs[1]["SII"].values.tolist()
+    drops = faithfulness(layer, inputs, masks, attribution, n_random=2, seed=5)
+    assert found["faithfulness"]["rows"] == drops.rows()
+    assert MaskingDrops.load(out / "faithfulness.npz").rows() == drops.rows()
+    for name in ("SII", "RG"):
+        ranked = [each[name] for each in pairs]
+        drops = pair_masking(layer, inputs, masks, ranked, target=target, n_random=2, seed=5)
+        assert found["pair_masking"][name]["rows"] == drops.rows()
+    saved_attribution = Attribution.load(out / "attribution.npz")
+    assert torch.equal(saved_attribution.mixture[1], attribution.mixture[1])
+
+
+class Page(HTMLParser):
+    """Elements, links, images and cells of a page, whose tags must match."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        known = dict(attrs)
+        assert not any(name.startswith("on") for name in known), known
+        if tag == "img":
+            self.images.append(known)
+        if tag == "a":
+            self.links.append(str(known["href"]))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "td":
+            self.cells[-1] += data
+
+
+def test_page_is_whole_safe_and_needs_nothing_else(made: tuple[Path, Path, Path]) -> None:
+    out = made[2]
+    text = (out / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    assert "script" not in page.seen
+    assert {"main", "section", "table", "caption", "figure", "h2"} <= page.seen
+    assert len(page.images) == len(FIGURES)
+    on_disk = {(out / f"{name}.png").read_bytes() for name in FIGURES}
+    for image in page.images:
+        source, alt = image["src"], image["alt"]
+        assert source is not None
+        assert alt
+        kind, _, content = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(content, validate=True) in on_disk
+    files = {path.name for path in out.iterdir()} - {"index.html", "checkpoints"}
+    assert set(page.links) == files | {"#sample_0", "#sample_1"}
+    assert {'id="sample_0"', 'id="sample_1"'} <= set(re.findall(r'id="sample_\d"', text))
+    assert not re.search(r"(?:src|href)=\"https?:|url\(|@import", text)
+    # The untrusted token is there, as text.
+    assert any(EVIL in cell for cell in page.cells)
+    assert any("' onload='" in cell for cell in page.cells)
+
+
+def test_page_is_accessible_and_loads_nothing(made: tuple[Path, Path, Path]) -> None:
+    text = (made[2] / "index.html").read_text(encoding="utf-8")
+    assert '<html lang="en">' in text
+    assert "default-src 'none'; img-src data:;" in text
+    # Every table has a caption, every head of a row or column words, every section a title.
+    assert text.count("<table>") == text.count("<caption>") > 4
+    heads = re.findall(r"<th ([^>]*)>(.*?)</th>", text)
+    assert all("scope=" in about and words for about, words in heads)
+    assert any(about == 'scope="row"' for about, _ in heads)
+    for title in re.findall(r'aria-labelledby="(\w+)"', text):
+        assert f'<h2 id="{title}">' in text
+    colours = re.search(r"body \{[^}]*color: #111;[^}]*background: #fff;", text)
+    assert colours is not None
+
+
+def test_page_lists_the_pairs_of_each_sample(made: tuple[Path, Path, Path]) -> None:
+    cells = Page((made[2] / "index.html").read_text(encoding="utf-8")).cells
+    for s in (0, 1):
+        values = PairValues.load(made[2] / f"sample_{s:05d}_SII.npz").top(1, "magnitude")
+        [row] = values.rows()
+        place = cells.index(f"{row['value']:+.3g}")
+        assert cells[place - 2].startswith(f"{row['modality_i']}:{row['token_i']} ")
+        assert WORDS[row["token_i"]] in cells[place - 2]
+        assert cells[place - 1] == f"{row['modality_j']}:{row['token_j']}"
+
+
+def test_interrupted_run_goes_on_and_ends_the_same(
+    made: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint, data, whole = made
+    out, asked = tmp_path / "out", []
+    evaluate, save = TokenGame.__call__, resume.Checkpoint.save
+
+    def counted(self: Any, coalitions: Any) -> Any:
+        asked.append(len(coalitions))
+        return evaluate(self, coalitions)
+
+    def save_and_stop(self: Any, header: Any, arrays: Any) -> None:
+        save(self, header, arrays)
+        if self.path.name == "sample_00001.npz" and not len(arrays["step"]):
+            raise KeyboardInterrupt  # at the last save of the sample
+
+    monkeypatch.setattr(TokenGame, "__call__", counted)
+    with monkeypatch.context() as stopping:
+        stopping.setattr(resume, "SAVING_SHARE", math.inf)
+        stopping.setattr(resume.Checkpoint, "save", save_and_stop)
+        assert command.main(checkpoint, data, out, REQUEST) == command.INTERRUPTED
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("interrupted")]
+    assert "files already written are whole" in line
+    assert str(out / "checkpoints") in line
+    assert [path.name for path in out.iterdir()] == ["checkpoints"]
+    assert sum(asked) > 200
+    asked.clear()
+    assert command.main(checkpoint, data, out, REQUEST) == 0
+    # Nobody and everybody of both samples; all else was known.
+    assert sum(asked) == 4
+    for name in ("explanation.json", "index.html", "sample_00001_SII_network.png"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_another_request_in_the_same_folder_is_refused(
+    made: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, data, out = made
+    before = (out / "index.html").read_bytes()
+    other = Request(samples=2, budget=300, top=3, repeats=2, seed=6)
+    assert command.main(checkpoint, data, out, other) == 2
+    assert "belongs to another run" in one_line(capsys.readouterr().err)
+    assert (out / "index.html").read_bytes() == before
+
+
+def one_line(errors: str) -> str:
+    [line] = [x for x in errors.splitlines() if x.startswith("error: ")]
+    return line
+
+
+@pytest.mark.parametrize("victim", ["figure", "json", "page"])
+def test_interrupt_while_writing_leaves_no_part_of_a_file(
+    victim: str, made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, data, whole = made
+    opened = Path.open
+    target = {"figure": "faithfulness.png", "json": "explanation.json", "page": "index.html"}[
+        victim
+    ]
+
+    def half(self: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        stream = opened(self, mode, *more, **options)
+        if target in self.name and mode in ("wb", "xb"):
+            stream.write(b"half")
+            stream.close()
+            raise KeyboardInterrupt
+        return stream
+
+    pictures = {f"{x}.png": command.Picture(b"png", "alt", "caption") for x in FIGURES}
+    monkeypatch.setattr(command, "draw", lambda found: pictures)
+    monkeypatch.setattr(Path, "open", half)
+    assert command.main(checkpoint, data, tmp_path, REQUEST) == command.INTERRUPTED
+    names = {path.name for path in tmp_path.iterdir()}
+    assert target not in names
+    assert "index.html" not in names
+    assert names <= {path.name for path in whole.iterdir()}
+
+
+def test_layers_that_differ_are_exit_code_1(
+    made: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left = LeftLayer("(the model)", "ReferenceInteractionMoE", "logits differ by 1")
+    monkeypatch.setattr(command, "swap", lambda layer, **_: SwapReport(layer, (), (left,), ()))
+    assert command.main(made[0], made[1], tmp_path / "out", REQUEST) == 1
+    assert one_line(capsys.readouterr().err).endswith("logits differ by 1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_extra_is_found_before_any_work(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ["--checkpoint", str(made[0]), "--data", str(made[1]), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["explain", *options])
+    assert result.exit_code == 2
+    assert "pip install 'flmoe-kernels[demo]'" in one_line(result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quick_command_of_its_own_process(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    options = ["--checkpoint", made[0], "--data", made[1], "--out", tmp_path / "out", "--quick"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flmoe_kernels", "explain", *map(str, options), "--target", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "sample 1 of 1" in done.stderr
+    assert "index.html" in done.stdout
+    found = report_of(tmp_path / "out")
+    assert found["request"]["budget"] == 256
+    assert [sample["target"] for sample in found["samples"]] == [2]
+    assert Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8")).images
+
+
+VARIANTS: dict[str, tuple[LayerCase, Arrays, dict[str, Any]]] = {
+    "learned positions": (
+        LayerCase((4, 4), batch=2, dim=8, heads=4, layers=2, classes=3, compat="i2moe"),
+        {"image_0": np.full((2, 6, 6), 0.5), "image_1": np.zeros((2, 8, 4, 3), np.uint8)},
+        {"fill": "mean", "method": "exact", "samples": 1},
+    ),
+    "three modalities, all pairs": (
+        LayerCase((3, 4, 2), batch=2, dim=8, heads=4, layers=1, classes=3),
+        {"labels": np.array([[1, 0, 1], [0, 0, 0]])},
+        {"fill": "drop", "pairs": "all", "attribution": "integrated_gradients", "samples": 1},
+    ),
+    "routed MLPs, a padded modality": (
+        LayerCase((4, 3), batch=2, dim=8, heads=4, layers=2, classes=3, gate="GShardGate"),
+        {"masks_1": np.array([[False] * 3, [True] * 3])},
+        {"attribution": "attention_rollout", "repeats": 0},
+    ),
+}
+
+
+def test_the_first_token_of_an_exempt_modality_is_never_masked(
+    made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, data, plain = made
+    assert command.main(checkpoint, data, tmp_path, replace(REQUEST, exempt=(0,))) == 0
+    found = report_of(tmp_path)
+    assert found["request"]["exempt"] == [0]
+    layer = InteractionMoE.adopt(load_layer(checkpoint))
+    arrays = full_arrays()
+    inputs = [torch.from_numpy(arrays[f"inputs_{m}"][:2]) for m in (0, 1)]
+    masks = [torch.from_numpy(arrays["masks_0"][:2] == 1), None]
+    attribution = attribute(layer, inputs, masks, target=torch.tensor([0, 3]))
+    drops = faithfulness(layer, inputs, masks, attribution, n_random=2, seed=5, exempt=[0])
+    assert found["faithfulness"]["rows"] == drops.rows() != report_of(plain)["faithfulness"]["rows"]
+    assert found["pair_masking"]["SII"]["settings"]["exempt"] == [0]
+    assert command.main(checkpoint, data, tmp_path / "other", replace(REQUEST, exempt=(2,))) == 2
+    assert "exempt: expected an int from 0 to 1, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
+    case, more, options = VARIANTS[name]
+    data = write_data(tmp_path, {**arrays_of(case), **more})
+    request = Request(**{"samples": 2, "budget": 512, "top": 2, "repeats": 1, **options})
+    out = tmp_path / "out"
+    command.run(write_checkpoint(tmp_path, case), data, out, request)
+    found = report_of(out)
+    modalities = range(len(case.lengths))
+    for s, sample in enumerate(found["samples"]):
+        values = PairValues.load(out / f"sample_{s:05d}_SII.npz")
+        assert np.isfinite(values.values).all()
+        assert len(sample["attribution"]["mixture"]) == len(modalities)
+    page = Page((out / "index.html").read_text(encoding="utf-8"))
+    assert len(page.images) == len(list(out.glob("*.png")))
+    if "image_0" in more:
+        # Each image is shown once, its patches in columns.
+        names = {path.name for path in out.glob("sample_00000_*_[01]_[01].png")}
+        assert names == {f"sample_00000_{x}.png" for x in ("SII_0_1", "SII_1_0", "RG_0_1")}
+    if "labels" in more:
+        assert found["faithfulness"]["multi_label"]
+        assert found["samples"][0]["target"] in (0, 2)
+        assert (out / "sample_00000_SII_1_2.png").exists()
+    if "masks_1" in more:
+        # The first sample has no pair across modalities, which is said and no error.
+        assert found["samples"][0]["pairs"]["SII"]["values"] == []
+        assert found["samples"][1]["pairs"]["SII"]["values"]
+        assert found["faithfulness"]["rows"][0]["random"] is None
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "attention_rollout"])
+def test_the_image_shows_signed_scores_as_they_are(
+    method: str,
+    made: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scaled to 0..1 the token that speaks most against the class would be the one that weighs nothing."""
+    shown: list[tuple[Any, str]] = []
+
+    def seen(*given: Any, weights: Any, weights_label: str, **options: Any) -> Any:
+        if weights is not None:
+            shown.append((weights, weights_label))
+        return draw_map(*given, weights=weights, weights_label=weights_label, **options)
+
+    draw_map = command.token_patch_map
+    monkeypatch.setattr(command, "token_patch_map", seen)
+    request = Request(samples=1, budget=64, top=1, repeats=0, attribution=method)
+    found = command.run(made[0], made[1], tmp_path, request)
+    own = found.attribution.of()[1][0]
+    [(weights, label)] = shown
+    if method == "integrated_gradients":
+        assert float(own.min()) < 0 < float(own.max())
+        assert torch.equal(weights, own)
+        assert label == "integrated_gradients (logit)"
+    else:
+        assert torch.equal(weights, found.attribution.normalized()[1][0])
+        assert (float(weights.min()), float(weights.max())) == (0.0, 1.0)
+        assert label.endswith("scaled from 0 to 1")

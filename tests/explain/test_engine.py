@@ -1,0 +1,184 @@
+"""The engine below the estimates: packed coalitions, batches, memory."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flmoe_kernels.explain import Run, Sampling, memory, probe_game, shapley_interactions
+from flmoe_kernels.explain.coalitions.engine import Evaluator
+from flmoe_kernels.explain.coalitions.packed import distinct, pack, sizes, toggled, unpack
+from tests.support.explain_games import (
+    Planted,
+    drawn,
+    first_of,
+    interaction_layer,
+    random_terms,
+    unanimity,
+)
+from tests.support.layers import LayerCase
+
+CASE = LayerCase(lengths=(5, 4))
+
+
+@pytest.mark.parametrize("players", [0, 1, 7, 8, 9, 63, 65])
+def test_packed_coalitions(players: int) -> None:
+    inside = drawn(200, players)
+    packed = pack(inside)
+    assert packed.shape == (200, math.ceil(players / 8))
+    np.testing.assert_array_equal(unpack(packed, players), inside)
+    np.testing.assert_array_equal(sizes(packed), inside.sum(axis=1))
+    repeated = packed[np.random.default_rng(1).integers(0, 200, 500)]
+    rows, place = distinct(repeated)
+    np.testing.assert_array_equal(rows[place], repeated)
+    assert len(rows) == len({row.tobytes() for row in repeated})
+    assert (np.diff(sizes(rows)) >= 0).all()
+    np.testing.assert_array_equal(distinct(repeated[::-1])[0], rows)
+
+
+def test_toggled() -> None:
+    inside = np.isin(np.arange(10), (3, 8))
+    rows = np.array([(10, 10), (3, 10), (10, 9), (8, 0), (0, 1), (3, 8)])
+    sets = [set(np.flatnonzero(row).tolist()) for row in unpack(toggled(inside, rows), 10)]
+    assert sets == [{3, 8}, {8}, {3, 8, 9}, {0, 3}, {0, 1, 3, 8}, set()]
+    assert toggled(inside, rows[:0]).shape == (0, 2)
+
+
+def test_each_distinct_coalition_once_in_batches() -> None:
+    game = unanimity(random_terms(11, 30, 4, seed=1), 11)
+    inside = drawn(300, 11)[np.random.default_rng(2).integers(0, 300, 900)]
+    expected = game.formula(inside)
+    evaluator = Evaluator(game, 50)
+    np.testing.assert_array_equal(evaluator(pack(inside)), expected)
+    distinct_rows = len(np.unique(inside, axis=0))
+    assert evaluator.evaluations == game.asked == distinct_rows < 300
+    assert game.batches == [50] * (distinct_rows // 50) + [distinct_rows % 50]
+    assert evaluator(pack(inside[:0])).shape == (0,)
+
+
+def test_a_game_that_answers_wrongly() -> None:
+    for answer, message in (
+        (lambda inside: inside.astype(float), r"game: expected values \(1,\) .* got \(1, 3\)"),
+        (
+            lambda inside: np.where(inside.all(axis=1), np.nan, 1.0),
+            r"game: expected finite values, got nan for a coalition of 3 of 3 tokens",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Evaluator(Planted(3, answer), 1)(pack(np.ones((2, 3), dtype=np.bool_)))
+    # The published layer's own answer where no token is left.
+    layer, x = interaction_layer(CASE, backend="reference"), CASE.inputs(torch.float64)
+    with pytest.raises(ValueError, match=r"nan for a coalition of 0 of 9 tokens"):
+        shapley_interactions(layer, x)
+    assert len(shapley_interactions(layer, x, fill="zero")) == 2
+
+
+def test_batches_follow_the_memory_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert memory.available_bytes(cpu) > 2**20
+    file = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "MEMINFO", file)
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "none")
+    assert memory.available_bytes(cpu) == 2**31
+    file.write_text("MemTotal: 9 kB\nMemAvailable:     1048576 kB\n")
+    assert memory.available_bytes(cpu) == 2**30
+    sizes_found = [memory.batch_size(each, cpu) for each in (1, 2**16, 2**20, 2**40)]
+    assert sizes_found == [256, 32, 2, 1]
+    # Some bytes more or less do not change it.
+    file.write_text("MemAvailable:     1048999 kB\n")
+    assert memory.batch_size(2**16, cpu) == 32
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 2**34))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**28)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**28)
+    assert memory.batch_size(2**16, torch.device("cuda")) == 32
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_batches_follow_what_a_container_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int
+) -> None:
+    """The host's memory is not this process's where a control group, or one around it, has a limit."""
+    line, top, limit, used, cache = {
+        1: (
+            "4:cpu,memory:/job/step",
+            tmp_path / "memory",
+            "limit_in_bytes",
+            "usage_in_bytes",
+            "total_",
+        ),
+        2: ("0::/job/step", tmp_path, "max", "current", ""),
+    }[version]
+    (top / "job" / "step").mkdir(parents=True)
+    groups, meminfo = tmp_path / "groups", tmp_path / "meminfo"
+    groups.write_text(f"2:cpuset:/\n{line}\n")
+    meminfo.write_text("MemAvailable: 1048576 kB\n")
+    for name, path in (("OWN_GROUPS", groups), ("GROUPS", tmp_path), ("MEMINFO", meminfo)):
+        monkeypatch.setattr(memory, name, path)
+    cpu = torch.device("cpu")
+    assert memory.available_bytes(cpu) == 2**30, "no limits to read"
+    for folder, most, taken in (("job", 2**28, 2**27), ("job/step", "max", 2**20)):
+        (top / folder / f"memory.{limit}").write_text(f"{most}\n")
+        (top / folder / f"memory.{used}").write_text(f"{taken}\n")
+    assert memory.available_bytes(cpu) == 2**27
+    (top / "job" / "memory.stat").write_text(f"anon 5\n{cache}inactive_file {2**25}\n")
+    assert memory.available_bytes(cpu) == 2**27 + 2**25, "the page cache gives way"
+    (top / "job" / f"memory.{used}").write_text(f"{2**29}\n")
+    assert memory.available_bytes(cpu) == 0
+    assert memory.batch_size(2**20, cpu) == 1
+
+
+def test_a_game_takes_no_more_than_it_says() -> None:
+    game: Any = unanimity(random_terms(7, 20, 3, seed=1), 7)
+    game.batch_size = 10
+    found = probe_game(game, run=Run(max_batch=50))["SII"]
+    assert max(game.batches) == found.batch_size == 10
+    assert probe_game(game, run=Run(max_batch=3))["SII"].batch_size == 3
+    for wrong, kind in ((0, ValueError), (2.5, TypeError)):
+        game.batch_size = wrong
+        with pytest.raises(kind, match=r"game\.batch_size: expected an int"):
+            probe_game(game)
+
+
+def test_memory_does_not_grow_with_the_budget(tmp_path: Path) -> None:
+    """Ten times the coalitions in the same memory, checkpoint and all; what is kept of them would show."""
+    pairs = [(i, i + 1) for i in range(0, 40, 2)]
+
+    def peak(budget: int, kept: list[Any] | None = None) -> tuple[int, int]:
+        def formula(inside: Any) -> Any:
+            if kept is not None:
+                kept.append(inside)
+            return inside.sum(axis=1) * 1.0
+
+        game, run = Planted(40, formula), Run(checkpoint=tmp_path / f"{budget}", max_batch=512)
+        tracemalloc.start()
+        try:
+            probe_game(game, pairs, sampling=Sampling(budget=budget), run=run)
+            return tracemalloc.get_traced_memory()[1], game.asked
+        finally:
+            tracemalloc.stop()
+
+    peak(6000)  # imports and caches
+    (small, few), (large, many) = peak(12_000), peak(120_000)
+    assert many > 8 * few
+    assert large < 1.1 * small
+    assert peak(120_001, [])[0] > 2 * small, "the control"
+
+
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    layer, x = interaction_layer(CASE), first_of(CASE.inputs(torch.float64))
+    shapley_interactions(layer, x, method="sampling", run=Run(progress=True))
+    shown = capsys.readouterr().err
+    assert "sample 1 of 1" in shown
+    assert "100%" in shown
+    shapley_interactions(layer, x)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+    with pytest.raises(ModuleNotFoundError, match=r"progress: needs a package: pip install tqdm"):
+        shapley_interactions(layer, x, run=Run(progress=True))

@@ -1,0 +1,351 @@
+"""faithfulness against loops over samples, tokens and budgets, and sets read bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import PairInteractionMoE
+from flmoe_kernels.explain.attribution.attribute import attribute
+from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
+from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
+from flmoe_kernels.explain.targets import METRICS, resolve_targets
+from flmoe_kernels.explain.tokens import percent_counts
+from tests.support.explain_masking import (
+    BUDGETS,
+    CASE,
+    TokenBits,
+    bits,
+    brute_force,
+    call_of,
+    set_of,
+)
+from tests.support.inputs import draw, draw_masks
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean", "drop"])
+@pytest.mark.parametrize("masks", ["partial", "none", "padded_modality"])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_against_loops(fill: str, masks: str, multi_label: bool) -> None:
+    layer, inputs, masking = call_of(dataclasses.replace(CASE, masks=masks))
+    values = [draw(4, length, dtype=torch.float64, seed=m) for m, length in enumerate((7, 5))]
+    values[0] = values[0].round(decimals=0)
+    means = [draw(8, dtype=torch.float64, seed=9), draw(5, 8, dtype=torch.float64, seed=8)]
+    classes = [[0], [0, 2], [1], [2]] if multi_label else [[0], [2], [1], [2]]
+    target: Tensor = torch.tensor([each[0] for each in classes])
+    if multi_label:
+        target = torch.stack([torch.tensor([c in each for c in range(3)]) for each in classes])
+    options: dict[str, Any] = {"target": target, "budgets": BUDGETS, "fill": fill, "n_random": 1}
+    options["baseline"] = means if fill == "mean" else None
+    for expert, exempt in ((None, ()), (2, (0,))):
+
+        def logits_of(x: Any, m: Any, expert: int | None = expert) -> Tensor:
+            own, _, mixture = layer.inference(x, m)
+            return mixture if expert is None else own[expert]
+
+        found = faithfulness(
+            layer, inputs, masking, values, exempt=exempt, expert=expert, max_batch=7, **options
+        )
+        how = means if fill == "mean" else fill
+        expected = brute_force(
+            logits_of, inputs, masking, values, classes, multi_label, how, exempt
+        )
+        np.testing.assert_allclose(found.identified.numpy(), expected, atol=1e-12)
+        assert np.nanmax(np.abs(expected[:, :, :, 0])) > 1e-3
+        assert not np.allclose(found.identified.flip(0).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("exempt", [(), (0,), (1, 2)])
+def test_which_tokens_are_masked(exempt: tuple[int, ...]) -> None:
+    """Identified and random sets, read off the drops: their sizes, their members, and that budgets nest."""
+    lengths, batch = (20, 9, 1), 5
+    masks: Any = draw_masks("partial", batch, lengths)
+    masks[1][3] = False
+    values = [draw(batch, length, seed=m) for m, length in enumerate(lengths)]
+    options: dict[str, Any] = {"exempt": exempt, "metrics": ["logit"], "target": 0}
+    budgets = (1, 5, 10, 15, 20, 25, 60, 100)
+    found = faithfulness(
+        TokenBits().eval(), bits(batch, lengths), masks, values, budgets=budgets, **options
+    )
+    starts = (0, 20, 29)
+    for b in range(batch):
+        valid = [set(x[b].nonzero().flatten().tolist()) for x in masks]
+        for m in exempt:
+            valid[m] -= {0} if lengths[m] > 1 else set()
+        every = {starts[m] + i for m, mine in enumerate(valid) for i in mine}
+        assert found.maskable[b] == len(every)
+        before: list[set[int]] = [set() for _ in range(11)]
+        for k, percent in enumerate(budgets):
+            drops = [found.identified[:, 0, b, k], *found.random[:, 0, :, b, k].T]
+            for s, (gone, rest) in enumerate(drops):
+                chosen = set_of(gone)
+                assert set_of(rest) == every - chosen
+                assert before[s] <= chosen <= every
+                before[s] = chosen
+                for m, mine in enumerate(valid):
+                    here = {g - starts[m] for g in chosen if 0 <= g - starts[m] < lengths[m]}
+                    assert len(here) == (max(1, -(-len(mine) * percent // 100)) if mine else 0)
+                    if s == 0:
+                        left = values[m][b, sorted(mine - here)]
+                        assert all(values[m][b, i] >= left.max() for i in here if len(left))
+            assert found.masked[b, k] == len(before[0])
+    # Other repeats, samples and seeds have other sets.
+    first = found.random[0, 0, :, :, 3]
+    assert len(first.unique()) > 30
+    options |= {"budgets": budgets, "max_batch": 3}
+    again = faithfulness(TokenBits().eval(), bits(batch, lengths), masks, values, **options)
+    assert torch.equal(again.random, found.random)
+    other = faithfulness(TokenBits().eval(), bits(batch, lengths), masks, values, seed=1, **options)
+    assert torch.equal(other.identified, found.identified)
+    assert not torch.equal(other.random, found.random)
+    fewer = faithfulness(
+        TokenBits().eval(), bits(batch, lengths), masks, values, n_random=4, **options
+    )
+    assert torch.equal(fewer.random, found.random[:, :, :4])
+
+
+def test_random_sets_are_uniform() -> None:
+    """Each of the C(5, 2) sets of two tokens equally often, in every sample."""
+    found = faithfulness(
+        *(TokenBits().eval(), bits(3, (5,)), None, [torch.zeros(3, 5)]),
+        **{
+            "budgets": [40],
+            "metrics": ["logit"],
+            "target": 0,
+            "n_random": 2000,
+            "max_batch": 10**6,
+        },
+    )
+    for b in range(3):
+        counts = Counter(frozenset(set_of(x)) for x in found.random[0, 0, :, b, 0])
+        assert len(counts) == 10
+        # Chi-squared with 9 degrees of freedom: one in a million is above 45.
+        assert sum((n - 200) ** 2 / 200 for n in counts.values()) < 45
+
+
+def test_equal_attributions_go_to_the_first_token() -> None:
+    values = [torch.tensor([[1.0, 3.0, 3.0, 1.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])]
+    masks = [torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 1]])]
+    found = faithfulness(
+        *(TokenBits().eval(), bits(2, (6,)), masks, values),
+        **{"budgets": [30, 50, 80], "metrics": ["logit"], "target": 0},
+    )
+    sets = [[set_of(x) for x in row] for row in found.values(metric="logit")]
+    assert sets[0] == [{1, 2}, {1, 2, 5}, {0, 1, 2, 3, 5}]
+    assert sets[1] == [{1, 3}, {1, 3}, {1, 3, 4, 5}]
+
+
+def test_counts_of_a_percentage() -> None:
+    """ceil, at least one, and for the published budgets what floating-point arithmetic gives."""
+    for percent in (5, 10, 15, 20, 25):
+        for n in (*range(400), 1000, 4097):
+            count = int(percent_counts(torch.ones(1, n, dtype=torch.bool), percent))
+            assert count == (max(1, int(np.ceil(n * (percent / 100.0)))) if n else 0)
+    full = torch.ones(1, 100, dtype=torch.bool)
+    assert int(percent_counts(full, 7)) == 7 < int(np.ceil(100 * (7 / 100.0)))
+    assert int(percent_counts(full, 2.5)) == 3
+    assert int(percent_counts(full, 100)) == 100
+    # Percentages of many digits, times as many tokens, have no place in 64 bits.
+    for percent, n in itertools.product((100 / 7, 100 / 3, 1 / 3, 1e-30), (8192, 100_000)):
+        expected = math.ceil(n * Fraction(str(percent)) / 100)
+        assert int(percent_counts(torch.ones(1, n, dtype=torch.bool), percent)) == expected
+    mixed = torch.tensor([[True, True, False], [False] * 3])
+    assert percent_counts(mixed, 60).tolist() == [2, 0]
+
+
+def test_a_sample_of_padding_is_left_out() -> None:
+    layer, inputs, masks = call_of(dataclasses.replace(CASE, masks="padded_sample"))
+    values = [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
+    found = faithfulness(layer, inputs, masks, values, budgets=BUDGETS)
+    there = torch.tensor([0, 1, 3])
+    rest = faithfulness(
+        *(layer, [x[there] for x in inputs], [x[there] for x in masks]),
+        *([x[there] for x in values],),
+        **{"budgets": BUDGETS, "n_random": 0},
+    )
+    assert found.identified[:, :, 2].isnan().all()
+    assert found.random[:, :, :, 2].isnan().all()
+    assert found.maskable[2] == 0
+    assert not found.random[:, :, :, there].isnan().any()
+    for kind in KINDS:
+        torch.testing.assert_close(found.curve(kind).identified, rest.curve(kind).identified)
+        assert rest.curve(kind).gap.isnan().all()
+
+
+def test_summaries() -> None:
+    layer, inputs, masks = call_of()
+    values = [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
+    found = faithfulness(layer, inputs, masks, values, budgets=(10, 20, 50), n_random=3)
+    for kind, metric in itertools.product(KINDS, METRICS):
+        q = (KINDS.index(kind), METRICS.index(metric))
+        own, drawn = found.identified[q].numpy(), found.random[q].numpy()
+        sign = 1 if kind == "comprehensiveness" else -1
+        weights = {"mean": np.full(3, 1 / 3), "auc": np.array([5, 20, 15]) / 40}
+        for mode, weight in weights.items():
+            expected = [
+                (own @ weight).mean(),
+                (own @ weight).std(ddof=1) / 2,
+                (drawn @ weight).mean(),
+                (drawn @ weight).mean(axis=1).std(ddof=1),
+                sign * ((own @ weight).mean() - (drawn @ weight).mean()),
+            ]
+            np.testing.assert_allclose([float(x) for x in found.aopc(kind, metric, mode)], expected)
+        curve = found.curve(kind, metric)
+        np.testing.assert_allclose(curve.identified, own.mean(axis=0))
+        np.testing.assert_allclose(curve.random_std, drawn.mean(axis=1).std(axis=0, ddof=1))
+        np.testing.assert_allclose(curve.gap, sign * (own.mean(axis=0) - drawn.mean(axis=(0, 1))))
+        torch.testing.assert_close(found.values(kind, metric), found.identified[q])
+    rows = found.rows()
+    assert len(rows) == 2 * 3 * 4
+    assert rows[3]["budget"] is None
+    assert rows[3]["gap"] == pytest.approx(float(found.aopc().gap))
+    assert found.table().count("AOPC") == 6
+    assert found.evaluations == 4 * (1 + 2 * 3 * 4)
+    single = faithfulness(layer, inputs, masks, values, budgets=[20], n_random=1)
+    assert float(single.aopc(mode="auc").identified) == float(single.curve().identified)
+    assert float(single.aopc().random_std) == 0
+
+
+def test_good_attributions_beat_random_ones_and_bad_ones_do_not() -> None:
+    """Tokens worth what the attribution says; the control says the opposite."""
+    worth = [0.2 * draw(9, n, 1, dtype=torch.float64, seed=m) for m, n in enumerate((30, 20))]
+    values = [x[:, :, 0] for x in worth]
+    for sign in (1.0, -1.0):
+        found = faithfulness(TokenBits().eval(), worth, None, [sign * x for x in values], target=0)
+        for kind, metric in itertools.product(KINDS, METRICS):
+            summary = found.aopc(kind, metric)
+            assert sign * float(summary.gap) > 3 * float(summary.random_std)
+
+
+def test_an_attribution_brings_its_values_and_targets() -> None:
+    layer, inputs, masks = call_of()
+    labels = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]])
+    for expert in (None, "synergy"):
+        explained = attribute(layer, inputs, masks, target=labels)
+        found = faithfulness(layer, inputs, masks, explained, expert=expert, budgets=[30])
+        same = faithfulness(
+            *(layer, inputs, masks, explained.of(expert)),
+            **{"expert": expert, "target": labels, "budgets": [30]},
+        )
+        assert torch.equal(found.identified, same.identified)
+        assert torch.equal(found.targets, explained.targets)
+        assert found.settings["by"] == "gradient_rollout"
+        assert found.settings["expert"] == expert
+        other = faithfulness(layer, inputs, masks, explained, expert=expert, budgets=[30], target=0)
+        assert not torch.allclose(other.identified, found.identified)
+
+
+def test_targets_without_labels() -> None:
+    logits = torch.tensor([[0.5, 2.0, 2.0], [-1.0, -3.0, -2.0], [0.0, -1.0, 4.0]])
+    predicted = resolve_targets(None, logits)
+    assert predicted.weights.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+    assert not predicted.multi_label
+    several = resolve_targets(None, logits, multi_label=True)
+    third = 1 / 3
+    assert several.weights.tolist() == [[third] * 3, [1, 0, 0], [0.5, 0, 0.5]]
+    given = resolve_targets(torch.tensor([[False] * 3, [False] * 3, [True, True, False]]), logits)
+    assert given.weights.tolist() == [[0, 1, 0], [1, 0, 0], [0.5, 0.5, 0]]
+    assert given.multi_label
+    infinite = torch.tensor([[1.0, -torch.inf, torch.inf]])
+    assert float(resolve_targets(0, infinite).read(infinite, "logit")) == 1.0
+
+
+def test_missing_modality() -> None:
+    layer = PairInteractionMoE((6, 4), num_classes=3, rank=4, value_dim=5).eval()
+    inputs = [draw(2, 5, 6), None]
+    found = faithfulness(layer, inputs, None, [draw(2, 5), None], fill="drop")
+    assert found.maskable.tolist() == [5, 5]
+    assert found.identified.isfinite().all()
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    layer, inputs, masks = call_of()
+    values = [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
+    found = faithfulness(layer, inputs, masks, values, metrics=["prob", "logit"], expert=0)
+    found.save(tmp_path / "a.npz")
+    loaded = MaskingDrops.load(tmp_path / "a.npz")
+    for field in dataclasses.fields(found):
+        mine, theirs = getattr(found, field.name), getattr(loaded, field.name)
+        equal = torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+        assert equal, field.name
+    assert loaded.table() == found.table()
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "b.npz").write_bytes(content[:-40])
+    np.savez(tmp_path / "c.npz", values=np.ones(3))
+    for name in ("b.npz", "c.npz"):
+        with pytest.raises(ValueError, match=name):
+            MaskingDrops.load(tmp_path / name)
+
+
+def test_errors() -> None:
+    layer, inputs, masks = call_of()
+    values = [torch.zeros(4, 7), torch.zeros(4, 5)]
+    with_nan = [torch.full((4, 7), torch.nan), values[1]]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"budgets": []}, "budgets: expected a list"),
+        ({"budgets": [0]}, "budgets: expected percentages above 0 up to 100, got 0"),
+        ({"budgets": [5, 101]}, "budgets: expected percentages .* got 101"),
+        ({"budgets": [10, 5]}, "budgets: expected increasing numbers"),
+        ({"metrics": ["accuracy"]}, "metrics: expected one of prob, log_prob, logit"),
+        ({"metrics": ["prob", "prob"]}, "metrics: expected each once"),
+        ({"metrics": "prob"}, "metrics: expected some of"),
+        ({"fill": "noise"}, "fill: expected one of zero, mean, drop"),
+        ({"fill": "mean"}, "baseline: expected 2 Tensors"),
+        ({"exempt": [2]}, "exempt: expected an int from 0 to 1"),
+        ({"exempt": [1, 1]}, "exempt: expected each modality once"),
+        ({"expert": 4}, "expert: expected an int from 0 to 3"),
+        ({"n_random": -1}, "n_random: expected an int from 0"),
+        ({"seed": -1}, "seed: expected an int from 0"),
+        ({"max_batch": 0}, "max_batch: expected an int from 1"),
+        ({"target": 3}, "target: expected an int from 0 to 2"),
+        ({"attributions": values[:1]}, "attributions: expected 2 Tensors"),
+        ({"attributions": values[::-1]}, r"attributions\[0\]: expected \(B, L_m\) = \(4, 7\)"),
+        ({"attributions": with_nan}, r"attributions\[0\]: expected finite values"),
+    ]
+    for options, message in wrong:
+        call = {"attributions": values, **options}
+        with pytest.raises(ValueError, match=message):
+            faithfulness(layer, inputs, masks, **call)
+    with pytest.raises(TypeError, match="budgets: expected numbers, got str"):
+        faithfulness(layer, inputs, masks, values, budgets=["5"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="eval mode"):
+        faithfulness(layer.train(), inputs, masks, values)
+    layer.eval()
+    found = faithfulness(layer, inputs, masks, values, metrics=["logit"], n_random=0)
+    with pytest.raises(ValueError, match="metric: expected one of logit, got 'prob'"):
+        found.curve()
+    with pytest.raises(ValueError, match="mode: expected one of mean, auc"):
+        found.aopc(metric="logit", mode="sum")
+    pair_errors: list[tuple[Any, str]] = [
+        ([[]] * 3, "pairs: expected a list for each of 4 samples, got 3"),
+        ([[((0, 7), (1, 0))], [], [], []], r"pairs\[0\]: expected valid tokens, got .* \(0, 7\)"),
+        ([[], [((0, -1), (1, 0))], [], []], r"pairs\[1\]: expected valid tokens"),
+        ([[((0, 1, 2), (1, 0, 2))], [], [], []], r"pairs\[0\]: expected a PairValues or a list"),
+        ([[((0, 1), (1, 0)), ((0, 1),)], [], [], []], r"pairs\[0\]: .* got others"),
+        ([[], [((0, 1), (0, 1))], [], []], r"pairs\[1\]: expected pairs of two .* \(0, 1\) twice"),
+    ]
+    for pairs, message in pair_errors:
+        with pytest.raises(ValueError, match=message):
+            pair_masking(layer, inputs, masks, pairs)
+    with pytest.raises(TypeError, match=r"pairs\[0\]: expected a PairValues .* got NoneType"):
+        pair_masking(layer, inputs, masks, [None] * 4)  # type: ignore[list-item]
+    # Of a model with other classes; one column would pass for all of them.
+    explained = attribute(layer, inputs, masks)
+    for classes in (5, 1):
+        other = dataclasses.replace(explained, targets=torch.ones(4, classes))
+        with pytest.raises(
+            ValueError, match=rf"logits: expected .* = \(4, {classes}\), got \(4, 3"
+        ):
+            faithfulness(layer, inputs, masks, other)
+    with pytest.raises(TypeError, match="budgets: expected an int, got float"):
+        pair_masking(layer, inputs, masks, [[]] * 4, budgets=[2.5])  # type: ignore[list-item]

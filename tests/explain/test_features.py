@@ -1,0 +1,209 @@
+"""Files of samples for the command `explain`: what is wrong is named, and nothing is unpickled."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flmoe_kernels.explain.report import features
+from flmoe_kernels.explain.report.features import FeatureError, load_features
+from tests.support.explain_files import Arrays, full_arrays, write_data
+
+
+def changed(**more: Any) -> Callable[[], Arrays]:
+    """The full arrays with others; None takes one out."""
+    return lambda: {k: v for k, v in {**full_arrays(), **more}.items() if v is not None}
+
+
+X = np.zeros((3, 5, 8), dtype=np.float32)
+BROKEN = X.copy()
+BROKEN[1, 4, 0] = np.nan  # padding in sample 1, which the mask allows
+WRONG = X.copy()
+WRONG[2, 1, 0] = np.inf
+BAD_ARRAYS: list[tuple[Callable[[], Arrays], str]] = [
+    (changed(inputs_1=None), r"inputs_1: expected \(samples, tokens, 8\), got none"),
+    (
+        changed(inputs_0=X[:, :, :7]),
+        r"inputs_0: expected floats \(samples, tokens, 8\), got float32 \(3, 5, 7\)",
+    ),
+    (
+        changed(inputs_1=X[:2]),
+        r"inputs_1: expected floats \(3, tokens, 8\), got float32 \(2, 5, 8\)",
+    ),
+    (changed(inputs_0=X.astype(int)), "inputs_0: expected floats .* got int64"),
+    (changed(inputs_0=WRONG), "inputs_0: expected finite valid tokens, .* in sample 2"),
+    (
+        changed(inputs_2=X),
+        "inputs_2: expected inputs_0 .. inputs_1, .* as the layer has 2 modalities",
+    ),
+    (changed(input_0=X), "input_0: expected inputs_0 .. inputs_1, .* and labels$"),
+    (
+        changed(masks_0=np.ones((3, 4))),
+        r"masks_0: expected bool or 0/1 \(3, 5\), got float64 \(3, 4\)",
+    ),
+    (changed(masks_0=np.full((3, 5), 2)), "masks_0: expected 0 and 1 only"),
+    (
+        changed(masks_0=np.zeros((3, 5)), masks_1=np.eye(3, 9)[[0, 1, 1]] * [[1], [0], [1]]),
+        r"masks_\*: expected a valid token in sample 1",
+    ),
+    (changed(labels=np.array([0, 4, 1])), "labels: expected classes from 0 to 3, got 0 to 4"),
+    (changed(labels=np.array([0.0, 1, 1])), "labels: expected integers .* got float64"),
+    (changed(labels=np.ones((3, 5))), r"labels: expected bool or 0/1 \(3, 4\)"),
+    (
+        changed(tokens_0=np.zeros((3, 5))),
+        r"tokens_0: expected unicode strings \(3, 5\), got float64",
+    ),
+    (
+        changed(tokens_0=np.array([["\ud800"] * 5] * 3)),
+        "tokens_0: expected text, got half of a character",
+    ),
+    (changed(image_1=np.zeros((2, 4, 4))), r"image_1: expected \(3, H, W\) or"),
+    (changed(image_1=np.full((3, 4, 4), 7.0)), "image_1: image: expected floats from 0 to 1"),
+    (changed(image_0=np.zeros((3, 4, 4))), "image_0: expected a square of patches, got 5 tokens"),
+    (
+        changed(tokens_0=np.array([[None] * 5] * 3)),
+        "tokens_0: expected a plain array, got Python objects",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arrays", "message"), BAD_ARRAYS, ids=range(len(BAD_ARRAYS)))
+def test_bad_arrays_are_named(arrays: Callable[[], Arrays], message: str, tmp_path: Path) -> None:
+    path = write_data(tmp_path, arrays())
+    with pytest.raises(FeatureError, match=message) as caught:
+        load_features(path, 2, 8, 4, torch.float32)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert "\n" not in text
+
+
+def test_padding_may_hold_anything(tmp_path: Path) -> None:
+    path = write_data(tmp_path, changed(inputs_0=BROKEN.astype(">f8"))())
+    found = load_features(path, 2, 8, 4, torch.float32)
+    assert found.inputs[0].dtype == torch.float32
+    # What a layer multiplies by 0 is finite.
+    assert found.masks is not None
+    assert found.masks[0] is not None
+    assert torch.equal(found.inputs[0][~found.masks[0]], torch.zeros(2, 8))
+    assert found.first(2).samples == 2
+    assert found.first(9).lengths == (5, 9)
+
+
+class Danger:
+    """Unpickling it would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def test_a_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    path = write_data(tmp_path, {**full_arrays(), "x\x1b[2J\n": X})
+    with pytest.raises(FeatureError, match=r": x \[2J : expected inputs_0") as caught:
+        load_features(path, 2, 8, 4, torch.float32)
+    assert str(caught.value).isprintable()
+
+
+def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
+    """An .npy file that says so much is in it, and has 64 bytes."""
+    file = io.BytesIO()
+    about = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, about)
+    return file.getvalue() + bytes(64)
+
+
+def npy(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+BEYOND = np.full((3, 5), 0x7FFFFFFF, dtype="<u4")
+FORGED: dict[str, tuple[str, bytes, str]] = {
+    "larger than memory": ("inputs_0", header((10**13,)), "inputs_0: .* that fits in memory"),
+    "more than there is": ("inputs_0", header((10**6,)), "inputs_0: damaged"),
+    "beyond 64 bits": ("inputs_0", header((10**30,)), "inputs_0: damaged"),
+    "negative": ("inputs_0", header((-5,)), "inputs_0: damaged"),
+    "cut": ("inputs_0", npy(X)[:-100], "inputs_0: damaged"),
+    "no header": ("inputs_0", b"inputs", "inputs_0: expected an array, got another file"),
+    "no characters": (
+        "tokens_0",
+        npy(BEYOND).replace(b"'<u4'", b"'<U1'"),
+        "tokens_0: expected text, got other numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_forged_arrays_are_refused(kind: str, tmp_path: Path) -> None:
+    name, content, message = FORGED[kind]
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as file:
+        for other in ("inputs_0", "inputs_1"):
+            file.writestr(f"{other}.npy", content if other == name else npy(X))
+        if name not in ("inputs_0", "inputs_1"):
+            file.writestr(f"{name}.npy", content)
+    with pytest.raises(FeatureError, match=message) as caught:
+        load_features(tmp_path / "data.npz", 2, 8, 4, torch.float32)
+    assert "Python objects" not in str(caught.value)
+
+
+def test_encrypted_or_altered_archives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("inputs_0.npy", npy(X))
+    content = bytearray(path.read_bytes())
+    altered = content.copy()
+    altered[70:90] = b"\xff" * 20
+    encrypted = content.copy()
+    encrypted[6] |= 1
+    encrypted[content.index(b"PK\x01\x02") + 8] |= 1
+    for each in (altered, encrypted):
+        path.write_bytes(each)
+        with pytest.raises(FeatureError, match="inputs_0: damaged or encrypted"):
+            load_features(path, 2, 8, 4, torch.float32)
+    path.write_bytes(content)
+    with pytest.raises(FeatureError, match=r"inputs_1: expected .* got none"):
+        load_features(path, 2, 8, 4, torch.float32)
+
+
+def test_an_archive_that_unpacks_beyond_memory_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, **full_arrays(), inputs_2=np.zeros(10**6))
+    assert path.stat().st_size < 10**5
+    monkeypatch.setattr(features, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
+    with pytest.raises(FeatureError, match="expected arrays of 1000000 bytes at most, got 80"):
+        load_features(path, 2, 8, 4, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["objects", "pickle", "array", "text", "torn"])
+def test_other_files_are_refused_and_nothing_is_unpickled(kind: str, tmp_path: Path) -> None:
+    path, trap = tmp_path / "data.npz", tmp_path / "unpickled"
+    danger = np.array([Danger(trap)], dtype=object)
+    if kind == "objects":
+        np.savez(path, **{**full_arrays(), "labels": danger})
+    elif kind == "pickle":
+        danger.dump(path)
+    elif kind == "array":
+        with path.open("wb") as file:
+            np.save(file, X)
+    elif kind == "text":
+        path.write_text("inputs_0")
+    else:
+        np.savez(path, **full_arrays())
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(FeatureError, match=r"expected|damaged") as caught:
+        load_features(path, 2, 8, 4, torch.float32)
+    assert "\n" not in str(caught.value)
+    assert not trap.exists()

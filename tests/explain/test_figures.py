@@ -1,0 +1,415 @@
+"""The figures show what they are given, around 0 where there is a sign, and leave matplotlib as it was."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.patches import FancyArrowPatch, PathPatch, Rectangle
+
+from flmoe_kernels.explain import (
+    MaskingDrops,
+    PairValues,
+    drop_curve,
+    expert_weights,
+    pair_network,
+    token_patch_map,
+)
+from flmoe_kernels.explain.figures.canvas import AGAINST, FOR, UNSURE, png_bytes
+from flmoe_kernels.explain.figures.heat_map import grey
+from flmoe_kernels.explain.masking.drops import KINDS
+
+ROOT = Path(__file__).resolve().parents[2]
+NAN = float("nan")
+VALUES = np.array(
+    [[0.5, NAN, -2.0, NAN], [NAN, NAN, NAN, NAN], [1.0, NAN, 0.25, NAN], [0.0, NAN, -0.5, NAN]]
+)
+
+
+def pair_values(**changed: Any) -> PairValues:
+    """Two modalities of 3 and 2 tokens; the pair of two tokens of one modality last."""
+    known: dict[str, Any] = {
+        "index": "SII",
+        "values": np.array([0.5, -1.0, 0.1, 0.3]),
+        "standard_errors": np.array([0.1, 0.1, 0.1, 0.0]),
+        "pairs": np.array([[0, 3], [1, 4], [2, 4], [0, 1]]),
+        "tokens": np.array([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]),
+        "lengths": (3, 2),
+        "value": 1.0,
+        "baseline": 0.0,
+        "method": "sampling",
+        "stopped_by": "budget",
+        "draws": 4,
+        "evaluations": 40,
+        "batch_size": 8,
+        "candidates": "4 listed pairs",
+        "game": {"output": "logit"},
+    }
+    return PairValues(**known | changed)
+
+
+def masking_drops(repeats: int = 3, samples: int = 4, unit: str = "percent") -> MaskingDrops:
+    draw = torch.Generator().manual_seed(3)
+    rand = lambda *shape: torch.rand(shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    return MaskingDrops(
+        index="faithfulness",
+        unit=unit,
+        budgets=(5, 10, 25),
+        metrics=("prob", "logit"),
+        identified=rand(2, 2, samples, 3),
+        random=rand(2, 2, repeats, samples, 3),
+        original=rand(2, samples),
+        masked=torch.ones(samples, 3, dtype=torch.int64),
+        maskable=torch.full((samples,), 9),
+        targets=torch.eye(samples, 5, dtype=torch.float64),
+        multi_label=False,
+        seed=0,
+        evaluations=1,
+        batch_size=1,
+        settings={"fill": "zero"},
+    )
+
+
+def texts(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def labels(axes: Any, which: str) -> list[str]:
+    return [text.get_text() for text in getattr(axes, f"get_{which}ticklabels")()]
+
+
+def hatched_cells(axes: Any) -> set[tuple[int, int]]:
+    """(row, column) of the cells that are hatched."""
+    found = set()
+    for patch in axes.patches:
+        if isinstance(patch, PathPatch):
+            for corners in patch.get_path().to_polygons():
+                column, row = corners[:4].mean(axis=0)
+                found.add((round(row), round(column)))
+    return found
+
+
+def test_map_holds_the_candidates_around_zero() -> None:
+    words = ["a", "b", "cost $x$", "internationalisation"]
+    figure = token_patch_map(VALUES, words, title="of one sample", unit="SII (logit)")
+    axes, bar = figure.axes
+    [image] = axes.get_images()
+    kept = VALUES[np.ix_([0, 2, 3], [0, 2])]
+    np.testing.assert_array_equal(image.get_array().filled(NAN), kept)
+    assert image.get_clim() == (-2.0, 2.0)
+    assert labels(axes, "y") == ["a (0)", r"cost \$x\$ (2)", "internationalisat\u2026 (3)"]
+    assert labels(axes, "x") == ["0", "2"]
+    assert hatched_cells(axes) == {(0, 1), (2, 1)}
+    assert texts(axes) == [f"{value:.2g}" for value in kept.ravel()]
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("token", "patch")
+    assert bar.get_ylabel().startswith("SII (logit)")
+    assert labels(bar, "y") == ["-2", "0", "2"]
+    assert figure.get_suptitle() == "of one sample"
+
+
+def luminance(colour: Any) -> float:
+    return float(np.dot(to_rgba(colour)[:3], [0.299, 0.587, 0.114]))
+
+
+def test_hatches_are_seen_without_colour() -> None:
+    """Every cell below 0 has lines lighter or darker than itself; on small values they are pale."""
+    values = -np.linspace(0.0, 1.0, 41)[None]
+    axes = token_patch_map(values).axes[0]
+    [image] = axes.get_images()
+    ground = [luminance(colour) for colour in image.to_rgba(values)[0]]
+    ink = {}
+    for patch in axes.patches:
+        for corners in patch.get_path().to_polygons():
+            ink[round(corners[:4, 0].mean())] = luminance(patch.get_edgecolor())
+    assert sorted(ink) == list(range(1, 41))
+    for place, line in ink.items():
+        assert abs(line - ground[place]) > 0.12, place
+    assert ground[1] - ink[1] < 0.5 * (ground[3] - ink[3])
+    # One ink for all is lost on some of the blues.
+    assert min(abs(0.35 - each) for each in ground) < 0.05
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.0, 1e-6])
+def test_one_patch(value: float) -> None:
+    figure = token_patch_map(np.array([[value]]), image=np.full((3, 5), 0.5))
+    axes = figure.axes[1]
+    framed = "framed: the largest" if value else ""
+    assert axes.get_xlabel() == framed + ("; hatched: below 0" if value < 0 else "")
+    low, high = figure.axes[-1].get_ylim()
+    assert (low < 0) == (value < 0)
+    assert high == pytest.approx(abs(value) or 1.0)
+    assert png_bytes(figure, dpi=40)
+
+
+def test_cells_without_a_value_are_no_zeros() -> None:
+    values = np.array([[1.0, NAN], [0.0, -1.0]])
+    [image] = token_patch_map(values).axes[0].get_images()
+    assert image.get_array().mask.tolist() == [[False, True], [False, False]]
+
+
+def test_large_map_has_neither_numbers_nor_crowded_labels() -> None:
+    values = np.random.default_rng(0).normal(size=(90, 70))
+    axes = token_patch_map(values).axes[0]
+    assert not axes.texts
+    assert len(labels(axes, "y")) <= 32
+    assert len(hatched_cells(axes)) == (values < 0).sum()
+    assert png_bytes(axes.figure, dpi=40)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_weights_of_patches_over_the_image(given: bool) -> None:
+    values = np.arange(-6.0, 6.0).reshape(2, 6)
+    picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    own = np.array([0.0, -3.0, 1.0, 0.5, 0.0, 2.0]) if given else None
+    figure = token_patch_map(
+        values, image=picture, grid=(2, 3), weights=own, weights_label="attribution"
+    )
+    axes = figure.axes[1]
+    below, over = axes.get_images()
+    expected = (values.sum(axis=0) if own is None else own).reshape(2, 3)
+    np.testing.assert_array_equal(over.get_array(), expected)
+    limit = np.abs(expected).max()
+    assert over.get_clim() == (-limit, limit)
+    np.testing.assert_allclose(below.get_array(), grey(picture))
+    # Both cover the same patches, and what weighs nothing lets the image through.
+    assert below.get_extent() == over.get_extent() == [-0.5, 2.5, 1.5, -0.5]
+    np.testing.assert_allclose(over.get_alpha(), 0.75 * np.abs(expected) / limit)
+    frames = {p.get_xy() for p in axes.patches if isinstance(p, Rectangle)}
+    assert len(frames) == min(5, np.count_nonzero(expected))
+    assert axes.get_title() == "attribution"
+    assert ("hatched" in axes.get_xlabel()) == bool((expected < 0).any())
+
+
+def test_grey_is_luminance() -> None:
+    colours = np.eye(3, dtype=np.float32)[None]
+    np.testing.assert_allclose(grey(colours), [[0.299, 0.587, 0.114]], rtol=1e-6)
+    np.testing.assert_allclose(grey(np.full((1, 1), 51, dtype=np.uint8)), [[0.2]])
+
+
+def test_network_tells_sign_size_and_doubt() -> None:
+    found = pair_values()
+    figure = pair_network(found, 4, tokens=[["a", "b", "c"], None], names=["text", "image"])
+    [axes] = figure.axes
+    lines = {}
+    for patch in axes.patches:
+        assert isinstance(patch, FancyArrowPatch)
+        lines[round(patch.get_linewidth(), 6)] = patch
+    # Widths from 0.8 to 5 by |value| over the largest.
+    by_value = {v: lines[round(0.8 + 4.2 * abs(v), 6)] for v in found.values.tolist()}
+    assert len(by_value) == len(axes.patches) == 4
+    for value, line in by_value.items():
+        assert (line.get_linestyle() in ("-", "solid")) == (value >= 0)
+    expected = {0.5: FOR, -1.0: AGAINST, 0.1: UNSURE, 0.3: FOR}
+    for value, colour in expected.items():
+        assert line_colour(by_value[value]) == to_rgba(colour)
+    assert axes.get_title() == "The 4 strongest pairs by |SII|"
+    assert set(texts(axes)) == {"a (0)", "b (1)", "c (2)", "0", "1"}
+    assert labels(axes, "x") == ["text", "image"]
+    legend = axes.get_legend()
+    assert [t.get_text() for t in legend.get_texts()][:2] == ["above 0", "below 0"]
+    assert "|SII| = 1 (logit)" in legend.get_title().get_text()
+
+
+def line_colour(line: FancyArrowPatch) -> Any:
+    return tuple(line.get_edgecolor())
+
+
+def test_network_of_the_strongest_alone_and_of_three_modalities() -> None:
+    axes = pair_network(pair_values(), 1).axes[0]
+    assert len(axes.patches) == 1
+    assert sorted(texts(axes)) == ["1", "1"]
+    tokens = np.array([[0, 4], [1, 2], [2, 0]])
+    three = pair_values(
+        tokens=tokens,
+        lengths=(5, 3, 1),
+        pairs=np.array([[0, 1], [1, 2]]),
+        values=np.array([1.0, -2.0]),
+        standard_errors=np.zeros(2),
+    )
+    axes = pair_network(three).axes[0]
+    assert sorted(texts(axes)) == ["0", "2", "4"]
+    assert labels(axes, "x") == ["modality 0", "modality 1", "modality 2"]
+    # A line past a column bends and is interrupted around its tokens; one that ends there is not.
+    past = three.__class__(**{**vars(three), "pairs": np.array([[0, 2], [1, 2]])})
+    axes = pair_network(past).axes[0]
+    ends, passes = sorted(axes.patches, key=lambda line: -line.get_zorder())
+    gaps = [x for x in axes.get_lines() if x.get_color() == "white"]
+    assert [gap.get_xdata() for gap in gaps] == [[1.0]]
+    assert all(passes.get_zorder() < gap.get_zorder() < ends.get_zorder() for gap in gaps)
+    assert passes.get_connectionstyle().rad != 0 == ends.get_connectionstyle().rad
+    # No pairs at all is a picture without lines, not an error.
+    none = pair_values(pairs=np.zeros((0, 2), int), values=np.zeros(0), standard_errors=np.zeros(0))
+    assert not pair_network(none).axes[0].patches
+
+
+@pytest.mark.parametrize("metric", ["prob", "logit"])
+def test_curves_are_the_summaries(metric: str) -> None:
+    drops = masking_drops()
+    figure = drop_curve(drops, metric, title="by rollout")
+    assert len(figure.axes) == 2
+    for axes, kind in zip(figure.axes, KINDS, strict=True):
+        curve = drops.curve(kind, metric)
+        drawn = {line.get_label(): line for line in axes.get_lines()}
+        [random] = [line for name, line in drawn.items() if name.startswith("random")]
+        np.testing.assert_array_equal(random.get_ydata(), curve.random)
+        bars, band = axes.containers[0], axes.collections
+        np.testing.assert_array_equal(bars[0].get_xdata(), drops.budgets)
+        np.testing.assert_array_equal(bars[0].get_ydata(), curve.identified)
+        [segments] = bars[2]
+        heights = [(top - low) / 2 for (_, low), (_, top) in segments.get_segments()]
+        np.testing.assert_allclose(heights, curve.standard_error)
+        [area] = [x for x in band if x.get_label().startswith("±")]
+        edge = area.get_paths()[0].vertices[:, 1]
+        np.testing.assert_allclose(edge.max(), (curve.random + curve.random_std).max())
+        np.testing.assert_allclose(edge.min(), (curve.random - curve.random_std).min())
+        named = " ".join(text.get_text() for text in axes.get_legend().get_texts())
+        assert f"identified, AOPC {float(drops.aopc(kind, metric).identified):.3g}" in named
+        assert kind in axes.get_title()
+        assert axes.get_xlabel() == "tokens of each modality (%)"
+        assert labels(axes, "x") == ["5", "10", "25"]
+    unit = "logit" if metric == "logit" else "probability"
+    assert figure.axes[0].get_ylabel() == f"drop of the target's {unit}"
+
+
+def test_curves_of_one_sample_without_random_draws() -> None:
+    drops = masking_drops(repeats=0, samples=1, unit="tokens")
+    axes = drop_curve(drops).axes[0]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(names) == 1
+    assert names[0].startswith("identified")
+    assert not axes.containers[0].has_yerr
+    assert axes.get_xlabel() == "budget (tokens)"
+    with pytest.raises(ValueError, match="metric: expected one of prob, logit"):
+        drop_curve(drops, "log_prob")
+    # One repeat has no spread to show.
+    axes = drop_curve(masking_drops(repeats=1)).axes[0]
+    names = [text.get_text().split(",")[0] for text in axes.get_legend().get_texts()]
+    assert sorted(names) == ["identified", "random"]
+
+
+@pytest.mark.parametrize("samples", [1, 3, 50])
+def test_weights_by_sample_and_their_mean(samples: int) -> None:
+    weights = torch.rand(samples, 4, dtype=torch.float64).softmax(dim=1)
+    names = ["unique_0", "unique_1", "synergy", "redundancy"]
+    figure = expert_weights(weights, names, title="experts")
+    left, right, _ = figure.axes
+    [image] = left.get_images()
+    np.testing.assert_array_equal(image.get_array(), weights)
+    assert image.get_clim() == (0.0, 1.0)
+    assert len(left.texts) == (4 * samples if samples <= 24 else 0)
+    np.testing.assert_allclose([bar.get_height() for bar in right.patches], weights.mean(dim=0))
+    assert labels(left, "x") == labels(right, "x") == names
+    assert right.get_title().startswith(
+        "one sample" if samples == 1 else f"mean of {samples} samples"
+    )
+    assert right.get_ylabel() == "weight"
+
+
+@pytest.mark.parametrize("modalities", [2, 3, 6])
+def test_names_of_experts_do_not_overlap(modalities: int) -> None:
+    names = [*(f"unique_{m}" for m in range(modalities)), "synergy", "redundancy"]
+    figure = expert_weights(np.full((2, len(names)), 1 / len(names)), names)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes[:2]:
+        boxes = [x.get_window_extent(canvas.get_renderer()) for x in axes.get_xticklabels()]
+        assert len(boxes) == len(names)
+        for left, right in itertools.pairwise(boxes):
+            assert left.x1 < right.x0
+
+
+CALLS: dict[str, Any] = {
+    "map": lambda: token_patch_map(VALUES, image=np.full((4, 4), 0.5)),
+    "network": lambda: pair_network(pair_values()),
+    "curve": lambda: drop_curve(masking_drops()),
+    "weights": lambda: expert_weights(np.full((2, 4), 0.25), "abcd"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_equal_input_gives_equal_bytes_and_touches_no_global(name: str) -> None:
+    before = dict(matplotlib.rcParams)
+    first = png_bytes(CALLS[name](), dpi=50)
+    assert first.startswith(b"\x89PNG\r\n")
+    assert png_bytes(CALLS[name](), dpi=50) == first
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_no_pyplot_and_a_message_without_matplotlib() -> None:
+    code = """
+import sys
+import numpy as np
+from flmoe_kernels.explain import token_patch_map
+print("matplotlib" in sys.modules)
+from flmoe_kernels.explain.figures import png_bytes
+png_bytes(token_patch_map(np.eye(3), image=np.eye(3), grid=(1, 3)))
+print("matplotlib.pyplot" in sys.modules)
+for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+    del sys.modules[name]
+sys.modules["matplotlib"] = None
+try:
+    token_patch_map(np.eye(3))
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["False", "False"]
+    assert lines[2].endswith("is not installed; run: pip install 'flmoe-kernels[demo]'")
+    assert lines[2].startswith("matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: token_patch_map(np.zeros(3)), r"values: expected numbers \(La, Lb\)"),
+        (lambda: token_patch_map(np.full((2, 3), NAN)), "values: expected a finite one at least"),
+        (lambda: token_patch_map(VALUES, ["a"]), "tokens: expected 4 strings, .* got 1"),
+        (lambda: token_patch_map(VALUES, patches=["a"]), "patches: expected 4 strings"),
+        (
+            lambda: token_patch_map(np.zeros((2, 6)), image=np.zeros((4, 4))),
+            "grid: expected rows and columns, as 6 patches are no square",
+        ),
+        (
+            lambda: token_patch_map(VALUES, image=np.zeros((4, 4)), grid=(1, 3)),
+            r"grid: expected rows x columns of 4 patches, got \(1, 3\)",
+        ),
+        (lambda: token_patch_map(VALUES, image=np.zeros(4)), r"image: expected \(H, W\)"),
+        (lambda: token_patch_map(VALUES, image=np.full((2, 2), 2.0)), "image: expected floats"),
+        (lambda: token_patch_map(VALUES, image=np.zeros((2, 2), int)), "image: expected uint8"),
+        (
+            lambda: token_patch_map(VALUES, image=np.zeros((2, 2)), weights=[1.0]),
+            r"weights: expected \(4,\), got \(1,\)",
+        ),
+        (lambda: pair_network(pair_values(), 0), "n: expected an int from 1"),
+        (lambda: pair_network(pair_values(), names=["a"]), "names: expected 2, .* got 1"),
+        (lambda: pair_network(pair_values(), tokens=[["a"], None]), r"tokens\[0\]: expected 3"),
+        (lambda: expert_weights(np.full((2, 2), NAN), "ab"), "weights: expected finite"),
+        (lambda: expert_weights(np.zeros((2, 2)), "abc"), "names: expected 2, .* got 3"),
+        (lambda: expert_weights(np.zeros((2, 2)), "ab", samples=[1]), "samples: expected 2"),
+    ],
+)
+def test_errors_name_the_argument(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,234 @@
+"""Pair indices of models: by hand-made coalitions, by the closed form, of callables, and of pruned candidates."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flmoe_kernels.explain import (
+    PairValues,
+    Sampling,
+    TokenGame,
+    probe_game,
+    probe_pairs,
+    redundancy_gap,
+    shapley_interactions,
+)
+from tests.support.explain_games import as_array, by_definition, first_of, interaction_layer
+from tests.support.inputs import draw_masks
+from tests.support.layers import LayerCase
+from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
+
+BOTH = ("SII", "RG")
+
+
+@pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
+@pytest.mark.parametrize("expert", [None, "synergy", 0])
+def test_interaction_moe(fill: str, expert: str | int | None) -> None:
+    """A layer's sample, enumerated, against coalitions made by hand through the reference layer."""
+    case = LayerCase(lengths=(3, 4), masks="partial")
+    layer, oracle = interaction_layer(case), case.reference(torch.float64).eval()
+    x, masks = case.inputs(torch.float64), draw_masks("partial", 2, case.lengths)
+    means = [each.mean(dim=(0, 1)) for each in x]
+    found = probe_pairs(
+        layer,
+        x,
+        masks,
+        target=2,
+        expert=expert,
+        fill=fill,
+        baseline=means if fill == "mean" else None,
+    )
+    place = {None: None, "synergy": 2, 0: 0}[expert]
+    for sample in range(2):
+        own, own_masks = first_of(x, sample), first_of(masks, sample)
+        tokens = [(m, i) for m in range(2) for i in range(case.lengths[m]) if own_masks[m][0, i]]
+        result = found[sample]["SII"]
+        assert result.tokens.tolist() == [list(token) for token in tokens]
+        values = np.empty(2 ** len(tokens))
+        for code in range(len(values)):
+            there = [mask.clone() for mask in own_masks]
+            filled = [each.clone() for each in own]
+            for k, (m, i) in enumerate(tokens):
+                if not code >> k & 1:
+                    there[m][0, i] = fill != "drop"
+                    if fill != "drop":
+                        filled[m][0, i] = 0.0 if fill == "zero" else means[m]
+            if fill == "drop" and not code:
+                # The published layer has no answer where no token is; its expert's latent is 0 then.
+                experts, _, mixed = layer.inference(filled, there)
+            else:
+                experts, _, mixed = oracle.inference(filled, there)
+            values[code] = (mixed if place is None else experts[place])[0, 2].detach()
+        assert result.value == pytest.approx(values[-1], abs=1e-10)
+        assert result.baseline == pytest.approx(values[0], abs=1e-10)
+        for index in BOTH:
+            truth = as_array(by_definition(values, len(tokens), index), result.pairs)
+            np.testing.assert_allclose(found[sample][index].values, truth, atol=1e-10)
+            assert float(np.abs(truth).max()) > 1e-3
+        assert result.method == "exact"
+
+
+def test_interaction_moe_sampled_in_float32() -> None:
+    case = LayerCase(lengths=(5, 4))
+    layer, x = interaction_layer(case, torch.float32), case.inputs()
+    exact = probe_pairs(layer, x, target=0)
+    sampling = Sampling(budget=20_000)
+    sampled = probe_pairs(layer, x, target=0, method="sampling", sampling=sampling)
+    for one, other in zip(exact, sampled, strict=True):
+        for index in BOTH:
+            noise = np.abs(one[index].values - other[index].values)
+            assert (noise <= 5 * other[index].standard_errors + 1e-5).all()
+            assert one[index].values.std() > 3 * other[index].standard_errors.max()
+    again = probe_pairs(layer, x, target=0, method="sampling", sampling=sampling)
+    np.testing.assert_array_equal(again[1]["RG"].values, sampled[1]["RG"].values)
+    # Two samples, though equal, have draws of their own.
+    twice = [each[:1].repeat(2, 1, 1) for each in x]
+    first, second = shapley_interactions(layer, twice, method="sampling", sampling=sampling)
+    assert not np.array_equal(first.values, second.values)
+
+
+def test_pair_layers_are_routed_to_the_closed_form() -> None:
+    lengths = (3, 2, 2)
+    layer, x = pair_layer(DIMS), pair_inputs(lengths)
+    masks = draw_masks("partial", 2, lengths)
+    for expert in (None, "synergy", 1):
+        closed = shapley_interactions(layer, x, masks, expert=expert)
+        assert all(each.method == "closed_form" and each.evaluations == 1 for each in closed)
+        options: dict[str, Any] = {"expert": expert, "method": "exact"}
+        exact = shapley_interactions(layer, x, masks, **options)
+        found = layer.explain(x, masks)
+        for sample, (one, other) in enumerate(zip(closed, exact, strict=True)):
+            np.testing.assert_allclose(one.values, other.values, atol=1e-12)
+            assert (one.value, one.baseline) == pytest.approx((other.value, other.baseline))
+            assert one.game["target"] == int(found.target[sample])
+            maps = found.pair_map(0, 2)[sample]
+            place = None if expert is None else [*found.experts].index("synergy")
+            place = expert if isinstance(expert, int) else place
+            mine = maps.sum(dim=0) if place is None else maps[place]
+            valid = ~np.isnan(one.between(0, 2))
+            np.testing.assert_allclose(one.between(0, 2)[valid], mine.numpy()[valid], atol=1e-14)
+            assert valid.any()
+            assert float(np.abs(one.values).max()) > 1e-3
+    # Another value function has no closed form.
+    assert shapley_interactions(layer, x, fill="zero")[0].method == "exact"
+    assert shapley_interactions(layer, x, output="log_prob")[0].method == "exact"
+    with pytest.raises(ValueError, match=r"method: .*has a closed form, got 'closed_form'"):
+        shapley_interactions(layer, x, fill="zero", method="closed_form")
+    both = probe_pairs(layer, x)[0]
+    assert (both["SII"].method, both["RG"].method) == ("closed_form", "exact")
+
+
+def test_the_closed_form_game_is_the_layers() -> None:
+    """Redundancy gaps of a pair layer, from its own terms, are those of its forward passes."""
+    lengths = (3, 2, 2)
+    layer, x = pair_layer(DIMS), pair_inputs(lengths)
+    masks = draw_masks("partial", 2, lengths)
+    for sample in range(2):
+        by_terms = redundancy_gap(layer, x, masks, target=1)[sample]
+        game = TokenGame(layer, x, masks, target=1, sample=sample)
+        by_passes = probe_game(game, by_terms.pairs, indices=["RG"])["RG"]
+        np.testing.assert_allclose(by_terms.values, by_passes.values, atol=1e-12)
+        assert float(np.abs(by_terms.values).max()) > 1e-3
+    # The layer runs once for each sample, however many coalitions there are.
+    asked = []
+    layer.register_forward_hook(lambda *_: asked.append(1))
+    [first, _] = redundancy_gap(layer, x, method="sampling", sampling=Sampling(budget=5000))
+    assert not asked
+    assert first.evaluations > 200
+
+
+@pytest.mark.parametrize("fill", ["drop", "zero"])
+def test_a_sample_of_the_layer_is_a_game_for_shapiq(fill: str) -> None:
+    shapiq = pytest.importorskip("shapiq")
+    case = LayerCase(lengths=(3, 3))
+    layer, x = interaction_layer(case), first_of(case.inputs(torch.float64))
+    [mine] = shapley_interactions(layer, x, target=1, fill=fill)
+    game = TokenGame(layer, x, target=1, fill=fill)
+    expected = shapiq.ExactComputer(game, n_players=6)("SII", order=2)
+    theirs = mine.to_shapiq()
+    for pair in itertools.combinations(range(6), 2):
+        assert theirs[pair] == pytest.approx(expected[pair], abs=1e-9)
+    assert float(np.abs(mine.values).max()) > 1e-3
+
+
+def test_a_callable_with_known_indices() -> None:
+    """Logits that multiply two tokens of two modalities: their pair has that index, all others none."""
+
+    def model(inputs: Any, masks: Any) -> torch.Tensor:
+        a, b = ((x * m.unsqueeze(2)).sum(dim=2) for x, m in zip(inputs, masks, strict=True))
+        logit = a[:, 1] * b[:, 0] + a.sum(dim=1)
+        return torch.stack([logit, -logit], dim=1)
+
+    x = [torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 20, 3, dtype=torch.float64)]
+    results = shapley_interactions(model, x, target=torch.tensor([1, 0]), pairs="across")
+    for sample, (result, sign) in enumerate(zip(results, (-1.0, 1.0), strict=True)):
+        assert result.method == "sampling"
+        assert len(result) == 80
+        planted = sign * float(x[0][sample, 1].sum() * x[1][sample, 0].sum())
+        expected = np.zeros((4, 20))
+        expected[1, 0] = planted
+        np.testing.assert_allclose(result.between(0, 1), expected, atol=1e-12)
+        np.testing.assert_allclose(result.between(1, 0), expected.T, atol=1e-12)
+        assert np.isnan(result.between(0, 0)).all()
+
+
+def test_pruning_keeps_the_index_and_says_so() -> None:
+    case = LayerCase(lengths=(4, 5))
+    layer, x = interaction_layer(case), case.inputs(torch.float64)
+    scores = [torch.tensor([[0.1, -3.0, 2.0, 0.0]] * 2), torch.tensor([[1.0, 0, 5, 5, 0.5]] * 2)]
+    pruned = shapley_interactions(layer, x, scores=scores, top=2, pairs="across")
+    every = shapley_interactions(layer, x)
+    for one, other in zip(pruned, every, strict=True):
+        assert [[*map(tuple, one.tokens[pair].tolist())] for pair in one.pairs] == [
+            [(0, 1), (1, 2)],
+            [(0, 1), (1, 3)],
+            [(0, 2), (1, 2)],
+            [(0, 2), (1, 3)],
+        ]
+        kept = ~np.isnan(one.between())
+        np.testing.assert_allclose(one.between()[kept], other.between()[kept], atol=1e-13)
+        assert one.candidates == (
+            "pairs across modalities of the 2 tokens of largest |score| in each modality"
+        )
+        assert other.candidates == "all pairs"
+    assert {type(each) for each in pruned} == {PairValues}
+
+
+def test_what_is_wrong_with_a_later_sample_is_told_before_any_work() -> None:
+    asked = []
+
+    def model(inputs: Any, masks: Any) -> torch.Tensor:
+        asked.append(len(inputs[0]))
+        return inputs[0].sum(dim=1)
+
+    x, masks = [torch.ones(2, 4, 3)], [torch.tensor([[True] * 4, [True] * 2 + [False] * 2])]
+    whole, holed = torch.ones(2, 4), torch.ones(2, 4)
+    holed[1, 0] = torch.nan
+    for options, message in (
+        ({"pairs": [((0, 0), (0, 3))]}, r"pairs: expected valid tokens, got .* \[0, 3\]"),
+        ({"top": 1, "scores": [holed]}, r"scores\[0\]: expected finite scores"),
+        ({"top": 1, "scores": [whole[:1]]}, r"scores\[0\]: expected \(2, tokens\), got \(1, 4\)"),
+        ({"top": 1, "scores": [whole.repeat(2, 1)]}, r"scores\[0\]: expected \(2, tokens\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probe_pairs(model, x, masks, target=0, **options)
+    assert not asked
+    probe_pairs(model, x, masks, target=0, top=2, scores=[whole])
+    assert asked
+
+
+def test_too_few_tokens() -> None:
+    case = LayerCase(lengths=(3, 2))
+    layer, x = interaction_layer(case), case.inputs(torch.float64)
+    masks = [torch.tensor([[True, False, False], [False] * 3]), torch.zeros(2, 2, dtype=torch.bool)]
+    for method in ("exact", "sampling"):
+        one, none = probe_pairs(layer, x, masks, target=0, method=method)
+        assert len(one["SII"]) == len(none["RG"]) == 0
+        assert (one["RG"].players, none["RG"].players) == (1, 0)
+        assert none["SII"].value == none["SII"].baseline == one["SII"].baseline
+        assert one["SII"].value != one["SII"].baseline

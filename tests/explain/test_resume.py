@@ -1,0 +1,382 @@
+"""Runs that are interrupted go on with the same bits, on any number of ranks; those of something else do not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from flmoe_kernels.explain import (
+    PairValues,
+    Run,
+    Sampling,
+    TokenGame,
+    TwoAdditiveGame,
+    memory,
+    probe_pairs,
+    shapley_interactions,
+)
+from flmoe_kernels.explain.coalitions import resume
+from flmoe_kernels.explain.coalitions.engine import Evaluator
+from flmoe_kernels.explain.models import model_digest
+from flmoe_kernels.explain.pairs import sampling as sampling_module
+from tests.support.explain_games import first_of, interaction_layer
+from tests.support.layers import LayerCase
+from tests.support.pair_layers import pair_inputs, pair_layer
+
+CASE = LayerCase(lengths=(5, 4))
+RANKS = 2
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_after(batches: int, model: nn.Module) -> Any:
+    """A hook that stops the run in the middle."""
+    left = [batches]
+
+    def count(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+
+    return model.register_forward_hook(count)
+
+
+class Sum(nn.Module):
+    """A module with a hook to interrupt, whose values depend on the batch they are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 3))
+
+    def forward(self, inputs: Any, masks: Any) -> Tensor:
+        kept = torch.cat(inputs, dim=1) * torch.cat(masks, dim=1).unsqueeze(2)
+        hidden = torch.tanh(kept.sum(dim=2) @ self.weight)
+        return hidden * (1 + 1e-6 * len(hidden))
+
+
+@pytest.mark.parametrize("method", ["sampling", "exact"])
+def test_an_interrupted_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)
+    model = Sum().eval()
+    x = [torch.randn(2, 12, 1), torch.randn(2, 12, 1)]
+    masks = [torch.arange(12) < torch.tensor([[7], [5]])] * 2
+
+    def call(**options: Any) -> list[dict[str, PairValues]]:
+        request = {"target": 1, "method": method, "sampling": Sampling(budget=15_000, seed=5)}
+        run = Run(max_batch=options.pop("max_batch", None), checkpoint=options.pop("at", None))
+        return probe_pairs(model, x, masks, **{**request, **options}, run=run)
+
+    whole = call()
+    hook = interrupted_after(40, model)
+    for attempt in range(10):  # noqa: B007
+        try:
+            found = call(at=tmp_path)
+        except Interrupted:
+            hook.remove()
+            hook = interrupted_after(40, model)
+        else:
+            break
+    hook.remove()
+    assert 1 <= attempt < 9, "40 batches are not enough for one run, but they are for each part"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["sample_00000.npz", "sample_00001.npz"], "no temporary file stays"
+    for one, other in zip(found, whole, strict=True):
+        for index in ("SII", "RG"):
+            assert one[index].to_dict() == other[index].to_dict(), "the same bits"
+    # A finished run is read, not run again.
+    asked = interrupted_after(5, model)
+    again = call(at=tmp_path)
+    asked.remove()
+    assert again[1]["RG"].to_dict() == whole[1]["RG"].to_dict()
+    # The control: another batch size changes this model's last digits.
+    assert (call(max_batch=7)[0]["SII"].values != whole[0]["SII"].values).any()
+    # What belongs to another request is refused.
+    for other in (
+        {"target": 0},
+        {"pairs": "across"},
+        {"indices": ("SII",)},
+        {"output": "log_prob"},
+        {"sampling": Sampling(budget=15_000, seed=6)} if method == "sampling" else {"target": 2},
+    ):
+        with pytest.raises(ValueError, match=r"sample_00000\.npz: belongs to another run"):
+            call(at=tmp_path, **other)
+    with torch.no_grad():
+        model.weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match=r"belongs to another run"):
+        call(at=tmp_path)
+    path = tmp_path / "sample_00000.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"sample_00000\.npz: not a file of .*damaged one"):
+        call(at=tmp_path)
+
+
+def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is more memory than before; where there is less, it goes on with smaller ones."""
+    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)
+    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
+    sampling = Sampling(budget=8000)
+
+    def call(folder: Path | None) -> PairValues:
+        [found] = shapley_interactions(
+            model, x, target=0, sampling=sampling, run=Run(checkpoint=folder)
+        )
+        return found
+
+    whole = call(None)
+    for name, largest in (("more", 1024), ("less", 64)):
+        hook = interrupted_after(20, model)
+        with pytest.raises(Interrupted):
+            call(tmp_path / name)
+        hook.remove()
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "LARGEST", largest)
+            found = call(tmp_path / name)
+        assert found.batch_size == min(256, largest)
+        assert found.evaluations == whole.evaluations
+        assert (found.to_dict() == whole.to_dict()) == (name == "more")
+        np.testing.assert_allclose(found.values, whole.values, rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sampling", "exact"])
+def test_no_more_than_the_batch_under_way_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Whenever the process ends: what was evaluated before is in the file, also in the middle of a step."""
+    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)  # here a batch is quicker than a file
+    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
+    masks = [torch.arange(12) < 7] * 2
+    masks = [mask.unsqueeze(0) for mask in masks]
+    asked: list[int] = []
+    model.register_forward_hook(lambda _m, _i, out: asked.append(len(out)))
+
+    def call(folder: Path | None) -> PairValues:
+        sampling = Sampling(budget=20_000)
+        run = Run(checkpoint=folder, max_batch=128)
+        options: Any = {"target": 0, "method": method, "sampling": sampling, "run": run}
+        return shapley_interactions(model, x, masks, **options)[0]
+
+    whole, total = call(None), sum(asked)
+    ends = sum(size for size in asked if size <= 2)
+    for batches in (1, 7, 33, 60):
+        asked.clear()
+        folder = tmp_path / f"{batches}"
+        hook = interrupted_after(batches, model)
+        with pytest.raises(Interrupted):
+            call(folder)
+        hook.remove()
+        before = sum(asked) - asked[-1] * (len(asked) > batches)
+        asked.clear()
+        assert call(folder).to_dict() == whole.to_dict()
+        assert before + sum(asked) <= total + ends + 128
+
+
+@pytest.mark.parametrize("tokens", [6, 20])
+def test_a_checkpoint_of_another_callable(tmp_path: Path, tokens: int) -> None:
+    """A closure has no parameters to compare: its values of no and of all tokens tell it, enumerated or not."""
+    x = [torch.randn(1, tokens, 2)]
+
+    def model_of(scale: float) -> Any:
+        return lambda inputs, masks: scale * (inputs[0] * masks[0].unsqueeze(2)).sum(1)
+
+    run = Run(checkpoint=tmp_path)
+    sampling = Sampling(budget=3000)
+    [first] = probe_pairs(model_of(1.0), x, target=0, sampling=sampling, run=run)
+    [again] = probe_pairs(model_of(1.0), x, target=0, sampling=sampling, run=run)
+    assert first["SII"].to_dict() == again["SII"].to_dict()
+    assert first["SII"].evaluations == (2**tokens if tokens == 6 else first["SII"].evaluations)
+    with pytest.raises(ValueError, match=r"belongs to another model or sample: v\(none\)"):
+        probe_pairs(model_of(1.5), x, target=0, sampling=sampling, run=run)
+
+
+def test_a_step_of_other_coalitions_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values that were known of a step are never taken for those of another one, as of another version."""
+    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)
+    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
+    options: Any = {"target": 0, "sampling": Sampling(budget=8000), "run": Run(checkpoint=tmp_path)}
+    hook = interrupted_after(12, model)
+    with pytest.raises(Interrupted):
+        shapley_interactions(model, x, **options)
+    hook.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_module, "_STEP_COALITIONS", 1000)
+        with pytest.raises(ValueError, match=r"belongs to another version of this package"):
+            shapley_interactions(model, x, **options)
+    assert shapley_interactions(model, x, **options)[0].stopped_by == "budget"
+
+
+def test_an_estimate_of_other_draws_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished one too, as of a version that drew otherwise: its means are no part of this estimate."""
+    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
+    options: Any = {"target": 0, "sampling": Sampling(budget=8000), "run": Run(checkpoint=tmp_path)}
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_module, "_DESIGN", "permutations")
+        shapley_interactions(model, x, **options)
+    with pytest.raises(ValueError, match=r"belongs to another run"):
+        shapley_interactions(model, x, **options)
+
+
+class Scaled(nn.Module):
+    """A buffer that no state_dict has, and a repr with an address."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, inputs: Any, masks: Any) -> Tensor:
+        return self.scale * inputs[0].sum(dim=1)
+
+    def extra_repr(self) -> str:
+        return f"act={object()!r}"
+
+
+def test_models_that_differ_by_a_setting_have_checkpoints_of_their_own() -> None:
+    layer = interaction_layer(CASE)
+    pair = pair_layer()
+    before = model_digest(layer), model_digest(pair)
+    assert before == (model_digest(interaction_layer(CASE)), model_digest(pair_layer()))
+    layer.interaction_experts[1].fusion_model.network[0].attn.num_heads = 4
+    assert model_digest(layer) != before[0]
+    layer = interaction_layer(CASE)
+    layer.reweight.temperature = 0.5
+    assert model_digest(layer) != before[0]
+    for options in ({"temperature": 2.0}, {"top_k": 2}, {"normalizer": 7.0}):
+        assert model_digest(pair_layer(**options)) != before[1]
+    pair.train()
+    assert model_digest(pair) == before[1], "it draws nothing in either mode"
+    assert model_digest(Scaled(1.0)) == model_digest(Scaled(1.0)), "no address"
+    assert model_digest(Scaled(1.0)) != model_digest(Scaled(2.0))
+    x = CASE.inputs()
+    game = TokenGame(interaction_layer(CASE, torch.float32), x, target=0)
+    full = game.fingerprint()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert game.fingerprint() != full
+    assert game.fingerprint() == full
+
+
+def test_a_closed_form_game_is_known_by_its_model_not_by_its_last_bits() -> None:
+    x = pair_inputs((3, 2))
+    game = TwoAdditiveGame(pair_layer(), x, target=0)
+    other = TwoAdditiveGame(pair_layer(), x, target=0)
+    other.pair = other.pair * (1 + 2**-52)
+    assert other.fingerprint() == game.fingerprint()
+    for changed in (
+        TwoAdditiveGame(pair_layer(seed=1), x, target=0),
+        TwoAdditiveGame(pair_layer(), pair_inputs((3, 2), seed=9), target=0),
+        TwoAdditiveGame(pair_layer(), x, target=1),
+        TwoAdditiveGame(pair_layer(), x, target=0, sample=1),
+        TwoAdditiveGame(pair_layer(), x, [torch.ones(2, 3), None], target=0),
+    ):
+        assert changed.fingerprint() != game.fingerprint()
+
+
+METHODS = ("sampling", "exact")
+ROUNDS = 7  # in the middle of a step, with one rank and with two
+
+
+def interrupted_in_the_middle(method: str, checkpoint: str, distributed: bool) -> None:
+    """Every rank ends after the same round: of one that ends alone the others would wait."""
+    evaluate, left = Evaluator._round, [ROUNDS]
+
+    def count(self: Evaluator, rows: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+        return evaluate(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "_round", count)
+        patch.setattr(resume, "SAVING_SHARE", math.inf)
+        with pytest.raises(Interrupted):
+            finished(method, checkpoint, distributed)
+
+
+def finished(method: str, checkpoint: str | None, distributed: bool = False) -> dict[str, Any]:
+    run = Run(distributed=distributed, checkpoint=checkpoint, max_batch=32)
+    layer, x = interaction_layer(CASE, torch.float32), first_of(CASE.inputs())
+    [found] = probe_pairs(
+        layer, x, target=0, method=method, sampling=Sampling(budget=3000), run=run
+    )
+    return {name: each.to_dict() for name, each in found.items()}
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+    )
+    try:
+        found = distributed_results(True, f"{folder}/checkpoint")
+        Path(f"{folder}/found_{rank}.json").write_text(json.dumps(found))
+        resumed = {}
+        for method in METHODS:
+            for start in ("two, to be ended by two", "two, to be ended by one"):
+                interrupted_in_the_middle(method, f"{folder}/{method} of {start}", True)
+            for start in ("two, to be ended by two", "one, to be ended by two"):
+                name = f"{method} of {start}"
+                resumed[name] = finished(method, f"{folder}/{name}", True)
+        Path(f"{folder}/resumed_{rank}.json").write_text(json.dumps(resumed))
+        try:
+            shapley_interactions(
+                interaction_layer(CASE, torch.float32),
+                CASE.inputs(),
+                target=rank,
+                run=Run(distributed=True),
+            )
+        except ValueError as error:
+            Path(f"{folder}/refused_{rank}").write_text(str(error))
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed_results(distributed: bool, checkpoint: str, max_batch: int = 32) -> list[Any]:
+    """In float32, where another batch or order of sums would show; twice, the second from checkpoints."""
+    layer = interaction_layer(CASE, torch.float32)
+    run = Run(distributed=distributed, checkpoint=checkpoint, max_batch=max_batch)
+    sampling = Sampling(budget=9000, tolerance=1e-3)
+    found = [
+        probe_pairs(layer, CASE.inputs(), method="sampling", sampling=sampling, run=run)
+        for _ in range(2)
+    ]
+    return [[{k: v.to_dict() for k, v in each.items()} for each in one] for one in found]
+
+
+def test_ranks_give_the_same_bits(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    alone = distributed_results(False, str(tmp_path / "alone"))
+    assert alone[0] == alone[1]
+    for method in METHODS:
+        interrupted_in_the_middle(method, f"{tmp_path}/{method} of one, to be ended by two", False)
+    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=RANKS)
+    for method in METHODS:
+        whole = json.loads(json.dumps(finished(method, None)))
+        name = f"{method} of two, to be ended by one"
+        mine = {name: finished(method, f"{tmp_path}/{name}")}
+        texts = [(tmp_path / f"resumed_{rank}.json").read_text() for rank in range(RANKS)]
+        for found in (mine, *map(json.loads, texts)):
+            for name, each in found.items():
+                if name.startswith(method):
+                    assert json.loads(json.dumps(each)) == whole, name
+    for rank in range(RANKS):
+        found = json.loads((tmp_path / f"found_{rank}.json").read_text())
+        assert found == json.loads(json.dumps(alone)), rank
+        assert "expected the same on every rank" in (tmp_path / f"refused_{rank}").read_text()
+    # The control: in other batches the last bits may differ, and with this layer they do.
+    other = distributed_results(False, str(tmp_path / "other"), max_batch=5)
+    assert [one["SII"]["values"] for one in other[0]] != [one["SII"]["values"] for one in alone[0]]

@@ -1,0 +1,332 @@
+"""The estimator: unbiased by enumeration of all draws, right on games with known indices, honest about errors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from flmoe_kernels.explain import PairValues, Run, Sampling, probe_game
+from flmoe_kernels.explain.coalitions.packed import all_pairs, unpack
+from flmoe_kernels.explain.pairs.indices import INDICES
+from flmoe_kernels.explain.pairs.sampling import Toggles, coalition
+from tests.support.explain_games import (
+    Planted,
+    as_array,
+    by_definition,
+    either,
+    random_terms,
+    table,
+    unanimity,
+    unanimity_sii,
+    xor,
+)
+
+BOTH = ("SII", "RG")
+
+
+def random_game(players: int, seed: int = 0) -> Planted:
+    """A value of its own for every coalition."""
+    values = np.random.default_rng(seed).normal(size=2**players)
+    bits = 1 << np.arange(players)
+    return Planted(players, lambda inside: values[inside @ bits])
+
+
+def all_draws(
+    game: Planted, pairs: NDArray[np.int64], index: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(2^n, p), the estimate of each T by the code that sampling uses, and how likely each T is."""
+    players, found, weights = game.players, [], []
+    toggles = Toggles.of(players, pairs)
+    for drawn in itertools.product((False, True), repeat=players):
+        inside = np.array(drawn)
+        values = np.asarray(game(unpack(toggles.coalitions(inside), players)))
+        found.append(INDICES[index](toggles.corners(inside, values)))
+        weights.append(1 / ((players + 1) * math.comb(players, int(inside.sum()))))
+    return np.array(found), np.array(weights)
+
+
+@pytest.mark.parametrize("index", BOTH)
+@pytest.mark.parametrize("players", [2, 3, 4, 5, 7])
+def test_the_mean_over_all_draws_is_the_index(players: int, index: str) -> None:
+    """Unbiased, not only within noise: every draw of a game without any structure."""
+    game = random_game(players)
+    truth = by_definition(table(game, players), players, index)
+    pairs = all_pairs(range(players))
+    draws, weights = all_draws(game, pairs, index)
+    assert weights.sum() == pytest.approx(1)
+    np.testing.assert_allclose(weights @ draws, as_array(truth, pairs), atol=1e-13)
+    # Some pairs alone, in another order, have the same draws.
+    np.testing.assert_array_equal(all_draws(game, pairs[::-2], index)[0], draws[:, ::-2])
+    # The control: S drawn uniformly from all subsets is another index.
+    if players > 3:
+        values = table(game, players)
+        half = banzhaf(values, players, index)
+        assert np.abs(as_array(half, pairs) - as_array(truth, pairs)).max() > 0.05
+
+
+def banzhaf(values: NDArray[np.float64], players: int, index: str) -> dict[tuple[int, int], float]:
+    found = {}
+    for i, j in itertools.combinations(range(players), 2):
+        codes = np.arange(2**players)
+        s = codes[(codes & (1 << i | 1 << j)) == 0]
+        v = [values[s | added] for added in (0, 1 << i, 1 << j, 1 << i | 1 << j)]
+        terms = v[3] - v[1] - v[2] + v[0] if index == "SII" else np.minimum(v[1], v[2]) - v[0]
+        found[i, j] = float(terms.mean())
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 4, 21])
+def test_every_pair_has_its_corners_and_rows_are_shared(count: int) -> None:
+    players = 7
+    every = all_pairs(range(players))
+    pairs = every[np.random.default_rng(count).permutation(len(every))[:count]]
+    toggles = Toggles.of(players, pairs)
+    assert len(toggles) == 1 + len(np.unique(pairs)) + count
+    rows = np.arange(len(toggles), dtype=np.float64)
+    for seed in range(20):
+        drawn = coalition(seed, 0, 0, players)
+        inside = unpack(toggles.coalitions(drawn), players)
+        assert len(np.unique(inside, axis=0)) == len(inside)
+        corners = toggles.corners(drawn, rows)
+        for p, (i, j) in enumerate(pairs):
+            none, first, second, both = (inside[int(row[p])] for row in corners)
+            outside = drawn.copy()
+            outside[[i, j]] = False
+            assert (none == outside).all()
+            assert set(np.flatnonzero(first != none)) == {i}
+            assert set(np.flatnonzero(second != none)) == {j}
+            assert set(np.flatnonzero(both != none)) == {i, j}
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 45])
+@pytest.mark.parametrize("players", [10, 40])
+def test_the_budget_is_used_and_never_exceeded(players: int, count: int) -> None:
+    every = all_pairs(range(players))
+    pairs = every[np.random.default_rng(count).permutation(len(every))[:count]]
+    unit = len(Toggles.of(players, pairs))
+    for seed in range(10):
+        game = Planted(players, lambda inside: inside.sum(axis=1) * 1.0)
+        sampling = Sampling(budget=30 * unit, seed=seed, antithetic=False)
+        found = probe_game(game, pairs, method="sampling", sampling=sampling)["SII"]
+        assert found.evaluations <= sampling.budget
+        assert found.draws == 29, "everybody and nobody cost two"
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    wide = Sampling(np.int64(900), np.float32(1e-4), np.int32(8), np.uint8(3))
+    assert wide == Sampling(900, float(np.float32(1e-4)), 8, 3)
+    run = Run(max_batch=np.int64(50), checkpoint=tmp_path)
+    found = probe_game(random_game(7), method="sampling", sampling=wide, run=run)["SII"]
+    found.save(tmp_path / "found.npz")
+    assert PairValues.load(tmp_path / "found.npz").to_dict() == found.to_dict()
+
+
+def test_draws_are_uniform_by_size_and_pinned() -> None:
+    count = 4800
+    drawn = [tuple(coalition(3, 1, d, 4).tolist()) for d in range(count)]
+    every = list(itertools.product((False, True), repeat=4))
+    expected = np.array([count / (5 * math.comb(4, sum(each))) for each in every])
+    counts = np.array([drawn.count(each) for each in every])
+    # 15 degrees of freedom: above 38 in one of 1000 samples.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 38
+    assert coalition(7, 0, 0, 12).tolist() == [k in (1, 3) for k in range(12)]
+    several = {tuple(coalition(*key, 30)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
+    assert len(several) == 4
+
+
+@pytest.mark.parametrize("method", ["exact", "sampling"])
+def test_unanimity_games(method: str) -> None:
+    players = 8
+    terms = random_terms(players, 30, 5, seed=1)
+    sampling = Sampling(budget=40_000, seed=3)
+    found = probe_game(unanimity(terms, players), indices=["SII"], method=method, sampling=sampling)
+    sii = found["SII"]
+    truth = np.array([unanimity_sii(terms, int(i), int(j)) for i, j in sii.pairs])
+    if method == "exact":
+        np.testing.assert_allclose(sii.values, truth, atol=1e-12)
+        assert (sii.standard_errors == 0).all()
+        assert sii.evaluations == 256
+        return
+    errors = np.abs(sii.values - truth)
+    assert (errors < 5 * sii.standard_errors + 1e-12).all()
+    assert float(errors.max()) < 0.1 < float(np.abs(truth).max())
+    assert np.abs(np.roll(truth, 1) - sii.values).max() > 0.5, "the control: other pairs' indices"
+
+
+def test_two_additive_games_need_one_draw() -> None:
+    players = 9
+    terms = random_terms(players, 40, 2, seed=2)
+    sampling = Sampling(budget=500, antithetic=False)
+    sii = probe_game(unanimity(terms, players), method="sampling", sampling=sampling)["SII"]
+    truth = np.array([terms.get((int(i), int(j)), 0.0) for i, j in sii.pairs])
+    np.testing.assert_allclose(sii.values, truth, atol=1e-12)
+    assert float(sii.standard_errors.max()) < 1e-12
+    assert float(np.abs(truth).max()) > 1
+
+
+@pytest.mark.parametrize("method", ["exact", "sampling"])
+def test_xor(method: str) -> None:
+    sampling = Sampling(budget=60_000, seed=1)
+    two = probe_game(xor((1, 4), 7), method=method, sampling=sampling)
+    planted = (two["SII"].pairs == (1, 4)).all(axis=1)
+    np.testing.assert_allclose(two["SII"].values, np.where(planted, -2.0, 0.0), atol=1e-12)
+    # Either alone switches it on: for this formula that is a gap of 1.
+    assert two["RG"].values[planted] == 1.0
+    # Of three, each pair's second difference is -2 without the third and 2 with it.
+    for antithetic in (True, False):
+        sampling = Sampling(budget=20_000, antithetic=antithetic)
+        three = probe_game(xor((0, 2, 5), 6), method=method, sampling=sampling)["SII"]
+        assert (np.abs(three.values) <= 5 * three.standard_errors + 1e-12).all()
+        inside = np.isin(three.pairs, (0, 2, 5)).all(axis=1)
+        # A draw has the third token or its antithetic partner has.
+        noisy = method == "sampling" and not antithetic
+        assert (three.standard_errors[inside] > 0).all() == noisy
+    values = table(xor((0, 2, 5), 6), 6)
+    assert (np.abs(as_array(by_definition(values, 6, "SII"), three.pairs)) < 1e-12).all()
+
+
+def test_redundancy_gap_of_duplicates_independents_and_synergies() -> None:
+    players, sampling = 6, Sampling(budget=20_000)
+
+    def gaps(game: Planted) -> tuple[float, NDArray[np.float64]]:
+        exact = probe_game(game, method="exact")["RG"]
+        sampled = probe_game(game, method="sampling", sampling=sampling)["RG"]
+        assert (np.abs(sampled.values - exact.values) <= 5 * sampled.standard_errors + 1e-12).all()
+        planted = (exact.pairs == (1, 3)).all(axis=1)
+        return float(exact.values[planted][0]), exact.values[~planted]
+
+    gap, others = gaps(either(1, 3, worth=2.5, players=players))
+    assert gap == pytest.approx(2.5)
+    assert (others == 0).all(), "tokens that say nothing"
+    gap, others = gaps(unanimity({(1, 3): 2.0}, players))
+    assert gap == 0
+    assert (np.abs(others) < 1e-12).all()
+    # Alone each does harm, together they help.
+    gap, _ = gaps(unanimity({(1, 3): 2.0, (1,): -0.5, (3,): -0.25}, players))
+    assert gap == pytest.approx(-0.5)
+    # By the formula two tokens that add up have the smaller one's worth, though neither replaces the other:
+    # what tells them from duplicates is SII, 0 here and negative there.
+    additive = unanimity({(1,): 2.0, (3,): 0.75}, players)
+    gap, _ = gaps(additive)
+    assert gap == pytest.approx(0.75)
+    sii = [probe_game(game, [(1, 3)])["SII"].values[0] for game in (additive, either(1, 3, 1.0, 6))]
+    assert sii == pytest.approx([0.0, -1.0])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shapiqs_exact_computer(seed: int) -> None:
+    shapiq = pytest.importorskip("shapiq")
+    game = random_game(7, seed)
+    sii = probe_game(game, indices=["SII"], method="exact")["SII"]
+    expected = shapiq.ExactComputer(game, n_players=7)("SII", order=2)
+    for (i, j), value in zip(sii.pairs.tolist(), sii.values, strict=True):
+        assert value == pytest.approx(expected[(i, j)], abs=1e-9)
+    sampled = probe_game(game, indices=["SII"], method="sampling")["SII"]
+    z = (sampled.values - sii.values) / sampled.standard_errors
+    assert float(np.abs(z).max()) < 4
+    assert float(sampled.standard_errors.max()) < 0.1
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_coverage_and_no_bias(antithetic: bool) -> None:
+    """Of 250 runs of 99 units: 95% intervals of Student's t cover the truth as often as they say; no bias.
+
+    Units of a game of random values are far from normal, a few sizes of T have the largest: see the next test.
+    """
+    players, runs, budget = 6, 250, 3000 if antithetic else 1500
+    game = random_game(players, seed=5)
+    pairs = all_pairs(range(players))[::2]
+    truth = probe_game(game, pairs, method="exact")
+    for index in BOTH:
+        sampled, drawn = [], []
+        for seed in range(runs):
+            sampling = Sampling(budget=budget, seed=seed, antithetic=antithetic)
+            found = probe_game(game, pairs, indices=[index], method="sampling", sampling=sampling)
+            drawn.append(found[index].draws // (2 if antithetic else 1))
+            sampled.append((found[index].values, found[index].standard_errors))
+        values, errors = (np.array(each) for each in zip(*sampled, strict=True))
+        deviation = values - truth[index].values
+        reach = student.ppf(0.975, np.array(drawn) - 1)[:, None]
+        covered = (np.abs(deviation) <= reach * errors).mean(axis=0)
+        assert 0.93 < covered.mean() < 0.97
+        assert covered.min() > 0.88
+        spread = values.std(axis=0, ddof=1)
+        np.testing.assert_allclose(np.sqrt((errors**2).mean(axis=0)), spread, rtol=0.15)
+        assert (np.abs(deviation.mean(axis=0)) < 4 * spread / math.sqrt(runs)).all()
+        # The control: half the error covers far less.
+        assert (np.abs(deviation) <= reach / 2 * errors).mean() < 0.8
+
+
+@pytest.mark.parametrize(("units", "least"), [(16, 0.87), (32, 0.90)])
+def test_coverage_of_few_units(units: int, least: float) -> None:
+    """Intervals of few units cover somewhat less than they say, and no less than this."""
+    players, runs = 6, 400
+    game, pairs = random_game(players, seed=5), all_pairs(range(players))
+    truth = probe_game(game, pairs, method="exact")["SII"].values
+    covered = []
+    for seed in range(runs):
+        sampling = Sampling(budget=2 + units * 2 * (1 + 6 + 15), seed=seed)
+        found = probe_game(game, pairs, indices=["SII"], method="sampling", sampling=sampling)[
+            "SII"
+        ]
+        assert found.draws == 2 * units
+        reach = student.ppf(0.975, units - 1) * found.standard_errors
+        covered.append((np.abs(found.values - truth) <= reach).mean())
+    assert least < np.mean(covered) < 0.97
+
+
+def test_antithetic_draws_help_where_v_grows_with_the_coalition() -> None:
+    players = 8
+    game = Planted(players, lambda inside: inside.sum(axis=1) ** 3.0)
+    errors = [
+        probe_game(game, method="sampling", sampling=Sampling(budget=6000, antithetic=antithetic))[
+            "SII"
+        ].standard_errors.max()
+        for antithetic in (True, False)
+    ]
+    # A cube's second difference is linear in the size of S, that of its complement the other way.
+    assert errors[0] < 1e-12 < 0.1 < errors[1]
+
+
+def test_budget() -> None:
+    players = 12
+    pairs = all_pairs(range(4))
+    for budget in (200, 1000, 5000):
+        game = random_game(players)
+        found = probe_game(game, pairs, method="sampling", sampling=Sampling(budget=budget))["SII"]
+        assert found.evaluations == game.asked <= budget
+        assert found.stopped_by == "budget"
+        # Coalitions of different units may be equal: they are evaluated, and counted, once. Here there are 4096.
+        price = 2 * (1 + 4 + 6)
+        assert found.draws == 2 * ((budget - 2) // price)
+        assert found.evaluations > 0.4 * budget
+    with pytest.raises(ValueError, match=r"budget: expected at least \d+, .* got 20"):
+        probe_game(game, pairs, method="sampling", sampling=Sampling(budget=20))
+
+
+def test_tolerance_stops_early_but_not_before_min_draws() -> None:
+    game, pairs = random_game(10), all_pairs(range(10))
+    whole = probe_game(game, pairs, method="sampling")["SII"]
+    loose = Sampling(tolerance=2 * float(whole.standard_errors.max()))
+    found = probe_game(game, pairs, method="sampling", sampling=loose)
+    for index in BOTH:
+        assert found[index].stopped_by == "tolerance"
+        assert 64 <= found[index].draws < whole.draws / 2
+    errors = [found[index].standard_errors.max() for index in BOTH]
+    assert max(errors) <= loose.tolerance
+    patient = Sampling(tolerance=1e6, min_draws=200)
+    found = probe_game(game, pairs, method="sampling", sampling=patient)
+    assert 200 <= found["SII"].draws < 300
+
+
+def test_the_index_of_a_pair_does_not_depend_on_the_other_candidates() -> None:
+    game = random_game(9)
+    every = probe_game(game, method="exact")["SII"]
+    some = probe_game(game, every.pairs[[3, 17, 30]], method="exact")["SII"]
+    np.testing.assert_array_equal(some.values, every.values[[3, 17, 30]])

@@ -1,0 +1,401 @@
+"""Value functions: what a model sees of a coalition, which of its outputs counts, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.explain import (
+    Run,
+    TokenGame,
+    TwoAdditiveGame,
+    probe_game,
+    probe_pairs,
+    shapley_interactions,
+    token_means,
+)
+from flmoe_kernels.explain.models import takes_tokens_in_any_order
+from tests.support.explain_games import Planted, drawn, interaction_layer
+from tests.support.inputs import draw_masks
+from tests.support.layers import LayerCase
+from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
+
+CASE = LayerCase(lengths=(5, 4))
+
+
+class Recorder(nn.Module):
+    """Keeps what it is given; logits are sums of valid features, times 1, 2 and 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def forward(self, inputs: Any, masks: Any) -> Tensor:
+        self.calls.append((inputs, masks))
+        total = torch.zeros(len(inputs[0]), dtype=inputs[0].dtype)
+        for m, x in enumerate(inputs):
+            if x is not None:
+                kept = x if masks is None or masks[m] is None else x * masks[m].unsqueeze(2)
+                total = total + kept.sum(dim=(1, 2))
+        return total.unsqueeze(1) * torch.tensor([1.0, 2.0, 3.0], dtype=total.dtype)
+
+
+@pytest.mark.parametrize("fill", ["drop", "zero", "mean", "mean by position"])
+def test_what_the_model_sees(fill: str) -> None:
+    x = [torch.randn(2, 3, 4), None, torch.randn(2, 2, 4)]
+    masks = [torch.tensor([[1, 1, 1], [1, 0, 1]]), None, None]
+    shape = (4,) if fill == "mean" else (-1, 4)
+    baseline = None
+    if fill.startswith("mean"):
+        lengths = (3, 0, 2)
+        baseline = [torch.randn(n, 4) if shape[0] < 0 else torch.randn(4) for n in lengths]
+        baseline[1] = None
+    model = Recorder().eval()
+    game = TokenGame(
+        model, x, masks, target=1, fill=fill.split()[0], baseline=baseline, sample=1, max_batch=3
+    )
+    assert game.tokens.tolist() == [[0, 0], [0, 2], [2, 0], [2, 1]]
+    assert (game.players, game.lengths, game.target) == (4, (3, 0, 2), 1)
+    model.calls.clear()
+    inside = drawn(8, 4)
+    values = game(inside)
+    assert values.dtype == np.float64
+    assert [len(inputs[0]) for inputs, _ in model.calls] == [3, 3, 2]
+    for k, row in enumerate(inside):
+        inputs, given = model.calls[k // 3]
+        there = {(int(m), int(i)): bool(row[p]) for p, (m, i) in enumerate(game.tokens)}
+        assert inputs[1] is None
+        for m, length in ((0, 3), (2, 2)):
+            for i in range(length):
+                original = x[m][1, i]
+                present = there.get((m, i))
+                token = inputs[m][k % 3, i]
+                if fill == "drop":
+                    assert torch.equal(token, original)
+                    assert bool(given[m][k % 3, i]) == bool(present)
+                    continue
+                if present is False:
+                    original = {
+                        "zero": torch.zeros(4),
+                        "mean": baseline and baseline[m],
+                        "mean by position": baseline and baseline[m][min(i, len(baseline[m]) - 1)],
+                    }[fill]
+                assert torch.equal(token, original), "padded tokens stay as they are"
+        if fill != "drop":
+            assert torch.equal(given[0][k % 3], masks[0][1])
+            assert given[2] is None
+        with torch.no_grad():
+            own = [None if t is None else t[k % 3 : k % 3 + 1] for t in inputs]
+            logit = model(own, [None if t is None else t[k % 3 : k % 3 + 1] for t in given])
+        model.calls.pop()
+        assert values[k] == pytest.approx(float(logit[0, 1]), rel=1e-5)
+    assert TokenGame(model, x, fill="zero").describe()["fill"] == "zero"
+
+
+def test_masks_stay_away_where_none_were_given() -> None:
+    model = Recorder().eval()
+    game = TokenGame(model, [torch.randn(1, 3, 4)], [None], target=0, fill="zero")
+    game(np.zeros((1, 3), dtype=np.bool_))
+    assert [masks for _, masks in model.calls] == [None, None]
+
+
+def test_outputs_and_targets() -> None:
+    x = CASE.inputs(torch.float64)
+    layer = interaction_layer(CASE)
+    with torch.no_grad():
+        experts, _, mixed = layer.inference(x)
+    everything = np.ones((1, 9), dtype=np.bool_)
+    for sample in range(2):
+        game = TokenGame(layer, x, fill="zero", sample=sample)
+        assert game.target == int(mixed[sample].argmax())
+        assert game(everything)[0] == pytest.approx(float(mixed[sample].max()), abs=1e-12)
+        game = TokenGame(layer, x, fill="zero", sample=sample, output="log_prob", target=0)
+        expected = float(mixed[sample].log_softmax(0)[0])
+        assert game(everything)[0] == pytest.approx(expected, abs=1e-12)
+        game = TokenGame(layer, x, fill="zero", sample=sample, expert="redundancy")
+        assert game.target == int(mixed[sample].argmax())
+        expected = float(experts[3][sample, game.target])
+        assert game(everything)[0] == pytest.approx(expected, abs=1e-12)
+    targets = torch.tensor([2, 0])
+    found = shapley_interactions(layer, x, target=targets, fill="zero")
+    assert [each.game["target"] for each in found] == [2, 0]
+    for sample, each in enumerate(found):
+        assert each.value == pytest.approx(float(mixed[sample, targets[sample]]), abs=1e-12)
+    pair = pair_layer(DIMS[:2])
+    x = pair_inputs((3, 2))
+    with torch.no_grad():
+        out = pair(x)
+    game = TokenGame(pair, x, expert="synergy", target=1)
+    assert game(np.ones((1, 5)))[0] == pytest.approx(float(out.expert_logits[0, 2, 1]), abs=1e-12)
+
+
+def test_the_fast_layer_computes_no_absent_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flmoe_kernels.layers.interaction_moe import module
+
+    rows = []
+    plan = module.plan_tokens
+
+    def spy(*args: Any, **options: Any) -> Any:
+        found = plan(*args, **options)
+        rows.append(found.rows)
+        return found
+
+    monkeypatch.setattr(module, "plan_tokens", spy)
+    masks = draw_masks("partial", 2, CASE.lengths)
+    game = TokenGame(interaction_layer(CASE), CASE.inputs(torch.float64), masks, target=0)
+    rows.clear()
+    inside = drawn(20, game.players)
+    game(inside)
+    assert rows == [int(inside.sum())]
+
+
+def test_two_additive_games_are_their_layers() -> None:
+    lengths = (3, 2, 4)
+    layer, x = pair_layer(DIMS), pair_inputs(lengths)
+    masks = draw_masks("partial", 2, lengths)
+    for sample, expert in ((0, None), (1, "synergy"), (1, 0)):
+        options = {"expert": expert, "sample": sample}
+        closed, played = (
+            TwoAdditiveGame(layer, x, masks, **options),
+            TokenGame(layer, x, masks, **options),
+        )
+        np.testing.assert_array_equal(closed.tokens, played.tokens)
+        assert closed.describe() == played.describe()
+        inside = drawn(64, closed.players)
+        np.testing.assert_allclose(closed(inside), played(inside), atol=1e-12)
+        assert closed(inside).std() > 1e-3
+        ends = closed(np.array([[True], [False]]).repeat(closed.players, axis=1))
+        np.testing.assert_allclose(ends, [closed.value, closed.baseline], atol=1e-12)
+
+
+def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
+    """Absent tokens are left out, not masked, up to the longest of the batch; the values are the same."""
+    lengths = (9, 0, 7)
+    layer = pair_layer(DIMS, top_k=2)
+    x: list[Any] = pair_inputs(lengths)
+    x[1] = None
+    masks: list[Any] = draw_masks("partial", 2, (9, 1, 7))
+    masks[1] = None
+    x[0][~masks[0]] = torch.nan
+    seen: list[Any] = []
+    layer.register_forward_pre_hook(lambda _m, given: seen.append(given))
+    for expert in (None, "synergy"):
+        game = TokenGame(layer, x, masks, target=1, sample=1, expert=expert, max_batch=16)
+        # A batch of few tokens each, the empty coalition with them; one of any; nobody alone.
+        few, none = np.zeros((16, game.players), dtype=np.bool_), game.players * [False]
+        few[np.arange(1, 16), np.arange(1, 16) % game.players] = True
+        inside = np.concatenate([few, drawn(16, game.players), [none]])
+        seen.clear()
+        values = game(inside)
+        assert len(seen) == 3
+        for k, (inputs, given) in enumerate(seen):
+            batch = inside[16 * k : 16 * k + 16]
+            for m in (0, 2):
+                counts = batch[:, game.tokens[:, 0] == m].sum(axis=1)
+                assert inputs[m].shape[1] == given[m].shape[1] == counts.max()
+                assert given[m].sum(dim=1).tolist() == counts.tolist()
+            assert inputs[1] is None
+        masked = [masked_out(layer, x, game, row, expert) for row in inside]
+        np.testing.assert_allclose(values, masked, rtol=0, atol=1e-12)
+        assert values.std() > 1e-3, "the control: no constant would pass"
+    # A derived layer may do with positions what it likes, and any other model.
+    assert takes_tokens_in_any_order(layer)
+    assert not takes_tokens_in_any_order(type("Positions", (type(layer),), {})(DIMS, num_classes=2))
+    assert not takes_tokens_in_any_order(interaction_layer(CASE))
+
+
+def masked_out(layer: Any, x: list[Any], game: TokenGame, row: Any, expert: str | None) -> float:
+    """The logit of class 1 of sample 1 alone, its absent tokens masked."""
+    masks = [None if each is None else torch.zeros(1, each.shape[1]).bool() for each in x]
+    for m, i in game.tokens[row]:
+        masks[m][0, i] = True
+    with torch.no_grad():
+        out = layer([None if each is None else each[1:2] for each in x], masks)
+    logits = out.logits if expert is None else out.expert_logits[:, [*layer.experts].index(expert)]
+    return float(logits[0, 1])
+
+
+@pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
+def test_half_precision(fill: str) -> None:
+    """Values are the layer's own logits in its dtype, no less and no more."""
+    layer, x = interaction_layer(CASE, torch.bfloat16), CASE.inputs(torch.bfloat16)
+    means = token_means([(x, None)]) if fill == "mean" else None
+    options: dict[str, Any] = {"fill": fill, "baseline": means, "target": 1, "sample": 1}
+    inside = np.concatenate([np.ones((1, 9), dtype=np.bool_), drawn(7, 9)])
+    game = TokenGame(layer, x, **options)
+    values = game(inside)
+    with torch.no_grad():
+        given = game._present(inside)
+        _, _, logits = layer.inference(*given)
+    assert logits.dtype == torch.bfloat16
+    np.testing.assert_array_equal(values, logits[:, 1].double().numpy())
+    wide = interaction_layer(CASE, torch.float32)
+    wide.load_state_dict(layer.state_dict())
+    if means is not None:
+        options["baseline"] = [each.float() for each in means]
+    exact = TokenGame(wide, [each.float() for each in x], **options)(inside)
+    assert np.abs(values - exact).max() < 0.1 * np.abs(exact).max() < np.abs(exact - exact[0]).max()
+
+
+def test_autocast_is_the_callers() -> None:
+    """It reaches the model, and its half-precision logits are read in float64."""
+    linear = torch.nn.Linear(4, 3).eval()
+    x = [torch.randn(1, 6, 4)]
+    game = TokenGame(lambda inputs, masks: linear(inputs[0]).tanh().sum(dim=1), x, fill="zero")
+    inside = drawn(8, 6)
+    exact = game(inside)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = game(inside)
+    assert cast.dtype == np.float64
+    assert 0 < np.abs(cast - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_a_closed_form_has_finite_terms() -> None:
+    x = pair_inputs((3, 2))
+    masks = [torch.tensor([[True, True, False]] * 2), None]
+    layer = pair_layer()
+    clean = TwoAdditiveGame(layer, x, masks, target=0)
+    x[0][:, 2] = torch.nan
+    assert TwoAdditiveGame(layer, x, masks, target=0).value == clean.value, "padding"
+    x[0][0, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"inputs: expected finite values of valid tokens"):
+        shapley_interactions(layer, x, masks, target=0)
+    with pytest.raises(ValueError, match=r"coalitions: expected \(coalitions, 4\), got \(2, 3\)"):
+        clean(np.ones((2, 3)))
+    with pytest.raises(
+        TypeError, match=r"model: expected a PairInteractionMoE, got InteractionMoE"
+    ):
+        TwoAdditiveGame(interaction_layer(CASE), CASE.inputs(torch.float64))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
+def test_values_on_a_gpu(fill: str, tmp_path: Path) -> None:
+    """Samples stay where they are, and what comes back is on the host."""
+    layer, x = pair_layer(DIMS, backend="reference"), pair_inputs((6, 3, 4))
+    masks = draw_masks("partial", 2, (6, 3, 4))
+    found = []
+    for device in ("cpu", "cuda"):
+        there, given = layer.to(device), [each.to(device) for each in x]
+        valid = [each.to(device) for each in masks]
+        means = token_means([(given, valid)], exempt=[0]) if fill == "mean" else None
+        options: dict[str, Any] = {"fill": fill, "baseline": means, "target": 1}
+        game = TokenGame(there, given, valid, sample=1, **options)
+        run = Run(checkpoint=tmp_path / device)
+        both = [probe_pairs(there, given, valid, run=run, **options)[1] for _ in range(2)]
+        assert both[0]["RG"].to_dict() == both[1]["RG"].to_dict()
+        found.append([game(drawn(32, game.players)), both[0]["SII"].values, both[0]["RG"].values])
+    for mine, other in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-10)
+        assert float(mine.std()) > 1e-4
+
+
+MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "output": (ValueError, r"output: expected one of logit, log_prob, got 'p'", {"output": "p"}),
+    "fill": (ValueError, r"fill: expected one of zero, mean, drop, got 'x'", {"fill": "x"}),
+    "method": (ValueError, r"method: expected one of closed_form, auto", {"method": "x"}),
+    "index": (ValueError, r"indices: expected one or more of SII, RG", {"indices": ["SV"]}),
+    "expert": (ValueError, r"expert: expected one of unique_0, unique_1, s", {"expert": "x"}),
+    "expert 4": (ValueError, r"expert: expected an int from 0 to 3, got 4", {"expert": 4}),
+    "target": (ValueError, r"target: expected an int from 0 to 2, got 3", {"target": 3}),
+    "target kind": (TypeError, r"target: expected an int, got float", {"target": 1.0}),
+    "targets": (
+        ValueError,
+        r"target: expected an int or \(2,\) int64, got \(3,\)",
+        {"target": torch.zeros(3, dtype=torch.int64)},
+    ),
+    "no baseline": (ValueError, r"baseline: expected 2 Tensors with fill='mean'", {"fill": "mean"}),
+    "baseline": (ValueError, r"baseline: expected None with fill='drop'", {"baseline": []}),
+    "baseline shape": (
+        ValueError,
+        r"baseline\[0\]: expected \(8,\) or \(5, 8\), got \(3,\)",
+        {"fill": "mean", "baseline": [torch.zeros(3, dtype=torch.float64)] * 2},
+    ),
+    "pairs": (ValueError, r"pairs: expected one of all, across, got 'x'", {"pairs": "x"}),
+    "pairs shape": (ValueError, r"pairs: expected 'all', 'across' or a list", {"pairs": [(0, 1)]}),
+    "padded": (
+        ValueError,
+        r"pairs: expected valid tokens, got \(modality, token\) \[0, 9\]",
+        {"pairs": [((0, 1), (0, 9))]},
+    ),
+    "ragged": (
+        ValueError,
+        r"pairs: expected an array of integers, got \[",
+        {"pairs": [((0, 1), (0,)), ((0, 1), (1, 1))]},
+    ),
+    "indices": (ValueError, r"indices: expected one or more of SII, RG", {"indices": 5}),
+    "index kind": (ValueError, r"indices: expected one or more of SII", {"indices": [["SII"]]}),
+    "sampling": (TypeError, r"sampling: expected a Sampling, got int", {"sampling": 5}),
+    "run": (TypeError, r"run: expected a Run, got dict", {"run": {}}),
+    "one token": (
+        ValueError,
+        r"pairs: expected two players each",
+        {"pairs": [((0, 1), (0, 1))]},
+    ),
+    "twice": (
+        ValueError,
+        r"pairs: expected each pair once",
+        {"pairs": [((0, 1), (1, 1)), ((1, 1), (0, 1))]},
+    ),
+    "top alone": (ValueError, r"top: expected both scores and top", {"top": 3}),
+    "scores": (
+        ValueError,
+        r"scores\[0\]: expected \(2, tokens\), got \(5,\)",
+        {"top": 3, "scores": [torch.ones(5)] * 2},
+    ),
+    "distributed": (
+        ValueError,
+        r"distributed: expected an initialised process group",
+        {"run": Run(distributed=True)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str) -> None:
+    kind, message, options = MISTAKES[name]
+    with pytest.raises(kind, match=message):
+        probe_pairs(interaction_layer(CASE), CASE.inputs(torch.float64), **options)
+
+
+def test_mistakes_of_models_and_inputs() -> None:
+    x = CASE.inputs(torch.float64)
+    layer = interaction_layer(CASE)
+    layer.interaction_experts[1].fusion_model.network[0].dropout1.train()
+    message = r"model: expected eval mode, got interaction_experts\.1.*dropout1 in training mode"
+    with pytest.raises(ValueError, match=message):
+        probe_pairs(layer, x)
+    layer.eval()
+    game = TokenGame(layer, x)
+    layer.train()
+    with pytest.raises(ValueError, match=r"model: expected eval mode, got InteractionMoE in"):
+        game(np.ones((1, 9)))
+    learned = LayerCase(lengths=(4, 4), compat="i2moe")
+    fixed, its = interaction_layer(learned), learned.inputs(torch.float64)
+    with pytest.raises(ValueError, match=r"fill: expected 'zero' or 'mean' for a layer with lear"):
+        probe_pairs(fixed, its)
+    assert len(shapley_interactions(fixed, its, fill="zero")) == 2
+    for model, error, text in (
+        (None, TypeError, r"model: expected a Module or a callable, got NoneType"),
+        (lambda inputs, masks: (1, 2), TypeError, r"model: expected logits .* got tuple; swap"),
+        (lambda inputs, masks: inputs[0], ValueError, r"model: expected logits \(B, C\), got \(1"),
+    ):
+        with pytest.raises(error, match=text):
+            probe_pairs(model, x)
+    layer.eval()
+    for inputs, text in (
+        ([None, None], r"inputs: expected at least one modality, got none"),
+        ([torch.ones(2, 3)], r"inputs\[0\]: expected \(batch, tokens, features\), got \(2, 3\)"),
+        ([x[0], x[1][:1]], r"inputs\[1\]: expected \(2, tokens, features\), got \(1, 4, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            probe_pairs(layer, inputs)
+    with pytest.raises(ValueError, match=r"coalitions: expected \(coalitions, 9\), got \(2, 8\)"):
+        game(np.ones((2, 8)))
+    with pytest.raises(ValueError, match=r"method: .* for 20 tokens; 'exact' enumerates .* 16"):
+        probe_game(Planted(20, lambda inside: inside.sum(axis=1)), method="exact")

@@ -1,0 +1,316 @@
+"""The layer on a GPU, where there is one: parity, no waiting, CUDA graphs, autocast, torch.compile, DDP.
+
+Elsewhere its kernels run in Triton's interpreter, see layer_triton_cases.py, and compile ahead of time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels import InteractionMoE
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.layers.interaction_moe.forward import position_table
+from tests.support.inputs import as_dtype, draw_masks, draw_replacements
+from tests.support.layers import LayerCase, named_outputs, outputs_and_gradients
+
+DEVICE = torch.device("cuda")
+RUNS, WHY_NOT = backends.backend_status()["triton"]
+ON_GPU = RUNS and torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(
+    not ON_GPU, reason=f"the kernels do not run on a GPU here: {WHY_NOT}"
+)
+FL = LayerCase((37, 23), dim=64, heads=4, batch=5, layers=2, masks="partial")
+MIMIC = LayerCase((4, 4, 4), dim=128, heads=4, batch=32, layers=2, classes=2, dropout=0.5)
+I2 = LayerCase((16, 16), "i2moe", dim=64, heads=2, batch=4, layers=2)
+CASES = (
+    FL,
+    dataclasses.replace(FL, masks="mixed", lengths=(63, 60, 1)),
+    dataclasses.replace(FL, lengths=(320, 196), dim=256, batch=2, masks="padded_modality"),
+    I2,
+    dataclasses.replace(MIMIC, dropout=0.0),
+    # With as many choices as experts: whom rounding would send elsewhere cannot be compared.
+    dataclasses.replace(FL, gate="NaiveGate", mlp_experts=2, sparse=True),
+)
+Named = dict[str, Tensor]
+
+
+def moved(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(DEVICE)
+    return None if tree is None else [moved(each) for each in tree]
+
+
+def gpu_layer(case: LayerCase, dtype: torch.dtype = torch.float32) -> InteractionMoE:
+    return InteractionMoE.adopt(case.reference(dtype).to(DEVICE), backend="triton")
+
+
+def results(layer: nn.Module, x: list[Tensor], masks: Any, noise: Any) -> Named:
+    outputs, grads = outputs_and_gradients(layer, x, masks, noise)
+    return {name: value.cpu() for name, value in {**outputs, **grads}.items()}
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+class Training:
+    """A layer, inputs that stay where they are, and an optimizer that a CUDA graph can hold."""
+
+    def __init__(self, case: LayerCase, masks: str = "none") -> None:
+        self.case, self.layer = case, gpu_layer(case)
+        self.x = moved(case.inputs())
+        self.masks = moved(draw_masks(masks, case.batch, case.lengths))
+        self.optimizer = torch.optim.AdamW(self.layer.parameters(), lr=1e-3, capturable=True)
+
+    def loss(self) -> Tensor:
+        outputs = named_outputs(self.layer, self.layer(self.x, self.masks))
+        loss = outputs["logits"].float().square().mean() + outputs["losses"].float().sum()
+        return loss + outputs["gate_losses"].sum() if "gate_losses" in outputs else loss
+
+    def step(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=False)
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def warm_up(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_within_the_error_budget_and_the_same_bits_again(
+    case: LayerCase, dtype: torch.dtype
+) -> None:
+    x = case.inputs(dtype)
+    masks, noise = (
+        draw_masks(case.masks, case.batch, case.lengths),
+        draw_replacements(x, case.experts),
+    )
+    layer = gpu_layer(case, dtype)
+    found = [results(layer, moved(x), moved(masks), moved(noise)) for _ in range(2)]
+    low = results(case.reference(dtype), x, masks, noise)
+    wide = as_dtype(x, torch.float64), as_dtype(noise, torch.float64)
+    exact = results(case.reference(dtype).double(), wide[0], masks, wide[1])
+    size = max(float(value.abs().max()) for name, value in exact.items() if "." in name)
+    for name, oracle in exact.items():
+        assert torch.equal(found[0][name], found[1][name]), name
+        assert_within_budget(
+            found[0][name],
+            low[name],
+            oracle,
+            f"{name} of {case} in {dtype}",
+            magnitude=size if "." in name else 0.0,
+            may_vanish="." in name,
+        )
+    assert_outside_budget(
+        found[0]["expert_logits"].flip(0), low["expert_logits"], exact["expert_logits"], "flipped"
+    )
+
+
+def test_dropout_is_the_cpu_kernels_mask_for_mask() -> None:
+    """One set of seeds, drawn on the CPU, on both devices; no dropout of torch's in the reweighting."""
+    case = dataclasses.replace(FL, masks="none", dropout=0.3)
+    x = case.inputs()
+    noise, found = draw_replacements(x, case.experts), []
+    drawn = torch.randint
+    try:
+        torch.randint = lambda *a, device=None, **k: drawn(*a, **k).to(device)  # type: ignore[assignment]
+        for backend, move in (("triton", moved), ("cpu", lambda tree: tree)):
+            layer = InteractionMoE.adopt(case.reference(), backend=backend)
+            for part in layer.reweight.modules():
+                if isinstance(part, nn.Dropout):
+                    part.p = 0.0
+            if backend == "triton":
+                layer.to(DEVICE)
+            torch.manual_seed(5)
+            found.append(results(layer, move(x), None, move(noise)))
+    finally:
+        torch.randint = drawn  # type: ignore[assignment]
+    for name, want in found[1].items():
+        torch.testing.assert_close(found[0][name], want, rtol=2e-3, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("case", "masks"),
+    [
+        (FL, "partial"),
+        (MIMIC, "none"),
+        (dataclasses.replace(I2, dropout=0.5), "none"),
+        (dataclasses.replace(FL, gate="GShardGate", sparse=True), "padded_sample"),
+        (dataclasses.replace(FL, gate="SwitchGate", sparse=True), "padded_sample"),
+        (dataclasses.replace(FL, gate="NoisyGate", sparse=True), "partial"),
+    ],
+    ids=str,
+)
+def test_a_training_step_never_waits(case: LayerCase, masks: str) -> None:
+    training = Training(case, masks)
+    training.step()
+    with nothing_waits():
+        loss = training.step()
+        training.layer.inference(training.x, training.masks)
+    assert loss.isfinite()
+    with nothing_waits(), pytest.raises(RuntimeError, match="synchronizing"):
+        loss.item()
+
+
+@pytest.mark.parametrize("case", [dataclasses.replace(FL, dropout=0.5), MIMIC], ids=str)
+def test_a_cuda_graph_takes_a_whole_training_step(case: LayerCase) -> None:
+    """Forward, losses, backward and optimizer; other masks and tokens go through the same graph, and every replay
+    draws noise and dropout of its own."""
+    training = Training(case, "partial")
+    training.warm_up()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = training.step()
+    before = [p.detach().clone() for p in training.layer.parameters()]
+    losses = []
+    for seed in range(3):
+        masks = draw_masks("partial", case.batch, case.lengths, seed)
+        assert masks is not None
+        with torch.no_grad():
+            for m, each in enumerate(case.inputs(seed=seed)):
+                training.x[m].copy_(each)
+                training.masks[m].copy_(masks[m])
+        graph.replay()
+        losses.append(float(held))
+        graph.replay()
+        losses.append(float(held))
+    assert all(torch.tensor(losses).isfinite())
+    assert len(set(losses)) == len(losses)
+    assert not all(map(torch.equal, before, training.layer.parameters()))
+
+
+def test_a_replay_computes_what_the_layer_computes() -> None:
+    """Without anything random, on data that came after the capture."""
+    case = dataclasses.replace(FL, dropout=0.0)
+    layer, x = gpu_layer(case).eval(), moved(case.inputs())
+    masks = moved(draw_masks("partial", case.batch, case.lengths))
+    noise = moved(draw_replacements(case.inputs(), case.experts))
+    leaves = [each.requires_grad_() for each in (*x, *layer.parameters())]
+
+    def call() -> list[Tensor]:
+        outputs = named_outputs(layer, layer(x, masks, replacements=noise))
+        total = outputs["logits"].sum() + outputs["losses"].sum()
+        return [*outputs.values(), *torch.autograd.grad(total, leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = call()
+    other = draw_masks("padded_sample", case.batch, case.lengths, 9)
+    assert other is not None
+    with torch.no_grad():
+        for m, each in enumerate(case.inputs(seed=77)):
+            x[m].copy_(each)
+            masks[m].copy_(other[m])
+    graph.replay()
+    assert all(map(torch.equal, held, call()))
+
+
+def test_each_stream_keeps_positions_of_its_own_and_a_capture_none() -> None:
+    def table() -> Tensor:
+        return position_table(
+            19, 8, torch.device("cuda", torch.cuda.current_device()), torch.float32
+        )
+
+    kept = table()
+    assert table() is kept
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert table() is not kept
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        captured = table()
+    assert captured is not kept
+    assert table() is kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_and_a_gradient_scaler(dtype: torch.dtype) -> None:
+    training = Training(dataclasses.replace(FL, dropout=0.1), "partial")
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    before = [p.detach().clone() for p in training.layer.parameters()]
+    losses = []
+    for _ in range(8):
+        training.optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=dtype):
+            result = training.layer(training.x, training.masks)
+            loss = training.loss()
+        assert result[2].dtype == result[1].dtype == result[-1][0].dtype == torch.float32
+        scaler.scale(loss).backward()
+        scaler.step(training.optimizer)
+        scaler.update()
+        losses.append(float(loss))
+    assert all(torch.tensor(losses).isfinite())
+    # The scaler starts high and finds its scale within a few steps, of which the last ones count.
+    assert not any(map(torch.equal, before, training.layer.parameters()))
+    for parameter in training.layer.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_whole(compiler: str) -> None:
+    torch.compiler.reset()
+    layer, x = gpu_layer(FL), moved(FL.inputs())
+    masks = moved(draw_masks("partial", FL.batch, FL.lengths))
+    noise = moved(draw_replacements(FL.inputs(), FL.experts))
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    found = []
+    for function in (layer, compiled):
+        leaves = [each.detach().requires_grad_() for each in x]
+        outputs = named_outputs(layer, function(leaves, masks, replacements=noise))
+        total = outputs["logits"].sum() + outputs["losses"].sum()
+        grads = torch.autograd.grad(total, [*leaves, *layer.parameters()])
+        found.append([*outputs.values(), *grads])
+    for got, want in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_of_ddp(tmp_path: Path) -> None:
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("torch was built without nccl")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        x, noise = moved(FL.inputs()), moved(draw_replacements(FL.inputs(), FL.experts))
+        masks = moved(draw_masks("partial", FL.batch, FL.lengths))
+        grads = []
+        for wrap in (lambda layer: layer, nn.parallel.DistributedDataParallel):
+            layer = gpu_layer(FL)
+            outputs = named_outputs(layer, wrap(layer)(x, masks, replacements=noise))
+            (outputs["logits"].sum() + outputs["losses"].sum()).backward()
+            grads.append([p.grad for p in layer.parameters()])
+        for got, want in zip(*grads, strict=True):
+            assert got is not None
+            assert want is not None
+            torch.testing.assert_close(got, want)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,146 @@
+"""The Triton kernels on a GPU, where there is one: parity, determinism, and a training step as a CUDA graph.
+
+Elsewhere the same kernels run in Triton's interpreter, see *_triton_cases.py, and compile ahead of time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import expert_attention
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.ops.routed_mlp.api import gate, routed_mlp
+from tests.support import attention_cases as attention_cases
+from tests.support import pair_cases as pair_cases
+from tests.support import routed_cases as routed_cases
+from tests.support.inputs import as_dtype, draw, gradients, make_seed
+
+DEVICE = torch.device("cuda")
+RUNS, WHY_NOT = backends.backend_status()["triton"]
+ON_GPU = RUNS and torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(
+    not ON_GPU, reason=f"the kernels do not run on a GPU here: {WHY_NOT}"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+PAIRS = (
+    pair_cases.PairCase(63, 60, 32, 64),
+    pair_cases.PairCase(320, 196, 32, 64, batch=2),
+    pair_cases.PairCase(131, 37, 17, 65, reduce="pool"),
+)
+ROUTED = (
+    routed_cases.RoutedCase(300, 32, 64, 4),
+    routed_cases.RoutedCase(2000, 256, 512, 16),
+    routed_cases.RoutedCase(257, 130, 196, 5, 3, "silu", "dropped"),
+    routed_cases.RoutedCase(64, 64, 64, 8, 1, "relu", "hot"),
+)
+ATTENTION = (
+    attention_cases.Case((63, 60, 0, 196), 4, 64, 0.5),
+    attention_cases.Case((12,) * 50, 4, 32, 0.1, groups=3),
+    attention_cases.Case((700, 1), 2, 128, 0.0, lead=3, tail=5),
+)
+
+Run = Callable[[Sequence[Tensor], str], list[Tensor]]
+
+
+def pair_run(case: pair_cases.PairCase) -> Run:
+    return lambda inputs, backend: pair_cases.run(case, list(inputs), backend)
+
+
+def routed_run(case: routed_cases.RoutedCase) -> Run:
+    return lambda inputs, backend: routed_cases.run(
+        case, list(inputs), case.index().to(inputs[0].device), backend
+    )
+
+
+def attention_run(case: attention_cases.Case) -> Run:
+    def run(inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        device = leaves[0].device
+        out = expert_attention(
+            *leaves,
+            case.cu_seqlens.to(device),
+            dropout_p=case.p,
+            seed=make_seed(2**61 + 12345).to(device),
+            backend=backend,
+        )
+        assert isinstance(out, Tensor)
+        return [out.detach(), *gradients([out], leaves)]
+
+    return run
+
+
+CASES = (
+    *((pair_run(case), case.inputs, f"pair_moe:{case}") for case in PAIRS),
+    *((routed_run(case), case.inputs, f"routed_mlp:{case}") for case in ROUTED),
+    *((attention_run(case), case.qkv, f"expert_attention:{case}") for case in ATTENTION),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("run", "make", "name"), CASES, ids=[name for *_, name in CASES])
+def test_within_the_error_budget_and_the_same_bits_again(
+    run: Run, make: Callable[[torch.dtype], list[Tensor]], name: str, dtype: torch.dtype
+) -> None:
+    """Outputs and all gradients against the reference in float64, dropout masks of the CPU included."""
+    inputs = make(dtype)
+    moved = [x.to(DEVICE) for x in inputs]
+    first, second = run(moved, "triton"), run(moved, "triton")
+    low = run(inputs, "reference")
+    oracle = run(as_dtype(inputs, torch.float64), "reference")
+    size = max(float(x.abs().max()) for x in oracle[1:])
+    for i, (found, again, *rest) in enumerate(zip(first, second, low, oracle, strict=True)):
+        assert torch.equal(found, again)
+        assert_within_budget(
+            found.cpu(), *rest, f"{name} result {i} in {dtype}", magnitude=size, may_vanish=i > 0
+        )
+
+
+def step(x: Tensor, router: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Gate with a capacity, dispatch, MLP, and the gradients of all."""
+    w_in, b_in, w_out, b_out = weights
+    index, weight = gate(x @ router, 2, capacity=len(x) // 2)
+    out = routed_mlp(x, index, weight.to(x.dtype), w_in, b_in, w_out, b_out)
+    return [out, *torch.autograd.grad(out.float().square().sum(), [x, router, *weights])]
+
+
+def test_a_cuda_graph_takes_a_training_step_of_the_routed_mlp() -> None:
+    """Nothing waits, and nothing that is allocated depends on data: other tokens go through the same graph."""
+    case = dataclasses.replace(ROUTED[1], choices=2)
+    x, _, *weights = (t.to(DEVICE).requires_grad_() for t in case.inputs(torch.bfloat16))
+    router = draw(case.width, case.experts, dtype=torch.bfloat16, seed=7).to(DEVICE)
+    router.requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(x, router, weights)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step(x, router, weights)
+    for seed in (11, 12):
+        with torch.no_grad():
+            x.copy_(draw(*x.shape, dtype=torch.bfloat16, seed=seed))
+        graph.replay()
+        assert all(map(torch.equal, held, step(x, router, weights)))
+
+
+def test_compiled_whole() -> None:
+    case = ROUTED[1]
+    x, _, *weights = (t.to(DEVICE).requires_grad_() for t in case.inputs(torch.bfloat16))
+    router = draw(case.width, case.experts, dtype=torch.bfloat16, seed=7).to(DEVICE)
+    router.requires_grad_()
+
+    def call(x: Tensor, router: Tensor) -> Tensor:
+        index, weight = gate(x @ router, 2, capacity=len(x) // 2)
+        return routed_mlp(x, index, weight, *weights)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, router), call(x, router))

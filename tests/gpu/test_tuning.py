@@ -1,0 +1,68 @@
+"""Autotune on a GPU, where there is one: its clock, and what happens under CUDA graph capture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import pair_moe
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.tuning import cache, timer, tuner
+from tests.support import pair_cases as pair_cases
+from tests.support.inputs import as_dtype
+
+RUNS, WHY_NOT = backends.backend_status()["triton"]
+pytestmark = pytest.mark.skipif(
+    not (RUNS and torch.cuda.is_available()), reason=f"no kernels run on a GPU here: {WHY_NOT}"
+)
+CASE = pair_cases.PairCase(320, 196, 32, 64, bias=False)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
+    tuner.forget()
+    yield tmp_path / "tuning"
+    tuner.forget()
+
+
+def forward(inputs: list[Tensor]) -> Tensor:
+    y = pair_moe(*inputs, kinds=CASE.kinds, backend="triton")
+    assert isinstance(y, tuple)
+    return y[0]
+
+
+def test_the_fastest_is_found_written_and_right() -> None:
+    inputs = CASE.inputs(torch.bfloat16)
+    moved = [x.cuda() for x in inputs]
+    with tuning.autotune():
+        results = pair_cases.run(CASE, moved, "triton")
+        again = pair_cases.run(CASE, moved, "triton")
+    assert all(map(torch.equal, results, again))
+    found = {one.question.kernel: one for one in cache.findings()}
+    assert set(found) == {"pair_moe.accumulate", "pair_moe.gradient"}
+    for one in found.values():
+        assert 1e-7 < one.seconds <= one.table_seconds < 1.0
+        assert one.question.device == torch.cuda.get_device_name()
+    low = pair_cases.run(CASE, inputs, "reference")
+    oracle = pair_cases.run(CASE, as_dtype(inputs, torch.float64), "reference")
+    assert_within_budget(results[0].cpu(), low[0], oracle[0], "y")
+
+
+def test_a_capture_takes_the_table(folder: Path) -> None:
+    moved = [x.cuda() for x in CASE.inputs(torch.bfloat16)]
+    want = forward(moved)
+    graph = torch.cuda.CUDAGraph()
+    with tuning.autotune(), torch.cuda.graph(graph):
+        assert timer.capturing(moved[0].device)
+        found = forward(moved)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, want)
+    assert not folder.exists()

@@ -1,0 +1,215 @@
+"""Tests of the whole layer on its Triton kernels; test_layer_triton runs them in Triton's interpreter.
+
+The interpreter takes the plan of rows that a GPU gets: as many rows as tokens, the padded ones at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import InteractionMoE
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.core.triton.launches import interpreted
+from flmoe_kernels.layers.interaction_moe import forward
+from flmoe_kernels.layers.interaction_moe.packing import plan_tokens
+from tests.support.inputs import as_dtype, draw_masks, draw_replacements
+from tests.support.layers import LayerCase, outputs_and_gradients
+from tests.support.triton_interpreter import patch_once_a_launch, round_to_nearest
+
+TRITON = "triton"
+FL = LayerCase((5, 3), dim=32, layers=2, masks="partial", sparse=True)
+I2 = LayerCase((3, 3), "i2moe", batch=1, dim=16, heads=1, dropout=0.4)
+Named = dict[str, Tensor]
+
+
+def triton_layer(case: LayerCase, dtype: torch.dtype = torch.float32) -> InteractionMoE:
+    return InteractionMoE.adopt(case.reference(dtype), backend=TRITON)
+
+
+def role(name: str) -> str:
+    """Parameters of one role in all experts and layers are measured by the largest of them."""
+    return "attn" if ".attn." in name else re.sub(r"\d+", "#", name)
+
+
+def assert_all_within_budget(actual: Named, low: Named, exact: Named) -> None:
+    """Every output and gradient; results that torch.autocast widened are compared in the type of `low`."""
+    assert actual.keys() == low.keys() == exact.keys()
+    sizes: dict[str, float] = {}
+    for name, value in exact.items():
+        sizes[role(name)] = max(sizes.get(role(name), 0.0), float(value.abs().max()))
+    for name, oracle in exact.items():
+        size = sizes[role(name)]
+        assert_within_budget(
+            actual[name].to(low[name].dtype),
+            low[name],
+            oracle,
+            name,
+            magnitude=size,
+            may_vanish=float(oracle.abs().max()) < 0.25 * size,
+        )
+
+
+@pytest.fixture(autouse=True)
+def faster_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_once_a_launch(monkeypatch)
+
+
+def test_the_interpreter_runs_them() -> None:
+    assert interpreted()
+
+
+def test_outputs_and_gradients_with_a_sample_of_padding_alone() -> None:
+    """A sparse layer and a dense one, NaN in all padding, against the CPU kernels in float64, for the reference
+    has NaN here; and the control, experts in another order."""
+    sizes = {"heads": 1, "dim": 16, "mlp_experts": 3}
+    case = dataclasses.replace(FL, masks="padded_sample", gate="GShardGate", **sizes)
+    x = case.inputs()
+    masks, noise = draw_masks(case.masks, case.batch, case.lengths), draw_replacements(x, 4)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        layer = InteractionMoE.adopt(case.reference(dtype), backend="cpu")
+        results = outputs_and_gradients(layer, as_dtype(x, dtype), masks, as_dtype(noise, dtype))
+        found.append({**results[0], **results[1]})
+    assert masks is not None
+    dirty = [
+        torch.where(mask.unsqueeze(-1), each, float("nan"))
+        for each, mask in zip(x, masks, strict=True)
+    ]
+    actual = outputs_and_gradients(triton_layer(case), dirty, masks, noise)
+    assert_all_within_budget({**actual[0], **actual[1]}, *found)
+    padded = case.batch // 2
+    assert (actual[0]["expert_latents"][:, :, padded] == 0).all()
+    assert all((actual[1][f"inputs.{m}"][~masks[m]] == 0).all() for m in range(2))
+    for name in ("expert_logits", "losses"):
+        other = actual[0][name].roll(1, 0)
+        assert_outside_budget(other, *(each[name] for each in found), "another order")
+
+
+def test_inference_is_the_full_view_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    round_to_nearest(monkeypatch)
+    case, dtype = dataclasses.replace(FL, layers=1), torch.bfloat16
+    x, masks = case.inputs(dtype), draw_masks("mixed", case.batch, case.lengths)
+    found = triton_layer(case, dtype).eval().inference(x, masks)
+    low, exact = (
+        case.reference(dtype).to(kind).eval().inference(as_dtype(x, kind), masks)
+        for kind in (dtype, torch.float64)
+    )
+    for name, got, *want in zip(("weights", "logits"), found[1:], low[1:], exact[1:], strict=True):
+        assert_within_budget(got, *want, name)
+    experts = (torch.stack(list(each[0])) for each in (found, low, exact))
+    assert_within_budget(*experts, "experts' logits")
+
+
+def test_dropout_is_the_cpu_kernels() -> None:
+    """One torch seed gives both backends one set of masks; the residual of I2MoE, and learned positions."""
+    x, results = I2.inputs(), []
+    noise = draw_replacements(x, I2.experts)
+    for backend, seed in ((TRITON, 3), ("cpu", 3), ("cpu", 4)):
+        layer = InteractionMoE.adopt(I2.reference(), backend=backend)
+        torch.manual_seed(seed)
+        outputs, grads = outputs_and_gradients(layer, x, None, noise)
+        results.append({**outputs, **grads})
+    actual, want, other = results
+    for name, value in want.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    for name in ("expert_logits", "losses", "logits"):
+        assert (other[name] - want[name]).abs().max() > 1e-2
+
+
+def test_autocast_computes_in_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters stay float32, and so do logits, weights, latents and losses; the kernels' rows do not."""
+    round_to_nearest(monkeypatch)
+    case, low_type = dataclasses.replace(FL, layers=1, heads=1, dim=16), torch.bfloat16
+    layer = InteractionMoE.adopt(case.reference(low_type).float(), backend=TRITON)
+    x = case.inputs(low_type)
+    masks, noise = draw_masks(case.masks, case.batch, case.lengths), draw_replacements(x, 4)
+    with torch.autocast("cpu", dtype=low_type):
+        results = outputs_and_gradients(layer, x, masks, noise)
+    assert {value.dtype for value in results[0].values()} == {torch.float32}
+    kinds = {name.split(".")[0]: value.dtype for name, value in results[1].items()}
+    assert kinds["interaction_experts"] == kinds["reweight"] == torch.float32
+    assert kinds["inputs"] == low_type
+    found = [{**results[0], **results[1]}]
+    for dtype in (low_type, torch.float64):
+        reference = case.reference(low_type).to(dtype)
+        pair = outputs_and_gradients(reference, as_dtype(x, dtype), masks, as_dtype(noise, dtype))
+        found.append({**pair[0], **pair[1]})
+    assert_all_within_budget(*found)
+    latents = results[0]["latents"]
+    assert torch.equal(latents, latents.to(low_type).float()), "the rows were not of low type"
+
+
+def test_a_gradient_scaler_trains_in_float16() -> None:
+    """A sparse model whose gate computes partly in float32 under autocast."""
+    case = LayerCase((3, 2), batch=1, dim=16, heads=1, gate="NoisyGate", mlp_experts=3)
+    layer, x = triton_layer(case), case.inputs()
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        # The full view alone: a third of the work.
+        loss = layer.inference(x)[2].square().mean()
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    scaler.step(optimizer)
+    scaler.update()
+    moved = [not torch.equal(p, before[name]) for name, p in layer.named_parameters()]
+    assert sum(moved) > 0.9 * len(moved)
+    assert scaler.get_scale() == 2.0**8
+
+
+def test_the_plan_of_a_gpu_holds_the_compact_one() -> None:
+    """Its runs are those of the plan that a CPU reads, and its padded rows are zeros."""
+    lengths, batch = (6, 3, 4), 5
+    masks = draw_masks("padded_sample", batch, lengths)
+    tokens = torch.randn(batch, sum(lengths), 2)
+    short, long = (
+        plan_tokens(batch, lengths, masks, tokens.device, reads=reads) for reads in (True, False)
+    )
+    count = short.rows
+    assert short.compact
+    assert not long.compact
+    assert long.rows == tokens.shape[0] * tokens.shape[1] > count
+    for name in ("index", "position", "modality"):
+        assert torch.equal(getattr(long, name)[:count], getattr(short, name)), name
+    assert torch.equal(long.cu_samples, short.cu_samples)
+    assert torch.equal(long.cu_segments, short.cu_segments)
+    packed = long.pack(tokens)
+    assert torch.equal(packed[:count], short.pack(tokens))
+    assert (packed[count:] == 0).all()
+
+
+def test_positions_are_kept_between_calls_and_not_in_traces() -> None:
+    table = forward.position_table
+    key = (7, 6, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        kept = table(*key)
+    assert table(*key) is kept
+    assert not kept.is_inference()
+    mode = torch._subclasses.FakeTensorMode()
+    with mode:
+        assert table(*key) is not kept
+    assert table(*key) is kept
+    assert table(8, 6, *key[2:]).shape == (8, 6)
+
+
+def test_positions_are_not_kept_from_within_a_transform() -> None:
+    """Its tensors end with it; and a trace that keeps them has another graph the second time."""
+    key = (11, 6, torch.device("cpu"), torch.float32)
+    one = torch.ones(())
+    grad = torch.func.grad(lambda x: (forward.position_table(*key) * x).sum())(one)
+    kept = forward.position_table(*key)
+    torch.testing.assert_close(grad, kept.sum())
+    assert kept.data_ptr()
+    key = (12, *key[1:])
+    traced = torch.jit.trace(lambda x: forward.position_table(*key) + x, one)
+    assert torch.equal(traced(one), forward.position_table(*key) + 1)

@@ -1,0 +1,307 @@
+"""Tests of pair_moe's Triton kernels; test_pair_moe_triton runs them in a process of their own.
+
+There they run in Triton's interpreter, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import pair_map, pair_moe, top_pairs
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.core.triton.launches import interpreted
+from flmoe_kernels.ops.pair_moe import triton as kernels
+from flmoe_kernels.ops.pair_moe.call import PairCall
+from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
+from flmoe_kernels.ops.pair_moe.triton import launch, table
+from flmoe_kernels.ops.pair_moe.triton.launch import TABLE, Tiles, operand, readable
+from tests.support.inputs import as_dtype, draw, gradients
+from tests.support.pair_cases import KIND_LISTS, MANY, NAMES, REDUCTIONS, PairCase, check, run
+
+TRITON = "triton"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BASE = PairCase(9, 14, batch=1)
+# Ragged and prime sizes, one token, several blocks; widths of one chunk, not full, and of several.
+SIZES = (
+    PairCase(1, 1, 1, 1),
+    PairCase(7, 63, 5, 6, batch=1),
+    PairCase(63, 60, 32, 64, batch=1),
+    PairCase(67, 33, 80, 100, batch=1),
+    PairCase(131, 1, 17, 65, batch=1),
+    PairCase(1, 37, 3, 40),
+)
+EMPTY = (PairCase(0, 3), PairCase(3, 0), PairCase(4, 3, batch=0))
+
+
+def test_the_interpreter_runs_them() -> None:
+    assert interpreted()
+
+
+@pytest.mark.parametrize(("dtype", "reduce"), [*zip(DTYPES, REDUCTIONS, strict=True)], ids=str)
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_sizes(case: PairCase, dtype: torch.dtype, reduce: str) -> None:
+    check(dataclasses.replace(case, reduce=reduce, masks="both"), dtype, TRITON)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype: torch.dtype, reduce: str) -> None:
+    check(dataclasses.replace(BASE, reduce=reduce), dtype, TRITON)
+
+
+@pytest.mark.parametrize("kinds", KIND_LISTS, ids=lambda kinds: "-".join(kinds))
+def test_kinds(kinds: tuple[str, ...]) -> None:
+    for reduce in ("none", "pool"):
+        check(dataclasses.replace(BASE, kinds=kinds, reduce=reduce), torch.float32, TRITON)
+
+
+@pytest.mark.parametrize(("kinds", "top_k"), [(DEFAULT_KINDS, k) for k in (1, 2, 3)] + [(MANY, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top_k(kinds: tuple[str, ...], top_k: int, dtype: torch.dtype) -> None:
+    check(dataclasses.replace(BASE, kinds=kinds, top_k=top_k), dtype, TRITON)
+
+
+def test_top_k_ties_go_to_the_lower_expert() -> None:
+    q, k = torch.zeros(1, 4, 3, 2), torch.zeros(1, 4, 5, 2)
+    found = pair_moe(q, k, q, k, kinds=DEFAULT_KINDS, top_k=2, backend=TRITON)
+    assert torch.equal(found.mass[0, :, 0], torch.tensor([2.5, 2.5, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("masks", ["none", "a", "b", "sample"])
+def test_masks(masks: str, reduce: str) -> None:
+    top_k = 2 if reduce == "experts" else None
+    case = PairCase(33, 20, masks=masks, top_k=top_k, reduce=reduce, batch=2)
+    check(case, torch.float16, TRITON)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [0.3, 4.0])
+def test_temperature_and_bias(temperature: float, bias: bool) -> None:
+    check(
+        dataclasses.replace(BASE, temperature=temperature, bias=bias),
+        torch.float32,
+        TRITON,
+    )
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+def test_nothing_gives_zeros(case: PairCase, reduce: str) -> None:
+    for result in run(dataclasses.replace(case, reduce=reduce), case.inputs(DTYPES[0]), TRITON):
+        assert (result == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "reduce"), [*zip(DTYPES, REDUCTIONS, strict=True)], ids=str)
+def test_a_wrong_result_fails(dtype: torch.dtype, reduce: str) -> None:
+    """The control of the comparisons above: another kind, another side, a row short."""
+    case = dataclasses.replace(BASE, reduce=reduce)
+    found, low, oracle = check(case, dtype, TRITON)
+    other = dataclasses.replace(case, kinds=("unique_b", "unique_a", "synergy", "redundancy"))
+    wrong = run(other, case.inputs(dtype), TRITON)
+    short = run(dataclasses.replace(case, masks="b"), case.inputs(dtype), TRITON)
+    for name, right, kind, row, *rest in zip(NAMES, found, wrong, short, low, oracle, strict=True):
+        assert_outside_budget(row, *rest, f"{name}: columns left out")
+        assert_outside_budget(right * 1.2, *rest, f"{name}: larger")
+        if name != "mass":
+            assert_outside_budget(kind, *rest, f"{name}: kinds swapped")
+
+
+@pytest.mark.parametrize(("dtype", "reduce"), [*zip(DTYPES, REDUCTIONS, strict=True)], ids=str)
+def test_padding_is_not_read(dtype: torch.dtype, reduce: str) -> None:
+    case = PairCase(20, 18, masks="sample", reduce=reduce)
+    clean = case.inputs(dtype)
+    options = case.options()
+    for value in (float("nan"), float("inf")):
+        dirty = [x.clone() for x in clean]
+        for x, mask in zip(dirty, ("mask_a", "mask_b") * 2, strict=False):
+            x.masked_fill_(~options[mask][:, None, :, None], value)
+        pairs = zip(NAMES, run(case, dirty, TRITON), run(case, clean, TRITON), strict=True)
+        for name, got, want in pairs:
+            assert torch.equal(got, want), name
+    found = dict(zip(NAMES, run(case, clean, TRITON), strict=True))
+    for name, mask in (("grad_q", "mask_a"), ("grad_a", "mask_a"), ("grad_k", "mask_b")):
+        assert not found[name].transpose(1, 2)[~options[mask]].any(), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", range(4))
+def test_nan_and_inf_propagate(which: int, value: float) -> None:
+    inputs = [x.abs() + 0.1 for x in BASE.inputs(torch.float32)]
+    inputs[which][0, 2, 3, 2] = value  # of the synergy expert, which uses all four
+    found = run(BASE, inputs, TRITON)
+    oracle = run(BASE, as_dtype(inputs, torch.float64), "reference")
+    for name, got, want in zip(NAMES, found, oracle, strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite()), name
+    assert not all(x.isfinite().all() for x in oracle)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_the_same_bits_twice_and_for_any_layout(reduce: str) -> None:
+    case = PairCase(70, 20, 12, 20, reduce=reduce, masks="both", batch=1)
+    inputs = case.inputs(torch.float16)
+    expected = run(case, inputs, TRITON)
+    layouts = (
+        inputs,
+        [x.contiguous() for x in inputs],
+        [torch.cat([x, x], dim=-1)[..., : x.shape[-1]] for x in inputs[:4]] + inputs[4:],
+        [x.mT.contiguous().mT for x in inputs[:4]] + inputs[4:],
+    )
+    for layout in layouts:
+        for name, got, want in zip(NAMES, run(case, layout, TRITON), expected, strict=True):
+            assert torch.equal(got, want), name
+
+
+def test_cotangents_that_are_broadcast_or_missing() -> None:
+    for reduce in REDUCTIONS:
+        leaves = [x.detach().requires_grad_() for x in BASE.inputs(torch.float32)]
+        options = {"gate_bias": leaves[4], "reduce": reduce, **BASE.options()}
+        found = []
+        for backend in (TRITON, "reference"):
+            y, mass = pair_moe(*leaves[:4], backend=backend, **options)
+            found.append(
+                torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+                + torch.autograd.grad(mass[:, 0].sum(), leaves, allow_unused=True)
+            )
+        for got, want in zip(*found, strict=True):
+            want = torch.zeros_like(got) if want is None else want
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_of_full_precision(dtype: torch.dtype) -> None:
+    *inputs, _ = BASE.inputs(dtype)
+    bias = draw(4, seed=4)
+    found = []
+    for backend in (TRITON, "reference"):
+        leaf = bias.clone().requires_grad_()
+        y, mass = pair_moe(*inputs, kinds=DEFAULT_KINDS, gate_bias=leaf, backend=backend)
+        found.append([mass.detach(), *gradients([mass], [leaf])])
+        assert y.dtype == dtype
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masks", ["none", "sample"])
+@pytest.mark.parametrize("kinds", [("unique_a",), DEFAULT_KINDS, MANY], ids=len)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pair_map(dtype: torch.dtype, kinds: tuple[str, ...], masks: str) -> None:
+    case = PairCase(35, 10, 7, 40, kinds=kinds, masks=masks, batch=3)
+    inputs = case.inputs(dtype)[:4]
+    head = draw(len(kinds), 40, 5, dtype=dtype, seed=8)
+    target = torch.tensor([4, 0, 2])
+    found = [
+        pair_map(*x, h, target=target, backend=backend, **case.options())
+        for x, h, backend in (
+            (inputs, head, TRITON),
+            (inputs, head, "reference"),
+            (as_dtype(inputs, torch.float64), head.double(), "reference"),
+        )
+    ]
+    assert_within_budget(*found, "phi")
+    assert_outside_budget(found[0] * 1.01, *found[1:], "phi")
+
+
+def scores(case: PairCase, count: int, dtype: torch.dtype, backend: str) -> list[Tensor]:
+    head = draw(len(case.kinds), case.width, dtype=dtype, seed=8)
+    inputs = case.inputs(dtype)[:4]
+    return list(top_pairs(*inputs, head, n_pairs=count, backend=backend, **case.options()))
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("masks", ["none", "both", "sample"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top_pairs(
+    dtype: torch.dtype, masks: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 13 x 9 pairs in chunks of few rows; and of 5 x 4, fewer than asked for."""
+    monkeypatch.setattr(kernels, "_KEYS", 3 * 5 * 9 * 4)
+    for case in (PairCase(13, 9, masks=masks, batch=3), PairCase(5, 4, masks=masks, batch=3)):
+        found = [scores(case, count, dtype, backend) for backend in (TRITON, "reference")]
+        for name, got, want in zip(("phi", "i", "j") * 2, *found, strict=True):
+            if name == "phi":
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            else:
+                assert torch.equal(got, want), name
+
+
+def test_top_pairs_of_equal_values_are_ordered_by_place() -> None:
+    """Tokens that repeat make exact ties; zeros of either sign are equal, NaN is above all."""
+    case = PairCase(12, 10, batch=1)
+    inputs = [x.clone() for x in case.inputs(torch.float32)[:4]]
+    for x in inputs:
+        x[:, :, 3:6] = x[:, :, :3]
+        x[:, :, 9] = x[:, :, 0]
+    inputs[2][:, :, 7], inputs[3][:, :, 7] = 0.0, -0.0
+    inputs[2][:, 1, 8] = float("nan")
+    head = draw(4, case.width, seed=8)
+    found = [
+        top_pairs(*inputs, head, n_pairs=120, kinds=DEFAULT_KINDS, backend=backend)
+        for backend in (TRITON, "reference")
+    ]
+    for name, got, want in zip(found[0]._fields, *found, strict=True):
+        if "values" in name:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+    values = found[0].values
+    place = found[0].i * 10 + found[0].j
+    same = values[:, :, 1:] == values[:, :, :-1]
+    assert same.sum() > 100, "no ties were planted"
+    assert (place[:, :, 1:] > place[:, :, :-1])[same].all()
+    assert place.sort(dim=2).values.eq(torch.arange(120)).all()
+
+
+def test_top_pairs_refuses_more_places_than_a_key_holds() -> None:
+    wide = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**17, 1)
+    with pytest.raises(ValueError, match=r"top_pairs: expected La \* Lb up to 2\^32.*131072"):
+        top_pairs(*(wide,) * 4, torch.zeros(1, 1), n_pairs=1, kinds=("synergy",), backend=TRITON)
+
+
+def test_rows_far_apart_are_copied() -> None:
+    """Offsets within a block are 32 bits wide: strides that could pass them never reach a kernel."""
+    near = torch.empty(1, 1, 2, 4, device="meta")
+    far = torch.empty_strided((1, 1, 2, 4), (1, 1, 2**24 + 1, 1), device="meta")
+    apart = torch.empty_strided((1, 1, 2, 4), (1, 1, 1, 2), device="meta")
+    for x, kept in ((near, True), (far, False), (apart, False)):
+        example = PairCall(x, near, near, near, None, None, None, (2,), 1, 1.0)
+        assert (readable(example).q is x) == kept
+        assert operand(readable(example).q)[3] == 4
+
+
+def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PairCase(40, 35, 20, 36, masks="both", batch=1)
+    expected = run(case, case.inputs(torch.float32), TRITON)
+    for row in list(TABLE):
+        monkeypatch.setitem(TABLE, row, Tiles(16, 32, 16, 16, 4, 1, (0, 0, 0)))
+    found = run(case, case.inputs(torch.float32), TRITON)
+    for name, got, want in zip(NAMES, found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("architecture", TABLE.replaced)
+@pytest.mark.parametrize(
+    ("dtype", "kinds", "few"),
+    [
+        (torch.bfloat16, DEFAULT_KINDS, True),
+        (torch.bfloat16, DEFAULT_KINDS, False),
+        (torch.bfloat16, MANY, False),
+        (torch.float32, DEFAULT_KINDS, False),
+        (torch.float32, MANY, False),
+    ],
+)
+def test_tiles_of_an_architecture(
+    dtype: torch.dtype,
+    kinds: tuple[str, ...],
+    few: bool,
+    architecture: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its launch table has them; a call that is small has those of few programs, unless none is."""
+    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    if not few:
+        monkeypatch.setattr(table, "_FEW_PROGRAMS", 0)
+    case = PairCase(35, 18, 17, 20, kinds=kinds, masks="both", batch=1, reduce="pool")
+    check(case, dtype, TRITON)

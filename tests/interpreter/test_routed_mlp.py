@@ -1,0 +1,375 @@
+"""Tests of the routed MLP's Triton kernels; test_routed_triton runs them in a process of their own.
+
+There they run in Triton's interpreter, on CPU tensors. Those of routing are routing_triton_cases.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.error_budget import assert_outside_budget
+from flmoe_kernels.core.triton.launches import Launch, interpreted
+from flmoe_kernels.core.triton.tables import KNOWN
+from flmoe_kernels.ops.routed_mlp import triton as kernels
+from flmoe_kernels.ops.routed_mlp.api import dispatch, routed_mlp
+from flmoe_kernels.ops.routed_mlp.triton import launch
+from flmoe_kernels.ops.routed_mlp.triton.call import RoutedCall
+from flmoe_kernels.ops.routed_mlp.triton.launch import TABLE, Tiles
+from tests.support.inputs import as_dtype, draw
+from tests.support.routed_cases import ACTIVATIONS, NAMES, RoutedCase, check, run
+
+TRITON = "triton"
+OPS = torch.ops.flmoe
+NAN, INF = float("nan"), float("inf")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOADS = ("even", "hot", "dropped", "none")
+BASE = RoutedCase(40, 6, 9, 4, 2)
+# One token, none, several blocks of rows and of columns, chunks that are full, not full and more than one.
+SIZES = (
+    RoutedCase(17),
+    RoutedCase(1, 1, 1, 1, 1),
+    RoutedCase(0, 4, 5),
+    RoutedCase(150, 32, 64, 2),
+    RoutedCase(45, 33, 140, 3, 3),
+    RoutedCase(5, 16, 16, 64, 4),
+    RoutedCase(257, 64, 20, 2, 1),
+    RoutedCase(70, 130, 3, 3, 2),
+    RoutedCase(300, 9, 65, 3, 1),
+)
+# Every size twice, every dtype with every load.
+KINDS = list(itertools.product(DTYPES, LOADS))
+SIZED = [
+    (case, *KINDS[7 * (2 * i + j) % len(KINDS)]) for i, case in enumerate(SIZES) for j in range(2)
+]
+
+
+def test_the_interpreter_runs_them() -> None:
+    assert interpreted()
+    assert {(dtype, load) for _, dtype, load in SIZED} == set(KINDS)
+
+
+@pytest.mark.parametrize(("case", "dtype", "load"), SIZED, ids=str)
+def test_sizes(case: RoutedCase, dtype: torch.dtype, load: str) -> None:
+    check(dataclasses.replace(case, load=load), dtype, TRITON)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_and_biases(dtype: torch.dtype, act: str) -> None:
+    bias = (ACTIVATIONS.index(act) + DTYPES.index(dtype)) % 2 == 0
+    check(dataclasses.replace(BASE, act=act, bias=bias, load="dropped"), dtype, TRITON)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("choices", [1, 2, 3, 4])
+def test_choices(choices: int, bias: bool) -> None:
+    case = RoutedCase(30, experts=5, choices=choices, bias=bias, load="dropped")
+    check(case, torch.float32, TRITON)
+
+
+def test_a_wrong_result_fails() -> None:
+    """The control of the comparisons above: another activation, and an error of a thousandth."""
+    found, low, oracle = check(BASE, torch.float32, TRITON)
+    inputs, index = BASE.inputs(torch.float32), BASE.index()
+    other = run(dataclasses.replace(BASE, act="gelu_tanh"), inputs, index, TRITON)
+    for name, right, wrong, *rest in zip(NAMES, found, other, low, oracle, strict=True):
+        if name != "grad_b_out":  # the activation has no part in it
+            assert_outside_budget(wrong, *rest, name)
+        assert_outside_budget(right * (1 + 1e-3), *rest, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_eight_choices(dtype: torch.dtype) -> None:
+    """Of eight experts, so that every token has all: eight roundings of rows before they are added up."""
+    check(RoutedCase(64, 24, 40, 8, 8), dtype, TRITON)
+
+
+def with_cotangent(
+    case: RoutedCase, inputs: list[Tensor], index: Tensor, backend: str, cotangent: Tensor
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = routed_mlp(leaves[0], index, *leaves[1:], act=case.act, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("act", ["silu", "relu"])
+@pytest.mark.parametrize("which", range(7))
+def test_nan_and_inf_stay_with_the_rows_they_belong_to(which: int, act: str, value: float) -> None:
+    """In each of the inputs, or in the cotangent. The others' formulas differ where they are infinite."""
+    case = dataclasses.replace(BASE, act=act, load="dropped")
+    index, positive = case.index(), [x.abs() + 0.1 for x in case.inputs(torch.float32)]
+    places = [*positive, torch.ones_like(positive[0])]
+    places[which].view(-1)[1] = value
+    *inputs, cotangent = places
+    results = [with_cotangent(case, inputs, index, b, cotangent) for b in (TRITON, "reference")]
+    # A negative infinity may end in a relu that is off.
+    assert value == -INF or not all(x.isfinite().all() for x in results[0])
+    for name, got, want in zip(NAMES, *results, strict=True):
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(got), kind(want)), (name, kind)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_far_out(act: str) -> None:
+    """Saturated on either side, at zero, infinite: values and slopes as torch's in float64."""
+    case = RoutedCase(9, 1, 1, 1, 1, act, bias=False)
+    points = torch.tensor([-3e4, -30.0, -6.0, -0.0, 0.0, 6.0, 30.0, 3e4, float("inf")])
+    ones = torch.ones(1, 1, 1)
+    inputs = [points[:, None], torch.ones(9, 1), ones, ones]
+    index = torch.zeros(9, 1, dtype=torch.int64)
+    found = run(case, inputs, index, TRITON)[:2]
+    oracle = run(case, as_dtype(inputs, torch.float64), index, "reference")[:2]
+    for got, want in zip(found, oracle, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_nan_cotangents_pass_where_torch_passes_them(act: str) -> None:
+    """Also where the slope is 0, but for relu, which is off there."""
+    ones, index = torch.ones(1, 1, 1), torch.zeros(3, 1, dtype=torch.int64)
+    found = []
+    for backend in (TRITON, "reference"):
+        x = torch.tensor([[-300.0], [-1.0], [2.0]], requires_grad=True)
+        tail = (torch.ones(3, 1), ones, None, ones, None)
+        out = routed_mlp(x, index, *tail, act=act, backend=backend)
+        found.append(torch.autograd.grad(out, x, torch.full_like(out, float("nan")))[0])
+    assert torch.equal(found[0].isnan(), found[1].isnan())
+    assert found[0].isnan().any()
+
+
+def test_what_is_dropped_and_what_is_empty_is_exactly_zero() -> None:
+    """Whatever the weights of experts without rows are, the biases of those with, and a dropped token's values."""
+    for choices in (1, 2):
+        case = RoutedCase(20, 6, 9, 4, choices)
+        inputs, index = case.inputs(torch.float32), torch.zeros(20, choices, dtype=torch.int64)
+        index[5:] = -1
+        for x in inputs[2:]:
+            x[1:] = NAN
+        inputs[0][5:], inputs[1][5:] = NAN, INF
+        cotangent = draw(20, 6)
+        cotangent[5:] = NAN
+        found = with_cotangent(case, inputs, index, TRITON, cotangent)
+        out, grad_x, grad_weight, *grads = found
+        for x in (out, grad_x, grad_weight):
+            assert not x[5:].any()
+            assert x[:5].isfinite().all()
+            assert x[:5].any()
+        for x in grads:
+            assert not x[1:].any()
+            assert x[0].any()
+            assert x[0].isfinite().all()
+
+
+def test_the_same_bits_twice_and_for_any_layout() -> None:
+    case = RoutedCase(30, 20, 18, 3, 2, load="dropped")
+    inputs, index = case.inputs(torch.float16), case.index()
+    expected = run(case, inputs, index, TRITON)
+    layouts = (
+        (inputs, index),
+        ([torch.stack([x, x], dim=-1)[..., 0] for x in inputs], index.t().contiguous().t()),
+        ([x.mT.contiguous().mT for x in inputs], index.int()),
+    )
+    for layout, places in layouts:
+        for name, got, want in zip(NAMES, run(case, layout, places, TRITON), expected, strict=True):
+            assert torch.equal(got, want), name
+
+
+def test_a_token_may_name_an_expert_twice() -> None:
+    index = torch.randint(-1, 4, (40, 2), generator=torch.Generator().manual_seed(3))
+    index[:3] = 2
+    inputs = BASE.inputs(torch.float32)
+    found, want = (run(BASE, inputs, index, backend) for backend in (TRITON, "reference"))
+    for name, got, expected in zip(NAMES, found, want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_an_expert_in_splits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients from partial sums, some of them over no rows."""
+    monkeypatch.setattr(launch, "splits_of", lambda _call: 3)
+    for case in (RoutedCase(90, 20, 35, 2, 2, load="hot"), RoutedCase(99, 7, 9, 2, 1, bias=False)):
+        check(case, dtype, TRITON)
+
+
+def test_splits_fill_a_gpu_and_follow_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "multiprocessors", lambda _device: 132)
+    assert launch.splits_of(meta_call(16512, 2, 4, 256, 512)) == 8
+    assert launch.splits_of(meta_call(16512, 2, 16, 256, 512)) == 2
+    assert launch.splits_of(meta_call(16384, 8, 64, 2048, 1024)) == 1
+    assert launch.splits_of(meta_call(100, 1, 4, 256, 512)) == 1
+    # A kernel is compiled for each: few, however many tokens there are.
+    found = {launch.splits_of(meta_call(n, 2, 4, 128, 256)) for n in range(100, 40000, 100)}
+    assert found == {1, 2, 4, 8, 16}
+
+
+def meta_call(tokens: int, choices: int, experts: int, width: int, hidden: int) -> RoutedCall:
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return RoutedCall(
+        *(meta(tokens, width), meta(tokens, choices), meta(experts, hidden, width), None),
+        *(meta(experts, width, hidden), None, meta(experts + 1, dtype=torch.int32)),
+        *(meta(tokens * choices, dtype=torch.int32), 0),
+    )
+
+
+def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = RoutedCase(40, 20, 35, 2, 2, load="dropped")
+    inputs, index = case.inputs(torch.float32), case.index()
+    expected = run(case, inputs, index, TRITON)
+    for slices, rows in ((1, 32), (8, 16)):
+        for row in list(TABLE):
+            monkeypatch.setitem(TABLE, row, Tiles(rows, 128, 16, slices, 4, 1, (0, 0, 0)))
+        found = run(case, inputs, index, TRITON)
+        for name, got, want in zip(NAMES, found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("case", "architecture"),
+    [
+        *((RoutedCase(150, 33, 70, 2, 2, load="dropped"), one) for one in KNOWN),
+        (RoutedCase(9, 1026, 1024, 1, 1, bias=False), 90),
+    ],
+    ids=str,
+)
+def test_tiles_of_an_architecture(
+    case: RoutedCase, architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its launch table has them for odd widths and for large products."""
+    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    check(case, torch.bfloat16, TRITON)
+
+
+def test_every_tile_of_several_bands_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine blocks of rows of each expert, in bands of eight, and two blocks of columns."""
+    for row in list(TABLE):
+        monkeypatch.setitem(TABLE, row, Tiles(16, 16, 16, 1, 4, 1, (0, 0, 0)))
+    case = RoutedCase(280, 18, 20, 2, 1)
+    assert torch.bincount(case.index().view(-1)).min() > 8 * 16
+    check(case, torch.float32, TRITON)
+
+
+def test_neither_launches_nor_buffers_follow_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph captures for one load is right for every other."""
+    recorded: list[list[object]] = []
+
+    def record(launches: list[Launch], _device: torch.device) -> None:
+        for one in launches:
+            shapes = [
+                tuple(x.shape) if isinstance(x, Tensor) else x for x in one.arguments.values()
+            ]
+            recorded[-1].append((one.kernel, one.programs, shapes, one.constants))
+        run_launches(launches, _device)
+
+    run_launches = kernels.run
+    monkeypatch.setattr(kernels, "run", record)
+    for load in LOADS:
+        recorded.append([])
+        case = dataclasses.replace(BASE, load=load)
+        run(case, case.inputs(torch.float32), case.index(), TRITON)
+    assert len(recorded[0]) > 8
+    assert all(calls == recorded[0] for calls in recorded)
+
+
+def test_places_and_offsets_out_of_range_are_not_followed() -> None:
+    """Tensors that no dispatch made: rows of valid places are computed, and the call ends: an address that a wild
+    place or offset made would be far outside any tensor."""
+    x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
+    _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
+    want = kernels.forward(x, weight, w_in, b_in, w_out, b_out, offsets, permutation, 0)[1]
+    wild, far = permutation.clone(), offsets.clone()
+    wild[3], wild[7] = -(2**31), 2**31 - 1
+    far[0], far[4] = -(2**31), 2**31 - 1
+    tail = (w_in, b_in, w_out, b_out, far, wild, 0)
+    out, hidden = kernels.forward(x, weight, *tail)
+    left = torch.ones(len(want), dtype=torch.bool)
+    left[3] = left[7] = False
+    assert torch.equal(hidden[left], want[left])
+    kernels.backward(torch.ones_like(out), hidden, x, weight, *tail)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """The last rows of buffers with more than 2^31 elements, of which only those are touched."""
+    rows, width, hidden = 2**24 + 3, 128, 130
+
+    def untouched(*shape: int) -> Tensor:
+        return torch.from_numpy(np.empty(shape, np.float16))
+
+    x, grad, out, grad_x = (untouched(rows, width) for _ in range(4))
+    before, active, grad_hidden, again = (untouched(rows, hidden) for _ in range(4))
+    assert out.numel() > 2**31
+    weight, permutation = untouched(rows, 1), torch.from_numpy(np.empty(rows, np.int32))
+    last = slice(rows - 3, rows)
+    for i, tensor in enumerate((x, grad, weight)):
+        tensor[last] = draw(3, tensor.shape[1], dtype=torch.float16, seed=i)
+    permutation[last] = torch.arange(rows - 3, rows, dtype=torch.int32)
+    weights = [
+        draw(1, *s, dtype=torch.float16, seed=9, scale=0.1) for s in ((130, 128), (128, 130))
+    ]
+
+    def call(x: Tensor, weight: Tensor, permutation: Tensor, first: int, end: int) -> RoutedCall:
+        offsets = torch.tensor([first, end], dtype=torch.int32)
+        return RoutedCall(x, weight, weights[0], None, weights[1], None, offsets, permutation, 0)
+
+    big = call(x, weight, permutation, rows - 3, rows)
+    dots = torch.from_numpy(np.empty((rows, launch.dot_parts(big)), np.float32))
+    grad_w = torch.empty(1, width, 1, hidden, dtype=torch.float16)
+    for one in (
+        launch.hidden_launch(big, before, active),
+        launch.rows_launch(big, active, out),
+        launch.hidden_gradient_launch(big, grad, before, grad_hidden, again, dots),
+        launch.token_gradient_launch(big, grad_hidden, grad_x),
+        launch.weight_gradient_launch(big, (grad, True), (again, False), grad_w, None, None),
+    ):
+        one.run()
+    small = call(x[last], weight[last], torch.arange(3, dtype=torch.int32), 0, 3)
+    arguments = [getattr(small, field.name) for field in dataclasses.fields(small)]
+    expected, h = kernels.forward(*arguments)
+    grads = kernels.backward(grad[last].contiguous(), h, *arguments)
+    for got, want in zip(
+        (out[last], before[last], grad_x[last], grad_w[:, :, 0]),
+        (expected, h, grads[0], grads[4]),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+def test_what_does_not_agree_is_refused() -> None:
+    x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
+    _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
+    tail = (w_in, b_in, w_out, b_out, offsets)
+    with pytest.raises(ValueError, match=r"permutation: expected torch\.int32 \(80,\)"):
+        OPS.routed_mlp(x, weight, *tail, permutation[1:], 0, TRITON)
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32 \(40, 6\)"):
+        OPS.routed_mlp(x[1:], weight, *tail, permutation, 0, TRITON)
+    rows = 2**30 + 1
+    many = [x[:1].expand(rows, -1), weight[:1, :1].expand(rows, 1), *tail]
+    many += [permutation[:1].expand(rows)]
+    too_many = r"permutation: expected up to 2\^30 rows N \* K, got 1073741825"
+    with pytest.raises(ValueError, match=too_many):
+        kernels.forward(*many, 0)
+    hidden = w_in[0, :1, :1].expand(rows, 9)
+    with pytest.raises(ValueError, match=too_many):
+        kernels.backward(many[0], hidden, *many, 0)
+
+
+def test_opcheck() -> None:
+    case = RoutedCase(4, 3, 2, 2, 1)
+    x, weight, w_in, b_in, w_out, b_out = case.inputs(torch.float32)
+    _, offsets, permutation = dispatch(case.index(), 2, backend=TRITON)
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    tail = (w_in, b_in, w_out, b_out, offsets, permutation, 0, TRITON)
+    torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail))
+    tail = (w_in, None, w_out, None, offsets, permutation, 0, TRITON)
+    out, hidden = OPS.routed_mlp(x, weight, *tail)
+    torch.library.opcheck(
+        OPS.routed_mlp_backward.default, (torch.ones_like(out), hidden, x, weight, *tail)
+    )

@@ -1,0 +1,219 @@
+"""Autotune of every Triton kernel that has a launch table; test_tuning_triton runs this in a process of its own.
+
+There kernels run in Triton's interpreter, on CPU tensors, and a clock of written times decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import expert_attention, pair_map, pair_moe
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.launches import Launch, interpreted
+from flmoe_kernels.core.triton.tuning import cache, timer, tuner
+from flmoe_kernels.ops.expert_attention.triton import table as attention_table
+from flmoe_kernels.ops.pair_moe import triton as pair_kernels
+from flmoe_kernels.ops.pair_moe.triton import launch as pair_launch
+from flmoe_kernels.ops.pair_moe.triton import table as pair_table
+from flmoe_kernels.ops.routed_mlp.triton import launch as routed_launch
+from flmoe_kernels.ops.routed_mlp.triton import table as routed_table
+from tests.support import attention_cases as attention_cases
+from tests.support import pair_cases as pair_cases
+from tests.support import routed_cases as routed_cases
+from tests.support.inputs import as_dtype
+
+TRITON = "triton"
+PAIR = pair_cases.PairCase(20, 18, 10, 12, masks="both", batch=1, reduce="pool")
+ATTENTION = attention_cases.Case((33, 18), 1, 20, 0.5, tail=1)
+ROUTED = routed_cases.RoutedCase(40, 20, 35, 2, 2, load="dropped")
+
+
+def pair(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    return pair_cases.run(PAIR, inputs, backend)
+
+
+def attention(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    return attention_cases.run(ATTENTION, inputs, backend)
+
+
+def routed(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    return routed_cases.run(ROUTED, inputs, ROUTED.index(), backend)
+
+
+Run = Callable[[list[Tensor], str], list[Tensor]]
+Make = Callable[[torch.dtype], list[Tensor]]
+OPERATORS: dict[str, tuple[Run, Make, set[str]]] = {
+    "pair_moe": (pair, PAIR.inputs, {"accumulate", "gradient"}),
+    "expert_attention": (attention, ATTENTION.qkv, {"attend", "query_gradient", "key_gradient"}),
+    "routed_mlp": (
+        *(routed, ROUTED.inputs),
+        {"hidden", "rows", "hidden_gradient", "weight_gradient"},
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
+    # Three candidates beside the table's: the interpreter is slow.
+    for table in (pair_table, attention_table, routed_table):
+        few = {kind: tried[-3:] for kind, tried in table._TRIED.items()}
+        monkeypatch.setattr(table, "_TRIED", few)
+    tuner.forget()
+    yield tmp_path / "tuning"
+    tuner.forget()
+
+
+@dataclasses.dataclass
+class TableIsSlowest:
+    """Written times, of which the table's is the longest; keeps what it was asked to time."""
+
+    timed: list[Any] = dataclasses.field(default_factory=list)
+
+    def __call__(self, trial: tuning.Trial[Any]) -> float:
+        self.timed.append(trial.tiles)
+        # Only the table says what shared memory it takes.
+        if any(trial.tiles.shared):
+            return 1.0
+        return 1.0 / (2 + trial.tiles.rows + trial.tiles.columns / 1e3 + trial.tiles.stages / 1e6)
+
+
+def refuse(_trial: tuning.Trial[Any]) -> float:
+    raise AssertionError("nothing is to be timed")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Every launch that runs."""
+    found: list[Launch] = []
+    run = Launch.run
+
+    def record(launch: Launch) -> None:
+        found.append(launch)
+        run(launch)
+
+    monkeypatch.setattr(Launch, "run", record)
+    return found
+
+
+def test_the_interpreter_runs_them() -> None:
+    assert interpreted()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_off_by_default_and_without_a_clock_the_table_runs(name: str, folder: Path) -> None:
+    run, make, _ = OPERATORS[name]
+    inputs = make(torch.float32)
+    first = run(inputs, TRITON)
+    with tuning.autotune():
+        found = run(inputs, TRITON)
+    assert not folder.exists()
+    assert all(map(torch.equal, found, first))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in OPERATORS), ("expert_attention", torch.bfloat16)],
+    ids=str,
+)
+def test_the_fastest_runs_is_right_and_is_found_again(
+    name: str, dtype: torch.dtype, launched: list[Launch]
+) -> None:
+    run, make, kernels = OPERATORS[name]
+    inputs, clock = make(dtype), TableIsSlowest()
+    with tuning.autotune(timer=clock):
+        first = run(inputs, TRITON)
+        timed = len(clock.timed)
+        assert timed > len(kernels), "each has more than the table's"
+        assert all(map(torch.equal, first, run(inputs, TRITON)))
+    assert len(clock.timed) == timed, "each question is asked once"
+    found = {one.question.kernel: one for one in cache.findings()}
+    assert set(found) == {f"{name}.{kernel}" for kernel in kernels}
+    assert all(one.tiles != one.table and not one.refused for one in found.values())
+    check_budget(run, inputs, first)
+    # A fresh process knows nothing but the files.
+    tuner.forget()
+    launched.clear()
+    with tuning.autotune(timer=refuse):
+        again = run(inputs, TRITON)
+    assert all(map(torch.equal, first, again))
+    chosen = {(one.tiles["warps"], one.tiles["stages"]) for one in found.values()}
+    assert chosen <= {(launch.warps, launch.stages) for launch in launched}
+
+
+def check_budget(run: Run, inputs: list[Tensor], found: list[Tensor]) -> None:
+    low = run(inputs, "reference")
+    oracle = run(as_dtype(inputs, torch.float64), "reference")
+    size = max(float(x.abs().max()) for x in oracle[1:])
+    for i, (got, rough, exact) in enumerate(zip(found, low, oracle, strict=True)):
+        vanishes = i > 0 and float(exact.abs().max()) < 0.1 * size
+        assert_within_budget(
+            *(got, rough, exact, f"result {i}"),
+            magnitude=size if i else 0.0,
+            may_vanish=vanishes,
+        )
+    assert_outside_budget(torch.zeros_like(found[0]), low[0], oracle[0], "zeros")
+
+
+def test_a_map_is_tuned_too() -> None:
+    case = dataclasses.replace(PAIR, bias=False)
+    inputs = case.inputs(torch.float32)
+    head = torch.ones(len(case.kinds), case.width)
+    options: dict[str, Any] = {"kinds": case.kinds, "backend": TRITON}
+    want = pair_map(*inputs, head, **options)
+    with tuning.autotune(timer=TableIsSlowest()):
+        found = pair_map(*inputs, head, **options)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    (finding,) = cache.findings()
+    assert finding.question.kernel == "pair_moe.map"
+    assert finding.tiles != finding.table
+
+
+def test_a_capture_times_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = ROUTED.inputs(torch.float32)
+    want = routed(inputs, TRITON)
+    monkeypatch.setattr(timer, "capturing", lambda _device: True)
+    with tuning.autotune(timer=refuse):
+        found = routed(inputs, TRITON)
+    assert not folder.exists()
+    assert all(map(torch.equal, found, want))
+
+
+def test_a_buffer_cut_by_other_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a table changed between a buffer and its launch, the kernel would write past the buffer's end."""
+    wide = dataclasses.replace(PAIR, rows=200, bias=False)
+    blocks = -(-wide.rows // pair_table.TABLE["accumulate", False, True].rows)
+    assert blocks > 3
+    monkeypatch.setattr(pair_kernels, "row_blocks", lambda *_arguments: 3)
+    with pytest.raises(ValueError, match=f"y: expected partial sums of {blocks} blocks, got 3"):
+        pair_moe(*wide.inputs(torch.float32), kinds=wide.kinds, reduce="pool", backend=TRITON)
+    monkeypatch.setattr(routed_launch, "dot_parts", lambda *_arguments, **tiles: 3 - len(tiles))
+    with pytest.raises(ValueError, match="dots: expected 2 blocks of columns, got 3"):
+        routed(ROUTED.inputs(torch.float32), TRITON)
+
+
+def test_calls_of_a_bucket_share_an_answer() -> None:
+    assert [tuning.bucket(n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
+    clock = TableIsSlowest()
+    for lengths in ((33, 18), (35, 16)):
+        case = dataclasses.replace(ATTENTION, lengths=lengths)
+        q, k, v = case.qkv(torch.float32)
+        with tuning.autotune(timer=clock):
+            expert_attention(q, k, v, case.cu_seqlens, backend=TRITON)
+    assert len(list(cache.findings())) == 1
+
+
+def test_tiles_given_an_architecture_are_the_tables() -> None:
+    """What a report compiles does not follow what was found on some machine."""
+    x = torch.empty(2, 4, 8, 32, device="meta")
+    call = pair_launch.PairCall(x, x, x, x, None, None, None, (0, 1, 2, 3), 4, 1.0)
+    with tuning.autotune(timer=refuse):
+        assert pair_launch.tiles_of("gradient", call, 90) == pair_launch.tiles_of("gradient", call)

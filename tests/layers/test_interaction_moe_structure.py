@@ -1,0 +1,278 @@
+"""What `describe` reads from a layer, and everything that it must refuse by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flmoe_kernels.layers.interaction_moe.architecture import DropoutRates, build
+from flmoe_kernels.layers.interaction_moe.structure import UnsupportedLayer, check_state, describe
+from tests.support.lineage import LateFusion, Linear, fl, i2, make_layer
+
+
+def expert(layer: nn.Module, e: int = 1) -> Any:
+    return layer.interaction_experts[e].fusion_model
+
+
+def first(layer: nn.Module) -> Any:
+    return expert(layer).network[0]
+
+
+@pytest.mark.parametrize("modalities", [2, 3, 5])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_describes_the_masked_variant(modalities: int, sparse: bool) -> None:
+    layer = make_layer(
+        modalities=modalities, sparse=sparse, layers=3, heads=4, temperature=2, dropout=0.3
+    )
+    spec = describe(layer)
+    rates = DropoutRates(0.3, 0.3, 0.3, 0.3, 0.3)
+    assert dataclasses.asdict(spec) == {
+        "num_modalities": modalities,
+        "hidden_dim": 16,
+        "num_classes": 3,
+        "num_layers": 3,
+        "compat": "fl_i2moe",
+        "num_patches": None,
+        "reweight_hidden": 20,
+        "reweight_layers": 2,
+        "sparse": None,
+        "num_heads": 4,
+        "fusion_sparse": sparse,
+        "norm_eps": 1e-5,
+        "temperature": 2.0,
+        "dropout": (dataclasses.asdict(rates),) * 3,
+        "reweight_dropout": 0.5,
+    }
+
+
+def test_describes_the_variant_with_learned_positions() -> None:
+    spec = describe(make_layer(i2, modalities=3, patches=7))
+    assert (spec.compat, spec.num_patches, spec.num_modalities) == ("i2moe", 7, 3)
+
+
+def test_tells_dropout_rates_apart() -> None:
+    layer = make_layer(layers=2)
+    for experts in layer.interaction_experts:
+        part = experts.fusion_model.network[1]
+        drops = (part.attn.attn_drop, part.attn.proj_drop, part.dropout1, part.mlp.drop)
+        for i, drop in enumerate((*drops, part.dropout2)):
+            drop.p = i / 10
+    assert describe(layer).dropout == (
+        DropoutRates(0.5, 0.5, 0.5, 0.5, 0.5),
+        DropoutRates(0.0, 0.1, 0.2, 0.3, 0.4),
+    )
+
+
+@pytest.mark.parametrize("reweight_layers", [1, 2, 4])
+@pytest.mark.parametrize("variant", [fl, i2])
+def test_shapes_are_those_of_the_state_dict(variant: Any, reweight_layers: int) -> None:
+    layer = make_layer(variant, modalities=3, reweight_layers=reweight_layers)
+    spec = describe(layer)
+    shapes = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
+    assert spec.parameter_shapes() == shapes
+    assert spec.reweight_hidden == (None if reweight_layers == 1 else 20)
+
+
+@pytest.mark.parametrize("variant", [fl, i2])
+def test_builds_a_reference_that_loads_it_and_is_described_alike(variant: Any) -> None:
+    layer = make_layer(variant, sparse=True, heads=4, temperature=3.0, dropout=0.25)
+    spec = describe(layer)
+    reference = build(spec, 4, 3.0, 0.25, fusion_sparse=True)
+    reference.load_state_dict(layer.state_dict(), strict=True)
+    assert describe(reference) == spec
+    with pytest.raises(ValueError, match="temperature"):
+        build(spec, 4, 0.0)
+    with pytest.raises(ValueError, match="num_heads=3"):
+        build(spec, 3)
+
+
+def with_head(layer: nn.Module, head: nn.Module) -> None:
+    expert(layer).network[2] = head
+
+
+def smaller_expert(layer: Any) -> None:
+    layer.interaction_experts[1].fusion_model = fl.Transformer(2, 5, 8, 3)
+
+
+def set_rate(layer: nn.Module, rate: float) -> None:
+    first(layer).mlp.drop.p = rate
+
+
+def parametrized(layer: nn.Module) -> None:
+    nn.utils.parametrize.register_parametrization(first(layer).attn.q, "weight", nn.Identity())
+
+
+class Adapted(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+BREAKS: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("modalities missing", lambda x: delattr(x, "num_modalities"), "num_modalities.*int.*None"),
+    ("one modality", lambda x: setattr(x, "num_modalities", 1), "num_modalities.*at least 2"),
+    (
+        "experts missing",
+        lambda x: delattr(x, "interaction_experts"),
+        "interaction_experts.*nothing",
+    ),
+    ("an expert less", lambda x: x.interaction_experts.pop(0), "expected 4 experts.*got 3"),
+    (
+        "sparse apart",
+        lambda x: setattr(x.interaction_experts[1], "fusion_sparse", True),
+        r"experts\.1\.fusion_sparse",
+    ),
+    (
+        "unknown fusion",
+        lambda x: setattr(x.interaction_experts[1], "fusion_model", LateFusion(2, 16, 3)),
+        r"experts\.1\.fusion_model.*LateFusion",
+    ),
+    (
+        "head alone",
+        lambda x: setattr(expert(x), "network", nn.Sequential(Linear(32, 3))),
+        "layers and a head, got 1",
+    ),
+    (
+        "network of another kind",
+        lambda x: setattr(expert(x), "network", nn.Linear(2, 2)),
+        "network.*Sequential.*Linear",
+    ),
+    ("no fc", lambda x: with_head(x, nn.Linear(32, 3)), r"network\.2\.fc"),
+    ("head width", lambda x: with_head(x, Linear(16, 3)), r"network\.2\.fc.*from 32.*got 16"),
+    ("other classes", lambda x: with_head(x, Linear(32, 4)), r"experts\.1: num_classes is 4, 3"),
+    ("expert width", smaller_expert, r"experts\.1: hidden_dim is 8, 16"),
+    ("rate differs", lambda x: set_rate(x, 0.4), r"experts\.1: dropout"),
+    ("cross-attention", lambda x: setattr(first(x), "self_attn", False), "cross-attention"),
+    ("norm kind", lambda x: setattr(first(x), "norm2", nn.RMSNorm(16)), "norm2.*RMSNorm"),
+    ("norm width", lambda x: setattr(first(x), "norm2", nn.LayerNorm(8)), r"norm2.*16, got \(8,\)"),
+    (
+        "norm without affine",
+        lambda x: setattr(first(x), "norm2", nn.LayerNorm(16, elementwise_affine=False)),
+        "norm2.*affine",
+    ),
+    (
+        "norm without bias",
+        lambda x: setattr(first(x), "norm1", nn.LayerNorm(16, bias=False)),
+        "norm1.*affine",
+    ),
+    ("eps of a norm", lambda x: setattr(first(x).norm2, "eps", 1e-3), "norm2: eps is 0.001"),
+    ("heads", lambda x: setattr(first(x).attn, "num_heads", 3), "num_heads.*divisor of 16, got 3"),
+    ("heads of a layer", lambda x: heads(first(x), 4), r"layers differ in num_heads, \[2, 4\]"),
+    ("scale", lambda x: setattr(first(x).attn, "scale", 1.0), "scale.*0.353553, got 1.0"),
+    ("q bias", lambda x: setattr(first(x).attn, "q", nn.Linear(16, 16)), "attn.q.*bias"),
+    ("kv bias", lambda x: setattr(first(x).attn, "kv", nn.Linear(16, 32)), "attn.kv.*bias"),
+    (
+        "proj without bias",
+        lambda x: setattr(first(x).attn, "proj", nn.Linear(16, 16, bias=False)),
+        "attn.proj: has no bias",
+    ),
+    (
+        "linear of another forward",
+        lambda x: setattr(first(x).attn, "proj", Adapted(16, 16)),
+        "attn.proj.*Linear, got Adapted",
+    ),
+    ("drop kind", lambda x: setattr(first(x), "dropout1", nn.Identity()), "dropout1.*Identity"),
+    (
+        "mlp length",
+        lambda x: first(x).mlp.network.append(nn.ReLU()),
+        "Linear, GELU, Dropout, Linear",
+    ),
+    ("activation", lambda x: first(x).mlp.network.__setitem__(1, nn.ReLU()), "GELU, got ReLU"),
+    (
+        "tanh GELU",
+        lambda x: first(x).mlp.network.__setitem__(1, nn.GELU(approximate="tanh")),
+        "exact erf",
+    ),
+    (
+        "mlp width",
+        lambda x: first(x).mlp.network.__setitem__(0, nn.Linear(16, 64)),
+        "from 16 to 32, got 16 to 64",
+    ),
+    (
+        "extra parameter",
+        lambda x: x.register_parameter("g", param(2)),
+        "g: an unexpected parameter",
+    ),
+    ("extra buffer", lambda x: first(x).register_buffer("b", param(2).data), "b: an unexpected"),
+    ("parametrized", parametrized, "attn.q.*Linear|unexpected parameter"),
+    ("mixed dtype", lambda x: first(x).norm1.bfloat16(), "differ in dtype.*bfloat16"),
+    ("mixed device", lambda x: first(x).norm1.to("meta"), "differ in device.*meta"),
+    ("own forward", lambda x: setattr(first(x), "forward", print), "forward: replaced"),
+    ("own inference", lambda x: setattr(x, "inference", print), "inference: replaced"),
+    ("temperature", lambda x: setattr(x.reweight, "temperature", 0), "temperature.*positive"),
+    ("reweight length", lambda x: x.reweight.mlp.network.append(nn.ReLU()), "any number of ReLU"),
+    ("reweight act", lambda x: x.reweight.mlp.network.__setitem__(1, nn.GELU()), "ReLU, got GELU"),
+    ("no reweight", lambda x: delattr(x, "reweight"), "reweight.*nothing"),
+    (
+        "reweight width",
+        lambda x: x.reweight.mlp.network.__setitem__(0, nn.Linear(31, 20)),
+        "from 32 to 20, got 31",
+    ),
+    (
+        "positions without the modality",
+        lambda x: setattr(expert(x), "pos_embed", param(1, 7, 16)),
+        r"pos_embed.*2 \* tokens.*\(1, 7, 16\)",
+    ),
+    (
+        "positions of one",
+        lambda x: setattr(expert(x), "pos_embed", param(1, 8, 16)),
+        "compat is i2",
+    ),
+    ("positions no tensor", lambda x: setattr(expert(x), "pos_embed", "learned"), "pos_embed.*str"),
+]
+
+
+def param(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+def heads(part: Any, number: int) -> None:
+    part.attn.num_heads, part.attn.scale = number, (16 // number) ** -0.5
+
+
+@pytest.mark.parametrize(("broken", "message"), [pytest.param(b, m, id=i) for i, b, m in BREAKS])
+def test_refuses(broken: Callable[[nn.Module], Any], message: str) -> None:
+    layer = make_layer()
+    describe(layer)
+    broken(layer)
+    with pytest.raises(UnsupportedLayer, match=message):
+        describe(layer)
+
+
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_post_hook",
+)
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_state_refuses_a_hook_inside_but_not_on_the_layer(kind: str) -> None:
+    layer = make_layer()
+    getattr(layer, kind)(lambda *_: None)
+    check_state(layer)
+    handle = getattr(first(layer).attn, kind)(lambda *_: None)
+    with pytest.raises(UnsupportedLayer, match=r"network\.0\.attn: carries a hook"):
+        check_state(layer)
+    handle.remove()
+    check_state(layer)
+
+
+def test_state_refuses_dropout_in_another_mode_and_a_compiled_layer() -> None:
+    layer = make_layer().train()
+    check_state(layer)
+    first(layer).dropout1.eval()
+    with pytest.raises(UnsupportedLayer, match=r"dropout1: in eval mode.*train mode"):
+        check_state(layer)
+    layer.eval()
+    check_state(layer)
+    layer.compile(backend="eager")
+    with pytest.raises(UnsupportedLayer, match="swap first, then compile"):
+        check_state(layer)

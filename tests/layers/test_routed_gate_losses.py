@@ -1,0 +1,295 @@
+"""The gates' losses: which calls they are the sum of, and that half precision does not count in them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.layers.routed_mlp.gates import (
+    Gate,
+    GShardGate,
+    NaiveGate,
+    NoisyGate,
+    SwitchGate,
+    variation,
+)
+from tests.support.inputs import draw
+from tests.support.routed_gates import D, E, N, call, every_gate, make
+
+
+@every_gate
+def test_losses_of_a_step_add_up(name: str) -> None:
+    gate, parts = make(name), [draw(N, D, seed=i) for i in range(3)]
+    apart = [call(gate, part)[2] for part in parts]
+    for part in parts:
+        torch.manual_seed(1)
+        gate(part)
+    total = gate.get_loss(clear=False)
+    assert total is not None
+    torch.testing.assert_close(total, sum(apart))
+    assert gate.get_loss() is total
+    assert gate.get_loss() is None
+    if name != "naive":
+        assert all(total != loss for loss in apart), "the control: one call's loss alone"
+
+
+def test_losses_that_are_not_trained_on_replace_each_other() -> None:
+    gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
+    of_x, of_y = call(gate, x)[2], call(gate, y)[2]
+    assert of_x != of_y
+
+    for training in (True, False):
+        gate.train(training)
+        with torch.set_grad_enabled(not training):
+            gate(y), gate(x)
+        assert gate.get_loss(clear=False) == of_x
+        assert gate.has_loss
+        gate.train()
+        gate(y)
+        loss = gate.get_loss()
+        assert loss is not None
+        assert loss == of_y, "a training loss does not add to it"
+        assert loss.requires_grad
+
+
+def test_a_look_in_between_leaves_the_losses_of_a_training_step() -> None:
+    gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
+    expected = call(gate, x)[2] + call(gate, y)[2]
+    gate(x)
+    with torch.no_grad():
+        gate(y)
+    gate.eval()
+    gate(y)
+    gate.train()
+    gate(y)
+    found = gate.get_loss()
+    assert found is not None
+    assert found == expected
+    assert found.requires_grad
+
+
+def objective(gate: Gate, *parts: Tensor) -> Tensor:
+    """Of several calls; a square, because the weights of a token sum to 1."""
+    return torch.stack([gate(part).weight.square().sum() for part in parts]).sum()
+
+
+@every_gate
+def test_a_step_whose_loss_nobody_takes_does_not_reach_the_next(name: str) -> None:
+    gate, x, y = make(name), draw(N, D), draw(N, D, seed=9)
+    apart = [call(gate, part)[2] for part in (x, y)]
+    objective(gate, x, y).backward()
+    assert gate.has_loss, "it can still be looked at"
+    torch.manual_seed(1)
+    total = gate(x).weight.square().sum()
+    torch.manual_seed(1)
+    total = total + gate(y).weight.square().sum()
+    loss = gate.get_loss()
+    assert loss is not None
+    torch.testing.assert_close(loss, sum(apart), msg="of both calls, and of no other")
+    (total + loss).backward()
+
+    objective(gate, x).backward()
+    gate.eval()
+    gate(y)
+    expected = call(gate, y)[2]
+    objective(gate.train(), x).backward()
+    gate.eval()
+    gate(y)
+    assert gate.get_loss() == expected, "of an evaluation after it"
+
+
+@every_gate
+def test_the_backward_pass_of_another_step_ends_nothing(name: str) -> None:
+    """Steps that overlap: the second has begun when the first goes backward."""
+    gate, x, y = make(name), draw(N, D), draw(N, D, seed=9)
+    apart = [call(gate, part)[2] for part in (x, y)]
+    first, of_first = gate(x).weight.square().sum(), gate.get_loss()
+    torch.manual_seed(1)
+    second = gate(x).weight.square().sum()
+    (first + of_first).backward()
+    torch.manual_seed(1)
+    second = second + gate(y).weight.square().sum()
+    loss = gate.get_loss()
+    assert loss is not None
+    torch.testing.assert_close(loss, sum(apart))
+    (second + loss).backward()
+    assert not gate.has_loss
+
+
+def test_which_backward_passes_end_a_step() -> None:
+    gate, x = make("gshard"), draw(N, D).requires_grad_()
+    of_x = call(gate, x)[2].detach()
+    out = objective(gate, x)
+    torch.autograd.grad(out, x, create_graph=True)
+    out = out + objective(gate, x)
+    assert gate.get_loss(clear=False) == 2 * of_x, "a penalty on gradients keeps the graph"
+    out.backward(retain_graph=True)
+    loss = gate.get_loss(clear=False)
+    assert loss == 2 * of_x, "taken after the outputs' own pass"
+    assert loss is not None
+    loss.backward()
+    gate(x)
+    assert gate.get_loss(clear=False) == of_x
+    loss = gate.get_loss(clear=False)
+    assert loss is not None
+    loss.backward()
+    gate(x)
+    assert gate.get_loss() == of_x, "the loss alone"
+
+    for parameter in gate.parameters():
+        parameter.requires_grad_(False)
+    still = x.detach()
+    gate(still), gate(still)
+    loss = gate.get_loss()
+    assert loss is not None
+    assert loss == 2 * of_x
+    assert not loss.requires_grad
+
+
+def test_losses_that_nobody_takes_hold_no_graphs() -> None:
+    gate, x = make("gshard"), draw(4, D)
+    first = draw(4, D).requires_grad_()
+    graph = weakref.ref(first)
+    out = objective(gate, first)
+    del first
+    gc.collect()
+    assert graph() is not None, "the control: until then its graph is needed"
+    out.backward()
+    del out
+    gate(x)
+    gc.collect()
+    assert graph() is None
+
+    held = make("noisy")
+    objective(held, x)
+    watched = weakref.ref(held)
+    del held
+    gc.collect()
+    assert watched() is None, "the graph does not hold the gate"
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_checkpoints_within_a_step(taken: bool) -> None:
+    """Two checkpointed calls, and losses that are taken in one step and not in the other."""
+    gate, x, y = make("gshard"), draw(N, D).requires_grad_(), draw(N, D, seed=9)
+    expected = call(gate, x)[2] + call(gate, y)[2]
+
+    def out(part: Tensor) -> Tensor:
+        weights = torch.utils.checkpoint.checkpoint(
+            lambda z: gate(z).weight.square(), part, use_reentrant=False
+        )
+        return weights.sum()
+
+    for use in (taken, True):
+        total = out(x) + out(y)
+        loss = gate.get_loss(clear=use)
+        assert loss is not None
+        torch.testing.assert_close(loss, expected)
+        (total + loss if use else total).backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_does_not_count_twice(reentrant: bool) -> None:
+    gate, x = make("gshard"), draw(N, D).requires_grad_()
+    expected = call(gate, x)[2]
+
+    def weights(x: Tensor) -> Tensor:
+        return gate(x).weight
+
+    def gradients(weight: Tensor) -> tuple[Tensor, ...]:
+        loss = gate.get_loss()
+        assert loss is not None
+        assert loss == expected
+        total = weight[:, 0].sum() + (0.0 if reentrant else loss)
+        for parameter in gate.parameters():
+            parameter.grad = None
+        total.backward()
+        assert gate.get_loss() is None
+        return tuple(p.grad for p in gate.parameters() if p.grad is not None)
+
+    again = gradients(torch.utils.checkpoint.checkpoint(weights, x, use_reentrant=reentrant))
+    torch.testing.assert_close(again, gradients(weights(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_loss_but_zero_is_zero(dtype: torch.dtype) -> None:
+    """Sums of logits overflow in half precision, and some are infinite: 0 times them is not 0."""
+    gate = NaiveGate(D, E).to(dtype)
+    with torch.no_grad():
+        gate.gate.bias.fill_(60000.0)
+        gate.gate.bias[0] = torch.inf
+    gate(torch.zeros(N, D, dtype=dtype))
+    loss = gate.get_loss()
+    assert loss is not None
+    assert loss.item() == 0.0
+    loss.backward()
+    assert gate.gate.bias.grad is not None
+    assert not gate.gate.bias.grad.any()
+    assert variation(torch.full((1,), torch.inf)) == 0.0
+
+
+def hot(gate: Gate, dtype: torch.dtype, tokens: int = 70000) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a step under autocast in which one expert is every token's; all logits, all noise."""
+    x = draw(tokens, D)
+    noise = draw(tokens, gate.tot_expert, seed=4)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.mul_(0.1)
+        if isinstance(gate, NaiveGate):
+            gate.gate.bias[1] += 9.0
+    with torch.autocast("cpu", dtype=dtype), mock.patch.object(torch, "randn_like") as drawn:
+        drawn.side_effect = lambda like: noise.to(like.dtype)
+        gate(x)
+        logits = gate.clean_logits(x)
+    loss = gate.get_loss()
+    assert loss is not None
+    return loss.detach(), logits.detach(), noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gshard", "switch"])
+def test_balance_loss_is_not_counted_in_half(name: str, dtype: torch.dtype) -> None:
+    gate = make(name)
+    assert isinstance(gate, GShardGate | SwitchGate)
+    if isinstance(gate, SwitchGate):
+        gate.switch_eps = 0.0
+    loss, logits, _ = hot(gate, dtype)
+    p = logits.double().softmax(dim=1)
+    shares = torch.nn.functional.one_hot(logits.argmax(dim=1), E).double().mean(dim=0)
+    assert shares[1] > 0.99
+    exact = E * (shares * p.mean(dim=0)).sum()
+    own = E * (shares.float() * p.float().mean(dim=0)).sum()
+    assert_within_budget(loss, own, exact, name)
+    assert_outside_budget(loss.to(dtype), own, exact, "a loss of half precision")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noisy_loss_is_not_counted_in_half(dtype: torch.dtype) -> None:
+    gate = make("noisy")
+    assert isinstance(gate, NoisyGate)
+    with torch.no_grad():
+        # A deviation of about 1e-2: what half precision holds of it, the formula gets too.
+        gate.w_noise.zero_()
+    loss, clean, noise = hot(gate, dtype)
+    deviation = torch.nn.functional.softplus(torch.zeros((), dtype=dtype)) + gate.noise_epsilon
+    noisy = clean + noise.to(dtype) * deviation
+    best, order = noisy.sort(dim=1, descending=True, stable=True)
+    results = []
+    for kind in (torch.float32, torch.float64):
+        weight = best[:, :2].to(kind).softmax(dim=1).to(dtype).to(kind)
+        importance = torch.zeros(E, dtype=kind).scatter_add_(
+            0, order[:, :2].flatten(), weight.flatten()
+        )
+        rival = torch.where(noisy > best[:, 2:3], best[:, 2:3], best[:, 1:2]).to(kind)
+        load = torch.special.ndtr((clean.to(kind) - rival) / deviation.to(kind)).sum(dim=0)
+        results.append(variation(importance) + variation(load))
+    own, exact = results
+    assert_within_budget(loss, own, exact, "noisy")
+    assert_outside_budget(loss.to(dtype), own, exact, "a loss of half precision")

@@ -1,0 +1,423 @@
+"""RoutedMLP: what it computes, and what it keeps of the published module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+from flmoe_kernels import BackendUnavailable, RoutedMLP
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.layers.routed_mlp.gates import GShardGate, NoisyGate
+from flmoe_kernels.layers.routed_mlp.structure import activation_name
+from flmoe_kernels.ops.routed_mlp import reference
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from tests.support import lineage_sparse as lineage
+from tests.support.inputs import draw
+from tests.support.routed_layers import GATES, D, E, F, every_gate, make
+
+
+def lifted(mlp: nn.Module) -> nn.Module:
+    """No row is dropped: which ones are is where the published module is not defined."""
+    for part in mlp.modules():
+        if hasattr(part, "capacity"):
+            part.capacity = (float(E), float(E))
+    return mlp
+
+
+def expected_output(mlp: RoutedMLP, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """By the reference in dtype, of the choices and weights of the last call."""
+    index, weight = mlp.last_topk_indices, mlp.last_topk_scores
+    assert index is not None
+    assert weight is not None
+    first, second = mlp.experts.htoh4, mlp.experts.h4toh
+    parameters = [p.to(dtype) for p in (first.weight, first.bias, second.weight, second.bias)]
+    rows = x.reshape(-1, D).to(dtype)
+    out = reference.routed_mlp(rows, index, weight.to(dtype), *parameters, mlp.act)
+    return out.view(x.shape)
+
+
+@every_gate
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_output_within_budget(gate: str, dtype: torch.dtype, training: bool) -> None:
+    mlp = make(gate).train(training).to(dtype)
+    x = draw(3, 13, D).to(dtype)
+    with torch.no_grad():
+        found = mlp(x)
+        own, exact = (expected_output(mlp, x, kind) for kind in (dtype, torch.float64))
+    assert_within_budget(found, own, exact, f"out of {gate}")
+    assert_outside_budget(found.flip(0), own, exact, "tokens in another order")
+
+
+@every_gate
+def test_gradients_within_budget(gate: str) -> None:
+    x = draw(31, D)
+    results = []
+    for backend, kind in (
+        (None, torch.float32),
+        ("reference", torch.float32),
+        ("reference", torch.float64),
+    ):
+        mlp = make(gate, backend=backend).eval().to(kind)
+        leaf = x.to(kind).requires_grad_()
+        out = mlp(leaf)
+        loss = mlp.gate_loss()
+        assert loss is not None
+        parameters = {name: p for name, p in mlp.named_parameters() if "noise" not in name}
+        total = (out * draw(31, D, dtype=torch.float64, seed=3).to(kind)).sum() + 0.1 * loss
+        grads = torch.autograd.grad(total, [leaf, *parameters.values()])
+        results.append((mlp.last_topk_indices, ["x", *parameters], grads))
+    assert all(torch.equal(indices, results[0][0]) for indices, _, _ in results)
+    for name, found, own, exact in zip(
+        results[0][1], *(grads for _, _, grads in results), strict=True
+    ):
+        size = float(exact.abs().max())
+        assert_within_budget(found, own, exact, f"gradient of {name}", magnitude=max(size, 1e-2))
+
+
+@every_gate
+def test_computes_what_the_published_module_does(gate: str) -> None:
+    published = lifted(lineage.make_mlp({"NoisyGate": "AddtionalNoisyGate"}.get(gate, gate))).eval()
+    mlp = lifted(make(gate)).eval()
+    mlp.load_state_dict(published.state_dict())
+    x = draw(2, 21, D)
+    with torch.no_grad():
+        found, own = mlp(x), published(x)
+        exact = copy.deepcopy(published).double()(x.double())
+    assert_within_budget(found, own, exact, gate)
+    assert mlp.last_topk_indices.sort(1).values.equal(published.last_topk_indices.sort(1).values)
+    with torch.no_grad():
+        mlp.experts.h4toh.weight[int(mlp.last_topk_indices[0, 0])] = 0.0
+        assert_outside_budget(mlp(x), own, exact, "an expert less")
+
+
+@pytest.mark.parametrize("shape", [(D,), (1, D), (0, D), (2, 0, D), (7, D), (2, 3, 5, D)])
+@pytest.mark.parametrize("training", [True, False])
+@every_gate
+def test_any_leading_shape(gate: str, training: bool, shape: tuple[int, ...]) -> None:
+    mlp = make(gate).train(training)
+    out = mlp(draw(*shape).requires_grad_())
+    assert out.shape == shape
+    loss = mlp.gate_loss()
+    assert loss is not None
+    assert bool(loss.isfinite())
+    (out.sum() + loss).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in mlp.parameters() if p.grad is not None)
+
+
+def test_a_view_of_the_input_is_as_good() -> None:
+    mlp, x = make().eval(), draw(D, 6, 4)
+    torch.testing.assert_close(mlp(x.permute(2, 1, 0)), mlp(x.permute(2, 1, 0).contiguous()))
+
+
+@every_gate
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_is_nothing(gate: str, training: bool) -> None:
+    mlp = make(gate).train(training)
+    mask = torch.arange(3 * 14).view(3, 14) % 3 != 1
+    results = []
+    for filling in (0.0, float("nan"), 1e4):
+        x = draw(3, 14, D).masked_fill(~mask[..., None], filling).requires_grad_()
+        torch.manual_seed(5)
+        out = mlp(x, mask)
+        loss = mlp.gate_loss()
+        grads = torch.autograd.grad(
+            out.sum() + loss, [x, *mlp.parameters()], allow_unused=True, materialize_grads=True
+        )
+        assert not out[~mask].any()
+        assert out[mask].any(dim=1).float().mean() > 0.8
+        assert (mlp.last_topk_indices.view(3, 14, -1)[~mask] == -1).all()
+        assert not grads[0][~mask].any()
+        results.append((out, loss, *grads))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    torch.manual_seed(5)
+    if gate != "NaiveGate":
+        mlp(draw(3, 14, D))
+        assert not torch.equal(mlp.gate_loss(), results[0][1]), "the control: padding that counts"
+
+
+def test_padding_takes_no_place() -> None:
+    """All tokens want one expert; its places go to the first valid ones."""
+    mlp = make().eval()
+    with torch.no_grad():
+        mlp.gate.gate.bias.copy_(torch.tensor([50.0, 25.0, 0, 0, 0]))
+    mlp.gate.capacity = (0.5, 0.5)
+    mask = torch.arange(40) >= 12
+    mlp(draw(40, D), mask)
+    places = mlp.gate.rows_per_expert(40)
+    assert 0 < places < 28, "or nothing would be dropped"
+    kept = (mlp.last_topk_indices == 0).any(dim=1).nonzero().flatten()
+    assert kept.tolist() == list(range(12, 12 + places))
+
+
+def test_all_padding() -> None:
+    for gate in GATES:
+        mlp = make(gate)
+        out = mlp(draw(6, D), torch.zeros(6, dtype=torch.bool))
+        assert not out.any()
+        assert bool(mlp.gate_loss().isfinite())
+
+
+@every_gate
+def test_pre_mix_outputs(gate: str) -> None:
+    mlp, x = make(gate).eval(), draw(2, 15, D)
+    if gate != "NaiveGate" and hasattr(mlp.gate, "capacity"):
+        mlp.gate.capacity = (0.5, 0.5)
+    plain = mlp(x)
+    assert mlp.last_topk_pre_mix is None
+    mlp.capture_topk_pre_mix = True
+    out = mlp(x)
+    pre_mix, index, weight = mlp.last_topk_pre_mix, mlp.last_topk_indices, mlp.last_topk_scores
+    assert pre_mix.shape == (*index.shape, D) == (30, mlp.top_k, D)
+    assert pre_mix[index >= 0].any(dim=1).all()
+    assert not pre_mix[index < 0].any()
+    assert bool((index < 0).any()) == (gate in ("GShardGate", "SwitchGate"))
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(out.view(30, D), (weight[..., None] * pre_mix).sum(1))
+
+    loss = pre_mix.square().sum() + weight.square().sum()
+    grads = torch.autograd.grad(loss, list(mlp.experts.parameters()), retain_graph=True)
+    assert all(bool(grad.any()) for grad in grads)
+    router = mlp.gate.w_gate if gate == "NoisyGate" else mlp.gate.gate.weight
+    assert torch.autograd.grad(loss, router)[0].any()
+    mlp.capture_topk_pre_mix = False
+    mlp(x)
+    assert mlp.last_topk_pre_mix is None
+
+
+def test_pre_mix_is_the_published_one() -> None:
+    published, mlp = lifted(lineage.make_mlp()).eval(), lifted(make()).eval()
+    mlp.load_state_dict(published.state_dict())
+    published.capture_topk_pre_mix = mlp.capture_topk_pre_mix = True
+    x = draw(25, D)
+    mlp(x), published(x)
+    torch.testing.assert_close(mlp.last_topk_pre_mix, published.last_topk_pre_mix)
+
+
+def test_all_calls_of_a_step_count_in_the_loss() -> None:
+    """As FL-I2MoE calls it: once per modality. The published gate would keep the last one's loss."""
+    mlp, parts = make(), [draw(2, 9, D), draw(2, 6, D, seed=4)]
+    apart = []
+    for part in parts:
+        mlp(part)
+        apart.append(mlp.gate_loss())
+    assert apart[0] != apart[1]
+    for part in parts:
+        mlp(part)
+    total = mlp.gate_loss(clear=False)
+    torch.testing.assert_close(total, sum(apart))
+    assert mlp.gate_loss() is total
+    assert mlp.gate_loss() is None
+    found = torch.autograd.grad(total, mlp.gate.gate.weight)[0]
+    expected = torch.autograd.grad(sum(apart), mlp.gate.gate.weight)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_parts_and_names_are_the_published_ones() -> None:
+    mlp, published = make(n_router=3), lineage.make_mlp(n_router=3)
+    assert mlp.gate is mlp.all_gates["0"]
+    assert list(mlp.state_dict()) == list(published.state_dict())
+    assert mlp.last_tot_expert == E
+    assert {p.dp_comm for p in mlp.experts.parameters()} == {"none"}
+    mlp(draw(5, D)).sum().backward()
+    assert mlp.gate.gate.weight.grad is not None
+    spare = [p for r in ("1", "2") for p in mlp.all_gates[r].parameters()]
+    assert all(p.grad is None for p in spare)
+    assert mlp.all_gates["1"].get_loss() is None
+    assert type(RoutedMLP(E, D, F, gate="AddtionalNoisyGate").gate) is NoisyGate
+    assert type(RoutedMLP(E, D, F, gate=GShardGate).gate) is GShardGate
+    assert RoutedMLP(E, D, F).gate.top_k == 2
+
+
+def test_experts_begin_as_linear_maps_do() -> None:
+    mlp = RoutedMLP(E, 64, 96)
+    for part, fan_in in ((mlp.experts.htoh4, 64), (mlp.experts.h4toh, 96)):
+        assert not part.bias.any()
+        largest = part.weight.detach().abs().flatten(1).amax(dim=1)
+        assert torch.allclose(largest, torch.full((E,), fan_in**-0.5), rtol=0.02)
+
+
+def test_activations() -> None:
+    x = draw(9, D)
+    outputs = []
+    for module in (nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.SiLU()):
+        mlp = make("NaiveGate", activation=module).eval()
+        found = mlp(x)
+        own, exact = (expected_output(mlp, x, kind) for kind in (torch.float32, torch.float64))
+        assert_within_budget(found, own, exact, str(module))
+        outputs.append(found)
+    assert len({float(out.detach().sum()) for out in outputs}) == 4
+    for other in (nn.Tanh(), torch.relu, "gelu"):
+        with pytest.raises(TypeError, match=r"activation: expected nn\.GELU, nn\.ReLU or nn\.SiLU"):
+            activation_name(other)
+
+
+@every_gate
+def test_compiles_whole(gate: str) -> None:
+    torch.compiler.reset()
+    mlp = make(gate).eval()
+    x, mask = draw(2, 9, D), torch.arange(18).view(2, 9) % 4 != 0
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    for arguments in ((x,), (x, mask)):
+        found = compiled(*arguments)
+        loss, index = mlp.gate_loss(), mlp.last_topk_indices
+        expected = mlp(*arguments)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(loss, mlp.gate_loss())
+        assert torch.equal(index, mlp.last_topk_indices)
+
+
+def test_a_training_step_compiles_whole() -> None:
+    torch.compiler.reset()
+    mlp, parts = make(), [draw(2, 9, D), draw(2, 9, D, seed=4)]
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (compiled, compiled, mlp):
+        mlp.zero_grad()
+        out = sum(call(part).sum() for part in parts)
+        loss = mlp.gate_loss()
+        (out + loss).backward()
+        results.append([out, loss, *(p.grad for p in mlp.parameters())])
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[2])
+
+
+def test_many_calls_of_a_step_compile_once() -> None:
+    """As FL-I2MoE calls a layer: for every modality of every view. Their number is compiled into nothing."""
+    torch.compiler.reset()
+    mlp, x = make(), draw(9, D)
+    counter = CompileCounter()
+    compiled = torch.compile(mlp, fullgraph=True, backend=counter)
+    for step in range(3):
+        out = sum(compiled(x).square().sum() for _ in range(12))
+        loss = mlp.gate_loss()
+        assert loss is not None
+        torch.testing.assert_close(loss, 12 * alone(mlp, x))
+        (out + loss).backward()
+        if step == 0:
+            first = counter.frame_count
+    assert counter.frame_count == first <= 3
+
+
+def alone(mlp: RoutedMLP, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        mlp(x)
+    loss = mlp.gate_loss()
+    assert loss is not None
+    return loss
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_compiled_code_and_checkpoints(where: str) -> None:
+    """Inside of one it counts again: what the second get_loss of a step is for. Outside it does not."""
+    torch.compiler.reset()
+    mlp, head, x = make(), nn.Linear(D, D), draw(9, D)
+    part = torch.compile(mlp, backend="aot_eager") if where == "inside" else mlp
+
+    def whole(x: Tensor) -> Tensor:
+        return checkpoint(lambda z: head(part(z)).relu(), x, use_reentrant=False)
+
+    call = torch.compile(whole, backend="aot_eager") if where == "outside" else whole
+    expected = alone(mlp, x)
+    for _ in range(3):
+        out, loss = call(x).sum(), mlp.gate_loss()
+        assert loss is not None
+        torch.testing.assert_close(loss, expected)
+        (out + loss).backward()
+        again = mlp.gate_loss()
+        assert (again is None) == (where == "outside")
+
+
+@every_gate
+def test_training_with_and_without_the_loss(gate: str) -> None:
+    """A loss enters every other step; what the steps between left behind is in none of them."""
+    mlp, x = make(gate), draw(9, D)
+    for step in range(4):
+        torch.manual_seed(6)
+        out = mlp(x).square().sum()
+        loss = mlp.gate_loss(clear=step % 2 == 1)
+        assert loss is not None
+        if step == 0:
+            expected = loss.detach()
+        assert loss == expected
+        (out + loss if step % 2 else out).backward()
+
+
+@every_gate
+def test_autocast_is_that_of_linear_maps(gate: str) -> None:
+    mlp, x = make(gate), draw(11, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mlp(x)
+        assert out.dtype == nn.Linear(D, D)(x).dtype == torch.bfloat16
+        wide = copy.deepcopy(mlp).double()
+        assert wide(x.double()).dtype == torch.float64
+    (out.float().sum() + mlp.gate_loss()).backward()
+    assert mlp.experts.htoh4.weight.grad.dtype == torch.float32
+    assert mlp.experts.htoh4.weight.grad.any()
+    with torch.no_grad():
+        own, exact = (
+            expected_output(mlp, x.bfloat16(), k) for k in (torch.bfloat16, torch.float64)
+        )
+    assert_within_budget(out.detach(), own, exact, gate)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_is_not_seen_by_the_function(dtype: torch.dtype, backend: str | None) -> None:
+    x, index = draw(11, D), torch.arange(22).view(11, 2) % E
+    weight = draw(11, 2, seed=1).softmax(dim=1)
+    mlp = make()
+    first, second = mlp.experts.htoh4, mlp.experts.h4toh
+    arguments = (x, index, weight, first.weight, first.bias, second.weight, second.bias)
+    expected = routed_mlp(*arguments, backend=backend)
+    with torch.autocast("cpu", dtype=dtype):
+        found = routed_mlp(*arguments, backend=backend)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    found.sum().backward()
+
+
+def test_moves_with_the_model() -> None:
+    mlp = make()
+    mlp(draw(4, D))
+    mlp.double()
+    out = mlp(draw(4, D).double())
+    assert (out.dtype, mlp.gate_loss().dtype) == (torch.float64,) * 2
+    with torch.device("meta"):
+        skeleton = RoutedMLP(E, D, F, gate="GShardGate")
+    skeleton.to_empty(device="cpu").load_state_dict(make().state_dict())
+    torch.testing.assert_close(skeleton.eval()(draw(4, D)), make().eval()(draw(4, D)))
+
+
+def test_mistakes() -> None:
+    mlp = make()
+    calls: list[tuple[type[Exception], str, Any]] = [
+        (TypeError, "inp: expected a Tensor, got list", lambda: mlp([1.0])),
+        (ValueError, r"inp: expected \(\.\.\., 16\), got \(3, 15\)", lambda: mlp(draw(3, 15))),
+        (TypeError, "inp: expected dtype torch.float32 as the", lambda: mlp(draw(3, D).double())),
+        (TypeError, "inp: expected a floating", lambda: mlp(torch.ones(3, D, dtype=torch.int64))),
+        (ValueError, "mask: expected", lambda: mlp(draw(3, D), torch.ones(4, dtype=torch.bool))),
+        (TypeError, "mask: expected bool", lambda: mlp(draw(3, D), torch.ones(3))),
+        (ValueError, "gate: expected one of NaiveGate, .*'TopKGate'", lambda: make("TopKGate")),
+        (TypeError, "gate: expected a name, .* got Linear", lambda: make(nn.Linear)),
+        (
+            TypeError,
+            "what makes a Gate, it made Linear",
+            lambda: make(lambda d, e, *_: nn.Linear(d, e)),
+        ),
+        (ValueError, "topk: expected 2 for GShard, got 3", lambda: make(top_k=3)),
+        (ValueError, "world_size: expected 1, got 2", lambda: make("NaiveGate", world_size=2)),
+        (ValueError, "n_router: expected an int from 1, got 0", lambda: make(n_router=0)),
+        (TypeError, "activation: expected", lambda: make(activation=nn.Tanh())),
+        (BackendUnavailable, "backend 'cuda'", lambda: make(backend="cuda")(draw(3, D))),
+    ]
+    for kind, message, call in calls:
+        with pytest.raises(kind, match=message):
+            call()

@@ -1,0 +1,258 @@
+"""Experts on 1, 2 and 4 ranks: every result is that of one process which holds all tokens and all experts."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.layers.routed_mlp import parallel
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.ops.routed_mlp.api import limit, routed_mlp
+from tests.support import parallel_ranks as ranked
+from tests.support.parallel_ranks import CASES, LOCAL, NAMES
+
+PROGRAM = str(Path(ranked.__file__))
+# After a rank has ended itself, see parallel_ranks.
+SECONDS = ranked.RANK_SECONDS + 10
+Results = list[dict[str, Any]]
+
+
+def run_together(
+    commands: list[list[str]], environments: list[dict[str, str]], limit: float
+) -> None:
+    """Run programs at the same time; one that fails, or is not done in time, ends them all."""
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command, environment in zip(commands, environments, strict=True)
+    ]
+    deadline = time.monotonic() + limit
+    try:
+        while any(p.poll() is None for p in started) and time.monotonic() < deadline:
+            if any(p.poll() not in (None, 0) for p in started):
+                break
+            time.sleep(0.05)
+        late = [n for n, p in enumerate(started) if p.poll() is None]
+        failed = [n for n, p in enumerate(started) if p.poll() not in (None, 0)]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+    texts = [finish(process) for process in started]
+    if late or failed:
+        output = "\n".join(f"program {n}:\n{text[-4000:]}" for n, text in enumerate(texts))
+        raise AssertionError(f"failed: {failed}, not done: {late}\n{output}")
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What a program wrote, after it has ended, if need be by force."""
+    try:
+        return process.communicate(timeout=10)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
+
+
+def start_ranks(ranks: int, folder: Path) -> None:
+    """Two ranks by torchrun, other numbers one by one."""
+    if ranks == 2:
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        run_together([[*run, PROGRAM, str(folder), "env://"]], [{}], SECONDS)
+        return
+    command = [sys.executable, PROGRAM, str(folder), f"file://{folder}/store"]
+    environments = [{"RANK": str(r), "WORLD_SIZE": str(ranks)} for r in range(ranks)]
+    run_together([command] * ranks, environments, SECONDS)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda ranks: f"{ranks} ranks")
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank found; one start per number of ranks."""
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    start_ranks(request.param, folder)
+    files = [folder / f"rank{r}.pt" for r in range(request.param)]
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest error relative to the largest value."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    if found.numel() == 0:
+        return 0.0
+    scale = float(expected.abs().max())
+    error = float((found - expected).abs().max())
+    return error / scale if scale else error
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_are_one_process(results: Results, name: str) -> None:
+    case, ranks = CASES[name], len(results)
+    oracle = ranked.whole(case, ranks, torch.float64)
+    low = ranked.whole(case, ranks, case.dtype)
+    for rank, result in enumerate(results):
+        found = result[name]
+        assert sorted(found) == sorted(("out", *(case.needs(rank) or ())))
+        if case.dtype == torch.float64:
+            errors = {
+                n: difference(x, case.slice(n, oracle[n], rank, ranks)) for n, x in found.items()
+            }
+            assert max(errors.values()) < 1e-12, (rank, errors)
+    if case.dtype != torch.float64:
+        for n in ("out", *NAMES):
+            together = torch.cat([result[name][n] for result in results])
+            assert_within_budget(together, low[n], oracle[n], f"{n} of {name}")
+
+
+def test_the_comparison_can_fail(results: Results) -> None:
+    """Two rows, two experts, or two ranks in each other's place are not within the tolerance."""
+    oracle, ranks = ranked.whole(CASES["even"], len(results), torch.float64), len(results)
+    for n, expected in oracle.items():
+        found = torch.cat([result["even"][n] for result in results])
+        assert difference(found.roll(1, dims=0), expected) > 1e-3, n
+        if ranks > 1:
+            swapped = torch.cat([result["even"][n][:3] for result in reversed(results)])
+            right = torch.cat([result["even"][n][:3] for result in results])
+            assert difference(swapped, right) > 1e-3, n
+
+
+def test_cases_are_what_they_say() -> None:
+    """Loads are uneven, some experts empty, some rows dropped on every rank that has tokens."""
+    owner = CASES["all rows to one rank"].index(4) // LOCAL
+    assert (owner == 3).all()
+    assert not (CASES["experts without rows"].index(4) % LOCAL == 0).any()
+    dropped = CASES["drops and masks"]
+    index, mask = dropped.index(4), dropped.mask(4)
+    starts = dropped.starts(4)
+    beyond = ((index < 0) & mask[:, None]).any(dim=1)
+    cut = [rank for rank, (a, b) in enumerate(itertools.pairwise(starts)) if beyond[a:b].any()]
+    assert len(cut) > 1
+    counts = torch.bincount(index[index >= 0], minlength=4 * LOCAL)
+    assert int(counts.max()) == dropped.capacity(4)
+
+
+def test_capacity_is_shared(results: Results) -> None:
+    ranks = len(results)
+    whole = ranked.expected_limits(ranks)
+    for n, expected in enumerate(whole):
+        assert torch.equal(torch.cat([result["limits"][n] for result in results]), expected)
+    index = ranked.limited(ranks)[0]
+    parts = [ranked.LIMITED.slice("index", index, rank, ranks) for rank in range(ranks)]
+    alone = torch.cat([limit(part, LOCAL * ranks, capacity=1) for part in parts])
+    assert torch.equal(alone, whole[2]) == (ranks == 1), "the control: each rank for itself"
+
+
+def test_derivatives(results: Results) -> None:
+    """First and second, of the sum of all ranks' objectives, against differences of values."""
+    total = {
+        n: torch.stack([result["derivatives"][n] for result in results]).sum(dim=0)
+        for n in results[0]["derivatives"]
+    }
+    for found, expected in (("first", "value"), ("second", "slope")):
+        assert difference(total[found], total[expected]) < 1e-7, found
+        assert difference(total[found].roll(1), total[expected]) > 1e-2, "another direction's"
+        alone = [difference(r["derivatives"][found], total[expected]) for r in results]
+        assert len(results) == 1 or min(alone) > 1e-2, "one rank's part"
+
+
+def test_balance_under_autocast(results: Results) -> None:
+    """The loss of all ranks' tokens by its formula in float64, of a router's logits in half precision."""
+    logits = torch.cat([result["balance"]["logits"] for result in results])
+    assert logits.dtype == torch.bfloat16
+    experts = logits.shape[1]
+    shares = torch.nn.functional.one_hot(logits.argmax(dim=1), experts).double().mean(dim=0)
+    exact = experts * (shares * logits.double().softmax(dim=1).mean(dim=0)).sum()
+    own = experts * (shares.float() * logits.float().softmax(dim=1).mean(dim=0)).sum()
+    for result in results:
+        found = result["balance"]["loss"]
+        assert_within_budget(found, own, exact, "balance")
+        assert_outside_budget(found.bfloat16(), own, exact, "a loss of half precision")
+
+
+def test_sums(results: Results) -> None:
+    total = sum(range(1, len(results) + 1))
+    for result in results:
+        found = result["sums"]
+        assert (found["sum"] == total).all()
+        # Each rank's objective has the sum with a factor of its own.
+        assert (found["grad"] == total).all()
+        assert int(found["tokens"]) == total
+
+
+def test_what_a_layer_leaves(results: Results) -> None:
+    """Choices, scores and each choice's output are those of one process; capacities drop some choices."""
+    expected = ranked.layer_whole(len(results))
+    assert bool((expected["indices"] < 0).any())
+    for n, whole in expected.items():
+        assert difference(torch.cat([result["layer"][n] for result in results]), whole) < 1e-12, n
+
+
+@pytest.mark.parametrize("name", ranked.GATES)
+def test_training_under_ddp_is_that_of_one_process(results: Results, name: str) -> None:
+    ranks = len(results)
+    start = dict(ranked.network(name, ranks).named_parameters())
+    for n, expected in ranked.train_whole(name, ranks).items():
+        assert difference(start[n].detach(), expected) > 1e-5, f"{n} does not move"
+        parts = [result[f"train {name}"][n] for result in results]
+        if ".experts." in n:
+            assert difference(torch.cat(parts), expected) < 1e-12, n
+        else:
+            assert all(difference(part, expected) < 1e-12 for part in parts), n
+
+
+def test_experts_gradients_need_the_mean_as_all_others(results: Results) -> None:
+    """The control of the test before: the sum of the ranks' objectives is another training."""
+    name = "layer.experts.htoh4.weight"
+    expected = ranked.train_whole("GShardGate", len(results))[name]
+    found = torch.cat([result["train without the mean"][name] for result in results])
+    assert (difference(found, expected) > 1e-5) == (len(results) > 1)
+
+
+def test_mistakes_are_told_on_every_rank(results: Results) -> None:
+    ranks = len(results)
+    for result in results:
+        found = result["mistakes"]
+        assert f"expected -1 or experts from 0 to {LOCAL * ranks - 1}" in found["range"]
+        for name in ("ranks", "module"):
+            assert f"world_size: expected {ranks}" in found[name]
+        if ranks == 1:
+            continue
+        assert "x: expected the same width on all ranks, got [5, 10" in found["width"]
+        assert "x: expected the same dtype on all ranks, got torch.float" in found["dtype"]
+        without = list(range(1, ranks))
+        assert f"on all ranks or on none, got ranks {without} without" in found["recording"]
+
+
+def test_no_group() -> None:
+    case = CASES["even"]
+    x, weight, *parameters = case.inputs(1).values()
+    with pytest.raises(ValueError, match=r"group: expected torch.distributed to be initialised"):
+        parallel.parallel_routed_mlp(x, case.index(1), weight, *parameters)
+    with pytest.raises(ValueError, match=r"group: expected torch.distributed to be initialised"):
+        parallel.sum_over_ranks(x)
+    with pytest.raises(ValueError, match="world_size: expected 1, got 2"):
+        RoutedMLP(3, 5, 7, world_size=2)
+    # One process needs none.
+    assert routed_mlp(x, case.index(1), weight, *parameters).shape == x.shape
+
+
+def test_a_program_that_hangs_is_ended() -> None:
+    program = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(100)"]
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match=r"not done: \[0\]\nprogram 0:\nhere"):
+        run_together([program], [{}], 2.0)
+    assert time.monotonic() - begin < 20

@@ -1,0 +1,376 @@
+"""pair_moe on the CPU kernels against the reference, and the reference against the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flmoe_kernels import pair_moe
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.ops.pair_moe.kinds import (
+    COEFFICIENTS,
+    DEFAULT_KINDS,
+    KINDS,
+    kind_codes,
+    swap_sides,
+)
+from tests.support.inputs import as_dtype, draw, gradients
+from tests.support.pair_cases import (
+    DTYPES,
+    KIND_LISTS,
+    MANY,
+    NAMES,
+    REDUCTIONS,
+    SIZES,
+    PairCase,
+    check,
+    run,
+)
+
+OPS = torch.ops.flmoe
+BASE = PairCase(9, 14)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("masks", ["none", "both"])
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes(case: PairCase, dtype: torch.dtype, masks: str, reduce: str) -> None:
+    check(dataclasses.replace(case, masks=masks, reduce=reduce), dtype, "cpu")
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("kinds", KIND_LISTS, ids=lambda kinds: "-".join(kinds))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kinds_and_top_k(kinds: tuple[str, ...], dtype: torch.dtype, reduce: str) -> None:
+    for top_k in (None, *range(1, len(kinds) + 1)):
+        check(dataclasses.replace(BASE, kinds=kinds, top_k=top_k, reduce=reduce), dtype, "cpu")
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("masks", ["a", "b", "both", "sample"])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_masks(masks: str, top_k: int | None, reduce: str) -> None:
+    case = PairCase(33, 150, masks=masks, top_k=top_k, reduce=reduce, batch=3)
+    for dtype in DTYPES:
+        y, mass = check(case, dtype, "cpu")[0][:2]
+        valid = case.options()["mask_a"]
+        if valid is not None:
+            assert not mass.transpose(1, 2)[~valid].any()
+            if reduce == "experts":
+                assert not y[~valid].any()
+
+
+def test_temperature_and_bias() -> None:
+    for temperature, bias in itertools.product((0.3, 1.0, 4.0), (False, True)):
+        check(dataclasses.replace(BASE, temperature=temperature, bias=bias), torch.float32, "cpu")
+    plain = run(BASE, BASE.inputs(torch.float32), "cpu")[0]
+    hot = dataclasses.replace(BASE, temperature=4.0)
+    assert not torch.allclose(run(hot, BASE.inputs(torch.float32), "cpu")[0], plain, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_of_full_precision_beside_half_inputs(dtype: torch.dtype) -> None:
+    q, k, a, c, _ = BASE.inputs(dtype)
+    bias = draw(4, seed=4).requires_grad_()
+    y, mass = pair_moe(q, k, a, c, gate_bias=bias, kinds=DEFAULT_KINDS)
+    (grad,) = gradients([y, mass], [bias])
+    assert (y.dtype, mass.dtype, grad.dtype) == (dtype, torch.float32, torch.float32)
+
+
+def test_comparison_sees_a_wrong_result() -> None:
+    """The control of all comparisons above: two kinds exchanged, and an error of a thousandth."""
+    found = run(BASE, BASE.inputs(torch.float32), "cpu")
+    low = run(BASE, BASE.inputs(torch.float32), "reference")
+    oracle = run(BASE, BASE.inputs(torch.float64), "reference")
+    other = dataclasses.replace(BASE, kinds=("unique_b", "unique_a", "synergy", "redundancy"))
+    wrong = run(other, BASE.inputs(torch.float32), "cpu")
+    for name, one, bad, *rest in zip(NAMES, found, wrong, low, oracle, strict=True):
+        if name != "mass":
+            assert_outside_budget(bad, *rest, name)
+        assert_outside_budget(one * (1 + 1e-3), *rest, name)
+
+
+def pair_by_pair(case: PairCase, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The definition, one pair at a time; reduce "none"."""
+    q, k, a, c, bias = inputs
+    masks = [case.options()[name] for name in ("mask_a", "mask_b")]
+    batch, experts, rows, rank = q.shape
+    y, mass = torch.zeros_like(a), torch.zeros(batch, experts, rows, dtype=q.dtype)
+    for b, i, j in itertools.product(range(batch), range(rows), range(k.shape[2])):
+        if not all(mask is None or mask[b, n] for mask, n in zip(masks, (i, j), strict=True)):
+            continue
+        logits = [
+            float(q[b, e, i] @ k[b, e, j]) / rank**0.5 / case.temperature + float(bias[e])
+            for e in range(experts)
+        ]
+        order = sorted(range(experts), key=lambda e: (-logits[e], e))
+        kept = order[: case.top_k]
+        total = sum(math.exp(logits[e]) for e in kept)
+        for e in kept:
+            p = math.exp(logits[e]) / total
+            s1, s2, s3 = COEFFICIENTS[case.kinds[e]]
+            left, right = a[b, e, i], c[b, e, j]
+            y[b, e, i] += p * (s1 * left + s2 * right + s3 * left * right)
+            mass[b, e, i] += p
+    return y, mass
+
+
+@pytest.mark.parametrize("masks", ["none", "both"])
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_reference_is_the_definition(top_k: int | None, masks: str) -> None:
+    case = PairCase(3, 4, 2, 3, kinds=KINDS, top_k=top_k, temperature=0.7, masks=masks)
+    inputs = case.inputs(torch.float64)
+    expected, expected_mass = pair_by_pair(case, inputs)
+    sums = {"none": expected, "experts": expected.sum(1), "pool": expected.sum(2)}
+    for reduce, want in sums.items():
+        y, mass = run(dataclasses.replace(case, reduce=reduce), inputs, "reference")[:2]
+        torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mass, expected_mass, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_sides_swap(backend: str) -> None:
+    """Both sides see the same pairs: their pooled sums agree."""
+    q, k, a, c, bias = BASE.inputs(torch.float64)
+    kinds = (*DEFAULT_KINDS[1:], "unique_a")
+    one = pair_moe(q, k, a, c, kinds=kinds, gate_bias=bias, reduce="pool", backend=backend)
+    other = pair_moe(
+        k, q, c, a, kinds=swap_sides(kinds), gate_bias=bias, reduce="pool", backend=backend
+    )
+    torch.testing.assert_close(one.y, other.y)
+    torch.testing.assert_close(one.mass.sum(2), other.mass.sum(2))
+    assert swap_sides(KINDS) == ("unique_b", "unique_a", "synergy", "redundancy", "null")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reductions_are_sums(dtype: torch.dtype, backend: str) -> None:
+    q, k, a, c, bias = PairCase(50, 70).inputs(dtype)
+    y = {
+        reduce: pair_moe(
+            q, k, a, c, kinds=DEFAULT_KINDS, gate_bias=bias, reduce=reduce, backend=backend
+        ).y
+        for reduce in REDUCTIONS
+    }
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [y[reduce].dtype for reduce in REDUCTIONS] == [dtype, dtype, wide]
+    tolerance = 64 * torch.finfo(dtype).eps * float(y["pool"].abs().max())
+    for reduce, dim in (("experts", 1), ("pool", 2)):
+        expected = y["none"].double().sum(dim)
+        assert (y[reduce].double() - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_padding_is_never_read(backend: str, reduce: str) -> None:
+    """Whatever masked tokens hold, results are the same bits, and their gradients are zero."""
+    case = dataclasses.replace(BASE, masks="both", reduce=reduce, top_k=3)
+    inputs = case.inputs(torch.float32)
+    expected = run(case, inputs, backend)
+    options = case.options()
+    dirty = [x.clone() for x in inputs]
+    for i, mask in enumerate((options["mask_a"], options["mask_b"]) * 2):
+        dirty[i].transpose(1, 2)[~mask] = float("nan")
+    found = run(case, dirty, backend)
+    for name, got, want in zip(NAMES, found, expected, strict=True):
+        assert torch.equal(got, want), name
+    for i, mask in enumerate((options["mask_a"], options["mask_b"]) * 2):
+        assert not found[2 + i].transpose(1, 2)[~mask].any(), NAMES[2 + i]
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_nan_and_inf_propagate(which: int, value: float, reduce: str, top_k: int | None) -> None:
+    case = PairCase(30, 140, kinds=KINDS, reduce=reduce, top_k=top_k)
+    inputs = [x.abs() + 0.1 for x in case.inputs(torch.float32)]
+    # Of the synergy expert, which uses all of them.
+    inputs[which][(0, 2, 1, 2) if which < 4 else 2] = value
+    actual, low = run(case, inputs, "cpu"), run(case, inputs, "reference")
+    oracle = run(case, as_dtype(inputs, torch.float64), "reference")
+    for name, *triple in zip(NAMES[:2], actual, low, oracle, strict=False):
+        assert_within_budget(*triple, name)
+    assert which == 4 or not all(x.isfinite().all() for x in actual)
+    for name, got, want in zip(NAMES, actual, oracle, strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite()), name
+
+
+def test_equal_logits_go_to_the_lower_experts() -> None:
+    a, c = draw(1, 4, 2, 3, seed=1), draw(1, 4, 3, 3, seed=2)
+    zeros = [torch.zeros(1, 4, n, 2) for n in (2, 3)]
+    for backend, top_k in itertools.product(("reference", "cpu"), (1, 2, 3)):
+        mass = pair_moe(
+            *zeros, a, c, kinds=DEFAULT_KINDS, top_k=top_k, reduce="pool", backend=backend
+        ).mass
+        assert torch.allclose(mass[0, :top_k], torch.tensor(3.0 / top_k))
+        assert not mass[0, top_k:].any()
+
+
+def test_extreme_logits() -> None:
+    case = dataclasses.replace(BASE, temperature=1e-3)
+    found, expected = (run(case, case.inputs(torch.float32), b) for b in ("cpu", "reference"))
+    for got, want in zip(found, expected, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2 * float(want.abs().max() + 1))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("masks", ["none", "sample"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend: str, masks: str, reduce: str) -> None:
+    for kinds, top_k in ((KINDS, None), (MANY, 3)):
+        case = PairCase(3, 4, 2, 3, kinds=kinds, top_k=top_k, masks=masks)
+        options = case.options()
+
+        def call(
+            q: Tensor, k: Tensor, a: Tensor, c: Tensor, bias: Tensor, options: dict = options
+        ) -> tuple[Tensor, Tensor]:
+            return pair_moe(q, k, a, c, gate_bias=bias, reduce=reduce, backend=backend, **options)
+
+        leaves = [x.detach().requires_grad_() for x in case.inputs(torch.float64)]
+        assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_output_alone_has_gradients(index: int, reduce: str) -> None:
+    """Of y alone and of mass alone, with an upstream gradient that is expanded."""
+    leaves = [x.detach().requires_grad_() for x in BASE.inputs(torch.float64)]
+    found = {}
+    for backend in ("reference", "cpu"):
+        out = pair_moe(
+            *leaves[:4], gate_bias=leaves[4], kinds=KINDS[:4], reduce=reduce, backend=backend
+        )
+        found[backend] = torch.autograd.grad(out[index].sum(), leaves, allow_unused=True)
+    for got, want in zip(found["cpu"], found["reference"], strict=True):
+        want = torch.zeros_like(got) if want is None else want
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(("rows", "columns"), [(900, 5), (5, 900), (700, 130), (300, 300)], ids=str)
+def test_sides_of_any_proportion(rows: int, columns: int, reduce: str) -> None:
+    """The backward's rounds: one side much shorter, several chunks on both."""
+    for batch in (1, 3):
+        case = PairCase(rows, columns, 3, 4, kinds=KINDS, reduce=reduce, batch=batch, masks="b")
+        check(case, torch.float32, "cpu")
+
+
+def test_pooled_sums_do_not_overflow_half_precision() -> None:
+    a, c = (torch.full((1, 1, 512, 4), 2.0, dtype=torch.float16) for _ in range(2))
+    zeros = torch.zeros(1, 1, 512, 1, dtype=torch.float16)
+    for backend in ("reference", "cpu"):
+        y = pair_moe(zeros, zeros, a, c, kinds=["synergy"], reduce="pool", backend=backend).y
+        assert torch.equal(y, torch.full((1, 1, 4), 512.0 * 512 * 4)), backend
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_activation_checkpointing(backend: str) -> None:
+    leaves = [x.detach().requires_grad_() for x in BASE.inputs(torch.float64)]
+
+    def call(*tensors: Tensor) -> Tensor:
+        q, k, a, c, bias = tensors
+        return pair_moe(q, k, a, c, gate_bias=bias, kinds=DEFAULT_KINDS, backend=backend).y
+
+    out = torch.utils.checkpoint.checkpoint(call, *leaves, use_reentrant=False)
+    for got, want in zip(gradients([out], leaves), gradients([call(*leaves)], leaves), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast(backend: str) -> None:
+    """Operands of mixed dtypes are brought to autocast's; the gate and mass stay in float32."""
+    q, k, a, c, bias = BASE.inputs(torch.float32)
+    half = [x.bfloat16() for x in (q, k, a, c)]
+    expected = pair_moe(*half, gate_bias=bias, kinds=DEFAULT_KINDS, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = pair_moe(half[0], k, a, half[3], gate_bias=bias, kinds=KINDS[:4], backend=backend)
+    assert found.mass.dtype == torch.float32
+    assert torch.equal(found.y, expected.y)
+    assert torch.equal(found.mass, expected.mass)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    leaves = [x.detach().requires_grad_() for x in BASE.inputs(torch.float64)]
+    y = pair_moe(*leaves[:4], kinds=DEFAULT_KINDS).y
+    (grad,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="pair_moe_backward has no derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, reduce: str) -> None:
+    case = dataclasses.replace(BASE, reduce=reduce, masks="both")
+    q, k, a, c, bias = case.inputs(dtype)
+    options = case.options()
+    tail = (bias, options["mask_a"], options["mask_b"], kind_codes(DEFAULT_KINDS), 4, 0.4)
+    inputs = (q, k, a, c, *tail)
+    y, mass = OPS.pair_moe(*inputs, reduce, "cpu")
+    grads = (torch.ones_like(y), torch.ones_like(mass))
+    torch.library.opcheck(OPS.pair_moe_backward.default, (*grads, *inputs, reduce, "cpu"))
+    head = draw(2, 4, 6, dtype=dtype)
+    torch.library.opcheck(OPS.pair_map.default, (*inputs, head, "cpu"))
+    torch.library.opcheck(OPS.top_pairs.default, (*inputs, head, 3, "cpu"))
+    leaves = [x.detach().requires_grad_() for x in (q, k, a, c)]
+    torch.library.opcheck(OPS.pair_moe.default, (*leaves, *tail, reduce, "cpu"))
+
+
+def test_a_call_past_the_door_is_checked_again() -> None:
+    """The kernels read through addresses: sizes that do not fit are refused, not read."""
+    q, k, a, c, _ = BASE.inputs(torch.float32)
+    tail = ([0, 1, 2, 3], 4, 0.5, "none", "cpu")
+    short = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"mask_a: expected torch\.bool \(2, 9\)"):
+        OPS.pair_moe(q, k, a, c, None, short, None, *tail)
+    with pytest.raises(ValueError, match=r"k: expected torch\.float32 \(2, 4, 14, 5\)"):
+        OPS.pair_moe(q, k[..., :3], a, c, None, None, None, *tail)
+    with pytest.raises(ValueError, match="top_k: expected 1 to the number of experts"):
+        OPS.pair_moe(q, k, a, c, None, None, None, [0, 1, 2, 3], 0, 0.5, "none", "cpu")
+    with pytest.raises(ValueError, match="kinds: expected one for each"):
+        OPS.pair_moe(q, k, a, c, None, None, None, [0, 1], 4, 0.5, "none", "cpu")
+    with pytest.raises(ValueError, match="kinds: expected codes from 0 to 4"):
+        OPS.pair_moe(q, k, a, c, None, None, None, [0, 1, 2, 9], 4, 0.5, "none", "cpu")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(0, 50),
+    columns=st.integers(0, 150),
+    rank=st.integers(1, 40),
+    width=st.integers(1, 70),
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=8),
+    reduce=st.sampled_from(REDUCTIONS),
+    masks=st.sampled_from(["none", "a", "b", "both", "sample"]),
+    batch=st.integers(1, 3),
+    share=st.floats(0.0, 1.0),
+)
+def test_any_shape(
+    rows: int,
+    columns: int,
+    rank: int,
+    width: int,
+    kinds: list[str],
+    reduce: str,
+    masks: str,
+    batch: int,
+    share: float,
+) -> None:
+    top_k = 1 + int(share * (len(kinds) - 1))
+    case = PairCase(rows, columns, rank, width, tuple(kinds), reduce, top_k, masks, batch)
+    inputs = case.inputs(torch.float64)
+    found, oracle = run(case, inputs, "cpu"), run(case, inputs, "reference")
+    size = max((float(x.abs().max()) for x in oracle if x.numel()), default=1.0)
+    for name, got, want in zip(NAMES, found, oracle, strict=True):
+        assert got.shape == want.shape, name
+        assert ((got - want).abs() <= 1e-11 * size).all(), name

@@ -1,0 +1,323 @@
+"""Routing's CUDA blocks against the CPU kernels and the reference: integers equal, weights within the budget.
+
+Every case runs on the kernels' twin, which executes the very blocks and launches of the GPU on the host, with
+threads, warps and blocks in shuffled orders; and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flmoe_kernels import BackendUnavailable
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core.error_budget import ROUNDING, assert_outside_budget, assert_within_budget
+from flmoe_kernels.core.native import address, dtype_code
+from flmoe_kernels.ops.routed_mlp import cpu, reference
+from flmoe_kernels.ops.routed_mlp.api import dispatch, gate
+from tests.support.inputs import draw, gradients
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ORDERS = (0, 1, 2)
+ON_GPU, WHY_NOT = backends.backend_status()["cuda"]
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"the kernels do not run here: {WHY_NOT}")
+native = backends.native()
+
+
+class Twin:
+    """The GPU's blocks on the host. rows_per_block 0 is the GPU's own plan; order 0 shuffles nothing."""
+
+    def __init__(self, order: int = 0, rows_per_block: int = 0) -> None:
+        self.order, self.rows_per_block, self.launches = order, rows_per_block, 0
+
+    def gate(self, logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
+        tokens, experts = logits.shape
+        index = torch.full((tokens, top_k), -7)
+        weight = torch.empty((tokens, top_k), dtype=logits.dtype)
+        tensors = [address(t) for t in (logits, index, weight)]
+        sizes = (tokens, experts, top_k)
+        code = dtype_code(logits)
+        self.launches = native.routing_twin_gate(code, tensors, sizes, over_all, self.order)
+        return index, weight
+
+    def limit(
+        self, index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
+    ) -> Tensor:
+        kept = torch.full_like(index, -7)
+        tensors = [address(t) for t in (index, mask, kept)]
+        sizes, most = (*index.shape, experts), -1 if capacity is None else capacity
+        tail = (self.rows_per_block, self.order)
+        self.launches = native.routing_twin_limit(tensors, sizes, most, *tail)
+        return kept
+
+    def dispatch(self, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = (experts, experts + 1, index.numel())
+        counts, offsets, places = (torch.full((n,), -7, dtype=torch.int32) for n in sizes)
+        tensors = [address(t) for t in (index, counts, offsets, places)]
+        tail = (self.rows_per_block, self.order)
+        self.launches = native.routing_twin_dispatch(tensors, index.numel(), experts, *tail)
+        return counts, offsets, places
+
+
+class Gpu:
+    """The kernels themselves; results come back for the comparison."""
+
+    def __init__(self) -> None:
+        from flmoe_kernels.ops.routed_mlp import cuda
+
+        self.module = cuda
+
+    def gate(self, logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
+        index, weight = self.module.gate(logits.cuda(), top_k, over_all)
+        return index.cpu(), weight.cpu()
+
+    def limit(
+        self, index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
+    ) -> Tensor:
+        there = None if mask is None else mask.cuda()
+        return self.module.limit(index.cuda(), there, experts, capacity).cpu()
+
+    def dispatch(self, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        counts, offsets, places = self.module.dispatch(index.cuda(), experts)
+        return counts.cpu(), offsets.cpu(), places.cpu()
+
+
+RUNNERS = [
+    *(pytest.param(lambda order=order: Twin(order), id=f"twin{order}") for order in ORDERS),
+    pytest.param(Gpu, id="gpu", marks=needs_gpu),
+]
+Runner = Callable[[], Any]
+
+
+def hard_logits(tokens: int, experts: int, dtype: torch.dtype) -> Tensor:
+    """Values with many ties, and some rows with NaN, infinities, or one value throughout."""
+    logits = draw(tokens, experts, dtype=torch.float64, seed=tokens + experts, scale=2.0)
+    logits = (logits * 4).round() / 4
+    if tokens > 8:
+        logits[1] = float("nan")
+        logits[2, experts // 2] = float("nan")
+        logits[3, experts // 3] = float("inf")
+        logits[4] = float("-inf")
+        logits[5] = 0.5
+        logits[6, ::2] = float("-inf")
+    return logits.to(dtype)
+
+
+def equal(found: Any, expected: Any) -> bool:
+    if isinstance(found, Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    return all(map(equal, found, expected))
+
+
+@pytest.mark.parametrize("make", RUNNERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("experts", [1, 2, 3, 4, 7, 8, 16, 31, 32, 33, 64, 65, 256, 257, 300])
+def test_gate(experts: int, dtype: torch.dtype, make: Runner) -> None:
+    tokens = 67 if experts < 100 else 11
+    logits = hard_logits(tokens, experts, dtype)
+    runner = make()
+    for top_k, over_all in itertools.product({1, min(2, experts), min(9, experts)}, (False, True)):
+        index, weight = runner.gate(logits, top_k, over_all)
+        name = f"weights of {top_k} of {experts} experts, over_all {over_all}"
+        expected = cpu.gate(logits, top_k, over_all)
+        low = reference.gate(logits, top_k, over_all)
+        assert torch.equal(index, expected[0]), name
+        assert torch.equal(index, low[0]), name
+        oracle = reference.gate(logits.double(), top_k, over_all)[1]
+        assert_within_budget(weight, low[1], oracle, name)
+        assert_within_budget(weight, expected[1], oracle, name)
+        wrong = weight * (1 + 16 * ROUNDING[dtype] * torch.finfo(dtype).eps)
+        assert_outside_budget(wrong, low[1], oracle, name)
+
+
+@pytest.mark.parametrize("make", RUNNERS)
+@pytest.mark.parametrize(("tokens", "experts"), [(0, 4), (1, 1), (3, 40), (2, 257), (257, 5)])
+def test_gate_of_all_experts_and_of_no_tokens(tokens: int, experts: int, make: Runner) -> None:
+    logits = hard_logits(tokens, experts, torch.float32)
+    found, expected = (one.gate(logits, experts, False) for one in (make(), cpu))
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gate_does_not_depend_on_the_order_of_threads(dtype: torch.dtype) -> None:
+    for experts, over_all in itertools.product((5, 40, 300), (False, True)):
+        logits = draw(33, experts, dtype=dtype)
+        found = [Twin(order).gate(logits, 3, over_all) for order in ORDERS]
+        assert all(equal(one, found[0]) for one in found)
+
+
+def random_index(tokens: int, choices: int, experts: int, seed: int, spread: int = 1) -> Tensor:
+    """Dropped rows among them, and experts out of range where spread is more than 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(
+        -spread, experts + spread - 1, (tokens, choices), generator=generator
+    ).contiguous()
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_limit_and_dispatch_of_the_twin(data: st.DataObject) -> None:
+    """One block or several, one window of bins or several, in any order of threads."""
+    tokens = data.draw(st.integers(0, 700), "tokens")
+    choices = data.draw(st.integers(1, 3), "choices")
+    experts = data.draw(st.sampled_from([1, 2, 3, 8, 31, 33, 255, 256, 257, 700, 1025]), "experts")
+    index = random_index(tokens, choices, experts, data.draw(st.integers(0, 99), "seed"))
+    if data.draw(st.booleans(), "one expert takes all"):
+        index[:] = experts - 1
+    masks = (None, torch.rand(tokens) < 0.7)
+    mask = masks[data.draw(st.integers(0, 1), "masked")]
+    capacity = data.draw(st.sampled_from([None, 0, 1, 2, 40]), "capacity")
+    block = data.draw(st.sampled_from([0, 256, 512]), "rows per block")
+    twin = Twin(data.draw(st.integers(0, 9), "order"), block)
+    kept = cpu.limit(index, mask, experts, capacity)
+    assert torch.equal(twin.limit(index, mask, experts, capacity), kept)
+    assert torch.equal(kept, reference.limit(index, mask, experts, capacity))
+    for rows in (index, kept):
+        assert equal(twin.dispatch(rows, experts), cpu.dispatch(rows, experts))
+        assert equal(twin.dispatch(rows, experts), reference.dispatch(rows, experts))
+
+
+# Fewest rows of several blocks, rows that end within a block, a warp and a step, more blocks than a
+# scan has threads, and bins beyond a window.
+LARGE = [(8192, 1, 7), (8193, 1, 7), (8704, 1, 255), (5000, 2, 8), (40_961, 7, 3), (30, 1, 5000)]
+
+
+@pytest.mark.parametrize("make", RUNNERS)
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [*LARGE, (0, 2, 3), (9, 1, 1)])
+def test_limit_and_dispatch(tokens: int, choices: int, experts: int, make: Runner) -> None:
+    runner = make()
+    index = random_index(tokens, choices, experts, seed=1)
+    mask = torch.arange(tokens) % 5 != 2
+    for capacity, mask_ in itertools.product((None, max(1, tokens // experts // 2)), (None, mask)):
+        kept = cpu.limit(index, mask_, experts, capacity)
+        assert torch.equal(runner.limit(index, mask_, experts, capacity), kept)
+    for rows in (index, kept):
+        assert equal(runner.dispatch(rows, experts), cpu.dispatch(rows, experts))
+
+
+@pytest.mark.parametrize("make", RUNNERS)
+def test_experts_out_of_range_are_dropped(make: Runner) -> None:
+    runner, experts = make(), 6
+    index = random_index(900, 2, experts, seed=3, spread=4)
+    index[0] = torch.tensor([2**62, -(2**63)])
+    index[1] = torch.tensor([2**32 + 1, experts])
+    inside = torch.where((index < 0) | (index >= experts), -1, index)
+    assert not torch.equal(index, inside)
+    for capacity in (None, 50):
+        expected = cpu.limit(inside, None, experts, capacity)
+        assert torch.equal(runner.limit(index, None, experts, capacity), expected)
+    assert equal(runner.dispatch(index, experts), cpu.dispatch(inside, experts))
+
+
+def test_few_rows_take_one_launch_and_many_three() -> None:
+    index = torch.zeros(8192, 1, dtype=torch.int64)
+    more = torch.zeros(8193, 1, dtype=torch.int64)
+    for rows, launches in ((index, 1), (more, 3)):
+        twin = Twin()
+        twin.limit(rows, None, 4, 3)
+        assert twin.launches == launches
+        twin.dispatch(rows, 4)
+        assert twin.launches == launches
+        twin.limit(rows, None, 4, None)
+        assert twin.launches == 1, "without a capacity nothing is counted"
+        twin.gate(torch.zeros(rows.shape[0], 4), 2, False)
+        assert twin.launches == 1
+
+
+@given(rows=st.integers(0, 2**31 - 1), bins=st.integers(1, 2**31 - 2))
+def test_plan_covers_the_rows(rows: int, bins: int) -> None:
+    blocks, each, alone = native.route_plan(rows, bins)
+    counters = native.route_counters(rows, bins)
+    if alone:
+        assert (blocks, each, counters) == (1, rows, 0)
+        assert rows <= 8192
+    else:
+        assert each % 1024 == 0
+        assert (blocks - 1) * each < rows <= blocks * each
+        assert 1 <= blocks <= 1024
+        assert counters == blocks * bins <= max(2**24, bins)
+
+
+def test_shuffled_orders_show_a_race() -> None:
+    """The control: what all threads of a step write to one place depends on their order."""
+    assert native.routing_twin_race(0) == 255
+    assert len({native.routing_twin_race(order) for order in range(10)}) > 5
+
+
+@pytest.mark.parametrize("in_a_warp", [False, True])
+def test_the_twin_refuses_what_a_gpu_cannot_read(in_a_warp: bool) -> None:
+    """The control: a thread's variable is its own, though on the host all of them are an array."""
+    own = native.routing_twin_peek(in_a_warp, 0)
+    assert own == (31 if in_a_warp else 255)
+    for apart in (1, 16):
+        with pytest.raises(RuntimeError, match="a thread takes another thread's variable"):
+            native.routing_twin_peek(in_a_warp, apart)
+    assert native.routing_twin_peek(in_a_warp, 0) == own
+
+
+def test_border_refuses_what_it_cannot_count() -> None:
+    for rows, bins in ((2**31, 4), (-1, 4), (5, 0), (5, 2**31 - 1)):
+        with pytest.raises(ValueError, match="expected"):
+            native.route_plan(rows, bins)
+    with pytest.raises(ValueError, match="rows_per_block: expected a multiple of 256"):
+        Twin(rows_per_block=100).dispatch(torch.zeros(3, 1, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="top_k: expected 1 to experts"):
+        Twin().gate(torch.zeros(3, 2), 3, False)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [900, 20_000])
+def test_a_cuda_graph_takes_gate_limit_and_dispatch(tokens: int) -> None:
+    """No host sync, no allocation that depends on data: replays follow the logits."""
+    logits = draw(tokens, 16).cuda()
+
+    def call() -> tuple[Tensor, ...]:
+        index, weight = gate(logits, 2, capacity=tokens // 10)
+        return (index, weight, *dispatch(index, 16))
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for seed in (1, 2):
+        logits.copy_(draw(tokens, 16, seed=seed))
+        graph.replay()
+        index, weight = gate(logits.cpu(), 2, capacity=tokens // 10, backend="cpu")
+        assert torch.equal(captured[0].cpu(), index)
+        torch.testing.assert_close(captured[1].cpu(), weight)
+        assert equal([x.cpu() for x in captured[2:]], dispatch(index, 16, backend="cpu"))
+
+
+@needs_gpu
+def test_streams_and_gradients_on_the_gpu() -> None:
+    logits = draw(3000, 12)
+    on_gpu = logits.cuda().requires_grad_()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        on_gpu.data.add_(0.0)
+        found = gate(on_gpu, 3)
+        (gradient,) = gradients([found.weight], [on_gpu])
+        torch.cuda.current_stream().synchronize()
+    leaf = logits.requires_grad_()
+    expected = gate(leaf, 3, backend="cpu")
+    assert torch.equal(found.index.cpu(), expected.index)
+    (wanted,) = gradients([expected.weight], [leaf])
+    torch.testing.assert_close(gradient.cpu(), wanted)
+    with pytest.raises(BackendUnavailable, match="the tensors are on cpu"):
+        gate(logits, 3, backend="cuda")
+
+
+@needs_gpu
+def test_a_call_that_failed_does_not_fail_the_next() -> None:
+    index = random_index(900, 2, 8, seed=3)
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        native.cuda_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (99, 0))
+    assert equal(Gpu().dispatch(index, 8), cpu.dispatch(index, 8))

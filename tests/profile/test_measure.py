@@ -1,0 +1,355 @@
+"""Timing: rounds that take turns, ratios that noise does not bend; memory, costs, ceilings, environment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flmoe_kernels.profile import ceilings, measure, memory
+from flmoe_kernels.profile import environment as facts_of
+from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, Case
+from flmoe_kernels.profile.ceilings import EXPONENTIALS, MATMUL, MEMORY, Ceilings
+from flmoe_kernels.profile.contestants import prepare
+from flmoe_kernels.profile.costs import Cost, cost, layer_cost
+from flmoe_kernels.profile.environment import environment
+from flmoe_kernels.profile.measure import LEAST_ROUNDS, Timing, interleave, paired_ratio, timing_of
+from flmoe_kernels.profile.shapes import LayerShape, PairShape
+from tests.support.profile_shapes import LAYER, PAIR, ROUTED
+
+MIB = 2**20
+
+
+class FakeTime:
+    """A clock that moves only when a call says how long it takes; every call is noted."""
+
+    def __init__(self) -> None:
+        self.now, self.order = 0.0, ""
+
+    def call(self, name: str, seconds: Callable[[], float]) -> Callable[[], None]:
+        def run() -> None:
+            self.order += name
+            self.now += seconds()
+
+        return run
+
+    def clock(self, call: Callable[[], None]) -> float:
+        start = self.now
+        call()
+        return self.now - start
+
+
+def test_calls_take_turns_and_another_one_starts_each_round() -> None:
+    time = FakeTime()
+    calls = {name: time.call(name, lambda: 1.0) for name in "abc"}
+    found = interleave(calls, 4, warmup=1, clock=time.clock)
+    assert time.order == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert found == {name: [1.0] * 4 for name in "abc"}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, 5), (0.1, LEAST_ROUNDS)])
+def test_rounds_as_many_as_fit(seconds: float, rounds: int) -> None:
+    time = FakeTime()
+    calls = {name: time.call(name, lambda: 1.0) for name in "ab"}
+    found = interleave(calls, seconds=seconds, warmup=3, clock=time.clock, now=lambda: time.now)
+    assert len(found["a"]) == len(found["b"]) == rounds
+
+
+@pytest.mark.parametrize("arguments", [{}, {"rounds": 3, "seconds": 1.0}])
+def test_rounds_or_seconds(arguments: dict) -> None:
+    with pytest.raises(ValueError, match="rounds or seconds: expected one of them"):
+        interleave({"a": lambda: None}, **arguments)
+
+
+def test_quantiles_of_seconds() -> None:
+    assert timing_of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == Timing(3.5, 2.0, 5.0, 6)
+    assert timing_of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
+
+
+def test_a_ratio_survives_what_meets_both_calls() -> None:
+    """A machine that is many times as slow at times, and calls of 10% noise: the ratio is known to 3%."""
+    draw = random.Random(0)
+    ours, peer = [], []
+    for _ in range(200):
+        slow = draw.lognormvariate(0.0, 1.0)
+        ours.append(slow * draw.lognormvariate(0.0, 0.1))
+        peer.append(slow * 2.5 * draw.lognormvariate(0.0, 0.1))
+    ratio = paired_ratio(ours, peer)
+    assert ratio.low < 2.5 < ratio.high
+    assert ratio.high - ratio.low < 0.15
+    assert abs(ratio.p50 - 2.5) < 0.075
+    shuffled = list(peer)
+    draw.shuffle(shuffled)
+    unpaired = paired_ratio(ours, shuffled)
+    assert unpaired.high - unpaired.low > 3 * (ratio.high - ratio.low), "the control"
+
+
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
+    draw = random.Random(1)
+    held = 0
+    for _ in range(400):
+        ours = [draw.lognormvariate(0.0, 0.3) for _ in range(15)]
+        ratio = paired_ratio(ours, [x * draw.lognormvariate(0.0, 0.2) for x in ours])
+        held += ratio.low <= 1.0 <= ratio.high
+        assert ratio.confidence >= 0.95
+    assert held >= 0.93 * 400
+    assert paired_ratio([1.0, 1.0], [1.0, 2.0]).confidence == 0.5
+
+
+def test_rounds_must_match() -> None:
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        paired_ratio([1.0], [1.0, 2.0])
+
+
+def hungry(count: int) -> Callable[[], list[bytearray]]:
+    """A call that writes to so many bytes in small pieces, as many as were used and freed just before.
+
+    The last of those keeps their heap from the system, so that the call could have it for nothing.
+    """
+    inputs = [bytearray(b"x" * (3 * count))]
+    pieces = [bytearray(b"x" * 65536) for _ in range(count // 65536)]
+    inputs.append(pieces[-1])
+    del pieces
+
+    def call() -> list[bytearray]:
+        assert inputs
+        return [bytearray(b"x" * 65536) for _ in range(count // 65536)]
+
+    return call
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc and glibc's malloc_trim")
+def test_memory_is_that_of_the_call_not_of_inputs_nor_of_what_was_freed_before() -> None:
+    assert 60 * MIB < memory.peak_growth(hungry, 64 * MIB) < 80 * MIB
+
+
+class FakeAllocator:
+    """A GPU's: holds what calls keep, and a peak since the last reset."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = 1000
+
+    def call(self) -> None:
+        self.peak = max(self.peak, self.held + 70)
+        self.held = 1000 + 30  # gradients, which the next call replaces
+        self.peak = max(self.peak, self.held)
+
+    def reset(self, device: str) -> None:
+        self.peak = self.held
+
+
+def test_memory_of_a_gpu_counts_what_the_call_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeAllocator()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gpu.held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: gpu.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", gpu.reset)
+    assert memory.device_growth(gpu.call, "cuda") == 100
+
+
+def test_a_gpu_s_events_lie_on_the_device_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+
+    @contextlib.contextmanager
+    def device(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.pop()
+
+    def seconds(call: Callable[[], object]) -> float:
+        call()
+        return float(inside == ["cuda:1"])
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(measure, "device_seconds", seconds)
+    assert measure.clock_of("cuda:1")(lambda: None) == 1.0
+    assert measure.clock_of("cpu") is measure.wall_seconds
+
+
+@pytest.mark.skipif(bool(memory.memory_lack("cpu")), reason=memory.memory_lack("cpu"))
+def test_memory_of_a_case_is_neither_that_of_loading_nor_of_its_inputs() -> None:
+    """A process of its own makes the case ready; the reference's maps of 640 x 640 pairs are 6.25 MiB each."""
+    case = Case("pair_moe", PairShape("maps", 1, 640, 640), BOTH, variant="pool")
+    ours, reference = (memory.peak_bytes(case, name) for name in ("cpu", "reference"))
+    assert ours is not None
+    assert reference is not None
+    # Gradients of all inputs at the least; a first call alone loads tens of MiB.
+    assert 640 * 2 * 4 * (32 + 64) * 4 <= ours < 12 * MIB
+    assert reference > 4 * 6.25 * MIB
+
+
+def test_a_process_that_dies_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="ended early"):
+        memory.peak_growth(_dies)
+
+
+def _dies() -> Callable[[], None]:
+    raise SystemExit(3)
+
+
+CEILINGS = Ceilings("cpu", {"float32": 100.0}, bytes_per_second=10.0, exponentials=5.0)
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds", "binds"),
+    [
+        (Cost(1000, 10, 10), 10.0, MATMUL),
+        (Cost(100, 100, 10), 10.0, MEMORY),
+        (Cost(100, 10, 100), 20.0, EXPONENTIALS),
+    ],
+)
+def test_the_limit_that_binds(work: Cost, seconds: float, binds: str) -> None:
+    assert CEILINGS.roofline_seconds(work, torch.float32) == (seconds, binds)
+    with pytest.raises(KeyError, match="bfloat16"):
+        CEILINGS.roofline_seconds(work, torch.bfloat16)
+
+
+def test_ceilings_count_what_they_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([9.0, 9.0] + [2.0, 1.0, 4.0, 2.0, 2.0, 8.0, 1.0] + [9.0, 9.0] + [0.5] * 7)
+
+    def clock(call: Callable[[], object]) -> float:
+        call()
+        return next(ticks)
+
+    monkeypatch.setattr(ceilings, "clock_of", lambda device: clock)
+    assert ceilings.matmul_rate("cpu", torch.float32, side=10) == 2 * 10**3 / 2.0
+    assert ceilings.copy_rate("cpu", count=1000) == 2 * 1000 / 0.5
+    assert ceilings.exponential_rate("cpu") == 0.0
+
+
+def counted(case: Case, name: str) -> int:
+    call = prepare(case, name).call
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("phase", [FORWARD, BACKWARD, BOTH])
+def test_flop_of_routed_mlp_are_what_torch_counts(phase: str) -> None:
+    case = Case("routed_mlp", ROUTED, phase, variant="no_bias")
+    assert counted(case, "index loop") == cost(case).flop
+
+
+def test_flop_of_attention_are_what_torch_counts() -> None:
+    case = Case("expert_attention", LAYER, FORWARD, variant="plain")
+    assert counted(case, "reference") == cost(case).flop
+    # Backward torch multiplies four times; a kernel that keeps no probabilities makes them once more.
+    both = Case("expert_attention", LAYER, BOTH, variant="plain")
+    assert counted(both, "reference") * 14 == cost(both).flop * 12
+
+
+@pytest.mark.parametrize("phase", [FORWARD, BOTH])
+def test_flop_of_the_layer_are_what_torch_counts(phase: str) -> None:
+    """Without padding, and without what is shared across views; heads and reweighting are not in the cost."""
+    shape = LayerShape("full", 2, (24, 20), (None, None), 64, 2, 2, 3, dropout=0.0)
+    case = Case("interaction_moe", shape, phase)
+    views = 1 if phase == FORWARD else shape.views
+    ours = cost(case).flop
+    if phase == BOTH:
+        rows = shape.fusion_models * shape.batch * shape.valid_tokens
+        saved = 3 * 6 * shape.dim**2 * rows * (views - 2)
+        again = 2 * shape.dim * shape.fusion_models * views * shape.batch * shape.valid_tokens**2
+        ours += saved - shape.layers * again
+    found = counted(case, "reference")
+    assert 0.97 * found < ours <= found
+    assert layer_cost(shape, views, 4)[0].exponentials > 0
+
+
+def test_cost_of_pairs_by_hand() -> None:
+    """One pair, R 3, V 5: two logits and synergy's product; its mass and y are what else is written."""
+    shape = PairShape("one", 1, 1, 1, 3, 5, kinds=("synergy", "unique_a"))
+    forward = cost(Case("pair_moe", shape, FORWARD, variant="pool"))
+    assert forward.flop == 2 * 2 * 3 + 2 * 5
+    assert forward.bytes == 4 * (2 * 2 * (3 + 5) + 2 * 5 + 2)
+    assert forward.exponentials == 2
+    backward = cost(Case("pair_moe", shape, BACKWARD, variant="pool"))
+    assert backward.flop == 6 * 3 * 2 + 4 * 5 + 2 * 5
+    both = cost(Case("pair_moe", shape, BOTH, variant="pool"))
+    assert both == forward + backward
+    half = cost(Case("pair_moe", shape, FORWARD, torch.bfloat16, variant="none"))
+    assert half.bytes == 2 * (2 * 2 * (3 + 5) + 2 * 5) + 4 * 2
+
+
+def test_less_is_needed_where_a_kind_does_not_need_it() -> None:
+    none, pool = (cost(Case("pair_moe", PAIR, FORWARD, variant=v)) for v in ("none", "pool"))
+    assert pool.flop < none.flop
+    assert pool.bytes < none.bytes
+
+
+def test_environment_is_json_and_names_what_matters() -> None:
+    facts = environment()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["torch"] == torch.__version__
+    assert facts["device"] == facts["cpu"]
+    for name in ("threads", "instruction_set", "flmoe_kernels", "numpy", "python", "commit"):
+        assert facts[name], name
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 26, model 2)"),
+        ("AMD EPYC 9B45 96-Core Processor", "AMD EPYC 9B45 96-Core Processor"),
+    ],
+)
+def test_a_processor_whose_name_has_no_number_is_told_by_family_and_model(
+    name: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Tables of floors are chosen by it."""
+    file = tmp_path / "cpuinfo"
+    cores = [f"cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n\n" for _ in range(2)]
+    file.write_text("".join(cores))
+    monkeypatch.setattr(facts_of, "_CPUINFO", file)
+    assert facts_of.cpu_model() == told
+
+
+def test_the_commit_of_files_without_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts_of, "_output", lambda *command: "")
+    monkeypatch.setenv(facts_of.COMMIT_VARIABLE, "abc123")
+    assert facts_of.commit() == "abc123"
+    monkeypatch.delenv(facts_of.COMMIT_VARIABLE)
+    assert facts_of.commit() == "unknown"
+
+
+def test_the_commit_of_somebody_else_s_checkout_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Installed into an environment that lies in a checkout of another project, and run from there."""
+    git = ("git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-C", str(tmp_path))
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    inside = tmp_path / "env" / "site-packages"
+    monkeypatch.setattr(facts_of, "__file__", str(inside / "flmoe_kernels" / "profiling" / "x.py"))
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(facts_of.COMMIT_VARIABLE, "abc123")
+    assert facts_of.commit() == "abc123"
+    (tmp_path / "flmoe_kernels").mkdir()
+    (tmp_path / "flmoe_kernels" / "_version.py").touch()
+    assert len(facts_of.commit().removesuffix("-dirty")) == 12
+
+
+@pytest.mark.parametrize(("told", "rate"), [("1980 MHz", 1.98e9), ("[N/A]", 0.0), ("", 0.0)])
+def test_a_gpu_is_asked_about_by_what_names_it_alone(
+    told: str, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def output(*command: str) -> str:
+        asked.append(command[1])
+        return told if command[1] == "--id=GPU-12ab" else ""
+
+    properties = SimpleNamespace(uuid="12ab", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(facts_of, "_output", output)
+    assert ceilings.exponential_rate("cuda:1") == 132 * 16 * rate
+    assert asked == ["--id=GPU-12ab"] + ["--id=1"] * (not told)

@@ -1,0 +1,182 @@
+"""The registry of benchmarks: cases, contestants, and the check that keeps a wrong answer from being timed."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from flmoe_kernels import BackendUnavailable
+from flmoe_kernels.core.backend import CAPABILITIES, REFERENCE
+from flmoe_kernels.profile import check, shapes
+from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
+from flmoe_kernels.profile.check import WrongAnswer, agree, checked_case, compare
+from flmoe_kernels.profile.contestants import OURS, PEER, contestants, default_ours, prepare
+from flmoe_kernels.profile.prepared import Prepared
+from tests.support.profile_shapes import LAYER, PAIR, ROUTED, SPARSE, TINY
+
+POOL = Case("pair_moe", PAIR, BOTH, variant="pool")
+# Compiled peers are tried once, below: a compiler takes seconds for each.
+CHECKED = [
+    *cases(shapes=TINY, phases=(FORWARD, BOTH)),
+    *cases(shapes=(PAIR, ROUTED), phases=(BOTH,), dtypes=("bfloat16",)),
+    *cases(["pair_moe", "interaction_moe"], (PAIR, LAYER), (BACKWARD,)),
+]
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_every_contestant_computes_the_case(case: Case) -> None:
+    for one in contestants(case):
+        if not one.why_not and "compiled" not in one.name:
+            agree(case, one)
+            prepare(case, one).call()
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        (POOL, "compiled"),
+        (Case("interaction_moe", LAYER, BOTH), "compiled+sdpa"),
+        (Case("interaction_moe", LAYER, BOTH, torch.bfloat16), "reference, TF32"),
+    ],
+    ids=str,
+)
+def test_peers_with_settings_of_their_own(case: Case, name: str) -> None:
+    precision = torch.get_float32_matmul_precision()
+    agree(case, name)
+    prepare(case, name).call()
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_a_compiled_backward_runs_again_and_again() -> None:
+    """Its graph is kept, and must not give its buffers away after the first call."""
+    call = prepare(Case("pair_moe", PAIR, BACKWARD, variant="none"), "compiled").call
+    for _ in range(3):
+        call()
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.999, 1.001, float("nan")])
+@pytest.mark.parametrize("key", ["y", "gradient of k"])
+def test_a_wrong_result_is_caught(key: str, factor: float) -> None:
+    right = prepare(POOL, "cpu").outputs()
+    compare(POOL, "cpu", right)
+    with pytest.raises(WrongAnswer, match=rf"^made up on {re.escape(POOL.name)} \(.*\): {key}"):
+        compare(POOL, "made up", {**right, key: right[key] * factor})
+
+
+@pytest.mark.parametrize(
+    ("case", "key"),
+    [
+        (Case("expert_attention", LAYER, BOTH, variant="dropout"), "gradient of v with dropout"),
+        (Case("routed_mlp", ROUTED, BOTH, variant="bias"), "gradient of b_out"),
+        (Case("routing", ROUTED, BOTH), "weight"),
+        (Case("interaction_moe", SPARSE, BOTH), "gate_losses"),
+        (Case("interaction_moe", LAYER, BOTH), "gradient of inputs.1"),
+        (Case("interaction_moe", LAYER, FORWARD, torch.bfloat16), "logits"),
+    ],
+    ids=str,
+)
+def test_a_wrong_result_of_any_operator_is_caught(case: Case, key: str) -> None:
+    case = checked_case(case)
+    right = prepare(case, "cpu").outputs()
+    compare(case, "cpu", right)
+    with pytest.raises(WrongAnswer, match=key):
+        compare(case, "made up", {**right, key: right[key] * 1.1})
+
+
+def test_other_integers_and_other_results_are_caught() -> None:
+    case = Case("routing", ROUTED, FORWARD)
+    right = prepare(case, "cpu").outputs()
+    with pytest.raises(WrongAnswer, match="permutation: other integers"):
+        compare(case, "made up", {**right, "permutation": right["permutation"].flip(0)})
+    renamed = {("weights" if key == "weight" else key): x for key, x in right.items()}
+    with pytest.raises(WrongAnswer, match=r"lacks \['weight'\], has \['weights'\] besides"):
+        compare(case, "made up", renamed)
+
+
+def test_a_wrong_contestant_is_named_whatever_it_is_given_as() -> None:
+    ready = prepare(POOL, "cpu")
+    wrong = Prepared(ready.call, lambda: {**ready.outputs(), "y": torch.zeros(2, 4, 6)}, "cpu")
+    with pytest.raises(WrongAnswer, match=f"^cpu on {re.escape(POOL.name)}"):
+        agree(POOL, "reference", wrong)
+
+
+def test_names_are_the_same_in_another_process_and_tell_cases_apart() -> None:
+    every = cases(dtypes=("float32", "bfloat16")) + cases(shapes=TINY)
+    assert len({case.name for case in every}) == len(every) == len(set(every))
+    assert pickle.loads(pickle.dumps(every)) == every
+    assert POOL.name == "pair_moe/tiny_pair/forward+backward/float32/pool"
+    assert Case("routing", ROUTED, FORWARD).name == "routing/tiny_routed/forward/float32"
+
+
+def test_every_operator_has_cases_and_every_backend_is_a_contestant() -> None:
+    assert set(OPERATORS) == set(CAPABILITIES)
+    for name in OPERATORS:
+        case = cases([name])[0]
+        found = contestants(case)
+        ours = {x.name for x in found if x.kind == OURS}
+        assert ours == set(CAPABILITIES[name]) - {REFERENCE}
+        assert [x for x in found if x.kind == PEER and not x.why_not], name
+        assert all(x.version for x in found)
+        assert default_ours(case).name == "cpu"
+
+
+def test_what_cannot_run_says_why() -> None:
+    on_gpu = Case("pair_moe", PAIR, BOTH, torch.bfloat16, "cuda", "none")
+    if not torch.cuda.is_available():
+        assert {x.why_not for x in contestants(on_gpu)} == {"there is no CUDA device"}
+        with pytest.raises(BackendUnavailable, match=r"on cuda: cpu: there is no CUDA device"):
+            default_ours(on_gpu)
+    reasons = {
+        x.name: x.why_not for x in contestants(Case("routed_mlp", ROUTED, BOTH, variant="bias"))
+    }
+    assert reasons["torch._grouped_mm"] == "it is for bfloat16"
+    assert reasons["scattermoe"]
+    long = Case("pair_moe", shapes.PAIR_LONG, BOTH, variant="none")
+    assert "its maps of all pairs would take about 6 GiB" in {x.why_not for x in contestants(long)}
+    with pytest.raises(BackendUnavailable, match="maps of all pairs"):
+        prepare(long, "reference")
+    with pytest.raises(ValueError, match=r"expected one of cpu, .*, got 'nobody'"):
+        prepare(POOL, "nobody")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"operators": ["pair"]}, "operator: expected one of 'pair_moe'"),
+        ({"shapes": ["pair_512"]}, r"shape: expected one of mmimdb, .* on cpu, got 'pair_512'"),
+        ({"phases": ["training"]}, "phase: expected one of 'forward'"),
+        ({"dtypes": ["int8"]}, "dtype: expected one of 'float32'"),
+    ],
+    ids=str,
+)
+def test_an_unknown_name_is_an_error(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cases(**arguments)
+
+
+def test_a_gpu_gets_its_own_batch_shapes_and_type() -> None:
+    on_gpu = cases(device="cuda")
+    assert {case.dtype for case in on_gpu} == {torch.bfloat16}
+    assert shapes.by_name("mmimdb", "cuda:1").batch == 32  # type: ignore[union-attr]
+    assert shapes.by_name("mmimdb").batch == 4  # type: ignore[union-attr]
+    assert {"pair_512", "routed_large"} <= {case.shape.name for case in on_gpu}
+    # Which experts a token goes to would depend on the rounding.
+    assert "mmimdb_sparse" not in {case.shape.name for case in on_gpu}
+    with pytest.raises(ValueError, match="shape: pair_moe expected a PairShape, got"):
+        Case("pair_moe", LAYER, FORWARD, variant="none")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_checked_shapes_are_small_enough_and_keep_what_matters(device: str) -> None:
+    for shape in shapes.named_shapes(device).values():
+        small = check.checked_shape(shape, device)
+        assert type(small) is type(shape)
+        assert small.name == shape.name
+        if isinstance(small, shapes.PairShape):
+            assert 0 < small.pairs <= check._PAIRS[device]
+        if isinstance(small, shapes.RoutedShape) and device == "cpu":
+            assert 12 * small.routed_rows * small.width * small.hidden < 2e11

@@ -1,0 +1,134 @@
+"""`profile --checkpoint`: a user's own layer, swapped, next to the reference."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from flmoe_kernels.cli.profile import profile
+from flmoe_kernels.core.backend import BackendUnavailable
+from flmoe_kernels.profile import ceilings, layers_of_users
+from flmoe_kernels.profile import request as profile_request
+from flmoe_kernels.profile.layers_of_users import UserLayer, make_call
+from flmoe_kernels.profile.memory import memory_lack
+from tests.support.layers import LayerCase
+
+app = typer.Typer()
+app.command()(profile)
+QUICK = ("--seconds", "0.02", "--no-memory")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that take milliseconds, on one thread."""
+    monkeypatch.setitem(ceilings._SIDE, "cpu", 96)
+    monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**16)
+    # Before every block it would take longer than the block.
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    torch.set_num_threads(1)
+
+
+def run(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [*arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "mine.pt"
+    torch.save({"ensemble_model": LayerCase(dim=16).reference().state_dict()}, path)
+    return path
+
+
+def test_own_layer_next_to_the_reference(checkpoint: Path, tmp_path: Path) -> None:
+    target, trace = tmp_path / "out.json", tmp_path / "trace.json"
+    sizes = ("--batch", "3", "--tokens", "5,4", "--valid", "3,4", "--heads", "2")
+    arguments = ("--checkpoint", str(checkpoint), *sizes, *QUICK)
+    result = run(*arguments, "--json", str(target), "--trace", str(trace))
+    held = json.loads(target.read_text())
+    names = [(found["what"], found["contestant"]) for found in held["profiles"]]
+    assert names == [
+        (f"mine, batch 3, {what}", contestant)
+        for what in ("training step", "inference")
+        for contestant in ("cpu", "reference")
+    ]
+    assert held["layer"]["tokens"] == [5, 4]
+    assert held["swapped"]["logits_error"] < 1e-4
+    training, reference, inference, _ = held["profiles"]
+    assert training["flop"] > 3 * inference["flop"]
+    assert reference["ratio"][0] > 0
+    assert training["breakdown"]["operators"] > inference["breakdown"]["operators"] > 0
+    assert "flmoe::interaction_losses_backward" in trace.read_text()
+    assert "mine, batch 3, inference" in result.stdout
+
+
+def test_one_pass_of_an_own_layer(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    arguments = ("--checkpoint", str(checkpoint), "--tokens", "5,4", "--batch", "2", *QUICK)
+    run(*arguments, "--pass", "inference", "--no-check", "--json", str(target))
+    held = json.loads(target.read_text())
+    assert {found["what"] for found in held["profiles"]} == {"mine, batch 2, inference"}
+    assert held["swapped"] is None
+    result = run(*arguments, "--pass", "backward", code=2)
+    assert "pass: expected training or inference, got 'backward'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "tokens: expected 2 numbers from 1, one for each modality, got none"),
+        (("--tokens", "5"), "tokens: expected 2 numbers from 1, one for each modality, got 5"),
+        (("--tokens", "5,4", "--batch", "0"), "batch: expected 1 at least, got 0"),
+        (("--tokens", "5,4", "--valid", "6,4"), "valid: expected 2 numbers from 1 to 5,4, got 6,4"),
+        (("--tokens", "5,4", "--dtype", "int4"), "dtype: expected one of float32"),
+        (("--tokens", "5,4", "--heads", "3"), "mine.pt: "),
+        (("--tokens", "5,4", "--shape", "mmimdb"), "--shape: says nothing of what is profiled"),
+    ],
+)
+def test_own_layers_that_do_not_fit(
+    checkpoint: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run("--checkpoint", str(checkpoint), *arguments, code=2)
+    assert message in result.stderr
+
+
+def test_learned_positions_fix_the_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "older.pt"
+    case = LayerCase(lengths=(4, 4), compat="i2moe", dim=16)
+    torch.save(case.reference().state_dict(), path)
+    user = UserLayer(str(path), batch=2, num_heads=2)
+    assert user.checked().tokens == (4, 4)
+    make_call(user.checked(), "cpu", layers_of_users.TRAINING)()
+    with pytest.raises(
+        layers_of_users.UnsupportedRequest, match="learned positions fix them to 4,4"
+    ):
+        UserLayer(str(path), batch=2, tokens=(5, 4)).checked()
+    with pytest.raises(layers_of_users.UnsupportedRequest, match="takes no masks"):
+        UserLayer(str(path), batch=2, valid=(3, 4)).checked()
+
+
+def test_own_layer_without_kernels_says_so(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers_of_users.backends, "choose", lambda *_: "reference")
+    with pytest.raises(BackendUnavailable, match="no kernels for float32 on cpu here"):
+        layers_of_users.contestants_of(UserLayer(str(checkpoint), 2, (5, 4)))
+
+
+@pytest.mark.skipif(bool(memory_lack("cpu")), reason="peaks need Linux's /proc")
+def test_peak_of_an_own_layer_is_that_of_its_batch(checkpoint: Path) -> None:
+    user = UserLayer(str(checkpoint), 512, (5, 4)).checked()
+    [_, reference] = profile_request.user_subjects(user, layers_of_users.TRAINING)
+    assert reference.peak is not None
+    peak = reference.peak()
+    assert peak is not None
+    # Of rows of float32 in every expert and view: one at the least, which the reference keeps for its backward.
+    rows = 512 * 9 * 16 * 4 * 4 * 3
+    assert rows < peak < 100 * rows

@@ -1,0 +1,344 @@
+"""`swap`: the layers it finds, what they keep, and what they compute afterwards."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.layers.interaction_moe.architecture import build
+from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.interaction_moe.structure import describe
+from flmoe_kernels.published.swap import ROOT, SwapReport, swap
+from tests.support.lineage import fl, i2, make_layer
+
+LENGTHS = {fl: (7, 5, 3), i2: (5, 5, 5)}
+
+
+class Net(nn.Module):
+    """A model around the layer, as one is trained: an encoder per modality, the layer, one loss."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(nn.Linear(4, 16) for _ in range(layer.num_modalities))
+        self.moe = layer
+
+    def forward(self, parts: list[Tensor], *rest: Any, **named: Any) -> Any:
+        tokens = [encode(x) for encode, x in zip(self.encoders, parts, strict=True)]
+        return self.moe(tokens, *rest, **named)
+
+    def loss(self, parts: list[Tensor], target: Tensor) -> Tensor:
+        out = self(parts)
+        return nn.functional.cross_entropy(out[2], target) + 0.1 * sum(out[3])
+
+
+def tokens(variant: Any, modalities: int = 2, width: int = 16, batch: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    lengths = LENGTHS[variant][:modalities]
+    return [torch.randn(batch, n, width, generator=generator) for n in lengths]
+
+
+def masks_for(parts: list[Tensor]) -> list[Tensor]:
+    masks = [torch.ones(x.shape[:2]) for x in parts]
+    for mask in masks:
+        mask[0, 2:] = 0
+    masks[-1][1] = 0
+    return masks
+
+
+def assert_swapped(report: SwapReport, count: int = 1) -> None:
+    assert [entry.reason for entry in report.left] == []
+    assert len(report.swapped) == count
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("variant", [fl, i2])
+def test_computes_what_the_original_did(variant: Any, modalities: int, sparse: bool) -> None:
+    layer = make_layer(variant, modalities=modalities, sparse=sparse).eval()
+    original = copy.deepcopy(layer)
+    report = swap(layer)
+    assert_swapped(report)
+    fast = report.model
+    assert isinstance(fast, InteractionMoE)
+    entry = report.swapped[0]
+    assert (entry.name, entry.experts, entry.inputs) == (ROOT, modalities + 2, "random")
+    assert entry.compat == ("i2moe" if variant is i2 else "fl_i2moe")
+    assert entry.speed_up is not None
+    assert entry.speed_up > 0
+    assert (entry.latents_error is None) == (variant is i2)
+
+    inputs = tokens(variant, modalities)
+    calls: list[tuple] = [(inputs,)]
+    if variant is fl:
+        calls.append((inputs, masks_for(inputs)))
+    with torch.no_grad():
+        for call in calls:
+            expected, found = original.inference(*call), fast.inference(*call)
+            for e in range(modalities + 2):
+                torch.testing.assert_close(found[0][e], expected[0][e])
+            torch.testing.assert_close(found[1:], expected[1:])
+            assert expected[2].std() > 0.01
+        outputs, reference = fast(*calls[-1]), original(*calls[-1])
+    assert len(outputs) == len(reference)
+    assert len(outputs[0]) == modalities + 2
+    assert len(outputs[0][0]) == modalities + 1
+    torch.testing.assert_close(outputs[2], reference[2])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_swaps_our_reference_too_and_keeps_the_mode(mode: bool) -> None:
+    spec = describe(make_layer())
+    net = Net(build(spec, 2)).train(mode)
+    report = swap(net)
+    assert_swapped(report)
+    assert report.model is net
+    assert isinstance(net.moe, InteractionMoE)
+    assert all(part.training is mode for part in net.modules())
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        shared = make_layer(seed=1)
+        self.deep = nn.Sequential(nn.Sequential(nn.ModuleDict({"net": Net(make_layer(seed=2))})))
+        self.several = nn.ModuleList([make_layer(i2, seed=3), nn.Identity(), shared])
+        self.again = shared
+        self.unregistered = [{"teacher": make_layer(seed=4)}, shared]
+        object.__setattr__(self, "shortcut", shared)
+
+
+def test_finds_layers_wherever_they_sit() -> None:
+    model = Holder()
+    report = swap(model)
+    assert_swapped(report, 4)
+    assert report.model is model
+    fast = model.again
+    assert model.several[2] is fast
+    assert model.unregistered[1] is fast
+    assert vars(model)["shortcut"] is fast
+    places = (
+        fast,
+        model.deep[0][0]["net"].moe,
+        model.several[0],
+        model.unregistered[0]["teacher"],
+    )
+    assert all(isinstance(place, InteractionMoE) for place in places)
+    assert len({id(place) for place in places}) == 4
+    names = {name for entry in report.swapped for name in entry.name.split(", ")}
+    assert names == {
+        "deep.0.0.net.moe",
+        "several.0",
+        "several.2",
+        "again",
+        "unregistered.1",
+        "shortcut",
+        "unregistered.0.teacher",
+    }
+
+
+def test_wrapped_layer_is_replaced_inside_its_wrapper() -> None:
+    model = nn.DataParallel(make_layer())
+    assert_swapped(swap(model))
+    assert isinstance(model.module, InteractionMoE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("variant", [fl, i2])
+def test_keeps_dtype_and_serves_half_precision(variant: Any, dtype: torch.dtype) -> None:
+    exact = make_layer(variant).eval()
+    layer = copy.deepcopy(exact).to(dtype)
+    report = swap(layer)
+    assert_swapped(report)
+    fast = report.model
+    assert {p.dtype for p in fast.parameters()} == {dtype}
+    inputs = tokens(variant)
+    with torch.no_grad():
+        logits = fast.inference([x.to(dtype) for x in inputs])[2]
+        expected = exact.inference(inputs)[2]
+    assert logits.dtype == dtype
+    scale = expected.abs().max().item()
+    tolerance = 12 * max(torch.finfo(dtype).eps, 1e-6) * scale
+    assert (logits.float() - expected).abs().max() < tolerance < 0.2 * scale
+    # The published variant with masks adds float32 positions, which half precision weights refuse.
+    runs = variant is i2 or dtype == torch.float64
+    assert (report.swapped[0].speed_up is not None) == runs
+
+
+def test_shares_parameters_so_that_an_older_optimizer_trains_the_layer() -> None:
+    net = Net(make_layer(dropout=0.0))
+    before = dict(net.named_parameters())
+    net.moe.reweight.requires_grad_(False)
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.02)
+    assert_swapped(swap(net))
+    after = dict(net.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+    assert {name for name, p in after.items() if not p.requires_grad} == frozen
+    assert frozen
+
+    kept = {name: p.detach().clone() for name, p in after.items()}
+    parts, target = tokens(fl, width=4, batch=6), torch.arange(6) % 3
+    losses = []
+    for _ in range(12):
+        loss = net.loss(parts, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    changed = {name for name, p in after.items() if not torch.equal(p, kept[name])}
+    assert changed == after.keys() - frozen
+
+
+def test_checkpoints_load_in_both_directions() -> None:
+    for variant in (fl, i2):
+        trained, fresh = make_layer(variant, seed=1), make_layer(variant, seed=2)
+        fast = swap(copy.deepcopy(trained)).model
+        assert list(fast.state_dict()) == list(trained.state_dict())
+        fresh.load_state_dict(fast.state_dict(), strict=True)
+        torch.testing.assert_close(fresh.state_dict(), trained.state_dict(), rtol=0, atol=0)
+        other = swap(make_layer(variant, seed=2)).model
+        other.load_state_dict(trained.state_dict(), strict=True)
+        inputs = tokens(variant)
+        with torch.no_grad():
+            expected = trained.eval().inference(inputs)[2]
+            torch.testing.assert_close(other.eval().inference(inputs)[2], expected)
+        extra = {**trained.state_dict(), "surplus": torch.zeros(1)}
+        extra.pop("reweight.mlp.network.0.bias")
+        with pytest.raises(RuntimeError, match=r"(?s)reweight\.mlp\.network\.0\.bias.*surplus"):
+            other.load_state_dict(extra)
+
+
+def test_attributes_set_on_the_layer_stay() -> None:
+    layer = make_layer()
+    layer.tag = "text and image"
+    assert swap(layer).model.tag == "text and image"
+
+
+def called_by_each_kind_of_hook(layer: nn.Module, seen: list) -> list:
+    """Register every kind of hook; each notes its kind and the module that it was given."""
+
+    def note(kind: str, result: Any = None) -> Any:
+        def hook(module: nn.Module, *_: Any) -> Any:
+            seen.append((kind, module))
+            return result
+
+        return hook
+
+    def fails(*_: Any) -> None:
+        raise ArithmeticError("on purpose")
+
+    return [
+        layer.register_forward_pre_hook(note("pre")),
+        layer.register_forward_pre_hook(note("pre with kwargs"), with_kwargs=True),
+        layer.register_forward_hook(note("forward")),
+        layer.register_forward_hook(note("forward with kwargs"), with_kwargs=True),
+        layer.register_full_backward_pre_hook(note("backward pre")),
+        layer.register_full_backward_hook(note("backward")),
+        layer.register_state_dict_pre_hook(note("state_dict pre")),
+        layer.register_state_dict_post_hook(note("state_dict post")),
+        layer.register_load_state_dict_pre_hook(note("load pre")),
+        layer.register_load_state_dict_post_hook(note("load post")),
+        layer.register_forward_hook(note("always"), always_call=True),
+        layer.register_forward_hook(fails, prepend=False),
+    ]
+
+
+def test_hooks_of_every_kind_fire_after_the_swap_with_the_fast_layer() -> None:
+    net, seen = Net(make_layer(dropout=0.0)), []
+    handles = called_by_each_kind_of_hook(net.moe, seen)
+    assert_swapped(swap(net))
+    fast = net.moe
+    assert isinstance(fast, InteractionMoE)
+    assert seen == []
+
+    parts = tokens(fl, width=4)
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        net(parts)
+    before_failure = ["pre", "pre with kwargs", "forward", "forward with kwargs", "always"]
+    assert [kind for kind, _ in seen] == before_failure
+    handles.pop().remove()
+    seen.clear()
+    net(parts)[2].sum().backward()
+    net.load_state_dict(net.state_dict())
+    assert {kind for kind, _ in seen} == {
+        *before_failure,
+        "backward pre",
+        "backward",
+        "state_dict pre",
+        "state_dict post",
+        "load pre",
+        "load post",
+    }
+    assert {id(module) for _, module in seen} == {id(fast)}
+
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    net(parts)[2].sum().backward()
+    net.load_state_dict(net.state_dict())
+    assert seen == []
+
+
+def test_a_hook_may_change_the_output() -> None:
+    net = Net(make_layer()).eval()
+    net.moe.register_forward_hook(lambda module, args, out: out[2] + 100)
+    assert_swapped(swap(net))
+    assert net(tokens(fl, width=4)).min() > 50
+
+
+def test_report_prints_as_text_and_as_a_rich_table() -> None:
+    rich_console = pytest.importorskip("rich.console")
+    model = nn.ModuleDict({"good": make_layer(), "odd": make_layer(self_attn=False)})
+    report = swap(model)
+    console = rich_console.Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report)
+    for text in (str(report), console.export_text()):
+        assert "1 layer swapped, 1 left as is." in text
+        for word in ("good", "fl_i2moe", "random", "odd", "cross-attention", "indicative"):
+            assert word in text, text
+    for line in str(report).splitlines():
+        assert line == line.rstrip()
+    entry = report.as_dict()
+    assert entry["swapped"][0]["name"] == "good"
+    assert entry["left"][0]["class_name"] == "InteractionMoE"
+    assert "model" not in entry
+
+
+def test_says_plainly_when_there_is_nothing() -> None:
+    model = nn.Linear(2, 2)
+    report = swap(model)
+    assert report.model is model
+    assert report.swapped == report.left == ()
+    assert str(report).startswith("Nothing to swap")
+    assert "Linear" in str(report)
+
+
+def test_refuses_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list"):
+        swap([make_layer()])
+
+
+def test_a_second_swap_finds_the_layer_fast_already() -> None:
+    net = Net(make_layer())
+    swap(net)
+    fast = net.moe
+    report = swap(net)
+    assert net.moe is fast
+    assert [(entry.name, entry.reason) for entry in report.left] == [("moe", "already fast")]
+    assert report.swapped == ()
+
+
+def test_without_check_nothing_is_compared() -> None:
+    report = swap(make_layer(), check=False)
+    assert_swapped(report)
+    entry = report.swapped[0]
+    assert entry.inputs == "-"
+    assert entry.logits_error is entry.speed_up is None
+    assert isinstance(report.model, ReferenceInteractionMoE)

@@ -1,0 +1,116 @@
+"""Games with known pair indices, tokens to play them with, and the definitions by plain loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flmoe_kernels import InteractionMoE
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from tests.support.layers import LayerCase
+
+Values = Mapping[tuple[int, int], float]
+
+
+@dataclass
+class Planted:
+    """A game of n players by its formula v((m, n) bool) -> (m,), which counts what it is asked."""
+
+    players: int
+    formula: Callable[[NDArray[np.bool_]], NDArray[Any]]
+    asked: int = 0
+    batches: list[int] = field(default_factory=list)
+
+    def __call__(self, coalitions: NDArray[np.bool_]) -> NDArray[Any]:
+        self.asked += len(coalitions)
+        self.batches.append(len(coalitions))
+        return self.formula(coalitions)
+
+
+def unanimity(terms: Mapping[tuple[int, ...], float], players: int) -> Planted:
+    """v(S) = sum of the terms whose players are all in S; any game is such a sum."""
+
+    def formula(inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+        total = np.zeros(len(inside))
+        for members, weight in terms.items():
+            total += weight * inside[:, list(members)].all(axis=1)
+        return total
+
+    return Planted(players, formula)
+
+
+def unanimity_sii(terms: Mapping[tuple[int, ...], float], i: int, j: int) -> float:
+    """In closed form: a term of t players that has both gives 1 / (t - 1) of its weight."""
+    return sum(w / (len(t) - 1) for t, w in terms.items() if i in t and j in t)
+
+
+def random_terms(players: int, count: int, largest: int, seed: int) -> dict[tuple[int, ...], float]:
+    draw = np.random.default_rng(seed)
+    terms: dict[tuple[int, ...], float] = {(): 0.7}
+    for _ in range(count):
+        size = int(draw.integers(1, largest + 1))
+        members = tuple(sorted(draw.choice(players, size, replace=False).tolist()))
+        terms[members] = terms.get(members, 0.0) + float(draw.normal())
+    return terms
+
+
+def xor(planted: tuple[int, ...], players: int) -> Planted:
+    """1 where an odd number of the planted tokens is there."""
+    return Planted(players, lambda inside: inside[:, list(planted)].sum(axis=1) % 2)
+
+
+def either(first: int, second: int, worth: float, players: int) -> Planted:
+    """Two copies of one token."""
+    return Planted(players, lambda inside: worth * (inside[:, first] | inside[:, second]))
+
+
+def table(game: Callable[[NDArray[np.bool_]], NDArray[Any]], players: int) -> NDArray[np.float64]:
+    """v of all coalitions; bit k is player k."""
+    codes = np.arange(2**players)
+    return np.asarray(game((codes[:, None] >> np.arange(players)) & 1 == 1), dtype=np.float64)
+
+
+def by_definition(values: NDArray[np.float64], players: int, index: str) -> Values:
+    """SII or RG of all pairs: sums over all S without i and j with weights s! (n - s - 2)! / (n - 1)!."""
+    found = {}
+    for i, j in itertools.combinations(range(players), 2):
+        others = [k for k in range(players) if k not in (i, j)]
+        total = 0.0
+        for size in range(len(others) + 1):
+            weight = math.factorial(size) * math.factorial(players - size - 2)
+            for members in itertools.combinations(others, size):
+                s = sum(1 << k for k in members)
+                v = [float(values[s | added]) for added in (0, 1 << i, 1 << j, 1 << i | 1 << j)]
+                term = v[3] - v[1] - v[2] + v[0] if index == "SII" else min(v[1], v[2]) - v[0]
+                total += weight / math.factorial(players - 1) * term
+        found[i, j] = total
+    return found
+
+
+def as_array(values: Values, pairs: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.array([values[int(i), int(j)] for i, j in pairs])
+
+
+def interaction_layer(
+    case: LayerCase, dtype: torch.dtype = torch.float64, backend: str | None = None
+) -> ReferenceInteractionMoE:
+    """The fast layer with the parameters of a case's reference, in eval mode."""
+    return InteractionMoE.adopt(case.reference(dtype).eval(), backend=backend)
+
+
+def first_of(tensors: Any, sample: int = 0) -> list[Tensor | None]:
+    """One sample, batch 1, of M tensors."""
+    return [None if x is None else x[sample : sample + 1] for x in tensors]
+
+
+def drawn(rows: int, players: int, seed: int = 0) -> NDArray[np.bool_]:
+    """Coalitions (rows, players), each player in with probability 1/2."""
+    return np.random.default_rng(seed).random((rows, players)) < 0.5

@@ -1,0 +1,193 @@
+"""Interaction layers for tests: any architecture with every parameter drawn, and all that a call returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.layers.interaction_moe.reference import (
+    Compat,
+    FusionTransformer,
+    Masks,
+    ReferenceInteractionMoE,
+    Replacements,
+)
+from tests.support.inputs import as_dtype, draw, draw_masks, draw_replacements, gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCase:
+    """One layer and one call of it, apart from the data.
+
+    sparse: return gate losses. gate: of sparse fusion models, None for dense ones; mlp_experts, top_k, routers and
+    capacity (of training and evaluation alike, None for the gate's own) are those of their MLPs.
+    """
+
+    lengths: tuple[int, ...] = (5, 4)
+    compat: Compat = "fl_i2moe"
+    batch: int = 2
+    dim: int = 8
+    heads: int = 2
+    layers: int = 1
+    classes: int = 3
+    dropout: float = 0.0
+    sparse: bool = False
+    masks: str = "none"
+    gate: str | None = None
+    mlp_experts: int = 4
+    top_k: int = 2
+    routers: int = 1
+    capacity: float | None = None
+
+    def __str__(self) -> str:
+        sizes = f"L{'-'.join(map(str, self.lengths))}B{self.batch}D{self.dim}"
+        name = f"{self.compat}:{sizes}h{self.heads}n{self.layers}:{self.masks}"
+        if self.gate is None:
+            return name
+        limit = "" if self.capacity is None else f"c{self.capacity}"
+        return f"{name}:{self.gate}E{self.mlp_experts}k{self.top_k}r{self.routers}{limit}"
+
+    @property
+    def experts(self) -> int:
+        return len(self.lengths) + 2
+
+    def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 50) -> list[Tensor]:
+        return [
+            draw(self.batch, length, self.dim, dtype=dtype, seed=seed + m)
+            for m, length in enumerate(self.lengths)
+        ]
+
+    def reference(self, dtype: torch.dtype = torch.float32) -> ReferenceInteractionMoE:
+        """The reference layer in train mode, its reweighting without dropout unless the rest has it."""
+        fusion = FusionTransformer(
+            len(self.lengths),
+            self.dim,
+            self.classes,
+            self.layers,
+            self.heads,
+            self.dropout,
+            self.compat,
+            self.lengths[0] if self.compat == "i2moe" else None,
+            mlp_sparse=self.gate is not None,
+            num_experts=self.mlp_experts,
+            num_routers=self.routers,
+            top_k=self.top_k,
+            gate=self.gate or "GShardGate",
+        )
+        if self.capacity is not None:
+            for part in fusion.modules():
+                if hasattr(part, "capacity"):
+                    setattr(part, "capacity", (self.capacity, self.capacity))  # noqa: B010
+        layer = ReferenceInteractionMoE(
+            len(self.lengths), fusion, self.sparse, self.dim, 2 * self.dim, 3, 1.5
+        )
+        with torch.no_grad():
+            for i, (name, parameter) in enumerate(layer.named_parameters()):
+                # Away from 0 and 1, so that no parameter's part in the result can be mistaken.
+                values = draw(*parameter.shape, seed=1000 + i)
+                matrix = parameter.dim() == 2 or ".experts." in name
+                fan_in = parameter.shape[-1] if matrix else 4
+                offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(offset + values * fan_in**-0.5)
+        if self.dropout == 0:
+            for part in layer.reweight.modules():
+                if isinstance(part, nn.Dropout):
+                    part.p = 0.0
+        return layer.to(dtype)
+
+
+def named_outputs(layer: nn.Module, result: Sequence[Any]) -> dict[str, Tensor]:
+    """Every tensor that a layer's forward returns, by name."""
+    experts = result[0]
+    found = {"weights": result[1], "logits": result[2], "losses": torch.stack(list(result[3]))}
+    found["expert_logits"] = torch.stack(
+        [torch.stack([v if isinstance(v, Tensor) else v[0] for v in views]) for views in experts]
+    )
+    if not isinstance(experts[0][0], Tensor):
+        found["expert_latents"] = torch.stack(
+            [torch.stack([latent for _, latent in views]) for views in experts]
+        )
+        found["latents"] = torch.stack(list(result[-1]))
+    if len(result) == 5 + ("latents" in found):
+        found["gate_losses"] = torch.stack([torch.stack(list(views)) for views in result[4]])
+    return found
+
+
+def outputs_and_gradients(
+    layer: nn.Module,
+    inputs: Sequence[Tensor],
+    masks: Masks,
+    replacements: Replacements | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a call returns, and the gradients of all of it by parameter, input and replacement."""
+    x = [each.detach().requires_grad_() for each in inputs]
+    noise = None
+    if replacements is not None:
+        noise = [[each.detach().requires_grad_() for each in row] for row in replacements]
+    outputs = named_outputs(layer, layer(x, masks, replacements=noise))
+    leaves: dict[str, Tensor] = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    leaves |= {f"inputs.{m}": each for m, each in enumerate(x)}
+    for e, row in enumerate(noise or []):
+        leaves |= {f"replacements.{e}.{m}": each for m, each in enumerate(row)}
+    # Not the latents twice.
+    wanted = [out for name, out in outputs.items() if name != "latents"]
+    found = gradients(wanted, list(leaves.values()))
+    return {name: x.detach() for name, x in outputs.items()}, dict(zip(leaves, found, strict=True))
+
+
+def assert_layer_within_budget(
+    case: LayerCase, layer: nn.Module, dtype: torch.dtype, *, seed: int = 50
+) -> None:
+    """A layer's outputs and gradients on one call, with given noise, against the reference layer.
+
+    Args:
+        case: the call, and the architecture and parameters of the reference.
+        layer: a layer with the same parameters, in `dtype`; the reference runs in its mode.
+        dtype: of parameters and inputs; the oracle computes in float64 from the rounded values.
+        seed: of the inputs.
+    """
+    x = case.inputs(dtype, seed)
+    masks = draw_masks(case.masks, case.batch, case.lengths)
+    noise = draw_replacements(x, case.experts)
+    found = [
+        outputs_and_gradients(layer, x, masks, noise),
+        outputs_and_gradients(case.reference(dtype).train(layer.training), x, masks, noise),
+        outputs_and_gradients(
+            case.reference(dtype).double().train(layer.training),
+            as_dtype(x, torch.float64),
+            masks,
+            as_dtype(noise, torch.float64),
+        ),
+    ]
+    actual, low, exact = ({**outputs, **grads} for outputs, grads in found)
+    assert actual.keys() == exact.keys(), "other outputs or parameters"
+    sizes: dict[str, float] = {}
+    for name, value in exact.items():
+        kind = _kind(name)
+        sizes[kind] = max(sizes.get(kind, 0.0), float(value.abs().max()))
+    for name, oracle in exact.items():
+        # Deep in a stack the gradients of queries vanish: those are measured by their peers in other
+        # layers and experts.
+        size = sizes[_kind(name)]
+        assert_within_budget(
+            actual[name],
+            low[name],
+            oracle,
+            f"{name} of {case} in {dtype}",
+            magnitude=size,
+            may_vanish=float(oracle.abs().max()) < 0.25 * size,
+        )
+
+
+def _kind(name: str) -> str:
+    """Parameters of one role in all experts and layers; an output is a kind of its own."""
+    if ".attn." in name:
+        # Scores enter through differences, so that the gradient of q is what is left of terms of this size.
+        return "attn"
+    return re.sub(r"\d+", "#", name) if "." in name else name

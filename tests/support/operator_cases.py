@@ -1,0 +1,64 @@
+"""Comparison of registered operators with their references in float64, gradients included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.layers.interaction_moe.reference import interaction_losses
+from tests.support.inputs import as_dtype, gradients
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+EPS = 1e-5
+OPS = torch.ops.flmoe
+Operator = Callable[..., Any]
+
+
+def tensors(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def evaluate(operator: Operator, arguments: Sequence[Any], outputs: int) -> list[Tensor]:
+    """The first results of an operator and the gradients of its floating arguments."""
+    leaves = [x for x in arguments if isinstance(x, Tensor) and x.dtype.is_floating_point]
+    results = tensors(operator(*arguments))[:outputs]
+    return [*(x.detach() for x in results), *gradients(results, leaves)]
+
+
+def compare(
+    operator: Operator,
+    oracle: Operator,
+    arguments: Sequence[Any],
+    dtype: torch.dtype,
+    outputs: int = 1,
+    magnitude: float = 0.0,
+    may_vanish: bool = False,
+) -> list[list[Tensor]]:
+    """Results and gradients of both, checked; (kernel, reference, reference in float64) of each."""
+    inputs = list(arguments)
+    found = [
+        evaluate(operator, as_dtype(inputs, dtype, requires_grad=True), outputs),
+        evaluate(oracle, as_dtype(inputs, dtype, requires_grad=True), outputs),
+        evaluate(
+            oracle, as_dtype(as_dtype(inputs, dtype), torch.float64, requires_grad=True), outputs
+        ),
+    ]
+    size = max((float(x.abs().max()) for x in found[2][outputs:] if x.numel()), default=0.0)
+    triples = [list(triple) for triple in zip(*found, strict=True)]
+    for i, triple in enumerate(triples):
+        name = f"result {i}" if i < outputs else f"gradient {i - outputs}"
+        assert_within_budget(
+            *triple,
+            f"{name} in {dtype}",
+            magnitude=magnitude if i < outputs else size,
+            may_vanish=may_vanish,
+        )
+    return triples
+
+
+def reference_losses(latents: Tensor) -> Tensor:
+    return torch.stack(interaction_losses([list(expert.unbind(0)) for expert in latents.unbind(0)]))

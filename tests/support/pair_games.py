@@ -1,0 +1,125 @@
+"""Games of a few tokens on pair layers by brute force; Shapley values and interaction indices by definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels import PairExplanation, PairInteractionMoE
+from tests.support.inputs import draw_masks
+from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
+
+# Lengths, masks and options of games of 5 to 7 players.
+GAMES: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
+    "two modalities": ((2, 3), "none", {}),
+    "three modalities": ((3, 2, 2), "none", {}),
+    "masked": ((3, 2, 2), "padded_modality", {}),
+    "top 2 with null": (
+        (2, 3),
+        "partial",
+        {"kinds": ("unique_a", "null", "synergy", "unique_b", "redundancy"), "top_k": 2},
+    ),
+    "top 1 of repeated kinds": (
+        (3, 2, 2),
+        "none",
+        {"kinds": ("synergy", "unique_b") * 2, "top_k": 1},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """One sample's logit on every coalition: values (2^n, E + 1), by expert and, last, whole; bit i is token i."""
+
+    layer: PairInteractionMoE
+    inputs: list[Tensor]
+    masks: list[Tensor | None] | None
+    target: int
+    values: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        return [x.shape[1] for x in self.inputs]
+
+    @property
+    def players(self) -> int:
+        return sum(self.lengths)
+
+    def explain(self) -> PairExplanation:
+        return self.layer.explain(self.inputs, self.masks, self.target)
+
+
+@cache
+def game(name: str, backend: str, sample: int = 1) -> Game:
+    """Brute force: the forward pass with the other tokens masked out."""
+    lengths, pattern, options = GAMES[name]
+    layer = pair_layer(DIMS[: len(lengths)], backend=backend, **options)
+    inputs = [x[sample : sample + 1] for x in pair_inputs(lengths)]
+    masks = draw_masks(pattern, 2, lengths)
+    if masks is not None:
+        masks = [None if mask is None else mask[sample : sample + 1] for mask in masks]
+    target = 2
+    coalitions = torch.arange(2 ** sum(lengths))
+    inside = ((coalitions[:, None] >> torch.arange(sum(lengths))) & 1).bool().split(lengths, dim=1)
+    count = len(coalitions)
+    if masks is not None:
+        inside = [
+            s if mask is None else s & mask.bool() for s, mask in zip(inside, masks, strict=True)
+        ]
+    with torch.no_grad():
+        out = layer([x.expand(count, -1, -1) for x in inputs], list(inside))
+    values = torch.cat([out.expert_logits[:, :, target], out.logits[:, target, None]], dim=1)
+    return Game(layer, inputs, masks, target, values)
+
+
+def subsets(players: Sequence[int]) -> list[int]:
+    """All sets of them as bits."""
+    found = [0]
+    for player in players:
+        found += [s | 1 << player for s in found]
+    return found
+
+
+def shapley_value(values: Tensor, players: int, i: int) -> Tensor:
+    """Definition: sum over S without i of s! (n - s - 1)! / n! (v(S + i) - v(S))."""
+    total = torch.zeros_like(values[0])
+    for s in subsets([k for k in range(players) if k != i]):
+        size = s.bit_count()
+        weight = math.factorial(size) * math.factorial(players - size - 1) / math.factorial(players)
+        total += weight * (values[s | 1 << i] - values[s])
+    return total
+
+
+def interaction_index(values: Tensor, players: int, i: int, j: int) -> Tensor:
+    """Definition: sum over S without i, j of s! (n - s - 2)! / (n - 1)! times the second difference."""
+    total = torch.zeros_like(values[0])
+    n = players - 1
+    for s in subsets([k for k in range(players) if k not in (i, j)]):
+        size = s.bit_count()
+        weight = math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n)
+        a, b = 1 << i, 1 << j
+        total += weight * (values[s | a | b] - values[s | a] - values[s | b] + values[s])
+    return total
+
+
+def explained_values(found: PairExplanation) -> Tensor:
+    """(n, E + 1): Shapley values of all tokens of the one sample, by expert and whole."""
+    columns = [*range(len(found.experts)), None]
+    return torch.stack([torch.cat(found.shapley_values(e), dim=1)[0] for e in columns], dim=1)
+
+
+def explained_pairs(found: PairExplanation) -> Tensor:
+    """(n, n, E + 1): interaction indices of all pairs of tokens of the one sample."""
+    places = torch.arange(sum(found.lengths)).split(list(found.lengths))
+    whole = found.value.new_zeros(sum(found.lengths), sum(found.lengths), len(found.experts))
+    for m, n in itertools.permutations(range(len(found.lengths)), 2):
+        phi = found.pair_map(m, n)[0].permute(1, 2, 0)
+        whole[places[m][:, None], places[n][None, :]] = phi
+    return torch.cat([whole, whole.sum(dim=2, keepdim=True)], dim=2)

@@ -1,0 +1,453 @@
+"""What the ranks of test_routed_parallel run: their part of each case; `whole` is the same in one process.
+
+Started as a program, once per rank: parallel_ranks.py FOLDER INIT_METHOD with RANK and WORLD_SIZE in the
+environment, as torchrun sets them. Leaves FOLDER/rank<r>.pt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flmoe_kernels.layers.routed_mlp import parallel
+from flmoe_kernels.layers.routed_mlp.gates import GShardGate, SwitchGate
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.ops.routed_mlp.api import limit, routed_mlp
+from tests.support.inputs import draw
+
+LOCAL, WIDTH, HIDDEN, CHOICES = 3, 5, 7, 2
+NAMES = ("x", "weight", "w_in", "b_in", "w_out", "b_out")
+DIRECTIONS, STEP = 3, 1e-5
+# Tokens of each rank: together more than half precision can count.
+BALANCED = (700, 0, 41, 300)
+# A collective that waits longer has lost a rank, and a rank that lives longer hangs.
+COLLECTIVE_SECONDS, RANK_SECONDS = 40, 150
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call. load: "even"; "hot" for rows to the last rank alone; "gaps" for experts without a row; "dropped"
+    for a shared capacity and masks; "none" for rows that all go nowhere. needs: which inputs require gradients on
+    a rank; None stands for no_grad."""
+
+    tokens: tuple[int, ...] = (9, 6, 7, 8)
+    load: str = "even"
+    dtype: torch.dtype = torch.float64
+    backend: str | None = None
+    needs: Callable[[int], tuple[str, ...] | None] = lambda rank: NAMES
+
+    def starts(self, ranks: int) -> list[int]:
+        return [sum(self.tokens[:r]) for r in range(ranks + 1)]
+
+    def index(self, ranks: int) -> Tensor:
+        tokens, experts = sum(self.tokens[:ranks]), LOCAL * ranks
+        logits = draw(tokens, experts, seed=1)
+        if self.load == "hot":
+            logits[:, -LOCAL:] += 100.0
+        if self.load == "gaps":
+            logits[:, ::LOCAL] -= 100.0
+        index = logits.argsort(dim=1, descending=True)[:, :CHOICES]
+        if self.load == "dropped":
+            index[: tokens // 2, 0] = experts - 1
+            return limit(index, experts, capacity=self.capacity(ranks), mask=self.mask(ranks))
+        return torch.full_like(index, -1) if self.load == "none" else index
+
+    def mask(self, ranks: int) -> Tensor:
+        return torch.arange(sum(self.tokens[:ranks])) % 5 != 1
+
+    def capacity(self, ranks: int) -> int:
+        return 1 + sum(self.tokens[:ranks]) // (2 * ranks)
+
+    def inputs(self, ranks: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        tokens, experts = sum(self.tokens[:ranks]), LOCAL * ranks
+        shapes = {
+            "x": (tokens, WIDTH),
+            "weight": (tokens, CHOICES),
+            "w_in": (experts, HIDDEN, WIDTH),
+            "b_in": (experts, HIDDEN),
+            "w_out": (experts, WIDTH, HIDDEN),
+            "b_out": (experts, WIDTH),
+        }
+        made = {
+            n: draw(*s, dtype=self.dtype, seed=10 + i) for i, (n, s) in enumerate(shapes.items())
+        }
+        return {name: x.to(dtype or self.dtype) for name, x in made.items()}
+
+    def cotangent(self, ranks: int) -> Tensor:
+        # Values that every dtype holds.
+        return draw(sum(self.tokens[:ranks]), WIDTH, dtype=torch.bfloat16, seed=5)
+
+    def slice(self, name: str, x: Tensor, rank: int, ranks: int) -> Tensor:
+        """A rank's part of what belongs to tokens or to experts."""
+        starts = self.starts(ranks)
+        if name in ("x", "weight", "out", "index", "mask"):
+            return x[starts[rank] : starts[rank + 1]]
+        return x[rank * LOCAL : (rank + 1) * LOCAL]
+
+
+def some_need(rank: int) -> tuple[str, ...]:
+    """Data on the first rank, frozen experts on the second, all frozen but the weights on the third."""
+    return (NAMES[1:], ("x", "weight"), ("weight",), NAMES)[rank]
+
+
+CASES = {
+    "even": Case(),
+    "reference": Case(backend="reference"),
+    "a rank without tokens": Case((5, 0, 3, 11)),
+    "tokens on the last rank alone": Case((0, 0, 0, 13)),
+    "no tokens": Case((0, 0, 0, 0)),
+    "all rows to one rank": Case(load="hot"),
+    "experts without rows": Case(load="gaps"),
+    "drops and masks": Case((7, 9, 0, 4), load="dropped"),
+    "all dropped": Case(load="none"),
+    "float32": Case((40, 1, 23, 30), dtype=torch.float32),
+    "bfloat16": Case((40, 1, 23, 30), dtype=torch.bfloat16),
+    "float16": Case((40, 0, 23, 30), load="dropped", dtype=torch.float16),
+    "data": Case(needs=lambda rank: NAMES[1:]),
+    "frozen experts": Case(needs=lambda rank: NAMES[:2]),
+    "other needs on each rank": Case((4, 0, 6, 3), needs=some_need),
+    "no gradients": Case(needs=lambda rank: None),
+}
+
+
+def evaluate(
+    call: Callable[..., Tensor], inputs: dict[str, Tensor], cotangent: Tensor, needs: Any
+) -> dict[str, Tensor]:
+    """out, and the gradients that were asked for."""
+    leaves = {n: x.clone().requires_grad_(n in (needs or ())) for n, x in inputs.items()}
+    with torch.set_grad_enabled(needs is not None):
+        out = call(*leaves.values())
+        if out.requires_grad:
+            (out * cotangent.to(out.dtype)).sum().backward()
+    grads = {name: x.grad for name, x in leaves.items() if x.grad is not None}
+    return {"out": out.detach(), **grads}
+
+
+def part(case: Case, rank: int, ranks: int) -> dict[str, Tensor]:
+    inputs = {n: case.slice(n, x, rank, ranks) for n, x in case.inputs(ranks).items()}
+    index = case.slice("index", case.index(ranks), rank, ranks)
+
+    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+        return parallel.parallel_routed_mlp(
+            x, index, weight, *parameters, act="silu", backend=case.backend
+        )
+
+    cotangent = case.slice("out", case.cotangent(ranks), rank, ranks)
+    return evaluate(call, inputs, cotangent, case.needs(rank))
+
+
+def whole(case: Case, ranks: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The oracle: all tokens and all experts in one process, by the reference."""
+
+    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+        index = case.index(ranks)
+        return routed_mlp(x, index, weight, *parameters, act="silu", backend="reference")
+
+    return evaluate(call, case.inputs(ranks, dtype), case.cotangent(ranks), NAMES)
+
+
+def derivatives(rank: int, ranks: int) -> dict[str, Tensor]:
+    """A rank's part of the objective's first and second derivatives along random directions of all ranks' inputs,
+    (DIRECTIONS,) each: "first" and "second" from backward passes, and from differences of values and of "first".
+    """
+    case = Case((4, 5, 0, 3))
+    whole = case.inputs(ranks)
+    index, cotangent = (
+        case.slice("out", x, rank, ranks) for x in (case.index(ranks), case.cotangent(ranks))
+    )
+    point = [case.slice(n, x, rank, ranks).requires_grad_() for n, x in whole.items()]
+
+    def towards(seed: int) -> list[Tensor]:
+        return [
+            case.slice(n, draw(*x.shape, dtype=x.dtype, seed=seed + i), rank, ranks)
+            for i, (n, x) in enumerate(whole.items())
+        ]
+
+    def value(at: list[Tensor]) -> Tensor:
+        x, weight, *parameters = at
+        out = parallel.parallel_routed_mlp(
+            x, index, weight, *parameters, act="silu", backend="reference"
+        )
+        return (out.square() * cotangent).sum()
+
+    def slope(at: list[Tensor], way: list[Tensor]) -> Tensor:
+        return along(torch.autograd.grad(value(at), at, create_graph=True), way)
+
+    def difference(f: Callable[[list[Tensor]], Tensor], way: list[Tensor]) -> Tensor:
+        ends = [
+            [(x + step * w).detach().requires_grad_() for x, w in zip(point, way, strict=True)]
+            for step in (STEP, -STEP)
+        ]
+        return (f(ends[0]) - f(ends[1])).detach() / (2 * STEP)
+
+    found: dict[str, list[Tensor]] = {n: [] for n in ("first", "value", "second", "slope")}
+    for n in range(DIRECTIONS):
+        v, u = towards(100 + 40 * n), towards(120 + 40 * n)
+        first = slope(point, v)
+        found["first"].append(first.detach())
+        found["second"].append(along(torch.autograd.grad(first, point), u))
+        found["value"].append(difference(value, v))
+        found["slope"].append(difference(lambda at, v=v: slope(at, v), u))  # type: ignore[misc]
+    return {name: torch.stack(parts) for name, parts in found.items()}
+
+
+def along(gradients: Sequence[Tensor], way: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(g * w).sum() for g, w in zip(gradients, way, strict=True)]).sum()
+
+
+def balance(rank: int, ranks: int) -> dict[str, Tensor]:
+    """A gate's loss under autocast, and the logits that it chose by."""
+    tokens = sum(BALANCED[:rank]), sum(BALANCED[: rank + 1])
+    torch.manual_seed(4)
+    gate = SwitchGate(WIDTH, LOCAL * ranks, switch_eps=0.0, capacity=(99.0, 99.0))
+    gate.spread = True
+    x = draw(sum(BALANCED[:ranks]), WIDTH, seed=6)[slice(*tokens)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gate(x)
+        logits = gate.clean_logits(x)
+    loss = gate.get_loss()
+    assert loss is not None
+    return {"loss": loss.detach(), "logits": logits.detach()}
+
+
+LIMITED = Case((5, 4, 0, 11))
+
+
+def limited(ranks: int) -> tuple[Tensor, Tensor]:
+    """Choices, of which some are dropped already, and a mask."""
+    index = LIMITED.index(ranks)
+    index[::4, 1] = -1
+    return index, LIMITED.mask(ranks)
+
+
+def limits(rank: int, ranks: int) -> list[Tensor]:
+    """limit_over_ranks for no place, some, and more than there are rows; with a mask and without."""
+    mine, valid = (LIMITED.slice("index", x, rank, ranks) for x in limited(ranks))
+    return [
+        parallel.limit_over_ranks(mine, masked, LOCAL * ranks, capacity)
+        for capacity in (0, 1, 2, 3, 100)
+        for masked in (None, valid)
+    ]
+
+
+def expected_limits(ranks: int) -> list[Tensor]:
+    index, mask = limited(ranks)
+    return [
+        limit(index, LOCAL * ranks, capacity=capacity, mask=masked, backend="reference")
+        for capacity in (0, 1, 2, 3, 100)
+        for masked in (None, mask)
+    ]
+
+
+def sums(rank: int) -> dict[str, Tensor]:
+    """sum_over_ranks of rank + 1, and its gradient where each rank's objective is (rank + 1) times the sum."""
+    x = torch.full((2, 2), rank + 1.0, dtype=torch.float64, requires_grad=True)
+    total = parallel.sum_over_ranks(x.t())
+    ((rank + 1) * total).sum().backward()
+    assert x.grad is not None
+    tokens = parallel.tokens_over_ranks(rank + 1, torch.device("cpu"))
+    return {"sum": total.detach(), "grad": x.grad, "tokens": torch.tensor(tokens)}
+
+
+def mistakes(rank: int, ranks: int) -> dict[str, str]:
+    """What each rank is told."""
+    case = CASES["even"]
+    inputs = {n: case.slice(n, x, rank, ranks) for n, x in case.inputs(ranks).items()}
+    index = case.slice("index", case.index(ranks), rank, ranks)
+    wide = 1 if rank else 0
+
+    def call(index: Tensor = index, **other: Tensor) -> None:
+        x, weight, *parameters = (inputs | other).values()
+        parallel.parallel_routed_mlp(x, index, weight, *parameters)
+
+    def recording() -> None:
+        with torch.set_grad_enabled(rank == 0):
+            call()
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "width": lambda: call(
+            x=inputs["x"].repeat(1, 1 + wide),
+            w_in=inputs["w_in"].repeat(1, 1, 1 + wide),
+            w_out=inputs["w_out"].repeat(1, 1 + wide, 1),
+            b_out=inputs["b_out"].repeat(1, 1 + wide),
+        ),
+        "dtype": lambda: call(**{n: x.float() if wide else x for n, x in inputs.items()}),
+        "recording": recording,
+        "range": lambda: call(index=index + LOCAL * ranks),
+        "ranks": lambda: parallel.require_ranks(ranks + 1),
+        "module": lambda: RoutedMLP(LOCAL, WIDTH, HIDDEN, world_size=ranks + 1),
+    }
+    return {name: message_of(attempt) for name, attempt in attempts.items()}
+
+
+def message_of(attempt: Callable[[], Any]) -> str:
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+# What makes a gate of (d_model, num_expert, world_size, top_k); in training only the last draws random numbers.
+GATES: dict[str, Any] = {
+    "NaiveGate": "NaiveGate",
+    "GShardGate": lambda d, n, w, k: GShardGate(d, n, w, capacity=(0.7, 0.7)),
+    "SwitchGate": lambda d, n, w, k: SwitchGate(d, n, w, switch_eps=0.0, capacity=(0.7, 0.7)),
+    "NoisyGate": "NoisyGate",
+}
+TRAINING = Case((6, 9, 0, 4))
+STEPS, RATE = 3, 0.02
+
+
+class Network(nn.Module):
+    """Layers of which all ranks have the same, with a RoutedMLP between them."""
+
+    def __init__(self, gate: Any, experts: int, world_size: int = 1) -> None:
+        super().__init__()
+        self.below = nn.Linear(4, WIDTH)
+        self.layer = RoutedMLP(experts, WIDTH, HIDDEN, gate=gate, world_size=world_size, top_k=2)
+        self.above = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs, and the gate's loss."""
+        out = self.above(self.layer(self.below(x), mask))
+        loss = self.layer.gate_loss()
+        assert loss is not None
+        return out, loss
+
+
+def network(name: str, ranks: int) -> Network:
+    """All experts in one process."""
+    torch.manual_seed(3)
+    made = Network(GATES[name], LOCAL * ranks).double()
+    with torch.no_grad():
+        for parameter in made.layer.experts.parameters():
+            parameter.normal_()
+    return made
+
+
+def take(whole: nn.Module, mine: nn.Module, rank: int) -> None:
+    """A rank's part of the parameters."""
+    state = {
+        n: p[rank * LOCAL : (rank + 1) * LOCAL] if ".experts." in n else p
+        for n, p in whole.state_dict().items()
+    }
+    mine.load_state_dict(state)
+
+
+def layer_outputs(layer: RoutedMLP, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """What a call leaves, without gradients; out also where each choice's output is kept."""
+    with torch.no_grad():
+        found = {"out": layer(x, mask)}
+        layer.capture_topk_pre_mix = True
+        found["captured"] = layer(x, mask)
+    kept = (layer.last_topk_indices, layer.last_topk_scores, layer.last_topk_pre_mix)
+    for name, value in zip(("indices", "scores", "pre_mix"), kept, strict=True):
+        assert value is not None
+        found[name] = value
+    return found
+
+
+def layer_part(rank: int, ranks: int) -> dict[str, Tensor]:
+    mine = Network(GATES["GShardGate"], LOCAL, ranks).double()
+    take(network("GShardGate", ranks), mine, rank)
+    x, mask, _ = (TRAINING.slice("x", t, rank, ranks) for t in batch(ranks))
+    return layer_outputs(mine.layer, mine.below(x).detach(), mask)
+
+
+def layer_whole(ranks: int) -> dict[str, Tensor]:
+    model = network("GShardGate", ranks)
+    x, mask, _ = batch(ranks)
+    return layer_outputs(model.layer, model.below(x).detach(), mask)
+
+
+def objective(out: Tensor) -> Tensor:
+    return (out - 1.0).square().sum() / max(len(out), 1)
+
+
+def train_part(name: str, rank: int, ranks: int, mean_gradients: bool = True) -> dict[str, Tensor]:
+    """The parameters after some steps under DistributedDataParallel."""
+    mine = Network(GATES[name], LOCAL, ranks).double()
+    take(network(name, ranks), mine, rank)
+    if ranks > 1:
+        ignored = parallel.prepare_for_ddp(mine)
+        assert ignored == parallel.prepare_for_ddp(mine)
+        assert sorted(ignored) == [
+            f"layer.experts.{map}.{p}" for map in ("h4toh", "htoh4") for p in ("bias", "weight")
+        ]
+        mine.layer.mean_gradients = mean_gradients
+    model = nn.parallel.DistributedDataParallel(mine)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    x, mask, noise = (TRAINING.slice("x", t, rank, ranks) for t in batch(ranks))
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        with mock.patch.object(torch, "randn_like", return_value=noise):
+            out, balance = model(x, mask)
+        (objective(out) + 0.5 * balance).backward()
+        optimizer.step()
+    return {n: p.detach() for n, p in mine.named_parameters()}
+
+
+def train_whole(name: str, ranks: int) -> dict[str, Tensor]:
+    """The same in one process, on the mean of the ranks' objectives."""
+    model = network(name, ranks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    x, mask, noise = batch(ranks)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        with mock.patch.object(torch, "randn_like", return_value=noise):
+            out, balance = model(x, mask)
+        parts = [objective(TRAINING.slice("out", out, r, ranks)) for r in range(ranks)]
+        (sum(parts) / ranks + 0.5 * balance).backward()
+        optimizer.step()
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, mask, and the noise that NoisyGate draws."""
+    tokens = sum(TRAINING.tokens[:ranks])
+    x = draw(tokens, 4, dtype=torch.float64, seed=8)
+    return x, TRAINING.mask(ranks), draw(tokens, LOCAL * ranks, dtype=torch.float64, seed=9)
+
+
+def run_rank(rank: int, ranks: int) -> dict[str, Any]:
+    results: dict[str, Any] = {name: part(case, rank, ranks) for name, case in CASES.items()}
+    results["derivatives"] = derivatives(rank, ranks)
+    results["balance"] = balance(rank, ranks)
+    results["limits"] = limits(rank, ranks)
+    results["sums"] = sums(rank)
+    results["layer"] = layer_part(rank, ranks)
+    results["mistakes"] = mistakes(rank, ranks)
+    for name in GATES:
+        results[f"train {name}"] = train_part(name, rank, ranks)
+    results["train without the mean"] = train_part("GShardGate", rank, ranks, mean_gradients=False)
+    return results
+
+
+def main(folder: str, init_method: str) -> None:
+    faulthandler.dump_traceback_later(RANK_SECONDS, exit=True)
+    torch.set_num_threads(1)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+    dist.init_process_group(
+        "gloo", init_method=init_method, rank=rank, world_size=ranks, timeout=timeout
+    )
+    try:
+        torch.save(run_rank(rank, ranks), f"{folder}/rank{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

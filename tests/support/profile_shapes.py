@@ -1,0 +1,11 @@
+"""Shapes of the registry's kinds at which every contestant takes milliseconds."""
+
+from __future__ import annotations
+
+from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape
+
+PAIR = PairShape("tiny_pair", 2, 13, 7, 4, 6)
+LAYER = LayerShape("tiny_layer", 2, (5, 4), (3, None), 16, 2, 2, 3)
+SPARSE = LayerShape("tiny_sparse", 2, (5, 4), (3, None), 16, 2, 2, 3, experts=4)
+ROUTED = RoutedShape("tiny_routed", 37, 16, 24, 4, 2)
+TINY = (PAIR, LAYER, SPARSE, ROUTED)

@@ -1,0 +1,98 @@
+"""Trials without a kernel, of which written times decide: what the tests of autotune share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.tuning import cache, tuner
+from flmoe_kernels.core.triton.tuning.finding import Finding, Question
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+QUESTION = Question("op.kernel", "16 bit", "bfloat16", (("rows", 64),), "a GPU", "3.7.1", "0.1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    rows: int
+    warps: int
+    shared: tuple[int, ...] = (0, 0, 0)
+
+
+TABLE, BETTER, WORSE = Tiles(64, 4), Tiles(32, 4), Tiles(128, 8)
+FOUND = Finding(QUESTION, {"rows": 32, "warps": 4}, 1e-5, {"rows": 64, "warps": 4}, 2e-5, 3, 0)
+SECONDS = {TABLE: 2e-5, BETTER: 1e-5, WORSE: 3e-5}
+
+
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of findings of one test, in which nothing is known."""
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    tuner.forget()
+    yield tmp_path / "cache" / "tuning"
+    tuner.forget()
+
+
+@dataclasses.dataclass
+class Clock:
+    """Times that were written down, and what it was asked to time."""
+
+    seconds: dict[Tiles, float]
+    timed: list[Tiles] = dataclasses.field(default_factory=list)
+
+    def __call__(self, trial: tuning.Trial[Any]) -> float:
+        trial.run()
+        self.timed.append(trial.tiles)
+        return self.seconds[trial.tiles]
+
+
+def sums(
+    spoil: Callable[[Tiles, Tensor], None] = lambda _tiles, _out: None,
+) -> Callable[[], Callable[[Tiles], tuning.Trial[Tiles]]]:
+    """Trials that add up a vector in blocks of rows; `spoil` may break one."""
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(5))
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        out = torch.zeros(1)
+
+        def run() -> None:
+            out[0] = sum(part.sum() for part in x.split(tiles.rows))
+            spoil(tiles, out)
+
+        return tuning.Trial(tiles, CPU, run, [out], lambda: [out])
+
+    return lambda: make
+
+
+def choose(clock: Clock | None, **options: Any) -> Tiles:
+    """By a question's first call in this process."""
+    tuner.forget()
+    prepare = options.pop("prepare", sums())
+    candidates = options.pop("candidates", (TABLE, BETTER, WORSE))
+    with tuning.autotune(timer=clock):
+        return tuning.choose(QUESTION, candidates, prepare, CPU)
+
+
+def refuse(_trial: tuning.Trial[Any]) -> float:
+    raise AssertionError("nothing is to be timed")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
