@@ -54,8 +54,8 @@ test: compiler $(BUILT) $(TOOLS) ## run all tests
 	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmark gate
-	$(PY) -m pytest bench -q $(ARGS)
+bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression
+	$(PY) -m pytest bench/ --gate bench/floors.toml -q $(ARGS)
 
 lint: $(TOOLS) ## check style and types, change nothing
 	$(PY) -m ruff check .

@@ -1,29 +1,33 @@
-"""What a run of these suites compares: the quick set of the registry, or with --full all of it."""
+"""Options of the benchmarks; a suite test_OPERATOR.py gets the comparisons of its operator."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from bench.gates import comparisons
-from flmoe_kernels.profile.allocator import keep_freed_memory
+from bench.suite import comparisons, options
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="every case and peer of the registry: an hour or more"
+        "--full", action="store_true", help="The large named shapes and slow peers: half an hour."
     )
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
 
 
-def pytest_configure() -> None:
-    """Before the first comparison, and as `bench --gate` does it, whose floors these are."""
-    keep_freed_memory()
-
-
-def pytest_generate_tests(metafunc: Any) -> None:
-    """A test file test_OPERATOR.py gets the comparisons of its operator."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "comparison" in metafunc.fixturenames:
         operator = metafunc.module.__name__.rpartition("test_")[2]
-        found = comparisons(operator, metafunc.config.getoption("--full"))
-        metafunc.parametrize("comparison", found, ids=str)
+        found = comparisons(operator, *options(metafunc.config))
+        metafunc.parametrize("comparison", list(found), ids=str)
+
+
+@pytest.fixture
+def full(pytestconfig: pytest.Config) -> bool:
+    return options(pytestconfig)[1]
+
+
+@pytest.fixture
+def cpu_only(pytestconfig: pytest.Config) -> None:
+    """For limits that are stated for the CPU."""
+    if options(pytestconfig)[0] != "cpu":
+        pytest.skip("a limit on the CPU")

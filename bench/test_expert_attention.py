@@ -1,11 +1,10 @@
-"""expert_attention against the reference and torch's scaled_dot_product_attention, interleaved, with gates."""
+"""expert_attention against the reference and torch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 
-from typing import Any
+from bench.suite import Comparison, compare
+from flmoe_kernels.profile.gate import Against
 
-from bench.gates import Comparison, hold
 
-
-def test_against_peers(benchmark: Any, comparison: Comparison) -> None:
-    hold(benchmark, comparison)
+def test_against_peers(benchmark_against: Against, comparison: Comparison, full: bool) -> None:
+    compare(benchmark_against, comparison, full)

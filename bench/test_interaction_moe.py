@@ -1,28 +1,26 @@
-"""The layer against the reference layer, interleaved, with gates on speed and memory."""
+"""The layer against the reference layer; and the memory of a training step."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 
-from bench.gates import Comparison, hold
+from bench.suite import Comparison, compare
 from flmoe_kernels.profile.cases import BOTH, Case
+from flmoe_kernels.profile.gate import Against
 from flmoe_kernels.profile.memory import memory_lack, peak_bytes
 from flmoe_kernels.profile.shapes import MMIMDB
 
 MEMORY_FRACTION = 1 / 3
 
 
-def test_against_peers(benchmark: Any, comparison: Comparison) -> None:
-    hold(benchmark, comparison)
+def test_against_peers(benchmark_against: Against, comparison: Comparison, full: bool) -> None:
+    compare(benchmark_against, comparison, full)
 
 
 @pytest.mark.skipif(bool(memory_lack("cpu")), reason=memory_lack("cpu"))
-def test_training_memory() -> None:
+def test_training_memory(cpu_only: None) -> None:
     """Peak memory of a training step at mmimdb: at most a third of the reference's."""
-    case = Case("interaction_moe", MMIMDB, BOTH, torch.float32)
+    case = Case("interaction_moe", MMIMDB, BOTH)
     ours, peer = (peak_bytes(case, name) for name in ("cpu", "reference"))
     assert ours is not None
     assert peer is not None

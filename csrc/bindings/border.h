@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/planted.h"
 #include "cpu/kernels.h"
 
 namespace flmoe::bindings {
@@ -44,11 +43,10 @@ inline std::array<int64_t, 5> five(const py::tuple& t) {
           t[4].cast<int64_t>()};
 }
 
-// Runs the named kernel. The name is that of its binding: by it a test plants a slowdown.
+// Runs a kernel while other Python threads go on.
 template <typename F>
-void without_gil(const char* kernel, const F& body) {
+void without_gil(const F& body) {
   py::gil_scoped_release release;
-  const PlantedSlowdown planted(kernel);
   body();
 }
 

@@ -4,30 +4,30 @@ namespace flmoe::bindings {
 namespace {
 
 void bind_linear(py::module_& m) {
-  m.def("linear_forward", [](int dtype, Address x, Address weight, Address bias, Address out,
-                             int64_t experts, int64_t rows, int64_t in_width, int64_t out_width,
-                             int threads) {
-    flmoe::LinearArgs args{};
-    args.x = pointer(x), args.weight = pointer(weight), args.bias = pointer(bias);
-    args.out = pointer(out);
-    args.experts = experts, args.rows = rows, args.in_width = in_width;
-    args.out_width = out_width, args.threads = threads;
-    const DType type = dtype_of(dtype);
-    without_gil("linear_forward", [&] { flmoe::active_kernels().linear_forward(type, args); });
-  });
-  m.def("linear_backward", [](int dtype, Address x, Address weight, Address grad_out,
-                              Address grad_x, Address grad_weight, Address grad_bias,
-                              int64_t experts, int64_t rows, int64_t in_width, int64_t out_width,
-                              int threads) {
-    flmoe::LinearArgs args{};
-    args.x = pointer(x), args.weight = pointer(weight), args.grad_out = pointer(grad_out);
-    args.grad_x = pointer(grad_x), args.grad_weight = pointer(grad_weight);
-    args.grad_bias = pointer(grad_bias);
-    args.experts = experts, args.rows = rows, args.in_width = in_width;
-    args.out_width = out_width, args.threads = threads;
-    const DType type = dtype_of(dtype);
-    without_gil("linear_backward", [&] { flmoe::active_kernels().linear_backward(type, args); });
-  });
+  m.def("linear_forward",
+        [](int dtype, Address x, Address weight, Address bias, Address out, int64_t experts,
+           int64_t rows, int64_t in_width, int64_t out_width, int threads) {
+          flmoe::LinearArgs args{};
+          args.x = pointer(x), args.weight = pointer(weight), args.bias = pointer(bias);
+          args.out = pointer(out);
+          args.experts = experts, args.rows = rows, args.in_width = in_width;
+          args.out_width = out_width, args.threads = threads;
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().linear_forward(type, args); });
+        });
+  m.def("linear_backward",
+        [](int dtype, Address x, Address weight, Address grad_out, Address grad_x,
+           Address grad_weight, Address grad_bias, int64_t experts, int64_t rows, int64_t in_width,
+           int64_t out_width, int threads) {
+          flmoe::LinearArgs args{};
+          args.x = pointer(x), args.weight = pointer(weight), args.grad_out = pointer(grad_out);
+          args.grad_x = pointer(grad_x), args.grad_weight = pointer(grad_weight);
+          args.grad_bias = pointer(grad_bias);
+          args.experts = experts, args.rows = rows, args.in_width = in_width;
+          args.out_width = out_width, args.threads = threads;
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().linear_backward(type, args); });
+        });
 }
 
 void bind_norm(py::module_& m) {
@@ -43,7 +43,7 @@ void bind_norm(py::module_& m) {
           args.mean = pointer(mean), args.rstd = pointer(rstd);
           args.experts = experts, args.rows = rows, args.width = width, args.threads = threads;
           const DType type = dtype_of(dtype);
-          without_gil("norm_forward", [&] { flmoe::active_kernels().norm_forward(type, args); });
+          without_gil([&] { flmoe::active_kernels().norm_forward(type, args); });
         });
   m.def("norm_backward",
         [](int dtype, Address sum, Address mean, Address rstd, Address gain, Address seed,
@@ -59,7 +59,7 @@ void bind_norm(py::module_& m) {
           args.grad_gain = pointer(grad_gain), args.grad_shift = pointer(grad_shift);
           args.experts = experts, args.rows = rows, args.width = width, args.threads = threads;
           const DType type = dtype_of(dtype);
-          without_gil("norm_backward", [&] { flmoe::active_kernels().norm_backward(type, args); });
+          without_gil([&] { flmoe::active_kernels().norm_backward(type, args); });
         });
 }
 
@@ -75,7 +75,7 @@ void bind_gelu(py::module_& m) {
                            int64_t experts, int64_t rows, int64_t width, int threads) {
     const auto args = gelu_args(x, 0, out, seed, threshold, experts, rows, width, threads);
     const DType type = dtype_of(dtype);
-    without_gil("gelu_forward", [&] { flmoe::active_kernels().gelu_forward(type, args); });
+    without_gil([&] { flmoe::active_kernels().gelu_forward(type, args); });
   });
   m.def("gelu_backward",
         [](int dtype, Address x, Address grad_out, Address grad_x, Address seed, int64_t threshold,
@@ -83,7 +83,7 @@ void bind_gelu(py::module_& m) {
           const auto args =
               gelu_args(x, grad_out, grad_x, seed, threshold, experts, rows, width, threads);
           const DType type = dtype_of(dtype);
-          without_gil("gelu_backward", [&] { flmoe::active_kernels().gelu_backward(type, args); });
+          without_gil([&] { flmoe::active_kernels().gelu_backward(type, args); });
         });
 }
 
@@ -111,7 +111,7 @@ void bind_pool(py::module_& m) {
           auto args = pool_args(cumulative, update != 0, seed, threshold, five(sizes), threads);
           args.residual = pointer(residual), args.update = pointer(update), args.out = pointer(out);
           const DType type = dtype_of(dtype);
-          without_gil("pool_forward", [&] { flmoe::active_kernels().pool_forward(type, args); });
+          without_gil([&] { flmoe::active_kernels().pool_forward(type, args); });
         });
   m.def("pool_backward", [](int dtype, Address grad_out, Address cumulative, Address seed,
                             int64_t threshold, Address grad_residual, Address grad_update,
@@ -120,20 +120,20 @@ void bind_pool(py::module_& m) {
     args.grad_out = pointer(grad_out), args.grad_residual = pointer(grad_residual);
     args.grad_update = pointer(grad_update);
     const DType type = dtype_of(dtype);
-    without_gil("pool_backward", [&] { flmoe::active_kernels().pool_backward(type, args); });
+    without_gil([&] { flmoe::active_kernels().pool_backward(type, args); });
   });
 }
 
 void bind_views(py::module_& m) {
   using Kernel = void (*flmoe::Kernels::*)(DType, const flmoe::ViewsArgs&);
   const auto bind = [&m](const char* name, Kernel kernel) {
-    m.def(name, [name, kernel](int dtype, Address x, Address modality, Address out, int64_t experts,
-                               int64_t views, int64_t rows, int64_t width, int threads) {
+    m.def(name, [kernel](int dtype, Address x, Address modality, Address out, int64_t experts,
+                         int64_t views, int64_t rows, int64_t width, int threads) {
       const flmoe::ViewsArgs args{
           pointer(x), pointer<const int32_t>(modality), pointer(out), experts, views, rows, width,
           threads};
       const DType type = dtype_of(dtype);
-      without_gil(name, [&] { (flmoe::active_kernels().*kernel)(type, args); });
+      without_gil([&] { (flmoe::active_kernels().*kernel)(type, args); });
     });
   };
   bind("views_forward", &flmoe::Kernels::views_forward);

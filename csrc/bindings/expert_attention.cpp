@@ -37,8 +37,7 @@ void bind_attention(py::module_& m) {
     const auto args =
         attention_args(q, k, v, cumulative, five(sizes), scale, seed, threshold, out, lse, threads);
     const DType type = dtype_of(dtype);
-    without_gil("attention_forward",
-                [&] { flmoe::active_kernels().attention_forward(type, args); });
+    without_gil([&] { flmoe::active_kernels().attention_forward(type, args); });
   });
   m.def("attention_backward",
         [](int dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v,
@@ -51,8 +50,7 @@ void bind_attention(py::module_& m) {
           args.grad_out = view(grad_out);
           args.grad_q = view(grad_q), args.grad_k = view(grad_k), args.grad_v = view(grad_v);
           const DType type = dtype_of(dtype);
-          without_gil("attention_backward",
-                      [&] { flmoe::active_kernels().attention_backward(type, args); });
+          without_gil([&] { flmoe::active_kernels().attention_backward(type, args); });
         });
 }
 

@@ -8,7 +8,7 @@ void bind_losses(py::module_& m) {
     const flmoe::LossArgs args{
         pointer(latents), nullptr, pointer(losses), nullptr, experts, views, batch, width, threads};
     const DType type = dtype_of(dtype);
-    without_gil("loss_forward", [&] { flmoe::active_kernels().loss_forward(type, args); });
+    without_gil([&] { flmoe::active_kernels().loss_forward(type, args); });
   });
   m.def("loss_backward",
         [](int dtype, Address latents, Address grad_losses, Address grad_latents, int64_t experts,
@@ -23,7 +23,7 @@ void bind_losses(py::module_& m) {
                                      width,
                                      threads};
           const DType type = dtype_of(dtype);
-          without_gil("loss_backward", [&] { flmoe::active_kernels().loss_backward(type, args); });
+          without_gil([&] { flmoe::active_kernels().loss_backward(type, args); });
         });
 }
 

@@ -1,6 +1,5 @@
 #include "bindings/border.h"
 #include "common/parallel.h"
-#include "common/planted.h"
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of flmoe_kernels; called through its Python operators only.";
@@ -10,9 +9,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("advise_huge", [](flmoe::bindings::Address data, int64_t bytes) {
     flmoe::advise_huge(flmoe::bindings::pointer(data), bytes);
   });
-  m.def("plantable_kernels", &flmoe::plantable_kernels);
-  m.def("plant_slowdown", &flmoe::plant_slowdown, pybind11::arg("kernel"), pybind11::arg("share"),
-        "For tests of the benchmark gate alone: the kernel takes (1 + share) times as long.");
   flmoe::bindings::bind_attention(m);
   flmoe::bindings::bind_encoder(m);
   flmoe::bindings::bind_losses(m);

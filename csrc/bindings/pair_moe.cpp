@@ -45,7 +45,7 @@ void bind_pairs(py::module_& m) {
           const flmoe::PairForward args{pair_args(tensors, sizes, kinds, top_k, scale, threads),
                                         pair_reduce(reduce), pointer(y), pointer(mass)};
           const DType type = dtype_of(dtype);
-          without_gil("pair_forward", [&] { flmoe::active_kernels().pair_forward(type, args); });
+          without_gil([&] { flmoe::active_kernels().pair_forward(type, args); });
         });
   m.def("pair_backward",
         [](int dtype, const py::tuple& tensors, const Sizes& sizes, const Kinds& kinds,
@@ -63,7 +63,7 @@ void bind_pairs(py::module_& m) {
                                          pointer(grad_bias),
                                          fresh};
           const DType type = dtype_of(dtype);
-          without_gil("pair_backward", [&] { flmoe::active_kernels().pair_backward(type, args); });
+          without_gil([&] { flmoe::active_kernels().pair_backward(type, args); });
         });
   m.def("pair_candidates", [](const Sizes& sizes, int64_t count) {
     if (count < 1) throw std::invalid_argument("count: expected 1 or more");
@@ -78,7 +78,7 @@ void bind_pairs(py::module_& m) {
           args.in = pair_args(tensors, sizes, kinds, top_k, scale, threads);
           args.head = view(head), args.map = pointer(map);
           const DType type = dtype_of(dtype);
-          without_gil("pair_map", [&] { flmoe::active_kernels().pair_map(type, args); });
+          without_gil([&] { flmoe::active_kernels().pair_map(type, args); });
         });
   m.def("pair_top", [](int dtype, const py::tuple& tensors, const Sizes& sizes, const Kinds& kinds,
                        int64_t top_k, double scale, int threads, const py::tuple& head,
@@ -89,7 +89,7 @@ void bind_pairs(py::module_& m) {
     args.i = pointer<int64_t>(i), args.j = pointer<int64_t>(j);
     args.candidates = pointer(candidates);
     const DType type = dtype_of(dtype);
-    without_gil("pair_top", [&] { flmoe::active_kernels().pair_top(type, args); });
+    without_gil([&] { flmoe::active_kernels().pair_top(type, args); });
   });
 }
 

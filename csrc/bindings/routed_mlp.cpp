@@ -42,7 +42,7 @@ void bind_routing(py::module_& m) {
                                sizes[1],        sizes[2],
                                over_all,        threads};
     const DType type = dtype_of(dtype);
-    without_gil("gate_forward", [&] { flmoe::active_kernels().gate_forward(type, args); });
+    without_gil([&] { flmoe::active_kernels().gate_forward(type, args); });
   });
   m.def("routed_limit", [](Address index, Address mask, Address kept,
                            const std::array<int64_t, 3>& sizes, int64_t capacity) {
@@ -70,28 +70,28 @@ void bind_routing(py::module_& m) {
     const flmoe::RoutedForward args{routed_args(tensors, sizes, act, threads), pointer(out),
                                     pointer(hidden), pointer(rows)};
     const DType type = dtype_of(dtype);
-    without_gil("routed_forward", [&] { flmoe::active_kernels().routed_forward(type, args); });
+    without_gil([&] { flmoe::active_kernels().routed_forward(type, args); });
   });
   // workspace = (grad_hidden, weighted, rows); grads = (x, weight, w_in, b_in, w_out, b_out)
-  m.def("routed_backward", [](int dtype, const Tensors& tensors, const Sizes& sizes, int act,
-                              int threads, Address grad_out, Address hidden,
-                              const std::array<Address, 3>& workspace,
-                              const std::array<Address, 6>& grads) {
-    const flmoe::RoutedBackward args{routed_args(tensors, sizes, act, threads),
-                                     pointer(grad_out),
-                                     pointer(hidden),
-                                     pointer(workspace[0]),
-                                     pointer(workspace[1]),
-                                     pointer(workspace[2]),
-                                     pointer(grads[0]),
-                                     pointer(grads[1]),
-                                     pointer(grads[2]),
-                                     pointer(grads[3]),
-                                     pointer(grads[4]),
-                                     pointer(grads[5])};
-    const DType type = dtype_of(dtype);
-    without_gil("routed_backward", [&] { flmoe::active_kernels().routed_backward(type, args); });
-  });
+  m.def("routed_backward",
+        [](int dtype, const Tensors& tensors, const Sizes& sizes, int act, int threads,
+           Address grad_out, Address hidden, const std::array<Address, 3>& workspace,
+           const std::array<Address, 6>& grads) {
+          const flmoe::RoutedBackward args{routed_args(tensors, sizes, act, threads),
+                                           pointer(grad_out),
+                                           pointer(hidden),
+                                           pointer(workspace[0]),
+                                           pointer(workspace[1]),
+                                           pointer(workspace[2]),
+                                           pointer(grads[0]),
+                                           pointer(grads[1]),
+                                           pointer(grads[2]),
+                                           pointer(grads[3]),
+                                           pointer(grads[4]),
+                                           pointer(grads[5])};
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().routed_backward(type, args); });
+        });
 }
 
 }  // namespace flmoe::bindings

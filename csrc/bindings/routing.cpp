@@ -1,7 +1,7 @@
 // Routing on a GPU, its plan, and its twin on the host. Without CUDA in the build the calls that
 // need it are not there; cuda_build says why.
-#include "bindings/border.h"
 #include "common/routing.h"
+#include "bindings/border.h"
 #include "cpu/routing_twin.h"
 #include "cuda_build.h"
 
@@ -136,16 +136,16 @@ void bind_route(py::module_& m) {
     return flmoe::route_counters(flmoe::route_plan(rows, bins), bins);
   });
   m.def("routing_twin_gate", [](int dtype, const std::array<Address, 3>& tensors,
-                              const GateSizes& sizes, bool over_all, uint64_t order) {
+                                const GateSizes& sizes, bool over_all, uint64_t order) {
     return flmoe::twin_gate(dtype_of(dtype), gate_args(tensors, sizes, over_all), order);
   });
   m.def("routing_twin_limit", [](const std::array<Address, 3>& tensors, const LimitSizes& sizes,
-                               int64_t capacity, int64_t rows_per_block, uint64_t order) {
+                                 int64_t capacity, int64_t rows_per_block, uint64_t order) {
     require_block(rows_per_block);
     return flmoe::twin_limit(limit_args(tensors, sizes, capacity), rows_per_block, order);
   });
   m.def("routing_twin_dispatch", [](const std::array<Address, 4>& tensors, int64_t rows,
-                                  int64_t experts, int64_t rows_per_block, uint64_t order) {
+                                    int64_t experts, int64_t rows_per_block, uint64_t order) {
     require_block(rows_per_block);
     return flmoe::twin_dispatch(dispatch_args(tensors, rows, experts), rows_per_block, order);
   });

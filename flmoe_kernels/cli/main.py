@@ -21,7 +21,7 @@ import typer
 
 from flmoe_kernels._version import __version__
 
-from . import bench, tune
+from . import tune
 from .errors import PACKAGE
 from .explain import explain
 from .info import info
@@ -37,7 +37,6 @@ app = typer.Typer(
 )
 for command in (info, swap, explain, profile):
     app.command()(command)
-app.add_typer(bench.app, name="bench")
 app.add_typer(tune.app, name="tune")
 
 

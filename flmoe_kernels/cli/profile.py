@@ -71,11 +71,11 @@ def profile(
     """Time an operator or your own layer here: rates, share of this machine's limits, stages, memory."""
     from flmoe_kernels.core.backend import BackendUnavailable
     from flmoe_kernels.profile.check import WrongAnswer
-    from flmoe_kernels.profile.layers_of_users import UnsupportedRequest, UserLayer
-    from flmoe_kernels.profile.output_files import Files
+    from flmoe_kernels.profile.output import Files
     from flmoe_kernels.profile.profiles import Effort
     from flmoe_kernels.profile.request import BadRequest, Request
     from flmoe_kernels.profile.run import run_case, run_layer, run_lengths
+    from flmoe_kernels.profile.user_layer import UnsupportedRequest, UserLayer
     from flmoe_kernels.published.checkpoint import CheckpointError
 
     if (op is None) == (checkpoint is None):

@@ -17,8 +17,8 @@ import torch
 from .cases import dtype_name
 from .costs import Cost
 from .environment import ask_driver
-from .measure import Clock, clock_of
 from .shapes import is_cuda
+from .timing import Clock, clock_for
 
 MATMUL, MEMORY, EXPONENTIALS = "matrix products", "memory", "exponentials"
 # Large enough that neither launches nor caches matter, small enough for a second of measuring.
@@ -91,7 +91,11 @@ def matmul_rate(
     side = side or _SIDE[_kind(device)]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * side**3 / _median_seconds(lambda: torch.mm(a, b, out=out), clock or clock_of(device))
+    return (
+        2
+        * side**3
+        / _median_seconds(lambda: torch.mm(a, b, out=out), clock or clock_for(device)[1])
+    )
 
 
 def copy_rate(device: str, count: int = 0, clock: Clock | None = None) -> float:
@@ -99,7 +103,7 @@ def copy_rate(device: str, count: int = 0, clock: Clock | None = None) -> float:
     count = count or _COPY_BYTES[_kind(device)]
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * count / _median_seconds(lambda: target.copy_(source), clock or clock_of(device))
+    return 2 * count / _median_seconds(lambda: target.copy_(source), clock or clock_for(device)[1])
 
 
 def exponential_rate(device: str) -> float:

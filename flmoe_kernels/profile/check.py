@@ -1,8 +1,8 @@
 """Correctness before timing: a contestant whose answer is wrong is not timed.
 
-Every contestant is held to the error budget of tests.support: the exact result is the reference's in
-float64, and the budget is set by the reference's own error in the case's dtype. A case too large for that is
-checked on fewer samples or tokens.
+Every contestant is held to `core.error_budget`: the exact result is the reference's in float64, and the budget
+follows from the reference's own error in the case's dtype. A case too large for that is checked on fewer
+samples or tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.core.error_budget import assert_within_budget
 
 from .cases import Case
-from .contestants import Contestant, oracle_name, prepare
-from .peers.expert_attention import WITH_DROPOUT
-from .prepared import GRADIENT_OF, Outputs, Prepared
+from .operators.expert_attention import WITH_DROPOUT
+from .prepared import GRADIENT_OF, Outputs
+from .registry import Contestant, find, prepare
 from .shapes import LayerShape, PairShape, Shape, is_cuda
 
 # Sizes up to which the reference is run in float64, by kind of device. What a GPU checks at its full size,
@@ -40,26 +41,16 @@ class WrongAnswer(AssertionError):
     """A contestant does not compute what it is timed for; the message names it, the case and the result."""
 
 
-def agree(case: Case, *contestants: Contestant | Prepared | str) -> None:
-    """Check contestants of a case against the exact results.
-
-    Args:
-        contestants: by name, or made ready already; those are made ready anew where the case is too large.
+def agree(case: Case, *contestants: Contestant | str) -> None:
+    """Check contestants of a case, or backends by name, against the exact results.
 
     Raises:
-        WrongAnswer: of the first that is wrong.
+        WrongAnswer: for the first wrong one.
     """
     small = checked_case(case)
-    for one in contestants:
-        name = _name_of(one)
-        ready = one if isinstance(one, Prepared) and small == case else prepare(small, name)
-        compare(small, name, ready.outputs())
-
-
-def _name_of(one: Contestant | Prepared | str) -> str:
-    if isinstance(one, str):
-        return one
-    return one.contestant if isinstance(one, Prepared) else one.name
+    for contestant in contestants:
+        who = find(case, contestant) if isinstance(contestant, str) else contestant
+        compare(small, who.name, prepare(small, who).outputs())
 
 
 def compare(case: Case, name: str, actual: Mapping[str, Tensor]) -> None:
@@ -126,11 +117,10 @@ def _samples(device: str) -> int:
 
 @functools.lru_cache(maxsize=2)
 def _references(case: Case) -> tuple[Outputs, Outputs]:
-    """The reference in the case's dtype, and exact."""
-    name = oracle_name(case)
+    """Results of the reference in the case's dtype, and exact ones."""
     return (
-        prepare(case, name, case.dtype).outputs(),
-        prepare(case, name, torch.float64).outputs(),
+        prepare(case, REFERENCE, case.dtype).outputs(),
+        prepare(case, REFERENCE, torch.float64).outputs(),
     )
 
 

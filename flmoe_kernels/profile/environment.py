@@ -1,7 +1,8 @@
-"""What a result depends on: device, driver, instruction set, threads, versions, commit."""
+"""Facts that a measurement depends on: device, driver, instruction set, threads, versions, commit, allocator."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -15,22 +16,28 @@ import torch
 from flmoe_kernels import __version__
 from flmoe_kernels.core.backend import instruction_set
 
-from .allocator import allocator
 from .shapes import is_cuda
 
-# Names the commit where there is no git checkout to ask: on a machine that was given the files alone.
+# Names the commit on a machine that has the files but no git checkout.
 COMMIT_VARIABLE = "FLMOE_COMMIT"
 _CPUINFO = Path("/proc/cpuinfo")
 
+KEEPS_MEMORY, DEFAULT = "keeps what is freed", "default"
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+_MOST = 2**31 - 1
+# Blocks from here on are mapped and unmapped by every call; glibc accepts no larger threshold.
+_MAPPED_FROM = 32 * 2**20
+_allocator = DEFAULT
+
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Plain values that JSON can hold; `driver` and the GPU's own facts for CUDA devices alone."""
+    """Plain values for JSON; with the driver's and the GPU's facts for a CUDA device."""
     facts: dict[str, Any] = {
         "device": device_name(device),
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
-        "allocator": allocator(),
+        "allocator": _allocator,
         "flmoe_kernels": __version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -123,3 +130,17 @@ def _output(*command: str) -> str:
     except subprocess.TimeoutExpired:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def keep_freed_memory() -> None:
+    """Keep freed blocks below 32 MiB in this process from now on; without glibc nothing happens.
+
+    glibc returns the top of its heap to the system once enough of it is free, and the next call requests the same
+    pages again. Whether that happens depends on the placement of buffers: the same backward of a reference took 22
+    or 33 ms, for seconds at a time or for a whole process.
+    """
+    global _allocator
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Setting one ends glibc's own adjustment of both.
+    if mallopt and mallopt(_MMAP_THRESHOLD, _MAPPED_FROM) and mallopt(_TRIM_THRESHOLD, _MOST):
+        _allocator = KEEPS_MEMORY

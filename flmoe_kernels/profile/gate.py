@@ -1,48 +1,49 @@
-"""The gate: is every operator still as far ahead of its peer as the file of floors expects?
+"""Regression check: is a call still as far ahead of its peer as the file of floors expects?
 
 A comparison fails when the whole interval of its median ratio lies below expected * (1 - tolerance), twice: the
-second time in a fresh process, because what one process is dealt (where its buffers lie, a burst of other work on
-the machine) is not a regression. Both attempts see a real one.
+second time in a fresh process. What one process happens to get (the placement of its buffers, a burst of other
+work) is not a regression; both attempts see a real one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .floors import DEVICES, Floor, Floors, Here
-from .paired import Blocks, Paired, Seconds
+import pytest
+import torch
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from flmoe_kernels.core.backend import instruction_set
 
-    from .cases import Case
-    from .prepared import Contestant
+from .environment import cpu_model, device_name, environment, keep_freed_memory
+from .floors import Floor, Floors, Here, key_of, load_floors, update_file
+from .shapes import is_cuda
+from .timing import Blocks, Call, Paired, clock_for, measure_blocks
 
 UPDATE_RUNS = 3
-# What `bench` begins the line with that tells of a wrong answer.
-WRONG = "WRONG: "
-# A floor, and the ratio that it must reach -> what was measured.
-Measure = Callable[[Floor, float], Paired]
-
-
-class Unmeasured(RuntimeError):
-    """A comparison cannot be made on this machine; the message says why."""
+# Where a fresh process writes its measurement.
+RESULT_VARIABLE = "FLMOE_GATE_RESULT"
+# Calls that pytest-benchmark times itself, for its table.
+TABLE_ROUNDS = 5
+Measure = Callable[
+    [float], Paired
+]  # bound -> measurement, longer where the bound lies inside the interval
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found of one floor.
+    """Outcome for one floor.
 
     Attributes:
-        expected: the ratio, and `source` says whose: a machine's table, or "any machine".
-        attempts: what was measured, one or two of them; the last decides.
+        expected: the ratio; source: a machine's table, or "any machine".
+        attempts: one or two measurements; one that does not fall short is enough.
     """
 
     floor: Floor
@@ -52,7 +53,7 @@ class Verdict:
 
     @property
     def bound(self) -> float:
-        """The ratio that the interval must reach."""
+        """Ratio that the upper end of the interval must reach."""
         return bound_of(self.floor, self.expected)
 
     @property
@@ -60,7 +61,6 @@ class Verdict:
         return any(not falls_short(paired, self.bound) for paired in self.attempts)
 
     def message(self) -> str:
-        """One paragraph: operator, pass, shape, what was expected and what was measured, with its spread."""
         measured = "; again in a fresh process ".join(_spread(paired) for paired in self.attempts)
         return (
             f"{'ok' if self.passed else 'SLOWER'}: {self.floor.case}: expected {self.expected:.2f}x "
@@ -68,250 +68,259 @@ class Verdict:
             f"{self.floor.tolerance:.0%}; measured {measured}"
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the result file."""
-        return {
-            **asdict(self.floor),
-            "expected": self.expected,
-            "source": self.source,
-            "bound": self.bound,
-            "passed": self.passed,
-            "attempts": [asdict(paired) for paired in self.attempts],
-        }
-
 
 def _spread(paired: Paired) -> str:
+    ratio = paired.ratio
     return (
-        f"{paired.ratio:.2f}x ({paired.low:.2f} to {paired.high:.2f} for the median of "
-        f"{paired.rounds} rounds, {paired.p20:.2f} to {paired.p80:.2f} in single ones)"
+        f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f} for the median of "
+        f"{ratio.rounds} rounds, {ratio.p20:.2f} to {ratio.p80:.2f} in single ones)"
     )
 
 
 def bound_of(floor: Floor, expected: float) -> float:
-    """The ratio that the upper end of the interval must reach."""
     return expected * (1 - floor.tolerance)
 
 
 def falls_short(paired: Paired, bound: float) -> bool:
     """Whether even the upper end of the interval is below the bound."""
-    return paired.high < bound
+    return paired.ratio.high < bound
 
 
-def judge(
-    floor: Floor, expected: float, source: str, first: Measure, again: Measure | None
-) -> Verdict:
-    """Measure one floor, and once more by `again`, if there is one, where it falls short."""
+def judge(floor: Floor, expected: float, source: str, first: Measure, again: Measure) -> Verdict:
+    """Measure one floor, and once more with `again` where it falls short."""
     bound = bound_of(floor, expected)
-    verdict = Verdict(floor, expected, source, (first(floor, bound),))
-    if verdict.passed or again is None:
+    verdict = Verdict(floor, expected, source, (first(bound),))
+    if verdict.passed:
         return verdict
-    return Verdict(floor, expected, source, (*verdict.attempts, again(floor, bound)))
+    return Verdict(floor, expected, source, (*verdict.attempts, again(bound)))
 
 
-def run_gate(
-    floors: Floors, chosen: Iterable[Floor], here: Here, first: Measure, again: Measure | None
-) -> Iterator[Verdict]:
-    """Verdicts of the chosen floors, as they come."""
-    for floor in chosen:
-        yield judge(floor, *floors.expected(floor, here), first, again)
+def measure_pair(
+    prepare: Callable[[], dict[str, Call]],
+    device: str,
+    floor: Floor,
+    bound: float | None = None,
+    *,
+    now: Callable[[], float] | None = None,
+    clock: tuple[str, Callable[[Call], float]] | None = None,
+) -> Paired:
+    """Time the calls "ours" and "peer" in turn, with the floor's threads, rounds and precision.
 
-
-def survey(
-    floors: Floors,
-    chosen: Sequence[Floor],
-    here: Here,
-    measure: Measure,
-    report: Callable[[Floor, int], None],
-) -> Iterator[Verdict]:
-    """What `--update` writes: of each floor the median of UPDATE_RUNS measurements, all floors in turn.
-
-    report: called with each floor and the number of its measurement, from 0 on, before that is made.
-
-    What is expected from now on is worth more than one look: a process keeps the places of its buffers, and a
-    machine has moods of minutes.
+    Args:
+        prepare: makes the two calls.
+        bound: measuring goes on for longer while the interval of the ratio contains it.
+        now, clock: in place of the real ones.
     """
-    found: dict[str, list[Paired]] = {floor.key: [] for floor in chosen}
-    for run in range(UPDATE_RUNS):
-        for floor in chosen:
-            report(floor, run)
-            expected, source = floors.expected(floor, here)
-            measured = found[floor.key]
-            measured.append(measure(floor, bound_of(floor, expected)))
-            if run == UPDATE_RUNS - 1:
-                middle = sorted(measured, key=lambda paired: paired.ratio)[UPDATE_RUNS // 2]
-                yield Verdict(floor, expected, source, (middle,))
-
-
-def gate_table(verdicts: Iterable[Verdict]) -> Table:
-    """What the gate found, a line for each floor."""
-    from rich.table import Table
-
-    table = Table("case", "peer", "expected", "at least", "measured", "median in", "rounds", "")
-    for verdict in verdicts:
-        paired = verdict.attempts[-1]
-        table.add_row(
-            verdict.floor.case,
-            verdict.floor.peer,
-            f"{verdict.expected:.2f}x",
-            f"{verdict.bound:.2f}x",
-            f"{paired.ratio:.2f}x",
-            f"{paired.low:.2f} to {paired.high:.2f}",
-            str(paired.rounds),
-            "ok" if verdict.passed else "SLOWER",
-        )
-    return table
-
-
-def choose(
-    floors: Floors, device: str, case: str | None, op: str | None, full: bool
-) -> list[Floor]:
-    """Floors on a device of a case or an operator, or all; the quick ones, unless `full` or a case is named.
-
-    Raises:
-        LookupError: there are none.
-    """
-    found = [
-        floor
-        for floor in floors.floors
-        if floor.device == device
-        and case in (None, floor.case)
-        and op in (None, floor.case.split("/")[0])
-        and (full or floor.quick or case is not None)
-    ]
-    if not found:
-        wanted = {"device": device, "case": case, "operator": op}
-        words = ", ".join(f"{key} {value}" for key, value in wanted.items() if value)
-        raise LookupError(f"no floor of {words}" + ("" if full else "; maybe with --full"))
-    return found
-
-
-def known_cases() -> set[str]:
-    """Names of all cases that a floor can be of, on any kind of device."""
-    from .cases import DTYPES, cases
-
-    return {c.name for device in DEVICES for c in cases(dtypes=list(DTYPES), device=device)}
-
-
-def measure_here(floor: Floor, bound: float) -> Paired:
-    """Measure a floor in this process: checks that both are right, then times them.
-
-    It goes on for longer where the interval of the ratio has `bound` in it.
-
-    Raises:
-        Unmeasured: there is no such case or contestant, or it cannot run here.
-        WrongAnswer: one is wrong; nothing is timed then.
-    """
-    case = find_case(floor.case, floor.device)
-    chosen = {name: _contestant(case, name) for name in (floor.ours, floor.peer)}
 
     def decided(blocks: Blocks) -> bool:
-        found = blocks.pair(floor.ours, floor.peer)
-        return not found.low <= bound <= found.high
+        ratio = blocks.pair("ours", "peer").ratio
+        return bound is None or not ratio.low <= bound <= ratio.high
 
-    blocks = measure_case(
-        case,
-        list(chosen.values()),
-        threads=floor.threads,
-        rounds=floor.rounds,
-        precision=floor.precision,
-        seconds=floor.seconds,
-        decided=decided,
-    )
-    return blocks.pair(floor.ours, floor.peer)
-
-
-def find_case(name: str, device: str) -> Case:
-    """The case of this name.
-
-    Raises:
-        Unmeasured: there is none on this device.
-    """
-    from .cases import DTYPES, cases
-
-    for case in cases(dtypes=list(DTYPES), device=device):
-        if case.name == name:
-            return case
-    raise Unmeasured(f"{name}: no such case on {device}")
-
-
-def measure_case(
-    case: Case,
-    chosen: Sequence[Contestant],
-    *,
-    threads: int,
-    rounds: int,
-    precision: float,
-    seconds: float,
-    decided: Callable[[Blocks], bool] | None = None,
-) -> Blocks:
-    """Time contestants of a case in turn, the first against the others, after all were found correct.
-
-    Raises:
-        WrongAnswer: one computes something else; nothing is timed then.
-    """
-    import torch
-
-    from .check import agree
-    from .contestants import prepare
-    from .paired import clock_for, measure_blocks
-
-    agree(case, *chosen)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(floor.threads)
     try:
         return measure_blocks(
-            lambda: {contestant.name: prepare(case, contestant).call for contestant in chosen},
-            clock_for(case.device, threads),
-            rounds=rounds,
-            precision=precision,
-            seconds=seconds,
+            prepare,
+            clock or clock_for(device, floor.threads),
+            rounds=floor.rounds,
+            precision=floor.precision,
+            seconds=floor.seconds,
             decided=decided,
-        )
+            **({} if now is None else {"now": now}),
+        ).pair("ours", "peer")
     finally:
         torch.set_num_threads(before)
 
 
-def _contestant(case: Case, name: str) -> Contestant:
-    from .contestants import contestants
+class Gate:
+    """State of one pytest session: the floors, the verdicts, what a fresh process measured."""
 
-    known = {contestant.name: contestant for contestant in contestants(case)}
-    if name not in known:
-        raise Unmeasured(f"{case.name}: no contestant {name!r}; there are: {', '.join(known)}")
-    if known[name].why_not:
-        raise Unmeasured(f"{case.name}: {name} cannot run here: {known[name].why_not}")
-    return known[name]
+    def __init__(self, config: pytest.Config) -> None:
+        keep_freed_memory()
+        self.config = config
+        path = config.getoption("--gate")
+        self.path = Path(path) if path else None
+        self.floors = load_floors(self.path) if self.path else Floors(())
+        self.update = bool(config.getoption("--gate-update"))
+        self.device = "cpu"
+        self.lines: list[str] = []
+        self.updates: dict[str, dict[str, float]] = {}
+        self.measured: set[str] = set()
+        self.unknown: set[str] = set()
+
+    def here(self, device: str) -> Here:
+        gpu = device_name(device) if is_cuda(device) else ""
+        return Here(cpu_model(), instruction_set(), gpu, torch.__version__)
+
+    def expected(self, floor: Floor, device: str) -> tuple[float, str]:
+        here = self.here(device)
+        if self.floors.machine(here) is None:
+            self.unknown.add(f"{here.device or here.cpu}, {here.isa}, torch {here.torch}")
+        return self.floors.expected(floor, here)
+
+    def environment(self) -> dict[str, Any]:
+        return environment(self.device)
+
+    def finish(self, terminal: Any) -> None:
+        """Write an update; print the measured ratios and what was not checked."""
+        if not self.lines:
+            return
+        terminal.section("benchmarks against peers")
+        for line in self.lines:
+            terminal.write_line(line)
+        for words in sorted(self.unknown):
+            terminal.write_line(
+                f"{self.path}: no [machine] table describes this one ({words}): "
+                "the low floors for any machine apply"
+            )
+        for device, ratio in self.updates.items():
+            assert self.path is not None
+            name = update_file(self.path, self.here(device), ratio)
+            terminal.write_line(f"{self.path}: [machine.{name}] has the ratios of this machine now")
+        missing = [floor for floor in self.floors.floors if floor.key not in self.measured]
+        if missing:
+            terminal.write_line(f"{self.path}: {len(missing)} floors were not measured in this run")
 
 
-def measure_elsewhere(file: Path, plant: str | None = None) -> Measure:
-    """Measure floors of a file in a fresh process of this Python, which finds the bound in the file itself.
+class Against:
+    """The fixture `benchmark_against`: times a callable and its peer in turn."""
 
-    Returns a function that raises WrongAnswer where one of the two is wrong, and Unmeasured where the process
-    fails, with its own words.
-    """
-    from .check import WrongAnswer
+    def __init__(self, gate: Gate, request: pytest.FixtureRequest, benchmark: Any) -> None:
+        self.gate = gate
+        self.request = request
+        self.benchmark = benchmark
 
-    def measure(floor: Floor, bound: float) -> Paired:
+    def __call__(
+        self,
+        ours: Callable[[], Any],
+        peer: Callable[[], Any],
+        *,
+        name: str | None = None,
+        peer_name: str = "peer",
+        fresh: bool = False,
+        device: str = "cpu",
+        seconds: float = 2.0,
+        precision: float = 0.05,
+        threads: int | None = None,
+    ) -> Paired:
+        """Time both, record the ratio, and fail below the floor of `name` and `peer_name`, if --gate has one.
+
+        Args:
+            ours, peer: callables without arguments; with `fresh`, they make the inputs and return the callable
+                to time, and are called for every block of rounds.
+            name: of the case, default the test's name.
+            device: "cpu", "cuda" or "cuda:N", for the clock; a GPU is timed by events.
+            seconds, precision, threads: without a floor; see `floors.Floor`. Default: torch's threads.
+
+        Returns:
+            The measurement; seconds of the peer over seconds of ours is its `ratio`.
+        """
+        gate, name = self.gate, name or self.request.node.name
+        gate.device = device
+        kind = "cuda" if is_cuda(device) else "cpu"
+        key = key_of(name, peer_name, kind)
+        floor = gate.floors.find(key)
+        plan = floor or Floor(
+            *(name, peer_name, 0.0, kind),
+            precision=precision,
+            rounds=6,
+            seconds=seconds,
+            threads=threads or torch.get_num_threads(),
+        )
+
+        def prepare() -> dict[str, Call]:
+            return {"ours": ours(), "peer": peer()} if fresh else {"ours": ours, "peer": peer}
+
+        def measure(bound: float | None) -> Paired:
+            return measure_pair(prepare, device, plan, bound)
+
+        expected = gate.expected(floor, device) if floor else None
+        out = os.environ.get(RESULT_VARIABLE)
+        if out:
+            bound = bound_of(plan, expected[0]) if expected else None
+            Path(out).write_text(json.dumps(asdict(measure(bound))), encoding="utf-8")
+            pytest.skip("measured for another process")
+        verdict = None
+        if floor and expected and gate.update:
+            runs = [self._measure_apart() for _ in range(UPDATE_RUNS)]
+            paired = middle(runs)
+            gate.updates.setdefault(device, {})[key] = paired.ratio.median
+        elif floor and expected:
+            verdict = judge(floor, *expected, measure, lambda bound: self._measure_apart())
+            paired = verdict.attempts[-1]
+        else:
+            paired = measure(None)
+        gate.measured.add(key)
+        self._record(prepare()["ours"], plan, paired, verdict)
+        gate.lines.append(verdict.message() if verdict else f"{key}: {_spread(paired)}")
+        if verdict is not None and not verdict.passed:
+            pytest.fail(verdict.message(), pytrace=False)
+        return paired
+
+    def _record(self, call: Call, plan: Floor, paired: Paired, verdict: Verdict | None) -> None:
+        def waited() -> None:
+            call()
+            if plan.device == "cuda":
+                torch.cuda.synchronize()
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(plan.threads)
+        try:
+            self.benchmark.pedantic(waited, rounds=TABLE_ROUNDS, iterations=1, warmup_rounds=1)
+        finally:
+            torch.set_num_threads(before)
+        self.benchmark.extra_info.update(
+            case=plan.case,
+            peer=plan.peer,
+            device=plan.device,
+            threads=plan.threads,
+            clock=paired.clock,
+            ratio=asdict(paired.ratio),
+            seconds=asdict(paired.ours),
+            peer_seconds=asdict(paired.peer),
+        )
+        if verdict is not None:
+            self.benchmark.extra_info.update(expected=verdict.expected, passed=verdict.passed)
+
+    def _measure_apart(self) -> Paired:
+        """Run this test alone in a fresh process, and return what it measured."""
+        config = self.request.config
+        options = carried_options(config.invocation_params.args, config.args)
+        test = f"{config.rootpath}{os.sep}{self.request.node.nodeid}"
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "again.json"
-            command = [sys.executable, "-m", "flmoe_kernels", "bench", "--gate", str(file)]
-            command += ["--device", floor.device, "--only", floor.key]
-            command += ["--no-retry", "--json", str(out)]
-            command += ["--plant", plant] if plant else []
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            _, wrong, words = done.stderr.partition(WRONG)
-            if done.returncode == 1 and wrong:
-                raise WrongAnswer(words.strip())
-            if done.returncode not in (0, 1) or not out.is_file():
-                raise Unmeasured(
-                    f"{floor.case}: a fresh process ended with {done.returncode}: {done.stderr.strip()}"
+            out = Path(folder) / "paired.json"
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, test],
+                cwd=config.invocation_params.dir,
+                env=os.environ | {RESULT_VARIABLE: str(out)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if not out.is_file():
+                pytest.fail(
+                    f"a fresh process ended with {done.returncode}:\n{done.stdout}{done.stderr}",
+                    pytrace=False,
                 )
-            (run,) = json.loads(out.read_text(encoding="utf-8"))["runs"]
-        return paired_from(run["gate"][0]["attempts"][0])
-
-    return measure
+            return Paired.from_dict(json.loads(out.read_text(encoding="utf-8")))
 
 
-def paired_from(fields: dict[str, Any]) -> Paired:
-    """What `Verdict.as_dict` wrote of one attempt."""
-    seconds = {name: Seconds(**fields[name]) for name in ("ours", "peer")}
-    return Paired(**{**fields, **seconds})
+def middle(runs: Iterable[Paired]) -> Paired:
+    """The run whose ratio is the (upper) median of all."""
+    runs = sorted(runs, key=lambda paired: paired.ratio.median)
+    return runs[len(runs) // 2]
+
+
+def carried_options(arguments: Iterable[str], paths: Sequence[str]) -> list[str]:
+    """Options of a pytest run for a run of one of its tests: no paths, nothing that writes benchmark files."""
+    options: list[str] = []
+    dropped = False
+    for argument in map(str, arguments):
+        if argument.startswith("--benchmark-"):
+            dropped = "=" not in argument
+        elif argument in paths or (dropped and not argument.startswith("-")):
+            dropped = False
+        else:
+            options.append(argument)
+            dropped = False
+    return options

@@ -10,15 +10,13 @@ from pathlib import Path
 import torch
 
 from .cases import Case
-from .contestants import Contestant, contestants, prepare
-from .failures import words_of
-from .length_plot import LengthPoint
-from .measure import clock_of
+from .figures import LengthPoint
 from .memory import peak_bytes
-from .profiles import Effort
+from .profiles import Effort, time_subjects
+from .registry import OURS, Contestant, contestants, prepare, words_of
 from .request import subjects_of
 from .shapes import at_length, is_cuda
-from .spread import spread_of, timed_blocks
+from .timing import clock_for
 
 # A call that is expected to take longer, or a larger share of the free memory, is not begun.
 MOST_SECONDS = 30.0
@@ -70,10 +68,8 @@ def scan(
                 else:
                     peaks[name] = found_peak
             if why_not:
-                kind = known[name].kind
-                found.append(
-                    LengthPoint(length, name, kind == "ours", None, None, None, None, why_not)
-                )
+                ours = known[name].kind == OURS
+                found.append(LengthPoint(length, name, ours, None, None, None, None, why_not))
         tell(f"timing {', '.join(peaks)} at {length}")
         found += _timed(here, length, [known[name] for name in peaks], peaks, effort)
     return found
@@ -89,20 +85,15 @@ def _timed(
     if not running:
         return []
     subjects = subjects_of(case, running)
-    blocks = timed_blocks(
-        {subject.contestant: subject.prepare for subject in subjects},
-        clock_of(case.device),
-        seconds=effort.seconds,
-        blocks=effort.blocks,
-    )
+    blocks = time_subjects(subjects, clock_for(case.device), effort.seconds)
     found = []
     for contestant in running:
-        spread = spread_of(blocks[contestant.name])
+        spread = blocks.of(contestant.name)
         found.append(
             LengthPoint(
                 length=length,
                 contestant=contestant.name,
-                ours=contestant.kind == "ours",
+                ours=contestant.kind == OURS,
                 seconds=spread.median,
                 low=spread.low,
                 high=spread.high,

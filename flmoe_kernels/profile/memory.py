@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from flmoe_kernels.core.backend import REFERENCE
+
 from .cases import Case
-from .contestants import Contestant, oracle_name, prepare
+from .registry import Contestant, find, prepare
 from .shapes import at_length, is_cuda
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -38,8 +40,8 @@ def peak_bytes(case: Case, contestant: Contestant | str) -> int | None:
     Raises:
         RuntimeError: the call lacks memory, or the process that measures ended early, as one does then.
     """
-    name = contestant if isinstance(contestant, str) else contestant.name
-    return peak_of(warmed_call, case, name, device=case.device)
+    who = find(case, contestant) if isinstance(contestant, str) else contestant
+    return peak_of(warmed_call, case, who, device=case.device)
 
 
 def peak_of(make: Callable[..., Call], *args: Any, device: str) -> int | None:
@@ -85,14 +87,14 @@ def peak_growth(make: Callable[..., Call], *args: Any) -> int:
         process.join()
 
 
-def warmed_call(case: Case, name: str) -> Call:
-    """A contestant's call after a small one of the same kind; what compiles has compiled this very shape."""
-    compiled = name.startswith("compiled")
+def warmed_call(case: Case, contestant: Contestant) -> Call:
+    """A contestant's call after a small one of the same kind; a compiled one has compiled this very shape."""
+    compiled = contestant.name.startswith("compiled")
     small = dataclasses.replace(case, shape=at_length(case.shape, _SMALL))
-    warm = prepare(small, oracle_name(case) if compiled else name).call
+    warm = prepare(small, REFERENCE if compiled else contestant).call
     warm()
     warm()
-    call = prepare(case, name).call
+    call = prepare(case, contestant).call
     if compiled and not is_cuda(case.device):
         call()  # on a GPU a compiler takes nothing of the device's memory that it would keep
     return call

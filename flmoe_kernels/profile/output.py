@@ -6,16 +6,21 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .length_plot import LengthPoint
+from flmoe_kernels.core.files import is_writable, write_whole
+
+from .figures import LengthPoint, Point, rate_text
 from .profiles import Profile
-from .roofline_plot import Point, rate_text
-from .spread import Spread
+from .request import BadRequest
 from .stages import EITHER
+from .timing import Spread
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 SCHEMA = "flmoe_kernels.profile/1"
@@ -26,6 +31,51 @@ COLUMNS = (
     *("flops_per_second", "bytes_per_second", "share_of_limit", "limit", "peak_bytes"),
     *("operators", "torch_operators", "launches", "waits", "reads"),
 )
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where to write what; None for nothing."""
+
+    trace: Path | None = None
+    csv: Path | None = None
+    json: Path | None = None
+    plot: Path | None = None
+
+    def require_writable(self) -> None:
+        """
+        Raises:
+            BadRequest: a folder that is not there or not writable, or a picture in an unknown format.
+        """
+        for name in ("trace", "csv", "json", "plot"):
+            path = getattr(self, name)
+            if path is not None and not is_writable(path):
+                raise BadRequest(f"{name}: {path} cannot be written: no such folder, or not yours")
+        if self.plot is not None:
+            _require_format(self.plot)
+
+    def write_text(self, which: str, make: Callable[[], str]) -> None:
+        path = getattr(self, which)
+        if path is not None:
+            text = make()
+            write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def write_plot(self, make: Callable[[], Figure]) -> None:
+        if self.plot is not None:
+            figure = make()
+            write_whole(self.plot, lambda part: figure.savefig(part, dpi=120))
+
+
+def _require_format(path: Path) -> None:
+    """
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from flmoe_kernels.explain.figures.canvas import make_figure
+
+    known = make_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise BadRequest(f"plot: expected a name that ends in .png, .pdf or .svg, got {path}")
 
 
 def as_json(

@@ -1,4 +1,4 @@
-"""One contestant made ready for one case: inputs made, nothing left to do but the timed call."""
+"""A call made ready for timing: its inputs exist, and its results can be computed for the check."""
 
 from __future__ import annotations
 
@@ -20,31 +20,17 @@ GRADIENT_OF = "gradient of "
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """Who computes a case.
-
-    kind: "ours" (a backend of this package) or "peer". version: of the package that computes. why_not: why it
-    cannot run here or does not compute this case; "" where it does.
-    """
-
-    name: str
-    kind: str
-    version: str
-    why_not: str = ""
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """call(): what is timed, once; returns nothing of use. outputs(): results computed anew, by name.
+    """The timed call, and its results.
 
-    Outputs hold whatever the phase computes: results of a forward, and for the other phases also "gradient
-    of ..."; without random numbers, or with those that every contestant that names the output draws alike.
-    contestant: its name.
+    Attributes:
+        call: is timed; its return value is not used.
+        outputs: computes the results anew, by name: those of the forward, and in the other phases also "gradient
+            of ...". Without random numbers, or with numbers that all contestants with this output draw alike.
     """
 
     call: Callable[[], object]
     outputs: Callable[[], Outputs]
-    contestant: str = ""
 
 
 def prepare_function(

@@ -1,7 +1,7 @@
-"""One thing under the profiler: how fast it is here, how far from the limit, where its time goes.
+"""Measurements of the command `profile`: time, rates, share of the limit, stages, memory.
 
-A subject is a call that can be made anew: a contestant of a case of the registry, or a user's own layer. What is
-found of it is a Profile of plain values; `profile_output` shows and writes them.
+A subject is a call that can be made anew: a contestant of a case, or a user's own layer. Its Profile has plain
+values, which `output` shows and writes.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ import torch
 from .cases import dtype_name
 from .ceilings import Ceilings
 from .costs import Cost
-from .failures import words_of
-from .measure import Clock, clock_of
-from .spread import BLOCKS, Spread, ratio_of, spread_of, timed_blocks
+from .registry import words_of
 from .stages import Breakdown
+from .timing import Blocks, Clock, Spread, clock_for, measure_blocks
 from .trace import traced
 
 Call = Callable[[], Any]
+# Timing ends early once the interval of the median is this narrow.
+PRECISION = 0.01
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is profiled.
+    """A call to profile.
 
     Attributes:
-        what: the case's name, the same for all that are compared with one another.
-        contestant, kind, version: who computes, see `prepared.Contestant`.
+        what: name of the case, the same for subjects that are compared.
+        contestant, kind, version: see `registry.Contestant`.
         dtype: of the call's tensors. device: "cpu", "cuda" or "cuda:N".
-        cost: what one call must do.
+        cost: FLOP and bytes of one call.
         prepare: makes inputs and returns one call.
-        peak: measures the bytes that a call needs beyond its inputs, or tells None where the system does not
-            say; None for no measurement.
+        peak: measures the bytes that a call needs beyond its inputs (None where the system does not report them);
+            None for no measurement.
     """
 
     what: str
@@ -53,32 +54,31 @@ class Subject:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: seconds and blocks of timing, calls under the profiler, repetitions of all timing."""
+    """Seconds of timing for each subject, calls under the profiler, repetitions of all timing."""
 
     seconds: float = 10.0
-    blocks: int = BLOCKS
     calls: int = 3
     repeat: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("blocks", 1), ("calls", 1), ("repeat", 1)):
+        for name in ("calls", "repeat"):
             value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name}: expected {least} at least, got {value}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not self.seconds > 0:
             raise ValueError(f"seconds: expected more than 0, got {self.seconds}")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What was found of one subject.
+    """Measurements of one subject.
 
     Attributes:
         spread: the timing, over the blocks of all repetitions.
         runs: the timing of each repetition.
         matmul, copy: measured ceilings: FLOP/s of a large matrix product in this dtype, bytes/s of a large copy.
-        least: seconds that the ceilings allow at best, and `limit` which of them it comes from.
-        ratio: median time over that of the first subject, with its interval; None for the first.
+        least: least seconds that the ceilings allow; limit: which of them sets it.
+        ratio: time over that of the first subject, median with its interval; None for the first.
     """
 
     what: str
@@ -148,30 +148,37 @@ def profile_subjects(
     names = [subject.contestant for subject in subjects]
     if len(set(names)) < len(names):
         raise ValueError(f"subjects: expected different contestants, got {names}")
-    clock = clock or clock_of(subjects[0].device)
-    timings = []
+    timed = clock_for(subjects[0].device) if clock is None else ("given", clock)
+    runs = []
     for number in range(effort.repeat):
         tell(f"timing {', '.join(names)}" + (f", run {number + 1}" if effort.repeat > 1 else ""))
-        timings.append(
-            timed_blocks(
-                {subject.contestant: subject.prepare for subject in subjects},
-                clock,
-                seconds=effort.seconds * len(subjects),
-                blocks=effort.blocks,
-            )
-        )
-    every = {name: [block for timing in timings for block in timing[name]] for name in names}
+        runs.append(time_subjects(subjects, timed, effort.seconds))
+    every = Blocks(timed[0], [block for run in runs for block in run.seconds])
     found = []
     for number, subject in enumerate(subjects):
-        tell(f"tracing {subject.contestant}")
+        name = subject.contestant
+        tell(f"tracing {name}")
         path = trace if number == 0 else None
         breakdown = traced(subject.prepare(), subject.device, calls=effort.calls, trace=path)
         peak = _peak_of(subject, tell)
-        runs = tuple(spread_of(timing[subject.contestant]) for timing in timings)
-        spread = spread_of(every[subject.contestant])
-        ratio = ratio_of(every[subject.contestant], every[names[0]]) if number else None
-        found.append(_profile(subject, spread, runs, ceilings, breakdown, ratio, peak))
+        spreads = tuple(run.of(name) for run in runs)
+        ratio = None
+        if number:
+            paired = every.pair(names[0], name).ratio
+            ratio = (paired.median, paired.low, paired.high)
+        found.append(_profile(subject, every.of(name), spreads, ceilings, breakdown, ratio, peak))
     return found
+
+
+def time_subjects(subjects: Sequence[Subject], clock: tuple[str, Clock], seconds: float) -> Blocks:
+    """Time subjects in turn, for at most `seconds` each."""
+    return measure_blocks(
+        lambda: {subject.contestant: subject.prepare() for subject in subjects},
+        clock,
+        rounds=1,
+        precision=PRECISION,
+        seconds=seconds * len(subjects),
+    )
 
 
 def _peak_of(subject: Subject, tell: Callable[[str], None]) -> int | None:

@@ -12,12 +12,12 @@ from flmoe_kernels.core.backend import BackendUnavailable
 
 from . import cases
 from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, Case
-from .contestants import Contestant, contestants, default_ours, device_lack, prepare
 from .costs import cost
-from .layers_of_users import PHASES, UserLayer, contestants_of, make_call, user_peak
 from .memory import peak_bytes
 from .profiles import Call, Subject
+from .registry import Contestant, contestants, default_ours, device_lack, prepare
 from .shapes import Shape, is_cuda, named_shapes
+from .user_layer import PHASES, UserLayer, contestants_of, make_call, user_peak
 
 EVERY = "all"
 # What a forward, and a forward and backward, of the whole layer are called.
@@ -124,7 +124,7 @@ def _call_of(case: Case, contestant: Contestant) -> Call:
 
 
 def user_subjects(user: UserLayer, what: str, memory: bool = True) -> list[Subject]:
-    """A user's layer swapped, then the reference. what: a key of layers_of_users.PHASES."""
+    """A user's layer swapped, then the reference. what: a key of user_layer.PHASES."""
     layer = user.load()
     dtype = next(layer.parameters()).dtype
     shape = user.shape(layer)

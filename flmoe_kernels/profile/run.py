@@ -1,6 +1,6 @@
-"""What `profile` does once it is known what is asked for: check, measure, show, write.
+"""Steps of the command `profile`: check, measure, show, write.
 
-Each returns whether all that was checked held: with one run of timing always, with several whether they agree.
+Each function returns whether repeated runs agree; with one run it returns True.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from . import output
 from .cases import Case
 from .ceilings import Ceilings, measure_ceilings
 from .check import agree
-from .contestants import Contestant, running
 from .environment import environment
-from .layers_of_users import PHASES, UserLayer, check_swap
-from .length_plot import LengthPoint, length_figure
+from .figures import LengthPoint, Roof, length_figure, roofline_figure
 from .lengths import scan
 from .memory import peak_bytes
-from .output_files import Files
+from .output import Files
 from .profiles import Effort, Profile, profile_subjects
+from .registry import Contestant, contestants, prepare, words_of
 from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
-from .roofline_plot import Roof, roofline_figure
 from .shapes import at_length
-from .suite import Entry, without_failing
+from .user_layer import PHASES, UserLayer, check_swap
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 LOG_WIDTH = 160
-# Of a scan over lengths: a point of it needs less certainty than a profile.
-SCAN_BLOCKS = 7
 
 
 def run_case(request: Request, effort: Effort, files: Files, *, check: bool, memory: bool) -> bool:
@@ -63,18 +59,24 @@ def run_case(request: Request, effort: Effort, files: Files, *, check: bool, mem
 
 
 def _checked(case: Case, found: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:
-    """Those that compute the case; where all were asked for, those that fail are left out, the first one never.
+    """Contestants that compute the case; where all were requested, failing ones except the first are left out.
 
     Raises:
         WrongAnswer: one does not compute the case.
     """
-    if not every:
-        agree(case, *found)
-        return found
-    entry = without_failing(Entry(case, found[0], tuple(found[1:])))
-    for one in entry.left_out:
-        tell(f"left out: {one.name}, {one.why_not}")
-    return list(entry.all)
+    agree(case, found[0])
+    kept = [found[0]]
+    for contestant in found[1:]:
+        try:
+            agree(case, contestant)
+            prepare(case, contestant).call()
+        except Exception as error:  # out of memory, a missing compiler
+            if not every:
+                raise
+            tell(f"left out: {contestant.name}: {words_of(error)}")
+        else:
+            kept.append(contestant)
+    return kept
 
 
 def run_layer(
@@ -134,10 +136,13 @@ def run_lengths(
         raise BadRequest(f"lengths: expected numbers from 1, got {','.join(map(str, lengths))}")
     case = request.case()
     shortest = dataclasses.replace(case, shape=at_length(case.shape, min(lengths)))
-    chosen = request.contestants(shortest) if request.backends else running(shortest)
+    chosen = (
+        request.contestants(shortest)
+        if request.backends
+        else [contestant for contestant in contestants(shortest) if not contestant.why_not]
+    )
     if not chosen:
         raise BadRequest(f"{case.name}: nothing runs on {case.device} here")
-    effort = dataclasses.replace(effort, blocks=SCAN_BLOCKS)
     with _telling() as tell:
         if check:
             tell("checking results against the reference in float64")

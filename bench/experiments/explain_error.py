@@ -1,0 +1,137 @@
+"""The error of pair indices at equal budgets, next to shapiq's estimators: python -m bench.explain_error
+
+On samples of the demo's synergy task, cut to fourteen tokens, where the exact index is known from all 16,384
+coalitions. Every estimator gets the same game and as many evaluations of it; the error is the root mean square
+over all pairs, samples and seeds. Needs shapiq.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench.explain_models import INTERACTION, SYNERGY, Learned, learn
+
+from flmoe_kernels import explain
+from flmoe_kernels.explain.pairs.indices import SII
+from flmoe_kernels.profile.environment import environment
+
+TOKENS = 7  # of each modality
+BUDGETS = (1024, 2048, 4096, 8192)
+OURS = "flmoe_kernels"
+THEIRS = ("PermutationSamplingSII", "SVARMIQ", "KernelSHAPIQ")
+
+Values = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def game_of(learned: Learned, sample: int) -> explain.TokenGame:
+    inputs = [x[:, :TOKENS] for x in learned.inputs]
+    return explain.TokenGame(
+        learned.layer, inputs, target=int(learned.labels[sample]), fill="zero", sample=sample
+    )
+
+
+def tabulated(game: explain.TokenGame) -> Callable[[Any], Values]:
+    """The game with all of its values in a table: every estimator sees the same bits, and none waits."""
+    players = game.players
+    whole = (np.arange(2**players)[:, None] >> np.arange(players)) & 1
+    table = game(whole.astype(np.bool_))
+    return lambda coalitions: table[
+        np.asarray(coalitions, dtype=np.int64) @ (1 << np.arange(players))
+    ]
+
+
+class Table:
+    """A tabulated game as `probe_game` takes it; counts the coalitions that were asked for."""
+
+    def __init__(self, values: Callable[[Any], Values], players: int) -> None:
+        self.values, self.players, self.asked = values, players, 0
+
+    def __call__(self, coalitions: Any) -> Values:
+        rows = np.atleast_2d(coalitions)  # shapiq asks for one coalition as a vector
+        self.asked += len(rows)
+        return self.values(rows)
+
+
+def estimates(name: str, game: Table, budget: int, seed: int) -> Values:
+    """The index of all pairs, in the order of their players."""
+    if name == OURS:
+        sampling = explain.Sampling(budget=budget, seed=seed)
+        found = explain.probe_game(game, indices=(SII,), method="sampling", sampling=sampling)
+        return found[SII].values
+    import shapiq.approximator
+
+    estimator = getattr(shapiq.approximator, name)(
+        n=game.players, max_order=2, index=SII, random_state=seed
+    )
+    values = estimator.approximate(budget, game)
+    pairs = [(i, j) for i in range(game.players) for j in range(i + 1, game.players)]
+    return np.array([values[pair] for pair in pairs])
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    learned = learn(SYNERGY, INTERACTION, 0, options.samples)
+    rows = []
+    games = [game_of(learned, sample) for sample in range(options.samples)]
+    tables = [tabulated(game) for game in games]
+    exact = [
+        explain.probe_game(Table(t, g.players), indices=(SII,), method="exact")[SII].values
+        for t, g in zip(tables, games, strict=True)
+    ]
+    scale = float(np.sqrt(np.mean([x**2 for x in exact])))
+    for budget in BUDGETS:
+        for name in (OURS, *THEIRS):
+            squares, asked = [], []
+            for table, game, truth in zip(tables, games, exact, strict=True):
+                for seed in range(options.seeds):
+                    counted = Table(table, game.players)
+                    found = estimates(name, counted, budget, seed)
+                    squares.append(np.mean((found - truth) ** 2))
+                    asked.append(counted.asked)
+            # Squared errors of single runs, over samples and seeds.
+            error, spread = np.sqrt(np.mean(squares)), np.std(squares) / len(squares) ** 0.5
+            rows.append(
+                {
+                    **{"estimator": name, "budget": budget, "runs": len(squares)},
+                    "evaluations": float(np.mean(asked)),
+                    "error": float(error),
+                    "standard_error": float(spread / (2 * error)),
+                    "relative_error": float(error / scale),
+                }
+            )
+            print(
+                f"{budget:5} {name:24} asked {np.mean(asked):7.1f}  error {error:.4f} "
+                f"(s.e. {spread / (2 * error):.4f}), {error / scale:.1%} of the indices' size",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=10, help="runs of each sample")
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    options = parser.parse_args()
+    rows = measure(options)
+    if options.out:
+        result = {
+            "environment": {**environment(), "shapiq": version("shapiq")},
+            "settings": {"samples": options.samples, "seeds": options.seeds, "tokens": 2 * TOKENS},
+            "rows": rows,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
+    main()

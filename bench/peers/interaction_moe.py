@@ -1,0 +1,75 @@
+"""interaction_moe: the reference layer with fused attention, compiled, vectorised over experts, in less precision.
+
+Same parameters and inputs, different code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+
+from flmoe_kernels.layers.interaction_moe.reference import (
+    FusionTransformer,
+    ReferenceInteractionMoE,
+)
+from flmoe_kernels.profile.cases import Case
+from flmoe_kernels.profile.operators import interaction_moe as operator
+from flmoe_kernels.profile.prepared import Context, Prepared
+
+from . import common
+from .layers import VmapInteractionMoE, with_sdpa
+
+SDPA, COMPILED, COMPILED_SDPA, VMAP = "reference+sdpa", "compiled", "compiled+sdpa", "vmap"
+# With float32 parameters, for cases in half precision: common training code does not round parameters.
+TF32, AUTOCAST = "reference, TF32", "compiled+sdpa, autocast"
+PEERS = (SDPA, COMPILED, COMPILED_SDPA, VMAP, TF32, AUTOCAST)
+_COMPILED = (COMPILED, COMPILED_SDPA, AUTOCAST)
+_OWN_PRECISION = (TF32, AUTOCAST)
+
+
+def lack(case: Case, name: str) -> str:
+    experts = operator.shape_of(case).experts
+    if name in _OWN_PRECISION and case.dtype not in (torch.bfloat16, torch.float16):
+        return "it is for cases in half precision"
+    if name == VMAP and experts:
+        return "vmap cannot choose experts by data"
+    if name in _COMPILED and experts:
+        return "the index loop of routed experts cannot be compiled whole"
+    return common.compile_lack(case) if name in _COMPILED else ""
+
+
+def version(name: str) -> str:
+    return torch.__version__
+
+
+def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
+    adopt = functools.partial(_adopt, name)
+    dtype = torch.float32 if name in _OWN_PRECISION else dtype
+    return operator.prepare_layer(case, adopt, dtype, _context_of(case, name))
+
+
+def _adopt(name: str, reference: ReferenceInteractionMoE) -> Any:
+    if name == TF32:
+        return reference
+    if name == VMAP:
+        return VmapInteractionMoE.adopt(reference)
+    layer = reference if name == COMPILED else with_sdpa(reference)
+    if name in _COMPILED:
+        common.prepare_compiler()
+        # One fusion pass is the unit: the whole forward, twelve or twenty passes unrolled into one graph,
+        # compiles for over ten minutes.
+        for module in layer.modules():
+            if isinstance(module, FusionTransformer):
+                module.compile(dynamic=False)
+    return layer
+
+
+def _context_of(case: Case, name: str) -> Context:
+    if name == TF32:
+        return functools.partial(common.tf32, case.device)
+    if name == AUTOCAST:
+        return functools.partial(torch.autocast, case.device.split(":")[0], case.dtype)
+    return contextlib.nullcontext

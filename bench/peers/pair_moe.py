@@ -1,0 +1,36 @@
+"""pair_moe: the compiled reference."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from flmoe_kernels.core.backend import REFERENCE
+from flmoe_kernels.profile.cases import Case
+from flmoe_kernels.profile.operators import pair_moe as operator
+from flmoe_kernels.profile.prepared import Prepared
+
+from . import common
+
+COMPILED = "compiled"
+PEERS = (COMPILED,)
+
+
+def lack(case: Case, name: str) -> str:
+    return operator.reference_lack(case) or common.compile_lack(case)
+
+
+def version(name: str) -> str:
+    return torch.__version__
+
+
+@functools.cache
+def _compiled(kinds: tuple[str, ...], reduce: str) -> operator.Function:
+    """One function for all shapes, so that each is compiled once however often it is made ready."""
+    return common.compiled(operator.function_of(kinds, reduce, REFERENCE))
+
+
+def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
+    function = _compiled(operator.shape_of(case).kinds, case.variant)
+    return operator.prepare_pairs(case, function, dtype)

@@ -1,0 +1,190 @@
+"""Comparisons of the suites bench/test_OPERATOR.py: checked, timed in turn with a peer, recorded.
+
+A row lists shapes, variants, phases and peers. The rows of an operator run in order, those that matter most first;
+peers that compile for a minute come last, so that a time limit costs no other number.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from bench.peers import find
+from flmoe_kernels.core.backend import BackendUnavailable
+from flmoe_kernels.profile.cases import BOTH, FORWARD, Case, cases
+from flmoe_kernels.profile.ceilings import Ceilings, measure_ceilings
+from flmoe_kernels.profile.check import WrongAnswer, agree
+from flmoe_kernels.profile.costs import cost
+from flmoe_kernels.profile.gate import Against
+from flmoe_kernels.profile.memory import peak_bytes
+from flmoe_kernels.profile.registry import Contestant, default_ours, prepare, words_of
+from flmoe_kernels.profile.shapes import is_cuda
+from flmoe_kernels.profile.timing import Call, clock_for
+
+SECONDS = {False: 2.0, True: 8.0}  # of timing a comparison that has no floor; by --full
+
+
+class Row(NamedTuple):
+    shapes: tuple[str, ...]
+    variants: tuple[str, ...]
+    phases: tuple[str, ...]
+    peers: tuple[str, ...]
+
+
+Rows = Mapping[str, tuple[Row, ...]]
+_STEP, _TWO = (BOTH,), (FORWARD, BOTH)
+_REDUCTIONS = ("none", "pool")
+_SMALL = ("routed_small_e4", "routed_small_e16")
+
+# Without --full: every operator at a small shape, against peers that start at once.
+QUICK: Rows = {
+    "pair_moe": (Row(("pair_base",), _REDUCTIONS, _TWO, ("reference",)),),
+    "expert_attention": (
+        Row(("mmimdb_short",), ("plain",), _TWO, ("reference",)),
+        Row(("mmimdb_short",), ("dropout",), _TWO, ("unpadded sdpa",)),
+    ),
+    "routed_mlp": (Row(("routed_short",), ("bias",), _TWO, ("index loop", "batched bmm")),),
+    "routing": (Row(("routed_small_e4",), ("",), _TWO, ("reference",)),),
+    "interaction_moe": (Row(("mmimdb_short", "mimic"), ("",), _TWO, ("reference",)),),
+}
+# The table of the README, and the large shapes with floors.
+FULL_CPU: Rows = {
+    "interaction_moe": (
+        Row(("mmimdb", "enrico", "mimic"), ("",), _TWO, ("reference", "reference+sdpa")),
+        Row(("mmimdb_sparse",), ("",), _TWO, ("reference",)),
+    ),
+    "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
+    "routed_mlp": (
+        Row(_SMALL, ("bias",), _TWO, ("index loop", "batched bmm")),
+        Row(_SMALL, ("bias",), _STEP, ("one-hot einsum",)),
+    ),
+    "routing": (),
+    "pair_moe": (Row(("pair_base",), _REDUCTIONS, _TWO, ("reference", "compiled")),),
+}
+_EAGER = ("reference, TF32", "reference", "reference+sdpa", "vmap")
+FULL_CUDA: Rows = {
+    "pair_moe": (
+        Row(("pair_512",), _REDUCTIONS, _TWO, ("reference",)),
+        Row(("pair_512",), _REDUCTIONS, _TWO, ("compiled",)),
+        Row(("pair_base",), ("none",), _TWO, ("reference",)),
+    ),
+    "interaction_moe": (
+        Row(("mmimdb", "mimic", "enrico"), ("",), _STEP, _EAGER),
+        Row(("mmimdb", "enrico"), ("",), _STEP, ("compiled+sdpa, autocast",)),
+        Row(("mmimdb", "mimic", "enrico"), ("",), (FORWARD,), ("reference",)),
+    ),
+    "routed_mlp": (
+        Row(
+            *(("routed_large",), ("no_bias",), (BOTH, FORWARD)),
+            ("torch._grouped_mm", "scattermoe", "batched bmm", "index loop"),
+        ),
+        Row(_SMALL, ("bias",), _STEP, ("batched bmm", "index loop")),
+    ),
+    "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
+    "routing": (Row(("routed_large",), ("",), (FORWARD,), ("reference",)),),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A case and the name of a peer."""
+
+    case: Case
+    peer: str
+
+    def __str__(self) -> str:
+        return f"{self.case.name} vs {self.peer}"
+
+
+def comparisons(operator: str, device: str, full: bool) -> Iterator[Comparison]:
+    rows = (FULL_CUDA if is_cuda(device) else FULL_CPU) if full else QUICK
+    for row in rows[operator]:
+        for case in cases([operator], row.shapes, row.phases, device=device):
+            if case.variant in row.variants:
+                yield from itertools.starmap(Comparison, zip(itertools.repeat(case), row.peers))
+
+
+def compare(against: Against, comparison: Comparison, full: bool) -> None:
+    """Check both contestants, time them in turn, record everything known about the comparison.
+
+    A peer that cannot run, lacks memory or does not compile skips the test; a wrong answer fails it.
+    """
+    case = comparison.case
+    ours, peer = _contestants(comparison)
+    agree(case, ours)
+    try:
+        agree(case, peer)
+        prepare(case, peer).call()
+    except WrongAnswer:
+        raise
+    except Exception as error:
+        pytest.skip(f"{peer.name}: {words_of(error)}")
+
+    def maker(contestant: Contestant) -> Call:
+        return lambda: prepare(case, contestant).call
+
+    facts = against.benchmark.extra_info
+    facts.update(ours=ours.name, peer_version=peer.version, shape=asdict(case.shape))
+    paired = against(
+        maker(ours),
+        maker(peer),
+        name=case.name,
+        peer_name=peer.name,
+        fresh=True,
+        device=case.device,
+        seconds=SECONDS[full],
+    )
+    work, seconds = cost(case), paired.ours.median
+    bound, binds = _ceilings(case.device, case.dtype, facts["threads"]).roofline_seconds(
+        work, case.dtype
+    )
+    facts.update(
+        flop_per_second=work.flop / seconds,
+        bytes_per_second=work.bytes / seconds,
+        share_of_roofline=bound / seconds,
+        binds=binds,
+    )
+    if full:
+        facts.update(peaks={who.name: _peak(case, who) for who in (ours, peer)})
+
+
+def _contestants(comparison: Comparison) -> tuple[Contestant, Contestant]:
+    """Ours and the peer; skips the test where one of them cannot run here."""
+    try:
+        ours = default_ours(comparison.case)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    peer = find(comparison.case, comparison.peer)
+    if peer.why_not:
+        pytest.skip(f"{peer.name}: {peer.why_not}")
+    return ours, peer
+
+
+def _peak(case: Case, contestant: Contestant) -> int | None:
+    try:
+        return peak_bytes(case, contestant)
+    except RuntimeError:
+        return None
+
+
+@functools.cache
+def _ceilings(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
+    """Timed by the same clock and with as many threads as the comparison."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return measure_ceilings(device, (dtype,), clock=clock_for(device, threads)[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def options(config: pytest.Config) -> tuple[str, bool]:
+    """Values of --device and --full."""
+    chosen: Any = config.getoption
+    return str(chosen("--device")), bool(chosen("--full"))

@@ -1,0 +1,77 @@
+"""Pytest plugin: benchmarks against a peer in the same run, checked against a file of floors.
+
+Loaded in every pytest run of an environment that has flmoe_kernels. It is a module of its own because importing
+the package imports torch; nothing of the package is imported before the option or the fixture is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from flmoe_kernels.profile.gate import Against, Gate
+
+_GATE = "_flmoe_gate"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gate", "benchmarks against a peer in the same run (flmoe_kernels)")
+    group.addoption(
+        "--gate",
+        metavar="FILE",
+        help="Fail where the whole interval of a ratio lies below its floor in this TOML file.",
+    )
+    group.addoption(
+        "--gate-update",
+        action="store_true",
+        help="Write this machine's ratios to the --gate file instead: medians of three fresh processes.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gate"):
+        _gate(config)
+    elif config.getoption("--gate-update"):
+        raise pytest.UsageError("--gate-update: needs --gate FILE")
+
+
+def _gate(config: pytest.Config) -> Gate:
+    if not hasattr(config, _GATE):
+        from flmoe_kernels.profile.floors import FloorsError
+        from flmoe_kernels.profile.gate import Gate
+
+        try:
+            setattr(config, _GATE, Gate(config))
+        except FloorsError as error:
+            raise pytest.UsageError(f"--gate: {error}") from error
+    gate: Gate = getattr(config, _GATE)
+    return gate
+
+
+@pytest.fixture
+def benchmark_against(request: pytest.FixtureRequest, benchmark: Any) -> Against:
+    """Time a callable and its peer in turn: `benchmark_against(ours, peer, name=..., peer_name=...)`.
+
+    The ratio and its interval go to `extra_info` of the benchmark; with --gate a ratio below its floor fails the
+    test. See `flmoe_kernels.profile.gate.Against`.
+    """
+    from flmoe_kernels.profile.gate import Against
+
+    return Against(_gate(request.config), request, benchmark)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    gate: Gate | None = getattr(config, _GATE, None)
+    if gate is not None:
+        machine_info["flmoe_kernels"] = gate.environment()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    gate: Gate | None = getattr(config, _GATE, None)
+    if gate is not None:
+        gate.finish(terminalreporter)

@@ -1,0 +1,204 @@
+"""Figures of the roofline and of time and memory over sequence length; readable in black and white."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^v<>pPX*h"
+STYLES = ("solid", "dashed", "dashdot", "dotted")
+_MIB = 2**20
+_MARGIN = 4.0  # how far the axes go beyond the points, as a factor
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: flop and bytes of a call, its seconds and the interval of their median."""
+
+    label: str
+    flop: float
+    bytes: float
+    seconds: float
+    low: float
+    high: float
+    ours: bool
+
+    @property
+    def intensity(self) -> float:
+        """FLOP for each byte that has to move."""
+        return self.flop / self.bytes
+
+    @property
+    def rate(self) -> float:
+        return self.flop / self.seconds
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a machine can do at most: FLOP/s by dtype, and bytes/s of a copy."""
+
+    flops: Mapping[str, float]
+    copy: float
+
+
+def roofline_figure(points: Sequence[Point], roof: Roof, *, title: str = "") -> Figure:
+    """FLOP/s over FLOP per byte, both logarithmic: a point's distance below the line is what is left to gain.
+
+    Points of this package are filled, of peers open; each contestant has a marker of its own, each dtype's
+    ceiling a line style. The bars are the interval of the median, mostly smaller than the marker.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: points or ceilings that have no place on logarithmic axes, or none at all.
+    """
+    from flmoe_kernels.explain.figures.canvas import make_figure, plain
+
+    _require(points, roof)
+    figure = make_figure(8.5, 5.5)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    knees = [top / roof.copy for top in roof.flops.values()]
+    places = [point.intensity for point in points] + knees
+    x = np.geomspace(min(places) / _MARGIN, max(places) * _MARGIN, 200)
+    for number, (dtype, top) in enumerate(roof.flops.items()):
+        axes.plot(
+            x,
+            np.minimum(top, x * roof.copy),
+            color="black",
+            ls=STYLES[number % len(STYLES)],
+            label=f"{dtype}: matmul {rate_text(top)}FLOP/s, copy {rate_text(roof.copy)}B/s",
+        )
+    for number, point in enumerate(points):
+        _draw(axes, point, MARKERS[number % len(MARKERS)], plain(point.label))
+    axes.set_xlabel("FLOP per byte of inputs and outputs")
+    axes.set_ylabel("FLOP/s")
+    axes.grid(True, which="major", color="0.85", lw=0.6)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0.0, -0.12), frameon=False)
+    if title:
+        axes.set_title(plain(title), fontsize="medium")
+    return figure
+
+
+def _draw(axes: Axes, point: Point, marker: str, label: str) -> None:
+    rates = [point.flop / point.high, point.rate, point.flop / point.low]
+    axes.errorbar(
+        [point.intensity],
+        [point.rate],
+        yerr=[[rates[1] - rates[0]], [rates[2] - rates[1]]],
+        color="black",
+        marker=marker,
+        markersize=8,
+        mfc="black" if point.ours else "white",
+        ls="none",
+        capsize=3,
+        label=f"{label}: {rate_text(point.rate)}FLOP/s",
+        zorder=3,
+    )
+
+
+def _require(points: Sequence[Point], roof: Roof) -> None:
+    if not points:
+        raise ValueError("points: expected one at least, got none")
+    for point in points:
+        if not all(value > 0 for value in (point.flop, point.bytes, point.low)):
+            raise ValueError(f"points: {point.label} has no place on logarithmic axes: {point}")
+    if not roof.flops or roof.copy <= 0 or min(roof.flops.values()) <= 0:
+        raise ValueError(f"roof: expected ceilings above 0, got {roof}")
+
+
+def rate_text(rate: float) -> str:
+    """Three digits and the prefix of a unit: 1.23e12 is "1.23 T"."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if rate >= size:
+            return f"{rate / size:.3g} {prefix}"
+    return f"{rate:.3g} "
+
+
+@dataclass(frozen=True)
+class LengthPoint:
+    """One contestant at one length: the median of its seconds with the interval, and the peak of its bytes.
+
+    why_not: why it has not been measured there; seconds and peak_bytes are None then.
+    """
+
+    length: int
+    contestant: str
+    ours: bool
+    seconds: float | None
+    low: float | None
+    high: float | None
+    peak_bytes: int | None
+    why_not: str = ""
+
+
+def length_figure(points: Sequence[LengthPoint], *, title: str = "") -> Figure:
+    """Two panels on logarithmic axes, one line for each contestant: solid and filled for this package's.
+
+    A line ends where its contestant could not go on; the legend says so.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: nothing was measured.
+    """
+    from flmoe_kernels.explain.figures.canvas import make_figure, plain
+
+    if not any(point.seconds for point in points):
+        raise ValueError("points: expected one that was measured at least, got none")
+    figure = make_figure(10.5, 5.0)
+    time, memory = figure.subplots(1, 2)
+    names = list(dict.fromkeys(point.contestant for point in points))
+    lengths = sorted({point.length for point in points})
+    for number, name in enumerate(names):
+        own = sorted(
+            (point for point in points if point.contestant == name), key=lambda p: p.length
+        )
+        style = {
+            "color": "black" if own[0].ours else "0.35",
+            "marker": MARKERS[number % len(MARKERS)],
+            "mfc": "black" if own[0].ours else "white",
+            "ls": "solid" if own[0].ours else STYLES[1 + number % (len(STYLES) - 1)],
+            "label": _legend(plain(name), own),
+        }
+        _times(time, own, style)
+        held = [(point.length, point.peak_bytes / _MIB) for point in own if point.peak_bytes]
+        if held:
+            memory.plot(*zip(*held, strict=True), **style)
+    for axes, what, unit in ((time, "time of a call", "s"), (memory, "peak memory", "MiB")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("sequence length (tokens)")
+        axes.set_ylabel(f"{what} ({unit})")
+        axes.grid(True, color="0.85", lw=0.6)
+    time.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0.0, -0.15), frameon=False)
+    if title:
+        figure.suptitle(plain(title))
+    return figure
+
+
+def _times(axes: Axes, own: Sequence[LengthPoint], style: dict[str, Any]) -> None:
+    known = [
+        (point.length, point.seconds, point.low or 0.0, point.high or 0.0)
+        for point in own
+        if point.seconds is not None
+    ]
+    if not known:
+        return
+    lengths, seconds, low, high = (np.array(values) for values in zip(*known, strict=True))
+    axes.errorbar(lengths, seconds, yerr=[seconds - low, high - seconds], capsize=3, **style)
+
+
+def _legend(name: str, own: Sequence[LengthPoint]) -> str:
+    left = [point for point in own if point.why_not]
+    if not left:
+        return name
+    return f"{name} (not at {', '.join(str(point.length) for point in left)}: {left[0].why_not})"

@@ -1,0 +1,195 @@
+"""interaction_moe: the whole layer.
+
+forward is inference of the full view. forward+backward is a training step: task, interaction and gate losses,
+backward into every parameter. backward is that of the step's loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flmoe_kernels.core.backend import REFERENCE
+from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
+from flmoe_kernels.layers.interaction_moe.reference import (
+    FusionTransformer,
+    ReferenceInteractionMoE,
+)
+from flmoe_kernels.profile.cases import BACKWARD, FORWARD, Case
+from flmoe_kernels.profile.prepared import GRADIENT_OF, Context, Outputs, Prepared, cotangents_of
+from flmoe_kernels.profile.shapes import LayerShape
+
+from . import draws
+
+INTERACTION_WEIGHT, GATE_WEIGHT = 0.5, 0.01
+
+
+def reference_lack(case: Case) -> str:
+    return ""
+
+
+def shape_of(case: Case) -> LayerShape:
+    assert isinstance(case.shape, LayerShape)
+    return case.shape
+
+
+def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
+    """Parameters drawn from a seed of their own; the global generator stays as it is."""
+    sparse = {"mlp_sparse": True, "num_experts": shape.experts} if shape.experts else {}
+    sizes = (shape.modalities, shape.dim, shape.classes, shape.layers, shape.heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fusion = FusionTransformer(*sizes, shape.dropout, **sparse)  # type: ignore[arg-type]
+        return ReferenceInteractionMoE(
+            shape.modalities,
+            fusion,
+            fusion_sparse=bool(shape.experts),
+            hidden_dim=shape.dim,
+            temperature_rw=shape.temperature,
+        )
+
+
+def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Token sequences and masks; padding is at the end, as frozen encoders deliver it."""
+    generator = draws.generator_of(device)
+    inputs = [
+        draws.draw(shape.batch, length, shape.dim, generator=generator) for length in shape.tokens
+    ]
+    masks = []
+    for length, valid in zip(shape.tokens, shape.valid, strict=True):
+        mask = torch.arange(length, device=device) < (length if valid is None else valid)
+        masks.append(mask.expand(shape.batch, length).contiguous())
+    return inputs, masks
+
+
+def loss_of(layer: Any, outputs: Any) -> Tensor:
+    """Loss of the task, of the interactions, and of the gates if there are any."""
+    logits = outputs[2].float()
+    loss = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+    loss = loss + INTERACTION_WEIGHT * torch.stack(list(outputs[3])).float().mean()
+    if layer.fusion_sparse:
+        gates = torch.stack([x for row in outputs[4] for x in row])
+        loss = loss + GATE_WEIGHT * gates.float().mean()
+    return loss
+
+
+def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
+    def adopt(reference: ReferenceInteractionMoE) -> Any:
+        return reference if name == REFERENCE else InteractionMoE.adopt(reference, backend=name)
+
+    return prepare_layer(case, adopt, dtype)
+
+
+def prepare_layer(
+    case: Case,
+    adopt: Callable[[ReferenceInteractionMoE], Any],
+    dtype: torch.dtype,
+    context: Context = contextlib.nullcontext,
+) -> Prepared:
+    """Of a layer that `adopt` makes of the reference, with its parameters; context: see `prepare_function`."""
+    shape = shape_of(case)
+    reference = make_reference(shape).to(case.dtype).to(device=case.device, dtype=dtype)
+    inputs, masks = make_inputs(shape, case.device)
+    layer = adopt(reference)
+    placed = [draws.place(case, x, dtype) for x in inputs]
+
+    def outputs() -> Outputs:
+        with context():
+            return _outputs(case, layer, placed, masks)
+
+    return Prepared(_timed(case, layer, placed, masks, context), outputs)
+
+
+def _timed(
+    case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor], context: Context
+) -> Callable[[], None]:
+    if case.phase == FORWARD:
+        layer.eval()
+
+        def inference() -> None:
+            with torch.no_grad(), context():
+                layer.inference(inputs, masks)
+
+        return inference
+    layer.train()
+
+    def forward() -> Tensor:
+        for parameter in layer.parameters():
+            parameter.grad = None
+        with context():
+            return loss_of(layer, layer(inputs, masks))
+
+    if case.phase == BACKWARD:
+        loss, parameters = forward(), list(layer.parameters())
+
+        def backward() -> None:
+            with context():
+                torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+
+        return backward
+
+    def step() -> None:
+        loss = forward()
+        with context():
+            loss.backward()
+
+    return step
+
+
+def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor]) -> Outputs:
+    """Without dropout, which every contestant draws in its own way, and with given noise."""
+    training = layer.training
+    layer.eval()
+    try:
+        if case.phase == FORWARD:
+            with torch.no_grad():
+                experts, weights, logits = layer.inference(inputs, masks)
+            return {"experts": torch.stack(experts), "weights": weights, "logits": logits}
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        results = _named(layer(leaves, masks, replacements=_noise(case, inputs)))
+        named = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        named |= {f"inputs.{m}": x for m, x in enumerate(leaves)}
+        # Not the latents twice.
+        flowing = {n: x for n, x in results.items() if n != "latents" and x.requires_grad}
+        forms = {name: (x.shape, x.dtype) for name, x in flowing.items()}
+        grads = torch.autograd.grad(
+            list(flowing.values()),
+            list(named.values()),
+            cotangents_of(forms, inputs[0].device),
+            allow_unused=True,
+        )
+    finally:
+        layer.train(training)
+    gradients = {
+        GRADIENT_OF + name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(named.items(), grads, strict=True)
+    }
+    return {name: x.detach() for name, x in results.items()} | gradients
+
+
+def _named(result: Sequence[Any]) -> dict[str, Tensor]:
+    """The tensors that a layer's forward returns, by name; with gate losses where it has them."""
+    experts, weights, logits, losses, *gates, latents = result
+    found = {"weights": weights, "logits": logits, "losses": torch.stack(list(losses))}
+    for place, name in enumerate(("expert_logits", "expert_latents")):
+        views = [torch.stack([view[place] for view in expert]) for expert in experts]
+        found[name] = torch.stack(views)
+    found["latents"] = torch.stack(list(latents))
+    if gates:
+        found["gate_losses"] = torch.stack([torch.stack(list(views)) for views in gates[0]])
+    return found
+
+
+def _noise(case: Case, inputs: list[Tensor]) -> list[list[Tensor]]:
+    """For every expert and modality, the same values for every contestant."""
+    generator = torch.Generator().manual_seed(99)
+    count = shape_of(case).fusion_models
+    return [
+        [draws.place(case, draws.draw(*x.shape, generator=generator), x.dtype) for x in inputs]
+        for _ in range(count)
+    ]

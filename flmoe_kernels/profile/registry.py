@@ -1,0 +1,138 @@
+"""Contestants of a case: this package's backends and the reference, or a peer with the same interface."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from flmoe_kernels._version import __version__
+from flmoe_kernels.core import backend as backends
+
+from .cases import Case
+from .prepared import Prepared
+from .shapes import is_cuda
+
+OURS, PEER = "ours", "peer"
+_INTERPRETED = "it runs in Triton's interpreter here, whose time says nothing"
+_MOST_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One implementation of a case.
+
+    Attributes:
+        kind: OURS (a backend of this package) or PEER.
+        version: of the package that computes.
+        why_not: why it cannot run here or does not compute this case; "" where it does.
+        make: a function at the top of a module, so that other processes can import it: (case, name, dtype) ->
+        inputs
+            rounded to the case's dtype, computed in dtype.
+    """
+
+    name: str
+    kind: str
+    version: str
+    why_not: str
+    make: Callable[[Case, str, torch.dtype], Prepared]
+
+
+def contestants(case: Case) -> list[Contestant]:
+    """This package's backends, then the reference; those that cannot run here say why."""
+    module = operator_module(case.operator)
+    missing = device_lack(case.device)
+    ours = [
+        Contestant(name, OURS, __version__, missing or _backend_lack(case, name), module.prepare)
+        for name in backends.CAPABILITIES[case.operator]
+        if name != backends.REFERENCE
+    ]
+    why_not = missing or module.reference_lack(case)
+    reference = Contestant(backends.REFERENCE, PEER, torch.__version__, why_not, module.prepare)
+    return [*ours, reference]
+
+
+def find(case: Case, name: str) -> Contestant:
+    """A contestant by its name.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    known = {contestant.name: contestant for contestant in contestants(case)}
+    if name not in known:
+        raise ValueError(f"{case.name}: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def default_ours(case: Case) -> Contestant:
+    """The backend that is selected without a request.
+
+    Raises:
+        BackendUnavailable: none of this package's kernels runs this case here; with every reason.
+    """
+    ours = [contestant for contestant in contestants(case) if contestant.kind == OURS]
+    runs = [contestant for contestant in ours if not contestant.why_not]
+    if not runs:
+        reasons = "; ".join(f"{contestant.name}: {contestant.why_not}" for contestant in ours)
+        raise backends.BackendUnavailable(f"{case.name} on {case.device}: {reasons}")
+    # On a GPU the C++ one comes first, see backend.choose.
+    return next((contestant for contestant in runs if contestant.name == backends.CUDA), runs[0])
+
+
+def prepare(case: Case, contestant: Contestant | str, dtype: torch.dtype | None = None) -> Prepared:
+    """Make the inputs, the same for every contestant, and the call.
+
+    Args:
+        contestant: or the name of a backend or the reference.
+        dtype: to compute in, from inputs rounded to the case's dtype, for an exact result; None for the case's.
+
+    Raises:
+        ValueError: there is no such contestant.
+        BackendUnavailable: it is known that it cannot run this case here.
+    """
+    if isinstance(contestant, str):
+        contestant = find(case, contestant)
+    reason = contestant.why_not
+    if reason and reason != _INTERPRETED and dtype is None:
+        raise backends.BackendUnavailable(f"{contestant.name} on {case.name}: {reason}")
+    return contestant.make(case, contestant.name, dtype or case.dtype)
+
+
+def operator_module(operator: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.operators.{operator}")
+
+
+def device_lack(device: str) -> str:
+    """Why this machine has no such device, or ""."""
+    if is_cuda(device) and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return ""
+
+
+def _backend_lack(case: Case, name: str) -> str:
+    reason = _refusal(case.operator, name, case.dtype, case.device)
+    if not reason and name == backends.TRITON and not is_cuda(case.device):
+        return _INTERPRETED
+    return reason
+
+
+def _refusal(operator: str, name: str, dtype: torch.dtype, device: str) -> str:
+    try:
+        backends.choose(operator, torch.empty(0, dtype=dtype, device=device), name)
+    except backends.BackendUnavailable as error:
+        return str(error).partition(" was asked for, but ")[2] or str(error)
+    return ""
+
+
+def words_of(error: BaseException) -> str:
+    """First line of an error's message, or its type; with the next line where the first ends with a colon.
+
+    torch.compile's errors begin with "backend='inductor' raised:".
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:_MOST_CHARACTERS]

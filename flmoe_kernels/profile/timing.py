@@ -1,0 +1,293 @@
+"""Calls timed in turn: blocks of rounds, medians with intervals, paired ratios.
+
+A round times every call, one right after the other, and a comparison uses the round's ratio: a slow moment of the
+machine affects all of them. Rounds form blocks with inputs made afresh, because the placement of buffers
+favours one side for as long as they live. The median of a block is one observation. For n blocks, the interval
+from the k-th smallest to the k-th largest median holds the true median with a probability given by the binomial
+distribution, whatever the distribution of times. Blocks are added until the interval is narrow or the time is
+up.
+
+Single-threaded comparisons on the CPU are timed by the processor time of this process. Another process that wants
+the same core takes turns with this one; the wall clock would count its turns too.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .shapes import is_cuda
+
+Call = Callable[[], Any]
+Clock = Callable[[Call], float]  # makes the call and returns its seconds
+
+CONFIDENCE = 0.95
+BLOCK_ROUNDS = 5
+LEAST_BLOCKS = 6  # fewer have no interval of 95% confidence
+MOST_BLOCKS = 60
+SHORT = 2e-3  # calls that take fewer seconds are timed several at a time
+UNDECIDED = 3.0
+# Inputs that take a larger share of the time to make are made once: nothing compiles again for each block.
+PREPARE_SHARE = 0.05
+
+
+def processor_seconds(call: Call) -> float:
+    """Processor time of all threads of this process."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def wall_seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def device_seconds(call: Call) -> float:
+    """Time between two events on the current CUDA stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def clock_for(device: str, threads: int = 0) -> tuple[str, Clock]:
+    """Name and clock for a comparison on a device; threads: of the calls, 0 for an unknown number."""
+    if not is_cuda(device):
+        return ("processor", processor_seconds) if threads == 1 else ("wall", wall_seconds)
+
+    def clock(call: Call) -> float:
+        # Events belong to the current device, which need not be the timed one.
+        with torch.cuda.device(device):
+            return device_seconds(call)
+
+    return "device", clock
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median over blocks with its interval: seconds of one call, or a ratio.
+
+    Attributes:
+        low, high: interval that holds the true median with probability `confidence`.
+        confidence: at least CONFIDENCE from 6 blocks on; with fewer, that of the whole range.
+        p20, p80: over all rounds; they describe single calls, not the uncertainty of the median.
+    """
+
+    median: float
+    low: float
+    high: float
+    confidence: float
+    p20: float
+    p80: float
+    blocks: int
+    rounds: int
+
+    @property
+    def relative(self) -> float:
+        """Distance of the farther end of the interval, relative to the median."""
+        return max(self.high - self.median, self.median - self.low) / self.median
+
+    def agrees(self, other: Spread) -> bool:
+        """Whether the intervals overlap, as those of two equal runs do in about 99% of cases."""
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Result of a comparison; ratio: seconds of the peer over seconds of ours."""
+
+    clock: str
+    ratio: Spread
+    ours: Spread
+    peer: Spread
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Paired:
+        """Inverse of `dataclasses.asdict`."""
+        spreads = {name: Spread(**fields[name]) for name in ("ratio", "ours", "peer")}
+        return cls(clock=fields["clock"], **spreads)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Seconds of every round: a dictionary for each block, by the names of the calls."""
+
+    clock: str
+    seconds: list[dict[str, list[float]]] = field(default_factory=list)
+
+    @property
+    def rounds(self) -> int:
+        return sum(len(next(iter(block.values()))) for block in self.seconds)
+
+    def of(self, name: str) -> Spread:
+        """Seconds of one call."""
+        return spread_of([block[name] for block in self.seconds])
+
+    def pair(self, ours: str, peer: str) -> Paired:
+        """Comparison of two calls."""
+        return Paired(self.clock, self._ratio(ours, peer), self.of(ours), self.of(peer))
+
+    def width(self) -> float:
+        """Widest relative interval of a ratio to the first call; of its seconds if it is the only one."""
+        ours, *peers = self.seconds[0]
+        spreads = [self._ratio(ours, peer) for peer in peers] or [self.of(ours)]
+        return max(spread.relative for spread in spreads)
+
+    def _ratio(self, ours: str, peer: str) -> Spread:
+        return spread_of(
+            [
+                [p / o for o, p in zip(block[ours], block[peer], strict=True)]
+                for block in self.seconds
+            ]
+        )
+
+
+def median_interval(
+    values: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float, float]:
+    """Narrowest symmetric order-statistic interval of the median with at least this confidence.
+
+    Args:
+        values: independent observations, at least one.
+        confidence: requested. With too few values the whole range is returned.
+
+    Returns:
+        low, high, confidence: 1 - 2 P(Binomial(n, 1/2) < k) for the k-th smallest and the k-th largest.
+    """
+    ordered = sorted(values)
+    count = len(ordered)
+    if not count:
+        raise ValueError("values: expected at least one, got none")
+    # One tail's probability, accumulated while the next step inwards still leaves enough in between.
+    tail, k = 0.5**count, 1
+    while k < (count + 1) // 2:
+        wider = tail + math.comb(count, k) * 0.5**count
+        if 1 - 2 * wider < confidence:
+            break
+        tail, k = wider, k + 1
+    return ordered[k - 1], ordered[count - k], max(0.0, 1 - 2 * tail)
+
+
+def spread_of(blocks: Sequence[Sequence[float]]) -> Spread:
+    """Summary of blocks of rounds; a block counts once, however many rounds it has."""
+    medians = [statistics.median(block) for block in blocks]
+    low, high, confidence = median_interval(medians)
+    rounds = [value for block in blocks for value in block]
+    fifths = statistics.quantiles(rounds, n=5, method="inclusive") if len(rounds) > 1 else rounds
+    return Spread(
+        median=statistics.median(medians),
+        low=low,
+        high=high,
+        confidence=confidence,
+        p20=fifths[0],
+        p80=fifths[-1],
+        blocks=len(blocks),
+        rounds=len(rounds),
+    )
+
+
+def measure_blocks(
+    prepare: Callable[[], Mapping[str, Call]],
+    clock: tuple[str, Clock],
+    *,
+    rounds: int,
+    precision: float,
+    seconds: float,
+    decided: Callable[[Blocks], bool] | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> Blocks:
+    """Time calls in turn until every ratio to the first is known to `precision`, or `seconds` are over.
+
+    Args:
+        prepare: makes the calls, by name, with inputs of their own.
+        clock: name and clock, see `clock_for`.
+        rounds: at least so many, unless time is over; at least LEAST_BLOCKS of one round in any case.
+        decided: whether the result answers the question. As long as it does not, time is over only after
+            UNDECIDED times `seconds`.
+        now: the clock for `seconds`.
+    """
+    name, timed = clock
+    start = now()
+    calls = prepare()
+    for call in calls.values():
+        timed(call)  # loads, compiles, allocates
+    ready = now()
+    repeats = {key: _repeats(timed(call)) for key, call in calls.items()}
+    settled = now()
+    # Includes waiting that `timed` may leave out.
+    one_round = max(settled - ready, 1e-9)
+    # The first calls' extra time over the second ones belongs to the preparation.
+    fresh = (ready - start) - one_round <= PREPARE_SHARE * seconds
+    # As many as fit into the time, less the untimed one; where calls are slow, one round must do.
+    fitting = int(seconds / LEAST_BLOCKS / one_round) - 1
+    per_block = max(1, min(fitting, max(BLOCK_ROUNDS, -(-rounds // MOST_BLOCKS))))
+    blocks = Blocks(name)
+    start = now()
+    while True:
+        blocks.seconds.append(_block(calls, repeats, timed, per_block))
+        count = len(blocks.seconds)
+        if count >= LEAST_BLOCKS:
+            spent = now() - start
+            answered = decided is None or decided(blocks)
+            if count >= MOST_BLOCKS or spent >= (1 if answered else UNDECIDED) * seconds:
+                return blocks
+            if blocks.rounds >= rounds and blocks.width() <= precision:
+                return blocks
+        if fresh:
+            calls = prepare()
+
+
+def _repeats(seconds: float) -> int:
+    return max(1, min(1000, round(SHORT / max(seconds, 1e-9))))
+
+
+def _block(
+    calls: Mapping[str, Call], repeats: Mapping[str, int], clock: Clock, rounds: int
+) -> dict[str, list[float]]:
+    """Rounds that start with another call each time."""
+
+    def timed(name: str) -> float:
+        call, count = calls[name], repeats[name]
+
+        def several() -> None:
+            for _ in range(count):
+                call()
+
+        return clock(several) / count
+
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with no_collection():
+        for call in calls.values():
+            call()
+        for number in range(rounds):
+            first = number % len(names)
+            for name in (*names[first:], *names[:first]):
+                seconds[name].append(timed(name))
+    return seconds
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage is collected before, not during whichever call happens to come next."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
