@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench import rows
 from flmoe_kernels.core.backend import native
 
 RESULTS = Path(__file__).with_name("results") / "static" / "route.json"
@@ -121,8 +121,7 @@ def main() -> None:
         "atomics": atomics(),
         "kernels": [asdict(kernel) for kernel in kernels()],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    rows.save(out, facts)
     for kernel in kernels():
         print(
             f"{kernel.kernel:22} {kernel.threads:5} {kernel.architecture:7} {kernel.registers:4} registers, "

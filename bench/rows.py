@@ -1,0 +1,23 @@
+"""Result files of this folder: JSON with one row a line, which git and people can compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flmoe_kernels.core.files import write_whole
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole; lists get a line for each item. NaN and infinity raise ValueError."""
+    text = "{\n" + ",\n".join(f"{json.dumps(k)}: {_lines(v)}" for k, v in content.items()) + "\n}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in value) + "\n]"
+    return json.dumps(value, allow_nan=False)

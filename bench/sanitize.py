@@ -1,0 +1,31 @@
+"""One checked call of every kernel at tiny sizes, for compute-sanitizer: python -m bench.sanitize [cpu|cuda]"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from flmoe_kernels.profile.cases import BOTH, cases
+from flmoe_kernels.profile.check import agree
+from flmoe_kernels.profile.registry import OURS, contestants
+from flmoe_kernels.profile.shapes import MIMIC, MMIMDB, PAIR_BASE, ROUTED_SMALL_E4
+
+SMALL = {"batch": 2, "dim": 32, "heads": 2}
+SHAPES = (
+    dataclasses.replace(PAIR_BASE, batch=2, rows=33, columns=18, rank=16, width=16),
+    dataclasses.replace(MMIMDB, tokens=(7, 7), valid=(5, None), **SMALL),
+    dataclasses.replace(MIMIC, **SMALL),
+    dataclasses.replace(ROUTED_SMALL_E4, tokens=67, width=32, hidden=48),
+)
+
+
+def main(device: str = "cuda") -> None:
+    for case in cases(shapes=SHAPES, phases=(BOTH,), dtypes=("bfloat16",), device=device):
+        for contestant in contestants(case):
+            if contestant.kind == OURS and not contestant.why_not:
+                agree(case, contestant)
+                print(f"{case.name} {contestant.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
