@@ -10,11 +10,10 @@ from flmoe_kernels.profile.check import agree
 from flmoe_kernels.profile.registry import OURS, contestants
 from flmoe_kernels.profile.shapes import MIMIC, MMIMDB, PAIR_BASE, ROUTED_SMALL_E4
 
-SMALL = {"batch": 2, "dim": 32, "heads": 2}
 SHAPES = (
     dataclasses.replace(PAIR_BASE, batch=2, rows=33, columns=18, rank=16, width=16),
-    dataclasses.replace(MMIMDB, tokens=(7, 7), valid=(5, None), **SMALL),
-    dataclasses.replace(MIMIC, **SMALL),
+    dataclasses.replace(MMIMDB, batch=2, tokens=(7, 7), valid=(5, None), dim=32, heads=2),
+    dataclasses.replace(MIMIC, batch=2, dim=32, heads=2),
     dataclasses.replace(ROUTED_SMALL_E4, tokens=67, width=32, hidden=48),
 )
 

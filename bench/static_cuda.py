@@ -1,7 +1,8 @@
 """What nvcc made of the native module's CUDA kernels, without a GPU: python -m bench.static_cuda [--out FILE].
 
 Reads the machine code of every architecture with cuobjdump, of NVIDIA's toolkit or of the package triton, and
-writes registers, spilled bytes and shared memory per kernel. tests/core/test_cuda_static.py holds the module to it.
+writes registers, spilled bytes and shared memory per kernel. tests/core/test_cuda_static.py holds the module to
+it.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def comparisons(operator: str, device: str, full: bool) -> Iterator[Comparison]:
     for row in rows[operator]:
         for case in cases([operator], row.shapes, row.phases, device=device):
             if case.variant in row.variants:
-                yield from itertools.starmap(Comparison, zip(itertools.repeat(case), row.peers))
+                yield from map(Comparison, itertools.repeat(case), row.peers)
 
 
 def compare(against: Against, comparison: Comparison, full: bool) -> None:

@@ -1,7 +1,7 @@
 """The README's table of speed: python -m bench.table [RUN.json ...]
 
-Keeps the comparisons of `pytest bench/ --full --benchmark-json=RUN.json` in bench/results/named.json and writes the
-table between its marks in README.md. Without files it writes the table of bench/results/named.json again.
+Keeps the comparisons of `pytest bench/ --full --benchmark-json=RUN.json` in bench/results/named.json and writes
+the table between its marks in README.md. Without files it writes the table of bench/results/named.json again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a pair probe costs at mmimdb, next to the naive loop: python -m bench.explain_cost [--out FILE]
+"""What a pair probe costs at mmimdb, next to the naive loop: python -m bench.experiments.explain_cost
 
 The naive loop asks the reference layer for v(S), v(S + i), v(S + j) and v(S + i + j) of one pair and one draw,
 one at a time, absent tokens masked out. Ours asks the engine for the same kind of draws: pairs across modalities
@@ -9,22 +9,18 @@ used a second, four for every draw of every pair, which is what the naive loop e
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flmoe_kernels.profile.peers.interaction_moe import make_inputs, make_reference
 from torch import Tensor
 
+from bench.experiments.command import Row, run
 from flmoe_kernels import InteractionMoE, explain
 from flmoe_kernels.explain.coalitions.games import TokenGame
-from flmoe_kernels.profile.environment import environment
+from flmoe_kernels.profile.operators.interaction_moe import make_inputs, make_reference
 from flmoe_kernels.profile.shapes import MMIMDB
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -75,50 +71,33 @@ def shared(
     return found.evaluations / seconds, used / seconds, found
 
 
-def rounds(options: argparse.Namespace) -> Iterator[dict[str, float]]:
+def measure(rounds: int, draws: int, top: int, budget: int) -> list[Row]:
+    """rounds: of both in turn; draws: of the naive loop; top: tokens of a modality; budget: coalitions."""
     reference = make_reference(MMIMDB).eval()
     layer = InteractionMoE.adopt(reference).eval()
     game = TokenGame(reference, *sample(), target=0)
     naive(game, 1, 0)
-    for seed in range(options.rounds):
-        one = naive(game, options.draws, seed)
-        evaluated, used, found = shared(layer, options.top, options.budget, seed)
-        row = {
-            **{"naive": one, "evaluated": evaluated, "used": used},
-            **{"evaluated_ratio": evaluated / one, "used_ratio": used / one},
-            **{"pairs": len(found.pairs), "evaluations": found.evaluations},
-            "draws": found.draws,
-        }
+    rows = []
+    for seed in range(rounds):
+        alone = naive(game, draws, seed)
+        evaluated, used, found = shared(layer, top, budget, seed)
+        rows.append(
+            {
+                **{"naive": alone, "evaluated": evaluated, "used": used},
+                **{"evaluated_ratio": evaluated / alone, "used_ratio": used / alone},
+                **{"pairs": len(found.pairs), "evaluations": found.evaluations},
+                "draws": found.draws,
+            }
+        )
         print(
-            f"naive {one:6.1f}/s   ours evaluated {evaluated:7.1f}/s ({row['evaluated_ratio']:.1f}x), "
-            f"used {used:8.1f}/s ({row['used_ratio']:.1f}x)  {found.evaluations} evaluations",
+            f"naive {alone:6.1f}/s   ours evaluated {evaluated:7.1f}/s ({evaluated / alone:.1f}x), "
+            f"used {used:8.1f}/s ({used / alone:.1f}x)  {found.evaluations} evaluations",
             flush=True,
         )
-        yield row
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=20, help="of the naive loop, per round")
-    parser.add_argument("--top", type=int, default=8, help="tokens of a modality")
-    parser.add_argument("--budget", type=int, default=2048, help="coalitions, per round")
-    parser.add_argument("--out", type=Path, help="write JSON here")
-    options = parser.parse_args()
-    rows = list(rounds(options))
-    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    print(
-        f"medians: evaluated {medians['evaluated_ratio']:.1f}x, used {medians['used_ratio']:.1f}x"
-    )
-    if options.out:
-        settings = {name: value for name, value in vars(options).items() if name != "out"}
-        result = {"environment": environment(), "settings": settings, "rows": rows}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**result, "medians": medians}, indent=1) + "\n")
+    for name in ("evaluated_ratio", "used_ratio"):
+        print(f"median {name}: {statistics.median(row[name] for row in rows):.1f}x")
+    return rows
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
-    main()
+    run(__doc__, measure, rounds=5, draws=20, top=8, budget=2048)

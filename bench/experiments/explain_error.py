@@ -1,4 +1,4 @@
-"""The error of pair indices at equal budgets, next to shapiq's estimators: python -m bench.explain_error
+"""Error of pair indices at equal budgets: python -m bench.experiments.explain_error
 
 On samples of the demo's synergy task, cut to fourteen tokens, where the exact index is known from all 16,384
 coalitions. Every estimator gets the same game and as many evaluations of it; the error is the root mean square
@@ -7,20 +7,15 @@ over all pairs, samples and seeds. Needs shapiq.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from bench.explain_models import INTERACTION, SYNERGY, Learned, learn
 
+from bench.experiments.command import Row, run
+from bench.experiments.explain_models import INTERACTION, SYNERGY, Learned, learn
 from flmoe_kernels import explain
 from flmoe_kernels.explain.pairs.indices import SII
-from flmoe_kernels.profile.environment import environment
 
 TOKENS = 7  # of each modality
 BUDGETS = (1024, 2048, 4096, 8192)
@@ -75,10 +70,11 @@ def estimates(name: str, game: Table, budget: int, seed: int) -> Values:
     return np.array([values[pair] for pair in pairs])
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    learned = learn(SYNERGY, INTERACTION, 0, options.samples)
+def measure(samples: int, seeds: int) -> list[Row]:
+    """seeds: runs of each sample."""
+    learned = learn(SYNERGY, INTERACTION, 0, samples)
     rows = []
-    games = [game_of(learned, sample) for sample in range(options.samples)]
+    games = [game_of(learned, sample) for sample in range(samples)]
     tables = [tabulated(game) for game in games]
     exact = [
         explain.probe_game(Table(t, g.players), indices=(SII,), method="exact")[SII].values
@@ -89,7 +85,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for name in (OURS, *THEIRS):
             squares, asked = [], []
             for table, game, truth in zip(tables, games, exact, strict=True):
-                for seed in range(options.seeds):
+                for seed in range(seeds):
                     counted = Table(table, game.players)
                     found = estimates(name, counted, budget, seed)
                     squares.append(np.mean((found - truth) ** 2))
@@ -113,25 +109,5 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=10, help="runs of each sample")
-    parser.add_argument("--out", type=Path, help="write JSON here")
-    options = parser.parse_args()
-    rows = measure(options)
-    if options.out:
-        result = {
-            "environment": {**environment(), "shapiq": version("shapiq")},
-            "settings": {"samples": options.samples, "seeds": options.seeds, "tokens": 2 * TOKENS},
-            "rows": rows,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
-    main()
+    run(__doc__, measure, samples=8, seeds=10)

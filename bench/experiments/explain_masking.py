@@ -1,4 +1,6 @@
-"""Do the token pairs that an index ranks first count more than random ones? python -m bench.explain_masking
+"""Masking of the first token pairs: python -m bench.experiments.explain_masking
+
+Do the pairs that an index ranks first count more than random ones?
 
 On the demo's tasks, whose interaction is known by construction: pairs across the two images, ranked by the Shapley
 interaction index on the synergy task and by the redundancy gap on the redundant one. The tokens of the first pairs
@@ -9,28 +11,25 @@ and random sets anew. The samples are the first held-out ones, whatever the mode
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-import torch
-from bench.explain_models import LAYERS, REDUNDANT, SYNERGY, Learned, learn
-
+from bench.experiments.command import Row, run
+from bench.experiments.explain_models import LAYERS, REDUNDANT, SYNERGY, Learned, learn
 from flmoe_kernels import explain
 from flmoe_kernels.explain.pairs.indices import RG, SII
-from flmoe_kernels.profile.environment import environment
 
 TASKS = ((SYNERGY, SII), (REDUNDANT, RG))
 BUDGETS = (2, 4, 8)
 FILL = "zero"  # masked tokens are still attended, as the published evaluation has it
 
 
-def one(task: str, index: str, layer: str, seed: int, options: argparse.Namespace) -> list[dict]:
-    """Rows of one layer on one task: a budget and metric each."""
-    learned = learn(task, layer, seed, options.samples)
-    ranked = rank(learned, index, seed, options.budget)
+def mask(
+    task: str, index: str, layer: str, seed: int, samples: int, budget: int, repeats: int
+) -> list[Row]:
+    """Rows of one layer on one task: a number of tokens and metric each."""
+    learned = learn(task, layer, seed, samples)
+    ranked = rank(learned, index, seed, budget)
     drops = explain.pair_masking(
         learned.layer,
         learned.inputs,
@@ -39,7 +38,7 @@ def one(task: str, index: str, layer: str, seed: int, options: argparse.Namespac
         target=learned.labels,
         budgets=BUDGETS,
         fill=FILL,
-        n_random=options.repeats,
+        n_random=repeats,
         seed=seed,
     )
     rows = []
@@ -47,11 +46,11 @@ def one(task: str, index: str, layer: str, seed: int, options: argparse.Namespac
         curve = drops.curve(metric=metric)
         place = drops.metrics.index(metric)
         gaps = drops.identified[0, place] - drops.random[0, place].mean(dim=0)
-        for k, budget in enumerate(BUDGETS):
+        for k, tokens in enumerate(BUDGETS):
             rows.append(
                 {
                     **{"task": task, "index": index, "layer": layer, "seed": seed},
-                    **{"accuracy": learned.accuracy, "metric": metric, "budget": budget},
+                    **{"accuracy": learned.accuracy, "metric": metric, "budget": tokens},
                     "identified": float(curve.identified[k]),
                     "random": float(curve.random[k]),
                     "gap": float(curve.gap[k]),
@@ -95,35 +94,18 @@ def summary(rows: list[dict[str, Any]]) -> None:
         print(" ".join(map(str, key)), f"gap {statistics.mean(gaps):+.3f} ({spread})")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=32, help="of each task and seed")
-    parser.add_argument("--budget", type=int, default=4096, help="coalitions of a sample")
-    parser.add_argument("--repeats", type=int, default=20, help="random sets of a sample")
-    parser.add_argument("--out", type=Path, help="write JSON here")
-    options = parser.parse_args()
+def measure(seeds: int, samples: int, budget: int, repeats: int) -> list[Row]:
+    """samples: of each task and seed; budget: coalitions of a sample; repeats: random sets of a sample."""
     rows = [
         row
-        for seed in range(options.seeds)
+        for seed in range(seeds)
         for task, index in TASKS
         for layer in LAYERS
-        for row in one(task, index, layer, seed, options)
+        for row in mask(task, index, layer, seed, samples, budget, repeats)
     ]
     summary(rows)
-    if options.out:
-        settings = {name: value for name, value in vars(options).items() if name != "out"}
-        result = {
-            "environment": environment(),
-            "settings": {**settings, "fill": FILL},
-            "rows": rows,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
-    main()
+    run(__doc__, measure, seeds=3, samples=32, budget=4096, repeats=20)

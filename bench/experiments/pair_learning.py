@@ -1,32 +1,27 @@
 """Which expert carries which task: PairInteractionMoE on the demo's tasks, with and without interaction losses.
 
-    python -m bench.pair_learning [--seeds 3] [--out FILE.json]
+    python -m bench.experiments.pair_learning
 
 Every seed draws the split, the pairs, the encoders and the initial weights anew. Both layers train on the same
 pairs with the demo's settings, which are no equal budgets: the layer over token pairs sees 25 600 samples (400
 steps of 64), the reference layer 3 840 (160 steps of 24), so that their accuracies are not a comparison of layers.
 Accuracy is on held-out images. Shares are each layer's own measure: PairExplanation.expert_share for the layer
-over token pairs, Reliance.share in demo/train.py for the reference.
+over token pairs, Reliance.share in examples/digits/train.py for the reference.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.experiments.command import Row, run
 from examples.digits.data import EXPERTS, TASKS, Task, encode, load
 from examples.digits.pipeline import draw_test_pairs, draw_train_pairs
 from examples.digits.settings import Settings
 from examples.digits.token_pairs import run_task
 from examples.digits.train import predict, reliance, train
-from flmoe_kernels.profile.environment import environment
 
 REFERENCE, TOKEN_PAIRS = "reference", "token pairs"
 RUNS = (
@@ -103,34 +98,11 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-def _at_least_one(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {count}")
-    return count
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=_at_least_one, default=3, help="how many, from 1")
-    parser.add_argument("--out", type=Path, help="write JSON here")
-    options = parser.parse_args()
-    rows = [row for seed in range(options.seeds) for row in one_seed(seed)]
+def measure(seeds: int) -> list[Row]:
+    rows = [row for seed in range(seeds) for row in one_seed(seed)]
     summary(rows)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = Settings()
-        result = {
-            "environment": environment(),
-            "settings": dataclasses.asdict(settings),
-            "samples_seen": settings.samples_seen,
-            "rows": rows,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+    run(__doc__, measure, threads=1, seeds=3)

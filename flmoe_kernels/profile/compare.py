@@ -51,9 +51,9 @@ def load(paths: Iterable[Path]) -> dict[str, list[Interval]]:
             benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
             for benchmark in benchmarks:
                 facts = benchmark["extra_info"]
-                if "ratio" in facts:
+                ratio = facts.get("ratio")
+                if isinstance(ratio, dict):
                     key = f"{facts['case']} vs {facts['peer']}"
-                    ratio = facts["ratio"]
                     found.setdefault(key, []).append((ratio["median"], ratio["low"], ratio["high"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a result of pytest --benchmark-json: {error}") from error

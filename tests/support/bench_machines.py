@@ -1,22 +1,21 @@
-"""Machines that are not there: calls whose seconds come from a seeded model of noise, and a clock for them."""
+"""Simulated machines: calls whose seconds come from a seeded model of noise, and a clock for them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from flmoe_kernels.profile.floors import Floor
-from flmoe_kernels.profile.paired import Blocks, Paired, Seconds, measure_blocks
-
-Call = Callable[[], None]
+from flmoe_kernels.profile.gate import measure_pair
+from flmoe_kernels.profile.timing import Call, Paired, Spread
 
 
 class NoisyMachine:
-    """Time goes on only while a call runs.
+    """Time passes only while a call runs.
 
     A call takes its own seconds, times: a drift that all calls share, noise of its own, now and then a burst of
-    other work that hits a single call, and a bias that is drawn with each preparation, as where buffers lie.
+    other work that hits a single call, and a bias drawn with each preparation, like the placement of buffers.
     """
 
     def __init__(
@@ -52,33 +51,20 @@ class NoisyMachine:
         return self.now - start
 
     def measure(self, floor: Floor, ours: float, peer: float, bound: float | None = None) -> Paired:
-        """A floor's comparison of two calls that take so many seconds on a quiet machine."""
-
-        def decided(blocks: Blocks) -> bool:
-            found = blocks.pair("ours", "peer")
-            return bound is None or not found.low <= bound <= found.high
-
-        blocks = measure_blocks(
+        """Comparison of two calls that take so many seconds on a quiet machine."""
+        return measure_pair(
             lambda: {"ours": self.call(ours), "peer": self.call(peer)},
-            ("fake", self.clock),
-            rounds=floor.rounds,
-            precision=floor.precision,
-            seconds=floor.seconds,
-            decided=decided,
+            "cpu",
+            floor,
+            bound,
             now=lambda: self.now,
+            clock=("fake", self.clock),
         )
-        return blocks.pair("ours", "peer")
 
 
-@dataclass(frozen=True)
-class Given:
-    """A measurement that is simply given."""
-
-    ratio: float
-    half: float = 0.02
-
-    def paired(self) -> Paired:
-        low, high = self.ratio * (1 - self.half), self.ratio * (1 + self.half)
-        ours = Seconds(0.010, 0.0099, 0.0101, 0.0098, 0.0103)
-        peer = Seconds(*(value * self.ratio for value in (0.010, 0.0099, 0.0101, 0.0098, 0.0103)))
-        return Paired(self.ratio, low, high, low, high, 6, 30, "processor", ours, peer)
+def given(ratio: float, half: float = 0.02) -> Paired:
+    """A measurement with this ratio, and the relative half width of its interval."""
+    ours = Spread(0.010, 0.0099, 0.0101, 0.97, 0.0098, 0.0103, 6, 30)
+    low, high = ratio * (1 - half), ratio * (1 + half)
+    spread = replace(ours, median=ratio, low=low, high=high, p20=low, p80=high)
+    return Paired("processor", spread, ours, replace(ours, median=0.010 * ratio))

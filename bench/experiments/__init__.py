@@ -1,0 +1,1 @@
+"""Experiments whose results back sentences of the README and of bench/results/NOTES.md."""

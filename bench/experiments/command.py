@@ -1,0 +1,48 @@
+"""Command lines of the experiments: options, settings and rows in a result file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import rows
+from flmoe_kernels.profile.environment import environment
+
+Row = dict[str, Any]
+
+
+def run(
+    doc: str | None, measure: Callable[..., list[Row]], threads: int = 2, **defaults: int
+) -> None:
+    """Measure with the options, and write what `--out FILE` asks for.
+
+    Args:
+        doc: text for --help.
+        measure: called with a value for each of `defaults`; returns the rows.
+        threads: of torch, at most.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in defaults.items():
+        parser.add_argument(
+            f"--{name}", type=_at_least_one, default=value, help="default %(default)s"
+        )
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    settings = vars(parser.parse_args())
+    out = settings.pop("out")
+    torch.set_num_threads(min(torch.get_num_threads(), threads))
+    found = measure(**settings)
+    if out:
+        rows.save(out, {"environment": environment(), "settings": settings, "rows": found})
+
+
+def _at_least_one(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {count}")
+    return count
