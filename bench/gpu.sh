@@ -21,7 +21,7 @@ PYTHON="${PYTHON:-python3}"
 BUDGET="${FLMOE_GPU_BUDGET:-840}"
 DEVICE="${FLMOE_GPU_DEVICE:-cuda}"
 INSTALL_LIMIT=240 TESTS_LIMIT=180 SANITIZE_LIMIT=90 BENCH_LIMIT=240
-LEAST=15 # seconds below which a step is not started
+LEAST="${FLMOE_GPU_LEAST:-15}" # seconds below which a step is not started
 STEPS=("$@")
 [ ${#STEPS[@]} -gt 0 ] || STEPS=(install tests sanitize bench)
 for step in "${STEPS[@]}"; do

@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 pytest.importorskip("triton")
 
+from bench.aot.__main__ import aot
 from bench.aot.budget import load, save
 from bench.aot.report import MARK
-from bench.aot.__main__ import aot
 
 app = typer.Typer()
 app.command()(aot)

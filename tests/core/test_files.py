@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from flmoe_kernels.core import files
-from flmoe_kernels.profile.failures import words_of
-from flmoe_kernels.profile.results import save_json
+from flmoe_kernels.profile.registry import words_of
 
 
 def test_what_is_no_plain_file_is_written_to_and_stays(tmp_path: Path) -> None:
@@ -31,14 +30,6 @@ def test_what_is_no_plain_file_is_written_to_and_stays(tmp_path: Path) -> None:
 def _half(path: Path) -> None:
     path.write_text("half")
     raise RuntimeError("half-way")
-
-
-def test_a_result_is_valid_json_or_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "new folder" / "result.json"
-    save_json(path, {"a": 1.0})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        save_json(path, {"a": float("nan")})
-    assert path.read_text() == '{\n "a": 1.0\n}\n'
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,7 @@ from flmoe_kernels.profile.compare import Change, changes
 PAIR = "pair_moe/pair_base/forward/float32/pool"
 
 
-def change_of(
-    before: list[tuple[float, float]], after: list[tuple[float, float]]
-) -> Change:
+def change_of(before: list[tuple[float, float]], after: list[tuple[float, float]]) -> Change:
     """Of runs with these ratios and relative half widths of their intervals."""
 
     def side(runs: list[tuple[float, float]]) -> dict[str, list[compare.Interval]]:

@@ -14,8 +14,14 @@ pytest.importorskip("matplotlib")
 import matplotlib
 
 from flmoe_kernels.explain.figures.canvas import png_bytes
-from flmoe_kernels.profile.length_plot import LengthPoint, length_figure
-from flmoe_kernels.profile.roofline_plot import Point, Roof, rate_text, roofline_figure
+from flmoe_kernels.profile.figures import (
+    LengthPoint,
+    Point,
+    Roof,
+    length_figure,
+    rate_text,
+    roofline_figure,
+)
 
 OURS = Point("pair_moe/x, cpu", flop=8e9, bytes=1e9, seconds=1.0, low=0.9, high=1.25, ours=True)
 PEER = Point("pair_moe/x, reference", 8e9, 1e9, seconds=4.0, low=3.0, high=5.0, ours=False)

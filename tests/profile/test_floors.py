@@ -12,10 +12,8 @@ from flmoe_kernels.profile.floors import (
     Here,
     Machine,
     load_floors,
-    machine_of,
     update_file,
 )
-from flmoe_kernels.profile.gate import known_cases
 
 CASE, OTHER = "pair_moe/pair_base/forward/float32/pool", "pair_moe/pair_base/forward/float32/none"
 HERE = Here("AMD EPYC 9655", "avx512", "", "2.13.0+cpu")
@@ -35,7 +33,6 @@ case = "{OTHER}"
 peer = "compiled"
 ratio = 2
 tolerance = 0.2
-quick = false
 
 [machine.big]
 cpu = "EPYC"
@@ -60,10 +57,10 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_floors_take_what_the_defaults_say(tmp_path: Path) -> None:
-    floors = load_floors(written(tmp_path, GOOD), {CASE, OTHER})
+    floors = load_floors(written(tmp_path, GOOD))
     assert floors.floors == (
         Floor(CASE, "reference", 1.5, tolerance=0.1, rounds=20),
-        Floor(OTHER, "compiled", 2, tolerance=0.2, rounds=20, quick=False),
+        Floor(OTHER, "compiled", 2, tolerance=0.2, rounds=20),
     )
     assert [machine.name for machine in floors.machines] == ["big", "any-avx2"]
 
@@ -89,12 +86,11 @@ def test_the_first_machine_that_fits_says_what_is_expected(
         (
             "tolerance = 0.2",
             "tolerence = 0.2",
-            r"floor\]\] 2: unknown key 'tolerence'; did you mean 'tol",
+            r"floor\]\] 2: unknown key 'tolerence'; known: case, .*tolerance",
         ),
-        ("rounds = 20", "round = 20", r"\[defaults\]: unknown key 'round'; did you mean 'rounds'"),
-        ("[defaults]", "[default]", r"unknown key 'default'; did you mean 'defaults'"),
+        ("rounds = 20", "round = 20", r"\[defaults\]: unknown key 'round'"),
+        ("[defaults]", "[default]", r"unknown key 'default'; known: defaults, floor, machine"),
         ("cpu = ", "cores = 2\ncpu = ", r"\[machine.big\]: unknown key 'cores'"),
-        (CASE, CASE.replace("pool", "pol"), r"unknown case; did you mean '.*/pool'"),
         ("ratio = 1.5", "", r"floor\]\] 1: ratio is missing"),
         ("ratio = 1.5", "ratio = -1.5", r"ratio: expected a number above 0, .* got -1.5"),
         ("ratio = 1.5", 'ratio = "1.5"', r"ratio: expected a number .* got '1.5'"),
@@ -102,8 +98,7 @@ def test_the_first_machine_that_fits_says_what_is_expected(
         ("ratio = 1.5", "ratio = nan", r"ratio: expected a number .* got nan"),
         ("tolerance = 0.2", "tolerance = 12", r"tolerance: expected .* up to 0.9, got 12"),
         ("rounds = 20", "rounds = 2.5", r"rounds: expected a whole number .* got 2.5"),
-        ("quick = false", "quick = 0", r"quick: expected true or false, got 0"),
-        ("quick = false", 'device = "tpu"', r"device: expected 'cpu' or 'cuda', got 'tpu'"),
+        ("tolerance = 0.2", 'device = "tpu"', r"device: expected 'cpu' or 'cuda', got 'tpu'"),
         ('peer = "compiled"', "peer = 3", r"peer: expected a name, got 3"),
         ('isa = "avx2"', "isa = 2", r"\[machine.any-avx2\]: isa: expected a string, got 2"),
         ("= 2.5", "= 0", r"\[machine.big\]: ratio: '.*' ?: expected a number above 0"),
@@ -118,11 +113,9 @@ def test_the_first_machine_that_fits_says_what_is_expected(
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in GOOD
-    # Machine tables name comparisons of the file: a changed case is changed there as well.
-    text = GOOD.replace(old, new) if old == CASE else GOOD.replace(old, new, 1)
-    path = written(tmp_path, text)
+    path = written(tmp_path, GOOD.replace(old, new, 1))
     with pytest.raises(FloorsError, match=message) as error:
-        load_floors(path, {CASE, OTHER})
+        load_floors(path)
     assert str(path) in str(error.value)
 
 
@@ -135,7 +128,7 @@ def test_files_without_floors_are_refused(tmp_path: Path) -> None:
 
 def test_a_machine_is_written_and_read_back(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD)
-    name = update_file(path, path, machine_of(HERE, {f"{CASE} vs reference": 2.71828}))
+    name = update_file(path, HERE, {f"{CASE} vs reference": 2.71828})
     floors, text = load_floors(path), path.read_text()
     assert name == "amd-epyc-9655-avx512"
     assert "# A comment that stays." in text
@@ -151,55 +144,28 @@ def test_a_machine_is_written_and_read_back(tmp_path: Path) -> None:
 def test_a_second_update_replaces_the_first(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD)
     first = {f"{CASE} vs reference": 2.0, f"{OTHER} vs compiled": 3.0}
-    update_file(path, path, machine_of(HERE, first))
+    update_file(path, HERE, first)
     once = path.read_text()
-    name = update_file(path, path, machine_of(HERE, {f"{CASE} vs reference": 4.0}))
+    name = update_file(path, HERE, {f"{CASE} vs reference": 4.0})
     floors = load_floors(path)
     # What was not measured this time stays.
     assert dict(floors.machines[0].ratio) == {**first, f"{CASE} vs reference": 4.0}
     assert path.read_text().count(f"[machine.{name}]") == 1
-    update_file(path, path, machine_of(HERE, first))
+    update_file(path, HERE, first)
     assert path.read_text() == once
 
 
-def test_an_update_can_go_to_a_file_of_its_own(tmp_path: Path) -> None:
-    source, mine = written(tmp_path, GOOD), tmp_path / "mine.toml"
-    update_file(mine, source, machine_of(HERE, {f"{CASE} vs reference": 2.0}))
-    assert source.read_text() == GOOD
-    assert len(load_floors(mine).machines) == 3
-    with pytest.raises(FloorsError, match="has no floor 'a vs b'"):
-        update_file(mine, source, machine_of(HERE, {"a vs b": 2.0}))
+def test_the_first_machine_of_a_file_is_appended(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD.split("[machine")[0])
+    update_file(path, HERE, {f"{CASE} vs reference": 2.0})
+    assert path.read_text().startswith(GOOD.split("[machine")[0])
+    assert len(load_floors(path).machines) == 1
 
 
-def test_a_gpu_is_told_by_its_name() -> None:
-    machine = machine_of(Here("AMD EPYC", "avx512", "NVIDIA H200", "2.13.0"), {})
+def test_a_gpu_is_recognised_by_its_name() -> None:
+    machine = Machine.of(Here("AMD EPYC", "avx512", "NVIDIA H200", "2.13.0"), {})
     assert (machine.name, machine.cpu, machine.isa) == ("nvidia-h200", "", "")
     assert machine.describes(Here("Xeon", "avx2", "NVIDIA H200", "2.13.1"))
     assert not machine.describes(Here("Xeon", "avx2", "", "2.13.1"))
     assert not machine.describes(Here("Xeon", "avx2", "NVIDIA H200", "2.14.0"))
-
-
-def test_the_repositorys_own_file() -> None:
-    """Every operator is in the quick set, forward and backward, with ratios that mean something."""
-    path = Path(__file__).resolve().parents[2] / "bench" / "floors.toml"
-    floors = load_floors(path, known_cases())
-    quick = [floor for floor in floors.floors if floor.quick and floor.device == "cpu"]
-    found = {(f.case.split("/")[0], f.case.split("/")[2]) for f in quick}
-    both = "forward+backward"
-    assert found >= {
-        ("pair_moe", "forward"),
-        ("pair_moe", both),
-        ("expert_attention", both),
-        ("routed_mlp", both),
-        ("interaction_moe", "forward"),
-        ("interaction_moe", both),
-    }
-    for floor in quick:
-        assert floor.threads == 1
-        # Between a build as it should be and one that takes 30% longer.
-        assert 1 / 1.3 < 1 - floor.tolerance < 1
-    # 3 minutes, a third of which goes into starting, checking and preparing.
-    assert sum(floor.seconds for floor in quick) <= 120
-    for machine in floors.machines:
-        for floor in quick:
-            assert machine.ratio.get(floor.key, floor.ratio) >= floor.ratio
+    assert Floor(CASE, "reference", 3.0, device="cuda").key == f"{CASE} vs reference on cuda"

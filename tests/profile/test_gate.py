@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -173,9 +171,3 @@ def test_the_wheel_declares_the_plugin() -> None:
     text = (root / "pyproject.toml").read_text()
     assert '[project.entry-points.pytest11]\nflmoe_gate = "flmoe_gate"' in text
     assert 'py-modules = ["flmoe_gate"]' in text
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import flmoe_gate, sys; assert 'torch' not in sys.modules"],
-        check=False,
-        cwd=root,
-    )
-    assert loaded.returncode == 0

@@ -1,13 +1,11 @@
-"""Timing: rounds that take turns, ratios that noise does not bend; memory, costs, ceilings, environment."""
+"""Memory, costs, ceilings and environment of a measurement."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,99 +13,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flmoe_kernels.profile import ceilings, measure, memory
+from flmoe_kernels.profile import ceilings, memory
 from flmoe_kernels.profile import environment as facts_of
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, Case
 from flmoe_kernels.profile.ceilings import EXPONENTIALS, MATMUL, MEMORY, Ceilings
-from flmoe_kernels.profile.contestants import prepare
 from flmoe_kernels.profile.costs import Cost, cost, layer_cost
 from flmoe_kernels.profile.environment import environment
-from flmoe_kernels.profile.measure import LEAST_ROUNDS, Timing, interleave, paired_ratio, timing_of
+from flmoe_kernels.profile.registry import prepare
 from flmoe_kernels.profile.shapes import LayerShape, PairShape
 from tests.support.profile_shapes import LAYER, PAIR, ROUTED
 
 MIB = 2**20
-
-
-class FakeTime:
-    """A clock that moves only when a call says how long it takes; every call is noted."""
-
-    def __init__(self) -> None:
-        self.now, self.order = 0.0, ""
-
-    def call(self, name: str, seconds: Callable[[], float]) -> Callable[[], None]:
-        def run() -> None:
-            self.order += name
-            self.now += seconds()
-
-        return run
-
-    def clock(self, call: Callable[[], None]) -> float:
-        start = self.now
-        call()
-        return self.now - start
-
-
-def test_calls_take_turns_and_another_one_starts_each_round() -> None:
-    time = FakeTime()
-    calls = {name: time.call(name, lambda: 1.0) for name in "abc"}
-    found = interleave(calls, 4, warmup=1, clock=time.clock)
-    assert time.order == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert found == {name: [1.0] * 4 for name in "abc"}
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, 5), (0.1, LEAST_ROUNDS)])
-def test_rounds_as_many_as_fit(seconds: float, rounds: int) -> None:
-    time = FakeTime()
-    calls = {name: time.call(name, lambda: 1.0) for name in "ab"}
-    found = interleave(calls, seconds=seconds, warmup=3, clock=time.clock, now=lambda: time.now)
-    assert len(found["a"]) == len(found["b"]) == rounds
-
-
-@pytest.mark.parametrize("arguments", [{}, {"rounds": 3, "seconds": 1.0}])
-def test_rounds_or_seconds(arguments: dict) -> None:
-    with pytest.raises(ValueError, match="rounds or seconds: expected one of them"):
-        interleave({"a": lambda: None}, **arguments)
-
-
-def test_quantiles_of_seconds() -> None:
-    assert timing_of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == Timing(3.5, 2.0, 5.0, 6)
-    assert timing_of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
-
-
-def test_a_ratio_survives_what_meets_both_calls() -> None:
-    """A machine that is many times as slow at times, and calls of 10% noise: the ratio is known to 3%."""
-    draw = random.Random(0)
-    ours, peer = [], []
-    for _ in range(200):
-        slow = draw.lognormvariate(0.0, 1.0)
-        ours.append(slow * draw.lognormvariate(0.0, 0.1))
-        peer.append(slow * 2.5 * draw.lognormvariate(0.0, 0.1))
-    ratio = paired_ratio(ours, peer)
-    assert ratio.low < 2.5 < ratio.high
-    assert ratio.high - ratio.low < 0.15
-    assert abs(ratio.p50 - 2.5) < 0.075
-    shuffled = list(peer)
-    draw.shuffle(shuffled)
-    unpaired = paired_ratio(ours, shuffled)
-    assert unpaired.high - unpaired.low > 3 * (ratio.high - ratio.low), "the control"
-
-
-def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
-    draw = random.Random(1)
-    held = 0
-    for _ in range(400):
-        ours = [draw.lognormvariate(0.0, 0.3) for _ in range(15)]
-        ratio = paired_ratio(ours, [x * draw.lognormvariate(0.0, 0.2) for x in ours])
-        held += ratio.low <= 1.0 <= ratio.high
-        assert ratio.confidence >= 0.95
-    assert held >= 0.93 * 400
-    assert paired_ratio([1.0, 1.0], [1.0, 2.0]).confidence == 0.5
-
-
-def test_rounds_must_match() -> None:
-    with pytest.raises(ValueError, match="argument 2 is longer"):
-        paired_ratio([1.0], [1.0, 2.0])
 
 
 def hungry(count: int) -> Callable[[], list[bytearray]]:
@@ -156,25 +72,6 @@ def test_memory_of_a_gpu_counts_what_the_call_keeps(monkeypatch: pytest.MonkeyPa
     assert memory.device_growth(gpu.call, "cuda") == 100
 
 
-def test_a_gpu_s_events_lie_on_the_device_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside: list[str] = []
-
-    @contextlib.contextmanager
-    def device(name: str) -> Iterator[None]:
-        inside.append(name)
-        yield
-        inside.pop()
-
-    def seconds(call: Callable[[], object]) -> float:
-        call()
-        return float(inside == ["cuda:1"])
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(measure, "device_seconds", seconds)
-    assert measure.clock_of("cuda:1")(lambda: None) == 1.0
-    assert measure.clock_of("cpu") is measure.wall_seconds
-
-
 @pytest.mark.skipif(bool(memory.memory_lack("cpu")), reason=memory.memory_lack("cpu"))
 def test_memory_of_a_case_is_neither_that_of_loading_nor_of_its_inputs() -> None:
     """A process of its own makes the case ready; the reference's maps of 640 x 640 pairs are 6.25 MiB each."""
@@ -220,7 +117,7 @@ def test_ceilings_count_what_they_time(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
         return next(ticks)
 
-    monkeypatch.setattr(ceilings, "clock_of", lambda device: clock)
+    monkeypatch.setattr(ceilings, "clock_for", lambda device: ("fake", clock))
     assert ceilings.matmul_rate("cpu", torch.float32, side=10) == 2 * 10**3 / 2.0
     assert ceilings.copy_rate("cpu", count=1000) == 2 * 1000 / 0.5
     assert ceilings.exponential_rate("cpu") == 0.0
@@ -236,7 +133,7 @@ def counted(case: Case, name: str) -> int:
 @pytest.mark.parametrize("phase", [FORWARD, BACKWARD, BOTH])
 def test_flop_of_routed_mlp_are_what_torch_counts(phase: str) -> None:
     case = Case("routed_mlp", ROUTED, phase, variant="no_bias")
-    assert counted(case, "index loop") == cost(case).flop
+    assert counted(case, "reference") == cost(case).flop
 
 
 def test_flop_of_attention_are_what_torch_counts() -> None:

@@ -1,7 +1,8 @@
-"""The registry of benchmarks: cases, contestants, and the check that keeps a wrong answer from being timed."""
+"""Cases, contestants, and the check that keeps a wrong answer from being timed."""
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 from typing import Any
@@ -12,50 +13,13 @@ import torch
 from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core.backend import CAPABILITIES, REFERENCE
 from flmoe_kernels.profile import check, shapes
-from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
+from flmoe_kernels.profile.cases import BOTH, FORWARD, OPERATORS, Case, cases
 from flmoe_kernels.profile.check import WrongAnswer, agree, checked_case, compare
-from flmoe_kernels.profile.contestants import OURS, PEER, contestants, default_ours, prepare
 from flmoe_kernels.profile.prepared import Prepared
+from flmoe_kernels.profile.registry import OURS, contestants, default_ours, find, prepare
 from tests.support.profile_shapes import LAYER, PAIR, ROUTED, SPARSE, TINY
 
 POOL = Case("pair_moe", PAIR, BOTH, variant="pool")
-# Compiled peers are tried once, below: a compiler takes seconds for each.
-CHECKED = [
-    *cases(shapes=TINY, phases=(FORWARD, BOTH)),
-    *cases(shapes=(PAIR, ROUTED), phases=(BOTH,), dtypes=("bfloat16",)),
-    *cases(["pair_moe", "interaction_moe"], (PAIR, LAYER), (BACKWARD,)),
-]
-
-
-@pytest.mark.parametrize("case", CHECKED, ids=str)
-def test_every_contestant_computes_the_case(case: Case) -> None:
-    for one in contestants(case):
-        if not one.why_not and "compiled" not in one.name:
-            agree(case, one)
-            prepare(case, one).call()
-
-
-@pytest.mark.parametrize(
-    ("case", "name"),
-    [
-        (POOL, "compiled"),
-        (Case("interaction_moe", LAYER, BOTH), "compiled+sdpa"),
-        (Case("interaction_moe", LAYER, BOTH, torch.bfloat16), "reference, TF32"),
-    ],
-    ids=str,
-)
-def test_peers_with_settings_of_their_own(case: Case, name: str) -> None:
-    precision = torch.get_float32_matmul_precision()
-    agree(case, name)
-    prepare(case, name).call()
-    assert torch.get_float32_matmul_precision() == precision
-
-
-def test_a_compiled_backward_runs_again_and_again() -> None:
-    """Its graph is kept, and must not give its buffers away after the first call."""
-    call = prepare(Case("pair_moe", PAIR, BACKWARD, variant="none"), "compiled").call
-    for _ in range(3):
-        call()
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.999, 1.001, float("nan")])
@@ -97,11 +61,14 @@ def test_other_integers_and_other_results_are_caught() -> None:
         compare(case, "made up", renamed)
 
 
-def test_a_wrong_contestant_is_named_whatever_it_is_given_as() -> None:
-    ready = prepare(POOL, "cpu")
-    wrong = Prepared(ready.call, lambda: {**ready.outputs(), "y": torch.zeros(2, 4, 6)}, "cpu")
-    with pytest.raises(WrongAnswer, match=f"^cpu on {re.escape(POOL.name)}"):
-        agree(POOL, "reference", wrong)
+def test_a_wrong_contestant_is_named() -> None:
+    def wrong(case: Case, name: str, dtype: torch.dtype) -> Prepared:
+        ready = prepare(case, "cpu")
+        return Prepared(ready.call, lambda: {**ready.outputs(), "y": torch.zeros(2, 4, 6)})
+
+    peer = dataclasses.replace(find(POOL, "reference"), name="made up", make=wrong)
+    with pytest.raises(WrongAnswer, match=f"^made up on {re.escape(POOL.name)}"):
+        agree(POOL, "reference", peer)
 
 
 def test_names_are_the_same_in_another_process_and_tell_cases_apart() -> None:
@@ -119,7 +86,8 @@ def test_every_operator_has_cases_and_every_backend_is_a_contestant() -> None:
         found = contestants(case)
         ours = {x.name for x in found if x.kind == OURS}
         assert ours == set(CAPABILITIES[name]) - {REFERENCE}
-        assert [x for x in found if x.kind == PEER and not x.why_not], name
+        assert found[-1].name == REFERENCE
+        assert not found[-1].why_not
         assert all(x.version for x in found)
         assert default_ours(case).name == "cpu"
 
@@ -130,11 +98,6 @@ def test_what_cannot_run_says_why() -> None:
         assert {x.why_not for x in contestants(on_gpu)} == {"there is no CUDA device"}
         with pytest.raises(BackendUnavailable, match=r"on cuda: cpu: there is no CUDA device"):
             default_ours(on_gpu)
-    reasons = {
-        x.name: x.why_not for x in contestants(Case("routed_mlp", ROUTED, BOTH, variant="bias"))
-    }
-    assert reasons["torch._grouped_mm"] == "it is for bfloat16"
-    assert reasons["scattermoe"]
     long = Case("pair_moe", shapes.PAIR_LONG, BOTH, variant="none")
     assert "its maps of all pairs would take about 6 GiB" in {x.why_not for x in contestants(long)}
     with pytest.raises(BackendUnavailable, match="maps of all pairs"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flmoe_kernels.profile.cases import cases
-from flmoe_kernels.profile.contestants import prepare
+from flmoe_kernels.profile.registry import prepare
 from flmoe_kernels.profile.shapes import LayerShape, PairShape
 from flmoe_kernels.profile.stages import (
     BACKWARD,

@@ -1,22 +1,30 @@
-"""The statistics of the gate on machines of known noise: what is slower is caught, what is noise is not."""
+"""Timing on simulated machines: a slower call is caught, noise is not; intervals keep their promise."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import random
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
+from flmoe_kernels.profile import timing
 from flmoe_kernels.profile.floors import Floor
 from flmoe_kernels.profile.gate import falls_short, judge
-from flmoe_kernels.profile.paired import (
+from flmoe_kernels.profile.timing import (
+    CONFIDENCE,
     LEAST_BLOCKS,
     MOST_BLOCKS,
     UNDECIDED,
     Blocks,
     clock_for,
     measure_blocks,
+    median_interval,
     processor_seconds,
+    spread_of,
     wall_seconds,
 )
 from tests.support.bench_machines import NoisyMachine
@@ -44,9 +52,9 @@ def test_planted_slowdown_is_caught_and_noise_is_not(noise: float) -> None:
                 FLOOR,
                 EXPECTED,
                 "any machine",
-                lambda floor, bound, m=machine, s=ours: m.measure(floor, s, PEER, bound),
-                lambda floor, bound, s=ours, n=seed: NoisyMachine(1000 + n, noise=noise).measure(
-                    floor, s, PEER, bound
+                lambda bound, m=machine, s=ours: m.measure(FLOOR, s, PEER, bound),
+                lambda bound, s=ours, n=seed: NoisyMachine(1000 + n, noise=noise).measure(
+                    FLOOR, s, PEER, bound
                 ),
             )
             if verdict.passed == (ours is not OURS):
@@ -68,24 +76,24 @@ def test_interval_holds_the_true_ratio() -> None:
     held = 0
     for seed in range(100):
         found = NoisyMachine(seed, placement=0.04).measure(FLOOR, OURS, PEER)
-        held += found.low <= EXPECTED <= found.high
+        held += found.ratio.low <= EXPECTED <= found.ratio.high
     assert 89 <= held < 100
 
 
 def test_rounds_go_on_until_the_interval_is_narrow() -> None:
     quiet = NoisyMachine(0, noise=0.001, burst=0, placement=0.0).measure(FLOOR, OURS, PEER)
     noisy = NoisyMachine(0, noise=0.2, burst=0.3, placement=0.05).measure(FLOOR, OURS, PEER)
-    assert quiet.blocks == LEAST_BLOCKS
-    assert quiet.rounds == 30
-    assert LEAST_BLOCKS < noisy.blocks <= MOST_BLOCKS
+    assert quiet.ratio.blocks == LEAST_BLOCKS
+    assert quiet.ratio.rounds == 30
+    assert LEAST_BLOCKS < noisy.ratio.blocks <= MOST_BLOCKS
 
 
 def test_time_is_kept_to() -> None:
     """Slow calls get the least number of blocks, of one round."""
     machine = NoisyMachine(0)
     found = machine.measure(FLOOR, 2.0, 5.0)
-    assert found.blocks == LEAST_BLOCKS
-    assert found.rounds == LEAST_BLOCKS
+    assert found.ratio.blocks == LEAST_BLOCKS
+    assert found.ratio.rounds == LEAST_BLOCKS
     # In between, the budget ends the rounds of a machine that never gets precise.
     machine = NoisyMachine(0, noise=0.3)
     machine.measure(FLOOR, 0.04, 0.1)
@@ -106,9 +114,9 @@ def test_an_open_question_gets_more_time() -> None:
 def test_short_calls_are_timed_several_at_a_time() -> None:
     machine = NoisyMachine(0, noise=0.0, burst=0, placement=0, drift=0)
     found = machine.measure(FLOOR, 1e-5, 3e-5)
-    assert found.ours.p50 == pytest.approx(1e-5)
-    assert found.ratio == pytest.approx(3.0)
-    assert machine.calls > 200 * found.rounds
+    assert found.ours.median == pytest.approx(1e-5)
+    assert found.ratio.median == pytest.approx(3.0)
+    assert machine.calls > 200 * found.ratio.rounds
 
 
 def test_every_call_goes_first_in_turn() -> None:
@@ -194,8 +202,26 @@ def test_processor_seconds_do_not_count_waiting() -> None:
     assert processor_seconds(work) >= 0.02
     assert clock_for("cpu", 1) == ("processor", processor_seconds)
     assert clock_for("cpu", 2) == ("wall", wall_seconds)
-    assert clock_for("cuda", 1)[0] == "device"
-    assert clock_for("cuda:1", 1)[0] == "device"
+    assert clock_for("cpu") == ("wall", wall_seconds)
+
+
+def test_events_are_recorded_on_the_timed_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+
+    @contextlib.contextmanager
+    def device(name: str) -> Iterator[None]:
+        inside.append(name)
+        yield
+        inside.pop()
+
+    def seconds(call: Callable[[], object]) -> float:
+        call()
+        return float(inside == ["cuda:1"])
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(timing, "device_seconds", seconds)
+    name, clock = clock_for("cuda:1", 1)
+    assert (name, clock(lambda: None)) == ("device", 1.0)
 
 
 def test_a_block_counts_once() -> None:
@@ -203,6 +229,74 @@ def test_a_block_counts_once() -> None:
     blocks = Blocks("fake", [{"ours": [1.0] * 99, "peer": [2.0] * 99}])
     blocks.seconds.extend({"ours": [1.0], "peer": [value]} for value in (3.0, 3.1))
     found = blocks.pair("ours", "peer")
-    assert (found.ratio, found.low, found.high) == (3.0, 2.0, 3.1)
-    assert (found.blocks, found.rounds) == (3, 101)
+    assert (found.ratio.median, found.ratio.low, found.ratio.high) == (3.0, 2.0, 3.1)
+    assert (found.ratio.blocks, found.ratio.rounds) == (3, 101)
     assert blocks.width() == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high", "confidence"),
+    [
+        # From a table of the binomial distribution with p = 1/2.
+        (1, 0, 0, 0.0),
+        (5, 0, 4, 0.9375),
+        (6, 0, 5, 0.96875),
+        (11, 1, 9, 1 - 2 * 12 / 2048),
+        (20, 5, 14, 0.9586),
+    ],
+)
+def test_interval_is_that_of_the_tables(count: int, low: int, high: int, confidence: float) -> None:
+    values = random.Random(0).sample(range(count), count)
+    found = median_interval(values)
+    assert found[:2] == (low, high)
+    assert found[2] == pytest.approx(confidence, abs=1e-4)
+    with pytest.raises(ValueError, match="values: expected at least one"):
+        median_interval([])
+
+
+@pytest.mark.parametrize("count", [6, 11, 25])
+def test_interval_holds_the_median_as_often_as_promised(count: int) -> None:
+    draw = random.Random(count)
+    # Not a symmetric distribution: times have a long tail to one side.
+    truth = 2.0**0.5
+    trials = 2000
+    held = 0
+    for _ in range(trials):
+        values = [(1 / (1 - draw.random())) ** 0.5 for _ in range(count)]
+        low, high, confidence = median_interval(values)
+        held += low <= truth <= high
+    assert confidence >= CONFIDENCE
+    # Three standard errors of the count, on both sides: an interval that is too wide is as wrong.
+    room = 3 * (confidence * (1 - confidence) / trials) ** 0.5
+    assert abs(held / trials - confidence) < room
+
+
+def alone(seed: int, seconds: float = 1e-3) -> Blocks:
+    """Blocks of one call on a machine whose placement of buffers matters more than the noise of a call."""
+    machine = NoisyMachine(seed, noise=0.01, placement=0.05, burst=0.0, drift=0.0)
+    return measure_blocks(
+        lambda: {"ours": machine.call(seconds)},
+        ("fake", machine.clock),
+        rounds=1,
+        precision=0.0,
+        seconds=1.0,
+        now=lambda: machine.now,
+    )
+
+
+def test_equal_runs_agree_and_slower_ones_do_not() -> None:
+    runs = [alone(seed).of("ours") for seed in range(100)]
+    agreed = sum(a.agrees(b) for a, b in zip(runs[::2], runs[1::2], strict=True))
+    assert agreed >= 48
+    slower = [alone(1000 + seed, 1.1e-3).of("ours") for seed in range(50)]
+    assert sum(a.agrees(b) for a, b in zip(runs[:50], slower, strict=True)) <= 2
+
+
+def test_an_interval_over_rounds_alone_would_be_too_narrow() -> None:
+    """The control: the same rounds without fresh inputs for each block agree far too seldom."""
+    spreads = []
+    for seed in range(100):
+        [block, *_] = alone(seed).seconds
+        spreads.append(spread_of([[value] for value in block["ours"]]))
+    agreed = sum(a.agrees(b) for a, b in zip(spreads[::2], spreads[1::2], strict=True))
+    assert agreed < 25

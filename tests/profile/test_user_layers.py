@@ -13,10 +13,10 @@ from typer.testing import CliRunner, Result
 
 from flmoe_kernels.cli.profile import profile
 from flmoe_kernels.core.backend import BackendUnavailable
-from flmoe_kernels.profile import ceilings, layers_of_users
+from flmoe_kernels.profile import ceilings, user_layer
 from flmoe_kernels.profile import request as profile_request
-from flmoe_kernels.profile.layers_of_users import UserLayer, make_call
 from flmoe_kernels.profile.memory import memory_lack
+from flmoe_kernels.profile.user_layer import UserLayer, make_call
 from tests.support.layers import LayerCase
 
 app = typer.Typer()
@@ -105,27 +105,25 @@ def test_learned_positions_fix_the_tokens(tmp_path: Path) -> None:
     torch.save(case.reference().state_dict(), path)
     user = UserLayer(str(path), batch=2, num_heads=2)
     assert user.checked().tokens == (4, 4)
-    make_call(user.checked(), "cpu", layers_of_users.TRAINING)()
-    with pytest.raises(
-        layers_of_users.UnsupportedRequest, match="learned positions fix them to 4,4"
-    ):
+    make_call(user.checked(), "cpu", user_layer.TRAINING)()
+    with pytest.raises(user_layer.UnsupportedRequest, match="learned positions fix them to 4,4"):
         UserLayer(str(path), batch=2, tokens=(5, 4)).checked()
-    with pytest.raises(layers_of_users.UnsupportedRequest, match="takes no masks"):
+    with pytest.raises(user_layer.UnsupportedRequest, match="takes no masks"):
         UserLayer(str(path), batch=2, valid=(3, 4)).checked()
 
 
 def test_own_layer_without_kernels_says_so(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers_of_users.backends, "choose", lambda *_: "reference")
+    monkeypatch.setattr(user_layer.backends, "choose", lambda *_: "reference")
     with pytest.raises(BackendUnavailable, match="no kernels for float32 on cpu here"):
-        layers_of_users.contestants_of(UserLayer(str(checkpoint), 2, (5, 4)))
+        user_layer.contestants_of(UserLayer(str(checkpoint), 2, (5, 4)))
 
 
 @pytest.mark.skipif(bool(memory_lack("cpu")), reason="peaks need Linux's /proc")
 def test_peak_of_an_own_layer_is_that_of_its_batch(checkpoint: Path) -> None:
     user = UserLayer(str(checkpoint), 512, (5, 4)).checked()
-    [_, reference] = profile_request.user_subjects(user, layers_of_users.TRAINING)
+    [_, reference] = profile_request.user_subjects(user, user_layer.TRAINING)
     assert reference.peak is not None
     peak = reference.peak()
     assert peak is not None

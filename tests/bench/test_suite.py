@@ -1,0 +1,214 @@
+"""Benchmark suites: peers compute what they are timed for; floors, tables and scripts fit the suites."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import rows, suite, table
+from bench.peers import find, peers
+from flmoe_kernels.core.files import END_MARK
+from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
+from flmoe_kernels.profile.check import agree
+from flmoe_kernels.profile.floors import load_floors
+from flmoe_kernels.profile.registry import contestants, prepare
+from tests.support.profile_shapes import LAYER, PAIR, ROUTED, TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+# Compiled peers are tried once, below: a compiler takes seconds for each.
+CHECKED = [
+    *cases(shapes=TINY, phases=(FORWARD, BOTH)),
+    *cases(shapes=(PAIR, ROUTED), phases=(BOTH,), dtypes=("bfloat16",)),
+    *cases(["pair_moe", "interaction_moe"], (PAIR, LAYER), (BACKWARD,)),
+]
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_every_contestant_computes_the_case(case: Case) -> None:
+    for who in (*contestants(case), *peers(case)):
+        if not who.why_not and "compiled" not in who.name:
+            agree(case, who)
+            prepare(case, who).call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        (Case("pair_moe", PAIR, BOTH, variant="pool"), "compiled"),
+        (Case("interaction_moe", LAYER, BOTH), "compiled+sdpa"),
+        (Case("interaction_moe", LAYER, BOTH, torch.bfloat16), "reference, TF32"),
+    ],
+    ids=str,
+)
+def test_peers_with_settings_of_their_own(case: Case, name: str) -> None:
+    """The compiler takes from ten seconds to minutes for each."""
+    precision = torch.get_float32_matmul_precision()
+    agree(case, find(case, name))
+    prepare(case, find(case, name)).call()
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.slow
+def test_a_compiled_backward_runs_again_and_again() -> None:
+    """Its graph is kept, and must not give its buffers away after the first call."""
+    case = Case("pair_moe", PAIR, BACKWARD, variant="none")
+    call = prepare(case, find(case, "compiled")).call
+    for _ in range(3):
+        call()
+
+
+def test_peers_that_cannot_run_say_why() -> None:
+    case = Case("routed_mlp", ROUTED, BOTH, variant="bias")
+    reasons = {peer.name: peer.why_not for peer in peers(case)}
+    assert reasons["torch._grouped_mm"] == "it is for bfloat16"
+    assert reasons["scattermoe"]
+
+
+@pytest.mark.parametrize(("device", "full"), [("cpu", False), ("cpu", True), ("cuda", True)])
+def test_every_row_of_a_suite_names_cases_and_peers(device: str, full: bool) -> None:
+    """A misspelt name would silently time nothing."""
+    rows = (suite.FULL_CUDA if device == "cuda" else suite.FULL_CPU) if full else suite.QUICK
+    assert set(rows) == set(OPERATORS)
+    for operator, listed in rows.items():
+        assert (ROOT / "bench" / f"test_{operator}.py").is_file()
+        found = list(suite.comparisons(operator, device, full))
+        assert len(set(found)) == len(found)
+        wanted = sum(len(r.shapes) * len(r.variants) * len(r.phases) * len(r.peers) for r in listed)
+        assert len(found) == wanted
+        for comparison in found:
+            known = {peer.name for peer in peers(comparison.case)}
+            assert comparison.peer in known, comparison
+
+
+def test_floors_are_of_comparisons_that_run() -> None:
+    floors = load_floors(ROOT / "bench" / "floors.toml")
+    quick, full = (
+        {str(c) for operator in OPERATORS for c in suite.comparisons(operator, "cpu", full)}
+        for full in (False, True)
+    )
+    for floor in floors.floors:
+        assert floor.key in (quick if floor.threads == 1 else full)
+        # Between a build as it should be and one that takes 30% longer.
+        assert 1 / 1.3 < 1 - floor.tolerance < 1
+    held = {(f.case.split("/")[0], f.case.split("/")[2]) for f in floors.floors}
+    for operator in ("pair_moe", "expert_attention", "routed_mlp", "interaction_moe"):
+        assert (operator, BOTH) in held
+    # Three minutes of `make bench`, a third of which is starting, checking and preparing.
+    assert sum(floor.seconds for floor in floors.floors if floor.threads == 1) <= 120
+
+
+def test_the_readme_has_the_table_of_the_results() -> None:
+    page = (ROOT / "README.md").read_text().partition(table.MARK)[2].partition(END_MARK)[0]
+    assert page.strip() == table.markdown(json.loads(table.RESULTS.read_text())).strip()
+
+
+def test_a_run_becomes_a_table(tmp_path: Path) -> None:
+    content = json.loads(table.RESULTS.read_text())
+    run = tmp_path / "run.json"
+    run.write_text(
+        json.dumps(
+            {
+                "machine_info": {"flmoe_kernels": content["environment"]},
+                "benchmarks": [
+                    *({"extra_info": row | {"flop": 1}} for row in content["comparisons"]),
+                    {"extra_info": {}},
+                ],
+            }
+        )
+    )
+    assert table.gather([run]) == content
+
+
+def test_a_result_is_valid_json_or_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "result.json"
+    content = {"a": 1.0, "rows": [{"b": 1}, {"b": 2}]}
+    rows.save(path, content)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        rows.save(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == content
+    assert path.read_text().splitlines()[3:5] == ['{"b": 1},', '{"b": 2}']
+
+
+# Scripts
+
+
+def workflow_steps() -> list[dict[str, Any]]:
+    yaml = pytest.importorskip("yaml")
+    content = yaml.safe_load((ROOT / ".github" / "workflows" / "bench.yml").read_text())
+    return [step for job in content["jobs"].values() for step in job["steps"]]
+
+
+def test_the_workflow_times_base_and_head_in_turn(tmp_path: Path) -> None:
+    """The loop itself, with a Python that notes who called it."""
+    [script] = [s["run"] for s in workflow_steps() if s.get("name") == "Time them in turn"]
+    log = tmp_path / "log"
+
+    def turns(codes: dict[str, int]) -> tuple[int, str]:
+        log.write_text("")
+        for side, code in codes.items():
+            fake_python(tmp_path / side / ".venv" / "bin", log, f"exit {code}", side)
+        done = subprocess.run(
+            ["bash", "-e", "-o", "pipefail", "-c", script],
+            cwd=tmp_path,
+            env={"RUNS": "2", "GITHUB_WORKSPACE": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            check=False,
+        )
+        return done.returncode, " ".join(line.split()[0] for line in log.read_text().splitlines())
+
+    assert turns({"base": 0, "head": 0}) == (0, "base head base head")
+    assert f"--benchmark-json={tmp_path}/results/head-2.json" in log.read_text()
+    assert turns({"base": 4, "head": 0}) == (0, "base head base head")
+    assert turns({"base": 0, "head": 1}) == (1, "base head")
+
+
+def fake_python(folder: Path, log: Path, then: str, name: str = "python") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\n{then}\n')
+    python.chmod(0o755)
+    return python
+
+
+def gpu_script(python: Path, *steps: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), *steps],
+        env=os.environ | {"PYTHON": str(python)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_gpu_script_runs_a_process_for_each_operator(tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    python = fake_python(tmp_path, log, 'case "$*" in *routed_mlp*) exit 3;; esac')
+    done = gpu_script(python, "bench", OUT=str(out))
+    assert "bench routed_mlp: failed with exit code 3" in done.stdout
+    assert done.stdout.rstrip().endswith("== not done: bench routed_mlp")
+    assert done.returncode == 1
+    timed = re.findall(
+        r"bench/test_(\w+)\.py .*--device cuda --full --benchmark-json", log.read_text()
+    )
+    assert sorted(timed) == sorted(OPERATORS)
+    assert out.is_dir()
+
+
+def test_gpu_script_stops_what_hangs_and_skips_what_has_no_time(tmp_path: Path) -> None:
+    python = fake_python(tmp_path, tmp_path / "log", "exec sleep 600")
+    quick = {"FLMOE_GPU_LEAST": "1", "FLMOE_GPU_DEVICE": "cpu"}
+    done = gpu_script(python, "sanitize", "tests", FLMOE_GPU_BUDGET="3", **quick)
+    assert "sanitize (without the tool): stopped after 3 s" in done.stdout
+    assert "== tests: skipped" in done.stdout
+    assert done.returncode == 1
+    unknown = gpu_script(python, "instal")
+    assert unknown.returncode == 2
+    assert "unknown step 'instal'" in unknown.stderr
