@@ -56,9 +56,6 @@ def profile(
         typer.Option(help="Time and memory at these sequence lengths, as 128,256, with the peers."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Of timing for each contestant.")] = 5.0,
-    repeat: Annotated[
-        int, typer.Option(help="Time so often; exit code 1 where runs disagree.")
-    ] = 1,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace here.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a table here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all here.")] = None,
@@ -72,7 +69,6 @@ def profile(
     from flmoe_kernels.core.backend import BackendUnavailable
     from flmoe_kernels.profile.check import WrongAnswer
     from flmoe_kernels.profile.output import Files
-    from flmoe_kernels.profile.profiles import Effort
     from flmoe_kernels.profile.request import BadRequest, Request
     from flmoe_kernels.profile.run import run_case, run_layer, run_lengths
     from flmoe_kernels.profile.user_layer import UnsupportedRequest, UserLayer
@@ -83,7 +79,8 @@ def profile(
     files = Files(trace=trace, csv=csv_file, json=json_file, plot=plot)
     try:
         files.require_writable()
-        effort = Effort(seconds=seconds, repeat=repeat)
+        if not seconds > 0:
+            fail(f"seconds: expected more than 0, got {seconds}")
         with needs_extra("demo"):
             if checkpoint is not None:
                 _refuse(shape=shape, backend=backend, variant=variant, lengths=lengths)
@@ -99,7 +96,7 @@ def profile(
                     dtype=dtype,
                     device=device,
                 )
-                good = run_layer(user, phase, effort, files, check=check, memory=memory)
+                run_layer(user, phase, seconds, files, check=check, memory=memory)
             else:
                 _refuse(
                     batch=batch, tokens=tokens, valid=valid, heads=heads, temperature=temperature
@@ -109,9 +106,9 @@ def profile(
                     op or "", shape, dtype, tuple(backend or ()), phase, device, variant
                 )
                 if wanted := _numbers("lengths", lengths):
-                    good = run_lengths(request, wanted, effort, files, check=check, memory=memory)
+                    run_lengths(request, wanted, seconds, files, check=check, memory=memory)
                 else:
-                    good = run_case(request, effort, files, check=check, memory=memory)
+                    run_case(request, seconds, files, check=check, memory=memory)
     except WrongAnswer as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(code=1) from error
@@ -119,7 +116,6 @@ def profile(
         fail(str(error))
     except (ValueError, OSError) as error:
         fail(str(error))
-    raise typer.Exit(code=0 if good else 1)
 
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:

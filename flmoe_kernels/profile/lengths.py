@@ -12,11 +12,10 @@ import torch
 from .cases import Case
 from .figures import LengthPoint
 from .memory import peak_bytes
-from .profiles import Effort, time_subjects
+from .profiles import Tell, time_subjects
 from .registry import OURS, Contestant, contestants, prepare, words_of
 from .request import subjects_of
 from .shapes import at_length, is_cuda
-from .timing import clock_for
 
 # A call that is expected to take longer, or a larger share of the free memory, is not begun.
 MOST_SECONDS = 30.0
@@ -30,10 +29,10 @@ def scan(
     case: Case,
     names: Sequence[str],
     lengths: Sequence[int],
-    effort: Effort,
+    seconds: float,
     *,
     peak: Peak = peak_bytes,
-    tell: Callable[[str], None] = lambda message: None,
+    tell: Tell = lambda message: None,
 ) -> list[LengthPoint]:
     """Contestants of a case at several lengths, the shortest first.
 
@@ -42,6 +41,7 @@ def scan(
 
     Args:
         names: of contestants of the case.
+        seconds: of timing for each.
         lengths: from 1.
         peak: measures bytes, before the time: on a CPU in a process of its own, which may run out of memory.
 
@@ -71,7 +71,7 @@ def scan(
                 ours = known[name].kind == OURS
                 found.append(LengthPoint(length, name, ours, None, None, None, None, why_not))
         tell(f"timing {', '.join(peaks)} at {length}")
-        found += _timed(here, length, [known[name] for name in peaks], peaks, effort)
+        found += _timed(here, length, [known[name] for name in peaks], peaks, seconds)
     return found
 
 
@@ -80,12 +80,12 @@ def _timed(
     length: int,
     running: Sequence[Contestant],
     peaks: dict[str, int | None],
-    effort: Effort,
+    seconds: float,
 ) -> list[LengthPoint]:
     if not running:
         return []
     subjects = subjects_of(case, running)
-    blocks = time_subjects(subjects, clock_for(case.device), effort.seconds)
+    blocks = time_subjects(subjects, seconds)
     found = []
     for contestant in running:
         spread = blocks.of(contestant.name)

@@ -1,7 +1,6 @@
 """Measurements of the command `profile`: time, rates, share of the limit, stages, memory.
 
-A subject is a call that can be made anew: a contestant of a case, or a user's own layer. Its Profile has plain
-values, which `output` shows and writes.
+A subject is a call that can be made anew: a contestant of a case, or a user's own layer.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ from .cases import dtype_name
 from .ceilings import Ceilings
 from .costs import Cost
 from .registry import words_of
-from .stages import Breakdown
-from .timing import Blocks, Clock, Spread, clock_for, measure_blocks
-from .trace import traced
+from .stages import Breakdown, traced
+from .timing import Blocks, Call, Clock, Spread, clock_for, measure_blocks
 
-Call = Callable[[], Any]
 # Timing ends early once the interval of the median is this narrow.
 PRECISION = 0.01
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,136 +51,105 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Effort:
-    """Seconds of timing for each subject, calls under the profiler, repetitions of all timing."""
-
-    seconds: float = 10.0
-    calls: int = 3
-    repeat: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("calls", "repeat"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not self.seconds > 0:
-            raise ValueError(f"seconds: expected more than 0, got {self.seconds}")
-
-
-@dataclass(frozen=True)
 class Profile:
     """Measurements of one subject.
 
     Attributes:
-        spread: the timing, over the blocks of all repetitions.
-        runs: the timing of each repetition.
-        matmul, copy: measured ceilings: FLOP/s of a large matrix product in this dtype, bytes/s of a large copy.
-        least: least seconds that the ceilings allow; limit: which of them sets it.
-        ratio: time over that of the first subject, median with its interval; None for the first.
+        ceilings: with the subject's dtype among them.
+        ratio: time over that of the first subject; None for the first.
     """
 
-    what: str
-    contestant: str
-    kind: str
-    version: str
-    dtype: str
-    device: str
+    subject: Subject
     spread: Spread
-    runs: tuple[Spread, ...]
-    flop: int
-    bytes: int
-    matmul: float
-    copy: float
-    least: float
-    limit: str
-    peak_bytes: int | None
+    ceilings: Ceilings
     breakdown: Breakdown
-    ratio: tuple[float, float, float] | None
-
-    @property
-    def agrees(self) -> bool:
-        """Whether all repetitions agree within their intervals."""
-        return all(one.agrees(other) for one in self.runs for other in self.runs)
-
-    @property
-    def share(self) -> float:
-        """The least time over the median: 1 is the limit, 0.1 is ten times as slow."""
-        return self.least / self.spread.median
-
-    @property
-    def flops_per_second(self) -> float:
-        return self.flop / self.spread.median
-
-    @property
-    def bytes_per_second(self) -> float:
-        return self.bytes / self.spread.median
+    peak_bytes: int | None
+    ratio: Spread | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        found = dataclasses.asdict(self)
-        return found | {
-            "agrees": self.agrees,
-            "share_of_limit": self.share,
-            "flops_per_second": self.flops_per_second,
-            "bytes_per_second": self.bytes_per_second,
+        """Plain values for JSON.
+
+        matmul, copy: FLOP/s of a large matrix product in this dtype, bytes/s of a large copy. least: seconds that
+        the ceilings allow at best; limit: which of them sets it; share_of_limit: 1 at the limit, 0.1 is ten times
+        as slow.
+        """
+        subject, seconds = self.subject, self.spread.median
+        least, limit = self.ceilings.roofline_seconds(subject.cost, subject.dtype)
+        return {
+            "what": subject.what,
+            "contestant": subject.contestant,
+            "kind": subject.kind,
+            "version": subject.version,
+            "dtype": dtype_name(subject.dtype),
+            "device": subject.device,
+            "spread": dataclasses.asdict(self.spread),
+            "ratio": None if self.ratio is None else dataclasses.asdict(self.ratio),
+            "flop": subject.cost.flop,
+            "bytes": subject.cost.bytes,
+            "flops_per_second": subject.cost.flop / seconds,
+            "bytes_per_second": subject.cost.bytes / seconds,
+            "matmul": self.ceilings.flops[dtype_name(subject.dtype)],
+            "copy": self.ceilings.bytes_per_second,
+            "least": least,
+            "limit": limit,
+            "share_of_limit": least / seconds,
+            "peak_bytes": self.peak_bytes,
+            "breakdown": dataclasses.asdict(self.breakdown),
         }
 
 
 def profile_subjects(
     subjects: Sequence[Subject],
     ceilings: Ceilings,
-    effort: Effort,
+    seconds: float,
     *,
+    calls: int = 3,
     trace: Path | None = None,
     clock: Clock | None = None,
-    tell: Callable[[str], None] = lambda message: None,
+    tell: Tell = lambda message: None,
 ) -> list[Profile]:
-    """Profile subjects that do the same thing, in turns, the first being what the others are compared with.
+    """Profile subjects that do the same thing, in turn; the others are compared with the first.
 
     Args:
         ceilings: measured, with the subjects' dtype among them.
+        seconds: of timing for each subject.
+        calls: under the profiler.
         trace: where to write the Chrome trace of the first subject.
-        clock: makes a call and tells its seconds, in place of the device's.
-        tell: is told what is done next.
+        clock: in place of the device's.
+        tell: is told the next step.
     """
     names = [subject.contestant for subject in subjects]
     if len(set(names)) < len(names):
         raise ValueError(f"subjects: expected different contestants, got {names}")
-    timed = clock_for(subjects[0].device) if clock is None else ("given", clock)
-    runs = []
-    for number in range(effort.repeat):
-        tell(f"timing {', '.join(names)}" + (f", run {number + 1}" if effort.repeat > 1 else ""))
-        runs.append(time_subjects(subjects, timed, effort.seconds))
-    every = Blocks(timed[0], [block for run in runs for block in run.seconds])
-    found = []
-    for number, subject in enumerate(subjects):
-        name = subject.contestant
+    tell(f"timing {', '.join(names)}")
+    blocks = time_subjects(subjects, seconds, clock)
+    profiles = []
+    for subject in subjects:
+        name, first = subject.contestant, subject is subjects[0]
         tell(f"tracing {name}")
-        path = trace if number == 0 else None
-        breakdown = traced(subject.prepare(), subject.device, calls=effort.calls, trace=path)
+        path = trace if first else None
+        breakdown = traced(subject.prepare(), subject.device, calls=calls, trace=path)
         peak = _peak_of(subject, tell)
-        spreads = tuple(run.of(name) for run in runs)
-        ratio = None
-        if number:
-            paired = every.pair(names[0], name).ratio
-            ratio = (paired.median, paired.low, paired.high)
-        found.append(_profile(subject, every.of(name), spreads, ceilings, breakdown, ratio, peak))
-    return found
+        ratio = None if first else blocks.pair(names[0], name).ratio
+        profiles.append(Profile(subject, blocks.of(name), ceilings, breakdown, peak, ratio))
+    return profiles
 
 
-def time_subjects(subjects: Sequence[Subject], clock: tuple[str, Clock], seconds: float) -> Blocks:
+def time_subjects(
+    subjects: Sequence[Subject], seconds: float, clock: Clock | None = None
+) -> Blocks:
     """Time subjects in turn, for at most `seconds` each."""
     return measure_blocks(
         lambda: {subject.contestant: subject.prepare() for subject in subjects},
-        clock,
+        clock_for(subjects[0].device) if clock is None else ("given", clock),
         rounds=1,
         precision=PRECISION,
         seconds=seconds * len(subjects),
     )
 
 
-def _peak_of(subject: Subject, tell: Callable[[str], None]) -> int | None:
-    """None as well where measuring fails: the timing, which is done by then, is not lost for it."""
+def _peak_of(subject: Subject, tell: Tell) -> int | None:
+    """None as well where measuring fails, so that the finished timing is kept."""
     if subject.peak is None:
         return None
     tell(f"memory of {subject.contestant}")
@@ -191,34 +158,3 @@ def _peak_of(subject: Subject, tell: Callable[[str], None]) -> int | None:
     except RuntimeError as error:
         tell(f"memory of {subject.contestant} was not measured: {words_of(error)}")
         return None
-
-
-def _profile(
-    subject: Subject,
-    spread: Spread,
-    runs: tuple[Spread, ...],
-    ceilings: Ceilings,
-    breakdown: Breakdown,
-    ratio: tuple[float, float, float] | None,
-    peak: int | None,
-) -> Profile:
-    least, limit = ceilings.roofline_seconds(subject.cost, subject.dtype)
-    return Profile(
-        spread=spread,
-        what=subject.what,
-        contestant=subject.contestant,
-        kind=subject.kind,
-        version=subject.version,
-        dtype=dtype_name(subject.dtype),
-        device=subject.device,
-        runs=runs,
-        flop=subject.cost.flop,
-        bytes=subject.cost.bytes,
-        matmul=ceilings.flops[dtype_name(subject.dtype)],
-        copy=ceilings.bytes_per_second,
-        least=least,
-        limit=limit,
-        peak_bytes=peak,
-        breakdown=breakdown,
-        ratio=ratio,
-    )

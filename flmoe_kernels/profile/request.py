@@ -14,9 +14,10 @@ from . import cases
 from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, Case
 from .costs import cost
 from .memory import peak_bytes
-from .profiles import Call, Subject
+from .profiles import Subject
 from .registry import Contestant, contestants, default_ours, device_lack, prepare
 from .shapes import Shape, is_cuda, named_shapes
+from .timing import Call
 from .user_layer import PHASES, UserLayer, contestants_of, make_call, user_peak
 
 EVERY = "all"

@@ -1,13 +1,10 @@
-"""Steps of the command `profile`: check, measure, show, write.
-
-Each function returns whether repeated runs agree; with one run it returns True.
-"""
+"""Steps of the command `profile`: check, measure, show, write."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +17,7 @@ from .figures import LengthPoint, Roof, length_figure, roofline_figure
 from .lengths import scan
 from .memory import peak_bytes
 from .output import Files
-from .profiles import Effort, Profile, profile_subjects
+from .profiles import Profile, Tell, profile_subjects
 from .registry import Contestant, contestants, prepare, words_of
 from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
 from .shapes import at_length
@@ -31,11 +28,10 @@ if TYPE_CHECKING:
 
     from flmoe_kernels.published.report import SwappedLayer
 
-Tell = Callable[[str], None]
 LOG_WIDTH = 160
 
 
-def run_case(request: Request, effort: Effort, files: Files, *, check: bool, memory: bool) -> bool:
+def run_case(request: Request, seconds: float, files: Files, *, check: bool, memory: bool) -> None:
     """Contestants of a case of the registry.
 
     Raises:
@@ -54,8 +50,8 @@ def run_case(request: Request, effort: Effort, files: Files, *, check: bool, mem
             subjects = subjects_of(case, found, memory)
         tell("measuring this machine's ceilings")
         ceilings = measure_ceilings(case.device, (case.dtype,))
-        profiles = profile_subjects(subjects, ceilings, effort, trace=files.trace, tell=tell)
-    return _finish(profiles, ceilings, files)
+        profiles = profile_subjects(subjects, ceilings, seconds, trace=files.trace, tell=tell)
+    _finish(profiles, ceilings, files)
 
 
 def _checked(case: Case, found: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:
@@ -82,12 +78,12 @@ def _checked(case: Case, found: list[Contestant], every: bool, tell: Tell) -> li
 def run_layer(
     user: UserLayer,
     phase: str | None,
-    effort: Effort,
+    seconds: float,
     files: Files,
     *,
     check: bool,
     memory: bool,
-) -> bool:
+) -> None:
     """A user's layer, swapped, next to the reference.
 
     Raises:
@@ -108,28 +104,26 @@ def run_layer(
         profiles = []
         for what in phases:
             trace = files.trace if what == phases[0] else None
-            profiles += profile_subjects(subjects[what], ceilings, effort, trace=trace, tell=tell)
+            profiles += profile_subjects(subjects[what], ceilings, seconds, trace=trace, tell=tell)
     extra = {"layer": dataclasses.asdict(user), "swapped": _as_dict(swapped)}
-    return _finish(profiles, ceilings, files, **extra)
+    _finish(profiles, ceilings, files, **extra)
 
 
 def run_lengths(
     request: Request,
     lengths: Sequence[int],
-    effort: Effort,
+    seconds: float,
     files: Files,
     *,
     check: bool,
     memory: bool,
-) -> bool:
+) -> None:
     """Contestants of a case over sequence lengths; without a choice, all that run at the shortest.
 
     Raises:
         BadRequest: it cannot be met.
         WrongAnswer: a contestant does not compute the case, seen at the shortest length.
     """
-    if effort.repeat > 1:
-        raise BadRequest("repeat: of one shape, without --lengths")
     if files.trace is not None:
         raise BadRequest("trace: of one shape, without --lengths")
     if min(lengths) < 1:
@@ -152,13 +146,12 @@ def run_lengths(
             case,
             [contestant.name for contestant in chosen],
             lengths,
-            effort,
+            seconds,
             peak=peak_bytes if memory else lambda case, contestant: None,
             tell=tell,
         )
     _print(output.length_table(points))
     _write_lengths(case.name, points, files, environment(case.device))
-    return True
 
 
 def _write_lengths(
@@ -166,22 +159,23 @@ def _write_lengths(
 ) -> None:
     files.write_text("csv", lambda: output.lengths_csv(points))
     held = [dataclasses.asdict(point) for point in points]
-    files.write_text("json", lambda: output.as_json([], facts, {}, case=name, lengths=held))
+    files.write_text("json", lambda: output.as_json(facts, case=name, lengths=held))
     title = f"{name} on {facts['device']}, {_threads(facts)}"
     files.write_plot(lambda: length_figure(points, title=title))
 
 
-def _finish(profiles: Sequence[Profile], ceilings: Ceilings, files: Files, **more: Any) -> bool:
+def _finish(profiles: Sequence[Profile], ceilings: Ceilings, files: Files, **more: Any) -> None:
     facts = environment(ceilings.device)
     _print(_heading(facts))
     for table in output.tables(profiles):
         _print(table)
     files.write_text("csv", lambda: output.as_csv(profiles))
-    files.write_text("json", lambda: output.as_json(profiles, facts, ceilings.as_dict(), **more))
+    files.write_text(
+        "json", lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more)
+    )
     roof = Roof(dict(ceilings.flops), ceilings.bytes_per_second)
     title = f"{facts['device']}, {_threads(facts)}"
     files.write_plot(lambda: roofline_figure(output.points_of(profiles), roof, title=title))
-    return all(profile.agrees for profile in profiles)
 
 
 def _phases_of(phase: str | None) -> list[str]:

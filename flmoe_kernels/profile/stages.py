@@ -1,4 +1,4 @@
-"""Where the time of a call goes: torch.profiler's events, gathered by stage so that the stages sum to the whole.
+"""Stages of a call from torch.profiler's events; they sum to the whole.
 
 A stage is one of this package's operators, forward or backward, with all that runs inside it. What is no part of
 any is torch's: its largest operators by name, "other (torch)" for the rest of them, and "Python and autograd" for
@@ -9,16 +9,25 @@ which the device had nothing to do.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from flmoe_kernels.core.files import write_whole
 
 from .shapes import is_cuda
 
 CALL = "flmoe_kernels.profile: call"
 WAIT = "flmoe_kernels.profile: wait for the device"
 
+WARMUP = 2
 FORWARD, BACKWARD, EITHER = "forward", "backward", ""
 OTHER = "other (torch)"
 PYTHON = "Python and autograd"
@@ -70,6 +79,43 @@ class Breakdown:
     launches: float | None
     waits: float | None
     reads: float
+
+
+def traced(
+    call: Callable[[], Any], device: str, *, calls: int = 3, trace: Path | None = None
+) -> Breakdown:
+    """Run a call a few times under the profiler.
+
+    Args:
+        call: to run; inputs are made before.
+        device: "cpu", "cuda" or "cuda:N".
+        calls: how many times; the result is the mean.
+        trace: where to write the Chrome trace; it appears whole or not at all.
+    """
+    activities = [ProfilerActivity.CPU]
+    if is_cuda(device):
+        activities.append(ProfilerActivity.CUDA)
+    for _ in range(WARMUP):
+        call()
+    _wait(device)
+    with profile(activities=activities, record_shapes=True) as profiler:
+        for _ in range(calls):
+            with record_function(CALL):
+                call()
+            with record_function(WAIT):
+                _wait(device)
+    if trace is not None:
+        # The profiler chooses the format by the name's end, whatever the target is called.
+        with tempfile.TemporaryDirectory(prefix="flmoe_kernels-") as folder:
+            part = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(part))
+            write_whole(trace, lambda path: shutil.copyfile(part, path))
+    return breakdown(profiler.events(), device)
+
+
+def _wait(device: str) -> None:
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
 
 
 def breakdown(events: Sequence[Any], device: str) -> Breakdown:

@@ -7,7 +7,6 @@ import gc
 import itertools
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,12 @@ pytest.importorskip("matplotlib")
 from flmoe_kernels.cli.profile import profile
 from flmoe_kernels.profile import ceilings, lengths
 from flmoe_kernels.profile import output as profile_output
-from flmoe_kernels.profile import profiles as profiling
 from flmoe_kernels.profile import request as profile_request
 from flmoe_kernels.profile import run as profile_run
 from flmoe_kernels.profile.cases import cases
 from flmoe_kernels.profile.check import WrongAnswer
 from flmoe_kernels.profile.costs import cost
 from flmoe_kernels.profile.lengths import scan
-from flmoe_kernels.profile.profiles import Effort
 from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape, at_length
 
 app = typer.Typer()
@@ -100,7 +97,7 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
         assert found["peak_bytes"] is None
     assert (ours["contestant"], ours["kind"], ours["ratio"]) == ("cpu", "ours", None)
     assert (peer["contestant"], peer["kind"]) == ("reference", "peer")
-    assert peer["ratio"][1] <= peer["ratio"][0] <= peer["ratio"][2]
+    assert peer["ratio"]["low"] <= peer["ratio"]["median"] <= peer["ratio"]["high"]
     assert (ours["breakdown"]["operators"], peer["breakdown"]["operators"]) == (2, 0)
 
     rows = rows_of(written["csv"])
@@ -177,7 +174,6 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--op", "pair_moe", "--top-k", "1"), "--top-k: says nothing of what is profiled"),
         (("--op", "pair_moe", "--batch", "32"), "--batch: says nothing of what is profiled"),
         (("--op", "pair_moe", "--heads", "0"), "--heads: says nothing of what is profiled"),
-        (("--op", "pair_moe", "--lengths", "8", "--repeat", "2"), "repeat: of one shape"),
         (("--op", "pair_moe", "--seconds", "0"), "seconds: expected more than 0"),
         (
             ("--op", "pair_moe", "--json", "nowhere/x.json"),
@@ -251,33 +247,6 @@ def test_a_peak_that_cannot_be_measured_costs_no_timing(
     assert found["peak_bytes"] is None
 
 
-@pytest.mark.parametrize(("drift", "code"), [(1.0, 0), (1.5, 1)])
-def test_runs_that_disagree_are_exit_code_1(
-    drift: float, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    real, runs = profiling.measure_blocks, itertools.count()
-
-    def timed(prepare: Any, clock: Any, **settings: Any) -> Any:
-        # After the first run the fake machine has become slower.
-        slower, calls = drift if next(runs) else 1.0, itertools.count()
-
-        def fake(call: Callable[[], Any]) -> float:
-            call()
-            return slower * (1e-3 + 1e-6 * (next(calls) % 7))
-
-        return real(prepare, ("fake", fake), **settings)
-
-    monkeypatch.setattr(profiling, "measure_blocks", timed)
-    target = tmp_path / "out.json"
-    arguments = ("--repeat", "2", *QUICK, "--no-check", "--json", str(target))
-    result = run("--op", "pair_moe", *arguments, code=code)
-    assert "runs agree" in result.stdout
-    assert ("NO" in result.stdout) == bool(code)
-    [found] = json.loads(target.read_text())["profiles"]
-    assert len(found["runs"]) == 2
-    assert found["agrees"] == (not code)
-
-
 def test_lengths_are_measured_for_ours_and_the_peers(tmp_path: Path) -> None:
     paths = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "png")}
     backends = ("--backend", "cpu", "--backend", "reference")
@@ -328,10 +297,9 @@ def test_what_outgrows_memory_or_fails_is_left_out_with_the_reason(
         return case.shape.rows**2
 
     case = cases(["pair_moe"], [PAIRS], ["forward"])[0]
-    effort = Effort(seconds=0.02)
     found = {
         (point.length, point.contestant): point
-        for point in scan(case, ["cpu", "reference"], [4, 8, 16, 40, 90], effort, peak=peak)
+        for point in scan(case, ["cpu", "reference"], [4, 8, 16, 40, 90], 0.02, peak=peak)
     }
     reasons = {key: point.why_not for key, point in found.items()}
     # Linear growth, from 160 bytes at 16 tokens: 900 at 90 are more than 60% of what is free.
@@ -342,7 +310,7 @@ def test_what_outgrows_memory_or_fails_is_left_out_with_the_reason(
     assert found[16, "reference"].seconds is None
     assert found[16, "cpu"].peak_bytes == 160
     with pytest.raises(ValueError, match="lengths: expected numbers from 1"):
-        scan(case, ["cpu"], [0, 4], effort)
+        scan(case, ["cpu"], [0, 4], 0.02)
 
 
 @pytest.mark.parametrize(

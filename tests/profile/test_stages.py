@@ -25,8 +25,8 @@ from flmoe_kernels.profile.stages import (
     WAIT,
     Breakdown,
     breakdown,
+    traced,
 )
-from flmoe_kernels.profile.trace import BadTrace, check_trace, traced
 
 LAYER = LayerShape("tiny", 2, (5, 4), (3, None), 16, 2, 2, 3)
 PAIRS = PairShape("tiny", 2, 9, 7, rank=4, width=8)
@@ -218,39 +218,20 @@ def test_trace_is_json_with_every_call(tmp_path: Path) -> None:
     names = [event.get("name") for event in held["traceEvents"]]
     assert names.count(CALL) >= 2
     assert "flmoe::pair_moe_backward" in names
-    assert check_trace(target, 2) == len(held["traceEvents"])
-    with pytest.raises(BadTrace, match="expected 3 calls in the trace, got 2"):
-        check_trace(target, 3)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not valid JSON"),
-        ('{"traceEvents": [{"dur": NaN}]}', "NaN is no JSON"),
-        ('{"traceEvents": 3}', "no list of events"),
-        ("[]", "expected 1 calls in the trace, got 0"),
-        (json.dumps([{"name": CALL, "cat": "user_annotation", "ph": "X", "dur": 0}]), "expected 1"),
-    ],
-)
-def test_bad_traces_are_told(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "trace.json"
-    path.write_text(text)
-    with pytest.raises(BadTrace, match=message):
-        check_trace(path, 1)
-
-
-def test_a_bad_trace_leaves_the_file_as_it_was(
+def test_a_trace_that_fails_leaves_the_file_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "trace.json"
     target.write_text("before")
 
-    def spoilt(self: Any, path: str) -> None:
+    def fails(self: Any, path: str) -> None:
         Path(path).write_text("{")
+        raise OSError("no space left")
 
-    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", spoilt)
-    with pytest.raises(BadTrace):
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", fails)
+    with pytest.raises(OSError, match="no space left"):
         traced(lambda: None, "cpu", calls=1, trace=target)
     assert target.read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
