@@ -8,11 +8,11 @@ import torch
 from bench.suite import Comparison, compare
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
 from flmoe_kernels.profile.costs import cost
-from flmoe_kernels.profile.gate import Against
+from flmoe_kernels.profile.floors import Floor
+from flmoe_kernels.profile.gate import Against, measure_pair
 from flmoe_kernels.profile.memory import memory_lack, peak_bytes
 from flmoe_kernels.profile.registry import prepare
 from flmoe_kernels.profile.shapes import PAIR_BASE, PAIR_LONG
-from flmoe_kernels.profile.timing import clock_for, measure_blocks
 
 SGEMM_SIZE = 2048
 SGEMM_SHARE = 0.5
@@ -24,13 +24,13 @@ def test_against_peers(benchmark_against: Against, comparison: Comparison, full:
 
 
 def test_share_of_sgemm(cpu_only: None) -> None:
-    """The forward makes its products at half the rate of a large torch.mm, or more."""
+    """The forward makes its products at half the rate of a large torch.mm, or more, on one thread."""
     case = Case("pair_moe", PAIR_BASE, FORWARD, variant="none")
     a, b = (torch.randn(SGEMM_SIZE, SGEMM_SIZE) for _ in range(2))
-    calls = {"ours": prepare(case, "cpu").call, "sgemm": lambda: torch.mm(a, b)}
-    blocks = measure_blocks(lambda: calls, clock_for("cpu"), rounds=15, precision=0.05, seconds=2.0)
+    calls = {"ours": prepare(case, "cpu").call, "peer": lambda: torch.mm(a, b)}
+    plan = Floor(case.name, "torch.mm", SGEMM_SHARE, seconds=2.0)
     flop_ratio = cost(case).flop / (2 * SGEMM_SIZE**3)
-    share = flop_ratio * blocks.pair("ours", "sgemm").ratio.median
+    share = flop_ratio * measure_pair(lambda: calls, "cpu", plan).ratio.median
     assert share >= SGEMM_SHARE, f"{case.name}: {share:.0%} of the rate of torch.mm"
 
 

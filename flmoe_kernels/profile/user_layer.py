@@ -20,7 +20,7 @@ from flmoe_kernels.published.swap import SwappedLayer, swap
 
 from .cases import BOTH, DTYPES, FORWARD, dtype_name
 from .memory import Call, peak_of
-from .operators.interaction_moe import loss_of
+from .operators.interaction_moe import timed_call
 from .registry import OURS, PEER, device_lack
 from .shapes import LayerShape
 
@@ -207,22 +207,7 @@ def make_call(user: UserLayer, contestant: str, what: str) -> Call:
     if contestant != REFERENCE:
         layer = InteractionMoE.adopt(layer, backend=contestant)
     inputs, masks = make_inputs(user, next(layer.parameters()))
-    if what == INFERENCE:
-        layer.eval()
-
-        def inference() -> None:
-            with torch.no_grad():
-                layer.inference(inputs, masks)
-
-        return inference
-    layer.train()
-
-    def step() -> None:
-        for parameter in layer.parameters():
-            parameter.grad = None
-        loss_of(layer, layer(inputs, masks)).backward()
-
-    return step
+    return timed_call(PHASES[what], layer, inputs, masks)
 
 
 def make_inputs(user: UserLayer, like: Tensor) -> tuple[list[Tensor], list[Tensor | None] | None]:

@@ -102,13 +102,18 @@ def prepare_layer(
         with context():
             return _outputs(case, layer, placed, masks)
 
-    return Prepared(_timed(case, layer, placed, masks, context), outputs)
+    return Prepared(timed_call(case.phase, layer, placed, masks, context), outputs)
 
 
-def _timed(
-    case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor], context: Context
+def timed_call(
+    phase: str,
+    layer: Any,
+    inputs: list[Tensor],
+    masks: Sequence[Tensor | None] | None,
+    context: Context = contextlib.nullcontext,
 ) -> Callable[[], None]:
-    if case.phase == FORWARD:
+    """An inference, a training step without an optimizer, or the backward of its loss."""
+    if phase == FORWARD:
         layer.eval()
 
         def inference() -> None:
@@ -124,7 +129,7 @@ def _timed(
         with context():
             return loss_of(layer, layer(inputs, masks))
 
-    if case.phase == BACKWARD:
+    if phase == BACKWARD:
         loss, parameters = forward(), list(layer.parameters())
 
         def backward() -> None:
