@@ -42,6 +42,9 @@ def wrap_registrations() -> None:
 
     @functools.wraps(register)
     def impl(name: Any, types: Any, function: Callable | None = None, **options: Any) -> Any:
+        if not str(name).startswith("flmoe::"):
+            return register(name, types, function, **options)
+
         def recorded(kernel: Callable) -> Any:
             @functools.wraps(kernel)
             def call(*args: Any) -> Any:
