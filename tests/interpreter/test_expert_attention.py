@@ -14,14 +14,9 @@ from torch import Tensor
 from flmoe_kernels import expert_attention
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.core.triton.launches import interpreted
-from flmoe_kernels.ops.expert_attention.triton import launch
-from flmoe_kernels.ops.expert_attention.triton.launch import (
-    TABLE,
-    AttentionCall,
-    Tiles,
-    class_of,
-    readable,
-)
+from flmoe_kernels.ops.expert_attention.triton import choice
+from flmoe_kernels.ops.expert_attention.triton.launch import readable
+from flmoe_kernels.ops.expert_attention.triton.table import TABLE, AttentionCall, Tiles, class_of
 from tests.support.attention_cases import NAMES, Case, run
 from tests.support.inputs import as_dtype, cumulative, draw, gradients, make_seed
 
@@ -251,7 +246,7 @@ def test_tiles_of_an_architecture(
     width: int, p: float, dtype: torch.dtype, architecture: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As its launch table has them."""
-    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    monkeypatch.setattr(choice, "architecture_of", lambda _device: architecture)
     check(Case((67, 20), 1, width, p), dtype)
 
 

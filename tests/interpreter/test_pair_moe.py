@@ -17,8 +17,9 @@ from flmoe_kernels.core.triton.launches import interpreted
 from flmoe_kernels.ops.pair_moe import triton as kernels
 from flmoe_kernels.ops.pair_moe.call import PairCall
 from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
-from flmoe_kernels.ops.pair_moe.triton import launch, table
-from flmoe_kernels.ops.pair_moe.triton.launch import TABLE, Tiles, operand, readable
+from flmoe_kernels.ops.pair_moe.triton import choice, table
+from flmoe_kernels.ops.pair_moe.triton.launch import operand, readable
+from flmoe_kernels.ops.pair_moe.triton.table import TABLE, Tiles
 from tests.support.inputs import as_dtype, draw, gradients
 from tests.support.pair_cases import KIND_LISTS, MANY, NAMES, REDUCTIONS, PairCase, check, run
 
@@ -300,7 +301,7 @@ def test_tiles_of_an_architecture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As its launch table has them; a call that is small has those of few programs, unless none is."""
-    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    monkeypatch.setattr(choice, "architecture_of", lambda _device: architecture)
     if not few:
         monkeypatch.setattr(table, "_FEW_PROGRAMS", 0)
     case = PairCase(35, 18, 17, 20, kinds=kinds, masks="both", batch=1, reduce="pool")

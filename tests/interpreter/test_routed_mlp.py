@@ -18,9 +18,9 @@ from flmoe_kernels.core.triton.launches import Launch, interpreted
 from flmoe_kernels.core.triton.tables import KNOWN
 from flmoe_kernels.ops.routed_mlp import triton as kernels
 from flmoe_kernels.ops.routed_mlp.api import dispatch, routed_mlp
-from flmoe_kernels.ops.routed_mlp.triton import launch
+from flmoe_kernels.ops.routed_mlp.triton import choice, launch
 from flmoe_kernels.ops.routed_mlp.triton.call import RoutedCall
-from flmoe_kernels.ops.routed_mlp.triton.launch import TABLE, Tiles
+from flmoe_kernels.ops.routed_mlp.triton.table import TABLE, Tiles
 from tests.support.inputs import as_dtype, draw
 from tests.support.routed_cases import ACTIVATIONS, NAMES, RoutedCase, check, run
 
@@ -193,19 +193,20 @@ def test_a_token_may_name_an_expert_twice() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_an_expert_in_splits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients from partial sums, some of them over no rows."""
-    monkeypatch.setattr(launch, "splits_of", lambda _call: 3)
+    monkeypatch.setattr(launch, "splits_of", lambda _tiles, _call: 3)
     for case in (RoutedCase(90, 20, 35, 2, 2, load="hot"), RoutedCase(99, 7, 9, 2, 1, bias=False)):
         check(case, dtype, TRITON)
 
 
 def test_splits_fill_a_gpu_and_follow_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda _device: 132)
-    assert launch.splits_of(meta_call(16512, 2, 4, 256, 512)) == 8
-    assert launch.splits_of(meta_call(16512, 2, 16, 256, 512)) == 2
-    assert launch.splits_of(meta_call(16384, 8, 64, 2048, 1024)) == 1
-    assert launch.splits_of(meta_call(100, 1, 4, 256, 512)) == 1
+    tiles = TABLE["weight_gradient", False]
+    assert launch.splits_of(tiles, meta_call(16512, 2, 4, 256, 512)) == 8
+    assert launch.splits_of(tiles, meta_call(16512, 2, 16, 256, 512)) == 2
+    assert launch.splits_of(tiles, meta_call(16384, 8, 64, 2048, 1024)) == 1
+    assert launch.splits_of(tiles, meta_call(100, 1, 4, 256, 512)) == 1
     # A kernel is compiled for each: few, however many tokens there are.
-    found = {launch.splits_of(meta_call(n, 2, 4, 128, 256)) for n in range(100, 40000, 100)}
+    found = {launch.splits_of(tiles, meta_call(n, 2, 4, 128, 256)) for n in range(100, 40000, 100)}
     assert found == {1, 2, 4, 8, 16}
 
 
@@ -244,7 +245,7 @@ def test_tiles_of_an_architecture(
     case: RoutedCase, architecture: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As its launch table has them for odd widths and for large products."""
-    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    monkeypatch.setattr(choice, "architecture_of", lambda _device: architecture)
     check(case, torch.bfloat16, TRITON)
 
 
@@ -320,14 +321,20 @@ def test_offsets_beyond_32_bits() -> None:
         return RoutedCall(x, weight, weights[0], None, weights[1], None, offsets, permutation, 0)
 
     big = call(x, weight, permutation, rows - 3, rows)
-    dots = torch.from_numpy(np.empty((rows, launch.dot_parts(big)), np.float32))
+    tiles = {
+        kernel: choice.tiles_of(kernel, big)
+        for kernel in ("hidden", "rows", "hidden_gradient", "weight_gradient")
+    }
+    of_gradient = tiles["hidden_gradient"]
+    dots = torch.from_numpy(np.empty((rows, launch.dot_parts(of_gradient, big)), np.float32))
+    sides = (grad, True), (again, False)
     grad_w = torch.empty(1, width, 1, hidden, dtype=torch.float16)
     for one in (
-        launch.hidden_launch(big, before, active),
-        launch.rows_launch(big, active, out),
-        launch.hidden_gradient_launch(big, grad, before, grad_hidden, again, dots),
-        launch.token_gradient_launch(big, grad_hidden, grad_x),
-        launch.weight_gradient_launch(big, (grad, True), (again, False), grad_w, None, None),
+        launch.hidden_launch(tiles["hidden"], big, before, active),
+        launch.rows_launch(tiles["rows"], big, active, out),
+        launch.hidden_gradient_launch(of_gradient, big, grad, before, grad_hidden, again, dots),
+        launch.token_gradient_launch(tiles["rows"], big, grad_hidden, grad_x),
+        launch.weight_gradient_launch(tiles["weight_gradient"], big, *sides, grad_w, None, None),
     ):
         one.run()
     small = call(x[last], weight[last], torch.arange(3, dtype=torch.int32), 0, 3)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import expect, run
 
-from .launch import AttentionCall, backward_launches, forward_launch, readable, rows_contiguous
+from .choice import tiles_of
+from .launch import (
+    attend_launch,
+    key_gradient_launch,
+    query_gradient_launch,
+    readable,
+    rows_contiguous,
+)
+from .table import AttentionCall
 
 __all__ = ["backward", "forward"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +38,7 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
-        run([forward_launch(call, out, lse)], q.device)
+        run([attend_launch(tiles_of("attend", call), call, out, lse)], q.device)
     return out, lse
 
 
@@ -55,7 +63,14 @@ def backward(
     if q.numel():
         delta = q.new_empty(q.shape[:3], dtype=torch.float32)
         grad_out, out, lse = rows_contiguous(grad_out), rows_contiguous(out), lse.contiguous()
-        run(backward_launches(call, grad_out, out, lse, delta, grads), q.device)
+        of_query, of_key = tiles_of("query_gradient", call), tiles_of("key_gradient", call)
+        grad_q, grad_k, grad_v = grads
+        # The second reads the delta that the first writes.
+        launches = [
+            query_gradient_launch(of_query, call, grad_out, out, lse, delta, grad_q),
+            key_gradient_launch(of_key, call, grad_out, lse, delta, grad_k, grad_v),
+        ]
+        run(launches, q.device)
 
 
 def _checked(call: AttentionCall) -> AttentionCall:

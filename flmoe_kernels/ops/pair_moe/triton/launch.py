@@ -1,4 +1,4 @@
-"""How the kernels of pair_moe are launched: tiles, warps, operands. Calls have been made `readable`."""
+"""Launches of pair_moe's kernels from given tiles. Calls have been made `readable`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
-from flmoe_kernels.core.triton.tables import architecture_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import coefficients_of
 
 from .kernels import accumulate_kernel, gate_gradient_kernel, map_kernel, project_kernel
-from .table import TABLE, Tiles, key_of, narrower, registers_of
+from .table import Tiles, registers_of
 
 # What a kernel reads or writes (B, E, L, width) through, and S1, S2, S3 of every expert.
 Operand = tuple[Tensor, int, int, int]
@@ -23,20 +21,6 @@ Coefficients = tuple[tuple[float, ...], ...]
 
 # Tokens further apart than this are copied, so that offsets within a block stay below 2^31.
 _MAX_STRIDE = 2**24
-
-
-def tiles_of(
-    kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
-) -> Tiles:
-    """The launch table's of sm_`architecture`; without one, what runs where the call's tensors are, which with
-    autotune is the fastest found. `reduce` is the forward's."""
-    if architecture is None and tuning.enabled():
-        # Knows the launches, and so is above this module; nothing else needs it.
-        from .tuned import fastest
-
-        return fastest(kernel, call, reduce)
-    place = architecture_of(call.q.device) if architecture is None else architecture
-    return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call, reduce))
 
 
 def readable(call: PairCall) -> PairCall:
@@ -105,11 +89,9 @@ def _gate_operands(call: PairCall, swapped: bool) -> tuple[Operand, Operand, Any
     return (k, q, call.mask_b, call.mask_a) if swapped else (q, k, call.mask_a, call.mask_b)
 
 
-def row_blocks(
-    kernel: str, call: PairCall, architecture: int | None = None, tiles: Tiles | None = None
-) -> int:
-    """How many blocks a kernel cuts side a into: as many partial sums has what it adds up over them."""
-    return _blocks(call.rows, (tiles or tiles_of(kernel, call, architecture)).rows)
+def row_blocks(tiles: Tiles, call: PairCall) -> int:
+    """The number of blocks that a kernel cuts side a into, and of partial sums of what it adds up over them."""
+    return _blocks(call.rows, tiles.rows)
 
 
 def _expect_blocks(name: str, found: int, blocks: int) -> None:
@@ -118,22 +100,10 @@ def _expect_blocks(name: str, found: int, blocks: int) -> None:
         raise ValueError(f"{name}: expected partial sums of {blocks} blocks, got {found}")
 
 
-def forward_launch(
-    call: PairCall,
-    reduce: str,
-    y: Tensor,
-    mass: Tensor,
-    *,
-    architecture: int | None = None,
-) -> Launch:
+def forward_launch(tiles: Tiles, call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Launch:
     """y is (B, E, La, V), (B, La, V), or for "pool" partial sums (B, E, row_blocks, V) in float32."""
-    tiles = tiles_of("accumulate", call, architecture, reduce)
-    return forward_with(tiles, call, reduce, y, mass)
-
-
-def forward_with(tiles: Tiles, call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Launch:
     if reduce == REDUCE_POOL:
-        _expect_blocks("y", y.shape[2], _blocks(call.rows, tiles.rows))
+        _expect_blocks("y", y.shape[2], row_blocks(tiles, call))
     return _accumulate(
         tiles,
         call,
@@ -245,16 +215,18 @@ def project_launches(
 
 
 def backward_launches(
+    sums: Tiles,
+    gates: Tiles,
     call: PairCall,
     reduce: str,
     grad_y: Tensor,
     sides: Sides,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     grad_bias: Tensor,
-    *,
-    architecture: int | None = None,
 ) -> list[Launch]:
     """Gradients of q, k, a, c, and (B, row_blocks, E) partial sums of gate_bias's.
+
+    sums: tiles of "accumulate"; gates: of "gradient", which cut grad_bias.
 
     grad_a_i = s1 g_i sum_j p + s3 g_i * sum_j p c_j
     grad_c_j = sum_i p factor_i [+ s2 g sum_i p, where g is the same for every i]
@@ -267,20 +239,18 @@ def backward_launches(
     g_a = spread(grad_y, call, reduce, call.rows)
     g_c = spread(grad_y, call, reduce, call.columns) if pool else None
     added = tuple(float(product) for product in sides.product)
-    sums = tiles_of("accumulate", call, architecture)
-    gates = tiles_of("gradient", call, architecture)
     return [
         _accumulate(sums, call, grad_a, (g_a, operand(call.c)), (s1, none, s3)),
         _accumulate(
             *(sums, call, grad_c, (g_c, factor), (s2 if pool else none, added, none)),
             swapped=True,
         ),
-        gate_gradient_with(gates, call, sides, grad_q, grad_bias),
-        gate_gradient_with(gates, call, sides, grad_k, None, swapped=True),
+        gate_gradient_launch(gates, call, sides, grad_q, grad_bias),
+        gate_gradient_launch(gates, call, sides, grad_k, None, swapped=True),
     ]
 
 
-def gate_gradient_with(
+def gate_gradient_launch(
     tiles: Tiles,
     call: PairCall,
     sides: Sides,
@@ -322,21 +292,9 @@ def gate_gradient_with(
 
 
 def map_launch(
-    call: PairCall,
-    sides: Sides,
-    out: Tensor,
-    first: int,
-    end: int,
-    *,
-    architecture: int | None = None,
-) -> Launch:
-    """Rows first to end: out is phi (B, E, rows, Lb) in float32, or keys (B, E + 1, rows, Lb) in int64."""
-    return map_with(tiles_of("map", call, architecture), call, sides, out, first, end)
-
-
-def map_with(
     tiles: Tiles, call: PairCall, sides: Sides, out: Tensor, first: int, end: int
 ) -> Launch:
+    """Rows first to end: out is phi (B, E, rows, Lb) in float32, or keys (B, E + 1, rows, Lb) in int64."""
     return Launch(
         map_kernel,
         _blocks(end - first, tiles.rows) * _blocks(call.columns, tiles.columns) * call.batch,

@@ -14,6 +14,7 @@ from flmoe_kernels.core.triton.launches import Launch, expect, run
 from . import launch as launches
 from . import routing_launch as routing
 from .call import RoutedCall, check_rows, checked
+from .choice import tiles_of
 
 __all__ = ["backward", "dispatch", "forward", "gate", "limit"]
 
@@ -77,10 +78,12 @@ def forward(
     call = checked(x, weight, w_in, b_in, w_out, b_out, offsets, permutation, act)
     out = call.x.new_empty(call.x.shape)
     hidden, active = (call.x.new_empty((call.rows, call.hidden)) for _ in range(2))
-    found = [launches.hidden_launch(call, hidden, active)]
     parts = _parts(call, out)
-    found.append(launches.rows_launch(call, active, parts))
-    run(found + _sums(parts, out), x.device)
+    products = [
+        launches.hidden_launch(tiles_of("hidden", call), call, hidden, active),
+        launches.rows_launch(tiles_of("rows", call), call, active, parts),
+    ]
+    run(products + _sums(parts, out), x.device)
     return out, hidden
 
 
@@ -108,12 +111,13 @@ def backward(
     empty = call.x.new_empty
     grad_x, grad_weight = empty(call.x.shape), empty(call.weight.shape)
     grad_hidden, active = (empty((call.rows, call.hidden)) for _ in range(2))
-    dots = empty((call.rows, launches.dot_parts(call)), dtype=torch.float32)
+    tiles = tiles_of("hidden_gradient", call)
+    dots = empty((call.rows, launches.dot_parts(tiles, call)), dtype=torch.float32)
     parts = _parts(call, grad_x)
     found = [
-        launches.hidden_gradient_launch(call, grad_out, hidden, grad_hidden, active, dots),
+        launches.hidden_gradient_launch(tiles, call, grad_out, hidden, grad_hidden, active, dots),
         launches.choice_gradient_launch(call, dots, grad_out, grad_weight),
-        launches.token_gradient_launch(call, grad_hidden, parts),
+        launches.token_gradient_launch(tiles_of("rows", call), call, grad_hidden, parts),
     ]
     run(found + _sums(parts, grad_x), x.device)
     by_row, by_token = (grad_hidden, False), (call.x, True)
@@ -134,17 +138,18 @@ def _weight_gradients(
     experts, p, q = call.experts, left[0].shape[1], right[0].shape[1]
     grad = call.x.new_empty((experts, p, q))
     grad_bias = call.x.new_empty((0,) if bias is None else (experts, p))
-    splits = launches.splits_of(call)
+    tiles = tiles_of("weight_gradient", call)
+    splits = launches.splits_of(tiles, call)
     if splits == 1:
         whole, whole_bias = grad.unsqueeze(2), None if bias is None else grad_bias.unsqueeze(1)
         found = [
-            launches.weight_gradient_launch(call, left, right, whole, whole_bias, weight),
+            launches.weight_gradient_launch(tiles, call, left, right, whole, whole_bias, weight)
         ]
     else:
         parts = call.x.new_empty((experts, p, splits, q), dtype=torch.float32)
         shape = (experts, splits, p)
         of_bias = None if bias is None else call.x.new_empty(shape, dtype=torch.float32)
-        found = [launches.weight_gradient_launch(call, left, right, parts, of_bias, weight)]
+        found = [launches.weight_gradient_launch(tiles, call, left, right, parts, of_bias, weight)]
         found.append(launches.sum_launch(parts.flatten(0, 1), grad.flatten(0, 1)))
         if of_bias is not None:
             found.append(launches.sum_launch(of_bias, grad_bias))

@@ -1,15 +1,12 @@
-"""How the kernels of the routed MLP are launched: tiles, warps, numbers of programs."""
+"""Launches of the routed MLP's kernels from given tiles."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, multiprocessors
-from flmoe_kernels.core.triton.tables import architecture_of
 
 from .call import RoutedCall
 from .kernels import (
@@ -20,7 +17,7 @@ from .kernels import (
     sum_kernel,
     weight_gradient_kernel,
 )
-from .table import REGISTERS, TABLE, Tiles, key_of, narrower
+from .table import REGISTERS, Tiles
 
 # Programs on each multiprocessor where each is small.
 _EACH_SMALL = 8
@@ -31,23 +28,6 @@ _SUM_TILE, _CHOICE_TILE = 2048, (32, 128)
 # Left to itself the compiler spills 8 bytes of choice_gradient_kernel on sm_100 to have 80 registers, not 93; with
 # more than 128 three blocks would share an SM, not four.
 _UNHURRIED = {100: 128}
-
-
-def tiles_of(kernel: str, dtype: torch.dtype, architecture: int | None = None) -> Tiles:
-    """The launch table's of sm_`architecture` for calls of no narrower class; of none, the one that is for all."""
-    return TABLE.tiles(key_of(kernel, dtype), architecture)
-
-
-def tiles_for(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
-    """The launch table's; without an architecture, what runs where the call's tensors are, which with autotune is
-    the fastest found."""
-    if architecture is None and tuning.enabled():
-        # Knows the launches, and so is above this module; nothing else needs it.
-        from .tuned import fastest
-
-        return fastest(kernel, call)
-    place = architecture_of(call.x.device) if architecture is None else architecture
-    return TABLE.tiles(key_of(kernel, call.x.dtype), place, *narrower(kernel, call))
 
 
 def _chunk(width: int, most: int) -> int:
@@ -99,18 +79,8 @@ def _products(
     )
 
 
-def hidden_launch(
-    call: RoutedCall,
-    hidden: Tensor,
-    active: Tensor,
-    *,
-    architecture: int | None = None,
-) -> Launch:
+def hidden_launch(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
     """hidden and active (R, F) by row."""
-    return hidden_with(tiles_for("hidden", call, architecture), call, hidden, active)
-
-
-def hidden_with(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
     arguments: dict[str, Any] = {"x": call.x, "w": call.w_in, "bias": call.b_in, "hidden": hidden}
     arguments |= {"active": active, "depth": call.width}
     constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
@@ -118,26 +88,15 @@ def hidden_with(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) 
     return _products(hidden_kernel, tiles, call, arguments, {**constants, **sizes})
 
 
-def rows_launch(
-    call: RoutedCall,
-    active: Tensor,
-    out: Tensor,
-    *,
-    architecture: int | None = None,
-) -> Launch:
-    """out (R, D) by place: each row's weighted output."""
-    return rows_with(tiles_for("rows", call, architecture), call, active, out)
-
-
-def rows_with(tiles: Tiles, call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
+def rows_launch(tiles: Tiles, call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
+    """out (R, D) by place: each row's weighted output. Tiles of "rows"."""
     return _rows(tiles, call, active, call.w_out, (1, call.hidden), out, call.b_out, call.weight)
 
 
 def token_gradient_launch(
-    call: RoutedCall, grad_hidden: Tensor, out: Tensor, *, architecture: int | None = None
+    tiles: Tiles, call: RoutedCall, grad_hidden: Tensor, out: Tensor
 ) -> Launch:
-    """out (R, D) by place: each row's part of the gradient of x."""
-    tiles = tiles_for("rows", call, architecture)
+    """out (R, D) by place: each row's part of the gradient of x. Tiles of "rows"."""
     return _rows(tiles, call, grad_hidden, call.w_in, (call.width, 1), out, None, None)
 
 
@@ -158,28 +117,12 @@ def _rows(
     return _products(rows_kernel, tiles, call, arguments, {**constants, **sizes})
 
 
-def dot_parts(call: RoutedCall, architecture: int | None = None, tiles: Tiles | None = None) -> int:
+def dot_parts(tiles: Tiles, call: RoutedCall) -> int:
     """Blocks of columns of the hidden gradient, each of which leaves a part of every row's dot."""
-    tiles = tiles or tiles_for("hidden_gradient", call, architecture)
     return _blocks(call.hidden, _chunk(call.hidden, tiles.columns))
 
 
 def hidden_gradient_launch(
-    call: RoutedCall,
-    grad_out: Tensor,
-    hidden: Tensor,
-    grad_hidden: Tensor,
-    active: Tensor,
-    dots: Tensor,
-    *,
-    architecture: int | None = None,
-) -> Launch:
-    """grad_hidden and active (R, F) by row; dots (R, dot_parts) in float32."""
-    tiles = tiles_for("hidden_gradient", call, architecture)
-    return hidden_gradient_with(tiles, call, grad_out, hidden, grad_hidden, active, dots)
-
-
-def hidden_gradient_with(
     tiles: Tiles,
     call: RoutedCall,
     grad_out: Tensor,
@@ -188,7 +131,8 @@ def hidden_gradient_with(
     active: Tensor,
     dots: Tensor,
 ) -> Launch:
-    parts = dot_parts(call, tiles=tiles)
+    """grad_hidden and active (R, F) by row; dots (R, dot_parts) in float32."""
+    parts = dot_parts(tiles, call)
     if dots.shape[1] != parts:
         # A buffer that was cut by other tiles would be written past its end.
         raise ValueError(f"dots: expected {parts} blocks of columns, got {dots.shape[1]}")
@@ -222,12 +166,11 @@ def choice_gradient_launch(
     )
 
 
-def splits_of(call: RoutedCall, architecture: int | None = None, tiles: Tiles | None = None) -> int:
+def splits_of(tiles: Tiles, call: RoutedCall) -> int:
     """Shares of an expert's rows in its weight gradients: as many as fill the GPU where tiles alone do not.
 
     A power of two, being a constant of the kernels: few are compiled where the number of tokens changes.
     """
-    tiles = tiles or tiles_for("weight_gradient", call, architecture)
     across = _blocks(call.hidden, tiles.rows) * _blocks(call.width, tiles.columns)
     wanted = _blocks(tiles.programs * multiprocessors(call.x.device), call.experts * across)
     splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
@@ -235,21 +178,6 @@ def splits_of(call: RoutedCall, architecture: int | None = None, tiles: Tiles | 
 
 
 def weight_gradient_launch(
-    call: RoutedCall,
-    left: tuple[Tensor, bool],
-    right: tuple[Tensor, bool],
-    grad: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    *,
-    architecture: int | None = None,
-) -> Launch:
-    """grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token, or else by row."""
-    tiles = tiles_for("weight_gradient", call, architecture)
-    return weight_gradient_with(tiles, call, left, right, grad, bias, weight)
-
-
-def weight_gradient_with(
     tiles: Tiles,
     call: RoutedCall,
     left: tuple[Tensor, bool],
@@ -258,6 +186,7 @@ def weight_gradient_with(
     bias: Tensor | None,
     weight: Tensor | None,
 ) -> Launch:
+    """grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token, or else by row."""
     p, splits, q = grad.shape[1:]
     high, wide = _chunk(p, tiles.rows), _chunk(q, tiles.columns)
     down, across = _blocks(p, high), _blocks(q, wide)

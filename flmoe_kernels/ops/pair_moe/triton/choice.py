@@ -1,42 +1,53 @@
-"""The fastest configuration of pair_moe's kernels, by time on the inputs of a call; see flmoe_kernels/tuning."""
+"""The choice of tiles for pair_moe's kernels: by launch table, or with autotune by time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton import tuning
-from flmoe_kernels.core.triton.launches import Launch, matrix_precision, run
+from flmoe_kernels.core.triton.launches import matrix_precision, run
 from flmoe_kernels.core.triton.tables import architecture_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 
 from .launch import (
     Sides,
-    forward_with,
-    gate_gradient_with,
+    forward_launch,
+    gate_gradient_launch,
     make_sides,
-    map_with,
+    map_launch,
     operand,
     project_launches,
     row_blocks,
 )
-from .table import Tiles, candidates, class_of, few_programs
+from .table import TABLE, Tiles, candidates, class_of, few_programs, key_of, narrower
 
 # Pairs of all experts that a trial of a map fills: 64 MiB.
 _MAP = 2**24
 
 
+def tiles_of(
+    kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
+) -> Tiles:
+    """The launch table's for sm_`architecture`; for None, what runs on the device of the call's tensors, which
+    with autotune is the fastest. `reduce` is the forward's."""
+    if architecture is None and tuning.enabled():
+        return fastest(kernel, call, reduce)
+    place = architecture_of(call.q.device) if architecture is None else architecture
+    return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call, reduce))
+
+
 def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
-    """The answer for all calls of these sizes, in buckets; see tuning.choose. `reduce` is the forward's."""
+    """The choice for all calls in the same buckets of sizes, see tuning.choose. `reduce` is the forward's."""
     device = call.q.device
     summed = reduce == REDUCE_EXPERTS
-    # Sums over rows are cut by the answer for outputs of every token.
+    # For "pool", which sums over rows, the choice is that for an output of every token.
     reduce = REDUCE_EXPERTS if summed else REDUCE_NONE
-    found = candidates(kernel, call, architecture_of(device), reduce)
     sizes = {"batch": call.batch, "rows": call.rows, "columns": call.columns}
-    asked = tuning.question(
+    key = tuning.tuning_key(
         f"pair_moe.{kernel}",
         class_of(call),
         call.q.dtype,
@@ -48,62 +59,58 @@ def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
         summed=int(summed),
         tf32=int(matrix_precision(call.q.dtype) == "tf32"),
     )
-    return tuning.choose(asked, found, lambda: _TRIALS[kernel](call, reduce), device)
-
-
-def _trial(
-    call: PairCall,
-    tiles: Tiles,
-    launches: list[Launch],
-    buffers: list[Tensor],
-    results: Callable[[], list[Tensor]] | None = None,
-) -> tuning.Trial[Tiles]:
-    device = call.q.device
-    return tuning.Trial(
-        tiles, device, lambda: run(launches, device), buffers, results or (lambda: buffers)
-    )
+    tried = candidates(kernel, call, architecture_of(device), reduce)
+    return tuning.choose(key, tried, lambda: _TRIALS[kernel](call, reduce), device)
 
 
 def _accumulate(call: PairCall, reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
     """The forward, with an output for every token, and for every expert where they are not added up."""
+    device = call.q.device
     y = call.q.new_empty(call.y_shape(reduce))
     mass = call.q.new_empty(call.q.shape[:3], dtype=call.statistics)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
-        launch = forward_with(tiles, call, reduce, y, mass)
-        return _trial(call, tiles, [launch], [y, mass])
+        launch = forward_launch(tiles, call, reduce, y, mass)
+        return tuning.Trial(tiles, device, partial(run, [launch], device), [y, mass])
 
     return make
 
 
 def _gradient(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
     """The gradients of q, k and gate_bias, with a for the cotangent of y."""
+    device = call.q.device
     sides = _sides(call, REDUCE_NONE, call.q.dtype, call.a)
     grad_q, grad_k = call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
-        shape = (call.batch, row_blocks("gradient", call, tiles=tiles), call.experts)
+        shape = (call.batch, row_blocks(tiles, call), call.experts)
         bias = call.q.new_empty(shape, dtype=call.statistics)
         launches = [
-            gate_gradient_with(tiles, call, sides, operand(grad_q), bias),
-            gate_gradient_with(tiles, call, sides, operand(grad_k), None, swapped=True),
+            gate_gradient_launch(tiles, call, sides, operand(grad_q), bias),
+            gate_gradient_launch(tiles, call, sides, operand(grad_k), None, swapped=True),
         ]
-        found = [grad_q, grad_k]
-        return _trial(call, tiles, launches, [*found, bias], lambda: [*found, bias.sum(dim=1)])
+        return tuning.Trial(
+            tiles,
+            device,
+            partial(run, launches, device),
+            [grad_q, grad_k, bias],
+            lambda: [grad_q, grad_k, bias.sum(dim=1)],
+        )
 
     return make
 
 
 def _map(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
     """Contributions of the first rows, with a token's values for the head."""
+    device = call.q.device
     sides = _sides(call, REDUCE_POOL, call.statistics, call.a[:, :, 0])
     rows = min(call.rows, max(1, _MAP // (call.batch * call.experts * call.columns)))
     shape = (call.batch, call.experts, rows, call.columns)
     phi = call.q.new_empty(shape, dtype=call.statistics)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
-        launch = map_with(tiles, call, sides, phi, 0, rows)
-        return _trial(call, tiles, [launch], [phi])
+        launch = map_launch(tiles, call, sides, phi, 0, rows)
+        return tuning.Trial(tiles, device, partial(run, [launch], device), [phi])
 
     return make
 

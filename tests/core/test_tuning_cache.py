@@ -1,4 +1,4 @@
-"""The files in which autotune keeps what it found: written whole, checked when read, never run."""
+"""The files of tuning results: written whole, validated when read, never run."""
 
 from __future__ import annotations
 
@@ -13,40 +13,51 @@ from typing import Any
 import pytest
 
 from flmoe_kernels.core.triton.tuning import cache
-from flmoe_kernels.core.triton.tuning.finding import decode, encode
+from flmoe_kernels.core.triton.tuning.cache import decode, encode
 from tests.support.tuning_trials import (
     BETTER,
-    FOUND,
-    QUESTION,
-    ROOT,
+    KEY,
+    RESULT,
     SECONDS,
     Clock,
     choose,
-    own_folder,
+    empty_cache,
     python,
 )
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    yield from own_folder(tmp_path, monkeypatch)
+    yield from empty_cache(tmp_path, monkeypatch)
 
 
-def test_a_finding_survives_its_file() -> None:
-    assert decode(encode(FOUND)) == FOUND
+@pytest.fixture
+def path(folder: Path) -> Path:
+    """The file of KEY, in a folder that exists."""
+    folder.mkdir(parents=True)
+    return folder / KEY.file_name()
+
+
+def test_a_result_survives_its_file() -> None:
+    assert decode(encode(RESULT)) == RESULT
+    assert json.loads(encode(RESULT))["format"] == 1
 
 
 def changed(**fields: Any) -> str:
-    return json.dumps(json.loads(encode(FOUND)) | fields)
+    """The file with other fields, and with other fields of its key in `key`."""
+    content = json.loads(encode(RESULT))
+    if isinstance(fields.get("key"), dict):
+        fields["key"] = content["key"] | fields["key"]
+    return json.dumps(content | fields)
 
 
-BAD = {
+INVALID = {
     "no JSON": "{",
     "a list": "[1]",
     "nothing": "",
     "deep": "[" * 100_000,
-    "schema 2": changed(schema=2),
-    "schema true": changed(schema=True),
+    "format 2": changed(format=2),
+    "format true": changed(format=True),
     "a field more": changed(code="import os"),
     "no tiles": changed(tiles={}),
     "tiles of text": changed(tiles={"rows": "32"}),
@@ -60,30 +71,23 @@ BAD = {
     "infinite seconds": changed(seconds=1e999),
     "seconds of text": changed(seconds="1"),
     "seconds beyond a float": changed(seconds=10**400),
-    "a question of text": changed(question="op"),
-    "a question of numbers": changed(
-        question=json.loads(encode(FOUND))["question"] | {"kernel": 1}
-    ),
-    "a device that moves the cursor": changed(
-        question=json.loads(encode(FOUND))["question"] | {"device": "GPU\x1b[2J"}
-    ),
-    "a long device": changed(
-        question=json.loads(encode(FOUND))["question"] | {"device": "x" * 999}
-    ),
-    "a key that moves the cursor": changed(tiles={"\x1b[2J": 1}),
+    "a key of text": changed(key="op"),
+    "a kernel of numbers": changed(key={"kernel": 1}),
+    "a device that moves the cursor": changed(key={"device": "GPU\x1b[2J"}),
+    "a long device": changed(key={"device": "x" * 999}),
+    "a field that moves the cursor": changed(tiles={"\x1b[2J": 1}),
     "tried": changed(tried=-1),
 }
 
 
-@pytest.mark.parametrize("text", BAD.values(), ids=BAD.keys())
-def test_invalid_files_are_ignored_with_a_warning(text: str, folder: Path) -> None:
+@pytest.mark.parametrize("text", INVALID.values(), ids=INVALID.keys())
+def test_invalid_files_are_ignored_with_a_warning(text: str, path: Path) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         decode(text)
-    folder.mkdir(parents=True)
-    (folder / f"{QUESTION.name()}.json").write_text(text)
+    path.write_text(text)
     with pytest.warns(cache.TuningWarning, match=r"ignored"):
         assert choose(Clock(SECONDS)) == BETTER
-    assert cache.read(QUESTION) == FOUND, "the next process finds a valid one"
+    assert cache.read(KEY) == RESULT, "the next process reads a valid one"
 
 
 class Bomb:
@@ -92,34 +96,35 @@ class Bomb:
 
 
 @pytest.mark.parametrize("content", [pickle.dumps(Bomb()), b"\xff" * 10, b" " * 2**17])
-def test_foreign_files_are_never_run_or_read_whole(content: bytes, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / f"{QUESTION.name()}.json").write_bytes(content)
+def test_foreign_files_are_never_run_or_read_whole(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
     with pytest.warns(cache.TuningWarning, match="ignored"):
-        assert cache.read(QUESTION) is None
+        assert cache.read(KEY) is None
 
 
-def test_a_pipe_is_not_waited_for(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    os.mkfifo(folder / f"{QUESTION.name()}.json")
-    with pytest.warns(cache.TuningWarning, match="ignored: no regular file"):
-        assert cache.read(QUESTION) is None
+def test_a_pipe_is_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.warns(cache.TuningWarning, match="ignored: not a regular file"):
+        assert cache.read(KEY) is None
+    with pytest.warns(cache.TuningWarning, match="not written: not a regular file"):
+        cache.write(RESULT)
 
 
-def test_a_complaint_is_short(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / f"{QUESTION.name()}.json").write_text(changed(schema="x" * 50_000))
-    with pytest.warns(cache.TuningWarning, match="schema: expected 1") as caught:
-        assert cache.read(QUESTION) is None
+def test_a_warning_is_short(path: Path) -> None:
+    path.write_text(changed(format="x" * 50_000))
+    with pytest.warns(cache.TuningWarning, match="format: expected 1") as caught:
+        assert cache.read(KEY) is None
     assert len(str(caught[0].message)) < 1000
 
 
-def test_a_folder_in_a_findings_place_is_named_and_stays(folder: Path) -> None:
-    cache.write(FOUND)
+def test_clear_removes_files_and_what_killed_writers_left(folder: Path) -> None:
+    cache.write(RESULT)
     (folder / f"{'0' * 32}.json").mkdir()
-    (folder / f".{QUESTION.name()}.abc_1.tmp").write_text("of a writer that was killed")
+    left = folder / f".{KEY.file_name()}.abc_1"
+    left.mkdir()
+    (left / KEY.file_name()).write_text("{")
     with pytest.warns(cache.TuningWarning, match="ignored"):
-        assert list(cache.findings()) == [FOUND]
+        assert list(cache.results()) == [RESULT]
     with pytest.warns(cache.TuningWarning, match="not removed"):
         assert cache.clear() == 1
     assert [path.name for path in folder.iterdir()] == [f"{'0' * 32}.json"]
@@ -133,25 +138,24 @@ def test_without_a_home_a_call_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose(Clock(SECONDS)) == BETTER
 
 
-def test_a_file_that_answers_another_question_is_ignored(folder: Path) -> None:
-    cache.write(FOUND)
-    other = dataclasses.replace(QUESTION, triton="3.8.0")
-    assert other.name() != QUESTION.name()
-    (folder / f"{QUESTION.name()}.json").rename(folder / f"{other.name()}.json")
-    with pytest.warns(cache.TuningWarning, match="another question"):
+def test_a_file_with_another_key_is_ignored(folder: Path) -> None:
+    cache.write(RESULT)
+    other = dataclasses.replace(KEY, triton="3.8.0")
+    assert other.file_name() != KEY.file_name()
+    (folder / KEY.file_name()).rename(folder / other.file_name())
+    with pytest.warns(cache.TuningWarning, match="another key"):
         assert cache.read(other) is None
 
 
 def test_a_file_cannot_bring_a_configuration_of_its_own() -> None:
-    cache.write(dataclasses.replace(FOUND, tiles={"rows": 4096, "warps": 32}))
+    cache.write(dataclasses.replace(RESULT, tiles={"rows": 4096, "warps": 32}))
     clock = Clock(SECONDS)
     assert choose(clock) == BETTER
     assert clock.timed
-    assert cache.read(QUESTION) == FOUND
+    assert cache.read(KEY) == RESULT
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(folder: Path) -> None:
-    folder.parent.parent.mkdir(exist_ok=True)
     folder.parent.write_text("no folder")
     with pytest.warns(cache.TuningWarning, match="not written"):
         assert choose(Clock(SECONDS)) == BETTER
@@ -160,16 +164,17 @@ def test_a_folder_that_cannot_be_written_is_a_warning(folder: Path) -> None:
 def test_a_write_that_fails_leaves_the_old_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.write(FOUND)
+    cache.write(RESULT)
 
     def fail(*_paths: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.warns(cache.TuningWarning, match="disk full"):
-        cache.write(dataclasses.replace(FOUND, seconds=1e-6))
-    assert cache.read(QUESTION) == FOUND
-    assert [path.name for path in folder.iterdir()] == [f"{QUESTION.name()}.json"]
+        cache.write(dataclasses.replace(RESULT, seconds=1e-6))
+    assert cache.read(KEY) == RESULT
+    assert [path.name for path in folder.iterdir()] == [KEY.file_name()]
+    assert folder.stat().st_mode & 0o077 == 0, "others may not read it"
 
 
 def test_the_folder_follows_the_environment(
@@ -185,14 +190,7 @@ def test_the_folder_follows_the_environment(
         assert cache.folder() == tmp_path / "me" / ".cache" / "flmoe_kernels" / "tuning"
 
 
-def test_a_fresh_process_reads_what_another_found(folder: Path) -> None:
+def test_a_fresh_process_reads_what_another_saved() -> None:
     assert choose(Clock(SECONDS)) == BETTER
-    code = """
-import sys; sys.path.insert(0, "tests")
-from tuning_trials import BETTER, CPU, QUESTION, TABLE, refuse, sums
-from flmoe_kernels import tuning
-with tuning.autotune(timer=refuse):
-    print(tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == BETTER)
-"""
-    result = python(f"import os; os.chdir({str(ROOT)!r})\n{code}")
-    assert result.stdout.strip() == "True", result.stderr
+    code = "from tests.support.tuning_trials import choose, refuse; print(choose(refuse))"
+    assert python(code) == str(BETTER)

@@ -1,9 +1,9 @@
-"""The fastest configuration of routed_mlp's products, by time on the inputs of a call; see
-flmoe_kernels/tuning."""
+"""The choice of tiles for routed_mlp's products: by launch table, or with autotune by time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,16 +14,24 @@ from flmoe_kernels.core.triton.tables import architecture_of
 
 from . import launch as launches
 from .call import RoutedCall
-from .launch import tiles_of
-from .table import Tiles, candidates
+from .table import TABLE, Tiles, candidates, key_of, narrower
 
 Make = Callable[[Tiles], tuning.Trial[Tiles]]
 
 
+def tiles_of(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
+    """The launch table's for sm_`architecture`; for None, what runs on the device of the call's tensors, which
+    with autotune is the fastest."""
+    if architecture is None and tuning.enabled():
+        return fastest(kernel, call)
+    place = architecture_of(call.x.device) if architecture is None else architecture
+    return TABLE.tiles(key_of(kernel, call.x.dtype), place, *narrower(kernel, call))
+
+
 def fastest(kernel: str, call: RoutedCall) -> Tiles:
-    """The answer for all calls of these sizes, in buckets; see tuning.choose."""
+    """The choice for all calls in the same buckets of sizes, see tuning.choose."""
     device, dtype = call.x.device, call.x.dtype
-    asked = tuning.question(
+    key = tuning.tuning_key(
         f"routed_mlp.{kernel}",
         "float32" if dtype == torch.float32 else "16 bit",
         dtype,
@@ -35,38 +43,31 @@ def fastest(kernel: str, call: RoutedCall) -> Tiles:
         hidden=call.hidden,
         tf32=int(matrix_precision(dtype) == "tf32"),
     )
-    found = candidates(kernel, call, architecture_of(device))
-    return tuning.choose(asked, found, lambda: _TRIALS[kernel](call), device)
+    tried = candidates(kernel, call, architecture_of(device))
+    return tuning.choose(key, tried, lambda: _TRIALS[kernel](call), device)
 
 
 def _trial(
     call: RoutedCall,
     tiles: Tiles,
-    found: list[Launch],
+    trial_launches: list[Launch],
     buffers: list[Tensor],
     results: Callable[[], list[Tensor]] | None = None,
 ) -> tuning.Trial[Tiles]:
     device = call.x.device
-    return tuning.Trial(
-        tiles, device, lambda: run(found, device), buffers, results or (lambda: buffers)
-    )
+    return tuning.Trial(tiles, device, partial(run, trial_launches, device), buffers, results)
 
 
 def _layer(call: RoutedCall) -> Tensor:
-    """(R, F), with zeros for the rows that were dropped, which no kernel writes: a trial's inputs are finite."""
+    """(R, F), with zeros for dropped rows, which no kernel writes: the inputs of trials are finite."""
     return call.x.new_zeros((call.rows, call.hidden))
-
-
-def _own(kernel: str, call: RoutedCall) -> Tiles:
-    """What trials that need another kernel's results run it with."""
-    return tiles_of(kernel, call.x.dtype, architecture_of(call.x.device))
 
 
 def _layers(call: RoutedCall) -> tuple[Tensor, Tensor]:
     """The hidden layer of the call before and after its activation."""
     hidden, active = _layer(call), _layer(call)
-    launch = launches.hidden_with(_own("hidden", call), call, hidden, active)
-    run([launch], call.x.device)
+    own = TABLE.tiles(key_of("hidden", call.x.dtype), architecture_of(call.x.device))
+    run([launches.hidden_launch(own, call, hidden, active)], call.x.device)
     return hidden, active
 
 
@@ -74,7 +75,7 @@ def _hidden(call: RoutedCall) -> Make:
     hidden, active = _layer(call), _layer(call)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
-        launch = launches.hidden_with(tiles, call, hidden, active)
+        launch = launches.hidden_launch(tiles, call, hidden, active)
         return _trial(call, tiles, [launch], [hidden, active])
 
     return make
@@ -85,7 +86,7 @@ def _rows(call: RoutedCall) -> Make:
     out = call.x.new_empty((call.tokens, call.choices, call.width))
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
-        launch = launches.rows_with(tiles, call, active, out)
+        launch = launches.rows_launch(tiles, call, active, out)
         return _trial(call, tiles, [launch], [out])
 
     return make
@@ -97,9 +98,9 @@ def _hidden_gradient(call: RoutedCall) -> Make:
     grad = _layer(call)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
-        shape = (call.rows, launches.dot_parts(call, tiles=tiles))
+        shape = (call.rows, launches.dot_parts(tiles, call))
         dots = call.x.new_empty(shape, dtype=torch.float32)
-        launch = launches.hidden_gradient_with(tiles, call, call.x, hidden, grad, active, dots)
+        launch = launches.hidden_gradient_launch(tiles, call, call.x, hidden, grad, active, dots)
         buffers = [grad, active, dots]
         return _trial(call, tiles, [launch], buffers, lambda: [grad, active, dots.sum(dim=1)])
 
@@ -112,15 +113,14 @@ def _weight_gradient(call: RoutedCall) -> Make:
     whole = call.x.new_empty(call.w_in.shape)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
-        splits = launches.splits_of(call, tiles=tiles)
+        splits = launches.splits_of(tiles, call)
         shape = (call.experts, call.hidden, splits, call.width)
-        one = splits == 1
-        parts = whole.unsqueeze(2) if one else call.x.new_empty(shape, dtype=torch.float32)
+        parts = whole.unsqueeze(2) if splits == 1 else call.x.new_empty(shape, dtype=torch.float32)
         sides = ((active, False), (call.x, True))
-        found = [launches.weight_gradient_with(tiles, call, *sides, parts, None, None)]
-        if not one:
-            found.append(launches.sum_launch(parts.flatten(0, 1), whole.flatten(0, 1)))
-        return _trial(call, tiles, found, [whole, parts], lambda: [whole])
+        products = [launches.weight_gradient_launch(tiles, call, *sides, parts, None, None)]
+        if splits > 1:
+            products.append(launches.sum_launch(parts.flatten(0, 1), whole.flatten(0, 1)))
+        return _trial(call, tiles, products, [whole, parts], lambda: [whole])
 
     return make
 
