@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from flmoe_kernels.explain import Run, Sampling, memory, probe_game, shapley_interactions
-from flmoe_kernels.explain.coalitions.engine import Evaluator
-from flmoe_kernels.explain.coalitions.packed import distinct, pack, sizes, toggled, unpack
+from flmoe_kernels.explain.estimators.evaluator import Evaluator
+from flmoe_kernels.explain.games.coalitions import distinct, pack, sizes, toggled, unpack
 from tests.support.explain_games import (
     Planted,
     drawn,

@@ -15,7 +15,7 @@ import torch
 
 from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
 from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.pairs import results as results_module
+from flmoe_kernels.explain.estimators import results as results_module
 from tests.support.explain_games import first_of, interaction_layer, random_terms, unanimity
 from tests.support.layers import LayerCase
 

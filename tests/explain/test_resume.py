@@ -24,10 +24,10 @@ from flmoe_kernels.explain import (
     probe_pairs,
     shapley_interactions,
 )
-from flmoe_kernels.explain.coalitions import resume
-from flmoe_kernels.explain.coalitions.engine import Evaluator
-from flmoe_kernels.explain.models import model_digest
-from flmoe_kernels.explain.pairs import sampling as sampling_module
+from flmoe_kernels.explain.estimators import checkpoint as resume
+from flmoe_kernels.explain.estimators import sampling as sampling_module
+from flmoe_kernels.explain.estimators.evaluator import Evaluator
+from flmoe_kernels.explain.games.models import model_digest
 from tests.support.explain_games import first_of, interaction_layer
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import pair_inputs, pair_layer

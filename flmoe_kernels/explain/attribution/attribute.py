@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.games import fill_values
-from flmoe_kernels.explain.memory import batch_size
-from flmoe_kernels.explain.models import Inputs, expert_names, logits_of, require_model
-from flmoe_kernels.explain.targets import LOGIT, resolve_targets
-from flmoe_kernels.explain.tokens import require_batch, valid_tokens
+from flmoe_kernels.explain.games.memory import batch_size
+from flmoe_kernels.explain.games.models import Inputs, expert_names, logits_of, require_model
+from flmoe_kernels.explain.games.token_game import fill_values
+from flmoe_kernels.explain.games.tokens import require_batch, valid_tokens
 from flmoe_kernels.layers.interaction_moe.inputs import validate_inputs
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
@@ -28,6 +27,7 @@ from .rollout import (
     gradient_rollout,
     recording_copy,
 )
+from .targets import LOGIT, resolve_targets
 from .values import (
     EXPERT,
     EXPLAINS,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flmoe_kernels.explain.models import Inputs
-from flmoe_kernels.explain.targets import LOGIT, Targets
+from flmoe_kernels.explain.games.models import Inputs
+
+from .targets import LOGIT, Targets
 
 MIDPOINT, GAUSS = RULES = ("midpoint", "gauss_legendre")
 # Logits (N, C) of inputs and masks with N samples.

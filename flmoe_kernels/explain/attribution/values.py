@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.tokens import candidates, min_max
+from flmoe_kernels.explain.games.tokens import candidates, min_max
 
 ROLLOUT, GRADIENT_ROLLOUT, INTEGRATED = METHODS = (
     "attention_rollout",

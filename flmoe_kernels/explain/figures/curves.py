@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flmoe_kernels.explain.attribution.targets import LOGIT, PROB
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
-from flmoe_kernels.explain.targets import LOGIT, PROB
 
 from .canvas import make_figure
 

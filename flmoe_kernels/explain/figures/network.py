@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.pairs.results import MAGNITUDE, PairValues
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
 
 from .canvas import AGAINST, FOR, UNSURE, label_of, make_figure, plain, require_tokens
 

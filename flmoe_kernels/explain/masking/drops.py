@@ -14,10 +14,9 @@ from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.targets import PROB, Targets
-from flmoe_kernels.explain.tokens import places
-
-from .model import MaskedModel
+from flmoe_kernels.explain.attribution.targets import PROB, Targets
+from flmoe_kernels.explain.games.masked import MaskedModel
+from flmoe_kernels.explain.games.tokens import places
 
 COMPREHENSIVENESS, SUFFICIENCY = KINDS = ("comprehensiveness", "sufficiency")
 MEAN, AUC = AOPC_MODES = ("mean", "auc")

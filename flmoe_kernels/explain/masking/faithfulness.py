@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.attribution.targets import (
+    METRICS,
+    Targets,
+    require_metrics,
+    resolve_targets,
+)
 from flmoe_kernels.explain.attribution.values import Attribution
-from flmoe_kernels.explain.coalitions.packed import Ints
-from flmoe_kernels.explain.models import Inputs, expert_names
-from flmoe_kernels.explain.pairs.results import LARGEST, PairValues
-from flmoe_kernels.explain.targets import METRICS, Targets, require_metrics, resolve_targets
-from flmoe_kernels.explain.tokens import candidates, percent_counts, places, valid_tokens
+from flmoe_kernels.explain.estimators.results import LARGEST, PairValues
+from flmoe_kernels.explain.games.coalitions import Ints
+from flmoe_kernels.explain.games.masked import MaskedModel
+from flmoe_kernels.explain.games.models import Inputs, expert_names
+from flmoe_kernels.explain.games.tokens import candidates, percent_counts, places, valid_tokens
 
 from .drops import MaskingDrops, draw_places, measure
-from .model import MaskedModel
 
 PERCENT, TOKENS = "percent", "tokens"
 Pairs = Sequence[PairValues | Sequence[Sequence[Sequence[int]]]]

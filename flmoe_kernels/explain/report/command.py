@@ -21,14 +21,14 @@ from rich.console import Console
 
 from flmoe_kernels.explain.archive import write_whole
 from flmoe_kernels.explain.attribution.values import INTEGRATED
+from flmoe_kernels.explain.estimators.indices import SII
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
 from flmoe_kernels.explain.figures.canvas import png_bytes
 from flmoe_kernels.explain.figures.curves import drop_curve
 from flmoe_kernels.explain.figures.heat_map import token_patch_map
 from flmoe_kernels.explain.figures.network import pair_network
 from flmoe_kernels.explain.figures.weights import expert_weights
 from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
-from flmoe_kernels.explain.pairs.indices import SII
-from flmoe_kernels.explain.pairs.results import MAGNITUDE, PairValues
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.published.checkpoint import CheckpointError, load_layer
 from flmoe_kernels.published.swap import swap

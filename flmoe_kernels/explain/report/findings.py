@@ -17,15 +17,15 @@ from torch import Tensor
 from flmoe_kernels import __version__
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.values import Attribution
-from flmoe_kernels.explain.coalitions.games import token_means
+from flmoe_kernels.explain.estimators.indices import RG, SII
+from flmoe_kernels.explain.estimators.interactions import probe_pairs
+from flmoe_kernels.explain.estimators.results import PairValues
+from flmoe_kernels.explain.estimators.run import Run
+from flmoe_kernels.explain.estimators.sampling import Sampling
+from flmoe_kernels.explain.games.token_game import token_means
+from flmoe_kernels.explain.games.tokens import candidates, valid_tokens
 from flmoe_kernels.explain.masking.drops import MaskingDrops
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
-from flmoe_kernels.explain.pairs.indices import RG, SII
-from flmoe_kernels.explain.pairs.interactions import probe_pairs
-from flmoe_kernels.explain.pairs.results import PairValues
-from flmoe_kernels.explain.pairs.run import Run
-from flmoe_kernels.explain.pairs.sampling import Sampling
-from flmoe_kernels.explain.tokens import candidates, valid_tokens
 
 from .features import Features
 from .request import LABEL, PREDICTED, Request

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flmoe_kernels.explain.coalitions.packed import Floats, Ints, Packed, from_integers
+from flmoe_kernels.explain.games.coalitions import Floats, Ints, Packed, from_integers
 
 from .indices import INDICES, Corners
 

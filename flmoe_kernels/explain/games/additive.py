@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.models import (
+from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
+
+from .coalitions import Bools, Floats, Ints
+from .models import (
     Inputs,
     expert_names,
     expert_place,
     game_digest,
     require_model,
 )
-from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
-
-from .games import one_sample, players_of, require_coalitions, require_inputs
-from .packed import Bools, Floats, Ints
+from .token_game import one_sample, players_of, require_coalitions, require_inputs
 
 
 def has_closed_form(model: Any, output: str, fill: str) -> bool:

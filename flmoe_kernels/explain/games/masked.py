@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.games import FILLS, fill_values
-from flmoe_kernels.explain.memory import batch_size
-from flmoe_kernels.explain.models import Inputs, expert_place, logits_of, require_model
-from flmoe_kernels.explain.targets import Targets
-from flmoe_kernels.explain.tokens import require_batch
+from flmoe_kernels.explain.attribution.targets import Targets
+
+from .memory import batch_size
+from .models import Inputs, expert_place, logits_of, require_model
+from .token_game import FILLS, fill_values
+from .tokens import require_batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.additive import TwoAdditiveGame, has_closed_form
-from flmoe_kernels.explain.coalitions.engine import Game
-from flmoe_kernels.explain.coalitions.games import (
+from flmoe_kernels.explain.games.additive import TwoAdditiveGame, has_closed_form
+from flmoe_kernels.explain.games.coalitions import Ints, all_pairs
+from flmoe_kernels.explain.games.models import Inputs
+from flmoe_kernels.explain.games.token_game import (
     FILLS,
     OUTPUTS,
     TokenGame,
@@ -21,10 +22,9 @@ from flmoe_kernels.explain.coalitions.games import (
     players_of,
     require_inputs,
 )
-from flmoe_kernels.explain.coalitions.packed import Ints, all_pairs
-from flmoe_kernels.explain.models import Inputs
 
 from .candidates import ALL, Candidates, candidate_pairs, require_pairs
+from .evaluator import Game
 from .indices import RG, SII, require_indices
 from .results import CLOSED_FORM, PairValues
 from .run import METHODS, Run, estimate

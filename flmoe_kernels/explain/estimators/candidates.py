@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.packed import Ints, all_pairs
+from flmoe_kernels.explain.games.coalitions import Ints, all_pairs
 
 ALL = "all"
 ACROSS = "across"

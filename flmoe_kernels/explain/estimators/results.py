@@ -12,7 +12,7 @@ import numpy as np
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.coalitions.packed import Floats, Ints
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
 
 from .indices import SII
 

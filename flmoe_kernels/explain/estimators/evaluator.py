@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.games.coalitions import Bools, Floats, Packed, distinct, sizes, unpack
 
-from .packed import Bools, Floats, Packed, distinct, sizes, unpack
 from .ranks import Ranks
 
 DEFAULT_BATCH = 4096  # of a game that does not say how many coalitions it takes at once

@@ -15,13 +15,13 @@ import numpy as np
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import Arrays
-from flmoe_kernels.explain.coalitions.engine import Evaluator, Game
-from flmoe_kernels.explain.coalitions.packed import Floats, Ints, empty_and_full
-from flmoe_kernels.explain.coalitions.ranks import Ranks
-from flmoe_kernels.explain.coalitions.resume import Checkpoint
+from flmoe_kernels.explain.games.coalitions import Floats, Ints, empty_and_full
 
 from .candidates import Candidates
+from .checkpoint import Checkpoint
 from .enumeration import MAX_PLAYERS, Enumeration
+from .evaluator import Evaluator, Game
+from .ranks import Ranks
 from .results import PairValues
 from .sampling import PairSampling, Sampling
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.memory import batch_size
-from flmoe_kernels.explain.models import (
+
+from .coalitions import Bools, Floats, Ints
+from .memory import batch_size
+from .models import (
     Inputs,
     expert_names,
     expert_place,
@@ -20,8 +22,6 @@ from flmoe_kernels.explain.models import (
     require_model,
     takes_tokens_in_any_order,
 )
-
-from .packed import Bools, Floats, Ints
 
 OUTPUTS = ("logit", "log_prob")
 FILLS = ("zero", "mean", "drop")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 
-from .coalitions.games import require_inputs
 from .models import Inputs
+from .token_game import require_inputs
 
 
 def require_batch(inputs: Any, masks: Any) -> None:

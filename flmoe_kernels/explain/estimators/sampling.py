@@ -37,7 +37,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.packed import Bools, Floats, Ints, Packed, toggled
+from flmoe_kernels.explain.games.coalitions import Bools, Floats, Ints, Packed, toggled
 
 from .indices import INDICES, Corners
 
