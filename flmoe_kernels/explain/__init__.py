@@ -15,7 +15,7 @@ from .figures.network import pair_network as pair_network
 from .figures.weights import expert_weights as expert_weights
 from .games.additive import TwoAdditiveGame as TwoAdditiveGame
 from .games.token_game import TokenGame as TokenGame
-from .games.token_game import token_means as token_means
+from .games.tokens import token_means as token_means
 from .masking.drops import MaskingDrops as MaskingDrops
 from .masking.faithfulness import faithfulness as faithfulness
 from .masking.faithfulness import pair_masking as pair_masking

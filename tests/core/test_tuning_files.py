@@ -117,7 +117,7 @@ def test_a_complaint_is_short(folder: Path) -> None:
 def test_a_folder_in_a_findings_place_is_named_and_stays(folder: Path) -> None:
     cache.write(FOUND)
     (folder / f"{'0' * 32}.json").mkdir()
-    (folder / f".{QUESTION.name()}.abc_1.tmp").write_text("of a writer that was killed")
+    (folder / f".{QUESTION.name()}.abc_1.tmp.json").write_text("of a writer that was killed")
     with pytest.warns(cache.TuningWarning, match="ignored"):
         assert list(cache.findings()) == [FOUND]
     with pytest.warns(cache.TuningWarning, match="not removed"):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from flmoe_kernels.explain import Run, Sampling, memory, probe_game, shapley_interactions
+from flmoe_kernels.explain import Run, Sampling, probe_game, shapley_interactions
+from flmoe_kernels.explain.games import memory
 from flmoe_kernels.explain.estimators.evaluator import Evaluator
 from flmoe_kernels.explain.games.coalitions import distinct, pack, sizes, toggled, unpack
 from tests.support.explain_games import (

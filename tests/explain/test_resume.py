@@ -20,13 +20,13 @@ from flmoe_kernels.explain import (
     Sampling,
     TokenGame,
     TwoAdditiveGame,
-    memory,
     probe_pairs,
     shapley_interactions,
 )
 from flmoe_kernels.explain.estimators import checkpoint as resume
 from flmoe_kernels.explain.estimators import sampling as sampling_module
 from flmoe_kernels.explain.estimators.evaluator import Evaluator
+from flmoe_kernels.explain.games import memory
 from flmoe_kernels.explain.games.models import model_digest
 from tests.support.explain_games import first_of, interaction_layer
 from tests.support.layers import LayerCase

@@ -1,1 +1,1 @@
-"""Indices of token pairs: what they are, how they are estimated, and the results."""
+"""Indices of token pairs: definitions, exact and Monte Carlo estimators, results."""

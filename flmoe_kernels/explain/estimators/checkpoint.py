@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flmoe_kernels.explain.archive import Arrays, decode, encode, write_whole
+from flmoe_kernels.core.files import write_whole
+from flmoe_kernels.explain.archive import Arrays, decode, encode
 
 from .ranks import Ranks
 

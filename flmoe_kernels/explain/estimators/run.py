@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ import numpy as np
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import Arrays
+from flmoe_kernels.explain.extras import progress_bar
 from flmoe_kernels.explain.games.coalitions import Floats, Ints, empty_and_full
 
 from .candidates import Candidates
@@ -60,13 +59,6 @@ class Run:
             object.__setattr__(self, "max_batch", int(self.max_batch))
 
 
-class Outcome(NamedTuple):
-    value: float
-    baseline: float
-    evaluations: int
-    batch_size: int
-
-
 def estimate(
     game: Game,
     candidates: Candidates,
@@ -79,39 +71,40 @@ def estimate(
 ) -> dict[str, PairValues]:
     """Indices of a game's candidate pairs, all from the same evaluations. Arguments as in `interactions`."""
     estimator = choose(game.players, candidates.pairs, indices, method, sampling, sample)
-    outcome = play(game, estimator, run, sample, label)
-    describe: Any = getattr(game, "describe", dict)
-    lengths: Any = getattr(game, "lengths", (game.players,))
+    found = play(game, estimator, run, sample, label)
     sampled = isinstance(estimator, PairSampling)
     return {
-        name: PairValues(
+        name: pair_values(
+            game,
+            candidates,
+            sample,
             index=name,
             values=values.copy(),
             standard_errors=errors.copy(),
-            pairs=candidates.pairs,
-            tokens=tokens_of(game),
-            lengths=tuple(lengths),
-            value=outcome.value,
-            baseline=outcome.baseline,
             method=estimator.method,
             stopped_by=str(estimator.stopped_by),
             draws=estimator.draws,
-            evaluations=outcome.evaluations,
-            batch_size=outcome.batch_size,
-            candidates=candidates.chosen,
-            game=describe(),
             sampling=asdict(sampling) if sampled else None,
-            sample=sample,
+            **found,
         )
         for name, (values, errors) in estimator.estimates().items()
     }
 
 
-def tokens_of(game: Game) -> Ints:
-    """Modality and position of each player; one modality where the game has none."""
-    one = np.stack([np.zeros(game.players, dtype=np.int64), np.arange(game.players)], axis=1)
-    found: Any = getattr(game, "tokens", one)
-    return found
+def pair_values(game: Game, candidates: Candidates, sample: int, **found: Any) -> PairValues:
+    """A result of a game's candidate pairs; the tokens of a game without modalities are of one."""
+    count = game.players
+    one = np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], axis=1)
+    known: Any = game
+    return PairValues(
+        pairs=candidates.pairs,
+        tokens=getattr(known, "tokens", one),
+        lengths=tuple(getattr(known, "lengths", (count,))),
+        candidates=candidates.chosen,
+        game=getattr(known, "describe", dict)(),
+        sample=sample,
+        **found,
+    )
 
 
 def choose(
@@ -130,8 +123,11 @@ def choose(
     return PairSampling(players, pairs, indices, sampling, sample)
 
 
-def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) -> Outcome:
-    """Evaluate what the estimator asks for until it ends, from the last checkpoint on."""
+def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) -> dict[str, Any]:
+    """Evaluate what the estimator asks for until it ends, from the last checkpoint on.
+
+    Returns value, baseline, evaluations and batch_size of PairValues.
+    """
     ranks = Ranks.of(run.distributed)
     evaluator = Evaluator(game, run.max_batch, ranks)
     checkpoint = None
@@ -145,13 +141,15 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
     if checkpoint is not None or not enumerated:
         ends = evaluator(empty_and_full(game.players))
     if enumerated:
-        evaluator.evaluations = (
-            0  # they are two of all, here asked for to tell one model from another
-        )
+        # Both are among all coalitions; here they only identify the model.
+        evaluator.evaluations = 0
     if checkpoint is not None and ends is not None:
         ends, resumed = _resume(checkpoint, estimator, evaluator, run, ends)
-    with _bar(run.progress and ranks.first, estimator, label) as advance:
+    done, total = estimator.progress
+    shown = run.progress and ranks.first
+    with progress_bar(shown, total, label or estimator.method, done) as advance:
         while estimator.stopped_by is None:
+            done = estimator.progress[0]
             now = _state(estimator, evaluator, ends)
             coalitions = estimator.plan()
             save, known = None, None
@@ -161,14 +159,19 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
                 save = _saver(checkpoint, now, step)
             estimator.absorb(evaluator(coalitions, known, save))
             resumed = None
-            advance()
+            advance(estimator.progress[0] - done)
     if checkpoint is not None:
         header, arrays = _state(estimator, evaluator, ends)
         checkpoint.save({**header, "coalitions": ""}, {**arrays, "step": np.zeros(0)})
     if isinstance(estimator, Enumeration):
         ends = estimator.ends
     assert ends is not None
-    return Outcome(float(ends[1]), float(ends[0]), evaluator.evaluations, evaluator.batch_size)
+    return {
+        "value": float(ends[1]),
+        "baseline": float(ends[0]),
+        "evaluations": evaluator.evaluations,
+        "batch_size": evaluator.batch_size,
+    }
 
 
 def fingerprint(game: Game, estimator: Estimator) -> str:
@@ -261,22 +264,3 @@ def _saver(
             checkpoint.save({**header, "coalitions": coalitions}, {**arrays, "step": known})
 
     return save
-
-
-@contextmanager
-def _bar(shown: bool, estimator: Estimator, label: str) -> Iterator[Any]:
-    """A function that moves the bar to where the estimator is."""
-    if not shown:
-        yield lambda: None
-        return
-    try:
-        tqdm: Any = importlib.import_module("tqdm").tqdm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("progress: needs a package: pip install tqdm") from error
-    done, total = estimator.progress
-    with tqdm(total=total, initial=done, desc=label or estimator.method) as bar:
-
-        def advance() -> None:
-            bar.update(estimator.progress[0] - bar.n)
-
-        yield advance

@@ -1,1 +1,1 @@
-"""Values of coalitions of tokens: games, and the engine that evaluates each coalition once."""
+"""Games over tokens: what a model's logit is when only some tokens are present."""

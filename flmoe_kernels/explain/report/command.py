@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from flmoe_kernels.explain.archive import write_whole
+from flmoe_kernels.core.figures import png_bytes
+from flmoe_kernels.core.files import write_whole
 from flmoe_kernels.explain.attribution.values import INTEGRATED
 from flmoe_kernels.explain.estimators.indices import SII
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
-from flmoe_kernels.explain.figures.canvas import png_bytes
 from flmoe_kernels.explain.figures.curves import drop_curve
 from flmoe_kernels.explain.figures.heat_map import token_patch_map
 from flmoe_kernels.explain.figures.network import pair_network

@@ -22,8 +22,7 @@ from flmoe_kernels.explain.estimators.interactions import probe_pairs
 from flmoe_kernels.explain.estimators.results import PairValues
 from flmoe_kernels.explain.estimators.run import Run
 from flmoe_kernels.explain.estimators.sampling import Sampling
-from flmoe_kernels.explain.games.token_game import token_means
-from flmoe_kernels.explain.games.tokens import candidates, valid_tokens
+from flmoe_kernels.explain.games.tokens import candidates, token_means, valid_tokens
 from flmoe_kernels.explain.masking.drops import MaskingDrops
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
 

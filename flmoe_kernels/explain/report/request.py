@@ -9,7 +9,7 @@ from flmoe_kernels.explain.attribution.values import GRADIENT_ROLLOUT
 from flmoe_kernels.explain.attribution.values import METHODS as ATTRIBUTIONS
 from flmoe_kernels.explain.estimators.candidates import ACROSS, ALL
 from flmoe_kernels.explain.estimators.run import METHODS
-from flmoe_kernels.explain.games.token_game import FILLS
+from flmoe_kernels.explain.games.masked import FILLS
 
 LABEL, PREDICTED = "label", "predicted"
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import os
 import re
 import stat
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from flmoe_kernels.core.files import write_whole
 
 from .finding import Finding, Question, decode, encode
 
 FOLDER_VARIABLE = "FLMOE_CACHE_DIR"
 _NAME = re.compile(r"[0-9a-f]{32}\.json")
 # What a writer that was killed leaves.
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\w+\.tmp")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\w+\.tmp\.json")
 # A finding has about one KiB: a larger file is something else, and is not read.
 _MOST_BYTES = 2**16
 
@@ -68,15 +69,9 @@ def write(finding: Finding) -> None:
     name = finding.question.name()
     try:
         target = folder() / f"{name}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        number, path = tempfile.mkstemp(dir=target.parent, prefix=f".{name}.", suffix=".tmp")
-        temporary = Path(path)
-        try:
-            with os.fdopen(number, "w", encoding="utf-8") as file:
-                file.write(encode(finding))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if target.exists() and not target.is_file():
+            raise OSError("no regular file")  # writing to a pipe would wait for a reader
+        write_whole(target, encode(finding), make_folder=True)
     except OSError as error:
         _warn(f"{name}.json: not written: {error}")
 
