@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
 from flmoe_kernels.core.files import write_whole
+from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
 from flmoe_kernels.explain.archive import decode, encode
 from flmoe_kernels.explain.estimators import results as results_module
 from tests.support.explain_games import first_of, interaction_layer, random_terms, unanimity

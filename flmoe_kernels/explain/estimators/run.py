@@ -1,20 +1,19 @@
-"""From a game and candidate pairs to results: choose a method, evaluate until it ends, save on the way."""
+"""From a game and candidate pairs to results: choose an estimator and run it to its end."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.archive import Arrays
 from flmoe_kernels.explain.extras import progress_bar
-from flmoe_kernels.explain.games.coalitions import Floats, Ints, empty_and_full
+from flmoe_kernels.explain.games.coalitions import Ints, empty_and_full
 
 from .candidates import Candidates
 from .checkpoint import Checkpoint
@@ -25,8 +24,6 @@ from .results import PairValues
 from .sampling import PairSampling, Sampling
 
 METHODS = ("auto", "exact", "sampling")
-# v(none) and v(all) of one model differ between machines by rounding; those of another model by more.
-_SAME_GAME = 1e-3
 
 Estimator = PairSampling | Enumeration
 
@@ -124,7 +121,7 @@ def choose(
 
 
 def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) -> dict[str, Any]:
-    """Evaluate what the estimator asks for until it ends, from the last checkpoint on.
+    """Evaluate what the estimator asks for until it ends, taking the values of a checkpoint first.
 
     Returns value, baseline, evaluations and batch_size of PairValues.
     """
@@ -136,36 +133,25 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
         ranks.require_same("model, inputs and arguments", digest)
         if run.checkpoint is not None:
             checkpoint = Checkpoint(run.checkpoint, sample, digest, ranks)
-    ends, resumed = None, None
+            evaluator.resume(checkpoint, same_batches=run.max_batch is None)
+    # Enumeration evaluates both among all coalitions; in a checkpoint they identify the model.
     enumerated = isinstance(estimator, Enumeration)
+    ends = np.zeros(2)
     if checkpoint is not None or not enumerated:
         ends = evaluator(empty_and_full(game.players))
     if enumerated:
-        # Both are among all coalitions; here they only identify the model.
         evaluator.evaluations = 0
-    if checkpoint is not None and ends is not None:
-        ends, resumed = _resume(checkpoint, estimator, evaluator, run, ends)
     done, total = estimator.progress
     shown = run.progress and ranks.first
-    with progress_bar(shown, total, label or estimator.method, done) as advance:
+    with progress_bar(shown, total, label or estimator.method) as advance:
         while estimator.stopped_by is None:
-            done = estimator.progress[0]
-            now = _state(estimator, evaluator, ends)
-            coalitions = estimator.plan()
-            save, known = None, None
-            if checkpoint is not None:
-                step = hashlib.sha256(coalitions.data).hexdigest()
-                known = None if resumed is None else resumed.of(step, checkpoint)
-                save = _saver(checkpoint, now, step)
-            estimator.absorb(evaluator(coalitions, known, save))
-            resumed = None
-            advance(estimator.progress[0] - done)
+            estimator.absorb(evaluator(estimator.plan()))
+            before, done = done, estimator.progress[0]
+            advance(done - before)
     if checkpoint is not None:
-        header, arrays = _state(estimator, evaluator, ends)
-        checkpoint.save({**header, "coalitions": ""}, {**arrays, "step": np.zeros(0)})
+        checkpoint.save()
     if isinstance(estimator, Enumeration):
         ends = estimator.ends
-    assert ends is not None
     return {
         "value": float(ends[1]),
         "baseline": float(ends[0]),
@@ -187,80 +173,3 @@ def fingerprint(game: Game, estimator: Estimator) -> str:
         **estimator.request(),
     }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-
-
-class _Step(NamedTuple):
-    """What is known of a step that was under way: the first values of its distinct coalitions."""
-
-    coalitions: str  # digest of what the step asked for
-    values: Floats
-
-    def of(self, coalitions: str, checkpoint: Checkpoint) -> Floats | None:
-        """The values for a step of these coalitions; None where none is known.
-
-        Raises:
-            ValueError: the values are of others.
-        """
-        if not len(self.values):
-            return None
-        if coalitions != self.coalitions:
-            raise ValueError(
-                f"{checkpoint.path}: belongs to another version of this package, which asked for other "
-                "coalitions; give another folder, or remove it"
-            )
-        return self.values
-
-
-def _resume(
-    checkpoint: Checkpoint, estimator: Estimator, evaluator: Evaluator, run: Run, ends: Floats
-) -> tuple[Floats, _Step | None]:
-    """Restore what was saved, if anything.
-
-    Returns v(none) and v(all) as they were then, and the step that was under way.
-    """
-    saved = checkpoint.read()
-    if saved is None:
-        return ends, None
-    header, arrays = saved
-    try:
-        before, values = arrays.pop("ends"), arrays.pop("step")
-        step = _Step(str(header["coalitions"]), values)
-        evaluations, batch_size = int(header["evaluations"]), int(header["batch_size"])
-        if before.shape != (2,) or values.ndim != 1 or values.dtype != np.float64:
-            raise ValueError("expected v(none) and v(all), and the values of a step (m,) float64")
-        estimator.restore(arrays)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{checkpoint.path}: damaged: {error}") from error
-    size = max(1.0, float(np.abs(ends).max()))
-    if not np.allclose(before, ends, rtol=0.0, atol=_SAME_GAME * size):
-        raise ValueError(
-            f"{checkpoint.path}: belongs to another model or sample: v(none) and v(all) were "
-            f"{before.tolist()}, and are {ends.tolist()}"
-        )
-    evaluator.evaluations = evaluations
-    if run.max_batch is None:
-        # Not more than before, for the same bits, nor than there is memory for now.
-        evaluator.batch_size = min(evaluator.batch_size, batch_size)
-    return before, step
-
-
-def _state(
-    estimator: Estimator, evaluator: Evaluator, ends: Floats | None
-) -> tuple[dict[str, Any], Arrays]:
-    """Header and arrays of the estimate as it is now, between two steps."""
-    header = {"evaluations": evaluator.evaluations, "batch_size": evaluator.batch_size}
-    state = estimator.state()
-    return header, state if ends is None else {**state, "ends": ends}
-
-
-def _saver(
-    checkpoint: Checkpoint, before: tuple[dict[str, Any], Arrays], coalitions: str
-) -> Callable[[Floats], None]:
-    """A function that saves the estimate as it was before a step, with what is known of the step."""
-    header, arrays = before
-
-    def save(known: Floats) -> None:
-        if checkpoint.due():
-            checkpoint.save({**header, "coalitions": coalitions}, {**arrays, "step": known})
-
-    return save
