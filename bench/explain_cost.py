@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import InteractionMoE, explain
-from flmoe_kernels.explain.coalitions.games import TokenGame
+from flmoe_kernels.explain.games.token_game import TokenGame
 from flmoe_kernels.profile.environment import environment
 from flmoe_kernels.profile.peers.interaction_moe import make_inputs, make_reference
 from flmoe_kernels.profile.shapes import MMIMDB

@@ -19,7 +19,7 @@ import torch
 
 from bench.explain_models import INTERACTION, SYNERGY, Learned, learn
 from flmoe_kernels import explain
-from flmoe_kernels.explain.pairs.indices import SII
+from flmoe_kernels.explain.estimators.indices import SII
 from flmoe_kernels.profile.environment import environment
 
 TOKENS = 7  # of each modality

@@ -19,7 +19,7 @@ import torch
 
 from bench.explain_models import LAYERS, REDUNDANT, SYNERGY, Learned, learn
 from flmoe_kernels import explain
-from flmoe_kernels.explain.pairs.indices import RG, SII
+from flmoe_kernels.explain.estimators.indices import RG, SII
 from flmoe_kernels.profile.environment import environment
 
 TASKS = ((SYNERGY, SII), (REDUNDANT, RG))

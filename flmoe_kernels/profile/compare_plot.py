@@ -21,7 +21,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from flmoe_kernels.explain.figures.canvas import make_figure, plain
+    from flmoe_kernels.core.figures import make_figure, plain
 
     changes = comparison.changes
     figure = make_figure(9.0, 1.6 + 0.32 * len(changes))

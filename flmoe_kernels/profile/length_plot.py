@@ -43,7 +43,7 @@ def length_figure(points: Sequence[LengthPoint], *, title: str = "") -> Figure:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: nothing was measured.
     """
-    from flmoe_kernels.explain.figures.canvas import make_figure, plain
+    from flmoe_kernels.core.figures import make_figure, plain
 
     if not any(point.seconds for point in points):
         raise ValueError("points: expected one that was measured at least, got none")

@@ -40,7 +40,7 @@ class Files:
         path = getattr(self, which)
         if path is not None:
             text = make()
-            write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+            write_whole(path, text)
 
     def write_plot(self, make: Callable[[], Figure]) -> None:
         if self.plot is not None:
@@ -53,7 +53,7 @@ def _require_format(path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from flmoe_kernels.explain.figures.canvas import make_figure
+    from flmoe_kernels.core.figures import make_figure
 
     known = make_figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:

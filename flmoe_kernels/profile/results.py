@@ -114,8 +114,7 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
         ValueError: NaN or infinity among the values, which JSON cannot hold.
     """
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(path, text, make_folder=True)
 
 
 def load_runs(path: Path) -> list[Run]:

@@ -57,7 +57,7 @@ def roofline_figure(points: Sequence[Point], roof: Roof, *, title: str = "") -> 
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: points or ceilings that have no place on logarithmic axes, or none at all.
     """
-    from flmoe_kernels.explain.figures.canvas import make_figure, plain
+    from flmoe_kernels.core.figures import make_figure, plain
 
     _require(points, roof)
     figure = make_figure(8.5, 5.5)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.files import write_whole
+
 MODEL_KEY = "ensemble_model"
 CONFIG_KEY = "flmoe_config"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -144,11 +146,7 @@ def write(target: Path, file: CheckpointFile, config: dict[str, Any]) -> None:
             with path.open("wb") as stream:
                 torch.save({**file.others, MODEL_KEY: state, CONFIG_KEY: config}, stream)
 
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save(temporary)
-        os.replace(temporary, target)
+        write_whole(target, save)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(target, f"cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

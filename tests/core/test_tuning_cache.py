@@ -120,9 +120,8 @@ def test_a_warning_is_short(path: Path) -> None:
 def test_clear_removes_files_and_what_killed_writers_left(folder: Path) -> None:
     cache.write(RESULT)
     (folder / f"{'0' * 32}.json").mkdir()
-    left = folder / f".{KEY.file_name()}.abc_1"
-    left.mkdir()
-    (left / KEY.file_name()).write_text("{")
+    left = folder / f".{KEY.file_name().removesuffix('.json')}.abc_1.tmp.json"
+    left.write_text("{")
     with pytest.warns(cache.TuningWarning, match="ignored"):
         assert list(cache.results()) == [RESULT]
     with pytest.warns(cache.TuningWarning, match="not removed"):

@@ -35,7 +35,7 @@ from flmoe_kernels.explain import (
     pair_masking,
     probe_pairs,
 )
-from flmoe_kernels.explain.coalitions import resume
+from flmoe_kernels.explain.estimators import checkpoint as resume
 from flmoe_kernels.explain.report import command
 from flmoe_kernels.explain.report.request import Request
 from flmoe_kernels.published.checkpoint import load_layer

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.explain.attribution.attribute import attribute
+from flmoe_kernels.explain.attribution.targets import METRICS, resolve_targets
+from flmoe_kernels.explain.games.tokens import percent_counts
 from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
-from flmoe_kernels.explain.targets import METRICS, resolve_targets
-from flmoe_kernels.explain.tokens import percent_counts
 from tests.support.explain_masking import (
     BUDGETS,
     CASE,

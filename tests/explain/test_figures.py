@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyArrowPatch, PathPatch, Rectangle
 
+from flmoe_kernels.core.figures import png_bytes
 from flmoe_kernels.explain import (
     MaskingDrops,
     PairValues,
@@ -28,7 +29,7 @@ from flmoe_kernels.explain import (
     pair_network,
     token_patch_map,
 )
-from flmoe_kernels.explain.figures.canvas import AGAINST, FOR, UNSURE, png_bytes
+from flmoe_kernels.explain.figures.canvas import AGAINST, FOR, UNSURE
 from flmoe_kernels.explain.figures.heat_map import grey
 from flmoe_kernels.explain.masking.drops import KINDS
 
@@ -354,7 +355,7 @@ import sys
 import numpy as np
 from flmoe_kernels.explain import token_patch_map
 print("matplotlib" in sys.modules)
-from flmoe_kernels.explain.figures import png_bytes
+from flmoe_kernels.core.figures import png_bytes
 png_bytes(token_patch_map(np.eye(3), image=np.eye(3), grid=(1, 3)))
 print("matplotlib.pyplot" in sys.modules)
 for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import PairInteractionMoE
+from flmoe_kernels.explain.estimators.interactions import shapley_interactions
 from flmoe_kernels.explain.masking.faithfulness import pair_masking
-from flmoe_kernels.explain.pairs.interactions import shapley_interactions
 from tests.support.explain_masking import TokenBits, bits, masked_logits, rows_of, set_of
 from tests.support.inputs import draw, draw_masks
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from flmoe_kernels.core.files import write_whole
 from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
-from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.pairs import results as results_module
+from flmoe_kernels.explain.archive import decode, encode
+from flmoe_kernels.explain.estimators import results as results_module
 from tests.support.explain_games import first_of, interaction_layer, random_terms, unanimity
 from tests.support.layers import LayerCase
 
@@ -164,7 +165,7 @@ def test_no_file_runs_code_or_passes_for_another(sampled: PairValues, tmp_path: 
     sampled.save(path)
     content = path.read_bytes()
     header, arrays = decode(content, "flmoe_kernels.explain.PairValues", "x")
-    header = {key: value for key, value in header.items() if key not in ("kind", "version")}
+    header = {key: value for key, value in header.items() if key not in ("kind", "format")}
     trapped = io.BytesIO()
     np.savez(trapped, header=np.array([Trap(sprung)], dtype=object), allow_pickle=True)
     objects = io.BytesIO()
@@ -183,7 +184,7 @@ def test_no_file_runs_code_or_passes_for_another(sampled: PairValues, tmp_path: 
         (trapped.getvalue(), r"not a file of"),
         (objects.getvalue(), r"not a file of"),
         (encode("another", header, arrays), r"not a file of"),
-        (encode(kind, {**header, "version": 99}, arrays), r"expected version 1 .* got 99"),
+        (encode(kind, {**header, "format": 99}, arrays), r"expected format 1, got 99"),
         (encode(kind, less, arrays), r"expected the parts of"),
         (encode(kind, header, {**arrays, "more": np.zeros(1)}), r"expected the parts of"),
         (encode(kind, header, {**arrays, "values": np.zeros(2)}), r"expected values \(9,\)"),
@@ -195,43 +196,6 @@ def test_no_file_runs_code_or_passes_for_another(sampled: PairValues, tmp_path: 
     assert not sprung.exists()
     with pytest.raises(FileNotFoundError):
         PairValues.load(tmp_path / "none.npz")
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(
-    sampled: PairValues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "found.npz"
-    sampled.save(path)
-
-    def full(descriptor: int) -> None:
-        os.ftruncate(descriptor, 10)
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
-        made_up([1.0]).save(path)
-    assert PairValues.load(path).to_dict() == sampled.to_dict()
-    assert [each.name for each in tmp_path.iterdir()] == ["found.npz"]
-
-
-def test_the_content_is_on_the_disk_before_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done: list[tuple[str, int]] = []
-    sync, replace = os.fsync, os.replace
-
-    def synced(descriptor: int) -> None:
-        sync(descriptor)
-        done.append(("content", os.fstat(descriptor).st_size))
-
-    def replaced(source: Path, target: Path) -> None:
-        replace(source, target)
-        done.append(("name", target.stat().st_size))
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", replaced)
-    write_whole(tmp_path / "found", b"whole")
-    assert done == [("content", 5), ("name", 5)]
 
 
 def test_two_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from flmoe_kernels.explain import PairValues, Run, Sampling, probe_game
-from flmoe_kernels.explain.coalitions.packed import all_pairs, unpack
-from flmoe_kernels.explain.pairs.indices import INDICES
-from flmoe_kernels.explain.pairs.sampling import Toggles, coalition
+from flmoe_kernels.explain.estimators.indices import INDICES
+from flmoe_kernels.explain.estimators.sampling import Toggles, coalition
+from flmoe_kernels.explain.games.coalitions import all_pairs, unpack
 from tests.support.explain_games import (
     Planted,
     as_array,

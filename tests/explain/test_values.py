@@ -19,7 +19,7 @@ from flmoe_kernels.explain import (
     shapley_interactions,
     token_means,
 )
-from flmoe_kernels.explain.models import takes_tokens_in_any_order
+from flmoe_kernels.explain.games.models import takes_tokens_in_any_order
 from tests.support.explain_games import Planted, drawn, interaction_layer
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase

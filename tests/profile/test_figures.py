@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from flmoe_kernels.explain.figures.canvas import png_bytes
+from flmoe_kernels.core.figures import png_bytes
 from flmoe_kernels.profile.length_plot import LengthPoint, length_figure
 from flmoe_kernels.profile.roofline_plot import Point, Roof, rate_text, roofline_figure
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flmoe_kernels import InteractionMoE
 from flmoe_kernels.explain.attribution.attribute import readout_weights
-from flmoe_kernels.explain.tokens import valid_tokens
+from flmoe_kernels.explain.games.tokens import valid_tokens
 from flmoe_kernels.layers.interaction_moe.reference import masked_mean, sinusoidal_positions
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from tests.support.inputs import draw, draw_masks

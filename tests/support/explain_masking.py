@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import InteractionMoE
-from flmoe_kernels.explain.targets import METRICS
+from flmoe_kernels.explain.attribution.targets import METRICS
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase
 

@@ -11,15 +11,28 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.attribution.targets import (
+    METRICS,
+    Targets,
+    require_metrics,
+    resolve_targets,
+)
 from flmoe_kernels.explain.attribution.values import Attribution
-from flmoe_kernels.explain.coalitions.packed import Ints
-from flmoe_kernels.explain.models import Inputs, expert_names
-from flmoe_kernels.explain.pairs.results import LARGEST, PairValues
-from flmoe_kernels.explain.targets import METRICS, Targets, require_metrics, resolve_targets
-from flmoe_kernels.explain.tokens import candidates, percent_counts, places, valid_tokens
+from flmoe_kernels.explain.estimators.candidates import listed_pairs
+from flmoe_kernels.explain.estimators.results import LARGEST, PairValues
+from flmoe_kernels.explain.games.coalitions import Ints
+from flmoe_kernels.explain.games.masked import MaskedModel
+from flmoe_kernels.explain.games.models import Inputs, describe
+from flmoe_kernels.explain.games.tokens import (
+    candidates,
+    flat_places,
+    percent_counts,
+    places,
+    players_of,
+    valid_tokens,
+)
 
 from .drops import MaskingDrops, draw_places, measure
-from .model import MaskedModel
 
 PERCENT, TOKENS = "percent", "tokens"
 Pairs = Sequence[PairValues | Sequence[Sequence[Sequence[int]]]]
@@ -93,7 +106,7 @@ def faithfulness(
     if target is None and isinstance(attributions, Attribution):
         targets = Targets(attributions.targets.to(masked.device), attributions.multi_label)
     else:
-        targets = resolve_targets(target, masked.full_logits(of_mixture=True), multi_label)
+        targets = resolve_targets(target, masked.full_logits(), multi_label)
     chosen = []
     for each, allowed, drawn in zip(
         values, candidate, draw_places(candidate, n_random, seed), strict=True
@@ -160,7 +173,7 @@ def pair_masking(
     candidate = candidates(valid, exempt)
     ranked = _ranked_pairs(pairs, valid, by)
     identified = _unions(ranked, candidate, [int(t) for t in steps])
-    targets = resolve_targets(target, masked.full_logits(of_mixture=True), multi_label)
+    targets = resolve_targets(target, masked.full_logits(), multi_label)
     chosen = []
     for union, order in zip(identified, draw_places(candidate, n_random, seed), strict=True):
         drawn = order.unsqueeze(1) <= union.sum(dim=2, keepdim=True)
@@ -185,7 +198,6 @@ def _drops(
 ) -> MaskingDrops:
     index, unit, budgets, seed = about
     found = measure(masked, targets, metrics, chosen, candidate, progress)
-    names = expert_names(masked.model)
     return MaskingDrops(
         index=index,
         unit=unit,
@@ -201,12 +213,7 @@ def _drops(
         seed=seed,
         evaluations=found.evaluations,
         batch_size=masked.max_batch,
-        settings={
-            "of": type(masked.model).__name__,
-            "fill": masked.fill,
-            "expert": None if masked.expert is None else names[masked.expert],
-            **settings,
-        },
+        settings=describe(masked.model, masked.expert, masked.fill, **settings),
     )
 
 
@@ -239,72 +246,37 @@ def _values_of(
 
 
 def _ranked_pairs(pairs: Any, valid: Sequence[Tensor], by: str) -> list[Ints]:
-    """Of each sample the pairs (p, 2, 2) of (modality, position), the best first, all valid tokens."""
-    batch = len(valid[0])
+    """For each sample the pairs (p, 2), the best first, as places in the concatenated modalities."""
+    batch, lengths = len(valid[0]), [x.shape[1] for x in valid]
     if not isinstance(pairs, list | tuple) or len(pairs) != batch:
         count = len(pairs) if isinstance(pairs, list | tuple) else type(pairs).__name__
         raise ValueError(f"pairs: expected a list for each of {batch} samples, got {count}")
-    flags = [x.cpu().numpy() for x in valid]
     found = []
-    for b, each in enumerate(pairs):
-        if isinstance(each, PairValues):
-            tokens = each.tokens[each.pairs[each.ranked(by=by)]]
-        else:
-            tokens = _listed(f"pairs[{b}]", each)
-        for m, i in np.unique(tokens.reshape(-1, 2), axis=0).tolist():
-            known = 0 <= m < len(flags) and 0 <= i < flags[m].shape[1]
-            if not known or not flags[m][b, i]:
-                raise ValueError(
-                    f"pairs[{b}]: expected valid tokens, got (modality, token) ({m}, {i})"
-                )
-        found.append(tokens)
+    for b, given in enumerate(pairs):
+        tokens = players_of(valid, b)
+        if isinstance(given, PairValues):
+            given = given.tokens[given.pairs[given.ranked(by=by)]]
+        found.append(flat_places(tokens, lengths)[listed_pairs(f"pairs[{b}]", given, tokens)])
     return found
-
-
-def _listed(name: str, pairs: Any) -> Ints:
-    """(p, 2, 2) of a list of ((m, i), (n, j)), each of two tokens."""
-    expected = f"{name}: expected a PairValues or a list of ((m, i), (n, j)), got"
-    if not isinstance(pairs, list | tuple | np.ndarray):
-        raise TypeError(f"{expected} {type(pairs).__name__}")
-    if not len(pairs):
-        return np.zeros((0, 2, 2), dtype=np.int64)
-    try:
-        tokens = np.asarray(pairs)
-    except ValueError as error:  # rows of several lengths
-        raise ValueError(f"{expected} others") from error
-    if tokens.ndim != 3 or tokens.shape[1:] != (2, 2) or tokens.dtype.kind not in "iu":
-        raise ValueError(f"{expected} an array of {tokens.shape}")
-    same = (tokens[:, 0] == tokens[:, 1]).all(axis=1)
-    if same.any():
-        token = tuple(tokens[same.argmax(), 0].tolist())
-        raise ValueError(f"{name}: expected pairs of two tokens, got {token} twice")
-    return tokens.astype(np.int64)
 
 
 def _unions(
     ranked: Sequence[Ints], candidate: Sequence[Tensor], budgets: Sequence[int]
 ) -> list[Tensor]:
     """The tokens of the first pairs that fit each budget, M x (K, B, L_m) bool."""
-    allowed = [x.cpu().numpy() for x in candidate]
-    chosen = [np.zeros((len(budgets), *x.shape), dtype=np.bool_) for x in allowed]
-    for b, tokens in enumerate(ranked):
-        may = np.ones(len(tokens), dtype=np.bool_)
-        for m, each in enumerate(allowed):
-            for side in (0, 1):
-                here = tokens[:, side, 0] == m
-                may[here] &= each[b, tokens[here, side, 1]]
-        usable = [tuple(map(tuple, pair)) for pair in tokens[may].tolist()]
+    allowed = torch.cat(list(candidate), dim=1).cpu().numpy()
+    chosen = np.zeros((len(budgets), *allowed.shape), dtype=np.bool_)
+    for b, pairs in enumerate(ranked):
+        usable = pairs[allowed[b][pairs].all(axis=1)].tolist()
         for k, budget in enumerate(budgets):
-            for m, i in _union(usable, budget):
-                chosen[m][k, b, i] = True
-    return [torch.from_numpy(x).to(candidate[0].device) for x in chosen]
+            chosen[k, b, sorted(_union(usable, budget))] = True
+    lengths = [x.shape[1] for x in candidate]
+    return list(torch.from_numpy(chosen).to(candidate[0].device).split(lengths, dim=2))
 
 
-def _union(pairs: Sequence[tuple[tuple[int, int], ...]], budget: int) -> set[tuple[int, int]]:
-    union: set[tuple[int, int]] = set()
+def _union(pairs: Sequence[Sequence[int]], budget: int) -> set[int]:
+    union: set[int] = set()
     for pair in pairs:
-        if len(union) == budget:
-            break
         if len(union.union(pair)) <= budget:
             union.update(pair)
     return union

@@ -1,4 +1,4 @@
-"""The command `explain`: a checkpoint and encoded samples in, a folder with numbers, figures and a page out.
+"""The command `explain`: from a checkpoint and encoded samples to a folder of results.
 
     python -m flmoe_kernels explain --checkpoint FILE --data FILE.npz --out DIR
 
@@ -12,29 +12,28 @@ import importlib
 import itertools
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from flmoe_kernels.explain.archive import write_whole
+from flmoe_kernels.core.figures import png_bytes
+from flmoe_kernels.core.files import write_whole
 from flmoe_kernels.explain.attribution.values import INTEGRATED
-from flmoe_kernels.explain.figures.canvas import png_bytes
+from flmoe_kernels.explain.estimators.indices import SII
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
 from flmoe_kernels.explain.figures.curves import drop_curve
 from flmoe_kernels.explain.figures.heat_map import token_patch_map
 from flmoe_kernels.explain.figures.network import pair_network
 from flmoe_kernels.explain.figures.weights import expert_weights
 from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
-from flmoe_kernels.explain.pairs.indices import SII
-from flmoe_kernels.explain.pairs.results import MAGNITUDE, PairValues
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.published.checkpoint import CheckpointError, load_layer
 from flmoe_kernels.published.swap import swap
 
 from .features import Features, load_features
-from .findings import TOP_ROWS, Findings, find, json_bytes
+from .findings import TOP_ROWS, Findings, find, json_text
 from .page import Picture, page, token_name
 from .request import Request
 
@@ -48,63 +47,46 @@ class LayersDiffer(Exception):
     """The fast layer does not compute what the reference does; the message says where."""
 
 
-def run(
-    checkpoint: str | Path, data: str | Path, out: str | Path, request: Request, **layer: Any
-) -> Findings:
+def run(request: Request) -> Findings:
     """Explain samples and write OUT/index.html, explanation.json, the results' own files and the figures.
 
     Every file appears whole or not at all, index.html last. OUT/checkpoints keeps the progress of the pairs'
-    estimates: the same call goes on from there. Given the request, numbers do not depend on interruptions.
-
-    Args:
-        checkpoint: see load_layer.
-        data: see load_features.
-        out: folder; made if missing.
-        layer: num_heads, temperature, gate, top_k of load_layer.
-
-    Returns:
-        All that was found.
+    estimates, from which the same request continues. Interruptions do not change the numbers.
 
     Raises:
         ModuleNotFoundError: an optional package is missing.
         CheckpointError, ValueError, OSError: the request cannot be met, with one line that says why.
-        LayersDiffer: the swapped layer was not the reference's equal on these samples.
+        LayersDiffer: the swapped layer does not compute what the reference does on these samples.
     """
-    # All of them now: a missing plotting package should not be found after minutes of evaluations.
+    # Before the evaluations, which take minutes.
     for name in EXTRAS:
         importlib.import_module(name)
-    fast, about, features = _load(checkpoint, data, request, layer)
-    folder = Path(out)
+    fast, about, features = _load(request)
+    folder = request.out
     folder.mkdir(parents=True, exist_ok=True)
-    sources = {"checkpoint": Path(checkpoint).name, "data": Path(data).name}
-    found = find(fast, features, request, folder / CHECKPOINTS, about, sources)
+    found = find(fast, features, request, folder / CHECKPOINTS, about)
     files = _write_results(found, folder)
     with warnings.catch_warnings():
-        # A token in a script that the font lacks is boxes in a figure; the page's tables have it.
+        # A script that the font lacks becomes boxes in a figure; the page's tables have the text.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         pictures = draw(found)
     for name, picture in pictures.items():
         write_whole(folder / name, picture.png)
-    write_whole(folder / "index.html", page(found, pictures, [*files, *pictures]).encode())
+    write_whole(folder / "index.html", page(found, pictures, [*files, *pictures]))
     return found
 
 
-def main(
-    checkpoint: str | Path, data: str | Path, out: str | Path, request: Request, **layer: Any
-) -> int:
-    """Run as a command: 0 done, 1 the layers differ, 2 it cannot run, 130 interrupted.
+def main(request: Request) -> int:
+    """Run as a command: 0 done, 1 the layers differ, 2 the request cannot be met, 130 interrupted.
 
     Raises:
         ModuleNotFoundError: an optional package is missing.
     """
     try:
-        found = run(checkpoint, data, out, request, **layer)
+        found = run(request)
     except KeyboardInterrupt:
-        print(
-            "interrupted: files already written are whole; the same command goes on from "
-            f"{Path(out) / CHECKPOINTS}",
-            file=sys.stderr,
-        )
+        message = "interrupted: files already written are whole; the same command goes on from "
+        print(f"{message}{request.out / CHECKPOINTS}", file=sys.stderr)
         return INTERRUPTED
     except LayersDiffer as error:
         print(f"error: {error}", file=sys.stderr)
@@ -119,7 +101,7 @@ def main(
             table = values[SII].table(3, MAGNITUDE)
             console.print(table, markup=False, highlight=False, soft_wrap=True)
     console.print("Written: index.html, explanation.json, results and figures in", end=" ")
-    console.print(str(out), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(request.out), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -174,7 +156,8 @@ def _of_sample(found: Findings, sample: int, name: str, values: PairValues) -> d
         sides = _sides(features, m, n)
         # The image is the same for every index.
         for rows, columns in sides if name == SII else sides[:1]:
-            image = _image(features, columns, sample) if name == SII else None
+            images = features.images[columns] if name == SII else None
+            image = None if images is None else images[sample]
             pictures |= _map(found, sample, name, values, (rows, columns), tokens, image)
     return pictures
 
@@ -232,16 +215,10 @@ def _sides(features: Features, m: int, n: int) -> list[tuple[int, int]]:
     return [each for each in both if features.images[each[1]] is not None] or both[:1]
 
 
-def _image(features: Features, modality: int, sample: int) -> Any:
-    images = features.images[modality]
-    return None if images is None else images[sample]
-
-
-def _load(
-    checkpoint: str | Path, data: str | Path, request: Request, settings: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any], Features]:
-    """The fast layer, what it is in JSON's types, and the samples."""
-    reference = load_layer(checkpoint, **settings)
+def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
+    """The fast layer, its description in JSON's types, and the samples."""
+    checkpoint, data = request.checkpoint, request.data
+    reference = load_layer(checkpoint, **request.layer)
     spec = describe(reference)
     dtype = next(reference.parameters()).dtype
     features = load_features(data, spec.num_modalities, spec.hidden_dim, spec.num_classes, dtype)
@@ -277,7 +254,7 @@ def _write_results(found: Findings, folder: Path) -> list[str]:
         savers |= {f"sample_{sample:05d}_{name}.npz": each for name, each in values.items()}
     for name, result in savers.items():
         result.save(folder / name)
-    write_whole(folder / "explanation.json", json_bytes(found))
+    write_whole(folder / "explanation.json", json_text(found))
     return [*savers, "explanation.json"]
 
 

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flmoe_kernels.explain.figures.canvas import printable
+from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.figures.heat_map import grey
-from flmoe_kernels.explain.memory import available_bytes
+from flmoe_kernels.explain.games.memory import available_bytes
 
 Array = NDArray[Any]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from flmoe_kernels.explain.figures.canvas import printable
+from flmoe_kernels.core.figures import printable
+from flmoe_kernels.explain.attribution.targets import PROB
+from flmoe_kernels.explain.estimators.indices import RG, SII
+from flmoe_kernels.explain.estimators.results import MAGNITUDE
 from flmoe_kernels.explain.masking.drops import MaskingDrops
-from flmoe_kernels.explain.pairs.indices import RG, SII
-from flmoe_kernels.explain.pairs.results import MAGNITUDE
-from flmoe_kernels.explain.targets import PROB
 
 from .findings import TOP_ROWS, Findings, versions
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import warnings
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ FOLDER_VARIABLE = "FLMOE_CACHE_DIR"
 FORMAT = 1
 _NAME = re.compile(r"[0-9a-f]{32}\.json")
 # What a killed writer leaves, see core/files.py.
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.json\.\w+")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\w+\.tmp\.json")
 # A file has about one KiB; a larger one is something else and is not read.
 _MOST_BYTES = 2**16
 # Limits on what a file may hold: fields and values of a configuration, characters of a word, seconds.
@@ -196,8 +195,8 @@ def write(result: TuningResult) -> None:
         target = folder() / name
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_replaced(target):
-            raise OSError("not a regular file")
-        write_whole(target, lambda part: part.write_text(encode(result), encoding="utf-8"))
+            raise OSError("not a regular file")  # writing to a pipe would wait for a reader
+        write_whole(target, encode(result))
     except OSError as error:
         _warn(f"{name}: not written: {error}")
 
@@ -223,7 +222,7 @@ def clear() -> int:
         OSError: the folder exists and cannot be listed.
     """
     for path in _files(_TEMPORARY):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     return sum(map(_remove, _files(_NAME)))
 
 

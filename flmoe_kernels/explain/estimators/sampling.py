@@ -30,20 +30,20 @@ independent of each other, since all of them share each T: a mean over pairs is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.packed import Bools, Floats, Ints, Packed, toggled
+from flmoe_kernels.explain.games.coalitions import Bools, Floats, Ints, Packed, toggled
 
 from .indices import INDICES, Corners
 
 OVERHEAD = 2  # evaluations of everybody and of nobody, which every run starts with
 _LEAST_UNITS = 2  # for a standard error
-# What checkpoints are bound to: those of other draws are no part of an estimate from these.
+# Checkpoints are bound to it: values of other draws must not enter an estimate.
 _DESIGN = "toggled coalitions"
 # Evaluated between two looks at the stopping rule: fills batches on several ranks.
 _STEP_COALITIONS = 4096
@@ -120,7 +120,7 @@ class Toggles:
         return cls(pairs, np.concatenate([alone, pairs]), 1 + place.reshape(pairs.shape).T)
 
     def __len__(self) -> int:
-        """Evaluations that a draw asks for."""
+        """Evaluations per draw."""
         return len(self.toggled)
 
     def coalitions(self, drawn: Bools) -> Packed:
@@ -241,20 +241,9 @@ class PairSampling:
         return {name: (self._mean[k], errors[k]) for k, name in enumerate(self.indices)}
 
     def request(self) -> dict[str, Any]:
-        """What the draws and their end depend on, for a fingerprint."""
-        return {"draws": _DESIGN, "sampling": asdict(self.sampling), "sample": self.sample}
-
-    def state(self) -> dict[str, Any]:
-        """What a later run needs to go on; see `restore`."""
-        return {"units": np.array(self.units), "mean": self._mean, "squares": self._squares}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError: not the state of such an estimate."""
-        mean, squares = (np.array(state[name], dtype=np.float64) for name in ("mean", "squares"))
-        if mean.shape != self._mean.shape or squares.shape != self._mean.shape:
-            raise ValueError(f"expected sums of {self._mean.shape}, got {mean.shape}")
-        self.units = int(state["units"])
-        self._mean, self._squares = mean, squares
+        """What the draws, their order and their end depend on, for a fingerprint."""
+        design = [_DESIGN, _STEP_COALITIONS]
+        return {"draws": design, "sampling": asdict(self.sampling), "sample": self.sample}
 
     def _draw(self, unit: int) -> list[Bools]:
         drawn = coalition(self.sampling.seed, self.sample, unit, self.players)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flmoe_kernels.explain.coalitions.packed import Floats
+from flmoe_kernels.explain.games.coalitions import Floats
 
 SII = "SII"
 RG = "RG"

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.coalitions.packed import Floats, Ints
+from flmoe_kernels.explain.archive import Arrays, Saved
+from flmoe_kernels.explain.extras import optional_package
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
 
 from .indices import SII
 
 CLOSED_FORM = "closed_form"
 LARGEST, SMALLEST, MAGNITUDE = RANKINGS = ("largest", "smallest", "magnitude")
-_KIND = "flmoe_kernels.explain.PairValues"
-_ARRAYS = ("tokens", "pairs", "values", "standard_errors")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PairValues:
+class PairValues(Saved):
     """One index of one sample's token pairs.
 
     Attributes:
@@ -47,6 +43,9 @@ class PairValues:
         sampling: budget, tolerance, min_draws, seed and antithetic; None without sampling.
         sample: position in the batch.
     """
+
+    _ARRAYS: ClassVar = ("tokens", "pairs", "values", "standard_errors")
+    _NUMPY: ClassVar = True
 
     index: str
     values: Floats
@@ -137,7 +136,8 @@ class PairValues:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain Python, ready for JSON."""
-        return {**self._header(), **{name: getattr(self, name).tolist() for name in _ARRAYS}}
+        arrays = {name: getattr(self, name).tolist() for name in self._ARRAYS}
+        return {**self._header(), "lengths": list(self.lengths), **arrays}
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame of `rows`, with what is common to them in `attrs`.
@@ -146,7 +146,7 @@ class PairValues:
             ModuleNotFoundError: pandas is not installed.
         """
         columns = ["modality_i", "token_i", "modality_j", "token_j", "value", "standard_error"]
-        frame = _optional("pandas").DataFrame(self.rows(), columns=columns)
+        frame = optional_package("pandas").DataFrame(self.rows(), columns=columns)
         frame.attrs.update(self._header())
         return frame
 
@@ -162,7 +162,7 @@ class PairValues:
                 f"to_shapiq: expected the index {SII}, which shapiq knows, got {self.index}"
             )
         lookup = {(int(i), int(j)): k for k, (i, j) in enumerate(self.pairs)}
-        return _optional("shapiq").InteractionValues(
+        return optional_package("shapiq").InteractionValues(
             values=self.values.copy(),
             index=self.index,
             min_order=2,
@@ -174,26 +174,6 @@ class PairValues:
             baseline_value=self.baseline,
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write one file, an .npz with a JSON header; whole or not at all."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        write_whole(Path(path), encode(_KIND, self._header(), arrays))
-
-    @classmethod
-    def load(cls, path: str | Path) -> PairValues:
-        """What `save` wrote. Nothing is unpickled.
-
-        Raises:
-            ValueError: another file, or a damaged one.
-        """
-        header, arrays = decode(Path(path).read_bytes(), _KIND, str(path))
-        names = {each.name for each in fields(cls)} - set(_ARRAYS)
-        found = {name: header[name] for name in names if name in header}
-        if len(found) < len(names) or set(arrays) != set(_ARRAYS):
-            raise ValueError(f"{path}: expected the parts of {_KIND}, got others")
-        _require_shapes(str(path), arrays)
-        return cls(**{**found, **arrays, "lengths": tuple(found["lengths"])})
-
     def __repr__(self) -> str:
         how = self.method.replace("_", " ")
         if not self.exact:
@@ -203,32 +183,19 @@ class PairValues:
             f"tokens; {how}; {self.evaluations} evaluations)"
         )
 
-    def _header(self) -> dict[str, Any]:
-        header = {
-            each.name: getattr(self, each.name) for each in fields(self) if each.name not in _ARRAYS
+    @classmethod
+    def _check(cls, name: str, arrays: Arrays) -> None:
+        tokens, pairs = arrays["tokens"], arrays["pairs"]
+        count = pairs.shape[:1]
+        shapes = {
+            "tokens": (*tokens.shape[:1], 2),
+            "pairs": (*count, 2),
+            "values": count,
+            "standard_errors": count,
         }
-        return {**header, "lengths": list(self.lengths)}
-
-
-def _require_shapes(name: str, arrays: Mapping[str, Any]) -> None:
-    tokens, pairs = arrays["tokens"], arrays["pairs"]
-    count = len(pairs)
-    shapes = {
-        "tokens": (len(tokens), 2),
-        "pairs": (count, 2),
-        "values": (count,),
-        "standard_errors": (count,),
-    }
-    for key, shape in shapes.items():
-        kind = "i" if key in ("tokens", "pairs") else "f"
-        if arrays[key].shape != shape or arrays[key].dtype.kind != kind:
-            raise ValueError(f"{name}: expected {key} {shape}, got {arrays[key].shape}")
-    if count and not (pairs.min() >= 0 and pairs.max() < len(tokens)):
-        raise ValueError(f"{name}: expected pairs of {len(tokens)} players, got others")
-
-
-def _optional(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"needs a package: pip install {package}") from error
+        for key, shape in shapes.items():
+            kind = "i" if key in ("tokens", "pairs") else "f"
+            if arrays[key].shape != shape or arrays[key].dtype.kind != kind:
+                raise ValueError(f"{name}: expected {key} {shape}, got {arrays[key].shape}")
+        if pairs.size and not (pairs.min() >= 0 and pairs.max() < len(tokens)):
+            raise ValueError(f"{name}: expected pairs of {len(tokens)} players, got others")

@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.additive import TwoAdditiveGame, has_closed_form
-from flmoe_kernels.explain.coalitions.engine import Game
-from flmoe_kernels.explain.coalitions.games import (
-    FILLS,
-    OUTPUTS,
-    TokenGame,
-    one_sample,
-    players_of,
-    require_inputs,
-)
-from flmoe_kernels.explain.coalitions.packed import Ints, all_pairs
-from flmoe_kernels.explain.models import Inputs
+from flmoe_kernels.explain.games.additive import TwoAdditiveGame, has_closed_form
+from flmoe_kernels.explain.games.coalitions import all_pairs
+from flmoe_kernels.explain.games.masked import FILLS
+from flmoe_kernels.explain.games.models import Inputs
+from flmoe_kernels.explain.games.token_game import OUTPUTS, TokenGame
+from flmoe_kernels.explain.games.tokens import players_of, require_inputs, valid_tokens
 
 from .candidates import ALL, Candidates, candidate_pairs, require_pairs
+from .evaluator import Game
 from .indices import RG, SII, require_indices
 from .results import CLOSED_FORM, PairValues
-from .run import METHODS, Run, estimate
+from .run import METHODS, Run, estimate, pair_values
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -121,11 +116,12 @@ def probe_pairs(
     closed = _is_closed(model, output, fill, baseline)
     solved = _solved(names, method, closed)
     estimated = [name for name in names if name not in solved]
-    targets, candidates = _targets(target, batch), []
-    for sample in range(batch):
-        tokens = _tokens(inputs, masks, sample)
-        mine = _of_sample(scores, sample, batch)
-        candidates.append(candidate_pairs(tokens, pairs, mine, top))
+    targets, valid = _targets(target, batch), valid_tokens(inputs, masks)
+    # For all samples before any work.
+    candidates = [
+        candidate_pairs(players_of(valid, b), pairs, _of_sample(scores, b, batch), top)
+        for b in range(batch)
+    ]
     play: Any = TwoAdditiveGame
     if not closed:
         value: dict[str, Any] = {"output": output, "fill": fill, "baseline": baseline}
@@ -193,13 +189,13 @@ def _solved(indices: Sequence[str], method: str, closed: bool) -> tuple[str, ...
 
 
 def _in_closed_form(game: TwoAdditiveGame, chosen: Candidates, sample: int) -> PairValues:
-    return PairValues(
+    return pair_values(
+        game,
+        chosen,
+        sample,
         index=SII,
         values=game.interactions(chosen.pairs),
         standard_errors=np.zeros(len(chosen.pairs)),
-        pairs=chosen.pairs,
-        tokens=game.tokens,
-        lengths=game.lengths,
         value=game.value,
         baseline=game.baseline,
         method=CLOSED_FORM,
@@ -207,9 +203,6 @@ def _in_closed_form(game: TwoAdditiveGame, chosen: Candidates, sample: int) -> P
         draws=0,
         evaluations=1,
         batch_size=1,
-        candidates=chosen.chosen,
-        game=game.describe(),
-        sample=sample,
     )
 
 
@@ -225,11 +218,6 @@ def _targets(target: int | Tensor | None, batch: int) -> list[int | None]:
     if target is not None:
         check.require_count("target", target, 0)
     return [target] * batch
-
-
-def _tokens(inputs: Inputs, masks: Inputs | None, sample: int) -> Ints:
-    lengths = [0 if x is None else x.shape[1] for x in inputs]
-    return players_of(lengths, one_sample(masks, sample))
 
 
 def _of_sample(scores: Any, sample: int, batch: int) -> list[Tensor | None] | None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .packed import Floats
+from flmoe_kernels.explain.games.coalitions import Floats
 
 
 @dataclass(frozen=True)

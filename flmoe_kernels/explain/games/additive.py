@@ -1,4 +1,4 @@
-"""A sample of PairInteractionMoE as the 2-additive game that it is: one pass of the layer, then no more of it."""
+"""A sample of PairInteractionMoE as a 2-additive game, from one pass of the layer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.models import (
-    Inputs,
-    expert_names,
-    expert_place,
-    game_digest,
-    require_model,
-)
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
-from .games import one_sample, players_of, require_coalitions, require_inputs
-from .packed import Bools, Floats, Ints
+from .coalitions import Bools, Floats, Ints
+from .models import Inputs, describe, expert_place, game_digest, require_model
+from .token_game import require_coalitions
+from .tokens import flat_places, players_of, require_inputs, rows_of, valid_tokens
 
 
 def has_closed_form(model: Any, output: str, fill: str) -> bool:
@@ -65,20 +60,21 @@ class TwoAdditiveGame:
         require_model(model, masking=True)
         check.require_count("sample", sample, 0, require_inputs(inputs, masks) - 1)
         self._expert = expert_place(model, expert)
-        mine = one_sample(masks, sample)
-        own = [None if x is None else x[sample : sample + 1].detach() for x in inputs]
+        one = slice(sample, sample + 1)
+        own = [None if x is None else x[one].detach() for x in inputs]
+        mine = rows_of(masks, one)
         found = model.explain(own, mine, target)
         self.lengths = found.lengths
-        self.tokens = players_of(found.lengths, mine)
+        self.tokens = players_of(valid_tokens(own, mine), 0)
         self.target = int(found.target)
-        places = np.concatenate([[0], np.cumsum(found.lengths)])
-        kept = places[self.tokens[:, 0]] + self.tokens[:, 1]
+        starts = np.concatenate([[0], np.cumsum(found.lengths)])
+        kept = flat_places(self.tokens, found.lengths)
         single = [self._of_expert(found.anchor_map(m)) for m in range(len(found.lengths))]
         self.single = np.concatenate(single)[kept]
-        pair = np.zeros((places[-1], places[-1]))
+        pair = np.zeros((starts[-1], starts[-1]))
         for m, n in itertools.combinations(range(len(found.lengths)), 2):
             phi = self._of_expert(found.pair_map(m, n))
-            pair[places[m] : places[m + 1], places[n] : places[n + 1]] = phi
+            pair[starts[m] : starts[m + 1], starts[n] : starts[n + 1]] = phi
         self.pair: Floats = (pair + pair.T)[np.ix_(kept, kept)]
         # An expert's part of the logit has its own baseline; the mixture's has the bias besides.
         whole, by_expert = found.baseline, found.expert_baseline
@@ -90,13 +86,8 @@ class TwoAdditiveGame:
                 f"logits, got v(none) = {self.baseline} and v(all) = {self.value}"
             )
         self._model, self._sample = model, [*own, *(mine or [])]
-        self._described = {
-            "of": type(model).__name__,
-            "target": self.target,
-            "output": "logit",
-            "expert": None if self._expert is None else expert_names(model)[self._expert],
-            "fill": "drop",
-        }
+        more = {"target": self.target, "output": "logit"}
+        self._described = describe(model, self._expert, "drop", **more)
 
     @property
     def players(self) -> int:

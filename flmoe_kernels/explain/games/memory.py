@@ -1,4 +1,4 @@
-"""How many coalitions one batch holds: modest, and the same from run to run where memory is plenty."""
+"""Batch sizes from the memory that is available."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from flmoe_kernels.core import validation as check
+
+from .models import Inputs
 
 MEMINFO = Path("/proc/meminfo")
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -71,3 +75,12 @@ def batch_size(sample_bytes: int, device: torch.device) -> int:
     if device.type == "cpu":
         fitting = min(fitting, _CPU_INPUTS // max(sample_bytes, 1))
     return min(LARGEST, 1 << max(int(fitting).bit_length() - 1, 0))
+
+
+def choose_batch(max_batch: int | None, inputs: Inputs, copies: int = 1) -> int:
+    """max_batch, or where it is None a batch size for samples of these inputs, each held so many times."""
+    if max_batch is None:
+        given = [x for x in inputs if x is not None]
+        return batch_size(copies * sum(x[:1].nbytes for x in given), given[0].device)
+    check.require_count("max_batch", max_batch, 1)
+    return max_batch

@@ -52,6 +52,12 @@ def expert_place(model: Any, expert: str | int | None) -> int | None:
     return expert
 
 
+def describe(model: Any, expert: int | None, fill: str, **more: Any) -> dict[str, Any]:
+    """What the logits are of, in JSON's types."""
+    name = None if expert is None else expert_names(model)[expert]
+    return {"of": type(model).__name__, "expert": name, "fill": fill, **more}
+
+
 def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | None) -> Tensor:
     """Logits (B, C) of the model, or of one of its experts before mixing.
 

@@ -1,4 +1,4 @@
-"""Which pairs are asked about: all, those across modalities, those among the top tokens, or a list."""
+"""Candidate pairs: all, across modalities, among the top tokens, or listed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.packed import Ints, all_pairs
+from flmoe_kernels.explain.games.coalitions import Ints, all_pairs
 
 ALL = "all"
 ACROSS = "across"
@@ -53,7 +53,7 @@ def candidate_pairs(
     if not isinstance(pairs, str):
         if top is not None:
             raise ValueError(f"top: expected None with a list of pairs, got {top}")
-        listed = _listed(tokens, pairs)
+        listed = require_pairs(listed_pairs("pairs", pairs, tokens), len(tokens))
         return Candidates(listed, f"{len(listed)} listed pairs")
     check.require_choice("pairs", pairs, (ALL, ACROSS))
     players, of = np.arange(len(tokens)), ""
@@ -91,31 +91,32 @@ def _top_players(tokens: Ints, scores: Scores, top: int) -> Ints:
     return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
 
 
-def _listed(tokens: Ints, pairs: Any) -> Ints:
-    places = _integers(pairs)
-    if not places.size:
+def listed_pairs(name: str, pairs: Any, tokens: Ints) -> Ints:
+    """The pairs (p, 2) of a list of ((m, i), (n, j)), as rows of tokens (n, 2)."""
+    found = _integers(name, pairs)
+    if not found.size:
         return np.zeros((0, 2), dtype=np.int64)
-    if places.ndim != 3 or places.shape[1:] != (2, 2) or places.dtype.kind not in "iu":
+    if found.ndim != 3 or found.shape[1:] != (2, 2) or found.dtype.kind not in "iu":
         raise ValueError(
-            "pairs: expected 'all', 'across' or a list of ((m, i), (n, j)), got an array of "
-            f"{places.shape}"
+            f"{name}: expected a list of ((m, i), (n, j)), got {found.dtype} {found.shape}"
         )
-    player = {(int(m), int(i)): k for k, (m, i) in enumerate(tokens)}
-    found = []
-    for first, second in places.tolist():
-        for address in (first, second):
-            if tuple(address) not in player:
-                raise ValueError(f"pairs: expected valid tokens, got (modality, token) {address}")
-        found.append((player[tuple(first)], player[tuple(second)]))
-    return require_pairs(np.array(found, dtype=np.int64), len(tokens))
+    player = {(m, i): k for k, (m, i) in enumerate(tokens.tolist())}
+    for token in map(tuple, found.reshape(-1, 2).tolist()):
+        if token not in player:
+            raise ValueError(f"{name}: expected valid tokens, got (modality, token) {token}")
+    rows = [[player[tuple(token)] for token in pair] for pair in found.tolist()]
+    for (first, second), pair in zip(rows, found.tolist(), strict=True):
+        if first == second:
+            raise ValueError(f"{name}: expected pairs of two tokens, got {tuple(pair[0])} twice")
+    return np.array(rows, dtype=np.int64)
 
 
-def _integers(pairs: Any) -> Any:
-    """An array of whatever it is. Raises ValueError: rows of several lengths, or no host's tensor."""
+def _integers(name: str, pairs: Any) -> Any:
+    """An array. Raises ValueError: rows of several lengths, or a tensor that is not on the host."""
     try:
         return np.asarray(pairs)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"pairs: expected an array of integers, got {pairs!r}") from error
+        raise ValueError(f"{name}: expected an array of integers, got {pairs!r}") from error
 
 
 def require_pairs(pairs: Any, players: int) -> Ints:
@@ -124,7 +125,7 @@ def require_pairs(pairs: Any, players: int) -> Ints:
     Raises:
         ValueError: another shape, a player that is none, a pair of one player or given twice.
     """
-    found = _integers(pairs)
+    found = _integers("pairs", pairs)
     if not found.size:
         return np.zeros((0, 2), dtype=np.int64)
     if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from flmoe_kernels.explain.coalitions.packed import Floats, Ints, Packed, from_integers
+from flmoe_kernels.explain.games.coalitions import Floats, Ints, Packed, from_integers
 
 from .indices import INDICES, Corners
 
@@ -73,16 +73,7 @@ class Enumeration:
         return {name: (values, np.zeros_like(values)) for name, values in exact.items()}
 
     def request(self) -> dict[str, Any]:
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        return {"known": np.array(self._known), "values": self._values}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        values = np.array(state["values"], dtype=np.float64)
-        if values.shape != self._values.shape:
-            raise ValueError(f"expected values of {self._values.shape}, got {values.shape}")
-        self._known, self._values = int(state["known"]), values
+        return {"draws": _STEP_COALITIONS}
 
 
 def _weights(players: int) -> Floats:

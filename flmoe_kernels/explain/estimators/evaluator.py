@@ -1,18 +1,28 @@
-"""The one engine below all estimates: values of coalitions, each distinct one once, in batches, over ranks."""
+"""Values of coalitions: each distinct one evaluated once, in batches, over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.games.coalitions import (
+    Bools,
+    Floats,
+    Packed,
+    distinct,
+    empty_and_full,
+    sizes,
+    unpack,
+)
 
-from .packed import Bools, Floats, Packed, distinct, sizes, unpack
+from .checkpoint import Checkpoint
 from .ranks import Ranks
 
-DEFAULT_BATCH = 4096  # of a game that does not say how many coalitions it takes at once
+DEFAULT_BATCH = 4096  # for a game without a limit of its own
+# v(none) and v(all) of one model differ between machines by rounding; those of another model by more.
+_SAME_GAME = 1e-3
 
 
 class Game(Protocol):
@@ -57,21 +67,39 @@ class Evaluator:
         own: Any = getattr(game, "batch_size", None)
         if own is not None:
             check.require_count("game.batch_size", own, 1)
-        limits = [int(each) for each in (own, batch_size) if each is not None]
+        limits = [int(limit) for limit in (own, batch_size) if limit is not None]
         self.batch_size = self.ranks.least(min(limits, default=DEFAULT_BATCH))
         self.evaluations = 0
+        self._known = np.zeros(0)
+        self._checkpoint: Checkpoint | None = None
 
-    def __call__(
-        self,
-        packed: Packed,
-        known: Floats | None = None,
-        on_round: Callable[[Floats], None] | None = None,
-    ) -> Floats:
-        """Values (m,) of packed coalitions (m, bytes), in their order.
+    def resume(self, checkpoint: Checkpoint, same_batches: bool) -> None:
+        """Take the values of a checkpoint for those of the next coalitions, and save later ones to it.
 
         Args:
-            known: values of the first distinct coalitions, from an earlier call for the same ones.
-            on_round: called with the values known so far, whenever every rank has evaluated a batch.
+            same_batches: whether batches are not larger than they were, for the same bits.
+
+        Raises:
+            ValueError: the checkpoint is of another request or game, or damaged.
+        """
+        saved = checkpoint.read()
+        if saved is not None:
+            known, batch_size = saved
+            ends = self(empty_and_full(self.game.players))[: len(known)]
+            self.evaluations = 0
+            scale = max(1.0, float(np.abs(ends).max(initial=0.0)))
+            if not np.allclose(known[: len(ends)], ends, rtol=0.0, atol=_SAME_GAME * scale):
+                raise ValueError(
+                    f"{checkpoint.path}: belongs to another model or sample: v(none) and v(all) were "
+                    f"{known[: len(ends)].tolist()}, and are {ends.tolist()}"
+                )
+            self._known = known
+            if same_batches:
+                self.batch_size = min(self.batch_size, batch_size)
+        self._checkpoint = checkpoint
+
+    def __call__(self, packed: Packed) -> Floats:
+        """Values (m,) of packed coalitions (m, bytes), in their order.
 
         Raises:
             TypeError, ValueError: the game returned another shape or values that are not finite.
@@ -81,16 +109,14 @@ class Evaluator:
         rows, place = distinct(packed)
         self.evaluations += len(rows)
         values = np.zeros(len(rows))
-        done = 0
-        if known is not None:
-            done = min(len(known), len(rows))
-            values[:done] = known[:done]
+        done = min(len(self._known), len(rows))
+        values[:done], self._known = self._known[:done], self._known[done:]
         while done < len(rows):
             stop = min(done + self.batch_size * self.ranks.size, len(rows))
             values[done:stop] = self._round(rows[done:stop])
+            if self._checkpoint is not None:
+                self._checkpoint.add(values[done:stop], self.batch_size)
             done = stop
-            if on_round is not None:
-                on_round(values[:done])
         return values[place]
 
     def _round(self, rows: Packed) -> Floats:
