@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from flmoe_kernels.core.backend import backend_status
-from flmoe_kernels.published.checkpoint import CONFIG_KEY, MODEL_KEY
+from flmoe_kernels.published.file import CONFIG_KEY, MODEL_KEY
 from flmoe_kernels.published.swap import swap
 
 from . import memory

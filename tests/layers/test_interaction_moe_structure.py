@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from flmoe_kernels.layers.interaction_moe.architecture import DropoutRates, build
-from flmoe_kernels.layers.interaction_moe.structure import UnsupportedLayer, check_state, describe
+from flmoe_kernels.layers.interaction_moe.structure import describe
+from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.published.recognise import check_state
 from tests.support.lineage import LateFusion, Linear, fl, i2, make_layer
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.published import compare as swap_check
-from flmoe_kernels.published.outputs import Disagreement
-from flmoe_kernels.published.swap import SwapReport, swap
+from flmoe_kernels.published import calls
+from flmoe_kernels.published.agreement import Disagreement
+from flmoe_kernels.published.report import SwapReport
+from flmoe_kernels.published.swap import swap
 from tests.support.lineage import LateFusion, MaxPooled, fl, i2, make_layer
 from tests.support.lineage_sparse import make_mlp
 
@@ -302,7 +304,7 @@ def test_compares_on_the_inputs_that_the_model_gives(
     compare = swap_check.compare
     # By sys.modules: in the package, the name is that of the function.
     monkeypatch.setattr(
-        sys.modules["flmoe_kernels.swap"],
+        sys.modules["flmoe_kernels.published.swap"],
         "compare",
         lambda *a: (seen.append(a[-1]), compare(*a))[1],
     )
@@ -348,29 +350,29 @@ def test_a_failing_model_stops_the_swap_before_it_changes_anything() -> None:
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        (swap_check.Case([torch.randn(2, 4, 16)], None), "inputs of shapes"),
-        (swap_check.Case([], None), r"inputs of shapes \[\]"),
-        (swap_check.Case([torch.randn(2, 16)] * 2, None), r"\(2, 16\)"),
-        (swap_check.Case([torch.randn(2, 4, 16)] * 2, [None]), "1 masks for 2 modalities"),
+        (calls.Case([torch.randn(2, 4, 16)], None), "inputs of shapes"),
+        (calls.Case([], None), r"inputs of shapes \[\]"),
+        (calls.Case([torch.randn(2, 16)] * 2, None), r"\(2, 16\)"),
+        (calls.Case([torch.randn(2, 4, 16)] * 2, [None]), "1 masks for 2 modalities"),
         (
-            swap_check.Case([torch.randn(2, 4, 16)] * 2, [torch.zeros(2, 4)] * 2),
+            calls.Case([torch.randn(2, 4, 16)] * 2, [torch.zeros(2, 4)] * 2),
             "no sample with a valid token",
         ),
     ],
 )
-def test_captured_calls_that_cannot_be_compared(case: swap_check.Case, reason: str) -> None:
+def test_captured_calls_that_cannot_be_compared(case: calls.Case, reason: str) -> None:
     layer = make_layer()
     with pytest.raises(Disagreement, match=reason):
-        swap_check.compare(layer, describe(layer), InteractionMoE.adopt, case)
+        swap_check.compare(layer, describe(layer), case)
 
 
 def test_captured_calls_are_compared_on_their_first_samples_with_tokens() -> None:
     inputs = [torch.arange(9.0).view(9, 1, 1).expand(9, 4, 16)] * 2
     masks = [torch.ones(9, 4), torch.ones(9, 4)]
     masks[0][:2] = masks[1][1] = 0
-    few = swap_check._few_samples(swap_check.Case(inputs, [masks[0], None]), describe(make_layer()))
+    few = calls.few_samples(calls.Case(inputs, [masks[0], None]), describe(make_layer()))
     assert few.inputs[0][:, 0, 0].tolist() == [0, 1, 2, 3]
-    few = swap_check._few_samples(swap_check.Case(inputs, list(masks)), describe(make_layer()))
+    few = calls.few_samples(calls.Case(inputs, list(masks)), describe(make_layer()))
     assert few.inputs[1][:, 0, 0].tolist() == [0, 2, 3, 4]
     assert few.masks is not None
     assert [mask.shape[0] for mask in few.masks] == [4, 4]
@@ -378,13 +380,13 @@ def test_captured_calls_are_compared_on_their_first_samples_with_tokens() -> Non
 
 def test_masks_given_to_the_variant_without_them_are_a_reason() -> None:
     layer, inputs = make_layer(i2), [torch.randn(2, 5, 16)] * 2
-    case = swap_check.Case(inputs, [torch.ones(2, 5)] * 2)
+    case = calls.Case(inputs, [torch.ones(2, 5)] * 2)
     with pytest.raises(Disagreement, match="does not take"):
-        swap_check.compare(layer, describe(layer), InteractionMoE.adopt, case)
+        swap_check.compare(layer, describe(layer), case)
 
 
 def test_random_cases_have_ragged_and_wholly_padded_parts() -> None:
-    masked, plain = swap_check.random_cases(describe(make_layer(modalities=3)))
+    masked, plain = calls.random_cases(describe(make_layer(modalities=3)))
     assert plain.masks is None
     assert masked.masks is not None
     lengths = [x.shape[1] for x in masked.inputs]
@@ -393,14 +395,14 @@ def test_random_cases_have_ragged_and_wholly_padded_parts() -> None:
     assert [full for full, _ in counts] == lengths
     assert counts[-1][1] == 0
     assert all(0 < some < n for (_, some), n in zip(counts[:-1], lengths[:-1], strict=True))
-    (only,) = swap_check.random_cases(describe(make_layer(i2, patches=5)))
+    (only,) = calls.random_cases(describe(make_layer(i2, patches=5)))
     assert (only.masks, [x.shape[1] for x in only.inputs]) == (None, [5, 5])
 
 
 def test_a_bare_copy_has_parameters_of_its_own_and_no_hooks() -> None:
     layer = make_layer()
     layer.register_forward_hook(lambda *_: None)
-    clone = swap_check.bare_copy(layer)
+    clone = calls.bare_copy(layer)
     assert not clone._forward_hooks
     assert len(layer._forward_hooks) == 1
     assert {id(p) for p in clone.parameters()}.isdisjoint(id(p) for p in layer.parameters())

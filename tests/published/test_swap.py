@@ -13,7 +13,8 @@ from flmoe_kernels.layers.interaction_moe.architecture import build
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
-from flmoe_kernels.published.swap import ROOT, SwapReport, swap
+from flmoe_kernels.published.report import SwapReport
+from flmoe_kernels.published.swap import ROOT, swap
 from tests.support.lineage import fl, i2, make_layer
 
 LENGTHS = {fl: (7, 5, 3), i2: (5, 5, 5)}

@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
-from flmoe_kernels.layers.interaction_moe.architecture import build_like
+from flmoe_kernels.layers.interaction_moe.architecture import build, build_like
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.structure import UnsupportedLayer, check_state, describe
-from flmoe_kernels.published.checkpoint import (
-    CheckpointError,
-    build,
-    load_checkpoint,
-    load_layer,
-    swap_checkpoint,
-)
-from flmoe_kernels.published.swap import swap
+from flmoe_kernels.layers.interaction_moe.structure import describe
+from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.published.recognise import check_state
+from flmoe_kernels.published.convert import load_checkpoint, load_layer
+from flmoe_kernels.published.file import CheckpointError
+from flmoe_kernels.published.swap import swap, swap_checkpoint
 from tests.support import lineage_sparse as lineage_sparse
 from tests.support.inputs import draw
 from tests.support.lineage import fl, i2, make_layer
@@ -400,7 +397,7 @@ def test_command_takes_the_gate_and_the_choices(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "sparse with 5 experts, top 3 of a NaiveGate" in result.stdout
-    assert "nor do they tell the gate, NaiveGate, and that a token takes 3" in result.stdout
+    assert "2 heads, temperature 1, top 3 of a NaiveGate" in result.stdout
     refused = CliRunner().invoke(app, [*arguments[:4], "--gate", "NoisyGate"])
     assert refused.exit_code == 2
     assert refused.stderr.count("\n") == 1
