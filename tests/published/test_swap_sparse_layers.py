@@ -18,9 +18,9 @@ from flmoe_kernels.layers.interaction_moe.architecture import build, build_like
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.layers.parts import UnsupportedLayer
-from flmoe_kernels.published.recognise import check_state
 from flmoe_kernels.published.convert import load_checkpoint, load_layer
 from flmoe_kernels.published.file import CheckpointError
+from flmoe_kernels.published.recognise import check_state
 from flmoe_kernels.published.swap import swap, swap_checkpoint
 from tests.support import lineage_sparse as lineage_sparse
 from tests.support.inputs import draw
