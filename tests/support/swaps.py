@@ -1,10 +1,12 @@
-"""Reports of `swap`, and everything about a model that it must not change."""
+"""Checkpoint files, reports of `swap`, and everything about a model that it must not change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from flmoe_kernels.published.report import SwapReport
@@ -41,3 +43,8 @@ def left(report: SwapReport) -> str:
     assert len(report.left) == 1
     assert "\n" not in report.left[0].reason
     return report.left[0].reason
+
+
+def save(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
