@@ -17,5 +17,5 @@ from .ops.pair_moe.api import pair_map as pair_map
 from .ops.pair_moe.api import pair_moe as pair_moe
 from .ops.pair_moe.api import top_pairs as top_pairs
 from .ops.routed_mlp.api import routed_mlp as routed_mlp
-from .published.swap import SwapReport as SwapReport
+from .published.report import SwapReport as SwapReport
 from .published.swap import swap as swap

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from flmoe_kernels.core.backend import backend_status
 from flmoe_kernels.core.files import write_whole
-from flmoe_kernels.published.checkpoint import CONFIG_KEY, MODEL_KEY
+from flmoe_kernels.published.file import CONFIG_KEY, MODEL_KEY
 from flmoe_kernels.published.swap import swap
 
 from . import memory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels import FusionTransformer, InteractionMoE, expert_attention
-from flmoe_kernels.layers.interaction_moe.structure import UnsupportedLayer
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.support.inputs import cumulative, draw, draw_replacements, make_seed
 from tests.support.layers import LayerCase
 

@@ -38,7 +38,7 @@ from flmoe_kernels.explain import (
 from flmoe_kernels.explain.estimators import checkpoint as resume
 from flmoe_kernels.explain.report import command
 from flmoe_kernels.explain.report.request import Request
-from flmoe_kernels.published.checkpoint import load_layer
+from flmoe_kernels.published.convert import load_layer
 from flmoe_kernels.published.report import LeftLayer, SwapReport
 from tests.support.explain_files import (
     EVIL,

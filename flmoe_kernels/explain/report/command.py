@@ -29,7 +29,8 @@ from flmoe_kernels.explain.figures.network import pair_network
 from flmoe_kernels.explain.figures.weights import expert_weights
 from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
 from flmoe_kernels.layers.interaction_moe.structure import describe
-from flmoe_kernels.published.checkpoint import CheckpointError, load_layer
+from flmoe_kernels.published.convert import load_layer
+from flmoe_kernels.published.file import CheckpointError
 from flmoe_kernels.published.swap import swap
 
 from .features import Features, load_features

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP
@@ -28,7 +29,7 @@ from .reference import (
     reweighting_features,
 )
 from .sparse import GateLosses, sum_losses
-from .structure import UnsupportedLayer, describe
+from .structure import describe
 
 _OPERATOR = "interaction_moe"
 _OPS = torch.ops.flmoe
@@ -121,8 +122,6 @@ class InteractionMoE(ReferenceInteractionMoE):
         self.reweight = skeleton.reweight
         self.interaction_experts = skeleton.interaction_experts
         for name in list(skeleton.state_dict()):
-            if name not in parameters:
-                raise UnsupportedLayer(f"{name}: expected a parameter, found a buffer")
             owner, _, leaf = name.rpartition(".")
             skeleton.get_submodule(owner).register_parameter(leaf, parameters[name])
         for part in skeleton.modules():

@@ -19,8 +19,8 @@ from flmoe_kernels.core.native import statistics_dtype
 from flmoe_kernels.ops.routed_mlp.api import ALL, SELECTED, Routing, limit, reweigh
 from flmoe_kernels.ops.routed_mlp.api import gate as choose
 
+from .collectives import limit_over_ranks, sum_over_ranks, tokens_over_ranks
 from .gate_base import Gate as Gate
-from .parallel import limit_over_ranks, sum_over_ranks, tokens_over_ranks
 
 
 class NaiveGate(Gate):

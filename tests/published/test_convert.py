@@ -1,13 +1,10 @@
-"""Checkpoints: what is read from them, what is refused and how, and the conversion."""
+"""Loading checkpoints: what is read from files, keys and shapes, and what is refused and how."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,23 +15,18 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
-from flmoe_kernels.published.checkpoint import (
-    CheckpointError,
-    build,
-    load_checkpoint,
-    load_layer,
-    swap_checkpoint,
-)
-from flmoe_kernels.published.swap import swap
-from tests.support.lineage import fl, i2, make_layer
+from flmoe_kernels.layers.interaction_moe.architecture import build
+from flmoe_kernels.published.convert import load_checkpoint
+from flmoe_kernels.published.file import CheckpointError
+from flmoe_kernels.published.swap import swap, swap_checkpoint
+from tests.support.inputs import draw
+from tests.support.lineage import fl, i2, make_layer, make_sparse_layer
+from tests.support.lineage_sparse import lifted
+from tests.support.swaps import save
 
 State = dict[str, Tensor]
 EXPERT = "interaction_experts.1.fusion_model."
-
-
-def save(path: Path, content: Any) -> Path:
-    torch.save(content, path)
-    return path
+MLP = EXPERT + "network.0.mlp."
 
 
 def problem(path: Path) -> str:
@@ -211,7 +203,7 @@ BAD_KEYS: list[tuple[str, Callable[[State], object], list[str]]] = [
     (
         "one sparse gate",
         with_value(EXPERT + "network.0.mlp.all_gates.0.gate.weight", torch.ones(4, 16)),
-        ["sparse MLPs: no usable tensor experts.htoh4.weight"],
+        ["no usable tensor at any key", "experts.htoh4.weight"],
     ),
     (
         "one modality",
@@ -253,11 +245,60 @@ BAD_KEYS: list[tuple[str, Callable[[State], object], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "parts"), [pytest.param(c, p, id=i) for i, c, p in BAD_KEYS])
+SPARSE_KEYS: list[tuple[str, bool, Callable[[State], object], list[str]]] = [
+    (
+        "copies",
+        False,
+        lambda state: state[MLP + "gate.gate.bias"].add_(1),
+        ["gate.bias", "differ, but are one gate"],
+    ),
+    ("missing", False, without(MLP + "experts.h4toh.bias"), [f"missing: {MLP}experts.h4toh.bias"]),
+    (
+        "shape",
+        False,
+        with_value(MLP + "experts.h4toh.weight", torch.ones(5, 3, 32)),
+        ["wrong shape: ", "h4toh.weight is (5, 3, 32), expected (5, 16, 32)"],
+    ),
+    (
+        "one apart missing",
+        True,
+        without(MLP + "experts.2.htoh4.bias"),
+        ["Missing key", "experts.2.htoh4.bias"],
+    ),
+    (
+        "one apart of another shape",
+        True,
+        with_value(MLP + "experts.2.htoh4.bias", torch.ones(1, 3)),
+        ["size mismatch for ", "experts.2.htoh4.bias"],
+    ),
+    (
+        "no experts",
+        False,
+        lambda state: [state.pop(key) for key in list(state) if ".htoh4." in key],
+        ["no usable tensor", "htoh4"],
+    ),
+    (
+        "absurd sparse numbers",
+        False,
+        with_value(MLP + "all_gates.99999999.gate.bias", torch.ones(5)),
+        ["numbers in its keys exceed"],
+    ),
+]
+WRONG_KEYS = [pytest.param(make_layer, {}, *row, id=i) for i, *row in BAD_KEYS]
+WRONG_KEYS += [
+    pytest.param(make_sparse_layer, {"apart": apart}, *row, id=i) for i, apart, *row in SPARSE_KEYS
+]
+
+
+@pytest.mark.parametrize(("make", "options", "change", "parts"), WRONG_KEYS)
 def test_wrong_keys_are_listed(
-    tmp_path: Path, change: Callable[[State], object], parts: list[str]
+    tmp_path: Path,
+    make: Callable[..., nn.Module],
+    options: dict[str, Any],
+    change: Callable[[State], object],
+    parts: list[str],
 ) -> None:
-    state: State = dict(make_layer().state_dict())
+    state = {key: value.clone() for key, value in make(**options).state_dict().items()}
     load_checkpoint(save(tmp_path / "good.pt", state))
     change(state)
     message = problem(save(tmp_path / "bad.pt", {"ensemble_model": state}))
@@ -266,125 +307,19 @@ def test_wrong_keys_are_listed(
 
 
 @pytest.mark.parametrize("variant", [fl, i2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_converts(tmp_path: Path, variant: Any, dtype: torch.dtype) -> None:
-    layer = make_layer(variant, heads=4, temperature=2.0).eval().to(dtype)
-    encoders = {"text": {"weight": torch.ones(2)}}
-    content = {"ensemble_model": layer.state_dict(), "encoder_dict": encoders}
-    path = save(tmp_path / "run.best.pth", content)
-    before = path.read_bytes()
-    conversion = swap_checkpoint(path, num_heads=4, temperature=2.0)
-    assert conversion.out == tmp_path / "run.best.flmoe.pt"
-    assert path.read_bytes() == before
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        "run.best.flmoe.pt",
-        "run.best.pth",
-    ]
-    written = torch.load(conversion.out, weights_only=True)
-    assert written.keys() == {"ensemble_model", "encoder_dict", "flmoe_config"}
-    assert written["flmoe_config"]["num_heads"] == 4
-    torch.testing.assert_close(written["encoder_dict"], encoders)
-    fresh = make_layer(variant, heads=4, temperature=2.0, seed=9).to(dtype)
-    fresh.load_state_dict(written["ensemble_model"], strict=True)
-
-    # The settings travel with the file: the layer answers as the original without being told.
-    loaded = load_layer(conversion.out)
-    inputs = [torch.randn(2, 5, 16) for _ in range(2)]
+def test_reads_the_layout_of_experts_apart(tmp_path: Path, variant: Any) -> None:
+    layer = make_sparse_layer(variant, apart=True, layers=2)
+    assert MLP + "experts.4.htoh4.weight" in layer.state_dict()
+    path = save(tmp_path / "a.pt", {"ensemble_model": layer.state_dict()})
+    state, architecture = load_checkpoint(path)
+    assert architecture.sparse.num_experts == 5
+    assert state.keys() == make_sparse_layer(variant, layers=2).state_dict().keys()
+    reference = build(architecture, 2)
+    reference.load_state_dict(state, strict=True)
+    inputs = [draw(3, 5, 16, seed=m) for m in range(2)]
+    original = lifted(layer)
     with torch.no_grad():
-        expected = layer.float().inference(inputs)[2]
-        found = swap(loaded.float()).model.inference(inputs)[2]
-        other = load_layer(conversion.out, num_heads=2).float().inference(inputs)[2]
-    torch.testing.assert_close(found, expected)
-    assert (other - expected).abs().max() > 1e-3
-
-
-def test_converts_to_safetensors_and_back(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
-    state = make_layer(heads=8).state_dict()
-    path = save(tmp_path / "a.pt", {"ensemble_model": state})
-    out = tmp_path / "b.safetensors"
-    assert swap_checkpoint(path, num_heads=8, out=out).out == out
-    found, _ = load_checkpoint(out)
-    torch.testing.assert_close(found, dict(state), rtol=0, atol=0)
-    again = swap_checkpoint(out)
-    assert (again.num_heads, again.temperature) == (8, 1.0)
-    assert again.out == tmp_path / "b.flmoe.pt"
-    more = save(tmp_path / "c.pt", {"ensemble_model": state, "encoder_dict": {}})
-    with pytest.raises(CheckpointError, match=r"also holds 'encoder_dict'.*write a \.pt"):
-        swap_checkpoint(more, out=tmp_path / "d.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_heads": 3}, "num_heads=3, got 16"),
-        ({"num_heads": 0}, r"num_heads.*at least 1"),
-        ({"temperature": 0.0}, "temperature.*positive"),
-        ({"temperature": float("nan")}, "temperature.*positive"),
-        ({"out": "."}, "is a folder"),
-        ({"out": "a.pt"}, "the checkpoint itself"),
-        ({"out": "none/b.pt"}, "no such folder"),
-    ],
-)
-def test_refuses_settings_and_targets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = save(Path("a.pt"), make_layer().state_dict())
-    with pytest.raises(CheckpointError, match=message):
-        swap_checkpoint(path, **options)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_writes_nothing_where_the_fast_layer_disagrees(tmp_path: Path) -> None:
-    state = make_layer().state_dict()
-    state["reweight.mlp.network.0.weight"][0, 0] = float("nan")
-    path = save(tmp_path / "a.pt", state)
-    with pytest.raises(CheckpointError, match=r"not converted: .*not finite"):
-        swap_checkpoint(path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
-
-
-@pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt()])
-def test_a_write_that_stops_half_way_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
-) -> None:
-    path, out = save(tmp_path / "a.pt", make_layer().state_dict()), tmp_path / "out.pt"
-    out.write_text("older")
-
-    def half(content: Any, stream: Any) -> None:
-        stream.write(b"half")
-        raise failure
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises((CheckpointError, KeyboardInterrupt), match=r"no space left|^$"):
-        swap_checkpoint(path, out=out)
-    assert out.read_text() == "older"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.pt", "out.pt"]
-
-
-def test_command_prints_a_report_or_json(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.pt", {"ensemble_model": make_layer(modalities=3).state_dict()})
-    arguments = ["swap", str(path), "--heads", "2", "--out", str(tmp_path / "b.pt")]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    assert "3 modalities, width 16, 3 classes, 2 fusion layers" in result.stdout
-    assert "1 layer swapped" in result.stdout
-    assert f"Wrote {tmp_path / 'b.pt'}." in result.stdout
-    facts = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert facts["architecture"]["num_modalities"] == 3
-    assert facts["swapped"][0]["logits_error"] < 1e-4
-    assert facts["num_heads"] == 2
-
-
-def test_command_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "flmoe_kernels", "swap", "none.pt"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: none.pt: no such file\n"
+        found = lifted(swap(reference).model).inference(inputs)
+        torch.testing.assert_close(found, original.inference(inputs))
+    written = torch.load(swap_checkpoint(path, num_heads=2).out, weights_only=True)
+    assert written["ensemble_model"].keys() == state.keys()

@@ -1,13 +1,13 @@
-"""The outputs of two layers, and when they agree.
+"""Error budgets for the outputs of a layer and its fast replacement.
 
 In each group of outputs (logits of all views, weights, latents) the fast layer's root mean square
 error against the original in float64 may be at most twice that of the original in its own dtype, plus
 two units of rounding of the group's largest value. The mean is taken over a whole group, because the
-largest of a few errors is mostly luck.
+largest of a few errors is mostly chance.
 
-The losses are small differences of large distances, so that their errors say little. They are
-compared by their formula instead: the original's in float64 must be those of its own views, and the
-fast layer's, up to rounding, those of its own views, which have been compared by then.
+The losses are small differences of large distances, so that comparing them directly says little. They are
+compared with their formula: the original's in float64 must be those of its own views, and the
+fast layer's, up to rounding, those of its own views, which have been compared before.
 """
 
 from __future__ import annotations
@@ -68,39 +68,36 @@ def collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
 
 
 def within_budget(
-    group: str, found: Outputs, own: Outputs, precise: Outputs, dtype: torch.dtype
+    group: str, fast: Outputs, own: Outputs, exact: Outputs, dtype: torch.dtype
 ) -> float:
     """The fast layer's largest error in the group; Disagreement where it exceeds the budget."""
-    exact, near = precise.groups[group], own.groups[group]
-    fast = found.groups[group][: len(exact)]
-    if [x.shape for x in fast] != [x.shape for x in exact]:
+    expected, near = exact.groups[group], own.groups[group]
+    found = fast.groups[group][: len(expected)]
+    if [x.shape for x in found] != [x.shape for x in expected]:
         raise Disagreement(f"{group}: the shapes differ from the fast layer's")
-    if not all(bool(x.isfinite().all()) for x in (*exact, *near)):
+    if not all(bool(x.isfinite().all()) for x in (*expected, *near)):
         raise Disagreement(f"{group}: its own outputs are not finite, nothing can be compared")
     rounding = FLOAT64_ROUNDING if dtype == torch.float64 else ROUNDING * torch.finfo(dtype).eps
-    scale = max(float(x.abs().max()) for x in exact)
-    budget = 2.0 * root_mean_square(near, exact) + rounding * scale
-    error = root_mean_square(fast, exact)
+    budget = 2.0 * _root_mean_square(near, expected)
+    budget += rounding * max(float(x.abs().max()) for x in expected)
+    error = _root_mean_square(found, expected)
     if not error <= budget:
         raise Disagreement(
             f"the fast layer's {group} are off by {error:.1e} (root mean square) where "
             f"{budget:.1e} is allowed"
         )
-    return largest(fast, exact)
+    return largest(found, expected)
 
 
-def check_own_losses(precise: Outputs) -> None:
-    """The original's losses in float64 must be the formula's."""
-    _check_losses("its own losses", precise, EXACT_ROUNDING)
-
-
-def check_fast_losses(found: Outputs, dtype: torch.dtype) -> None:
-    """The fast layer's losses must be the formula's, up to rounding in its dtype."""
-    _check_losses("the fast layer's losses", found, ROUNDING * torch.finfo(dtype).eps)
+def check_losses(fast: Outputs, exact: Outputs, dtype: torch.dtype) -> float:
+    """The largest error of the fast layer's losses; Disagreement where either's are not the formula's."""
+    _check_losses("its own losses", exact, EXACT_ROUNDING)
+    _check_losses("the fast layer's losses", fast, ROUNDING * torch.finfo(dtype).eps)
+    return largest(fast.losses, exact.losses)
 
 
 def _check_losses(whose: str, outputs: Outputs, rounding: float) -> None:
-    """Rounding is of the largest norm of a view: distances are made of those."""
+    """Rounding is relative to the largest norm of a view, from which distances are computed."""
     expected = interaction_losses(outputs.views)
     if len(outputs.losses) != len(expected):
         raise Disagreement(f"{whose}: {len(outputs.losses)}, expected {len(expected)}")
@@ -117,7 +114,7 @@ def largest(a: list[Tensor], b: list[Tensor]) -> float:
     return float(torch.stack([(x - y).abs().max() for x, y in zip(a, b, strict=True)]).max())
 
 
-def root_mean_square(a: list[Tensor], b: list[Tensor]) -> float:
+def _root_mean_square(a: list[Tensor], b: list[Tensor]) -> float:
     """Of all differences; NaN where any is."""
     differences = torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
     return float(differences.square().mean().sqrt())
