@@ -1,42 +1,46 @@
-"""Tests of the encoder's row-wise Triton kernels; test_encoder_rows_triton runs them in a process of their own.
-
-There they run in Triton's interpreter, on CPU tensors.
-"""
+"""Tests of the encoder's operators on their Triton kernels."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import triton
+from torch import Tensor
 
 from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
-from flmoe_kernels.core.triton.launches import interpreted
+from flmoe_kernels.ops.encoder import op as _op  # noqa: F401  registers the operators
 from flmoe_kernels.ops.encoder import reference
 from flmoe_kernels.ops.encoder.triton import rows_launch
 from flmoe_kernels.ops.encoder.triton.rows_tiles import begin
-from tests.support.encoder_triton_calls import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    TRITON,
-    few_programs,
-    norm_arguments,
-    on_triton,
-)
+from tests.support.encoder_cases import backward_calls, norm_arguments, operator_calls
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
-from tests.support.operator_cases import EPS, OPS, compare, evaluate, tensors
+from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton, tensors
 
+TRITON = "triton"
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 # (rows, width): around parts, groups of 128 columns, blocks of rows and blocks of columns.
 SIZES = ((7, 1), (0, 16), (37, 63), (9, 300), (35, 256), (1, 1100))
+TABLE = dict(rows_launch.TABLE)
+
+
+def small_calls(p: float, rows: int) -> dict[str, list[Any]]:
+    """One expert, and width 70."""
+    return operator_calls(FLOAT32, p, rows, 70, 1)
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    few_programs(monkeypatch)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time for each operation of each program, however large: tiles a few times the
+    table's, which test_other_tiles_give_the_same_numbers compares them with."""
+    for key, tiles in TABLE.items():
+        columns = min(4 * tiles.columns, 1024)
+        large = dataclasses.replace(tiles, elements=8192, columns=columns)
+        monkeypatch.setitem(rows_launch.TABLE, key, large)
 
 
 def sized(*others: Any) -> list[Any]:
@@ -46,10 +50,6 @@ def sized(*others: Any) -> list[Any]:
         values = (*size, DTYPES[i % 3], others[i % len(others)])
         found.append(pytest.param(*values, id="x".join(map(str, values))))
     return found
-
-
-def test_the_interpreter_runs_them() -> None:
-    assert interpreted()
 
 
 @pytest.mark.parametrize(("rows", "width", "dtype", "eps"), sized(EPS, 0.1))
@@ -133,7 +133,7 @@ def test_dropout_add_pool(rows: int, width: int, dtype: torch.dtype, p: float) -
     compare(on_triton("dropout_add_pool"), reference.dropout_add_pool, arguments, dtype)
 
 
-@pytest.mark.parametrize(("runs", "p"), zip(RUNS, (0.5, 0.0, 0.5, 0.5), strict=True))
+@pytest.mark.parametrize(("runs", "p"), [*zip(RUNS, (0.5, 0.0, 0.5, 0.5), strict=True)])
 def test_rows_of_no_segment_get_zeros(runs: str, p: float) -> None:
     """And what stands in them, however bad, is in no mean."""
     rows, views, cu, seed = 24, 2, RUNS[runs](24), make_seed() if p else None
@@ -221,24 +221,26 @@ def test_masks_are_the_generators(experts: int, rows: int, width: int, p: float)
 
 
 def test_wrong_results_fail() -> None:
-    """The control of the comparisons above, in the type with the widest budget: another mask, operand or run is
-    outside it."""
-    dtype = BFLOAT16
+    """The control of the comparisons above, in the type with the widest budget: another mask, operand or run."""
     norm = norm_arguments(6, 64, 0.5, True)
-    operator = on_triton("dropout_add_norm")
-    triples = compare(operator, reference.dropout_add_norm, norm, dtype, outputs=2)
-    wrong_norms = [[*norm[:4], make_seed(1), 0.5, EPS], [norm[1], norm[0], *norm[2:]]]
-    wrong_norms += [[None, *norm[1:]], [*norm[:4], None, 0.0, EPS]]
-    for wrong in wrong_norms:
-        results = tensors(operator(*as_dtype(wrong, dtype)))
-        for got, (_, low, oracle) in zip(results[:2], triples[:2], strict=True):
-            assert_outside_budget(got, low, oracle, "dropout_add_norm")
     pool: list[Any] = [norm[1], norm[0], cumulative([2, 4]), 1, make_seed(), 0.5]
-    operator = on_triton("dropout_add_pool")
-    triples = compare(operator, reference.dropout_add_pool, pool, dtype)
-    wrong_pool = as_dtype([*pool[:2], cumulative([3, 3]), *pool[3:]], dtype, True)
-    for got, (_, low, oracle) in zip(evaluate(operator, wrong_pool, 1), triples, strict=True):
-        assert_outside_budget(got, low, oracle, "dropout_add_pool")
+    wrong_norms = (
+        [*norm[:4], make_seed(1), 0.5, EPS],
+        [norm[1], norm[0], *norm[2:]],
+        [None, *norm[1:]],
+        [*norm[:4], None, 0.0, EPS],
+    )
+    wrong_pools = ([*pool[:2], cumulative([3, 3]), *pool[3:]],)
+    for name, right, mistakes, outputs, checked in (
+        ("dropout_add_norm", norm, wrong_norms, 2, 2),
+        ("dropout_add_pool", pool, wrong_pools, 1, 3),
+    ):
+        operator = on_triton(name)
+        triples = compare(operator, getattr(reference, name), right, BFLOAT16, outputs)
+        for wrong in mistakes:
+            results = evaluate(operator, as_dtype(wrong, BFLOAT16, True), outputs)
+            for got, (_, low, oracle) in zip(results[:checked], triples[:checked], strict=True):
+                assert_outside_budget(got, low, oracle, name)
 
 
 def test_sums_over_many_rows() -> None:
@@ -259,6 +261,169 @@ def test_sums_over_many_rows() -> None:
         found.append(torch.autograd.grad(out, inputs[1:], cotangent.to(dtype)))
     for name, got, low, oracle in zip(("gain", "shift"), *found, strict=True):
         assert_within_budget(got, low, oracle, name)
+
+
+def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over rows are added up in another order; nothing else depends on tiles."""
+    calls = small_calls(0.5, 9)
+
+    def results() -> dict[str, list[Tensor]]:
+        return {
+            name: evaluate(on_triton(name.split()[0]), as_dtype(args, FLOAT32, True), 1)
+            for name, args in calls.items()
+        }
+
+    expected = results()
+    for key, tiles in TABLE.items():
+        monkeypatch.setitem(rows_launch.TABLE, key, tiles)
+    for name, found in results().items():
+        for got, want in zip(found, expected[name], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_agrees_with_the_cpu() -> None:
+    """Every result of every operator, those that no gradient goes through among them, in shape and value; also
+    with a seed and a rate that drops nothing."""
+    forward = small_calls(0.5, 3).items()
+    calls = [(name.split()[0], tuple(args)) for name, args in forward]
+    for name, arguments in [*calls, *backward_calls(0.5), *backward_calls(1e-6)]:
+        operator = getattr(OPS, name)
+        found, expected = (tensors(operator(*arguments, each)) for each in (TRITON, "cpu"))
+        for got, want in zip(found, expected, strict=True):
+            assert got.shape == want.shape
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_no_rows_leave_zeros_for_sums(dtype: torch.dtype) -> None:
+    x, stats, gain = draw(2, 0, 9, dtype=dtype), draw(2, 0), draw(2, 9, dtype=dtype)
+    for grads in ((x, x), (x, None), (None, x)):
+        found = OPS.dropout_add_norm_backward(
+            *(*grads, x, stats, stats, gain, make_seed(), 0.5), False, True, TRITON
+        )
+        assert [tuple(each.shape) for each in found] == [(2, 0, 9)] * 2 + [(2, 9)] * 2
+        assert all((each == 0).all() for each in found[2:])
+
+
+def test_opcheck() -> None:
+    """Schemas and fakes. Autograd is checked with the CPU's kernels, and by tracing below."""
+    checks = ("test_schema", "test_faketensor")
+    for name, arguments in small_calls(0.0, 3).items():
+        operator = getattr(OPS, name.split()[0]).default
+        torch.library.opcheck(operator, (*arguments, TRITON), test_utils=checks)
+    for name, given in backward_calls(0.5):
+        torch.library.opcheck(getattr(OPS, name).default, (*given, TRITON), test_utils=checks[1:])
+
+
+def test_strided_arguments_equal_contiguous_ones() -> None:
+    for name, arguments in small_calls(0.0, 2).items():
+        strided = [
+            torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
+            if isinstance(x, Tensor) and x.dtype.is_floating_point
+            else x
+            for x in arguments
+        ]
+        outputs = 2 if name.startswith("dropout_add_norm") else 1
+        both = [
+            evaluate(on_triton(name.split()[0]), as_dtype(each, FLOAT32, True), outputs)
+            for each in (arguments, strided)
+        ]
+        assert all(map(torch.equal, *both)), name
+
+
+def test_nan_and_inf_propagate() -> None:
+    for name, arguments in small_calls(0.0, 3).items():
+        arguments = as_dtype(arguments, FLOAT32)
+        target = arguments[0] if arguments[0] is not None else arguments[1]
+        target.view(-1)[1], target.view(-1)[-1] = float("nan"), float("inf")
+        stem = name.split()[0]
+        got = tensors(getattr(OPS, stem)(*arguments, TRITON))[0]
+        want = tensors(getattr(reference, stem)(*as_dtype(arguments, torch.float64)))[0]
+        assert torch.equal(got.isnan(), want.isnan()), name
+        assert torch.equal(got.isposinf(), want.isposinf()), name
+        assert torch.equal(got.isneginf(), want.isneginf()), name
+        assert got.isnan().any(), name
+        assert not got.isnan().all(), name
+
+
+def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
+    """Calls that would read past a tensor, or as another type, and their messages."""
+    x, gain, stats, cu = draw(2, 6, 4), draw(2, 4), draw(2, 6), cumulative([3])
+    half, double, seeds = x.to(FLOAT16), x.double(), torch.zeros(2, dtype=torch.int64)
+    modality, pair, means = torch.zeros(6).int(), draw(2, 2, 6, 4), draw(2, 1, 1, 4)
+    many = pair[:1, :, :1, :1].expand(1, 2, 2**28, 1)
+    drop, none = (make_seed(), 0.5), (None, 0.0)
+    weight, bias, grad = draw(2, 5, 4), draw(2, 5), draw(2, 6, 5)
+    wide, wants = x[:1, :1, :1].expand(1, 1, 2**24 + 1), (True, True, True)
+    saved = (x, stats, stats, gain, *drop, False, True)
+    return [
+        ("expert_norm", (double, gain, gain, EPS), "residual: expected float32, bfloat16"),
+        ("expert_norm", (x[0], gain, gain, EPS), "residual: expected 3 dimensions"),
+        ("expert_norm", (x, gain[:1], gain, EPS), "gain: expected"),
+        ("expert_norm", (x, gain, gain.double(), EPS), "shift: expected"),
+        ("dropout_add_norm", (x[:, :5], x, gain, gain, *drop, EPS), "residual: expected"),
+        ("dropout_add_norm", (half, x, gain, gain, *drop, EPS), "residual: expected"),
+        ("dropout_add_norm", (x, x, gain, gain, seeds, 0.5, EPS), "seed: expected"),
+        ("dropout_add_norm_backward", (x[:1], x, *saved), "grad_total: expected"),
+        ("dropout_add_norm_backward", (x, half, *saved), "grad_normed: expected"),
+        ("dropout_add_norm_backward", (x, x, x, stats[:1], *saved[2:]), "mean: expected"),
+        ("dropout_add_norm_backward", (x, x, x, stats, stats.half(), *saved[3:]), "rstd: expected"),
+        ("gelu_dropout", (x.int(), *none), "x: expected float32"),
+        ("gelu_dropout_backward", (x[:, :5], x, *none), "grad_out: expected"),
+        ("dropout_add_pool", (x, half, cu, 2, *none), "update: expected"),
+        ("dropout_add_pool", (x, x, cu.long(), 2, *none), "cu_segments: expected"),
+        ("dropout_add_pool", (x, x, cu[:0], 2, *none), "cu_segments: expected"),
+        ("dropout_add_pool", (x, x, cu, 4, *none), "views: expected a divisor of 6 rows, got 4"),
+        ("dropout_add_pool_backward", (means, cu, 2, 6, *none), "grad_out: expected"),
+        ("dropout_add_pool_backward", (means, cu, 0, 6, *none), "views: expected"),
+        ("expand_views", (pair[:, :1], modality, 3), "x: expected"),
+        ("expand_views", (pair, modality.long(), 3), "modality: expected"),
+        ("expand_views_backward", (pair, modality[:5]), "modality: expected"),
+        ("expert_linear", (double, weight.double(), None), "x: expected float32, bfloat16 or fl"),
+        ("expert_linear", (x[0], weight, None), "x: expected three dimensions"),
+        ("expert_linear", (x, weight[0], None), "weight: expected three dimensions"),
+        ("expert_linear", (x[:1], weight, None), "x: expected"),
+        ("expert_linear", (x[..., :3], weight, None), "x: expected"),
+        ("expert_linear", (half, weight, None), "weight: expected"),
+        ("expert_linear", (x, weight, bias[:, :4]), "bias: expected"),
+        ("expert_linear", (x, weight, bias.to(FLOAT16)), "bias: expected"),
+        ("expert_linear_backward", (grad[:, :5], x, weight, *wants), "grad_out: expected"),
+        ("expert_linear_backward", (grad[..., :4], x, weight, *wants), "grad_out: expected"),
+        ("expert_linear_backward", (grad.half(), x, weight, *wants), "grad_out: expected"),
+        # Of more rows than 32 bits count, or wider than a stride may be.
+        ("expert_linear", (wide, wide, None), "up to 2.30 rows and widths of 2.24"),
+        ("gelu_dropout", (x[:1, :1, :1].expand(1, 2**30 + 1, 1), *none), "x: expected up to 2.30"),
+        ("dropout_add_pool_backward", (means, cu, 1, 2**30 + 1, *none), "rows: expected up to"),
+        ("expand_views", (many, modality[:1].expand(2**28), 5), "views: expected up to"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), refusals(), ids=lambda x: str(x)[:40])
+def test_refuses_what_would_read_past_a_tensor(
+    name: str, arguments: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(OPS, name)(*arguments, TRITON)
+
+
+def test_compiles_in_one_graph() -> None:
+    seed, cu, weight = make_seed(), cumulative([2, 1]), draw(1, 20, 20, seed=5)
+    arguments = norm_arguments(3, 20, 0.5, True, 1)
+
+    def call(residual: Tensor, update: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        total, normed, _, _ = OPS.dropout_add_norm(
+            residual, update, gain, shift, seed, 0.5, EPS, TRITON
+        )
+        update = OPS.gelu_dropout(normed, seed, 0.5, TRITON)
+        update = OPS.expert_linear(update, weight, shift, TRITON)
+        return OPS.dropout_add_pool(total, update, cu, 1, seed, 0.5, TRITON)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [
+        evaluate(each, as_dtype(arguments[:4], FLOAT32, True), 1) for each in (call, compiled)
+    ]
+    assert all(map(torch.equal, *results))
 
 
 @triton.jit
