@@ -84,16 +84,8 @@ step_install() {
 }
 
 step_tests() {
-    local files=() file path=""
-    for file in test_on_gpu test_layer_on_gpu test_cuda_device test_routed_cuda test_tuning_on_gpu; do
-        [ ! -f "tests/$file.py" ] || files+=("tests/$file.py")
-    done
-    if ! "$PYTHON" -c "import hypothesis" 2>/dev/null; then
-        echo "== tests: hypothesis is not installed, property tests are skipped"
-        path="bench/without_hypothesis:"
-    fi
-    PYTHONPATH="$path${PYTHONPATH:-}" run tests "$TESTS_LIMIT" \
-        "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+    run tests "$TESTS_LIMIT" "$PYTHON" -m pytest -q -p no:cacheprovider \
+        tests/gpu tests/core/test_cuda_device.py tests/ops/test_routing_cuda.py
 }
 
 step_sanitize() {

@@ -1,4 +1,4 @@
-"""Tests of interaction_moe's own Triton kernels; test_layer_triton runs them in Triton's interpreter."""
+"""Tests of the Triton kernels of losses, reweighting features and mixed logits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from torch import Tensor
 
 from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core.error_budget import assert_outside_budget
-from flmoe_kernels.core.triton.launches import interpreted
 from flmoe_kernels.layers.interaction_moe.reference import reweighting_features
 from flmoe_kernels.ops.interaction_losses import op as _op  # noqa: F401  registers the operators
 from flmoe_kernels.ops.interaction_losses.triton import launch as launches
 from tests.support.inputs import as_dtype, draw, draw_masks, gradients
-from tests.support.operator_cases import OPS, compare, reference_losses
-from tests.support.triton_interpreter import patch_once_a_launch
+from tests.support.operator_cases import OPS, compare, evaluate, on_triton, reference_losses
 
 TRITON = "triton"
 QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -41,9 +39,7 @@ MIXES = [
     *(((5, 9, 3), dtype) for dtype in DTYPES[1:]),
 ]
 
-
-def losses(latents: Tensor) -> Tensor:
-    return OPS.interaction_losses(latents, TRITON)
+losses = on_triton("interaction_losses")
 
 
 def concatenated(masks: list[Tensor | None] | None, batch: int, lengths: tuple[int, ...]) -> Tensor:
@@ -67,15 +63,6 @@ def mix_reference(scores: Tensor, logits: Tensor, temperature: float) -> tuple[T
     return weights, torch.einsum("be,ebc->bc", weights, logits)
 
 
-@pytest.fixture(autouse=True)
-def faster_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_once_a_launch(monkeypatch)
-
-
-def test_the_interpreter_runs_them() -> None:
-    assert interpreted()
-
-
 @pytest.mark.parametrize(("shape", "spread", "dtype"), LOSSES, ids=str)
 def test_losses(shape: tuple[int, int, int], spread: float, dtype: torch.dtype) -> None:
     """Several chunks of columns, several blocks of samples, triplets inside and outside the margin."""
@@ -89,12 +76,10 @@ def test_losses(shape: tuple[int, int, int], spread: float, dtype: torch.dtype) 
 def test_losses_of_one_column() -> None:
     """A cosine of two numbers is a sign; its gradient is rounding alone, but that of the distances is not."""
     latents = draw(5, 4, 7, 1, seed=5).requires_grad_()
-    results = []
-    for function in (losses, reference_losses):
-        out = function(latents)
-        results.append([out.detach(), gradients([out], [latents])[0][:3]])
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
+    pair = [evaluate(function, [latents], 1) for function in (losses, reference_losses)]
+    for (out, grad), (want, want_grad) in [pair]:
+        torch.testing.assert_close(out, want)
+        torch.testing.assert_close(grad[:3], want_grad[:3])
 
 
 @pytest.mark.parametrize("active", [True, False])
@@ -126,11 +111,10 @@ def test_wrong_losses_fail() -> None:
     found = compare(losses, reference_losses, [latents], torch.float32)
     wrong = (latents.flip(1), latents.flip(0), latents[:, :, :5], torch.zeros_like(latents))
     for each in wrong:
-        leaf = each.clone().requires_grad_()
-        out = losses(leaf)
-        for result, (_, *exact) in zip((out, *gradients([out], [leaf])), found, strict=True):
+        results = evaluate(losses, [each.clone().requires_grad_()], 1)
+        for result, (_, *exact) in zip(results, found, strict=True):
             if result.shape == exact[1].shape:
-                assert_outside_budget(result.detach(), *exact, "wrong losses")
+                assert_outside_budget(result, *exact, "wrong losses")
 
 
 def test_nan_and_infinity_reach_their_own_expert_alone() -> None:
@@ -150,11 +134,7 @@ def test_nan_and_infinity_reach_their_own_expert_alone() -> None:
 
 def test_the_same_bits_again() -> None:
     latents = draw(4, 3, 9, 70, seed=3, dtype=torch.bfloat16).requires_grad_()
-    results = []
-    for _ in range(2):
-        out = losses(latents)
-        results.append([out, *gradients([out], [latents])])
-    assert all(map(torch.equal, *results))
+    assert all(map(torch.equal, *(evaluate(losses, [latents], 1) for _ in range(2))))
 
 
 @pytest.mark.parametrize(("lengths", "width", "pattern", "dtype"), FEATURES, ids=str)
@@ -234,7 +214,7 @@ def test_empty_batches() -> None:
 
 
 def test_refusals() -> None:
-    """What a call past the package's doors could read past a tensor's end."""
+    """Calls of the registered operators that would read past a tensor."""
     latents, tokens = draw(4, 3, 2, 5), draw(2, 5, 3)
     features, statistics = draw(2, 6), draw(2, 2, 2)
     mask, scores, logits = torch.ones(2, 5, dtype=torch.bool), draw(2, 4), draw(4, 2, 3)

@@ -1,12 +1,11 @@
-"""Tests of the routed MLP's Triton kernels; test_routed_triton runs them in a process of their own.
-
-There they run in Triton's interpreter, on CPU tensors. Those of routing are routing_triton_cases.py's.
-"""
+"""Tests of the routed MLP's Triton kernels; those of routing have a file of their own."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget
-from flmoe_kernels.core.triton.launches import Launch, interpreted
+from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.core.triton.tables import KNOWN
 from flmoe_kernels.ops.routed_mlp import triton as kernels
 from flmoe_kernels.ops.routed_mlp.api import dispatch, routed_mlp
@@ -42,35 +41,30 @@ SIZES = (
     RoutedCase(70, 130, 3, 3, 2),
     RoutedCase(300, 9, 65, 3, 1),
 )
-# Every size twice, every dtype with every load.
-KINDS = list(itertools.product(DTYPES, LOADS))
-SIZED = [
-    (case, *KINDS[7 * (2 * i + j) % len(KINDS)]) for i, case in enumerate(SIZES) for j in range(2)
-]
+# Every dtype with every load.
+KINDS = [*itertools.product(DTYPES, LOADS)]
 
 
-def test_the_interpreter_runs_them() -> None:
-    assert interpreted()
-    assert {(dtype, load) for _, dtype, load in SIZED} == set(KINDS)
+def cases() -> Iterator[Any]:
+    """(case, dtype): every size twice, every activation with every dtype, every number of choices."""
+    for i, (size, j) in enumerate(itertools.product(SIZES, range(2))):
+        dtype, load = KINDS[7 * i % len(KINDS)]
+        marks = [pytest.mark.slow] if j and i >= len(KINDS) else []
+        yield pytest.param(dataclasses.replace(size, load=load), dtype, marks=marks)
+    for i, (dtype, act) in enumerate(itertools.product(DTYPES, ACTIVATIONS)):
+        bias = (i + i // len(ACTIVATIONS)) % 2 == 0
+        yield dataclasses.replace(BASE, act=act, bias=bias, load="dropped"), dtype
+    for choices, bias in itertools.product((1, 2, 3, 4), (True, False)):
+        case = RoutedCase(30, experts=5, choices=choices, bias=bias, load="dropped")
+        yield case, torch.float32
+    # All of eight experts: eight roundings of rows before they are added up.
+    for dtype in DTYPES[1:]:
+        yield RoutedCase(64, 24, 40, 8, 8), dtype
 
 
-@pytest.mark.parametrize(("case", "dtype", "load"), SIZED, ids=str)
-def test_sizes(case: RoutedCase, dtype: torch.dtype, load: str) -> None:
-    check(dataclasses.replace(case, load=load), dtype, TRITON)
-
-
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_activations_and_biases(dtype: torch.dtype, act: str) -> None:
-    bias = (ACTIVATIONS.index(act) + DTYPES.index(dtype)) % 2 == 0
-    check(dataclasses.replace(BASE, act=act, bias=bias, load="dropped"), dtype, TRITON)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("choices", [1, 2, 3, 4])
-def test_choices(choices: int, bias: bool) -> None:
-    case = RoutedCase(30, experts=5, choices=choices, bias=bias, load="dropped")
-    check(case, torch.float32, TRITON)
+@pytest.mark.parametrize(("case", "dtype"), [*cases()], ids=str)
+def test_matches_the_reference(case: RoutedCase, dtype: torch.dtype) -> None:
+    check(case, dtype, TRITON)
 
 
 def test_a_wrong_result_fails() -> None:
@@ -82,12 +76,6 @@ def test_a_wrong_result_fails() -> None:
         if name != "grad_b_out":  # the activation has no part in it
             assert_outside_budget(wrong, *rest, name)
         assert_outside_budget(right * (1 + 1e-3), *rest, name)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_eight_choices(dtype: torch.dtype) -> None:
-    """Of eight experts, so that every token has all: eight roundings of rows before they are added up."""
-    check(RoutedCase(64, 24, 40, 8, 8), dtype, TRITON)
 
 
 def with_cotangent(
@@ -233,6 +221,7 @@ def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "architecture"),
     [

@@ -308,35 +308,6 @@ def test_the_script_reads() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_files_of_property_tests_run_without_hypothesis(tmp_path: Path) -> None:
-    """With the stand-in that the script puts in its place: its tests are skipped, the others run."""
-    (tmp_path / "test_both.py").write_text(
-        "from hypothesis import given, settings, strategies as st\n"
-        "SIZES = st.integers(0, 3).map(str) | st.none()\n"
-        "@settings(max_examples=3)\n@given(x=SIZES)\ndef test_property(x): assert 0\n"
-        "def test_plain(): pass\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:hypothesispytest",
-    ]
-    done = subprocess.run(
-        [*command, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "bench" / "without_hypothesis")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
-
-
 @needs_bash
 def test_an_unknown_step_is_an_error() -> None:
     done = script("instal")

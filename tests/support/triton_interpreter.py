@@ -15,8 +15,8 @@ from triton.runtime import interpreter
 def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round float32 to the nearest bfloat16 until the test ends.
 
-    The interpreter truncates. That errs to one side: gradients of a whole layer miss the error budget by up to 30%,
-    where rounded to the nearest they use two fifths of it. A version without this function rounds by other means.
+    The interpreter truncates. That errs to one side: gradients of a whole layer miss the error budget by up to
+    30%, where rounded to the nearest they use two fifths of it. A version without this function is left alone.
     """
     truncating = getattr(interpreter, "_convert_float", None)
 
