@@ -1,4 +1,4 @@
-"""Autotune on a GPU, where there is one: its clock, and what happens under CUDA graph capture."""
+"""Tests of autotuning on a GPU: its timer, and CUDA graph capture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.tuning import cache, timing, tuner
-from tests.support import pair_cases as pair_cases
+from tests.support import pair_cases
 from tests.support.inputs import as_dtype
 
 RUNS, WHY_NOT = backends.backend_status()["triton"]

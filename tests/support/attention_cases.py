@@ -52,19 +52,13 @@ def run(
     cu_seqlens: Tensor | None = None,
 ) -> list[Tensor]:
     """Output and gradients of q, k, v."""
-    q, k, v = (x.detach().requires_grad_() for x in qkv)
-    out = expert_attention(
-        q,
-        k,
-        v,
-        case.cu_seqlens if cu_seqlens is None else cu_seqlens,
-        dropout_p=case.p,
-        seed=make_seed(seed),
-        scale=case.scale,
-        backend=backend,
-    )
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    device = leaves[0].device
+    runs = (case.cu_seqlens if cu_seqlens is None else cu_seqlens).to(device)
+    options = {"dropout_p": case.p, "seed": make_seed(seed).to(device), "scale": case.scale}
+    out = expert_attention(*leaves, runs, backend=backend, **options)
     assert isinstance(out, Tensor)
-    return [out.detach(), *gradients([out], [q, k, v])]
+    return [out.detach(), *gradients([out], leaves)]
 
 
 def check(
