@@ -13,10 +13,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("plantable_kernels", &flmoe::plantable_kernels);
   m.def("plant_slowdown", &flmoe::plant_slowdown, pybind11::arg("kernel"), pybind11::arg("share"),
         "For tests of the benchmark gate alone: the kernel takes (1 + share) times as long.");
-  flmoe::bindings::bind_attention(m);
+  flmoe::bindings::bind_expert_attention(m);
   flmoe::bindings::bind_encoder(m);
-  flmoe::bindings::bind_losses(m);
-  flmoe::bindings::bind_pairs(m);
+  flmoe::bindings::bind_interaction_losses(m);
+  flmoe::bindings::bind_pair_moe(m);
+  flmoe::bindings::bind_routed_mlp(m);
   flmoe::bindings::bind_routing(m);
-  flmoe::bindings::bind_route(m);
 }

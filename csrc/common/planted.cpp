@@ -8,7 +8,7 @@ namespace flmoe {
 namespace {
 
 constexpr std::array kKernels = {
-    "attention_forward", "attention_backward", "gate_forward",   "gelu_forward",    "gelu_backward",
+    "attention_forward", "attention_backward", "routing_gate",   "gelu_forward",    "gelu_backward",
     "linear_forward",    "linear_backward",    "loss_forward",   "loss_backward",   "norm_forward",
     "norm_backward",     "pair_forward",       "pair_backward",  "pair_map",        "pair_top",
     "pool_forward",      "pool_backward",      "routed_forward", "routed_backward", "views_forward",

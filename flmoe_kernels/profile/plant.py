@@ -20,7 +20,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "interaction_moe": (*_ENCODER, *_ATTENTION),
     "pair_moe": ("pair_forward", "pair_backward"),
     "routed_mlp": ("routed_forward", "routed_backward"),
-    "routing": ("gate_forward",),
+    "routing": ("routing_gate",),
 }
 
 

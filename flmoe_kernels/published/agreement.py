@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
-from flmoe_kernels.layers.interaction_moe.reference import interaction_losses
+from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 
 ROUNDING = 2.0
 # The published layer computes its positions in float32 whatever its dtype, so that in float64 it is

@@ -34,7 +34,7 @@ _RESOURCES = re.compile(
     r"Function (\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) "
     r"LOCAL:(?P<local>\d+)"
 )
-# route_kernel<256, flmoe::route::PlaceRows> of a demangled name.
+# routing_kernel<256, flmoe::routing::PlaceRows> of a demangled name.
 _KERNEL = re.compile(r"(\w+)<(\(int\))?(\d+), (.*)>\(")
 
 

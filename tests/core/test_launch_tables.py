@@ -28,9 +28,9 @@ from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
 from flmoe_kernels.ops.pair_moe.triton import launch as pair
 from flmoe_kernels.ops.pair_moe.triton.table import FEW, registers_of
 from flmoe_kernels.ops.pair_moe.triton.table import TABLE as PAIR
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton import choice as routed_choice
 from flmoe_kernels.ops.routed_mlp.triton import launch as routed
-from flmoe_kernels.ops.routed_mlp.triton.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton.table import LARGE, ODD
 from flmoe_kernels.ops.routed_mlp.triton.table import TABLE as ROUTED
 

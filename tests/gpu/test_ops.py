@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_within_budget
-from flmoe_kernels.ops.routed_mlp.api import gate, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import gate
 from tests.support import attention_cases, pair_cases, routed_cases
 from tests.support.inputs import as_dtype, draw
 

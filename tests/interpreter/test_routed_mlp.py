@@ -16,10 +16,12 @@ from flmoe_kernels.core.error_budget import assert_outside_budget
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.core.triton.tables import KNOWN
 from flmoe_kernels.ops.routed_mlp import triton as kernels
-from flmoe_kernels.ops.routed_mlp.api import dispatch, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton import choice, launch
-from flmoe_kernels.ops.routed_mlp.triton.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton.table import TABLE, Tiles
+from flmoe_kernels.ops.routing import triton as routing_kernels
+from flmoe_kernels.ops.routing.api import dispatch
 from tests.support.inputs import as_dtype, draw
 from tests.support.routed_cases import ACTIVATIONS, NAMES, RoutedCase, check, run
 
@@ -260,7 +262,8 @@ def test_neither_launches_nor_buffers_follow_the_data(monkeypatch: pytest.Monkey
         run_launches(launches, _device)
 
     run_launches = kernels.run
-    monkeypatch.setattr(kernels, "run", record)
+    for module in (kernels, routing_kernels):
+        monkeypatch.setattr(module, "run", record)
     for load in LOADS:
         recorded.append([])
         case = dataclasses.replace(BASE, load=load)
@@ -274,16 +277,17 @@ def test_places_and_offsets_out_of_range_are_not_followed() -> None:
     place or offset made would be far outside any tensor."""
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
-    want = kernels.forward(x, weight, w_in, b_in, w_out, b_out, offsets, permutation, 0)[1]
+    inputs = (x, weight, w_in, b_in, w_out, b_out)
+    want = kernels.forward(RoutedCall(*inputs, offsets, permutation, 0))[1]
     wild, far = permutation.clone(), offsets.clone()
     wild[3], wild[7] = -(2**31), 2**31 - 1
     far[0], far[4] = -(2**31), 2**31 - 1
-    tail = (w_in, b_in, w_out, b_out, far, wild, 0)
-    out, hidden = kernels.forward(x, weight, *tail)
+    call = RoutedCall(*inputs, far, wild, 0)
+    out, hidden = kernels.forward(call)
     left = torch.ones(len(want), dtype=torch.bool)
     left[3] = left[7] = False
     assert torch.equal(hidden[left], want[left])
-    kernels.backward(torch.ones_like(out), hidden, x, weight, *tail)
+    kernels.backward(call, torch.ones_like(out), hidden)
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -327,9 +331,8 @@ def test_offsets_beyond_32_bits() -> None:
     ):
         one.run()
     small = call(x[last], weight[last], torch.arange(3, dtype=torch.int32), 0, 3)
-    arguments = [getattr(small, field.name) for field in dataclasses.fields(small)]
-    expected, h = kernels.forward(*arguments)
-    grads = kernels.backward(grad[last].contiguous(), h, *arguments)
+    expected, h = kernels.forward(small)
+    grads = kernels.backward(small, grad[last], h)
     for got, want in zip(
         (out[last], before[last], grad_x[last], grad_w[:, :, 0]),
         (expected, h, grads[0], grads[4]),
@@ -351,10 +354,10 @@ def test_what_does_not_agree_is_refused() -> None:
     many += [permutation[:1].expand(rows)]
     too_many = r"permutation: expected up to 2\^30 rows N \* K, got 1073741825"
     with pytest.raises(ValueError, match=too_many):
-        kernels.forward(*many, 0)
+        OPS.routed_mlp(*many, 0, TRITON)
     hidden = w_in[0, :1, :1].expand(rows, 9)
     with pytest.raises(ValueError, match=too_many):
-        kernels.backward(many[0], hidden, *many, 0)
+        OPS.routed_mlp_backward(many[0], hidden, *many, 0, TRITON)
 
 
 def test_opcheck() -> None:

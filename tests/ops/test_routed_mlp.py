@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget
-from flmoe_kernels.ops.routed_mlp.api import dispatch, gate, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.inputs import draw, gradients
 from tests.support.routed_cases import ACTIVATIONS, DTYPES, NAMES, SIZES, RoutedCase, check, run
 
@@ -225,10 +226,10 @@ def test_any_shape_and_any_load(
 def test_opcheck(dtype: torch.dtype) -> None:
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(dtype)
     _, offsets, permutation = dispatch(BASE.index(), 4)
-    torch.library.opcheck(OPS.routed_dispatch.default, (BASE.index(), 4, "cpu"))
-    torch.library.opcheck(OPS.routed_limit.default, (BASE.index(), None, 4, 3, "cpu"))
+    torch.library.opcheck(OPS.routing_dispatch.default, (BASE.index(), 4, "cpu"))
+    torch.library.opcheck(OPS.routing_limit.default, (BASE.index(), None, 4, 3, "cpu"))
     logits = draw(9, 4, dtype=dtype).requires_grad_()
-    torch.library.opcheck(OPS.routed_gate.default, (logits, 2, False, "cpu"))
+    torch.library.opcheck(OPS.routing_gate.default, (logits, 2, False, "cpu"))
     for biases in ((b_in, b_out), (None, None)):
         tail = (w_in, biases[0], w_out, biases[1], offsets, permutation, 0, "cpu")
         out, hidden = OPS.routed_mlp(x, weight, *tail)

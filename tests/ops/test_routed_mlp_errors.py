@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flmoe_kernels import BackendUnavailable
-from flmoe_kernels.ops.routed_mlp.api import dispatch, gate, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.inputs import draw
 
 X, INDEX, WEIGHT = draw(5, 4), torch.tensor([[0, 1]] * 5), draw(5, 2)
@@ -150,7 +151,7 @@ def test_dispatch(backend: str) -> None:
 
 def test_an_index_out_of_range_is_refused_past_the_door_and_in_compiled_code() -> None:
     with pytest.raises(ValueError, match="got values from 0 to 9"):
-        torch.ops.flmoe.routed_dispatch(INDEX * 9, 3, "cpu")
+        torch.ops.flmoe.routing_dispatch(INDEX * 9, 3, "cpu")
     compiled = torch.compile(routed_mlp, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="index: expected -1 or experts"):
         compiled(X, INDEX * 9, WEIGHT, W_IN, B_IN, W_OUT, B_OUT)

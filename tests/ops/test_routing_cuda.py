@@ -17,8 +17,8 @@ from torch import Tensor
 from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import ROUNDING, assert_outside_budget, assert_within_budget
-from flmoe_kernels.ops.routed_mlp import cpu, reference
-from flmoe_kernels.ops.routed_mlp.api import dispatch, gate
+from flmoe_kernels.ops.routing import cpu, reference
+from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.inputs import draw, gradients
 from tests.support.routing_twin import Gpu, Twin, equal, random_index
 
@@ -155,7 +155,7 @@ def test_the_twin_refuses_what_a_gpu_cannot_read(in_a_warp: bool) -> None:
 def test_border_refuses_what_it_cannot_count() -> None:
     for rows, bins in ((2**31, 4), (-1, 4), (5, 0), (5, 2**31 - 1)):
         with pytest.raises(ValueError, match="expected"):
-            native.route_plan(rows, bins)
+            native.routing_plan(rows, bins)
     with pytest.raises(ValueError, match="rows_per_block: expected a multiple of 256"):
         Twin(rows_per_block=100).dispatch(torch.zeros(3, 1, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match="top_k: expected 1 to experts"):
@@ -208,5 +208,5 @@ def test_streams_and_gradients_on_the_gpu() -> None:
 def test_a_call_that_failed_does_not_fail_the_next() -> None:
     index = random_index(900, 2, 8, seed=3)
     with pytest.raises(RuntimeError, match="CUDA: "):
-        native.cuda_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (99, 0))
+        native.cuda_routing_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (99, 0))
     assert equal(Gpu().dispatch(index, 8), cpu.dispatch(index, 8))

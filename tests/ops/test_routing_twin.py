@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flmoe_kernels.core import backend as backends
-from flmoe_kernels.ops.routed_mlp import cpu, reference
+from flmoe_kernels.ops.routing import cpu, reference
 from tests.support.routing_twin import Twin, equal, random_index
 
 native = backends.native()
@@ -38,8 +38,8 @@ def test_limit_and_dispatch_of_the_twin(data: st.DataObject) -> None:
 
 @given(rows=st.integers(0, 2**31 - 1), bins=st.integers(1, 2**31 - 2))
 def test_plan_covers_the_rows(rows: int, bins: int) -> None:
-    blocks, each, alone = native.route_plan(rows, bins)
-    counters = native.route_counters(rows, bins)
+    blocks, each, alone = native.routing_plan(rows, bins)
+    counters = native.routing_counters(rows, bins)
     if alone:
         assert (blocks, each, counters) == (1, rows, 0)
         assert rows <= 8192

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_within_budget
-from flmoe_kernels.layers.interaction_moe.reference import interaction_losses
+from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 from tests.support.inputs import as_dtype, gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import flmoe_kernels as fk
-from flmoe_kernels.ops.routed_mlp.api import gate
+from flmoe_kernels.ops.routing.api import gate
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

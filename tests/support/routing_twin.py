@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import backend as backends
-from flmoe_kernels.core.native import address, dtype_code
+from flmoe_kernels.core.dtypes import dtype_code
+from flmoe_kernels.core.native import address
 
 native = backends.native()
 
@@ -52,7 +53,7 @@ class Gpu:
     """The kernels themselves; results come back for the comparison."""
 
     def __init__(self) -> None:
-        from flmoe_kernels.ops.routed_mlp import cuda
+        from flmoe_kernels.ops.routing import cuda
 
         self.module = cuda
 

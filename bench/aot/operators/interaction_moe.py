@@ -10,10 +10,13 @@ import torch
 
 from bench.aot.cases import Built, Case, dtype_name, meta
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.ops.interaction_losses.triton import launch as launches
+from flmoe_kernels.ops.interaction_losses.triton import launch as losses
+from flmoe_kernels.ops.reweighting.triton import launch as reweighting
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 KERNELS = ("losses", "mean", "gradient", "features", "features_gradient", "mix", "mix_gradient")
+
+TABLE = {**losses.TABLE, **reweighting.TABLE}
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,14 @@ class LayerUse:
     def launches(self) -> dict[str, Launch]:
         modalities, total = len(self.lengths), sum(self.lengths)
         experts, views, width = modalities + 2, modalities + 1, modalities * self.dim
-        return launches.call_launches(
-            meta((experts, views, self.batch, width), self.dtype),
+        mixture = reweighting.call_launches(
             meta((self.batch, total, self.dim), self.dtype),
             meta((self.batch, total), torch.bool) if self.masked else None,
             self.lengths,
             meta((experts, self.batch, self.classes), self.dtype),
         )
+        latents = meta((experts, views, self.batch, width), self.dtype)
+        return losses.call_launches(latents) | mixture
 
 
 def of_layer(name: str, dtype: torch.dtype, masked: bool = True) -> LayerUse:
@@ -67,4 +71,4 @@ def cases() -> Iterator[Case]:
 
 
 def built(use: LayerUse, kernel: str, _architecture: int) -> Built:
-    return Built(use.launches()[kernel], tiles=kernel, table=launches.TABLE[kernel].shared)
+    return Built(use.launches()[kernel], tiles=kernel, table=TABLE[kernel].shared)

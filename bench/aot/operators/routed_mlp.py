@@ -10,8 +10,8 @@ import torch
 
 from bench.aot.cases import Built, Case, dtype_name, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton import launch as launches
-from flmoe_kernels.ops.routed_mlp.triton.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton.choice import tiles_of
 from flmoe_kernels.profile.shapes import RoutedShape, by_name
 

@@ -9,7 +9,7 @@ import torch
 
 from bench.aot.cases import Built, Case, dtype_name, meta
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.ops.routed_mlp.triton import routing_launch as routing
+from flmoe_kernels.ops.routing.triton import launch as routing
 from flmoe_kernels.profile.shapes import RoutedShape, by_name
 
 KERNELS = ("gate", "count", "scan", "place", "limit")

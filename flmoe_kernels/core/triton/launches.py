@@ -6,7 +6,7 @@ is therefore what runs on one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -134,18 +134,14 @@ def matrix_precision(dtype: torch.dtype) -> str:
     return "tf32" if fast == "tf32" and dtype == torch.float32 else "tf32x3"
 
 
-def expect(
-    name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Fail unless x, if given, is what a kernel will read: a call of a registered operator that did not come
-    through the package's doors must not become a read past a tensor's end."""
-    if x is None:
-        return
-    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
-        raise ValueError(
-            f"{name}: expected {dtype} {tuple(shape)} on {device}, "
-            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-        )
+def blocks_of(length: int, block: int) -> int:
+    """The number of blocks that cover a length."""
+    return -(-length // block)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that holds `count`."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:

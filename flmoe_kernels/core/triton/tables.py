@@ -45,6 +45,7 @@ def architecture_of(device: torch.device) -> int | None:
 
 @functools.cache
 def _capability(device: int) -> int:
+    """90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

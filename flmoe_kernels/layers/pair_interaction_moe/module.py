@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.layers.interaction_moe.reference import interaction_losses as reference_losses
-from flmoe_kernels.ops.interaction_losses import op as _losses_op  # noqa: F401  registers flmoe::interaction_losses
+from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.pair_moe.arguments import (
     Inputs,
     batch_of,
@@ -358,10 +357,7 @@ class PairInteractionMoE(nn.Module):
 
     def _losses(self, latents: Tensor) -> Tensor:
         """Losses (M + 2,) of latents (M + 2, M + 1, B, P * V)."""
-        backend = backends.choose("pair_moe", latents, self.backend)
-        if backend != backends.REFERENCE:
-            return torch.ops.flmoe.interaction_losses(latents, backend)
-        return torch.stack(reference_losses([expert.unbind(0) for expert in latents.unbind(0)]))
+        return interaction_losses(latents, backends.choose("pair_moe", latents, self.backend))
 
     def _classify(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) and the experts' parts of them (B, E, C) of latents (E, B, P * V), in their dtype."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.ops.routed_mlp.api import dispatch, limit
+from flmoe_kernels.ops.routing.api import dispatch, limit
 
 
 def ranks_of(group: Any = None) -> int:

@@ -53,9 +53,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.core.native import dtype_code, statistics_dtype
-from flmoe_kernels.ops.routed_mlp.api import dispatch, routed_mlp, validate
+from flmoe_kernels.core.dtypes import dtype_code, statistics_dtype
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp, validate
 from flmoe_kernels.ops.routed_mlp.reference import ACTIVATIONS
+from flmoe_kernels.ops.routing.api import dispatch
 
 from .collectives import ranks_of
 

@@ -107,7 +107,9 @@ def describe(layer: nn.Module) -> RoutedSpec:
             "experts: each has parameters of its own (FastMoE 1.1's layout), which one fused module cannot "
             "share; build a RoutedMLP and load this module's state_dict"
         )
-    shape: tuple[int, ...] = getattr(getattr(getattr(experts, "htoh4", None), "weight", None), "shape", ())
+    shape: tuple[int, ...] = getattr(
+        getattr(getattr(experts, "htoh4", None), "weight", None), "shape", ()
+    )
     if len(shape) != 3:
         raise UnsupportedLayer(
             f"experts.htoh4.weight: expected a parameter of 3 dimensions, got {tuple(shape)}"

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flmoe_kernels.core.backend import BACKENDS, REFERENCE
-from flmoe_kernels.ops.routed_mlp.api import gate, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import gate
 from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.prepared import Outputs, Prepared, prepare_function
 from flmoe_kernels.profile.shapes import RoutedShape, is_cuda

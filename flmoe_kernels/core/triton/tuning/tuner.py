@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels._version import __version__
+from flmoe_kernels.core.settings import ScopedSetting
 
 from . import cache, timing
 from .cache import Tiles, TuningKey, TuningResult
@@ -38,24 +39,22 @@ def enabled_by_environment() -> bool:
     return value == "1"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Setting:
     enabled: bool
     timer: Timer | None
 
 
-# The last one counts. The tuple is replaced, so that a thread that reads it needs no lock.
-_settings: tuple[_Setting, ...] = (_Setting(enabled_by_environment(), None),)
-_settings_lock = threading.Lock()
+_setting = ScopedSetting(_Setting(enabled_by_environment(), None))
 
 
 def enabled() -> bool:
-    return _settings[-1].enabled
+    return _setting.get().enabled
 
 
 def given_timer() -> Timer | None:
     """The timer that `autotune` was given in place of the device's own."""
-    return _settings[-1].timer
+    return _setting.get().timer
 
 
 @contextmanager
@@ -75,18 +74,10 @@ def autotune(enabled: bool = True, *, timer: Timer | None = None) -> Iterator[No
     Raises:
         TypeError: `enabled` is not a bool.
     """
-    global _settings
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled: expected True or False, got {enabled!r}")
-    own = _Setting(enabled, timer)
-    with _settings_lock:
-        _settings = (*_settings, own)
-    try:
+    with _setting.override(_Setting(enabled, timer)):
         yield
-    finally:
-        # Its own and not the last one: blocks of two threads need not be nested.
-        with _settings_lock:
-            _settings = tuple(setting for setting in _settings if setting is not own)
 
 
 def bucket(size: int) -> int:

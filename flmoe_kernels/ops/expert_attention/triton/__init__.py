@@ -1,4 +1,4 @@
-"""expert_attention through Triton: what is allocated, and which launches fill it.
+"""expert_attention through Triton: allocations, and the launches that fill them.
 
 No call waits for the GPU, and what is allocated and launched depends on shapes alone, so that CUDA graphs can
 capture it.
@@ -6,10 +6,18 @@ capture it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import expect, run
+from flmoe_kernels.core.operands import (
+    expect,
+    expect_bounds,
+    expect_float32_or_half,
+    expect_seed,
+)
+from flmoe_kernels.core.triton.launches import run
 
 from .choice import tiles_of
 from .launch import (
@@ -21,8 +29,11 @@ from .launch import (
 )
 from .table import AttentionCall
 
-__all__ = ["backward", "forward"]
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["backward", "empty", "forward"]
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
 
 
 def forward(
@@ -43,17 +54,17 @@ def forward(
 
 
 def backward(
+    grads: tuple[Tensor, Tensor, Tensor],
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
     dropout_p: float,
     scale: float,
-    grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous."""
     call = readable(_checked(AttentionCall(q, k, v, cu_seqlens, seed, dropout_p, scale)))
@@ -74,15 +85,13 @@ def backward(
 
 
 def _checked(call: AttentionCall) -> AttentionCall:
-    """Fail unless the kernels can read this call: an operator may be called past the package's doors."""
+    """Fail unless the kernels can read this call: an operator may be called directly."""
     q = call.q
     if q.dim() != 4:
         raise ValueError(f"q: expected (G, rows, H, d), got {tuple(q.shape)}")
-    if q.dtype not in _DTYPES:
-        raise ValueError(f"q: expected float32, bfloat16 or float16, got {q.dtype}")
+    expect_float32_or_half("q", q)
     for name, x in (("k", call.k), ("v", call.v)):
         expect(name, x, q.shape, q.dtype, q.device)
-    expect("cu_seqlens", call.cu_seqlens, (max(call.problems, 0) + 1,), torch.int32, q.device)
-    if call.seed is not None:
-        expect("seed", call.seed.reshape(-1), (1,), torch.int64, q.device)
+    expect_bounds("cu_seqlens", call.cu_seqlens, q.device)
+    expect_seed(call.seed, q.device)
     return call

@@ -1,4 +1,4 @@
-"""pair_moe through Triton: what is allocated, and which launches fill it.
+"""pair_moe through Triton: allocations, and the launches that fill them.
 
 No call waits for the GPU, and what is allocated depends on shapes alone, so that CUDA graphs can capture it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.operands import contiguous
 from flmoe_kernels.core.triton.launches import run
 from flmoe_kernels.ops.pair_moe.call import REDUCE_POOL, PairCall
 
@@ -56,7 +57,7 @@ def backward(
         return q, k, a, c, bias
     q, k, a, c = (x.new_empty(x.shape) for x in inputs)
     call = readable(call)
-    grad_mass = None if grad_mass is None else grad_mass.contiguous()
+    grad_mass = contiguous(grad_mass)
     sums, gates = tiles_of("accumulate", call), tiles_of("gradient", call)
     shape = (call.batch, row_blocks(gates, call), call.experts)
     bias = call.q.new_empty(shape, dtype=call.statistics)

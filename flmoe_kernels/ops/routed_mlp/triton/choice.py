@@ -11,9 +11,9 @@ from torch import Tensor
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, run
 from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 
 from . import launch as launches
-from .call import RoutedCall
 from .table import TABLE, Tiles, candidates, key_of, narrower
 
 Make = Callable[[Tiles], tuning.Trial[Tiles]]

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, multiprocessors
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 
-from .call import RoutedCall
 from .kernels import (
     choice_gradient_kernel,
     hidden_gradient_kernel,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flmoe_kernels.core.triton.tables import Table
-
-from .call import RoutedCall
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 
 # Kernel, float32; and LARGE or ODD.
 Key = tuple[str | bool, ...]

@@ -1,13 +1,13 @@
-// The gate on a GPU: each token's experts and weights, in blocks of common/block.h.
+// The gate on a GPU: each token's experts and weights, in blocks of common/routing_block.h.
 #pragma once
 
 #include <cmath>
 
-#include "common/block.h"
 #include "common/routing.h"
+#include "common/routing_block.h"
 #include "common/types.h"
 
-namespace flmoe::route {
+namespace flmoe::routing {
 
 template <typename T>
 struct Wide {
@@ -134,4 +134,4 @@ void launch_gate(Launch& launch, const GateTokens& in) {
   }
 }
 
-}  // namespace flmoe::route
+}  // namespace flmoe::routing

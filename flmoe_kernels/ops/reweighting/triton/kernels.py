@@ -1,4 +1,4 @@
-"""The Triton kernels around the encoder: pooled inputs for the reweighting, the mixture of the experts' logits.
+"""The Triton kernels of the reweighting: pooled inputs, and the mixture of the experts' logits.
 
 Sums are float32 and stay within a program.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import NORM_FLOOR
+# The floor of torch.nn.functional.normalize.
+NORM_FLOOR = tl.constexpr(1e-12)
 
 
 @triton.jit

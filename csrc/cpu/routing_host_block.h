@@ -1,4 +1,4 @@
-// The model of a GPU's block (csrc/common/block.h) on the host: every step runs all of its
+// The model of a GPU's block (csrc/common/routing_block.h) on the host: every step runs all of its
 // threads one after another, in an order that changes from step to step. Results that depend on
 // that order would be a race on a GPU; and a thread that takes another one's variable, which no
 // thread of a GPU can, is an error. For tests, not for speed.
@@ -93,7 +93,7 @@ struct Warp {
     }
   }
 
-  // The butterflies of csrc/cuda/device_block.cuh.
+  // The butterflies of csrc/cuda/routing_device_block.cuh.
   template <typename A>
   void best(Each<A>& value, Each<int32_t>& expert, int width) const {
     for (int apart = width / 2; apart > 0; apart /= 2) {

@@ -1,22 +1,21 @@
 """Routing through the CUDA kernels of the native module, on the current stream of the tensors' device.
 
-Nothing here waits for the GPU, and what is allocated depends on shapes alone, so that calls can be captured in a
-CUDA graph (after one call outside of a capture, which loads the kernels). So nobody waits to look at the values of
-an index either: where the CPU kernels raise for an expert out of range, here it counts as dropped, and nothing is
-read or written by it.
+Nothing here waits for the GPU, and allocations depend on shapes alone, so that calls can be captured in a CUDA
+graph (after one call outside of a capture, which loads the kernels). Reading the values of an index would wait:
+where the CPU kernels raise for an expert out of range, here it counts as dropped, and nothing is read or written
+by it.
 
 Every function raises BackendUnavailable, with the reason, where the native module was built without CUDA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.backend import native_cuda
-from flmoe_kernels.core.native import address, dtype_code
+from flmoe_kernels.core.dtypes import dtype_code
+from flmoe_kernels.core.native import address, native_cuda
+from flmoe_kernels.core.operands import contiguous, expect
 
 # Rows are numbered by the int32 of a permutation.
 _MOST_ROWS = 2**31 - 1
@@ -27,13 +26,13 @@ def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k: expected 1 to {experts}, got {top_k}")
-    _expect("logits", logits, (tokens, experts), logits.dtype, logits.device)
+    _require_cuda("logits", logits)
     _countable("logits", tokens * top_k)
     logits = logits.contiguous()
     index = logits.new_empty((tokens, top_k), dtype=torch.int64)
     weight = logits.new_empty((tokens, top_k))
     with torch.cuda.device(logits.device):
-        native.cuda_gate(
+        native.cuda_routing_gate(
             dtype_code(logits),
             [address(t) for t in (logits, index, weight)],
             (tokens, experts, top_k),
@@ -46,15 +45,14 @@ def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
 def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None) -> Tensor:
     native = native_cuda()
     tokens, choices = index.shape
-    _expect("index", index, (tokens, choices), torch.int64, index.device)
-    _expect("mask", mask, (tokens,), torch.bool, index.device)
+    _require_cuda("index", index, torch.int64)
+    expect("mask", mask, (tokens,), torch.bool, index.device)
     _countable("index", index.numel())
-    index = index.contiguous()
-    mask = None if mask is None else mask.contiguous()
+    index, mask = index.contiguous(), contiguous(mask)
     kept = torch.empty_like(index)
     counters = _counters(index, experts if capacity is not None else 0)
     with torch.cuda.device(index.device):
-        native.cuda_limit(
+        native.cuda_routing_limit(
             [address(t) for t in (index, mask, kept)],
             (tokens, choices, experts),
             -1 if capacity is None else capacity,
@@ -66,7 +64,7 @@ def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
 
 def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     native = native_cuda()
-    _expect("index", index, index.shape, torch.int64, index.device)
+    _require_cuda("index", index, torch.int64)
     _countable("index", index.numel())
     index = index.contiguous()
     counts = index.new_empty((experts,), dtype=torch.int32)
@@ -74,7 +72,7 @@ def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     permutation = index.new_empty((index.numel(),), dtype=torch.int32)
     counters = _counters(index, experts + 1)
     with torch.cuda.device(index.device):
-        native.cuda_dispatch(
+        native.cuda_routing_dispatch(
             [address(t) for t in (index, counts, offsets, permutation)],
             index.numel(),
             experts,
@@ -84,9 +82,16 @@ def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return counts, offsets, permutation
 
 
+def _require_cuda(name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
+    if not x.is_cuda or (dtype is not None and x.dtype != dtype):
+        raise ValueError(
+            f"{name}: expected {dtype or x.dtype} on a CUDA device, got {x.dtype} on {x.device}"
+        )
+
+
 def _counters(index: Tensor, bins: int) -> Tensor:
     """What the launches hand on: one int32 per bin and block of rows, from torch's own allocator."""
-    count = native_cuda().route_counters(index.numel(), bins) if bins else 0
+    count = native_cuda().routing_counters(index.numel(), bins) if bins else 0
     return index.new_empty((count,), dtype=torch.int32)
 
 
@@ -98,16 +103,3 @@ def _queue(device: torch.device) -> tuple[int, int]:
 def _countable(name: str, rows: int) -> None:
     if rows > _MOST_ROWS:
         raise ValueError(f"{name}: expected at most {_MOST_ROWS} rows N * K, got {rows}")
-
-
-def _expect(
-    name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Fail unless x, if given, is what a kernel will read: a call need not have come through the doors."""
-    if x is None:
-        return
-    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device or not x.is_cuda:
-        raise ValueError(
-            f"{name}: expected {dtype} {tuple(shape)} on a CUDA device, "
-            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-        )

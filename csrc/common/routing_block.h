@@ -1,7 +1,7 @@
 // A small model of a GPU's block, in which routing is written instead of in CUDA's own names: so
-// the same lines run on a GPU (csrc/cuda/device_block.cuh) and, without one, on the host
-// (csrc/cpu/host_block.h), where the tests compare them with the CPU kernels. A block is a sequence
-// of steps:
+// the same lines run on a GPU (csrc/cuda/routing_device_block.cuh) and, without one, on the host
+// (csrc/cpu/routing_host_block.h), where the tests compare them with the CPU kernels. A block is a
+// sequence of steps:
 //
 //   block.each(f)           f(thread) for every thread
 //   block.warps(f)          f(warp, number) for every warp
@@ -25,8 +25,8 @@
 #define FLMOE_UNROLL
 #endif
 
-namespace flmoe::route {
+namespace flmoe::routing {
 
 constexpr int kLanes = 32;
 
-}  // namespace flmoe::route
+}  // namespace flmoe::routing

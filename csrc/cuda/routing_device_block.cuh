@@ -1,5 +1,5 @@
-// The model of a block (csrc/common/block.h) on a GPU: each step is one call for this thread
-// and a barrier behind it. Scans over a block are CUB's.
+// The model of a block (csrc/common/routing_block.h) on a GPU: each step is one call for this
+// thread and a barrier behind it. Scans over a block are CUB's.
 #pragma once
 
 #include <cuda_fp16.h>

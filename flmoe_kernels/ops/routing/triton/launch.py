@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.launches import Launch, blocks_of, power_of_two
 
-from .routing import count_kernel, gate_kernel, limit_kernel, place_kernel, scan_kernel
+from .kernels import count_kernel, gate_kernel, limit_kernel, place_kernel, scan_kernel
 
 # Rows that a program counts, and logits or flags of (row, group) that it holds at a time.
 BLOCK, _HELD = 512, 4096
@@ -17,20 +17,12 @@ _SCAN = (64, 16)
 _WARPS, _STAGES = 4, 2
 
 
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def _lanes(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
 def gate_launch(logits: Tensor, index: Tensor, weight: Tensor, over_all: bool) -> Launch:
     tokens, experts = logits.shape
-    each = min(128, max(1, _HELD // _lanes(experts)))
+    each = min(128, max(1, _HELD // power_of_two(experts)))
     return Launch(
         gate_kernel,
-        _blocks(tokens, each),
+        blocks_of(tokens, each),
         {"logits": logits, "index": index, "weight": weight, "tokens": tokens},
         {"EXPERTS": experts, "TOP_K": index.shape[1], "OVER_ALL": over_all, "TOKENS": each},
         _WARPS,
@@ -39,11 +31,11 @@ def gate_launch(logits: Tensor, index: Tensor, weight: Tensor, over_all: bool) -
 
 
 def count_blocks(index: Tensor) -> int:
-    return _blocks(index.numel(), BLOCK)
+    return blocks_of(index.numel(), BLOCK)
 
 
 def _steps(experts: int) -> dict[str, Any]:
-    step = min(BLOCK, max(8, _HELD // _lanes(experts + 1)))
+    step = min(BLOCK, max(8, _HELD // power_of_two(experts + 1)))
     return {"EXPERTS": experts, "BLOCK": BLOCK, "STEP": step}
 
 
@@ -64,7 +56,7 @@ def count_launches(
         ),
         Launch(
             scan_kernel,
-            _blocks(groups, wide),
+            blocks_of(groups, wide),
             {"counts": counts, "totals": totals, "blocks": blocks},
             {"EXPERTS": groups - 1, "BLOCKS": high, "WIDE": wide},
             _WARPS,

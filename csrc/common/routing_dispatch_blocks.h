@@ -1,19 +1,20 @@
-// limit and dispatch on a GPU: what each block of each launch does, in blocks of common/block.h.
+// limit and dispatch on a GPU: what each block of each launch does, in blocks of
+// common/routing_block.h.
 //
 // Blocks of one launch never read what another one writes; launches of one stream run in order.
 #pragma once
 
-#include "common/block.h"
 #include "common/routing.h"
+#include "common/routing_block.h"
 
-namespace flmoe::route {
+namespace flmoe::routing {
 
 // Rows of one warp: a run, so that the order of warps is that of rows.
 struct Run {
   int64_t begin, end;
 };
 
-FLMOE_BODY Run run_of(const RouteRows& in, const RoutePlan& plan, int64_t block, int warp,
+FLMOE_BODY Run run_of(const RoutingRows& in, const RoutingPlan& plan, int64_t block, int warp,
                       int warps) {
   const int64_t first = block * plan.rows_per_block;
   const int64_t last =
@@ -30,7 +31,7 @@ struct Window {
 };
 
 // The bin of a row: its expert; the one after all experts for dropped rows where they have one.
-FLMOE_BODY int32_t bin_of(const RouteRows& in, int64_t row, bool dropped_too) {
+FLMOE_BODY int32_t bin_of(const RoutingRows& in, int64_t row, bool dropped_too) {
   const int32_t e = expert_of(in, row);
   return e < 0 && dropped_too ? in.experts : e;
 }
@@ -39,7 +40,7 @@ FLMOE_BODY int32_t bin_of(const RouteRows& in, int64_t row, bool dropped_too) {
 // gets its value plus the number of this step's rows of that bin before this one, then it is
 // advanced. place is -1 for a row outside the window, bin -1 for one that no bin takes.
 template <typename Warp, typename Use>
-FLMOE_BODY void walk(Warp& warp, const RouteRows& in, const Run& run, const Window& window,
+FLMOE_BODY void walk(Warp& warp, const RoutingRows& in, const Run& run, const Window& window,
                      bool dropped_too, int32_t* tally, const Use& use) {
   constexpr int kAhead = 4;  // loads in flight
   for (int64_t at = run.begin; at < run.end; at += kAhead * kLanes) {
@@ -75,8 +76,8 @@ FLMOE_BODY void walk(Warp& warp, const RouteRows& in, const Run& run, const Wind
 
 // block.tally[warp * window + bin] = this warp's rows of that bin.
 template <typename Block>
-FLMOE_BODY void tally_rows(Block& block, const RouteRows& in, const RoutePlan& plan, int64_t number,
-                           const Window& window, bool dropped_too) {
+FLMOE_BODY void tally_rows(Block& block, const RoutingRows& in, const RoutingPlan& plan,
+                           int64_t number, const Window& window, bool dropped_too) {
   block.each([&](int thread) {
     for (int i = thread; i < Block::kWarps * window.width; i += Block::kThreads) block.tally[i] = 0;
   });
@@ -112,8 +113,8 @@ FLMOE_BODY Window window_from(int64_t first, int64_t bins) {
 
 // Launch 1 of 3: counters[bin, block] = rows of each bin in each block. Reads index and mask.
 struct CountRows {
-  RouteRows in;
-  RoutePlan plan;
+  RoutingRows in;
+  RoutingPlan plan;
   bool dropped_too;
   int32_t* counters;
 
@@ -161,8 +162,8 @@ struct ScanCounters {
 // Launch 3 of 3, or the only one: kept[row] = its expert if that has room, else -1. Reads counters
 // where there are several blocks.
 struct KeepRows {
-  RouteRows in;
-  RoutePlan plan;
+  RoutingRows in;
+  RoutingPlan plan;
   int64_t capacity;
   const int32_t* counters;
   int64_t* kept;
@@ -193,7 +194,7 @@ struct KeepRows {
 
 // Without a capacity nothing is counted: one row per thread.
 struct MaskRows {
-  RouteRows in;
+  RoutingRows in;
   int64_t* kept;
 
   template <typename Block>
@@ -208,8 +209,8 @@ struct MaskRows {
 // Launch 3 of 3, or the only one: permutation, and from block 0 the offsets. Where it is the only
 // one it also writes counts, which it reads otherwise, as it does counters.
 struct PlaceRows {
-  RouteRows in;
-  RoutePlan plan;
+  RoutingRows in;
+  RoutingPlan plan;
   const int32_t* counters;
   int32_t *counts, *offsets, *permutation;
 
@@ -262,7 +263,7 @@ struct PlaceRows {
 // ---- launches: launch.run<threads>(blocks, body) ----
 
 template <typename Launch>
-void launch_limit(Launch& launch, const RouteRows& in, const RoutePlan& plan, int64_t capacity,
+void launch_limit(Launch& launch, const RoutingRows& in, const RoutingPlan& plan, int64_t capacity,
                   int32_t* counters, int64_t* kept) {
   if (capacity < 0) {
     launch.template run<kManyThreads>(ceil_div(in.rows, kManyThreads), MaskRows{in, kept});
@@ -280,8 +281,8 @@ void launch_limit(Launch& launch, const RouteRows& in, const RoutePlan& plan, in
 }
 
 template <typename Launch>
-void launch_dispatch(Launch& launch, const RouteRows& in, const RoutePlan& plan, int32_t* counters,
-                     int32_t* counts, int32_t* offsets, int32_t* permutation) {
+void launch_dispatch(Launch& launch, const RoutingRows& in, const RoutingPlan& plan,
+                     int32_t* counters, int32_t* counts, int32_t* offsets, int32_t* permutation) {
   const PlaceRows place{in, plan, counters, counts, offsets, permutation};
   if (plan.alone) {
     launch.template run<kAloneThreads>(1, place);
@@ -293,4 +294,4 @@ void launch_dispatch(Launch& launch, const RouteRows& in, const RoutePlan& plan,
   launch.template run<kManyThreads>(plan.blocks, place);
 }
 
-}  // namespace flmoe::route
+}  // namespace flmoe::routing
