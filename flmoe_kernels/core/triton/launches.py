@@ -134,16 +134,6 @@ def matrix_precision(dtype: torch.dtype) -> str:
     return "tf32" if fast == "tf32" and dtype == torch.float32 else "tf32x3"
 
 
-def blocks_of(length: int, block: int) -> int:
-    """The number of blocks that cover a length."""
-    return -(-length // block)
-
-
-def power_of_two(count: int) -> int:
-    """The least power of two that holds `count`."""
-    return 1 << max(count - 1, 0).bit_length()
-
-
 def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
     """The signature of one argument under the rules of a launch: 1 and None become constants, and
     pointers and multiples of 16 are known to be aligned."""

@@ -32,7 +32,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import Launch, blocks_of, matrix_precision
+from flmoe_kernels.core.triton.launches import Launch, matrix_precision
+from flmoe_kernels.core.triton.tables import blocks_of
 
 from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
 

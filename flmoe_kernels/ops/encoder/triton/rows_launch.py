@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.dropout import DRAWS, keep_scale, keep_threshold
-from flmoe_kernels.core.triton.launches import Launch, blocks_of
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.tables import blocks_of
 
 from .rows_kernels import (
     gelu_gradient_kernel,

@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import Launch, blocks_of, power_of_two
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.tables import RowTiles, blocks_of
 
 from .kernels import gradient_kernel, losses_kernel, mean_kernel
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Elements that a program holds of a tensor at a time, the most columns of them, warps.
-
-    shared: bytes per block, the most on sm_80, sm_90 and sm_100 in the static test's cases; with Triton 3.7.1,
-    whose numbers that test holds this table to.
-    """
-
-    elements: int
-    columns: int
-    warps: int
-    shared: int
-
 
 # The same for every architecture, class of shape and dtype: these kernels are bound by bytes or by latency, and
 # all that shapes decide is how many programs there are. The losses take a sample of up to 512 columns a program,
 # the gradient, which holds four such tiles, twice that: more spills a few bytes on one architecture or another.
 # What is fastest has not been measured.
 TABLE = {
-    "losses": Tiles(512, 512, 4, 16),
-    "mean": Tiles(64, 64, 1, 0),
-    "gradient": Tiles(1024, 512, 4, 32),
+    "losses": RowTiles(512, 512, 4, 16),
+    "mean": RowTiles(64, 64, 1, 0),
+    "gradient": RowTiles(1024, 512, 4, 32),
 }
 _STAGES = 2
-
-
-def tile_of(kernel: str, rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns that a program holds, powers of two."""
-    tiles = TABLE[kernel]
-    chunk = min(power_of_two(columns), tiles.columns)
-    return min(power_of_two(rows), max(1, tiles.elements // chunk)), chunk
 
 
 def loss_blocks(latents: Tensor) -> int:
     """Parts that the loss of each expert comes in."""
     batch, width = latents.shape[2:]
-    return blocks_of(batch, tile_of("losses", batch, width)[0])
+    return blocks_of(batch, TABLE["losses"].shape(batch, width)[0])
 
 
 def loss_launches(latents: Tensor, parts: Tensor | None, losses: Tensor) -> list[Launch]:
     """Losses (E,) of latents (E, V, B, width); parts (E, loss_blocks) float32, None where that is one block."""
     experts, views, batch, width = latents.shape
-    rows, chunk = tile_of("losses", batch, width)
+    rows, chunk = TABLE["losses"].shape(batch, width)
     blocks = loss_blocks(latents)
     found = [
         Launch(
@@ -85,7 +62,7 @@ def loss_launches(latents: Tensor, parts: Tensor | None, losses: Tensor) -> list
 
 def gradient_launch(grad_losses: Tensor, latents: Tensor, grad_latents: Tensor) -> Launch:
     experts, views, batch, width = latents.shape
-    rows, chunk = tile_of("gradient", batch, width)
+    rows, chunk = TABLE["gradient"].shape(batch, width)
     blocks = blocks_of(batch, rows)
     return Launch(
         gradient_kernel,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import Launch, blocks_of, power_of_two
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.tables import RowTiles, blocks_of, power_of_two
 
 from .kernels import (
     features_gradient_kernel,
@@ -17,39 +17,17 @@ from .kernels import (
     mix_kernel,
 )
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """Elements that a program holds of a tensor at a time, the most columns of them, warps.
-
-    shared: bytes per block, the most on sm_80, sm_90 and sm_100 in the static test's cases; with Triton 3.7.1,
-    whose numbers that test holds this table to.
-    """
-
-    elements: int
-    columns: int
-    warps: int
-    shared: int
-
-
 # The same for every architecture, class of shape and dtype: these kernels are bound by bytes or by latency, and
 # all that shapes decide is how many programs there are. "features" holds all columns of a token, 4096 elements and
 # as many sums. "mix" is one program of one warp for eight samples: its work is nothing and its launch all. What is
 # fastest has not been measured.
 TABLE = {
-    "features": Tiles(4096, 1 << 20, 8, 8192),
-    "features_gradient": Tiles(4096, 1 << 20, 8, 4096),
-    "mix": Tiles(1024, 128, 1, 32),
-    "mix_gradient": Tiles(1024, 128, 1, 128),
+    "features": RowTiles(4096, 1 << 20, 8, 8192),
+    "features_gradient": RowTiles(4096, 1 << 20, 8, 4096),
+    "mix": RowTiles(1024, 128, 1, 32),
+    "mix_gradient": RowTiles(1024, 128, 1, 128),
 }
 _STAGES = 2
-
-
-def tile_of(kernel: str, rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns that a program holds, powers of two."""
-    tiles = TABLE[kernel]
-    chunk = min(power_of_two(columns), tiles.columns)
-    return min(power_of_two(rows), max(1, tiles.elements // chunk)), chunk
 
 
 def features_launch(
@@ -62,7 +40,7 @@ def features_launch(
 ) -> Launch:
     """features (B, M * D) and statistics (B, M, 2) float32 of tokens (B, L, D)."""
     batch, total, width = tokens.shape
-    rows, chunk = tile_of("features", max(lengths), width)
+    rows, chunk = TABLE["features"].shape(max(lengths), width)
     return Launch(
         features_kernel,
         batch * len(lengths),
@@ -85,7 +63,7 @@ def features_gradient_launch(
     grad_tokens: Tensor,
 ) -> Launch:
     batch, total, width = grad_tokens.shape
-    rows, chunk = tile_of("features_gradient", max(lengths), width)
+    rows, chunk = TABLE["features_gradient"].shape(max(lengths), width)
     slots = blocks_of(max(lengths), rows)
     return Launch(
         features_gradient_kernel,
@@ -131,7 +109,7 @@ def mix_gradient_launch(
 
 def _mix(name: str, logits: Tensor, temperature: float, **tensors: Tensor | None) -> Launch:
     experts, batch, classes = logits.shape
-    rows, chunk = tile_of(name, min(batch, 8), classes)
+    rows, chunk = TABLE[name].shape(min(batch, 8), classes)
     return Launch(
         mix_kernel if name == "mix" else mix_gradient_kernel,
         blocks_of(batch, rows),

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import Launch, blocks_of, power_of_two
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.tables import blocks_of, power_of_two
 
 from .kernels import count_kernel, gate_kernel, limit_kernel, place_kernel, scan_kernel
 
