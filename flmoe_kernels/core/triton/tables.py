@@ -61,6 +61,11 @@ def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
+def chunk_of(width: int, most: int) -> int:
+    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
+    return min(most, max(16, power_of_two(width)))
+
+
 @dataclass(frozen=True)
 class RowTiles:
     """Tiles of a kernel on rows: elements that a program holds of a tensor at a time, the most columns, warps.

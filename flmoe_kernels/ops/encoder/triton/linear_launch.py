@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
-from flmoe_kernels.core.triton.tables import blocks_of
+from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 
 from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
 
@@ -100,13 +100,8 @@ def class_of(kernel: str, dtype: torch.dtype, first: int, columns: int) -> str:
         return "float32"
     tiles = TABLE[kernel, "16 bit"]
     most = tiles.deep if kernel == "product" else tiles.rows
-    whole = first % _chunk(first, most) == 0 and columns % _chunk(columns, tiles.columns) == 0
+    whole = first % chunk_of(first, most) == 0 and columns % chunk_of(columns, tiles.columns) == 0
     return "16 bit" if whole else "ragged"
-
-
-def _chunk(width: int, most: int) -> int:
-    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
-    return min(most, max(16, 1 << (width - 1).bit_length()))
 
 
 def operand(x: Tensor) -> Operand:
@@ -153,7 +148,7 @@ def _product(
     experts, rows, inner = a[0].shape
     outer = out.shape[2]
     tiles = tiles_of("product", out.dtype, inner, outer)
-    columns, deep = _chunk(outer, tiles.columns), _chunk(inner, tiles.deep)
+    columns, deep = chunk_of(outer, tiles.columns), chunk_of(inner, tiles.deep)
     return Launch(
         product_kernel,
         experts * blocks_of(rows, tiles.rows) * blocks_of(outer, columns),
@@ -173,7 +168,9 @@ def _product(
 def shares_of(dtype: torch.dtype, experts: int, rows: int, p: int, q: int) -> int:
     """Shares of an expert's rows in gradients (E, P, Q): as many as make the programs that run at once."""
     tiles = tiles_of("weight_gradient", dtype, p, q)
-    across = blocks_of(p, _chunk(p, tiles.rows)) * max(1, blocks_of(q, _chunk(q, tiles.columns)))
+    across = blocks_of(p, chunk_of(p, tiles.rows)) * max(
+        1, blocks_of(q, chunk_of(q, tiles.columns))
+    )
     fewest = blocks_of(rows, _MOST_ROWS_FLOAT32) if dtype == torch.float32 else 1
     return max(1, fewest, min(_PROGRAMS // max(1, experts * across), rows // _LEAST_ROWS))
 
@@ -200,7 +197,7 @@ def _weight_gradient(
     experts, rows, p = left[0].shape
     q = 0 if right is None else right[0].shape[2]
     tiles = tiles_of("weight_gradient", left[0].dtype, p, q)
-    high, wide = _chunk(p, tiles.rows), _chunk(q, tiles.columns)
+    high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
     across = max(1, blocks_of(q, wide))
     return Launch(
         weight_gradient_kernel,

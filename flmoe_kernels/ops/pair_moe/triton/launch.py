@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
+from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import coefficients_of
 
@@ -58,15 +59,6 @@ def spread(x: Tensor, call: PairCall, reduce: str, length: int) -> Operand:
     return operand(x.expand(call.batch, call.experts, length, call.width))
 
 
-def _chunk(width: int, most: int) -> int:
-    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
-    return min(most, max(16, 1 << (width - 1).bit_length()))
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
 def _gate_constants(call: PairCall, tiles: Tiles) -> dict[str, Any]:
     return {
         "TOP_K": call.top_k,
@@ -74,7 +66,7 @@ def _gate_constants(call: PairCall, tiles: Tiles) -> dict[str, Any]:
         "V": call.width,
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
-        "DEPTH_R": _chunk(call.rank, tiles.deep),
+        "DEPTH_R": chunk_of(call.rank, tiles.deep),
         "PRECISION": matrix_precision(call.q.dtype),
     }
 
@@ -91,7 +83,7 @@ def _gate_operands(call: PairCall, swapped: bool) -> tuple[Operand, Operand, Any
 
 def row_blocks(tiles: Tiles, call: PairCall) -> int:
     """The number of blocks that a kernel cuts side a into, and of partial sums of what it adds up over them."""
-    return _blocks(call.rows, tiles.rows)
+    return blocks_of(call.rows, tiles.rows)
 
 
 def _expect_blocks(name: str, found: int, blocks: int) -> None:
@@ -126,12 +118,12 @@ def _accumulate(
     mass: Tensor | None = None,
     swapped: bool = False,
 ) -> Launch:
-    wide = _chunk(call.width, tiles.wide)
+    wide = chunk_of(call.width, tiles.wide)
     sides = _gate_operands(call, swapped)
     rows, columns = sides[0][0].shape[2], sides[1][0].shape[2]
     return Launch(
         accumulate_kernel,
-        _blocks(rows, tiles.rows) * _blocks(call.width, wide) * call.batch,
+        blocks_of(rows, tiles.rows) * blocks_of(call.width, wide) * call.batch,
         {
             **dict(zip(("q", "k", "mask_a", "mask_b"), sides, strict=True)),
             **{"a": values[0], "c": values[1], "bias": call.gate_bias},
@@ -179,13 +171,13 @@ def project_launches(
     s1, s2, s3 = _coefficients(call)
     none = (0.0,) * call.experts
     pool = reduce == REDUCE_POOL
-    rows, wide, warps = 32, _chunk(call.width, 64), 4
+    rows, wide, warps = 32, chunk_of(call.width, 64), 4
 
     def launch(x: Tensor, mask: Tensor | None, offset: Tensor, **rest: Any) -> Launch:
         length = x.shape[2]
         return Launch(
             project_kernel,
-            _blocks(length, rows) * call.batch,
+            blocks_of(length, rows) * call.batch,
             {
                 "x": operand(x),
                 "g": spread(cotangent, call, reduce, length),
@@ -260,7 +252,7 @@ def gate_gradient_launch(
     swapped: bool = False,
 ) -> Launch:
     """The gradient of q and (B, row_blocks, E) partial sums of gate_bias's, or swapped the gradient of k."""
-    wide = _chunk(call.rank, tiles.wide)
+    wide = chunk_of(call.rank, tiles.wide)
     gates = _gate_operands(call, swapped)
     values = [None if sides.factor is None else operand(sides.factor), operand(call.c)]
     offsets = [sides.offset_i, sides.offset_j]
@@ -269,10 +261,10 @@ def gate_gradient_launch(
         offsets.reverse()
     rows, columns = gates[0][0].shape[2], gates[1][0].shape[2]
     if grad_bias is not None:
-        _expect_blocks("grad_bias", grad_bias.shape[1], _blocks(rows, tiles.rows))
+        _expect_blocks("grad_bias", grad_bias.shape[1], blocks_of(rows, tiles.rows))
     return Launch(
         gate_gradient_kernel,
-        _blocks(rows, tiles.rows) * _blocks(call.rank, wide) * call.batch,
+        blocks_of(rows, tiles.rows) * blocks_of(call.rank, wide) * call.batch,
         {
             **dict(zip(("x", "z", "mask_x", "mask_z"), gates, strict=True)),
             **{"u": values[0], "w": values[1], "bias": call.gate_bias},
@@ -283,7 +275,7 @@ def gate_gradient_launch(
         {
             **_gate_constants(call, tiles),
             **{"PRODUCT": sides.product, "WIDE_R": wide},
-            "DEPTH_V": _chunk(call.width, tiles.deep),
+            "DEPTH_V": chunk_of(call.width, tiles.deep),
         },
         tiles.warps,
         tiles.stages,
@@ -297,7 +289,7 @@ def map_launch(
     """Rows first to end: out is phi (B, E, rows, Lb) in float32, or keys (B, E + 1, rows, Lb) in int64."""
     return Launch(
         map_kernel,
-        _blocks(end - first, tiles.rows) * _blocks(call.columns, tiles.columns) * call.batch,
+        blocks_of(end - first, tiles.rows) * blocks_of(call.columns, tiles.columns) * call.batch,
         {
             **{"q": operand(call.q), "k": operand(call.k), "c": operand(call.c)},
             "u": None if sides.factor is None else operand(sides.factor),
@@ -317,7 +309,7 @@ def map_launch(
             **_gate_constants(call, tiles),
             "PRODUCT": sides.product,
             "KEYS": out.dtype == torch.int64,
-            "DEPTH_V": _chunk(call.width, tiles.deep),
+            "DEPTH_V": chunk_of(call.width, tiles.deep),
         },
         tiles.warps,
         tiles.stages,

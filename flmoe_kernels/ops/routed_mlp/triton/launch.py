@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, multiprocessors
+from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 
 from .kernels import (
@@ -30,15 +31,6 @@ _SUM_TILE, _CHOICE_TILE = 2048, (32, 128)
 _UNHURRIED = {100: 128}
 
 
-def _chunk(width: int, most: int) -> int:
-    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
-    return min(most, max(16, 1 << (width - 1).bit_length()))
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
 def _registers(tiles: Tiles, whole: bool) -> dict[int, int]:
     return REGISTERS if tiles.warps == 8 and tiles.programs == 2 and whole else {}
 
@@ -58,11 +50,11 @@ def _products(
 ) -> Launch:
     """A persistent product of rows with weights: INNER summed over, OUTER columns of the result."""
     inner, outer = constants.pop("sizes")
-    columns, deep = _chunk(outer, tiles.columns), _chunk(inner, tiles.deep)
+    columns, deep = chunk_of(outer, tiles.columns), chunk_of(inner, tiles.deep)
     own = {"offsets": call.offsets, "permutation": call.permutation, "rows": call.rows}
     return Launch(
         kernel,
-        _persistent(call, tiles.rows, _blocks(outer, columns), tiles.programs),
+        _persistent(call, tiles.rows, blocks_of(outer, columns), tiles.programs),
         {**arguments, **own},
         {
             **constants,
@@ -119,7 +111,7 @@ def _rows(
 
 def dot_parts(tiles: Tiles, call: RoutedCall) -> int:
     """Blocks of columns of the hidden gradient, each of which leaves a part of every row's dot."""
-    return _blocks(call.hidden, _chunk(call.hidden, tiles.columns))
+    return blocks_of(call.hidden, chunk_of(call.hidden, tiles.columns))
 
 
 def hidden_gradient_launch(
@@ -158,7 +150,7 @@ def choice_gradient_launch(
         },
         {
             **{"EXPERTS": call.experts, "CHOICES": call.choices, "D": call.width},
-            **{"PARTS": dots.shape[1], "ROWS": tile_rows, "WIDE": _chunk(call.width, wide)},
+            **{"PARTS": dots.shape[1], "ROWS": tile_rows, "WIDE": chunk_of(call.width, wide)},
         },
         4,
         2,
@@ -171,8 +163,8 @@ def splits_of(tiles: Tiles, call: RoutedCall) -> int:
 
     A power of two, being a constant of the kernels: few are compiled where the number of tokens changes.
     """
-    across = _blocks(call.hidden, tiles.rows) * _blocks(call.width, tiles.columns)
-    wanted = _blocks(tiles.programs * multiprocessors(call.x.device), call.experts * across)
+    across = blocks_of(call.hidden, tiles.rows) * blocks_of(call.width, tiles.columns)
+    wanted = blocks_of(tiles.programs * multiprocessors(call.x.device), call.experts * across)
     splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
     return 1 << (splits.bit_length() - 1)
 
@@ -188,8 +180,8 @@ def weight_gradient_launch(
 ) -> Launch:
     """grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token, or else by row."""
     p, splits, q = grad.shape[1:]
-    high, wide = _chunk(p, tiles.rows), _chunk(q, tiles.columns)
-    down, across = _blocks(p, high), _blocks(q, wide)
+    high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
+    down, across = blocks_of(p, high), blocks_of(q, wide)
     shares = call.experts * splits * down
     of_left, of_right = (call.choices if by_token else 0 for _, by_token in (left, right))
     return Launch(
@@ -215,11 +207,11 @@ def weight_gradient_launch(
 def sum_launch(parts: Tensor, out: Tensor) -> Launch:
     """out (lines, width) of parts (lines, count, width)."""
     lines, count, width = parts.shape
-    wide = _chunk(width, 1024)
+    wide = chunk_of(width, 1024)
     high = max(1, _SUM_TILE // wide)
     return Launch(
         sum_kernel,
-        _blocks(lines, high) * _blocks(width, wide),
+        blocks_of(lines, high) * blocks_of(width, wide),
         {"parts": parts, "out": out, "lines": lines},
         {"COUNT": count, "WIDTH": width, "LINES": high, "WIDE": wide},
         4,

@@ -1,4 +1,4 @@
-"""What goes into PairInteractionMoE: one message per mistake, before any work; then one form for all of it."""
+"""Validation of the arguments of PairInteractionMoE, and the one form that the layer computes with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-
-from .kinds import KINDS, MAX_EXPERTS
+from flmoe_kernels.ops.pair_moe.kinds import KINDS, MAX_EXPERTS
 
 Inputs = Sequence[Tensor | None]
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +41,7 @@ def validate_sizes(
 
 def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
     """Under autocast an encoder hands over low precision: all that autocast itself casts gets the
-    parameters' dtype, which norms and anchors have. The rest is left for validate_inputs to refuse."""
+    parameters' dtype, which norms and anchors have. The rest is left for require_inputs to refuse."""
     if not torch.is_autocast_enabled(parameter.device.type):
         return inputs
     if not isinstance(inputs, list | tuple):
@@ -51,60 +50,6 @@ def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
         x.to(parameter.dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_DTYPES else x
         for x in inputs
     ]
-
-
-def validate_inputs(
-    dims: Sequence[int], inputs: Inputs, masks: Inputs | None, parameter: Tensor
-) -> None:
-    """inputs M x (B, L_m, dims[m]) or None, at least one; masks M x (B, L_m), bool or 0/1, or None.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    if not isinstance(inputs, list | tuple):
-        raise TypeError(f"inputs: expected a list of Tensors, got {type(inputs).__name__}")
-    if len(inputs) != len(dims):
-        raise ValueError(f"inputs: expected {len(dims)} modalities, got {len(inputs)}")
-    if all(x is None for x in inputs):
-        raise ValueError("inputs: expected at least one modality, got None for all")
-    first = next(m for m, x in enumerate(inputs) if x is not None)
-    for m, (x, dim) in enumerate(zip(inputs, dims, strict=True)):
-        if x is None:
-            continue
-        name = f"inputs[{m}]"
-        check.require_tensor(name, x)
-        if x.dim() != 3 or x.shape[2] != dim:
-            raise ValueError(f"{name}: expected (batch, tokens, {dim}), got {tuple(x.shape)}")
-        batch = inputs[first].shape[0]
-        if x.shape[0] != batch:
-            raise ValueError(f"{name}: expected batch {batch} as inputs[{first}], got {x.shape[0]}")
-        check.require_same(name, x, "the layer's parameters", parameter)
-    check.require_masks(inputs, masks)
-
-
-def validate_replacements(replacements: Inputs, inputs: Inputs) -> None:
-    """replacements[m] shaped, typed and placed as inputs[m]; None where that is None."""
-    if not isinstance(replacements, list | tuple):
-        raise TypeError(
-            f"replacements: expected a list of Tensors, got {type(replacements).__name__}"
-        )
-    if len(replacements) != len(inputs):
-        raise ValueError(
-            f"replacements: expected {len(inputs)} modalities, got {len(replacements)}"
-        )
-    for m, (noise, x) in enumerate(zip(replacements, inputs, strict=True)):
-        name = f"replacements[{m}]"
-        if x is None:
-            if noise is not None:
-                raise ValueError(f"{name}: expected None as inputs[{m}] is")
-            continue
-        check.require_tensor(name, noise)
-        assert noise is not None
-        if noise.shape != x.shape:
-            raise ValueError(
-                f"{name}: expected {tuple(x.shape)} as inputs[{m}], got {tuple(noise.shape)}"
-            )
-        check.require_same(name, noise, f"inputs[{m}]", x)
 
 
 def validate_target(target: int | Tensor | None, batch: int, classes: int, like: Tensor) -> None:
