@@ -7,7 +7,6 @@ import itertools
 import math
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.targets import METRICS, resolve_targets
 from flmoe_kernels.explain.games.tokens import percent_counts
-from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
+from flmoe_kernels.explain.masking.drops import KINDS
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
 from tests.support.explain_masking import (
     BUDGETS,
@@ -266,25 +265,6 @@ def test_missing_modality() -> None:
     found = faithfulness(layer, inputs, None, [draw(2, 5), None], fill="drop")
     assert found.maskable.tolist() == [5, 5]
     assert found.identified.isfinite().all()
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    layer, inputs, masks = call_of()
-    values = [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
-    found = faithfulness(layer, inputs, masks, values, metrics=["prob", "logit"], expert=0)
-    found.save(tmp_path / "a.npz")
-    loaded = MaskingDrops.load(tmp_path / "a.npz")
-    for field in dataclasses.fields(found):
-        mine, theirs = getattr(found, field.name), getattr(loaded, field.name)
-        equal = torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
-        assert equal, field.name
-    assert loaded.table() == found.table()
-    content = (tmp_path / "a.npz").read_bytes()
-    (tmp_path / "b.npz").write_bytes(content[:-40])
-    np.savez(tmp_path / "c.npz", values=np.ones(3))
-    for name in ("b.npz", "c.npz"):
-        with pytest.raises(ValueError, match=name):
-            MaskingDrops.load(tmp_path / name)
 
 
 def test_errors() -> None:
