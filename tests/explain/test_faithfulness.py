@@ -20,13 +20,13 @@ from flmoe_kernels.explain.attribution.targets import METRICS, resolve_targets
 from flmoe_kernels.explain.games.tokens import percent_counts
 from flmoe_kernels.explain.masking.drops import KINDS
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
+from tests.support.explain_layers import call_of
 from tests.support.explain_masking import (
     BUDGETS,
     CASE,
     TokenBits,
     bits,
     brute_force,
-    call_of,
     set_of,
 )
 from tests.support.inputs import draw, draw_masks
@@ -182,7 +182,7 @@ def test_a_sample_of_padding_is_left_out() -> None:
 
 
 def test_summaries() -> None:
-    layer, inputs, masks = call_of()
+    layer, inputs, masks = call_of(CASE)
     values = [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
     found = faithfulness(layer, inputs, masks, values, budgets=(10, 20, 50), n_random=3)
     for kind, metric in itertools.product(KINDS, METRICS):
@@ -227,7 +227,7 @@ def test_good_attributions_beat_random_ones_and_bad_ones_do_not() -> None:
 
 
 def test_an_attribution_brings_its_values_and_targets() -> None:
-    layer, inputs, masks = call_of()
+    layer, inputs, masks = call_of(CASE)
     labels = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]])
     for expert in (None, "synergy"):
         explained = attribute(layer, inputs, masks, target=labels)
@@ -268,7 +268,7 @@ def test_missing_modality() -> None:
 
 
 def test_errors() -> None:
-    layer, inputs, masks = call_of()
+    layer, inputs, masks = call_of(CASE)
     values = [torch.zeros(4, 7), torch.zeros(4, 5)]
     with_nan = [torch.full((4, 7), torch.nan), values[1]]
     wrong: list[tuple[dict[str, Any], str]] = [
