@@ -1,4 +1,4 @@
-"""What a model loses when tokens are masked, next to as many random ones: measured and kept."""
+"""Drops of a metric when tokens are masked: their measurement and the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""faithfulness and pair_masking: does the model need the tokens that an explanation names?"""
+"""The public functions `faithfulness` and `pair_masking`: does the model need the explained tokens?"""
 
 from __future__ import annotations
 

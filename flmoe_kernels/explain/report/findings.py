@@ -1,4 +1,4 @@
-"""Everything that the command `explain` finds about some samples, and that as JSON."""
+"""The results of the command `explain` for some samples, also as JSON."""
 
 from __future__ import annotations
 

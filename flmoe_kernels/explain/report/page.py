@@ -1,4 +1,4 @@
-"""The findings as one web page that needs nothing else: tables, figures inside it, no script."""
+"""The findings as one self-contained web page: tables, embedded figures, no script."""
 
 from __future__ import annotations
 
