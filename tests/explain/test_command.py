@@ -36,7 +36,7 @@ from flmoe_kernels.explain import (
     probe_pairs,
 )
 from flmoe_kernels.explain.estimators import checkpoint as checkpoint_module
-from flmoe_kernels.explain.report import command
+from flmoe_kernels.explain.report import command, pictures
 from flmoe_kernels.explain.report.request import Request
 from flmoe_kernels.published.convert import load_layer
 from flmoe_kernels.published.report import LeftLayer, SwapReport
@@ -284,8 +284,8 @@ def test_interrupt_while_writing_leaves_no_part_of_a_file(
             raise KeyboardInterrupt
         replace(source, target)
 
-    pictures = {f"{x}.png": command.Picture(b"png", "alt", "caption") for x in FIGURES}
-    monkeypatch.setattr(command, "draw", lambda found: pictures)
+    drawn = {f"{x}.png": pictures.Picture(b"png", "alt", "caption") for x in FIGURES}
+    monkeypatch.setattr(command, "draw", lambda found: drawn)
     monkeypatch.setattr(os, "replace", stopped)
     assert command.main(request(made, tmp_path)) == command.INTERRUPTED
     names = {path.name for path in tmp_path.iterdir()}
@@ -415,8 +415,8 @@ def test_the_image_shows_signed_scores_as_they_are(
             shown.append((weights, weights_label))
         return draw_map(*given, weights=weights, weights_label=weights_label, **options)
 
-    draw_map = command.token_patch_map
-    monkeypatch.setattr(command, "token_patch_map", seen)
+    draw_map = pictures.token_patch_map
+    monkeypatch.setattr(pictures, "token_patch_map", seen)
     options: dict[str, Any] = {"samples": 1, "budget": 64, "top": 1, "repeats": 0}
     found = command.run(request(made, tmp_path, attribution=method, **options))
     own = found.attribution.of()[1][0]

@@ -16,8 +16,7 @@ pytest.importorskip("tqdm")
 from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
-from flmoe_kernels.explain.report.findings import targets_of
-from flmoe_kernels.explain.report.page import token_name
+from flmoe_kernels.explain.report.findings import targets_of, token_name
 from flmoe_kernels.explain.report.request import Request
 from tests.support.explain_files import full_arrays, write_checkpoint, write_data
 
