@@ -1,4 +1,4 @@
-"""Explanations of one prediction: values of coalitions of tokens, and indices of token pairs from them."""
+"""Explanations of a prediction: attribution to tokens, indices of token pairs, masking evaluation, figures."""
 
 from .attribution.attribute import attribute as attribute
 from .attribution.values import Attribution as Attribution

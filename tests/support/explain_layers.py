@@ -26,7 +26,7 @@ CASES = (
 )
 
 
-def call_of(case: LayerCase, dtype: torch.dtype) -> tuple[Any, list[Tensor], Any]:
+def call_of(case: LayerCase, dtype: torch.dtype = torch.float64) -> tuple[Any, list[Tensor], Any]:
     """The fast layer in eval mode, inputs and masks."""
     layer = InteractionMoE.adopt(case.reference(dtype).eval())
     return layer, case.inputs(dtype), draw_masks(case.masks, case.batch, case.lengths)

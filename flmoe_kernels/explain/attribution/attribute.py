@@ -1,4 +1,4 @@
-"""attribute: how much each token says to one logit, by attention or by gradients."""
+"""The public function `attribute`: attribution of a logit to tokens, by expert."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def attribute(
     magnitude: bool = False,
     max_batch: int | None = None,
 ) -> Attribution:
-    """How much each token says to the target's logit, by expert. No L x L map is ever held.
+    """Attribution of the target's logit to each token, by expert. No L x L map is ever held.
 
     With z_e the target's logit of expert e and w_e its weight in the mixture, the score of expert e is w_e z_e,
     its part of the mixture's logit (explains="mixture"), or z_e (explains="expert"). Per expert:

@@ -1,4 +1,4 @@
-"""Which logit of each sample is explained, and what is read off it: probability, log-probability, logit."""
+"""The explained class of each sample, and the metrics of its logit."""
 
 from __future__ import annotations
 

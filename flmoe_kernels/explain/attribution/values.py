@@ -1,4 +1,4 @@
-"""What an attribution is: values of tokens, by expert, with what they are values of."""
+"""The result of `attribute`: values of tokens, by expert."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ _SAME_GAME = 1e-3
 
 
 class Game(Protocol):
-    """A set function v over players 0 .. n - 1, as `shapiq` has them, too.
+    """A set function v over players 0 .. n - 1, as in shapiq.
 
-    It may also have `batch_size`, the most coalitions it takes at once; `fingerprint() -> str`, hexadecimal, to
-    which checkpoints are bound; and `describe() -> dict` for the result, in JSON's types.
+    Optional members: `batch_size`, the most coalitions per call; `fingerprint() -> str`, hexadecimal, to which
+    checkpoints are bound; `describe() -> dict`, in JSON's types, for the result.
     """
 
     @property
@@ -43,20 +43,17 @@ class Game(Protocol):
 class Evaluator:
     """Evaluates packed coalitions of a game.
 
-    Batches are cut from the distinct coalitions in an order that depends on the request alone, and in each round
-    every rank takes the next one: so the values have the same bits whatever the number of ranks. Only
-    the batch size may change a model's last bits, so ranks agree on the least of theirs, and results name it.
+    The order of the distinct coalitions depends on the request alone, and in each round every rank takes the next
+    batch, so the values have the same bits for any number of ranks. Only the batch size may change a model's last
+    bits; ranks use the smallest of theirs, and results report it.
 
     Args:
         game: see Game.
-        batch_size: coalitions of one batch, of which a game that takes fewer at once gets fewer; None for its own.
-        ranks: who shares the work.
+        batch_size: coalitions of one batch, or fewer where the game has a smaller limit; None for the game's own.
+        ranks: the processes that share the work.
 
     Attributes:
-        evaluations: distinct coalitions of each call, summed over calls: on all ranks together.
-
-    Raises:
-        TypeError, ValueError: the game's batch_size is no positive int.
+        evaluations: distinct coalitions of each call, summed over calls, on all ranks together.
     """
 
     def __init__(
@@ -74,10 +71,10 @@ class Evaluator:
         self._checkpoint: Checkpoint | None = None
 
     def resume(self, checkpoint: Checkpoint, same_batches: bool) -> None:
-        """Take the values of a checkpoint for those of the next coalitions, and save later ones to it.
+        """Take the values of a checkpoint for the next coalitions, and add later ones to it.
 
         Args:
-            same_batches: whether batches are not larger than they were, for the same bits.
+            same_batches: keep batches from being larger than they were, for the same bits.
 
         Raises:
             ValueError: the checkpoint is of another request or game, or damaged.
@@ -99,11 +96,7 @@ class Evaluator:
         self._checkpoint = checkpoint
 
     def __call__(self, packed: Packed) -> Floats:
-        """Values (m,) of packed coalitions (m, bytes), in their order.
-
-        Raises:
-            TypeError, ValueError: the game returned another shape or values that are not finite.
-        """
+        """Values (m,) of packed coalitions (m, bytes), in their order."""
         if not len(packed):
             return np.zeros(0)
         rows, place = distinct(packed)

@@ -1,16 +1,15 @@
-"""The quantities of a token pair: what is averaged over the coalitions S without i and j, and how S is drawn.
+"""Definitions of the pair indices.
 
     SII(i, j) = E_S[ v(S + i + j) - v(S + i) - v(S + j) + v(S) ]
     RG(i, j)  = E_S[ min(v(S + i), v(S + j)) - v(S) ]
 
 S has, for both, the distribution of the Shapley interaction index of n players: its size s is uniform on
-0 .. n - 2 and S is uniform among the sets of that size, P(S) = s! (n - s - 2)! / (n - 1)!. That is who comes
-before the pair in a random order of n - 1 players, in which the pair is one. The same S, so the same evaluations:
-one run gives both.
+0 .. n - 2 and S is uniform among the sets of that size, P(S) = s! (n - s - 2)! / (n - 1)!. These are the players
+before the pair in a random order in which the pair is one player. Both indices share S, so one run gives both.
 
-RG is what either token alone keeps when the other is gone: w for two copies of one token that is worth w, 0 when
-one of them says nothing or only both say something, below 0 where one alone does harm. It is min(w_i, w_j) for
-two tokens that add up, too: substitutes are the pairs whose RG is large *and* whose SII is negative.
+RG is what either token alone keeps when the other is gone: w for two copies of a token of value w, 0 when one of
+them has no effect or only both together have one, below 0 when one alone does harm. For two additive tokens it is
+min(w_i, w_j), so substitutes are the pairs whose RG is large *and* whose SII is negative.
 
 Sources: SII, Grabisch and Roubens (1999). RG is named in arXiv 2603.13326; the formula is this package's own
 reading of it.

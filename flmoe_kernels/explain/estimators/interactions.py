@@ -1,4 +1,4 @@
-"""Indices of token pairs of any model: the functions that are called. Mathematics: `indices` and `sampling`."""
+"""Indices of token pairs of any model: the public functions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def redundancy_gap(
     """The redundancy gap of token pairs, for each sample; arguments and errors as `probe_pairs`.
 
     RG(i, j) = E_S[ min(v(S + i), v(S + j)) - v(S) ] with the S of the Shapley interaction index: what either token
-    alone keeps when the other is gone. See `indices` for what it tells and what not. It has no closed form.
+    alone keeps when the other is gone. See `indices` for its interpretation. It has no closed form.
     """
     found = probe_pairs(model, inputs, masks, indices=(RG,), **options)
     return [each[RG] for each in found]

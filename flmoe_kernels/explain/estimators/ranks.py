@@ -1,7 +1,7 @@
 """The processes that share a run: one by default, those of torch.distributed on request.
 
-Every rank makes the same call and gets the same result. What is shared is which rank evaluates which batch;
-draws, batches and sums are the same on each.
+Every rank makes the same call and gets the same result. Only the evaluation of batches is shared; draws and
+sums are the same on each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flmoe_kernels.explain.games.coalitions import Floats
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank of size; `device` holds what is sent."""
+    """This process among all; tensors are sent from `device`."""
 
     rank: int = 0
     size: int = 1
@@ -69,7 +69,7 @@ class Ranks:
             raise ValueError(f"{name}: expected the same on every rank, got different ones")
 
     def from_first(self, content: bytes | None) -> bytes | None:
-        """What the first rank has, on every rank."""
+        """The first rank's content, on every rank."""
         if self.size == 1:
             return content
         length = self._send(torch.tensor(-1 if content is None else len(content)))

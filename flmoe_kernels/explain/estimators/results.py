@@ -1,4 +1,4 @@
-"""What a run found about token pairs, with all that is needed to judge it; it can be saved, and read elsewhere."""
+"""Results of pair estimates: values, errors, and how they were obtained."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class PairValues(Saved):
         lengths: L_m of each modality, padding counted.
         value, baseline: v(all) and v(none).
         method: "closed_form", "exact" (by enumeration) or "sampling".
-        stopped_by: "exact", "budget" or "tolerance"; the last one makes values lean, see `sampling`.
+        stopped_by: "exact", "budget" or "tolerance"; the last one brings a bias, see `sampling`.
         draws: coalitions, each of which gives every pair one S.
-        evaluations: coalitions that were evaluated, each once of those that a step of the run asks for together,
-            and again where a later step asks for it; 1 in closed form, a pass of the layer.
-        batch_size: coalitions that were evaluated together, of which a model's last bits may depend.
+        evaluations: coalitions that were evaluated; one that several steps of the run need counts for each of
+            them. 1 in closed form, a pass of the layer.
+        batch_size: coalitions that were evaluated together, on which a model's last bits may depend.
         candidates: how the pairs were chosen, in words.
         game: the value function, see `TokenGame.describe`.
         sampling: budget, tolerance, min_draws, seed and antithetic; None without sampling.

@@ -30,18 +30,17 @@ Estimator = PairSampling | Enumeration
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how coalitions are evaluated; the result does not depend on it but for a model's last bits.
+    """Where and how coalitions are evaluated. Only the last bits of a model's values depend on it.
 
     Attributes:
-        max_batch: coalitions that a model sees at once, of which a game that says that it takes fewer gets fewer;
-            None for what the memory at hand allows, at most 256. Give it where the same bits are wanted on other
-            machines.
-        checkpoint: a folder, in which each sample's progress is kept: the same call goes on from there. It is
-            bound to the model, the sample and what is asked; of a model that is no Module only the name and the
-            values of no and of all tokens can be compared.
+        max_batch: coalitions evaluated at once, or fewer where the game has a smaller limit; None for what the
+            available memory allows, at most 256. Set it to get the same bits on other machines.
+        checkpoint: a folder that keeps each sample's values, 8 bytes per coalition: the same call continues from
+            it. A checkpoint is bound to the model, the sample and the request; of a model that is no Module only
+            the name and the values of no and of all tokens are compared.
         distributed: share the evaluations among the ranks of the default process group. Every rank makes the
             same call, with the model on its own device, and gets the same result.
-        progress: a bar per sample on standard error, which needs tqdm.
+        progress: show a bar per sample on standard error; needs tqdm.
     """
 
     max_batch: int | None = None
@@ -121,10 +120,7 @@ def choose(
 
 
 def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) -> dict[str, Any]:
-    """Evaluate what the estimator asks for until it ends, taking the values of a checkpoint first.
-
-    Returns value, baseline, evaluations and batch_size of PairValues.
-    """
+    """Run the estimator to its end: value, baseline, evaluations and batch_size of PairValues."""
     ranks = Ranks.of(run.distributed)
     evaluator = Evaluator(game, run.max_batch, ranks)
     checkpoint = None
@@ -161,7 +157,7 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
 
 
 def fingerprint(game: Game, estimator: Estimator) -> str:
-    """Of the game and all that its estimate depends on but the batch size."""
+    """A digest of the game and of all that its estimate depends on, except the batch size."""
     own: Any = getattr(game, "fingerprint", None)
     kind = type(game)
     request = {

@@ -1,4 +1,4 @@
-"""Pair indices by random coalitions that all candidate pairs share.
+"""Monte Carlo estimates of pair indices from coalitions that all candidate pairs share.
 
 A draw is one random coalition T of the n players, its size uniform on 0 .. n and T uniform among the sets of that
 size. It gives every candidate pair its S: T without i and j. By symmetry S is uniform among the sets of its size
@@ -8,7 +8,7 @@ s, which T had if neither of the two is in T; else T had s + 1 or s + 2. Over T 
 
 so S has exactly the distribution of `indices`, and what is averaged is unbiased for every pair and index.
 
-The corners of every pair are T with neither, one or both of the two toggled (put in or taken out):
+The corners of every pair are T with neither, one or both of the two toggled (added or removed):
 
     i, j outside T:  v(S) = v(T),      v(S+i) = v(T+i),  v(S+j) = v(T+j),  v(S+i+j) = v(T+i+j)
     i inside alone:  v(S) = v(T-i),    v(S+i) = v(T),    and so on
@@ -16,15 +16,15 @@ The corners of every pair are T with neither, one or both of the two toggled (pu
 One evaluation of T, one for each candidate token and one for each pair: c tokens and all pairs of them cost about
 c^2 / 2 for a draw of as many pairs, where four evaluations for each would be twice c^2.
 
-Antithetic: the complement of T. S becomes its complement among the players but i and j, a draw of the same
-distribution: where v grows or sags with the size of S, errors cancel.
+Antithetic draws use the complement of T. S becomes its complement among the players other than i and j, a draw of
+the same distribution; where v is monotone in the size of S, errors cancel.
 
 Standard errors come from the means of independent units (a draw and its complement): draws of one unit are not
 independent of each other. The number of units that a budget pays for is known before the first draw, so a budget
-brings no bias. A tolerance does: a run that stops when the errors look small stops more often where they came out
-too small, so that estimates lean, and standard errors are a little too small. min_draws keeps that little: the
-standard error is then known to about 1 / sqrt(2 * units), for units that are about normal. Errors of pairs are not
-independent of each other, since all of them share each T: a mean over pairs is known no better than its pairs.
+brings no bias. A tolerance does: a run that stops when its errors look small stops more often when they are
+underestimated, so that estimates are biased and standard errors are too small. min_draws limits this effect: for
+about normal units the standard error is then known to about 1 / sqrt(2 * units). All pairs share each T, so their
+errors are correlated, and a mean over pairs is no more precise than a single pair.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _STEP_COALITIONS = 4096
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a Monte Carlo estimate is drawn, and when it ends.
+    """How a Monte Carlo estimate is drawn, and when it stops.
 
     Attributes:
-        budget: the most coalitions that are evaluated per sample. `method="auto"` enumerates all 2^n instead where
-            the budget reaches that far.
-        tolerance: end earlier, when every pair's standard error, in units of v, is at most this. See the module
-            for the bias that any such rule brings.
-        min_draws: draws before the tolerance is looked at.
+        budget: the most coalitions that are evaluated per sample. `method="auto"` enumerates all 2^n instead if
+            they fit the budget.
+        tolerance: stop earlier, when every pair's standard error, in units of v, is at most this. See the module
+            for the bias of such a rule.
+        min_draws: draws before the tolerance is checked.
         seed: unit u of sample b depends on (seed, b, u) and n alone: not on batches, ranks or interruptions.
         antithetic: draw coalitions in pairs, the second the complement of the first.
     """
@@ -146,7 +146,7 @@ class Toggles:
 
 @dataclass
 class PairSampling:
-    """A Monte Carlo estimate in the making: plan a step, evaluate it elsewhere, absorb it, until finished.
+    """A Monte Carlo estimate: plan a step, have it evaluated, absorb the values, until `stopped_by` is set.
 
     Args:
         players: n.

@@ -1,4 +1,4 @@
-"""What the figures share: how one is made and encoded, and how values around 0 are drawn."""
+"""Helpers of the figures: validation, labels, and values around 0."""
 
 from __future__ import annotations
 

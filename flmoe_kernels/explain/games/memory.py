@@ -14,18 +14,18 @@ from .models import Inputs
 MEMINFO = Path("/proc/meminfo")
 OWN_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
-LARGEST = 256  # a larger batch is no faster, and leaves less to share among ranks
-# A model's activations over the bytes of its inputs: some ten rows of their width in each of about five experts.
+LARGEST = 256  # larger batches are no faster, and leave less to share among ranks
+# Bytes of activations per byte of inputs: about ten rows of their width in each of about five experts.
 _EXPANSION = 64
-# Bytes of inputs in a batch on the CPU: what comes of more does not stay in the caches. At mmimdb, 0.5 MiB a
+# Bytes of inputs in a batch on the CPU; activations of more do not stay in the caches. At mmimdb, 0.5 MiB a
 # sample, batches of 8 to 32 were faster than those of 256 (bench/results/NOTES.md).
 _CPU_INPUTS = 2**24
-_SHARE = 8  # of the memory at hand, one part in so many
-_ASSUMED_BYTES = 2**31  # where the system does not tell
+_SHARE = 8  # one eighth of the available memory is used
+_ASSUMED_BYTES = 2**31  # where the system does not report it
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device; of the host's what a container or a batch job leaves."""
+    """Available memory of a device; on the host at most what a container or a batch job allows."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -37,7 +37,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _group_rooms() -> Iterator[int]:
-    """What each control group that this process is in, and each one around it, still allows."""
+    """What each control group of this process, and each one around it, still allows."""
     for line in _lines(OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -68,8 +68,8 @@ def _lines(file: Path) -> list[str]:
 def batch_size(sample_bytes: int, device: torch.device) -> int:
     """A power of two from 1 to LARGEST for inputs of so many bytes per coalition.
 
-    Powers of two, so that the few bytes by which the memory at hand differs between runs do not change it: in
-    another batch a model's last bits may differ.
+    A power of two does not change with the few bytes by which the available memory differs between runs; in
+    another batch size a model's last bits may differ.
     """
     fitting = available_bytes(device) // (_SHARE * _EXPANSION * max(sample_bytes, 1))
     if device.type == "cpu":

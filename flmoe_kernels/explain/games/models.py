@@ -1,4 +1,4 @@
-"""Logits of whatever is explained: the layers of this package, by expert too, and any other callable."""
+"""Logits of the explained model, a layer of this package or any callable; digests of models."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def add_tensor(hasher: Any, value: Tensor | None) -> None:
 
 
 def takes_tokens_in_any_order(model: Any) -> bool:
-    """Whether logits depend on the set of valid tokens alone: masked ones may be left out, others moved up.
+    """Whether logits depend only on the set of valid tokens, so that masked ones may be removed.
 
-    A class derived from PairInteractionMoE may add positions, so none is believed.
+    Not assumed of classes derived from PairInteractionMoE, which may add positions.
     """
     return type(model) is PairInteractionMoE
 
@@ -131,9 +131,9 @@ def takes_tokens_in_any_order(model: Any) -> bool:
 def game_digest(
     model: Any, described: Mapping[str, Any], tensors: Sequence[Tensor | None], device: torch.device
 ) -> str:
-    """Of a value function: the model, what is asked of it in JSON's types, and the sample's tensors.
+    """A digest of a value function: the model, its description in JSON's types, and the sample's tensors.
 
-    Autocast belongs to it, as half precision is no rounding of last bits.
+    Includes autocast: half precision changes more than last bits.
     """
     cast = _autocast_dtype(device)
     hasher = hashlib.sha256(json.dumps([described, str(cast)], sort_keys=True).encode())
@@ -152,11 +152,11 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def model_digest(model: Any) -> str:
-    """What tells one model from another: its class and, of a Module, parts, their settings, and every tensor.
+    """A digest of the class and, for a Module, of its parts, their settings and every tensor.
 
-    Settings are what a part's repr says and, of this package's layers, their plain attributes (heads,
-    temperature). Buffers count, also those that no state_dict has. Of another callable only the name is known:
-    what it closes over is not.
+    Settings are a part's extra_repr and, for this package's layers, their plain attributes (heads, temperature).
+    Buffers include those that are not in the state_dict. Of another callable only the name is known, not what it
+    closes over.
     """
     hasher = hashlib.sha256()
     kind = type(model) if isinstance(model, nn.Module) else model

@@ -1,4 +1,4 @@
-"""What a model loses when tokens are masked, next to as many random ones: measured and kept."""
+"""Drops of a metric when tokens are masked: their measurement and the result."""
 
 from __future__ import annotations
 
@@ -180,15 +180,6 @@ def draw_places(candidate: Sequence[Tensor], n_random: int, seed: int) -> list[T
     return [places(part, each) for part, each in zip(parts, candidate, strict=True)]
 
 
-class Measured(NamedTuple):
-    """See MaskingDrops."""
-
-    identified: Tensor
-    random: Tensor
-    original: Tensor
-    evaluations: int
-
-
 @torch.no_grad()
 def measure(
     masked: MaskedModel,
@@ -197,8 +188,8 @@ def measure(
     chosen: Sequence[Tensor],
     candidate: Sequence[Tensor],
     progress: bool = False,
-) -> Measured:
-    """The drops of sets of tokens.
+) -> dict[str, Any]:
+    """The drops of sets of tokens: identified, random, original and evaluations of MaskingDrops.
 
     Args:
         chosen: M x (1 + R, K, B, L_m) bool, among the candidates: the identified ones, then the random ones.
@@ -231,4 +222,9 @@ def measure(
     drops = drops.permute(1, 0, 2, 4, 3)
     empty = torch.stack([x.sum(dim=1) for x in candidate]).sum(dim=0) == 0
     drops = drops.masked_fill(empty[:, None], torch.nan)
-    return Measured(drops[:, :, 0].clone(), drops[:, :, 1:].clone(), original, batch + 2 * count)
+    return {
+        "identified": drops[:, :, 0].clone(),
+        "random": drops[:, :, 1:].clone(),
+        "original": original,
+        "evaluations": batch + 2 * count,
+    }

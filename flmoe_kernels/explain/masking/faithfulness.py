@@ -1,4 +1,4 @@
-"""faithfulness and pair_masking: does the model need the tokens that an explanation names?"""
+"""The public functions `faithfulness` and `pair_masking`: does the model need the explained tokens?"""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def faithfulness(
     Sources: arXiv 2603.13326; comprehensiveness, sufficiency and AOPC of DeYoung et al., arXiv 1911.03429.
     """
     steps = _require_budgets(budgets, PERCENT)
-    _require_draws(n_random, seed)
+    check.require_count("n_random", n_random, 0)
+    check.require_count("seed", seed, 0)
     wanted = require_metrics(metrics)
     masked = MaskedModel.of(model, inputs, masks, fill, baseline, expert, max_batch)
     candidate = candidates(valid_tokens(inputs, masks), exempt)
@@ -115,11 +116,14 @@ def faithfulness(
         order = torch.cat([places(each, allowed).unsqueeze(0), drawn])
         chosen.append(order.unsqueeze(1) <= counts.unsqueeze(2))
     index = attributions.index if isinstance(attributions, Attribution) else "given"
-    return _drops(
-        ("faithfulness", PERCENT, steps, seed),
-        *(masked, targets, wanted, chosen, candidate, progress),
-        {"exempt": list(exempt), "by": index},
-    )
+    settings = {"exempt": list(exempt), "by": index}
+    about: dict[str, Any] = {
+        "index": "faithfulness",
+        "unit": PERCENT,
+        "budgets": steps,
+        "seed": seed,
+    }
+    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, **about)
 
 
 def pair_masking(
@@ -166,7 +170,8 @@ def pair_masking(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     steps = _require_budgets(budgets, TOKENS)
-    _require_draws(n_random, seed)
+    check.require_count("n_random", n_random, 0)
+    check.require_count("seed", seed, 0)
     wanted = require_metrics(metrics)
     masked = MaskedModel.of(model, inputs, masks, fill, baseline, expert, max_batch)
     valid = valid_tokens(inputs, masks)
@@ -178,16 +183,18 @@ def pair_masking(
     for union, order in zip(identified, draw_places(candidate, n_random, seed), strict=True):
         drawn = order.unsqueeze(1) <= union.sum(dim=2, keepdim=True)
         chosen.append(torch.cat([union.unsqueeze(0), drawn]))
-    names = sorted({each.index if isinstance(each, PairValues) else "given" for each in pairs})
-    return _drops(
-        ("pair_masking", TOKENS, steps, seed),
-        *(masked, targets, wanted, chosen, candidate, progress),
-        {"exempt": list(exempt), "by": f"{by} {' and '.join(names)}"},
-    )
+    names = sorted({x.index if isinstance(x, PairValues) else "given" for x in pairs})
+    settings = {"exempt": list(exempt), "by": f"{by} {' and '.join(names)}"}
+    about: dict[str, Any] = {
+        "index": "pair_masking",
+        "unit": TOKENS,
+        "budgets": steps,
+        "seed": seed,
+    }
+    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, **about)
 
 
 def _drops(
-    about: tuple[str, str, tuple[float, ...], int],
     masked: MaskedModel,
     targets: Targets,
     metrics: tuple[str, ...],
@@ -195,25 +202,18 @@ def _drops(
     candidate: Sequence[Tensor],
     progress: bool,
     settings: dict[str, Any],
+    **about: Any,
 ) -> MaskingDrops:
-    index, unit, budgets, seed = about
-    found = measure(masked, targets, metrics, chosen, candidate, progress)
     return MaskingDrops(
-        index=index,
-        unit=unit,
-        budgets=budgets,
         metrics=metrics,
-        identified=found.identified,
-        random=found.random,
-        original=found.original,
         masked=sum((x[0].sum(dim=2) for x in chosen), start=torch.tensor(0)).T,
         maskable=sum((x.sum(dim=1) for x in candidate), start=torch.tensor(0)),
         targets=targets.weights,
         multi_label=targets.multi_label,
-        seed=seed,
-        evaluations=found.evaluations,
         batch_size=masked.max_batch,
         settings=describe(masked.model, masked.expert, masked.fill, **settings),
+        **measure(masked, targets, metrics, chosen, candidate, progress),
+        **about,
     )
 
 
@@ -296,8 +296,3 @@ def _require_budgets(budgets: Any, unit: str) -> tuple[float, ...]:
     if any(low >= high for low, high in itertools.pairwise(budgets)):
         raise ValueError(f"budgets: expected increasing numbers, got {list(budgets)}")
     return tuple(budgets)
-
-
-def _require_draws(n_random: int, seed: int) -> None:
-    check.require_count("n_random", n_random, 0)
-    check.require_count("seed", seed, 0)

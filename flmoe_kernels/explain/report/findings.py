@@ -1,4 +1,4 @@
-"""Everything that the command `explain` finds about some samples, and that as JSON."""
+"""The results of the command `explain` for some samples, also as JSON."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import __version__
+from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.values import Attribution
 from flmoe_kernels.explain.estimators.indices import RG, SII
@@ -32,6 +33,8 @@ KIND = "flmoe_kernels.explain report"
 FORMAT = 1
 INDICES = (SII, RG)
 PACKAGES = ("torch", "numpy", "matplotlib")
+OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
+_LONGEST_TOKEN = 100
 TOP_ROWS = 10  # pairs of a sample that the page lists; the file has all
 
 
@@ -208,6 +211,17 @@ def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
     if int(wanted) >= logits.shape[1]:
         raise ValueError(f"target: expected a class from 0 to {logits.shape[1] - 1}, got {wanted}")
     return torch.full((len(logits),), int(wanted))
+
+
+def token_name(findings: Findings, sample: int, modality: int, position: int) -> str:
+    """A token by its modality, position and, if known, its string, on one line and shortened."""
+    strings = findings.features.tokens[modality]
+    if strings is None:
+        return f"{modality}:{position}"
+    text = printable(str(strings[sample, position]))
+    if len(text) > _LONGEST_TOKEN:
+        text = text[: _LONGEST_TOKEN - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{modality}:{position} {OPEN}{text}{CLOSE}"
 
 
 def versions() -> dict[str, str]:
