@@ -11,12 +11,13 @@ import triton
 from torch import Tensor
 
 from flmoe_kernels.core import dropout as rng
-from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.encoder import op as _op  # noqa: F401  registers the operators
 from flmoe_kernels.ops.encoder import reference
 from flmoe_kernels.ops.encoder.triton import rows_launch
 from flmoe_kernels.ops.encoder.triton.rows_tiles import begin
 from tests.support.encoder_cases import backward_calls, norm_arguments, operator_calls
+from tests.support.encoder_tests import EncoderTests
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
 from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton, tensors
 
@@ -78,14 +79,6 @@ def test_dropout_add_norm(
     oracle, arguments = reference.dropout_add_norm, norm_arguments(rows, width, p, residual)
     vanishes = {"may_vanish": width == 1}
     compare(on_triton("dropout_add_norm"), oracle, arguments, dtype, outputs=2, **vanishes)
-
-
-@pytest.mark.parametrize(("which", "residual"), [(0, True), (1, False)])
-def test_dropout_add_norm_with_one_result_used(which: int, residual: bool) -> None:
-    arguments = norm_arguments(7, 20, 0.3, residual)
-    both = on_triton("dropout_add_norm"), reference.dropout_add_norm
-    first, second = (lambda *args, op=op: op(*args)[which] for op in both)
-    compare(first, second, arguments, FLOAT32, may_vanish=which == 0)
 
 
 @pytest.mark.parametrize(("rows", "width", "dtype", "p"), sized(0.5, 0.0, 0.5, 1.0))
@@ -220,27 +213,12 @@ def test_masks_are_the_generators(experts: int, rows: int, width: int, p: float)
     assert not torch.equal(first, second) or p == 1.0
 
 
-def test_wrong_results_fail() -> None:
-    """The control of the comparisons above, in the type with the widest budget: another mask, operand or run."""
-    norm = norm_arguments(6, 64, 0.5, True)
-    pool: list[Any] = [norm[1], norm[0], cumulative([2, 4]), 1, make_seed(), 0.5]
-    wrong_norms = (
-        [*norm[:4], make_seed(1), 0.5, EPS],
-        [norm[1], norm[0], *norm[2:]],
-        [None, *norm[1:]],
-        [*norm[:4], None, 0.0, EPS],
-    )
-    wrong_pools = ([*pool[:2], cumulative([3, 3]), *pool[3:]],)
-    for name, right, mistakes, outputs, checked in (
-        ("dropout_add_norm", norm, wrong_norms, 2, 2),
-        ("dropout_add_pool", pool, wrong_pools, 1, 3),
-    ):
-        operator = on_triton(name)
-        triples = compare(operator, getattr(reference, name), right, BFLOAT16, outputs)
-        for wrong in mistakes:
-            results = evaluate(operator, as_dtype(wrong, BFLOAT16, True), outputs)
-            for got, (_, low, oracle) in zip(results[:checked], triples[:checked], strict=True):
-                assert_outside_budget(got, low, oracle, name)
+class TestTriton(EncoderTests):
+    backend, rows, width = TRITON, 6, 70
+
+    @pytest.fixture(params=[BFLOAT16, pytest.param(FLOAT32, marks=pytest.mark.slow)], ids=str)
+    def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
+        return request.param
 
 
 def test_sums_over_many_rows() -> None:
@@ -314,37 +292,6 @@ def test_opcheck() -> None:
         torch.library.opcheck(operator, (*arguments, TRITON), test_utils=checks)
     for name, given in backward_calls(0.5):
         torch.library.opcheck(getattr(OPS, name).default, (*given, TRITON), test_utils=checks[1:])
-
-
-def test_strided_arguments_equal_contiguous_ones() -> None:
-    for name, arguments in small_calls(0.0, 2).items():
-        strided = [
-            torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
-            if isinstance(x, Tensor) and x.dtype.is_floating_point
-            else x
-            for x in arguments
-        ]
-        outputs = 2 if name.startswith("dropout_add_norm") else 1
-        both = [
-            evaluate(on_triton(name.split()[0]), as_dtype(each, FLOAT32, True), outputs)
-            for each in (arguments, strided)
-        ]
-        assert all(map(torch.equal, *both)), name
-
-
-def test_nan_and_inf_propagate() -> None:
-    for name, arguments in small_calls(0.0, 3).items():
-        arguments = as_dtype(arguments, FLOAT32)
-        target = arguments[0] if arguments[0] is not None else arguments[1]
-        target.view(-1)[1], target.view(-1)[-1] = float("nan"), float("inf")
-        stem = name.split()[0]
-        got = tensors(getattr(OPS, stem)(*arguments, TRITON))[0]
-        want = tensors(getattr(reference, stem)(*as_dtype(arguments, torch.float64)))[0]
-        assert torch.equal(got.isnan(), want.isnan()), name
-        assert torch.equal(got.isposinf(), want.isposinf()), name
-        assert torch.equal(got.isneginf(), want.isneginf()), name
-        assert got.isnan().any(), name
-        assert not got.isnan().all(), name
 
 
 def refusals() -> list[tuple[str, tuple[Any, ...], str]]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import expert_attention
-from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.ops.expert_attention.triton import choice
 from flmoe_kernels.ops.expert_attention.triton.launch import readable
 from flmoe_kernels.ops.expert_attention.triton.table import TABLE, AttentionCall, Tiles, class_of
-from tests.support.attention_cases import NAMES, Case, check, check_wrong_results_fail, run
-from tests.support.inputs import as_dtype, cumulative, draw, gradients, make_seed
+from tests.support.attention_cases import NAMES, Case, check, run
+from tests.support.attention_tests import AttentionTests
+from tests.support.inputs import cumulative, draw, gradients, make_seed
 
 OPS = torch.ops.flmoe
 TRITON = "triton"
@@ -39,7 +39,6 @@ CASES = (
     (Case((9, 30), 1, 16, 0.5, scale=0.0), FLOAT16),
     (Case((1,), 1, 1), FLOAT32),
 )
-EMPTY = (Case((), 2, 8, tail=4), Case((), 2, 8, groups=2), Case((0, 0), 1, 3, groups=0))
 
 
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
@@ -47,9 +46,12 @@ def test_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, TRITON)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_a_wrong_result_fails(dtype: torch.dtype) -> None:
-    check_wrong_results_fail(1, dtype, TRITON)
+class TestTriton(AttentionTests):
+    backend, heads, length = TRITON, 1, 70
+
+    @pytest.fixture(params=[FLOAT32, BFLOAT16, FLOAT16], ids=str)
+    def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
+        return request.param
 
 
 @pytest.mark.parametrize(
@@ -73,108 +75,6 @@ def test_the_mask_is_the_cpu_kernels(length: int, heads: int, dtype: torch.dtype
         assert torch.equal(got, want)
     assert torch.equal(found[0][0], found[0][1].transpose(1, 3))
     assert 0.35 < found[0][0].double().mean() < 0.65
-
-
-def test_uncovered_rows_get_zeros() -> None:
-    case = Case((4, 0, 6), 2, 8, 0.5, groups=2, lead=3, tail=25)
-    for result in run(case, case.qkv(FLOAT32), TRITON):
-        assert (result[:, :3] == 0).all()
-        assert (result[:, 13:] == 0).all()
-        assert (result[:, 3:13] != 0).any()
-
-
-@pytest.mark.parametrize("case", EMPTY, ids=str)
-def test_no_rows_and_no_problems(case: Case) -> None:
-    for result, x in zip(run(case, case.qkv(FLOAT32), TRITON), case.qkv(FLOAT32) * 2, strict=False):
-        assert result.shape == x.shape
-        assert (result == 0).all()
-
-
-def test_strided_inputs_equal_contiguous_ones() -> None:
-    case = Case((5, 11), 2, 6, 0.5)
-    plain = case.qkv(BFLOAT16)
-    expected = run(case, plain, TRITON)
-    layouts = (
-        list(torch.stack(plain, dim=1).unbind(1)),
-        [x.transpose(0, 1).contiguous().transpose(0, 1) for x in plain],
-        [torch.stack([x, x + 1], dim=-1).flatten(-2)[..., ::2] for x in plain],
-    )
-    for layout in layouts:
-        assert not layout[0].is_contiguous()
-        for name, got, want in zip(NAMES, run(case, layout, TRITON), expected, strict=True):
-            assert torch.equal(got, want), name
-
-
-def test_packed_equals_unpacked() -> None:
-    case = Case((5, 0, 20), 1, 6, 0.5, groups=2, lead=1, tail=2)
-    plain = case.qkv(FLOAT16)
-    expected = run(case, plain, TRITON)
-    qkv = torch.stack(plain, dim=2).requires_grad_()
-    tail = (case.cu_seqlens, make_seed(), 0.5, 6**-0.5, TRITON)
-    out, _ = OPS.expert_attention_packed(qkv, *tail)
-    (grad,) = gradients([out], [qkv])
-    for name, got, want in zip(NAMES, (out, *grad.unbind(2)), expected, strict=True):
-        assert torch.equal(got, want), name
-    # A gradient that arrives as one broadcast value.
-    q, k, v = (x.detach().requires_grad_() for x in plain)
-    grads = []
-    for cotangent in (torch.ones(()).to(FLOAT16).expand_as(q), torch.ones_like(q)):
-        out, _ = OPS.expert_attention(q, k, v, *tail)
-        grads.append(torch.autograd.grad(out, (q, k, v), cotangent))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_log_sum_exp(dtype: torch.dtype) -> None:
-    case = Case((9, 0, 70), 2, 8, groups=2, lead=2, tail=1)
-    qkv = case.qkv(dtype)
-    found = []
-    for backend, inputs in ((TRITON, qkv), ("reference", qkv), ("reference", None)):
-        inputs = as_dtype(qkv, torch.float64) if inputs is None else inputs
-        pair = expert_attention(*inputs, case.cu_seqlens, return_lse=True, backend=backend)
-        assert isinstance(pair, tuple)
-        found.append(pair[1])
-    assert found[0].dtype == FLOAT32
-    assert_within_budget(*found, "lse")
-    assert_outside_budget(found[0] + 0.1, *found[1:], "lse")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_nan_and_inf_propagate(value: float, which: int) -> None:
-    case = Case((6, 9, 70), 1, 5, groups=1)
-    qkv = [x.abs() + 0.1 for x in case.qkv(FLOAT32)]
-    qkv[which][0, 8, 0, 2] = value
-    actual = run(case, qkv, TRITON)
-    oracle = run(case, as_dtype(qkv, torch.float64), "reference")
-    assert actual[0][:, :6].isfinite().all()
-    assert actual[0][:, 15:].isfinite().all()
-    assert not all(result.isfinite().all() for result in actual)
-    for name, got, want in zip(NAMES, actual, oracle, strict=True):
-        assert torch.equal(got.isfinite(), want.isfinite()), name
-
-
-def test_a_block_of_minus_infinity_does_not_hide_later_keys() -> None:
-    """Scores of -inf have probability 0, in whichever block of keys they stand."""
-    case = Case((75,), 1, 4)
-    q, k, v = (x.abs() + 0.1 for x in case.qkv(FLOAT32))
-    for first, last in ((0, 35), (32, 64), (74, 75)):
-        hidden = k.clone()
-        hidden[first:last, 0, 1] = -float("inf")
-        results = [run(case, [q, hidden, v], name)[0] for name in (TRITON, "reference")]
-        oracle = run(case, as_dtype([q, hidden, v], torch.float64), "reference")[0]
-        assert oracle.isfinite().all()
-        assert_within_budget(*results, oracle, f"keys {first} to {last} at -inf")
-
-
-def test_extreme_scores() -> None:
-    """Scores far beyond the range of exp: the maximum is taken out first, and what would be the probability of a
-    key past the last one never counts."""
-    case = Case((40, 70), 1, 8, scale=300.0)
-    q, k, v = case.qkv(FLOAT32)
-    for inputs in ([q, k, v], [q.abs(), -k.abs(), v]):
-        for result in run(case, inputs, TRITON):
-            assert result.isfinite().all()
 
 
 @pytest.mark.parametrize("tiles", [(32, 128), (32, 16)], ids=str)
@@ -276,24 +176,6 @@ def test_refuses_what_would_read_past_a_tensor(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(OPS, f"expert_attention{name}")(*arguments, TRITON)
-
-
-@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
-def test_opcheck(p: float) -> None:
-    case = Case((4, 0, 7), 1, 5, tail=1, groups=1)
-    q, k, v = case.qkv(FLOAT32)
-    qkv = torch.stack([q, k, v], 2)
-    tail = (case.cu_seqlens, make_seed() if p else None, p, 0.4, TRITON)
-    out, lse = OPS.expert_attention(q, k, v, *tail)
-    grad = draw(*out.shape, seed=8)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v, qkv)]
-    for op, arguments in (
-        (OPS.expert_attention.default, leaves[:3]),
-        (OPS.expert_attention_packed.default, leaves[3:]),
-        (OPS.expert_attention_backward.default, [grad, q, k, v, out, lse]),
-        (OPS.expert_attention_packed_backward.default, [grad, qkv, out, lse]),
-    ):
-        torch.library.opcheck(op, (*arguments, *tail))
 
 
 def test_compiles_in_one_graph() -> None:

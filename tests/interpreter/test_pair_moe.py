@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels import pair_map, pair_moe, top_pairs
+from flmoe_kernels import pair_map, top_pairs
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.ops.pair_moe import triton as kernels
 from flmoe_kernels.ops.pair_moe.call import PairCall
@@ -19,8 +19,9 @@ from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
 from flmoe_kernels.ops.pair_moe.triton import choice, table
 from flmoe_kernels.ops.pair_moe.triton.launch import operand, readable
 from flmoe_kernels.ops.pair_moe.triton.table import TABLE, Tiles
-from tests.support.inputs import as_dtype, draw, gradients
+from tests.support.inputs import as_dtype, draw
 from tests.support.pair_cases import KIND_LISTS, MANY, NAMES, REDUCTIONS, PairCase, check, run
+from tests.support.pair_tests import PAIRED, PairTests
 
 TRITON = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +35,6 @@ SIZES = (
     PairCase(131, 1, 17, 65, batch=1),
     PairCase(1, 37, 3, 40),
 )
-PAIRED = [*zip(DTYPES, REDUCTIONS, strict=True)]
 MASKED = (
     ("a", None, 0),
     ("b", None, 2),
@@ -71,12 +71,6 @@ def test_matches_the_reference(case: PairCase, dtype: torch.dtype) -> None:
     check(case, dtype, TRITON)
 
 
-def test_top_k_ties_go_to_the_lower_expert() -> None:
-    q, k = torch.zeros(1, 4, 3, 2), torch.zeros(1, 4, 5, 2)
-    found = pair_moe(q, k, q, k, kinds=DEFAULT_KINDS, top_k=2, backend=TRITON)
-    assert torch.equal(found.mass[0, :, 0], torch.tensor([2.5, 2.5, 0.0, 0.0]))
-
-
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("case", [PairCase(0, 3), PairCase(3, 0), PairCase(4, 3, batch=0)], ids=str)
 def test_nothing_gives_zeros(case: PairCase, reduce: str) -> None:
@@ -84,47 +78,8 @@ def test_nothing_gives_zeros(case: PairCase, reduce: str) -> None:
         assert (result == 0).all()
 
 
-@pytest.mark.parametrize(("dtype", "reduce"), PAIRED, ids=str)
-def test_a_wrong_result_fails(dtype: torch.dtype, reduce: str) -> None:
-    """The control of the comparisons above: another kind, another side, a row short."""
-    case = dataclasses.replace(BASE, reduce=reduce)
-    found, low, oracle = check(case, dtype, TRITON)
-    other = dataclasses.replace(case, kinds=("unique_b", "unique_a", "synergy", "redundancy"))
-    wrong = run(other, case.inputs(dtype), TRITON)
-    short = run(dataclasses.replace(case, masks="b"), case.inputs(dtype), TRITON)
-    for name, right, kind, row, *rest in zip(NAMES, found, wrong, short, low, oracle, strict=True):
-        assert_outside_budget(row, *rest, f"{name}: columns left out")
-        assert_outside_budget(right * 1.2, *rest, f"{name}: larger")
-        if name != "mass":
-            assert_outside_budget(kind, *rest, f"{name}: kinds swapped")
-
-
-@pytest.mark.parametrize(("dtype", "reduce"), PAIRED, ids=str)
-def test_padding_is_not_read(dtype: torch.dtype, reduce: str) -> None:
-    case = PairCase(20, 18, masks="sample", reduce=reduce)
-    clean = case.inputs(dtype)
-    options, expected = case.options(), run(case, clean, TRITON)
-    for value in (float("nan"), float("inf")):
-        dirty = [x.clone() for x in clean]
-        for x, mask in zip(dirty, ("mask_a", "mask_b") * 2, strict=False):
-            x.masked_fill_(~options[mask][:, None, :, None], value)
-        for name, got, want in zip(NAMES, run(case, dirty, TRITON), expected, strict=True):
-            assert torch.equal(got, want), name
-    found = dict(zip(NAMES, expected, strict=True))
-    for name, mask in (("grad_q", "mask_a"), ("grad_a", "mask_a"), ("grad_k", "mask_b")):
-        assert not found[name].transpose(1, 2)[~options[mask]].any(), name
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", range(4))
-def test_nan_and_inf_propagate(which: int, value: float) -> None:
-    inputs = [x.abs() + 0.1 for x in BASE.inputs(torch.float32)]
-    inputs[which][0, 2, 3, 2] = value  # of the synergy expert, which uses all four
-    found = run(BASE, inputs, TRITON)
-    oracle = run(BASE, as_dtype(inputs, torch.float64), "reference")
-    for name, got, want in zip(NAMES, found, oracle, strict=True):
-        assert torch.equal(got.isfinite(), want.isfinite()), name
-    assert not all(x.isfinite().all() for x in oracle)
+class TestTriton(PairTests):
+    backend, widest, columns, calls = TRITON, torch.float32, 18, (("none", None),)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -141,36 +96,6 @@ def test_the_same_bits_twice_and_for_any_layout(reduce: str) -> None:
     for layout in layouts:
         for name, got, want in zip(NAMES, run(case, layout, TRITON), expected, strict=True):
             assert torch.equal(got, want), name
-
-
-def test_cotangents_that_are_broadcast_or_missing() -> None:
-    for reduce in REDUCTIONS:
-        leaves = [x.detach().requires_grad_() for x in BASE.inputs(torch.float32)]
-        options = {"gate_bias": leaves[4], "reduce": reduce, **BASE.options()}
-        found = []
-        for backend in (TRITON, "reference"):
-            y, mass = pair_moe(*leaves[:4], backend=backend, **options)
-            found.append(
-                torch.autograd.grad(y.sum(), leaves, retain_graph=True)
-                + torch.autograd.grad(mass[:, 0].sum(), leaves, allow_unused=True)
-            )
-        for got, want in zip(*found, strict=True):
-            want = torch.zeros_like(got) if want is None else want
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_bias_of_full_precision(dtype: torch.dtype) -> None:
-    *inputs, _ = BASE.inputs(dtype)
-    bias = draw(4, seed=4)
-    found = []
-    for backend in (TRITON, "reference"):
-        leaf = bias.clone().requires_grad_()
-        y, mass = pair_moe(*inputs, kinds=DEFAULT_KINDS, gate_bias=leaf, backend=backend)
-        found.append([mass.detach(), *gradients([mass], [leaf])])
-        assert y.dtype == dtype
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Small calls of the encoder's operators and of their backward operators."""
+"""Small calls of the layer's operators and of their backward operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def norm_arguments(rows: int, width: int, p: float, residual: bool, experts: int
 def operator_calls(
     dtype: torch.dtype, p: float, rows: int = 5, width: int = 4, experts: int = 2
 ) -> dict[str, list[Any]]:
-    """Arguments of every operator with a gradient: two views, rows of no segment."""
+    """Arguments of every operator with a gradient: two views, and rows of no segment."""
     seed = make_seed() if p else None
     norm = as_dtype(norm_arguments(rows, width, p, True, experts), dtype)
     plain = as_dtype(norm_arguments(rows, width, p, False, experts), dtype)
@@ -38,6 +38,7 @@ def operator_calls(
         "gelu_dropout": [views[0], seed, p],
         "dropout_add_pool": [*views, runs, 2, seed, p],
         "expand_views": [draw(experts, 2, rows, width, dtype=dtype), modality, 3],
+        "interaction_losses": [draw(4, 3, 2, 5, dtype=dtype)],
     }
 
 
@@ -60,4 +61,5 @@ def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
         ("dropout_add_pool_backward", (pooled, cumulative([1, 1]), 2, 6, seed, p)),
         ("expand_views_backward", (draw(2, 3, 3, 4), modality)),
         *(("expert_linear_backward", (grad, x, weight, *wanted)) for wanted in wants),
+        ("interaction_losses_backward", (draw(4), draw(4, 3, 2, 5))),
     ]
