@@ -162,9 +162,13 @@ def test_counts_of_a_percentage() -> None:
     assert percent_counts(mixed, 60).tolist() == [2, 0]
 
 
+def attributions() -> list[Tensor]:
+    return [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
+
+
 def test_a_sample_of_padding_is_left_out() -> None:
     layer, inputs, masks = call_of(dataclasses.replace(CASE, masks="padded_sample"))
-    values = [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
+    values = attributions()
     found = faithfulness(layer, inputs, masks, values, budgets=BUDGETS)
     there = torch.tensor([0, 1, 3])
     rest = faithfulness(
@@ -183,7 +187,7 @@ def test_a_sample_of_padding_is_left_out() -> None:
 
 def test_summaries() -> None:
     layer, inputs, masks = call_of(CASE)
-    values = [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
+    values = attributions()
     found = faithfulness(layer, inputs, masks, values, budgets=(10, 20, 50), n_random=3)
     for kind, metric in itertools.product(KINDS, METRICS):
         q = (KINDS.index(kind), METRICS.index(metric))

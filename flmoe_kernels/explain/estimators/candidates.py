@@ -101,13 +101,15 @@ def listed_pairs(name: str, pairs: Any, tokens: Ints) -> Ints:
             f"{name}: expected a list of ((m, i), (n, j)), got {found.dtype} {found.shape}"
         )
     player = {(m, i): k for k, (m, i) in enumerate(tokens.tolist())}
-    for token in map(tuple, found.reshape(-1, 2).tolist()):
-        if token not in player:
-            raise ValueError(f"{name}: expected valid tokens, got (modality, token) {token}")
-    rows = [[player[tuple(token)] for token in pair] for pair in found.tolist()]
-    for (first, second), pair in zip(rows, found.tolist(), strict=True):
+    rows = []
+    for pair in found.tolist():
+        first, second = map(tuple, pair)
+        for token in (first, second):
+            if token not in player:
+                raise ValueError(f"{name}: expected valid tokens, got (modality, token) {token}")
         if first == second:
-            raise ValueError(f"{name}: expected pairs of two tokens, got {tuple(pair[0])} twice")
+            raise ValueError(f"{name}: expected pairs of two tokens, got {first} twice")
+        rows.append((player[first], player[second]))
     return np.array(rows, dtype=np.int64)
 
 
