@@ -13,8 +13,7 @@ from flmoe_kernels.core.files import write_whole
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file whole; lists get a line for each item. NaN and infinity raise ValueError."""
     text = "{\n" + ",\n".join(f"{json.dumps(k)}: {_lines(v)}" for k, v in content.items()) + "\n}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(path, text, make_folder=True)
 
 
 def _lines(value: Any) -> str:

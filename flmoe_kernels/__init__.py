@@ -4,7 +4,7 @@ from ._version import __version__ as __version__
 from .core.backend import BackendUnavailable as BackendUnavailable
 from .core.backend import available_backends as available_backends
 from .core.backend import use_backend as use_backend
-from .core.triton.tuning.switch import autotune as autotune
+from .core.triton.tuning import autotune as autotune
 from .layers.interaction_moe.module import InteractionMoE as InteractionMoE
 from .layers.interaction_moe.reference import FusionTransformer as FusionTransformer
 from .layers.interaction_moe.reference import ReferenceInteractionMoE as ReferenceInteractionMoE
@@ -17,5 +17,5 @@ from .ops.pair_moe.api import pair_map as pair_map
 from .ops.pair_moe.api import pair_moe as pair_moe
 from .ops.pair_moe.api import top_pairs as top_pairs
 from .ops.routed_mlp.api import routed_mlp as routed_mlp
-from .published.swap import SwapReport as SwapReport
+from .published.report import SwapReport as SwapReport
 from .published.swap import swap as swap

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.register_assert_rewrite("tests.support")
+
 
 def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(make)

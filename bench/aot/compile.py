@@ -1,128 +1,134 @@
-"""Compiles cases in a few processes of their own; equal kernels once, whatever cases they serve."""
+"""Compilation of cases, and the check of what the compiler reports."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
+import fnmatch
+import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
-from typing import IO
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
 
-from bench.aot.architectures import Architecture
-from bench.aot.cases import CASES, Case
-from flmoe_kernels.core.triton.launches import Report
+import triton
 
-# One for each core that is usual where this runs; each holds a gigabyte.
-PROCESSES = 2
-# A case on an architecture.
-Job = tuple[Case, Architecture]
+from .cases import Built, Case
 
-
-class CompilerFailed(RuntimeError):
-    """A kernel that did not compile; the message is what the compiler said."""
-
-
-class Worker:
-    """One process that compiles, started anew where the compiler ended it."""
-
-    def __init__(self, module: str) -> None:
-        self._module = module
-        self._process: subprocess.Popen[str] | None = None
-        # Not a pipe, which a compiler that says much would fill.
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-
-    def compile(self, job: Job) -> Report:
-        case, architecture = job
-        process = self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # It has ended, which its answer shows.
-            process.stdin.write(f"{architecture.number} {case.name}\n")
-            process.stdin.flush()
-        line = process.stdout.readline()
-        if not line:
-            code = process.wait()
-            self._process = None
-            raise CompilerFailed(f"the compiler's process ended with {code}\n{self._said()}")
-        found = json.loads(line)
-        if "error" in found:
-            raise CompilerFailed(found["error"])
-        return Report(**found["report"])
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-        self._errors.close()
-
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "bench.aot.worker", self._module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                env=_environment(),
-            )
-        return self._process
-
-    def _said(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")[-4000:]
+KIB = 1024
+# Shared memory that a block may have.
+MOST_SHARED = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+# The release of Triton that the launch tables were written with. Another one may take other numbers, and spill up
+# to so many bytes a thread more.
+RELEASE, SPARE_SPILLS = "3.7.", 128
+SAME_RELEASE = triton.__version__.startswith(RELEASE)
+_MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
+_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-zA-Z]\w*::\w+)*(?:\.v(\d))?\.[a-z](\d+)\b")
 
 
-def _environment() -> dict[str, str]:
-    """Without the interpreter, and with this process's modules."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+@dataclass(frozen=True)
+class AllowedSpill:
+    """Spilled bytes of a thread that cases whose names match `cases` may have, and the reason."""
+
+    cases: str
+    bytes: int
+    reason: str
 
 
-def compile_cases(
-    jobs: Sequence[Job],
-    *,
-    module: str = CASES,
-    processes: int = PROCESSES,
-    done: Callable[[int], None] = lambda _: None,
-) -> dict[tuple[str, int], Report | str]:
-    """What the compiler made of each job, or what it said, by case and architecture.
+ALLOWED_SPILLS = (
+    AllowedSpill(
+        "pair_moe/grad_[qk]/pair_base/float32/none, 8 experts",
+        104,
+        "addresses of eight experts' five operands fill the registers, see docs/launch_tables.md",
+    ),
+)
 
-    module: the one that lists the cases. done: told how many jobs each compilation served.
+
+@dataclass(frozen=True)
+class Report:
+    """Registers and spilled bytes of a thread, shared bytes and warps of a block.
+
+    matrix: the number of matrix instructions in the PTX by name. accesses: the number of loads and stores of
+    global memory in the PTX by the bytes that a thread moves, "ld.16" or "st.4".
     """
-    same: dict[str, list[Job]] = {}
-    for case, architecture in jobs:
-        key = case.built(architecture).launch.specialization(architecture.number)
-        same.setdefault(key, []).append((case, architecture))
-    workers: SimpleQueue[Worker] = SimpleQueue()
-    every = [Worker(module) for _ in range(max(1, min(processes, len(same))))]
-    for worker in every:
-        workers.put(worker)
 
-    def compile_first(group: list[Job]) -> Report | str:
-        worker = workers.get()
-        try:
-            return worker.compile(group[0])
-        except CompilerFailed as error:
-            return str(error)
-        finally:
-            workers.put(worker)
-            done(len(group))
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    matrix: dict[str, int]
+    accesses: dict[str, int]
 
-    pool = ThreadPoolExecutor(len(every))
+
+@dataclass(frozen=True)
+class Row:
+    """A case on an architecture; report: None where it does not compile; failures: a sentence for each."""
+
+    case: str
+    architecture: int
+    report: Report | None
+    failures: list[str] = field(default_factory=list)
+
+
+def compile_case(case: Case, architecture: int) -> Row:
+    built = case.built(architecture)
     try:
-        reports = list(pool.map(compile_first, same.values()))
-    finally:
-        # Where someone interrupts, what waits is dropped and what runs is ended.
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in every:
-            worker.close()
-    return {
-        (case.name, architecture.number): report
-        for group, report in zip(same.values(), reports, strict=True)
-        for case, architecture in group
-    }
+        report = report_of(built.launch.compile(architecture))
+    except (
+        Exception
+    ) as error:  # The compiler raises types of its own; the next case is compiled all the same.
+        message = str(error).splitlines() or [""]
+        failure = f"does not compile: {type(error).__name__}: {message[0]}"
+        return Row(case.name, architecture, None, [failure])
+    return Row(case.name, architecture, report, failures(case.name, built, report, architecture))
+
+
+def allowed_spill(case: str) -> int:
+    """Bytes of a thread."""
+    fitting = (spill.bytes for spill in ALLOWED_SPILLS if fnmatch.fnmatchcase(case, spill.cases))
+    return max(fitting, default=0)
+
+
+def failures(case: str, built: Built, report: Report, architecture: int) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    found = []
+    allowed = allowed_spill(case)
+    if report.spilled > allowed + (0 if SAME_RELEASE else SPARE_SPILLS):
+        found.append(f"spills {report.spilled} bytes a thread, allowed are {allowed}")
+    if report.shared > MOST_SHARED[architecture]:
+        found.append(f"takes {report.shared} bytes of shared memory, more than a block may have")
+    elif SAME_RELEASE and built.table is not None and report.shared > built.table:
+        found.append(
+            f"takes {report.shared} bytes of shared memory, its launch table states {built.table}"
+        )
+    count = sum(report.matrix.values())
+    if count < built.least:
+        found.append(f"has {count} matrix instructions, expected at least {built.least}")
+    elif count and not built.least:
+        found.append(f"has {count} matrix instructions, but its case states no products")
+    return found
+
+
+def report_of(compiled: Any) -> Report:
+    """The report of Triton's compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    accesses = (
+        f"{kind}.{int(many or 1) * int(bits) // 8}" for kind, many, bits in _ACCESS.findall(ptx)
+    )
+    return Report(
+        resources["REG"],
+        resources["STACK"] + resources["LOCAL"],
+        compiled.metadata.shared,
+        compiled.metadata.num_warps,
+        dict(Counter(_MATRIX.findall(ptx))),
+        dict(Counter(accesses)),
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.experiments.command import Row, run
 from flmoe_kernels import InteractionMoE, explain
-from flmoe_kernels.explain.coalitions.games import TokenGame
+from flmoe_kernels.explain.games.token_game import TokenGame
 from flmoe_kernels.profile.operators.interaction_moe import make_inputs, make_reference
 from flmoe_kernels.profile.shapes import MMIMDB
 

@@ -15,7 +15,7 @@ import numpy as np
 from bench.experiments.command import Row, run
 from bench.experiments.explain_models import INTERACTION, SYNERGY, Learned, learn
 from flmoe_kernels import explain
-from flmoe_kernels.explain.pairs.indices import SII
+from flmoe_kernels.explain.estimators.indices import SII
 
 TOKENS = 7  # of each modality
 BUDGETS = (1024, 2048, 4096, 8192)

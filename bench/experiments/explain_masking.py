@@ -17,7 +17,7 @@ from typing import Any
 from bench.experiments.command import Row, run
 from bench.experiments.explain_models import LAYERS, REDUNDANT, SYNERGY, Learned, learn
 from flmoe_kernels import explain
-from flmoe_kernels.explain.pairs.indices import RG, SII
+from flmoe_kernels.explain.estimators.indices import RG, SII
 
 TASKS = ((SYNERGY, SII), (REDUNDANT, RG))
 BUDGETS = (2, 4, 8)

@@ -15,8 +15,8 @@ from flmoe_kernels.layers.interaction_moe.reference import (
     Masks,
     ReferenceInteractionMoE,
     Replacements,
-    interaction_losses,
 )
+from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 
 
 class SdpaAttention(Attention):

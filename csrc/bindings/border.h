@@ -50,11 +50,11 @@ void without_gil(const F& body) {
   body();
 }
 
-void bind_attention(py::module_& m);
+void bind_expert_attention(py::module_& m);
 void bind_encoder(py::module_& m);
-void bind_losses(py::module_& m);
-void bind_pairs(py::module_& m);
-void bind_route(py::module_& m);
+void bind_interaction_losses(py::module_& m);
+void bind_pair_moe(py::module_& m);
 void bind_routing(py::module_& m);
+void bind_routed_mlp(py::module_& m);
 
 }  // namespace flmoe::bindings

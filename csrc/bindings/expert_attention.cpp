@@ -29,7 +29,7 @@ flmoe::AttentionForward attention_args(const py::tuple& q, const py::tuple& k, c
 
 }  // namespace
 
-void bind_attention(py::module_& m) {
+void bind_expert_attention(py::module_& m) {
   m.def("attention_forward", [](int dtype, const py::tuple& q, const py::tuple& k,
                                 const py::tuple& v, Address cumulative, const py::tuple& sizes,
                                 double scale, Address seed, int64_t threshold, Address out,

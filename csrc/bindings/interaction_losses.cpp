@@ -2,7 +2,7 @@
 
 namespace flmoe::bindings {
 
-void bind_losses(py::module_& m) {
+void bind_interaction_losses(py::module_& m) {
   m.def("loss_forward", [](int dtype, Address latents, Address losses, int64_t experts,
                            int64_t views, int64_t batch, int64_t width, int threads) {
     const flmoe::LossArgs args{

@@ -9,10 +9,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("advise_huge", [](flmoe::bindings::Address data, int64_t bytes) {
     flmoe::advise_huge(flmoe::bindings::pointer(data), bytes);
   });
-  flmoe::bindings::bind_attention(m);
+  flmoe::bindings::bind_expert_attention(m);
   flmoe::bindings::bind_encoder(m);
-  flmoe::bindings::bind_losses(m);
-  flmoe::bindings::bind_pairs(m);
+  flmoe::bindings::bind_interaction_losses(m);
+  flmoe::bindings::bind_pair_moe(m);
+  flmoe::bindings::bind_routed_mlp(m);
   flmoe::bindings::bind_routing(m);
-  flmoe::bindings::bind_route(m);
 }

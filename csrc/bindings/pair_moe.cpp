@@ -36,7 +36,7 @@ flmoe::PairReduce pair_reduce(int code) {
 
 }  // namespace
 
-void bind_pairs(py::module_& m) {
+void bind_pair_moe(py::module_& m) {
   using Sizes = std::array<int64_t, 6>;
   using Kinds = std::vector<int>;
   m.def("pair_forward",

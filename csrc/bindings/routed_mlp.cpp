@@ -32,39 +32,9 @@ flmoe::RoutedArgs routed_args(const std::array<Address, 8>& tensors,
 
 }  // namespace
 
-void bind_routing(py::module_& m) {
+void bind_routed_mlp(py::module_& m) {
   using Tensors = std::array<Address, 8>;
   using Sizes = std::array<int64_t, 5>;
-  m.def("gate_forward", [](int dtype, Address logits, Address index, Address weight,
-                           const std::array<int64_t, 3>& sizes, bool over_all, int threads) {
-    const flmoe::GateArgs args{pointer(logits), pointer<int64_t>(index),
-                               pointer(weight), sizes[0],
-                               sizes[1],        sizes[2],
-                               over_all,        threads};
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().gate_forward(type, args); });
-  });
-  m.def("routed_limit", [](Address index, Address mask, Address kept,
-                           const std::array<int64_t, 3>& sizes, int64_t capacity) {
-    const flmoe::LimitArgs args{pointer<const int64_t>(index),
-                                pointer<const uint8_t>(mask),
-                                pointer<int64_t>(kept),
-                                sizes[0],
-                                sizes[1],
-                                sizes[2],
-                                capacity};
-    return flmoe::active_kernels().routed_limit(args);
-  });
-  m.def("routed_dispatch", [](Address index, Address counts, Address offsets, Address permutation,
-                              int64_t rows, int64_t experts) {
-    const flmoe::DispatchArgs args{pointer<const int64_t>(index),
-                                   pointer<int32_t>(counts),
-                                   pointer<int32_t>(offsets),
-                                   pointer<int32_t>(permutation),
-                                   rows,
-                                   experts};
-    return flmoe::active_kernels().routed_dispatch(args);
-  });
   m.def("routed_forward", [](int dtype, const Tensors& tensors, const Sizes& sizes, int act,
                              int threads, Address out, Address hidden, Address rows) {
     const flmoe::RoutedForward args{routed_args(tensors, sizes, act, threads), pointer(out),

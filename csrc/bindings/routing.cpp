@@ -1,5 +1,5 @@
-// Routing on a GPU, its plan, and its twin on the host. Without CUDA in the build the calls that
-// need it are not there; cuda_build says why.
+// Routing on the CPU and on a GPU, the GPU's plan, and its twin on the host. Without CUDA in the
+// build the functions that need it are absent; cuda_build gives the reason.
 #include "common/routing.h"
 #include "bindings/border.h"
 #include "cpu/routing_twin.h"
@@ -22,7 +22,7 @@ void require_countable(int64_t rows, int64_t experts) {
 using GateSizes = std::array<int64_t, 3>;  // tokens, experts, top_k
 
 flmoe::GateArgs gate_args(const std::array<Address, 3>& tensors, const GateSizes& sizes,
-                          bool over_all) {
+                          bool over_all, int threads = 1) {
   if (sizes[0] < 0 || sizes[2] < 1 || sizes[2] > sizes[1])
     throw std::invalid_argument("top_k: expected 1 to experts");
   require_countable(sizes[0], sizes[1]);
@@ -34,7 +34,7 @@ flmoe::GateArgs gate_args(const std::array<Address, 3>& tensors, const GateSizes
           sizes[1],
           sizes[2],
           over_all,
-          1};
+          threads};
 }
 
 using LimitSizes = std::array<int64_t, 3>;  // tokens, top_k, experts
@@ -81,8 +81,8 @@ flmoe::cuda::Place place(const Queue& queue) {
 }
 
 int32_t* counters_of(const Counters& given, int64_t rows, int64_t bins) {
-  if (given[1] < flmoe::route_counters(flmoe::route_plan(rows, bins), bins))
-    throw std::invalid_argument("counters: expected as many as route_counters says");
+  if (given[1] < flmoe::routing_counters(flmoe::routing_plan(rows, bins), bins))
+    throw std::invalid_argument("counters: expected as many as routing_counters returns");
   return pointer<int32_t>(static_cast<Address>(given[0]));
 }
 
@@ -101,20 +101,20 @@ void bind_launches(py::module_& m) {
     const char* message = flmoe::cuda::probe(device, &found);
     return py::make_tuple(found.major, found.minor, message == nullptr ? "" : message);
   });
-  m.def("cuda_gate", [](int dtype, const std::array<Address, 3>& tensors, const GateSizes& sizes,
-                        bool over_all, const Queue& queue) {
+  m.def("cuda_routing_gate", [](int dtype, const std::array<Address, 3>& tensors,
+                                const GateSizes& sizes, bool over_all, const Queue& queue) {
     const flmoe::GateArgs args = gate_args(tensors, sizes, over_all);
     check(flmoe::cuda::gate(dtype_of(dtype), args, place(queue)));
   });
-  m.def("cuda_limit", [](const std::array<Address, 3>& tensors, const LimitSizes& sizes,
-                         int64_t capacity, const Counters& counters, const Queue& queue) {
+  m.def("cuda_routing_limit", [](const std::array<Address, 3>& tensors, const LimitSizes& sizes,
+                                 int64_t capacity, const Counters& counters, const Queue& queue) {
     const flmoe::LimitArgs args = limit_args(tensors, sizes, capacity);
     int32_t* const given =
         capacity < 0 ? nullptr : counters_of(counters, sizes[0] * sizes[1], sizes[2]);
     check(flmoe::cuda::limit(args, given, place(queue)));
   });
-  m.def("cuda_dispatch", [](const std::array<Address, 4>& tensors, int64_t rows, int64_t experts,
-                            const Counters& counters, const Queue& queue) {
+  m.def("cuda_routing_dispatch", [](const std::array<Address, 4>& tensors, int64_t rows,
+                                    int64_t experts, const Counters& counters, const Queue& queue) {
     const flmoe::DispatchArgs args = dispatch_args(tensors, rows, experts);
     check(flmoe::cuda::dispatch(args, counters_of(counters, rows, experts + 1), place(queue)));
   });
@@ -123,17 +123,31 @@ void bind_launches(py::module_& m) {
 
 }  // namespace
 
-void bind_route(py::module_& m) {
+void bind_routing(py::module_& m) {
+  m.def("routing_gate", [](int dtype, const std::array<Address, 3>& tensors, const GateSizes& sizes,
+                           bool over_all, int threads) {
+    const flmoe::GateArgs args = gate_args(tensors, sizes, over_all, threads);
+    const DType type = dtype_of(dtype);
+    without_gil([&] { flmoe::active_kernels().routing_gate(type, args); });
+  });
+  m.def("routing_limit",
+        [](const std::array<Address, 3>& tensors, const LimitSizes& sizes, int64_t capacity) {
+          return flmoe::active_kernels().routing_limit(limit_args(tensors, sizes, capacity));
+        });
+  m.def("routing_dispatch",
+        [](const std::array<Address, 4>& tensors, int64_t rows, int64_t experts) {
+          return flmoe::active_kernels().routing_dispatch(dispatch_args(tensors, rows, experts));
+        });
   // (architectures, reason): one of them is empty.
   m.def("cuda_build", [] { return py::make_tuple(flmoe::kCudaArchitectures, flmoe::kCudaReason); });
-  m.def("route_plan", [](int64_t rows, int64_t bins) {
+  m.def("routing_plan", [](int64_t rows, int64_t bins) {
     require_countable(rows, bins);
-    const flmoe::RoutePlan plan = flmoe::route_plan(rows, bins);
+    const flmoe::RoutingPlan plan = flmoe::routing_plan(rows, bins);
     return py::make_tuple(plan.blocks, plan.rows_per_block, plan.alone);
   });
-  m.def("route_counters", [](int64_t rows, int64_t bins) {
+  m.def("routing_counters", [](int64_t rows, int64_t bins) {
     require_countable(rows, bins);
-    return flmoe::route_counters(flmoe::route_plan(rows, bins), bins);
+    return flmoe::routing_counters(flmoe::routing_plan(rows, bins), bins);
   });
   m.def("routing_twin_gate", [](int dtype, const std::array<Address, 3>& tensors,
                                 const GateSizes& sizes, bool over_all, uint64_t order) {

@@ -28,7 +28,7 @@ static inline FLMOE_BOTH bool has_room(int64_t place, int64_t capacity) {
 }
 
 // Rows (tokens, top_k) by expert. mask (tokens): non-zero = valid, or null.
-struct RouteRows {
+struct RoutingRows {
   const int64_t* index;
   const uint8_t* mask;
   int64_t rows;
@@ -36,7 +36,7 @@ struct RouteRows {
 };
 
 // The expert of a row, or -1 where it has none: dropped before, masked, or out of range.
-static inline FLMOE_BOTH int32_t expert_of(const RouteRows& in, int64_t row) {
+static inline FLMOE_BOTH int32_t expert_of(const RoutingRows& in, int64_t row) {
   const int64_t e = in.index[row];
   const bool inside = e >= 0 && e < in.experts;
   // Rows fit 32 bits, whose division is several times faster on a GPU.
@@ -46,7 +46,7 @@ static inline FLMOE_BOTH int32_t expert_of(const RouteRows& in, int64_t row) {
 }
 
 // How rows are cut into blocks of a GPU. blocks = 1 and alone: one launch does everything.
-struct RoutePlan {
+struct RoutingPlan {
   int64_t blocks, rows_per_block;
   bool alone;
 };
@@ -66,7 +66,7 @@ static inline int64_t ceil_div(int64_t n, int64_t by) {
 // are 16 short steps, about what two more launches would cost. Beyond, blocks take 1024 rows, four
 // steps of each warp's 32 lanes, so that 64 experts of 16384 tokens fill the GPU; not more than
 // 1024 blocks, which the largest GPU holds at once, and not more than 2^24 counters (64 MiB).
-static inline RoutePlan route_plan(int64_t rows, int64_t bins) {
+static inline RoutingPlan routing_plan(int64_t rows, int64_t bins) {
   constexpr int64_t kAloneRows = 8192, kBlockRows = 1024, kBlocks = 1024;
   constexpr int64_t kCounters = int64_t{1} << 24;
   if (rows * ceil_div(bins, kTallies / (kAloneThreads / 32)) <= kAloneRows) return {1, rows, true};
@@ -79,7 +79,7 @@ static inline RoutePlan route_plan(int64_t rows, int64_t bins) {
 }
 
 // Counters between launches: one per bin and block.
-static inline int64_t route_counters(const RoutePlan& plan, int64_t bins) {
+static inline int64_t routing_counters(const RoutingPlan& plan, int64_t bins) {
   return plan.alone ? 0 : plan.blocks * bins;
 }
 

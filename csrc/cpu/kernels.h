@@ -237,9 +237,9 @@ struct Kernels {
   void (*pair_backward)(DType, const PairBackward&);
   void (*pair_map)(DType, const PairScores&);
   void (*pair_top)(DType, const PairScores&);
-  void (*gate_forward)(DType, const GateArgs&);
-  bool (*routed_limit)(const LimitArgs&);        // false: an index is out of range
-  bool (*routed_dispatch)(const DispatchArgs&);  // the same
+  void (*routing_gate)(DType, const GateArgs&);
+  bool (*routing_limit)(const LimitArgs&);        // false: an index is out of range
+  bool (*routing_dispatch)(const DispatchArgs&);  // the same
   void (*routed_forward)(DType, const RoutedForward&);
   void (*routed_backward)(DType, const RoutedBackward&);
 };

@@ -2,22 +2,22 @@
 
 #include <vector>
 
-#include "common/gate_blocks.h"
-#include "common/dispatch_blocks.h"
-#include "cpu/host_block.h"
+#include "common/routing_dispatch_blocks.h"
+#include "common/routing_gate_blocks.h"
+#include "cpu/routing_host_block.h"
 
 namespace flmoe {
 namespace {
 
-RoutePlan plan_of(int64_t rows, int64_t bins, int64_t rows_per_block) {
-  if (rows_per_block == 0) return route_plan(rows, bins);
+RoutingPlan plan_of(int64_t rows, int64_t bins, int64_t rows_per_block) {
+  if (rows_per_block == 0) return routing_plan(rows, bins);
   return {rows == 0 ? 1 : ceil_div(rows, rows_per_block), rows_per_block, false};
 }
 
-std::vector<int32_t> counters_of(const RoutePlan& plan, int64_t bins) {
+std::vector<int32_t> counters_of(const RoutingPlan& plan, int64_t bins) {
   int32_t junk;
   std::memset(&junk, host::kJunk, sizeof junk);
-  return std::vector<int32_t>(static_cast<size_t>(route_counters(plan, bins)), junk);
+  return std::vector<int32_t>(static_cast<size_t>(routing_counters(plan, bins)), junk);
 }
 
 struct Race {
@@ -56,25 +56,25 @@ struct Peek {
 
 int twin_gate(DType dtype, const GateArgs& args, uint64_t order) {
   host::Launch launch(order);
-  const route::GateTokens in{args.logits,
-                             args.index,
-                             args.weight,
-                             args.tokens,
-                             static_cast<int32_t>(args.experts),
-                             static_cast<int32_t>(args.top_k),
-                             args.over_all};
+  const routing::GateTokens in{args.logits,
+                               args.index,
+                               args.weight,
+                               args.tokens,
+                               static_cast<int32_t>(args.experts),
+                               static_cast<int32_t>(args.top_k),
+                               args.over_all};
   switch (dtype) {
     case DType::kFloat32:
-      route::launch_gate<float>(launch, in);
+      routing::launch_gate<float>(launch, in);
       break;
     case DType::kFloat64:
-      route::launch_gate<double>(launch, in);
+      routing::launch_gate<double>(launch, in);
       break;
     case DType::kBFloat16:
-      route::launch_gate<BFloat16>(launch, in);
+      routing::launch_gate<BFloat16>(launch, in);
       break;
     case DType::kFloat16:
-      route::launch_gate<Float16>(launch, in);
+      routing::launch_gate<Float16>(launch, in);
       break;
   }
   return launch.launches;
@@ -82,21 +82,21 @@ int twin_gate(DType dtype, const GateArgs& args, uint64_t order) {
 
 int twin_limit(const LimitArgs& args, int64_t rows_per_block, uint64_t order) {
   host::Launch launch(order);
-  const RouteRows in{args.index, args.mask, args.tokens * args.top_k,
-                     static_cast<int32_t>(args.top_k), static_cast<int32_t>(args.experts)};
-  const RoutePlan plan = plan_of(in.rows, args.experts, rows_per_block);
+  const RoutingRows in{args.index, args.mask, args.tokens * args.top_k,
+                       static_cast<int32_t>(args.top_k), static_cast<int32_t>(args.experts)};
+  const RoutingPlan plan = plan_of(in.rows, args.experts, rows_per_block);
   std::vector<int32_t> counters = counters_of(plan, args.experts);
-  route::launch_limit(launch, in, plan, args.capacity, counters.data(), args.kept);
+  routing::launch_limit(launch, in, plan, args.capacity, counters.data(), args.kept);
   return launch.launches;
 }
 
 int twin_dispatch(const DispatchArgs& args, int64_t rows_per_block, uint64_t order) {
   host::Launch launch(order);
-  const RouteRows in{args.index, nullptr, args.rows, 1, static_cast<int32_t>(args.experts)};
-  const RoutePlan plan = plan_of(args.rows, args.experts + 1, rows_per_block);
+  const RoutingRows in{args.index, nullptr, args.rows, 1, static_cast<int32_t>(args.experts)};
+  const RoutingPlan plan = plan_of(args.rows, args.experts + 1, rows_per_block);
   std::vector<int32_t> counters = counters_of(plan, args.experts + 1);
-  route::launch_dispatch(launch, in, plan, counters.data(), args.counts, args.offsets,
-                         args.permutation);
+  routing::launch_dispatch(launch, in, plan, counters.data(), args.counts, args.offsets,
+                           args.permutation);
   return launch.launches;
 }
 

@@ -5,7 +5,7 @@
 # FLMOE_CUDA=AUTO is built where it can be; a package must install on every machine, so an nvcc that
 #                 cannot compile (too old, or a host compiler it does not know) is a warning
 #
-# Makes the header cuda_build.h, the target flmoe_cuda where it is built, and flmoe_link_cuda(module).
+# Defines the header cuda_build.h, the target flmoe_cuda where it is built, and flmoe_link_cuda(module).
 
 set(FLMOE_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF or AUTO")
 # The oldest that the kernels are built and looked at with, see .github/workflows/ci.yml.
@@ -109,13 +109,16 @@ inline constexpr int kCudaOldest = @cuda_ptx@;
 }  // namespace flmoe
 ]=])
 
-# Links what there is into a module, and tells it what that is.
+target_include_directories(flmoe_flags INTERFACE ${cuda_build_folder})
+if(TARGET flmoe_cuda)
+  target_compile_definitions(flmoe_flags INTERFACE FLMOE_HAVE_CUDA=1)
+endif()
+
+# Links the CUDA kernels into a module, where they are built.
 function(flmoe_link_cuda module)
-  target_include_directories(${module} PRIVATE ${cuda_build_folder})
   if(NOT TARGET flmoe_cuda)
     return()
   endif()
-  target_compile_definitions(${module} PRIVATE FLMOE_HAVE_CUDA=1)
   target_sources(${module} PRIVATE $<TARGET_OBJECTS:flmoe_cuda>)
   # The runtime is linked in, so that the module loads on a machine without a driver, and hidden, so
   # that its names never meet those of the runtime that torch brings.

@@ -1,9 +1,9 @@
-// Routing on a GPU: launches of the blocks in csrc/common/gate_blocks.h and dispatch_blocks.h, where
-// the work is written.
+// Routing on a GPU: launches of the blocks in csrc/common/routing_gate_blocks.h and
+// routing_dispatch_blocks.h, where the work is written.
 //
 // Tiling: the gate gives each token a group of 1 to 32 lanes, 256 threads a block. limit and
 // dispatch are one launch of one block of 1024 threads while rows are few, else three launches:
-// count per block of rows, sum over blocks, place. Both cuts are route_plan's
+// count per block of rows, sum over blocks, place. Both cuts are routing_plan's
 // (csrc/common/routing.h). Why not a device-wide sort: experts are few, so counting is one pass,
 // and three launches are fewer than a radix sort's; the temporary memory depends on shapes alone.
 //
@@ -23,16 +23,16 @@
 
 #include <cuda_runtime.h>
 
-#include "common/gate_blocks.h"
-#include "common/dispatch_blocks.h"
-#include "cuda/device_block.cuh"
+#include "common/routing_dispatch_blocks.h"
+#include "common/routing_gate_blocks.h"
+#include "cuda/routing_device_block.cuh"
 #include "cuda_build.h"
 
 namespace flmoe::cuda {
 namespace {
 
 template <int kThreads, typename Body>
-__global__ void __launch_bounds__(kThreads, 1) route_kernel(const Body body) {
+__global__ void __launch_bounds__(kThreads, 1) routing_kernel(const Body body) {
   __shared__ typename Block<kThreads>::Shared shared;
   Block<kThreads> block{shared, shared.tally};
   body(block, static_cast<int64_t>(blockIdx.x));
@@ -51,7 +51,7 @@ class Launch {
   template <int kThreads, typename Body>
   void run(int64_t blocks, const Body& body) {
     if (blocks == 0 || error_ != cudaSuccess) return;
-    route_kernel<kThreads, Body><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(body);
+    routing_kernel<kThreads, Body><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(body);
     error_ = cudaGetLastError();
   }
 
@@ -68,25 +68,25 @@ class Launch {
 
 const char* gate(DType dtype, const GateArgs& args, const Place& place) {
   Launch launch(place);
-  const route::GateTokens in{args.logits,
-                             args.index,
-                             args.weight,
-                             args.tokens,
-                             static_cast<int32_t>(args.experts),
-                             static_cast<int32_t>(args.top_k),
-                             args.over_all};
+  const routing::GateTokens in{args.logits,
+                               args.index,
+                               args.weight,
+                               args.tokens,
+                               static_cast<int32_t>(args.experts),
+                               static_cast<int32_t>(args.top_k),
+                               args.over_all};
   switch (dtype) {
     case DType::kFloat32:
-      route::launch_gate<float>(launch, in);
+      routing::launch_gate<float>(launch, in);
       break;
     case DType::kFloat64:
-      route::launch_gate<double>(launch, in);
+      routing::launch_gate<double>(launch, in);
       break;
     case DType::kBFloat16:
-      route::launch_gate<BFloat16>(launch, in);
+      routing::launch_gate<BFloat16>(launch, in);
       break;
     case DType::kFloat16:
-      route::launch_gate<Float16>(launch, in);
+      routing::launch_gate<Float16>(launch, in);
       break;
   }
   return launch.message();
@@ -94,18 +94,18 @@ const char* gate(DType dtype, const GateArgs& args, const Place& place) {
 
 const char* limit(const LimitArgs& args, int32_t* counters, const Place& place) {
   Launch launch(place);
-  const RouteRows in{args.index, args.mask, args.tokens * args.top_k,
-                     static_cast<int32_t>(args.top_k), static_cast<int32_t>(args.experts)};
-  route::launch_limit(launch, in, route_plan(in.rows, args.experts), args.capacity, counters,
-                      args.kept);
+  const RoutingRows in{args.index, args.mask, args.tokens * args.top_k,
+                       static_cast<int32_t>(args.top_k), static_cast<int32_t>(args.experts)};
+  routing::launch_limit(launch, in, routing_plan(in.rows, args.experts), args.capacity, counters,
+                        args.kept);
   return launch.message();
 }
 
 const char* dispatch(const DispatchArgs& args, int32_t* counters, const Place& place) {
   Launch launch(place);
-  const RouteRows in{args.index, nullptr, args.rows, 1, static_cast<int32_t>(args.experts)};
-  route::launch_dispatch(launch, in, route_plan(args.rows, args.experts + 1), counters, args.counts,
-                         args.offsets, args.permutation);
+  const RoutingRows in{args.index, nullptr, args.rows, 1, static_cast<int32_t>(args.experts)};
+  routing::launch_dispatch(launch, in, routing_plan(args.rows, args.experts + 1), counters,
+                           args.counts, args.offsets, args.permutation);
   return launch.message();
 }
 

@@ -15,7 +15,7 @@ struct Place {
   void* stream;
 };
 
-// counters: route_counters() of the plan for these rows and experts (dispatch: experts + 1).
+// counters: routing_counters() of the plan for these rows and experts (dispatch: experts + 1).
 const char* gate(DType dtype, const GateArgs& args, const Place& place);
 const char* limit(const LimitArgs& args, int32_t* counters, const Place& place);
 const char* dispatch(const DispatchArgs& args, int32_t* counters, const Place& place);

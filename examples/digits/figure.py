@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flmoe_kernels.core.files import write_whole
+
 from .data import EXPERTS
-from .files import write_whole
 from .results import Results
 
 if TYPE_CHECKING:

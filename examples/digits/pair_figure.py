@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flmoe_kernels.core.files import write_whole
+
 from .data import GRID, NUM_TOKENS
-from .files import write_whole
 from .token_pairs import PairResult, SampleExplanation
 
 if TYPE_CHECKING:

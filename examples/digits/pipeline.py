@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 
 from flmoe_kernels.core.backend import backend_status
-from flmoe_kernels.published.checkpoint import CONFIG_KEY, MODEL_KEY
+from flmoe_kernels.core.files import write_whole
+from flmoe_kernels.published.file import CONFIG_KEY, MODEL_KEY
 from flmoe_kernels.published.swap import swap
 
 from . import memory
 from .data import TASKS, Digits, Encoded, Pairs, Task, encode, load, make_pairs
-from .files import write_whole
 from .measure import Batch, Times, changed, compare, time_inference, time_training
 from .results import Results, TaskResult
 from .settings import Settings

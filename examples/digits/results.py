@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flmoe_kernels.core.files import write_whole
+
 from .data import EXPERTS, Task
-from .files import write_whole
 from .measure import GROUPS, Difference, Times
 from .memory import Peak
 from .settings import Settings
@@ -115,7 +116,7 @@ class Results:
 
 def write_json(results: Results, target: Path) -> None:
     text = json.dumps(results.as_dict(), indent=2, allow_nan=False) + "\n"
-    write_whole(target, lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(target, text)
 
 
 def _task_as_dict(result: TaskResult) -> dict[str, Any]:

@@ -63,17 +63,17 @@ def explain(
     quick: Annotated[bool, typer.Option("--quick", help="One sample, hardly estimated.")] = False,
 ) -> None:
     """Explain samples: experts, tokens, token pairs, and whether the model needs them; as a page."""
+    options = dict(locals())
     from flmoe_kernels.explain.report.request import Request
 
-    asked = {"samples": samples, "budget": budget, "top": top, "repeats": repeats, "seed": seed}
-    words = {"attribution": attribution, "method": method, "pairs": pairs, "fill": fill}
+    layer = {name: options.pop(name) for name in ("temperature", "gate", "top_k")}
+    options["layer"] = {"num_heads": options.pop("heads"), **layer}
+    options["exempt"] = tuple(exempt or ())
     try:
-        request = Request.choose(quick, target=target, exempt=tuple(exempt or ()), **asked, **words)
+        request = Request.of(options, options.pop("quick"))
     except ValueError as error:
         fail(str(error))
-    layer = {"num_heads": heads, "temperature": temperature, "gate": gate, "top_k": top_k}
     with needs_extra("demo"):
-        from flmoe_kernels.explain.report.command import main as run_explain
+        from flmoe_kernels.explain.report.command import main
 
-        code = run_explain(checkpoint, data, out, request, **layer)
-    raise typer.Exit(code)
+        raise typer.Exit(main(request))

@@ -72,7 +72,7 @@ def profile(
     from flmoe_kernels.profile.request import BadRequest, Request
     from flmoe_kernels.profile.run import run_case, run_layer, run_lengths
     from flmoe_kernels.profile.user_layer import UnsupportedRequest, UserLayer
-    from flmoe_kernels.published.checkpoint import CheckpointError
+    from flmoe_kernels.published.file import CheckpointError
 
     if (op is None) == (checkpoint is None):
         fail("--op or --checkpoint: expected one of them, got " + ("both" if op else "neither"))

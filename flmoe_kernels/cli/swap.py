@@ -32,7 +32,8 @@ def swap(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
 ) -> None:
     """Check the fast layer on a checkpoint, and write the checkpoint with its settings."""
-    from flmoe_kernels.published.checkpoint import CheckpointError, swap_checkpoint
+    from flmoe_kernels.published.file import CheckpointError
+    from flmoe_kernels.published.swap import swap_checkpoint
 
     try:
         conversion = swap_checkpoint(
@@ -48,7 +49,4 @@ def swap(
     if as_json:
         typer.echo(json.dumps(conversion.as_dict(), indent=2))
     else:
-        from rich.console import Console
-
-        typer.echo(conversion.summary())
-        Console().print(conversion.report)
+        typer.echo(f"{conversion.summary()}\n\n{conversion.report}")

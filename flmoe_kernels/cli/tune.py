@@ -1,4 +1,4 @@
-"""The commands `tune show` and `tune clear`: what autotune found on this machine, and away with it."""
+"""The commands `tune show` and `tune clear`: saved autotuning results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import typer
 from .errors import fail
 
 if TYPE_CHECKING:
-    from flmoe_kernels.core.triton.tuning.finding import Finding
+    from flmoe_kernels.core.triton.tuning.cache import TuningResult
 
 app = typer.Typer(
     name="tune",
-    help="Launch configurations that autotune (FLMOE_AUTOTUNE=1) found fastest on this machine.",
+    help="Launch configurations that autotune (FLMOE_AUTOTUNE=1) measured as fastest on this machine.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -27,36 +27,35 @@ app = typer.Typer(
 def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
 ) -> None:
-    """Show what was found: each kernel's configuration, and its time against the launch table's.
+    """Show each kernel's fastest configuration, and its time against the launch table's.
 
-    Files that are no findings are named on stderr and left alone.
+    Invalid files are reported on stderr and left alone.
     """
     from flmoe_kernels.core.triton.tuning import cache
-    from flmoe_kernels.core.triton.tuning.finding import as_json_value
 
-    with _complaints():
-        found = list(cache.findings())
+    with _warnings_on_stderr():
+        results = list(cache.results())
     if as_json:
-        content = {"folder": str(cache.folder()), "findings": list(map(as_json_value, found))}
-        typer.echo(json.dumps(content, indent=2))
-    elif found:
-        _print(found)
+        saved = [result.as_json() for result in results]
+        typer.echo(json.dumps({"folder": str(cache.folder()), "results": saved}, indent=2))
+    elif results:
+        _print(results)
     else:
-        typer.echo(f"nothing found yet in {cache.folder()}")
+        typer.echo(f"no results in {cache.folder()}")
 
 
 @app.command()
 def clear() -> None:
-    """Remove every finding; later calls with autotune look anew."""
+    """Remove every result; later calls with autotune time again."""
     from flmoe_kernels.core.triton.tuning import cache
 
-    with _complaints():
+    with _warnings_on_stderr():
         count = cache.clear()
-    typer.echo(f"removed {count} finding{'' if count == 1 else 's'} from {cache.folder()}")
+    typer.echo(f"removed {count} result{'' if count == 1 else 's'} from {cache.folder()}")
 
 
 @contextmanager
-def _complaints() -> Iterator[None]:
+def _warnings_on_stderr() -> Iterator[None]:
     """Warnings as lines on stderr; a folder that cannot be used ends the command."""
     from flmoe_kernels.core.triton.tuning import cache
 
@@ -70,26 +69,26 @@ def _complaints() -> Iterator[None]:
         typer.echo(f"warning: {warning.message}", err=True)
 
 
-def _print(found: list[Finding]) -> None:
+def _print(results: list[TuningResult]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table("kernel", "class", "sizes", "device", "tiles", "us", "table's us", "gain")
-    for finding in sorted(found, key=lambda one: (one.question.kernel, one.question)):
-        asked = finding.question
-        same = finding.tiles == finding.table
+    for result in sorted(results, key=lambda result: result.key):
+        key = result.key
+        same = result.tiles == result.table
         cells = (
-            asked.kernel,
-            f"{asked.kind}, {asked.dtype}",
-            _numbers(dict(asked.sizes)),
-            f"{asked.device}, triton {asked.triton}",
-            "the table's" if same else _numbers(finding.tiles),
-            f"{finding.seconds * 1e6:.1f}",
-            f"{finding.table_seconds * 1e6:.1f}",
-            f"{finding.table_seconds / finding.seconds:.2f}x",
+            key.kernel,
+            f"{key.kind}, {key.dtype}",
+            _numbers(dict(key.sizes)),
+            f"{key.device}, triton {key.triton}",
+            "the table's" if same else _numbers(result.tiles),
+            f"{result.seconds * 1e6:.1f}",
+            f"{result.table_seconds * 1e6:.1f}",
+            f"{result.table_seconds / result.seconds:.2f}x",
         )
-        # Text: what a file holds is never read as markup.
+        # Text, so that rich does not read the content of a file as markup.
         table.add_row(*map(Text, cells))
     Console().print(table)
 

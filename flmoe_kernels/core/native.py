@@ -1,26 +1,125 @@
-"""What every call into the native CPU module needs: addresses, dtype codes, output buffers, threads."""
+"""The native module: loading it, what it can run here, and helpers for calling its CPU kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .backend import native
-
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _HUGE_BYTES = 4 << 20
 
 
-def dtype_code(x: Tensor) -> int:
-    return _CODES[x.dtype]
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend cannot run this call; the message says why."""
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums are kept in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _load() -> tuple[ModuleType | None, str]:
+    # After torch: the native module shares the OpenMP pool that torch has loaded.
+    try:
+        module = importlib.import_module("flmoe_kernels._native")
+        module.instruction_set()
+    except ImportError as error:
+        return None, f"the native module is not built or cannot be loaded ({error})"
+    except RuntimeError as error:  # FLMOE_ISA names what this processor cannot run
+        return None, str(error)
+    return module, ""
+
+
+_module, _reason = _load()
+
+
+def cpu_unavailable_reason() -> str:
+    """Why the CPU kernels cannot run, or ""."""
+    return _reason if _module is None else ""
+
+
+def native() -> ModuleType:
+    """The native module; BackendUnavailable if it was not built."""
+    if _module is None:
+        raise BackendUnavailable(f"backend 'cpu': {_reason}")
+    return _module
+
+
+def native_cuda() -> ModuleType:
+    """The native module if it has the CUDA kernels, whatever the machine; BackendUnavailable if not."""
+    reason = _unbuilt_cuda_reason()
+    if reason:
+        raise BackendUnavailable(f"backend 'cuda': {reason}")
+    return native()
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU kernels chose ("avx512", "avx2", "baseline"), or "none"."""
+    return "none" if _module is None else str(_module.instruction_set())
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this processor can run, best first; FLMOE_ISA picks one."""
+    if _module is None:
+        return ()
+    runs = _module.instruction_set_runs
+    return tuple(name for name in ("avx512", "avx2", "baseline") if runs(name))
+
+
+def cuda_status() -> tuple[bool, str]:
+    """Whether the CUDA kernels run on a device, and why (not); read from attributes, without a CUDA context."""
+    reason = _unbuilt_cuda_reason()
+    if reason:
+        return False, reason
+    architectures = native().cuda_build()[0]
+    reason = cuda_unavailable_reason()
+    if reason:
+        return False, f"{reason}; kernels were built, for {architectures}"
+    reasons = [cuda_unavailable_reason(device) for device in range(native().cuda_devices()[0])]
+    if all(reasons):
+        return False, reasons[0]
+    return True, f"kernels for {architectures}"
+
+
+def _unbuilt_cuda_reason() -> str:
+    if _module is None:
+        return _reason
+    architectures, reason = _module.cuda_build()
+    return "" if architectures else f"the native module was built without CUDA ({reason})"
+
+
+def _constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
+    """Mark a function that the compiler cannot trace; its result does not change while a trace is used."""
+    # All that torch.compiler.assume_constant_result does, but it imports the compiler, which takes seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_traces
+def cuda_unavailable_reason(device: int | None = None) -> str:
+    """Why the CUDA kernels can run on no device, or not on this one; "" where they can."""
+    reason = _unbuilt_cuda_reason()
+    if reason:
+        return reason
+    module = native()
+    devices, reason = module.cuda_devices()
+    torch_has_one = torch.version.cuda is not None and torch.cuda.is_available()
+    if not devices and torch_has_one:
+        return (
+            f"the driver is too old for the CUDA that the native module was built with ({reason})"
+        )
+    if not devices:
+        return f"there is no CUDA device ({reason or 'none is visible'})"
+    if not torch_has_one:
+        return f"torch {torch.__version__} has no CUDA device"
+    return "" if device is None else _device_reason(module, device)
+
+
+def _device_reason(module: ModuleType, device: int) -> str:
+    """Not cached: what fails now may work later, and a probe only reads a table."""
+    major, minor, message = module.cuda_probe(device)
+    if not message:
+        return ""
+    name = f"cuda:{device} is sm_{major}{minor}" if major else f"cuda:{device} does not answer"
+    return f"{name}, the kernels are for {module.cuda_build()[0]} ({message})"
 
 
 def address(x: Tensor | None) -> int:
@@ -38,42 +137,3 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     if size >= _HUGE_BYTES:
         native().advise_huge(out.data_ptr(), size)
     return out
-
-
-def expect(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Fail unless x, if given, is what a kernel will read: this shape and dtype, in host memory.
-
-    The kernels read through plain addresses; a call of a registered operator that did not come through the
-    package's doors must not become a read past a tensor's end.
-    """
-    if x is None:
-        return
-    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device.type != "cpu":
-        raise ValueError(
-            f"{name}: expected {dtype} {tuple(shape)} on cpu, "
-            f"got {x.dtype} {tuple(x.shape)} on {x.device}"
-        )
-
-
-def expect_run_lengths(name: str, x: Tensor) -> None:
-    expect(name, x, (max(x.numel(), 1),), torch.int32)
-
-
-def expect_seed(seed: Tensor | None) -> None:
-    if seed is not None:
-        expect("seed", seed.reshape(-1), (1,), torch.int64)
-
-
-def first_order_only(op: str, times: str = "differentiable once") -> None:
-    """Make a derivative through an operator that has none an error instead of a silent zero."""
-
-    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-        pass
-
-    def refuse(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{op} has no derivative: the kernels are {times}; "
-            "backend='reference' is differentiable any number of times"
-        )
-
-    torch.library.register_autograd(op, refuse, setup_context=setup)

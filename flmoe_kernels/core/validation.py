@@ -1,4 +1,4 @@
-"""Checks shared by the doors of the operators. Every error names the argument, what was expected, what came."""
+"""Validation of arguments. Every error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -130,3 +130,62 @@ def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None
             continue
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"{name}: expected 0 (padding) and 1 (valid) only, got other values")
+
+
+def require_inputs(
+    dims: Sequence[int],
+    inputs: Sequence[Tensor | None],
+    masks: Sequence[Tensor | None] | None,
+    parameter: Tensor,
+    *,
+    optional: bool = False,
+) -> None:
+    """inputs M x (B, L_m, dims[m]) of a layer, in its parameters' dtype and device; masks as in require_masks.
+
+    optional: a modality may be None, but not all of them, or have no tokens.
+    """
+    _require_list("inputs", inputs, len(dims))
+    given = [m for m, x in enumerate(inputs) if x is not None or not optional]
+    if not given:
+        raise ValueError("inputs: expected at least one modality, got None for all")
+    for m in given:
+        name, x = f"inputs[{m}]", inputs[m]
+        require_tensor(name, x)
+        assert x is not None
+        if x.dim() != 3 or x.shape[2] != dims[m] or not (optional or x.shape[1]):
+            raise ValueError(f"{name}: expected (batch, tokens, {dims[m]}), got {tuple(x.shape)}")
+        first = inputs[given[0]]
+        assert first is not None
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{name}: expected batch {first.shape[0]} as inputs[{given[0]}], got {x.shape[0]}"
+            )
+        require_same(name, x, "the layer's parameters", parameter)
+    require_masks(inputs, masks)
+
+
+def require_replacements(
+    name: str, replacements: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> None:
+    """replacements[m] with the shape, dtype and device of inputs[m]; None where that is None."""
+    _require_list(name, replacements, len(inputs))
+    for m, (noise, x) in enumerate(zip(replacements, inputs, strict=True)):
+        own = f"{name}[{m}]"
+        if x is None:
+            if noise is not None:
+                raise ValueError(f"{own}: expected None as inputs[{m}] is")
+            continue
+        require_tensor(own, noise)
+        assert noise is not None
+        if noise.shape != x.shape:
+            raise ValueError(
+                f"{own}: expected {tuple(x.shape)} as inputs[{m}], got {tuple(noise.shape)}"
+            )
+        require_same(own, noise, f"inputs[{m}]", x)
+
+
+def _require_list(name: str, value: object, count: int) -> None:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name}: expected a list of Tensors, got {type(value).__name__}")
+    if len(value) != count:
+        raise ValueError(f"{name}: expected {count} modalities, got {len(value)}")

@@ -1,29 +1,35 @@
-"""Files of arrays and a header: one .npz, the header as JSON bytes in it; nothing is ever unpickled."""
+"""Results as files: one .npz of arrays and a JSON header, never unpickled."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
-import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from flmoe_kernels.core.files import write_whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Arrays = dict[str, NDArray[Any]]
 
+FORMAT = 1
 _HEADER = "header"
-_VERSION = 1
 
 
 def encode(kind: str, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """The content of a file; header in JSON's types."""
-    whole = {"kind": kind, "version": _VERSION, **header}
+    """The content of a file; the header in JSON's types."""
+    whole = {"kind": kind, "format": FORMAT, **header}
     text = json.dumps(whole, allow_nan=False).encode()
     buffer = io.BytesIO()
     parts: dict[str, Any] = {_HEADER: np.frombuffer(text, dtype=np.uint8), **arrays}
@@ -35,7 +41,7 @@ def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays
     """Header and arrays of a file's content.
 
     Raises:
-        ValueError: naming the file, where it is not whole or of another kind or version.
+        ValueError: naming the file, where it is damaged or of another kind or format.
     """
     problem = f"{name}: not a file of {kind}, or a damaged one"
     try:
@@ -44,30 +50,82 @@ def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays
         header = json.loads(arrays.pop(_HEADER).tobytes())
     except (ValueError, KeyError, AttributeError, TypeError, EOFError, OSError) as error:
         raise ValueError(problem) from error
-    # RuntimeError: a part that says it is encrypted, or packed in a way that zipfile does not know.
+    # RuntimeError: a part is marked as encrypted, or compressed by a method that zipfile does not know.
     except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise ValueError(problem) from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise ValueError(problem)
-    if header.get("version") != _VERSION:
-        raise ValueError(
-            f"{name}: expected version {_VERSION} of the format, got {header.get('version')}"
-        )
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{name}: expected format {FORMAT}, got {header.get('format')}")
     return header, arrays
 
 
-def write_whole(target: Path, content: bytes) -> None:
-    """The file appears whole or not at all, and an old one stays until the new one is there.
+class Saved:
+    """Base of the result dataclasses, which can be saved and loaded.
 
-    Also where the machine stops, and where several processes write the same file.
+    The fields in `_ARRAYS` hold one array each, those in `_LISTS` a tuple of arrays, one for each modality. All
+    other fields are written to the header, in JSON's types. Arrays are loaded as Tensors on the CPU, or as they
+    are where `_NUMPY` is set.
     """
-    # Processes of several containers on one file system may have the same number.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())  # else the name may be on the disk before the content
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    _ARRAYS: ClassVar[tuple[str, ...]] = ()
+    _LISTS: ClassVar[tuple[str, ...]] = ()
+    _OPTIONAL: ClassVar[tuple[str, ...]] = ()  # arrays that may be None
+    _NUMPY: ClassVar[bool] = False
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npz file, whole or not at all."""
+        parts = {name: getattr(self, name) for name in self._ARRAYS}
+        for name in self._LISTS:
+            parts |= {f"{name}_{m}": x for m, x in enumerate(getattr(self, name))}
+        arrays = {
+            name: x.cpu().numpy() if isinstance(x, Tensor) else x
+            for name, x in parts.items()
+            if x is not None
+        }
+        write_whole(Path(path), encode(self._kind(), self._header(), arrays))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: another file, or a damaged one.
+        """
+        header, arrays = decode(Path(path).read_bytes(), cls._kind(), str(path))
+        # Counted in the arrays: the header of a forged file may hold any number.
+        modalities = range(
+            sum(bool(cls._LISTS) and x.startswith(f"{cls._LISTS[0]}_") for x in arrays)
+        )
+        lists = {name: [f"{name}_{m}" for m in modalities] for name in cls._LISTS}
+        whole = {*cls._ARRAYS, *(name for names in lists.values() for name in names)}
+        fields = cls._header_fields()
+        if not whole - {*cls._OPTIONAL} <= {*arrays} <= whole or not {*fields} <= {*header}:
+            raise ValueError(f"{path}: expected the parts of {cls._kind()}, got others")
+        cls._check(str(path), arrays)
+        parts: dict[str, Any] = dict(arrays)
+        if not cls._NUMPY:
+            parts = {name: torch.from_numpy(x) for name, x in arrays.items()}
+        found = {name: parts.get(name) for name in cls._ARRAYS}
+        found |= {name: tuple(parts[x] for x in names) for name, names in lists.items()}
+        for name in fields:
+            # JSON has no tuples.
+            found[name] = tuple(header[name]) if isinstance(header[name], list) else header[name]
+        return cls(**found)
+
+    @classmethod
+    def _check(cls, name: str, arrays: Arrays) -> None:
+        """Raise ValueError, naming the file, for arrays that do not belong together."""
+
+    @classmethod
+    def _kind(cls) -> str:
+        return f"flmoe_kernels.explain.{cls.__name__}"
+
+    @classmethod
+    def _header_fields(cls) -> list[str]:
+        every: Any = cls
+        names = [field.name for field in dataclasses.fields(every)]
+        return [name for name in names if name not in (*cls._ARRAYS, *cls._LISTS)]
+
+    def _header(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._header_fields()}

@@ -58,7 +58,7 @@ def roofline_figure(points: Sequence[Point], roof: Roof, *, title: str = "") -> 
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: points or ceilings that have no place on logarithmic axes, or none at all.
     """
-    from flmoe_kernels.explain.figures.canvas import make_figure, plain
+    from flmoe_kernels.core.figures import make_figure, plain
 
     _require(points, roof)
     figure = make_figure(8.5, 5.5)
@@ -148,7 +148,7 @@ def length_figure(points: Sequence[LengthPoint], *, title: str = "") -> Figure:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: nothing was measured.
     """
-    from flmoe_kernels.explain.figures.canvas import make_figure, plain
+    from flmoe_kernels.core.figures import make_figure, plain
 
     if not any(point.seconds for point in points):
         raise ValueError("points: expected one that was measured at least, got none")

@@ -265,5 +265,5 @@ def update_file(path: Path, here: Here, ratio: Mapping[str, float]) -> str:
     kept_after = [table for table in tables[place:] if not own.match(table)]
     text = "\n" * last + machine.toml() + "\n" * bool(kept_after)
     text = "".join(tables[:place]) + text + "".join(kept_after)
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(path, text)
     return machine.name

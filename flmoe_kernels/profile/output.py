@@ -52,7 +52,7 @@ class Files:
             if path is not None and not is_writable(path):
                 raise BadRequest(f"{name}: {path} cannot be written: no such folder, or not yours")
         if self.plot is not None:
-            from flmoe_kernels.explain.figures.canvas import make_figure
+            from flmoe_kernels.core.figures import make_figure
 
             known = make_figure(1, 1).canvas.get_supported_filetypes()
             if self.plot.suffix.removeprefix(".").lower() not in known:
@@ -64,7 +64,7 @@ class Files:
         path = getattr(self, which)
         if path is not None:
             text = make()
-            write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+            write_whole(path, text)
 
     def write_plot(self, make: Callable[[], Figure]) -> None:
         if self.plot is not None:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from flmoe_kernels._version import __version__
 from flmoe_kernels.core import backend as backends
+from flmoe_kernels.layers.interaction_moe.architecture import Architecture
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
-from flmoe_kernels.published.checkpoint import Architecture, load_checkpoint, load_layer
-from flmoe_kernels.published.swap import SwappedLayer, swap
+from flmoe_kernels.published.convert import load_checkpoint, load_layer
+from flmoe_kernels.published.report import SwappedLayer
+from flmoe_kernels.published.swap import swap
 
 from .cases import BOTH, DTYPES, FORWARD, dtype_name
 from .memory import Call, peak_of

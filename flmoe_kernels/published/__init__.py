@@ -1,1 +1,14 @@
-"""Layers and checkpoints of the published code: recognised, converted, compared, swapped."""
+"""Layers and checkpoints of the published code, replaced by fast layers.
+
+The modules are the steps of that work; each uses earlier ones only:
+
+    file       read and write checkpoint files
+    infer      the architecture, from keys and shapes
+    recognise  the published layers inside a model
+    convert    state dicts and modules, into ours
+    calls      inputs to compare two layers on
+    agreement  error budgets for their outputs
+    compare    whether both layers compute the same
+    report     what was replaced, and what was not and why
+    swap       the steps put together
+"""

@@ -1,53 +1,39 @@
-"""Whether a fast layer computes what the layer that it is to replace computes.
+"""Whether a fast layer computes the same as the layer that it would replace.
 
-Both run on the same inputs with the same replacement noise, and so does a float64 copy of the
-original, which tells how far either is from exact. The original is only ever run as a copy, so that
-nothing of it changes: no buffer, no stored attention map, no gradient, no mode.
+Both run in eval mode on the same inputs with the same replacement noise, and so does a float64 copy of the
+original, from which the errors of both are measured. The original itself is never run, only copies, so that
+none of its buffers, stored attention maps, gradients or modes changes.
+
+Which rows of a sparse MLP are dropped is not compared: the original does not drop the same rows twice. Copies
+run with capacities lifted and without random routing.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.benchmark import Timer
 
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec, build_like
+from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
-from .copies import check_can_run, lift_capacity
-from .outputs import (
-    Disagreement,
-    Outputs,
-    check_fast_losses,
-    check_own_losses,
-    collect,
-    first_line,
-    largest,
-    within_budget,
-)
+from .agreement import Disagreement, Outputs, check_losses, collect, first_line, within_budget
+from .calls import Case, bare_copy, few_samples, random_cases
+from .convert import adopt
+from .recognise import check_can_run
 
-MAX_SAMPLES = 4
-RANDOM_LENGTHS = (17, 12, 7, 13, 5)
 TIMED_CALLS = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of the layer: M sequences (B, L_m, D), and M masks (B, L_m), None each, or None.
-
-    Of a sparse MLP, its one input (..., D).
-    """
-
-    inputs: list[Tensor]
-    masks: list[Tensor | None] | None
+RANDOM_TOKENS = 58
+MAX_TOKENS = 512
+# In units of rounding of a token's largest logit: above the difference between two orders of a sum.
+CLEAR_CHOICE = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +43,95 @@ class Comparison:
 
     errors: Mapping[str, float]
     speed_up: float | None
+
+
+def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = None) -> Comparison:
+    """Compare a layer with its fast replacement, within the error budgets of `agreement`.
+
+    Of an interaction layer every view, the weights, the losses and inference are compared, but not gate losses, of
+    which the original keeps its last modality's. Of a sparse MLP the outputs are compared, of tokens whose choice
+    of experts does not depend on rounding.
+
+    Args:
+        layer: the original; not run and not changed.
+        spec: its description.
+        case: a call to compare on, its first samples only; random inputs, with and without masks,
+            when None.
+
+    Raises:
+        Disagreement: with the reason.
+        UnsupportedLayer: sparse MLPs of FastMoE's own code, where they must not be run.
+    """
+    check_can_run(layer)
+    original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
+    fast = adopt(layer, spec).eval()
+    for module in (original, exact, fast):
+        _lift_capacity(module)
+    with torch.no_grad(), torch.autocast(next(layer.parameters()).device.type, enabled=False):
+        if isinstance(spec, LayerSpec):
+            return _compare_layers(original, exact, fast, spec, case)
+        return _compare_mlps(original, exact, fast, spec, case)
+
+
+def _compare_layers(
+    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: LayerSpec, case: Case | None
+) -> Comparison:
+    """Where the original does not run in its own dtype, the reference layer's error takes the place of its own.
+
+    The published layer adds float32 positions, which its bfloat16 and float16 weights refuse.
+    """
+    parameter = next(original.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    given = random_cases(spec) if case is None else [few_samples(case, spec)]
+    cases = [each.moved(device, dtype) for each in given]
+    peer = original
+    errors: dict[str, float] = {}
+    for at in cases:
+        noise = _noise(at, spec.num_experts)
+        expected = _run_original(exact, at.moved(device, torch.float64), noise, spec)
+        try:
+            own = _run_original(peer, at, noise, spec)
+        except Disagreement:
+            if dtype not in (torch.bfloat16, torch.float16):
+                raise
+            peer = _reference_copy(original, spec)
+            own = _run_original(peer, at, noise, spec)
+        found = _run_fast(fast, at, noise, spec)
+        now = {name: within_budget(name, found, own, expected, dtype) for name in expected.groups}
+        now["losses"] = check_losses(found, expected, dtype)
+        errors = {name: max(errors.get(name, 0.0), error) for name, error in now.items()}
+    if peer is not original or not hasattr(original, "inference"):
+        return Comparison(errors, None)
+    layers: tuple[Any, Any] = (original, fast)
+    calls = [partial(_call, each.inference, cases[0]) for each in layers]
+    return Comparison(errors, _times_faster(*calls))
+
+
+def _compare_mlps(
+    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: RoutedSpec, case: Case | None
+) -> Comparison:
+    parameter = next(original.parameters())
+    x = _tokens(case, spec).to(parameter)
+    router: Any = adopt(exact, spec).get_submodule("gate")
+    x = x[_clear_choices(router.clean_logits(x.double()), spec.top_k, parameter.dtype)]
+    if not len(x):
+        raise Disagreement("there is no token whose choice of experts does not hang on rounding")
+    expected = _mlp_outputs(exact, x.double(), "its own forward")
+    own = _mlp_outputs(original, x, "its own forward")
+    found = _mlp_outputs(fast, x, "the fast module")
+    error = within_budget("outputs", found, own, expected, parameter.dtype)
+    return Comparison({"outputs": error}, _times_faster(partial(original, x), partial(fast, x)))
+
+
+def _lift_capacity(module: nn.Module) -> None:
+    """Let no expert drop a row, and no row be dropped at random."""
+    for part in module.modules():
+        experts = getattr(part, "tot_expert", None)
+        if experts is None:
+            continue
+        for name, value in (("capacity", (float(experts),) * 2), ("random_routing", False)):
+            if name in vars(part):
+                setattr(part, name, value)
 
 
 class _GivenNoise(TorchFunctionMode):
@@ -69,210 +144,12 @@ class _GivenNoise(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # What is not shaped as a sequence (B, L, D) is a gate's own noise, which is 0 in eval mode.
+        # Other shapes than a sequence's (B, L, D) are a gate's own noise, which is 0 in eval mode.
         if func is not torch.randn_like or args[0].dim() != 3:
             return func(*args, **(kwargs or {}))
         if not self.left or self.left[0].shape != args[0].shape:
             raise Disagreement("draws other noise than one replacement per expert and modality")
         return self.left.pop(0)
-
-
-def compare(
-    layer: nn.Module,
-    spec: LayerSpec,
-    adopt: Callable[[nn.Module], nn.Module],
-    case: Case | None = None,
-) -> Comparison:
-    """Compare a layer with its fast replacement, in eval mode.
-
-    Every view, the weights, the losses and inference are compared, each with the budget that
-    `swap_outputs` states. Not compared are gate losses, of which the original keeps its last
-    modality's, and which rows of a sparse MLP are dropped, which the original does not do the same
-    way twice: no capacity is reached here. Where the original does not run in its own dtype (the published layer
-    adds float32 positions, which its bfloat16 and float16 weights refuse), the reference layer's
-    error takes the place of its own.
-
-    Args:
-        layer: the original; not run and not changed.
-        spec: its description.
-        adopt: makes the fast layer on the parameters of a layer.
-        case: a call to compare on, its first samples only; random inputs, with and without masks,
-            when None.
-
-    Raises:
-        Disagreement: with the reason.
-        UnsupportedMLP: sparse MLPs of FastMoE's own code, where they must not be run.
-    """
-    check_can_run(layer)
-    parameter = next(layer.parameters())
-    device, dtype = parameter.device, parameter.dtype
-    cases = random_cases(spec) if case is None else [_few_samples(case, spec)]
-    original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
-    peer: nn.Module = original
-    fast = adopt(layer).eval()
-    for module in (original, exact, fast):
-        lift_capacity(module)
-    errors: dict[str, float] = {}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for one in cases:
-            at = _moved(one, device, dtype)
-            noise = _noise(at, spec.num_experts)
-            precise = _original(exact, _moved(at, device, torch.float64), noise, spec)
-            try:
-                own = _original(peer, at, noise, spec)
-            except Exception:
-                if dtype not in (torch.bfloat16, torch.float16):
-                    raise
-                peer = _reference_copy(layer, spec)
-                own = _original(peer, at, noise, spec)
-            found = _fast(fast, at, noise, spec)
-            for group in precise.groups:
-                error = within_budget(group, found, own, precise, dtype)
-                errors[group] = max(errors.get(group, 0.0), error)
-            check_own_losses(precise)
-            check_fast_losses(found, dtype)
-            error = largest(found.losses, precise.losses)
-            errors["losses"] = max(errors.get("losses", 0.0), error)
-        first = _moved(cases[0], device, dtype)
-        speed_up = _speed_up(original, fast, first) if peer is original else None
-    return Comparison(errors, speed_up)
-
-
-def bare_copy(layer: nn.Module) -> nn.Module:
-    """The layer on deep copies of its submodules, with no hook of the layer copied.
-
-    Tensors that a forward left behind (attention maps) are shared: they may be large, and deepcopy
-    refuses those that have a gradient history.
-    """
-    left_behind = {
-        id(value): value.detach()
-        for part in layer.modules()
-        for held in vars(part).values()
-        for value in (held if isinstance(held, list) else [held])
-        if isinstance(value, Tensor)
-    }
-    clone = copy.copy(layer)
-    for name, empty in vars(nn.Module()).items():
-        if isinstance(empty, dict):
-            clone.__dict__[name] = type(empty)()
-    for name, child in layer.named_children():
-        clone.add_module(name, copy.deepcopy(child, left_behind))
-    return clone
-
-
-def random_cases(spec: LayerSpec) -> list[Case]:
-    """Two samples of N(0, 1) tokens: ragged and partly padded ones, then without masks."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = [
-        spec.num_patches or RANDOM_LENGTHS[m % len(RANDOM_LENGTHS)]
-        for m in range(spec.num_modalities)
-    ]
-    inputs = [torch.randn(2, n, spec.hidden_dim, generator=generator) for n in lengths]
-    if spec.compat == "i2moe":
-        return [Case(inputs, None)]
-    masks = [torch.ones(2, n, dtype=torch.bool) for n in lengths]
-    for m, mask in enumerate(masks):
-        mask[1, (mask.shape[1] + 1) // 2 :] = False
-        if m == spec.num_modalities - 1:
-            mask[1] = False
-    return [Case(inputs, list(masks)), Case(inputs, None)]
-
-
-def capture(
-    model: nn.Module, layers: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]
-) -> dict[int, Case]:
-    """Run the model in eval mode and keep the first call of each layer, by id(layer).
-
-    Calls of forward and of inference are seen. Modes are restored and no gradient is recorded. The
-    model's own hooks fire, and an error of the model is the caller's.
-    """
-    seen: dict[int, Case] = {}
-    modes = [(part, part.training) for part in model.modules()]
-    undo: list[Callable[[], object]] = []
-    for layer in layers:
-        undo += _watch(layer, seen)
-    try:
-        for part, _ in modes:
-            part.training = False
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        for step in undo:
-            step()
-    return seen
-
-
-def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], object]]:
-    """Let a copy answer the layer's calls and record them; yields what undoes it."""
-    clone = bare_copy(layer).eval()
-
-    def recording(answer: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(("inputs", "masks"), args, strict=False)) | kwargs
-            if id(layer) not in seen:
-                # "inp" is what a sparse MLP calls its input.
-                inputs = given.get("inputs", given.get("inp"))
-                seen[id(layer)] = Case(_tensors(inputs), _masks(given.get("masks")))
-            return answer(*args, **kwargs)
-
-        return recorded
-
-    for method in ("forward", "inference"):
-        if callable(answer := getattr(clone, method, None)):
-            layer.__dict__[method] = recording(answer)
-            yield partial(layer.__dict__.pop, method)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """Copies of tensors or of one, none of anything else: the comparison will then say so."""
-    if isinstance(values, Tensor):
-        values = [values]
-    if not isinstance(values, list | tuple) or not all(isinstance(x, Tensor) for x in values):
-        return []
-    return [x.detach().clone() for x in values]
-
-
-def _masks(masks: Any) -> list[Tensor | None] | None:
-    if masks is None:
-        return None
-    if not isinstance(masks, list | tuple):
-        return []
-    return [m.detach().clone() if isinstance(m, Tensor) else None for m in masks]
-
-
-def _few_samples(case: Case, spec: LayerSpec) -> Case:
-    """The first samples with any valid token: of the others the original makes NaN."""
-    shapes = [tuple(x.shape) for x in case.inputs]
-    if len(shapes) != spec.num_modalities or any(len(shape) != 3 for shape in shapes):
-        raise Disagreement(
-            f"was called with inputs of shapes {shapes}, expected {spec.num_modalities} sequences "
-            f"(B, L, {spec.hidden_dim})"
-        )
-    given = [None] * len(shapes) if case.masks is None else case.masks
-    if len(given) != len(shapes):
-        raise Disagreement(f"was called with {len(given)} masks for {len(shapes)} modalities")
-    valid = torch.zeros(shapes[0][0], dtype=torch.bool)
-    for x, mask in zip(case.inputs, given, strict=True):
-        present = torch.ones(x.shape[:2]) if mask is None else mask.cpu() != 0
-        valid |= present.bool().any(dim=1)
-    keep = valid.nonzero().flatten()[:MAX_SAMPLES]
-    if not len(keep):
-        raise Disagreement("the captured call has no sample with a valid token to compare on")
-    masks = case.masks
-    return Case(
-        [x[keep.to(x.device)] for x in case.inputs],
-        None if masks is None else [None if m is None else m[keep.to(m.device)] for m in masks],
-    )
-
-
-def _moved(case: Case, device: torch.device, dtype: torch.dtype) -> Case:
-    masks = case.masks
-    return Case(
-        [x.to(device, dtype) for x in case.inputs],
-        None if masks is None else [None if m is None else m.to(device) for m in masks],
-    )
 
 
 def _noise(case: Case, num_experts: int) -> list[list[Tensor]]:
@@ -285,8 +162,8 @@ def _noise(case: Case, num_experts: int) -> list[list[Tensor]]:
 
 def _reference_copy(layer: nn.Module, spec: LayerSpec) -> nn.Module:
     reference = build_like(spec)
-    reference.load_state_dict(bare_copy(layer).state_dict())
-    lift_capacity(reference)
+    reference.load_state_dict(layer.state_dict())
+    _lift_capacity(reference)
     return reference.to(next(layer.parameters())).eval()
 
 
@@ -299,7 +176,7 @@ def _call(function: Callable[..., Any], case: Case) -> Any:
     return function(list(case.inputs))
 
 
-def _original(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
+def _run_original(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
     given = _GivenNoise([x.to(case.inputs[0].dtype) for expert in noise for x in expert])
     try:
         with given:
@@ -314,7 +191,7 @@ def _original(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec
     return collect(result, inferred, spec)
 
 
-def _fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
+def _run_fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
     try:
         result = layer(list(case.inputs), case.masks, replacements=noise)
         inferred = layer.inference(list(case.inputs), case.masks)
@@ -323,24 +200,48 @@ def _fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) ->
     return collect(result, inferred, spec)
 
 
-def _speed_up(original: Any, fast: Any, case: Case) -> float | None:
-    if not hasattr(original, "inference"):
-        return None
-    calls = (partial(_call, layer.inference, case) for layer in (original, fast))
-    return times_faster(*calls, on=case.inputs[0].device)
+def _tokens(case: Case | None, spec: RoutedSpec) -> Tensor:
+    """(N, D)."""
+    if case is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(RANDOM_TOKENS, spec.d_model, generator=generator)
+    shapes = [tuple(x.shape) for x in case.inputs]
+    if len(shapes) != 1 or not shapes[0] or shapes[0][-1] != spec.d_model:
+        raise Disagreement(
+            f"was called with inputs of shapes {shapes}, expected one (..., {spec.d_model})"
+        )
+    return case.inputs[0].reshape(-1, spec.d_model)[:MAX_TOKENS]
 
 
-def times_faster(
-    original: Callable[[], Any], fast: Callable[[], Any], *, on: torch.device
-) -> float:
-    """How many times faster one call is than the other, by medians of a few interleaved calls of each."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(TIMED_CALLS + 1):
-        for call, record in zip((original, fast), seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            if on.type == "cuda":
-                torch.cuda.synchronize(on)
-            if turn:
-                record.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]) / statistics.median(seconds[1])
+def _clear_choices(logits: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
+    """(N) bool: whether the gap between the last chosen expert and the next one exceeds rounding; logits (N, E).
+
+    Rounding is relative to the token's own largest logit: a token of a large norm says nothing about the others.
+    """
+    if top_k == logits.shape[1] or not len(logits):
+        return torch.ones_like(logits[:, 0], dtype=torch.bool)
+    ordered = logits.sort(dim=1, descending=True).values
+    rounding = CLEAR_CHOICE * torch.finfo(dtype).eps * logits.abs().amax(dim=1)
+    # NaN is kept: the comparison then reports that the outputs are not finite.
+    return ~(ordered[:, top_k - 1] - ordered[:, top_k] <= rounding)
+
+
+def _mlp_outputs(module: Any, x: Tensor, whose: str) -> Outputs:
+    try:
+        result = module(x)
+    except Exception as error:
+        raise Disagreement(f"{whose} fails: {first_line(error)}") from error
+    if not isinstance(result, Tensor) or result.shape != x.shape:
+        found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise Disagreement(f"{whose}: expected an output {tuple(x.shape)}, got {found}")
+    return Outputs({"outputs": [result.double()]}, [], [])
+
+
+def _times_faster(original: Callable[[], Any], fast: Callable[[], Any]) -> float:
+    """How many times faster one call is than the other, by means of a few calls; indicative."""
+    threads = torch.get_num_threads()
+    means = [
+        Timer("call()", globals={"call": call}, num_threads=threads).timeit(TIMED_CALLS).mean
+        for call in (original, fast)
+    ]
+    return means[0] / means[1]

@@ -1,4 +1,4 @@
-"""Files of checkpoints: read without running anything, written whole or not at all."""
+"""Checkpoint files: read without unpickling, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.files import write_whole
+
 MODEL_KEY = "ensemble_model"
 CONFIG_KEY = "flmoe_config"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-LISTED = 20
+MAX_LISTED = 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: one line that names the file and what is wrong with it."""
+    """A checkpoint that cannot be used; one line with the file and the problem."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
         super().__init__(" ".join(f"{os.fspath(path)}: {problem}".split()))
@@ -29,6 +31,15 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFile:
+    """The contents of a checkpoint file.
+
+    Attributes:
+        path: where it was read.
+        state_dict: the layer's, without DataParallel's "module." prefix.
+        config: the settings that `write` added, empty where there are none.
+        others: what else the file holds, kept for writing.
+    """
+
     path: Path
     state_dict: dict[str, Tensor]
     config: dict[str, Any]
@@ -36,6 +47,11 @@ class CheckpointFile:
 
 
 def read(path: Path) -> CheckpointFile:
+    """Read a file of torch.save or a .safetensors file; nothing is unpickled but tensors.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one that does not hold a state_dict.
+    """
     if path.is_dir():
         raise CheckpointError(path, "is a folder, expected a checkpoint file")
     if not path.exists():
@@ -65,7 +81,7 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch refuses every global that is not needed for tensors, and names it so.
+        # torch refuses, and names, every global that tensors do not need.
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
                 path,
@@ -75,7 +91,7 @@ def _read_torch(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        # The readers of archive and pickle raise many kinds of error on damaged files.
+        # On damaged files the readers of archives and pickles raise many kinds of errors.
         raise CheckpointError(path, "not a PyTorch checkpoint, or a truncated one") from error
 
 
@@ -102,13 +118,18 @@ def _unprefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def listed(items: Iterable[str]) -> str:
-    every = list(items)
-    more = f" and {len(every) - LISTED} more" if len(every) > LISTED else ""
-    return ", ".join(every[:LISTED]) + more
+    """The first items in one line, and how many more there are."""
+    names = list(items)
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
-    """Where to write, refused before any work where that cannot succeed."""
+    """The path to write to.
+
+    Raises:
+        CheckpointError: the path cannot be written; raised before any other work is done.
+    """
     known = file.path.suffix in SUFFIXES
     name = (file.path.stem if known else file.path.name) + ".flmoe.pt"
     target = file.path.with_name(name) if out is None else Path(out)
@@ -128,27 +149,21 @@ def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
 
 
 def write(target: Path, file: CheckpointFile, config: dict[str, Any]) -> None:
+    """Write the state dict and the settings; the file appears whole or not at all."""
     state = {key: value.detach().clone().contiguous() for key, value in file.state_dict.items()}
-    save: Callable[[Path], None]
-    if target.suffix == ".safetensors":
-        try:
+
+    def save(path: Path) -> None:
+        if target.suffix == ".safetensors":
             from safetensors.torch import save_file
-        except ModuleNotFoundError as error:
-            raise CheckpointError(target, "needs a package: pip install safetensors") from error
 
-        def save(path: Path) -> None:
             save_file(state, path, metadata={CONFIG_KEY: json.dumps(config)})
-    else:
+            return
+        with path.open("wb") as stream:
+            torch.save({**file.others, MODEL_KEY: state, CONFIG_KEY: config}, stream)
 
-        def save(path: Path) -> None:
-            with path.open("wb") as stream:
-                torch.save({**file.others, MODEL_KEY: state, CONFIG_KEY: config}, stream)
-
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save(temporary)
-        os.replace(temporary, target)
+        write_whole(target, save)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(target, "needs a package: pip install safetensors") from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(target, f"cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

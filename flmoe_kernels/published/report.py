@@ -1,21 +1,19 @@
-"""What `swap` reports: what was replaced, how far it is from the original, what was left and why."""
+"""The report of `swap`: replaced layers with their errors, and layers left as they were, with the reason."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
-from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP
+from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, RoutedSpec
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from .compare import Comparison
+from .recognise import LAYER_NAMES
 
-LAYER_NAMES = (InteractionMoE.__name__, ReferenceInteractionMoE.__name__)
 NOTE = (
     "Errors are the largest absolute differences from the original in float64. How much faster is "
     "indicative: a few inference calls on the inputs of the check."
@@ -30,10 +28,9 @@ MLP_NOTE = (
 class SwappedLayer:
     """One layer that was replaced; name lists every place that held it.
 
-    inputs says what the two were compared on: "random", "given", or "-" for nothing. Errors are the
-    largest absolute differences from the original run in float64; None where
-    nothing was checked, and latents_error where the variant returns no latents. speed_up is
-    indicative, None where nothing was timed.
+    inputs: what the two were compared on: "random", "given", or "-" for nothing. Errors are the largest absolute
+    differences from the original run in float64; None where nothing was checked, and latents_error where the
+    variant returns no latents. speed_up is indicative, None where nothing was timed.
     """
 
     name: str
@@ -46,13 +43,26 @@ class SwappedLayer:
     losses_error: float | None
     speed_up: float | None
 
+    @classmethod
+    def of(cls, name: str, spec: LayerSpec, inputs: str, result: Comparison) -> SwappedLayer:
+        return cls(
+            name,
+            spec.compat,
+            spec.num_experts,
+            inputs,
+            logits_error=result.errors.get("logits"),
+            weights_error=result.errors.get("weights"),
+            latents_error=result.errors.get("latents"),
+            losses_error=result.errors.get("losses"),
+            speed_up=result.speed_up,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class SwappedMLP:
-    """One sparse MLP that was replaced where it stands outside of any interaction layer.
+    """One sparse MLP outside of any interaction layer that was replaced.
 
-    gate is its gate's published class name; the rest is as in SwappedLayer. The error is that of the output
-    in eval mode with capacities lifted, see `swap_mlp.compare`.
+    gate is the published class name of its gate; the rest is as in SwappedLayer.
     """
 
     name: str
@@ -62,6 +72,11 @@ class SwappedMLP:
     inputs: str
     output_error: float | None
     speed_up: float | None
+
+    @classmethod
+    def of(cls, name: str, spec: RoutedSpec, inputs: str, result: Comparison) -> SwappedMLP:
+        sizes = (spec.gate, spec.num_expert, spec.top_k)
+        return cls(name, *sizes, inputs, result.errors.get("outputs"), result.speed_up)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,23 +122,6 @@ class SwapReport:
             blocks.append("\n".join(lines))
         return "\n\n".join([*blocks, *self._notes()])
 
-    def __rich__(self) -> RenderableType:
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        parts: list[RenderableType] = [Text(self._summary())]
-        for columns, rows in self._tables():
-            table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-            for i, column in enumerate(columns):
-                table.add_column(column, overflow="fold", no_wrap=0 < i < len(columns) - 1)
-            for row in rows:
-                table.add_row(*(Text(cell) for cell in row))
-            parts.append(table)
-        parts += [Text(note, style="dim") for note in self._notes()]
-        return Group(*parts)
-
     def _summary(self) -> str:
         number = len(self.swapped) + len(self.swapped_mlps)
         if not number and not self.left:
@@ -144,46 +142,17 @@ class SwapReport:
             yield columns, [_cells(entry) for entry in self.swapped]
         if self.swapped_mlps:
             columns = ["swapped", "gate", "experts", "top k", "inputs", "output", "faster"]
-            yield columns, [_mlp_cells(entry) for entry in self.swapped_mlps]
+            yield columns, [_cells(entry) for entry in self.swapped_mlps]
         if self.left:
-            yield (
-                ["left", "class", "reason"],
-                [[entry.name, entry.class_name, entry.reason] for entry in self.left],
-            )
+            yield ["left", "class", "reason"], [_cells(entry) for entry in self.left]
 
 
-def _cells(entry: SwappedLayer) -> list[str]:
-    errors = (
-        entry.logits_error,
-        entry.weights_error,
-        entry.latents_error,
-        entry.losses_error,
-    )
+def _cells(entry: SwappedLayer | SwappedMLP | LeftLayer) -> list[str]:
+    """The values of an entry, in the order of its fields, as text."""
+    formats = {"speed_up": "{:.1f}x"} | {
+        field.name: "{:.1e}" for field in dataclasses.fields(entry) if "_error" in field.name
+    }
     return [
-        entry.name,
-        entry.compat,
-        str(entry.experts),
-        entry.inputs,
-        *map(_error, errors),
-        _faster(entry.speed_up),
+        "-" if value is None else formats.get(name, "{}").format(value)
+        for name, value in vars(entry).items()
     ]
-
-
-def _mlp_cells(entry: SwappedMLP) -> list[str]:
-    return [
-        entry.name,
-        entry.gate,
-        str(entry.experts),
-        str(entry.top_k),
-        entry.inputs,
-        _error(entry.output_error),
-        _faster(entry.speed_up),
-    ]
-
-
-def _error(error: float | None) -> str:
-    return "-" if error is None else f"{error:.1e}"
-
-
-def _faster(speed_up: float | None) -> str:
-    return "-" if speed_up is None else f"{speed_up:.1f}x"

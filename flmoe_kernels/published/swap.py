@@ -1,37 +1,29 @@
-"""The published layer out, the fast one in, inside any model."""
+"""Published layers replaced by fast ones, inside any model or in a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.structure import (
-    LayerSpec,
-    UnsupportedLayer,
-    check_state,
-    describe,
-)
-from flmoe_kernels.layers.routed_mlp import structure as sparse
-from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec
+from flmoe_kernels.layers.parts import UnsupportedLayer
 
-from . import compare_mlp as swap_mlp
-from .compare import Case, Comparison, capture, compare
-from .copies import check_can_run
-from .outputs import Disagreement, first_line
-from .report import LAYER_NAMES as LAYER_NAMES
-from .report import LeftLayer as LeftLayer
-from .report import SwappedLayer as SwappedLayer
-from .report import SwappedMLP as SwappedMLP
-from .report import SwapReport as SwapReport
+from .agreement import Disagreement, first_line
+from .calls import Case, capture
+from .compare import Comparison, compare
+from .convert import adopt, convert_state, make_layer, take_over
+from .file import CheckpointError, read, target_of, write
+from .infer import in_words, infer, infer_settings
+from .recognise import Place, check_can_run, find_layers, recognise
+from .report import LeftLayer, SwappedLayer, SwappedMLP, SwapReport
 
 ROOT = "(the model)"
-MODULE_STATE = frozenset(vars(nn.Module()))
 
 
 def swap(
@@ -46,12 +38,12 @@ def swap(
     layer that is not supported, or on which the two disagree, is left exactly as it was, with the
     reason. Swap before torch.compile. The parts inside the fast layer are the reference's, which
     hold the parameters; the published attention's `last_attn` is not among them: no map is ever
-    stored. A FMoETransformerMLP outside of an interaction layer becomes a RoutedMLP; how its gates
-    differ from the published ones is told in docs/fastmoe.md.
+    stored. A FMoETransformerMLP outside of an interaction layer becomes a RoutedMLP; docs/fastmoe.md
+    states how its gates differ from the published ones.
 
     Args:
         model: any module; when it is itself the layer, use `report.model` afterwards.
-        check: compare each layer with its replacement first (see `swap_check.compare`).
+        check: compare each layer with its replacement first (see `compare`).
         inputs: what to run the model on, so that each layer is compared on its own inputs: a tuple
             of positional arguments, a dict of keyword arguments, or one argument that is neither. A
             layer that is not reached is compared on random inputs, as all are without this. Where a
@@ -69,16 +61,11 @@ def swap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     holder = [model]
-    found: dict[int, list[_Site]] = {}
-    for site in _sites(model, "", partial(holder.__setitem__, 0), None, set()):
-        if _is_candidate(site.module):
-            found.setdefault(id(site.module), []).append(site)
-    outcomes: list[SwappedLayer | SwappedMLP | LeftLayer] = []
+    layers = find_layers(model, partial(holder.__setitem__, 0))
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
-        calls = _calls(model, found, inputs, masks) if check and inputs is not None else {}
-        for sites in found.values():
-            outcomes.append(_replace(sites, check, calls.get(id(sites[0].module))))
+        calls = _calls(model, layers, inputs, masks) if check and inputs is not None else {}
+        outcomes = [_replace(places, check, calls.get(id(places[0].module))) for places in layers]
     return SwapReport(
         holder[0],
         swapped=tuple(entry for entry in outcomes if isinstance(entry, SwappedLayer)),
@@ -87,175 +74,117 @@ def swap(
     )
 
 
-def _replace(
-    sites: list[_Site], check: bool, case: Case | None
-) -> SwappedLayer | SwappedMLP | LeftLayer:
-    """Put a fast layer in every place of one layer, or nothing in any."""
-    layer, name = sites[0].module, ", ".join(site.path or ROOT for site in sites)
-    inputs = "-" if not check else "random" if case is None else "given"
-    entry: SwappedLayer | SwappedMLP
-    fast: nn.Module
-    try:
-        spec = _supported(sites)
-        if isinstance(spec, LayerSpec):
-            result = compare(layer, spec, InteractionMoE.adopt, case) if check else None
-            fast, entry = InteractionMoE.adopt(layer), _entry(name, spec, result, inputs)
-        else:
-            found = swap_mlp.compare(layer, spec, RoutedMLP.adopt, case) if check else None
-            fast, entry = RoutedMLP.adopt(layer), _mlp_entry(name, spec, found, inputs)
-    except (UnsupportedLayer, sparse.UnsupportedMLP, Disagreement) as reason:
-        return LeftLayer(name, type(layer).__name__, str(reason))
-    except Exception as error:
-        # Whatever the layer's own code raises on a copy is a reason to leave it, not to stop.
-        return LeftLayer(name, type(layer).__name__, f"the check failed: {first_line(error)}")
-    _take_over(layer, fast)
-    for site in sites:
-        site.assign(fast)
-    return entry
-
-
-def _entry(name: str, spec: LayerSpec, result: Comparison | None, inputs: str) -> SwappedLayer:
-    errors = {} if result is None else result.errors
-    return SwappedLayer(
-        name=name,
-        compat=spec.compat,
-        experts=spec.num_experts,
-        inputs=inputs,
-        logits_error=errors.get("logits"),
-        weights_error=errors.get("weights"),
-        latents_error=errors.get("latents"),
-        losses_error=errors.get("losses"),
-        speed_up=None if result is None else result.speed_up,
-    )
-
-
-def _mlp_entry(
-    name: str, spec: sparse.RoutedSpec, result: Comparison | None, inputs: str
-) -> SwappedMLP:
-    return SwappedMLP(
-        name=name,
-        gate=spec.gate,
-        experts=spec.num_expert,
-        top_k=spec.top_k,
-        inputs=inputs,
-        output_error=None if result is None else result.errors["outputs"],
-        speed_up=None if result is None else result.speed_up,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """One place that refers to a module, with what puts another module there."""
-
-    path: str
-    module: nn.Module
-    assign: Callable[[nn.Module], None]
-    parent: nn.Module | None
-
-
-def _sites(
-    value: Any,
-    path: str,
-    assign: Callable[[Any], None],
-    parent: nn.Module | None,
-    seen: set[int],
-) -> Iterator[_Site]:
-    """Every place at and below value that refers to a module, but for those inside a candidate."""
-    if isinstance(value, nn.Module):
-        yield _Site(path, value, assign, parent)
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        if _is_candidate(value):
-            return
-        inside: list[tuple[Any, Any, dict | list]] = [
-            (key, child, value.__dict__)
-            for key, child in vars(value).items()
-            if key not in MODULE_STATE
-        ]
-        inside += [(key, child, value._modules) for key, child in value._modules.items()]
-        parent = value
-    else:
-        keyed = enumerate(value) if isinstance(value, list) else value.items()
-        inside = [(key, child, value) for key, child in keyed]
-    for key, child, held_by in inside:
-        if not isinstance(child, nn.Module | list | dict):
-            continue
-        below = f"{path}.{key}" if path else str(key)
-        yield from _sites(child, below, partial(held_by.__setitem__, key), parent, seen)
-
-
-def _is_candidate(module: nn.Module) -> bool:
-    names = {base.__name__ for base in type(module).__mro__}
-    return not names.isdisjoint((*LAYER_NAMES, sparse.SPARSE_MLP))
-
-
-def _supported(sites: list[_Site]) -> LayerSpec | sparse.RoutedSpec:
-    """The description of a layer that may be replaced; UnsupportedLayer or -MLP with the reason if not."""
-    layer = sites[0].module
-    if isinstance(layer, InteractionMoE):
-        raise UnsupportedLayer("already fast")
-    name = type(layer).__name__
-    if name not in (*LAYER_NAMES, sparse.SPARSE_MLP):
-        raise UnsupportedLayer("a subclass of the layer, whose own methods would be lost")
-    if any(type(site.parent).__name__ == "OptimizedModule" for site in sites):
-        raise UnsupportedLayer("the layer is compiled: swap first, then compile")
-    if name == sparse.SPARSE_MLP:
-        sparse.check_state(layer)
-        return sparse.describe(layer)
-    spec = describe(layer)
-    check_state(layer)
-    return spec
-
-
-def _calls(
-    model: nn.Module, found: dict[int, list[_Site]], inputs: Any, masks: Any
-) -> dict[int, Case]:
-    """The first call of every supported layer when the model runs on the given inputs; none if it must not."""
-    layers = []
-    for sites in found.values():
-        if not _can_run(sites[0].module):
+def _calls(model: nn.Module, layers: list[list[Place]], inputs: Any, masks: Any) -> dict[int, Case]:
+    """The first call of every supported layer when the model runs on the inputs; none if it must not run."""
+    supported = []
+    for places in layers:
+        try:
+            check_can_run(places[0].module)
+        except UnsupportedLayer:
             return {}
         try:
-            _supported(sites)
-        except (UnsupportedLayer, sparse.UnsupportedMLP):
+            recognise(places)
+        except UnsupportedLayer:
             continue
-        layers.append(sites[0].module)
+        supported.append(places[0].module)
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, dict) else {}
     if masks is not None:
         kwargs["masks"] = masks
-    return capture(model, layers, args, kwargs) if layers else {}
+    return capture(model, supported, args, kwargs) if supported else {}
 
 
-def _can_run(layer: nn.Module) -> bool:
-    if next(layer.parameters(), None) is None:
-        return True
+def _replace(
+    places: list[Place], check: bool, case: Case | None
+) -> SwappedLayer | SwappedMLP | LeftLayer:
+    """Put a fast layer in every place of one layer, or nothing in any."""
+    layer, name = places[0].module, ", ".join(place.path or ROOT for place in places)
+    inputs = "-" if not check else "random" if case is None else "given"
+    entry: SwappedLayer | SwappedMLP
     try:
-        check_can_run(layer)
-    except sparse.UnsupportedMLP:
-        return False
-    return True
+        spec = recognise(places)
+        result = compare(layer, spec, case) if check else Comparison({}, None)
+        if isinstance(spec, LayerSpec):
+            entry = SwappedLayer.of(name, spec, inputs, result)
+        else:
+            entry = SwappedMLP.of(name, spec, inputs, result)
+        fast = adopt(layer, spec)
+    except (UnsupportedLayer, Disagreement) as reason:
+        return LeftLayer(name, type(layer).__name__, str(reason))
+    except Exception as error:
+        # Whatever the layer's own code raises on a copy is a reason to leave it, not to stop.
+        return LeftLayer(name, type(layer).__name__, f"the check failed: {first_line(error)}")
+    take_over(layer, fast)
+    for place in places:
+        place.assign(fast)
+    return entry
 
 
-def _take_over(layer: nn.Module, fast: nn.Module) -> None:
-    """Give the fast layer the hooks and plain attributes of the layer.
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `swap_checkpoint` did: the written file, the settings, and the report of the check."""
 
-    The dictionaries of hooks move as they are, so that handles made before the swap still remove
-    their hooks. Hooks that torch bound to the layer are bound to the fast one.
+    source: Path
+    out: Path
+    architecture: Architecture
+    num_heads: int
+    temperature: float
+    report: SwapReport
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "source": str(self.source),
+            "out": str(self.out),
+            "architecture": dataclasses.asdict(self.architecture),
+            "num_heads": self.num_heads,
+            "temperature": self.temperature,
+            **self.report.as_dict(),
+        }
+
+    def summary(self) -> str:
+        """What was read, the settings that no checkpoint holds, and what was written."""
+        settings = f"{self.num_heads} heads, temperature {self.temperature:g}"
+        sparse = self.architecture.sparse
+        if sparse is not None:
+            settings += f", top {sparse.top_k} of a {sparse.gate}"
+        return (
+            f"Read {self.source}: {in_words(self.architecture)}.\n"
+            f"Assumed, as parameters do not show it: {settings}.\nWrote {self.out}."
+        )
+
+
+def swap_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    num_heads: int | None = None,
+    temperature: float | None = None,
+    gate: str | None = None,
+    top_k: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Conversion:
+    """Check that the fast layer computes the same as a checkpoint's; write it with its settings.
+
+    The written file holds {"ensemble_model": state_dict, "flmoe_config": settings} and what else
+    the checkpoint held; it loads in the published layer as well. It appears whole or not at all.
+
+    Args:
+        path, gate, top_k: see `load_checkpoint`.
+        num_heads, temperature: see `load_layer`.
+        out: file to write, .safetensors or torch.save's format; default beside the checkpoint, with
+            the suffix .flmoe.pt.
+
+    Raises:
+        CheckpointError: as load_layer, the two layers disagree, or the file cannot be written.
     """
-    for name in MODULE_STATE:
-        hooks = layer.__dict__[name]
-        if name.endswith("_hook"):
-            fast.__dict__[name] = hooks
-        elif "_hooks" in name:
-            hooks.update(fast.__dict__[name])
-            fast.__dict__[name] = hooks
-    bound = fast.__dict__["_load_state_dict_pre_hooks"]
-    for key, hook in bound.items():
-        if getattr(hook, "with_module", False):
-            bound[key] = type(hook)(hook.hook, fast)
-    for name, value in vars(layer).items():
-        if not name.startswith("_") and not hasattr(fast, name):
-            fast.__dict__[name] = value
+    file = read(Path(path))
+    architecture = infer(file, gate, top_k)
+    state = convert_state(file, architecture)
+    heads, scale = infer_settings(file, num_heads, temperature)
+    target = target_of(file, out)
+    report = swap(make_layer(file.path, state, architecture, heads, scale))
+    if report.left:
+        raise CheckpointError(path, f"not converted: {report.left[0].reason}")
+    config = {**dataclasses.asdict(architecture), "num_heads": heads, "temperature": scale}
+    write(target, dataclasses.replace(file, state_dict=state), config)
+    return Conversion(file.path, target, architecture, heads, scale, report)

@@ -1,4 +1,4 @@
-"""The commands that show and clear what autotune found."""
+"""The commands that show and clear saved autotuning results."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from flmoe_kernels.core.triton.tuning import cache
-from flmoe_kernels.core.triton.tuning.finding import encode
-from tests.support.tuning_trials import FOUND
+from tests.support.tuning_trials import RESULT
 
 
 def test_a_folder_that_cannot_be_named_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,8 +28,8 @@ def test_show_and_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     runner = pytest.importorskip("typer.testing").CliRunner()
     from flmoe_kernels.cli.tune import app
 
-    assert "nothing found yet" in runner.invoke(app, ["show"]).stdout
-    cache.write(FOUND)
+    assert "no results in" in runner.invoke(app, ["show"]).stdout
+    cache.write(RESULT)
     (folder / f"{'0' * 32}.json").write_text("{")
     (folder / "notes.txt").write_text("mine")
     result = runner.invoke(app, ["show"], env={"COLUMNS": "200"})
@@ -39,7 +38,7 @@ def test_show_and_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert text in result.stdout
     assert "no JSON" in result.stderr
     printed = json.loads(runner.invoke(app, ["show", "--json"]).stdout)
-    assert printed["findings"] == [json.loads(encode(FOUND))]
-    assert "removed 2 findings" in runner.invoke(app, ["clear"]).stdout
+    assert printed["results"] == [json.loads(cache.encode(RESULT))]
+    assert "removed 2 results" in runner.invoke(app, ["clear"]).stdout
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
-    assert "removed 0 findings" in runner.invoke(app, ["clear"]).stdout
+    assert "removed 0 results" in runner.invoke(app, ["clear"]).stdout

@@ -22,6 +22,7 @@ from flmoe_kernels import (
     use_backend,
 )
 from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core import native as loading
 from tests.support.inputs import cumulative, draw
 from tests.support.layers import LayerCase
 
@@ -144,7 +145,7 @@ def test_the_chosen_backend_is_the_one_that_runs(op: str, monkeypatch: pytest.Mo
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError("the kernels ran")
 
-    monkeypatch.setattr(backends, "_native", Broken())
+    monkeypatch.setattr(loading, "_module", Broken())
     call(op, "reference")
     with use_backend("reference"):
         call(op)
@@ -155,8 +156,8 @@ def test_the_chosen_backend_is_the_one_that_runs(op: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("op", ["expert_attention", "interaction_moe"])
 def test_without_the_native_module(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_native", None)
-    monkeypatch.setattr(backends, "_native_reason", "it was not built")
+    monkeypatch.setattr(loading, "_module", None)
+    monkeypatch.setattr(loading, "_reason", "it was not built")
     assert call(op).isfinite().all()
     assert available_backends() == ("reference",)
     assert backends.instruction_set() == "none"
@@ -202,7 +203,8 @@ def test_unknown_names() -> None:
 
 CHOICE = """
 import torch
-from flmoe_kernels import backend, use_backend
+from flmoe_kernels import use_backend
+from flmoe_kernels.core import backend
 print(backend.choose("interaction_moe", torch.zeros(1)))
 with use_backend("cpu"):
     print(backend.choose("interaction_moe", torch.zeros(1)))
@@ -225,7 +227,7 @@ def test_environment_variable() -> None:
 
 def test_an_instruction_set_that_cannot_be_had() -> None:
     """An unknown FLMOE_ISA leaves no cpu backend, with the reason."""
-    code = "import flmoe_kernels as f; print(f.backend.backend_status()['cpu'])"
+    code = "from flmoe_kernels.core import backend; print(backend.backend_status()['cpu'])"
     result = run_python(code, FLMOE_ISA="sse9")
     assert result.returncode == 0, result.stderr
     assert "False" in result.stdout

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core import backend as backends
-from flmoe_kernels.ops.routed_mlp import cuda
-from flmoe_kernels.ops.routed_mlp.api import dispatch, gate
+from flmoe_kernels.core import native as loading
+from flmoe_kernels.ops.routing import cuda
+from flmoe_kernels.ops.routing.api import dispatch, gate
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ON_GPU, WHY_NOT = backends.backend_status()["cuda"]
@@ -38,7 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answe
         setattr(fake, name, lambda *_device, answer=answer: answer)
     fake.instruction_set = lambda: "baseline"  # type: ignore[attr-defined]
     fake.parallel_pool = lambda: "openmp"  # type: ignore[attr-defined]
-    monkeypatch.setattr(backends, "_native", fake)
+    monkeypatch.setattr(loading, "_module", fake)
     monkeypatch.setattr(backends, "_triton_status", lambda: (False, "it is not here"))
     monkeypatch.setattr(torch.version, "cuda", "13.0" if torch_has_one else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_one)
@@ -118,7 +119,7 @@ def test_a_device_is_asked_anew_and_once_for_a_choice(monkeypatch: pytest.Monkey
         asked.append(device)
         return answers[min(len(asked), 2) - 1]
 
-    monkeypatch.setattr(backends._native, "cuda_probe", probe)
+    monkeypatch.setattr(loading._module, "cuda_probe", probe)
     assert backends.choose("routing", on_cuda()) == "reference"
     assert backends.choose("routing", on_cuda()) == "cuda"
     assert asked == [0, 0]
@@ -144,7 +145,7 @@ def test_the_question_does_not_break_a_trace() -> None:
     """The compiler cannot look into the native module, and choices are made while it traces."""
 
     def ask(x: Tensor) -> Tensor:
-        return x + len(backends._cuda_lack()) + len(backends._cuda_lack(0))
+        return x + len(loading.cuda_unavailable_reason()) + len(loading.cuda_unavailable_reason(0))
 
     compiled = torch.compile(ask, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(1)).item() == ask(torch.zeros(1)).item()
@@ -158,12 +159,12 @@ def test_without_a_gpu_the_call_says_why() -> None:
     ):
         with pytest.raises(BackendUnavailable, match="routing: backend 'cuda' was asked for") as e:
             call()
-        assert backends._cuda_lack() in str(e.value)
-        assert backends._cuda_lack() in WHY_NOT
+        assert loading.cuda_unavailable_reason() in str(e.value)
+        assert loading.cuda_unavailable_reason() in WHY_NOT
     # Nowhere to launch on: with a device, though one that torch cannot use, these would be null pointers.
     if native.cuda_build()[0] and native.cuda_devices()[0] == 0:
         with pytest.raises(RuntimeError, match="CUDA: "):
-            native.cuda_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (0, 0))
+            native.cuda_routing_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (0, 0))
 
 
 def after_asking(code: str) -> str:
@@ -203,6 +204,6 @@ def test_asking_leaves_the_current_device() -> None:
     for device in (0, 1):
         with torch.cuda.device(device):
             assert backends.backend_status()["cuda"][0]
-            assert not backends._cuda_lack(1 - device)
+            assert not loading.cuda_unavailable_reason(1 - device)
             assert torch.cuda.current_device() == device
             assert torch.empty(1, device="cuda").device.index == device

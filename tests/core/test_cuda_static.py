@@ -1,22 +1,27 @@
-"""The CUDA part of the native module as it was built: registers, determinism, what it needs to be loaded."""
+"""The CUDA part of the native module as it was built: registers, atomics, what it needs to be loaded.
+
+Reads the machine code with cuobjdump, of NVIDIA's toolkit or of the package triton.
+"""
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from bench.static_cuda import RESULTS, Kernel, atomics, kernels, lack
 from flmoe_kernels.core.backend import native
 
 ARCHITECTURES, REASON = native().cuda_build()
 WITHOUT_CUDA = pytest.mark.skipif(
     not ARCHITECTURES, reason=f"the native module was built without CUDA ({REASON})"
 )
-NO_TOOLS = pytest.mark.skipif(bool(lack()), reason=lack() or "everything is there")
 GATES = [
     (f"Gate<{dtype}, {items}>", 256)
     for dtype in ("float", "double", "BFloat16", "Float16")
@@ -25,54 +30,106 @@ GATES = [
 ROWS = [("CountRows", 256), ("ScanCounters", 256), ("MaskRows", 256)]
 ROWS += [(name, threads) for name in ("KeepRows", "PlaceRows") for threads in (256, 1024)]
 KIB = 1024
+_RESOURCES = re.compile(
+    r"Function (\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) "
+    r"LOCAL:(?P<local>\d+)"
+)
+# routing_kernel<256, flmoe::routing::PlaceRows> of a demangled name.
+_KERNEL = re.compile(r"(\w+)<(\(int\))?(\d+), (.*)>\(")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one architecture: per thread registers and spilled bytes, per block shared bytes."""
+
+    kernel: str
+    threads: int
+    architecture: str
+    registers: int
+    spilled: int
+    shared: int
+
+
+def find_cuobjdump() -> str | None:
+    """cuobjdump on PATH, beside nvcc, or in the package triton; None where there is none."""
+    nvcc, home = shutil.which("nvcc"), os.environ.get("CUDA_HOME")
+    places = [Path(nvcc).resolve().parent] if nvcc else []
+    places += [Path(home) / "bin"] if home else []
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = (shutil.which("cuobjdump", path=str(place)) for place in places)
+    return shutil.which("cuobjdump") or next(filter(None, found), None)
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def dump(option: str) -> str:
+    tool, module = find_cuobjdump(), native().__file__
+    if tool is None or shutil.which("c++filt") is None:
+        pytest.skip("there is no cuobjdump, or no c++filt to read names with")
+    assert module is not None
+    return output(tool, option, module)
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Kernel]:
-    return kernels()
+def kernels() -> list[Kernel]:
+    """Every kernel of the native module, by name and architecture."""
+    found = []
+    for part in dump("--dump-resource-usage").split("Fatbin elf code:")[1:]:
+        label = re.search(r"arch = (sm_\d+)", part)
+        assert label is not None
+        # cuobjdump's versions differ in whether they show the "a" of sm_90a.
+        architecture = f"{label[1]}a" if f"{label[1]}a" in ARCHITECTURES else label[1]
+        for match in _RESOURCES.finditer(part):
+            name = _KERNEL.search(output("c++filt", match[1]))
+            assert name is not None, f"not a kernel of routing: {match[1]}"
+            found.append(
+                Kernel(
+                    re.sub(r"\bflmoe::(\w+::)?", "", name[4]).strip(),
+                    int(name[3]),
+                    architecture,
+                    int(match["registers"]),
+                    int(match["stack"]) + int(match["local"]),
+                    int(match["shared"]),
+                )
+            )
+    return found
 
 
-@NO_TOOLS
-def test_every_kernel_is_there_for_every_architecture(found: list[Kernel]) -> None:
+@WITHOUT_CUDA
+def test_every_kernel_is_there_for_every_architecture(kernels: list[Kernel]) -> None:
     here: dict[str, list[tuple[str, int]]] = {}
-    for kernel in found:
+    for kernel in kernels:
         here.setdefault(kernel.architecture, []).append((kernel.kernel, kernel.threads))
     assert set(here) == set(ARCHITECTURES.split(",")[0].split())
     for names in here.values():
         assert sorted(names) == sorted(GATES + ROWS)
 
 
-@NO_TOOLS
-def test_registers_do_not_spill(found: list[Kernel]) -> None:
-    spilled = {(k.kernel, k.threads, k.architecture): k.spilled for k in found if k.spilled}
+@WITHOUT_CUDA
+def test_registers_do_not_spill(kernels: list[Kernel]) -> None:
+    spilled = {(k.kernel, k.threads, k.architecture): k.spilled for k in kernels if k.spilled}
     assert not spilled
 
 
-@NO_TOOLS
-def test_blocks_fit_the_machine(found: list[Kernel]) -> None:
-    """Every block can start: 64 Ki registers, 48 KiB of shared memory without asking; small ones in pairs."""
-    for kernel in found:
+@WITHOUT_CUDA
+def test_blocks_fit_the_machine(kernels: list[Kernel]) -> None:
+    """Every block can start: 64 Ki registers, 48 KiB of static shared memory; small blocks in pairs."""
+    for kernel in kernels:
         blocks = 1 if kernel.threads == 1024 else 2
         assert kernel.registers * kernel.threads * blocks <= 64 * KIB, kernel
         assert kernel.shared <= 48 * KIB, kernel
 
 
-@NO_TOOLS
+@WITHOUT_CUDA
 def test_no_atomics() -> None:
-    assert atomics() == []
-
-
-@NO_TOOLS
-def test_results_are_those_of_these_kernels(found: list[Kernel]) -> None:
-    """By name and architecture; registers are those of the compiler that the file names."""
-    results = json.loads(RESULTS.read_text())
-    keys = ("kernel", "threads", "architecture")
-    written = {tuple(row[key] for key in keys) for row in results["kernels"]}
-    here = {tuple(getattr(k, key) for key in keys) for k in found}
-    assert here <= written
-    assert {k.architecture for k in found} <= {row["architecture"] for row in results["kernels"]}
-    assert not any(row["spilled"] for row in results["kernels"])
-    assert results["atomics"] == []
+    """Without them no result can depend on the order of threads."""
+    ptx = dump("--dump-ptx")
+    assert "match.any" in ptx, "this is not the kernels' PTX"
+    assert re.findall(r"\b(?:atom|red)\.\S+", ptx) == []
 
 
 @WITHOUT_CUDA
@@ -83,15 +140,11 @@ def test_module_needs_no_driver_and_shows_no_cuda_names() -> None:
         pytest.skip("there is no readelf")
     module = native().__file__
     assert module is not None
-
-    def readelf(option: str) -> str:
-        command = ["readelf", "--wide", option, module]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    needed = [line.split("[")[-1] for line in readelf("--dynamic").splitlines() if "NEEDED" in line]
+    dynamic = output("readelf", "--wide", "--dynamic", module)
+    needed = [line.split("[")[-1] for line in dynamic.splitlines() if "NEEDED" in line]
     assert needed
     assert not [name for name in needed if name.startswith("libcu")]
-    symbols = readelf("--dyn-syms")
+    symbols = output("readelf", "--wide", "--dyn-syms", module)
     assert "PyInit__native" in symbols
     assert not [
         line for line in symbols.splitlines() if " cuda" in line or "__cudaRegister" in line

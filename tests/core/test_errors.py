@@ -11,147 +11,61 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels import FusionTransformer, InteractionMoE, expert_attention
-from flmoe_kernels.layers.interaction_moe.structure import UnsupportedLayer
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.support.inputs import cumulative, draw, draw_replacements, make_seed
 from tests.support.layers import LayerCase
 
 OPS = torch.ops.flmoe
+# An argument of a call ("qkv" for all three), its wrong value, the error and its message.
+Mistake = tuple[str, Any, type[Exception], str]
 Q = draw(6, 2, 4)
 CU = cumulative([2, 4])
 
-ATTENTION: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "q no tensor": (TypeError, r"q: expected a Tensor, got list", {"q": [1.0]}),
-    "k no tensor": (TypeError, r"k: expected a Tensor, got NoneType", {"k": None}),
-    "cu no tensor": (TypeError, r"cu_seqlens: expected a Tensor, got list", {"cu_seqlens": [0, 6]}),
-    "q of integers": (
-        TypeError,
-        r"q: expected a floating-point dtype, got torch\.int64",
-        {name: Q.long() for name in "qkv"},
-    ),
-    "q of 2 dimensions": (
+ATTENTION: list[Mistake] = [
+    ("q", [1.0], TypeError, r"expected a Tensor, got list"),
+    ("k", None, TypeError, r"expected a Tensor, got NoneType"),
+    ("cu_seqlens", [0, 6], TypeError, r"expected a Tensor, got list"),
+    ("qkv", Q.long(), TypeError, r"expected a floating-point dtype, got torch\.int64"),
+    ("v", Q.double(), TypeError, r"expected dtype torch\.float32 as q, got torch\.float64"),
+    ("cu_seqlens", CU.long(), TypeError, r"expected int32, got torch\.int64"),
+    ("seed", 3, TypeError, r"expected a Tensor, got int"),
+    ("qkv", Q.flatten(1), ValueError, r"expected \(rows, H, d\) or .*got \(6, 8\)"),
+    ("qkv", Q[None, None], ValueError, r"expected \(rows, H, d\) or .*got \(1, 1, 6, 2, 4\)"),
+    ("qkv", Q[:, :0], ValueError, r"expected at least one head of width one, got \(6, 0, 4\)"),
+    ("qkv", Q[..., :0], ValueError, r"expected at least one head of width one, got \(6, 2, 0\)"),
+    ("k", Q[:5], ValueError, r"expected shape \(6, 2, 4\) as q, got \(5, 2, 4\)"),
+    ("v", Q[..., :3], ValueError, r"expected shape \(6, 2, 4\) as q, got \(6, 2, 3\)"),
+    ("k", Q.to("meta"), ValueError, r"expected device cpu as q, got meta"),
+    ("cu_seqlens", CU[:0], ValueError, r"expected \(P \+ 1,\), got \(0,\)"),
+    ("cu_seqlens", CU[None], ValueError, r"expected \(P \+ 1,\), got \(1, 3\)"),
+    ("cu_seqlens", CU.to("meta"), ValueError, r"expected device cpu, got meta"),
+    ("cu_seqlens", cumulative([2, 5]), ValueError, r".*0 to 6 rows, got \[0, 2, 7\]"),
+    ("cu_seqlens", cumulative([3, 4], -1), ValueError, r".*0 to 6 rows, got \[-1, 2, 6\]"),
+    ("cu_seqlens", cumulative([4, -2, 4]), ValueError, r".*non-decreasing.* got \[0, 4, 2, 6\]"),
+    ("dropout_p", -0.1, ValueError, r"expected a probability from 0 to 1, got -0\.1"),
+    ("dropout_p", 1.5, ValueError, r"expected a probability from 0 to 1, got 1\.5"),
+    ("dropout_p", float("nan"), ValueError, r"expected a probability from 0 to 1, got nan"),
+    ("seed", make_seed(3).int(), ValueError, r"expected one int64, got shape \(\) of torch\.int32"),
+    (
+        "seed",
+        torch.zeros(2, dtype=torch.int64),
         ValueError,
-        r"q: expected \(rows, H, d\) or .*got \(6, 8\)",
-        {name: Q.flatten(1) for name in "qkv"},
+        r"expected one int64, got shape \(2,\) of torch\.int64",
     ),
-    "q of 5 dimensions": (
-        ValueError,
-        r"q: expected \(rows, H, d\) or .*got \(1, 1, 6, 2, 4\)",
-        dict.fromkeys("qkv", Q[None, None]),
-    ),
-    "no heads": (
-        ValueError,
-        r"q: expected at least one head of width one, got \(6, 0, 4\)",
-        dict.fromkeys("qkv", Q[:, :0]),
-    ),
-    "width 0": (
-        ValueError,
-        r"q: expected at least one head of width one, got \(6, 2, 0\)",
-        dict.fromkeys("qkv", Q[..., :0]),
-    ),
-    "k of another shape": (
-        ValueError,
-        r"k: expected shape \(6, 2, 4\) as q, got \(5, 2, 4\)",
-        {"k": Q[:5]},
-    ),
-    "v of another shape": (
-        ValueError,
-        r"v: expected shape \(6, 2, 4\) as q, got \(6, 2, 3\)",
-        {"v": Q[..., :3]},
-    ),
-    "v of another dtype": (
-        TypeError,
-        r"v: expected dtype torch\.float32 as q, got torch\.float64",
-        {"v": Q.double()},
-    ),
-    "k on another device": (
-        ValueError,
-        r"k: expected device cpu as q, got meta",
-        {"k": Q.to("meta")},
-    ),
-    "cu of another dtype": (
-        TypeError,
-        r"cu_seqlens: expected int32, got torch\.int64",
-        {"cu_seqlens": CU.long()},
-    ),
-    "cu empty": (
-        ValueError,
-        r"cu_seqlens: expected \(P \+ 1,\), got \(0,\)",
-        {"cu_seqlens": CU[:0]},
-    ),
-    "cu of 2 dimensions": (
-        ValueError,
-        r"cu_seqlens: expected \(P \+ 1,\), got \(1, 3\)",
-        {"cu_seqlens": CU[None]},
-    ),
-    "cu on another device": (
-        ValueError,
-        r"cu_seqlens: expected device cpu, got meta",
-        {"cu_seqlens": CU.to("meta")},
-    ),
-    "cu beyond the rows": (
-        ValueError,
-        r"cu_seqlens: .*0 to 6 rows, got \[0, 2, 7\]",
-        {"cu_seqlens": torch.tensor([0, 2, 7]).int()},
-    ),
-    "cu negative": (
-        ValueError,
-        r"cu_seqlens: .*0 to 6 rows, got \[-1, 2, 6\]",
-        {"cu_seqlens": torch.tensor([-1, 2, 6]).int()},
-    ),
-    "cu decreasing": (
-        ValueError,
-        r"cu_seqlens: .*non-decreasing.* got \[0, 4, 2, 6\]",
-        {"cu_seqlens": torch.tensor([0, 4, 2, 6]).int()},
-    ),
-    "p below 0": (
-        ValueError,
-        r"dropout_p: expected a probability from 0 to 1, got -0\.1",
-        {"dropout_p": -0.1},
-    ),
-    "p above 1": (
-        ValueError,
-        r"dropout_p: expected a probability from 0 to 1, got 1\.5",
-        {"dropout_p": 1.5},
-    ),
-    "p NaN": (
-        ValueError,
-        r"dropout_p: expected a probability from 0 to 1, got nan",
-        {"dropout_p": float("nan")},
-    ),
-    "seed no tensor": (
-        TypeError,
-        r"seed: expected a Tensor, got int",
-        {"dropout_p": 0.5, "seed": 3},
-    ),
-    "seed of another dtype": (
-        ValueError,
-        r"seed: expected one int64, got shape \(\) of torch\.int32",
-        {"dropout_p": 0.5, "seed": make_seed(3).int()},
-    ),
-    "two seeds": (
-        ValueError,
-        r"seed: expected one int64, got shape \(2,\) of torch\.int64",
-        {"dropout_p": 0.5, "seed": torch.zeros(2, dtype=torch.int64)},
-    ),
-    "seed on another device": (
-        ValueError,
-        r"seed: expected device cpu, got meta",
-        {"dropout_p": 0.5, "seed": make_seed(3).to("meta")},
-    ),
-    "unknown backend": (
-        ValueError,
-        r"backend: expected one of reference, cpu.*got 'gpu'",
-        {"backend": "gpu"},
-    ),
-}
+    ("seed", make_seed(3).to("meta"), ValueError, r"expected device cpu, got meta"),
+    ("backend", "gpu", ValueError, r"expected one of reference, cpu.*got 'gpu'"),
+]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("mistake", ATTENTION)
-def test_expert_attention(mistake: str, backend: str) -> None:
-    error, message, changed = ATTENTION[mistake]
-    arguments = {"q": Q, "k": Q, "v": Q, "cu_seqlens": CU, "backend": backend, **changed}
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(("name", "value", "error", "message"), ATTENTION)
+def test_expert_attention(
+    name: str, value: Any, error: type[Exception], message: str, backend: str
+) -> None:
+    arguments = {"q": Q, "k": Q, "v": Q, "cu_seqlens": CU, "dropout_p": 0.5, "seed": make_seed()}
+    names = list(name) if name == "qkv" else [name]
+    arguments |= {"backend": backend} | dict.fromkeys(names, value)
+    with pytest.raises(error, match=f"^{names[0]}: {message}"):
         expert_attention(**arguments)
 
 
@@ -225,105 +139,62 @@ LEARNED = LayerCase((4, 4), "i2moe", dim=8, batch=2)
 A, B = CASE.inputs()
 NOISE = draw_replacements([A, B], 4)
 ONES = torch.ones(2, 5, dtype=torch.bool)
-LAYER: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "inputs no list": (TypeError, r"inputs: expected a list of Tensors, got Tensor", {"inputs": A}),
-    "three inputs": (ValueError, r"inputs: expected 2 modalities, got 3", {"inputs": [A, B, B]}),
-    "input no tensor": (
+LAYER: list[Mistake] = [
+    ("inputs", A, TypeError, r": expected a list of Tensors, got Tensor"),
+    ("inputs", [A, None], TypeError, r"\[1\]: expected a Tensor, got None"),
+    ("inputs", [A.double(), B], TypeError, r"\[0\]: expected dtype torch\.float32 as .*float64"),
+    ("masks", ONES, TypeError, r": expected a list .*got Tensor"),
+    ("masks", [5, None], TypeError, r"\[0\]: expected a Tensor, got int"),
+    (
+        "replacements",
+        [NOISE[0], ["a", B], *NOISE[2:]],
         TypeError,
-        r"inputs\[1\]: expected a Tensor, got None",
-        {"inputs": [A, None]},
+        r"\[1\]\[0\]: expected a Tensor, got str",
     ),
-    "2 dimensions": (
-        ValueError,
-        r"inputs\[0\]: expected \(batch, tokens, 8\), got \(5, 8\)",
-        {"inputs": [A[0], B]},
-    ),
-    "another width": (
-        ValueError,
-        r"inputs\[1\]: expected \(batch, tokens, 8\), got \(2, 4, 7\)",
-        {"inputs": [A, B[..., :7]]},
-    ),
-    "no tokens": (
-        ValueError,
-        r"inputs\[0\]: expected \(batch, tokens, 8\), got \(2, 0, 8\)",
-        {"inputs": [A[:, :0], B]},
-    ),
-    "another batch": (
-        ValueError,
-        r"inputs\[1\]: expected batch 2 as inputs\[0\], got 1",
-        {"inputs": [A, B[:1]]},
-    ),
-    "another dtype": (
+    (
+        "replacements",
+        [*NOISE[:3], [A.half(), B]],
         TypeError,
-        r"inputs\[0\]: expected dtype torch\.float32 as .*float64",
-        {"inputs": [A.double(), B]},
+        r"\[3\]\[0\]: expected dtype torch\.float32",
     ),
-    "another device": (
+    ("inputs", [A, B, B], ValueError, r": expected 2 modalities, got 3"),
+    ("inputs", [A[0], B], ValueError, r"\[0\]: expected \(batch, tokens, 8\), got \(5, 8\)"),
+    (
+        "inputs",
+        [A, B[..., :7]],
         ValueError,
-        r"inputs\[1\]: expected device cpu as .* got meta",
-        {"inputs": [A, B.to("meta")]},
+        r"\[1\]: expected \(batch, tokens, 8\), got \(2, 4, 7\)",
     ),
-    "masks no list": (TypeError, r"masks: expected a list .*got Tensor", {"masks": ONES}),
-    "one mask": (ValueError, r"masks: expected 2, got 1", {"masks": [ONES]}),
-    "mask no tensor": (TypeError, r"masks\[0\]: expected a Tensor, got int", {"masks": [5, None]}),
-    "mask of another shape": (
+    ("inputs", [A[:, :0], B], ValueError, r"\[0\]: expected \(batch, tokens, 8\), got \(2, 0, 8\)"),
+    ("inputs", [A, B[:1]], ValueError, r"\[1\]: expected batch 2 as inputs\[0\], got 1"),
+    ("inputs", [A, B.to("meta")], ValueError, r"\[1\]: expected device cpu as .* got meta"),
+    ("masks", [ONES], ValueError, r": expected 2, got 1"),
+    ("masks", [None, ONES], ValueError, r"\[1\]: expected \(2, 4\) as inputs\[1\], got \(2, 5\)"),
+    ("masks", [ONES.to("meta"), None], ValueError, r"\[0\]: expected device cpu, got meta"),
+    ("masks", [ONES * 0.5, None], ValueError, r"\[0\]: expected 0 \(padding\) and 1"),
+    ("masks", [ONES * float("nan"), None], ValueError, r"\[0\]: expected 0 \(padding\) and 1"),
+    ("replacements", NOISE[:3], ValueError, r": expected one list per expert, 4, got 3"),
+    (
+        "replacements",
+        [*NOISE[:2], [A], NOISE[3]],
         ValueError,
-        r"masks\[1\]: expected \(2, 4\) as inputs\[1\], got \(2, 5\)",
-        {"masks": [None, ONES]},
+        r"\[2\]: expected 2 modalities, got 1",
     ),
-    "mask on another device": (
-        ValueError,
-        r"masks\[0\]: expected device cpu, got meta",
-        {"masks": [ONES.to("meta"), None]},
-    ),
-    "mask of other values": (
-        ValueError,
-        r"masks\[0\]: expected 0 \(padding\) and 1",
-        {"masks": [ONES * 0.5, None]},
-    ),
-    "mask of NaN": (
-        ValueError,
-        r"masks\[0\]: expected 0 \(padding\) and 1",
-        {"masks": [ONES * float("nan"), None]},
-    ),
-    "replacements of 3 experts": (
-        ValueError,
-        r"replacements: expected one list per expert, 4, got 3",
-        {"replacements": NOISE[:3]},
-    ),
-    "replacements of 1 modality": (
-        ValueError,
-        r"replacements\[2\]: expected 2 modalities, got 1",
-        {"replacements": [*NOISE[:2], [A], NOISE[3]]},
-    ),
-    "replacement no tensor": (
-        TypeError,
-        r"replacements\[1\]\[0\]: expected a Tensor, got str",
-        {"replacements": [NOISE[0], ["a", B], *NOISE[2:]]},
-    ),
-    "replacement of another shape": (
-        ValueError,
-        r"replacements\[0\]\[1\]: expected \(2, 4, 8\) as",
-        {"replacements": [[A, A], *NOISE[1:]]},
-    ),
-    "replacement of another dtype": (
-        TypeError,
-        r"replacements\[3\]\[0\]: expected dtype torch\.float32",
-        {"replacements": [*NOISE[:3], [A.half(), B]]},
-    ),
-}
+    ("replacements", [[A, A], *NOISE[1:]], ValueError, r"\[0\]\[1\]: expected \(2, 4, 8\) as"),
+]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("mistake", LAYER)
-def test_interaction_moe(mistake: str, backend: str) -> None:
-    error, message, changed = LAYER[mistake]
+@pytest.mark.parametrize(("name", "value", "error", "message"), LAYER)
+def test_interaction_moe(
+    name: str, value: Any, error: type[Exception], message: str, backend: str
+) -> None:
     layer = InteractionMoE.adopt(CASE.reference(), backend=backend)
-    arguments = {"inputs": [A, B], "masks": None, "replacements": None, **changed}
-    with pytest.raises(error, match=message):
+    arguments: dict[str, Any] = {"inputs": [A, B], "masks": None, "replacements": None, name: value}
+    with pytest.raises(error, match=f"^{name}{message}"):
         layer(**arguments)
-    if "replacements" not in changed:
-        with pytest.raises(error, match=message):
+    if name != "replacements":
+        with pytest.raises(error, match=f"^{name}{message}"):
             layer.inference(arguments["inputs"], arguments["masks"])
 
 

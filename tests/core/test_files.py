@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what failures are told with."""
+"""Files that appear whole or not at all, and failures in one line."""
 
 from __future__ import annotations
 
@@ -10,26 +10,69 @@ import pytest
 from flmoe_kernels.core import files
 from flmoe_kernels.profile.registry import words_of
 
+CONTENTS: list[files.Content] = [b"new", "new", lambda path: path.write_text("new")]
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=["bytes", "text", "function"])
+def test_a_file_is_replaced_with_the_permissions_of_the_umask(
+    tmp_path: Path, content: files.Content
+) -> None:
+    target = tmp_path / "folder" / "file.json"
+    with pytest.raises(FileNotFoundError):
+        files.write_whole(target, content)
+    before = os.umask(0o027)
+    try:
+        for _ in range(2):
+            files.write_whole(target, content, make_folder=True)
+    finally:
+        os.umask(before)
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in target.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, reason: type[BaseException]
+) -> None:
+    target = tmp_path / "file.png"
+    target.write_text("old")
+
+    def half(path: Path) -> None:
+        assert path.suffix == ".png"
+        path.write_text("ha")
+        raise reason
+
+    with pytest.raises(reason):
+        files.write_whole(target, half)
+    assert [path.name for path in tmp_path.iterdir()] == ["file.png"]
+    assert target.read_text() == "old"
+
+
+def test_two_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As processes of two containers, which may have the same number."""
+    target, replace = tmp_path / "found", os.replace
+
+    def second(source: Path, destination: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        files.write_whole(target, b"the other's")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", second)
+    files.write_whole(target, b"mine")
+    assert target.read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["found"]
+
 
 def test_what_is_no_plain_file_is_written_to_and_stays(tmp_path: Path) -> None:
     real, link = tmp_path / "real.json", tmp_path / "link.json"
     link.symlink_to(real)
-    real.write_text("old")
-    files.write_whole(link, lambda path: path.write_text("new"))
+    files.write_whole(link, "new")
     assert link.is_symlink()
     assert real.read_text() == "new"
     device = Path(os.devnull)
     assert files.is_writable(device)
     assert not files.is_replaced(device)
-    with pytest.raises(RuntimeError, match="half-way"):
-        files.write_whole(real, _half)
-    assert real.read_text() == "new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "real.json"]
-
-
-def _half(path: Path) -> None:
-    path.write_text("half")
-    raise RuntimeError("half-way")
 
 
 @pytest.mark.parametrize(

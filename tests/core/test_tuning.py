@@ -1,4 +1,4 @@
-"""Autotune without a kernel: the choice among candidates, and when there is none."""
+"""Autotune without a kernel: the choice among candidates, the comparison of results, when nothing is timed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton import tuning
-from flmoe_kernels.core.triton.tuning import asking, cache, switch, timer, trial, tuner
-from flmoe_kernels.core.triton.tuning.finding import decode
-from flmoe_kernels.core.triton.tuning.trial import agree
+from flmoe_kernels.core.triton.tuning import cache, timing, tuner
+from flmoe_kernels.core.triton.tuning.timing import agree
 from tests.support.tuning_trials import (
     BETTER,
     CPU,
-    FOUND,
-    QUESTION,
+    KEY,
+    RESULT,
     SECONDS,
     TABLE,
     Clock,
     Tiles,
     choose,
-    own_folder,
+    empty_cache,
     python,
     refuse,
     sums,
@@ -36,28 +35,25 @@ from tests.support.tuning_trials import (
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    yield from own_folder(tmp_path, monkeypatch)
+    yield from empty_cache(tmp_path, monkeypatch)
 
 
-def test_the_fastest_candidate_is_chosen_and_remembered(folder: Path) -> None:
+def test_the_fastest_candidate_is_chosen_and_saved(folder: Path) -> None:
     clock = Clock(SECONDS)
     assert choose(clock) == BETTER
     assert set(clock.timed) == set(SECONDS)
-    finding = decode((folder / f"{QUESTION.name()}.json").read_text())
-    assert finding == FOUND
-    # In this process, without a look into the file; and from the file.
-    (folder / f"{QUESTION.name()}.json").write_text("gone")
-    with tuning.autotune(timer=refuse):
-        assert tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == BETTER
-    cache.write(FOUND)
-    tuner.forget()
-    with tuning.autotune(timer=refuse):
-        assert tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == BETTER
+    path = folder / KEY.file_name()
+    assert cache.decode(path.read_text()) == RESULT
+    # In this process without a look into the file; in another one from the file.
+    path.write_text("gone")
+    assert choose(refuse, forget=False) == BETTER
+    cache.write(RESULT)
+    assert choose(refuse) == BETTER
 
 
 def test_a_hardly_faster_candidate_is_not_worth_it() -> None:
     assert choose(Clock(SECONDS | {BETTER: 1.99e-5})) == TABLE
-    assert cache.read(QUESTION) == dataclasses.replace(FOUND, tiles=FOUND.table, seconds=2e-5)
+    assert cache.read(KEY) == dataclasses.replace(RESULT, tiles=RESULT.table, seconds=2e-5)
 
 
 def test_the_median_of_rounds_counts() -> None:
@@ -69,22 +65,25 @@ def test_the_median_of_rounds_counts() -> None:
     assert choose(Jumpy(SECONDS)) == BETTER
 
 
-@pytest.mark.parametrize("wrong", [1.0, float("nan"), float("inf")])
-def test_a_candidate_with_other_results_is_refused(wrong: float) -> None:
+@pytest.mark.parametrize("wrong", [1.0, float("nan"), float("inf"), "out of shared memory"])
+def test_a_candidate_that_is_wrong_or_does_not_run_is_refused(wrong: float | str) -> None:
     def spoil(tiles: Tiles, out: Tensor) -> None:
         if tiles == BETTER:
+            if isinstance(wrong, str):
+                raise RuntimeError(wrong)
             out += wrong
 
     clock = Clock(SECONDS)
-    with pytest.warns(cache.TuningWarning, match="gave other results.*32"):
-        assert choose(clock, prepare=sums(spoil)) == TABLE
+    message = f"did not run.*{wrong}" if isinstance(wrong, str) else "gave other results.*32"
+    with pytest.warns(cache.TuningWarning, match=message):
+        assert choose(clock, sums(spoil)) == TABLE
     assert BETTER not in clock.timed
-    found = cache.read(QUESTION)
-    assert found is not None
-    assert (found.tried, found.refused) == (3, 1)
+    result = cache.read(KEY)
+    assert result is not None
+    assert (result.tried, result.refused) == (3, 1)
 
 
-def test_what_another_left_in_a_buffer_is_no_result() -> None:
+def test_the_content_of_a_shared_buffer_is_no_result() -> None:
     out = torch.zeros(4)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
@@ -96,40 +95,30 @@ def test_what_another_left_in_a_buffer_is_no_result() -> None:
 
     clock = Clock(SECONDS)
     with pytest.warns(cache.TuningWarning, match="gave other results.*32"):
-        assert choose(clock, prepare=lambda: make) == TABLE
+        assert choose(clock, lambda: make) == TABLE
     assert BETTER not in clock.timed
 
 
-def test_without_memory_for_trials_the_table_runs(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("broken", "error", "message"),
+    [
+        (BETTER, torch.cuda.OutOfMemoryError("no memory left"), "op.kernel: not tuned: no memory"),
+        # Without the table's results there is nothing to compare with.
+        (TABLE, RuntimeError("no"), "did not run"),
+    ],
+)
+def test_the_table_runs_where_trials_cannot(
+    broken: Tiles, error: Exception, message: str, folder: Path
+) -> None:
     def spoil(tiles: Tiles, _out: Tensor) -> None:
-        if tiles == BETTER:
-            raise torch.cuda.OutOfMemoryError("no memory left")
+        if tiles == broken:
+            raise error
 
-    with pytest.warns(cache.TuningWarning, match="op.kernel: not tuned: no memory left"):
-        assert choose(Clock(SECONDS), prepare=sums(spoil)) == TABLE
+    with pytest.warns(cache.TuningWarning, match=message):
+        assert choose(Clock(SECONDS), sums(spoil)) == TABLE
     assert not folder.exists()
-    # And goes on to: launches and buffers of other calls were cut by it.
-    with tuning.autotune(timer=refuse):
-        assert tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == TABLE
-
-
-def test_a_candidate_that_does_not_run_is_refused() -> None:
-    def spoil(tiles: Tiles, _out: Tensor) -> None:
-        if tiles == BETTER:
-            raise RuntimeError("out of shared memory")
-
-    with pytest.warns(cache.TuningWarning, match="did not run.*out of shared memory"):
-        assert choose(Clock(SECONDS), prepare=sums(spoil)) == TABLE
-
-
-def test_without_the_tables_results_nothing_is_compared(folder: Path) -> None:
-    def spoil(tiles: Tiles, _out: Tensor) -> None:
-        if tiles == TABLE:
-            raise RuntimeError("no")
-
-    with pytest.warns(cache.TuningWarning, match="did not run"):
-        assert choose(Clock(SECONDS), prepare=sums(spoil)) == TABLE
-    assert not folder.exists()
+    # For the life of the process: launches and buffers of other calls were cut by it.
+    assert choose(refuse, forget=False) == TABLE
 
 
 def test_results_agree_up_to_roundings_of_sums() -> None:
@@ -149,8 +138,8 @@ def test_results_agree_up_to_roundings_of_sums() -> None:
     assert not agree([], [x])
 
 
-def test_results_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_AT_A_TIME", 7)
+def test_results_are_compared_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_CHUNK", 7)
     y = torch.ones(5, 4)
     assert agree([y.clone()], [y])
     for place in (0, 6, 7, 19):
@@ -160,7 +149,7 @@ def test_results_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not agree([x], [y])
             assert not agree([y], [x])
             assert agree([x], [x.clone()])
-    # A large element allows errors of small ones, in other parts too.
+    # A large element allows errors of small ones, in other chunks too.
     y[-1, -1] = 1e6
     assert agree([y + 1.0], [y])
     infinite = torch.full((3,), float("inf"))
@@ -168,30 +157,27 @@ def test_results_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not agree([-infinite], [infinite])
 
 
-# ---- when nothing may be timed
-
-
-def test_under_capture_the_table_or_what_is_known(
+def test_a_capture_uses_the_table_or_a_saved_result(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    monkeypatch.setattr(timer, "capturing", lambda _device: True)
+    monkeypatch.setattr(timing, "capturing", lambda _device: True)
     prepared: list[int] = []
-    clock = Clock(SECONDS)
-    assert choose(clock, prepare=lambda: prepared.append(1)) == TABLE
-    assert not clock.timed
+    assert choose(refuse, lambda: prepared.append(1)) == TABLE
     assert not prepared
     assert not folder.exists()
-    # The answer of a capture stays, so that what it recorded and what runs beside it are cut alike.
-    monkeypatch.setattr(timer, "capturing", lambda _device: False)
-    with tuning.autotune(timer=clock):
-        assert tuning.choose(QUESTION, (TABLE, BETTER), sums(), CPU) == TABLE
-    monkeypatch.setattr(timer, "capturing", lambda _device: True)
-    cache.write(FOUND)
-    assert choose(clock) == BETTER
-    assert not clock.timed
+    # The choice of a capture stays, so that what it recorded and what runs beside it are cut alike.
+    monkeypatch.setattr(timing, "capturing", lambda _device: False)
+    assert choose(refuse, forget=False) == TABLE
+    monkeypatch.setattr(timing, "capturing", lambda _device: True)
+    cache.write(RESULT)
+    assert choose(refuse) == BETTER
 
 
-def test_the_devices_clock_is_the_median_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_not_captured() -> None:
+    assert not timing.capturing(CPU)
+
+
+def test_the_devices_time_is_the_median_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With events that count milliseconds: a run takes one, the third and the fourth take 50."""
     now, runs = [0.0], [0]
 
@@ -214,24 +200,20 @@ def test_the_devices_clock_is_the_median_of_runs(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
-    monkeypatch.setattr(timer, "_FLUSHED", 16)
-    timer.release()
-    assert timer.device_seconds(tuning.Trial(TABLE, CPU, run, [], list)) == pytest.approx(1e-3)
-    assert runs[0] == timer._RUNS
-    timer.release()
+    monkeypatch.setattr(timing, "_FLUSHED_BYTES", 16)
+    timing.release()
+    assert timing.device_seconds(tuning.Trial(TABLE, CPU, run, [])) == pytest.approx(1e-3)
+    assert runs[0] == timing._RUNS
+    timing.release()
 
 
-def test_a_cpu_is_not_captured() -> None:
-    assert not timer.capturing(CPU)
-
-
-def test_without_a_clock_the_table(folder: Path) -> None:
-    cache.write(FOUND)
+def test_without_a_timer_the_table_runs() -> None:
+    cache.write(RESULT)
     assert choose(None) == TABLE
-    assert choose(Clock(SECONDS)) == BETTER
+    assert choose(refuse) == BETTER
 
 
-def test_off_by_default_and_within_autotune_false() -> None:
+def test_autotune_is_off_by_default_and_nests() -> None:
     assert not tuning.enabled()
     with tuning.autotune():
         assert tuning.enabled()
@@ -260,10 +242,10 @@ def test_blocks_of_two_threads_need_not_be_nested() -> None:
         thread.join()
         assert tuning.enabled()
     assert not tuning.enabled()
-    assert switch.given_timer() is None
+    assert tuner.given_timer() is None
 
 
-def test_the_clock_is_not_taken_for_the_switch() -> None:
+def test_a_timer_is_not_taken_for_the_switch() -> None:
     with pytest.raises(TypeError, match="enabled: expected True or False, got <function"):
         tuning.autotune(refuse).__enter__()  # type: ignore[arg-type]
     assert not tuning.enabled()
@@ -273,20 +255,20 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.Monkey
     current = [0]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
-    asking._gpu_name.cache_clear()
+    tuner._gpu_name.cache_clear()
     cuda = torch.device("cuda")
     for current[0] in (0, 1):
-        asked = tuning.question("op.kernel", "16 bit", torch.bfloat16, cuda, rows=64)
-        assert asked.device == f"GPU {current[0]}"
-    asking._gpu_name.cache_clear()
+        key = tuning.tuning_key("op.kernel", "16 bit", torch.bfloat16, cuda, rows=64)
+        assert key.device == f"GPU {current[0]}"
+    tuner._gpu_name.cache_clear()
 
 
 def test_the_environment_switches_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, on in (("1", True), ("0", False), ("", False)):
-        monkeypatch.setenv(switch.VARIABLE, value)
-        assert switch.from_environment() == on
-    monkeypatch.setenv(switch.VARIABLE, "yes")
+        monkeypatch.setenv(tuner.VARIABLE, value)
+        assert tuner.enabled_by_environment() == on
+    monkeypatch.setenv(tuner.VARIABLE, "yes")
     with pytest.raises(ValueError, match="FLMOE_AUTOTUNE: expected 0 or 1, got 'yes'"):
-        switch.from_environment()
-    code = "from flmoe_kernels import tuning; print(tuning.enabled())"
-    assert python(code, FLMOE_AUTOTUNE="1").stdout.strip() == "True"
+        tuner.enabled_by_environment()
+    code = "from flmoe_kernels.core.triton import tuning; print(tuning.enabled())"
+    assert python(code, FLMOE_AUTOTUNE="1") == "True"

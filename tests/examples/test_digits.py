@@ -36,7 +36,6 @@ from examples.digits.data import (
     make_pairs,
 )
 from examples.digits.figure import write_figure
-from examples.digits.files import write_whole
 from examples.digits.measure import GROUPS, Times, compare, interleaved
 from examples.digits.memory import Peak
 from examples.digits.report import print_report
@@ -308,21 +307,6 @@ def test_figure_is_a_png_and_replaces_the_old_one(tmp_path: Path) -> None:
     write_figure(made_up_results(0, 1e-7), target)
     assert target.read_bytes().startswith(b"\x89PNG\r\n")
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
-
-
-@pytest.mark.parametrize("reason", [KeyboardInterrupt, OSError])
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path, reason: type[BaseException]) -> None:
-    target = tmp_path / "file"
-    target.write_text("old")
-
-    def half(path: Path) -> None:
-        path.write_text("ha")
-        raise reason
-
-    with pytest.raises(reason):
-        write_whole(target, half)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert target.read_text() == "old"
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from torch import Tensor
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.explain.attribution import rollout
 from flmoe_kernels.explain.attribution.attribute import attribute
-from flmoe_kernels.explain.attribution.values import METHODS, Attribution
+from flmoe_kernels.explain.attribution.values import METHODS
 from tests.support.explain_layers import (
     CASES,
     Weighted,
@@ -203,29 +201,6 @@ def case_in_double(case: LayerCase, dtype: torch.dtype) -> tuple[Any, list[Tenso
     """The call with the values of another dtype, in float64."""
     layer, inputs, masks = call_of(case, dtype)
     return layer.double(), as_dtype(inputs, torch.float64), masks
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    layer, inputs, masks = call_of(CASES[3], torch.float32)
-    for method in METHODS:
-        found = attribute(layer, inputs, masks, method=method, n_steps=2)
-        found.save(tmp_path / "a.npz")
-        loaded = Attribution.load(tmp_path / "a.npz")
-        for field in dataclasses.fields(found):
-            mine, theirs = getattr(found, field.name), getattr(loaded, field.name)
-            if isinstance(mine, Tensor):
-                mine, theirs = (mine,), (theirs,)
-            if isinstance(mine, tuple) and isinstance(mine[0], Tensor):
-                assert all(map(torch.equal, mine, theirs)), field.name
-            else:
-                assert mine == theirs, field.name
-        assert repr(loaded) == repr(found)
-    content = (tmp_path / "a.npz").read_bytes()
-    (tmp_path / "b.npz").write_bytes(content[: len(content) // 2])
-    np.savez(tmp_path / "c.npz", values=np.ones(3))
-    for name in ("b.npz", "c.npz"):
-        with pytest.raises(ValueError, match=name):
-            Attribution.load(tmp_path / name)
 
 
 def test_errors() -> None:

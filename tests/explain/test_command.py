@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ from flmoe_kernels.explain import (
     pair_masking,
     probe_pairs,
 )
-from flmoe_kernels.explain.coalitions import resume
-from flmoe_kernels.explain.report import command
+from flmoe_kernels.explain.estimators import checkpoint as checkpoint_module
+from flmoe_kernels.explain.report import command, pictures
 from flmoe_kernels.explain.report.request import Request
-from flmoe_kernels.published.checkpoint import load_layer
+from flmoe_kernels.published.convert import load_layer
 from flmoe_kernels.published.report import LeftLayer, SwapReport
 from tests.support.explain_files import (
     EVIL,
@@ -51,30 +51,40 @@ from tests.support.explain_files import (
 )
 from tests.support.layers import LayerCase
 
-REQUEST = Request(samples=2, budget=300, top=3, repeats=2, seed=5)
-RESULTS = {"attribution", "faithfulness", "pair_masking_SII", "pair_masking_RG"} | {
-    f"sample_{s:05d}_{name}" for s in (0, 1) for name in ("SII", "RG")
-}
-FIGURES = {"expert_weights", "faithfulness", "pair_masking_SII", "pair_masking_RG"} | {
-    f"sample_{s:05d}_{name}_{what}"
-    for s in (0, 1)
-    for name in ("SII", "RG")
-    for what in ("network", "0_1")
-}
+DROPS = {"faithfulness", "pair_masking_SII", "pair_masking_RG"}
+SAMPLES = {f"sample_{s:05d}_{name}" for s in (0, 1) for name in ("SII", "RG")}
+RESULTS = {"attribution"} | DROPS | SAMPLES
+FIGURES = {"expert_weights"} | DROPS
+FIGURES |= {f"{name}_{what}" for name in SAMPLES for what in ("network", "0_1")}
+TARGET = torch.tensor([0, 3])
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """Checkpoint, data, and what the command wrote."""
     folder = tmp_path_factory.mktemp("made")
-    checkpoint, data = write_checkpoint(folder), write_data(folder, full_arrays())
-    assert command.main(checkpoint, data, folder / "out", REQUEST) == 0
-    return checkpoint, data, folder / "out"
+    files = write_checkpoint(folder), write_data(folder, full_arrays()), folder / "out"
+    assert command.main(request(files)) == 0
+    return files
+
+
+def request(files: tuple[Path, Path, Path], out: Path | None = None, **options: Any) -> Request:
+    """The request of these tests, with another folder or other options where given."""
+    options = {"samples": 2, "budget": 300, "top": 3, "repeats": 2, "seed": 5, **options}
+    return Request(files[0], files[1], files[2] if out is None else out, **options)
 
 
 def report_of(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "explanation.json").read_text())
     return found
+
+
+def call_of(checkpoint: Path) -> tuple[Any, list[Any], list[Any]]:
+    """The layer, inputs and masks of the first two samples."""
+    arrays = full_arrays()
+    inputs = [torch.from_numpy(arrays[f"inputs_{m}"][:2]) for m in (0, 1)]
+    masks = [torch.from_numpy(arrays["masks_0"][:2] == 1), None]
+    return InteractionMoE.adopt(load_layer(checkpoint)), inputs, masks
 
 
 def test_writes_these_files_and_no_other(made: tuple[Path, Path, Path]) -> None:
@@ -84,27 +94,16 @@ def test_writes_these_files_and_no_other(made: tuple[Path, Path, Path]) -> None:
 
 
 def test_numbers_are_the_library_s(made: tuple[Path, Path, Path]) -> None:
-    checkpoint, _, out = made
-    layer = InteractionMoE.adopt(load_layer(checkpoint))
-    arrays = full_arrays()
-    inputs = [torch.from_numpy(arrays[f"inputs_{m}"][:2]) for m in (0, 1)]
-    masks = [torch.from_numpy(arrays["masks_0"][:2] == 1), None]
-    target = torch.tensor([0, 3])
-    attribution = attribute(layer, inputs, masks, target=target)
-    pairs = probe_pairs(
-        layer,
-        inputs,
-        masks,
-        target=target,
-        fill="zero",
-        pairs="across",
-        scores=attribution.of(),
-        top=3,
-        sampling=Sampling(budget=300, seed=5),
-    )
+    out = made[2]
+    call = layer, inputs, masks = call_of(made[0])
+    attribution = attribute(*call, target=TARGET)
+    options: dict[str, Any] = {"fill": "zero", "pairs": "across", "top": 3}
+    options |= {"scores": attribution.of(), "sampling": Sampling(budget=300, seed=5)}
+    pairs = probe_pairs(*call, target=TARGET, **options)
     experts, weights, logits = layer.inference(inputs, masks)
     found = report_of(out)
-    assert found["request"]["seed"] == 5
+    assert (found["request"]["seed"], found["format"]) == (5, 1)
+    assert not {"checkpoint", "data", "out"} & set(found["request"])
     assert found["sources"] == {"checkpoint": "layer.pt", "data": "data.npz"}
     assert set(found["versions"]) == {"python", "flmoe-kernels", "torch", "numpy", "matplotlib"}
     assert found["layer"]["architecture"]["num_classes"] == 4
@@ -112,7 +111,7 @@ def test_numbers_are_the_library_s(made: tuple[Path, Path, Path]) -> None:
     assert found["data"]["samples_in_file"] == 3
     assert len(found["samples"]) == 2
     for s, sample in enumerate(found["samples"]):
-        assert (sample["target"], sample["label"]) == (int(target[s]), int(target[s]))
+        assert (sample["target"], sample["label"]) == (int(TARGET[s]), int(TARGET[s]))
         assert sample["predicted"] == int(logits[s].argmax())
         assert sample["logits"] == logits[s].tolist()
         assert sample["expert_logits"] == [x[s].tolist() for x in experts]
@@ -126,12 +125,12 @@ def test_numbers_are_the_library_s(made: tuple[Path, Path, Path]) -> None:
             assert saved.to_dict() == values.to_dict()
     # The check can fail: the pairs' values are not one and the same for both samples.
     assert found["samples"][0]["pairs"]["SII"]["values"] != pairs[1]["SII"].values.tolist()
-    drops = faithfulness(layer, inputs, masks, attribution, n_random=2, seed=5)
+    drops = faithfulness(*call, attribution, n_random=2, seed=5)
     assert found["faithfulness"]["rows"] == drops.rows()
     assert MaskingDrops.load(out / "faithfulness.npz").rows() == drops.rows()
     for name in ("SII", "RG"):
-        ranked = [each[name] for each in pairs]
-        drops = pair_masking(layer, inputs, masks, ranked, target=target, n_random=2, seed=5)
+        ranked = [values[name] for values in pairs]
+        drops = pair_masking(*call, ranked, target=TARGET, n_random=2, seed=5)
         assert found["pair_masking"][name]["rows"] == drops.rows()
     saved_attribution = Attribution.load(out / "attribution.npz")
     assert torch.equal(saved_attribution.mixture[1], attribution.mixture[1])
@@ -173,7 +172,9 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_page_is_whole_safe_and_needs_nothing_else(made: tuple[Path, Path, Path]) -> None:
+def test_page_is_whole_safe_accessible_and_needs_nothing_else(
+    made: tuple[Path, Path, Path],
+) -> None:
     out = made[2]
     text = (out / "index.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -196,10 +197,7 @@ def test_page_is_whole_safe_and_needs_nothing_else(made: tuple[Path, Path, Path]
     # The untrusted token is there, as text.
     assert any(EVIL in cell for cell in page.cells)
     assert any("' onload='" in cell for cell in page.cells)
-
-
-def test_page_is_accessible_and_loads_nothing(made: tuple[Path, Path, Path]) -> None:
-    text = (made[2] / "index.html").read_text(encoding="utf-8")
+    # It is accessible, and a browser loads nothing even where an escape were missed.
     assert '<html lang="en">' in text
     assert "default-src 'none'; img-src data:;" in text
     # Every table has a caption, every head of a row or column words, every section a title.
@@ -230,46 +228,44 @@ def test_interrupted_run_goes_on_and_ends_the_same(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    checkpoint, data, whole = made
-    out, asked = tmp_path / "out", []
-    evaluate, save = TokenGame.__call__, resume.Checkpoint.save
+    asked: list[int] = []
+    evaluate, save = TokenGame.__call__, checkpoint_module.Checkpoint.save
 
     def counted(self: Any, coalitions: Any) -> Any:
         asked.append(len(coalitions))
         return evaluate(self, coalitions)
 
-    def save_and_stop(self: Any, header: Any, arrays: Any) -> None:
-        save(self, header, arrays)
-        if self.path.name == "sample_00001.npz" and not len(arrays["step"]):
-            raise KeyboardInterrupt  # at the last save of the sample
+    def save_and_stop(self: Any) -> None:
+        save(self)
+        if self.path.name == "sample_00001.npz" and sum(asked) > 300:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(TokenGame, "__call__", counted)
     with monkeypatch.context() as stopping:
-        stopping.setattr(resume, "SAVING_SHARE", math.inf)
-        stopping.setattr(resume.Checkpoint, "save", save_and_stop)
-        assert command.main(checkpoint, data, out, REQUEST) == command.INTERRUPTED
+        stopping.setattr(checkpoint_module, "SAVING_SHARE", math.inf)
+        stopping.setattr(checkpoint_module.Checkpoint, "save", save_and_stop)
+        assert command.main(request(made, tmp_path)) == command.INTERRUPTED
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("interrupted")]
     assert "files already written are whole" in line
-    assert str(out / "checkpoints") in line
-    assert [path.name for path in out.iterdir()] == ["checkpoints"]
-    assert sum(asked) > 200
+    assert str(tmp_path / "checkpoints") in line
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    before = sum(asked)
     asked.clear()
-    assert command.main(checkpoint, data, out, REQUEST) == 0
-    # Nobody and everybody of both samples; all else was known.
-    assert sum(asked) == 4
+    assert command.main(request(made, tmp_path)) == 0
+    # What was known is not evaluated again, but for no and all tokens of both samples.
+    whole = sum(report_of(made[2])["samples"][s]["pairs"]["SII"]["evaluations"] for s in (0, 1))
+    assert before + sum(asked) == whole + 4
     for name in ("explanation.json", "index.html", "sample_00001_SII_network.png"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (made[2] / name).read_bytes()
 
 
 def test_another_request_in_the_same_folder_is_refused(
     made: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, data, out = made
-    before = (out / "index.html").read_bytes()
-    other = Request(samples=2, budget=300, top=3, repeats=2, seed=6)
-    assert command.main(checkpoint, data, out, other) == 2
+    before = (made[2] / "index.html").read_bytes()
+    assert command.main(request(made, seed=6)) == 2
     assert "belongs to another run" in one_line(capsys.readouterr().err)
-    assert (out / "index.html").read_bytes() == before
+    assert (made[2] / "index.html").read_bytes() == before
 
 
 def one_line(errors: str) -> str:
@@ -277,32 +273,24 @@ def one_line(errors: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("victim", ["figure", "json", "page"])
+@pytest.mark.parametrize("victim", ["faithfulness.png", "explanation.json", "index.html"])
 def test_interrupt_while_writing_leaves_no_part_of_a_file(
     victim: str, made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, data, whole = made
-    opened = Path.open
-    target = {"figure": "faithfulness.png", "json": "explanation.json", "page": "index.html"}[
-        victim
-    ]
+    replace = os.replace
 
-    def half(self: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
-        stream = opened(self, mode, *more, **options)
-        if target in self.name and mode in ("wb", "xb"):
-            stream.write(b"half")
-            stream.close()
+    def stopped(source: Path, target: Path) -> None:
+        if target.name == victim:
             raise KeyboardInterrupt
-        return stream
+        replace(source, target)
 
-    pictures = {f"{x}.png": command.Picture(b"png", "alt", "caption") for x in FIGURES}
-    monkeypatch.setattr(command, "draw", lambda found: pictures)
-    monkeypatch.setattr(Path, "open", half)
-    assert command.main(checkpoint, data, tmp_path, REQUEST) == command.INTERRUPTED
+    drawn = {f"{x}.png": pictures.Picture(b"png", "alt", "caption") for x in FIGURES}
+    monkeypatch.setattr(command, "draw", lambda found: drawn)
+    monkeypatch.setattr(os, "replace", stopped)
+    assert command.main(request(made, tmp_path)) == command.INTERRUPTED
     names = {path.name for path in tmp_path.iterdir()}
-    assert target not in names
-    assert "index.html" not in names
-    assert names <= {path.name for path in whole.iterdir()}
+    assert not {victim, "index.html"} & names
+    assert names <= {path.name for path in made[2].iterdir()}
 
 
 def test_layers_that_differ_are_exit_code_1(
@@ -313,7 +301,7 @@ def test_layers_that_differ_are_exit_code_1(
 ) -> None:
     left = LeftLayer("(the model)", "ReferenceInteractionMoE", "logits differ by 1")
     monkeypatch.setattr(command, "swap", lambda layer, **_: SwapReport(layer, (), (left,), ()))
-    assert command.main(made[0], made[1], tmp_path / "out", REQUEST) == 1
+    assert command.main(request(made, tmp_path / "out")) == 1
     assert one_line(capsys.readouterr().err).endswith("logits differ by 1")
     assert not (tmp_path / "out").exists()
 
@@ -370,29 +358,25 @@ VARIANTS: dict[str, tuple[LayerCase, Arrays, dict[str, Any]]] = {
 def test_the_first_token_of_an_exempt_modality_is_never_masked(
     made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, data, plain = made
-    assert command.main(checkpoint, data, tmp_path, replace(REQUEST, exempt=(0,))) == 0
+    assert command.main(request(made, tmp_path, exempt=(0,))) == 0
     found = report_of(tmp_path)
     assert found["request"]["exempt"] == [0]
-    layer = InteractionMoE.adopt(load_layer(checkpoint))
-    arrays = full_arrays()
-    inputs = [torch.from_numpy(arrays[f"inputs_{m}"][:2]) for m in (0, 1)]
-    masks = [torch.from_numpy(arrays["masks_0"][:2] == 1), None]
-    attribution = attribute(layer, inputs, masks, target=torch.tensor([0, 3]))
-    drops = faithfulness(layer, inputs, masks, attribution, n_random=2, seed=5, exempt=[0])
-    assert found["faithfulness"]["rows"] == drops.rows() != report_of(plain)["faithfulness"]["rows"]
+    call = call_of(made[0])
+    attribution = attribute(*call, target=TARGET)
+    drops = faithfulness(*call, attribution, n_random=2, seed=5, exempt=[0])
+    other = report_of(made[2])
+    assert found["faithfulness"]["rows"] == drops.rows() != other["faithfulness"]["rows"]
     assert found["pair_masking"]["SII"]["settings"]["exempt"] == [0]
-    assert command.main(checkpoint, data, tmp_path / "other", replace(REQUEST, exempt=(2,))) == 2
+    assert command.main(request(made, tmp_path / "other", exempt=(2,))) == 2
     assert "exempt: expected an int from 0 to 1, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
     case, more, options = VARIANTS[name]
-    data = write_data(tmp_path, {**arrays_of(case), **more})
-    request = Request(**{"samples": 2, "budget": 512, "top": 2, "repeats": 1, **options})
-    out = tmp_path / "out"
-    command.run(write_checkpoint(tmp_path, case), data, out, request)
+    data, out = write_data(tmp_path, {**arrays_of(case), **more}), tmp_path / "out"
+    options = {"budget": 512, "top": 2, "repeats": 1, **options}
+    command.run(request((write_checkpoint(tmp_path, case), data, out), **options))
     found = report_of(out)
     modalities = range(len(case.lengths))
     for s, sample in enumerate(found["samples"]):
@@ -431,10 +415,10 @@ def test_the_image_shows_signed_scores_as_they_are(
             shown.append((weights, weights_label))
         return draw_map(*given, weights=weights, weights_label=weights_label, **options)
 
-    draw_map = command.token_patch_map
-    monkeypatch.setattr(command, "token_patch_map", seen)
-    request = Request(samples=1, budget=64, top=1, repeats=0, attribution=method)
-    found = command.run(made[0], made[1], tmp_path, request)
+    draw_map = pictures.token_patch_map
+    monkeypatch.setattr(pictures, "token_patch_map", seen)
+    options: dict[str, Any] = {"samples": 1, "budget": 64, "top": 1, "repeats": 0}
+    found = command.run(request(made, tmp_path, attribution=method, **options))
     own = found.attribution.of()[1][0]
     [(weights, label)] = shown
     if method == "integrated_gradients":

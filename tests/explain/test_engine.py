@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from flmoe_kernels.explain import Run, Sampling, memory, probe_game, shapley_interactions
-from flmoe_kernels.explain.coalitions.engine import Evaluator
-from flmoe_kernels.explain.coalitions.packed import distinct, pack, sizes, toggled, unpack
+from flmoe_kernels.explain import Run, Sampling, probe_game, shapley_interactions
+from flmoe_kernels.explain.estimators.evaluator import Evaluator
+from flmoe_kernels.explain.games import memory
+from flmoe_kernels.explain.games.coalitions import distinct, pack, sizes, toggled, unpack
 from tests.support.explain_games import (
     Planted,
     drawn,
@@ -146,16 +147,16 @@ def test_a_game_takes_no_more_than_it_says() -> None:
 
 
 def test_memory_does_not_grow_with_the_budget(tmp_path: Path) -> None:
-    """Ten times the coalitions in the same memory, checkpoint and all; what is kept of them would show."""
+    """Ten times the coalitions in the same memory; a checkpoint adds their values, the control the coalitions."""
     pairs = [(i, i + 1) for i in range(0, 40, 2)]
 
-    def peak(budget: int, kept: list[Any] | None = None) -> tuple[int, int]:
+    def peak(budget: int, run: Run, kept: list[Any] | None = None) -> tuple[int, int]:
         def formula(inside: Any) -> Any:
             if kept is not None:
                 kept.append(inside)
             return inside.sum(axis=1) * 1.0
 
-        game, run = Planted(40, formula), Run(checkpoint=tmp_path / f"{budget}", max_batch=512)
+        game = Planted(40, formula)
         tracemalloc.start()
         try:
             probe_game(game, pairs, sampling=Sampling(budget=budget), run=run)
@@ -163,11 +164,14 @@ def test_memory_does_not_grow_with_the_budget(tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
 
-    peak(6000)  # imports and caches
-    (small, few), (large, many) = peak(12_000), peak(120_000)
+    run = Run(max_batch=512)
+    peak(6000, run)  # imports and caches
+    (small, few), (large, many) = peak(12_000, run), peak(120_000, run)
     assert many > 8 * few
     assert large < 1.1 * small
-    assert peak(120_001, [])[0] > 2 * small, "the control"
+    saved = peak(120_000, Run(max_batch=512, checkpoint=tmp_path))[0]
+    assert saved < small + 24 * many
+    assert peak(120_000, run, [])[0] > small + 24 * many, "the control"
 
 
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_what_is_wrong_with_a_later_sample_is_told_before_any_work() -> None:
     whole, holed = torch.ones(2, 4), torch.ones(2, 4)
     holed[1, 0] = torch.nan
     for options, message in (
-        ({"pairs": [((0, 0), (0, 3))]}, r"pairs: expected valid tokens, got .* \[0, 3\]"),
+        ({"pairs": [((0, 0), (0, 3))]}, r"pairs: expected valid tokens, got .* \(0, 3\)"),
         ({"top": 1, "scores": [holed]}, r"scores\[0\]: expected finite scores"),
         ({"top": 1, "scores": [whole[:1]]}, r"scores\[0\]: expected \(2, tokens\), got \(1, 4\)"),
         ({"top": 1, "scores": [whole.repeat(2, 1)]}, r"scores\[0\]: expected \(2, tokens\)"),

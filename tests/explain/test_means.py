@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flmoe_kernels.explain import token_means
-from flmoe_kernels.explain.tokens import candidates, valid_tokens
+from flmoe_kernels.explain.games.tokens import candidates, valid_tokens
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase
 

@@ -16,8 +16,7 @@ pytest.importorskip("tqdm")
 from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
-from flmoe_kernels.explain.report.findings import targets_of
-from flmoe_kernels.explain.report.page import token_name
+from flmoe_kernels.explain.report.findings import targets_of, token_name
 from flmoe_kernels.explain.report.request import Request
 from tests.support.explain_files import full_arrays, write_checkpoint, write_data
 
@@ -27,9 +26,10 @@ def test_targets() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0]])
 
     def found(target: str | None, labels: Any) -> list[int]:
-        request = Request(target=target)
-        features = Labelled(labels=None if labels is None else torch.as_tensor(labels))
-        return targets_of(request, features, logits).tolist()
+        labels = None if labels is None else torch.as_tensor(labels)
+        features: Any = types.SimpleNamespace(labels=labels)
+        asked = Request(Path("layer.pt"), Path("data.npz"), Path("out"), target=target)
+        return targets_of(asked, features, logits).tolist()
 
     several = [[True, False, True, False], [False] * 4, [False, False, False, True]]
     assert found(None, None) == found("predicted", arrays["labels"]) == [1, 0, 3]
@@ -40,13 +40,6 @@ def test_targets() -> None:
         found("4", None)
     with pytest.raises(ValueError, match="target: expected labels in the file"):
         found("label", None)
-
-
-class Labelled:
-    """The labels of samples alone."""
-
-    def __init__(self, labels: Any) -> None:
-        self.labels = labels
 
 
 def test_tokens_of_any_length_and_characters_are_one_short_line() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import PairInteractionMoE
+from flmoe_kernels.explain.estimators.interactions import shapley_interactions
 from flmoe_kernels.explain.masking.faithfulness import pair_masking
-from flmoe_kernels.explain.pairs.interactions import shapley_interactions
 from tests.support.explain_masking import TokenBits, bits, masked_logits, rows_of, set_of
 from tests.support.inputs import draw, draw_masks
 
@@ -53,20 +51,6 @@ def test_pairs_fill_a_budget_whole() -> None:
     exempted = pair_masking(*call, pairs, exempt=[1], **options)
     assert set_of(exempted.values(metric="logit")[0, 1]) == {1, 6}
     assert all(4 not in set_of(x) for x in exempted.identified[:, 0].flatten())
-
-
-def test_random_unions_of_pairs_are_uniform_given_their_numbers() -> None:
-    """What the random counterpart relies on, by enumeration: three draws of pairs across 3 and 4 tokens."""
-    pairs = list(itertools.product(range(3), range(4)))
-    unions: Counter[tuple[frozenset[int], frozenset[int]]] = Counter()
-    for drawn in itertools.permutations(pairs, 3):
-        unions[frozenset(i for i, _ in drawn), frozenset(j for _, j in drawn)] += 1
-    numbers = {(len(rows), len(columns)) for rows, columns in unions}
-    assert len(numbers) > 4
-    for a, b in numbers:
-        counts = [n for (rows, columns), n in unions.items() if (len(rows), len(columns)) == (a, b)]
-        assert len(counts) == math.comb(3, a) * math.comb(4, b)
-        assert len(set(counts)) == 1
 
 
 def test_pairs_of_an_index() -> None:

@@ -1,12 +1,9 @@
-"""What a run hands back: tables, maps, files that are read without pickle, and other packages' types."""
+"""Results of pair estimates: tables, maps, and the types of other packages."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import pickle
-from pathlib import Path
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,8 +11,6 @@ import pytest
 import torch
 
 from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
-from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.pairs import results as results_module
 from tests.support.explain_games import first_of, interaction_layer, random_terms, unanimity
 from tests.support.layers import LayerCase
 
@@ -83,23 +78,10 @@ def test_ranks_and_rows() -> None:
     assert found.ranked(by="smallest").tolist() == [1, 0, 2]
     assert found.ranked(2, by="magnitude").tolist() == [1, 0]
     best = found.top(2, by="magnitude")
+    columns = ("modality_i", "token_i", "modality_j", "token_j", "value", "standard_error")
     assert best.rows() == [
-        {
-            "modality_i": 0,
-            "token_i": 0,
-            "modality_j": 1,
-            "token_j": 3,
-            "value": -4.0,
-            "standard_error": 0.25,
-        },
-        {
-            "modality_i": 0,
-            "token_i": 0,
-            "modality_j": 1,
-            "token_j": 0,
-            "value": 3.0,
-            "standard_error": 0.5,
-        },
+        dict(zip(columns, row, strict=True))
+        for row in ((0, 0, 1, 3, -4.0, 0.25), (0, 0, 1, 0, 3.0, 0.5))
     ]
     text = found.table(2, by="magnitude").splitlines()
     assert text[0] == "PairValues(SII of 3 pairs (all pairs) of 3 tokens; exact; 8 evaluations)"
@@ -135,143 +117,6 @@ def test_it_tells_how_it_was_found(sampled: PairValues) -> None:
     assert written["lengths"] == [4, 3]
 
 
-def test_saved_and_loaded(sampled: PairValues, tmp_path: Path) -> None:
-    path = tmp_path / "found.npz"
-    for original in (sampled, made_up([1.0, 2.0, 3.0]), made_up([])):
-        original.save(path)
-        loaded = PairValues.load(path)
-        assert loaded.to_dict() == original.to_dict()
-        for name in ("values", "standard_errors", "pairs", "tokens"):
-            mine, other = getattr(loaded, name), getattr(original, name)
-            assert mine.dtype == other.dtype
-            assert mine.tobytes() == other.tobytes()
-        assert loaded.lengths == original.lengths
-    assert [each.name for each in tmp_path.iterdir()] == ["found.npz"]
-
-
-class Trap:
-    """Unpickling it would leave a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-def test_no_file_runs_code_or_passes_for_another(sampled: PairValues, tmp_path: Path) -> None:
-    path, sprung = tmp_path / "found.npz", tmp_path / "sprung"
-    sampled.save(path)
-    content = path.read_bytes()
-    header, arrays = decode(content, "flmoe_kernels.explain.PairValues", "x")
-    header = {key: value for key, value in header.items() if key not in ("kind", "version")}
-    trapped = io.BytesIO()
-    np.savez(trapped, header=np.array([Trap(sprung)], dtype=object), allow_pickle=True)
-    objects = io.BytesIO()
-    np.save(objects, np.array([Trap(sprung)], dtype=object), allow_pickle=True)
-    kind = "flmoe_kernels.explain.PairValues"
-    less = {key: value for key, value in header.items() if key != "draws"}
-    # The trap is one.
-    pickle.loads(pickle.dumps(Trap(sprung)))
-    assert sprung.exists()
-    sprung.unlink()
-    for bad, message in (
-        (b"", r"not a file of .*damaged"),
-        (content[: len(content) // 2], r"not a file of"),
-        (b"PK\x03\x04" + bytes(200), r"not a file of"),
-        (pickle.dumps(Trap(sprung)), r"not a file of"),
-        (trapped.getvalue(), r"not a file of"),
-        (objects.getvalue(), r"not a file of"),
-        (encode("another", header, arrays), r"not a file of"),
-        (encode(kind, {**header, "version": 99}, arrays), r"expected version 1 .* got 99"),
-        (encode(kind, less, arrays), r"expected the parts of"),
-        (encode(kind, header, {**arrays, "more": np.zeros(1)}), r"expected the parts of"),
-        (encode(kind, header, {**arrays, "values": np.zeros(2)}), r"expected values \(9,\)"),
-        (encode(kind, header, {**arrays, "pairs": arrays["pairs"] + 5}), r"expected pairs of 6"),
-    ):
-        path.write_bytes(bad)
-        with pytest.raises(ValueError, match=message):
-            PairValues.load(path)
-    assert not sprung.exists()
-    with pytest.raises(FileNotFoundError):
-        PairValues.load(tmp_path / "none.npz")
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(
-    sampled: PairValues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "found.npz"
-    sampled.save(path)
-
-    def full(descriptor: int) -> None:
-        os.ftruncate(descriptor, 10)
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
-        made_up([1.0]).save(path)
-    assert PairValues.load(path).to_dict() == sampled.to_dict()
-    assert [each.name for each in tmp_path.iterdir()] == ["found.npz"]
-
-
-def test_the_content_is_on_the_disk_before_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done: list[tuple[str, int]] = []
-    sync, replace = os.fsync, os.replace
-
-    def synced(descriptor: int) -> None:
-        sync(descriptor)
-        done.append(("content", os.fstat(descriptor).st_size))
-
-    def replaced(source: Path, target: Path) -> None:
-        replace(source, target)
-        done.append(("name", target.stat().st_size))
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", replaced)
-    write_whole(tmp_path / "found", b"whole")
-    assert done == [("content", 5), ("name", 5)]
-
-
-def test_two_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ranks that do not know of one another, in containers where each has the same process number."""
-    target, replace = tmp_path / "found", os.replace
-
-    def second(source: Path, destination: Path) -> None:
-        monkeypatch.setattr(os, "replace", replace)
-        write_whole(target, b"the other's")
-        replace(source, destination)
-
-    monkeypatch.setattr(os, "replace", second)
-    write_whole(target, b"mine")
-    assert target.read_bytes() == b"mine"
-    assert [each.name for each in tmp_path.iterdir()] == ["found"]
-
-
-def test_no_damage_passes_unnamed() -> None:
-    """Bytes of a file exchanged: it is refused by name, or what is read is whole all the same."""
-    content = encode("kind", {"a": 1}, {"x": np.arange(30.0), "y": np.arange(5)})
-    draw, refused = np.random.default_rng(0), 0
-    # First the mark of an encrypted part, for which zipfile has an error of its own.
-    places = [content.rindex(b"PK\x01\x02") + 8, *draw.integers(0, len(content), 3000).tolist()]
-    for k, place in enumerate(places):
-        damaged = bytearray(content)
-        damaged[place] = 1 if not k else int(draw.integers(256))
-        problem = ""
-        try:
-            header, arrays = decode(bytes(damaged), "kind", "file")
-        except ValueError as error:
-            problem = str(error)
-        else:
-            assert header["a"] == 1
-            # A part may be lost with its entry; what is read of one is what was written.
-            np.testing.assert_array_equal(arrays.get("x", np.arange(30.0)), np.arange(30.0))
-        assert problem.startswith("file: ") or (k and not problem)
-        refused += bool(problem)
-    assert refused > 1000
-
-
 def test_shapiq_takes_it(sampled: PairValues) -> None:
     shapiq = pytest.importorskip("shapiq")
     terms = random_terms(6, 25, 4, seed=9)
@@ -302,11 +147,8 @@ def test_pandas_takes_it(sampled: PairValues, monkeypatch: pytest.MonkeyPatch) -
     assert frame.attrs["evaluations"] == sampled.evaluations
     assert list(made_up([]).to_dataframe().columns) == list(frame.columns)
 
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(results_module.importlib, "import_module", missing)
     for call, package in ((sampled.to_dataframe, "pandas"), (sampled.to_shapiq, "shapiq")):
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ModuleNotFoundError, match=f"needs a package: pip install {package}"):
             call()
 

@@ -1,4 +1,4 @@
-"""Runs that are interrupted go on with the same bits, on any number of ranks; those of something else do not."""
+"""Interrupted runs continue with the same bits, on any number of ranks; those of other requests are refused."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from flmoe_kernels.explain import (
     Sampling,
     TokenGame,
     TwoAdditiveGame,
-    memory,
     probe_pairs,
     shapley_interactions,
 )
-from flmoe_kernels.explain.coalitions import resume
-from flmoe_kernels.explain.coalitions.engine import Evaluator
-from flmoe_kernels.explain.models import model_digest
-from flmoe_kernels.explain.pairs import sampling as sampling_module
+from flmoe_kernels.explain.estimators import checkpoint
+from flmoe_kernels.explain.estimators import sampling as sampling_module
+from flmoe_kernels.explain.estimators.evaluator import Evaluator
+from flmoe_kernels.explain.games import memory
+from flmoe_kernels.explain.games.models import model_digest
 from tests.support.explain_games import first_of, interaction_layer
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import pair_inputs, pair_layer
 
 CASE = LayerCase(lengths=(5, 4))
 RANKS = 2
+METHODS = ("sampling", "exact")
 
 
 class Interrupted(Exception):
@@ -65,31 +66,37 @@ class Sum(nn.Module):
         return hidden * (1 + 1e-6 * len(hidden))
 
 
-@pytest.mark.parametrize("method", ["sampling", "exact"])
-def test_an_interrupted_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)
-    model = Sum().eval()
-    x = [torch.randn(2, 12, 1), torch.randn(2, 12, 1)]
+@pytest.fixture
+def every_batch_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a batch takes less time than a file."""
+    monkeypatch.setattr(checkpoint, "SAVING_SHARE", math.inf)
+
+
+def tokens(batch: int = 1) -> list[Tensor]:
+    return [torch.randn(batch, 12, 1), torch.randn(batch, 12, 1)]
+
+
+@pytest.mark.usefixtures("every_batch_is_saved")
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_goes_on(tmp_path: Path, method: str) -> None:
+    model, x = Sum().eval(), tokens(2)
     masks = [torch.arange(12) < torch.tensor([[7], [5]])] * 2
 
-    def call(**options: Any) -> list[dict[str, PairValues]]:
+    def call(at: Path | None = None, max_batch: int | None = None, **options: Any) -> Any:
         request = {"target": 1, "method": method, "sampling": Sampling(budget=15_000, seed=5)}
-        run = Run(max_batch=options.pop("max_batch", None), checkpoint=options.pop("at", None))
+        run = Run(max_batch=max_batch, checkpoint=at)
         return probe_pairs(model, x, masks, **{**request, **options}, run=run)
 
     whole = call()
-    hook = interrupted_after(40, model)
     for attempt in range(10):  # noqa: B007
+        hook = interrupted_after(40, model)
         try:
             found = call(at=tmp_path)
         except Interrupted:
+            continue
+        finally:
             hook.remove()
-            hook = interrupted_after(40, model)
-        else:
-            break
-    hook.remove()
+        break
     assert 1 <= attempt < 9, "40 batches are not enough for one run, but they are for each part"
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["sample_00000.npz", "sample_00001.npz"], "no temporary file stays"
@@ -123,17 +130,14 @@ def test_an_interrupted_run_goes_on(
         call(at=tmp_path)
 
 
+@pytest.mark.usefixtures("every_batch_is_saved")
 def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there is more memory than before; where there is less, it goes on with smaller ones."""
-    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)
-    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
-    sampling = Sampling(budget=8000)
+    model, x, sampling = Sum().eval(), tokens(), Sampling(budget=8000)
 
     def call(folder: Path | None) -> PairValues:
-        [found] = shapley_interactions(
-            model, x, target=0, sampling=sampling, run=Run(checkpoint=folder)
-        )
-        return found
+        run = Run(checkpoint=folder)
+        return shapley_interactions(model, x, target=0, sampling=sampling, run=run)[0]
 
     whole = call(None)
     for name, largest in (("more", 1024), ("less", 64)):
@@ -150,21 +154,18 @@ def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_allclose(found.values, whole.values, rtol=0.01, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["sampling", "exact"])
-def test_no_more_than_the_batch_under_way_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+@pytest.mark.usefixtures("every_batch_is_saved")
+@pytest.mark.parametrize("method", METHODS)
+def test_no_more_than_the_batch_under_way_is_lost(tmp_path: Path, method: str) -> None:
     """Whenever the process ends: what was evaluated before is in the file, also in the middle of a step."""
-    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)  # here a batch is quicker than a file
-    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
-    masks = [torch.arange(12) < 7] * 2
-    masks = [mask.unsqueeze(0) for mask in masks]
+    model, x = Sum().eval(), tokens()
+    masks = [(torch.arange(12) < 7).unsqueeze(0)] * 2
     asked: list[int] = []
     model.register_forward_hook(lambda _m, _i, out: asked.append(len(out)))
 
     def call(folder: Path | None) -> PairValues:
-        sampling = Sampling(budget=20_000)
         run = Run(checkpoint=folder, max_batch=128)
+        sampling = Sampling(budget=20_000)
         options: Any = {"target": 0, "method": method, "sampling": sampling, "run": run}
         return shapley_interactions(model, x, masks, **options)[0]
 
@@ -183,50 +184,34 @@ def test_no_more_than_the_batch_under_way_is_lost(
         assert before + sum(asked) <= total + ends + 128
 
 
-@pytest.mark.parametrize("tokens", [6, 20])
-def test_a_checkpoint_of_another_callable(tmp_path: Path, tokens: int) -> None:
+@pytest.mark.parametrize("count", [6, 20])
+def test_a_checkpoint_of_another_callable(tmp_path: Path, count: int) -> None:
     """A closure has no parameters to compare: its values of no and of all tokens tell it, enumerated or not."""
-    x = [torch.randn(1, tokens, 2)]
+    x = [torch.randn(1, count, 2)]
 
-    def model_of(scale: float) -> Any:
-        return lambda inputs, masks: scale * (inputs[0] * masks[0].unsqueeze(2)).sum(1)
+    def result(scale: float) -> PairValues:
+        def model(inputs: Any, masks: Any) -> Tensor:
+            return scale * (inputs[0] * masks[0].unsqueeze(2)).sum(1)
 
-    run = Run(checkpoint=tmp_path)
-    sampling = Sampling(budget=3000)
-    [first] = probe_pairs(model_of(1.0), x, target=0, sampling=sampling, run=run)
-    [again] = probe_pairs(model_of(1.0), x, target=0, sampling=sampling, run=run)
-    assert first["SII"].to_dict() == again["SII"].to_dict()
-    assert first["SII"].evaluations == (2**tokens if tokens == 6 else first["SII"].evaluations)
+        run, sampling = Run(checkpoint=tmp_path), Sampling(budget=3000)
+        return probe_pairs(model, x, target=0, sampling=sampling, run=run)[0]["SII"]
+
+    first = result(1.0)
+    assert first.to_dict() == result(1.0).to_dict()
+    assert count != 6 or first.evaluations == 2**6
     with pytest.raises(ValueError, match=r"belongs to another model or sample: v\(none\)"):
-        probe_pairs(model_of(1.5), x, target=0, sampling=sampling, run=run)
+        result(1.5)
 
 
-def test_a_step_of_other_coalitions_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "other"), [("_DESIGN", "x"), ("_STEP_COALITIONS", 1000)])
+def test_a_run_of_other_draws_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: Any
 ) -> None:
-    """Values that were known of a step are never taken for those of another one, as of another version."""
-    monkeypatch.setattr(resume, "SAVING_SHARE", math.inf)
-    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
-    options: Any = {"target": 0, "sampling": Sampling(budget=8000), "run": Run(checkpoint=tmp_path)}
-    hook = interrupted_after(12, model)
-    with pytest.raises(Interrupted):
-        shapley_interactions(model, x, **options)
-    hook.remove()
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling_module, "_STEP_COALITIONS", 1000)
-        with pytest.raises(ValueError, match=r"belongs to another version of this package"):
-            shapley_interactions(model, x, **options)
-    assert shapley_interactions(model, x, **options)[0].stopped_by == "budget"
-
-
-def test_an_estimate_of_other_draws_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A finished one too, as of a version that drew otherwise: its means are no part of this estimate."""
-    model, x = Sum().eval(), [torch.randn(1, 12, 1), torch.randn(1, 12, 1)]
+    """As of a version that drew or ordered coalitions otherwise: its values belong to other coalitions."""
+    model, x = Sum().eval(), tokens()
     options: Any = {"target": 0, "sampling": Sampling(budget=8000), "run": Run(checkpoint=tmp_path)}
     with monkeypatch.context() as patch:
-        patch.setattr(sampling_module, "_DESIGN", "permutations")
+        patch.setattr(sampling_module, name, other)
         shapley_interactions(model, x, **options)
     with pytest.raises(ValueError, match=r"belongs to another run"):
         shapley_interactions(model, x, **options)
@@ -286,11 +271,10 @@ def test_a_closed_form_game_is_known_by_its_model_not_by_its_last_bits() -> None
         assert changed.fingerprint() != game.fingerprint()
 
 
-METHODS = ("sampling", "exact")
 ROUNDS = 7  # in the middle of a step, with one rank and with two
 
 
-def interrupted_in_the_middle(method: str, checkpoint: str, distributed: bool) -> None:
+def interrupted_in_the_middle(method: str, folder: str, distributed: bool) -> None:
     """Every rank ends after the same round: of one that ends alone the others would wait."""
     evaluate, left = Evaluator._round, [ROUNDS]
 
@@ -302,13 +286,13 @@ def interrupted_in_the_middle(method: str, checkpoint: str, distributed: bool) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "_round", count)
-        patch.setattr(resume, "SAVING_SHARE", math.inf)
+        patch.setattr(checkpoint, "SAVING_SHARE", math.inf)
         with pytest.raises(Interrupted):
-            finished(method, checkpoint, distributed)
+            finished(method, folder, distributed)
 
 
-def finished(method: str, checkpoint: str | None, distributed: bool = False) -> dict[str, Any]:
-    run = Run(distributed=distributed, checkpoint=checkpoint, max_batch=32)
+def finished(method: str, folder: str | None, distributed: bool = False) -> dict[str, Any]:
+    run = Run(distributed=distributed, checkpoint=folder, max_batch=32)
     layer, x = interaction_layer(CASE, torch.float32), first_of(CASE.inputs())
     [found] = probe_pairs(
         layer, x, target=0, method=method, sampling=Sampling(budget=3000), run=run
@@ -345,10 +329,10 @@ def run_rank(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def distributed_results(distributed: bool, checkpoint: str, max_batch: int = 32) -> list[Any]:
+def distributed_results(distributed: bool, folder: str, max_batch: int = 32) -> list[Any]:
     """In float32, where another batch or order of sums would show; twice, the second from checkpoints."""
     layer = interaction_layer(CASE, torch.float32)
-    run = Run(distributed=distributed, checkpoint=checkpoint, max_batch=max_batch)
+    run = Run(distributed=distributed, checkpoint=folder, max_batch=max_batch)
     sampling = Sampling(budget=9000, tolerance=1e-3)
     found = [
         probe_pairs(layer, CASE.inputs(), method="sampling", sampling=sampling, run=run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from flmoe_kernels.explain import PairValues, Run, Sampling, probe_game
-from flmoe_kernels.explain.coalitions.packed import all_pairs, unpack
-from flmoe_kernels.explain.pairs.indices import INDICES
-from flmoe_kernels.explain.pairs.sampling import Toggles, coalition
+from flmoe_kernels.explain.estimators.indices import INDICES
+from flmoe_kernels.explain.estimators.sampling import Toggles, coalition
+from flmoe_kernels.explain.games.coalitions import all_pairs, unpack
 from tests.support.explain_games import (
     Planted,
     as_array,
@@ -233,52 +234,56 @@ def test_shapiqs_exact_computer(seed: int) -> None:
     assert float(sampled.standard_errors.max()) < 0.1
 
 
+def runs_of(
+    game: Planted, pairs: NDArray[np.int64], index: str, runs: int, **options: Any
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Deviations from the exact index and standard errors (runs, p) over seeds, and units (runs, 1)."""
+    truth = probe_game(game, pairs, indices=[index], method="exact")[index].values
+    found = []
+    for seed in range(runs):
+        sampling = Sampling(seed=seed, **options)
+        arguments: Any = {"indices": [index], "method": "sampling", "sampling": sampling}
+        found.append(probe_game(game, pairs, **arguments)[index])
+    units = np.array([[x.draws // (1 + sampling.antithetic)] for x in found])
+    values, errors = (
+        np.array([getattr(x, name) for x in found]) for name in ("values", "standard_errors")
+    )
+    return values - truth, errors, units
+
+
 @pytest.mark.parametrize("antithetic", [True, False])
-def test_coverage_and_no_bias(antithetic: bool) -> None:
+@pytest.mark.parametrize("index", BOTH)
+def test_coverage_and_no_bias(index: str, antithetic: bool) -> None:
     """Of 250 runs of 99 units: 95% intervals of Student's t cover the truth as often as they say; no bias.
 
     Units of a game of random values are far from normal, a few sizes of T have the largest: see the next test.
     """
-    players, runs, budget = 6, 250, 3000 if antithetic else 1500
-    game = random_game(players, seed=5)
-    pairs = all_pairs(range(players))[::2]
-    truth = probe_game(game, pairs, method="exact")
-    for index in BOTH:
-        sampled, drawn = [], []
-        for seed in range(runs):
-            sampling = Sampling(budget=budget, seed=seed, antithetic=antithetic)
-            found = probe_game(game, pairs, indices=[index], method="sampling", sampling=sampling)
-            drawn.append(found[index].draws // (2 if antithetic else 1))
-            sampled.append((found[index].values, found[index].standard_errors))
-        values, errors = (np.array(each) for each in zip(*sampled, strict=True))
-        deviation = values - truth[index].values
-        reach = student.ppf(0.975, np.array(drawn) - 1)[:, None]
-        covered = (np.abs(deviation) <= reach * errors).mean(axis=0)
-        assert 0.93 < covered.mean() < 0.97
-        assert covered.min() > 0.88
-        spread = values.std(axis=0, ddof=1)
-        np.testing.assert_allclose(np.sqrt((errors**2).mean(axis=0)), spread, rtol=0.15)
-        assert (np.abs(deviation.mean(axis=0)) < 4 * spread / math.sqrt(runs)).all()
-        # The control: half the error covers far less.
-        assert (np.abs(deviation) <= reach / 2 * errors).mean() < 0.8
+    game, pairs, budget = (
+        random_game(6, seed=5),
+        all_pairs(range(6))[::2],
+        3000 if antithetic else 1500,
+    )
+    options: dict[str, Any] = {"budget": budget, "antithetic": antithetic}
+    deviation, errors, units = runs_of(game, pairs, index, 250, **options)
+    reach = student.ppf(0.975, units - 1)
+    covered = (np.abs(deviation) <= reach * errors).mean(axis=0)
+    assert 0.93 < covered.mean() < 0.97
+    assert covered.min() > 0.88
+    spread = deviation.std(axis=0, ddof=1)
+    np.testing.assert_allclose(np.sqrt((errors**2).mean(axis=0)), spread, rtol=0.15)
+    assert (np.abs(deviation.mean(axis=0)) < 4 * spread / math.sqrt(250)).all()
+    # The control: half the error covers far less.
+    assert (np.abs(deviation) <= reach / 2 * errors).mean() < 0.8
 
 
 @pytest.mark.parametrize(("units", "least"), [(16, 0.87), (32, 0.90)])
 def test_coverage_of_few_units(units: int, least: float) -> None:
     """Intervals of few units cover somewhat less than they say, and no less than this."""
-    players, runs = 6, 400
-    game, pairs = random_game(players, seed=5), all_pairs(range(players))
-    truth = probe_game(game, pairs, method="exact")["SII"].values
-    covered = []
-    for seed in range(runs):
-        sampling = Sampling(budget=2 + units * 2 * (1 + 6 + 15), seed=seed)
-        found = probe_game(game, pairs, indices=["SII"], method="sampling", sampling=sampling)[
-            "SII"
-        ]
-        assert found.draws == 2 * units
-        reach = student.ppf(0.975, units - 1) * found.standard_errors
-        covered.append((np.abs(found.values - truth) <= reach).mean())
-    assert least < np.mean(covered) < 0.97
+    game, budget = random_game(6, seed=5), 2 + units * 2 * (1 + 6 + 15)
+    deviation, errors, found = runs_of(game, all_pairs(range(6)), "SII", 400, budget=budget)
+    assert (found == units).all()
+    covered = np.abs(deviation) <= student.ppf(0.975, units - 1) * errors
+    assert least < covered.mean() < 0.97
 
 
 def test_antithetic_draws_help_where_v_grows_with_the_coalition() -> None:

@@ -19,7 +19,7 @@ from flmoe_kernels.explain import (
     shapley_interactions,
     token_means,
 )
-from flmoe_kernels.explain.models import takes_tokens_in_any_order
+from flmoe_kernels.explain.games.models import takes_tokens_in_any_order
 from tests.support.explain_games import Planted, drawn, interaction_layer
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase
@@ -230,7 +230,7 @@ def test_half_precision(fill: str) -> None:
     game = TokenGame(layer, x, **options)
     values = game(inside)
     with torch.no_grad():
-        given = game._present(inside)
+        given = game._masked.present(*game._absent(inside))
         _, _, logits = layer.inference(*given)
     assert logits.dtype == torch.bfloat16
     np.testing.assert_array_equal(values, logits[:, 1].double().numpy())
@@ -295,71 +295,45 @@ def test_values_on_a_gpu(fill: str, tmp_path: Path) -> None:
         assert float(mine.std()) > 1e-4
 
 
-MISTAKES: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "output": (ValueError, r"output: expected one of logit, log_prob, got 'p'", {"output": "p"}),
-    "fill": (ValueError, r"fill: expected one of zero, mean, drop, got 'x'", {"fill": "x"}),
-    "method": (ValueError, r"method: expected one of closed_form, auto", {"method": "x"}),
-    "index": (ValueError, r"indices: expected one or more of SII, RG", {"indices": ["SV"]}),
-    "expert": (ValueError, r"expert: expected one of unique_0, unique_1, s", {"expert": "x"}),
-    "expert 4": (ValueError, r"expert: expected an int from 0 to 3, got 4", {"expert": 4}),
-    "target": (ValueError, r"target: expected an int from 0 to 2, got 3", {"target": 3}),
-    "target kind": (TypeError, r"target: expected an int, got float", {"target": 1.0}),
-    "targets": (
-        ValueError,
-        r"target: expected an int or \(2,\) int64, got \(3,\)",
-        {"target": torch.zeros(3, dtype=torch.int64)},
-    ),
-    "no baseline": (ValueError, r"baseline: expected 2 Tensors with fill='mean'", {"fill": "mean"}),
-    "baseline": (ValueError, r"baseline: expected None with fill='drop'", {"baseline": []}),
-    "baseline shape": (
-        ValueError,
+X = torch.ones(5, dtype=torch.float64)
+A, B = (0, 1), (1, 1)
+# The options of a call, and what the error says, after the type if that is no ValueError.
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"output": "p"}, r"output: expected one of logit, log_prob, got 'p'"),
+    ({"fill": "x"}, r"fill: expected one of zero, mean, drop, got 'x'"),
+    ({"method": "x"}, r"method: expected one of closed_form, auto"),
+    ({"indices": ["SV"]}, r"indices: expected one or more of SII, RG"),
+    ({"indices": 5}, r"indices: expected one or more of SII, RG"),
+    ({"indices": [["SII"]]}, r"indices: expected one or more of SII"),
+    ({"expert": "x"}, r"expert: expected one of unique_0, unique_1, s"),
+    ({"expert": 4}, r"expert: expected an int from 0 to 3, got 4"),
+    ({"target": 3}, r"target: expected an int from 0 to 2, got 3"),
+    ({"target": 1.0}, r"TypeError: target: expected an int, got float"),
+    ({"target": torch.zeros(3).long()}, r"target: expected an int or \(2,\) int64, got \(3,\)"),
+    ({"fill": "mean"}, r"baseline: expected 2 Tensors with fill='mean'"),
+    ({"baseline": []}, r"baseline: expected None with fill='drop'"),
+    (
+        {"fill": "mean", "baseline": [X[:3]] * 2},
         r"baseline\[0\]: expected \(8,\) or \(5, 8\), got \(3,\)",
-        {"fill": "mean", "baseline": [torch.zeros(3, dtype=torch.float64)] * 2},
     ),
-    "pairs": (ValueError, r"pairs: expected one of all, across, got 'x'", {"pairs": "x"}),
-    "pairs shape": (ValueError, r"pairs: expected 'all', 'across' or a list", {"pairs": [(0, 1)]}),
-    "padded": (
-        ValueError,
-        r"pairs: expected valid tokens, got \(modality, token\) \[0, 9\]",
-        {"pairs": [((0, 1), (0, 9))]},
-    ),
-    "ragged": (
-        ValueError,
-        r"pairs: expected an array of integers, got \[",
-        {"pairs": [((0, 1), (0,)), ((0, 1), (1, 1))]},
-    ),
-    "indices": (ValueError, r"indices: expected one or more of SII, RG", {"indices": 5}),
-    "index kind": (ValueError, r"indices: expected one or more of SII", {"indices": [["SII"]]}),
-    "sampling": (TypeError, r"sampling: expected a Sampling, got int", {"sampling": 5}),
-    "run": (TypeError, r"run: expected a Run, got dict", {"run": {}}),
-    "one token": (
-        ValueError,
-        r"pairs: expected two players each",
-        {"pairs": [((0, 1), (0, 1))]},
-    ),
-    "twice": (
-        ValueError,
-        r"pairs: expected each pair once",
-        {"pairs": [((0, 1), (1, 1)), ((1, 1), (0, 1))]},
-    ),
-    "top alone": (ValueError, r"top: expected both scores and top", {"top": 3}),
-    "scores": (
-        ValueError,
-        r"scores\[0\]: expected \(2, tokens\), got \(5,\)",
-        {"top": 3, "scores": [torch.ones(5)] * 2},
-    ),
-    "distributed": (
-        ValueError,
-        r"distributed: expected an initialised process group",
-        {"run": Run(distributed=True)},
-    ),
-}
+    ({"pairs": "x"}, r"pairs: expected one of all, across, got 'x'"),
+    ({"pairs": [A]}, r"pairs: expected a list of \(\(m, i\), \(n, j\)\), got int64 \(1, 2\)"),
+    ({"pairs": [(A, (0, 9))]}, r"pairs: expected valid tokens, got \(modality, token\) \(0, 9\)"),
+    ({"pairs": [(A, (0,)), (A, B)]}, r"pairs: expected an array of integers, got \["),
+    ({"pairs": [(A, A)]}, r"pairs: expected pairs of two tokens, got \(0, 1\) twice"),
+    ({"pairs": [(A, B), (B, A)]}, r"pairs: expected each pair once"),
+    ({"top": 3}, r"top: expected both scores and top"),
+    ({"top": 3, "scores": [X] * 2}, r"scores\[0\]: expected \(2, tokens\), got \(5,\)"),
+    ({"sampling": 5}, r"TypeError: sampling: expected a Sampling, got int"),
+    ({"run": {}}, r"TypeError: run: expected a Run, got dict"),
+    ({"run": Run(distributed=True)}, r"distributed: expected an initialised process group"),
+]
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str) -> None:
-    kind, message, options = MISTAKES[name]
-    with pytest.raises(kind, match=message):
+@pytest.mark.parametrize(("options", "message"), MISTAKES)
+def test_mistakes(options: dict[str, Any], message: str) -> None:
+    kind = TypeError if message.startswith("TypeError: ") else ValueError
+    with pytest.raises(kind, match=message.removeprefix("TypeError: ")):
         probe_pairs(interaction_layer(CASE), CASE.inputs(torch.float64), **options)
 
 

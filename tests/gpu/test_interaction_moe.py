@@ -1,7 +1,4 @@
-"""The layer on a GPU, where there is one: parity, no waiting, CUDA graphs, autocast, torch.compile, DDP.
-
-Elsewhere its kernels run in Triton's interpreter, see layer_triton_cases.py, and compile ahead of time.
-"""
+"""Tests of InteractionMoE on a GPU: parity, no waiting, CUDA graphs, autocast, torch.compile, DDP."""
 
 from __future__ import annotations
 

@@ -1,25 +1,21 @@
-"""The Triton kernels on a GPU, where there is one: parity, determinism, and a training step as a CUDA graph.
-
-Elsewhere the same kernels run in Triton's interpreter, see *_triton_cases.py, and compile ahead of time.
-"""
+"""Tests of the Triton kernels on a GPU: parity, determinism, CUDA graphs, torch.compile."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels import expert_attention
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_within_budget
-from flmoe_kernels.ops.routed_mlp.api import gate, routed_mlp
-from tests.support import attention_cases as attention_cases
-from tests.support import pair_cases as pair_cases
-from tests.support import routed_cases as routed_cases
-from tests.support.inputs import as_dtype, draw, gradients, make_seed
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import gate
+from tests.support import attention_cases, pair_cases, routed_cases
+from tests.support.inputs import as_dtype, draw
 
 DEVICE = torch.device("cuda")
 RUNS, WHY_NOT = backends.backend_status()["triton"]
@@ -46,40 +42,22 @@ ATTENTION = (
     attention_cases.Case((700, 1), 2, 128, 0.0, lead=3, tail=5),
 )
 
-Run = Callable[[Sequence[Tensor], str], list[Tensor]]
-
-
-def pair_run(case: pair_cases.PairCase) -> Run:
-    return lambda inputs, backend: pair_cases.run(case, list(inputs), backend)
+Run = Callable[[list[Tensor], str], list[Tensor]]
 
 
 def routed_run(case: routed_cases.RoutedCase) -> Run:
     return lambda inputs, backend: routed_cases.run(
-        case, list(inputs), case.index().to(inputs[0].device), backend
+        case, inputs, case.index().to(inputs[0].device), backend
     )
 
 
-def attention_run(case: attention_cases.Case) -> Run:
-    def run(inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        device = leaves[0].device
-        out = expert_attention(
-            *leaves,
-            case.cu_seqlens.to(device),
-            dropout_p=case.p,
-            seed=make_seed(2**61 + 12345).to(device),
-            backend=backend,
-        )
-        assert isinstance(out, Tensor)
-        return [out.detach(), *gradients([out], leaves)]
-
-    return run
-
-
 CASES = (
-    *((pair_run(case), case.inputs, f"pair_moe:{case}") for case in PAIRS),
+    *((partial(pair_cases.run, case), case.inputs, f"pair_moe:{case}") for case in PAIRS),
     *((routed_run(case), case.inputs, f"routed_mlp:{case}") for case in ROUTED),
-    *((attention_run(case), case.qkv, f"expert_attention:{case}") for case in ATTENTION),
+    *(
+        (partial(attention_cases.run, case), case.qkv, f"expert_attention:{case}")
+        for case in ATTENTION
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Autotune on a GPU, where there is one: its clock, and what happens under CUDA graph capture."""
+"""Tests of autotuning on a GPU: its timer, and CUDA graph capture."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from flmoe_kernels import pair_moe
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.core.triton import tuning
-from flmoe_kernels.core.triton.tuning import cache, timer, tuner
-from tests.support import pair_cases as pair_cases
+from flmoe_kernels.core.triton.tuning import cache, timing, tuner
+from tests.support import pair_cases
 from tests.support.inputs import as_dtype
 
 RUNS, WHY_NOT = backends.backend_status()["triton"]
@@ -45,11 +45,11 @@ def test_the_fastest_is_found_written_and_right() -> None:
         results = pair_cases.run(CASE, moved, "triton")
         again = pair_cases.run(CASE, moved, "triton")
     assert all(map(torch.equal, results, again))
-    found = {one.question.kernel: one for one in cache.findings()}
+    found = {result.key.kernel: result for result in cache.results()}
     assert set(found) == {"pair_moe.accumulate", "pair_moe.gradient"}
-    for one in found.values():
-        assert 1e-7 < one.seconds <= one.table_seconds < 1.0
-        assert one.question.device == torch.cuda.get_device_name()
+    for result in found.values():
+        assert 1e-7 < result.seconds <= result.table_seconds < 1.0
+        assert result.key.device == torch.cuda.get_device_name()
     low = pair_cases.run(CASE, inputs, "reference")
     oracle = pair_cases.run(CASE, as_dtype(inputs, torch.float64), "reference")
     assert_within_budget(results[0].cpu(), low[0], oracle[0], "y")
@@ -60,7 +60,7 @@ def test_a_capture_takes_the_table(folder: Path) -> None:
     want = forward(moved)
     graph = torch.cuda.CUDAGraph()
     with tuning.autotune(), torch.cuda.graph(graph):
-        assert timer.capturing(moved[0].device)
+        assert timing.capturing(moved[0].device)
         found = forward(moved)
     graph.replay()
     torch.cuda.synchronize()

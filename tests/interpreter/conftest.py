@@ -1,9 +1,22 @@
-"""Collects the tests of this folder only under TRITON_INTERPRET=1.
+"""Collects the tests of this folder only under TRITON_INTERPRET=1, where kernels run on CPU tensors.
 
-Triton decides at its import whether kernels are interpreted, and other tests compile them, so these tests run in
-a process of their own: `TRITON_INTERPRET=1 pytest tests/interpreter`.
+Triton decides at its import whether kernels are interpreted or compiled, and other tests compile them:
+`TRITON_INTERPRET=1 pytest tests/interpreter`.
 """
+
+from __future__ import annotations
 
 import os
 
+import pytest
+
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flmoe_kernels.core.triton.launches import interpreted
+    from tests.support.triton_interpreter import patch_once_a_launch
+
+    assert interpreted()
+    patch_once_a_launch(monkeypatch)

@@ -1,6 +1,4 @@
-"""Tests of what expert_attention's Triton kernels are made of; test_attention_triton runs them in a process of
-their own, in Triton's interpreter.
-"""
+"""Tests of device functions of expert_attention's Triton kernels: masks, places of blocks, offsets."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def place_kernel(cu, slots, out, problems, rows, BLOCK: tl.constexpr):
 
 
 def places(cu: Tensor, rows: int, step: int = 1) -> dict[int, list[int]]:
-    """What every step-th slot of blocks of 16 rows gets."""
+    """The results of every step-th slot of blocks of 16 rows."""
     problems = cu.numel() - 1
     slots = torch.arange(0, rows // 16 + problems + 2, step, dtype=torch.int32)
     out = torch.full((len(slots), 5), -9, dtype=torch.int32)

@@ -1,12 +1,11 @@
-"""Tests of the routed MLP's Triton kernels; test_routed_triton runs them in a process of their own.
-
-There they run in Triton's interpreter, on CPU tensors. Those of routing are routing_triton_cases.py's.
-"""
+"""Tests of the routed MLP's Triton kernels; those of routing have a file of their own."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +13,15 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget
-from flmoe_kernels.core.triton.launches import Launch, interpreted
+from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.core.triton.tables import KNOWN
 from flmoe_kernels.ops.routed_mlp import triton as kernels
-from flmoe_kernels.ops.routed_mlp.api import dispatch, routed_mlp
-from flmoe_kernels.ops.routed_mlp.triton import launch
-from flmoe_kernels.ops.routed_mlp.triton.call import RoutedCall
-from flmoe_kernels.ops.routed_mlp.triton.launch import TABLE, Tiles
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
+from flmoe_kernels.ops.routed_mlp.triton import choice, launch
+from flmoe_kernels.ops.routed_mlp.triton.table import TABLE, Tiles
+from flmoe_kernels.ops.routing import triton as routing_kernels
+from flmoe_kernels.ops.routing.api import dispatch
 from tests.support.inputs import as_dtype, draw
 from tests.support.routed_cases import ACTIVATIONS, NAMES, RoutedCase, check, run
 
@@ -42,35 +43,30 @@ SIZES = (
     RoutedCase(70, 130, 3, 3, 2),
     RoutedCase(300, 9, 65, 3, 1),
 )
-# Every size twice, every dtype with every load.
-KINDS = list(itertools.product(DTYPES, LOADS))
-SIZED = [
-    (case, *KINDS[7 * (2 * i + j) % len(KINDS)]) for i, case in enumerate(SIZES) for j in range(2)
-]
+# Every dtype with every load.
+KINDS = [*itertools.product(DTYPES, LOADS)]
 
 
-def test_the_interpreter_runs_them() -> None:
-    assert interpreted()
-    assert {(dtype, load) for _, dtype, load in SIZED} == set(KINDS)
+def cases() -> Iterator[Any]:
+    """(case, dtype): every size twice, every activation with every dtype, every number of choices."""
+    for i, (size, j) in enumerate(itertools.product(SIZES, range(2))):
+        dtype, load = KINDS[7 * i % len(KINDS)]
+        marks = [pytest.mark.slow] if j and i >= len(KINDS) else []
+        yield pytest.param(dataclasses.replace(size, load=load), dtype, marks=marks)
+    for i, (dtype, act) in enumerate(itertools.product(DTYPES, ACTIVATIONS)):
+        bias = (i + i // len(ACTIVATIONS)) % 2 == 0
+        yield dataclasses.replace(BASE, act=act, bias=bias, load="dropped"), dtype
+    for choices, bias in itertools.product((1, 2, 3, 4), (True, False)):
+        case = RoutedCase(30, experts=5, choices=choices, bias=bias, load="dropped")
+        yield case, torch.float32
+    # All of eight experts: eight roundings of rows before they are added up.
+    for dtype in DTYPES[1:]:
+        yield RoutedCase(64, 24, 40, 8, 8), dtype
 
 
-@pytest.mark.parametrize(("case", "dtype", "load"), SIZED, ids=str)
-def test_sizes(case: RoutedCase, dtype: torch.dtype, load: str) -> None:
-    check(dataclasses.replace(case, load=load), dtype, TRITON)
-
-
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_activations_and_biases(dtype: torch.dtype, act: str) -> None:
-    bias = (ACTIVATIONS.index(act) + DTYPES.index(dtype)) % 2 == 0
-    check(dataclasses.replace(BASE, act=act, bias=bias, load="dropped"), dtype, TRITON)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("choices", [1, 2, 3, 4])
-def test_choices(choices: int, bias: bool) -> None:
-    case = RoutedCase(30, experts=5, choices=choices, bias=bias, load="dropped")
-    check(case, torch.float32, TRITON)
+@pytest.mark.parametrize(("case", "dtype"), [*cases()], ids=str)
+def test_matches_the_reference(case: RoutedCase, dtype: torch.dtype) -> None:
+    check(case, dtype, TRITON)
 
 
 def test_a_wrong_result_fails() -> None:
@@ -82,12 +78,6 @@ def test_a_wrong_result_fails() -> None:
         if name != "grad_b_out":  # the activation has no part in it
             assert_outside_budget(wrong, *rest, name)
         assert_outside_budget(right * (1 + 1e-3), *rest, name)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_eight_choices(dtype: torch.dtype) -> None:
-    """Of eight experts, so that every token has all: eight roundings of rows before they are added up."""
-    check(RoutedCase(64, 24, 40, 8, 8), dtype, TRITON)
 
 
 def with_cotangent(
@@ -193,19 +183,20 @@ def test_a_token_may_name_an_expert_twice() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_an_expert_in_splits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients from partial sums, some of them over no rows."""
-    monkeypatch.setattr(launch, "splits_of", lambda _call: 3)
+    monkeypatch.setattr(launch, "splits_of", lambda _tiles, _call: 3)
     for case in (RoutedCase(90, 20, 35, 2, 2, load="hot"), RoutedCase(99, 7, 9, 2, 1, bias=False)):
         check(case, dtype, TRITON)
 
 
 def test_splits_fill_a_gpu_and_follow_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda _device: 132)
-    assert launch.splits_of(meta_call(16512, 2, 4, 256, 512)) == 8
-    assert launch.splits_of(meta_call(16512, 2, 16, 256, 512)) == 2
-    assert launch.splits_of(meta_call(16384, 8, 64, 2048, 1024)) == 1
-    assert launch.splits_of(meta_call(100, 1, 4, 256, 512)) == 1
+    tiles = TABLE["weight_gradient", False]
+    assert launch.splits_of(tiles, meta_call(16512, 2, 4, 256, 512)) == 8
+    assert launch.splits_of(tiles, meta_call(16512, 2, 16, 256, 512)) == 2
+    assert launch.splits_of(tiles, meta_call(16384, 8, 64, 2048, 1024)) == 1
+    assert launch.splits_of(tiles, meta_call(100, 1, 4, 256, 512)) == 1
     # A kernel is compiled for each: few, however many tokens there are.
-    found = {launch.splits_of(meta_call(n, 2, 4, 128, 256)) for n in range(100, 40000, 100)}
+    found = {launch.splits_of(tiles, meta_call(n, 2, 4, 128, 256)) for n in range(100, 40000, 100)}
     assert found == {1, 2, 4, 8, 16}
 
 
@@ -232,6 +223,7 @@ def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "architecture"),
     [
@@ -244,7 +236,7 @@ def test_tiles_of_an_architecture(
     case: RoutedCase, architecture: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As its launch table has them for odd widths and for large products."""
-    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    monkeypatch.setattr(choice, "architecture_of", lambda _device: architecture)
     check(case, torch.bfloat16, TRITON)
 
 
@@ -270,7 +262,8 @@ def test_neither_launches_nor_buffers_follow_the_data(monkeypatch: pytest.Monkey
         run_launches(launches, _device)
 
     run_launches = kernels.run
-    monkeypatch.setattr(kernels, "run", record)
+    for module in (kernels, routing_kernels):
+        monkeypatch.setattr(module, "run", record)
     for load in LOADS:
         recorded.append([])
         case = dataclasses.replace(BASE, load=load)
@@ -284,16 +277,17 @@ def test_places_and_offsets_out_of_range_are_not_followed() -> None:
     place or offset made would be far outside any tensor."""
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
-    want = kernels.forward(x, weight, w_in, b_in, w_out, b_out, offsets, permutation, 0)[1]
+    inputs = (x, weight, w_in, b_in, w_out, b_out)
+    want = kernels.forward(RoutedCall(*inputs, offsets, permutation, 0))[1]
     wild, far = permutation.clone(), offsets.clone()
     wild[3], wild[7] = -(2**31), 2**31 - 1
     far[0], far[4] = -(2**31), 2**31 - 1
-    tail = (w_in, b_in, w_out, b_out, far, wild, 0)
-    out, hidden = kernels.forward(x, weight, *tail)
+    call = RoutedCall(*inputs, far, wild, 0)
+    out, hidden = kernels.forward(call)
     left = torch.ones(len(want), dtype=torch.bool)
     left[3] = left[7] = False
     assert torch.equal(hidden[left], want[left])
-    kernels.backward(torch.ones_like(out), hidden, x, weight, *tail)
+    kernels.backward(call, torch.ones_like(out), hidden)
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -320,20 +314,25 @@ def test_offsets_beyond_32_bits() -> None:
         return RoutedCall(x, weight, weights[0], None, weights[1], None, offsets, permutation, 0)
 
     big = call(x, weight, permutation, rows - 3, rows)
-    dots = torch.from_numpy(np.empty((rows, launch.dot_parts(big)), np.float32))
+    tiles = {
+        kernel: choice.tiles_of(kernel, big)
+        for kernel in ("hidden", "rows", "hidden_gradient", "weight_gradient")
+    }
+    of_gradient = tiles["hidden_gradient"]
+    dots = torch.from_numpy(np.empty((rows, launch.dot_parts(of_gradient, big)), np.float32))
+    sides = (grad, True), (again, False)
     grad_w = torch.empty(1, width, 1, hidden, dtype=torch.float16)
     for one in (
-        launch.hidden_launch(big, before, active),
-        launch.rows_launch(big, active, out),
-        launch.hidden_gradient_launch(big, grad, before, grad_hidden, again, dots),
-        launch.token_gradient_launch(big, grad_hidden, grad_x),
-        launch.weight_gradient_launch(big, (grad, True), (again, False), grad_w, None, None),
+        launch.hidden_launch(tiles["hidden"], big, before, active),
+        launch.rows_launch(tiles["rows"], big, active, out),
+        launch.hidden_gradient_launch(of_gradient, big, grad, before, grad_hidden, again, dots),
+        launch.token_gradient_launch(tiles["rows"], big, grad_hidden, grad_x),
+        launch.weight_gradient_launch(tiles["weight_gradient"], big, *sides, grad_w, None, None),
     ):
         one.run()
     small = call(x[last], weight[last], torch.arange(3, dtype=torch.int32), 0, 3)
-    arguments = [getattr(small, field.name) for field in dataclasses.fields(small)]
-    expected, h = kernels.forward(*arguments)
-    grads = kernels.backward(grad[last].contiguous(), h, *arguments)
+    expected, h = kernels.forward(small)
+    grads = kernels.backward(small, grad[last], h)
     for got, want in zip(
         (out[last], before[last], grad_x[last], grad_w[:, :, 0]),
         (expected, h, grads[0], grads[4]),
@@ -355,10 +354,10 @@ def test_what_does_not_agree_is_refused() -> None:
     many += [permutation[:1].expand(rows)]
     too_many = r"permutation: expected up to 2\^30 rows N \* K, got 1073741825"
     with pytest.raises(ValueError, match=too_many):
-        kernels.forward(*many, 0)
+        OPS.routed_mlp(*many, 0, TRITON)
     hidden = w_in[0, :1, :1].expand(rows, 9)
     with pytest.raises(ValueError, match=too_many):
-        kernels.backward(many[0], hidden, *many, 0)
+        OPS.routed_mlp_backward(many[0], hidden, *many, 0, TRITON)
 
 
 def test_opcheck() -> None:

@@ -1,4 +1,4 @@
-"""Tests of routing's Triton kernels; test_routed_triton runs them in a process of their own, interpreted."""
+"""Tests of routing's Triton kernels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import interpreted
-from flmoe_kernels.ops.routed_mlp import triton as kernels
-from flmoe_kernels.ops.routed_mlp.api import dispatch, gate
-from flmoe_kernels.ops.routed_mlp.triton import routing_launch
+from flmoe_kernels.ops.routing import triton as kernels
+from flmoe_kernels.ops.routing.api import dispatch, gate
+from flmoe_kernels.ops.routing.triton import launch as routing_launch
 from tests.support.inputs import draw, gradients
 
 TRITON = "triton"
@@ -17,10 +16,6 @@ OPS = torch.ops.flmoe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
 SIZES = ((0, 3), (1, 1), (7, 5), (150, 4), (40, 64), (12, 300))
-
-
-def test_the_interpreter_runs_them() -> None:
-    assert interpreted()
 
 
 @pytest.mark.parametrize("over", ["selected", "all"])
@@ -84,11 +79,13 @@ def test_limit(masked: bool, capacity: int | None) -> None:
     for tokens, choices, experts in ROUTED[:-1]:
         index = index_of(tokens, choices, experts, 0.2)
         mask = torch.arange(tokens) % 3 != 1 if masked else None
-        found, want = (OPS.routed_limit(index, mask, experts, capacity, b) for b in (TRITON, "cpu"))
+        found, want = (
+            OPS.routing_limit(index, mask, experts, capacity, b) for b in (TRITON, "cpu")
+        )
         assert torch.equal(found, want)
         assert found.data_ptr() != index.data_ptr() or not tokens
         nowhere = torch.zeros(tokens, dtype=torch.bool)
-        assert (OPS.routed_limit(index, nowhere, experts, capacity, TRITON) == -1).all()
+        assert (OPS.routing_limit(index, nowhere, experts, capacity, TRITON) == -1).all()
 
 
 def test_many_blocks_are_scanned_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +95,7 @@ def test_many_blocks_are_scanned_in_order(monkeypatch: pytest.MonkeyPatch) -> No
     index = index_of(50, 4, 5, 0.1)
     found, want = (dispatch(index, 5, backend=b) for b in (TRITON, "cpu"))
     assert all(map(torch.equal, found, want))
-    found_limit, want_limit = (OPS.routed_limit(index, None, 5, 7, b) for b in (TRITON, "cpu"))
+    found_limit, want_limit = (OPS.routing_limit(index, None, 5, 7, b) for b in (TRITON, "cpu"))
     assert torch.equal(found_limit, want_limit)
 
 
@@ -135,18 +132,18 @@ def test_gate_with_capacity_and_mask_and_its_gradient() -> None:
 def test_what_is_no_index_is_refused() -> None:
     index = index_of(6, 2, 3, 0.0)
     with pytest.raises(ValueError, match=r"mask: expected torch\.bool \(6,\)"):
-        OPS.routed_limit(index, torch.ones(5, dtype=torch.bool), 3, 1, TRITON)
+        OPS.routing_limit(index, torch.ones(5, dtype=torch.bool), 3, 1, TRITON)
     with pytest.raises(ValueError, match=r"index: expected torch\.int64"):
-        OPS.routed_dispatch(index.int(), 3, TRITON)
+        OPS.routing_dispatch(index.int(), 3, TRITON)
     with pytest.raises(ValueError, match="top_k: expected 1 to 3, got 4"):
-        OPS.routed_gate(draw(6, 3), 4, False, TRITON)
+        OPS.routing_gate(draw(6, 3), 4, False, TRITON)
     with pytest.raises(ValueError, match=r"index: expected up to 2\^30 rows"):
         kernels.dispatch(torch.zeros(1, dtype=torch.int64).expand(2**30 + 1), 3)
 
 
 def test_opcheck() -> None:
     index = index_of(9, 2, 4, 0.2)
-    torch.library.opcheck(OPS.routed_dispatch.default, (index, 4, TRITON))
-    torch.library.opcheck(OPS.routed_limit.default, (index, None, 4, 3, TRITON))
+    torch.library.opcheck(OPS.routing_dispatch.default, (index, 4, TRITON))
+    torch.library.opcheck(OPS.routing_limit.default, (index, None, 4, 3, TRITON))
     logits = draw(9, 4).requires_grad_()
-    torch.library.opcheck(OPS.routed_gate.default, (logits, 2, False, TRITON))
+    torch.library.opcheck(OPS.routing_gate.default, (logits, 2, False, TRITON))

@@ -1,12 +1,10 @@
-"""Autotune of every Triton kernel that has a launch table; test_tuning_triton runs this in a process of its own.
-
-There kernels run in Triton's interpreter, on CPU tensors, and a clock of written times decides.
-"""
+"""Tests of autotuning of every Triton kernel that has a launch table, with a timer of invented times."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels import expert_attention, pair_map, pair_moe
+from flmoe_kernels import expert_attention, pair_map
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.core.triton import tuning
-from flmoe_kernels.core.triton.launches import Launch, interpreted
-from flmoe_kernels.core.triton.tuning import cache, timer, tuner
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.tuning import cache, timing, tuner
 from flmoe_kernels.ops.expert_attention.triton import table as attention_table
-from flmoe_kernels.ops.pair_moe import triton as pair_kernels
-from flmoe_kernels.ops.pair_moe.triton import launch as pair_launch
+from flmoe_kernels.ops.pair_moe.call import PairCall
+from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
 from flmoe_kernels.ops.pair_moe.triton import table as pair_table
-from flmoe_kernels.ops.routed_mlp.triton import launch as routed_launch
 from flmoe_kernels.ops.routed_mlp.triton import table as routed_table
-from tests.support import attention_cases as attention_cases
-from tests.support import pair_cases as pair_cases
-from tests.support import routed_cases as routed_cases
+from tests.support import attention_cases, pair_cases, routed_cases
 from tests.support.inputs import as_dtype
 
 TRITON = "triton"
 PAIR = pair_cases.PairCase(20, 18, 10, 12, masks="both", batch=1, reduce="pool")
 ATTENTION = attention_cases.Case((33, 18), 1, 20, 0.5, tail=1)
 ROUTED = routed_cases.RoutedCase(40, 20, 35, 2, 2, load="dropped")
-
-
-def pair(inputs: list[Tensor], backend: str) -> list[Tensor]:
-    return pair_cases.run(PAIR, inputs, backend)
-
-
-def attention(inputs: list[Tensor], backend: str) -> list[Tensor]:
-    return attention_cases.run(ATTENTION, inputs, backend)
 
 
 def routed(inputs: list[Tensor], backend: str) -> list[Tensor]:
@@ -51,8 +38,11 @@ def routed(inputs: list[Tensor], backend: str) -> list[Tensor]:
 Run = Callable[[list[Tensor], str], list[Tensor]]
 Make = Callable[[torch.dtype], list[Tensor]]
 OPERATORS: dict[str, tuple[Run, Make, set[str]]] = {
-    "pair_moe": (pair, PAIR.inputs, {"accumulate", "gradient"}),
-    "expert_attention": (attention, ATTENTION.qkv, {"attend", "query_gradient", "key_gradient"}),
+    "pair_moe": (partial(pair_cases.run, PAIR), PAIR.inputs, {"accumulate", "gradient"}),
+    "expert_attention": (
+        *(partial(attention_cases.run, ATTENTION), ATTENTION.qkv),
+        {"attend", "query_gradient", "key_gradient"},
+    ),
     "routed_mlp": (
         *(routed, ROUTED.inputs),
         {"hidden", "rows", "hidden_gradient", "weight_gradient"},
@@ -104,10 +94,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return found
 
 
-def test_the_interpreter_runs_them() -> None:
-    assert interpreted()
-
-
 @pytest.mark.parametrize("name", OPERATORS)
 def test_off_by_default_and_without_a_clock_the_table_runs(name: str, folder: Path) -> None:
     run, make, _ = OPERATORS[name]
@@ -134,10 +120,10 @@ def test_the_fastest_runs_is_right_and_is_found_again(
         timed = len(clock.timed)
         assert timed > len(kernels), "each has more than the table's"
         assert all(map(torch.equal, first, run(inputs, TRITON)))
-    assert len(clock.timed) == timed, "each question is asked once"
-    found = {one.question.kernel: one for one in cache.findings()}
+    assert len(clock.timed) == timed, "each key is timed once"
+    found = {result.key.kernel: result for result in cache.results()}
     assert set(found) == {f"{name}.{kernel}" for kernel in kernels}
-    assert all(one.tiles != one.table and not one.refused for one in found.values())
+    assert all(r.tiles != r.table and not r.refused for r in found.values())
     check_budget(run, inputs, first)
     # A fresh process knows nothing but the files.
     tuner.forget()
@@ -172,32 +158,19 @@ def test_a_map_is_tuned_too() -> None:
     with tuning.autotune(timer=TableIsSlowest()):
         found = pair_map(*inputs, head, **options)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
-    (finding,) = cache.findings()
-    assert finding.question.kernel == "pair_moe.map"
-    assert finding.tiles != finding.table
+    (result,) = cache.results()
+    assert result.key.kernel == "pair_moe.map"
+    assert result.tiles != result.table
 
 
 def test_a_capture_times_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = ROUTED.inputs(torch.float32)
     want = routed(inputs, TRITON)
-    monkeypatch.setattr(timer, "capturing", lambda _device: True)
+    monkeypatch.setattr(timing, "capturing", lambda _device: True)
     with tuning.autotune(timer=refuse):
         found = routed(inputs, TRITON)
     assert not folder.exists()
     assert all(map(torch.equal, found, want))
-
-
-def test_a_buffer_cut_by_other_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a table changed between a buffer and its launch, the kernel would write past the buffer's end."""
-    wide = dataclasses.replace(PAIR, rows=200, bias=False)
-    blocks = -(-wide.rows // pair_table.TABLE["accumulate", False, True].rows)
-    assert blocks > 3
-    monkeypatch.setattr(pair_kernels, "row_blocks", lambda *_arguments: 3)
-    with pytest.raises(ValueError, match=f"y: expected partial sums of {blocks} blocks, got 3"):
-        pair_moe(*wide.inputs(torch.float32), kinds=wide.kinds, reduce="pool", backend=TRITON)
-    monkeypatch.setattr(routed_launch, "dot_parts", lambda *_arguments, **tiles: 3 - len(tiles))
-    with pytest.raises(ValueError, match="dots: expected 2 blocks of columns, got 3"):
-        routed(ROUTED.inputs(torch.float32), TRITON)
 
 
 def test_calls_of_a_bucket_share_an_answer() -> None:
@@ -208,12 +181,12 @@ def test_calls_of_a_bucket_share_an_answer() -> None:
         q, k, v = case.qkv(torch.float32)
         with tuning.autotune(timer=clock):
             expert_attention(q, k, v, case.cu_seqlens, backend=TRITON)
-    assert len(list(cache.findings())) == 1
+    assert len(list(cache.results())) == 1
 
 
 def test_tiles_given_an_architecture_are_the_tables() -> None:
     """What a report compiles does not follow what was found on some machine."""
     x = torch.empty(2, 4, 8, 32, device="meta")
-    call = pair_launch.PairCall(x, x, x, x, None, None, None, (0, 1, 2, 3), 4, 1.0)
+    call = PairCall(x, x, x, x, None, None, None, (0, 1, 2, 3), 4, 1.0)
     with tuning.autotune(timer=refuse):
-        assert pair_launch.tiles_of("gradient", call, 90) == pair_launch.tiles_of("gradient", call)
+        assert pair_choice.tiles_of("gradient", call, 90) == pair_choice.tiles_of("gradient", call)

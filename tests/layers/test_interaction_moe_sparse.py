@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flmoe_kernels import FusionTransformer, InteractionMoE
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
-from flmoe_kernels.layers.interaction_moe.structure import UnsupportedLayer
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.gates import GShardGate
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from tests.support.inputs import as_dtype, draw_masks, draw_replacements, gradients

@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import DropoutRates, build
-from flmoe_kernels.layers.interaction_moe.structure import UnsupportedLayer, check_state, describe
-from tests.support.lineage import LateFusion, Linear, fl, i2, make_layer
+from flmoe_kernels.layers.interaction_moe.architecture import DropoutRates, build, build_like
+from flmoe_kernels.layers.interaction_moe.structure import describe
+from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.published.recognise import check_state
+from tests.support import lineage_sparse
+from tests.support.lineage import LateFusion, Linear, fl, i2, make_layer, make_sparse_layer
+from tests.support.lineage_sparse import GATES
 
 
 def expert(layer: nn.Module, e: int = 1) -> Any:
@@ -21,6 +25,10 @@ def expert(layer: nn.Module, e: int = 1) -> Any:
 
 def first(layer: nn.Module) -> Any:
     return expert(layer).network[0]
+
+
+def mlp_of(layer: nn.Module) -> Any:
+    return first(layer).mlp
 
 
 @pytest.mark.parametrize("modalities", [2, 3, 5])
@@ -89,6 +97,37 @@ def test_builds_a_reference_that_loads_it_and_is_described_alike(variant: Any) -
         build(spec, 4, 0.0)
     with pytest.raises(ValueError, match="num_heads=3"):
         build(spec, 3)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("variant", [fl, i2])
+def test_describes_and_builds_what_is_described_alike(variant: Any, gate: str) -> None:
+    layer = make_sparse_layer(variant, gate, num_routers=2)
+    spec = describe(layer)
+    assert spec.sparse is not None
+    assert (spec.sparse.num_experts, spec.sparse.d_hidden, spec.sparse.num_routers) == (5, 32, 2)
+    assert spec.sparse.gate == gate.removeprefix("Addtional")
+    assert spec.sparse.top_k == (1 if gate == "SwitchGate" else 2)
+    assert spec.sparse.capacity == ((1.2, 2.4) if gate in GATES[1:3] else None)
+    assert [rates.mlp for rates in spec.dropout] == [0.0, 0.5, 0.0]
+    shapes = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
+    assert list(spec.parameter_shapes().items()) == list(shapes.items()) or variant is i2
+    assert spec.parameter_shapes() == shapes
+    reference = build_like(spec)
+    reference.load_state_dict(layer.state_dict(), strict=True)
+    assert describe(reference) == spec
+
+
+def test_describes_the_gates_settings() -> None:
+    layer = make_sparse_layer()
+    for part in layer.modules():
+        if hasattr(part, "random_routing"):
+            part.capacity, part.random_routing = [0.5, 0.75], True
+    spec = describe(layer)
+    assert spec.sparse is not None
+    assert (spec.sparse.capacity, spec.sparse.random_routing) == ((0.5, 0.75), True)
+    gate: Any = mlp_of(build_like(spec)).gate
+    assert (gate.capacity, gate.random_routing) == ((0.5, 0.75), True)
 
 
 def with_head(layer: nn.Module, head: nn.Module) -> None:
@@ -234,9 +273,77 @@ def heads(part: Any, number: int) -> None:
     part.attn.num_heads, part.attn.scale = number, (16 // number) ** -0.5
 
 
-@pytest.mark.parametrize(("broken", "message"), [pytest.param(b, m, id=i) for i, b, m in BREAKS])
-def test_refuses(broken: Callable[[nn.Module], Any], message: str) -> None:
-    layer = make_layer()
+class OtherMLP(lineage_sparse.FMoETransformerMLP):
+    pass
+
+
+def no_bias(layer: Any) -> None:
+    mlp_of(layer).gate.gate.bias = None
+
+
+def tanh(layer: Any) -> None:
+    mlp_of(layer).experts.activation = nn.GELU(approximate="tanh")
+
+
+def dense_first(layer: Any) -> None:
+    zero, one = (expert(layer).network[i] for i in (0, 1))
+    zero.mlp, one.mlp = one.mlp, zero.mlp
+
+
+def roomier(layer: Any) -> None:
+    for router in mlp_of(layer).all_gates.values():
+        router.capacity = (1.0, 2.0)
+
+
+def narrower(layer: Any) -> None:
+    first(layer).mlp = lineage_sparse.make_mlp(num_expert=5, dim=16, hidden=24)
+
+
+SPARSE_BREAKS: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("a hook of the gate", lambda x: setattr(mlp_of(x), "gate_hook", print), "mlp.gate_hook: set"),
+    ("a mask", lambda x: setattr(mlp_of(x), "mask", torch.ones(2)), "network.0.mlp.mask: set"),
+    ("processes", lambda x: setattr(mlp_of(x), "world_size", 2), "mlp.world_size: expected 1"),
+    ("another kind", lambda x: setattr(mlp_of(x), "__class__", OtherMLP), "another kind, OtherMLP"),
+    ("activation", lambda x: setattr(mlp_of(x).experts, "activation", nn.ReLU()), "GELU.*got relu"),
+    ("tanh", tanh, "exact erf, got gelu_tanh"),
+    ("no bias", no_bias, r"all_gates\.0\.gate: has no bias"),
+    ("hidden width", narrower, r"mlp\.d_hidden: expected 32, got 24"),
+    ("pattern", dense_first, r"sparse MLPs in layers \[1, 2\], expected none or \[0, 2\]"),
+    (
+        "capacity of an expert",
+        roomier,
+        r"experts\.1\S*network\.2\.mlp: capacity is \(1.2, 2.4\), \(1.0, 2.0\) in the first layer",
+    ),
+    (
+        "a router apart",
+        lambda x: setattr(mlp_of(x).all_gates["1"], "capacity", (1.0, 2.0)),
+        r"all_gates\.1: has other settings",
+    ),
+    (
+        "another gate",
+        lambda x: mlp_of(x).all_gates.update({"0": lineage_sparse.GShardGate(16, 5, 1)}),
+        r"all_gates\.0: not the gate itself",
+    ),
+    ("extra", lambda x: mlp_of(x).register_buffer("b", torch.ones(1)), "mlp.b: an unexpected"),
+    ("own forward", lambda x: setattr(mlp_of(x).gate, "forward", print), "forward: replaced"),
+]
+
+
+REFUSED = [pytest.param(make_layer, {}, b, m, id=i) for i, b, m in BREAKS]
+REFUSED += [
+    pytest.param(make_sparse_layer, {"num_routers": 2}, b, m, id=f"sparse: {i}")
+    for i, b, m in SPARSE_BREAKS
+]
+
+
+@pytest.mark.parametrize(("make", "options", "broken", "message"), REFUSED)
+def test_refuses(
+    make: Callable[..., nn.Module],
+    options: dict[str, Any],
+    broken: Callable[[nn.Module], Any],
+    message: str,
+) -> None:
+    layer = make(**options)
     describe(layer)
     broken(layer)
     with pytest.raises(UnsupportedLayer, match=message):
@@ -275,4 +382,17 @@ def test_state_refuses_dropout_in_another_mode_and_a_compiled_layer() -> None:
     check_state(layer)
     layer.compile(backend="eager")
     with pytest.raises(UnsupportedLayer, match="swap first, then compile"):
+        check_state(layer)
+
+
+def test_state_refuses_a_gate_in_another_mode_or_with_a_hook() -> None:
+    layer = make_sparse_layer()
+    check_state(layer)
+    mlp_of(layer).gate.eval()
+    with pytest.raises(
+        UnsupportedLayer, match=r"mlp\.gate: in eval mode while the layer is in train"
+    ):
+        check_state(layer)
+    mlp_of(layer).gate.train().register_forward_hook(print)
+    with pytest.raises(UnsupportedLayer, match=r"mlp\.gate: carries a hook"):
         check_state(layer)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from flmoe_kernels.layers.pair_interaction_moe import sides
 from flmoe_kernels.ops.pair_moe.api import TopPairs
+from tests.support.explain_games import pair_index
 from tests.support.inputs import draw_masks
 from tests.support.pair_games import (
     GAMES,
     explained_pairs,
     explained_values,
     game,
-    interaction_index,
     shapley_value,
 )
 from tests.support.pair_layers import BACKENDS, DIMS, pair_inputs, pair_layer
@@ -38,7 +38,7 @@ def test_brute_force_over_all_coalitions(name: str, backend: str) -> None:
     torch.testing.assert_close(explained_values(found), values, **TIGHT)
     pairs = explained_pairs(found)
     for i, j in itertools.combinations(range(n), 2):
-        expected = interaction_index(played.values, n, i, j)
+        expected = pair_index(played.values, n, i, j)
         torch.testing.assert_close(pairs[i, j], expected, **TIGHT)
         torch.testing.assert_close(pairs[j, i], expected, **TIGHT)
     torch.testing.assert_close(found.value[0], played.values[-1, -1], **TIGHT)

@@ -16,8 +16,8 @@ from flmoe_kernels.layers.routed_mlp.gates import (
     SwitchGate,
     variation,
 )
-from flmoe_kernels.ops.routed_mlp.api import gate as choose
-from flmoe_kernels.ops.routed_mlp.api import limit
+from flmoe_kernels.ops.routing.api import gate as choose
+from flmoe_kernels.ops.routing.api import limit
 from tests.support.inputs import draw
 from tests.support.routed_gates import MAKERS, D, E, N, call, every_gate, make
 

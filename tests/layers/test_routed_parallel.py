@@ -17,7 +17,8 @@ from torch import Tensor
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.layers.routed_mlp import parallel
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
-from flmoe_kernels.ops.routed_mlp.api import limit, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import limit
 from tests.support import parallel_ranks as ranked
 from tests.support.parallel_ranks import CASES, LOCAL, NAMES
 

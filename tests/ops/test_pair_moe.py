@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flmoe_kernels import pair_moe
-from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.ops.pair_moe.kinds import (
     COEFFICIENTS,
     DEFAULT_KINDS,
@@ -22,7 +21,7 @@ from flmoe_kernels.ops.pair_moe.kinds import (
     kind_codes,
     swap_sides,
 )
-from tests.support.inputs import as_dtype, draw, gradients
+from tests.support.inputs import draw, gradients
 from tests.support.pair_cases import (
     DTYPES,
     KIND_LISTS,
@@ -34,6 +33,7 @@ from tests.support.pair_cases import (
     check,
     run,
 )
+from tests.support.pair_tests import PairTests
 
 OPS = torch.ops.flmoe
 BASE = PairCase(9, 14)
@@ -77,26 +77,9 @@ def test_temperature_and_bias() -> None:
     assert not torch.allclose(run(hot, BASE.inputs(torch.float32), "cpu")[0], plain, rtol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_bias_of_full_precision_beside_half_inputs(dtype: torch.dtype) -> None:
-    q, k, a, c, _ = BASE.inputs(dtype)
-    bias = draw(4, seed=4).requires_grad_()
-    y, mass = pair_moe(q, k, a, c, gate_bias=bias, kinds=DEFAULT_KINDS)
-    (grad,) = gradients([y, mass], [bias])
-    assert (y.dtype, mass.dtype, grad.dtype) == (dtype, torch.float32, torch.float32)
-
-
-def test_comparison_sees_a_wrong_result() -> None:
-    """The control of all comparisons above: two kinds exchanged, and an error of a thousandth."""
-    found = run(BASE, BASE.inputs(torch.float32), "cpu")
-    low = run(BASE, BASE.inputs(torch.float32), "reference")
-    oracle = run(BASE, BASE.inputs(torch.float64), "reference")
-    other = dataclasses.replace(BASE, kinds=("unique_b", "unique_a", "synergy", "redundancy"))
-    wrong = run(other, BASE.inputs(torch.float32), "cpu")
-    for name, one, bad, *rest in zip(NAMES, found, wrong, low, oracle, strict=True):
-        if name != "mass":
-            assert_outside_budget(bad, *rest, name)
-        assert_outside_budget(one * (1 + 1e-3), *rest, name)
+class TestCpu(PairTests):
+    backend, widest, columns = "cpu", torch.float64, 140
+    calls = tuple(itertools.product(REDUCTIONS, (None, 2)))
 
 
 def pair_by_pair(case: PairCase, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -169,53 +152,6 @@ def test_reductions_are_sums(dtype: torch.dtype, backend: str) -> None:
         assert (y[reduce].double() - expected).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_padding_is_never_read(backend: str, reduce: str) -> None:
-    """Whatever masked tokens hold, results are the same bits, and their gradients are zero."""
-    case = dataclasses.replace(BASE, masks="both", reduce=reduce, top_k=3)
-    inputs = case.inputs(torch.float32)
-    expected = run(case, inputs, backend)
-    options = case.options()
-    dirty = [x.clone() for x in inputs]
-    for i, mask in enumerate((options["mask_a"], options["mask_b"]) * 2):
-        dirty[i].transpose(1, 2)[~mask] = float("nan")
-    found = run(case, dirty, backend)
-    for name, got, want in zip(NAMES, found, expected, strict=True):
-        assert torch.equal(got, want), name
-    for i, mask in enumerate((options["mask_a"], options["mask_b"]) * 2):
-        assert not found[2 + i].transpose(1, 2)[~mask].any(), NAMES[2 + i]
-
-
-@pytest.mark.parametrize("top_k", [None, 2])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("which", range(5))
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_nan_and_inf_propagate(which: int, value: float, reduce: str, top_k: int | None) -> None:
-    case = PairCase(30, 140, kinds=KINDS, reduce=reduce, top_k=top_k)
-    inputs = [x.abs() + 0.1 for x in case.inputs(torch.float32)]
-    # Of the synergy expert, which uses all of them.
-    inputs[which][(0, 2, 1, 2) if which < 4 else 2] = value
-    actual, low = run(case, inputs, "cpu"), run(case, inputs, "reference")
-    oracle = run(case, as_dtype(inputs, torch.float64), "reference")
-    for name, *triple in zip(NAMES[:2], actual, low, oracle, strict=False):
-        assert_within_budget(*triple, name)
-    assert which == 4 or not all(x.isfinite().all() for x in actual)
-    for name, got, want in zip(NAMES, actual, oracle, strict=True):
-        assert torch.equal(got.isfinite(), want.isfinite()), name
-
-
-def test_equal_logits_go_to_the_lower_experts() -> None:
-    a, c = draw(1, 4, 2, 3, seed=1), draw(1, 4, 3, 3, seed=2)
-    zeros = [torch.zeros(1, 4, n, 2) for n in (2, 3)]
-    for backend, top_k in itertools.product(("reference", "cpu"), (1, 2, 3)):
-        mass = pair_moe(
-            *zeros, a, c, kinds=DEFAULT_KINDS, top_k=top_k, reduce="pool", backend=backend
-        ).mass
-        assert torch.allclose(mass[0, :top_k], torch.tensor(3.0 / top_k))
-        assert not mass[0, top_k:].any()
-
-
 def test_extreme_logits() -> None:
     case = dataclasses.replace(BASE, temperature=1e-3)
     found, expected = (run(case, case.inputs(torch.float32), b) for b in ("cpu", "reference"))
@@ -239,22 +175,6 @@ def test_gradcheck(backend: str, masks: str, reduce: str) -> None:
 
         leaves = [x.detach().requires_grad_() for x in case.inputs(torch.float64)]
         assert torch.autograd.gradcheck(call, leaves)
-
-
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("index", [0, 1])
-def test_one_output_alone_has_gradients(index: int, reduce: str) -> None:
-    """Of y alone and of mass alone, with an upstream gradient that is expanded."""
-    leaves = [x.detach().requires_grad_() for x in BASE.inputs(torch.float64)]
-    found = {}
-    for backend in ("reference", "cpu"):
-        out = pair_moe(
-            *leaves[:4], gate_bias=leaves[4], kinds=KINDS[:4], reduce=reduce, backend=backend
-        )
-        found[backend] = torch.autograd.grad(out[index].sum(), leaves, allow_unused=True)
-    for got, want in zip(found["cpu"], found["reference"], strict=True):
-        want = torch.zeros_like(got) if want is None else want
-        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

@@ -1,4 +1,4 @@
-"""Routing and the routed MLP on the CPU kernels against the reference, and that against the definition."""
+"""The routed MLP on the CPU kernels against the reference, and that against the definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget
-from flmoe_kernels.ops.routed_mlp.api import dispatch, gate, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.inputs import draw, gradients
 from tests.support.routed_cases import ACTIVATIONS, DTYPES, NAMES, SIZES, RoutedCase, check, run
 
@@ -122,78 +123,6 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(map(torch.equal, other, found[0]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gate_chooses_the_largest(dtype: torch.dtype, backend: str) -> None:
-    logits = draw(50, 7, dtype=dtype)
-    for over, top_k in itertools.product(("selected", "all"), (1, 3, 7)):
-        index, weight = gate(logits, top_k, over=over, backend=backend)
-        for n, row in enumerate(logits.double().tolist()):
-            order = sorted(range(7), key=lambda e, row=row: (-row[e], e))[:top_k]
-            assert index[n].tolist() == order
-            below = sum(math.exp(row[e]) for e in (order if over == "selected" else range(7)))
-            for got, e in zip(weight[n].tolist(), order, strict=True):
-                assert got == pytest.approx(
-                    math.exp(row[e]) / below, rel=4 * torch.finfo(dtype).eps
-                )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gate_prefers_the_lower_of_equal_experts(backend: str) -> None:
-    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0] * 5])
-    assert gate(logits, 4, backend=backend).index.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_capacity_keeps_the_lowest_tokens(backend: str) -> None:
-    logits = draw(40, 4, dtype=torch.float64)
-    mask = torch.arange(40) % 3 != 1
-    free = gate(logits, 2, backend=backend).index
-    found = gate(logits, 2, capacity=5, mask=mask, backend=backend)
-    taken = [0] * 4
-    for n, k in itertools.product(range(40), range(2)):
-        e = int(free[n, k])
-        kept = bool(mask[n]) and taken[e] < 5
-        assert int(found.index[n, k]) == (e if kept else -1)
-        taken[e] += int(kept)
-    sums = found.weight.sum(1)
-    assert not found.weight[found.index < 0].any()
-    torch.testing.assert_close(sums, (found.index >= 0).any(1).to(sums.dtype))
-    raw = gate(logits, 2, capacity=5, mask=mask, renormalize=False, backend=backend).weight
-    expected = torch.where(found.index < 0, 0.0, gate(logits, 2, backend=backend).weight)
-    assert torch.equal(raw, expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gate_has_gradients(backend: str) -> None:
-    logits = draw(12, 5, dtype=torch.float64).requires_grad_()
-    for over, capacity, renormalize in itertools.product(
-        ("selected", "all"), (None, 4), (True, False)
-    ):
-
-        def weight(
-            logits: Tensor,
-            over: str = over,
-            capacity: int | None = capacity,
-            renormalize: bool = renormalize,
-        ) -> Tensor:
-            return gate(
-                logits, 3, over=over, capacity=capacity, renormalize=renormalize, backend=backend
-            ).weight
-
-        assert torch.autograd.gradcheck(weight, [logits])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dispatch_brings_rows_together_in_order(backend: str) -> None:
-    index = torch.tensor([[2, 0], [-1, 2], [0, -1], [2, 1]])
-    counts, offsets, permutation = dispatch(index, 4, backend=backend)
-    assert counts.tolist() == [2, 1, 3, 0]
-    assert offsets.tolist() == [0, 2, 3, 6, 6]
-    assert permutation.tolist() == [1, 4, 7, 0, 3, 6, 2, 5]
-    assert {x.dtype for x in (counts, offsets, permutation)} == {torch.int32}
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     tokens=st.integers(0, 60),
@@ -225,10 +154,6 @@ def test_any_shape_and_any_load(
 def test_opcheck(dtype: torch.dtype) -> None:
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(dtype)
     _, offsets, permutation = dispatch(BASE.index(), 4)
-    torch.library.opcheck(OPS.routed_dispatch.default, (BASE.index(), 4, "cpu"))
-    torch.library.opcheck(OPS.routed_limit.default, (BASE.index(), None, 4, 3, "cpu"))
-    logits = draw(9, 4, dtype=dtype).requires_grad_()
-    torch.library.opcheck(OPS.routed_gate.default, (logits, 2, False, "cpu"))
     for biases in ((b_in, b_out), (None, None)):
         tail = (w_in, biases[0], w_out, biases[1], offsets, permutation, 0, "cpu")
         out, hidden = OPS.routed_mlp(x, weight, *tail)

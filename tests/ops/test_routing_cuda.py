@@ -12,81 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import ROUNDING, assert_outside_budget, assert_within_budget
-from flmoe_kernels.core.native import address, dtype_code
-from flmoe_kernels.ops.routed_mlp import cpu, reference
-from flmoe_kernels.ops.routed_mlp.api import dispatch, gate
+from flmoe_kernels.ops.routing import cpu, reference
+from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.inputs import draw, gradients
+from tests.support.routing_twin import Gpu, Twin, equal, random_index
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ORDERS = (0, 1, 2)
 ON_GPU, WHY_NOT = backends.backend_status()["cuda"]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"the kernels do not run here: {WHY_NOT}")
 native = backends.native()
-
-
-class Twin:
-    """The GPU's blocks on the host. rows_per_block 0 is the GPU's own plan; order 0 shuffles nothing."""
-
-    def __init__(self, order: int = 0, rows_per_block: int = 0) -> None:
-        self.order, self.rows_per_block, self.launches = order, rows_per_block, 0
-
-    def gate(self, logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
-        tokens, experts = logits.shape
-        index = torch.full((tokens, top_k), -7)
-        weight = torch.empty((tokens, top_k), dtype=logits.dtype)
-        tensors = [address(t) for t in (logits, index, weight)]
-        sizes = (tokens, experts, top_k)
-        code = dtype_code(logits)
-        self.launches = native.routing_twin_gate(code, tensors, sizes, over_all, self.order)
-        return index, weight
-
-    def limit(
-        self, index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
-    ) -> Tensor:
-        kept = torch.full_like(index, -7)
-        tensors = [address(t) for t in (index, mask, kept)]
-        sizes, most = (*index.shape, experts), -1 if capacity is None else capacity
-        tail = (self.rows_per_block, self.order)
-        self.launches = native.routing_twin_limit(tensors, sizes, most, *tail)
-        return kept
-
-    def dispatch(self, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-        sizes = (experts, experts + 1, index.numel())
-        counts, offsets, places = (torch.full((n,), -7, dtype=torch.int32) for n in sizes)
-        tensors = [address(t) for t in (index, counts, offsets, places)]
-        tail = (self.rows_per_block, self.order)
-        self.launches = native.routing_twin_dispatch(tensors, index.numel(), experts, *tail)
-        return counts, offsets, places
-
-
-class Gpu:
-    """The kernels themselves; results come back for the comparison."""
-
-    def __init__(self) -> None:
-        from flmoe_kernels.ops.routed_mlp import cuda
-
-        self.module = cuda
-
-    def gate(self, logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
-        index, weight = self.module.gate(logits.cuda(), top_k, over_all)
-        return index.cpu(), weight.cpu()
-
-    def limit(
-        self, index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
-    ) -> Tensor:
-        there = None if mask is None else mask.cuda()
-        return self.module.limit(index.cuda(), there, experts, capacity).cpu()
-
-    def dispatch(self, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-        counts, offsets, places = self.module.dispatch(index.cuda(), experts)
-        return counts.cpu(), offsets.cpu(), places.cpu()
 
 
 RUNNERS = [
@@ -108,12 +48,6 @@ def hard_logits(tokens: int, experts: int, dtype: torch.dtype) -> Tensor:
         logits[5] = 0.5
         logits[6, ::2] = float("-inf")
     return logits.to(dtype)
-
-
-def equal(found: Any, expected: Any) -> bool:
-    if isinstance(found, Tensor):
-        return found.dtype == expected.dtype and torch.equal(found, expected)
-    return all(map(equal, found, expected))
 
 
 @pytest.mark.parametrize("make", RUNNERS)
@@ -152,37 +86,6 @@ def test_gate_does_not_depend_on_the_order_of_threads(dtype: torch.dtype) -> Non
         logits = draw(33, experts, dtype=dtype)
         found = [Twin(order).gate(logits, 3, over_all) for order in ORDERS]
         assert all(equal(one, found[0]) for one in found)
-
-
-def random_index(tokens: int, choices: int, experts: int, seed: int, spread: int = 1) -> Tensor:
-    """Dropped rows among them, and experts out of range where spread is more than 1."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        -spread, experts + spread - 1, (tokens, choices), generator=generator
-    ).contiguous()
-
-
-@settings(max_examples=120, deadline=None)
-@given(data=st.data())
-def test_limit_and_dispatch_of_the_twin(data: st.DataObject) -> None:
-    """One block or several, one window of bins or several, in any order of threads."""
-    tokens = data.draw(st.integers(0, 700), "tokens")
-    choices = data.draw(st.integers(1, 3), "choices")
-    experts = data.draw(st.sampled_from([1, 2, 3, 8, 31, 33, 255, 256, 257, 700, 1025]), "experts")
-    index = random_index(tokens, choices, experts, data.draw(st.integers(0, 99), "seed"))
-    if data.draw(st.booleans(), "one expert takes all"):
-        index[:] = experts - 1
-    masks = (None, torch.rand(tokens) < 0.7)
-    mask = masks[data.draw(st.integers(0, 1), "masked")]
-    capacity = data.draw(st.sampled_from([None, 0, 1, 2, 40]), "capacity")
-    block = data.draw(st.sampled_from([0, 256, 512]), "rows per block")
-    twin = Twin(data.draw(st.integers(0, 9), "order"), block)
-    kept = cpu.limit(index, mask, experts, capacity)
-    assert torch.equal(twin.limit(index, mask, experts, capacity), kept)
-    assert torch.equal(kept, reference.limit(index, mask, experts, capacity))
-    for rows in (index, kept):
-        assert equal(twin.dispatch(rows, experts), cpu.dispatch(rows, experts))
-        assert equal(twin.dispatch(rows, experts), reference.dispatch(rows, experts))
 
 
 # Fewest rows of several blocks, rows that end within a block, a warp and a step, more blocks than a
@@ -232,20 +135,6 @@ def test_few_rows_take_one_launch_and_many_three() -> None:
         assert twin.launches == 1
 
 
-@given(rows=st.integers(0, 2**31 - 1), bins=st.integers(1, 2**31 - 2))
-def test_plan_covers_the_rows(rows: int, bins: int) -> None:
-    blocks, each, alone = native.route_plan(rows, bins)
-    counters = native.route_counters(rows, bins)
-    if alone:
-        assert (blocks, each, counters) == (1, rows, 0)
-        assert rows <= 8192
-    else:
-        assert each % 1024 == 0
-        assert (blocks - 1) * each < rows <= blocks * each
-        assert 1 <= blocks <= 1024
-        assert counters == blocks * bins <= max(2**24, bins)
-
-
 def test_shuffled_orders_show_a_race() -> None:
     """The control: what all threads of a step write to one place depends on their order."""
     assert native.routing_twin_race(0) == 255
@@ -266,7 +155,7 @@ def test_the_twin_refuses_what_a_gpu_cannot_read(in_a_warp: bool) -> None:
 def test_border_refuses_what_it_cannot_count() -> None:
     for rows, bins in ((2**31, 4), (-1, 4), (5, 0), (5, 2**31 - 1)):
         with pytest.raises(ValueError, match="expected"):
-            native.route_plan(rows, bins)
+            native.routing_plan(rows, bins)
     with pytest.raises(ValueError, match="rows_per_block: expected a multiple of 256"):
         Twin(rows_per_block=100).dispatch(torch.zeros(3, 1, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match="top_k: expected 1 to experts"):
@@ -319,5 +208,5 @@ def test_streams_and_gradients_on_the_gpu() -> None:
 def test_a_call_that_failed_does_not_fail_the_next() -> None:
     index = random_index(900, 2, 8, seed=3)
     with pytest.raises(RuntimeError, match="CUDA: "):
-        native.cuda_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (99, 0))
+        native.cuda_routing_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (99, 0))
     assert equal(Gpu().dispatch(index, 8), cpu.dispatch(index, 8))

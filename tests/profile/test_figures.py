@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from flmoe_kernels.explain.figures.canvas import png_bytes
+from flmoe_kernels.core.figures import png_bytes
 from flmoe_kernels.profile.figures import (
     LengthPoint,
     Point,

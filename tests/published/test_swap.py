@@ -1,8 +1,9 @@
-"""`swap`: the layers it finds, what they keep, and what they compute afterwards."""
+"""`swap`: which layers it finds, what it keeps, and what the fast layers compute."""
 
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -13,14 +14,17 @@ from flmoe_kernels.layers.interaction_moe.architecture import build
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
-from flmoe_kernels.published.swap import ROOT, SwapReport, swap
-from tests.support.lineage import fl, i2, make_layer
+from flmoe_kernels.published.report import SwapReport
+from flmoe_kernels.published.swap import ROOT, swap
+from tests.support.inputs import draw
+from tests.support.lineage import fl, i2, make_layer, make_sparse_layer
+from tests.support.lineage_sparse import GATES, lifted, make_mlp
 
 LENGTHS = {fl: (7, 5, 3), i2: (5, 5, 5)}
 
 
 class Net(nn.Module):
-    """A model around the layer, as one is trained: an encoder per modality, the layer, one loss."""
+    """A model in training: an encoder per modality, the layer, one loss."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -37,9 +41,8 @@ class Net(nn.Module):
 
 
 def tokens(variant: Any, modalities: int = 2, width: int = 16, batch: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(7)
     lengths = LENGTHS[variant][:modalities]
-    return [torch.randn(batch, n, width, generator=generator) for n in lengths]
+    return [draw(batch, n, width, seed=7 + m) for m, n in enumerate(lengths)]
 
 
 def masks_for(parts: list[Tensor]) -> list[Tensor]:
@@ -50,21 +53,30 @@ def masks_for(parts: list[Tensor]) -> list[Tensor]:
     return masks
 
 
-def assert_swapped(report: SwapReport, count: int = 1) -> None:
+def assert_swapped(report: SwapReport, layers: int = 1, mlps: int = 0) -> None:
     assert [entry.reason for entry in report.left] == []
-    assert len(report.swapped) == count
+    assert (len(report.swapped), len(report.swapped_mlps)) == (layers, mlps)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("modalities", [2, 3])
-@pytest.mark.parametrize("variant", [fl, i2])
-def test_computes_what_the_original_did(variant: Any, modalities: int, sparse: bool) -> None:
-    layer = make_layer(variant, modalities=modalities, sparse=sparse).eval()
+PUBLISHED = [
+    *((v, {"modalities": m, "sparse": s}) for v in (fl, i2) for m in (2, 3) for s in (False, True)),
+    *((fl, {"gate": gate, "num_routers": 2}) for gate in GATES),
+    (i2, {"gate": "GShardGate", "num_routers": 2}),
+]
+
+
+@pytest.mark.parametrize(("variant", "options"), PUBLISHED)
+def test_computes_what_the_original_did(variant: Any, options: dict[str, Any]) -> None:
+    layer = (make_sparse_layer if "gate" in options else make_layer)(variant, **options).eval()
+    modalities = layer.num_modalities
     original = copy.deepcopy(layer)
+    before = dict(layer.named_parameters())
     report = swap(layer)
     assert_swapped(report)
     fast = report.model
     assert isinstance(fast, InteractionMoE)
+    assert all(value is before[name] for name, value in fast.named_parameters())
+    assert list(fast.state_dict()) == list(original.state_dict())
     entry = report.swapped[0]
     assert (entry.name, entry.experts, entry.inputs) == (ROOT, modalities + 2, "random")
     assert entry.compat == ("i2moe" if variant is i2 else "fl_i2moe")
@@ -76,18 +88,19 @@ def test_computes_what_the_original_did(variant: Any, modalities: int, sparse: b
     calls: list[tuple] = [(inputs,)]
     if variant is fl:
         calls.append((inputs, masks_for(inputs)))
+    lifted(original), lifted(fast)
     with torch.no_grad():
         for call in calls:
             expected, found = original.inference(*call), fast.inference(*call)
-            for e in range(modalities + 2):
-                torch.testing.assert_close(found[0][e], expected[0][e])
-            torch.testing.assert_close(found[1:], expected[1:])
+            torch.testing.assert_close(found, expected)
             assert expected[2].std() > 0.01
         outputs, reference = fast(*calls[-1]), original(*calls[-1])
     assert len(outputs) == len(reference)
     assert len(outputs[0]) == modalities + 2
     assert len(outputs[0][0]) == modalities + 1
     torch.testing.assert_close(outputs[2], reference[2])
+    if "gate" in options:
+        assert all(bool(loss.isfinite()) for views in outputs[4] for loss in views)
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -130,15 +143,8 @@ def test_finds_layers_wherever_they_sit() -> None:
     assert all(isinstance(place, InteractionMoE) for place in places)
     assert len({id(place) for place in places}) == 4
     names = {name for entry in report.swapped for name in entry.name.split(", ")}
-    assert names == {
-        "deep.0.0.net.moe",
-        "several.0",
-        "several.2",
-        "again",
-        "unregistered.1",
-        "shortcut",
-        "unregistered.0.teacher",
-    }
+    held = "several.0 several.2 again unregistered.1 shortcut unregistered.0.teacher"
+    assert names == {"deep.0.0.net.moe", *held.split()}
 
 
 def test_wrapped_layer_is_replaced_inside_its_wrapper() -> None:
@@ -183,10 +189,10 @@ def test_shares_parameters_so_that_an_older_optimizer_trains_the_layer() -> None
     assert frozen
 
     kept = {name: p.detach().clone() for name, p in after.items()}
-    parts, target = tokens(fl, width=4, batch=6), torch.arange(6) % 3
+    batch, target = tokens(fl, width=4, batch=6), torch.arange(6) % 3
     losses = []
     for _ in range(12):
-        loss = net.loss(parts, target)
+        loss = net.loss(batch, target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -196,29 +202,22 @@ def test_shares_parameters_so_that_an_older_optimizer_trains_the_layer() -> None
     assert changed == after.keys() - frozen
 
 
-def test_checkpoints_load_in_both_directions() -> None:
-    for variant in (fl, i2):
-        trained, fresh = make_layer(variant, seed=1), make_layer(variant, seed=2)
-        fast = swap(copy.deepcopy(trained)).model
-        assert list(fast.state_dict()) == list(trained.state_dict())
-        fresh.load_state_dict(fast.state_dict(), strict=True)
-        torch.testing.assert_close(fresh.state_dict(), trained.state_dict(), rtol=0, atol=0)
-        other = swap(make_layer(variant, seed=2)).model
-        other.load_state_dict(trained.state_dict(), strict=True)
-        inputs = tokens(variant)
-        with torch.no_grad():
-            expected = trained.eval().inference(inputs)[2]
-            torch.testing.assert_close(other.eval().inference(inputs)[2], expected)
-        extra = {**trained.state_dict(), "surplus": torch.zeros(1)}
-        extra.pop("reweight.mlp.network.0.bias")
-        with pytest.raises(RuntimeError, match=r"(?s)reweight\.mlp\.network\.0\.bias.*surplus"):
-            other.load_state_dict(extra)
-
-
-def test_attributes_set_on_the_layer_stay() -> None:
-    layer = make_layer()
-    layer.tag = "text and image"
-    assert swap(layer).model.tag == "text and image"
+@pytest.mark.parametrize("variant", [fl, i2])
+def test_checkpoints_load_in_both_directions(variant: Any) -> None:
+    trained, fresh = make_layer(variant, seed=1), make_layer(variant, seed=2)
+    fast = swap(copy.deepcopy(trained)).model
+    fresh.load_state_dict(fast.state_dict(), strict=True)
+    torch.testing.assert_close(fresh.state_dict(), trained.state_dict(), rtol=0, atol=0)
+    other = swap(make_layer(variant, seed=2)).model
+    other.load_state_dict(trained.state_dict(), strict=True)
+    inputs = tokens(variant)
+    with torch.no_grad():
+        expected = trained.eval().inference(inputs)[2]
+        torch.testing.assert_close(other.eval().inference(inputs)[2], expected)
+    extra = {**trained.state_dict(), "surplus": torch.zeros(1)}
+    extra.pop("reweight.mlp.network.0.bias")
+    with pytest.raises(RuntimeError, match=r"(?s)reweight\.mlp\.network\.0\.bias.*surplus"):
+        other.load_state_dict(extra)
 
 
 def called_by_each_kind_of_hook(layer: nn.Module, seen: list) -> list:
@@ -253,35 +252,30 @@ def called_by_each_kind_of_hook(layer: nn.Module, seen: list) -> list:
 def test_hooks_of_every_kind_fire_after_the_swap_with_the_fast_layer() -> None:
     net, seen = Net(make_layer(dropout=0.0)), []
     handles = called_by_each_kind_of_hook(net.moe, seen)
+    net.moe.tag = "text and image"
     assert_swapped(swap(net))
     fast = net.moe
     assert isinstance(fast, InteractionMoE)
+    assert fast.tag == "text and image", "attributes stay as well"
     assert seen == []
 
-    parts = tokens(fl, width=4)
+    inputs = tokens(fl, width=4)
     with pytest.raises(ArithmeticError, match="on purpose"):
-        net(parts)
+        net(inputs)
     before_failure = ["pre", "pre with kwargs", "forward", "forward with kwargs", "always"]
     assert [kind for kind, _ in seen] == before_failure
     handles.pop().remove()
     seen.clear()
-    net(parts)[2].sum().backward()
+    net(inputs)[2].sum().backward()
     net.load_state_dict(net.state_dict())
-    assert {kind for kind, _ in seen} == {
-        *before_failure,
-        "backward pre",
-        "backward",
-        "state_dict pre",
-        "state_dict post",
-        "load pre",
-        "load post",
-    }
+    others = ("backward pre", "backward", "state_dict pre", "state_dict post", "load pre")
+    assert {kind for kind, _ in seen} == {*before_failure, *others, "load post"}
     assert {id(module) for _, module in seen} == {id(fast)}
 
     for handle in handles:
         handle.remove()
     seen.clear()
-    net(parts)[2].sum().backward()
+    net(inputs)[2].sum().backward()
     net.load_state_dict(net.state_dict())
     assert seen == []
 
@@ -293,39 +287,38 @@ def test_a_hook_may_change_the_output() -> None:
     assert net(tokens(fl, width=4)).min() > 50
 
 
-def test_report_prints_as_text_and_as_a_rich_table() -> None:
-    rich_console = pytest.importorskip("rich.console")
-    model = nn.ModuleDict({"good": make_layer(), "odd": make_layer(self_attn=False)})
+def test_the_report_prints_a_table_of_each_kind() -> None:
+    model = nn.ModuleDict({"moe": make_layer(), "odd": make_layer(self_attn=False)})
+    model.update({"a": make_mlp(), "b": make_mlp("SwitchGate")})
     report = swap(model)
-    console = rich_console.Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report)
-    for text in (str(report), console.export_text()):
-        assert "1 layer swapped, 1 left as is." in text
-        for word in ("good", "fl_i2moe", "random", "odd", "cross-attention", "indicative"):
-            assert word in text, text
-    for line in str(report).splitlines():
-        assert line == line.rstrip()
+    text = str(report)
+    assert text.startswith("3 layers swapped, 1 left as is.")
+    for pattern in (
+        r"swapped  variant +experts  inputs  logits +weights +latents +losses +faster",
+        r"moe +fl_i2moe +4 +random( +\d\.\de-\d\d){4} +\d+\.\dx",
+        r"swapped  gate +experts  top k  inputs  output +faster",
+        r"a +GShardGate +5 +2 +random +\d\.\de-\d\d +\d+\.\dx",
+        r"b +SwitchGate +5 +1 +random +\d\.\de-\d\d +\d+\.\dx",
+        r"odd +InteractionMoE +\S+: cross-attention .*",
+    ):
+        assert re.search(rf"(?m)^{pattern}$", text), text
+    assert "indicative" in text
+    assert "capacities lifted" in text
     entry = report.as_dict()
-    assert entry["swapped"][0]["name"] == "good"
+    assert set(entry) == {"swapped", "swapped_mlps", "left"}
+    assert entry["swapped"][0]["name"] == "moe"
+    assert entry["swapped_mlps"][1]["gate"] == "SwitchGate"
     assert entry["left"][0]["class_name"] == "InteractionMoE"
-    assert "model" not in entry
 
 
-def test_says_plainly_when_there_is_nothing() -> None:
+def test_nothing_to_swap() -> None:
     model = nn.Linear(2, 2)
     report = swap(model)
     assert report.model is model
     assert report.swapped == report.left == ()
-    assert str(report).startswith("Nothing to swap")
-    assert "Linear" in str(report)
-
-
-def test_refuses_what_is_no_module() -> None:
+    assert re.match("Nothing to swap: .*FMoETransformerMLP in this Linear", str(report))
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list"):
         swap([make_layer()])
-
-
-def test_a_second_swap_finds_the_layer_fast_already() -> None:
     net = Net(make_layer())
     swap(net)
     fast = net.moe
@@ -336,9 +329,9 @@ def test_a_second_swap_finds_the_layer_fast_already() -> None:
 
 
 def test_without_check_nothing_is_compared() -> None:
-    report = swap(make_layer(), check=False)
-    assert_swapped(report)
-    entry = report.swapped[0]
-    assert entry.inputs == "-"
-    assert entry.logits_error is entry.speed_up is None
-    assert isinstance(report.model, ReferenceInteractionMoE)
+    report = swap(nn.ModuleList([make_layer(), make_mlp()]), check=False)
+    assert_swapped(report, 1, 1)
+    assert isinstance(report.model[0], ReferenceInteractionMoE)
+    layer, mlp = report.swapped[0], report.swapped_mlps[0]
+    assert (layer.inputs, layer.logits_error, layer.speed_up) == ("-", None, None)
+    assert (mlp.inputs, mlp.output_error, mlp.speed_up) == ("-", None, None)

@@ -52,24 +52,21 @@ def run(
     cu_seqlens: Tensor | None = None,
 ) -> list[Tensor]:
     """Output and gradients of q, k, v."""
-    q, k, v = (x.detach().requires_grad_() for x in qkv)
-    out = expert_attention(
-        q,
-        k,
-        v,
-        case.cu_seqlens if cu_seqlens is None else cu_seqlens,
-        dropout_p=case.p,
-        seed=make_seed(seed),
-        scale=case.scale,
-        backend=backend,
-    )
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    device = leaves[0].device
+    runs = (case.cu_seqlens if cu_seqlens is None else cu_seqlens).to(device)
+    options = {"dropout_p": case.p, "seed": make_seed(seed).to(device), "scale": case.scale}
+    out = expert_attention(*leaves, runs, backend=backend, **options)
     assert isinstance(out, Tensor)
-    return [out.detach(), *gradients([out], [q, k, v])]
+    return [out.detach(), *gradients([out], leaves)]
 
 
-def check(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def check(
+    case: Case, dtype: torch.dtype, backend: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Output and gradients of a backend, the reference and the oracle, within the error budget."""
     qkv = case.qkv(dtype)
-    actual = run(case, qkv, "cpu")
+    actual = run(case, qkv, backend)
     low = run(case, qkv, "reference")
     oracle = run(case, as_dtype(qkv, torch.float64), "reference")
     size = max((float(x.abs().max()) for x in oracle[1:] if x.numel()), default=0.0)

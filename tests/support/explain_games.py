@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,19 +79,28 @@ def table(game: Callable[[NDArray[np.bool_]], NDArray[Any]], players: int) -> ND
 
 
 def by_definition(values: NDArray[np.float64], players: int, index: str) -> Values:
-    """SII or RG of all pairs: sums over all S without i and j with weights s! (n - s - 2)! / (n - 1)!."""
-    found = {}
-    for i, j in itertools.combinations(range(players), 2):
-        others = [k for k in range(players) if k not in (i, j)]
-        total = 0.0
-        for size in range(len(others) + 1):
-            weight = math.factorial(size) * math.factorial(players - size - 2)
-            for members in itertools.combinations(others, size):
-                s = sum(1 << k for k in members)
-                v = [float(values[s | added]) for added in (0, 1 << i, 1 << j, 1 << i | 1 << j)]
-                term = v[3] - v[1] - v[2] + v[0] if index == "SII" else min(v[1], v[2]) - v[0]
-                total += weight / math.factorial(players - 1) * term
-        found[i, j] = total
+    """SII or RG of all pairs."""
+    pairs = itertools.combinations(range(players), 2)
+    return {(i, j): float(pair_index(values, players, i, j, index)) for i, j in pairs}
+
+
+def pair_index(values: Any, players: int, i: int, j: int, index: str = "SII") -> Any:
+    """Definition: sum over S without i and j of s! (n - s - 2)! / (n - 1)! times a function of the corners."""
+    total = 0.0 * values[0]
+    for s in subsets([k for k in range(players) if k not in (i, j)]):
+        size = s.bit_count()
+        weight = math.factorial(size) * math.factorial(players - size - 2)
+        v = [values[s | added] for added in (0, 1 << i, 1 << j, 1 << i | 1 << j)]
+        term = v[3] - v[1] - v[2] + v[0] if index == "SII" else min(v[1], v[2]) - v[0]
+        total = total + weight / math.factorial(players - 1) * term
+    return total
+
+
+def subsets(players: Sequence[int]) -> list[int]:
+    """All sets of them as bits."""
+    found = [0]
+    for player in players:
+        found += [s | 1 << player for s in found]
     return found
 
 

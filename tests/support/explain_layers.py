@@ -9,9 +9,10 @@ from torch import Tensor
 
 from flmoe_kernels import InteractionMoE
 from flmoe_kernels.explain.attribution.attribute import readout_weights
-from flmoe_kernels.explain.tokens import valid_tokens
-from flmoe_kernels.layers.interaction_moe.reference import masked_mean, sinusoidal_positions
+from flmoe_kernels.explain.games.tokens import valid_tokens
+from flmoe_kernels.layers.interaction_moe.fusion import sinusoidal_positions
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.ops.reweighting.reference import masked_mean
 from tests.support.inputs import draw, draw_masks
 from tests.support.layers import LayerCase
 
@@ -25,7 +26,7 @@ CASES = (
 )
 
 
-def call_of(case: LayerCase, dtype: torch.dtype) -> tuple[Any, list[Tensor], Any]:
+def call_of(case: LayerCase, dtype: torch.dtype = torch.float64) -> tuple[Any, list[Tensor], Any]:
     """The fast layer in eval mode, inputs and masks."""
     layer = InteractionMoE.adopt(case.reference(dtype).eval())
     return layer, case.inputs(dtype), draw_masks(case.masks, case.batch, case.lengths)

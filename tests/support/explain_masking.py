@@ -12,20 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flmoe_kernels import InteractionMoE
-from flmoe_kernels.explain.targets import METRICS
-from tests.support.inputs import draw_masks
+from flmoe_kernels.explain.attribution.targets import METRICS
 from tests.support.layers import LayerCase
 
 CASE = LayerCase((7, 5), batch=4, dim=8, heads=2, layers=1, classes=3, masks="partial")
 
 
 BUDGETS = (10, 40.5, 100)
-
-
-def call_of(case: LayerCase = CASE) -> tuple[Any, list[Tensor], Any]:
-    layer = InteractionMoE.adopt(case.reference(torch.float64).eval())
-    return layer, case.inputs(torch.float64), draw_masks(case.masks, case.batch, case.lengths)
 
 
 class TokenBits(torch.nn.Module):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = os.environ.get("FLMOE_INVENTORY", "")
+KERNEL_KEYS = ("CPU", "CUDA", "CompositeExplicitAutograd")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 SEEN: set[tuple[str, str, str, str]] = set()
 
@@ -34,23 +35,26 @@ def record(operator: str, args: tuple, behaviour: str) -> None:
 
 
 def wrap_registrations() -> None:
-    """Record every call of a kernel that is registered from now on, opcheck and gradcheck apart."""
+    """Record every call of a kernel that is registered from now on; opcheck and gradcheck are marked."""
     import torch
 
-    register = torch.library.impl
+    register = torch.library.Library.impl
     active: list[str] = []
 
     @functools.wraps(register)
-    def impl(name: Any, types: Any, function: Callable | None = None, **options: Any) -> Any:
-        def recorded(kernel: Callable) -> Any:
-            @functools.wraps(kernel)
-            def call(*args: Any) -> Any:
-                record(str(name).removeprefix("flmoe::"), args, active[-1] if active else "call")
-                return kernel(*args)
+    def impl(
+        library: Any, name: Any, kernel: Callable, dispatch_key: str = "", **options: Any
+    ) -> Any:
+        operator = str(name).removeprefix("flmoe::")
+        if library.ns != "flmoe" or (dispatch_key or library.dispatch_key) not in KERNEL_KEYS:
+            return register(library, name, kernel, dispatch_key, **options)
 
-            return register(name, types, call, **options)
+        @functools.wraps(kernel)
+        def call(*args: Any) -> Any:
+            record(operator, args, active[-1] if active else "call")
+            return kernel(*args)
 
-        return recorded if function is None else recorded(function)
+        return register(library, name, call, dispatch_key, **options)
 
     def marked(function: Callable, behaviour: str) -> Callable:
         @functools.wraps(function)
@@ -63,7 +67,7 @@ def wrap_registrations() -> None:
 
         return call
 
-    torch.library.impl = impl
+    torch.library.Library.impl = impl
     torch.library.opcheck = marked(torch.library.opcheck, "opcheck")
     torch.autograd.gradcheck = marked(torch.autograd.gradcheck, "gradcheck")
 

@@ -166,7 +166,14 @@ def assert_layer_within_budget(
         ),
     ]
     actual, low, exact = ({**outputs, **grads} for outputs, grads in found)
-    assert actual.keys() == exact.keys(), "other outputs or parameters"
+    assert_all_within_budget(actual, low, exact, f"of {case} in {dtype}")
+
+
+def assert_all_within_budget(
+    actual: dict[str, Tensor], low: dict[str, Tensor], exact: dict[str, Tensor], what: str
+) -> None:
+    """Named outputs and gradients against the reference and the oracle."""
+    assert actual.keys() == low.keys() == exact.keys(), "other outputs or parameters"
     sizes: dict[str, float] = {}
     for name, value in exact.items():
         kind = _kind(name)
@@ -175,14 +182,9 @@ def assert_layer_within_budget(
         # Deep in a stack the gradients of queries vanish: those are measured by their peers in other
         # layers and experts.
         size = sizes[_kind(name)]
-        assert_within_budget(
-            actual[name],
-            low[name],
-            oracle,
-            f"{name} of {case} in {dtype}",
-            magnitude=size,
-            may_vanish=float(oracle.abs().max()) < 0.25 * size,
-        )
+        vanishes = float(oracle.abs().max()) < 0.25 * size
+        results = actual[name], low[name], oracle
+        assert_within_budget(*results, f"{name} {what}", magnitude=size, may_vanish=vanishes)
 
 
 def _kind(name: str) -> str:

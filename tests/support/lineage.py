@@ -390,3 +390,9 @@ def make_layer(
         for parameter in layer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return layer
+
+
+def make_sparse_layer(variant: Any = fl, gate: str = "GShardGate", **options: Any) -> nn.Module:
+    """A published layer with sparse MLPs of 5 experts in fusion layers 0 and 2, which returns gate losses."""
+    settings = {"layers": 3, "mlp_sparse": True, "sparse": True, "num_experts": 5, **options}
+    return make_layer(variant, gate=gate, **settings)

@@ -268,21 +268,14 @@ def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: b
     rows = tokens * choices
     index, kept = case.keep(bytes(8 * rows)), case.keep(bytes(8 * rows))
     weight = case.output(tokens, choices)
-    native.gate_forward(
-        case.dtype,
-        case.floats(tokens, experts),
-        index,
-        weight,
-        (tokens, experts, choices),
-        False,
-        3,
-    )
+    tensors = (case.floats(tokens, experts), index, weight)
+    native.routing_gate(case.dtype, tensors, (tokens, experts, choices), False, 3)
     mask = case.keep((RANDOM.random(tokens) < 0.8).astype(np.uint8).tobytes())
     capacity = max(1, rows // (2 * experts))
-    assert native.routed_limit(index, mask, kept, (tokens, choices, experts), capacity)
+    assert native.routing_limit((index, mask, kept), (tokens, choices, experts), capacity)
     counts, offsets = case.keep(bytes(4 * experts)), case.keep(bytes(4 * (experts + 1)))
     permutation = case.keep(bytes(4 * rows))
-    assert native.routed_dispatch(kept, counts, offsets, permutation, rows, experts)
+    assert native.routing_dispatch((kept, counts, offsets, permutation), rows, experts)
     twin(native, case, sizes, mask, capacity)
 
     def cleared(*shape: int, dtype: int) -> int:
@@ -296,8 +289,8 @@ def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: b
         (experts, width),
     )
     weights = [case.floats(*shape) if biases or len(shape) == 3 else 0 for shape in shapes]
-    tensors = [case.floats(tokens, width), weight, *weights, offsets, permutation]
-    call = (case.dtype, tensors, sizes, act, 3)
+    inputs = [case.floats(tokens, width), weight, *weights, offsets, permutation]
+    call = (case.dtype, inputs, sizes, act, 3)
     wide, before = STATISTICS[case.dtype], cleared(rows, hidden, dtype=case.dtype)
     native.routed_forward(
         *call, case.output(tokens, width), before, cleared(rows, width, dtype=wide)

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_within_budget
-from flmoe_kernels.layers.interaction_moe.reference import interaction_losses
+from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 from tests.support.inputs import as_dtype, gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EPS = 1e-5
 OPS = torch.ops.flmoe
 Operator = Callable[..., Any]
+
+
+def on_triton(name: str) -> Operator:
+    """A registered operator, run by its Triton kernels."""
+    operator = getattr(OPS, name)
+    return lambda *arguments: operator(*arguments, "triton")
 
 
 def tensors(results: Any) -> list[Tensor]:
@@ -37,8 +43,12 @@ def compare(
     outputs: int = 1,
     magnitude: float = 0.0,
     may_vanish: bool = False,
+    gradient_magnitude: float | None = None,
 ) -> list[list[Tensor]]:
-    """Results and gradients of both, checked; (kernel, reference, reference in float64) of each."""
+    """Check results and gradients; return (kernel, reference, reference in float64) of each.
+
+    gradient_magnitude: None for the largest of all gradients.
+    """
     inputs = list(arguments)
     found = [
         evaluate(operator, as_dtype(inputs, dtype, requires_grad=True), outputs),
@@ -47,14 +57,16 @@ def compare(
             oracle, as_dtype(as_dtype(inputs, dtype), torch.float64, requires_grad=True), outputs
         ),
     ]
-    size = max((float(x.abs().max()) for x in found[2][outputs:] if x.numel()), default=0.0)
+    if gradient_magnitude is None:
+        sizes = (float(x.abs().max()) for x in found[2][outputs:] if x.numel())
+        gradient_magnitude = max(sizes, default=0.0)
     triples = [list(triple) for triple in zip(*found, strict=True)]
     for i, triple in enumerate(triples):
         name = f"result {i}" if i < outputs else f"gradient {i - outputs}"
         assert_within_budget(
             *triple,
             f"{name} in {dtype}",
-            magnitude=magnitude if i < outputs else size,
+            magnitude=magnitude if i < outputs else gradient_magnitude,
             may_vanish=may_vanish,
         )
     return triples

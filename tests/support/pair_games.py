@@ -1,11 +1,10 @@
-"""Games of a few tokens on pair layers by brute force; Shapley values and interaction indices by definition."""
+"""Games of a few tokens on pair layers by brute force; Shapley values by definition."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import PairExplanation, PairInteractionMoE
+from tests.support.explain_games import subsets
 from tests.support.inputs import draw_masks
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
 
@@ -79,14 +79,6 @@ def game(name: str, backend: str, sample: int = 1) -> Game:
     return Game(layer, inputs, masks, target, values)
 
 
-def subsets(players: Sequence[int]) -> list[int]:
-    """All sets of them as bits."""
-    found = [0]
-    for player in players:
-        found += [s | 1 << player for s in found]
-    return found
-
-
 def shapley_value(values: Tensor, players: int, i: int) -> Tensor:
     """Definition: sum over S without i of s! (n - s - 1)! / n! (v(S + i) - v(S))."""
     total = torch.zeros_like(values[0])
@@ -94,18 +86,6 @@ def shapley_value(values: Tensor, players: int, i: int) -> Tensor:
         size = s.bit_count()
         weight = math.factorial(size) * math.factorial(players - size - 1) / math.factorial(players)
         total += weight * (values[s | 1 << i] - values[s])
-    return total
-
-
-def interaction_index(values: Tensor, players: int, i: int, j: int) -> Tensor:
-    """Definition: sum over S without i, j of s! (n - s - 2)! / (n - 1)! times the second difference."""
-    total = torch.zeros_like(values[0])
-    n = players - 1
-    for s in subsets([k for k in range(players) if k not in (i, j)]):
-        size = s.bit_count()
-        weight = math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n)
-        a, b = 1 << i, 1 << j
-        total += weight * (values[s | a | b] - values[s | a] - values[s | b] + values[s])
     return total
 
 

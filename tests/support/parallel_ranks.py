@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from flmoe_kernels.layers.routed_mlp import parallel
 from flmoe_kernels.layers.routed_mlp.gates import GShardGate, SwitchGate
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
-from flmoe_kernels.ops.routed_mlp.api import limit, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import limit
 from tests.support.inputs import draw
 
 LOCAL, WIDTH, HIDDEN, CHOICES = 3, 5, 7, 2

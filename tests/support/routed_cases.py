@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_within_budget
-from flmoe_kernels.ops.routed_mlp.api import gate, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import gate
 from tests.support.inputs import as_dtype, draw, gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

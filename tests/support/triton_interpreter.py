@@ -1,8 +1,4 @@
-"""Triton's interpreter for tests of the layer: bfloat16 rounded as on a GPU, and less work for each call.
-
-It truncates to bfloat16, which errs to one side, so that a layer's sums drift: gradients of the whole layer then
-miss the error budget by up to 30%; rounded to the nearest they use two fifths of it.
-"""
+"""Changes to Triton's interpreter: bfloat16 rounded as on a GPU, and less work for each launch."""
 
 from __future__ import annotations
 
@@ -17,7 +13,11 @@ from triton.runtime import interpreter
 
 
 def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends. An interpreter that has no such function rounds by other means."""
+    """Round float32 to the nearest bfloat16 until the test ends.
+
+    The interpreter truncates. That errs to one side: gradients of a whole layer miss the error budget by up to
+    30%, where rounded to the nearest they use two fifths of it. A version without this function is left alone.
+    """
     truncating = getattr(interpreter, "_convert_float", None)
 
     def convert(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
@@ -39,9 +39,9 @@ def _languages(function: Any) -> frozenset[int]:
 
 
 def patch_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends: the language is patched when a launch begins, not again by each function that it calls.
+    """Patch Triton's language once a launch, not again in each function that the kernel calls.
 
-    That takes a third of the time of small kernels. An interpreter without such functions does as it likes.
+    That takes a third of the time of small kernels. A version without this function is left alone.
     """
     patch = getattr(interpreter, "_patch_lang", None)
     if patch is None:

@@ -1,4 +1,4 @@
-"""Trials without a kernel, of which written times decide: what the tests of autotune share."""
+"""Tuning trials without a kernel, and a timer with given times."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.tuning import cache, tuner
-from flmoe_kernels.core.triton.tuning.finding import Finding, Question
+from flmoe_kernels.core.triton.tuning.cache import TuningKey, TuningResult
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-QUESTION = Question("op.kernel", "16 bit", "bfloat16", (("rows", 64),), "a GPU", "3.7.1", "0.1")
+KEY = TuningKey("op.kernel", "16 bit", "bfloat16", (("rows", 64),), "a GPU", "3.7.1", "0.1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Tiles:
 
 
 TABLE, BETTER, WORSE = Tiles(64, 4), Tiles(32, 4), Tiles(128, 8)
-FOUND = Finding(QUESTION, {"rows": 32, "warps": 4}, 1e-5, {"rows": 64, "warps": 4}, 2e-5, 3, 0)
+RESULT = TuningResult(KEY, {"rows": 32, "warps": 4}, 1e-5, {"rows": 64, "warps": 4}, 2e-5, 3, 0)
 SECONDS = {TABLE: 2e-5, BETTER: 1e-5, WORSE: 3e-5}
 
 
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of findings of one test, in which nothing is known."""
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of tuning results of one test, which has none yet."""
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
     tuner.forget()
     yield tmp_path / "cache" / "tuning"
@@ -45,7 +45,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 @dataclasses.dataclass
 class Clock:
-    """Times that were written down, and what it was asked to time."""
+    """A timer with given times that records what it timed."""
 
     seconds: dict[Tiles, float]
     timed: list[Tiles] = dataclasses.field(default_factory=list)
@@ -56,10 +56,14 @@ class Clock:
         return self.seconds[trial.tiles]
 
 
+def refuse(_trial: tuning.Trial[Any]) -> float:
+    raise AssertionError("nothing may be timed")
+
+
 def sums(
     spoil: Callable[[Tiles, Tensor], None] = lambda _tiles, _out: None,
 ) -> Callable[[], Callable[[Tiles], tuning.Trial[Tiles]]]:
-    """Trials that add up a vector in blocks of rows; `spoil` may break one."""
+    """Trials that sum a vector in blocks of rows; `spoil` may break one."""
     x = torch.rand(1000, generator=torch.Generator().manual_seed(5))
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
@@ -69,26 +73,22 @@ def sums(
             out[0] = sum(part.sum() for part in x.split(tiles.rows))
             spoil(tiles, out)
 
-        return tuning.Trial(tiles, CPU, run, [out], lambda: [out])
+        return tuning.Trial(tiles, CPU, run, [out])
 
     return lambda: make
 
 
-def choose(clock: Clock | None, **options: Any) -> Tiles:
-    """By a question's first call in this process."""
-    tuner.forget()
-    prepare = options.pop("prepare", sums())
-    candidates = options.pop("candidates", (TABLE, BETTER, WORSE))
-    with tuning.autotune(timer=clock):
-        return tuning.choose(QUESTION, candidates, prepare, CPU)
+def choose(timer: Any, prepare: Any = None, *, forget: bool = True) -> Tiles:
+    """The choice of a process; forget: of one that has made no choice yet."""
+    if forget:
+        tuner.forget()
+    with tuning.autotune(timer=timer):
+        return tuning.choose(KEY, (TABLE, BETTER, WORSE), prepare or sums(), CPU)
 
 
-def refuse(_trial: tuning.Trial[Any]) -> float:
-    raise AssertionError("nothing is to be timed")
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def python(code: str, **environment: str) -> str:
+    """The output of a fresh interpreter."""
+    result = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
@@ -96,3 +96,5 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
     )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()

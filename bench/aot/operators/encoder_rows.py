@@ -1,4 +1,4 @@
-"""Launches of what the encoder does by row: a training step of the layer, and widths that are no whole tiles."""
+"""Cases of the encoder's row-wise kernels: a training step of the layer, and widths that are not whole tiles."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.aot import costs
-from bench.aot.architectures import Architecture
-from bench.aot.cases import NONE, ONE, Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, Case, dtype_name, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.encoder.triton import rows_launch as launches
 from flmoe_kernels.profile.shapes import LayerShape, by_name
@@ -52,19 +50,19 @@ def odd(width: int, rows: int = 4096) -> RowsUse:
     return RowsUse(f"width {width}", BFLOAT16, 4, 3, rows, 64, width)
 
 
-# (use, kernels, architectures of the quick set); without products one architecture will do for most.
-USES: tuple[tuple[RowsUse, tuple[str, ...], tuple[int, ...]], ...] = (
-    (of_layer("mmimdb", BFLOAT16), KERNELS, ONE),
-    (of_layer("enrico", BFLOAT16), KERNELS, NONE),
-    (of_layer("mimic", BFLOAT16), ("norm", "pool", "pool_gradient"), ONE),
-    (of_layer("mimic", BFLOAT16), ("norm_gradient", "gelu", "views", "views_gradient"), ONE),
-    (of_layer("mmimdb", FLOAT32), KERNELS, ONE),
-    (of_layer("mimic", FLOAT32), ("norm", "pool", "pool_gradient"), NONE),
-    (of_layer("mmimdb", FLOAT16, 0.0), ("norm_gradient", "gelu"), ONE),
-    (odd(1024), ("norm", "norm_gradient"), ONE),
-    (odd(8192, 1024), ("norm", "norm_gradient"), ONE),
-    (odd(300), ("norm_gradient twice", "pool"), ONE),
-    (odd(63), ("norm", "gelu", "views"), ONE),
+# (use, kernels, quick).
+USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
+    (of_layer("mmimdb", BFLOAT16), KERNELS, True),
+    (of_layer("enrico", BFLOAT16), KERNELS, False),
+    (of_layer("mimic", BFLOAT16), ("norm", "norm_gradient", "gelu", "views"), False),
+    (of_layer("mimic", BFLOAT16), ("pool", "pool_gradient", "views_gradient"), False),
+    (of_layer("mmimdb", FLOAT32), KERNELS, False),
+    (of_layer("mimic", FLOAT32), ("norm", "pool", "pool_gradient"), False),
+    (of_layer("mmimdb", FLOAT16, 0.0), ("norm_gradient", "gelu"), False),
+    (odd(1024), ("norm", "norm_gradient"), False),
+    (odd(8192, 1024), ("norm", "norm_gradient"), False),
+    (odd(300), ("norm_gradient twice", "pool"), False),
+    (odd(63), ("norm", "gelu", "views"), True),
 )
 
 
@@ -77,14 +75,13 @@ def cases() -> Iterator[Case]:
             yield Case("encoder_rows", kernel, use.shape, kind, variant, build, quick)
 
 
-def built(use: RowsUse, kernel: str, device: Architecture) -> Built:
+def built(use: RowsUse, kernel: str, architecture: int) -> Built:
     row, launch = {name: (row, launch) for name, row, launch in launches_of(use)}[kernel]
-    work = (costs.gelu if kernel.startswith("gelu") else costs.work)(launch, use.dtype)
     kind = ", float32" if use.dtype == FLOAT32 else ""
     shared = launches.tiles_of(row, use.dtype).shared
     # The table is about the named shapes: a row that has a tile alone has more.
-    table = None if use.shape.startswith("width") else stated(shared, device)
-    return Built(launch, work, tiles=f"{row}{kind}", table=table)
+    table = None if use.shape.startswith("width") else stated(shared, architecture)
+    return Built(launch, tiles=f"{row}{kind}", table=table)
 
 
 def launches_of(use: RowsUse) -> Iterator[tuple[str, str, Launch]]:

@@ -1,4 +1,4 @@
-"""Launches of expert_attention: the layer's three shapes, one long problem, and the widest head of each class."""
+"""Cases of expert_attention: the layer's three shapes, one long problem, and the widest head of each class."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from functools import partial
 
 import torch
 
-from bench.aot import costs
-from bench.aot.architectures import Architecture
-from bench.aot.cases import ALL, NONE, ONE, Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, Case, dtype_name, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.expert_attention.triton import launch as launches
-from flmoe_kernels.ops.expert_attention.triton.table import AttentionCall, class_of
+from flmoe_kernels.ops.expert_attention.triton.choice import tiles_of
+from flmoe_kernels.ops.expert_attention.triton.table import AttentionCall, Tiles, class_of
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = ("attend", "query_gradient", "key_gradient")
-# How many products a kernel has, each with at least four instructions.
+# The number of products of a kernel, each with at least four instructions.
 PRODUCTS = {"attend": 2, "query_gradient": 3, "key_gradient": 4}
 
 
@@ -35,10 +34,6 @@ class AttentionUse:
     width: int
     dropout_p: float = 0.5
     variant: str = ""
-
-    @property
-    def scores(self) -> int:
-        return self.groups * self.heads * sum(length**2 for length in self.runs)
 
     def call(self) -> AttentionCall:
         q, k, v = self.packed()
@@ -72,26 +67,28 @@ def of_layer(
     )
 
 
-# Of one head its number is a constant to the compiler.
+# With one head the number of heads is a constant to the compiler.
 WIDE = AttentionUse("mmimdb", BFLOAT16, 12, 32 * 516, (356,) * 32, 2, 256, 0.5, "width 256")
 LONG = AttentionUse("long", BFLOAT16, 1, 8192, (8192,), 4, 64, 0.0)
-# (use, kernels, architectures of the quick set). mmimdb and enrico run the same compiled kernels.
-USES: tuple[tuple[AttentionUse, tuple[str, ...], tuple[int, ...]], ...] = (
-    (of_layer("mmimdb", BFLOAT16), KERNELS, ALL),
-    (of_layer("enrico", BFLOAT16), KERNELS, ALL),
-    (of_layer("mimic", BFLOAT16), KERNELS, ALL),
-    (of_layer("mmimdb", FLOAT16, variant="inference", dropout_p=0.0), KERNELS[:1], ONE),
-    (of_layer("mmimdb", FLOAT16, variant="no dropout", dropout_p=0.0), KERNELS[2:], (80,)),
-    (LONG, KERNELS, ONE),
-    (of_layer("mmimdb", BFLOAT16, 2, "heads 2"), KERNELS, (90, 100)),
-    (of_layer("mmimdb", BFLOAT16, 1, "heads 1"), KERNELS, ONE),
-    (of_layer("mmimdb", FLOAT32), KERNELS, ONE),
-    (of_layer("mimic", FLOAT32), KERNELS, ONE),
-    (of_layer("mmimdb", FLOAT32, 2, "heads 2"), KERNELS, NONE),
-    (of_layer("mmimdb", FLOAT32, 1, "heads 1"), KERNELS, NONE),
-    (of_layer("mmimdb", FLOAT16, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, NONE),
-    (of_layer("mmimdb", FLOAT32, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, NONE),
-    (WIDE, KERNELS, NONE),
+# (use, kernels, quick). mmimdb and enrico run the same compiled kernels.
+USES: tuple[tuple[AttentionUse, tuple[str, ...], bool], ...] = (
+    (of_layer("mmimdb", BFLOAT16), KERNELS, True),
+    (of_layer("enrico", BFLOAT16), KERNELS, False),
+    (of_layer("mimic", BFLOAT16), KERNELS, True),
+    (of_layer("mmimdb", FLOAT16, variant="inference", dropout_p=0.0), KERNELS[:1], False),
+    (of_layer("mmimdb", FLOAT16, variant="no dropout", dropout_p=0.0), KERNELS[2:], False),
+    (LONG, KERNELS, False),
+    (of_layer("mmimdb", BFLOAT16, 2, "heads 2"), KERNELS, True),
+    (of_layer("mmimdb", BFLOAT16, 1, "heads 1"), KERNELS[:1], True),
+    (of_layer("mmimdb", BFLOAT16, 1, "heads 1"), KERNELS[1:], False),
+    (of_layer("mmimdb", FLOAT32), KERNELS[:1], True),
+    (of_layer("mmimdb", FLOAT32), KERNELS[1:], False),
+    (of_layer("mimic", FLOAT32), KERNELS, False),
+    (of_layer("mmimdb", FLOAT32, 2, "heads 2"), KERNELS, False),
+    (of_layer("mmimdb", FLOAT32, 1, "heads 1"), KERNELS, False),
+    (of_layer("mmimdb", FLOAT16, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, False),
+    (of_layer("mmimdb", FLOAT32, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, False),
+    (WIDE, KERNELS, False),
 )
 
 
@@ -103,28 +100,24 @@ def cases() -> Iterator[Case]:
             yield Case("expert_attention", kernel, use.shape, kind, use.variant, build, quick)
 
 
-def built(use: AttentionUse, kernel: str, device: Architecture) -> Built:
+def built(use: AttentionUse, kernel: str, architecture: int) -> Built:
     call = launches.readable(use.call())
-    launch = dict(launches_of(use, call, device.number))[kernel]
-    valid = sum(use.runs) / use.rows
-    tiles = launches.tiles_of(kernel, call, device.number)
+    tiles = tiles_of(kernel, call, architecture)
     return Built(
-        launch,
-        costs.attention(kernel, launch, use.dtype, use.scores, valid),
+        launch_of(kernel, tiles, call, use),
         4 * PRODUCTS[kernel],
         f"{kernel}, {class_of(call)}, {tiles.rows} x {tiles.columns}",
-        stated(tiles.shared, device),
+        stated(tiles.shared, architecture),
     )
 
 
-def launches_of(
-    use: AttentionUse, call: AttentionCall, architecture: int
-) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a call by its kernel."""
+def launch_of(kernel: str, tiles: Tiles, call: AttentionCall, use: AttentionUse) -> Launch:
     out = meta(tuple(call.q.shape), use.dtype)
     lse = meta(tuple(call.q.shape[:3]), torch.float32)
-    yield KERNELS[0], launches.forward_launch(call, out, lse, architecture=architecture)
-    found = launches.backward_launches(
-        call, out, out, lse, lse, use.packed(), architecture=architecture
-    )
-    yield from zip(KERNELS[1:], found, strict=True)
+    grad_q, grad_k, grad_v = use.packed()
+    match kernel:
+        case "attend":
+            return launches.attend_launch(tiles, call, out, lse)
+        case "query_gradient":
+            return launches.query_gradient_launch(tiles, call, out, out, lse, lse, grad_q)
+    return launches.key_gradient_launch(tiles, call, out, lse, lse, grad_k, grad_v)

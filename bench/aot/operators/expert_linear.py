@@ -1,29 +1,23 @@
-"""Launches of expert_linear: those of a training step of the layer, and widths that are no whole tiles."""
+"""Cases of expert_linear: a training step of the layer, and widths that are not whole tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from bench.aot import costs
-from bench.aot.architectures import Architecture
-from bench.aot.cases import ALL, NONE, ONE, Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, Case, dtype_name, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.encoder.triton import linear_launch as launches
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# What each output is computed by: the kernel's rows of the launch table.
+# The kernel of each output, as in the launch table.
 KERNELS = {"out": "product", "grad_x": "product", "grad_weight": "weight_gradient"}
 # Matrix instructions of a chunk: 64 deep in steps of 16, half of that, 32 deep in steps of 8 three times.
 LEAST = {"16 bit": 4, "ragged": 2, "float32": 12}
-_COSTS: dict[str, Callable[..., costs.Work]] = {
-    "product": costs.linear_product,
-    "weight_gradient": costs.linear_weight_gradient,
-}
 
 
 @dataclass(frozen=True)
@@ -60,26 +54,25 @@ def odd(inner: int, outer: int, dtype: torch.dtype, experts: int = 4) -> LinearU
 
 EVERY = (*KERNELS, "sum")
 OUT, FEW, GRADIENTS = ("out",), ("out", "grad_weight"), ("grad_x", "sum")
-# (use, outputs, architectures of the quick set).
-USES: tuple[tuple[LinearUse, tuple[str, ...], tuple[int, ...]], ...] = (
-    (of_layer("mmimdb", BFLOAT16, "up"), tuple(KERNELS), ALL),
-    (of_layer("mmimdb", BFLOAT16, "up"), ("sum",), ONE),
-    (of_layer("mmimdb", BFLOAT16, "qkv"), FEW, ALL),
-    (of_layer("mmimdb", BFLOAT16, "qkv"), GRADIENTS, NONE),
-    (of_layer("mmimdb", BFLOAT16, "proj"), FEW, ONE),
-    (of_layer("mmimdb", BFLOAT16, "proj"), GRADIENTS, NONE),
-    (of_layer("mmimdb", BFLOAT16, "down"), EVERY, NONE),
-    (of_layer("mmimdb", FLOAT16, "down"), FEW, ONE),
-    (of_layer("enrico", BFLOAT16, "up"), EVERY, NONE),
-    (of_layer("mimic", BFLOAT16, "up"), FEW, (80,)),
-    (of_layer("mimic", BFLOAT16, "qkv"), FEW, ONE),
-    (of_layer("mmimdb", FLOAT32, "up"), FEW, ONE),
-    (of_layer("mmimdb", FLOAT32, "up"), GRADIENTS, NONE),
-    (of_layer("mimic", FLOAT32, "down"), FEW, NONE),
-    (odd(300, 200, BFLOAT16), FEW, ONE),
-    (odd(63, 70, FLOAT16), FEW, ONE),
-    (odd(63, 70, FLOAT32), FEW, NONE),
-    (odd(65536, 32768, BFLOAT16, 1), OUT, NONE),
+# (use, outputs, quick).
+USES: tuple[tuple[LinearUse, tuple[str, ...], bool], ...] = (
+    (of_layer("mmimdb", BFLOAT16, "up"), ("out", "grad_weight", "sum"), True),
+    (of_layer("mmimdb", BFLOAT16, "up"), ("grad_x",), False),
+    (of_layer("mmimdb", BFLOAT16, "qkv"), ("grad_weight",), True),
+    (of_layer("mmimdb", BFLOAT16, "qkv"), ("out", *GRADIENTS), False),
+    (of_layer("mmimdb", BFLOAT16, "proj"), EVERY, False),
+    (of_layer("mmimdb", BFLOAT16, "down"), EVERY, False),
+    (of_layer("mmimdb", FLOAT16, "down"), FEW, False),
+    (of_layer("enrico", BFLOAT16, "up"), EVERY, False),
+    (of_layer("mimic", BFLOAT16, "up"), FEW, False),
+    (of_layer("mimic", BFLOAT16, "qkv"), FEW, False),
+    (of_layer("mmimdb", FLOAT32, "up"), OUT, True),
+    (of_layer("mmimdb", FLOAT32, "up"), ("grad_weight", *GRADIENTS), False),
+    (of_layer("mimic", FLOAT32, "down"), FEW, False),
+    (odd(300, 200, BFLOAT16), FEW, True),
+    (odd(63, 70, FLOAT16), FEW, False),
+    (odd(63, 70, FLOAT32), FEW, False),
+    (odd(65536, 32768, BFLOAT16, 1), OUT, False),
 )
 
 
@@ -91,15 +84,14 @@ def cases() -> Iterator[Case]:
             yield Case("expert_linear", output, use.shape, kind, use.variant, build, quick)
 
 
-def built(use: LinearUse, output: str, device: Architecture) -> Built:
+def built(use: LinearUse, output: str, architecture: int) -> Built:
     launch = dict(launches_of(use))[output]
     kernel = KERNELS.get(output)
     if kernel is None:
-        return Built(launch, costs.work(launch, use.dtype))
+        return Built(launch)
     row = launches.class_of(kernel, use.dtype, *use.widths(output))
-    table = stated(launches.TABLE[kernel, row].shared, device)
-    work = _COSTS[kernel](launch, use.dtype)
-    return Built(launch, work, LEAST[row], f"{kernel}, {row}", table)
+    table = stated(launches.TABLE[kernel, row].shared, architecture)
+    return Built(launch, LEAST[row], f"{kernel}, {row}", table)
 
 
 def launches_of(use: LinearUse) -> Iterator[tuple[str, Launch]]:

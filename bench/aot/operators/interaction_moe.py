@@ -1,52 +1,74 @@
-"""Launches of the layer itself: its losses, the features of the reweighting, and the mixture of experts."""
+"""Cases of the layer itself: its losses, the features of the reweighting, and the mixture of experts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from bench.aot import costs
-from bench.aot.architectures import Architecture
-from bench.aot.cases import NONE, ONE, Built, Case, dtype_name, meta
+from bench.aot.cases import Built, Case, dtype_name, meta
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.ops.interaction_losses.triton import launch as launches
+from flmoe_kernels.ops.interaction_losses.triton import launch as losses
+from flmoe_kernels.ops.reweighting.triton import launch as reweighting
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
-BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 KERNELS = ("losses", "mean", "gradient", "features", "features_gradient", "mix", "mix_gradient")
-# (shape, dtype, architectures of the quick set); without products one architecture will do.
+
+TABLE = {**losses.TABLE, **reweighting.TABLE}
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """A layer and its batch. masked: without masks kernels leave out what reads them."""
+
+    shape: str
+    batch: int
+    lengths: tuple[int, ...]
+    dim: int
+    classes: int
+    dtype: torch.dtype
+    masked: bool = True
+
+    def launches(self) -> dict[str, Launch]:
+        modalities, total = len(self.lengths), sum(self.lengths)
+        experts, views, width = modalities + 2, modalities + 1, modalities * self.dim
+        mixture = reweighting.call_launches(
+            meta((self.batch, total, self.dim), self.dtype),
+            meta((self.batch, total), torch.bool) if self.masked else None,
+            self.lengths,
+            meta((experts, self.batch, self.classes), self.dtype),
+        )
+        latents = meta((experts, views, self.batch, width), self.dtype)
+        return losses.call_launches(latents) | mixture
+
+
+def of_layer(name: str, dtype: torch.dtype, masked: bool = True) -> LayerUse:
+    s = by_name(name, "cuda")
+    assert isinstance(s, LayerShape)
+    return LayerUse(name, s.batch, tuple(s.tokens), s.dim, s.classes, dtype, masked)
+
+
+# (use, quick). The rows of "wide" take several chunks of columns.
 USES = (
-    ("mmimdb", BFLOAT16, ONE),
-    ("enrico", BFLOAT16, NONE),
-    ("mimic", BFLOAT16, ONE),
-    ("mmimdb", FLOAT32, NONE),
+    (of_layer("mmimdb", torch.bfloat16), True),
+    (of_layer("mmimdb", torch.float32), False),
+    (of_layer("enrico", torch.bfloat16), False),
+    (of_layer("mimic", torch.bfloat16), False),
+    (of_layer("mimic", torch.float32, masked=False), False),
+    (LayerUse("wide", 16, (40, 30, 20), 1024, 300, torch.float16), False),
 )
 
 
 def cases() -> Iterator[Case]:
-    for shape, dtype, quick in USES:
+    for use, quick in USES:
         for kernel in KERNELS:
-            build = partial(built, shape, dtype, kernel)
-            yield Case("interaction_moe", kernel, shape, dtype_name(dtype), "", build, quick)
+            variant = "" if use.masked else "no masks"
+            build = partial(built, use, kernel)
+            kind = dtype_name(use.dtype)
+            yield Case("interaction_moe", kernel, use.shape, kind, variant, build, quick)
 
 
-def built(shape: str, dtype: torch.dtype, kernel: str, _device: Architecture) -> Built:
-    launch = launches_of(shape, dtype)[kernel]
-    # An exponential for each weight of the mixture; the rest is sums.
-    exponentials = launch.arguments["weights"].numel() if kernel == "mix" else 0.0
-    return Built(launch, costs.work(launch, dtype, 0.0, exponentials), tiles=kernel)
-
-
-def launches_of(shape: str, dtype: torch.dtype) -> dict[str, Launch]:
-    s = by_name(shape, "cuda")
-    assert isinstance(s, LayerShape)
-    experts, total = s.fusion_models, sum(s.tokens)
-    return launches.call_launches(
-        meta((experts, s.views, s.batch, s.modalities * s.dim), dtype),
-        meta((s.batch, total, s.dim), dtype),
-        meta((s.batch, total), torch.bool),
-        s.tokens,
-        meta((experts, s.batch, s.classes), dtype),
-    )
+def built(use: LayerUse, kernel: str, _architecture: int) -> Built:
+    return Built(use.launches()[kernel], tiles=kernel, table=TABLE[kernel].shared)

@@ -1,36 +1,29 @@
-"""Launches of pair_moe: forward, backward and maps at its named shapes, and other numbers of experts."""
+"""Cases of pair_moe: forward, backward and maps at its named shapes, and with eight experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from bench.aot import costs
-from bench.aot.architectures import Architecture
-from bench.aot.cases import ALL, NONE, ONE, Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, Case, dtype_name, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.pair_moe.call import REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import kind_codes
 from flmoe_kernels.ops.pair_moe.triton import launch as launches
+from flmoe_kernels.ops.pair_moe.triton.choice import tiles_of
 from flmoe_kernels.ops.pair_moe.triton.table import class_of
 from flmoe_kernels.profile.shapes import PairShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# What each output is computed by: the kernel's row of the launch table.
+# The kernel of each output, as in the launch table.
 KERNELS = {"y": "accumulate", "grad_a": "accumulate", "grad_c": "accumulate"}
 KERNELS |= {"grad_q": "gradient", "grad_k": "gradient", "phi": "map", "keys": "map"}
 # Matrix instructions that a kernel has at least: no loop is left without its products.
 LEAST = {"accumulate": 7, "gradient": 12, "map": 9}
-_COSTS: dict[str, Callable[..., costs.Work]] = {
-    "accumulate": costs.pair_accumulate,
-    "gradient": costs.pair_gradient,
-    "map": costs.pair_map,
-}
 BACKWARD = ("project", "grad_a", "grad_c", "grad_q", "grad_k")
-MAPS = ("phi", "keys")
 
 
 @dataclass(frozen=True)
@@ -85,35 +78,35 @@ MASKED, MASKED_POOL, MASKED_EXPERTS = (
 )
 EIGHT = PairUse("pair_base", BFLOAT16, "none", each=2, masks=True)
 EIGHT_FLOAT32 = PairUse("pair_base", FLOAT32, "none", each=2, masks=True)
-# (use, outputs, architectures of the quick set). Without masks lengths are all that differs between the two larger
-# shapes, and one compilation serves both.
-USES: tuple[tuple[PairUse, tuple[str, ...], tuple[int, ...]], ...] = (
-    (BASE, ("y", *BACKWARD), ALL),
-    (PairUse("pair_base", BFLOAT16, "experts", masks=True), ("y",), ALL),
-    (BASE_POOL, ("y", *MAPS), ALL),
-    (BASE_POOL, ("project", "grad_c", "grad_q", "grad_k"), ONE),
-    (PairUse("pair_512", BFLOAT16, "none"), ("y", *BACKWARD), NONE),
-    (PairUse("pair_512", BFLOAT16, "pool"), ("y", "grad_q"), ALL),
-    (PairUse("pair_512", BFLOAT16, "pool"), ("project", "grad_a", "grad_c", "grad_k"), NONE),
-    (MASKED, ("y", "grad_a", "grad_c", "grad_q", "grad_k"), NONE),
-    (MASKED_POOL, ("y", "grad_q", "grad_k"), NONE),
-    (MASKED_EXPERTS, ("y",), NONE),
-    (PairUse("pair_long", BFLOAT16, "pool"), ("y", "grad_q"), ALL),
-    (PairUse("pair_long", BFLOAT16, "pool"), ("project", "grad_a", "grad_c", "grad_k"), NONE),
-    (PairUse("pair_base", BFLOAT16, "none", masks=True, top_k=2), ("y", "grad_q"), ONE),
-    (PairUse("pair_base", FLOAT16, "none", masks=True), ("y", "grad_k"), ONE),
-    (BASE_FLOAT32, ("y", "grad_q"), ALL),
-    (BASE_FLOAT32, ("grad_a", "grad_c", "grad_k"), NONE),
-    (PairUse("pair_base", FLOAT32, "experts", masks=True), ("y",), NONE),
-    (PairUse("pair_base", FLOAT32, "pool", masks=True), ("keys",), ONE),
-    (PairUse("pair_512", FLOAT32, "pool"), ("y", "grad_q"), NONE),
-    (EIGHT, ("y", "grad_q"), ONE),
-    (EIGHT, ("grad_a", "grad_c", "grad_k"), NONE),
-    (PairUse("pair_base", BFLOAT16, "experts", each=2, masks=True), ("y",), NONE),
-    (PairUse("pair_base", BFLOAT16, "pool", each=2, masks=True), ("y", "keys"), NONE),
-    (EIGHT_FLOAT32, ("y", "grad_a", "grad_c", "grad_q", "grad_k"), NONE),
-    (PairUse("pair_base", FLOAT32, "experts", each=2, masks=True), ("y",), NONE),
-    (PairUse("pair_base", FLOAT32, "pool", each=2, masks=True), ("keys",), NONE),
+GRADIENTS = ("grad_a", "grad_c", "grad_q", "grad_k")
+# (use, outputs, quick). Without masks the two larger shapes differ in lengths alone and share compiled kernels.
+USES: tuple[tuple[PairUse, tuple[str, ...], bool], ...] = (
+    (BASE, ("y", "project", "grad_q"), True),
+    (BASE, ("grad_a", "grad_c", "grad_k"), False),
+    (PairUse("pair_base", BFLOAT16, "experts", masks=True), ("y",), False),
+    (BASE_POOL, ("keys",), True),
+    (BASE_POOL, ("y", "phi", "project", "grad_c", "grad_q", "grad_k"), False),
+    (PairUse("pair_512", BFLOAT16, "none"), ("y", "grad_q"), True),
+    (PairUse("pair_512", BFLOAT16, "none"), ("project", "grad_a", "grad_c", "grad_k"), False),
+    (PairUse("pair_512", BFLOAT16, "pool"), ("y", *BACKWARD), False),
+    (MASKED, ("y", *GRADIENTS), False),
+    (MASKED_POOL, ("y", "grad_q", "grad_k"), False),
+    (MASKED_EXPERTS, ("y",), False),
+    (PairUse("pair_long", BFLOAT16, "pool"), ("y", *BACKWARD), False),
+    (PairUse("pair_base", BFLOAT16, "none", masks=True, top_k=2), ("y", "grad_q"), False),
+    (PairUse("pair_base", FLOAT16, "none", masks=True), ("y", "grad_k"), False),
+    (BASE_FLOAT32, ("y", "grad_q"), True),
+    (BASE_FLOAT32, ("grad_a", "grad_c", "grad_k"), False),
+    (PairUse("pair_base", FLOAT32, "experts", masks=True), ("y",), False),
+    (PairUse("pair_base", FLOAT32, "pool", masks=True), ("keys",), False),
+    (PairUse("pair_512", FLOAT32, "pool"), ("y", "grad_q"), False),
+    (EIGHT, ("y",), True),
+    (EIGHT, GRADIENTS, False),
+    (PairUse("pair_base", BFLOAT16, "experts", each=2, masks=True), ("y",), False),
+    (PairUse("pair_base", BFLOAT16, "pool", each=2, masks=True), ("y", "keys"), False),
+    (EIGHT_FLOAT32, ("y", *GRADIENTS), False),
+    (PairUse("pair_base", FLOAT32, "experts", each=2, masks=True), ("y",), False),
+    (PairUse("pair_base", FLOAT32, "pool", each=2, masks=True), ("keys",), False),
 )
 
 
@@ -125,45 +118,41 @@ def cases() -> Iterator[Case]:
             yield Case("pair_moe", output, use.shape, kind, use.variant, build, quick)
 
 
-def built(use: PairUse, output: str, device: Architecture) -> Built:
+def built(use: PairUse, output: str, architecture: int) -> Built:
     call = use.call()
-    launch = dict(launches_of(call, use.reduce, device.number))[output]
+    launch = dict(launches_of(call, use.reduce, architecture))[output]
     kernel = KERNELS.get(output)
     if kernel is None:
-        return Built(launch, costs.work(launch, use.dtype))
+        return Built(launch)
     reduce = use.reduce if output == "y" else REDUCE_NONE
-    tiles = launches.tiles_of(kernel, call, device.number, reduce)
+    tiles = tiles_of(kernel, call, architecture, reduce)
     row = f"{kernel}, {class_of(call)}, {tiles.rows} x {tiles.columns}"
-    table = stated(tiles.shared, device)
-    return Built(launch, _COSTS[kernel](launch, use.dtype), LEAST[kernel], row, table)
+    return Built(launch, LEAST[kernel], row, stated(tiles.shared, architecture))
 
 
 def launches_of(call: PairCall, reduce: str, architecture: int) -> Iterator[tuple[str, Launch]]:
     """Every launch of a call by what it computes; "project" is side a's."""
     statistics = call.statistics
-    y = meta(call.y_shape(reduce), call.y_dtype(reduce))
-    out = y
+    y = out = meta(call.y_shape(reduce), call.y_dtype(reduce))
+    tiles = tiles_of("accumulate", call, architecture, reduce)
     if reduce == REDUCE_POOL:
-        blocks = launches.row_blocks("accumulate", call, architecture)
+        blocks = launches.row_blocks(tiles, call)
         out = meta((call.batch, call.experts, blocks, call.width), statistics)
     mass = meta(tuple(call.q.shape[:3]), statistics)
-    yield "y", launches.forward_launch(call, reduce, out, mass, architecture=architecture)
+    yield "y", launches.forward_launch(tiles, call, reduce, out, mass)
     sides = launches.make_sides(call, reduce, call.q.dtype)
     yield "project", launches.project_launches(call, reduce, y, mass, sides)[0]
     q, k, a, c = (meta(tuple(x.shape), call.q.dtype) for x in (call.q, call.k, call.a, call.c))
-    blocks = launches.row_blocks("gradient", call, architecture)
-    bias = meta((call.batch, blocks, call.experts), statistics)
-    found = launches.backward_launches(
-        call, reduce, y, sides, (q, k, a, c), bias, architecture=architecture
-    )
-    yield from zip(("grad_a", "grad_c", "grad_q", "grad_k"), found, strict=True)
+    sums, gates = (tiles_of(kernel, call, architecture) for kernel in ("accumulate", "gradient"))
+    bias = meta((call.batch, launches.row_blocks(gates, call), call.experts), statistics)
+    backward = launches.backward_launches(sums, gates, call, reduce, y, sides, (q, k, a, c), bias)
+    yield from zip(GRADIENTS, backward, strict=True)
     if reduce != REDUCE_NONE:
         sides = launches.make_sides(call, REDUCE_POOL, statistics)
-        shape = (call.batch, call.experts, call.rows, call.columns)
-        phi = meta(shape, statistics)
-        yield "phi", launches.map_launch(call, sides, phi, 0, call.rows, architecture=architecture)
-        keys = meta((call.batch, call.experts + 1, *shape[2:]), torch.int64)
-        yield (
-            "keys",
-            launches.map_launch(call, sides, keys, 0, call.rows, architecture=architecture),
-        )
+        tiles = tiles_of("map", call, architecture)
+        for name, experts, kind in (
+            ("phi", call.experts, statistics),
+            ("keys", call.experts + 1, torch.int64),
+        ):
+            out = meta((call.batch, experts, call.rows, call.columns), kind)
+            yield name, launches.map_launch(tiles, call, sides, out, 0, call.rows)

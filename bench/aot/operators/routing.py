@@ -1,4 +1,4 @@
-"""Launches of routing: the choice of experts and the order of rows, at the shapes of routed_mlp."""
+"""Cases of routing: the choice of experts and the order of rows, at the shapes of routed_mlp."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from functools import partial
 
 import torch
 
-from bench.aot import costs
-from bench.aot.architectures import Architecture
-from bench.aot.cases import NONE, ONE, Built, Case, dtype_name, meta
+from bench.aot.cases import Built, Case, dtype_name, meta
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.ops.routed_mlp.triton import routing_launch as routing
+from flmoe_kernels.ops.routing.triton import launch as routing
 from flmoe_kernels.profile.shapes import RoutedShape, by_name
 
 KERNELS = ("gate", "count", "scan", "place", "limit")
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
-# (shape, dtype of the logits, kernels, architectures of the quick set); without products one architecture will do.
+# (shape, dtype of the logits, kernels, quick).
 USES = (
-    ("routed_large", BFLOAT16, KERNELS, ONE),
-    ("routed_large", FLOAT16, KERNELS[:1], ONE),
-    ("routed_small_e4", BFLOAT16, KERNELS, NONE),
-    ("routed_small_e16", BFLOAT16, KERNELS, NONE),
+    ("routed_large", BFLOAT16, KERNELS, True),
+    ("routed_large", FLOAT16, KERNELS[:1], False),
+    ("routed_small_e4", BFLOAT16, KERNELS, False),
+    ("routed_small_e16", BFLOAT16, KERNELS, False),
 )
 CAPACITY = 1000
 
@@ -33,15 +31,10 @@ def cases() -> Iterator[Case]:
             yield Case("routing", kernel, shape, dtype_name(dtype), "", build, quick)
 
 
-def built(shape: str, dtype: torch.dtype, kernel: str, _device: Architecture) -> Built:
+def built(shape: str, dtype: torch.dtype, kernel: str, _architecture: int) -> Built:
     sizes = by_name(shape, "cuda")
     assert isinstance(sizes, RoutedShape)
-    launch = dict(launches_of(sizes, dtype))[kernel]
-    if kernel == "gate":
-        return Built(launch, costs.routing_gate(launch, dtype))
-    # The scan replaces counts by their sums.
-    twice = ("counts",) if kernel == "scan" else ()
-    return Built(launch, costs.work(launch, dtype, twice=twice))
+    return Built(dict(launches_of(sizes, dtype))[kernel])
 
 
 def launches_of(sizes: RoutedShape, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:

@@ -55,9 +55,9 @@ void pair_forward(DType, const PairForward&);
 void pair_backward(DType, const PairBackward&);
 void pair_map(DType, const PairScores&);
 void pair_top(DType, const PairScores&);
-void gate_forward(DType, const GateArgs&);
-bool routed_limit(const LimitArgs&);
-bool routed_dispatch(const DispatchArgs&);
+void routing_gate(DType, const GateArgs&);
+bool routing_limit(const LimitArgs&);
+bool routing_dispatch(const DispatchArgs&);
 void routed_forward(DType, const RoutedForward&);
 void routed_backward(DType, const RoutedBackward&);
 

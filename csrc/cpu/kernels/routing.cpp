@@ -40,7 +40,7 @@ void select(const GateArgs& args, int64_t token, A* logits) {
 
 }  // namespace
 
-void gate_forward(DType dtype, const GateArgs& args) {
+void routing_gate(DType dtype, const GateArgs& args) {
   constexpr int64_t kTokens = 256;
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
@@ -52,7 +52,7 @@ void gate_forward(DType dtype, const GateArgs& args) {
   });
 }
 
-bool routed_limit(const LimitArgs& args) {
+bool routing_limit(const LimitArgs& args) {
   auto* used = static_cast<int64_t*>(thread_scratch(0, args.experts * int64_t(sizeof(int64_t))));
   for (int64_t e = 0; e < args.experts; ++e) used[e] = 0;
   for (int64_t r = 0; r < args.tokens * args.top_k; ++r) {
@@ -64,7 +64,7 @@ bool routed_limit(const LimitArgs& args) {
   return true;
 }
 
-bool routed_dispatch(const DispatchArgs& args) {
+bool routing_dispatch(const DispatchArgs& args) {
   for (int64_t e = 0; e < args.experts; ++e) args.counts[e] = 0;
   for (int64_t r = 0; r < args.rows; ++r) {
     const int64_t e = args.index[r];

@@ -1,14 +1,15 @@
-"""Launch tables: which configuration a kernel gets on which GPU.
+"""Launch tables: the configuration of a kernel by class of call and architecture.
 
-A table has one configuration of each key, which is what runs where nothing else is known, and beside it those
-that replace it on an architecture. An operator's table stands in triton/table.py of its package, with the reason
-of each choice; docs/launch_tables.md says how they were made.
+A table has one configuration for each key, used where the architecture is not known, and beside it those that
+replace it on an architecture. The table of an operator stands in its triton/table.py with the reason for each
+choice; docs/launch_tables.md says how they were made.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -16,28 +17,28 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 Configuration = TypeVar("Configuration")
 
-# Those whose limits differ: shared memory of sm_86 and sm_89 is 99 KiB for a block and 100 for an SM, of sm_80 163
-# and 164, of sm_90 and sm_100 227 and 228; sm_90 and sm_100 have matrix instructions of their own.
+# Architectures whose limits differ. Shared memory of a block and of an SM: 163 and 164 KiB on sm_80, 99 and 100 on
+# sm_86 and sm_89, 227 and 228 on sm_90 and sm_100; sm_90 and sm_100 have matrix instructions of their own.
 KNOWN = (80, 86, 90, 100)
-# sm_12x has neither the matrix instructions nor the shared memory of sm_100, but what sm_89 has of both.
+# sm_12x has the shared memory and the matrix instructions of sm_89, not those of sm_100.
 _CONSUMER, _LIKE = 120, 86
 
 
 @functools.cache
 def known(architecture: int | None) -> int | None:
-    """The one of KNOWN whose configurations an architecture gets: the nearest that is not newer.
+    """The member of KNOWN whose configurations an architecture uses: the nearest that is not newer.
 
-    None, which gets the ones that are for all, where there is none or no GPU.
+    None, for the configurations of every architecture, where there is none or no GPU.
     """
     if architecture is None:
         return None
     if architecture >= _CONSUMER:
         return _LIKE
-    return max((one for one in KNOWN if one <= architecture), default=None)
+    return max((number for number in KNOWN if number <= architecture), default=None)
 
 
 def architecture_of(device: torch.device) -> int | None:
-    """90 for sm_90; None where no GPU tells: in the interpreter, and for tensors without data."""
+    """90 for sm_90; None in the interpreter and for the meta device."""
     if device.type != "cuda":
         return None
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
@@ -45,15 +46,50 @@ def architecture_of(device: torch.device) -> int | None:
 
 @functools.cache
 def _capability(device: int) -> int:
+    """90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def blocks_of(length: int, block: int) -> int:
+    """The number of blocks that cover a length."""
+    return -(-length // block)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that holds `count`."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def chunk_of(width: int, most: int) -> int:
+    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
+    return min(most, max(16, power_of_two(width)))
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """Tiles of a kernel on rows: elements that a program holds of a tensor at a time, the most columns, warps.
+
+    shared: bytes per block, the most on sm_80, sm_90 and sm_100 in the ahead-of-time report's cases, with Triton
+    3.7.1.
+    """
+
+    elements: int
+    columns: int
+    warps: int
+    shared: int
+
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns that a program holds, powers of two."""
+        chunk = min(power_of_two(columns), self.columns)
+        return min(power_of_two(rows), max(1, self.elements // chunk)), chunk
 
 
 class Table(dict[Key, Configuration], Generic[Key, Configuration]):
     """Configurations by key, and by architecture those that replace them there.
 
     Raises:
-        ValueError: an architecture that is not in KNOWN.
+        ValueError: an architecture is not in KNOWN.
     """
 
     def __init__(
@@ -62,25 +98,25 @@ class Table(dict[Key, Configuration], Generic[Key, Configuration]):
         replaced: Mapping[int, Mapping[Key, Configuration]] | None = None,
     ) -> None:
         super().__init__(configurations)
-        self.replaced = {one: dict(found) for one, found in (replaced or {}).items()}
+        self.replaced = {number: dict(entries) for number, entries in (replaced or {}).items()}
         unknown = set(self.replaced) - set(KNOWN)
         if unknown:
             raise ValueError(f"architecture: expected some of {KNOWN}, got {sorted(unknown)}")
 
     def tiles(self, key: Key, architecture: int | None = None, *narrower: Key) -> Configuration:
-        """The configuration of a key on sm_`architecture`; of none, the one that is for all.
+        """The configuration of a key on sm_`architecture`; for None, that of every architecture.
 
-        narrower: keys of fewer calls, which only architectures have configurations of; the first that is there
-        goes before `key`.
+        narrower: keys of fewer calls, which only architectures have entries for; the first that has one is used
+        instead of `key`.
         """
-        found = self.replaced.get(known(architecture) or 0, {})
-        for one in (*narrower, key):
-            if one in found:
-                return found[one]
+        entries = self.replaced.get(known(architecture) or 0, {})
+        for candidate in (*narrower, key):
+            if candidate in entries:
+                return entries[candidate]
         return self[key]
 
     def replacements(self) -> Iterator[tuple[int, Key, Configuration]]:
-        """Every configuration that is one architecture's own."""
-        for architecture, found in self.replaced.items():
-            for key, configuration in found.items():
+        """Architecture, key and configuration of every entry that belongs to one architecture."""
+        for architecture, entries in self.replaced.items():
+            for key, configuration in entries.items():
                 yield architecture, key, configuration

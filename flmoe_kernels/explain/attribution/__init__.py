@@ -1,1 +1,1 @@
-"""How much each token says to a logit: rollouts and integrated gradients."""
+"""Attribution of a logit to single tokens: attention rollouts and integrated gradients."""

@@ -1,4 +1,4 @@
-"""attribute: how much each token says to one logit, by attention or by gradients."""
+"""The public function `attribute`: attribution of a logit to tokens, by expert."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.coalitions.games import fill_values
-from flmoe_kernels.explain.memory import batch_size
-from flmoe_kernels.explain.models import Inputs, expert_names, logits_of, require_model
-from flmoe_kernels.explain.targets import LOGIT, resolve_targets
-from flmoe_kernels.explain.tokens import require_batch, valid_tokens
+from flmoe_kernels.explain.games.masked import fill_values
+from flmoe_kernels.explain.games.memory import choose_batch
+from flmoe_kernels.explain.games.models import Inputs, expert_names, logits_of, require_model
+from flmoe_kernels.explain.games.tokens import require_samples, valid_tokens
 from flmoe_kernels.layers.interaction_moe.inputs import validate_inputs
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
@@ -28,6 +27,7 @@ from .rollout import (
     gradient_rollout,
     recording_copy,
 )
+from .targets import LOGIT, resolve_targets
 from .values import (
     EXPERT,
     EXPLAINS,
@@ -58,7 +58,7 @@ def attribute(
     magnitude: bool = False,
     max_batch: int | None = None,
 ) -> Attribution:
-    """How much each token says to the target's logit, by expert. No L x L map is ever held.
+    """Attribution of the target's logit to each token, by expert. No L x L map is ever held.
 
     With z_e the target's logit of expert e and w_e its weight in the mixture, the score of expert e is w_e z_e,
     its part of the mixture's logit (explains="mixture"), or z_e (explains="expert"). Per expert:
@@ -114,7 +114,7 @@ def attribute(
     check.require_choice("method", method, METHODS)
     check.require_choice("explains", explains, EXPLAINS)
     require_model(model, masking=False)
-    require_batch(inputs, masks)
+    require_samples(inputs, masks)
     with torch.inference_mode(False):
         # Copies are made outside inference mode, whose tensors autograd refuses.
         inputs = [None if x is None else x.detach().clone() for x in inputs]
@@ -342,10 +342,6 @@ def _path(
         None if x is None or start is None else start.expand_as(x)
         for x, start in zip(inputs, fill_values(fill, baseline, inputs), strict=True)
     ]
-    if max_batch is None:
-        given = [x for x in inputs if x is not None]
-        # A backward keeps about twice what a pass holds.
-        size = 2 * sum(x[:1].nbytes for x in given)
-        max_batch = batch_size(size, given[0].device)
-    check.require_count("max_batch", max_batch, 1)
+    # A backward pass keeps about twice what a forward pass holds.
+    max_batch = choose_batch(max_batch, inputs, copies=2)
     return Path(starts, rule, n_steps, max_batch)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flmoe_kernels.explain.models import Inputs
-from flmoe_kernels.explain.targets import LOGIT, Targets
+from flmoe_kernels.explain.games.models import Inputs
+from flmoe_kernels.explain.games.tokens import rows_of
+
+from .targets import LOGIT, Targets
 
 MIDPOINT, GAUSS = RULES = ("midpoint", "gauss_legendre")
 # Logits (N, C) of inputs and masks with N samples.
@@ -154,11 +156,6 @@ def _scores(
         logits = logits_of(given, rows_of(masks, rows))
         found.append(targets.read(logits, LOGIT, rows))
     return torch.cat(found)
-
-
-def rows_of(tensors: Inputs | None, rows: Tensor) -> Inputs | None:
-    """Some samples of each tensor."""
-    return None if tensors is None else [None if x is None else x[rows] for x in tensors]
 
 
 def _batch_of(inputs: Inputs) -> tuple[int, torch.device]:

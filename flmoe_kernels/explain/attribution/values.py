@@ -1,18 +1,16 @@
-"""What an attribution is: values of tokens, by expert, with what they are values of."""
+"""The result of `attribute`: values of tokens, by expert."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.tokens import candidates, min_max
+from flmoe_kernels.explain.archive import Saved
+from flmoe_kernels.explain.games.tokens import candidates, min_max
 
 ROLLOUT, GRADIENT_ROLLOUT, INTEGRATED = METHODS = (
     "attention_rollout",
@@ -20,15 +18,10 @@ ROLLOUT, GRADIENT_ROLLOUT, INTEGRATED = METHODS = (
     "integrated_gradients",
 )
 MIXTURE, EXPERT = EXPLAINS = ("mixture", "expert")
-_KIND = "flmoe_kernels.explain.Attribution"
-_HEADER = ("index", "explains", "experts", "multi_label", "budget", "settings")
-_OPTIONAL = "completeness_error"
-_LISTS = ("values", "mixture", "valid")
-_TENSORS = ("weights", "targets", "scores", _OPTIONAL)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Attribution:
+class Attribution(Saved):
     """Every token's part in the target's logit of each sample, by expert. float64, no autograd graph.
 
     Attributes:
@@ -49,6 +42,10 @@ class Attribution:
         budget: evaluations of each sample's score per expert.
         settings: what the method was called with.
     """
+
+    _ARRAYS: ClassVar = ("weights", "targets", "scores", "completeness_error")
+    _LISTS: ClassVar = ("values", "mixture", "valid")
+    _OPTIONAL: ClassVar = ("completeness_error",)
 
     index: str
     explains: str
@@ -84,36 +81,6 @@ class Attribution:
         """
         chosen = candidates(self.valid, exempt)
         return [min_max(x, ok) for x, ok in zip(self.of(expert), chosen, strict=True)]
-
-    def save(self, path: str | Path) -> None:
-        """Write one file, an .npz with a JSON header; whole or not at all."""
-        header: dict[str, Any] = {name: getattr(self, name) for name in _HEADER}
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        for name in _LISTS:
-            tensors |= {f"{name}_{m}": x for m, x in enumerate(getattr(self, name))}
-        arrays = {name: x.cpu().numpy() for name, x in tensors.items() if x is not None}
-        write_whole(Path(path), encode(_KIND, header, arrays))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Attribution:
-        """What `save` wrote, on the CPU. Nothing is unpickled.
-
-        Raises:
-            ValueError: another file, or a damaged one.
-        """
-        header, arrays = decode(Path(path).read_bytes(), _KIND, str(path))
-        tensors: dict[str, Any] = {name: torch.from_numpy(x) for name, x in arrays.items()}
-        # Not what the header says, which may be any number.
-        modalities = range(sum(name.startswith(f"{_LISTS[0]}_") for name in arrays))
-        tensors.setdefault(_OPTIONAL, None)
-        whole = {*_TENSORS, *(f"{name}_{m}" for name in _LISTS for m in modalities)}
-        if set(tensors) != whole or not set(_HEADER) <= set(header):
-            raise ValueError(f"{path}: expected the parts of {_KIND}, got others")
-        lists = {name: tuple(tensors[f"{name}_{m}"] for m in modalities) for name in _LISTS}
-        found = {name: header[name] for name in _HEADER} | {
-            name: tensors[name] for name in _TENSORS
-        }
-        return cls(**{**found, **lists, "experts": tuple(header["experts"])})
 
     def __repr__(self) -> str:
         lengths = ", ".join(f"{m}: {x.shape[2]} tokens" for m, x in enumerate(self.values))

@@ -1,7 +1,1 @@
-"""Explanations as pictures: matplotlib Figures that read in black and white, made without pyplot or any global."""
-
-from .canvas import png_bytes as png_bytes
-from .curves import drop_curve as drop_curve
-from .heat_map import token_patch_map as token_patch_map
-from .network import pair_network as pair_network
-from .weights import expert_weights as expert_weights
+"""Explanations as matplotlib figures that are readable in black and white; pyplot is not used."""

@@ -1,18 +1,17 @@
-"""What the figures share: how one is made and encoded, and how values around 0 are drawn."""
+"""Helpers of the figures: validation, labels, and values around 0."""
 
 from __future__ import annotations
 
-import importlib
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flmoe_kernels.core.figures import plain
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 
@@ -23,32 +22,7 @@ HATCH = "/////"
 # Of the limit: below, nothing to look at; above, the blues are darker than a middle grey.
 _SMALL, _DARK = 0.05, 0.6
 ABSENT = "0.85"
-DPI = 110
 _LONGEST_LABEL = 18
-
-
-def make_figure(width: float, height: float) -> Figure:
-    """An empty Figure in inches: the class itself, as pyplot keeps every figure and looks for a window system.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    try:
-        module: Any = importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error.name} is not installed; run: pip install 'flmoe-kernels[demo]'",
-            name=error.name,
-        ) from error
-    figure: Figure = module.Figure(figsize=(width, height), layout="constrained")
-    return figure
-
-
-def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:
-    """The figure as a PNG file; equal figures give equal bytes with one version of matplotlib."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def require_array(name: str, value: Any, axes: str) -> Floats:
@@ -80,16 +54,6 @@ def label_of(tokens: Sequence[str] | None, place: int) -> str:
     if len(text) > _LONGEST_LABEL:
         text = text[: _LONGEST_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
     return f"{plain(text)} ({place})"
-
-
-def plain(text: str) -> str:
-    """Text that is drawn as it is: a dollar would start a formula, other control characters have no glyph."""
-    return printable(text).replace("$", r"\$")
-
-
-def printable(text: str) -> str:
-    """Text on one line, without what steers a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None:

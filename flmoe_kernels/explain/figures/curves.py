@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flmoe_kernels.core.figures import make_figure
+from flmoe_kernels.explain.attribution.targets import LOGIT, PROB
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
-from flmoe_kernels.explain.targets import LOGIT, PROB
-
-from .canvas import make_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flmoe_kernels.core.figures import make_figure
+
 from .canvas import (
     ABSENT,
     DIVERGING,
@@ -16,7 +18,6 @@ from .canvas import (
     hatch_negative,
     label_of,
     limit_of,
-    make_figure,
     require_array,
     require_tokens,
 )

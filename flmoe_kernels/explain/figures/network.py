@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.pairs.results import MAGNITUDE, PairValues
+from flmoe_kernels.core.figures import make_figure, plain
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
 
-from .canvas import AGAINST, FOR, UNSURE, label_of, make_figure, plain, require_tokens
+from .canvas import AGAINST, FOR, UNSURE, label_of, require_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .canvas import Floats, make_figure, plain, require_array
+from flmoe_kernels.core.figures import make_figure, plain
+
+from .canvas import Floats, require_array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,1 +1,1 @@
-"""What a model loses when tokens are masked."""
+"""Masking evaluation: how much a logit drops when explained tokens are masked."""

@@ -1,32 +1,23 @@
-"""What a model loses when tokens are masked, next to as many random ones: measured and kept."""
+"""Drops of a metric when tokens are masked: their measurement and the result."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.archive import decode, encode, write_whole
-from flmoe_kernels.explain.targets import PROB, Targets
-from flmoe_kernels.explain.tokens import places
-
-from .model import MaskedModel
+from flmoe_kernels.explain.archive import Saved
+from flmoe_kernels.explain.attribution.targets import PROB, Targets
+from flmoe_kernels.explain.extras import progress_bar
+from flmoe_kernels.explain.games.masked import MaskedModel
+from flmoe_kernels.explain.games.tokens import places
 
 COMPREHENSIVENESS, SUFFICIENCY = KINDS = ("comprehensiveness", "sufficiency")
 MEAN, AUC = AOPC_MODES = ("mean", "auc")
-_KIND = "flmoe_kernels.explain.MaskingDrops"
-_HEADER = (
-    *("index", "unit", "budgets", "metrics", "multi_label"),
-    *("seed", "evaluations", "batch_size", "settings"),
-)
-_TENSORS = ("identified", "random", "original", "masked", "maskable", "targets")
 
 
 class Summary(NamedTuple):
@@ -50,7 +41,7 @@ class Summary(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MaskingDrops:
+class MaskingDrops(Saved):
     """Drops of B samples under K budgets by Q metrics. float64.
 
     With f a metric of the target, x a sample, T the tokens identified under a budget and N all that may be masked,
@@ -76,6 +67,8 @@ class MaskingDrops:
         batch_size: of them at once.
         settings: fill, expert, exempt and what the call adds.
     """
+
+    _ARRAYS: ClassVar = ("identified", "random", "original", "masked", "maskable", "targets")
 
     index: str
     unit: str
@@ -143,27 +136,6 @@ class MaskingDrops:
             lines.append(f"{row['kind']:<18}{row['metric']:<10}{budget:>8}{numbers}")
         return "\n".join(lines)
 
-    def save(self, path: str | Path) -> None:
-        """Write one file, an .npz with a JSON header; whole or not at all."""
-        header = {name: getattr(self, name) for name in _HEADER}
-        arrays = {name: getattr(self, name).cpu().numpy() for name in _TENSORS}
-        write_whole(Path(path), encode(_KIND, header, arrays))
-
-    @classmethod
-    def load(cls, path: str | Path) -> MaskingDrops:
-        """What `save` wrote, on the CPU. Nothing is unpickled.
-
-        Raises:
-            ValueError: another file, or a damaged one.
-        """
-        header, arrays = decode(Path(path).read_bytes(), _KIND, str(path))
-        if set(arrays) != set(_TENSORS) or not set(_HEADER) <= set(header):
-            raise ValueError(f"{path}: expected the parts of {_KIND}, got others")
-        found = {name: header[name] for name in _HEADER}
-        tensors = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
-        lists = {name: tuple(found[name]) for name in ("budgets", "metrics")}
-        return cls(**{**found, **tensors, **lists})
-
     def __repr__(self) -> str:
         budgets = ", ".join(f"{budget:g}" for budget in self.budgets)
         return (
@@ -208,15 +180,7 @@ def draw_places(candidate: Sequence[Tensor], n_random: int, seed: int) -> list[T
     return [places(part, each) for part, each in zip(parts, candidate, strict=True)]
 
 
-class Measured(NamedTuple):
-    """See MaskingDrops."""
-
-    identified: Tensor
-    random: Tensor
-    original: Tensor
-    evaluations: int
-
-
+@torch.no_grad()
 def measure(
     masked: MaskedModel,
     targets: Targets,
@@ -224,8 +188,8 @@ def measure(
     chosen: Sequence[Tensor],
     candidate: Sequence[Tensor],
     progress: bool = False,
-) -> Measured:
-    """The drops of sets of tokens.
+) -> dict[str, Any]:
+    """The drops of sets of tokens: identified, random, original and evaluations of MaskingDrops.
 
     Args:
         chosen: M x (1 + R, K, B, L_m) bool, among the candidates: the identified ones, then the random ones.
@@ -234,36 +198,33 @@ def measure(
     sets, budgets, batch = chosen[0].shape[:3]
     count = sets * budgets * batch
     flat = [x.flatten(0, 2) for x in chosen]
+
+    def read(rows: Tensor, absent: Sequence[Tensor]) -> Tensor:
+        logits = masked.logits(rows, absent)
+        return torch.stack([targets.read(logits, metric, rows) for metric in metrics])
+
     samples = torch.arange(batch, device=masked.device)
-    nothing = [torch.zeros_like(x) for x in candidate]
-    original = masked.read(targets, metrics, samples, nothing)
+    parts = samples.split(masked.max_batch)
+    original = torch.cat(
+        [read(x, [torch.zeros_like(c[x]) for c in candidate]) for x in parts], dim=1
+    )
     found = []
-    with _bar(progress, 2 * count) as advance:
+    with progress_bar(progress, 2 * count, "masked samples") as advance:
         for kind in KINDS:
             for rows in torch.arange(count, device=masked.device).split(masked.max_batch):
                 of = rows % batch
                 hidden = [x[rows] for x in flat]
                 if kind == SUFFICIENCY:
-                    hidden = [
-                        each[of] & ~gone for each, gone in zip(candidate, hidden, strict=True)
-                    ]
-                found.append(original[:, of] - masked.read(targets, metrics, of, hidden))
+                    hidden = [c[of] & ~gone for c, gone in zip(candidate, hidden, strict=True)]
+                found.append(original[:, of] - read(of, hidden))
                 advance(len(rows))
     drops = torch.cat(found, dim=1).view(len(metrics), len(KINDS), sets, budgets, batch)
     drops = drops.permute(1, 0, 2, 4, 3)
     empty = torch.stack([x.sum(dim=1) for x in candidate]).sum(dim=0) == 0
     drops = drops.masked_fill(empty[:, None], torch.nan)
-    return Measured(drops[:, :, 0].clone(), drops[:, :, 1:].clone(), original, batch + 2 * count)
-
-
-@contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Any]:
-    if not shown:
-        yield lambda count: None
-        return
-    try:
-        tqdm: Any = importlib.import_module("tqdm").tqdm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("progress: needs a package: pip install tqdm") from error
-    with tqdm(total=total, desc="masked samples") as bar:
-        yield bar.update
+    return {
+        "identified": drops[:, :, 0].clone(),
+        "random": drops[:, :, 1:].clone(),
+        "original": original,
+        "evaluations": batch + 2 * count,
+    }

@@ -1,4 +1,4 @@
-"""faithfulness and pair_masking: does the model need the tokens that an explanation names?"""
+"""The public functions `faithfulness` and `pair_masking`: does the model need the explained tokens?"""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.attribution.targets import (
+    METRICS,
+    Targets,
+    require_metrics,
+    resolve_targets,
+)
 from flmoe_kernels.explain.attribution.values import Attribution
-from flmoe_kernels.explain.coalitions.packed import Ints
-from flmoe_kernels.explain.models import Inputs, expert_names
-from flmoe_kernels.explain.pairs.results import LARGEST, PairValues
-from flmoe_kernels.explain.targets import METRICS, Targets, require_metrics, resolve_targets
-from flmoe_kernels.explain.tokens import candidates, percent_counts, places, valid_tokens
+from flmoe_kernels.explain.estimators.candidates import listed_pairs
+from flmoe_kernels.explain.estimators.results import LARGEST, PairValues
+from flmoe_kernels.explain.games.coalitions import Ints
+from flmoe_kernels.explain.games.masked import MaskedModel
+from flmoe_kernels.explain.games.models import Inputs, describe
+from flmoe_kernels.explain.games.tokens import (
+    candidates,
+    flat_places,
+    percent_counts,
+    places,
+    players_of,
+    valid_tokens,
+)
 
 from .drops import MaskingDrops, draw_places, measure
-from .model import MaskedModel
 
 PERCENT, TOKENS = "percent", "tokens"
 Pairs = Sequence[PairValues | Sequence[Sequence[Sequence[int]]]]
@@ -85,7 +98,8 @@ def faithfulness(
     Sources: arXiv 2603.13326; comprehensiveness, sufficiency and AOPC of DeYoung et al., arXiv 1911.03429.
     """
     steps = _require_budgets(budgets, PERCENT)
-    _require_draws(n_random, seed)
+    check.require_count("n_random", n_random, 0)
+    check.require_count("seed", seed, 0)
     wanted = require_metrics(metrics)
     masked = MaskedModel.of(model, inputs, masks, fill, baseline, expert, max_batch)
     candidate = candidates(valid_tokens(inputs, masks), exempt)
@@ -93,7 +107,7 @@ def faithfulness(
     if target is None and isinstance(attributions, Attribution):
         targets = Targets(attributions.targets.to(masked.device), attributions.multi_label)
     else:
-        targets = resolve_targets(target, masked.full_logits(of_mixture=True), multi_label)
+        targets = resolve_targets(target, masked.full_logits(), multi_label)
     chosen = []
     for each, allowed, drawn in zip(
         values, candidate, draw_places(candidate, n_random, seed), strict=True
@@ -102,11 +116,14 @@ def faithfulness(
         order = torch.cat([places(each, allowed).unsqueeze(0), drawn])
         chosen.append(order.unsqueeze(1) <= counts.unsqueeze(2))
     index = attributions.index if isinstance(attributions, Attribution) else "given"
-    return _drops(
-        ("faithfulness", PERCENT, steps, seed),
-        *(masked, targets, wanted, chosen, candidate, progress),
-        {"exempt": list(exempt), "by": index},
-    )
+    settings = {"exempt": list(exempt), "by": index}
+    about: dict[str, Any] = {
+        "index": "faithfulness",
+        "unit": PERCENT,
+        "budgets": steps,
+        "seed": seed,
+    }
+    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, **about)
 
 
 def pair_masking(
@@ -153,28 +170,31 @@ def pair_masking(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     steps = _require_budgets(budgets, TOKENS)
-    _require_draws(n_random, seed)
+    check.require_count("n_random", n_random, 0)
+    check.require_count("seed", seed, 0)
     wanted = require_metrics(metrics)
     masked = MaskedModel.of(model, inputs, masks, fill, baseline, expert, max_batch)
     valid = valid_tokens(inputs, masks)
     candidate = candidates(valid, exempt)
     ranked = _ranked_pairs(pairs, valid, by)
     identified = _unions(ranked, candidate, [int(t) for t in steps])
-    targets = resolve_targets(target, masked.full_logits(of_mixture=True), multi_label)
+    targets = resolve_targets(target, masked.full_logits(), multi_label)
     chosen = []
     for union, order in zip(identified, draw_places(candidate, n_random, seed), strict=True):
         drawn = order.unsqueeze(1) <= union.sum(dim=2, keepdim=True)
         chosen.append(torch.cat([union.unsqueeze(0), drawn]))
-    names = sorted({each.index if isinstance(each, PairValues) else "given" for each in pairs})
-    return _drops(
-        ("pair_masking", TOKENS, steps, seed),
-        *(masked, targets, wanted, chosen, candidate, progress),
-        {"exempt": list(exempt), "by": f"{by} {' and '.join(names)}"},
-    )
+    names = sorted({x.index if isinstance(x, PairValues) else "given" for x in pairs})
+    settings = {"exempt": list(exempt), "by": f"{by} {' and '.join(names)}"}
+    about: dict[str, Any] = {
+        "index": "pair_masking",
+        "unit": TOKENS,
+        "budgets": steps,
+        "seed": seed,
+    }
+    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, **about)
 
 
 def _drops(
-    about: tuple[str, str, tuple[float, ...], int],
     masked: MaskedModel,
     targets: Targets,
     metrics: tuple[str, ...],
@@ -182,31 +202,18 @@ def _drops(
     candidate: Sequence[Tensor],
     progress: bool,
     settings: dict[str, Any],
+    **about: Any,
 ) -> MaskingDrops:
-    index, unit, budgets, seed = about
-    found = measure(masked, targets, metrics, chosen, candidate, progress)
-    names = expert_names(masked.model)
     return MaskingDrops(
-        index=index,
-        unit=unit,
-        budgets=budgets,
         metrics=metrics,
-        identified=found.identified,
-        random=found.random,
-        original=found.original,
         masked=sum((x[0].sum(dim=2) for x in chosen), start=torch.tensor(0)).T,
         maskable=sum((x.sum(dim=1) for x in candidate), start=torch.tensor(0)),
         targets=targets.weights,
         multi_label=targets.multi_label,
-        seed=seed,
-        evaluations=found.evaluations,
         batch_size=masked.max_batch,
-        settings={
-            "of": type(masked.model).__name__,
-            "fill": masked.fill,
-            "expert": None if masked.expert is None else names[masked.expert],
-            **settings,
-        },
+        settings=describe(masked.model, masked.expert, masked.fill, **settings),
+        **measure(masked, targets, metrics, chosen, candidate, progress),
+        **about,
     )
 
 
@@ -239,72 +246,37 @@ def _values_of(
 
 
 def _ranked_pairs(pairs: Any, valid: Sequence[Tensor], by: str) -> list[Ints]:
-    """Of each sample the pairs (p, 2, 2) of (modality, position), the best first, all valid tokens."""
-    batch = len(valid[0])
+    """For each sample the pairs (p, 2), the best first, as places in the concatenated modalities."""
+    batch, lengths = len(valid[0]), [x.shape[1] for x in valid]
     if not isinstance(pairs, list | tuple) or len(pairs) != batch:
         count = len(pairs) if isinstance(pairs, list | tuple) else type(pairs).__name__
         raise ValueError(f"pairs: expected a list for each of {batch} samples, got {count}")
-    flags = [x.cpu().numpy() for x in valid]
     found = []
-    for b, each in enumerate(pairs):
-        if isinstance(each, PairValues):
-            tokens = each.tokens[each.pairs[each.ranked(by=by)]]
-        else:
-            tokens = _listed(f"pairs[{b}]", each)
-        for m, i in np.unique(tokens.reshape(-1, 2), axis=0).tolist():
-            known = 0 <= m < len(flags) and 0 <= i < flags[m].shape[1]
-            if not known or not flags[m][b, i]:
-                raise ValueError(
-                    f"pairs[{b}]: expected valid tokens, got (modality, token) ({m}, {i})"
-                )
-        found.append(tokens)
+    for b, given in enumerate(pairs):
+        tokens = players_of(valid, b)
+        if isinstance(given, PairValues):
+            given = given.tokens[given.pairs[given.ranked(by=by)]]
+        found.append(flat_places(tokens, lengths)[listed_pairs(f"pairs[{b}]", given, tokens)])
     return found
-
-
-def _listed(name: str, pairs: Any) -> Ints:
-    """(p, 2, 2) of a list of ((m, i), (n, j)), each of two tokens."""
-    expected = f"{name}: expected a PairValues or a list of ((m, i), (n, j)), got"
-    if not isinstance(pairs, list | tuple | np.ndarray):
-        raise TypeError(f"{expected} {type(pairs).__name__}")
-    if not len(pairs):
-        return np.zeros((0, 2, 2), dtype=np.int64)
-    try:
-        tokens = np.asarray(pairs)
-    except ValueError as error:  # rows of several lengths
-        raise ValueError(f"{expected} others") from error
-    if tokens.ndim != 3 or tokens.shape[1:] != (2, 2) or tokens.dtype.kind not in "iu":
-        raise ValueError(f"{expected} an array of {tokens.shape}")
-    same = (tokens[:, 0] == tokens[:, 1]).all(axis=1)
-    if same.any():
-        token = tuple(tokens[same.argmax(), 0].tolist())
-        raise ValueError(f"{name}: expected pairs of two tokens, got {token} twice")
-    return tokens.astype(np.int64)
 
 
 def _unions(
     ranked: Sequence[Ints], candidate: Sequence[Tensor], budgets: Sequence[int]
 ) -> list[Tensor]:
     """The tokens of the first pairs that fit each budget, M x (K, B, L_m) bool."""
-    allowed = [x.cpu().numpy() for x in candidate]
-    chosen = [np.zeros((len(budgets), *x.shape), dtype=np.bool_) for x in allowed]
-    for b, tokens in enumerate(ranked):
-        may = np.ones(len(tokens), dtype=np.bool_)
-        for m, each in enumerate(allowed):
-            for side in (0, 1):
-                here = tokens[:, side, 0] == m
-                may[here] &= each[b, tokens[here, side, 1]]
-        usable = [tuple(map(tuple, pair)) for pair in tokens[may].tolist()]
+    allowed = torch.cat(list(candidate), dim=1).cpu().numpy()
+    chosen = np.zeros((len(budgets), *allowed.shape), dtype=np.bool_)
+    for b, pairs in enumerate(ranked):
+        usable = pairs[allowed[b][pairs].all(axis=1)].tolist()
         for k, budget in enumerate(budgets):
-            for m, i in _union(usable, budget):
-                chosen[m][k, b, i] = True
-    return [torch.from_numpy(x).to(candidate[0].device) for x in chosen]
+            chosen[k, b, sorted(_union(usable, budget))] = True
+    lengths = [x.shape[1] for x in candidate]
+    return list(torch.from_numpy(chosen).to(candidate[0].device).split(lengths, dim=2))
 
 
-def _union(pairs: Sequence[tuple[tuple[int, int], ...]], budget: int) -> set[tuple[int, int]]:
-    union: set[tuple[int, int]] = set()
+def _union(pairs: Sequence[Sequence[int]], budget: int) -> set[int]:
+    union: set[int] = set()
     for pair in pairs:
-        if len(union) == budget:
-            break
         if len(union.union(pair)) <= budget:
             union.update(pair)
     return union
@@ -324,8 +296,3 @@ def _require_budgets(budgets: Any, unit: str) -> tuple[float, ...]:
     if any(low >= high for low, high in itertools.pairwise(budgets)):
         raise ValueError(f"budgets: expected increasing numbers, got {list(budgets)}")
     return tuple(budgets)
-
-
-def _require_draws(n_random: int, seed: int) -> None:
-    check.require_count("n_random", n_random, 0)
-    check.require_count("seed", seed, 0)

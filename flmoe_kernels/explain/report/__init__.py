@@ -1,1 +1,1 @@
-"""The command `explain`: files in, findings, a page out."""
+"""The command `explain`: read files, explain samples, write results and a page."""

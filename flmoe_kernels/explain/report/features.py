@@ -1,4 +1,4 @@
-"""Encoded samples from an .npz file, for the command `explain`: nothing is unpickled, every array is checked."""
+"""Encoded samples from an .npz file: every array is checked, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flmoe_kernels.explain.figures.canvas import printable
+from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.figures.heat_map import grey
-from flmoe_kernels.explain.memory import available_bytes
+from flmoe_kernels.explain.games.memory import available_bytes
+from flmoe_kernels.explain.games.tokens import rows_of, valid_tokens
 
 Array = NDArray[Any]
 
@@ -68,16 +69,10 @@ class Features:
 
     def first(self, count: int) -> Features:
         """The first samples alone."""
-        return replace(
-            self,
-            inputs=[x[:count] for x in self.inputs],
-            masks=None
-            if self.masks is None
-            else [None if x is None else x[:count] for x in self.masks],
-            labels=None if self.labels is None else self.labels[:count],
-            tokens=[None if x is None else x[:count] for x in self.tokens],
-            images=[None if x is None else x[:count] for x in self.images],
-        )
+        names = ("inputs", "masks", "tokens", "images")
+        parts: dict[str, Any] = {name: rows_of(getattr(self, name), slice(count)) for name in names}
+        labels = None if self.labels is None else self.labels[:count]
+        return replace(self, labels=labels, **parts)
 
 
 def load_features(
@@ -97,24 +92,29 @@ def load_features(
         FeatureError: no such file, or an array that does not fit: its name, what was expected, what came.
         OSError: the file cannot be read.
     """
-    arrays = _read(Path(path))
-    known = {
-        f"{kind}_{m}" for kind in ("inputs", "masks", "tokens", "image") for m in range(modalities)
-    }
+    try:
+        return _checked(_read(Path(path)), modalities, width, classes, dtype)
+    except FeatureError as error:
+        raise FeatureError(f"{path}: {error}") from error
+
+
+def _checked(
+    arrays: Mapping[str, Array], modalities: int, width: int, classes: int, dtype: torch.dtype
+) -> Features:
+    kinds = ("inputs", "masks", "tokens", "image")
+    known = {f"{kind}_{m}" for kind in kinds for m in range(modalities)} | {"labels"}
     for name in arrays:
-        if name not in known | {"labels"}:
+        if name not in known:
             beyond = _NAME.fullmatch(name) is not None
             why = f", as the layer has {modalities} modalities" if beyond else ""
             raise FeatureError(
-                f"{path}: {printable(name)}: expected inputs_0 .. inputs_{modalities - 1}, masks_*, "
+                f"{printable(name)}: expected inputs_0 .. inputs_{modalities - 1}, masks_*, "
                 f"tokens_*, image_* of the same, and labels{why}"
             )
-    file = _File(path, arrays)
-    inputs = [file.inputs(m, width, dtype) for m in range(modalities)]
-    samples = len(inputs[0])
-    lengths = [x.shape[1] for x in inputs]
-    masks = [file.masks(m, (samples, length)) for m, length in enumerate(lengths)]
-    _require_tokens(path, inputs, masks)
+    inputs = [_inputs(arrays, m, width).to(dtype) for m in range(modalities)]
+    samples, lengths = len(inputs[0]), [x.shape[1] for x in inputs]
+    masks = [_flags(arrays, f"masks_{m}", (samples, n)) for m, n in enumerate(lengths)]
+    _require_tokens(inputs, masks)
     return Features(
         # Padding may hold anything, and 0 times NaN is NaN.
         inputs=[
@@ -122,15 +122,15 @@ def load_features(
             for x, mask in zip(inputs, masks, strict=True)
         ],
         masks=None if all(mask is None for mask in masks) else masks,
-        labels=file.labels(samples, classes),
-        tokens=[file.tokens(m, (samples, length)) for m, length in enumerate(lengths)],
-        images=[file.images(m, samples, length) for m, length in enumerate(lengths)],
+        labels=_labels(arrays, samples, classes),
+        tokens=[_tokens(arrays, f"tokens_{m}", (samples, n)) for m, n in enumerate(lengths)],
+        images=[_images(arrays, m, samples, n) for m, n in enumerate(lengths)],
         total=samples,
     )
 
 
 def _read(path: Path) -> dict[str, Array]:
-    problem = f"{path}: expected an .npz file of plain arrays"
+    problem = "expected an .npz file of plain arrays"
     try:
         file = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -142,130 +142,114 @@ def _read(path: Path) -> dict[str, Array]:
     with file:
         size, room = sum(part.file_size for part in file.zip.infolist()), available_bytes(_CPU)
         if size > room:
-            raise FeatureError(f"{path}: expected arrays of {room} bytes at most, got {size}")
-        found = {}
-        for name in file.files:
-            shown = printable(name)
-            try:
-                array = file[name]
-            except MemoryError as error:
-                raise FeatureError(
-                    f"{path}: {shown}: expected an array that fits in memory, got a larger one"
-                ) from error
-            except _DAMAGED as error:
-                if "Object arrays" in str(error):
-                    raise FeatureError(
-                        f"{path}: {shown}: expected a plain array, got Python objects, which are not "
-                        "unpickled"
-                    ) from error
-                raise FeatureError(f"{path}: {shown}: damaged or encrypted") from error
-            if not isinstance(array, np.ndarray):
-                raise FeatureError(f"{path}: {shown}: expected an array, got another file")
-            found[name] = array
-    return found
+            raise FeatureError(f"expected arrays of {room} bytes at most, got {size}")
+        return {name: _array(file, name) for name in file.files}
 
 
-@dataclass(frozen=True)
-class _File:
-    """Arrays by name; each method gives one, checked, or None where an optional one is not there."""
+def _array(file: Any, name: str) -> Array:
+    shown = printable(name)
+    try:
+        array = file[name]
+    except MemoryError as error:
+        raise FeatureError(
+            f"{shown}: expected an array that fits in memory, got a larger one"
+        ) from error
+    except _DAMAGED as error:
+        problem = "damaged or encrypted"
+        if "Object arrays" in str(error):
+            problem = "expected a plain array, got Python objects, which are not unpickled"
+        raise FeatureError(f"{shown}: {problem}") from error
+    if not isinstance(array, np.ndarray):
+        raise FeatureError(f"{shown}: expected an array, got another file")
+    return array
 
-    path: str | Path
-    arrays: Mapping[str, Array]
 
-    def fail(self, name: str, expected: str, array: Array) -> FeatureError:
-        return FeatureError(
-            f"{self.path}: {name}: expected {expected}, got {array.dtype} {array.shape}"
+def _wrong(name: str, expected: str, array: Array) -> FeatureError:
+    return FeatureError(f"{name}: expected {expected}, got {array.dtype} {array.shape}")
+
+
+def _inputs(arrays: Mapping[str, Array], m: int, width: int) -> Tensor:
+    name = f"inputs_{m}"
+    if name not in arrays:
+        raise FeatureError(f"{name}: expected (samples, tokens, {width}), got none")
+    array, samples = arrays[name], arrays["inputs_0"].shape[:1]
+    fits = array.ndim == 3 and array.shape[2] == width and array.shape[:1] == samples
+    if not fits or array.dtype.kind != "f" or not array.size:
+        count = samples[0] if m else "samples"
+        raise _wrong(name, f"floats ({count}, tokens, {width})", array)
+    # Not float128 or a foreign byte order, which torch does not know.
+    native = np.float32 if array.dtype.itemsize <= 4 else np.float64
+    return torch.from_numpy(array.astype(native))
+
+
+def _flags(arrays: Mapping[str, Array], name: str, shape: tuple[int, int]) -> Tensor | None:
+    array = arrays.get(name)
+    if array is None:
+        return None
+    if array.shape != shape or array.dtype.kind not in "biuf":
+        raise _wrong(name, f"bool or 0/1 {shape}", array)
+    if not ((array == 0) | (array == 1)).all():
+        raise FeatureError(f"{name}: expected 0 and 1 only, got other values")
+    return torch.from_numpy(array.astype(np.bool_))
+
+
+def _labels(arrays: Mapping[str, Array], samples: int, classes: int) -> Tensor | None:
+    array = arrays.get("labels")
+    if array is None or array.ndim == 2:
+        return _flags(arrays, "labels", (samples, classes))
+    if array.shape != (samples,) or array.dtype.kind not in "iu":
+        raise _wrong("labels", f"integers ({samples},) or 0/1 ({samples}, {classes})", array)
+    low, high = array.min(), array.max()
+    if low < 0 or high >= classes:
+        raise FeatureError(f"labels: expected classes from 0 to {classes - 1}, got {low} to {high}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _tokens(arrays: Mapping[str, Array], name: str, shape: tuple[int, int]) -> Array | None:
+    array = arrays.get(name)
+    if array is None:
+        return None
+    if array.shape != shape or array.dtype.kind != "U":
+        raise _wrong(name, f"unicode strings {shape}", array)
+    points = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).view(np.uint32)
+    # Surrogates cannot be written as UTF-8; larger numbers are no characters.
+    if ((points >= _FIRST_HALF) & (points <= _LAST_HALF)).any():
+        raise FeatureError(f"{name}: expected text, got half of a character")
+    if (points > sys.maxunicode).any():
+        raise FeatureError(f"{name}: expected text, got other numbers")
+    return array
+
+
+def _images(arrays: Mapping[str, Array], m: int, samples: int, length: int) -> Array | None:
+    name = f"image_{m}"
+    array = arrays.get(name)
+    if array is None:
+        return None
+    if math.isqrt(length) ** 2 != length:
+        raise FeatureError(
+            f"{name}: expected a square of patches, got {length} tokens in inputs_{m}"
         )
-
-    def inputs(self, m: int, width: int, dtype: torch.dtype) -> Tensor:
-        name = f"inputs_{m}"
-        if name not in self.arrays:
-            raise FeatureError(
-                f"{self.path}: {name}: expected (samples, tokens, {width}), got none"
-            )
-        array = self.arrays[name]
-        samples = self.arrays["inputs_0"].shape[:1]
-        expected = f"floats ({samples[0] if m else 'samples'}, tokens, {width})"
-        fits = array.ndim == 3 and array.shape[2] == width and array.shape[:1] == samples
-        if not fits or array.dtype.kind != "f" or not array.size:
-            raise self.fail(name, expected, array)
-        # Not float128 or a foreign byte order, which torch does not know.
-        native = np.float32 if array.dtype.itemsize <= 4 else np.float64
-        return torch.from_numpy(array.astype(native)).to(dtype)
-
-    def masks(self, m: int, shape: tuple[int, int]) -> Tensor | None:
-        array = self.arrays.get(f"masks_{m}")
-        if array is None:
-            return None
-        return torch.from_numpy(self._flags(f"masks_{m}", array, shape))
-
-    def labels(self, samples: int, classes: int) -> Tensor | None:
-        array = self.arrays.get("labels")
-        if array is None:
-            return None
-        if array.ndim == 2:
-            return torch.from_numpy(self._flags("labels", array, (samples, classes)))
-        if array.shape != (samples,) or array.dtype.kind not in "iu":
-            raise self.fail("labels", f"integers ({samples},) or 0/1 ({samples}, {classes})", array)
-        if array.min() < 0 or array.max() >= classes:
-            found = f"{array.min()} to {array.max()}"
-            raise FeatureError(
-                f"{self.path}: labels: expected classes from 0 to {classes - 1}, got {found}"
-            )
-        return torch.from_numpy(array.astype(np.int64))
-
-    def tokens(self, m: int, shape: tuple[int, int]) -> Array | None:
-        name = f"tokens_{m}"
-        array = self.arrays.get(name)
-        if array is not None and (array.shape != shape or array.dtype.kind != "U"):
-            raise self.fail(name, f"unicode strings {shape}", array)
-        if array is not None:
-            points = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).view(np.uint32)
-            # Python has strings with halves of a character, which no file can hold, and none beyond the last.
-            if ((points >= _FIRST_HALF) & (points <= _LAST_HALF)).any():
-                raise FeatureError(f"{self.path}: {name}: expected text, got half of a character")
-            if (points > sys.maxunicode).any():
-                raise FeatureError(f"{self.path}: {name}: expected text, got other numbers")
-        return array
-
-    def images(self, m: int, samples: int, length: int) -> Array | None:
-        name = f"image_{m}"
-        array = self.arrays.get(name)
-        if array is None:
-            return None
-        if math.isqrt(length) ** 2 != length:
-            raise FeatureError(
-                f"{self.path}: {name}: expected a square of patches, got {length} tokens in inputs_{m}"
-            )
-        if array.ndim not in (3, 4) or len(array) != samples:
-            raise self.fail(name, f"({samples}, H, W) or ({samples}, H, W, 3)", array)
-        try:
-            for image in array:
-                grey(image)
-        except ValueError as error:
-            raise FeatureError(f"{self.path}: {name}: {error}") from error
-        return array
-
-    def _flags(self, name: str, array: Array, shape: tuple[int, int]) -> Array:
-        if array.shape != shape or array.dtype.kind not in "biuf":
-            raise self.fail(name, f"bool or 0/1 {shape}", array)
-        if not ((array == 0) | (array == 1)).all():
-            raise FeatureError(f"{self.path}: {name}: expected 0 and 1 only, got other values")
-        return array.astype(np.bool_)
+    if array.ndim not in (3, 4) or len(array) != samples:
+        raise _wrong(name, f"({samples}, H, W) or ({samples}, H, W, 3)", array)
+    try:
+        for image in array:
+            grey(image)
+    except ValueError as error:
+        raise FeatureError(f"{name}: {error}") from error
+    return array
 
 
-def _require_tokens(path: str | Path, inputs: list[Tensor], masks: list[Tensor | None]) -> None:
-    """Finite valid tokens, of which every sample has one."""
+def _require_tokens(inputs: list[Tensor], masks: list[Tensor | None]) -> None:
+    """Finite valid tokens, at least one in each sample."""
     there = torch.zeros(len(inputs[0]), dtype=torch.bool)
-    for m, (x, mask) in enumerate(zip(inputs, masks, strict=True)):
-        valid = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    for m, (x, valid) in enumerate(zip(inputs, valid_tokens(inputs, masks), strict=True)):
         there |= valid.any(dim=1)
         broken = (~x.isfinite().all(dim=2) & valid).any(dim=1)
         if bool(broken.any()):
             sample = int(broken.nonzero()[0])
             raise FeatureError(
-                f"{path}: inputs_{m}: expected finite valid tokens, got NaN or inf in sample {sample}"
+                f"inputs_{m}: expected finite valid tokens, got NaN or inf in sample {sample}"
             )
     if not bool(there.all()):
         sample = int((~there).nonzero()[0])
-        raise FeatureError(f"{path}: masks_*: expected a valid token in sample {sample}, got none")
+        raise FeatureError(f"masks_*: expected a valid token in sample {sample}, got none")

@@ -1,8 +1,7 @@
-"""Everything that the command `explain` finds about some samples, and that as JSON."""
+"""The results of the command `explain` for some samples, also as JSON."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -15,17 +14,17 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import __version__
+from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.values import Attribution
-from flmoe_kernels.explain.coalitions.games import token_means
+from flmoe_kernels.explain.estimators.indices import RG, SII
+from flmoe_kernels.explain.estimators.interactions import probe_pairs
+from flmoe_kernels.explain.estimators.results import PairValues
+from flmoe_kernels.explain.estimators.run import Run
+from flmoe_kernels.explain.estimators.sampling import Sampling
+from flmoe_kernels.explain.games.tokens import candidates, token_means, valid_tokens
 from flmoe_kernels.explain.masking.drops import MaskingDrops
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
-from flmoe_kernels.explain.pairs.indices import RG, SII
-from flmoe_kernels.explain.pairs.interactions import probe_pairs
-from flmoe_kernels.explain.pairs.results import PairValues
-from flmoe_kernels.explain.pairs.run import Run
-from flmoe_kernels.explain.pairs.sampling import Sampling
-from flmoe_kernels.explain.tokens import candidates, valid_tokens
 
 from .features import Features
 from .request import LABEL, PREDICTED, Request
@@ -34,6 +33,8 @@ KIND = "flmoe_kernels.explain report"
 FORMAT = 1
 INDICES = (SII, RG)
 PACKAGES = ("torch", "numpy", "matplotlib")
+OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
+_LONGEST_TOKEN = 100
 TOP_ROWS = 10  # pairs of a sample that the page lists; the file has all
 
 
@@ -45,7 +46,6 @@ class Findings:
         request: what was asked.
         features: the S samples.
         layer: what the layer is, and how far it is from the reference, in JSON's types.
-        sources: names of the files that were read.
         logits: (S, C).
         expert_logits: (S, E, C).
         target: (S,) the class whose logit is explained.
@@ -58,7 +58,6 @@ class Findings:
     request: Request
     features: Features
     layer: dict[str, Any]
-    sources: dict[str, str]
     logits: Tensor
     expert_logits: Tensor
     target: Tensor
@@ -66,6 +65,11 @@ class Findings:
     pairs: list[dict[str, PairValues]]
     faithfulness: MaskingDrops
     pair_masking: dict[str, MaskingDrops]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Names of the files that were read."""
+        return {"checkpoint": self.request.checkpoint.name, "data": self.request.data.name}
 
     @property
     def predicted(self) -> list[int]:
@@ -86,7 +90,7 @@ class Findings:
             "kind": KIND,
             "format": FORMAT,
             "versions": versions(),
-            "request": dataclasses.asdict(self.request),
+            "request": self.request.as_dict(),
             "sources": self.sources,
             "layer": self.layer,
             "data": {
@@ -130,7 +134,6 @@ def find(
     request: Request,
     checkpoint: Path,
     about: dict[str, Any],
-    sources: dict[str, str],
 ) -> Findings:
     """Explain the first samples with a layer in eval mode.
 
@@ -165,8 +168,7 @@ def find(
         run=Run(checkpoint=checkpoint, progress=True),
         **value,
     )
-    value |= {"n_random": request.repeats, "seed": request.seed, "progress": True}
-    value |= {"exempt": exempt}
+    value |= {"n_random": request.repeats, "seed": request.seed, "exempt": exempt, "progress": True}
     drops = faithfulness(layer, *given, found, **value)
     masking = {
         name: pair_masking(layer, *given, [each[name] for each in pairs], target=asked, **value)
@@ -176,7 +178,6 @@ def find(
         request=request,
         features=features,
         layer=about,
-        sources=sources,
         logits=logits,
         expert_logits=torch.stack(expert_logits, dim=1),
         target=target,
@@ -212,27 +213,40 @@ def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
     return torch.full((len(logits),), int(wanted))
 
 
+def token_name(findings: Findings, sample: int, modality: int, position: int) -> str:
+    """A token by its modality, position and, if known, its string, on one line and shortened."""
+    strings = findings.features.tokens[modality]
+    if strings is None:
+        return f"{modality}:{position}"
+    text = printable(str(strings[sample, position]))
+    if len(text) > _LONGEST_TOKEN:
+        text = text[: _LONGEST_TOKEN - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{modality}:{position} {OPEN}{text}{CLOSE}"
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "flmoe-kernels": __version__}
     return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def json_bytes(findings: Findings) -> bytes:
-    text = json.dumps(findings.as_dict(), indent=1, allow_nan=False)
-    return (text + "\n").encode()
+def json_text(findings: Findings) -> str:
+    return json.dumps(findings.as_dict(), indent=1, allow_nan=False) + "\n"
 
 
 def _drops(drops: MaskingDrops) -> dict[str, Any]:
+    names = (
+        "index",
+        "unit",
+        "budgets",
+        "metrics",
+        "multi_label",
+        "seed",
+        "evaluations",
+        "settings",
+    )
     return {
-        "index": drops.index,
-        "unit": drops.unit,
-        "budgets": list(drops.budgets),
-        "metrics": list(drops.metrics),
-        "multi_label": drops.multi_label,
-        "seed": drops.seed,
+        **{name: getattr(drops, name) for name in names},
         "repeats": drops.random.shape[2],
-        "evaluations": drops.evaluations,
-        "settings": drops.settings,
         "masked": drops.masked.tolist(),
         "rows": drops.rows(),
     }

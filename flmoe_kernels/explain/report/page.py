@@ -1,26 +1,24 @@
-"""The findings as one web page that needs nothing else: tables, figures inside it, no script."""
+"""The findings as one self-contained web page: tables, embedded figures, no script."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from flmoe_kernels.explain.figures.canvas import printable
+from flmoe_kernels.core.figures import printable
+from flmoe_kernels.explain.attribution.targets import PROB
+from flmoe_kernels.explain.estimators.indices import RG, SII
+from flmoe_kernels.explain.estimators.results import MAGNITUDE
 from flmoe_kernels.explain.masking.drops import MaskingDrops
-from flmoe_kernels.explain.pairs.indices import RG, SII
-from flmoe_kernels.explain.pairs.results import MAGNITUDE
-from flmoe_kernels.explain.targets import PROB
 
-from .findings import TOP_ROWS, Findings, versions
+from .findings import TOP_ROWS, Findings, token_name, versions
+from .pictures import Picture
 
 _TOP_TOKENS = 5
-_LONGEST_TOKEN = 100
 # Should an escape ever be missed, a browser still runs and loads nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #111;
   background: #fff; }
@@ -36,15 +34,6 @@ figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
 figcaption, .note { color: #444; font-size: .9rem; }
 """
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure's file, what it shows for those who do not see it, and a caption."""
-
-    png: bytes
-    alt: str
-    caption: str
 
 
 def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[str]) -> str:
@@ -73,17 +62,6 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
-
-
-def token_name(findings: Findings, sample: int, modality: int, position: int) -> str:
-    """A token by its modality, position and, if known, its string, on one line and shortened."""
-    strings = findings.features.tokens[modality]
-    if strings is None:
-        return f"{modality}:{position}"
-    text = printable(str(strings[sample, position]))
-    if len(text) > _LONGEST_TOKEN:
-        text = text[: _LONGEST_TOKEN - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return f"{modality}:{position} {OPEN}{text}{CLOSE}"
 
 
 def _table(

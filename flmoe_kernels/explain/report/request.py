@@ -1,32 +1,41 @@
-"""What the command `explain` is asked for, checked before any work."""
+"""The request of the command `explain`, validated before any work."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.attribution.values import GRADIENT_ROLLOUT
 from flmoe_kernels.explain.attribution.values import METHODS as ATTRIBUTIONS
-from flmoe_kernels.explain.coalitions.games import FILLS
-from flmoe_kernels.explain.pairs.candidates import ACROSS, ALL
-from flmoe_kernels.explain.pairs.run import METHODS
+from flmoe_kernels.explain.estimators.candidates import ACROSS, ALL
+from flmoe_kernels.explain.estimators.run import METHODS
+from flmoe_kernels.explain.games.masked import FILLS
 
 LABEL, PREDICTED = "label", "predicted"
+_QUICK = {"samples": 1, "budget": 256, "top": 2, "repeats": 2}
 
 
 @dataclass(frozen=True)
 class Request:
-    """Of the first samples of a file: which values, of what, from how many evaluations.
+    """Files, and of the first samples: which values, of what, from how many evaluations.
 
     At 356 valid tokens of width 256 and four experts (the shape mmimdb, of which two cores evaluate some 130
     coalitions a second) the default budget and the maskings take about half a minute for each sample.
 
     Attributes:
+        checkpoint: of the layer, see `load_layer`.
+        data: of the samples, see `load_features`.
+        out: folder for results; made if missing.
+        layer: num_heads, temperature, gate, top_k of `load_layer`, None for its default.
         samples: how many of the file, from the first on.
         attribution: how tokens are scored, see `attribute`.
         method: of the pairs' indices, see `probe_pairs`.
         budget: the most coalitions evaluated for each sample.
-        top: tokens of largest |attribution| of each modality whose pairs are asked about.
+        top: tokens of largest |attribution| of each modality whose pairs are candidates.
         pairs: "across" modalities or "all".
         target: "label", of the file; "predicted"; or a class; None for the label where there is one.
         fill: what absent and masked tokens become; "mean" is of all samples of the file.
@@ -36,6 +45,10 @@ class Request:
         seed: of coalitions and random sets.
     """
 
+    checkpoint: Path
+    data: Path
+    out: Path
+    layer: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 4
     attribution: str = GRADIENT_ROLLOUT
     method: str = "auto"
@@ -65,10 +78,14 @@ class Request:
             )
 
     @classmethod
-    def choose(cls, quick: bool, **given: str | int | tuple[int, ...] | None) -> Request:
-        """What is given, and for the rest (None) the defaults, with quick such as take seconds."""
-        known: dict[str, str | int | tuple[int, ...]] = {}
-        if quick:
-            known = {"samples": 1, "budget": 256, "top": 2, "repeats": 2}
-        known |= {name: value for name, value in given.items() if value is not None}
-        return cls(**known)  # type: ignore[arg-type]
+    def of(cls, options: Mapping[str, Any], quick: bool) -> Request:
+        """From options by field name, None for the default; quick has defaults that take seconds."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return cls(**{**(_QUICK if quick else {}), **given})
+
+    def as_dict(self) -> dict[str, Any]:
+        """In JSON's types, without the files and the layer."""
+        known = dataclasses.asdict(self)
+        for name in ("checkpoint", "data", "out", "layer"):
+            del known[name]
+        return known

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.layers.routed_mlp.structure import parameter_shapes
 
 from .fusion import MLP, MLP_EXPANSION, Compat, FusionTransformer, is_sparse_layer
 from .reference import ReferenceInteractionMoE
@@ -54,16 +55,9 @@ class SparseSpec:
 
     def parameter_shapes(self, path: str, dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Keys and shapes of one routed MLP at `path`, for tokens of width `dim`."""
-        experts, hidden = self.num_experts, self.d_hidden
-        gate: dict[str, tuple[int, ...]] = {"gate.weight": (experts, dim), "gate.bias": (experts,)}
-        if self.gate == "NoisyGate":
-            gate = {"w_gate": (dim, experts), "w_noise": (dim, experts)}
-        yield from ((f"{path}.gate.{name}", shape) for name, shape in gate.items())
-        for name, fan_in, fan_out in (("htoh4", dim, hidden), ("h4toh", hidden, dim)):
-            yield f"{path}.experts.{name}.weight", (experts, fan_out, fan_in)
-            yield f"{path}.experts.{name}.bias", (experts, fan_out)
-        for r in range(self.num_routers):
-            yield from ((f"{path}.all_gates.{r}.{name}", shape) for name, shape in gate.items())
+        sizes = (self.num_experts, dim, self.d_hidden)
+        for name, shape in parameter_shapes(*sizes, self.gate, self.num_routers).items():
+            yield f"{path}.{name}", shape
 
     def with_settings(self, found: dict[str, Any]) -> SparseSpec:
         """This with the gates' settings among `found` that are of the kind that these gates have."""

@@ -19,15 +19,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
-from flmoe_kernels.ops.encoder import op as _encoder_op  # noqa: F401  registers the encoder's operators
-from flmoe_kernels.ops.expert_attention import op as _attention_op  # noqa: F401  registers its operators
+from flmoe_kernels.ops.encoder import api as ops
+from flmoe_kernels.ops.expert_attention.api import expert_attention_packed
 
 from .fusion import Compat, sinusoidal_positions
 from .packing import TokenPlan
 from .reference import Replacements
 from .sparse import GateLosses, RoutedWeights, routed_update, rows_by_modality, stack_routed
-
-_OPS = torch.ops.flmoe
 
 
 @dataclass(frozen=True)
@@ -220,15 +218,15 @@ def encode(
     first = layers[0]
     rows = rows.contiguous()
     flat = rows.view(experts, copies * n, width)
-    normed, _, _ = _OPS.expert_norm(flat, *first.norm1, first.eps, backend)
-    qkv = _OPS.expert_linear(normed, first.qkv, None, backend)
+    normed = ops.expert_norm(flat, *first.norm1, first.eps, backend)
+    qkv = ops.expert_linear(normed, first.qkv, None, backend)
     stream: Tensor | None = flat if compat == "fl_i2moe" else None
     if views > 1:
-        qkv = _OPS.expand_views(qkv.view(experts, 2, n, 3 * width), plan.modality, views, backend)
+        qkv = ops.expand_views(qkv.view(experts, 2, n, 3 * width), plan.modality, views, backend)
         if stream is not None:
-            stream = _OPS.expand_views(rows, plan.modality, views, backend).flatten(1, 2)
+            stream = ops.expand_views(rows, plan.modality, views, backend).flatten(1, 2)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        attended, _ = _OPS.expert_attention_packed(
+        attended, _ = expert_attention_packed(
             qkv.view(experts * views, n, 3, layer.heads, width // layer.heads),
             plan.cu_samples,
             next(seeds),
@@ -236,10 +234,10 @@ def encode(
             (width // layer.heads) ** -0.5,
             backend,
         )
-        branch = _OPS.expert_linear(attended.view(experts, views * n, width), *layer.proj, backend)
+        branch = ops.expert_linear(attended.view(experts, views * n, width), *layer.proj, backend)
         residual = stream if compat == "fl_i2moe" else None
         seed = next(seeds)
-        stream, normed, _, _ = _OPS.dropout_add_norm(
+        stream, normed = ops.dropout_add_norm(
             residual, branch, *layer.norm2, seed, layer.branch_p, layer.eps, backend
         )
         seed = next(seeds)
@@ -251,20 +249,20 @@ def encode(
             update = dense_update(normed, layer.mlp, seed, layer.mlp_p, backend)
         seed = next(seeds)
         if following is None:
-            latent = _OPS.dropout_add_pool(
+            latent = ops.dropout_add_pool(
                 stream, update, plan.cu_segments, views, seed, layer.output_p, backend
             )
             latent = latent.view(experts, views, plan.samples, plan.modalities * width)
             return latent, gathered
-        stream, normed, _, _ = _OPS.dropout_add_norm(
+        stream, normed = ops.dropout_add_norm(
             stream, update, *following.norm1, seed, layer.output_p, layer.eps, backend
         )
-        qkv = _OPS.expert_linear(normed, following.qkv, None, backend)
+        qkv = ops.expert_linear(normed, following.qkv, None, backend)
     raise AssertionError("a layer without encoder layers is refused at construction")
 
 
 def dense_update(
     normed: Tensor, mlp: DenseWeights, seed: Tensor | None, p: float, backend: str
 ) -> Tensor:
-    hidden = _OPS.expert_linear(normed, *mlp.w_in, backend)
-    return _OPS.expert_linear(_OPS.gelu_dropout(hidden, seed, p, backend), *mlp.w_out, backend)
+    hidden = ops.expert_linear(normed, *mlp.w_in, backend)
+    return ops.expert_linear(ops.gelu_dropout(hidden, seed, p, backend), *mlp.w_out, backend)

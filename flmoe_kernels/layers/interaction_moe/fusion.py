@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.ops.reweighting.reference import masked_mean
 
 Compat = Literal["fl_i2moe", "i2moe"]
 Masks = Sequence[Tensor | None] | None
@@ -36,14 +37,6 @@ def sinusoidal_positions(
     column = torch.arange(width, device=device)
     angle = position / torch.pow(10000.0, (2 * (column // 2)).to(compute) / width)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(dtype)
-
-
-def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of x (B, L, D) over its valid tokens, the count clamped to at least one; plain mean without a mask."""
-    if mask is None:
-        return x.mean(dim=1)
-    weight = mask.to(x.dtype).unsqueeze(-1)
-    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
 
 
 class MLP(nn.Module):

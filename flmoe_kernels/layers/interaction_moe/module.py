@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP
-from flmoe_kernels.ops.interaction_losses import op as _op  # noqa: F401  registers its operators
+from flmoe_kernels.ops.interaction_losses import interaction_losses
+from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
 from .architecture import LayerSpec, build_like
 from .forward import LayerWeights, embed, encode, stack_layer
@@ -25,13 +27,11 @@ from .reference import (
     ReferenceInteractionMoE,
     Replacements,
     Reweighting,
-    reweighting_features,
 )
 from .sparse import GateLosses, sum_losses
-from .structure import UnsupportedLayer, describe
+from .structure import describe
 
 _OPERATOR = "interaction_moe"
-_OPS = torch.ops.flmoe
 # What a layer is made of after construction.
 _PARTS = frozenset(
     {
@@ -121,8 +121,6 @@ class InteractionMoE(ReferenceInteractionMoE):
         self.reweight = skeleton.reweight
         self.interaction_experts = skeleton.interaction_experts
         for name in list(skeleton.state_dict()):
-            if name not in parameters:
-                raise UnsupportedLayer(f"{name}: expected a parameter, found a buffer")
             owner, _, leaf = name.rpartition(".")
             skeleton.get_submodule(owner).register_parameter(leaf, parameters[name])
         for part in skeleton.modules():
@@ -264,19 +262,9 @@ class InteractionMoE(ReferenceInteractionMoE):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """Weights (B, E) of the experts and the mixture (B, C) of their logits (E, B, C)."""
-        mlp, temperature = self.reweight.mlp, self.reweight.temperature
-        if backend != backends.TRITON:
-            scores = mlp(reweighting_features(inputs, masks))
-            weights = torch.softmax(scores / temperature, dim=1)
-            return weights, torch.einsum("be,ebc->bc", weights, logits)
-        normalized = sum(1 << m for m, mask in enumerate(masks or []) if mask is not None)
-        features, _ = _OPS.reweighting_features(
-            tokens, plan.valid, plan.lengths, normalized, backend
-        )
-        weights, mixed = _OPS.mix_experts(
-            mlp(features).to(logits.dtype), logits, float(temperature), backend
-        )
-        return weights, mixed
+        features = reweighting_features(inputs, masks, tokens, plan.valid, backend)
+        scores = self.reweight.mlp(features)
+        return mix_experts(scores, logits, self.reweight.temperature, backend)
 
     def _fast_forward(
         self,
@@ -295,9 +283,9 @@ class InteractionMoE(ReferenceInteractionMoE):
             gate_losses = (sum_losses(gates, self._spec.num_experts, views, latents),)
         view_logits = _by_expert(logits)
         if self._spec.compat == "i2moe":
-            losses = list(_OPS.interaction_losses(logits, backend).unbind(0))
+            losses = list(interaction_losses(logits, backend).unbind(0))
             return (view_logits, weights, mixed, losses, *gate_losses)
-        losses = list(_OPS.interaction_losses(latents, backend).unbind(0))
+        losses = list(interaction_losses(latents, backend).unbind(0))
         view_latents = _by_expert(latents)
         outputs = [
             list(zip(one, other, strict=True))

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fusion import MLP, masked_mean
+from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
+from flmoe_kernels.ops.reweighting.reference import reweighting_features
+
+from .fusion import MLP
 from .fusion import Attention as Attention
 from .fusion import Compat as Compat
 from .fusion import EncoderLayer as EncoderLayer
@@ -26,8 +28,6 @@ from .fusion import sinusoidal_positions as sinusoidal_positions
 
 Replacements = Sequence[Sequence[Tensor]]
 
-TRIPLET_MARGIN = 1.0
-TRIPLET_EPS = 1e-7
 REWEIGHT_DROPOUT = 0.5
 
 
@@ -59,17 +59,6 @@ class Reweighting(nn.Module):
         return torch.softmax(self.mlp(features) / self.temperature, dim=1)
 
 
-def reweighting_features(inputs: Sequence[Tensor], masks: Masks = None) -> Tensor:
-    """Pooled inputs (B, M * D): masked mean, L2-normalised where a mask is given, plain mean elsewhere."""
-    features = []
-    for m, x in enumerate(inputs):
-        mask = masks[m] if masks is not None else None
-        # The floor of the norm, 1e-12, is 0 in float16: a modality of padding alone would give 0 / 0.
-        pooled = masked_mean(x.float() if x.dtype == torch.float16 else x, mask)
-        features.append(pooled if mask is None else F.normalize(pooled, p=2, dim=1))
-    return torch.cat(features, dim=1).to(inputs[0].dtype)
-
-
 class InteractionExpert(nn.Module):
     """One interaction expert: a fusion model of its own, run on the full input and on perturbed views."""
 
@@ -96,33 +85,6 @@ class InteractionExpert(nn.Module):
             views.append(self([*inputs[:m], noise, *inputs[m + 1 :]], masks))
             gate_losses.append(self.fusion_model.gate_loss())
         return views, gate_losses
-
-
-def uniqueness_loss(views: Sequence[Tensor], modality: int) -> Tensor:
-    """Triplet loss of one uniqueness expert: close to views that lose another modality, far from its own."""
-    anchor, negative = views[0], views[1 + modality]
-    positives = [view for m, view in enumerate(views[1:]) if m != modality]
-    losses = [
-        F.triplet_margin_loss(
-            anchor, positive, negative, margin=TRIPLET_MARGIN, p=2, eps=TRIPLET_EPS
-        )
-        for positive in positives
-    ]
-    return torch.stack(losses).mean()
-
-
-def mean_cosine(views: Sequence[Tensor]) -> Tensor:
-    """Mean over modalities and batch of cos(full view, view without the modality)."""
-    anchor = F.normalize(views[0], p=2, dim=1)
-    cosines = [(anchor * F.normalize(view, p=2, dim=1)).sum(dim=1).mean() for view in views[1:]]
-    return torch.stack(cosines).mean()
-
-
-def interaction_losses(views: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The M + 2 losses of experts' views[e][v] (B, *): uniqueness per modality, synergy, redundancy."""
-    *unique, synergy, redundancy = views
-    losses = [uniqueness_loss(expert, m) for m, expert in enumerate(unique)]
-    return [*losses, mean_cosine(synergy), 1.0 - mean_cosine(redundancy)]
 
 
 class ReferenceInteractionMoE(nn.Module):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flmoe_kernels.ops.routed_mlp.api import Routing, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import Routing
 
 from .packing import TokenPlan
 

@@ -1,4 +1,4 @@
-"""What a sparse MLP inside a fusion layer is made of, and whether the fast layer computes it."""
+"""Description of a sparse MLP inside a fusion layer, and whether the fast layer computes the same."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.gates import gate_class
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
-from flmoe_kernels.layers.routed_mlp.state import prepare_state_dict
-from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, UnsupportedMLP, describe
+from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, describe
 
 from .architecture import GATE_SETTINGS, SparseSpec
 from .fusion import MLP_EXPANSION
-from .parts import UnsupportedLayer
 
 CLASS_NAMES = (SPARSE_MLP, RoutedMLP.__name__)
 
@@ -23,16 +22,6 @@ def is_sparse(mlp: nn.Module) -> bool:
     """Whether this is a sparse MLP of any kind."""
     names = {base.__name__ for base in type(mlp).__mro__}
     return hasattr(mlp, "experts") or not names.isdisjoint(CLASS_NAMES)
-
-
-def has_hook(part: nn.Module) -> bool:
-    """Whether a part carries a hook, but for what a RoutedMLP does itself to a state_dict that it loads."""
-    return any(
-        getattr(hook, "hook", hook) is not prepare_state_dict
-        for key, hooks in vars(part).items()
-        if "_hooks" in key and hooks
-        for hook in hooks.values()
-    )
 
 
 def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
@@ -47,7 +36,7 @@ def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
         )
     try:
         found = describe(mlp)
-    except UnsupportedMLP as error:
+    except UnsupportedLayer as error:
         raise UnsupportedLayer(f"{path}.{error}") from error
     for name, value, expected in (
         ("d_model", found.d_model, dim),

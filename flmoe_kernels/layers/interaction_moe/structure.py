@@ -1,24 +1,21 @@
-"""What an interaction layer is made of, and whether the fast layer may stand in for it.
+"""Description of an interaction layer, and whether the fast layer computes the same.
 
 The fast layer computes the mathematics of `reference.py` from parameters that it reads in place; it
 never calls the parts of a layer one by one. Everything that those parts could do differently is
-therefore looked at here, strictly by structure: the names of the layer's own classes do not matter,
-but what they are made of must be torch's own modules, unchanged.
+therefore checked here, strictly by structure: the names of the layer's own classes do not matter,
+but they must be made of torch's own modules, unchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from .architecture import DropoutRates, LayerSpec, SparseSpec
-from .fusion import MLP_EXPANSION, Compat, is_sparse_layer
-from .parts import (
+from flmoe_kernels.layers.parts import (
     UnsupportedLayer,
+    check_parameters,
     child_of,
     dropout_rate,
     expect_linear,
@@ -26,9 +23,10 @@ from .parts import (
     plain_module,
     sequence_of,
 )
-from .sparse_structure import describe_sparse, has_hook, is_sparse
 
-__all__ = ["LayerSpec", "UnsupportedLayer", "check_state", "describe"]
+from .architecture import DropoutRates, LayerSpec, SparseSpec
+from .fusion import MLP_EXPANSION, Compat, is_sparse_layer
+from .sparse_structure import describe_sparse, is_sparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,38 +91,9 @@ def describe(layer: nn.Module) -> LayerSpec:
         reweight_dropout=rate,
         **{field.name: getattr(first, field.name) for field in dataclasses.fields(first)},
     )
-    _check_parameters(layer, spec)
+    check_parameters(layer, spec.parameter_shapes())
     _check_own_code(layer)
     return spec
-
-
-def check_state(layer: nn.Module) -> None:
-    """What the fast layer could not honour although the structure fits.
-
-    Raises:
-        UnsupportedLayer: a hook on an inner part (it would never fire again), parts in another mode
-            than the layer, or a layer that was compiled in place.
-    """
-    if getattr(layer, "_compiled_call_impl", None) is not None:
-        raise UnsupportedLayer("the layer is compiled: swap first, then compile")
-    for name, part in layer.named_modules():
-        if part is layer:
-            continue
-        if has_hook(part):
-            raise UnsupportedLayer(
-                f"{name}: carries a hook, which would never fire: the fast layer has parts of its "
-                "own and does not call them one by one"
-            )
-        acts_by_mode = isinstance(part, nn.Dropout) or ".mlp.gate" in name or ".all_gates." in name
-        if acts_by_mode and part.training != layer.training:
-            raise UnsupportedLayer(
-                f"{name}: in {_mode(part)} mode while the layer is in {_mode(layer)} mode; the "
-                "fast layer has one mode for all its parts"
-            )
-
-
-def _mode(module: nn.Module) -> str:
-    return "train" if module.training else "eval"
 
 
 def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
@@ -305,32 +274,6 @@ def _reweight(
     if len(rates) > 1:
         raise UnsupportedLayer(f"{where}: dropout rates differ, {sorted(rates)}")
     return hidden, count, float(temperature), rates.pop() if rates else 0.0
-
-
-def _check_parameters(layer: nn.Module, spec: LayerSpec) -> None:
-    """Exactly the expected parameters: the fast layer would lose what an extra one does."""
-    expected = spec.parameter_shapes()
-    found = {
-        **dict(layer.named_parameters(remove_duplicate=False)),
-        **dict(layer.named_buffers(remove_duplicate=False)),
-    }
-    if unknown := sorted(found.keys() - expected.keys()):
-        raise UnsupportedLayer(f"{unknown[0]}: an unexpected parameter or buffer")
-    if missing := sorted(expected.keys() - found.keys()):
-        raise UnsupportedLayer(f"{missing[0]}: not a parameter of the layer")
-    for what, value_of in _UNIFORM:
-        values = {value_of(tensor) for tensor in found.values()}
-        if len(values) > 1:
-            raise UnsupportedLayer(f"parameters differ in {what}: {sorted(map(str, values))}")
-    dtype = next(iter(found.values())).dtype
-    if not dtype.is_floating_point:
-        raise UnsupportedLayer(f"parameters are {dtype}, expected a floating dtype")
-
-
-_UNIFORM: tuple[tuple[str, Callable[[Tensor], torch.dtype | torch.device]], ...] = (
-    ("dtype", lambda tensor: tensor.dtype),
-    ("device", lambda tensor: tensor.device),
-)
 
 
 def _check_own_code(layer: nn.Module) -> None:

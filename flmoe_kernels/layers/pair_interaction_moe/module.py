@@ -11,21 +11,18 @@ from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.layers.interaction_moe.reference import interaction_losses as reference_losses
-from flmoe_kernels.ops.interaction_losses import op as _losses_op  # noqa: F401  registers flmoe::interaction_losses
-from flmoe_kernels.ops.pair_moe.arguments import (
+from flmoe_kernels.ops.interaction_losses import interaction_losses
+from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_POOL
+from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
+
+from .arguments import (
     Inputs,
     batch_of,
     cast_for_autocast,
     plain_tokens,
-    validate_inputs,
-    validate_replacements,
     validate_sizes,
     validate_target,
 )
-from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_POOL
-from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
-
 from .experts import ExpertTable
 from .explanation import PairExplanation, explain_pairs
 from .output import PairOutput
@@ -285,7 +282,7 @@ class PairInteractionMoE(nn.Module):
 
     def _enter(self, inputs: Inputs, masks: Inputs | None) -> Inputs:
         inputs = cast_for_autocast(inputs, self.gate_bias)
-        validate_inputs(self.dims, inputs, masks, self.gate_bias)
+        check.require_inputs(self.dims, inputs, masks, self.gate_bias, optional=True)
         backends.choose("pair_moe", self.gate_bias, self.backend)
         return inputs
 
@@ -294,7 +291,7 @@ class PairInteractionMoE(nn.Module):
             if not wanted:
                 raise ValueError("replacements: expected None, as interaction_losses is False")
             replacements = cast_for_autocast(replacements, self.gate_bias)
-            validate_replacements(replacements, inputs)
+            check.require_replacements("replacements", replacements, inputs)
             return replacements
         if not wanted:
             return None
@@ -358,10 +355,7 @@ class PairInteractionMoE(nn.Module):
 
     def _losses(self, latents: Tensor) -> Tensor:
         """Losses (M + 2,) of latents (M + 2, M + 1, B, P * V)."""
-        backend = backends.choose("pair_moe", latents, self.backend)
-        if backend != backends.REFERENCE:
-            return torch.ops.flmoe.interaction_losses(latents, backend)
-        return torch.stack(reference_losses([expert.unbind(0) for expert in latents.unbind(0)]))
+        return interaction_losses(latents, backends.choose("pair_moe", latents, self.backend))
 
     def _classify(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) and the experts' parts of them (B, E, C) of latents (E, B, P * V), in their dtype."""

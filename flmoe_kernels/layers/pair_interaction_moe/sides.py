@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.native import statistics_dtype
+from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.ops.pair_moe.api import PairMoEOutput, TopPairs, pair_map, pair_moe, top_pairs
 from flmoe_kernels.ops.pair_moe.kinds import swap_sides
 

@@ -1,5 +1,6 @@
 """RoutedMLP, its gates, and experts spread over processes."""
 
+from .ddp import prepare_for_ddp as prepare_for_ddp
 from .gates import Gate as Gate
 from .gates import GShardGate as GShardGate
 from .gates import NaiveGate as NaiveGate
@@ -7,4 +8,3 @@ from .gates import NoisyGate as NoisyGate
 from .gates import SwitchGate as SwitchGate
 from .module import RoutedMLP as RoutedMLP
 from .parallel import parallel_routed_mlp as parallel_routed_mlp
-from .parallel import prepare_for_ddp as prepare_for_ddp

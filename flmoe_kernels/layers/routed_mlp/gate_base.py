@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.ops.routed_mlp.api import Routing
+from flmoe_kernels.ops.routing.api import Routing
 
 
 class Gate(nn.Module):

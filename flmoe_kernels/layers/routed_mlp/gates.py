@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.core.native import statistics_dtype
-from flmoe_kernels.ops.routed_mlp.api import ALL, SELECTED, Routing, limit, reweigh
-from flmoe_kernels.ops.routed_mlp.api import gate as choose
+from flmoe_kernels.core.dtypes import statistics_dtype
+from flmoe_kernels.ops.routing.api import ALL, SELECTED, Routing, limit, reweigh
+from flmoe_kernels.ops.routing.api import gate as choose
 
+from .collectives import limit_over_ranks, sum_over_ranks, tokens_over_ranks
 from .gate_base import Gate as Gate
-from .parallel import limit_over_ranks, sum_over_ranks, tokens_over_ranks
 
 
 class NaiveGate(Gate):

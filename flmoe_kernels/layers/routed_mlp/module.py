@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 
+from .collectives import require_ranks
 from .gates import Gate, gate_class
-from .parallel import parallel_routed_mlp, require_ranks
+from .parallel import parallel_routed_mlp
 from .state import prepare_state_dict
 from .structure import activation_name, describe
 
@@ -86,7 +87,7 @@ class RoutedMLP(nn.Module):
             graph: out is their weighted sum. None unless captured.
         These are of one call: not copied, not pickled.
         mean_gradients: with world_size above 1, whether the experts' gradients are of the mean of all processes'
-            objectives, as DistributedDataParallel's, or of their sum; False. See `parallel.prepare_for_ddp`.
+            objectives, as DistributedDataParallel's, or of their sum; False. See `prepare_for_ddp`.
 
     Parameters: experts.htoh4.weight (E, F, D), experts.htoh4.bias (E, F), experts.h4toh.weight (E, D, F),
     experts.h4toh.bias (E, D); the gate's under gate.* and, the same objects, under all_gates.0.*.
@@ -142,7 +143,7 @@ class RoutedMLP(nn.Module):
         The mode, capture_topk_pre_mix and the gates' settings are the layer's.
 
         Raises:
-            UnsupportedMLP (a ValueError): naming the part that this class does not compute.
+            UnsupportedLayer (a ValueError): naming the part that this class does not compute.
         """
         spec = describe(layer)
         published: Any = layer

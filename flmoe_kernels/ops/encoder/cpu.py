@@ -5,18 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.backend import native
 from flmoe_kernels.core.dropout import DRAWS, keep_threshold
-from flmoe_kernels.core.native import (
-    address,
-    dtype_code,
-    empty,
-    expect,
-    expect_run_lengths,
-    expect_seed,
-    statistics_dtype,
-    threads,
-)
+from flmoe_kernels.core.dtypes import dtype_code, statistics_dtype
+from flmoe_kernels.core.native import address, empty, native, threads
+from flmoe_kernels.core.operands import contiguous, expect, expect_bounds, expect_seed
 
 
 def _dropout(seed: Tensor | None, p: float) -> tuple[int, int]:
@@ -33,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _expect_linear(x, weight)
     expect("bias", bias, weight.shape[:2], x.dtype)
     x, weight = x.contiguous(), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    bias = contiguous(bias)
     experts, rows, in_width = x.shape
     out = empty((experts, rows, weight.shape[1]), x)
     native().linear_forward(
@@ -89,8 +81,7 @@ def norm(
         expect(name, each, source.shape, source.dtype)
     for name, each in (("gain", gain), ("shift", shift)):
         expect(name, each, (source.shape[0], source.shape[2]), source.dtype)
-    residual = None if residual is None else residual.contiguous()
-    update = None if update is None else update.contiguous()
+    residual, update = contiguous(residual), contiguous(update)
     gain, shift = gain.contiguous(), shift.contiguous()
     x = residual if update is None else update
     assert x is not None
@@ -128,8 +119,7 @@ def norm_backward(
         expect(name, each, total.shape[:2], statistics_dtype(total.dtype))
     expect("gain", gain, (total.shape[0], total.shape[2]), total.dtype)
     total, mean, rstd = total.contiguous(), mean.contiguous(), rstd.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_normed = None if grad_normed is None else grad_normed.contiguous()
+    grad_total, grad_normed = contiguous(grad_total), contiguous(grad_normed)
     gain = gain.contiguous()
     grad_residual = empty((0,) if self_residual else total.shape, total)
     # Without dropout the update's gradient is the residual's.
@@ -152,6 +142,7 @@ def norm_backward(
 
 
 def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    expect("x", x, x.shape, x.dtype)
     x = x.contiguous()
     out = empty(x.shape, x)
     native().gelu_forward(
@@ -161,7 +152,8 @@ def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 
 def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    expect("grad_out", grad_out, x.shape, x.dtype)
+    for name, each in (("x", x), ("grad_out", grad_out)):
+        expect(name, each, x.shape, x.dtype)
     x, grad_out = x.contiguous(), grad_out.contiguous()
     grad_x = empty(x.shape, x)
     native().gelu_backward(
@@ -175,7 +167,7 @@ def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) ->
 
 
 def _pool_sizes(shape: torch.Size, cu_segments: Tensor, views: int) -> tuple[int, ...]:
-    expect_run_lengths("cu_segments", cu_segments)
+    expect_bounds("cu_segments", cu_segments)
     experts, rows, width = shape
     if views < 1 or rows % views:
         raise ValueError(f"views: expected a divisor of {rows} rows, got {views}")

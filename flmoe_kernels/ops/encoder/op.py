@@ -1,56 +1,41 @@
-"""torch.library registration of the encoder's operators: schemas, fakes, autograd. Glue only.
+"""torch.library registration of the encoder's operators: backends, schemas, fakes, autograd.
 
-Shapes are those of encoder/reference.py. A gradient that nobody wants comes back with no elements. The backend is
-the last argument of every operator, so that a gradient is computed by the backend that computed the value.
+Shapes are those of api.py. A gradient that is not wanted comes back with no elements. The reference is not
+registered: api.py calls it, and autograd differentiates it.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.backend import CPU
-from flmoe_kernels.core.native import first_order_only, statistics_dtype
+from flmoe_kernels.core.dtypes import statistics_dtype
+from flmoe_kernels.core.registration import define, first_order_only
 
 _OPS = torch.ops.flmoe
 _DROP = "Tensor? seed, float p"
 
 
-def _backend(name: str) -> Any:
-    """The module of a backend: linear, norm, gelu, pool, views_of and the backward of each."""
-    return importlib.import_module(f".{name}", __package__)
+def _kernels(backend: str) -> Any:
+    """linear, norm, gelu, pool, views and the backward of each of a backend."""
+    match backend:
+        case "cpu":
+            from . import cpu
+
+            return cpu
+        case "triton":
+            from . import triton
+
+            return triton
+        case _:
+            raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
 
 
-def _norm_alone(backend: Any) -> Callable:
-    def norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
-        return backend.norm(x, None, gain, shift, None, 0.0, eps)[1:]
-
-    return norm
-
-
-def _define(
-    name: str, schema: str, of_backend: str | Callable[[Any], Callable], fake: Callable
-) -> None:
-    """Register "(schema, str backend='cpu')" -> results.
-
-    of_backend: the name of the function in a backend's module, or what makes the function from the module.
-    """
-    arguments, results = schema.split(" -> ")
-    torch.library.define(f"flmoe::{name}", f"({arguments[1:-1]}, str backend='{CPU}') -> {results}")
-    count = len(getattr(_OPS, name).default._schema.arguments) - 1
-
-    def kernel(*args: Any) -> Any:
-        # torch leaves out a trailing argument that is its schema's default.
-        backend = _backend(args[count] if len(args) > count else CPU)
-        found = getattr(backend, of_backend) if isinstance(of_backend, str) else of_backend(backend)
-        return found(*args[:count])
-
-    torch.library.impl(f"flmoe::{name}", ("cpu", "cuda"), kernel)
-    torch.library.register_fake(f"flmoe::{name}", lambda *args: fake(*args[:count]))
+def _run(function: str) -> Callable[..., Any]:
+    return lambda backend, *args: getattr(_kernels(backend), function)(*args)
 
 
 def _like(x: Tensor, wanted: bool = True) -> Tensor:
@@ -59,28 +44,12 @@ def _like(x: Tensor, wanted: bool = True) -> Tensor:
 
 # ---- expert_linear ----
 
-_define(
-    "expert_linear",
-    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "linear",
-    lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[1])),
-)
-
 
 def _linear_backward_fake(
     grad_out: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias = x.new_empty(weight.shape[:2] if want_bias else (0,))
     return _like(x, want_x), _like(weight, want_weight), bias
-
-
-_define(
-    "expert_linear_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, bool want_x, bool want_weight, bool want_bias) "
-    "-> (Tensor, Tensor, Tensor)",
-    "linear_backward",
-    _linear_backward_fake,
-)
 
 
 def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -94,32 +63,34 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple:
     return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
 
 
-torch.library.register_autograd(
-    "flmoe::expert_linear", _linear_autograd, setup_context=_linear_setup
+define(
+    "expert_linear",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _run("linear"),
+    lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[1])),
+    (_linear_setup, _linear_autograd),
+)
+define(
+    "expert_linear_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, bool want_x, bool want_weight, bool want_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run("linear_backward"),
+    _linear_backward_fake,
 )
 
 
-# ---- expert_norm and dropout_add_norm: two doors to one kernel ----
+# ---- expert_norm and dropout_add_norm: two operators of one kernel ----
+
+
+def _expert_norm(
+    backend: str, x: Tensor, gain: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    return _kernels(backend).norm(x, None, gain, shift, None, 0.0, eps)[1:]
 
 
 def _norm_fake(x: Tensor, has_sum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = x.new_empty(x.shape[:2], dtype=statistics_dtype(x.dtype))
     return _like(x, has_sum), _like(x), stats, torch.empty_like(stats)
-
-
-_define(
-    "expert_norm",
-    "(Tensor x, Tensor gain, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)",
-    _norm_alone,
-    lambda x, gain, shift, eps: _norm_fake(x, False)[1:],
-)
-_define(
-    "dropout_add_norm",
-    f"(Tensor? residual, Tensor update, Tensor gain, Tensor shift, {_DROP}, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "norm",
-    lambda residual, update, *rest: _norm_fake(update, True),
-)
 
 
 def _norm_backward_fake(
@@ -136,16 +107,6 @@ def _norm_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     own_update = want_update and (self_residual or seed is not None)
     return _like(total, not self_residual), _like(total, own_update), _like(gain), _like(gain)
-
-
-_define(
-    "dropout_add_norm_backward",
-    "(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor mean, Tensor rstd, "
-    f"Tensor gain, {_DROP}, bool self_residual, bool want_update) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "norm_backward",
-    _norm_backward_fake,
-)
 
 
 def _expert_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -187,23 +148,32 @@ def _add_norm_autograd(
     return residual, residual if seed is None else update, *rest
 
 
-torch.library.register_autograd(
-    "flmoe::expert_norm", _expert_norm_autograd, setup_context=_expert_norm_setup
+define(
+    "expert_norm",
+    "(Tensor x, Tensor gain, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)",
+    _expert_norm,
+    lambda x, gain, shift, eps: _norm_fake(x, False)[1:],
+    (_expert_norm_setup, _expert_norm_autograd),
 )
-torch.library.register_autograd(
-    "flmoe::dropout_add_norm", _add_norm_autograd, setup_context=_add_norm_setup
+define(
+    "dropout_add_norm",
+    f"(Tensor? residual, Tensor update, Tensor gain, Tensor shift, {_DROP}, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run("norm"),
+    lambda residual, update, *rest: _norm_fake(update, True),
+    (_add_norm_setup, _add_norm_autograd),
+)
+define(
+    "dropout_add_norm_backward",
+    "(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor mean, Tensor rstd, "
+    f"Tensor gain, {_DROP}, bool self_residual, bool want_update) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run("norm_backward"),
+    _norm_backward_fake,
 )
 
 
 # ---- gelu_dropout ----
-
-_define("gelu_dropout", f"(Tensor x, {_DROP}) -> Tensor", "gelu", lambda x, *rest: _like(x))
-_define(
-    "gelu_dropout_backward",
-    f"(Tensor grad_out, Tensor x, {_DROP}) -> Tensor",
-    "gelu_backward",
-    lambda grad_out, x, *rest: _like(x),
-)
 
 
 def _gelu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -216,7 +186,19 @@ def _gelu_autograd(ctx: Any, grad: Tensor) -> tuple:
     return grad_x, None, None, None
 
 
-torch.library.register_autograd("flmoe::gelu_dropout", _gelu_autograd, setup_context=_gelu_setup)
+define(
+    "gelu_dropout",
+    f"(Tensor x, {_DROP}) -> Tensor",
+    _run("gelu"),
+    lambda x, *rest: _like(x),
+    (_gelu_setup, _gelu_autograd),
+)
+define(
+    "gelu_dropout_backward",
+    f"(Tensor grad_out, Tensor x, {_DROP}) -> Tensor",
+    _run("gelu_backward"),
+    lambda grad_out, x, *rest: _like(x),
+)
 
 
 # ---- dropout_add_pool ----
@@ -236,20 +218,6 @@ def _pool_backward_fake(
     return grad_out.new_empty(shape), grad_out.new_empty((0,) if seed is None else shape)
 
 
-_define(
-    "dropout_add_pool",
-    f"(Tensor residual, Tensor update, Tensor cu_segments, int views, {_DROP}) -> Tensor",
-    "pool",
-    _pool_fake,
-)
-_define(
-    "dropout_add_pool_backward",
-    f"(Tensor grad_out, Tensor cu_segments, int views, int rows, {_DROP}) -> (Tensor, Tensor)",
-    "pool_backward",
-    _pool_backward_fake,
-)
-
-
 def _pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     residual, _, cu_segments, ctx.views, seed, ctx.p, ctx.backend = inputs
     ctx.rows = residual.shape[1]
@@ -264,25 +232,22 @@ def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
     return residual, residual if seed is None else update, *(None,) * 5
 
 
-torch.library.register_autograd(
-    "flmoe::dropout_add_pool", _pool_autograd, setup_context=_pool_setup
+define(
+    "dropout_add_pool",
+    f"(Tensor residual, Tensor update, Tensor cu_segments, int views, {_DROP}) -> Tensor",
+    _run("pool"),
+    _pool_fake,
+    (_pool_setup, _pool_autograd),
+)
+define(
+    "dropout_add_pool_backward",
+    f"(Tensor grad_out, Tensor cu_segments, int views, int rows, {_DROP}) -> (Tensor, Tensor)",
+    _run("pool_backward"),
+    _pool_backward_fake,
 )
 
 
 # ---- expand_views ----
-
-_define(
-    "expand_views",
-    "(Tensor x, Tensor modality, int views) -> Tensor",
-    "views_of",
-    lambda x, modality, views: x.new_empty((x.shape[0], views, *x.shape[2:])),
-)
-_define(
-    "expand_views_backward",
-    "(Tensor grad_out, Tensor modality) -> Tensor",
-    "views_backward",
-    lambda grad, modality: grad.new_empty((grad.shape[0], 2, *grad.shape[2:])),
-)
 
 
 def _views_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -294,13 +259,24 @@ def _views_autograd(ctx: Any, grad: Tensor) -> tuple:
     return _OPS.expand_views_backward(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 3
 
 
-torch.library.register_autograd("flmoe::expand_views", _views_autograd, setup_context=_views_setup)
-
-for _name in (
-    "expert_linear",
-    "dropout_add_norm",
-    "gelu_dropout",
-    "dropout_add_pool",
+define(
     "expand_views",
-):
-    first_order_only(f"flmoe::{_name}_backward")
+    "(Tensor x, Tensor modality, int views) -> Tensor",
+    _run("views_of"),
+    lambda x, modality, views: x.new_empty((x.shape[0], views, *x.shape[2:])),
+    (_views_setup, _views_autograd),
+)
+define(
+    "expand_views_backward",
+    "(Tensor grad_out, Tensor modality) -> Tensor",
+    _run("views_backward"),
+    lambda grad, modality: grad.new_empty((grad.shape[0], 2, *grad.shape[2:])),
+)
+
+first_order_only(
+    "expert_linear_backward",
+    "dropout_add_norm_backward",
+    "gelu_dropout_backward",
+    "dropout_add_pool_backward",
+    "expand_views_backward",
+)

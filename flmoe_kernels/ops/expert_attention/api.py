@@ -1,4 +1,4 @@
-"""The door of expert_attention: docstring, validation, choice of the backend."""
+"""Public API of expert_attention: docstring, validation, choice of the backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flmoe_kernels.core import validation as check
 from . import op as _op  # noqa: F401  registers flmoe::expert_attention
 from .reference import attention_reference
 
-__all__ = ["expert_attention"]
+__all__ = ["expert_attention", "expert_attention_packed"]
 _OPERATOR = "expert_attention"
 
 
@@ -54,7 +54,7 @@ def expert_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; named.
-        BackendUnavailable: the backend asked for cannot run this.
+        BackendUnavailable: the requested backend cannot run this.
 
     Cost: 4 * L^2 * d FLOP per problem and head, memory O(rows * H * d).
     Source: the fusion attention of FL-I2MoE (arXiv 2603.13326), tiled with an online softmax
@@ -80,6 +80,27 @@ def expert_attention(
         out, lse = torch.ops.flmoe.expert_attention(q4, k4, v4, *tail, chosen)
     out, lse = (out, lse) if grouped else (out[0], lse[0])
     return (out, lse) if return_lse else out
+
+
+def expert_attention_packed(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """expert_attention of q, k, v packed as a fused projection writes them, for layers.
+
+    Args:
+        qkv: (G, rows, 3, H, d). The kernels check tensors at their border; nothing else is validated here.
+        backend: the result of core.backend.choose, not the reference.
+        others: as in expert_attention.
+
+    Returns:
+        out (G, rows, H, d) and lse (G, rows, H). The gradient is one tensor, shaped as qkv.
+    """
+    return torch.ops.flmoe.expert_attention_packed(qkv, cu_seqlens, seed, dropout_p, scale, backend)
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout_p: float) -> None:

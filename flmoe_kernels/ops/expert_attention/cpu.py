@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flmoe_kernels.core.backend import native
 from flmoe_kernels.core.dropout import DRAWS, keep_threshold
-from flmoe_kernels.core.native import (
-    address,
-    dtype_code,
-    empty,
-    expect,
-    expect_run_lengths,
-    expect_seed,
-    statistics_dtype,
-    threads,
-)
+from flmoe_kernels.core.dtypes import dtype_code, statistics_dtype
+from flmoe_kernels.core.native import address, empty, native, threads
+from flmoe_kernels.core.operands import expect, expect_bounds, expect_seed, rows_contiguous
+
+__all__ = ["backward", "empty", "forward"]
 
 
 def _view(x: Tensor) -> tuple[int, int, int, int]:
@@ -23,16 +17,12 @@ def _view(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), group, row, head
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _expect(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seed: Tensor | None) -> None:
     if q.dim() != 4:
         raise ValueError(f"q: expected (G, rows, H, d), got {tuple(q.shape)}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         expect(name, x, q.shape, q.dtype)
-    expect_run_lengths("cu_seqlens", cu_seqlens)
+    expect_bounds("cu_seqlens", cu_seqlens)
     expect_seed(seed)
 
 
@@ -55,7 +45,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     _expect(q, k, v, cu_seqlens, seed)
-    q, k, v, cu_seqlens = (*map(_rows_contiguous, (q, k, v)), cu_seqlens.contiguous())
+    q, k, v, cu_seqlens = (*map(rows_contiguous, (q, k, v)), cu_seqlens.contiguous())
     out = empty(q.shape, q)
     lse = empty(q.shape[:3], q, statistics_dtype(q.dtype))
     native().attention_forward(
@@ -72,17 +62,17 @@ def forward(
 
 
 def backward(
+    grads: tuple[Tensor, Tensor, Tensor],
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
     dropout_p: float,
     scale: float,
-    grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous."""
     _expect(q, k, v, cu_seqlens, seed)
@@ -90,7 +80,7 @@ def backward(
     expect("out", out, q.shape, q.dtype)
     expect("lse", lse, q.shape[:3], statistics_dtype(q.dtype))
     out, lse = out.contiguous(), lse.contiguous()
-    q, k, v, grad_out = map(_rows_contiguous, (q, k, v, grad_out))
+    q, k, v, grad_out = map(rows_contiguous, (q, k, v, grad_out))
     cu_seqlens = cu_seqlens.contiguous()
     native().attention_backward(
         dtype_code(q),

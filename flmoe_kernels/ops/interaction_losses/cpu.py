@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flmoe_kernels.core.backend import native
-from flmoe_kernels.core.native import address, dtype_code, empty, expect, threads
+from flmoe_kernels.core.dtypes import dtype_code
+from flmoe_kernels.core.native import address, empty, native, threads
+from flmoe_kernels.core.operands import expect
 
 
 def losses(latents: Tensor) -> Tensor:
+    expect("latents", latents, latents.shape, latents.dtype)
     latents = latents.contiguous()
     experts, views, _, _ = latents.shape
     if views != experts - 1 or views < 3:
@@ -21,6 +23,7 @@ def losses(latents: Tensor) -> Tensor:
 
 
 def losses_backward(grad_losses: Tensor, latents: Tensor) -> Tensor:
+    expect("latents", latents, latents.shape, latents.dtype)
     expect("grad_losses", grad_losses, latents.shape[:1], latents.dtype)
     latents, grad_losses = latents.contiguous(), grad_losses.contiguous()
     grad = empty(latents.shape, latents)

@@ -1,4 +1,4 @@
-"""The door of pair_moe: docstrings, validation, choice of the backend."""
+"""Public API of pair_moe: docstrings, validation, choice of the backend."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def pair_moe(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; named.
-        BackendUnavailable: the backend asked for cannot run this.
+        BackendUnavailable: the requested backend cannot run this.
 
     Cost: 2 R E FLOP per valid pair and 2 V for each expert whose message needs c_j at that reduction; memory
     O(B * E * (La + Lb) * (R + V)). The backward makes the probabilities again.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.native import statistics_dtype
+from flmoe_kernels.core.dtypes import statistics_dtype
 
 # The positions are those of PairReduce in csrc/cpu/kernels.h.
 REDUCE_NONE, REDUCE_EXPERTS, REDUCE_POOL = REDUCTIONS = ("none", "experts", "pool")

@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.backend import native
-from flmoe_kernels.core.native import address, dtype_code, empty, expect, threads
+from flmoe_kernels.core.dtypes import dtype_code
+from flmoe_kernels.core.native import address, empty, native, threads
+from flmoe_kernels.core.operands import contiguous, expect, rows_contiguous
 
 from .call import REDUCE_EXPERTS, REDUCE_NONE, REDUCTIONS, PairCall
 
@@ -32,8 +33,8 @@ def backward(
     call = _checked(call)
     expect("grad_y", grad_y, call.y_shape(reduce), call.y_dtype(reduce))
     expect("grad_mass", grad_mass, call.q.shape[:3], call.statistics)
-    grad_mass = None if grad_mass is None else grad_mass.contiguous()
-    grad_y = _rows_contiguous(grad_y)
+    grad_mass = contiguous(grad_mass)
+    grad_y = rows_contiguous(grad_y)
     # The kernel passes over masked tokens, and over everything where one side has none.
     fresh = call.mask_a is None and call.mask_b is None and call.rows > 0 and call.columns > 0
     make = empty if fresh else _zeros
@@ -76,10 +77,6 @@ def _zeros(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = Non
     return empty(shape, like, dtype).zero_()
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _checked(call: PairCall) -> PairCall:
     """The call as the kernels will read it; ValueError for what they must not."""
     batch, experts, rows, rank = call.q.shape
@@ -96,19 +93,19 @@ def _checked(call: PairCall) -> PairCall:
         bias = bias.to(call.statistics).contiguous()
     return dataclasses.replace(
         call,
-        q=_rows_contiguous(call.q),
-        k=_rows_contiguous(call.k),
-        a=_rows_contiguous(call.a),
-        c=_rows_contiguous(call.c),
+        q=rows_contiguous(call.q),
+        k=rows_contiguous(call.k),
+        a=rows_contiguous(call.a),
+        c=rows_contiguous(call.c),
         gate_bias=bias,
-        mask_a=None if mask_a is None else mask_a.contiguous(),
-        mask_b=None if mask_b is None else mask_b.contiguous(),
+        mask_a=contiguous(mask_a),
+        mask_b=contiguous(mask_b),
     )
 
 
 def _checked_head(call: PairCall, head: Tensor) -> Tensor:
     expect("head", head, (call.batch, call.experts, call.width), call.q.dtype)
-    return _rows_contiguous(head)
+    return rows_contiguous(head)
 
 
 def _view(x: Tensor) -> View:

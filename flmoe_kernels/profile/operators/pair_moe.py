@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.native import statistics_dtype
+from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.ops.pair_moe.api import pair_moe
 from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.prepared import Form, Prepared, prepare_function

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.backend import REFERENCE
-from flmoe_kernels.ops.routed_mlp.api import gate, routed_mlp
+from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routing.api import gate
 from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.prepared import Outputs, Prepared, prepare_function
 from flmoe_kernels.profile.shapes import RoutedShape

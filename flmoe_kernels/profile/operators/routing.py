@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from flmoe_kernels.ops.routed_mlp.api import dispatch, gate
+from flmoe_kernels.ops.routing.api import dispatch, gate
 from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.prepared import Outputs, Prepared, prepare_function
 from flmoe_kernels.profile.shapes import RoutedShape

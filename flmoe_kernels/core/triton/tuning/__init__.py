@@ -1,9 +1,7 @@
-"""The choice of launch configurations by time instead of by table: opt-in, by `autotune` or FLMOE_AUTOTUNE=1."""
+"""Autotuning of launch configurations: opt-in, by `autotune` or FLMOE_AUTOTUNE=1."""
 
-from .asking import bucket, question
-from .finding import Question
-from .switch import autotune, enabled
-from .trial import Trial
-from .tuner import choose
+from .cache import TuningKey
+from .timing import Trial
+from .tuner import autotune, bucket, choose, enabled, tuning_key
 
-__all__ = ["Question", "Trial", "autotune", "bucket", "choose", "enabled", "question"]
+__all__ = ["Trial", "TuningKey", "autotune", "bucket", "choose", "enabled", "tuning_key"]

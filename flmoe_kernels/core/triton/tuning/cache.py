@@ -1,105 +1,225 @@
-"""The folder of findings: a small JSON file each, so that processes that tune at a time lose none.
+"""Tuning results on disk: one small, validated JSON file each, so that concurrent processes lose none.
 
-It is FLMOE_CACHE_DIR, or else flmoe_kernels in XDG_CACHE_HOME or ~/.cache; findings lie in its folder "tuning".
+They lie in the folder "tuning" of FLMOE_CACHE_DIR, or of flmoe_kernels in XDG_CACHE_HOME or ~/.cache.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import re
 import stat
-import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from .finding import Finding, Question, decode, encode
+from flmoe_kernels.core.files import is_replaced, write_whole
 
 FOLDER_VARIABLE = "FLMOE_CACHE_DIR"
+FORMAT = 1
 _NAME = re.compile(r"[0-9a-f]{32}\.json")
-# What a writer that was killed leaves.
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\w+\.tmp")
-# A finding has about one KiB: a larger file is something else, and is not read.
+# What a killed writer leaves, see core/files.py.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\w+\.tmp\.json")
+# A file has about one KiB; a larger one is something else and is not read.
 _MOST_BYTES = 2**16
+# Limits on what a file may hold: fields and values of a configuration, characters of a word, seconds.
+_MOST_FIELDS, _LARGEST, _LONGEST, _MOST_SECONDS = 32, 2**16, 256, 1e6
+Tiles = dict[str, int]
 
 
 class TuningWarning(UserWarning):
-    """A finding that cannot be used or kept: the call goes on without it."""
+    """A tuning result cannot be used or saved; the call continues without it."""
+
+
+@dataclass(frozen=True, order=True)
+class TuningKey:
+    """What calls must have in common to share a configuration.
+
+    kernel: "pair_moe.accumulate"; kind: its class in the launch table; dtype: "bfloat16"; sizes: names and
+    numbers, some rounded to a bucket; device: its name; triton, package: versions.
+    """
+
+    kernel: str
+    kind: str
+    dtype: str
+    sizes: tuple[tuple[str, int], ...]
+    device: str
+    triton: str
+    package: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"sizes": dict(self.sizes)}
+
+    def file_name(self) -> str:
+        text = json.dumps(self.as_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32] + ".json"
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """The fastest configuration and the launch table's, with the seconds of one run of each.
+
+    tried, refused: the number of candidates, and of those that did not run or gave other results.
+    """
+
+    key: TuningKey
+    tiles: Tiles
+    seconds: float
+    table: Tiles
+    table_seconds: float
+    tried: int
+    refused: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format": FORMAT} | asdict(self) | {"key": self.key.as_json()}
+
+
+def encode(result: TuningResult) -> str:
+    return json.dumps(result.as_json(), indent=1, allow_nan=False) + "\n"
+
+
+def decode(text: str) -> TuningResult:
+    """The tuning result in the text of a file.
+
+    Raises:
+        ValueError: the text is not valid; says what is wrong with it.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON ({error})") from error
+    fields = [field.name for field in dataclasses.fields(TuningResult)]
+    _expect_keys("the file", content, "format", *fields)
+    if content["format"] != FORMAT or isinstance(content["format"], bool):
+        raise ValueError(f"format: expected {FORMAT}, got {_short(content['format'])}")
+    return TuningResult(
+        _key(content["key"]),
+        _integers("tiles", content["tiles"]),
+        _seconds("seconds", content["seconds"]),
+        _integers("table", content["table"]),
+        _seconds("table_seconds", content["table_seconds"]),
+        _integer("tried", content["tried"]),
+        _integer("refused", content["refused"]),
+    )
+
+
+def _key(content: Any) -> TuningKey:
+    words = ("kernel", "kind", "dtype", "device", "triton", "package")
+    _expect_keys("key", content, *words, "sizes")
+    for name in words:
+        _expect_word(f"key.{name}", content[name])
+    sizes = _integers("key.sizes", content["sizes"], 2**62)
+    return TuningKey(**{name: content[name] for name in words}, sizes=tuple(sizes.items()))
+
+
+def _expect_word(name: str, value: Any) -> None:
+    """Printable, since `tune show` prints it on a terminal."""
+    if not isinstance(value, str) or len(value) > _LONGEST or not value.isprintable():
+        raise ValueError(
+            f"{name}: expected up to {_LONGEST} printable characters, got {_short(value)}"
+        )
+
+
+def _short(value: Any) -> str:
+    return ascii(value)[:_LONGEST]
+
+
+def _expect_keys(name: str, content: Any, *keys: str) -> None:
+    if not isinstance(content, dict) or set(content) != set(keys):
+        got = sorted(content) if isinstance(content, dict) else content
+        expected = ", ".join(sorted(keys))
+        raise ValueError(f"{name}: expected an object of {expected}, got {_short(got)}")
+
+
+def _integers(name: str, content: Any, largest: int = _LARGEST) -> Tiles:
+    if not isinstance(content, dict) or not 0 < len(content) <= _MOST_FIELDS:
+        raise ValueError(f"{name}: expected an object of up to {_MOST_FIELDS} integers")
+    for key in content:
+        _expect_word(f"a key of {name}", key)
+    return {key: _integer(f"{name}.{key}", content[key], largest) for key in content}
+
+
+def _integer(name: str, value: Any, largest: int = _LARGEST) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
+        raise ValueError(f"{name}: expected an integer from 0 to {largest}, got {_short(value)}")
+    return value
+
+
+def _seconds(name: str, value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < _MOST_SECONDS:
+        raise ValueError(f"{name}: expected seconds, got {_short(value)}")
+    return float(value)
 
 
 def folder() -> Path:
-    """Where findings lie, whether it is there or not.
+    """The folder of tuning results, whether it exists or not.
 
     Raises:
-        OSError: no variable names one and there is no home folder.
+        OSError: no variable names a folder and there is no home folder.
     """
     try:
-        return _named_folder()
+        own = os.environ.get(FOLDER_VARIABLE)
+        if own:
+            return Path(own).expanduser() / "tuning"
+        common = os.environ.get("XDG_CACHE_HOME")
+        # The specification of XDG_CACHE_HOME says that relative paths are ignored.
+        base = Path(common) if common and os.path.isabs(common) else Path.home() / ".cache"
+        return base / "flmoe_kernels" / "tuning"
     except RuntimeError as error:
         raise OSError(f"{FOLDER_VARIABLE}: expected a folder where {error}") from error
 
 
-def _named_folder() -> Path:
-    own = os.environ.get(FOLDER_VARIABLE)
-    if own:
-        return Path(own).expanduser() / "tuning"
-    common = os.environ.get("XDG_CACHE_HOME")
-    # The specification of XDG_CACHE_HOME says that relative paths are to be ignored.
-    base = Path(common) if common and os.path.isabs(common) else Path.home() / ".cache"
-    return base / "flmoe_kernels" / "tuning"
-
-
-def read(question: Question) -> Finding | None:
-    """What was found before; None, with a warning where a file is not that finding, if there is nothing."""
+def read(key: TuningKey) -> TuningResult | None:
+    """The saved result; None where there is none, with a warning where the file is not valid."""
     try:
-        path = folder() / f"{question.name()}.json"
+        path = folder() / key.file_name()
     except OSError as error:
         _warn(str(error))
         return None
-    finding = _load(path)
-    if finding is not None and finding.question != question:
-        _warn(f"{path}: ignored: it answers another question")
+    result = _load(path)
+    if result is not None and result.key != key:
+        _warn(f"{path}: ignored: it has another key")
         return None
-    return finding
+    return result
 
 
-def write(finding: Finding) -> None:
-    """The file appears whole or not at all; where it cannot be written, a warning."""
-    name = finding.question.name()
+def write(result: TuningResult) -> None:
+    """Write the file whole or not at all; a warning where it cannot be written."""
+    name = result.key.file_name()
     try:
-        target = folder() / f"{name}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        number, path = tempfile.mkstemp(dir=target.parent, prefix=f".{name}.", suffix=".tmp")
-        temporary = Path(path)
-        try:
-            with os.fdopen(number, "w", encoding="utf-8") as file:
-                file.write(encode(finding))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        target = folder() / name
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not is_replaced(target):
+            raise OSError("not a regular file")  # writing to a pipe would wait for a reader
+        write_whole(target, encode(result))
     except OSError as error:
-        _warn(f"{name}.json: not written: {error}")
+        _warn(f"{name}: not written: {error}")
 
 
-def findings() -> Iterator[Finding]:
-    """All that can be read, by file name; a warning for each that cannot.
+def results() -> Iterator[TuningResult]:
+    """All valid results, by file name; a warning for each file that is not valid.
 
     Raises:
-        OSError: there is a folder, and it cannot be listed.
+        OSError: the folder exists and cannot be listed.
     """
     for path in _files(_NAME):
-        finding = _load(path)
-        if finding is not None:
-            yield finding
+        result = _load(path)
+        if result is not None:
+            yield result
 
 
 def clear() -> int:
-    """Remove findings, readable or not, and what unfinished ones left, and nothing else in the folder.
+    """Remove results, valid or not, and what killed writers left, and nothing else in the folder.
 
-    Returns how many findings; a warning for each that stays.
+    Returns the number of results; a warning for each that cannot be removed.
 
     Raises:
-        OSError: there is a folder, and it cannot be listed.
+        OSError: the folder exists and cannot be listed.
     """
     for path in _files(_TEMPORARY):
         _remove(path)
@@ -122,7 +242,7 @@ def _files(name: re.Pattern[str]) -> list[Path]:
         return []
 
 
-def _load(path: Path) -> Finding | None:
+def _load(path: Path) -> TuningResult | None:
     try:
         return decode(_content(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -133,17 +253,17 @@ def _load(path: Path) -> Finding | None:
 
 
 def _content(path: Path) -> str:
-    with open(path, "rb", opener=_without_waiting) as file:
+    with open(path, "rb", opener=_open_without_waiting) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("no regular file")
+            raise ValueError("not a regular file")
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise ValueError(f"longer than {_MOST_BYTES} bytes")
     return content.decode()
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """A pipe would be waited for until somebody writes into it."""
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opening a pipe would otherwise wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

@@ -1,116 +1,208 @@
-"""The choice among candidate configurations of a kernel: by file, or by time on the inputs of a call."""
+"""The choice among candidate configurations of a kernel: saved results, or time on the inputs of a call."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import platform
 import statistics
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import cache, timer
-from .finding import Finding, Question, Tiles
-from .switch import Timer, given_timer
-from .trial import Trial, agree
+from flmoe_kernels._version import __version__
+from flmoe_kernels.core.settings import ScopedSetting
+
+from . import cache, timing
+from .cache import Tiles, TuningKey, TuningResult
+from .timing import Timer, Trial
 
 Configuration = TypeVar("Configuration")
+Make = Callable[[Configuration], Trial[Configuration]]
 
-# Rounds over all candidates, so that a drifting clock drifts for each; and by how much the table must be beaten:
-# less is noise.
+VARIABLE = "FLMOE_AUTOTUNE"
+# Rounds over all candidates, so that a drifting clock drifts for all; and the share of the table's time that a
+# candidate must stay below: a smaller gain is noise.
 _ROUNDS, _WORTH = 3, 0.98
 
-# One answer for the life of a process: launches and the buffers between them are cut by the same configuration.
-_answers: dict[Question, Any] = {}
-_lock = threading.RLock()
+
+def enabled_by_environment() -> bool:
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    enabled: bool
+    timer: Timer | None
+
+
+_setting = ScopedSetting(_Setting(enabled_by_environment(), None))
+
+
+def enabled() -> bool:
+    return _setting.get().enabled
+
+
+def given_timer() -> Timer | None:
+    """The timer that `autotune` was given in place of the device's own."""
+    return _setting.get().timer
+
+
+@contextmanager
+def autotune(enabled: bool = True, *, timer: Timer | None = None) -> Iterator[None]:
+    """Within the `with` block, in every thread, each Triton kernel runs its fastest configuration.
+
+    The first call of a kernel with a new class, dtype, size and device times the candidates on its own inputs,
+    which waits for the device, and saves the fastest in this process and in a file, see
+    `flmoe_kernels.core.triton.tuning.cache`. A call under CUDA graph capture times nothing: it uses a saved
+    result, or the launch table. Without this, and without FLMOE_AUTOTUNE=1, every call uses the launch table, and
+    no file is read or written. The choice may change the order of sums, and so the last bits of results.
+
+    Args:
+        enabled: False switches off a surrounding autotune, or the environment's.
+        timer: returns the seconds of a trial and runs it at least once; default: events of the trial's device.
+
+    Raises:
+        TypeError: `enabled` is not a bool.
+    """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected True or False, got {enabled!r}")
+    with _setting.override(_Setting(enabled, timer)):
+        yield
+
+
+def bucket(size: int) -> int:
+    """The next power of two, shared by all sizes up to it; 0 for 0."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def tuning_key(
+    kernel: str, kind: str, dtype: torch.dtype, device: torch.device, **sizes: int
+) -> TuningKey:
+    """The key of one kernel of a call; sizes as buckets or as they are."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    place = _device_name(device)
+    return TuningKey(kernel, kind, dtype_name, tuple(sizes.items()), place, _triton(), __version__)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{device.type} {platform.machine()}"
+    return _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return str(torch.cuda.get_device_name(index))
+
+
+@functools.cache
+def _triton() -> str:
+    try:
+        # The module's version: its distributions have several names.
+        import triton
+    except ModuleNotFoundError:
+        return "none"
+    return str(triton.__version__)
+
+
+# One choice for the life of a process: launches and the buffers between them are cut by the same configuration.
+_choices: dict[TuningKey, Any] = {}
+_choices_lock = threading.RLock()
 
 
 def choose(
-    question: Question,
+    key: TuningKey,
     candidates: Sequence[Configuration],
-    prepare: Callable[[], Callable[[Configuration], Trial[Configuration]]],
+    prepare: Callable[[], Make[Configuration]],
     device: torch.device,
 ) -> Configuration:
-    """The fastest of `candidates`, frozen dataclasses of numbers, of which the first is the launch table's.
+    """The fastest of `candidates`, frozen dataclasses of integers, of which the first is the launch table's.
 
-    It is the table's where nothing is known and nothing can be timed: without a device, under capture, and where
-    memory does not suffice. That answer too stays for the life of the process. `prepare` makes what all trials
-    share, where there is something to time, and returns what makes one.
+    The table's where nothing is saved and nothing can be timed: without a GPU, under capture, and where memory
+    does not suffice. That choice too stays for the life of the process. `prepare` is called only to time: it
+    allocates what all trials share and returns the function that makes one.
     """
-    with _lock:
-        if question not in _answers:
-            _answers[question] = _find(question, candidates, prepare, device)
-        answer: Configuration = _answers[question]
-        return answer
+    with _choices_lock:
+        if key not in _choices:
+            _choices[key] = _find(key, candidates, prepare, device)
+        choice: Configuration = _choices[key]
+        return choice
 
 
 def forget() -> None:
-    """Ask anew: of files, and then of the clock."""
-    with _lock:
-        _answers.clear()
+    """Drop this process's choices, so that the next calls read files and time again."""
+    with _choices_lock:
+        _choices.clear()
 
 
 def described(configuration: Any) -> Tiles:
-    """The whole numbers of a configuration by name."""
+    """The integers of a configuration by name."""
     values = dataclasses.asdict(configuration)
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 def _find(
-    question: Question,
+    key: TuningKey,
     candidates: Sequence[Configuration],
-    prepare: Callable[[], Callable[[Configuration], Trial[Configuration]]],
+    prepare: Callable[[], Make[Configuration]],
     device: torch.device,
 ) -> Configuration:
-    clock = given_timer() or (timer.device_seconds if device.type == "cuda" else None)
-    if clock is None or device.type == "meta":
+    timer = given_timer() or (timing.device_seconds if device.type == "cuda" else None)
+    if timer is None or device.type == "meta":
         return candidates[0]
-    known = cache.read(question)
-    if known is not None:
-        # Only what the candidates hold: a file decides among launches that this version would try.
+    saved = cache.read(key)
+    if saved is not None:
+        # A file only selects among the candidates of this version.
         for candidate in candidates:
-            if described(candidate) == known.tiles:
+            if described(candidate) == saved.tiles:
                 return candidate
-    if timer.capturing(device):
+    if timing.capturing(device):
         return candidates[0]
     try:
-        best, finding = _fastest(question, candidates, prepare(), clock)
+        best, result = _fastest(key, candidates, prepare(), timer)
     except torch.cuda.OutOfMemoryError as error:
         # The call itself may well fit: trials need memory beside it.
-        _warn(question, f"not tuned: {error}")
+        _warn(key, f"not tuned: {error}")
         return candidates[0]
     finally:
-        timer.release()
-    if finding is not None:
-        cache.write(finding)
+        timing.release()
+    if result is not None:
+        cache.write(result)
     return best
 
 
 def _fastest(
-    question: Question,
+    key: TuningKey,
     candidates: Sequence[Configuration],
-    make: Callable[[Configuration], Trial[Configuration]],
-    clock: Timer,
-) -> tuple[Configuration, Finding | None]:
+    make: Make[Configuration],
+    timer: Timer,
+) -> tuple[Configuration, TuningResult | None]:
     trials: list[Trial[Configuration]] = []
-    wanted: list[Tensor] = []
+    expected: list[Tensor] = []
     for candidate in candidates:
-        trial = _sound(question, make, candidate, wanted)
+        trial = _checked(key, make, candidate, expected)
         if trial is not None:
             trials.append(trial)
         elif not trials:
             # Without the table's own results there is nothing to compare with.
             return candidates[0], None
-    rounds = [[clock(trial) for trial in trials] for _ in range(_ROUNDS)]
+    rounds = [[timer(trial) for trial in trials] for _ in range(_ROUNDS)]
     seconds = [statistics.median(times) for times in zip(*rounds, strict=True)]
     best = min(range(len(trials)), key=seconds.__getitem__)
     if seconds[best] > _WORTH * seconds[0]:
         best = 0
-    finding = Finding(
-        question,
+    result = TuningResult(
+        key,
         described(trials[best].tiles),
         seconds[best],
         described(candidates[0]),
@@ -118,33 +210,32 @@ def _fastest(
         len(candidates),
         len(candidates) - len(trials),
     )
-    return trials[best].tiles, finding
+    return trials[best].tiles, result
 
 
-def _sound(
-    question: Question,
-    make: Callable[[Configuration], Trial[Configuration]],
+def _checked(
+    key: TuningKey,
+    make: Make[Configuration],
     candidate: Configuration,
-    wanted: list[Tensor],
+    expected: list[Tensor],
 ) -> Trial[Configuration] | None:
-    """The trial of a candidate that compiles, runs and agrees with `wanted`, which the first one fills."""
+    """The trial of a candidate that compiles, runs and agrees with `expected`, which the first candidate fills."""
     try:
         trial = make(candidate)
-        trial.run_afresh()
-        results = list(trial.results())
+        results = trial.run_afresh()
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        # Whatever the compiler or the driver says of a configuration: too many registers, too much memory.
-        _warn(question, f"a candidate did not run: {described(candidate)}: {error}")
+        # The compiler or the driver refuses a configuration: too many registers, too much shared memory.
+        _warn(key, f"a candidate did not run: {described(candidate)}: {error}")
         return None
-    if not wanted:
-        wanted.extend(result.clone() for result in results)
-    elif not agree(results, wanted):
-        _warn(question, f"a candidate gave other results: {described(candidate)}")
+    if not expected:
+        expected.extend(result.clone() for result in results)
+    elif not timing.agree(results, expected):
+        _warn(key, f"a candidate gave other results: {described(candidate)}")
         return None
     return trial
 
 
-def _warn(question: Question, message: str) -> None:
-    warnings.warn(f"{question.kernel}: {message}", cache.TuningWarning, stacklevel=3)
+def _warn(key: TuningKey, message: str) -> None:
+    warnings.warn(f"{key.kernel}: {message}", cache.TuningWarning, stacklevel=3)

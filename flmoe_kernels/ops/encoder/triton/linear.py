@@ -6,14 +6,13 @@ capture it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import expect, run
+from flmoe_kernels.core.operands import expect, expect_float32_or_half
+from flmoe_kernels.core.triton.launches import run
 
 from . import linear_launch as launches
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Block offsets of rows and columns, and numbers of tiles, are 32 bits wide.
 _MOST_ROWS, _MOST_WIDTH = 2**30, 2**24
 
@@ -40,8 +39,7 @@ def linear_backward(
 
 def _check(x: Tensor, weight: Tensor) -> None:
     """Fail unless the kernels can read these: an operator may be called past the package's doors."""
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    expect_float32_or_half("x", x)
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dim() != 3:
             raise ValueError(f"{name}: expected three dimensions, got {tuple(tensor.shape)}")

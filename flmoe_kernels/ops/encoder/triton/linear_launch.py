@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
+from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 
 from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
 
@@ -99,17 +100,8 @@ def class_of(kernel: str, dtype: torch.dtype, first: int, columns: int) -> str:
         return "float32"
     tiles = TABLE[kernel, "16 bit"]
     most = tiles.deep if kernel == "product" else tiles.rows
-    whole = first % _chunk(first, most) == 0 and columns % _chunk(columns, tiles.columns) == 0
+    whole = first % chunk_of(first, most) == 0 and columns % chunk_of(columns, tiles.columns) == 0
     return "16 bit" if whole else "ragged"
-
-
-def _chunk(width: int, most: int) -> int:
-    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
-    return min(most, max(16, 1 << (width - 1).bit_length()))
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
 
 
 def operand(x: Tensor) -> Operand:
@@ -156,10 +148,10 @@ def _product(
     experts, rows, inner = a[0].shape
     outer = out.shape[2]
     tiles = tiles_of("product", out.dtype, inner, outer)
-    columns, deep = _chunk(outer, tiles.columns), _chunk(inner, tiles.deep)
+    columns, deep = chunk_of(outer, tiles.columns), chunk_of(inner, tiles.deep)
     return Launch(
         product_kernel,
-        experts * _blocks(rows, tiles.rows) * _blocks(outer, columns),
+        experts * blocks_of(rows, tiles.rows) * blocks_of(outer, columns),
         {"a": a, "w": weight, "bias": bias, "out": out, "rows": rows, "depth": inner},
         {
             **{"INNER": inner, "OUTER": outer, "OF_INNER": strides[0], "OF_OUTER": strides[1]},
@@ -176,8 +168,10 @@ def _product(
 def shares_of(dtype: torch.dtype, experts: int, rows: int, p: int, q: int) -> int:
     """Shares of an expert's rows in gradients (E, P, Q): as many as make the programs that run at once."""
     tiles = tiles_of("weight_gradient", dtype, p, q)
-    across = _blocks(p, _chunk(p, tiles.rows)) * max(1, _blocks(q, _chunk(q, tiles.columns)))
-    fewest = _blocks(rows, _MOST_ROWS_FLOAT32) if dtype == torch.float32 else 1
+    across = blocks_of(p, chunk_of(p, tiles.rows)) * max(
+        1, blocks_of(q, chunk_of(q, tiles.columns))
+    )
+    fewest = blocks_of(rows, _MOST_ROWS_FLOAT32) if dtype == torch.float32 else 1
     return max(1, fewest, min(_PROGRAMS // max(1, experts * across), rows // _LEAST_ROWS))
 
 
@@ -203,15 +197,15 @@ def _weight_gradient(
     experts, rows, p = left[0].shape
     q = 0 if right is None else right[0].shape[2]
     tiles = tiles_of("weight_gradient", left[0].dtype, p, q)
-    high, wide = _chunk(p, tiles.rows), _chunk(q, tiles.columns)
-    across = max(1, _blocks(q, wide))
+    high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
+    across = max(1, blocks_of(q, wide))
     return Launch(
         weight_gradient_kernel,
-        experts * shares * _blocks(p, high) * across,
+        experts * shares * blocks_of(p, high) * across,
         {
             **{"left": left, "right": left if right is None else right, "grad": grad},
             **{"bias": bias, "rows": rows, "splits": shares},
-            "part": _blocks(_blocks(rows, tiles.deep), shares) * tiles.deep,
+            "part": blocks_of(blocks_of(rows, tiles.deep), shares) * tiles.deep,
         },
         {
             **{"P": p, "Q": q, "ACROSS": across, "ROWS": high, "COLUMNS": wide},
@@ -236,7 +230,7 @@ def _sum(
     experts = result.shape[0]
     return Launch(
         sum_kernel,
-        experts * sum(_blocks(width, _SUM_BLOCK) for width in widths),
+        experts * sum(blocks_of(width, _SUM_BLOCK) for width in widths),
         {
             **{"parts": parts, "bias_parts": bias_parts, "grad": grad, "bias": bias},
             **{"splits": shares, "experts": experts},

@@ -11,7 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import expect, run
+from flmoe_kernels.core.operands import (
+    contiguous,
+    expect,
+    expect_bounds,
+    expect_float32_or_half,
+    expect_seed,
+)
+from flmoe_kernels.core.triton.launches import run
 
 from .rows_launch import (
     Dropout,
@@ -26,7 +33,6 @@ from .rows_launch import (
     views_launch,
 )
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Numbers of an expert's rows and offsets within a tile are 32 bits wide.
 _MOST_ROWS, _MOST_WIDTH = 2**30, 2**20
 
@@ -35,8 +41,7 @@ def _expect_rows(name: str, x: Tensor, dimensions: int = 3) -> None:
     """Fail unless x is what all else is compared with: an operator may be called past the package's doors."""
     if x.dim() != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
+    expect_float32_or_half(name, x)
     _expect_size(name, math.prod(x.shape[1:-1]), x.shape[-1])
 
 
@@ -48,13 +53,8 @@ def _expect_size(name: str, rows: int, width: int) -> None:
 
 
 def _dropout(seed: Tensor | None, p: float, like: Tensor) -> Dropout:
-    if seed is not None:
-        expect("seed", seed.reshape(-1), (1,), torch.int64, like.device)
+    expect_seed(seed, like.device)
     return Dropout(seed, p)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def norm(
@@ -80,8 +80,8 @@ def norm(
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel():
         launch = norm_launch(
-            _contiguous(residual),
-            _contiguous(update),
+            contiguous(residual),
+            contiguous(update),
             (gain.contiguous(), shift.contiguous()),
             dropout,
             eps,
@@ -120,7 +120,7 @@ def norm_backward(
     if total.numel():
         parts = total.new_empty(norm_parts_shape(total), dtype=torch.float32) if summed else None
         launches = norm_gradient_launches(
-            (_contiguous(grad_total), _contiguous(grad_normed)),
+            (contiguous(grad_total), contiguous(grad_normed)),
             (total.contiguous(), mean.contiguous(), rstd.contiguous(), gain.contiguous()),
             dropout,
             self_residual,
@@ -155,7 +155,7 @@ def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) ->
 
 
 def _expect_segments(cu_segments: Tensor, views: int, rows: int, like: Tensor) -> None:
-    expect("cu_segments", cu_segments, (max(cu_segments.numel(), 1),), torch.int32, like.device)
+    expect_bounds("cu_segments", cu_segments, like.device)
     if views < 1 or rows % views:
         raise ValueError(f"views: expected a divisor of {rows} rows, got {views}")
     _expect_size("rows", rows, like.shape[-1])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.dropout import DRAWS, keep_scale, keep_threshold
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.tables import blocks_of
 
 from .rows_kernels import (
     gelu_gradient_kernel,
@@ -99,10 +100,6 @@ class Dropout:
 
 def tiles_of(kernel: str, dtype: torch.dtype) -> Tiles:
     return TABLE[kernel, dtype == torch.float32]
-
-
-def blocks_of(length: int, block: int) -> int:
-    return -(-length // block)
 
 
 def _shape(tiles: Tiles, width: int, least: int = _GROUP) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
-"""What the row-wise Triton kernels of the encoder share: parts of rows, their dropout, sums over them.
+"""Parts of rows of the encoder's row-wise Triton kernels: their dropout, sums over them.
 
-A counter of the generator gives the draws of eight columns, 32 apart and in pairs (flmoe_kernels.core.dropout). So a
-tile of rows is held as four parts: part w has the columns whose draws are the counters' word w, 32 of every 128,
+A counter of the generator gives the draws of eight columns, 32 apart and in pairs (flmoe_kernels.core.dropout). So
+a tile of rows is held as four parts: part w has the columns whose draws are the counters' word w, 32 of every 128,
 and each part is read and written in pieces of 64 bytes (128 in float32), which are whole sectors. A thread has the
 same columns of every part and with them whole counters: each is computed once and all of it is used.
 

@@ -1,4 +1,4 @@
-"""How the kernels of expert_attention are launched: tiles, warps, operands. Calls have been made `readable`."""
+"""Launches of expert_attention's kernels from given tiles. Calls have been made `readable`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from flmoe_kernels.core.dropout import DRAWS, keep_scale, keep_threshold
-from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
-from flmoe_kernels.core.triton.tables import architecture_of
 
 from .kernels import attend_kernel, key_gradient_kernel, query_gradient_kernel
-from .table import TABLE, AttentionCall, Tiles, class_of, narrower
-
-__all__ = [
-    "TABLE",
-    "AttentionCall",
-    "Tiles",
-    "attend_with",
-    "backward_launches",
-    "class_of",
-    "forward_launch",
-    "key_gradient_with",
-    "operand",
-    "query_gradient_with",
-    "readable",
-    "rows_contiguous",
-    "tiles_of",
-]
+from .table import AttentionCall, Tiles
 
 # What a kernel reads or writes (G, rows, H, d) through.
 Operand = tuple[Tensor, int, int, int]
@@ -38,18 +20,6 @@ Operand = tuple[Tensor, int, int, int]
 _MAX_STRIDE = 2**24
 # Below this a scale times log2(e) may be 0 in float32, or become it; 0 times the -inf of a masked score is NaN.
 _LEAST_FACTOR = 1e-37
-
-
-def tiles_of(kernel: str, call: AttentionCall, architecture: int | None = None) -> Tiles:
-    """The launch table's of sm_`architecture`; without one, what runs where the call's tensors are, which with
-    autotune is the fastest found."""
-    if architecture is None and tuning.enabled():
-        # Knows the launches, and so is above this module; nothing else needs it.
-        from .tuned import fastest
-
-        return fastest(kernel, call)
-    place = architecture_of(call.q.device) if architecture is None else architecture
-    return TABLE.tiles((kernel, class_of(call)), place, *narrower(kernel, call))
 
 
 def readable(call: AttentionCall) -> AttentionCall:
@@ -102,19 +72,13 @@ def _launch(
     return Launch(kernel, programs, arguments, constants, tiles.warps, tiles.stages)
 
 
-def forward_launch(
-    call: AttentionCall, out: Tensor, lse: Tensor, *, architecture: int | None = None
-) -> Launch:
-    return attend_with(tiles_of("attend", call, architecture), call, out, lse)
-
-
-def attend_with(tiles: Tiles, call: AttentionCall, out: Tensor, lse: Tensor) -> Launch:
+def attend_launch(tiles: Tiles, call: AttentionCall, out: Tensor, lse: Tensor) -> Launch:
     rest = {"out": operand(out), "lse": lse}
     launch = _launch(attend_kernel, tiles, call, tiles.rows, rest)
     return replace(launch, constants=launch.constants | {"POSITIVE": call.scale > _LEAST_FACTOR})
 
 
-def query_gradient_with(
+def query_gradient_launch(
     tiles: Tiles,
     call: AttentionCall,
     grad_out: Tensor,
@@ -129,7 +93,7 @@ def query_gradient_with(
     return _launch(query_gradient_kernel, tiles, call, tiles.rows, rest)
 
 
-def key_gradient_with(
+def key_gradient_launch(
     tiles: Tiles,
     call: AttentionCall,
     grad_out: Tensor,
@@ -141,23 +105,3 @@ def key_gradient_with(
     rest = {"grad_k": operand(grad_k), "grad_v": operand(grad_v), "lse": lse}
     rest |= {"grad_out": operand(grad_out), "delta": delta}
     return _launch(key_gradient_kernel, tiles, call, tiles.columns, rest)
-
-
-def backward_launches(
-    call: AttentionCall,
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
-    *,
-    architecture: int | None = None,
-) -> list[Launch]:
-    """The second reads the delta that the first writes."""
-    of_query = tiles_of("query_gradient", call, architecture)
-    of_key = tiles_of("key_gradient", call, architecture)
-    grad_q, grad_k, grad_v = grads
-    return [
-        query_gradient_with(of_query, call, grad_out, out, lse, delta, grad_q),
-        key_gradient_with(of_key, call, grad_out, lse, delta, grad_k, grad_v),
-    ]

@@ -40,7 +40,7 @@ class Tiles:
     """Tile of scores, warps, pipeline stages.
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
-    with Triton 3.7.1, whose numbers the static test holds this table to. widest: columns that a program holds
+    with Triton 3.7.1, as tests/bench/test_aot.py checks. widest: columns that a program holds
     of a width, at most.
     """
 
@@ -102,7 +102,7 @@ _ALL: dict[Key, Tiles] = {
 # four can hide their waits. The others are here because the tiles for all spill 8 to 24 bytes in one named case of
 # theirs: half the columns for wide rows and eight warps for chunked ones on sm_80 and sm_86, three stages for the
 # gradient of keys on sm_80 and, wide, on sm_90, eight warps for chunked rows on sm_100, whose float32 gradient of
-# keys also has chunks of 64. Predictions, see docs/launch_tables.md; not measured.
+# keys also has chunks of 64. Which is faster has not been measured.
 _AMPERE: dict[Key, Tiles] = {
     ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
     ("attend", "wide"): Tiles(64, 32, 4, 2, (36864, 0, 0)),

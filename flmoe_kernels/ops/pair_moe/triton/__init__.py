@@ -1,4 +1,4 @@
-"""pair_moe through Triton: what is allocated, and which launches fill it.
+"""pair_moe through Triton: allocations, and the launches that fill them.
 
 No call waits for the GPU, and what is allocated depends on shapes alone, so that CUDA graphs can capture it.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.operands import contiguous
 from flmoe_kernels.core.triton.launches import run
 from flmoe_kernels.ops.pair_moe.call import REDUCE_POOL, PairCall
 
+from .choice import tiles_of
 from .launch import (
     backward_launches,
     forward_launch,
@@ -33,16 +35,15 @@ def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
         y = call.q.new_zeros(call.y_shape(reduce), dtype=call.y_dtype(reduce))
         return y, call.q.new_zeros(call.q.shape[:3], dtype=call.statistics)
     call = readable(call)
+    tiles = tiles_of("accumulate", call, reduce=reduce)
     mass = call.q.new_empty(call.q.shape[:3], dtype=call.statistics)
     if reduce == REDUCE_POOL:
-        blocks = row_blocks("accumulate", call)
-        partial = call.q.new_empty(
-            (call.batch, call.experts, blocks, call.width), dtype=call.y_dtype(reduce)
-        )
-        run([forward_launch(call, reduce, partial, mass)], call.q.device)
+        shape = (call.batch, call.experts, row_blocks(tiles, call), call.width)
+        partial = call.q.new_empty(shape, dtype=call.y_dtype(reduce))
+        run([forward_launch(tiles, call, reduce, partial, mass)], call.q.device)
         return partial.sum(dim=2), mass
     y = call.q.new_empty(call.y_shape(reduce))
-    run([forward_launch(call, reduce, y, mass)], call.q.device)
+    run([forward_launch(tiles, call, reduce, y, mass)], call.q.device)
     return y, mass
 
 
@@ -56,12 +57,13 @@ def backward(
         return q, k, a, c, bias
     q, k, a, c = (x.new_empty(x.shape) for x in inputs)
     call = readable(call)
-    grad_mass = None if grad_mass is None else grad_mass.contiguous()
-    blocks = row_blocks("gradient", call)
-    bias = call.q.new_empty((call.batch, blocks, call.experts), dtype=call.statistics)
+    grad_mass = contiguous(grad_mass)
+    sums, gates = tiles_of("accumulate", call), tiles_of("gradient", call)
+    shape = (call.batch, row_blocks(gates, call), call.experts)
+    bias = call.q.new_empty(shape, dtype=call.statistics)
     sides = make_sides(call, reduce, call.q.dtype)
     launches = project_launches(call, reduce, grad_y, grad_mass, sides)
-    launches += backward_launches(call, reduce, grad_y, sides, (q, k, a, c), bias)
+    launches += backward_launches(sums, gates, call, reduce, grad_y, sides, (q, k, a, c), bias)
     run(launches, call.q.device)
     return q, k, a, c, bias.sum(dim=(0, 1))
 
@@ -74,7 +76,7 @@ def pair_map(call: PairCall, head: Tensor) -> Tensor:
     phi = call.q.new_empty(shape, dtype=call.statistics)
     sides = make_sides(call, REDUCE_POOL, call.statistics)
     launches = project_launches(call, REDUCE_POOL, head, None, sides)
-    launches.append(map_launch(call, sides, phi, 0, call.rows))
+    launches.append(map_launch(tiles_of("map", call), call, sides, phi, 0, call.rows))
     run(launches, call.q.device)
     return phi
 
@@ -93,12 +95,13 @@ def top_pairs(call: PairCall, head: Tensor, count: int) -> tuple[Tensor, Tensor,
         call, device = readable(call), call.q.device
         sides = make_sides(call, REDUCE_POOL, call.statistics)
         run(project_launches(call, REDUCE_POOL, head, None, sides), device)
+        tiles = tiles_of("map", call)
         step = max(1, _KEYS // (call.batch * lines * call.columns))
         for first in range(0, call.rows, step):
             end = min(first + step, call.rows)
             shape = (call.batch, lines, end - first, call.columns)
             keys = call.q.new_empty(shape, dtype=torch.int64)
-            run([map_launch(call, sides, keys, first, end)], device)
+            run([map_launch(tiles, call, sides, keys, first, end)], device)
             best = torch.cat([best, keys.flatten(2)], dim=2).topk(count, dim=2).values
     return _decode(best, max(call.columns, 1))
 

@@ -1,4 +1,4 @@
-"""How the kernels of pair_moe are launched: tiles, warps, operands. Calls have been made `readable`."""
+"""Launches of pair_moe's kernels from given tiles. Calls have been made `readable`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
-from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import coefficients_of
 
 from .kernels import accumulate_kernel, gate_gradient_kernel, map_kernel, project_kernel
-from .table import TABLE, Tiles, key_of, narrower, registers_of
+from .table import Tiles, registers_of
 
 # What a kernel reads or writes (B, E, L, width) through, and S1, S2, S3 of every expert.
 Operand = tuple[Tensor, int, int, int]
@@ -23,20 +22,6 @@ Coefficients = tuple[tuple[float, ...], ...]
 
 # Tokens further apart than this are copied, so that offsets within a block stay below 2^31.
 _MAX_STRIDE = 2**24
-
-
-def tiles_of(
-    kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
-) -> Tiles:
-    """The launch table's of sm_`architecture`; without one, what runs where the call's tensors are, which with
-    autotune is the fastest found. `reduce` is the forward's."""
-    if architecture is None and tuning.enabled():
-        # Knows the launches, and so is above this module; nothing else needs it.
-        from .tuned import fastest
-
-        return fastest(kernel, call, reduce)
-    place = architecture_of(call.q.device) if architecture is None else architecture
-    return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call, reduce))
 
 
 def readable(call: PairCall) -> PairCall:
@@ -74,15 +59,6 @@ def spread(x: Tensor, call: PairCall, reduce: str, length: int) -> Operand:
     return operand(x.expand(call.batch, call.experts, length, call.width))
 
 
-def _chunk(width: int, most: int) -> int:
-    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
-    return min(most, max(16, 1 << (width - 1).bit_length()))
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
-
-
 def _gate_constants(call: PairCall, tiles: Tiles) -> dict[str, Any]:
     return {
         "TOP_K": call.top_k,
@@ -90,7 +66,7 @@ def _gate_constants(call: PairCall, tiles: Tiles) -> dict[str, Any]:
         "V": call.width,
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
-        "DEPTH_R": _chunk(call.rank, tiles.deep),
+        "DEPTH_R": chunk_of(call.rank, tiles.deep),
         "PRECISION": matrix_precision(call.q.dtype),
     }
 
@@ -105,11 +81,9 @@ def _gate_operands(call: PairCall, swapped: bool) -> tuple[Operand, Operand, Any
     return (k, q, call.mask_b, call.mask_a) if swapped else (q, k, call.mask_a, call.mask_b)
 
 
-def row_blocks(
-    kernel: str, call: PairCall, architecture: int | None = None, tiles: Tiles | None = None
-) -> int:
-    """How many blocks a kernel cuts side a into: as many partial sums has what it adds up over them."""
-    return _blocks(call.rows, (tiles or tiles_of(kernel, call, architecture)).rows)
+def row_blocks(tiles: Tiles, call: PairCall) -> int:
+    """The number of blocks that a kernel cuts side a into, and of partial sums of what it adds up over them."""
+    return blocks_of(call.rows, tiles.rows)
 
 
 def _expect_blocks(name: str, found: int, blocks: int) -> None:
@@ -118,22 +92,10 @@ def _expect_blocks(name: str, found: int, blocks: int) -> None:
         raise ValueError(f"{name}: expected partial sums of {blocks} blocks, got {found}")
 
 
-def forward_launch(
-    call: PairCall,
-    reduce: str,
-    y: Tensor,
-    mass: Tensor,
-    *,
-    architecture: int | None = None,
-) -> Launch:
+def forward_launch(tiles: Tiles, call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Launch:
     """y is (B, E, La, V), (B, La, V), or for "pool" partial sums (B, E, row_blocks, V) in float32."""
-    tiles = tiles_of("accumulate", call, architecture, reduce)
-    return forward_with(tiles, call, reduce, y, mass)
-
-
-def forward_with(tiles: Tiles, call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Launch:
     if reduce == REDUCE_POOL:
-        _expect_blocks("y", y.shape[2], _blocks(call.rows, tiles.rows))
+        _expect_blocks("y", y.shape[2], row_blocks(tiles, call))
     return _accumulate(
         tiles,
         call,
@@ -156,12 +118,12 @@ def _accumulate(
     mass: Tensor | None = None,
     swapped: bool = False,
 ) -> Launch:
-    wide = _chunk(call.width, tiles.wide)
+    wide = chunk_of(call.width, tiles.wide)
     sides = _gate_operands(call, swapped)
     rows, columns = sides[0][0].shape[2], sides[1][0].shape[2]
     return Launch(
         accumulate_kernel,
-        _blocks(rows, tiles.rows) * _blocks(call.width, wide) * call.batch,
+        blocks_of(rows, tiles.rows) * blocks_of(call.width, wide) * call.batch,
         {
             **dict(zip(("q", "k", "mask_a", "mask_b"), sides, strict=True)),
             **{"a": values[0], "c": values[1], "bias": call.gate_bias},
@@ -209,13 +171,13 @@ def project_launches(
     s1, s2, s3 = _coefficients(call)
     none = (0.0,) * call.experts
     pool = reduce == REDUCE_POOL
-    rows, wide, warps = 32, _chunk(call.width, 64), 4
+    rows, wide, warps = 32, chunk_of(call.width, 64), 4
 
     def launch(x: Tensor, mask: Tensor | None, offset: Tensor, **rest: Any) -> Launch:
         length = x.shape[2]
         return Launch(
             project_kernel,
-            _blocks(length, rows) * call.batch,
+            blocks_of(length, rows) * call.batch,
             {
                 "x": operand(x),
                 "g": spread(cotangent, call, reduce, length),
@@ -245,16 +207,18 @@ def project_launches(
 
 
 def backward_launches(
+    sums: Tiles,
+    gates: Tiles,
     call: PairCall,
     reduce: str,
     grad_y: Tensor,
     sides: Sides,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     grad_bias: Tensor,
-    *,
-    architecture: int | None = None,
 ) -> list[Launch]:
     """Gradients of q, k, a, c, and (B, row_blocks, E) partial sums of gate_bias's.
+
+    sums: tiles of "accumulate"; gates: of "gradient", which cut grad_bias.
 
     grad_a_i = s1 g_i sum_j p + s3 g_i * sum_j p c_j
     grad_c_j = sum_i p factor_i [+ s2 g sum_i p, where g is the same for every i]
@@ -267,20 +231,18 @@ def backward_launches(
     g_a = spread(grad_y, call, reduce, call.rows)
     g_c = spread(grad_y, call, reduce, call.columns) if pool else None
     added = tuple(float(product) for product in sides.product)
-    sums = tiles_of("accumulate", call, architecture)
-    gates = tiles_of("gradient", call, architecture)
     return [
         _accumulate(sums, call, grad_a, (g_a, operand(call.c)), (s1, none, s3)),
         _accumulate(
             *(sums, call, grad_c, (g_c, factor), (s2 if pool else none, added, none)),
             swapped=True,
         ),
-        gate_gradient_with(gates, call, sides, grad_q, grad_bias),
-        gate_gradient_with(gates, call, sides, grad_k, None, swapped=True),
+        gate_gradient_launch(gates, call, sides, grad_q, grad_bias),
+        gate_gradient_launch(gates, call, sides, grad_k, None, swapped=True),
     ]
 
 
-def gate_gradient_with(
+def gate_gradient_launch(
     tiles: Tiles,
     call: PairCall,
     sides: Sides,
@@ -290,7 +252,7 @@ def gate_gradient_with(
     swapped: bool = False,
 ) -> Launch:
     """The gradient of q and (B, row_blocks, E) partial sums of gate_bias's, or swapped the gradient of k."""
-    wide = _chunk(call.rank, tiles.wide)
+    wide = chunk_of(call.rank, tiles.wide)
     gates = _gate_operands(call, swapped)
     values = [None if sides.factor is None else operand(sides.factor), operand(call.c)]
     offsets = [sides.offset_i, sides.offset_j]
@@ -299,10 +261,10 @@ def gate_gradient_with(
         offsets.reverse()
     rows, columns = gates[0][0].shape[2], gates[1][0].shape[2]
     if grad_bias is not None:
-        _expect_blocks("grad_bias", grad_bias.shape[1], _blocks(rows, tiles.rows))
+        _expect_blocks("grad_bias", grad_bias.shape[1], blocks_of(rows, tiles.rows))
     return Launch(
         gate_gradient_kernel,
-        _blocks(rows, tiles.rows) * _blocks(call.rank, wide) * call.batch,
+        blocks_of(rows, tiles.rows) * blocks_of(call.rank, wide) * call.batch,
         {
             **dict(zip(("x", "z", "mask_x", "mask_z"), gates, strict=True)),
             **{"u": values[0], "w": values[1], "bias": call.gate_bias},
@@ -313,7 +275,7 @@ def gate_gradient_with(
         {
             **_gate_constants(call, tiles),
             **{"PRODUCT": sides.product, "WIDE_R": wide},
-            "DEPTH_V": _chunk(call.width, tiles.deep),
+            "DEPTH_V": chunk_of(call.width, tiles.deep),
         },
         tiles.warps,
         tiles.stages,
@@ -322,24 +284,12 @@ def gate_gradient_with(
 
 
 def map_launch(
-    call: PairCall,
-    sides: Sides,
-    out: Tensor,
-    first: int,
-    end: int,
-    *,
-    architecture: int | None = None,
-) -> Launch:
-    """Rows first to end: out is phi (B, E, rows, Lb) in float32, or keys (B, E + 1, rows, Lb) in int64."""
-    return map_with(tiles_of("map", call, architecture), call, sides, out, first, end)
-
-
-def map_with(
     tiles: Tiles, call: PairCall, sides: Sides, out: Tensor, first: int, end: int
 ) -> Launch:
+    """Rows first to end: out is phi (B, E, rows, Lb) in float32, or keys (B, E + 1, rows, Lb) in int64."""
     return Launch(
         map_kernel,
-        _blocks(end - first, tiles.rows) * _blocks(call.columns, tiles.columns) * call.batch,
+        blocks_of(end - first, tiles.rows) * blocks_of(call.columns, tiles.columns) * call.batch,
         {
             **{"q": operand(call.q), "k": operand(call.k), "c": operand(call.c)},
             "u": None if sides.factor is None else operand(sides.factor),
@@ -359,7 +309,7 @@ def map_with(
             **_gate_constants(call, tiles),
             "PRODUCT": sides.product,
             "KEYS": out.dtype == torch.int64,
-            "DEPTH_V": _chunk(call.width, tiles.deep),
+            "DEPTH_V": chunk_of(call.width, tiles.deep),
         },
         tiles.warps,
         tiles.stages,

@@ -20,7 +20,7 @@ class Tiles:
     """Tile of pairs, chunks that widths are read in (deep) and written in (wide), warps, pipeline stages.
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes (R 32, V 64), the largest over all
-    reductions and outputs; compiled with Triton 3.7.1, whose numbers the static test holds this table to.
+    reductions and outputs; compiled with Triton 3.7.1, as tests/bench/test_aot.py checks.
     registers: the most that a thread may have; 0 leaves it to the compiler, which may spill to have fewer.
     """
 
@@ -61,9 +61,8 @@ _ALL: dict[Key, Tiles] = {
 
 # FEW: calls whose larger side is up to so many blocks of 64 rows, of all samples: fewer than sm_80, sm_90 and
 # sm_100 have multiprocessors (sm_86 and sm_89 may have far fewer, and keep the tiles for all). Then the time is
-# that of one program, and 16 rows by 64 columns take it through its columns in a quarter of the steps, which are
-# up to half as long again by prediction: see docs/launch_tables.md. A limit of registers stands where without one
-# the compiler spills 8 bytes to have fewer, for blocks that do not come.
+# that of one program, and 16 rows by 64 columns take it through its columns in a quarter of the steps. A limit of
+# registers stands where without one the compiler spills 8 bytes to have fewer, for blocks that do not come.
 _ROWS, _FEW_PROGRAMS = 64, 100
 _LIMITED = (80, 90, 100)
 
@@ -83,7 +82,7 @@ def _few(accumulate: int, gradient: int) -> dict[Key, Tiles]:
 # two tiles of pairs for each expert and spills 24 to 96 bytes with 32 columns. float32 and more than four experts
 # have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight warps and chunks of 16,
 # at which nothing spills; sm_100 would spill to stay below 129 registers. float32 "accumulate" of more than four
-# experts has sm_80's tile on sm_90 too, with chunks of 16. Predictions; not measured.
+# experts has sm_80's tile on sm_90 too, with chunks of 16. Which is faster has not been measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
     80: _few(0, 0),
     90: {

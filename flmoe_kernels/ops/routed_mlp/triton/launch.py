@@ -1,17 +1,15 @@
-"""How the kernels of the routed MLP are launched: tiles, warps, numbers of programs."""
+"""Launches of the routed MLP's kernels from given tiles."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, multiprocessors
-from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 
-from .call import RoutedCall
 from .kernels import (
     choice_gradient_kernel,
     hidden_gradient_kernel,
@@ -20,7 +18,7 @@ from .kernels import (
     sum_kernel,
     weight_gradient_kernel,
 )
-from .table import REGISTERS, TABLE, Tiles, key_of, narrower
+from .table import REGISTERS, Tiles
 
 # Programs on each multiprocessor where each is small.
 _EACH_SMALL = 8
@@ -31,32 +29,6 @@ _SUM_TILE, _CHOICE_TILE = 2048, (32, 128)
 # Left to itself the compiler spills 8 bytes of choice_gradient_kernel on sm_100 to have 80 registers, not 93; with
 # more than 128 three blocks would share an SM, not four.
 _UNHURRIED = {100: 128}
-
-
-def tiles_of(kernel: str, dtype: torch.dtype, architecture: int | None = None) -> Tiles:
-    """The launch table's of sm_`architecture` for calls of no narrower class; of none, the one that is for all."""
-    return TABLE.tiles(key_of(kernel, dtype), architecture)
-
-
-def tiles_for(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
-    """The launch table's; without an architecture, what runs where the call's tensors are, which with autotune is
-    the fastest found."""
-    if architecture is None and tuning.enabled():
-        # Knows the launches, and so is above this module; nothing else needs it.
-        from .tuned import fastest
-
-        return fastest(kernel, call)
-    place = architecture_of(call.x.device) if architecture is None else architecture
-    return TABLE.tiles(key_of(kernel, call.x.dtype), place, *narrower(kernel, call))
-
-
-def _chunk(width: int, most: int) -> int:
-    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
-    return min(most, max(16, 1 << (width - 1).bit_length()))
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
 
 
 def _registers(tiles: Tiles, whole: bool) -> dict[int, int]:
@@ -78,11 +50,11 @@ def _products(
 ) -> Launch:
     """A persistent product of rows with weights: INNER summed over, OUTER columns of the result."""
     inner, outer = constants.pop("sizes")
-    columns, deep = _chunk(outer, tiles.columns), _chunk(inner, tiles.deep)
+    columns, deep = chunk_of(outer, tiles.columns), chunk_of(inner, tiles.deep)
     own = {"offsets": call.offsets, "permutation": call.permutation, "rows": call.rows}
     return Launch(
         kernel,
-        _persistent(call, tiles.rows, _blocks(outer, columns), tiles.programs),
+        _persistent(call, tiles.rows, blocks_of(outer, columns), tiles.programs),
         {**arguments, **own},
         {
             **constants,
@@ -99,18 +71,8 @@ def _products(
     )
 
 
-def hidden_launch(
-    call: RoutedCall,
-    hidden: Tensor,
-    active: Tensor,
-    *,
-    architecture: int | None = None,
-) -> Launch:
+def hidden_launch(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
     """hidden and active (R, F) by row."""
-    return hidden_with(tiles_for("hidden", call, architecture), call, hidden, active)
-
-
-def hidden_with(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
     arguments: dict[str, Any] = {"x": call.x, "w": call.w_in, "bias": call.b_in, "hidden": hidden}
     arguments |= {"active": active, "depth": call.width}
     constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
@@ -118,26 +80,15 @@ def hidden_with(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) 
     return _products(hidden_kernel, tiles, call, arguments, {**constants, **sizes})
 
 
-def rows_launch(
-    call: RoutedCall,
-    active: Tensor,
-    out: Tensor,
-    *,
-    architecture: int | None = None,
-) -> Launch:
-    """out (R, D) by place: each row's weighted output."""
-    return rows_with(tiles_for("rows", call, architecture), call, active, out)
-
-
-def rows_with(tiles: Tiles, call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
+def rows_launch(tiles: Tiles, call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
+    """out (R, D) by place: each row's weighted output. Tiles of "rows"."""
     return _rows(tiles, call, active, call.w_out, (1, call.hidden), out, call.b_out, call.weight)
 
 
 def token_gradient_launch(
-    call: RoutedCall, grad_hidden: Tensor, out: Tensor, *, architecture: int | None = None
+    tiles: Tiles, call: RoutedCall, grad_hidden: Tensor, out: Tensor
 ) -> Launch:
-    """out (R, D) by place: each row's part of the gradient of x."""
-    tiles = tiles_for("rows", call, architecture)
+    """out (R, D) by place: each row's part of the gradient of x. Tiles of "rows"."""
     return _rows(tiles, call, grad_hidden, call.w_in, (call.width, 1), out, None, None)
 
 
@@ -158,28 +109,12 @@ def _rows(
     return _products(rows_kernel, tiles, call, arguments, {**constants, **sizes})
 
 
-def dot_parts(call: RoutedCall, architecture: int | None = None, tiles: Tiles | None = None) -> int:
+def dot_parts(tiles: Tiles, call: RoutedCall) -> int:
     """Blocks of columns of the hidden gradient, each of which leaves a part of every row's dot."""
-    tiles = tiles or tiles_for("hidden_gradient", call, architecture)
-    return _blocks(call.hidden, _chunk(call.hidden, tiles.columns))
+    return blocks_of(call.hidden, chunk_of(call.hidden, tiles.columns))
 
 
 def hidden_gradient_launch(
-    call: RoutedCall,
-    grad_out: Tensor,
-    hidden: Tensor,
-    grad_hidden: Tensor,
-    active: Tensor,
-    dots: Tensor,
-    *,
-    architecture: int | None = None,
-) -> Launch:
-    """grad_hidden and active (R, F) by row; dots (R, dot_parts) in float32."""
-    tiles = tiles_for("hidden_gradient", call, architecture)
-    return hidden_gradient_with(tiles, call, grad_out, hidden, grad_hidden, active, dots)
-
-
-def hidden_gradient_with(
     tiles: Tiles,
     call: RoutedCall,
     grad_out: Tensor,
@@ -188,7 +123,8 @@ def hidden_gradient_with(
     active: Tensor,
     dots: Tensor,
 ) -> Launch:
-    parts = dot_parts(call, tiles=tiles)
+    """grad_hidden and active (R, F) by row; dots (R, dot_parts) in float32."""
+    parts = dot_parts(tiles, call)
     if dots.shape[1] != parts:
         # A buffer that was cut by other tiles would be written past its end.
         raise ValueError(f"dots: expected {parts} blocks of columns, got {dots.shape[1]}")
@@ -214,7 +150,7 @@ def choice_gradient_launch(
         },
         {
             **{"EXPERTS": call.experts, "CHOICES": call.choices, "D": call.width},
-            **{"PARTS": dots.shape[1], "ROWS": tile_rows, "WIDE": _chunk(call.width, wide)},
+            **{"PARTS": dots.shape[1], "ROWS": tile_rows, "WIDE": chunk_of(call.width, wide)},
         },
         4,
         2,
@@ -222,34 +158,18 @@ def choice_gradient_launch(
     )
 
 
-def splits_of(call: RoutedCall, architecture: int | None = None, tiles: Tiles | None = None) -> int:
+def splits_of(tiles: Tiles, call: RoutedCall) -> int:
     """Shares of an expert's rows in its weight gradients: as many as fill the GPU where tiles alone do not.
 
     A power of two, being a constant of the kernels: few are compiled where the number of tokens changes.
     """
-    tiles = tiles or tiles_for("weight_gradient", call, architecture)
-    across = _blocks(call.hidden, tiles.rows) * _blocks(call.width, tiles.columns)
-    wanted = _blocks(tiles.programs * multiprocessors(call.x.device), call.experts * across)
+    across = blocks_of(call.hidden, tiles.rows) * blocks_of(call.width, tiles.columns)
+    wanted = blocks_of(tiles.programs * multiprocessors(call.x.device), call.experts * across)
     splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
     return 1 << (splits.bit_length() - 1)
 
 
 def weight_gradient_launch(
-    call: RoutedCall,
-    left: tuple[Tensor, bool],
-    right: tuple[Tensor, bool],
-    grad: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    *,
-    architecture: int | None = None,
-) -> Launch:
-    """grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token, or else by row."""
-    tiles = tiles_for("weight_gradient", call, architecture)
-    return weight_gradient_with(tiles, call, left, right, grad, bias, weight)
-
-
-def weight_gradient_with(
     tiles: Tiles,
     call: RoutedCall,
     left: tuple[Tensor, bool],
@@ -258,9 +178,10 @@ def weight_gradient_with(
     bias: Tensor | None,
     weight: Tensor | None,
 ) -> Launch:
+    """grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token, or else by row."""
     p, splits, q = grad.shape[1:]
-    high, wide = _chunk(p, tiles.rows), _chunk(q, tiles.columns)
-    down, across = _blocks(p, high), _blocks(q, wide)
+    high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
+    down, across = blocks_of(p, high), blocks_of(q, wide)
     shares = call.experts * splits * down
     of_left, of_right = (call.choices if by_token else 0 for _, by_token in (left, right))
     return Launch(
@@ -286,11 +207,11 @@ def weight_gradient_with(
 def sum_launch(parts: Tensor, out: Tensor) -> Launch:
     """out (lines, width) of parts (lines, count, width)."""
     lines, count, width = parts.shape
-    wide = _chunk(width, 1024)
+    wide = chunk_of(width, 1024)
     high = max(1, _SUM_TILE // wide)
     return Launch(
         sum_kernel,
-        _blocks(lines, high) * _blocks(width, wide),
+        blocks_of(lines, high) * blocks_of(width, wide),
         {"parts": parts, "out": out, "lines": lines},
         {"COUNT": count, "WIDTH": width, "LINES": high, "WIDE": wide},
         4,

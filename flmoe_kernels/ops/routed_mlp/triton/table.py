@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flmoe_kernels.core.triton.tables import Table
-
-from .call import RoutedCall
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 
 # Kernel, float32; and LARGE or ODD.
 Key = tuple[str | bool, ...]
@@ -21,7 +20,7 @@ class Tiles:
     """Tile of results, the chunk of what is summed over, slices that a tile is finished in, warps, stages.
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at routed_small and routed_large, the largest over all;
-    compiled with Triton 3.7.1, whose numbers the static test holds this table to.
+    compiled with Triton 3.7.1, as tests/bench/test_aot.py checks.
     programs: how many are to share an SM.
     """
 
@@ -80,7 +79,7 @@ def _wide(slices: int, stages: int, shared: tuple[int, int, int]) -> Tiles:
 # TB/s instead of 15.5 and 35, more than either L2 gives (assumed), so bytes from L2 bound these products and fall
 # by a quarter. One program has an SM to itself, with 255 registers a thread on sm_90: the activations in slices
 # of 32 columns do not spill. Nothing multiplies while it finishes a tile, which is why the sums must be long: at
-# 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. Predictions; not measured.
+# 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. Which is faster has not been measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
     80: _ODD,
     86: _ODD,

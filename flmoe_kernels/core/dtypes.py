@@ -1,0 +1,24 @@
+"""Data types: of sums, their codes in the native module, their names in messages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALVES_AND_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (*HALVES_AND_FLOAT32, torch.float64)
+# The values of DType in csrc/common/types.h.
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def dtype_code(x: Tensor) -> int:
+    return _CODES[x.dtype]
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are kept in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,63 @@
+"""Registration of operators with torch.library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from .backend import CPU
+
+
+def define(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: tuple[Callable[..., None], Callable[..., tuple]] | None = None,
+) -> None:
+    """Register the operator flmoe::name.
+
+    The backend is the operator's last argument, so that a gradient is computed by the backend that computed the
+    value.
+
+    Args:
+        name: the operator's name.
+        schema: "(arguments) -> results" without the backend, which is appended as `str backend='cpu'`.
+        run: run(backend, *arguments) computes the results.
+        fake: fake(*arguments) makes results of the same shapes and dtypes without computing them.
+        autograd: (setup_context, backward), see torch.library.register_autograd.
+    """
+    arguments, results = schema.split(" -> ")
+    torch.library.define(f"flmoe::{name}", f"({arguments[1:-1]}, str backend='{CPU}') -> {results}")
+    count = len(getattr(torch.ops.flmoe, name).default._schema.arguments) - 1
+
+    def kernel(*args: Any) -> Any:
+        # torch leaves out a trailing argument that is its schema's default.
+        return run(args[count] if len(args) > count else CPU, *args[:count])
+
+    torch.library.impl(f"flmoe::{name}", ("cpu", "cuda"), kernel)
+    torch.library.register_fake(f"flmoe::{name}", lambda *args: fake(*args[:count]))
+    if autograd is not None:
+        setup, backward = autograd
+        torch.library.register_autograd(f"flmoe::{name}", backward, setup_context=setup)
+
+
+def first_order_only(*names: str, times: str = "differentiable once") -> None:
+    """Make a derivative through operators that have none an error instead of a silent zero."""
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        pass
+
+    def refusal(op: str) -> Callable[..., NoReturn]:
+        def refuse(ctx: Any, *grads: Any) -> NoReturn:
+            raise NotImplementedError(
+                f"{op} has no derivative: the kernels are {times}; "
+                "backend='reference' is differentiable any number of times"
+            )
+
+        return refuse
+
+    for op in (f"flmoe::{name}" for name in names):
+        torch.library.register_autograd(op, refusal(op), setup_context=setup)

@@ -1,0 +1,118 @@
+"""Trials of candidate configurations: comparison of their results, and time on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Configuration = TypeVar("Configuration")
+
+# Results are compared so many elements at a time, to bound the memory of their float64 copies.
+_CHUNK = 2**24
+# Candidates sum in other orders, so results agree up to a few roundings: of the results in their dtype, and of
+# operands to TF32, which online maxima may shift. At the largest element; a quarter of it in the root mean square.
+_ROUNDINGS, _TF32_ROUNDING = 4, 2.0**-11
+# Runs, of which the median counts. Before each run so many bytes are written, more than any L2 holds, and so often
+# that the launch is queued before the writes end: twice 2^28 bytes take 67 us at 8 TB/s, assumed to be longer than
+# the host needs for a launch.
+_RUNS, _FLUSHED_BYTES, _FLUSHES = 10, 2**28, 2
+
+
+@dataclass(frozen=True)
+class Trial(Generic[Configuration]):
+    """One candidate configuration of a kernel on the inputs of a call.
+
+    `run` fills `buffers`. `results` computes from them what is compared, in shapes that do not depend on the
+    configuration; by default the buffers themselves.
+    """
+
+    tiles: Configuration
+    device: torch.device
+    run: Callable[[], None]
+    buffers: Sequence[Tensor]
+    results: Callable[[], Sequence[Tensor]] | None = None
+
+    def run_afresh(self) -> Sequence[Tensor]:
+        """The results of a run into buffers of NaN, so that what another trial left is not taken for a result."""
+        for buffer in self.buffers:
+            buffer.fill_(float("nan"))
+        self.run()
+        return self.buffers if self.results is None else self.results()
+
+
+# Returns the seconds that one run of a trial takes.
+Timer = Callable[[Trial[Any]], float]
+
+
+def agree(results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether results equal those of the launch table up to the roundings of another order of sums.
+
+    NaN and infinities must be equal and in the same places.
+    """
+    return len(results) == len(expected) and all(map(_near, results, expected))
+
+
+def _near(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not y.numel():
+        return True
+    allowed = max(_ROUNDINGS * torch.finfo(y.dtype).eps, _TF32_ROUNDING)
+    chunks = zip(*(tensor.reshape(-1).split(_CHUNK) for tensor in (x, y)), strict=True)
+    same, largest, squares = zip(*(_differences(*chunk) for chunk in chunks), strict=True)
+    error, size = torch.stack(largest).amax(dim=0)
+    error_squares, size_squares = torch.stack(squares).sum(dim=0)
+    near = (error <= allowed * size) & (error_squares <= (allowed / 4) ** 2 * size_squares)
+    return bool(torch.stack(same).all() & near)
+
+
+def _differences(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether x and y are NaN or infinite in the same places; for the other elements the largest |x - y| and |y|,
+    and the sums of their squares."""
+    x, y = x.double(), y.double()
+    finite = y.isfinite()
+    same = torch.where(finite, x.isfinite(), (x == y) | (x.isnan() & y.isnan())).all()
+    both = torch.stack([(x - y).abs(), y.abs()]).where(finite, 0.0)
+    return same, both.amax(dim=1), both.square().sum(dim=1)
+
+
+def device_seconds(trial: Trial[Any]) -> float:
+    """Median seconds of a run with a cold L2, on the current stream of the trial's device, which it waits for."""
+    with torch.cuda.device(trial.device):
+        flushed = _flush_buffer(trial.device)
+        events = [
+            tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(_RUNS)
+        ]
+        for start, end in events:
+            for _ in range(_FLUSHES):
+                flushed.zero_()
+            start.record()
+            trial.run()
+            end.record()
+        # Not the whole device: other streams may wait for other processes.
+        events[-1][1].synchronize()
+        milliseconds = sorted(start.elapsed_time(end) for start, end in events)
+    return milliseconds[_RUNS // 2] / 1e3
+
+
+@functools.lru_cache(maxsize=1)
+def _flush_buffer(device: torch.device) -> Tensor:
+    return torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+
+def release() -> None:
+    """Free the buffer that `device_seconds` holds on the device."""
+    _flush_buffer.cache_clear()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a CUDA graph, where nothing may wait."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,113 @@
+"""The explained class of each sample, and the metrics of its logit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flmoe_kernels.core import validation as check
+
+PROB, LOG_PROB, LOGIT = METRICS = ("prob", "log_prob", "logit")
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The explained classes of B samples.
+
+    Attributes:
+        weights: (B, C) float64, rows that sum to 1: one class, or 1 / n on each of n labels.
+        multi_label: whether classes are independent (sigmoid) or exclusive (softmax).
+    """
+
+    weights: Tensor
+    multi_label: bool
+
+    def read(self, logits: Tensor, metric: str, samples: Tensor | None = None) -> Tensor:
+        """A metric (N,) in float64 of logits (N, C) that belong to these samples, (N,) int64; None for 0..B - 1.
+
+        With the target class c, or the mean over the n positive labels c:
+
+            logit       z_c
+            prob        softmax(z)_c        sigmoid(z_c)
+            log_prob    log softmax(z)_c    log sigmoid(z_c)
+
+        The published evaluator stops log sigmoid at log 1e-12; here it goes on.
+
+        Raises:
+            ValueError: logits of other samples or classes than the targets.
+        """
+        weights = self.weights if samples is None else self.weights[samples]
+        # One column would be spread over all of the other's.
+        check.require_shape(
+            "logits", logits, tuple(weights.shape), "(samples, classes) as the targets"
+        )
+        z = logits.double()
+        if metric == PROB:
+            z = z.sigmoid() if self.multi_label else z.softmax(dim=1)
+        elif metric == LOG_PROB:
+            z = F.logsigmoid(z) if self.multi_label else z.log_softmax(dim=1)
+        # A class of weight 0 has no part, also where its logit or log-probability is infinite.
+        return torch.where(weights == 0, 0.0, z * weights).sum(dim=1)
+
+
+def resolve_targets(
+    target: int | Tensor | None, logits: Tensor, multi_label: bool = False
+) -> Targets:
+    """The explained classes, once, from what was asked for and the logits (B, C) of the unmasked inputs.
+
+    Args:
+        target: a class, or (B,) int64, one for each sample; (B, C) bool or 0/1, the positive labels of each
+            (multi-label); None for what the model predicts: its largest logit, or with multi_label the labels
+            of sigmoid(z) >= 1/2.
+        logits: (B, C).
+        multi_label: what None means; a target (B, C) is multi-label in any case.
+
+    A multi-label sample without positives has its largest logit for its only label: every sample has something
+    to explain. Ties go to the lower class.
+    """
+    batch, classes = logits.shape
+    likeliest = F.one_hot(_first_largest(logits), classes).double()
+    if isinstance(target, int):
+        check.require_count("target", target, 0, classes - 1)
+        target = torch.full((batch,), target, device=logits.device)
+    if target is None:
+        if not multi_label:
+            return Targets(likeliest, False)
+        positive = logits >= 0
+    else:
+        check.require_tensor("target", target)
+        if target.device != logits.device:
+            raise ValueError(f"target: expected device {logits.device}, got {target.device}")
+        if target.dim() == 1:
+            if multi_label:
+                raise ValueError(
+                    "target: with multi_label expected labels (B, C), got a class each"
+                )
+            check.require_index("target", target, (batch,), classes, logits.device)
+            return Targets(F.one_hot(target, classes).double(), False)
+        check.require_shape("target", target, (batch, classes), "(B, C)")
+        if not bool(((target == 0) | (target == 1)).all()):
+            raise ValueError("target: expected labels 0 and 1 only, got other values")
+        positive = target == 1
+    labels = torch.where(positive.any(dim=1, keepdim=True), positive.double(), likeliest)
+    return Targets(labels / labels.sum(dim=1, keepdim=True), True)
+
+
+def require_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(metrics, str) or not metrics:
+        raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {metrics!r}")
+    for metric in metrics:
+        check.require_choice("metrics", metric, METRICS)
+    if len(set(metrics)) < len(metrics):
+        raise ValueError(f"metrics: expected each once, got {', '.join(metrics)}")
+    return tuple(metrics)
+
+
+def _first_largest(logits: Tensor) -> Tensor:
+    """torch.argmax leaves open which of several equal values it names."""
+    largest = logits.amax(dim=1, keepdim=True)
+    return (logits == largest).to(torch.uint8).sort(dim=1, descending=True, stable=True)[1][:, 0]

@@ -1,1 +1,0 @@
-"""Values of coalitions of tokens: games, and the engine that evaluates each coalition once."""

@@ -1,0 +1,1 @@
+"""Indices of token pairs: definitions, exact and Monte Carlo estimators, results."""

@@ -1,0 +1,81 @@
+"""Pair indices by definition: the value of every coalition, and weighted sums over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from flmoe_kernels.explain.games.coalitions import Floats, Ints, Packed, from_integers
+
+from .indices import INDICES, Corners
+
+MAX_PLAYERS = 16  # 65536 coalitions
+_STEP_COALITIONS = 4096
+
+
+@dataclass
+class Enumeration:
+    """Exact indices of a game of at most MAX_PLAYERS players; the interface is that of PairSampling."""
+
+    method: ClassVar[str] = "exact"
+    draws: ClassVar[int] = 0
+
+    players: int
+    pairs: Ints
+    indices: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if self.players > MAX_PLAYERS:
+            raise ValueError(
+                f"method: expected 'sampling' or 'auto' for {self.players} tokens; 'exact' "
+                f"enumerates the coalitions of at most {MAX_PLAYERS}"
+            )
+        self._values = np.zeros(2**self.players)  # bit k of the place: player k
+        self._known = 0
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return self._known, len(self._values)
+
+    @property
+    def stopped_by(self) -> str | None:
+        return "exact" if self._known == len(self._values) else None
+
+    @property
+    def ends(self) -> Floats:
+        """(2,): v(none) and v(all)."""
+        return self._values[[0, -1]]
+
+    def plan(self) -> Packed:
+        stop = min(self._known + _STEP_COALITIONS, len(self._values))
+        return from_integers(np.arange(self._known, stop), self.players)
+
+    def absorb(self, values: Floats) -> None:
+        self._values[self._known : self._known + len(values)] = values
+        self._known += len(values)
+
+    def estimates(self) -> dict[str, tuple[Floats, Floats]]:
+        exact = {name: np.zeros(len(self.pairs)) for name in self.indices}
+        codes = np.arange(len(self._values))
+        size = ((codes[:, None] >> np.arange(self.players)) & 1).sum(axis=1)
+        for p, (i, j) in enumerate(self.pairs):
+            first, second = 1 << int(i), 1 << int(j)
+            without = codes[(codes & (first | second)) == 0]
+            weight = _weights(self.players)[size[without]]
+            places = (without, without | first, without | second, without | first | second)
+            corners = Corners(*(self._values[place] for place in places))
+            for name in self.indices:
+                exact[name][p] = weight @ INDICES[name](corners)
+        return {name: (values, np.zeros_like(values)) for name, values in exact.items()}
+
+    def request(self) -> dict[str, Any]:
+        return {"draws": _STEP_COALITIONS}
+
+
+def _weights(players: int) -> Floats:
+    """P(S) by the size of S: uniform over sizes 0 .. n - 2, and over the sets of one size."""
+    return np.array([1 / ((players - 1) * math.comb(players - 2, s)) for s in range(players - 1)])

@@ -1,0 +1,236 @@
+"""Indices of token pairs of any model: the public functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.games.additive import TwoAdditiveGame, has_closed_form
+from flmoe_kernels.explain.games.coalitions import all_pairs
+from flmoe_kernels.explain.games.masked import FILLS
+from flmoe_kernels.explain.games.models import Inputs
+from flmoe_kernels.explain.games.token_game import OUTPUTS, TokenGame
+from flmoe_kernels.explain.games.tokens import players_of, require_inputs, valid_tokens
+
+from .candidates import ALL, Candidates, candidate_pairs, require_pairs
+from .evaluator import Game
+from .indices import RG, SII, require_indices
+from .results import CLOSED_FORM, PairValues
+from .run import METHODS, Run, estimate, pair_values
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+AUTO = "auto"
+
+
+class ProbeOptions(TypedDict, total=False):
+    """The options of `probe_pairs` but for the indices."""
+
+    target: int | Tensor | None
+    output: str
+    expert: str | int | None
+    fill: str
+    baseline: Sequence[Tensor | None] | None
+    pairs: Any
+    scores: Sequence[Tensor | None] | None
+    top: int | None
+    method: str
+    sampling: Sampling | None
+    run: Run | None
+
+
+def shapley_interactions(
+    model: Any, inputs: Inputs, masks: Inputs | None = None, **options: Unpack[ProbeOptions]
+) -> list[PairValues]:
+    """The Shapley interaction index of token pairs, for each sample; arguments and errors as `probe_pairs`.
+
+    Exact from one pass for the logit of a PairInteractionMoE with fill="drop"; for any other model exact for
+    few tokens, else a Monte Carlo estimate. See `indices` for the formula, `sampling` for the estimate.
+    """
+    found = probe_pairs(model, inputs, masks, indices=(SII,), **options)
+    return [each[SII] for each in found]
+
+
+def redundancy_gap(
+    model: Any, inputs: Inputs, masks: Inputs | None = None, **options: Unpack[ProbeOptions]
+) -> list[PairValues]:
+    """The redundancy gap of token pairs, for each sample; arguments and errors as `probe_pairs`.
+
+    RG(i, j) = E_S[ min(v(S + i), v(S + j)) - v(S) ] with the S of the Shapley interaction index: what either token
+    alone keeps when the other is gone. See `indices` for its interpretation. It has no closed form.
+    """
+    found = probe_pairs(model, inputs, masks, indices=(RG,), **options)
+    return [each[RG] for each in found]
+
+
+def probe_pairs(
+    model: Any,
+    inputs: Inputs,
+    masks: Inputs | None = None,
+    *,
+    indices: Sequence[str] = (SII, RG),
+    target: int | Tensor | None = None,
+    output: str = "logit",
+    expert: str | int | None = None,
+    fill: str = "drop",
+    baseline: Sequence[Tensor | None] | None = None,
+    pairs: Any = ALL,
+    scores: Sequence[Tensor | None] | None = None,
+    top: int | None = None,
+    method: str = AUTO,
+    sampling: Sampling | None = None,
+    run: Run | None = None,
+) -> list[dict[str, PairValues]]:
+    """Indices of token pairs, by name, for each sample; those that are estimated share their evaluations.
+
+    Args:
+        model, inputs, masks, output, expert, fill, baseline: the value function, see TokenGame.
+        indices: "SII", "RG".
+        target: the class, one for all samples or (B,) int64; None for each sample's predicted one.
+        pairs, top: candidates, see `candidates.candidate_pairs`.
+        scores: attributions M x (B, L_m), see there.
+        method: "closed_form": SII of the logit of a PairInteractionMoE with fill="drop", exact from one pass.
+            "exact": all coalitions of at most 16 tokens. "sampling": Monte Carlo, see `sampling`.
+            "auto": for each index the first of them that applies, the second where the budget reaches so far.
+        sampling: budget, stopping rule and seed.
+        run: batches, checkpoints, ranks, progress.
+
+    Returns:
+        For each sample, which has coalitions, draws and evaluations of its own, a result by index.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    names = require_indices(indices)
+    check.require_choice("method", method, (CLOSED_FORM, *METHODS))
+    sampling, run = _settings(sampling, run)
+    batch = require_inputs(inputs, masks)
+    closed = _is_closed(model, output, fill, baseline)
+    solved = _solved(names, method, closed)
+    estimated = [name for name in names if name not in solved]
+    targets, valid = _targets(target, batch), valid_tokens(inputs, masks)
+    # For all samples before any work.
+    candidates = [
+        candidate_pairs(players_of(valid, b), pairs, _of_sample(scores, b, batch), top)
+        for b in range(batch)
+    ]
+    play: Any = TwoAdditiveGame
+    if not closed:
+        value: dict[str, Any] = {"output": output, "fill": fill, "baseline": baseline}
+        play = functools.partial(TokenGame, **value, max_batch=run.max_batch)
+    results = []
+    for sample, (own_target, chosen) in enumerate(zip(targets, candidates, strict=True)):
+        game = play(model, inputs, masks, target=own_target, expert=expert, sample=sample)
+        found = {SII: _in_closed_form(game, chosen, sample)} if solved else {}
+        if estimated:
+            label = f"sample {sample + 1} of {batch}"
+            found |= estimate(game, chosen, estimated, method, sampling, run, sample, label)
+        results.append({name: found[name] for name in names})
+    return results
+
+
+def probe_game(
+    game: Game,
+    pairs: Any = None,
+    *,
+    indices: Sequence[str] = (SII, RG),
+    method: str = AUTO,
+    sampling: Sampling | None = None,
+    run: Run | None = None,
+) -> dict[str, PairValues]:
+    """Indices of pairs of players of any game, see `engine.Game`.
+
+    Args:
+        pairs: (p, 2) players; None for all pairs.
+        indices, method, sampling, run: as in `probe_pairs`.
+    """
+    if pairs is None:
+        chosen = Candidates(all_pairs(np.arange(game.players)), "all pairs")
+    else:
+        listed = require_pairs(pairs, game.players)
+        chosen = Candidates(listed, f"{len(listed)} listed pairs")
+    return estimate(game, chosen, require_indices(indices), method, *_settings(sampling, run))
+
+
+def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run]:
+    """Raises TypeError: something else."""
+    found = Sampling() if sampling is None else sampling, Run() if run is None else run
+    for name, value, kind in zip(("sampling", "run"), found, (Sampling, Run), strict=True):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+    return found
+
+
+def _is_closed(model: Any, output: str, fill: str, baseline: Any) -> bool:
+    """Whether the game is 2-additive and its terms are at hand."""
+    check.require_choice("output", output, OUTPUTS)
+    check.require_choice("fill", fill, FILLS)
+    if fill != "mean" and baseline is not None:
+        raise ValueError(f"baseline: expected None with fill={fill!r}")
+    return has_closed_form(model, output, fill)
+
+
+def _solved(indices: Sequence[str], method: str, closed: bool) -> tuple[str, ...]:
+    """The indices that need no evaluations."""
+    if method == CLOSED_FORM and not (closed and tuple(indices) == (SII,)):
+        raise ValueError(
+            "method: expected 'auto', 'exact' or 'sampling', as only the SII of the logit of a "
+            "PairInteractionMoE with fill='drop' has a closed form, got 'closed_form'"
+        )
+    return (SII,) if closed and SII in indices and method in (AUTO, CLOSED_FORM) else ()
+
+
+def _in_closed_form(game: TwoAdditiveGame, chosen: Candidates, sample: int) -> PairValues:
+    return pair_values(
+        game,
+        chosen,
+        sample,
+        index=SII,
+        values=game.interactions(chosen.pairs),
+        standard_errors=np.zeros(len(chosen.pairs)),
+        value=game.value,
+        baseline=game.baseline,
+        method=CLOSED_FORM,
+        stopped_by="exact",
+        draws=0,
+        evaluations=1,
+        batch_size=1,
+    )
+
+
+def _targets(target: int | Tensor | None, batch: int) -> list[int | None]:
+    """The class of each of the B samples; None where it is the predicted one."""
+    if isinstance(target, Tensor):
+        if target.dtype != torch.int64 or tuple(target.shape) != (batch,):
+            raise ValueError(
+                f"target: expected an int or ({batch},) int64, got {tuple(target.shape)} "
+                f"{target.dtype}"
+            )
+        return list(target.tolist())
+    if target is not None:
+        check.require_count("target", target, 0)
+    return [target] * batch
+
+
+def _of_sample(scores: Any, sample: int, batch: int) -> list[Tensor | None] | None:
+    """Scores of one sample, M x (L_m,), of M x (B, L_m)."""
+    if scores is None:
+        return None
+    if not isinstance(scores, list | tuple):
+        raise TypeError(f"scores: expected a list of Tensors, got {type(scores).__name__}")
+    for m, score in enumerate(scores):
+        if score is not None:
+            check.require_tensor(f"scores[{m}]", score)
+            if score.dim() != 2 or len(score) != batch:
+                raise ValueError(
+                    f"scores[{m}]: expected ({batch}, tokens), got {tuple(score.shape)}"
+                )
+    return [None if score is None else score[sample] for score in scores]

@@ -1,0 +1,201 @@
+"""Results of pair estimates: values, errors, and how they were obtained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.archive import Arrays, Saved
+from flmoe_kernels.explain.extras import optional_package
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
+
+from .indices import SII
+
+CLOSED_FORM = "closed_form"
+LARGEST, SMALLEST, MAGNITUDE = RANKINGS = ("largest", "smallest", "magnitude")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PairValues(Saved):
+    """One index of one sample's token pairs.
+
+    Attributes:
+        index: "SII" or "RG", see `indices`.
+        values: (p,) float64, in units of v.
+        standard_errors: (p,), 0 where exact. Of one pair each: among many pairs the largest value is more
+            likely than the others to be too large by more than that, and errors of pairs that share their draws
+            are not independent.
+        pairs: (p, 2), players i < j.
+        tokens: (n, 2), modality and position of each player.
+        lengths: L_m of each modality, padding counted.
+        value, baseline: v(all) and v(none).
+        method: "closed_form", "exact" (by enumeration) or "sampling".
+        stopped_by: "exact", "budget" or "tolerance"; the last one brings a bias, see `sampling`.
+        draws: coalitions, each of which gives every pair one S.
+        evaluations: coalitions that were evaluated; one that several steps of the run need counts for each of
+            them. 1 in closed form, a pass of the layer.
+        batch_size: coalitions that were evaluated together, on which a model's last bits may depend.
+        candidates: how the pairs were chosen, in words.
+        game: the value function, see `TokenGame.describe`.
+        sampling: budget, tolerance, min_draws, seed and antithetic; None without sampling.
+        sample: position in the batch.
+    """
+
+    _ARRAYS: ClassVar = ("tokens", "pairs", "values", "standard_errors")
+    _NUMPY: ClassVar = True
+
+    index: str
+    values: Floats
+    standard_errors: Floats
+    pairs: Ints
+    tokens: Ints
+    lengths: tuple[int, ...]
+    value: float
+    baseline: float
+    method: str
+    stopped_by: str
+    draws: int
+    evaluations: int
+    batch_size: int
+    candidates: str
+    game: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] | None = None
+    sample: int = 0
+
+    @property
+    def players(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def exact(self) -> bool:
+        return self.method != "sampling"
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def matrix(self, errors: bool = False) -> Floats:
+        """(n, n), symmetric: the values, or their standard errors; NaN where no candidate."""
+        whole = np.full((self.players, self.players), np.nan)
+        i, j = self.pairs.T
+        whole[i, j] = whole[j, i] = self.standard_errors if errors else self.values
+        return whole
+
+    def between(self, m: int = 0, n: int = 1, errors: bool = False) -> Floats:
+        """(L_m, L_n): tokens of modality m with those of n; NaN for padding and where no candidate."""
+        for name, modality in (("m", m), ("n", n)):
+            check.require_count(name, modality, 0, len(self.lengths) - 1)
+        whole = np.full((self.lengths[m], self.lengths[n]), np.nan)
+        mine, others = (np.flatnonzero(self.tokens[:, 0] == k) for k in (m, n))
+        part = self.matrix(errors)[np.ix_(mine, others)]
+        whole[np.ix_(self.tokens[mine, 1], self.tokens[others, 1])] = part
+        return whole
+
+    def ranked(self, count: int | None = None, by: str = LARGEST) -> Ints:
+        """Places in `pairs` of the first pairs by value: largest, smallest or magnitude; ties in their order."""
+        check.require_choice("by", by, RANKINGS)
+        keys = {LARGEST: -self.values, SMALLEST: self.values, MAGNITUDE: -np.abs(self.values)}
+        order = np.argsort(keys[by], kind="stable")
+        return order if count is None else order[:count]
+
+    def top(self, count: int, by: str = LARGEST) -> PairValues:
+        """The same with the first pairs alone, in that order."""
+        check.require_count("count", count, 1)
+        kept = self.ranked(count, by)
+        return replace(
+            self,
+            pairs=self.pairs[kept],
+            values=self.values[kept],
+            standard_errors=self.standard_errors[kept],
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for every pair, in the order of `pairs`, as plain Python."""
+        first, second = self.tokens[self.pairs[:, 0]], self.tokens[self.pairs[:, 1]]
+        columns = {
+            "modality_i": first[:, 0],
+            "token_i": first[:, 1],
+            "modality_j": second[:, 0],
+            "token_j": second[:, 1],
+            "value": self.values,
+            "standard_error": self.standard_errors,
+        }
+        lists = [column.tolist() for column in columns.values()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+    def table(self, count: int = 10, by: str = LARGEST) -> str:
+        """The first pairs as text, below a line that says what they are."""
+        lines = [repr(self), f"{'i':>10} {'j':>10} {self.index:>12} {'std. error':>12}"]
+        for row in self.top(count, by).rows():
+            i = f"{row['modality_i']}:{row['token_i']}"
+            j = f"{row['modality_j']}:{row['token_j']}"
+            lines.append(f"{i:>10} {j:>10} {row['value']:>12.5g} {row['standard_error']:>12.2g}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain Python, ready for JSON."""
+        arrays = {name: getattr(self, name).tolist() for name in self._ARRAYS}
+        return {**self._header(), "lengths": list(self.lengths), **arrays}
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame of `rows`, with what is common to them in `attrs`.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        columns = ["modality_i", "token_i", "modality_j", "token_j", "value", "standard_error"]
+        frame = optional_package("pandas").DataFrame(self.rows(), columns=columns)
+        frame.attrs.update(self._header())
+        return frame
+
+    def to_shapiq(self) -> Any:
+        """shapiq.InteractionValues of order 2. What is no candidate reads as 0 there; errors have no place in it.
+
+        Raises:
+            ModuleNotFoundError: shapiq is not installed.
+            ValueError: shapiq knows no redundancy gap.
+        """
+        if self.index != SII:
+            raise ValueError(
+                f"to_shapiq: expected the index {SII}, which shapiq knows, got {self.index}"
+            )
+        lookup = {(int(i), int(j)): k for k, (i, j) in enumerate(self.pairs)}
+        return optional_package("shapiq").InteractionValues(
+            values=self.values.copy(),
+            index=self.index,
+            min_order=2,
+            max_order=2,
+            n_players=self.players,
+            interaction_lookup=lookup,
+            estimated=not self.exact,
+            estimation_budget=self.evaluations,
+            baseline_value=self.baseline,
+        )
+
+    def __repr__(self) -> str:
+        how = self.method.replace("_", " ")
+        if not self.exact:
+            how += f" of {self.draws} draws, stopped by {self.stopped_by}"
+        return (
+            f"PairValues({self.index} of {len(self)} pairs ({self.candidates}) of {self.players} "
+            f"tokens; {how}; {self.evaluations} evaluations)"
+        )
+
+    @classmethod
+    def _check(cls, name: str, arrays: Arrays) -> None:
+        tokens, pairs = arrays["tokens"], arrays["pairs"]
+        count = pairs.shape[:1]
+        shapes = {
+            "tokens": (*tokens.shape[:1], 2),
+            "pairs": (*count, 2),
+            "values": count,
+            "standard_errors": count,
+        }
+        for key, shape in shapes.items():
+            kind = "i" if key in ("tokens", "pairs") else "f"
+            if arrays[key].shape != shape or arrays[key].dtype.kind != kind:
+                raise ValueError(f"{name}: expected {key} {shape}, got {arrays[key].shape}")
+        if pairs.size and not (pairs.min() >= 0 and pairs.max() < len(tokens)):
+            raise ValueError(f"{name}: expected pairs of {len(tokens)} players, got others")

@@ -1,0 +1,171 @@
+"""From a game and candidate pairs to results: choose an estimator and run it to its end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.extras import progress_bar
+from flmoe_kernels.explain.games.coalitions import Ints, empty_and_full
+
+from .candidates import Candidates
+from .checkpoint import Checkpoint
+from .enumeration import MAX_PLAYERS, Enumeration
+from .evaluator import Evaluator, Game
+from .ranks import Ranks
+from .results import PairValues
+from .sampling import PairSampling, Sampling
+
+METHODS = ("auto", "exact", "sampling")
+
+Estimator = PairSampling | Enumeration
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how coalitions are evaluated. Only the last bits of a model's values depend on it.
+
+    Attributes:
+        max_batch: coalitions evaluated at once, or fewer where the game has a smaller limit; None for what the
+            available memory allows, at most 256. Set it to get the same bits on other machines.
+        checkpoint: a folder that keeps each sample's values, 8 bytes per coalition: the same call continues from
+            it. A checkpoint is bound to the model, the sample and the request; of a model that is no Module only
+            the name and the values of no and of all tokens are compared.
+        distributed: share the evaluations among the ranks of the default process group. Every rank makes the
+            same call, with the model on its own device, and gets the same result.
+        progress: show a bar per sample on standard error; needs tqdm.
+    """
+
+    max_batch: int | None = None
+    checkpoint: str | Path | None = None
+    distributed: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_batch is not None:
+            check.require_count("max_batch", self.max_batch, 1)
+            # A plain number, not numpy's, so that results and checkpoints can be written.
+            object.__setattr__(self, "max_batch", int(self.max_batch))
+
+
+def estimate(
+    game: Game,
+    candidates: Candidates,
+    indices: Sequence[str],
+    method: str,
+    sampling: Sampling,
+    run: Run,
+    sample: int = 0,
+    label: str = "",
+) -> dict[str, PairValues]:
+    """Indices of a game's candidate pairs, all from the same evaluations. Arguments as in `interactions`."""
+    estimator = choose(game.players, candidates.pairs, indices, method, sampling, sample)
+    found = play(game, estimator, run, sample, label)
+    sampled = isinstance(estimator, PairSampling)
+    return {
+        name: pair_values(
+            game,
+            candidates,
+            sample,
+            index=name,
+            values=values.copy(),
+            standard_errors=errors.copy(),
+            method=estimator.method,
+            stopped_by=str(estimator.stopped_by),
+            draws=estimator.draws,
+            sampling=asdict(sampling) if sampled else None,
+            **found,
+        )
+        for name, (values, errors) in estimator.estimates().items()
+    }
+
+
+def pair_values(game: Game, candidates: Candidates, sample: int, **found: Any) -> PairValues:
+    """A result of a game's candidate pairs; the tokens of a game without modalities are of one."""
+    count = game.players
+    one = np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], axis=1)
+    known: Any = game
+    return PairValues(
+        pairs=candidates.pairs,
+        tokens=getattr(known, "tokens", one),
+        lengths=tuple(getattr(known, "lengths", (count,))),
+        candidates=candidates.chosen,
+        game=getattr(known, "describe", dict)(),
+        sample=sample,
+        **found,
+    )
+
+
+def choose(
+    players: int,
+    pairs: Ints,
+    indices: Sequence[str],
+    method: str,
+    sampling: Sampling,
+    sample: int,
+) -> Estimator:
+    """ "auto" enumerates where the budget reaches all coalitions of at most MAX_PLAYERS players."""
+    check.require_choice("method", method, METHODS)
+    reachable = players <= MAX_PLAYERS and 2**players <= sampling.budget
+    if method == "exact" or (method == "auto" and reachable):
+        return Enumeration(players, pairs, indices)
+    return PairSampling(players, pairs, indices, sampling, sample)
+
+
+def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) -> dict[str, Any]:
+    """Run the estimator to its end: value, baseline, evaluations and batch_size of PairValues."""
+    ranks = Ranks.of(run.distributed)
+    evaluator = Evaluator(game, run.max_batch, ranks)
+    checkpoint = None
+    if run.checkpoint is not None or ranks.size > 1:
+        digest = fingerprint(game, estimator)
+        ranks.require_same("model, inputs and arguments", digest)
+        if run.checkpoint is not None:
+            checkpoint = Checkpoint(run.checkpoint, sample, digest, ranks)
+            evaluator.resume(checkpoint, same_batches=run.max_batch is None)
+    # Enumeration evaluates both among all coalitions; in a checkpoint they identify the model.
+    enumerated = isinstance(estimator, Enumeration)
+    ends = np.zeros(2)
+    if checkpoint is not None or not enumerated:
+        ends = evaluator(empty_and_full(game.players))
+    if enumerated:
+        evaluator.evaluations = 0
+    done, total = estimator.progress
+    shown = run.progress and ranks.first
+    with progress_bar(shown, total, label or estimator.method) as advance:
+        while estimator.stopped_by is None:
+            estimator.absorb(evaluator(estimator.plan()))
+            before, done = done, estimator.progress[0]
+            advance(done - before)
+    if checkpoint is not None:
+        checkpoint.save()
+    if isinstance(estimator, Enumeration):
+        ends = estimator.ends
+    return {
+        "value": float(ends[1]),
+        "baseline": float(ends[0]),
+        "evaluations": evaluator.evaluations,
+        "batch_size": evaluator.batch_size,
+    }
+
+
+def fingerprint(game: Game, estimator: Estimator) -> str:
+    """A digest of the game and of all that its estimate depends on, except the batch size."""
+    own: Any = getattr(game, "fingerprint", None)
+    kind = type(game)
+    request = {
+        "game": f"{kind.__module__}.{kind.__qualname__}" if own is None else own(),
+        "players": game.players,
+        "method": estimator.method,
+        "indices": list(estimator.indices),
+        "pairs": hashlib.sha256(estimator.pairs.astype("<i8").tobytes()).hexdigest(),
+        **estimator.request(),
+    }
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()

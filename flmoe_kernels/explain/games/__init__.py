@@ -1,0 +1,1 @@
+"""Games over tokens: what a model's logit is when only some tokens are present."""

@@ -1,0 +1,188 @@
+"""Logits of the explained model, a layer of this package or any callable; digests of models."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
+
+Inputs = Sequence[Tensor | None]
+
+_OWN = __name__.partition(".")[0] + "."  # where the layers of this package come from
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def expert_names(model: Any) -> tuple[str, ...]:
+    """The experts that have logits of their own; none for a model that is not a layer of this package."""
+    if isinstance(model, PairInteractionMoE):
+        return model.experts
+    if isinstance(model, ReferenceInteractionMoE):
+        return (*(f"unique_{m}" for m in range(model.num_modalities)), "synergy", "redundancy")
+    return ()
+
+
+def expert_place(model: Any, expert: str | int | None) -> int | None:
+    """Position of an expert given by name or position; None stays None.
+
+    Raises:
+        TypeError, ValueError: naming what was expected.
+    """
+    if expert is None:
+        return None
+    names = expert_names(model)
+    if not names:
+        raise ValueError(
+            f"expert: expected None, as {type(model).__name__} is not a layer of this package, got "
+            f"{expert!r}"
+        )
+    if isinstance(expert, str):
+        check.require_choice("expert", expert, names)
+        return names.index(expert)
+    check.require_count("expert", expert, 0, len(names) - 1)
+    return expert
+
+
+def describe(model: Any, expert: int | None, fill: str, **more: Any) -> dict[str, Any]:
+    """What the logits are of, in JSON's types."""
+    name = None if expert is None else expert_names(model)[expert]
+    return {"of": type(model).__name__, "expert": name, "fill": fill, **more}
+
+
+def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | None) -> Tensor:
+    """Logits (B, C) of the model, or of one of its experts before mixing.
+
+    An expert of InteractionMoE has logits of its own, without its weight in the mixture; one of
+    PairInteractionMoE has its part of the layer's logits.
+
+    Raises:
+        TypeError, ValueError: the model returned something else.
+    """
+    if isinstance(model, ReferenceInteractionMoE):
+        given: Any = inputs
+        experts, _, mixed = model.inference(given, masks)
+        return mixed if expert is None else experts[expert]
+    out = model(inputs, masks)
+    if expert is not None:
+        return out.expert_logits[:, expert]
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"model: expected logits (B, C), or an object that has them, of (inputs, masks), got "
+            f"{type(out).__name__}; swap() makes a published layer one of this package"
+        )
+    if logits.dim() != 2:
+        raise ValueError(f"model: expected logits (B, C), got {tuple(logits.shape)}")
+    return logits
+
+
+def require_model(model: Any, masking: bool) -> None:
+    """A model that can be asked for values.
+
+    Raises:
+        TypeError: no callable.
+        ValueError: in training mode, or without masks where tokens are to be masked out.
+    """
+    if not callable(model):
+        raise TypeError(f"model: expected a Module or a callable, got {type(model).__name__}")
+    # A PairInteractionMoE draws nothing in either mode.
+    if isinstance(model, nn.Module) and not isinstance(model, PairInteractionMoE):
+        training = [name for name, part in model.named_modules() if part.training]
+        if training:
+            part = training[0] or type(model).__name__
+            raise ValueError(
+                f"model: expected eval mode, got {part} in training mode, whose dropout would be "
+                "noise in every value; call model.eval()"
+            )
+    if isinstance(model, ReferenceInteractionMoE) and masking and model.compat == "i2moe":
+        raise ValueError(
+            "fill: expected 'zero' or 'mean' for a layer with learned positions (I2MoE), which takes "
+            "no masks, got 'drop'"
+        )
+
+
+def add_tensor(hasher: Any, value: Tensor | None) -> None:
+    """Shape, dtype and bytes of a tensor into a hash."""
+    if value is None:
+        hasher.update(b"none")
+        return
+    hasher.update(f"{tuple(value.shape)} {value.dtype}".encode())
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    hasher.update(flat.view(torch.uint8).numpy().tobytes())
+
+
+def takes_tokens_in_any_order(model: Any) -> bool:
+    """Whether logits depend only on the set of valid tokens, so that masked ones may be removed.
+
+    Not assumed of classes derived from PairInteractionMoE, which may add positions.
+    """
+    return type(model) is PairInteractionMoE
+
+
+def game_digest(
+    model: Any, described: Mapping[str, Any], tensors: Sequence[Tensor | None], device: torch.device
+) -> str:
+    """A digest of a value function: the model, its description in JSON's types, and the sample's tensors.
+
+    Includes autocast: half precision changes more than last bits.
+    """
+    cast = _autocast_dtype(device)
+    hasher = hashlib.sha256(json.dumps([described, str(cast)], sort_keys=True).encode())
+    hasher.update(model_digest(model).encode())
+    for tensor in tensors:
+        add_tensor(hasher, tensor)
+    return hasher.hexdigest()
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    # Not every device type has autocast: meta has none.
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def model_digest(model: Any) -> str:
+    """A digest of the class and, for a Module, of its parts, their settings and every tensor.
+
+    Settings are a part's extra_repr and, for this package's layers, their plain attributes (heads, temperature).
+    Buffers include those that are not in the state_dict. Of another callable only the name is known, not what it
+    closes over.
+    """
+    hasher = hashlib.sha256()
+    kind = type(model) if isinstance(model, nn.Module) else model
+    # A partial's or an instance's own text may hold an address, which is another one in the next process.
+    name = getattr(kind, "__qualname__", type(kind).__qualname__)
+    hasher.update(f"{kind.__module__}.{name}".encode())
+    if isinstance(model, nn.Module):
+        for name, part in model.named_modules(remove_duplicate=False):
+            hasher.update(f"{name}: {type(part).__qualname__} {_settings(part)}".encode())
+        for name, value in itertools.chain(
+            model.named_parameters(remove_duplicate=False),
+            model.named_buffers(remove_duplicate=False),
+        ):
+            hasher.update(name.encode())
+            add_tensor(hasher, value)
+    return hasher.hexdigest()
+
+
+def _settings(part: nn.Module) -> str:
+    told = [_ADDRESS.sub("", part.extra_repr())]
+    if type(part).__module__.startswith(_OWN):
+        told += [
+            f"{name}={value!r}"
+            for name, value in sorted(vars(part).items())
+            if isinstance(value, int | float | str | tuple)
+            and name != "training"
+            and not name.startswith("_")
+        ]
+    return ", ".join(told)

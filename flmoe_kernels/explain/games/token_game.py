@@ -1,0 +1,154 @@
+"""A sample as a game over its tokens: v(S) is a logit when only the tokens of S are present."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core import validation as check
+
+from .coalitions import Bools, Floats
+from .masked import MaskedModel
+from .models import Inputs, describe, game_digest, logits_of, require_model
+from .tokens import flat_places, players_of
+
+OUTPUTS = ("logit", "log_prob")
+
+
+class TokenGame:
+    """One sample's valid tokens as players, of all modalities, numbered modality after modality.
+
+    A coalition is the set of tokens that are present. The others are masked out ("drop") or filled: then they are
+    still attended, as in the published code. Padded tokens are no players and stay as they are.
+
+    With "drop" every modality gets a mask, also where the sample came without: a layer that treats a missing mask
+    otherwise (InteractionMoE normalises the features that weigh its experts only under one) then has another
+    v(all) than its logit without masks. A PairInteractionMoE, for which the order of tokens does not matter, gets
+    no more tokens of a modality than the longest coalition of the batch has.
+
+    Calling it takes coalitions (m, n) bool and returns values (m,) float64, so that it is a game for shapiq, too.
+
+    Args:
+        model: InteractionMoE (or its reference), PairInteractionMoE, or any callable of (inputs, masks) that
+            returns logits (B, C), or an object that has them, and treats each sample of a batch on its own.
+            In eval mode.
+        inputs: M x (B, L_m, ...), None for a missing modality.
+        masks: M x (B, L_m), True or 1 = valid, or None each.
+        target: the class; None for the one that the model, not the expert, predicts for the full sample.
+        output: "logit", or "log_prob", its log-softmax over the classes.
+        expert: position or name: v is then this expert's own logit, see `models.logits_of`.
+        fill: what absent tokens become, "zero", "mean" or "drop".
+        baseline: for "mean" the fill of each modality, M x (D_m,) or (L_m, D_m): see `token_means`.
+        sample: which of the B.
+        max_batch: coalitions that the model evaluates at once; None for what the available memory allows.
+
+    Attributes:
+        players: n.
+        tokens: (n, 2), modality and position of each player.
+        lengths: L_m.
+        target: the class.
+        batch_size: coalitions that the model evaluates at once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        inputs: Inputs,
+        masks: Inputs | None = None,
+        *,
+        target: int | None = None,
+        output: str = "logit",
+        expert: str | int | None = None,
+        fill: str = "drop",
+        baseline: Sequence[Tensor | None] | None = None,
+        sample: int = 0,
+        max_batch: int | None = None,
+    ) -> None:
+        check.require_choice("output", output, OUTPUTS)
+        self._masked = MaskedModel.of(
+            model, inputs, masks, fill, baseline, expert, max_batch, sample
+        )
+        self.output = output
+        self.lengths = tuple(x.shape[1] for x in self._masked.valid)
+        self.tokens = players_of(self._masked.valid, 0)
+        self._place = flat_places(self.tokens, self.lengths)
+        self.target = self._target(target)
+        self.batch_size = self._masked.max_batch
+
+    @property
+    def players(self) -> int:
+        return len(self.tokens)
+
+    @torch.no_grad()
+    def __call__(self, coalitions: Bools) -> Floats:
+        """Values (m,) of coalitions (m, n)."""
+        coalitions = require_coalitions(coalitions, self.players)
+        require_model(self._masked.model, masking=self._masked.fill == "drop")
+        values = np.empty(len(coalitions))
+        for start in range(0, len(coalitions), self.batch_size):
+            batch = coalitions[start : start + self.batch_size]
+            values[start : start + len(batch)] = self._values(batch)
+        return values
+
+    def describe(self) -> dict[str, Any]:
+        """The value function in JSON's types."""
+        masked = self._masked
+        more = {"target": self.target, "output": self.output}
+        return describe(masked.model, masked.expert, masked.fill, **more)
+
+    def fingerprint(self) -> str:
+        """A digest of the sample, the model and the value function, see `models.model_digest`."""
+        masked = self._masked
+        masks = [None] * len(masked.inputs) if masked.masks is None else masked.masks
+        tensors = (*masked.inputs, *masks, *masked.fills)
+        return game_digest(masked.model, self.describe(), tensors, masked.device)
+
+    def _values(self, coalitions: Bools) -> Floats:
+        logits = self._masked.logits(*self._absent(coalitions))
+        if logits.shape[0] != len(coalitions):
+            raise ValueError(
+                f"model: expected logits of {len(coalitions)} samples, got {logits.shape[0]}"
+            )
+        logits = logits.double()
+        if self.output == "log_prob":
+            logits = logits.log_softmax(dim=1)
+        return logits[:, self.target].cpu().numpy()
+
+    def _absent(self, coalitions: Bools) -> tuple[Tensor, list[Tensor]]:
+        """The sample of each coalition (m,), and the players that are not in it, M x (m, L_m)."""
+        absent = np.zeros((len(coalitions), sum(self.lengths)), dtype=np.bool_)
+        absent[:, self._place] = ~coalitions
+        rows = torch.zeros(len(coalitions), dtype=torch.int64, device=self._masked.device)
+        return rows, list(torch.from_numpy(absent).to(rows.device).split(self.lengths, dim=1))
+
+    @torch.no_grad()
+    def _target(self, target: int | None) -> int:
+        # The prediction is that of the sample as it came, see above; else one pass tells the number of classes.
+        masked = self._masked
+        inputs, masks = masked.inputs, masked.masks
+        if target is not None:
+            everybody = np.ones((1, self.players), dtype=np.bool_)
+            inputs, masks = masked.present(*self._absent(everybody))
+        logits = logits_of(masked.model, inputs, masks, None)
+        classes = logits.shape[1]
+        if self.output == "log_prob" and classes == 1:
+            raise ValueError("output: expected 'logit', as a probability of one class is always 1")
+        if target is None:
+            return int(logits.argmax(dim=1))
+        check.require_count("target", target, 0, classes - 1)
+        return int(target)
+
+
+def require_coalitions(coalitions: Any, players: int) -> Bools:
+    """Coalitions (m, n) as bool. Raises ValueError: another shape."""
+    found: Bools = np.asarray(coalitions, dtype=np.bool_)
+    if found.ndim != 2 or found.shape[1] != players:
+        raise ValueError(f"coalitions: expected (coalitions, {players}), got {found.shape}")
+    return found

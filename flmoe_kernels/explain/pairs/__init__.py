@@ -1,1 +1,0 @@
-"""Indices of token pairs: what they are, how they are estimated, and the results."""

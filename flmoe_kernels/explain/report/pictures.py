@@ -1,0 +1,162 @@
+"""The figures of the command `explain`, as PNG files with captions and alternative texts."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flmoe_kernels.core.figures import png_bytes
+from flmoe_kernels.explain.attribution.values import INTEGRATED
+from flmoe_kernels.explain.estimators.indices import SII
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
+from flmoe_kernels.explain.figures.curves import drop_curve
+from flmoe_kernels.explain.figures.heat_map import token_patch_map
+from flmoe_kernels.explain.figures.network import pair_network
+from flmoe_kernels.explain.figures.weights import expert_weights
+from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
+
+from .features import Features
+from .findings import TOP_ROWS, Findings, token_name
+
+_BANDS = "Bars: a standard error over samples, where there are several; band: a standard deviation over repeats."
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure's file, what it shows for those who do not see it, and a caption."""
+
+    png: bytes
+    alt: str
+    caption: str
+
+
+def draw(found: Findings) -> dict[str, Picture]:
+    """All figures as PNG files by name."""
+    names, weights = found.attribution.experts, found.attribution.weights
+    mean = weights.mean(dim=0).tolist()
+    means = [f"{name} {value:.2f}" for name, value in zip(names, mean, strict=True)]
+    pictures = {
+        "expert_weights.png": Picture(
+            png_bytes(expert_weights(weights, names)),
+            f"Weights of the experts by sample, and their mean: {', '.join(means)}",
+            "What the mixture gives to each expert.",
+        ),
+        "faithfulness.png": Picture(
+            png_bytes(drop_curve(found.faithfulness, title=f"Tokens by {found.attribution.index}")),
+            _in_numbers(found.faithfulness),
+            f"Tokens of highest attribution masked, or alone kept, next to random ones. {_BANDS}",
+        ),
+    }
+    for name, drops in found.pair_masking.items():
+        pictures[f"pair_masking_{name}.png"] = Picture(
+            png_bytes(drop_curve(drops, title=f"Tokens of the pairs of largest {name}")),
+            _in_numbers(drops),
+            f"Tokens of the pairs of largest {name} masked, or alone kept, next to random ones. {_BANDS}",
+        )
+    for sample, values in enumerate(found.pairs):
+        for name, each in values.items():
+            if len(each):
+                pictures |= _of_sample(found, sample, name, each)
+    return pictures
+
+
+def _of_sample(found: Findings, sample: int, name: str, values: PairValues) -> dict[str, Picture]:
+    features = found.features
+    tokens = [None if x is None else x[sample].tolist() for x in features.tokens]
+    network = pair_network(
+        values,
+        TOP_ROWS,
+        tokens=tokens,
+        title=f"Sample {sample}: the strongest pairs by |{name}|",
+    )
+    count = min(TOP_ROWS, len(values))
+    pictures = {
+        f"sample_{sample:05d}_{name}_network.png": Picture(
+            png_bytes(network),
+            f"Lines between tokens, the widest for {_strongest(found, sample, values)}.",
+            f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, grey: within two standard "
+            "errors of 0; widths are sizes.",
+        )
+    }
+    for m, n in itertools.combinations(range(len(features.lengths)), 2):
+        sides = _sides(features, m, n)
+        # The image is the same for every index.
+        for rows, columns in sides if name == SII else sides[:1]:
+            images = features.images[columns] if name == SII else None
+            image = None if images is None else images[sample]
+            pictures |= _map(found, sample, name, values, (rows, columns), tokens, image)
+    return pictures
+
+
+def _map(
+    found: Findings,
+    sample: int,
+    name: str,
+    values: PairValues,
+    sides: tuple[int, int],
+    tokens: list[list[str] | None],
+    image: Any,
+) -> dict[str, Picture]:
+    rows, columns = sides
+    between = values.between(rows, columns)
+    if not (between == between).any():
+        return {}
+    weights, label = _over_image(found, sample, columns)
+    figure = token_patch_map(
+        between,
+        tokens[rows],
+        image,
+        patches=tokens[columns],
+        weights=None if image is None else weights,
+        weights_label=label,
+        title=f"Sample {sample}, class {int(found.target[sample])}: {name}",
+        unit=f"{name} ({values.game.get('output', 'v')})",
+        row_name=f"token of modality {rows}",
+        column_name=f"token of modality {columns}",
+    )
+    over = "" if image is None else f"; right: attributions over the image of modality {columns}"
+    return {
+        f"sample_{sample:05d}_{name}_{rows}_{columns}.png": Picture(
+            png_bytes(figure),
+            f"Heat map of {name} of the candidate pairs of modalities {rows} and {columns}{over}.",
+            f"{name} of all candidate pairs of modalities {rows} and {columns}{over}.",
+        )
+    }
+
+
+def _over_image(found: Findings, sample: int, modality: int) -> tuple[Any, str]:
+    """What the image shows of its patches, and what that is."""
+    index = found.attribution.index
+    if index == INTEGRATED:
+        # They have a sign, and scaled the most negative would be 0.
+        valid = found.attribution.valid[modality][sample]
+        own = found.attribution.of()[modality][sample].masked_fill(~valid, torch.nan)
+        return own, f"{index} (logit)"
+    return found.attribution.normalized()[modality][sample], f"{index}, scaled from 0 to 1"
+
+
+def _sides(features: Features, m: int, n: int) -> list[tuple[int, int]]:
+    """Rows and columns of the maps of two modalities: each that has an image once in columns, as patches."""
+    both = [(m, n), (n, m)]
+    return [each for each in both if features.images[each[1]] is not None] or both[:1]
+
+
+def _strongest(found: Findings, sample: int, values: PairValues) -> str:
+    best = values.top(3, MAGNITUDE)
+    names = []
+    for row in best.rows():
+        i = token_name(found, sample, row["modality_i"], row["token_i"])
+        j = token_name(found, sample, row["modality_j"], row["token_j"])
+        names.append(f"{i} and {j} ({row['value']:+.3g})")
+    return ", ".join(names)
+
+
+def _in_numbers(drops: MaskingDrops) -> str:
+    parts = []
+    for kind in KINDS:
+        mean = drops.aopc(kind)
+        parts.append(f"{kind} {float(mean.identified):.3g}, random {float(mean.random):.3g}")
+    return f"Curves over the budgets, whose means are: {'; '.join(parts)}."

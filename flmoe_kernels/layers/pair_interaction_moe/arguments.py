@@ -1,0 +1,91 @@
+"""Validation of the arguments of PairInteractionMoE, and the one form that the layer computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.ops.pair_moe.kinds import KINDS, MAX_EXPERTS
+
+Inputs = Sequence[Tensor | None]
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def validate_sizes(
+    dims: Sequence[int], num_classes: int | None, kinds: Sequence[str], token_outputs: bool
+) -> None:
+    """Raises TypeError, ValueError naming the constructor's argument."""
+    if not isinstance(dims, list | tuple):
+        raise TypeError(f"dims: expected a list of widths, got {type(dims).__name__}")
+    if len(dims) < 2:
+        raise ValueError(f"dims: expected at least 2 modalities, got {len(dims)}")
+    for m, dim in enumerate(dims):
+        check.require_count(f"dims[{m}]", dim, 2)  # a LayerNorm of one feature is constant
+    if not isinstance(token_outputs, bool):
+        raise TypeError(f"token_outputs: expected a bool, got {type(token_outputs).__name__}")
+    if num_classes is not None:
+        check.require_count("num_classes", num_classes, 1)
+    elif not token_outputs:
+        raise ValueError("num_classes: expected an int, as token_outputs is False; got None")
+    if not isinstance(kinds, list | tuple):
+        raise TypeError(f"kinds: expected a list of names, got {type(kinds).__name__}")
+    if not 1 <= len(kinds) <= MAX_EXPERTS:
+        raise ValueError(f"kinds: expected 1 to {MAX_EXPERTS} names, got {len(kinds)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"kinds: expected names among {', '.join(KINDS)}, got {kind!r}")
+
+
+def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
+    """Under autocast an encoder hands over low precision: all that autocast itself casts gets the
+    parameters' dtype, which norms and anchors have. The rest is left for require_inputs to refuse."""
+    if not torch.is_autocast_enabled(parameter.device.type):
+        return inputs
+    if not isinstance(inputs, list | tuple):
+        return inputs
+    return [
+        x.to(parameter.dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_DTYPES else x
+        for x in inputs
+    ]
+
+
+def validate_target(target: int | Tensor | None, batch: int, classes: int, like: Tensor) -> None:
+    if target is None:
+        return
+    if isinstance(target, Tensor):
+        check.require_index("target", target, (batch,), classes, like.device)
+    elif isinstance(target, bool) or not isinstance(target, int):
+        raise TypeError(
+            f"target: expected an int, a Tensor ({batch},) or None, got {type(target).__name__}"
+        )
+    else:
+        check.require_count("target", target, 0, classes - 1)
+
+
+def batch_of(inputs: Inputs) -> int:
+    return next(x.shape[0] for x in inputs if x is not None)
+
+
+def plain_tokens(
+    inputs: Inputs, masks: Inputs | None, dims: Sequence[int], like: Tensor
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Sequences (B, L_m, dims[m]) without what masked tokens hold, and their masks in bool.
+
+    A missing modality is a sequence of no tokens, typed and placed like `like`.
+    """
+    tokens: list[Tensor] = []
+    valid: list[Tensor | None] = []
+    for m, x in enumerate(inputs):
+        mask = None if masks is None else masks[m]
+        if x is None:
+            x = like.new_zeros((batch_of(inputs), 0, dims[m]))
+        if mask is not None:
+            mask = mask.to(torch.bool)
+            # The weights' gradients are sums over all tokens: 0 times NaN would reach them.
+            x = x.masked_fill(~mask.unsqueeze(2), 0.0)
+        tokens.append(x)
+        valid.append(mask)
+    return tokens, valid

@@ -1,0 +1,96 @@
+"""Checks of the parts that a layer is made of; each error names the part, what was expected and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class UnsupportedLayer(ValueError):
+    """A fast layer cannot replace this one: names the part and what is unexpected."""
+
+
+def joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def child_of(module: nn.Module, path: str, name: str, kind: type[ModuleT]) -> ModuleT:
+    child = getattr(module, name, None)
+    if not isinstance(child, kind):
+        found = "nothing" if child is None else type(child).__name__
+        raise UnsupportedLayer(f"{joined(path, name)}: expected {kind.__name__}, got {found}")
+    return child
+
+
+def plain_module(module: nn.Module | None, path: str, kind: type[ModuleT]) -> ModuleT:
+    """The module itself when it computes exactly the same as torch's class of that name."""
+    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+        raise UnsupportedLayer(f"{path}: expected {kind.__name__}, got {type(module).__name__}")
+    return module
+
+
+def expect_linear(module: nn.Module, path: str, fan_in: int, fan_out: int, bias: bool) -> None:
+    linear = plain_module(module, path, nn.Linear)
+    if (linear.in_features, linear.out_features) != (fan_in, fan_out):
+        raise UnsupportedLayer(
+            f"{path}: expected a map from {fan_in} to {fan_out}, got {linear.in_features} to "
+            f"{linear.out_features}"
+        )
+    if (linear.bias is not None) != bias:
+        raise UnsupportedLayer(f"{path}: {'has no bias' if bias else 'has an unexpected bias'}")
+
+
+def dropout_rate(module: nn.Module, path: str, name: str) -> float:
+    return float(
+        plain_module(child_of(module, path, name, nn.Module), joined(path, name), nn.Dropout).p
+    )
+
+
+def sequence_of(module: nn.Module, path: str, name: str) -> list[nn.Module]:
+    network = child_of(module, path, name, nn.Module)
+    if not isinstance(network, nn.Sequential | nn.ModuleList):
+        raise UnsupportedLayer(
+            f"{joined(path, name)}: expected Sequential, got {type(network).__name__}"
+        )
+    return list(network)
+
+
+def check_parameters(
+    layer: nn.Module, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()
+) -> None:
+    """Exactly the expected parameters, of one floating dtype and one device; an extra one would be lost.
+
+    Args:
+        layer: its parameters and buffers are checked.
+        expected: name and shape of each parameter.
+        optional: names of those that may be absent.
+    """
+    parameters = dict(layer.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = {**parameters, **dict(layer.named_buffers(remove_duplicate=False))}
+    if unknown := sorted(found.keys() - expected.keys()):
+        raise UnsupportedLayer(f"{unknown[0]}: an unexpected parameter or buffer")
+    if missing := sorted(expected.keys() - parameters.keys() - set(optional)):
+        raise UnsupportedLayer(f"{missing[0]}: not a parameter of the layer")
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != expected[name]:
+            raise UnsupportedLayer(
+                f"{name}: expected shape {expected[name]}, got {tuple(parameter.shape)}"
+            )
+    for what, value_of in _UNIFORM:
+        values = {value_of(tensor) for tensor in found.values()}
+        if len(values) > 1:
+            raise UnsupportedLayer(f"parameters differ in {what}: {sorted(map(str, values))}")
+    dtype = next(iter(found.values())).dtype
+    if not dtype.is_floating_point:
+        raise UnsupportedLayer(f"parameters are {dtype}, expected a floating dtype")
+
+
+_UNIFORM: tuple[tuple[str, Callable[[Tensor], torch.dtype | torch.device]], ...] = (
+    ("dtype", lambda tensor: tensor.dtype),
+    ("device", lambda tensor: tensor.device),
+)

@@ -1,0 +1,30 @@
+"""Preparation of a model with spread experts for DistributedDataParallel."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .module import RoutedMLP
+
+
+def prepare_for_ddp(model: nn.Module) -> list[str]:
+    """Before DistributedDataParallel(model): what lives on one rank alone is not averaged over ranks.
+
+    Tells DistributedDataParallel to ignore the expert parameters of every RoutedMLP whose experts are spread over
+    ranks, neither broadcast nor reduced, and sets mean_gradients on these layers, so that their experts' gradients
+    too are of the mean of the ranks' objectives. A second call changes nothing.
+
+    Returns:
+        The names of all parameters and buffers of `model` that DistributedDataParallel ignores.
+    """
+    layers = [m for m in model.modules() if isinstance(m, RoutedMLP) and m.world_size > 1]
+    for layer in layers:
+        layer.mean_gradients = True
+    own = {id(p) for layer in layers for p in layer.experts.parameters()}
+    # A layer that two attributes hold has two names.
+    named = model.named_parameters(remove_duplicate=False)
+    names = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    names += [name for name, p in named if id(p) in own and name not in names]
+    ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, names)
+    return names

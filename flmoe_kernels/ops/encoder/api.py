@@ -1,0 +1,91 @@
+"""Entry points of the fusion encoder's operators: docstrings and choice of the backend.
+
+InteractionMoE calls them several times a layer with validated tensors and a backend from core.backend.choose. So
+nothing is validated here: the kernels of every backend check shapes, dtypes and devices at their border
+(ValueError naming the argument), and the reference relies on PyTorch's own errors.
+
+E experts, R rows, K in and N out width, D width, V views, n rows of one view, S segments. All floating-point
+tensors of a call have one dtype: float32, bfloat16, float16, and float64 where the backend has it. Kernels are
+differentiable once, and deterministic for any number of threads. A dropout with rate p drops by the counters of
+core.dropout from `seed` (one int64); None drops nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.backend import REFERENCE
+
+from . import op as _op  # noqa: F401  registers the operators
+from . import reference
+
+_OPS = torch.ops.flmoe
+
+
+def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """x (E, R, K), weight (E, N, K), bias (E, N) or None -> (E, R, N). 2 E R K N FLOP."""
+    if backend == REFERENCE:
+        return reference.expert_linear(x, weight, bias)
+    return _OPS.expert_linear(x, weight, bias, backend)
+
+
+def expert_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, backend: str) -> Tensor:
+    """Layer norm of x (E, R, D) with gains and shifts (E, D) of each expert."""
+    if backend == REFERENCE:
+        return reference.expert_norm(x, gain, shift, eps)
+    return _OPS.expert_norm(x, gain, shift, eps, backend)[0]
+
+
+def dropout_add_norm(
+    residual: Tensor | None,
+    update: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """sum = residual + dropout(update) (E, R, D), and its layer norm with gain and shift (E, D).
+
+    Without a residual sum = u + dropout(u) with u = dropout(update), as in I2MoE.
+    """
+    if backend == REFERENCE:
+        return reference.dropout_add_norm(residual, update, gain, shift, seed, p, eps)
+    return _OPS.dropout_add_norm(residual, update, gain, shift, seed, p, eps, backend)[:2]
+
+
+def gelu_dropout(x: Tensor, seed: Tensor | None, p: float, backend: str) -> Tensor:
+    """dropout(GELU(x)) of x (E, R, D), with the exact error function."""
+    if backend == REFERENCE:
+        return reference.gelu_dropout(x, seed, p)
+    return _OPS.gelu_dropout(x, seed, p, backend)
+
+
+def dropout_add_pool(
+    residual: Tensor,
+    update: Tensor,
+    cu_segments: Tensor,
+    views: int,
+    seed: Tensor | None,
+    p: float,
+    backend: str,
+) -> Tensor:
+    """Means (E, V, S, D) of residual + dropout(update), both (E, V * n, D), over runs of rows of each view.
+
+    cu_segments: (S + 1) int32 within 0..n, non-decreasing; the mean of no rows is 0.
+    """
+    if backend == REFERENCE:
+        return reference.dropout_add_pool(residual, update, cu_segments, views, seed, p)
+    return _OPS.dropout_add_pool(residual, update, cu_segments, views, seed, p, backend)
+
+
+def expand_views(x: Tensor, modality: Tensor, views: int, backend: str) -> Tensor:
+    """x (E, 2, n, D), the original and the replaced rows, to (E, V, n, D): view v replaces modality v - 1.
+
+    modality: (n) int32, the modality of each row.
+    """
+    if backend == REFERENCE:
+        return reference.expand_views(x, modality, views)
+    return _OPS.expand_views(x, modality, views, backend)

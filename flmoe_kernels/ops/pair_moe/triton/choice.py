@@ -1,0 +1,124 @@
+"""The choice of tiles for pair_moe's kernels: by launch table, or with autotune by time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.launches import matrix_precision, run
+from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
+
+from .launch import (
+    Sides,
+    forward_launch,
+    gate_gradient_launch,
+    make_sides,
+    map_launch,
+    operand,
+    project_launches,
+    row_blocks,
+)
+from .table import TABLE, Tiles, candidates, class_of, few_programs, key_of, narrower
+
+# Pairs of all experts that a trial of a map fills: 64 MiB.
+_MAP = 2**24
+
+
+def tiles_of(
+    kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
+) -> Tiles:
+    """The launch table's for sm_`architecture`; for None, what runs on the device of the call's tensors, which
+    with autotune is the fastest. `reduce` is the forward's."""
+    if architecture is None and tuning.enabled():
+        return fastest(kernel, call, reduce)
+    place = architecture_of(call.q.device) if architecture is None else architecture
+    return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call, reduce))
+
+
+def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
+    """The choice for all calls in the same buckets of sizes, see tuning.choose. `reduce` is the forward's."""
+    device = call.q.device
+    summed = reduce == REDUCE_EXPERTS
+    # For "pool", which sums over rows, the choice is that for an output of every token.
+    reduce = REDUCE_EXPERTS if summed else REDUCE_NONE
+    sizes = {"batch": call.batch, "rows": call.rows, "columns": call.columns}
+    key = tuning.tuning_key(
+        f"pair_moe.{kernel}",
+        class_of(call),
+        call.q.dtype,
+        device,
+        **{name: tuning.bucket(size) for name, size in sizes.items()},
+        **{"experts": call.experts, "rank": call.rank, "width": call.width},
+        some=int(call.top_k < call.experts),
+        few=int(few_programs(call)),
+        summed=int(summed),
+        tf32=int(matrix_precision(call.q.dtype) == "tf32"),
+    )
+    tried = candidates(kernel, call, architecture_of(device), reduce)
+    return tuning.choose(key, tried, lambda: _TRIALS[kernel](call, reduce), device)
+
+
+def _accumulate(call: PairCall, reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
+    """The forward, with an output for every token, and for every expert where they are not added up."""
+    device = call.q.device
+    y = call.q.new_empty(call.y_shape(reduce))
+    mass = call.q.new_empty(call.q.shape[:3], dtype=call.statistics)
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        launch = forward_launch(tiles, call, reduce, y, mass)
+        return tuning.Trial(tiles, device, partial(run, [launch], device), [y, mass])
+
+    return make
+
+
+def _gradient(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
+    """The gradients of q, k and gate_bias, with a for the cotangent of y."""
+    device = call.q.device
+    sides = _sides(call, REDUCE_NONE, call.q.dtype, call.a)
+    grad_q, grad_k = call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape)
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        shape = (call.batch, row_blocks(tiles, call), call.experts)
+        bias = call.q.new_empty(shape, dtype=call.statistics)
+        launches = [
+            gate_gradient_launch(tiles, call, sides, operand(grad_q), bias),
+            gate_gradient_launch(tiles, call, sides, operand(grad_k), None, swapped=True),
+        ]
+        return tuning.Trial(
+            tiles,
+            device,
+            partial(run, launches, device),
+            [grad_q, grad_k, bias],
+            lambda: [grad_q, grad_k, bias.sum(dim=1)],
+        )
+
+    return make
+
+
+def _map(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
+    """Contributions of the first rows, with a token's values for the head."""
+    device = call.q.device
+    sides = _sides(call, REDUCE_POOL, call.statistics, call.a[:, :, 0])
+    rows = min(call.rows, max(1, _MAP // (call.batch * call.experts * call.columns)))
+    shape = (call.batch, call.experts, rows, call.columns)
+    phi = call.q.new_empty(shape, dtype=call.statistics)
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        launch = map_launch(tiles, call, sides, phi, 0, rows)
+        return tuning.Trial(tiles, device, partial(run, [launch], device), [phi])
+
+    return make
+
+
+def _sides(call: PairCall, reduce: str, dtype: torch.dtype, cotangent: Tensor) -> Sides:
+    sides = make_sides(call, reduce, dtype)
+    run(project_launches(call, reduce, cotangent, None, sides), call.q.device)
+    return sides
+
+
+_TRIALS = {"accumulate": _accumulate, "gradient": _gradient, "map": _map}

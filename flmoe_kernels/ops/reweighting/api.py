@@ -1,0 +1,59 @@
+"""Entry points of the reweighting: docstrings and choice of the backend.
+
+Callers are layers whose inputs are validated; the Triton kernels check shapes again at their border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import op as _op  # noqa: F401  registers flmoe::reweighting_features and flmoe::mix_experts
+from . import reference
+from .reference import Masks
+
+__all__ = ["mix_experts", "reweighting_features"]
+
+
+def reweighting_features(
+    inputs: Sequence[Tensor], masks: Masks, tokens: Tensor, valid: Tensor | None, backend: str
+) -> Tensor:
+    """The mean of each modality's valid tokens, of length 1 where the modality has a mask.
+
+    Args:
+        inputs, masks: M times (B, L_m, D), and (B, L_m) bool or None.
+        tokens, valid: both concatenated over L, (B, L, D) and (B, L) bool or None: the form that Triton reads.
+        backend: the result of core.backend.choose.
+
+    Returns:
+        (B, M * D), same dtype. Differentiable with respect to inputs, by Triton with respect to tokens.
+    """
+    match backend:
+        case "triton":
+            lengths = [x.shape[1] for x in inputs]
+            normalized = sum(1 << m for m, mask in enumerate(masks or []) if mask is not None)
+            op = torch.ops.flmoe.reweighting_features
+            return op(tokens, valid, lengths, normalized, backend)[0]
+        case _:
+            return reference.reweighting_features(inputs, masks)
+
+
+def mix_experts(
+    scores: Tensor, logits: Tensor, temperature: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Weights softmax(scores / temperature) (B, E), and the mixture (B, C) of the logits.
+
+    Args:
+        scores: (B, E).
+        logits: (E, B, C); by Triton in the dtype of scores.
+        temperature: positive.
+        backend: the result of core.backend.choose.
+    """
+    match backend:
+        case "triton":
+            scores = scores.to(logits.dtype)
+            return torch.ops.flmoe.mix_experts(scores, logits, float(temperature), backend)
+        case _:
+            return reference.mix_experts(scores, logits, temperature)

@@ -1,0 +1,145 @@
+"""Launches of the reweighting: tiles, warps, arguments. Tensors are contiguous unless said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.tables import RowTiles, blocks_of, power_of_two
+
+from .kernels import (
+    features_gradient_kernel,
+    features_kernel,
+    mix_gradient_kernel,
+    mix_kernel,
+)
+
+# The same for every architecture, class of shape and dtype: these kernels are bound by bytes or by latency, and
+# all that shapes decide is how many programs there are. "features" holds all columns of a token, 4096 elements and
+# as many sums. "mix" is one program of one warp for eight samples: its work is nothing and its launch all. What is
+# fastest has not been measured.
+TABLE = {
+    "features": RowTiles(4096, 1 << 20, 8, 8192),
+    "features_gradient": RowTiles(4096, 1 << 20, 8, 4096),
+    "mix": RowTiles(1024, 128, 1, 32),
+    "mix_gradient": RowTiles(1024, 128, 1, 128),
+}
+_STAGES = 2
+
+
+def features_launch(
+    tokens: Tensor,
+    mask: Tensor | None,
+    lengths: Sequence[int],
+    normalized: int,
+    features: Tensor,
+    statistics: Tensor,
+) -> Launch:
+    """features (B, M * D) and statistics (B, M, 2) float32 of tokens (B, L, D)."""
+    batch, total, width = tokens.shape
+    rows, chunk = TABLE["features"].shape(max(lengths), width)
+    return Launch(
+        features_kernel,
+        batch * len(lengths),
+        {
+            **{"tokens": tokens, "mask": mask, "features": features, "statistics": statistics},
+            **{"lengths": tuple(lengths), "normalized": normalized, "total": total},
+        },
+        {"WIDTH": width, "CHUNK": chunk, "TOKENS": rows},
+        TABLE["features"].warps,
+        _STAGES,
+    )
+
+
+def features_gradient_launch(
+    grad_features: Tensor,
+    features: Tensor,
+    statistics: Tensor,
+    mask: Tensor | None,
+    lengths: Sequence[int],
+    grad_tokens: Tensor,
+) -> Launch:
+    batch, total, width = grad_tokens.shape
+    rows, chunk = TABLE["features_gradient"].shape(max(lengths), width)
+    slots = blocks_of(max(lengths), rows)
+    return Launch(
+        features_gradient_kernel,
+        batch * len(lengths) * slots,
+        {
+            **{"grad_features": grad_features, "features": features, "statistics": statistics},
+            **{"mask": mask, "grad_tokens": grad_tokens, "lengths": tuple(lengths)},
+            **{"total": total, "slots": slots},
+        },
+        {"WIDTH": width, "CHUNK": chunk, "TOKENS": rows},
+        TABLE["features_gradient"].warps,
+        _STAGES,
+    )
+
+
+def mix_launch(
+    scores: Tensor, logits: Tensor, temperature: float, weights: Tensor, mixed: Tensor
+) -> Launch:
+    """weights (B, E) and mixed (B, C) of scores (B, E) and logits (E, B, C), whose first stride is free."""
+    return _mix("mix", logits, temperature, scores=scores, weights=weights, mixed=mixed)
+
+
+def mix_gradient_launch(
+    grad_weights: Tensor | None,
+    grad_mixed: Tensor | None,
+    weights: Tensor,
+    logits: Tensor,
+    temperature: float,
+    grads: tuple[Tensor, Tensor],
+) -> Launch:
+    """Gradients of scores and logits, the latter contiguous."""
+    return _mix(
+        "mix_gradient",
+        logits,
+        temperature,
+        grad_weights=grad_weights,
+        grad_mixed=grad_mixed,
+        weights=weights,
+        grad_scores=grads[0],
+        grad_logits=grads[1],
+    )
+
+
+def _mix(name: str, logits: Tensor, temperature: float, **tensors: Tensor | None) -> Launch:
+    experts, batch, classes = logits.shape
+    rows, chunk = TABLE[name].shape(min(batch, 8), classes)
+    return Launch(
+        mix_kernel if name == "mix" else mix_gradient_kernel,
+        blocks_of(batch, rows),
+        {
+            **tensors,
+            **{"logits": logits, "of_expert": logits.stride(0), "temperature": temperature},
+            **{"batch": batch, "classes": classes},
+        },
+        {"EXPERTS": experts, "LANES": power_of_two(experts), "ROWS": rows, "CHUNK": chunk},
+        TABLE[name].warps,
+        _STAGES,
+    )
+
+
+def call_launches(
+    tokens: Tensor, mask: Tensor | None, lengths: Sequence[int], logits: Tensor
+) -> dict[str, Launch]:
+    """Every launch of one training step by its row in TABLE; any device, meta included."""
+    experts, batch, _ = logits.shape
+    statistics = tokens.new_empty((batch, len(lengths), 2), dtype=torch.float32)
+    features = tokens.new_empty((batch, len(lengths) * tokens.shape[2]))
+    weights, mixed = logits.new_empty((batch, experts)), logits[0]
+    normalized = 0 if mask is None else (1 << len(lengths)) - 1
+    return {
+        "features": features_launch(tokens, mask, lengths, normalized, features, statistics),
+        "features_gradient": features_gradient_launch(
+            features, features, statistics, mask, lengths, tokens
+        ),
+        "mix": mix_launch(weights, logits, 1.0, weights, mixed),
+        "mix_gradient": mix_gradient_launch(
+            weights, mixed, weights, logits, 1.0, (weights, logits)
+        ),
+    }

@@ -1,0 +1,85 @@
+"""One call of the routed MLP, as every backend takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.operands import contiguous, expect
+
+# Places are int32, and so are the kernels' sums of a few more of them.
+_MOST_ROWS = 2**30
+
+
+@dataclass(frozen=True)
+class RoutedCall:
+    """Inputs of the routed MLP.
+
+    x (N, D), weight (N, K), w_in (E, F, D), b_in (E, F), w_out (E, D, F) and b_out (E, D) have one dtype; offsets
+    (E + 1) and permutation (N * K) are those of `dispatch`, int32; act is a position in ACTIVATIONS.
+    """
+
+    x: Tensor
+    weight: Tensor
+    w_in: Tensor
+    b_in: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
+    offsets: Tensor
+    permutation: Tensor
+    act: int
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def choices(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.choices
+
+    @property
+    def experts(self) -> int:
+        return self.w_in.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        return self.w_in.shape[1]
+
+    def checked(self) -> RoutedCall:
+        """The call as the kernels read it, contiguous; ValueError for what they must not read."""
+        experts, hidden, width = self.w_in.shape
+        tokens, choices = self.weight.shape
+        dtype, device = self.x.dtype, self.x.device
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "x": ((tokens, width), dtype),
+            "weight": ((tokens, choices), dtype),
+            "w_in": ((experts, hidden, width), dtype),
+            "b_in": ((experts, hidden), dtype),
+            "w_out": ((experts, width, hidden), dtype),
+            "b_out": ((experts, width), dtype),
+            "offsets": ((experts + 1,), torch.int32),
+            "permutation": ((tokens * choices,), torch.int32),
+        }
+        for name, (shape, expected) in shapes.items():
+            expect(name, getattr(self, name), shape, expected, device)
+        if self.rows > _MOST_ROWS:
+            raise ValueError(f"permutation: expected up to 2^30 rows N * K, got {self.rows}")
+        tensors: dict[str, Any] = {name: contiguous(getattr(self, name)) for name in shapes}
+        return replace(self, **tensors)
+
+    def checked_gradients(self, grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """grad_out (N, D) and hidden (N * K, F) as the kernels of the backward read them."""
+        expect("grad_out", grad_out, self.x.shape, self.x.dtype, self.x.device)
+        expect("hidden", hidden, (self.rows, self.hidden), self.x.dtype, self.x.device)
+        return grad_out.contiguous(), hidden.contiguous()

@@ -1,0 +1,133 @@
+"""The choice of tiles for routed_mlp's products: by launch table, or with autotune by time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.launches import Launch, matrix_precision, run
+from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
+
+from . import launch as launches
+from .table import TABLE, Tiles, candidates, key_of, narrower
+
+Make = Callable[[Tiles], tuning.Trial[Tiles]]
+
+
+def tiles_of(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
+    """The launch table's for sm_`architecture`; for None, what runs on the device of the call's tensors, which
+    with autotune is the fastest."""
+    if architecture is None and tuning.enabled():
+        return fastest(kernel, call)
+    place = architecture_of(call.x.device) if architecture is None else architecture
+    return TABLE.tiles(key_of(kernel, call.x.dtype), place, *narrower(kernel, call))
+
+
+def fastest(kernel: str, call: RoutedCall) -> Tiles:
+    """The choice for all calls in the same buckets of sizes, see tuning.choose."""
+    device, dtype = call.x.device, call.x.dtype
+    key = tuning.tuning_key(
+        f"routed_mlp.{kernel}",
+        "float32" if dtype == torch.float32 else "16 bit",
+        dtype,
+        device,
+        rows=tuning.bucket(call.rows),
+        choices=call.choices,
+        experts=call.experts,
+        width=call.width,
+        hidden=call.hidden,
+        tf32=int(matrix_precision(dtype) == "tf32"),
+    )
+    tried = candidates(kernel, call, architecture_of(device))
+    return tuning.choose(key, tried, lambda: _TRIALS[kernel](call), device)
+
+
+def _trial(
+    call: RoutedCall,
+    tiles: Tiles,
+    trial_launches: list[Launch],
+    buffers: list[Tensor],
+    results: Callable[[], list[Tensor]] | None = None,
+) -> tuning.Trial[Tiles]:
+    device = call.x.device
+    return tuning.Trial(tiles, device, partial(run, trial_launches, device), buffers, results)
+
+
+def _layer(call: RoutedCall) -> Tensor:
+    """(R, F), with zeros for dropped rows, which no kernel writes: the inputs of trials are finite."""
+    return call.x.new_zeros((call.rows, call.hidden))
+
+
+def _layers(call: RoutedCall) -> tuple[Tensor, Tensor]:
+    """The hidden layer of the call before and after its activation."""
+    hidden, active = _layer(call), _layer(call)
+    own = TABLE.tiles(key_of("hidden", call.x.dtype), architecture_of(call.x.device))
+    run([launches.hidden_launch(own, call, hidden, active)], call.x.device)
+    return hidden, active
+
+
+def _hidden(call: RoutedCall) -> Make:
+    hidden, active = _layer(call), _layer(call)
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        launch = launches.hidden_launch(tiles, call, hidden, active)
+        return _trial(call, tiles, [launch], [hidden, active])
+
+    return make
+
+
+def _rows(call: RoutedCall) -> Make:
+    _, active = _layers(call)
+    out = call.x.new_empty((call.tokens, call.choices, call.width))
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        launch = launches.rows_launch(tiles, call, active, out)
+        return _trial(call, tiles, [launch], [out])
+
+    return make
+
+
+def _hidden_gradient(call: RoutedCall) -> Make:
+    """With x for the cotangent."""
+    hidden, active = _layers(call)
+    grad = _layer(call)
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        shape = (call.rows, launches.dot_parts(tiles, call))
+        dots = call.x.new_empty(shape, dtype=torch.float32)
+        launch = launches.hidden_gradient_launch(tiles, call, call.x, hidden, grad, active, dots)
+        buffers = [grad, active, dots]
+        return _trial(call, tiles, [launch], buffers, lambda: [grad, active, dots.sum(dim=1)])
+
+    return make
+
+
+def _weight_gradient(call: RoutedCall) -> Make:
+    """The gradient of w_in with the activated layer for the cotangent, sums of splits included."""
+    _, active = _layers(call)
+    whole = call.x.new_empty(call.w_in.shape)
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        splits = launches.splits_of(tiles, call)
+        shape = (call.experts, call.hidden, splits, call.width)
+        parts = whole.unsqueeze(2) if splits == 1 else call.x.new_empty(shape, dtype=torch.float32)
+        sides = ((active, False), (call.x, True))
+        products = [launches.weight_gradient_launch(tiles, call, *sides, parts, None, None)]
+        if splits > 1:
+            products.append(launches.sum_launch(parts.flatten(0, 1), whole.flatten(0, 1)))
+        return _trial(call, tiles, products, [whole, parts], lambda: [whole])
+
+    return make
+
+
+_TRIALS: dict[str, Callable[[RoutedCall], Make]] = {
+    "hidden": _hidden,
+    "rows": _rows,
+    "hidden_gradient": _hidden_gradient,
+    "weight_gradient": _weight_gradient,
+}

@@ -1,0 +1,201 @@
+"""Public API of routing: which experts take each token, and the order of rows by expert."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.dtypes import statistics_dtype
+
+from . import op as _op  # noqa: F401  registers flmoe::routing_gate, routing_limit, routing_dispatch
+from . import reference
+
+__all__ = ["Dispatch", "Routing", "dispatch", "gate", "limit", "require_index", "reweigh"]
+_OPERATOR = "routing"
+SELECTED, ALL = "selected", "all"
+
+
+class Routing(NamedTuple):
+    """index (N, K) int64: each token's experts, best first, -1 = dropped; weight (N, K): 0 there."""
+
+    index: Tensor  # type: ignore[assignment]  # the field's term, though a tuple has a method of that name
+    weight: Tensor
+
+
+class Dispatch(NamedTuple):
+    """Rows by expert, all int32: counts (E), offsets (E + 1), and permutation (N * K).
+
+    permutation[offsets[e]:offsets[e + 1]] are the places n * K + k of expert e's rows in the order of their
+    tokens; after offsets[E] come those that were dropped.
+    """
+
+    counts: Tensor
+    offsets: Tensor
+    permutation: Tensor
+
+
+def gate(
+    logits: Tensor,
+    top_k: int,
+    *,
+    over: str = SELECTED,
+    capacity: int | None = None,
+    mask: Tensor | None = None,
+    renormalize: bool = True,
+    backend: str | None = None,
+) -> Routing:
+    """Choose each token's top_k experts and weigh them.
+
+    Of equal logits the lower expert comes first. Where an expert has more than `capacity` rows, those of the
+    lowest tokens (then of their better choices) keep their place; the rest is dropped, deterministically.
+
+    Args:
+        logits: (N, E) float32, float64, bfloat16 or float16.
+        top_k: K, 1 to E.
+        over: "selected" for a softmax over the chosen experts, "all" for one over all E.
+        capacity: rows that an expert takes at most; None for any number.
+        mask: (N) bool, True = valid; a masked token is dropped and takes no capacity.
+        renormalize: with "selected", share a dropped choice's weight among the token's other ones.
+        backend: "reference", "cpu", "triton" or "cuda"; default by device, see flmoe_kernels.use_backend.
+
+    Returns:
+        Routing; weight is differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        BackendUnavailable: the requested backend cannot run this.
+    """
+    check.require_tensor("logits", logits)
+    check.require_floating("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits: expected (N, E) with E from 1, got {tuple(logits.shape)}")
+    check.require_count("top_k", top_k, 1, logits.shape[1])
+    if over not in (SELECTED, ALL):
+        raise ValueError(f"over: expected {SELECTED!r} or {ALL!r}, got {over!r}")
+    if capacity is not None:
+        check.require_count("capacity", capacity, 0)
+    if mask is not None:
+        _require_mask(mask, "logits", logits)
+    name = backends.choose(_OPERATOR, logits, backend)
+    if name == backends.REFERENCE:
+        index, weight = reference.gate(logits, top_k, over == ALL)
+    else:
+        weight, index = torch.ops.flmoe.routing_gate(logits, top_k, over == ALL, name)
+    if mask is None and capacity is None:
+        return Routing(index, weight)
+    free = Routing(index, weight)
+    index = _limit(index, logits.shape[1], capacity, mask, name)
+    share = over == SELECTED and renormalize and capacity is not None
+    return Routing(index, reweigh(logits, free, index, share))
+
+
+def limit(
+    index: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Drop the choices of masked tokens, then those for which an expert has no place left.
+
+    An expert's places go to the lowest tokens (of one token, to its better choice), deterministically.
+
+    Args:
+        index: (N, K) int64 or int32, experts from 0 to num_experts - 1, or -1 for a choice already dropped.
+        num_experts: E, at least 1.
+        capacity: rows that an expert takes at most; None for any number.
+        mask: (N) bool, True = valid.
+        backend: as in gate.
+
+    Returns:
+        (N, K) int64, -1 where dropped.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range on the CPU. On a
+            GPU, where looking would wait, such a row counts as dropped.
+    """
+    check.require_count("num_experts", num_experts, 1)
+    index = require_index(index, num_experts)
+    if capacity is not None:
+        check.require_count("capacity", capacity, 0)
+    if mask is not None:
+        _require_mask(mask, "index", index)
+    like = index.new_empty((0,), dtype=torch.float32)
+    return _limit(index, num_experts, capacity, mask, backends.choose(_OPERATOR, like, backend))
+
+
+def _limit(
+    index: Tensor, experts: int, capacity: int | None, mask: Tensor | None, name: str
+) -> Tensor:
+    if name == backends.REFERENCE:
+        return reference.limit(index, mask, experts, capacity)
+    return torch.ops.flmoe.routing_limit(index, mask, experts, capacity, name)
+
+
+def reweigh(logits: Tensor, free: Routing, index: Tensor, renormalize: bool) -> Tensor:
+    """The weights (N, K) of what is left of free choices: 0 where index (N, K) is -1.
+
+    Renormalized, they are a softmax over the logits of the choices that a token keeps. Not the free weights
+    divided by their sum: a small one has lost its digits, and the division's gradient overflows.
+    """
+    dropped = index < 0
+    if not renormalize:
+        return torch.where(dropped, 0.0, free.weight)
+    kept = ~dropped
+    # Of one choice the weight is 1, whatever its logit is: a constant, so that no gradient is inf - inf.
+    single = kept.sum(dim=1, keepdim=True) < 2
+    chosen = logits.gather(1, free.index).to(statistics_dtype(logits.dtype))
+    shared = chosen.masked_fill(dropped & ~single, -torch.inf).softmax(dim=1)
+    return torch.where(single, kept.to(shared.dtype), shared).to(logits.dtype)
+
+
+def dispatch(index: Tensor, num_experts: int, *, backend: str | None = None) -> Dispatch:
+    """Bring the rows of each expert together, in the order of their tokens.
+
+    Args:
+        index: (N, K) int64 or int32, experts from 0 to num_experts - 1, or -1 for a dropped row.
+        num_experts: E, at least 1.
+        backend: as in gate.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range on the CPU. On a
+            GPU, where looking would wait, such a row counts as dropped.
+    """
+    check.require_count("num_experts", num_experts, 1)
+    index = require_index(index, num_experts)
+    like = index.new_empty((0,), dtype=torch.float32)
+    name = backends.choose(_OPERATOR, like, backend)
+    if name == backends.REFERENCE:
+        return Dispatch(*reference.dispatch(index, num_experts))
+    return Dispatch(*torch.ops.flmoe.routing_dispatch(index, num_experts, name))
+
+
+def _require_mask(mask: Tensor, other: str, like: Tensor) -> None:
+    check.require_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool, True = valid, got {mask.dtype}")
+    if mask.shape != like.shape[:1]:
+        raise ValueError(f"mask: expected ({like.shape[0]},), got {tuple(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"mask: expected device {like.device} as {other}, got {mask.device}")
+
+
+def require_index(index: Tensor, experts: int) -> Tensor:
+    """index as int64; values are looked at where that neither waits nor breaks a trace."""
+    check.require_tensor("index", index)
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"index: expected int64 or int32, got {index.dtype}")
+    if index.dim() != 2 or index.shape[1] < 1:
+        raise ValueError(f"index: expected (N, K) with K from 1, got {tuple(index.shape)}")
+    looks = index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel()
+    if looks and (int(index.min()) < -1 or int(index.max()) >= experts):
+        raise ValueError(
+            f"index: expected -1 or experts from 0 to {experts - 1}, "
+            f"got values from {int(index.min())} to {int(index.max())}"
+        )
+    return index.long()

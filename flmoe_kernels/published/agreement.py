@@ -1,0 +1,126 @@
+"""Error budgets for the outputs of a layer and its fast replacement.
+
+In each group of outputs (logits of all views, weights, latents) the fast layer's root mean square
+error against the original in float64 may be at most twice that of the original in its own dtype, plus
+two units of rounding of the group's largest value. The mean is taken over a whole group, because the
+largest of a few errors is mostly chance.
+
+The losses are small differences of large distances, so that comparing them directly says little. They are
+compared with their formula: the original's in float64 must be those of its own views, and the
+fast layer's, up to rounding, those of its own views, which have been compared before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
+
+ROUNDING = 2.0
+# The published layer computes its positions in float32 whatever its dtype, so that in float64 it is
+# itself no closer to exact than this.
+FLOAT64_ROUNDING = 1e-5
+# Of losses in float64 against their formula in float64.
+EXACT_ROUNDING = 1e-9
+
+
+class Disagreement(Exception):
+    """The two layers differ, or cannot be compared; the message is the reason for the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Outputs of forward and inference in float64: tensors by group, the losses, and the views
+    (latents, or logits where there are none) that the losses are about."""
+
+    groups: dict[str, list[Tensor]]
+    losses: list[Tensor]
+    views: list[list[Tensor]]
+
+
+def collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
+    """Sort what forward returned, and what inference did if there is one."""
+    latents_out = spec.compat == "fl_i2moe"
+    count = 4 + spec.fusion_sparse + latents_out
+    if not isinstance(result, tuple) or len(result) != count:
+        got = len(result) if isinstance(result, tuple) else type(result).__name__
+        raise Disagreement(f"its forward returns {got} values, expected {count}")
+    experts, weights, logits, losses = result[:4]
+    views = [[view[1] if latents_out else view for view in expert] for expert in experts]
+    view_logits = [view[0] if latents_out else view for expert in experts for view in expert]
+    groups = {"logits": [logits, *view_logits], "weights": [weights]}
+    if latents_out:
+        groups["latents"] = [*(view for expert in views for view in expert), *result[-1]]
+    if inferred is not None:
+        expert_logits, weights, logits = inferred
+        groups["logits"] += [logits, *expert_logits]
+        groups["weights"].append(weights)
+    return Outputs(
+        {name: [x.double() for x in tensors] for name, tensors in groups.items()},
+        [torch.as_tensor(loss).double() for loss in losses],
+        [[view.double() for view in expert] for expert in views],
+    )
+
+
+def within_budget(
+    group: str, fast: Outputs, own: Outputs, exact: Outputs, dtype: torch.dtype
+) -> float:
+    """The fast layer's largest error in the group; Disagreement where it exceeds the budget."""
+    expected, near = exact.groups[group], own.groups[group]
+    found = fast.groups[group][: len(expected)]
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        raise Disagreement(f"{group}: the shapes differ from the fast layer's")
+    if not all(bool(x.isfinite().all()) for x in (*expected, *near)):
+        raise Disagreement(f"{group}: its own outputs are not finite, nothing can be compared")
+    rounding = FLOAT64_ROUNDING if dtype == torch.float64 else ROUNDING * torch.finfo(dtype).eps
+    budget = 2.0 * _root_mean_square(near, expected)
+    budget += rounding * max(float(x.abs().max()) for x in expected)
+    error = _root_mean_square(found, expected)
+    if not error <= budget:
+        raise Disagreement(
+            f"the fast layer's {group} are off by {error:.1e} (root mean square) where "
+            f"{budget:.1e} is allowed"
+        )
+    return largest(found, expected)
+
+
+def check_losses(fast: Outputs, exact: Outputs, dtype: torch.dtype) -> float:
+    """The largest error of the fast layer's losses; Disagreement where either's are not the formula's."""
+    _check_losses("its own losses", exact, EXACT_ROUNDING)
+    _check_losses("the fast layer's losses", fast, ROUNDING * torch.finfo(dtype).eps)
+    return largest(fast.losses, exact.losses)
+
+
+def _check_losses(whose: str, outputs: Outputs, rounding: float) -> None:
+    """Rounding is relative to the largest norm of a view, from which distances are computed."""
+    expected = interaction_losses(outputs.views)
+    if len(outputs.losses) != len(expected):
+        raise Disagreement(f"{whose}: {len(outputs.losses)}, expected {len(expected)}")
+    norm = max(float(view.norm(dim=1).max()) for expert in outputs.views for view in expert)
+    error, budget = largest(outputs.losses, expected), rounding * max(1.0, norm)
+    if not error <= budget:
+        raise Disagreement(
+            f"{whose} are off by {error:.1e} from those of the views, {budget:.1e} is allowed"
+        )
+
+
+def largest(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest absolute difference; NaN where any is."""
+    return float(torch.stack([(x - y).abs().max() for x, y in zip(a, b, strict=True)]).max())
+
+
+def _root_mean_square(a: list[Tensor], b: list[Tensor]) -> float:
+    """Of all differences; NaN where any is."""
+    differences = torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
+    return float(differences.square().mean().sqrt())
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

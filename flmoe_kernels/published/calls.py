@@ -1,0 +1,169 @@
+"""Calls to compare two layers on: captured from a model, or random."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+
+from .agreement import Disagreement
+
+MAX_SAMPLES = 4
+RANDOM_LENGTHS = (17, 12, 7, 13, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of the layer: M sequences (B, L_m, D), and M masks (B, L_m), None each, or None.
+
+    Of a sparse MLP, its one input (..., D).
+    """
+
+    inputs: list[Tensor]
+    masks: list[Tensor | None] | None
+
+    def map(self, inputs: Callable[[Tensor], Tensor], masks: Callable[[Tensor], Tensor]) -> Case:
+        """The call with every input and every mask changed."""
+        return Case(
+            [inputs(x) for x in self.inputs],
+            None if self.masks is None else [None if m is None else masks(m) for m in self.masks],
+        )
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> Case:
+        return self.map(lambda x: x.to(device, dtype), lambda m: m.to(device))
+
+
+def random_cases(spec: LayerSpec) -> list[Case]:
+    """Two samples of N(0, 1) tokens: ragged and partly padded ones, then without masks."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [
+        spec.num_patches or RANDOM_LENGTHS[m % len(RANDOM_LENGTHS)]
+        for m in range(spec.num_modalities)
+    ]
+    inputs = [torch.randn(2, n, spec.hidden_dim, generator=generator) for n in lengths]
+    if spec.compat == "i2moe":
+        return [Case(inputs, None)]
+    masks = [torch.ones(2, n, dtype=torch.bool) for n in lengths]
+    for m, mask in enumerate(masks):
+        mask[1, (mask.shape[1] + 1) // 2 :] = False
+        if m == spec.num_modalities - 1:
+            mask[1] = False
+    return [Case(inputs, list(masks)), Case(inputs, None)]
+
+
+def few_samples(case: Case, spec: LayerSpec) -> Case:
+    """The first samples with a valid token; for the others the original returns NaN.
+
+    Raises:
+        Disagreement: not a call of the layer, or it has no such sample.
+    """
+    shapes = [tuple(x.shape) for x in case.inputs]
+    if len(shapes) != spec.num_modalities or any(len(shape) != 3 for shape in shapes):
+        raise Disagreement(
+            f"was called with inputs of shapes {shapes}, expected {spec.num_modalities} sequences "
+            f"(B, L, {spec.hidden_dim})"
+        )
+    masks = [None] * len(shapes) if case.masks is None else case.masks
+    if len(masks) != len(shapes):
+        raise Disagreement(f"was called with {len(masks)} masks for {len(shapes)} modalities")
+    valid = torch.zeros(shapes[0][0], dtype=torch.bool)
+    for x, mask in zip(case.inputs, masks, strict=True):
+        present = torch.ones(x.shape[:2]) if mask is None else mask.cpu() != 0
+        valid |= present.bool().any(dim=1)
+    keep = valid.nonzero().flatten()[:MAX_SAMPLES]
+    if not len(keep):
+        raise Disagreement("the captured call has no sample with a valid token to compare on")
+    return case.map(lambda x: x[keep.to(x.device)], lambda m: m[keep.to(m.device)])
+
+
+def capture(
+    model: nn.Module, layers: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]
+) -> dict[int, Case]:
+    """Run the model in eval mode and keep the first call of each layer, by id(layer).
+
+    Calls of forward and of inference are seen. Modes are restored and no gradient is recorded. The
+    model's own hooks fire, and an error of the model is the caller's.
+    """
+    seen: dict[int, Case] = {}
+    modes = [(part, part.training) for part in model.modules()]
+    undo: list[Callable[[], object]] = []
+    for layer in layers:
+        undo += _watch(layer, seen)
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for step in undo:
+            step()
+    return seen
+
+
+def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], object]]:
+    """Let a copy answer the layer's calls and record them; yields what undoes it."""
+    clone = bare_copy(layer).eval()
+
+    def recording(answer: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(("inputs", "masks"), args, strict=False)) | kwargs
+            if id(layer) not in seen:
+                # A sparse MLP names its input "inp".
+                inputs = given.get("inputs", given.get("inp"))
+                seen[id(layer)] = Case(_tensors(inputs), _masks(given.get("masks")))
+            return answer(*args, **kwargs)
+
+        return recorded
+
+    for method in ("forward", "inference"):
+        if callable(answer := getattr(clone, method, None)):
+            layer.__dict__[method] = recording(answer)
+            yield partial(layer.__dict__.pop, method)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Copies of tensors or of one; none of anything else, which the comparison then reports."""
+    if isinstance(values, Tensor):
+        values = [values]
+    if not isinstance(values, list | tuple) or not all(isinstance(x, Tensor) for x in values):
+        return []
+    return [x.detach().clone() for x in values]
+
+
+def _masks(masks: Any) -> list[Tensor | None] | None:
+    if masks is None:
+        return None
+    if not isinstance(masks, list | tuple):
+        return []
+    return [m.detach().clone() if isinstance(m, Tensor) else None for m in masks]
+
+
+def bare_copy(layer: nn.Module) -> nn.Module:
+    """The layer on deep copies of its submodules, with no hook of the layer copied.
+
+    Tensors that a forward left behind (attention maps) are shared: they may be large, and deepcopy
+    refuses those that have a gradient history.
+    """
+    left_behind = {
+        id(value): value.detach()
+        for part in layer.modules()
+        for held in vars(part).values()
+        for value in (held if isinstance(held, list) else [held])
+        if isinstance(value, Tensor)
+    }
+    clone = copy.copy(layer)
+    for name, empty in vars(nn.Module()).items():
+        if isinstance(empty, dict):
+            clone.__dict__[name] = type(empty)()
+    for name, child in layer.named_children():
+        clone.add_module(name, copy.deepcopy(child, left_behind))
+    return clone

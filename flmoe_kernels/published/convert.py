@@ -1,0 +1,179 @@
+"""State dicts and modules of the published code, converted into those of this package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec, build
+from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.layers.routed_mlp.state import prepare_state_dict
+from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
+
+from .file import CheckpointError, CheckpointFile, listed, read
+from .infer import in_words, infer, infer_settings
+from .recognise import MODULE_STATE
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, gate: str | None = None, top_k: int | None = None
+) -> tuple[dict[str, Tensor], Architecture]:
+    """The state_dict of an interaction layer and the architecture that its keys and shapes imply.
+
+    Args:
+        path: a file of torch.save, either {"ensemble_model": state_dict, ...} or a bare
+            state_dict, or a .safetensors file. Keys may carry DataParallel's "module." prefix.
+            Sparse MLPs in either layout of FastMoE are returned in the one of the published layer.
+        gate: of sparse MLPs: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate"; default the
+            settings of a file that was converted here, else NoisyGate where its parameters show,
+            else GShardGate.
+        top_k: experts of a token; default likewise, else 2, for SwitchGate 1.
+
+    Raises:
+        CheckpointError: no readable checkpoint, one that holds more than tensors (it is not
+            unpickled), or keys, shapes and settings that do not fit, which are listed.
+    """
+    file = read(Path(path))
+    architecture = infer(file, gate, top_k)
+    return convert_state(file, architecture), architecture
+
+
+def load_layer(
+    path: str | os.PathLike[str],
+    num_heads: int | None = None,
+    temperature: float | None = None,
+    dropout: float = 0.5,
+    *,
+    gate: str | None = None,
+    top_k: int | None = None,
+) -> ReferenceInteractionMoE:
+    """The reference layer with the parameters of a checkpoint, in eval mode; `swap` makes it fast.
+
+    Args:
+        path: see `load_checkpoint`.
+        num_heads: attention heads; default the settings of a file that was converted here, else 4.
+        temperature: of the softmax over experts; default likewise, else 1.0.
+        dropout: rate of the dropouts inside the fusion models, for further training.
+        gate, top_k: see `load_checkpoint`. A layer with sparse MLPs also returns gate losses.
+
+    Raises:
+        CheckpointError: as load_checkpoint, or settings that do not fit the architecture.
+    """
+    file = read(Path(path))
+    architecture = infer(file, gate, top_k)
+    state = convert_state(file, architecture)
+    heads, scale = infer_settings(file, num_heads, temperature)
+    return make_layer(file.path, state, architecture, heads, scale, dropout)
+
+
+def convert_state(file: CheckpointFile, architecture: Architecture) -> dict[str, Tensor]:
+    """A checkpoint's state_dict with sparse MLPs in the published layout, checked strictly.
+
+    Raises:
+        CheckpointError: keys, shapes or dtypes that do not fit the architecture.
+    """
+    state = dict(file.state_dict)
+    if architecture.sparse is not None:
+        state = _stack_experts(file, architecture)
+    _check_strictly(file.path, state, architecture)
+    return state
+
+
+def make_layer(
+    path: Path,
+    state: dict[str, Tensor],
+    architecture: Architecture,
+    num_heads: int,
+    temperature: float,
+    dropout: float = 0.5,
+) -> ReferenceInteractionMoE:
+    """The reference layer of a checked state_dict, in eval mode.
+
+    Raises:
+        CheckpointError: num_heads or temperature does not fit.
+    """
+    try:
+        sparse = architecture.sparse is not None
+        layer = build(architecture, num_heads, temperature, dropout, fusion_sparse=sparse)
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+    layer.to(next(iter(state.values())).dtype).load_state_dict(state)
+    return layer.eval()
+
+
+def adopt(layer: nn.Module, spec: LayerSpec | RoutedSpec) -> nn.Module:
+    """A fast layer on the parameters of a published one, without its hooks and attributes."""
+    fast = InteractionMoE if isinstance(spec, LayerSpec) else RoutedMLP
+    return fast.adopt(layer)
+
+
+def take_over(layer: nn.Module, fast: nn.Module) -> None:
+    """Give the fast layer the hooks and plain attributes of the layer.
+
+    The dictionaries of hooks are moved, not copied, so that handles made before the swap still remove
+    their hooks. Hooks that torch bound to the layer are bound to the fast one.
+    """
+    for name in MODULE_STATE:
+        hooks = layer.__dict__[name]
+        if name.endswith("_hook"):
+            fast.__dict__[name] = hooks
+        elif "_hooks" in name:
+            hooks.update(fast.__dict__[name])
+            fast.__dict__[name] = hooks
+    bound = fast.__dict__["_load_state_dict_pre_hooks"]
+    for key, hook in bound.items():
+        if getattr(hook, "with_module", False):
+            bound[key] = type(hook)(hook.hook, fast)
+    for name, value in vars(layer).items():
+        if not name.startswith("_") and not hasattr(fast, name):
+            fast.__dict__[name] = value
+
+
+def _stack_experts(file: CheckpointFile, architecture: Architecture) -> dict[str, Tensor]:
+    """The state_dict with experts in one tensor and gates under both of their names.
+
+    Raises:
+        CheckpointError: a gate's two copies differ, or a tensor of an expert is missing or has another shape.
+    """
+    with torch.device("meta"):
+        skeleton = build(architecture, num_heads=1)
+    state: dict[str, Any] = dict(file.state_dict)
+    missing: list[str] = []
+    errors: list[str] = []
+    for name, part in skeleton.named_modules():
+        if isinstance(part, RoutedMLP):
+            prepare_state_dict(part, state, f"{name}.", {}, True, missing, [], errors)
+    errors += [f'Missing key in state_dict: "{key}".' for key in missing]
+    if errors:
+        raise CheckpointError(file.path, f"sparse MLPs: {listed(errors)}")
+    return {key: state[key] for key in architecture.parameter_shapes() if key in state} | state
+
+
+def _check_strictly(path: Path, state: dict[str, Tensor], architecture: Architecture) -> None:
+    expected = architecture.parameter_shapes()
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unknown": [key for key in state if key not in expected],
+        "wrong shape": [
+            f"{key} is {tuple(state[key].shape)}, expected {shape}"
+            for key, shape in expected.items()
+            if key in state and tuple(state[key].shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            path,
+            f"keys do not fit the architecture that they imply ({in_words(architecture)}): "
+            + "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys),
+        )
+    dtypes = {value.dtype for value in state.values()}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        raise CheckpointError(
+            path, f"expected one floating dtype, got {listed(sorted(map(str, dtypes)))}"
+        )

@@ -1,0 +1,154 @@
+"""The architecture of an interaction layer, from the keys and shapes of its checkpoint.
+
+Parameters show sizes, and whether gates are Noisy. They do not show the number of heads, the temperature, and for
+sparse MLPs which of the other gates they have, how many experts a token takes and how many rows an expert takes.
+These must be given, unless the file was written by `swap_checkpoint` and carries them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from flmoe_kernels.layers.interaction_moe.architecture import Architecture, SparseSpec
+from flmoe_kernels.layers.interaction_moe.sparse_structure import default_sparse
+from flmoe_kernels.layers.routed_mlp.gates import gate_class
+
+from .file import CheckpointError, CheckpointFile, listed
+
+DEFAULT_HEADS = 4
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_GATE = "GShardGate"
+NOISY = "NoisyGate"
+
+EXPERT = r"interaction_experts\.\d+\.fusion_model\."
+HEAD = EXPERT + r"network\.(\d+)\.fc\.weight"
+MLP = EXPERT + r"network\.\d+\.mlp\."
+
+
+def infer(file: CheckpointFile, gate: str | None = None, top_k: int | None = None) -> Architecture:
+    """The architecture that the keys and shapes of a checkpoint imply.
+
+    Args:
+        file: the checkpoint; its sparse MLPs may be in either layout of FastMoE.
+        gate: class name of the gates of sparse MLPs; default the file's settings, else NoisyGate where its
+            parameters show, else GShardGate.
+        top_k: experts of a token; default the file's settings, else 2, for SwitchGate 1.
+
+    Raises:
+        CheckpointError: not an interaction layer, or settings that do not fit its parameters.
+    """
+    experts = _require(file, r"interaction_experts\.(\d+)\..*", "of the experts")
+    if experts < 4:
+        raise CheckpointError(
+            file.path, f"expected 4 experts (two modalities) or more, got {experts}"
+        )
+    num_layers = _require(file, HEAD, "of the experts' heads") - 1
+    reweight = _require(file, r"reweight\.mlp\.network\.(\d+)\.weight", "of the reweighting MLP")
+    learned = any(re.fullmatch(EXPERT + "pos_embed", key) for key in file.state_dict)
+    modalities = experts - 2
+    dim = _size(file, EXPERT + r"network\.\d+\.norm1\.weight", 0)
+    return Architecture(
+        num_modalities=modalities,
+        hidden_dim=dim,
+        num_classes=_size(file, HEAD, 0),
+        num_layers=num_layers,
+        compat="i2moe" if learned else "fl_i2moe",
+        num_patches=_size(file, EXPERT + "pos_embed", 1) // modalities if learned else None,
+        reweight_hidden=(
+            _size(file, r"reweight\.mlp\.network\.0\.weight", 0) if reweight > 1 else None
+        ),
+        reweight_layers=(reweight - 1) // 3 + 1,
+        sparse=_infer_sparse(file, dim, gate, top_k),
+    )
+
+
+def infer_settings(
+    file: CheckpointFile, num_heads: int | None, temperature: float | None
+) -> tuple[int, float]:
+    """Attention heads and temperature: as given, else the file's settings, else 4 and 1.0."""
+    heads, scale = file.config.get("num_heads"), file.config.get("temperature")
+    if num_heads is None:
+        num_heads = heads if isinstance(heads, int) else DEFAULT_HEADS
+    if temperature is None:
+        temperature = float(scale) if isinstance(scale, int | float) else DEFAULT_TEMPERATURE
+    return num_heads, temperature
+
+
+def in_words(architecture: Architecture) -> str:
+    """An architecture in one line."""
+    sparse, words = architecture.sparse, ""
+    if sparse is not None:
+        words = f", sparse with {sparse.num_experts} experts, top {sparse.top_k} of a {sparse.gate}"
+    return (
+        f"{architecture.compat}, {architecture.num_modalities} modalities, "
+        f"width {architecture.hidden_dim}, {architecture.num_classes} classes, "
+        f"{architecture.num_layers} fusion layers{words}"
+    )
+
+
+def _infer_sparse(
+    file: CheckpointFile, dim: int, gate: str | None, top_k: int | None
+) -> SparseSpec | None:
+    """The sparse MLPs, None where there are none."""
+    if not any(re.match(MLP + r"(experts|gate|all_gates)\.", key) for key in file.state_dict):
+        if gate is not None or top_k is not None:
+            name = "top_k" if gate is None else "gate"
+            raise CheckpointError(file.path, f"{name}: given, but there are no sparse MLPs")
+        return None
+    settings: Any = file.config.get("sparse")
+    settings = settings if isinstance(settings, dict) else {}
+    name = _gate(file, gate, settings)
+    if settings.get("gate") != name:
+        settings = {}
+    if top_k is None and isinstance(settings.get("top_k"), int):
+        top_k = settings["top_k"]
+    if top_k is None:
+        top_k = 1 if name == "SwitchGate" else 2
+    routers = _count(file, MLP + r"all_gates\.(\d+)\..*") or 1
+    experts = _count(file, MLP + r"experts\.(\d+)\..*")
+    if not experts:
+        experts = _size(file, MLP + r"experts\.htoh4\.weight", 0)
+    try:
+        spec = default_sparse(experts, dim, routers, name, top_k)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(file.path, f"sparse MLPs: {error}") from error
+    return spec.with_settings(settings)
+
+
+def _gate(file: CheckpointFile, given: str | None, settings: dict[str, Any]) -> str:
+    """The class of the gates, a name in GATES."""
+    noisy = any(re.match(MLP + r"(gate|all_gates\.\d+)\.w_gate$", key) for key in file.state_dict)
+    default = NOISY if noisy else settings.get("gate", DEFAULT_GATE)
+    try:
+        name = gate_class(str(default if given is None else given)).__name__
+    except ValueError as error:
+        raise CheckpointError(file.path, str(error)) from error
+    if noisy != (name == NOISY):
+        kind = "Noisy gates" if noisy else "gates that are not Noisy"
+        raise CheckpointError(file.path, f"gate: expected one for {kind}, got {name}")
+    return name
+
+
+def _require(file: CheckpointFile, pattern: str, whose: str) -> int:
+    """`_count`, of which there must be one."""
+    if count := _count(file, pattern):
+        return count
+    keys = listed(repr(key) for key in file.state_dict)
+    raise CheckpointError(file.path, f"not an interaction layer: no keys {whose}; it has {keys}")
+
+
+def _count(file: CheckpointFile, pattern: str) -> int:
+    """One more than the largest number at the pattern's group, 0 where no key matches."""
+    matches = [re.fullmatch(pattern, key) for key in file.state_dict]
+    count = max((int(match[1]) + 1 for match in matches if match), default=0)
+    if count > len(file.state_dict):
+        raise CheckpointError(file.path, "numbers in its keys exceed the number of its keys")
+    return count
+
+
+def _size(file: CheckpointFile, pattern: str, axis: int) -> int:
+    for key, value in file.state_dict.items():
+        if re.fullmatch(pattern, key) and value.dim() > axis and value.shape[axis] > 0:
+            return int(value.shape[axis])
+    raise CheckpointError(file.path, f"no usable tensor at any key {pattern}".replace("\\", ""))

@@ -1,0 +1,343 @@
+"""Every Triton kernel compiled without a GPU: registers, shared memory, matrix units, vector accesses.
+
+By default each kernel about once, for sm_90; all cases on all architectures are marked slow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+import typer
+from typer.testing import CliRunner, Result
+
+from bench.aot import __main__ as command
+from bench.aot.cases import ARCHITECTURES, Built, Case, cases, meta
+from bench.aot.compile import ALLOWED_SPILLS, KIB, SAME_RELEASE, Report, Row, compile_case, failures
+from flmoe_kernels.core.triton.launches import Launch
+
+CASES = {case.name: case for case in cases()}
+MMA = "mma.sync"
+# The newest matrix instruction of each architecture.
+NEWEST = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# Shared memory of an SM; a block costs one KiB more than it requests.
+OF_AN_SM = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
+# Tiles of large products with weights, which have an SM to themselves, see routed_mlp/triton/table.py.
+ALONE = ", 128 x 256"
+
+
+def select(*operators: str, without: tuple[str, ...] = ()) -> Any:
+    """Cases of these operators, or all, by name and architecture; those that are not in the quick set are slow.
+
+    without: kernels and shapes that are left out.
+    """
+    return pytest.mark.parametrize(
+        ("name", "architecture"),
+        [
+            pytest.param(case.name, n, marks=() if case.quick and n == 90 else pytest.mark.slow)
+            for case in CASES.values()
+            for n in ARCHITECTURES
+            if not operators or case.operator in operators
+            if case.kernel not in without and case.shape not in without
+        ],
+    )
+
+
+@functools.cache
+def compiled(name: str, architecture: int) -> Row:
+    return compile_case(CASES[name], architecture)
+
+
+def report_of(name: str, architecture: int) -> Report:
+    report = compiled(name, architecture).report
+    assert report is not None
+    return report
+
+
+@select()
+def test_nothing_fails(name: str, architecture: int) -> None:
+    """Spills that are not allowed, products off the matrix units, blocks that do not fit an SM."""
+    row = compiled(name, architecture)
+    assert not row.failures, row
+
+
+@select("expert_attention")
+def test_attention_uses_the_newest_matrix_units(name: str, architecture: int) -> None:
+    """In every product of long problems in 16 bits, but the scores of a wide "key_gradient"."""
+    kernel, size = CASES[name].built(architecture).tiles.split(", ")[:2]
+    matrix = report_of(name, architecture).matrix
+    if size in ("long", "wide"):
+        assert matrix.get(NEWEST[architecture], 0) >= 4
+        if (kernel, size) != ("key_gradient", "wide"):
+            assert set(matrix) == {NEWEST[architecture]}
+    else:
+        assert set(matrix) <= {MMA, NEWEST[architecture]}
+
+
+@pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
+@select("routed_mlp", "expert_linear")
+def test_products_with_weights_use_the_newest_matrix_units(name: str, architecture: int) -> None:
+    products = CASES[name].built(architecture).least > 0
+    expected = {NEWEST[architecture]} if products else set()
+    assert set(report_of(name, architecture).matrix) == expected
+
+
+def test_sums_of_biases_run_on_matrix_units() -> None:
+    """With a bias, the gradient of a linear layer's weight has a second product."""
+    without, with_bias = (
+        sum(report_of(f"expert_linear/grad_weight/mmimdb/bfloat16/{layer}", 90).matrix.values())
+        for layer in ("qkv", "up")
+    )
+    assert with_bias > without
+
+
+@select()
+def test_blocks_share_an_sm(name: str, architecture: int) -> None:
+    """By shared memory two, or more of kernels without products, and one of the largest tiles.
+
+    By registers two of products with weights in float32, and in 16 bits where the launch table limits registers:
+    on sm_90, and of linear layers on sm_100.
+    """
+    built, report = CASES[name].built(architecture), report_of(name, architecture)
+    operator, shape = name.split("/")[0], name.split("/")[2]
+    with_weights = operator in ("routed_mlp", "expert_linear") and built.least > 0
+    alone = operator == "routed_mlp" and built.tiles.endswith(ALONE)
+    assert (2 * (report.shared + KIB) > OF_AN_SM[architecture]) == alone
+    if not built.least:
+        assert report.shared <= 48 * KIB
+    limited = architecture == 90 or (architecture == 100 and operator == "expert_linear")
+    limited = limited or "float32" in built.tiles
+    if with_weights and limited and not alone and not shape.startswith("width"):
+        assert 2 * 32 * report.warps * report.registers <= 64 * KIB
+
+
+@pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
+@select("interaction_moe")
+def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: int) -> None:
+    """Bound by bytes or latency, they need a quarter of the threads that an SM holds, or more."""
+    report = report_of(name, architecture)
+    assert report.shared <= 16 * KIB
+    assert report.registers <= 128
+
+
+# The number of operands of a tile's size that a row-wise kernel reads and writes; views have as many more.
+READS = {"norm alone": 1, "norm": 2, "norm twice": 1, "norm_gradient": 3, "norm_gradient twice": 3}
+READS |= {"gelu": 1, "gelu_gradient": 2, "pool": 2, "pool_gradient": 1, "views": 2}
+WRITES = {"norm alone": 1, "norm": 2, "norm twice": 2, "norm_gradient": 2, "norm_gradient twice": 1}
+WRITES |= {"gelu": 1, "gelu_gradient": 1, "pool": 0, "pool_gradient": 2, "views_gradient": 2}
+# What else a thread reads and writes, one by one: values of one row, lengths of segments, sums.
+SINGLE = 12
+
+
+def accesses(report: Report, kind: str) -> dict[int, int]:
+    """Loads ("ld") or stores ("st") of a thread's code by bytes."""
+    return {int(k[3:]): n for k, n in report.accesses.items() if k.startswith(f"{kind}.")}
+
+
+@select("encoder_rows", without=("norm_sum", "width 300"))
+def test_rows_move_in_vectors(name: str, architecture: int) -> None:
+    """Of 16 bytes, or 8 where a thread has 16 elements of a tile: in 16-bit gradients of norms."""
+    case, report = CASES[name], report_of(name, architecture)
+    if case.shape == "width 63":
+        # The control: odd widths do not.
+        assert sum(n for w, n in accesses(report, "ld").items() if w < 8) > SINGLE
+        return
+    launch, size = case.built(architecture).launch, 4 if case.dtype == "float32" else 2
+    constants = launch.constants
+    columns = 4 * constants["PART"] if "PART" in constants else constants["COLUMNS"]
+    each = size * constants["ROWS"] * columns // (32 * launch.warps)
+    least = 8 if case.kernel.startswith("norm_gradient") and size == 2 else 16
+    views = 4 if case.shape == "mimic" else 3
+    for kind, operands in (
+        ("ld", views if case.kernel == "views_gradient" else READS[case.kernel]),
+        ("st", views if case.kernel == "views" else WRITES[case.kernel]),
+    ):
+        found = accesses(report, kind)
+        assert sum(w * n for w, n in found.items() if w >= least) >= operands * each
+        assert sum(n for w, n in found.items() if w < least) <= SINGLE
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "kind"),
+    [("routed_large", 2048, "i32"), ("widths 65536, 32768", 65536, "i64")],
+)
+def test_strides_of_weights_beyond_32_bits_are_64_bits_wide(
+    shape: str, width: int, kind: str
+) -> None:
+    """Chunk k of the gradient of x starts k D into a weight: a product of the loop that needs D F elements."""
+    launch = CASES[f"routed_mlp/grad_x/{shape}/bfloat16"].built(90).launch
+    ttir = launch.compile(90).asm["ttir"]
+    kinds = set()
+    for found in ("i32", "i64"):
+        constants = re.findall(rf"(%\S+) = arith\.constant {width} : {found}\b", ttir)
+        pairs = re.findall(rf"arith\.muli (%[^\s,]+), (%\S+) : {found}\b", ttir)
+        if any(set(pair) & set(constants) for pair in pairs):
+            kinds.add(found)
+    assert kinds == {kind}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
+def test_launch_tables_state_the_shared_memory_of_their_largest_case() -> None:
+    """Compiles everything, which the tests above have done in the same process."""
+    largest: dict[tuple[str, str, int], int] = {}
+    stated: dict[tuple[str, str, int], int] = {}
+    for name, case in CASES.items():
+        for number in ARCHITECTURES:
+            built = case.built(number)
+            if built.table is not None:
+                # The table of the losses states one number for all architectures.
+                place = 0 if case.operator == "interaction_moe" else number
+                key = (case.operator, built.tiles, place)
+                largest[key] = max(largest.get(key, 0), report_of(name, number).shared)
+                stated[key] = built.table
+    assert largest == stated
+
+
+@pytest.mark.slow
+def test_every_allowed_spill_is_needed() -> None:
+    for spill in ALLOWED_SPILLS:
+        assert len(spill.reason.split()) >= 5
+        fitting = fnmatch.filter(CASES, spill.cases)
+        spilled = [report_of(name, number).spilled for name in fitting for number in ARCHITECTURES]
+        assert max(spilled) == spill.bytes
+
+
+def test_every_shape_of_a_gpu_and_every_kernel_is_there() -> None:
+    shapes = {case.shape for case in CASES.values() if case.dtype == "bfloat16"}
+    named = {"mmimdb", "enrico", "mimic", "pair_base", "pair_512", "pair_long"}
+    assert named | {"routed_small_e4", "routed_small_e16", "routed_large"} <= shapes
+    assert len(CASES) == len(list(cases())), "two cases have one name"
+    kernels = {case.built(90).launch.kernel for case in CASES.values()}
+    quick = {case.built(90).launch.kernel for case in CASES.values() if case.quick}
+    assert quick == kernels
+
+
+# ---- controls: what must fail fails
+
+
+@triton.jit
+def product_kernel(x, y, out, SIZE: tl.constexpr, BY_SUM: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    a = tl.load(x + at[:, None] * SIZE + at[None, :])
+    b = tl.load(y + at[:, None] * SIZE + at[None, :])
+    if BY_SUM:  # noqa: SIM108
+        total = tl.sum(a[:, :, None].to(tl.float32) * b[None, :, :].to(tl.float32), 1)
+    else:
+        total = tl.dot(a, b)
+    tl.store(out + at[:, None] * SIZE + at[None, :], total)
+
+
+@triton.jit
+def invalid_kernel(x, SIZE: tl.constexpr):
+    tl.store(x + tl.arange(0, SIZE), tl.arange(0, SIZE + 1))
+
+
+def product(by_sum: bool, least: int, _architecture: int) -> Built:
+    x, out = meta((32, 32), torch.bfloat16), meta((32, 32), torch.float32)
+    constants = {"SIZE": 32, "BY_SUM": by_sum}
+    return Built(
+        Launch(product_kernel, 1, {"x": x, "y": x, "out": out}, constants, 4, 1), least=least
+    )
+
+
+def capped(architecture: int) -> Built:
+    """The gate of routing with a fraction of the registers that it needs."""
+    built = CASES["routing/gate/routed_large/bfloat16"].built(architecture)
+    launch = dataclasses.replace(built.launch, registers={architecture: 64})
+    return dataclasses.replace(built, launch=launch)
+
+
+def invalid(_architecture: int) -> Built:
+    return Built(Launch(invalid_kernel, 1, {"x": meta((32,), torch.float32)}, {"SIZE": 32}, 4, 1))
+
+
+def control(name: str, build: Callable[[int], Built]) -> Case:
+    return Case("test", name, "small", "bfloat16", "", build)
+
+
+FINE = control("fine", functools.partial(product, False, 1))
+BY_SUM = control("by sum", functools.partial(product, True, 1))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (FINE, ""),
+        (BY_SUM, "has 0 matrix instructions, expected at least 1"),
+        (
+            control("not stated", functools.partial(product, False, 0)),
+            r"has \d+ matrix instructions, but its case states no products",
+        ),
+        (control("capped", capped), r"spills \d+ bytes a thread, allowed are 0"),
+        (control("invalid", invalid), "does not compile: .+"),
+    ],
+    ids=lambda value: value.kernel if isinstance(value, Case) else "",
+)
+def test_what_must_fail_fails(case: Case, message: str) -> None:
+    row = compile_case(case, 90)
+    if not message:
+        assert row.failures == []
+        return
+    (failure,) = row.failures
+    assert re.fullmatch(message, failure)
+
+
+def test_shared_memory_over_the_table_or_the_device_fails() -> None:
+    report = Report(64, 0, 36 * KIB, 4, {}, {})
+    built = Built(Launch(None, 1, {}, {}, 4, 1), table=36 * KIB)
+    assert failures("test", built, report, 80) == []
+    if SAME_RELEASE:
+        more = dataclasses.replace(report, shared=36 * KIB + 1)
+        (failure,) = failures("test", built, more, 80)
+        assert failure == "takes 36865 bytes of shared memory, its launch table states 36864"
+    more = dataclasses.replace(report, shared=164 * KIB)
+    (failure,) = failures("test", built, more, 80)
+    assert failure == "takes 167936 bytes of shared memory, more than a block may have"
+
+
+def run(*arguments: str | Path) -> Result:
+    app = typer.Typer()
+    app.command()(command.aot)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_reports_and_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some 10 s: the process that compiles imports torch and triton."""
+    monkeypatch.setattr(command, "cases", lambda: iter([FINE, BY_SUM]))
+    monkeypatch.setattr(command, "PROCESSES", 1)
+    path = tmp_path / "rows.json"
+    result = run("--arch", 90, "--json", path)
+    assert result.exit_code == 1, result.output
+    assert "test/by sum/small/bfloat16 on sm_90: has 0 matrix instructions" in result.stderr
+    fine, by_sum = json.loads(path.read_text())
+    assert fine["failures"] == []
+    assert fine["report"]["matrix"]
+    assert by_sum["failures"]
+    for name in ("test/fine", "test/by sum"):
+        assert name in result.stdout
+
+
+def test_unknown_names_are_refused() -> None:
+    for arguments, message in (
+        (("--arch", 75), "expected some of 80, 90, 100, got 75"),
+        (("--op", "softmax"), "expected some of pair_moe"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())

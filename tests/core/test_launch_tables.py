@@ -1,0 +1,269 @@
+"""Launch tables: the configuration that an architecture gets, and the limits on those that are its own.
+
+tests/bench/test_aot.py compiles them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.triton import tuning
+from flmoe_kernels.core.triton.tables import KNOWN, Table, architecture_of, known
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from flmoe_kernels.core.triton.launches import assume_multiprocessors, multiprocessors
+from flmoe_kernels.ops.expert_attention.triton import choice as attention_choice
+from flmoe_kernels.ops.expert_attention.triton import launch as attention
+from flmoe_kernels.ops.expert_attention.triton.table import TABLE as ATTENTION
+from flmoe_kernels.ops.expert_attention.triton.table import AttentionCall
+from flmoe_kernels.ops.pair_moe.call import PairCall
+from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
+from flmoe_kernels.ops.pair_moe.triton import launch as pair
+from flmoe_kernels.ops.pair_moe.triton.table import FEW, registers_of
+from flmoe_kernels.ops.pair_moe.triton.table import TABLE as PAIR
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
+from flmoe_kernels.ops.routed_mlp.triton import choice as routed_choice
+from flmoe_kernels.ops.routed_mlp.triton import launch as routed
+from flmoe_kernels.ops.routed_mlp.triton.table import LARGE, ODD
+from flmoe_kernels.ops.routed_mlp.triton.table import TABLE as ROUTED
+
+TABLES = {"pair_moe": PAIR, "expert_attention": ATTENTION, "routed_mlp": ROUTED}
+KIB = 1024
+# What a block may have and an SM has, in KiB; and the place in `shared` where it is stated: sm_86 as sm_80.
+SHARED = {80: (163, 164, 0), 86: (99, 100, 0), 90: (227, 228, 1), 100: (227, 228, 2)}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def pairs(batch: int, rows: int, columns: int, experts: int = 4) -> PairCall:
+    q, k = meta(batch, experts, rows, 32), meta(batch, experts, columns, 32)
+    a, c = meta(batch, experts, rows, 64), meta(batch, experts, columns, 64)
+    kinds = tuple(range(4)) * (experts // 4)
+    return PairCall(q, k, a, c, None, None, None, kinds, experts, 1.0)
+
+
+def layer(width: int, hidden: int, tokens: int = 512) -> RoutedCall:
+    return RoutedCall(
+        *(meta(tokens, width), meta(tokens, 2), meta(4, hidden, width), None),
+        *(meta(4, width, hidden), None, meta(5, dtype=torch.int32)),
+        *(meta(2 * tokens, dtype=torch.int32), 0),
+    )
+
+
+def attending(rows: int, problems: int, width: int, dropout: bool = True) -> AttentionCall:
+    q, seed = meta(1, rows, 4, width), meta(dtype=torch.int64) if dropout else None
+    runs = meta(problems + 1, dtype=torch.int32)
+    return AttentionCall(q, q, q, runs, seed, 0.5 * dropout, 1.0)
+
+
+def as_float32(call: Any) -> Any:
+    """The same call with its 16-bit tensors in float32."""
+    tensors = {name: value for name, value in vars(call).items() if isinstance(value, Tensor)}
+    halves = {name: x.float() for name, x in tensors.items() if x.dtype == torch.bfloat16}
+    return dataclasses.replace(call, **halves)
+
+
+def replacements() -> Iterator[tuple[str, int, Any, Any]]:
+    for name, table in TABLES.items():
+        for architecture, key, tiles in table.replacements():
+            yield name, architecture, key, tiles
+
+
+def test_architectures_get_the_nearest_that_is_not_newer() -> None:
+    nearest = {70: None, 75: None, 80: 80, 86: 86, 87: 86, 89: 86, 90: 90, 100: 100, 103: 100}
+    # sm_12x is no larger sm_100: it has sm_89's shared memory and matrix instructions.
+    nearest |= {110: 100, 120: 86, 121: 86, None: None}
+    assert {number: known(number) for number in nearest} == nearest
+
+
+def test_a_table_looks_at_narrower_keys_first_and_at_its_own_last() -> None:
+    table = Table({"a": 1, "b": 2}, {90: {"a": 3, "a few": 4}, 80: {"b": 5}})
+    assert [table.tiles("a", number) for number in (None, 80, 90, 100)] == [1, 1, 3, 1]
+    assert [table.tiles("a", number, "a few") for number in (None, 80, 90, 100)] == [1, 1, 4, 1]
+    assert table.tiles("b", 90, "b few", "a few") == 4
+    assert table.tiles("b", 80, "b few") == 5
+    assert sorted(table.replacements()) == [(80, "b", 5), (90, "a", 3), (90, "a few", 4)]
+    with pytest.raises(KeyError):
+        table.tiles("c", 90)
+    with pytest.raises(ValueError, match=r"architecture: expected some of \(80, 86, 90, 100\)"):
+        Table({"a": 1}, {89: {"a": 2}})
+
+
+def test_without_a_gpu_there_is_no_architecture() -> None:
+    assert architecture_of(torch.device("cpu")) is None
+    assert architecture_of(torch.device("meta")) is None
+
+
+def test_replaced_configurations_fit_where_they_are_used() -> None:
+    found = list(replacements())
+    assert {name for name, *_ in found} == set(TABLES)
+    for name, architecture, key, tiles in found:
+        most, of_an_sm, place = SHARED[architecture]
+        shared = tiles.shared[place]
+        assert 0 < shared <= most * KIB, (name, architecture, key)
+        alone = getattr(tiles, "programs", 2) == 1 or FEW in key
+        assert alone or 2 * (shared + KIB) <= of_an_sm * KIB, (name, architecture, key)
+
+
+def test_every_replacement_is_used_by_some_call() -> None:
+    """None is hidden behind another, or has a key that no call has."""
+    of_pairs = [
+        pairs(8, 320, 196),
+        pairs(64, 512, 512),
+        pairs(1, 8192, 8192),
+        pairs(8, 320, 196, 8),
+    ]
+    of_attention = [attending(16512, 32, width) for width in (64, 128, 256)]
+    of_layers = [layer(2048, 1024), layer(63, 70), as_float32(layer(64, 71))]
+    of_pairs += map(as_float32, of_pairs[:])
+    of_attention += map(as_float32, of_attention[:])
+    used: set[tuple[str, int, Any]] = set()
+    for number in KNOWN:
+        for kernel in ("accumulate", "gradient", "map"):
+            for reduce in ("none", "experts", "pool"):
+                tiles = [pair_choice.tiles_of(kernel, call, number, reduce) for call in of_pairs]
+                used |= {("pair_moe", number, entry) for entry in tiles}
+        for kernel in ("attend", "query_gradient", "key_gradient"):
+            tiles = [attention_choice.tiles_of(kernel, call, number) for call in of_attention]
+            used |= {("expert_attention", number, entry) for entry in tiles}
+        for kernel in ("hidden", "rows", "hidden_gradient", "weight_gradient"):
+            tiles = [routed_choice.tiles_of(kernel, call, number) for call in of_layers]
+            used |= {("routed_mlp", number, entry) for entry in tiles}
+    for name, architecture, key, tiles in replacements():
+        assert (name, architecture, tiles) in used, (name, architecture, key)
+
+
+def test_pair_classes_follow_shapes_alone() -> None:
+    tiles_of = pair_choice.tiles_of
+    assert tiles_of("gradient", pairs(8, 320, 196), 86).rows == 64
+    for architecture in (80, 90, 100):
+        few = tiles_of("accumulate", pairs(8, 320, 196), architecture)
+        assert (few.rows, few.columns) == (16, 64)
+        assert registers_of(few).get(100, 0) == (255 if architecture == 100 else 0)
+        # 25 blocks of the longer side in each of four samples are the most that are few.
+        assert tiles_of("gradient", pairs(4, 64, 1600), architecture).rows == 16
+        assert tiles_of("gradient", pairs(4, 1601, 64), architecture).rows == 64
+        # More experts hold more tiles.
+        assert tiles_of("accumulate", pairs(8, 320, 196, 8), architecture).rows == 64
+    large = pairs(64, 512, 512)
+    columns = [tiles_of("accumulate", large, number).columns for number in (None, 80, 90, 100, 120)]
+    assert columns == [16, 16, 32, 32, 16]
+    assert tiles_of("accumulate", large, 90, "experts").columns == 16
+
+
+def test_launches_are_cut_by_the_tiles_of_the_architecture() -> None:
+    call = pairs(64, 512, 512)
+    mass, y = meta(64, 4, 512, dtype=torch.float32), meta(64, 4, 512, 64)
+    for architecture, columns in ((None, 16), (80, 16), (90, 32), (100, 32)):
+        tiles = pair_choice.tiles_of("accumulate", call, architecture)
+        launch = pair.forward_launch(tiles, call, "none", y, mass)
+        assert launch.constants["COLUMNS"] == columns
+    few = pairs(8, 320, 196)
+    mass = meta(8, 4, 320, dtype=torch.float32)
+    for architecture, blocks in ((None, 5), (100, 20)):
+        tiles = pair_choice.tiles_of("accumulate", few, architecture)
+        assert pair.row_blocks(tiles, few) == blocks
+        partial = meta(8, 4, blocks, 64, dtype=torch.float32)
+        launch = pair.forward_launch(tiles, few, "pool", partial, mass)
+        assert launch.programs == 8 * blocks
+        assert bool(launch.registers) == (architecture == 100)
+    heads = attending(8192, 1, 64)
+    for architecture, columns in ((None, 64), (80, 128), (89, 128), (90, 128), (100, 64)):
+        tiles = attention_choice.tiles_of("attend", heads, architecture)
+        launch = attention.attend_launch(tiles, heads, heads.q, mass)
+        assert launch.constants["COLUMNS"] == columns
+    for heads in (attending(8192, 1, 64, dropout=False), attending(384, 32, 32)):
+        assert attention_choice.tiles_of("attend", heads, 90) == attention_choice.tiles_of(
+            "attend", heads
+        )
+
+
+def test_a_buffer_cut_by_other_tiles_is_refused() -> None:
+    """The kernel would write past its end."""
+    call = pairs(8, 320, 196)
+    mass = meta(8, 4, 320, dtype=torch.float32)
+    tiles = pair_choice.tiles_of("accumulate", call)
+    partial = meta(8, 4, 7, 64, dtype=torch.float32)
+    with pytest.raises(ValueError, match="y: expected partial sums of 5 blocks, got 7"):
+        pair.forward_launch(tiles, call, "pool", partial, mass)
+    tiles, sides = (
+        pair_choice.tiles_of("gradient", call),
+        pair.make_sides(call, "none", torch.float32),
+    )
+    bias = meta(8, 3, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="grad_bias: expected partial sums of 5 blocks, got 3"):
+        pair.gate_gradient_launch(tiles, call, sides, pair.operand(call.q), bias)
+    mlp = layer(20, 300)
+    rows, dots = meta(1024, 300), meta(1024, 2, dtype=torch.float32)
+    with pytest.raises(ValueError, match="dots: expected 3 blocks of columns, got 2"):
+        routed.hidden_gradient_launch(
+            ROUTED["hidden_gradient", False], mlp, mlp.x, rows, rows, rows, dots
+        )
+
+
+def test_calls_with_other_tables_or_products_have_other_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys: list[tuning.TuningKey] = []
+
+    def choose(key: tuning.TuningKey, candidates: Any, *_: object) -> Any:
+        keys.append(key)
+        return candidates[0]
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(pair_choice, "architecture_of", lambda _device: 90)
+    # 100 blocks are few and 104 are not, in one bucket of sizes.
+    few, many = pairs(4, 1600, 512), pairs(4, 1664, 512)
+    for call, reduce in ((few, "none"), (many, "none"), (many, "experts"), (many, "pool")):
+        tiles = pair_choice.fastest("accumulate", call, reduce)
+        assert tiles == pair_choice.tiles_of("accumulate", call, 90, reduce)
+    assert len(set(keys)) == 3
+    assert keys[1] == keys[3], "sums over rows and the backward are cut alike"
+    keys.clear()
+    for precision in ("tf32x3", "tf32"):
+        monkeypatch.setattr(pair_choice, "matrix_precision", lambda _dtype, it=precision: it)
+        pair_choice.fastest("accumulate", few)
+    assert keys[0] != keys[1]
+
+
+def test_wide_layers_have_a_program_on_each_multiprocessor() -> None:
+    for width, hidden, architecture, expected in (
+        (2048, 1024, 90, (256, 4, {})),
+        (2048, 1024, None, (128, 8, {90: 128})),
+        (512, 2048, 90, (128, 8, {90: 128})),
+        (1000, 1024, 90, (128, 8, {})),
+    ):
+        call = layer(width, hidden)
+        out = meta(1024, hidden)
+        tiles = routed_choice.tiles_of("hidden", call, architecture)
+        with assume_multiprocessors(4):
+            launch = routed.hidden_launch(tiles, call, out, out)
+        found = (launch.constants["COLUMNS"], launch.programs, dict(launch.registers))
+        assert found == expected, (width, hidden, architecture)
+    assert {key[-1] for key in ROUTED.replaced[90]} == {LARGE, ODD}
+    assert {key[-1] for key in ROUTED.replaced[80]} == {ODD}
+    for width, hidden, columns in ((63, 70, 64), (64, 71, 64), (2049, 1024, 64), (64, 70, 128)):
+        assert routed_choice.tiles_of("hidden", layer(width, hidden), 90).columns == columns
+
+
+def test_launches_follow_the_number_of_multiprocessors() -> None:
+    """Two programs on each, and as many splits of a weight gradient as fill them, a power of two."""
+    call = layer(256, 512, tokens=16512)
+    rows, device = meta(33024, 512), torch.device("meta")
+    before = multiprocessors(device)
+    for count, splits in ((108, 4), (132, 8), (148, 8)):
+        with assume_multiprocessors(count):
+            assert multiprocessors(device) == count
+            launch = routed.hidden_launch(ROUTED["hidden", False], call, rows, rows)
+            assert launch.programs == 2 * count
+            assert routed.splits_of(ROUTED["weight_gradient", False], call) == splits
+    assert multiprocessors(device) == before

@@ -1,0 +1,195 @@
+"""The files of tuning results: written whole, validated when read, never run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flmoe_kernels.core.triton.tuning import cache
+from flmoe_kernels.core.triton.tuning.cache import decode, encode
+from tests.support.tuning_trials import (
+    BETTER,
+    KEY,
+    RESULT,
+    SECONDS,
+    Clock,
+    choose,
+    empty_cache,
+    python,
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    yield from empty_cache(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def path(folder: Path) -> Path:
+    """The file of KEY, in a folder that exists."""
+    folder.mkdir(parents=True)
+    return folder / KEY.file_name()
+
+
+def test_a_result_survives_its_file() -> None:
+    assert decode(encode(RESULT)) == RESULT
+    assert json.loads(encode(RESULT))["format"] == 1
+
+
+def changed(**fields: Any) -> str:
+    """The file with other fields, and with other fields of its key in `key`."""
+    content = json.loads(encode(RESULT))
+    if isinstance(fields.get("key"), dict):
+        fields["key"] = content["key"] | fields["key"]
+    return json.dumps(content | fields)
+
+
+INVALID = {
+    "no JSON": "{",
+    "a list": "[1]",
+    "nothing": "",
+    "deep": "[" * 100_000,
+    "format 2": changed(format=2),
+    "format true": changed(format=True),
+    "a field more": changed(code="import os"),
+    "no tiles": changed(tiles={}),
+    "tiles of text": changed(tiles={"rows": "32"}),
+    "tiles of fractions": changed(tiles={"rows": 0.5}),
+    "tiles of truths": changed(tiles={"rows": True}),
+    "negative tiles": changed(tiles={"rows": -1}),
+    "huge tiles": changed(tiles={"rows": 2**40}),
+    "a list of tiles": changed(tiles=[32]),
+    "no seconds": changed(seconds=0),
+    "negative seconds": changed(table_seconds=-1.0),
+    "infinite seconds": changed(seconds=1e999),
+    "seconds of text": changed(seconds="1"),
+    "seconds beyond a float": changed(seconds=10**400),
+    "a key of text": changed(key="op"),
+    "a kernel of numbers": changed(key={"kernel": 1}),
+    "a device that moves the cursor": changed(key={"device": "GPU\x1b[2J"}),
+    "a long device": changed(key={"device": "x" * 999}),
+    "a field that moves the cursor": changed(tiles={"\x1b[2J": 1}),
+    "tried": changed(tried=-1),
+}
+
+
+@pytest.mark.parametrize("text", INVALID.values(), ids=INVALID.keys())
+def test_invalid_files_are_ignored_with_a_warning(text: str, path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        decode(text)
+    path.write_text(text)
+    with pytest.warns(cache.TuningWarning, match=r"ignored"):
+        assert choose(Clock(SECONDS)) == BETTER
+    assert cache.read(KEY) == RESULT, "the next process reads a valid one"
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('a file was run')",))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Bomb()), b"\xff" * 10, b" " * 2**17])
+def test_foreign_files_are_never_run_or_read_whole(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+    with pytest.warns(cache.TuningWarning, match="ignored"):
+        assert cache.read(KEY) is None
+
+
+def test_a_pipe_is_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.warns(cache.TuningWarning, match="ignored: not a regular file"):
+        assert cache.read(KEY) is None
+    with pytest.warns(cache.TuningWarning, match="not written: not a regular file"):
+        cache.write(RESULT)
+
+
+def test_a_warning_is_short(path: Path) -> None:
+    path.write_text(changed(format="x" * 50_000))
+    with pytest.warns(cache.TuningWarning, match="format: expected 1") as caught:
+        assert cache.read(KEY) is None
+    assert len(str(caught[0].message)) < 1000
+
+
+def test_clear_removes_files_and_what_killed_writers_left(folder: Path) -> None:
+    cache.write(RESULT)
+    (folder / f"{'0' * 32}.json").mkdir()
+    left = folder / f".{KEY.file_name().removesuffix('.json')}.abc_1.tmp.json"
+    left.write_text("{")
+    with pytest.warns(cache.TuningWarning, match="ignored"):
+        assert list(cache.results()) == [RESULT]
+    with pytest.warns(cache.TuningWarning, match="not removed"):
+        assert cache.clear() == 1
+    assert [path.name for path in folder.iterdir()] == [f"{'0' * 32}.json"]
+
+
+def test_without_a_home_a_call_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nobody-of-this-name/cache")
+    with pytest.raises(OSError, match="FLMOE_CACHE_DIR: expected a folder where"):
+        cache.folder()
+    with pytest.warns(cache.TuningWarning, match="FLMOE_CACHE_DIR"):
+        assert choose(Clock(SECONDS)) == BETTER
+
+
+def test_a_file_with_another_key_is_ignored(folder: Path) -> None:
+    cache.write(RESULT)
+    other = dataclasses.replace(KEY, triton="3.8.0")
+    assert other.file_name() != KEY.file_name()
+    (folder / KEY.file_name()).rename(folder / other.file_name())
+    with pytest.warns(cache.TuningWarning, match="another key"):
+        assert cache.read(other) is None
+
+
+def test_a_file_cannot_bring_a_configuration_of_its_own() -> None:
+    cache.write(dataclasses.replace(RESULT, tiles={"rows": 4096, "warps": 32}))
+    clock = Clock(SECONDS)
+    assert choose(clock) == BETTER
+    assert clock.timed
+    assert cache.read(KEY) == RESULT
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(folder: Path) -> None:
+    folder.parent.write_text("no folder")
+    with pytest.warns(cache.TuningWarning, match="not written"):
+        assert choose(Clock(SECONDS)) == BETTER
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.write(RESULT)
+
+    def fail(*_paths: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.warns(cache.TuningWarning, match="disk full"):
+        cache.write(dataclasses.replace(RESULT, seconds=1e-6))
+    assert cache.read(KEY) == RESULT
+    assert [path.name for path in folder.iterdir()] == [KEY.file_name()]
+    assert folder.stat().st_mode & 0o077 == 0, "others may not read it"
+
+
+def test_the_folder_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert cache.folder() == tmp_path / "cache" / "tuning"
+    monkeypatch.delenv(cache.FOLDER_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / "flmoe_kernels" / "tuning"
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    for ignored in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        assert cache.folder() == tmp_path / "me" / ".cache" / "flmoe_kernels" / "tuning"
+
+
+def test_a_fresh_process_reads_what_another_saved() -> None:
+    assert choose(Clock(SECONDS)) == BETTER
+    code = "from tests.support.tuning_trials import choose, refuse; print(choose(refuse))"
+    assert python(code) == str(BETTER)

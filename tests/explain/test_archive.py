@@ -1,0 +1,152 @@
+"""Saved results: read as they were written, and no file runs code or passes for another."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flmoe_kernels.explain import (
+    Attribution,
+    MaskingDrops,
+    PairValues,
+    Sampling,
+    attribute,
+    faithfulness,
+    probe_game,
+)
+from flmoe_kernels.explain.archive import Arrays, decode, encode
+from tests.support.explain_games import random_terms, unanimity
+from tests.support.explain_layers import CASES, call_of
+
+Result = Attribution | MaskingDrops | PairValues
+
+
+def pairs(listed: Any = None) -> PairValues:
+    sampling = Sampling(budget=300, seed=4)
+    game = unanimity(random_terms(6, 9, 3, seed=1), 6)
+    return probe_game(game, listed, method="sampling", sampling=sampling)["SII"]
+
+
+def results() -> dict[str, Result]:
+    call = call_of(CASES[3], torch.float32)
+    found: dict[str, Result] = {"pairs": pairs(), "no pairs": pairs([])}
+    for method in ("attention_rollout", "gradient_rollout", "integrated_gradients"):
+        found[method] = attribute(*call, method=method, n_steps=2)
+    options: dict[str, Any] = {"metrics": ["prob", "logit"], "expert": 0, "exempt": [1]}
+    found["drops"] = faithfulness(*call, found["gradient_rollout"], **options)
+    return found
+
+
+def assert_same(mine: Any, theirs: Any, name: str) -> None:
+    assert type(mine) is type(theirs), name
+    if isinstance(mine, tuple):
+        assert len(mine) == len(theirs), name
+        for one, other in zip(mine, theirs, strict=True):
+            assert_same(one, other, name)
+    elif isinstance(mine, np.ndarray | torch.Tensor):
+        assert mine.dtype == theirs.dtype, name
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+    else:
+        assert mine == theirs, name
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "found.npz"
+    for found in results().values():
+        found.save(path)
+        loaded = type(found).load(path)
+        for field in dataclasses.fields(found):
+            assert_same(getattr(loaded, field.name), getattr(found, field.name), field.name)
+        assert repr(loaded) == repr(found)
+    assert [x.name for x in tmp_path.iterdir()] == ["found.npz"]
+    with pytest.raises(FileNotFoundError):
+        PairValues.load(tmp_path / "none.npz")
+
+
+class Trap:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["pairs", "integrated_gradients", "drops"])
+def test_no_file_runs_code_or_passes_for_another(name: str, tmp_path: Path) -> None:
+    found = results()[name]
+    path, sprung = tmp_path / "found.npz", tmp_path / "sprung"
+    found.save(path)
+    content, kind = path.read_bytes(), f"flmoe_kernels.explain.{type(found).__name__}"
+    header, arrays = decode(content, kind, "x")
+    header = {key: value for key, value in header.items() if key not in ("kind", "format")}
+    first = next(iter(arrays))
+    trapped, objects, others = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.savez(trapped, header=np.array([Trap(sprung)], dtype=object), allow_pickle=True)
+    np.save(objects, np.array([Trap(sprung)], dtype=object), allow_pickle=True)
+    np.savez(others, values=np.ones(3))
+    # The trap is one.
+    pickle.loads(pickle.dumps(Trap(sprung)))
+    assert sprung.exists()
+    sprung.unlink()
+    damaged = r"found\.npz: not a file of .*damaged"
+    parts = r"found\.npz: expected the parts of"
+    bad: list[tuple[bytes, str]] = [
+        (b"", damaged),
+        (content[: len(content) // 2], damaged),
+        (content[:-40], damaged),
+        (b"PK\x03\x04" + bytes(200), damaged),
+        (pickle.dumps(Trap(sprung)), damaged),
+        *((file.getvalue(), damaged) for file in (trapped, objects, others)),
+        (encode("another", header, arrays), damaged),
+        (encode(kind, {**header, "format": 99}, arrays), r"found\.npz: expected format 1, got 99"),
+        (encode(kind, {k: v for k, v in header.items() if k != "index"}, arrays), parts),
+        (encode(kind, header, {k: v for k, v in arrays.items() if k != first}), parts),
+        (encode(kind, header, {**arrays, "more": np.zeros(1)}), parts),
+    ]
+    if isinstance(found, PairValues):
+        bad += [
+            (encode(kind, header, changed(arrays, values=np.zeros(2))), r"expected values \(15,\)"),
+            (encode(kind, header, changed(arrays, pairs=np.array(3))), r"expected pairs \(2,\)"),
+            (encode(kind, header, changed(arrays, pairs=arrays["pairs"] + 5)), "pairs of 6"),
+        ]
+    for wrong, message in bad:
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=message):
+            type(found).load(path)
+    assert not sprung.exists()
+
+
+def changed(arrays: Arrays, **more: Any) -> Arrays:
+    return {**arrays, **more}
+
+
+def test_no_damage_passes_unnamed() -> None:
+    """Bytes of a file exchanged: it is refused by name, or what is read is whole all the same."""
+    content = encode("kind", {"a": 1}, {"x": np.arange(30.0), "y": np.arange(5)})
+    draw, refused = np.random.default_rng(0), 0
+    # First the mark of an encrypted part, for which zipfile has an error of its own.
+    places = [content.rindex(b"PK\x01\x02") + 8, *draw.integers(0, len(content), 3000).tolist()]
+    for k, place in enumerate(places):
+        damaged = bytearray(content)
+        damaged[place] = 1 if not k else int(draw.integers(256))
+        problem = ""
+        try:
+            header, arrays = decode(bytes(damaged), "kind", "file")
+        except ValueError as error:
+            problem = str(error)
+        else:
+            assert header["a"] == 1
+            # A part may be lost with its entry; what is read of one is what was written.
+            np.testing.assert_array_equal(arrays.get("x", np.arange(30.0)), np.arange(30.0))
+        assert problem.startswith("file: ") or (k and not problem)
+        refused += bool(problem)
+    assert refused > 1000

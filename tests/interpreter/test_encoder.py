@@ -1,0 +1,386 @@
+"""Tests of the encoder's operators on their Triton kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from flmoe_kernels.core import dropout as rng
+from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.ops.encoder import op as _op  # noqa: F401  registers the operators
+from flmoe_kernels.ops.encoder import reference
+from flmoe_kernels.ops.encoder.triton import rows_launch
+from flmoe_kernels.ops.encoder.triton.rows_tiles import begin
+from tests.support.encoder_cases import backward_calls, norm_arguments, operator_calls
+from tests.support.encoder_tests import EncoderTests
+from tests.support.inputs import as_dtype, cumulative, draw, make_seed
+from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton, tensors
+
+TRITON = "triton"
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
+# (rows, width): around parts, groups of 128 columns, blocks of rows and blocks of columns.
+SIZES = ((7, 1), (0, 16), (37, 63), (9, 300), (35, 256), (1, 1100))
+TABLE = dict(rows_launch.TABLE)
+
+
+def small_calls(p: float, rows: int) -> dict[str, list[Any]]:
+    """One expert, and width 70."""
+    return operator_calls(FLOAT32, p, rows, 70, 1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time for each operation of each program, however large: tiles a few times the
+    table's, which test_other_tiles_give_the_same_numbers compares them with."""
+    for key, tiles in TABLE.items():
+        columns = min(4 * tiles.columns, 1024)
+        large = dataclasses.replace(tiles, elements=8192, columns=columns)
+        monkeypatch.setitem(rows_launch.TABLE, key, large)
+
+
+def sized(*others: Any) -> list[Any]:
+    """Every size in one type and with one of `others`, by turns."""
+    found = []
+    for i, size in enumerate(SIZES):
+        values = (*size, DTYPES[i % 3], others[i % len(others)])
+        found.append(pytest.param(*values, id="x".join(map(str, values))))
+    return found
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype", "eps"), sized(EPS, 0.1))
+def test_expert_norm(rows: int, width: int, dtype: torch.dtype, eps: float) -> None:
+    _, x, gain, shift, *_ = norm_arguments(rows, width, 0.0, False)
+    arguments = [x, gain, shift, eps]
+    # Of one column the norm is its shift alone.
+    oracle = reference.expert_norm
+    compare(on_triton("expert_norm"), oracle, arguments, dtype, may_vanish=width == 1)
+
+
+def test_a_mean_far_from_zero_keeps_the_variance() -> None:
+    """The squares are those of what is centred: a mean of squares would have no digits left of it."""
+    x, gain = draw(1, 5, 140) + 3000, draw(1, 140, seed=1)
+    compare(on_triton("expert_norm"), reference.expert_norm, [x, gain, gain, EPS], FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "how"),
+    sized((0.5, True), (0.3, False), (0.0, True), (0.5, False), (0.0, False)),
+)
+def test_dropout_add_norm(
+    rows: int, width: int, dtype: torch.dtype, how: tuple[float, bool]
+) -> None:
+    p, residual = how
+    oracle, arguments = reference.dropout_add_norm, norm_arguments(rows, width, p, residual)
+    vanishes = {"may_vanish": width == 1}
+    compare(on_triton("dropout_add_norm"), oracle, arguments, dtype, outputs=2, **vanishes)
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype", "p"), sized(0.5, 0.0, 0.5, 1.0))
+def test_gelu_dropout(rows: int, width: int, dtype: torch.dtype, p: float) -> None:
+    arguments = [draw(2, rows, width, seed=1, scale=3), make_seed() if p else None, p]
+    compare(on_triton("gelu_dropout"), reference.gelu_dropout, arguments, dtype)
+
+
+FAR = torch.tensor([1e-30, -1e-30, 0.0, 50, -50, 1e25, -1e25, 3e38, -3e38])
+
+
+def test_gelu_over_its_whole_range() -> None:
+    """Pointwise: relative to the value where it is large, to the tail where it vanishes."""
+    points = torch.cat([torch.linspace(-14, 14, 5601), FAR])
+    x = points.view(1, 1, -1).requires_grad_()
+    out = OPS.gelu_dropout(x, None, 0.0, TRITON)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    x64 = x.detach().double().requires_grad_()
+    exact = x64 * 0.5 * torch.special.erfc(-x64 / 2**0.5)
+    (exact_grad,) = torch.autograd.grad(exact.sum(), x64)
+    eps = torch.finfo(FLOAT32).eps
+    # The gradient is the difference of two terms of that size where it vanishes.
+    for got, want, size in ((out, exact, 0.1), (grad, exact_grad, 0.25)):
+        bound = 8 * eps * want.abs().clamp_min(size)
+        assert ((got - want).abs() <= bound).all()
+        assert not ((got * (1 + 1e-5) - want).abs() <= bound).all()
+    tail = (x64 < -1) & (x64 > -9)
+    assert ((out - exact).abs()[tail] <= 2e-5 * exact.abs()[tail]).all()
+
+
+# Of the rows of a view: segments in order, an empty one, uncovered rows at the end and at the beginning.
+RUNS = {
+    "covering": lambda rows: cumulative([rows // 3, 0, rows - rows // 3]),
+    "ends early": lambda rows: cumulative([rows // 3, rows // 3]),
+    "begins late": lambda rows: cumulative([0, rows // 3], rows // 3),
+    "empty": lambda rows: cumulative([0]),
+}
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype", "p"), sized(0.5, 0.3, 0.0, 0.5))
+def test_dropout_add_pool(rows: int, width: int, dtype: torch.dtype, p: float) -> None:
+    views, seed = 2, make_seed() if p else None
+    x, update = (draw(2 if width < 128 else 1, views * rows, width, seed=i) for i in (1, 2))
+    arguments = [x, update, cumulative([rows // 3, 0, rows // 2]), views, seed, p]
+    compare(on_triton("dropout_add_pool"), reference.dropout_add_pool, arguments, dtype)
+
+
+@pytest.mark.parametrize(("runs", "p"), [*zip(RUNS, (0.5, 0.0, 0.5, 0.5), strict=True)])
+def test_rows_of_no_segment_get_zeros(runs: str, p: float) -> None:
+    """And what stands in them, however bad, is in no mean."""
+    rows, views, cu, seed = 24, 2, RUNS[runs](24), make_seed() if p else None
+    covered = torch.zeros(rows, dtype=torch.bool)
+    covered[cu[0] : cu[-1]] = True
+    everywhere = covered.repeat(views).view(1, -1, 1)
+    x, update = (draw(1, views * rows, 60, seed=i) for i in (1, 2))
+    bad = [torch.where(everywhere, each, float("nan")).requires_grad_() for each in (x, update)]
+    out = OPS.dropout_add_pool(*bad, cu, views, seed, p, TRITON)
+    assert torch.equal(out, OPS.dropout_add_pool(x, update, cu, views, seed, p, TRITON))
+    for grad in torch.autograd.grad(out, bad, torch.ones_like(out)):
+        assert (grad[:, ~covered.repeat(views)] == 0).all()
+        assert grad.isfinite().all()
+        assert bool((grad != 0).any()) == bool(covered.any())
+
+
+def test_no_segments() -> None:
+    rows = draw(2, 6, 4).requires_grad_()
+    out = OPS.dropout_add_pool(rows, rows, cumulative([]), 2, make_seed(), 0.5, TRITON)
+    assert out.shape == (2, 2, 0, 4)
+    (grad,) = torch.autograd.grad(out, rows, out.detach())
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("bounds", [[-5, 2, 99], [0, 4, 2], [9, 12], [-(2**31), 2**31 - 1]])
+def test_segments_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
+    """Only where values are not read beforehand, as on a GPU, do they reach the kernels."""
+    rows, views, cu = 6, 2, torch.tensor(bounds, dtype=torch.int32)
+    wide = [torch.full((3 * views * rows + 80, 4), float("nan")) for _ in range(4)]
+    inside = slice(40, 40 + views * rows)
+    for i, x in enumerate(wide[:2]):
+        x[inside] = draw(views * rows, 4, seed=i)
+    residual, update, *grads = (x[inside].unsqueeze(0) for x in wide)
+    out = torch.full((1, views, len(bounds) - 1, 4), float("nan"))
+    dropout = rows_launch.Dropout(make_seed(), 0.5)
+    rows_launch.pool_launch(residual, update, cu, dropout, out).run()
+    assert out.isfinite().all()
+    rows_launch.pool_gradient_launch(out, cu, dropout, grads[0], grads[1]).run()
+    for x in wide[2:]:
+        assert x[:40].isnan().all()
+        assert x[40 + views * rows :].isnan().all()
+        assert x[inside].isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype", "modalities"), sized(2, 5))
+def test_expand_views(rows: int, width: int, dtype: torch.dtype, modalities: int) -> None:
+    modality = (torch.arange(rows) % modalities).to(torch.int32)
+    arguments = [draw(2, 2, rows, width), modality, modalities + 1]
+    results = compare(on_triton("expand_views"), reference.expand_views, arguments, dtype)
+    assert torch.equal(results[0][0], results[0][1]), "a copy has no rounding"
+
+
+@pytest.mark.parametrize(("experts", "rows", "width", "p"), [(2, 2, 63, 0.3), (1, 1, 1030, 0.99)])
+def test_masks_are_the_generators(experts: int, rows: int, width: int, p: float) -> None:
+    """Bit for bit, forwards and backwards, in every operator that drops."""
+    seed, views = make_seed(), 2
+    at = torch.arange(experts).view(-1, 1, 1), torch.arange(views * rows).view(-1, 1)
+    first, second = (rng.keep_mask(seed, p, i, *at, torch.arange(width)) for i in (0, 1))
+    shape = (experts, views * rows, width)
+    ones, zeros, gain = torch.ones(shape), torch.zeros(shape), torch.ones(experts, width)
+    scale = rng.keep_scale(p)
+    found = {"gelu_dropout": OPS.gelu_dropout(ones, seed, p, TRITON)}
+    found["its gradient"] = OPS.gelu_dropout_backward(ones, zeros, seed, p, TRITON)
+    norm = (ones, gain, zeros[:, 0], seed, p, EPS, TRITON)
+    found["dropout_add_norm"] = OPS.dropout_add_norm(zeros, *norm)[0]
+    statistics = torch.ones(shape[:2])
+    backward = (ones, None, zeros, statistics, statistics, gain, seed, p)
+    found["its gradient"] = OPS.dropout_add_norm_backward(*backward, False, True, TRITON)[1]
+    each = cumulative([1] * rows)
+    pooled = OPS.dropout_add_pool(zeros, ones, each, views, seed, p, TRITON)
+    found["dropout_add_pool"] = pooled.view(shape)
+    grads = OPS.dropout_add_pool_backward(
+        pooled.new_ones(pooled.shape), each, views, views * rows, seed, p, TRITON
+    )
+    found["its gradient"] = grads[1]
+    for name, got in found.items():
+        assert torch.equal(got != 0, first), name
+    # Without a residual the update is dropped twice over.
+    twice = torch.where(first, scale * torch.where(second, 1 + scale, 1.0), 0.0)
+    sums = OPS.dropout_add_norm(None, *norm)[0]
+    grad = OPS.dropout_add_norm_backward(*backward, True, True, TRITON)[1]
+    for got in (sums, grad):
+        torch.testing.assert_close(got, twice, rtol=1e-6, atol=0)
+    assert not torch.equal(first, second) or p == 1.0
+
+
+class TestTriton(EncoderTests):
+    backend, rows, width = TRITON, 6, 70
+
+    @pytest.fixture(params=[BFLOAT16, pytest.param(FLOAT32, marks=pytest.mark.slow)], ids=str)
+    def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
+        return request.param
+
+
+def test_sums_over_many_rows() -> None:
+    """Gradients of gains are sums over all tokens and views: their rounding must not grow with them.
+
+    Every row's gradient is the same, as behind the mean pooling, so that nothing cancels.
+    """
+    rows, width = 700, 64
+    cotangent = draw(1, 1, width, seed=4).expand(1, rows, width)
+    x, gain = draw(1, rows, width), torch.ones(1, width)
+    mean, variance = x.mean(2), x.var(2, correction=0)
+    saved = (x, mean, (variance + EPS).rsqrt(), gain, None, 0.0)
+    gradients = OPS.dropout_add_norm_backward(None, cotangent, *saved, True, False, TRITON)
+    found = [gradients[2:]]
+    for dtype in (FLOAT32, torch.float64):
+        inputs = as_dtype([x, gain, gain], dtype, requires_grad=True)
+        out = reference.expert_norm(*inputs, EPS)
+        found.append(torch.autograd.grad(out, inputs[1:], cotangent.to(dtype)))
+    for name, got, low, oracle in zip(("gain", "shift"), *found, strict=True):
+        assert_within_budget(got, low, oracle, name)
+
+
+def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over rows are added up in another order; nothing else depends on tiles."""
+    calls = small_calls(0.5, 9)
+
+    def results() -> dict[str, list[Tensor]]:
+        return {
+            name: evaluate(on_triton(name.split()[0]), as_dtype(args, FLOAT32, True), 1)
+            for name, args in calls.items()
+        }
+
+    expected = results()
+    for key, tiles in TABLE.items():
+        monkeypatch.setitem(rows_launch.TABLE, key, tiles)
+    for name, found in results().items():
+        for got, want in zip(found, expected[name], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_agrees_with_the_cpu() -> None:
+    """Every result of every operator, those that no gradient goes through among them, in shape and value; also
+    with a seed and a rate that drops nothing."""
+    forward = small_calls(0.5, 3).items()
+    calls = [(name.split()[0], tuple(args)) for name, args in forward]
+    for name, arguments in [*calls, *backward_calls(0.5), *backward_calls(1e-6)]:
+        operator = getattr(OPS, name)
+        found, expected = (tensors(operator(*arguments, each)) for each in (TRITON, "cpu"))
+        for got, want in zip(found, expected, strict=True):
+            assert got.shape == want.shape
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_no_rows_leave_zeros_for_sums(dtype: torch.dtype) -> None:
+    x, stats, gain = draw(2, 0, 9, dtype=dtype), draw(2, 0), draw(2, 9, dtype=dtype)
+    for grads in ((x, x), (x, None), (None, x)):
+        found = OPS.dropout_add_norm_backward(
+            *(*grads, x, stats, stats, gain, make_seed(), 0.5), False, True, TRITON
+        )
+        assert [tuple(each.shape) for each in found] == [(2, 0, 9)] * 2 + [(2, 9)] * 2
+        assert all((each == 0).all() for each in found[2:])
+
+
+def test_opcheck() -> None:
+    """Schemas and fakes. Autograd is checked with the CPU's kernels, and by tracing below."""
+    checks = ("test_schema", "test_faketensor")
+    for name, arguments in small_calls(0.0, 3).items():
+        operator = getattr(OPS, name.split()[0]).default
+        torch.library.opcheck(operator, (*arguments, TRITON), test_utils=checks)
+    for name, given in backward_calls(0.5):
+        torch.library.opcheck(getattr(OPS, name).default, (*given, TRITON), test_utils=checks[1:])
+
+
+def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
+    """Calls that would read past a tensor, or as another type, and their messages."""
+    x, gain, stats, cu = draw(2, 6, 4), draw(2, 4), draw(2, 6), cumulative([3])
+    half, double, seeds = x.to(FLOAT16), x.double(), torch.zeros(2, dtype=torch.int64)
+    modality, pair, means = torch.zeros(6).int(), draw(2, 2, 6, 4), draw(2, 1, 1, 4)
+    many = pair[:1, :, :1, :1].expand(1, 2, 2**28, 1)
+    drop, none = (make_seed(), 0.5), (None, 0.0)
+    weight, bias, grad = draw(2, 5, 4), draw(2, 5), draw(2, 6, 5)
+    wide, wants = x[:1, :1, :1].expand(1, 1, 2**24 + 1), (True, True, True)
+    saved = (x, stats, stats, gain, *drop, False, True)
+    return [
+        ("expert_norm", (double, gain, gain, EPS), "residual: expected float32, bfloat16"),
+        ("expert_norm", (x[0], gain, gain, EPS), "residual: expected 3 dimensions"),
+        ("expert_norm", (x, gain[:1], gain, EPS), "gain: expected"),
+        ("expert_norm", (x, gain, gain.double(), EPS), "shift: expected"),
+        ("dropout_add_norm", (x[:, :5], x, gain, gain, *drop, EPS), "residual: expected"),
+        ("dropout_add_norm", (half, x, gain, gain, *drop, EPS), "residual: expected"),
+        ("dropout_add_norm", (x, x, gain, gain, seeds, 0.5, EPS), "seed: expected"),
+        ("dropout_add_norm_backward", (x[:1], x, *saved), "grad_total: expected"),
+        ("dropout_add_norm_backward", (x, half, *saved), "grad_normed: expected"),
+        ("dropout_add_norm_backward", (x, x, x, stats[:1], *saved[2:]), "mean: expected"),
+        ("dropout_add_norm_backward", (x, x, x, stats, stats.half(), *saved[3:]), "rstd: expected"),
+        ("gelu_dropout", (x.int(), *none), "x: expected float32"),
+        ("gelu_dropout_backward", (x[:, :5], x, *none), "grad_out: expected"),
+        ("dropout_add_pool", (x, half, cu, 2, *none), "update: expected"),
+        ("dropout_add_pool", (x, x, cu.long(), 2, *none), "cu_segments: expected"),
+        ("dropout_add_pool", (x, x, cu[:0], 2, *none), "cu_segments: expected"),
+        ("dropout_add_pool", (x, x, cu, 4, *none), "views: expected a divisor of 6 rows, got 4"),
+        ("dropout_add_pool_backward", (means, cu, 2, 6, *none), "grad_out: expected"),
+        ("dropout_add_pool_backward", (means, cu, 0, 6, *none), "views: expected"),
+        ("expand_views", (pair[:, :1], modality, 3), "x: expected"),
+        ("expand_views", (pair, modality.long(), 3), "modality: expected"),
+        ("expand_views_backward", (pair, modality[:5]), "modality: expected"),
+        ("expert_linear", (double, weight.double(), None), "x: expected float32, bfloat16 or fl"),
+        ("expert_linear", (x[0], weight, None), "x: expected three dimensions"),
+        ("expert_linear", (x, weight[0], None), "weight: expected three dimensions"),
+        ("expert_linear", (x[:1], weight, None), "x: expected"),
+        ("expert_linear", (x[..., :3], weight, None), "x: expected"),
+        ("expert_linear", (half, weight, None), "weight: expected"),
+        ("expert_linear", (x, weight, bias[:, :4]), "bias: expected"),
+        ("expert_linear", (x, weight, bias.to(FLOAT16)), "bias: expected"),
+        ("expert_linear_backward", (grad[:, :5], x, weight, *wants), "grad_out: expected"),
+        ("expert_linear_backward", (grad[..., :4], x, weight, *wants), "grad_out: expected"),
+        ("expert_linear_backward", (grad.half(), x, weight, *wants), "grad_out: expected"),
+        # Of more rows than 32 bits count, or wider than a stride may be.
+        ("expert_linear", (wide, wide, None), "up to 2.30 rows and widths of 2.24"),
+        ("gelu_dropout", (x[:1, :1, :1].expand(1, 2**30 + 1, 1), *none), "x: expected up to 2.30"),
+        ("dropout_add_pool_backward", (means, cu, 1, 2**30 + 1, *none), "rows: expected up to"),
+        ("expand_views", (many, modality[:1].expand(2**28), 5), "views: expected up to"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), refusals(), ids=lambda x: str(x)[:40])
+def test_refuses_what_would_read_past_a_tensor(
+    name: str, arguments: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(OPS, name)(*arguments, TRITON)
+
+
+def test_compiles_in_one_graph() -> None:
+    seed, cu, weight = make_seed(), cumulative([2, 1]), draw(1, 20, 20, seed=5)
+    arguments = norm_arguments(3, 20, 0.5, True, 1)
+
+    def call(residual: Tensor, update: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        total, normed, _, _ = OPS.dropout_add_norm(
+            residual, update, gain, shift, seed, 0.5, EPS, TRITON
+        )
+        update = OPS.gelu_dropout(normed, seed, 0.5, TRITON)
+        update = OPS.expert_linear(update, weight, shift, TRITON)
+        return OPS.dropout_add_pool(total, update, cu, 1, seed, 0.5, TRITON)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [
+        evaluate(each, as_dtype(arguments[:4], FLOAT32, True), 1) for each in (call, compiled)
+    ]
+    assert all(map(torch.equal, *results))
+
+
+@triton.jit
+def begin_kernel(x, out, row, WIDTH: triton.language.constexpr):
+    triton.language.store(out, begin(x, row, WIDTH).to(triton.language.int64))
+    triton.language.store(out + 1, x.to(triton.language.int64))
+
+
+def test_offsets_pass_32_bits() -> None:
+    """Nothing is read there."""
+    out, x = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=BFLOAT16)
+    begin_kernel[(1,)](x, out, 2**30 + 3, 4096)
+    assert int(out[0] - out[1]) == 2 * 4096 * (2**30 + 3)

@@ -1,0 +1,174 @@
+"""Tests of the Triton kernels of the reweighting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import BackendUnavailable
+from flmoe_kernels.core.error_budget import assert_outside_budget
+from flmoe_kernels.ops.reweighting import api, reference
+from flmoe_kernels.ops.reweighting.triton import launch as launches
+from tests.support.inputs import as_dtype, draw, draw_masks, gradients
+from tests.support.operator_cases import OPS, compare
+
+TRITON = "triton"
+QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATTERNS = ("none", "partial", "padded_sample", "padded_modality", "mixed")
+# One block of tokens, and several, in which the shorter modalities have fewer.
+LENGTHS = (((5, 3), 32), ((37, 1, 20), 130), ((19, 7), 300))
+FEATURES = [
+    *((*each, pattern, torch.float32) for each in LENGTHS for pattern in PATTERNS),
+    *((*LENGTHS[2], pattern, dtype) for pattern in ("none", "mixed") for dtype in DTYPES[1:]),
+]
+MIXES = [
+    *((shape, torch.float32) for shape in ((4, 3, 23), (5, 33, 2), (7, 9, 300))),
+    *(((5, 9, 3), dtype) for dtype in DTYPES[1:]),
+]
+
+
+def concatenated(masks: list[Tensor | None] | None, batch: int, lengths: tuple[int, ...]) -> Tensor:
+    """(batch, L): what the operator takes of masks of which some may be None."""
+    found = masks or [None] * len(lengths)
+    return torch.cat(
+        [
+            torch.ones((batch, length), dtype=torch.bool) if mask is None else mask.bool()
+            for mask, length in zip(found, lengths, strict=True)
+        ],
+        dim=1,
+    )
+
+
+@pytest.mark.parametrize(("lengths", "width", "pattern", "dtype"), FEATURES, ids=str)
+def test_features(lengths: tuple[int, ...], width: int, pattern: str, dtype: torch.dtype) -> None:
+    batch = 3
+    masks = draw_masks(pattern, batch, lengths)
+    tokens = draw(batch, sum(lengths), width, seed=4)
+    mask = None if masks is None else concatenated(masks, batch, lengths)
+
+    def operator(x: Tensor) -> Tensor:
+        return api.reweighting_features(x.split(list(lengths), 1), masks, x, mask, TRITON)
+
+    def oracle(x: Tensor) -> Tensor:
+        return reference.reweighting_features(x.split(list(lengths), dim=1), masks)
+
+    found = compare(operator, oracle, [tokens], dtype)
+    if dtype == torch.float32:
+        other = OPS.reweighting_features(tokens, mask, lengths, 0 if masks else 3, TRITON)[0]
+        assert_outside_budget(other, *found[0][1:], "another set of normalised modalities")
+
+
+def test_features_read_nothing_of_padded_tokens() -> None:
+    lengths, batch = (6, 5), 3
+    masks = draw_masks("partial", batch, lengths)
+    mask = concatenated(masks, batch, lengths)
+    tokens = draw(batch, 11, 9, seed=4)
+    results = []
+    for padding in (0.0, float("nan")):
+        leaf = torch.where(mask[..., None], tokens, padding).requires_grad_()
+        out = OPS.reweighting_features(leaf, mask, lengths, 3, TRITON)[0]
+        results.append([out, *gradients([out], [leaf])])
+    assert all(map(torch.equal, *results))
+    assert (results[0][1][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize(("shape", "dtype"), MIXES, ids=str)
+def test_mix(shape: tuple[int, int, int], temperature: float, dtype: torch.dtype) -> None:
+    experts, batch, classes = shape
+    tensors = [draw(batch, experts, seed=1, scale=3.0), draw(experts, batch, classes, seed=2)]
+    found = compare(
+        lambda *x: api.mix_experts(*x, temperature, TRITON),
+        lambda *x: reference.mix_experts(*x, temperature),
+        tensors,
+        dtype,
+        outputs=2,
+    )
+    other = OPS.mix_experts(*as_dtype(tensors, dtype), 1.1 * temperature, TRITON)
+    for wrong, (_, *exact) in zip(other, found[:2], strict=True):
+        assert_outside_budget(wrong, *exact, "another temperature")
+
+
+def test_mix_of_a_slice_and_one_gradient_alone() -> None:
+    whole = draw(4, 3, 5, 6, seed=2).requires_grad_()
+    scores = draw(5, 4, seed=1).requires_grad_()
+    for wanted in ([0], [1], [0, 1]):
+        results = []
+        for function in (
+            lambda *x: OPS.mix_experts(*x, 1.5, TRITON),
+            lambda *x: reference.mix_experts(*x, 1.5),
+        ):
+            out = function(scores, whole[:, 0])
+            results.append(gradients([out[i] for i in wanted], [scores, whole]))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+        assert (results[0][0] != 0).any()
+
+
+def test_empty_batches() -> None:
+    features, _ = OPS.reweighting_features(torch.empty(0, 5, 3), None, [2, 3], 0, TRITON)
+    assert features.shape == (0, 6)
+    weights, mixed = OPS.mix_experts(torch.empty(0, 4), torch.empty(4, 0, 3), 1.0, TRITON)
+    assert (weights.shape, mixed.shape) == ((0, 4), (0, 3))
+
+
+def test_refusals() -> None:
+    """Direct calls of the operators that would read past a tensor's end."""
+    tokens, features, statistics = draw(2, 5, 3), draw(2, 6), draw(2, 2, 2)
+    mask, scores, logits = torch.ones(2, 5, dtype=torch.bool), draw(2, 4), draw(4, 2, 3)
+    for name, arguments, message in (
+        ("reweighting_features", (tokens, None, [2, 2], 0), "lengths: expected"),
+        ("reweighting_features", (tokens, None, [5, 0], 0), "lengths: expected"),
+        ("reweighting_features", (tokens, mask[:, :4], [2, 3], 0), "mask: expected"),
+        ("reweighting_features", (tokens, mask.int(), [2, 3], 0), "mask: expected"),
+        ("reweighting_features", (tokens.double(), None, [2, 3], 0), "tokens: expected float32"),
+        (
+            "reweighting_features_backward",
+            (features, features, statistics[:1], None, [2, 3]),
+            "statistics: expected",
+        ),
+        (
+            "reweighting_features_backward",
+            (features[:, :5], features, statistics, None, [2, 3]),
+            "grad_features: expected",
+        ),
+        ("mix_experts", (scores[:, :3], logits, 1.0), "scores: expected"),
+        ("mix_experts", (scores[:, :0], logits[:0], 1.0), "logits: expected"),
+        ("mix_experts", (scores.half(), logits, 1.0), "scores: expected"),
+        ("mix_experts_backward", (scores, logits[0, :1], scores, logits, 1.0), "grad_mixed: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            getattr(OPS, name)(*arguments, TRITON)
+    for name, arguments in (
+        ("mix_experts", (scores, logits, 1.0)),
+        ("reweighting_features", (tokens, None, [2, 3], 0)),
+    ):
+        with pytest.raises(BackendUnavailable, match="reweighting: this operator has no cpu"):
+            getattr(OPS, name)(*arguments)
+
+
+def test_opcheck() -> None:
+    tokens = draw(2, 5, 3).requires_grad_()
+    scores, logits = draw(2, 4).requires_grad_(), draw(4, 2, 3).requires_grad_()
+    mask = torch.tensor([[True, False, True, True, False]] * 2)
+    features, statistics = OPS.reweighting_features(tokens, mask, [2, 3], 1, TRITON)
+    weights, mixed = OPS.mix_experts(scores, logits, 1.5, TRITON)
+    kept = [x.detach() for x in (features, statistics, weights, mixed, logits)]
+    features, statistics, weights, mixed, parts = kept
+    for op, arguments in (
+        (OPS.reweighting_features, (tokens, mask, [2, 3], 1)),
+        (OPS.reweighting_features_backward, (features, features, statistics, mask, [2, 3])),
+        (OPS.mix_experts, (scores, logits, 1.5)),
+        (OPS.mix_experts_backward, (weights, mixed, weights, parts, 1.5)),
+    ):
+        # Tracing a backward on its own adds nothing to what the compiled forward traces.
+        tests = QUICK if "backward" in str(op) else (*QUICK, "test_aot_dispatch_dynamic")
+        torch.library.opcheck(op.default, (*arguments, TRITON), test_utils=tests)
+
+
+def test_the_table_names_every_kernel() -> None:
+    meta = torch.device("meta")
+    tokens, logits = torch.empty(32, 516, 256, device=meta), torch.empty(4, 32, 23, device=meta)
+    assert set(launches.call_launches(tokens, None, (320, 196), logits)) == set(launches.TABLE)

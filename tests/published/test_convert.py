@@ -1,0 +1,325 @@
+"""Loading checkpoints: what is read from files, keys and shapes, and what is refused and how."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from flmoe_kernels.cli.main import app
+from flmoe_kernels.layers.interaction_moe.architecture import build
+from flmoe_kernels.published.convert import load_checkpoint
+from flmoe_kernels.published.file import CheckpointError
+from flmoe_kernels.published.swap import swap, swap_checkpoint
+from tests.support.inputs import draw
+from tests.support.lineage import fl, i2, make_layer, make_sparse_layer
+from tests.support.lineage_sparse import lifted
+from tests.support.swaps import save
+
+State = dict[str, Tensor]
+EXPERT = "interaction_experts.1.fusion_model."
+MLP = EXPERT + "network.0.mlp."
+
+
+def problem(path: Path) -> str:
+    """The one line that a bad file gets."""
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    return message
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("modalities", [2, 3, 5])
+@pytest.mark.parametrize("variant", [fl, i2])
+def test_reads_the_architecture(tmp_path: Path, variant: Any, modalities: int, layers: int) -> None:
+    layer = make_layer(variant, modalities=modalities, layers=layers, reweight_layers=layers)
+    path = save(tmp_path / "a.pt", {"ensemble_model": layer.state_dict(), "epoch": 3})
+    state, found = load_checkpoint(path)
+    torch.testing.assert_close(state, dict(layer.state_dict()), rtol=0, atol=0)
+    assert (found.num_modalities, found.num_layers) == (modalities, layers)
+    assert (found.hidden_dim, found.num_classes) == (16, 3)
+    assert found.reweight_layers == layers
+    assert found.reweight_hidden == (None if layers == 1 else 20)
+    assert (found.compat, found.num_patches) == (
+        ("i2moe", 5) if variant is i2 else ("fl_i2moe", None)
+    )
+    module = build(found, num_heads=2)
+    module.load_state_dict(state, strict=True)
+
+
+def test_reads_a_bare_state_dict_and_one_of_data_parallel(tmp_path: Path) -> None:
+    state = make_layer().state_dict()
+    bare = load_checkpoint(save(tmp_path / "bare.pt", state))
+    wrapped = nn.DataParallel(make_layer()).state_dict()
+    assert all(key.startswith("module.") for key in wrapped)
+    parallel = load_checkpoint(save(tmp_path / "parallel.pth", {"ensemble_model": wrapped}))
+    assert parallel[0].keys() == bare[0].keys() == state.keys()
+    assert parallel[1] == bare[1]
+
+
+def test_reads_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = make_layer(i2).state_dict()
+    path = tmp_path / "a.safetensors"
+    safetensors.save_file(state, path)
+    found, architecture = load_checkpoint(path)
+    torch.testing.assert_close(found, dict(state), rtol=0, atol=0)
+    assert architecture.compat == "i2moe"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "not a .safetensors file, or a truncated one" in problem(path)
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch pwned",)
+
+
+def pickled(protocol: int) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        path.write_bytes(pickle.dumps({"ensemble_model": Code()}, protocol=protocol))
+
+    return write
+
+
+def truncated(path: Path, share: float, legacy: bool = False) -> None:
+    torch.save(make_layer().state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+BAD_FILES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("missing", lambda path: None, "no such file"),
+    ("folder", lambda path: path.mkdir(), "is a folder"),
+    ("empty", lambda path: path.touch(), "not a PyTorch checkpoint, or a truncated one"),
+    ("text", lambda path: path.write_text("epoch: 3\n"), "not a PyTorch checkpoint"),
+    ("truncated", lambda path: truncated(path, 0.6), "or a truncated one"),
+    ("almost whole", lambda path: truncated(path, 0.999), "or a truncated one"),
+    ("truncated old format", lambda path: truncated(path, 0.6, legacy=True), "truncated one"),
+    (
+        "code",
+        lambda path: save(path, {"ensemble_model": Code()}),
+        r"more than tensors \(\w+.system",
+    ),
+    ("code in a bare pickle", pickled(2), r"more than tensors \(\w+.system\); not loaded"),
+    ("a whole model", lambda path: save(path, make_layer()), "more than tensors"),
+    ("a list", lambda path: save(path, [1]), "holds a list, expected a state_dict"),
+    ("a tensor", lambda path: save(path, torch.ones(2)), "holds a Tensor"),
+    ("no tensors", lambda path: save(path, {"epoch": 3}), "'epoch' holds a value of type int"),
+    ("empty state", lambda path: save(path, {"ensemble_model": {}}), "empty or no state_dict"),
+    ("no state", lambda path: save(path, {"ensemble_model": 3}), "empty or no state_dict"),
+    (
+        "other keys",
+        lambda path: save(path, nn.Linear(2, 2).state_dict()),
+        "it has 'weight', 'bias'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), [pytest.param(w, m, id=i) for i, w, m in BAD_FILES])
+def test_bad_files_get_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pt"
+    write(path)
+    assert re.search(message, problem(path))
+    result = CliRunner().invoke(app, ["swap", str(path)])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert re.search(message, result.stderr)
+    assert [entry.name for entry in tmp_path.iterdir()] == (["bad.pt"] if path.exists() else [])
+
+
+def without(key: str) -> Callable[[State], object]:
+    return lambda state: state.pop(key)
+
+
+def with_value(key: str, value: Any) -> Callable[[State], object]:
+    return lambda state: state.__setitem__(key, value)
+
+
+BAD_KEYS: list[tuple[str, Callable[[State], object], list[str]]] = [
+    (
+        "missing",
+        lambda state: (
+            state.pop(EXPERT + "network.1.attn.q.weight"),
+            state.pop("reweight.mlp.network.3.bias"),
+        ),
+        [f"missing: reweight.mlp.network.3.bias, {EXPERT}network.1.attn.q.weight"],
+    ),
+    ("unknown", with_value("extra.weight", torch.ones(1)), ["unknown: extra.weight"]),
+    ("key of two lines", with_value("extra\nline", torch.ones(1)), ["unknown: extra line"]),
+    (
+        "shape",
+        with_value(EXPERT + "network.0.norm1.weight", torch.ones(3)),
+        [f"wrong shape: {EXPERT}network.0.norm1.weight is (3,), expected (16,)"],
+    ),
+    (
+        "all kinds at once",
+        lambda state: state.update(
+            {
+                EXPERT + "network.0.attn.q.bias": torch.ones(16),
+                EXPERT + "network.2.fc.bias": state.pop(EXPERT + "network.2.fc.bias")[:2],
+            },
+            a=state.pop(EXPERT + "network.0.norm2.bias"),
+        ),
+        [
+            f"missing: {EXPERT}network.0.norm2.bias",
+            f"unknown: {EXPERT}network.0.attn.q.bias, a",
+            f"wrong shape: {EXPERT}network.2.fc.bias is (2,), expected (3,)",
+        ],
+    ),
+    (
+        "an expert lacks",
+        lambda state: [state.pop(key) for key in list(state) if key.startswith(EXPERT)],
+        [f"missing: {EXPERT}network.0.norm1.weight", "and 6 more"],
+    ),
+    (
+        "positions of one expert",
+        with_value(EXPERT + "pos_embed", torch.ones(1, 10, 16)),
+        ["missing: interaction_experts.0.fusion_model.pos_embed"],
+    ),
+    (
+        "one sparse tensor",
+        with_value(EXPERT + "network.0.mlp.experts.htoh4.weight", torch.ones(4, 32, 16)),
+        [
+            "sparse with 4 experts, top 2 of a GShardGate",
+            "missing: interaction_experts.0.fusion_model.network.0.mlp.gate.gate.weight",
+            "unknown: interaction_experts.0.fusion_model.network.0.mlp.network.0.weight",
+        ],
+    ),
+    (
+        "one sparse gate",
+        with_value(EXPERT + "network.0.mlp.all_gates.0.gate.weight", torch.ones(4, 16)),
+        ["no usable tensor at any key", "experts.htoh4.weight"],
+    ),
+    (
+        "one modality",
+        lambda state: [state.pop(key) for key in list(state) if "experts.3." in key],
+        ["expected 4 experts (two modalities) or more, got 3"],
+    ),
+    (
+        "no head",
+        lambda state: [state.pop(key) for key in list(state) if ".fc." in key],
+        ["no keys of the experts' heads"],
+    ),
+    (
+        "no reweighting",
+        lambda state: [state.pop(key) for key in list(state) if "reweight" in key],
+        ["no keys of the reweighting MLP"],
+    ),
+    (
+        "absurd numbers",
+        with_value("interaction_experts.999999999.fusion_model.x", torch.ones(1)),
+        ["numbers in its keys exceed"],
+    ),
+    (
+        "a scalar norm",
+        lambda state: state.update(
+            {key: torch.tensor(1.0) for key in state if key.endswith("norm1.weight")}
+        ),
+        ["no usable tensor", "norm1.weight"],
+    ),
+    (
+        "mixed dtype",
+        with_value("reweight.mlp.network.0.bias", torch.ones(20).half()),
+        ["expected one floating dtype, got torch.float16, torch.float32"],
+    ),
+    (
+        "integers",
+        lambda state: state.update({key: value.long() for key, value in state.items()}),
+        ["expected one floating dtype, got torch.int64"],
+    ),
+]
+
+
+SPARSE_KEYS: list[tuple[str, bool, Callable[[State], object], list[str]]] = [
+    (
+        "copies",
+        False,
+        lambda state: state[MLP + "gate.gate.bias"].add_(1),
+        ["gate.bias", "differ, but are one gate"],
+    ),
+    ("missing", False, without(MLP + "experts.h4toh.bias"), [f"missing: {MLP}experts.h4toh.bias"]),
+    (
+        "shape",
+        False,
+        with_value(MLP + "experts.h4toh.weight", torch.ones(5, 3, 32)),
+        ["wrong shape: ", "h4toh.weight is (5, 3, 32), expected (5, 16, 32)"],
+    ),
+    (
+        "one apart missing",
+        True,
+        without(MLP + "experts.2.htoh4.bias"),
+        ["Missing key", "experts.2.htoh4.bias"],
+    ),
+    (
+        "one apart of another shape",
+        True,
+        with_value(MLP + "experts.2.htoh4.bias", torch.ones(1, 3)),
+        ["size mismatch for ", "experts.2.htoh4.bias"],
+    ),
+    (
+        "no experts",
+        False,
+        lambda state: [state.pop(key) for key in list(state) if ".htoh4." in key],
+        ["no usable tensor", "htoh4"],
+    ),
+    (
+        "absurd sparse numbers",
+        False,
+        with_value(MLP + "all_gates.99999999.gate.bias", torch.ones(5)),
+        ["numbers in its keys exceed"],
+    ),
+]
+WRONG_KEYS = [pytest.param(make_layer, {}, *row, id=i) for i, *row in BAD_KEYS]
+WRONG_KEYS += [
+    pytest.param(make_sparse_layer, {"apart": apart}, *row, id=i) for i, apart, *row in SPARSE_KEYS
+]
+
+
+@pytest.mark.parametrize(("make", "options", "change", "parts"), WRONG_KEYS)
+def test_wrong_keys_are_listed(
+    tmp_path: Path,
+    make: Callable[..., nn.Module],
+    options: dict[str, Any],
+    change: Callable[[State], object],
+    parts: list[str],
+) -> None:
+    state = {key: value.clone() for key, value in make(**options).state_dict().items()}
+    load_checkpoint(save(tmp_path / "good.pt", state))
+    change(state)
+    message = problem(save(tmp_path / "bad.pt", {"ensemble_model": state}))
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("variant", [fl, i2])
+def test_reads_the_layout_of_experts_apart(tmp_path: Path, variant: Any) -> None:
+    layer = make_sparse_layer(variant, apart=True, layers=2)
+    assert MLP + "experts.4.htoh4.weight" in layer.state_dict()
+    path = save(tmp_path / "a.pt", {"ensemble_model": layer.state_dict()})
+    state, architecture = load_checkpoint(path)
+    assert architecture.sparse.num_experts == 5
+    assert state.keys() == make_sparse_layer(variant, layers=2).state_dict().keys()
+    reference = build(architecture, 2)
+    reference.load_state_dict(state, strict=True)
+    inputs = [draw(3, 5, 16, seed=m) for m in range(2)]
+    original = lifted(layer)
+    with torch.no_grad():
+        found = lifted(swap(reference).model).inference(inputs)
+        torch.testing.assert_close(found, original.inference(inputs))
+    written = torch.load(swap_checkpoint(path, num_heads=2).out, weights_only=True)
+    assert written["ensemble_model"].keys() == state.keys()

@@ -1,0 +1,267 @@
+"""Layers that `swap` leaves alone and untouched, and the reasons that it reports."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels import RoutedMLP
+from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
+from flmoe_kernels.published.swap import swap
+from tests.support import lineage_sparse
+from tests.support.lineage import LateFusion, MaxPooled, fl, make_layer, make_sparse_layer
+from tests.support.lineage_sparse import FMoETransformerMLP, make_mlp
+from tests.support.swaps import Make, left, snapshot
+
+
+def changed(change: Callable[[Any], Any], make: Make = make_layer, **options: Any) -> Make:
+    """Makes a layer, and changes it."""
+
+    def made() -> nn.Module:
+        layer = make(**options)
+        with torch.no_grad():
+            change(layer)
+        return layer
+
+    return made
+
+
+def changed_mlp(change: Callable[[Any], Any], gate: str = "GShardGate", **options: Any) -> Make:
+    return changed(change, make_mlp, gate=gate, **options)
+
+
+def disguised(kind: type[nn.Module]) -> Make:
+    """A layer with the published name and structure, and another forward."""
+    return changed(lambda layer: setattr(layer, "__class__", type("InteractionMoE", (kind,), {})))
+
+
+def as_gate(kind: type[nn.Module], name: str = "GShardGate", make: Make = make_mlp) -> Make:
+    """The same for the gates of a sparse MLP or layer."""
+
+    def change(layer: nn.Module) -> None:
+        for part in layer.modules():
+            if type(part) is lineage_sparse.GShardGate:
+                part.__class__ = type(name, (kind,), {})
+
+    return changed(change, make)
+
+
+def put(module: nn.Module, owner: str, **attributes: Any) -> None:
+    for name, value in attributes.items():
+        setattr(module.get_submodule(owner), name, value)
+
+
+class OwnMethods(fl.InteractionMoE):
+    def explain(self) -> str:
+        return "what a fast layer would not have"
+
+
+class OwnMLP(FMoETransformerMLP):
+    pass
+
+
+class ZeroFilled(fl.InteractionMoE):
+    """Replaces a modality by zeros: the fusion agrees, but the views that training sees differ."""
+
+    def forward(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
+        class Zeros(torch.overrides.TorchFunctionMode):
+            def __torch_function__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                func = torch.zeros_like if func is torch.randn_like else func
+                return func(*args, **(kwargs or {}))
+
+        with Zeros():
+            return super().forward(inputs, masks)
+
+
+class OtherLoss(fl.InteractionMoE):
+    def forward(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
+        *head, losses, latents = super().forward(inputs, masks)
+        return (*head, [*losses[:-1], 1.01 * losses[-1]], latents)
+
+
+class OtherInference(fl.InteractionMoE):
+    def inference(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
+        logits, weights, mixed = super().inference(inputs, masks)
+        return logits, weights, mixed.softmax(dim=1)
+
+
+class FewerOutputs(fl.InteractionMoE):
+    def forward(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
+        return super().forward(inputs, masks)[:3]
+
+
+class Fails(fl.InteractionMoE):
+    def forward(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
+        raise KeyError("language\nand more")
+
+
+class UniformWeights(lineage_sparse.GShardGate):
+    """Chooses as the published gate and weighs otherwise."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        index, weight = super().forward(x)
+        return index, torch.full_like(weight, 0.5)
+
+
+class GateFails(lineage_sparse.GShardGate):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise KeyError("no\nmore")
+
+
+LAYERS: list[tuple[str, Make, str]] = [
+    (
+        "unknown fusion",
+        lambda: fl.InteractionMoE(2, LateFusion(2, 16, 3), False, 16, 16),
+        "unknown fusion model, LateFusion",
+    ),
+    (
+        "sparse inside",
+        lambda: make_layer(mlp_sparse=True, apart=True),
+        r"network.0.mlp.experts: each has parameters of its own \(FastMoE",
+    ),
+    ("cross-attention", lambda: make_layer(self_attn=False), "cross-attention"),
+    ("subclass", changed(lambda x: setattr(x, "__class__", OwnMethods)), "own methods would be"),
+    (
+        "hook inside",
+        changed(lambda x: x.interaction_experts[0].fusion_model.register_forward_hook(print)),
+        "carries a hook",
+    ),
+    ("mixed mode", changed(lambda x: x.interaction_experts.eval()), "one mode"),
+    ("compiled", changed(lambda x: x.compile(backend="eager")), "swap first, then compile"),
+    ("other pooling", lambda: make_layer(fusion=MaxPooled), "off by .* allowed"),
+    (
+        "other gate",
+        as_gate(UniformWeights, make=lambda: make_sparse_layer(num_experts=2)),
+        "off by .* allowed",
+    ),
+    ("other noise", disguised(ZeroFilled), "replacement with torch.randn_like per view"),
+    ("other loss", disguised(OtherLoss), "its own losses are off by"),
+    ("other inference", disguised(OtherInference), "logits are off by"),
+    ("fewer outputs", disguised(FewerOutputs), "returns 3 values, expected 5"),
+    ("fails", disguised(Fails), r"its own forward fails: KeyError: 'language\\nand more'"),
+    (
+        "diverged",
+        changed(lambda x: x.reweight.mlp.network[0].weight[0, 0].fill_(float("nan"))),
+        "not finite",
+    ),
+]
+MLPS: list[tuple[str, Make, str]] = [
+    ("apart", lambda: make_mlp(apart=True), "experts: each has parameters of its own"),
+    ("gate_hook", lambda: make_mlp(gate_hook=print), "gate_hook: set, and RoutedMLP has none"),
+    ("mask", lambda: make_mlp(mask=torch.zeros(3)), "mask: set"),
+    ("mask_dict", lambda: make_mlp(mask_dict={}), "mask_dict: set"),
+    ("world", changed_mlp(lambda m: put(m, "", world_size=2)), "world_size: expected 1, got 2"),
+    ("slices", changed_mlp(lambda m: put(m, "", slice_size=2)), "slice_group"),
+    ("subclass", changed_mlp(lambda m: setattr(m, "__class__", OwnMLP)), "own methods"),
+    (
+        "gate",
+        as_gate(lineage_sparse.GShardGate, "DCGate"),
+        "gate: expected one of NaiveGate, .* DCGate",
+    ),
+    ("gate's code", as_gate(UniformWeights), "outputs are off by"),
+    ("gate fails", as_gate(GateFails), r"its own forward fails: KeyError: 'no\\nmore'"),
+    ("top_k", changed_mlp(lambda m: put(m, "gate", top_k=1)), r"all_gates.0.top_k: expected 2"),
+    (
+        "top_k of both",
+        changed_mlp(lambda m: [put(m, path, top_k=1) for path in ("", "gate")]),
+        "top_k: 1, not that of a GShardGate",
+    ),
+    (
+        "activation",
+        changed_mlp(lambda m: put(m, "experts", activation=nn.Tanh())),
+        "experts.activation: expected nn.GELU, .* got Tanh",
+    ),
+    (
+        "shape",
+        changed_mlp(lambda m: put(m, "experts.h4toh", bias=nn.Parameter(torch.ones(5, 3)))),
+        r"experts.h4toh.bias: expected shape \(5, 16\), got \(5, 3\)",
+    ),
+    *(
+        (
+            f"no {name}",
+            changed_mlp(lambda m, name=name: delattr(m.gate, name), gate),
+            rf"all_gates.0.{name}: missing, which a {gate} has",
+        )
+        for gate, name in (
+            ("GShardGate", "capacity"),
+            ("GShardGate", "random_routing"),
+            ("SwitchGate", "capacity"),
+            ("SwitchGate", "switch_eps"),
+            ("AddtionalNoisyGate", "noise_epsilon"),
+        )
+    ),
+    ("no bias", changed_mlp(lambda m: put(m, "experts.htoh4", bias=None)), "htoh4.bias"),
+    (
+        "extra parameter",
+        changed_mlp(lambda m: put(m, "gate", temperature=nn.Parameter(torch.ones(1)))),
+        r"(gate|all_gates.0).temperature: an unexpected parameter",
+    ),
+    (
+        "other router",
+        changed_mlp(lambda m: m.all_gates.update({"1": lineage_sparse.NaiveGate(16, 5, 1)})),
+        "all_gates.1: expected GShardGate, got NaiveGate",
+    ),
+    (
+        "another gate",
+        changed_mlp(lambda m: setattr(m, "gate", lineage_sparse.GShardGate(16, 5, 1))),
+        "all_gates.0: not the gate itself",
+    ),
+    (
+        "a list of gates",
+        changed_mlp(lambda m: setattr(m, "all_gates", nn.ModuleList([m.gate]))),
+        "all_gates: expected ModuleDict",
+    ),
+    ("dtypes", changed_mlp(lambda m: m.gate.double()), "parameters differ in dtype"),
+    ("hook inside", changed_mlp(lambda m: m.gate.register_forward_hook(print)), "gate: carries a"),
+    ("mode inside", changed_mlp(lambda m: m.gate.eval()), "in eval mode while the layer is in tr"),
+    ("own forward", changed_mlp(lambda m: setattr(m.gate, "forward", print)), "forward: replaced"),
+    ("compiled", changed_mlp(lambda m: m.compile(backend="eager")), "swap first, then compile"),
+    (
+        "diverged",
+        changed_mlp(lambda m: m.experts.h4toh.weight[:, 0, 0].fill_(float("nan"))),
+        "not finite",
+    ),
+]
+LEFT = [pytest.param(m, r, id=f"layer: {i}") for i, m, r in LAYERS]
+LEFT += [pytest.param(m, r, id=f"mlp: {i}") for i, m, r in MLPS]
+
+
+@pytest.mark.parametrize(("make", "reason"), LEFT)
+def test_leaves_alone_and_untouched(make: Make, reason: str) -> None:
+    layer, neighbour = make(), make_mlp(seed=3)
+    layer.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict({"odd": layer, "good": neighbour, "odd again": layer})
+    before = snapshot(layer)
+    report = swap(model)
+    assert snapshot(layer) == before
+    assert model["odd"] is model["odd again"] is layer
+    assert isinstance(model["good"], RoutedMLP)
+    assert [entry.name for entry in report.swapped_mlps] == ["good"]
+    assert [(entry.name, entry.class_name) for entry in report.left] == [
+        ("odd, odd again", type(layer).__name__)
+    ]
+    assert re.search(reason, report.left[0].reason), report.left[0].reason
+
+    alone = swap(layer)
+    assert alone.model is layer
+    assert re.search(reason, left(alone))
+
+
+@pytest.mark.parametrize("name", ["other pooling", "other gate"])
+def test_the_check_is_what_catches_another_forward(name: str) -> None:
+    make = {name: make for name, make, _ in LAYERS}[name]
+    assert isinstance(swap(make(), check=False).model, InteractionMoE)
+
+
+def test_layers_inside_compiled_modules_are_left() -> None:
+    layer = make_layer()
+    compiled = torch.compile(layer, backend="eager")
+    assert "swap first" in left(swap(compiled))
+    assert compiled._orig_mod is layer

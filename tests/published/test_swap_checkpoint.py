@@ -1,0 +1,210 @@
+"""`swap_checkpoint` and the command `swap`: what they write, and the settings that they take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flmoe_kernels.cli.main import app
+from flmoe_kernels.published.convert import load_checkpoint, load_layer
+from flmoe_kernels.published.file import CheckpointError
+from flmoe_kernels.published.swap import swap, swap_checkpoint
+from tests.support.lineage import fl, i2, make_layer, make_sparse_layer
+from tests.support.lineage_sparse import GATES, lifted
+from tests.support.swaps import save
+
+CONVERTED = [
+    *((variant, None, dtype) for variant in (fl, i2) for dtype in (torch.float32, torch.bfloat16)),
+    *((fl, gate, torch.float32) for gate in GATES),
+    (i2, "GShardGate", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("variant", "gate", "dtype"), CONVERTED)
+def test_converts(tmp_path: Path, variant: Any, gate: str | None, dtype: torch.dtype) -> None:
+    def make(**options: Any) -> Any:
+        options |= {"heads": 4, "temperature": 2.0}
+        if gate is None:
+            return make_layer(variant, **options).to(dtype)
+        return make_sparse_layer(variant, gate, layers=2, **options)
+
+    layer = make().eval()
+    encoders = {"text": {"weight": torch.ones(2)}}
+    content = {"ensemble_model": layer.state_dict(), "encoder_dict": encoders}
+    path = save(tmp_path / "run.best.pth", content)
+    before = path.read_bytes()
+    given = None if gate == "AddtionalNoisyGate" else gate
+    conversion = swap_checkpoint(path, num_heads=4, temperature=2.0, gate=given)
+    assert conversion.out == tmp_path / "run.best.flmoe.pt"
+    assert path.read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "run.best.flmoe.pt",
+        "run.best.pth",
+    ]
+    written = torch.load(conversion.out, weights_only=True)
+    assert written.keys() == {"ensemble_model", "encoder_dict", "flmoe_config"}
+    config = written["flmoe_config"]
+    assert config["num_heads"] == 4
+    if gate is not None:
+        assert config["sparse"]["gate"] == gate.removeprefix("Addtional")
+        assert config["sparse"]["top_k"] == (1 if gate == "SwitchGate" else 2)
+    torch.testing.assert_close(written["encoder_dict"], encoders)
+    make(seed=9).load_state_dict(written["ensemble_model"], strict=True)
+
+    # The settings travel with the file: without any given, the layer answers as the original.
+    loaded = lifted(load_layer(conversion.out).float())
+    inputs = [torch.randn(2, 5, 16) for _ in range(2)]
+    with torch.no_grad():
+        expected = lifted(layer.float()).inference(inputs)[2]
+        found = lifted(swap(loaded).model).inference(inputs)[2]
+        other = load_layer(conversion.out, num_heads=2).float().inference(inputs)[2]
+    torch.testing.assert_close(found, expected)
+    assert (other - expected).abs().max() > 1e-3
+    assert loaded.fusion_sparse == (gate is not None)
+
+
+def test_converts_to_safetensors_and_back(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    state = make_layer(heads=8).state_dict()
+    path = save(tmp_path / "a.pt", {"ensemble_model": state})
+    out = tmp_path / "b.safetensors"
+    assert swap_checkpoint(path, num_heads=8, out=out).out == out
+    found, _ = load_checkpoint(out)
+    torch.testing.assert_close(found, dict(state), rtol=0, atol=0)
+    again = swap_checkpoint(out)
+    assert (again.num_heads, again.temperature) == (8, 1.0)
+    assert again.out == tmp_path / "b.flmoe.pt"
+    more = save(tmp_path / "c.pt", {"ensemble_model": state, "encoder_dict": {}})
+    with pytest.raises(CheckpointError, match=r"also holds 'encoder_dict'.*write a \.pt"):
+        swap_checkpoint(more, out=tmp_path / "d.safetensors")
+
+
+DENSE: dict[str, Any] = {"mlp_sparse": False}
+NOISY = {"gate": "AddtionalNoisyGate"}
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        (DENSE, {"num_heads": 3}, "num_heads=3, got 16"),
+        (DENSE, {"num_heads": 0}, r"num_heads.*at least 1"),
+        (DENSE, {"temperature": 0.0}, "temperature.*positive"),
+        (DENSE, {"temperature": float("nan")}, "temperature.*positive"),
+        (DENSE, {"out": "."}, "is a folder"),
+        (DENSE, {"out": "a.pt"}, "the checkpoint itself"),
+        (DENSE, {"out": "none/b.pt"}, "no such folder"),
+        (DENSE, {"gate": "GShardGate"}, "gate: given, but there are no sparse MLPs"),
+        (DENSE, {"top_k": 2}, "top_k: given, but there are no sparse MLPs"),
+        ({}, {"gate": "TopGate"}, "gate: expected one of NaiveGate, .*got 'TopGate'"),
+        ({}, {"gate": "NoisyGate"}, "gates that are not Noisy, got NoisyGate"),
+        (NOISY, {"gate": "GShardGate"}, "Noisy gates, got GShardGate"),
+        ({}, {"gate": "SwitchGate", "top_k": 2}, "top.?k: expected 1 for Switch, got 2"),
+        ({}, {"gate": "NaiveGate", "top_k": 6}, "top_k: expected an int from 1 to 5, got 6"),
+    ],
+)
+def test_refuses_settings_and_targets(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    given: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = save(Path("a.pt"), make_sparse_layer(**options).state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        swap_checkpoint(path, **given)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_settings_of_the_gates_travel_with_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pt", make_sparse_layer(gate="NaiveGate", layers=1).state_dict())
+    assert swap_checkpoint(path).architecture.sparse.gate == "GShardGate"
+    out = swap_checkpoint(path, gate="NaiveGate", top_k=3, out=tmp_path / "b.pt").out
+    assert load_checkpoint(out)[1].sparse.top_k == 3
+    assert load_checkpoint(out, top_k=4)[1].sparse.top_k == 4
+    found = swap_checkpoint(save(tmp_path / "c.pt", make_sparse_layer(layers=1).state_dict()))
+    written = torch.load(found.out, weights_only=True)
+    sparse = written["flmoe_config"]["sparse"]
+    sparse |= {"capacity": [0.5, 0.75], "random_routing": True, "switch_eps": "odd"}
+    again = save(tmp_path / "d.pt", written)
+    spec = load_checkpoint(again)[1].sparse
+    assert (spec.capacity, spec.random_routing, spec.switch_eps) == ((0.5, 0.75), True, None)
+    fusion = load_layer(again).interaction_experts[1].fusion_model
+    assert fusion.network[0].mlp.gate.capacity == (0.5, 0.75)
+    assert load_checkpoint(again, gate="NaiveGate")[1].sparse.capacity is None
+    sparse |= {"capacity": [0.0, float("nan")], "top_k": "two"}
+    odd = save(tmp_path / "e.pt", written)
+    assert load_checkpoint(odd)[1].sparse.capacity == (1.2, 2.4)
+
+
+def test_writes_nothing_where_the_fast_layer_disagrees(tmp_path: Path) -> None:
+    state = make_layer().state_dict()
+    state["reweight.mlp.network.0.weight"][0, 0] = float("nan")
+    path = save(tmp_path / "a.pt", state)
+    with pytest.raises(CheckpointError, match=r"not converted: .*not finite"):
+        swap_checkpoint(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt()])
+def test_a_write_that_stops_half_way_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    path, out = save(tmp_path / "a.pt", make_layer().state_dict()), tmp_path / "out.pt"
+    out.write_text("older")
+
+    def half(content: Any, stream: Any) -> None:
+        stream.write(b"half")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises((CheckpointError, KeyboardInterrupt), match=r"no space left|^$"):
+        swap_checkpoint(path, out=out)
+    assert out.read_text() == "older"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.pt", "out.pt"]
+
+
+def test_command_prints_a_report_or_json(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pt", {"ensemble_model": make_layer(modalities=3).state_dict()})
+    arguments = ["swap", str(path), "--heads", "2", "--out", str(tmp_path / "b.pt")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "3 modalities, width 16, 3 classes, 2 fusion layers" in result.stdout
+    assert "1 layer swapped" in result.stdout
+    assert f"Wrote {tmp_path / 'b.pt'}." in result.stdout
+    facts = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert facts["architecture"]["num_modalities"] == 3
+    assert facts["swapped"][0]["logits_error"] < 1e-4
+    assert facts["num_heads"] == 2
+
+
+def test_command_takes_the_gate_and_the_choices(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pt", make_sparse_layer(gate="NaiveGate", layers=1).state_dict())
+    arguments = ["swap", str(path), "--heads", "2", "--gate", "NaiveGate", "--top-k", "3"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "sparse with 5 experts, top 3 of a NaiveGate" in result.stdout
+    assert "2 heads, temperature 1, top 3 of a NaiveGate" in result.stdout
+    refused = CliRunner().invoke(app, [*arguments[:4], "--gate", "NoisyGate"])
+    assert refused.exit_code == 2
+    assert refused.stderr.count("\n") == 1
+
+
+def test_command_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "flmoe_kernels", "swap", "none.pt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: none.pt: no such file\n"

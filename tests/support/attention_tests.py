@@ -1,0 +1,170 @@
+"""Tests of expert_attention that every backend must pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels import expert_attention
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from tests.support.attention_cases import NAMES, Case, check, run
+from tests.support.inputs import as_dtype, cumulative, draw, gradients, make_seed
+
+OPS = torch.ops.flmoe
+FLOAT32, FLOAT64 = torch.float32, torch.float64
+EMPTY = (
+    *(Case((), 2, 4, 0.5, groups, tail=tail) for groups in (None, 2) for tail in (0, 3)),
+    Case((0, 0), 1, 3, groups=0),
+)
+
+
+class AttentionTests:
+    """A subclass names a backend and its sizes, and has a fixture `dtype`."""
+
+    backend: str
+    heads: int
+    # The longest run: more than one block of keys.
+    length: int
+
+    def run(self, case: Case, qkv: list[Tensor], **options: object) -> list[Tensor]:
+        return run(case, qkv, self.backend, **options)
+
+    def test_a_wrong_result_fails(self, dtype: torch.dtype) -> None:
+        """The control of all comparisons with the reference."""
+        case = Case((9, 6, 20), self.heads, 16, 0.3)
+        _, low, oracle = check(case, dtype, self.backend)
+        q, k, v = qkv = case.qkv(dtype)
+        wrong = {
+            "another mask": self.run(case, qkv, seed=1),
+            "no dropout": self.run(dataclasses.replace(case, p=0.0), qkv),
+            "another rate": self.run(dataclasses.replace(case, p=0.31), qkv),
+            "another scale": self.run(dataclasses.replace(case, scale=0.27), qkv),
+            "runs shifted": self.run(case, qkv, cu_seqlens=cumulative([9, 7, 19])),
+            "q and k swapped": self.run(case, [k, q, v]),
+        }
+        for mistake, results in wrong.items():
+            for name, *triple in zip(NAMES, results, low, oracle, strict=True):
+                assert_outside_budget(*triple, f"{name}: {mistake}")
+
+    def test_uncovered_rows_get_zeros(self) -> None:
+        case = Case((4, 0, 6), 2, 8, 0.5, groups=2, lead=3, tail=25)
+        for result in self.run(case, case.qkv(FLOAT32)):
+            assert (result[:, :3] == 0).all()
+            assert (result[:, 13:] == 0).all()
+            assert (result[:, 3:13] != 0).any()
+
+    @pytest.mark.parametrize("case", EMPTY, ids=str)
+    def test_no_rows_and_no_problems(self, case: Case) -> None:
+        q, k, v = case.qkv(FLOAT32)
+        for backend in (self.backend, "reference"):
+            for result, x in zip(run(case, [q, k, v], backend), (q, q, k, v), strict=True):
+                assert result.shape == x.shape
+                assert (result == 0).all()
+
+    def test_strided_inputs_equal_contiguous_ones(self, dtype: torch.dtype) -> None:
+        case = Case((5, 11, self.length // 5), self.heads, 6, 0.5, groups=2)
+        plain = case.qkv(dtype)
+        expected = self.run(case, plain)
+        layouts = (
+            [*torch.stack(plain, dim=2).unbind(2)],
+            [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain],
+            [x.transpose(1, 3).contiguous().transpose(1, 3) for x in plain],
+            [torch.cat([x, x + 1], dim=-1)[..., : case.width] for x in plain],
+            [torch.stack([x, x + 1], dim=-1).flatten(-2)[..., ::2] for x in plain],
+        )
+        for layout in layouts:
+            for name, got, want in zip(NAMES, self.run(case, layout), expected, strict=True):
+                assert torch.equal(got, want), name
+        # A gradient that arrives as one broadcast value.
+        leaves = [x.detach().requires_grad_() for x in plain]
+        grads = []
+        for cotangent in (torch.ones(()).to(dtype).expand_as(plain[0]), torch.ones_like(plain[0])):
+            tail = (case.cu_seqlens, make_seed(), 0.5, 1.0, self.backend)
+            out, _ = OPS.expert_attention(*leaves, *tail)
+            grads.append(torch.autograd.grad(out, leaves, cotangent))
+        assert all(map(torch.equal, *grads))
+
+    def test_packed_equals_unpacked(self, dtype: torch.dtype) -> None:
+        case = Case((5, 0, self.length // 5), self.heads, 6, 0.5, groups=2, lead=1, tail=2)
+        plain = case.qkv(dtype)
+        expected = self.run(case, plain)
+        qkv = torch.stack(plain, dim=2).requires_grad_()
+        tail = (case.cu_seqlens, make_seed(), 0.5, 6**-0.5, self.backend)
+        out, lse = OPS.expert_attention_packed(qkv, *tail)
+        (grad,) = gradients([out], [qkv])
+        for name, got, want in zip(NAMES, (out, *grad.unbind(2)), expected, strict=True):
+            assert torch.equal(got, want), name
+        assert torch.equal(lse, OPS.expert_attention(*plain, *tail)[1])
+
+    @pytest.mark.parametrize("groups", [None, 2])
+    def test_log_sum_exp(self, groups: int | None, dtype: torch.dtype) -> None:
+        case = Case((9, 0, self.length), 2, 8, groups=groups, lead=2, tail=1)
+        qkv = [x.requires_grad_() for x in case.qkv(dtype)]
+        wide = as_dtype(qkv, FLOAT64)
+        found = []
+        for backend, inputs in ((self.backend, qkv), ("reference", qkv), ("reference", wide)):
+            pair = expert_attention(*inputs, case.cu_seqlens, return_lse=True, backend=backend)
+            assert not pair[1].requires_grad
+            found.append(pair[1])
+        assert found[0].dtype == (FLOAT64 if dtype == FLOAT64 else FLOAT32)
+        assert found[0].shape == qkv[0].shape[:-1]
+        assert_within_budget(*found, "lse")
+        assert_outside_budget(found[0] + 0.1, *found[1:], "lse")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("which", [0, 1, 2])
+    def test_nan_and_inf_propagate(self, value: float, which: int, dtype: torch.dtype) -> None:
+        case = Case((6, 9, self.length), 1, 5, groups=1)
+        qkv = [x.abs() + 0.1 for x in case.qkv(dtype)]
+        qkv[which][0, 8, 0, 2] = value
+        actual, low = self.run(case, qkv), run(case, qkv, "reference")
+        oracle = run(case, as_dtype(qkv, FLOAT64), "reference")
+        assert_within_budget(actual[0], low[0], oracle[0], "out")
+        assert actual[0][:, :6].isfinite().all()
+        assert actual[0][:, 15:].isfinite().all()
+        assert not all(result.isfinite().all() for result in actual)
+        for name, got, want in zip(NAMES, actual, oracle, strict=True):
+            assert torch.equal(got.isfinite(), want.isfinite()), name
+
+    def test_a_block_of_minus_infinity_does_not_hide_later_keys(self) -> None:
+        """Scores of -inf have probability 0, in whichever block of keys they stand."""
+        length = 2 * self.length
+        case = Case((length,), 1, 4)
+        q, k, v = (x.abs() + 0.1 for x in case.qkv(FLOAT32))
+        middle = length // 2
+        for first, last in ((0, 5), (0, middle), (middle - 20, middle + 64), (length - 1, length)):
+            hidden = k.clone()
+            hidden[first:last, 0, 1] = -float("inf")
+            pair = [run(case, [q, hidden, v], name)[0] for name in (self.backend, "reference")]
+            oracle = run(case, as_dtype([q, hidden, v], FLOAT64), "reference")[0]
+            assert oracle.isfinite().all()
+            assert_within_budget(*pair, oracle, f"keys {first} to {last} at -inf")
+
+    def test_extreme_scores(self) -> None:
+        """Scores far beyond the range of exp: the maximum is taken out first, and what would be the probability of
+        a key past the last one never counts."""
+        case = Case((40, self.length), self.heads, 8, scale=300.0)
+        q, k, v = case.qkv(FLOAT32)
+        for inputs in ([q, k, v], [q.abs(), -k.abs(), v]):
+            for result in self.run(case, inputs):
+                assert result.isfinite().all()
+
+    @pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+    def test_opcheck(self, p: float, dtype: torch.dtype) -> None:
+        case = Case((4, 0, 7), self.heads, 5, tail=1, groups=1)
+        q, k, v = case.qkv(dtype)
+        qkv = torch.stack([q, k, v], 2)
+        tail = (case.cu_seqlens, make_seed() if p else None, p, 0.4, self.backend)
+        out, lse = OPS.expert_attention(q, k, v, *tail)
+        grad = draw(*out.shape, dtype=dtype, seed=8)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, qkv)]
+        for op, arguments in (
+            (OPS.expert_attention.default, leaves[:3]),
+            (OPS.expert_attention_packed.default, leaves[3:]),
+            (OPS.expert_attention_backward.default, [grad, q, k, v, out, lse]),
+            (OPS.expert_attention_packed_backward.default, [grad, qkv, out, lse]),
+        ):
+            torch.library.opcheck(op, (*arguments, *tail))

@@ -1,0 +1,65 @@
+"""Small calls of the layer's operators and of their backward operators."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from tests.support.inputs import as_dtype, cumulative, draw, make_seed
+from tests.support.operator_cases import EPS
+
+
+def norm_arguments(rows: int, width: int, p: float, residual: bool, experts: int = 2) -> list[Any]:
+    """Arguments of dropout_add_norm."""
+    seed = make_seed() if p else None
+    x, update = draw(experts, rows, width, seed=1, scale=2), draw(experts, rows, width, seed=2)
+    gain, shift = draw(experts, width, seed=3) + 1, draw(experts, width, seed=4)
+    return [x if residual else None, update, gain, shift, seed, p, EPS]
+
+
+def operator_calls(
+    dtype: torch.dtype, p: float, rows: int = 5, width: int = 4, experts: int = 2
+) -> dict[str, list[Any]]:
+    """Arguments of every operator with a gradient: two views, and rows of no segment."""
+    seed = make_seed() if p else None
+    norm = as_dtype(norm_arguments(rows, width, p, True, experts), dtype)
+    plain = as_dtype(norm_arguments(rows, width, p, False, experts), dtype)
+    views = [draw(experts, 2 * rows, width, dtype=dtype, seed=i) for i in (1, 2)]
+    weight, bias = (draw(experts, *shape, dtype=dtype, seed=3) for shape in ((6, width), (6,)))
+    runs, modality = cumulative([rows // 2, 1]), (torch.arange(rows) % 2).to(torch.int32)
+    return {
+        "expert_linear": [views[0], weight, bias],
+        "expert_linear without bias": [views[0], weight, None],
+        "expert_norm": [norm[0], norm[2], norm[3], EPS],
+        "dropout_add_norm": norm,
+        "dropout_add_norm without residual": plain,
+        "gelu_dropout": [views[0], seed, p],
+        "dropout_add_pool": [*views, runs, 2, seed, p],
+        "expand_views": [draw(experts, 2, rows, width, dtype=dtype), modality, 3],
+        "interaction_losses": [draw(4, 3, 2, 5, dtype=dtype)],
+    }
+
+
+def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
+    """Arguments of every backward operator, with each gradient that may be absent or unwanted."""
+    seed = make_seed() if p else None
+    x, grad = draw(2, 6, 4), draw(2, 6, 4, seed=1)
+    gain, stats, weight = draw(2, 4, seed=2), draw(2, 6, seed=3), draw(2, 4, 4, seed=4)
+    pooled, modality = draw(2, 2, 2, 4), torch.tensor([0, 1, 1], dtype=torch.int32)
+    grads = itertools.product((grad, None), repeat=2)
+    own_and_wanted = ((True, True), (False, True), (False, False))
+    wants = ((True, True, True), (True, False, True), (False, True, False))
+    return [
+        *(
+            ("dropout_add_norm_backward", (*given, x, stats, stats, gain, seed, p, own, want))
+            for given, (own, want) in itertools.product(grads, own_and_wanted)
+        ),
+        ("gelu_dropout_backward", (grad, x, seed, p)),
+        ("dropout_add_pool_backward", (pooled, cumulative([2, 1]), 2, 6, seed, p)),
+        ("dropout_add_pool_backward", (pooled, cumulative([1, 1]), 2, 6, seed, p)),
+        ("expand_views_backward", (draw(2, 3, 3, 4), modality)),
+        *(("expert_linear_backward", (grad, x, weight, *wanted)) for wanted in wants),
+        ("interaction_losses_backward", (draw(4), draw(4, 3, 2, 5))),
+    ]

@@ -1,0 +1,121 @@
+"""Tests of the encoder's operators that every backend must pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.error_budget import assert_outside_budget
+from flmoe_kernels.ops.encoder import reference
+from tests.support.encoder_cases import norm_arguments, operator_calls
+from tests.support.inputs import as_dtype, cumulative, draw, make_seed
+from tests.support.operator_cases import (
+    EPS,
+    OPS,
+    Operator,
+    compare,
+    evaluate,
+    reference_losses,
+    tensors,
+)
+
+
+def is_float(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype.is_floating_point
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def every_second(x: Tensor) -> Tensor:
+    """The same values with others between them."""
+    return torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
+
+
+class EncoderTests:
+    """A subclass names a backend and the rows and width of most calls, and has a fixture `dtype`."""
+
+    backend: str
+    rows: int
+    width: int
+
+    def operator(self, name: str) -> Operator:
+        return lambda *arguments: getattr(OPS, name)(*arguments, self.backend)
+
+    def calls(self, p: float) -> dict[str, list[Any]]:
+        return operator_calls(torch.float32, p, width=self.width)
+
+    def test_wrong_results_fail(self, dtype: torch.dtype) -> None:
+        """The control of all comparisons with references: another mask, operand or run."""
+        norm = norm_arguments(self.rows, 64, 0.5, True)
+        half = self.rows // 2
+        pool: list[Any] = [norm[1], norm[0], cumulative([half, half]), 1, make_seed(), 0.5]
+        x, weight, bias = draw(2, 9, 64), draw(2, 64, 64, seed=1), draw(2, 64, seed=2)
+        # Arguments, wrong ones, how many outputs there are, and results that are checked.
+        calls: dict[str, tuple[list[Any], list[list[Any]], int, int]] = {
+            "dropout_add_norm": (
+                norm,
+                [
+                    [*norm[:4], make_seed(1), 0.5, EPS],
+                    [norm[1], norm[0], *norm[2:]],
+                    [None, *norm[1:]],
+                    [*norm[:4], None, 0.0, EPS],
+                ],
+                *(2, 2),
+            ),
+            "dropout_add_pool": (
+                pool,
+                [[*pool[:2], cumulative([half + 1, half - 1]), *pool[3:]]],
+                *(1, 3),
+            ),
+            "expert_linear": (
+                [x, weight, bias],
+                [[x, weight.mT, bias], [x, weight, None], [x, weight.flip(0), bias]],
+                *(1, 1),
+            ),
+        }
+        for name, (arguments, mistakes, outputs, checked) in calls.items():
+            operator = self.operator(name)
+            triples = compare(operator, getattr(reference, name), arguments, dtype, outputs)
+            for wrong in mistakes:
+                results = evaluate(operator, as_dtype(wrong, dtype, True), outputs)
+                for got, (_, low, oracle) in zip(results[:checked], triples[:checked], strict=True):
+                    assert_outside_budget(got, low, oracle, name)
+
+    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("residual", [True, False])
+    def test_dropout_add_norm_with_one_result_used(self, which: int, residual: bool) -> None:
+        arguments = norm_arguments(self.rows, 20, 0.3, residual)
+        pair = self.operator("dropout_add_norm"), reference.dropout_add_norm
+        first, second = (lambda *args, op=op: op(*args)[which] for op in pair)
+        compare(first, second, arguments, torch.float32, may_vanish=which == 0)
+
+    def test_strided_arguments_equal_contiguous_ones(self) -> None:
+        for name, arguments in self.calls(0.5).items():
+            operator, outputs = (
+                self.operator(name.split()[0]),
+                1 + name.startswith("dropout_add_norm"),
+            )
+            plain = [leaf(x) if is_float(x) else x for x in arguments]
+            strided = [leaf(every_second(x)) if is_float(x) else x for x in arguments]
+            assert not any(x.is_contiguous() for x in strided if is_float(x))
+            pair = [evaluate(operator, each, outputs) for each in (plain, strided)]
+            assert all(map(torch.equal, *pair)), name
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_nan_and_inf_propagate(self, value: float) -> None:
+        for name, arguments in self.calls(0.0).items():
+            arguments = as_dtype(arguments, torch.float32)
+            target = arguments[0] if arguments[0] is not None else arguments[1]
+            target.view(-1)[1] = value
+            stem = name.split()[0]
+            oracle = reference_losses if stem == "interaction_losses" else getattr(reference, stem)
+            got = tensors(self.operator(stem)(*arguments))[0]
+            want = tensors(oracle(*as_dtype(arguments, torch.float64)))[0]
+            for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(kind(got), kind(want)), name
+            assert not got.isfinite().all(), name

@@ -1,0 +1,115 @@
+"""Tests of pair_moe that every backend must pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from flmoe_kernels import pair_moe
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS, KINDS
+from tests.support.inputs import as_dtype, draw, gradients
+from tests.support.pair_cases import NAMES, REDUCTIONS, PairCase, check, run
+
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+PAIRED = [*zip((FLOAT32, BFLOAT16, FLOAT16), REDUCTIONS, strict=True)]
+BASE = PairCase(9, 14)
+paired = pytest.mark.parametrize(("dtype", "reduce"), PAIRED, ids=str)
+
+
+class PairTests:
+    """A subclass names a backend, its widest dtype, columns of a long side, and (reduction, top_k) of calls."""
+
+    backend: str
+    widest: torch.dtype
+    columns: int
+    calls: tuple[tuple[str, int | None], ...]
+
+    @paired
+    def test_a_wrong_result_fails(self, dtype: torch.dtype, reduce: str) -> None:
+        """The control of all comparisons: other kinds, columns left out, and an error of a thousandth."""
+        case = dataclasses.replace(BASE, reduce=reduce)
+        results, low, oracle = check(case, dtype, self.backend)
+        inputs, factor = case.inputs(dtype), 1.001 if dtype == FLOAT32 else 1.2
+        swapped = dataclasses.replace(case, kinds=("unique_b", "unique_a", *DEFAULT_KINDS[2:]))
+        other = run(swapped, inputs, self.backend)
+        short = run(dataclasses.replace(case, masks="b"), inputs, self.backend)
+        for i, (name, *pair) in enumerate(zip(NAMES, low, oracle, strict=True)):
+            assert_outside_budget(short[i], *pair, f"{name}: columns left out")
+            assert_outside_budget(results[i] * factor, *pair, f"{name}: larger")
+            if name != "mass":
+                assert_outside_budget(other[i], *pair, f"{name}: kinds swapped")
+
+    @paired
+    def test_padding_is_not_read(self, dtype: torch.dtype, reduce: str) -> None:
+        """Whatever masked tokens hold, results have the same bits, and their gradients are zero."""
+        case = PairCase(
+            20, 18, masks="sample", reduce=reduce, top_k=3 if reduce == "none" else None
+        )
+        inputs, options = case.inputs(dtype), case.options()
+        masks = [~options[name] for name in ("mask_a", "mask_b") * 2]
+        for backend in (self.backend, "reference"):
+            expected = run(case, inputs, backend)
+            for value in (float("nan"), float("inf")):
+                dirty = [x.clone() for x in inputs]
+                for x, mask in zip(dirty, masks, strict=False):
+                    x.masked_fill_(mask[:, None, :, None], value)
+                for name, got, want in zip(NAMES, run(case, dirty, backend), expected, strict=True):
+                    assert torch.equal(got, want), name
+            for name, grad, mask in zip(NAMES[2:], expected[2:], masks, strict=False):
+                assert not grad.transpose(1, 2)[mask].any(), name
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("which", range(5))
+    def test_nan_and_inf_propagate(self, which: int, value: float) -> None:
+        for reduce, top_k in self.calls:
+            case = PairCase(30, self.columns, kinds=KINDS, reduce=reduce, top_k=top_k)
+            inputs = [x.abs() + 0.1 for x in case.inputs(FLOAT32)]
+            # Of the synergy expert, which uses all of them.
+            inputs[which][(0, 2, 1, 2) if which < 4 else 2] = value
+            actual, low = run(case, inputs, self.backend), run(case, inputs, "reference")
+            oracle = run(case, as_dtype(inputs, torch.float64), "reference")
+            for name, *triple in zip(NAMES[:2], actual, low, oracle, strict=False):
+                assert_within_budget(*triple, name)
+            assert which == 4 or not all(x.isfinite().all() for x in actual)
+            for name, got, want in zip(NAMES, actual, oracle, strict=True):
+                assert torch.equal(got.isfinite(), want.isfinite()), name
+
+    @pytest.mark.parametrize("top_k", [1, 2, 3])
+    def test_equal_logits_go_to_the_lower_experts(self, top_k: int) -> None:
+        a, c = draw(1, 4, 2, 3, seed=1), draw(1, 4, 3, 3, seed=2)
+        zeros = [torch.zeros(1, 4, n, 2) for n in (2, 3)]
+        options = {"kinds": DEFAULT_KINDS, "top_k": top_k, "reduce": "pool"}
+        for backend in (self.backend, "reference"):
+            mass = pair_moe(*zeros, a, c, backend=backend, **options).mass
+            assert torch.allclose(mass[0, :top_k], torch.tensor(3.0 / top_k))
+            assert not mass[0, top_k:].any()
+
+    @pytest.mark.parametrize("reduce", REDUCTIONS)
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_one_output_alone_has_gradients(self, index: int, reduce: str) -> None:
+        """Of y alone and of mass alone, with an upstream gradient that is expanded."""
+        leaves = [x.detach().requires_grad_() for x in BASE.inputs(self.widest)]
+        options = {"gate_bias": leaves[4], "kinds": KINDS[:4], "reduce": reduce}
+        results = []
+        for backend in (self.backend, "reference"):
+            out = pair_moe(*leaves[:4], backend=backend, **options)
+            results.append(torch.autograd.grad(out[index].sum(), leaves, allow_unused=True))
+        tolerance = 1e-7 if self.widest == torch.float64 else 1e-4
+        for got, want in zip(*results, strict=True):
+            want = torch.zeros_like(got) if want is None else want
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+    def test_a_bias_of_full_precision_beside_half_inputs(self, dtype: torch.dtype) -> None:
+        inputs, bias = BASE.inputs(dtype)[:4], draw(4, seed=4).requires_grad_()
+        results = []
+        for backend in (self.backend, "reference"):
+            y, mass = pair_moe(*inputs, kinds=DEFAULT_KINDS, gate_bias=bias, backend=backend)
+            results.append([mass, *gradients([mass], [bias])])
+            assert (y.dtype, mass.dtype) == (dtype, FLOAT32)
+            assert results[-1][1].dtype == FLOAT32
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

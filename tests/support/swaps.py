@@ -1,0 +1,50 @@
+"""Checkpoint files, reports of `swap`, and everything about a model that it must not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flmoe_kernels.published.report import SwapReport
+
+Make = Callable[[], nn.Module]
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a swap which leaves it alone must not change."""
+    parts = list(model.named_modules())
+    return {
+        "modules": [(name, id(part), type(part), part.training) for name, part in parts],
+        "attributes": [
+            {
+                key: (id(value), len(value) if isinstance(value, list) else 0)
+                for key, value in vars(part).items()
+                if key != "training"
+            }
+            for _, part in parts
+        ],
+        "hooks": [
+            {key: dict(value) for key, value in vars(part).items() if "_hooks" in key}
+            for _, part in parts
+        ],
+        "tensors": [
+            (name, id(t), t._version, t.grad)
+            for name, t in (*model.named_parameters(), *model.named_buffers())
+        ],
+    }
+
+
+def left(report: SwapReport) -> str:
+    assert report.swapped == report.swapped_mlps == ()
+    assert len(report.left) == 1
+    assert "\n" not in report.left[0].reason
+    return report.left[0].reason
+
+
+def save(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
