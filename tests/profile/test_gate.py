@@ -132,7 +132,9 @@ def test_a_slower_call_fails_after_a_second_process(pytester: pytest.Pytester) -
     result.stdout.fnmatch_lines(["SLOWER: spin: expected 1.00x *; again in a fresh process 0.7*"])
 
 
+@pytest.mark.slow
 def test_an_update_writes_what_the_next_run_expects(pytester: pytest.Pytester) -> None:
+    """Six processes, each of which imports torch."""
     result = run_suite(pytester, 0.002, "--gate", "floors.toml", "--gate-update")
     result.assert_outcomes(passed=1)
     [machine] = load_floors(pytester.path / "floors.toml").machines
