@@ -20,8 +20,8 @@ from . import common
 
 # The index loop is what the reference does.
 LOOP, EINSUM, BMM = "index loop", "one-hot einsum", "batched bmm"
-GROUPED, SCATTERMOE, LIGER = "torch._grouped_mm", "scattermoe", "liger-kernel"
-PEERS = (LOOP, EINSUM, BMM, GROUPED, SCATTERMOE, LIGER)
+GROUPED, SCATTERMOE = "torch._grouped_mm", "scattermoe"
+PEERS = (LOOP, EINSUM, BMM, GROUPED, SCATTERMOE)
 # Hidden rows of all tokens in all experts that the one-hot product may hold.
 _ROOM = 24 * 2**30
 
@@ -40,9 +40,6 @@ def lack(case: Case, name: str) -> str:
             return "it needs sm_80 or newer"
     if name == SCATTERMOE:
         return _scattermoe_lack(case)
-    if name == LIGER:
-        missing = importlib.util.find_spec("liger_kernel") is None
-        return "not installed" if missing else "its experts are gated (SwiGLU), these are not"
     return ""
 
 
@@ -55,9 +52,7 @@ def _scattermoe_lack(case: Case) -> str:
 
 
 def version(name: str) -> str:
-    if name in (SCATTERMOE, LIGER):
-        return common.package_version(name)
-    return torch.__version__
+    return common.package_version(name) if name == SCATTERMOE else torch.__version__
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
