@@ -22,7 +22,8 @@ from tests.support.layers import (
     outputs_and_gradients,
 )
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+SLOW_DTYPES = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[2:]]
 FL = LayerCase((7, 5), dim=16, batch=3)
 I2 = LayerCase((6, 6), "i2moe", dim=16, batch=3)
 BOTH = pytest.mark.parametrize("case", [FL, I2], ids=["fl_i2moe", "i2moe"])
@@ -61,7 +62,7 @@ def data(case: LayerCase, dtype: torch.dtype = torch.float32) -> tuple[list[Tens
     return x, masks, draw_replacements(x, case.experts)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], *SLOW_DTYPES], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_reference(case: LayerCase, dtype: torch.dtype) -> None:
     assert_layer_within_budget(case, fast_layer(case, dtype), dtype)

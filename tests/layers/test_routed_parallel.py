@@ -80,7 +80,10 @@ def start_ranks(ranks: int, folder: Path) -> None:
     run_together([command] * ranks, environments, SECONDS)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda ranks: f"{ranks} ranks")
+SLOW_RANKS = [pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4)]
+
+
+@pytest.fixture(scope="module", params=[2, *SLOW_RANKS], ids=lambda ranks: f"{ranks} ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank found; one start per number of ranks."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
