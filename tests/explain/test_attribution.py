@@ -138,6 +138,7 @@ print(*(after - before for before, after in zip(sizes, sizes[1:])))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_maps() -> None:
     """In a process of its own; one pass of one reference expert, with its 2 x 36 MiB map, is the control."""
     result = subprocess.run(

@@ -30,7 +30,6 @@ from tests.support.layers import (
     outputs_and_gradients,
 )
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 BOTH = pytest.mark.parametrize("case", [FL, I2], ids=["fl_i2moe", "i2moe"])
 EVERY = pytest.mark.parametrize("case", [FL, I2, SPARSE_FL, SPARSE_I2], ids=str)
@@ -81,7 +80,12 @@ SPARSE = [
 # With as many choices as experts: rows that rounding sends to another expert cannot be compared.
 ALL_CHOSEN = dataclasses.replace(SPARSE_FL, gate="NaiveGate", mlp_experts=2, masks="partial")
 CALLS = [
-    *((case, dtype, True) for case in CASES for dtype in DTYPES),
+    *((case, dtype, True) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
+    *(
+        pytest.param(case, dtype, True, marks=pytest.mark.slow)
+        for case in CASES
+        for dtype in (torch.float64, torch.float16)
+    ),
     *((case, dtype, True) for case in LARGE for dtype in (torch.float32, torch.bfloat16)),
     *((case, torch.float32, True) for case in SPARSE),
     *((case, torch.float64, True) for case in (*SPARSE[:4], *SPARSE[11:14])),
