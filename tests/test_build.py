@@ -188,6 +188,7 @@ def without_kernels(checkout: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_cuda_is_asked_for_or_not(checkout: Path, tmp_path: Path, broken_nvcc: Path) -> None:
     """Without a working nvcc: an error where CUDA was asked for, a word otherwise; 0 does not look."""
     require_build_tools()
@@ -222,6 +223,7 @@ print(importlib.util.module_from_spec(spec).__doc__)
 """
 
 
+@pytest.mark.slow
 def test_an_nvcc_that_does_not_work_leaves_a_module_that_says_so(
     checkout: Path, tmp_path: Path, broken_nvcc: Path
 ) -> None:
@@ -247,6 +249,7 @@ exit 1
 """
 
 
+@pytest.mark.slow
 def test_an_nvcc_is_tried_again(checkout: Path, tmp_path: Path) -> None:
     """That it did not work is not kept; and another version of it is built in a folder of its own."""
     require_build_tools()

@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what was asked: one line on stderr, exit code 2."""
+"""Errors of commands: one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def needs_extra(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        # A missing module of our own is a bug or a broken install: no extra would mend it.
+        # A missing module of our own is a bug or a broken installation, which no extra repairs.
         if not missing or missing.split(".")[0] == PACKAGE:
             raise
         fail(f"{missing} is not installed; run: pip install 'flmoe-kernels[{extra}]'")

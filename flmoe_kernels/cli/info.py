@@ -1,4 +1,4 @@
-"""The command `info`: what is installed, and what of it runs here."""
+"""The command `info`: installed versions, devices, and the backends that run here."""
 
 from __future__ import annotations
 

@@ -1,16 +1,10 @@
 """The command line: `python -m flmoe_kernels COMMAND`.
 
-Each command is a typer-annotated function in a module of `commands`, which imports what it needs inside
-itself, so that `--help` stays quick and a missing extra stops only the command that wants it:
+Each command is a function in a module of its own, which imports its dependencies inside, so that `--help` is
+fast and a missing extra stops only the command that needs it.
 
-    def explain(out: Annotated[Path, typer.Option(help="Folder for results.")]) -> None:
-        \"\"\"Explain predictions.\"\"\"
-        with needs_extra("demo"):
-            from flmoe_kernels.explain.report.command import main as run
-        run(out)
-
-Results go to stdout, messages to stderr. Exit codes: 0 done, 1 a check of what came
-out failed, 2 the request cannot be met, 130 interrupted.
+Results go to stdout, messages to stderr. Exit codes: 0 done, 1 a check of the results failed, 2 the request
+cannot be met, 130 interrupted.
 """
 
 from __future__ import annotations

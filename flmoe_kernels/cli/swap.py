@@ -1,4 +1,4 @@
-"""The command `swap`: a checkpoint of the published layer, checked and written with its settings."""
+"""The command `swap`: check a checkpoint of the published layer and write it with its settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import fail
 def swap(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the published layer.")],
     heads: Annotated[
-        int | None, typer.Option(help="Attention heads, which no checkpoint tells; default 4.")
+        int | None, typer.Option(help="Attention heads, which no checkpoint shows; default 4.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Of the softmax over experts; default 1.0.")

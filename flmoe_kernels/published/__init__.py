@@ -6,8 +6,8 @@ The modules are the steps of that work; each uses earlier ones only:
     infer      the architecture, from keys and shapes
     recognise  the published layers inside a model
     convert    state dicts and modules, into ours
-    calls      inputs to compare two layers on
-    agreement  error budgets for their outputs
+    agreement  error budgets for the outputs of two layers
+    calls      inputs to compare them on
     compare    whether both layers compute the same
     report     what was replaced, and what was not and why
     swap       the steps put together

@@ -29,11 +29,7 @@ MLP = EXPERT + r"network\.\d+\.mlp\."
 def infer(file: CheckpointFile, gate: str | None = None, top_k: int | None = None) -> Architecture:
     """The architecture that the keys and shapes of a checkpoint imply.
 
-    Args:
-        file: the checkpoint; its sparse MLPs may be in either layout of FastMoE.
-        gate: class name of the gates of sparse MLPs; default the file's settings, else NoisyGate where its
-            parameters show, else GShardGate.
-        top_k: experts of a token; default the file's settings, else 2, for SwitchGate 1.
+    Sparse MLPs may be in either layout of FastMoE. gate and top_k: see `load_checkpoint`.
 
     Raises:
         CheckpointError: not an interaction layer, or settings that do not fit its parameters.

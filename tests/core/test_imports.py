@@ -11,6 +11,8 @@ import flmoe_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("triton", "rich", "typer", "sklearn", "matplotlib", "tqdm", "safetensors", "scipy")
+# What bench/gpu.sh runs.
+GPU_TESTS = ("tests/gpu", "tests/core/test_cuda_device.py", "tests/ops/test_routing_cuda.py")
 # Every finder looks past these names, as on a machine that does not have them.
 HIDE = """
 import sys
@@ -101,6 +103,18 @@ parts = ("cli", "demo", "testing", "checkpoint", "explain")
 print(*[part for part in parts if f"flmoe_kernels.{part}" in sys.modules])
 """
     assert run(code).split() == ["0", "False", "True", "True"]
+
+
+def test_gpu_tests_need_pytest_torch_and_triton_alone() -> None:
+    """Where kernels are tested on a GPU, the tools of development may be absent."""
+    code = f"""
+import os, pytest, sys
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+os.chdir({str(ROOT)!r})
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *{GPU_TESTS!r}]))
+"""
+    collected = run(code, "hypothesis", "xdist", "pytest_benchmark", "yaml", *OPTIONAL[1:])
+    assert all(name in collected for name in GPU_TESTS)
 
 
 def test_public_names() -> None:

@@ -118,7 +118,7 @@ def test_the_mixture_is_made_of_the_experts() -> None:
 GROWTH = """
 import re, torch
 from flmoe_kernels.explain.attribution.attribute import attribute
-from tests.support import LayerCase
+from tests.support.layers import LayerCase
 def peak():
     # Of this program: ru_maxrss would begin at the size of the process that started it.
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -138,6 +138,7 @@ print(*(after - before for before, after in zip(sizes, sizes[1:])))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_maps() -> None:
     """In a process of its own; one pass of one reference expert, with its 2 x 36 MiB map, is the control."""
     result = subprocess.run(

@@ -341,6 +341,7 @@ def distributed_results(distributed: bool, folder: str, max_batch: int = 32) -> 
     return [[{k: v.to_dict() for k, v in each.items()} for each in one] for one in found]
 
 
+@pytest.mark.slow
 def test_ranks_give_the_same_bits(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     alone = distributed_results(False, str(tmp_path / "alone"))

@@ -251,6 +251,7 @@ def runs_of(
     return values - truth, errors, units
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("antithetic", [True, False])
 @pytest.mark.parametrize("index", BOTH)
 def test_coverage_and_no_bias(index: str, antithetic: bool) -> None:

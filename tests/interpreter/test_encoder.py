@@ -295,59 +295,28 @@ def test_opcheck() -> None:
 
 
 def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
-    """Calls that would read past a tensor, or as another type, and their messages."""
-    x, gain, stats, cu = draw(2, 6, 4), draw(2, 4), draw(2, 6), cumulative([3])
-    half, double, seeds = x.to(FLOAT16), x.double(), torch.zeros(2, dtype=torch.int64)
-    modality, pair, means = torch.zeros(6).int(), draw(2, 2, 6, 4), draw(2, 1, 1, 4)
-    many = pair[:1, :, :1, :1].expand(1, 2, 2**28, 1)
-    drop, none = (make_seed(), 0.5), (None, 0.0)
-    weight, bias, grad = draw(2, 5, 4), draw(2, 5), draw(2, 6, 5)
-    wide, wants = x[:1, :1, :1].expand(1, 1, 2**24 + 1), (True, True, True)
-    saved = (x, stats, stats, gain, *drop, False, True)
+    """Calls that a GPU's kernels must not get: other dtypes and dimensions, and more than 32 bits count."""
+    x, gain, weight, cu = draw(2, 6, 4), draw(2, 4), draw(2, 5, 4), cumulative([3])
+    double, means, none = x.double(), draw(2, 1, 1, 4), (None, 0.0)
+    wide, modality = x[:1, :1, :1].expand(1, 1, 2**24 + 1), torch.zeros(1).int()
+    many = x[:1, :1, :1, None].expand(1, 2, 2**28, 1)
     return [
         ("expert_norm", (double, gain, gain, EPS), "residual: expected float32, bfloat16"),
         ("expert_norm", (x[0], gain, gain, EPS), "residual: expected 3 dimensions"),
-        ("expert_norm", (x, gain[:1], gain, EPS), "gain: expected"),
-        ("expert_norm", (x, gain, gain.double(), EPS), "shift: expected"),
-        ("dropout_add_norm", (x[:, :5], x, gain, gain, *drop, EPS), "residual: expected"),
-        ("dropout_add_norm", (half, x, gain, gain, *drop, EPS), "residual: expected"),
-        ("dropout_add_norm", (x, x, gain, gain, seeds, 0.5, EPS), "seed: expected"),
-        ("dropout_add_norm_backward", (x[:1], x, *saved), "grad_total: expected"),
-        ("dropout_add_norm_backward", (x, half, *saved), "grad_normed: expected"),
-        ("dropout_add_norm_backward", (x, x, x, stats[:1], *saved[2:]), "mean: expected"),
-        ("dropout_add_norm_backward", (x, x, x, stats, stats.half(), *saved[3:]), "rstd: expected"),
         ("gelu_dropout", (x.int(), *none), "x: expected float32"),
-        ("gelu_dropout_backward", (x[:, :5], x, *none), "grad_out: expected"),
-        ("dropout_add_pool", (x, half, cu, 2, *none), "update: expected"),
-        ("dropout_add_pool", (x, x, cu.long(), 2, *none), "cu_segments: expected"),
-        ("dropout_add_pool", (x, x, cu[:0], 2, *none), "cu_segments: expected"),
-        ("dropout_add_pool", (x, x, cu, 4, *none), "views: expected a divisor of 6 rows, got 4"),
-        ("dropout_add_pool_backward", (means, cu, 2, 6, *none), "grad_out: expected"),
         ("dropout_add_pool_backward", (means, cu, 0, 6, *none), "views: expected"),
-        ("expand_views", (pair[:, :1], modality, 3), "x: expected"),
-        ("expand_views", (pair, modality.long(), 3), "modality: expected"),
-        ("expand_views_backward", (pair, modality[:5]), "modality: expected"),
         ("expert_linear", (double, weight.double(), None), "x: expected float32, bfloat16 or fl"),
         ("expert_linear", (x[0], weight, None), "x: expected three dimensions"),
         ("expert_linear", (x, weight[0], None), "weight: expected three dimensions"),
-        ("expert_linear", (x[:1], weight, None), "x: expected"),
-        ("expert_linear", (x[..., :3], weight, None), "x: expected"),
-        ("expert_linear", (half, weight, None), "weight: expected"),
-        ("expert_linear", (x, weight, bias[:, :4]), "bias: expected"),
-        ("expert_linear", (x, weight, bias.to(FLOAT16)), "bias: expected"),
-        ("expert_linear_backward", (grad[:, :5], x, weight, *wants), "grad_out: expected"),
-        ("expert_linear_backward", (grad[..., :4], x, weight, *wants), "grad_out: expected"),
-        ("expert_linear_backward", (grad.half(), x, weight, *wants), "grad_out: expected"),
-        # Of more rows than 32 bits count, or wider than a stride may be.
         ("expert_linear", (wide, wide, None), "up to 2.30 rows and widths of 2.24"),
         ("gelu_dropout", (x[:1, :1, :1].expand(1, 2**30 + 1, 1), *none), "x: expected up to 2.30"),
         ("dropout_add_pool_backward", (means, cu, 1, 2**30 + 1, *none), "rows: expected up to"),
-        ("expand_views", (many, modality[:1].expand(2**28), 5), "views: expected up to"),
+        ("expand_views", (many, modality.expand(2**28), 5), "views: expected up to"),
     ]
 
 
 @pytest.mark.parametrize(("name", "arguments", "message"), refusals(), ids=lambda x: str(x)[:40])
-def test_refuses_what_would_read_past_a_tensor(
+def test_refuses_other_dtypes_dimensions_and_sizes(
     name: str, arguments: tuple[Any, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -49,7 +49,9 @@ def test_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
 class TestTriton(AttentionTests):
     backend, heads, length = TRITON, 1, 70
 
-    @pytest.fixture(params=[FLOAT32, BFLOAT16, FLOAT16], ids=str)
+    @pytest.fixture(
+        params=[FLOAT32, BFLOAT16, pytest.param(FLOAT16, marks=pytest.mark.slow)], ids=str
+    )
     def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
         return request.param
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -105,6 +106,7 @@ def pair_loss(model: nn.Module, rank: int) -> Tensor:
     return model([a, b if rank == 0 else None]).square().mean()
 
 
+@pytest.mark.slow
 def test_pair_layers_of_which_one_rank_lacks_a_modality(tmp_path: Path) -> None:
     mp.spawn(run_rank, args=(str(tmp_path), make_pair_stack, pair_loss), nprocs=RANKS)
     found = torch.load(tmp_path / "grads.pt", weights_only=True)

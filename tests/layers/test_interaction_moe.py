@@ -14,18 +14,26 @@ from torch import Tensor, nn
 
 from flmoe_kernels import InteractionMoE, ReferenceInteractionMoE, use_backend
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
-from tests.support.inputs import as_dtype, draw_masks, draw_replacements
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from tests.support.inputs import as_dtype, draw_masks
 from tests.support.layers import (
+    FL,
+    I2,
+    SPARSE_FL,
+    SPARSE_I2,
     LayerCase,
     assert_layer_within_budget,
+    data,
+    fast_layer,
+    gates_of,
     named_outputs,
     outputs_and_gradients,
 )
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FL = LayerCase((7, 5), dim=16, batch=3)
-I2 = LayerCase((6, 6), "i2moe", dim=16, batch=3)
+HALF = (torch.bfloat16, torch.float16)
 BOTH = pytest.mark.parametrize("case", [FL, I2], ids=["fl_i2moe", "i2moe"])
+EVERY = pytest.mark.parametrize("case", [FL, I2, SPARSE_FL, SPARSE_I2], ids=str)
+GATES = ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate")
 
 MASKED = ("all_none", "all_valid", "partial", "padded_modality", "mixed", "numbers")
 CASES = [
@@ -51,39 +59,72 @@ LARGE = [
 ]
 
 
-def fast_layer(case: LayerCase, dtype: torch.dtype = torch.float32) -> InteractionMoE:
-    return InteractionMoE.adopt(case.reference(dtype), backend="cpu")
+SPARSE = [
+    *(dataclasses.replace(SPARSE_FL, gate=gate, masks="partial") for gate in GATES),
+    *(dataclasses.replace(SPARSE_I2, gate=gate) for gate in GATES),
+    *(
+        dataclasses.replace(SPARSE_FL, masks=masks)
+        for masks in ("none", "padded_modality", "numbers")
+    ),
+    *(
+        dataclasses.replace(SPARSE_FL, gate=gate, capacity=0.4, masks="mixed")
+        for gate in GATES[1:3]
+    ),
+    dataclasses.replace(SPARSE_I2, capacity=0.4),
+    LayerCase((4, 7, 3), dim=12, layers=2, sparse=True, gate="SwitchGate", masks="partial"),
+    LayerCase((4, 4, 4), "i2moe", dim=12, sparse=True, gate="NaiveGate", mlp_experts=5, top_k=3),
+    dataclasses.replace(SPARSE_FL, gate="NoisyGate", routers=2, mlp_experts=3, masks="partial"),
+    LayerCase((5, 1, 4, 2), dim=12, sparse=True, gate="GShardGate", mlp_experts=7, masks="mixed"),
+    LayerCase((1, 1), dim=12, batch=1, sparse=True, gate="NaiveGate", mlp_experts=1, top_k=1),
+]
+# With as many choices as experts: rows that rounding sends to another expert cannot be compared.
+ALL_CHOSEN = dataclasses.replace(SPARSE_FL, gate="NaiveGate", mlp_experts=2, masks="partial")
+CALLS = [
+    *((case, dtype, True) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
+    *(
+        pytest.param(case, dtype, True, marks=pytest.mark.slow)
+        for case in CASES
+        for dtype in (torch.float64, torch.float16)
+    ),
+    *((case, dtype, True) for case in LARGE for dtype in (torch.float32, torch.bfloat16)),
+    *((case, torch.float32, True) for case in SPARSE),
+    *((case, torch.float64, True) for case in (*SPARSE[:4], *SPARSE[11:14])),
+    *((ALL_CHOSEN, dtype, True) for dtype in HALF),
+    *((case, torch.float32, False) for case in (SPARSE[0], SPARSE_FL)),
+]
 
 
-def data(case: LayerCase, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Any, Any]:
-    x = case.inputs(dtype)
-    masks = draw_masks(case.masks, case.batch, case.lengths)
-    return x, masks, draw_replacements(x, case.experts)
+@pytest.mark.parametrize(("case", "dtype", "training"), CALLS, ids=str)
+def test_matches_the_reference(case: LayerCase, dtype: torch.dtype, training: bool) -> None:
+    layer = fast_layer(case, dtype)
+    assert_layer_within_budget(case, layer if training else layer.eval(), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_reference(case: LayerCase, dtype: torch.dtype) -> None:
-    assert_layer_within_budget(case, fast_layer(case, dtype), dtype)
+DENSE_PATHS = ("norm2.bias", "attn.kv.weight", "mlp.network.0.bias")
+SPARSE_PATHS = ("mlp.gate.gate.bias", "mlp.experts.htoh4.bias", "mlp.experts.h4toh.weight")
 
 
-@pytest.mark.parametrize("case", LARGE, ids=str)
-def test_matches_the_reference_on_long_sequences(case: LayerCase) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        assert_layer_within_budget(case, fast_layer(case, dtype), dtype)
+@pytest.mark.parametrize(
+    ("case", "path"),
+    [
+        *((case, path) for case in (FL, I2) for path in DENSE_PATHS),
+        *((SPARSE_FL, path) for path in SPARSE_PATHS),
+    ],
+    ids=str,
+)
+def test_a_wrong_parameter_fails(case: LayerCase, path: str) -> None:
+    """The control."""
+    layer = fast_layer(case)
+    parameter = layer.get_parameter(f"interaction_experts.1.fusion_model.network.0.{path}")
+    with torch.no_grad():
+        parameter.view(-1)[0] += 0.05
+    with pytest.raises(AssertionError, match="above the budget"):
+        assert_layer_within_budget(case, layer, torch.float32)
 
 
 @BOTH
-def test_a_wrong_layer_fails(case: LayerCase) -> None:
-    """The control: one parameter, one head more, or other weights, and the comparison fails."""
-    for path in ("norm2.bias", "attn.kv.weight", "mlp.network.0.bias"):
-        layer = fast_layer(case)
-        parameter = layer.get_parameter(f"interaction_experts.1.fusion_model.network.0.{path}")
-        with torch.no_grad():
-            parameter.view(-1)[0] += 0.05
-        with pytest.raises(AssertionError, match="above the budget"):
-            assert_layer_within_budget(case, layer, torch.float32)
-    other = InteractionMoE.adopt(dataclasses.replace(case, heads=4).reference())
+def test_other_heads_fail(case: LayerCase) -> None:
+    other = fast_layer(dataclasses.replace(case, heads=4))
     with pytest.raises(AssertionError, match="above the budget"):
         assert_layer_within_budget(case, other, torch.float32)
 
@@ -113,46 +154,57 @@ def test_wrong_masks_and_noise_fail() -> None:
         assert_outside_budget(outputs["losses"], low["losses"], oracle["losses"], reason)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_sample_of_padding_alone(dtype: torch.dtype) -> None:
-    """Latent 0 and finite gradients for it; the others are as in a batch without it."""
-    case = LayerCase((6, 5), dim=16, batch=3, layers=2, masks="padded_sample")
+PADDED = LayerCase((6, 5), dim=16, batch=3, layers=2, masks="padded_sample")
+PADDED_SPARSE = [
+    dataclasses.replace(SPARSE_FL, gate=gate, capacity=0.6, masks="padded_sample") for gate in GATES
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((PADDED, dtype) for dtype in (torch.float32, *HALF)),
+        *((case, torch.float32) for case in PADDED_SPARSE),
+    ],
+    ids=str,
+)
+def test_a_sample_of_padding_alone(case: LayerCase, dtype: torch.dtype) -> None:
+    """Latent 0 and finite gradients for it, no part in gate losses; the others are the reference's."""
     x, masks, noise = data(case, dtype)
+    layer = fast_layer(case, dtype)
     padded, others = case.batch // 2, [0, 2]
-    outputs, grads = outputs_and_gradients(fast_layer(case, dtype), x, masks, noise)
+    outputs, grads = outputs_and_gradients(layer, x, masks, noise)
     assert all(value.isfinite().all() for value in (*outputs.values(), *grads.values()))
     assert (outputs["expert_latents"][:, :, padded] == 0).all()
     assert all((grad[padded] == 0).all() for grad in (grads["inputs.0"], grads["inputs.1"]))
-
-    def rest(tree: Any) -> Any:
-        return tree[others] if isinstance(tree, Tensor) else [rest(each) for each in tree]
-
-    layer = case.reference(dtype)
-    low = named_outputs(layer, layer(rest(x), rest(masks), replacements=rest(noise)))
-    wide = [as_dtype(rest(each), torch.float64) for each in (x, noise)]
-    exact = case.reference(dtype).double()
-    oracle = named_outputs(exact, exact(wide[0], rest(masks), replacements=wide[1]))
+    low_layer = case.reference(dtype).train(layer.training)
+    low = named_outputs(low_layer, low_layer(x, masks, replacements=noise))
+    exact = case.reference(dtype).double().train(layer.training)
+    wide = [as_dtype(each, torch.float64) for each in (x, noise)]
+    oracle = named_outputs(exact, exact(wide[0], masks, replacements=wide[1]))
     for name in ("expert_latents", "expert_logits"):
-        got = outputs[name][:, :, others]
-        assert_within_budget(got, low[name], oracle[name], name)
-        assert_outside_budget(outputs[name][:, :, :2], low[name], oracle[name], name)
+        found = [each[name][:, :, others] for each in (outputs, low, oracle)]
+        assert_within_budget(*found, name)
+        assert_outside_budget(outputs[name][:, :, :2], *found[1:], name)
     for name in ("weights", "logits"):
-        assert_within_budget(outputs[name][others], low[name], oracle[name], name)
+        assert_within_budget(*(each[name][others] for each in (outputs, low, oracle)), name)
+    if case.gate is not None:
+        assert_within_budget(*(each["gate_losses"] for each in (outputs, low, oracle)), case.gate)
 
 
-@BOTH
-def test_inference_is_the_full_view(case: LayerCase) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@EVERY
+def test_inference_is_the_full_view(case: LayerCase, backend: str) -> None:
     layer = fast_layer(dataclasses.replace(case, dropout=0.5)).eval()
+    layer.backend = backend
     x = case.inputs()
     masks = draw_masks("partial", case.batch, case.lengths) if case.compat == "fl_i2moe" else None
     expert_logits, weights, logits = layer.inference(x, masks)
     outputs = named_outputs(layer, layer(x, masks))
     assert len(expert_logits) == case.experts
     torch.testing.assert_close(torch.stack(list(expert_logits)), outputs["expert_logits"][:, 0])
-    torch.testing.assert_close(weights, outputs["weights"])
-    torch.testing.assert_close(logits, outputs["logits"])
-    reference = case.reference().eval()
-    expected = reference.inference(x, masks)
+    torch.testing.assert_close((weights, logits), (outputs["weights"], outputs["logits"]))
+    expected = case.reference().eval().inference(x, masks)
     torch.testing.assert_close(logits, expected[2])
     torch.testing.assert_close(list(expert_logits), list(expected[0]))
 
@@ -179,7 +231,7 @@ def test_shape_of_what_comes_back(case: LayerCase, sparse: bool) -> None:
         assert all(gate == 0 for views in gates for gate in views)
 
 
-@BOTH
+@EVERY
 def test_noise_and_dropout_follow_torchs_generator(case: LayerCase) -> None:
     layer = fast_layer(dataclasses.replace(case, dropout=0.5))
     x = case.inputs()
@@ -215,14 +267,23 @@ def test_noise_is_fresh_per_expert_modality_and_sample() -> None:
     assert len({tuple(row.tolist()) for row in noisy}) == len(noisy)
 
 
-@BOTH
+STORED = [
+    *(FL, I2, dataclasses.replace(SPARSE_I2, gate="SwitchGate", routers=2)),
+    *(dataclasses.replace(SPARSE_FL, gate=gate, routers=2) for gate in ("NoisyGate", "GShardGate")),
+]
+
+
+@pytest.mark.parametrize("case", STORED, ids=str)
 def test_checkpoints_load_both_ways(case: LayerCase) -> None:
     x, masks, noise = data(case)
     reference, layer = case.reference().eval(), fast_layer(case).eval()
     assert list(reference.state_dict()) == list(layer.state_dict())
-    fresh_reference = dataclasses.replace(case).reference()
-    fusion = case.reference().interaction_experts[0].fusion_model
-    fresh = InteractionMoE(len(case.lengths), fusion, False, case.dim, 2 * case.dim, 3, 1.5).eval()
+    fresh_reference = case.reference()
+    fusion = fresh_reference.interaction_experts[0].fusion_model
+    sizes = (case.dim, 2 * case.dim, 3, 1.5)
+    fresh = InteractionMoE(len(case.lengths), fusion, case.sparse, *sizes).eval()
+    shapes = {key: tuple(value.shape) for key, value in reference.state_dict().items()}
+    assert shapes == fresh.spec.parameter_shapes()
     with torch.no_grad():
         for parameter in (*fresh.parameters(), *fresh_reference.parameters()):
             parameter.fill_(float("nan"))
@@ -235,13 +296,22 @@ def test_checkpoints_load_both_ways(case: LayerCase) -> None:
     assert torch.equal(fresh(x, masks, replacements=noise)[2], want)
     got = fresh_reference.eval()(x, masks, replacements=noise)[2]
     assert torch.equal(got, reference(x, masks, replacements=noise)[2])
+    torch.testing.assert_close(got, want)
     state = reference.state_dict()
     state["reweight.unknown"] = state.pop("reweight.mlp.network.0.bias")
-    with pytest.raises(RuntimeError, match=r"reweight\.mlp\.network\.0\.bias[\s\S]*unknown"):
+    lost = "reweight.mlp.network.0.bias"
+    if case.gate is not None:
+        mlp = "interaction_experts.0.fusion_model.network.0.mlp."
+        name = "gate.w_gate" if case.gate == "NoisyGate" else "gate.gate.weight"
+        first = fresh.get_parameter(mlp + name)
+        assert fresh.get_parameter(mlp + name.replace("gate.", "all_gates.0.", 1)) is first
+        lost = mlp + "experts.h4toh.bias"
+        del state[lost]
+    with pytest.raises(RuntimeError, match=rf"(?s){lost}.*reweight.unknown"):
         fresh.load_state_dict(state)
 
 
-@BOTH
+@EVERY
 def test_adopt_shares_parameters(case: LayerCase) -> None:
     reference = dataclasses.replace(case, dropout=0.25).reference().eval()
     layer = InteractionMoE.adopt(reference)
@@ -249,7 +319,9 @@ def test_adopt_shares_parameters(case: LayerCase) -> None:
     assert theirs.keys() == ours.keys()
     assert all(ours[name] is parameter for name, parameter in theirs.items())
     assert not layer.training
-    assert {rate for rates in layer.spec.dropout for rate in dataclasses.astuple(rates)} == {0.25}
+    rates = {rate for rates in layer.spec.dropout for rate in dataclasses.astuple(rates)}
+    assert rates == ({0.25} if case.gate is None else {0.25, 0.0}), "routed MLPs have no dropout"
+    assert {gate.capacity for gate in gates_of(layer)} == ({(1.2, 2.4)} if case.gate else set())
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
     before = layer(case.inputs())[2]
     before.sum().backward()
@@ -291,7 +363,7 @@ def test_autocast_keeps_the_parameters_type(case: LayerCase, dtype: torch.dtype)
     assert first.grad.dtype == torch.float32
 
 
-@BOTH
+@EVERY
 def test_copies_and_pickles(case: LayerCase) -> None:
     layer = fast_layer(case).eval()
     x, masks, noise = data(case)
@@ -300,12 +372,14 @@ def test_copies_and_pickles(case: LayerCase) -> None:
         assert not other.training
         assert torch.equal(other(x, masks, replacements=noise)[2], expected)
         assert not {id(p) for p in other.parameters()} & {id(p) for p in layer.parameters()}
+        mlps = [part for part in other.modules() if isinstance(part, RoutedMLP)]
+        assert all(part.gate is part.all_gates["0"] for part in mlps)
         with torch.no_grad():
             next(other.parameters()).zero_()
     assert torch.equal(layer(x, masks, replacements=noise)[2], expected)
 
 
-@BOTH
+@EVERY
 def test_an_empty_batch(case: LayerCase) -> None:
     empty = dataclasses.replace(case, batch=0)
     layer = fast_layer(empty)
@@ -313,6 +387,8 @@ def test_an_empty_batch(case: LayerCase) -> None:
     result = layer(x)
     assert result[2].shape == (0, case.classes)
     assert layer.inference(x)[2].shape == (0, case.classes)
+    if case.gate is not None:
+        assert named_outputs(layer, result)["gate_losses"].isfinite().all()
     result[2].sum().backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in layer.parameters())
 

@@ -1,10 +1,8 @@
-"""The layer with routed MLPs inside, against the reference: outputs, gate losses, gradients, a module's life."""
+"""The layer with routed MLPs inside: gate losses, drops, random draws, compilation."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,15 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels import FusionTransformer, InteractionMoE
-from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels import FusionTransformer
+from flmoe_kernels.core.error_budget import assert_outside_budget
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.gates import GShardGate
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
-from tests.support.inputs import as_dtype, draw_masks, draw_replacements, gradients
+from tests.support.inputs import as_dtype, gradients
 from tests.support.layers import (
+    SPARSE_FL,
+    SPARSE_I2,
     LayerCase,
-    assert_layer_within_budget,
+    data,
+    fast_layer,
+    gates_of,
     named_outputs,
     outputs_and_gradients,
 )
@@ -28,64 +30,12 @@ from tests.support.layers import (
 GATES = ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate")
 # In training these draw random numbers, so that only eval mode can be compared.
 RANDOM = ("SwitchGate", "NoisyGate")
-FL = LayerCase((7, 5), dim=16, batch=3, layers=3, sparse=True, gate="GShardGate")
-I2 = LayerCase((6, 6), "i2moe", dim=16, batch=3, sparse=True, gate="GShardGate")
-BOTH = pytest.mark.parametrize("case", [FL, I2], ids=["fl_i2moe", "i2moe"])
-
-CASES = [
-    *(dataclasses.replace(FL, gate=gate, masks="partial") for gate in GATES),
-    *(dataclasses.replace(I2, gate=gate) for gate in GATES),
-    *(dataclasses.replace(FL, masks=masks) for masks in ("none", "padded_modality", "numbers")),
-    *(dataclasses.replace(FL, gate=gate, capacity=0.4, masks="mixed") for gate in GATES[1:3]),
-    dataclasses.replace(I2, capacity=0.4),
-    LayerCase((4, 7, 3), dim=12, layers=2, sparse=True, gate="SwitchGate", masks="partial"),
-    LayerCase((4, 4, 4), "i2moe", dim=12, sparse=True, gate="NaiveGate", mlp_experts=5, top_k=3),
-    dataclasses.replace(FL, gate="NoisyGate", routers=2, mlp_experts=3, masks="partial"),
-    LayerCase((5, 1, 4, 2), dim=12, sparse=True, gate="GShardGate", mlp_experts=7, masks="mixed"),
-    LayerCase((1, 1), dim=12, batch=1, sparse=True, gate="NaiveGate", mlp_experts=1, top_k=1),
-]
-
-
-def fast_layer(case: LayerCase, dtype: torch.dtype = torch.float32) -> InteractionMoE:
-    layer = InteractionMoE.adopt(case.reference(dtype), backend="cpu")
-    return layer.train(case.gate not in RANDOM)
-
-
-def data(case: LayerCase, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Any, Any]:
-    x = case.inputs(dtype)
-    masks = draw_masks(case.masks, case.batch, case.lengths)
-    return x, masks, draw_replacements(x, case.experts)
-
-
-def gates_of(layer: nn.Module) -> list[Any]:
-    return [part.gate for part in layer.modules() if isinstance(part, RoutedMLP)]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_reference(case: LayerCase) -> None:
-    assert_layer_within_budget(case, fast_layer(case), torch.float32)
-
-
-@pytest.mark.parametrize("case", [*CASES[:4], *CASES[11:14]], ids=str)
-def test_matches_the_reference_in_float64(case: LayerCase) -> None:
-    assert_layer_within_budget(case, fast_layer(case, torch.float64), torch.float64)
-
-
-@pytest.mark.parametrize("case", [CASES[0], FL], ids=str)
-def test_matches_the_reference_in_eval_mode(case: LayerCase) -> None:
-    assert_layer_within_budget(case, fast_layer(case).eval(), torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_matches_the_reference_in_half_precision(dtype: torch.dtype) -> None:
-    """With as many choices as experts: whom rounding would send elsewhere cannot be compared."""
-    case = dataclasses.replace(FL, gate="NaiveGate", mlp_experts=2, masks="partial")
-    assert_layer_within_budget(case, fast_layer(case, dtype), dtype)
+BOTH = pytest.mark.parametrize("case", [SPARSE_FL, SPARSE_I2], ids=["fl_i2moe", "i2moe"])
 
 
 def test_drops_are_seen() -> None:
     """The control of the cases with a capacity: it takes part in the result, and so does the padding."""
-    case = dataclasses.replace(FL, capacity=0.4, masks="partial")
+    case = dataclasses.replace(SPARSE_FL, capacity=0.4, masks="partial")
     free, free64 = (
         dataclasses.replace(case, capacity=None).reference(dtype)
         for dtype in (torch.float32, torch.float64)
@@ -103,42 +53,11 @@ def test_drops_are_seen() -> None:
         assert_outside_budget(unmasked[name], low[name], oracle[name], name)
 
 
-@pytest.mark.parametrize("path", ["gate.gate.bias", "experts.htoh4.bias", "experts.h4toh.weight"])
-def test_a_wrong_layer_fails(path: str) -> None:
-    layer = fast_layer(FL)
-    parameter = layer.get_parameter(f"interaction_experts.1.fusion_model.network.0.mlp.{path}")
-    with torch.no_grad():
-        parameter.view(-1)[0] += 0.05
-    with pytest.raises(AssertionError, match="above the budget"):
-        assert_layer_within_budget(FL, layer, torch.float32)
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_a_sample_of_padding_alone(gate: str) -> None:
-    """It has no part in gate losses or capacities; the other samples and all losses are the reference's."""
-    case = dataclasses.replace(FL, gate=gate, capacity=0.6, masks="padded_sample")
-    x, masks, noise = data(case)
-    layer = fast_layer(case)
-    outputs, grads = outputs_and_gradients(layer, x, masks, noise)
-    assert all(value.isfinite().all() for value in (*outputs.values(), *grads.values()))
-    low_layer, exact = (
-        case.reference(dtype).train(layer.training) for dtype in (torch.float32, torch.float64)
-    )
-    low = named_outputs(low_layer, low_layer(x, masks, replacements=noise))
-    wide = [as_dtype(each, torch.float64) for each in (x, noise)]
-    oracle = named_outputs(exact, exact(wide[0], masks, replacements=wide[1]))
-    assert_within_budget(outputs["gate_losses"], low["gate_losses"], oracle["gate_losses"], gate)
-    others = [b for b in range(case.batch) if b != case.batch // 2]
-    for name in ("expert_latents", "expert_logits"):
-        found = [each[name][:, :, others] for each in (outputs, low, oracle)]
-        assert_within_budget(*found, name)
-
-
 @pytest.mark.parametrize("gate", GATES[1:])
 @pytest.mark.parametrize("fast", [True, False])
 def test_every_modality_has_a_part_in_the_gate_losses(gate: str, fast: bool) -> None:
     """Of the loss and of its gradient at the gates' weights, which are no longer zero without any one of them."""
-    case = dataclasses.replace(FL, gate=gate, masks="all_valid")
+    case = dataclasses.replace(SPARSE_FL, gate=gate, masks="all_valid")
     layer = (fast_layer(case) if fast else case.reference()).eval()
     x, full, noise = data(case)
     weight = [next(gate.parameters()) for gate in gates_of(layer)]
@@ -163,7 +82,7 @@ def test_every_modality_has_a_part_in_the_gate_losses(gate: str, fast: bool) -> 
 @BOTH
 def test_gate_losses_are_sums_over_layers_and_modalities(case: LayerCase, mode: bool) -> None:
     """Of what the gates say of each call on its own, with a mask or without, whether gradients are kept or not."""
-    case = dataclasses.replace(case, masks="none" if case is I2 else "partial")
+    case = dataclasses.replace(case, masks="none" if case is SPARSE_I2 else "partial")
     reference, calls = case.reference().train(mode), []
     for e, expert in enumerate(reference.interaction_experts):
         for part in expert.modules():
@@ -194,7 +113,7 @@ def test_gate_losses_are_sums_over_layers_and_modalities(case: LayerCase, mode: 
 @pytest.mark.parametrize("gate", RANDOM)
 def test_random_draws_in_training(gate: str) -> None:
     """They follow torch's generator; equal to the reference's in distribution: means within five deviations."""
-    case = dataclasses.replace(FL, gate=gate, layers=1, batch=2, mlp_experts=3)
+    case = dataclasses.replace(SPARSE_FL, gate=gate, layers=1, batch=2, mlp_experts=3)
     x, masks, noise = data(case)
     layers = [fast_layer(case).train(), case.reference().train()]
 
@@ -221,30 +140,6 @@ def test_nothing_gathers_when_nobody_takes_the_losses(case: LayerCase) -> None:
         assert len(layer(x, masks, replacements=noise)) == 4 + (case.compat == "fl_i2moe")
         layer.inference(x, masks)
         assert all(gate.get_loss() is None for gate in gates_of(layer))
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@BOTH
-def test_inference_is_the_full_view(case: LayerCase, backend: str) -> None:
-    layer = fast_layer(dataclasses.replace(case, dropout=0.5)).eval()
-    layer.backend = backend
-    x, masks, noise = data(case)
-    outputs = named_outputs(layer, layer(x, masks, replacements=noise))
-    expert_logits, weights, logits = layer.inference(x, masks)
-    torch.testing.assert_close(torch.stack(list(expert_logits)), outputs["expert_logits"][:, 0])
-    torch.testing.assert_close((weights, logits), (outputs["weights"], outputs["logits"]))
-
-
-@BOTH
-def test_dropout_after_the_routed_mlp_and_noise(case: LayerCase) -> None:
-    layer, x = fast_layer(dataclasses.replace(case, dropout=0.5)), case.inputs()
-
-    def latents(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return named_outputs(layer, layer(x))["expert_logits"]
-
-    assert torch.equal(latents(1), latents(1))
-    assert not torch.equal(latents(1)[:, 0], latents(2)[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -281,7 +176,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_a_graph_break() -> None:
     """With masks this is the plan whose shapes do not depend on data, padded rows included."""
-    case = dataclasses.replace(FL, layers=1, masks="padded_sample", capacity=0.5)
+    case = dataclasses.replace(SPARSE_FL, layers=1, masks="padded_sample", capacity=0.5)
     layer, (x, masks, noise) = fast_layer(case), data(case)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     results = []
@@ -293,62 +188,6 @@ def test_compiles_without_a_graph_break() -> None:
         results.append([*outputs.values(), *grads])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("case", "gate"), [(FL, "NoisyGate"), (FL, "GShardGate"), (I2, "SwitchGate")]
-)
-def test_checkpoints_load_both_ways(case: LayerCase, gate: str) -> None:
-    case = dataclasses.replace(case, gate=gate, routers=2)
-    reference, (x, masks, noise) = case.reference().eval(), data(case)
-    fusion = reference.interaction_experts[0].fusion_model
-    fresh = InteractionMoE(2, fusion, True, case.dim, 2 * case.dim, 3, 1.5).eval()
-    assert list(fresh.state_dict()) == list(reference.state_dict())
-    assert {k: tuple(v.shape) for k, v in reference.state_dict().items()} == (
-        fresh.spec.parameter_shapes()
-    )
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.fill_(float("nan"))
-    fresh.load_state_dict(reference.state_dict(), strict=True)
-    found, expected = (layer(x, masks, replacements=noise)[2] for layer in (fresh, reference))
-    torch.testing.assert_close(found, expected)
-    other = case.reference()
-    other.load_state_dict(fresh.state_dict(), strict=True)
-    mlp = "interaction_experts.0.fusion_model.network.0.mlp."
-    name = "gate.w_gate" if gate == "NoisyGate" else "gate.gate.weight"
-    first = fresh.get_parameter(mlp + name)
-    assert fresh.get_parameter(mlp + name.replace("gate.", "all_gates.0.", 1)) is first
-    state = fresh.state_dict()
-    state[mlp + "surplus"] = state.pop(mlp + "experts.h4toh.bias")
-    with pytest.raises(RuntimeError, match=r"(?s)experts\.h4toh\.bias.*surplus"):
-        other.load_state_dict(state)
-
-
-def test_adopts_copies_and_pickles() -> None:
-    reference, (x, masks, noise) = FL.reference().eval(), data(FL)
-    layer = InteractionMoE.adopt(reference)
-    theirs, ours = (dict(each.named_parameters()) for each in (reference, layer))
-    assert theirs.keys() == ours.keys()
-    assert all(ours[name] is parameter for name, parameter in theirs.items())
-    assert {gate.capacity for gate in gates_of(layer)} == {(1.2, 2.4)}
-    expected = layer(x, masks, replacements=noise)[2]
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(x, masks, replacements=noise)[2], expected)
-        assert all(
-            part.gate is part.all_gates["0"]
-            for part in other.modules()
-            if isinstance(part, RoutedMLP)
-        )
-
-
-def test_an_empty_batch() -> None:
-    case = dataclasses.replace(FL, batch=0)
-    layer = fast_layer(case)
-    result = layer(case.inputs())
-    assert result[2].shape == (0, case.classes)
-    assert named_outputs(layer, result)["gate_losses"].isfinite().all()
-    result[2].sum().backward()
 
 
 class OtherGate(GShardGate):
@@ -363,10 +202,10 @@ class OtherGate(GShardGate):
     ],
 )
 def test_gates_changed_after_construction_are_refused(change: Any, reason: str) -> None:
-    layer = fast_layer(FL)
+    layer = fast_layer(SPARSE_FL)
     change(gates_of(layer)[1])
     with pytest.raises(UnsupportedLayer, match=reason):
-        layer(FL.inputs())
+        layer(SPARSE_FL.inputs())
 
 
 def test_fusion_alone() -> None:
@@ -380,7 +219,7 @@ def test_fusion_alone() -> None:
         False,
     ]
     assert {gate.top_k for gate in gates_of(fusion)} == {1}
-    fusion(FL.inputs())
+    fusion(SPARSE_FL.inputs())
     loss = fusion.gate_loss()
     loss.backward()
     assert loss > 0

@@ -20,6 +20,7 @@ from tests.support.layers import LayerCase, named_outputs
 
 SIGMAS = 6.0
 SEEDS = range(4)
+pytestmark = pytest.mark.slow  # many draws
 CASES = {
     "fl_i2moe": LayerCase((3, 2), dim=4, heads=2, batch=2500, dropout=0.5),
     "i2moe": LayerCase((2, 2), "i2moe", dim=4, heads=2, batch=2500, dropout=0.5),

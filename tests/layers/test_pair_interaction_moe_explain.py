@@ -1,10 +1,9 @@
-"""explain() against brute force over all coalitions, shapiq, Monte Carlo, and its own identities."""
+"""explain() against brute force over all coalitions, shapiq, and its own identities."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -84,53 +83,6 @@ def test_shapiqs_exact_computer(name: str) -> None:
     pairs, indices = explained_pairs(found)[:, :, -1], computer("SII", order=2)
     for i, j in itertools.combinations(range(n), 2):
         assert float(pairs[i, j]) == pytest.approx(indices[(i, j)], abs=1e-6)
-
-
-def rms_slope(samples: Tensor, exact: float) -> float:
-    """Slope of log RMS error over log n of the means of the first n of samples (repeats, most)."""
-    counts = torch.tensor([2**k for k in range(4, 13)])
-    means = samples.cumsum(dim=1)[:, counts - 1] / counts
-    errors = (means - exact).square().mean(dim=0).sqrt().log()
-    x = counts.double().log()
-    x = x - x.mean()
-    return float((x * (errors - errors.mean())).sum() / x.square().sum())
-
-
-def coalitions_before(draws: tuple[int, int], n: int, players: Sequence[int]) -> Tensor:
-    """Random permutations of n players with `players` as one block: who comes before it, as bits."""
-    generator = torch.Generator().manual_seed(3)
-    keys = torch.rand((*draws, n), generator=generator)
-    before = keys < keys[..., players[:1]]
-    before[..., list(players)] = False
-    return (before.long() << torch.arange(n)).sum(dim=-1)
-
-
-def test_monte_carlo_converges_to_it() -> None:
-    """Permutation estimates of a Shapley value and of an interaction index, from a table of the game.
-
-    In a 2-additive game a whole second difference is the index whatever the permutation, without error; the
-    estimate whose error falls with 1 / sqrt(n) evaluates one of its four coalitions for each permutation.
-    """
-    played = game("three modalities", "cpu")
-    table, n = played.values[:, -1], played.players
-    found = played.explain()
-    i, j = 1, 4
-    draws = (200, 4096)
-    before = coalitions_before(draws, n, [i])
-    exact = float(explained_values(found)[i, -1])
-    assert -0.6 < rms_slope(table[before | 1 << i] - table[before], exact) < -0.4
-
-    before = coalitions_before(draws, n, [i, j])
-    exact = float(explained_pairs(found)[i, j, -1])
-    a, b = 1 << i, 1 << j
-    differences = table[before | a | b] - table[before | a] - table[before | b] + table[before]
-    torch.testing.assert_close(differences, torch.full_like(differences, exact), **TIGHT)
-    corner = torch.randint(0, 4, draws, generator=torch.Generator().manual_seed(4))
-    added = torch.tensor([0, a, b, a | b])[corner]
-    sign = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=table.dtype)[corner]
-    estimate = 4 * sign * (table[before | added] - table[0])
-    assert -0.6 < rms_slope(estimate, exact) < -0.4
-    assert rms_slope(estimate, exact + 0.5) > -0.4, "the control: another limit"
 
 
 @EACH_BACKEND

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,78 +10,21 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
-from flmoe_kernels.layers.routed_mlp import parallel
+from flmoe_kernels.layers.routed_mlp.collectives import sum_over_ranks
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.layers.routed_mlp.parallel import parallel_routed_mlp
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import limit
 from tests.support import parallel_ranks as ranked
 from tests.support.parallel_ranks import CASES, LOCAL, NAMES
 
-PROGRAM = str(Path(ranked.__file__))
-# After a rank has ended itself, see parallel_ranks.
-SECONDS = ranked.RANK_SECONDS + 10
 Results = list[dict[str, Any]]
-
-
-def run_together(
-    commands: list[list[str]], environments: list[dict[str, str]], limit: float
-) -> None:
-    """Run programs at the same time; one that fails, or is not done in time, ends them all."""
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command, environment in zip(commands, environments, strict=True)
-    ]
-    deadline = time.monotonic() + limit
-    try:
-        while any(p.poll() is None for p in started) and time.monotonic() < deadline:
-            if any(p.poll() not in (None, 0) for p in started):
-                break
-            time.sleep(0.05)
-        late = [n for n, p in enumerate(started) if p.poll() is None]
-        failed = [n for n, p in enumerate(started) if p.poll() not in (None, 0)]
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.terminate()
-    texts = [finish(process) for process in started]
-    if late or failed:
-        output = "\n".join(f"program {n}:\n{text[-4000:]}" for n, text in enumerate(texts))
-        raise AssertionError(f"failed: {failed}, not done: {late}\n{output}")
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    """What a program wrote, after it has ended, if need be by force."""
-    try:
-        return process.communicate(timeout=10)[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.communicate()[0]
-
-
-def start_ranks(ranks: int, folder: Path) -> None:
-    """Two ranks by torchrun, other numbers one by one."""
-    if ranks == 2:
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        run_together([[*run, PROGRAM, str(folder), "env://"]], [{}], SECONDS)
-        return
-    command = [sys.executable, PROGRAM, str(folder), f"file://{folder}/store"]
-    environments = [{"RANK": str(r), "WORLD_SIZE": str(ranks)} for r in range(ranks)]
-    run_together([command] * ranks, environments, SECONDS)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda ranks: f"{ranks} ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each rank found; one start per number of ranks."""
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    start_ranks(request.param, folder)
-    files = [folder / f"rank{r}.pt" for r in range(request.param)]
-    return [torch.load(file, weights_only=True) for file in files]
+    return ranked.start_ranks(request.param, str(tmp_path_factory.mktemp("ranks")))
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -158,16 +96,12 @@ def test_capacity_is_shared(results: Results) -> None:
 
 
 def test_derivatives(results: Results) -> None:
-    """First and second, of the sum of all ranks' objectives, against differences of values."""
-    total = {
-        n: torch.stack([result["derivatives"][n] for result in results]).sum(dim=0)
-        for n in results[0]["derivatives"]
-    }
-    for found, expected in (("first", "value"), ("second", "slope")):
-        assert difference(total[found], total[expected]) < 1e-7, found
-        assert difference(total[found].roll(1), total[expected]) > 1e-2, "another direction's"
-        alone = [difference(r["derivatives"][found], total[expected]) for r in results]
-        assert len(results) == 1 or min(alone) > 1e-2, "one rank's part"
+    """First and second, of the sum of all ranks' objectives."""
+    for n, whole in ranked.derivatives_whole(len(results)).items():
+        for order, expected in enumerate(whole):
+            found = torch.cat([result["derivatives"][n][order] for result in results])
+            assert difference(found, expected) < 1e-11, (n, order)
+            assert difference(found.roll(1, dims=0), expected) > 1e-3, "the control"
 
 
 def test_balance_under_autocast(results: Results) -> None:
@@ -242,18 +176,10 @@ def test_no_group() -> None:
     case = CASES["even"]
     x, weight, *parameters = case.inputs(1).values()
     with pytest.raises(ValueError, match=r"group: expected torch.distributed to be initialised"):
-        parallel.parallel_routed_mlp(x, case.index(1), weight, *parameters)
+        parallel_routed_mlp(x, case.index(1), weight, *parameters)
     with pytest.raises(ValueError, match=r"group: expected torch.distributed to be initialised"):
-        parallel.sum_over_ranks(x)
+        sum_over_ranks(x)
     with pytest.raises(ValueError, match="world_size: expected 1, got 2"):
         RoutedMLP(3, 5, 7, world_size=2)
     # One process needs none.
     assert routed_mlp(x, case.index(1), weight, *parameters).shape == x.shape
-
-
-def test_a_program_that_hangs_is_ended() -> None:
-    program = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(100)"]
-    begin = time.monotonic()
-    with pytest.raises(AssertionError, match=r"not done: \[0\]\nprogram 0:\nhere"):
-        run_together([program], [{}], 2.0)
-    assert time.monotonic() - begin < 20

@@ -50,7 +50,7 @@ class TestCpu(AttentionTests):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
-@pytest.mark.parametrize("length", [1, 63, 130, 320])
+@pytest.mark.parametrize("length", [1, 63, 130, pytest.param(320, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_mask_is_the_generators(p: float, length: int, dtype: torch.dtype) -> None:
     """With v the identity the output holds the probabilities, and its zeros are the mask."""

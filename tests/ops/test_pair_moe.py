@@ -162,7 +162,7 @@ def test_extreme_logits() -> None:
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("masks", ["none", "sample"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "cpu"])
 def test_gradcheck(backend: str, masks: str, reduce: str) -> None:
     for kinds, top_k in ((KINDS, None), (MANY, 3)):
         case = PairCase(3, 4, 2, 3, kinds=kinds, top_k=top_k, masks=masks)

@@ -24,7 +24,7 @@ CLASSES = 5
 CASES = (
     PairCase(5, 7, kinds=KINDS),
     PairCase(63, 60, 32, 64, masks="both", top_k=2),
-    PairCase(37, 300, 17, 65, kinds=MANY, masks="a", top_k=3),
+    PairCase(37, 140, 17, 65, kinds=MANY, masks="a", top_k=3),
     PairCase(130, 1, 4, 5, kinds=("synergy",), masks="b"),
     PairCase(1, 130, 3, 40, kinds=("redundancy", "null", "unique_b"), bias=False),
     PairCase(400, 9, 4, 5, batch=1),
@@ -103,7 +103,7 @@ def sorted_pairs(phi: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor
     return tuple(x.view(len(phi), count) for x in (values, i, j))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("count", [1, 6, 300])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 6, 300])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -192,6 +192,7 @@ print(sizes[1] - sizes[0], sizes[2] - sizes[1])
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_map() -> None:
     """In a process of its own, whose peak no other test has raised; the map, 2 x 61 MiB, is the control."""
     result = subprocess.run(

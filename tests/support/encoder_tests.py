@@ -36,6 +36,52 @@ def every_second(x: Tensor) -> Tensor:
     return torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
 
 
+def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
+    """Calls of registered operators that would read past a tensor, or as another type, and their messages."""
+    x, gain, stats, cu = draw(2, 6, 4), draw(2, 4), draw(2, 6), cumulative([3])
+    half, seeds = x.half(), torch.zeros(2, dtype=torch.int64)
+    modality, pair, means = torch.zeros(6).int(), draw(2, 2, 6, 4), draw(2, 1, 1, 4)
+    drop, none = (make_seed(), 0.5), (None, 0.0)
+    weight, bias, grad, wants = draw(2, 5, 4), draw(2, 5), draw(2, 6, 5), (True, True, True)
+    saved = (x, stats, stats, gain, *drop, False, True)
+    return [
+        ("expert_norm", (x, gain[:1], gain, EPS), "gain: expected"),
+        ("expert_norm", (x, gain, gain.double(), EPS), "shift: expected"),
+        ("dropout_add_norm", (x[:, :5], x, gain, gain, *drop, EPS), "residual: expected"),
+        ("dropout_add_norm", (half, x, gain, gain, *drop, EPS), "residual: expected"),
+        ("dropout_add_norm", (x, x, gain, gain, seeds, 0.5, EPS), "seed: expected"),
+        ("dropout_add_norm_backward", (x[:1], x, *saved), "grad_total: expected"),
+        ("dropout_add_norm_backward", (x, half, *saved), "grad_normed: expected"),
+        ("dropout_add_norm_backward", (x, x, x, stats[:1], *saved[2:]), "mean: expected"),
+        ("dropout_add_norm_backward", (x, x, x, stats, stats.half(), *saved[3:]), "rstd: expected"),
+        ("gelu_dropout_backward", (x[:, :5], x, *none), "grad_out: expected"),
+        ("dropout_add_pool", (x, half, cu, 2, *none), "update: expected"),
+        ("dropout_add_pool", (x, x, cu.long(), 2, *none), "cu_segments: expected"),
+        ("dropout_add_pool", (x, x, cu[:0], 2, *none), "cu_segments: expected"),
+        ("dropout_add_pool", (x, x, cu, 4, *none), "views: expected a divisor of 6 rows, got 4"),
+        ("dropout_add_pool_backward", (means, cu, 2, 6, *none), "grad_out: expected"),
+        ("expand_views", (pair[:, :1], modality, 3), "x: expected"),
+        ("expand_views", (pair, modality.long(), 3), "modality: expected"),
+        ("expand_views_backward", (pair, modality[:5]), "modality: expected"),
+        ("expert_linear", (x[:1], weight, None), "x: expected"),
+        ("expert_linear", (x[..., :3], weight, None), "x: expected"),
+        ("expert_linear", (half, weight, None), "weight: expected"),
+        ("expert_linear", (x, weight, bias[:, :4]), "bias: expected"),
+        ("expert_linear", (x, weight, bias.half()), "bias: expected"),
+        ("expert_linear_backward", (grad[:, :5], x, weight, *wants), "grad_out: expected"),
+        ("expert_linear_backward", (grad[..., :4], x, weight, *wants), "grad_out: expected"),
+        ("expert_linear_backward", (grad.half(), x, weight, *wants), "grad_out: expected"),
+        ("expert_linear", (x, weight[..., :3], None), "x: expected"),
+        ("gelu_dropout", (x, modality[0], 0.5), "seed: expected"),
+        ("gelu_dropout", (x, seeds, 0.5), "seed: expected"),
+        ("dropout_add_pool", (x, x[:, :5], cu, 1, *none), "update: expected"),
+        ("dropout_add_pool", (x, x, cu, 0, *none), "views: expected a divisor of 6"),
+        ("expand_views", (pair, modality[:5], 3), "modality: expected"),
+        ("interaction_losses", (draw(4, 4, 2, 5),), "latents: expected"),
+        ("interaction_losses_backward", (draw(3), draw(4, 3, 2, 5)), "grad_losses: expected"),
+    ]
+
+
 class EncoderTests:
     """A subclass names a backend and the rows and width of most calls, and has a fixture `dtype`."""
 
@@ -119,3 +165,10 @@ class EncoderTests:
             for kind in (torch.isnan, torch.isposinf, torch.isneginf):
                 assert torch.equal(kind(got), kind(want)), name
             assert not got.isfinite().all(), name
+
+    @pytest.mark.parametrize(("name", "arguments", "message"), refusals())
+    def test_refuses_what_would_read_past_a_tensor(
+        self, name: str, arguments: tuple[Any, ...], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            self.operator(name)(*arguments)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import (
     Compat,
     FusionTransformer,
@@ -18,6 +19,7 @@ from flmoe_kernels.layers.interaction_moe.reference import (
     ReferenceInteractionMoE,
     Replacements,
 )
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from tests.support.inputs import as_dtype, draw, draw_masks, draw_replacements, gradients
 
 
@@ -100,6 +102,31 @@ class LayerCase:
                 if isinstance(part, nn.Dropout):
                     part.p = 0.0
         return layer.to(dtype)
+
+
+FL = LayerCase((7, 5), dim=16, batch=3)
+I2 = LayerCase((6, 6), "i2moe", dim=16, batch=3)
+SPARSE_FL = dataclasses.replace(FL, layers=3, sparse=True, gate="GShardGate")
+SPARSE_I2 = dataclasses.replace(I2, sparse=True, gate="GShardGate")
+# In training these draw random numbers, so that only eval mode can be compared.
+RANDOM_GATES = ("SwitchGate", "NoisyGate")
+
+
+def fast_layer(case: LayerCase, dtype: torch.dtype = torch.float32) -> InteractionMoE:
+    """The layer on the CPU kernels; in train mode where its gates draw no random numbers."""
+    layer = InteractionMoE.adopt(case.reference(dtype), backend="cpu")
+    return layer.train(case.gate not in RANDOM_GATES)
+
+
+def data(case: LayerCase, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Any, Any]:
+    """Inputs, masks and replacements of a case."""
+    x = case.inputs(dtype)
+    masks = draw_masks(case.masks, case.batch, case.lengths)
+    return x, masks, draw_replacements(x, case.experts)
+
+
+def gates_of(layer: nn.Module) -> list[Any]:
+    return [part.gate for part in layer.modules() if isinstance(part, RoutedMLP)]
 
 
 def named_outputs(layer: nn.Module, result: Sequence[Any]) -> dict[str, Tensor]:

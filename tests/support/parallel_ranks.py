@@ -1,34 +1,36 @@
-"""What the ranks of test_routed_parallel run: their part of each case; `whole` is the same in one process.
-
-Started as a program, once per rank: parallel_ranks.py FOLDER INIT_METHOD with RANK and WORLD_SIZE in the
-environment, as torchrun sets them. Leaves FOLDER/rank<r>.pt.
-"""
+"""What the ranks of test_routed_parallel run: their part of each case; `whole` is the same in one process."""
 
 from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.routed_mlp import parallel
+from flmoe_kernels.layers.routed_mlp.collectives import (
+    limit_over_ranks,
+    require_ranks,
+    sum_over_ranks,
+    tokens_over_ranks,
+)
+from flmoe_kernels.layers.routed_mlp.ddp import prepare_for_ddp
 from flmoe_kernels.layers.routed_mlp.gates import GShardGate, SwitchGate
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+from flmoe_kernels.layers.routed_mlp.parallel import parallel_routed_mlp
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import limit
 from tests.support.inputs import draw
 
 LOCAL, WIDTH, HIDDEN, CHOICES = 3, 5, 7, 2
 NAMES = ("x", "weight", "w_in", "b_in", "w_out", "b_out")
-DIRECTIONS, STEP = 3, 1e-5
+Derivatives = dict[str, tuple[Tensor, Tensor]]
 # Tokens of each rank: together more than half precision can count.
 BALANCED = (700, 0, 41, 300)
 # A collective that waits longer has lost a rank, and a rank that lives longer hangs.
@@ -139,9 +141,7 @@ def part(case: Case, rank: int, ranks: int) -> dict[str, Tensor]:
     index = case.slice("index", case.index(ranks), rank, ranks)
 
     def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
-        return parallel.parallel_routed_mlp(
-            x, index, weight, *parameters, act="silu", backend=case.backend
-        )
+        return parallel_routed_mlp(x, index, weight, *parameters, act="silu", backend=case.backend)
 
     cotangent = case.slice("out", case.cotangent(ranks), rank, ranks)
     return evaluate(call, inputs, cotangent, case.needs(rank))
@@ -157,53 +157,40 @@ def whole(case: Case, ranks: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return evaluate(call, case.inputs(ranks, dtype), case.cotangent(ranks), NAMES)
 
 
-def derivatives(rank: int, ranks: int) -> dict[str, Tensor]:
-    """A rank's part of the objective's first and second derivatives along random directions of all ranks' inputs,
-    (DIRECTIONS,) each: "first" and "second" from backward passes, and from differences of values and of "first".
-    """
-    case = Case((4, 5, 0, 3))
-    whole = case.inputs(ranks)
+CURVED = Case((4, 5, 0, 3))
+
+
+def derivatives(
+    call: Callable[..., Tensor], inputs: list[Tensor], cotangent: Tensor
+) -> Derivatives:
+    """First derivatives of an objective, and those of the sum of their squares, by each input."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = (call(*leaves).square() * cotangent).sum()
+    first = torch.autograd.grad(value, leaves, create_graph=True)
+    squares = torch.stack([grad.square().sum() for grad in first]).sum()
+    second = torch.autograd.grad(squares, leaves)
+    return {n: (a.detach(), b) for n, a, b in zip(NAMES, first, second, strict=True)}
+
+
+def derivatives_part(rank: int, ranks: int) -> Derivatives:
+    inputs = [CURVED.slice(n, x, rank, ranks) for n, x in CURVED.inputs(ranks).items()]
     index, cotangent = (
-        case.slice("out", x, rank, ranks) for x in (case.index(ranks), case.cotangent(ranks))
+        CURVED.slice("out", x, rank, ranks) for x in (CURVED.index(ranks), CURVED.cotangent(ranks))
     )
-    point = [case.slice(n, x, rank, ranks).requires_grad_() for n, x in whole.items()]
 
-    def towards(seed: int) -> list[Tensor]:
-        return [
-            case.slice(n, draw(*x.shape, dtype=x.dtype, seed=seed + i), rank, ranks)
-            for i, (n, x) in enumerate(whole.items())
-        ]
+    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+        options = {"act": "silu", "backend": "reference"}
+        return parallel_routed_mlp(x, index, weight, *parameters, **options)
 
-    def value(at: list[Tensor]) -> Tensor:
-        x, weight, *parameters = at
-        out = parallel.parallel_routed_mlp(
-            x, index, weight, *parameters, act="silu", backend="reference"
-        )
-        return (out.square() * cotangent).sum()
-
-    def slope(at: list[Tensor], way: list[Tensor]) -> Tensor:
-        return along(torch.autograd.grad(value(at), at, create_graph=True), way)
-
-    def difference(f: Callable[[list[Tensor]], Tensor], way: list[Tensor]) -> Tensor:
-        ends = [
-            [(x + step * w).detach().requires_grad_() for x, w in zip(point, way, strict=True)]
-            for step in (STEP, -STEP)
-        ]
-        return (f(ends[0]) - f(ends[1])).detach() / (2 * STEP)
-
-    found: dict[str, list[Tensor]] = {n: [] for n in ("first", "value", "second", "slope")}
-    for n in range(DIRECTIONS):
-        v, u = towards(100 + 40 * n), towards(120 + 40 * n)
-        first = slope(point, v)
-        found["first"].append(first.detach())
-        found["second"].append(along(torch.autograd.grad(first, point), u))
-        found["value"].append(difference(value, v))
-        found["slope"].append(difference(lambda at, v=v: slope(at, v), u))  # type: ignore[misc]
-    return {name: torch.stack(parts) for name, parts in found.items()}
+    return derivatives(call, inputs, cotangent)
 
 
-def along(gradients: Sequence[Tensor], way: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(g * w).sum() for g, w in zip(gradients, way, strict=True)]).sum()
+def derivatives_whole(ranks: int) -> Derivatives:
+    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+        options = {"act": "silu", "backend": "reference"}
+        return routed_mlp(x, CURVED.index(ranks), weight, *parameters, **options)
+
+    return derivatives(call, [*CURVED.inputs(ranks).values()], CURVED.cotangent(ranks))
 
 
 def balance(rank: int, ranks: int) -> dict[str, Tensor]:
@@ -235,7 +222,7 @@ def limits(rank: int, ranks: int) -> list[Tensor]:
     """limit_over_ranks for no place, some, and more than there are rows; with a mask and without."""
     mine, valid = (LIMITED.slice("index", x, rank, ranks) for x in limited(ranks))
     return [
-        parallel.limit_over_ranks(mine, masked, LOCAL * ranks, capacity)
+        limit_over_ranks(mine, masked, LOCAL * ranks, capacity)
         for capacity in (0, 1, 2, 3, 100)
         for masked in (None, valid)
     ]
@@ -253,10 +240,10 @@ def expected_limits(ranks: int) -> list[Tensor]:
 def sums(rank: int) -> dict[str, Tensor]:
     """sum_over_ranks of rank + 1, and its gradient where each rank's objective is (rank + 1) times the sum."""
     x = torch.full((2, 2), rank + 1.0, dtype=torch.float64, requires_grad=True)
-    total = parallel.sum_over_ranks(x.t())
+    total = sum_over_ranks(x.t())
     ((rank + 1) * total).sum().backward()
     assert x.grad is not None
-    tokens = parallel.tokens_over_ranks(rank + 1, torch.device("cpu"))
+    tokens = tokens_over_ranks(rank + 1, torch.device("cpu"))
     return {"sum": total.detach(), "grad": x.grad, "tokens": torch.tensor(tokens)}
 
 
@@ -269,7 +256,7 @@ def mistakes(rank: int, ranks: int) -> dict[str, str]:
 
     def call(index: Tensor = index, **other: Tensor) -> None:
         x, weight, *parameters = (inputs | other).values()
-        parallel.parallel_routed_mlp(x, index, weight, *parameters)
+        parallel_routed_mlp(x, index, weight, *parameters)
 
     def recording() -> None:
         with torch.set_grad_enabled(rank == 0):
@@ -285,7 +272,7 @@ def mistakes(rank: int, ranks: int) -> dict[str, str]:
         "dtype": lambda: call(**{n: x.float() if wide else x for n, x in inputs.items()}),
         "recording": recording,
         "range": lambda: call(index=index + LOCAL * ranks),
-        "ranks": lambda: parallel.require_ranks(ranks + 1),
+        "ranks": lambda: require_ranks(ranks + 1),
         "module": lambda: RoutedMLP(LOCAL, WIDTH, HIDDEN, world_size=ranks + 1),
     }
     return {name: message_of(attempt) for name, attempt in attempts.items()}
@@ -381,8 +368,8 @@ def train_part(name: str, rank: int, ranks: int, mean_gradients: bool = True) ->
     mine = Network(GATES[name], LOCAL, ranks).double()
     take(network(name, ranks), mine, rank)
     if ranks > 1:
-        ignored = parallel.prepare_for_ddp(mine)
-        assert ignored == parallel.prepare_for_ddp(mine)
+        ignored = prepare_for_ddp(mine)
+        assert ignored == prepare_for_ddp(mine)
         assert sorted(ignored) == [
             f"layer.experts.{map}.{p}" for map in ("h4toh", "htoh4") for p in ("bias", "weight")
         ]
@@ -421,34 +408,32 @@ def batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, TRAINING.mask(ranks), draw(tokens, LOCAL * ranks, dtype=torch.float64, seed=9)
 
 
-def run_rank(rank: int, ranks: int) -> dict[str, Any]:
-    results: dict[str, Any] = {name: part(case, rank, ranks) for name, case in CASES.items()}
-    results["derivatives"] = derivatives(rank, ranks)
-    results["balance"] = balance(rank, ranks)
-    results["limits"] = limits(rank, ranks)
-    results["sums"] = sums(rank)
-    results["layer"] = layer_part(rank, ranks)
-    results["mistakes"] = mistakes(rank, ranks)
-    for name in GATES:
-        results[f"train {name}"] = train_part(name, rank, ranks)
-    results["train without the mean"] = train_part("GShardGate", rank, ranks, mean_gradients=False)
-    return results
-
-
-def main(folder: str, init_method: str) -> None:
+def run_rank(rank: int, ranks: int, folder: str) -> None:
+    """A process of `start_ranks`; leaves FOLDER/rank<rank>.pt."""
     faulthandler.dump_traceback_later(RANK_SECONDS, exit=True)
     torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=COLLECTIVE_SECONDS)
-    dist.init_process_group(
-        "gloo", init_method=init_method, rank=rank, world_size=ranks, timeout=timeout
-    )
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
     try:
-        torch.save(run_rank(rank, ranks), f"{folder}/rank{rank}.pt")
+        results: dict[str, Any] = {name: part(case, rank, ranks) for name, case in CASES.items()}
+        results["derivatives"] = derivatives_part(rank, ranks)
+        results["balance"] = balance(rank, ranks)
+        results["limits"] = limits(rank, ranks)
+        results["sums"] = sums(rank)
+        results["layer"] = layer_part(rank, ranks)
+        results["mistakes"] = mistakes(rank, ranks)
+        for name in GATES:
+            results[f"train {name}"] = train_part(name, rank, ranks)
+        summed = train_part("GShardGate", rank, ranks, mean_gradients=False)
+        results["train without the mean"] = summed
+        torch.save(results, f"{folder}/rank{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def start_ranks(ranks: int, folder: str) -> list[dict[str, Any]]:
+    """What each rank found. A rank that fails ends them all, and one that hangs ends itself."""
+    mp.spawn(run_rank, args=(ranks, folder), nprocs=ranks)
+    return [torch.load(f"{folder}/rank{r}.pt", weights_only=True) for r in range(ranks)]

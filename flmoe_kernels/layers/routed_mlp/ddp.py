@@ -8,11 +8,11 @@ from .module import RoutedMLP
 
 
 def prepare_for_ddp(model: nn.Module) -> list[str]:
-    """Before DistributedDataParallel(model): what lives on one rank alone is not averaged over ranks.
+    """Exclude experts that live on one rank from DistributedDataParallel; call it before wrapping the model.
 
-    Tells DistributedDataParallel to ignore the expert parameters of every RoutedMLP whose experts are spread over
-    ranks, neither broadcast nor reduced, and sets mean_gradients on these layers, so that their experts' gradients
-    too are of the mean of the ranks' objectives. A second call changes nothing.
+    The expert parameters of every RoutedMLP whose experts are spread over ranks are neither broadcast nor reduced.
+    mean_gradients is set on these layers, so that their experts' gradients are those of the mean of the ranks'
+    objectives, as all others. A second call changes nothing.
 
     Returns:
         The names of all parameters and buffers of `model` that DistributedDataParallel ignores.
