@@ -1,4 +1,4 @@
-"""Real digits as two modalities of patch tokens, with labels whose interaction kind is known.
+"""Pairs of real digits as two modalities, with labels whose kind of interaction is known.
 
 A sample is a pair of handwritten digits, image A and image B, each turned into 4 x 4 patch tokens
 by a frozen encoder of its own. What the label says about the pair fixes the kind of interaction:
@@ -30,6 +30,8 @@ MAX_PADDED = 4
 ENCODER_STEPS = 300
 ENCODER_BATCH = 128
 EXPERTS = ("unique_a", "unique_b", "synergy", "redundancy")
+
+Batch = tuple[list[Tensor], list[Tensor], Tensor]  # inputs, masks, labels
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def make_pairs(
     place_a = (uniform() * counts[digit_a]).long()
     place_b = (uniform() * counts[digit_b]).long()
     if task.name == "redundant":
-        # A step of 1 .. n - 1 around the class: the same digit, never the same image.
+        # A step of 1 to n - 1 around the class: the same digit, never the same image.
         step = 1 + (uniform() * (counts[digit_a] - 1)).long()
         place_b = (place_a + step) % counts[digit_a]
     labels = {

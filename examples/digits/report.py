@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .data import EXPERTS
-from .measure import GROUPS, Times
-from .results import Results, TaskResult
+from .measure import GROUPS
 
 
-def print_report(results: Results, console: Console) -> None:
-    for table in _tables(results):
-        console.print(table)
+def print_report(results: Mapping[str, Any], console: Console) -> None:
+    for make in (_accuracies, _experts, _token_pairs, _differences, _costs):
+        console.print(make(results))
         console.print()
-
-
-def _tables(results: Results) -> Iterator[Table]:
-    yield _accuracies(results)
-    yield _experts(results)
-    yield _token_pairs(results)
-    yield _differences(results)
-    yield _costs(results)
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:
@@ -34,127 +26,104 @@ def _table(title: str, caption: str, *columns: str) -> Table:
     return table
 
 
-def _accuracies(results: Results) -> Table:
-    samples = results.settings.test_pairs
+def _accuracies(results: Mapping[str, Any]) -> Table:
     table = _table(
         "Test accuracy before and after the swap",
-        f"{samples} pairs of digits that nothing was trained on; changed: classified differently.",
+        f"{results['settings']['test_pairs']} pairs of images that were not used in training; "
+        "changed: classified differently.",
         *("task", "label", "chance", "reference", "fast", "changed"),
     )
-    for result in results.tasks:
-        table.add_row(
-            result.task.name,
-            result.task.meaning,
-            f"{result.task.chance:.1%}",
-            f"{result.before:.1%}",
-            f"{result.after:.1%}",
-            str(result.changed),
-        )
+    for name, task in results["tasks"].items():
+        accuracies = (task[key] for key in ("chance", "accuracy_before", "accuracy_after"))
+        cells = (f"{accuracy:.1%}" for accuracy in accuracies)
+        table.add_row(name, task["label"], *cells, str(task["changed_predictions"]))
     return table
 
 
-def _experts(results: Results) -> Table:
+def _experts(results: Mapping[str, Any]) -> Table:
     table = _table(
         "What each task relied on",
-        "Share: |the expert's weighted logits less their mean over the classes|, all classes "
-        "together, in percent of all experts'; below it the mean weight and the change of accuracy without it.\n"
+        "Share: |the expert's weighted logits less their mean over the classes|, all classes together, in "
+        "percent of all experts'; below it the mean weight and the change of accuracy without the expert.\n"
         "[ ] the expert that the labels should need, * the one relied on most by that measure.",
         *("task", *EXPERTS, "as expected"),
     )
-    for result in results.tasks:
-        cells = [_expert_cell(result, e) for e in range(len(EXPERTS))]
-        verdicts = [
-            Text("yes", "green") if expected else Text("no", "red")
-            for expected in result.as_expected.values()
-        ]
-        measures = Text(f"{result.task.name}\n  weight\n  without it")
-        table.add_row(measures, *cells, Text("\n").join(verdicts), end_section=True)
+    for name, task in results["tasks"].items():
+        experts, after = task["experts"], task["accuracy_after"]
+        rows = {
+            "share": [f"{value:.0%}" for value in experts["share"].values()],
+            "weight": [f"{value:.2f}" for value in experts["weight"].values()],
+            "without": [f"{100 * (v - after):+.0f} pt" for v in experts["without"].values()],
+        }
+        titles = (name, "  weight", "  without it")
+        for title, (measure, cells) in zip(titles, rows.items(), strict=True):
+            most, expected = task["most_relied_on"][measure], task["expected_expert"]
+            _add_shares(table, [title], cells, most, expected)
+        table.add_section()
     return table
 
 
-def _expert_cell(result: TaskResult, e: int) -> Text:
-    found, name = result.reliance, EXPERTS[e]
-    change = round(100 * (found.without[e] - result.after))
-    cells = {
-        "share": f"{found.share[e]:.0%}",
-        "weight": f"{found.weight[e]:.2f}",
-        "accuracy_lost": f"{change:+d} pt",
-    }
-    if name == result.task.expert:
-        cells = {measure: f"[{cell}]" for measure, cell in cells.items()}
-    marks = {measure: "*" if most == name else "" for measure, most in found.most.items()}
-    # Text, since brackets are rich's markup in a plain string.
-    return Text("\n".join(marks[measure] + cell for measure, cell in cells.items()))
+def _add_shares(table: Table, start: list[str], cells: list[str], most: str, expected: str) -> None:
+    """A row whose cells, in the order of EXPERTS, mark two experts, and whether the two are one."""
+    marked = []
+    for expert, cell in zip(EXPERTS, cells, strict=True):
+        cell = f"[{cell}]" if expert == expected else cell
+        # Text, since brackets are rich's markup in a plain string.
+        marked.append(Text(("*" if expert == most else "") + cell))
+    verdict = Text("yes", "green") if most == expected else Text("no", "red")
+    table.add_row(*start, *marked, verdict)
 
 
-def _token_pairs(results: Results) -> Table:
-    worst = max(result.sample.error for result in results.pairs)
-    settings = results.settings
+def _token_pairs(results: Mapping[str, Any]) -> Table:
+    layers, settings = results["token_pair_layer"], results["settings"]
+    worst = max(layer["first_sample"]["error"] for layer in layers.values())
     table = _table(
         "The layer over token pairs, whose explanations are exact",
-        "Share: |the expert's part of the true class's logit less its mean over the classes|, in "
-        "percent of all experts'; marks as above.\n"
+        "Share: |the expert's part of the true class's logit less its mean over the classes|, in percent of all "
+        "experts'; marks as above.\n"
         "In the task redundant either image alone tells the label: the two uniqueness experts can carry it as "
         "well as redundancy, and no loss forbids it.\n"
-        "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up "
-        f"to the logit less that of no patches, but for {worst:.0e}.\n"
-        f"Trained for {settings.pair_steps} steps of {settings.pair_batch_size} pairs, "
-        f"the reference layer for {settings.steps} of {settings.batch_size}.",
+        "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up to "
+        f"the logit less that of no patches, with an error of {worst:.0e}.\n"
+        f"Trained for {settings['pair_steps']} steps of {settings['pair_batch_size']} pairs, the reference layer "
+        f"for {settings['steps']} of {settings['batch_size']}.",
         *("task", "accuracy", *EXPERTS, "as expected"),
     )
-    for result in results.pairs:
-        cells = []
-        for name, share in zip(EXPERTS, result.share, strict=True):
-            cell = f"[{share:.0%}]" if name == result.task.expert else f"{share:.0%}"
-            cells.append(Text(("*" if name == result.most else "") + cell))
-        verdict = Text("yes", "green") if result.as_expected else Text("no", "red")
-        table.add_row(result.task.name, f"{result.accuracy:.1%}", *cells, verdict)
+    for name, layer in layers.items():
+        cells = [f"{value:.0%}" for value in layer["share"].values()]
+        start = [name, f"{layer['accuracy']:.1%}"]
+        _add_shares(table, start, cells, layer["most_relied_on"], layer["expected_expert"])
     return table
 
 
-def _differences(results: Results) -> Table:
+def _differences(results: Mapping[str, Any]) -> Table:
     table = _table(
         "The same answers",
-        "Largest absolute difference over all tasks, one batch each, no dropout, the same noise;\n"
-        "then the distance of each layer from the reference in float64.",
+        "Largest absolute difference over all tasks, one batch each, no dropout, the same noise; "
+        "then the error of each layer against the reference in float64.",
         *("", "difference", "of values to", "reference", "fast", "rounding only"),
     )
     for group in GROUPS:
-        found = results.worst(group)
-        same = Text("yes", "green") if results.same_in(group) else Text("NO", "bold red")
-        numbers = (found.largest, found.scale, found.reference_error, found.fast_error)
-        table.add_row(group, *(f"{number:.1e}" for number in numbers), same)
+        found = [task["differences"][group] for task in results["tasks"].values()]
+        same = all(difference["rounding_only"] for difference in found)
+        keys = ("largest", "scale", "reference_error", "fast_error")
+        cells = (f"{max(difference[key] for difference in found):.1e}" for key in keys)
+        table.add_row(group, *cells, Text("yes", "green") if same else Text("NO", "bold red"))
     return table
 
 
-def _costs(results: Results) -> Table:
-    settings = results.settings
-    busy = (
-        f"\nOther programs were running (load {results.load:.1f}): take the times as indicative."
-        if results.busy
-        else ""
-    )
+def _costs(results: Mapping[str, Any]) -> Table:
     table = _table(
         "What it costs",
-        f"Batch {settings.batch_size}, medians of alternating calls; memory: growth of the process "
-        f"during one step.{busy}",
+        f"Batch {results['settings']['batch_size']}, medians of alternating calls; memory: growth of a fresh "
+        "process during two training steps.",
         *("", "reference", "fast", "ratio"),
     )
-    for name, times in results.times.items():
-        table.add_row(name, _ms(times.reference), _ms(times.fast), _ratio(times))
-    reference, fast = (results.memory[which].bytes for which in ("reference", "fast"))
-    ratio = f"{reference / fast:.1f}x" if fast else "-"
-    table.add_row("peak memory of a step", f"{_mib(reference)}", f"{_mib(fast)}", ratio)
+    for name, times in results["seconds"].items():
+        cells = (f"{times[layer] * 1e3:.1f} ms" for layer in ("reference", "fast"))
+        table.add_row(name, *cells, f"{times['speed_up']:.1f}x")
+    reference, fast = results["peak_memory_of_training"].values()
+    if fast:
+        cells = (f"{size / 2**20:.1f} MiB" for size in (reference, fast))
+        table.add_row("peak memory", *cells, f"{reference / fast:.1f}x")
     return table
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
-
-
-def _ratio(times: Times) -> str:
-    return f"{times.speed_up:.1f}x"

@@ -1,4 +1,4 @@
-"""What a run of the demo is made of; the whole of it is written to demo.json."""
+"""Sizes and lengths of a run."""
 
 from __future__ import annotations
 

@@ -1,73 +1,34 @@
-"""The layer over token pairs learns the same tasks, and its predictions are explained exactly.
+"""The layer over token pairs on the same tasks, with exact explanations of its predictions.
 
-For one sample of each task: the Shapley value of every patch and the interaction index of every pair of patches,
-from one pass, where the reference layer would need an estimate from thousands of them.
+One pass gives the Shapley value of every patch and the interaction index of every pair of patches, where the
+published layer needs an estimate from thousands of passes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.layers.pair_interaction_moe.explanation import PairExplanation
-from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
-from .data import EXPERTS, Digits, Encoded, Pairs, Task
+from .data import Digits, Encoded, Pairs, Task
 from .settings import Settings
 from .train import LARGEST_GRADIENT, WARM_UP
 
 
 @dataclass(frozen=True)
-class SampleExplanation:
-    """The explanation of one sample's logit of its true class, as nested lists.
-
-    Attributes:
-        digits: the class of each of the two images.
-        images: the images, 8 x 8.
-        label, guess: true and predicted class of the pair.
-        valid: for every patch of each image, 16, whether it is there: False is padding.
-        patches: Shapley value of every patch of each image, 16; 0 for padding.
-        pairs: Shapley interaction index of every two patches, 16 x 16, summed over the experts.
-        error: |sum of the patches' values - (logit - logit without any patch)|, 0 but for rounding.
-    """
-
-    digits: tuple[int, int]
-    images: tuple[list[list[float]], list[list[float]]]
-    label: int
-    guess: int
-    valid: tuple[list[bool], list[bool]]
-    patches: tuple[list[float], list[float]]
-    pairs: list[list[float]]
-    error: float
-
-
-@dataclass(frozen=True)
 class PairResult:
-    """A trained PairInteractionMoE on one task's held-out pairs.
+    """Test accuracy of a trained layer, the mean share of each expert (order of EXPERTS) in the logit of the
+    true class, and the explanation of the first test sample."""
 
-    Attributes:
-        accuracy: test accuracy.
-        share: mean share of each expert in the logit of the true class, in the order of EXPERTS; see
-            PairExplanation.expert_share.
-        sample: the explanation of the first test sample.
-    """
-
-    task: Task
     accuracy: float
     share: tuple[float, ...]
-    sample: SampleExplanation
-
-    @property
-    def most(self) -> str:
-        return EXPERTS[self.share.index(max(self.share))]
-
-    @property
-    def as_expected(self) -> bool:
-        return self.most == self.task.expert
+    sample: dict[str, Any]
 
 
 def make_layer(task: Task, settings: Settings) -> PairInteractionMoE:
@@ -83,22 +44,19 @@ def make_layer(task: Task, settings: Settings) -> PairInteractionMoE:
 def train_layer(
     task: Task, pairs: Pairs, encoded: Encoded, settings: Settings
 ) -> PairInteractionMoE:
-    """Train a fresh layer on a task: cross entropy plus the weighted sum of the interaction losses."""
+    """Train a new layer on cross entropy plus the weighted sum of the interaction losses."""
     from tqdm import tqdm
 
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     layer = make_layer(task, settings)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=settings.pair_learning_rate)
+    rate, count = settings.pair_learning_rate, settings.pair_steps
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        settings.pair_learning_rate,
-        total_steps=settings.pair_steps,
-        pct_start=WARM_UP,
+        optimizer, rate, total_steps=count, pct_start=WARM_UP
     )
     weight = settings.pair_interaction_weight
-    steps = tqdm(range(settings.pair_steps), f"pairs {task.name:9}", unit="step", disable=None)
-    for _ in steps:
+    for _ in tqdm(range(count), f"pairs {task.name:9}", unit="step", disable=None):
         rows = torch.randint(len(pairs), (settings.pair_batch_size,), generator=generator)
         out = layer(*pairs.batch(encoded, rows), interaction_losses=weight > 0)
         loss = F.cross_entropy(out.logits, pairs.labels[rows])
@@ -113,39 +71,36 @@ def train_layer(
 
 
 def evaluate(
-    task: Task,
-    layer: PairInteractionMoE,
-    pairs: Pairs,
-    encoded: Encoded,
-    digits: Digits,
+    layer: PairInteractionMoE, pairs: Pairs, encoded: Encoded, digits: Digits
 ) -> PairResult:
     """Accuracy and shares over all pairs, and the explanation of the first of them."""
     explanation = layer.explain(*pairs.batch(encoded, slice(None)), pairs.labels)
     correct = explanation.logits.argmax(dim=1) == pairs.labels
     return PairResult(
-        task=task,
         accuracy=correct.double().mean().item(),
         share=tuple(explanation.expert_share().mean(dim=0).tolist()),
         sample=explain_first(explanation, pairs, digits),
     )
 
 
-def explain_first(explanation: PairExplanation, pairs: Pairs, digits: Digits) -> SampleExplanation:
-    """What is shown of the first of the explained pairs."""
+def explain_first(explanation: PairExplanation, pairs: Pairs, digits: Digits) -> dict[str, Any]:
+    """What the figure shows of the first pair, as plain values.
+
+    `patches`: Shapley value of every patch of each image, 0 for padding; `pairs`: Shapley interaction index of
+    every two patches, summed over the experts; `error`: |sum of values - (logit - logit without patches)|.
+    """
     patches = explanation.shapley_values()
     total = sum(float(values[0].double().sum()) for values in patches)
-    images = [digits.images[index[0], 0] for index in pairs.index]
-    a, b = (int(digits.labels[index[0]]) for index in pairs.index)
-    return SampleExplanation(
-        digits=(a, b),
-        images=(images[0].tolist(), images[1].tolist()),
-        label=int(pairs.labels[0]),
-        guess=int(explanation.logits[0].argmax()),
-        valid=(pairs.masks[0][0].tolist(), pairs.masks[1][0].tolist()),
-        patches=(patches[0][0].tolist(), patches[1][0].tolist()),
-        pairs=explanation.pair_map()[0].sum(dim=0).tolist(),
-        error=abs(total - float(explanation.value[0] - explanation.baseline[0])),
-    )
+    return {
+        "digits": [int(digits.labels[index[0]]) for index in pairs.index],
+        "images": [digits.images[index[0], 0].tolist() for index in pairs.index],
+        "label": int(pairs.labels[0]),
+        "guess": int(explanation.logits[0].argmax()),
+        "valid": [mask[0].tolist() for mask in pairs.masks],
+        "patches": [values[0].tolist() for values in patches],
+        "pairs": explanation.pair_map()[0].sum(dim=0).tolist(),
+        "error": abs(total - float(explanation.value[0] - explanation.baseline[0])),
+    }
 
 
 def run_task(
@@ -157,17 +112,4 @@ def run_task(
     settings: Settings,
 ) -> PairResult:
     layer = train_layer(task, train_pairs, encoded, settings)
-    return evaluate(task, layer, test_pairs, encoded, digits)
-
-
-def as_dict(result: PairResult) -> dict[str, object]:
-    """For demo.json; the images themselves are left out."""
-    sample = dataclasses.asdict(result.sample)
-    sample.pop("images")
-    return {
-        "accuracy": result.accuracy,
-        "share": dict(zip(EXPERTS, result.share, strict=True)),
-        "most_relied_on": result.most,
-        "as_expected": result.as_expected,
-        "first_sample": sample,
-    }
+    return evaluate(layer, test_pairs, encoded, digits)

@@ -1,9 +1,7 @@
-"""Training the reference layer on one task, and what the trained model relies on."""
+"""Training the published layer on one task, and which experts the trained model relies on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.interaction_moe.reference import (
-    FusionTransformer,
-    ReferenceInteractionMoE,
-)
+from flmoe_kernels import FusionTransformer
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 
-from .data import EXPERTS, Encoded, Pairs, Task
+from .data import EXPERTS, Batch, Encoded, Pairs, Task
 from .settings import Settings
 
 EVALUATION_BATCH = 250
@@ -25,7 +21,7 @@ LARGEST_GRADIENT = 1.0
 
 
 class PairClassifier(nn.Module):
-    """A model with the interaction layer inside, as a user's model has it: what `swap` is given."""
+    """A user's model, with the published interaction layer inside."""
 
     def __init__(self, num_classes: int, settings: Settings) -> None:
         super().__init__()
@@ -55,7 +51,7 @@ class PairClassifier(nn.Module):
 
 
 def total_loss(outputs: tuple, labels: Tensor, interaction_weight: float) -> Tensor:
-    """The task's cross entropy plus the weighted sum of the experts' interaction losses."""
+    """Cross entropy of the task plus the weighted sum of the experts' interaction losses."""
     _, _, logits, losses, *_ = outputs
     return F.cross_entropy(logits, labels) + interaction_weight * torch.stack(losses).sum()
 
@@ -65,12 +61,9 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
 
 
 def training_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[list[Tensor], list[Tensor], Tensor],
-    interaction_weight: float,
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, interaction_weight: float
 ) -> Tensor:
-    """One step on (inputs, masks, labels): forward, losses, backward, clipping, update."""
+    """Forward, losses, backward, clipping and update on one batch; returns the loss."""
     inputs, masks, labels = batch
     loss = total_loss(model(inputs, masks), labels, interaction_weight)
     optimizer.zero_grad()
@@ -81,7 +74,7 @@ def training_step(
 
 
 def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> PairClassifier:
-    """Train a fresh reference model on a task."""
+    """Train a new published layer on a task."""
     torch.manual_seed(settings.seed)
     return fit(PairClassifier(task.num_classes, settings), task, pairs, encoded, settings)
 
@@ -89,7 +82,7 @@ def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> Pai
 def fit(
     model: PairClassifier, task: Task, pairs: Pairs, encoded: Encoded, settings: Settings
 ) -> PairClassifier:
-    """Train a model, its layer the reference's or the fast one; shows a progress bar on a terminal."""
+    """Train a model with either layer; a terminal shows a progress bar."""
     from tqdm import tqdm
 
     model.train()
@@ -108,22 +101,9 @@ def fit(
     return model.eval()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode and records no gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 @dataclass(frozen=True)
 class Predictions:
-    """Everything that a model says about some pairs: logits (S, C), weights (S, E), and the logits
-    (S, E, C) of each expert."""
+    """Logits (S, C) of some pairs, mixture weights (S, E) and logits of each expert (S, E, C)."""
 
     logits: Tensor
     weights: Tensor
@@ -133,45 +113,42 @@ class Predictions:
         return _accuracy(self.logits, labels)
 
 
+@torch.no_grad()
 def predict(model: PairClassifier, pairs: Pairs, encoded: Encoded) -> Predictions:
-    """Run a model on all pairs, full view only."""
+    """Predictions of a model in eval mode for all pairs."""
     logits, weights, expert_logits = [], [], []
-    with evaluating(model):
-        for start in range(0, len(pairs), EVALUATION_BATCH):
-            inputs, masks = pairs.batch(encoded, slice(start, start + EVALUATION_BATCH))
-            experts, weight, mixture = model.inference(inputs, masks)
-            logits.append(mixture)
-            weights.append(weight)
-            expert_logits.append(torch.stack(list(experts), dim=1))
+    for start in range(0, len(pairs), EVALUATION_BATCH):
+        inputs, masks = pairs.batch(encoded, slice(start, start + EVALUATION_BATCH))
+        experts, weight, mixture = model.inference(inputs, masks)
+        logits.append(mixture)
+        weights.append(weight)
+        expert_logits.append(torch.stack(list(experts), dim=1))
     return Predictions(torch.cat(logits), torch.cat(weights), torch.cat(expert_logits))
 
 
 @dataclass(frozen=True)
 class Reliance:
-    """How much a model leans on each expert, in the order of EXPERTS.
+    """How much a model relies on each expert, in the order of EXPERTS.
 
     Attributes:
         weight: mean weight of the mixture.
         share: mean share of an expert in the sum over experts of |weight * logits|, logits taken
-            relative to their mean over classes, which is all that a softmax sees of them.
-        without: accuracy when the expert's term is taken out of the mixture.
-        alone: accuracy of the expert's own logits.
+            relative to their mean over classes, which a softmax ignores.
+        without: accuracy when the expert's term is removed from the mixture.
     """
 
     weight: tuple[float, ...]
     share: tuple[float, ...]
     without: tuple[float, ...]
-    alone: tuple[float, ...]
 
     @property
     def most(self) -> dict[str, str]:
-        """The expert relied on most: by share, by weight, and by the accuracy lost without it."""
-        measures = {
-            "share": self.share,
-            "weight": self.weight,
-            "accuracy_lost": tuple(-accuracy for accuracy in self.without),
+        """The expert relied on most by share, by weight, and by the accuracy lost without it."""
+        return {
+            "share": EXPERTS[self.share.index(max(self.share))],
+            "weight": EXPERTS[self.weight.index(max(self.weight))],
+            "without": EXPERTS[self.without.index(min(self.without))],
         }
-        return {name: EXPERTS[values.index(max(values))] for name, values in measures.items()}
 
 
 def reliance(predictions: Predictions, labels: Tensor) -> Reliance:
@@ -180,13 +157,11 @@ def reliance(predictions: Predictions, labels: Tensor) -> Reliance:
     terms = weights.unsqueeze(2) * (logits - logits.mean(dim=2, keepdim=True))
     sizes = terms.abs().sum(dim=2)
     share = sizes / sizes.sum(dim=1, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
-    experts = range(logits.shape[1])
     mixture = terms.sum(dim=1)
     return Reliance(
         weight=tuple(weights.mean(dim=0).tolist()),
         share=tuple(share.mean(dim=0).tolist()),
-        without=tuple(_accuracy(mixture - terms[:, e], labels) for e in experts),
-        alone=tuple(_accuracy(logits[:, e], labels) for e in experts),
+        without=tuple(_accuracy(mixture - terms[:, e], labels) for e in range(len(EXPERTS))),
     )
 
 
