@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import re
 import subprocess
 from pathlib import Path
@@ -54,6 +56,54 @@ def test_files_are_short_enough_to_read() -> None:
         if lines > MAX_LINES:
             too_long[name] = lines
     assert not too_long, f"over {MAX_LINES} lines: {too_long}"
+
+
+# A package imports from itself and from those after it; profile and explain stand side by side.
+RANKS = {
+    **{"cli": 0, "profile": 1, "explain": 1, "published": 2, "layers": 3, "ops": 4, "core": 5},
+    **{"_version": 6, "_native": 6},
+}
+
+
+def imported_modules(path: Path, package: str) -> set[str]:
+    """Names of all modules of ours that a file imports, inside functions too, TYPE_CHECKING apart."""
+    nodes, names = [ast.parse(path.read_text(encoding="utf-8"))], set[str]()
+    while nodes:
+        node = nodes.pop()
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.Import():
+                names |= {alias.name for alias in node.names}
+            case ast.ImportFrom():
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                start = ".".join([*parents * bool(node.level), *filter(None, [node.module])])
+                names |= {start} | {f"{start}.{alias.name}" for alias in node.names}
+        nodes.extend(ast.iter_child_nodes(node))
+    return {name for name in names if name.startswith("flmoe_kernels")}
+
+
+def test_imports_run_one_way_and_not_in_circles() -> None:
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "flmoe_kernels").rglob("*.py")
+    }
+    graph = {}
+    for name, path in files.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        found = imported_modules(path, package) & set(files) - {name}
+        # Importing a.b.c runs a and a.b, which is no dependency of c on them.
+        graph[name] = {m for m in found if not name.startswith(f"{m}.")}
+    outward = [
+        (name, target)
+        for name, targets in graph.items()
+        for target in targets
+        if "." in name
+        and "." in target
+        and RANKS.get(target.split(".")[1], 9) < RANKS.get(name.split(".")[1], -1)
+    ]
+    assert not outward, f"imports against the direction: {outward}"
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_no_path_of_one_machine() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -50,11 +51,9 @@ def main(
     console = Console()
     results = run(Settings.choose(seed, quick), out, console)
     print_report(results, console)
-    text = json.dumps(results, indent=2) + "\n"
-    write_whole(out / "demo.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(out / "demo.json", json.dumps(results, indent=2) + "\n")
     for name, draw in (("demo.png", draw_results), ("demo_pairs.png", draw_pairs)):
-        figure = draw(results)
-        write_whole(out / name, lambda path, figure=figure: figure.savefig(path, dpi=120))
+        write_whole(out / name, partial(draw(results).savefig, dpi=120))
     print(f"{results['total_seconds']:.0f} s; results, figures and checkpoints are in {out}")
     if not results["same_but_for_rounding"]:
         typer.echo("error: the two layers differ by more than rounding; see the table", err=True)

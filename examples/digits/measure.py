@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def _step(model: PairClassifier, batch: Batch, settings: Settings) -> Callable[[
     return lambda: training_step(model, optimizer, batch, settings.interaction_weight)
 
 
-def interleaved(calls: list[Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved(calls: Sequence[Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of both layers' calls, which alternate so that other load meets both alike."""
     seconds: list[list[float]] = [[] for _ in calls]
     for repeat in range(repeats + 1):

@@ -48,8 +48,9 @@ def run(settings: Settings, out: Path, console: Console) -> dict[str, Any]:
             console.print(f"{task.name}: {accuracies.format(**tasks[task.name])}.")
         pairs = {}
         for task in TASKS:
-            drawn = (draw(task, digits, settings) for draw in (draw_train_pairs, draw_test_pairs))
-            result = run_task(task, *drawn, encoded, digits, settings)
+            train_pairs = draw_train_pairs(task, digits, settings)
+            test_pairs = draw_test_pairs(task, digits, settings)
+            result = run_task(task, train_pairs, test_pairs, encoded, digits, settings)
             pairs[task.name] = _pair_results(task, result)
             console.print(f"{task.name}: {result.accuracy:.1%} with the layer over token pairs.")
     finally:
