@@ -5,6 +5,8 @@ PYTHON ?= python3
 ARGS ?=
 # Test files run side by side, each file in one process: what a file compiles once stays there.
 WORKERS ?= 2
+# The CUDA kernels take most of the build: only on request, FLMOE_CUDA=1.
+export FLMOE_CUDA ?= 0
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -25,7 +27,7 @@ endif
 ifeq ($(wildcard flmoe_kernels/_native*.so),)
 $(BUILT): FORCE
 endif
-# Nor for another choice about CUDA than the module was built with.
+# Nor if the module was built with another choice about CUDA.
 CUDA_CHOICE := FLMOE_CUDA=$(FLMOE_CUDA)
 ifneq ($(shell cat $(BUILT) 2>/dev/null),$(CUDA_CHOICE))
 $(BUILT): FORCE
@@ -34,14 +36,15 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips must not write to one environment at once
-.PHONY: FORCE help compiler setup demo test bench lint format clean
+.PHONY: FORCE help compiler setup demo test test-all bench lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 10
-	@echo "PYTHON=... picks the Python to set up with; ARGS=... is passed on to the command,"
-	@echo "WORKERS=... is how many test files run at a time."
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 10
+	@echo "PYTHON=python3.12 make setup   sets up with that Python"
+	@echo "FLMOE_CUDA=1 make setup        builds the CUDA kernels too"
+	@echo "ARGS=... is appended to the command, WORKERS=... is the number of test files at a time."
 
-# Asked before anything is downloaded.
+# Checked before anything is downloaded.
 compiler:
 	@$(check_compiler)
 
@@ -50,9 +53,15 @@ setup: compiler $(BUILT) $(TOOLS) ## make .venv and build the native module
 demo: compiler $(BUILT) ## run the demo on real data
 	$(PY) -m examples.digits $(ARGS)
 
-test: compiler $(BUILT) $(TOOLS) ## run all tests
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+test: compiler $(BUILT) $(TOOLS) ## run the tests: every operator and backend, minutes
+	$(PYTEST) -m "not slow" $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "not slow" $(ARGS)
+
+test-all: compiler $(BUILT) $(TOOLS) ## run all tests, exhaustive and slow ones too, an hour
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
 
 bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression
 	$(PY) -m pytest bench/ --gate bench/floors.toml -q $(ARGS)

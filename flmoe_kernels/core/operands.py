@@ -43,6 +43,14 @@ def expect_seed(seed: Tensor | None, device: torch.device = HOST) -> None:
         expect("seed", seed.reshape(-1), (1,), torch.int64, device)
 
 
+def expert_out_of_range(index: Tensor, experts: int) -> ValueError:
+    """The error for an index of experts that has other values than -1 to experts - 1."""
+    return ValueError(
+        f"index: expected -1 or experts from 0 to {experts - 1}, "
+        f"got values from {int(index.min())} to {int(index.max())}"
+    )
+
+
 def expect_float32_or_half(name: str, x: Tensor) -> None:
     """The dtypes of every Triton kernel."""
     if x.dtype not in HALVES_AND_FLOAT32:

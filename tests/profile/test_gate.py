@@ -106,8 +106,10 @@ def run_suite(
 
 
 @pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    # By this variable of a parallel run pytest-benchmark would switch itself off.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
 def test_an_equal_call_passes_and_is_recorded(pytester: pytest.Pytester) -> None:

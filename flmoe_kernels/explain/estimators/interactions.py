@@ -146,7 +146,7 @@ def probe_game(
     sampling: Sampling | None = None,
     run: Run | None = None,
 ) -> dict[str, PairValues]:
-    """Indices of pairs of players of any game, see `engine.Game`.
+    """Indices of pairs of players of any game, see `evaluator.Game`.
 
     Args:
         pairs: (p, 2) players; None for all pairs.

@@ -71,7 +71,7 @@ class PairValues(Saved):
 
     @property
     def exact(self) -> bool:
-        return self.method != "sampling"
+        return self.stopped_by == "exact"
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -10,6 +10,7 @@ from torch import Tensor
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import statistics_dtype
+from flmoe_kernels.core.operands import expert_out_of_range
 
 from . import op as _op  # noqa: F401  registers flmoe::routing_gate, routing_limit, routing_dispatch
 from . import reference
@@ -194,8 +195,5 @@ def require_index(index: Tensor, experts: int) -> Tensor:
         raise ValueError(f"index: expected (N, K) with K from 1, got {tuple(index.shape)}")
     looks = index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel()
     if looks and (int(index.min()) < -1 or int(index.max()) >= experts):
-        raise ValueError(
-            f"index: expected -1 or experts from 0 to {experts - 1}, "
-            f"got values from {int(index.min())} to {int(index.max())}"
-        )
+        raise expert_out_of_range(index, experts)
     return index.long()

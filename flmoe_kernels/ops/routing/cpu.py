@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.dtypes import dtype_code
 from flmoe_kernels.core.native import address, empty, native, threads
-from flmoe_kernels.core.operands import contiguous, expect
+from flmoe_kernels.core.operands import contiguous, expect, expert_out_of_range
 
 
 def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
     tensors = [address(t) for t in (index, mask, kept)]
     most = -1 if capacity is None else capacity
     if not native().routing_limit(tensors, (tokens, choices, experts), most):
-        raise _out_of_range(index, experts)
+        raise expert_out_of_range(index, experts)
     return kept
 
 
@@ -45,12 +45,5 @@ def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     permutation = empty((index.numel(),), index, torch.int32)
     tensors = [address(t) for t in (index, counts, offsets, permutation)]
     if not native().routing_dispatch(tensors, index.numel(), experts):
-        raise _out_of_range(index, experts)
+        raise expert_out_of_range(index, experts)
     return counts, offsets, permutation
-
-
-def _out_of_range(index: Tensor, experts: int) -> ValueError:
-    return ValueError(
-        f"index: expected -1 or experts from 0 to {experts - 1}, "
-        f"got values from {int(index.min())} to {int(index.max())}"
-    )

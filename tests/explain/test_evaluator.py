@@ -1,4 +1,4 @@
-"""The engine below the estimates: packed coalitions, batches, memory."""
+"""Evaluation of games: packed coalitions, batches, memory."""
 
 from __future__ import annotations
 
