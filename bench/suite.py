@@ -27,7 +27,7 @@ from flmoe_kernels.profile.registry import Contestant, default_ours, prepare, wo
 from flmoe_kernels.profile.shapes import is_cuda
 from flmoe_kernels.profile.timing import Call, clock_for
 
-SECONDS = {False: 2.0, True: 8.0}  # of timing a comparison that has no floor; by --full
+SECONDS = {False: 2.0, True: 8.0}  # time limit without a floor; key: --full
 
 
 class Row(NamedTuple):

@@ -17,8 +17,8 @@ from .cases import Built, Case
 KIB = 1024
 # Shared memory that a block may have.
 MOST_SHARED = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
-# The release of Triton that the launch tables were written with. Another one may take other numbers, and spill up
-# to so many bytes a thread more.
+# The release of Triton that the launch tables were written with. Another one may use other resources, and spill
+# up to SPARE_SPILLS more.
 RELEASE, SPARE_SPILLS = "3.7.", 128
 SAME_RELEASE = triton.__version__.startswith(RELEASE)
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")

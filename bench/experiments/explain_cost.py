@@ -1,10 +1,10 @@
 """What a pair probe costs at mmimdb, next to the naive loop: python -m bench.experiments.explain_cost
 
-The naive loop asks the reference layer for v(S), v(S + i), v(S + j) and v(S + i + j) of one pair and one draw,
-one at a time, absent tokens masked out. Ours asks the engine for the same kind of draws: pairs across modalities
-among the top tokens, by draws that all pairs share, absent tokens not computed. Both take turns, in short
-parts. Two rates of ours: coalitions that the layer evaluated a second, and coalition values that the estimate
-used a second, four for every draw of every pair, which is what the naive loop evaluates.
+The naive loop evaluates v(S), v(S + i), v(S + j) and v(S + i + j) of one pair and one draw with the reference
+layer, one at a time, absent tokens masked out. Ours uses the engine: pairs across modalities among the top
+tokens share draws, and absent tokens are not computed. Both alternate in short parts. Ours has two rates per
+second: coalitions that the layer evaluated, and coalition values that the estimate used. The latter are four per
+draw and pair, as in the naive loop.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-// A small model of a GPU's block, in which routing is written instead of in CUDA's own names: so
-// the same lines run on a GPU (csrc/cuda/routing_device_block.cuh) and, without one, on the host
-// (csrc/cpu/routing_host_block.h), where the tests compare them with the CPU kernels. A block is a
+// A small abstraction of a GPU block. Routing is written with it, not with CUDA's names, so that
+// the same code runs on a GPU (csrc/cuda/routing_device_block.cuh) and, without one, on the host
+// (csrc/cpu/routing_host_block.h), where the tests compare it with the CPU kernels. A block is a
 // sequence of steps:
 //
 //   block.each(f)           f(thread) for every thread

@@ -87,7 +87,7 @@ def _unbuilt_cuda_reason() -> str:
 
 
 def _constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
-    """Mark a function that the compiler cannot trace; its result does not change while a trace is used."""
+    """Mark a function so that torch.compile does not trace it but treats its result as a constant."""
     # All that torch.compiler.assume_constant_result does, but it imports the compiler, which takes seconds.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -95,7 +95,7 @@ def _constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
 
 @_constant_in_traces
 def cuda_unavailable_reason(device: int | None = None) -> str:
-    """Why the CUDA kernels can run on no device, or not on this one; "" where they can."""
+    """Why the CUDA kernels cannot run on any device, or on this one; "" if they can."""
     reason = _unbuilt_cuda_reason()
     if reason:
         return reason

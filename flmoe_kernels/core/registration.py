@@ -45,7 +45,7 @@ def define(
 
 
 def first_order_only(*names: str, times: str = "differentiable once") -> None:
-    """Make a derivative through operators that have none an error instead of a silent zero."""
+    """Make differentiating operators without a derivative an error, not a silent zero."""
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         pass

@@ -1,7 +1,7 @@
 """Ratios of two results side by side: python -m flmoe_kernels.profile.compare BEFORE... --after AFTER...
 
-Each side is one or more files of `pytest --benchmark-json` whose tests used `benchmark_against`. The ratio to
-the peer in the same run counts, which a slower machine leaves as it was. Each run gives a median with its
+Each side is one or more files of `pytest --benchmark-json` whose tests used `benchmark_against`. It compares
+ratios to the peer in the same run: a slower machine does not change them. Each run gives a median with its
 interval; the spread among the runs of a side counts as well. Prints a Markdown table; exit code 1 where even
 the upper end of the interval of a change is below --fail-below.
 """

@@ -1,8 +1,9 @@
 """The TOML file of expected ratios that `pytest --gate FILE` checks.
 
     [defaults]             any key of a floor except case, for floors that do not set it
-    [[floor]]              one comparison: case, peer, ratio, device, tolerance, precision, rounds, seconds,
-    threads [machine.NAME]         cpu, isa, device, torch: which machines the table describes; below it
+    [[floor]]              one comparison: case, peer, ratio, device, tolerance, precision, rounds,
+                           seconds, threads
+    [machine.NAME]         cpu, isa, device, torch: which machines the table describes; below it
     [machine.NAME.ratio]   "case vs peer" = the ratio expected there
 
 `ratio` of a floor holds on any machine and is therefore low: the ratio to a peer depends on the instruction set,

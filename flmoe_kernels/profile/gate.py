@@ -1,8 +1,8 @@
 """Regression check: is a call still as far ahead of its peer as the file of floors expects?
 
 A comparison fails when the whole interval of its median ratio lies below expected * (1 - tolerance), twice: the
-second time in a fresh process. What one process happens to get (the placement of its buffers, a burst of other
-work) is not a regression; both attempts see a real one.
+second time in a fresh process. Effects of a single process (placement of its buffers, a burst of other work) are
+no regression; a real one appears in both attempts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Verdict:
 
     Attributes:
         expected: the ratio; source: a machine's table, or "any machine".
-        attempts: one or two measurements; one that does not fall short is enough.
+        attempts: one or two measurements; it passes if one reaches the bound.
     """
 
     floor: Floor
@@ -210,7 +210,7 @@ class Against:
                 to time, and are called for every block of rounds.
             name: of the case, default the test's name.
             device: "cpu", "cuda" or "cuda:N", for the clock; a GPU is timed by events.
-            seconds, precision, threads: without a floor; see `floors.Floor`. Default: torch's threads.
+            seconds, precision, threads: if there is no floor, see `floors.Floor`; threads: torch's.
 
         Returns:
             The measurement; seconds of the peer over seconds of ours is its `ratio`.

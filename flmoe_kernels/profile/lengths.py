@@ -36,8 +36,8 @@ def scan(
 ) -> list[LengthPoint]:
     """Contestants of a case at several lengths, the shortest first.
 
-    One that fails, cannot run a length, or would need too much time or memory at it, as its own growth so far
-    tells, is left out from there on, with the reason.
+    A contestant that fails, cannot run, or by extrapolation would need too much time or memory at a length is
+    left out from that length on, with the reason.
 
     Args:
         names: of contestants of the case.

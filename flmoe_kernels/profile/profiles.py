@@ -116,7 +116,7 @@ def profile_subjects(
         calls: under the profiler.
         trace: where to write the Chrome trace of the first subject.
         clock: in place of the device's.
-        tell: is told the next step.
+        tell: reports the next step.
     """
     names = [subject.contestant for subject in subjects]
     if len(set(names)) < len(names):

@@ -29,9 +29,8 @@ class Contestant:
         kind: OURS (a backend of this package) or PEER.
         version: of the package that computes.
         why_not: why it cannot run here or does not compute this case; "" where it does.
-        make: a function at the top of a module, so that other processes can import it: (case, name, dtype) ->
-        inputs
-            rounded to the case's dtype, computed in dtype.
+        make: (case, name, dtype) -> Prepared; a module-level function, so other processes can import it. Inputs
+        are rounded to the case's dtype, computed in dtype.
     """
 
     name: str

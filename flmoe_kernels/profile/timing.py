@@ -35,7 +35,7 @@ LEAST_BLOCKS = 6  # fewer have no interval of 95% confidence
 MOST_BLOCKS = 60
 SHORT = 2e-3  # calls that take fewer seconds are timed several at a time
 UNDECIDED = 3.0
-# Inputs that take a larger share of the time to make are made once: nothing compiles again for each block.
+# If preparation takes a larger share of the time, inputs are made once: no compilation per block.
 PREPARE_SHARE = 0.05
 
 
@@ -171,7 +171,7 @@ def median_interval(
     count = len(ordered)
     if not count:
         raise ValueError("values: expected at least one, got none")
-    # One tail's probability, accumulated while the next step inwards still leaves enough in between.
+    # Probability of one tail. Move inwards while the interval keeps the requested confidence.
     tail, k = 0.5**count, 1
     while k < (count + 1) // 2:
         wider = tail + math.comb(count, k) * 0.5**count
@@ -215,8 +215,7 @@ def measure_blocks(
         prepare: makes the calls, by name, with inputs of their own.
         clock: name and clock, see `clock_for`.
         rounds: at least so many, unless time is over; at least LEAST_BLOCKS of one round in any case.
-        decided: whether the result answers the question. As long as it does not, time is over only after
-            UNDECIDED times `seconds`.
+        decided: whether the result is conclusive. While it is not, the time limit is UNDECIDED times `seconds`.
         now: the clock for `seconds`.
     """
     name, timed = clock

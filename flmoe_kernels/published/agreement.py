@@ -5,9 +5,9 @@ error against the original in float64 may be at most twice that of the original 
 two units of rounding of the group's largest value. The mean is taken over a whole group, because the
 largest of a few errors is mostly chance.
 
-The losses are small differences of large distances, so that comparing them directly says little. They are
-compared with their formula: the original's in float64 must be those of its own views, and the
-fast layer's, up to rounding, those of its own views, which have been compared before.
+The losses are small differences of large distances, so comparing them directly says little. Instead, each
+layer's losses are checked against the formula on its own views, which were compared before: the original's in
+float64, the fast layer's up to rounding.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def within_budget(
 
 
 def check_losses(fast: Outputs, exact: Outputs, dtype: torch.dtype) -> float:
-    """The largest error of the fast layer's losses; Disagreement where either's are not the formula's."""
+    """Largest error of the fast layer's losses. Raises Disagreement if losses violate the formula."""
     _check_losses("its own losses", exact, EXACT_ROUNDING)
     _check_losses("the fast layer's losses", fast, ROUNDING * torch.finfo(dtype).eps)
     return largest(fast.losses, exact.losses)

@@ -32,7 +32,7 @@ from .recognise import check_can_run
 TIMED_CALLS = 5
 RANDOM_TOKENS = 58
 MAX_TOKENS = 512
-# In units of rounding of a token's largest logit: above the difference between two orders of a sum.
+# In roundings of a token's largest logit: exceeds the difference between two summation orders.
 CLEAR_CHOICE = 8.0
 
 
@@ -48,9 +48,9 @@ class Comparison:
 def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = None) -> Comparison:
     """Compare a layer with its fast replacement, within the error budgets of `agreement`.
 
-    Of an interaction layer every view, the weights, the losses and inference are compared, but not gate losses, of
-    which the original keeps its last modality's. Of a sparse MLP the outputs are compared, of tokens whose choice
-    of experts does not depend on rounding.
+    Interaction layers: every view, the weights, the losses and inference are compared, but not gate losses,
+    because the original keeps only its last modality's. Sparse MLPs: outputs of tokens whose expert choice does
+    not depend on rounding are compared.
 
     Args:
         layer: the original; not run and not changed.
@@ -60,7 +60,7 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
 
     Raises:
         Disagreement: with the reason.
-        UnsupportedLayer: sparse MLPs of FastMoE's own code, where they must not be run.
+        UnsupportedLayer: sparse MLPs of FastMoE's own code that are not on a CUDA GPU.
     """
     check_can_run(layer)
     original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
@@ -76,9 +76,9 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
 def _compare_layers(
     original: nn.Module, exact: nn.Module, fast: nn.Module, spec: LayerSpec, case: Case | None
 ) -> Comparison:
-    """Where the original does not run in its own dtype, the reference layer's error takes the place of its own.
+    """If the original does not run in its own dtype, the reference layer's error is used instead.
 
-    The published layer adds float32 positions, which its bfloat16 and float16 weights refuse.
+    With bfloat16 or float16 weights it does not run, because it adds float32 positions.
     """
     parameter = next(original.parameters())
     device, dtype = parameter.device, parameter.dtype

@@ -1,6 +1,6 @@
 """The published layers inside a model, and whether a fast layer can replace them.
 
-What a layer computes is described in `layers`. Checked here is what a replacement could not keep: own methods,
+`layers` describes what a layer computes. This module checks for what a replacement would lose: own methods,
 hooks on inner parts, modes, compilation.
 """
 
@@ -117,7 +117,7 @@ def recognise(places: list[Place]) -> LayerSpec | RoutedSpec:
 
 
 def check_state(layer: nn.Module) -> None:
-    """What a fast layer could not keep although it computes the same.
+    """Check for state that a fast layer would not keep.
 
     Raises:
         UnsupportedLayer: the layer was compiled in place, a part has a hook or a forward of its own, or a part
@@ -150,7 +150,7 @@ def check_state(layer: nn.Module) -> None:
 
 
 def _has_hook(part: nn.Module) -> bool:
-    """Whether a part carries a hook other than that of a RoutedMLP on a state_dict that it loads."""
+    """Whether a part has a hook other than RoutedMLP's `prepare_state_dict`."""
     return any(
         getattr(hook, "hook", hook) is not prepare_state_dict
         for key, hooks in vars(part).items()
@@ -164,7 +164,7 @@ def _mode(module: nn.Module) -> str:
 
 
 def check_can_run(layer: nn.Module) -> None:
-    """FastMoE's kernels take any address for one of a GPU: on a CPU tensor they end the process.
+    """Check the device, since FastMoE's kernels do not: a CPU tensor crashes the process.
 
     Raises:
         UnsupportedLayer: the layer has parts of FastMoE's own code and is not on a CUDA device.

@@ -76,7 +76,7 @@ def test_nothing_fails(name: str, architecture: int) -> None:
 
 @select("expert_attention")
 def test_attention_uses_the_newest_matrix_units(name: str, architecture: int) -> None:
-    """In every product of long problems in 16 bits, but the scores of a wide "key_gradient"."""
+    """For all 16-bit products of long problems, except the scores of a wide "key_gradient"."""
     kernel, size = CASES[name].built(architecture).tiles.split(", ")[:2]
     matrix = report_of(name, architecture).matrix
     if size in ("long", "wide"):
@@ -106,10 +106,10 @@ def test_sums_of_biases_run_on_matrix_units() -> None:
 
 @select()
 def test_blocks_share_an_sm(name: str, architecture: int) -> None:
-    """By shared memory two, or more of kernels without products, and one of the largest tiles.
+    """Shared memory fits two blocks, more without products, but one of the largest tiles.
 
-    By registers two of products with weights in float32, and in 16 bits where the launch table limits registers:
-    on sm_90, and of linear layers on sm_100.
+    Registers fit two for products with weights in float32, and in 16 bits if the launch table limits registers:
+    on sm_90, and linear layers on sm_100.
     """
     built, report = CASES[name].built(architecture), report_of(name, architecture)
     operator, shape = name.split("/")[0], name.split("/")[2]
@@ -149,7 +149,7 @@ def accesses(report: Report, kind: str) -> dict[int, int]:
 
 @select("encoder_rows", without=("norm_sum", "width 300"))
 def test_rows_move_in_vectors(name: str, architecture: int) -> None:
-    """Of 16 bytes, or 8 where a thread has 16 elements of a tile: in 16-bit gradients of norms."""
+    """16 bytes each; 8 in 16-bit norm gradients, where a thread has 16 elements of a tile."""
     case, report = CASES[name], report_of(name, architecture)
     if case.shape == "width 63":
         # The control: odd widths do not.

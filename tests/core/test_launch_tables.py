@@ -36,7 +36,7 @@ from flmoe_kernels.ops.routed_mlp.triton.table import TABLE as ROUTED
 
 TABLES = {"pair_moe": PAIR, "expert_attention": ATTENTION, "routed_mlp": ROUTED}
 KIB = 1024
-# What a block may have and an SM has, in KiB; and the place in `shared` where it is stated: sm_86 as sm_80.
+# Shared memory of a block and of an SM in KiB, and the index in `shared`; sm_86 uses that of sm_80.
 SHARED = {80: (163, 164, 0), 86: (99, 100, 0), 90: (227, 228, 1), 100: (227, 228, 2)}
 
 
@@ -256,7 +256,7 @@ def test_wide_layers_have_a_program_on_each_multiprocessor() -> None:
 
 
 def test_launches_follow_the_number_of_multiprocessors() -> None:
-    """Two programs on each, and as many splits of a weight gradient as fill them, a power of two."""
+    """Two programs per multiprocessor; a power-of-two number of weight gradient splits fills it."""
     call = layer(256, 512, tokens=16512)
     rows, device = meta(33024, 512), torch.device("meta")
     before = multiprocessors(device)

@@ -117,7 +117,7 @@ def test_the_table_runs_where_trials_cannot(
     with pytest.warns(cache.TuningWarning, match=message):
         assert choose(Clock(SECONDS), sums(spoil)) == TABLE
     assert not folder.exists()
-    # For the life of the process: launches and buffers of other calls were cut by it.
+    # Kept for the process: launches and buffers of other calls already use it.
     assert choose(refuse, forget=False) == TABLE
 
 
@@ -165,7 +165,7 @@ def test_a_capture_uses_the_table_or_a_saved_result(
     assert choose(refuse, lambda: prepared.append(1)) == TABLE
     assert not prepared
     assert not folder.exists()
-    # The choice of a capture stays, so that what it recorded and what runs beside it are cut alike.
+    # A choice made during capture is kept, so that captured and other launches use the same tiles.
     monkeypatch.setattr(timing, "capturing", lambda _device: False)
     assert choose(refuse, forget=False) == TABLE
     monkeypatch.setattr(timing, "capturing", lambda _device: True)

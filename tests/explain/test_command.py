@@ -252,7 +252,7 @@ def test_interrupted_run_goes_on_and_ends_the_same(
     before = sum(asked)
     asked.clear()
     assert command.main(request(made, tmp_path)) == 0
-    # What was known is not evaluated again, but for no and all tokens of both samples.
+    # Known values are not evaluated again, except v(none) and v(all) of both samples.
     whole = sum(report_of(made[2])["samples"][s]["pairs"]["SII"]["evaluations"] for s in (0, 1))
     assert before + sum(asked) == whole + 4
     for name in ("explanation.json", "index.html", "sample_00001_SII_network.png"):

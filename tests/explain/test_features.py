@@ -37,7 +37,7 @@ BAD_ARRAYS: list[tuple[Arrays, str]] = [
     ({"labels": np.array([0.0, 1, 1])}, "labels: expected integers .* got float64"),
     ({"labels": np.ones((3, 5))}, r"labels: expected bool or 0/1 \(3, 4\)"),
     ({"tokens_0": X[:, :, 0]}, r"tokens_0: expected unicode strings \(3, 5\), got float32"),
-    ({"tokens_0": np.array([["\ud800"] * 5] * 3)}, "tokens_0: .* text, got half of a character"),
+    ({"tokens_0": np.array([["\ud800"] * 5] * 3)}, "tokens_0: .* text, got a lone surrogate"),
     ({"tokens_0": np.array([[None] * 5] * 3)}, "tokens_0: .* plain array, got Python objects"),
     ({"image_1": np.zeros((2, 4, 4))}, r"image_1: expected \(3, H, W\) or"),
     ({"image_1": np.full((3, 4, 4), 7.0)}, "image_1: image: expected floats from 0 to 1"),

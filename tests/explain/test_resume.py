@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_callable(tmp_path: Path, count: int) -> None:
 def test_a_run_of_other_draws_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: Any
 ) -> None:
-    """As of a version that drew or ordered coalitions otherwise: its values belong to other coalitions."""
+    """Like a version with other draws or another order: its values belong to other coalitions."""
     model, x = Sum().eval(), tokens()
     options: Any = {"target": 0, "sampling": Sampling(budget=8000), "run": Run(checkpoint=tmp_path)}
     with monkeypatch.context() as patch:

@@ -144,8 +144,8 @@ class AttentionTests:
             assert_within_budget(*pair, oracle, f"keys {first} to {last} at -inf")
 
     def test_extreme_scores(self) -> None:
-        """Scores far beyond the range of exp: the maximum is taken out first, and what would be the probability of
-        a key past the last one never counts."""
+        """Scores far beyond the range of exp: the maximum is subtracted first, and keys past the last one never
+        get a probability."""
         case = Case((40, self.length), self.heads, 8, scale=300.0)
         q, k, v = case.qkv(FLOAT32)
         for inputs in ([q, k, v], [q.abs(), -k.abs(), v]):

@@ -298,7 +298,7 @@ def make_mlp(
 
 
 def lifted(module: nn.Module) -> Any:
-    """The module in eval mode, with no row dropped: which ones are is where the published code is not defined."""
+    """The module in eval mode without dropped rows: the published code does not define which are dropped."""
     for part in module.modules():
         if hasattr(part, "capacity"):
             part.capacity = (9.0, 9.0)

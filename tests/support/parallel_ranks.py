@@ -434,6 +434,6 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 
 
 def start_ranks(ranks: int, folder: str) -> list[dict[str, Any]]:
-    """What each rank found. A rank that fails ends them all, and one that hangs ends itself."""
+    """Each rank's results. A failing rank stops all; a hanging rank exits after a timeout."""
     mp.spawn(run_rank, args=(ranks, folder), nprocs=ranks)
     return [torch.load(f"{folder}/rank{r}.pt", weights_only=True) for r in range(ranks)]

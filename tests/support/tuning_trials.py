@@ -79,7 +79,7 @@ def sums(
 
 
 def choose(timer: Any, prepare: Any = None, *, forget: bool = True) -> Tiles:
-    """The choice of a process; forget: of one that has made no choice yet."""
+    """The tuner's choice; forget: drop earlier choices of this process."""
     if forget:
         tuner.forget()
     with tuning.autotune(timer=timer):

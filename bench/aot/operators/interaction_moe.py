@@ -21,7 +21,7 @@ TABLE = {**losses.TABLE, **reweighting.TABLE}
 
 @dataclass(frozen=True)
 class LayerUse:
-    """A layer and its batch. masked: without masks kernels leave out what reads them."""
+    """A layer and its batch. masked: if False, kernels omit the code for masks."""
 
     shape: str
     batch: int

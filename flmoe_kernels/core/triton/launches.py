@@ -112,7 +112,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @contextmanager
 def assume_multiprocessors(count: int) -> Iterator[None]:
-    """Within the block, launches of tensors that are not on a GPU are for one with `count` multiprocessors."""
+    """Within the block, launches for tensors not on a GPU assume a GPU with `count` multiprocessors."""
     token = _MULTIPROCESSORS.set(count)
     try:
         yield

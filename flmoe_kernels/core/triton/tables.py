@@ -1,7 +1,7 @@
 """Launch tables: the configuration of a kernel by class of call and architecture.
 
-A table has one configuration for each key, used where the architecture is not known, and beside it those that
-replace it on an architecture. The table of an operator stands in its triton/table.py with the reason for each
+A table has one default configuration for each key, and replacements of some of them for an architecture. The
+table of an operator stands in its triton/table.py with the reason for each
 choice; docs/launch_tables.md says how they were made.
 """
 
@@ -28,7 +28,7 @@ _CONSUMER, _LIKE = 120, 86
 def known(architecture: int | None) -> int | None:
     """The member of KNOWN whose configurations an architecture uses: the nearest that is not newer.
 
-    None, for the configurations of every architecture, where there is none or no GPU.
+    None, for the default configurations, if there is no such member or no GPU.
     """
     if architecture is None:
         return None
@@ -68,7 +68,7 @@ def chunk_of(width: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Tiles of a kernel on rows: elements that a program holds of a tensor at a time, the most columns, warps.
+    """Tiles of a row-wise kernel: elements of a tensor held per program, maximum columns, warps.
 
     shared: bytes per block, the most on sm_80, sm_90 and sm_100 in the ahead-of-time report's cases, with Triton
     3.7.1.

@@ -7,8 +7,8 @@ S has, for both, the distribution of the Shapley interaction index of n players:
 0 .. n - 2 and S is uniform among the sets of that size, P(S) = s! (n - s - 2)! / (n - 1)!. These are the players
 before the pair in a random order in which the pair is one player. Both indices share S, so one run gives both.
 
-RG is what either token alone keeps when the other is gone: w for two copies of a token of value w, 0 when one of
-them has no effect or only both together have one, below 0 when one alone does harm. For two additive tokens it is
+RG is the value that remains with one token alone: w for two copies of a token of value w, 0 if one of them has
+no effect or only both together have one, below 0 if one alone lowers v. For two additive tokens it is
 min(w_i, w_j), so substitutes are the pairs whose RG is large *and* whose SII is negative.
 
 Sources: SII, Grabisch and Roubens (1999). RG is named in arXiv 2603.13326; the formula is this package's own

@@ -35,8 +35,8 @@ class PairValues(Saved):
         method: "closed_form", "exact" (by enumeration) or "sampling".
         stopped_by: "exact", "budget" or "tolerance"; the last one brings a bias, see `sampling`.
         draws: coalitions, each of which gives every pair one S.
-        evaluations: coalitions that were evaluated; one that several steps of the run need counts for each of
-            them. 1 in closed form, a pass of the layer.
+        evaluations: coalitions evaluated; one that several steps of the run need counts once per step. In closed
+            form 1, a pass of the layer.
         batch_size: coalitions that were evaluated together, on which a model's last bits may depend.
         candidates: how the pairs were chosen, in words.
         game: the value function, see `TokenGame.describe`.

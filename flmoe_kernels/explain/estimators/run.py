@@ -37,7 +37,7 @@ class Run:
             available memory allows, at most 256. Set it to get the same bits on other machines.
         checkpoint: a folder that keeps each sample's values, 8 bytes per coalition: the same call continues from
             it. A checkpoint is bound to the model, the sample and the request; of a model that is no Module only
-            the name and the values of no and of all tokens are compared.
+            the name, v(none) and v(all) are compared.
         distributed: share the evaluations among the ranks of the default process group. Every rank makes the
             same call, with the model on its own device, and gets the same result.
         progress: show a bar per sample on standard error; needs tqdm.

@@ -87,7 +87,7 @@ class MaskedModel:
         return torch.cat([logits_of(self.model, *given, None) for given in parts])
 
     def logits(self, rows: Tensor, absent: Sequence[Tensor]) -> Tensor:
-        """Logits (N, C) of the samples rows (N,) without the tokens absent, M x (N, L_m) bool."""
+        """Logits (N, C) of samples `rows` (N,) without tokens `absent`, M x (N, L_m) bool."""
         return logits_of(self.model, *self.present(rows, absent), self.expert)
 
     def present(
@@ -121,7 +121,7 @@ class MaskedModel:
 
 
 def packed_tokens(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The kept tokens (B, L) of x (B, L, ...) moved to the front, cut to the longest row's number of them.
+    """Move the `kept` (B, L) tokens of x (B, L, ...) to the front; cut to the longest row's count.
 
     Returns:
         (B, K, ...) and the mask (B, K). Synchronizes with a GPU.

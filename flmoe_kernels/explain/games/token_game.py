@@ -25,10 +25,10 @@ class TokenGame:
     A coalition is the set of tokens that are present. The others are masked out ("drop") or filled: then they are
     still attended, as in the published code. Padded tokens are no players and stay as they are.
 
-    With "drop" every modality gets a mask, also where the sample came without: a layer that treats a missing mask
-    otherwise (InteractionMoE normalises the features that weigh its experts only under one) then has another
-    v(all) than its logit without masks. A PairInteractionMoE, for which the order of tokens does not matter, gets
-    no more tokens of a modality than the longest coalition of the batch has.
+    With "drop" every modality gets a mask, even if the sample had none. If a layer treats a missing mask
+    differently (InteractionMoE normalises its reweighting features only with a mask), v(all) differs from its
+    logit without masks. For a PairInteractionMoE, where the order of tokens does not matter, each modality is
+    cut to the longest coalition of the batch.
 
     Calling it takes coalitions (m, n) bool and returns values (m,) float64, so that it is a game for shapiq, too.
 

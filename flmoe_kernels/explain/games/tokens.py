@@ -96,10 +96,10 @@ def candidates(valid: Sequence[Tensor], exempt: Sequence[int] = ()) -> list[Tens
 
 
 def percent_counts(candidate: Tensor, percent: float) -> Tensor:
-    """How many of n candidates (..., L) are K percent of them: ceil(n K / 100), (...,) int64.
+    """K percent of the number n of candidates (..., L): ceil(n K / 100), (...,) int64.
 
-    At least one where there are any. As in the published evaluator, but in exact arithmetic: its floating-point
-    product makes 8 of 7 percent of 100. Both agree for K = 5, 10, 15, 20, 25.
+    At least 1 if n > 0. As in the published evaluator, but in exact arithmetic: its floating-point product gives
+    8 for 7 percent of 100. Both agree for K = 5, 10, 15, 20, 25.
     """
     share = Fraction(str(percent)) / 100
     # Python integers: n times the numerator of a percentage like 100 / 7 overflows 64 bits.

@@ -214,7 +214,7 @@ def _tokens(arrays: Mapping[str, Array], name: str, shape: tuple[int, int]) -> A
     points = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).view(np.uint32)
     # Surrogates cannot be written as UTF-8; larger numbers are no characters.
     if ((points >= _FIRST_HALF) & (points <= _LAST_HALF)).any():
-        raise FeatureError(f"{name}: expected text, got half of a character")
+        raise FeatureError(f"{name}: expected text, got a lone surrogate")
     if (points > sys.maxunicode).any():
         raise FeatureError(f"{name}: expected text, got other numbers")
     return array

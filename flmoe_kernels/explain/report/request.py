@@ -21,7 +21,7 @@ _QUICK = {"samples": 1, "budget": 256, "top": 2, "repeats": 2}
 
 @dataclass(frozen=True)
 class Request:
-    """Files, and of the first samples: which values, of what, from how many evaluations.
+    """The input files, and what to compute for the first samples of the data.
 
     At 356 valid tokens of width 256 and four experts (the shape mmimdb, of which two cores evaluate some 130
     coalitions a second) the default budget and the maskings take about half a minute for each sample.

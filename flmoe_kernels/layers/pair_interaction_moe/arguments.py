@@ -1,4 +1,4 @@
-"""Validation of the arguments of PairInteractionMoE, and the one form that the layer computes with."""
+"""Validation of the arguments of PairInteractionMoE, and conversion to a canonical form."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def validate_sizes(
 
 
 def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
-    """Under autocast an encoder hands over low precision: all that autocast itself casts gets the
-    parameters' dtype, which norms and anchors have. The rest is left for require_inputs to refuse."""
+    """Under autocast an encoder returns low precision. Inputs that autocast would cast get the parameters'
+    dtype, as norms and anchors. require_inputs rejects other mismatches."""
     if not torch.is_autocast_enabled(parameter.device.type):
         return inputs
     if not isinstance(inputs, list | tuple):

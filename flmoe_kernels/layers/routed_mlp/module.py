@@ -86,8 +86,8 @@ class RoutedMLP(nn.Module):
         last_topk_pre_mix: (N, K, D), each chosen expert's output before it is weighted, 0 where dropped, on the
             graph: out is their weighted sum. None unless captured.
         These are of one call: not copied, not pickled.
-        mean_gradients: with world_size above 1, whether the experts' gradients are of the mean of all processes'
-            objectives, as DistributedDataParallel's, or of their sum; False. See `prepare_for_ddp`.
+        mean_gradients: with world_size above 1, experts' gradients are of the mean of all processes' objectives,
+            as in DistributedDataParallel, not of the sum; default False. See `prepare_for_ddp`.
 
     Parameters: experts.htoh4.weight (E, F, D), experts.htoh4.bias (E, F), experts.h4toh.weight (E, D, F),
     experts.h4toh.bias (E, D); the gate's under gate.* and, the same objects, under all_gates.0.*.

@@ -19,8 +19,8 @@ from .gate_base import Gate
 
 SPARSE_MLP = "FMoETransformerMLP"
 NOISY_GATES = ("NoisyGate", "AddtionalNoisyGate")
-# The settings of each published gate beyond its sizes. One that lacks any is of another kind: ours would
-# compute with a default of its own.
+# The settings of each published gate beyond its sizes. A gate without one of them is not supported: ours would
+# use its own default.
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "NaiveGate": (),
     "GShardGate": ("capacity", "random_routing"),

@@ -1,9 +1,8 @@
 """Routing through the CUDA kernels of the native module, on the current stream of the tensors' device.
 
 Nothing here waits for the GPU, and allocations depend on shapes alone, so that calls can be captured in a CUDA
-graph (after one call outside of a capture, which loads the kernels). Reading the values of an index would wait:
-where the CPU kernels raise for an expert out of range, here it counts as dropped, and nothing is read or written
-by it.
+graph (after one call outside of a capture, which loads the kernels). Checking the values of an index would wait.
+So an expert out of range, for which the CPU kernels raise, counts as dropped here, without any memory access.
 
 Every function raises BackendUnavailable, with the reason, where the native module was built without CUDA.
 """

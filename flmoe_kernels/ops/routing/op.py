@@ -52,7 +52,7 @@ def _gate_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _gate_autograd(ctx: Any, grad: Tensor | None, _grad_index: None) -> tuple:
-    """The derivative of a softmax: over the chosen experts their weights are enough."""
+    """Softmax derivative. If it is over the chosen experts, weights suffice."""
     if grad is None:
         return (None,) * 4
     logits, index, weight = ctx.saved_tensors

@@ -91,7 +91,7 @@ def prepare_layer(
     dtype: torch.dtype,
     context: Context = contextlib.nullcontext,
 ) -> Prepared:
-    """Of a layer that `adopt` makes of the reference, with its parameters; context: see `prepare_function`."""
+    """Prepare the layer that `adopt` makes from the reference; context: see `prepare_function`."""
     shape = shape_of(case)
     reference = make_reference(shape).to(case.dtype).to(device=case.device, dtype=dtype)
     inputs, masks = make_inputs(shape, case.device)

@@ -14,12 +14,12 @@ Configuration = TypeVar("Configuration")
 
 # Results are compared so many elements at a time, to bound the memory of their float64 copies.
 _CHUNK = 2**24
-# Candidates sum in other orders, so results agree up to a few roundings: of the results in their dtype, and of
-# operands to TF32, which online maxima may shift. At the largest element; a quarter of it in the root mean square.
+# Candidates sum in other orders, so results differ by a few roundings of their dtype, or of operands to TF32,
+# which online maxima may shift. The limit is relative to the largest element; for the RMS a quarter of it.
 _ROUNDINGS, _TF32_ROUNDING = 4, 2.0**-11
-# Runs, of which the median counts. Before each run so many bytes are written, more than any L2 holds, and so often
-# that the launch is queued before the writes end: twice 2^28 bytes take 67 us at 8 TB/s, assumed to be longer than
-# the host needs for a launch.
+# Number of runs (the median counts), and size and number of the writes before each run. They flush L2 and must
+# last until the launch is queued: twice 2^28 bytes take 67 us at 8 TB/s, assumed to be longer than the host
+# needs for it.
 _RUNS, _FLUSHED_BYTES, _FLUSHES = 10, 2**28, 2
 
 

@@ -27,8 +27,8 @@ Configuration = TypeVar("Configuration")
 Make = Callable[[Configuration], Trial[Configuration]]
 
 VARIABLE = "FLMOE_AUTOTUNE"
-# Rounds over all candidates, so that a drifting clock drifts for all; and the share of the table's time that a
-# candidate must stay below: a smaller gain is noise.
+# Rounds over all candidates, so that clock drift affects all of them; and the share of the table's time that a
+# candidate must beat: a smaller gain is noise.
 _ROUNDS, _WORTH = 3, 0.98
 
 
@@ -128,9 +128,9 @@ def choose(
 ) -> Configuration:
     """The fastest of `candidates`, frozen dataclasses of integers, of which the first is the launch table's.
 
-    The table's where nothing is saved and nothing can be timed: without a GPU, under capture, and where memory
-    does not suffice. That choice too stays for the life of the process. `prepare` is called only to time: it
-    allocates what all trials share and returns the function that makes one.
+    Returns the table's if nothing is saved and timing is impossible: no GPU, CUDA graph capture, too little
+    memory. That choice also lasts for the process. `prepare` is called only to time: it allocates the shared
+    buffers and returns the function that makes a trial.
     """
     with _choices_lock:
         if key not in _choices:

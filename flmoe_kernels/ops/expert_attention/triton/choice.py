@@ -17,8 +17,8 @@ from .table import TABLE, AttentionCall, Tiles, candidates, class_of, narrower
 
 
 def tiles_of(kernel: str, call: AttentionCall, architecture: int | None = None) -> Tiles:
-    """The launch table's for sm_`architecture`; for None, what runs on the device of the call's tensors, which
-    with autotune is the fastest."""
+    """The launch table's tiles for sm_`architecture`. None: the tiles that the device of the call's tensors
+    uses, with autotune the fastest."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call)
     place = architecture_of(call.q.device) if architecture is None else architecture
@@ -70,7 +70,7 @@ def _attend(call: AttentionCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
 
 
 def _own(kernel: str, call: AttentionCall) -> Tiles:
-    """The tiles of a kernel whose results a trial of another kernel needs."""
+    """The table's tiles of a kernel that makes inputs of another's trial."""
     return TABLE.tiles((kernel, class_of(call)), architecture_of(call.q.device))
 
 

@@ -99,8 +99,8 @@ _ALL: dict[Key, Tiles] = {
 # 17.4 instead of 21.4 instructions per score on sm_90 at width 64, 19.8 instead of 23.9 on sm_80, whose siblings
 # sm_86 and sm_89 have the same instructions. At widths up to 64 nothing spills; on sm_100 this would, 280 bytes.
 # Without dropout it is 10.3 instead of 12.2 on sm_90, but 224 instead of 128 registers: two blocks on an SM where
-# four can hide their waits. The others are here because the tiles for all spill 8 to 24 bytes in one named case of
-# theirs: half the columns for wide rows and eight warps for chunked ones on sm_80 and sm_86, three stages for the
+# four can hide their waits. The other entries exist because the default tiles spill 8 to 24 bytes in one named
+# case: half the columns for wide rows and eight warps for chunked ones on sm_80 and sm_86, three stages for the
 # gradient of keys on sm_80 and, wide, on sm_90, eight warps for chunked rows on sm_100, whose float32 gradient of
 # keys also has chunks of 64. Which is faster has not been measured.
 _AMPERE: dict[Key, Tiles] = {

@@ -32,8 +32,8 @@ _MAP = 2**24
 def tiles_of(
     kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
 ) -> Tiles:
-    """The launch table's for sm_`architecture`; for None, what runs on the device of the call's tensors, which
-    with autotune is the fastest. `reduce` is the forward's."""
+    """The launch table's tiles for sm_`architecture`. None: the tiles that the device of the call's tensors
+    uses, with autotune the fastest. `reduce` is the forward's."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call, reduce)
     place = architecture_of(call.q.device) if architecture is None else architecture
@@ -44,7 +44,7 @@ def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
     """The choice for all calls in the same buckets of sizes, see tuning.choose. `reduce` is the forward's."""
     device = call.q.device
     summed = reduce == REDUCE_EXPERTS
-    # For "pool", which sums over rows, the choice is that for an output of every token.
+    # "pool" sums over rows; it uses the choice for one output per token.
     reduce = REDUCE_EXPERTS if summed else REDUCE_NONE
     sizes = {"batch": call.batch, "rows": call.rows, "columns": call.columns}
     key = tuning.tuning_key(

@@ -82,7 +82,7 @@ def _gate_operands(call: PairCall, swapped: bool) -> tuple[Operand, Operand, Any
 
 
 def row_blocks(tiles: Tiles, call: PairCall) -> int:
-    """The number of blocks that a kernel cuts side a into, and of partial sums of what it adds up over them."""
+    """The number of blocks of side a, and so of the partial sums that a kernel writes, one per block."""
     return blocks_of(call.rows, tiles.rows)
 
 
@@ -218,7 +218,7 @@ def backward_launches(
 ) -> list[Launch]:
     """Gradients of q, k, a, c, and (B, row_blocks, E) partial sums of gate_bias's.
 
-    sums: tiles of "accumulate"; gates: of "gradient", which cut grad_bias.
+    sums: "accumulate" tiles; gates: "gradient" tiles, which cut grad_bias.
 
     grad_a_i = s1 g_i sum_j p + s3 g_i * sum_j p c_j
     grad_c_j = sum_i p factor_i [+ s2 g sum_i p, where g is the same for every i]

@@ -61,8 +61,8 @@ _ALL: dict[Key, Tiles] = {
 
 # FEW: calls whose larger side is up to so many blocks of 64 rows, of all samples: fewer than sm_80, sm_90 and
 # sm_100 have multiprocessors (sm_86 and sm_89 may have far fewer, and keep the tiles for all). Then the time is
-# that of one program, and 16 rows by 64 columns take it through its columns in a quarter of the steps. A limit of
-# registers stands where without one the compiler spills 8 bytes to have fewer, for blocks that do not come.
+# that of one program, and 16 rows by 64 columns take it through its columns in a quarter of the steps. A limit
+# of 255 registers is set where the compiler would spill 8 bytes to fit more blocks, which do not exist.
 _ROWS, _FEW_PROGRAMS = 64, 100
 _LIMITED = (80, 90, 100)
 
@@ -77,8 +77,8 @@ def _few(accumulate: int, gradient: int) -> dict[Key, Tiles]:
 
 # Those that an architecture has instead; their shared bytes elsewhere are 0. 32 columns in "accumulate" take 14.6
 # instead of 16.8 instructions per pair and expert on sm_90 and 18.2 instead of 21.9 on sm_100, where sums lie in
-# memory of their own: what a step costs once, pointers, masks and barriers, is shared by twice the pairs. On
-# sm_90 the forward that adds up experts would spill 8 bytes and keeps the tile that is for all. "gradient" holds
+# tensor memory: twice the pairs share the fixed cost of a step (pointers, masks, barriers). On sm_90 the forward
+# that sums experts would spill 8 bytes and keeps the default tile. "gradient" holds
 # two tiles of pairs for each expert and spills 24 to 96 bytes with 32 columns. float32 and more than four experts
 # have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight warps and chunks of 16,
 # at which nothing spills; sm_100 would spill to stay below 129 registers. float32 "accumulate" of more than four

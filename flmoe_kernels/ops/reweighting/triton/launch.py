@@ -19,8 +19,8 @@ from .kernels import (
 
 # The same for every architecture, class of shape and dtype: these kernels are bound by bytes or by latency, and
 # all that shapes decide is how many programs there are. "features" holds all columns of a token, 4096 elements and
-# as many sums. "mix" is one program of one warp for eight samples: its work is nothing and its launch all. What is
-# fastest has not been measured.
+# as many sums. "mix" is one program of one warp for eight samples: launch latency dominates it. Which tiles are
+# fastest is not measured.
 TABLE = {
     "features": RowTiles(4096, 1 << 20, 8, 8192),
     "features_gradient": RowTiles(4096, 1 << 20, 8, 4096),

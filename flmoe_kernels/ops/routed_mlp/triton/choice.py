@@ -20,8 +20,8 @@ Make = Callable[[Tiles], tuning.Trial[Tiles]]
 
 
 def tiles_of(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
-    """The launch table's for sm_`architecture`; for None, what runs on the device of the call's tensors, which
-    with autotune is the fastest."""
+    """The launch table's tiles for sm_`architecture`. None: the tiles that the device of the call's tensors
+    uses, with autotune the fastest."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call)
     place = architecture_of(call.x.device) if architecture is None else architecture
@@ -59,7 +59,7 @@ def _trial(
 
 
 def _layer(call: RoutedCall) -> Tensor:
-    """(R, F), with zeros for dropped rows, which no kernel writes: the inputs of trials are finite."""
+    """(R, F) zeros: no kernel writes dropped rows, and inputs of trials must be finite."""
     return call.x.new_zeros((call.rows, call.hidden))
 
 

@@ -17,7 +17,7 @@ ODD = "odd"
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile of results, the chunk of what is summed over, slices that a tile is finished in, warps, stages.
+    """Output tile, chunk of the summed dimension, slices of the epilogue, warps, pipeline stages.
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at routed_small and routed_large, the largest over all;
     compiled with Triton 3.7.1, as tests/bench/test_aot.py checks.
@@ -75,9 +75,9 @@ def _wide(slices: int, stages: int, shared: tuple[int, int, int]) -> Tiles:
 
 
 # Those that an architecture has instead, for calls whose widths both are _LARGE or more; shared bytes elsewhere
-# are 0. 128 x 256 takes 85 FLOP per byte from L2 where 128 x 128 takes 64: at 989 and 2250 TFLOP/s 11.6 and 26
-# TB/s instead of 15.5 and 35, more than either L2 gives (assumed), so bytes from L2 bound these products and fall
-# by a quarter. One program has an SM to itself, with 255 registers a thread on sm_90: the activations in slices
+# are 0. 128 x 256 does 85 FLOP per byte from L2, 128 x 128 does 64. At 989 and 2250 TFLOP/s that needs 11.6 and
+# 26 TB/s instead of 15.5 and 35. L2 gives less (assumed), so its traffic is the bound and falls by a quarter.
+# One program has an SM to itself, with 255 registers a thread on sm_90: the activations in slices
 # of 32 columns do not spill. Nothing multiplies while it finishes a tile, which is why the sums must be long: at
 # 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. Which is faster has not been measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
