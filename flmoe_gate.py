@@ -32,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--gate"):
+        if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+            raise pytest.UsageError("--gate: measures time, so run it without -n")
         _gate(config)
     elif config.getoption("--gate-update"):
         raise pytest.UsageError("--gate-update: needs --gate FILE")

@@ -89,7 +89,7 @@ step_bench() {
     local out="${OUT:-}" operator options=(--device "$DEVICE")
     if [ -z "$out" ]; then
         out=bench/results/$("$PYTHON" -c "from flmoe_kernels.profile.environment import device_name
-print('-'.join(''.join(c if c.isalnum() else ' ' for c in device_name('$DEVICE').lower()).split()))") || return
+print('-'.join(''.join(c if c.isalnum() else ' ' for c in device_name('$DEVICE').lower()).split()))") || { failed+=("bench (no device $DEVICE)"); return; }
     fi
     mkdir -p "$out"
     [ "$DEVICE" = cpu ] || options+=(--full)

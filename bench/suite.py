@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from flmoe_kernels.profile.gate import Against
 from flmoe_kernels.profile.memory import peak_bytes
 from flmoe_kernels.profile.registry import Contestant, default_ours, prepare, words_of
 from flmoe_kernels.profile.shapes import is_cuda
-from flmoe_kernels.profile.timing import Call, clock_for
+from flmoe_kernels.profile.timing import Call, Paired, clock_for
 
 SECONDS = {False: 2.0, True: 8.0}  # time limit without a floor; key: --full
 
@@ -113,10 +113,21 @@ def comparisons(operator: str, device: str, full: bool) -> Iterator[Comparison]:
 def compare(against: Against, comparison: Comparison, full: bool) -> None:
     """Check both contestants, time them in turn, record everything known about the comparison.
 
-    A peer that cannot run, lacks memory or does not compile skips the test; a wrong answer fails it.
+    A wrong answer fails the test. If one of the two cannot run here, lacks memory or does not compile, the test is
+    skipped, or fails where the comparison has a floor.
     """
     case = comparison.case
-    ours, peer = _contestants(comparison)
+    peer = find(case, comparison.peer)
+
+    def skip(reason: str) -> NoReturn:
+        against.skip(case.name, peer.name, case.device, reason)
+
+    try:
+        ours = default_ours(case)
+    except BackendUnavailable as error:
+        skip(str(error))
+    if peer.why_not:
+        skip(f"{peer.name}: {peer.why_not}")
     agree(case, ours)
     try:
         agree(case, peer)
@@ -124,14 +135,29 @@ def compare(against: Against, comparison: Comparison, full: bool) -> None:
     except WrongAnswer:
         raise
     except Exception as error:
-        pytest.skip(f"{peer.name}: {words_of(error)}")
+        skip(f"{peer.name}: {words_of(error)}")
 
     def maker(contestant: Contestant) -> Call:
         return lambda: prepare(case, contestant).call
 
-    facts = against.benchmark.extra_info
-    facts.update(ours=ours.name, peer_version=peer.version, shape=asdict(case.shape))
-    paired = against(
+    recorded = against.benchmark.extra_info
+    recorded.update(ours=ours.name, peer_version=peer.version, shape=asdict(case.shape))
+
+    def facts(paired: Paired) -> dict[str, Any]:
+        work, seconds = cost(case), paired.ours.median
+        ceilings = _ceilings(case.device, case.dtype, recorded["threads"])
+        bound, binds = ceilings.roofline_seconds(work, case.dtype)
+        rates: dict[str, Any] = {
+            "flop_per_second": work.flop / seconds,
+            "bytes_per_second": work.bytes / seconds,
+            "share_of_roofline": bound / seconds,
+            "binds": binds,
+        }
+        if full:
+            rates["peaks"] = {who.name: _peak(case, who) for who in (ours, peer)}
+        return rates
+
+    against(
         maker(ours),
         maker(peer),
         name=case.name,
@@ -139,31 +165,8 @@ def compare(against: Against, comparison: Comparison, full: bool) -> None:
         fresh=True,
         device=case.device,
         seconds=SECONDS[full],
+        facts=facts,
     )
-    work, seconds = cost(case), paired.ours.median
-    bound, binds = _ceilings(case.device, case.dtype, facts["threads"]).roofline_seconds(
-        work, case.dtype
-    )
-    facts.update(
-        flop_per_second=work.flop / seconds,
-        bytes_per_second=work.bytes / seconds,
-        share_of_roofline=bound / seconds,
-        binds=binds,
-    )
-    if full:
-        facts.update(peaks={who.name: _peak(case, who) for who in (ours, peer)})
-
-
-def _contestants(comparison: Comparison) -> tuple[Contestant, Contestant]:
-    """Ours and the peer; skips the test where one of them cannot run here."""
-    try:
-        ours = default_ours(comparison.case)
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
-    peer = find(comparison.case, comparison.peer)
-    if peer.why_not:
-        pytest.skip(f"{peer.name}: {peer.why_not}")
-    return ours, peer
 
 
 def _peak(case: Case, contestant: Contestant) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ Row = dict[str, Any]
 
 
 def run(
-    doc: str | None, measure: Callable[..., list[Row]], threads: int = 2, **defaults: int
+    doc: str | None,
+    measure: Callable[..., list[Row]],
+    threads: int = 2,
+    packages: Sequence[str] = (),
+    **defaults: int,
 ) -> None:
     """Measure with the options, and write what `--out FILE` asks for.
 
@@ -24,6 +29,7 @@ def run(
         doc: text for --help.
         measure: called with a value for each of `defaults`; returns the rows.
         threads: of torch, at most.
+        packages: whose versions the file keeps, beside those that every result has.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,7 +44,9 @@ def run(
     torch.set_num_threads(min(torch.get_num_threads(), threads))
     found = measure(**settings)
     if out:
-        rows.save(out, {"environment": environment(), "settings": settings, "rows": found})
+        versions = {name: metadata.version(name) for name in packages}
+        known = environment() | versions
+        rows.save(out, {"environment": known, "settings": settings, "rows": found})
 
 
 def _at_least_one(text: str) -> int:

@@ -110,4 +110,4 @@ def measure(samples: int, seeds: int) -> list[Row]:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, samples=8, seeds=10)
+    run(__doc__, measure, packages=("shapiq",), samples=8, seeds=10)

@@ -19,8 +19,8 @@ def profile(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help="A backend or peer; again for more, compared with the first; all for all that run. "
-            "Default what a call gets that does not ask."
+            help="A backend; repeat the option to compare several with the first; all: every backend that "
+            "runs here. Default: the backend that is selected for the device."
         ),
     ] = None,
     phase: Annotated[
@@ -53,7 +53,7 @@ def profile(
     top_k: Annotated[int | None, typer.Option(help="See swap; default 2; Switch: 1.")] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Time and memory at these sequence lengths, as 128,256, with the peers."),
+        typer.Option(help="Time and memory at these sequence lengths, for example 128,256."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Of timing for each contestant.")] = 5.0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace here.")] = None,

@@ -36,6 +36,8 @@ def write_whole(target: Path, content: Content, *, make_folder: bool = False) ->
     temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex}.tmp{target.suffix}")
     try:
         _write(temporary, content)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # the content is on the disk before the name
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

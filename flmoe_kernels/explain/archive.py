@@ -55,8 +55,10 @@ def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays
         raise ValueError(problem) from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise ValueError(problem)
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{name}: expected format {FORMAT}, got {header.get('format')}")
+    # Files of version 0.1 named the number "version".
+    number = header.get("format", header.get("version"))
+    if number != FORMAT:
+        raise ValueError(f"{name}: expected format {FORMAT}, got {number}")
     return header, arrays
 
 

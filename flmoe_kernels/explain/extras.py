@@ -21,9 +21,7 @@ def optional_package(name: str, argument: str = "") -> Any:
 
 
 @contextmanager
-def progress_bar(
-    shown: bool, total: int, label: str, initial: int = 0
-) -> Iterator[Callable[[int], object]]:
+def progress_bar(shown: bool, total: int, label: str) -> Iterator[Callable[[int], object]]:
     """A bar on standard error, as a function that advances it by a count.
 
     Raises:
@@ -33,5 +31,5 @@ def progress_bar(
         yield lambda count: None
         return
     tqdm = optional_package("tqdm", "progress: ")
-    with tqdm.tqdm(total=total, initial=initial, desc=label) as bar:
+    with tqdm.tqdm(total=total, desc=label) as bar:
         yield bar.update

@@ -114,11 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fail-below", type=float, default=0.9)
     options = parser.parse_args(arguments)
     try:
-        found = changes(load(options.before), load(options.after))
+        before, after = load(options.before), load(options.after)
+        found = changes(before, after)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(markdown(found, options.fail_below), end="")
+    for side, names in (("before", before.keys() - after), ("after", after.keys() - before)):
+        for name in sorted(names):
+            print(f"Only {side}: {name}")
     return int(any(change.verdict(options.fail_below) == "SLOWER" for change in found))
 
 

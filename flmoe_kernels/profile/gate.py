@@ -12,10 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -32,6 +32,8 @@ UPDATE_RUNS = 3
 RESULT_VARIABLE = "FLMOE_GATE_RESULT"
 # Calls that pytest-benchmark times itself, for its table.
 TABLE_ROUNDS = 5
+# pytest's options whose value may equal the name of a folder of tests.
+VALUED = ("-k", "-m", "-p", "-c", "--gate", "--rootdir", "--confcutdir", "--basetemp")
 Measure = Callable[
     [float], Paired
 ]  # bound -> measurement, longer where the bound lies inside the interval
@@ -163,7 +165,8 @@ class Gate:
 
     def finish(self, terminal: Any) -> None:
         """Write an update; print the measured ratios and what was not checked."""
-        if not self.lines:
+        missing = [floor.key for floor in self.floors.floors if floor.key not in self.measured]
+        if not self.lines and not missing:
             return
         terminal.section("benchmarks against peers")
         for line in self.lines:
@@ -177,9 +180,8 @@ class Gate:
             assert self.path is not None
             name = update_file(self.path, self.here(device), ratio)
             terminal.write_line(f"{self.path}: [machine.{name}] has the ratios of this machine now")
-        missing = [floor for floor in self.floors.floors if floor.key not in self.measured]
         if missing:
-            terminal.write_line(f"{self.path}: {len(missing)} floors were not measured in this run")
+            terminal.write_line(f"{self.path}: not measured in this run: {', '.join(missing)}")
 
 
 class Against:
@@ -202,6 +204,7 @@ class Against:
         seconds: float = 2.0,
         precision: float = 0.05,
         threads: int | None = None,
+        facts: Callable[[Paired], Mapping[str, Any]] | None = None,
     ) -> Paired:
         """Time both, record the ratio, and fail below the floor of `name` and `peer_name`, if --gate has one.
 
@@ -211,6 +214,7 @@ class Against:
             name: of the case, default the test's name.
             device: "cpu", "cuda" or "cuda:N", for the clock; a GPU is timed by events.
             seconds, precision, threads: if there is no floor, see `floors.Floor`; threads: torch's.
+            facts: returns what else the result file keeps of a measurement.
 
         Returns:
             The measurement; seconds of the peer over seconds of ours is its `ratio`.
@@ -251,13 +255,28 @@ class Against:
         else:
             paired = measure(None)
         gate.measured.add(key)
-        self._record(prepare()["ours"], plan, paired, verdict)
+        self._record(prepare()["ours"], plan, paired, verdict, facts)
         gate.lines.append(verdict.message() if verdict else f"{key}: {_spread(paired)}")
         if verdict is not None and not verdict.passed:
             pytest.fail(verdict.message(), pytrace=False)
         return paired
 
-    def _record(self, call: Call, plan: Floor, paired: Paired, verdict: Verdict | None) -> None:
+    def skip(self, name: str, peer_name: str, device: str, reason: str) -> NoReturn:
+        """Skip a comparison that cannot be measured here; fail it where --gate has a floor for it."""
+        kind = "cuda" if is_cuda(device) else "cpu"
+        key = key_of(name, peer_name, kind)
+        if self.gate.floors.find(key) is not None:
+            pytest.fail(f"{key} has a floor and cannot be measured: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    def _record(
+        self,
+        call: Call,
+        plan: Floor,
+        paired: Paired,
+        verdict: Verdict | None,
+        facts: Callable[[Paired], Mapping[str, Any]] | None,
+    ) -> None:
         def waited() -> None:
             call()
             if plan.device == "cuda":
@@ -281,6 +300,8 @@ class Against:
         )
         if verdict is not None:
             self.benchmark.extra_info.update(expected=verdict.expected, passed=verdict.passed)
+        if facts is not None:
+            self.benchmark.extra_info.update(facts(paired))
 
     def _measure_apart(self) -> Paired:
         """Run this test alone in a fresh process, and return what it measured."""
@@ -314,13 +335,13 @@ def middle(runs: Iterable[Paired]) -> Paired:
 def carried_options(arguments: Iterable[str], paths: Sequence[str]) -> list[str]:
     """Options of a pytest run for a run of one of its tests: no paths, nothing that writes benchmark files."""
     options: list[str] = []
-    dropped = False
+    before = ""
     for argument in map(str, arguments):
-        if argument.startswith("--benchmark-"):
-            dropped = "=" not in argument
-        elif argument in paths or (dropped and not argument.startswith("-")):
-            dropped = False
-        else:
+        benchmark = argument.startswith("--benchmark-")
+        if before.startswith("--benchmark-") and "=" not in before:
+            benchmark = benchmark or not argument.startswith("-")
+        path = argument in paths and before not in VALUED
+        if not benchmark and not path:
             options.append(argument)
-            dropped = False
+        before = argument
     return options

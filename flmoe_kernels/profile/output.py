@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-SCHEMA = "flmoe_kernels.profile/1"
+SCHEMA = "flmoe_kernels.profile/2"
 WHOLE = "whole"
 COLUMNS = (
     *("case", "contestant", "kind", "version", "dtype", "device", "stage", "pass", "seconds"),

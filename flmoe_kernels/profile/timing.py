@@ -100,10 +100,6 @@ class Spread:
         """Distance of the farther end of the interval, relative to the median."""
         return max(self.high - self.median, self.median - self.low) / self.median
 
-    def agrees(self, other: Spread) -> bool:
-        """Whether the intervals overlap, as those of two equal runs do in about 99% of cases."""
-        return self.low <= other.high and other.low <= self.high
-
 
 @dataclass(frozen=True)
 class Paired:

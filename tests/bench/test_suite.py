@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,8 +19,9 @@ from bench import rows, suite, table
 from bench.peers import find, peers
 from flmoe_kernels.core.files import END_MARK
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
-from flmoe_kernels.profile.check import agree
+from flmoe_kernels.profile.check import WrongAnswer, agree
 from flmoe_kernels.profile.floors import load_floors
+from flmoe_kernels.profile.prepared import Prepared
 from flmoe_kernels.profile.registry import contestants, prepare
 from tests.support.profile_shapes import LAYER, PAIR, ROUTED, TINY
 
@@ -135,6 +139,57 @@ def test_a_result_is_valid_json_or_leaves_the_old_one(tmp_path: Path) -> None:
         rows.save(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == content
     assert path.read_text().splitlines()[3:5] == ['{"b": 1},', '{"b": 2}']
+
+
+class Against:
+    """In place of the fixture: notes what would be timed."""
+
+    def __init__(self) -> None:
+        self.benchmark = SimpleNamespace(extra_info={})
+        self.timed: list[str] = []
+        self.skipped = ""
+
+    def __call__(self, *_calls: Any, name: str, **_options: Any) -> None:
+        self.timed.append(name)
+
+    def skip(self, name: str, peer_name: str, device: str, reason: str) -> NoReturn:
+        self.skipped = reason
+        pytest.skip(reason)
+
+
+def test_a_wrong_answer_fails_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = suite.Comparison(Case("pair_moe", PAIR, FORWARD, variant="none"), "reference")
+    peer = find(comparison.case, "reference")
+    against: Any = Against()
+    suite.compare(against, comparison, full=False)
+    assert against.timed == [comparison.case.name]
+
+    def wrong(case: Case, name: str, dtype: torch.dtype) -> Prepared:
+        prepared = peer.make(case, name, dtype)
+        results = prepared.outputs()
+        return dataclasses.replace(
+            prepared, outputs=lambda: {key: 1.01 * x for key, x in results.items()}
+        )
+
+    def failing(*_arguments: Any) -> Prepared:
+        raise RuntimeError("it does not compile")
+
+    monkeypatch.setattr(suite, "find", lambda *_: dataclasses.replace(peer, make=wrong))
+    with pytest.raises(WrongAnswer):
+        suite.compare(against, comparison, full=False)
+    monkeypatch.setattr(suite, "find", lambda *_: dataclasses.replace(peer, make=failing))
+    with pytest.raises(pytest.skip.Exception):
+        suite.compare(against, comparison, full=False)
+    assert "it does not compile" in against.skipped
+    assert len(against.timed) == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_every_module_can_be_imported(path: Path) -> None:
+    """Experiments, too, which no test runs."""
+    pytest.importorskip("shapiq")
+    pytest.importorskip("triton")
+    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 # Scripts

@@ -74,7 +74,7 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names.values())
 
     held = json.loads(written["json"].read_text())
-    assert held["schema"] == "flmoe_kernels.profile/1"
+    assert held["schema"] == "flmoe_kernels.profile/2"
     assert held["environment"]["torch"] == torch.__version__
     assert set(held["ceilings"]["flops"]) == {"float32"}
     ours, peer = held["profiles"]

@@ -99,7 +99,7 @@ torch.cuda.init = torch.cuda._lazy_init = torch.cuda.is_available = refuse
 import flmoe_kernels
 print(threads() - before, torch.cuda.is_initialized(), torch.equal(torch.get_rng_state(), seeds))
 print(settings == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()))
-parts = ("cli", "demo", "testing", "checkpoint", "explain")
+parts = ("cli", "core.error_budget", "explain", "profile")
 print(*[part for part in parts if f"flmoe_kernels.{part}" in sys.modules])
 """
     assert run(code).split() == ["0", "False", "True", "True"]

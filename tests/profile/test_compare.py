@@ -49,9 +49,9 @@ def test_repeated_runs_count_with_their_differences() -> None:
     assert moody.verdict(0.9) == "same"
 
 
-def written(path: Path, ratio: float) -> str:
+def written(path: Path, ratio: float, peer: str = "reference") -> str:
     spread = {"median": ratio, "low": 0.99 * ratio, "high": 1.01 * ratio}
-    facts = {"case": PAIR, "peer": "reference", "ratio": spread}
+    facts = {"case": PAIR, "peer": peer, "ratio": spread}
     path.write_text(json.dumps({"benchmarks": [{"extra_info": facts}, {"extra_info": {}}]}))
     return str(path)
 
@@ -67,6 +67,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "**SLOWER**" in lines[2]
     assert compare.main([*before, "--after", after, "--fail-below", "0.7"]) == 0
     assert compare.main([after, "--after", *before]) == 0
+    capsys.readouterr()
+    other = written(tmp_path / "other.json", 1.0, "torch")
+    assert compare.main([*before, "--after", before[0], other]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Only after: {PAIR} vs torch"
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_a_fresh_process_gets_the_options_but_no_paths_nor_benchmark_files() -> 
     arguments += ["--benchmark-columns=median", "--benchmark-only", "bench/test_a.py", "--full"]
     options = gate.carried_options(arguments, ["bench/", "bench/test_a.py"])
     assert options == ["--gate", "bench/floors.toml", "-q", "--full"]
+    assert gate.carried_options(["slow", "-k", "slow"], ["slow"]) == ["-k", "slow"]
 
 
 # The plugin
@@ -132,6 +133,27 @@ def test_a_slower_call_fails_after_a_second_process(pytester: pytest.Pytester) -
     result = run_suite(pytester, 0.0052, "--gate", "floors.toml")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["SLOWER: spin: expected 1.00x *; again in a fresh process 0.7*"])
+
+
+def test_a_floor_that_cannot_be_measured_fails(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        "def test_ours(benchmark_against):\n"
+        "    benchmark_against.skip('spin', 'plain', 'cpu', 'no kernel runs here')"
+    )
+    (pytester.path / "floors.toml").write_text(SPIN.format(ratio=1.0))
+    result = pytester.runpytest_subprocess(*PLUGIN, "--gate", "floors.toml")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["spin vs plain has a floor * measured: no kernel runs here"])
+    result.stdout.fnmatch_lines(["floors.toml: not measured in this run: spin vs plain"])
+    pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(skipped=1)
+
+
+def test_parallel_runs_are_refused(pytester: pytest.Pytester) -> None:
+    """Two tests at a time would time each other."""
+    (pytester.path / "floors.toml").write_text(SPIN.format(ratio=1.0))
+    result = pytester.runpytest_subprocess("-n", "2", "--gate", "floors.toml")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--gate: measures time, so run it without -n" in result.stderr.str()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from flmoe_kernels.profile.timing import (
     MOST_BLOCKS,
     UNDECIDED,
     Blocks,
+    Spread,
     clock_for,
     measure_blocks,
     median_interval,
@@ -284,12 +285,17 @@ def alone(seed: int, seconds: float = 1e-3) -> Blocks:
     )
 
 
+def overlap(a: Spread, b: Spread) -> bool:
+    """Whether the intervals overlap, as those of two equal runs do in about 99% of cases."""
+    return a.low <= b.high and b.low <= a.high
+
+
 def test_equal_runs_agree_and_slower_ones_do_not() -> None:
     runs = [alone(seed).of("ours") for seed in range(100)]
-    agreed = sum(a.agrees(b) for a, b in zip(runs[::2], runs[1::2], strict=True))
+    agreed = sum(map(overlap, runs[::2], runs[1::2]))
     assert agreed >= 48
     slower = [alone(1000 + seed, 1.1e-3).of("ours") for seed in range(50)]
-    assert sum(a.agrees(b) for a, b in zip(runs[:50], slower, strict=True)) <= 2
+    assert sum(map(overlap, runs[:50], slower)) <= 2
 
 
 def test_an_interval_over_rounds_alone_would_be_too_narrow() -> None:
@@ -298,5 +304,5 @@ def test_an_interval_over_rounds_alone_would_be_too_narrow() -> None:
     for seed in range(100):
         [block, *_] = alone(seed).seconds
         spreads.append(spread_of([[value] for value in block["ours"]]))
-    agreed = sum(a.agrees(b) for a, b in zip(spreads[::2], spreads[1::2], strict=True))
+    agreed = sum(map(overlap, spreads[::2], spreads[1::2]))
     assert agreed < 25

@@ -1,0 +1,135 @@
+"""A training step of the layer on its Triton kernels, on tensors without data: nothing in it waits for the GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flmoe_kernels import InteractionMoE
+from flmoe_kernels.core import backend as backends
+from tests.support.layers import LayerCase, named_outputs
+
+META = torch.device("meta")
+FL = LayerCase((7, 5), dim=16, layers=2, dropout=0.5, masks="partial")
+CASES = (
+    FL,
+    dataclasses.replace(FL, masks="none"),
+    dataclasses.replace(FL, masks="mixed", lengths=(4, 2, 3)),
+    LayerCase((4, 4), "i2moe", dim=16, layers=2, dropout=0.5),
+    *(
+        dataclasses.replace(FL, gate=gate, sparse=True)
+        for gate in ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate")
+    ),
+    LayerCase((4, 4), "i2moe", dim=16, dropout=0.5, gate="GShardGate", sparse=True),
+)
+COPIES = ("aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy")
+
+
+class OnDeviceOnly(TorchDispatchMode):
+    """An error where an operator copies between devices. What has to read data fails on META by itself."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        # A number is passed by value with the kernel that uses it.
+        there = {x.device.type for x in found if x.dim() or func._schema.name in COPIES}
+        if len(there) > 1:
+            raise AssertionError(f"{func} copies between {sorted(there)}")
+        return out
+
+
+def forward_pass(
+    case: LayerCase, layer: InteractionMoE, call: Any = None
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Outputs of a training call, of the layer or of `call` in its place, and its inputs; an inference too."""
+    shapes = [(case.batch, length, case.dim) for length in case.lengths]
+    x = [torch.empty(shape, device=META).requires_grad_() for shape in shapes]
+    masks: list[Tensor | None] | None = None
+    if case.masks != "none":
+        masks = [torch.ones(each.shape[:2], dtype=torch.bool, device=META) for each in x]
+    if masks is not None and case.masks == "mixed":
+        masks[0] = None
+    outputs = named_outputs(layer, (layer if call is None else call)(x, masks))
+    assert outputs["logits"].shape == (case.batch, case.classes)
+    assert outputs["logits"].device == META
+    layer.inference(x, masks)
+    return outputs, x
+
+
+def gradients_of(outputs: dict[str, Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    wanted = [out for name, out in outputs.items() if name != "latents" and out.requires_grad]
+    total = torch.stack([out.sum() for out in wanted]).sum()
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [grad for grad in found if grad is not None]
+
+
+def host_data(*_args: Any, **_kwargs: Any) -> None:
+    raise AssertionError("values of the host would be copied to the device")
+
+
+@pytest.fixture
+def no_host_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists that would become tensors: a device without data takes them without a copy that could be seen."""
+    for name in ("tensor", "as_tensor", "from_numpy", "asarray"):
+        monkeypatch.setattr(torch, name, host_data)
+
+
+@pytest.mark.usefixtures("no_host_data")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_training_step_reads_no_data_and_copies_none_from_the_host(
+    case: LayerCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, so that neither waits for a GPU and a CUDA graph can capture both."""
+    monkeypatch.setattr(backends, "choose", lambda *_args: backends.TRITON)
+    layer = InteractionMoE.adopt(case.reference().to(META))
+    with OnDeviceOnly():
+        outputs, x = forward_pass(case, layer)
+        found = gradients_of(outputs, [*x, *layer.parameters()])
+    assert all(grad.device == META for grad in found)
+
+
+def test_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators stand in it as they are; test_interaction_sparse.py has a sparse model compiled."""
+    monkeypatch.setattr(backends, "choose", lambda *_args: backends.TRITON)
+    torch.compiler.reset()
+    layer = InteractionMoE.adopt(FL.reference().to(META))
+    seen: set[str] = set()
+
+    def keep(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        seen.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, backend=keep)
+    forward_pass(FL, layer, compiled)
+    torch.compiler.reset()
+    wanted = [
+        "expert_attention_packed",
+        "interaction_losses",
+        "reweighting_features",
+        "mix_experts",
+    ]
+    for name in wanted:
+        assert any(name in target for target in seen), name
+
+
+@pytest.mark.usefixtures("no_host_data")
+def test_the_checks_see_copies_and_reads() -> None:
+    """The control of the test above."""
+    x = torch.ones(3, device=META)
+    with OnDeviceOnly():
+        for read in (lambda: x.sum().item(), lambda: bool((x > 0).all()), x.tolist, x.nonzero):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                read()
+        with pytest.raises(AssertionError, match="copies between"):
+            torch.ones(3).to(META)
+        with pytest.raises(AssertionError, match="values of the host"):
+            torch.tensor([1, 2], device=META)
+        assert (torch.where(x > 0, x, 0.0) + 1).device == META
