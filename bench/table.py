@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import rows
-from flmoe_kernels.core.files import write_marked
+from flmoe_kernels.core.files import write_whole
 from flmoe_kernels.profile.cases import BOTH
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "named.json"
-MARK = "<!-- begin: python -m bench.table -->"
+MARK, END_MARK = "<!-- begin: python -m bench.table -->", "<!-- end -->"
 HEADINGS = (
     "| operator, shape | | this package | of the bound | peak | "
     "peers: ratio (interval of the median), peak |\n|---|---|--:|--:|--:|---|\n"
@@ -90,7 +90,10 @@ def main(arguments: Sequence[str]) -> None:
     if arguments:
         rows.save(RESULTS, gather([Path(name) for name in arguments]))
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
-    write_marked(ROOT / "README.md", MARK, markdown(content))
+    page = ROOT / "README.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARK)
+    after = rest.partition(END_MARK)[2]
+    write_whole(page, f"{before}{MARK}\n{markdown(content)}{END_MARK}{after}")
 
 
 if __name__ == "__main__":

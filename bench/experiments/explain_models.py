@@ -45,7 +45,7 @@ def learn(task_name: str, layer_name: str, seed: int, samples: int) -> Learned:
         torch.manual_seed(seed)
         model: Any = PairClassifier(task.num_classes, settings)
         model.layer = InteractionMoE.adopt(model.layer)
-        layer = fit(model, task, pairs, encoded, settings).layer
+        layer = fit(model, pairs, encoded, settings).layer
     else:
         layer = train_layer(task, pairs, encoded, settings)
     inputs, masks = held_out.batch(encoded, slice(None))

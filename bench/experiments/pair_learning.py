@@ -6,7 +6,7 @@ Every seed draws the split, the pairs, the encoders and the initial weights anew
 pairs with the demo's settings, which are no equal budgets: the layer over token pairs sees 25 600 samples (400
 steps of 64), the reference layer 3 840 (160 steps of 24), so that their accuracies are not a comparison of layers.
 Accuracy is on held-out images. Shares are each layer's own measure: PairExplanation.expert_share for the layer
-over token pairs, Reliance.share in examples/digits/train.py for the reference.
+over token pairs, expert_shares for the reference.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from bench.experiments.command import Row, run
 from examples.digits.data import EXPERTS, TASKS, Task, encode, load
 from examples.digits.pipeline import draw_test_pairs, draw_train_pairs
 from examples.digits.settings import Settings
 from examples.digits.token_pairs import run_task
-from examples.digits.train import predict, reliance, train
+from examples.digits.train import Predictions, predict, train
 
 REFERENCE, TOKEN_PAIRS = "reference", "token pairs"
 RUNS = (
@@ -46,13 +48,24 @@ def one_seed(seed: int) -> list[dict[str, Any]]:
                 own = dataclasses.replace(settings, interaction_weight=weight)
                 predictions = predict(train(task, pairs, encoded, own), held_out, encoded)
                 accuracy = predictions.accuracy(held_out.labels)
-                share = reliance(predictions, held_out.labels).share
+                share = expert_shares(predictions)
             else:
                 own = dataclasses.replace(settings, pair_interaction_weight=weight)
                 found = run_task(task, pairs, held_out, encoded, digits, own)
                 accuracy, share = found.accuracy, found.share
             rows.append(_row(seed, task, layer, weight, accuracy, share))
     return rows
+
+
+def expert_shares(predictions: Predictions) -> tuple[float, ...]:
+    """Mean over samples of each expert's share in the sum of |weight * logits| over experts.
+
+    Logits are taken relative to their mean over classes, which a softmax ignores.
+    """
+    logits = predictions.expert_logits - predictions.expert_logits.mean(dim=2, keepdim=True)
+    sizes = (predictions.weights.unsqueeze(2) * logits).abs().sum(dim=2)
+    share = sizes / sizes.sum(dim=1, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
+    return tuple(share.mean(dim=0).tolist())
 
 
 def _row(

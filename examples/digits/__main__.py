@@ -17,7 +17,7 @@ from flmoe_kernels.core.files import write_whole
 
 from .settings import Settings
 
-EXTRAS = ("sklearn", "matplotlib", "tqdm")
+EXTRAS = ("sklearn", "matplotlib")
 
 
 def main(

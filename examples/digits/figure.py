@@ -26,7 +26,7 @@ def draw_results(results: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     panels = figure.subplots(2, 2)
     tasks, times = results["tasks"], results["seconds"]
-    _reliance(panels[0][0], tasks)
+    _shares(panels[0][0], results["token_pair_layer"])
 
     accuracy = {
         "reference": [task["accuracy_before"] for task in tasks.values()],
@@ -56,21 +56,21 @@ def draw_results(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _reliance(axes: Axes, tasks: Mapping[str, Any]) -> None:
-    shares = [list(task["experts"]["share"].values()) for task in tasks.values()]
+def _shares(axes: Axes, tasks: Mapping[str, Any]) -> None:
+    shares = [list(task["share"].values()) for task in tasks.values()]
     axes.imshow(shares, cmap="Greys", vmin=0.0, vmax=1.0, aspect="auto")
     axes.set_xticks(range(len(EXPERTS)), EXPERTS)
     axes.set_yticks(range(len(tasks)), list(tasks))
     for row, task in enumerate(tasks.values()):
         for column, share in enumerate(shares[row]):
-            star = "*" if EXPERTS[column] == task["most_relied_on"]["share"] else ""
+            star = "*" if EXPERTS[column] == task["most_relied_on"] else ""
             ink = "white" if share > 0.5 else "black"
             axes.text(column, row, f"{share:.0%}{star}", ha="center", va="center", color=ink)
         left = EXPERTS.index(task["expected_expert"]) - 0.46
         _rectangle(axes, left, row - 0.46, 0.92, 0.92, fill=False, lw=3, ec="black")
     axes.set_xlabel("expert")
     axes.set_ylabel("task")
-    axes.set_title("Share of each expert in the answer\nframe: by construction, *: largest")
+    axes.set_title("Token pairs: share of each expert\nframe: by construction, *: largest")
 
 
 def _bars(

@@ -14,7 +14,7 @@ from .measure import GROUPS
 
 
 def print_report(results: Mapping[str, Any], console: Console) -> None:
-    for make in (_accuracies, _experts, _token_pairs, _differences, _costs):
+    for make in (_accuracies, _token_pairs, _differences, _costs):
         console.print(make(results))
         console.print()
 
@@ -40,29 +40,6 @@ def _accuracies(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _experts(results: Mapping[str, Any]) -> Table:
-    table = _table(
-        "What each task relied on",
-        "Share: |the expert's weighted logits less their mean over the classes|, all classes together, in "
-        "percent of all experts'; below it the mean weight and the change of accuracy without the expert.\n"
-        "[ ] the expert that the labels should need, * the one relied on most by that measure.",
-        *("task", *EXPERTS, "as expected"),
-    )
-    for name, task in results["tasks"].items():
-        experts, after = task["experts"], task["accuracy_after"]
-        rows = {
-            "share": [f"{value:.0%}" for value in experts["share"].values()],
-            "weight": [f"{value:.2f}" for value in experts["weight"].values()],
-            "without": [f"{100 * (v - after):+.0f} pt" for v in experts["without"].values()],
-        }
-        titles = (name, "  weight", "  without it")
-        for title, (measure, cells) in zip(titles, rows.items(), strict=True):
-            most, expected = task["most_relied_on"][measure], task["expected_expert"]
-            _add_shares(table, [title], cells, most, expected)
-        table.add_section()
-    return table
-
-
 def _add_shares(table: Table, start: list[str], cells: list[str], most: str, expected: str) -> None:
     """A row whose cells, in the order of EXPERTS, mark two experts, and whether the two are one."""
     marked = []
@@ -80,7 +57,7 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
     table = _table(
         "The layer over token pairs, whose explanations are exact",
         "Share: |the expert's part of the true class's logit less its mean over the classes|, in percent of all "
-        "experts'; marks as above.\n"
+        "experts'. [ ] the expert that the labels should need, * the largest share.\n"
         "In the task redundant either image alone tells the label: the two uniqueness experts can carry it as "
         "well as redundancy, and no loss forbids it.\n"
         "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up to "

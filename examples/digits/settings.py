@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and lengths of one run.
+    """Sizes and lengths of one run. The defaults are those of the experiments in bench/experiments.
 
     With a smaller weight of the interaction losses every expert learns every task, and which one is
     relied on says less; with a larger one the parity is learned less well.
@@ -37,26 +37,20 @@ class Settings:
     pair_learning_rate: float = 3e-3
     pair_interaction_weight: float = 0.3
 
-    @property
-    def samples_seen(self) -> dict[str, int]:
-        """What each layer is trained on, steps x batch, with repetitions."""
-        return {
-            "reference": self.steps * self.batch_size,
-            "token pairs": self.pair_steps * self.pair_batch_size,
-        }
-
     @classmethod
     def choose(cls, seed: int, quick: bool) -> Settings:
-        """The full run, or one that passes through every stage and learns next to nothing."""
+        """The demo's run, shorter than the defaults, or one that passes through every stage and learns nothing."""
+        demo = cls(
+            seed=seed, num_layers=1, batch_size=16, steps=140, encoder_steps=150, pair_steps=250
+        )
         if not quick:
-            return cls(seed=seed)
-        return cls(
-            seed=seed,
-            batch_size=16,
+            return demo
+        return replace(
+            demo,
             steps=6,
             train_pairs=256,
             test_pairs=128,
-            encoder_steps=40,
+            encoder_steps=20,
             timed_steps=3,
             timed_inferences=3,
             pair_steps=6,

@@ -45,8 +45,6 @@ def train_layer(
     task: Task, pairs: Pairs, encoded: Encoded, settings: Settings
 ) -> PairInteractionMoE:
     """Train a new layer on cross entropy plus the weighted sum of the interaction losses."""
-    from tqdm import tqdm
-
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     layer = make_layer(task, settings)
@@ -56,7 +54,7 @@ def train_layer(
         optimizer, rate, total_steps=count, pct_start=WARM_UP
     )
     weight = settings.pair_interaction_weight
-    for _ in tqdm(range(count), f"pairs {task.name:9}", unit="step", disable=None):
+    for _ in range(count):
         rows = torch.randint(len(pairs), (settings.pair_batch_size,), generator=generator)
         out = layer(*pairs.batch(encoded, rows), interaction_losses=weight > 0)
         loss = F.cross_entropy(out.logits, pairs.labels[rows])

@@ -1,4 +1,4 @@
-"""Training the published layer on one task, and which experts the trained model relies on."""
+"""Training the published layer on one task, and its predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flmoe_kernels import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 
-from .data import EXPERTS, Batch, Encoded, Pairs, Task
+from .data import Batch, Encoded, Pairs, Task
 from .settings import Settings
 
 EVALUATION_BATCH = 250
@@ -76,28 +76,24 @@ def training_step(
 def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> PairClassifier:
     """Train a new published layer on a task."""
     torch.manual_seed(settings.seed)
-    return fit(PairClassifier(task.num_classes, settings), task, pairs, encoded, settings)
+    return fit(PairClassifier(task.num_classes, settings), pairs, encoded, settings)
 
 
 def fit(
-    model: PairClassifier, task: Task, pairs: Pairs, encoded: Encoded, settings: Settings
+    model: PairClassifier, pairs: Pairs, encoded: Encoded, settings: Settings
 ) -> PairClassifier:
-    """Train a model with either layer; a terminal shows a progress bar."""
-    from tqdm import tqdm
-
+    """Train a model with either layer."""
     model.train()
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = make_optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=WARM_UP
     )
-    steps = tqdm(range(settings.steps), desc=f"train {task.name:9}", unit="step", disable=None)
-    for _ in steps:
+    for _ in range(settings.steps):
         rows = torch.randint(len(pairs), (settings.batch_size,), generator=generator)
         batch = (*pairs.batch(encoded, rows), pairs.labels[rows])
-        loss = training_step(model, optimizer, batch, settings.interaction_weight)
+        training_step(model, optimizer, batch, settings.interaction_weight)
         schedule.step()
-        steps.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     return model.eval()
 
 
@@ -110,7 +106,7 @@ class Predictions:
     expert_logits: Tensor
 
     def accuracy(self, labels: Tensor) -> float:
-        return _accuracy(self.logits, labels)
+        return (self.logits.argmax(dim=1) == labels).double().mean().item()
 
 
 @torch.no_grad()
@@ -124,46 +120,3 @@ def predict(model: PairClassifier, pairs: Pairs, encoded: Encoded) -> Prediction
         weights.append(weight)
         expert_logits.append(torch.stack(list(experts), dim=1))
     return Predictions(torch.cat(logits), torch.cat(weights), torch.cat(expert_logits))
-
-
-@dataclass(frozen=True)
-class Reliance:
-    """How much a model relies on each expert, in the order of EXPERTS.
-
-    Attributes:
-        weight: mean weight of the mixture.
-        share: mean share of an expert in the sum over experts of |weight * logits|, logits taken
-            relative to their mean over classes, which a softmax ignores.
-        without: accuracy when the expert's term is removed from the mixture.
-    """
-
-    weight: tuple[float, ...]
-    share: tuple[float, ...]
-    without: tuple[float, ...]
-
-    @property
-    def most(self) -> dict[str, str]:
-        """The expert relied on most by share, by weight, and by the accuracy lost without it."""
-        return {
-            "share": EXPERTS[self.share.index(max(self.share))],
-            "weight": EXPERTS[self.weight.index(max(self.weight))],
-            "without": EXPERTS[self.without.index(min(self.without))],
-        }
-
-
-def reliance(predictions: Predictions, labels: Tensor) -> Reliance:
-    """Which experts the predictions rest on."""
-    logits, weights = predictions.expert_logits, predictions.weights
-    terms = weights.unsqueeze(2) * (logits - logits.mean(dim=2, keepdim=True))
-    sizes = terms.abs().sum(dim=2)
-    share = sizes / sizes.sum(dim=1, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
-    mixture = terms.sum(dim=1)
-    return Reliance(
-        weight=tuple(weights.mean(dim=0).tolist()),
-        share=tuple(share.mean(dim=0).tolist()),
-        without=tuple(_accuracy(mixture - terms[:, e], labels) for e in range(len(EXPERTS))),
-    )
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(dim=1) == labels).double().mean().item()

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-END_MARK = "<!-- end -->"
 Content = bytes | str | Callable[[Path], object]
 
 
@@ -15,8 +14,8 @@ def write_whole(target: Path, content: Content, *, make_folder: bool = False) ->
     """Write a file so that readers see the old content or the new one, never a part of it.
 
     A temporary file beside the target takes its place at the end. Whatever stops the write, Ctrl-C included,
-    leaves the target as it was and no temporary file. The file's permissions follow the umask. A link, pipe or
-    device such as /dev/stdout is written to directly and stays what it is.
+    leaves the target as it was and no temporary file. The file's permissions follow the umask. A link keeps
+    pointing to the file, which is replaced. A pipe or device, /dev/stdout for example, is written to directly.
 
     Args:
         target: the file.
@@ -32,8 +31,9 @@ def write_whole(target: Path, content: Content, *, make_folder: bool = False) ->
     if not is_replaced(target):
         _write(target, content)
         return
+    target = target.resolve()
     # Not the process number: two containers may share a folder and the number.
-    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex}.tmp{target.suffix}")
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp{target.suffix}")
     try:
         _write(temporary, content)
         with temporary.open("rb") as written:
@@ -53,8 +53,10 @@ def _write(path: Path, content: Content) -> None:
 
 
 def is_replaced(target: Path) -> bool:
-    """Whether `write_whole` replaces the target: it is a regular file or does not exist."""
-    return not target.is_symlink() and (target.is_file() or not target.exists())
+    """Whether `write_whole` replaces the target: a regular file or nothing, and no name of an open file."""
+    folder = target.parent.resolve()
+    opened = folder == Path("/dev") or folder.parts[1:2] == ("proc",)  # /dev/stdout, /dev/fd/1
+    return not opened and (target.is_file() or not target.exists())
 
 
 def is_writable(target: Path) -> bool:
@@ -63,33 +65,5 @@ def is_writable(target: Path) -> bool:
         return False
     if not is_replaced(target):
         return os.access(target, os.W_OK)
-    return target.parent.is_dir() and os.access(target.parent, os.W_OK)
-
-
-def write_marked(path: Path, mark: str, text: str) -> None:
-    """Write text between the lines `mark` and END_MARK of a file, or a new file of these lines and the text.
-
-    Raises:
-        OSError: the file cannot be written.
-        ValueError: the file lacks one of the lines.
-    """
-    before, after = require_marks(path, mark)
-    write_whole(path, f"{before}{mark}\n{text}{END_MARK}{after}")
-
-
-def require_marks(path: Path, mark: str) -> tuple[str, str]:
-    """The text before the line `mark` of a file and after its END_MARK; for a new file "" and a newline.
-
-    Raises:
-        OSError: the file cannot be written.
-        ValueError: the file lacks one of the lines.
-    """
-    if not is_writable(path):
-        raise OSError(f"{path}: cannot be written")
-    if not path.exists():
-        return "", "\n"
-    before, begin, rest = path.read_text(encoding="utf-8").partition(mark)
-    _, end, after = rest.partition(END_MARK)
-    if not (begin and end):
-        raise ValueError(f"{path}: has no lines {mark} and {END_MARK} to write between")
-    return before, after
+    folder = target.resolve().parent
+    return folder.is_dir() and os.access(folder, os.W_OK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -10,26 +9,31 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
+class _Scope(Generic[Value]):
+    """The value of one block; equal only to itself."""
+
+    def __init__(self, value: Value) -> None:
+        self.value = value
+
+
 class ScopedSetting(Generic[Value]):
     """A value that holds for every thread; the override entered last wins."""
 
     def __init__(self, default: Value) -> None:
         self.default = default
-        # Replaced, never changed, so that reading it needs no lock.
-        self._scopes: list[list[Value]] = []
-        self._lock = threading.Lock()
+        # append and remove are atomic. A lock could not be traced by torch.compile.
+        self._scopes: list[_Scope[Value]] = []
 
     def get(self) -> Value:
-        return self._scopes[-1][0] if self._scopes else self.default
+        scopes = self._scopes[-1:]
+        return scopes[0].value if scopes else self.default
 
     @contextmanager
     def override(self, value: Value) -> Iterator[None]:
-        scope = [value]
-        with self._lock:
-            self._scopes = [*self._scopes, scope]
+        scope = _Scope(value)
+        self._scopes.append(scope)
         try:
             yield
         finally:
             # This block's own scope, not the last one: blocks of two threads need not be nested.
-            with self._lock:
-                self._scopes = [other for other in self._scopes if other is not scope]
+            self._scopes.remove(scope)

@@ -74,7 +74,8 @@ def check_parameters(
     found: dict[str, Tensor] = {**parameters, **dict(layer.named_buffers(remove_duplicate=False))}
     if unknown := sorted(found.keys() - expected.keys()):
         raise UnsupportedLayer(f"{unknown[0]}: an unexpected parameter or buffer")
-    if missing := sorted(expected.keys() - parameters.keys() - set(optional)):
+    # An optional name may be absent, but not a buffer.
+    if missing := sorted(expected.keys() - parameters.keys() - (set(optional) - found.keys())):
         raise UnsupportedLayer(f"{missing[0]}: not a parameter of the layer")
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != expected[name]:

@@ -44,7 +44,7 @@ class UserLayer:
         batch: samples.
         tokens: of each modality; None for what learned positions fix.
         valid: of each modality's tokens, how many are not padding; None for all.
-        num_heads, temperature, gate, top_k: see `checkpoint.load_layer`.
+        num_heads, temperature, gate, top_k: see `published.convert.load_layer`.
         dtype: name to convert the layer to; None to leave it as it is saved.
         device: "cpu", "cuda" or "cuda:N".
     """
@@ -64,7 +64,7 @@ class UserLayer:
         """The published layer with the checkpoint's parameters.
 
         Raises:
-            CheckpointError: see `checkpoint.load_layer`.
+            CheckpointError: see `published.convert.load_layer`.
         """
         layer = load_layer(
             self.path, self.num_heads, self.temperature, gate=self.gate, top_k=self.top_k

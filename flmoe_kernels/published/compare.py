@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.benchmark import Timer
 
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec, build_like
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
@@ -104,7 +105,7 @@ def _compare_layers(
         return Comparison(errors, None)
     layers: tuple[Any, Any] = (original, fast)
     calls = [partial(_call, each.inference, cases[0]) for each in layers]
-    return Comparison(errors, _times_faster(*calls))
+    return Comparison(errors, _times_faster(calls[0], calls[1], cases[0].inputs[0].device))
 
 
 def _compare_mlps(
@@ -120,7 +121,8 @@ def _compare_mlps(
     own = _mlp_outputs(original, x, "its own forward")
     found = _mlp_outputs(fast, x, "the fast module")
     error = within_budget("outputs", found, own, expected, parameter.dtype)
-    return Comparison({"outputs": error}, _times_faster(partial(original, x), partial(fast, x)))
+    ratio = _times_faster(partial(original, x), partial(fast, x), x.device)
+    return Comparison({"outputs": error}, ratio)
 
 
 def _lift_capacity(module: nn.Module) -> None:
@@ -237,11 +239,17 @@ def _mlp_outputs(module: Any, x: Tensor, whose: str) -> Outputs:
     return Outputs({"outputs": [result.double()]}, [], [])
 
 
-def _times_faster(original: Callable[[], Any], fast: Callable[[], Any]) -> float:
-    """How many times faster one call is than the other, by means of a few calls; indicative."""
-    threads = torch.get_num_threads()
-    means = [
-        Timer("call()", globals={"call": call}, num_threads=threads).timeit(TIMED_CALLS).mean
-        for call in (original, fast)
-    ]
-    return means[0] / means[1]
+def _times_faster(
+    original: Callable[[], Any], fast: Callable[[], Any], device: torch.device
+) -> float:
+    """How many times faster one call is than the other, by medians of a few alternating calls; indicative."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(TIMED_CALLS + 1):
+        for call, spent in zip((original, fast), seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:  # the first call is a warm-up
+                spent.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]) / statistics.median(seconds[1])

@@ -104,7 +104,7 @@ def _infer_sparse(
     routers = _count(file, MLP + r"all_gates\.(\d+)\..*") or 1
     experts = _count(file, MLP + r"experts\.(\d+)\..*")
     if not experts:
-        experts = _size(file, MLP + r"experts\.htoh4\.weight", 0)
+        experts = _size(file, MLP + r"experts\.htoh4\.weight", 0, dims=3)
     try:
         spec = default_sparse(experts, dim, routers, name, top_k)
     except (TypeError, ValueError) as error:
@@ -143,8 +143,9 @@ def _count(file: CheckpointFile, pattern: str) -> int:
     return count
 
 
-def _size(file: CheckpointFile, pattern: str, axis: int) -> int:
+def _size(file: CheckpointFile, pattern: str, axis: int, dims: int | None = None) -> int:
     for key, value in file.state_dict.items():
-        if re.fullmatch(pattern, key) and value.dim() > axis and value.shape[axis] > 0:
+        fits = value.dim() > axis if dims is None else value.dim() == dims
+        if re.fullmatch(pattern, key) and fits and value.shape[axis] > 0:
             return int(value.shape[axis])
     raise CheckpointError(file.path, f"no usable tensor at any key {pattern}".replace("\\", ""))

@@ -150,7 +150,7 @@ class Conversion:
             settings += f", top {sparse.top_k} of a {sparse.gate}"
         return (
             f"Read {self.source}: {in_words(self.architecture)}.\n"
-            f"Assumed, as parameters do not show it: {settings}.\nWrote {self.out}."
+            f"Settings, which parameters may not show: {settings}.\nWrote {self.out}."
         )
 
 

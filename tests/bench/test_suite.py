@@ -17,7 +17,6 @@ import torch
 
 from bench import rows, suite, table
 from bench.peers import find, peers
-from flmoe_kernels.core.files import END_MARK
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
 from flmoe_kernels.profile.check import WrongAnswer, agree
 from flmoe_kernels.profile.floors import load_floors
@@ -110,7 +109,7 @@ def test_floors_are_of_comparisons_that_run() -> None:
 
 
 def test_the_readme_has_the_table_of_the_results() -> None:
-    page = (ROOT / "README.md").read_text().partition(table.MARK)[2].partition(END_MARK)[0]
+    page = (ROOT / "README.md").read_text().partition(table.MARK)[2].partition(table.END_MARK)[0]
     assert page.strip() == table.markdown(json.loads(table.RESULTS.read_text())).strip()
 
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from flmoe_kernels import InteractionMoE, expert_attention, pair_map, pair_moe, top_pairs
+from flmoe_kernels import (
+    InteractionMoE,
+    expert_attention,
+    pair_map,
+    pair_moe,
+    top_pairs,
+    use_backend,
+)
 from tests.support.inputs import (
     cumulative,
     draw,
@@ -218,3 +225,14 @@ def test_export_of_inference(masked: bool) -> None:
     parts = [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
     targets = {str(node.target) for part in parts for node in part.graph.nodes}
     assert "flmoe.expert_attention_packed.default" in targets
+
+
+def test_a_backend_chosen_inside() -> None:
+    def chosen(x: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return pair_moe(x, x, x, x, kinds=("unique_a", "synergy")).y
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    x = torch.randn(2, 2, 5, 8)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), chosen(x))

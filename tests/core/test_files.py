@@ -64,12 +64,24 @@ def test_two_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in tmp_path.iterdir()] == ["found"]
 
 
-def test_what_is_no_plain_file_is_written_to_and_stays(tmp_path: Path) -> None:
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
     real, link = tmp_path / "real.json", tmp_path / "link.json"
     link.symlink_to(real)
+    files.write_whole(link, "old")
+
+    def half(path: Path) -> None:
+        path.write_text("ha")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        files.write_whole(link, half)
+    assert real.read_text() == "old"
     files.write_whole(link, "new")
     assert link.is_symlink()
     assert real.read_text() == "new"
+
+
+def test_a_device_is_written_to_directly(tmp_path: Path) -> None:
     device = Path(os.devnull)
     assert files.is_writable(device)
     assert not files.is_replaced(device)
@@ -90,20 +102,3 @@ def test_what_is_no_plain_file_is_written_to_and_stays(tmp_path: Path) -> None:
 )
 def test_a_failure_in_one_line(error: Exception, words: str) -> None:
     assert words_of(error) == words
-
-
-def test_marked_text_is_written_between_its_marks(tmp_path: Path) -> None:
-    mark, path = "<!-- begin: this -->", tmp_path / "page.md"
-    path.write_text(f"before\n{mark}\nold\n{files.END_MARK}\nafter\n")
-    files.write_marked(path, mark, "new\n")
-    assert path.read_text() == f"before\n{mark}\nnew\n{files.END_MARK}\nafter\n"
-    path.write_text("no marks\n")
-    with pytest.raises(ValueError, match="to write between"):
-        files.write_marked(path, mark, "new\n")
-    assert path.read_text() == "no marks\n"
-    new = tmp_path / "new.md"
-    for text in ("all of it\n", "all of it again\n"):
-        files.write_marked(new, mark, text)
-        assert new.read_text() == f"{mark}\n{text}{files.END_MARK}\n"
-    with pytest.raises(OSError, match="cannot be written"):
-        files.require_marks(tmp_path / "nowhere" / "page.md", mark)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 from examples.digits import __main__ as command
 from examples.digits import pipeline
@@ -41,7 +40,7 @@ from examples.digits.measure import GROUPS, compare, interleaved
 from examples.digits.report import print_report
 from examples.digits.settings import Settings
 from examples.digits.token_pairs import evaluate, explain_first, make_layer, run_task, train_layer
-from examples.digits.train import PairClassifier, Predictions, predict, reliance, train
+from examples.digits.train import PairClassifier, predict, train
 
 TINY = Settings(
     width=16,
@@ -214,22 +213,6 @@ def test_interleaved_alternates_and_warms_up() -> None:
     assert times["speed_up"] == times["reference"] / times["fast"]
 
 
-def test_reliance_names_the_expert_that_the_answer_rests_on() -> None:
-    labels = torch.arange(10).repeat(5)
-    expert_logits = 0.1 * torch.randn(50, 4, 10, generator=torch.Generator().manual_seed(0))
-    expert_logits[:, 2] += 8.0 * torch.nn.functional.one_hot(labels, 10)
-    # A constant over classes does not change a softmax: it must not look like reliance.
-    expert_logits[:, 0] += 1000.0
-    weights = torch.tensor([0.4, 0.2, 0.2, 0.2]).expand(50, 4)
-    logits = (weights.unsqueeze(2) * expert_logits).sum(dim=1)
-    relied = reliance(Predictions(logits, weights, expert_logits), labels)
-    assert relied.most == {"share": "synergy", "weight": "unique_a", "without": "synergy"}
-    assert relied.share[2] > 0.8
-    assert sum(relied.share) == pytest.approx(1.0)
-    assert relied.weight == pytest.approx((0.4, 0.2, 0.2, 0.2))
-    assert relied.without[2] < 0.5 < relied.without[0]
-
-
 def test_experts_over_token_pairs_are_those_of_the_reference_layer() -> None:
     assert tuple(make_layer(TASKS[0], TINY).experts) == ("unique_0", "unique_1", *EXPERTS[2:])
 
@@ -274,9 +257,10 @@ def test_quick_run(quick_run: tuple[str, Path], results: dict[str, Any]) -> None
     for task in results["tasks"].values():
         assert task["accuracy_before"] == task["accuracy_after"]
         assert task["changed_predictions"] == 0
-        assert sum(task["experts"]["share"].values()) == pytest.approx(1.0, abs=1e-5)
         # The two layers are not one and the same code: something rounds differently.
         assert task["differences"]["gradients"]["largest"] > 0
+    for layer in results["token_pair_layer"].values():
+        assert sum(layer["share"].values()) == pytest.approx(1.0, abs=1e-5)
     for peak in results["peak_memory_of_training"].values():
         assert peak > 2**20
     for word in ("synergy", "gradients", "peak memory"):
@@ -284,9 +268,9 @@ def test_quick_run(quick_run: tuple[str, Path], results: dict[str, Any]) -> None
 
 
 def test_report_marks_the_expected_expert_and_the_one_relied_on(results: dict[str, Any]) -> None:
-    for task in results["tasks"].values():
-        task["experts"]["share"] = dict(zip(EXPERTS, (0.1, 0.1, 0.7, 0.1), strict=True))
-        task["most_relied_on"]["share"] = "synergy"
+    for layer in results["token_pair_layer"].values():
+        layer["share"] = dict(zip(EXPERTS, (0.1, 0.1, 0.7, 0.1), strict=True))
+        layer["most_relied_on"] = "synergy"
     console = Console(file=io.StringIO(), width=100)
     print_report(results, console)
     assert isinstance(console.file, io.StringIO)
@@ -295,7 +279,7 @@ def test_report_marks_the_expected_expert_and_the_one_relied_on(results: dict[st
         [line] = [line for line in lines if task.name in line and "70%" in line]
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         assert cells[-1] == verdict
-        assert cells[3] == ("*[70%]" if verdict == "yes" else "*70%")
+        assert cells[4] == ("*[70%]" if verdict == "yes" else "*70%")
 
 
 def test_figures_show_the_values(results: dict[str, Any]) -> None:

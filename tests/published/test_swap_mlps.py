@@ -202,3 +202,15 @@ def test_no_layer_runs_fastmoes_own_code_on_given_inputs(monkeypatch: pytest.Mon
     assert [(e.name, e.inputs) for e in report.swapped_mlps] == [("network.0.mlp", "random")]
     assert [entry.name for entry in report.left] == ["network.1.mlp"]
     assert "CUDA device only" in report.left[0].reason
+
+
+def test_a_gate_bias_that_is_a_buffer_is_left() -> None:
+    """It is no parameter, and may be absent: a swapped module would have none."""
+    model = Fusion("NaiveGate")
+    linear: Any = model.network[0].get_submodule("mlp.gate.gate")
+    bias = linear.bias.detach().clone()
+    del linear.bias
+    linear.register_buffer("bias", bias)
+    report = swap(model, check=False)
+    assert [left.name for left in report.left] == ["network.0.mlp"]
+    assert "gate.bias: not a parameter" in report.left[0].reason

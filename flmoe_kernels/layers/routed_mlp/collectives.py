@@ -54,7 +54,7 @@ def limit_over_ranks(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """api.limit for a capacity that the tokens of all ranks share: as one process that holds them in rank order.
+    """routing.limit for a capacity that all ranks share: as one process that holds their tokens in rank order.
 
     Args:
         index: (N, K) int64 or int32, experts from 0 to experts - 1, or -1 for a choice already dropped.
@@ -68,7 +68,7 @@ def limit_over_ranks(
         (N, K) int64, -1 where dropped. E integers per rank travel; nothing waits.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as api.limit.
+        TypeError, ValueError, BackendUnavailable: as routing.limit.
     """
     ranks = ranks_of(group)
     check.require_count("capacity", capacity, 0)

@@ -50,9 +50,9 @@ _SUM_BLOCK = 1024
 class Tiles:
     """Tile of results, the chunk of what is summed over, slices that a tile is finished in, warps, stages.
 
-    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
-    with Triton 3.7.1, whose numbers the static test holds this table to. registers: the most that a thread may
-    have, by architecture.
+    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled,
+    with Triton 3.7.1; tests/bench/test_aot.py checks them. registers: the most that a thread may have, by
+    architecture.
     """
 
     rows: int
@@ -73,8 +73,8 @@ class Tiles:
 # a block has the SM to itself, which the compiler must be told for the product, or it takes 128 and spills.
 # "ragged" is for widths that are no whole tiles, whose masks and addresses take registers: half as deep they do
 # not spill, and a block has the SM to itself. float32 multiplies three times, with operands split in registers: a
-# quarter of the tile for four warps. None of what the static test compiles spills. Which tiles are fastest has not
-# been measured.
+# quarter of the tile for four warps. None of the cases of tests/bench/test_aot.py spills. Which tiles are fastest
+# has not been measured.
 TABLE = {
     ("product", "16 bit"): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320), {80: 168, 90: 128}),
     ("weight_gradient", "16 bit"): Tiles(128, 128, 64, 1, 8, 3, (65536, 100352, 100384), {90: 128}),

@@ -40,7 +40,7 @@ class Tiles:
     """Elements of a tile, the most columns that it has (0: whole rows), warps.
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
-    with Triton 3.7.1, whose numbers the static test holds this table to.
+    with Triton 3.7.1, whose numbers tests/bench/test_aot.py holds this table to.
     """
 
     elements: int

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.dropout import DRAWS, keep_scale, keep_threshold
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
+from flmoe_kernels.core.triton.tables import chunk_of
 
 from .kernels import attend_kernel, key_gradient_kernel, query_gradient_kernel
 from .table import AttentionCall, Tiles
@@ -44,17 +45,12 @@ def operand(x: Tensor) -> Operand:
     return x, x.stride(0), x.stride(1), x.stride(2)
 
 
-def chunk_of(width: int, tiles: Tiles) -> int:
-    """The columns that a program holds of a width; a matrix product takes no less than 16."""
-    return min(tiles.widest, max(16, 1 << (width - 1).bit_length()))
-
-
 def _launch(
     kernel: Any, tiles: Tiles, call: AttentionCall, block: int, rest: dict[str, Any]
 ) -> Launch:
     """A launch with a program for each slot of `block` rows and each chunk, head and group."""
     groups, rows, heads, width = call.q.shape
-    chunk = chunk_of(width, tiles)
+    chunk = chunk_of(width, tiles.widest)
     slots = rows // block + call.problems + 2
     dropping = call.seed is not None
     arguments = {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.operands import contiguous
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
 from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
@@ -26,10 +27,6 @@ _MAX_STRIDE = 2**24
 
 def readable(call: PairCall) -> PairCall:
     """The call with copies of those inputs that kernels cannot read where they are."""
-
-    def contiguous(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.contiguous()
-
     return replace(
         call,
         q=_rows_contiguous(call.q),
