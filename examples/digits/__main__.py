@@ -29,7 +29,7 @@ def main(
 ) -> None:
     """Train the published layer on real digits, swap it, compare both, and write the results.
 
-    Writes demo.json, demo.png, demo_pairs.png and a checkpoint of each task. Exit code 1: the layers differ
+    Writes demo.json, demo_pairs.png and a checkpoint of each task. Exit code 1: the layers differ
     by more than rounding; 2: the example cannot run.
     """
     with needs_extra("demo"):
@@ -44,7 +44,7 @@ def main(
     except OSError as error:
         fail(str(error))
 
-    from .figure import draw_pairs, draw_results
+    from .figure import draw_pairs
     from .pipeline import run
     from .report import print_report
 
@@ -52,9 +52,8 @@ def main(
     results = run(Settings.choose(seed, quick), out, console)
     print_report(results, console)
     write_whole(out / "demo.json", json.dumps(results, indent=2) + "\n")
-    for name, draw in (("demo.png", draw_results), ("demo_pairs.png", draw_pairs)):
-        write_whole(out / name, partial(draw(results).savefig, dpi=120))
-    print(f"{results['total_seconds']:.0f} s; results, figures and checkpoints are in {out}")
+    write_whole(out / "demo_pairs.png", partial(draw_pairs(results).savefig, dpi=120))
+    print(f"{results['total_seconds']:.0f} s; results, the figure and checkpoints are in {out}")
     if not results["same_but_for_rounding"]:
         typer.echo("error: the two layers differ by more than rounding; see the table", err=True)
         raise typer.Exit(1)

@@ -1,89 +1,15 @@
-"""The results as two pictures that read in black and white."""
+"""Explanations of one pair of each task as a picture that reads in black and white."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .data import EXPERTS, GRID, NUM_TOKENS
+from .data import GRID, NUM_TOKENS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-BARS: dict[str, dict[str, Any]] = {
-    "reference": {"color": "0.85", "edgecolor": "black", "hatch": "///"},
-    "fast": {"color": "0.35", "edgecolor": "black"},
-}
-BAR = 0.38
-
-
-def draw_results(results: Mapping[str, Any]) -> Figure:
-    """Shares of the experts, accuracies, times and memory of both layers."""
-    # Figure itself, not pyplot: no window system is looked for and no global state changes.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    panels = figure.subplots(2, 2)
-    tasks, times = results["tasks"], results["seconds"]
-    _shares(panels[0][0], results["token_pair_layer"])
-
-    accuracy = {
-        "reference": [task["accuracy_before"] for task in tasks.values()],
-        "fast": [task["accuracy_after"] for task in tasks.values()],
-    }
-    _bars(panels[0][1], accuracy, list(tasks), "{:.1%}", "test accuracy")
-    for place, task in enumerate(tasks.values()):
-        label = "chance" if place == 0 else ""
-        panels[0][1].hlines(
-            task["chance"], place - 0.45, place + 0.45, "black", "dotted", label=label
-        )
-    panels[0][1].set_title("Accuracy before and after the swap")
-
-    milliseconds = {layer: [t[layer] * 1e3 for t in times.values()] for layer in BARS}
-    names = [f"{name}\n{t['speed_up']:.1f}x" for name, t in times.items()]
-    _bars(panels[1][0], milliseconds, names, "{:.1f}", "milliseconds")
-    panels[1][0].set_title(f"Time, batch {results['settings']['batch_size']} (median)")
-
-    peaks = {
-        layer: [(peak or 0) / 2**20] for layer, peak in results["peak_memory_of_training"].items()
-    }
-    _bars(panels[1][1], peaks, ["training"], "{:.1f}", "MiB")
-    panels[1][1].set_xlim(-1.0, 1.0)
-    panels[1][1].set_title("Peak memory of training")
-    for panel in (panels[0][1], *panels[1]):
-        panel.legend(loc="upper right", ncols=3)
-    return figure
-
-
-def _shares(axes: Axes, tasks: Mapping[str, Any]) -> None:
-    shares = [list(task["share"].values()) for task in tasks.values()]
-    axes.imshow(shares, cmap="Greys", vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_xticks(range(len(EXPERTS)), EXPERTS)
-    axes.set_yticks(range(len(tasks)), list(tasks))
-    for row, task in enumerate(tasks.values()):
-        for column, share in enumerate(shares[row]):
-            star = "*" if EXPERTS[column] == task["most_relied_on"] else ""
-            ink = "white" if share > 0.5 else "black"
-            axes.text(column, row, f"{share:.0%}{star}", ha="center", va="center", color=ink)
-        left = EXPERTS.index(task["expected_expert"]) - 0.46
-        _rectangle(axes, left, row - 0.46, 0.92, 0.92, fill=False, lw=3, ec="black")
-    axes.set_xlabel("expert")
-    axes.set_ylabel("task")
-    axes.set_title("Token pairs: share of each expert\nframe: by construction, *: largest")
-
-
-def _bars(
-    axes: Axes, values: Mapping[str, list[float]], names: list[str], form: str, unit: str
-) -> None:
-    """Bars of both layers side by side, their values above them."""
-    for shift, (layer, heights) in zip((-BAR / 2, BAR / 2), values.items(), strict=True):
-        places = [place + shift for place in range(len(heights))]
-        bars = axes.bar(places, heights, BAR, label=layer, **BARS[layer])
-        axes.bar_label(bars, [form.format(height) for height in heights], padding=2, fontsize=8)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(0.0, 1.25 * max(height for heights in values.values() for height in heights))
-    axes.set_ylabel(unit)
 
 
 def draw_pairs(results: Mapping[str, Any]) -> Figure:

@@ -19,14 +19,13 @@ pytest.importorskip("matplotlib")
 
 from flmoe_kernels.cli.profile import profile
 from flmoe_kernels.profile import ceilings, lengths
-from flmoe_kernels.profile import output as profile_output
 from flmoe_kernels.profile import request as profile_request
 from flmoe_kernels.profile import run as profile_run
 from flmoe_kernels.profile.cases import cases
 from flmoe_kernels.profile.check import WrongAnswer
 from flmoe_kernels.profile.costs import cost
 from flmoe_kernels.profile.lengths import scan
-from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape, at_length
+from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape
 
 app = typer.Typer()
 app.command()(profile)
@@ -276,14 +275,6 @@ def test_lengths_are_measured_for_ours_and_the_peers(tmp_path: Path) -> None:
     assert "reference" in result.stdout
 
 
-def test_shapes_at_other_lengths() -> None:
-    pairs = at_length(PAIRS, 100)
-    assert (pairs.rows, pairs.columns, pairs.name) == (100, 100, "small_pairs@100")
-    layer = at_length(LayerShape("l", 2, (320, 196), (160, None), 16, 2, 1, 3), 64)
-    assert (layer.tokens, layer.valid) == ((64, 64), (32, None))
-    assert at_length(SHAPES["small_rows"], 7).tokens == 7
-
-
 def test_what_outgrows_memory_or_fails_is_left_out_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -311,20 +302,6 @@ def test_what_outgrows_memory_or_fails_is_left_out_with_the_reason(
     assert found[16, "cpu"].peak_bytes == 160
     with pytest.raises(ValueError, match="lengths: expected numbers from 1"):
         scan(case, ["cpu"], [0, 4], 0.02)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.9996e-3, "1 ms"),
-        (0.9994e-3, "999 us"),
-        (1.5, "1.5 s"),
-        (1234.5, "1234 s"),
-        (2e-6, "2 us"),
-    ],
-)
-def test_times_have_three_digits_and_a_unit(seconds: float, text: str) -> None:
-    assert profile_output._time(seconds) == text
 
 
 def test_the_page_names_options_that_there_are() -> None:

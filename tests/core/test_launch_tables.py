@@ -13,12 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.tables import KNOWN, Table, architecture_of, known
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from flmoe_kernels.core.triton.launches import assume_multiprocessors, multiprocessors
 from flmoe_kernels.ops.expert_attention.triton import choice as attention_choice
 from flmoe_kernels.ops.expert_attention.triton import launch as attention
 from flmoe_kernels.ops.expert_attention.triton.table import TABLE as ATTENTION
@@ -31,7 +29,6 @@ from flmoe_kernels.ops.pair_moe.triton.table import TABLE as PAIR
 from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton import choice as routed_choice
 from flmoe_kernels.ops.routed_mlp.triton import launch as routed
-from flmoe_kernels.ops.routed_mlp.triton.table import LARGE, ODD
 from flmoe_kernels.ops.routed_mlp.triton.table import TABLE as ROUTED
 
 TABLES = {"pair_moe": PAIR, "expert_attention": ATTENTION, "routed_mlp": ROUTED}
@@ -208,62 +205,3 @@ def test_a_buffer_cut_by_other_tiles_is_refused() -> None:
         routed.hidden_gradient_launch(
             ROUTED["hidden_gradient", False], mlp, mlp.x, rows, rows, rows, dots
         )
-
-
-def test_calls_with_other_tables_or_products_have_other_keys(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    keys: list[tuning.TuningKey] = []
-
-    def choose(key: tuning.TuningKey, candidates: Any, *_: object) -> Any:
-        keys.append(key)
-        return candidates[0]
-
-    monkeypatch.setattr(tuning, "choose", choose)
-    monkeypatch.setattr(pair_choice, "architecture_of", lambda _device: 90)
-    # 100 blocks are few and 104 are not, in one bucket of sizes.
-    few, many = pairs(4, 1600, 512), pairs(4, 1664, 512)
-    for call, reduce in ((few, "none"), (many, "none"), (many, "experts"), (many, "pool")):
-        tiles = pair_choice.fastest("accumulate", call, reduce)
-        assert tiles == pair_choice.tiles_of("accumulate", call, 90, reduce)
-    assert len(set(keys)) == 3
-    assert keys[1] == keys[3], "sums over rows and the backward are cut alike"
-    keys.clear()
-    for precision in ("tf32x3", "tf32"):
-        monkeypatch.setattr(pair_choice, "matrix_precision", lambda _dtype, it=precision: it)
-        pair_choice.fastest("accumulate", few)
-    assert keys[0] != keys[1]
-
-
-def test_wide_layers_have_a_program_on_each_multiprocessor() -> None:
-    for width, hidden, architecture, expected in (
-        (2048, 1024, 90, (256, 4, {})),
-        (2048, 1024, None, (128, 8, {90: 128})),
-        (512, 2048, 90, (128, 8, {90: 128})),
-        (1000, 1024, 90, (128, 8, {})),
-    ):
-        call = layer(width, hidden)
-        out = meta(1024, hidden)
-        tiles = routed_choice.tiles_of("hidden", call, architecture)
-        with assume_multiprocessors(4):
-            launch = routed.hidden_launch(tiles, call, out, out)
-        found = (launch.constants["COLUMNS"], launch.programs, dict(launch.registers))
-        assert found == expected, (width, hidden, architecture)
-    assert {key[-1] for key in ROUTED.replaced[90]} == {LARGE, ODD}
-    assert {key[-1] for key in ROUTED.replaced[80]} == {ODD}
-    for width, hidden, columns in ((63, 70, 64), (64, 71, 64), (2049, 1024, 64), (64, 70, 128)):
-        assert routed_choice.tiles_of("hidden", layer(width, hidden), 90).columns == columns
-
-
-def test_launches_follow_the_number_of_multiprocessors() -> None:
-    """Two programs per multiprocessor; a power-of-two number of weight gradient splits fills it."""
-    call = layer(256, 512, tokens=16512)
-    rows, device = meta(33024, 512), torch.device("meta")
-    before = multiprocessors(device)
-    for count, splits in ((108, 4), (132, 8), (148, 8)):
-        with assume_multiprocessors(count):
-            assert multiprocessors(device) == count
-            launch = routed.hidden_launch(ROUTED["hidden", False], call, rows, rows)
-            assert launch.programs == 2 * count
-            assert routed.splits_of(ROUTED["weight_gradient", False], call) == splits
-    assert multiprocessors(device) == before

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,15 +52,6 @@ def test_the_fastest_candidate_is_chosen_and_saved(folder: Path) -> None:
 def test_a_hardly_faster_candidate_is_not_worth_it() -> None:
     assert choose(Clock(SECONDS | {BETTER: 1.99e-5})) == TABLE
     assert cache.read(KEY) == dataclasses.replace(RESULT, tiles=RESULT.table, seconds=2e-5)
-
-
-def test_the_median_of_rounds_counts() -> None:
-    class Jumpy(Clock):
-        def __call__(self, trial: tuning.Trial[Any]) -> float:
-            first = trial.tiles not in self.timed
-            return super().__call__(trial) * (100 if first and trial.tiles == BETTER else 1)
-
-    assert choose(Jumpy(SECONDS)) == BETTER
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan"), float("inf"), "out of shared memory"])
@@ -138,25 +127,6 @@ def test_results_agree_up_to_roundings_of_sums() -> None:
     assert not agree([], [x])
 
 
-def test_results_are_compared_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_CHUNK", 7)
-    y = torch.ones(5, 4)
-    assert agree([y.clone()], [y])
-    for place in (0, 6, 7, 19):
-        for value in (2.0, float("nan"), float("-inf")):
-            x = y.clone()
-            x.view(-1)[place] = value
-            assert not agree([x], [y])
-            assert not agree([y], [x])
-            assert agree([x], [x.clone()])
-    # A large element allows errors of small ones, in other chunks too.
-    y[-1, -1] = 1e6
-    assert agree([y + 1.0], [y])
-    infinite = torch.full((3,), float("inf"))
-    assert agree([infinite], [infinite.clone()])
-    assert not agree([-infinite], [infinite])
-
-
 def test_a_capture_uses_the_table_or_a_saved_result(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -171,40 +141,6 @@ def test_a_capture_uses_the_table_or_a_saved_result(
     monkeypatch.setattr(timing, "capturing", lambda _device: True)
     cache.write(RESULT)
     assert choose(refuse) == BETTER
-
-
-def test_a_cpu_is_not_captured() -> None:
-    assert not timing.capturing(CPU)
-
-
-def test_the_devices_time_is_the_median_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With events that count milliseconds: a run takes one, the third and the fourth take 50."""
-    now, runs = [0.0], [0]
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = now[0]
-
-        def synchronize(self) -> None:
-            assert self.at == now[0], "the last one is waited for"
-
-        def elapsed_time(self, end: Event) -> float:
-            return end.at - self.at
-
-    def run() -> None:
-        runs[0] += 1
-        now[0] += 50.0 if runs[0] in (3, 4) else 1.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
-    monkeypatch.setattr(timing, "_FLUSHED_BYTES", 16)
-    timing.release()
-    assert timing.device_seconds(tuning.Trial(TABLE, CPU, run, [])) == pytest.approx(1e-3)
-    assert runs[0] == timing._RUNS
-    timing.release()
 
 
 def test_without_a_timer_the_table_runs() -> None:
@@ -243,12 +179,6 @@ def test_blocks_of_two_threads_need_not_be_nested() -> None:
         assert tuning.enabled()
     assert not tuning.enabled()
     assert tuner.given_timer() is None
-
-
-def test_a_timer_is_not_taken_for_the_switch() -> None:
-    with pytest.raises(TypeError, match="enabled: expected True or False, got <function"):
-        tuning.autotune(refuse).__enter__()  # type: ignore[arg-type]
-    assert not tuning.enabled()
 
 
 def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -271,26 +270,6 @@ def test_another_request_in_the_same_folder_is_refused(
 def one_line(errors: str) -> str:
     [line] = [x for x in errors.splitlines() if x.startswith("error: ")]
     return line
-
-
-@pytest.mark.parametrize("victim", ["faithfulness.png", "explanation.json", "index.html"])
-def test_interrupt_while_writing_leaves_no_part_of_a_file(
-    victim: str, made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replace = os.replace
-
-    def stopped(source: Path, target: Path) -> None:
-        if target.name == victim:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    drawn = {f"{x}.png": pictures.Picture(b"png", "alt", "caption") for x in FIGURES}
-    monkeypatch.setattr(command, "draw", lambda found: drawn)
-    monkeypatch.setattr(os, "replace", stopped)
-    assert command.main(request(made, tmp_path)) == command.INTERRUPTED
-    names = {path.name for path in tmp_path.iterdir()}
-    assert not {victim, "index.html"} & names
-    assert names <= {path.name for path in made[2].iterdir()}
 
 
 def test_layers_that_differ_are_exit_code_1(

@@ -222,34 +222,6 @@ def line_colour(line: FancyArrowPatch) -> Any:
     return tuple(line.get_edgecolor())
 
 
-def test_network_of_the_strongest_alone_and_of_three_modalities() -> None:
-    axes = pair_network(pair_values(), 1).axes[0]
-    assert len(axes.patches) == 1
-    assert sorted(texts(axes)) == ["1", "1"]
-    tokens = np.array([[0, 4], [1, 2], [2, 0]])
-    three = pair_values(
-        tokens=tokens,
-        lengths=(5, 3, 1),
-        pairs=np.array([[0, 1], [1, 2]]),
-        values=np.array([1.0, -2.0]),
-        standard_errors=np.zeros(2),
-    )
-    axes = pair_network(three).axes[0]
-    assert sorted(texts(axes)) == ["0", "2", "4"]
-    assert labels(axes, "x") == ["modality 0", "modality 1", "modality 2"]
-    # A line past a column bends and is interrupted around its tokens; one that ends there is not.
-    past = three.__class__(**{**vars(three), "pairs": np.array([[0, 2], [1, 2]])})
-    axes = pair_network(past).axes[0]
-    ends, passes = sorted(axes.patches, key=lambda line: -line.get_zorder())
-    gaps = [x for x in axes.get_lines() if x.get_color() == "white"]
-    assert [gap.get_xdata() for gap in gaps] == [[1.0]]
-    assert all(passes.get_zorder() < gap.get_zorder() < ends.get_zorder() for gap in gaps)
-    assert passes.get_connectionstyle().rad != 0 == ends.get_connectionstyle().rad
-    # No pairs at all is a picture without lines, not an error.
-    none = pair_values(pairs=np.zeros((0, 2), int), values=np.zeros(0), standard_errors=np.zeros(0))
-    assert not pair_network(none).axes[0].patches
-
-
 @pytest.mark.parametrize("metric", ["prob", "logit"])
 def test_curves_are_the_summaries(metric: str) -> None:
     drops = masking_drops()
@@ -277,22 +249,6 @@ def test_curves_are_the_summaries(metric: str) -> None:
         assert labels(axes, "x") == ["5", "10", "25"]
     unit = "logit" if metric == "logit" else "probability"
     assert figure.axes[0].get_ylabel() == f"drop of the target's {unit}"
-
-
-def test_curves_of_one_sample_without_random_draws() -> None:
-    drops = masking_drops(repeats=0, samples=1, unit="tokens")
-    axes = drop_curve(drops).axes[0]
-    names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert len(names) == 1
-    assert names[0].startswith("identified")
-    assert not axes.containers[0].has_yerr
-    assert axes.get_xlabel() == "budget (tokens)"
-    with pytest.raises(ValueError, match="metric: expected one of prob, logit"):
-        drop_curve(drops, "log_prob")
-    # One repeat has no spread to show.
-    axes = drop_curve(masking_drops(repeats=1)).axes[0]
-    names = [text.get_text().split(",")[0] for text in axes.get_legend().get_texts()]
-    assert sorted(names) == ["identified", "random"]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 50])

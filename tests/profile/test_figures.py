@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import numpy as np
@@ -58,31 +57,6 @@ def test_roofline_has_ceilings_and_points_on_logarithmic_axes() -> None:
         [marker] = [line for label, line in lines.items() if label.startswith(point.label)]
         assert marker.get_xdata() == [8.0]
         assert marker.get_ydata() == [point.flop / point.seconds]
-
-
-def test_roofline_tells_contestants_apart_in_black_and_white() -> None:
-    axes = roofline_figure([OURS, PEER, LOW], ROOF).axes[0]
-    lines = drawn(axes)
-    points = [lines[label] for label in lines if not label.startswith(("float", "bfloat"))]
-    assert len({line.get_marker() for line in points}) == 3
-    assert [line.get_markerfacecolor() for line in points] == ["black", "white", "black"]
-    ceilings = [lines[label] for label in lines if label.startswith(("float", "bfloat"))]
-    assert len({line.get_linestyle() for line in ceilings}) == 2
-    assert {line.get_color() for line in (*points, *ceilings)} == {"black"}
-    assert legend_of(axes) == [
-        "float32: matmul 100 GFLOP/s, copy 20 GB/s",
-        "bfloat16: matmul 400 GFLOP/s, copy 20 GB/s",
-        "pair_moe/x, cpu: 8 GFLOP/s",
-        "pair_moe/x, reference: 2 GFLOP/s",
-        r"cost \$5: 10 MFLOP/s",
-    ]
-
-
-def test_bars_are_the_interval_of_the_median() -> None:
-    axes = roofline_figure([OURS], ROOF).axes[0]
-    [segments] = axes.containers[0][2]
-    [[(_, low), (_, high)]] = segments.get_segments()
-    assert (low, high) == pytest.approx((8e9 / 1.25, 8e9 / 0.9))
 
 
 @pytest.mark.parametrize(
@@ -142,23 +116,6 @@ def test_lengths_are_two_logarithmic_panels() -> None:
     [segments] = time.containers[0][2]
     low, high = segments.get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((0.9e-6 * 128**1.5, 1.2e-6 * 128**1.5))
-
-
-def test_lengths_tell_contestants_apart_in_black_and_white() -> None:
-    lines = list(drawn(length_figure(length_points()).axes[0]).values())
-    assert len({line.get_marker() for line in lines}) == 2
-    assert len({line.get_linestyle() for line in lines}) == 2
-    assert {line.get_markerfacecolor() for line in lines} == {"black", "white"}
-    assert all(re.fullmatch(r"black|0\.\d+", str(line.get_color())) for line in lines)
-
-
-def test_lengths_without_memory_or_measurements() -> None:
-    points = [dataclasses.replace(p, peak_bytes=None) for p in length_points()]
-    time, memory = length_figure(points).axes
-    assert len(time.containers) == 2
-    assert not memory.get_lines()
-    with pytest.raises(ValueError, match="points: expected one that was measured"):
-        length_figure([p for p in points if p.why_not])
 
 
 @pytest.mark.parametrize(

@@ -155,13 +155,6 @@ def test_a_second_update_replaces_the_first(tmp_path: Path) -> None:
     assert path.read_text() == once
 
 
-def test_the_first_machine_of_a_file_is_appended(tmp_path: Path) -> None:
-    path = written(tmp_path, GOOD.split("[machine")[0])
-    update_file(path, HERE, {f"{CASE} vs reference": 2.0})
-    assert path.read_text().startswith(GOOD.split("[machine")[0])
-    assert len(load_floors(path).machines) == 1
-
-
 def test_a_gpu_is_recognised_by_its_name() -> None:
     machine = Machine.of(Here("AMD EPYC", "avx512", "NVIDIA H200", "2.13.0"), {})
     assert (machine.name, machine.cpu, machine.isa) == ("nvidia-h200", "", "")

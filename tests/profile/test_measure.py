@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,46 +205,3 @@ def test_a_processor_whose_name_has_no_number_is_told_by_family_and_model(
     file.write_text("".join(cores))
     monkeypatch.setattr(facts_of, "_CPUINFO", file)
     assert facts_of.cpu_model() == told
-
-
-def test_the_commit_of_files_without_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts_of, "_output", lambda *command: "")
-    monkeypatch.setenv(facts_of.COMMIT_VARIABLE, "abc123")
-    assert facts_of.commit() == "abc123"
-    monkeypatch.delenv(facts_of.COMMIT_VARIABLE)
-    assert facts_of.commit() == "unknown"
-
-
-def test_the_commit_of_somebody_else_s_checkout_is_not_ours(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Installed into an environment that lies in a checkout of another project, and run from there."""
-    git = ("git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-C", str(tmp_path))
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
-    inside = tmp_path / "env" / "site-packages"
-    monkeypatch.setattr(facts_of, "__file__", str(inside / "flmoe_kernels" / "profiling" / "x.py"))
-    inside.mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(facts_of.COMMIT_VARIABLE, "abc123")
-    assert facts_of.commit() == "abc123"
-    (tmp_path / "flmoe_kernels").mkdir()
-    (tmp_path / "flmoe_kernels" / "_version.py").touch()
-    assert len(facts_of.commit().removesuffix("-dirty")) == 12
-
-
-@pytest.mark.parametrize(("told", "rate"), [("1980 MHz", 1.98e9), ("[N/A]", 0.0), ("", 0.0)])
-def test_a_gpu_is_asked_about_by_what_names_it_alone(
-    told: str, rate: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def output(*command: str) -> str:
-        asked.append(command[1])
-        return told if command[1] == "--id=GPU-12ab" else ""
-
-    properties = SimpleNamespace(uuid="12ab", multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(facts_of, "_output", output)
-    assert ceilings.exponential_rate("cuda:1") == 132 * 16 * rate
-    assert asked == ["--id=GPU-12ab"] + ["--id=1"] * (not told)

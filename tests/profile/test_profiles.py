@@ -57,14 +57,6 @@ def test_share_of_the_limit_and_which_one_binds() -> None:
     assert found["share_of_limit"] == pytest.approx(1e6 / 1e9 / profile_.spread.median)
 
 
-def test_second_subject_has_a_ratio_to_the_first() -> None:
-    ours, peer = profile(quiet(), 1e-3, 3e-3)
-    assert ours.ratio is None
-    assert peer.ratio is not None
-    assert peer.ratio.median == pytest.approx(3.0, rel=0.05)
-    assert peer.ratio.low <= peer.ratio.median <= peer.ratio.high
-
-
 def test_contestants_of_one_name_are_an_error() -> None:
     subject = Subject(
         *("fake", "same", "ours", "1", torch.float32, "cpu", Cost(1, 1)), lambda: lambda: None, None

@@ -17,15 +17,10 @@ from flmoe_kernels.profile.gate import falls_short, judge
 from flmoe_kernels.profile.timing import (
     CONFIDENCE,
     LEAST_BLOCKS,
-    MOST_BLOCKS,
-    UNDECIDED,
-    Blocks,
-    Spread,
     clock_for,
     measure_blocks,
     median_interval,
     processor_seconds,
-    spread_of,
     wall_seconds,
 )
 from tests.support.bench_machines import NoisyMachine
@@ -81,14 +76,6 @@ def test_interval_holds_the_true_ratio() -> None:
     assert 89 <= held < 100
 
 
-def test_rounds_go_on_until_the_interval_is_narrow() -> None:
-    quiet = NoisyMachine(0, noise=0.001, burst=0, placement=0.0).measure(FLOOR, OURS, PEER)
-    noisy = NoisyMachine(0, noise=0.2, burst=0.3, placement=0.05).measure(FLOOR, OURS, PEER)
-    assert quiet.ratio.blocks == LEAST_BLOCKS
-    assert quiet.ratio.rounds == 30
-    assert LEAST_BLOCKS < noisy.ratio.blocks <= MOST_BLOCKS
-
-
 def test_time_is_kept_to() -> None:
     """Slow calls get the least number of blocks, of one round."""
     machine = NoisyMachine(0)
@@ -99,51 +86,6 @@ def test_time_is_kept_to() -> None:
     machine = NoisyMachine(0, noise=0.3)
     machine.measure(FLOOR, 0.04, 0.1)
     assert FLOOR.seconds <= machine.now < 2 * FLOOR.seconds
-
-
-def test_an_open_question_gets_more_time() -> None:
-    """A bound in the middle of the interval is never decided: three times as long, and no longer."""
-    machine = NoisyMachine(0, noise=0.3)
-    machine.measure(FLOOR, 0.04, 0.1, bound=EXPECTED)
-    assert UNDECIDED * FLOOR.seconds <= machine.now < (UNDECIDED + 1) * FLOOR.seconds
-    # One that lies far away costs nothing.
-    machine = NoisyMachine(0, noise=0.3)
-    machine.measure(FLOOR, 0.04, 0.1, bound=0.5 * EXPECTED)
-    assert machine.now < 2 * FLOOR.seconds
-
-
-def test_short_calls_are_timed_several_at_a_time() -> None:
-    machine = NoisyMachine(0, noise=0.0, burst=0, placement=0, drift=0)
-    found = machine.measure(FLOOR, 1e-5, 3e-5)
-    assert found.ours.median == pytest.approx(1e-5)
-    assert found.ratio.median == pytest.approx(3.0)
-    assert machine.calls > 200 * found.ratio.rounds
-
-
-def test_every_call_goes_first_in_turn() -> None:
-    order: list[str] = []
-    machine = NoisyMachine(0)
-
-    def named(name: str) -> object:
-        run = machine.call(0.01)
-
-        def call() -> None:
-            order.append(name)
-            run()
-
-        return call
-
-    measure_blocks(
-        lambda: {name: named(name) for name in "abc"},  # type: ignore[misc]
-        ("fake", machine.clock),
-        rounds=1,
-        precision=1.0,
-        seconds=100.0,
-        now=lambda: machine.now,
-    )
-    # Two rounds that settle things, then the first block: one call of each untimed, and rounds.
-    block = "".join(order)[6 : 6 + 3 + 15]
-    assert block == "abc" + "abcbcacababcbca"
 
 
 def test_inputs_are_fresh_for_every_block_unless_they_are_dear() -> None:
@@ -165,29 +107,6 @@ def test_inputs_are_fresh_for_every_block_unless_they_are_dear() -> None:
             now=lambda m=machine: m.now,
         )
         assert len(made) == times
-
-
-def test_no_garbage_is_collected_within_rounds() -> None:
-    machine, states = NoisyMachine(0), []
-    run = machine.call(0.01)
-
-    def watched() -> None:
-        states.append(gc.isenabled())
-        run()
-
-    assert gc.isenabled()
-    measure_blocks(
-        lambda: {"one": watched},
-        ("fake", machine.clock),
-        rounds=1,
-        precision=1.0,
-        seconds=100.0,
-        now=lambda: machine.now,
-    )
-    assert gc.isenabled()
-    # The two that settle things, before any block; preparing is free to collect as well.
-    assert states[:2] == [True, True]
-    assert not any(states[2:])
 
 
 def test_processor_seconds_do_not_count_waiting() -> None:
@@ -225,16 +144,6 @@ def test_events_are_recorded_on_the_timed_device(monkeypatch: pytest.MonkeyPatch
     assert (name, clock(lambda: None)) == ("device", 1.0)
 
 
-def test_a_block_counts_once() -> None:
-    """A block's median is one observation, however many rounds it has."""
-    blocks = Blocks("fake", [{"ours": [1.0] * 99, "peer": [2.0] * 99}])
-    blocks.seconds.extend({"ours": [1.0], "peer": [value]} for value in (3.0, 3.1))
-    found = blocks.pair("ours", "peer")
-    assert (found.ratio.median, found.ratio.low, found.ratio.high) == (3.0, 2.0, 3.1)
-    assert (found.ratio.blocks, found.ratio.rounds) == (3, 101)
-    assert blocks.width() == pytest.approx(1 / 3)
-
-
 @pytest.mark.parametrize(
     ("count", "low", "high", "confidence"),
     [
@@ -270,39 +179,3 @@ def test_interval_holds_the_median_as_often_as_promised(count: int) -> None:
     # Three standard errors of the count, on both sides: an interval that is too wide is as wrong.
     room = 3 * (confidence * (1 - confidence) / trials) ** 0.5
     assert abs(held / trials - confidence) < room
-
-
-def alone(seed: int, seconds: float = 1e-3) -> Blocks:
-    """Blocks of one call on a machine whose placement of buffers matters more than the noise of a call."""
-    machine = NoisyMachine(seed, noise=0.01, placement=0.05, burst=0.0, drift=0.0)
-    return measure_blocks(
-        lambda: {"ours": machine.call(seconds)},
-        ("fake", machine.clock),
-        rounds=1,
-        precision=0.0,
-        seconds=1.0,
-        now=lambda: machine.now,
-    )
-
-
-def overlap(a: Spread, b: Spread) -> bool:
-    """Whether the intervals overlap, as those of two equal runs do in about 99% of cases."""
-    return a.low <= b.high and b.low <= a.high
-
-
-def test_equal_runs_agree_and_slower_ones_do_not() -> None:
-    runs = [alone(seed).of("ours") for seed in range(100)]
-    agreed = sum(map(overlap, runs[::2], runs[1::2]))
-    assert agreed >= 48
-    slower = [alone(1000 + seed, 1.1e-3).of("ours") for seed in range(50)]
-    assert sum(map(overlap, runs[:50], slower)) <= 2
-
-
-def test_an_interval_over_rounds_alone_would_be_too_narrow() -> None:
-    """The control: the same rounds without fresh inputs for each block agree far too seldom."""
-    spreads = []
-    for seed in range(100):
-        [block, *_] = alone(seed).seconds
-        spreads.append(spread_of([[value] for value in block["ours"]]))
-    agreed = sum(map(overlap, spreads[::2], spreads[1::2]))
-    assert agreed < 25

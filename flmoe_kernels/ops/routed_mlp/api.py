@@ -50,7 +50,7 @@ def routed_mlp(
         out (N, D). Differentiable by x, weight, weights and biases.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as routing.gate; ValueError for an index out of range on the CPU. On
+        TypeError, ValueError, BackendUnavailable: as routing.gate; ValueError: an index out of range on the CPU. On
             a GPU, where the check would wait, such a row counts as dropped.
 
     Cost: 4 D F FLOP per kept row forward and 8 D F backward; memory O(N K (D + F)).

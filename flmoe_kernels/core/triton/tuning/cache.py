@@ -23,7 +23,7 @@ FOLDER_VARIABLE = "FLMOE_CACHE_DIR"
 FORMAT = 1
 _NAME = re.compile(r"[0-9a-f]{32}\.json")
 # What a killed writer leaves, see core/files.py.
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.\w+\.tmp\.json")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}(\.\w+)?\.tmp\.json")
 # A file has about one KiB; a larger one is something else and is not read.
 _MOST_BYTES = 2**16
 # Limits on what a file may hold: fields and values of a configuration, characters of a word, seconds.
