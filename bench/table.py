@@ -1,7 +1,7 @@
-"""The README's table of speed: python -m bench.table [RUN.json ...]
+"""Tables of speed in README.md and docs/benchmarks.md: python -m bench.table [NAME RUN.json ...]
 
-Keeps the comparisons of `pytest bench/ --full --benchmark-json=RUN.json` in bench/results/named.json and writes
-the table between its marks in README.md. Without files it writes the table of bench/results/named.json again.
+Keeps the comparisons of `pytest bench/ --full --benchmark-json=RUN.json` in bench/results/NAME.json, where NAME is
+one of PROCESSORS. Then writes the tables of all these files between their marks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,33 @@ from typing import Any
 
 from bench import rows
 from flmoe_kernels.core.files import write_whole
-from flmoe_kernels.profile.cases import BOTH
+from flmoe_kernels.profile.cases import BOTH, FORWARD
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results" / "named.json"
+RESULTS = ROOT / "bench" / "results"
+# The slower one, relative to the peers, first.
+PROCESSORS = ("cascade_lake", "zen5")
+PAGES = {"short": ROOT / "README.md", "long": ROOT / "docs" / "benchmarks.md"}
 MARK, END_MARK = "<!-- begin: python -m bench.table -->", "<!-- end -->"
+LAYER = ("mmimdb", "enrico", "mimic")
+# Rows of the short table: what, and the cases of a cell.
+SHORT = {
+    "`InteractionMoE`, training step: mmimdb / enrico / mimic": [
+        f"interaction_moe/{shape}/{BOTH}/float32" for shape in LAYER
+    ],
+    "`InteractionMoE`, inference: mmimdb / enrico / mimic": [
+        f"interaction_moe/{shape}/{FORWARD}/float32" for shape in LAYER
+    ],
+    "`routed_mlp`, forward and backward: 4 / 16 experts": [
+        f"routed_mlp/routed_small_e{count}/{BOTH}/float32/bias" for count in (4, 16)
+    ],
+    "`pair_moe`, forward and backward: no reduction / pooled": [
+        f"pair_moe/pair_base/{BOTH}/float32/{reduce}" for reduce in ("none", "pool")
+    ],
+    "`expert_attention` with dropout, forward and backward": [
+        f"expert_attention/mmimdb/{BOTH}/float32/dropout"
+    ],
+}
 HEADINGS = (
     "| operator, shape | | this package | of the bound | peak | "
     "peers: ratio (interval of the median), peak |\n|---|---|--:|--:|--:|---|\n"
@@ -44,7 +66,34 @@ KEPT = (
 )
 
 
-def markdown(content: Mapping[str, Any]) -> str:
+def load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def short_table(contents: Sequence[Mapping[str, Any]]) -> str:
+    """The ratio to the fastest peer of each case, a column for each processor."""
+    heads = [_where(content["environment"]) for content in contents]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for what, cases in SHORT.items():
+        cells = []
+        for content in contents:
+            ratios = [
+                min(row["ratio"]["median"] for row in content["comparisons"] if row["case"] == case)
+                for case in cases
+            ]
+            cells.append(" / ".join(f"{ratio:.2f}x" for ratio in ratios))
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _where(facts: Mapping[str, Any]) -> str:
+    commit = facts["commit"] if " " in facts["commit"] else f"commit {facts['commit']}"
+    cpu = facts["cpu"].replace("(family 26, model 2)", "(Zen 5)")
+    return f"{cpu}, {commit}"
+
+
+def long_table(content: Mapping[str, Any]) -> str:
     facts = content["environment"]
     where = facts["device"]
     if where == facts["cpu"]:
@@ -65,11 +114,12 @@ def _line(case: str, found: Sequence[Mapping[str, Any]]) -> str:
         f"{row['ratio']['high']:.2f}){_peak(row, row['peer'], ', ')}"
         for row in found
     ]
+    share = first["share_of_roofline"]
     cells = [
         ", ".join([operator, shape, *variant]),
         "training step" if phase == BOTH else phase,
         f"{_digits(1e3 * first['seconds']['median'])} ms",
-        f"{first['share_of_roofline']:.0%}",
+        "" if share is None else f"{share:.0%}",
         _peak(first, first["ours"]),
         "; ".join(peers),
     ]
@@ -86,14 +136,22 @@ def _peak(row: Mapping[str, Any], name: str, before: str = "") -> str:
     return "" if peak is None else f"{before}{peak / 2**20:.0f} MiB"
 
 
+def tables() -> dict[str, str]:
+    """The tables of both pages from the results."""
+    contents = [load(name) for name in PROCESSORS]
+    timed = [content for content in contents if "seconds" in content["comparisons"][0]]
+    return {"short": short_table(contents), "long": "\n".join(map(long_table, timed))}
+
+
 def main(arguments: Sequence[str]) -> None:
     if arguments:
-        rows.save(RESULTS, gather([Path(name) for name in arguments]))
-    content = json.loads(RESULTS.read_text(encoding="utf-8"))
-    page = ROOT / "README.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARK)
-    after = rest.partition(END_MARK)[2]
-    write_whole(page, f"{before}{MARK}\n{markdown(content)}{END_MARK}{after}")
+        name, *runs = arguments
+        rows.save(RESULTS / f"{name}.json", gather([Path(run) for run in runs]))
+    for key, text in tables().items():
+        page = PAGES[key]
+        before, _, rest = page.read_text(encoding="utf-8").partition(MARK)
+        after = rest.partition(END_MARK)[2]
+        write_whole(page, f"{before}{MARK}\n{text}{END_MARK}{after}")
 
 
 if __name__ == "__main__":

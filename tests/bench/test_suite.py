@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from bench import rows, suite, table
+from bench import suite, table
 from bench.peers import find, peers
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
 from flmoe_kernels.profile.check import WrongAnswer, agree
@@ -108,13 +108,8 @@ def test_floors_are_of_comparisons_that_run() -> None:
     assert sum(floor.seconds for floor in floors.floors if floor.threads == 1) <= 120
 
 
-def test_the_readme_has_the_table_of_the_results() -> None:
-    page = (ROOT / "README.md").read_text().partition(table.MARK)[2].partition(table.END_MARK)[0]
-    assert page.strip() == table.markdown(json.loads(table.RESULTS.read_text())).strip()
-
-
 def test_a_run_becomes_a_table(tmp_path: Path) -> None:
-    content = json.loads(table.RESULTS.read_text())
+    content = table.load("zen5")
     run = tmp_path / "run.json"
     run.write_text(
         json.dumps(
@@ -128,16 +123,6 @@ def test_a_run_becomes_a_table(tmp_path: Path) -> None:
         )
     )
     assert table.gather([run]) == content
-
-
-def test_a_result_is_valid_json_or_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "new folder" / "result.json"
-    content = {"a": 1.0, "rows": [{"b": 1}, {"b": 2}]}
-    rows.save(path, content)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        rows.save(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == content
-    assert path.read_text().splitlines()[3:5] == ['{"b": 1},', '{"b": 2}']
 
 
 class Against:
@@ -192,35 +177,6 @@ def test_every_module_can_be_imported(path: Path) -> None:
 
 
 # Scripts
-
-
-def workflow_steps() -> list[dict[str, Any]]:
-    yaml = pytest.importorskip("yaml")
-    content = yaml.safe_load((ROOT / ".github" / "workflows" / "bench.yml").read_text())
-    return [step for job in content["jobs"].values() for step in job["steps"]]
-
-
-def test_the_workflow_times_base_and_head_in_turn(tmp_path: Path) -> None:
-    """The loop itself, with a Python that notes who called it."""
-    [script] = [s["run"] for s in workflow_steps() if s.get("name") == "Time them in turn"]
-    log = tmp_path / "log"
-
-    def turns(codes: dict[str, int]) -> tuple[int, str]:
-        log.write_text("")
-        for side, code in codes.items():
-            fake_python(tmp_path / side / ".venv" / "bin", log, f"exit {code}", side)
-        done = subprocess.run(
-            ["bash", "-e", "-o", "pipefail", "-c", script],
-            cwd=tmp_path,
-            env={"RUNS": "2", "GITHUB_WORKSPACE": str(tmp_path), "PATH": "/usr/bin:/bin"},
-            check=False,
-        )
-        return done.returncode, " ".join(line.split()[0] for line in log.read_text().splitlines())
-
-    assert turns({"base": 0, "head": 0}) == (0, "base head base head")
-    assert f"--benchmark-json={tmp_path}/results/head-2.json" in log.read_text()
-    assert turns({"base": 4, "head": 0}) == (0, "base head base head")
-    assert turns({"base": 0, "head": 1}) == (1, "base head")
 
 
 def fake_python(folder: Path, log: Path, then: str, name: str = "python") -> Path:

@@ -145,22 +145,6 @@ def test_a_folder_that_cannot_be_written_is_a_warning(folder: Path) -> None:
         assert choose(Clock(SECONDS)) == BETTER
 
 
-def test_a_write_that_fails_leaves_the_old_file(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache.write(RESULT)
-
-    def fail(*_paths: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.warns(cache.TuningWarning, match="disk full"):
-        cache.write(dataclasses.replace(RESULT, seconds=1e-6))
-    assert cache.read(KEY) == RESULT
-    assert [path.name for path in folder.iterdir()] == [KEY.file_name()]
-    assert folder.stat().st_mode & 0o077 == 0, "others may not read it"
-
-
 def test_the_folder_follows_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

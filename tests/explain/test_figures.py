@@ -155,15 +155,6 @@ def test_one_patch(value: float) -> None:
     assert png_bytes(figure, dpi=40)
 
 
-def test_large_map_has_neither_numbers_nor_crowded_labels() -> None:
-    values = np.random.default_rng(0).normal(size=(90, 70))
-    axes = token_patch_map(values).axes[0]
-    assert not axes.texts
-    assert len(labels(axes, "y")) <= 32
-    assert len(hatched_cells(axes)) == (values < 0).sum()
-    assert png_bytes(axes.figure, dpi=40)
-
-
 @pytest.mark.parametrize("given", [False, True])
 def test_weights_of_patches_over_the_image(given: bool) -> None:
     values = np.arange(-6.0, 6.0).reshape(2, 6)
@@ -186,12 +177,6 @@ def test_weights_of_patches_over_the_image(given: bool) -> None:
     assert len(frames) == min(5, np.count_nonzero(expected))
     assert axes.get_title() == "attribution"
     assert ("hatched" in axes.get_xlabel()) == bool((expected < 0).any())
-
-
-def test_grey_is_luminance() -> None:
-    colours = np.eye(3, dtype=np.float32)[None]
-    np.testing.assert_allclose(grey(colours), [[0.299, 0.587, 0.114]], rtol=1e-6)
-    np.testing.assert_allclose(grey(np.full((1, 1), 51, dtype=np.uint8)), [[0.2]])
 
 
 def test_network_tells_sign_size_and_doubt() -> None:

@@ -18,7 +18,6 @@ from flmoe_kernels.profile.figures import (
     Point,
     Roof,
     length_figure,
-    rate_text,
     roofline_figure,
 )
 
@@ -71,13 +70,6 @@ def test_roofline_has_ceilings_and_points_on_logarithmic_axes() -> None:
 def test_roofline_refuses_what_cannot_be_drawn(points: Any, roof: Roof, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roofline_figure(points, roof)
-
-
-@pytest.mark.parametrize(
-    ("rate", "text"), [(1.234e12, "1.23 T"), (5e15, "5 P"), (999.0, "999 "), (2.5e6, "2.5 M")]
-)
-def test_rates_have_prefixes(rate: float, text: str) -> None:
-    assert rate_text(rate) == text
 
 
 def length_points() -> list[LengthPoint]:

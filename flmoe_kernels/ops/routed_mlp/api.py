@@ -50,8 +50,8 @@ def routed_mlp(
         out (N, D). Differentiable by x, weight, weights and biases.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as routing.gate; ValueError: an index out of range on the CPU. On
-            a GPU, where the check would wait, such a row counts as dropped.
+        TypeError, ValueError, BackendUnavailable: as routing.gate.
+        ValueError: an index is out of range, on the CPU. On a GPU, where the check would wait, its row is dropped.
 
     Cost: 4 D F FLOP per kept row forward and 8 D F backward; memory O(N K (D + F)).
     Source: the sparse experts of FL-I2MoE's baselines, after FastMoE (arXiv 2103.13262).
