@@ -43,7 +43,7 @@ SHORT = {
     ],
 }
 HEADINGS = (
-    "| operator, shape | | this package | of the bound | peak | "
+    "| operator, shape | | this package | of the roofline | peak memory | "
     "peers: ratio (interval of the median), peak |\n|---|---|--:|--:|--:|---|\n"
 )
 

@@ -1,4 +1,4 @@
-"""The command `explain`: encoded samples and a checkpoint in, a folder with findings and a page out."""
+"""The command `explain`: explains samples of a trained layer and writes a page with figures."""
 
 from __future__ import annotations
 
@@ -11,58 +11,81 @@ from .errors import fail, needs_extra
 
 
 def explain(
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint of the published layer.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="Checkpoint of the published or the fast layer.")
+    ],
     data: Annotated[
         Path,
         typer.Option(
-            help="An .npz: inputs_0, inputs_1, .. (samples, tokens, width); if known masks_0, .., "
-            "tokens_0, .., image_0, .., labels."
+            help="NumPy .npz file with inputs_0, inputs_1, ... (samples, tokens, width). Optional: masks_0, ..., "
+            "tokens_0, ... (text), image_0, ..., labels."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for results, made if missing.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the results; created if missing.")] = Path(
         "explain_out"
     ),
-    samples: Annotated[int | None, typer.Option(help="The first so many; default 4")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Number of samples to explain; default 4.")
+    ] = None,
     attribution: Annotated[
-        str | None, typer.Option(help="Scores of tokens; default gradient_rollout")
+        str | None,
+        typer.Option(
+            help="Method for token scores: gradient_rollout (default), attention_rollout or integrated_gradients."
+        ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="Of pairs: auto, exact or sampling; default auto")
+        str | None, typer.Option(help="Method for token pairs: auto (default), exact or sampling.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(help="Coalitions evaluated for a sample; default 3072")
+        int | None, typer.Option(help="Evaluations of the layer per sample; default 3072.")
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(help="Tokens of a modality whose pairs are asked about; default 5"),
+        typer.Option(help="Number of tokens per modality whose pairs are scored; default 5."),
     ] = None,
     pairs: Annotated[
-        str | None, typer.Option(help="Across modalities, or all; default across")
+        str | None, typer.Option(help="Token pairs: across modalities (across, default) or all.")
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="label, predicted or a class; default label if known, else predicted"),
+        typer.Option(
+            help="Class to explain: label, predicted or a number; default: label if given, else predicted."
+        ),
     ] = None,
     fill: Annotated[
-        str | None, typer.Option(help="Absent tokens: zero, mean or drop; default zero")
+        str | None, typer.Option(help="How tokens are removed: zero (default), mean or drop.")
     ] = None,
     exempt: Annotated[
         list[int] | None,
-        typer.Option(help="A modality whose token 0 drop curves never mask; may be repeated."),
+        typer.Option(
+            help="Modality whose token 0 is never masked (a class token, for example); repeatable."
+        ),
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(help="Random sets next to identified ones; default 10")
+        int | None,
+        typer.Option(
+            help="Number of random token sets that the named tokens are compared with; default 10."
+        ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of coalitions and random sets; default 0")
+    seed: Annotated[int | None, typer.Option(help="Random seed; default 0.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Number of attention heads of the checkpoint; default 4.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="See swap; default 4")] = None,
-    temperature: Annotated[float | None, typer.Option(help="See swap; default 1.0")] = None,
-    gate: Annotated[str | None, typer.Option(help="See swap.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="See swap; default 2; Switch: 1")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One sample, hardly estimated.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the expert weights; default 1.0.")
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Gate of sparse layers, GShardGate for example.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Experts per token in sparse layers; default 2, with SwitchGate 1."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One sample and few evaluations, to try the command.")
+    ] = False,
 ) -> None:
-    """Explain samples: experts, tokens, token pairs, and whether the model needs them; as a page."""
+    """Explain samples: which experts, tokens and token pairs decide; an HTML page with figures."""
     options = dict(locals())
     from flmoe_kernels.explain.report.request import Request
 

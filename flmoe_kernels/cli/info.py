@@ -15,7 +15,7 @@ from .errors import PACKAGE
 
 
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Show versions, devices, instruction set, threads, and which backends run here."""
     facts = gather_info()

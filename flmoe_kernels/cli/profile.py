@@ -1,4 +1,4 @@
-"""The command `profile`: how fast is it here, how far from the limit, where does the time go."""
+"""The command `profile`: time, rates and stages of an operator or of a trained layer on this machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ from .errors import fail, needs_extra
 
 def profile(
     op: Annotated[
-        str | None, typer.Option(help="pair_moe, interaction_moe, ...; or see --checkpoint.")
+        str | None,
+        typer.Option(
+            help="Operator: pair_moe, expert_attention, routed_mlp, routing or interaction_moe."
+        ),
     ] = None,
-    shape: Annotated[str | None, typer.Option(help="A named shape; default the first.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Default float32; on a GPU bfloat16.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Named shape of the operator; an unknown name lists them. Default: the first."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type; default float32, on a GPU bfloat16.")
+    ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(
@@ -27,45 +37,73 @@ def profile(
         str | None,
         typer.Option(
             "--pass",
-            help="forward, backward or forward+backward (default); of the whole layer also "
-            "inference and training, with --checkpoint by default both.",
+            help="forward, backward or forward+backward (default); for a layer also inference or training. "
+            "With --checkpoint the default is both of these.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     variant: Annotated[
-        str | None, typer.Option(help="Of the operator, as pool of pair_moe; default the first.")
+        str | None,
+        typer.Option(
+            help="Variant of the operator, for example pool for pair_moe; default: the first."
+        ),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Your own layer: swapped, next to the reference.")
+        Path | None,
+        typer.Option(
+            help="Checkpoint of your own layer: profiles it swapped, next to the reference."
+        ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="With --checkpoint: samples; default 32.")
+        int | None, typer.Option(help="With --checkpoint: batch size; default 32.")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="With --checkpoint: of each modality, as 320,196.")
+        str | None,
+        typer.Option(help="With --checkpoint: tokens per modality, for example 320,196."),
     ] = None,
     valid: Annotated[
-        str | None, typer.Option(help="With --checkpoint: how many are no padding; default all.")
+        str | None,
+        typer.Option(
+            help="With --checkpoint: tokens per modality that are not padding; default: all."
+        ),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="See swap; default 4.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="See swap; default 1.0.")] = None,
-    gate: Annotated[str | None, typer.Option(help="See swap.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="See swap; default 2; Switch: 1.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Number of attention heads of the checkpoint; default 4.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the expert weights; default 1.0.")
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Gate of sparse layers, GShardGate for example.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Experts per token in sparse layers; default 2, with SwitchGate 1."),
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(help="Time and memory at these sequence lengths, for example 128,256."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Of timing for each contestant.")] = 5.0,
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace here.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a table here.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all here.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Roofline, or with --lengths time and memory: .png, .pdf.")
+    seconds: Annotated[float, typer.Option(help="Seconds of timing per implementation.")] = 5.0,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace to this file.")] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the tables to this CSV file.")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Compare results with the reference's first.")] = True,
-    memory: Annotated[bool, typer.Option(help="Measure peaks, in processes of their own.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all results to this JSON file.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a plot to this .png, .pdf or .svg file: the roofline, or with --lengths time and memory."
+        ),
+    ] = None,
+    check: Annotated[bool, typer.Option(help="First compare results with the reference.")] = True,
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory, in separate processes.")
+    ] = True,
 ) -> None:
-    """Time an operator or your own layer here: rates, share of this machine's limits, stages, memory."""
+    """Time an operator or your own layer on this machine: rates, share of the hardware limit, stages, memory."""
     from flmoe_kernels.core.backend import BackendUnavailable
     from flmoe_kernels.profile.check import WrongAnswer
     from flmoe_kernels.profile.output import Files
@@ -128,7 +166,9 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def _refuse(**given: object) -> None:
-    """Options that say nothing of what is profiled."""
+    """Refuse options that do not apply to what is profiled."""
     for name, value in given.items():
         if value not in (None, []):
-            fail(f"--{name.replace('_', '-')}: says nothing of what is profiled here; leave it out")
+            fail(
+                f"--{name.replace('_', '-')}: does not apply to what is profiled here; leave it out"
+            )

@@ -12,26 +12,30 @@ from .errors import fail
 
 
 def swap(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the published layer.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the published layer.")],
     heads: Annotated[
-        int | None, typer.Option(help="Attention heads, which no checkpoint shows; default 4.")
+        int | None,
+        typer.Option(help="Number of attention heads; a checkpoint does not store it. Default 4."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the softmax over experts; default 1.0.")
+        float | None, typer.Option(help="Temperature of the expert weights; default 1.0.")
     ] = None,
     gate: Annotated[
         str | None,
-        typer.Option(help="Of sparse MLPs, e.g. SwitchGate; default what it shows, or GShardGate."),
+        typer.Option(
+            help="Gate of sparse layers, SwitchGate for example; default: as in the checkpoint, else GShardGate."
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Experts of a token in sparse MLPs; default 2; Switch: 1.")
+        int | None,
+        typer.Option(help="Experts per token in sparse layers; default 2, with SwitchGate 1."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; default CHECKPOINT.flmoe.pt.")
+        Path | None, typer.Option(help="Output file; default CHECKPOINT.flmoe.pt.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Check the fast layer on a checkpoint, and write the checkpoint with its settings."""
+    """Compare the fast layer with a checkpoint's layer, and write the checkpoint with its settings."""
     from flmoe_kernels.published.file import CheckpointError
     from flmoe_kernels.published.swap import swap_checkpoint
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="tune",
-    help="Launch configurations that autotune (FLMOE_AUTOTUNE=1) measured as fastest on this machine.",
+    help="Show or remove the saved results of autotune (FLMOE_AUTOTUNE=1).",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 @app.command()
 def show(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Show each kernel's fastest configuration, and its time against the launch table's.
 
@@ -46,7 +46,7 @@ def show(
 
 @app.command()
 def clear() -> None:
-    """Remove every result; later calls with autotune time again."""
+    """Remove all saved results; later calls with autotune measure again."""
     from flmoe_kernels.core.triton.tuning import cache
 
     with _warnings_on_stderr():

@@ -169,10 +169,10 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--op", "pair_moe", "--device", "tpu:0"), "device: expected cpu, cuda or cuda:N"),
         (("--op", "pair_moe", "--lengths", "8,x"), "--lengths: expected numbers separated by"),
         (("--op", "pair_moe", "--lengths", "8,0"), "lengths: expected numbers from 1, got 8,0"),
-        (("--op", "pair_moe", "--tokens", "8"), "--tokens: says nothing of what is profiled"),
-        (("--op", "pair_moe", "--top-k", "1"), "--top-k: says nothing of what is profiled"),
-        (("--op", "pair_moe", "--batch", "32"), "--batch: says nothing of what is profiled"),
-        (("--op", "pair_moe", "--heads", "0"), "--heads: says nothing of what is profiled"),
+        (("--op", "pair_moe", "--tokens", "8"), "--tokens: does not apply to what is profiled"),
+        (("--op", "pair_moe", "--top-k", "1"), "--top-k: does not apply to what is profiled"),
+        (("--op", "pair_moe", "--batch", "32"), "--batch: does not apply to what is profiled"),
+        (("--op", "pair_moe", "--heads", "0"), "--heads: does not apply to what is profiled"),
         (("--op", "pair_moe", "--seconds", "0"), "seconds: expected more than 0"),
         (
             ("--op", "pair_moe", "--json", "nowhere/x.json"),
@@ -181,7 +181,10 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--op", "pair_moe", "--plot", "x.wav"), "plot: expected a name that ends in .png"),
         (("--op", "routing", "--plot", "x.png"), "plot: routing makes no products"),
         (("--op", "pair_moe", "--lengths", "8", "--trace", "t.json"), "trace: of one shape"),
-        (("--checkpoint", "x.pt", "--lengths", "8"), "--lengths: says nothing of what is profiled"),
+        (
+            ("--checkpoint", "x.pt", "--lengths", "8"),
+            "--lengths: does not apply to what is profiled",
+        ),
         (("--checkpoint", "absent.pt"), "absent.pt: "),
     ],
 )

@@ -89,7 +89,7 @@ def test_one_pass_of_an_own_layer(checkpoint: Path, tmp_path: Path) -> None:
         (("--tokens", "5,4", "--valid", "6,4"), "valid: expected 2 numbers from 1 to 5,4, got 6,4"),
         (("--tokens", "5,4", "--dtype", "int4"), "dtype: expected one of float32"),
         (("--tokens", "5,4", "--heads", "3"), "mine.pt: "),
-        (("--tokens", "5,4", "--shape", "mmimdb"), "--shape: says nothing of what is profiled"),
+        (("--tokens", "5,4", "--shape", "mmimdb"), "--shape: does not apply to what is profiled"),
     ],
 )
 def test_own_layers_that_do_not_fit(
