@@ -7,7 +7,7 @@ import pytest
 from bench.suite import Comparison, compare
 from flmoe_kernels.profile.cases import BOTH, Case
 from flmoe_kernels.profile.gate import Against
-from flmoe_kernels.profile.memory import memory_lack, peak_bytes
+from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.shapes import MMIMDB
 
 MEMORY_FRACTION = 1 / 3
@@ -17,7 +17,7 @@ def test_against_peers(benchmark_against: Against, comparison: Comparison, full:
     compare(benchmark_against, comparison, full)
 
 
-@pytest.mark.skipif(bool(memory_lack("cpu")), reason=memory_lack("cpu"))
+@pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason=memory_unavailable_reason("cpu"))
 def test_training_memory(cpu_only: None) -> None:
     """Peak memory of a training step at mmimdb: at most a third of the reference's."""
     case = Case("interaction_moe", MMIMDB, BOTH)

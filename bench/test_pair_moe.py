@@ -10,7 +10,7 @@ from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
 from flmoe_kernels.profile.costs import cost
 from flmoe_kernels.profile.floors import Floor
 from flmoe_kernels.profile.gate import Against, measure_pair
-from flmoe_kernels.profile.memory import memory_lack, peak_bytes
+from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.registry import prepare
 from flmoe_kernels.profile.shapes import PAIR_BASE, PAIR_LONG
 
@@ -34,7 +34,7 @@ def test_share_of_sgemm(cpu_only: None) -> None:
     assert share >= SGEMM_SHARE, f"{case.name}: {share:.0%} of the rate of torch.mm"
 
 
-@pytest.mark.skipif(bool(memory_lack("cpu")), reason=memory_lack("cpu"))
+@pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason=memory_unavailable_reason("cpu"))
 @pytest.mark.parametrize("reduce", ["none", "pool"])
 def test_memory_of_pair_long(cpu_only: None, reduce: str) -> None:
     """8192 x 8192 pairs forward and backward: less than one map of them, 256 MiB."""

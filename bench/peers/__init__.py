@@ -1,7 +1,7 @@
 """Other implementations of each operator, one module each, with
 
 PEERS                       their names
-lack(case, name)            why a peer does not compute this case here, or ""
+unavailable_reason(case, name)  why a peer does not compute this case here, or ""
 version(name)               of the package that computes
 prepare(case, name, dtype)  the call, see `flmoe_kernels.profile.registry.Contestant`
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 
 from flmoe_kernels.profile.cases import Case
-from flmoe_kernels.profile.registry import PEER, Contestant, contestants, device_lack
+from flmoe_kernels.profile.registry import PEER, Contestant, contestants, device_unavailable_reason
 
 
 def peers(case: Case) -> list[Contestant]:
@@ -20,10 +20,14 @@ def peers(case: Case) -> list[Contestant]:
     if case.operator == "routing":
         return found
     module = importlib.import_module(f"{__name__}.{case.operator}")
-    missing = device_lack(case.device)
+    missing = device_unavailable_reason(case.device)
     return found + [
         Contestant(
-            name, PEER, module.version(name), missing or module.lack(case, name), module.prepare
+            name,
+            PEER,
+            module.version(name),
+            missing or module.unavailable_reason(case, name),
+            module.prepare,
         )
         for name in module.PEERS
     ]

@@ -34,7 +34,7 @@ def prepare_compiler() -> None:
         functorch.donated_buffer = False
 
 
-def compile_lack(case: Case) -> str:
+def compile_unavailable_reason(case: Case) -> str:
     """Why torch.compile cannot generate code for this case's device here, or ""."""
     if is_cuda(case.device):
         missing = importlib.util.find_spec("triton") is None

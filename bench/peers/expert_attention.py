@@ -21,7 +21,7 @@ PADDED, DENSE = "reference+sdpa", "unpadded sdpa"
 PEERS = (PADDED, DENSE)
 
 
-def lack(case: Case, name: str) -> str:
+def unavailable_reason(case: Case, name: str) -> str:
     return ""
 
 

@@ -30,7 +30,7 @@ _COMPILED = (COMPILED, COMPILED_SDPA, AUTOCAST)
 _OWN_PRECISION = (TF32, AUTOCAST)
 
 
-def lack(case: Case, name: str) -> str:
+def unavailable_reason(case: Case, name: str) -> str:
     experts = operator.shape_of(case).experts
     if name in _OWN_PRECISION and case.dtype not in (torch.bfloat16, torch.float16):
         return "it is for cases in half precision"
@@ -38,7 +38,7 @@ def lack(case: Case, name: str) -> str:
         return "vmap cannot choose experts by data"
     if name in _COMPILED and experts:
         return "the index loop of routed experts cannot be compiled whole"
-    return common.compile_lack(case) if name in _COMPILED else ""
+    return common.compile_unavailable_reason(case) if name in _COMPILED else ""
 
 
 def version(name: str) -> str:

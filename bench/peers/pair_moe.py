@@ -17,8 +17,8 @@ COMPILED = "compiled"
 PEERS = (COMPILED,)
 
 
-def lack(case: Case, name: str) -> str:
-    return operator.reference_lack(case) or common.compile_lack(case)
+def unavailable_reason(case: Case, name: str) -> str:
+    return operator.reference_unavailable_reason(case) or common.compile_unavailable_reason(case)
 
 
 def version(name: str) -> str:

@@ -26,7 +26,7 @@ PEERS = (LOOP, EINSUM, BMM, GROUPED, SCATTERMOE)
 _ROOM = 24 * 2**30
 
 
-def lack(case: Case, name: str) -> str:
+def unavailable_reason(case: Case, name: str) -> str:
     shape = operator.shape_of(case)
     if name == EINSUM:
         held = 8 * shape.tokens * shape.experts * shape.hidden * case.dtype.itemsize
@@ -39,11 +39,11 @@ def lack(case: Case, name: str) -> str:
         if is_cuda(case.device) and torch.cuda.get_device_capability(case.device)[0] < 8:
             return "it needs sm_80 or newer"
     if name == SCATTERMOE:
-        return _scattermoe_lack(case)
+        return _scattermoe_unavailable_reason(case)
     return ""
 
 
-def _scattermoe_lack(case: Case) -> str:
+def _scattermoe_unavailable_reason(case: Case) -> str:
     if importlib.util.find_spec("scattermoe") is None:
         return "not installed"
     if not is_cuda(case.device):

@@ -113,7 +113,7 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     if reason:
         if explicit is None:
             raise BackendUnavailable(f"{op}: {reason}")
-        raise BackendUnavailable(f"{op}: backend {name!r} was asked for, but {reason}")
+        raise BackendUnavailable(f"{op}: backend {name!r} was requested, but {reason}")
     return name
 
 

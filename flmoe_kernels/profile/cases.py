@@ -111,12 +111,14 @@ def cases(
         for shape, phase, dtype, variant in itertools.product(
             sizes, wanted, types, operator.variants
         ):
-            if isinstance(shape, operator.shapes) and not lack(operator, shape, dtype, variant):
+            if isinstance(shape, operator.shapes) and not unavailable_reason(
+                operator, shape, dtype, variant
+            ):
                 found.append(Case(name, shape, phase, dtype, device, variant))
     return found
 
 
-def lack(operator: Operator, shape: Shape, dtype: torch.dtype, variant: str) -> str:
+def unavailable_reason(operator: Operator, shape: Shape, dtype: torch.dtype, variant: str) -> str:
     """Why such a case says nothing, or ""."""
     if isinstance(shape, LayerShape):
         if operator is EXPERT_ATTENTION and shape.experts:

@@ -63,7 +63,7 @@ def compare(case: Case, name: str, actual: Mapping[str, Tensor]) -> None:
     missing = [key for key in exact if key not in actual and _required(key)]
     unknown = [key for key in actual if key not in exact]
     if missing or unknown:
-        raise WrongAnswer(f"{name} on {case.name}: lacks {missing}, has {unknown} besides")
+        raise WrongAnswer(f"{name} on {case.name}: missing {missing}, unexpected {unknown}")
     sizes = _sizes(exact)
     for key, found in actual.items():
         what = f"{name} on {case.name} ({case.shape}): {key}"

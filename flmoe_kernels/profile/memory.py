@@ -50,12 +50,12 @@ def peak_of(make: Callable[..., Call], *args: Any, device: str) -> int | None:
     Raises:
         RuntimeError: see peak_bytes.
     """
-    if memory_lack(device):
+    if memory_unavailable_reason(device):
         return None
     return device_growth(make(*args), device) if is_cuda(device) else peak_growth(make, *args)
 
 
-def memory_lack(device: str) -> str:
+def memory_unavailable_reason(device: str) -> str:
     """Why peaks cannot be measured here, or ""."""
     if is_cuda(device) or _CLEAR_REFS.exists():
         return ""

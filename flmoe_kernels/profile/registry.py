@@ -43,13 +43,19 @@ class Contestant:
 def contestants(case: Case) -> list[Contestant]:
     """This package's backends, then the reference; those that cannot run here say why."""
     module = operator_module(case.operator)
-    missing = device_lack(case.device)
+    missing = device_unavailable_reason(case.device)
     ours = [
-        Contestant(name, OURS, __version__, missing or _backend_lack(case, name), module.prepare)
+        Contestant(
+            name,
+            OURS,
+            __version__,
+            missing or _backend_unavailable_reason(case, name),
+            module.prepare,
+        )
         for name in backends.CAPABILITIES[case.operator]
         if name != backends.REFERENCE
     ]
-    why_not = missing or module.reference_lack(case)
+    why_not = missing or module.reference_unavailable_reason(case)
     reference = Contestant(backends.REFERENCE, PEER, torch.__version__, why_not, module.prepare)
     return [*ours, reference]
 
@@ -104,14 +110,14 @@ def operator_module(operator: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.operators.{operator}")
 
 
-def device_lack(device: str) -> str:
+def device_unavailable_reason(device: str) -> str:
     """Why this machine has no such device, or ""."""
     if is_cuda(device) and not torch.cuda.is_available():
         return "there is no CUDA device"
     return ""
 
 
-def _backend_lack(case: Case, name: str) -> str:
+def _backend_unavailable_reason(case: Case, name: str) -> str:
     reason = _refusal(case.operator, name, case.dtype, case.device)
     if not reason and name == backends.TRITON and not is_cuda(case.device):
         return _INTERPRETED
@@ -122,7 +128,7 @@ def _refusal(operator: str, name: str, dtype: torch.dtype, device: str) -> str:
     try:
         backends.choose(operator, torch.empty(0, dtype=dtype, device=device), name)
     except backends.BackendUnavailable as error:
-        return str(error).partition(" was asked for, but ")[2] or str(error)
+        return str(error).partition(" was requested, but ")[2] or str(error)
     return ""
 
 

@@ -15,7 +15,7 @@ from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, Case
 from .costs import cost
 from .memory import peak_bytes
 from .profiles import Subject
-from .registry import Contestant, contestants, default_ours, device_lack, prepare
+from .registry import Contestant, contestants, default_ours, device_unavailable_reason, prepare
 from .shapes import Shape, is_cuda, named_shapes
 from .timing import Call
 from .user_layer import PHASES, UserLayer, contestants_of, make_call, user_peak
@@ -73,7 +73,7 @@ class Request:
             device=self.device,
             variant=_one_of("variant", variant, operator.variants),
         )
-        if reason := cases.lack(operator, shape, found.dtype, variant):
+        if reason := cases.unavailable_reason(operator, shape, found.dtype, variant):
             raise BadRequest(f"{found.name}: {reason}")
         return found
 
@@ -154,7 +154,7 @@ def _check_device(device: str) -> None:
         kind = ""
     if kind not in ("cpu", "cuda"):
         raise BadRequest(f"device: expected cpu, cuda or cuda:N, got {device!r}")
-    if missing := device_lack(device):
+    if missing := device_unavailable_reason(device):
         raise BadRequest(f"device: {device!r}: {missing}")
     if is_cuda(device) and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise BadRequest(f"device: {device!r}: there are {torch.cuda.device_count()} CUDA devices")
@@ -162,7 +162,7 @@ def _check_device(device: str) -> None:
 
 def _is_half_sound(shape: Shape) -> bool:
     """Whether a layer's results in half precision can be compared: not where they choose experts."""
-    return not cases.lack(INTERACTION_MOE, shape, torch.bfloat16, "")
+    return not cases.unavailable_reason(INTERACTION_MOE, shape, torch.bfloat16, "")
 
 
 def _one_of(what: str, name: str, names: Collection[str]) -> str:

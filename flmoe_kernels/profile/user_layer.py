@@ -23,7 +23,7 @@ from flmoe_kernels.published.swap import swap
 from .cases import BOTH, DTYPES, FORWARD, dtype_name
 from .memory import Call, peak_of
 from .operators.interaction_moe import timed_call
-from .registry import OURS, PEER, device_lack
+from .registry import OURS, PEER, device_unavailable_reason
 from .shapes import LayerShape
 
 REFERENCE = backends.REFERENCE
@@ -89,7 +89,7 @@ class UserLayer:
             raise UnsupportedRequest(
                 f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}"
             )
-        if missing := device_lack(self.device):
+        if missing := device_unavailable_reason(self.device):
             raise UnsupportedRequest(f"device: {self.device!r}: {missing}")
         tokens = _tokens(self.tokens, found)
         _check_valid(self.valid, tokens, found)

@@ -121,7 +121,7 @@ def test_cuda_tensors_get_triton_where_it_runs(triton_machine: Callable[..., Non
     ("op", "name"), [("expert_attention", "cuda"), ("interaction_moe", "cuda")]
 )
 def test_an_explicit_choice_never_falls_back(op: str, name: str) -> None:
-    message = rf"^{op}: backend '{name}' was asked for, but this operator has no {name} kernels"
+    message = rf"^{op}: backend '{name}' was requested, but this operator has no {name} kernels"
     with pytest.raises(BackendUnavailable, match=message):
         backends.choose(op, X, name)
     with use_backend(name), pytest.raises(BackendUnavailable, match=message):
@@ -162,7 +162,7 @@ def test_without_the_native_module(op: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert available_backends() == ("reference",)
     assert backends.instruction_set() == "none"
     assert backends.instruction_sets() == ()
-    message = rf"^{op}: backend 'cpu' was asked for, but it was not built$"
+    message = rf"^{op}: backend 'cpu' was requested, but it was not built$"
     with pytest.raises(BackendUnavailable, match=message):
         call(op, "cpu")
     with use_backend("cpu"), pytest.raises(BackendUnavailable, match=message):
@@ -172,7 +172,7 @@ def test_without_the_native_module(op: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_cpu_backend_refuses_other_devices() -> None:
-    with pytest.raises(BackendUnavailable, match=r"'cpu' was asked for, but .* are on meta"):
+    with pytest.raises(BackendUnavailable, match=r"'cpu' was requested, but .* are on meta"):
         backends.choose("expert_attention", X.to("meta"), "cpu")
 
 
@@ -217,7 +217,7 @@ def test_environment_variable() -> None:
     result = run_python(CHOICE, FLMOE_BACKEND="reference")
     assert result.stdout.split() == ["reference", "cpu", "cpu"], result.stderr
     result = run_python(CHOICE, FLMOE_BACKEND="cuda")
-    assert "interaction_moe: backend 'cuda' was asked for, but" in result.stderr
+    assert "interaction_moe: backend 'cuda' was requested, but" in result.stderr
     result = run_python("import flmoe_kernels", FLMOE_BACKEND="fast")
     assert result.returncode != 0
     assert (

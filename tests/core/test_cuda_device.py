@@ -73,7 +73,7 @@ def test_every_lack_has_its_reason(lack: str, monkeypatch: pytest.MonkeyPatch) -
     ok, reason = backends.backend_status()["cuda"]
     assert not ok
     with pytest.raises(
-        BackendUnavailable, match=f"^routing: .*'cuda' was asked for, but {message}"
+        BackendUnavailable, match=f"^routing: .*'cuda' was requested, but {message}"
     ):
         backends.choose("routing", on_cuda(), "cuda")
     with pytest.raises(BackendUnavailable, match=message):

@@ -81,7 +81,7 @@ with flmoe_kernels.use_backend("cpu"):
 """
     backends, reason, _ = run(code, "flmoe_kernels._native").split("\n")
     assert backends == "('reference',)"
-    assert reason.startswith("interaction_moe: backend 'cpu' was asked for, but the native module")
+    assert reason.startswith("interaction_moe: backend 'cpu' was requested, but the native module")
     assert "is not built or cannot be loaded (No module named 'flmoe_kernels._native'" in reason
 
 

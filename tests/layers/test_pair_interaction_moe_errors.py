@@ -14,7 +14,7 @@ from tests.support.pair_layers import pair_inputs, pair_layer
 
 def test_an_explicit_backend_never_falls_back() -> None:
     layer = pair_layer(backend="cuda")
-    with pytest.raises(BackendUnavailable, match=r"pair_moe: backend 'cuda' was asked for, but"):
+    with pytest.raises(BackendUnavailable, match=r"pair_moe: backend 'cuda' was requested, but"):
         layer(pair_inputs((3, 2)))
 
 

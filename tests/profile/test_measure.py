@@ -70,7 +70,9 @@ def test_memory_of_a_gpu_counts_what_the_call_keeps(monkeypatch: pytest.MonkeyPa
     assert memory.device_growth(gpu.call, "cuda") == 100
 
 
-@pytest.mark.skipif(bool(memory.memory_lack("cpu")), reason=memory.memory_lack("cpu"))
+@pytest.mark.skipif(
+    bool(memory.memory_unavailable_reason("cpu")), reason=memory.memory_unavailable_reason("cpu")
+)
 def test_memory_of_a_case_is_neither_that_of_loading_nor_of_its_inputs() -> None:
     """A process of its own makes the case ready; the reference's maps of 640 x 640 pairs are 6.25 MiB each."""
     case = Case("pair_moe", PairShape("maps", 1, 640, 640), BOTH, variant="pool")

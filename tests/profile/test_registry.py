@@ -56,7 +56,7 @@ def test_other_integers_and_other_results_are_caught() -> None:
     with pytest.raises(WrongAnswer, match="permutation: other integers"):
         compare(case, "made up", {**right, "permutation": right["permutation"].flip(0)})
     renamed = {("weights" if key == "weight" else key): x for key, x in right.items()}
-    with pytest.raises(WrongAnswer, match=r"lacks \['weight'\], has \['weights'\] besides"):
+    with pytest.raises(WrongAnswer, match=r"missing \['weight'\], unexpected \['weights'\]"):
         compare(case, "made up", renamed)
 
 

@@ -15,7 +15,7 @@ from flmoe_kernels.cli.profile import profile
 from flmoe_kernels.core.backend import BackendUnavailable
 from flmoe_kernels.profile import ceilings, user_layer
 from flmoe_kernels.profile import request as profile_request
-from flmoe_kernels.profile.memory import memory_lack
+from flmoe_kernels.profile.memory import memory_unavailable_reason
 from flmoe_kernels.profile.user_layer import UserLayer, make_call
 from tests.support.layers import LayerCase
 
@@ -120,7 +120,7 @@ def test_own_layer_without_kernels_says_so(
         user_layer.contestants_of(UserLayer(str(checkpoint), 2, (5, 4)))
 
 
-@pytest.mark.skipif(bool(memory_lack("cpu")), reason="peaks need Linux's /proc")
+@pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason="peaks need Linux's /proc")
 def test_peak_of_an_own_layer_is_that_of_its_batch(checkpoint: Path) -> None:
     user = UserLayer(str(checkpoint), 512, (5, 4)).checked()
     [_, reference] = profile_request.user_subjects(user, user_layer.TRAINING)

@@ -19,7 +19,7 @@ WITH_DROPOUT = " with dropout"
 _SEED = 2**61 + 12345
 
 
-def reference_lack(case: Case) -> str:
+def reference_unavailable_reason(case: Case) -> str:
     return ""
 
 

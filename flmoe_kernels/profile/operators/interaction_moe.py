@@ -29,7 +29,7 @@ from . import draws
 INTERACTION_WEIGHT, GATE_WEIGHT = 0.5, 0.01
 
 
-def reference_lack(case: Case) -> str:
+def reference_unavailable_reason(case: Case) -> str:
     return ""
 
 

@@ -21,7 +21,7 @@ _MAPS = 6
 _ROOM = {"cpu": 4 * 2**30, "cuda": 48 * 2**30}
 
 
-def reference_lack(case: Case) -> str:
+def reference_unavailable_reason(case: Case) -> str:
     shape = shape_of(case)
     held = _MAPS * 4 * len(shape.kinds) * shape.pairs
     if held > _ROOM["cuda" if is_cuda(case.device) else "cpu"]:

@@ -20,7 +20,7 @@ from . import draws
 Routed = Callable[..., Tensor]
 
 
-def reference_lack(case: Case) -> str:
+def reference_unavailable_reason(case: Case) -> str:
     return ""
 
 

@@ -17,7 +17,7 @@ from . import draws
 _CAPACITY_FACTOR = 1.2
 
 
-def reference_lack(case: Case) -> str:
+def reference_unavailable_reason(case: Case) -> str:
     return ""
 
 
