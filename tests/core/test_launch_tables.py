@@ -18,13 +18,12 @@ from flmoe_kernels.core.triton.tables import KNOWN, Table, architecture_of, know
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from flmoe_kernels.ops.expert_attention.triton import choice as attention_choice
-from flmoe_kernels.ops.expert_attention.triton import launch as attention
 from flmoe_kernels.ops.expert_attention.triton.table import TABLE as ATTENTION
 from flmoe_kernels.ops.expert_attention.triton.table import AttentionCall
 from flmoe_kernels.ops.pair_moe.call import PairCall
 from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
 from flmoe_kernels.ops.pair_moe.triton import launch as pair
-from flmoe_kernels.ops.pair_moe.triton.table import FEW, registers_of
+from flmoe_kernels.ops.pair_moe.triton.table import FEW
 from flmoe_kernels.ops.pair_moe.triton.table import TABLE as PAIR
 from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton import choice as routed_choice
@@ -137,51 +136,6 @@ def test_every_replacement_is_used_by_some_call() -> None:
             used |= {("routed_mlp", number, entry) for entry in tiles}
     for name, architecture, key, tiles in replacements():
         assert (name, architecture, tiles) in used, (name, architecture, key)
-
-
-def test_pair_classes_follow_shapes_alone() -> None:
-    tiles_of = pair_choice.tiles_of
-    assert tiles_of("gradient", pairs(8, 320, 196), 86).rows == 64
-    for architecture in (80, 90, 100):
-        few = tiles_of("accumulate", pairs(8, 320, 196), architecture)
-        assert (few.rows, few.columns) == (16, 64)
-        assert registers_of(few).get(100, 0) == (255 if architecture == 100 else 0)
-        # 25 blocks of the longer side in each of four samples are the most that are few.
-        assert tiles_of("gradient", pairs(4, 64, 1600), architecture).rows == 16
-        assert tiles_of("gradient", pairs(4, 1601, 64), architecture).rows == 64
-        # More experts hold more tiles.
-        assert tiles_of("accumulate", pairs(8, 320, 196, 8), architecture).rows == 64
-    large = pairs(64, 512, 512)
-    columns = [tiles_of("accumulate", large, number).columns for number in (None, 80, 90, 100, 120)]
-    assert columns == [16, 16, 32, 32, 16]
-    assert tiles_of("accumulate", large, 90, "experts").columns == 16
-
-
-def test_launches_are_cut_by_the_tiles_of_the_architecture() -> None:
-    call = pairs(64, 512, 512)
-    mass, y = meta(64, 4, 512, dtype=torch.float32), meta(64, 4, 512, 64)
-    for architecture, columns in ((None, 16), (80, 16), (90, 32), (100, 32)):
-        tiles = pair_choice.tiles_of("accumulate", call, architecture)
-        launch = pair.forward_launch(tiles, call, "none", y, mass)
-        assert launch.constants["COLUMNS"] == columns
-    few = pairs(8, 320, 196)
-    mass = meta(8, 4, 320, dtype=torch.float32)
-    for architecture, blocks in ((None, 5), (100, 20)):
-        tiles = pair_choice.tiles_of("accumulate", few, architecture)
-        assert pair.row_blocks(tiles, few) == blocks
-        partial = meta(8, 4, blocks, 64, dtype=torch.float32)
-        launch = pair.forward_launch(tiles, few, "pool", partial, mass)
-        assert launch.programs == 8 * blocks
-        assert bool(launch.registers) == (architecture == 100)
-    heads = attending(8192, 1, 64)
-    for architecture, columns in ((None, 64), (80, 128), (89, 128), (90, 128), (100, 64)):
-        tiles = attention_choice.tiles_of("attend", heads, architecture)
-        launch = attention.attend_launch(tiles, heads, heads.q, mass)
-        assert launch.constants["COLUMNS"] == columns
-    for heads in (attending(8192, 1, 64, dropout=False), attending(384, 32, 32)):
-        assert attention_choice.tiles_of("attend", heads, 90) == attention_choice.tiles_of(
-            "attend", heads
-        )
 
 
 def test_a_buffer_cut_by_other_tiles_is_refused() -> None:

@@ -153,12 +153,3 @@ def test_a_second_update_replaces_the_first(tmp_path: Path) -> None:
     assert path.read_text().count(f"[machine.{name}]") == 1
     update_file(path, HERE, first)
     assert path.read_text() == once
-
-
-def test_a_gpu_is_recognised_by_its_name() -> None:
-    machine = Machine.of(Here("AMD EPYC", "avx512", "NVIDIA H200", "2.13.0"), {})
-    assert (machine.name, machine.cpu, machine.isa) == ("nvidia-h200", "", "")
-    assert machine.describes(Here("Xeon", "avx2", "NVIDIA H200", "2.13.1"))
-    assert not machine.describes(Here("Xeon", "avx2", "", "2.13.1"))
-    assert not machine.describes(Here("Xeon", "avx2", "NVIDIA H200", "2.14.0"))
-    assert Floor(CASE, "reference", 3.0, device="cuda").key == f"{CASE} vs reference on cuda"
