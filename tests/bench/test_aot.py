@@ -282,7 +282,7 @@ BY_SUM = control("by sum", functools.partial(product, True, 1))
             control("not stated", functools.partial(product, False, 0)),
             r"has \d+ matrix instructions, but its case states no products",
         ),
-        (control("capped", capped), r"spills \d+ bytes a thread, allowed are 0"),
+        (control("capped", capped), r"spills \d+ bytes per thread, allowed: 0"),
         (control("invalid", invalid), "does not compile: .+"),
     ],
     ids=lambda value: value.kernel if isinstance(value, Case) else "",
@@ -306,7 +306,7 @@ def test_shared_memory_over_the_table_or_the_device_fails() -> None:
         assert failure == "takes 36865 bytes of shared memory, its launch table states 36864"
     more = dataclasses.replace(report, shared=164 * KIB)
     (failure,) = failures("test", built, more, 80)
-    assert failure == "takes 167936 bytes of shared memory, more than a block may have"
+    assert failure == "takes 167936 bytes of shared memory, above the limit of a block"
 
 
 def run(*arguments: str | Path) -> Result:

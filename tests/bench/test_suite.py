@@ -71,7 +71,7 @@ def test_a_compiled_backward_runs_again_and_again() -> None:
 def test_peers_that_cannot_run_say_why() -> None:
     case = Case("routed_mlp", ROUTED, BOTH, variant="bias")
     reasons = {peer.name: peer.why_not for peer in peers(case)}
-    assert reasons["torch._grouped_mm"] == "it is for bfloat16"
+    assert reasons["torch._grouped_mm"] == "supports only bfloat16"
     assert reasons["scattermoe"]
 
 
@@ -203,7 +203,7 @@ def test_gpu_script_runs_a_process_for_each_operator(tmp_path: Path) -> None:
     python = fake_python(tmp_path, log, 'case "$*" in *routed_mlp*) exit 3;; esac')
     done = gpu_script(python, "bench", OUT=str(out))
     assert "bench routed_mlp: failed with exit code 3" in done.stdout
-    assert done.stdout.rstrip().endswith("== not done: bench routed_mlp")
+    assert done.stdout.rstrip().endswith("== failed or skipped: bench routed_mlp")
     assert done.returncode == 1
     timed = re.findall(
         r"bench/test_(\w+)\.py .*--device cuda --full --benchmark-json", log.read_text()
