@@ -1,4 +1,4 @@
-"""What `describe` reads from a layer, and everything that it must refuse by name."""
+"""Tests of `describe`: architectures that it reads, and layers that it refuses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_describes_the_variant_with_learned_positions() -> None:
     assert (spec.compat, spec.num_patches, spec.num_modalities) == ("i2moe", 7, 3)
 
 
-def test_tells_dropout_rates_apart() -> None:
+def test_describes_each_dropout_rate() -> None:
     layer = make_layer(layers=2)
     for experts in layer.interaction_experts:
         part = experts.fusion_model.network[1]
