@@ -133,7 +133,7 @@ def test_random_draws_in_training(gate: str) -> None:
 
 
 @BOTH
-def test_losses_that_are_not_read_do_not_accumulate(case: LayerCase) -> None:
+def test_gates_keep_no_losses_that_are_not_returned(case: LayerCase) -> None:
     case = dataclasses.replace(case, sparse=False)
     for layer in (fast_layer(case), case.reference()):
         x, masks, noise = data(case)

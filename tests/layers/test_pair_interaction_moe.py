@@ -94,7 +94,7 @@ def test_cpu_is_within_the_budget_of_the_reference(pattern: str, dtype: torch.dt
         names = ["x0", "x1", "x2", *dict(layer.named_parameters())]
         found.append(outputs | dict(zip(names, grads, strict=True)))
     for name, exact in found[2].items():
-        # Sums over tokens have different orders, so in low precision the rounding depends on the size of the terms.
+        # Sums over tokens have different orders; in low precision the size of the terms determines the rounding.
         size = float(exact.detach().abs().max())
         assert_within_budget(found[0][name], found[1][name], exact, name, magnitude=2 * size)
 

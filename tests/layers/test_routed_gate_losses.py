@@ -141,7 +141,7 @@ def test_which_backward_passes_end_a_step() -> None:
     assert loss is not None
     loss.backward()
     gate(x)
-    assert gate.get_loss() == of_x, "only the loss"
+    assert gate.get_loss() == of_x, "the backward of the loss alone ends a step"
 
     for parameter in gate.parameters():
         parameter.requires_grad_(False)
@@ -219,8 +219,8 @@ def test_checkpointing_does_not_count_twice(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_infinite_logits_do_not_make_the_loss_zero(dtype: torch.dtype) -> None:
-    """Sums of logits overflow in half precision, and 0 times infinity is not 0."""
+def test_a_zero_loss_stays_zero_with_infinite_logits(dtype: torch.dtype) -> None:
+    """NaiveGate's loss is 0, although sums of logits overflow in half precision and 0 times infinity is NaN."""
     gate = NaiveGate(D, E).to(dtype)
     with torch.no_grad():
         gate.gate.bias.fill_(60000.0)

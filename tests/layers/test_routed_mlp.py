@@ -139,9 +139,7 @@ def test_padding_does_not_change_results(gate: str, training: bool) -> None:
     torch.manual_seed(5)
     if gate != "NaiveGate":
         mlp(draw(3, 14, D))
-        assert not torch.equal(mlp.gate_loss(), results[0][1]), (
-            "control: without the mask, padding changes the loss"
-        )
+        assert not torch.equal(mlp.gate_loss(), results[0][1]), "control: no mask"
 
 
 def test_padding_uses_no_capacity() -> None:
@@ -289,7 +287,7 @@ def alone(mlp: RoutedMLP, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_compiled_code_and_checkpoints(where: str) -> None:
-    """A checkpoint in compiled code counts the loss twice, hence the second get_loss of a step; others do not."""
+    """Compiled code inside a checkpoint counts the loss again, hence the second get_loss; outside it does not."""
     torch.compiler.reset()
     mlp, head, x = make(), nn.Linear(D, D), draw(9, D)
     part = torch.compile(mlp, backend="aot_eager") if where == "inside" else mlp

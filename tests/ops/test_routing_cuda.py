@@ -1,7 +1,7 @@
 """Tests of routing's CUDA blocks against the CPU kernels and the reference.
 
-Integers are equal, weights within the error budget. Every case runs on the kernels' twin, which executes the GPU's
-blocks and launches on the host, with threads, warps and blocks in shuffled order; and on a GPU if there is one.
+Integers are equal, weights within the error budget. Every case runs on the kernels' twin, which executes the
+GPU's blocks on the host with threads, warps and blocks in shuffled order, and on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def test_gate_does_not_depend_on_the_order_of_threads(dtype: torch.dtype) -> Non
         assert all(equal(one, found[0]) for one in found)
 
 
-# The smallest number of rows with several blocks; rows that end inside a block, a warp and a step; more blocks than
-# threads of a scan; more bins than a window.
+# The smallest number of rows with several blocks; rows that end inside a block, a warp and a step; more blocks
+# than threads of a scan; more bins than a window.
 LARGE = [(8192, 1, 7), (8193, 1, 7), (8704, 1, 255), (5000, 2, 8), (40_961, 7, 3), (30, 1, 5000)]
 
 
