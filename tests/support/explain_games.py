@@ -85,7 +85,7 @@ def by_definition(values: NDArray[np.float64], players: int, index: str) -> Valu
 
 
 def pair_index(values: Any, players: int, i: int, j: int, index: str = "SII") -> Any:
-    """Definition: sum over S without i and j of s! (n - s - 2)! / (n - 1)! times a function of four values of v."""
+    """Definition: sum over S without i and j of s! (n - s - 2)! / (n - 1)! times a term of four values of v."""
     total = 0.0 * values[0]
     for s in subsets([k for k in range(players) if k not in (i, j)]):
         size = s.bit_count()

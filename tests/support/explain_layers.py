@@ -95,7 +95,7 @@ def dense_rollout(
                 matrix = (attention * gradient).relu().mean(dim=1) + eye
             product = matrix / matrix.sum(dim=2, keepdim=True) @ product
         whole = torch.einsum("bi,bij->bj", start.to(dtype), product)
-        # A sample with only padding is NaN in the dense form; by definition its values are 0.
+        # Padded tokens have value 0; the dense form gives NaN for a sample with only padding.
         values.append(torch.where(torch.cat(valid, dim=1), whole, 0.0).detach())
     return list(torch.stack(values, dim=1).split(list(case.lengths), dim=2))
 

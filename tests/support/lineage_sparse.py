@@ -1,9 +1,9 @@
 """Stand-in for the published sparse MLP: FastMoE 1.1 with the lineage's changes, in plain torch.
 
-It behaves as the published code, with its peculiarities (docs/fastmoe.md): weights are not renormalised after a
-drop, GShard and Switch keep only the last call's loss, padding counts, Switch adds its noise, NaiveGate's loss has
-no gradient, NoisyGate's loss adds up in all modes, topk_logits grows. The published kernels drop the rows that come
-last in a race; here the last rows of the call are dropped. Names, attributes and parameters are the published ones.
+It has the published code's peculiarities (docs/fastmoe.md): weights are not renormalised after a drop, GShard and
+Switch keep only the last call's loss, padding counts, Switch adds its noise, NaiveGate's loss has no gradient,
+NoisyGate's loss adds up in all modes, topk_logits grows. The published kernels drop the rows that come last in a
+race; here the last rows of the call are dropped. Names, attributes and parameters are the published ones.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class FMoETransformerMLP(nn.Module):
 
 
 def gate_loss(model: nn.Module, warnings: list[str] | None = None) -> Any:
-    """Sum of gate losses in the published fusion Transformer: over all routers of all modules that have routers."""
+    """Sum of gate losses, as in the published fusion Transformer: over all routers of all modules with routers."""
     taken = []
     for name, part in model.named_modules():
         for r in range(len(getattr(part, "all_gates", ()))):

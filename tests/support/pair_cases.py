@@ -84,7 +84,7 @@ def run(case: PairCase, inputs: list[Tensor], backend: str) -> list[Tensor]:
 
 
 def check(case: PairCase, dtype: torch.dtype, backend: str) -> list[list[Tensor]]:
-    """Check all results; returns (backend, reference, oracle) of each."""
+    """Check all results; returns those of the backend, the reference and the oracle."""
     inputs = case.inputs(dtype)
     found = [
         run(case, inputs, backend),

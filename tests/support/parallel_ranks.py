@@ -99,7 +99,7 @@ class Case:
 
 
 def some_need(rank: int) -> tuple[str, ...]:
-    """The first rank needs gradients of data; the second has frozen experts; on the third only weights need them."""
+    """x is data on the first rank, experts are frozen on the second, only `weight` has a gradient on the third."""
     return (NAMES[1:], ("x", "weight"), ("weight",), NAMES)[rank]
 
 
@@ -219,7 +219,7 @@ def limited(ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def limits(rank: int, ranks: int) -> list[Tensor]:
-    """limit_over_ranks for capacity 0, a small capacity and one above the number of rows; with and without a mask."""
+    """limit_over_ranks with capacities of 0, some and more than all rows; with and without a mask."""
     mine, valid = (LIMITED.slice("index", x, rank, ranks) for x in limited(ranks))
     return [
         limit_over_ranks(mine, masked, LOCAL * ranks, capacity)
@@ -334,7 +334,7 @@ def take(whole: nn.Module, mine: nn.Module, rank: int) -> None:
 
 
 def layer_outputs(layer: RoutedMLP, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Outputs and stored state of a call without gradients, also with stored outputs of each choice."""
+    """Outputs and stored state of calls without gradients; "captured" also stores each choice's output."""
     with torch.no_grad():
         found = {"out": layer(x, mask)}
         layer.capture_topk_pre_mix = True

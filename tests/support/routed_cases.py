@@ -76,7 +76,7 @@ def run(case: RoutedCase, inputs: list[Tensor], index: Tensor, backend: str) -> 
 
 
 def check(case: RoutedCase, dtype: torch.dtype, backend: str) -> list[list[Tensor]]:
-    """Check all results; returns (backend, reference, oracle) of each."""
+    """Check all results; returns those of the backend, the reference and the oracle."""
     inputs, index = case.inputs(dtype), case.index()
     found = [
         run(case, inputs, index, backend),
