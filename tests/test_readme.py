@@ -36,6 +36,6 @@ DASHES = [(op, name) for op, row in CAPABILITIES.items() for name in BACKENDS if
 
 
 @pytest.mark.parametrize(("operator", "backend"), DASHES)
-def test_every_dash_refuses(operator: str, backend: str) -> None:
+def test_every_dash_is_an_error(operator: str, backend: str) -> None:
     with pytest.raises(BackendUnavailable, match=f"{operator}.*{backend}"):
         call(operator, backend, torch.float32)

@@ -199,7 +199,7 @@ def test_launch_tables_state_the_shared_memory_of_their_largest_case() -> None:
         for number in ARCHITECTURES:
             built = case.built(number)
             if built.table is not None:
-                # The table of the losses states one number for all architectures.
+                # The losses' table has the same number for all architectures.
                 place = 0 if case.operator == "interaction_moe" else number
                 key = (case.operator, built.tiles, place)
                 largest[key] = max(largest.get(key, 0), report_of(name, number).shared)
@@ -220,7 +220,7 @@ def test_cases_include_every_gpu_shape_and_kernel() -> None:
     shapes = {case.shape for case in CASES.values() if case.dtype == "bfloat16"}
     named = {"mmimdb", "enrico", "mimic", "pair_base", "pair_512", "pair_long"}
     assert named | {"routed_small_e4", "routed_small_e16", "routed_large"} <= shapes
-    assert len(CASES) == len(list(cases())), "two cases have one name"
+    assert len(CASES) == len(list(cases())), "two cases have the same name"
     kernels = {case.built(90).launch.kernel for case in CASES.values()}
     quick = {case.built(90).launch.kernel for case in CASES.values() if case.quick}
     assert quick == kernels

@@ -67,7 +67,7 @@ LACKS = {
 
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_every_lack_has_its_reason(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_missing_requirement_has_a_reason(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, message = LACKS[lack]
     machine(monkeypatch, **answers)
     ok, reason = backends.backend_status()["cuda"]

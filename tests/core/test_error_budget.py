@@ -18,7 +18,7 @@ def rounded(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounding_passes_and_more_does_not(dtype: torch.dtype) -> None:
+def test_rounding_passes_and_larger_errors_fail(dtype: torch.dtype) -> None:
     low, eps = rounded(dtype), torch.finfo(dtype).eps
     assert_within_budget(low, low, EXACT, "itself")
     assert_within_budget((EXACT * (1 + eps)).to(dtype), low, EXACT, "one unit away")

@@ -38,7 +38,7 @@ def path(folder: Path) -> Path:
     return folder / KEY.file_name()
 
 
-def test_a_result_survives_its_file() -> None:
+def test_a_saved_result_is_read_back() -> None:
     assert decode(encode(RESULT)) == RESULT
     assert json.loads(encode(RESULT))["format"] == 1
 
@@ -102,7 +102,7 @@ def test_foreign_files_are_never_run_or_read_whole(content: bytes, path: Path) -
         assert cache.read(KEY) is None
 
 
-def test_a_pipe_is_not_waited_for(path: Path) -> None:
+def test_pipes_are_ignored(path: Path) -> None:
     os.mkfifo(path)
     with pytest.warns(cache.TuningWarning, match="ignored: not a regular file"):
         assert cache.read(KEY) is None
@@ -158,7 +158,7 @@ def test_the_folder_follows_the_environment(
         assert cache.folder() == tmp_path / "me" / ".cache" / "flmoe_kernels" / "tuning"
 
 
-def test_a_fresh_process_reads_what_another_saved() -> None:
+def test_a_new_process_reads_saved_results() -> None:
     assert choose(Clock(SECONDS)) == BETTER
     code = "from tests.support.tuning_trials import choose, refuse; print(choose(refuse))"
     assert python(code) == str(BETTER)

@@ -171,7 +171,7 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_page_is_whole_safe_accessible_and_needs_nothing_else(
+def test_page_is_complete_safe_accessible_and_self_contained(
     made: tuple[Path, Path, Path],
 ) -> None:
     out = made[2]

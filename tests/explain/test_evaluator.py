@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_budget(tmp_path: Path) -> None:
             tracemalloc.stop()
 
     run = Run(max_batch=512)
-    peak(6000, run)  # imports and caches
+    peak(6000, run)  # warm-up: imports and caches
     (small, few), (large, many) = peak(12_000, run), peak(120_000, run)
     assert many > 8 * few
     assert large < 1.1 * small

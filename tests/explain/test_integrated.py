@@ -28,7 +28,7 @@ def test_quadrature(rule: str) -> None:
             assert float(weights @ nodes**degree) == pytest.approx(1 / (degree + 1), abs=1e-14)
         if n < 6:
             missed = abs(float(weights @ nodes ** (exact + 1)) - 1 / (exact + 2))
-            assert missed > 1e-9, "a rule that is exact beyond its degree is another rule"
+            assert missed > 1e-9, "a rule must not be exact beyond its degree"
 
 
 @pytest.mark.parametrize("rule", ["midpoint", "gauss_legendre"])
@@ -133,7 +133,7 @@ def test_completeness_is_reached_and_reported() -> None:
     assert 8 < errors["midpoint", 4] / errors["midpoint", 16] < 32, "second order"
 
 
-def test_the_jump_of_the_mixture_at_zero_is_reported() -> None:
+def test_the_discontinuity_of_the_mixture_at_zero_is_reported() -> None:
     """Weights from L2-normalised features have no limit at zero; from another baseline the error is small."""
     layer, inputs, masks = call_of(CASES[0], torch.float64)
     options: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 64}

@@ -42,7 +42,7 @@ def test_targets() -> None:
         found("label", None)
 
 
-def test_tokens_of_any_length_and_characters_are_one_short_line() -> None:
+def test_token_names_are_one_short_line() -> None:
     tokens = np.array([["a" * 5000, "x\x00\x1b\n\u202ey", "<b>&"]])
     findings: Any = types.SimpleNamespace(features=types.SimpleNamespace(tokens=[tokens, None]))
     assert token_name(findings, 0, 0, 0) == f"0:0 \u201c{'a' * 99}\u2026\u201d"

@@ -85,7 +85,7 @@ def test_what_the_model_sees(fill: str) -> None:
                         "mean": baseline and baseline[m],
                         "mean by position": baseline and baseline[m][min(i, len(baseline[m]) - 1)],
                     }[fill]
-                assert torch.equal(token, original), "padded tokens stay as they are"
+                assert torch.equal(token, original), "padded tokens are unchanged"
         if fill != "drop":
             assert torch.equal(given[0][k % 3], masks[0][1])
             assert given[2] is None

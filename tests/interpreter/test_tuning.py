@@ -173,7 +173,7 @@ def test_a_capture_times_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(map(torch.equal, found, want))
 
 
-def test_calls_of_a_bucket_share_an_answer() -> None:
+def test_calls_of_a_bucket_share_a_result() -> None:
     assert [tuning.bucket(n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
     clock = TableIsSlowest()
     for lengths in ((33, 18), (35, 16)):
@@ -184,7 +184,7 @@ def test_calls_of_a_bucket_share_an_answer() -> None:
     assert len(list(cache.results())) == 1
 
 
-def test_tiles_given_an_architecture_are_the_tables() -> None:
+def test_tiles_for_an_architecture_come_from_the_table() -> None:
     """Ahead-of-time reports do not depend on tuning results of a machine."""
     x = torch.empty(2, 4, 8, 32, device="meta")
     call = PairCall(x, x, x, x, None, None, None, (0, 1, 2, 3), 4, 1.0)

@@ -101,7 +101,7 @@ def test_builds_a_reference_that_loads_it_and_is_described_alike(variant: Any) -
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("variant", [fl, i2])
-def test_describes_and_builds_what_is_described_alike(variant: Any, gate: str) -> None:
+def test_a_built_reference_has_the_same_description(variant: Any, gate: str) -> None:
     layer = make_sparse_layer(variant, gate, num_routers=2)
     spec = describe(layer)
     assert spec.sparse is not None

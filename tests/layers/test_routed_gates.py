@@ -215,7 +215,7 @@ def crowded(gap: float, dtype: torch.dtype) -> tuple[GShardGate, Tensor]:
         (torch.float32, 200.0),
     ],
 )
-def test_a_sole_survivor_weighs_one_and_has_no_gradient(dtype: torch.dtype, gap: float) -> None:
+def test_a_last_choice_has_weight_1_and_no_gradient(dtype: torch.dtype, gap: float) -> None:
     """Holds for any previous weight, and with the loss scale of half precision."""
     gate, x = crowded(gap, dtype)
     index, weight, _ = call(gate, x)

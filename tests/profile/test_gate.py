@@ -157,7 +157,7 @@ def test_parallel_runs_are_refused(pytester: pytest.Pytester) -> None:
 
 
 @pytest.mark.slow
-def test_an_update_writes_what_the_next_run_expects(pytester: pytest.Pytester) -> None:
+def test_an_update_writes_the_ratios_for_the_next_run(pytester: pytest.Pytester) -> None:
     """Takes six processes, each of which imports torch."""
     result = run_suite(pytester, 0.002, "--gate", "floors.toml", "--gate-update")
     result.assert_outcomes(passed=1)

@@ -152,7 +152,7 @@ def gpu_events() -> list[Event]:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_gpu_time_is_that_of_kernels_and_of_idling(device: str) -> None:
+def test_gpu_time_is_kernels_and_idle_time(device: str) -> None:
     found = breakdown(gpu_events(), device)
     rows = named(found)
     assert found.whole == pytest.approx(120e-6)

@@ -92,7 +92,7 @@ def test_one_pass_of_an_own_layer(checkpoint: Path, tmp_path: Path) -> None:
         (("--tokens", "5,4", "--shape", "mmimdb"), "--shape: does not apply to what is profiled"),
     ],
 )
-def test_own_layers_that_do_not_fit(
+def test_invalid_requests_for_own_layers(
     checkpoint: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     result = run("--checkpoint", str(checkpoint), *arguments, code=2)

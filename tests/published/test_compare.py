@@ -179,9 +179,7 @@ def test_fastmoes_own_modules_are_not_run_on_the_cpu(
 
 
 @pytest.mark.parametrize("via", ["forward", "inference"])
-def test_compares_on_the_inputs_that_the_model_gives(
-    monkeypatch: pytest.MonkeyPatch, via: str
-) -> None:
+def test_compares_on_the_models_inputs(monkeypatch: pytest.MonkeyPatch, via: str) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
         "flmoe_kernels.published.swap.compare", lambda *a: (seen.append(a[-1]), compare(*a))[1]

@@ -141,7 +141,7 @@ def test_gate_losses_count_every_modality() -> None:
     torch.testing.assert_close(gate_loss(model), apart[0] + apart[1])
 
 
-def test_what_training_hooks_of_the_lineage_read() -> None:
+def test_attributes_for_training_hooks_of_the_lineage() -> None:
     model = Fusion()
     seen: list[tuple] = []
 

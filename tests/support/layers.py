@@ -27,9 +27,8 @@ from tests.support.inputs import as_dtype, draw, draw_masks, draw_replacements, 
 class LayerCase:
     """A layer and a call of it, without the data.
 
-    sparse: return gate losses. gate: gate of sparse fusion models, None for dense ones. mlp_experts, top_k,
-    routers, capacity: settings of their MLPs; capacity is for training and evaluation, None for the gate's
-    default.
+    sparse: return gate losses. gate: gate of sparse fusion models, else None. mlp_experts, top_k, routers
+    and capacity (for training and evaluation, None for the gate's default) are settings of their MLPs.
     """
 
     lengths: tuple[int, ...] = (5, 4)
