@@ -1,4 +1,4 @@
-"""Result files of this folder: JSON with one row per line, so that diffs are readable."""
+"""Result files of this folder: JSON with one row per line."""
 
 from __future__ import annotations
 

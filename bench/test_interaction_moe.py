@@ -1,4 +1,4 @@
-"""Benchmarks of the layer against the reference layer, and memory of a training step."""
+"""Benchmarks of the layer against the reference; memory of a training step."""
 
 from __future__ import annotations
 

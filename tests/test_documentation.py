@@ -1,4 +1,4 @@
-"""Tests of the README and docs: snippets run, links exist, tables agree with the results."""
+"""Tests of the README and docs: snippets, links, tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the command `profile` at tiny shapes: its output files are valid and consistent."""
+"""Tests of the command `profile`: its output files are valid and consistent."""
 
 from __future__ import annotations
 

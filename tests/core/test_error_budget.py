@@ -1,4 +1,4 @@
-"""Tests of the error budget: rounding errors of the dtype pass, larger errors fail."""
+"""Tests of the error budget: rounding passes, larger errors fail."""
 
 from __future__ import annotations
 

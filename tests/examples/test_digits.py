@@ -1,4 +1,4 @@
-"""Tests of the digits demo: data, comparison of the layers, explanations, a quick run."""
+"""Tests of the digits demo: data, comparison, explanations, a quick run."""
 
 from __future__ import annotations
 

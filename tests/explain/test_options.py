@@ -1,4 +1,4 @@
-"""Tests of the options of the command `explain`, and of its names for targets and tokens."""
+"""Tests of the command `explain`: options, names of targets and tokens."""
 
 from __future__ import annotations
 

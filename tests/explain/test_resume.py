@@ -1,4 +1,4 @@
-"""Tests of resumed runs: same bits on any number of ranks, refusal of other requests."""
+"""Tests of resumed runs: bitwise equality, ranks, refusal of other requests."""
 
 from __future__ import annotations
 

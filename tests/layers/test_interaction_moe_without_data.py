@@ -1,4 +1,4 @@
-"""Tests of a training step with the Triton kernels on tensors without data: no synchronization."""
+"""Tests of a training step on tensors without data: no synchronization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of experts on 1, 2 and 4 ranks against one process with all tokens and experts."""
+"""Tests of experts on 1, 2 and 4 ranks against a single process."""
 
 from __future__ import annotations
 

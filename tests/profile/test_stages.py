@@ -1,4 +1,4 @@
-"""Tests of stages and traces, on a real CPU and on a simulated GPU time line."""
+"""Tests of stages and traces, on a CPU and a simulated GPU."""
 
 from __future__ import annotations
 

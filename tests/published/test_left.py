@@ -1,4 +1,4 @@
-"""Tests of layers that `swap` does not replace, and of the reasons that it reports."""
+"""Tests of layers that `swap` does not replace, and of its reasons."""
 
 from __future__ import annotations
 

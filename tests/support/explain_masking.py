@@ -1,4 +1,4 @@
-"""Masking one sample, budget and token at a time; a model whose drops encode the masked tokens."""
+"""Masking by plain loops; a model whose drops encode the masked tokens."""
 
 from __future__ import annotations
 

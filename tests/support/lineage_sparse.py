@@ -1,4 +1,4 @@
-"""Stand-in for the published sparse MLP: FastMoE 1.1 with the lineage's changes, in plain torch.
+"""Stand-in for the published sparse MLP: FastMoE 1.1 with the lineage's changes.
 
 It has the published code's peculiarities (docs/fastmoe.md): weights are not renormalised after a drop, GShard and
 Switch keep only the last call's loss, padding counts, Switch adds its noise, NaiveGate's loss has no gradient,

@@ -1,4 +1,4 @@
-"""Processes of test_routed_parallel: each rank's part of the cases, and the same in one process."""
+"""Processes of test_routed_parallel: each rank's part, and a single process."""
 
 from __future__ import annotations
 
