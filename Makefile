@@ -1,18 +1,18 @@
-# Everything from a fresh checkout: needs Python 3.10+, a C++ compiler and make, nothing else.
-# Set-up (.venv, pinned packages, the native module) happens by itself and is skipped when current.
+# Development commands that work in a fresh checkout; they need only Python 3.10+, a C++ compiler and make.
+# Set-up (.venv, pinned packages, the native module) is automatic and is skipped if it is up to date.
 
 PYTHON ?= python3
 ARGS ?=
-# Test files run side by side, each file in one process: what a file compiles once stays there.
+# Test files run in parallel, each file in one process, so that its tests share what they compile.
 WORKERS ?= 2
-# The CUDA kernels take most of the build: only on request, FLMOE_CUDA=1.
+# The CUDA kernels take most of the build time, so they are built only with FLMOE_CUDA=1.
 export FLMOE_CUDA ?= 0
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-# Stamps are written last: a set-up that was interrupted leaves none and starts over.
+# Stamps are written last, so an interrupted set-up leaves none and starts again.
 INSTALLED := $(VENV)/.stamp-installed
 TOOLS := $(VENV)/.stamp-tools
 BUILT := $(VENV)/.stamp-built
@@ -20,14 +20,14 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt flmoe_kernels/_version.py
 	$(shell find csrc 2>/dev/null)
 CPP_SOURCES := $(shell find csrc -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# A stamp counts only if the environment still runs, lies where it was made, and has the module.
+# A stamp is valid only if the environment runs, was not moved, and has the module.
 ifneq ($(shell $(PY) -c '' 2>/dev/null && cat $(INSTALLED) 2>/dev/null),$(shell pwd -P))
 $(INSTALLED): FORCE
 endif
 ifeq ($(wildcard flmoe_kernels/_native*.so),)
 $(BUILT): FORCE
 endif
-# Nor if the module was built with another choice about CUDA.
+# It is not valid if the module was built with another value of FLMOE_CUDA.
 CUDA_CHOICE := FLMOE_CUDA=$(FLMOE_CUDA)
 ifneq ($(shell cat $(BUILT) 2>/dev/null),$(CUDA_CHOICE))
 $(BUILT): FORCE
@@ -35,12 +35,12 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.NOTPARALLEL: # two pips must not write to one environment at once
+.NOTPARALLEL: # two pip processes must not write to the same environment at once
 .PHONY: FORCE help compiler setup demo test test-all bench lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 10
-	@echo "PYTHON=python3.12 make setup   sets up with that Python"
+	@echo "PYTHON=python3.12 make setup   uses that Python"
 	@echo "FLMOE_CUDA=1 make setup        builds the CUDA kernels too"
 	@echo "ARGS=... is appended to the command, WORKERS=... is the number of test files at a time."
 
@@ -55,11 +55,11 @@ demo: compiler $(BUILT) ## run the demo on real data
 
 PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-test: compiler $(BUILT) $(TOOLS) ## run the tests: every operator and backend, minutes
+test: compiler $(BUILT) $(TOOLS) ## run the tests of all operators and backends, about ten minutes
 	$(PYTEST) -m "not slow" $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "not slow" $(ARGS)
 
-test-all: compiler $(BUILT) $(TOOLS) ## run all tests, exhaustive and slow ones too, an hour
+test-all: compiler $(BUILT) $(TOOLS) ## run all tests, including the exhaustive and slow ones, about an hour
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
 
@@ -77,24 +77,24 @@ format: $(TOOLS) ## rewrite the sources in the project's style
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
-clean: ## remove everything that was set up, built or written
+clean: ## remove the environment, builds, results and caches
 	rm -rf $(VENV) build dist *.egg-info demo_out .mypy_cache .pytest_cache .ruff_cache \
 		.hypothesis .benchmarks flmoe_kernels/_native*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Without a valid stamp the environment is of unknown state and is made anew; with one, only the
-# requirements changed, and pip brings it up to date.
+# Without a valid stamp the state of the environment is unknown, so it is created again. With a valid
+# stamp only the requirements changed, and pip updates the environment.
 $(INSTALLED): requirements/demo.txt
 	@$(check_python)
 	@if [ "$$($(PY) -c '' 2>/dev/null && cat $(INSTALLED) 2>/dev/null)" != "$$(pwd -P)" ]; then \
-		echo "Making $(VENV) and installing pinned packages: some minutes, this once."; \
+		echo "Creating $(VENV) and installing pinned packages. This happens once and takes minutes."; \
 		rm -rf $(VENV) && "$(PYTHON)" -m venv $(VENV); \
 	fi
 	@rm -f $(INSTALLED) $(TOOLS) $(BUILT)
 	$(PIP) install -r requirements/demo.txt
 	@pwd -P > $(INSTALLED)
 
-# What only tests and linting use: the demo does not wait for it.
+# Packages that only tests and linting use; the demo does not need them.
 $(TOOLS): $(INSTALLED) requirements/dev.txt
 	@rm -f $(TOOLS)
 	$(PIP) install -r requirements/dev.txt
@@ -106,20 +106,20 @@ $(BUILT): $(INSTALLED) $(BUILD_INPUTS)
 	@$(PY) -c '$(say_cuda)'
 	@echo '$(CUDA_CHOICE)' > $(BUILT)
 
-# What the build decided, which pip keeps to itself.
+# Prints which CUDA kernels were built, because pip hides the log of the build.
 define say_cuda
 from flmoe_kernels import _native; \
 built, reason = _native.cuda_build(); \
-print("CUDA kernels:", built or f"left out ({reason})")
+print("CUDA kernels:", built or f"not built ({reason})")
 endef
 
 define check_python
 say() { echo "make: $$1" >&2; exit 1; }; \
-command -v "$(PYTHON)" >/dev/null || say "there is no $(PYTHON): install Python 3.10 or newer\
+command -v "$(PYTHON)" >/dev/null || say "$(PYTHON) was not found: install Python 3.10 or newer\
  (Debian/Ubuntu: apt-get install python3 python3-venv), or run make PYTHON=/path/to/python"; \
 "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || say "$(PYTHON) is older than\
  3.10: install a newer Python, or run make PYTHON=/path/to/python"; \
-"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || say "$(PYTHON) cannot make virtual\
+"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || say "$(PYTHON) cannot create virtual\
  environments: install its venv module (Debian/Ubuntu: apt-get install python3-venv)"
 endef
 
@@ -127,6 +127,6 @@ define check_compiler
 for compiler in "$${CXX%% *}" c++ g++ clang++; do \
 	command -v "$$compiler" >/dev/null && exit 0; \
 done; \
-echo "make: there is no C++ compiler: install GCC 11+ or Clang 14+ (Debian/Ubuntu: apt-get install\
+echo "make: no C++ compiler was found: install GCC 11+ or Clang 14+ (Debian/Ubuntu: apt-get install\
  g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)" >&2; exit 1
 endef

@@ -1,4 +1,4 @@
-"""Options of the benchmarks; a suite test_OPERATOR.py gets the comparisons of its operator."""
+"""Options of the benchmarks, and parametrization of bench/test_OPERATOR.py by the operator's comparisons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.suite import comparisons, options
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="The large named shapes and slow peers: half an hour."
+        "--full", action="store_true", help="Large shapes and slow peers; takes half an hour."
     )
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
 
@@ -17,8 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "comparison" in metafunc.fixturenames:
         operator = metafunc.module.__name__.rpartition("test_")[2]
-        found = comparisons(operator, *options(metafunc.config))
-        metafunc.parametrize("comparison", list(found), ids=str)
+        selected = comparisons(operator, *options(metafunc.config))
+        metafunc.parametrize("comparison", list(selected), ids=str)
 
 
 @pytest.fixture
@@ -28,6 +28,6 @@ def full(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture
 def cpu_only(pytestconfig: pytest.Config) -> None:
-    """For limits that are stated for the CPU."""
+    """Skip tests of limits that hold only for the CPU."""
     if options(pytestconfig)[0] != "cpu":
-        pytest.skip("a limit on the CPU")
+        pytest.skip("the limit holds only for the CPU")

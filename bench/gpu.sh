@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within a time limit: build, GPU tests, compute-sanitizer, benchmarks against the peers.
-# Needs no network: Python 3.10+ with torch, triton and pytest, nvcc, cmake, ninja and pybind11 must be there. Wheels
-# in wheels/ of the checkout are installed as well; where pytest-benchmark is missing:
+# All checks that need a GPU, within a time limit: build, GPU tests, compute-sanitizer, benchmarks against the peers.
+# Needs no network. Python 3.10+ with torch, triton and pytest, nvcc, cmake, ninja and pybind11 must be installed. Wheels
+# in wheels/ of the checkout are installed too. If pytest-benchmark is missing, download it first:
 #   pip download --dest wheels pytest-benchmark
 #
 #   bench/gpu.sh [install] [tests] [sanitize] [bench]        default: all four, in this order
 #
-#   PYTHON             which Python; default python3
-#   FLMOE_GPU_BUDGET   seconds in all; default 840. A step gets what is left, at most its own limit.
+#   PYTHON             Python to use; default python3
+#   FLMOE_GPU_BUDGET   total seconds; default 840. A step may use the remaining time, at most its own limit.
 #   FLMOE_GPU_DEVICE   default cuda; with cpu the quick benchmarks run, to try the script
 #   OUT                folder for results; default bench/results/<device name>/
-#   FLMOE_COMMIT       the commit, where the files are no git checkout
+#   FLMOE_COMMIT       the commit, if the files are not a git checkout
 #
-# The benchmarks of each operator run in a process of their own and write a JSON file of pytest-benchmark each; SIGINT
-# at the limit lets pytest write what was measured. Exit code: 0, or 1 where a step failed.
+# The benchmarks of each operator run in a separate process and write a JSON file of pytest-benchmark. At the limit,
+# SIGINT lets pytest write the results measured so far. Exit code: 0, or 1 if a step failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
@@ -37,13 +37,13 @@ done
 start=$SECONDS
 failed=()
 
-# run STEP LIMIT COMMAND...: with a time limit; a failed or interrupted step is noted, and the rest goes on.
+# run STEP LIMIT COMMAND...: run with a time limit; if a step fails or is stopped, the script records it and continues.
 run() {
     local step=$1 limit=$2 left=$((BUDGET - (SECONDS - start))) code began=$SECONDS
     shift 2
     [ "$left" -ge "$limit" ] || limit=$left
     if [ "$limit" -lt "$LEAST" ]; then
-        echo "== $step: skipped, $left s are left of $BUDGET"
+        echo "== $step: skipped, $left s left of $BUDGET"
         failed+=("$step (skipped)")
         return
     fi
@@ -61,7 +61,7 @@ step_install() {
     if [ -d wheels ]; then
         run wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps wheels/*.whl
     fi
-    # Editable: the native module then lies in the checkout, where the tests import it from.
+    # Editable, so that the native module is in the checkout, where the tests import it.
     FLMOE_CUDA=1 run install "$INSTALL_LIMIT" \
         "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable .
 }
@@ -74,12 +74,12 @@ step_tests() {
 step_sanitize() {
     local call=("$PYTHON" -m bench.sanitize "$DEVICE") tool
     if [ "$DEVICE" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
-        echo "== sanitize: no compute-sanitizer here; the same calls without it"
+        echo "== sanitize: compute-sanitizer is not installed; running the same calls without it"
         run "sanitize (without the tool)" "$SANITIZE_LIMIT" "${call[@]}"
         return
     fi
     for tool in memcheck racecheck; do
-        # torch's allocator would hide a kernel's reads past the end of a tensor.
+        # torch's caching allocator would hide reads past the end of a tensor.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitize ($tool)" "$SANITIZE_LIMIT" \
             compute-sanitizer --tool "$tool" --error-exitcode 9 "${call[@]}"
     done
@@ -93,7 +93,7 @@ print('-'.join(''.join(c if c.isalnum() else ' ' for c in device_name('$DEVICE')
     fi
     mkdir -p "$out"
     [ "$DEVICE" = cpu ] || options+=(--full)
-    # The most important numbers first.
+    # The most important operators come first.
     for operator in interaction_moe pair_moe routed_mlp expert_attention routing; do
         run "bench $operator" "$BENCH_LIMIT" "$PYTHON" -m pytest "bench/test_$operator.py" -q -rs \
             -p no:cacheprovider "${options[@]}" --benchmark-json="$out/$operator.json"
@@ -104,6 +104,6 @@ for step in "${STEPS[@]}"; do
     "step_$step"
 done
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "== not done: ${failed[*]}"
+    echo "== failed or skipped: ${failed[*]}"
     exit 1
 fi

@@ -1,4 +1,4 @@
-"""Result files of this folder: JSON with one row a line, which git and people can compare."""
+"""Result files of this folder: JSON with one row per line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flmoe_kernels.core.files import write_whole
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole; lists get a line for each item. NaN and infinity raise ValueError."""
+    """Write a file atomically, with one line per list item. NaN and infinity raise ValueError."""
     text = "{\n" + ",\n".join(f"{json.dumps(k)}: {_lines(v)}" for k, v in content.items()) + "\n}\n"
     write_whole(path, text, make_folder=True)
 

@@ -1,4 +1,4 @@
-"""One checked call of every kernel at tiny sizes, for compute-sanitizer: python -m bench.sanitize [cpu|cuda]"""
+"""Checked calls of all kernels at tiny sizes, for compute-sanitizer: python -m bench.sanitize [cpu|cuda]"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(device: str = "cuda") -> None:
                 print(f"{case.name} {contestant.name}", flush=True)
                 ran += 1
     if not ran:
-        sys.exit(f"no kernel runs on {device} here")
+        sys.exit(f"no kernel can run on {device} on this machine")
 
 
 if __name__ == "__main__":

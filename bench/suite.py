@@ -1,7 +1,7 @@
-"""Comparisons of the suites bench/test_OPERATOR.py: checked, timed in turn with a peer, recorded.
+"""Comparisons for bench/test_OPERATOR.py: checked, timed alternately with a peer, recorded.
 
-A row lists shapes, variants, phases and peers. The rows of an operator run in order, those that matter most first;
-peers that compile for a minute come last, so that a time limit costs no other number.
+A row lists shapes, variants, phases and peers. The rows of an operator run in order, the most important first.
+Peers that compile for a minute come last, so that a time limit does not cut off other results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flmoe_kernels.profile.registry import Contestant, default_ours, prepare, wo
 from flmoe_kernels.profile.shapes import is_cuda
 from flmoe_kernels.profile.timing import Call, Paired, clock_for
 
-SECONDS = {False: 2.0, True: 8.0}  # time limit without a floor; key: --full
+SECONDS = {False: 2.0, True: 8.0}  # time limit of a comparison without a floor; key: --full
 
 
 class Row(NamedTuple):
@@ -42,7 +42,7 @@ _STEP, _TWO = (BOTH,), (FORWARD, BOTH)
 _REDUCTIONS = ("none", "pool")
 _SMALL = ("routed_small_e4", "routed_small_e16")
 
-# Without --full: every operator at a small shape, against peers that start at once.
+# Without --full: every operator at a small shape, against peers that need no compilation.
 QUICK: Rows = {
     "pair_moe": (Row(("pair_base",), _REDUCTIONS, _TWO, ("reference",)),),
     "expert_attention": (
@@ -53,7 +53,7 @@ QUICK: Rows = {
     "routing": (Row(("routed_small_e4",), ("",), _TWO, ("reference",)),),
     "interaction_moe": (Row(("mmimdb_short", "mimic"), ("",), _TWO, ("reference",)),),
 }
-# The table of the README, and the large shapes with floors.
+# The shapes of the README's table, and the large shapes with floors.
 FULL_CPU: Rows = {
     "interaction_moe": (
         Row(("mmimdb", "enrico", "mimic"), ("",), _TWO, ("reference", "reference+sdpa")),
@@ -111,10 +111,10 @@ def comparisons(operator: str, device: str, full: bool) -> Iterator[Comparison]:
 
 
 def compare(against: Against, comparison: Comparison, full: bool) -> None:
-    """Check both contestants, time them in turn, record everything known about the comparison.
+    """Check both contestants, time them alternately and record the comparison.
 
-    A wrong answer fails the test. If one of the two cannot run here, lacks memory or does not compile, the test is
-    skipped, or fails where the comparison has a floor.
+    A wrong result fails the test. If a contestant cannot run here, runs out of memory or does not compile, the
+    test is skipped; if the comparison has a floor, it fails.
     """
     case = comparison.case
     peer = find(case, comparison.peer)
@@ -178,7 +178,7 @@ def _peak(case: Case, contestant: Contestant) -> int | None:
 
 @functools.cache
 def _ceilings(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
-    """Timed by the same clock and with as many threads as the comparison."""
+    """Ceilings of the machine, timed with the same clock and number of threads as the comparison."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,7 +1,7 @@
 """Tables of speed in README.md and docs/benchmarks.md: python -m bench.table [NAME RUN.json ...]
 
-Keeps the comparisons of `pytest bench/ --full --benchmark-json=RUN.json` in bench/results/NAME.json, where NAME is
-one of PROCESSORS. Then writes the tables of all these files between their marks.
+Saves the comparisons of `pytest bench/ --full --benchmark-json=RUN.json` in bench/results/NAME.json, where NAME is
+one of PROCESSORS. Then writes the tables of all these files into both pages, between the marks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from flmoe_kernels.profile.cases import BOTH, FORWARD
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-# The slower one, relative to the peers, first.
+# The processor with the lower ratios comes first.
 PROCESSORS = ("cascade_lake", "zen5")
 PAGES = {"short": ROOT / "README.md", "long": ROOT / "docs" / "benchmarks.md"}
 MARK, END_MARK = "<!-- begin: python -m bench.table -->", "<!-- end -->"
 LAYER = ("mmimdb", "enrico", "mimic")
-# Rows of the short table: what, and the cases of a cell.
+# Rows of the short table: title, and the cases of a cell.
 SHORT = {
     "`InteractionMoE`, training step: mmimdb / enrico / mimic": [
         f"interaction_moe/{shape}/{BOTH}/float32" for shape in LAYER
@@ -49,15 +49,16 @@ HEADINGS = (
 
 
 def gather(paths: Sequence[Path]) -> dict[str, Any]:
-    """Environment and comparisons of results of pytest-benchmark."""
+    """Environment and comparisons from result files of pytest-benchmark."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    found = []
+    comparisons = []
     for result in results:
         for benchmark in result["benchmarks"]:
             facts = benchmark["extra_info"]
             if "ratio" in facts:
-                found.append({key: facts.get(key) for key in KEPT})
-    return {"environment": results[0]["machine_info"]["flmoe_kernels"], "comparisons": found}
+                comparisons.append({key: facts.get(key) for key in KEPT})
+    environment = results[0]["machine_info"]["flmoe_kernels"]
+    return {"environment": environment, "comparisons": comparisons}
 
 
 KEPT = (
@@ -72,7 +73,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def short_table(contents: Sequence[Mapping[str, Any]]) -> str:
-    """The ratio to the fastest peer of each case, a column for each processor."""
+    """Table of the ratios to the fastest peer of each case, one column per processor."""
     heads = [_where(content["environment"]) for content in contents]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for what, cases in SHORT.items():
@@ -106,13 +107,13 @@ def long_table(content: Mapping[str, Any]) -> str:
     return head + HEADINGS + "".join(_line(case, by_case[case]) for case in by_case)
 
 
-def _line(case: str, found: Sequence[Mapping[str, Any]]) -> str:
+def _line(case: str, comparisons: Sequence[Mapping[str, Any]]) -> str:
     operator, shape, phase, _, *variant = case.split("/")
-    first = found[0]
+    first = comparisons[0]
     peers = [
         f"{row['peer']} **{row['ratio']['median']:.2f}x** ({row['ratio']['low']:.2f} to "
         f"{row['ratio']['high']:.2f}){_peak(row, row['peer'], ', ')}"
-        for row in found
+        for row in comparisons
     ]
     share = first["share_of_roofline"]
     cells = [
@@ -127,7 +128,7 @@ def _line(case: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _digits(value: float) -> str:
-    """At least three digits, never an exponent."""
+    """Format a value with at least three digits and without an exponent."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
@@ -137,7 +138,7 @@ def _peak(row: Mapping[str, Any], name: str, before: str = "") -> str:
 
 
 def tables() -> dict[str, str]:
-    """The tables of both pages from the results."""
+    """Both pages' tables, generated from the result files."""
     contents = [load(name) for name in PROCESSORS]
     timed = [content for content in contents if "seconds" in content["comparisons"][0]]
     return {"short": short_table(contents), "long": "\n".join(map(long_table, timed))}

@@ -1,4 +1,4 @@
-"""expert_attention against the reference and torch's scaled_dot_product_attention."""
+"""Benchmarks of expert_attention against the reference and torch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 

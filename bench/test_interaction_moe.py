@@ -1,4 +1,4 @@
-"""The layer against the reference layer; and the memory of a training step."""
+"""Benchmarks of the layer against the reference; memory of a training step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_against_peers(benchmark_against: Against, comparison: Comparison, full:
 
 @pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason=memory_unavailable_reason("cpu"))
 def test_training_memory(cpu_only: None) -> None:
-    """Peak memory of a training step at mmimdb: at most a third of the reference's."""
+    """Peak memory of a training step at mmimdb is at most a third of the reference's."""
     case = Case("interaction_moe", MMIMDB, BOTH)
     ours, peer = (peak_bytes(case, name) for name in ("cpu", "reference"))
     assert ours is not None

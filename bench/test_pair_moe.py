@@ -1,4 +1,4 @@
-"""pair_moe against its peers; its rate relative to torch.mm, and its memory at pair_long."""
+"""Benchmarks of pair_moe: against peers, rate relative to torch.mm, memory at pair_long."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_against_peers(benchmark_against: Against, comparison: Comparison, full:
 
 
 def test_share_of_sgemm(cpu_only: None) -> None:
-    """The forward makes its products at half the rate of a large torch.mm, or more, on one thread."""
+    """On one thread, the forward reaches at least half the FLOP rate of a large torch.mm."""
     case = Case("pair_moe", PAIR_BASE, FORWARD, variant="none")
     a, b = (torch.randn(SGEMM_SIZE, SGEMM_SIZE) for _ in range(2))
     calls = {"ours": prepare(case, "cpu").call, "peer": lambda: torch.mm(a, b)}
@@ -37,7 +37,7 @@ def test_share_of_sgemm(cpu_only: None) -> None:
 @pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason=memory_unavailable_reason("cpu"))
 @pytest.mark.parametrize("reduce", ["none", "pool"])
 def test_memory_of_pair_long(cpu_only: None, reduce: str) -> None:
-    """8192 x 8192 pairs forward and backward: less than one map of them, 256 MiB."""
+    """Forward and backward of 8192 x 8192 pairs take less memory than one map of the pairs, 256 MiB."""
     case = Case("pair_moe", PAIR_LONG, BOTH, variant=reduce)
     grown = peak_bytes(case, "cpu")
     assert grown is not None

@@ -1,4 +1,4 @@
-"""routed_mlp against a loop over experts, dense and grouped products."""
+"""Benchmarks of routed_mlp against a loop over experts, dense products and grouped products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""routing against the reference."""
+"""Benchmarks of routing against the reference."""
 
 from __future__ import annotations
 

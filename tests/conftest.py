@@ -1,4 +1,4 @@
-"""Fixtures that every test gets."""
+"""Fixtures that all tests use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Before torch loads OpenMP: threads that spin while they wait make small tests slow on a busy machine.
+# Set before torch loads OpenMP: threads that spin while waiting make small tests slow on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -21,7 +21,7 @@ def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(make)
     def fill(*args: Any, **kwargs: Any) -> Tensor:
         out = make(*args, **kwargs)
-        # Not the tensors that a tracer makes in place of real ones.
+        # Fake tensors of a tracer are not filled.
         if type(out) is Tensor and out.device.type == "cpu" and out.dtype.is_floating_point:
             out.detach().fill_(float("nan"))
         return out
@@ -31,7 +31,7 @@ def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.fixture(autouse=True)
 def nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel forgets to write shows as NaN."""
+    """Fill new memory with NaN, so that values that a kernel does not write are NaN."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
@@ -39,7 +39,7 @@ def nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def own_random_numbers() -> Iterator[None]:
-    """A test's draws depend on no other test, and it may set the number of threads."""
+    """Seed every test independently, and restore the number of threads after it."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The way to a user: sdist, wheel from the sdist, install, import with no compiler in reach."""
+"""Tests of the sdist, the wheel, installation, and import without a compiler."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sources alone, as a fresh checkout has them, in a folder with a space in its name."""
+    """Only the sources, as in a fresh checkout, in a folder whose name contains a space."""
     if not (ROOT / "setup.py").is_file():
         pytest.skip("not run from a source checkout")
     folder = tmp_path_factory.mktemp("a checkout")
@@ -76,10 +76,10 @@ def require_build_tools() -> None:
 def test_sdist_holds_what_the_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "flmoe_kernels/py.typed"}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
-    assert {"csrc/cuda/cuda.cmake", "csrc/cuda/routing.cu"} <= wanted
-    assert wanted <= names
+    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "flmoe_kernels/py.typed"}
+    needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
+    assert {"csrc/cuda/cuda.cmake", "csrc/cuda/routing.cu"} <= needed
+    assert needed <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
@@ -92,7 +92,7 @@ def test_wheel_from_the_sdist_imports_with_no_compiler(sdist: Path, tmp_path: Pa
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     wheels = tmp_path / "wheels"
     build = [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(wheels), "."]
-    # Unoptimised: the test is about the way, not the speed, and waits for a fraction of the time.
+    # Unoptimised, because this test does not measure speed and such a build takes a fraction of the time.
     built = run(build, cwd=unpacked, env={"CMAKE_BUILD_TYPE": "Debug"})
     assert built.returncode == 0, built.stdout + built.stderr
 
@@ -116,12 +116,12 @@ def test_wheel_from_the_sdist_imports_with_no_compiler(sdist: Path, tmp_path: Pa
     assert imported.returncode == 0, imported.stderr
     *files, cuda, reason = imported.stdout.splitlines()
     assert all(file.startswith(str(target)) for file in files)
-    # Built where the log says so, and loaded where nothing but the package is in reach.
+    # The module has CUDA kernels if the log of the build says so; it was loaded with nothing but the package.
     log = built.stdout + built.stderr
     if "CUDA kernels for sm_" in log:
         assert cuda.startswith("sm_80 sm_90a")
     else:
-        assert f"CUDA kernels are left out: {cuda}" in " ".join(log.split())
+        assert f"CUDA kernels are not built: {cuda}" in " ".join(log.split())
         assert cuda in reason
 
 
@@ -174,25 +174,25 @@ def broken_nvcc(tmp_path: Path) -> Path:
 
 
 def configured(checkout: Path, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """The build as far as CMake's decision about CUDA: nothing there compiles."""
+    """Run the build up to CMake's decision about CUDA; the sources do not compile."""
     return run(BUILD, cwd=without_kernels(checkout, tmp_path / "broken"), env=env)
 
 
 def without_kernels(checkout: Path, folder: Path) -> Path:
-    """A checkout in which nothing but broken files is left to compile, so that no failure waits for kernels."""
+    """A checkout whose C++ files are all broken, so that a failing build does not compile kernels first."""
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("build", "dist"))
     shutil.rmtree(folder / "csrc")
     for name in ("bindings/module.cpp", "cpu/dispatch.cpp", "cpu/kernels/kernel.cpp"):
         path = folder / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("this is no C++;\n")
+        path.write_text("this is not C++;\n")
     shutil.copytree(checkout / "csrc" / "cuda", folder / "csrc" / "cuda")
     return folder
 
 
 @pytest.mark.slow
-def test_cuda_is_asked_for_or_not(checkout: Path, tmp_path: Path, broken_nvcc: Path) -> None:
-    """Without a working nvcc: an error where CUDA was asked for, a word otherwise; 0 does not look."""
+def test_values_of_flmoe_cuda(checkout: Path, tmp_path: Path, broken_nvcc: Path) -> None:
+    """Without a working nvcc, FLMOE_CUDA=1 is an error; FLMOE_CUDA=0 does not search for nvcc."""
     require_build_tools()
     nvcc = str(broken_nvcc)
     wrong = run(BUILD, cwd=checkout, env={"FLMOE_CUDA": "yes"})
@@ -200,19 +200,19 @@ def test_cuda_is_asked_for_or_not(checkout: Path, tmp_path: Path, broken_nvcc: P
     assert "FLMOE_CUDA: expected 1, 0 or nothing, got 'yes'" in wrong.stderr
     missing = run(BUILD, cwd=checkout, env={"CUDACXX": "no-such-nvcc"})
     assert missing.returncode != 0
-    assert "CUDACXX='no-such-nvcc' is no program" in missing.stderr
+    assert "CUDACXX='no-such-nvcc' is not an executable program" in missing.stderr
 
-    asked = configured(checkout, tmp_path / "1", FLMOE_CUDA="1", CUDACXX=nvcc)
-    assert asked.returncode != 0
-    assert "FLMOE_CUDA=1 asks for the CUDA kernels, but" in asked.stderr
-    assert "nvcc cannot compile a program here" in " ".join(asked.stderr.split())
+    required = configured(checkout, tmp_path / "1", FLMOE_CUDA="1", CUDACXX=nvcc)
+    assert required.returncode != 0
+    assert "FLMOE_CUDA=1 requires the CUDA kernels, but" in required.stderr
+    assert "nvcc cannot compile a program here" in " ".join(required.stderr.split())
     never = configured(checkout, tmp_path / "3", FLMOE_CUDA="0", CUDACXX=nvcc)
-    assert "CUDA kernels are left out: FLMOE_CUDA=0" in never.stdout
+    assert "CUDA kernels are not built: FLMOE_CUDA=0" in never.stdout
     assert "Looking for a CUDA compiler" not in never.stdout
 
 
-# A module whose documentation is the reason.
-TELLS_THE_REASON = """
+# Source of a module whose docstring is the reason.
+REASON_MODULE = """
 #include <Python.h>
 #include "cuda_build.h"
 static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_native", flmoe::kCudaReason, -1};
@@ -226,33 +226,33 @@ print(importlib.util.module_from_spec(spec).__doc__)
 
 
 @pytest.mark.slow
-def test_an_nvcc_that_does_not_work_leaves_a_module_that_says_so(
+def test_module_reports_why_nvcc_does_not_work(
     checkout: Path, tmp_path: Path, broken_nvcc: Path
 ) -> None:
-    """Without FLMOE_CUDA the build goes on, and the reason reaches the sources as it is."""
+    """If FLMOE_CUDA is not set, the build continues, and the sources get the reason unchanged."""
     require_build_tools()
     folder = without_kernels(checkout, tmp_path / "small")
     for path in (folder / "csrc").rglob("*.cpp"):
-        path.write_text(TELLS_THE_REASON if path.name == "module.cpp" else "")
+        path.write_text(REASON_MODULE if path.name == "module.cpp" else "")
     env = {"FLMOE_CUDA": "", "CUDACXX": str(broken_nvcc)}
     built = run([*BUILD, "--build-lib", str(tmp_path / "lib")], cwd=folder, env=env)
     assert built.returncode == 0, built.stdout + built.stderr
-    assert "CUDA kernels are left out" in built.stderr
+    assert "CUDA kernels are not built" in built.stderr
     (module,) = (tmp_path / "lib").rglob("_native*")
-    told = run([sys.executable, "-c", LOAD, str(module)], cwd=tmp_path)
-    assert told.stdout.startswith(f"{broken_nvcc} cannot compile a program here (where it does not")
-    assert told.stdout.strip() in " ".join(built.stderr.split())
+    reason = run([sys.executable, "-c", LOAD, str(module)], cwd=tmp_path).stdout
+    assert reason.startswith(f"{broken_nvcc} cannot compile a program here (if it does not")
+    assert reason.strip() in " ".join(built.stderr.split())
 
 
-# Stands for the environment's Python: notes its calls, and succeeds.
+# Replaces the environment's Python: records its calls and succeeds.
 PYTHON_OF_MAKE = """#!/bin/sh
 echo "FLMOE_CUDA=$FLMOE_CUDA $*" >> calls
 """
 
 
-def test_make_builds_anew_for_another_choice(tmp_path: Path) -> None:
+def test_make_rebuilds_if_flmoe_cuda_changes(tmp_path: Path) -> None:
     if not shutil.which("make") or not (ROOT / "Makefile").is_file():
-        pytest.skip("there is no make, or no Makefile")
+        pytest.skip("make or the Makefile is missing")
     for name in ("Makefile", "pyproject.toml", "setup.py", "CMakeLists.txt"):
         shutil.copy2(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
@@ -274,7 +274,7 @@ def test_make_builds_anew_for_another_choice(tmp_path: Path) -> None:
         return [line.split()[0] for line in lines if "install" in line]
 
     assert installs(FLMOE_CUDA="0") == ["FLMOE_CUDA=0"]
-    assert installs(FLMOE_CUDA="0") == [], "the module is the one that was asked for"
+    assert installs(FLMOE_CUDA="0") == [], "the module is up to date"
     assert installs(FLMOE_CUDA="1") == ["FLMOE_CUDA=1"]
     assert installs("FLMOE_CUDA=1", FLMOE_CUDA="0") == []
     assert installs(FLMOE_CUDA="") == ["FLMOE_CUDA="]

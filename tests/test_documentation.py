@@ -1,4 +1,4 @@
-"""The snippets of the README and docs run as they stand; their tables are those of the results."""
+"""Tests of the README and docs: snippets, links, tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_a_snippet_runs_as_it_stands(text: str, tmp_path: Path) -> None:
+def test_a_snippet_runs(text: str, tmp_path: Path) -> None:
     file = tmp_path / "test_snippet.py"
     file.write_text(text)
     command = [sys.executable, str(file)]
@@ -45,7 +45,7 @@ def test_links_and_files_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("key", table.PAGES)
-def test_tables_are_those_of_the_results(key: str) -> None:
+def test_tables_agree_with_the_results(key: str) -> None:
     page = table.PAGES[key].read_text().partition(table.MARK)[2].partition(table.END_MARK)[0]
     assert page.strip() == table.tables()[key].strip()
 

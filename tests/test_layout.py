@@ -1,4 +1,4 @@
-"""Rules about the repository itself: file sizes, one version source, nothing of one machine."""
+"""Tests of repository rules: file sizes, imports, version, no machine paths."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from flmoe_kernels._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 500
-# Pinned versions, the licence text and measured results are data: nobody reads them in one sitting.
+# Pinned versions, the licence text and measured results are data and may be longer.
 DATA = {".csv", ".json", ".txt", ".png", ".svg", ".npz", ".safetensors"}
 DATA_NAMES = {"LICENSE"}
 
 
 def repository_files() -> list[Path]:
-    """What git tracks or would track; a file deleted but not yet committed is left out."""
+    """Files that git tracks or would track, without deleted files."""
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: which files belong to the repository is unknown")
+        pytest.skip("not a git checkout, so the repository's files are unknown")
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -58,7 +58,7 @@ def test_files_are_short_enough_to_read() -> None:
     assert not too_long, f"over {MAX_LINES} lines: {too_long}"
 
 
-# A package imports from itself and from those after it; profile and explain stand side by side.
+# A package may import itself and later packages; profile and explain are on the same level.
 RANKS = {
     **{"cli": 0, "profile": 1, "explain": 1, "published": 2, "layers": 3, "ops": 4, "core": 5},
     **{"_version": 6, "_native": 6},
@@ -66,7 +66,7 @@ RANKS = {
 
 
 def imported_modules(path: Path, package: str) -> set[str]:
-    """Names of all modules of ours that a file imports, inside functions too, TYPE_CHECKING apart."""
+    """Modules of this package that a file imports, including imports in functions but not under TYPE_CHECKING."""
     nodes, names = [ast.parse(path.read_text(encoding="utf-8"))], set[str]()
     while nodes:
         node = nodes.pop()
@@ -83,7 +83,7 @@ def imported_modules(path: Path, package: str) -> set[str]:
     return {name for name in names if name.startswith("flmoe_kernels")}
 
 
-def test_imports_run_one_way_and_not_in_circles() -> None:
+def test_imports_have_one_direction_and_no_cycles() -> None:
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (ROOT / "flmoe_kernels").rglob("*.py")
@@ -92,7 +92,7 @@ def test_imports_run_one_way_and_not_in_circles() -> None:
     for name, path in files.items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         found = imported_modules(path, package) & set(files) - {name}
-        # Importing a.b.c runs a and a.b, which is no dependency of c on them.
+        # Importing a.b.c runs a and a.b, but c does not depend on them.
         graph[name] = {m for m in found if not name.startswith(f"{m}.")}
     outward = [
         (name, target)
@@ -106,8 +106,8 @@ def test_imports_run_one_way_and_not_in_circles() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_no_path_of_one_machine() -> None:
-    # Assembled here, so that this file does not hold what it looks for.
+def test_no_paths_of_a_machine() -> None:
+    # Assembled at run time, so that this file does not contain the paths.
     folders = "|".join(("wo" + "rk", "ro" + "ot", "ho" + r"me/\w+"))
     pattern = re.compile(rf"(?<![\w.\-/}})])/(?:{folders})(?:/|\b)(?![\w-])")
     found = {
@@ -116,7 +116,7 @@ def test_no_path_of_one_machine() -> None:
         for number, line in enumerate(text.splitlines(), start=1)
         if pattern.search(line)
     }
-    assert not found, f"paths of one machine: {found}"
+    assert not found, f"paths of a machine: {found}"
 
 
 def test_one_version_source() -> None:

@@ -1,4 +1,4 @@
-"""The README's table of operators, backends and dtypes against what the code does."""
+"""Tests of the README's table of operators, backends and dtypes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_table_is_the_capability_table() -> None:
     ("operator", "backend", "dtype"), [cell for cell in CELLS if cell[1] != "triton"]
 )
 def test_every_cell_runs(operator: str, backend: str, dtype: str) -> None:
-    """Cells of Triton run in tests/interpreter."""
+    """Triton's cells are tested in tests/interpreter."""
     runs, reason = backend_status()[backend]
     if backend == "cuda" and not runs:
         pytest.skip(f"the kernels do not run here: {reason}")
@@ -36,6 +36,6 @@ DASHES = [(op, name) for op, row in CAPABILITIES.items() for name in BACKENDS if
 
 
 @pytest.mark.parametrize(("operator", "backend"), DASHES)
-def test_every_dash_refuses(operator: str, backend: str) -> None:
+def test_every_dash_is_an_error(operator: str, backend: str) -> None:
     with pytest.raises(BackendUnavailable, match=f"{operator}.*{backend}"):
         call(operator, backend, torch.float32)

@@ -1,1 +1,1 @@
-"""Ahead-of-time compile report of every Triton kernel; needs no GPU: python -m bench.aot."""
+"""Ahead-of-time compile report of all Triton kernels, without a GPU: python -m bench.aot."""

@@ -1,4 +1,4 @@
-"""The command `python -m bench.aot`: compile every Triton kernel and check spills and matrix instructions."""
+"""Command `python -m bench.aot`: compiles every Triton kernel and checks its resources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from .cases import ARCHITECTURES, OPERATORS, Case, cases
 from .compile import Row, compile_case
 
-# Each holds a gigabyte.
+# Each process takes about one gigabyte.
 PROCESSES = 2
 
 
@@ -31,8 +31,8 @@ def aot(
 ) -> None:
     """Compile the Triton kernels without a GPU and report registers, spills, shared memory, matrix instructions.
 
-    Exit code 1: a kernel does not compile, spills registers that are not allowed, has fewer matrix instructions
-    than its products need, or takes more shared memory than a block may have or its launch table states.
+    Exit code 1: a kernel does not compile, spills more than is allowed, has fewer matrix instructions than its
+    products need, or takes more shared memory than the GPU allows per block or than its launch table states.
     """
     for name, given, known in (("arch", arch, ARCHITECTURES), ("op", op, OPERATORS)):
         for value in given or ():
@@ -44,7 +44,7 @@ def aot(
     chosen = [case for case in cases() if not op or case.operator in op]
     rows = compile_cases(chosen, arch or ARCHITECTURES)
     console = Console()
-    # A pipe has no width to fit.
+    # If the output is not a terminal, a fixed width is used.
     (console if console.is_terminal else Console(width=160)).print(table(rows))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", "utf-8")
@@ -55,7 +55,7 @@ def aot(
 
 
 def compile_cases(chosen: Sequence[Case], architectures: Sequence[int]) -> list[Row]:
-    """Triton's cache serves cases that share a kernel."""
+    """Compile the cases in parallel; a kernel that several cases share comes from Triton's cache."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
         futures = [pool.submit(compile_case, case, n) for case in chosen for n in architectures]

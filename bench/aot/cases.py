@@ -1,7 +1,7 @@
-"""Cases of the ahead-of-time report: every kernel, in the shapes and classes of calls that use it.
+"""Cases of the ahead-of-time report: every kernel at its shapes.
 
-A module of `operators` yields the cases of an operator. A case builds its launch from tensors on the meta device
-through the functions that a call uses, so what is compiled is what runs.
+Each module of `operators` yields the cases of one operator. A case builds its launch from tensors on the meta
+device with the same functions as a real call, so the compiled kernel is the one that runs.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ OPERATORS = (
     *("pair_moe", "expert_attention", "expert_linear", "encoder_rows", "interaction_moe"),
     *("routed_mlp", "routing"),
 )
-# Multiprocessors of an A100, an H100 and a B200: persistent kernels start programs on each.
+# Multiprocessors of an A100, an H100 and a B200; persistent kernels derive their number of programs from it.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 ARCHITECTURES = tuple(MULTIPROCESSORS)
 
 
 @dataclass(frozen=True)
 class Built:
-    """A launch and what the check expects of it.
+    """A launch and the limits that the check uses.
 
-    least: the least number of matrix instructions in its kernel, in one place for each product and step of a
-    chunk; 0 for a kernel without products. tiles: the entry of its launch table in words; table: the bytes of
-    shared memory stated there.
+    least: minimum number of matrix instructions in the kernel: one for each product and each step of a chunk;
+    0 for a kernel without products. tiles: description of its entry in the launch table. table: bytes of shared
+    memory that this entry states.
     """
 
     launch: Launch
@@ -40,7 +40,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Case:
-    """One launch of a kernel. quick: belongs to the set that the tests compile by default."""
+    """One launch of a kernel. quick: the tests compile this case by default."""
 
     operator: str
     kernel: str
@@ -66,7 +66,7 @@ def cases() -> Iterator[Case]:
 
 
 def stated(shared: tuple[int, ...], architecture: int) -> int:
-    """The entry for an architecture of a launch table's shared bytes, which are for sm_80, sm_90 and sm_100."""
+    """Shared bytes for an architecture, from a launch table's entries for sm_80, sm_90 and sm_100."""
     return shared[ARCHITECTURES.index(architecture)]
 
 

@@ -1,4 +1,4 @@
-"""Compilation of cases, and the check of what the compiler reports."""
+"""Compilation of cases, and checks of the resources that the compiler reports."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import triton
 from .cases import Built, Case
 
 KIB = 1024
-# Shared memory that a block may have.
+# Maximum shared memory of a block.
 MOST_SHARED = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
-# The release of Triton that the launch tables were written with. Another one may use other resources, and spill
-# up to SPARE_SPILLS more.
+# The Triton release that the launch tables were written with. Other releases may use other resources and may spill
+# up to SPARE_SPILLS more bytes.
 RELEASE, SPARE_SPILLS = "3.7.", 128
 SAME_RELEASE = triton.__version__.startswith(RELEASE)
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
@@ -27,7 +27,7 @@ _ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-zA-Z]\w*::\w+)*(?:\.v(\d))?\.[a-
 
 @dataclass(frozen=True)
 class AllowedSpill:
-    """Spilled bytes of a thread that cases whose names match `cases` may have, and the reason."""
+    """Allowed spilled bytes per thread of the cases whose names match `cases`, and the reason."""
 
     cases: str
     bytes: int
@@ -45,10 +45,10 @@ ALLOWED_SPILLS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Registers and spilled bytes of a thread, shared bytes and warps of a block.
+    """Registers and spilled bytes per thread, shared bytes and warps per block.
 
-    matrix: the number of matrix instructions in the PTX by name. accesses: the number of loads and stores of
-    global memory in the PTX by the bytes that a thread moves, "ld.16" or "st.4".
+    matrix: number of matrix instructions in the PTX by name. accesses: number of global loads and stores in the
+    PTX by kind and bytes per thread, such as "ld.16" or "st.4".
     """
 
     registers: int
@@ -61,7 +61,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Row:
-    """A case on an architecture; report: None where it does not compile; failures: a sentence for each."""
+    """A case on an architecture. report: None if it does not compile. failures: one sentence per failure."""
 
     case: str
     architecture: int
@@ -73,9 +73,7 @@ def compile_case(case: Case, architecture: int) -> Row:
     built = case.built(architecture)
     try:
         report = report_of(built.launch.compile(architecture))
-    except (
-        Exception
-    ) as error:  # The compiler raises types of its own; the next case is compiled all the same.
+    except Exception as error:  # The compiler raises its own types; the other cases still compile.
         message = str(error).splitlines() or [""]
         failure = f"does not compile: {type(error).__name__}: {message[0]}"
         return Row(case.name, architecture, None, [failure])
@@ -83,33 +81,33 @@ def compile_case(case: Case, architecture: int) -> Row:
 
 
 def allowed_spill(case: str) -> int:
-    """Bytes of a thread."""
+    """Largest allowed spill of a case, in bytes per thread."""
     fitting = (spill.bytes for spill in ALLOWED_SPILLS if fnmatch.fnmatchcase(case, spill.cases))
     return max(fitting, default=0)
 
 
 def failures(case: str, built: Built, report: Report, architecture: int) -> list[str]:
-    """What is wrong with a compiled kernel."""
-    found = []
+    """Sentences that say which checks a compiled kernel fails."""
+    failed = []
     allowed = allowed_spill(case)
     if report.spilled > allowed + (0 if SAME_RELEASE else SPARE_SPILLS):
-        found.append(f"spills {report.spilled} bytes a thread, allowed are {allowed}")
+        failed.append(f"spills {report.spilled} bytes per thread, allowed: {allowed}")
     if report.shared > MOST_SHARED[architecture]:
-        found.append(f"takes {report.shared} bytes of shared memory, more than a block may have")
+        failed.append(f"takes {report.shared} bytes of shared memory, above the limit of a block")
     elif SAME_RELEASE and built.table is not None and report.shared > built.table:
-        found.append(
+        failed.append(
             f"takes {report.shared} bytes of shared memory, its launch table states {built.table}"
         )
     count = sum(report.matrix.values())
     if count < built.least:
-        found.append(f"has {count} matrix instructions, expected at least {built.least}")
+        failed.append(f"has {count} matrix instructions, expected at least {built.least}")
     elif count and not built.least:
-        found.append(f"has {count} matrix instructions, but its case states no products")
-    return found
+        failed.append(f"has {count} matrix instructions, but its case states no products")
+    return failed
 
 
 def report_of(compiled: Any) -> Report:
-    """The report of Triton's compiled kernel."""
+    """Report of a kernel that Triton compiled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

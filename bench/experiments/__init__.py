@@ -1,1 +1,1 @@
-"""Experiments whose results back sentences of the README and of bench/results/NOTES.md."""
+"""Experiments behind statements in the README and in bench/results/NOTES.md."""

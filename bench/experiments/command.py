@@ -1,4 +1,4 @@
-"""Command lines of the experiments: options, settings and rows in a result file."""
+"""Command line of the experiments: options, settings and result files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def run(
     packages: Sequence[str] = (),
     **defaults: int,
 ) -> None:
-    """Measure with the options, and write what `--out FILE` asks for.
+    """Parse the options, measure, and write the results if `--out FILE` is given.
 
     Args:
         doc: text for --help.
         measure: called with a value for each of `defaults`; returns the rows.
-        threads: of torch, at most.
-        packages: whose versions the file keeps, beside those that every result has.
+        threads: maximum number of torch threads.
+        packages: packages whose versions are saved, in addition to those in every result.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,11 +42,11 @@ def run(
     settings = vars(parser.parse_args())
     out = settings.pop("out")
     torch.set_num_threads(min(torch.get_num_threads(), threads))
-    found = measure(**settings)
+    results = measure(**settings)
     if out:
         versions = {name: metadata.version(name) for name in packages}
         known = environment() | versions
-        rows.save(out, {"environment": known, "settings": settings, "rows": found})
+        rows.save(out, {"environment": known, "settings": settings, "rows": results})
 
 
 def _at_least_one(text: str) -> int:

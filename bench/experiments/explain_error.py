@@ -1,8 +1,8 @@
 """Error of pair indices at equal budgets: python -m bench.experiments.explain_error
 
-On samples of the demo's synergy task, cut to fourteen tokens, where the exact index is known from all 16,384
-coalitions. Every estimator gets the same game and as many evaluations of it; the error is the root mean square
-over all pairs, samples and seeds. Needs shapiq.
+The games are samples of the demo's synergy task, cut to fourteen tokens, so that the exact index is known from
+all 16,384 coalitions. Every estimator gets the same game and the same number of evaluations. The error is the
+root mean square over all pairs, samples and seeds. Needs shapiq.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def game_of(learned: Learned, sample: int) -> explain.TokenGame:
 
 
 def tabulated(game: explain.TokenGame) -> Callable[[Any], Values]:
-    """The game with all of its values in a table: every estimator sees the same bits, and none waits."""
+    """The game with all values in a table, so that every estimator gets bitwise the same values at once."""
     players = game.players
     whole = (np.arange(2**players)[:, None] >> np.arange(players)) & 1
     table = game(whole.astype(np.bool_))
@@ -43,23 +43,23 @@ def tabulated(game: explain.TokenGame) -> Callable[[Any], Values]:
 
 
 class Table:
-    """A tabulated game as `probe_game` takes it; counts the coalitions that were asked for."""
+    """A tabulated game for `probe_game`. asked: number of coalitions evaluated so far."""
 
     def __init__(self, values: Callable[[Any], Values], players: int) -> None:
         self.values, self.players, self.asked = values, players, 0
 
     def __call__(self, coalitions: Any) -> Values:
-        rows = np.atleast_2d(coalitions)  # shapiq asks for one coalition as a vector
+        rows = np.atleast_2d(coalitions)  # shapiq passes a single coalition as a vector
         self.asked += len(rows)
         return self.values(rows)
 
 
 def estimates(name: str, game: Table, budget: int, seed: int) -> Values:
-    """The index of all pairs, in the order of their players."""
+    """Index of all pairs, ordered by their players."""
     if name == OURS:
         sampling = explain.Sampling(budget=budget, seed=seed)
-        found = explain.probe_game(game, indices=(SII,), method="sampling", sampling=sampling)
-        return found[SII].values
+        result = explain.probe_game(game, indices=(SII,), method="sampling", sampling=sampling)
+        return result[SII].values
     import shapiq.approximator
 
     estimator = getattr(shapiq.approximator, name)(
@@ -71,7 +71,7 @@ def estimates(name: str, game: Table, budget: int, seed: int) -> Values:
 
 
 def measure(samples: int, seeds: int) -> list[Row]:
-    """seeds: runs of each sample."""
+    """Rows with the error of every estimator at every budget. seeds: number of runs per sample."""
     learned = learn(SYNERGY, INTERACTION, 0, samples)
     rows = []
     games = [game_of(learned, sample) for sample in range(samples)]
@@ -87,10 +87,10 @@ def measure(samples: int, seeds: int) -> list[Row]:
             for table, game, truth in zip(tables, games, exact, strict=True):
                 for seed in range(seeds):
                     counted = Table(table, game.players)
-                    found = estimates(name, counted, budget, seed)
-                    squares.append(np.mean((found - truth) ** 2))
+                    estimate = estimates(name, counted, budget, seed)
+                    squares.append(np.mean((estimate - truth) ** 2))
                     asked.append(counted.asked)
-            # Squared errors of single runs, over samples and seeds.
+            # Mean and spread of the squared errors of all runs.
             error, spread = np.sqrt(np.mean(squares)), np.std(squares) / len(squares) ** 0.5
             rows.append(
                 {
@@ -102,7 +102,7 @@ def measure(samples: int, seeds: int) -> list[Row]:
                 }
             )
             print(
-                f"{budget:5} {name:24} asked {np.mean(asked):7.1f}  error {error:.4f} "
+                f"{budget:5} {name:24} evaluations {np.mean(asked):7.1f}  error {error:.4f} "
                 f"(s.e. {spread / (2 * error):.4f}), {error / scale:.1%} of the indices' size",
                 flush=True,
             )

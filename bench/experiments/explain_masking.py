@@ -1,12 +1,12 @@
 """Masking of the first token pairs: python -m bench.experiments.explain_masking
 
-Do the pairs that an index ranks first count more than random ones?
+Question: do the pairs that an index ranks first matter more than random pairs?
 
-On the demo's tasks, whose interaction is known by construction: pairs across the two images, ranked by the Shapley
-interaction index on the synergy task and by the redundancy gap on the redundant one. The tokens of the first pairs
-are masked under a budget of tokens, and as many random tokens of each image; what the label's probability and
-logit lose is compared. Every seed draws the split, the encoders, the samples, the initial weights, coalitions
-and random sets anew. The samples are the first held-out ones, whatever the model predicts for them.
+The demo's tasks have a known kind of interaction. Pairs across the two images are ranked by the Shapley
+interaction index on the synergy task and by the redundancy gap on the redundant task. Two masks with the same
+number of tokens per image are compared by how far they lower the probability and the logit of the label: the
+tokens of the first pairs, and random tokens. Every seed draws a new split, encoders, samples, initial weights,
+coalitions and random sets. The samples are the first held-out ones, predicted correctly or not.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from flmoe_kernels.explain.estimators.indices import RG, SII
 
 TASKS = ((SYNERGY, SII), (REDUNDANT, RG))
 BUDGETS = (2, 4, 8)
-FILL = "zero"  # masked tokens are still attended, as the published evaluation has it
+FILL = "zero"  # masked tokens are still attended, as in the published evaluation
 
 
 def mask(
     task: str, index: str, layer: str, seed: int, samples: int, budget: int, repeats: int
 ) -> list[Row]:
-    """Rows of one layer on one task: a number of tokens and metric each."""
+    """Rows of one layer on one task, one row per metric and number of tokens."""
     learned = learn(task, layer, seed, samples)
     ranked = rank(learned, index, seed, budget)
     drops = explain.pair_masking(
@@ -63,7 +63,7 @@ def mask(
 
 
 def rank(learned: Learned, index: str, seed: int, budget: int) -> list[explain.PairValues]:
-    found = explain.probe_pairs(
+    results = explain.probe_pairs(
         learned.layer,
         learned.inputs,
         learned.masks,
@@ -73,7 +73,7 @@ def rank(learned: Learned, index: str, seed: int, budget: int) -> list[explain.P
         pairs="across",
         sampling=explain.Sampling(budget=budget, seed=seed),
     )
-    return [each[index] for each in found]
+    return [result[index] for result in results]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -86,7 +86,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> None:
-    """Mean of the gap over seeds, least and largest."""
+    """Print the mean, minimum and maximum of the gap over seeds."""
     keys = ("task", "index", "layer", "metric", "budget")
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
         gaps = [row["gap"] for row in rows if tuple(row[name] for name in keys) == key]
@@ -95,7 +95,7 @@ def summary(rows: list[dict[str, Any]]) -> None:
 
 
 def measure(seeds: int, samples: int, budget: int, repeats: int) -> list[Row]:
-    """samples: of each task and seed; budget: coalitions of a sample; repeats: random sets of a sample."""
+    """Rows of all runs. samples: per task and seed; budget: coalitions, repeats: random sets, both per sample."""
     rows = [
         row
         for seed in range(seeds)

@@ -1,4 +1,4 @@
-"""The demo's tasks, learned by both layers: what the experiments on explanations explain."""
+"""Layers trained on the demo's tasks, for the experiments on explanations."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SYNERGY, REDUNDANT = "synergy", "redundant"
 
 @dataclass(frozen=True)
 class Learned:
-    """A layer that has learned a task, and held-out samples of it.
+    """A trained layer and held-out samples of its task.
 
-    inputs, masks: 2 x (B, 16, D), 2 x (B, 16); labels (B,). accuracy: on all held-out samples.
+    inputs: 2 x (B, 16, D); masks: 2 x (B, 16); labels: (B,). accuracy: on all held-out samples.
     """
 
     layer: nn.Module
@@ -34,9 +34,9 @@ class Learned:
 
 
 def learn(task_name: str, layer_name: str, seed: int, samples: int) -> Learned:
-    """Train one layer on one task with the demo's settings; the first held-out samples, right or wrong."""
+    """Train one layer on one task with the demo's settings; returns it with the first held-out samples."""
     settings = Settings(seed=seed)
-    task = next(each for each in TASKS if each.name == task_name)
+    task = next(task for task in TASKS if task.name == task_name)
     digits = load(seed)
     encoded = encode(digits, settings.width, seed, settings.encoder_steps)
     pairs, held_out = (draw(task, digits, settings) for draw in (draw_train_pairs, draw_test_pairs))

@@ -1,12 +1,12 @@
-"""Which expert carries which task: PairInteractionMoE on the demo's tasks, with and without interaction losses.
+"""Shares of the experts on the demo's tasks, with and without interaction losses.
 
     python -m bench.experiments.pair_learning
 
-Every seed draws the split, the pairs, the encoders and the initial weights anew. Both layers train on the same
-pairs with the demo's settings, which are no equal budgets: the layer over token pairs sees 25 600 samples (400
-steps of 64), the reference layer 3 840 (160 steps of 24), so that their accuracies are not a comparison of layers.
-Accuracy is on held-out images. Shares are each layer's own measure: PairExplanation.expert_share for the layer
-over token pairs, expert_shares for the reference.
+Every seed draws a new split, pairs, encoders and initial weights. Both layers train on the same pairs with the
+demo's settings. Their accuracies do not compare the layers, because the number of samples differs: the layer over
+token pairs (PairInteractionMoE) sees 25 600 samples (400 steps of 64), the reference layer 3 840 (160 steps of
+24). Accuracy is measured on held-out images. The two layers measure shares differently:
+PairExplanation.expert_share for the layer over token pairs, expert_shares for the reference.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def one_seed(seed: int) -> list[dict[str, Any]]:
                 share = expert_shares(predictions)
             else:
                 own = dataclasses.replace(settings, pair_interaction_weight=weight)
-                found = run_task(task, pairs, held_out, encoded, digits, own)
-                accuracy, share = found.accuracy, found.share
+                result = run_task(task, pairs, held_out, encoded, digits, own)
+                accuracy, share = result.accuracy, result.share
             rows.append(_row(seed, task, layer, weight, accuracy, share))
     return rows
 
 
 def expert_shares(predictions: Predictions) -> tuple[float, ...]:
-    """Mean over samples of each expert's share in the sum of |weight * logits| over experts.
+    """Each expert's share of the sum of |weight * logits| over experts, averaged over samples.
 
-    Logits are taken relative to their mean over classes, which a softmax ignores.
+    The mean over classes is subtracted from the logits, because a softmax ignores it.
     """
     logits = predictions.expert_logits - predictions.expert_logits.mean(dim=2, keepdim=True)
     sizes = (predictions.weights.unsqueeze(2) * logits).abs().sum(dim=2)
@@ -91,7 +91,7 @@ def _row(
 
 
 def summary(rows: list[dict[str, Any]]) -> None:
-    """Mean (least to largest) over seeds."""
+    """Print mean (minimum to maximum) over seeds."""
     for task in TASKS:
         for layer, weight in RUNS:
             own = [

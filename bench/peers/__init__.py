@@ -1,9 +1,9 @@
-"""Other implementations of each operator, one module each, with
+"""Other implementations of the operators, one module per operator, with
 
-PEERS                       their names
-unavailable_reason(case, name)  why a peer does not compute this case here, or ""
-version(name)               of the package that computes
-prepare(case, name, dtype)  the call, see `flmoe_kernels.profile.registry.Contestant`
+PEERS                           names of the peers
+unavailable_reason(case, name)  why a peer cannot compute this case on this machine, or ""
+version(name)                   version of the package that computes it
+prepare(case, name, dtype)      the call, see `flmoe_kernels.profile.registry.Contestant`
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from flmoe_kernels.profile.registry import PEER, Contestant, contestants, device
 
 
 def peers(case: Case) -> list[Contestant]:
-    """The reference and all other implementations; those that cannot run here say why."""
-    found = [contestant for contestant in contestants(case) if contestant.kind == PEER]
+    """The reference and all other implementations; those that cannot run here have a reason."""
+    references = [contestant for contestant in contestants(case) if contestant.kind == PEER]
     if case.operator == "routing":
-        return found
+        return references
     module = importlib.import_module(f"{__name__}.{case.operator}")
     missing = device_unavailable_reason(case.device)
-    return found + [
+    return references + [
         Contestant(
             name,
             PEER,
@@ -34,5 +34,5 @@ def peers(case: Case) -> list[Contestant]:
 
 
 def find(case: Case, name: str) -> Contestant:
-    """A peer by its name."""
+    """The peer with a name."""
     return next(peer for peer in peers(case) if peer.name == name)

@@ -1,4 +1,4 @@
-"""Helpers for peers: torch.compile, TF32, versions of packages."""
+"""Helpers for peers: torch.compile, TF32, package versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.shapes import is_cuda
 
-# One graph per shape of a scan over sizes.
+# A scan over sizes needs one graph per shape.
 _RECOMPILE_LIMIT = 64
 
 
@@ -27,7 +27,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prepare_compiler() -> None:
-    """Room for every shape of a scan, and graphs that can be kept and run backward many times."""
+    """Allow one graph per shape of a scan, and graphs whose backward can run many times."""
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     functorch: Any = importlib.import_module("torch._functorch.config")
     if hasattr(functorch, "donated_buffer"):
@@ -35,18 +35,18 @@ def prepare_compiler() -> None:
 
 
 def compile_unavailable_reason(case: Case) -> str:
-    """Why torch.compile cannot generate code for this case's device here, or ""."""
+    """Why torch.compile cannot generate code for this case's device on this machine, or ""."""
     if is_cuda(case.device):
         missing = importlib.util.find_spec("triton") is None
-        return "torch.compile needs the package triton for a GPU" if missing else ""
+        return "torch.compile needs the package triton on a GPU" if missing else ""
     names = (os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++")
-    found = any(name and shutil.which(name) for name in names)
-    return "" if found else "torch.compile needs a C++ compiler for a CPU"
+    has_compiler = any(name and shutil.which(name) for name in names)
+    return "" if has_compiler else "torch.compile needs a C++ compiler on a CPU"
 
 
 @contextlib.contextmanager
 def tf32(device: str) -> Iterator[None]:
-    """float32 products on a GPU's TF32 units, as published training code uses them."""
+    """Use TF32 for float32 products on a GPU, as published training code does."""
     before = torch.get_float32_matmul_precision()
     if is_cuda(device):
         torch.set_float32_matmul_precision("high")

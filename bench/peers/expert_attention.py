@@ -1,7 +1,7 @@
-"""expert_attention: torch's scaled_dot_product_attention, in the layout that suits it.
+"""Peers of expert_attention: torch's scaled_dot_product_attention in its own layout.
 
-Rows padded to the longest with a mask of keys, as the published layer holds them; or, since all samples of the
-named shapes have the same number of valid tokens, no padding at all.
+One peer pads rows to the longest sample and masks keys, as the published layer does. The other uses no padding,
+which works because all samples of the named shapes have the same number of valid tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def version(name: str) -> str:
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
-    """Timed on tensors in the layout of scaled_dot_product_attention; compared from and to packed rows."""
+    """Timed in the layout of scaled_dot_product_attention; the check converts packed rows to it and back."""
     leaves = operator.make_leaves(case, dtype)
     shape = operator.shape_of(case)
     mask = None if name == DENSE else _key_mask(shape).to(case.device)

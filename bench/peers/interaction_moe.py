@@ -1,6 +1,6 @@
-"""interaction_moe: the reference layer with fused attention, compiled, vectorised over experts, in less precision.
+"""Peers of interaction_moe: faster forms of the reference layer.
 
-Same parameters and inputs, different code.
+Fused attention, torch.compile, vmap over experts and lower precision; parameters and inputs are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import common
 from .layers import VmapInteractionMoE, with_sdpa
 
 SDPA, COMPILED, COMPILED_SDPA, VMAP = "reference+sdpa", "compiled", "compiled+sdpa", "vmap"
-# With float32 parameters, for cases in half precision: common training code does not round parameters.
+# These use float32 parameters in cases of half precision, because common training code does not round parameters.
 TF32, AUTOCAST = "reference, TF32", "compiled+sdpa, autocast"
 PEERS = (SDPA, COMPILED, COMPILED_SDPA, VMAP, TF32, AUTOCAST)
 _COMPILED = (COMPILED, COMPILED_SDPA, AUTOCAST)
@@ -33,11 +33,11 @@ _OWN_PRECISION = (TF32, AUTOCAST)
 def unavailable_reason(case: Case, name: str) -> str:
     experts = operator.shape_of(case).experts
     if name in _OWN_PRECISION and case.dtype not in (torch.bfloat16, torch.float16):
-        return "it is for cases in half precision"
+        return "runs only in half precision"
     if name == VMAP and experts:
-        return "vmap cannot choose experts by data"
+        return "vmap does not support data-dependent expert choices"
     if name in _COMPILED and experts:
-        return "the index loop of routed experts cannot be compiled whole"
+        return "the loop over routed experts cannot be compiled as one graph"
     return common.compile_unavailable_reason(case) if name in _COMPILED else ""
 
 
@@ -59,8 +59,8 @@ def _adopt(name: str, reference: ReferenceInteractionMoE) -> Any:
     layer = reference if name == COMPILED else with_sdpa(reference)
     if name in _COMPILED:
         common.prepare_compiler()
-        # One fusion pass is the unit: the whole forward, twelve or twenty passes unrolled into one graph,
-        # compiles for over ten minutes.
+        # Each fusion pass is compiled separately: the whole forward would unroll twelve or twenty passes into one
+        # graph, which takes more than ten minutes to compile.
         for module in layer.modules():
             if isinstance(module, FusionTransformer):
                 module.compile(dynamic=False)

@@ -1,4 +1,4 @@
-"""Reference layers with better parts: what a careful user of plain PyTorch would run."""
+"""Reference layers with faster parts, as a careful PyTorch user would write them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 
 
 class SdpaAttention(Attention):
-    """The reference's attention with its middle lines replaced by torch's scaled_dot_product_attention.
+    """The reference's attention, computed by torch's scaled_dot_product_attention.
 
-    On the CPU, torch takes its fused kernel for it only where nothing is dropped.
+    On the CPU, torch uses its fused kernel only without dropout.
     """
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -38,26 +38,26 @@ class SdpaAttention(Attention):
 
 def with_sdpa(layer: ReferenceInteractionMoE) -> ReferenceInteractionMoE:
     """A copy of the reference whose attention is torch's scaled_dot_product_attention."""
-    other = copy.deepcopy(layer)
-    for module in other.modules():
+    result = copy.deepcopy(layer)
+    for module in result.modules():
         if type(module) is Attention:
             module.__class__ = SdpaAttention
-    return other
+    return result
 
 
 class VmapInteractionMoE(ReferenceInteractionMoE):
-    """All experts' fusion models as one, by torch.func: stacked parameters, one pass over experts and views.
+    """The reference with torch.vmap: stacked parameters, one pass over all experts and views.
 
-    With the reference's own attention: vmap runs torch's fused one on a CPU expert by expert.
+    It keeps the reference's attention, because on a CPU vmap runs torch's fused attention expert by expert.
     """
 
     @classmethod
     def adopt(cls, layer: ReferenceInteractionMoE) -> VmapInteractionMoE:
-        """A copy of the reference that runs so."""
-        other = copy.deepcopy(layer)
-        other.__class__ = cls
-        assert isinstance(other, cls)
-        return other
+        """A copy of the reference of this class."""
+        result = copy.deepcopy(layer)
+        result.__class__ = cls
+        assert isinstance(result, cls)
+        return result
 
     def forward(
         self,
@@ -66,7 +66,7 @@ class VmapInteractionMoE(ReferenceInteractionMoE):
         *,
         replacements: Replacements | None = None,
     ) -> tuple:
-        """As the reference's, without gate losses."""
+        """Same as the reference's forward, without gate losses."""
         views = len(inputs) + 1
         rows = [self._views_of(m, x, replacements) for m, x in enumerate(inputs)]
         logits, latents = self._experts(rows, _repeated(masks, views))
@@ -74,8 +74,8 @@ class VmapInteractionMoE(ReferenceInteractionMoE):
         weights = self.reweight(inputs, masks)
         mixed = torch.einsum("be,ebc->bc", weights, logits[:, 0])
         experts = [
-            list(zip(one, other, strict=True))
-            for one, other in zip(_by_view(logits), _by_view(latents), strict=True)
+            list(zip(*expert, strict=True))
+            for expert in zip(_by_view(logits), _by_view(latents), strict=True)
         ]
         losses = interaction_losses(_by_view(latents))
         return (experts, weights, mixed, losses, list(latents[:, 0]))
@@ -89,7 +89,7 @@ class VmapInteractionMoE(ReferenceInteractionMoE):
         return list(logits), weights, torch.einsum("be,ebc->bc", weights, logits)
 
     def _views_of(self, m: int, x: Tensor, replacements: Replacements | None) -> Tensor:
-        """(E, views * B, L, D) of modality m: itself in every view but the one that replaces it by noise."""
+        """(E, views * B, L, D): modality m in every view; view m + 1 has noise instead."""
         count, views = len(self.interaction_experts), self.num_modalities + 1
         if replacements is None:
             noise = torch.randn((count, *x.shape), dtype=x.dtype, device=x.device)
@@ -99,15 +99,15 @@ class VmapInteractionMoE(ReferenceInteractionMoE):
         return torch.cat([noise if view == m + 1 else same for view in range(views)], dim=1)
 
     def _experts(self, rows: list[Tensor], masks: Masks) -> tuple[Tensor, Tensor]:
-        """Logits and latents (E, n, *) of every expert on its own rows (E, n, L, D)."""
+        """Logits and latents (E, n, *); each expert computes its rows of (E, n, L, D)."""
         models: list[nn.Module] = [expert.fusion_model for expert in self.interaction_experts]
         named = [dict(model.named_parameters()) for model in models]
-        stacked = {name: torch.stack([each[name] for each in named]) for name in named[0]}
+        stacked = {name: torch.stack([model[name] for model in named]) for name in named[0]}
 
-        def one(parameters: dict[str, Tensor], own: list[Tensor]) -> Any:
+        def expert(parameters: dict[str, Tensor], own: list[Tensor]) -> Any:
             return torch.func.functional_call(models[0], parameters, (own, masks))
 
-        return torch.vmap(one, randomness="different")(stacked, rows)
+        return torch.vmap(expert, randomness="different")(stacked, rows)
 
 
 def _repeated(masks: Masks, views: int) -> list[Tensor | None] | None:

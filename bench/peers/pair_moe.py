@@ -1,4 +1,4 @@
-"""pair_moe: the compiled reference."""
+"""Peer of pair_moe: the compiled reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def version(name: str) -> str:
 
 @functools.cache
 def _compiled(kinds: tuple[str, ...], reduce: str) -> operator.Function:
-    """One function for all shapes, so that each is compiled once however often it is made ready."""
+    """One cached function for all shapes, so that each shape is compiled only once."""
     return common.compiled(operator.function_of(kinds, reduce, REFERENCE))
 
 

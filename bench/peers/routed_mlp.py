@@ -1,4 +1,4 @@
-"""routed_mlp: an index loop, dense products over all experts, grouped products of other packages."""
+"""Peers of routed_mlp: index loop, dense products, grouped products."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from flmoe_kernels.profile.shapes import is_cuda
 
 from . import common
 
-# The index loop is what the reference does.
+# The index loop is the reference's code.
 LOOP, EINSUM, BMM = "index loop", "one-hot einsum", "batched bmm"
 GROUPED, SCATTERMOE = "torch._grouped_mm", "scattermoe"
 PEERS = (LOOP, EINSUM, BMM, GROUPED, SCATTERMOE)
-# Hidden rows of all tokens in all experts that the one-hot product may hold.
+# Limit in bytes for the hidden rows of all tokens in all experts (one-hot product).
 _ROOM = 24 * 2**30
 
 
@@ -30,14 +30,14 @@ def unavailable_reason(case: Case, name: str) -> str:
     shape = operator.shape_of(case)
     if name == EINSUM:
         held = 8 * shape.tokens * shape.experts * shape.hidden * case.dtype.itemsize
-        return f"it would hold about {held / 2**30:.0f} GiB" if held > _ROOM else ""
+        return f"would need about {held / 2**30:.0f} GiB" if held > _ROOM else ""
     if name == GROUPED:
         if not hasattr(torch, "_grouped_mm"):
-            return f"torch {torch.__version__} has none"
+            return f"torch {torch.__version__} has no torch._grouped_mm"
         if case.dtype != torch.bfloat16:
-            return "it is for bfloat16"
+            return "supports only bfloat16"
         if is_cuda(case.device) and torch.cuda.get_device_capability(case.device)[0] < 8:
-            return "it needs sm_80 or newer"
+            return "needs sm_80 or newer"
     if name == SCATTERMOE:
         return _scattermoe_unavailable_reason(case)
     return ""
@@ -47,8 +47,8 @@ def _scattermoe_unavailable_reason(case: Case) -> str:
     if importlib.util.find_spec("scattermoe") is None:
         return "not installed"
     if not is_cuda(case.device):
-        return "it is for GPUs"
-    return "not every release of it takes biases" if case.variant != "no_bias" else ""
+        return "runs only on GPUs"
+    return "some releases do not support biases" if case.variant != "no_bias" else ""
 
 
 def version(name: str) -> str:
@@ -61,7 +61,7 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
     if name == BMM:
         shape = operator.shape_of(case)
         index, _ = operator.make_inputs(shape, False, case.device)
-        # The padding is known beforehand, as a fixed capacity would be: the peer need not wait for it.
+        # The padded length is computed before timing, like a fixed capacity, so the peer need not wait for it.
         rows = int(torch.bincount(index.reshape(-1), minlength=shape.experts).max())
         return operator.prepare_routed(case, functools.partial(batched_bmm, rows), dtype)
     functions = {EINSUM: one_hot_einsum, GROUPED: grouped_mm, SCATTERMOE: scattered}
@@ -77,7 +77,7 @@ def one_hot_einsum(
     w_out: Tensor,
     b_out: Tensor | None,
 ) -> Tensor:
-    """Every token through every expert, and a one-hot product that picks the chosen ones."""
+    """All experts for every token; a product with one-hot rows selects the chosen experts."""
     share = torch.einsum("nk,nke->ne", weight, F.one_hot(index, w_in.shape[0]).to(x.dtype))
     hidden = torch.einsum("nd,efd->enf", x, w_in)
     hidden = F.gelu(hidden if b_in is None else hidden + b_in[:, None])
@@ -95,13 +95,13 @@ def batched_bmm(
     w_out: Tensor,
     b_out: Tensor | None,
 ) -> Tensor:
-    """Tokens gathered into (E, rows, D), padded with zeros, and two batched products over all experts."""
+    """Two batched products over all experts; tokens are gathered into (E, rows, D), padded with zeros."""
     experts, _, width = w_in.shape
     expert, order, bounds = _sorted(index, experts)
     starts = bounds[:-1].index_select(0, expert)
     place = expert * rows + torch.arange(len(expert), device=x.device) - starts
     token = order // index.shape[1]
-    # index_select, whose backward adds: that of x[token] sorts first.
+    # The backward of index_select adds directly; the backward of x[token] would sort first.
     gathered = x.new_zeros(experts * rows, width).index_copy(0, place, x.index_select(0, token))
     hidden = _linear(gathered.view(experts, rows, width), w_in, b_in)
     out = _linear(F.gelu(hidden), w_out, b_out).reshape(experts * rows, -1)
@@ -110,9 +110,9 @@ def batched_bmm(
 
 
 def _sorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Choices sorted by expert, their places among all choices, and where each expert's begin and end (E + 1).
+    """Expert of every choice in sorted order, the sorting permutation, and the bounds of the experts (E + 1).
 
-    By a search, since torch.bincount makes the host wait for a GPU.
+    The bounds come from torch.searchsorted, because torch.bincount makes the host wait for a GPU.
     """
     expert, order = index.reshape(-1).sort(stable=True)
     bounds = torch.searchsorted(expert, torch.arange(experts + 1, device=index.device))
@@ -120,7 +120,7 @@ def _sorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (E, n, D) by expert's weight (E, F, D) and bias (E, F)."""
+    """Linear map of x (E, n, D) with each expert's weight (E, F, D) and bias (E, F)."""
     if bias is None:
         return torch.bmm(x, weight.mT)
     return torch.baddbmm(bias[:, None], x, weight.mT)
@@ -135,7 +135,7 @@ def grouped_mm(
     w_out: Tensor,
     b_out: Tensor | None,
 ) -> Tensor:
-    """Tokens sorted by expert, and torch's grouped products of their runs."""
+    """torch's grouped products over tokens sorted by expert."""
     expert, order, bounds = _sorted(index, w_in.shape[0])
     token, ends = order // index.shape[1], bounds[1:].to(torch.int32)
     hidden = torch._grouped_mm(x.index_select(0, token), w_in.mT, offs=ends)
@@ -155,7 +155,7 @@ def scattered(
     w_out: Tensor,
     b_out: Tensor | None,
 ) -> Tensor:
-    """ScatterMoE's two linear maps (arXiv 2403.08245), the gather in the first, the combination in the second."""
+    """ScatterMoE's two linear maps (arXiv 2403.08245): the first gathers rows, the second combines them."""
     assert b_in is None
     assert b_out is None
     package = importlib.import_module("scattermoe.parallel_experts")

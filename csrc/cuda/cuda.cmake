@@ -1,37 +1,37 @@
-# The CUDA part of the native module: csrc/cuda/*.cu, where there is an nvcc that works.
+# CUDA part of the native module: csrc/cuda/*.cu, built if nvcc works.
 #
-# FLMOE_CUDA=ON   must be built: no working nvcc is an error
-# FLMOE_CUDA=OFF  is left out
-# FLMOE_CUDA=AUTO is built where it can be; a package must install on every machine, so an nvcc that
-#                 cannot compile (too old, or a host compiler it does not know) is a warning
+# FLMOE_CUDA=ON   builds it; without a working nvcc this is an error
+# FLMOE_CUDA=OFF  does not build it
+# FLMOE_CUDA=AUTO builds it if possible. The package must install on every machine, so an nvcc that cannot
+#                 compile (too old, or a host compiler that it does not support) is only a warning.
 #
-# Defines the header cuda_build.h, the target flmoe_cuda where it is built, and flmoe_link_cuda(module).
+# Defines the header cuda_build.h, the target flmoe_cuda if CUDA is built, and flmoe_link_cuda(module).
 
 set(FLMOE_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF or AUTO")
-# The oldest that the kernels are built and looked at with, see .github/workflows/ci.yml.
+# The oldest version that the kernels are built and inspected with, see .github/workflows/ci.yml.
 set(oldest_nvcc 13.0)
-# Machine code for the architectures that kernels are made for. The PTX is that of the oldest: it is
-# compiled at first use on every other GPU from 8.0 on, as sm_120, and the kernels use nothing newer.
+# Machine code for the supported architectures, and PTX for the oldest of them. Other GPUs of compute capability
+# 8.0 or higher, such as sm_120, compile the PTX at first use; the kernels use no newer instructions.
 set(cuda_architectures 80 90a 100)
 set(cuda_ptx 80)
-# Where cuda_build.h is, which tells the sources what was decided.
+# Folder of cuda_build.h, which contains the results of this file.
 set(cuda_build_folder ${CMAKE_CURRENT_BINARY_DIR}/generated)
 set(cuda_names "")
 set(cuda_reason "")
 
-# Ends in cuda_reason, empty where nvcc compiles and links a program with everything that is needed.
+# Sets cuda_reason: empty if nvcc compiles and links a program that uses the needed headers and libraries.
 macro(flmoe_try_cuda)
-  # CMake's own list of architectures does not matter: the options below name them.
+  # CMake's own list of architectures is not used: the options below list them.
   set(CMAKE_CUDA_ARCHITECTURES OFF)
   include(CheckLanguage)
-  # A compiler that was not found stays so in the build folder, whatever was put right since then.
+  # The build folder caches that no compiler was found; search again, because one may be installed by now.
   if(NOT CMAKE_CUDA_COMPILER)
     unset(CMAKE_CUDA_COMPILER CACHE)
   endif()
   check_language(CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
     if(DEFINED ENV{CUDACXX} AND NOT "$ENV{CUDACXX}" STREQUAL "")
-      set(cuda_reason "$ENV{CUDACXX} cannot compile a program here (where it does not know the host compiler, name another with CUDAHOSTCXX=/path/to/g++)")
+      set(cuda_reason "$ENV{CUDACXX} cannot compile a program here (if it does not support the host compiler, set CUDAHOSTCXX=/path/to/g++)")
     else()
       set(cuda_reason "nvcc was not found")
     endif()
@@ -41,7 +41,7 @@ macro(flmoe_try_cuda)
     if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS oldest_nvcc)
       set(cuda_reason "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than ${oldest_nvcc}")
     elseif(NOT TARGET CUDA::cudart_static)
-      set(cuda_reason "nvcc's toolkit has no libcudart_static")
+      set(cuda_reason "the CUDA toolkit has no libcudart_static")
     else()
       set(probe ${CMAKE_CURRENT_BINARY_DIR}/flmoe_cuda_probe.cu)
       file(WRITE ${probe}
@@ -64,9 +64,9 @@ else()
 endif()
 
 if(cuda_reason)
-  set(message "flmoe_kernels: CUDA kernels are left out: ${cuda_reason}.")
+  set(message "flmoe_kernels: CUDA kernels are not built: ${cuda_reason}.")
   if(FLMOE_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "error: FLMOE_CUDA=1 asks for the CUDA kernels, but ${cuda_reason}.")
+    message(FATAL_ERROR "error: FLMOE_CUDA=1 requires the CUDA kernels, but ${cuda_reason}.")
   elseif(FLMOE_CUDA STREQUAL "AUTO" AND DEFINED ENV{CUDACXX} AND NOT "$ENV{CUDACXX}" STREQUAL "")
     message(WARNING "${message}")
   else()
@@ -93,17 +93,17 @@ else()
     "flmoe_kernels: CUDA kernels for ${cuda_names} with nvcc ${CMAKE_CUDA_COMPILER_VERSION}.")
 endif()
 
-# A header, and not definitions on the command line: a reason may hold any character.
+# A header instead of definitions on the command line, because the reason may contain any character.
 file(CONFIGURE OUTPUT ${cuda_build_folder}/cuda_build.h @ONLY CONTENT [=[
-// What csrc/cuda/cuda.cmake decided.
+// Results of csrc/cuda/cuda.cmake.
 #pragma once
 
 namespace flmoe {
 
-// One of the two is empty.
+// The architectures if the CUDA kernels are built, otherwise the reason; the other string is empty.
 inline constexpr char kCudaArchitectures[] = R"flmoe(@cuda_names@)flmoe";
 inline constexpr char kCudaReason[] = R"flmoe(@cuda_reason@)flmoe";
-// No GPU before this one, which is that of the PTX, runs the kernels: 80 for sm_80.
+// The oldest compute capability that runs the kernels, that of the PTX: 80 for sm_80.
 inline constexpr int kCudaOldest = @cuda_ptx@;
 
 }  // namespace flmoe
@@ -114,14 +114,14 @@ if(TARGET flmoe_cuda)
   target_compile_definitions(flmoe_flags INTERFACE FLMOE_HAVE_CUDA=1)
 endif()
 
-# Links the CUDA kernels into a module, where they are built.
+# Links the CUDA kernels into a module, if they are built.
 function(flmoe_link_cuda module)
   if(NOT TARGET flmoe_cuda)
     return()
   endif()
   target_sources(${module} PRIVATE $<TARGET_OBJECTS:flmoe_cuda>)
-  # The runtime is linked in, so that the module loads on a machine without a driver, and hidden, so
-  # that its names never meet those of the runtime that torch brings.
+  # The CUDA runtime is linked statically, so that the module loads on machines without a driver. Its symbols
+  # are hidden, so that they cannot conflict with those of torch's CUDA runtime.
   target_link_libraries(${module} PRIVATE CUDA::cudart_static)
   set_target_properties(${module} PROPERTIES LINKER_LANGUAGE CXX)
   target_link_options(${module} PRIVATE -Wl,--exclude-libs,ALL)

@@ -1,4 +1,4 @@
-"""Four tasks on real digits: train the published layer, swap it, compare both, explain a prediction.
+"""Demo on real digits: training, swap, comparison of layers, exact explanations.
 
     python -m examples.digits [--out demo_out] [--seed 0] [--quick]
 

@@ -21,21 +21,21 @@ EXTRAS = ("sklearn", "matplotlib")
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for results, made if missing.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for results; created if missing.")] = Path(
         "demo_out"
     ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and noise.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Every stage, hardly trained.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run all stages with few steps.")] = False,
 ) -> None:
     """Train the published layer on real digits, swap it, compare both, and write the results.
 
-    Writes demo.json, demo_pairs.png and a checkpoint of each task. Exit code 1: the layers differ
-    by more than rounding; 2: the example cannot run.
+    Writes demo.json, demo_pairs.png and a checkpoint per task. Exit code 1: the layers differ by more
+    than rounding; 2: the example cannot run.
     """
     with needs_extra("demo"):
         for name in EXTRAS:
             importlib.import_module(name)
-    # Checked before minutes of training: the swap needs the C++ kernels.
+    # The swap needs the C++ kernels; this is checked before training, which takes minutes.
     available, reason = backend_status()["cpu"]
     if not available:
         fail(reason)

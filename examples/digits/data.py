@@ -1,15 +1,15 @@
-"""Pairs of real digits as two modalities, with labels whose kind of interaction is known.
+"""Pairs of real digits as two modalities, with labels of known interaction.
 
-A sample is a pair of handwritten digits, image A and image B, each turned into 4 x 4 patch tokens
-by a frozen encoder of its own. What the label says about the pair fixes the kind of interaction:
+A sample is a pair of handwritten digits, image A and image B. A separate frozen encoder for each
+modality turns an image into 4 x 4 patch tokens. The label determines the kind of interaction:
 
-    unique_a   the digit in A; B is drawn independently and tells nothing
-    unique_b   the digit in B; A tells nothing
-    redundant  the digit that both show, in two different images: either one is enough
-    synergy    the parity of the sum of both digits: neither alone is better than chance
+    unique_a   the digit in A; B is drawn independently and has no information
+    unique_b   the digit in B; A has no information
+    redundant  the digit that both images show, in two different images: either image is enough
+    synergy    the parity of the sum of both digits: a single image is no better than chance
 
-Images are split once, before anything is trained: the encoders, their normalisation and the layer
-see training images only.
+Images are split once, before training: the encoders, their normalisation and the layer see training
+images only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUM_CLASSES = 10
 GRID = 4
 NUM_TOKENS = GRID * GRID
 TEST_FRACTION = 1 / 3
-# A third of the pairs have one modality cut short by up to this many tokens, as padding does.
+# A third of the pairs have padding: up to MAX_PADDED tokens at the end of one modality.
 PADDED_FRACTION = 1 / 3
 MAX_PADDED = 4
 ENCODER_STEPS = 300
@@ -36,7 +36,7 @@ Batch = tuple[list[Tensor], list[Tensor], Tensor]  # inputs, masks, labels
 
 @dataclass(frozen=True)
 class Task:
-    """One labelling of the pairs, and the expert that it should need by construction."""
+    """A labelling of the pairs, and the expert that it needs by construction."""
 
     name: str
     expert: str
@@ -68,7 +68,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Frozen features of every image: one (N, tokens, width) tensor per modality."""
+    """Frozen features of all images: a tensor (N, tokens, width) per modality."""
 
     tokens: tuple[Tensor, Tensor]
     accuracy: tuple[float, float]
@@ -108,9 +108,9 @@ def load(seed: int) -> Digits:
 
 
 class PatchEncoder(nn.Module):
-    """Three convolutions from an 8 x 8 digit to 16 tokens: each a 2 x 2 patch and its surroundings.
+    """Three convolutions from an 8 x 8 digit to 16 tokens, one per 2 x 2 patch and its surroundings.
 
-    The head that trains it reads the mean of the tokens, so that every token carries evidence.
+    The classification head reads the mean of the tokens, so that every token carries evidence.
     """
 
     def __init__(self, width: int) -> None:
@@ -132,7 +132,7 @@ class PatchEncoder(nn.Module):
 def train_encoder(
     digits: Digits, width: int, generator: torch.Generator, steps: int
 ) -> PatchEncoder:
-    """Train on the digits of the training images, then freeze."""
+    """Train an encoder to classify the training images, then freeze it."""
     encoder = PatchEncoder(width)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
     for _ in range(steps):
@@ -149,7 +149,7 @@ def train_encoder(
 def _encode(encoder: PatchEncoder, digits: Digits) -> tuple[Tensor, float]:
     """Tokens of all images, standardised over the training images, and the encoder's test accuracy.
 
-    Standardised because the perturbed views replace a modality by N(0, 1) noise.
+    They are standardised, because the perturbed views replace a modality by N(0, 1) noise.
     """
     tokens = encoder(digits.images)
     guess = encoder.head(tokens.mean(dim=1)).argmax(dim=1)
@@ -160,7 +160,7 @@ def _encode(encoder: PatchEncoder, digits: Digits) -> tuple[Tensor, float]:
 
 
 def encode(digits: Digits, width: int, seed: int, steps: int = ENCODER_STEPS) -> Encoded:
-    """Both modalities: two encoders, trained apart from different initial weights, then frozen."""
+    """Features of both modalities, from two encoders trained separately from different initial weights."""
     tokens, accuracy = [], []
     for m in range(2):
         torch.manual_seed(seed * 2 + m)
@@ -192,7 +192,7 @@ def make_pairs(
     place_a = (uniform() * counts[digit_a]).long()
     place_b = (uniform() * counts[digit_b]).long()
     if task.name == "redundant":
-        # A step of 1 to n - 1 around the class: the same digit, never the same image.
+        # Another image of the same digit: an offset of 1 to n - 1 modulo the n images of the class.
         step = 1 + (uniform() * (counts[digit_a] - 1)).long()
         place_b = (place_a + step) % counts[digit_a]
     labels = {
@@ -206,7 +206,7 @@ def make_pairs(
 
 
 def _padding(samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Masks (S, tokens) that cut some samples short in one modality, never in both."""
+    """Masks (S, tokens) in which some samples have padding in one modality, never in both."""
     padded = torch.rand(samples, generator=generator) < PADDED_FRACTION
     which = torch.randint(2, (samples,), generator=generator)
     cut = torch.randint(1, MAX_PADDED + 1, (samples,), generator=generator)

@@ -1,4 +1,4 @@
-"""Explanations of one pair of each task as a picture that reads in black and white."""
+"""Figure of one explained pair per task, readable in black and white."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def draw_pairs(results: Mapping[str, Any]) -> Figure:
-    """A row for each task: both images with the patches' values, and the pairs of patches."""
+    """Figure with a row per task: both images with the values of their patches, and the pairs of patches."""
     from matplotlib.figure import Figure
 
     layers = results["token_pair_layer"]
@@ -25,18 +25,18 @@ def draw_pairs(results: Mapping[str, Any]) -> Figure:
             _patches(row[m], sample, m)
         a, b = sample["digits"]
         row[0].set_ylabel(name)
-        row[0].set_title(f"label {sample['label']}, answer {sample['guess']}; A shows {a}")
+        row[0].set_title(f"label {sample['label']}, prediction {sample['guess']}; A shows {a}")
         row[1].set_title(f"B shows {b}")
         _pairs(row[2], sample)
     figure.suptitle(
         "Exact explanations of the true class's logit. On the images: Shapley values of patches, in percent of\n"
-        "the sum of |values|. Right: interaction indices of pairs of patches. Hatched: padding, which has none."
+        "the sum of |values|. Right: interaction indices of pairs of patches. Hatched: padding, without values."
     )
     return figure
 
 
 def _patches(axes: Axes, sample: Mapping[str, Any], m: int) -> None:
-    """The image, and on every patch its value in percent of the sum of |values|."""
+    """Draw an image, and on every patch its value in percent of the sum of |values|."""
     image = sample["images"][m]
     axes.imshow(image, cmap="Greys", vmin=0.0, vmax=1.6)
     whole = sum(abs(value) for values in sample["patches"] for value in values) or 1.0
@@ -61,7 +61,7 @@ def _patches(axes: Axes, sample: Mapping[str, Any], m: int) -> None:
 
 
 def _pairs(axes: Axes, sample: Mapping[str, Any]) -> None:
-    """Greys around 0: darker is for the class, lighter against it."""
+    """Draw the pairs in greys around 0: darker values support the class, lighter values oppose it."""
     size = max(abs(value) for row in sample["pairs"] for value in row) or 1.0
     image = axes.imshow(sample["pairs"], cmap="Greys", vmin=-size, vmax=size)
     rows, columns = sample["valid"]

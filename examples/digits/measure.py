@@ -1,4 +1,4 @@
-"""The published and the fast layer side by side: values, gradients, time and memory."""
+"""Comparison of the published and the fast layer: values, gradients, time, memory."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ GROUPS = ("logits", "weights", "losses", "gradients")
 def compare(
     reference: nn.Module, fast: nn.Module, batch: Batch, settings: Settings
 ) -> dict[str, dict[str, Any]]:
-    """Differences of both models on one batch, with the same replacement noise and no dropout.
+    """Differences between the models on one batch, with the same replacement noise and no dropout.
 
     Returns:
-        By group of results: the largest absolute difference, the largest value, the errors of both layers against
-        the reference in float64, and whether the fast layer meets the error budget of the package's own tests.
+        For each group of results: the largest absolute difference, the largest value, the errors of both layers
+        against the reference in float64, and whether the fast layer meets the error budget of the package's tests.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     noise = [[torch.randn(x.shape, generator=generator) for x in batch[0]] for _ in EXPERTS]
@@ -56,7 +56,7 @@ def compare(
 def _values(
     model: nn.Module, batch: Batch, noise: list[list[Tensor]], settings: Settings
 ) -> dict[str, dict[str, Tensor]]:
-    """Every result of one training step without dropout, by group and name."""
+    """All results of a training step without dropout, by group and name."""
     dtype = next(model.parameters()).dtype
     inputs, masks, labels = batch
     model.eval()
@@ -79,9 +79,9 @@ def _values(
 
 
 def _distance(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float:
-    """Largest absolute difference over tensors of the same names; NaN where a value is NaN."""
+    """Largest absolute difference over tensors with the same names; NaN if any value is NaN."""
     if expected.keys() != actual.keys():
-        raise RuntimeError(f"only in one of the two: {sorted(expected.keys() ^ actual.keys())}")
+        raise RuntimeError(f"only in one of the layers: {sorted(expected.keys() ^ actual.keys())}")
     gaps = [(expected[name].double() - actual[name].double()).abs().max() for name in expected]
     return torch.stack(gaps).max().item()
 
@@ -105,7 +105,7 @@ def _step(model: PairClassifier, batch: Batch, settings: Settings) -> Callable[[
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of both layers' calls, which alternate so that other load meets both alike."""
+    """Median seconds of both layers' calls. Calls alternate, so that other load affects both layers alike."""
     seconds: list[list[float]] = [[] for _ in calls]
     for repeat in range(repeats + 1):
         for call, spent in zip(calls, seconds, strict=True):
@@ -118,7 +118,7 @@ def interleaved(calls: Sequence[Callable[[], Any]], repeats: int) -> dict[str, f
 
 
 def peak_memory(settings: Settings) -> dict[str, int | None]:
-    """Bytes by which a fresh process grows during training steps of each layer; None where that is unknown."""
+    """Bytes by which a new process grows during training steps, for each layer; None if this is unknown."""
     return {layer: peak_of(_fresh_step, layer, settings, device="cpu") for layer in LAYERS}
 
 
@@ -127,7 +127,7 @@ def _fresh_step(layer: str, settings: Settings) -> Callable[[], Tensor]:
     torch.manual_seed(settings.seed)
     model = PairClassifier(NUM_CLASSES, settings)
     if layer == "fast":
-        # Unchecked: the check would run the reference layer in this process too.
+        # The check is off, because it would run the reference layer in this process too.
         flmoe_kernels.swap(model, check=False)
     optimizer = make_optimizer(model.train(), settings)
     training_step(model, optimizer, _random_batch(2, settings), settings.interaction_weight)

@@ -1,4 +1,4 @@
-"""The whole run, from digits to results: train, save, swap, compare, measure, explain."""
+"""All stages of the run: train, save, swap, compare, measure, explain."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .train import PairClassifier, predict, train
 
 
 def run(settings: Settings, out: Path, console: Console) -> dict[str, Any]:
-    """Run everything and write the checkpoints to `out`.
+    """Run all stages and write the checkpoints to `out`.
 
     Returns:
-        All results as plain values: what demo.json holds, and what the tables and figures show. With the same
-        seed, everything but times and memory is the same in every run on one machine.
+        All results as plain values, for demo.json, the tables and the figure. With the same seed, all results
+        except times and memory are the same in every run on one machine.
     """
     start = time.perf_counter()
     digits = load(settings.seed)
     console.print(
-        f"{len(digits.labels)} handwritten digits: {len(digits.train)} to train on, "
-        f"{len(digits.test)} held out. Training and freezing two small encoders."
+        f"{len(digits.labels)} handwritten digits: {len(digits.train)} for training, "
+        f"{len(digits.test)} held out. Training two small encoders, which are then frozen."
     )
     threads = torch.get_num_threads()
-    # One thread gives the same numbers for any number of cores; tasks are trained side by side instead.
+    # One thread gives the same numbers for any number of cores; several tasks train in parallel instead.
     torch.set_num_threads(1)
     try:
         encoded = encode(digits, settings.width, settings.seed, settings.encoder_steps)
@@ -55,7 +55,7 @@ def run(settings: Settings, out: Path, console: Console) -> dict[str, Any]:
         dict(zip((task.name for task in TASKS), part, strict=True))
         for part in (results[: len(TASKS)], results[len(TASKS) :])
     )
-    console.print("Timing both layers, then measuring their memory, each in a fresh process.")
+    console.print("Timing both layers, then measuring their memory, each in a new process.")
     batch = first_batch(draw_test_pairs(TASKS[-1], digits, settings), encoded, settings)
     reference = load_checkpoint(TASKS[-1], settings, out)
     return {
@@ -133,7 +133,7 @@ def checkpoint_of(task: Task, out: Path) -> Path:
 
 
 def save_checkpoint(model: PairClassifier, settings: Settings, target: Path) -> None:
-    """Save the layer as the published code does, with the settings that parameters do not tell.
+    """Save the layer as the published code does, with the settings that the parameters do not determine.
 
     `python -m flmoe_kernels swap` converts such a file.
     """
@@ -150,7 +150,7 @@ def load_checkpoint(task: Task, settings: Settings, out: Path) -> PairClassifier
 
 
 def swapped(model: PairClassifier) -> PairClassifier:
-    """A copy of a model with the fast layer.
+    """A copy of the model with the fast layer.
 
     Raises:
         RuntimeError: the layer was not swapped; the message has the reason.

@@ -1,4 +1,4 @@
-"""The results as tables on the terminal."""
+"""Tables of the results on the terminal."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def _accuracies(results: Mapping[str, Any]) -> Table:
 
 
 def _add_shares(table: Table, start: list[str], cells: list[str], most: str, expected: str) -> None:
-    """A row whose cells, in the order of EXPERTS, mark two experts, and whether the two are one."""
+    """Add a row of shares in the order of EXPERTS: "*" marks `most`, brackets mark `expected`, then yes or no."""
     marked = []
     for expert, cell in zip(EXPERTS, cells, strict=True):
         cell = f"[{cell}]" if expert == expected else cell
-        # Text, since brackets are rich's markup in a plain string.
+        # Text instead of a string, because rich reads brackets in strings as markup.
         marked.append(Text(("*" if expert == most else "") + cell))
     verdict = Text("yes", "green") if most == expected else Text("no", "red")
     table.add_row(*start, *marked, verdict)
@@ -56,12 +56,12 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
     worst = max(layer["first_sample"]["error"] for layer in layers.values())
     table = _table(
         "The layer over token pairs, whose explanations are exact",
-        "Share: |the expert's part of the true class's logit less its mean over the classes|, in percent of all "
-        "experts'. [ ] the expert that the labels should need, * the largest share.\n"
-        "In the task redundant either image alone tells the label: the two uniqueness experts can carry it as "
-        "well as redundancy, and no loss forbids it.\n"
+        "Share: |the expert's part of the true class's logit minus its mean over the classes|, in percent of the "
+        "sum over experts. [ ] the expert that the labels need by construction, * the largest share.\n"
+        "In the task redundant a single image determines the label: the uniqueness experts can learn it as "
+        "well as the redundancy expert, and no loss prevents this.\n"
         "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up to "
-        f"the logit less that of no patches, with an error of {worst:.0e}.\n"
+        f"the logit minus the logit without patches, with an error of {worst:.0e}.\n"
         f"Trained for {settings['pair_steps']} steps of {settings['pair_batch_size']} pairs, the reference layer "
         f"for {settings['steps']} of {settings['batch_size']}.",
         *("task", "accuracy", *EXPERTS, "as expected"),
@@ -75,24 +75,24 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
 
 def _differences(results: Mapping[str, Any]) -> Table:
     table = _table(
-        "The same answers",
-        "Largest absolute difference over all tasks, one batch each, no dropout, the same noise; "
+        "Agreement of the layers",
+        "Largest absolute difference and value over one batch per task, no dropout, the same noise; "
         "then the error of each layer against the reference in float64.",
-        *("", "difference", "of values to", "reference", "fast", "rounding only"),
+        *("", "difference", "largest value", "reference", "fast", "rounding only"),
     )
     for group in GROUPS:
-        found = [task["differences"][group] for task in results["tasks"].values()]
-        same = all(difference["rounding_only"] for difference in found)
+        differences = [task["differences"][group] for task in results["tasks"].values()]
+        same = all(difference["rounding_only"] for difference in differences)
         keys = ("largest", "scale", "reference_error", "fast_error")
-        cells = (f"{max(difference[key] for difference in found):.1e}" for key in keys)
+        cells = (f"{max(difference[key] for difference in differences):.1e}" for key in keys)
         table.add_row(group, *cells, Text("yes", "green") if same else Text("NO", "bold red"))
     return table
 
 
 def _costs(results: Mapping[str, Any]) -> Table:
     table = _table(
-        "What it costs",
-        f"Batch {results['settings']['batch_size']}, medians of alternating calls; memory: growth of a fresh "
+        "Time and memory",
+        f"Batch {results['settings']['batch_size']}, medians of alternating calls; memory: growth of a new "
         "process during two training steps.",
         *("", "reference", "fast", "ratio"),
     )

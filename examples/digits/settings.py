@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 class Settings:
     """Sizes and lengths of one run. The defaults are those of the experiments in bench/experiments.
 
-    With a smaller weight of the interaction losses every expert learns every task, and which one is
-    relied on says less; with a larger one the parity is learned less well.
+    With a smaller weight of the interaction losses, every expert learns every task, so the experts' shares
+    are less informative. With a larger weight, the parity is learned less well.
     """
 
     seed: int = 0
@@ -28,7 +28,7 @@ class Settings:
     encoder_steps: int = 300
     timed_steps: int = 7
     timed_inferences: int = 15
-    # The layer over token pairs. Its interaction losses weigh less: with 1.0 the parity is learned less well.
+    # Layer over token pairs; a smaller weight of the interaction losses: with 1.0 the parity is learned less well.
     pair_rank: int = 16
     pair_value_dim: int = 32
     pair_normalizer: float = 64.0
@@ -39,7 +39,7 @@ class Settings:
 
     @classmethod
     def choose(cls, seed: int, quick: bool) -> Settings:
-        """The demo's run, shorter than the defaults, or one that passes through every stage and learns nothing."""
+        """Settings of the demo, shorter than the defaults; with `quick`, all stages run but nothing is learned."""
         demo = cls(
             seed=seed, num_layers=1, batch_size=16, steps=140, encoder_steps=150, pair_steps=250
         )

@@ -1,7 +1,7 @@
-"""The layer over token pairs on the same tasks, with exact explanations of its predictions.
+"""The layer over token pairs, with exact explanations of its predictions.
 
-One pass gives the Shapley value of every patch and the interaction index of every pair of patches, where the
-published layer needs an estimate from thousands of passes.
+One pass gives the Shapley value of every patch and the interaction index of every pair of patches. The published
+layer needs thousands of passes for an estimate of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .train import LARGEST_GRADIENT, WARM_UP
 
 @dataclass(frozen=True)
 class PairResult:
-    """Test accuracy of a trained layer, the mean share of each expert (order of EXPERTS) in the logit of the
-    true class, and the explanation of the first test sample."""
+    """Test accuracy of a trained layer, the experts' mean shares of the true class's logit (in the order of
+    EXPERTS), and the explanation of the first test sample."""
 
     accuracy: float
     share: tuple[float, ...]
@@ -71,7 +71,7 @@ def train_layer(
 def evaluate(
     layer: PairInteractionMoE, pairs: Pairs, encoded: Encoded, digits: Digits
 ) -> PairResult:
-    """Accuracy and shares over all pairs, and the explanation of the first of them."""
+    """Accuracy and shares over all pairs, and the explanation of the first pair."""
     explanation = layer.explain(*pairs.batch(encoded, slice(None)), pairs.labels)
     correct = explanation.logits.argmax(dim=1) == pairs.labels
     return PairResult(
@@ -82,10 +82,10 @@ def evaluate(
 
 
 def explain_first(explanation: PairExplanation, pairs: Pairs, digits: Digits) -> dict[str, Any]:
-    """What the figure shows of the first pair, as plain values.
+    """Plain values of the first pair, for the figure.
 
-    `patches`: Shapley value of every patch of each image, 0 for padding; `pairs`: Shapley interaction index of
-    every two patches, summed over the experts; `error`: |sum of values - (logit - logit without patches)|.
+    `patches`: Shapley values of all patches per image, 0 for padding; `pairs`: Shapley interaction indices of all
+    pairs of patches, summed over the experts; `error`: |sum of values - (logit - logit without patches)|.
     """
     patches = explanation.shapley_values()
     total = sum(float(values[0].double().sum()) for values in patches)

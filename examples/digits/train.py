@@ -1,4 +1,4 @@
-"""Training the published layer on one task, and its predictions."""
+"""Training of the published layer on one task, and its predictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST_GRADIENT = 1.0
 
 
 class PairClassifier(nn.Module):
-    """A user's model, with the published interaction layer inside."""
+    """A user's model that contains the published interaction layer."""
 
     def __init__(self, num_classes: int, settings: Settings) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PairClassifier(nn.Module):
 
 
 def total_loss(outputs: tuple, labels: Tensor, interaction_weight: float) -> Tensor:
-    """Cross entropy of the task plus the weighted sum of the experts' interaction losses."""
+    """Cross entropy plus the weighted sum of the experts' interaction losses."""
     _, _, logits, losses, *_ = outputs
     return F.cross_entropy(logits, labels) + interaction_weight * torch.stack(losses).sum()
 
@@ -82,7 +82,7 @@ def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> Pai
 def fit(
     model: PairClassifier, pairs: Pairs, encoded: Encoded, settings: Settings
 ) -> PairClassifier:
-    """Train a model with either layer."""
+    """Train a model that has either layer."""
     model.train()
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = make_optimizer(model, settings)
@@ -99,7 +99,7 @@ def fit(
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits (S, C) of some pairs, mixture weights (S, E) and logits of each expert (S, E, C)."""
+    """Logits (S, C) of S pairs, mixture weights (S, E) and expert logits (S, E, C)."""
 
     logits: Tensor
     weights: Tensor

@@ -1,6 +1,6 @@
-"""Every Triton kernel compiled without a GPU: registers, shared memory, matrix units, vector accesses.
+"""Tests of all Triton kernels, compiled without a GPU: registers, memory, matrix units.
 
-By default each kernel about once, for sm_90; all cases on all architectures are marked slow.
+By default about one case per kernel is compiled, for sm_90; the others are marked slow.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ CASES = {case.name: case for case in cases()}
 MMA = "mma.sync"
 # The newest matrix instruction of each architecture.
 NEWEST = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-# Shared memory of an SM; a block costs one KiB more than it requests.
+# Shared memory of an SM; a block takes one KiB more than it requests.
 OF_AN_SM = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
-# Tiles of large products with weights, which have an SM to themselves, see routed_mlp/triton/table.py.
+# Tiles of large products with weights: one block per SM, see routed_mlp/triton/table.py.
 ALONE = ", 128 x 256"
 
 
 def select(*operators: str, without: tuple[str, ...] = ()) -> Any:
-    """Cases of these operators, or all, by name and architecture; those that are not in the quick set are slow.
+    """Parameters (name, architecture) of these operators, or of all; cases outside the quick set are slow.
 
-    without: kernels and shapes that are left out.
+    without: kernels and shapes to exclude.
     """
     return pytest.mark.parametrize(
         ("name", "architecture"),
@@ -68,15 +68,15 @@ def report_of(name: str, architecture: int) -> Report:
 
 
 @select()
-def test_nothing_fails(name: str, architecture: int) -> None:
-    """Spills that are not allowed, products off the matrix units, blocks that do not fit an SM."""
+def test_no_case_fails(name: str, architecture: int) -> None:
+    """No forbidden spills, no products without matrix units, no blocks larger than an SM."""
     row = compiled(name, architecture)
     assert not row.failures, row
 
 
 @select("expert_attention")
 def test_attention_uses_the_newest_matrix_units(name: str, architecture: int) -> None:
-    """For all 16-bit products of long problems, except the scores of a wide "key_gradient"."""
+    """Holds for all 16-bit products of long problems, except the scores of a wide "key_gradient"."""
     kernel, size = CASES[name].built(architecture).tiles.split(", ")[:2]
     matrix = report_of(name, architecture).matrix
     if size in ("long", "wide"):
@@ -106,10 +106,10 @@ def test_sums_of_biases_run_on_matrix_units() -> None:
 
 @select()
 def test_blocks_share_an_sm(name: str, architecture: int) -> None:
-    """Shared memory fits two blocks, more without products, but one of the largest tiles.
+    """An SM's shared memory fits two blocks, more without products, but only one with the largest tiles.
 
-    Registers fit two for products with weights in float32, and in 16 bits if the launch table limits registers:
-    on sm_90, and linear layers on sm_100.
+    Its registers fit two blocks of products with weights in float32. In 16 bits they do if the launch table limits
+    registers: on sm_90, and for linear layers on sm_100.
     """
     built, report = CASES[name].built(architecture), report_of(name, architecture)
     operator, shape = name.split("/")[0], name.split("/")[2]
@@ -127,32 +127,32 @@ def test_blocks_share_an_sm(name: str, architecture: int) -> None:
 @pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
 @select("interaction_moe")
 def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: int) -> None:
-    """Bound by bytes or latency, they need a quarter of the threads that an SM holds, or more."""
+    """At least a quarter of an SM's threads are in use, because memory or latency limits these kernels."""
     report = report_of(name, architecture)
     assert report.shared <= 16 * KIB
     assert report.registers <= 128
 
 
-# The number of operands of a tile's size that a row-wise kernel reads and writes; views have as many more.
+# Number of tile-sized operands that a row-wise kernel reads and writes; for views it is the number of views.
 READS = {"norm alone": 1, "norm": 2, "norm twice": 1, "norm_gradient": 3, "norm_gradient twice": 3}
 READS |= {"gelu": 1, "gelu_gradient": 2, "pool": 2, "pool_gradient": 1, "views": 2}
 WRITES = {"norm alone": 1, "norm": 2, "norm twice": 2, "norm_gradient": 2, "norm_gradient twice": 1}
 WRITES |= {"gelu": 1, "gelu_gradient": 1, "pool": 0, "pool_gradient": 2, "views_gradient": 2}
-# What else a thread reads and writes, one by one: values of one row, lengths of segments, sums.
+# Scalar accesses of a thread: values of one row, lengths of segments, sums.
 SINGLE = 12
 
 
 def accesses(report: Report, kind: str) -> dict[int, int]:
-    """Loads ("ld") or stores ("st") of a thread's code by bytes."""
+    """Number of loads ("ld") or stores ("st") in a thread's code, by bytes."""
     return {int(k[3:]): n for k, n in report.accesses.items() if k.startswith(f"{kind}.")}
 
 
 @select("encoder_rows", without=("norm_sum", "width 300"))
 def test_rows_move_in_vectors(name: str, architecture: int) -> None:
-    """16 bytes each; 8 in 16-bit norm gradients, where a thread has 16 elements of a tile."""
+    """Accesses have 16 bytes, or 8 in 16-bit norm gradients, where a thread has 16 elements of a tile."""
     case, report = CASES[name], report_of(name, architecture)
     if case.shape == "width 63":
-        # The control: odd widths do not.
+        # Negative control: rows of odd widths do not move in vectors.
         assert sum(n for w, n in accesses(report, "ld").items() if w < 8) > SINGLE
         return
     launch, size = case.built(architecture).launch, 4 if case.dtype == "float32" else 2
@@ -177,29 +177,29 @@ def test_rows_move_in_vectors(name: str, architecture: int) -> None:
 def test_strides_of_weights_beyond_32_bits_are_64_bits_wide(
     shape: str, width: int, kind: str
 ) -> None:
-    """Chunk k of the gradient of x starts k D into a weight: a product of the loop that needs D F elements."""
+    """Chunk k of x's gradient starts at k D in a weight: the loop computes this offset, up to D F elements."""
     launch = CASES[f"routed_mlp/grad_x/{shape}/bfloat16"].built(90).launch
     ttir = launch.compile(90).asm["ttir"]
     kinds = set()
-    for found in ("i32", "i64"):
-        constants = re.findall(rf"(%\S+) = arith\.constant {width} : {found}\b", ttir)
-        pairs = re.findall(rf"arith\.muli (%[^\s,]+), (%\S+) : {found}\b", ttir)
+    for bits in ("i32", "i64"):
+        constants = re.findall(rf"(%\S+) = arith\.constant {width} : {bits}\b", ttir)
+        pairs = re.findall(rf"arith\.muli (%[^\s,]+), (%\S+) : {bits}\b", ttir)
         if any(set(pair) & set(constants) for pair in pairs):
-            kinds.add(found)
+            kinds.add(bits)
     assert kinds == {kind}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
 def test_launch_tables_state_the_shared_memory_of_their_largest_case() -> None:
-    """Compiles everything, which the tests above have done in the same process."""
+    """Needs all cases; the tests above have compiled them in the same process."""
     largest: dict[tuple[str, str, int], int] = {}
     stated: dict[tuple[str, str, int], int] = {}
     for name, case in CASES.items():
         for number in ARCHITECTURES:
             built = case.built(number)
             if built.table is not None:
-                # The table of the losses states one number for all architectures.
+                # The losses' table has the same number for all architectures.
                 place = 0 if case.operator == "interaction_moe" else number
                 key = (case.operator, built.tiles, place)
                 largest[key] = max(largest.get(key, 0), report_of(name, number).shared)
@@ -216,17 +216,17 @@ def test_every_allowed_spill_is_needed() -> None:
         assert max(spilled) == spill.bytes
 
 
-def test_every_shape_of_a_gpu_and_every_kernel_is_there() -> None:
+def test_cases_include_every_gpu_shape_and_kernel() -> None:
     shapes = {case.shape for case in CASES.values() if case.dtype == "bfloat16"}
     named = {"mmimdb", "enrico", "mimic", "pair_base", "pair_512", "pair_long"}
     assert named | {"routed_small_e4", "routed_small_e16", "routed_large"} <= shapes
-    assert len(CASES) == len(list(cases())), "two cases have one name"
+    assert len(CASES) == len(list(cases())), "two cases have the same name"
     kernels = {case.built(90).launch.kernel for case in CASES.values()}
     quick = {case.built(90).launch.kernel for case in CASES.values() if case.quick}
     assert quick == kernels
 
 
-# ---- controls: what must fail fails
+# ---- negative controls: failures are reported
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def product(by_sum: bool, least: int, _architecture: int) -> Built:
 
 
 def capped(architecture: int) -> Built:
-    """The gate of routing with a fraction of the registers that it needs."""
+    """Routing's gate with too few registers."""
     built = CASES["routing/gate/routed_large/bfloat16"].built(architecture)
     launch = dataclasses.replace(built.launch, registers={architecture: 64})
     return dataclasses.replace(built, launch=launch)
@@ -282,12 +282,12 @@ BY_SUM = control("by sum", functools.partial(product, True, 1))
             control("not stated", functools.partial(product, False, 0)),
             r"has \d+ matrix instructions, but its case states no products",
         ),
-        (control("capped", capped), r"spills \d+ bytes a thread, allowed are 0"),
+        (control("capped", capped), r"spills \d+ bytes per thread, allowed: 0"),
         (control("invalid", invalid), "does not compile: .+"),
     ],
     ids=lambda value: value.kernel if isinstance(value, Case) else "",
 )
-def test_what_must_fail_fails(case: Case, message: str) -> None:
+def test_failures_are_reported(case: Case, message: str) -> None:
     row = compile_case(case, 90)
     if not message:
         assert row.failures == []
@@ -306,7 +306,7 @@ def test_shared_memory_over_the_table_or_the_device_fails() -> None:
         assert failure == "takes 36865 bytes of shared memory, its launch table states 36864"
     more = dataclasses.replace(report, shared=164 * KIB)
     (failure,) = failures("test", built, more, 80)
-    assert failure == "takes 167936 bytes of shared memory, more than a block may have"
+    assert failure == "takes 167936 bytes of shared memory, above the limit of a block"
 
 
 def run(*arguments: str | Path) -> Result:
@@ -318,7 +318,7 @@ def run(*arguments: str | Path) -> Result:
 def test_the_command_reports_and_ends_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some 10 s: the process that compiles imports torch and triton."""
+    """Takes about 10 s, because the compiling process imports torch and triton."""
     monkeypatch.setattr(command, "cases", lambda: iter([FINE, BY_SUM]))
     monkeypatch.setattr(command, "PROCESSES", 1)
     path = tmp_path / "rows.json"

@@ -1,4 +1,4 @@
-"""Benchmark suites: peers compute what they are timed for; floors, tables and scripts fit the suites."""
+"""Tests of the benchmark suites: peers, floors, tables and scripts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flmoe_kernels.profile.registry import contestants, prepare
 from tests.support.profile_shapes import LAYER, PAIR, ROUTED, TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-# Compiled peers are tried once, below: a compiler takes seconds for each.
+# Compiled peers are tested once, below, because each takes seconds to compile.
 CHECKED = [
     *cases(shapes=TINY, phases=(FORWARD, BOTH)),
     *cases(shapes=(PAIR, ROUTED), phases=(BOTH,), dtypes=("bfloat16",)),
@@ -51,8 +51,8 @@ def test_every_contestant_computes_the_case(case: Case) -> None:
     ],
     ids=str,
 )
-def test_peers_with_settings_of_their_own(case: Case, name: str) -> None:
-    """The compiler takes from ten seconds to minutes for each."""
+def test_peers_with_own_precision_or_compiler(case: Case, name: str) -> None:
+    """Each case takes ten seconds to minutes to compile."""
     precision = torch.get_float32_matmul_precision()
     agree(case, find(case, name))
     prepare(case, find(case, name)).call()
@@ -60,8 +60,8 @@ def test_peers_with_settings_of_their_own(case: Case, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_backward_runs_again_and_again() -> None:
-    """Its graph is kept, and must not give its buffers away after the first call."""
+def test_a_compiled_backward_runs_many_times() -> None:
+    """The graph is kept, so the first call must not donate its buffers."""
     case = Case("pair_moe", PAIR, BACKWARD, variant="none")
     call = prepare(case, find(case, "compiled")).call
     for _ in range(3):
@@ -71,13 +71,13 @@ def test_a_compiled_backward_runs_again_and_again() -> None:
 def test_peers_that_cannot_run_say_why() -> None:
     case = Case("routed_mlp", ROUTED, BOTH, variant="bias")
     reasons = {peer.name: peer.why_not for peer in peers(case)}
-    assert reasons["torch._grouped_mm"] == "it is for bfloat16"
+    assert reasons["torch._grouped_mm"] == "supports only bfloat16"
     assert reasons["scattermoe"]
 
 
 @pytest.mark.parametrize(("device", "full"), [("cpu", False), ("cpu", True), ("cuda", True)])
 def test_every_row_of_a_suite_names_cases_and_peers(device: str, full: bool) -> None:
-    """A misspelt name would silently time nothing."""
+    """Otherwise a misspelt name would silently time nothing."""
     rows = (suite.FULL_CUDA if device == "cuda" else suite.FULL_CPU) if full else suite.QUICK
     assert set(rows) == set(OPERATORS)
     for operator, listed in rows.items():
@@ -91,7 +91,7 @@ def test_every_row_of_a_suite_names_cases_and_peers(device: str, full: bool) -> 
             assert comparison.peer in known, comparison
 
 
-def test_floors_are_of_comparisons_that_run() -> None:
+def test_floors_refer_to_comparisons_that_run() -> None:
     floors = load_floors(ROOT / "bench" / "floors.toml")
     quick, full = (
         {str(c) for operator in OPERATORS for c in suite.comparisons(operator, "cpu", full)}
@@ -99,12 +99,12 @@ def test_floors_are_of_comparisons_that_run() -> None:
     )
     for floor in floors.floors:
         assert floor.key in (quick if floor.threads == 1 else full)
-        # Between a build as it should be and one that takes 30% longer.
+        # The limit lies between a normal build and one that is 30% slower.
         assert 1 / 1.3 < 1 - floor.tolerance < 1
     held = {(f.case.split("/")[0], f.case.split("/")[2]) for f in floors.floors}
     for operator in ("pair_moe", "expert_attention", "routed_mlp", "interaction_moe"):
         assert (operator, BOTH) in held
-    # Three minutes of `make bench`, a third of which is starting, checking and preparing.
+    # `make bench` takes three minutes, a third of which is start-up, checks and preparation.
     assert sum(floor.seconds for floor in floors.floors if floor.threads == 1) <= 120
 
 
@@ -126,7 +126,7 @@ def test_a_run_becomes_a_table(tmp_path: Path) -> None:
 
 
 class Against:
-    """In place of the fixture: notes what would be timed."""
+    """Replaces the fixture; records what would be timed."""
 
     def __init__(self) -> None:
         self.benchmark = SimpleNamespace(extra_info={})
@@ -170,7 +170,7 @@ def test_a_wrong_answer_fails_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_module_can_be_imported(path: Path) -> None:
-    """Experiments, too, which no test runs."""
+    """Includes the experiments, which no test runs."""
     pytest.importorskip("shapiq")
     pytest.importorskip("triton")
     importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
@@ -198,12 +198,12 @@ def gpu_script(python: Path, *steps: str, **environment: str) -> subprocess.Comp
     )
 
 
-def test_gpu_script_runs_a_process_for_each_operator(tmp_path: Path) -> None:
+def test_gpu_script_runs_one_process_per_operator(tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "out"
     python = fake_python(tmp_path, log, 'case "$*" in *routed_mlp*) exit 3;; esac')
     done = gpu_script(python, "bench", OUT=str(out))
     assert "bench routed_mlp: failed with exit code 3" in done.stdout
-    assert done.stdout.rstrip().endswith("== not done: bench routed_mlp")
+    assert done.stdout.rstrip().endswith("== failed or skipped: bench routed_mlp")
     assert done.returncode == 1
     timed = re.findall(
         r"bench/test_(\w+)\.py .*--device cuda --full --benchmark-json", log.read_text()
@@ -212,7 +212,7 @@ def test_gpu_script_runs_a_process_for_each_operator(tmp_path: Path) -> None:
     assert out.is_dir()
 
 
-def test_gpu_script_stops_what_hangs_and_skips_what_has_no_time(tmp_path: Path) -> None:
+def test_gpu_script_stops_hanging_steps_and_skips_steps_without_time(tmp_path: Path) -> None:
     python = fake_python(tmp_path, tmp_path / "log", "exec sleep 600")
     quick = {"FLMOE_GPU_LEAST": "1", "FLMOE_GPU_DEVICE": "cpu"}
     done = gpu_script(python, "sanitize", "tests", FLMOE_GPU_BUDGET="3", **quick)

@@ -1,4 +1,4 @@
-"""The command line: `info`, `--version`, and how failures are told."""
+"""Tests of the command line: `info`, `--version`, error messages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_info_json_is_pure_and_complete(tmp_path: Path) -> None:
     }
     assert facts["versions"]["flmoe_kernels"] == __version__
     assert set(facts["versions"]) == {"flmoe_kernels", "python", "torch", "numpy", "triton"}
-    # A version that is not there comes with the reason.
+    # A missing version has a reason.
     assert {name for name, value in facts["versions"].items() if value is None} == set(
         facts["missing"]
     )
@@ -47,7 +47,7 @@ def test_info_json_is_pure_and_complete(tmp_path: Path) -> None:
     assert facts["threads"] >= 1
 
 
-def test_info_tells_of_every_backend(tmp_path: Path) -> None:
+def test_info_lists_every_backend(tmp_path: Path) -> None:
     facts = json.loads(run_cli("info", "--json", cwd=tmp_path).stdout)
     assert set(facts["backends"]) == {"reference", "cpu", "triton", "cuda"}
     assert facts["backends"]["reference"]["ok"] is True
@@ -87,6 +87,6 @@ def test_missing_extra_is_one_line_with_the_command(capsys: pytest.CaptureFixtur
     assert "pip install 'flmoe-kernels[demo]'" in message
 
 
-def test_missing_module_of_our_own_is_not_blamed_on_an_extra() -> None:
+def test_missing_own_module_is_not_reported_as_a_missing_extra() -> None:
     with pytest.raises(ModuleNotFoundError), needs_extra("demo"):
         raise ModuleNotFoundError("No module named", name="flmoe_kernels.gone")

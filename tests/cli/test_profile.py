@@ -1,4 +1,4 @@
-"""`profile` as a command, at tiny shapes: what it prints and writes can be read back and agrees with itself."""
+"""Tests of the command `profile`: its output files are valid and consistent."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ QUICK = ("--seconds", "0.02", "--no-memory")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes and ceilings that take milliseconds, on one thread."""
+    """Use shapes and ceilings that take milliseconds, on one thread."""
     monkeypatch.setattr(profile_request, "named_shapes", lambda device: SHAPES)
     monkeypatch.setitem(ceilings._SIDE, "cpu", 96)
     monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**16)
-    # Before every block it would take longer than the block.
+    # A garbage collection before every block would take longer than the block.
     monkeypatch.setattr(gc, "collect", lambda: 0)
     torch.set_num_threads(1)
 
@@ -154,7 +154,7 @@ def test_names_of_the_layer_s_passes() -> None:
             "op: expected one of pair_moe, expert_attention, routed_mlp, routing, interaction_moe, "
             "got 'pairs'",
         ),
-        # Of this operator alone.
+        # Only the shapes of this operator are listed.
         (
             ("--op", "pair_moe", "--shape", "mmimdb"),
             "shape: expected one of small_pairs, got 'mmimdb'",
@@ -188,7 +188,7 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--checkpoint", "absent.pt"), "absent.pt: "),
     ],
 )
-def test_what_cannot_be_met_is_one_line_and_exit_code_2(
+def test_bad_requests_give_one_line_and_exit_code_2(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -199,7 +199,7 @@ def test_what_cannot_be_met_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_what_cannot_run_here_says_why() -> None:
+def test_unavailable_backends_give_a_reason() -> None:
     result = run("--op", "pair_moe", "--backend", "triton", code=2)
     assert re.search(
         r"backend 'triton' cannot run pair_moe/small_pairs.* on cpu: .+", result.stderr
@@ -218,7 +218,7 @@ def test_a_wrong_answer_is_exit_code_1_before_any_timing(monkeypatch: pytest.Mon
     assert "cpu on pair_moe/small_pairs/forward+backward/float32/none: y is off" in result.stderr
 
 
-def test_of_all_backends_one_that_fails_is_left_out(
+def test_with_all_backends_a_failing_one_is_skipped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def broken(case: Any, contestant: Any) -> None:
@@ -234,7 +234,7 @@ def test_of_all_backends_one_that_fails_is_left_out(
     assert [profile["contestant"] for profile in found] == ["cpu"]
 
 
-def test_a_peak_that_cannot_be_measured_costs_no_timing(
+def test_times_are_reported_if_the_peak_cannot_be_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def ended(case: Any, contestant: Any) -> int:
@@ -278,7 +278,7 @@ def test_lengths_are_measured_for_ours_and_the_peers(tmp_path: Path) -> None:
     assert "reference" in result.stdout
 
 
-def test_what_outgrows_memory_or_fails_is_left_out_with_the_reason(
+def test_lengths_that_need_too_much_memory_or_fail_are_skipped_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lengths, "free_bytes", lambda device: 1000.0)
@@ -296,7 +296,7 @@ def test_what_outgrows_memory_or_fails_is_left_out_with_the_reason(
         for point in scan(case, ["cpu", "reference"], [4, 8, 16, 40, 90], 0.02, peak=peak)
     }
     reasons = {key: point.why_not for key, point in found.items()}
-    # Linear growth, from 160 bytes at 16 tokens: 900 at 90 are more than 60% of what is free.
+    # Memory grows linearly from 160 bytes at 16 tokens: 900 bytes at 90 tokens exceed 60% of the free memory.
     assert [reasons[n, "cpu"] for n in (4, 8, 16, 40)] == [""] * 4
     assert reasons[90, "cpu"] == "a call would take about 0.0 GiB"
     assert [reasons[n, "reference"] for n in (4, 8)] == ["", ""]
@@ -307,7 +307,7 @@ def test_what_outgrows_memory_or_fails_is_left_out_with_the_reason(
         scan(case, ["cpu"], [0, 4], 0.02)
 
 
-def test_the_page_names_options_that_there_are() -> None:
+def test_the_page_names_only_existing_options() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "profiling.md").read_text()
     shown = typer.main.get_command(app)
     options = {

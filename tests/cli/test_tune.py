@@ -1,4 +1,4 @@
-"""The commands that show and clear saved autotuning results."""
+"""Tests of the commands that show and clear saved autotuning results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flmoe_kernels.core.triton.tuning import cache
 from tests.support.tuning_trials import RESULT
 
 
-def test_a_folder_that_cannot_be_named_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_folder_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nobody-of-this-name/cache")
     runner = pytest.importorskip("typer.testing").CliRunner()
     from flmoe_kernels.cli.tune import app

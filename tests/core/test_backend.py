@@ -1,4 +1,4 @@
-"""Which backend a call gets, and that an explicit choice never falls back."""
+"""Tests of backend selection; an explicit choice never falls back."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_backend_says_whether_it_runs_and_why() -> None:
 
 @pytest.fixture
 def triton_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes backend.py see a machine with or without the package, a CUDA device and the interpreter."""
+    """Simulate a machine with or without the package, a CUDA device and the interpreter."""
 
     def pretend(*, package: bool = True, device: bool = False, interpreter: bool = False) -> None:
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: package or None)
@@ -79,11 +79,11 @@ def triton_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def on_cuda(dtype: torch.dtype = torch.float32) -> Any:
-    """What `choose` asks of a tensor on a machine that need not have the device."""
+    """Tensor properties that `choose` reads, for devices that this machine may not have."""
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
 
 
-def test_triton_says_what_it_lacks(triton_machine: Callable[..., None]) -> None:
+def test_triton_reports_why_it_is_unavailable(triton_machine: Callable[..., None]) -> None:
     x = torch.zeros(1)
     triton_machine(package=False)
     assert backends.backend_status()["triton"] == (False, "the package triton is not installed")
@@ -105,7 +105,7 @@ def test_triton_says_what_it_lacks(triton_machine: Callable[..., None]) -> None:
         backends.choose("pair_moe", x, "triton")
 
 
-def test_cuda_tensors_get_triton_where_it_runs(triton_machine: Callable[..., None]) -> None:
+def test_cuda_tensors_use_triton_if_it_runs(triton_machine: Callable[..., None]) -> None:
     triton_machine(device=True)
     assert backends.choose("pair_moe", on_cuda()) == "triton"
     assert backends.choose("pair_moe", on_cuda(torch.float64)) == "reference"
@@ -213,7 +213,7 @@ print(backend.choose("interaction_moe", torch.zeros(1), "cpu"))
 
 
 def test_environment_variable() -> None:
-    """FLMOE_BACKEND is the default of a process; a context and a call go before it."""
+    """FLMOE_BACKEND is the default of a process; a context and an argument override it."""
     result = run_python(CHOICE, FLMOE_BACKEND="reference")
     assert result.stdout.split() == ["reference", "cpu", "cpu"], result.stderr
     result = run_python(CHOICE, FLMOE_BACKEND="cuda")
@@ -225,8 +225,8 @@ def test_environment_variable() -> None:
     )
 
 
-def test_an_instruction_set_that_cannot_be_had() -> None:
-    """An unknown FLMOE_ISA leaves no cpu backend, with the reason."""
+def test_an_unknown_instruction_set() -> None:
+    """With an unknown FLMOE_ISA the cpu backend is unavailable and gives a reason."""
     code = "from flmoe_kernels.core import backend; print(backend.backend_status()['cpu'])"
     result = run_python(code, FLMOE_ISA="sse9")
     assert result.returncode == 0, result.stderr

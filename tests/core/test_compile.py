@@ -1,4 +1,4 @@
-"""torch.compile without a graph break, forward and backward, and torch.export: the same numbers as eager."""
+"""Tests of torch.compile without graph breaks and of torch.export, against eager mode."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fast_layer(case: LayerCase) -> InteractionMoE:
 
 
 class Whole(nn.Module):
-    """A compiled layer that has the parameters of the plain one, under their own names."""
+    """A compiled layer that shares the plain layer's parameters, under the same names."""
 
     def __init__(self, layer: nn.Module, backend: str, dynamic: bool | None = None) -> None:
         super().__init__()
@@ -148,14 +148,14 @@ def test_layer(case: LayerCase) -> None:
     found = outputs_and_gradients(Whole(layer, "aot_eager"), x, masks, noise)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
-    # The control: the comparison sees another input.
+    # Negative control: the comparison detects another input.
     other = outputs_and_gradients(Whole(layer, "aot_eager"), [x[0] + 0.1, x[1]], masks, noise)
     with pytest.raises(AssertionError):
         assert_same(other[0], expected[0])
 
 
 def test_layer_with_padding_that_changes_between_calls() -> None:
-    """One graph for every mask, as padding is data; another batch size compiles at most once more."""
+    """One graph serves all masks, because padding is data; another batch size compiles at most once more."""
     layer = fast_layer(dataclasses.replace(FL, masks="partial"))
     compiled = Whole(layer, "aot_eager", dynamic=None)
     for batch, pattern, seed in ((2, "partial", 1), (2, "padded_sample", 2), (3, "partial", 3)):
@@ -170,7 +170,7 @@ def test_layer_with_padding_that_changes_between_calls() -> None:
 
 @pytest.mark.parametrize("case", [FL, I2], ids=str)
 def test_training_with_dropout_and_fresh_noise(case: LayerCase) -> None:
-    """Random inside the graph: finite, new in every call, repeated by torch.manual_seed."""
+    """Random numbers in the graph are finite, new in every call, and repeated by torch.manual_seed."""
     case = dataclasses.replace(case, dropout=0.5)
     compiled = Whole(fast_layer(case), "aot_eager")
     x = case.inputs()

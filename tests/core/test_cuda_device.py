@@ -1,4 +1,4 @@
-"""Whether routing's CUDA kernels run here: every lack has its reason, and to ask changes nothing."""
+"""Tests of the availability of routing's CUDA kernels: reasons and side effects."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ON_GPU, WHY_NOT = backends.backend_status()["cuda"]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"the kernels do not run here: {WHY_NOT}")
 needs_two_gpus = pytest.mark.skipif(
-    not ON_GPU or torch.cuda.device_count() < 2, reason="there are no two GPUs"
+    not ON_GPU or torch.cuda.device_count() < 2, reason="needs two GPUs"
 )
 native = backends.native()
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answers: Any) -> None:
-    """A machine without Triton whose native module answers so."""
+    """Simulate a machine without Triton whose native module returns these values."""
     facts: dict[str, Any] = {
         "cuda_build": ("sm_80 sm_90a sm_100, PTX 80", ""),
         "cuda_devices": (1, ""),
@@ -67,7 +67,7 @@ LACKS = {
 
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_every_lack_has_its_reason(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_missing_requirement_has_a_reason(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, message = LACKS[lack]
     machine(monkeypatch, **answers)
     ok, reason = backends.backend_status()["cuda"]
@@ -85,7 +85,7 @@ def on_cuda(dtype: torch.dtype = torch.float32) -> Any:
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
 
 
-def test_a_machine_that_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_with_all_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     assert backends.backend_status()["cuda"] == (True, "kernels for sm_80 sm_90a sm_100, PTX 80")
     for dtype in DTYPES:
@@ -97,8 +97,8 @@ def test_a_machine_that_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.choose("routing", on_cuda(torch.int64), "cuda")
 
 
-def test_status_tells_a_build_with_cuda_from_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `python -m flmoe_kernels info` shows, also where there is no device."""
+def test_status_distinguishes_builds_with_and_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m flmoe_kernels info` shows this, even without a device."""
     machine(monkeypatch, cuda_devices=(0, ""), torch_has_one=False)
     assert backends.backend_status()["cuda"] == (
         False,
@@ -109,8 +109,8 @@ def test_status_tells_a_build_with_cuda_from_one_without(monkeypatch: pytest.Mon
     assert backends.backend_status()["cuda"] == (False, reason)
 
 
-def test_a_device_is_asked_anew_and_once_for_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What failed once may work now; and asking is cheap, not free."""
+def test_a_device_is_queried_once_per_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query that failed may succeed later, and queries cost time."""
     machine(monkeypatch)
     answers = [(0, 0, "out of memory"), (9, 0, "")]
     asked = []
@@ -128,7 +128,7 @@ def test_a_device_is_asked_anew_and_once_for_a_choice(monkeypatch: pytest.Monkey
 
 
 def test_calls_of_a_build_without_cuda_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that do not come through the doors."""
+    """Includes direct calls of the registered operators."""
     machine(monkeypatch, cuda_build=("", "nvcc was not found"))
     logits, index = torch.zeros(3, 2), torch.zeros(3, 1, dtype=torch.int64)
     message = r"^backend 'cuda': the native module was built without CUDA \(nvcc was not found\)$"
@@ -141,8 +141,8 @@ def test_calls_of_a_build_without_cuda_say_so(monkeypatch: pytest.MonkeyPatch) -
             call()
 
 
-def test_the_question_does_not_break_a_trace() -> None:
-    """The compiler cannot look into the native module, and choices are made while it traces."""
+def test_the_device_query_does_not_break_a_trace() -> None:
+    """Backends are chosen while the compiler traces, which cannot trace into the native module."""
 
     def ask(x: Tensor) -> Tensor:
         return x + len(loading.cuda_unavailable_reason()) + len(loading.cuda_unavailable_reason(0))
@@ -161,14 +161,14 @@ def test_without_a_gpu_the_call_says_why() -> None:
             call()
         assert loading.cuda_unavailable_reason() in str(e.value)
         assert loading.cuda_unavailable_reason() in WHY_NOT
-    # Nowhere to launch on: with a device, though one that torch cannot use, these would be null pointers.
+    # Without a device nothing is launched; with a device that torch cannot use, these would be null pointers.
     if native.cuda_build()[0] and native.cuda_devices()[0] == 0:
         with pytest.raises(RuntimeError, match="CUDA: "):
             native.cuda_routing_dispatch((0, 0, 0, 0), 0, 1, (0, 0), (0, 0))
 
 
 def after_asking(code: str) -> str:
-    """Output of code in a process that has asked all devices, and done nothing else with a GPU."""
+    """Output of code in a process that has queried all devices and has not used a GPU otherwise."""
     head = "import ctypes, torch\nfrom flmoe_kernels.core.backend import backend_status\n"
     asked = "assert backend_status()['cuda'][0]\n"
     command = [sys.executable, "-c", head + asked + code]
@@ -193,14 +193,14 @@ print(*contexts())
 
 
 @needs_gpu
-def test_asking_makes_no_context() -> None:
+def test_device_queries_create_no_context() -> None:
     before, after = after_asking(CONTEXTS).splitlines()
     assert set(before.split()) == {"0"}
-    assert after.split()[0] == "1", "the control: a tensor makes one"
+    assert after.split()[0] == "1", "control: a tensor creates a context"
 
 
 @needs_two_gpus
-def test_asking_leaves_the_current_device() -> None:
+def test_device_queries_keep_the_current_device() -> None:
     for device in (0, 1):
         with torch.cuda.device(device):
             assert backends.backend_status()["cuda"][0]

@@ -1,6 +1,6 @@
-"""The CUDA part of the native module as it was built: registers, atomics, what it needs to be loaded.
+"""Tests of the built CUDA code: registers, atomics, dependencies.
 
-Reads the machine code with cuobjdump, of NVIDIA's toolkit or of the package triton.
+They read the machine code with cuobjdump, from NVIDIA's toolkit or from the package triton.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KERNEL = re.compile(r"(\w+)<(\(int\))?(\d+), (.*)>\(")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one architecture: per thread registers and spilled bytes, per block shared bytes."""
+    """A kernel for an architecture: registers and spilled bytes per thread, shared bytes per block."""
 
     kernel: str
     threads: int
@@ -51,7 +51,7 @@ class Kernel:
 
 
 def find_cuobjdump() -> str | None:
-    """cuobjdump on PATH, beside nvcc, or in the package triton; None where there is none."""
+    """Path of cuobjdump: on PATH, next to nvcc or in the package triton; None if it is missing."""
     nvcc, home = shutil.which("nvcc"), os.environ.get("CUDA_HOME")
     places = [Path(nvcc).resolve().parent] if nvcc else []
     places += [Path(home) / "bin"] if home else []
@@ -69,19 +69,19 @@ def output(*command: str) -> str:
 def dump(option: str) -> str:
     tool, module = find_cuobjdump(), native().__file__
     if tool is None or shutil.which("c++filt") is None:
-        pytest.skip("there is no cuobjdump, or no c++filt to read names with")
+        pytest.skip("cuobjdump or c++filt is not installed")
     assert module is not None
     return output(tool, option, module)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    """Every kernel of the native module, by name and architecture."""
+    """All kernels of the native module, by name and architecture."""
     found = []
     for part in dump("--dump-resource-usage").split("Fatbin elf code:")[1:]:
         label = re.search(r"arch = (sm_\d+)", part)
         assert label is not None
-        # cuobjdump's versions differ in whether they show the "a" of sm_90a.
+        # Some versions of cuobjdump omit the "a" of sm_90a.
         architecture = f"{label[1]}a" if f"{label[1]}a" in ARCHITECTURES else label[1]
         for match in _RESOURCES.finditer(part):
             name = _KERNEL.search(output("c++filt", match[1]))
@@ -100,7 +100,7 @@ def kernels() -> list[Kernel]:
 
 
 @WITHOUT_CUDA
-def test_every_kernel_is_there_for_every_architecture(kernels: list[Kernel]) -> None:
+def test_every_kernel_exists_for_every_architecture(kernels: list[Kernel]) -> None:
     here: dict[str, list[tuple[str, int]]] = {}
     for kernel in kernels:
         here.setdefault(kernel.architecture, []).append((kernel.kernel, kernel.threads))
@@ -116,8 +116,8 @@ def test_registers_do_not_spill(kernels: list[Kernel]) -> None:
 
 
 @WITHOUT_CUDA
-def test_blocks_fit_the_machine(kernels: list[Kernel]) -> None:
-    """Every block can start: 64 Ki registers, 48 KiB of static shared memory; small blocks in pairs."""
+def test_blocks_fit_an_sm(kernels: list[Kernel]) -> None:
+    """Every block fits 64 Ki registers and 48 KiB of static shared memory; two small blocks fit together."""
     for kernel in kernels:
         blocks = 1 if kernel.threads == 1024 else 2
         assert kernel.registers * kernel.threads * blocks <= 64 * KIB, kernel
@@ -126,7 +126,7 @@ def test_blocks_fit_the_machine(kernels: list[Kernel]) -> None:
 
 @WITHOUT_CUDA
 def test_no_atomics() -> None:
-    """Without them no result can depend on the order of threads."""
+    """Without atomics, results cannot depend on the order of threads."""
     ptx = dump("--dump-ptx")
     assert "match.any" in ptx, "this is not the kernels' PTX"
     assert re.findall(r"\b(?:atom|red)\.\S+", ptx) == []
@@ -134,10 +134,10 @@ def test_no_atomics() -> None:
 
 @WITHOUT_CUDA
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
-def test_module_needs_no_driver_and_shows_no_cuda_names() -> None:
-    """The runtime is inside and hidden, so that it neither misses a driver nor meets torch's copy."""
+def test_module_needs_no_driver_and_exports_no_cuda_symbols() -> None:
+    """The runtime is static and hidden, so it needs no driver and cannot conflict with torch's copy."""
     if not shutil.which("readelf"):
-        pytest.skip("there is no readelf")
+        pytest.skip("readelf is not installed")
     module = native().__file__
     assert module is not None
     dynamic = output("readelf", "--wide", "--dynamic", module)

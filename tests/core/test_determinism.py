@@ -1,6 +1,7 @@
-"""Same seed, same bits for any number of threads; same masks and close results for any instruction set.
+"""Tests of determinism: threads, seeds and instruction sets.
 
-Run as a script, this file writes what its own kernels give to a file: tests start it once per instruction set.
+Results have the same bits for any number of threads; other instruction sets give the same masks and close
+results. As a script, this file saves its results: the tests run it once per instruction set.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ STEP_I2 = LayerCase((40, 40), "i2moe", dim=48, heads=4, layers=2, batch=3, dropo
 
 
 def attention(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
-    """More rows than one item of the forward takes, an empty run, uncovered rows.
+    """More rows than a work item of the forward, an empty run and uncovered rows.
 
-    Inputs are rounded to `dtype` and computed with in `wide`.
+    Inputs are rounded to `dtype`; computation is in `wide`.
     """
     shape = (2, 600, 3, 20)
     qkv = [draw(*shape, dtype=dtype, seed=i).to(wide or dtype).requires_grad_() for i in range(3)]
@@ -53,7 +54,7 @@ def attention(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None)
 
 
 def encoder(dtype: torch.dtype, ops: Any, wide: torch.dtype | None = None) -> list[Tensor]:
-    """Every other operator of `ops`, chained, with more rows than a block or a chunk."""
+    """All other operators of `ops`, chained, with more rows than a block or a chunk."""
     shapes = [(2, 2 * 300, 33), (2, 100, 33), (2, 100), (2, 100), (2, 100)]
     x, weight, bias, gain, shift = leaves = [
         draw(*shape, dtype=dtype, seed=i, scale=0.2 if i == 1 else 1.0)
@@ -79,7 +80,7 @@ def losses(dtype: torch.dtype) -> list[Tensor]:
 
 
 def pairs(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
-    """Every reduction, with more rows and columns than a block, a chunk and a work item take."""
+    """All reductions, with more rows and columns than a block, a chunk and a work item."""
     kinds = ("unique_a", "unique_b", "synergy", "redundancy", "null")
     shapes = [(530, 9), (300, 9), (530, 20), (300, 20)]
     leaves = [
@@ -98,7 +99,7 @@ def pairs(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> 
 
 
 def step(case: LayerCase, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """A training step with noise and dropout from torch's generator: results, gradients, parameters after."""
+    """Results, gradients and new parameters of a training step with noise and dropout from torch's generator."""
     torch.manual_seed(11)
     layer = InteractionMoE.adopt(case.reference(dtype), backend="cpu")
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
@@ -137,7 +138,7 @@ def test_a_training_step_does_not_depend_on_threads(case: LayerCase, dtype: torc
     assert_same_bits_for_any_threads(lambda: step(case, dtype))
 
 
-def test_the_comparison_of_bits_sees_a_difference() -> None:
+def test_the_bitwise_comparison_detects_a_difference() -> None:
     one = step(STEP)
     other = [x.clone() for x in one]
     other[0].view(-1)[0] = torch.nextafter(other[0].view(-1)[0], torch.tensor(9.0))
@@ -145,14 +146,14 @@ def test_the_comparison_of_bits_sees_a_difference() -> None:
 
 
 def every_pattern(dtype: torch.dtype) -> Tensor:
-    """All values of a 16-bit type, and beside each a random one, as (1, 2, 65536)."""
+    """All values of a 16-bit type, paired with random values, as (1, 2, 65536)."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     order = torch.randperm(2**16, generator=torch.Generator().manual_seed(1))
     return torch.stack([patterns, patterns[order]]).view(dtype).unsqueeze(0)
 
 
 def conversions(dtype: torch.dtype) -> list[Tensor]:
-    """Every 16-bit value through float32 and back, and the means of pairs, which round."""
+    """All 16-bit values converted to float32 and back, and the rounded means of pairs."""
     x = every_pattern(dtype)
     each, pairs = cumulative([1, 1]), cumulative([2])
     zero = torch.zeros_like(x)
@@ -160,7 +161,7 @@ def conversions(dtype: torch.dtype) -> list[Tensor]:
 
 
 def battery() -> dict[str, Any]:
-    """What the instruction set of this process gives: masks, results and a layer's step with given noise."""
+    """Masks, results and a layer's step with given noise, for the instruction set of this process."""
     found: dict[str, Any] = {"isa": instruction_set(), "masks": [], "losses": {}, "layer": {}}
     for width in (1, 40, 129, 300):
         ones = torch.ones(2, 70, width)
@@ -191,12 +192,12 @@ def battery() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def batteries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The battery of every instruction set that this machine has."""
+    """Results of every instruction set of this machine."""
     folder = tmp_path_factory.mktemp("isa")
     started = []
     for isa in instruction_sets():
         path = folder / f"{isa}.pt"
-        # glibc fills fresh memory with this byte, so that reading what nobody wrote shows.
+        # glibc fills new memory with this byte, so that reads of uninitialised memory become visible.
         env = os.environ | {"FLMOE_ISA": isa, "MALLOC_PERTURB_": "128", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, __file__, str(path)]
         started.append((isa, path, subprocess.Popen(command, env=env, cwd=ROOT)))
@@ -221,7 +222,7 @@ def test_masks_do_not_depend_on_the_instruction_set(batteries: dict[str, dict[st
 def test_half_precision_converts_exactly(
     batteries: dict[str, dict[str, Any]], dtype: torch.dtype
 ) -> None:
-    """Subnormals, infinities, NaN, and rounding to even, as torch converts."""
+    """Subnormals, infinities, NaN and rounding to even agree with torch."""
     x = every_pattern(dtype).float()
     expected = [x.to(dtype).unsqueeze(1), ((x[:, :1] + x[:, 1:]) * 0.5).to(dtype).unsqueeze(1)]
     truncated = (expected[1].view(torch.int16) + 1).view(dtype)
@@ -246,7 +247,7 @@ def test_every_instruction_set_is_within_the_budget(
         for name, (low, oracle) in operators.items():
             size = max(float(x.abs().max()) for x in oracle[1:])
             for i, triple in enumerate(zip(found[name], low, oracle, strict=True)):
-                # The gradients of one call are added up from terms of one size.
+                # All gradients of a call are sums of terms of similar size.
                 magnitude = size if i else 0.0
                 assert_within_budget(
                     *triple, f"{isa}: {name} {i}", magnitude=magnitude, may_vanish=i > 0

@@ -1,4 +1,4 @@
-"""The dropout generator: its core, its rates, its independence, and that kernels draw its masks."""
+"""Tests of the dropout generator: values, rates, independence, use in kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAR = 1 << 31
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int], rounds: int) -> tuple[int, ...]:
-    """Philox 4x32 in Python's integers."""
+    """Philox 4x32 with Python integers."""
     a, b, c, d = counter
     low, high = key
     for _ in range(rounds):
@@ -30,7 +30,7 @@ def philox(counter: tuple[int, ...], key: tuple[int, int], rounds: int) -> tuple
 
 
 def draw(seed: int, problem: int, head: int, row: int, column: int) -> int:
-    """The 16-bit draw of one element, as the module's docstring defines it."""
+    """The 16-bit draw of an element, as defined in the module's docstring."""
     counter = (16 * (column // 128) + column // 2 % 16, row, head, problem)
     words = philox(counter, (seed & WORD, seed >> 32 & WORD), rng.ROUNDS)
     return words[column // 32 % 4] >> 16 * (column % 2) & 0xFFFF
@@ -71,7 +71,7 @@ def test_mask_is_the_generators(seed: int, index: tuple[int, int]) -> None:
     threshold = round(0.7 * 65536)
     draws = [[draw(seed, problem, head, row, column) for column in columns] for row in rows]
     assert got.tolist() == [[value < threshold for value in line] for line in draws]
-    # A mask of one more round is another one.
+    # Another number of rounds gives another mask.
     more = [philox((0, row, head, problem), (seed & WORD, 0), rng.ROUNDS + 1)[0] for row in rows]
     assert [value & 0xFFFF for value in more] != [line[0] for line in draws]
 
@@ -89,7 +89,7 @@ def test_threshold_and_scale_are_exact() -> None:
 
 
 def test_draw_equal_to_the_threshold_is_dropped() -> None:
-    """Over all elements, an element is kept exactly by the rates above its own draw."""
+    """An element is dropped if the threshold equals its draw, and kept if the threshold is larger by one."""
     value = draw(5, 0, 0, 0, 0)
     assert 0 < value < 65535
     at = torch.zeros(1, dtype=torch.int64)
@@ -99,7 +99,7 @@ def test_draw_equal_to_the_threshold_is_dropped() -> None:
 
 
 def assert_rate(kept: Tensor, p: float) -> None:
-    """Five standard deviations of a binomial around the rate that the threshold stands for."""
+    """Assert that the kept fraction is within five standard deviations of the binomial of the threshold's rate."""
     rate = rng.keep_threshold(p) / 65536
     bound = 5 * math.sqrt(rate * (1 - rate) / kept.numel())
     assert abs(kept.double().mean().item() - rate) <= bound
@@ -120,11 +120,11 @@ def test_extreme_rates_are_certain(p: float) -> None:
 
 
 def test_every_row_and_column_has_its_own_rate() -> None:
-    """No position is favoured: counts per row, column, and place within a group of 128 columns."""
+    """Counts per row, column and place in a group of 128 columns do not depend on the position."""
     kept = torch.stack([mask(seed, 0.5) for seed in range(100, 116)]).double()
     for sums, n in ((kept.sum((0, 1)), 16 * 256), (kept.sum((0, 2)), 16 * 256)):
         assert float((sums - n / 2).abs().max()) <= 5 * math.sqrt(n / 4)
-        # Not constant either: the spread is that of a binomial.
+        # The counts vary as a binomial does.
         assert 0.6 < float(sums.var()) / (n / 4) < 1.5
 
 
@@ -175,7 +175,7 @@ def test_fresh_seeds_follow_torchs_generator() -> None:
     assert first.shape == ()
 
 
-# The kernels draw the same masks; attention is in test_expert_attention.
+# The encoder's kernels draw the same masks; test_expert_attention tests those of attention.
 
 
 def encoder_masks(experts: int, rows: int, width: int, seed: Tensor, p: float) -> Tensor:
@@ -223,8 +223,8 @@ def test_self_residual_draws_two_masks() -> None:
     assert_independent(first, second)
 
 
-def test_rows_of_a_later_view_have_their_own_mask() -> None:
-    """Pooling counts rows through all views, as the other kernels do: no two views share a mask."""
+def test_every_view_has_its_own_mask() -> None:
+    """Pooling numbers rows across all views, as the other kernels do, so views do not share masks."""
     rows, views, width = 50, 3, 128
     seed = make_seed()
     ones = torch.ones(1, views * rows, width)

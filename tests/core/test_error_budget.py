@@ -1,4 +1,4 @@
-"""The error budget lets through what a dtype's rounding explains, and nothing else."""
+"""Tests of the error budget: rounding passes, larger errors fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rounded(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounding_passes_and_more_does_not(dtype: torch.dtype) -> None:
+def test_rounding_passes_and_larger_errors_fail(dtype: torch.dtype) -> None:
     low, eps = rounded(dtype), torch.finfo(dtype).eps
     assert_within_budget(low, low, EXACT, "itself")
     assert_within_budget((EXACT * (1 + eps)).to(dtype), low, EXACT, "one unit away")
@@ -35,7 +35,7 @@ def test_rounding_passes_and_more_does_not(dtype: torch.dtype) -> None:
 
 
 def test_a_small_error_everywhere_fails_by_its_root_mean_square() -> None:
-    """A reference that is far off in one element does not excuse all the others."""
+    """A large error of the reference in one element does not allow errors in all elements."""
     low = rounded(torch.float32).clone()
     low[0, 0] += 1e-3
     shifted = rounded(torch.float32) + 1e-3
@@ -53,7 +53,7 @@ def test_shapes_and_dtypes_must_agree() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nonfinite_values_stand_where_the_oracle_has_them(value: float) -> None:
+def test_nonfinite_values_must_match_the_oracle(value: float) -> None:
     low, exact = rounded(torch.float32).clone(), EXACT.clone()
     low[1, 1] = value
     with pytest.raises(AssertionError, match="1 unexpected, 0 missing"):
@@ -66,7 +66,7 @@ def test_nonfinite_values_stand_where_the_oracle_has_them(value: float) -> None:
         assert_within_budget(rounded(torch.float32), low, exact, "missing")
 
 
-def test_a_budget_that_zeros_would_pass_is_an_error() -> None:
+def test_a_budget_that_accepts_zeros_is_an_error() -> None:
     poor = torch.zeros_like(EXACT).float()
     with pytest.raises(AssertionError, match="so wide that zeros pass"):
         assert_within_budget(rounded(torch.float32), poor, EXACT, "poor reference")
@@ -76,8 +76,8 @@ def test_a_budget_that_zeros_would_pass_is_an_error() -> None:
     assert_within_budget(*[noise.float()] * 2, noise, "cancels", magnitude=1.0, may_vanish=True)
 
 
-def test_masks_keep_what_the_reference_needs() -> None:
-    """No pattern but one pads a whole sample, where the reference has no answer."""
+def test_mask_patterns_keep_a_valid_token() -> None:
+    """Only one pattern pads a whole sample, for which the reference has no defined result."""
     lengths = (6, 3, 4)
     for name in MASK_PATTERNS:
         masks = draw_masks(name, 5, lengths)

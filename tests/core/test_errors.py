@@ -1,4 +1,4 @@
-"""Every mistake that a caller can make gets its own message, before any work."""
+"""Tests of error messages: every invalid argument is reported before any computation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.inputs import cumulative, draw, draw_replacements, make_seed
 from tests.support.layers import LayerCase
 
 OPS = torch.ops.flmoe
-# An argument of a call ("qkv" for all three), its wrong value, the error and its message.
+# (argument, "qkv" for all three; wrong value; error; message)
 Mistake = tuple[str, Any, type[Exception], str]
 Q = draw(6, 2, 4)
 CU = cumulative([2, 4])
@@ -72,8 +72,8 @@ def test_expert_attention(
 @pytest.mark.parametrize(
     "bounds", [[0, 2, 7], [-1, 2, 6], [0, 4, 2], [0, 2**31 - 1], [-(2**31), 0]]
 )
-def test_runs_are_checked_again_at_the_kernels_border(bounds: list[int]) -> None:
-    """Also where the values cannot be read beforehand: in the registered operators themselves."""
+def test_registered_operators_check_runs(bounds: list[int]) -> None:
+    """The registered operators check values too, because the public API cannot always read them."""
     cu, q = torch.tensor(bounds, dtype=torch.int32), Q[None]
     out, lse = torch.zeros_like(q), torch.zeros(1, 6, 2)
     packed = torch.stack([q] * 3, dim=2)
@@ -207,8 +207,8 @@ def test_construction() -> None:
         InteractionMoE.adopt(uneven)
 
 
-def test_what_the_kernels_would_ignore_is_refused() -> None:
-    """Rates, modes, hooks and parts changed after construction; the reference backend honours them."""
+def test_changes_that_the_kernels_would_ignore_are_refused() -> None:
+    """Rates, modes, hooks and parts changed after construction; the reference backend applies them."""
     changes: list[tuple[Callable[[Any], object], str]] = [
         (lambda layer: setattr(layer.attn.attn_drop, "p", 0.9), r"attn_drop: experts differ"),
         (lambda layer: layer.dropout2.eval(), r"dropout2: experts differ in rate or mode"),

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and failures in one line."""
+"""Tests of atomic file writes and of one-line error messages."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_an_interrupted_write_leaves_the_old_file(
     assert target.read_text() == "old"
 
 
-def test_two_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As processes of two containers, which may have the same number."""
+def test_two_processes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes in different containers may have the same process id."""
     target, replace = tmp_path / "found", os.replace
 
     def second(source: Path, destination: Path) -> None:

@@ -1,4 +1,4 @@
-"""Importing the package, in a fresh process: what it must not need and must not do."""
+"""Tests of the import in a new process: dependencies and side effects."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import flmoe_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("triton", "rich", "typer", "sklearn", "matplotlib", "tqdm", "safetensors", "scipy")
-# What bench/gpu.sh runs.
+# The tests that bench/gpu.sh runs.
 GPU_TESTS = ("tests/gpu", "tests/core/test_cuda_device.py", "tests/ops/test_routing_cuda.py")
-# Every finder looks past these names, as on a machine that does not have them.
+# Finders skip these names, as if the modules were not installed.
 HIDE = """
 import sys
 def hide(finder):
@@ -36,7 +36,7 @@ layer(x)[2].sum().backward()
 
 
 def run(code: str, *names: str) -> str:
-    """Standard output of a program for which modules of these names do not exist."""
+    """Standard output of a program in which modules with these names cannot be imported."""
     result = subprocess.run(
         [sys.executable, "-c", HIDE.format(names=names) + code],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -105,8 +105,8 @@ print(*[part for part in parts if f"flmoe_kernels.{part}" in sys.modules])
     assert run(code).split() == ["0", "False", "True", "True"]
 
 
-def test_gpu_tests_need_pytest_torch_and_triton_alone() -> None:
-    """Where kernels are tested on a GPU, the tools of development may be absent."""
+def test_gpu_tests_need_only_pytest_torch_and_triton() -> None:
+    """Development tools may be missing on the machine that runs the GPU tests."""
     code = f"""
 import os, pytest, sys
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"

@@ -1,6 +1,6 @@
-"""Launch tables: the configuration that an architecture gets, and the limits on those that are its own.
+"""Tests of launch tables: lookup by architecture, and resource limits.
 
-tests/bench/test_aot.py compiles them.
+tests/bench/test_aot.py compiles the kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flmoe_kernels.ops.routed_mlp.triton.table import TABLE as ROUTED
 
 TABLES = {"pair_moe": PAIR, "expert_attention": ATTENTION, "routed_mlp": ROUTED}
 KIB = 1024
-# Shared memory of a block and of an SM in KiB, and the index in `shared`; sm_86 uses that of sm_80.
+# Shared memory of a block and of an SM in KiB, and the index in `shared`; sm_86 uses the index of sm_80.
 SHARED = {80: (163, 164, 0), 86: (99, 100, 0), 90: (227, 228, 1), 100: (227, 228, 2)}
 
 
@@ -62,7 +62,7 @@ def attending(rows: int, problems: int, width: int, dropout: bool = True) -> Att
 
 
 def as_float32(call: Any) -> Any:
-    """The same call with its 16-bit tensors in float32."""
+    """The same call with float32 instead of 16-bit tensors."""
     tensors = {name: value for name, value in vars(call).items() if isinstance(value, Tensor)}
     halves = {name: x.float() for name, x in tensors.items() if x.dtype == torch.bfloat16}
     return dataclasses.replace(call, **halves)
@@ -74,14 +74,14 @@ def replacements() -> Iterator[tuple[str, int, Any, Any]]:
             yield name, architecture, key, tiles
 
 
-def test_architectures_get_the_nearest_that_is_not_newer() -> None:
+def test_architectures_use_the_nearest_older_entry() -> None:
     nearest = {70: None, 75: None, 80: 80, 86: 86, 87: 86, 89: 86, 90: 90, 100: 100, 103: 100}
-    # sm_12x is no larger sm_100: it has sm_89's shared memory and matrix instructions.
+    # sm_12x is not a larger sm_100: it has the shared memory and matrix instructions of sm_89.
     nearest |= {110: 100, 120: 86, 121: 86, None: None}
     assert {number: known(number) for number in nearest} == nearest
 
 
-def test_a_table_looks_at_narrower_keys_first_and_at_its_own_last() -> None:
+def test_narrower_keys_have_priority() -> None:
     table = Table({"a": 1, "b": 2}, {90: {"a": 3, "a few": 4}, 80: {"b": 5}})
     assert [table.tiles("a", number) for number in (None, 80, 90, 100)] == [1, 1, 3, 1]
     assert [table.tiles("a", number, "a few") for number in (None, 80, 90, 100)] == [1, 1, 4, 1]
@@ -111,7 +111,7 @@ def test_replaced_configurations_fit_where_they_are_used() -> None:
 
 
 def test_every_replacement_is_used_by_some_call() -> None:
-    """None is hidden behind another, or has a key that no call has."""
+    """Every entry is reached by some call; none is hidden by another entry."""
     of_pairs = [
         pairs(8, 320, 196),
         pairs(64, 512, 512),
@@ -138,8 +138,8 @@ def test_every_replacement_is_used_by_some_call() -> None:
         assert (name, architecture, tiles) in used, (name, architecture, key)
 
 
-def test_a_buffer_cut_by_other_tiles_is_refused() -> None:
-    """The kernel would write past its end."""
+def test_buffers_for_other_tiles_are_refused() -> None:
+    """The kernel would write past the end of such a buffer."""
     call = pairs(8, 320, 196)
     mass = meta(8, 4, 320, dtype=torch.float32)
     tiles = pair_choice.tiles_of("accumulate", call)

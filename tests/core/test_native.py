@@ -1,4 +1,4 @@
-"""The native module under AddressSanitizer and UndefinedBehaviorSanitizer, in processes of its own."""
+"""Tests of the native module with address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILD_LIMIT, RUN_LIMIT = 900, 300
 
 
 def runtime_libraries() -> list[str]:
-    """The compiler's shared sanitizer runtime, to be loaded before Python, and what it wraps."""
+    """Paths of the compiler's sanitizer runtime and of libstdc++, which LD_PRELOAD loads before Python."""
     if sys.platform != "linux":
         pytest.skip("the runtime is loaded with LD_PRELOAD")
     compiler = (
@@ -27,7 +27,7 @@ def runtime_libraries() -> list[str]:
         or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
     )
     if not compiler:
-        pytest.skip("there is no C++ compiler")
+        pytest.skip("no C++ compiler on PATH")
     found = []
     for name in ("libasan.so", "libstdc++.so.6"):
         command = [*compiler, f"-print-file-name={name}"]
@@ -40,7 +40,7 @@ def runtime_libraries() -> list[str]:
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The native module with both sanitizers, unoptimised, as that compiles fastest."""
+    """The native module with both sanitizers, unoptimised, because this compiles fastest."""
     if not (ROOT / "setup.py").is_file():
         pytest.skip("not run from a source checkout")
     runtime_libraries()
@@ -51,7 +51,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ
         | {
             "FLMOE_SANITIZE": "address,undefined",
-            # The sanitizers see host code; the GPU's blocks run in it as their twin.
+            # The sanitizers check host code; the GPU's blocks run on the host as their twin.
             "FLMOE_CUDA": "0",
             "CMAKE_BUILD_TYPE": "Debug",
             "CXXFLAGS": "-O0 -g1",
@@ -71,7 +71,7 @@ def start(module: Path, isa: str, *arguments: str) -> subprocess.Popen[str]:
         **os.environ,
         "FLMOE_ISA": isa,
         "LD_PRELOAD": ":".join(runtime_libraries()),
-        # Python keeps memory until its end; fresh memory holds NaN, so that reading it shows.
+        # Python keeps memory until exit; new memory is filled with NaN, so that reads of it become visible.
         "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
@@ -100,7 +100,7 @@ def test_every_kernel_stays_in_its_buffers(sanitized: Path) -> None:
 @pytest.mark.parametrize(
     ("mistake", "report"), [("read", "READ of size"), ("write", "WRITE of size")]
 )
-def test_the_sanitizer_sees_one_element_too_few(sanitized: Path, mistake: str, report: str) -> None:
+def test_the_sanitizer_detects_short_buffers(sanitized: Path, mistake: str, report: str) -> None:
     process = start(sanitized, "baseline", mistake)
     output, _ = process.communicate(timeout=RUN_LIMIT)
     assert process.returncode != 0

@@ -1,4 +1,4 @@
-"""Autotune without a kernel: the choice among candidates, the comparison of results, when nothing is timed."""
+"""Tests of autotuning without kernels: choice, comparison of results, exceptions."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_the_fastest_candidate_is_chosen_and_saved(folder: Path) -> None:
     assert set(clock.timed) == set(SECONDS)
     path = folder / KEY.file_name()
     assert cache.decode(path.read_text()) == RESULT
-    # In this process without a look into the file; in another one from the file.
+    # This process does not read the file again; another process does.
     path.write_text("gone")
     assert choose(refuse, forget=False) == BETTER
     cache.write(RESULT)
     assert choose(refuse) == BETTER
 
 
-def test_a_hardly_faster_candidate_is_not_worth_it() -> None:
+def test_a_slightly_faster_candidate_is_not_used() -> None:
     assert choose(Clock(SECONDS | {BETTER: 1.99e-5})) == TABLE
     assert cache.read(KEY) == dataclasses.replace(RESULT, tiles=RESULT.table, seconds=2e-5)
 
@@ -72,12 +72,12 @@ def test_a_candidate_that_is_wrong_or_does_not_run_is_refused(wrong: float | str
     assert (result.tried, result.refused) == (3, 1)
 
 
-def test_the_content_of_a_shared_buffer_is_no_result() -> None:
+def test_a_shared_buffer_is_not_compared() -> None:
     out = torch.zeros(4)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         def run() -> None:
-            # BETTER leaves out a place that the table filled before it.
+            # BETTER does not write an element that the table's tiles wrote before it.
             out[: 3 if tiles == BETTER else 4] = 1.0
 
         return tuning.Trial(tiles, CPU, run, [out], lambda: [out])
@@ -92,11 +92,11 @@ def test_the_content_of_a_shared_buffer_is_no_result() -> None:
     ("broken", "error", "message"),
     [
         (BETTER, torch.cuda.OutOfMemoryError("no memory left"), "op.kernel: not tuned: no memory"),
-        # Without the table's results there is nothing to compare with.
+        # Without the table's results, candidates cannot be compared.
         (TABLE, RuntimeError("no"), "did not run"),
     ],
 )
-def test_the_table_runs_where_trials_cannot(
+def test_the_table_runs_if_trials_cannot(
     broken: Tiles, error: Exception, message: str, folder: Path
 ) -> None:
     def spoil(tiles: Tiles, _out: Tensor) -> None:
@@ -159,7 +159,7 @@ def test_autotune_is_off_by_default_and_nests() -> None:
     assert not tuning.enabled()
 
 
-def test_blocks_of_two_threads_need_not_be_nested() -> None:
+def test_contexts_of_two_threads_may_overlap() -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -171,7 +171,7 @@ def test_blocks_of_two_threads_need_not_be_nested() -> None:
     with tuning.autotune(timer=refuse):
         thread.start()
         assert entered.wait(60)
-        assert not tuning.enabled(), "the last one counts, in every thread"
+        assert not tuning.enabled(), "the last context applies to all threads"
     assert not tuning.enabled()
     with tuning.autotune():
         leave.set()
@@ -181,7 +181,7 @@ def test_blocks_of_two_threads_need_not_be_nested() -> None:
     assert tuner.given_timer() is None
 
 
-def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [0]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
@@ -193,7 +193,7 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.Monkey
     tuner._gpu_name.cache_clear()
 
 
-def test_the_environment_switches_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_enables_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, on in (("1", True), ("0", False), ("", False)):
         monkeypatch.setenv(tuner.VARIABLE, value)
         assert tuner.enabled_by_environment() == on

@@ -1,4 +1,4 @@
-"""The files of tuning results: written whole, validated when read, never run."""
+"""Tests of tuning result files: atomic writes, validation, no code execution."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def path(folder: Path) -> Path:
-    """The file of KEY, in a folder that exists."""
+    """Path of KEY's file; its folder exists."""
     folder.mkdir(parents=True)
     return folder / KEY.file_name()
 
 
-def test_a_result_survives_its_file() -> None:
+def test_a_saved_result_is_read_back() -> None:
     assert decode(encode(RESULT)) == RESULT
     assert json.loads(encode(RESULT))["format"] == 1
 
 
 def changed(**fields: Any) -> str:
-    """The file with other fields, and with other fields of its key in `key`."""
+    """Text of the file with changed fields; `key` changes fields of its key."""
     content = json.loads(encode(RESULT))
     if isinstance(fields.get("key"), dict):
         fields["key"] = content["key"] | fields["key"]
@@ -87,7 +87,7 @@ def test_invalid_files_are_ignored_with_a_warning(text: str, path: Path) -> None
     path.write_text(text)
     with pytest.warns(cache.TuningWarning, match=r"ignored"):
         assert choose(Clock(SECONDS)) == BETTER
-    assert cache.read(KEY) == RESULT, "the next process reads a valid one"
+    assert cache.read(KEY) == RESULT, "the next process reads a valid file"
 
 
 class Bomb:
@@ -102,7 +102,7 @@ def test_foreign_files_are_never_run_or_read_whole(content: bytes, path: Path) -
         assert cache.read(KEY) is None
 
 
-def test_a_pipe_is_not_waited_for(path: Path) -> None:
+def test_pipes_are_ignored(path: Path) -> None:
     os.mkfifo(path)
     with pytest.warns(cache.TuningWarning, match="ignored: not a regular file"):
         assert cache.read(KEY) is None
@@ -110,7 +110,7 @@ def test_a_pipe_is_not_waited_for(path: Path) -> None:
         cache.write(RESULT)
 
 
-def test_clear_removes_files_and_what_killed_writers_left(folder: Path) -> None:
+def test_clear_removes_results_and_temporary_files(folder: Path) -> None:
     cache.write(RESULT)
     (folder / f"{'0' * 32}.json").mkdir()
     left = folder / f".{KEY.file_name().removesuffix('.json')}.tmp.json"
@@ -131,7 +131,7 @@ def test_a_file_with_another_key_is_ignored(folder: Path) -> None:
         assert cache.read(other) is None
 
 
-def test_a_file_cannot_bring_a_configuration_of_its_own() -> None:
+def test_a_file_cannot_add_a_configuration() -> None:
     cache.write(dataclasses.replace(RESULT, tiles={"rows": 4096, "warps": 32}))
     clock = Clock(SECONDS)
     assert choose(clock) == BETTER
@@ -158,7 +158,7 @@ def test_the_folder_follows_the_environment(
         assert cache.folder() == tmp_path / "me" / ".cache" / "flmoe_kernels" / "tuning"
 
 
-def test_a_fresh_process_reads_what_another_saved() -> None:
+def test_a_new_process_reads_saved_results() -> None:
     assert choose(Clock(SECONDS)) == BETTER
     code = "from tests.support.tuning_trials import choose, refuse; print(choose(refuse))"
     assert python(code) == str(BETTER)

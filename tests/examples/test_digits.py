@@ -1,4 +1,4 @@
-"""The digits demo: its data, its comparison of the two layers, its explanations and a whole quick run."""
+"""Tests of the digits demo: data, comparison, explanations, a quick run."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def encoded(digits: Digits) -> Encoded:
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What `python -m examples.digits --quick` prints, and the folder it writes to."""
+    """Output of `python -m examples.digits --quick`, and its results folder."""
     out = tmp_path_factory.mktemp("demo") / "out"
     demo = [sys.executable, "-m", "examples.digits", "--quick", "--out", str(out)]
     done = subprocess.run(demo, capture_output=True, text=True, timeout=300, check=False)
@@ -85,7 +85,7 @@ def draw(task: Task, digits: Digits, rows: Tensor, samples: int = 4000) -> Pairs
 
 
 def best_guess(evidence: Tensor, labels: Tensor) -> float:
-    """Accuracy of the best rule from one discrete variable to the label."""
+    """Accuracy of the best rule that predicts the label from one discrete variable."""
     table = torch.zeros(int(evidence.max()) + 1, int(labels.max()) + 1)
     table.index_put_((evidence, labels), torch.ones(len(labels)), accumulate=True)
     return (table.max(dim=1).values.sum() / len(labels)).item()
@@ -169,7 +169,7 @@ def test_training_repeats_with_its_seed(trained: Any, digits: Digits, encoded: E
 
 
 def compare_with(changed: PairClassifier, model: PairClassifier, data: tuple) -> set[str]:
-    """The groups of results that differ by more than rounding."""
+    """Groups of results that differ by more than rounding."""
     digits, encoded = data
     batch = pipeline.first_batch(draw(TASKS[0], digits, digits.test, 8), encoded, TINY)
     differences = compare(model, changed, batch, TINY)
@@ -191,7 +191,7 @@ def test_comparison_detects_one_changed_parameter(
     torch.manual_seed(0)
     model = PairClassifier(10, TINY)
     with torch.no_grad():
-        # Experts start as copies of one another; weights among equals would change nothing.
+        # Experts start as copies of each other; weights of equal experts would not change the results.
         for weight in model.parameters():
             weight += 0.1 * torch.randn_like(weight)
     changed = copy.deepcopy(model)
@@ -256,7 +256,7 @@ def test_quick_run(quick_run: tuple[str, Path], results: dict[str, Any]) -> None
     for task in results["tasks"].values():
         assert task["accuracy_before"] == task["accuracy_after"]
         assert task["changed_predictions"] == 0
-        # The two layers are not one and the same code: something rounds differently.
+        # Both layers ran, because their rounding differs.
         assert task["differences"]["gradients"]["largest"] > 0
     for layer in results["token_pair_layer"].values():
         assert sum(layer["share"].values()) == pytest.approx(1.0, abs=1e-5)
@@ -266,7 +266,7 @@ def test_quick_run(quick_run: tuple[str, Path], results: dict[str, Any]) -> None
         assert word in printed
 
 
-def test_report_marks_the_expected_expert_and_the_one_relied_on(results: dict[str, Any]) -> None:
+def test_report_marks_the_expected_and_the_largest_share(results: dict[str, Any]) -> None:
     for layer in results["token_pair_layer"].values():
         layer["share"] = dict(zip(EXPERTS, (0.1, 0.1, 0.7, 0.1), strict=True))
         layer["most_relied_on"] = "synergy"
@@ -290,7 +290,7 @@ def test_figures_show_the_values(results: dict[str, Any]) -> None:
         sample["patches"] = [values, [0.0] * NUM_TOKENS]
         sample["pairs"] = [[0.01 * (i - 5) * (j + 1) for j in range(16)] for i in range(16)]
     left, middle, right = draw_pairs(results).axes[:3]
-    # Percent of the sum of |values|, 136, by rows from the top left.
+    # Percent of the sum of |values|, 136, row by row from the top left.
     assert [text.get_text() for text in left.texts] == [
         *("1", "-1", "2", "3", "4", "4", "5", "6", "7", "7", "8", "9", "10", "10", "11", "12")
     ]
@@ -307,7 +307,7 @@ def test_figures_show_the_values(results: dict[str, Any]) -> None:
     assert -low == high == pytest.approx(1.6)
 
 
-def test_exit_code_is_1_where_the_layers_differ(
+def test_exit_code_is_1_if_the_layers_differ(
     results: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -325,7 +325,7 @@ def test_exit_code_is_1_where_the_layers_differ(
 
 
 @pytest.mark.parametrize("fault", ["extra", "kernels", "folder"])
-def test_faults_are_found_before_training(
+def test_faults_are_reported_before_training(
     fault: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -371,7 +371,7 @@ def test_published_layer_learns(digits: Digits) -> None:
 @pytest.mark.slow
 @BY_NAME
 def test_layer_over_token_pairs_learns(task: Task, digits: Digits) -> None:
-    """A fifth of the demo's steps: far above chance, which is 10%, and 50% for the parity."""
+    """After a fifth of the demo's steps, accuracy is far above chance (10%, or 50% for the parity)."""
     settings = Settings(pair_steps=80)
     features = encode(digits, settings.width, seed=0, steps=150)
     pairs = draw(task, digits, digits.train, 2000), draw(task, digits, digits.test, 300)

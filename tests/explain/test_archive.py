@@ -1,4 +1,4 @@
-"""Saved results: read as they were written, and no file runs code or passes for another."""
+"""Tests of saved results: round trips, and rejection of unsafe or damaged files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assert_same(mine: Any, theirs: Any, name: str) -> None:
         assert mine == theirs, name
 
 
-def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_saved_results_are_unchanged_when_read(tmp_path: Path) -> None:
     path = tmp_path / "found.npz"
     for found in results().values():
         found.save(path)
@@ -71,7 +71,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickling it leaves a file."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +81,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["pairs", "integrated_gradients", "drops"])
-def test_no_file_runs_code_or_passes_for_another(name: str, tmp_path: Path) -> None:
+def test_unsafe_and_wrong_files_are_refused(name: str, tmp_path: Path) -> None:
     found = results()[name]
     path, sprung = tmp_path / "found.npz", tmp_path / "sprung"
     found.save(path)
@@ -93,7 +93,7 @@ def test_no_file_runs_code_or_passes_for_another(name: str, tmp_path: Path) -> N
     np.savez(trapped, header=np.array([Trap(sprung)], dtype=object), allow_pickle=True)
     np.save(objects, np.array([Trap(sprung)], dtype=object), allow_pickle=True)
     np.savez(others, values=np.ones(3))
-    # The trap is one.
+    # Control: unpickling the object does write a file.
     pickle.loads(pickle.dumps(Trap(sprung)))
     assert sprung.exists()
     sprung.unlink()
@@ -129,11 +129,11 @@ def changed(arrays: Arrays, **more: Any) -> Arrays:
     return {**arrays, **more}
 
 
-def test_no_damage_passes_unnamed() -> None:
-    """Bytes of a file exchanged: it is refused by name, or what is read is whole all the same."""
+def test_damaged_files_are_refused_or_read_correctly() -> None:
+    """After a change of bytes, the file is refused with its name, or its content is read correctly."""
     content = encode("kind", {"a": 1}, {"x": np.arange(30.0), "y": np.arange(5)})
     draw, refused = np.random.default_rng(0), 0
-    # First the mark of an encrypted part, for which zipfile has an error of its own.
+    # The first change marks a part as encrypted, for which zipfile raises a special error.
     places = [content.rindex(b"PK\x01\x02") + 8, *draw.integers(0, len(content), 3000).tolist()]
     for k, place in enumerate(places):
         damaged = bytearray(content)
@@ -145,7 +145,7 @@ def test_no_damage_passes_unnamed() -> None:
             problem = str(error)
         else:
             assert header["a"] == 1
-            # A part may be lost with its entry; what is read of one is what was written.
+            # A damaged entry may hide a part; the parts that are read are as written.
             np.testing.assert_array_equal(arrays.get("x", np.arange(30.0)), np.arange(30.0))
         assert problem.startswith("file: ") or (k and not problem)
         refused += bool(problem)

@@ -1,4 +1,4 @@
-"""attribute: rollouts against dense L x L products, memory, and what comes back."""
+"""Tests of attribute: rollouts against dense L x L products, memory, results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.layers import LayerCase
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_dense_form_is_the_layer(case: LayerCase) -> None:
-    """The oracle's own forward pass gives the reference's logits."""
+    """The oracle's forward pass gives the reference's logits."""
     reference = case.reference(torch.float64).eval()
     inputs, masks = case.inputs(torch.float64), draw_masks(case.masks, case.batch, case.lengths)
     for expert in reference.interaction_experts:
@@ -42,7 +42,7 @@ def test_the_dense_form_is_the_layer(case: LayerCase) -> None:
 def test_rollouts_are_the_dense_products(
     case: LayerCase, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole samples at once, several samples, a few queries and single ones."""
+    """Rollouts in blocks of all samples, several samples, a few queries and one query."""
     for block, explains, readout in (
         (rollout.MAX_SCORES, "mixture", "tokens"),
         (1000, "mixture", 0),
@@ -64,8 +64,8 @@ def test_rollouts_are_the_dense_products(
 
 
 @pytest.mark.parametrize("method", METHODS[:2])
-def test_what_a_rollout_tells_apart_survives_float32(method: str) -> None:
-    """Gradient rollouts are close to uniform: compared after scaling, when only differences are left."""
+def test_rollouts_keep_small_differences_in_float32(method: str) -> None:
+    """Gradient rollouts are almost uniform, so they are compared after scaling to 0..1."""
     case = CASES[0]
     exact, low = (
         dense_rollout(case, dtype, method, "expert", "tokens")
@@ -80,7 +80,7 @@ def test_what_a_rollout_tells_apart_survives_float32(method: str) -> None:
 
 
 def test_gradient_rollout_of_several_labels() -> None:
-    """The score of a multi-label target is the mean over its labels, and that of none the largest logit."""
+    """The score of a multi-label target is the mean over its labels; without labels it is the largest logit."""
     case = dataclasses.replace(CASES[0], batch=1, masks="none")
     layer, inputs, masks = call_of(case, torch.float64)
     options: dict[str, Any] = {"method": "gradient_rollout", "explains": "expert"}
@@ -120,7 +120,7 @@ import re, torch
 from flmoe_kernels.explain.attribution.attribute import attribute
 from tests.support.layers import LayerCase
 def peak():
-    # Of this program: ru_maxrss would begin at the size of the process that started it.
+    # Peak of this program only: ru_maxrss would start at the size of the parent process.
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.set_num_threads(2)
 def call(length, method):
@@ -140,7 +140,7 @@ print(*(after - before for before, after in zip(sizes, sizes[1:])))
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_maps() -> None:
-    """In a process of its own; one pass of one reference expert, with its 2 x 36 MiB map, is the control."""
+    """Measured in a new process; control: one pass of one reference expert, with its 2 x 36 MiB map."""
     result = subprocess.run(
         [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, timeout=170
     )
@@ -149,7 +149,7 @@ def test_memory_does_not_grow_with_the_maps() -> None:
     assert dense > 60 * 1024
 
 
-def test_normalized_is_min_max_over_what_may_be_masked() -> None:
+def test_normalized_is_min_max_over_maskable_tokens() -> None:
     layer, inputs, masks = call_of(CASES[0], torch.float64)
     found = attribute(layer, inputs, masks)
     for exempt in ((), (0,), (0, 1)):
@@ -162,8 +162,8 @@ def test_normalized_is_min_max_over_what_may_be_masked() -> None:
     assert not any(x.any() for x in flat.normalized())
 
 
-def test_the_model_is_left_as_it_is() -> None:
-    """Frozen parameters, no_grad, inference mode and an odd hook change neither model nor values."""
+def test_the_model_is_unchanged() -> None:
+    """Frozen parameters, no_grad, inference mode and a hook change neither the model nor the values."""
     case = dataclasses.replace(CASES[0], dropout=0.5)
     layer, inputs, masks = call_of(case, torch.float64)
     before = {name: id(part) for name, part in layer.named_modules()}
@@ -199,7 +199,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 def case_in_double(case: LayerCase, dtype: torch.dtype) -> tuple[Any, list[Tensor], Any]:
-    """The call with the values of another dtype, in float64."""
+    """Copy of the call in float64, with values rounded to another dtype."""
     layer, inputs, masks = call_of(case, dtype)
     return layer.double(), as_dtype(inputs, torch.float64), masks
 

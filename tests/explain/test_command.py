@@ -1,4 +1,4 @@
-"""The command `explain`: its files hold what the library says, its page is safe, and what it refuses."""
+"""Tests of the command `explain`: values of its files, safety of its page, errors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ TARGET = torch.tensor([0, 3])
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """Checkpoint, data, and what the command wrote."""
+    """Checkpoint, data and output folder of the command."""
     folder = tmp_path_factory.mktemp("made")
     files = write_checkpoint(folder), write_data(folder, full_arrays()), folder / "out"
     assert command.main(request(files)) == 0
@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 def request(files: tuple[Path, Path, Path], out: Path | None = None, **options: Any) -> Request:
-    """The request of these tests, with another folder or other options where given."""
+    """Request of these tests; the folder and options can be changed."""
     options = {"samples": 2, "budget": 300, "top": 3, "repeats": 2, "seed": 5, **options}
     return Request(files[0], files[1], files[2] if out is None else out, **options)
 
@@ -79,20 +79,20 @@ def report_of(out: Path) -> dict[str, Any]:
 
 
 def call_of(checkpoint: Path) -> tuple[Any, list[Any], list[Any]]:
-    """The layer, inputs and masks of the first two samples."""
+    """Layer, inputs and masks of the first two samples."""
     arrays = full_arrays()
     inputs = [torch.from_numpy(arrays[f"inputs_{m}"][:2]) for m in (0, 1)]
     masks = [torch.from_numpy(arrays["masks_0"][:2] == 1), None]
     return InteractionMoE.adopt(load_layer(checkpoint)), inputs, masks
 
 
-def test_writes_these_files_and_no_other(made: tuple[Path, Path, Path]) -> None:
+def test_written_files(made: tuple[Path, Path, Path]) -> None:
     names = {path.name for path in made[2].iterdir()}
     whole = {f"{name}.npz" for name in RESULTS} | {f"{name}.png" for name in FIGURES}
     assert names == whole | {"explanation.json", "index.html", "checkpoints"}
 
 
-def test_numbers_are_the_library_s(made: tuple[Path, Path, Path]) -> None:
+def test_numbers_agree_with_the_library(made: tuple[Path, Path, Path]) -> None:
     out = made[2]
     call = layer, inputs, masks = call_of(made[0])
     attribution = attribute(*call, target=TARGET)
@@ -122,7 +122,7 @@ def test_numbers_are_the_library_s(made: tuple[Path, Path, Path]) -> None:
             assert sample["pairs"][name] == values.to_dict()
             saved = PairValues.load(out / f"sample_{s:05d}_{name}.npz")
             assert saved.to_dict() == values.to_dict()
-    # The check can fail: the pairs' values are not one and the same for both samples.
+    # Control: the pairs' values differ between the samples.
     assert found["samples"][0]["pairs"]["SII"]["values"] != pairs[1]["SII"].values.tolist()
     drops = faithfulness(*call, attribution, n_random=2, seed=5)
     assert found["faithfulness"]["rows"] == drops.rows()
@@ -136,7 +136,7 @@ def test_numbers_are_the_library_s(made: tuple[Path, Path, Path]) -> None:
 
 
 class Page(HTMLParser):
-    """Elements, links, images and cells of a page, whose tags must match."""
+    """Parser for elements, links, images and cells of a page; tags must match."""
 
     VOID = ("meta", "img", "br", "link")
 
@@ -171,7 +171,7 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_page_is_whole_safe_accessible_and_needs_nothing_else(
+def test_page_is_complete_safe_accessible_and_self_contained(
     made: tuple[Path, Path, Path],
 ) -> None:
     out = made[2]
@@ -193,13 +193,13 @@ def test_page_is_whole_safe_accessible_and_needs_nothing_else(
     assert set(page.links) == files | {"#sample_0", "#sample_1"}
     assert {'id="sample_0"', 'id="sample_1"'} <= set(re.findall(r'id="sample_\d"', text))
     assert not re.search(r"(?:src|href)=\"https?:|url\(|@import", text)
-    # The untrusted token is there, as text.
+    # The untrusted token is present as text.
     assert any(EVIL in cell for cell in page.cells)
     assert any("' onload='" in cell for cell in page.cells)
-    # It is accessible, and a browser loads nothing even where an escape were missed.
+    # The page is accessible, and a browser would load nothing even if an escape were missing.
     assert '<html lang="en">' in text
     assert "default-src 'none'; img-src data:;" in text
-    # Every table has a caption, every head of a row or column words, every section a title.
+    # Every table has a caption, every row and column header has text, every section has a title.
     assert text.count("<table>") == text.count("<caption>") > 4
     heads = re.findall(r"<th ([^>]*)>(.*?)</th>", text)
     assert all("scope=" in about and words for about, words in heads)
@@ -221,7 +221,7 @@ def test_page_lists_the_pairs_of_each_sample(made: tuple[Path, Path, Path]) -> N
         assert cells[place - 1] == f"{row['modality_j']}:{row['token_j']}"
 
 
-def test_interrupted_run_goes_on_and_ends_the_same(
+def test_an_interrupted_run_continues_with_the_same_results(
     made: tuple[Path, Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -251,7 +251,7 @@ def test_interrupted_run_goes_on_and_ends_the_same(
     before = sum(asked)
     asked.clear()
     assert command.main(request(made, tmp_path)) == 0
-    # Known values are not evaluated again, except v(none) and v(all) of both samples.
+    # Saved values are not evaluated again, except v(none) and v(all) of both samples.
     whole = sum(report_of(made[2])["samples"][s]["pairs"]["SII"]["evaluations"] for s in (0, 1))
     assert before + sum(asked) == whole + 4
     for name in ("explanation.json", "index.html", "sample_00001_SII_network.png"):
@@ -285,7 +285,7 @@ def test_layers_that_differ_are_exit_code_1(
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_extra_is_found_before_any_work(
+def test_a_missing_extra_is_reported_before_any_work(
     made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -296,7 +296,7 @@ def test_missing_extra_is_found_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_quick_command_of_its_own_process(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_quick_command_in_a_new_process(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     options = ["--checkpoint", made[0], "--data", made[1], "--out", tmp_path / "out", "--quick"]
     done = subprocess.run(
         [sys.executable, "-m", "flmoe_kernels", "explain", *map(str, options), "--target", "2"],
@@ -365,7 +365,7 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
     page = Page((out / "index.html").read_text(encoding="utf-8"))
     assert len(page.images) == len(list(out.glob("*.png")))
     if "image_0" in more:
-        # Each image is shown once, its patches in columns.
+        # Each image is shown once; its patches are columns.
         names = {path.name for path in out.glob("sample_00000_*_[01]_[01].png")}
         assert names == {f"sample_00000_{x}.png" for x in ("SII_0_1", "SII_1_0", "RG_0_1")}
     if "labels" in more:
@@ -373,7 +373,7 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
         assert found["samples"][0]["target"] in (0, 2)
         assert (out / "sample_00000_SII_1_2.png").exists()
     if "masks_1" in more:
-        # The first sample has no pair across modalities, which is said and no error.
+        # The first sample has no pair across modalities; the page says so, and this is not an error.
         assert found["samples"][0]["pairs"]["SII"]["values"] == []
         assert found["samples"][1]["pairs"]["SII"]["values"]
         assert found["faithfulness"]["rows"][0]["random"] is None
@@ -386,7 +386,7 @@ def test_the_image_shows_signed_scores_as_they_are(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Scaled to 0..1 the token that speaks most against the class would be the one that weighs nothing."""
+    """If scores were scaled to 0..1, the token with the most negative score would get weight 0."""
     shown: list[tuple[Any, str]] = []
 
     def seen(*given: Any, weights: Any, weights_label: str, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Evaluation of games: packed coalitions, batches, memory."""
+"""Tests of the evaluation of games: packed coalitions, batches, memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_each_distinct_coalition_once_in_batches() -> None:
     assert evaluator(pack(inside[:0])).shape == (0,)
 
 
-def test_a_game_that_answers_wrongly() -> None:
+def test_a_game_with_invalid_values() -> None:
     for answer, message in (
         (lambda inside: inside.astype(float), r"game: expected values \(1,\) .* got \(1, 3\)"),
         (
@@ -73,14 +73,14 @@ def test_a_game_that_answers_wrongly() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Evaluator(Planted(3, answer), 1)(pack(np.ones((2, 3), dtype=np.bool_)))
-    # The published layer's own answer where no token is left.
+    # The published layer returns NaN if no token is left.
     layer, x = interaction_layer(CASE, backend="reference"), CASE.inputs(torch.float64)
     with pytest.raises(ValueError, match=r"nan for a coalition of 0 of 9 tokens"):
         shapley_interactions(layer, x)
     assert len(shapley_interactions(layer, x, fill="zero")) == 2
 
 
-def test_batches_follow_the_memory_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_batches_follow_available_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     assert memory.available_bytes(cpu) > 2**20
     file = tmp_path / "meminfo"
@@ -91,7 +91,7 @@ def test_batches_follow_the_memory_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_
     assert memory.available_bytes(cpu) == 2**30
     sizes_found = [memory.batch_size(each, cpu) for each in (1, 2**16, 2**20, 2**40)]
     assert sizes_found == [256, 32, 2, 1]
-    # Some bytes more or less do not change it.
+    # Small changes of the memory do not change the batch.
     file.write_text("MemAvailable:     1048999 kB\n")
     assert memory.batch_size(2**16, cpu) == 32
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 2**34))
@@ -101,10 +101,10 @@ def test_batches_follow_the_memory_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_batches_follow_what_a_container_is_given(
+def test_batches_follow_the_limits_of_a_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int
 ) -> None:
-    """The host's memory is not this process's where a control group, or one around it, has a limit."""
+    """If a control group or one of its parents has a limit, that limit applies, not the host's memory."""
     line, top, limit, used, cache = {
         1: (
             "4:cpu,memory:/job/step",
@@ -128,13 +128,13 @@ def test_batches_follow_what_a_container_is_given(
         (top / folder / f"memory.{used}").write_text(f"{taken}\n")
     assert memory.available_bytes(cpu) == 2**27
     (top / "job" / "memory.stat").write_text(f"anon 5\n{cache}inactive_file {2**25}\n")
-    assert memory.available_bytes(cpu) == 2**27 + 2**25, "the page cache gives way"
+    assert memory.available_bytes(cpu) == 2**27 + 2**25, "the page cache can be reclaimed"
     (top / "job" / f"memory.{used}").write_text(f"{2**29}\n")
     assert memory.available_bytes(cpu) == 0
     assert memory.batch_size(2**20, cpu) == 1
 
 
-def test_a_game_takes_no_more_than_it_says() -> None:
+def test_a_game_gets_batches_of_its_batch_size() -> None:
     game: Any = unanimity(random_terms(7, 20, 3, seed=1), 7)
     game.batch_size = 10
     found = probe_game(game, run=Run(max_batch=50))["SII"]
@@ -147,7 +147,7 @@ def test_a_game_takes_no_more_than_it_says() -> None:
 
 
 def test_memory_does_not_grow_with_the_budget(tmp_path: Path) -> None:
-    """Ten times the coalitions in the same memory; a checkpoint adds their values, the control the coalitions."""
+    """Ten times the coalitions need the same memory; a checkpoint adds their values; control: kept coalitions."""
     pairs = [(i, i + 1) for i in range(0, 40, 2)]
 
     def peak(budget: int, run: Run, kept: list[Any] | None = None) -> tuple[int, int]:
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_budget(tmp_path: Path) -> None:
             tracemalloc.stop()
 
     run = Run(max_batch=512)
-    peak(6000, run)  # imports and caches
+    peak(6000, run)  # warm-up: imports and caches
     (small, few), (large, many) = peak(12_000, run), peak(120_000, run)
     assert many > 8 * few
     assert large < 1.1 * small

@@ -1,4 +1,4 @@
-"""faithfulness against loops over samples, tokens and budgets, and sets read bit by bit."""
+"""Tests of faithfulness against loops over samples, tokens and budgets."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_against_loops(fill: str, masks: str, multi_label: bool) -> None:
 
 @pytest.mark.parametrize("exempt", [(), (0,), (1, 2)])
 def test_which_tokens_are_masked(exempt: tuple[int, ...]) -> None:
-    """Identified and random sets, read off the drops: their sizes, their members, and that budgets nest."""
+    """Sizes, members and nesting of the identified and random sets, derived from the drops."""
     lengths, batch = (20, 9, 1), 5
     masks: Any = draw_masks("partial", batch, lengths)
     masks[1][3] = False
@@ -98,7 +98,7 @@ def test_which_tokens_are_masked(exempt: tuple[int, ...]) -> None:
                         left = values[m][b, sorted(mine - here)]
                         assert all(values[m][b, i] >= left.max() for i in here if len(left))
             assert found.masked[b, k] == len(before[0])
-    # Other repeats, samples and seeds have other sets.
+    # Random sets differ between repeats, samples and seeds.
     first = found.random[0, 0, :, :, 3]
     assert len(first.unique()) > 30
     options |= {"budgets": budgets, "max_batch": 3}
@@ -114,7 +114,7 @@ def test_which_tokens_are_masked(exempt: tuple[int, ...]) -> None:
 
 
 def test_random_sets_are_uniform() -> None:
-    """Each of the C(5, 2) sets of two tokens equally often, in every sample."""
+    """In every sample, each of the C(5, 2) sets of two tokens occurs equally often."""
     found = faithfulness(
         *(TokenBits().eval(), bits(3, (5,)), None, [torch.zeros(3, 5)]),
         **{
@@ -128,11 +128,11 @@ def test_random_sets_are_uniform() -> None:
     for b in range(3):
         counts = Counter(frozenset(set_of(x)) for x in found.random[0, 0, :, b, 0])
         assert len(counts) == 10
-        # Chi-squared with 9 degrees of freedom: one in a million is above 45.
+        # Chi-squared with 9 degrees of freedom exceeds 45 once in a million.
         assert sum((n - 200) ** 2 / 200 for n in counts.values()) < 45
 
 
-def test_equal_attributions_go_to_the_first_token() -> None:
+def test_ties_select_the_first_token() -> None:
     values = [torch.tensor([[1.0, 3.0, 3.0, 1.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])]
     masks = [torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 1]])]
     found = faithfulness(
@@ -145,7 +145,7 @@ def test_equal_attributions_go_to_the_first_token() -> None:
 
 
 def test_counts_of_a_percentage() -> None:
-    """ceil, at least one, and for the published budgets what floating-point arithmetic gives."""
+    """Counts are rounded up, at least one; the published budgets use floating-point arithmetic."""
     for percent in (5, 10, 15, 20, 25):
         for n in (*range(400), 1000, 4097):
             count = int(percent_counts(torch.ones(1, n, dtype=torch.bool), percent))
@@ -154,7 +154,7 @@ def test_counts_of_a_percentage() -> None:
     assert int(percent_counts(full, 7)) == 7 < int(np.ceil(100 * (7 / 100.0)))
     assert int(percent_counts(full, 2.5)) == 3
     assert int(percent_counts(full, 100)) == 100
-    # Percentages of many digits, times as many tokens, have no place in 64 bits.
+    # Percentages with many digits, times many tokens, exceed 64 bits.
     for percent, n in itertools.product((100 / 7, 100 / 3, 1 / 3, 1e-30), (8192, 100_000)):
         expected = math.ceil(n * Fraction(str(percent)) / 100)
         assert int(percent_counts(torch.ones(1, n, dtype=torch.bool), percent)) == expected
@@ -166,7 +166,7 @@ def attributions() -> list[Tensor]:
     return [draw(4, length, seed=m) for m, length in enumerate((7, 5))]
 
 
-def test_a_sample_of_padding_is_left_out() -> None:
+def test_a_sample_of_padding_is_excluded() -> None:
     layer, inputs, masks = call_of(dataclasses.replace(CASE, masks="padded_sample"))
     values = attributions()
     found = faithfulness(layer, inputs, masks, values, budgets=BUDGETS)
@@ -220,7 +220,7 @@ def test_summaries() -> None:
 
 
 def test_good_attributions_beat_random_ones_and_bad_ones_do_not() -> None:
-    """Tokens worth what the attribution says; the control says the opposite."""
+    """Attributions equal to the tokens' effects beat random ones; control: the opposite attributions do not."""
     worth = [0.2 * draw(9, n, 1, dtype=torch.float64, seed=m) for m, n in enumerate((30, 20))]
     values = [x[:, :, 0] for x in worth]
     for sign in (1.0, -1.0):
@@ -230,7 +230,7 @@ def test_good_attributions_beat_random_ones_and_bad_ones_do_not() -> None:
             assert sign * float(summary.gap) > 3 * float(summary.random_std)
 
 
-def test_an_attribution_brings_its_values_and_targets() -> None:
+def test_an_attribution_supplies_values_and_targets() -> None:
     layer, inputs, masks = call_of(CASE)
     labels = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]])
     for expert in (None, "synergy"):
@@ -322,7 +322,7 @@ def test_errors() -> None:
     for pairs, message in pair_errors:
         with pytest.raises(ValueError, match=message):
             pair_masking(layer, inputs, masks, pairs)
-    # Of a model with other classes; one column would pass for all of them.
+    # Logits of a model with another number of classes; a single column would broadcast to all classes.
     explained = attribute(layer, inputs, masks)
     for classes in (5, 1):
         other = dataclasses.replace(explained, targets=torch.ones(4, classes))

@@ -1,4 +1,4 @@
-"""Files of samples for the command `explain`: what is wrong is named, and nothing is unpickled."""
+"""Tests of data files for the command `explain`: error messages, no unpickling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BROKEN[1, 4, 0] = np.nan  # padding in sample 1, which the mask allows
 WRONG = X.copy()
 WRONG[2, 1, 0] = np.inf
 NO_TOKENS = {"masks_0": np.zeros((3, 5)), "masks_1": np.eye(3, 9)[[0, 1, 1]] * [[1], [0], [1]]}
-# Arrays that take the place of the good ones, None for none, and what is said of them.
+# (replaced arrays, None for a missing one; expected message)
 BAD_ARRAYS: list[tuple[Arrays, str]] = [
     ({"inputs_1": None}, r"inputs_1: expected \(samples, tokens, 8\), got none"),
     ({"inputs_0": X[:, :, :7]}, r"inputs_0: .* \(samples, tokens, 8\), got float32 \(3, 5, 7\)"),
@@ -60,11 +60,11 @@ def test_bad_arrays_are_named(arrays: Arrays, message: str, tmp_path: Path) -> N
     assert "\n" not in text
 
 
-def test_padding_may_hold_anything(tmp_path: Path) -> None:
+def test_padding_may_have_any_values(tmp_path: Path) -> None:
     path = write_changed(tmp_path, {"inputs_0": BROKEN.astype(">f8")})
     found = load_features(path, 2, 8, 4, torch.float32)
     assert found.inputs[0].dtype == torch.float32
-    # What a layer multiplies by 0 is finite.
+    # Values that the layer multiplies by 0 are finite.
     assert found.masks is not None
     assert found.masks[0] is not None
     assert torch.equal(found.inputs[0][~found.masks[0]], torch.zeros(2, 8))
@@ -73,7 +73,7 @@ def test_padding_may_hold_anything(tmp_path: Path) -> None:
 
 
 class Danger:
-    """Unpickling it would leave a file."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,7 +82,7 @@ class Danger:
         return (Path.touch, (self.path,))
 
 
-def test_a_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
+def test_names_cannot_send_terminal_codes(tmp_path: Path) -> None:
     path = write_data(tmp_path, {**full_arrays(), "x\x1b[2J\n": X})
     with pytest.raises(FeatureError, match=r": x \[2J : expected inputs_0") as caught:
         load_features(path, 2, 8, 4, torch.float32)
@@ -90,7 +90,7 @@ def test_a_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
 
 
 def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
-    """An .npy file that says so much is in it, and has 64 bytes."""
+    """An .npy file of 64 bytes whose header states a larger array."""
     file = io.BytesIO()
     about = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, about)

@@ -1,4 +1,4 @@
-"""The figures show what they are given, around 0 where there is a sign, and leave matplotlib as it was."""
+"""Tests of the figures: values, colours around 0, no change of matplotlib's state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VALUES = np.array(
 
 
 def pair_values(**changed: Any) -> PairValues:
-    """Two modalities of 3 and 2 tokens; the pair of two tokens of one modality last."""
+    """Two modalities of 3 and 2 tokens; the last pair is within one modality."""
     known: dict[str, Any] = {
         "index": "SII",
         "values": np.array([0.5, -1.0, 0.1, 0.3]),
@@ -93,7 +93,7 @@ def labels(axes: Any, which: str) -> list[str]:
 
 
 def hatched_cells(axes: Any) -> set[tuple[int, int]]:
-    """(row, column) of the cells that are hatched."""
+    """(row, column) of the hatched cells."""
     found = set()
     for patch in axes.patches:
         if isinstance(patch, PathPatch):
@@ -126,7 +126,7 @@ def luminance(colour: Any) -> float:
 
 
 def test_hatches_are_seen_without_colour() -> None:
-    """Every cell below 0 has lines lighter or darker than itself; on small values they are pale."""
+    """Lines of cells below 0 are lighter or darker than the cell; on small values they are pale."""
     values = -np.linspace(0.0, 1.0, 41)[None]
     axes = token_patch_map(values).axes[0]
     [image] = axes.get_images()
@@ -139,7 +139,7 @@ def test_hatches_are_seen_without_colour() -> None:
     for place, line in ink.items():
         assert abs(line - ground[place]) > 0.12, place
     assert ground[1] - ink[1] < 0.5 * (ground[3] - ink[3])
-    # One ink for all is lost on some of the blues.
+    # Lines of a single colour would be invisible on some of the blues.
     assert min(abs(0.35 - each) for each in ground) < 0.05
 
 
@@ -170,7 +170,7 @@ def test_weights_of_patches_over_the_image(given: bool) -> None:
     limit = np.abs(expected).max()
     assert over.get_clim() == (-limit, limit)
     np.testing.assert_allclose(below.get_array(), grey(picture))
-    # Both cover the same patches, and what weighs nothing lets the image through.
+    # Both cover the same patches; patches with weight 0 are transparent.
     assert below.get_extent() == over.get_extent() == [-0.5, 2.5, 1.5, -0.5]
     np.testing.assert_allclose(over.get_alpha(), 0.75 * np.abs(expected) / limit)
     frames = {p.get_xy() for p in axes.patches if isinstance(p, Rectangle)}
@@ -179,7 +179,7 @@ def test_weights_of_patches_over_the_image(given: bool) -> None:
     assert ("hatched" in axes.get_xlabel()) == bool((expected < 0).any())
 
 
-def test_network_tells_sign_size_and_doubt() -> None:
+def test_network_shows_sign_size_and_uncertainty() -> None:
     found = pair_values()
     figure = pair_network(found, 4, tokens=[["a", "b", "c"], None], names=["text", "image"])
     [axes] = figure.axes
@@ -187,7 +187,7 @@ def test_network_tells_sign_size_and_doubt() -> None:
     for patch in axes.patches:
         assert isinstance(patch, FancyArrowPatch)
         lines[round(patch.get_linewidth(), 6)] = patch
-    # Widths from 0.8 to 5 by |value| over the largest.
+    # Widths grow from 0.8 to 5 with |value| relative to the largest.
     by_value = {v: lines[round(0.8 + 4.2 * abs(v), 6)] for v in found.values.tolist()}
     assert len(by_value) == len(axes.patches) == 4
     for value, line in by_value.items():
@@ -208,7 +208,7 @@ def line_colour(line: FancyArrowPatch) -> Any:
 
 
 @pytest.mark.parametrize("metric", ["prob", "logit"])
-def test_curves_are_the_summaries(metric: str) -> None:
+def test_curves_agree_with_the_summaries(metric: str) -> None:
     drops = masking_drops()
     figure = drop_curve(drops, metric, title="by rollout")
     assert len(figure.axes) == 2
@@ -276,7 +276,7 @@ CALLS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_equal_input_gives_equal_bytes_and_touches_no_global(name: str) -> None:
+def test_equal_inputs_give_equal_bytes_and_change_no_global_state(name: str) -> None:
     before = dict(matplotlib.rcParams)
     first = png_bytes(CALLS[name](), dpi=50)
     assert first.startswith(b"\x89PNG\r\n")

@@ -1,4 +1,4 @@
-"""Integrated gradients against loops, known attributions and the completeness axiom."""
+"""Tests of integrated gradients: loops, known attributions, the completeness axiom."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_quadrature(rule: str) -> None:
             assert float(weights @ nodes**degree) == pytest.approx(1 / (degree + 1), abs=1e-14)
         if n < 6:
             missed = abs(float(weights @ nodes ** (exact + 1)) - 1 / (exact + 2))
-            assert missed > 1e-9, "a rule that is exact beyond its degree is another rule"
+            assert missed > 1e-9, "a rule must not be exact beyond its degree"
 
 
 @pytest.mark.parametrize("rule", ["midpoint", "gauss_legendre"])
@@ -53,7 +53,7 @@ def test_integrated_gradients_of_a_linear_model_are_exact(rule: str, steps: int)
 
 
 def test_the_nodes_of_half_precision_inputs_are_not_rounded() -> None:
-    """On a cubic, which the rule integrates exactly; its nodes rounded to bfloat16 are the control."""
+    """The rule integrates a cubic exactly; control: nodes rounded to bfloat16 do not."""
     inputs = [(draw(1, 64, 64).abs() + 0.5).to(torch.bfloat16)]
 
     def cubes(x: Any, masks: Any) -> Tensor:
@@ -68,7 +68,7 @@ def test_the_nodes_of_half_precision_inputs_are_not_rounded() -> None:
 
 
 def looped_gradients(score: Any, inputs: list[Tensor], rule: str, steps: int) -> list[Tensor]:
-    """The definition from zero, a sample of a step at a time: M x (B, L_m)."""
+    """Definition with baseline zero, one sample and step at a time: M x (B, L_m)."""
     found = [torch.zeros(x.shape[:2], dtype=torch.float64) for x in inputs]
     for t, w in zip(*(x.tolist() for x in quadrature(rule, steps)), strict=True):
         for b in range(len(inputs[0])):
@@ -133,20 +133,20 @@ def test_completeness_is_reached_and_reported() -> None:
     assert 8 < errors["midpoint", 4] / errors["midpoint", 16] < 32, "second order"
 
 
-def test_the_jump_of_the_mixture_at_zero_is_reported() -> None:
-    """Experts' weights from L2-normalised features have no limit there; from another baseline all is well."""
+def test_the_discontinuity_of_the_mixture_at_zero_is_reported() -> None:
+    """Weights from L2-normalised features have no limit at zero; from another baseline the error is small."""
     layer, inputs, masks = call_of(CASES[0], torch.float64)
     options: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 64}
     means = [draw(16, dtype=torch.float64, seed=m) for m in range(2)]
     found = [attribute(layer, inputs, masks, baseline=each, **options) for each in (None, means)]
     jump, smooth = (x.completeness_error.abs().max() for x in found)  # type: ignore[union-attr]
-    # The weights' ReLUs have kinks, which cost the rule its digits on the smooth path, too.
+    # The weights' ReLUs have kinks, so the rule is inexact on the smooth path too.
     assert float(smooth) < 5e-3
     assert float(jump) > 0.05
 
 
 def test_integrated_gradients_of_a_pair_layer() -> None:
-    """By expert, and with a modality missing; the experts' parts make up the logit."""
+    """Per expert, and with a missing modality; the experts' parts sum to the logit."""
     torch.manual_seed(3)
     layer = PairInteractionMoE((6, 4), num_classes=3, rank=4, value_dim=5, normalizer=8.0)
     layer = layer.double().eval()

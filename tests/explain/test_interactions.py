@@ -1,4 +1,4 @@
-"""Pair indices of models: by hand-made coalitions, by the closed form, of callables, and of pruned candidates."""
+"""Tests of pair indices: manual coalitions, the closed form, callables, pruning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BOTH = ("SII", "RG")
 @pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
 @pytest.mark.parametrize("expert", [None, "synergy", 0])
 def test_interaction_moe(fill: str, expert: str | int | None) -> None:
-    """A layer's sample, enumerated, against coalitions made by hand through the reference layer."""
+    """Enumeration of a layer's sample against manual coalitions on the reference layer."""
     case = LayerCase(lengths=(3, 4), masks="partial")
     layer, oracle = interaction_layer(case), case.reference(torch.float64).eval()
     x, masks = case.inputs(torch.float64), draw_masks("partial", 2, case.lengths)
@@ -59,7 +59,7 @@ def test_interaction_moe(fill: str, expert: str | int | None) -> None:
                     if fill != "drop":
                         filled[m][0, i] = 0.0 if fill == "zero" else means[m]
             if fill == "drop" and not code:
-                # The published layer has no answer where no token is; its expert's latent is 0 then.
+                # The published layer is not defined without tokens; its expert's latent is 0 in this case.
                 experts, _, mixed = layer.inference(filled, there)
             else:
                 experts, _, mixed = oracle.inference(filled, there)
@@ -86,7 +86,7 @@ def test_interaction_moe_sampled_in_float32() -> None:
             assert one[index].values.std() > 3 * other[index].standard_errors.max()
     again = probe_pairs(layer, x, target=0, method="sampling", sampling=sampling)
     np.testing.assert_array_equal(again[1]["RG"].values, sampled[1]["RG"].values)
-    # Two samples, though equal, have draws of their own.
+    # Two equal samples have different draws.
     twice = [each[:1].repeat(2, 1, 1) for each in x]
     first, second = shapley_interactions(layer, twice, method="sampling", sampling=sampling)
     assert not np.array_equal(first.values, second.values)
@@ -114,7 +114,7 @@ def test_pair_layers_are_routed_to_the_closed_form() -> None:
             np.testing.assert_allclose(one.between(0, 2)[valid], mine.numpy()[valid], atol=1e-14)
             assert valid.any()
             assert float(np.abs(one.values).max()) > 1e-3
-    # Another value function has no closed form.
+    # Other value functions have no closed form.
     assert shapley_interactions(layer, x, fill="zero")[0].method == "exact"
     assert shapley_interactions(layer, x, output="log_prob")[0].method == "exact"
     with pytest.raises(ValueError, match=r"method: .*has a closed form, got 'closed_form'"):
@@ -123,8 +123,8 @@ def test_pair_layers_are_routed_to_the_closed_form() -> None:
     assert (both["SII"].method, both["RG"].method) == ("closed_form", "exact")
 
 
-def test_the_closed_form_game_is_the_layers() -> None:
-    """Redundancy gaps of a pair layer, from its own terms, are those of its forward passes."""
+def test_the_closed_form_game_agrees_with_the_layer() -> None:
+    """Redundancy gaps from a pair layer's terms agree with those from its forward passes."""
     lengths = (3, 2, 2)
     layer, x = pair_layer(DIMS), pair_inputs(lengths)
     masks = draw_masks("partial", 2, lengths)
@@ -134,7 +134,7 @@ def test_the_closed_form_game_is_the_layers() -> None:
         by_passes = probe_game(game, by_terms.pairs, indices=["RG"])["RG"]
         np.testing.assert_allclose(by_terms.values, by_passes.values, atol=1e-12)
         assert float(np.abs(by_terms.values).max()) > 1e-3
-    # The layer runs once for each sample, however many coalitions there are.
+    # The layer runs once per sample for any number of coalitions.
     asked = []
     layer.register_forward_hook(lambda *_: asked.append(1))
     [first, _] = redundancy_gap(layer, x, method="sampling", sampling=Sampling(budget=5000))
@@ -157,7 +157,7 @@ def test_a_sample_of_the_layer_is_a_game_for_shapiq(fill: str) -> None:
 
 
 def test_a_callable_with_known_indices() -> None:
-    """Logits that multiply two tokens of two modalities: their pair has that index, all others none."""
+    """The logit is a product of two tokens of two modalities: only this pair has an index other than 0."""
 
     def model(inputs: Any, masks: Any) -> torch.Tensor:
         a, b = ((x * m.unsqueeze(2)).sum(dim=2) for x, m in zip(inputs, masks, strict=True))
@@ -199,7 +199,7 @@ def test_pruning_keeps_the_index_and_says_so() -> None:
     assert {type(each) for each in pruned} == {PairValues}
 
 
-def test_what_is_wrong_with_a_later_sample_is_told_before_any_work() -> None:
+def test_errors_of_later_samples_are_reported_before_any_work() -> None:
     asked = []
 
     def model(inputs: Any, masks: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""token_means: the mean token of a data set, of which valid tokens."""
+"""Tests of token_means, the mean of the valid tokens of a data set."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_token_means() -> None:
 
 
 def test_token_means_without_the_exempt_tokens() -> None:
-    """The tokens that faithfulness may mask are those of which the mean is, and a token alone counts."""
+    """The mean is over the tokens that faithfulness may mask; a single token is included."""
     masks = draw_masks("partial", 2, CASE.lengths)
     masks[0][0, 0] = False
     batches: list[Any] = [(CASE.inputs(), masks), ([CASE.inputs(seed=1)[0][:, :1], None], None)]
@@ -67,9 +67,7 @@ def test_token_means_without_the_exempt_tokens() -> None:
 
 
 def test_token_means_of_other_shapes() -> None:
-    x = torch.randn(
-        2, 3, 3, 5
-    )  # tokens and features of one number, which a careless broadcast mixes up
+    x = torch.randn(2, 3, 3, 5)  # as many tokens as features, which a wrong broadcast would confuse
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     [mean] = token_means([([x], [mask])])
     torch.testing.assert_close(mean, x[mask.bool()].mean(dim=0))

@@ -1,4 +1,4 @@
-"""The command `explain`: what it is asked for, what it refuses, and how it names targets and tokens."""
+"""Tests of the command `explain`: options, names of targets and tokens."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_targets() -> None:
         found("label", None)
 
 
-def test_tokens_of_any_length_and_characters_are_one_short_line() -> None:
+def test_token_names_are_one_short_line() -> None:
     tokens = np.array([["a" * 5000, "x\x00\x1b\n\u202ey", "<b>&"]])
     findings: Any = types.SimpleNamespace(features=types.SimpleNamespace(tokens=[tokens, None]))
     assert token_name(findings, 0, 0, 0) == f"0:0 \u201c{'a' * 99}\u2026\u201d"
     assert token_name(findings, 0, 0, 1) == "0:1 \u201cx    y\u201d"
-    # Escaping is the table's.
+    # The table escapes the text.
     assert token_name(findings, 0, 0, 2) == "0:2 \u201c<b>&\u201d"
     assert token_name(findings, 0, 1, 7) == "1:7"
 

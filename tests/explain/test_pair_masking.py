@@ -1,4 +1,4 @@
-"""pair_masking: which tokens the top pairs mask, and what it is compared with."""
+"""Tests of pair_masking: tokens of the top pairs, and the random sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.inputs import draw, draw_masks
 
 
 def test_pairs_fill_a_budget_whole() -> None:
-    """Pairs in their order; one that does not fit is passed over for a later one that does."""
+    """Pairs are taken in order; a pair that exceeds the budget is skipped, and later pairs may still fit."""
     pairs = [
         [((0, 1), (1, 0)), ((0, 1), (1, 2)), ((0, 3), (1, 3)), ((0, 2), (1, 2)), ((0, 0), (0, 3))],
         [((1, 3), (0, 0)), ((1, 1), (1, 2))],
@@ -54,7 +54,7 @@ def test_pairs_fill_a_budget_whole() -> None:
 
 
 def test_pairs_of_an_index() -> None:
-    """The exact interactions of a pair layer, in three orders, against the layer asked directly."""
+    """Exact interactions of a pair layer, in three orders, against direct calls of the layer."""
     torch.manual_seed(0)
     layer = PairInteractionMoE((6, 4), num_classes=3, rank=4, value_dim=5, normalizer=4.0)
     layer = layer.double().eval()

@@ -1,4 +1,4 @@
-"""Results of pair estimates: tables, maps, and the types of other packages."""
+"""Tests of pair results: tables, maps, types of other packages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASE = LayerCase(lengths=(4, 3))
 
 @pytest.fixture(scope="module")
 def sampled() -> PairValues:
-    """One sample of which a token is padded, so that players and positions differ."""
+    """A sample with a padded token, so that players and positions differ."""
     x = first_of(CASE.inputs(torch.float64), 1)
     masks = [torch.tensor([[True, False, True, True]]), None]
     sampling = Sampling(budget=3000, seed=4)
@@ -74,7 +74,7 @@ def test_maps() -> None:
 
 def test_ranks_and_rows() -> None:
     found = made_up([3.0, -4.0, 3.0])
-    assert found.ranked().tolist() == [0, 2, 1], "ties in the order of the pairs"
+    assert found.ranked().tolist() == [0, 2, 1], "ties keep the order of the pairs"
     assert found.ranked(by="smallest").tolist() == [1, 0, 2]
     assert found.ranked(2, by="magnitude").tolist() == [1, 0]
     best = found.top(2, by="magnitude")
@@ -90,7 +90,7 @@ def test_ranks_and_rows() -> None:
     assert len(text) == 4
 
 
-def test_it_tells_how_it_was_found(sampled: PairValues) -> None:
+def test_repr_and_fields_describe_the_method(sampled: PairValues) -> None:
     assert sampled.index == "SII"
     assert not sampled.exact
     assert sampled.tokens.tolist() == [[0, 0], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2]]
@@ -117,7 +117,7 @@ def test_it_tells_how_it_was_found(sampled: PairValues) -> None:
     assert written["lengths"] == [4, 3]
 
 
-def test_shapiq_takes_it(sampled: PairValues) -> None:
+def test_conversion_to_shapiq(sampled: PairValues) -> None:
     shapiq = pytest.importorskip("shapiq")
     terms = random_terms(6, 25, 4, seed=9)
     game = unanimity(terms, 6)
@@ -140,7 +140,7 @@ def test_shapiq_takes_it(sampled: PairValues) -> None:
         mine["RG"].to_shapiq()
 
 
-def test_pandas_takes_it(sampled: PairValues, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_to_pandas(sampled: PairValues, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pandas")
     frame = sampled.to_dataframe()
     assert frame.to_dict("records") == sampled.rows()

@@ -1,4 +1,4 @@
-"""Interrupted runs continue with the same bits, on any number of ranks; those of other requests are refused."""
+"""Tests of resumed runs: bitwise equality, ranks, refusal of other requests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Interrupted(Exception):
 
 
 def interrupted_after(batches: int, model: nn.Module) -> Any:
-    """A hook that stops the run in the middle."""
+    """A hook that interrupts the run."""
     left = [batches]
 
     def count(*_: Any) -> None:
@@ -54,7 +54,7 @@ def interrupted_after(batches: int, model: nn.Module) -> Any:
 
 
 class Sum(nn.Module):
-    """A module with a hook to interrupt, whose values depend on the batch they are computed in."""
+    """A module with an interrupting hook; its values depend on the batch in which they are computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Sum(nn.Module):
 
 @pytest.fixture
 def every_batch_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here a batch takes less time than a file."""
+    """Save after every batch, although here a batch takes less time than writing a file."""
     monkeypatch.setattr(checkpoint, "SAVING_SHARE", math.inf)
 
 
@@ -78,7 +78,7 @@ def tokens(batch: int = 1) -> list[Tensor]:
 
 @pytest.mark.usefixtures("every_batch_is_saved")
 @pytest.mark.parametrize("method", METHODS)
-def test_an_interrupted_run_goes_on(tmp_path: Path, method: str) -> None:
+def test_an_interrupted_run_continues(tmp_path: Path, method: str) -> None:
     model, x = Sum().eval(), tokens(2)
     masks = [torch.arange(12) < torch.tensor([[7], [5]])] * 2
 
@@ -97,20 +97,20 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, method: str) -> None:
         finally:
             hook.remove()
         break
-    assert 1 <= attempt < 9, "40 batches are not enough for one run, but they are for each part"
+    assert 1 <= attempt < 9, "40 batches are too few for the whole run, but enough for each part"
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["sample_00000.npz", "sample_00001.npz"], "no temporary file stays"
+    assert names == ["sample_00000.npz", "sample_00001.npz"], "no temporary file is left"
     for one, other in zip(found, whole, strict=True):
         for index in ("SII", "RG"):
             assert one[index].to_dict() == other[index].to_dict(), "the same bits"
-    # A finished run is read, not run again.
+    # A finished run is read from its file and not repeated.
     asked = interrupted_after(5, model)
     again = call(at=tmp_path)
     asked.remove()
     assert again[1]["RG"].to_dict() == whole[1]["RG"].to_dict()
-    # The control: another batch size changes this model's last digits.
+    # Control: another batch size changes this model's last digits.
     assert (call(max_batch=7)[0]["SII"].values != whole[0]["SII"].values).any()
-    # What belongs to another request is refused.
+    # Files of another request are refused.
     for other in (
         {"target": 0},
         {"pairs": "across"},
@@ -132,7 +132,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.usefixtures("every_batch_is_saved")
 def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where there is more memory than before; where there is less, it goes on with smaller ones."""
+    """Batches stay the same with more memory; with less memory they become smaller."""
     model, x, sampling = Sum().eval(), tokens(), Sampling(budget=8000)
 
     def call(folder: Path | None) -> PairValues:
@@ -156,8 +156,8 @@ def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("every_batch_is_saved")
 @pytest.mark.parametrize("method", METHODS)
-def test_no_more_than_the_batch_under_way_is_lost(tmp_path: Path, method: str) -> None:
-    """Whenever the process ends: what was evaluated before is in the file, also in the middle of a step."""
+def test_only_the_current_batch_is_lost(tmp_path: Path, method: str) -> None:
+    """At any time the file has all earlier evaluations, even in the middle of a step."""
     model, x = Sum().eval(), tokens()
     masks = [(torch.arange(12) < 7).unsqueeze(0)] * 2
     asked: list[int] = []
@@ -186,7 +186,7 @@ def test_no_more_than_the_batch_under_way_is_lost(tmp_path: Path, method: str) -
 
 @pytest.mark.parametrize("count", [6, 20])
 def test_a_checkpoint_of_another_callable(tmp_path: Path, count: int) -> None:
-    """A closure has no parameters to compare: its values of no and of all tokens tell it, enumerated or not."""
+    """A closure has no parameters; it is identified by its values for no tokens and for all tokens."""
     x = [torch.randn(1, count, 2)]
 
     def result(scale: float) -> PairValues:
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_callable(tmp_path: Path, count: int) -> None:
 def test_a_run_of_other_draws_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: Any
 ) -> None:
-    """Like a version with other draws or another order: its values belong to other coalitions."""
+    """Simulates a version with other draws or another order, whose values belong to other coalitions."""
     model, x = Sum().eval(), tokens()
     options: Any = {"target": 0, "sampling": Sampling(budget=8000), "run": Run(checkpoint=tmp_path)}
     with monkeypatch.context() as patch:
@@ -218,7 +218,7 @@ def test_a_run_of_other_draws_is_refused(
 
 
 class Scaled(nn.Module):
-    """A buffer that no state_dict has, and a repr with an address."""
+    """A module with a non-persistent buffer and an address in its repr."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class Scaled(nn.Module):
         return f"act={object()!r}"
 
 
-def test_models_that_differ_by_a_setting_have_checkpoints_of_their_own() -> None:
+def test_checkpoints_distinguish_models_with_other_settings() -> None:
     layer = interaction_layer(CASE)
     pair = pair_layer()
     before = model_digest(layer), model_digest(pair)
@@ -244,7 +244,7 @@ def test_models_that_differ_by_a_setting_have_checkpoints_of_their_own() -> None
     for options in ({"temperature": 2.0}, {"top_k": 2}, {"normalizer": 7.0}):
         assert model_digest(pair_layer(**options)) != before[1]
     pair.train()
-    assert model_digest(pair) == before[1], "it draws nothing in either mode"
+    assert model_digest(pair) == before[1], "it draws no random numbers in either mode"
     assert model_digest(Scaled(1.0)) == model_digest(Scaled(1.0)), "no address"
     assert model_digest(Scaled(1.0)) != model_digest(Scaled(2.0))
     x = CASE.inputs()
@@ -255,7 +255,7 @@ def test_models_that_differ_by_a_setting_have_checkpoints_of_their_own() -> None
     assert game.fingerprint() == full
 
 
-def test_a_closed_form_game_is_known_by_its_model_not_by_its_last_bits() -> None:
+def test_a_closed_form_game_is_identified_by_its_model() -> None:
     x = pair_inputs((3, 2))
     game = TwoAdditiveGame(pair_layer(), x, target=0)
     other = TwoAdditiveGame(pair_layer(), x, target=0)
@@ -271,11 +271,11 @@ def test_a_closed_form_game_is_known_by_its_model_not_by_its_last_bits() -> None
         assert changed.fingerprint() != game.fingerprint()
 
 
-ROUNDS = 7  # in the middle of a step, with one rank and with two
+ROUNDS = 7  # interrupts in the middle of a step, with one rank and with two
 
 
 def interrupted_in_the_middle(method: str, folder: str, distributed: bool) -> None:
-    """Every rank ends after the same round: of one that ends alone the others would wait."""
+    """All ranks end after the same round, because the others would wait for a rank that ended alone."""
     evaluate, left = Evaluator._round, [ROUNDS]
 
     def count(self: Evaluator, rows: Any) -> Any:
@@ -330,7 +330,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def distributed_results(distributed: bool, folder: str, max_batch: int = 32) -> list[Any]:
-    """In float32, where another batch or order of sums would show; twice, the second from checkpoints."""
+    """Two runs, the second from checkpoints, in float32, where other batches or orders of sums change bits."""
     layer = interaction_layer(CASE, torch.float32)
     run = Run(distributed=distributed, checkpoint=folder, max_batch=max_batch)
     sampling = Sampling(budget=9000, tolerance=1e-3)
@@ -362,6 +362,6 @@ def test_ranks_give_the_same_bits(tmp_path: Path) -> None:
         found = json.loads((tmp_path / f"found_{rank}.json").read_text())
         assert found == json.loads(json.dumps(alone)), rank
         assert "expected the same on every rank" in (tmp_path / f"refused_{rank}").read_text()
-    # The control: in other batches the last bits may differ, and with this layer they do.
+    # Control: with this layer other batches change the last bits.
     other = distributed_results(False, str(tmp_path / "other"), max_batch=5)
     assert [one["SII"]["values"] for one in other[0]] != [one["SII"]["values"] for one in alone[0]]

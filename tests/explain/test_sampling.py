@@ -1,4 +1,4 @@
-"""The estimator: unbiased by enumeration of all draws, right on games with known indices, honest about errors."""
+"""Tests of the estimator: bias, games with known indices, standard errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOTH = ("SII", "RG")
 
 
 def random_game(players: int, seed: int = 0) -> Planted:
-    """A value of its own for every coalition."""
+    """A game with a different value for every coalition."""
     values = np.random.default_rng(seed).normal(size=2**players)
     bits = 1 << np.arange(players)
     return Planted(players, lambda inside: values[inside @ bits])
@@ -41,7 +41,7 @@ def random_game(players: int, seed: int = 0) -> Planted:
 def all_draws(
     game: Planted, pairs: NDArray[np.int64], index: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(2^n, p), the estimate of each T by the code that sampling uses, and how likely each T is."""
+    """Estimates (2^n, p) of every set T, by the code of the sampling, and the probability of each T."""
     players, found, weights = game.players, [], []
     toggles = Toggles.of(players, pairs)
     for drawn in itertools.product((False, True), repeat=players):
@@ -55,16 +55,16 @@ def all_draws(
 @pytest.mark.parametrize("index", BOTH)
 @pytest.mark.parametrize("players", [2, 3, 4, 5, 7])
 def test_the_mean_over_all_draws_is_the_index(players: int, index: str) -> None:
-    """Unbiased, not only within noise: every draw of a game without any structure."""
+    """Exactly unbiased: the mean over all draws of a game without structure."""
     game = random_game(players)
     truth = by_definition(table(game, players), players, index)
     pairs = all_pairs(range(players))
     draws, weights = all_draws(game, pairs, index)
     assert weights.sum() == pytest.approx(1)
     np.testing.assert_allclose(weights @ draws, as_array(truth, pairs), atol=1e-13)
-    # Some pairs alone, in another order, have the same draws.
+    # A subset of the pairs, in another order, has the same draws.
     np.testing.assert_array_equal(all_draws(game, pairs[::-2], index)[0], draws[:, ::-2])
-    # The control: S drawn uniformly from all subsets is another index.
+    # Control: drawing S uniformly from all subsets gives another index.
     if players > 3:
         values = table(game, players)
         half = banzhaf(values, players, index)
@@ -116,7 +116,7 @@ def test_the_budget_is_used_and_never_exceeded(players: int, count: int) -> None
         sampling = Sampling(budget=30 * unit, seed=seed, antithetic=False)
         found = probe_game(game, pairs, method="sampling", sampling=sampling)["SII"]
         assert found.evaluations <= sampling.budget
-        assert found.draws == 29, "everybody and nobody cost two"
+        assert found.draws == 29, "v(all) and v(none) take two evaluations"
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_draws_are_uniform_by_size_and_pinned() -> None:
     every = list(itertools.product((False, True), repeat=4))
     expected = np.array([count / (5 * math.comb(4, sum(each))) for each in every])
     counts = np.array([drawn.count(each) for each in every])
-    # 15 degrees of freedom: above 38 in one of 1000 samples.
+    # With 15 degrees of freedom, 38 is exceeded in one of 1000 samples.
     assert float(((counts - expected) ** 2 / expected).sum()) < 38
     assert coalition(7, 0, 0, 12).tolist() == [k in (1, 3) for k in range(12)]
     several = {tuple(coalition(*key, 30)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
@@ -157,7 +157,7 @@ def test_unanimity_games(method: str) -> None:
     errors = np.abs(sii.values - truth)
     assert (errors < 5 * sii.standard_errors + 1e-12).all()
     assert float(errors.max()) < 0.1 < float(np.abs(truth).max())
-    assert np.abs(np.roll(truth, 1) - sii.values).max() > 0.5, "the control: other pairs' indices"
+    assert np.abs(np.roll(truth, 1) - sii.values).max() > 0.5, "control: other pairs' indices"
 
 
 def test_two_additive_games_need_one_draw() -> None:
@@ -177,15 +177,15 @@ def test_xor(method: str) -> None:
     two = probe_game(xor((1, 4), 7), method=method, sampling=sampling)
     planted = (two["SII"].pairs == (1, 4)).all(axis=1)
     np.testing.assert_allclose(two["SII"].values, np.where(planted, -2.0, 0.0), atol=1e-12)
-    # Either alone switches it on: for this formula that is a gap of 1.
+    # Each token alone gives 1: the redundancy gap is 1 by its formula.
     assert two["RG"].values[planted] == 1.0
-    # Of three, each pair's second difference is -2 without the third and 2 with it.
+    # With three tokens, each pair's second difference is -2 without the third token and 2 with it.
     for antithetic in (True, False):
         sampling = Sampling(budget=20_000, antithetic=antithetic)
         three = probe_game(xor((0, 2, 5), 6), method=method, sampling=sampling)["SII"]
         assert (np.abs(three.values) <= 5 * three.standard_errors + 1e-12).all()
         inside = np.isin(three.pairs, (0, 2, 5)).all(axis=1)
-        # A draw has the third token or its antithetic partner has.
+        # Either a draw or its antithetic partner contains the third token.
         noisy = method == "sampling" and not antithetic
         assert (three.standard_errors[inside] > 0).all() == noisy
     values = table(xor((0, 2, 5), 6), 6)
@@ -204,15 +204,15 @@ def test_redundancy_gap_of_duplicates_independents_and_synergies() -> None:
 
     gap, others = gaps(either(1, 3, worth=2.5, players=players))
     assert gap == pytest.approx(2.5)
-    assert (others == 0).all(), "tokens that say nothing"
+    assert (others == 0).all(), "tokens without information"
     gap, others = gaps(unanimity({(1, 3): 2.0}, players))
     assert gap == 0
     assert (np.abs(others) < 1e-12).all()
-    # Alone each does harm, together they help.
+    # Each token alone lowers the value; both together raise it.
     gap, _ = gaps(unanimity({(1, 3): 2.0, (1,): -0.5, (3,): -0.25}, players))
     assert gap == pytest.approx(-0.5)
-    # By the formula two tokens that add up have the smaller one's worth, though neither replaces the other:
-    # what tells them from duplicates is SII, 0 here and negative there.
+    # By the formula, the gap of two additive tokens is the smaller of their values, though they are not redundant.
+    # SII distinguishes them from duplicates: it is 0 here and negative there.
     additive = unanimity({(1,): 2.0, (3,): 0.75}, players)
     gap, _ = gaps(additive)
     assert gap == pytest.approx(0.75)
@@ -237,7 +237,7 @@ def test_shapiqs_exact_computer(seed: int) -> None:
 def runs_of(
     game: Planted, pairs: NDArray[np.int64], index: str, runs: int, **options: Any
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Deviations from the exact index and standard errors (runs, p) over seeds, and units (runs, 1)."""
+    """Deviations from the exact index and standard errors (runs, p) over seeds; units (runs, 1)."""
     truth = probe_game(game, pairs, indices=[index], method="exact")[index].values
     found = []
     for seed in range(runs):
@@ -255,9 +255,9 @@ def runs_of(
 @pytest.mark.parametrize("antithetic", [True, False])
 @pytest.mark.parametrize("index", BOTH)
 def test_coverage_and_no_bias(index: str, antithetic: bool) -> None:
-    """Of 250 runs of 99 units: 95% intervals of Student's t cover the truth as often as they say; no bias.
+    """In 250 runs of 99 units, 95% intervals of Student's t have the stated coverage, and there is no bias.
 
-    Units of a game of random values are far from normal, a few sizes of T have the largest: see the next test.
+    The units of a random game are not normal, because a few sizes of T have the largest ones: see the next test.
     """
     game, pairs, budget = (
         random_game(6, seed=5),
@@ -273,13 +273,13 @@ def test_coverage_and_no_bias(index: str, antithetic: bool) -> None:
     spread = deviation.std(axis=0, ddof=1)
     np.testing.assert_allclose(np.sqrt((errors**2).mean(axis=0)), spread, rtol=0.15)
     assert (np.abs(deviation.mean(axis=0)) < 4 * spread / math.sqrt(250)).all()
-    # The control: half the error covers far less.
+    # Control: intervals of half the width cover far less.
     assert (np.abs(deviation) <= reach / 2 * errors).mean() < 0.8
 
 
 @pytest.mark.parametrize(("units", "least"), [(16, 0.87), (32, 0.90)])
 def test_coverage_of_few_units(units: int, least: float) -> None:
-    """Intervals of few units cover somewhat less than they say, and no less than this."""
+    """Intervals from few units cover somewhat less than stated, but at least this much."""
     game, budget = random_game(6, seed=5), 2 + units * 2 * (1 + 6 + 15)
     deviation, errors, found = runs_of(game, all_pairs(range(6)), "SII", 400, budget=budget)
     assert (found == units).all()
@@ -296,7 +296,7 @@ def test_antithetic_draws_help_where_v_grows_with_the_coalition() -> None:
         ].standard_errors.max()
         for antithetic in (True, False)
     ]
-    # A cube's second difference is linear in the size of S, that of its complement the other way.
+    # A cube's second difference grows linearly with the size of S, and falls for its complement.
     assert errors[0] < 1e-12 < 0.1 < errors[1]
 
 
@@ -308,7 +308,7 @@ def test_budget() -> None:
         found = probe_game(game, pairs, method="sampling", sampling=Sampling(budget=budget))["SII"]
         assert found.evaluations == game.asked <= budget
         assert found.stopped_by == "budget"
-        # Coalitions of different units may be equal: they are evaluated, and counted, once. Here there are 4096.
+        # Equal coalitions of different units are evaluated and counted once; this game has 4096 coalitions.
         price = 2 * (1 + 4 + 6)
         assert found.draws == 2 * ((budget - 2) // price)
         assert found.evaluations > 0.4 * budget

@@ -1,4 +1,4 @@
-"""Value functions: what a model sees of a coalition, which of its outputs counts, and what is refused."""
+"""Tests of value functions: inputs of a coalition, outputs, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASE = LayerCase(lengths=(5, 4))
 
 
 class Recorder(nn.Module):
-    """Keeps what it is given; logits are sums of valid features, times 1, 2 and 3."""
+    """Records its inputs; logits are sums of valid features, times 1, 2 and 3."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_what_the_model_sees(fill: str) -> None:
                         "mean": baseline and baseline[m],
                         "mean by position": baseline and baseline[m][min(i, len(baseline[m]) - 1)],
                     }[fill]
-                assert torch.equal(token, original), "padded tokens stay as they are"
+                assert torch.equal(token, original), "padded tokens are unchanged"
         if fill != "drop":
             assert torch.equal(given[0][k % 3], masks[0][1])
             assert given[2] is None
@@ -97,7 +97,7 @@ def test_what_the_model_sees(fill: str) -> None:
     assert TokenGame(model, x, fill="zero").describe()["fill"] == "zero"
 
 
-def test_masks_stay_away_where_none_were_given() -> None:
+def test_no_masks_are_added() -> None:
     model = Recorder().eval()
     game = TokenGame(model, [torch.randn(1, 3, 4)], [None], target=0, fill="zero")
     game(np.zeros((1, 3), dtype=np.bool_))
@@ -134,7 +134,7 @@ def test_outputs_and_targets() -> None:
     assert game(np.ones((1, 5)))[0] == pytest.approx(float(out.expert_logits[0, 2, 1]), abs=1e-12)
 
 
-def test_the_fast_layer_computes_no_absent_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_layer_skips_absent_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     from flmoe_kernels.layers.interaction_moe import module
 
     rows = []
@@ -154,7 +154,7 @@ def test_the_fast_layer_computes_no_absent_token(monkeypatch: pytest.MonkeyPatch
     assert rows == [int(inside.sum())]
 
 
-def test_two_additive_games_are_their_layers() -> None:
+def test_two_additive_games_agree_with_their_layers() -> None:
     lengths = (3, 2, 4)
     layer, x = pair_layer(DIMS), pair_inputs(lengths)
     masks = draw_masks("partial", 2, lengths)
@@ -174,7 +174,7 @@ def test_two_additive_games_are_their_layers() -> None:
 
 
 def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
-    """Absent tokens are left out, not masked, up to the longest of the batch; the values are the same."""
+    """Absent tokens are removed up to the batch's longest coalition, with the same values as by masking."""
     lengths = (9, 0, 7)
     layer = pair_layer(DIMS, top_k=2)
     x: list[Any] = pair_inputs(lengths)
@@ -186,7 +186,7 @@ def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
     layer.register_forward_pre_hook(lambda _m, given: seen.append(given))
     for expert in (None, "synergy"):
         game = TokenGame(layer, x, masks, target=1, sample=1, expert=expert, max_batch=16)
-        # A batch of few tokens each, the empty coalition with them; one of any; nobody alone.
+        # A batch of empty and one-token coalitions, a batch of random coalitions, and the empty coalition alone.
         few, none = np.zeros((16, game.players), dtype=np.bool_), game.players * [False]
         few[np.arange(1, 16), np.arange(1, 16) % game.players] = True
         inside = np.concatenate([few, drawn(16, game.players), [none]])
@@ -202,15 +202,15 @@ def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
             assert inputs[1] is None
         masked = [masked_out(layer, x, game, row, expert) for row in inside]
         np.testing.assert_allclose(values, masked, rtol=0, atol=1e-12)
-        assert values.std() > 1e-3, "the control: no constant would pass"
-    # A derived layer may do with positions what it likes, and any other model.
+        assert values.std() > 1e-3, "control: a constant would not pass"
+    # A derived layer or another model may depend on the order of tokens.
     assert takes_tokens_in_any_order(layer)
     assert not takes_tokens_in_any_order(type("Positions", (type(layer),), {})(DIMS, num_classes=2))
     assert not takes_tokens_in_any_order(interaction_layer(CASE))
 
 
 def masked_out(layer: Any, x: list[Any], game: TokenGame, row: Any, expert: str | None) -> float:
-    """The logit of class 1 of sample 1 alone, its absent tokens masked."""
+    """Logit of class 1 of sample 1, with absent tokens masked."""
     masks = [None if each is None else torch.zeros(1, each.shape[1]).bool() for each in x]
     for m, i in game.tokens[row]:
         masks[m][0, i] = True
@@ -222,7 +222,7 @@ def masked_out(layer: Any, x: list[Any], game: TokenGame, row: Any, expert: str 
 
 @pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
 def test_half_precision(fill: str) -> None:
-    """Values are the layer's own logits in its dtype, no less and no more."""
+    """Values equal the layer's logits in its dtype."""
     layer, x = interaction_layer(CASE, torch.bfloat16), CASE.inputs(torch.bfloat16)
     means = token_means([(x, None)]) if fill == "mean" else None
     options: dict[str, Any] = {"fill": fill, "baseline": means, "target": 1, "sample": 1}
@@ -242,8 +242,8 @@ def test_half_precision(fill: str) -> None:
     assert np.abs(values - exact).max() < 0.1 * np.abs(exact).max() < np.abs(exact - exact[0]).max()
 
 
-def test_autocast_is_the_callers() -> None:
-    """It reaches the model, and its half-precision logits are read in float64."""
+def test_the_callers_autocast_applies() -> None:
+    """The model runs under the caller's autocast, and its half-precision logits are converted to float64."""
     linear = torch.nn.Linear(4, 3).eval()
     x = [torch.randn(1, 6, 4)]
     game = TokenGame(lambda inputs, masks: linear(inputs[0]).tanh().sum(dim=1), x, fill="zero")
@@ -276,7 +276,7 @@ def test_a_closed_form_has_finite_terms() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
 def test_values_on_a_gpu(fill: str, tmp_path: Path) -> None:
-    """Samples stay where they are, and what comes back is on the host."""
+    """Samples stay on the GPU, and results are on the host."""
     layer, x = pair_layer(DIMS, backend="reference"), pair_inputs((6, 3, 4))
     masks = draw_masks("partial", 2, (6, 3, 4))
     found = []
@@ -297,7 +297,7 @@ def test_values_on_a_gpu(fill: str, tmp_path: Path) -> None:
 
 X = torch.ones(5, dtype=torch.float64)
 A, B = (0, 1), (1, 1)
-# The options of a call, and what the error says, after the type if that is no ValueError.
+# (options of a call, message of the error, with its type unless it is a ValueError)
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"output": "p"}, r"output: expected one of logit, log_prob, got 'p'"),
     ({"fill": "x"}, r"fill: expected one of zero, mean, drop, got 'x'"),

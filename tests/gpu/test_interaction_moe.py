@@ -1,4 +1,4 @@
-"""Tests of InteractionMoE on a GPU: parity, no waiting, CUDA graphs, autocast, torch.compile, DDP."""
+"""Tests of InteractionMoE on a GPU: parity, no synchronization, CUDA graphs, autocast, torch.compile, DDP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CASES = (
     dataclasses.replace(FL, lengths=(320, 196), dim=256, batch=2, masks="padded_modality"),
     I2,
     dataclasses.replace(MIMIC, dropout=0.0),
-    # With as many choices as experts: whom rounding would send elsewhere cannot be compared.
+    # As many choices as experts: tokens that rounding sends to another expert cannot be compared.
     dataclasses.replace(FL, gate="NaiveGate", mlp_experts=2, sparse=True),
 )
 Named = dict[str, Tensor]
@@ -67,7 +67,7 @@ def nothing_waits() -> Iterator[None]:
 
 
 class Training:
-    """A layer, inputs that stay where they are, and an optimizer that a CUDA graph can hold."""
+    """A layer, inputs at fixed addresses, and an optimizer that works in a CUDA graph."""
 
     def __init__(self, case: LayerCase, masks: str = "none") -> None:
         self.case, self.layer = case, gpu_layer(case)
@@ -128,7 +128,7 @@ def test_within_the_error_budget_and_the_same_bits_again(
 
 
 def test_dropout_is_the_cpu_kernels_mask_for_mask() -> None:
-    """One set of seeds, drawn on the CPU, on both devices; no dropout of torch's in the reweighting."""
+    """Both devices use the same seeds, drawn on the CPU; the reweighting has no dropout of torch."""
     case = dataclasses.replace(FL, masks="none", dropout=0.3)
     x = case.inputs()
     noise, found = draw_replacements(x, case.experts), []
@@ -162,7 +162,7 @@ def test_dropout_is_the_cpu_kernels_mask_for_mask() -> None:
     ],
     ids=str,
 )
-def test_a_training_step_never_waits(case: LayerCase, masks: str) -> None:
+def test_a_training_step_does_not_synchronize(case: LayerCase, masks: str) -> None:
     training = Training(case, masks)
     training.step()
     with nothing_waits():
@@ -174,9 +174,9 @@ def test_a_training_step_never_waits(case: LayerCase, masks: str) -> None:
 
 
 @pytest.mark.parametrize("case", [dataclasses.replace(FL, dropout=0.5), MIMIC], ids=str)
-def test_a_cuda_graph_takes_a_whole_training_step(case: LayerCase) -> None:
-    """Forward, losses, backward and optimizer; other masks and tokens go through the same graph, and every replay
-    draws noise and dropout of its own."""
+def test_a_cuda_graph_captures_a_whole_training_step(case: LayerCase) -> None:
+    """The graph has forward, losses, backward and optimizer. Other masks and tokens use the same graph, and every
+    replay draws new noise and dropout."""
     training = Training(case, "partial")
     training.warm_up()
     graph = torch.cuda.CUDAGraph()
@@ -200,8 +200,8 @@ def test_a_cuda_graph_takes_a_whole_training_step(case: LayerCase) -> None:
     assert not all(map(torch.equal, before, training.layer.parameters()))
 
 
-def test_a_replay_computes_what_the_layer_computes() -> None:
-    """Without anything random, on data that came after the capture."""
+def test_a_replay_agrees_with_the_layer() -> None:
+    """Without random numbers, on data that did not exist during the capture."""
     case = dataclasses.replace(FL, dropout=0.0)
     layer, x = gpu_layer(case).eval(), moved(case.inputs())
     masks = moved(draw_masks("partial", case.batch, case.lengths))
@@ -231,7 +231,7 @@ def test_a_replay_computes_what_the_layer_computes() -> None:
     assert all(map(torch.equal, held, call()))
 
 
-def test_each_stream_keeps_positions_of_its_own_and_a_capture_none() -> None:
+def test_positions_are_cached_per_stream_but_not_in_a_capture() -> None:
     def table() -> Tensor:
         return position_table(
             19, 8, torch.device("cuda", torch.cuda.current_device()), torch.float32
@@ -264,7 +264,7 @@ def test_autocast_and_a_gradient_scaler(dtype: torch.dtype) -> None:
         scaler.update()
         losses.append(float(loss))
     assert all(torch.tensor(losses).isfinite())
-    # The scaler starts high and finds its scale within a few steps, of which the last ones count.
+    # The scaler starts too high and adapts its scale within a few steps; only the last steps are checked.
     assert not any(map(torch.equal, before, training.layer.parameters()))
     for parameter in training.layer.parameters():
         assert parameter.dtype == torch.float32

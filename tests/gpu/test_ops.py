@@ -66,7 +66,7 @@ CASES = (
 def test_within_the_error_budget_and_the_same_bits_again(
     run: Run, make: Callable[[torch.dtype], list[Tensor]], name: str, dtype: torch.dtype
 ) -> None:
-    """Outputs and all gradients against the reference in float64, dropout masks of the CPU included."""
+    """Outputs and all gradients, with the CPU's dropout masks, against the reference in float64."""
     inputs = make(dtype)
     moved = [x.to(DEVICE) for x in inputs]
     first, second = run(moved, "triton"), run(moved, "triton")
@@ -81,15 +81,15 @@ def test_within_the_error_budget_and_the_same_bits_again(
 
 
 def step(x: Tensor, router: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Gate with a capacity, dispatch, MLP, and the gradients of all."""
+    """Gate with a capacity, dispatch and MLP, with all gradients."""
     w_in, b_in, w_out, b_out = weights
     index, weight = gate(x @ router, 2, capacity=len(x) // 2)
     out = routed_mlp(x, index, weight.to(x.dtype), w_in, b_in, w_out, b_out)
     return [out, *torch.autograd.grad(out.float().square().sum(), [x, router, *weights])]
 
 
-def test_a_cuda_graph_takes_a_training_step_of_the_routed_mlp() -> None:
-    """Nothing waits, and nothing that is allocated depends on data: other tokens go through the same graph."""
+def test_a_cuda_graph_captures_a_training_step_of_the_routed_mlp() -> None:
+    """Nothing synchronizes, and no allocation depends on data, so other tokens use the same graph."""
     case = dataclasses.replace(ROUTED[1], choices=2)
     x, _, *weights = (t.to(DEVICE).requires_grad_() for t in case.inputs(torch.bfloat16))
     router = draw(case.width, case.experts, dtype=torch.bfloat16, seed=7).to(DEVICE)

@@ -1,4 +1,4 @@
-"""Tests of autotuning on a GPU: its timer, and CUDA graph capture."""
+"""Tests of autotuning on a GPU: timer and CUDA graph capture."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def forward(inputs: list[Tensor]) -> Tensor:
     return y[0]
 
 
-def test_the_fastest_is_found_written_and_right() -> None:
+def test_the_fastest_tiles_are_chosen_saved_and_correct() -> None:
     inputs = CASE.inputs(torch.bfloat16)
     moved = [x.cuda() for x in inputs]
     with tuning.autotune():
@@ -55,7 +55,7 @@ def test_the_fastest_is_found_written_and_right() -> None:
     assert_within_budget(results[0].cpu(), low[0], oracle[0], "y")
 
 
-def test_a_capture_takes_the_table(folder: Path) -> None:
+def test_a_capture_uses_the_table(folder: Path) -> None:
     moved = [x.cuda() for x in CASE.inputs(torch.bfloat16)]
     want = forward(moved)
     graph = torch.cuda.CUDAGraph()

@@ -1,6 +1,6 @@
-"""Collects the tests of this folder only under TRITON_INTERPRET=1, where kernels run on CPU tensors.
+"""Collection of this folder only under TRITON_INTERPRET=1, where kernels run on CPU tensors.
 
-Triton decides at its import whether kernels are interpreted or compiled, and other tests compile them:
+Triton decides at import whether kernels are interpreted or compiled, and other tests compile them, so run
 `TRITON_INTERPRET=1 pytest tests/interpreter`.
 """
 
@@ -17,7 +17,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 @pytest.fixture(autouse=True)
 def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Less work for each launch, and no warnings of NumPy about NaN and infinities."""
+    """Reduce the interpreter's work per launch, and silence NumPy's warnings about NaN and infinities."""
     from flmoe_kernels.core.triton.launches import interpreted
     from tests.support.triton_interpreter import patch_once_a_launch
 

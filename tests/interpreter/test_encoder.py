@@ -24,20 +24,20 @@ from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton,
 TRITON = "triton"
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
-# (rows, width): around parts, groups of 128 columns, blocks of rows and blocks of columns.
+# (rows, width): near the limits of parts, groups of 128 columns, blocks of rows and blocks of columns.
 SIZES = ((7, 1), (0, 16), (37, 63), (9, 300), (35, 256), (1, 1100))
 TABLE = dict(rows_launch.TABLE)
 
 
 def small_calls(p: float, rows: int) -> dict[str, list[Any]]:
-    """One expert, and width 70."""
+    """Calls with one expert and width 70."""
     return operator_calls(FLOAT32, p, rows, 70, 1)
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes its time for each operation of each program, however large: tiles a few times the
-    table's, which test_other_tiles_give_the_same_numbers compares them with."""
+    """Use tiles a few times larger than the table's, because the interpreter's time grows with the number of
+    programs. test_other_tiles_give_the_same_numbers compares both."""
     for key, tiles in TABLE.items():
         columns = min(4 * tiles.columns, 1024)
         large = dataclasses.replace(tiles, elements=8192, columns=columns)
@@ -45,7 +45,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sized(*others: Any) -> list[Any]:
-    """Every size in one type and with one of `others`, by turns."""
+    """Every size with one dtype and one of `others`, in rotation."""
     found = []
     for i, size in enumerate(SIZES):
         values = (*size, DTYPES[i % 3], others[i % len(others)])
@@ -57,13 +57,13 @@ def sized(*others: Any) -> list[Any]:
 def test_expert_norm(rows: int, width: int, dtype: torch.dtype, eps: float) -> None:
     _, x, gain, shift, *_ = norm_arguments(rows, width, 0.0, False)
     arguments = [x, gain, shift, eps]
-    # Of one column the norm is its shift alone.
+    # With one column the norm is only its shift.
     oracle = reference.expert_norm
     compare(on_triton("expert_norm"), oracle, arguments, dtype, may_vanish=width == 1)
 
 
 def test_a_mean_far_from_zero_keeps_the_variance() -> None:
-    """The squares are those of what is centred: a mean of squares would have no digits left of it."""
+    """The variance is computed from centred values; from a mean of squares it would lose all digits."""
     x, gain = draw(1, 5, 140) + 3000, draw(1, 140, seed=1)
     compare(on_triton("expert_norm"), reference.expert_norm, [x, gain, gain, EPS], FLOAT32)
 
@@ -91,7 +91,7 @@ FAR = torch.tensor([1e-30, -1e-30, 0.0, 50, -50, 1e25, -1e25, 3e38, -3e38])
 
 
 def test_gelu_over_its_whole_range() -> None:
-    """Pointwise: relative to the value where it is large, to the tail where it vanishes."""
+    """Pointwise errors, relative to the value if it is large and to the tail if it vanishes."""
     points = torch.cat([torch.linspace(-14, 14, 5601), FAR])
     x = points.view(1, 1, -1).requires_grad_()
     out = OPS.gelu_dropout(x, None, 0.0, TRITON)
@@ -100,7 +100,7 @@ def test_gelu_over_its_whole_range() -> None:
     exact = x64 * 0.5 * torch.special.erfc(-x64 / 2**0.5)
     (exact_grad,) = torch.autograd.grad(exact.sum(), x64)
     eps = torch.finfo(FLOAT32).eps
-    # The gradient is the difference of two terms of that size where it vanishes.
+    # Near its zeros the gradient is the difference of two terms of this size.
     for got, want, size in ((out, exact, 0.1), (grad, exact_grad, 0.25)):
         bound = 8 * eps * want.abs().clamp_min(size)
         assert ((got - want).abs() <= bound).all()
@@ -109,7 +109,7 @@ def test_gelu_over_its_whole_range() -> None:
     assert ((out - exact).abs()[tail] <= 2e-5 * exact.abs()[tail]).all()
 
 
-# Of the rows of a view: segments in order, an empty one, uncovered rows at the end and at the beginning.
+# Runs of the rows of a view: segments in order, an empty one, uncovered rows at the end and at the beginning.
 RUNS = {
     "covering": lambda rows: cumulative([rows // 3, 0, rows - rows // 3]),
     "ends early": lambda rows: cumulative([rows // 3, rows // 3]),
@@ -128,7 +128,7 @@ def test_dropout_add_pool(rows: int, width: int, dtype: torch.dtype, p: float) -
 
 @pytest.mark.parametrize(("runs", "p"), [*zip(RUNS, (0.5, 0.0, 0.5, 0.5), strict=True)])
 def test_rows_of_no_segment_get_zeros(runs: str, p: float) -> None:
-    """And what stands in them, however bad, is in no mean."""
+    """Values in such rows, even NaN, do not reach any mean."""
     rows, views, cu, seed = 24, 2, RUNS[runs](24), make_seed() if p else None
     covered = torch.zeros(rows, dtype=torch.bool)
     covered[cu[0] : cu[-1]] = True
@@ -153,7 +153,7 @@ def test_no_segments() -> None:
 
 @pytest.mark.parametrize("bounds", [[-5, 2, 99], [0, 4, 2], [9, 12], [-(2**31), 2**31 - 1]])
 def test_segments_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
-    """Only where values are not read beforehand, as on a GPU, do they reach the kernels."""
+    """Such bounds reach the kernels only if values are not checked before, as on a GPU."""
     rows, views, cu = 6, 2, torch.tensor(bounds, dtype=torch.int32)
     wide = [torch.full((3 * views * rows + 80, 4), float("nan")) for _ in range(4)]
     inside = slice(40, 40 + views * rows)
@@ -181,7 +181,7 @@ def test_expand_views(rows: int, width: int, dtype: torch.dtype, modalities: int
 
 @pytest.mark.parametrize(("experts", "rows", "width", "p"), [(2, 2, 63, 0.3), (1, 1, 1030, 0.99)])
 def test_masks_are_the_generators(experts: int, rows: int, width: int, p: float) -> None:
-    """Bit for bit, forwards and backwards, in every operator that drops."""
+    """Masks agree bitwise, forward and backward, in every operator with dropout."""
     seed, views = make_seed(), 2
     at = torch.arange(experts).view(-1, 1, 1), torch.arange(views * rows).view(-1, 1)
     first, second = (rng.keep_mask(seed, p, i, *at, torch.arange(width)) for i in (0, 1))
@@ -204,7 +204,7 @@ def test_masks_are_the_generators(experts: int, rows: int, width: int, p: float)
     found["its gradient"] = grads[1]
     for name, got in found.items():
         assert torch.equal(got != 0, first), name
-    # Without a residual the update is dropped twice over.
+    # Without a residual, dropout is applied to the update twice.
     twice = torch.where(first, scale * torch.where(second, 1 + scale, 1.0), 0.0)
     sums = OPS.dropout_add_norm(None, *norm)[0]
     grad = OPS.dropout_add_norm_backward(*backward, True, True, TRITON)[1]
@@ -222,9 +222,9 @@ class TestTriton(EncoderTests):
 
 
 def test_sums_over_many_rows() -> None:
-    """Gradients of gains are sums over all tokens and views: their rounding must not grow with them.
+    """Gradients of gains are sums over all tokens and views; their rounding error must not grow with the number.
 
-    Every row's gradient is the same, as behind the mean pooling, so that nothing cancels.
+    All rows have the same gradient, as after mean pooling, so that nothing cancels.
     """
     rows, width = 700, 64
     cotangent = draw(1, 1, width, seed=4).expand(1, rows, width)
@@ -242,7 +242,7 @@ def test_sums_over_many_rows() -> None:
 
 
 def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums over rows are added up in another order; nothing else depends on tiles."""
+    """Only the order of sums over rows depends on tiles."""
     calls = small_calls(0.5, 9)
 
     def results() -> dict[str, list[Tensor]]:
@@ -260,8 +260,8 @@ def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_agrees_with_the_cpu() -> None:
-    """Every result of every operator, those that no gradient goes through among them, in shape and value; also
-    with a seed and a rate that drops nothing."""
+    """All results of all operators agree in shape and value, including those without a gradient, and with a
+    seed and a rate of 0."""
     forward = small_calls(0.5, 3).items()
     calls = [(name.split()[0], tuple(args)) for name, args in forward]
     for name, arguments in [*calls, *backward_calls(0.5), *backward_calls(1e-6)]:
@@ -285,7 +285,7 @@ def test_no_rows_leave_zeros_for_sums(dtype: torch.dtype) -> None:
 
 
 def test_opcheck() -> None:
-    """Schemas and fakes. Autograd is checked with the CPU's kernels, and by tracing below."""
+    """Schemas and fakes; autograd is tested with the CPU's kernels, and by tracing below."""
     checks = ("test_schema", "test_faketensor")
     for name, arguments in small_calls(0.0, 3).items():
         operator = getattr(OPS, name.split()[0]).default
@@ -295,7 +295,7 @@ def test_opcheck() -> None:
 
 
 def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
-    """Calls that a GPU's kernels must not get: other dtypes and dimensions, and more than 32 bits count."""
+    """Calls that the kernels must refuse: other dtypes and dimensions, and sizes beyond 32 bits."""
     x, gain, weight, cu = draw(2, 6, 4), draw(2, 4), draw(2, 5, 4), cumulative([3])
     double, means, none = x.double(), draw(2, 1, 1, 4), (None, 0.0)
     wide, modality = x[:1, :1, :1].expand(1, 1, 2**24 + 1), torch.zeros(1).int()
@@ -349,7 +349,7 @@ def begin_kernel(x, out, row, WIDTH: triton.language.constexpr):
 
 
 def test_offsets_pass_32_bits() -> None:
-    """Nothing is read there."""
+    """Offsets are only computed; no memory is read at them."""
     out, x = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=BFLOAT16)
     begin_kernel[(1,)](x, out, 2**30 + 3, 4096)
     assert int(out[0] - out[1]) == 2 * 4096 * (2**30 + 3)

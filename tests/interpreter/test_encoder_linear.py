@@ -44,11 +44,11 @@ class Case:
         return as_dtype([x, weight, bias], dtype)
 
     def cotangent(self, dtype: torch.dtype) -> Tensor:
-        """The one that `gradients` takes."""
+        """Output gradient for `gradients`."""
         return draw(self.experts, self.rows, self.outer, dtype=BFLOAT16, seed=7).to(dtype)
 
 
-# Ragged and prime, whole tiles and widths below one, one column; rows in one share, in two and in more.
+# Ragged and prime sizes, whole tiles, widths below a tile, one column; rows in one share, two and more.
 CASES = (
     (Case(1, 63, 128, 130), BFLOAT16),
     (Case(2, 130, 64, 128), BFLOAT16),
@@ -80,20 +80,20 @@ def test_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
-def test_the_cases_are_split_and_not_split() -> None:
+def test_cases_with_and_without_split_rows() -> None:
     found = {shares_of(dtype, c.experts, c.rows, c.outer, c.inner) for c, dtype in CASES}
     assert {1, 2, 4} <= found
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_a_wrong_result_fails(dtype: torch.dtype) -> None:
-    """The control of the comparisons above."""
+    """Negative control of the comparisons above."""
     case = Case(2, 70, 20, 24)
     triples = check(case, dtype)
     x, weight, bias = case.inputs(dtype)
     grad_out, last = case.cotangent(dtype), torch.ones(2, 70, 1, dtype=dtype)
     last[:, -1] = 0
-    # Wrong results, and the names of those that a mistake does not touch.
+    # Wrong results, and the names of the results that the mistake does not change.
     wrong: dict[str, tuple[list[Tensor], set[str]]] = {
         "rows shifted": (run([x.roll(1, 1), weight, bias], grad_out), {"grad_x", "grad_bias"}),
         "the other expert's weights": (
@@ -115,7 +115,7 @@ def test_a_wrong_result_fails(dtype: torch.dtype) -> None:
 
 
 WANTS = [(30, wants) for wants in itertools.product([False, True], repeat=3)]
-# The sum over shares of either alone.
+# Only one of the two gradients is summed over shares.
 WANTS += [(520, (False, True, False)), (520, (False, False, True))]
 
 
@@ -143,7 +143,7 @@ def test_empty_sums_are_zero(sizes: tuple[int, int, int, int]) -> None:
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same values elsewhere in memory, with NaN around them."""
+    """The same values with other strides, surrounded by NaN."""
     experts, rows, width = x.shape
     wide = torch.full((experts + 1, rows + 9, width + 5), float("nan"), dtype=x.dtype)
     wide[1:, 4:-5, 3:-2] = x
@@ -169,14 +169,14 @@ def test_strided_inputs_equal_contiguous_ones(rows: int, width: int) -> None:
         results = run(others, layouts(grad_out)[layout])
         for name, got, want in zip(NAMES, results, expected, strict=True):
             assert torch.equal(got, want), f"{name}, {layout}"
-    # Gradients that arrive as one row or one value.
+    # Gradients that are an expanded row or an expanded value.
     for part in (grad_out[:, :1], grad_out[:1, :1, :1]):
         broadcast = part.expand_as(grad_out)
         pair = [run(inputs, cotangent)[1:] for cotangent in (broadcast, broadcast.contiguous())]
         assert all(map(torch.equal, *pair))
 
 
-def test_rows_are_copied_only_where_they_cannot_be_read() -> None:
+def test_rows_are_copied_only_if_they_cannot_be_read() -> None:
     near = torch.empty(2, 3, 4, device="meta")
     far = torch.empty_strided((2, 3, 4), (1, 2**24 + 1, 1), device="meta")
     apart = torch.empty_strided((2, 3, 4), (1, 1, 2), device="meta")
@@ -191,7 +191,7 @@ def test_rows_are_copied_only_where_they_cannot_be_read() -> None:
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("which", range(4))
 def test_nan_and_inf_propagate(value: float, which: int) -> None:
-    """From an element of x, of a weight, of a bias and of the gradient, to what depends on it alone."""
+    """NaN or infinity in x, a weight, a bias or the gradient reaches only the results that depend on it."""
     inputs, grad_out = Case(2, 70, 20, 24).inputs(FLOAT32), draw(2, 70, 24, seed=7).abs() + 0.1
     positive = [x.abs() + 0.1 for x in inputs]
     [*positive, grad_out][which].view(2, -1)[1, 13] = value
@@ -205,8 +205,8 @@ def test_nan_and_inf_propagate(value: float, which: int) -> None:
 
 
 def test_sums_over_many_rows() -> None:
-    """Their rounding must not grow with the rows, of which there are more than a share of float32 may have; every
-    row's gradient is the same, so that nothing cancels."""
+    """The rounding error must not grow with the rows, which are more than a share in float32 may have. All rows
+    have the same gradient, so that nothing cancels."""
     rows, width = 9000, 16
     cotangent = draw(1, 1, width, seed=4).expand(1, rows, width)
     x, weight = draw(1, rows, width), draw(1, width, width, seed=1)
@@ -223,7 +223,7 @@ def test_sums_over_many_rows() -> None:
 def test_other_tiles_give_the_same_numbers(
     tiles: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More blocks of rows than a band has, and more of columns than one."""
+    """More blocks of rows than a band, and more than one block of columns."""
     case = Case(1, 150, 40, 72)
     inputs, grad_out = case.inputs(FLOAT32), case.cotangent(FLOAT32)
     expected = run(inputs, grad_out)
@@ -274,7 +274,7 @@ def test_shares_of_a_call(experts: int, rows: int, p: int, q: int) -> None:
 
 @triton.jit
 def offsets_kernel(x, y, out, expert, rows, row, WIDTH: tl.constexpr):
-    """Bytes from the start of an operand, and of a contiguous tensor."""
+    """Byte offsets in an operand and in a contiguous tensor."""
     found, _ = rows_of(x, expert, row)
     tl.store(out, found.to(tl.int64) - x[0].to(tl.int64))
     found = row_of(y, expert, rows, row, WIDTH)
@@ -286,7 +286,7 @@ def offsets_kernel(x, y, out, expert, rows, row, WIDTH: tl.constexpr):
     [(7, 2**30, 2**29 + 5, 256), (3, 2**30, 0, 1), (0, 2**20, 2**19, 2**14), (200, 2**17, 3, 512)],
 )
 def test_offsets_pass_32_bits(expert: int, rows: int, row: int, width: int) -> None:
-    """Each of an offset's terms alone, and both together; nothing is read there."""
+    """Each term of an offset exceeds 32 bits alone, and both together; no memory is read at the offsets."""
     y, out = torch.zeros(1, dtype=BFLOAT16), torch.zeros(2, dtype=torch.int64)
     offsets_kernel[(1,)]((y, 2**33 + 8, 2**20), y, out, expert, rows, row, width)
     assert out.tolist() == [

@@ -20,7 +20,7 @@ from tests.support.inputs import cumulative, draw, gradients, make_seed
 OPS = torch.ops.flmoe
 TRITON = "triton"
 FLOAT32, BFLOAT16, FLOAT16 = (torch.float32, torch.bfloat16, torch.float16)
-# Ragged, prime and empty runs, uncovered rows, one token; every class of tiles and width of a chunk.
+# Ragged, prime and empty runs, uncovered rows, one token; all classes of tiles and all chunk widths.
 CASES = (
     (Case((63, 60), 2, 32, 0.5), BFLOAT16),
     (Case((131, 1, 0, 4), 1, 64, 0.1), FLOAT16),
@@ -60,8 +60,8 @@ class TestTriton(AttentionTests):
     ("length", "heads", "dtype"), [(11, 3, FLOAT32), (63, 1, FLOAT16), (130, 1, BFLOAT16)], ids=str
 )
 def test_the_mask_is_the_cpu_kernels(length: int, heads: int, dtype: torch.dtype) -> None:
-    """With v the identity the output holds the probabilities, and its zeros are the mask; so does, transposed,
-    the gradient of v."""
+    """If v is the identity, the output has the probabilities, whose zeros are the mask; the gradient of v has
+    them transposed."""
     groups = 1 if length > 100 else 2
     zeros = torch.zeros(groups, length, heads, length, dtype=dtype)
     eye = torch.eye(length, dtype=dtype).view(length, 1, length).expand(-1, heads, -1)
@@ -108,7 +108,7 @@ def test_other_tiles_give_the_same_numbers(
 def test_tiles_of_an_architecture(
     width: int, p: float, dtype: torch.dtype, architecture: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As its launch table has them."""
+    """Tiles agree with the launch table."""
     monkeypatch.setattr(choice, "architecture_of", lambda _device: architecture)
     check(Case((67, 20), 1, width, p), dtype, TRITON)
 
@@ -139,7 +139,7 @@ def test_class_of_a_call(rows: int, width: int, dtype: torch.dtype, expected: st
     assert class_of(AttentionCall(x, x, x, torch.empty(5), None, 0.0, 1.0)) == expected
 
 
-def test_rows_are_copied_whose_offsets_could_pass_32_bits() -> None:
+def test_rows_with_offsets_beyond_32_bits_are_copied() -> None:
     near = torch.empty(1, 2, 1, 4, device="meta")
     far = torch.empty_strided((1, 2, 1, 4), (1, 2**24 + 1, 1, 1), device="meta")
     apart = torch.empty_strided((1, 2, 1, 4), (1, 1, 1, 2), device="meta")
@@ -212,7 +212,7 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_a_scale_too_small_for_float32_is_zero() -> None:
-    """A factor that rounds to 0 makes no NaN of the -inf of keys past the last."""
+    """A factor that rounds to 0 does not turn the -inf of keys past the last into NaN."""
     case = Case((9, 30), 1, 8, 0.5)
     found = [
         run(dataclasses.replace(case, scale=scale), case.qkv(FLOAT32), TRITON)

@@ -1,4 +1,4 @@
-"""Tests of device functions of expert_attention's Triton kernels: masks, places of blocks, offsets."""
+"""Tests of device functions of expert_attention's Triton kernels: masks, block places, offsets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def place_kernel(cu, slots, out, problems, rows, BLOCK: tl.constexpr):
 
 
 def places(cu: Tensor, rows: int, step: int = 1) -> dict[int, list[int]]:
-    """The results of every step-th slot of blocks of 16 rows."""
+    """Results of every step-th slot of blocks of 16 rows."""
     problems = cu.numel() - 1
     slots = torch.arange(0, rows // 16 + problems + 2, step, dtype=torch.int32)
     out = torch.full((len(slots), 5), -9, dtype=torch.int32)
@@ -73,7 +73,7 @@ def places(cu: Tensor, rows: int, step: int = 1) -> dict[int, list[int]]:
 def test_every_block_has_one_slot(
     lengths: tuple[int, ...], lead: int, tail: int, step: int
 ) -> None:
-    """Whatever the runs are, also where the search takes two or three steps."""
+    """Holds for all runs, including those for which the search takes two or three steps."""
     first = 0
     expected = {}
     for i, length in enumerate((lead, *lengths, tail)):
@@ -93,7 +93,7 @@ def test_every_block_has_one_slot(
     "bounds", [[0, 2, 7], [-1, 2, 6], [0, 4, 2], [0, 2**31 - 1], [-(2**31), 0], [5, 1, 3, 0]]
 )
 def test_runs_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
-    """Only where values are not read beforehand, as on a GPU, do they reach the kernels."""
+    """Such bounds reach the kernels only if values are not checked before, as on a GPU."""
     rows, cu = 6, torch.tensor(bounds, dtype=torch.int32)
     inside = (slice(None), slice(40, 40 + rows))
     wide = [torch.full((1, rows + 80, 2, 4), float("nan")) for _ in range(7)]
@@ -114,7 +114,7 @@ def test_runs_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
 
 @triton.jit
 def offsets_kernel(x, statistics, out, group, rows, heads, head, first):
-    """Bytes from the start of x, elements from the start of the statistics."""
+    """Byte offset in x, element offset in the statistics."""
     base, _, of_row, _ = x
     pointer, _ = head_of(x, group, head, first)
     tl.store(out, pointer.to(tl.int64) - base.to(tl.int64))
@@ -134,7 +134,7 @@ def offsets_kernel(x, statistics, out, group, rows, heads, head, first):
     ],
 )
 def test_offsets_pass_32_bits(group: int, rows: int, heads: int, head: int, first: int) -> None:
-    """Each of an offset's terms alone, and all together; nothing is read there."""
+    """Each term of an offset exceeds 32 bits alone, and all together; no memory is read at the offsets."""
     of_group, of_row, of_head = rows, 2**14, heads
     out = torch.zeros(3, dtype=torch.int64)
     x = (torch.zeros(1, dtype=torch.bfloat16), of_group, of_row, of_head)

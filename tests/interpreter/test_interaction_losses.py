@@ -14,7 +14,7 @@ from tests.support.operator_cases import OPS, compare, evaluate, on_triton, refe
 TRITON = "triton"
 QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# In float32 every shape; in half precision, whose own part is a cast on either side, few.
+# All shapes in float32, few in half precision, which only adds casts of inputs and outputs.
 SPREADS = (0.05, 4.0)
 LOSSES = [
     *(
@@ -30,7 +30,7 @@ losses = on_triton("interaction_losses")
 
 @pytest.mark.parametrize(("shape", "spread", "dtype"), LOSSES, ids=str)
 def test_losses(shape: tuple[int, int, int], spread: float, dtype: torch.dtype) -> None:
-    """Several chunks of columns, several blocks of samples, triplets inside and outside the margin."""
+    """Several chunks of columns and blocks of samples, triplets inside and outside the margin."""
     modalities, batch, width = shape
     latents = draw(modalities + 2, modalities + 1, batch, width, seed=5, scale=spread)
     # A triplet's loss is a difference of distances.
@@ -39,7 +39,7 @@ def test_losses(shape: tuple[int, int, int], spread: float, dtype: torch.dtype) 
 
 
 def test_losses_of_one_column() -> None:
-    """A cosine of two numbers is a sign; its gradient is rounding alone, but that of the distances is not."""
+    """The cosine of two numbers is a sign, so its gradient is only rounding; the distances have a gradient."""
     latents = draw(5, 4, 7, 1, seed=5).requires_grad_()
     pair = [evaluate(function, [latents], 1) for function in (losses, reference_losses)]
     for (out, grad), (want, want_grad) in [pair]:
@@ -71,7 +71,7 @@ def test_losses_of_zero_latents_and_identical_views() -> None:
 
 
 def test_wrong_losses_fail() -> None:
-    """The control: another view order, another expert order, and one sample fewer are seen."""
+    """Negative control: another order of views or experts, and a missing sample, are detected."""
     latents = draw(4, 3, 6, 20, seed=5)
     found = compare(losses, reference_losses, [latents], torch.float32)
     wrong = (latents.flip(1), latents.flip(0), latents[:, :, :5], torch.zeros_like(latents))
@@ -82,7 +82,7 @@ def test_wrong_losses_fail() -> None:
                 assert_outside_budget(result, *exact, "wrong losses")
 
 
-def test_nan_and_infinity_reach_their_own_expert_alone() -> None:
+def test_nan_and_infinity_reach_only_their_own_expert() -> None:
     for value in (float("nan"), float("inf")):
         latents = draw(4, 3, 5, 7, seed=3)
         latents[1, 0, 2, 4] = latents[2, 1, 4, 0] = value
@@ -97,7 +97,7 @@ def test_nan_and_infinity_reach_their_own_expert_alone() -> None:
         assert not grad[1, :, 2].isfinite().all()
 
 
-def test_the_same_bits_again() -> None:
+def test_results_are_bitwise_repeatable() -> None:
     latents = draw(4, 3, 9, 70, seed=3, dtype=torch.bfloat16).requires_grad_()
     assert all(map(torch.equal, *(evaluate(losses, [latents], 1) for _ in range(2))))
 
@@ -109,7 +109,7 @@ def test_empty_batches() -> None:
 
 
 def test_refusals() -> None:
-    """Calls of the registered operators that would read past a tensor."""
+    """The registered operators refuse calls that would read past a tensor."""
     latents = draw(4, 3, 2, 5)
     for call, message in (
         (lambda: interaction_losses(latents[:, :2], TRITON), "latents: expected"),

@@ -1,6 +1,6 @@
 """Tests of InteractionMoE on its Triton kernels.
 
-The interpreter takes the plan of rows that a GPU gets: as many rows as tokens, the padded ones at the end.
+The interpreter uses the GPU's plan of rows: as many rows as tokens, padded rows at the end.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def triton_layer(case: LayerCase, dtype: torch.dtype = torch.float32) -> Interac
 
 
 def test_outputs_and_gradients_with_a_sample_of_padding_alone() -> None:
-    """A sparse layer and a dense one, NaN in all padding, against the CPU kernels in float64, for the reference
-    has NaN here; and the control, experts in another order."""
+    """A sparse and a dense layer with NaN in all padding against the CPU kernels in float64, because the reference
+    returns NaN here; control: another order of experts."""
     sizes = {"heads": 1, "dim": 16, "mlp_experts": 3}
     case = dataclasses.replace(FL, masks="padded_sample", gate="GShardGate", **sizes)
     x = case.inputs()
@@ -70,7 +70,7 @@ def test_inference_is_the_full_view_of_the_reference(monkeypatch: pytest.MonkeyP
 
 
 def test_dropout_is_the_cpu_kernels() -> None:
-    """One torch seed gives both backends one set of masks; the residual of I2MoE, and learned positions."""
+    """With the same torch seed both backends draw the same masks; with I2MoE's residual and learned positions."""
     x, results = I2.inputs(), []
     noise = draw_replacements(x, I2.experts)
     for backend, seed in ((TRITON, 3), ("cpu", 3), ("cpu", 4)):
@@ -86,7 +86,7 @@ def test_dropout_is_the_cpu_kernels() -> None:
 
 
 def test_autocast_computes_in_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters stay float32, and so do logits, weights, latents and losses; the kernels' rows do not."""
+    """Parameters, logits, weights, latents and losses stay float32; the kernels' rows have the low precision."""
     round_to_nearest(monkeypatch)
     case, low_type = dataclasses.replace(FL, layers=1, heads=1, dim=16), torch.bfloat16
     layer = InteractionMoE.adopt(case.reference(low_type).float(), backend=TRITON)
@@ -98,7 +98,7 @@ def test_autocast_computes_in_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {name.split(".")[0]: value.dtype for name, value in results[1].items()}
     assert kinds["interaction_experts"] == kinds["reweight"] == torch.float32
     assert kinds["inputs"] == low_type
-    # torch.autocast widened some results.
+    # torch.autocast converted some results to float32.
     found = [{name: value.to(low_type) for name, value in {**results[0], **results[1]}.items()}]
     for dtype in (low_type, torch.float64):
         reference = case.reference(low_type).to(dtype)
@@ -106,18 +106,20 @@ def test_autocast_computes_in_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append({**pair[0], **pair[1]})
     assert_all_within_budget(*found, str(case))
     latents = results[0]["latents"]
-    assert torch.equal(latents, latents.to(low_type).float()), "the rows were not of low type"
+    assert torch.equal(latents, latents.to(low_type).float()), (
+        "the rows did not have the low precision"
+    )
 
 
 def test_a_gradient_scaler_trains_in_float16() -> None:
-    """A sparse model whose gate computes partly in float32 under autocast."""
+    """The model is sparse; under autocast its gate computes partly in float32."""
     case = LayerCase((3, 2), batch=1, dim=16, heads=1, gate="NoisyGate", mlp_experts=3)
     layer, x = triton_layer(case), case.inputs()
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     with torch.autocast("cpu", dtype=torch.float16):
-        # The full view alone: a third of the work.
+        # Only the full view, which is a third of the work.
         loss = layer.inference(x)[2].square().mean()
     assert loss.dtype == torch.float32
     scaler.scale(loss).backward()
@@ -132,8 +134,8 @@ def test_a_gradient_scaler_trains_in_float16() -> None:
     assert scaler.get_scale() == 2.0**8
 
 
-def test_the_plan_of_a_gpu_holds_the_compact_one() -> None:
-    """Its runs are those of the plan that a CPU reads, and its padded rows are zeros."""
+def test_the_gpu_plan_contains_the_compact_plan() -> None:
+    """Its runs agree with the CPU's plan, and its padded rows are zeros."""
     lengths, batch = (6, 3, 4), 5
     masks = draw_masks("padded_sample", batch, lengths)
     tokens = torch.randn(batch, sum(lengths), 2)
@@ -153,7 +155,7 @@ def test_the_plan_of_a_gpu_holds_the_compact_one() -> None:
     assert (packed[count:] == 0).all()
 
 
-def test_positions_are_kept_between_calls_and_not_in_traces() -> None:
+def test_positions_are_cached_between_calls_but_not_in_traces() -> None:
     table = forward.position_table
     key = (7, 6, torch.device("cpu"), torch.float32)
     with torch.inference_mode():
@@ -167,8 +169,8 @@ def test_positions_are_kept_between_calls_and_not_in_traces() -> None:
     assert table(8, 6, *key[2:]).shape == (8, 6)
 
 
-def test_positions_are_not_kept_from_within_a_transform() -> None:
-    """Its tensors end with it; and a trace that keeps them has another graph the second time."""
+def test_positions_are_not_cached_inside_a_transform() -> None:
+    """The transform's tensors are invalid after it, and a trace with cached tensors would get a second graph."""
     key = (11, 6, torch.device("cpu"), torch.float32)
     one = torch.ones(())
     grad = torch.func.grad(lambda x: (forward.position_table(*key) * x).sum())(one)

@@ -26,7 +26,7 @@ from tests.support.pair_tests import PAIRED, PairTests
 TRITON = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BASE = PairCase(9, 14, batch=1)
-# Ragged and prime sizes, one token, several blocks; widths of one chunk, not full, and of several.
+# Ragged and prime sizes, one token, several blocks; widths of a partial chunk, one chunk and several.
 SIZES = (
     PairCase(1, 1, 1, 1),
     PairCase(7, 63, 5, 6, batch=1),
@@ -45,7 +45,7 @@ MASKED = (
 
 
 def cases() -> Iterator[Any]:
-    """(case, dtype): every value with every dtype or reduction, not every combination of all."""
+    """(case, dtype): every value with every dtype or reduction, but not all combinations."""
     for i, size in enumerate(SIZES):
         for j, (dtype, reduce) in enumerate(PAIRED):
             marks = [pytest.mark.slow] if (i + j) % 3 else []
@@ -73,7 +73,7 @@ def test_matches_the_reference(case: PairCase, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("case", [PairCase(0, 3), PairCase(3, 0), PairCase(4, 3, batch=0)], ids=str)
-def test_nothing_gives_zeros(case: PairCase, reduce: str) -> None:
+def test_empty_sizes_give_zeros(case: PairCase, reduce: str) -> None:
     for result in run(dataclasses.replace(case, reduce=reduce), case.inputs(DTYPES[0]), TRITON):
         assert (result == 0).all()
 
@@ -83,7 +83,7 @@ class TestTriton(PairTests):
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_the_same_bits_twice_and_for_any_layout(reduce: str) -> None:
+def test_results_are_bitwise_equal_for_repeats_and_layouts(reduce: str) -> None:
     case = PairCase(70, 20, 12, 20, reduce=reduce, masks="both", batch=1)
     inputs = case.inputs(torch.float16)
     expected = run(case, inputs, TRITON)
@@ -131,7 +131,7 @@ def scores(case: PairCase, count: int, dtype: torch.dtype, backend: str) -> list
 def test_top_pairs(
     dtype: torch.dtype, masks: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 13 x 9 pairs in chunks of few rows, and of 5 x 4, which may be fewer than requested."""
+    """Top pairs of 13 x 9 pairs in chunks of a few rows, and of 5 x 4, which may be fewer than requested."""
     monkeypatch.setattr(kernels, "_KEYS", 3 * 5 * 9 * 4)
     for case in (PairCase(13, 9, masks=masks, batch=3), PairCase(5, 4, masks=masks, batch=3)):
         found = [scores(case, count, dtype, backend) for backend in (TRITON, "reference")]
@@ -143,7 +143,7 @@ def test_top_pairs(
 
 
 def test_top_pairs_of_equal_values_are_ordered_by_place() -> None:
-    """Tokens that repeat make exact ties; zeros of either sign are equal, NaN is above all."""
+    """Repeated tokens give exact ties; zeros of either sign are equal; NaN is the largest."""
     case = PairCase(12, 10, batch=1)
     inputs = [x.clone() for x in case.inputs(torch.float32)[:4]]
     for x in inputs:
@@ -162,19 +162,19 @@ def test_top_pairs_of_equal_values_are_ordered_by_place() -> None:
     values = found[0].values
     place = found[0].i * 10 + found[0].j
     same = values[:, :, 1:] == values[:, :, :-1]
-    assert same.sum() > 100, "no ties were planted"
+    assert same.sum() > 100, "the inputs have no ties"
     assert (place[:, :, 1:] > place[:, :, :-1])[same].all()
     assert place.sort(dim=2).values.eq(torch.arange(120)).all()
 
 
-def test_top_pairs_refuses_more_places_than_a_key_holds() -> None:
+def test_top_pairs_refuses_more_pairs_than_a_key_can_number() -> None:
     wide = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**17, 1)
     with pytest.raises(ValueError, match=r"top_pairs: expected La \* Lb up to 2\^32.*131072"):
         top_pairs(*(wide,) * 4, torch.zeros(1, 1), n_pairs=1, kinds=("synergy",), backend=TRITON)
 
 
-def test_rows_far_apart_are_copied() -> None:
-    """Offsets within a block are 32 bits wide: strides that could pass them never reach a kernel."""
+def test_rows_with_large_strides_are_copied() -> None:
+    """Offsets within a block have 32 bits, so kernels never get strides that could exceed them."""
     near = torch.empty(1, 1, 2, 4, device="meta")
     far = torch.empty_strided((1, 1, 2, 4), (1, 1, 2**24 + 1, 1), device="meta")
     apart = torch.empty_strided((1, 1, 2, 4), (1, 1, 1, 2), device="meta")
@@ -213,7 +213,7 @@ def test_tiles_of_an_architecture(
     architecture: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As its launch table has them; a call that is small has those of few programs, unless none is."""
+    """Tiles agree with the launch table; small calls use its tiles for few programs, if it has any."""
     monkeypatch.setattr(choice, "architecture_of", lambda _device: architecture)
     if not few:
         monkeypatch.setattr(table, "_FEW_PROGRAMS", 0)

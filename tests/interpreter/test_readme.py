@@ -1,4 +1,4 @@
-"""The cells of the README's table that Triton has."""
+"""Tests of the Triton cells of the README's table."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ TRITON = "triton"
 QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("none", "partial", "padded_sample", "padded_modality", "mixed")
-# One block of tokens, and several, in which the shorter modalities have fewer.
+# One block of tokens, and several, of which shorter modalities use fewer.
 LENGTHS = (((5, 3), 32), ((37, 1, 20), 130), ((19, 7), 300))
 FEATURES = [
     *((*each, pattern, torch.float32) for each in LENGTHS for pattern in PATTERNS),
@@ -30,7 +30,7 @@ MIXES = [
 
 
 def concatenated(masks: list[Tensor | None] | None, batch: int, lengths: tuple[int, ...]) -> Tensor:
-    """(batch, L): what the operator takes of masks of which some may be None."""
+    """Mask (batch, L) for the operator from a list of masks, some of which may be None."""
     found = masks or [None] * len(lengths)
     return torch.cat(
         [
@@ -91,7 +91,7 @@ def test_mix(shape: tuple[int, int, int], temperature: float, dtype: torch.dtype
         assert_outside_budget(wrong, *exact, "another temperature")
 
 
-def test_mix_of_a_slice_and_one_gradient_alone() -> None:
+def test_mix_of_a_slice_and_with_one_gradient() -> None:
     whole = draw(4, 3, 5, 6, seed=2).requires_grad_()
     scores = draw(5, 4, seed=1).requires_grad_()
     for wanted in ([0], [1], [0, 1]):
@@ -115,7 +115,7 @@ def test_empty_batches() -> None:
 
 
 def test_refusals() -> None:
-    """Direct calls of the operators that would read past a tensor's end."""
+    """Direct calls of the operators that would read past a tensor are refused."""
     tokens, features, statistics = draw(2, 5, 3), draw(2, 6), draw(2, 2, 2)
     mask, scores, logits = torch.ones(2, 5, dtype=torch.bool), draw(2, 4), draw(4, 2, 3)
     for name, arguments, message in (
@@ -163,7 +163,7 @@ def test_opcheck() -> None:
         (OPS.mix_experts, (scores, logits, 1.5)),
         (OPS.mix_experts_backward, (weights, mixed, weights, parts, 1.5)),
     ):
-        # Tracing a backward on its own adds nothing to what the compiled forward traces.
+        # The compiled forward already traces the backward.
         tests = QUICK if "backward" in str(op) else (*QUICK, "test_aot_dispatch_dynamic")
         torch.library.opcheck(op.default, (*arguments, TRITON), test_utils=tests)
 

@@ -1,4 +1,4 @@
-"""Tests of the routed MLP's Triton kernels; those of routing have a file of their own."""
+"""Tests of the routed MLP's Triton kernels; test_routing.py tests those of routing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOADS = ("even", "hot", "dropped", "none")
 BASE = RoutedCase(40, 6, 9, 4, 2)
-# One token, none, several blocks of rows and of columns, chunks that are full, not full and more than one.
+# One token, none, several blocks of rows and columns, one full chunk, a partial chunk and several chunks.
 SIZES = (
     RoutedCase(17),
     RoutedCase(1, 1, 1, 1, 1),
@@ -43,12 +43,12 @@ SIZES = (
     RoutedCase(70, 130, 3, 3, 2),
     RoutedCase(300, 9, 65, 3, 1),
 )
-# Every dtype with every load.
+# All dtypes with all loads.
 KINDS = [*itertools.product(DTYPES, LOADS)]
 
 
 def cases() -> Iterator[Any]:
-    """(case, dtype): every size twice, every activation with every dtype, every number of choices."""
+    """(case, dtype): each size twice, all activations with all dtypes, all numbers of choices."""
     for i, (size, j) in enumerate(itertools.product(SIZES, range(2))):
         dtype, load = KINDS[7 * i % len(KINDS)]
         marks = [pytest.mark.slow] if j and i >= len(KINDS) else []
@@ -59,7 +59,7 @@ def cases() -> Iterator[Any]:
     for choices, bias in itertools.product((1, 2, 3, 4), (True, False)):
         case = RoutedCase(30, experts=5, choices=choices, bias=bias, load="dropped")
         yield case, torch.float32
-    # All of eight experts: eight roundings of rows before they are added up.
+    # A choice of all eight experts: eight rows are rounded before their sum.
     for dtype in DTYPES[1:]:
         yield RoutedCase(64, 24, 40, 8, 8), dtype
 
@@ -70,12 +70,12 @@ def test_matches_the_reference(case: RoutedCase, dtype: torch.dtype) -> None:
 
 
 def test_a_wrong_result_fails() -> None:
-    """The control of the comparisons above: another activation, and an error of a thousandth."""
+    """Negative control of the comparisons above: another activation, and an error of a thousandth."""
     found, low, oracle = check(BASE, torch.float32, TRITON)
     inputs, index = BASE.inputs(torch.float32), BASE.index()
     other = run(dataclasses.replace(BASE, act="gelu_tanh"), inputs, index, TRITON)
     for name, right, wrong, *rest in zip(NAMES, found, other, low, oracle, strict=True):
-        if name != "grad_b_out":  # the activation has no part in it
+        if name != "grad_b_out":  # it does not depend on the activation
             assert_outside_budget(wrong, *rest, name)
         assert_outside_budget(right * (1 + 1e-3), *rest, name)
 
@@ -91,15 +91,15 @@ def with_cotangent(
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("act", ["silu", "relu"])
 @pytest.mark.parametrize("which", range(7))
-def test_nan_and_inf_stay_with_the_rows_they_belong_to(which: int, act: str, value: float) -> None:
-    """In each of the inputs, or in the cotangent. The others' formulas differ where they are infinite."""
+def test_nan_and_inf_stay_in_their_own_rows(which: int, act: str, value: float) -> None:
+    """NaN or infinity in an input or in the cotangent. Other activations' formulas differ at infinity."""
     case = dataclasses.replace(BASE, act=act, load="dropped")
     index, positive = case.index(), [x.abs() + 0.1 for x in case.inputs(torch.float32)]
     places = [*positive, torch.ones_like(positive[0])]
     places[which].view(-1)[1] = value
     *inputs, cotangent = places
     results = [with_cotangent(case, inputs, index, b, cotangent) for b in (TRITON, "reference")]
-    # A negative infinity may end in a relu that is off.
+    # relu can turn a negative infinity into 0.
     assert value == -INF or not all(x.isfinite().all() for x in results[0])
     for name, got, want in zip(NAMES, *results, strict=True):
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
@@ -108,7 +108,7 @@ def test_nan_and_inf_stay_with_the_rows_they_belong_to(which: int, act: str, val
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_far_out(act: str) -> None:
-    """Saturated on either side, at zero, infinite: values and slopes as torch's in float64."""
+    """Values and slopes at saturation, zero and infinity agree with torch in float64."""
     case = RoutedCase(9, 1, 1, 1, 1, act, bias=False)
     points = torch.tensor([-3e4, -30.0, -6.0, -0.0, 0.0, 6.0, 30.0, 3e4, float("inf")])
     ones = torch.ones(1, 1, 1)
@@ -121,8 +121,8 @@ def test_activations_far_out(act: str) -> None:
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_nan_cotangents_pass_where_torch_passes_them(act: str) -> None:
-    """Also where the slope is 0, but for relu, which is off there."""
+def test_nan_cotangents_propagate_as_in_torch(act: str) -> None:
+    """They propagate even if the slope is 0, except for relu."""
     ones, index = torch.ones(1, 1, 1), torch.zeros(3, 1, dtype=torch.int64)
     found = []
     for backend in (TRITON, "reference"):
@@ -134,8 +134,8 @@ def test_nan_cotangents_pass_where_torch_passes_them(act: str) -> None:
     assert found[0].isnan().any()
 
 
-def test_what_is_dropped_and_what_is_empty_is_exactly_zero() -> None:
-    """Whatever the weights of experts without rows are, the biases of those with, and a dropped token's values."""
+def test_dropped_rows_and_empty_experts_give_exact_zeros() -> None:
+    """Holds for any weights of experts without rows, any biases of the others and any values of dropped tokens."""
     for choices in (1, 2):
         case = RoutedCase(20, 6, 9, 4, choices)
         inputs, index = case.inputs(torch.float32), torch.zeros(20, choices, dtype=torch.int64)
@@ -157,7 +157,7 @@ def test_what_is_dropped_and_what_is_empty_is_exactly_zero() -> None:
             assert x[0].isfinite().all()
 
 
-def test_the_same_bits_twice_and_for_any_layout() -> None:
+def test_results_are_bitwise_equal_for_repeats_and_layouts() -> None:
     case = RoutedCase(30, 20, 18, 3, 2, load="dropped")
     inputs, index = case.inputs(torch.float16), case.index()
     expected = run(case, inputs, index, TRITON)
@@ -171,7 +171,7 @@ def test_the_same_bits_twice_and_for_any_layout() -> None:
             assert torch.equal(got, want), name
 
 
-def test_a_token_may_name_an_expert_twice() -> None:
+def test_a_token_may_choose_an_expert_twice() -> None:
     index = torch.randint(-1, 4, (40, 2), generator=torch.Generator().manual_seed(3))
     index[:3] = 2
     inputs = BASE.inputs(torch.float32)
@@ -182,20 +182,20 @@ def test_a_token_may_name_an_expert_twice() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_an_expert_in_splits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weight gradients from partial sums, some of them over no rows."""
+    """Weight gradients are sums of parts, some of which have no rows."""
     monkeypatch.setattr(launch, "splits_of", lambda _tiles, _call: 3)
     for case in (RoutedCase(90, 20, 35, 2, 2, load="hot"), RoutedCase(99, 7, 9, 2, 1, bias=False)):
         check(case, dtype, TRITON)
 
 
-def test_splits_fill_a_gpu_and_follow_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_fill_a_gpu_and_depend_only_on_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda _device: 132)
     tiles = TABLE["weight_gradient", False]
     assert launch.splits_of(tiles, meta_call(16512, 2, 4, 256, 512)) == 8
     assert launch.splits_of(tiles, meta_call(16512, 2, 16, 256, 512)) == 2
     assert launch.splits_of(tiles, meta_call(16384, 8, 64, 2048, 1024)) == 1
     assert launch.splits_of(tiles, meta_call(100, 1, 4, 256, 512)) == 1
-    # A kernel is compiled for each: few, however many tokens there are.
+    # A kernel is compiled for each number of splits, so there must be few for any number of tokens.
     found = {launch.splits_of(tiles, meta_call(n, 2, 4, 128, 256)) for n in range(100, 40000, 100)}
     assert found == {1, 2, 4, 8, 16}
 
@@ -235,13 +235,13 @@ def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tiles_of_an_architecture(
     case: RoutedCase, architecture: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As its launch table has them for odd widths and for large products."""
+    """Tiles agree with the launch table for odd widths and for large products."""
     monkeypatch.setattr(choice, "architecture_of", lambda _device: architecture)
     check(case, torch.bfloat16, TRITON)
 
 
-def test_every_tile_of_several_bands_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine blocks of rows of each expert, in bands of eight, and two blocks of columns."""
+def test_every_tile_of_several_bands_is_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert has nine blocks of rows, in bands of eight, and two blocks of columns."""
     for row in list(TABLE):
         monkeypatch.setitem(TABLE, row, Tiles(16, 16, 16, 1, 4, 1, (0, 0, 0)))
     case = RoutedCase(280, 18, 20, 2, 1)
@@ -249,8 +249,8 @@ def test_every_tile_of_several_bands_is_walked_once(monkeypatch: pytest.MonkeyPa
     check(case, torch.float32, TRITON)
 
 
-def test_neither_launches_nor_buffers_follow_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CUDA graph captures for one load is right for every other."""
+def test_launches_and_buffers_do_not_depend_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph that was captured for one load is valid for all loads."""
     recorded: list[list[object]] = []
 
     def record(launches: list[Launch], _device: torch.device) -> None:
@@ -272,9 +272,9 @@ def test_neither_launches_nor_buffers_follow_the_data(monkeypatch: pytest.Monkey
     assert all(calls == recorded[0] for calls in recorded)
 
 
-def test_places_and_offsets_out_of_range_are_not_followed() -> None:
-    """Tensors that no dispatch made: rows of valid places are computed, and the call ends: an address that a wild
-    place or offset made would be far outside any tensor."""
+def test_invalid_places_and_offsets_are_not_used_as_addresses() -> None:
+    """With tensors that do not come from a dispatch, rows of valid places are computed and the call ends. An
+    address from an invalid place or offset would be far outside any tensor."""
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
     inputs = (x, weight, w_in, b_in, w_out, b_out)
@@ -291,7 +291,7 @@ def test_places_and_offsets_out_of_range_are_not_followed() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """The last rows of buffers with more than 2^31 elements, of which only those are touched."""
+    """Only the last rows of buffers with more than 2^31 elements are accessed."""
     rows, width, hidden = 2**24 + 3, 128, 130
 
     def untouched(*shape: int) -> Tensor:
@@ -341,7 +341,7 @@ def test_offsets_beyond_32_bits() -> None:
         assert torch.equal(got, want)
 
 
-def test_what_does_not_agree_is_refused() -> None:
+def test_inconsistent_arguments_are_refused() -> None:
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
     tail = (w_in, b_in, w_out, b_out, offsets)

@@ -21,7 +21,7 @@ SIZES = ((0, 3), (1, 1), (7, 5), (150, 4), (40, 64), (12, 300))
 @pytest.mark.parametrize("over", ["selected", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gate(dtype: torch.dtype, over: str) -> None:
-    """The same choices as the CPU's, and weights within rounding; coarse logits tie in most rows."""
+    """Choices equal the CPU's, and weights agree up to rounding; coarse logits give ties in most rows."""
     for tokens, experts in SIZES:
         for top_k in sorted({1, min(2, experts), min(experts, 8)}):
             for step in (1e-3, 1.0):
@@ -33,7 +33,7 @@ def test_gate(dtype: torch.dtype, over: str) -> None:
                 assert found.weight.dtype == dtype
 
 
-def test_the_control_sees_a_tie_that_goes_the_other_way() -> None:
+def test_the_comparison_detects_another_order_of_ties() -> None:
     logits = draw(150, 4).round()
     other = 3 - gate(logits.flip(1), 2, backend=TRITON).index
     assert not torch.equal(other, gate(logits, 2, backend="cpu").index)
@@ -59,7 +59,7 @@ def index_of(tokens: int, choices: int, experts: int, dropped: float, seed: int 
     return index.masked_fill(torch.rand((tokens, choices), generator=generator) < dropped, -1)
 
 
-# Several blocks of rows, and of groups in the scan; one expert; none.
+# Several blocks of rows and of groups in the scan; one expert; no tokens.
 ROUTED = ((0, 2, 3), (1, 1, 1), (40, 2, 4), (300, 4, 5), (700, 1, 40), (150, 4, 300))
 
 
@@ -100,7 +100,7 @@ def test_many_blocks_are_scanned_in_order(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_index_out_of_range_is_dropped() -> None:
-    """On a GPU nobody looks at values: what no expert has goes where -1 goes."""
+    """Values are not checked on a GPU: indices without an expert are handled like -1."""
     index = index_of(60, 3, 5, 0.1)
     wild = index.clone()
     for place, value in ((4, 5), (50, -2), (77, 2**40), (100, -(2**63)), (179, 2**63 - 1)):
@@ -129,7 +129,7 @@ def test_gate_with_capacity_and_mask_and_its_gradient() -> None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_no_index_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     index = index_of(6, 2, 3, 0.0)
     with pytest.raises(ValueError, match=r"mask: expected torch\.bool \(6,\)"):
         OPS.routing_limit(index, torch.ones(5, dtype=torch.bool), 3, 1, TRITON)

@@ -1,4 +1,4 @@
-"""Tests of autotuning of every Triton kernel that has a launch table, with a timer of invented times."""
+"""Tests of autotuning of all Triton kernels with launch tables, with invented times."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OPERATORS: dict[str, tuple[Run, Make, set[str]]] = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
-    # Three candidates beside the table's: the interpreter is slow.
+    # Three candidates and the table's tiles, because the interpreter is slow.
     for table in (pair_table, attention_table, routed_table):
         few = {kind: tried[-3:] for kind, tried in table._TRIED.items()}
         monkeypatch.setattr(table, "_TRIED", few)
@@ -64,25 +64,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @dataclasses.dataclass
 class TableIsSlowest:
-    """Written times, of which the table's is the longest; keeps what it was asked to time."""
+    """Timer with given times, of which the table's is the longest; records what it timed."""
 
     timed: list[Any] = dataclasses.field(default_factory=list)
 
     def __call__(self, trial: tuning.Trial[Any]) -> float:
         self.timed.append(trial.tiles)
-        # Only the table says what shared memory it takes.
+        # Only the table's tiles state their shared memory.
         if any(trial.tiles.shared):
             return 1.0
         return 1.0 / (2 + trial.tiles.rows + trial.tiles.columns / 1e3 + trial.tiles.stages / 1e6)
 
 
 def refuse(_trial: tuning.Trial[Any]) -> float:
-    raise AssertionError("nothing is to be timed")
+    raise AssertionError("nothing may be timed")
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Every launch that runs."""
+    """Record every launch."""
     found: list[Launch] = []
     run = Launch.run
 
@@ -95,7 +95,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_off_by_default_and_without_a_clock_the_table_runs(name: str, folder: Path) -> None:
+def test_the_table_runs_by_default_and_without_a_timer(name: str, folder: Path) -> None:
     run, make, _ = OPERATORS[name]
     inputs = make(torch.float32)
     first = run(inputs, TRITON)
@@ -110,7 +110,7 @@ def test_off_by_default_and_without_a_clock_the_table_runs(name: str, folder: Pa
     [*((name, torch.float32) for name in OPERATORS), ("expert_attention", torch.bfloat16)],
     ids=str,
 )
-def test_the_fastest_runs_is_right_and_is_found_again(
+def test_the_fastest_tiles_run_are_correct_and_are_reused(
     name: str, dtype: torch.dtype, launched: list[Launch]
 ) -> None:
     run, make, kernels = OPERATORS[name]
@@ -118,14 +118,14 @@ def test_the_fastest_runs_is_right_and_is_found_again(
     with tuning.autotune(timer=clock):
         first = run(inputs, TRITON)
         timed = len(clock.timed)
-        assert timed > len(kernels), "each has more than the table's"
+        assert timed > len(kernels), "each kernel has candidates besides the table's tiles"
         assert all(map(torch.equal, first, run(inputs, TRITON)))
     assert len(clock.timed) == timed, "each key is timed once"
     found = {result.key.kernel: result for result in cache.results()}
     assert set(found) == {f"{name}.{kernel}" for kernel in kernels}
     assert all(r.tiles != r.table and not r.refused for r in found.values())
     check_budget(run, inputs, first)
-    # A fresh process knows nothing but the files.
+    # A new process has only the files.
     tuner.forget()
     launched.clear()
     with tuning.autotune(timer=refuse):
@@ -173,7 +173,7 @@ def test_a_capture_times_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(map(torch.equal, found, want))
 
 
-def test_calls_of_a_bucket_share_an_answer() -> None:
+def test_calls_of_a_bucket_share_a_result() -> None:
     assert [tuning.bucket(n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
     clock = TableIsSlowest()
     for lengths in ((33, 18), (35, 16)):
@@ -184,8 +184,8 @@ def test_calls_of_a_bucket_share_an_answer() -> None:
     assert len(list(cache.results())) == 1
 
 
-def test_tiles_given_an_architecture_are_the_tables() -> None:
-    """What a report compiles does not follow what was found on some machine."""
+def test_tiles_for_an_architecture_come_from_the_table() -> None:
+    """Ahead-of-time reports do not depend on tuning results of a machine."""
     x = torch.empty(2, 4, 8, 32, device="meta")
     call = PairCall(x, x, x, x, None, None, None, (0, 1, 2, 3), 4, 1.0)
     with tuning.autotune(timer=refuse):

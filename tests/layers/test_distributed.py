@@ -1,4 +1,4 @@
-"""The layers under DistributedDataParallel: two ranks' averaged gradients are those of the mean loss."""
+"""Tests of the layers under DistributedDataParallel: averaged gradients equal those of the mean loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANKS, LENGTHS, WIDTH = 2, (5, 7), 16
 def make_layer() -> InteractionMoE:
     torch.manual_seed(0)
     fusion = FusionTransformer(2, WIDTH, 3, num_layers=2, num_heads=2, dropout=0.0)
-    # eval: the reweighting MLP has a dropout of its own.
+    # eval mode, because the reweighting MLP has dropout.
     return InteractionMoE(2, fusion, hidden_dim=WIDTH, hidden_dim_rw=8).double().eval()
 
 
@@ -54,14 +54,14 @@ def run_rank(
     try:
         layer = make()
         wrapped = nn.parallel.DistributedDataParallel(layer)
-        # A parameter that got no gradient is an error of the next forward pass.
+        # If a parameter has no gradient, the next forward pass raises an error.
         for _ in range(2):
             wrapped.zero_grad()
             loss(wrapped, rank).backward()
         if rank == 0:
             grads = {name: p.grad for name, p in layer.named_parameters()}
             torch.save(grads, f"{folder}/grads.pt")
-        # A group that outlives its peers, or this function, can abort the process as it ends.
+        # A group that exists longer than its peers or this function can abort the process at exit.
         del wrapped
         dist.barrier()
     finally:
@@ -75,7 +75,7 @@ def test_gradients_are_averaged_over_ranks(tmp_path: Path) -> None:
     (sum(loss_of(layer, rank) for rank in range(RANKS)) / RANKS).backward()
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
-    # One rank's own gradient is not the average: the comparison can fail.
+    # Negative control: a single rank's gradient is not the average.
     alone = make_layer()
     loss_of(alone, 0).backward()
     name = "interaction_experts.0.fusion_model.network.0.attn.q.weight"
@@ -83,7 +83,7 @@ def test_gradients_are_averaged_over_ranks(tmp_path: Path) -> None:
 
 
 class PairStack(nn.Module):
-    """Two layers over token pairs, of which the first passes sequences on."""
+    """Two layers over token pairs; the first returns sequences."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,13 +101,13 @@ def make_pair_stack() -> PairStack:
 
 
 def pair_loss(model: nn.Module, rank: int) -> Tensor:
-    """On rank 1 a modality is missing, which must not leave a parameter without a gradient."""
+    """A modality is missing on rank 1; all parameters must still get a gradient."""
     a, b = make_batch(rank)[0]
     return model([a, b if rank == 0 else None]).square().mean()
 
 
 @pytest.mark.slow
-def test_pair_layers_of_which_one_rank_lacks_a_modality(tmp_path: Path) -> None:
+def test_pair_layers_with_a_missing_modality_on_one_rank(tmp_path: Path) -> None:
     mp.spawn(run_rank, args=(str(tmp_path), make_pair_stack, pair_loss), nprocs=RANKS)
     found = torch.load(tmp_path / "grads.pt", weights_only=True)
     model = make_pair_stack()

@@ -1,4 +1,4 @@
-"""The fast layer against the reference: every output, loss and gradient, masks, edges, its life as a module."""
+"""Tests of the fast layer against the reference: outputs, losses, gradients, masks, module methods."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ SPARSE = [
     LayerCase((5, 1, 4, 2), dim=12, sparse=True, gate="GShardGate", mlp_experts=7, masks="mixed"),
     LayerCase((1, 1), dim=12, batch=1, sparse=True, gate="NaiveGate", mlp_experts=1, top_k=1),
 ]
-# With as many choices as experts: rows that rounding sends to another expert cannot be compared.
+# As many choices as experts: rows that rounding sends to another expert cannot be compared.
 ALL_CHOSEN = dataclasses.replace(SPARSE_FL, gate="NaiveGate", mlp_experts=2, masks="partial")
 CALLS = [
     *((case, dtype, True) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
@@ -169,7 +169,7 @@ PADDED_SPARSE = [
     ids=str,
 )
 def test_a_sample_of_padding_alone(case: LayerCase, dtype: torch.dtype) -> None:
-    """Latent 0 and finite gradients for it, no part in gate losses; the others are the reference's."""
+    """It has latent 0, finite gradients and no part in gate losses; other samples agree with the reference."""
     x, masks, noise = data(case, dtype)
     layer = fast_layer(case, dtype)
     padded, others = case.batch // 2, [0, 2]
@@ -211,7 +211,7 @@ def test_inference_is_the_full_view(case: LayerCase, backend: str) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 @BOTH
-def test_shape_of_what_comes_back(case: LayerCase, sparse: bool) -> None:
+def test_shapes_of_outputs(case: LayerCase, sparse: bool) -> None:
     case = dataclasses.replace(case, sparse=sparse)
     x, masks, noise = data(case)
     results = [
@@ -246,15 +246,15 @@ def test_noise_and_dropout_follow_torchs_generator(case: LayerCase) -> None:
     layer.eval()
     state = torch.get_rng_state()
     full = latents(1)[:, 0]
-    assert torch.equal(full, latents(2)[:, 0]), "in eval the full view is not random"
-    assert not torch.equal(latents(1)[:, 1:], latents(2)[:, 1:]), "the noise is"
+    assert torch.equal(full, latents(2)[:, 0]), "in eval mode the full view is not random"
+    assert not torch.equal(latents(1)[:, 1:], latents(2)[:, 1:]), "the noise is random"
     torch.set_rng_state(state)
     layer.inference(x)
-    assert torch.equal(torch.get_rng_state(), state), "inference in eval draws nothing"
+    assert torch.equal(torch.get_rng_state(), state), "inference in eval mode draws nothing"
 
 
 def test_noise_is_fresh_per_expert_modality_and_sample() -> None:
-    """Experts with equal parameters differ in their noise alone."""
+    """Experts with equal parameters differ only by their noise."""
     case = LayerCase((4, 4), dim=8, batch=2)
     layer = fast_layer(case)
     first = layer.interaction_experts[0]
@@ -410,7 +410,7 @@ def test_frozen_parameters(case: LayerCase) -> None:
     assert not partial([each.detach() for each in x])[2].requires_grad
 
 
-def test_no_gradient_is_asked_for_under_no_grad() -> None:
+def test_no_graph_is_built_under_no_grad() -> None:
     layer, x = fast_layer(FL), FL.inputs()
     with torch.no_grad():
         assert not layer(x)[2].requires_grad
@@ -426,7 +426,7 @@ def test_hooks_on_the_layer_fire() -> None:
     assert seen == [1, 5]
 
 
-def test_a_parameter_shared_by_experts_adds_up_its_gradients() -> None:
+def test_gradients_of_a_parameter_shared_by_experts_are_summed() -> None:
     layer, reference = fast_layer(FL, torch.float64), FL.reference(torch.float64)
     for each in (layer, reference):
         heads = [expert.fusion_model.network[-1] for expert in each.interaction_experts]

@@ -1,4 +1,4 @@
-"""The layer with routed MLPs inside: gate losses, drops, random draws, compilation."""
+"""Tests of the layer with routed MLPs: gate losses, drops, random draws, compilation."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.support.layers import (
 )
 
 GATES = ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate")
-# In training these draw random numbers, so that only eval mode can be compared.
+# These gates draw random numbers in training, so only eval mode can be compared.
 RANDOM = ("SwitchGate", "NoisyGate")
 BOTH = pytest.mark.parametrize("case", [SPARSE_FL, SPARSE_I2], ids=["fl_i2moe", "i2moe"])
 
 
-def test_drops_are_seen() -> None:
-    """The control of the cases with a capacity: it takes part in the result, and so does the padding."""
+def test_drops_change_the_results() -> None:
+    """Negative control of the cases with a capacity: capacity and padding change the results."""
     case = dataclasses.replace(SPARSE_FL, capacity=0.4, masks="partial")
     free, free64 = (
         dataclasses.replace(case, capacity=None).reference(dtype)
@@ -55,8 +55,8 @@ def test_drops_are_seen() -> None:
 
 @pytest.mark.parametrize("gate", GATES[1:])
 @pytest.mark.parametrize("fast", [True, False])
-def test_every_modality_has_a_part_in_the_gate_losses(gate: str, fast: bool) -> None:
-    """Of the loss and of its gradient at the gates' weights, which are no longer zero without any one of them."""
+def test_every_modality_contributes_to_the_gate_losses(gate: str, fast: bool) -> None:
+    """Without any one modality, the loss and its gradient at the gates' weights change."""
     case = dataclasses.replace(SPARSE_FL, gate=gate, masks="all_valid")
     layer = (fast_layer(case) if fast else case.reference()).eval()
     x, full, noise = data(case)
@@ -81,7 +81,7 @@ def test_every_modality_has_a_part_in_the_gate_losses(gate: str, fast: bool) -> 
 @pytest.mark.parametrize("mode", [True, False])
 @BOTH
 def test_gate_losses_are_sums_over_layers_and_modalities(case: LayerCase, mode: bool) -> None:
-    """Of what the gates say of each call on its own, with a mask or without, whether gradients are kept or not."""
+    """The sum is over separate calls of the gates, with and without masks, with and without gradients."""
     case = dataclasses.replace(case, masks="none" if case is SPARSE_I2 else "partial")
     reference, calls = case.reference().train(mode), []
     for e, expert in enumerate(reference.interaction_experts):
@@ -112,7 +112,7 @@ def test_gate_losses_are_sums_over_layers_and_modalities(case: LayerCase, mode: 
 
 @pytest.mark.parametrize("gate", RANDOM)
 def test_random_draws_in_training(gate: str) -> None:
-    """They follow torch's generator; equal to the reference's in distribution: means within five deviations."""
+    """Draws follow torch's generator; means agree with the reference's within five standard deviations."""
     case = dataclasses.replace(SPARSE_FL, gate=gate, layers=1, batch=2, mlp_experts=3)
     x, masks, noise = data(case)
     layers = [fast_layer(case).train(), case.reference().train()]
@@ -133,7 +133,7 @@ def test_random_draws_in_training(gate: str) -> None:
 
 
 @BOTH
-def test_nothing_gathers_when_nobody_takes_the_losses(case: LayerCase) -> None:
+def test_gates_keep_no_losses_that_are_not_returned(case: LayerCase) -> None:
     case = dataclasses.replace(case, sparse=False)
     for layer in (fast_layer(case), case.reference()):
         x, masks, noise = data(case)
@@ -175,7 +175,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_a_graph_break() -> None:
-    """With masks this is the plan whose shapes do not depend on data, padded rows included."""
+    """With masks, the compiled plan has shapes that do not depend on data and includes padded rows."""
     case = dataclasses.replace(SPARSE_FL, layers=1, masks="padded_sample", capacity=0.5)
     layer, (x, masks, noise) = fast_layer(case), data(case)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

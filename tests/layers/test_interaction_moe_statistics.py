@@ -1,8 +1,8 @@
-"""With dropout and fresh noise on, the fast layer's outputs are distributed as the reference's.
+"""Tests of the distribution of the fast layer's outputs with dropout and noise.
 
-One sample is repeated over a large batch, as every row of a batch has its own masks and noise, and over
-seeds. Means, variances and covariances (between experts, views and columns, so that a mask used twice
-shows) must agree within six standard errors.
+One sample is repeated over a large batch, in which every row has its own masks and noise, and over seeds.
+Means, variances and covariances must agree with the reference's within six standard errors. Covariances are
+between experts, views and columns, so that a mask that is used twice is detected.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def one_sample(case: LayerCase) -> list[Tensor]:
 
 
 def samples(case: LayerCase, make: Callable[[], torch.nn.Module], noise: bool = True) -> Tensor:
-    """Every random output, (seeds * batch, features)."""
+    """All random outputs, (seeds * batch, features)."""
     layer, x = make(), one_sample(case)
     fixed = None if noise else [x] * case.experts
     rows = []
@@ -52,7 +52,7 @@ def samples(case: LayerCase, make: Callable[[], torch.nn.Module], noise: bool = 
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means and covariances, and the variances of these two estimates."""
+    """Means and covariances, and the variances of both estimates."""
     n = len(x)
     mean = x.mean(0)
     centred = x - mean
@@ -62,7 +62,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def largest_deviation(a: Tensor, b: Tensor) -> tuple[float, float, float]:
-    """Of means, variances and covariances, in standard errors."""
+    """Largest differences of means, variances and covariances, in standard errors."""
     (mean_a, cov_a, mean_var_a, cov_var_a), (mean_b, cov_b, mean_var_b, cov_var_b) = (
         moments(a),
         moments(b),
@@ -81,7 +81,7 @@ def test_moments_agree_with_the_reference(name: str) -> None:
     assert found.shape == expected.shape
     assert max(largest_deviation(found, expected)) < SIGMAS
 
-    # The controls: another rate, noise that is not drawn, one draw for two views.
+    # Negative controls: another rate, no noise, the same draw for two views.
     other = dataclasses.replace(case, dropout=CONTROL_RATES[name])
     wrong = samples(case, lambda: InteractionMoE.adopt(other.reference(), backend="cpu"))
     assert largest_deviation(wrong, expected)[1] > SIGMAS
@@ -96,7 +96,7 @@ def test_moments_agree_with_the_reference(name: str) -> None:
 
 
 def test_rates_of_single_dropouts() -> None:
-    """Each of the five places on its own, as the others could hide it."""
+    """Each of the five dropouts is tested alone, because the others could hide it."""
     case = dataclasses.replace(CASES["fl_i2moe"], batch=1500)
 
     def layer(place: str) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""What `describe` reads from a layer, and everything that it must refuse by name."""
+"""Tests of `describe`: architectures that it reads, and layers that it refuses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_describes_the_variant_with_learned_positions() -> None:
     assert (spec.compat, spec.num_patches, spec.num_modalities) == ("i2moe", 7, 3)
 
 
-def test_tells_dropout_rates_apart() -> None:
+def test_describes_each_dropout_rate() -> None:
     layer = make_layer(layers=2)
     for experts in layer.interaction_experts:
         part = experts.fusion_model.network[1]
@@ -101,7 +101,7 @@ def test_builds_a_reference_that_loads_it_and_is_described_alike(variant: Any) -
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("variant", [fl, i2])
-def test_describes_and_builds_what_is_described_alike(variant: Any, gate: str) -> None:
+def test_a_built_reference_has_the_same_description(variant: Any, gate: str) -> None:
     layer = make_sparse_layer(variant, gate, num_routers=2)
     spec = describe(layer)
     assert spec.sparse is not None

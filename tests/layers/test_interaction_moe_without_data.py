@@ -1,4 +1,4 @@
-"""A training step of the layer on its Triton kernels, on tensors without data: nothing in it waits for the GPU."""
+"""Tests of a training step on tensors without data: no synchronization."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ COPIES = ("aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy")
 
 
 class OnDeviceOnly(TorchDispatchMode):
-    """An error where an operator copies between devices. What has to read data fails on META by itself."""
+    """Raise an error if an operator copies between devices. Operators that read data already fail on META."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-        # A number is passed by value with the kernel that uses it.
+        # A scalar is passed by value to the kernel.
         there = {x.device.type for x in found if x.dim() or func._schema.name in COPIES}
         if len(there) > 1:
             raise AssertionError(f"{func} copies between {sorted(there)}")
@@ -49,7 +49,7 @@ class OnDeviceOnly(TorchDispatchMode):
 def forward_pass(
     case: LayerCase, layer: InteractionMoE, call: Any = None
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Outputs of a training call, of the layer or of `call` in its place, and its inputs; an inference too."""
+    """Outputs and inputs of a training call of the layer, or of `call` instead; inference runs too."""
     shapes = [(case.batch, length, case.dim) for length in case.lengths]
     x = [torch.empty(shape, device=META).requires_grad_() for shape in shapes]
     masks: list[Tensor | None] | None = None
@@ -77,7 +77,7 @@ def host_data(*_args: Any, **_kwargs: Any) -> None:
 
 @pytest.fixture
 def no_host_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists that would become tensors: a device without data takes them without a copy that could be seen."""
+    """Refuse lists that become tensors: on a device without data their copy is not visible."""
     for name in ("tensor", "as_tensor", "from_numpy", "asarray"):
         monkeypatch.setattr(torch, name, host_data)
 
@@ -87,7 +87,7 @@ def no_host_data(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_training_step_reads_no_data_and_copies_none_from_the_host(
     case: LayerCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward, so that neither waits for a GPU and a CUDA graph can capture both."""
+    """Neither forward nor backward waits for the GPU, so a CUDA graph can capture both."""
     monkeypatch.setattr(backends, "choose", lambda *_args: backends.TRITON)
     layer = InteractionMoE.adopt(case.reference().to(META))
     with OnDeviceOnly():
@@ -97,7 +97,7 @@ def test_a_training_step_reads_no_data_and_copies_none_from_the_host(
 
 
 def test_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operators stand in it as they are; test_interaction_sparse.py has a sparse model compiled."""
+    """The graph contains the operators; test_interaction_moe_sparse.py compiles a sparse model."""
     monkeypatch.setattr(backends, "choose", lambda *_args: backends.TRITON)
     torch.compiler.reset()
     layer = InteractionMoE.adopt(FL.reference().to(META))
@@ -121,8 +121,8 @@ def test_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_host_data")
-def test_the_checks_see_copies_and_reads() -> None:
-    """The control of the test above."""
+def test_the_checks_detect_copies_and_reads() -> None:
+    """Negative control of the tests above."""
     x = torch.ones(3, device=META)
     with OnDeviceOnly():
         for read in (lambda: x.sum().item(), lambda: bool((x > 0).all()), x.tolist, x.nonzero):

@@ -1,4 +1,4 @@
-"""PairInteractionMoE against its definition: logits, losses, token outputs, masks, and its life as a module."""
+"""Tests of PairInteractionMoE against its definition: outputs, losses, masks, module methods."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 @EACH_BACKEND
 @pytest.mark.parametrize("case", CASES)
-def test_is_what_its_docstring_says(case: str, backend: str) -> None:
+def test_agrees_with_its_docstring(case: str, backend: str) -> None:
     lengths, pattern, options = CASES[case]
     layer = pair_layer(DIMS[: len(lengths)], backend=backend, token_outputs=True, **options)
     x, masks = pair_inputs(lengths), draw_masks(pattern, 2, lengths)
@@ -64,7 +64,7 @@ def test_expert_names() -> None:
 
 
 @EACH_BACKEND
-def test_latents_hold_what_each_expert_pooled(backend: str) -> None:
+def test_latents_are_the_pooled_values_of_each_expert(backend: str) -> None:
     layer = pair_layer(DIMS, backend=backend)
     out = layer(pair_inputs((3, 2, 2)))
     assert out.latents.shape == (5, 2, 3 * 4)
@@ -84,7 +84,7 @@ def test_cpu_is_within_the_budget_of_the_reference(pattern: str, dtype: torch.dt
     masks = draw_masks(pattern, 2, lengths)
     found = []
     for backend, kind in (("cpu", dtype), ("reference", dtype), ("reference", torch.float64)):
-        # The same rounded values for all three.
+        # All three use the same rounded values.
         layer = pair_layer(DIMS, dtype, backend=backend, rank=8, value_dim=16).to(kind)
         x = [each.to(kind).requires_grad_() for each in pair_inputs(lengths, dtype=dtype)]
         out = layer(x, masks, interaction_losses=True, replacements=[each.flip(0) for each in x])
@@ -94,7 +94,7 @@ def test_cpu_is_within_the_budget_of_the_reference(pattern: str, dtype: torch.dt
         names = ["x0", "x1", "x2", *dict(layer.named_parameters())]
         found.append(outputs | dict(zip(names, grads, strict=True)))
     for name, exact in found[2].items():
-        # Low precision sums over tokens in different orders: the terms' size is what rounds.
+        # Sums over tokens have different orders; in low precision the size of the terms determines the rounding.
         size = float(exact.detach().abs().max())
         assert_within_budget(found[0][name], found[1][name], exact, name, magnitude=2 * size)
 
@@ -223,7 +223,7 @@ def test_layers_stack(backend: str) -> None:
 
 @EACH_BACKEND
 def test_layers_stack_without_a_modality(backend: str) -> None:
-    """Every parameter keeps a gradient, as DistributedDataParallel wants it; of unused ones it is 0."""
+    """Every parameter has a gradient, as DistributedDataParallel requires; unused parameters have 0."""
     below = pair_layer(DIMS, num_classes=None, token_outputs=True, backend=backend)
     above = pair_layer(DIMS, backend=backend, seed=1)
     x = pair_inputs((3, 2, 2))
@@ -284,7 +284,7 @@ def test_copies_pickles_and_checkpoints() -> None:
     assert torch.equal(layer(x).logits, expected)
 
 
-def test_loads_into_a_layer_made_without_memory() -> None:
+def test_loads_into_a_layer_on_the_meta_device() -> None:
     layer, x = pair_layer(DIMS, token_outputs=True), pair_inputs((3, 2, 2))
     other = pair_layer(DIMS, token_outputs=True, seed=5).to("meta")
     assert all(parameter.is_meta for parameter in other.parameters())
@@ -333,7 +333,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(explanation.value, best)
 
 
-def test_autocast_casts_what_autocast_casts() -> None:
+def test_autocast_casts_only_autocast_dtypes() -> None:
     layer = pair_layer(dtype=torch.float32)
     a, b = pair_inputs((6, 5), dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -350,7 +350,7 @@ def test_autocast_casts_what_autocast_casts() -> None:
 @EACH_BACKEND
 @pytest.mark.parametrize("autocast", [False, True], ids=["half layer", "autocast"])
 def test_sums_over_many_pairs_fit_float16(autocast: bool, backend: str) -> None:
-    """512 x 512 pairs whose messages have one sign: their sum is beyond float16's 65504."""
+    """The messages of 512 x 512 pairs have the same sign, and their sum exceeds float16's 65504."""
     layer = PairInteractionMoE([8, 8], num_classes=3, rank=2, value_dim=4, backend=backend)
     with torch.no_grad():
         for maps in layer.projections:
@@ -359,7 +359,7 @@ def test_sums_over_many_pairs_fit_float16(autocast: bool, backend: str) -> None:
                 linear.bias.fill_(1.0)
         layer.head.add_(0.25)
     layer.half().float()
-    # LayerNorm takes a mean over features away: what the tokens have in common is a direction.
+    # LayerNorm subtracts the mean over features, so the common part of the tokens is a direction.
     common = torch.linspace(-3.0, 3.0, 8)
     x = [each + common for each in pair_inputs((512, 512), (8, 8), dtype=torch.float32)]
     x = [each.half().float() for each in x]
@@ -440,7 +440,7 @@ def test_an_empty_batch(backend: str) -> None:
 
 
 def test_longer_padding_changes_nothing() -> None:
-    """The normalizer does not depend on which tokens are there."""
+    """The normalizer does not depend on the number of tokens."""
     layer, (a, b) = pair_layer(), pair_inputs((3, 2))
     longer = [torch.cat([each, draw(2, 4, each.shape[2], dtype=each.dtype)], 1) for each in (a, b)]
     masks = [torch.arange(each.shape[1] + 4).expand(2, -1) < each.shape[1] for each in (a, b)]

@@ -1,4 +1,4 @@
-"""PairInteractionMoE's errors: each names its argument, what was expected and what came, before any work."""
+"""Tests of PairInteractionMoE's error messages: argument, expected value, actual value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""explain() against brute force over all coalitions, shapiq, and its own identities."""
+"""Tests of explain() against brute force over all coalitions, shapiq, and identities."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_brute_force_over_all_coalitions(name: str, backend: str) -> None:
 @EACH_BACKEND
 @pytest.mark.parametrize("name", GAMES)
 def test_the_game_is_2_additive(name: str, backend: str) -> None:
-    """Its Moebius transform is 0 beyond pairs, and there it is phi."""
+    """The game's Moebius transform is phi for pairs and 0 for larger sets."""
     played = game(name, backend)
     n = played.players
     moebius = played.values.clone()
@@ -87,7 +87,7 @@ def test_shapiqs_exact_computer(name: str) -> None:
 
 @EACH_BACKEND
 def test_identities_of_a_batch(backend: str) -> None:
-    """Efficiency, additivity over experts, and sums of maps, at sizes beyond brute force and with masks."""
+    """Efficiency, additivity over experts and sums of maps, at sizes too large for brute force and with masks."""
     lengths = (13, 7, 5)
     layer = pair_layer(DIMS, backend=backend, rank=8, value_dim=16)
     x, masks = pair_inputs(lengths, batch=3), draw_masks("partial", 3, lengths)
@@ -141,7 +141,7 @@ def test_top_pairs_are_the_extremes_of_the_map(m: int, n: int, largest: bool, ba
     found = layer.explain(x, masks)
     phi = found.pair_map(m, n)
     valid = masks[m][:, :, None] & masks[n][:, None, :]
-    count = 40  # more than are valid in some sample
+    count = 40  # more than the valid pairs of some samples
     assert int(valid.sum(dim=(1, 2)).min()) < count
     whole = torch.cat([phi, phi.sum(dim=1, keepdim=True)], dim=1)
     worst = -torch.inf if largest else torch.inf
@@ -164,11 +164,11 @@ def test_top_pairs_are_the_extremes_of_the_map(m: int, n: int, largest: bool, ba
         for b in range(2):
             real = i[b] >= 0
             assert int(real.sum()) == min(int(valid[b].sum()), count)
-            assert valid[b][i[b][real], j[b][real]].all(), "anchors and padding are left out"
+            assert valid[b][i[b][real], j[b][real]].all(), "anchors and padding are excluded"
             torch.testing.assert_close(maps[b][i[b][real], j[b][real]], values[b][real])
 
 
-def test_no_map_is_made_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_are_computed_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
     original = sides.pair_map
 
@@ -213,7 +213,7 @@ def test_expert_share(backend: str) -> None:
     expected = parts.abs() / parts.abs().sum(dim=1, keepdim=True)
     torch.testing.assert_close(found.expert_share(), expected)
     torch.testing.assert_close(found.expert_share().sum(dim=1), torch.ones(2, dtype=x[0].dtype))
-    # Adding the same to all classes changes no softmax and no share.
+    # Adding a constant to all classes changes neither the softmax nor the shares.
     with torch.no_grad():
         assert layer.head is not None
         layer.head[3] += 0.5
@@ -253,8 +253,8 @@ def test_a_missing_modality(backend: str) -> None:
     torch.testing.assert_close(absent.expert_share(), masked.expert_share())
 
 
-def test_it_is_apart_from_training() -> None:
-    """No graph, and a later step of the optimizer changes nothing in it."""
+def test_an_explanation_is_detached_from_training() -> None:
+    """It has no graph, and a later optimizer step does not change it."""
     layer, x = pair_layer(), [each.requires_grad_() for each in pair_inputs((3, 2))]
     found = layer.explain(x)
     tensors = [found.value, found.baseline, *found.shapley_values(), found.pair_map()]
@@ -275,7 +275,7 @@ def test_it_does_not_change_with_the_callers_tensors() -> None:
     mine = layer.explain(x, masks, target)
     for each in (*x, *masks, target):
         each.zero_()
-    # What it hands out is the caller's, too.
+    # Changes of returned tensors do not change it either.
     for m in range(3):
         found.anchor_map(m).fill_(7.0)
         for each in (*found.shapley_values(), *found.shapley_values("synergy")):
@@ -306,7 +306,7 @@ def test_the_identities_hold_in_half_precision(dtype: torch.dtype, backend: str)
         for n in set(range(3)) - {m}:
             expected = expected + found.pair_map(m, n).sum(dim=(1, 3)) / 2
         torch.testing.assert_close(each, expected, **close)
-    # forward's logits are the same ones, rounded.
+    # The logits of forward are the same values, rounded.
     torch.testing.assert_close(
         layer(x, masks).logits, found.logits, rtol=0.02, atol=0.3, check_dtype=False
     )

@@ -1,4 +1,4 @@
-"""The gates' losses: which calls they are the sum of, and that half precision does not count in them."""
+"""Tests of gate losses: calls in the sum, no counting in half precision."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_losses_of_a_step_add_up(name: str) -> None:
     assert gate.get_loss() is total
     assert gate.get_loss() is None
     if name != "naive":
-        assert all(total != loss for loss in apart), "the control: one call's loss alone"
+        assert all(total != loss for loss in apart), "control: the loss of one call"
 
 
-def test_losses_that_are_not_trained_on_replace_each_other() -> None:
+def test_losses_without_gradients_replace_each_other() -> None:
     gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
     of_x, of_y = call(gate, x)[2], call(gate, y)[2]
     assert of_x != of_y
@@ -55,11 +55,11 @@ def test_losses_that_are_not_trained_on_replace_each_other() -> None:
         gate(y)
         loss = gate.get_loss()
         assert loss is not None
-        assert loss == of_y, "a training loss does not add to it"
+        assert loss == of_y, "it is not added to a training loss"
         assert loss.requires_grad
 
 
-def test_a_look_in_between_leaves_the_losses_of_a_training_step() -> None:
+def test_an_evaluation_keeps_the_losses_of_a_training_step() -> None:
     gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
     expected = call(gate, x)[2] + call(gate, y)[2]
     gate(x)
@@ -76,23 +76,23 @@ def test_a_look_in_between_leaves_the_losses_of_a_training_step() -> None:
 
 
 def objective(gate: Gate, *parts: Tensor) -> Tensor:
-    """Of several calls; a square, because the weights of a token sum to 1."""
+    """Objective of several calls; squared, because the weights of a token sum to 1."""
     return torch.stack([gate(part).weight.square().sum() for part in parts]).sum()
 
 
 @every_gate
-def test_a_step_whose_loss_nobody_takes_does_not_reach_the_next(name: str) -> None:
+def test_an_unread_loss_is_not_added_to_the_next_step(name: str) -> None:
     gate, x, y = make(name), draw(N, D), draw(N, D, seed=9)
     apart = [call(gate, part)[2] for part in (x, y)]
     objective(gate, x, y).backward()
-    assert gate.has_loss, "it can still be looked at"
+    assert gate.has_loss, "it can still be read"
     torch.manual_seed(1)
     total = gate(x).weight.square().sum()
     torch.manual_seed(1)
     total = total + gate(y).weight.square().sum()
     loss = gate.get_loss()
     assert loss is not None
-    torch.testing.assert_close(loss, sum(apart), msg="of both calls, and of no other")
+    torch.testing.assert_close(loss, sum(apart), msg="the sum of exactly these two calls")
     (total + loss).backward()
 
     objective(gate, x).backward()
@@ -102,12 +102,12 @@ def test_a_step_whose_loss_nobody_takes_does_not_reach_the_next(name: str) -> No
     objective(gate.train(), x).backward()
     gate.eval()
     gate(y)
-    assert gate.get_loss() == expected, "of an evaluation after it"
+    assert gate.get_loss() == expected, "the loss of a later evaluation"
 
 
 @every_gate
-def test_the_backward_pass_of_another_step_ends_nothing(name: str) -> None:
-    """Steps that overlap: the second has begun when the first goes backward."""
+def test_the_backward_pass_of_another_step_clears_no_losses(name: str) -> None:
+    """Overlapping steps: the second starts before the backward of the first."""
     gate, x, y = make(name), draw(N, D), draw(N, D, seed=9)
     apart = [call(gate, part)[2] for part in (x, y)]
     first, of_first = gate(x).weight.square().sum(), gate.get_loss()
@@ -132,7 +132,7 @@ def test_which_backward_passes_end_a_step() -> None:
     assert gate.get_loss(clear=False) == 2 * of_x, "a penalty on gradients keeps the graph"
     out.backward(retain_graph=True)
     loss = gate.get_loss(clear=False)
-    assert loss == 2 * of_x, "taken after the outputs' own pass"
+    assert loss == 2 * of_x, "read after the backward of the outputs"
     assert loss is not None
     loss.backward()
     gate(x)
@@ -141,7 +141,7 @@ def test_which_backward_passes_end_a_step() -> None:
     assert loss is not None
     loss.backward()
     gate(x)
-    assert gate.get_loss() == of_x, "the loss alone"
+    assert gate.get_loss() == of_x, "the backward of the loss alone ends a step"
 
     for parameter in gate.parameters():
         parameter.requires_grad_(False)
@@ -153,14 +153,14 @@ def test_which_backward_passes_end_a_step() -> None:
     assert not loss.requires_grad
 
 
-def test_losses_that_nobody_takes_hold_no_graphs() -> None:
+def test_unread_losses_keep_no_graphs_alive() -> None:
     gate, x = make("gshard"), draw(4, D)
     first = draw(4, D).requires_grad_()
     graph = weakref.ref(first)
     out = objective(gate, first)
     del first
     gc.collect()
-    assert graph() is not None, "the control: until then its graph is needed"
+    assert graph() is not None, "control: the graph is needed until then"
     out.backward()
     del out
     gate(x)
@@ -172,12 +172,12 @@ def test_losses_that_nobody_takes_hold_no_graphs() -> None:
     watched = weakref.ref(held)
     del held
     gc.collect()
-    assert watched() is None, "the graph does not hold the gate"
+    assert watched() is None, "the graph does not keep the gate alive"
 
 
 @pytest.mark.parametrize("taken", [True, False])
 def test_checkpoints_within_a_step(taken: bool) -> None:
-    """Two checkpointed calls, and losses that are taken in one step and not in the other."""
+    """Two checkpointed calls, and losses that are read in only one of two steps."""
     gate, x, y = make("gshard"), draw(N, D).requires_grad_(), draw(N, D, seed=9)
     expected = call(gate, x)[2] + call(gate, y)[2]
 
@@ -219,8 +219,8 @@ def test_checkpointing_does_not_count_twice(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_no_loss_but_zero_is_zero(dtype: torch.dtype) -> None:
-    """Sums of logits overflow in half precision, and some are infinite: 0 times them is not 0."""
+def test_a_zero_loss_stays_zero_with_infinite_logits(dtype: torch.dtype) -> None:
+    """NaiveGate's loss is 0, although sums of logits overflow in half precision and 0 times infinity is NaN."""
     gate = NaiveGate(D, E).to(dtype)
     with torch.no_grad():
         gate.gate.bias.fill_(60000.0)
@@ -236,7 +236,7 @@ def test_no_loss_but_zero_is_zero(dtype: torch.dtype) -> None:
 
 
 def hot(gate: Gate, dtype: torch.dtype, tokens: int = 70000) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a step under autocast in which one expert is every token's; all logits, all noise."""
+    """Loss of a step under autocast in which all tokens choose the same expert, with all logits and noise."""
     x = draw(tokens, D)
     noise = draw(tokens, gate.tot_expert, seed=4)
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_noisy_loss_is_not_counted_in_half(dtype: torch.dtype) -> None:
     gate = make("noisy")
     assert isinstance(gate, NoisyGate)
     with torch.no_grad():
-        # A deviation of about 1e-2: what half precision holds of it, the formula gets too.
+        # A deviation of about 1e-2; the formula uses the value that half precision represents.
         gate.w_noise.zero_()
     loss, clean, noise = hot(gate, dtype)
     deviation = torch.nn.functional.softplus(torch.zeros((), dtype=dtype)) + gate.noise_epsilon

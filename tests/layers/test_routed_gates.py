@@ -1,4 +1,4 @@
-"""The gates: what they choose, what their losses measure, and that padding has no part in either."""
+"""Tests of the gates: choices, losses, no influence of padding."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_shapes_and_weights(name: str, training: bool) -> None:
         assert (weight[kept] > 1 / E - 1e-6).all()
     elif name != "gshard random":
         torch.testing.assert_close(weight.sum(1), kept.float())
-    assert not gate.has_loss, "the loss is taken once"
+    assert not gate.has_loss, "the loss can be read once"
 
 
 @every_gate
 def test_padding_changes_nothing(name: str) -> None:
-    """Other values in masked tokens: the same choices, weights and loss, and nothing goes to them."""
+    """Values of masked tokens change no choices, weights or losses, and get no gradient."""
     gate, mask = make(name), torch.arange(N) % 3 != 1
     x = draw(N, D)
     other = torch.where(mask[:, None], x, 7.0 * draw(N, D, seed=5))
@@ -48,7 +48,7 @@ def test_padding_changes_nothing(name: str) -> None:
     assert all(map(torch.equal, found, expected))
     assert (found[0][~mask] == -1).all()
     if name.startswith(("gshard", "switch", "noisy")):
-        assert not torch.equal(call(gate, x)[2], expected[2]), "the control: padding that counts"
+        assert not torch.equal(call(gate, x)[2], expected[2]), "control: no mask"
 
 
 @every_gate
@@ -64,7 +64,7 @@ def test_losses_have_gradients(name: str) -> None:
 @every_gate
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(name: str, training: bool) -> None:
-    """Weights, drops included, and losses, by the tokens and by every parameter; masked tokens among them."""
+    """Gradients of weights (with drops) and losses by tokens, some of them masked, and by all parameters."""
     gate = make(name, training).double()
     x = draw(11, D, dtype=torch.float64).requires_grad_()
     mask = torch.arange(11) % 4 != 1
@@ -96,12 +96,12 @@ def test_capacity(name: str, training: bool) -> None:
     counts = torch.bincount(index[index >= 0], minlength=E)
     assert int(counts.max()) == most
     first = (index == 0).any(dim=1)
-    assert torch.equal(first, torch.arange(N) < most), "the lowest tokens keep their place"
+    assert torch.equal(first, torch.arange(N) < most), "the first tokens keep their place"
 
 
 @pytest.mark.parametrize("name", ["gshard", "switch"])
-def test_capacity_counts_the_tokens_that_it_is_told(name: str) -> None:
-    """Rows packed without padding are routed as the padded ones are."""
+def test_capacity_uses_the_given_number_of_tokens(name: str) -> None:
+    """Rows packed without padding are routed like the padded rows."""
     gate, mask = make(name), torch.arange(N) % 3 != 1
     assert isinstance(gate, GShardGate | SwitchGate)
     gate.capacity = (0.9, 0.9)
@@ -115,7 +115,7 @@ def test_capacity_counts_the_tokens_that_it_is_told(name: str) -> None:
     assert torch.equal(padded.index[mask], packed.index)
     torch.testing.assert_close(padded.weight[mask], packed.weight)
     assert (packed.index < 0).any()
-    assert not torch.equal(packed.index, alone.index), "the control: what the rows alone would get"
+    assert not torch.equal(packed.index, alone.index), "control: the capacity of the rows alone"
 
 
 @pytest.mark.parametrize("name", ["gshard", "switch"])
@@ -126,7 +126,7 @@ def test_balance_loss_is_its_formula(name: str) -> None:
     p = gate.gate(x).softmax(dim=1)[mask]
     share = torch.tensor([float((p.argmax(1) == e).float().mean()) for e in range(E)])
     torch.testing.assert_close(call(gate, x, mask)[2], E * (share * p.mean(0)).sum())
-    # One expert that takes all costs E times what even loads cost.
+    # If one expert gets all tokens, the loss is E times that of even loads.
     hot = torch.full((N, E), -1e4)
     hot[:, 2] = 1e4
     assert gate.balance(hot.argmax(1), hot.softmax(1), None).item() == pytest.approx(E)
@@ -175,7 +175,7 @@ def test_hooks_of_the_lineage() -> None:
 
 
 @every_gate
-def test_clean_logits_are_what_evaluation_chooses_by(name: str) -> None:
+def test_evaluation_chooses_by_clean_logits(name: str) -> None:
     gate, x = make(name, training=False), draw(N, D)
     order = gate.clean_logits(x).argsort(dim=1, descending=True)[:, : gate.top_k]
     index = gate(x).index
@@ -184,7 +184,7 @@ def test_clean_logits_are_what_evaluation_chooses_by(name: str) -> None:
 
 
 @every_gate
-def test_float64_is_not_rounded_on_the_way(name: str) -> None:
+def test_float64_is_kept_throughout(name: str) -> None:
     gate = make(name, training=False).double()
     x = draw(N, D, dtype=torch.float64)
     loss = call(gate, x)[2]
@@ -194,7 +194,7 @@ def test_float64_is_not_rounded_on_the_way(name: str) -> None:
 
 
 def crowded(gap: float, dtype: torch.dtype) -> tuple[GShardGate, Tensor]:
-    """Six tokens whose better choice is full for the last three, and whose other one is `gap` below it."""
+    """Six tokens; the first choice is full for the last three; the second logit is lower by `gap`."""
     gate = GShardGate(3, 3, capacity=(0.75, 0.75)).to(dtype)
     with torch.no_grad():
         gate.gate.weight.copy_(torch.eye(3))
@@ -215,8 +215,8 @@ def crowded(gap: float, dtype: torch.dtype) -> tuple[GShardGate, Tensor]:
         (torch.float32, 200.0),
     ],
 )
-def test_a_sole_survivor_weighs_one_and_has_no_gradient(dtype: torch.dtype, gap: float) -> None:
-    """However little it weighed before, and with the scale that losses of half precision are given."""
+def test_a_last_choice_has_weight_1_and_no_gradient(dtype: torch.dtype, gap: float) -> None:
+    """Holds for any previous weight, and with the loss scale of half precision."""
     gate, x = crowded(gap, dtype)
     index, weight, _ = call(gate, x)
     assert index.tolist() == [[0, 1]] * 3 + [[-1, 2]] * 3
@@ -225,13 +225,13 @@ def test_a_sole_survivor_weighs_one_and_has_no_gradient(dtype: torch.dtype, gap:
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
     assert not x.grad[3:].any()
-    assert gap > 6.0 or bool(x.grad[:3].any()), "the control: of two choices there is one"
+    assert gap > 6.0 or bool(x.grad[:3].any()), "control: two choices give a gradient"
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_what_is_left_is_a_softmax_of_its_own(dtype: torch.dtype, backend: str | None) -> None:
-    """Against the formula in float64, with two of three choices left, one, and none, far apart."""
+def test_remaining_choices_get_a_new_softmax(dtype: torch.dtype, backend: str | None) -> None:
+    """Against the formula in float64; two, one or none of three choices remain, with distant logits."""
     logits = (4.0 * draw(40, 6)).to(dtype)
     logits[::2, 0] += 15.0
     mask = torch.arange(40) % 7 != 3
@@ -282,7 +282,7 @@ def test_limit() -> None:
         limit(index, 3, capacity=2.0)  # type: ignore[arg-type]
 
 
-def test_noise_is_drawn_in_training_alone() -> None:
+def test_noise_is_drawn_only_in_training() -> None:
     x = draw(N, D)
     for name in ("switch", "noisy", "gshard random"):
         gate = make(name)
@@ -294,7 +294,7 @@ def test_noise_is_drawn_in_training_alone() -> None:
 
 
 def test_jitter_multiplies_the_router_s_input() -> None:
-    """A token of zeros has nothing to be multiplied: its logits are the bias alone."""
+    """Jitter does not change a token of zeros: its logits equal the bias."""
     gate = make("switch")
     assert isinstance(gate, SwitchGate)
     weight = call(gate, torch.zeros(1, D))[1]

@@ -1,4 +1,4 @@
-"""RoutedMLP: what it computes, and what it keeps of the published module."""
+"""Tests of RoutedMLP: results, and compatibility with the published module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.routed_layers import GATES, D, E, F, every_gate, make
 
 
 def expected_output(mlp: RoutedMLP, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """By the reference in dtype, of the choices and weights of the last call."""
+    """Result of the reference in dtype, with the choices and weights of the last call."""
     index, weight = mlp.last_topk_indices, mlp.last_topk_scores
     assert index is not None
     assert weight is not None
@@ -74,7 +74,7 @@ def test_gradients_within_budget(gate: str) -> None:
 
 
 @every_gate
-def test_computes_what_the_published_module_does(gate: str) -> None:
+def test_agrees_with_the_published_module(gate: str) -> None:
     published = lineage.lifted(lineage.make_mlp({"NoisyGate": lineage.GATES[3]}.get(gate, gate)))
     mlp = lineage.lifted(make(gate))
     mlp.load_state_dict(published.state_dict())
@@ -93,7 +93,7 @@ def test_computes_what_the_published_module_does(gate: str) -> None:
     torch.testing.assert_close(*parts)
     with torch.no_grad():
         mlp.experts.h4toh.weight[int(mlp.last_topk_indices[0, 0])] = 0.0
-        assert_outside_budget(mlp(x), own, exact, "an expert less")
+        assert_outside_budget(mlp(x), own, exact, "a missing expert")
 
 
 @pytest.mark.parametrize("shape", [(D,), (1, D), (0, D), (2, 0, D), (7, D), (2, 3, 5, D)])
@@ -110,14 +110,14 @@ def test_any_leading_shape(gate: str, training: bool, shape: tuple[int, ...]) ->
     assert all(bool(p.grad.isfinite().all()) for p in mlp.parameters() if p.grad is not None)
 
 
-def test_a_view_of_the_input_is_as_good() -> None:
+def test_inputs_may_be_views() -> None:
     mlp, x = make().eval(), draw(D, 6, 4)
     torch.testing.assert_close(mlp(x.permute(2, 1, 0)), mlp(x.permute(2, 1, 0).contiguous()))
 
 
 @every_gate
 @pytest.mark.parametrize("training", [True, False])
-def test_padding_is_nothing(gate: str, training: bool) -> None:
+def test_padding_does_not_change_results(gate: str, training: bool) -> None:
     mlp = make(gate).train(training)
     mask = torch.arange(3 * 14).view(3, 14) % 3 != 1
     results = []
@@ -139,11 +139,11 @@ def test_padding_is_nothing(gate: str, training: bool) -> None:
     torch.manual_seed(5)
     if gate != "NaiveGate":
         mlp(draw(3, 14, D))
-        assert not torch.equal(mlp.gate_loss(), results[0][1]), "the control: padding that counts"
+        assert not torch.equal(mlp.gate_loss(), results[0][1]), "control: no mask"
 
 
-def test_padding_takes_no_place() -> None:
-    """All tokens want one expert; its places go to the first valid ones."""
+def test_padding_uses_no_capacity() -> None:
+    """All tokens choose the same expert, which takes the first valid ones."""
     mlp = make().eval()
     with torch.no_grad():
         mlp.gate.gate.bias.copy_(torch.tensor([50.0, 25.0, 0, 0, 0]))
@@ -151,7 +151,7 @@ def test_padding_takes_no_place() -> None:
     mask = torch.arange(40) >= 12
     mlp(draw(40, D), mask)
     places = mlp.gate.rows_per_expert(40)
-    assert 0 < places < 28, "or nothing would be dropped"
+    assert 0 < places < 28, "some tokens must be dropped"
     kept = (mlp.last_topk_indices == 0).any(dim=1).nonzero().flatten()
     assert kept.tolist() == list(range(12, 12 + places))
 
@@ -207,7 +207,7 @@ def test_parts_and_names_are_the_published_ones() -> None:
     assert RoutedMLP(E, D, F).gate.top_k == 2
 
 
-def test_experts_begin_as_linear_maps_do() -> None:
+def test_experts_are_initialised_like_linear() -> None:
     mlp = RoutedMLP(E, 64, 96)
     for part, fan_in in ((mlp.experts.htoh4, 64), (mlp.experts.h4toh, 96)):
         assert not part.bias.any()
@@ -261,7 +261,7 @@ def test_a_training_step_compiles_whole() -> None:
 
 
 def test_many_calls_of_a_step_compile_once() -> None:
-    """As FL-I2MoE calls a layer: for every modality of every view. Their number is compiled into nothing."""
+    """FL-I2MoE calls a layer for every modality of every view; compiled code does not depend on their number."""
     torch.compiler.reset()
     mlp, x = make(), draw(9, D)
     counter = CompileCounter()
@@ -287,7 +287,7 @@ def alone(mlp: RoutedMLP, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_compiled_code_and_checkpoints(where: str) -> None:
-    """Inside of one it counts again: what the second get_loss of a step is for. Outside it does not."""
+    """Compiled code inside a checkpoint counts the loss again, hence the second get_loss; outside it does not."""
     torch.compiler.reset()
     mlp, head, x = make(), nn.Linear(D, D), draw(9, D)
     part = torch.compile(mlp, backend="aot_eager") if where == "inside" else mlp
@@ -307,7 +307,7 @@ def test_compiled_code_and_checkpoints(where: str) -> None:
 
 
 @every_gate
-def test_autocast_is_that_of_linear_maps(gate: str) -> None:
+def test_autocast_is_that_of_linear(gate: str) -> None:
     mlp, x = make(gate), draw(11, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = mlp(x)
@@ -326,7 +326,7 @@ def test_autocast_is_that_of_linear_maps(gate: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_is_not_seen_by_the_function(dtype: torch.dtype, backend: str | None) -> None:
+def test_autocast_does_not_change_the_function(dtype: torch.dtype, backend: str | None) -> None:
     x, index = draw(11, D), torch.arange(22).view(11, 2) % E
     weight = draw(11, 2, seed=1).softmax(dim=1)
     mlp = make()

@@ -1,4 +1,4 @@
-"""Experts on 1, 2 and 4 ranks: every result is that of one process which holds all tokens and all experts."""
+"""Tests of experts on 1, 2 and 4 ranks against a single process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Results = list[dict[str, Any]]
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda ranks: f"{ranks} ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each rank found; one start per number of ranks."""
+    """Results of each rank; processes are started once per number of ranks."""
     return ranked.start_ranks(request.param, str(tmp_path_factory.mktemp("ranks")))
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest error relative to the largest value."""
+    """The largest error relative to the largest value."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     if found.numel() == 0:
@@ -39,7 +39,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_are_one_process(results: Results, name: str) -> None:
+def test_ranks_agree_with_one_process(results: Results, name: str) -> None:
     case, ranks = CASES[name], len(results)
     oracle = ranked.whole(case, ranks, torch.float64)
     low = ranked.whole(case, ranks, case.dtype)
@@ -58,7 +58,7 @@ def test_ranks_are_one_process(results: Results, name: str) -> None:
 
 
 def test_the_comparison_can_fail(results: Results) -> None:
-    """Two rows, two experts, or two ranks in each other's place are not within the tolerance."""
+    """Swapped rows, experts or ranks exceed the tolerance."""
     oracle, ranks = ranked.whole(CASES["even"], len(results), torch.float64), len(results)
     for n, expected in oracle.items():
         found = torch.cat([result["even"][n] for result in results])
@@ -69,8 +69,8 @@ def test_the_comparison_can_fail(results: Results) -> None:
             assert difference(swapped, right) > 1e-3, n
 
 
-def test_cases_are_what_they_say() -> None:
-    """Loads are uneven, some experts empty, some rows dropped on every rank that has tokens."""
+def test_cases_have_the_stated_loads() -> None:
+    """Loads are uneven, some experts are empty, and every rank with tokens drops some rows."""
     owner = CASES["all rows to one rank"].index(4) // LOCAL
     assert (owner == 3).all()
     assert not (CASES["experts without rows"].index(4) % LOCAL == 0).any()
@@ -92,11 +92,11 @@ def test_capacity_is_shared(results: Results) -> None:
     index = ranked.limited(ranks)[0]
     parts = [ranked.LIMITED.slice("index", index, rank, ranks) for rank in range(ranks)]
     alone = torch.cat([limit(part, LOCAL * ranks, capacity=1) for part in parts])
-    assert torch.equal(alone, whole[2]) == (ranks == 1), "the control: each rank for itself"
+    assert torch.equal(alone, whole[2]) == (ranks == 1), "control: each rank alone"
 
 
 def test_derivatives(results: Results) -> None:
-    """First and second, of the sum of all ranks' objectives."""
+    """First and second derivatives of the sum of all ranks' objectives."""
     for n, whole in ranked.derivatives_whole(len(results)).items():
         for order, expected in enumerate(whole):
             found = torch.cat([result["derivatives"][n][order] for result in results])
@@ -105,7 +105,7 @@ def test_derivatives(results: Results) -> None:
 
 
 def test_balance_under_autocast(results: Results) -> None:
-    """The loss of all ranks' tokens by its formula in float64, of a router's logits in half precision."""
+    """Loss of all ranks' tokens by its formula in float64, from a router's logits in half precision."""
     logits = torch.cat([result["balance"]["logits"] for result in results])
     assert logits.dtype == torch.bfloat16
     experts = logits.shape[1]
@@ -123,13 +123,13 @@ def test_sums(results: Results) -> None:
     for result in results:
         found = result["sums"]
         assert (found["sum"] == total).all()
-        # Each rank's objective has the sum with a factor of its own.
+        # Each rank's objective multiplies the sum by another factor.
         assert (found["grad"] == total).all()
         assert int(found["tokens"]) == total
 
 
-def test_what_a_layer_leaves(results: Results) -> None:
-    """Choices, scores and each choice's output are those of one process; capacities drop some choices."""
+def test_stored_choices_scores_and_outputs(results: Results) -> None:
+    """Choices, scores and each choice's output agree with one process; capacities drop some choices."""
     expected = ranked.layer_whole(len(results))
     assert bool((expected["indices"] < 0).any())
     for n, whole in expected.items():
@@ -137,7 +137,7 @@ def test_what_a_layer_leaves(results: Results) -> None:
 
 
 @pytest.mark.parametrize("name", ranked.GATES)
-def test_training_under_ddp_is_that_of_one_process(results: Results, name: str) -> None:
+def test_training_under_ddp_agrees_with_one_process(results: Results, name: str) -> None:
     ranks = len(results)
     start = dict(ranked.network(name, ranks).named_parameters())
     for n, expected in ranked.train_whole(name, ranks).items():
@@ -149,15 +149,15 @@ def test_training_under_ddp_is_that_of_one_process(results: Results, name: str) 
             assert all(difference(part, expected) < 1e-12 for part in parts), n
 
 
-def test_experts_gradients_need_the_mean_as_all_others(results: Results) -> None:
-    """The control of the test before: the sum of the ranks' objectives is another training."""
+def test_gradients_of_experts_need_the_mean(results: Results) -> None:
+    """Negative control of the previous test: training on the sum of the ranks' objectives differs."""
     name = "layer.experts.htoh4.weight"
     expected = ranked.train_whole("GShardGate", len(results))[name]
     found = torch.cat([result["train without the mean"][name] for result in results])
     assert (difference(found, expected) > 1e-5) == (len(results) > 1)
 
 
-def test_mistakes_are_told_on_every_rank(results: Results) -> None:
+def test_errors_are_raised_on_every_rank(results: Results) -> None:
     ranks = len(results)
     for result in results:
         found = result["mistakes"]
@@ -181,5 +181,5 @@ def test_no_group() -> None:
         sum_over_ranks(x)
     with pytest.raises(ValueError, match="world_size: expected 1, got 2"):
         RoutedMLP(3, 5, 7, world_size=2)
-    # One process needs none.
+    # A single process needs no group.
     assert routed_mlp(x, case.index(1), weight, *parameters).shape == x.shape

@@ -1,4 +1,4 @@
-"""Checkpoints of RoutedMLP: both of FastMoE's layouts, what is refused by name, and copies."""
+"""Tests of RoutedMLP's checkpoints: both FastMoE layouts, errors, copies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STACKED = ("htoh4.weight", "htoh4.bias", "h4toh.weight", "h4toh.bias")
 
 
 def apart(state: dict[str, Tensor], routers: bool) -> dict[str, Tensor]:
-    """The layout with parameters for every expert, from that with one for all."""
+    """Convert the layout with stacked parameters to the layout with separate parameters per expert."""
     found = {k: v for k, v in state.items() if not k.startswith("experts.")}
     for piece in STACKED:
         for e in range(E):
@@ -91,8 +91,8 @@ def test_wrong_checkpoints_are_named(
         make().load_state_dict(state)
 
 
-def test_part_of_a_checkpoint_loads_where_that_is_allowed() -> None:
-    """Experts apart: what is there is loaded, what is not keeps its values and is named."""
+def test_a_partial_checkpoint_loads_if_allowed() -> None:
+    """With separate experts, existing entries are loaded; missing ones keep their values and are reported."""
     state = apart(make(seed=1).state_dict(), routers=True)
     left = {"experts.2.htoh4.bias", *(f"experts.{e}.h4toh.weight" for e in range(E))}
     wanted = {key: value.double() for key, value in state.items() if key not in left}
@@ -110,7 +110,7 @@ def test_part_of_a_checkpoint_loads_where_that_is_allowed() -> None:
         make().load_state_dict(wanted | {"experts.1.h4toh.bias": torch.zeros(D)}, strict=False)
 
 
-def test_a_skeleton_takes_a_checkpoint_of_experts_apart() -> None:
+def test_a_meta_device_module_loads_separate_experts() -> None:
     state = apart(make(seed=1).state_dict(), routers=False)
     skeleton = make().to("meta")
     skeleton.load_state_dict(state, assign=True)
@@ -144,5 +144,5 @@ def test_copies_and_pickles_after_a_training_step() -> None:
             other.experts.htoh4.weight.zero_()
         other.load_state_dict(apart(mlp.state_dict(), routers=False))
         torch.testing.assert_close(other(x), out)
-    assert mlp.gate_loss() is not None, "the original keeps what it has"
+    assert mlp.gate_loss() is not None, "the original keeps its loss"
     torch.testing.assert_close(mlp(x), out)

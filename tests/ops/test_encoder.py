@@ -1,4 +1,4 @@
-"""The fusion encoder's operators against their float64 references."""
+"""Tests of the fusion encoder's operators against float64 references."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.operator_cases import (
     tensors,
 )
 
-# (rows, width): around whole vectors, chunks of 64 rows and groups of 128 columns.
+# (rows, width): near multiples of a vector, of chunks of 64 rows and of groups of 128 columns.
 SIZES = (
     (0, 16),
     (7, 1),
@@ -49,9 +49,9 @@ def test_expert_linear(rows: int, width: int, bias: bool, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_sums_over_many_rows(steady: bool) -> None:
-    """Gradients of weights are sums over all tokens and views: their rounding must not grow with them.
+    """Gradients of weights are sums over all tokens and views; their rounding error must not grow with the number.
 
-    Steady: every row's gradient is the same, as behind the mean pooling, so that nothing cancels.
+    steady: all rows have the same gradient, as after mean pooling, so that nothing cancels.
     """
     rows, width = 6192, 16
     cotangent = draw(1, 1 if steady else rows, width, seed=4).expand(1, rows, width)
@@ -84,7 +84,7 @@ def test_sums_over_many_rows(steady: bool) -> None:
 def test_expert_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     _, x, gain, shift, *_ = norm_arguments(rows, width, 0.0, False)
     arguments = [x, gain, shift, EPS]
-    # Of one column the norm is its shift alone.
+    # With one column the norm is only its shift.
     compare(OPS.expert_norm, reference.expert_norm, arguments, dtype, may_vanish=width == 1)
 
 
@@ -96,7 +96,7 @@ def test_dropout_add_norm(
     rows: int, width: int, residual: bool, p: float, dtype: torch.dtype
 ) -> None:
     arguments = norm_arguments(rows, width, p, residual)
-    # A row of one column, or dropped whole, has variance 0, where half precision says nothing.
+    # Rows with one column, or dropped completely, have variance 0; half precision is not meaningful there.
     if width < (16 if p else 2) and dtype in (torch.bfloat16, torch.float16):
         pytest.skip("rows of variance 0")
     compare(
@@ -109,7 +109,7 @@ def test_dropout_add_norm(
     )
 
 
-def test_residual_and_update_have_gradients_of_their_own() -> None:
+def test_residual_and_update_have_separate_gradients() -> None:
     x, update, *rest = as_dtype(norm_arguments(5, 8, 0.0, True), torch.float32, requires_grad=True)
     OPS.dropout_add_norm(x, update, *rest)[0].sum().backward()
     x.grad.zero_()
@@ -126,7 +126,7 @@ def test_gelu_dropout(rows: int, width: int, p: float, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gelu_over_its_whole_range(dtype: torch.dtype) -> None:
-    """Pointwise: relative to the value where it is large, to the tail where it vanishes."""
+    """Pointwise errors, relative to the value if it is large and to the tail if it vanishes."""
     points = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([1e-30, -1e-30, 0.0, 50, -50])])
     x = points.to(dtype).view(1, 1, -1).requires_grad_()
     out = OPS.gelu_dropout(x, None, 0.0)
@@ -138,7 +138,7 @@ def test_gelu_over_its_whole_range(dtype: torch.dtype) -> None:
     for got, want in ((out, exact), (grad, exact_grad)):
         bound = 8 * eps * want.abs().clamp_min(0.1) if dtype == torch.float32 else 1e-14
         assert ((got - want).abs() <= bound).all()
-    # In the left tail, where x * 0.5 * (1 + erf) cancels, the relative error stays small too.
+    # The relative error stays small in the left tail too, where x * 0.5 * (1 + erf) cancels.
     tail = (x64 < -1) & (x64 > -9)
     limit = 2e-5 if dtype == torch.float32 else 1e-12
     assert ((out - exact).abs()[tail] <= limit * exact.abs()[tail]).all()

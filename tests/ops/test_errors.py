@@ -1,4 +1,4 @@
-"""Mistakes in calls of the operators: each gets its own message, which names the argument."""
+"""Tests of error messages of the operators, which name the argument."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_reduction() -> None:
         pair_moe(**PAIR, reduce="sum")
 
 
-def test_the_context_chooses_the_backend_that_the_argument_does() -> None:
+def test_context_and_argument_choose_the_same_backend() -> None:
     with flmoe_kernels.use_backend("reference"):
         y = pair_moe(**PAIR).y
     assert torch.equal(y, pair_moe(**PAIR, backend="reference").y)
@@ -225,7 +225,7 @@ def test_dispatch(backend: str) -> None:
         dispatch(INDEX, 0, backend=backend)
 
 
-def test_an_index_out_of_range_is_refused_by_the_operator_and_in_compiled_code() -> None:
+def test_operator_and_compiled_code_refuse_an_index_out_of_range() -> None:
     with pytest.raises(ValueError, match="got values from 0 to 9"):
         torch.ops.flmoe.routing_dispatch(INDEX * 9, 3, "cpu")
     compiled = torch.compile(routed_mlp, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""expert_attention against its float64 reference: values, gradients, masks, edges, registration."""
+"""Tests of expert_attention against its float64 reference: values, gradients, masks, registration."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.inputs import as_dtype, cumulative, draw, gradients, make_see
 OPS = torch.ops.flmoe
 
 
-def test_uninitialised_memory_is_poisoned() -> None:
-    """The control of every comparison: an output that is not written shows."""
+def test_uninitialised_memory_is_nan() -> None:
+    """Negative control of all comparisons: outputs that are not written are detected."""
     like = torch.zeros(3)
     for x in (torch.empty(3), torch.empty_like(like), like.new_empty(3)):
         assert x.isnan().all()
@@ -53,7 +53,7 @@ class TestCpu(AttentionTests):
 @pytest.mark.parametrize("length", [1, 63, 130, pytest.param(320, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_mask_is_the_generators(p: float, length: int, dtype: torch.dtype) -> None:
-    """With v the identity the output holds the probabilities, and its zeros are the mask."""
+    """If v is the identity, the output has the probabilities, whose zeros are the mask."""
     heads, groups, problems = 2, 2, 2
     cu = cumulative([length] * problems)
     zeros = torch.zeros(groups, problems * length, heads, length, dtype=dtype)
@@ -122,7 +122,7 @@ def test_seed_governs_dropout() -> None:
     assert torch.equal(torch.get_rng_state(), state), "no dropout draws no seed"
 
 
-def test_only_the_wanted_gradients() -> None:
+def test_only_required_gradients_are_computed() -> None:
     case = Case((5, 6), 2, 4)
     full = run(case, case.qkv(torch.float32), "cpu")
     for wanted in itertools.product([False, True], repeat=3):
@@ -159,7 +159,7 @@ def test_any_shape(
 ) -> None:
     case = Case(tuple(lengths), heads, width, p, groups, lead, tail)
     _, _, oracle = check(case, torch.float64)
-    # Of many draws one is unlucky in float32: its rounding is bounded here, not budgeted.
+    # Among many random cases, some exceed the float32 error budget, so a fixed bound is used here.
     size = max(float(x.abs().max()) if x.numel() else 0.0 for x in oracle)
     qkv = as_dtype(case.qkv(torch.float64), torch.float32)
     for name, got, want in zip(NAMES, run(case, qkv, "cpu"), oracle, strict=True):
@@ -168,7 +168,7 @@ def test_any_shape(
 
 
 def test_reference_is_a_softmax() -> None:
-    """The oracle itself against the textbook formula, dropout off."""
+    """The oracle agrees with the textbook formula without dropout."""
     q, k, v = (draw(1, 7, 2, 3, dtype=torch.float64, seed=i) for i in range(3))
     out, lse = attention_reference(q, k, v, cumulative([4, 3]), None, 0.0, 0.5)
     for first, last, head in itertools.product((0,), (4,), (0, 1)):

@@ -1,4 +1,4 @@
-"""The interaction losses of all experts against the reference's, and at their kinks."""
+"""Tests of the interaction losses against the reference, and at their kinks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_interaction_losses(
 
 
 def test_interaction_losses_of_one_column() -> None:
-    """A cosine of two numbers is a sign; its gradient is 0, and in low precision rounding alone."""
+    """The cosine of two numbers is a sign; its gradient is 0, or only rounding in low precision."""
     latents = draw(5, 4, 7, 1, seed=5)
     compare(OPS.interaction_losses, reference_losses, [latents], torch.float64)
 

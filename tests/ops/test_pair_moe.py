@@ -1,4 +1,4 @@
-"""pair_moe on the CPU kernels against the reference, and the reference against the definition."""
+"""Tests of pair_moe's CPU kernels against the reference, and of the reference."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class TestCpu(PairTests):
 
 
 def pair_by_pair(case: PairCase, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The definition, one pair at a time; reduce "none"."""
+    """Definition of reduce "none", one pair at a time."""
     q, k, a, c, bias = inputs
     masks = [case.options()[name] for name in ("mask_a", "mask_b")]
     batch, experts, rows, rank = q.shape
@@ -122,7 +122,7 @@ def test_reference_is_the_definition(top_k: int | None, masks: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_sides_swap(backend: str) -> None:
-    """Both sides see the same pairs: their pooled sums agree."""
+    """Both sides have the same pairs, so their pooled sums agree."""
     q, k, a, c, bias = BASE.inputs(torch.float64)
     kinds = (*DEFAULT_KINDS[1:], "unique_a")
     one = pair_moe(q, k, a, c, kinds=kinds, gate_bias=bias, reduce="pool", backend=backend)
@@ -180,7 +180,7 @@ def test_gradcheck(backend: str, masks: str, reduce: str) -> None:
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize(("rows", "columns"), [(900, 5), (5, 900), (700, 130), (300, 300)], ids=str)
 def test_sides_of_any_proportion(rows: int, columns: int, reduce: str) -> None:
-    """The backward's rounds: one side much shorter, several chunks on both."""
+    """The rounds of the backward: one side much shorter, several chunks on both sides."""
     for batch in (1, 3):
         case = PairCase(rows, columns, 3, 4, kinds=KINDS, reduce=reduce, batch=batch, masks="b")
         check(case, torch.float32, "cpu")
@@ -209,7 +209,7 @@ def test_activation_checkpointing(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_autocast(backend: str) -> None:
-    """Operands of mixed dtypes are brought to autocast's; the gate and mass stay in float32."""
+    """Operands of mixed dtypes are cast to autocast's dtype; the gate and mass stay in float32."""
     q, k, a, c, bias = BASE.inputs(torch.float32)
     half = [x.bfloat16() for x in (q, k, a, c)]
     expected = pair_moe(*half, gate_bias=bias, kinds=DEFAULT_KINDS, backend=backend)
@@ -246,8 +246,8 @@ def test_opcheck(dtype: torch.dtype, reduce: str) -> None:
     torch.library.opcheck(OPS.pair_moe.default, (*leaves, *tail, reduce, "cpu"))
 
 
-def test_a_call_past_the_door_is_checked_again() -> None:
-    """The kernels read through addresses: sizes that do not fit are refused, not read."""
+def test_registered_operators_check_sizes() -> None:
+    """The kernels use raw addresses, so the registered operators refuse inconsistent sizes."""
     q, k, a, c, _ = BASE.inputs(torch.float32)
     tail = ([0, 1, 2, 3], 4, 0.5, "none", "cpu")
     short = torch.ones(2, 3, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""pair_map and top_pairs: contributions of single pairs, dense and streamed."""
+"""Tests of pair_map and top_pairs: contributions of single pairs, dense and streamed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def arguments(case: PairCase, dtype: torch.dtype) -> tuple[list[Tensor], dict[st
 
 
 def widened(case: PairCase, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
-    """The same call in float64, on the values rounded to dtype."""
+    """The same call in float64, with values rounded to dtype."""
     tensors, options = arguments(case, dtype)
     if options["gate_bias"] is not None:
         options["gate_bias"] = options["gate_bias"].double()
@@ -77,7 +77,7 @@ def valid_pairs(case: PairCase, options: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_contributions_add_up_to_the_pooled_value(backend: str) -> None:
-    """sum over pairs of phi = head . y for reduce "pool": the map explains what the operator computes."""
+    """For reduce "pool", the sum of phi over pairs equals head . y, so the map explains the operator's result."""
     case = PairCase(20, 33, kinds=KINDS, masks="both")
     tensors, options = arguments(case, torch.float64)
     phi = pair_map(*tensors, **options, backend=backend)
@@ -88,7 +88,7 @@ def test_contributions_add_up_to_the_pooled_value(backend: str) -> None:
 
 
 def sorted_pairs(phi: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, pair by pair: the valid ones of a (B, La, Lb) map by value, then by (i, j)."""
+    """Definition: the valid pairs of a (B, La, Lb) map, sorted by value, then by (i, j)."""
     samples: list[list[tuple[float, int, int]]] = []
     for b in range(len(phi)):
         pairs = [(float(phi[b, i, j]), i, j) for i, j in valid[b].nonzero().tolist()]
@@ -130,8 +130,8 @@ def test_top_pairs_are_the_sorted_map(
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_ties_go_to_the_earlier_pair(backend: str) -> None:
-    """Tokens that repeat make equal contributions; the kept pairs are the first ones, in order."""
+def test_ties_select_the_earlier_pair(backend: str) -> None:
+    """Repeated tokens give equal contributions; the first pairs are kept, in order."""
     case = PairCase(90, 260, kinds=KINDS, masks="both", batch=1)
     tensors, options = arguments(case, torch.float32)
     q, k, a, c, head = tensors
@@ -168,7 +168,7 @@ def test_a_valid_pair_of_minus_infinity_comes_before_masked_ones(backend: str) -
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_equal_totals_go_to_the_earlier_pair(backend: str) -> None:
+def test_equal_totals_select_the_earlier_pair(backend: str) -> None:
     ones = torch.ones(1, 2, 4, 3)
     options: dict[str, Any] = {"kinds": ("unique_a", "synergy"), "backend": backend}
     found = top_pairs(*(ones, ones, ones, ones), torch.ones(2, 3), n_pairs=6, **options)
@@ -180,7 +180,7 @@ GROWTH = """
 import re, torch
 from flmoe_kernels import pair_map, top_pairs
 def peak():
-    # Of this program: ru_maxrss would begin at the size of the process that started it.
+    # Peak of this program only: ru_maxrss would start at the size of the parent process.
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 q, head = torch.randn(1, 2, 4000, 2), torch.ones(2, 2)
 top_pairs(*[q[:, :, :9]] * 4, head, n_pairs=9, kinds=("synergy", "null"))
@@ -194,7 +194,7 @@ print(sizes[1] - sizes[0], sizes[2] - sizes[1])
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_map() -> None:
-    """In a process of its own, whose peak no other test has raised; the map, 2 x 61 MiB, is the control."""
+    """Measured in a new process, because other tests raise the peak; control: the map takes 2 x 61 MiB."""
     result = subprocess.run(
         [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, timeout=120
     )
@@ -269,7 +269,7 @@ def test_any_shape_with_many_ties(
 ) -> None:
     case = PairCase(rows, columns, 2, 3, tuple(kinds), masks=masks, batch=2)
     (q, k, a, c, head), options = arguments(case, torch.float32)
-    # Few different tokens: most contributions are equal to others.
+    # There are few different tokens, so most contributions are ties.
     q, a = (x[:, :, torch.arange(rows) % levels] for x in (q, a))
     k, c = (x[:, :, torch.arange(columns) % levels] for x in (k, c))
     phi = pair_map(q, k, a, c, head, **options, backend="cpu")

@@ -1,4 +1,4 @@
-"""The routed MLP on the CPU kernels against the reference, and that against the definition."""
+"""Tests of the routed MLP's CPU kernels against the reference, and of the reference."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def test_number_of_choices(experts: int) -> None:
         check(case, torch.float32, "cpu")
 
 
-def test_comparison_sees_a_wrong_result() -> None:
-    """The control: another activation, and an error of a thousandth."""
+def test_comparison_detects_a_wrong_result() -> None:
+    """Negative control: another activation, and an error of a thousandth."""
     inputs, index = BASE.inputs(torch.float32), BASE.index()
     low = run(BASE, inputs, index, "reference")
     oracle = run(BASE, BASE.inputs(torch.float64), index, "reference")
     found = run(BASE, inputs, index, "cpu")
     other = run(dataclasses.replace(BASE, act="gelu_tanh"), inputs, index, "cpu")
     for name, one, bad, *rest in zip(NAMES, found, other, low, oracle, strict=True):
-        if name != "grad_b_out":  # the activation has no part in it
+        if name != "grad_b_out":  # it does not depend on the activation
             assert_outside_budget(bad, *rest, name)
         assert_outside_budget(one * (1 + 1e-3), *rest, name)
 
 
 def row_by_row(case: RoutedCase, inputs: list[Tensor], index: Tensor) -> Tensor:
-    """The definition with an exact GELU, one row at a time."""
+    """Definition with an exact GELU, one row at a time."""
     x, weight, w_in, b_in, w_out, b_out = inputs
     out = torch.zeros_like(x)
     for n, k in itertools.product(range(case.tokens), range(case.choices)):
@@ -103,7 +103,7 @@ def test_gradcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", range(6))
-def test_nan_and_inf_stay_with_the_rows_they_belong_to(which: int, value: float) -> None:
+def test_nan_and_inf_stay_in_their_own_rows(which: int, value: float) -> None:
     case = dataclasses.replace(BASE, act="silu")
     inputs, index = [x.abs() + 0.1 for x in case.inputs(torch.float32)], case.index()
     inputs[which].view(-1)[1] = value
@@ -137,7 +137,7 @@ def test_any_shape_and_any_load(
 ) -> None:
     case = RoutedCase(tokens, width, hidden, experts, choices)
     generator = torch.Generator().manual_seed(seed)
-    # A token may name an expert twice.
+    # A token may choose an expert twice.
     index = torch.randint(-1, experts, (tokens, choices), generator=generator)
     inputs = case.inputs(torch.float64)
     found, oracle = run(case, inputs, index, "cpu"), run(case, inputs, index, "reference")
@@ -165,7 +165,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 
 def test_compiled_whole_and_checkpointed() -> None:
-    """Gate, dispatch and MLP in one graph: nothing waits for a value, nothing breaks the trace."""
+    """Gate, dispatch and MLP are compiled to one graph, without data-dependent values or graph breaks."""
     inputs = [x.requires_grad_() for x in BASE.inputs(torch.float32)]
     router = draw(6, 4, seed=3).requires_grad_()
 

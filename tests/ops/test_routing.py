@@ -1,4 +1,4 @@
-"""Routing on the CPU kernels and the reference: gate, capacity and dispatch by their definitions."""
+"""Tests of routing on the CPU kernels and the reference against the definitions."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_gate_chooses_the_largest(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gate_prefers_the_lower_of_equal_experts(backend: str) -> None:
+def test_ties_select_the_expert_with_the_lower_index(backend: str) -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0] * 5])
     assert gate(logits, 4, backend=backend).index.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_capacity_keeps_the_lowest_tokens(backend: str) -> None:
+def test_capacity_keeps_the_first_tokens(backend: str) -> None:
     logits = draw(40, 4, dtype=torch.float64)
     mask = torch.arange(40) % 3 != 1
     free = gate(logits, 2, backend=backend).index
@@ -80,7 +80,7 @@ def test_gate_has_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dispatch_brings_rows_together_in_order(backend: str) -> None:
+def test_dispatch_groups_rows_in_order(backend: str) -> None:
     index = torch.tensor([[2, 0], [-1, 2], [0, -1], [2, 1]])
     counts, offsets, permutation = dispatch(index, 4, backend=backend)
     assert counts.tolist() == [2, 1, 3, 0]

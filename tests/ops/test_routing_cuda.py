@@ -1,7 +1,7 @@
-"""Routing's CUDA blocks against the CPU kernels and the reference: integers equal, weights within the budget.
+"""Tests of routing's CUDA blocks against the CPU kernels and the reference.
 
-Every case runs on the kernels' twin, which executes the very blocks and launches of the GPU on the host, with
-threads, warps and blocks in shuffled orders; and on a GPU where there is one.
+Integers are equal, weights within the error budget. Every case runs on the kernels' twin, which executes the
+GPU's blocks on the host with threads, warps and blocks in shuffled order, and on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Runner = Callable[[], Any]
 
 
 def hard_logits(tokens: int, experts: int, dtype: torch.dtype) -> Tensor:
-    """Values with many ties, and some rows with NaN, infinities, or one value throughout."""
+    """Values with many ties; some rows have NaN, infinities or a constant value."""
     logits = draw(tokens, experts, dtype=torch.float64, seed=tokens + experts, scale=2.0)
     logits = (logits * 4).round() / 4
     if tokens > 8:
@@ -88,8 +88,8 @@ def test_gate_does_not_depend_on_the_order_of_threads(dtype: torch.dtype) -> Non
         assert all(equal(one, found[0]) for one in found)
 
 
-# Fewest rows of several blocks, rows that end within a block, a warp and a step, more blocks than a
-# scan has threads, and bins beyond a window.
+# The smallest number of rows with several blocks; rows that end inside a block, a warp and a step; more blocks
+# than threads of a scan; more bins than a window.
 LARGE = [(8192, 1, 7), (8193, 1, 7), (8704, 1, 255), (5000, 2, 8), (40_961, 7, 3), (30, 1, 5000)]
 
 
@@ -120,7 +120,7 @@ def test_experts_out_of_range_are_dropped(make: Runner) -> None:
     assert equal(runner.dispatch(index, experts), cpu.dispatch(inside, experts))
 
 
-def test_few_rows_take_one_launch_and_many_three() -> None:
+def test_few_rows_use_one_launch_and_many_rows_three() -> None:
     index = torch.zeros(8192, 1, dtype=torch.int64)
     more = torch.zeros(8193, 1, dtype=torch.int64)
     for rows, launches in ((index, 1), (more, 3)):
@@ -135,15 +135,15 @@ def test_few_rows_take_one_launch_and_many_three() -> None:
         assert twin.launches == 1
 
 
-def test_shuffled_orders_show_a_race() -> None:
-    """The control: what all threads of a step write to one place depends on their order."""
+def test_shuffled_orders_detect_a_race() -> None:
+    """Negative control: if all threads of a step write to the same place, the result depends on their order."""
     assert native.routing_twin_race(0) == 255
     assert len({native.routing_twin_race(order) for order in range(10)}) > 5
 
 
 @pytest.mark.parametrize("in_a_warp", [False, True])
-def test_the_twin_refuses_what_a_gpu_cannot_read(in_a_warp: bool) -> None:
-    """The control: a thread's variable is its own, though on the host all of them are an array."""
+def test_the_twin_refuses_other_threads_variables(in_a_warp: bool) -> None:
+    """A thread can only read its own variables, although on the host they are in an array of all threads."""
     own = native.routing_twin_peek(in_a_warp, 0)
     assert own == (31 if in_a_warp else 255)
     for apart in (1, 16):
@@ -152,7 +152,7 @@ def test_the_twin_refuses_what_a_gpu_cannot_read(in_a_warp: bool) -> None:
     assert native.routing_twin_peek(in_a_warp, 0) == own
 
 
-def test_border_refuses_what_it_cannot_count() -> None:
+def test_native_functions_refuse_invalid_arguments() -> None:
     for rows, bins in ((2**31, 4), (-1, 4), (5, 0), (5, 2**31 - 1)):
         with pytest.raises(ValueError, match="expected"):
             native.routing_plan(rows, bins)
@@ -164,8 +164,8 @@ def test_border_refuses_what_it_cannot_count() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("tokens", [900, 20_000])
-def test_a_cuda_graph_takes_gate_limit_and_dispatch(tokens: int) -> None:
-    """No host sync, no allocation that depends on data: replays follow the logits."""
+def test_a_cuda_graph_captures_gate_limit_and_dispatch(tokens: int) -> None:
+    """There is no host synchronization and no data-dependent allocation, so replays use the new logits."""
     logits = draw(tokens, 16).cuda()
 
     def call() -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Properties of routing's CUDA blocks, executed by their twin on the host."""
+"""Property tests of routing's CUDA blocks, executed by their twin on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ native = backends.native()
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_limit_and_dispatch_of_the_twin(data: st.DataObject) -> None:
-    """One block or several, one window of bins or several, in any order of threads."""
+    """One or several blocks and windows of bins, in any order of threads."""
     tokens = data.draw(st.integers(0, 700), "tokens")
     choices = data.draw(st.integers(1, 3), "choices")
     experts = data.draw(st.sampled_from([1, 2, 3, 8, 31, 33, 255, 256, 257, 700, 1025]), "experts")

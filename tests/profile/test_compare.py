@@ -1,4 +1,4 @@
-"""Ratios of two results: what counts as slower, how sure that must be, and what the command prints."""
+"""Tests of the comparison of two results: regressions, intervals, output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAIR = "pair_moe/pair_base/forward/float32/pool"
 
 
 def change_of(before: list[tuple[float, float]], after: list[tuple[float, float]]) -> Change:
-    """Of runs with these ratios and relative half widths of their intervals."""
+    """Comparison of runs with these ratios and relative half widths of their intervals."""
 
     def side(runs: list[tuple[float, float]]) -> dict[str, list[compare.Interval]]:
         return {PAIR: [(x, x * (1 - half), x * (1 + half)) for x, half in runs]}
@@ -23,21 +23,21 @@ def change_of(before: list[tuple[float, float]], after: list[tuple[float, float]
     return change
 
 
-def test_a_lower_ratio_is_a_regression_if_it_is_sure() -> None:
+def test_a_lower_ratio_is_a_regression_if_it_is_significant() -> None:
     slower = change_of([(2.0, 0.01)], [(1.5, 0.01)])
     assert slower.speed[0] == pytest.approx(0.75)
     assert slower.verdict(0.9) == "SLOWER"
     assert slower.verdict(0.7) == "slower, no failure"
     assert change_of([(2.0, 0.01)], [(2.0, 0.01)]).verdict(0.9) == "same"
     assert change_of([(1.5, 0.01)], [(2.0, 0.01)]).verdict(0.9) == "faster"
-    # The same 25% with an interval of 25% on both sides.
+    # The same loss of 25%, with an interval of 25% on both sides.
     unsure = change_of([(2.0, 0.25)], [(1.5, 0.25)])
     assert unsure.speed[1] < 0.75 < 0.9 < unsure.speed[2]
     assert unsure.verdict(0.9) == "same"
 
 
-def test_repeated_runs_count_with_their_differences() -> None:
-    """Runs that agree narrow the interval; runs that do not, widen it, however narrow each is."""
+def test_differences_between_runs_widen_the_interval() -> None:
+    """Runs that agree make the interval narrower; runs that differ make it wider, even if theirs are narrow."""
 
     def width(change: Change) -> float:
         return change.speed[2] - change.speed[1]

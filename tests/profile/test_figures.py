@@ -1,4 +1,4 @@
-"""The profiler's figures: logarithmic axes, contestants told without colour, nothing of matplotlib changed."""
+"""Tests of the profiler's figures: logarithmic axes, legible without colour, no global changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOF = Roof({"float32": 1e11, "bfloat16": 4e11}, copy=2e10)
 
 
 def drawn(axes: Any) -> dict[str, Any]:
-    """Lines that carry a label, by it: ceilings, and the markers of points."""
+    """Labelled lines by label: ceilings and markers of points."""
     found = {line.get_label(): line for line in axes.get_lines() if line.get_label()[0] != "_"}
     return found | {bars.get_label(): bars[0] for bars in axes.containers}
 
@@ -49,7 +49,7 @@ def test_roofline_has_ceilings_and_points_on_logarithmic_axes() -> None:
         [label] = [label for label in lines if label.startswith(dtype)]
         x, y = (np.asarray(values) for values in lines[label].get_data())
         np.testing.assert_allclose(y, np.minimum(top, x * ROOF.copy))
-        # Both sides of the knee are in the picture.
+        # The figure shows both sides of the knee.
         assert x.min() < top / ROOF.copy < x.max()
         assert y.max() == top
     for point in (OURS, PEER):
@@ -67,7 +67,7 @@ def test_roofline_has_ceilings_and_points_on_logarithmic_axes() -> None:
         ([OURS], Roof({"float32": 1e9}, 0.0), "roof: expected ceilings above 0"),
     ],
 )
-def test_roofline_refuses_what_cannot_be_drawn(points: Any, roof: Roof, message: str) -> None:
+def test_roofline_refuses_invalid_points(points: Any, roof: Roof, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roofline_figure(points, roof)
 
@@ -114,7 +114,7 @@ def test_lengths_are_two_logarithmic_panels() -> None:
     "make",
     [lambda: roofline_figure([OURS, PEER], ROOF), lambda: length_figure(length_points())],
 )
-def test_equal_input_gives_equal_bytes_and_touches_no_global(make: Any) -> None:
+def test_equal_inputs_give_equal_bytes_and_change_no_global_state(make: Any) -> None:
     before = dict(matplotlib.rcParams)
     first = png_bytes(make(), dpi=50)
     assert first.startswith(b"\x89PNG\r\n")

@@ -1,4 +1,4 @@
-"""The file of floors: what it may hold, how mistakes in it are told, and how a machine's table gets into it."""
+"""Tests of the file of floors: content, error messages, updates of a machine's table."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_floors_take_what_the_defaults_say(tmp_path: Path) -> None:
+def test_floors_use_the_defaults(tmp_path: Path) -> None:
     floors = load_floors(written(tmp_path, GOOD))
     assert floors.floors == (
         Floor(CASE, "reference", 1.5, tolerance=0.1, rounds=20),
@@ -73,7 +73,7 @@ def test_floors_take_what_the_defaults_say(tmp_path: Path) -> None:
         (Here("Xeon", "avx512", "", "2.6"), [(1.5, "any machine"), (2, "any machine")]),
     ],
 )
-def test_the_first_machine_that_fits_says_what_is_expected(
+def test_the_first_matching_machine_is_used(
     tmp_path: Path, here: Here, ratios: list[tuple[float, str]]
 ) -> None:
     floors = load_floors(written(tmp_path, GOOD))
@@ -133,7 +133,7 @@ def test_a_machine_is_written_and_read_back(tmp_path: Path) -> None:
     assert name == "amd-epyc-9655-avx512"
     assert "# A comment that stays." in text
     assert text.split("[machine")[0] == GOOD.split("[machine")[0]
-    # It stands before the others, so that it is the first that fits.
+    # It comes before the others, so that it is the first match.
     assert floors.expected(floors.floors[0], HERE) == (2.72, name)
     assert floors.machines[0] == Machine(
         name, "AMD EPYC 9655", "avx512", "", "2.13.", {f"{CASE} vs reference": 2.72}
@@ -148,7 +148,7 @@ def test_a_second_update_replaces_the_first(tmp_path: Path) -> None:
     once = path.read_text()
     name = update_file(path, HERE, {f"{CASE} vs reference": 4.0})
     floors = load_floors(path)
-    # What was not measured this time stays.
+    # Ratios that were not measured this time are kept.
     assert dict(floors.machines[0].ratio) == {**first, f"{CASE} vs reference": 4.0}
     assert path.read_text().count(f"[machine.{name}]") == 1
     update_file(path, HERE, first)

@@ -1,4 +1,4 @@
-"""The regression check: what fails, what it says, how often it measures, and the plugin in runs of pytest."""
+"""Tests of the regression check: verdicts, messages, attempts, the pytest plugin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def never(bound: float) -> Paired:
 
 
 def verdict_of(*ratios: float, half: float = 0.02) -> gate.Verdict:
-    """Verdict where the attempts give these ratios; asserts that all of them are used."""
+    """Verdict if the attempts give these ratios; asserts that all of them are used."""
     left = [given(ratio, half) for ratio in ratios]
 
     def attempt(bound: float) -> Paired:
@@ -43,12 +43,12 @@ def test_a_ratio_that_reaches_the_bound_passes_at_once() -> None:
 
 
 def test_an_interval_that_reaches_the_bound_is_no_regression() -> None:
-    """The median is below; whether the true one is, is unknown."""
+    """The median is below the bound, but the true ratio may not be."""
     assert verdict_of(BOUND * 0.95, half=0.06).passed
     assert not verdict_of(BOUND * 0.95, BOUND * 0.95, half=0.04).passed
 
 
-def test_it_fails_only_when_a_second_attempt_falls_short_too() -> None:
+def test_it_fails_only_if_a_second_attempt_fails_too() -> None:
     assert verdict_of(1.9, 2.4).passed
     assert not verdict_of(1.9, 1.92).passed
 
@@ -64,11 +64,11 @@ def test_the_message_names_case_expectation_and_measurements() -> None:
     assert verdict_of(2.4).message().startswith(f"ok: {CASE}: expected 2.50x")
 
 
-def test_an_update_takes_the_median_of_its_runs() -> None:
+def test_an_update_uses_the_median_of_its_runs() -> None:
     assert gate.middle(map(given, (2.0, 9.0, 2.5))).ratio.median == 2.5
 
 
-def test_a_fresh_process_gets_the_options_but_no_paths_nor_benchmark_files() -> None:
+def test_a_new_process_gets_the_options_without_paths_or_result_files() -> None:
     arguments = ["bench/", "--gate", "bench/floors.toml", "-q", "--benchmark-json", "x.json"]
     arguments += ["--benchmark-columns=median", "--benchmark-only", "bench/test_a.py", "--full"]
     options = gate.carried_options(arguments, ["bench/", "bench/test_a.py"])
@@ -109,7 +109,7 @@ def run_suite(
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
-    # By this variable of a parallel run pytest-benchmark would switch itself off.
+    # pytest-benchmark disables itself if this variable of parallel runs is set.
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
@@ -129,7 +129,7 @@ def test_an_equal_call_passes_and_is_recorded(pytester: pytest.Pytester) -> None
 
 
 def test_a_slower_call_fails_after_a_second_process(pytester: pytest.Pytester) -> None:
-    """The control: ours takes 30% longer than its peer."""
+    """Negative control: our call takes 30% longer than the peer."""
     result = run_suite(pytester, 0.0052, "--gate", "floors.toml")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["SLOWER: spin: expected 1.00x *; again in a fresh process 0.7*"])
@@ -149,7 +149,7 @@ def test_a_floor_that_cannot_be_measured_fails(pytester: pytest.Pytester) -> Non
 
 
 def test_parallel_runs_are_refused(pytester: pytest.Pytester) -> None:
-    """Two tests at a time would time each other."""
+    """Tests that run at the same time would slow each other."""
     (pytester.path / "floors.toml").write_text(SPIN.format(ratio=1.0))
     result = pytester.runpytest_subprocess("-n", "2", "--gate", "floors.toml")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -157,8 +157,8 @@ def test_parallel_runs_are_refused(pytester: pytest.Pytester) -> None:
 
 
 @pytest.mark.slow
-def test_an_update_writes_what_the_next_run_expects(pytester: pytest.Pytester) -> None:
-    """Six processes, each of which imports torch."""
+def test_an_update_writes_the_ratios_for_the_next_run(pytester: pytest.Pytester) -> None:
+    """Takes six processes, each of which imports torch."""
     result = run_suite(pytester, 0.002, "--gate", "floors.toml", "--gate-update")
     result.assert_outcomes(passed=1)
     [machine] = load_floors(pytester.path / "floors.toml").machines

@@ -1,4 +1,4 @@
-"""Memory, costs, ceilings and environment of a measurement."""
+"""Tests of memory, costs, ceilings and environment of a measurement."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MIB = 2**20
 
 
 def hungry(count: int) -> Callable[[], list[bytearray]]:
-    """A call that writes to so many bytes in small pieces, as many as were used and freed just before.
+    """A call that writes this many bytes in small pieces, after the same number was allocated and freed.
 
-    The last of those keeps their heap from the system, so that the call could have it for nothing.
+    The last piece keeps the heap from being returned to the system, so the call could reuse it.
     """
     inputs = [bytearray(b"x" * (3 * count))]
     pieces = [bytearray(b"x" * 65536) for _ in range(count // 65536)]
@@ -42,12 +42,12 @@ def hungry(count: int) -> Callable[[], list[bytearray]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc and glibc's malloc_trim")
-def test_memory_is_that_of_the_call_not_of_inputs_nor_of_what_was_freed_before() -> None:
+def test_memory_excludes_inputs_and_bytes_freed_before() -> None:
     assert 60 * MIB < memory.peak_growth(hungry, 64 * MIB) < 80 * MIB
 
 
 class FakeAllocator:
-    """A GPU's: holds what calls keep, and a peak since the last reset."""
+    """Simulated GPU memory: bytes that calls keep, and the peak since the last reset."""
 
     def __init__(self) -> None:
         self.held = self.peak = 1000
@@ -73,13 +73,13 @@ def test_memory_of_a_gpu_counts_what_the_call_keeps(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(
     bool(memory.memory_unavailable_reason("cpu")), reason=memory.memory_unavailable_reason("cpu")
 )
-def test_memory_of_a_case_is_neither_that_of_loading_nor_of_its_inputs() -> None:
-    """A process of its own makes the case ready; the reference's maps of 640 x 640 pairs are 6.25 MiB each."""
+def test_memory_of_a_case_excludes_loading_and_inputs() -> None:
+    """A new process prepares the case; each of the reference's maps of 640 x 640 pairs takes 6.25 MiB."""
     case = Case("pair_moe", PairShape("maps", 1, 640, 640), BOTH, variant="pool")
     ours, reference = (memory.peak_bytes(case, name) for name in ("cpu", "reference"))
     assert ours is not None
     assert reference is not None
-    # Gradients of all inputs at the least; a first call alone loads tens of MiB.
+    # At least the gradients of all inputs; loading in a first call would add tens of MiB.
     assert 640 * 2 * 4 * (32 + 64) * 4 <= ours < 12 * MIB
     assert reference > 4 * 6.25 * MIB
 
@@ -118,22 +118,22 @@ def counted(case: Case, name: str) -> int:
 
 
 @pytest.mark.parametrize("phase", [FORWARD, BACKWARD, BOTH])
-def test_flop_of_routed_mlp_are_what_torch_counts(phase: str) -> None:
+def test_flop_of_routed_mlp_agree_with_torch(phase: str) -> None:
     case = Case("routed_mlp", ROUTED, phase, variant="no_bias")
     assert counted(case, "reference") == cost(case).flop
 
 
-def test_flop_of_attention_are_what_torch_counts() -> None:
+def test_flop_of_attention_agree_with_torch() -> None:
     case = Case("expert_attention", LAYER, FORWARD, variant="plain")
     assert counted(case, "reference") == cost(case).flop
-    # Backward torch multiplies four times; a kernel that keeps no probabilities makes them once more.
+    # torch's backward has four products; a kernel that does not save the probabilities needs one more.
     both = Case("expert_attention", LAYER, BOTH, variant="plain")
     assert counted(both, "reference") * 14 == cost(both).flop * 12
 
 
 @pytest.mark.parametrize("phase", [FORWARD, BOTH])
-def test_flop_of_the_layer_are_what_torch_counts(phase: str) -> None:
-    """Without padding, and without what is shared across views; heads and reweighting are not in the cost."""
+def test_flop_of_the_layer_agree_with_torch(phase: str) -> None:
+    """Without padding and work shared between views; heads and reweighting are not in the cost."""
     shape = LayerShape("full", 2, (24, 20), (None, None), 64, 2, 2, 3, dropout=0.0)
     case = Case("interaction_moe", shape, phase)
     views = 1 if phase == FORWARD else shape.views
@@ -149,7 +149,7 @@ def test_flop_of_the_layer_are_what_torch_counts(phase: str) -> None:
 
 
 def test_cost_of_pairs_by_hand() -> None:
-    """One pair, R 3, V 5: two logits and synergy's product; its mass and y are what else is written."""
+    """One pair with R = 3 and V = 5: two logits and synergy's product; mass and y are written too."""
     shape = PairShape("one", 1, 1, 1, 3, 5, kinds=("synergy", "unique_a"))
     forward = cost(Case("pair_moe", shape, FORWARD, variant="pool"))
     assert forward.flop == 2 * 2 * 3 + 2 * 5
@@ -163,13 +163,13 @@ def test_cost_of_pairs_by_hand() -> None:
     assert half.bytes == 2 * (2 * 2 * (3 + 5) + 2 * 5) + 4 * 2
 
 
-def test_less_is_needed_where_a_kind_does_not_need_it() -> None:
+def test_costs_depend_on_the_kinds() -> None:
     none, pool = (cost(Case("pair_moe", PAIR, FORWARD, variant=v)) for v in ("none", "pool"))
     assert pool.flop < none.flop
     assert pool.bytes < none.bytes
 
 
-def test_environment_is_json_and_names_what_matters() -> None:
+def test_environment_is_json_and_names_the_machine() -> None:
     facts = environment()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["torch"] == torch.__version__
@@ -185,10 +185,10 @@ def test_environment_is_json_and_names_what_matters() -> None:
         ("AMD EPYC 9B45 96-Core Processor", "AMD EPYC 9B45 96-Core Processor"),
     ],
 )
-def test_a_processor_whose_name_has_no_number_is_told_by_family_and_model(
+def test_a_processor_without_a_number_is_named_by_family_and_model(
     name: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Tables of floors are chosen by it."""
+    """The table of floors is selected by this name."""
     file = tmp_path / "cpuinfo"
     cores = [f"cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n\n" for _ in range(2)]
     file.write_text("".join(cores))

@@ -1,4 +1,4 @@
-"""Profiles of subjects on simulated machines: shares of the limit, ratios."""
+"""Tests of profiles on simulated machines: shares of the limit, ratios."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.bench_machines import NoisyMachine
 
 @pytest.fixture(autouse=True)
 def collect_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before every block it would take longer than thousands of fake calls."""
+    """Skip the garbage collection, which would take longer than thousands of simulated calls."""
     monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 def profile(machine: NoisyMachine, *seconds: float, copy: float = 1e9) -> list[Profile]:
-    """Profiles of calls that take so many seconds, 2 MFLOP and 1 MB each; FLOP/s at most 4e9."""
+    """Profiles of calls with these durations in seconds, 2 MFLOP and 1 MB each; the ceiling is 4e9 FLOP/s."""
     subjects = [
         Subject(
             what="fake",
@@ -57,7 +57,7 @@ def test_share_of_the_limit_and_which_one_binds() -> None:
     assert found["share_of_limit"] == pytest.approx(1e6 / 1e9 / profile_.spread.median)
 
 
-def test_contestants_of_one_name_are_an_error() -> None:
+def test_contestants_with_the_same_name_are_an_error() -> None:
     subject = Subject(
         *("fake", "same", "ours", "1", torch.float32, "cpu", Cost(1, 1)), lambda: lambda: None, None
     )

@@ -1,4 +1,4 @@
-"""Cases, contestants, and the check that keeps a wrong answer from being timed."""
+"""Tests of cases, contestants, and the check of results before timing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_wrong_result_of_any_operator_is_caught(case: Case, key: str) -> None:
         compare(case, "made up", {**right, key: right[key] * 1.1})
 
 
-def test_other_integers_and_other_results_are_caught() -> None:
+def test_wrong_integers_and_names_are_caught() -> None:
     case = Case("routing", ROUTED, FORWARD)
     right = prepare(case, "cpu").outputs()
     with pytest.raises(WrongAnswer, match="permutation: other integers"):
@@ -83,7 +83,7 @@ def test_every_operator_has_cases_and_every_backend_is_a_contestant() -> None:
         assert default_ours(case).name == "cpu"
 
 
-def test_what_cannot_run_says_why() -> None:
+def test_unavailable_contestants_have_a_reason() -> None:
     on_gpu = Case("pair_moe", PAIR, BOTH, torch.bfloat16, "cuda", "none")
     if not torch.cuda.is_available():
         assert {x.why_not for x in contestants(on_gpu)} == {"there is no CUDA device"}

@@ -1,4 +1,4 @@
-"""Where the time of a call goes: stages sum to the whole, on a real CPU and on a made-up GPU time line; traces."""
+"""Tests of stages and traces, on a CPU and a simulated GPU."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_stages_sum_to_the_whole(contestant: str, phase: str) -> None:
 def test_layer_has_a_row_for_every_operator_and_width() -> None:
     found = traced(call_of("interaction_moe", LAYER, "cpu"), "cpu", calls=2)
     rows = named(found)
-    # q, k, v; the projection; both maps of the MLP: of two layers each, forward and backward.
+    # q, k, v; the projection; both maps of the MLP; in two layers, forward and backward.
     for widths in ("16 to 48", "16 to 16", "16 to 32", "32 to 16"):
         assert rows[f"flmoe::expert_linear {widths}", FORWARD].calls == 2
         assert rows[f"flmoe::expert_linear_backward {widths}", BACKWARD].calls == 2
@@ -78,7 +78,7 @@ def test_layer_has_a_row_for_every_operator_and_width() -> None:
     assert found.operators == ours
 
 
-def test_values_taken_to_python_are_counted() -> None:
+def test_values_read_by_python_are_counted() -> None:
     x = torch.ones(3)
     found = traced(lambda: [x.sum().item(), float(x[0])], "cpu", calls=2)
     assert found.reads == 2
@@ -86,7 +86,7 @@ def test_values_taken_to_python_are_counted() -> None:
 
 @dataclass
 class Event:
-    """Of torch.profiler, as far as stages look at it."""
+    """The part of a torch.profiler event that stages read."""
 
     name: str
     start: float
@@ -107,7 +107,7 @@ class Event:
 
     @property
     def self_cpu_time_total(self) -> float:
-        raise AssertionError("the host's own time is no part of a GPU's stages")
+        raise AssertionError("GPU stages must not read the host's time")
 
     def within(self, parent: Event) -> Event:
         self.cpu_parent = parent
@@ -120,7 +120,7 @@ def kernel(name: str, micros: float) -> Any:
 
 
 def gpu_events() -> list[Event]:
-    """Two calls of 100 us, each with a wait of 20 and 50 us of kernels; the backward in a thread of its own."""
+    """Two calls of 100 us, each with 20 us of waiting and 50 us of kernels; backward runs in another thread."""
     events = []
     for start in (0.0, 200.0):
         call = Event(CALL, start, start + 100, kernels=[kernel(CALL, 95.0)])
@@ -134,7 +134,7 @@ def gpu_events() -> list[Event]:
             call
         )
         sync = Event("cudaStreamSynchronize", start + 30, start + 31).within(call)
-        # Another thread: no parent.
+        # The event is in another thread, so it has no parent.
         node = Event("autograd::engine::evaluate_function: PairMoe", start + 40, start + 80)
         back = Event(
             "flmoe::pair_moe_backward", start + 41, start + 79, kernels=[kernel("b", 20.0)]
@@ -152,7 +152,7 @@ def gpu_events() -> list[Event]:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_gpu_time_is_that_of_kernels_and_of_idling(device: str) -> None:
+def test_gpu_time_is_kernels_and_idle_time(device: str) -> None:
     found = breakdown(gpu_events(), device)
     rows = named(found)
     assert found.whole == pytest.approx(120e-6)
@@ -161,19 +161,19 @@ def test_gpu_time_is_that_of_kernels_and_of_idling(device: str) -> None:
         ("flmoe::pair_moe", FORWARD): 18.0,
         ("flmoe::pair_moe_backward", BACKWARD): 20.0,
         ("aten::add", FORWARD): 10.0,
-        # Under 5% of the whole.
+        # Less than 5% of the total.
         (OTHER, FORWARD): 2.0,
         (OTHER, BACKWARD): 0.0,
         (IDLE, ""): 70.0,
     }
     assert sum(row.share for row in rows.values()) == pytest.approx(1.0)
-    # The wait that the profiler itself makes, and what runs outside of the calls, do not count.
+    # The profiler's own wait and work outside of the calls are not counted.
     assert (found.launches, found.waits, found.reads) == (3, 1, 1)
     assert (found.operators, found.torch_operators) == (2, 2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_on_a_gpu_launches_waits_and_reads_are_those_of_the_call() -> None:
+def test_launches_waits_and_reads_of_a_call_on_a_gpu() -> None:
     x = torch.ones(512, 512, device="cuda")
     found = traced(lambda: (x @ x).sum().item(), "cuda", calls=2)
     assert sum(stage.seconds for stage in found.stages) == pytest.approx(found.whole)

@@ -1,4 +1,4 @@
-"""Timing on simulated machines: a slower call is caught, noise is not; intervals keep their promise."""
+"""Tests of timing on simulated machines: slowdowns, noise, intervals."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ SLOWER = 1.3
 
 @pytest.fixture(autouse=True)
 def no_collection_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A collection of all that torch made takes longer than a thousand rounds of a machine that is not there."""
+    """Skip the garbage collection, which takes longer than a thousand simulated rounds."""
     monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.05, 0.15])
 def test_planted_slowdown_is_caught_and_noise_is_not(noise: float) -> None:
-    """All of them; and no alarm in as many clean runs."""
+    """All slowdowns are caught, and the same number of clean runs gives no alarm."""
     missed, alarms = [], []
     for seed in range(40):
         for ours, wrong in ((OURS, alarms), (SLOWER * OURS, missed)):
@@ -60,7 +60,7 @@ def test_planted_slowdown_is_caught_and_noise_is_not(noise: float) -> None:
 
 
 def test_a_slowdown_within_the_tolerance_passes() -> None:
-    """The control of the above: 5% is less than the tolerance of 10%."""
+    """Negative control of the test above: 5% is less than the tolerance of 10%."""
     assert FLOOR.tolerance == 0.10
     for seed in range(20):
         found = NoisyMachine(seed).measure(FLOOR, 1.05 * OURS, PEER)
@@ -68,7 +68,7 @@ def test_a_slowdown_within_the_tolerance_passes() -> None:
 
 
 def test_interval_holds_the_true_ratio() -> None:
-    """About 95 of 100 times, also where the placement of buffers biases all rounds of a block."""
+    """It does in about 95 of 100 runs, even if the placement of buffers biases all rounds of a block."""
     held = 0
     for seed in range(100):
         found = NoisyMachine(seed, placement=0.04).measure(FLOOR, OURS, PEER)
@@ -76,19 +76,19 @@ def test_interval_holds_the_true_ratio() -> None:
     assert 89 <= held < 100
 
 
-def test_time_is_kept_to() -> None:
-    """Slow calls get the least number of blocks, of one round."""
+def test_the_time_limit_is_kept() -> None:
+    """Slow calls get the minimum number of blocks, with one round each."""
     machine = NoisyMachine(0)
     found = machine.measure(FLOOR, 2.0, 5.0)
     assert found.ratio.blocks == LEAST_BLOCKS
     assert found.ratio.rounds == LEAST_BLOCKS
-    # In between, the budget ends the rounds of a machine that never gets precise.
+    # Between these limits, the time limit ends the rounds if the interval stays wide.
     machine = NoisyMachine(0, noise=0.3)
     machine.measure(FLOOR, 0.04, 0.1)
     assert FLOOR.seconds <= machine.now < 2 * FLOOR.seconds
 
 
-def test_inputs_are_fresh_for_every_block_unless_they_are_dear() -> None:
+def test_inputs_are_new_for_every_block_unless_expensive() -> None:
     for dear, times in ((0.0, LEAST_BLOCKS), (5.0, 1)):
         machine = NoisyMachine(0, noise=0.001, placement=0.001, burst=0)
         made = []
@@ -110,7 +110,7 @@ def test_inputs_are_fresh_for_every_block_unless_they_are_dear() -> None:
 
 
 def test_processor_seconds_do_not_count_waiting() -> None:
-    """The wall clock does: that is what the gate's clock is for."""
+    """The wall clock counts waiting, so the regression check uses processor time."""
     assert processor_seconds(lambda: time.sleep(0.05)) < 0.02
     assert wall_seconds(lambda: time.sleep(0.05)) >= 0.05
 
@@ -155,7 +155,7 @@ def test_events_are_recorded_on_the_timed_device(monkeypatch: pytest.MonkeyPatch
         (20, 5, 14, 0.9586),
     ],
 )
-def test_interval_is_that_of_the_tables(count: int, low: int, high: int, confidence: float) -> None:
+def test_interval_agrees_with_tables(count: int, low: int, high: int, confidence: float) -> None:
     values = random.Random(0).sample(range(count), count)
     found = median_interval(values)
     assert found[:2] == (low, high)
@@ -167,7 +167,7 @@ def test_interval_is_that_of_the_tables(count: int, low: int, high: int, confide
 @pytest.mark.parametrize("count", [6, 11, 25])
 def test_interval_holds_the_median_as_often_as_promised(count: int) -> None:
     draw = random.Random(count)
-    # Not a symmetric distribution: times have a long tail to one side.
+    # The distribution is not symmetric, because times have a long tail to one side.
     truth = 2.0**0.5
     trials = 2000
     held = 0
@@ -176,6 +176,6 @@ def test_interval_holds_the_median_as_often_as_promised(count: int) -> None:
         low, high, confidence = median_interval(values)
         held += low <= truth <= high
     assert confidence >= CONFIDENCE
-    # Three standard errors of the count, on both sides: an interval that is too wide is as wrong.
+    # Three standard errors of the count, on both sides, because an interval that is too wide is wrong too.
     room = 3 * (confidence * (1 - confidence) / trials) ** 0.5
     assert abs(held / trials - confidence) < room

@@ -1,4 +1,4 @@
-"""`profile --checkpoint`: a user's own layer, swapped, next to the reference."""
+"""Tests of `profile --checkpoint`: a user's layer, swapped, against the reference."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ QUICK = ("--seconds", "0.02", "--no-memory")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings that take milliseconds, on one thread."""
+    """Use ceilings that take milliseconds, on one thread."""
     monkeypatch.setitem(ceilings._SIDE, "cpu", 96)
     monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**16)
-    # Before every block it would take longer than the block.
+    # A garbage collection before every block would take longer than the block.
     monkeypatch.setattr(gc, "collect", lambda: 0)
     torch.set_num_threads(1)
 
@@ -92,7 +92,7 @@ def test_one_pass_of_an_own_layer(checkpoint: Path, tmp_path: Path) -> None:
         (("--tokens", "5,4", "--shape", "mmimdb"), "--shape: does not apply to what is profiled"),
     ],
 )
-def test_own_layers_that_do_not_fit(
+def test_invalid_requests_for_own_layers(
     checkpoint: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     result = run("--checkpoint", str(checkpoint), *arguments, code=2)
@@ -112,7 +112,7 @@ def test_learned_positions_fix_the_tokens(tmp_path: Path) -> None:
         UserLayer(str(path), batch=2, valid=(3, 4)).checked()
 
 
-def test_own_layer_without_kernels_says_so(
+def test_own_layer_without_kernels_is_an_error(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(user_layer.backends, "choose", lambda *_: "reference")
@@ -127,6 +127,6 @@ def test_peak_of_an_own_layer_is_that_of_its_batch(checkpoint: Path) -> None:
     assert reference.peak is not None
     peak = reference.peak()
     assert peak is not None
-    # Of rows of float32 in every expert and view: one at the least, which the reference keeps for its backward.
+    # At least one set of float32 rows in every expert and view, which the reference keeps for its backward.
     rows = 512 * 9 * 16 * 4 * 4 * 3
     assert rows < peak < 100 * rows

@@ -1,4 +1,4 @@
-"""The comparison of `swap`: what it runs on, catches and does not disturb."""
+"""Tests of the comparison in `swap`: inputs, detected errors, no side effects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.swaps import Make, left, snapshot
 
 
 class Around(nn.Module):
-    """A model with dropout and buffers around the layer: a careless check would disturb them."""
+    """A model with dropout and buffers around the layer, which the comparison must not change."""
 
     def __init__(self, layer: nn.Module, via: str = "forward") -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def test_a_wrong_fast_layer_is_caught(
 def test_other_dtypes_pass_and_zeros_fail(
     monkeypatch: pytest.MonkeyPatch, gate: str | None, dtype: torch.dtype
 ) -> None:
-    """A dense layer, a sparse one, and sparse MLPs with each gate."""
+    """A dense layer, a sparse layer, and sparse MLPs with each gate."""
     makes: dict[str | None, Make] = {None: lambda: make_layer(i2)}
     makes["inside"] = lambda: make_sparse_layer(i2)
     make = makes.get(gate, lambda: make_mlp(gate))
@@ -109,14 +109,14 @@ def test_other_dtypes_pass_and_zeros_fail(
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("given", [False, True])
-def test_disturbs_nothing(given: bool, mode: bool) -> None:
+def test_has_no_side_effects(given: bool, mode: bool) -> None:
     model = Around(make_layer()).train(mode)
     model.drop.eval()
     attention = model.moe.interaction_experts[0].fusion_model.network[0].attn
     attention.require_attn_grad = True
     parts = (torch.randn(2, 6, 16), torch.randn(2, 4, 16))
     model(*parts)
-    # A map with a gradient history is what deepcopy refuses.
+    # deepcopy refuses tensors with a gradient history.
     kept_map = attention.last_attn
     assert kept_map.grad_fn is not None
     for parameter in model.parameters():
@@ -143,8 +143,8 @@ def test_disturbs_nothing(given: bool, mode: bool) -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("make", [make_mlp, make_sparse_layer])
-def test_disturbs_nothing_that_sparse_mlps_left_behind(make: Any, mode: bool) -> None:
-    """Losses, kept choices and capacities, in a swap that replaces the layer."""
+def test_keeps_the_state_of_sparse_mlps(make: Any, mode: bool) -> None:
+    """A swap that replaces the layer keeps losses, stored choices and capacities."""
     layer = make().train(mode)
     out = layer(draw(6, 16)) if make is make_mlp else layer([draw(2, 7, 16), draw(2, 4, 16)])[2]
     before = [snapshot(part) for part in layer.children()]
@@ -173,15 +173,13 @@ def own_layer(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 def test_fastmoes_own_modules_are_not_run_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[pytest.MonkeyPatch], nn.Module]
 ) -> None:
-    """There they end the process: their kernels take the addresses for the GPU's."""
+    """On the CPU they would end the process, because their kernels treat the addresses as the GPU's."""
     assert "CUDA device only" in left(swap(make(monkeypatch)))
     assert swap(make(monkeypatch), check=False).left == ()
 
 
 @pytest.mark.parametrize("via", ["forward", "inference"])
-def test_compares_on_the_inputs_that_the_model_gives(
-    monkeypatch: pytest.MonkeyPatch, via: str
-) -> None:
+def test_compares_on_the_models_inputs(monkeypatch: pytest.MonkeyPatch, via: str) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
         "flmoe_kernels.published.swap.compare", lambda *a: (seen.append(a[-1]), compare(*a))[1]
@@ -204,7 +202,7 @@ def test_compares_on_the_inputs_that_the_model_gives(
     assert [entry.inputs for entry in named.swapped] == ["given"]
 
 
-def test_inputs_of_the_layer_itself_and_of_one_that_is_not_reached() -> None:
+def test_inputs_of_the_layer_itself_and_of_a_layer_that_is_not_called() -> None:
     inputs = [torch.randn(2, 6, 16), torch.randn(2, 4, 16)]
     masks = [torch.ones(2, 6), torch.ones(2, 4)]
     assert swap(make_layer(), inputs=inputs, masks=masks).swapped[0].inputs == "given"
@@ -263,7 +261,7 @@ def test_captured_calls_are_compared_on_their_first_samples_with_tokens() -> Non
     assert [mask.shape[0] for mask in few.masks] == [4, 4]
 
 
-def test_random_cases_have_ragged_and_wholly_padded_parts() -> None:
+def test_random_cases_have_ragged_and_completely_padded_parts() -> None:
     masked, plain = random_cases(describe(make_layer(modalities=3)))
     assert plain.masks is None
     assert masked.masks is not None
@@ -277,7 +275,7 @@ def test_random_cases_have_ragged_and_wholly_padded_parts() -> None:
     assert (only.masks, [x.shape[1] for x in only.inputs]) == (None, [5, 5])
 
 
-def test_a_bare_copy_has_parameters_of_its_own_and_no_hooks() -> None:
+def test_a_bare_copy_has_its_own_parameters_and_no_hooks() -> None:
     layer = make_layer()
     layer.register_forward_hook(lambda *_: None)
     clone = bare_copy(layer)
@@ -290,7 +288,7 @@ def test_a_bare_copy_has_parameters_of_its_own_and_no_hooks() -> None:
     torch.testing.assert_close(layer.state_dict(), expected, rtol=0, atol=0)
 
 
-def test_tokens_whose_choice_hangs_on_rounding_are_left_out() -> None:
+def test_tokens_whose_choice_depends_on_rounding_are_excluded() -> None:
     logits = torch.tensor(
         [[3.0, 2.0, 1.0], [3.0, 2.0, 2.0], [3.0, 1.0 + 1e-7, 1.0], [2.0, 2.0, 1.0]]
     ).double()

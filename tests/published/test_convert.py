@@ -1,4 +1,4 @@
-"""Loading checkpoints: what is read from files, keys and shapes, and what is refused and how."""
+"""Tests of loading checkpoints: architectures from keys and shapes, refused files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MLP = EXPERT + "network.0.mlp."
 
 
 def problem(path: Path) -> str:
-    """The one line that a bad file gets."""
+    """The one-line error message for a bad file."""
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path)
     message = str(caught.value)
@@ -307,7 +307,7 @@ def test_wrong_keys_are_listed(
 
 
 @pytest.mark.parametrize("variant", [fl, i2])
-def test_reads_the_layout_of_experts_apart(tmp_path: Path, variant: Any) -> None:
+def test_reads_the_layout_of_separate_experts(tmp_path: Path, variant: Any) -> None:
     layer = make_sparse_layer(variant, apart=True, layers=2)
     assert MLP + "experts.4.htoh4.weight" in layer.state_dict()
     path = save(tmp_path / "a.pt", {"ensemble_model": layer.state_dict()})

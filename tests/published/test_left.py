@@ -1,4 +1,4 @@
-"""Layers that `swap` leaves alone and untouched, and the reasons that it reports."""
+"""Tests of layers that `swap` does not replace, and of its reasons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.swaps import Make, left, snapshot
 
 
 def changed(change: Callable[[Any], Any], make: Make = make_layer, **options: Any) -> Make:
-    """Makes a layer, and changes it."""
+    """Make a layer and change it."""
 
     def made() -> nn.Module:
         layer = make(**options)
@@ -36,12 +36,12 @@ def changed_mlp(change: Callable[[Any], Any], gate: str = "GShardGate", **option
 
 
 def disguised(kind: type[nn.Module]) -> Make:
-    """A layer with the published name and structure, and another forward."""
+    """A layer with the published name and structure but another forward."""
     return changed(lambda layer: setattr(layer, "__class__", type("InteractionMoE", (kind,), {})))
 
 
 def as_gate(kind: type[nn.Module], name: str = "GShardGate", make: Make = make_mlp) -> Make:
-    """The same for the gates of a sparse MLP or layer."""
+    """The same for gates of a sparse MLP or layer."""
 
     def change(layer: nn.Module) -> None:
         for part in layer.modules():
@@ -66,7 +66,7 @@ class OwnMLP(FMoETransformerMLP):
 
 
 class ZeroFilled(fl.InteractionMoE):
-    """Replaces a modality by zeros: the fusion agrees, but the views that training sees differ."""
+    """Replaces a modality by zeros: the fusion agrees, but the views in training differ."""
 
     def forward(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
         class Zeros(torch.overrides.TorchFunctionMode):
@@ -103,7 +103,7 @@ class Fails(fl.InteractionMoE):
 
 
 class UniformWeights(lineage_sparse.GShardGate):
-    """Chooses as the published gate and weighs otherwise."""
+    """Chooses like the published gate but computes other weights."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         index, weight = super().forward(x)
@@ -234,7 +234,7 @@ LEFT += [pytest.param(m, r, id=f"mlp: {i}") for i, m, r in MLPS]
 
 
 @pytest.mark.parametrize(("make", "reason"), LEFT)
-def test_leaves_alone_and_untouched(make: Make, reason: str) -> None:
+def test_refused_layers_are_unchanged(make: Make, reason: str) -> None:
     layer, neighbour = make(), make_mlp(seed=3)
     layer.register_forward_hook(lambda *_: None)
     model = nn.ModuleDict({"odd": layer, "good": neighbour, "odd again": layer})
@@ -255,12 +255,12 @@ def test_leaves_alone_and_untouched(make: Make, reason: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["other pooling", "other gate"])
-def test_the_check_is_what_catches_another_forward(name: str) -> None:
+def test_only_the_check_detects_another_forward(name: str) -> None:
     make = {name: make for name, make, _ in LAYERS}[name]
     assert isinstance(swap(make(), check=False).model, InteractionMoE)
 
 
-def test_layers_inside_compiled_modules_are_left() -> None:
+def test_layers_inside_compiled_modules_are_not_replaced() -> None:
     layer = make_layer()
     compiled = torch.compile(layer, backend="eager")
     assert "swap first" in left(swap(compiled))

@@ -1,4 +1,4 @@
-"""`swap`: which layers it finds, what it keeps, and what the fast layers compute."""
+"""Tests of `swap`: replaced layers, kept state, results of the fast layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LENGTHS = {fl: (7, 5, 3), i2: (5, 5, 5)}
 
 
 class Net(nn.Module):
-    """A model in training: an encoder per modality, the layer, one loss."""
+    """A training model: an encoder per modality, the layer, a loss."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("variant", "options"), PUBLISHED)
-def test_computes_what_the_original_did(variant: Any, options: dict[str, Any]) -> None:
+def test_results_agree_with_the_original(variant: Any, options: dict[str, Any]) -> None:
     layer = (make_sparse_layer if "gate" in options else make_layer)(variant, **options).eval()
     modalities = layer.num_modalities
     original = copy.deepcopy(layer)
@@ -104,7 +104,7 @@ def test_computes_what_the_original_did(variant: Any, options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_swaps_our_reference_too_and_keeps_the_mode(mode: bool) -> None:
+def test_swaps_the_reference_layer_and_keeps_the_mode(mode: bool) -> None:
     spec = describe(make_layer())
     net = Net(build(spec, 2)).train(mode)
     report = swap(net)
@@ -125,7 +125,7 @@ class Holder(nn.Module):
         object.__setattr__(self, "shortcut", shared)
 
 
-def test_finds_layers_wherever_they_sit() -> None:
+def test_finds_layers_anywhere_in_the_model() -> None:
     model = Holder()
     report = swap(model)
     assert_swapped(report, 4)
@@ -170,7 +170,7 @@ def test_keeps_dtype_and_serves_half_precision(variant: Any, dtype: torch.dtype)
     scale = expected.abs().max().item()
     tolerance = 12 * max(torch.finfo(dtype).eps, 1e-6) * scale
     assert (logits.float() - expected).abs().max() < tolerance < 0.2 * scale
-    # The published variant with masks adds float32 positions, which half precision weights refuse.
+    # The published variant with masks adds float32 positions, so it does not run with half precision weights.
     runs = variant is i2 or dtype == torch.float64
     assert (report.swapped[0].speed_up is not None) == runs
 
@@ -203,7 +203,7 @@ def test_shares_parameters_so_that_an_older_optimizer_trains_the_layer() -> None
 
 
 def called_by_each_kind_of_hook(layer: nn.Module, seen: list) -> list:
-    """Register every kind of hook; each notes its kind and the module that it was given."""
+    """Register hooks of every kind; each records its kind and its module."""
 
     def note(kind: str, result: Any = None) -> Any:
         def hook(module: nn.Module, *_: Any) -> Any:
@@ -238,7 +238,7 @@ def test_hooks_of_every_kind_fire_after_the_swap_with_the_fast_layer() -> None:
     assert_swapped(swap(net))
     fast = net.moe
     assert isinstance(fast, InteractionMoE)
-    assert fast.tag == "text and image", "attributes stay as well"
+    assert fast.tag == "text and image", "attributes are kept too"
     assert seen == []
 
     inputs = tokens(fl, width=4)

@@ -1,4 +1,4 @@
-"""`swap_checkpoint` and the command `swap`: what they write, and the settings that they take."""
+"""Tests of `swap_checkpoint` and the command `swap`: written files and settings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_converts(tmp_path: Path, variant: Any, gate: str | None, dtype: torch.d
     torch.testing.assert_close(written["encoder_dict"], encoders)
     make(seed=9).load_state_dict(written["ensemble_model"], strict=True)
 
-    # The settings travel with the file: without any given, the layer answers as the original.
+    # The file contains the settings: without options, the layer gives the original's results.
     loaded = lifted(load_layer(conversion.out).float())
     inputs = [torch.randn(2, 5, 16) for _ in range(2)]
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_refuses_settings_and_targets(
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_settings_of_the_gates_travel_with_the_file(tmp_path: Path) -> None:
+def test_the_file_contains_the_settings_of_the_gates(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", make_sparse_layer(gate="NaiveGate", layers=1).state_dict())
     assert swap_checkpoint(path).architecture.sparse.gate == "GShardGate"
     out = swap_checkpoint(path, gate="NaiveGate", top_k=3, out=tmp_path / "b.pt").out
@@ -144,7 +144,7 @@ def test_settings_of_the_gates_travel_with_the_file(tmp_path: Path) -> None:
     assert load_checkpoint(odd)[1].sparse.capacity == (1.2, 2.4)
 
 
-def test_writes_nothing_where_the_fast_layer_disagrees(tmp_path: Path) -> None:
+def test_writes_nothing_if_the_fast_layer_disagrees(tmp_path: Path) -> None:
     state = make_layer().state_dict()
     state["reweight.mlp.network.0.weight"][0, 0] = float("nan")
     path = save(tmp_path / "a.pt", state)
@@ -167,7 +167,7 @@ def test_command_prints_a_report_or_json(tmp_path: Path) -> None:
     assert facts["num_heads"] == 2
 
 
-def test_command_takes_the_gate_and_the_choices(tmp_path: Path) -> None:
+def test_command_has_options_for_the_gate_and_top_k(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", make_sparse_layer(gate="NaiveGate", layers=1).state_dict())
     arguments = ["swap", str(path), "--heads", "2", "--gate", "NaiveGate", "--top-k", "3"]
     result = CliRunner().invoke(app, arguments)
@@ -179,7 +179,7 @@ def test_command_takes_the_gate_and_the_choices(tmp_path: Path) -> None:
     assert refused.stderr.count("\n") == 1
 
 
-def test_command_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_command_runs_in_a_new_process(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "flmoe_kernels", "swap", "none.pt"],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""`swap` of sparse MLPs outside of interaction layers: what it replaces and keeps."""
+"""Tests of `swap` of sparse MLPs outside of interaction layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ any_mode = pytest.mark.parametrize("mode", [True, False])
 
 
 class Block(nn.Module):
-    """A layer of the lineage's gshardgate baseline: one sparse MLP, called once per modality."""
+    """Layer of the published gshardgate baseline: a sparse MLP, called once per modality."""
 
     def __init__(self, gate: str = "GShardGate", **options: Any) -> None:
         super().__init__()
@@ -104,14 +104,14 @@ def test_settings_of_the_gates_are_kept() -> None:
 
 @every_gate
 def test_the_published_sum_of_gate_losses_works(gate: str) -> None:
-    """Of both layers and of both modalities, with a gradient; the published code warns of idle routers."""
+    """The sum is over both layers and modalities and has a gradient; the published code warns of idle routers."""
     model = Fusion(gate, n_router=2)
     assert swap(model).left == ()
     inputs, warnings = parts(), list[str]()
     torch.manual_seed(2)
     (model(inputs).sum() + gate_loss(model, warnings)).backward()
     assert warnings == [f"network.{i}.mlp, router 1: empty" for i in (0, 1)]
-    assert gate_loss(model) == 0, "all were taken"
+    assert gate_loss(model) == 0, "all losses were read"
 
     torch.manual_seed(2)
     model(inputs)
@@ -124,7 +124,7 @@ def test_the_published_sum_of_gate_losses_works(gate: str) -> None:
 
 
 def test_gate_losses_count_every_modality() -> None:
-    """The published gate keeps the last call's loss alone; ours is their sum."""
+    """The published gate keeps only the last call's loss; ours keeps the sum."""
     published = Block().eval()
     model = copy.deepcopy(published)
     swap(model)
@@ -141,7 +141,7 @@ def test_gate_losses_count_every_modality() -> None:
     torch.testing.assert_close(gate_loss(model), apart[0] + apart[1])
 
 
-def test_what_training_hooks_of_the_lineage_read() -> None:
+def test_attributes_for_training_hooks_of_the_lineage() -> None:
     model = Fusion()
     seen: list[tuple] = []
 
@@ -186,8 +186,8 @@ def test_alone_shared_and_on_given_inputs() -> None:
     }
 
 
-def test_no_layer_runs_fastmoes_own_code_on_given_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One such layer in the model, and the model is not run: the others are compared on random inputs."""
+def test_fastmoes_own_code_is_not_run_on_given_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the model has such a layer, the model is not run; the other layers are compared on random inputs."""
     model = Fusion()
     experts = model.network[1].mlp.experts
 
@@ -204,8 +204,8 @@ def test_no_layer_runs_fastmoes_own_code_on_given_inputs(monkeypatch: pytest.Mon
     assert "CUDA device only" in report.left[0].reason
 
 
-def test_a_gate_bias_that_is_a_buffer_is_left() -> None:
-    """It is no parameter, and may be absent: a swapped module would have none."""
+def test_a_gate_bias_that_is_a_buffer_is_refused() -> None:
+    """Such a bias is not a parameter and may be missing; a swapped module would lose it."""
     model = Fusion("NaiveGate")
     linear: Any = model.network[0].get_submodule("mlp.gate.gate")
     bias = linear.bias.detach().clone()

@@ -1,1 +1,1 @@
-"""Inputs, stand-ins and helpers that tests share."""
+"""Inputs, stand-ins and helpers shared by tests."""

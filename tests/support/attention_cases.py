@@ -1,4 +1,4 @@
-"""Calls of expert_attention, and their comparison with the reference in float64."""
+"""Calls of expert_attention, and comparisons with the reference in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("out", "grad_q", "grad_k", "grad_v")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: runs of these lengths after `lead` and before `tail` uncovered rows."""
+    """A call with runs of these lengths, after `lead` and before `tail` uncovered rows."""
 
     lengths: tuple[int, ...]
     heads: int
@@ -64,14 +64,14 @@ def run(
 def check(
     case: Case, dtype: torch.dtype, backend: str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Output and gradients of a backend, the reference and the oracle, within the error budget."""
+    """Check that output and gradients are within the error budget; returns them with reference and oracle."""
     qkv = case.qkv(dtype)
     actual = run(case, qkv, backend)
     low = run(case, qkv, "reference")
     oracle = run(case, as_dtype(qkv, torch.float64), "reference")
     size = max((float(x.abs().max()) for x in oracle[1:] if x.numel()), default=0.0)
     for name, *found in zip(NAMES, actual, low, oracle, strict=True):
-        # The gradients of q and k are differences; with one key per problem nothing is left of them.
+        # The gradients of q and k are differences, which are 0 if each problem has only one key.
         difference = name in ("grad_q", "grad_k")
         assert_within_budget(
             *found,

@@ -22,18 +22,18 @@ EMPTY = (
 
 
 class AttentionTests:
-    """A subclass names a backend and its sizes, and has a fixture `dtype`."""
+    """Subclasses set a backend and its sizes, and have a fixture `dtype`."""
 
     backend: str
     heads: int
-    # The longest run: more than one block of keys.
+    # Length of the longest run: more than one block of keys.
     length: int
 
     def run(self, case: Case, qkv: list[Tensor], **options: object) -> list[Tensor]:
         return run(case, qkv, self.backend, **options)
 
     def test_a_wrong_result_fails(self, dtype: torch.dtype) -> None:
-        """The control of all comparisons with the reference."""
+        """Negative control of all comparisons with the reference."""
         case = Case((9, 6, 20), self.heads, 16, 0.3)
         _, low, oracle = check(case, dtype, self.backend)
         q, k, v = qkv = case.qkv(dtype)
@@ -78,7 +78,7 @@ class AttentionTests:
         for layout in layouts:
             for name, got, want in zip(NAMES, self.run(case, layout), expected, strict=True):
                 assert torch.equal(got, want), name
-        # A gradient that arrives as one broadcast value.
+        # A gradient that is a single expanded value.
         leaves = [x.detach().requires_grad_() for x in plain]
         grads = []
         for cotangent in (torch.ones(()).to(dtype).expand_as(plain[0]), torch.ones_like(plain[0])):
@@ -130,7 +130,7 @@ class AttentionTests:
             assert torch.equal(got.isfinite(), want.isfinite()), name
 
     def test_a_block_of_minus_infinity_does_not_hide_later_keys(self) -> None:
-        """Scores of -inf have probability 0, in whichever block of keys they stand."""
+        """Scores of -inf have probability 0 in any block of keys."""
         length = 2 * self.length
         case = Case((length,), 1, 4)
         q, k, v = (x.abs() + 0.1 for x in case.qkv(FLOAT32))
@@ -144,8 +144,8 @@ class AttentionTests:
             assert_within_budget(*pair, oracle, f"keys {first} to {last} at -inf")
 
     def test_extreme_scores(self) -> None:
-        """Scores far beyond the range of exp: the maximum is subtracted first, and keys past the last one never
-        get a probability."""
+        """For scores far outside the range of exp, the maximum is subtracted first, and keys past the last one
+        get probability 0."""
         case = Case((40, self.length), self.heads, 8, scale=300.0)
         q, k, v = case.qkv(FLOAT32)
         for inputs in ([q, k, v], [q.abs(), -k.abs(), v]):

@@ -1,4 +1,4 @@
-"""Simulated machines: calls whose seconds come from a seeded model of noise, and a clock for them."""
+"""Simulated machines: calls with durations from a seeded noise model, and a clock."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flmoe_kernels.profile.timing import Call, Paired, Spread
 
 
 class NoisyMachine:
-    """Time passes only while a call runs.
+    """A machine whose time passes only while a call runs.
 
-    A call takes its own seconds, times: a drift that all calls share, noise of its own, now and then a burst of
-    other work that hits a single call, and a bias drawn with each preparation, like the placement of buffers.
+    The duration of a call is multiplied by a drift shared by all calls, by its own noise, sometimes by a burst of
+    other work during a single call, and by a bias per preparation, like that of the placement of buffers.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class NoisyMachine:
             factor = self.random.lognormvariate(0.0, self.noise)
             if self.random.random() < self.burst:
                 factor *= self.random.uniform(1.5, 4.0)
-            # The machine gets slower while it warms up.
+            # The machine becomes slower while it warms up.
             factor *= 1 + self.drift * min(1.0, self.now / 5.0)
             self.now += placed * factor
 
@@ -51,7 +51,7 @@ class NoisyMachine:
         return self.now - start
 
     def measure(self, floor: Floor, ours: float, peer: float, bound: float | None = None) -> Paired:
-        """Comparison of two calls that take so many seconds on a quiet machine."""
+        """Comparison of two calls with these durations on a quiet machine."""
         return measure_pair(
             lambda: {"ours": self.call(ours), "peer": self.call(peer)},
             "cpu",
@@ -63,7 +63,7 @@ class NoisyMachine:
 
 
 def given(ratio: float, half: float = 0.02) -> Paired:
-    """A measurement with this ratio, and the relative half width of its interval."""
+    """A measurement with this ratio and relative half width of its interval."""
     ours = Spread(0.010, 0.0099, 0.0101, 0.97, 0.0098, 0.0103, 6, 30)
     low, high = ratio * (1 - half), ratio * (1 + half)
     spread = replace(ours, median=ratio, low=low, high=high, p20=low, p80=high)

@@ -22,7 +22,7 @@ def norm_arguments(rows: int, width: int, p: float, residual: bool, experts: int
 def operator_calls(
     dtype: torch.dtype, p: float, rows: int = 5, width: int = 4, experts: int = 2
 ) -> dict[str, list[Any]]:
-    """Arguments of every operator with a gradient: two views, and rows of no segment."""
+    """Arguments of all operators with a gradient: two views, and rows outside all segments."""
     seed = make_seed() if p else None
     norm = as_dtype(norm_arguments(rows, width, p, True, experts), dtype)
     plain = as_dtype(norm_arguments(rows, width, p, False, experts), dtype)
@@ -43,7 +43,7 @@ def operator_calls(
 
 
 def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
-    """Arguments of every backward operator, with each gradient that may be absent or unwanted."""
+    """Arguments of all backward operators, with optional gradients present and absent."""
     seed = make_seed() if p else None
     x, grad = draw(2, 6, 4), draw(2, 6, 4, seed=1)
     gain, stats, weight = draw(2, 4, seed=2), draw(2, 6, seed=3), draw(2, 4, 4, seed=4)

@@ -32,12 +32,12 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def every_second(x: Tensor) -> Tensor:
-    """The same values with others between them."""
+    """The same values with a stride, so that other values are between them."""
     return torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
 
 
 def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
-    """Calls of registered operators that would read past a tensor, or as another type, and their messages."""
+    """Calls that would read past a tensor or with a wrong dtype, and their messages."""
     x, gain, stats, cu = draw(2, 6, 4), draw(2, 4), draw(2, 6), cumulative([3])
     half, seeds = x.half(), torch.zeros(2, dtype=torch.int64)
     modality, pair, means = torch.zeros(6).int(), draw(2, 2, 6, 4), draw(2, 1, 1, 4)
@@ -83,7 +83,7 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
 
 
 class EncoderTests:
-    """A subclass names a backend and the rows and width of most calls, and has a fixture `dtype`."""
+    """Subclasses set a backend and the rows and width of most calls, and have a fixture `dtype`."""
 
     backend: str
     rows: int
@@ -96,12 +96,12 @@ class EncoderTests:
         return operator_calls(torch.float32, p, width=self.width)
 
     def test_wrong_results_fail(self, dtype: torch.dtype) -> None:
-        """The control of all comparisons with references: another mask, operand or run."""
+        """Negative control of all comparisons with references: another mask, operand or run."""
         norm = norm_arguments(self.rows, 64, 0.5, True)
         half = self.rows // 2
         pool: list[Any] = [norm[1], norm[0], cumulative([half, half]), 1, make_seed(), 0.5]
         x, weight, bias = draw(2, 9, 64), draw(2, 64, 64, seed=1), draw(2, 64, seed=2)
-        # Arguments, wrong ones, how many outputs there are, and results that are checked.
+        # (arguments, wrong arguments, number of outputs, checked results)
         calls: dict[str, tuple[list[Any], list[list[Any]], int, int]] = {
             "dropout_add_norm": (
                 norm,

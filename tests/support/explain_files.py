@@ -1,4 +1,4 @@
-"""A layer's checkpoint and a file of samples, as the command `explain` takes them."""
+"""A checkpoint and a data file for the command `explain`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_checkpoint(folder: Path, case: LayerCase = CASE) -> Path:
     torch.manual_seed(1)
     layer = case.reference()
     with torch.no_grad():
-        # Larger than at the start of a training, so that tokens interact and the target is no tie.
+        # Larger than initial parameters, so that tokens interact and the target is not a tie.
         for parameter in layer.parameters():
             parameter.mul_(1.5)
     torch.save({"ensemble_model": layer.state_dict()}, folder / "layer.pt")

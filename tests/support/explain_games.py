@@ -1,4 +1,4 @@
-"""Games with known pair indices, tokens to play them with, and the definitions by plain loops."""
+"""Games with known pair indices, token inputs, and definitions in plain loops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Values = Mapping[tuple[int, int], float]
 
 @dataclass
 class Planted:
-    """A game of n players by its formula v((m, n) bool) -> (m,), which counts what it is asked."""
+    """A game of n players with a formula v((m, n) bool) -> (m,); it counts the evaluated coalitions."""
 
     players: int
     formula: Callable[[NDArray[np.bool_]], NDArray[Any]]
@@ -36,7 +36,7 @@ class Planted:
 
 
 def unanimity(terms: Mapping[tuple[int, ...], float], players: int) -> Planted:
-    """v(S) = sum of the terms whose players are all in S; any game is such a sum."""
+    """v(S) = sum of the terms whose players are all in S; every game is such a sum."""
 
     def formula(inside: NDArray[np.bool_]) -> NDArray[np.float64]:
         total = np.zeros(len(inside))
@@ -48,7 +48,7 @@ def unanimity(terms: Mapping[tuple[int, ...], float], players: int) -> Planted:
 
 
 def unanimity_sii(terms: Mapping[tuple[int, ...], float], i: int, j: int) -> float:
-    """In closed form: a term of t players that has both gives 1 / (t - 1) of its weight."""
+    """Index in closed form: a term of t players that contains both players gives 1 / (t - 1) of its weight."""
     return sum(w / (len(t) - 1) for t, w in terms.items() if i in t and j in t)
 
 
@@ -63,17 +63,17 @@ def random_terms(players: int, count: int, largest: int, seed: int) -> dict[tupl
 
 
 def xor(planted: tuple[int, ...], players: int) -> Planted:
-    """1 where an odd number of the planted tokens is there."""
+    """1 if an odd number of the planted tokens is present, else 0."""
     return Planted(players, lambda inside: inside[:, list(planted)].sum(axis=1) % 2)
 
 
 def either(first: int, second: int, worth: float, players: int) -> Planted:
-    """Two copies of one token."""
+    """A game with two copies of the same token."""
     return Planted(players, lambda inside: worth * (inside[:, first] | inside[:, second]))
 
 
 def table(game: Callable[[NDArray[np.bool_]], NDArray[Any]], players: int) -> NDArray[np.float64]:
-    """v of all coalitions; bit k is player k."""
+    """Values v of all coalitions; bit k stands for player k."""
     codes = np.arange(2**players)
     return np.asarray(game((codes[:, None] >> np.arange(players)) & 1 == 1), dtype=np.float64)
 
@@ -85,7 +85,7 @@ def by_definition(values: NDArray[np.float64], players: int, index: str) -> Valu
 
 
 def pair_index(values: Any, players: int, i: int, j: int, index: str = "SII") -> Any:
-    """Definition: sum over S without i and j of s! (n - s - 2)! / (n - 1)! times a function of the corners."""
+    """Definition: sum over S without i and j of s! (n - s - 2)! / (n - 1)! times a term of four values of v."""
     total = 0.0 * values[0]
     for s in subsets([k for k in range(players) if k not in (i, j)]):
         size = s.bit_count()
@@ -97,7 +97,7 @@ def pair_index(values: Any, players: int, i: int, j: int, index: str = "SII") ->
 
 
 def subsets(players: Sequence[int]) -> list[int]:
-    """All sets of them as bits."""
+    """All subsets of these players as bit sets."""
     found = [0]
     for player in players:
         found += [s | 1 << player for s in found]
@@ -111,15 +111,15 @@ def as_array(values: Values, pairs: NDArray[np.int64]) -> NDArray[np.float64]:
 def interaction_layer(
     case: LayerCase, dtype: torch.dtype = torch.float64, backend: str | None = None
 ) -> ReferenceInteractionMoE:
-    """The fast layer with the parameters of a case's reference, in eval mode."""
+    """The fast layer in eval mode with the parameters of the case's reference."""
     return InteractionMoE.adopt(case.reference(dtype).eval(), backend=backend)
 
 
 def first_of(tensors: Any, sample: int = 0) -> list[Tensor | None]:
-    """One sample, batch 1, of M tensors."""
+    """A sample of M tensors, with batch 1."""
     return [None if x is None else x[sample : sample + 1] for x in tensors]
 
 
 def drawn(rows: int, players: int, seed: int = 0) -> NDArray[np.bool_]:
-    """Coalitions (rows, players), each player in with probability 1/2."""
+    """Coalitions (rows, players); each player is in with probability 1/2."""
     return np.random.default_rng(seed).random((rows, players)) < 0.5

@@ -1,4 +1,4 @@
-"""Calls of interaction layers, and their attention rollouts with every L x L map in memory."""
+"""Calls of interaction layers, and dense attention rollouts."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CASES = (
 
 
 def call_of(case: LayerCase, dtype: torch.dtype = torch.float64) -> tuple[Any, list[Tensor], Any]:
-    """The fast layer in eval mode, inputs and masks."""
+    """The fast layer in eval mode, its inputs and masks."""
     layer = InteractionMoE.adopt(case.reference(dtype).eval())
     return layer, case.inputs(dtype), draw_masks(case.masks, case.batch, case.lengths)
 
 
 def dense_expert(fusion: Any, inputs: list[Tensor], masks: Any) -> tuple[Tensor, list[Tensor]]:
-    """Logits of a fusion model and the attention probabilities (B, H, L, L) of its layers, on the graph."""
+    """Logits of a fusion model and attention probabilities (B, H, L, L) of its layers, with gradients."""
     valid = torch.cat(valid_tokens(inputs, masks), dim=1)
     tokens = torch.cat(inputs, dim=1)
     learned = fusion.pos_embed is not None
@@ -61,7 +61,7 @@ def dense_expert(fusion: Any, inputs: list[Tensor], masks: Any) -> tuple[Tensor,
 
 
 def token_updates(layer: Any, tokens: Tensor, valid: Tensor, lengths: list[int]) -> Tensor:
-    """What the MLP adds; a routed one sees a modality at a time, and no padding."""
+    """Output of the MLP; a routed MLP gets one modality at a time, without padding."""
     normed = layer.norm2(tokens)
     if not isinstance(layer.mlp, RoutedMLP):
         return layer.mlp(normed)
@@ -72,7 +72,7 @@ def token_updates(layer: Any, tokens: Tensor, valid: Tensor, lengths: list[int])
 def dense_rollout(
     case: LayerCase, dtype: torch.dtype, method: str, explains: str, readout: str | int
 ) -> list[Tensor]:
-    """The definition, with every map of every head and the whole product in memory: M x (B, E, L_m)."""
+    """Definition, with the maps of all heads and the whole product in memory: M x (B, E, L_m)."""
     reference = case.reference(dtype).eval()
     inputs, masks = case.inputs(dtype), draw_masks(case.masks, case.batch, case.lengths)
     weights = reference.reweight(inputs, masks)
@@ -95,13 +95,13 @@ def dense_rollout(
                 matrix = (attention * gradient).relu().mean(dim=1) + eye
             product = matrix / matrix.sum(dim=2, keepdim=True) @ product
         whole = torch.einsum("bi,bij->bj", start.to(dtype), product)
-        # A sample of padding alone is NaN in the dense form; by definition nothing of it is read.
+        # Padded tokens have value 0; the dense form gives NaN for a sample with only padding.
         values.append(torch.where(torch.cat(valid, dim=1), whole, 0.0).detach())
     return list(torch.stack(values, dim=1).split(list(case.lengths), dim=2))
 
 
 def scaled_rows(values: Tensor, valid: Tensor) -> Tensor:
-    """Min-max over valid tokens, row by row."""
+    """Min-max scaling over valid tokens, row by row."""
     found = torch.zeros_like(values)
     for b, ok in enumerate(valid):
         mine = values[b, ok]
@@ -111,7 +111,7 @@ def scaled_rows(values: Tensor, valid: Tensor) -> Tensor:
 
 
 class Weighted(torch.nn.Module):
-    """Logits linear in the tokens, whose attributions are known: x * weight."""
+    """Logits that are linear in the tokens, with known attributions x * weight."""
 
     def __init__(self, lengths: tuple[int, ...], width: int, classes: int) -> None:
         super().__init__()

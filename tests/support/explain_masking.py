@@ -1,4 +1,4 @@
-"""Masking one sample, budget and token at a time, and a model whose drops tell what was masked."""
+"""Masking by plain loops; a model whose drops encode the masked tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUDGETS = (10, 40.5, 100)
 
 
 class TokenBits(torch.nn.Module):
-    """Logits whose first one has a bit for every token that is there, so that sets can be read off drops."""
+    """A model whose first logit has a bit for every present token, so that drops encode the masked sets."""
 
     def forward(self, inputs: Any, masks: Any) -> Tensor:
         first = sum(x[:, :, 0].sum(dim=1) for x in inputs)
@@ -30,7 +30,7 @@ class TokenBits(torch.nn.Module):
 
 
 def bits(batch: int, lengths: Sequence[int]) -> list[Tensor]:
-    """Inputs of TokenBits: token g of all has 2^g."""
+    """Inputs of TokenBits: token g has the value 2^g."""
     whole = (2.0 ** torch.arange(sum(lengths), dtype=torch.float64)).expand(batch, -1)
     return [x.unsqueeze(2).clone() for x in whole.split(list(lengths), dim=1)]
 
@@ -46,7 +46,7 @@ def rows_of(masks: Any, b: int) -> Any:
 
 
 def reading(logits: Tensor, classes: list[int], multi_label: bool) -> dict[str, float]:
-    """The three metrics of one sample's logits, class by class."""
+    """The three metrics of a sample's logits, class by class."""
     z = logits.tolist()
     total = sum(math.exp(x) for x in z)
     probs = [1 / (1 + math.exp(-x)) if multi_label else math.exp(x) / total for x in z]
@@ -61,7 +61,7 @@ def reading(logits: Tensor, classes: list[int], multi_label: bool) -> dict[str, 
 def masked_logits(
     logits_of: Any, inputs: list[Tensor], masks: Any, hidden: set[tuple[int, int]], fill: Any
 ) -> Tensor:
-    """Logits of one sample with some (modality, token) masked."""
+    """Logits of a sample with some (modality, token) masked."""
     inputs = [x.clone() for x in inputs]
     if fill == "drop":
         ones = [torch.ones(x.shape[:2], dtype=torch.bool) for x in inputs]
@@ -85,7 +85,7 @@ def brute_force(
     fill: Any,
     exempt: tuple[int, ...] = (),
 ) -> np.ndarray:
-    """The definitions one sample, budget and token at a time: (2, 3, B, K)."""
+    """Definitions, one sample, budget and token at a time: (2, 3, B, K)."""
     found = np.zeros((2, 3, len(classes), len(BUDGETS)))
     for b, k in itertools.product(range(len(classes)), range(len(BUDGETS))):
         top, every = set(), set()

@@ -1,4 +1,4 @@
-"""Inputs for tests: seeded draws, ragged runs, every pattern of masks, copies in another dtype."""
+"""Test inputs: seeded draws, ragged runs, mask patterns, copies in another dtype."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ MaskMaker = Callable[[int, Sequence[int], torch.Generator], "list[Tensor | None]
 def draw(
     *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
 ) -> Tensor:
-    """Standard normal values times scale, the same for every dtype up to its rounding."""
+    """Standard normal values times scale, the same for all dtypes up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def make_seed(value: int = 2**61 + 987654321) -> Tensor:
-    """A seed for dropout; the default has bits in both of its halves."""
+    """Seed for dropout; the default has bits in both halves."""
     return torch.tensor(value, dtype=torch.int64)
 
 
 def cumulative(lengths: Sequence[int], first: int = 0) -> Tensor:
-    """Runs of these lengths, (len + 1,) int32, from row `first` on."""
+    """Bounds (len + 1,) int32 of runs with these lengths, starting at row `first`."""
     return torch.tensor(list(accumulate(lengths, initial=first)), dtype=torch.int32)
 
 
 def as_dtype(tree: Any, dtype: torch.dtype, requires_grad: bool = False) -> Any:
-    """A detached copy of nested lists and tuples; floating tensors in another dtype."""
+    """A detached copy of nested lists and tuples, with floating tensors in another dtype."""
     if isinstance(tree, Tensor):
         copy = tree.detach().clone()
         if copy.dtype.is_floating_point:
@@ -43,9 +43,9 @@ def as_dtype(tree: Any, dtype: torch.dtype, requires_grad: bool = False) -> Any:
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 7) -> list[Tensor]:
-    """Gradients of inputs of the outputs' inner product with seeded normal values; zeros for no gradient."""
+    """Input gradients of the outputs' inner product with seeded normal values; zeros if there is no gradient."""
     cotangents = {
-        # Values that every dtype holds exactly, so that results in several dtypes can be compared.
+        # Values that all dtypes represent exactly, so that results in different dtypes can be compared.
         out: draw(*out.shape, dtype=torch.bfloat16, seed=seed + i).to(out.dtype)
         for i, out in enumerate(outputs)
         if out.requires_grad
@@ -63,12 +63,12 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 7
 def draw_masks(
     pattern: str, batch: int, lengths: Sequence[int], seed: int = 0
 ) -> list[Tensor | None] | None:
-    """Masks (batch, L_m), True = valid, of one of MASK_PATTERNS."""
+    """Masks (batch, L_m), True = valid, with a pattern from MASK_PATTERNS."""
     return MASK_PATTERNS[pattern](batch, lengths, torch.Generator().manual_seed(seed))
 
 
 def draw_replacements(inputs: Sequence[Tensor], experts: int, seed: int = 99) -> list[list[Tensor]]:
-    """Noise for every expert and modality, shaped and typed as the inputs."""
+    """Noise for every expert and modality, with the shapes and dtypes of the inputs."""
     return [
         [
             draw(*x.shape, dtype=x.dtype, seed=seed + e * len(inputs) + m)
@@ -79,7 +79,7 @@ def draw_replacements(inputs: Sequence[Tensor], experts: int, seed: int = 99) ->
 
 
 def _partial(batch: int, lengths: Sequence[int], generator: torch.Generator) -> list[Tensor]:
-    """Suffix padding of a random length and holes, at least one token valid."""
+    """A mask with padding of random length at the end and holes; at least one token is valid."""
     masks = []
     for length in lengths:
         kept = torch.randint(1, length + 1, (batch, 1), generator=generator)

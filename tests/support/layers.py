@@ -1,4 +1,4 @@
-"""Interaction layers for tests: any architecture with every parameter drawn, and all that a call returns."""
+"""Interaction layers for tests: random parameters, all outputs of a call."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tests.support.inputs import as_dtype, draw, draw_masks, draw_replacements, 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCase:
-    """One layer and one call of it, apart from the data.
+    """A layer and a call of it, without the data.
 
-    sparse: return gate losses. gate: of sparse fusion models, None for dense ones; mlp_experts, top_k, routers and
-    capacity (of training and evaluation alike, None for the gate's own) are those of their MLPs.
+    sparse: return gate losses. gate: gate of sparse fusion models, else None. mlp_experts, top_k, routers
+    and capacity (for training and evaluation, None for the gate's default) are settings of their MLPs.
     """
 
     lengths: tuple[int, ...] = (5, 4)
@@ -66,7 +66,7 @@ class LayerCase:
         ]
 
     def reference(self, dtype: torch.dtype = torch.float32) -> ReferenceInteractionMoE:
-        """The reference layer in train mode, its reweighting without dropout unless the rest has it."""
+        """The reference layer in train mode; its reweighting has dropout only if the rest has dropout."""
         fusion = FusionTransformer(
             len(self.lengths),
             self.dim,
@@ -91,7 +91,7 @@ class LayerCase:
         )
         with torch.no_grad():
             for i, (name, parameter) in enumerate(layer.named_parameters()):
-                # Away from 0 and 1, so that no parameter's part in the result can be mistaken.
+                # Not 0 or 1, so that every parameter changes the result.
                 values = draw(*parameter.shape, seed=1000 + i)
                 matrix = parameter.dim() == 2 or ".experts." in name
                 fan_in = parameter.shape[-1] if matrix else 4
@@ -108,18 +108,18 @@ FL = LayerCase((7, 5), dim=16, batch=3)
 I2 = LayerCase((6, 6), "i2moe", dim=16, batch=3)
 SPARSE_FL = dataclasses.replace(FL, layers=3, sparse=True, gate="GShardGate")
 SPARSE_I2 = dataclasses.replace(I2, sparse=True, gate="GShardGate")
-# In training these draw random numbers, so that only eval mode can be compared.
+# These gates draw random numbers in training, so only eval mode can be compared.
 RANDOM_GATES = ("SwitchGate", "NoisyGate")
 
 
 def fast_layer(case: LayerCase, dtype: torch.dtype = torch.float32) -> InteractionMoE:
-    """The layer on the CPU kernels; in train mode where its gates draw no random numbers."""
+    """The layer on the CPU kernels, in train mode unless its gates draw random numbers."""
     layer = InteractionMoE.adopt(case.reference(dtype), backend="cpu")
     return layer.train(case.gate not in RANDOM_GATES)
 
 
 def data(case: LayerCase, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Any, Any]:
-    """Inputs, masks and replacements of a case."""
+    """Inputs, masks and replacements for a case."""
     x = case.inputs(dtype)
     masks = draw_masks(case.masks, case.batch, case.lengths)
     return x, masks, draw_replacements(x, case.experts)
@@ -130,7 +130,7 @@ def gates_of(layer: nn.Module) -> list[Any]:
 
 
 def named_outputs(layer: nn.Module, result: Sequence[Any]) -> dict[str, Tensor]:
-    """Every tensor that a layer's forward returns, by name."""
+    """All tensors that a layer's forward returns, by name."""
     experts = result[0]
     found = {"weights": result[1], "logits": result[2], "losses": torch.stack(list(result[3]))}
     found["expert_logits"] = torch.stack(
@@ -152,7 +152,7 @@ def outputs_and_gradients(
     masks: Masks,
     replacements: Replacements | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a call returns, and the gradients of all of it by parameter, input and replacement."""
+    """Outputs of a call, and their gradients by parameter, input and replacement."""
     x = [each.detach().requires_grad_() for each in inputs]
     noise = None
     if replacements is not None:
@@ -162,7 +162,7 @@ def outputs_and_gradients(
     leaves |= {f"inputs.{m}": each for m, each in enumerate(x)}
     for e, row in enumerate(noise or []):
         leaves |= {f"replacements.{e}.{m}": each for m, each in enumerate(row)}
-    # Not the latents twice.
+    # The latents are used only once.
     wanted = [out for name, out in outputs.items() if name != "latents"]
     found = gradients(wanted, list(leaves.values()))
     return {name: x.detach() for name, x in outputs.items()}, dict(zip(leaves, found, strict=True))
@@ -171,13 +171,13 @@ def outputs_and_gradients(
 def assert_layer_within_budget(
     case: LayerCase, layer: nn.Module, dtype: torch.dtype, *, seed: int = 50
 ) -> None:
-    """A layer's outputs and gradients on one call, with given noise, against the reference layer.
+    """Compare a layer's outputs and gradients on one call, with given noise, with the reference layer.
 
     Args:
         case: the call, and the architecture and parameters of the reference.
         layer: a layer with the same parameters, in `dtype`; the reference runs in its mode.
-        dtype: of parameters and inputs; the oracle computes in float64 from the rounded values.
-        seed: of the inputs.
+        dtype: dtype of parameters and inputs; the oracle computes in float64 from the rounded values.
+        seed: seed of the inputs.
     """
     x = case.inputs(dtype, seed)
     masks = draw_masks(case.masks, case.batch, case.lengths)
@@ -199,15 +199,15 @@ def assert_layer_within_budget(
 def assert_all_within_budget(
     actual: dict[str, Tensor], low: dict[str, Tensor], exact: dict[str, Tensor], what: str
 ) -> None:
-    """Named outputs and gradients against the reference and the oracle."""
+    """Compare named outputs and gradients with the reference and the oracle."""
     assert actual.keys() == low.keys() == exact.keys(), "other outputs or parameters"
     sizes: dict[str, float] = {}
     for name, value in exact.items():
         kind = _kind(name)
         sizes[kind] = max(sizes.get(kind, 0.0), float(value.abs().max()))
     for name, oracle in exact.items():
-        # Deep in a stack the gradients of queries vanish: those are measured by their peers in other
-        # layers and experts.
+        # In deep layers the gradients of queries are tiny, so their errors are relative to those of other layers
+        # and experts.
         size = sizes[_kind(name)]
         vanishes = float(oracle.abs().max()) < 0.25 * size
         results = actual[name], low[name], oracle
@@ -215,8 +215,8 @@ def assert_all_within_budget(
 
 
 def _kind(name: str) -> str:
-    """Parameters of one role in all experts and layers; an output is a kind of its own."""
+    """Kind of a result: parameters with the same role in all experts and layers; each output is its own kind."""
     if ".attn." in name:
-        # Scores enter through differences, so that the gradient of q is what is left of terms of this size.
+        # Only differences of scores matter, so the gradient of q is a difference of terms of this size.
         return "attn"
     return re.sub(r"\d+", "#", name) if "." in name else name

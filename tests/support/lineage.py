@@ -1,8 +1,8 @@
 """Stand-ins for the published layers: same class names, attributes and mathematics, two variants.
 
-`fl` has masks, latents and sinusoidal positions; `i2` has neither masks nor latents, learned
-positions, and a residual that adds the attention output to itself. Written from its description, so that
-nothing here needs the published code. The classes of both carry the published names.
+`fl` has masks, latents and sinusoidal positions. `i2` has learned positions, neither masks nor latents, and a
+residual that adds the attention output to itself. Both are written from descriptions and do not need the
+published code; their classes have the published names.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class fl:
 
     class Transformer(_Fusion):
         def positions(self, length: int, width: int, device: torch.device) -> Tensor:
-            """In float32 whatever the layer's dtype: half precision weights refuse the sum."""
+            """Always in float32, so the sum fails with half precision weights."""
             pos = torch.arange(length, dtype=torch.float32, device=device)[:, None]
             column = torch.arange(width, dtype=torch.float32, device=device)[None]
             angle = pos / torch.pow(10000, (2 * (column // 2)) / width)
@@ -267,7 +267,7 @@ class fl:
 
 
 class i2:
-    """The ancestor: no masks, learned positions, logits in place of latents."""
+    """The older variant: no masks, learned positions, logits instead of latents."""
 
     class TransformerEncoderLayer(_Layer):
         def forward(self, x: list[Tensor]) -> list[Tensor]:
@@ -327,7 +327,7 @@ i2.Transformer.layer = i2.TransformerEncoderLayer
 
 
 class MaxPooled(fl.Transformer):
-    """The structure of a known fusion model with another forward: only a comparison can tell."""
+    """The structure of a known fusion model with another forward, which only a comparison detects."""
 
     def pooled(self, parts: list[Tensor], masks: list | None) -> list[Tensor]:
         return [p.amax(dim=1) for p in parts]
@@ -379,7 +379,7 @@ def make_layer(
     fusion: Any = None,
     **options: Any,
 ) -> nn.Module:
-    """A small published layer with random parameters, LayerNorms and biases included."""
+    """A small published layer with random parameters, including LayerNorms and biases."""
     torch.manual_seed(seed)
     fusion_class = variant.Transformer if fusion is None else fusion
     model = fusion_class(modalities, patches, dim, classes, layers, heads, **options)
@@ -393,6 +393,6 @@ def make_layer(
 
 
 def make_sparse_layer(variant: Any = fl, gate: str = "GShardGate", **options: Any) -> nn.Module:
-    """A published layer with sparse MLPs of 5 experts in fusion layers 0 and 2, which returns gate losses."""
+    """A published layer with sparse MLPs of 5 experts in fusion layers 0 and 2, and with gate losses."""
     settings = {"layers": 3, "mlp_sparse": True, "sparse": True, "num_experts": 5, **options}
     return make_layer(variant, gate=gate, **settings)

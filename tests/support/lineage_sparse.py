@@ -1,10 +1,9 @@
-"""A stand-in for the published sparse MLP: FastMoE 1.1 as FL-I2MoE's lineage changed it, in plain torch.
+"""Stand-in for the published sparse MLP: FastMoE 1.1 with the lineage's changes.
 
-Written from what the published code does, oddities included (docs/fastmoe.md): weights are not shared anew after
-a drop, GShard and Switch keep the last call's loss only, padding counts, Switch adds its noise, NaiveGate's loss
-has no gradient, NoisyGate's adds up whoever is looking, topk_logits grows. One thing is chosen among what the
-published kernels may do: a drop there takes whichever rows come last in a race, here the last in the call.
-Names, attributes and parameters are the published ones.
+It has the published code's peculiarities (docs/fastmoe.md): weights are not renormalised after a drop, GShard and
+Switch keep only the last call's loss, padding counts, Switch adds its noise, NaiveGate's loss has no gradient,
+NoisyGate's loss adds up in all modes, topk_logits grows. The published kernels drop the rows that come last in a
+race; here the last rows of the call are dropped. Names, attributes and parameters are the published ones.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class NaiveGate(BaseGate):
 
 
 def pruned(index: Tensor, capacity: int, experts: int) -> Tensor:
-    """index with -1 in place of every expert's rows after its first `capacity`, in the order of a flat walk."""
+    """index with -1 for all rows of an expert after its first `capacity` rows, in flattened order."""
     left, kept = [capacity] * experts, index.reshape(-1).tolist()
     for place, expert in enumerate(kept):
         left[expert] -= 1
@@ -201,7 +200,7 @@ class _Expert(nn.Module):
 
 
 class FMoETransformerMLP(nn.Module):
-    """`apart` gives every expert parameters of its own, as FastMoE 1.1 does before the lineage's change."""
+    """apart: separate parameters for every expert, as in FastMoE 1.1 before the lineage's change."""
 
     def __init__(
         self,
@@ -265,7 +264,7 @@ class FMoETransformerMLP(nn.Module):
 
 
 def gate_loss(model: nn.Module, warnings: list[str] | None = None) -> Any:
-    """The sum that the published fusion Transformer takes: of all routers of all parts that have any."""
+    """Sum of gate losses, as in the published fusion Transformer: over all routers of all modules with routers."""
     taken = []
     for name, part in model.named_modules():
         for r in range(len(getattr(part, "all_gates", ()))):
@@ -286,7 +285,7 @@ def make_mlp(
     seed: int = 0,
     **options: Any,
 ) -> FMoETransformerMLP:
-    """A small sparse MLP with random parameters, biases included, and weights of a Linear's size."""
+    """A small sparse MLP with random parameters and biases; weights have the scale of nn.Linear."""
     torch.manual_seed(seed)
     options.setdefault("top_k", 1 if gate == "SwitchGate" else 2)
     mlp = FMoETransformerMLP(num_expert, dim, hidden, gate=gate, **options)

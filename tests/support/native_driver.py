@@ -1,9 +1,9 @@
-"""Runs every native kernel on buffers of exactly the right size, with no torch: for sanitizers.
+"""Driver that runs all native kernels on exact-size buffers, without torch, for sanitizers.
 
     python native_driver.py MODULE [control]
 
-Buffers come from malloc, so that AddressSanitizer watches both of their ends; outputs hold NaN until they are
-written. With `control`, the name of one deliberate mistake, the sanitizer must end the process.
+Buffers come from malloc, so that AddressSanitizer checks both ends. Outputs are NaN until they are written.
+`control` is the name of a deliberate mistake, for which the sanitizer must end the process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RANDOM = np.random.default_rng(0)
 
 
 class Buffer:
-    """`count` elements from malloc; `shift` elements further, as a slice of a tensor may start."""
+    """`count` elements from malloc, after an offset of `shift` elements, as in a slice of a tensor."""
 
     def __init__(self, data: bytes, shift: int = 0) -> None:
         self.size, self.shift = len(data), shift
@@ -55,7 +55,7 @@ def stored(values: np.ndarray, dtype: int) -> bytes:
 
 
 class Case:
-    """Buffers of one call; at the end every output must have been written, with finite values."""
+    """Buffers of a call; after it, all outputs must have finite values."""
 
     def __init__(self, dtype: int, shifted: bool) -> None:
         self.dtype, self.shift = dtype, SIZE[dtype] if shifted else 0
@@ -144,7 +144,7 @@ def linear(
 
 
 def norm(native: Any, case: Case, rows: int, width: int, kind: str, keep: int) -> None:
-    """kind: alone, residual, or self, where the update is added to itself."""
+    """kind: alone, residual, or self, in which the update is added to itself."""
     experts = 2
     shape = (experts, rows, width)
     alone, itself = kind == "alone", kind == "self"
@@ -213,7 +213,7 @@ def pairs(
     batch, experts, rows, columns, rank, width = sizes
 
     def view(length: int, size: int) -> tuple[int, ...]:
-        # As a projection writes it: (batch, tokens, experts, size).
+        # The layout of a projection: (batch, tokens, experts, size).
         shape = (batch, length, experts, size)
         return (case.floats(*shape), length * experts * size, experts * size, size)
 
@@ -229,7 +229,7 @@ def pairs(
     call = (case.dtype, tensors, sizes, list(kinds), top_k, rank**-0.5, 3)
 
     def cleared(*shape: int) -> int:
-        """What a kernel adds to, or leaves alone where a token is masked."""
+        """A buffer that a kernel adds to, or does not write for masked tokens."""
         return case.keep(stored(np.zeros(shape), wide))
 
     shapes = ((batch, experts, rows, width), (batch, rows, width), (batch, experts, width))
@@ -263,7 +263,7 @@ def pairs(
 
 
 def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: bool) -> None:
-    """Gate, capacity, dispatch, and the MLP forward and backward; sizes as in routed_forward."""
+    """Gate, capacity, dispatch, and the MLP's forward and backward; sizes as in routed_forward."""
     tokens, choices, experts, width, hidden = sizes
     rows = tokens * choices
     index, kept = case.keep(bytes(8 * rows)), case.keep(bytes(8 * rows))
@@ -279,7 +279,7 @@ def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: b
     twin(native, case, sizes, mask, capacity)
 
     def cleared(*shape: int, dtype: int) -> int:
-        """What dropped rows leave alone."""
+        """A buffer that dropped rows do not write."""
         return case.keep(stored(np.zeros(shape), dtype))
 
     shapes = (
@@ -303,7 +303,7 @@ def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: b
 
 
 def twin(native: Any, case: Case, sizes: tuple[int, ...], mask: int, capacity: int) -> None:
-    """The GPU's blocks on the host, in one block and in several."""
+    """The GPU's blocks on the host, with one block and with several."""
     tokens, choices, experts = sizes[:3]
     rows = tokens * choices
     for block, over_all in ((0, False), (256, True)):
@@ -319,7 +319,7 @@ def twin(native: Any, case: Case, sizes: tuple[int, ...], mask: int, capacity: i
 
 
 def drive(native: ModuleType) -> int:
-    """Every kernel in every dtype; the number of calls made."""
+    """Run all kernels in all dtypes; returns the number of calls."""
     count = 0
     for dtype, shifted in itertools.product(SIZE, (False, True)):
 
@@ -370,7 +370,7 @@ def drive(native: ModuleType) -> int:
 
 
 def control(native: Any, mistake: str) -> None:
-    """One element too few, in an output or an input."""
+    """A call whose output or input is too short by one element."""
     case = Case(FLOAT32, False)
     rows, width = 3, 5
     x = case.floats(rows * width - (mistake == "read"))

@@ -1,4 +1,4 @@
-"""Comparison of registered operators with their references in float64, gradients included."""
+"""Comparison of registered operators and their gradients with references in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Operator = Callable[..., Any]
 
 
 def on_triton(name: str) -> Operator:
-    """A registered operator, run by its Triton kernels."""
+    """A registered operator on its Triton kernels."""
     operator = getattr(OPS, name)
     return lambda *arguments: operator(*arguments, "triton")
 
@@ -29,7 +29,7 @@ def tensors(results: Any) -> list[Tensor]:
 
 
 def evaluate(operator: Operator, arguments: Sequence[Any], outputs: int) -> list[Tensor]:
-    """The first results of an operator and the gradients of its floating arguments."""
+    """First results of an operator, and gradients of its floating arguments."""
     leaves = [x for x in arguments if isinstance(x, Tensor) and x.dtype.is_floating_point]
     results = tensors(operator(*arguments))[:outputs]
     return [*(x.detach() for x in results), *gradients(results, leaves)]
@@ -47,7 +47,7 @@ def compare(
 ) -> list[list[Tensor]]:
     """Check results and gradients; return (kernel, reference, reference in float64) of each.
 
-    gradient_magnitude: None for the largest of all gradients.
+    gradient_magnitude: None for the largest value of all gradients.
     """
     inputs = list(arguments)
     found = [

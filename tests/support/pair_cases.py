@@ -1,4 +1,4 @@
-"""Calls of pair_moe, and their comparison with the reference in float64."""
+"""Calls of pair_moe, and comparisons with the reference in float64."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.support.inputs import as_dtype, draw, gradients
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAMES = ("y", "mass", "grad_q", "grad_k", "grad_a", "grad_c", "grad_gate_bias")
 REDUCTIONS = ("none", "experts", "pool")
-MANY = (*KINDS, "synergy", "unique_a", "redundancy")  # eight experts, every kind
+MANY = (*KINDS, "synergy", "unique_a", "redundancy")  # eight experts, all kinds
 
 
 @dataclasses.dataclass(frozen=True)
 class PairCase:
-    """One call. masks: "none", "a", "b", "both", or "sample" for both with one sample all padded."""
+    """A call. masks: "none", "a", "b", "both", or "sample" for both with a completely padded sample."""
 
     rows: int
     columns: int
@@ -41,11 +41,11 @@ class PairCase:
         return f"{sizes}:{kinds}:{self.reduce}:k{self.top_k}:{self.masks}"
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        """q, k, a, c, and the gate's bias if there is one; logits are far enough apart for top_k."""
+        """q, k, a, c, and the gate's bias if it has one; logits differ enough for top_k."""
         batch, experts = self.batch, len(self.kinds)
         shapes = [(self.rows, self.rank), (self.columns, self.rank)]
         shapes += [(self.rows, self.width), (self.columns, self.width)]
-        # Every second one as a projection writes it, (B, L, E, width), seen as (B, E, L, width).
+        # Every second tensor has the layout of a projection: (B, L, E, width), transposed to (B, E, L, width).
         found = [
             draw(batch, length, experts, size, dtype=dtype, seed=i, scale=scale).transpose(1, 2)
             if i % 2
@@ -74,7 +74,7 @@ class PairCase:
 
 
 def run(case: PairCase, inputs: list[Tensor], backend: str) -> list[Tensor]:
-    """y, mass, and the gradients of both by every input."""
+    """y, mass, and the gradients of both by all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     bias = leaves[4] if case.bias else None
     y, mass = pair_moe(
@@ -84,14 +84,14 @@ def run(case: PairCase, inputs: list[Tensor], backend: str) -> list[Tensor]:
 
 
 def check(case: PairCase, dtype: torch.dtype, backend: str) -> list[list[Tensor]]:
-    """(backend, reference, oracle) of every result, compared."""
+    """Check all results; returns those of the backend, the reference and the oracle."""
     inputs = case.inputs(dtype)
     found = [
         run(case, inputs, backend),
         run(case, inputs, "reference"),
         run(case, as_dtype(inputs, torch.float64), "reference"),
     ]
-    # One expert alone has no choice: the gate's gradients are zero but for rounding.
+    # With one expert the gate has no choice: its gradients are zero up to rounding.
     size = max((float(x.abs().max()) for x in found[2][2:] if x.numel()), default=0.0)
     for name, *triple in zip(NAMES, *found, strict=False):
         gradient = name.startswith("grad")
@@ -105,7 +105,7 @@ def check(case: PairCase, dtype: torch.dtype, backend: str) -> list[list[Tensor]
     return found
 
 
-# Ragged and prime sizes, one token, none, more than a block and a tile, wide and narrow.
+# Ragged and prime sizes, one token, no token, more than a block and a tile, wide and narrow.
 SIZES = (
     PairCase(5, 7),
     PairCase(1, 1, 1, 1),

@@ -1,4 +1,4 @@
-"""Games of a few tokens on pair layers by brute force; Shapley values by definition."""
+"""Small games on pair layers by brute force; Shapley values by definition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.explain_games import subsets
 from tests.support.inputs import draw_masks
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
 
-# Lengths, masks and options of games of 5 to 7 players.
+# Lengths, masks and options of games with 5 to 7 players.
 GAMES: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
     "two modalities": ((2, 3), "none", {}),
     "three modalities": ((3, 2, 2), "none", {}),
@@ -36,7 +36,7 @@ GAMES: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Game:
-    """One sample's logit on every coalition: values (2^n, E + 1), by expert and, last, whole; bit i is token i."""
+    """Logits of a sample on all coalitions: values (2^n, E + 1) by expert, the total last; bit i is token i."""
 
     layer: PairInteractionMoE
     inputs: list[Tensor]
@@ -58,7 +58,7 @@ class Game:
 
 @cache
 def game(name: str, backend: str, sample: int = 1) -> Game:
-    """Brute force: the forward pass with the other tokens masked out."""
+    """Brute force: a forward pass per coalition with all other tokens masked."""
     lengths, pattern, options = GAMES[name]
     layer = pair_layer(DIMS[: len(lengths)], backend=backend, **options)
     inputs = [x[sample : sample + 1] for x in pair_inputs(lengths)]
@@ -90,13 +90,13 @@ def shapley_value(values: Tensor, players: int, i: int) -> Tensor:
 
 
 def explained_values(found: PairExplanation) -> Tensor:
-    """(n, E + 1): Shapley values of all tokens of the one sample, by expert and whole."""
+    """(n, E + 1): Shapley values of all tokens of the sample, by expert and in total."""
     columns = [*range(len(found.experts)), None]
     return torch.stack([torch.cat(found.shapley_values(e), dim=1)[0] for e in columns], dim=1)
 
 
 def explained_pairs(found: PairExplanation) -> Tensor:
-    """(n, n, E + 1): interaction indices of all pairs of tokens of the one sample."""
+    """(n, n, E + 1): interaction indices of all pairs of tokens of the sample."""
     places = torch.arange(sum(found.lengths)).split(list(found.lengths))
     whole = found.value.new_zeros(sum(found.lengths), sum(found.lengths), len(found.experts))
     for m, n in itertools.permutations(range(len(found.lengths)), 2):

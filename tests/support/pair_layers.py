@@ -1,4 +1,4 @@
-"""Pair layers for tests: every parameter drawn, a call's data, and the layer's definition in plain loops."""
+"""Pair layers for tests: random parameters, call data, the definition in loops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pair_layer(
     seed: int = 0,
     **options: Any,
 ) -> PairInteractionMoE:
-    """A small layer with no parameter at 0 or 1, so that none's part can be mistaken."""
+    """A small layer without parameters of 0 or 1, so that every parameter changes the result."""
     options = {"num_classes": 3, "rank": 3, "value_dim": 4, "normalizer": 5.0} | options
     layer = PairInteractionMoE(dims, **options)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def pair_inputs(
 def by_definition(
     layer: PairInteractionMoE, inputs: Sequence[Tensor], masks: Sequence[Tensor | None] | None
 ) -> dict[str, Any]:
-    """Logits, expert_logits, mass and tokens by the documented formulas, one token pair at a time."""
+    """Logits, expert_logits, mass and tokens by the documented formulas, one pair of tokens at a time."""
     state = layer.state_dict()
     experts, rank = len(layer.kinds), layer.rank
     batch = inputs[0].shape[0]

@@ -20,7 +20,7 @@ paired = pytest.mark.parametrize(("dtype", "reduce"), PAIRED, ids=str)
 
 
 class PairTests:
-    """A subclass names a backend, its widest dtype, columns of a long side, and (reduction, top_k) of calls."""
+    """Subclasses set a backend, its widest dtype, columns of a long side, and (reduction, top_k) of calls."""
 
     backend: str
     widest: torch.dtype
@@ -29,7 +29,7 @@ class PairTests:
 
     @paired
     def test_a_wrong_result_fails(self, dtype: torch.dtype, reduce: str) -> None:
-        """The control of all comparisons: other kinds, columns left out, and an error of a thousandth."""
+        """Negative control of all comparisons: other kinds, missing columns, an error of a thousandth."""
         case = dataclasses.replace(BASE, reduce=reduce)
         results, low, oracle = check(case, dtype, self.backend)
         inputs, factor = case.inputs(dtype), 1.001 if dtype == FLOAT32 else 1.2
@@ -37,14 +37,14 @@ class PairTests:
         other = run(swapped, inputs, self.backend)
         short = run(dataclasses.replace(case, masks="b"), inputs, self.backend)
         for i, (name, *pair) in enumerate(zip(NAMES, low, oracle, strict=True)):
-            assert_outside_budget(short[i], *pair, f"{name}: columns left out")
+            assert_outside_budget(short[i], *pair, f"{name}: missing columns")
             assert_outside_budget(results[i] * factor, *pair, f"{name}: larger")
             if name != "mass":
                 assert_outside_budget(other[i], *pair, f"{name}: kinds swapped")
 
     @paired
     def test_padding_is_not_read(self, dtype: torch.dtype, reduce: str) -> None:
-        """Whatever masked tokens hold, results have the same bits, and their gradients are zero."""
+        """Values of masked tokens do not change any bit of the results, and their gradients are zero."""
         case = PairCase(
             20, 18, masks="sample", reduce=reduce, top_k=3 if reduce == "none" else None
         )
@@ -67,7 +67,7 @@ class PairTests:
         for reduce, top_k in self.calls:
             case = PairCase(30, self.columns, kinds=KINDS, reduce=reduce, top_k=top_k)
             inputs = [x.abs() + 0.1 for x in case.inputs(FLOAT32)]
-            # Of the synergy expert, which uses all of them.
+            # The value is in the synergy expert, which uses all inputs.
             inputs[which][(0, 2, 1, 2) if which < 4 else 2] = value
             actual, low = run(case, inputs, self.backend), run(case, inputs, "reference")
             oracle = run(case, as_dtype(inputs, torch.float64), "reference")
@@ -78,7 +78,7 @@ class PairTests:
                 assert torch.equal(got.isfinite(), want.isfinite()), name
 
     @pytest.mark.parametrize("top_k", [1, 2, 3])
-    def test_equal_logits_go_to_the_lower_experts(self, top_k: int) -> None:
+    def test_equal_logits_select_the_lower_experts(self, top_k: int) -> None:
         a, c = draw(1, 4, 2, 3, seed=1), draw(1, 4, 3, 3, seed=2)
         zeros = [torch.zeros(1, 4, n, 2) for n in (2, 3)]
         options = {"kinds": DEFAULT_KINDS, "top_k": top_k, "reduce": "pool"}
@@ -90,7 +90,7 @@ class PairTests:
     @pytest.mark.parametrize("reduce", REDUCTIONS)
     @pytest.mark.parametrize("index", [0, 1])
     def test_one_output_alone_has_gradients(self, index: int, reduce: str) -> None:
-        """Of y alone and of mass alone, with an upstream gradient that is expanded."""
+        """y or mass alone has gradients, with an expanded upstream gradient."""
         leaves = [x.detach().requires_grad_() for x in BASE.inputs(self.widest)]
         options = {"gate_bias": leaves[4], "kinds": KINDS[:4], "reduce": reduce}
         results = []

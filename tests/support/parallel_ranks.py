@@ -1,4 +1,4 @@
-"""What the ranks of test_routed_parallel run: their part of each case; `whole` is the same in one process."""
+"""Processes of test_routed_parallel: each rank's part, and a single process."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from tests.support.inputs import draw
 LOCAL, WIDTH, HIDDEN, CHOICES = 3, 5, 7, 2
 NAMES = ("x", "weight", "w_in", "b_in", "w_out", "b_out")
 Derivatives = dict[str, tuple[Tensor, Tensor]]
-# Tokens of each rank: together more than half precision can count.
+# Tokens per rank: in total more than half precision can count.
 BALANCED = (700, 0, 41, 300)
-# A collective that waits longer has lost a rank, and a rank that lives longer hangs.
+# If a collective waits longer, a rank is lost; if a rank runs longer, it hangs.
 COLLECTIVE_SECONDS, RANK_SECONDS = 40, 150
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. load: "even"; "hot" for rows to the last rank alone; "gaps" for experts without a row; "dropped"
-    for a shared capacity and masks; "none" for rows that all go nowhere. needs: which inputs require gradients on
-    a rank; None stands for no_grad."""
+    """A call. load: "even"; "hot" for all rows to the last rank; "gaps" for experts without rows; "dropped" for a
+    shared capacity and masks; "none" for rows without experts. needs: inputs that require gradients on a rank,
+    None for no_grad."""
 
     tokens: tuple[int, ...] = (9, 6, 7, 8)
     load: str = "even"
@@ -87,11 +87,11 @@ class Case:
         return {name: x.to(dtype or self.dtype) for name, x in made.items()}
 
     def cotangent(self, ranks: int) -> Tensor:
-        # Values that every dtype holds.
+        # Values that all dtypes represent exactly.
         return draw(sum(self.tokens[:ranks]), WIDTH, dtype=torch.bfloat16, seed=5)
 
     def slice(self, name: str, x: Tensor, rank: int, ranks: int) -> Tensor:
-        """A rank's part of what belongs to tokens or to experts."""
+        """A rank's part of the tensors of tokens or experts."""
         starts = self.starts(ranks)
         if name in ("x", "weight", "out", "index", "mask"):
             return x[starts[rank] : starts[rank + 1]]
@@ -99,7 +99,7 @@ class Case:
 
 
 def some_need(rank: int) -> tuple[str, ...]:
-    """Data on the first rank, frozen experts on the second, all frozen but the weights on the third."""
+    """x is data on the first rank, experts are frozen on the second, only `weight` has a gradient on the third."""
     return (NAMES[1:], ("x", "weight"), ("weight",), NAMES)[rank]
 
 
@@ -126,7 +126,7 @@ CASES = {
 def evaluate(
     call: Callable[..., Tensor], inputs: dict[str, Tensor], cotangent: Tensor, needs: Any
 ) -> dict[str, Tensor]:
-    """out, and the gradients that were asked for."""
+    """out, and the requested gradients."""
     leaves = {n: x.clone().requires_grad_(n in (needs or ())) for n, x in inputs.items()}
     with torch.set_grad_enabled(needs is not None):
         out = call(*leaves.values())
@@ -148,7 +148,7 @@ def part(case: Case, rank: int, ranks: int) -> dict[str, Tensor]:
 
 
 def whole(case: Case, ranks: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The oracle: all tokens and all experts in one process, by the reference."""
+    """Oracle: all tokens and experts in one process, by the reference."""
 
     def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
         index = case.index(ranks)
@@ -163,7 +163,7 @@ CURVED = Case((4, 5, 0, 3))
 def derivatives(
     call: Callable[..., Tensor], inputs: list[Tensor], cotangent: Tensor
 ) -> Derivatives:
-    """First derivatives of an objective, and those of the sum of their squares, by each input."""
+    """First derivatives of an objective, and derivatives of the sum of their squares, by each input."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     value = (call(*leaves).square() * cotangent).sum()
     first = torch.autograd.grad(value, leaves, create_graph=True)
@@ -194,7 +194,7 @@ def derivatives_whole(ranks: int) -> Derivatives:
 
 
 def balance(rank: int, ranks: int) -> dict[str, Tensor]:
-    """A gate's loss under autocast, and the logits that it chose by."""
+    """Loss of a gate under autocast, and the logits of its choice."""
     tokens = sum(BALANCED[:rank]), sum(BALANCED[: rank + 1])
     torch.manual_seed(4)
     gate = SwitchGate(WIDTH, LOCAL * ranks, switch_eps=0.0, capacity=(99.0, 99.0))
@@ -212,14 +212,14 @@ LIMITED = Case((5, 4, 0, 11))
 
 
 def limited(ranks: int) -> tuple[Tensor, Tensor]:
-    """Choices, of which some are dropped already, and a mask."""
+    """Choices, some of which are already dropped, and a mask."""
     index = LIMITED.index(ranks)
     index[::4, 1] = -1
     return index, LIMITED.mask(ranks)
 
 
 def limits(rank: int, ranks: int) -> list[Tensor]:
-    """limit_over_ranks for no place, some, and more than there are rows; with a mask and without."""
+    """limit_over_ranks with capacities of 0, some and more than all rows; with and without a mask."""
     mine, valid = (LIMITED.slice("index", x, rank, ranks) for x in limited(ranks))
     return [
         limit_over_ranks(mine, masked, LOCAL * ranks, capacity)
@@ -238,7 +238,7 @@ def expected_limits(ranks: int) -> list[Tensor]:
 
 
 def sums(rank: int) -> dict[str, Tensor]:
-    """sum_over_ranks of rank + 1, and its gradient where each rank's objective is (rank + 1) times the sum."""
+    """sum_over_ranks of rank + 1, and its gradient if each rank's objective is (rank + 1) times the sum."""
     x = torch.full((2, 2), rank + 1.0, dtype=torch.float64, requires_grad=True)
     total = sum_over_ranks(x.t())
     ((rank + 1) * total).sum().backward()
@@ -248,7 +248,7 @@ def sums(rank: int) -> dict[str, Tensor]:
 
 
 def mistakes(rank: int, ranks: int) -> dict[str, str]:
-    """What each rank is told."""
+    """Error messages on each rank."""
     case = CASES["even"]
     inputs = {n: case.slice(n, x, rank, ranks) for n, x in case.inputs(ranks).items()}
     index = case.slice("index", case.index(ranks), rank, ranks)
@@ -286,7 +286,7 @@ def message_of(attempt: Callable[[], Any]) -> str:
     return "no error"
 
 
-# What makes a gate of (d_model, num_expert, world_size, top_k); in training only the last draws random numbers.
+# Functions (d_model, num_expert, world_size, top_k) -> gate; only the last draws random numbers in training.
 GATES: dict[str, Any] = {
     "NaiveGate": "NaiveGate",
     "GShardGate": lambda d, n, w, k: GShardGate(d, n, w, capacity=(0.7, 0.7)),
@@ -298,7 +298,7 @@ STEPS, RATE = 3, 0.02
 
 
 class Network(nn.Module):
-    """Layers of which all ranks have the same, with a RoutedMLP between them."""
+    """A RoutedMLP between layers that are the same on all ranks."""
 
     def __init__(self, gate: Any, experts: int, world_size: int = 1) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class Network(nn.Module):
         self.above = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs, and the gate's loss."""
+        """Outputs and the gate's loss."""
         out = self.above(self.layer(self.below(x), mask))
         loss = self.layer.gate_loss()
         assert loss is not None
@@ -315,7 +315,7 @@ class Network(nn.Module):
 
 
 def network(name: str, ranks: int) -> Network:
-    """All experts in one process."""
+    """The model with all experts in one process."""
     torch.manual_seed(3)
     made = Network(GATES[name], LOCAL * ranks).double()
     with torch.no_grad():
@@ -325,7 +325,7 @@ def network(name: str, ranks: int) -> Network:
 
 
 def take(whole: nn.Module, mine: nn.Module, rank: int) -> None:
-    """A rank's part of the parameters."""
+    """The parameters of a rank."""
     state = {
         n: p[rank * LOCAL : (rank + 1) * LOCAL] if ".experts." in n else p
         for n, p in whole.state_dict().items()
@@ -334,7 +334,7 @@ def take(whole: nn.Module, mine: nn.Module, rank: int) -> None:
 
 
 def layer_outputs(layer: RoutedMLP, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What a call leaves, without gradients; out also where each choice's output is kept."""
+    """Outputs and stored state of calls without gradients; "captured" also stores each choice's output."""
     with torch.no_grad():
         found = {"out": layer(x, mask)}
         layer.capture_topk_pre_mix = True
@@ -364,7 +364,7 @@ def objective(out: Tensor) -> Tensor:
 
 
 def train_part(name: str, rank: int, ranks: int, mean_gradients: bool = True) -> dict[str, Tensor]:
-    """The parameters after some steps under DistributedDataParallel."""
+    """Parameters after some steps under DistributedDataParallel."""
     mine = Network(GATES[name], LOCAL, ranks).double()
     take(network(name, ranks), mine, rank)
     if ranks > 1:
@@ -387,7 +387,7 @@ def train_part(name: str, rank: int, ranks: int, mean_gradients: bool = True) ->
 
 
 def train_whole(name: str, ranks: int) -> dict[str, Tensor]:
-    """The same in one process, on the mean of the ranks' objectives."""
+    """Parameters after the same steps in one process, on the mean of the ranks' objectives."""
     model = network(name, ranks)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     x, mask, noise = batch(ranks)
@@ -402,14 +402,14 @@ def train_whole(name: str, ranks: int) -> dict[str, Tensor]:
 
 
 def batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, mask, and the noise that NoisyGate draws."""
+    """x, mask, and NoisyGate's noise."""
     tokens = sum(TRAINING.tokens[:ranks])
     x = draw(tokens, 4, dtype=torch.float64, seed=8)
     return x, TRAINING.mask(ranks), draw(tokens, LOCAL * ranks, dtype=torch.float64, seed=9)
 
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:
-    """A process of `start_ranks`; leaves FOLDER/rank<rank>.pt."""
+    """Process of `start_ranks`; writes FOLDER/rank<rank>.pt."""
     faulthandler.dump_traceback_later(RANK_SECONDS, exit=True)
     torch.set_num_threads(1)
     timeout = timedelta(seconds=COLLECTIVE_SECONDS)
@@ -434,6 +434,6 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 
 
 def start_ranks(ranks: int, folder: str) -> list[dict[str, Any]]:
-    """Each rank's results. A failing rank stops all; a hanging rank exits after a timeout."""
+    """Results of all ranks. A failing rank stops all ranks; a hanging rank exits after a timeout."""
     mp.spawn(run_rank, args=(ranks, folder), nprocs=ranks)
     return [torch.load(f"{folder}/rank{r}.pt", weights_only=True) for r in range(ranks)]

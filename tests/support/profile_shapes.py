@@ -1,4 +1,4 @@
-"""Shapes of the registry's kinds at which every contestant takes milliseconds."""
+"""Small shapes at which all contestants take milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's table of operators, backends and dtypes, and a small call of each operator."""
+"""The README's table of backends and dtypes, and small calls of all operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def table() -> dict[str, dict[str, tuple[str, ...]]]:
-    """operator -> backend -> dtype names, from the README."""
+    """The README's table: operator -> backend -> dtype names."""
     lines = README.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| operator |"))
     columns = [cell.strip() for cell in lines[start].strip("|").split("|")][1:]
@@ -58,11 +58,11 @@ def call(operator: str, backend: str, dtype: torch.dtype, device: str = "cpu") -
         x, weights = torch.ones(3, 4, dtype=dtype), torch.ones(2, 4, 4, dtype=dtype)
         index, biases = torch.tensor([[0], [1], [-1]]), weights[:, 0]
         return fk.routed_mlp(x, index, x[:, :1], weights, biases, weights, biases, backend=backend)
-    raise AssertionError(f"no call is known for {operator}")
+    raise AssertionError(f"no call is defined for {operator}")
 
 
 def check_cell(operator: str, backend: str, dtype: str) -> None:
-    """The call returns finite values of this dtype."""
+    """Check that the call returns finite values of this dtype."""
     out = call(operator, backend, getattr(torch, dtype), "cuda" if backend == "cuda" else "cpu")
     assert out.dtype == getattr(torch, dtype)
     assert torch.isfinite(out).all()

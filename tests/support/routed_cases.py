@@ -1,4 +1,4 @@
-"""Calls of routed_mlp, and their comparison with the reference in float64."""
+"""Calls of routed_mlp, and comparisons with the reference in float64."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NAMES = ("out", "grad_x", "grad_weight", "grad_w_in", "grad_b_in", "grad_w_out",
 
 @dataclasses.dataclass(frozen=True)
 class RoutedCase:
-    """One call. load: "even", "hot" for one expert that takes all first choices, "dropped" for a capacity
-    that drops about a third of the rows, "none" for rows that all go nowhere."""
+    """A call. load: "even", "hot" for one expert with all first choices, "dropped" for a capacity that drops
+    about a third of the rows, "none" for rows without experts."""
 
     tokens: int
     width: int = 5
@@ -45,7 +45,7 @@ class RoutedCase:
         return torch.full_like(index, -1) if self.load == "none" else index
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        """x, weight, w_in, b_in, w_out, b_out; without biases, four of them."""
+        """x, weight, w_in, b_in, w_out, b_out; without biases, the other four."""
         shapes = {
             "x": (self.tokens, self.width),
             "weight": (self.tokens, self.choices),
@@ -67,7 +67,7 @@ class RoutedCase:
 
 
 def run(case: RoutedCase, inputs: list[Tensor], index: Tensor, backend: str) -> list[Tensor]:
-    """out, and its gradients by every input."""
+    """out and its gradients by all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     x, weight, w_in, *rest = leaves
     b_in, w_out, b_out = rest if case.bias else (None, rest[0], None)
@@ -76,7 +76,7 @@ def run(case: RoutedCase, inputs: list[Tensor], index: Tensor, backend: str) -> 
 
 
 def check(case: RoutedCase, dtype: torch.dtype, backend: str) -> list[list[Tensor]]:
-    """(backend, reference, oracle) of every result, compared."""
+    """Check all results; returns those of the backend, the reference and the oracle."""
     inputs, index = case.inputs(dtype), case.index()
     found = [
         run(case, inputs, index, backend),
@@ -96,7 +96,7 @@ def check(case: RoutedCase, dtype: torch.dtype, backend: str) -> list[list[Tenso
     return found
 
 
-# One token, none, fewer than a block, several blocks of one expert, widths beyond a panel and odd.
+# One token, no token, less than a block, several blocks of an expert, odd widths and widths beyond a panel.
 SIZES = (
     RoutedCase(17),
     RoutedCase(1, 1, 1, 1, 1),

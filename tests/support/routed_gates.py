@@ -28,7 +28,7 @@ def make(name: str, training: bool = True) -> Gate:
 
 
 def call(gate: Gate, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """index, weight and loss, with the same random numbers every time."""
+    """index, weight and loss of a call, always with the same random numbers."""
     torch.manual_seed(1)
     index, weight = gate(x, mask)
     loss = gate.get_loss()

@@ -15,7 +15,7 @@ every_gate = pytest.mark.parametrize("gate", GATES)
 
 
 def make(gate: str = "GShardGate", seed: int = 0, **options: Any) -> RoutedMLP:
-    """Biases, which begin as zeros, are random too."""
+    """A RoutedMLP with random biases, which otherwise start as zeros."""
     torch.manual_seed(seed)
     options.setdefault("top_k", 1 if gate == "SwitchGate" else 2)
     mlp = RoutedMLP(E, D, F, gate=gate, **options)

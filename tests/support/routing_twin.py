@@ -1,4 +1,4 @@
-"""Routing's CUDA kernels for comparisons: on a GPU, and as their twin on the host."""
+"""Routing's CUDA kernels for comparisons: on a GPU and as host twin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ native = backends.native()
 
 
 class Twin:
-    """The GPU's blocks on the host. rows_per_block 0 is the GPU's own plan; order 0 shuffles nothing."""
+    """The GPU's blocks on the host. rows_per_block 0: the GPU's plan; order 0: no shuffling."""
 
     def __init__(self, order: int = 0, rows_per_block: int = 0) -> None:
         self.order, self.rows_per_block, self.launches = order, rows_per_block, 0
@@ -50,7 +50,7 @@ class Twin:
 
 
 class Gpu:
-    """The kernels themselves; results come back for the comparison."""
+    """The kernels on the GPU; results are copied to the host for comparison."""
 
     def __init__(self) -> None:
         from flmoe_kernels.ops.routing import cuda
@@ -79,7 +79,7 @@ def equal(found: Any, expected: Any) -> bool:
 
 
 def random_index(tokens: int, choices: int, experts: int, seed: int, spread: int = 1) -> Tensor:
-    """Dropped rows among them, and experts out of range where spread is more than 1."""
+    """Random choices with dropped rows, and with experts out of range if spread is more than 1."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(
         -spread, experts + spread - 1, (tokens, choices), generator=generator

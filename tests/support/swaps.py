@@ -1,4 +1,4 @@
-"""Checkpoint files, reports of `swap`, and everything about a model that it must not change."""
+"""Checkpoint files, reports of `swap`, and model state that it must keep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Make = Callable[[], nn.Module]
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything about a model that a swap which leaves it alone must not change."""
+    """State of a model that a swap without replacements must not change."""
     parts = list(model.named_modules())
     return {
         "modules": [(name, id(part), type(part), part.training) for name, part in parts],

@@ -1,4 +1,4 @@
-"""Changes to Triton's interpreter: bfloat16 rounded as on a GPU, and less work for each launch."""
+"""Patches of Triton's interpreter: bfloat16 rounding as on a GPU, faster launches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from triton.runtime import interpreter
 def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round float32 to the nearest bfloat16 until the test ends.
 
-    The interpreter truncates. That errs to one side: gradients of a whole layer miss the error budget by up to
-    30%, where rounded to the nearest they use two fifths of it. A version without this function is left alone.
+    The interpreter truncates, which gives a bias: gradients of a whole layer exceed the error budget by up to 30%,
+    while with rounding they use two fifths of it. Versions without this function are not changed.
     """
     truncating = getattr(interpreter, "_convert_float", None)
 
@@ -39,9 +39,9 @@ def _languages(function: Any) -> frozenset[int]:
 
 
 def patch_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patch Triton's language once a launch, not again in each function that the kernel calls.
+    """Patch Triton's language once per launch instead of in every function that the kernel calls.
 
-    That takes a third of the time of small kernels. A version without this function is left alone.
+    The repeated patches take a third of the time of small kernels. Versions without this function are not changed.
     """
     patch = getattr(interpreter, "_patch_lang", None)
     if patch is None:

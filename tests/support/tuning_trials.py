@@ -36,7 +36,7 @@ SECONDS = {TABLE: 2e-5, BETTER: 1e-5, WORSE: 3e-5}
 
 
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of tuning results of one test, which has none yet."""
+    """Empty folder for the tuning results of a test."""
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
     tuner.forget()
     yield tmp_path / "cache" / "tuning"
@@ -45,7 +45,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 @dataclasses.dataclass
 class Clock:
-    """A timer with given times that records what it timed."""
+    """Timer with given times that records what it timed."""
 
     seconds: dict[Tiles, float]
     timed: list[Tiles] = dataclasses.field(default_factory=list)
@@ -79,7 +79,7 @@ def sums(
 
 
 def choose(timer: Any, prepare: Any = None, *, forget: bool = True) -> Tiles:
-    """The tuner's choice; forget: drop earlier choices of this process."""
+    """Choice of the tuner; forget: drop earlier choices of this process."""
     if forget:
         tuner.forget()
     with tuning.autotune(timer=timer):
@@ -87,7 +87,7 @@ def choose(timer: Any, prepare: Any = None, *, forget: bool = True) -> Tiles:
 
 
 def python(code: str, **environment: str) -> str:
-    """The output of a fresh interpreter."""
+    """Output of a new Python interpreter."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,

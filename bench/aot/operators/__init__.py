@@ -1,1 +1,1 @@
-"""The kernels of each operator as cases; cases.py puts them together."""
+"""Cases of each operator's kernels; cases.py collects them."""

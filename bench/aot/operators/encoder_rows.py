@@ -1,4 +1,4 @@
-"""Cases of the encoder's row-wise kernels: a training step of the layer, and widths that are not whole tiles."""
+"""Cases of the encoder's row-wise kernels: training steps and odd widths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KERNELS = (*NORMS, "gelu", "gelu_gradient", "pool", "pool_gradient", "views", "v
 
 @dataclass(frozen=True)
 class RowsUse:
-    """Rows (experts, views * rows, width) with runs of segments in each view."""
+    """Rows (experts, views * rows, width); `segments` runs of rows in each view."""
 
     shape: str
     dtype: torch.dtype
@@ -79,13 +79,13 @@ def built(use: RowsUse, kernel: str, architecture: int) -> Built:
     row, launch = {name: (row, launch) for name, row, launch in launches_of(use)}[kernel]
     kind = ", float32" if use.dtype == FLOAT32 else ""
     shared = launches.tiles_of(row, use.dtype).shared
-    # The table is about the named shapes: a row that has a tile alone has more.
+    # The table covers the named shapes only: a kernel with one row per tile takes more shared memory.
     table = None if use.shape.startswith("width") else stated(shared, architecture)
     return Built(launch, tiles=f"{row}{kind}", table=table)
 
 
 def launches_of(use: RowsUse) -> Iterator[tuple[str, str, Launch]]:
-    """Every launch of a training step by what it computes, its row of the launch table, and itself."""
+    """Launches of a training step as (result, row of the launch table, launch)."""
     x, affine = use.layer(), use.tensor(use.experts, use.width)
     statistics = meta(tuple(x.shape[:2]), FLOAT32)
     dropout = launches.Dropout(meta((), torch.int64), use.dropout_p)
@@ -98,9 +98,9 @@ def launches_of(use: RowsUse) -> Iterator[tuple[str, str, Launch]]:
     parts = meta(launches.norm_parts_shape(x), FLOAT32)
     for name, twice, grad in (("norm_gradient", False, x), ("norm_gradient twice", True, None)):
         grads = (grad, x, affine, affine)
-        found = launches.norm_gradient_launches((x, x), saved, dropout, twice, grads, parts)
-        yield name, "norm_gradient", found[0]
-    yield "norm_sum", "norm_sum", found[1]
+        gradients = launches.norm_gradient_launches((x, x), saved, dropout, twice, grads, parts)
+        yield name, "norm_gradient", gradients[0]
+    yield "norm_sum", "norm_sum", gradients[1]
     wide = use.layer(2)
     yield "gelu", "gelu", launches.gelu_launch(wide, dropout, wide)
     gradient = launches.gelu_gradient_launch(wide, wide, dropout, wide)

@@ -1,4 +1,4 @@
-"""Cases of expert_attention: the layer's three shapes, one long problem, and the widest head of each class."""
+"""Cases of expert_attention: the layer's shapes, a long sequence and wide heads."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = ("attend", "query_gradient", "key_gradient")
-# The number of products of a kernel, each with at least four instructions.
+# Number of matrix products in each kernel; each product has at least four instructions.
 PRODUCTS = {"attend": 2, "query_gradient": 3, "key_gradient": 4}
 
 
 @dataclass(frozen=True)
 class AttentionUse:
-    """Packed q, k, v (groups, rows, 3, heads, width); in each group runs of rows, the rest are padding."""
+    """Packed q, k, v (groups, rows, 3, heads, width). runs: lengths of a group's runs; other rows are padding."""
 
     shape: str
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class AttentionUse:
 def of_layer(
     name: str, dtype: torch.dtype, heads: int | None = None, variant: str = "", **rest: float
 ) -> AttentionUse:
-    """A training step of the layer: a group for each expert and view, as a GPU packs rows, padding last."""
+    """A training step of the layer: one group per expert and view, rows packed as on a GPU, padding last."""
     shape = by_name(name, "cuda")
     assert isinstance(shape, LayerShape)
     rows, heads = shape.batch * sum(shape.tokens), heads or shape.heads
@@ -67,7 +67,7 @@ def of_layer(
     )
 
 
-# With one head the number of heads is a constant to the compiler.
+# With one head the number of heads is a compile-time constant.
 WIDE = AttentionUse("mmimdb", BFLOAT16, 12, 32 * 516, (356,) * 32, 2, 256, 0.5, "width 256")
 LONG = AttentionUse("long", BFLOAT16, 1, 8192, (8192,), 4, 64, 0.0)
 # (use, kernels, quick). mmimdb and enrico run the same compiled kernels.

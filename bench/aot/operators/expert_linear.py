@@ -1,4 +1,4 @@
-"""Cases of expert_linear: a training step of the layer, and widths that are not whole tiles."""
+"""Cases of expert_linear: training steps of the layer and odd widths."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flmoe_kernels.ops.encoder.triton import linear_launch as launches
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# The kernel of each output, as in the launch table.
+# The kernel that computes each output, as named in the launch table.
 KERNELS = {"out": "product", "grad_x": "product", "grad_weight": "weight_gradient"}
-# Matrix instructions of a chunk: 64 deep in steps of 16, half of that, 32 deep in steps of 8 three times.
+# Matrix instructions per chunk: depth 64 in steps of 16; half of that; depth 32 in steps of 8, three times.
 LEAST = {"16 bit": 4, "ragged": 2, "float32": 12}
 
 
@@ -34,12 +34,12 @@ class LinearUse:
     variant: str = ""
 
     def widths(self, output: str) -> tuple[int, int]:
-        """INNER and OUTER of a product, P and Q of a weight's gradient."""
+        """INNER and OUTER of a product, or P and Q of a weight gradient."""
         return (self.inner, self.outer) if output == "out" else (self.outer, self.inner)
 
 
 def of_layer(name: str, dtype: torch.dtype, layer: str) -> LinearUse:
-    """A linear layer of every view of every expert; rows as a GPU packs them, padding last."""
+    """A linear layer for all views of all experts; rows packed as on a GPU, padding last."""
     s = by_name(name, "cuda")
     assert isinstance(s, LayerShape)
     inner, outer = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 2), "down": (2, 1)}[layer]
@@ -95,11 +95,11 @@ def built(use: LinearUse, output: str, architecture: int) -> Built:
 
 
 def launches_of(use: LinearUse) -> Iterator[tuple[str, Launch]]:
-    """Forward, and backward with all its gradients; without a sum where rows are not split."""
+    """Launches of the forward and of all gradients; without "sum" if rows are not split."""
     x = meta((use.experts, use.rows, use.inner), use.dtype)
     weight = meta((use.experts, use.outer, use.inner), use.dtype)
     bias = meta((use.experts, use.outer), use.dtype) if use.bias else None
     grad_out = meta((use.experts, use.rows, use.outer), use.dtype)
     yield "out", launches.forward(x, weight, bias)[1][0]
-    _, found = launches.backward(grad_out, x, weight, True, True, use.bias)
-    yield from zip(("grad_x", "grad_weight", "sum"), found, strict=False)
+    _, backward = launches.backward(grad_out, x, weight, True, True, use.bias)
+    yield from zip(("grad_x", "grad_weight", "sum"), backward, strict=False)

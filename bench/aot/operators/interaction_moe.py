@@ -1,4 +1,4 @@
-"""Cases of the layer itself: its losses, the features of the reweighting, and the mixture of experts."""
+"""Cases of the layer's losses, reweighting features and expert mixture."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def of_layer(name: str, dtype: torch.dtype, masked: bool = True) -> LayerUse:
     return LayerUse(name, s.batch, tuple(s.tokens), s.dim, s.classes, dtype, masked)
 
 
-# (use, quick). The rows of "wide" take several chunks of columns.
+# (use, quick). Rows of "wide" span several chunks of columns.
 USES = (
     (of_layer("mmimdb", torch.bfloat16), True),
     (of_layer("mmimdb", torch.float32), False),

@@ -1,4 +1,4 @@
-"""Cases of pair_moe: forward, backward and maps at its named shapes, and with eight experts."""
+"""Cases of pair_moe: forward, backward and maps, also with eight experts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from flmoe_kernels.ops.pair_moe.triton.table import class_of
 from flmoe_kernels.profile.shapes import PairShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# The kernel of each output, as in the launch table.
+# The kernel that computes each output, as named in the launch table.
 KERNELS = {"y": "accumulate", "grad_a": "accumulate", "grad_c": "accumulate"}
 KERNELS |= {"grad_q": "gradient", "grad_k": "gradient", "phi": "map", "keys": "map"}
-# Matrix instructions that a kernel has at least: no loop is left without its products.
+# Minimum number of matrix instructions of a kernel, so that every loop has its products.
 LEAST = {"accumulate": 7, "gradient": 12, "map": 9}
 BACKWARD = ("project", "grad_a", "grad_c", "grad_q", "grad_k")
 
 
 @dataclass(frozen=True)
 class PairUse:
-    """A use of the operator; each: experts of every kind of the shape; note: what its name says besides."""
+    """One use of the operator. each: number of experts of each kind; note: added to the variant's name."""
 
     shape: str
     dtype: torch.dtype
@@ -48,9 +48,9 @@ class PairUse:
 
     @property
     def sizes(self) -> PairShape:
-        found = by_name(self.shape, "cuda")
-        assert isinstance(found, PairShape)
-        return found
+        shape = by_name(self.shape, "cuda")
+        assert isinstance(shape, PairShape)
+        return shape
 
     def call(self) -> PairCall:
         sizes = self.sizes
@@ -79,7 +79,7 @@ MASKED, MASKED_POOL, MASKED_EXPERTS = (
 EIGHT = PairUse("pair_base", BFLOAT16, "none", each=2, masks=True)
 EIGHT_FLOAT32 = PairUse("pair_base", FLOAT32, "none", each=2, masks=True)
 GRADIENTS = ("grad_a", "grad_c", "grad_q", "grad_k")
-# (use, outputs, quick). Without masks the two larger shapes differ in lengths alone and share compiled kernels.
+# (use, outputs, quick). Without masks the two larger shapes differ only in length and share compiled kernels.
 USES: tuple[tuple[PairUse, tuple[str, ...], bool], ...] = (
     (BASE, ("y", "project", "grad_q"), True),
     (BASE, ("grad_a", "grad_c", "grad_k"), False),
@@ -131,7 +131,7 @@ def built(use: PairUse, output: str, architecture: int) -> Built:
 
 
 def launches_of(call: PairCall, reduce: str, architecture: int) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a call by what it computes; "project" is side a's."""
+    """Launches of a call as (result, launch); "project" is the launch for side a."""
     statistics = call.statistics
     y = out = meta(call.y_shape(reduce), call.y_dtype(reduce))
     tiles = tiles_of("accumulate", call, architecture, reduce)

@@ -1,4 +1,4 @@
-"""Cases of routed_mlp: its named shapes, and widths that are not whole tiles or need 64-bit offsets."""
+"""Cases of routed_mlp: named shapes, odd widths and 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flmoe_kernels.ops.routed_mlp.triton.choice import tiles_of
 from flmoe_kernels.profile.shapes import RoutedShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# The kernel of each output, as in the launch table.
+# The kernel that computes each output, as named in the launch table.
 KERNELS = {"hidden": "hidden", "rows": "rows", "grad_x": "rows", "grad_hidden": "hidden_gradient"}
 KERNELS |= {"grad_w_in": "weight_gradient", "grad_w_out": "weight_gradient"}
 PRODUCTS = tuple(KERNELS)
 OTHERS = ("grad_weight", "sum", "sum_w_in")
 GELU, GELU_TANH, RELU, SILU = range(4)
-# Widths that are no whole tiles, and weights of 2^31 elements.
+# Widths that are not multiples of a tile, and weights with 2^31 elements.
 ODD = (
     RoutedShape("widths 250, 500", 16512, 250, 500, 4, 2),
     RoutedShape("widths 196, 320", 16512, 196, 320, 4, 2),
@@ -43,9 +43,9 @@ class RoutedUse:
     @property
     def sizes(self) -> RoutedShape:
         odd = {shape.name: shape for shape in ODD}
-        found = odd.get(self.shape) or by_name(self.shape, "cuda")
-        assert isinstance(found, RoutedShape)
-        return found
+        shape = odd.get(self.shape) or by_name(self.shape, "cuda")
+        assert isinstance(shape, RoutedShape)
+        return shape
 
     def call(self) -> RoutedCall:
         s = self.sizes
@@ -66,7 +66,7 @@ def of(shape: str, dtype: torch.dtype = BFLOAT16, variant: str = "", **rest: int
     return RoutedUse(shape, dtype, rest.get("act", GELU), bool(rest.get("bias", True)), variant)
 
 
-# (use, outputs, quick). Weight gradients are split at routed_small, and summed.
+# (use, outputs, quick). At routed_small, weight gradients are computed in parts and summed.
 USES: tuple[tuple[RoutedUse, tuple[str, ...], bool], ...] = (
     (of("routed_large"), ("hidden", "rows", "grad_hidden", "grad_w_in", "grad_weight"), True),
     (of("routed_large"), ("grad_x", "grad_w_out", "sum"), False),
@@ -104,7 +104,7 @@ def built(use: RoutedUse, output: str, architecture: int) -> Built:
         return Built(launch)
     tiles = tiles_of(kernel, call, architecture)
     row = f"{kernel}, {dtype_name(use.dtype)}, {tiles.rows} x {tiles.columns}"
-    # A loop whose body holds a whole chunk, in steps of 16; or three products of it in steps of 8.
+    # The body of the loop has one chunk in steps of 16; for float32, three products of it in steps of 8.
     least = 3 * tiles.deep // 8 if use.dtype == FLOAT32 else tiles.deep // 16
     return Built(launch, least, row, stated(tiles.shared, architecture))
 
@@ -112,7 +112,7 @@ def built(use: RoutedUse, output: str, architecture: int) -> Built:
 def launches_of(
     use: RoutedUse, call: RoutedCall, architecture: int
 ) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a call by what it computes."""
+    """Launches of a call as (result, launch)."""
     layer = meta((call.rows, call.hidden), use.dtype)
     parts = meta((call.tokens, call.choices, call.width), use.dtype)
     grad_out, grad_weight = meta(call.x.shape, use.dtype), meta(call.weight.shape, use.dtype)

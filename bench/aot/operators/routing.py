@@ -1,4 +1,4 @@
-"""Cases of routing: the choice of experts and the order of rows, at the shapes of routed_mlp."""
+"""Cases of routing at the shapes of routed_mlp."""
 
 from __future__ import annotations
 
