@@ -321,7 +321,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"pairs": [(A, (0, 9))]}, r"pairs: expected valid tokens, got \(modality, token\) \(0, 9\)"),
     ({"pairs": [(A, (0,)), (A, B)]}, r"pairs: expected an array of integers, got \["),
     ({"pairs": [(A, A)]}, r"pairs: expected pairs of two tokens, got \(0, 1\) twice"),
-    ({"pairs": [(A, B), (B, A)]}, r"pairs: expected each pair once"),
+    ({"pairs": [(A, B), (B, A)]}, r"pairs: expected distinct pairs"),
     ({"top": 3}, r"top: expected both scores and top"),
     ({"top": 3, "scores": [X] * 2}, r"scores\[0\]: expected \(2, tokens\), got \(5,\)"),
     ({"sampling": 5}, r"TypeError: sampling: expected a Sampling, got int"),

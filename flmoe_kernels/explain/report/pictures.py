@@ -1,4 +1,4 @@
-"""The figures of the command `explain`, as PNG files with captions and alternative texts."""
+"""Figures of the command `explain`: PNG files with captions and alternative texts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
 from .features import Features
 from .findings import TOP_ROWS, Findings, token_name
 
-_BANDS = "Bars: a standard error over samples, where there are several; band: a standard deviation over repeats."
+_BANDS = "Bars: a standard error over samples, if there are several; band: a standard deviation over repeats."
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure's file, what it shows for those who do not see it, and a caption."""
+    """A figure's PNG file, its alternative text and its caption."""
 
     png: bytes
     alt: str
@@ -34,7 +34,7 @@ class Picture:
 
 
 def draw(found: Findings) -> dict[str, Picture]:
-    """All figures as PNG files by name."""
+    """Draw all figures; return PNG files by name."""
     names, weights = found.attribution.experts, found.attribution.weights
     mean = weights.mean(dim=0).tolist()
     means = [f"{name} {value:.2f}" for name, value in zip(names, mean, strict=True)]
@@ -42,24 +42,24 @@ def draw(found: Findings) -> dict[str, Picture]:
         "expert_weights.png": Picture(
             png_bytes(expert_weights(weights, names)),
             f"Weights of the experts by sample, and their mean: {', '.join(means)}",
-            "What the mixture gives to each expert.",
+            "Weights of the experts in the mixture.",
         ),
         "faithfulness.png": Picture(
             png_bytes(drop_curve(found.faithfulness, title=f"Tokens by {found.attribution.index}")),
             _in_numbers(found.faithfulness),
-            f"Tokens of highest attribution masked, or alone kept, next to random ones. {_BANDS}",
+            f"Tokens of highest attribution masked, or all others masked; compared with random tokens. {_BANDS}",
         ),
     }
     for name, drops in found.pair_masking.items():
         pictures[f"pair_masking_{name}.png"] = Picture(
             png_bytes(drop_curve(drops, title=f"Tokens of the pairs of largest {name}")),
             _in_numbers(drops),
-            f"Tokens of the pairs of largest {name} masked, or alone kept, next to random ones. {_BANDS}",
+            f"Tokens of the pairs of largest {name} masked, or all others; compared with random tokens. {_BANDS}",
         )
     for sample, values in enumerate(found.pairs):
-        for name, each in values.items():
-            if len(each):
-                pictures |= _of_sample(found, sample, name, each)
+        for name, pairs in values.items():
+            if len(pairs):
+                pictures |= _of_sample(found, sample, name, pairs)
     return pictures
 
 
@@ -78,7 +78,7 @@ def _of_sample(found: Findings, sample: int, name: str, values: PairValues) -> d
             png_bytes(network),
             f"Lines between tokens, the widest for {_strongest(found, sample, values)}.",
             f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, grey: within two standard "
-            "errors of 0; widths are sizes.",
+            "errors of 0; width: |value|.",
         )
     }
     for m, n in itertools.combinations(range(len(features.lengths)), 2):
@@ -128,10 +128,10 @@ def _map(
 
 
 def _over_image(found: Findings, sample: int, modality: int) -> tuple[Any, str]:
-    """What the image shows of its patches, and what that is."""
+    """Values of the image's patches, and their description."""
     index = found.attribution.index
     if index == INTEGRATED:
-        # They have a sign, and scaled the most negative would be 0.
+        # Not scaled, because values are signed and the most negative would become 0.
         valid = found.attribution.valid[modality][sample]
         own = found.attribution.of()[modality][sample].masked_fill(~valid, torch.nan)
         return own, f"{index} (logit)"
@@ -139,9 +139,9 @@ def _over_image(found: Findings, sample: int, modality: int) -> tuple[Any, str]:
 
 
 def _sides(features: Features, m: int, n: int) -> list[tuple[int, int]]:
-    """Rows and columns of the maps of two modalities: each that has an image once in columns, as patches."""
+    """Rows and columns of the maps of two modalities: each modality with an image is in the columns once."""
     both = [(m, n), (n, m)]
-    return [each for each in both if features.images[each[1]] is not None] or both[:1]
+    return [sides for sides in both if features.images[sides[1]] is not None] or both[:1]
 
 
 def _strongest(found: Findings, sample: int, values: PairValues) -> str:
