@@ -116,8 +116,8 @@ BAD_FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("a list", lambda path: save(path, [1]), "holds a list, expected a state_dict"),
     ("a tensor", lambda path: save(path, torch.ones(2)), "holds a Tensor"),
     ("no tensors", lambda path: save(path, {"epoch": 3}), "'epoch' holds a value of type int"),
-    ("empty state", lambda path: save(path, {"ensemble_model": {}}), "no state_dict, or an empty one"),
-    ("no state", lambda path: save(path, {"ensemble_model": 3}), "no state_dict, or an empty one"),
+    ("empty state", lambda path: save(path, {"ensemble_model": {}}), "holds no state_dict"),
+    ("no state", lambda path: save(path, {"ensemble_model": 3}), "holds no state_dict"),
     (
         "other keys",
         lambda path: save(path, nn.Linear(2, 2).state_dict()),
