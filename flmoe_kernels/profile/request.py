@@ -103,7 +103,7 @@ class Request:
         return chosen
 
 
-def subjects_of(case: Case, found: Sequence[Contestant], memory: bool = True) -> list[Subject]:
+def subjects_of(case: Case, chosen: Sequence[Contestant], memory: bool = True) -> list[Subject]:
     """Return contestants of a case as subjects; memory: whether their peaks are measured."""
     return [
         Subject(
@@ -117,7 +117,7 @@ def subjects_of(case: Case, found: Sequence[Contestant], memory: bool = True) ->
             prepare=functools.partial(_call_of, case, contestant),
             peak=functools.partial(peak_bytes, case, contestant) if memory else None,
         )
-        for contestant in found
+        for contestant in chosen
     ]
 
 

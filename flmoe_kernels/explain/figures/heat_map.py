@@ -55,7 +55,7 @@ def token_patch_map(
     numbers. Rows and columns without any value are left out; other pairs that are not candidates (NaN) are grey.
 
     Args:
-        values: (La, Lb), tokens in rows, patches in columns; NaN where there is no value.
+        values: (La, Lb), tokens in rows, patches in columns; NaN for pairs without value.
         tokens, patches: La and Lb strings; None shows positions.
         image: (H, W) or (H, W, 3), floats from 0 to 1 or uint8; shown in grey, so that only weights have colour.
         grid: rows and columns of patches in the image, row by row; by default a square.

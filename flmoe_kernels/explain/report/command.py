@@ -57,16 +57,16 @@ def run(request: Request) -> Findings:
     fast, about, features = _load(request)
     folder = request.out
     folder.mkdir(parents=True, exist_ok=True)
-    found = find(fast, features, request, folder / CHECKPOINTS, about)
-    files = _write_results(found, folder)
+    findings = find(fast, features, request, folder / CHECKPOINTS, about)
+    files = _write_results(findings, folder)
     with warnings.catch_warnings():
         # Characters missing in the font become boxes in figures; the page's tables have the text.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        pictures = draw(found)
+        pictures = draw(findings)
     for name, picture in pictures.items():
         write_whole(folder / name, picture.png)
-    write_whole(folder / "index.html", page(found, pictures, [*files, *pictures]))
-    return found
+    write_whole(folder / "index.html", page(findings, pictures, [*files, *pictures]))
+    return findings
 
 
 def main(request: Request) -> int:
@@ -76,7 +76,7 @@ def main(request: Request) -> int:
         ModuleNotFoundError: an optional package is missing.
     """
     try:
-        found = run(request)
+        findings = run(request)
     except KeyboardInterrupt:
         message = "interrupted: written files are complete; the same command continues from "
         print(f"{message}{request.out / CHECKPOINTS}", file=sys.stderr)
@@ -88,9 +88,9 @@ def main(request: Request) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console()
-    for sample, values in enumerate(found.pairs):
+    for sample, values in enumerate(findings.pairs):
         if len(values[SII]):
-            console.print(f"sample {sample}, class {int(found.target[sample])}:", end=" ")
+            console.print(f"sample {sample}, class {int(findings.target[sample])}:", end=" ")
             table = values[SII].table(3, MAGNITUDE)
             console.print(table, markup=False, highlight=False, soft_wrap=True)
     console.print("Written: index.html, explanation.json, results and figures in", end=" ")
@@ -126,16 +126,16 @@ def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
     return report.model, about, features
 
 
-def _write_results(found: Findings, folder: Path) -> list[str]:
+def _write_results(findings: Findings, folder: Path) -> list[str]:
     """Write the result files and the JSON file; return their names."""
     savers: dict[str, Any] = {
-        "attribution.npz": found.attribution,
-        "faithfulness.npz": found.faithfulness,
-        **{f"pair_masking_{name}.npz": drops for name, drops in found.pair_masking.items()},
+        "attribution.npz": findings.attribution,
+        "faithfulness.npz": findings.faithfulness,
+        **{f"pair_masking_{name}.npz": drops for name, drops in findings.pair_masking.items()},
     }
-    for sample, values in enumerate(found.pairs):
+    for sample, values in enumerate(findings.pairs):
         savers |= {f"sample_{sample:05d}_{name}.npz": pairs for name, pairs in values.items()}
     for name, result in savers.items():
         result.save(folder / name)
-    write_whole(folder / "explanation.json", json_text(found))
+    write_whole(folder / "explanation.json", json_text(findings))
     return [*savers, "explanation.json"]
