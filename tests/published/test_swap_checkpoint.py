@@ -103,7 +103,7 @@ NOISY = {"gate": "AddtionalNoisyGate"}
         (DENSE, {"gate": "GShardGate"}, "gate: expected None without sparse MLPs"),
         (DENSE, {"top_k": 2}, "top_k: expected None without sparse MLPs"),
         ({}, {"gate": "TopGate"}, "gate: expected one of NaiveGate, .*got 'TopGate'"),
-        ({}, {"gate": "NoisyGate"}, "gates that are not Noisy, got NoisyGate"),
+        ({}, {"gate": "NoisyGate"}, "a gate other than NoisyGate, got NoisyGate"),
         (NOISY, {"gate": "GShardGate"}, "Noisy gates, got GShardGate"),
         ({}, {"gate": "SwitchGate", "top_k": 2}, "top.?k: expected 1 for Switch, got 2"),
         ({}, {"gate": "NaiveGate", "top_k": 6}, "top_k: expected an int from 1 to 5, got 6"),

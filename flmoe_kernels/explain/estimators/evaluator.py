@@ -127,7 +127,7 @@ class Evaluator:
         values = np.asarray(self.game(unpack(rows, self.game.players)), dtype=np.float64)
         if values.shape != (len(rows),):
             raise ValueError(
-                f"game: expected ({len(rows)},), a value per coalition, got {values.shape}"
+                f"game: expected values ({len(rows)},) for the coalitions, got {values.shape}"
             )
         return values
 
