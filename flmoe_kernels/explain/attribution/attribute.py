@@ -108,8 +108,8 @@ def attribute(
     Raises:
         TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
 
-    Cost: a rollout takes one pass of each expert; with gradients, two passes and a backward; memory
-    O(B L (D + H d)) and the blocks of scores. Integrated gradients take n_steps passes and backwards.
+    Cost: a rollout takes one pass per expert, with gradients two passes and a backward; memory O(B L (D + H d))
+    and the blocks of scores. Integrated gradients: n_steps passes and backwards, max_batch rows in memory.
     """
     check.require_choice("method", method, METHODS)
     check.require_choice("explains", explains, EXPLAINS)

@@ -89,7 +89,7 @@ def load_features(
         dtype: of the layer; inputs are converted to it.
 
     Raises:
-        FeatureError: an array does not fit; the message has its name, what was expected and what was found.
+        FeatureError: not an .npz file, or an array does not fit; the message has its name and what was expected.
         OSError: the file does not exist or cannot be read.
     """
     try:
