@@ -1,7 +1,7 @@
 """Pytest plugin: benchmarks against a peer in the same run, checked against a file of floors.
 
-Loaded in every pytest run of an environment that has flmoe_kernels. It is a module of its own because importing
-the package imports torch; nothing of the package is imported before the option or the fixture is used.
+pytest loads it in every run of an environment that has flmoe_kernels. It is not inside the package, because
+importing the package imports torch. The package is imported only if the option or the fixture is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--gate",
         metavar="FILE",
-        help="Fail where the whole interval of a ratio lies below its floor in this TOML file.",
+        help="Fail if the whole interval of a ratio is below its floor in this TOML file.",
     )
     group.addoption(
         "--gate-update",
@@ -56,8 +56,8 @@ def _gate(config: pytest.Config) -> Gate:
 def benchmark_against(request: pytest.FixtureRequest, benchmark: Any) -> Against:
     """Time a callable and its peer in turn: `benchmark_against(ours, peer, name=..., peer_name=...)`.
 
-    The ratio and its interval go to `extra_info` of the benchmark; with --gate a ratio below its floor fails the
-    test. See `flmoe_kernels.profile.gate.Against`.
+    The ratio and its interval are stored in `extra_info` of the benchmark; with --gate, a ratio below its floor
+    fails the test. See `flmoe_kernels.profile.gate.Against`.
     """
     from flmoe_kernels.profile.gate import Against
 

@@ -1,1 +1,1 @@
-"""The commands of `python -m flmoe_kernels`, a module each; cli.py puts them together."""
+"""Commands of `python -m flmoe_kernels`, one module per command."""

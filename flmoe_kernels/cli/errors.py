@@ -19,12 +19,12 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Turn a missing third-party package into one line that says which extra to install."""
+    """Turn the error for a missing third-party package into a line with the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        # A missing module of our own is a bug or a broken installation, which no extra repairs.
+        # A missing module of this package is a bug or a broken installation, which no extra fixes.
         if not missing or missing.split(".")[0] == PACKAGE:
             raise
         fail(f"{missing} is not installed; run: pip install 'flmoe-kernels[{extra}]'")

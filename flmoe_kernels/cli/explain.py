@@ -63,9 +63,7 @@ def explain(
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(
-            help="Number of random token sets that the named tokens are compared with; default 10."
-        ),
+        typer.Option(help="Random token sets to compare the identified tokens with; default 10."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed; default 0.")] = None,
     heads: Annotated[
@@ -85,7 +83,7 @@ def explain(
         bool, typer.Option("--quick", help="One sample and few evaluations, to try the command.")
     ] = False,
 ) -> None:
-    """Explain samples: which experts, tokens and token pairs decide; an HTML page with figures."""
+    """Explain predictions by experts, tokens and token pairs; writes an HTML page with figures."""
     options = dict(locals())
     from flmoe_kernels.explain.report.request import Request
 

@@ -26,7 +26,7 @@ def info(
 
 
 def gather_info() -> dict[str, Any]:
-    """What `info` shows, as plain values that JSON can hold."""
+    """Collect the values that `info` shows, JSON serializable."""
     import torch
 
     from flmoe_kernels.core.backend import backend_status, instruction_set, instruction_sets

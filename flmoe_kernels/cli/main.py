@@ -1,10 +1,10 @@
 """The command line: `python -m flmoe_kernels COMMAND`.
 
-Each command is a function in a module of its own, which imports its dependencies inside, so that `--help` is
-fast and a missing extra stops only the command that needs it.
+Each command is a function in its own module. It imports dependencies inside the function, so that `--help` is
+fast and a missing extra affects only the commands that need it.
 
 Results go to stdout, messages to stderr. Exit codes: 0 done, 1 a check of the results failed, 2 the request
-cannot be met, 130 interrupted.
+cannot be run, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ app.add_typer(tune.app, name="tune")
 
 
 def main() -> None:
-    """Run the command line as `python -m flmoe_kernels`, whichever way it was started."""
+    """Run the command line; help texts always show `python -m flmoe_kernels`."""
     app(prog_name=f"python -m {PACKAGE}")
 
 
@@ -52,4 +52,4 @@ def options(
         typer.Option("--version", callback=show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Options that stand before any command."""
+    """Define the options before the command."""

@@ -38,7 +38,7 @@ def profile(
         typer.Option(
             "--pass",
             help="forward, backward or forward+backward (default); for a layer also inference or training. "
-            "With --checkpoint the default is both of these.",
+            "With --checkpoint the default is inference and training.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -113,12 +113,12 @@ def profile(
     from flmoe_kernels.published.file import CheckpointError
 
     if (op is None) == (checkpoint is None):
-        fail("--op or --checkpoint: expected one of them, got " + ("both" if op else "neither"))
+        fail("expected either --op or --checkpoint, got " + ("both" if op else "neither"))
     files = Files(trace=trace, csv=csv_file, json=json_file, plot=plot)
     try:
         files.require_writable()
         if not seconds > 0:
-            fail(f"seconds: expected more than 0, got {seconds}")
+            fail(f"seconds: expected a positive number, got {seconds}")
         with needs_extra("demo"):
             if checkpoint is not None:
                 _refuse(shape=shape, backend=backend, variant=variant, lengths=lengths)
@@ -166,9 +166,7 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def _refuse(**given: object) -> None:
-    """Refuse options that do not apply to what is profiled."""
+    """Reject options that do not apply to the kind of request."""
     for name, value in given.items():
         if value not in (None, []):
-            fail(
-                f"--{name.replace('_', '-')}: does not apply to what is profiled here; leave it out"
-            )
+            fail(f"--{name.replace('_', '-')}: does not apply to this kind of request; remove it")

@@ -27,9 +27,9 @@ app = typer.Typer(
 def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Show each kernel's fastest configuration, and its time against the launch table's.
+    """Show each kernel's fastest configuration, and its time compared with the launch table's.
 
-    Invalid files are reported on stderr and left alone.
+    Invalid files are reported on stderr and not changed.
     """
     from flmoe_kernels.core.triton.tuning import cache
 
@@ -56,7 +56,7 @@ def clear() -> None:
 
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """Warnings as lines on stderr; a folder that cannot be used ends the command."""
+    """Print warnings as lines on stderr; an unusable folder ends the command."""
     from flmoe_kernels.core.triton.tuning import cache
 
     with warnings.catch_warnings(record=True) as caught:
@@ -88,7 +88,7 @@ def _print(results: list[TuningResult]) -> None:
             f"{result.table_seconds * 1e6:.1f}",
             f"{result.table_seconds / result.seconds:.2f}x",
         )
-        # Text, so that rich does not read the content of a file as markup.
+        # Text, so that rich does not interpret the content of a file as markup.
         table.add_row(*map(Text, cells))
     Console().print(table)
 

@@ -28,7 +28,7 @@ _HEADER = "header"
 
 
 def encode(kind: str, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """The content of a file; the header in JSON's types."""
+    """Return the bytes of a file; the header must be JSON serializable."""
     whole = {"kind": kind, "format": FORMAT, **header}
     text = json.dumps(whole, allow_nan=False).encode()
     buffer = io.BytesIO()
@@ -38,10 +38,10 @@ def encode(kind: str, header: Mapping[str, Any], arrays: Mapping[str, NDArray[An
 
 
 def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays]:
-    """Header and arrays of a file's content.
+    """Return the header and the arrays of a file.
 
     Raises:
-        ValueError: naming the file, where it is damaged or of another kind or format.
+        ValueError: the file is damaged, or has another kind or format; the message names the file.
     """
     problem = f"{name}: not a file of {kind}, or a damaged one"
     try:
@@ -50,7 +50,7 @@ def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays
         header = json.loads(arrays.pop(_HEADER).tobytes())
     except (ValueError, KeyError, AttributeError, TypeError, EOFError, OSError) as error:
         raise ValueError(problem) from error
-    # RuntimeError: a part is marked as encrypted, or compressed by a method that zipfile does not know.
+    # RuntimeError: a part is marked as encrypted, or uses a compression that zipfile does not support.
     except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise ValueError(problem) from error
     if not isinstance(header, dict) or header.get("kind") != kind:
@@ -65,9 +65,9 @@ def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays
 class Saved:
     """Base of the result dataclasses, which can be saved and loaded.
 
-    The fields in `_ARRAYS` hold one array each, those in `_LISTS` a tuple of arrays, one for each modality. All
-    other fields are written to the header, in JSON's types. Arrays are loaded as Tensors on the CPU, or as they
-    are where `_NUMPY` is set.
+    Every field in `_ARRAYS` holds an array, and every field in `_LISTS` a tuple with one array per modality. All
+    other fields are written to the header as JSON. Arrays are loaded as CPU tensors, or as numpy arrays if
+    `_NUMPY` is set.
     """
 
     _ARRAYS: ClassVar[tuple[str, ...]] = ()
@@ -76,7 +76,7 @@ class Saved:
     _NUMPY: ClassVar[bool] = False
 
     def save(self, path: str | Path) -> None:
-        """Write one .npz file, whole or not at all."""
+        """Write one .npz file atomically."""
         parts = {name: getattr(self, name) for name in self._ARRAYS}
         for name in self._LISTS:
             parts |= {f"{name}_{m}": x for m, x in enumerate(getattr(self, name))}
@@ -89,13 +89,13 @@ class Saved:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: another file, or a damaged one.
+            ValueError: the file is damaged or of another kind.
         """
         header, arrays = decode(Path(path).read_bytes(), cls._kind(), str(path))
-        # Counted in the arrays: the header of a forged file may hold any number.
+        # The arrays are counted, because the header of a forged file may hold any number.
         modalities = range(
             sum(bool(cls._LISTS) and x.startswith(f"{cls._LISTS[0]}_") for x in arrays)
         )
@@ -103,21 +103,21 @@ class Saved:
         whole = {*cls._ARRAYS, *(name for names in lists.values() for name in names)}
         fields = cls._header_fields()
         if not whole - {*cls._OPTIONAL} <= {*arrays} <= whole or not {*fields} <= {*header}:
-            raise ValueError(f"{path}: expected the parts of {cls._kind()}, got others")
+            raise ValueError(f"{path}: expected the fields of {cls._kind()}, got different ones")
         cls._check(str(path), arrays)
         parts: dict[str, Any] = dict(arrays)
         if not cls._NUMPY:
             parts = {name: torch.from_numpy(x) for name, x in arrays.items()}
-        found = {name: parts.get(name) for name in cls._ARRAYS}
-        found |= {name: tuple(parts[x] for x in names) for name, names in lists.items()}
+        values = {name: parts.get(name) for name in cls._ARRAYS}
+        values |= {name: tuple(parts[x] for x in names) for name, names in lists.items()}
         for name in fields:
             # JSON has no tuples.
-            found[name] = tuple(header[name]) if isinstance(header[name], list) else header[name]
-        return cls(**found)
+            values[name] = tuple(header[name]) if isinstance(header[name], list) else header[name]
+        return cls(**values)
 
     @classmethod
     def _check(cls, name: str, arrays: Arrays) -> None:
-        """Raise ValueError, naming the file, for arrays that do not belong together."""
+        """Raise ValueError, with the file's name, if the arrays are inconsistent."""
 
     @classmethod
     def _kind(cls) -> str:

@@ -1,4 +1,4 @@
-"""Optional packages: how they are imported, and progress bars by tqdm."""
+"""Import of optional packages, and progress bars by tqdm."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def optional_package(name: str, argument: str = "") -> Any:
-    """The module of a package that is not a dependency.
+    """Import a package that is not a dependency.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: the package is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -22,10 +22,10 @@ def optional_package(name: str, argument: str = "") -> Any:
 
 @contextmanager
 def progress_bar(shown: bool, total: int, label: str) -> Iterator[Callable[[int], object]]:
-    """A bar on standard error, as a function that advances it by a count.
+    """Yield a function that advances a bar on standard error by a count.
 
     Raises:
-        ModuleNotFoundError: shown, and tqdm is not installed.
+        ModuleNotFoundError: the bar is shown and tqdm is not installed.
     """
     if not shown:
         yield lambda count: None

@@ -1,1 +1,1 @@
-"""What is timed, against whom, and how: one registry for benchmarks, the profiler and the documentation."""
+"""Timing, costs and registry of cases, for benchmarks and the profiler."""

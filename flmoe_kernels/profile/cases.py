@@ -1,4 +1,4 @@
-"""What can be timed: an operator at a shape, in a phase, in a dtype, on a device."""
+"""Cases to time: operator, shape, phase, dtype and device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Operator:
-    """shapes: their class. variants: what a call may be asked beyond its shape; "" where nothing."""
+    """An operator. shapes: class of its shapes. variants: options of a call besides its shape; "" for none."""
 
     name: str
     shapes: type[LayerShape] | type[PairShape] | type[RoutedShape]
@@ -29,8 +29,8 @@ class Operator:
     phases: tuple[str, ...] = PHASES
 
 
-# pair_moe: how y is reduced. expert_attention: with the shape's dropout or without. routed_mlp: its linear maps'
-# biases. interaction_moe: forward is inference (the full view), forward+backward a training step.
+# Variants. pair_moe: reduction of y. expert_attention: with or without the shape's dropout. routed_mlp: biases of
+# the linear maps. interaction_moe: forward is inference (the full view), forward+backward a training step.
 PAIR_MOE = Operator("pair_moe", PairShape, ("none", "pool"))
 EXPERT_ATTENTION = Operator("expert_attention", LayerShape, ("dropout", "plain"))
 ROUTED_MLP = Operator("routed_mlp", RoutedShape, ("bias", "no_bias"))
@@ -44,9 +44,9 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is timed; hashable, and the same in another process.
+    """A case to time; hashable, and equal in other processes.
 
-    device: "cpu", "cuda" or "cuda:N". variant: one of the operator's.
+    device: "cpu", "cuda" or "cuda:N". variant: a variant of the operator.
     """
 
     operator: str
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Like pair_moe/pair_base/forward+backward/float32/pool; the same on every device."""
+        """Name such as pair_moe/pair_base/forward+backward/float32/pool; the same on every device."""
         parts = (self.operator, self.shape.name, self.phase, dtype_name(self.dtype), self.variant)
         return "/".join(part for part in parts if part)
 
@@ -86,11 +86,11 @@ def cases(
     dtypes: Sequence[str | torch.dtype] | None = None,
     device: str = "cpu",
 ) -> list[Case]:
-    """Every case of these operators, shapes, phases and dtypes that there is on this kind of device.
+    """List every case of these operators, shapes, phases and dtypes on this kind of device.
 
     Args:
         operators: names in OPERATORS; None for all.
-        shapes: names (see shapes.named_shapes) or shapes; None for all; those of other operators are left out.
+        shapes: names (see shapes.named_shapes) or shapes; None for all; shapes of other operators are skipped.
         phases: names in PHASES; None for all.
         dtypes: names in DTYPES or dtypes; None for float32 on a CPU and bfloat16 on a GPU.
         device: "cpu" or "cuda".
@@ -104,7 +104,7 @@ def cases(
     types = [_dtype(dtype) for dtype in ((default,) if dtypes is None else dtypes)]
     for phase in phases or ():
         _known("phase", phase, PHASES)
-    found = []
+    result = []
     for name in OPERATORS if operators is None else operators:
         operator = _operator(name)
         wanted = [phase for phase in operator.phases if phases is None or phase in phases]
@@ -114,20 +114,20 @@ def cases(
             if isinstance(shape, operator.shapes) and not unavailable_reason(
                 operator, shape, dtype, variant
             ):
-                found.append(Case(name, shape, phase, dtype, device, variant))
-    return found
+                result.append(Case(name, shape, phase, dtype, device, variant))
+    return result
 
 
 def unavailable_reason(operator: Operator, shape: Shape, dtype: torch.dtype, variant: str) -> str:
-    """Why such a case says nothing, or ""."""
+    """Return the reason why such a case is not meaningful, or ""."""
     if isinstance(shape, LayerShape):
         if operator is EXPERT_ATTENTION and shape.experts:
-            return "its attention is that of the dense shape"
+            return "its attention is the same as at the dense shape"
         if operator is EXPERT_ATTENTION and variant == "dropout" and not shape.dropout:
             return "nothing is dropped at this shape"
         if shape.experts and dtype not in (torch.float32, torch.float64):
-            # Rounded logits choose other experts, so that results cannot be compared with the exact ones.
-            return "choices of experts depend on how half precision rounds"
+            # Rounded logits choose different experts, so results cannot be compared with the exact results.
+            return "choices of experts depend on rounding in half precision"
     return ""
 
 
@@ -145,5 +145,5 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _known(what: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
-        expected = ", ".join(repr(each) for each in names)
+        expected = ", ".join(map(repr, names))
         raise ValueError(f"{what}: expected one of {expected}, got {name!r}")

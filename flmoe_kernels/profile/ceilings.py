@@ -1,7 +1,7 @@
-"""What this machine can do at most, measured on the spot: matrix products, copies; and the roofline from both.
+"""Measured ceilings of this machine (matrix product, copy) and the roofline.
 
-The ceilings are torch's own large product and copy, so "share of the roofline" says how far a kernel is from
-what a program gets here, not from a data sheet. A kernel may exceed them where torch's library misses the
+The ceilings are torch's large product and copy, so "share of the roofline" compares a kernel with what programs
+reach on this machine, not with a data sheet. A kernel may exceed the ceilings if torch's library does not use the
 processor's best instructions.
 """
 
@@ -21,20 +21,20 @@ from .shapes import is_cuda
 from .timing import Clock, clock_for
 
 MATMUL, MEMORY, EXPONENTIALS = "matrix products", "memory", "exponentials"
-# Large enough that neither launches nor caches matter, small enough for a second of measuring.
+# Large enough that launches and caches do not matter, small enough to measure in a second.
 _SIDE = {"cpu": 2048, "cuda": 8192}
 _COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 _ROUNDS = 7
-# Special functions of one multiprocessor in a clock: 16 units, as NVIDIA's programming guide counts them for
-# compute capability 8.0, 9.0 and 10.0.
+# Special functions per multiprocessor and clock: 16 units, according to NVIDIA's programming guide for compute
+# capability 8.0, 9.0 and 10.0.
 _EXPONENTIALS_PER_CLOCK = 16
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """flops: FLOP/s of a large product by dtype. bytes_per_second: of a copy, read and written bytes both.
+    """Rates. flops: FLOP/s of a large product, by dtype. bytes_per_second: of a copy, read plus written bytes.
 
-    exponentials: per second, counted from the clock and not measured; 0 where that is unknown.
+    exponentials: per second, computed from the clock and not measured; 0 if unknown.
     """
 
     device: str
@@ -43,7 +43,7 @@ class Ceilings:
     exponentials: float = 0.0
 
     def roofline_seconds(self, cost: Cost, dtype: torch.dtype) -> tuple[float, str]:
-        """The least time of such a call, and which limit binds.
+        """Return the least time of such a call, and the name of the limit that determines it.
 
         Raises:
             KeyError: products of this dtype were not measured.
@@ -64,11 +64,11 @@ class Ceilings:
 def measure_ceilings(
     device: str = "cpu", dtypes: tuple[torch.dtype, ...] = (), clock: Clock | None = None
 ) -> Ceilings:
-    """Measure for some seconds.
+    """Measure the ceilings; takes some seconds.
 
     Args:
         dtypes: of products; default float32, on a GPU bfloat16, float16 and float32.
-        clock: in place of the device's: ceilings must be timed as what is compared with them.
+        clock: replaces the device's clock: use the clock that times the calls compared with the ceilings.
     """
     default = (
         (torch.bfloat16, torch.float16, torch.float32) if is_cuda(device) else (torch.float32,)
@@ -87,7 +87,7 @@ def measure_ceilings(
 def matmul_rate(
     device: str, dtype: torch.dtype, side: int = 0, clock: Clock | None = None
 ) -> float:
-    """FLOP/s of torch.mm of two square matrices, results written to a matrix that is there."""
+    """FLOP/s of torch.mm of two square matrices, with a preallocated result."""
     side = side or _SIDE[_kind(device)]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -99,7 +99,7 @@ def matmul_rate(
 
 
 def copy_rate(device: str, count: int = 0, clock: Clock | None = None) -> float:
-    """Bytes per second of a copy within the device's memory: read and written ones."""
+    """Bytes per second of a copy within the device's memory: read plus written bytes."""
     count = count or _COPY_BYTES[_kind(device)]
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -107,13 +107,13 @@ def copy_rate(device: str, count: int = 0, clock: Clock | None = None) -> float:
 
 
 def exponential_rate(device: str) -> float:
-    """Of a GPU by its largest clock; 0 where no tool tells it, and on a CPU, whose kernels use no such unit."""
+    """Exponentials per second of a GPU at its maximum clock; 0 if unknown. 0 on a CPU, which has no such unit."""
     if not is_cuda(device):
         return 0.0
-    told = "".join(ask_driver(device, "clocks.max.sm")).split(" ")[0]
-    if not told.isdecimal():
+    megahertz = "".join(ask_driver(device, "clocks.max.sm")).split(" ")[0]
+    if not megahertz.isdecimal():
         return 0.0
-    clock = 1e6 * float(told)
+    clock = 1e6 * float(megahertz)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return processors * _EXPONENTIALS_PER_CLOCK * clock
 

@@ -1,7 +1,7 @@
-"""Correctness before timing: a contestant whose answer is wrong is not timed.
+"""Correctness check before timing; contestants with wrong results are not timed.
 
-Every contestant is held to `core.error_budget`: the exact result is the reference's in float64, and the budget
-follows from the reference's own error in the case's dtype. A case too large for that is checked on fewer
+Every contestant must be within `core.error_budget`: the exact result is the reference's in float64, and the budget
+follows from the reference's error in the case's dtype. Cases that are too large for this are checked on fewer
 samples or tokens.
 """
 
@@ -24,28 +24,28 @@ from .prepared import GRADIENT_OF, Outputs
 from .registry import Contestant, find, prepare
 from .shapes import LayerShape, PairShape, Shape, is_cuda
 
-# Sizes up to which the reference is run in float64, by kind of device. What a GPU checks at its full size,
-# compilers need not compile twice; a GPU with less memory than _LARGE checks layers on few samples.
+# Sizes up to which the reference runs in float64, by kind of device. If a GPU checks the full size, compilers
+# need not compile twice. A GPU with less memory than _LARGE checks layers on few samples.
 _SAMPLES = {"cpu": 1, "cuda": 32}
 _FEW_SAMPLES, _LARGE = 4, 64 * 2**30
 _PAIRS = {"cpu": 8 * 320 * 196, "cuda": 2**25}
 _ROUTED_WORK = {"cpu": 2**33, "cuda": 2**40}
-# Units of rounding, beside the budget that tests hold kernels to: peers sum in orders of their own, and what is
-# to be found here is a wrong answer, not a lost digit.
+# Units of rounding, in addition to the budget of the tests: peers sum in different orders, and this check looks
+# for wrong results, not for lost digits.
 _SLACK = 2.0
-# Gradients smaller than this share of the largest of their kind are what is left of terms that cancel.
+# Gradients smaller than this share of the largest gradient of their kind result from terms that cancel.
 _VANISHING = 0.25
 
 
 class WrongAnswer(AssertionError):
-    """A contestant does not compute what it is timed for; the message names it, the case and the result."""
+    """A contestant's results are wrong; the message names the contestant, the case and the result."""
 
 
 def agree(case: Case, *contestants: Contestant | str) -> None:
     """Check contestants of a case, or backends by name, against the exact results.
 
     Raises:
-        WrongAnswer: for the first wrong one.
+        WrongAnswer: for the first contestant whose results are wrong.
     """
     small = checked_case(case)
     for contestant in contestants:
@@ -54,10 +54,10 @@ def agree(case: Case, *contestants: Contestant | str) -> None:
 
 
 def compare(case: Case, name: str, actual: Mapping[str, Tensor]) -> None:
-    """Hold the results of `name` at this very case to the budget.
+    """Check that the results of `name` for exactly this case are within the budget.
 
     Raises:
-        WrongAnswer: outside of it, or another set of results.
+        WrongAnswer: a result is outside of the budget, missing or unexpected.
     """
     low, exact = _references(case)
     missing = [key for key in exact if key not in actual and _required(key)]
@@ -65,18 +65,18 @@ def compare(case: Case, name: str, actual: Mapping[str, Tensor]) -> None:
     if missing or unknown:
         raise WrongAnswer(f"{name} on {case.name}: missing {missing}, unexpected {unknown}")
     sizes = _sizes(exact)
-    for key, found in actual.items():
+    for key, result in actual.items():
         what = f"{name} on {case.name} ({case.shape}): {key}"
         if not exact[key].dtype.is_floating_point:
-            if not torch.equal(found.to(exact[key].dtype), exact[key]):
-                raise WrongAnswer(f"{what}: other integers than the reference's")
+            if not torch.equal(result.to(exact[key].dtype), exact[key]):
+                raise WrongAnswer(f"{what}: the integers differ from the reference's")
             continue
         size = float(exact[key].abs().max()) if exact[key].numel() else 0.0
         magnitude = _SLACK * (sizes[_group(key)] if key.startswith(GRADIENT_OF) else size)
         try:
             assert_within_budget(
-                # A peer may compute in more precision than the case's.
-                found.to(low[key].dtype),
+                # A peer may compute in higher precision than the case's dtype.
+                result.to(low[key].dtype),
                 low[key],
                 exact[key],
                 what,
@@ -88,7 +88,7 @@ def compare(case: Case, name: str, actual: Mapping[str, Tensor]) -> None:
 
 
 def checked_case(case: Case) -> Case:
-    """The case, or one like it that the reference in float64 can compute."""
+    """Return the case, or a smaller version that the reference can compute in float64."""
     return dataclasses.replace(case, shape=checked_shape(case.shape, case.device))
 
 
@@ -117,7 +117,7 @@ def _samples(device: str) -> int:
 
 @functools.lru_cache(maxsize=2)
 def _references(case: Case) -> tuple[Outputs, Outputs]:
-    """Results of the reference in the case's dtype, and exact ones."""
+    """Results of the reference in the case's dtype, and the exact results."""
     return (
         prepare(case, REFERENCE, case.dtype).outputs(),
         prepare(case, REFERENCE, torch.float64).outputs(),
@@ -125,17 +125,17 @@ def _references(case: Case) -> tuple[Outputs, Outputs]:
 
 
 def _required(name: str) -> bool:
-    """What only some contestants compute besides what they are timed for need not be there."""
+    """Whether every contestant must have this result; results with dropout are optional."""
     return not name.endswith(WITH_DROPOUT)
 
 
 def _group(name: str) -> str:
-    """Results that are measured by one size: gradients of one kind; any other result by itself."""
+    """Group of results with a common scale: gradients of the same kind; any other result is its own group."""
     if not name.startswith(GRADIENT_OF):
         return name
     owner = name.removeprefix(GRADIENT_OF)
     if ".attn." in owner:
-        # Scores enter through differences, so that the gradient of q is what is left of terms of this size.
+        # Softmax depends only on differences of scores, so the gradient of q has cancelling terms of this size.
         return "attention"
     return re.sub(r"\d+", "#", owner) if "." in owner else "gradient"
 

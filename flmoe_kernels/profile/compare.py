@@ -1,9 +1,9 @@
-"""Ratios of two results side by side: python -m flmoe_kernels.profile.compare BEFORE... --after AFTER...
+"""Comparison of two results: python -m flmoe_kernels.profile.compare BEFORE... --after AFTER...
 
 Each side is one or more files of `pytest --benchmark-json` whose tests used `benchmark_against`. It compares
-ratios to the peer in the same run: a slower machine does not change them. Each run gives a median with its
-interval; the spread among the runs of a side counts as well. Prints a Markdown table; exit code 1 where even
-the upper end of the interval of a change is below --fail-below.
+ratios to the peer in the same run, which a slower machine does not change. Each run gives a median with its
+interval; the spread among the runs of a side counts as well. It prints a Markdown table. The exit code is 1 if
+even the upper end of a change's interval is below --fail-below.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def load(paths: Iterable[Path]) -> dict[str, list[Interval]]:
     Raises:
         ValueError: a file is not a result of pytest-benchmark.
     """
-    found: dict[str, list[Interval]] = {}
+    runs: dict[str, list[Interval]] = {}
     for path in paths:
         try:
             benchmarks = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
@@ -54,19 +54,19 @@ def load(paths: Iterable[Path]) -> dict[str, list[Interval]]:
                 ratio = facts.get("ratio")
                 if isinstance(ratio, dict):
                     key = f"{facts['case']} vs {facts['peer']}"
-                    found.setdefault(key, []).append((ratio["median"], ratio["low"], ratio["high"]))
+                    runs.setdefault(key, []).append((ratio["median"], ratio["low"], ratio["high"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a result of pytest --benchmark-json: {error}") from error
-    return found
+    return runs
 
 
 def changes(
     before: Mapping[str, Sequence[Interval]], after: Mapping[str, Sequence[Interval]]
 ) -> list[Change]:
-    """Changes of what both sides have.
+    """Return the changes of the comparisons that both sides have.
 
     Raises:
-        ValueError: nothing is in both.
+        ValueError: the sides have no comparison in common.
     """
     both = [name for name in before if name in after]
     if not both:
@@ -93,9 +93,9 @@ def quotient(over: Interval, under: Interval) -> Interval:
     return value, value * math.exp(-half), value * math.exp(half)
 
 
-def markdown(found: Sequence[Change], fail_below: float) -> str:
+def markdown(rows: Sequence[Change], fail_below: float) -> str:
     lines = ["| comparison | ratio before | ratio after | speed | |", "|---|--:|--:|--:|---|"]
-    for change in found:
+    for change in rows:
         verdict = change.verdict(fail_below)
         mark = "**" if verdict == "SLOWER" else ""
         cells = [change.name, *map(_words, (change.before, change.after, change.speed)), verdict]
@@ -115,15 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         before, after = load(options.before), load(options.after)
-        found = changes(before, after)
+        rows = changes(before, after)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown(found, options.fail_below), end="")
+    print(markdown(rows, options.fail_below), end="")
     for side, names in (("before", before.keys() - after), ("after", after.keys() - before)):
         for name in sorted(names):
             print(f"Only {side}: {name}")
-    return int(any(change.verdict(options.fail_below) == "SLOWER" for change in found))
+    return int(any(change.verdict(options.fail_below) == "SLOWER" for change in rows))
 
 
 if __name__ == "__main__":

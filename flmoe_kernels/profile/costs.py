@@ -1,10 +1,10 @@
-"""What a case must do: floating-point operations, bytes, exponentials. The numerators of every rate here.
+"""Work of a case: floating-point operations, bytes and exponentials.
 
-FLOP are those of matrix products, 2 for a multiply-add, of valid tokens and chosen experts alone; a peer that
-computes padding or every expert gets no credit for it. Bytes are the inputs that must be read and the results
-that must be written once, in the case's dtype (statistics in float32); what a kernel reads again is its own
-affair, except where the algorithm itself must: a backward that is timed alone reads the forward's inputs again.
-Exponentials are those of the softmax, which pair_moe's bound on a GPU counts.
+FLOP are those of matrix products, 2 for a multiply-add, on valid tokens and chosen experts only: work of a peer on
+padding or on unused experts does not count. Bytes are the inputs and the results, each read or written once, in
+the case's dtype (statistics in float32). Repeated reads of a kernel do not count, except those of the algorithm:
+a backward that is timed alone reads the forward's inputs again. Exponentials are those of the softmax; they are
+part of the bound of pair_moe on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MLP_EXPANSION = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call. exponentials: of the softmax, forward, and once more where the backward makes it again."""
+    """Work of a call. exponentials: of the softmax in the forward, and again if the backward recomputes it."""
 
     flop: int
     bytes: int
@@ -36,7 +36,7 @@ class Cost:
 
 
 def cost(case: Case) -> Cost:
-    """Of one call of a case."""
+    """Return the work of one call of a case."""
     shape, size = case.shape, case.dtype.itemsize
     if isinstance(shape, PairShape):
         parts = pair_cost(shape, case.variant, size)
@@ -56,12 +56,12 @@ def cost(case: Case) -> Cost:
 
 
 def pair_cost(shape: PairShape, reduce: str, size: int) -> tuple[Cost, Cost]:
-    """pair_moe, forward and backward.
+    """Work of pair_moe, forward and backward.
 
-    Per pair, forward: 2 R for each expert's logit, and 2 V for each expert whose message from side b differs
-    from row to row: neither unique_a nor null, and under "pool" synergy alone. Backward: the logit again and
-    its two gradients, 6 R; of the message the product with the gradient of y and the gradient of c, 4 V;
-    and for synergy the sum of p c again, 2 V. One exponential for each pair and expert in each pass.
+    Forward, per pair: 2 R for each expert's logit, and 2 V for each expert whose message from side b differs
+    from row to row: all except unique_a and null; under "pool" only synergy. Backward: the logit again and
+    its two gradients, 6 R; for the message, the product with the gradient of y and the gradient of c, 4 V;
+    for synergy also the sum of p c again, 2 V. One exponential for each pair and expert in each pass.
     """
     experts = len(shape.kinds)
     products = sum(
@@ -79,13 +79,13 @@ def pair_cost(shape: PairShape, reduce: str, size: int) -> tuple[Cost, Cost]:
     exponentials = shape.pairs * experts
     return (
         Cost(forward * shape.pairs, inputs + y + mass, exponentials),
-        # Inputs and the gradient of y in, gradients of the inputs out.
+        # Reads inputs and the gradient of y, writes gradients of the inputs.
         Cost(backward * shape.pairs, 2 * inputs + y, exponentials),
     )
 
 
 def attention_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost]:
-    """expert_attention over the valid tokens of one fusion layer, all experts, `views` and samples.
+    """Work of expert_attention on the valid tokens of one fusion layer, for all experts, `views` and samples.
 
     Forward 4 d FLOP for each query, key and head; backward 10 d: scores again, and the gradients of
     probabilities, v, q and k. Forward reads q, k, v and writes out and one log-sum-exp for each row and head;
@@ -104,11 +104,11 @@ def attention_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost
 
 
 def routed_cost(shape: RoutedShape, size: int, biased: bool) -> tuple[Cost, Cost]:
-    """routed_mlp: 4 D F FLOP for each routed row forward, 8 D F backward.
+    """Work of routed_mlp: 4 D F FLOP for each routed row in the forward, 8 D F in the backward.
 
-    Bytes: x, the weights of all experts, the tokens' choices and weights, and out; hidden rows are written
-    and read once forward (the two products are two kernels in every backend) and, kept, read backward, where
-    their gradient is written and read once as well.
+    Bytes: x, the weights of all experts, the tokens' choices and weights, and out. The forward also writes and
+    reads hidden rows once (the two products are two kernels in every backend); the backward reads them, and
+    writes and reads their gradient once.
     """
     rows = shape.routed_rows
     tokens = shape.tokens * shape.width * size
@@ -119,15 +119,15 @@ def routed_cost(shape: RoutedShape, size: int, biased: bool) -> tuple[Cost, Cost
     product = 4 * rows * shape.width * shape.hidden
     return (
         Cost(product, 2 * tokens + weights + choices + 2 * hidden),
-        # x, the gradient of out, weights, kept rows in; gradients of x, weights, choices out.
+        # Reads x, the gradient of out, weights and hidden rows; writes gradients of x, weights and choices.
         Cost(2 * product, 3 * tokens + 2 * weights + 2 * choices + 3 * hidden),
     )
 
 
 def routing_cost(shape: RoutedShape, size: int) -> tuple[Cost, Cost]:
-    """gate and dispatch: logits in; index, weight, counts, offsets and permutation out. No products.
+    """Work of gate and dispatch: reads logits; writes index, weight, counts, offsets, permutation. No products.
 
-    Backward: the gradient of weight, index and logits in, the gradient of logits out.
+    The backward reads the gradient of weight, index and logits, and writes the gradient of logits.
     """
     logits = shape.tokens * shape.experts * size
     index, weight = shape.routed_rows * _INDEX, shape.routed_rows * size
@@ -139,14 +139,14 @@ def routing_cost(shape: RoutedShape, size: int) -> tuple[Cost, Cost]:
 
 
 def layer_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost]:
-    """interaction_moe: the fusion Transformers of all experts and `views`, on valid tokens.
+    """Work of interaction_moe: the fusion Transformers of all experts and `views`, on valid tokens.
 
-    A layer makes 8 D^2 FLOP for each row in q, k, v and the projection, 8 D^2 in its MLP (expansion 2; with
-    routed experts that for each of two choices) and its attention. In the first layer the queries, keys and
-    values of tokens that a view does not replace are those of the full view: they are computed once, so that
-    in training two sets of rows, the tokens and their noise, go through that product. Backward twice the
-    products. Bytes, at least: for every layer the weights and the rows that enter and leave it, and for the
-    backward the same again with gradients; not counted are the rows between kernels.
+    For each row, a layer takes 8 D^2 FLOP in q, k, v and the projection, 8 D^2 in its MLP (expansion 2; with
+    routed experts this for each of two choices), plus its attention. In the first layer, the queries, keys and
+    values of tokens that a view does not replace equal those of the full view and are computed once. In training
+    this product therefore has two sets of rows: the tokens and their noise. The backward takes twice the
+    products. Bytes are a lower bound: for every layer the weights and the rows that enter and leave it, in the
+    backward also their gradients; rows between kernels are not counted.
     """
     samples = shape.fusion_models * shape.batch
     rows = samples * views * shape.valid_tokens

@@ -1,4 +1,4 @@
-"""Facts that a measurement depends on: device, driver, instruction set, threads, versions, commit, allocator."""
+"""Environment of a measurement: device, driver, threads, versions, commit, allocator."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from flmoe_kernels.core.backend import instruction_set
 
 from .shapes import is_cuda
 
-# Names the commit on a machine that has the files but no git checkout.
+# Environment variable with the commit, for machines that have the files but no git checkout.
 COMMIT_VARIABLE = "FLMOE_COMMIT"
 _CPUINFO = Path("/proc/cpuinfo")
 
 KEEPS_MEMORY, DEFAULT = "keeps what is freed", "default"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _MOST = 2**31 - 1
-# Blocks from here on are mapped and unmapped by every call; glibc accepts no larger threshold.
+# Blocks of at least this size are mapped and unmapped by every call; glibc accepts no larger threshold.
 _MAPPED_FROM = 32 * 2**20
 _allocator = DEFAULT
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Plain values for JSON; with the driver's and the GPU's facts for a CUDA device."""
+    """Return the environment as plain values for JSON; for a CUDA device with facts about GPU and driver."""
     facts: dict[str, Any] = {
         "device": device_name(device),
         "cpu": cpu_model(),
@@ -51,14 +51,14 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """The GPU's or the processor's name."""
+    """Name of the GPU or the processor."""
     return str(torch.cuda.get_device_name(device)) if is_cuda(device) else cpu_model()
 
 
 def cpu_model() -> str:
-    """The processor's name as the system tells it; on Linux platform.processor() is often empty.
+    """Name of the processor as the system reports it; on Linux platform.processor() is often empty.
 
-    A name without a number, as virtual machines have them, stands for many processors: family and model follow.
+    Names without a number, as in virtual machines, are ambiguous, so family and model are appended.
     """
     facts: dict[str, str] = {}
     if _CPUINFO.is_file():
@@ -72,37 +72,37 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The checkout of this package that it or the working directory lies in, else FLMOE_COMMIT, else "unknown".
+    """Commit of this package's checkout around this file or the working directory; else FLMOE_COMMIT or "unknown".
 
-    An installed package may lie in a checkout of somebody else's: that one's commit says nothing.
+    An installed package may be inside a checkout of another project, whose commit is not used.
     """
     for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
         top = _output("git", "-C", str(folder), "rev-parse", "--show-toplevel")
         if top and (Path(top) / "flmoe_kernels" / "_version.py").is_file():
-            found = _output("git", "-C", top, "describe", "--always", "--dirty", "--abbrev=12")
-            return found or "unknown"
+            name = _output("git", "-C", top, "describe", "--always", "--dirty", "--abbrev=12")
+            return name or "unknown"
     return os.environ.get(COMMIT_VARIABLE) or "unknown"
 
 
 def ask_driver(device: str, query: str) -> list[str]:
-    """What nvidia-smi tells of a GPU, in the query's order, with units; [] where it tells nothing."""
+    """Return the answers of nvidia-smi about a GPU, in the query's order, with units; [] if there are none."""
     properties = torch.cuda.get_device_properties(device)
-    # nvidia-smi counts all GPUs, torch those that CUDA_VISIBLE_DEVICES leaves: the number is the last resort.
+    # nvidia-smi numbers all GPUs, torch only those in CUDA_VISIBLE_DEVICES, so the number is the last resort.
     uuid = getattr(properties, "uuid", None)
     names = [f"GPU-{uuid}"] if uuid else []
     for name in (*names, str(torch.device(device).index or 0)):
-        told = _output(
+        text = _output(
             "nvidia-smi", f"--id={name}", f"--query-gpu={query}", "--format=csv,noheader"
         )
-        if told:
-            return told.split(", ")
+        if text:
+            return text.split(", ")
     return []
 
 
 def _gpu_facts(device: str) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    told = ask_driver(device, "driver_version,clocks.max.sm,power.limit")
-    driver, clock, power = ([*told, "", "", ""])[:3]
+    facts = ask_driver(device, "driver_version,clocks.max.sm,power.limit")
+    driver, clock, power = ([*facts, "", "", ""])[:3]
     return {
         "driver": driver or "unknown",
         "cuda": torch.version.cuda,
@@ -122,7 +122,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str:
-    """What a program prints, or "" where it is not there or fails."""
+    """Return the output of a program, or "" if it is not installed or fails."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -133,14 +133,14 @@ def _output(*command: str) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Keep freed blocks below 32 MiB in this process from now on; without glibc nothing happens.
+    """Keep freed blocks below 32 MiB in this process from now on; does nothing without glibc.
 
     glibc returns the top of its heap to the system once enough of it is free, and the next call requests the same
-    pages again. Whether that happens depends on the placement of buffers: the same backward of a reference took 22
+    pages again. Whether this happens depends on the placement of buffers: the same backward of a reference took 22
     or 33 ms, for seconds at a time or for a whole process.
     """
     global _allocator
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # Setting one ends glibc's own adjustment of both.
+    # Setting either value switches off glibc's dynamic adjustment of both.
     if mallopt and mallopt(_MMAP_THRESHOLD, _MAPPED_FROM) and mallopt(_TRIM_THRESHOLD, _MOST):
         _allocator = KEEPS_MEMORY

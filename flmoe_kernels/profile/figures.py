@@ -1,4 +1,4 @@
-"""Figures of the roofline and of time and memory over sequence length; readable in black and white."""
+"""Figures of the roofline and of time and memory over sequence length."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 MARKERS = "osD^v<>pPX*h"
 STYLES = ("solid", "dashed", "dashdot", "dotted")
 _MIB = 2**20
-_MARGIN = 4.0  # how far the axes go beyond the points, as a factor
+_MARGIN = 4.0  # factor by which the axes extend beyond the points
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: flop and bytes of a call, its seconds and the interval of their median."""
+    """A measurement: FLOP and bytes of a call, its median seconds and their interval."""
 
     label: str
     flop: float
@@ -32,7 +32,7 @@ class Point:
 
     @property
     def intensity(self) -> float:
-        """FLOP for each byte that has to move."""
+        """FLOP per byte of inputs and results."""
         return self.flop / self.bytes
 
     @property
@@ -42,21 +42,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Roof:
-    """What a machine can do at most: FLOP/s by dtype, and bytes/s of a copy."""
+    """Ceilings of a machine: FLOP/s by dtype, and bytes/s of a copy."""
 
     flops: Mapping[str, float]
     copy: float
 
 
 def roofline_figure(points: Sequence[Point], roof: Roof, *, title: str = "") -> Figure:
-    """FLOP/s over FLOP per byte, both logarithmic: a point's distance below the line is what is left to gain.
+    """Plot FLOP/s over FLOP per byte, both logarithmic; the distance below the line is the possible speed-up.
 
-    Points of this package are filled, of peers open; each contestant has a marker of its own, each dtype's
-    ceiling a line style. The bars are the interval of the median, mostly smaller than the marker.
+    Markers of this package are filled, those of peers are open. Every contestant has its own marker, and every
+    dtype's ceiling its own line style. Bars are the interval of the median, mostly smaller than the marker.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: points or ceilings that have no place on logarithmic axes, or none at all.
+        ValueError: no points or ceilings, or values that are not positive, which logarithmic axes cannot show.
     """
     from flmoe_kernels.core.figures import make_figure, plain
 
@@ -106,16 +106,16 @@ def _draw(axes: Axes, point: Point, marker: str, label: str) -> None:
 
 def _require(points: Sequence[Point], roof: Roof) -> None:
     if not points:
-        raise ValueError("points: expected one at least, got none")
+        raise ValueError("points: expected at least one, got none")
     for point in points:
         if not all(value > 0 for value in (point.flop, point.bytes, point.low)):
-            raise ValueError(f"points: {point.label} has no place on logarithmic axes: {point}")
+            raise ValueError(f"points: expected positive values for {point.label}, got {point}")
     if not roof.flops or roof.copy <= 0 or min(roof.flops.values()) <= 0:
         raise ValueError(f"roof: expected ceilings above 0, got {roof}")
 
 
 def rate_text(rate: float) -> str:
-    """Three digits and the prefix of a unit: 1.23e12 is "1.23 T"."""
+    """Format a rate with three digits and the prefix of a unit: 1.23e12 is "1.23 T"."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if rate >= size:
             return f"{rate / size:.3g} {prefix}"
@@ -124,9 +124,9 @@ def rate_text(rate: float) -> str:
 
 @dataclass(frozen=True)
 class LengthPoint:
-    """One contestant at one length: the median of its seconds with the interval, and the peak of its bytes.
+    """A contestant at a length: median seconds with their interval, and peak bytes.
 
-    why_not: why it has not been measured there; seconds and peak_bytes are None then.
+    why_not: the reason why it was not measured; seconds and peak_bytes are then None.
     """
 
     length: int
@@ -140,9 +140,9 @@ class LengthPoint:
 
 
 def length_figure(points: Sequence[LengthPoint], *, title: str = "") -> Figure:
-    """Two panels on logarithmic axes, one line for each contestant: solid and filled for this package's.
+    """Plot time and memory on logarithmic axes, with a line for each contestant: solid and filled for ours.
 
-    A line ends where its contestant could not go on; the legend says so.
+    A line ends at the last length that the contestant could compute; the legend has the reason.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -151,7 +151,7 @@ def length_figure(points: Sequence[LengthPoint], *, title: str = "") -> Figure:
     from flmoe_kernels.core.figures import make_figure, plain
 
     if not any(point.seconds for point in points):
-        raise ValueError("points: expected one that was measured at least, got none")
+        raise ValueError("points: expected at least one measured point, got none")
     figure = make_figure(10.5, 5.0)
     time, memory = figure.subplots(1, 2)
     names = list(dict.fromkeys(point.contestant for point in points))

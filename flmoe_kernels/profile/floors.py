@@ -1,14 +1,14 @@
-"""The TOML file of expected ratios that `pytest --gate FILE` checks.
+"""TOML file of expected ratios that `pytest --gate FILE` checks.
 
     [defaults]             any key of a floor except case, for floors that do not set it
-    [[floor]]              one comparison: case, peer, ratio, device, tolerance, precision, rounds,
+    [[floor]]              a comparison: case, peer, ratio, device, tolerance, precision, rounds,
                            seconds, threads
-    [machine.NAME]         cpu, isa, device, torch: which machines the table describes; below it
-    [machine.NAME.ratio]   "case vs peer" = the ratio expected there
+    [machine.NAME]         cpu, isa, device, torch: the machines that the table describes
+    [machine.NAME.ratio]   "case vs peer" = the ratio expected on these machines
 
 `ratio` of a floor holds on any machine and is therefore low: the ratio to a peer depends on the instruction set,
-the processor and the release of torch. The first machine table that describes this machine replaces it by what was
-measured there; `pytest --gate FILE --gate-update` writes such a table.
+the processor and the release of torch. The first machine table that describes this machine replaces it by measured
+ratios; `pytest --gate FILE --gate-update` writes such a table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from flmoe_kernels.core.files import write_whole
 
-# In the standard library from Python 3.11 on.
+# Part of the standard library since Python 3.11.
 _toml: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 
@@ -35,18 +35,18 @@ class FloorsError(ValueError):
 
 @dataclass(frozen=True)
 class Floor:
-    """One comparison of the regression check.
+    """A comparison of the regression check.
 
     Attributes:
-        case, peer: names that the suite gives to `benchmark_against`.
+        case, peer: names that the suite passes to `benchmark_against`.
         ratio: seconds of the peer over seconds of ours, expected on any machine.
         device: "cpu" or "cuda".
-        tolerance: share of the expected ratio by which the measured one may fall short.
-        precision: rounds go on until the relative interval of the median ratio is this narrow.
-        rounds: at least so many.
-        seconds: at most so long.
-        threads: of torch and the kernels. With one, calls are timed by processor time, which another process on
-            the machine does not lengthen; with more, by the wall clock.
+        tolerance: share of the expected ratio by which the measured ratio may be lower.
+        precision: rounds continue until the relative interval of the median ratio is this narrow.
+        rounds: minimum number of rounds.
+        seconds: time limit.
+        threads: of torch and the kernels. A single thread is timed by processor time, which other processes on the
+            machine do not increase; several threads are timed by the wall clock.
     """
 
     case: str
@@ -96,8 +96,8 @@ class Machine:
 
     @classmethod
     def of(cls, here: Here, ratio: Mapping[str, float]) -> Machine:
-        """Table of this machine: by its GPU if there is one, else by processor and instruction set, and by torch's
-        minor release, whose operators the peers use."""
+        """Make the table of this machine: by GPU if there is one, else by processor and instruction set; and by
+        torch's minor release, because peers use torch's operators."""
         gpu = bool(here.device)
         words = here.device or f"{here.cpu} {here.isa}"
         return cls(
@@ -166,8 +166,8 @@ def load_floors(path: Path) -> Floors:
     """Read and check a file of floors.
 
     Raises:
-        FloorsError: no such file, no TOML, an unknown table or key, a value of the wrong type or out of range, a
-            duplicate comparison, or a machine's ratio of a comparison that is not in the file.
+        FloorsError: missing file, invalid TOML, unknown table or key, value of the wrong type or out of range,
+            duplicate comparison, or a machine's ratio for a comparison that is not in the file.
     """
     try:
         content = _toml.loads(path.read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def load_floors(path: Path) -> Floors:
     keys = [floor.key for floor in floors]
     for key in keys:
         if keys.count(key) > 1:
-            raise FloorsError(f"{path}: '{key}' is there more than once")
+            raise FloorsError(f"{path}: '{key}' occurs more than once")
     machines = _table(f"{path}: machine", content.get("machine", {}))
     return Floors(floors, tuple(_machine(path, name, machines[name], keys) for name in machines))
 
@@ -245,10 +245,10 @@ def _machine(path: Path, name: str, table: Any, keys: Collection[str]) -> Machin
 
 
 def update_file(path: Path, here: Here, ratio: Mapping[str, float]) -> str:
-    """Write this machine's table into a file of floors; ratios that were not measured stay. Returns its name.
+    """Write this machine's table into a file of floors; return its name. Ratios that were not measured are kept.
 
-    Everything else, comments included, stays as it is. A new table goes before the others, since the first table
-    that describes a machine counts.
+    Everything else, including comments, is kept. A new table goes before the other tables, because the first table
+    that describes a machine is used.
     """
     floors = load_floors(path)
     machine = Machine.of(here, ratio)

@@ -1,8 +1,8 @@
-"""Regression check: is a call still as far ahead of its peer as the file of floors expects?
+"""Regression check of ratios to peers against the file of floors.
 
-A comparison fails when the whole interval of its median ratio lies below expected * (1 - tolerance), twice: the
-second time in a fresh process. Effects of a single process (placement of its buffers, a burst of other work) are
-no regression; a real one appears in both attempts.
+A comparison fails if the whole interval of its median ratio is below expected * (1 - tolerance), twice: the
+second time in a fresh process. Effects of a single process (placement of buffers, a burst of other work) are
+not a regression; a real regression appears in both attempts.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .shapes import is_cuda
 from .timing import Blocks, Call, Paired, clock_for, measure_blocks
 
 UPDATE_RUNS = 3
-# Where a fresh process writes its measurement.
+# Environment variable: the file to which a fresh process writes its measurement.
 RESULT_VARIABLE = "FLMOE_GATE_RESULT"
-# Calls that pytest-benchmark times itself, for its table.
+# Calls that pytest-benchmark times for its own table.
 TABLE_ROUNDS = 5
 # pytest's options whose value may equal the name of a folder of tests.
 VALUED = ("-k", "-m", "-p", "-c", "--gate", "--rootdir", "--confcutdir", "--basetemp")
 Measure = Callable[
     [float], Paired
-]  # bound -> measurement, longer where the bound lies inside the interval
+]  # bound -> measurement, which takes longer if the interval contains the bound
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Verdict:
 
     Attributes:
         expected: the ratio; source: a machine's table, or "any machine".
-        attempts: one or two measurements; it passes if one reaches the bound.
+        attempts: one or two measurements; the floor passes if one of them reaches the bound.
     """
 
     floor: Floor
@@ -55,7 +55,7 @@ class Verdict:
 
     @property
     def bound(self) -> float:
-        """Ratio that the upper end of the interval must reach."""
+        """Ratio that the upper end of the interval must reach to pass."""
         return bound_of(self.floor, self.expected)
 
     @property
@@ -89,7 +89,7 @@ def falls_short(paired: Paired, bound: float) -> bool:
 
 
 def judge(floor: Floor, expected: float, source: str, first: Measure, again: Measure) -> Verdict:
-    """Measure one floor, and once more with `again` where it falls short."""
+    """Measure a floor, and a second time with `again` if the ratio is too low."""
     bound = bound_of(floor, expected)
     verdict = Verdict(floor, expected, source, (first(bound),))
     if verdict.passed:
@@ -110,8 +110,8 @@ def measure_pair(
 
     Args:
         prepare: makes the two calls.
-        bound: measuring goes on for longer while the interval of the ratio contains it.
-        now, clock: in place of the real ones.
+        bound: the measurement takes longer while the interval of the ratio contains it.
+        now, clock: replacements for the real clocks.
     """
 
     def decided(blocks: Blocks) -> bool:
@@ -135,7 +135,7 @@ def measure_pair(
 
 
 class Gate:
-    """State of one pytest session: the floors, the verdicts, what a fresh process measured."""
+    """State of a pytest session: floors, verdicts and updates."""
 
     def __init__(self, config: pytest.Config) -> None:
         keep_freed_memory()
@@ -164,7 +164,7 @@ class Gate:
         return environment(self.device)
 
     def finish(self, terminal: Any) -> None:
-        """Write an update; print the measured ratios and what was not checked."""
+        """Write an update; print the measured ratios and the floors that were not checked."""
         missing = [floor.key for floor in self.floors.floors if floor.key not in self.measured]
         if not self.lines and not missing:
             return
@@ -173,19 +173,19 @@ class Gate:
             terminal.write_line(line)
         for words in sorted(self.unknown):
             terminal.write_line(
-                f"{self.path}: no [machine] table describes this one ({words}): "
+                f"{self.path}: no [machine] table describes this machine ({words}): "
                 "the low floors for any machine apply"
             )
         for device, ratio in self.updates.items():
             assert self.path is not None
             name = update_file(self.path, self.here(device), ratio)
-            terminal.write_line(f"{self.path}: [machine.{name}] has the ratios of this machine now")
+            terminal.write_line(f"{self.path}: wrote this machine's ratios to [machine.{name}]")
         if missing:
             terminal.write_line(f"{self.path}: not measured in this run: {', '.join(missing)}")
 
 
 class Against:
-    """The fixture `benchmark_against`: times a callable and its peer in turn."""
+    """Fixture `benchmark_against`: times a callable and its peer in turn."""
 
     def __init__(self, gate: Gate, request: pytest.FixtureRequest, benchmark: Any) -> None:
         self.gate = gate
@@ -211,13 +211,13 @@ class Against:
         Args:
             ours, peer: callables without arguments; with `fresh`, they make the inputs and return the callable
                 to time, and are called for every block of rounds.
-            name: of the case, default the test's name.
+            name: of the case; default: the test's name.
             device: "cpu", "cuda" or "cuda:N", for the clock; a GPU is timed by events.
-            seconds, precision, threads: if there is no floor, see `floors.Floor`; threads: torch's.
-            facts: returns what else the result file keeps of a measurement.
+            seconds, precision, threads: used without a floor, see `floors.Floor`; default of threads: torch's.
+            facts: returns additional facts about a measurement for the result file.
 
         Returns:
-            The measurement; seconds of the peer over seconds of ours is its `ratio`.
+            The measurement; its `ratio` is seconds of the peer over seconds of ours.
         """
         gate, name = self.gate, name or self.request.node.name
         gate.device = device
@@ -262,11 +262,11 @@ class Against:
         return paired
 
     def skip(self, name: str, peer_name: str, device: str, reason: str) -> NoReturn:
-        """Skip a comparison that cannot be measured here; fail it where --gate has a floor for it."""
+        """Skip a comparison that cannot be measured here; fail if --gate has a floor for it."""
         kind = "cuda" if is_cuda(device) else "cpu"
         key = key_of(name, peer_name, kind)
         if self.gate.floors.find(key) is not None:
-            pytest.fail(f"{key} has a floor and cannot be measured: {reason}", pytrace=False)
+            pytest.fail(f"{key} has a floor but cannot be measured: {reason}", pytrace=False)
         pytest.skip(reason)
 
     def _record(
@@ -304,7 +304,7 @@ class Against:
             self.benchmark.extra_info.update(facts(paired))
 
     def _measure_apart(self) -> Paired:
-        """Run this test alone in a fresh process, and return what it measured."""
+        """Run only this test in a fresh process, and return its measurement."""
         config = self.request.config
         options = carried_options(config.invocation_params.args, config.args)
         test = f"{config.rootpath}{os.sep}{self.request.node.nodeid}"
@@ -327,13 +327,13 @@ class Against:
 
 
 def middle(runs: Iterable[Paired]) -> Paired:
-    """The run whose ratio is the (upper) median of all."""
+    """Return the run whose ratio is the (upper) median of all runs."""
     runs = sorted(runs, key=lambda paired: paired.ratio.median)
     return runs[len(runs) // 2]
 
 
 def carried_options(arguments: Iterable[str], paths: Sequence[str]) -> list[str]:
-    """Options of a pytest run for a run of one of its tests: no paths, nothing that writes benchmark files."""
+    """Return the options of a pytest run for a run of a single test: no paths, no --benchmark-* options."""
     options: list[str] = []
     before = ""
     for argument in map(str, arguments):

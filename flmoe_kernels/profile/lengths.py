@@ -1,4 +1,4 @@
-"""Time and memory over sequence length: ours and the peers at a shape that is stretched."""
+"""Time and memory of contestants over sequence length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .registry import OURS, Contestant, contestants, prepare, words_of
 from .request import subjects_of
 from .shapes import at_length, is_cuda
 
-# A call that is expected to take longer, or a larger share of the free memory, is not begun.
+# A call that is expected to take longer, or a larger share of the free memory, is not started.
 MOST_SECONDS = 30.0
 MOST_MEMORY = 0.6
 _MEMINFO = Path("/proc/meminfo")
@@ -34,45 +34,45 @@ def scan(
     peak: Peak = peak_bytes,
     tell: Tell = lambda message: None,
 ) -> list[LengthPoint]:
-    """Contestants of a case at several lengths, the shortest first.
+    """Measure contestants of a case at several lengths, the shortest first.
 
-    A contestant that fails, cannot run, or by extrapolation would need too much time or memory at a length is
-    left out from that length on, with the reason.
+    A contestant is left out from the first length on at which it fails, cannot run, or by extrapolation would need
+    too much time or memory; the point has the reason.
 
     Args:
         names: of contestants of the case.
-        seconds: of timing for each.
-        lengths: from 1.
-        peak: measures bytes, before the time: on a CPU in a process of its own, which may run out of memory.
+        seconds: time limit for each contestant and length.
+        lengths: at least 1.
+        peak: measures bytes, before the timing; on a CPU in a separate process, which may run out of memory.
 
     Raises:
-        ValueError: no lengths, or one below 1.
+        ValueError: no lengths, or a length below 1.
     """
     if not lengths or min(lengths) < 1:
-        raise ValueError(f"lengths: expected numbers from 1, got {list(lengths)}")
-    found: list[LengthPoint] = []
+        raise ValueError(f"lengths: expected positive numbers, got {list(lengths)}")
+    points: list[LengthPoint] = []
     for length in sorted(set(lengths)):
         here = dataclasses.replace(case, shape=at_length(case.shape, length))
         known = {x.name: x for x in contestants(here)}
         peaks: dict[str, int | None] = {}
         for name in names:
-            own = [point for point in found if point.contestant == name]
+            own = [point for point in points if point.contestant == name]
             why_not = known[name].why_not or _too_much(own, length, here.device)
             if not why_not:
                 tell(f"memory of {name} at {length}")
                 try:
-                    found_peak = peak(here, known[name])
+                    held = peak(here, known[name])
                     prepare(here, known[name]).call()
-                except Exception as error:  # whatever a peer's compiler raises
+                except Exception as error:  # a peer's compiler may raise any exception
                     why_not = words_of(error)
                 else:
-                    peaks[name] = found_peak
+                    peaks[name] = held
             if why_not:
                 ours = known[name].kind == OURS
-                found.append(LengthPoint(length, name, ours, None, None, None, None, why_not))
+                points.append(LengthPoint(length, name, ours, None, None, None, None, why_not))
         tell(f"timing {', '.join(peaks)} at {length}")
-        found += _timed(here, length, [known[name] for name in peaks], peaks, seconds)
-    return found
+        points += _timed(here, length, [known[name] for name in peaks], peaks, seconds)
+    return points
 
 
 def _timed(
@@ -86,10 +86,10 @@ def _timed(
         return []
     subjects = subjects_of(case, running)
     blocks = time_subjects(subjects, seconds)
-    found = []
+    points = []
     for contestant in running:
         spread = blocks.of(contestant.name)
-        found.append(
+        points.append(
             LengthPoint(
                 length=length,
                 contestant=contestant.name,
@@ -100,11 +100,11 @@ def _timed(
                 peak_bytes=peaks[contestant.name],
             )
         )
-    return found
+    return points
 
 
 def _too_much(own: Sequence[LengthPoint], length: int, device: str) -> str:
-    """Why a contestant goes no further, from what it took at shorter lengths, or ""."""
+    """Return the reason to leave out a contestant, by extrapolation from shorter lengths, or ""."""
     if own and own[-1].why_not:
         return own[-1].why_not
     seconds = _expected([(x.length, x.seconds) for x in own if x.seconds], length)
@@ -117,7 +117,7 @@ def _too_much(own: Sequence[LengthPoint], length: int, device: str) -> str:
 
 
 def _expected(known: Sequence[tuple[int, float]], length: int) -> float:
-    """By the growth between the last two lengths, from linear to quadratic; quadratic after the first."""
+    """Extrapolate by the growth between the last two lengths, linear to quadratic; quadratic from one length."""
     if not known:
         return 0.0
     last, value = known[-1]
@@ -129,7 +129,7 @@ def _expected(known: Sequence[tuple[int, float]], length: int) -> float:
 
 
 def free_bytes(device: str) -> float:
-    """What a call can still have; without end where the system does not tell."""
+    """Return the free memory in bytes; infinity if the system does not report it."""
     if is_cuda(device):
         return float(torch.cuda.mem_get_info(device)[0])
     if _MEMINFO.is_file():

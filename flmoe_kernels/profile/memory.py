@@ -1,8 +1,8 @@
-"""Peak memory of one call over its inputs: of a GPU's allocator, or of the resident set of a fresh process.
+"""Peak memory of a call beyond its inputs, by GPU allocator or resident set.
 
-The first use of an operator loads code, starts threads and fills tables: tens of MiB that do not depend on the
-call's size and are no part of it. So a small call of the same kind comes first. What was freed while the call was
-made ready is given back to the system: otherwise the call would find it there and seem to need less than it does.
+On a CPU a fresh process is measured. The first use of an operator loads code, starts threads and fills tables.
+These tens of MiB do not depend on the call's size, so a small call of the same kind runs first. Memory that was
+freed during preparation is returned to the system; otherwise the call would reuse it and seem to need less.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ Call = Callable[[], Any]
 
 
 def peak_bytes(case: Case, contestant: Contestant | str) -> int | None:
-    """Bytes that calls of a contestant take at most beyond inputs and parameters; None where none can be told.
+    """Peak bytes of a contestant's calls beyond inputs and parameters; None if they cannot be measured.
 
-    What the call keeps from one time to the next (gradients) counts; of a compiled one on a CPU it does not, since
-    there the compiler's own memory cannot be told from it.
+    Memory that the call keeps between calls (gradients) counts, except for compiled contestants on a CPU, where it
+    cannot be distinguished from the compiler's memory.
 
     Raises:
-        RuntimeError: the call lacks memory, or the process that measures ended early, as one does then.
+        RuntimeError: out of memory; the measuring process may then end early.
     """
     who = find(case, contestant) if isinstance(contestant, str) else contestant
     return peak_of(warmed_call, case, who, device=case.device)
 
 
 def peak_of(make: Callable[..., Call], *args: Any, device: str) -> int | None:
-    """The same of the call that `make(*args)` makes ready after a small one of its kind.
+    """Peak bytes of the call that `make(*args)` returns; `make` runs a small call of the same kind before.
 
     Raises:
         RuntimeError: see peak_bytes.
@@ -56,19 +56,19 @@ def peak_of(make: Callable[..., Call], *args: Any, device: str) -> int | None:
 
 
 def memory_unavailable_reason(device: str) -> str:
-    """Why peaks cannot be measured here, or ""."""
+    """Return the reason why peaks cannot be measured here, or ""."""
     if is_cuda(device) or _CLEAR_REFS.exists():
         return ""
-    return f"{sys.platform} does not tell a process's peak since a moment"
+    return f"{sys.platform} cannot reset and report the peak memory of a process"
 
 
 def peak_growth(make: Callable[..., Call], *args: Any) -> int:
-    """Bytes by which the resident set of a fresh process grows at most while it makes two calls.
+    """Largest growth in bytes of the resident set of a fresh process during two calls.
 
     `make(*args)` builds the call in that process; its parameters and inputs do not count. Linux only.
 
     Raises:
-        RuntimeError: the process ended without an answer.
+        RuntimeError: the process ended without a result.
     """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
@@ -81,14 +81,14 @@ def peak_growth(make: Callable[..., Call], *args: Any) -> int:
     except EOFError as error:
         process.join()
         raise RuntimeError(
-            f"the process that was to measure its memory ended early, with {process.exitcode}"
+            f"the process that measures memory ended early, with exit code {process.exitcode}"
         ) from error
     finally:
         process.join()
 
 
 def warmed_call(case: Case, contestant: Contestant) -> Call:
-    """A contestant's call after a small one of the same kind; a compiled one has compiled this very shape."""
+    """Return a contestant's call after a small call of the same kind; compiled contestants compile this shape."""
     compiled = contestant.name.startswith("compiled")
     small = dataclasses.replace(case, shape=at_length(case.shape, _SMALL))
     warm = prepare(small, REFERENCE if compiled else contestant).call
@@ -96,7 +96,7 @@ def warmed_call(case: Case, contestant: Contestant) -> Call:
     warm()
     call = prepare(case, contestant).call
     if compiled and not is_cuda(case.device):
-        call()  # on a GPU a compiler takes nothing of the device's memory that it would keep
+        call()  # not needed on a GPU, where the compiler keeps no device memory
     return call
 
 
@@ -119,7 +119,7 @@ def _status_kib(field: str) -> int:
 
 
 def _give_back() -> None:
-    """Freed memory to the system, where the C library can (glibc)."""
+    """Return freed memory to the system, if the C library can (glibc)."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -127,9 +127,9 @@ def _give_back() -> None:
 
 
 def device_growth(call: Call, device: str) -> int:
-    """Bytes of a GPU's memory that a call takes at most beyond what is allocated before it; the allocator tells.
+    """Peak bytes of GPU memory beyond what is allocated before a call, reported by the allocator.
 
-    The first call may compile and choose tiles: the second one is measured.
+    The second call is measured, because the first call may compile and choose tiles.
     """
     gc.collect()
     before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Output of the command `profile`: tables, CSV, JSON, and files that appear whole or not at all."""
+"""Output of the command `profile`: tables, CSV, JSON and figures, written atomically."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Files:
-    """Paths to write to; None for nothing."""
+    """Output paths; None for files that are not written."""
 
     trace: Path | None = None
     csv: Path | None = None
@@ -42,22 +42,23 @@ class Files:
     plot: Path | None = None
 
     def require_writable(self) -> None:
-        """
+        """Check the paths.
+
         Raises:
-            BadRequest: a folder that is missing or not writable, or a picture in an unknown format.
-            ModuleNotFoundError: a picture without matplotlib.
+            BadRequest: a folder is missing or not writable, or the format of the plot is unknown.
+            ModuleNotFoundError: a plot is requested and matplotlib is not installed.
         """
         for name in ("trace", "csv", "json", "plot"):
             path = getattr(self, name)
             if path is not None and not is_writable(path):
-                raise BadRequest(f"{name}: {path} cannot be written: no such folder, or not yours")
+                raise BadRequest(f"{name}: {path}: the folder is missing or not writable")
         if self.plot is not None:
             from flmoe_kernels.core.figures import make_figure
 
             known = make_figure(1, 1).canvas.get_supported_filetypes()
             if self.plot.suffix.removeprefix(".").lower() not in known:
                 raise BadRequest(
-                    f"plot: expected a name that ends in .png, .pdf or .svg, got {self.plot}"
+                    f"plot: expected a file name with .png, .pdf or .svg, got {self.plot}"
                 )
 
     def write_text(self, which: str, make: Callable[[], str]) -> None:
@@ -73,7 +74,7 @@ class Files:
 
 
 def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **more: Any) -> str:
-    """{"schema", "environment", "profiles": [...]} and what else is given."""
+    """Format {"schema", "environment", "profiles": [...]} and further entries as JSON."""
     held = {
         "schema": SCHEMA,
         "environment": environment,
@@ -84,10 +85,10 @@ def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **
 
 
 def as_csv(profiles: Sequence[Profile]) -> str:
-    """One row for each stage, and before them one named "whole" with all measures of the call.
+    """Format a row named "whole" with all measures of the call, then a row for each stage, as CSV.
 
-    Seconds of the whole are the untraced median; those of a stage are from the profiled calls, which the profiler
-    makes slower. Empty where a column does not apply.
+    Seconds of "whole" are the median without profiler; seconds of a stage are from the profiled calls, which are
+    slower. Columns that do not apply are empty.
     """
     rows = []
     for profile in profiles:
@@ -118,7 +119,7 @@ def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def points_of(profiles: Sequence[Profile]) -> list[Point]:
-    """For the roofline."""
+    """Return the points of the roofline."""
     return [
         Point(
             label=f"{profile.subject.what}, {profile.subject.contestant}",
@@ -134,12 +135,12 @@ def points_of(profiles: Sequence[Profile]) -> list[Point]:
 
 
 def tables(profiles: Sequence[Profile]) -> Iterator[RenderableType]:
-    """The measures of all profiles side by side, then the stages of each."""
+    """Yield a table of all profiles side by side, then a table of the stages of each profile."""
     from rich.text import Text
 
     for what in dict.fromkeys(profile.subject.what for profile in profiles):
         group = [profile for profile in profiles if profile.subject.what == what]
-        # Not the table's own title, which would be wrapped to the table's width.
+        # Printed as text, because a title of the table would be wrapped to the table's width.
         yield Text(what, style="bold")
         columns = [list(_measures(profile.as_dict())) for profile in group]
         heads = [f"{p.subject.contestant}\n{p.subject.kind}, {p.subject.version}" for p in group]
@@ -154,7 +155,7 @@ def tables(profiles: Sequence[Profile]) -> Iterator[RenderableType]:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: int = 99) -> Any:
-    """right: the first column that is aligned to the right."""
+    """Make a table; right: the first column that is aligned to the right."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -168,7 +169,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: int = 99)
 
 
 def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    spread, ratio, found = facts["spread"], facts["ratio"], facts["breakdown"]
+    spread, ratio, counts = facts["spread"], facts["ratio"], facts["breakdown"]
     low, high = _time(spread["low"]), _time(spread["high"])
     interval = f"{low} - {high} at {spread['confidence']:.0%}"
     yield "time, median", f"{_time(spread['median'])} ({interval})"
@@ -187,28 +188,28 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "share of the limit", f"{facts['share_of_limit']:.1%} ({facts['limit']})"
     peak = facts["peak_bytes"]
     yield "peak memory", "-" if peak is None else f"{peak / 2**20:.1f} MiB"
-    operators = f"{found['operators']:g} of flmoe, {found['torch_operators']:g} of torch"
+    operators = f"{counts['operators']:g} of flmoe, {counts['torch_operators']:g} of torch"
     yield "operators", operators
-    yield "kernel launches", _number(found["launches"])
-    yield "host waits", _number(found["waits"])
-    yield "values read by the host", _number(found["reads"])
+    yield "kernel launches", _number(counts["launches"])
+    yield "host waits", _number(counts["waits"])
+    yield "values read by the host", _number(counts["reads"])
 
 
-def _stage_table(found: Breakdown, median: float) -> RenderableType:
+def _stage_table(breakdown: Breakdown, median: float) -> RenderableType:
     rows = [
         (row.name, row.phase, _time(row.seconds), f"{row.share:.1%}", _number(row.calls or None))
-        for row in found.stages
+        for row in breakdown.stages
     ]
-    slower = found.whole / median
-    rows.append((f"whole, {slower:.2f}x the median", "", _time(found.whole), "100.0%", "1"))
+    slower = breakdown.whole / median
+    rows.append((f"whole, {slower:.2f}x the median", "", _time(breakdown.whole), "100.0%", "1"))
     return _table(("stage", "pass", "time", "share", "calls"), rows, right=2)
 
 
 def length_table(points: Sequence[LengthPoint]) -> RenderableType:
     names = list(dict.fromkeys(point.contestant for point in points))
-    found = {(point.length, point.contestant): point for point in points}
+    known = {(point.length, point.contestant): point for point in points}
     rows = [
-        (str(length), *(_length_cell(found.get((length, name))) for name in names))
+        (str(length), *(_length_cell(known.get((length, name))) for name in names))
         for length in sorted({point.length for point in points})
     ]
     return _table(("tokens", *names), rows)
@@ -228,7 +229,7 @@ def _number(value: float | None) -> str:
 
 
 def _time(seconds: float) -> str:
-    # Three digits round 0.9995 ms up to the next unit.
+    # With three digits, 0.9995 ms rounds up to the next unit.
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= 0.9995 * size:
             return f"{seconds / size:.3g} {unit}" if seconds < 999.5 else f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""A call made ready for timing: its inputs exist, and its results can be computed for the check."""
+"""Prepared calls: inputs are made, and results can be computed for the check."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ GRADIENT_OF = "gradient of "
 
 @dataclass(frozen=True)
 class Prepared:
-    """The timed call, and its results.
+    """The timed call and its results.
 
     Attributes:
-        call: is timed; its return value is not used.
-        outputs: computes the results anew, by name: those of the forward, and in the other phases also "gradient
-            of ...". Without random numbers, or with numbers that all contestants with this output draw alike.
+        call: the timed call; its return value is not used.
+        outputs: computes the results again, by name: those of the forward, and in other phases also "gradient
+            of ...". Without random numbers, or with numbers that are the same for all contestants.
     """
 
     call: Callable[[], object]
@@ -41,15 +41,15 @@ def prepare_function(
     *,
     context: Context = contextlib.nullcontext,
 ) -> Prepared:
-    """A contestant that is a function of tensors.
+    """Prepare a contestant that is a function of tensors.
 
     Args:
-        function: of the leaves' values in order; returns the results by name, from which gradients flow back.
-        leaves: what gradients are taken of.
+        function: takes the leaves' values in order; returns the results by name, from which gradients flow back.
+        leaves: tensors whose gradients are computed.
         phase: "backward" is timed on a graph that was made once and is kept.
-        through: the results that a timed backward starts from, with their shapes and dtypes. So nothing is
-            computed here but the graph of "backward": a first call's memory can be measured.
-        context: is entered around each call: autocast, precision of products.
+        through: the results that a timed backward starts from, with their shapes and dtypes. They are passed so
+            that only "backward" computes anything here: the memory of a first call can then be measured.
+        context: entered around each call: autocast, precision of products.
     """
     inputs = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     values = list(inputs.values())
@@ -67,14 +67,14 @@ def prepare_function(
             compute()
 
     def outputs() -> Outputs:
-        # A forward that is timed without a graph is compared without one: compilers make other code for it.
+        # A forward is timed and compared without a graph, because compilers generate different code for it.
         with torch.set_grad_enabled(phase != FORWARD):
-            found = compute()
-        results = {name: x.detach() for name, x in found.items()}
+            computed = compute()
+        results = {name: x.detach() for name, x in computed.items()}
         if phase == FORWARD:
             return results
         with context():
-            flowing = {name: x for name, x in found.items() if x.requires_grad}
+            flowing = {name: x for name, x in computed.items() if x.requires_grad}
             forms = {name: (x.shape, x.dtype) for name, x in flowing.items()}
             grads = _gradients(flowing, values, cotangents_of(forms, values[0].device))
         return results | {
@@ -92,13 +92,13 @@ def prepare_function(
 
 
 def cotangents_of(forms: Mapping[str, Form], device: torch.device) -> list[Tensor]:
-    """Normal values of these shapes and dtypes, seeded by the names, which every dtype holds exactly."""
-    found = []
+    """Draw normal values of these shapes and dtypes, seeded by the names; all dtypes represent them exactly."""
+    cotangents = []
     for name, (shape, dtype) in forms.items():
         generator = torch.Generator(device).manual_seed(sum(map(ord, name)))
         draw = torch.randn(tuple(shape), generator=generator, device=device)
-        found.append(draw.to(torch.bfloat16).to(dtype))
-    return found
+        cotangents.append(draw.to(torch.bfloat16).to(dtype))
+    return cotangents
 
 
 def _gradients(

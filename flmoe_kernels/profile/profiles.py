@@ -1,6 +1,6 @@
 """Measurements of the command `profile`: time, rates, share of the limit, stages, memory.
 
-A subject is a call that can be made anew: a contestant of a case, or a user's own layer.
+A subject is a call that can be prepared repeatedly: a contestant of a case, or a user's own layer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Subject:
         dtype: of the call's tensors. device: "cpu", "cuda" or "cuda:N".
         cost: FLOP and bytes of one call.
         prepare: makes inputs and returns one call.
-        peak: measures the bytes that a call needs beyond its inputs (None where the system does not report them);
+        peak: measures the bytes that a call needs beyond its inputs (None if the system does not report them);
             None for no measurement.
     """
 
@@ -55,8 +55,8 @@ class Profile:
     """Measurements of one subject.
 
     Attributes:
-        ceilings: with the subject's dtype among them.
-        ratio: time over that of the first subject; None for the first.
+        ceilings: include the subject's dtype.
+        ratio: time relative to the first subject; None for the first.
     """
 
     subject: Subject
@@ -67,11 +67,11 @@ class Profile:
     ratio: Spread | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON.
+        """Return plain values for JSON.
 
-        matmul, copy: FLOP/s of a large matrix product in this dtype, bytes/s of a large copy. least: seconds that
-        the ceilings allow at best; limit: which of them sets it; share_of_limit: 1 at the limit, 0.1 is ten times
-        as slow.
+        matmul, copy: FLOP/s of a large matrix product in this dtype, bytes/s of a large copy. least: minimum
+        seconds according to the ceilings; limit: name of the limiting ceiling; share_of_limit: 1 at the limit, 0.1
+        for a call that takes ten times as long.
         """
         subject, seconds = self.subject, self.spread.median
         least, limit = self.ceilings.roofline_seconds(subject.cost, subject.dtype)
@@ -111,11 +111,11 @@ def profile_subjects(
     """Profile subjects that do the same thing, in turn; the others are compared with the first.
 
     Args:
-        ceilings: measured, with the subjects' dtype among them.
-        seconds: of timing for each subject.
-        calls: under the profiler.
-        trace: where to write the Chrome trace of the first subject.
-        clock: in place of the device's.
+        ceilings: measured, include the subjects' dtype.
+        seconds: of timing per subject.
+        calls: number of calls under the profiler.
+        trace: file for the Chrome trace of the first subject.
+        clock: replaces the device's clock.
         tell: reports the next step.
     """
     names = [subject.contestant for subject in subjects]
@@ -149,7 +149,7 @@ def time_subjects(
 
 
 def _peak_of(subject: Subject, tell: Tell) -> int | None:
-    """None as well where measuring fails, so that the finished timing is kept."""
+    """Measure the peak; None if this fails, so that the finished timing is kept."""
     if subject.peak is None:
         return None
     tell(f"memory of {subject.contestant}")

@@ -17,20 +17,20 @@ from .prepared import Prepared
 from .shapes import is_cuda
 
 OURS, PEER = "ours", "peer"
-_INTERPRETED = "it runs in Triton's interpreter here, whose time says nothing"
+_INTERPRETED = "it runs in Triton's interpreter here, whose time is meaningless"
 _MOST_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One implementation of a case.
+    """An implementation of a case.
 
     Attributes:
         kind: OURS (a backend of this package) or PEER.
-        version: of the package that computes.
-        why_not: why it cannot run here or does not compute this case; "" where it does.
+        version: of the implementation's package.
+        why_not: the reason why it cannot run here or does not compute this case; "" if it can.
         make: (case, name, dtype) -> Prepared; a module-level function, so other processes can import it. Inputs
-        are rounded to the case's dtype, computed in dtype.
+            are rounded to the case's dtype; the computation is in dtype.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Contestant:
 
 
 def contestants(case: Case) -> list[Contestant]:
-    """This package's backends, then the reference; those that cannot run here say why."""
+    """Return this package's backends, then the reference; `why_not` is set if they cannot run here."""
     module = operator_module(case.operator)
     missing = device_unavailable_reason(case.device)
     ours = [
@@ -61,10 +61,10 @@ def contestants(case: Case) -> list[Contestant]:
 
 
 def find(case: Case, name: str) -> Contestant:
-    """A contestant by its name.
+    """Find a contestant by name.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no such contestant.
     """
     known = {contestant.name: contestant for contestant in contestants(case)}
     if name not in known:
@@ -73,30 +73,30 @@ def find(case: Case, name: str) -> Contestant:
 
 
 def default_ours(case: Case) -> Contestant:
-    """The backend that is selected without a request.
+    """Return the backend that is selected by default.
 
     Raises:
-        BackendUnavailable: none of this package's kernels runs this case here; with every reason.
+        BackendUnavailable: none of this package's kernels runs this case here; the message has all reasons.
     """
     ours = [contestant for contestant in contestants(case) if contestant.kind == OURS]
     runs = [contestant for contestant in ours if not contestant.why_not]
     if not runs:
         reasons = "; ".join(f"{contestant.name}: {contestant.why_not}" for contestant in ours)
         raise backends.BackendUnavailable(f"{case.name} on {case.device}: {reasons}")
-    # On a GPU the C++ one comes first, see backend.choose.
+    # On a GPU the CUDA backend comes first, see backend.choose.
     return next((contestant for contestant in runs if contestant.name == backends.CUDA), runs[0])
 
 
 def prepare(case: Case, contestant: Contestant | str, dtype: torch.dtype | None = None) -> Prepared:
-    """Make the inputs, the same for every contestant, and the call.
+    """Make the inputs, which are the same for every contestant, and the call.
 
     Args:
-        contestant: or the name of a backend or the reference.
-        dtype: to compute in, from inputs rounded to the case's dtype, for an exact result; None for the case's.
+        contestant: a contestant, or the name of a backend or the reference.
+        dtype: of the computation, for an exact result; inputs are rounded to the case's dtype. None: the case's.
 
     Raises:
-        ValueError: there is no such contestant.
-        BackendUnavailable: it is known that it cannot run this case here.
+        ValueError: no such contestant.
+        BackendUnavailable: the contestant is known not to run this case here.
     """
     if isinstance(contestant, str):
         contestant = find(case, contestant)
@@ -111,7 +111,7 @@ def operator_module(operator: str) -> ModuleType:
 
 
 def device_unavailable_reason(device: str) -> str:
-    """Why this machine has no such device, or ""."""
+    """Return the reason why this machine has no such device, or ""."""
     if is_cuda(device) and not torch.cuda.is_available():
         return "there is no CUDA device"
     return ""
@@ -133,9 +133,9 @@ def _refusal(operator: str, name: str, dtype: torch.dtype, device: str) -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """First line of an error's message, or its type; with the next line where the first ends with a colon.
+    """First line of an error's message, or its type; also the second line if the first ends with a colon.
 
-    torch.compile's errors begin with "backend='inductor' raised:".
+    Errors of torch.compile begin with "backend='inductor' raised:".
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

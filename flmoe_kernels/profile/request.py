@@ -1,4 +1,4 @@
-"""What a user asks the profiler for, and the subjects that it names."""
+"""Requests of the command `profile`, and their subjects."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .timing import Call
 from .user_layer import PHASES, UserLayer, contestants_of, make_call, user_peak
 
 EVERY = "all"
-# What a forward, and a forward and backward, of the whole layer are called.
+# Other names of forward and forward+backward, for the whole layer.
 _OTHER_NAMES = {"inference": FORWARD, "training": BOTH}
 
 
 class BadRequest(ValueError):
-    """The request names something that there is not, or that cannot run here; the message says what there is."""
+    """The request has an unknown name or cannot run here; the message has the known names or the reason."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One case by its names.
+    """Names of a case and of its contestants.
 
-    backends: of this package, or any contestants of the case, of which the first is what the others are compared
-    with; "all" for all that run here; none for what a call gets that does not ask. shape, phase, dtype, variant:
-    None for the operator's first shape, forward and backward, float32 (on a GPU bfloat16), the first variant.
+    backends: names of contestants, which are compared with the first; "all" for all that run here; empty for the
+    backend that is selected by default. shape, phase, dtype, variant: None for the operator's first shape,
+    forward+backward, float32 (on a GPU bfloat16), the first variant.
     """
 
     operator: str
@@ -47,9 +47,10 @@ class Request:
     variant: str | None = None
 
     def case(self) -> Case:
-        """
+        """Return the requested case.
+
         Raises:
-            BadRequest: an unknown name, or a device that is not here.
+            BadRequest: an unknown name, or a missing device.
         """
         operator = OPERATORS[_one_of("op", self.operator, OPERATORS)]
         _check_device(self.device)
@@ -65,7 +66,7 @@ class Request:
         if operator is INTERACTION_MOE:
             phase = _OTHER_NAMES.get(phase, phase)
         variant = self.variant or operator.variants[0]
-        found = Case(
+        case = Case(
             operator=operator.name,
             shape=shape,
             phase=_one_of("pass", phase, operator.phases),
@@ -73,15 +74,15 @@ class Request:
             device=self.device,
             variant=_one_of("variant", variant, operator.variants),
         )
-        if reason := cases.unavailable_reason(operator, shape, found.dtype, variant):
-            raise BadRequest(f"{found.name}: {reason}")
-        return found
+        if reason := cases.unavailable_reason(operator, shape, case.dtype, variant):
+            raise BadRequest(f"{case.name}: {reason}")
+        return case
 
     def contestants(self, case: Case) -> list[Contestant]:
-        """Who computes it, the first asked for first.
+        """Return the requested contestants, in the order of the request.
 
         Raises:
-            BadRequest: an unknown name, or one that cannot run this here, with the reason.
+            BadRequest: an unknown name, or a contestant that cannot run here; the message has the reason.
         """
         known = {x.name: x for x in contestants(case)}
         if not self.backends:
@@ -92,18 +93,18 @@ class Request:
         if EVERY in self.backends:
             return [x for x in known.values() if not x.why_not]
         names = dict.fromkeys(self.backends)
-        found = [known[_one_of("backend", name, (*known, EVERY))] for name in names]
-        for contestant in found:
+        chosen = [known[_one_of("backend", name, (*known, EVERY))] for name in names]
+        for contestant in chosen:
             if contestant.why_not:
                 raise BadRequest(
                     f"backend {contestant.name!r} cannot run {case.name} on {case.device}: "
                     f"{contestant.why_not}"
                 )
-        return found
+        return chosen
 
 
-def subjects_of(case: Case, found: Sequence[Contestant], memory: bool = True) -> list[Subject]:
-    """Contestants of a case as subjects; memory: whether their peaks are measured."""
+def subjects_of(case: Case, chosen: Sequence[Contestant], memory: bool = True) -> list[Subject]:
+    """Return contestants of a case as subjects; memory: whether their peaks are measured."""
     return [
         Subject(
             what=case.name,
@@ -116,7 +117,7 @@ def subjects_of(case: Case, found: Sequence[Contestant], memory: bool = True) ->
             prepare=functools.partial(_call_of, case, contestant),
             peak=functools.partial(peak_bytes, case, contestant) if memory else None,
         )
-        for contestant in found
+        for contestant in chosen
     ]
 
 
@@ -125,7 +126,7 @@ def _call_of(case: Case, contestant: Contestant) -> Call:
 
 
 def user_subjects(user: UserLayer, what: str, memory: bool = True) -> list[Subject]:
-    """A user's layer swapped, then the reference. what: a key of user_layer.PHASES."""
+    """Return the user's swapped layer, then the reference, as subjects. what: a key of user_layer.PHASES."""
     layer = user.load()
     dtype = next(layer.parameters()).dtype
     shape = user.shape(layer)
@@ -161,7 +162,7 @@ def _check_device(device: str) -> None:
 
 
 def _is_half_sound(shape: Shape) -> bool:
-    """Whether a layer's results in half precision can be compared: not where they choose experts."""
+    """Whether a layer's results in half precision can be compared; not if the layer chooses experts."""
     return not cases.unavailable_reason(INTERACTION_MOE, shape, torch.bfloat16, "")
 
 

@@ -1,4 +1,4 @@
-"""Steps of the command `profile`: check, measure, show, write."""
+"""Steps of the command `profile`: check, measure, print, write."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ LOG_WIDTH = 160
 
 
 def run_case(request: Request, seconds: float, files: Files, *, check: bool, memory: bool) -> None:
-    """Contestants of a case of the registry.
+    """Profile contestants of a case of the registry.
 
     Raises:
-        BadRequest: it cannot be met.
-        WrongAnswer: a contestant does not compute the case.
+        BadRequest: the request cannot be run.
+        WrongAnswer: results of a contestant are wrong.
     """
     case = request.case()
-    found = request.contestants(case)
-    subjects = subjects_of(case, found, memory)
+    chosen = request.contestants(case)
+    subjects = subjects_of(case, chosen, memory)
     if files.plot is not None and not subjects[0].cost.flop:
-        raise BadRequest(f"plot: {case.operator} makes no products: it has no place in a roofline")
+        raise BadRequest(f"plot: {case.operator} has no matrix products, so no roofline")
     with _telling() as tell:
         if check:
             tell("checking results against the reference in float64")
-            found = _checked(case, found, EVERY in request.backends, tell)
-            subjects = subjects_of(case, found, memory)
+            chosen = _checked(case, chosen, EVERY in request.backends, tell)
+            subjects = subjects_of(case, chosen, memory)
         tell("measuring this machine's ceilings")
         ceilings = measure_ceilings(case.device, (case.dtype,))
         profiles = profile_subjects(subjects, ceilings, seconds, trace=files.trace, tell=tell)
     _finish(profiles, ceilings, files)
 
 
-def _checked(case: Case, found: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:
-    """Contestants that compute the case; where all were requested, failing ones except the first are left out.
+def _checked(case: Case, chosen: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:
+    """Check contestants. If all were requested, those that fail are left out, except the first.
 
     Raises:
-        WrongAnswer: one does not compute the case.
+        WrongAnswer: results of a contestant are wrong.
     """
-    agree(case, found[0])
-    kept = [found[0]]
-    for contestant in found[1:]:
+    agree(case, chosen[0])
+    kept = [chosen[0]]
+    for contestant in chosen[1:]:
         try:
             agree(case, contestant)
             prepare(case, contestant).call()
@@ -84,11 +84,11 @@ def run_layer(
     check: bool,
     memory: bool,
 ) -> None:
-    """A user's layer, swapped, next to the reference.
+    """Profile a user's layer, swapped, and the reference.
 
     Raises:
-        CheckpointError, UnsupportedRequest, BadRequest: it cannot be met.
-        backend.BackendUnavailable: the kernels do not run there.
+        CheckpointError, UnsupportedRequest, BadRequest: the request cannot be run.
+        backend.BackendUnavailable: the kernels do not run on the device.
     """
     user = user.checked()
     phases = _phases_of(phase)
@@ -118,16 +118,16 @@ def run_lengths(
     check: bool,
     memory: bool,
 ) -> None:
-    """Contestants of a case over sequence lengths; without a choice, all that run at the shortest.
+    """Measure contestants of a case over sequence lengths; by default all that run at the shortest length.
 
     Raises:
-        BadRequest: it cannot be met.
-        WrongAnswer: a contestant does not compute the case, seen at the shortest length.
+        BadRequest: the request cannot be run.
+        WrongAnswer: results of a contestant are wrong at the shortest length.
     """
     if files.trace is not None:
-        raise BadRequest("trace: of one shape, without --lengths")
+        raise BadRequest("trace: expected no file with --lengths")
     if min(lengths) < 1:
-        raise BadRequest(f"lengths: expected numbers from 1, got {','.join(map(str, lengths))}")
+        raise BadRequest(f"lengths: expected positive numbers, got {','.join(map(str, lengths))}")
     case = request.case()
     shortest = dataclasses.replace(case, shape=at_length(case.shape, min(lengths)))
     chosen = (
@@ -181,7 +181,7 @@ def _finish(profiles: Sequence[Profile], ceilings: Ceilings, files: Files, **mor
 def _phases_of(phase: str | None) -> list[str]:
     if phase is None:
         return list(PHASES)
-    # "training" and "inference", or what the whole layer's passes are called otherwise.
+    # "training" and "inference", or their other names for the whole layer.
     for what, name in PHASES.items():
         if phase in (name, what, what.partition(" ")[0]):
             return [what]
@@ -205,14 +205,14 @@ def _threads(facts: dict[str, Any]) -> str:
 def _print(what: RenderableType) -> None:
     from rich.console import Console
 
-    # A log has no width of its own, and rich would take 80 columns.
+    # rich would use 80 columns if the output is not a terminal.
     width = None if sys.stdout.isatty() else LOG_WIDTH
     Console(width=width).print(what, markup=False, highlight=False)
 
 
 @contextmanager
 def _telling() -> Iterator[Tell]:
-    """What is being done, on stderr: on a terminal while it is done, in a log line by line."""
+    """Report the current step on stderr: as a status on a terminal, else as lines."""
     from rich.console import Console
     from rich.text import Text
 

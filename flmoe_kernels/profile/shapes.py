@@ -1,4 +1,4 @@
-"""The named shapes that benchmarks, the profiler, results and documentation share."""
+"""Named shapes of benchmarks, profiler, results and documentation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One use of the layer. valid: of each modality's tokens, how many are not padding; None = all.
+    """A shape of the layer. valid: number of tokens of each modality that are not padding; None = all.
 
-    experts: of the routed MLPs (GShard, 2 for a token) of sparse fusion models; 0 = dense.
+    experts: of the routed MLPs (GShard, 2 per token) in sparse fusion models; 0 = dense.
     """
 
     name: str
@@ -31,17 +31,17 @@ class LayerShape:
 
     @property
     def fusion_models(self) -> int:
-        """One per interaction expert: uniqueness of each modality, synergy, redundancy."""
+        """Number of interaction experts: uniqueness of each modality, synergy, redundancy."""
         return self.modalities + 2
 
     @property
     def views(self) -> int:
-        """Of a training step: the full input, and one without each modality."""
+        """Number of views in a training step: the full input, and the input without each modality."""
         return self.modalities + 1
 
     @property
     def valid_tokens(self) -> int:
-        """Of one sample."""
+        """Number of valid tokens of a sample."""
         return sum(
             length if valid is None else valid
             for length, valid in zip(self.tokens, self.valid, strict=True)
@@ -50,7 +50,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class PairShape:
-    """One use of pair_moe with the four published kinds of experts: rows x columns pairs in each sample."""
+    """A shape of pair_moe with the four published kinds of experts: rows x columns pairs in each sample."""
 
     name: str
     batch: int
@@ -67,7 +67,7 @@ class PairShape:
 
 @dataclass(frozen=True)
 class RoutedShape:
-    """One use of routing and routed_mlp: tokens that go to `choices` of the experts each."""
+    """A shape of routing and routed_mlp: every token goes to `choices` of the experts."""
 
     name: str
     tokens: int
@@ -86,7 +86,7 @@ Shape = LayerShape | PairShape | RoutedShape
 MMIMDB = LayerShape("mmimdb", 4, (320, 196), (160, None), 256, 4, 2, 23)
 ENRICO = LayerShape("enrico", 4, (196, 196), (None, None), 256, 4, 2, 20)
 MIMIC = LayerShape("mimic", 32, (4, 4, 4), (None, None, None), 128, 4, 2, 2)
-# Half the lengths, one sample: a training step of the reference in under a second, for the quick gate.
+# Half the lengths, one sample: a training step of the reference in under a second, for the quick regression check.
 MMIMDB_SHORT = LayerShape("mmimdb_short", 1, (160, 98), (80, None), 256, 4, 2, 23)
 MMIMDB_SPARSE = dataclasses.replace(MMIMDB, name="mmimdb_sparse", experts=16)
 PAIR_BASE = PairShape("pair_base", 8, 320, 196)
@@ -94,7 +94,7 @@ PAIR_512 = PairShape("pair_512", 64, 512, 512)
 PAIR_LONG = PairShape("pair_long", 1, 8192, 8192)
 ROUTED_SMALL_E4 = RoutedShape("routed_small_e4", 16512, 256, 512, 4, 2)
 ROUTED_SMALL_E16 = RoutedShape("routed_small_e16", 16512, 256, 512, 16, 2)
-# An eighth of the tokens, for the quick gate.
+# An eighth of the tokens, for the quick regression check.
 ROUTED_SHORT = RoutedShape("routed_short", 2064, 256, 512, 4, 2)
 ROUTED_LARGE = RoutedShape("routed_large", 16384, 2048, 1024, 64, 8)
 
@@ -102,22 +102,22 @@ LAYER_SHAPES = (MMIMDB, ENRICO, MIMIC, MMIMDB_SHORT, MMIMDB_SPARSE)
 PAIR_SHAPES = (PAIR_BASE, PAIR_512, PAIR_LONG)
 ROUTED_SMALL = (ROUTED_SMALL_E4, ROUTED_SMALL_E16)
 ROUTED_SHAPES = (*ROUTED_SMALL, ROUTED_SHORT, ROUTED_LARGE)
-# Of a size for a GPU: a CPU takes minutes for one call.
+# Sizes for a GPU: a CPU takes minutes for a call.
 GPU_ONLY = ("pair_512", "routed_large")
-# Samples that a GPU takes at a time; a CPU takes those of the shape.
+# Batch size on a GPU; on a CPU it is the batch of the shape.
 GPU_BATCH = 32
 
 
 def on_device(shape: Shape, device: str) -> Shape:
-    """The shape with the batch of that kind of device; its name stays."""
+    """Return the shape with the batch size of that kind of device and the same name."""
     if isinstance(shape, LayerShape) and is_cuda(device):
         return dataclasses.replace(shape, batch=GPU_BATCH)
     return shape
 
 
 def at_length(shape: Shape, length: int) -> Shape:
-    """The shape at another sequence length: rows and columns of pairs, tokens of every modality (the same share of
-    them padded), rows of a routed MLP."""
+    """Return the shape at another sequence length: rows and columns of pairs, tokens of every modality (with the
+    same share of padding), rows of a routed MLP."""
     name = f"{shape.name}@{length}"
     if isinstance(shape, PairShape):
         return dataclasses.replace(shape, name=name, rows=length, columns=length)
@@ -133,7 +133,7 @@ def at_length(shape: Shape, length: int) -> Shape:
 
 
 def named_shapes(device: str = "cpu") -> dict[str, Shape]:
-    """Every named shape that this kind of device can time, as it times it."""
+    """Return every named shape that this kind of device can time, with its batch size."""
     every: tuple[Shape, ...] = (*LAYER_SHAPES, *PAIR_SHAPES, *ROUTED_SHAPES)
     return {
         shape.name: on_device(shape, device)
@@ -143,10 +143,10 @@ def named_shapes(device: str = "cpu") -> dict[str, Shape]:
 
 
 def by_name(name: str, device: str = "cpu") -> Shape:
-    """A named shape as this kind of device times it.
+    """Return a named shape with the batch size of this kind of device.
 
     Raises:
-        ValueError: there is none of this name for this device; names those that there are.
+        ValueError: no such shape for this device; the message lists the names.
     """
     shapes = named_shapes(device)
     if name not in shapes:

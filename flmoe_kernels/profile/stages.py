@@ -1,10 +1,9 @@
 """Stages of a call from torch.profiler's events; they sum to the whole.
 
-A stage is one of this package's operators, forward or backward, with all that runs inside it. What is no part of
-any is torch's: its largest operators by name, "other (torch)" for the rest of them, and "Python and autograd" for
-what is no operator. On a CPU the whole is the call's own duration, split by the events' own times. On a GPU it is
-the same duration, split into the kernels' times, each given to the operator that launched it, and the time in
-which the device had nothing to do.
+A stage is an operator of this package, forward or backward, including everything that runs inside it. The rest is
+torch's: its largest operators by name, "other (torch)" for its other operators, and "Python and autograd" for time
+outside operators. The whole is the call's duration. On a CPU it is split by the events' own times. On a GPU it is
+split into the kernels' times, by the operator that launched them, and the time in which the device was idle.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ COMPILED = "compiled by torch"
 IDLE = "device idle"
 
 OURS, TORCH = "flmoe::", "aten::"
-NAMED_SHARE = 0.05  # a torch operator of a larger share of the whole has a row of its own
+NAMED_SHARE = 0.05  # a torch operator with a larger share of the whole has its own row
 _BACKWARD_ROOT = "autograd::engine::evaluate_function"
 _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFunction", "triton_")
 
-# What starts a kernel, and what waits for one; of CUDA's runtime and, for Triton, its driver interface.
+# Calls that launch a kernel or wait for one, in CUDA's runtime and, for Triton, its driver interface.
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunchCooperativeKernel")
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _COPY = "Memcpy DtoH"
-# A tensor's value taken to Python: on a GPU the host would wait here.
+# Reads a tensor's value into Python; on a GPU the host would wait here.
 _SCALAR = "aten::_local_scalar_dense"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row: seconds of a call that it took, its share of the whole, how many times it was entered."""
+    """A row: seconds per call, share of the whole, and how often the stage was entered."""
 
     name: str
     phase: str
@@ -60,16 +59,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One call, as the mean of the profiled ones.
+    """Breakdown of a call, as the mean of the profiled calls.
 
     Attributes:
-        whole: seconds; what the stages sum to.
+        whole: seconds; the sum of the stages.
         stages: the largest first.
-        operators: calls of this package's operators; torch_operators: of torch's, outside of those.
-        launches: kernels started on a GPU; None on a CPU.
+        operators: calls of this package's operators; torch_operators: of torch's operators outside of them.
+        launches: kernels launched on a GPU; None on a CPU.
         waits: calls in which the host waits for the GPU; None on a CPU.
-        reads: copies from the GPU to the host, for which it mostly waits as well; on a CPU how often a value
-            was taken to Python, which would be such a copy on a GPU.
+        reads: copies from the GPU to the host, for which the host usually waits, too; on a CPU the number of
+            values read into Python, which would be such copies on a GPU.
     """
 
     whole: float
@@ -87,10 +86,10 @@ def traced(
     """Run a call a few times under the profiler.
 
     Args:
-        call: to run; inputs are made before.
+        call: the call; its inputs already exist.
         device: "cpu", "cuda" or "cuda:N".
-        calls: how many times; the result is the mean.
-        trace: where to write the Chrome trace; it appears whole or not at all.
+        calls: number of calls; the result is their mean.
+        trace: file for the Chrome trace, written atomically.
     """
     activities = [ProfilerActivity.CPU]
     if is_cuda(device):
@@ -105,7 +104,7 @@ def traced(
             with record_function(WAIT):
                 _wait(device)
     if trace is not None:
-        # The profiler chooses the format by the name's end, whatever the target is called.
+        # The profiler chooses the format by the suffix, so the file has a fixed name before it is copied.
         with tempfile.TemporaryDirectory(prefix="flmoe_kernels-") as folder:
             part = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(part))
@@ -119,11 +118,11 @@ def _wait(device: str) -> None:
 
 
 def breakdown(events: Sequence[Any], device: str) -> Breakdown:
-    """From the events of torch.profiler with one range named CALL around each call, and, on a GPU, one named
-    WAIT after it, in which the host waits for the device.
+    """Compute the breakdown from events of torch.profiler. A range named CALL surrounds each call; on a GPU, a
+    range named WAIT follows, in which the host waits for the device.
 
     Raises:
-        ValueError: no range named CALL among the events.
+        ValueError: no range is named CALL.
     """
     calls = [event for event in events if event.name == CALL and _on_cpu(event)]
     if not calls:
@@ -132,7 +131,7 @@ def breakdown(events: Sequence[Any], device: str) -> Breakdown:
     waits = [event for event in events if event.name == WAIT and _on_cpu(event)]
     spans = [_span(event) for event in calls]
     if gather.on_gpu:
-        # The backward runs in a thread of its own, so that its events have no parent among the calls.
+        # The backward runs in another thread, so its events have no parent among the calls.
         for event in events:
             if _on_cpu(event) and event.cpu_parent is None and _within(event, spans):
                 gather.walk(event)
@@ -145,7 +144,7 @@ def breakdown(events: Sequence[Any], device: str) -> Breakdown:
 
 
 class _Gather:
-    """Times by (stage, phase) while the tree of events is walked."""
+    """Times by (stage, phase), collected from the tree of events."""
 
     def __init__(self, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
@@ -155,7 +154,7 @@ class _Gather:
         self.torch_operators = 0
 
     def walk(self, root: Any) -> None:
-        # Not by recursion: a trace may be deeper than Python's stack.
+        # Not recursive, because a trace may be deeper than Python's stack.
         todo = [(root, "", FORWARD)]
         while todo:
             event, stage, phase = todo.pop()
@@ -168,7 +167,7 @@ class _Gather:
             todo.extend((child, stage, phase) for child in event.cpu_children)
 
     def _stage_of(self, event: Any, above: str) -> tuple[str, bool]:
-        """The stage that an event belongs to, and whether the stage begins with it."""
+        """Return the stage of an event, and whether the stage begins with it."""
         if above.startswith((OURS, TORCH)):
             return above, False
         if event.name.startswith(OURS):
@@ -184,14 +183,14 @@ class _Gather:
     def _own_micros(self, event: Any) -> float:
         if not self.on_gpu:
             return float(event.self_cpu_time_total)
-        # A range of ours is shown on the device's time line as well, under its own name.
+        # Ranges of this package also appear on the device's time line, under the same name.
         return float(sum(k.duration for k in event.kernels if k.name != event.name))
 
     def result(self, whole: float, calls: int, counted: Counter[str]) -> Breakdown:
-        """Microseconds of all calls become seconds of one."""
+        """Convert the microseconds of all calls into the mean seconds of a call."""
         micros = dict(self.micros)
         if self.on_gpu:
-            # Where the host prepares while the device works, only the device's time counts.
+            # While host and device work at the same time, only the device's time counts.
             micros[IDLE, EITHER] = max(0.0, whole - sum(micros.values()))
         rows: defaultdict[tuple[str, str], float] = defaultdict(float)
         entered: Counter[tuple[str, str]] = Counter()
@@ -220,7 +219,7 @@ class _Gather:
 
 
 def label_of(event: Any) -> str:
-    """An operator's name; for the layer's linear maps with their widths, which tell what each is for."""
+    """Name of an operator; linear maps of the layer also have their widths, which distinguish them."""
     name = str(event.name)
     shapes = event.input_shapes or []
     place = {"flmoe::expert_linear": 1, "flmoe::expert_linear_backward": 2}.get(name)
@@ -231,7 +230,7 @@ def label_of(event: Any) -> str:
 
 
 def _counted(events: Iterable[Any], spans: Sequence[tuple[float, float]]) -> Counter[str]:
-    """Launches, waits, reads and scalars within the calls, on the host's and the device's time line."""
+    """Count launches, waits, copies and scalar reads within the calls, on the time lines of host and device."""
     counted: Counter[str] = Counter()
     for event in events:
         kind = _kind(event)
@@ -243,7 +242,7 @@ def _counted(events: Iterable[Any], spans: Sequence[tuple[float, float]]) -> Cou
 def _kind(event: Any) -> str:
     name = event.name
     if not _on_cpu(event):
-        # The device's time line lags behind the host's: a copy may end after the call that asked for it.
+        # The device's time line lags behind the host's: a copy may end after the call that started it.
         return "copy" if name.startswith(_COPY) else ""
     if name.startswith(_LAUNCHES):
         return "launch"
@@ -267,7 +266,7 @@ def _within(event: Any, spans: Sequence[tuple[float, float]]) -> bool:
 def _joined(
     calls: Sequence[tuple[float, float]], waits: Sequence[tuple[float, float]]
 ) -> Iterator[tuple[float, float]]:
-    """Each call with the wait that follows it, if there are waits."""
+    """Join each call with the wait that follows it, if there are waits."""
     calls = sorted(calls)
     for (start, end), (_, waited) in zip(calls, sorted(waits) or calls, strict=True):
         yield start, max(end, waited)

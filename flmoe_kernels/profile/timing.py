@@ -1,14 +1,13 @@
-"""Calls timed in turn: blocks of rounds, medians with intervals, paired ratios.
+"""Timing of calls in turn: blocks of rounds, medians with intervals, paired ratios.
 
 A round times every call, one right after the other, and a comparison uses the round's ratio: a slow moment of the
-machine affects all of them. Rounds form blocks with inputs made afresh, because the placement of buffers
-favours one side for as long as they live. The median of a block is one observation. For n blocks, the interval
-from the k-th smallest to the k-th largest median holds the true median with a probability given by the binomial
-distribution, whatever the distribution of times. Blocks are added until the interval is narrow or the time is
-up.
+machine affects all calls. Rounds form blocks with new inputs, because the placement of buffers may favour one call
+for as long as they exist. The median of a block is an observation. For n blocks, the interval from the k-th
+smallest to the k-th largest median contains the true median with a probability given by the binomial distribution,
+for any distribution of times. Blocks are added until the interval is narrow or the time is up.
 
-Single-threaded comparisons on the CPU are timed by the processor time of this process. Another process that wants
-the same core takes turns with this one; the wall clock would count its turns too.
+Single-threaded comparisons on the CPU are timed by the processor time of this process. The wall clock would also
+count the time of other processes on the same core.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ Clock = Callable[[Call], float]  # makes the call and returns its seconds
 
 CONFIDENCE = 0.95
 BLOCK_ROUNDS = 5
-LEAST_BLOCKS = 6  # fewer have no interval of 95% confidence
+LEAST_BLOCKS = 6  # fewer blocks give no interval of 95% confidence
 MOST_BLOCKS = 60
 SHORT = 2e-3  # calls that take fewer seconds are timed several at a time
 UNDECIDED = 3.0
-# If preparation takes a larger share of the time, inputs are made once: no compilation per block.
+# If preparation takes a larger share of the time, it runs only once, for example to compile only once.
 PREPARE_SHARE = 0.05
 
 
@@ -64,12 +63,12 @@ def device_seconds(call: Call) -> float:
 
 
 def clock_for(device: str, threads: int = 0) -> tuple[str, Clock]:
-    """Name and clock for a comparison on a device; threads: of the calls, 0 for an unknown number."""
+    """Return name and clock for a comparison on a device; threads: of the calls, 0 if unknown."""
     if not is_cuda(device):
         return ("processor", processor_seconds) if threads == 1 else ("wall", wall_seconds)
 
     def clock(call: Call) -> float:
-        # Events belong to the current device, which need not be the timed one.
+        # Events belong to the current device, which may differ from the timed device.
         with torch.cuda.device(device):
             return device_seconds(call)
 
@@ -81,8 +80,8 @@ class Spread:
     """A median over blocks with its interval: seconds of one call, or a ratio.
 
     Attributes:
-        low, high: interval that holds the true median with probability `confidence`.
-        confidence: at least CONFIDENCE from 6 blocks on; with fewer, that of the whole range.
+        low, high: interval that contains the true median with probability `confidence`.
+        confidence: at least CONFIDENCE from 6 blocks on; with fewer blocks that of the whole range.
         p20, p80: over all rounds; they describe single calls, not the uncertainty of the median.
     """
 
@@ -129,15 +128,15 @@ class Blocks:
         return sum(len(next(iter(block.values()))) for block in self.seconds)
 
     def of(self, name: str) -> Spread:
-        """Seconds of one call."""
+        """Return the seconds of a call."""
         return spread_of([block[name] for block in self.seconds])
 
     def pair(self, ours: str, peer: str) -> Paired:
-        """Comparison of two calls."""
+        """Compare two calls."""
         return Paired(self.clock, self._ratio(ours, peer), self.of(ours), self.of(peer))
 
     def width(self) -> float:
-        """Widest relative interval of a ratio to the first call; of its seconds if it is the only one."""
+        """Widest relative interval of the ratios to the first call, or of its seconds if it is the only call."""
         ours, *peers = self.seconds[0]
         spreads = [self._ratio(ours, peer) for peer in peers] or [self.of(ours)]
         return max(spread.relative for spread in spreads)
@@ -154,7 +153,7 @@ class Blocks:
 def median_interval(
     values: Sequence[float], confidence: float = CONFIDENCE
 ) -> tuple[float, float, float]:
-    """Narrowest symmetric order-statistic interval of the median with at least this confidence.
+    """Return the narrowest symmetric order-statistic interval of the median with at least this confidence.
 
     Args:
         values: independent observations, at least one.
@@ -178,7 +177,7 @@ def median_interval(
 
 
 def spread_of(blocks: Sequence[Sequence[float]]) -> Spread:
-    """Summary of blocks of rounds; a block counts once, however many rounds it has."""
+    """Summarize blocks of rounds; every block has the same weight, for any number of rounds."""
     medians = [statistics.median(block) for block in blocks]
     low, high, confidence = median_interval(medians)
     rounds = [value for block in blocks for value in block]
@@ -205,12 +204,12 @@ def measure_blocks(
     decided: Callable[[Blocks], bool] | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> Blocks:
-    """Time calls in turn until every ratio to the first is known to `precision`, or `seconds` are over.
+    """Time calls in turn until every ratio to the first call is known to `precision`, or `seconds` are over.
 
     Args:
-        prepare: makes the calls, by name, with inputs of their own.
+        prepare: makes the calls, by name, with new inputs.
         clock: name and clock, see `clock_for`.
-        rounds: at least so many, unless time is over; at least LEAST_BLOCKS of one round in any case.
+        rounds: minimum number within the time limit; LEAST_BLOCKS blocks of one round are always measured.
         decided: whether the result is conclusive. While it is not, the time limit is UNDECIDED times `seconds`.
         now: the clock for `seconds`.
     """
@@ -222,11 +221,11 @@ def measure_blocks(
     ready = now()
     repeats = {key: _repeats(timed(call)) for key, call in calls.items()}
     settled = now()
-    # Includes waiting that `timed` may leave out.
+    # Includes waiting times that `timed` may not count.
     one_round = max(settled - ready, 1e-9)
-    # The first calls' extra time over the second ones belongs to the preparation.
+    # The extra time of the first calls, compared with the second calls, belongs to the preparation.
     fresh = (ready - start) - one_round <= PREPARE_SHARE * seconds
-    # As many as fit into the time, less the untimed one; where calls are slow, one round must do.
+    # As many rounds as fit into the time, minus the untimed round; at least one for slow calls.
     fitting = int(seconds / LEAST_BLOCKS / one_round) - 1
     per_block = max(1, min(fitting, max(BLOCK_ROUNDS, -(-rounds // MOST_BLOCKS))))
     blocks = Blocks(name)
@@ -252,16 +251,16 @@ def _repeats(seconds: float) -> int:
 def _block(
     calls: Mapping[str, Call], repeats: Mapping[str, int], clock: Clock, rounds: int
 ) -> dict[str, list[float]]:
-    """Rounds that start with another call each time."""
+    """Time a block of rounds; every round starts with a different call."""
 
     def timed(name: str) -> float:
         call, count = calls[name], repeats[name]
 
-        def several() -> None:
+        def repeated() -> None:
             for _ in range(count):
                 call()
 
-        return clock(several) / count
+        return clock(repeated) / count
 
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -277,7 +276,7 @@ def _block(
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Garbage is collected before, not during whichever call happens to come next."""
+    """Collect garbage before the block, and not during its calls."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""A user's own layer under the profiler: a checkpoint as the published layer and swapped, on random tokens."""
+"""Profiling of a user's checkpoint: the reference and the swapped layer."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ PHASES = {TRAINING: BOTH, INFERENCE: FORWARD}
 
 
 class UnsupportedRequest(ValueError):
-    """The layer cannot be profiled as asked; the message names the argument, what it expected and what it got."""
+    """The layer cannot be profiled; the message has the argument, the expected and the actual value."""
 
 
 @dataclass(frozen=True)
 class UserLayer:
-    """All that a fresh process needs to make a user's layer and a call of it again.
+    """All arguments that a fresh process needs to build a user's layer and a call.
 
     Attributes:
-        path: the checkpoint.
-        batch: samples.
-        tokens: of each modality; None for what learned positions fix.
-        valid: of each modality's tokens, how many are not padding; None for all.
+        path: of the checkpoint.
+        batch: number of samples.
+        tokens: of each modality; None if learned positions determine them.
+        valid: number of tokens of each modality that are not padding; None for all.
         num_heads, temperature, gate, top_k: see `published.convert.load_layer`.
-        dtype: name to convert the layer to; None to leave it as it is saved.
+        dtype: name of the dtype to convert the layer to; None for the saved dtype.
         device: "cpu", "cuda" or "cuda:N".
     """
 
@@ -61,7 +61,7 @@ class UserLayer:
     device: str = "cpu"
 
     def load(self) -> ReferenceInteractionMoE:
-        """The published layer with the checkpoint's parameters.
+        """Load the published layer with the checkpoint's parameters.
 
         Raises:
             CheckpointError: see `published.convert.load_layer`.
@@ -76,47 +76,47 @@ class UserLayer:
         return load_checkpoint(self.path, gate=self.gate, top_k=self.top_k)[1]
 
     def checked(self) -> UserLayer:
-        """This with all tokens known.
+        """Check the arguments and return them with all tokens.
 
         Raises:
-            CheckpointError: no usable checkpoint.
-            UnsupportedRequest: batch, tokens, masks, dtype or device do not fit it or this machine.
+            CheckpointError: the checkpoint cannot be used.
+            UnsupportedRequest: batch, tokens, masks, dtype or device do not fit the checkpoint or this machine.
         """
-        found = self.architecture()
+        architecture = self.architecture()
         if self.batch < 1:
-            raise UnsupportedRequest(f"batch: expected 1 at least, got {self.batch}")
+            raise UnsupportedRequest(f"batch: expected at least 1, got {self.batch}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UnsupportedRequest(
                 f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}"
             )
         if missing := device_unavailable_reason(self.device):
             raise UnsupportedRequest(f"device: {self.device!r}: {missing}")
-        tokens = _tokens(self.tokens, found)
-        _check_valid(self.valid, tokens, found)
+        tokens = _tokens(self.tokens, architecture)
+        _check_valid(self.valid, tokens, architecture)
         return dataclasses.replace(self, tokens=tokens)
 
     def shape(self, layer: ReferenceInteractionMoE) -> LayerShape:
-        """As a shape of the registry, which tells FLOP and bytes."""
+        """Return the shape of the layer, for FLOP and bytes."""
         assert self.tokens is not None
-        found = self.architecture()
+        architecture = self.architecture()
         return LayerShape(
             name=Path(self.path).stem,
             batch=self.batch,
             tokens=self.tokens,
             valid=(None,) * len(self.tokens) if self.valid is None else self.valid,
-            dim=found.hidden_dim,
+            dim=architecture.hidden_dim,
             heads=_heads_of(layer),
-            layers=found.num_layers,
-            classes=found.num_classes,
+            layers=architecture.num_layers,
+            classes=architecture.num_classes,
             temperature=float(layer.reweight.temperature),
-            experts=0 if found.sparse is None else found.sparse.num_experts,
+            experts=0 if architecture.sparse is None else architecture.sparse.num_experts,
         )
 
 
-def _tokens(given: tuple[int, ...] | None, found: Architecture) -> tuple[int, ...]:
-    count = found.num_modalities
-    if found.num_patches is not None:
-        fixed = (found.num_patches,) * count
+def _tokens(given: tuple[int, ...] | None, layer: Architecture) -> tuple[int, ...]:
+    count = layer.num_modalities
+    if layer.num_patches is not None:
+        fixed = (layer.num_patches,) * count
         if given not in (None, fixed):
             raise UnsupportedRequest(
                 f"tokens: learned positions fix them to {_listed(fixed)}, got {_listed(given or ())}"
@@ -125,17 +125,17 @@ def _tokens(given: tuple[int, ...] | None, found: Architecture) -> tuple[int, ..
     if given is None or len(given) != count or min(given) < 1:
         got = "none" if given is None else _listed(given)
         raise UnsupportedRequest(
-            f"tokens: expected {count} numbers from 1, one for each modality, got {got}"
+            f"tokens: expected {count} positive numbers, one per modality, got {got}"
         )
     return given
 
 
 def _check_valid(
-    valid: tuple[int, ...] | None, tokens: tuple[int, ...], found: Architecture
+    valid: tuple[int, ...] | None, tokens: tuple[int, ...], layer: Architecture
 ) -> None:
     if valid is None:
         return
-    if found.num_patches is not None:
+    if layer.num_patches is not None:
         raise UnsupportedRequest("valid: a layer with learned positions takes no masks")
     fits = len(valid) == len(tokens) and all(
         1 <= n <= length for n, length in zip(valid, tokens, strict=True)
@@ -155,10 +155,10 @@ def _heads_of(layer: Any) -> int:
 
 
 def check_swap(user: UserLayer) -> SwappedLayer:
-    """Compare the layer with its replacement, as `swap` does; the errors that it found.
+    """Compare the layer with its replacement, as `swap` does; return the errors.
 
     Raises:
-        UnsupportedRequest: the layer would be left as it is, with the reason.
+        UnsupportedRequest: `swap` would not replace the layer; the message has the reason.
     """
     report = swap(user.load())
     if report.left:
@@ -167,7 +167,7 @@ def check_swap(user: UserLayer) -> SwappedLayer:
 
 
 def contestants_of(user: UserLayer) -> list[tuple[str, str, str]]:
-    """Name, kind and version: the swapped layer by the backend that it gets, then the reference.
+    """Return name, kind and version of the swapped layer, with its default backend, and of the reference.
 
     Raises:
         backend.BackendUnavailable: this package's kernels do not run on the device.
@@ -177,22 +177,22 @@ def contestants_of(user: UserLayer) -> list[tuple[str, str, str]]:
     if name == REFERENCE:
         raise backends.BackendUnavailable(
             f"interaction_moe: this package has no kernels for {dtype_name(sample.dtype)} on "
-            f"{user.device} here, only the reference"
+            f"{user.device}, only the reference"
         )
     return [(name, OURS, __version__), (REFERENCE, PEER, torch.__version__)]
 
 
 def user_peak(user: UserLayer, contestant: str, what: str) -> int | None:
-    """Bytes that a call takes at most, see `memory.peak_bytes`; what: see `make_call`.
+    """Return the peak bytes of a call, see `memory.peak_bytes`; what: see `make_call`.
 
     Raises:
-        RuntimeError: see there.
+        RuntimeError: see `memory.peak_bytes`.
     """
     return peak_of(_warmed_call, user, contestant, what, device=user.device)
 
 
 def _warmed_call(user: UserLayer, contestant: str, what: str) -> Call:
-    # Of one sample: learned positions fix the tokens.
+    # The small call has one sample and all tokens, because learned positions fix the tokens.
     warm = make_call(dataclasses.replace(user, batch=1), contestant, what)
     warm()
     warm()
@@ -200,10 +200,10 @@ def _warmed_call(user: UserLayer, contestant: str, what: str) -> Call:
 
 
 def make_call(user: UserLayer, contestant: str, what: str) -> Call:
-    """One training step or inference of the layer; parameters, inputs and masks are made here.
+    """Build a training step or an inference of the layer, with its parameters, inputs and masks.
 
-    A training step: forward with dropout and fresh noise, a task loss, the interaction and gate losses, backward
-    into every parameter; no optimizer.
+    A training step is a forward with dropout and new noise, a task loss, the interaction and gate losses, and a
+    backward into every parameter, without optimizer.
     """
     layer: Any = user.load()
     if contestant != REFERENCE:
@@ -213,7 +213,7 @@ def make_call(user: UserLayer, contestant: str, what: str) -> Call:
 
 
 def make_inputs(user: UserLayer, like: Tensor) -> tuple[list[Tensor], list[Tensor | None] | None]:
-    """N(0, 1) tokens, and masks where some are padding; a mask is None for a modality without."""
+    """Make N(0, 1) tokens, and masks if there is padding; the mask of a modality without padding is None."""
     assert user.tokens is not None
     generator = torch.Generator().manual_seed(1)
     width = user.architecture().hidden_dim

@@ -1,14 +1,14 @@
-"""Layers and checkpoints of the published code, replaced by fast layers.
+"""Replacement of the published code's layers and checkpoints by fast layers.
 
-The modules are the steps of that work; each uses earlier ones only:
+The modules are the steps; each imports earlier modules only:
 
-    file       read and write checkpoint files
-    infer      the architecture, from keys and shapes
-    recognise  the published layers inside a model
-    convert    state dicts and modules, into ours
+    file       reads and writes checkpoint files
+    infer      infers the architecture from keys and shapes
+    recognise  finds the published layers inside a model
+    convert    converts state dicts and modules
     agreement  error budgets for the outputs of two layers
-    calls      inputs to compare them on
-    compare    whether both layers compute the same
-    report     what was replaced, and what was not and why
-    swap       the steps put together
+    calls      inputs for the comparison
+    compare    compares the outputs of both layers
+    report     the replaced layers, and the other layers with the reason
+    swap       the public functions
 """

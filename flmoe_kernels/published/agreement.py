@@ -3,11 +3,11 @@
 In each group of outputs (logits of all views, weights, latents) the fast layer's root mean square
 error against the original in float64 may be at most twice that of the original in its own dtype, plus
 two units of rounding of the group's largest value. The mean is taken over a whole group, because the
-largest of a few errors is mostly chance.
+largest of a few errors is mostly random.
 
-The losses are small differences of large distances, so comparing them directly says little. Instead, each
-layer's losses are checked against the formula on its own views, which were compared before: the original's in
-float64, the fast layer's up to rounding.
+The losses are small differences of large distances, so a direct comparison is not informative. Instead, the
+losses of each layer are checked against the formula applied to its views, which were compared before: the
+original's in float64, the fast layer's up to rounding.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
 from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 
 ROUNDING = 2.0
-# The published layer computes its positions in float32 whatever its dtype, so that in float64 it is
-# itself no closer to exact than this.
+# The published layer computes its positions in float32 for any dtype, so even in float64 its error is of
+# this size.
 FLOAT64_ROUNDING = 1e-5
-# Of losses in float64 against their formula in float64.
+# Tolerance of losses in float64 against their formula in float64.
 EXACT_ROUNDING = 1e-9
 
 
 class Disagreement(Exception):
-    """The two layers differ, or cannot be compared; the message is the reason for the report."""
+    """The layers differ or cannot be compared; the message is the reason for the report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """Outputs of forward and inference in float64: tensors by group, the losses, and the views
-    (latents, or logits where there are none) that the losses are about."""
+    (latents or, without latents, logits) from which the losses are computed."""
 
     groups: dict[str, list[Tensor]]
     losses: list[Tensor]
@@ -44,12 +44,12 @@ class Outputs:
 
 
 def collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
-    """Sort what forward returned, and what inference did if there is one."""
+    """Sort the outputs of forward and, if there are any, of inference."""
     latents_out = spec.compat == "fl_i2moe"
     count = 4 + spec.fusion_sparse + latents_out
     if not isinstance(result, tuple) or len(result) != count:
         got = len(result) if isinstance(result, tuple) else type(result).__name__
-        raise Disagreement(f"its forward returns {got} values, expected {count}")
+        raise Disagreement(f"the layer's forward returns {got} values, expected {count}")
     experts, weights, logits, losses = result[:4]
     views = [[view[1] if latents_out else view for view in expert] for expert in experts]
     view_logits = [view[0] if latents_out else view for expert in experts for view in expert]
@@ -70,34 +70,34 @@ def collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
 def within_budget(
     group: str, fast: Outputs, own: Outputs, exact: Outputs, dtype: torch.dtype
 ) -> float:
-    """The fast layer's largest error in the group; Disagreement where it exceeds the budget."""
+    """Return the fast layer's largest error in the group. Raises Disagreement if it exceeds the budget."""
     expected, near = exact.groups[group], own.groups[group]
-    found = fast.groups[group][: len(expected)]
-    if [x.shape for x in found] != [x.shape for x in expected]:
+    actual = fast.groups[group][: len(expected)]
+    if [x.shape for x in actual] != [x.shape for x in expected]:
         raise Disagreement(f"{group}: the shapes differ from the fast layer's")
     if not all(bool(x.isfinite().all()) for x in (*expected, *near)):
-        raise Disagreement(f"{group}: its own outputs are not finite, nothing can be compared")
+        raise Disagreement(f"{group}: the layer's outputs are not finite, cannot compare")
     rounding = FLOAT64_ROUNDING if dtype == torch.float64 else ROUNDING * torch.finfo(dtype).eps
     budget = 2.0 * _root_mean_square(near, expected)
     budget += rounding * max(float(x.abs().max()) for x in expected)
-    error = _root_mean_square(found, expected)
+    error = _root_mean_square(actual, expected)
     if not error <= budget:
         raise Disagreement(
-            f"the fast layer's {group} are off by {error:.1e} (root mean square) where "
+            f"the fast layer's {group} differ by {error:.1e} (root mean square), "
             f"{budget:.1e} is allowed"
         )
-    return largest(found, expected)
+    return largest(actual, expected)
 
 
 def check_losses(fast: Outputs, exact: Outputs, dtype: torch.dtype) -> float:
-    """Largest error of the fast layer's losses. Raises Disagreement if losses violate the formula."""
-    _check_losses("its own losses", exact, EXACT_ROUNDING)
+    """Return the largest error of the fast layer's losses. Raises Disagreement if losses violate the formula."""
+    _check_losses("the layer's losses", exact, EXACT_ROUNDING)
     _check_losses("the fast layer's losses", fast, ROUNDING * torch.finfo(dtype).eps)
     return largest(fast.losses, exact.losses)
 
 
 def _check_losses(whose: str, outputs: Outputs, rounding: float) -> None:
-    """Rounding is relative to the largest norm of a view, from which distances are computed."""
+    """Check the losses; rounding is relative to the largest norm of a view, as losses are distances of views."""
     expected = interaction_losses(outputs.views)
     if len(outputs.losses) != len(expected):
         raise Disagreement(f"{whose}: {len(outputs.losses)}, expected {len(expected)}")
@@ -105,22 +105,22 @@ def _check_losses(whose: str, outputs: Outputs, rounding: float) -> None:
     error, budget = largest(outputs.losses, expected), rounding * max(1.0, norm)
     if not error <= budget:
         raise Disagreement(
-            f"{whose} are off by {error:.1e} from those of the views, {budget:.1e} is allowed"
+            f"{whose} differ by {error:.1e} from those of the views, {budget:.1e} is allowed"
         )
 
 
 def largest(a: list[Tensor], b: list[Tensor]) -> float:
-    """Largest absolute difference; NaN where any is."""
+    """Largest absolute difference; NaN if any difference is NaN."""
     return float(torch.stack([(x - y).abs().max() for x, y in zip(a, b, strict=True)]).max())
 
 
 def _root_mean_square(a: list[Tensor], b: list[Tensor]) -> float:
-    """Of all differences; NaN where any is."""
+    """Root mean square of all differences; NaN if any difference is NaN."""
     differences = torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
     return float(differences.square().mean().sqrt())
 
 
 def first_line(error: BaseException) -> str:
-    """An error's kind and the first line of its message."""
+    """Type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Calls to compare two layers on: captured from a model, or random."""
+"""Calls for the comparison of two layers: captured from a model, or random."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ RANDOM_LENGTHS = (17, 12, 7, 13, 5)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of the layer: M sequences (B, L_m, D), and M masks (B, L_m), None each, or None.
+    """A call of an interaction layer: M sequences (B, L_m, D), and None or M masks (B, L_m) or None.
 
-    Of a sparse MLP, its one input (..., D).
+    For a sparse MLP: a single input (..., D).
     """
 
     inputs: list[Tensor]
     masks: list[Tensor | None] | None
 
     def map(self, inputs: Callable[[Tensor], Tensor], masks: Callable[[Tensor], Tensor]) -> Case:
-        """The call with every input and every mask changed."""
+        """Apply functions to every input and every mask."""
         return Case(
             [inputs(x) for x in self.inputs],
             None if self.masks is None else [None if m is None else masks(m) for m in self.masks],
@@ -41,7 +41,7 @@ class Case:
 
 
 def random_cases(spec: LayerSpec) -> list[Case]:
-    """Two samples of N(0, 1) tokens: ragged and partly padded ones, then without masks."""
+    """Make calls with two samples of N(0, 1) tokens: with ragged, partly padded sequences, and without masks."""
     generator = torch.Generator().manual_seed(0)
     lengths = [
         spec.num_patches or RANDOM_LENGTHS[m % len(RANDOM_LENGTHS)]
@@ -59,10 +59,10 @@ def random_cases(spec: LayerSpec) -> list[Case]:
 
 
 def few_samples(case: Case, spec: LayerSpec) -> Case:
-    """The first samples with a valid token; for the others the original returns NaN.
+    """Select the first samples with a valid token; for samples without, the original returns NaN.
 
     Raises:
-        Disagreement: not a call of the layer, or it has no such sample.
+        Disagreement: the inputs do not fit the layer, or no sample has a valid token.
     """
     shapes = [tuple(x.shape) for x in case.inputs]
     if len(shapes) != spec.num_modalities or any(len(shape) != 3 for shape in shapes):
@@ -79,17 +79,17 @@ def few_samples(case: Case, spec: LayerSpec) -> Case:
         valid |= present.bool().any(dim=1)
     keep = valid.nonzero().flatten()[:MAX_SAMPLES]
     if not len(keep):
-        raise Disagreement("the captured call has no sample with a valid token to compare on")
+        raise Disagreement("the captured call has no sample with a valid token, cannot compare")
     return case.map(lambda x: x[keep.to(x.device)], lambda m: m[keep.to(m.device)])
 
 
 def capture(
     model: nn.Module, layers: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]
 ) -> dict[int, Case]:
-    """Run the model in eval mode and keep the first call of each layer, by id(layer).
+    """Run the model in eval mode and return the first call of each layer, by id(layer).
 
-    Calls of forward and of inference are seen. Modes are restored and no gradient is recorded. The
-    model's own hooks fire, and an error of the model is the caller's.
+    Calls of forward and of inference are captured. Modes are restored and no gradient is recorded. The
+    model's hooks run, and its exceptions are not caught.
     """
     seen: dict[int, Case] = {}
     modes = [(part, part.training) for part in model.modules()]
@@ -110,7 +110,7 @@ def capture(
 
 
 def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], object]]:
-    """Let a copy answer the layer's calls and record them; yields what undoes it."""
+    """Record the layer's calls and let a copy compute them; yields functions that undo this."""
     clone = bare_copy(layer).eval()
 
     def recording(answer: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,7 +131,7 @@ def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], obj
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """Copies of tensors or of one; none of anything else, which the comparison then reports."""
+    """Copy a tensor or a list of tensors; anything else gives [], which the comparison then reports."""
     if isinstance(values, Tensor):
         values = [values]
     if not isinstance(values, list | tuple) or not all(isinstance(x, Tensor) for x in values):
@@ -148,10 +148,10 @@ def _masks(masks: Any) -> list[Tensor | None] | None:
 
 
 def bare_copy(layer: nn.Module) -> nn.Module:
-    """The layer on deep copies of its submodules, with no hook of the layer copied.
+    """Copy the layer with deep copies of its submodules, without the layer's hooks.
 
-    Tensors that a forward left behind (attention maps) are shared: they may be large, and deepcopy
-    refuses those that have a gradient history.
+    Tensors that a forward stored in attributes (attention maps) are shared: they may be large, and deepcopy
+    fails if they have a gradient history.
     """
     left_behind = {
         id(value): value.detach()

@@ -1,11 +1,11 @@
-"""Whether a fast layer computes the same as the layer that it would replace.
+"""Comparison of a fast layer with the layer that it replaces.
 
-Both run in eval mode on the same inputs with the same replacement noise, and so does a float64 copy of the
-original, from which the errors of both are measured. The original itself is never run, only copies, so that
-none of its buffers, stored attention maps, gradients or modes changes.
+Both layers and a float64 copy of the original run in eval mode on the same inputs with the same replacement
+noise. The errors of both are measured against the float64 copy. The original itself is never run, only copies,
+so its buffers, stored attention maps, gradients and modes do not change.
 
-Which rows of a sparse MLP are dropped is not compared: the original does not drop the same rows twice. Copies
-run with capacities lifted and without random routing.
+The dropped rows of a sparse MLP are not compared, because the original drops different rows in every run. Copies
+run without capacity limits and without random routing.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from .recognise import check_can_run
 TIMED_CALLS = 5
 RANDOM_TOKENS = 58
 MAX_TOKENS = 512
-# In roundings of a token's largest logit: exceeds the difference between two summation orders.
+# In units of rounding of a token's largest logit; larger than the difference between two summation orders.
 CLEAR_CHOICE = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Largest absolute error per group of outputs against the original in float64; how many times
-    faster inference ran, or None where the original does not run."""
+    """Largest absolute error per group of outputs, against the original in float64; speed-up of
+    inference, None if the original does not run."""
 
     errors: Mapping[str, float]
     speed_up: float | None
@@ -50,18 +50,18 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
     """Compare a layer with its fast replacement, within the error budgets of `agreement`.
 
     Interaction layers: every view, the weights, the losses and inference are compared, but not gate losses,
-    because the original keeps only its last modality's. Sparse MLPs: outputs of tokens whose expert choice does
-    not depend on rounding are compared.
+    because the original keeps only those of the last modality. Sparse MLPs: only outputs of tokens whose expert
+    choice does not depend on rounding are compared.
 
     Args:
         layer: the original; not run and not changed.
         spec: its description.
-        case: a call to compare on, its first samples only; random inputs, with and without masks,
-            when None.
+        case: the call to compare, of which the first samples are used; None: random inputs, with and
+            without masks.
 
     Raises:
-        Disagreement: with the reason.
-        UnsupportedLayer: sparse MLPs of FastMoE's own code that are not on a CUDA GPU.
+        Disagreement: the layers differ or cannot be compared; the message is the reason.
+        UnsupportedLayer: the layer has sparse MLPs of FastMoE's own code and is not on a CUDA GPU.
     """
     check_can_run(layer)
     original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
@@ -77,14 +77,14 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
 def _compare_layers(
     original: nn.Module, exact: nn.Module, fast: nn.Module, spec: LayerSpec, case: Case | None
 ) -> Comparison:
-    """If the original does not run in its own dtype, the reference layer's error is used instead.
+    """Compare interaction layers. If the original does not run, the reference layer's error is used instead.
 
-    With bfloat16 or float16 weights it does not run, because it adds float32 positions.
+    With bfloat16 or float16 weights the original does not run, because it adds float32 positions.
     """
     parameter = next(original.parameters())
     device, dtype = parameter.device, parameter.dtype
     given = random_cases(spec) if case is None else [few_samples(case, spec)]
-    cases = [each.moved(device, dtype) for each in given]
+    cases = [x.moved(device, dtype) for x in given]
     peer = original
     errors: dict[str, float] = {}
     for at in cases:
@@ -97,14 +97,14 @@ def _compare_layers(
                 raise
             peer = _reference_copy(original, spec)
             own = _run_original(peer, at, noise, spec)
-        found = _run_fast(fast, at, noise, spec)
-        now = {name: within_budget(name, found, own, expected, dtype) for name in expected.groups}
-        now["losses"] = check_losses(found, expected, dtype)
+        actual = _run_fast(fast, at, noise, spec)
+        now = {name: within_budget(name, actual, own, expected, dtype) for name in expected.groups}
+        now["losses"] = check_losses(actual, expected, dtype)
         errors = {name: max(errors.get(name, 0.0), error) for name, error in now.items()}
     if peer is not original or not hasattr(original, "inference"):
         return Comparison(errors, None)
     layers: tuple[Any, Any] = (original, fast)
-    calls = [partial(_call, each.inference, cases[0]) for each in layers]
+    calls = [partial(_call, module.inference, cases[0]) for module in layers]
     return Comparison(errors, _times_faster(calls[0], calls[1], cases[0].inputs[0].device))
 
 
@@ -116,17 +116,17 @@ def _compare_mlps(
     router: Any = adopt(exact, spec).get_submodule("gate")
     x = x[_clear_choices(router.clean_logits(x.double()), spec.top_k, parameter.dtype)]
     if not len(x):
-        raise Disagreement("there is no token whose choice of experts does not hang on rounding")
-    expected = _mlp_outputs(exact, x.double(), "its own forward")
-    own = _mlp_outputs(original, x, "its own forward")
-    found = _mlp_outputs(fast, x, "the fast module")
-    error = within_budget("outputs", found, own, expected, parameter.dtype)
+        raise Disagreement("for every token the choice of experts depends on rounding")
+    expected = _mlp_outputs(exact, x.double(), "the module's forward")
+    own = _mlp_outputs(original, x, "the module's forward")
+    actual = _mlp_outputs(fast, x, "the fast module")
+    error = within_budget("outputs", actual, own, expected, parameter.dtype)
     ratio = _times_faster(partial(original, x), partial(fast, x), x.device)
     return Comparison({"outputs": error}, ratio)
 
 
 def _lift_capacity(module: nn.Module) -> None:
-    """Let no expert drop a row, and no row be dropped at random."""
+    """Switch off capacity limits and random routing, so that no row is dropped."""
     for part in module.modules():
         experts = getattr(part, "tot_expert", None)
         if experts is None:
@@ -137,7 +137,7 @@ def _lift_capacity(module: nn.Module) -> None:
 
 
 class _GivenNoise(TorchFunctionMode):
-    """Within it torch.randn_like returns the given tensors, in order."""
+    """Mode in which torch.randn_like returns the given tensors, in order."""
 
     def __init__(self, noise: Sequence[Tensor]) -> None:
         super().__init__()
@@ -146,11 +146,11 @@ class _GivenNoise(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Other shapes than a sequence's (B, L, D) are a gate's own noise, which is 0 in eval mode.
+        # Tensors that are not sequences (B, L, D) are noise of a gate, which is 0 in eval mode.
         if func is not torch.randn_like or args[0].dim() != 3:
             return func(*args, **(kwargs or {}))
         if not self.left or self.left[0].shape != args[0].shape:
-            raise Disagreement("draws other noise than one replacement per expert and modality")
+            raise Disagreement("the noise is not one replacement per expert and modality")
         return self.left.pop(0)
 
 
@@ -170,11 +170,11 @@ def _reference_copy(layer: nn.Module, spec: LayerSpec) -> nn.Module:
 
 
 def _call(function: Callable[..., Any], case: Case) -> Any:
-    """Call with masks where the signature has them: the older variant's layer has none."""
+    """Call with masks if the signature has them: the older variant's layer has no masks."""
     if "masks" in inspect.signature(function).parameters:
         return function(list(case.inputs), case.masks)
     if case.masks is not None:
-        raise Disagreement("was called with masks, which it does not take")
+        raise Disagreement("was called with masks, but takes none")
     return function(list(case.inputs))
 
 
@@ -187,9 +187,9 @@ def _run_original(layer: Any, case: Case, noise: list[list[Tensor]], spec: Layer
     except Disagreement:
         raise
     except Exception as error:
-        raise Disagreement(f"its own forward fails: {first_line(error)}") from error
+        raise Disagreement(f"the layer's forward fails: {first_line(error)}") from error
     if given.left:
-        raise Disagreement("does not draw one replacement with torch.randn_like per view")
+        raise Disagreement("expected one replacement with torch.randn_like per view, got fewer")
     return collect(result, inferred, spec)
 
 
@@ -203,7 +203,7 @@ def _run_fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec
 
 
 def _tokens(case: Case | None, spec: RoutedSpec) -> Tensor:
-    """(N, D)."""
+    """Tokens (N, D) of the call, or random tokens."""
     if case is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(RANDOM_TOKENS, spec.d_model, generator=generator)
@@ -216,9 +216,9 @@ def _tokens(case: Case | None, spec: RoutedSpec) -> Tensor:
 
 
 def _clear_choices(logits: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
-    """(N) bool: whether the gap between the last chosen expert and the next one exceeds rounding; logits (N, E).
+    """Whether the gap between the last chosen expert and the next exceeds rounding: (N,) bool of logits (N, E).
 
-    Rounding is relative to the token's own largest logit: a token of a large norm says nothing about the others.
+    Rounding is relative to the largest logit of the same token, because norms of tokens differ.
     """
     if top_k == logits.shape[1] or not len(logits):
         return torch.ones_like(logits[:, 0], dtype=torch.bool)
@@ -234,15 +234,15 @@ def _mlp_outputs(module: Any, x: Tensor, whose: str) -> Outputs:
     except Exception as error:
         raise Disagreement(f"{whose} fails: {first_line(error)}") from error
     if not isinstance(result, Tensor) or result.shape != x.shape:
-        found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise Disagreement(f"{whose}: expected an output {tuple(x.shape)}, got {found}")
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise Disagreement(f"{whose}: expected an output {tuple(x.shape)}, got {got}")
     return Outputs({"outputs": [result.double()]}, [], [])
 
 
 def _times_faster(
     original: Callable[[], Any], fast: Callable[[], Any], device: torch.device
 ) -> float:
-    """How many times faster one call is than the other, by medians of a few alternating calls; indicative."""
+    """Ratio of the median times of a few alternating calls, original over fast; only indicative."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(TIMED_CALLS + 1):
         for call, spent in zip((original, fast), seconds, strict=True):

@@ -1,4 +1,4 @@
-"""State dicts and modules of the published code, converted into those of this package."""
+"""Conversion of the published code's state dicts and modules."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .recognise import MODULE_STATE
 def load_checkpoint(
     path: str | os.PathLike[str], *, gate: str | None = None, top_k: int | None = None
 ) -> tuple[dict[str, Tensor], Architecture]:
-    """The state_dict of an interaction layer and the architecture that its keys and shapes imply.
+    """Return the state_dict of an interaction layer and the architecture that its keys and shapes imply.
 
     Args:
         path: a file of torch.save, either {"ensemble_model": state_dict, ...} or a bare
-            state_dict, or a .safetensors file. Keys may carry DataParallel's "module." prefix.
-            Sparse MLPs in either layout of FastMoE are returned in the one of the published layer.
-        gate: of sparse MLPs: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate"; default the
-            settings of a file that was converted here, else NoisyGate where its parameters show,
-            else GShardGate.
-        top_k: experts of a token; default likewise, else 2, for SwitchGate 1.
+            state_dict, or a .safetensors file. Keys may have DataParallel's prefix "module.".
+            Sparse MLPs in either layout of FastMoE are returned in the published layer's layout.
+        gate: of sparse MLPs: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate". Default: the
+            setting in a file that this package converted, else NoisyGate if the checkpoint has its
+            parameters, else GShardGate.
+        top_k: experts per token. Default: the setting in a converted file, else 2, for SwitchGate 1.
 
     Raises:
-        CheckpointError: no readable checkpoint, one that holds more than tensors (it is not
-            unpickled), or keys, shapes and settings that do not fit, which are listed.
+        CheckpointError: the file cannot be read, holds more than tensors (it is not unpickled), or
+            keys, shapes and settings do not fit; the message lists them.
     """
     file = read(Path(path))
     architecture = infer(file, gate, top_k)
@@ -53,17 +53,17 @@ def load_layer(
     gate: str | None = None,
     top_k: int | None = None,
 ) -> ReferenceInteractionMoE:
-    """The reference layer with the parameters of a checkpoint, in eval mode; `swap` makes it fast.
+    """Load the reference layer with a checkpoint's parameters, in eval mode; `swap` makes it fast.
 
     Args:
         path: see `load_checkpoint`.
-        num_heads: attention heads; default the settings of a file that was converted here, else 4.
-        temperature: of the softmax over experts; default likewise, else 1.0.
-        dropout: rate of the dropouts inside the fusion models, for further training.
+        num_heads: attention heads. Default: the setting in a converted file, else 4.
+        temperature: of the softmax over experts. Default: the setting in a converted file, else 1.0.
+        dropout: dropout rate inside the fusion models, for further training.
         gate, top_k: see `load_checkpoint`. A layer with sparse MLPs also returns gate losses.
 
     Raises:
-        CheckpointError: as load_checkpoint, or settings that do not fit the architecture.
+        CheckpointError: as load_checkpoint, or the settings do not fit the architecture.
     """
     file = read(Path(path))
     architecture = infer(file, gate, top_k)
@@ -73,10 +73,10 @@ def load_layer(
 
 
 def convert_state(file: CheckpointFile, architecture: Architecture) -> dict[str, Tensor]:
-    """A checkpoint's state_dict with sparse MLPs in the published layout, checked strictly.
+    """Return a checkpoint's state_dict, strictly checked, with sparse MLPs in the published layout.
 
     Raises:
-        CheckpointError: keys, shapes or dtypes that do not fit the architecture.
+        CheckpointError: keys, shapes or dtypes do not fit the architecture.
     """
     state = dict(file.state_dict)
     if architecture.sparse is not None:
@@ -93,7 +93,7 @@ def make_layer(
     temperature: float,
     dropout: float = 0.5,
 ) -> ReferenceInteractionMoE:
-    """The reference layer of a checked state_dict, in eval mode.
+    """Build the reference layer from a checked state_dict, in eval mode.
 
     Raises:
         CheckpointError: num_heads or temperature does not fit.
@@ -108,16 +108,16 @@ def make_layer(
 
 
 def adopt(layer: nn.Module, spec: LayerSpec | RoutedSpec) -> nn.Module:
-    """A fast layer on the parameters of a published one, without its hooks and attributes."""
+    """Make a fast layer from the parameters of a published layer, without its hooks and attributes."""
     fast = InteractionMoE if isinstance(spec, LayerSpec) else RoutedMLP
     return fast.adopt(layer)
 
 
 def take_over(layer: nn.Module, fast: nn.Module) -> None:
-    """Give the fast layer the hooks and plain attributes of the layer.
+    """Move the hooks and plain attributes of the layer to the fast layer.
 
     The dictionaries of hooks are moved, not copied, so that handles made before the swap still remove
-    their hooks. Hooks that torch bound to the layer are bound to the fast one.
+    their hooks. Hooks that torch bound to the layer are bound to the fast layer.
     """
     for name in MODULE_STATE:
         hooks = layer.__dict__[name]
@@ -136,10 +136,10 @@ def take_over(layer: nn.Module, fast: nn.Module) -> None:
 
 
 def _stack_experts(file: CheckpointFile, architecture: Architecture) -> dict[str, Tensor]:
-    """The state_dict with experts in one tensor and gates under both of their names.
+    """Return the state_dict with experts in one tensor and gates under both of their names.
 
     Raises:
-        CheckpointError: a gate's two copies differ, or a tensor of an expert is missing or has another shape.
+        CheckpointError: the two copies of a gate differ, or a tensor of an expert is missing or misshaped.
     """
     with torch.device("meta"):
         skeleton = build(architecture, num_heads=1)

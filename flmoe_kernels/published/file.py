@@ -1,4 +1,4 @@
-"""Checkpoint files: read without unpickling, written whole or not at all."""
+"""Checkpoint files: reading without unpickling, and atomic writing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_LISTED = 20
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; one line with the file and the problem."""
+    """A checkpoint cannot be used; the message is one line with the file and the problem."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
         super().__init__(" ".join(f"{os.fspath(path)}: {problem}".split()))
@@ -34,10 +34,10 @@ class CheckpointFile:
     """The contents of a checkpoint file.
 
     Attributes:
-        path: where it was read.
-        state_dict: the layer's, without DataParallel's "module." prefix.
-        config: the settings that `write` added, empty where there are none.
-        others: what else the file holds, kept for writing.
+        path: of the file.
+        state_dict: of the layer, without DataParallel's prefix "module.".
+        config: the settings that `write` added; empty if there are none.
+        others: all other entries of the file, kept for writing.
     """
 
     path: Path
@@ -47,10 +47,10 @@ class CheckpointFile:
 
 
 def read(path: Path) -> CheckpointFile:
-    """Read a file of torch.save or a .safetensors file; nothing is unpickled but tensors.
+    """Read a file of torch.save or a .safetensors file; only tensors are unpickled.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one that does not hold a state_dict.
+        CheckpointError: the file does not exist, is damaged or does not hold a state_dict.
     """
     if path.is_dir():
         raise CheckpointError(path, "is a folder, expected a checkpoint file")
@@ -65,7 +65,7 @@ def read(path: Path) -> CheckpointFile:
     config = others.pop(CONFIG_KEY, None)
     state: Any = others.pop(MODEL_KEY, content)
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(path, f"holds an empty or no state_dict under {MODEL_KEY!r}")
+        raise CheckpointError(path, f"holds no state_dict, or an empty one, under {MODEL_KEY!r}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
@@ -81,18 +81,18 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch refuses, and names, every global that tensors do not need.
+        # torch rejects every global that tensors do not need, and names it.
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
                 path,
-                f"holds more than tensors ({refused[1]}); not loaded, since that could run code",
+                f"holds more than tensors ({refused[1]}); not loaded, because it could run code",
             ) from error
-        raise CheckpointError(path, "not a PyTorch checkpoint, or a truncated one") from error
+        raise CheckpointError(path, "not a PyTorch checkpoint, or truncated") from error
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        # On damaged files the readers of archives and pickles raise many kinds of errors.
-        raise CheckpointError(path, "not a PyTorch checkpoint, or a truncated one") from error
+        # For damaged files the readers of archives and pickles raise many kinds of errors.
+        raise CheckpointError(path, "not a PyTorch checkpoint, or truncated") from error
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
@@ -107,7 +107,7 @@ def _read_safetensors(path: Path) -> CheckpointFile:
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(path, "not a .safetensors file, or a truncated one") from error
+        raise CheckpointError(path, "not a .safetensors file, or truncated") from error
     return CheckpointFile(path, _unprefixed(state), config if isinstance(config, dict) else {}, {})
 
 
@@ -118,17 +118,17 @@ def _unprefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def listed(items: Iterable[str]) -> str:
-    """The first items in one line, and how many more there are."""
+    """Format the first items in one line, and the number of further items."""
     names = list(items)
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
 
 
 def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
-    """The path to write to.
+    """Return the path to write to.
 
     Raises:
-        CheckpointError: the path cannot be written; raised before any other work is done.
+        CheckpointError: the path cannot be written; this is checked before any other work.
     """
     known = file.path.suffix in SUFFIXES
     name = (file.path.stem if known else file.path.name) + ".flmoe.pt"
@@ -138,18 +138,18 @@ def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
     if not target.parent.is_dir():
         raise CheckpointError(target, "cannot be written: no such folder")
     if target.exists() and target.samefile(file.path):
-        raise CheckpointError(target, "is the checkpoint itself, which would be overwritten")
+        raise CheckpointError(target, "is the checkpoint itself, expected another file")
     if target.suffix == ".safetensors" and file.others:
         raise CheckpointError(
             target,
-            f"the checkpoint also holds {listed(sorted(map(repr, file.others)))}, for which a "
-            ".safetensors file has no place; write a .pt file",
+            f"the checkpoint also holds {listed(sorted(map(repr, file.others)))}, which a "
+            ".safetensors file cannot hold; write a .pt file",
         )
     return target
 
 
 def write(target: Path, file: CheckpointFile, config: dict[str, Any]) -> None:
-    """Write the state dict and the settings; the file appears whole or not at all."""
+    """Write the state dict and the settings atomically."""
     state = {key: value.detach().clone().contiguous() for key, value in file.state_dict.items()}
 
     def save(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""The architecture of an interaction layer, from the keys and shapes of its checkpoint.
+"""Architecture of an interaction layer, inferred from its checkpoint.
 
-Parameters show sizes, and whether gates are Noisy. They do not show the number of heads, the temperature, and for
-sparse MLPs which of the other gates they have, how many experts a token takes and how many rows an expert takes.
-These must be given, unless the file was written by `swap_checkpoint` and carries them.
+The parameters give the sizes, and whether gates are NoisyGates. They do not give the number of heads, the
+temperature and, for sparse MLPs, the other kinds of gates, the number of experts per token and the capacity of an
+expert. The caller must pass these, unless `swap_checkpoint` wrote the file, which then contains them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ MLP = EXPERT + r"network\.\d+\.mlp\."
 
 
 def infer(file: CheckpointFile, gate: str | None = None, top_k: int | None = None) -> Architecture:
-    """The architecture that the keys and shapes of a checkpoint imply.
+    """Infer the architecture from the keys and shapes of a checkpoint.
 
     Sparse MLPs may be in either layout of FastMoE. gate and top_k: see `load_checkpoint`.
 
     Raises:
-        CheckpointError: not an interaction layer, or settings that do not fit its parameters.
+        CheckpointError: not an interaction layer, or the settings do not fit its parameters.
     """
     experts = _require(file, r"interaction_experts\.(\d+)\..*", "of the experts")
     if experts < 4:
         raise CheckpointError(
-            file.path, f"expected 4 experts (two modalities) or more, got {experts}"
+            file.path, f"expected at least 4 experts (two modalities), got {experts}"
         )
     num_layers = _require(file, HEAD, "of the experts' heads") - 1
     reweight = _require(file, r"reweight\.mlp\.network\.(\d+)\.weight", "of the reweighting MLP")
@@ -62,7 +62,7 @@ def infer(file: CheckpointFile, gate: str | None = None, top_k: int | None = Non
 def infer_settings(
     file: CheckpointFile, num_heads: int | None, temperature: float | None
 ) -> tuple[int, float]:
-    """Attention heads and temperature: as given, else the file's settings, else 4 and 1.0."""
+    """Return attention heads and temperature: the arguments, else the file's settings, else 4 and 1.0."""
     heads, scale = file.config.get("num_heads"), file.config.get("temperature")
     if num_heads is None:
         num_heads = heads if isinstance(heads, int) else DEFAULT_HEADS
@@ -72,7 +72,7 @@ def infer_settings(
 
 
 def in_words(architecture: Architecture) -> str:
-    """An architecture in one line."""
+    """Describe an architecture in one line."""
     sparse, words = architecture.sparse, ""
     if sparse is not None:
         words = f", sparse with {sparse.num_experts} experts, top {sparse.top_k} of a {sparse.gate}"
@@ -86,11 +86,11 @@ def in_words(architecture: Architecture) -> str:
 def _infer_sparse(
     file: CheckpointFile, dim: int, gate: str | None, top_k: int | None
 ) -> SparseSpec | None:
-    """The sparse MLPs, None where there are none."""
+    """Infer the sparse MLPs; None if there are none."""
     if not any(re.match(MLP + r"(experts|gate|all_gates)\.", key) for key in file.state_dict):
         if gate is not None or top_k is not None:
             name = "top_k" if gate is None else "gate"
-            raise CheckpointError(file.path, f"{name}: given, but there are no sparse MLPs")
+            raise CheckpointError(file.path, f"{name}: expected None without sparse MLPs")
         return None
     settings: Any = file.config.get("sparse")
     settings = settings if isinstance(settings, dict) else {}
@@ -113,7 +113,7 @@ def _infer_sparse(
 
 
 def _gate(file: CheckpointFile, given: str | None, settings: dict[str, Any]) -> str:
-    """The class of the gates, a name in GATES."""
+    """Return the class name of the gates, a key of GATES."""
     noisy = any(re.match(MLP + r"(gate|all_gates\.\d+)\.w_gate$", key) for key in file.state_dict)
     default = NOISY if noisy else settings.get("gate", DEFAULT_GATE)
     try:
@@ -121,13 +121,13 @@ def _gate(file: CheckpointFile, given: str | None, settings: dict[str, Any]) -> 
     except ValueError as error:
         raise CheckpointError(file.path, str(error)) from error
     if noisy != (name == NOISY):
-        kind = "Noisy gates" if noisy else "gates that are not Noisy"
-        raise CheckpointError(file.path, f"gate: expected one for {kind}, got {name}")
+        kind = "NoisyGate" if noisy else "a gate other than NoisyGate"
+        raise CheckpointError(file.path, f"gate: the parameters are of {kind}, got {name}")
     return name
 
 
 def _require(file: CheckpointFile, pattern: str, whose: str) -> int:
-    """`_count`, of which there must be one."""
+    """Return `_count`, which must be at least 1."""
     if count := _count(file, pattern):
         return count
     keys = listed(repr(key) for key in file.state_dict)
@@ -135,11 +135,11 @@ def _require(file: CheckpointFile, pattern: str, whose: str) -> int:
 
 
 def _count(file: CheckpointFile, pattern: str) -> int:
-    """One more than the largest number at the pattern's group, 0 where no key matches."""
+    """Return the largest number at the pattern's group plus 1, or 0 if no key matches."""
     matches = [re.fullmatch(pattern, key) for key in file.state_dict]
     count = max((int(match[1]) + 1 for match in matches if match), default=0)
     if count > len(file.state_dict):
-        raise CheckpointError(file.path, "numbers in its keys exceed the number of its keys")
+        raise CheckpointError(file.path, "a number in a key exceeds the number of keys")
     return count
 
 

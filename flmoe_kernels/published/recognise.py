@@ -1,7 +1,7 @@
-"""The published layers inside a model, and whether a fast layer can replace them.
+"""Recognition of published layers inside a model, and of unsupported state.
 
-`layers` describes what a layer computes. This module checks for what a replacement would lose: own methods,
-hooks on inner parts, modes, compilation.
+`layers` describes what a layer computes. This module checks for state that a replacement would lose: methods of
+subclasses, hooks on inner parts, modes, compilation.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Place:
     """An attribute or element that refers to a module.
 
     Attributes:
-        path: its name inside the model, empty for the model itself.
+        path: name inside the model, empty for the model itself.
         module: the module.
-        assign: puts another module there.
+        assign: replaces the module.
         parent: the module that holds it, None for the model itself.
     """
 
@@ -45,19 +45,19 @@ class Place:
 
 
 def find_layers(model: nn.Module, assign: Callable[[nn.Module], None]) -> list[list[Place]]:
-    """All interaction layers and sparse MLPs outside of them, each with every place that refers to it.
+    """Find all interaction layers, sparse MLPs outside of them, and every place that refers to such a layer.
 
-    Layers are recognised by class name. Modules are searched, and the lists and dicts that they hold.
+    Layers are recognised by class name. The search includes modules and their lists and dicts.
 
     Args:
         model: the model.
-        assign: takes a replacement of the model itself.
+        assign: receives a replacement of the model itself.
     """
-    found: dict[int, list[Place]] = {}
+    layers: dict[int, list[Place]] = {}
     for place in _places(model, "", assign, None, set()):
         if _is_layer(place.module):
-            found.setdefault(id(place.module), []).append(place)
-    return list(found.values())
+            layers.setdefault(id(place.module), []).append(place)
+    return list(layers.values())
 
 
 def _places(
@@ -67,7 +67,7 @@ def _places(
     parent: nn.Module | None,
     seen: set[int],
 ) -> Iterator[Place]:
-    """Every place at and below value that refers to a module, except those inside of a layer."""
+    """Yield every place at and below value that refers to a module, except places inside of a layer."""
     if isinstance(value, nn.Module):
         yield Place(path, value, assign, parent)
     if id(value) in seen:
@@ -99,10 +99,10 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def recognise(places: list[Place]) -> LayerSpec | RoutedSpec:
-    """The description of a layer that a fast one can replace in all of these places.
+    """Describe a layer that a fast layer can replace in all of these places.
 
     Raises:
-        UnsupportedLayer: the reason why it cannot.
+        UnsupportedLayer: the layer cannot be replaced; the message is the reason.
     """
     layer = places[0].module
     if isinstance(layer, InteractionMoE):
@@ -120,8 +120,8 @@ def check_state(layer: nn.Module) -> None:
     """Check for state that a fast layer would not keep.
 
     Raises:
-        UnsupportedLayer: the layer was compiled in place, a part has a hook or a forward of its own, or a part
-            whose mode matters is in another mode than the layer.
+        UnsupportedLayer: the layer was compiled in place, a part has a hook or a replaced forward, or a part
+            whose mode matters is in a different mode than the layer.
     """
     if getattr(layer, "_compiled_call_impl", None) is not None:
         raise UnsupportedLayer("the layer is compiled: swap first, then compile")
@@ -133,8 +133,8 @@ def check_state(layer: nn.Module) -> None:
             continue
         if _has_hook(part):
             raise UnsupportedLayer(
-                f"{name}: carries a hook, which would never fire: the fast layer has parts of its "
-                "own and does not call them one by one"
+                f"{name}: carries a hook, which would never run, because the fast layer does not "
+                "call its parts"
             )
         mode_matters = (
             every_mode_matters
@@ -164,10 +164,10 @@ def _mode(module: nn.Module) -> str:
 
 
 def check_can_run(layer: nn.Module) -> None:
-    """Check the device, since FastMoE's kernels do not: a CPU tensor crashes the process.
+    """Check the device, because FastMoE's kernels do not: a CPU tensor crashes the process.
 
     Raises:
-        UnsupportedLayer: the layer has parts of FastMoE's own code and is not on a CUDA device.
+        UnsupportedLayer: the layer has parts from the fmoe package and is not on a CUDA device.
     """
     first = next(layer.parameters(), None)
     if first is None or first.is_cuda:
@@ -175,6 +175,6 @@ def check_can_run(layer: nn.Module) -> None:
     for name, part in layer.named_modules():
         if type(part).__module__.split(".")[0] == FASTMOE:
             raise UnsupportedLayer(
-                f"{name}: FastMoE's own code runs on a CUDA device only, so nothing can be compared here; move "
-                "the model there before the swap, or pass check=False"
+                f"{name}: FastMoE's own code runs only on a CUDA device, so the layers cannot be compared; move "
+                "the model to a CUDA device before the swap, or pass check=False"
             )

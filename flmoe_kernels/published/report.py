@@ -1,4 +1,4 @@
-"""The report of `swap`: replaced layers with their errors, and layers left as they were, with the reason."""
+"""Report of `swap`: replaced layers with errors, other layers with reasons."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .compare import Comparison
 from .recognise import LAYER_NAMES
 
 NOTE = (
-    "Errors are the largest absolute differences from the original in float64. How much faster is "
-    "indicative: a few inference calls on the inputs of the check."
+    "Errors are the largest absolute differences from the original in float64. The speed-up is only "
+    "indicative: it is from a few inference calls on the inputs of the check."
 )
 MLP_NOTE = (
-    f"{SPARSE_MLP} is compared in eval mode with the experts' capacities lifted: which rows the original drops "
-    "is not the same twice."
+    f"{SPARSE_MLP} is compared in eval mode without capacity limits, because the original drops different rows "
+    "in every run."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class SwappedLayer:
-    """One layer that was replaced; name lists every place that held it.
+    """A layer that was replaced; name lists every place that held it.
 
-    inputs: what the two were compared on: "random", "given", or "-" for nothing. Errors are the largest absolute
-    differences from the original run in float64; None where nothing was checked, and latents_error where the
-    variant returns no latents. speed_up is indicative, None where nothing was timed.
+    inputs: the inputs of the comparison: "random", "given", or "-" without comparison. Errors are the largest
+    absolute differences from the original run in float64; None without comparison. latents_error is also None if
+    the variant returns no latents. speed_up is only indicative; None if nothing was timed.
     """
 
     name: str
@@ -60,9 +60,9 @@ class SwappedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class SwappedMLP:
-    """One sparse MLP outside of any interaction layer that was replaced.
+    """A replaced sparse MLP outside of interaction layers.
 
-    gate is the published class name of its gate; the rest is as in SwappedLayer.
+    gate is the published class name of its gate; the other fields are as in SwappedLayer.
     """
 
     name: str
@@ -81,7 +81,7 @@ class SwappedMLP:
 
 @dataclasses.dataclass(frozen=True)
 class LeftLayer:
-    """One module that was recognised and left exactly as it was."""
+    """A module that was recognised but not changed, with the reason."""
 
     name: str
     class_name: str
@@ -90,14 +90,14 @@ class LeftLayer:
 
 @dataclasses.dataclass(frozen=True)
 class SwapReport:
-    """What `swap` did.
+    """Result of `swap`; prints as a table.
 
     Attributes:
-        model: what to use from now on: the given model, or the fast layer when the model was itself
+        model: the model to use from now on: the given model, or the fast layer if the model itself was
             the layer.
         swapped: the interaction layers that were replaced.
-        swapped_mlps: the sparse MLPs that were.
-        left: the modules that were recognised and left, with the reason.
+        swapped_mlps: the sparse MLPs that were replaced.
+        left: the modules that were recognised but not changed, with the reason.
     """
 
     model: nn.Module
@@ -106,7 +106,7 @@ class SwapReport:
     swapped_mlps: tuple[SwappedMLP, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the model, as plain values for JSON."""
+        """Return everything except the model as plain values for JSON."""
         return {
             "swapped": [dataclasses.asdict(entry) for entry in self.swapped],
             "swapped_mlps": [dataclasses.asdict(entry) for entry in self.swapped_mlps],
@@ -148,7 +148,7 @@ class SwapReport:
 
 
 def _cells(entry: SwappedLayer | SwappedMLP | LeftLayer) -> list[str]:
-    """The values of an entry, in the order of its fields, as text."""
+    """Format the values of an entry as text, in the order of its fields."""
     formats = {"speed_up": "{:.1f}x"} | {
         field.name: "{:.1e}" for field in dataclasses.fields(entry) if "_error" in field.name
     }

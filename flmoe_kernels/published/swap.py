@@ -1,4 +1,4 @@
-"""Published layers replaced by fast ones, inside any model or in a checkpoint."""
+"""Replacement of published layers by fast layers, in models and checkpoints."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ def swap(
 ) -> SwapReport:
     """Replace the interaction layers and sparse MLPs in a model by fast ones that share their parameters.
 
-    Layers are found by class name (InteractionMoE, ReferenceInteractionMoE, FMoETransformerMLP) and
-    structure wherever the model, or a list or dict that a module holds, refers to them; one that is
-    held in several places is replaced by one object. The fast layer has the same parameter objects,
-    so an optimizer made before keeps working, the same train or eval mode, attributes and hooks. A
-    layer that is not supported, or on which the two disagree, is left exactly as it was, with the
-    reason. Swap before torch.compile. The parts inside the fast layer are the reference's, which
-    hold the parameters; the published attention's `last_attn` is not among them: no map is ever
-    stored. A FMoETransformerMLP outside of an interaction layer becomes a RoutedMLP; docs/fastmoe.md
-    states how its gates differ from the published ones.
+    Layers are recognised by class name (InteractionMoE, ReferenceInteractionMoE, FMoETransformerMLP) and
+    structure, wherever the model, or a list or dict of a module, refers to them. A layer that is held in
+    several places is replaced by a single object. The fast layer has the same parameter objects, so an
+    existing optimizer keeps working; it also has the same mode, attributes and hooks. A layer that is not
+    supported, or whose results differ, is not changed, and the report has the reason. Swap before
+    torch.compile. The submodules of the fast layer are those of the reference and hold the parameters.
+    The attention has no `last_attn`, because no map is ever stored. A FMoETransformerMLP outside of an
+    interaction layer becomes a RoutedMLP; docs/fastmoe.md lists how its gates differ from the published
+    gates.
 
     Args:
-        model: any module; when it is itself the layer, use `report.model` afterwards.
+        model: any module; if it is itself the layer, use `report.model` afterwards.
         check: compare each layer with its replacement first (see `compare`).
-        inputs: what to run the model on, so that each layer is compared on its own inputs: a tuple
-            of positional arguments, a dict of keyword arguments, or one argument that is neither. A
-            layer that is not reached is compared on random inputs, as all are without this. Where a
-            layer runs FastMoE's own code and is not on a CUDA device the model is not run, which
-            would end the process: that layer is left, and the others are compared on random inputs.
-        masks: passed to the model as `masks=`, when given.
+        inputs: arguments of the model: a tuple of positional arguments, a dict of keyword arguments, or a
+            single other argument. The model runs on them, and every layer is compared on the inputs that it
+            receives. Without `inputs`, or if a layer is not called, random inputs are used. If a layer runs
+            FastMoE's own code and is not on a CUDA device, the model is not run, because that would crash the
+            process; that layer is not changed, and the others are compared on random inputs.
+        masks: passed to the model as `masks=`, unless None.
 
     Returns:
         A report that prints as a table.
 
     Raises:
         TypeError: model is not a module.
-        Exception: whatever the model raises on the given inputs; nothing has been replaced then.
+        Exception: any exception of the model on the given inputs; nothing has been replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -75,7 +75,7 @@ def swap(
 
 
 def _calls(model: nn.Module, layers: list[list[Place]], inputs: Any, masks: Any) -> dict[int, Case]:
-    """The first call of every supported layer when the model runs on the inputs; none if it must not run."""
+    """Run the model on the inputs; return the first call of every supported layer. {} if it must not run."""
     supported = []
     for places in layers:
         try:
@@ -97,7 +97,7 @@ def _calls(model: nn.Module, layers: list[list[Place]], inputs: Any, masks: Any)
 def _replace(
     places: list[Place], check: bool, case: Case | None
 ) -> SwappedLayer | SwappedMLP | LeftLayer:
-    """Put a fast layer in every place of one layer, or nothing in any."""
+    """Replace a layer in all of its places, or in none of them."""
     layer, name = places[0].module, ", ".join(place.path or ROOT for place in places)
     inputs = "-" if not check else "random" if case is None else "given"
     entry: SwappedLayer | SwappedMLP
@@ -112,7 +112,7 @@ def _replace(
     except (UnsupportedLayer, Disagreement) as reason:
         return LeftLayer(name, type(layer).__name__, str(reason))
     except Exception as error:
-        # Whatever the layer's own code raises on a copy is a reason to leave it, not to stop.
+        # Any exception of the layer's code on a copy is a reason to keep the layer, not to stop.
         return LeftLayer(name, type(layer).__name__, f"the check failed: {first_line(error)}")
     take_over(layer, fast)
     for place in places:
@@ -122,7 +122,7 @@ def _replace(
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What `swap_checkpoint` did: the written file, the settings, and the report of the check."""
+    """Result of `swap_checkpoint`: the written file, the settings, and the report of the check."""
 
     source: Path
     out: Path
@@ -132,7 +132,7 @@ class Conversion:
     report: SwapReport
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "source": str(self.source),
             "out": str(self.out),
@@ -143,14 +143,14 @@ class Conversion:
         }
 
     def summary(self) -> str:
-        """What was read, the settings that no checkpoint holds, and what was written."""
+        """Describe the input file, the settings that parameters do not determine, and the output file."""
         settings = f"{self.num_heads} heads, temperature {self.temperature:g}"
         sparse = self.architecture.sparse
         if sparse is not None:
             settings += f", top {sparse.top_k} of a {sparse.gate}"
         return (
             f"Read {self.source}: {in_words(self.architecture)}.\n"
-            f"Settings, which parameters may not show: {settings}.\nWrote {self.out}."
+            f"Settings that the parameters do not determine: {settings}.\nWrote {self.out}."
         )
 
 
@@ -163,19 +163,19 @@ def swap_checkpoint(
     top_k: int | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Conversion:
-    """Check that the fast layer computes the same as a checkpoint's; write it with its settings.
+    """Check that the fast layer reproduces a checkpoint's layer, and write the checkpoint with its settings.
 
-    The written file holds {"ensemble_model": state_dict, "flmoe_config": settings} and what else
-    the checkpoint held; it loads in the published layer as well. It appears whole or not at all.
+    The written file holds {"ensemble_model": state_dict, "flmoe_config": settings} and all other entries
+    of the checkpoint; the published layer can load it, too. It is written atomically.
 
     Args:
         path, gate, top_k: see `load_checkpoint`.
         num_heads, temperature: see `load_layer`.
-        out: file to write, .safetensors or torch.save's format; default beside the checkpoint, with
+        out: file to write, .safetensors or torch.save's format; default: beside the checkpoint, with
             the suffix .flmoe.pt.
 
     Raises:
-        CheckpointError: as load_layer, the two layers disagree, or the file cannot be written.
+        CheckpointError: as load_layer, the layers differ, or the file cannot be written.
     """
     file = read(Path(path))
     architecture = infer(file, gate, top_k)

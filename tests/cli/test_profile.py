@@ -147,8 +147,8 @@ def test_names_of_the_layer_s_passes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--op or --checkpoint: expected one of them, got neither"),
-        (("--op", "pair_moe", "--checkpoint", "x.pt"), "expected one of them, got both"),
+        ((), "expected either --op or --checkpoint, got neither"),
+        (("--op", "pair_moe", "--checkpoint", "x.pt"), "--op or --checkpoint, got both"),
         (
             ("--op", "pairs"),
             "op: expected one of pair_moe, expert_attention, routed_mlp, routing, interaction_moe, "
@@ -168,22 +168,22 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--op", "pair_moe", "--variant", "sum"), "variant: expected one of none, pool, got"),
         (("--op", "pair_moe", "--device", "tpu:0"), "device: expected cpu, cuda or cuda:N"),
         (("--op", "pair_moe", "--lengths", "8,x"), "--lengths: expected numbers separated by"),
-        (("--op", "pair_moe", "--lengths", "8,0"), "lengths: expected numbers from 1, got 8,0"),
-        (("--op", "pair_moe", "--tokens", "8"), "--tokens: does not apply to what is profiled"),
-        (("--op", "pair_moe", "--top-k", "1"), "--top-k: does not apply to what is profiled"),
-        (("--op", "pair_moe", "--batch", "32"), "--batch: does not apply to what is profiled"),
-        (("--op", "pair_moe", "--heads", "0"), "--heads: does not apply to what is profiled"),
-        (("--op", "pair_moe", "--seconds", "0"), "seconds: expected more than 0"),
+        (("--op", "pair_moe", "--lengths", "8,0"), "lengths: expected positive numbers, got 8,0"),
+        (("--op", "pair_moe", "--tokens", "8"), "--tokens: does not apply to this kind of request"),
+        (("--op", "pair_moe", "--top-k", "1"), "--top-k: does not apply to this kind of request"),
+        (("--op", "pair_moe", "--batch", "32"), "--batch: does not apply to this kind of request"),
+        (("--op", "pair_moe", "--heads", "0"), "--heads: does not apply to this kind of request"),
+        (("--op", "pair_moe", "--seconds", "0"), "seconds: expected a positive number"),
         (
             ("--op", "pair_moe", "--json", "nowhere/x.json"),
-            "json: nowhere/x.json cannot be written",
+            "json: nowhere/x.json: the folder is missing",
         ),
-        (("--op", "pair_moe", "--plot", "x.wav"), "plot: expected a name that ends in .png"),
-        (("--op", "routing", "--plot", "x.png"), "plot: routing makes no products"),
-        (("--op", "pair_moe", "--lengths", "8", "--trace", "t.json"), "trace: of one shape"),
+        (("--op", "pair_moe", "--plot", "x.wav"), "plot: expected a file name with .png"),
+        (("--op", "routing", "--plot", "x.png"), "plot: routing has no matrix products"),
+        (("--op", "pair_moe", "--lengths", "8", "--trace", "t.json"), "trace: expected no file"),
         (
             ("--checkpoint", "x.pt", "--lengths", "8"),
-            "--lengths: does not apply to what is profiled",
+            "--lengths: does not apply to this kind of request",
         ),
         (("--checkpoint", "absent.pt"), "absent.pt: "),
     ],
@@ -303,7 +303,7 @@ def test_lengths_that_need_too_much_memory_or_fail_are_skipped_with_a_reason(
     assert {reasons[n, "reference"] for n in (16, 40, 90)} == {"the process ended early"}
     assert found[16, "reference"].seconds is None
     assert found[16, "cpu"].peak_bytes == 160
-    with pytest.raises(ValueError, match="lengths: expected numbers from 1"):
+    with pytest.raises(ValueError, match="lengths: expected positive numbers"):
         scan(case, ["cpu"], [0, 4], 0.02)
 
 

@@ -98,7 +98,7 @@ def test_unsafe_and_wrong_files_are_refused(name: str, tmp_path: Path) -> None:
     assert sprung.exists()
     sprung.unlink()
     damaged = r"found\.npz: not a file of .*damaged"
-    parts = r"found\.npz: expected the parts of"
+    parts = r"found\.npz: expected the fields of"
     bad: list[tuple[bytes, str]] = [
         (b"", damaged),
         (content[: len(content) // 2], damaged),

@@ -245,7 +245,7 @@ def test_an_interrupted_run_continues_with_the_same_results(
         stopping.setattr(checkpoint_module.Checkpoint, "save", save_and_stop)
         assert command.main(request(made, tmp_path)) == command.INTERRUPTED
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("interrupted")]
-    assert "files already written are whole" in line
+    assert "written files are complete" in line
     assert str(tmp_path / "checkpoints") in line
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     before = sum(asked)

@@ -110,11 +110,11 @@ FORGED: dict[str, tuple[str, bytes, str]] = {
     "beyond 64 bits": ("inputs_0", header((10**30,)), "inputs_0: damaged"),
     "negative": ("inputs_0", header((-5,)), "inputs_0: damaged"),
     "cut": ("inputs_0", npy(X)[:-100], "inputs_0: damaged"),
-    "no header": ("inputs_0", b"inputs", "inputs_0: expected an array, got another file"),
+    "no header": ("inputs_0", b"inputs", "inputs_0: expected an array, got another kind of file"),
     "no characters": (
         "tokens_0",
         npy(BEYOND).replace(b"'<u4'", b"'<U1'"),
-        "tokens_0: expected text, got other numbers",
+        "tokens_0: expected text, got numbers that are not characters",
     ),
 }
 
@@ -159,7 +159,7 @@ def test_an_archive_that_unpacks_beyond_memory_is_not_unpacked(
     assert path.stat().st_size < 10**5
     monkeypatch.setattr(features, "available_bytes", lambda device: 10**6)
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
-    with pytest.raises(FeatureError, match="expected arrays of 1000000 bytes at most, got 80"):
+    with pytest.raises(FeatureError, match="expected arrays of at most 1000000 bytes, got 80"):
         load_features(path, 2, 8, 4, torch.float32)
 
 

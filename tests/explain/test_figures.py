@@ -313,10 +313,10 @@ except ModuleNotFoundError as error:
 IMAGE = np.zeros((4, 4))
 MISTAKES: list[tuple[Any, str]] = [
     (lambda: token_patch_map(np.zeros(3)), r"values: expected numbers \(La, Lb\)"),
-    (lambda: token_patch_map(np.full((2, 3), NAN)), "values: expected a finite one at least"),
+    (lambda: token_patch_map(np.full((2, 3), NAN)), "values: expected at least one finite value"),
     (lambda: token_patch_map(VALUES, ["a"]), "tokens: expected 4 strings, .* got 1"),
     (lambda: token_patch_map(VALUES, patches=["a"]), "patches: expected 4 strings"),
-    (lambda: token_patch_map(VALUES[:, :3], image=IMAGE), "grid: .* 3 patches are no square"),
+    (lambda: token_patch_map(VALUES[:, :3], image=IMAGE), "grid: .* 3 is not a square number"),
     (
         lambda: token_patch_map(VALUES, image=IMAGE, grid=(1, 3)),
         r"grid: .* 4 patches, got \(1, 3\)",

@@ -56,7 +56,7 @@ def test_token_means_without_the_exempt_tokens() -> None:
     assert not torch.allclose(token_means(batches)[0], token_means(batches, exempt=[0])[0])
     for exempt, kind, message in (
         ([2], ValueError, r"exempt: expected an int from 0 to 1, got 2"),
-        ([0, 0], ValueError, r"exempt: expected each modality once, got \(0, 0\)"),
+        ([0, 0], ValueError, r"exempt: expected distinct modalities, got \(0, 0\)"),
         (["a"], TypeError, r"exempt: expected an int, got str"),
     ):
         with pytest.raises(kind, match=message):

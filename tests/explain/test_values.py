@@ -263,7 +263,7 @@ def test_a_closed_form_has_finite_terms() -> None:
     x[0][:, 2] = torch.nan
     assert TwoAdditiveGame(layer, x, masks, target=0).value == clean.value, "padding"
     x[0][0, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"inputs: expected finite values of valid tokens"):
+    with pytest.raises(ValueError, match=r"inputs: expected valid tokens that are finite"):
         shapley_interactions(layer, x, masks, target=0)
     with pytest.raises(ValueError, match=r"coalitions: expected \(coalitions, 4\), got \(2, 3\)"):
         clean(np.ones((2, 3)))
@@ -302,9 +302,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"output": "p"}, r"output: expected one of logit, log_prob, got 'p'"),
     ({"fill": "x"}, r"fill: expected one of zero, mean, drop, got 'x'"),
     ({"method": "x"}, r"method: expected one of closed_form, auto"),
-    ({"indices": ["SV"]}, r"indices: expected one or more of SII, RG"),
-    ({"indices": 5}, r"indices: expected one or more of SII, RG"),
-    ({"indices": [["SII"]]}, r"indices: expected one or more of SII"),
+    ({"indices": ["SV"]}, r"indices: expected distinct names of SII, RG"),
+    ({"indices": 5}, r"indices: expected distinct names of SII, RG"),
+    ({"indices": [["SII"]]}, r"indices: expected distinct names of SII"),
     ({"expert": "x"}, r"expert: expected one of unique_0, unique_1, s"),
     ({"expert": 4}, r"expert: expected an int from 0 to 3, got 4"),
     ({"target": 3}, r"target: expected an int from 0 to 2, got 3"),
@@ -321,7 +321,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"pairs": [(A, (0, 9))]}, r"pairs: expected valid tokens, got \(modality, token\) \(0, 9\)"),
     ({"pairs": [(A, (0,)), (A, B)]}, r"pairs: expected an array of integers, got \["),
     ({"pairs": [(A, A)]}, r"pairs: expected pairs of two tokens, got \(0, 1\) twice"),
-    ({"pairs": [(A, B), (B, A)]}, r"pairs: expected each pair once"),
+    ({"pairs": [(A, B), (B, A)]}, r"pairs: expected distinct pairs"),
     ({"top": 3}, r"top: expected both scores and top"),
     ({"top": 3, "scores": [X] * 2}, r"scores\[0\]: expected \(2, tokens\), got \(5,\)"),
     ({"sampling": 5}, r"TypeError: sampling: expected a Sampling, got int"),

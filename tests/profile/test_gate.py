@@ -117,7 +117,7 @@ def test_an_equal_call_passes_and_is_recorded(pytester: pytest.Pytester) -> None
     result = run_suite(pytester, 0.004, "--gate", "floors.toml", "--benchmark-json", "out.json")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["ok: spin: expected 1.00x plain (any machine)*"])
-    result.stdout.fnmatch_lines(["*no ?machine? table describes this one*"])
+    result.stdout.fnmatch_lines(["*no ?machine? table describes this machine*"])
     written = json.loads((pytester.path / "out.json").read_text())
     facts = written["benchmarks"][0]["extra_info"]
     assert (facts["case"], facts["peer"], facts["clock"]) == ("spin", "plain", "processor")

@@ -53,7 +53,7 @@ def test_a_wrong_result_of_any_operator_is_caught(case: Case, key: str) -> None:
 def test_wrong_integers_and_names_are_caught() -> None:
     case = Case("routing", ROUTED, FORWARD)
     right = prepare(case, "cpu").outputs()
-    with pytest.raises(WrongAnswer, match="permutation: other integers"):
+    with pytest.raises(WrongAnswer, match="permutation: the integers differ"):
         compare(case, "made up", {**right, "permutation": right["permutation"].flip(0)})
     renamed = {("weights" if key == "weight" else key): x for key, x in right.items()}
     with pytest.raises(WrongAnswer, match=r"missing \['weight'\], unexpected \['weights'\]"):

@@ -83,13 +83,13 @@ def test_one_pass_of_an_own_layer(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "tokens: expected 2 numbers from 1, one for each modality, got none"),
-        (("--tokens", "5"), "tokens: expected 2 numbers from 1, one for each modality, got 5"),
-        (("--tokens", "5,4", "--batch", "0"), "batch: expected 1 at least, got 0"),
+        ((), "tokens: expected 2 positive numbers, one per modality, got none"),
+        (("--tokens", "5"), "tokens: expected 2 positive numbers, one per modality, got 5"),
+        (("--tokens", "5,4", "--batch", "0"), "batch: expected at least 1, got 0"),
         (("--tokens", "5,4", "--valid", "6,4"), "valid: expected 2 numbers from 1 to 5,4, got 6,4"),
         (("--tokens", "5,4", "--dtype", "int4"), "dtype: expected one of float32"),
         (("--tokens", "5,4", "--heads", "3"), "mine.pt: "),
-        (("--tokens", "5,4", "--shape", "mmimdb"), "--shape: does not apply to what is profiled"),
+        (("--tokens", "5,4", "--shape", "mmimdb"), "--shape: does not apply to this kind"),
     ],
 )
 def test_invalid_requests_for_own_layers(
@@ -116,7 +116,7 @@ def test_own_layer_without_kernels_is_an_error(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(user_layer.backends, "choose", lambda *_: "reference")
-    with pytest.raises(BackendUnavailable, match="no kernels for float32 on cpu here"):
+    with pytest.raises(BackendUnavailable, match="no kernels for float32 on cpu, only"):
         user_layer.contestants_of(UserLayer(str(checkpoint), 2, (5, 4)))
 
 

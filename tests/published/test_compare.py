@@ -234,7 +234,7 @@ X = torch.randn(2, 4, 16)
         (make_layer, [X[:, 0]] * 2, None, r"\(2, 16\)"),
         (make_layer, [X] * 2, [None], "1 masks for 2 modalities"),
         (make_layer, [X] * 2, [torch.zeros(2, 4)] * 2, "no sample with a valid token"),
-        (lambda: make_layer(i2), [X] * 2, [torch.ones(2, 4)] * 2, "does not take"),
+        (lambda: make_layer(i2), [X] * 2, [torch.ones(2, 4)] * 2, "takes none"),
         (make_mlp, [], None, r"expected one \(\.\.\., 16\)"),
         (make_mlp, [X[..., 1:]], None, r"expected one \(\.\.\., 16\)"),
         (make_mlp, [X] * 2, None, r"expected one \(\.\.\., 16\)"),
@@ -301,4 +301,4 @@ def test_tokens_whose_choice_depends_on_rounding_are_excluded() -> None:
     with torch.no_grad():
         mlp.gate.gate.weight.zero_()
         mlp.gate.gate.bias.zero_()
-    assert "hang on rounding" in left(swap(mlp))
+    assert "depends on rounding" in left(swap(mlp))

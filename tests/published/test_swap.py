@@ -285,7 +285,7 @@ def test_the_report_prints_a_table_of_each_kind() -> None:
     ):
         assert re.search(rf"(?m)^{pattern}$", text), text
     assert "indicative" in text
-    assert "capacities lifted" in text
+    assert "without capacity limits" in text
     entry = report.as_dict()
     assert set(entry) == {"swapped", "swapped_mlps", "left"}
     assert entry["swapped"][0]["name"] == "moe"

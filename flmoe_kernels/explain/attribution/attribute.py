@@ -58,65 +58,65 @@ def attribute(
     magnitude: bool = False,
     max_batch: int | None = None,
 ) -> Attribution:
-    """Attribution of the target's logit to each token, by expert. No L x L map is ever held.
+    """Attribute the target's logit to each token, by expert. No L x L map is ever stored.
 
     With z_e the target's logit of expert e and w_e its weight in the mixture, the score of expert e is w_e z_e,
     its part of the mixture's logit (explains="mixture"), or z_e (explains="expert"). Per expert:
 
     attention_rollout: a = r R, R = A_n ... A_1 over the layers, A = (P + I) / 2 with P the mean over heads of the
-        softmax rows; r the readout's weights of the last layer's tokens. Says where attention goes, whatever
-        the score. Source: arXiv 2005.00928.
+        softmax rows; r the readout's weights of the last layer's tokens. Describes the attention, independently
+        of the score. Source: arXiv 2005.00928.
     gradient_rollout: a = r R with A = (C + I) / (its row sums), C the mean over heads of relu(P * dP), dP the
-        score's gradient by the attention probabilities; w_e is held constant, as nothing of it depends on them.
+        score's gradient by the attention probabilities; w_e is constant, because it does not depend on them.
         Source: arXiv 2103.15679, which does not divide by the row sums.
     integrated_gradients: (x - x0) * integral over t of the score's gradient at x0 + t (x - x0), summed over the
         token's features; the token's values sum to score(x) - score(x0) up to `completeness_error`, the
         rule's error. Source: arXiv 1703.01365. With explains="mixture" the experts' weights move with t. Those of
-        FL-I2MoE come from features that are L2-normalised where masks are given, which jump at a zero baseline:
-        their gradient grows like 1 / t and its integral has no limit, so that values depend on the rule and
-        completeness is missed. Give another baseline, or explains="expert", which has the weights of x for all t.
+        FL-I2MoE come from features that are L2-normalised if masks are given. These jump at a zero baseline:
+        their gradient grows like 1 / t and its integral diverges, so values depend on the rule and completeness
+        does not hold. Use another baseline, or explains="expert", which uses the weights at x for all t.
 
-    Departures from the published evaluator (its masking evaluation of I2MoE): padded queries have no weight in
-    the readout, which there is the mean over all rows; in layers without a residual around the attention
-    (compat "i2moe") there is no I; integrated gradients there are the mean of |.| over features, `magnitude`
-    here, and the rule the right Riemann sum of 16 steps.
+    Differences from the published evaluator (its masking evaluation of I2MoE): padded queries have no weight in
+    the readout (published: the mean over all rows); in layers without a residual around the attention
+    (compat "i2moe") there is no I; published integrated gradients are the mean of |.| over features
+    (`magnitude` here), by the right Riemann sum of 16 steps.
 
-    Routed MLPs whose gates have a capacity make a sample's logits depend on its batch: the rollouts' batch is the
-    given one, that of integrated gradients the rows of a pass.
+    If routed MLPs have gates with a capacity, a sample's logits depend on its batch. For rollouts this is the
+    given batch, for integrated gradients the rows of one pass.
 
     Args:
-        model: InteractionMoE or its reference (swap() makes a published layer one); for integrated_gradients also
-            PairInteractionMoE or any differentiable callable of (inputs, masks) that returns logits, as one
-            expert, "model". In eval mode. Its parameters' gradients are left alone.
-        inputs: M x (B, L_m, D_m); None for a missing modality where the model takes it.
-        masks: M x (B, L_m), True or 1 = valid, or None each.
-        method: one of the three.
+        model: InteractionMoE or its reference (swap() converts a published layer); for integrated_gradients also
+            PairInteractionMoE, or any differentiable callable of (inputs, masks) that returns logits; it counts
+            as one expert, "model". In eval mode. The gradients of its parameters are not changed.
+        inputs: M x (B, L_m, D_m); None for a missing modality if the model accepts it.
+        masks: M x (B, L_m), True or 1 = valid; None for a modality without mask.
+        method: "attention_rollout", "gradient_rollout" or "integrated_gradients".
         target, multi_label: see `resolve_targets`; by default the class that the model predicts.
         explains: "mixture" or "expert"; a model without experts is the mixture.
         readout: of the rollouts: "tokens", uniform over all valid tokens, as published; "latent", uniform over
             the modalities and the valid tokens of each, the mean of the latent's parts; or a modality, whose
             part of the latent is the mean of its tokens.
         baseline: x0, M x (D_m,) or (L_m, D_m), such as `token_means`; by default 0.
-        n_steps, rule: nodes of the quadrature: "gauss_legendre" converges geometrically on these smooth models
-            and is the default; "midpoint" where kinks rule (ReLU networks).
-        magnitude: the mean of |.| over a token's features in place of their sum.
-        max_batch: rows of one pass of integrated gradients, samples times steps; None for what memory allows.
+        n_steps, rule: nodes of the quadrature: "gauss_legendre" (default) converges geometrically on these smooth
+            models; use "midpoint" for functions with kinks (ReLU networks).
+        magnitude: take the mean of |.| over a token's features instead of their sum.
+        max_batch: rows of one pass of integrated gradients, samples times steps; None: as memory allows.
 
     Returns:
         Attribution.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
 
-    Cost: a rollout one pass of each expert, with gradients two and a backward; memory O(B L (D + H d)) and the
-    blocks of scores. Integrated gradients n_steps passes and backwards, max_batch rows in memory.
+    Cost: a rollout takes one pass per expert, with gradients two passes and a backward; memory O(B L (D + H d))
+    and the blocks of scores. Integrated gradients: n_steps passes and backwards, max_batch rows in memory.
     """
     check.require_choice("method", method, METHODS)
     check.require_choice("explains", explains, EXPLAINS)
     require_model(model, masking=False)
     require_samples(inputs, masks)
     with torch.inference_mode(False):
-        # Copies are made outside inference mode, whose tensors autograd refuses.
+        # Copies are made outside inference mode, because autograd rejects inference tensors.
         inputs = [None if x is None else x.detach().clone() for x in inputs]
         if masks is not None:
             masks = [None if mask is None else mask.clone() for mask in masks]
@@ -140,12 +140,12 @@ class _Experts:
 
     @classmethod
     def of(cls, model: Any, inputs: Inputs, masks: Inputs | None) -> _Experts:
-        """Raises TypeError, ValueError: no such layer, or inputs that it does not take."""
+        """Raises TypeError, ValueError: another kind of layer, or inputs that it does not accept."""
         if not isinstance(model, ReferenceInteractionMoE):
             raise TypeError(
                 "model: expected InteractionMoE or its reference, whose attention is known, got "
-                f"{type(model).__name__}; swap() makes a published layer one, and "
-                "method='integrated_gradients' takes any model"
+                f"{type(model).__name__}; swap() converts a published layer, and "
+                "method='integrated_gradients' accepts any model"
             )
         given: Any = inputs
         parameter: Any = model.reweight.mlp.network[0].weight
@@ -161,7 +161,7 @@ class _Experts:
     def run(
         self, e: int, inputs: Any, masks: Inputs | None
     ) -> tuple[Tensor, list[AttentionRecord]]:
-        """Logits (B, C) of expert e and what its attentions computed, first layer first."""
+        """Return the logits (B, C) of expert e and the records of its attentions, first layer first."""
         fusion, records = self.fusions[e]
         try:
             logits, _ = fusion(inputs, masks)
@@ -170,7 +170,7 @@ class _Experts:
             records.clear()
 
     def scores(self, e: int, mixed: bool) -> LogitsOf:
-        """A function of inputs and masks: logits (B, C) of expert e, times its weights where mixed."""
+        """A function of inputs and masks: logits (B, C) of expert e, times its weights if mixed."""
 
         def logits(inputs: Any, masks: Any) -> Tensor:
             own = self.run(e, inputs, masks)[0]
@@ -211,7 +211,7 @@ def _by_rollout(
     scores = torch.stack([targets.read(own, LOGIT) for own in logits], dim=1) * factors
     lengths = [x.shape[1] for x in valid]
     values = torch.stack(rows, dim=1)
-    # What attention says of an expert does not know its weight; a gradient of w_e z_e does.
+    # Attention rollouts do not include the expert's weight; a gradient of w_e z_e does.
     shares = weights if explains == EXPERT or method == ROLLOUT else torch.ones_like(weights)
     return Attribution(
         index=method,
@@ -231,7 +231,7 @@ def _by_rollout(
 
 
 def readout_weights(readout: str | int, valid: Sequence[Tensor]) -> Tensor:
-    """What the readout takes of each token of the last layer, (B, L) in float64, 0 for padding."""
+    """Weight of each token of the last layer in the readout, (B, L) in float64, 0 for padding."""
     if isinstance(readout, str):
         check.require_choice("readout", readout, READOUTS)
     else:
@@ -247,7 +247,7 @@ def readout_weights(readout: str | int, valid: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """What integrated gradients differentiate: logits of each part, and of all of them together."""
+    """The functions that integrated gradients differentiate: logits of each part and of the mixture."""
 
     names: tuple[str, ...]
     logits: list[LogitsOf]
@@ -266,7 +266,7 @@ def _parts(model: Any, inputs: Inputs, masks: Inputs | None, explains: str) -> _
         return _Parts(experts.names, functions, mixture, weights)
     with torch.no_grad():
         mixture = logits_of(model, inputs, masks, None)
-    # The experts of PairInteractionMoE are added, each with weight 1; another model is its only part.
+    # PairInteractionMoE adds its experts with weight 1; any other model is a single part.
     names = expert_names(model)
     places: list[int | None] = [*range(len(names))] if names else [None]
     functions = [functools.partial(_logits_of_part, model, place) for place in places]
@@ -295,12 +295,12 @@ def _by_path(
     together: list[Tensor] = []
     errors, scores = [], []
     for logits, share in zip(parts.logits, shares.double().unbind(dim=1), strict=True):
-        found = integrated_gradients(logits, inputs, masks, targets, path)
-        errors.append(found.error)
-        scores.append(found.score)
-        for m, x in enumerate(found.values):
+        result = integrated_gradients(logits, inputs, masks, targets, path)
+        errors.append(result.error)
+        scores.append(result.score)
+        for m, x in enumerate(result.values):
             values[m].append(_of_tokens(x, valid[m], magnitude))
-        weighted = [x * share.view(-1, *[1] * (x.dim() - 1)) for x in found.values]
+        weighted = [x * share.view(-1, *[1] * (x.dim() - 1)) for x in result.values]
         together = (
             [x + y for x, y in zip(together, weighted, strict=True)] if together else weighted
         )
@@ -308,7 +308,7 @@ def _by_path(
         index=INTEGRATED,
         explains=explains,
         experts=parts.names,
-        values=tuple(torch.stack(each, dim=1) for each in values),
+        values=tuple(torch.stack(by_expert, dim=1) for by_expert in values),
         mixture=tuple(_of_tokens(x, v, magnitude) for x, v in zip(together, valid, strict=True)),
         valid=tuple(valid),
         weights=parts.weights.double(),
@@ -322,10 +322,10 @@ def _by_path(
 
 
 def _of_tokens(values: Tensor, valid: Tensor, magnitude: bool) -> Tensor:
-    """(B, L) of values (B, L, ...) by feature; 0 for padding."""
+    """Reduce values (B, L, ...) over features to (B, L); 0 for padding."""
     features = values.flatten(2)
-    found = features.abs().mean(dim=2) if magnitude else features.sum(dim=2)
-    return found.masked_fill(~valid, 0.0)
+    reduced = features.abs().mean(dim=2) if magnitude else features.sum(dim=2)
+    return reduced.masked_fill(~valid, 0.0)
 
 
 def _path(
@@ -342,6 +342,6 @@ def _path(
         None if x is None or start is None else start.expand_as(x)
         for x, start in zip(inputs, fill_values(fill, baseline, inputs), strict=True)
     ]
-    # A backward pass keeps about twice what a forward pass holds.
+    # A backward pass needs about twice the memory of a forward pass.
     max_batch = choose_batch(max_batch, inputs, copies=2)
     return Path(starts, rule, n_steps, max_batch)

@@ -21,8 +21,8 @@ LogitsOf = Callable[[Inputs, Inputs | None], Tensor]
 def quadrature(rule: str, n_steps: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights (n_steps,) in float64 of a rule on [0, 1]; the weights sum to 1.
 
-    midpoint: error O(1 / n_steps^2), whatever the integrand's kinks. gauss_legendre: exact for polynomials of
-    degree 2 n_steps - 1, which smooth models reward and kinks (ReLU) do not. Nodes are the eigenvalues of the
+    midpoint: error O(1 / n_steps^2), also for integrands with kinks. gauss_legendre: exact for polynomials of
+    degree 2 n_steps - 1, so it suits smooth models but not kinks (ReLU). Nodes are the eigenvalues of the
     Legendre polynomials' recurrence (Golub and Welsch 1969).
     """
     if rule == MIDPOINT:
@@ -36,7 +36,7 @@ def quadrature(rule: str, n_steps: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """From x0 to x, and the nodes on the way.
+    """The start of the path from x0 to x, and the quadrature along it.
 
     Attributes:
         starts: x0, M x (B, L_m, ...), None for a missing modality.
@@ -52,7 +52,7 @@ class Path:
 
 @dataclass(frozen=True, eq=False)
 class PathIntegral:
-    """Attributions M x (B, L_m, ...), the score (B,) and the error of the completeness axiom (B,). float64."""
+    """Attributions M x (B, L_m, ...), the score (B,) and the completeness error (B,), in float64."""
 
     values: list[Tensor]
     score: Tensor
@@ -64,19 +64,19 @@ def integrated_gradients(
 ) -> PathIntegral:
     """(x - x0) * integral over t in [0, 1] of dF(x0 + t (x - x0)) / dx, F the target's logit.
 
-    The error is F(x) - F(x0) - the sum of the values: that of the quadrature.
+    The error, F(x) - F(x0) - the sum of the values, is that of the quadrature.
 
     Args:
         logits_of: differentiable by its inputs; a sample's logits must not depend on its batch.
         inputs: M x (B, L_m, ...), x; None for a missing modality, whose values have no tokens.
-        masks: as logits_of takes them.
+        masks: passed to logits_of.
         targets: of the B samples.
         path: see Path.
 
     Raises:
-        ValueError: the logits carry no gradient.
+        ValueError: the logits have no gradient.
 
-    Memory: what logits_of needs for max_batch rows, and a few times the inputs.
+    Memory: that of logits_of for max_batch rows, and a few times the inputs.
     Source: Sundararajan, Taly and Yan, arXiv 1703.01365.
     """
     nodes, weights = quadrature(path.rule, path.n_steps)
@@ -123,17 +123,17 @@ def _weighted_gradients(
         if x is None or start is None:
             points.append(None)
             continue
-        # In half precision the points are rounded, each number on its own, and not the nodes, all alike.
+        # In half precision only the points are rounded; rounded nodes would shift all points alike.
         wide = torch.promote_types(x.dtype, torch.float32)
         t = nodes.to(wide).view(count, *[1] * x.dim())
         whole = torch.lerp(start[samples].to(wide), x[samples].to(wide), t)
         points.append(whole.to(x.dtype).flatten(0, 1).requires_grad_())
-    given = [point for point in points if point is not None]
+    present = [point for point in points if point is not None]
     with torch.enable_grad():
         score = targets.read(logits_of(points, rows_of(masks, rows)), LOGIT, rows).sum()
     if not score.requires_grad:
         raise ValueError("model: expected logits with a gradient by the inputs, got none")
-    gradients = iter(torch.autograd.grad(score, given, materialize_grads=True))
+    gradients = iter(torch.autograd.grad(score, present, materialize_grads=True))
     return [
         None
         if point is None
@@ -149,13 +149,13 @@ def _scores(
 ) -> Tensor:
     """The target's logit (B,) in float64."""
     batch, device = _batch_of(inputs)
-    found = []
+    scores = []
     for rows in torch.arange(batch, device=device).split(max_batch):
-        given = rows_of(inputs, rows)
-        assert given is not None
-        logits = logits_of(given, rows_of(masks, rows))
-        found.append(targets.read(logits, LOGIT, rows))
-    return torch.cat(found)
+        chosen = rows_of(inputs, rows)
+        assert chosen is not None
+        logits = logits_of(chosen, rows_of(masks, rows))
+        scores.append(targets.read(logits, LOGIT, rows))
+    return torch.cat(scores)
 
 
 def _batch_of(inputs: Inputs) -> tuple[int, torch.device]:

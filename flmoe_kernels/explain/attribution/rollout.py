@@ -1,9 +1,9 @@
 """Attention rollout and attention x gradient rollout without L x L maps.
 
-A rollout multiplies the attention of all layers, R = A_n ... A_1, and reads w R for some weights w (L,) over the
-last layer's tokens. Only w R is ever needed, so w travels from the last layer down, one vector times one matrix
-at a time, and the matrix is made for a block of queries at a time from q and k: nothing larger than the blocks
-of MAX_SCORES scores exists, whatever L is.
+A rollout multiplies the attention of all layers, R = A_n ... A_1, and returns w R for weights w (L,) over the
+last layer's tokens. Only w R is needed, so w is multiplied by one matrix at a time, from the last layer to the
+first. The matrix is computed from q and k in blocks of queries: no buffer is larger than MAX_SCORES scores,
+whatever L is.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from flmoe_kernels.layers.interaction_moe.packing import plan_tokens
 from flmoe_kernels.layers.interaction_moe.reference import Attention
 from flmoe_kernels.ops.expert_attention.api import expert_attention
 
-# Scores of one block, 4 MiB of float32: a few of these are alive at once. They stay in a CPU's caches, and one
-# product fills a GPU. mmimdb's 516 tokens and 4 heads go sample by sample, 508 queries at once.
+# Scores of one block, 4 MiB of float32; a few blocks exist at once. They fit in a CPU's caches, and one
+# product fills a GPU. mmimdb's 516 tokens and 4 heads are computed by sample, 508 queries at a time.
 MAX_SCORES = 2**20
-# Of a row's sum, as in the published evaluator; only a row of zeros comes near.
+# Lower bound of a row's sum, as in the published evaluator; only a row of zeros reaches it.
 LEAST_SUM = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionRecord:
-    """What one attention computed: q, k, v (B, L, H, d) and, before the projection, its output (B, L, H * d)."""
+    """Tensors of one attention call: q, k, v (B, L, H, d) and the output before projection (B, L, H * d)."""
 
     q: Tensor
     k: Tensor
@@ -39,11 +39,11 @@ class AttentionRecord:
 
 
 class RecordingAttention(nn.Module):
-    """The attention of a fusion layer on the same parameters, by expert_attention, which keeps no map.
+    """The attention of a fusion layer, with the same parameters, by expert_attention, which stores no map.
 
-    Every call appends an AttentionRecord to `records`. Padded queries give 0 and a sample of padding alone gives
-    0, where the reference gives values that nothing reads, and NaN. With gradients enabled the output always
-    carries one, also where no parameter asks for it.
+    Every call appends an AttentionRecord to `records`. Padded queries, and samples that are all padding, give 0;
+    the reference gives unused values, and NaN. If gradients are enabled, the output always requires grad, even
+    if no parameter does.
     """
 
     def __init__(self, attention: Attention, records: list[AttentionRecord]) -> None:
@@ -82,11 +82,11 @@ class RecordingAttention(nn.Module):
 def evaluation_copy(
     module: nn.Module, replace: Callable[[nn.Module], nn.Module | None] | None = None
 ) -> nn.Module:
-    """The module in eval mode on the same parameters; the module itself is left as it is.
+    """Copy a module, in eval mode and with the same parameters; the module itself is not changed.
 
     Args:
-        module: of plain containers and parts that call one another as submodules.
-        replace: another module for a part, or None for a copy of it.
+        module: its parts must call each other as submodules.
+        replace: returns the replacement of a part, or None to copy the part.
     """
     return _copied(module, replace, {})
 
@@ -97,21 +97,21 @@ def _copied(
     seen: dict[int, nn.Module],
 ) -> nn.Module:
     if id(module) not in seen:
-        other = None if replace is None else replace(module)
-        if other is None:
-            other = copy.copy(module)
+        clone = None if replace is None else replace(module)
+        if clone is None:
+            clone = copy.copy(module)
             parts = {
                 name: None if part is None else _copied(part, replace, seen)
                 for name, part in module._modules.items()
             }
-            other.__dict__["_modules"] = parts
-        other.__dict__["training"] = False
-        seen[id(module)] = other
+            clone.__dict__["_modules"] = parts
+        clone.__dict__["training"] = False
+        seen[id(module)] = clone
     return seen[id(module)]
 
 
 def recording_copy(fusion: nn.Module) -> tuple[nn.Module, list[AttentionRecord]]:
-    """A fusion model in eval mode on the same parameters, and the list that its attentions append to."""
+    """Copy a fusion model in eval mode, with the same parameters; also the list that attentions append to."""
     records: list[AttentionRecord] = []
 
     def replaced(part: nn.Module) -> nn.Module | None:
@@ -125,9 +125,9 @@ def attention_rollout(
 ) -> Tensor:
     """w R (B, L) in float64 for w = readout (B, L), R = A_n ... A_1 with head means A:
 
-        A_l = (mean over heads of softmax(scale q k^T) + I) / 2, without I and 1/2 where there is no residual.
+        A_l = (mean over heads of softmax(scale q k^T) + I) / 2, without I and 1/2 if there is no residual.
 
-    Source: Abnar and Zuidema, arXiv 2005.00928. Time as the forward pass of the attention.
+    Source: Abnar and Zuidema, arXiv 2005.00928. Takes about as long as the attention's forward pass.
     """
     rows = readout.double()
     for record in reversed(records):
@@ -150,8 +150,8 @@ def gradient_rollout(
 
         C = mean over heads of relu(P * dP),   M = (C + I) / (row sums of C + I)
 
-    P the probabilities and dP = g v^T the score's gradient by them, made block by block like P from the gradient
-    g (B, L, H * d) by the attention's output, one per record. Without a residual there is no I.
+    P: the probabilities. dP = g v^T: the score's gradient by P, computed in blocks like P. g (B, L, H * d): the
+    gradient by the attention's output, one for each record. Without a residual there is no I.
     """
     rows = readout.double()
     for record, gradient in zip(reversed(records), reversed(gradients), strict=True):
@@ -185,12 +185,12 @@ def _blocks(record: AttentionRecord, valid: Tensor) -> Iterator[tuple[slice, sli
             queries = slice(start, start + block)
             scores = _upcast(record.q[chosen, queries]).transpose(1, 2) @ keys
             scores = scores.masked_fill_(padded, float("-inf")).softmax(dim=-1)
-            # The softmax of a sample of padding alone is NaN.
+            # The softmax is NaN for a sample that is all padding.
             yield chosen, queries, scores.masked_fill_(padded, 0.0)
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows (S, Q) times matrix (S, Q, L) in the matrix's dtype, added to in float64."""
+    """rows (S, Q) times matrix (S, Q, L), computed in the matrix's dtype and returned in float64."""
     return (rows.to(matrix.dtype).unsqueeze(1) @ matrix).squeeze(1).double()
 
 

@@ -27,21 +27,21 @@ class Targets:
     multi_label: bool
 
     def read(self, logits: Tensor, metric: str, samples: Tensor | None = None) -> Tensor:
-        """A metric (N,) in float64 of logits (N, C) that belong to these samples, (N,) int64; None for 0..B - 1.
+        """A metric (N,) in float64 of logits (N, C); samples (N,) int64 are their samples, None for 0..B - 1.
 
-        With the target class c, or the mean over the n positive labels c:
+        For the target class c, or averaged over the n positive labels c:
 
             logit       z_c
             prob        softmax(z)_c        sigmoid(z_c)
             log_prob    log softmax(z)_c    log sigmoid(z_c)
 
-        The published evaluator stops log sigmoid at log 1e-12; here it goes on.
+        The published evaluator clamps log sigmoid at log 1e-12; this one does not.
 
         Raises:
-            ValueError: logits of other samples or classes than the targets.
+            ValueError: the number of samples or classes differs from that of the targets.
         """
         weights = self.weights if samples is None else self.weights[samples]
-        # One column would be spread over all of the other's.
+        # A single column would be broadcast to all classes.
         check.require_shape(
             "logits", logits, tuple(weights.shape), "(samples, classes) as the targets"
         )
@@ -50,24 +50,24 @@ class Targets:
             z = z.sigmoid() if self.multi_label else z.softmax(dim=1)
         elif metric == LOG_PROB:
             z = F.logsigmoid(z) if self.multi_label else z.log_softmax(dim=1)
-        # A class of weight 0 has no part, also where its logit or log-probability is infinite.
+        # A class of weight 0 contributes 0, even if its logit or log-probability is infinite.
         return torch.where(weights == 0, 0.0, z * weights).sum(dim=1)
 
 
 def resolve_targets(
     target: int | Tensor | None, logits: Tensor, multi_label: bool = False
 ) -> Targets:
-    """The explained classes, once, from what was asked for and the logits (B, C) of the unmasked inputs.
+    """Return the explained classes, from `target` and the logits of the unmasked inputs.
 
     Args:
-        target: a class, or (B,) int64, one for each sample; (B, C) bool or 0/1, the positive labels of each
-            (multi-label); None for what the model predicts: its largest logit, or with multi_label the labels
-            of sigmoid(z) >= 1/2.
+        target: a class; (B,) int64, a class for each sample; (B, C) bool or 0/1, the positive labels of each
+            sample (multi-label); None for the prediction: the class of the largest logit, or with multi_label
+            the labels with sigmoid(z) >= 1/2.
         logits: (B, C).
-        multi_label: what None means; a target (B, C) is multi-label in any case.
+        multi_label: the meaning of None; a target (B, C) is always multi-label.
 
-    A multi-label sample without positives has its largest logit for its only label: every sample has something
-    to explain. Ties go to the lower class.
+    For a multi-label sample without positive labels, the class of the largest logit is explained. Ties go to
+    the lower class.
     """
     batch, classes = logits.shape
     likeliest = F.one_hot(_first_largest(logits), classes).double()
@@ -85,7 +85,7 @@ def resolve_targets(
         if target.dim() == 1:
             if multi_label:
                 raise ValueError(
-                    "target: with multi_label expected labels (B, C), got a class each"
+                    "target: with multi_label expected labels (B, C), got classes (B,)"
                 )
             check.require_index("target", target, (batch,), classes, logits.device)
             return Targets(F.one_hot(target, classes).double(), False)
@@ -103,11 +103,11 @@ def require_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     for metric in metrics:
         check.require_choice("metrics", metric, METRICS)
     if len(set(metrics)) < len(metrics):
-        raise ValueError(f"metrics: expected each once, got {', '.join(metrics)}")
+        raise ValueError(f"metrics: expected no duplicates, got {', '.join(metrics)}")
     return tuple(metrics)
 
 
 def _first_largest(logits: Tensor) -> Tensor:
-    """torch.argmax leaves open which of several equal values it names."""
+    """Index of the first largest logit; torch.argmax does not specify which of equal values it returns."""
     largest = logits.amax(dim=1, keepdim=True)
     return (logits == largest).to(torch.uint8).sort(dim=1, descending=True, stable=True)[1][:, 0]

@@ -1,4 +1,4 @@
-"""The result of `attribute`: values of tokens, by expert."""
+"""Results of `attribute`: values of tokens, by expert."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ MIXTURE, EXPERT = EXPLAINS = ("mixture", "expert")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attribution(Saved):
-    """Every token's part in the target's logit of each sample, by expert. float64, no autograd graph.
+    """Contribution of every token to the target's logit, by sample and expert; float64, without autograd graph.
 
     Attributes:
         index: the method, one of METHODS.
         explains: "mixture" or "expert", see `attribute`.
         experts: E names.
         values: M x (B, E, L_m), 0 for padding.
-        mixture: M x (B, L_m), of all experts together: sum_e w_e values_e where each expert's own score is
-            explained, or nothing of it enters the values (attention rollout), and sum_e values_e where the
-            experts' parts of the mixture are. Magnitudes are taken after that sum.
+        mixture: M x (B, L_m), of all experts together: sum_e w_e values_e if each expert's own score is
+            explained, or if values do not depend on the score (attention rollout); sum_e values_e if the
+            experts' parts of the mixture are explained. Magnitudes are taken after that sum.
         valid: M x (B, L_m) bool.
         weights: (B, E), the mixture's weights of the experts at these inputs.
-        targets: (B, C), what is explained: rows that sum to 1 over the explained classes.
-        multi_label: whether several classes may be.
+        targets: (B, C), weights of the explained classes; rows sum to 1.
+        multi_label: whether several classes may be explained.
         scores: (B, E), the explained scores of the experts.
         completeness_error: (B, E), for integrated gradients the score less its value at the baseline less the
             sum of the values before any magnitude is taken; else None.
         budget: evaluations of each sample's score per expert.
-        settings: what the method was called with.
+        settings: arguments of the method.
     """
 
     _ARRAYS: ClassVar = ("weights", "targets", "scores", "completeness_error")
@@ -62,7 +62,7 @@ class Attribution(Saved):
     settings: dict[str, str | int]
 
     def of(self, expert: str | int | None = None) -> list[Tensor]:
-        """Values M x (B, L_m) of one expert, by name or position, or of the mixture."""
+        """Return the values M x (B, L_m) of one expert, by name or position, or of the mixture (None)."""
         if expert is None:
             return [x.clone() for x in self.mixture]
         place = self._place(expert)
@@ -73,11 +73,11 @@ class Attribution(Saved):
     ) -> list[Tensor]:
         """As `of`, scaled for each sample and modality to 0..1 over its valid tokens: (x - min) / (max - min).
 
-        Where all are equal, 0; padding is 0. The published evaluator leaves padding and the exempt token as they
-        come.
+        Padding is 0, and all values are 0 if they are equal. The published evaluator does not set padding or the
+        exempt token to 0.
 
         Args:
-            exempt: modalities whose token 0 has no part in this and is 0.
+            exempt: modalities whose token 0 is excluded and set to 0.
         """
         chosen = candidates(self.valid, exempt)
         return [min_max(x, ok) for x, ok in zip(self.of(expert), chosen, strict=True)]

@@ -22,7 +22,7 @@ Scores = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class Candidates:
-    """pairs (p, 2) of players, i < j, and how they were chosen in words that the result repeats."""
+    """Pairs (p, 2) of players, i < j, and a description of their selection for the result."""
 
     pairs: Ints
     chosen: str
@@ -34,19 +34,19 @@ def candidate_pairs(
     scores: Scores | None = None,
     top: int | None = None,
 ) -> Candidates:
-    """The candidates of one sample.
+    """Return the candidate pairs of one sample.
 
     Args:
         tokens: (n, 2), modality and position of each player.
         pairs: "all"; "across", of tokens of two modalities; or a list of ((m, i), (n, j)), token i of modality m
             with token j of modality n, both valid.
-        scores: with `top`, an attribution of each token, M x (L_m,); padded tokens' do not matter.
-        top: keep in each modality the tokens of the largest |score| only, so many of them; ties by the lowest
-            position. The S of an index are still drawn among all players: a pair that is kept has the same
-            index as without pruning.
+        scores: with `top`, an attribution of each token, M x (L_m,); scores of padded tokens are ignored.
+        top: number of tokens of largest |score| that are kept in each modality; ties go to the lowest position.
+            The S of an index are still drawn among all players, so pruning does not change the index of a pair
+            that is kept.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
     if (scores is None) != (top is None):
         raise ValueError("top: expected both scores and top, or neither")
@@ -61,11 +61,11 @@ def candidate_pairs(
         check.require_count("top", top, 1)
         players = _top_players(tokens, scores, top)
         of = f" of the {top} tokens of largest |score| in each modality"
-    found = all_pairs(players)
+    chosen = all_pairs(players)
     if pairs == ACROSS:
         modality = tokens[:, 0]
-        found = found[modality[found[:, 0]] != modality[found[:, 1]]]
-    return Candidates(found, ("all pairs" if pairs == ALL else "pairs across modalities") + of)
+        chosen = chosen[modality[chosen[:, 0]] != modality[chosen[:, 1]]]
+    return Candidates(chosen, ("all pairs" if pairs == ALL else "pairs across modalities") + of)
 
 
 def _top_players(tokens: Ints, scores: Scores, top: int) -> Ints:
@@ -86,23 +86,23 @@ def _top_players(tokens: Ints, scores: Scores, top: int) -> Ints:
             )
         size = score.detach().to(torch.float64).abs().cpu().numpy()[tokens[mine, 1]]
         if not np.isfinite(size).all():
-            raise ValueError(f"scores[{m}]: expected finite scores of valid tokens, got others")
+            raise ValueError(f"scores[{m}]: expected finite scores of valid tokens, got NaN or inf")
         kept.append(mine[np.sort(np.argsort(-size, kind="stable")[:top])])
     return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
 
 
 def listed_pairs(name: str, pairs: Any, tokens: Ints) -> Ints:
-    """The pairs (p, 2) of a list of ((m, i), (n, j)), as rows of tokens (n, 2)."""
-    found = _integers(name, pairs)
-    if not found.size:
+    """Return the pairs (p, 2) of a list of ((m, i), (n, j)), as row numbers of tokens (n, 2)."""
+    array = _integers(name, pairs)
+    if not array.size:
         return np.zeros((0, 2), dtype=np.int64)
-    if found.ndim != 3 or found.shape[1:] != (2, 2) or found.dtype.kind not in "iu":
+    if array.ndim != 3 or array.shape[1:] != (2, 2) or array.dtype.kind not in "iu":
         raise ValueError(
-            f"{name}: expected a list of ((m, i), (n, j)), got {found.dtype} {found.shape}"
+            f"{name}: expected a list of ((m, i), (n, j)), got {array.dtype} {array.shape}"
         )
     player = {(m, i): k for k, (m, i) in enumerate(tokens.tolist())}
     rows = []
-    for pair in found.tolist():
+    for pair in array.tolist():
         first, second = map(tuple, pair)
         for token in (first, second):
             if token not in player:
@@ -114,7 +114,7 @@ def listed_pairs(name: str, pairs: Any, tokens: Ints) -> Ints:
 
 
 def _integers(name: str, pairs: Any) -> Any:
-    """An array. Raises ValueError: rows of several lengths, or a tensor that is not on the host."""
+    """Convert to an array. Raises ValueError: rows of different lengths, or a tensor not on the CPU."""
     try:
         return np.asarray(pairs)
     except (TypeError, ValueError) as error:
@@ -122,23 +122,23 @@ def _integers(name: str, pairs: Any) -> Any:
 
 
 def require_pairs(pairs: Any, players: int) -> Ints:
-    """Pairs (p, 2) of players, each i < j.
+    """Return pairs (p, 2) of players, sorted so that i < j.
 
     Raises:
-        ValueError: another shape, a player that is none, a pair of one player or given twice.
+        ValueError: wrong shape, unknown player, a pair of a player with itself, or a duplicate pair.
     """
-    found = _integers("pairs", pairs)
-    if not found.size:
+    array = _integers("pairs", pairs)
+    if not array.size:
         return np.zeros((0, 2), dtype=np.int64)
-    if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":
-        raise ValueError(f"pairs: expected integers (pairs, 2), got {found.dtype} {found.shape}")
-    found = np.sort(found.astype(np.int64), axis=1)
-    if found.min() < 0 or found.max() >= players:
+    if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu":
+        raise ValueError(f"pairs: expected integers (pairs, 2), got {array.dtype} {array.shape}")
+    array = np.sort(array.astype(np.int64), axis=1)
+    if array.min() < 0 or array.max() >= players:
         raise ValueError(
-            f"pairs: expected players from 0 to {players - 1}, got {found.min()} to {found.max()}"
+            f"pairs: expected players from 0 to {players - 1}, got {array.min()} to {array.max()}"
         )
-    if (found[:, 0] == found[:, 1]).any():
-        raise ValueError("pairs: expected two players each, got a pair of one with itself")
-    if len(np.unique(found, axis=0)) < len(found):
-        raise ValueError("pairs: expected each pair once, got one twice")
-    return found
+    if (array[:, 0] == array[:, 1]).any():
+        raise ValueError("pairs: expected two different players, got a player with itself")
+    if len(np.unique(array, axis=0)) < len(array):
+        raise ValueError("pairs: expected distinct pairs, got a duplicate")
+    return array

@@ -1,4 +1,4 @@
-"""Checkpoints of long runs: the values evaluated so far, one file per sample, bound to the request."""
+"""Checkpoints of long runs: one file of evaluated values per sample."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _KIND = "flmoe_kernels.explain checkpoint"
 
 
 class Checkpoint:
-    """The values that one sample's run has evaluated, 8 bytes each, in the order of evaluation.
+    """The values that one sample's run has evaluated, 8 bytes per value, in the order of evaluation.
 
-    A run asks for the same coalitions in the same order every time, so the values alone restore it. Of several
-    ranks, the first reads and writes.
+    A run evaluates the same coalitions in the same order every time, so the values alone restore it. With
+    several ranks, only the first reads and writes.
 
     Args:
-        folder: made if missing.
+        folder: created if missing.
         sample: position in the batch, part of the file's name.
-        fingerprint: of the request; a file of another one is refused, not overwritten.
+        fingerprint: of the request; the file of another request is rejected, not overwritten.
     """
 
     def __init__(self, folder: str | Path, sample: int, fingerprint: str, ranks: Ranks) -> None:
@@ -40,10 +40,10 @@ class Checkpoint:
         self._saved, self._took = -math.inf, 0.0
 
     def read(self) -> tuple[Floats, int] | None:
-        """The values saved last and the batch size they were evaluated with; None where there is no file.
+        """Return the saved values and the batch size of their evaluation; None if there is no file.
 
         Raises:
-            ValueError: the file is of another request, or damaged.
+            ValueError: the file belongs to another request, or is damaged.
         """
         mine = None
         if self._ranks.first and self.path.exists():
@@ -55,7 +55,7 @@ class Checkpoint:
         if header.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"{self.path}: belongs to another run: the model, the sample or the request differs; "
-                "give another folder, or remove it"
+                "use another folder, or remove the file"
             )
         values, batch_size = arrays.get("values", np.zeros(0)), header.get("batch_size")
         if values.ndim != 1 or values.dtype != np.float64 or not isinstance(batch_size, int):
@@ -64,7 +64,7 @@ class Checkpoint:
         return values, batch_size
 
     def add(self, values: Floats, batch_size: int) -> None:
-        """Keep the values of a batch, and save where that takes a small share of the time since the last save."""
+        """Keep the values of a batch; save if this takes a small share of the time since the last save."""
         if self._ranks.first:
             self._values.append(values.copy())
             self._batch_size = batch_size
@@ -72,7 +72,7 @@ class Checkpoint:
                 self.save()
 
     def save(self) -> None:
-        """Write all values; the file is the old one or the new one, whenever the process ends."""
+        """Write all values atomically: if the process is stopped, the file is either the old or the new one."""
         if not self._ranks.first:
             return
         start = time.monotonic()

@@ -19,7 +19,7 @@ _STEP_COALITIONS = 4096
 
 @dataclass
 class Enumeration:
-    """Exact indices of a game of at most MAX_PLAYERS players; the interface is that of PairSampling."""
+    """Exact indices of a game of at most MAX_PLAYERS players; same interface as PairSampling."""
 
     method: ClassVar[str] = "exact"
     draws: ClassVar[int] = 0
@@ -34,7 +34,7 @@ class Enumeration:
                 f"method: expected 'sampling' or 'auto' for {self.players} tokens; 'exact' "
                 f"enumerates the coalitions of at most {MAX_PLAYERS}"
             )
-        self._values = np.zeros(2**self.players)  # bit k of the place: player k
+        self._values = np.zeros(2**self.players)  # bit k of the position: player k
         self._known = 0
 
     @property
@@ -77,5 +77,5 @@ class Enumeration:
 
 
 def _weights(players: int) -> Floats:
-    """P(S) by the size of S: uniform over sizes 0 .. n - 2, and over the sets of one size."""
+    """P(S) by the size of S: uniform over sizes 0 .. n - 2, and uniform over the sets of equal size."""
     return np.array([1 / ((players - 1) * math.comb(players - 2, s)) for s in range(players - 1)])

@@ -1,4 +1,4 @@
-"""Values of coalitions: each distinct one evaluated once, in batches, over ranks."""
+"""Evaluation of distinct coalitions, in batches that ranks share."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from flmoe_kernels.explain.games.coalitions import (
 from .checkpoint import Checkpoint
 from .ranks import Ranks
 
-DEFAULT_BATCH = 4096  # for a game without a limit of its own
-# v(none) and v(all) of one model differ between machines by rounding; those of another model by more.
+DEFAULT_BATCH = 4096  # for a game without `batch_size`
+# Between machines, v(none) and v(all) of a model differ by rounding only; a larger difference: another model.
 _SAME_GAME = 1e-3
 
 
 class Game(Protocol):
     """A set function v over players 0 .. n - 1, as in shapiq.
 
-    Optional members: `batch_size`, the most coalitions per call; `fingerprint() -> str`, hexadecimal, to which
-    checkpoints are bound; `describe() -> dict`, in JSON's types, for the result.
+    Optional members: `batch_size`, the largest number of coalitions per call; `fingerprint() -> str`, hexadecimal,
+    identifies the game in checkpoints; `describe() -> dict`, JSON serializable, for the result.
     """
 
     @property
     def players(self) -> int: ...
 
     def __call__(self, coalitions: Bools) -> Floats:
-        """v (m,) of coalitions (m, n) bool."""
+        """Return v (m,) of coalitions (m, n) bool."""
         ...
 
 
 class Evaluator:
     """Evaluates packed coalitions of a game.
 
-    The order of the distinct coalitions depends on the request alone, and in each round every rank takes the next
-    batch, so the values have the same bits for any number of ranks. Only the batch size may change a model's last
-    bits; ranks use the smallest of theirs, and results report it.
+    The order of the distinct coalitions depends only on the request, and in each round every rank takes the next
+    batch, so values are bitwise equal for any number of ranks. Only the batch size may change a model's last
+    bits; all ranks use the smallest of their batch sizes, and results report it.
 
     Args:
         game: see Game.
-        batch_size: coalitions of one batch, or fewer where the game has a smaller limit; None for the game's own.
+        batch_size: coalitions per batch, unless the game has a smaller limit; None: the limit of the game.
         ranks: the processes that share the work.
 
     Attributes:
-        evaluations: distinct coalitions of each call, summed over calls, on all ranks together.
+        evaluations: distinct coalitions per call, summed over calls and ranks.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Evaluator:
         self._checkpoint: Checkpoint | None = None
 
     def resume(self, checkpoint: Checkpoint, same_batches: bool) -> None:
-        """Take the values of a checkpoint for the next coalitions, and add later ones to it.
+        """Use the values of a checkpoint for the next coalitions, and add later values to it.
 
         Args:
-            same_batches: keep batches from being larger than they were, for the same bits.
+            same_batches: use batches no larger than those of the checkpoint, for bitwise equal values.
 
         Raises:
-            ValueError: the checkpoint is of another request or game, or damaged.
+            ValueError: the checkpoint belongs to another request or game, or is damaged.
         """
         saved = checkpoint.read()
         if saved is not None:
@@ -88,7 +88,7 @@ class Evaluator:
             if not np.allclose(known[: len(ends)], ends, rtol=0.0, atol=_SAME_GAME * scale):
                 raise ValueError(
                     f"{checkpoint.path}: belongs to another model or sample: v(none) and v(all) were "
-                    f"{known[: len(ends)].tolist()}, and are {ends.tolist()}"
+                    f"{known[: len(ends)].tolist()}, now they are {ends.tolist()}"
                 )
             self._known = known
             if same_batches:
@@ -96,7 +96,7 @@ class Evaluator:
         self._checkpoint = checkpoint
 
     def __call__(self, packed: Packed) -> Floats:
-        """Values (m,) of packed coalitions (m, bytes), in their order."""
+        """Return the values (m,) of packed coalitions (m, bytes), in the same order."""
         if not len(packed):
             return np.zeros(0)
         rows, place = distinct(packed)
@@ -113,12 +113,12 @@ class Evaluator:
         return values[place]
 
     def _round(self, rows: Packed) -> Floats:
-        """Values of at most a batch for each rank."""
+        """Evaluate at most one batch per rank."""
         values = np.zeros(len(rows))
         mine = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
         if len(rows[mine]):
             values[mine] = self._evaluate(rows[mine])
-        # Adding 0 makes -0 into 0, as the sum over several ranks does.
+        # Adding 0 turns -0 into 0, as the sum over several ranks does.
         values = self.ranks.total(values + 0.0)
         self._require_finite(values, rows)
         return values
@@ -127,7 +127,7 @@ class Evaluator:
         values = np.asarray(self.game(unpack(rows, self.game.players)), dtype=np.float64)
         if values.shape != (len(rows),):
             raise ValueError(
-                f"game: expected values ({len(rows)},) of as many coalitions, got {values.shape}"
+                f"game: expected values ({len(rows)},) for the coalitions, got {values.shape}"
             )
         return values
 
@@ -137,6 +137,6 @@ class Evaluator:
             size = int(sizes(rows[wrong[:1]])[0])
             raise ValueError(
                 f"game: expected finite values, got {values[wrong[0]]} for a coalition of {size} of "
-                f"{self.game.players} tokens, one of {len(wrong)} such; a layer may give NaN "
-                "where no token is left, and then fill='zero' or 'mean' keeps them"
+                f"{self.game.players} tokens, in {len(wrong)} coalitions; a layer may give NaN if no "
+                "token is left, then use fill='zero' or 'mean', which keep all tokens"
             )

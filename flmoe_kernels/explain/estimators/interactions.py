@@ -1,4 +1,4 @@
-"""Indices of token pairs of any model: the public functions."""
+"""Public functions for interaction indices of token pairs of any model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AUTO = "auto"
 
 
 class ProbeOptions(TypedDict, total=False):
-    """The options of `probe_pairs` but for the indices."""
+    """The options of `probe_pairs` except `indices`."""
 
     target: int | Tensor | None
     output: str
@@ -50,25 +50,25 @@ class ProbeOptions(TypedDict, total=False):
 def shapley_interactions(
     model: Any, inputs: Inputs, masks: Inputs | None = None, **options: Unpack[ProbeOptions]
 ) -> list[PairValues]:
-    """The Shapley interaction index of token pairs, for each sample; arguments and errors as `probe_pairs`.
+    """Shapley interaction index of token pairs, for each sample; arguments and errors as in `probe_pairs`.
 
-    Exact from one pass for the logit of a PairInteractionMoE with fill="drop"; for any other model exact for
-    few tokens, else a Monte Carlo estimate. See `indices` for the formula, `sampling` for the estimate.
+    For the logit of a PairInteractionMoE with fill="drop" it is exact and takes one pass. For other models it is
+    exact for few tokens, else a Monte Carlo estimate. See `indices` for the formula, `sampling` for the estimate.
     """
-    found = probe_pairs(model, inputs, masks, indices=(SII,), **options)
-    return [each[SII] for each in found]
+    results = probe_pairs(model, inputs, masks, indices=(SII,), **options)
+    return [result[SII] for result in results]
 
 
 def redundancy_gap(
     model: Any, inputs: Inputs, masks: Inputs | None = None, **options: Unpack[ProbeOptions]
 ) -> list[PairValues]:
-    """The redundancy gap of token pairs, for each sample; arguments and errors as `probe_pairs`.
+    """Redundancy gap of token pairs, for each sample; arguments and errors as in `probe_pairs`.
 
-    RG(i, j) = E_S[ min(v(S + i), v(S + j)) - v(S) ] with the S of the Shapley interaction index: what either token
-    alone keeps when the other is gone. See `indices` for its interpretation. It has no closed form.
+    RG(i, j) = E_S[ min(v(S + i), v(S + j)) - v(S) ] with the S of the Shapley interaction index: the value that
+    either token alone keeps. See `indices` for the interpretation. There is no closed form.
     """
-    found = probe_pairs(model, inputs, masks, indices=(RG,), **options)
-    return [each[RG] for each in found]
+    results = probe_pairs(model, inputs, masks, indices=(RG,), **options)
+    return [result[RG] for result in results]
 
 
 def probe_pairs(
@@ -89,25 +89,25 @@ def probe_pairs(
     sampling: Sampling | None = None,
     run: Run | None = None,
 ) -> list[dict[str, PairValues]]:
-    """Indices of token pairs, by name, for each sample; those that are estimated share their evaluations.
+    """Indices of token pairs, by name, for each sample; all estimated indices share the evaluations.
 
     Args:
         model, inputs, masks, output, expert, fill, baseline: the value function, see TokenGame.
         indices: "SII", "RG".
-        target: the class, one for all samples or (B,) int64; None for each sample's predicted one.
+        target: the class, an int for all samples or (B,) int64; None for the predicted class of each sample.
         pairs, top: candidates, see `candidates.candidate_pairs`.
-        scores: attributions M x (B, L_m), see there.
+        scores: attributions M x (B, L_m), see `candidates.candidate_pairs`.
         method: "closed_form": SII of the logit of a PairInteractionMoE with fill="drop", exact from one pass.
             "exact": all coalitions of at most 16 tokens. "sampling": Monte Carlo, see `sampling`.
-            "auto": for each index the first of them that applies, the second where the budget reaches so far.
+            "auto": for each index the first of these that applies; "exact" only within the budget.
         sampling: budget, stopping rule and seed.
         run: batches, checkpoints, ranks, progress.
 
     Returns:
-        For each sample, which has coalitions, draws and evaluations of its own, a result by index.
+        For each sample a result by index; samples do not share coalitions, draws or evaluations.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
     names = require_indices(indices)
     check.require_choice("method", method, (CLOSED_FORM, *METHODS))
@@ -117,7 +117,7 @@ def probe_pairs(
     solved = _solved(names, method, closed)
     estimated = [name for name in names if name not in solved]
     targets, valid = _targets(target, batch), valid_tokens(inputs, masks)
-    # For all samples before any work.
+    # For all samples, so that errors are raised before any evaluation.
     candidates = [
         candidate_pairs(players_of(valid, b), pairs, _of_sample(scores, b, batch), top)
         for b in range(batch)
@@ -129,11 +129,11 @@ def probe_pairs(
     results = []
     for sample, (own_target, chosen) in enumerate(zip(targets, candidates, strict=True)):
         game = play(model, inputs, masks, target=own_target, expert=expert, sample=sample)
-        found = {SII: _in_closed_form(game, chosen, sample)} if solved else {}
+        result = {SII: _in_closed_form(game, chosen, sample)} if solved else {}
         if estimated:
             label = f"sample {sample + 1} of {batch}"
-            found |= estimate(game, chosen, estimated, method, sampling, run, sample, label)
-        results.append({name: found[name] for name in names})
+            result |= estimate(game, chosen, estimated, method, sampling, run, sample, label)
+        results.append({name: result[name] for name in names})
     return results
 
 
@@ -146,7 +146,7 @@ def probe_game(
     sampling: Sampling | None = None,
     run: Run | None = None,
 ) -> dict[str, PairValues]:
-    """Indices of pairs of players of any game, see `evaluator.Game`.
+    """Indices of pairs of players in any game, see `evaluator.Game`.
 
     Args:
         pairs: (p, 2) players; None for all pairs.
@@ -161,16 +161,16 @@ def probe_game(
 
 
 def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run]:
-    """Raises TypeError: something else."""
-    found = Sampling() if sampling is None else sampling, Run() if run is None else run
-    for name, value, kind in zip(("sampling", "run"), found, (Sampling, Run), strict=True):
+    """Return the settings or their defaults. Raises TypeError: another type."""
+    settings = Sampling() if sampling is None else sampling, Run() if run is None else run
+    for name, value, kind in zip(("sampling", "run"), settings, (Sampling, Run), strict=True):
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
-    return found
+    return settings
 
 
 def _is_closed(model: Any, output: str, fill: str, baseline: Any) -> bool:
-    """Whether the game is 2-additive and its terms are at hand."""
+    """Whether the game is 2-additive with known terms."""
     check.require_choice("output", output, OUTPUTS)
     check.require_choice("fill", fill, FILLS)
     if fill != "mean" and baseline is not None:
@@ -207,7 +207,7 @@ def _in_closed_form(game: TwoAdditiveGame, chosen: Candidates, sample: int) -> P
 
 
 def _targets(target: int | Tensor | None, batch: int) -> list[int | None]:
-    """The class of each of the B samples; None where it is the predicted one."""
+    """The class of each of the B samples; None for the predicted class."""
     if isinstance(target, Tensor):
         if target.dtype != torch.int64 or tuple(target.shape) != (batch,):
             raise ValueError(
@@ -221,7 +221,7 @@ def _targets(target: int | Tensor | None, batch: int) -> list[int | None]:
 
 
 def _of_sample(scores: Any, sample: int, batch: int) -> list[Tensor | None] | None:
-    """Scores of one sample, M x (L_m,), of M x (B, L_m)."""
+    """Select the scores of one sample, M x (L_m,), from M x (B, L_m)."""
     if scores is None:
         return None
     if not isinstance(scores, list | tuple):

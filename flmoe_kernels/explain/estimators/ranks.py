@@ -1,7 +1,7 @@
-"""The processes that share a run: one by default, those of torch.distributed on request.
+"""Processes that share a run: one, or those of torch.distributed.
 
-Every rank makes the same call and gets the same result. Only the evaluation of batches is shared; draws and
-sums are the same on each.
+Every rank makes the same call and gets the same result. Only the evaluation of batches is shared; every rank
+computes the same draws and sums.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flmoe_kernels.explain.games.coalitions import Floats
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all; tensors are sent from `device`."""
+    """The rank of this process and the number of ranks; tensors are sent from `device`."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +43,7 @@ class Ranks:
         return self.rank == 0
 
     def total(self, values: Floats) -> Floats:
-        """The sum over ranks. Exact where at most one of them has other than 0."""
+        """Return the sum over ranks, which is exact if at most one rank has a nonzero value."""
         if self.size == 1:
             return values
         sent = self._send(torch.from_numpy(values))
@@ -58,7 +58,7 @@ class Ranks:
         return int(sent)
 
     def require_same(self, name: str, digest: str) -> None:
-        """Raises ValueError, on every rank, where a rank's digest (hexadecimal) differs."""
+        """Raise ValueError on every rank if the digests (hexadecimal) differ between ranks."""
         if self.size == 1:
             return
         mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.int64)
@@ -66,10 +66,10 @@ class Ranks:
         dist.all_reduce(low, dist.ReduceOp.MIN)
         dist.all_reduce(high, dist.ReduceOp.MAX)
         if not torch.equal(low, high):
-            raise ValueError(f"{name}: expected the same on every rank, got different ones")
+            raise ValueError(f"{name}: expected the same on every rank, got different values")
 
     def from_first(self, content: bytes | None) -> bytes | None:
-        """The first rank's content, on every rank."""
+        """Return the content of the first rank, on every rank."""
         if self.size == 1:
             return content
         length = self._send(torch.tensor(-1 if content is None else len(content)))

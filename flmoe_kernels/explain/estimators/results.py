@@ -1,4 +1,4 @@
-"""Results of pair estimates: values, errors, and how they were obtained."""
+"""Results of pair estimates: values, errors and settings."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ LARGEST, SMALLEST, MAGNITUDE = RANKINGS = ("largest", "smallest", "magnitude")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PairValues(Saved):
-    """One index of one sample's token pairs.
+    """An index of the token pairs of one sample.
 
     Attributes:
         index: "SII" or "RG", see `indices`.
         values: (p,) float64, in units of v.
-        standard_errors: (p,), 0 where exact. Of one pair each: among many pairs the largest value is more
-            likely than the others to be too large by more than that, and errors of pairs that share their draws
-            are not independent.
+        standard_errors: (p,), 0 if exact. They hold for single pairs: the largest of many values is more likely
+            than the others to be too large by more than its error. Errors of pairs that share draws are not
+            independent.
         pairs: (p, 2), players i < j.
         tokens: (n, 2), modality and position of each player.
-        lengths: L_m of each modality, padding counted.
+        lengths: L_m of each modality, including padding.
         value, baseline: v(all) and v(none).
         method: "closed_form", "exact" (by enumeration) or "sampling".
-        stopped_by: "exact", "budget" or "tolerance"; the last one brings a bias, see `sampling`.
-        draws: coalitions, each of which gives every pair one S.
-        evaluations: coalitions evaluated; one that several steps of the run need counts once per step. In closed
-            form 1, a pass of the layer.
-        batch_size: coalitions that were evaluated together, on which a model's last bits may depend.
-        candidates: how the pairs were chosen, in words.
+        stopped_by: "exact", "budget" or "tolerance"; "tolerance" causes a bias, see `sampling`.
+        draws: coalitions drawn; each draw gives every pair one S.
+        evaluations: coalitions evaluated; a coalition that several steps of the run need counts once per step. In
+            closed form 1, a pass of the layer.
+        batch_size: coalitions that were evaluated together; a model's last bits may depend on it.
+        candidates: a description of how the pairs were chosen.
         game: the value function, see `TokenGame.describe`.
         sampling: budget, tolerance, min_draws, seed and antithetic; None without sampling.
         sample: position in the batch.
@@ -77,31 +77,31 @@ class PairValues(Saved):
         return len(self.pairs)
 
     def matrix(self, errors: bool = False) -> Floats:
-        """(n, n), symmetric: the values, or their standard errors; NaN where no candidate."""
+        """Return the values, or standard errors, as a symmetric matrix (n, n); NaN for other pairs."""
         whole = np.full((self.players, self.players), np.nan)
         i, j = self.pairs.T
         whole[i, j] = whole[j, i] = self.standard_errors if errors else self.values
         return whole
 
     def between(self, m: int = 0, n: int = 1, errors: bool = False) -> Floats:
-        """(L_m, L_n): tokens of modality m with those of n; NaN for padding and where no candidate."""
+        """Return (L_m, L_n), tokens of modality m with those of n; NaN for padding and other pairs."""
         for name, modality in (("m", m), ("n", n)):
             check.require_count(name, modality, 0, len(self.lengths) - 1)
         whole = np.full((self.lengths[m], self.lengths[n]), np.nan)
-        mine, others = (np.flatnonzero(self.tokens[:, 0] == k) for k in (m, n))
-        part = self.matrix(errors)[np.ix_(mine, others)]
-        whole[np.ix_(self.tokens[mine, 1], self.tokens[others, 1])] = part
+        rows, columns = (np.flatnonzero(self.tokens[:, 0] == k) for k in (m, n))
+        part = self.matrix(errors)[np.ix_(rows, columns)]
+        whole[np.ix_(self.tokens[rows, 1], self.tokens[columns, 1])] = part
         return whole
 
     def ranked(self, count: int | None = None, by: str = LARGEST) -> Ints:
-        """Places in `pairs` of the first pairs by value: largest, smallest or magnitude; ties in their order."""
+        """Return positions in `pairs`, sorted by value: largest, smallest or magnitude; ties keep their order."""
         check.require_choice("by", by, RANKINGS)
         keys = {LARGEST: -self.values, SMALLEST: self.values, MAGNITUDE: -np.abs(self.values)}
         order = np.argsort(keys[by], kind="stable")
         return order if count is None else order[:count]
 
     def top(self, count: int, by: str = LARGEST) -> PairValues:
-        """The same with the first pairs alone, in that order."""
+        """Return a copy with only the first pairs, in the order of `ranked`."""
         check.require_count("count", count, 1)
         kept = self.ranked(count, by)
         return replace(
@@ -112,7 +112,7 @@ class PairValues(Saved):
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for every pair, in the order of `pairs`, as plain Python."""
+        """Return a row of plain Python values for every pair, in the order of `pairs`."""
         first, second = self.tokens[self.pairs[:, 0]], self.tokens[self.pairs[:, 1]]
         columns = {
             "modality_i": first[:, 0],
@@ -126,7 +126,7 @@ class PairValues(Saved):
         return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
     def table(self, count: int = 10, by: str = LARGEST) -> str:
-        """The first pairs as text, below a line that says what they are."""
+        """Format the first pairs as text, below a line that describes them."""
         lines = [repr(self), f"{'i':>10} {'j':>10} {self.index:>12} {'std. error':>12}"]
         for row in self.top(count, by).rows():
             i = f"{row['modality_i']}:{row['token_i']}"
@@ -135,12 +135,12 @@ class PairValues(Saved):
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain Python, ready for JSON."""
+        """Return all fields as plain Python values, ready for JSON."""
         arrays = {name: getattr(self, name).tolist() for name in self._ARRAYS}
         return {**self._header(), "lengths": list(self.lengths), **arrays}
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame of `rows`, with what is common to them in `attrs`.
+        """Return a pandas DataFrame of `rows`, with the common fields in `attrs`.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -151,15 +151,15 @@ class PairValues(Saved):
         return frame
 
     def to_shapiq(self) -> Any:
-        """shapiq.InteractionValues of order 2. What is no candidate reads as 0 there; errors have no place in it.
+        """Convert to shapiq.InteractionValues of order 2. It has no errors, and 0 for pairs without value.
 
         Raises:
             ModuleNotFoundError: shapiq is not installed.
-            ValueError: shapiq knows no redundancy gap.
+            ValueError: the index is RG, which shapiq does not have.
         """
         if self.index != SII:
             raise ValueError(
-                f"to_shapiq: expected the index {SII}, which shapiq knows, got {self.index}"
+                f"to_shapiq: expected the index {SII}, which shapiq has, got {self.index}"
             )
         lookup = {(int(i), int(j)): k for k, (i, j) in enumerate(self.pairs)}
         return optional_package("shapiq").InteractionValues(
@@ -198,4 +198,4 @@ class PairValues(Saved):
             if arrays[key].shape != shape or arrays[key].dtype.kind != kind:
                 raise ValueError(f"{name}: expected {key} {shape}, got {arrays[key].shape}")
         if pairs.size and not (pairs.min() >= 0 and pairs.max() < len(tokens)):
-            raise ValueError(f"{name}: expected pairs of {len(tokens)} players, got others")
+            raise ValueError(f"{name}: expected pairs of {len(tokens)} players, got other numbers")

@@ -1,4 +1,4 @@
-"""From a game and candidate pairs to results: choose an estimator and run it to its end."""
+"""Choice and execution of an estimator for a game's candidate pairs."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Estimator = PairSampling | Enumeration
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how coalitions are evaluated. Only the last bits of a model's values depend on it.
+    """Execution settings for the evaluation of coalitions; they change at most the last bits of values.
 
     Attributes:
-        max_batch: coalitions evaluated at once, or fewer where the game has a smaller limit; None for what the
-            available memory allows, at most 256. Set it to get the same bits on other machines.
-        checkpoint: a folder that keeps each sample's values, 8 bytes per coalition: the same call continues from
-            it. A checkpoint is bound to the model, the sample and the request; of a model that is no Module only
-            the name, v(none) and v(all) are compared.
+        max_batch: coalitions evaluated at once, unless the game has a smaller limit; None: as the available
+            memory allows, at most 256. Set it for bitwise equal results on different machines.
+        checkpoint: a folder for each sample's values, 8 bytes per coalition; the same call continues from it. A
+            checkpoint is valid for one model, sample and request; for a model that is not a Module, only the
+            name, v(none) and v(all) are compared.
         distributed: share the evaluations among the ranks of the default process group. Every rank makes the
             same call, with the model on its own device, and gets the same result.
         progress: show a bar per sample on standard error; needs tqdm.
@@ -51,7 +51,7 @@ class Run:
     def __post_init__(self) -> None:
         if self.max_batch is not None:
             check.require_count("max_batch", self.max_batch, 1)
-            # A plain number, not numpy's, so that results and checkpoints can be written.
+            # A plain int, not a numpy integer, so that results and checkpoints can be written.
             object.__setattr__(self, "max_batch", int(self.max_batch))
 
 
@@ -65,9 +65,9 @@ def estimate(
     sample: int = 0,
     label: str = "",
 ) -> dict[str, PairValues]:
-    """Indices of a game's candidate pairs, all from the same evaluations. Arguments as in `interactions`."""
+    """Compute indices of a game's candidate pairs from shared evaluations. Arguments as in `interactions`."""
     estimator = choose(game.players, candidates.pairs, indices, method, sampling, sample)
-    found = play(game, estimator, run, sample, label)
+    outcome = play(game, estimator, run, sample, label)
     sampled = isinstance(estimator, PairSampling)
     return {
         name: pair_values(
@@ -81,25 +81,25 @@ def estimate(
             stopped_by=str(estimator.stopped_by),
             draws=estimator.draws,
             sampling=asdict(sampling) if sampled else None,
-            **found,
+            **outcome,
         )
         for name, (values, errors) in estimator.estimates().items()
     }
 
 
-def pair_values(game: Game, candidates: Candidates, sample: int, **found: Any) -> PairValues:
-    """A result of a game's candidate pairs; the tokens of a game without modalities are of one."""
+def pair_values(game: Game, candidates: Candidates, sample: int, **fields: Any) -> PairValues:
+    """Build the result for a game's candidate pairs; a game without modalities counts as one modality."""
     count = game.players
-    one = np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], axis=1)
+    default = np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], axis=1)
     known: Any = game
     return PairValues(
         pairs=candidates.pairs,
-        tokens=getattr(known, "tokens", one),
+        tokens=getattr(known, "tokens", default),
         lengths=tuple(getattr(known, "lengths", (count,))),
         candidates=candidates.chosen,
         game=getattr(known, "describe", dict)(),
         sample=sample,
-        **found,
+        **fields,
     )
 
 
@@ -111,7 +111,7 @@ def choose(
     sampling: Sampling,
     sample: int,
 ) -> Estimator:
-    """ "auto" enumerates where the budget reaches all coalitions of at most MAX_PLAYERS players."""
+    """Choose the estimator: "auto" enumerates at most MAX_PLAYERS players if the budget covers it."""
     check.require_choice("method", method, METHODS)
     reachable = players <= MAX_PLAYERS and 2**players <= sampling.budget
     if method == "exact" or (method == "auto" and reachable):
@@ -120,7 +120,7 @@ def choose(
 
 
 def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) -> dict[str, Any]:
-    """Run the estimator to its end: value, baseline, evaluations and batch_size of PairValues."""
+    """Run the estimator; return value, baseline, evaluations and batch_size of PairValues."""
     ranks = Ranks.of(run.distributed)
     evaluator = Evaluator(game, run.max_batch, ranks)
     checkpoint = None
@@ -130,7 +130,7 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
         if run.checkpoint is not None:
             checkpoint = Checkpoint(run.checkpoint, sample, digest, ranks)
             evaluator.resume(checkpoint, same_batches=run.max_batch is None)
-    # Enumeration evaluates both among all coalitions; in a checkpoint they identify the model.
+    # Enumeration evaluates both ends among all coalitions; in a checkpoint they identify the model.
     enumerated = isinstance(estimator, Enumeration)
     ends = np.zeros(2)
     if checkpoint is not None or not enumerated:
@@ -157,7 +157,7 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
 
 
 def fingerprint(game: Game, estimator: Estimator) -> str:
-    """A digest of the game and of all that its estimate depends on, except the batch size."""
+    """Return a digest of the game and all settings of the estimate, except the batch size."""
     own: Any = getattr(game, "fingerprint", None)
     kind = type(game)
     request = {

@@ -1,29 +1,29 @@
-"""Monte Carlo estimates of pair indices from coalitions that all candidate pairs share.
+"""Monte Carlo estimates of pair indices from coalitions shared by all pairs.
 
-A draw is one random coalition T of the n players, its size uniform on 0 .. n and T uniform among the sets of that
-size. It gives every candidate pair its S: T without i and j. By symmetry S is uniform among the sets of its size
-s, which T had if neither of the two is in T; else T had s + 1 or s + 2. Over T these three cases make
+A draw is a random coalition T of the n players: its size is uniform on 0 .. n, and T is uniform among the sets of
+that size. For every candidate pair, S is T without i and j. By symmetry S is uniform among the sets of its size s.
+T has size s, s + 1 or s + 2, depending on how many of i and j it contains. These three cases sum to
 
     ((n - s)(n - s - 1) + 2 (s + 1)(n - s - 1) + (s + 2)(s + 1)) / ((n + 1) n (n - 1)) = 1 / (n - 1),
 
-so S has exactly the distribution of `indices`, and what is averaged is unbiased for every pair and index.
+so S has exactly the distribution of `indices`, and the average is unbiased for every pair and index.
 
-The corners of every pair are T with neither, one or both of the two toggled (added or removed):
+The corners of every pair are T with neither, one or both of i and j toggled (added or removed):
 
     i, j outside T:  v(S) = v(T),      v(S+i) = v(T+i),  v(S+j) = v(T+j),  v(S+i+j) = v(T+i+j)
     i inside alone:  v(S) = v(T-i),    v(S+i) = v(T),    and so on
 
-One evaluation of T, one for each candidate token and one for each pair: c tokens and all pairs of them cost about
-c^2 / 2 for a draw of as many pairs, where four evaluations for each would be twice c^2.
+A draw takes one evaluation of T, one for each candidate token and one for each pair. For c tokens and all their
+pairs this is about c^2 / 2 evaluations; four evaluations for each pair would be about 2 c^2.
 
-Antithetic draws use the complement of T. S becomes its complement among the players other than i and j, a draw of
-the same distribution; where v is monotone in the size of S, errors cancel.
+Antithetic draws use the complement of T. S becomes its complement among the players other than i and j, which has
+the same distribution; if v is monotone in the size of S, errors cancel.
 
-Standard errors come from the means of independent units (a draw and its complement): draws of one unit are not
-independent of each other. The number of units that a budget pays for is known before the first draw, so a budget
-brings no bias. A tolerance does: a run that stops when its errors look small stops more often when they are
-underestimated, so that estimates are biased and standard errors are too small. min_draws limits this effect: for
-about normal units the standard error is then known to about 1 / sqrt(2 * units). All pairs share each T, so their
+Standard errors are computed from the means of independent units (a draw and its complement), because the draws of
+a unit are not independent. The number of units within a budget is known before the first draw, so a budget causes
+no bias. A tolerance does: a run that stops when its errors look small stops more often when they are
+underestimated, so estimates are biased and standard errors are too small. min_draws limits this effect: for
+nearly normal units the standard error is then known to about 1 / sqrt(2 * units). All pairs share each T, so their
 errors are correlated, and a mean over pairs is no more precise than a single pair.
 """
 
@@ -41,25 +41,25 @@ from flmoe_kernels.explain.games.coalitions import Bools, Floats, Ints, Packed, 
 
 from .indices import INDICES, Corners
 
-OVERHEAD = 2  # evaluations of everybody and of nobody, which every run starts with
+OVERHEAD = 2  # every run starts with the evaluation of all players and of none
 _LEAST_UNITS = 2  # for a standard error
-# Checkpoints are bound to it: values of other draws must not enter an estimate.
+# Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
 _DESIGN = "toggled coalitions"
-# Evaluated between two looks at the stopping rule: fills batches on several ranks.
+# Coalitions evaluated between two checks of the stopping rule; enough for the batches of several ranks.
 _STEP_COALITIONS = 4096
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a Monte Carlo estimate is drawn, and when it stops.
+    """Settings of a Monte Carlo estimate: budget, stopping rule and seed.
 
     Attributes:
-        budget: the most coalitions that are evaluated per sample. `method="auto"` enumerates all 2^n instead if
-            they fit the budget.
-        tolerance: stop earlier, when every pair's standard error, in units of v, is at most this. See the module
-            for the bias of such a rule.
+        budget: the largest number of evaluated coalitions per sample. `method="auto"` enumerates all 2^n instead
+            if they fit the budget.
+        tolerance: stop earlier, when every pair's standard error, in units of v, is at most this. The module
+            docstring describes the bias of this rule.
         min_draws: draws before the tolerance is checked.
-        seed: unit u of sample b depends on (seed, b, u) and n alone: not on batches, ranks or interruptions.
+        seed: unit u of sample b depends only on (seed, b, u) and n, not on batches, ranks or interruptions.
         antithetic: draw coalitions in pairs, the second the complement of the first.
     """
 
@@ -75,7 +75,7 @@ class Sampling:
         check.require_count("seed", self.seed, 0)
         if not isinstance(self.antithetic, bool):
             raise TypeError(f"antithetic: expected a bool, got {type(self.antithetic).__name__}")
-        # Plain numbers, not numpy's, so that results and checkpoints can be written.
+        # Plain Python numbers, not numpy scalars, so that results and checkpoints can be written.
         for name in ("budget", "min_draws", "seed"):
             object.__setattr__(self, name, int(getattr(self, name)))
         if self.tolerance is not None:
@@ -84,10 +84,10 @@ class Sampling:
 
 
 def coalition(seed: int, sample: int, unit: int, players: int) -> Bools:
-    """T (n,), the same on every machine and with every version of numpy.
+    """Draw T (n,), the same on every machine and with every version of numpy.
 
-    The players of the smallest words, as many as the last word says: raw words of the bit generator, whose stream
-    numpy promises never to change, as it does not for those of Generator's methods.
+    The last random word gives the size of T; the players with the smallest words are in it. The words are raw
+    output of the bit generator, whose stream numpy promises not to change, unlike that of Generator's methods.
     """
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample, unit)))
     words = bits.random_raw(players + 1)
@@ -99,12 +99,12 @@ def coalition(seed: int, sample: int, unit: int, players: int) -> Bools:
 
 @dataclass(frozen=True)
 class Toggles:
-    """What every draw does to its coalition T: nothing, toggle each candidate token, toggle each pair.
+    """The coalitions of a draw: T itself, T with each candidate token toggled, T with each pair toggled.
 
     Attributes:
         pairs: (p, 2).
-        toggled: (1 + c + p, 2): whom a draw's r-th coalition toggles, n for nobody.
-        place: (2, p): the row in which one of a pair is toggled alone.
+        toggled: (1 + c + p, 2): players that a draw's r-th coalition toggles; n stands for no player.
+        place: (2, p): the row in which only the first or second player of a pair is toggled.
     """
 
     pairs: Ints
@@ -113,7 +113,7 @@ class Toggles:
 
     @classmethod
     def of(cls, players: int, pairs: Ints) -> Toggles:
-        """For pairs (p, 2) of n players."""
+        """Build the toggles for pairs (p, 2) of n players."""
         tokens, place = np.unique(pairs, return_inverse=True)
         alone = np.full((1 + len(tokens), 2), players, dtype=np.int64)
         alone[1:, 0] = tokens
@@ -124,11 +124,11 @@ class Toggles:
         return len(self.toggled)
 
     def coalitions(self, drawn: Bools) -> Packed:
-        """Those of T (n,), packed."""
+        """Return the coalitions of a draw T (n,), packed."""
         return toggled(drawn, self.toggled)
 
     def corners(self, drawn: Bools, values: Floats) -> Corners:
-        """Those of every pair, from the values (1 + c + p,) of the coalitions of T."""
+        """Return the corners of every pair, from the values (1 + c + p,) of the coalitions of T."""
         count = len(self.pairs)
         whole = np.zeros(count, dtype=np.int64)
         both = np.arange(len(self) - count, len(self))
@@ -146,17 +146,17 @@ class Toggles:
 
 @dataclass
 class PairSampling:
-    """A Monte Carlo estimate: plan a step, have it evaluated, absorb the values, until `stopped_by` is set.
+    """A Monte Carlo estimate: call `plan`, evaluate, call `absorb`, until `stopped_by` is set.
 
     Args:
         players: n.
         pairs: (p, 2).
-        indices: names among `indices.INDICES`.
-        sampling: see there.
-        sample: position of the sample in its batch, of which the draws depend.
+        indices: names in `indices.INDICES`.
+        sampling: see Sampling.
+        sample: position of the sample in its batch; the draws depend on it.
 
     Raises:
-        ValueError: the budget does not pay for two units.
+        ValueError: the budget is too small for two units.
     """
 
     method: ClassVar[str] = "sampling"
@@ -180,7 +180,7 @@ class PairSampling:
                 f"{self.players} players cost, got {self.sampling.budget}; fewer candidate pairs cost less"
             )
         self.units_planned = paid
-        # Of the request alone, so that where it stops does not depend on ranks or memory.
+        # Depends only on the request, so that the stopping point does not depend on ranks or memory.
         self._units_per_step = max(1, _STEP_COALITIONS // price)
         self._mean = np.zeros((len(self.indices), len(self.pairs)))
         self._squares = np.zeros_like(self._mean)  # summed squared deviations from the mean
@@ -197,12 +197,12 @@ class PairSampling:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Units done, and those of the whole budget."""
+        """Units done, and units within the whole budget."""
         return self.units, self.units_planned
 
     @property
     def stopped_by(self) -> str | None:
-        """ "budget" or "tolerance"; None while it goes on."""
+        """Reason of the stop, "budget" or "tolerance"; None while the run continues."""
         if self.units >= self.units_planned:
             return "budget"
         tolerance = self.sampling.tolerance
@@ -211,24 +211,24 @@ class PairSampling:
         return "tolerance" if bool((self._errors() <= tolerance).all()) else None
 
     def plan(self) -> Packed:
-        """The next coalitions, packed."""
+        """Return the next coalitions, packed."""
         count = min(self._units_per_step, self.units_planned - self.units)
         self._drawn = [self._draw(self.units + k) for k in range(count)]
         every = [drawn for unit in self._drawn for drawn in unit]
         return np.concatenate([self._toggles.coalitions(drawn) for drawn in every])
 
     def absorb(self, values: Floats) -> None:
-        """The values of the coalitions of the last plan, in their order."""
+        """Add the values of the coalitions of the last plan, in the same order."""
         parts = iter(values.reshape(-1, len(self._toggles)))
         for unit in self._drawn:
             corners = [self._toggles.corners(drawn, next(parts)) for drawn in unit]
             means = np.stack(
                 [
-                    np.mean([INDICES[index](each) for each in corners], axis=0)
+                    np.mean([INDICES[index](corner) for corner in corners], axis=0)
                     for index in self.indices
                 ]
             )
-            # Welford's update, one unit after the other: the same bits however the steps are cut.
+            # Welford's update by single units: bitwise equal results for any division into steps.
             self.units += 1
             before = means - self._mean
             self._mean += before / self.units
@@ -236,12 +236,12 @@ class PairSampling:
         self._drawn = []
 
     def estimates(self) -> dict[str, tuple[Floats, Floats]]:
-        """Values and standard errors, (p,) each, by index."""
+        """Return values (p,) and standard errors (p,), by index."""
         errors = self._errors()
         return {name: (self._mean[k], errors[k]) for k, name in enumerate(self.indices)}
 
     def request(self) -> dict[str, Any]:
-        """What the draws, their order and their end depend on, for a fingerprint."""
+        """Return the settings that determine the draws, for a fingerprint."""
         design = [_DESIGN, _STEP_COALITIONS]
         return {"draws": design, "sampling": asdict(self.sampling), "sample": self.sample}
 

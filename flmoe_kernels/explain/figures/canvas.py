@@ -1,4 +1,4 @@
-"""Helpers of the figures: validation, labels, and values around 0."""
+"""Helpers for figures: validation, labels and signed values."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-# Red for, blue against; in black and white both are dark, so that everything below 0 is also hatched or dashed.
+# Red: for, blue: against. Both are dark in black and white, so values below 0 are also hatched or dashed.
 DIVERGING = "RdBu_r"
 FOR, AGAINST, UNSURE = "#b2182b", "#2166ac", "0.55"
 HATCH = "/////"
-# Of the limit: below, nothing to look at; above, the blues are darker than a middle grey.
+# Shares of the limit: values below _SMALL are negligible; blues above _DARK are darker than a middle grey.
 _SMALL, _DARK = 0.05, 0.6
 ABSENT = "0.85"
 _LONGEST_LABEL = 18
 
 
 def require_array(name: str, value: Any, axes: str) -> Floats:
-    """float64 of an array or Tensor with as many axes as `axes` names.
+    """Convert an array or Tensor to float64; `axes` names its dimensions.
 
     Raises:
-        ValueError: another number of axes, or not numbers.
+        ValueError: another number of dimensions, or not numbers.
     """
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
-    found = np.asarray(value)
+    array = np.asarray(value)
     expected = f"({axes})"
-    if found.ndim != len(axes.split(", ")) or found.dtype.kind not in "fiub":
-        raise ValueError(f"{name}: expected numbers {expected}, got {found.dtype} {found.shape}")
-    return found.astype(np.float64)
+    if array.ndim != len(axes.split(", ")) or array.dtype.kind not in "fiub":
+        raise ValueError(f"{name}: expected numbers {expected}, got {array.dtype} {array.shape}")
+    return array.astype(np.float64)
 
 
 def limit_of(values: Floats) -> float:
-    """The largest |value| that is finite, for limits on both sides of 0; 1 where all are 0 or none is there."""
+    """The largest finite |value|, as a limit on both sides of 0; 1 if all values are 0 or none is finite."""
     sizes = np.abs(values[np.isfinite(values)])
     return float(sizes.max()) if sizes.size and sizes.max() > 0 else 1.0
 
@@ -64,10 +64,10 @@ def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None
 
 
 def hatch_negative(axes: Axes, values: Floats, limit: float) -> None:
-    """Hatch the cells below 0 of an image with unit cells, coloured from -limit to limit; NaN is no cell.
+    """Hatch the cells below 0 of an image with unit cells, coloured from -limit to limit; NaN is skipped.
 
-    Pale where the value is small, so that many small values do not drown a few large ones; white on dark colours,
-    which are the largest values and would swallow dark lines.
+    Lines are pale for small values, so that many small values do not hide a few large ones, and white for the
+    largest values, because dark lines are invisible on dark colours.
     """
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -82,6 +82,6 @@ def hatch_negative(axes: Axes, values: Floats, limit: float) -> None:
         chosen = (size > least) & (size <= most)
         cells = [Path(corners + place, closed=True) for place in np.argwhere(chosen)[:, ::-1]]
         if cells:
-            # One outline for all cells: a large map has many thousands.
+            # One compound path, because a large map has many thousands of cells.
             outline = Path.make_compound_path(*cells)
             axes.add_patch(PathPatch(outline, fill=False, ec=ink, hatch=HATCH, lw=0.0, zorder=2))

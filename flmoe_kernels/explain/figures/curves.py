@@ -1,4 +1,4 @@
-"""What the model loses under every budget: identified tokens next to random ones."""
+"""Figure of the metric's drop by budget, for identified and random tokens."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _UNIT = {
 
 
 def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> Figure:
-    """Comprehensiveness and sufficiency over the budgets: identified tokens, random ones with their band.
+    """Plot comprehensiveness and sufficiency over the budgets, for identified and random tokens.
 
-    Lines are means over samples; bars one standard error over samples, where there are several; the band is one
-    standard deviation over the random repeats on both sides. AOPC, the mean over budgets, is in the legend. Each
-    panel has a scale of its own: what all tokens but a few say is of another size than what a few say.
+    Lines are means over samples; bars are one standard error over samples, if there are several; the band is one
+    standard deviation over the random repeats on both sides. AOPC, the mean over budgets, is in the legend. The
+    panels have different scales, because masking a few tokens and masking all others differ in size.
 
     Args:
-        drops: of faithfulness or pair_masking.
-        metric: one of drops.metrics.
+        drops: result of faithfulness or pair_masking.
+        metric: a name in drops.metrics.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -88,8 +88,8 @@ def _panel(
     axes.set_xticks(x, [f"{budget:g}" for budget in drops.budgets])
     axes.set_xlabel(_UNIT[drops.unit])
     wanted = "high is good" if kind == COMPREHENSIVENESS else "low is good"
-    what = "masked" if kind == COMPREHENSIVENESS else "alone kept"
-    axes.set_title(f"{kind}: they are {what}; {wanted}", fontsize="medium")
+    what = "tokens masked" if kind == COMPREHENSIVENESS else "all other tokens masked"
+    axes.set_title(f"{kind}: {what}; {wanted}", fontsize="medium")
     # Below the panel: bars and band leave no corner free.
     axes.legend(
         fontsize="small",

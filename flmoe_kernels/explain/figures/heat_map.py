@@ -1,4 +1,4 @@
-"""Pairs of two modalities as a heat map, and the patches' weights over their image."""
+"""Heat map of token pairs, and patch weights over the image."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 
-_MOST_NUMBERS = 12  # rows or columns with a number in every cell; beyond, they would overlap
+_MOST_NUMBERS = 12  # rows or columns; in larger maps the numbers of cells would overlap
 _MOST_LABELS = 32
-_FRAMED = 5  # patches of largest |weight|, which a frame tells without colour
+_FRAMED = 5  # patches of largest |weight|, which get a frame
 _OPAQUE = 0.75
 _IMAGE_WIDTH = 4.2
 
@@ -49,30 +49,30 @@ def token_patch_map(
     row_name: str = "token",
     column_name: str = "patch",
 ) -> Figure:
-    """A heat map token x patch, and the image with its patches' weights over it where it is given.
+    """Plot a heat map token x patch and, if there is an image, the image with the weights of its patches.
 
-    Colours are centred at 0, with the same limit on both sides; cells below 0 are hatched, and small maps have
-    their numbers. Rows and columns without one value are left out; what is no candidate (NaN) stays grey.
+    Colours are centred at 0, with the same limit on both sides; cells below 0 are hatched, and small maps show
+    numbers. Rows and columns without any value are left out; other pairs that are not candidates (NaN) are grey.
 
     Args:
-        values: (La, Lb), tokens in rows, patches in columns; NaN where there is no value.
-        tokens, patches: La and Lb strings; without them positions.
-        image: (H, W) or (H, W, 3), floats from 0 to 1 or uint8; shown in grey, so that colour is the weights'.
+        values: (La, Lb), tokens in rows, patches in columns; NaN for pairs without value.
+        tokens, patches: La and Lb strings; None shows positions.
+        image: (H, W) or (H, W, 3), floats from 0 to 1 or uint8; shown in grey, so that only weights have colour.
         grid: rows and columns of patches in the image, row by row; by default a square.
         weights: (Lb,), shown over the image; by default the values' sum over tokens. NaN shows nothing.
-        weights_label: what the weights are.
-        title: above all; unit: of the values; row_name, column_name: of the axes.
+        weights_label: title of the image.
+        title: of the figure; unit: of the values; row_name, column_name: labels of the axes.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: an invalid argument; the message says what was expected and what was passed.
     """
     array = require_array("values", values, "La, Lb")
     require_tokens("tokens", tokens, array.shape[0])
     require_tokens("patches", patches, array.shape[1])
     rows, columns = (np.flatnonzero(np.isfinite(array).any(axis=axis)) for axis in (1, 0))
     if not len(rows):
-        raise ValueError(f"values: expected a finite one at least, got none in {array.shape}")
+        raise ValueError(f"values: expected at least one finite value, got none in {array.shape}")
     shown = array[np.ix_(rows, columns)]
     picture, cells, over = None, (0, 0), np.zeros(0)
     if image is not None:
@@ -97,14 +97,14 @@ def token_patch_map(
 
 def grey(image: Any) -> Floats:
     """Luminance (H, W) from 0 to 1 of an image (H, W) or (H, W, 3), floats from 0 to 1 or uint8."""
-    found = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
-    if found.ndim not in (2, 3) or (found.ndim == 3 and found.shape[2] != 3) or not found.size:
-        raise ValueError(f"image: expected (H, W) or (H, W, 3), got {found.shape}")
-    if found.dtype != np.uint8 and found.dtype.kind != "f":
-        raise ValueError(f"image: expected uint8 or floats from 0 to 1, got {found.dtype}")
-    scaled = found.astype(np.float64) / (255.0 if found.dtype == np.uint8 else 1.0)
+    array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or not array.size:
+        raise ValueError(f"image: expected (H, W) or (H, W, 3), got {array.shape}")
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ValueError(f"image: expected uint8 or floats from 0 to 1, got {array.dtype}")
+    scaled = array.astype(np.float64) / (255.0 if array.dtype == np.uint8 else 1.0)
     if not np.isfinite(scaled).all() or scaled.min() < 0 or scaled.max() > 1:
-        raise ValueError("image: expected floats from 0 to 1, got others")
+        raise ValueError("image: expected floats from 0 to 1, got values outside")
     # ITU-R BT.601
     return scaled if scaled.ndim == 2 else scaled @ np.array([0.299, 0.587, 0.114])
 
@@ -114,22 +114,22 @@ def _require_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]
         side = math.isqrt(patches)
         grid = (side, side)
         if side * side != patches:
-            raise ValueError(f"grid: expected rows and columns, as {patches} patches are no square")
+            raise ValueError(f"grid: expected (rows, columns), as {patches} is not a square number")
     if len(grid) != 2 or grid[0] * grid[1] != patches or min(grid) < 1:
         raise ValueError(f"grid: expected rows x columns of {patches} patches, got {grid}")
     return grid
 
 
 def _weights(weights: Any, values: Floats) -> Floats:
-    """(Lb,); NaN where nothing is known."""
+    """Weights (Lb,); NaN for patches without value."""
     if weights is None:
         known = np.isfinite(values)
         total = np.where(known, values, 0.0).sum(axis=0)
         return np.where(known.any(axis=0), total, np.nan)
-    found = require_array("weights", weights, "Lb")
-    if len(found) != values.shape[1]:
-        raise ValueError(f"weights: expected ({values.shape[1]},), got {found.shape}")
-    return found
+    array = require_array("weights", weights, "Lb")
+    if len(array) != values.shape[1]:
+        raise ValueError(f"weights: expected ({values.shape[1]},), got {array.shape}")
+    return array
 
 
 def _map(axes: Axes, values: Floats, unit: str) -> None:
@@ -158,7 +158,7 @@ def _numbers(axes: Axes, values: Floats) -> None:
 def _ticks(
     axes: Axes, places: tuple[Ints, Ints], names: tuple[Sequence[str] | None, Sequence[str] | None]
 ) -> None:
-    """Labels of as many rows and columns as have room."""
+    """Label rows and columns, at most _MOST_LABELS of them."""
     for which, kept, tokens in zip(("y", "x"), places, names, strict=True):
         step = max(1, math.ceil(len(kept) / _MOST_LABELS))
         at = range(0, len(kept), step)
@@ -171,7 +171,7 @@ def _ticks(
 
 
 def _overlay(axes: Axes, picture: Floats, weights: Floats, label: str) -> None:
-    """The image in pale grey, and over each patch its weight: the larger, the less of the image shines through."""
+    """Draw the image in pale grey, and the patch weights over it; larger |weights| are more opaque."""
     height, width = picture.shape
     rows, columns = weights.shape
     box = (-0.5, columns - 0.5, rows - 0.5, -0.5)
@@ -195,9 +195,9 @@ def _overlay(axes: Axes, picture: Floats, weights: Floats, label: str) -> None:
     axes.set_title(label, fontsize="medium")
     signed = bool((weights < 0).any())
     count = f"{framed} " if framed > 1 else ""
-    told = [f"framed: the {count}largest"] if framed else []
-    axes.set_xlabel("; ".join([*told, *(["hatched: below 0"] if signed else [])]), fontsize="small")
-    # Where nothing is below 0 the scale does not show what would be.
+    note = [f"framed: the {count}largest"] if framed else []
+    axes.set_xlabel("; ".join([*note, *(["hatched: below 0"] if signed else [])]), fontsize="small")
+    # Without values below 0 the scale starts at 0.
     ticks = [-limit, 0.0, limit] if signed else [0.0, limit]
     bar = axes.figure.colorbar(shown, ax=axes, shrink=0.6, ticks=ticks, location="right")
     bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
@@ -205,7 +205,7 @@ def _overlay(axes: Axes, picture: Floats, weights: Floats, label: str) -> None:
 
 
 def _frames(axes: Axes, weights: Floats) -> int:
-    """How many patches were framed: none whose weight is 0."""
+    """Frame the patches of largest nonzero |weight|; return their number."""
     from matplotlib.patches import Rectangle
 
     sizes = np.nan_to_num(np.abs(weights)).ravel()
@@ -213,7 +213,7 @@ def _frames(axes: Axes, weights: Floats) -> int:
     for place in places:
         row, column = divmod(int(place), weights.shape[1])
         corner = (column - 0.47, row - 0.47)
-        # White below black shows on any ground.
+        # White below black is visible on any background.
         for colour, line in (("white", 2.6), ("black", 1.2)):
             axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, ec=colour, lw=line, zorder=4))
     return len(places)

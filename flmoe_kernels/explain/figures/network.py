@@ -1,4 +1,4 @@
-"""The strongest pairs as lines between tokens."""
+"""Figure of the strongest pairs as lines between tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDEST, _THINNEST = 5.0, 0.8
-# A value within two standard errors of 0 may as well be 0.
+# A value within two standard errors of 0 does not differ significantly from 0.
 _SURE = 2.0
-_GAP = 1.5  # its place in the order of drawing
+_GAP = 1.5  # zorder
 Place = tuple[int, int]
 
 
@@ -33,23 +33,23 @@ def pair_network(
     by: str = MAGNITUDE,
     title: str | None = None,
 ) -> Figure:
-    """A column of tokens for each modality, joined by the n strongest pairs.
+    """Plot a column of tokens for each modality, joined by the n strongest pairs.
 
-    Lines are as wide as |value|; above 0 solid and red, below 0 dashed and blue, within two standard errors of 0
-    grey. Only tokens of these pairs are shown, in the order of their positions. Pairs within one modality are
-    arcs.
+    The width of a line shows |value|. Lines are solid and red above 0, dashed and blue below 0, and grey within
+    two standard errors of 0. Only tokens of these pairs are shown, ordered by position. Pairs within a modality
+    are arcs.
 
     Args:
-        found: one index of one sample's pairs.
-        n: how many pairs.
+        found: an index of one sample's pairs.
+        n: number of pairs.
         tokens: for each modality its L_m strings, or None for positions.
         names: of the modalities.
-        by: which pairs are strongest, see PairValues.ranked.
-        title: by default what is shown.
+        by: order of the pairs, see PairValues.ranked.
+        title: by default it states the number of pairs and the order.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
     check.require_count("n", n, 1)
     count = len(found.lengths)
@@ -66,7 +66,7 @@ def pair_network(
     figure = make_figure(2.9 * count + 0.6, max(3.2, 0.42 * most + 2.0))
     axes = figure.subplots()
     _columns(axes, places, strings, titles)
-    # The strongest last, on top of the others.
+    # The strongest pair is drawn last, on top.
     for k in reversed(range(len(best))):
         _line(axes, best, k, places)
     _legend(axes, best)
@@ -76,14 +76,14 @@ def pair_network(
 
 
 def _places(best: PairValues, count: int) -> dict[Place, tuple[float, float]]:
-    """Where each token stands: modalities from left to right, each column spread over the whole height."""
+    """Position of each token: modalities from left to right, tokens spread over the whole height."""
     used = sorted({tuple(best.tokens[k].tolist()) for k in best.pairs.ravel()})
-    found = {}
+    places = {}
     for m in range(count):
-        mine = [token for token in used if token[0] == m]
-        for k, token in enumerate(mine):
-            found[token] = (float(m), 1.0 - (k + 0.5) / len(mine))
-    return found
+        column = [token for token in used if token[0] == m]
+        for k, token in enumerate(column):
+            places[token] = (float(m), 1.0 - (k + 0.5) / len(column))
+    return places
 
 
 def _columns(
@@ -94,12 +94,12 @@ def _columns(
 ) -> None:
     count = len(names)
     for (m, position), (x, y) in places.items():
-        # Outer columns have their words outside; those between have them above the dot.
+        # Labels of the outer columns are outside; labels of the inner columns are above the dots.
         side = {0: "right", count - 1: "left"}.get(m, "center")
         shift = {"right": (-8, 0), "left": (8, 0), "center": (0, 7)}[side]
         axes.plot([x], [y], "o", color="black", ms=5, zorder=4)
         if side == "center":
-            # A gap in the lines that pass by, which lie below it; those that end here lie above.
+            # A gap in the lines that pass this token, which are below it; lines that end here are above.
             axes.plot([x], [y], "o", color="white", ms=14, zorder=_GAP)
         axes.annotate(
             label_of(tokens[m], position),
@@ -128,8 +128,8 @@ def _line(axes: Axes, best: PairValues, k: int, places: dict[Place, tuple[float,
     value, error = float(best.values[k]), float(best.standard_errors[k])
     largest = float(np.abs(best.values).max()) or 1.0
     first, second = (tuple(best.tokens[player].tolist()) for player in best.pairs[k])
-    # An arc bends inwards: words stand outside of the outer columns. A line past a column bends, too: straight,
-    # many would run along its tokens.
+    # Arcs bend inwards, because labels are outside of the outer columns. Lines that pass a column bend, because
+    # many straight lines would run through its tokens.
     across = abs(first[0] - second[0])
     bend = (0.35 if first[0] else -0.35) if not across else -0.12 if across > 1 else 0.0
     colour = FOR if value >= 0 else AGAINST

@@ -1,4 +1,4 @@
-"""What the mixture gives to each expert, sample by sample and over all samples."""
+"""Figure of the experts' weights, by sample and averaged over samples."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 _MOST_NUMBERS = 24  # samples with a number in every cell
 _MOST_LABELS = 32
-_LEVEL_LETTERS = 36  # of all names together, which have room side by side
+_LEVEL_LETTERS = 36  # total length of names that fit horizontally
 
 
 def expert_weights(
     weights: Any, names: Sequence[str], *, samples: Sequence[Any] | None = None, title: str = ""
 ) -> Figure:
-    """The experts' weights of every sample as greys, and their mean over samples as bars.
+    """Plot the experts' weights of every sample in grey, and their mean over samples as bars.
 
     Args:
         weights: (S, E), finite.
@@ -32,11 +32,11 @@ def expert_weights(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: an invalid argument; the message says what was expected and what was passed.
     """
     array = require_array("weights", weights, "S, E")
     if not array.size or not np.isfinite(array).all():
-        raise ValueError(f"weights: expected finite weights (S, E), got {array.shape} with others")
+        raise ValueError(f"weights: expected finite weights (S, E), got {array.shape}, not finite")
     if len(names) != array.shape[1]:
         raise ValueError(f"names: expected {array.shape[1]}, one for each expert, got {len(names)}")
     labels = list(range(len(array))) if samples is None else list(samples)

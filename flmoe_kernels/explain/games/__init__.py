@@ -1,1 +1,1 @@
-"""Games over tokens: what a model's logit is when only some tokens are present."""
+"""Games over tokens: a model's logit when only some tokens are present."""

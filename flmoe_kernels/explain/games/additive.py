@@ -19,16 +19,16 @@ from .tokens import flat_places, players_of, require_inputs, rows_of, valid_toke
 
 
 def has_closed_form(model: Any, output: str, fill: str) -> bool:
-    """Whether v is what `PairInteractionMoE.explain` speaks of: a logit, absent tokens masked out."""
+    """Whether `PairInteractionMoE.explain` gives v: a logit, with absent tokens masked out."""
     return isinstance(model, PairInteractionMoE) and output == "logit" and fill == "drop"
 
 
 class TwoAdditiveGame:
     """The game of `TokenGame(model, ..., output="logit", fill="drop")` for a PairInteractionMoE, in closed form.
 
-    v(S) = v(none) + sum of single[i] + sum of pair[i, j], i < j in S. Its Shapley interaction index is pair[i, j];
-    other quantities, of which no closed form is known, are estimated on it, where a coalition costs n^2 products
-    and no pass of the layer.
+    v(S) = v(none) + sum of single[i] + sum of pair[i, j], i < j in S. Its Shapley interaction index is pair[i, j].
+    Quantities without a closed form are estimated on this game: a coalition costs n^2 products, not a pass of
+    the layer.
 
     Args:
         model, inputs, masks, target, expert, sample: as TokenGame.
@@ -36,11 +36,11 @@ class TwoAdditiveGame:
     Attributes:
         players, tokens, lengths, target, batch_size: as TokenGame.
         value, baseline: v(all) and v(none).
-        single: (n,), a token's terms with the anchors.
+        single: (n,), terms of a token with the anchors.
         pair: (n, n), symmetric, 0 within a modality. Memory is O(n^2).
 
     Raises:
-        TypeError, ValueError: as TokenGame; ValueError for terms that are not finite.
+        TypeError, ValueError: as TokenGame; also ValueError if terms are not finite.
     """
 
     batch_size = 4096
@@ -63,27 +63,27 @@ class TwoAdditiveGame:
         one = slice(sample, sample + 1)
         own = [None if x is None else x[one].detach() for x in inputs]
         mine = rows_of(masks, one)
-        found = model.explain(own, mine, target)
-        self.lengths = found.lengths
+        explanation = model.explain(own, mine, target)
+        self.lengths = explanation.lengths
         self.tokens = players_of(valid_tokens(own, mine), 0)
-        self.target = int(found.target)
-        starts = np.concatenate([[0], np.cumsum(found.lengths)])
-        kept = flat_places(self.tokens, found.lengths)
-        single = [self._of_expert(found.anchor_map(m)) for m in range(len(found.lengths))]
+        self.target = int(explanation.target)
+        starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        kept = flat_places(self.tokens, self.lengths)
+        single = [self._of_expert(explanation.anchor_map(m)) for m in range(len(self.lengths))]
         self.single = np.concatenate(single)[kept]
         pair = np.zeros((starts[-1], starts[-1]))
-        for m, n in itertools.combinations(range(len(found.lengths)), 2):
-            phi = self._of_expert(found.pair_map(m, n))
+        for m, n in itertools.combinations(range(len(self.lengths)), 2):
+            phi = self._of_expert(explanation.pair_map(m, n))
             pair[starts[m] : starts[m + 1], starts[n] : starts[n + 1]] = phi
         self.pair: Floats = (pair + pair.T)[np.ix_(kept, kept)]
-        # An expert's part of the logit has its own baseline; the mixture's has the bias besides.
-        whole, by_expert = found.baseline, found.expert_baseline
+        # An expert's part of the logit has its own baseline; the mixture's baseline also includes the bias.
+        whole, by_expert = explanation.baseline, explanation.expert_baseline
         self.baseline = float(whole if self._expert is None else by_expert[0, self._expert])
         self.value = self.baseline + float(self.single.sum() + self.pair.sum() / 2)
         if not np.isfinite(self.value):
             raise ValueError(
-                "inputs: expected finite values of valid tokens, for which the layer has finite "
-                f"logits, got v(none) = {self.baseline} and v(all) = {self.value}"
+                "inputs: expected valid tokens that are finite and give finite logits, "
+                f"got v(none) = {self.baseline} and v(all) = {self.value}"
             )
         self._model, self._sample = model, [*own, *(mine or [])]
         more = {"target": self.target, "output": "logit"}
@@ -94,25 +94,25 @@ class TwoAdditiveGame:
         return len(self.tokens)
 
     def __call__(self, coalitions: Bools) -> Floats:
-        """Values (m,) of coalitions (m, n)."""
+        """Return the values (m,) of coalitions (m, n)."""
         inside = require_coalitions(coalitions, self.players).astype(np.float64)
         pairs = np.einsum("mi,mi->m", inside @ self.pair, inside) / 2
         return self.baseline + inside @ self.single + pairs
 
     def interactions(self, pairs: Ints) -> Floats:
-        """The exact Shapley interaction index of pairs (p, 2) of players, (p,)."""
+        """Return the exact Shapley interaction index (p,) of pairs (p, 2) of players."""
         return self.pair[pairs[:, 0], pairs[:, 1]]
 
     def describe(self) -> dict[str, Any]:
         return dict(self._described)
 
     def fingerprint(self) -> str:
-        """Of the sample, the model and the value function; not of the terms, whose last bits differ by machine."""
+        """Digest of sample, model and value function; the terms are left out, as last bits differ by machine."""
         device = next(x.device for x in self._sample if x is not None)
         return game_digest(self._model, self._described, self._sample, device)
 
     def _of_expert(self, terms: Tensor) -> Floats:
-        """Terms (1, E, ...) of one expert or, summed, of all, in float64."""
+        """Select the terms (1, E, ...) of one expert, or sum over all experts, in float64."""
         doubled = terms[0].to(torch.float64).cpu()
         whole = doubled.sum(dim=0) if self._expert is None else doubled[self._expert]
         return whole.numpy()

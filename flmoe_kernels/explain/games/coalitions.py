@@ -1,4 +1,4 @@
-"""Coalitions as packed bits: a row of bytes each, so that a million of them fit and equal ones are found.
+"""Coalitions as packed bits, to save memory and to compare rows.
 
 A coalition of n players is a row of (n + 7) // 8 bytes; player k is bit 7 - k % 8 of byte k // 8 (numpy's order).
 """
@@ -19,29 +19,29 @@ _BITS_SET = np.array([byte.bit_count() for byte in range(256)], dtype=np.int64)
 
 
 def pack(coalitions: Bools) -> Packed:
-    """(m, n) bool -> (m, bytes)."""
+    """Pack (m, n) bool into (m, bytes)."""
     return np.packbits(coalitions, axis=1)
 
 
 def unpack(packed: Packed, players: int) -> Bools:
-    """(m, bytes) -> (m, n) bool."""
+    """Unpack (m, bytes) into (m, n) bool."""
     return np.unpackbits(packed, axis=1, count=players).astype(np.bool_)
 
 
 def sizes(packed: Packed) -> Ints:
-    """(m,): the number of players of each coalition."""
+    """Number of players of each coalition, (m,)."""
     return _BITS_SET[packed].sum(axis=1)
 
 
 def distinct(packed: Packed) -> tuple[Packed, Ints]:
-    """The distinct rows, the smaller coalitions first, and for each given row its place among them.
+    """Return the distinct rows, smaller coalitions first, and the position of each given row among them.
 
-    Neighbours cost a model that skips absent tokens about the same, so batches of neighbours are even. The order
-    depends on the set of rows alone.
+    A model that skips absent tokens takes about the same time for neighbours, so batches of neighbours are
+    balanced. The order depends only on the set of rows.
     """
     if not packed.shape[1]:
         return packed[:1], np.zeros(len(packed), dtype=np.int64)
-    # Whole rows as one value each, compared byte by byte.
+    # Every row becomes a single value, compared byte by byte.
     whole = np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1]))).ravel()
     _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
     rows = packed[first]
@@ -52,7 +52,7 @@ def distinct(packed: Packed) -> tuple[Packed, Ints]:
 
 
 def toggled(inside: Bools, rows: Ints) -> Packed:
-    """A coalition (n,) with the players of each row (m, k) put in or taken out, packed; player n is nobody."""
+    """Toggle the players of each row (m, k) in a coalition (n,); packed result. Player n stands for no player."""
     packed = np.repeat(pack(inside[None]), len(rows), axis=0)
     row = np.arange(len(rows))
     for column in rows.T:
@@ -63,17 +63,17 @@ def toggled(inside: Bools, rows: Ints) -> Packed:
 
 
 def from_integers(codes: Ints, players: int) -> Packed:
-    """Coalitions whose player k is bit k of a code, packed."""
+    """Convert codes, whose bit k is player k, into packed coalitions."""
     return pack((codes[:, None] >> np.arange(players)) & 1 == 1)
 
 
 def empty_and_full(players: int) -> Packed:
-    """(2, bytes): nobody, and everybody."""
+    """The empty and the full coalition, (2, bytes)."""
     return pack(np.stack([np.zeros(players, dtype=np.bool_), np.ones(players, dtype=np.bool_)]))
 
 
 def all_pairs(players: Sequence[int] | Ints) -> Ints:
-    """(p, 2): the pairs (i, j), i before j, of some players."""
+    """All pairs (p, 2) of the given players, in their order."""
     chosen = np.asarray(players, dtype=np.int64)
     first, second = np.triu_indices(len(chosen), k=1)
     return np.stack([chosen[first], chosen[second]], axis=1)

@@ -23,13 +23,13 @@ class MaskedModel:
     """A model and B samples, for logits with some tokens absent.
 
     Absent tokens are masked out (fill="drop") or filled: filled tokens are still attended, as in the published
-    code. With "drop" every modality gets a mask, also where the samples came without.
+    code. With "drop" every modality has a mask, even if the samples had none.
 
     Attributes:
         model, expert: see `models.logits_of`.
-        inputs, masks: of the B samples; masks is None where no modality has one.
+        inputs, masks: of the B samples; masks is None if no modality has a mask.
         valid: M x (B, L_m) bool.
-        fill, fills: what absent tokens become, see `fill_values`.
+        fill, fills: replacement of absent tokens, see `fill_values`.
         max_batch: rows of one call of the model.
     """
 
@@ -54,7 +54,7 @@ class MaskedModel:
         max_batch: int | None,
         sample: int | None = None,
     ) -> MaskedModel:
-        """All samples, or one of them. Raises TypeError or ValueError, naming the argument."""
+        """Build it for all samples or one. Raises TypeError or ValueError with the argument's name."""
         check.require_choice("fill", fill, FILLS)
         require_model(model, masking=fill == "drop")
         require_samples(inputs, masks)
@@ -80,20 +80,20 @@ class MaskedModel:
 
     @torch.no_grad()
     def full_logits(self) -> Tensor:
-        """Logits (B, C) of the mixture for the whole samples; with "drop" under a mask for every modality."""
+        """Return logits (B, C) of the mixture with all tokens; with "drop" every modality has a mask."""
         rows = torch.arange(self.samples, device=self.device)
         nothing = [None] * len(self.inputs)
         parts = [self.present(chosen, nothing) for chosen in rows.split(self.max_batch)]
         return torch.cat([logits_of(self.model, *given, None) for given in parts])
 
     def logits(self, rows: Tensor, absent: Sequence[Tensor]) -> Tensor:
-        """Logits (N, C) of samples `rows` (N,) without tokens `absent`, M x (N, L_m) bool."""
+        """Return logits (N, C) of samples `rows` (N,) without the tokens `absent`, M x (N, L_m) bool."""
         return logits_of(self.model, *self.present(rows, absent), self.expert)
 
     def present(
         self, rows: Tensor, absent: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
-        """Inputs and masks of the samples rows (N,) without the tokens absent, M x (N, L_m) or None for none."""
+        """Return inputs and masks of samples `rows` (N,) without the tokens `absent`, M x (N, L_m) or None."""
         packs = takes_tokens_in_any_order(self.model)
         inputs: list[Tensor | None] = []
         masks: list[Tensor | None] = []
@@ -102,7 +102,7 @@ class MaskedModel:
                 inputs.append(None)
                 masks.append(None)
                 continue
-            # One sample for all rows needs no copies.
+            # A single sample is expanded to all rows without copies.
             x = x.expand(len(rows), *x.shape[1:]) if self.samples == 1 else x[rows]
             mask = None if self.masks is None else self.masks[m]
             mask = None if mask is None else mask[rows]
@@ -121,10 +121,10 @@ class MaskedModel:
 
 
 def packed_tokens(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the `kept` (B, L) tokens of x (B, L, ...) to the front; cut to the longest row's count.
+    """Move the `kept` (B, L) tokens of x (B, L, ...) to the front, and cut to the largest number of a row.
 
     Returns:
-        (B, K, ...) and the mask (B, K). Synchronizes with a GPU.
+        (B, K, ...) and the mask (B, K). Synchronizes with the GPU.
     """
     longest = int(kept.sum(dim=1).max()) if len(kept) else 0
     order = kept.to(torch.uint8).sort(dim=1, descending=True, stable=True)[1][:, :longest]
@@ -135,7 +135,7 @@ def packed_tokens(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 def fill_values(
     fill: str, baseline: Sequence[Tensor | None] | None, inputs: Inputs
 ) -> list[Tensor | None]:
-    """What absent tokens of each modality become, to be broadcast over (B, L_m, ...); None with "drop"."""
+    """Values that replace absent tokens of each modality, broadcastable to (B, L_m, ...); None with "drop"."""
     if fill != "mean" and baseline is not None:
         raise ValueError(f"baseline: expected None with fill={fill!r}")
     if fill == "drop":

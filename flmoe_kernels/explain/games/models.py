@@ -1,4 +1,4 @@
-"""Logits of the explained model, a layer of this package or any callable; digests of models."""
+"""Logits and digests of the explained model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
 Inputs = Sequence[Tensor | None]
 
-_OWN = __name__.partition(".")[0] + "."  # where the layers of this package come from
+_OWN = __name__.partition(".")[0] + "."  # module prefix of this package's layers
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def expert_names(model: Any) -> tuple[str, ...]:
-    """The experts that have logits of their own; none for a model that is not a layer of this package."""
+    """Names of the experts that have logits; empty for a model that is not a layer of this package."""
     if isinstance(model, PairInteractionMoE):
         return model.experts
     if isinstance(model, ReferenceInteractionMoE):
@@ -35,7 +35,7 @@ def expert_place(model: Any, expert: str | int | None) -> int | None:
     """Position of an expert given by name or position; None stays None.
 
     Raises:
-        TypeError, ValueError: naming what was expected.
+        TypeError, ValueError: no such expert; the message says what was expected.
     """
     if expert is None:
         return None
@@ -53,7 +53,7 @@ def expert_place(model: Any, expert: str | int | None) -> int | None:
 
 
 def describe(model: Any, expert: int | None, fill: str, **more: Any) -> dict[str, Any]:
-    """What the logits are of, in JSON's types."""
+    """Description of the logits, JSON serializable."""
     name = None if expert is None else expert_names(model)[expert]
     return {"of": type(model).__name__, "expert": name, "fill": fill, **more}
 
@@ -61,11 +61,11 @@ def describe(model: Any, expert: int | None, fill: str, **more: Any) -> dict[str
 def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | None) -> Tensor:
     """Logits (B, C) of the model, or of one of its experts before mixing.
 
-    An expert of InteractionMoE has logits of its own, without its weight in the mixture; one of
-    PairInteractionMoE has its part of the layer's logits.
+    Logits of an expert of InteractionMoE do not include its weight in the mixture. Logits of an expert of
+    PairInteractionMoE are its part of the layer's logits.
 
     Raises:
-        TypeError, ValueError: the model returned something else.
+        TypeError, ValueError: the model did not return logits.
     """
     if isinstance(model, ReferenceInteractionMoE):
         given: Any = inputs
@@ -77,8 +77,8 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"model: expected logits (B, C), or an object that has them, of (inputs, masks), got "
-            f"{type(out).__name__}; swap() makes a published layer one of this package"
+            f"model: expected logits (B, C), or an object with `logits`, from model(inputs, masks), got "
+            f"{type(out).__name__}; swap() converts a published layer into one of this package"
         )
     if logits.dim() != 2:
         raise ValueError(f"model: expected logits (B, C), got {tuple(logits.shape)}")
@@ -86,11 +86,11 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
 
 
 def require_model(model: Any, masking: bool) -> None:
-    """A model that can be asked for values.
+    """Check that values of a model can be computed.
 
     Raises:
-        TypeError: no callable.
-        ValueError: in training mode, or without masks where tokens are to be masked out.
+        TypeError: it is not callable.
+        ValueError: it is in training mode, or takes no masks although tokens are to be masked out.
     """
     if not callable(model):
         raise TypeError(f"model: expected a Module or a callable, got {type(model).__name__}")
@@ -100,8 +100,8 @@ def require_model(model: Any, masking: bool) -> None:
         if training:
             part = training[0] or type(model).__name__
             raise ValueError(
-                f"model: expected eval mode, got {part} in training mode, whose dropout would be "
-                "noise in every value; call model.eval()"
+                f"model: expected eval mode, got {part} in training mode, whose dropout would add "
+                "noise to every value; call model.eval()"
             )
     if isinstance(model, ReferenceInteractionMoE) and masking and model.compat == "i2moe":
         raise ValueError(
@@ -111,7 +111,7 @@ def require_model(model: Any, masking: bool) -> None:
 
 
 def add_tensor(hasher: Any, value: Tensor | None) -> None:
-    """Shape, dtype and bytes of a tensor into a hash."""
+    """Add shape, dtype and bytes of a tensor to a hash."""
     if value is None:
         hasher.update(b"none")
         return
@@ -121,9 +121,9 @@ def add_tensor(hasher: Any, value: Tensor | None) -> None:
 
 
 def takes_tokens_in_any_order(model: Any) -> bool:
-    """Whether logits depend only on the set of valid tokens, so that masked ones may be removed.
+    """Whether logits depend only on the set of valid tokens, so that masked tokens may be removed.
 
-    Not assumed of classes derived from PairInteractionMoE, which may add positions.
+    False for subclasses of PairInteractionMoE, which may add positions.
     """
     return type(model) is PairInteractionMoE
 
@@ -131,9 +131,9 @@ def takes_tokens_in_any_order(model: Any) -> bool:
 def game_digest(
     model: Any, described: Mapping[str, Any], tensors: Sequence[Tensor | None], device: torch.device
 ) -> str:
-    """A digest of a value function: the model, its description in JSON's types, and the sample's tensors.
+    """Digest of a value function: the model, its description and the sample's tensors.
 
-    Includes autocast: half precision changes more than last bits.
+    It includes the autocast dtype, because half precision changes more than the last bits.
     """
     cast = _autocast_dtype(device)
     hasher = hashlib.sha256(json.dumps([described, str(cast)], sort_keys=True).encode())
@@ -144,7 +144,7 @@ def game_digest(
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    # Not every device type has autocast: meta has none.
+    # Some device types, such as meta, have no autocast.
     if not torch.amp.is_autocast_available(device.type):
         return None
     on = torch.is_autocast_enabled(device.type)
@@ -152,15 +152,15 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def model_digest(model: Any) -> str:
-    """A digest of the class and, for a Module, of its parts, their settings and every tensor.
+    """Digest of the class and, for a Module, of its parts, their settings and every tensor.
 
-    Settings are a part's extra_repr and, for this package's layers, their plain attributes (heads, temperature).
-    Buffers include those that are not in the state_dict. Of another callable only the name is known, not what it
-    closes over.
+    Settings are a part's extra_repr and, for this package's layers, plain attributes (heads, temperature).
+    Buffers include those that are not in the state_dict. For other callables it includes only the name, not the
+    variables of the closure.
     """
     hasher = hashlib.sha256()
     kind = type(model) if isinstance(model, nn.Module) else model
-    # A partial's or an instance's own text may hold an address, which is another one in the next process.
+    # The repr of a partial or an instance may contain an address, which differs between processes.
     name = getattr(kind, "__qualname__", type(kind).__qualname__)
     hasher.update(f"{kind.__module__}.{name}".encode())
     if isinstance(model, nn.Module):
@@ -176,13 +176,13 @@ def model_digest(model: Any) -> str:
 
 
 def _settings(part: nn.Module) -> str:
-    told = [_ADDRESS.sub("", part.extra_repr())]
+    settings = [_ADDRESS.sub("", part.extra_repr())]
     if type(part).__module__.startswith(_OWN):
-        told += [
+        settings += [
             f"{name}={value!r}"
             for name, value in sorted(vars(part).items())
             if isinstance(value, int | float | str | tuple)
             and name != "training"
             and not name.startswith("_")
         ]
-    return ", ".join(told)
+    return ", ".join(settings)

@@ -1,4 +1,4 @@
-"""A sample as a game over its tokens: v(S) is a logit when only the tokens of S are present."""
+"""A sample as a game over its tokens."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ OUTPUTS = ("logit", "log_prob")
 
 
 class TokenGame:
-    """One sample's valid tokens as players, of all modalities, numbered modality after modality.
+    """A game whose players are one sample's valid tokens, numbered modality after modality.
 
-    A coalition is the set of tokens that are present. The others are masked out ("drop") or filled: then they are
-    still attended, as in the published code. Padded tokens are no players and stay as they are.
+    v(S) is the logit when only the tokens of S are present. Absent tokens are masked out ("drop") or filled;
+    filled tokens are still attended, as in the published code. Padded tokens are not players and are not changed.
 
-    With "drop" every modality gets a mask, even if the sample had none. If a layer treats a missing mask
+    With "drop" every modality has a mask, even if the sample had none. If a layer treats a missing mask
     differently (InteractionMoE normalises its reweighting features only with a mask), v(all) differs from its
     logit without masks. For a PairInteractionMoE, where the order of tokens does not matter, each modality is
     cut to the longest coalition of the batch.
 
-    Calling it takes coalitions (m, n) bool and returns values (m,) float64, so that it is a game for shapiq, too.
+    A call maps coalitions (m, n) bool to values (m,) float64, so shapiq can use it as a game.
 
     Args:
         model: InteractionMoE (or its reference), PairInteractionMoE, or any callable of (inputs, masks) that
-            returns logits (B, C), or an object that has them, and treats each sample of a batch on its own.
+            returns logits (B, C) or an object with `logits`, and computes the samples of a batch independently.
             In eval mode.
         inputs: M x (B, L_m, ...), None for a missing modality.
-        masks: M x (B, L_m), True or 1 = valid, or None each.
-        target: the class; None for the one that the model, not the expert, predicts for the full sample.
+        masks: M x (B, L_m), True or 1 = valid; None for a modality without mask.
+        target: the class; None for the class that the model, not the expert, predicts for the full sample.
         output: "logit", or "log_prob", its log-softmax over the classes.
-        expert: position or name: v is then this expert's own logit, see `models.logits_of`.
-        fill: what absent tokens become, "zero", "mean" or "drop".
+        expert: position or name: v is then the logit of this expert, see `models.logits_of`.
+        fill: replacement of absent tokens: "zero", "mean" or "drop".
         baseline: for "mean" the fill of each modality, M x (D_m,) or (L_m, D_m): see `token_means`.
-        sample: which of the B.
-        max_batch: coalitions that the model evaluates at once; None for what the available memory allows.
+        sample: position in the batch.
+        max_batch: coalitions that the model evaluates at once; None: as the available memory allows.
 
     Attributes:
         players: n.
@@ -54,7 +54,7 @@ class TokenGame:
         batch_size: coalitions that the model evaluates at once.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class TokenGame:
 
     @torch.no_grad()
     def __call__(self, coalitions: Bools) -> Floats:
-        """Values (m,) of coalitions (m, n)."""
+        """Return the values (m,) of coalitions (m, n)."""
         coalitions = require_coalitions(coalitions, self.players)
         require_model(self._masked.model, masking=self._masked.fill == "drop")
         values = np.empty(len(coalitions))
@@ -98,13 +98,13 @@ class TokenGame:
         return values
 
     def describe(self) -> dict[str, Any]:
-        """The value function in JSON's types."""
+        """Return a description of the value function, JSON serializable."""
         masked = self._masked
         more = {"target": self.target, "output": self.output}
         return describe(masked.model, masked.expert, masked.fill, **more)
 
     def fingerprint(self) -> str:
-        """A digest of the sample, the model and the value function, see `models.model_digest`."""
+        """Return a digest of the sample, the model and the value function, see `models.model_digest`."""
         masked = self._masked
         masks = [None] * len(masked.inputs) if masked.masks is None else masked.masks
         tensors = (*masked.inputs, *masks, *masked.fills)
@@ -122,7 +122,7 @@ class TokenGame:
         return logits[:, self.target].cpu().numpy()
 
     def _absent(self, coalitions: Bools) -> tuple[Tensor, list[Tensor]]:
-        """The sample of each coalition (m,), and the players that are not in it, M x (m, L_m)."""
+        """Return the sample of each coalition, (m,), and its absent players, M x (m, L_m)."""
         absent = np.zeros((len(coalitions), sum(self.lengths)), dtype=np.bool_)
         absent[:, self._place] = ~coalitions
         rows = torch.zeros(len(coalitions), dtype=torch.int64, device=self._masked.device)
@@ -130,7 +130,7 @@ class TokenGame:
 
     @torch.no_grad()
     def _target(self, target: int | None) -> int:
-        # The prediction is that of the sample as it came, see above; else one pass tells the number of classes.
+        # The prediction uses the sample's own masks, see the class; else one pass gives the number of classes.
         masked = self._masked
         inputs, masks = masked.inputs, masked.masks
         if target is not None:
@@ -147,8 +147,8 @@ class TokenGame:
 
 
 def require_coalitions(coalitions: Any, players: int) -> Bools:
-    """Coalitions (m, n) as bool. Raises ValueError: another shape."""
-    found: Bools = np.asarray(coalitions, dtype=np.bool_)
-    if found.ndim != 2 or found.shape[1] != players:
-        raise ValueError(f"coalitions: expected (coalitions, {players}), got {found.shape}")
-    return found
+    """Convert coalitions (m, n) to bool. Raises ValueError: another shape."""
+    array: Bools = np.asarray(coalitions, dtype=np.bool_)
+    if array.ndim != 2 or array.shape[1] != players:
+        raise ValueError(f"coalitions: expected (coalitions, {players}), got {array.shape}")
+    return array

@@ -1,4 +1,4 @@
-"""Drops of a metric when tokens are masked: their measurement and the result."""
+"""Measurement and results of a metric's drop when tokens are masked."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MEAN, AUC = AOPC_MODES = ("mean", "auc")
 
 
 class Summary(NamedTuple):
-    """Means over samples, of a budget each (K,) or of their aggregate ().
+    """Means over samples: tensors (K,) for the budgets, or () for the aggregate over budgets.
 
-    identified: the mean drop where identified tokens are masked.
+    identified: the mean drop when identified tokens are masked.
     standard_error: of that mean, over samples.
-    random: the mean drop where random tokens are masked, over seeds and samples.
+    random: the mean drop when random tokens are masked, over seeds and samples.
     random_std: the standard deviation over seeds of the samples' mean; 0 for one seed.
-    gap: how much better identified tokens do: identified - random for comprehensiveness, which should be large,
+    gap: advantage of identified tokens: identified - random for comprehensiveness, which should be large;
         random - identified for sufficiency, which should be small.
 
-    Without random draws the last three are NaN.
+    Without random draws random, random_std and gap are NaN.
     """
 
     identified: Tensor
@@ -42,14 +42,14 @@ class Summary(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MaskingDrops(Saved):
-    """Drops of B samples under K budgets by Q metrics. float64.
+    """Drops of B samples for K budgets and Q metrics, in float64.
 
-    With f a metric of the target, x a sample, T the tokens identified under a budget and N all that may be masked,
+    f is a metric of the target, x a sample, T the tokens identified for a budget, and N all maskable tokens:
 
         comprehensiveness = f(x) - f(x with T masked)
         sufficiency       = f(x) - f(x with N without T masked)
 
-    A sample without a token that may be masked has NaN and is left out of all means.
+    Drops of a sample without maskable tokens are NaN; it is left out of all means.
 
     Attributes:
         index: "faithfulness" (T by attributions) or "pair_masking" (T by ranked pairs).
@@ -57,15 +57,15 @@ class MaskingDrops(Saved):
         budgets: K increasing numbers.
         metrics: Q of "prob", "log_prob", "logit", see `Targets.read`.
         identified: (2, Q, B, K): comprehensiveness, sufficiency.
-        random: (2, Q, R, B, K), the same with T drawn at random, as many tokens of each modality; R repeats.
+        random: (2, Q, R, B, K), the same for random T with as many tokens of each modality; R repeats.
         original: (Q, B), f(x).
         masked: (B, K) int64, the size of T.
         maskable: (B,) int64, the size of N.
         targets, multi_label: see Attribution.
         seed: of the random draws.
-        evaluations: samples, masked or not, that the model saw.
-        batch_size: of them at once.
-        settings: fill, expert, exempt and what the call adds.
+        evaluations: number of samples, masked or not, that the model evaluated.
+        batch_size: samples evaluated at once.
+        settings: fill, expert, exempt and settings of the call.
     """
 
     _ARRAYS: ClassVar = ("identified", "random", "original", "masked", "maskable", "targets")
@@ -87,15 +87,15 @@ class MaskingDrops(Saved):
     settings: dict[str, Any]
 
     def values(self, kind: str = COMPREHENSIVENESS, metric: str = PROB) -> Tensor:
-        """The drops of single samples, (B, K)."""
+        """Return the drops of single samples, (B, K)."""
         return self.identified[self._places(kind, metric)].clone()
 
     def curve(self, kind: str = COMPREHENSIVENESS, metric: str = PROB) -> Summary:
-        """Means over samples for every budget."""
+        """Return the means over samples for every budget."""
         return self._summary(kind, metric, torch.eye(len(self.budgets), dtype=torch.float64))
 
     def aopc(self, kind: str = COMPREHENSIVENESS, metric: str = PROB, mode: str = MEAN) -> Summary:
-        """The area over the perturbation curve: the mean over budgets (DeYoung et al., arXiv 1911.03429).
+        """Return the area over the perturbation curve: the mean over budgets (DeYoung et al., arXiv 1911.03429).
 
         Args:
             mode: "mean", or "auc": the trapezoidal area over the budgets, divided by their span.
@@ -110,21 +110,21 @@ class MaskingDrops(Saved):
         return Summary(*(x[0] for x in self._summary(kind, metric, weights.unsqueeze(1))))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row of plain numbers for every kind, metric and budget, and for AOPC, whose budget is None."""
-        found = []
+        """Return a row of numbers for every kind, metric and budget, and for AOPC, whose budget is None."""
+        rows = []
         for kind in KINDS:
             for metric in self.metrics:
                 curve = self.curve(kind, metric)
-                parts = [Summary(*each) for each in zip(*curve, strict=True)]
+                parts = [Summary(*values) for values in zip(*curve, strict=True)]
                 for budget, part in zip(
                     (*self.budgets, None), (*parts, self.aopc(kind, metric)), strict=True
                 ):
                     numbers = {name: float(x) for name, x in part._asdict().items()}
-                    found.append({"kind": kind, "metric": metric, "budget": budget, **numbers})
-        return found
+                    rows.append({"kind": kind, "metric": metric, "budget": budget, **numbers})
+        return rows
 
     def table(self) -> str:
-        """The rows as text, below a line that says what they are."""
+        """Format the rows as text, below a line that describes them."""
         lines = [
             repr(self),
             f"{'kind':<18}{'metric':<10}{self.unit:>8}"
@@ -150,7 +150,7 @@ class MaskingDrops(Saved):
         return KINDS.index(kind), self.metrics.index(metric)
 
     def _summary(self, kind: str, metric: str, weights: Tensor) -> Summary:
-        """Of drops times weights (K, k)."""
+        """Summarize the drops times weights (K, k)."""
         place = self._places(kind, metric)
         weights = weights.to(self.identified.device)
         there = self.maskable > 0
@@ -165,9 +165,9 @@ class MaskingDrops(Saved):
 
 
 def draw_places(candidate: Sequence[Tensor], n_random: int, seed: int) -> list[Tensor]:
-    """Uniformly random orders of the candidates M x (B, L_m): their places, M x (n_random, B, L_m).
+    """Draw uniformly random ranks, M x (n_random, B, L_m), for the candidates M x (B, L_m).
 
-    The same on every device, and the first ones of a longer draw.
+    They do not depend on the device, and a larger n_random keeps the first draws.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = [x.shape[1] for x in candidate]
@@ -177,7 +177,7 @@ def draw_places(candidate: Sequence[Tensor], n_random: int, seed: int) -> list[T
     ]
     whole = torch.stack(keys) if keys else torch.zeros((0, len(candidate[0]), sum(lengths)))
     parts = whole.to(candidate[0].device).split(lengths, dim=2)
-    return [places(part, each) for part, each in zip(parts, candidate, strict=True)]
+    return [places(part, allowed) for part, allowed in zip(parts, candidate, strict=True)]
 
 
 @torch.no_grad()
@@ -189,10 +189,10 @@ def measure(
     candidate: Sequence[Tensor],
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The drops of sets of tokens: identified, random, original and evaluations of MaskingDrops.
+    """Measure the drops of token sets; return identified, random, original and evaluations of MaskingDrops.
 
     Args:
-        chosen: M x (1 + R, K, B, L_m) bool, among the candidates: the identified ones, then the random ones.
+        chosen: M x (1 + R, K, B, L_m) bool, among the candidates: the identified set, then the random sets.
         candidate: M x (B, L_m) bool.
     """
     sets, budgets, batch = chosen[0].shape[:3]
@@ -208,7 +208,7 @@ def measure(
     original = torch.cat(
         [read(x, [torch.zeros_like(c[x]) for c in candidate]) for x in parts], dim=1
     )
-    found = []
+    blocks = []
     with progress_bar(progress, 2 * count, "masked samples") as advance:
         for kind in KINDS:
             for rows in torch.arange(count, device=masked.device).split(masked.max_batch):
@@ -216,9 +216,9 @@ def measure(
                 hidden = [x[rows] for x in flat]
                 if kind == SUFFICIENCY:
                     hidden = [c[of] & ~gone for c, gone in zip(candidate, hidden, strict=True)]
-                found.append(original[:, of] - read(of, hidden))
+                blocks.append(original[:, of] - read(of, hidden))
                 advance(len(rows))
-    drops = torch.cat(found, dim=1).view(len(metrics), len(KINDS), sets, budgets, batch)
+    drops = torch.cat(blocks, dim=1).view(len(metrics), len(KINDS), sets, budgets, batch)
     drops = drops.permute(1, 0, 2, 4, 3)
     empty = torch.stack([x.sum(dim=1) for x in candidate]).sum(dim=0) == 0
     drops = drops.masked_fill(empty[:, None], torch.nan)

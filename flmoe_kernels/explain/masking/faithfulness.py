@@ -1,4 +1,4 @@
-"""The public functions `faithfulness` and `pair_masking`: does the model need the explained tokens?"""
+"""Public functions `faithfulness` and `pair_masking`: evaluation by masking."""
 
 from __future__ import annotations
 
@@ -57,42 +57,42 @@ def faithfulness(
     max_batch: int | None = None,
     progress: bool = False,
 ) -> MaskingDrops:
-    """Mask the top K percent of tokens of every modality, or all the others, and see what the target loses.
+    """Mask the top K percent of tokens of every modality, or all other tokens, and measure the target's drop.
 
-    Of a sample's n tokens of a modality that may be masked, T has the ceil(n K / 100) of highest attribution, at
-    least one; of equal ones the first. With f the target's probability, log-probability or logit,
+    T has, of the n maskable tokens of a sample and modality, the ceil(n K / 100) tokens of highest attribution, at
+    least one; ties go to the first. f is the target's probability, log-probability or logit:
 
-        comprehensiveness = f(x) - f(x with T of all modalities masked)      large where T is what counts
-        sufficiency       = f(x) - f(x with all but T masked)                small where T is enough
+        comprehensiveness = f(x) - f(x with T of all modalities masked)      large if T is important
+        sufficiency       = f(x) - f(x with all but T masked)                small if T is sufficient
 
-    and AOPC the mean over K. Next to them the same with random attributions: n_random of them, each of which gives
-    every sample and modality one random order of its tokens.
+    AOPC is the mean over K. For comparison, the same is computed with n_random random attributions: each one is a
+    random order of the tokens of every sample and modality.
 
-    This is the masking evaluation of the published FL-I2MoE code, per modality, with its default budgets. Where
-    it departs: ties (there unspecified); random sets of one repeat are nested over budgets, as identified ones
-    are (there drawn anew for each K; each set is uniform in both); ceil without the rounding of a product;
-    log-probabilities without a floor; what is explained is always resolved on the unmasked samples.
+    This is the masking evaluation of the published FL-I2MoE code, per modality, with its default budgets.
+    Differences: ties are resolved (published: unspecified); random sets of a repeat are nested over budgets, as
+    identified sets are (published: drawn anew for each K; sets are uniform in both); ceil has no rounding error;
+    log-probabilities are not clamped; the explained class always comes from the unmasked samples.
 
     Args:
         model: see TokenGame.
         inputs, masks: M x (B, L_m, D_m), M x (B, L_m), see TokenGame.
-        attributions: of `attribute`, whose mixture (or `expert`) is taken, or M x (B, L_m), None for a missing
-            modality. Finite at the tokens that may be masked; what stands elsewhere does not matter.
-        target, multi_label: see `resolve_targets`; None for what an Attribution explains, for plain tensors what
-            the model predicts for the samples as they are.
-        budgets: K, increasing, each above 0 and at most 100.
-        metrics: of METRICS.
-        fill: what masked tokens become, "zero", "mean" of the data set, both still attended, or "drop", out of
-            the masks.
+        attributions: result of `attribute`, of which the mixture (or `expert`) is used; or M x (B, L_m), None for
+            a missing modality. Finite at maskable tokens; other values are ignored.
+        target, multi_label: see `resolve_targets`; None: the target of the Attribution or, for plain tensors, the
+            model's prediction for the unmasked samples.
+        budgets: K, increasing, above 0 and at most 100.
+        metrics: names in METRICS.
+        fill: replacement of masked tokens: "zero" or "mean" of the data set, both still attended; "drop" removes
+            them from the masks.
         baseline: with fill "mean", M x (D_m,) or (L_m, D_m): see `token_means`.
-        exempt: modalities whose token 0 is neither counted nor masked: the text encoder's first token.
+        exempt: modalities whose token 0 is neither counted nor masked, such as the text encoder's first token.
         expert: evaluate the logits of this expert, by name or position.
-        n_random, seed: repeats of the random draw. The draws depend on these and the shapes alone.
-        max_batch: samples that the model sees at once; None for what the memory at hand allows.
-        progress: a bar on standard error, which needs tqdm.
+        n_random, seed: number and seed of the random draws, which depend only on these and the shapes.
+        max_batch: samples that the model evaluates at once; None: as the available memory allows.
+        progress: show a bar on standard error; needs tqdm.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
 
     Cost: B (1 + 2 K (1 + n_random)) forward passes of one sample, in batches.
     Sources: arXiv 2603.13326; comprehensiveness, sufficiency and AOPC of DeYoung et al., arXiv 1911.03429.
@@ -109,11 +109,11 @@ def faithfulness(
     else:
         targets = resolve_targets(target, masked.full_logits(), multi_label)
     chosen = []
-    for each, allowed, drawn in zip(
+    for scores, allowed, drawn in zip(
         values, candidate, draw_places(candidate, n_random, seed), strict=True
     ):
         counts = torch.stack([percent_counts(allowed, percent) for percent in steps])
-        order = torch.cat([places(each, allowed).unsqueeze(0), drawn])
+        order = torch.cat([places(scores, allowed).unsqueeze(0), drawn])
         chosen.append(order.unsqueeze(1) <= counts.unsqueeze(2))
     index = attributions.index if isinstance(attributions, Attribution) else "given"
     settings = {"exempt": list(exempt), "by": index}
@@ -146,28 +146,28 @@ def pair_masking(
     max_batch: int | None = None,
     progress: bool = False,
 ) -> MaskingDrops:
-    """Mask the tokens of the top pairs, or all the others, and see what the target loses. See `faithfulness`.
+    """Mask the tokens of the top pairs, or all other tokens, and measure the target's drop. See `faithfulness`.
 
-    Under a budget of t tokens T is the union of pairs taken whole in their order; a pair that would exceed t is
-    passed over for later ones, which may share a token with T. Where the pairs run out before t tokens are used,
-    or none fits the last place, T is smaller: `masked` says by how much, and random sets are as small.
+    For a budget of t tokens, T is the union of pairs in their order. A pair that would exceed t is skipped; later
+    pairs may still fit, for example if they share a token with T. If no pair fits, T has fewer than t tokens:
+    `masked` has its size, and random sets have the same size.
 
-    The random counterpart is the union of pairs drawn at random, given that it has as many tokens of each
-    modality as T. Uniformly drawn pairs do not change in distribution when a modality's tokens are permuted, so
-    that given those numbers the union is uniform among the token sets that have them, and is drawn as such.
+    A random set is the union of random pairs, given that it has as many tokens of each modality as T. The
+    distribution of uniformly drawn pairs does not change when a modality's tokens are permuted. Given these
+    numbers, the union is therefore uniform among the token sets that have them, and is drawn so.
 
     Args:
-        pairs: of each sample a PairValues, of `shapley_interactions` or `redundancy_gap`, or a list of
+        pairs: for each sample a PairValues, of `shapley_interactions` or `redundancy_gap`, or a list of
             ((m, i), (n, j)), token i of modality m with token j of modality n, the best first.
-        target: None for what the model predicts for the samples as they are.
+        target: None for the model's prediction for the unmasked samples.
         budgets: t, numbers of tokens, increasing.
         by: the order of a PairValues, "largest", "smallest" or "magnitude": synergy has a large SII,
-            substitutes a small one and a large RG.
-        exempt: modalities whose token 0 is never masked: pairs with it are passed over.
-        (others): as `faithfulness`.
+            substitutes have a small SII and a large RG.
+        exempt: modalities whose token 0 is never masked; pairs with it are skipped.
+        Other arguments: as in `faithfulness`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
     steps = _require_budgets(budgets, TOKENS)
     check.require_count("n_random", n_random, 0)
@@ -225,11 +225,11 @@ def _values_of(
     """Attributions M x (B, L_m), finite at the candidates; zeros elsewhere."""
     given: Any = attributions
     if isinstance(attributions, Attribution):
-        # A loaded one is on the CPU.
+        # A loaded Attribution is on the CPU.
         given = [x.to(candidate[0].device) for x in attributions.of(expert)]
     if not isinstance(given, list | tuple) or len(given) != len(candidate):
         raise ValueError(f"attributions: expected {len(candidate)} Tensors, one for each modality")
-    found = []
+    checked = []
     for m, (values, allowed) in enumerate(zip(given, candidate, strict=True)):
         name = f"attributions[{m}]"
         if values is None and not allowed.numel():
@@ -241,23 +241,23 @@ def _values_of(
         values = values.detach().double().masked_fill(~allowed, 0.0)
         if not bool(values.isfinite().all()):
             raise ValueError(f"{name}: expected finite values at valid tokens, got NaN or inf")
-        found.append(values)
-    return found
+        checked.append(values)
+    return checked
 
 
 def _ranked_pairs(pairs: Any, valid: Sequence[Tensor], by: str) -> list[Ints]:
-    """For each sample the pairs (p, 2), the best first, as places in the concatenated modalities."""
+    """For each sample the pairs (p, 2), the best first, as positions in the concatenated modalities."""
     batch, lengths = len(valid[0]), [x.shape[1] for x in valid]
     if not isinstance(pairs, list | tuple) or len(pairs) != batch:
         count = len(pairs) if isinstance(pairs, list | tuple) else type(pairs).__name__
         raise ValueError(f"pairs: expected a list for each of {batch} samples, got {count}")
-    found = []
+    ranked = []
     for b, given in enumerate(pairs):
         tokens = players_of(valid, b)
         if isinstance(given, PairValues):
             given = given.tokens[given.pairs[given.ranked(by=by)]]
-        found.append(flat_places(tokens, lengths)[listed_pairs(f"pairs[{b}]", given, tokens)])
-    return found
+        ranked.append(flat_places(tokens, lengths)[listed_pairs(f"pairs[{b}]", given, tokens)])
+    return ranked
 
 
 def _unions(

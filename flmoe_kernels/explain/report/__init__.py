@@ -1,1 +1,1 @@
-"""The command `explain`: read files, explain samples, write results and a page."""
+"""Implementation of the command `explain`: input files, explanations, results and a page."""

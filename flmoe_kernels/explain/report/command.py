@@ -37,48 +37,48 @@ CHECKPOINTS = "checkpoints"
 
 
 class LayersDiffer(Exception):
-    """The fast layer does not compute what the reference does; the message says where."""
+    """The fast layer's outputs differ from the reference's; the message says which."""
 
 
 def run(request: Request) -> Findings:
-    """Explain samples and write OUT/index.html, explanation.json, the results' own files and the figures.
+    """Explain samples and write OUT/index.html, explanation.json, result files and figures.
 
-    Every file appears whole or not at all, index.html last. OUT/checkpoints keeps the progress of the pairs'
-    estimates, from which the same request continues. Interruptions do not change the numbers.
+    Every file is written atomically, index.html last. OUT/checkpoints keeps the progress of the pair estimates;
+    the same request continues from it, with the same numbers as an uninterrupted run.
 
     Raises:
         ModuleNotFoundError: an optional package is missing.
-        CheckpointError, ValueError, OSError: the request cannot be met, with one line that says why.
-        LayersDiffer: the swapped layer does not compute what the reference does on these samples.
+        CheckpointError, ValueError, OSError: the request cannot be run; the message is one line with the reason.
+        LayersDiffer: the outputs of the swapped layer and the reference differ on these samples.
     """
-    # Before the evaluations, which take minutes.
+    # Imported first, because the evaluations take minutes.
     for name in EXTRAS:
         importlib.import_module(name)
     fast, about, features = _load(request)
     folder = request.out
     folder.mkdir(parents=True, exist_ok=True)
-    found = find(fast, features, request, folder / CHECKPOINTS, about)
-    files = _write_results(found, folder)
+    findings = find(fast, features, request, folder / CHECKPOINTS, about)
+    files = _write_results(findings, folder)
     with warnings.catch_warnings():
-        # A script that the font lacks becomes boxes in a figure; the page's tables have the text.
+        # Characters missing in the font become boxes in figures; the page's tables have the text.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        pictures = draw(found)
+        pictures = draw(findings)
     for name, picture in pictures.items():
         write_whole(folder / name, picture.png)
-    write_whole(folder / "index.html", page(found, pictures, [*files, *pictures]))
-    return found
+    write_whole(folder / "index.html", page(findings, pictures, [*files, *pictures]))
+    return findings
 
 
 def main(request: Request) -> int:
-    """Run as a command: 0 done, 1 the layers differ, 2 the request cannot be met, 130 interrupted.
+    """Run as a command; return 0: done, 1: layers differ, 2: the request cannot be run, 130: interrupted.
 
     Raises:
         ModuleNotFoundError: an optional package is missing.
     """
     try:
-        found = run(request)
+        findings = run(request)
     except KeyboardInterrupt:
-        message = "interrupted: files already written are whole; the same command goes on from "
+        message = "interrupted: written files are complete; the same command continues from "
         print(f"{message}{request.out / CHECKPOINTS}", file=sys.stderr)
         return INTERRUPTED
     except LayersDiffer as error:
@@ -88,9 +88,9 @@ def main(request: Request) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console()
-    for sample, values in enumerate(found.pairs):
+    for sample, values in enumerate(findings.pairs):
         if len(values[SII]):
-            console.print(f"sample {sample}, class {int(found.target[sample])}:", end=" ")
+            console.print(f"sample {sample}, class {int(findings.target[sample])}:", end=" ")
             table = values[SII].table(3, MAGNITUDE)
             console.print(table, markup=False, highlight=False, soft_wrap=True)
     console.print("Written: index.html, explanation.json, results and figures in", end=" ")
@@ -99,7 +99,7 @@ def main(request: Request) -> int:
 
 
 def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
-    """The fast layer, its description in JSON's types, and the samples."""
+    """Load the fast layer, its description (JSON serializable) and the samples."""
     checkpoint, data = request.checkpoint, request.data
     reference = load_layer(checkpoint, **request.layer)
     spec = describe(reference)
@@ -110,12 +110,12 @@ def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
             f"{data}: masks_*: expected none for a layer with learned positions (I2MoE)"
         )
     few = features.first(request.samples)
-    # The check draws noise: the file should hold the same numbers every time.
+    # The check draws noise; seeded, so that the file has the same numbers every time.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)
         report = swap(reference, inputs=(few.inputs,), masks=few.masks)
     if report.left:
-        raise LayersDiffer(f"{checkpoint}: the fast layer was not taken: {report.left[0].reason}")
+        raise LayersDiffer(f"{checkpoint}: the fast layer was not used: {report.left[0].reason}")
     architecture = dataclasses.asdict(spec)
     about = {
         "architecture": {name: architecture[name] for name in sorted(architecture)},
@@ -126,16 +126,16 @@ def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
     return report.model, about, features
 
 
-def _write_results(found: Findings, folder: Path) -> list[str]:
-    """The results' own files and the JSON; their names."""
+def _write_results(findings: Findings, folder: Path) -> list[str]:
+    """Write the result files and the JSON file; return their names."""
     savers: dict[str, Any] = {
-        "attribution.npz": found.attribution,
-        "faithfulness.npz": found.faithfulness,
-        **{f"pair_masking_{name}.npz": drops for name, drops in found.pair_masking.items()},
+        "attribution.npz": findings.attribution,
+        "faithfulness.npz": findings.faithfulness,
+        **{f"pair_masking_{name}.npz": drops for name, drops in findings.pair_masking.items()},
     }
-    for sample, values in enumerate(found.pairs):
-        savers |= {f"sample_{sample:05d}_{name}.npz": each for name, each in values.items()}
+    for sample, values in enumerate(findings.pairs):
+        savers |= {f"sample_{sample:05d}_{name}.npz": pairs for name, pairs in values.items()}
     for name, result in savers.items():
         result.save(folder / name)
-    write_whole(folder / "explanation.json", json_text(found))
+    write_whole(folder / "explanation.json", json_text(findings))
     return [*savers, "explanation.json"]

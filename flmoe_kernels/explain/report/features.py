@@ -1,4 +1,4 @@
-"""Encoded samples from an .npz file: every array is checked, nothing is unpickled."""
+"""Encoded samples from an .npz file, checked and never unpickled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Array = NDArray[Any]
 
 _CPU = torch.device("cpu")
 _FIRST_HALF, _LAST_HALF = 0xD800, 0xDFFF  # surrogates
-# What numpy and zipfile raise for a file that is torn, altered or encrypted.
+# Exceptions of numpy and zipfile for a file that is truncated, altered or encrypted.
 _DAMAGED = (
     *(ValueError, EOFError, OSError, RuntimeError, OverflowError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
@@ -36,7 +36,7 @@ _NAME = re.compile(r"(?:inputs|masks|tokens|image)_(0|[1-9]\d*)|labels")
 
 
 class FeatureError(ValueError):
-    """The file cannot be used; the message names it and the array."""
+    """The file cannot be used; the message names the file and the array."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +45,11 @@ class Features:
 
     Attributes:
         inputs: M x (S, L_m, D), 0 for padding.
-        masks: M x (S, L_m) bool or None, or None where no modality has one.
+        masks: M x (S, L_m) bool or None; None if no modality has a mask.
         labels: (S,) int64, classes; (S, C) bool, positive labels; or None.
         tokens: M x (S, L_m) strings, or None.
         images: M x (S, H, W) or (S, H, W, 3), or None.
-        total: how many samples the file has.
+        total: number of samples in the file.
     """
 
     inputs: list[Tensor]
@@ -68,7 +68,7 @@ class Features:
         return tuple(x.shape[1] for x in self.inputs)
 
     def first(self, count: int) -> Features:
-        """The first samples alone."""
+        """Return the first samples only."""
         names = ("inputs", "masks", "tokens", "images")
         parts: dict[str, Any] = {name: rows_of(getattr(self, name), slice(count)) for name in names}
         labels = None if self.labels is None else self.labels[:count]
@@ -78,19 +78,19 @@ class Features:
 def load_features(
     path: str | Path, modalities: int, width: int, classes: int, dtype: torch.dtype
 ) -> Features:
-    """The samples in a file of numpy.savez, for a layer of M modalities, width D and C classes.
+    """Load samples from a file of numpy.savez, for a layer of M modalities, width D and C classes.
 
-    Its arrays are inputs_0 .. inputs_{M-1}, (S, L_m, D) floats, and, each of them optional, masks_m, (S, L_m)
-    bool or 0/1 with 1 for a valid token; labels, (S,) integers or (S, C) bool or 0/1 (multi-label); tokens_m,
-    (S, L_m) unicode strings; image_m, (S, H, W) or (S, H, W, 3), uint8 or floats from 0 to 1, whose patches, a
-    square of them row by row, are the modality's tokens.
+    Required arrays: inputs_0 .. inputs_{M-1}, (S, L_m, D) floats. Optional arrays: masks_m, (S, L_m) bool or 0/1
+    with 1 for a valid token; labels, (S,) integers or (S, C) bool or 0/1 (multi-label); tokens_m, (S, L_m) unicode
+    strings; image_m, (S, H, W) or (S, H, W, 3), uint8 or floats from 0 to 1, whose patches are the modality's
+    tokens, in a square grid row by row.
 
     Args:
-        dtype: of the layer, to which the inputs are converted.
+        dtype: of the layer; inputs are converted to it.
 
     Raises:
-        FeatureError: no such file, or an array that does not fit: its name, what was expected, what came.
-        OSError: the file cannot be read.
+        FeatureError: not an .npz file, or an array does not fit; the message has its name and what was expected.
+        OSError: the file does not exist or cannot be read.
     """
     try:
         return _checked(_read(Path(path)), modalities, width, classes, dtype)
@@ -116,7 +116,7 @@ def _checked(
     masks = [_flags(arrays, f"masks_{m}", (samples, n)) for m, n in enumerate(lengths)]
     _require_tokens(inputs, masks)
     return Features(
-        # Padding may hold anything, and 0 times NaN is NaN.
+        # Padding may hold any value, and 0 times NaN is NaN.
         inputs=[
             x if mask is None else x.masked_fill(~mask.unsqueeze(2), 0.0)
             for x, mask in zip(inputs, masks, strict=True)
@@ -134,15 +134,13 @@ def _read(path: Path) -> dict[str, Array]:
     try:
         file = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise FeatureError(
-            f"{problem}, got another file, or one that holds Python objects"
-        ) from error
+        raise FeatureError(f"{problem}, got another kind of file, or Python objects") from error
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise FeatureError(f"{problem}, got a single array; numpy.savez writes one with names")
+        raise FeatureError(f"{problem}, got a single array; use numpy.savez, which writes names")
     with file:
         size, room = sum(part.file_size for part in file.zip.infolist()), available_bytes(_CPU)
         if size > room:
-            raise FeatureError(f"expected arrays of {room} bytes at most, got {size}")
+            raise FeatureError(f"expected arrays of at most {room} bytes, got {size}")
         return {name: _array(file, name) for name in file.files}
 
 
@@ -160,7 +158,7 @@ def _array(file: Any, name: str) -> Array:
             problem = "expected a plain array, got Python objects, which are not unpickled"
         raise FeatureError(f"{shown}: {problem}") from error
     if not isinstance(array, np.ndarray):
-        raise FeatureError(f"{shown}: expected an array, got another file")
+        raise FeatureError(f"{shown}: expected an array, got another kind of file")
     return array
 
 
@@ -177,7 +175,7 @@ def _inputs(arrays: Mapping[str, Array], m: int, width: int) -> Tensor:
     if not fits or array.dtype.kind != "f" or not array.size:
         count = samples[0] if m else "samples"
         raise _wrong(name, f"floats ({count}, tokens, {width})", array)
-    # Not float128 or a foreign byte order, which torch does not know.
+    # torch does not support float128 or other byte orders.
     native = np.float32 if array.dtype.itemsize <= 4 else np.float64
     return torch.from_numpy(array.astype(native))
 
@@ -212,11 +210,11 @@ def _tokens(arrays: Mapping[str, Array], name: str, shape: tuple[int, int]) -> A
     if array.shape != shape or array.dtype.kind != "U":
         raise _wrong(name, f"unicode strings {shape}", array)
     points = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).view(np.uint32)
-    # Surrogates cannot be written as UTF-8; larger numbers are no characters.
+    # Surrogates cannot be written as UTF-8; larger numbers are not characters.
     if ((points >= _FIRST_HALF) & (points <= _LAST_HALF)).any():
         raise FeatureError(f"{name}: expected text, got a lone surrogate")
     if (points > sys.maxunicode).any():
-        raise FeatureError(f"{name}: expected text, got other numbers")
+        raise FeatureError(f"{name}: expected text, got numbers that are not characters")
     return array
 
 
@@ -240,7 +238,7 @@ def _images(arrays: Mapping[str, Array], m: int, samples: int, length: int) -> A
 
 
 def _require_tokens(inputs: list[Tensor], masks: list[Tensor | None]) -> None:
-    """Finite valid tokens, at least one in each sample."""
+    """Check that valid tokens are finite, and that every sample has at least one."""
     there = torch.zeros(len(inputs[0]), dtype=torch.bool)
     for m, (x, valid) in enumerate(zip(inputs, valid_tokens(inputs, masks), strict=True)):
         there |= valid.any(dim=1)

@@ -1,4 +1,4 @@
-"""The results of the command `explain` for some samples, also as JSON."""
+"""Results of the command `explain`, also as JSON."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ INDICES = (SII, RG)
 PACKAGES = ("torch", "numpy", "matplotlib")
 OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
 _LONGEST_TOKEN = 100
-TOP_ROWS = 10  # pairs of a sample that the page lists; the file has all
+TOP_ROWS = 10  # pairs per sample that the page lists; the file has all pairs
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What was found about S samples.
+    """Explanations of S samples.
 
     Attributes:
-        request: what was asked.
+        request: the request.
         features: the S samples.
-        layer: what the layer is, and how far it is from the reference, in JSON's types.
+        layer: description of the layer and its error against the reference, JSON serializable.
         logits: (S, C).
         expert_logits: (S, E, C).
         target: (S,) the class whose logit is explained.
         attribution: of all samples.
-        pairs: of each sample by index.
+        pairs: results by index, for each sample.
         faithfulness: of the attribution.
-        pair_masking: by index, of its largest pairs.
+        pair_masking: of the largest pairs, by index.
     """
 
     request: Request
@@ -68,7 +68,7 @@ class Findings:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Names of the files that were read."""
+        """Names of the input files."""
         return {"checkpoint": self.request.checkpoint.name, "data": self.request.data.name}
 
     @property
@@ -76,7 +76,7 @@ class Findings:
         return [int(k) for k in self.logits.argmax(dim=1)]
 
     def label(self, sample: int) -> int | list[int] | None:
-        """A class, the positive ones, or None."""
+        """Label of a sample: a class, a list of positive classes, or None."""
         labels = self.features.labels
         if labels is None:
             return None
@@ -85,7 +85,7 @@ class Findings:
         return [int(k) for k in labels[sample].nonzero()[:, 0]]
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers in JSON's types; NaN and inf, which it does not have, are None."""
+        """Return all numbers as JSON types; NaN and inf become None, because JSON does not have them."""
         whole = {
             "kind": KIND,
             "format": FORMAT,
@@ -106,11 +106,11 @@ class Findings:
             "faithfulness": _drops(self.faithfulness),
             "pair_masking": {name: _drops(x) for name, x in self.pair_masking.items()},
         }
-        found: dict[str, Any] = _finite(whole)
-        return found
+        finite: dict[str, Any] = _finite(whole)
+        return finite
 
     def _sample(self, s: int) -> dict[str, Any]:
-        found = self.attribution
+        values = self.attribution
         return {
             "sample": s,
             "label": self.label(s),
@@ -118,13 +118,13 @@ class Findings:
             "target": int(self.target[s]),
             "logits": self.logits[s].tolist(),
             "expert_logits": self.expert_logits[s].tolist(),
-            "expert_weights": found.weights[s].tolist(),
+            "expert_weights": values.weights[s].tolist(),
             "attribution": {
-                "valid": [x[s].tolist() for x in found.valid],
-                "mixture": [x[s].tolist() for x in found.mixture],
-                "experts": [x[s].tolist() for x in found.values],
+                "valid": [x[s].tolist() for x in values.valid],
+                "mixture": [x[s].tolist() for x in values.mixture],
+                "experts": [x[s].tolist() for x in values.values],
             },
-            "pairs": {name: values.to_dict() for name, values in self.pairs[s].items()},
+            "pairs": {name: pairs.to_dict() for name, pairs in self.pairs[s].items()},
         }
 
 
@@ -138,30 +138,30 @@ def find(
     """Explain the first samples with a layer in eval mode.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: an invalid argument; the message says what was expected and what was passed.
     """
     features = whole.first(request.samples)
     given = (features.inputs, features.masks)
     with torch.no_grad():
         expert_logits, _, logits = layer.inference(*given)
     target = targets_of(request, features, logits)
-    # With several labels a class is its own question: its probability is a sigmoid's.
-    several = features.labels is not None and features.labels.dim() == 2
-    asked = torch.nn.functional.one_hot(target, logits.shape[1]).bool() if several else target
+    # Multi-label classes are independent: the probability of a class is its sigmoid.
+    multi = features.labels is not None and features.labels.dim() == 2
+    classes = torch.nn.functional.one_hot(target, logits.shape[1]).bool() if multi else target
     exempt = request.exempt
-    candidates(valid_tokens(*given), exempt)  # before minutes of work
+    candidates(valid_tokens(*given), exempt)  # raises errors before minutes of work
     baseline = None
     if request.fill == "mean":
         baseline = token_means([(whole.inputs, whole.masks)], exempt=exempt)
     value: dict[str, Any] = {"fill": request.fill, "baseline": baseline}
-    found = attribute(layer, *given, method=request.attribution, target=asked)
+    attribution = attribute(layer, *given, method=request.attribution, target=classes)
     pairs = probe_pairs(
         layer,
         *given,
         indices=INDICES,
         target=target,
         pairs=request.pairs,
-        scores=found.of(),
+        scores=attribution.of(),
         top=request.top,
         method=request.method,
         sampling=Sampling(budget=request.budget, seed=request.seed),
@@ -169,9 +169,9 @@ def find(
         **value,
     )
     value |= {"n_random": request.repeats, "seed": request.seed, "exempt": exempt, "progress": True}
-    drops = faithfulness(layer, *given, found, **value)
+    drops = faithfulness(layer, *given, attribution, **value)
     masking = {
-        name: pair_masking(layer, *given, [each[name] for each in pairs], target=asked, **value)
+        name: pair_masking(layer, *given, [x[name] for x in pairs], target=classes, **value)
         for name in INDICES
     }
     return Findings(
@@ -181,7 +181,7 @@ def find(
         logits=logits,
         expert_logits=torch.stack(expert_logits, dim=1),
         target=target,
-        attribution=found,
+        attribution=attribution,
         pairs=pairs,
         faithfulness=drops,
         pair_masking=masking,
@@ -189,12 +189,12 @@ def find(
 
 
 def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
-    """The class of each sample, (S,): asked for, its label, or predicted.
+    """The explained class of each sample, (S,): the requested class, the label, or the predicted class.
 
-    Of several labels it is the positive one of largest logit; of none the largest logit.
+    For multi-label samples it is the positive label of largest logit; without positive labels, the largest logit.
 
     Raises:
-        ValueError: no such class, or no labels where they are asked for.
+        ValueError: no such class, or labels are requested but the file has none.
     """
     labels, wanted = features.labels, request.target
     if wanted is None:
@@ -214,7 +214,7 @@ def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
 
 
 def token_name(findings: Findings, sample: int, modality: int, position: int) -> str:
-    """A token by its modality, position and, if known, its string, on one line and shortened."""
+    """Name of a token: its modality, position and, if known, its string, on one line and shortened."""
     strings = findings.features.tokens[modality]
     if strings is None:
         return f"{modality}:{position}"
@@ -225,8 +225,8 @@ def token_name(findings: Findings, sample: int, modality: int, position: int) ->
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "flmoe-kernels": __version__}
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+    own = {"python": platform.python_version(), "flmoe-kernels": __version__}
+    return own | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def json_text(findings: Findings) -> str:

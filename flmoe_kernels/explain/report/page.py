@@ -1,4 +1,4 @@
-"""The findings as one self-contained web page: tables, embedded figures, no script."""
+"""Findings as a self-contained web page with embedded figures, without scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .findings import TOP_ROWS, Findings, token_name, versions
 from .pictures import Picture
 
 _TOP_TOKENS = 5
-# Should an escape ever be missed, a browser still runs and loads nothing.
+# With this policy a browser runs no script and loads no file, even if an escape were missing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #111;
@@ -37,7 +37,7 @@ figcaption, .note { color: #444; font-size: .9rem; }
 
 
 def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[str]) -> str:
-    """The page. `pictures` are by file name; those that start with "sample_" belong to a sample."""
+    """Return the page. `pictures` maps file names to pictures; names with "sample_" belong to a sample."""
     title = f"Explanations of {findings.features.samples} samples"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -45,9 +45,9 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
         _summary(findings),
         "<h2>Experts</h2>",
         _figure(pictures["expert_weights.png"]),
-        "<h2>Does the model need what is named?</h2>",
-        "<p>Tokens that the explanation names are masked, or they alone are kept. Comprehensiveness should be "
-        "higher, sufficiency lower, than for as many random tokens.</p>",
+        "<h2>Does the model need the identified tokens?</h2>",
+        "<p>The tokens that the explanation identifies, or all other tokens, are masked. Comprehensiveness should "
+        "be higher, and sufficiency lower, than for as many random tokens.</p>",
         _figure(pictures["faithfulness.png"]),
         _aopc(findings),
         *(_figure(pictures[f"pair_masking_{name}.png"]) for name in findings.pair_masking),
@@ -67,7 +67,7 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
 def _table(
     caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1
 ) -> str:
-    """The first `words` columns are words, the others numbers. Cells are escaped here."""
+    """Format a table: the first `words` columns are text, the others numbers. Cells are escaped here."""
 
     def cell(tag: str, place: int, value: Any) -> str:
         kind = "" if place < words else ' class="number"'
@@ -83,7 +83,7 @@ def _table(
 
 
 def _facts(caption: str, facts: Mapping[str, Any]) -> str:
-    """A table of names and what they are, each name the head of its row."""
+    """Format a table of names and values; the name is the header of its row."""
     lines = [
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>'
         for name, value in facts.items()
@@ -120,18 +120,18 @@ def _summary(findings: Findings) -> str:
         "experts": ", ".join(findings.attribution.experts),
         "scores of tokens": request.attribution,
         "pairs": f"{request.pairs}, of the {request.top} tokens of largest score in each modality",
-        "their values": f"{request.method}, of at most {request.budget} coalitions for a sample",
+        "values of pairs": f"{request.method}, at most {request.budget} coalitions per sample",
         "class explained": request.target
         or ("predicted" if findings.features.labels is None else "label"),
         "absent tokens": request.fill,
-        "first token never masked": ", ".join(f"modality {m}" for m in request.exempt) or "of none",
+        "first token never masked": ", ".join(f"modality {m}" for m in request.exempt) or "-",
         "random sets of tokens": f"{request.repeats}, seed {request.seed}",
     }
-    return _facts("What was asked", {name: printable(str(x)) for name, x in facts.items()})
+    return _facts("Request", {name: printable(str(x)) for name, x in facts.items()})
 
 
 def _contents(findings: Findings) -> str:
-    """Links to the samples."""
+    """Format the links to the samples."""
     links = "".join(
         f'<li><a href="#sample_{s}">Sample {s}</a></li>' for s in range(findings.features.samples)
     )
@@ -149,7 +149,7 @@ def _aopc(findings: Findings) -> str:
                 rows.append((name, row["kind"], *(_number(x) for x in numbers)))
     return _table(
         "Mean drop of the target's probability over the budgets (AOPC); gap above 0: better than random",
-        ("tokens named by", "measure", "identified", "random", "std of random", "gap"),
+        ("tokens identified by", "measure", "identified", "random", "std of random", "gap"),
         rows,
         words=2,
     )
@@ -160,11 +160,11 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
     weights = findings.attribution.weights[s].tolist()
     experts = zip(findings.attribution.experts, weights, strict=True)
     first = findings.pairs[s][SII]
-    told = "" if label is None else f", label {label}"
+    text = "" if label is None else f", label {label}"
     how = first.method.replace("_", " ")
     if not first.exact:
         how = f"estimated from {first.draws} draws"
-    asked = (
+    note = (
         f"{len(first)} candidates: {first.candidates}, of {first.players} valid tokens; {how}, "
         f"{first.evaluations} coalitions evaluated."
     )
@@ -172,11 +172,11 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
         f'<section id="sample_{s}" aria-labelledby="title_{s}">',
         f'<h2 id="title_{s}">Sample {s}</h2>',
         f"<p>Explained: class {target} (logit {float(findings.logits[s, target]):.4g}); predicted "
-        f"{findings.predicted[s]}{escape(told)}. Weights of the experts: "
+        f"{findings.predicted[s]}{escape(text)}. Weights of the experts: "
         + escape(", ".join(f"{name} {weight:.2f}" for name, weight in experts))
         + ".</p>",
         _pairs_table(findings, s),
-        f'<p class="note">{escape(asked)}</p>',
+        f'<p class="note">{escape(note)}</p>',
         *(_figure(x) for name, x in pictures.items() if name.startswith(f"sample_{s:05d}_")),
         _tokens_table(findings, s),
         "</section>",
@@ -206,16 +206,16 @@ def _pairs_table(findings: Findings, s: int) -> str:
 
 
 def _tokens_table(findings: Findings, s: int) -> str:
-    found = findings.attribution
+    result = findings.attribution
     rows = []
-    for m, values in enumerate(found.of()):
-        size = values[s].abs().masked_fill(~found.valid[m][s], -1.0)
+    for m, values in enumerate(result.of()):
+        size = values[s].abs().masked_fill(~result.valid[m][s], -1.0)
         for position in size.sort(descending=True, stable=True)[1][:_TOP_TOKENS].tolist():
-            if bool(found.valid[m][s, position]):
+            if bool(result.valid[m][s, position]):
                 name = token_name(findings, s, m, position)
                 rows.append((name, f"{float(values[s, position]):+.3g}"))
     return _table(
-        f"Tokens of largest attribution in each modality ({found.index})", ("token", "value"), rows
+        f"Tokens of largest attribution in each modality ({result.index})", ("token", "value"), rows
     )
 
 
@@ -227,17 +227,17 @@ def _footer(findings: Findings, files: Sequence[str]) -> str:
     return (
         "<h2>How to read this</h2>\n"
         "<dl>\n<dt>0:3</dt><dd>The token at position 3 of modality 0, both counted from 0.</dd>\n"
-        "<dt>SII</dt><dd>Shapley interaction index: what two tokens say together beyond what each says "
-        "alone, averaged over coalitions of the other tokens. Above 0 synergy, below 0 overlap.</dd>\n"
-        "<dt>RG</dt><dd>Redundancy gap: what either of the two tokens alone keeps of the logit. Substitutes "
-        "have a large RG and an SII below 0.</dd>\n"
-        "<dt>std. error</dt><dd>Of the Monte Carlo estimate of one pair; 0 where exact. Among many pairs the "
-        "largest value is more likely than the others to be too large.</dd>\n</dl>\n"
+        "<dt>SII</dt><dd>Shapley interaction index: the effect of two tokens together minus their effects "
+        "alone, averaged over coalitions of the other tokens. Above 0: synergy, below 0: overlap.</dd>\n"
+        "<dt>RG</dt><dd>Redundancy gap: the part of the logit that either of the two tokens alone keeps. "
+        "Substitutes have a large RG and an SII below 0.</dd>\n"
+        "<dt>std. error</dt><dd>Standard error of a pair's Monte Carlo estimate; 0 if exact. Among many pairs "
+        "the largest value is more likely than the others to be too large.</dd>\n</dl>\n"
         f"<h2>Files</h2>\n<ul>{links}</ul>\n"
         f'<p class="note">Seed {findings.request.seed}; {escape(software)}.</p>'
     )
 
 
 def _number(value: float) -> str:
-    """Without a number, as of the spread of no repeats, a dash."""
+    """Format a number; NaN, such as the spread of no repeats, is a dash."""
     return f"{value:.3g}" if value == value else "-"

@@ -1,4 +1,4 @@
-"""The figures of the command `explain`, as PNG files with captions and alternative texts."""
+"""Figures of the command `explain`: PNG files with captions and alternative texts."""
 
 from __future__ import annotations
 
@@ -21,50 +21,54 @@ from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
 from .features import Features
 from .findings import TOP_ROWS, Findings, token_name
 
-_BANDS = "Bars: a standard error over samples, where there are several; band: a standard deviation over repeats."
+_BANDS = "Bars: a standard error over samples, if there are several; band: a standard deviation over repeats."
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure's file, what it shows for those who do not see it, and a caption."""
+    """A figure's PNG file, its alternative text and its caption."""
 
     png: bytes
     alt: str
     caption: str
 
 
-def draw(found: Findings) -> dict[str, Picture]:
-    """All figures as PNG files by name."""
-    names, weights = found.attribution.experts, found.attribution.weights
+def draw(findings: Findings) -> dict[str, Picture]:
+    """Draw all figures; return PNG files by name."""
+    names, weights = findings.attribution.experts, findings.attribution.weights
     mean = weights.mean(dim=0).tolist()
     means = [f"{name} {value:.2f}" for name, value in zip(names, mean, strict=True)]
     pictures = {
         "expert_weights.png": Picture(
             png_bytes(expert_weights(weights, names)),
             f"Weights of the experts by sample, and their mean: {', '.join(means)}",
-            "What the mixture gives to each expert.",
+            "Weights of the experts in the mixture.",
         ),
         "faithfulness.png": Picture(
-            png_bytes(drop_curve(found.faithfulness, title=f"Tokens by {found.attribution.index}")),
-            _in_numbers(found.faithfulness),
-            f"Tokens of highest attribution masked, or alone kept, next to random ones. {_BANDS}",
+            png_bytes(
+                drop_curve(findings.faithfulness, title=f"Tokens by {findings.attribution.index}")
+            ),
+            _in_numbers(findings.faithfulness),
+            f"Tokens of highest attribution masked, or all others masked; compared with random tokens. {_BANDS}",
         ),
     }
-    for name, drops in found.pair_masking.items():
+    for name, drops in findings.pair_masking.items():
         pictures[f"pair_masking_{name}.png"] = Picture(
             png_bytes(drop_curve(drops, title=f"Tokens of the pairs of largest {name}")),
             _in_numbers(drops),
-            f"Tokens of the pairs of largest {name} masked, or alone kept, next to random ones. {_BANDS}",
+            f"Tokens of the pairs of largest {name} masked, or all others; compared with random tokens. {_BANDS}",
         )
-    for sample, values in enumerate(found.pairs):
-        for name, each in values.items():
-            if len(each):
-                pictures |= _of_sample(found, sample, name, each)
+    for sample, values in enumerate(findings.pairs):
+        for name, pairs in values.items():
+            if len(pairs):
+                pictures |= _of_sample(findings, sample, name, pairs)
     return pictures
 
 
-def _of_sample(found: Findings, sample: int, name: str, values: PairValues) -> dict[str, Picture]:
-    features = found.features
+def _of_sample(
+    findings: Findings, sample: int, name: str, values: PairValues
+) -> dict[str, Picture]:
+    features = findings.features
     tokens = [None if x is None else x[sample].tolist() for x in features.tokens]
     network = pair_network(
         values,
@@ -76,9 +80,9 @@ def _of_sample(found: Findings, sample: int, name: str, values: PairValues) -> d
     pictures = {
         f"sample_{sample:05d}_{name}_network.png": Picture(
             png_bytes(network),
-            f"Lines between tokens, the widest for {_strongest(found, sample, values)}.",
+            f"Lines between tokens, the widest for {_strongest(findings, sample, values)}.",
             f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, grey: within two standard "
-            "errors of 0; widths are sizes.",
+            "errors of 0; width: |value|.",
         )
     }
     for m, n in itertools.combinations(range(len(features.lengths)), 2):
@@ -87,12 +91,12 @@ def _of_sample(found: Findings, sample: int, name: str, values: PairValues) -> d
         for rows, columns in sides if name == SII else sides[:1]:
             images = features.images[columns] if name == SII else None
             image = None if images is None else images[sample]
-            pictures |= _map(found, sample, name, values, (rows, columns), tokens, image)
+            pictures |= _map(findings, sample, name, values, (rows, columns), tokens, image)
     return pictures
 
 
 def _map(
-    found: Findings,
+    findings: Findings,
     sample: int,
     name: str,
     values: PairValues,
@@ -104,7 +108,7 @@ def _map(
     between = values.between(rows, columns)
     if not (between == between).any():
         return {}
-    weights, label = _over_image(found, sample, columns)
+    weights, label = _over_image(findings, sample, columns)
     figure = token_patch_map(
         between,
         tokens[rows],
@@ -112,7 +116,7 @@ def _map(
         patches=tokens[columns],
         weights=None if image is None else weights,
         weights_label=label,
-        title=f"Sample {sample}, class {int(found.target[sample])}: {name}",
+        title=f"Sample {sample}, class {int(findings.target[sample])}: {name}",
         unit=f"{name} ({values.game.get('output', 'v')})",
         row_name=f"token of modality {rows}",
         column_name=f"token of modality {columns}",
@@ -127,29 +131,29 @@ def _map(
     }
 
 
-def _over_image(found: Findings, sample: int, modality: int) -> tuple[Any, str]:
-    """What the image shows of its patches, and what that is."""
-    index = found.attribution.index
+def _over_image(findings: Findings, sample: int, modality: int) -> tuple[Any, str]:
+    """Values of the image's patches, and their description."""
+    index = findings.attribution.index
     if index == INTEGRATED:
-        # They have a sign, and scaled the most negative would be 0.
-        valid = found.attribution.valid[modality][sample]
-        own = found.attribution.of()[modality][sample].masked_fill(~valid, torch.nan)
+        # Not scaled, because values are signed and the most negative would become 0.
+        valid = findings.attribution.valid[modality][sample]
+        own = findings.attribution.of()[modality][sample].masked_fill(~valid, torch.nan)
         return own, f"{index} (logit)"
-    return found.attribution.normalized()[modality][sample], f"{index}, scaled from 0 to 1"
+    return findings.attribution.normalized()[modality][sample], f"{index}, scaled from 0 to 1"
 
 
 def _sides(features: Features, m: int, n: int) -> list[tuple[int, int]]:
-    """Rows and columns of the maps of two modalities: each that has an image once in columns, as patches."""
+    """Rows and columns of the maps of two modalities: each modality with an image is in the columns once."""
     both = [(m, n), (n, m)]
-    return [each for each in both if features.images[each[1]] is not None] or both[:1]
+    return [sides for sides in both if features.images[sides[1]] is not None] or both[:1]
 
 
-def _strongest(found: Findings, sample: int, values: PairValues) -> str:
+def _strongest(findings: Findings, sample: int, values: PairValues) -> str:
     best = values.top(3, MAGNITUDE)
     names = []
     for row in best.rows():
-        i = token_name(found, sample, row["modality_i"], row["token_i"])
-        j = token_name(found, sample, row["modality_j"], row["token_j"])
+        i = token_name(findings, sample, row["modality_i"], row["token_i"])
+        j = token_name(findings, sample, row["modality_j"], row["token_j"])
         names.append(f"{i} and {j} ({row['value']:+.3g})")
     return ", ".join(names)
 

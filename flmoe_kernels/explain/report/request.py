@@ -1,4 +1,4 @@
-"""The request of the command `explain`, validated before any work."""
+"""Validated request of the command `explain`."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _QUICK = {"samples": 1, "budget": 256, "top": 2, "repeats": 2}
 
 @dataclass(frozen=True)
 class Request:
-    """The input files, and what to compute for the first samples of the data.
+    """Input files, and what to compute for the first samples of the data.
 
-    At 356 valid tokens of width 256 and four experts (the shape mmimdb, of which two cores evaluate some 130
-    coalitions a second) the default budget and the maskings take about half a minute for each sample.
+    With 356 valid tokens of width 256 and four experts (the shape mmimdb, of which two cores evaluate about 130
+    coalitions per second), the default budget and the maskings take about half a minute per sample.
 
     Attributes:
-        checkpoint: of the layer, see `load_layer`.
-        data: of the samples, see `load_features`.
-        out: folder for results; made if missing.
+        checkpoint: file of the layer, see `load_layer`.
+        data: file of the samples, see `load_features`.
+        out: folder for results; created if missing.
         layer: num_heads, temperature, gate, top_k of `load_layer`, None for its default.
-        samples: how many of the file, from the first on.
-        attribution: how tokens are scored, see `attribute`.
+        samples: number of samples, from the first of the file.
+        attribution: method of the tokens' scores, see `attribute`.
         method: of the pairs' indices, see `probe_pairs`.
-        budget: the most coalitions evaluated for each sample.
-        top: tokens of largest |attribution| of each modality whose pairs are candidates.
+        budget: the largest number of evaluated coalitions per sample.
+        top: number of tokens of largest |attribution| in each modality whose pairs are candidates.
         pairs: "across" modalities or "all".
-        target: "label", of the file; "predicted"; or a class; None for the label where there is one.
-        fill: what absent and masked tokens become; "mean" is of all samples of the file.
-        exempt: modalities whose token 0 is never masked where drops are measured, as of a text encoder's first
-            token, and has no part in the mean of fill="mean"; in the pairs' coalitions it may be absent as any.
-        repeats: random sets of tokens next to each identified one.
+        target: "label", of the file; "predicted"; or a class; None: the label if there is one, else predicted.
+        fill: replacement of absent and masked tokens; "mean" is over all samples of the file.
+        exempt: modalities whose token 0, such as a text encoder's first token, is never masked for drops and is
+            left out of the mean of fill="mean"; in coalitions of pairs it may be absent like any token.
+        repeats: random sets of tokens for each identified set.
         seed: of coalitions and random sets.
     """
 
@@ -71,7 +71,7 @@ class Request:
         for modality in self.exempt:
             check.require_count("exempt", modality, 0)
         words = (None, LABEL, PREDICTED)
-        # isdecimal also takes digits of other scripts, and int() reads them.
+        # isdecimal also accepts digits of other scripts, and int() reads them.
         if self.target not in words and not str(self.target).isdecimal():
             raise ValueError(
                 f"target: expected {LABEL}, {PREDICTED} or a class, got {self.target!r}"
@@ -79,12 +79,12 @@ class Request:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], quick: bool) -> Request:
-        """From options by field name, None for the default; quick has defaults that take seconds."""
+        """Build a request from options by field name, None for defaults; `quick` defaults take seconds."""
         given = {name: value for name, value in options.items() if value is not None}
         return cls(**{**(_QUICK if quick else {}), **given})
 
     def as_dict(self) -> dict[str, Any]:
-        """In JSON's types, without the files and the layer."""
+        """Return the fields as JSON types, without the files and the layer."""
         known = dataclasses.asdict(self)
         for name in ("checkpoint", "data", "out", "layer"):
             del known[name]

@@ -1,4 +1,4 @@
-"""expert_attention: the attention of one fusion layer in a training step, all experts, views and samples."""
+"""expert_attention: attention of a fusion layer in a training step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flmoe_kernels.profile.shapes import LayerShape
 
 from . import draws
 
-# Results that only contestants with the package's own generator of dropout have.
+# Results that only contestants with this package's dropout generator have.
 WITH_DROPOUT = " with dropout"
 _SEED = 2**61 + 12345
 
@@ -33,7 +33,7 @@ def rate_of(case: Case) -> float:
 
 
 def make_leaves(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """q, k, v (E, views * samples * valid tokens, H, d): packed, without padding."""
+    """Make q, k, v (E, views * samples * valid tokens, H, d): packed, without padding."""
     shape = shape_of(case)
     generator = draws.generator_of(case.device)
     rows = shape.views * shape.batch * shape.valid_tokens
@@ -53,7 +53,7 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
 
     def outputs() -> Outputs:
         plain = ready(_packed(case, name, 0.0), leaves, case.phase).outputs()
-        # The generator of dropout is the package's own: with one seed every backend drops the same.
+        # The dropout generator is this package's: with the same seed every backend drops the same values.
         return plain | {key + WITH_DROPOUT: x for key, x in timed.outputs().items()}
 
     return Prepared(timed.call, outputs)
@@ -76,6 +76,6 @@ def _packed(case: Case, backend: str, rate: float) -> Callable[..., Tensor]:
 
 
 def ready(attend: Callable[..., Tensor], leaves: dict[str, Tensor], phase: str) -> Prepared:
-    """Of a function whose result has the form of q."""
+    """Prepare a function whose result has the shape and dtype of q."""
     through = {"out": (leaves["q"].shape, leaves["q"].dtype)}
     return prepare_function(lambda q, k, v: {"out": attend(q, k, v)}, leaves, phase, through)

@@ -1,7 +1,7 @@
 """interaction_moe: the whole layer.
 
 forward is inference of the full view. forward+backward is a training step: task, interaction and gate losses,
-backward into every parameter. backward is that of the step's loss.
+and the backward into every parameter. backward is the backward of this loss.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def shape_of(case: Case) -> LayerShape:
 
 
 def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
-    """Parameters drawn from a seed of their own; the global generator stays as it is."""
+    """Make the reference with seeded parameters; the global generator is not changed."""
     sparse = {"mlp_sparse": True, "num_experts": shape.experts} if shape.experts else {}
     sizes = (shape.modalities, shape.dim, shape.classes, shape.layers, shape.heads)
     with torch.random.fork_rng(devices=[]):
@@ -55,7 +55,7 @@ def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
 
 
 def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Token sequences and masks; padding is at the end, as frozen encoders deliver it."""
+    """Make token sequences and masks; padding is at the end, as in the output of frozen encoders."""
     generator = draws.generator_of(device)
     inputs = [
         draws.draw(shape.batch, length, shape.dim, generator=generator) for length in shape.tokens
@@ -68,7 +68,7 @@ def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tens
 
 
 def loss_of(layer: Any, outputs: Any) -> Tensor:
-    """Loss of the task, of the interactions, and of the gates if there are any."""
+    """Return the sum of the task loss, the interaction losses and the gate losses, if any."""
     logits = outputs[2].float()
     loss = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
     loss = loss + INTERACTION_WEIGHT * torch.stack(list(outputs[3])).float().mean()
@@ -112,7 +112,7 @@ def timed_call(
     masks: Sequence[Tensor | None] | None,
     context: Context = contextlib.nullcontext,
 ) -> Callable[[], None]:
-    """An inference, a training step without an optimizer, or the backward of its loss."""
+    """Make an inference, a training step without optimizer, or the backward of its loss."""
     if phase == FORWARD:
         layer.eval()
 
@@ -147,7 +147,7 @@ def timed_call(
 
 
 def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor]) -> Outputs:
-    """Without dropout, which every contestant draws in its own way, and with given noise."""
+    """Compute the results with given noise and without dropout, which differs between contestants."""
     training = layer.training
     layer.eval()
     try:
@@ -159,7 +159,7 @@ def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor]) 
         results = _named(layer(leaves, masks, replacements=_noise(case, inputs)))
         named = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         named |= {f"inputs.{m}": x for m, x in enumerate(leaves)}
-        # Not the latents twice.
+        # The latents are already among the expert latents.
         flowing = {n: x for n, x in results.items() if n != "latents" and x.requires_grad}
         forms = {name: (x.shape, x.dtype) for name, x in flowing.items()}
         grads = torch.autograd.grad(
@@ -178,20 +178,20 @@ def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor]) 
 
 
 def _named(result: Sequence[Any]) -> dict[str, Tensor]:
-    """The tensors that a layer's forward returns, by name; with gate losses where it has them."""
+    """Name the tensors that a layer's forward returns, with gate losses if there are any."""
     experts, weights, logits, losses, *gates, latents = result
-    found = {"weights": weights, "logits": logits, "losses": torch.stack(list(losses))}
+    named = {"weights": weights, "logits": logits, "losses": torch.stack(list(losses))}
     for place, name in enumerate(("expert_logits", "expert_latents")):
         views = [torch.stack([view[place] for view in expert]) for expert in experts]
-        found[name] = torch.stack(views)
-    found["latents"] = torch.stack(list(latents))
+        named[name] = torch.stack(views)
+    named["latents"] = torch.stack(list(latents))
     if gates:
-        found["gate_losses"] = torch.stack([torch.stack(list(views)) for views in gates[0]])
-    return found
+        named["gate_losses"] = torch.stack([torch.stack(list(views)) for views in gates[0]])
+    return named
 
 
 def _noise(case: Case, inputs: list[Tensor]) -> list[list[Tensor]]:
-    """For every expert and modality, the same values for every contestant."""
+    """Draw noise for every expert and modality; the values are the same for every contestant."""
     generator = torch.Generator().manual_seed(99)
     count = shape_of(case).fusion_models
     return [

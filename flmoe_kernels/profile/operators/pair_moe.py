@@ -16,7 +16,7 @@ from flmoe_kernels.profile.shapes import PairShape, is_cuda
 from . import draws
 
 Function = Callable[..., dict[str, Tensor]]
-# Maps of pairs that the reference holds at a time, forward and backward, in float32.
+# Number of pair maps that the reference holds at the same time, forward and backward, in float32.
 _MAPS = 6
 _ROOM = {"cpu": 4 * 2**30, "cuda": 48 * 2**30}
 
@@ -35,7 +35,7 @@ def shape_of(case: Case) -> PairShape:
 
 
 def make_inputs(shape: PairShape, device: str) -> dict[str, Tensor]:
-    """q, k, a, c in float32."""
+    """Make q, k, a, c in float32."""
     generator = draws.generator_of(device)
     sizes = {
         "q": (shape.rows, shape.rank),
@@ -50,7 +50,7 @@ def make_inputs(shape: PairShape, device: str) -> dict[str, Tensor]:
 
 
 def function_of(kinds: tuple[str, ...], reduce: str, backend: str) -> Function:
-    """q, k, a, c -> y and mass."""
+    """Return a function from q, k, a, c to y and mass."""
 
     def call(q: Tensor, k: Tensor, a: Tensor, c: Tensor) -> dict[str, Tensor]:
         y, mass = pair_moe(q, k, a, c, kinds=kinds, reduce=reduce, backend=backend)
@@ -64,7 +64,7 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
 
 
 def prepare_pairs(case: Case, function: Function, dtype: torch.dtype) -> Prepared:
-    """Of a function from q, k, a, c to y and mass."""
+    """Prepare a function from q, k, a, c to y and mass."""
     inputs = make_inputs(shape_of(case), case.device)
     leaves = {key: draws.place(case, x, dtype) for key, x in inputs.items()}
     # Networks use y; mass is for explanations.

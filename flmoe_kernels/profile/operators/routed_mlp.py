@@ -1,4 +1,4 @@
-"""routed_mlp: x, weights and biases of experts, and given choices, to the combined rows."""
+"""routed_mlp: x, weights and biases of experts, and given choices to combined rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flmoe_kernels.profile.shapes import RoutedShape
 
 from . import draws
 
-# index, x, weight, w_in, b_in, w_out, b_out -> out; without biases two None.
+# index, x, weight, w_in, b_in, w_out, b_out -> out; without biases b_in and b_out are None.
 Routed = Callable[..., Tensor]
 
 
@@ -30,7 +30,7 @@ def shape_of(case: Case) -> RoutedShape:
 
 
 def make_inputs(shape: RoutedShape, biased: bool, device: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """index (N, K), and x, weight, w_in, b_in, w_out, b_out; without biases those two are absent."""
+    """Make index (N, K) and x, weight, w_in, w_out, with biases also b_in and b_out."""
     generator = draws.generator_of(device)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
@@ -57,7 +57,7 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
 
 
 def prepare_routed(case: Case, routed: Routed, dtype: torch.dtype) -> Prepared:
-    """Of any function that computes a routed MLP."""
+    """Prepare a function that computes a routed MLP."""
     index, inputs = make_inputs(shape_of(case), case.variant == "bias", case.device)
     leaves = {key: draws.place(case, x, dtype) for key, x in inputs.items()}
 
