@@ -157,7 +157,7 @@ def test_without_a_gpu_the_call_says_why() -> None:
         lambda: gate(torch.zeros(3, 2), 1, backend="cuda"),
         lambda: dispatch(torch.zeros(3, 1, dtype=torch.int64), 2, backend="cuda"),
     ):
-        with pytest.raises(BackendUnavailable, match="routing: backend 'cuda' was asked for") as e:
+        with pytest.raises(BackendUnavailable, match="routing: backend 'cuda' was requested") as e:
             call()
         assert loading.cuda_unavailable_reason() in str(e.value)
         assert loading.cuda_unavailable_reason() in WHY_NOT

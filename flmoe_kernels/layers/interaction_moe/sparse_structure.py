@@ -1,4 +1,4 @@
-"""Description of a sparse MLP inside a fusion layer, and whether the fast layer computes the same."""
+"""Description and check of a sparse MLP in a fusion layer."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def is_sparse(mlp: nn.Module) -> bool:
 
 
 def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
-    """The description of a fusion layer's sparse MLP, the published one or a RoutedMLP.
+    """The description of a fusion layer's sparse MLP: the published class or a RoutedMLP.
 
     Raises:
-        UnsupportedLayer: naming the part that the fast layer does not compute.
+        UnsupportedLayer: the fast layer does not support a part; the error names it.
     """
     if type(mlp).__name__ not in CLASS_NAMES:
         raise UnsupportedLayer(
-            f"{path}: a sparse MLP of another kind, {type(mlp).__name__}, expected {SPARSE_MLP}"
+            f"{path}: expected {SPARSE_MLP} as the sparse MLP, got {type(mlp).__name__}"
         )
     try:
         found = describe(mlp)
@@ -55,7 +55,9 @@ def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
         if isinstance(linear, nn.Linear) and linear.bias is None:
             raise UnsupportedLayer(f"{path}.all_gates.{number}.gate: has no bias")
         if specs[number] != specs["0"]:
-            raise UnsupportedLayer(f"{path}.all_gates.{number}: has other settings than the first")
+            raise UnsupportedLayer(
+                f"{path}.all_gates.{number}: settings differ from the first gate's"
+            )
     return SparseSpec(
         num_experts=found.num_expert,
         d_hidden=found.d_hidden,
@@ -69,7 +71,7 @@ def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
 def default_sparse(
     num_experts: int, dim: int, num_routers: int, gate: str, top_k: int
 ) -> SparseSpec:
-    """The description of what a fusion model of these sizes has, its gates' settings the default ones."""
+    """The description of the sparse MLPs of a fusion model of these sizes, with default gate settings."""
     with torch.device("meta"):
         mlp = RoutedMLP(
             num_experts,

@@ -100,9 +100,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_mass: Tensor | None) -> tuple:
     if grad_y is None and grad_mass is None:
         return (None,) * 12
-    saved = (
-        ctx.saved_tensors
-    )  # read once: with activation checkpointing, every read recomputes them
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes them at every read
     call = _call((*saved, *ctx.options[:3]))
     reduce = ctx.options[3]
     if grad_y is None:
