@@ -168,7 +168,7 @@ def test_interaction_moe(
 def test_learned_positions_take_no_masks_and_no_other_length() -> None:
     layer = InteractionMoE.adopt(LEARNED.reference())
     x = LEARNED.inputs()
-    with pytest.raises(ValueError, match="masks: expected None .*learned positions"):
+    with pytest.raises(ValueError, match=r"masks: expected None .*learned positions"):
         layer(x, [torch.ones(2, 4, dtype=torch.bool), None])
     with pytest.raises(ValueError, match=r"inputs\[1\]: expected 4 tokens, .* got 3"):
         layer([x[0], x[1][:, :3]])
@@ -215,7 +215,7 @@ def test_what_the_kernels_would_ignore_is_refused() -> None:
         (lambda layer: setattr(layer.mlp.network[2], "p", 0.1), r"mlp\.network\.2: experts differ"),
         (lambda layer: layer.norm1.register_forward_hook(print), r"LayerNorm: carries a hook"),
         (lambda layer: layer.mlp.register_forward_pre_hook(print), r"MLP: carries a hook"),
-        (lambda layer: setattr(layer, "norm2", nn.Identity()), r"Identity: put into the layer"),
+        (lambda layer: setattr(layer, "norm2", nn.Identity()), r"Identity: replaced after"),
     ]
     x = CASE.inputs()
     for change, message in changes:

@@ -58,8 +58,8 @@ def rate_of(name: str, dropouts: Sequence[Any]) -> float:
     rates = {drop.p if drop.training else 0.0 for drop in dropouts}
     if len(rates) > 1:
         raise ValueError(
-            f"{name}: experts differ in rate or mode, {sorted(rates)}; the kernels need one rate for "
-            "all, backend='reference' does not"
+            f"{name}: experts differ in rate or mode, {sorted(rates)}; the kernels need the same rate in "
+            "all experts, backend='reference' does not"
         )
     return rates.pop()
 
@@ -76,7 +76,7 @@ def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
     if projection != residual:
         raise ValueError(
             f"dropout1: expected the rate of proj_drop, {projection}, got {residual}; with the residual "
-            "of I2MoE the kernels need them equal, backend='reference' does not"
+            "of I2MoE the kernels need equal rates, backend='reference' does not"
         )
     return projection
 

@@ -276,6 +276,6 @@ class FusionTransformer(nn.Module):
 
     def gate_loss(self) -> Tensor:
         """The sum of the gate losses of all routed MLPs, zero if there are none; clears them."""
-        found = [part.gate_loss() for part in self.modules() if isinstance(part, RoutedMLP)]
-        losses = [loss for loss in found if loss is not None]
+        parts = [part.gate_loss() for part in self.modules() if isinstance(part, RoutedMLP)]
+        losses = [loss for loss in parts if loss is not None]
         return sum(losses, self.network[-1].fc.weight.new_zeros(()))

@@ -24,7 +24,7 @@ def validate_inputs(
     for m, x in enumerate(inputs):
         if spec.num_patches is not None and x.shape[1] != spec.num_patches:
             raise ValueError(
-                f"inputs[{m}]: expected {spec.num_patches} tokens, as many as learned positions, "
+                f"inputs[{m}]: expected {spec.num_patches} tokens, the number of positions, "
                 f"got {x.shape[1]}"
             )
     if spec.compat == "i2moe" and any(mask is not None for mask in masks or ()):

@@ -201,13 +201,13 @@ class InteractionMoE(ReferenceInteractionMoE):
             for part in root.modules():
                 if type(part) not in _PARTS:
                     raise UnsupportedLayer(
-                        f"{type(part).__name__}: put into the layer after construction; the kernels "
-                        "would not call it, backend='reference' does"
+                        f"{type(part).__name__}: replaced after construction; the kernels "
+                        "would not call it, use backend='reference'"
                     )
                 if part._forward_hooks or part._forward_pre_hooks:
                     raise UnsupportedLayer(
-                        f"{type(part).__name__}: carries a hook on a part of the layer, which the "
-                        "kernels would not call; backend='reference' does"
+                        f"{type(part).__name__}: carries a hook, which the kernels would not "
+                        "call; use backend='reference'"
                     )
 
     def _plan(
@@ -288,8 +288,8 @@ class InteractionMoE(ReferenceInteractionMoE):
         losses = list(interaction_losses(latents, backend).unbind(0))
         view_latents = _by_expert(latents)
         outputs = [
-            list(zip(one, other, strict=True))
-            for one, other in zip(view_logits, view_latents, strict=True)
+            list(zip(expert_logits, expert_latents, strict=True))
+            for expert_logits, expert_latents in zip(view_logits, view_latents, strict=True)
         ]
         return (outputs, weights, mixed, losses, *gate_losses, [z[0] for z in view_latents])
 

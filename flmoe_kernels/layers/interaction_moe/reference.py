@@ -155,7 +155,7 @@ class ReferenceInteractionMoE(nn.Module):
             expert.forward_views(inputs, masks, None if replacements is None else replacements[e])
             for e, expert in enumerate(self.interaction_experts)
         ]
-        views, gates = (list(each) for each in zip(*runs, strict=True))
+        views, gates = (list(column) for column in zip(*runs, strict=True))
         weights = self.reweight(inputs, masks)
         stacked = torch.stack([expert[0][0] for expert in views], dim=1)
         logits = (stacked * weights.unsqueeze(2)).sum(dim=1)

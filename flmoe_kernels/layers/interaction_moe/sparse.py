@@ -127,14 +127,14 @@ def _route(x: Tensor, weights: RoutedWeights, rows: ModalityRows) -> tuple[Routi
     for problem in range(problems):
         gate = weights.gates[problem // views]
         mine = parts[problem * len(masks) : (problem + 1) * len(masks)]
-        found = [
+        routed = [
             gate.route(part, mask, tokens)
             for part, mask, tokens in zip(mine, masks, rows.tokens, strict=True)
         ]
-        chosen += [(index, weight) for index, weight, _ in found]
-        losses.append(torch.stack([loss for *_, loss in found]).sum())
+        chosen += [(index, weight) for index, weight, _ in routed]
+        losses.append(torch.stack([loss for *_, loss in routed]).sum())
     index, weight = (
-        torch.cat(each).unflatten(0, (problems, n)).index_select(1, rows.place).flatten(0, 1)
-        for each in zip(*chosen, strict=True)
+        torch.cat(pieces).unflatten(0, (problems, n)).index_select(1, rows.place).flatten(0, 1)
+        for pieces in zip(*chosen, strict=True)
     )
     return Routing(index, weight), losses

@@ -35,36 +35,36 @@ def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
             f"{path}: expected {SPARSE_MLP} as the sparse MLP, got {type(mlp).__name__}"
         )
     try:
-        found = describe(mlp)
+        spec = describe(mlp)
     except UnsupportedLayer as error:
         raise UnsupportedLayer(f"{path}.{error}") from error
     for name, value, expected in (
-        ("d_model", found.d_model, dim),
-        ("d_hidden", found.d_hidden, MLP_EXPANSION * dim),
+        ("d_model", spec.d_model, dim),
+        ("d_hidden", spec.d_hidden, MLP_EXPANSION * dim),
     ):
         if value != expected:
             raise UnsupportedLayer(f"{path}.{name}: expected {expected}, got {value}")
-    if found.act != "gelu":
+    if spec.act != "gelu":
         raise UnsupportedLayer(
-            f"{path}.experts.activation: expected GELU with the exact erf, got {found.act}"
+            f"{path}.experts.activation: expected GELU with the exact erf, got {spec.act}"
         )
-    routers = found.routers(mlp)
-    specs = {number: _settings(router) for number, router in routers.items()}
+    routers = spec.routers(mlp)
+    settings = {number: _settings(router) for number, router in routers.items()}
     for number, router in routers.items():
         linear = getattr(router, "gate", None)
         if isinstance(linear, nn.Linear) and linear.bias is None:
             raise UnsupportedLayer(f"{path}.all_gates.{number}.gate: has no bias")
-        if specs[number] != specs["0"]:
+        if settings[number] != settings["0"]:
             raise UnsupportedLayer(
-                f"{path}.all_gates.{number}: settings differ from the first gate's"
+                f"{path}.all_gates.{number}: settings differ from those of gate 0"
             )
     return SparseSpec(
-        num_experts=found.num_expert,
-        d_hidden=found.d_hidden,
+        num_experts=spec.num_expert,
+        d_hidden=spec.d_hidden,
         num_routers=len(routers),
-        gate=gate_class(found.gate).__name__,
-        top_k=found.top_k,
-        **specs["0"],
+        gate=gate_class(spec.gate).__name__,
+        top_k=spec.top_k,
+        **settings["0"],
     )
 
 

@@ -145,7 +145,7 @@ def _sparse(layers: list[_Encoder], path: str) -> SparseSpec | None:
         )
     for i, spec in specs.items():
         for field in dataclasses.fields(SparseSpec):
-            value, first = (getattr(each, field.name) for each in (spec, specs[0]))
+            value, first = (getattr(layer, field.name) for layer in (spec, specs[0]))
             if value != first:
                 raise UnsupportedLayer(
                     f"{path}.network.{i}.mlp: {field.name} is {value}, {first} in the first layer"
