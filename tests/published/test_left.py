@@ -171,7 +171,7 @@ MLPS: list[tuple[str, Make, str]] = [
     (
         "top_k of both",
         changed_mlp(lambda m: [put(m, path, top_k=1) for path in ("", "gate")]),
-        "top_k: expected 2 for GShardGate, got 1",
+        "top_k: expected 2, got 1",
     ),
     (
         "activation",

@@ -17,9 +17,8 @@ capacity synchronizes once more, for the number of tokens on all ranks. Everythi
 All ranks must make the same calls in the same order, forward and backward. This includes ranks without tokens, and
 ranks whose objective does not use the output (add `out.sum() * 0` to it). Different inputs may require gradients
 on different ranks, but it is an error on all ranks if only some of them record gradients. A gate's loss must be
-part of the objective on all ranks or on none: its sum over the ranks is a collective, and so is the backward of
-the sum. If only one rank can detect an error (an index out of range), the other ranks wait until the group's
-timeout.
+part of the objective on all ranks or on none, because it is a sum over ranks, forward and backward. If only one
+rank can detect an error (an index out of range), the other ranks wait until the group's timeout.
 
 A training program, train.py, started with `torchrun --nproc-per-node 4 train.py`:
 

@@ -168,9 +168,7 @@ def _check_gates(layer: Any, spec: RoutedSpec) -> None:
                 actual = getattr(router, name, None)
                 raise UnsupportedLayer(f"{path}.{name}: expected {value}, got {actual!r}")
         if spec.top_k != (fixed := _FIXED_CHOICES.get(spec.gate, spec.top_k)):
-            raise UnsupportedLayer(
-                f"{path}.top_k: expected {fixed} for {spec.gate}, got {spec.top_k}"
-            )
+            raise UnsupportedLayer(f"{path}.top_k: expected {fixed}, got {spec.top_k}")
         for name in _SETTINGS[spec.gate]:
             if not hasattr(router, name):
                 raise UnsupportedLayer(f"{path}.{name}: missing, but a {spec.gate} needs it")
