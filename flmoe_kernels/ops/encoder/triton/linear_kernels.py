@@ -14,7 +14,7 @@ Why a product of this package's own, and its bounds: see linear_launch.py.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import triton.language as tl
 
 # Blocks of rows that go through all blocks of columns before the next ones do.
 BAND = tl.constexpr(8)
-# The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened.
+# The interpreter would multiply the integer representation of bfloat16, so operands are widened there.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # Columns of the ones that rows are added up with: the fewest that every matrix unit takes.
 ONES = tl.constexpr(16)

@@ -12,7 +12,7 @@ measured.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 

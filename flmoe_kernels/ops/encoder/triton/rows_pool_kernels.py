@@ -5,7 +5,7 @@ numbers beside the kernels are counts and predictions for the same shape and GPU
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ Offsets within a tile fit 32 bits, where a tile begins is 64 bits wide.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types, as in rows_kernels.py.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def words_of(seed, row, expert, stream, first, PART: tl.constexpr):
 @triton.jit
 def drop(values, words, threshold, kept_scale, WORD: tl.constexpr):
     """Dropout of part WORD."""
-    # A 16-bit draw is below the threshold where the word that it heads is below the threshold as a head.
+    # A draw in the upper 16 bits is below the threshold if the word is below the shifted threshold.
     limit = tl.cast(threshold, tl.uint32) << 16
     draws = tl.interleave(words[WORD] << 16, words[WORD])
     return tl.where(draws < limit, values * kept_scale, 0.0)

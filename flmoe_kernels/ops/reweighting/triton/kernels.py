@@ -4,7 +4,7 @@ Sums are float32 and stay within a program.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types, as in kernels.py.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of routed_mlp share: the walk over tiles of experts, products, activations.
+"""Helpers of routed_mlp's Triton kernels: tile order, products, activations.
 
 Rows are those of the permutation: expert e's are offsets[e] to offsets[e + 1], and the dropped ones, after
 offsets[E], are a group E of their own. Their place is n * K + k. Offsets are clamped to the rows that exist and
@@ -119,7 +119,7 @@ def multiply(
 ):
     """Sums over k below `depth`, INNER or 0, of a[source, k] * w[expert, k, n] for a block of columns n.
 
-    depth is no constant, so that a loop of few rounds stays one: unrolled, it would take more registers.
+    depth is not a constant, so that a loop with few rounds is not unrolled, which would take more registers.
     Rows of `a` are INNER long. w is (E, INNER, OUTER) by its strides: the transposed of what lies in memory,
     or that itself. Rows that are not valid read row 0 of a, and what comes of it is not stored: no mask is
     needed but at ends that are not a whole chunk.

@@ -7,7 +7,7 @@ values would wait for the GPU: neither it nor a masked token ever becomes an add
 Bound: launches. Even at N K = 131072 and E = 64 what is read and written is some 2 MiB, microseconds each.
 """
 
-# As the other kernels: a language of its own in Python's syntax, see pyproject.toml.
+# Triton kernels have no type annotations, see pyproject.toml.
 # mypy: ignore-errors
 
 from __future__ import annotations
