@@ -204,7 +204,7 @@ def test_cuda_is_asked_for_or_not(checkout: Path, tmp_path: Path, broken_nvcc: P
 
     asked = configured(checkout, tmp_path / "1", FLMOE_CUDA="1", CUDACXX=nvcc)
     assert asked.returncode != 0
-    assert "FLMOE_CUDA=1 asks for the CUDA kernels, but" in asked.stderr
+    assert "FLMOE_CUDA=1 requires the CUDA kernels, but" in asked.stderr
     assert "nvcc cannot compile a program here" in " ".join(asked.stderr.split())
     never = configured(checkout, tmp_path / "3", FLMOE_CUDA="0", CUDACXX=nvcc)
     assert "CUDA kernels are left out: FLMOE_CUDA=0" in never.stdout
@@ -240,7 +240,7 @@ def test_an_nvcc_that_does_not_work_leaves_a_module_that_says_so(
     assert "CUDA kernels are left out" in built.stderr
     (module,) = (tmp_path / "lib").rglob("_native*")
     told = run([sys.executable, "-c", LOAD, str(module)], cwd=tmp_path)
-    assert told.stdout.startswith(f"{broken_nvcc} cannot compile a program here (where it does not")
+    assert told.stdout.startswith(f"{broken_nvcc} cannot compile a program here (if it does not")
     assert told.stdout.strip() in " ".join(built.stderr.split())
 
 

@@ -8,13 +8,13 @@
 # Defines the header cuda_build.h, the target flmoe_cuda where it is built, and flmoe_link_cuda(module).
 
 set(FLMOE_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF or AUTO")
-# The oldest that the kernels are built and looked at with, see .github/workflows/ci.yml.
+# The oldest nvcc that the kernels are built and checked with, see .github/workflows/ci.yml.
 set(oldest_nvcc 13.0)
-# Machine code for the architectures that kernels are made for. The PTX is that of the oldest: it is
-# compiled at first use on every other GPU from 8.0 on, as sm_120, and the kernels use nothing newer.
+# Machine code for the main architectures. The PTX is that of the oldest: it is compiled at first use
+# on all other GPUs from 8.0 on, such as sm_120, and the kernels use no newer features.
 set(cuda_architectures 80 90a 100)
 set(cuda_ptx 80)
-# Where cuda_build.h is, which tells the sources what was decided.
+# The folder of cuda_build.h, which passes the decisions to the sources.
 set(cuda_build_folder ${CMAKE_CURRENT_BINARY_DIR}/generated)
 set(cuda_names "")
 set(cuda_reason "")
@@ -31,7 +31,7 @@ macro(flmoe_try_cuda)
   check_language(CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
     if(DEFINED ENV{CUDACXX} AND NOT "$ENV{CUDACXX}" STREQUAL "")
-      set(cuda_reason "$ENV{CUDACXX} cannot compile a program here (where it does not know the host compiler, name another with CUDAHOSTCXX=/path/to/g++)")
+      set(cuda_reason "$ENV{CUDACXX} cannot compile a program here (if it does not support the host compiler, set CUDAHOSTCXX=/path/to/g++)")
     else()
       set(cuda_reason "nvcc was not found")
     endif()
@@ -66,7 +66,7 @@ endif()
 if(cuda_reason)
   set(message "flmoe_kernels: CUDA kernels are left out: ${cuda_reason}.")
   if(FLMOE_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "error: FLMOE_CUDA=1 asks for the CUDA kernels, but ${cuda_reason}.")
+    message(FATAL_ERROR "error: FLMOE_CUDA=1 requires the CUDA kernels, but ${cuda_reason}.")
   elseif(FLMOE_CUDA STREQUAL "AUTO" AND DEFINED ENV{CUDACXX} AND NOT "$ENV{CUDACXX}" STREQUAL "")
     message(WARNING "${message}")
   else()
@@ -95,7 +95,7 @@ endif()
 
 # A header, and not definitions on the command line: a reason may hold any character.
 file(CONFIGURE OUTPUT ${cuda_build_folder}/cuda_build.h @ONLY CONTENT [=[
-// What csrc/cuda/cuda.cmake decided.
+// The decisions of csrc/cuda/cuda.cmake.
 #pragma once
 
 namespace flmoe {
@@ -103,7 +103,7 @@ namespace flmoe {
 // One of the two is empty.
 inline constexpr char kCudaArchitectures[] = R"flmoe(@cuda_names@)flmoe";
 inline constexpr char kCudaReason[] = R"flmoe(@cuda_reason@)flmoe";
-// No GPU before this one, which is that of the PTX, runs the kernels: 80 for sm_80.
+// The oldest architecture that runs the kernels, that of the PTX: 80 for sm_80.
 inline constexpr int kCudaOldest = @cuda_ptx@;
 
 }  // namespace flmoe
