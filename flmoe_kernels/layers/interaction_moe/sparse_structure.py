@@ -55,9 +55,7 @@ def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
         if isinstance(linear, nn.Linear) and linear.bias is None:
             raise UnsupportedLayer(f"{path}.all_gates.{number}.gate: has no bias")
         if settings[number] != settings["0"]:
-            raise UnsupportedLayer(
-                f"{path}.all_gates.{number}: settings differ from those of gate 0"
-            )
+            raise UnsupportedLayer(f"{path}.all_gates.{number}: settings differ from gate 0")
     return SparseSpec(
         num_experts=spec.num_expert,
         d_hidden=spec.d_hidden,
