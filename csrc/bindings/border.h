@@ -1,6 +1,5 @@
-// The Python border: addresses, sizes and strides in, nothing of torch. The Python side has
-// validated everything before it calls; what is checked here again is what a wrong call would
-// corrupt memory with.
+// Helpers of the Python bindings, which take addresses, sizes and strides and do not use torch. The
+// Python side validates all arguments; values that could corrupt memory are checked here again.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -43,7 +42,7 @@ inline std::array<int64_t, 5> five(const py::tuple& t) {
           t[4].cast<int64_t>()};
 }
 
-// Runs a kernel while other Python threads go on.
+// Runs a kernel without the GIL, so that other Python threads can run.
 template <typename F>
 void without_gil(const F& body) {
   py::gil_scoped_release release;

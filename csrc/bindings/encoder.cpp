@@ -98,7 +98,7 @@ flmoe::PoolArgs pool_args(Address cumulative, bool has_update, Address seed, int
   int32_t last = 0;
   for (int64_t s = 0; s <= args.segments; ++s) {
     if (args.cumulative[s] < last || args.cumulative[s] > args.rows)
-      throw std::invalid_argument("cu_segments: expected values that never decrease within rows");
+      throw std::invalid_argument("cu_segments: expected non-decreasing values within the rows");
     last = args.cumulative[s];
   }
   return args;

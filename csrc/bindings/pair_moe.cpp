@@ -17,7 +17,7 @@ flmoe::PairArgs pair_args(const py::tuple& tensors, const std::array<int64_t, 6>
   args.rank = sizes[4], args.width = sizes[5];
   if (args.experts < 1 || args.experts > flmoe::kMaxExperts ||
       kinds.size() != static_cast<size_t>(args.experts))
-    throw std::invalid_argument("kinds: expected one for each of 1 to 8 experts");
+    throw std::invalid_argument("kinds: expected one code per expert, for 1 to 8 experts");
   if (top_k < 1 || top_k > args.experts)
     throw std::invalid_argument("top_k: expected 1 to the number of experts");
   for (size_t e = 0; e < kinds.size(); ++e) {

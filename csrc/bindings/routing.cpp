@@ -1,5 +1,5 @@
-// Routing on the CPU and on a GPU, the GPU's plan, and its twin on the host. Without CUDA in the
-// build the functions that need it are absent; cuda_build gives the reason.
+// Routing on the CPU and on a GPU, the GPU's launch plan, and its simulation on the host. Without
+// CUDA in the build, the functions that need it are missing; cuda_build gives the reason.
 #include "common/routing.h"
 #include "bindings/border.h"
 #include "cpu/routing_twin.h"
@@ -72,7 +72,7 @@ void require_block(int64_t rows_per_block) {
 }
 
 #if defined(FLMOE_HAVE_CUDA)
-// queue = (device, stream); counters = (address, how many)
+// queue = (device, stream); counters = (address, number)
 using Queue = std::array<int64_t, 2>;
 using Counters = std::array<int64_t, 2>;
 
@@ -82,7 +82,7 @@ flmoe::cuda::Place place(const Queue& queue) {
 
 int32_t* counters_of(const Counters& given, int64_t rows, int64_t bins) {
   if (given[1] < flmoe::routing_counters(flmoe::routing_plan(rows, bins), bins))
-    throw std::invalid_argument("counters: expected as many as routing_counters returns");
+    throw std::invalid_argument("counters: expected the number that routing_counters returns");
   return pointer<int32_t>(static_cast<Address>(given[0]));
 }
 
@@ -138,7 +138,7 @@ void bind_routing(py::module_& m) {
         [](const std::array<Address, 4>& tensors, int64_t rows, int64_t experts) {
           return flmoe::active_kernels().routing_dispatch(dispatch_args(tensors, rows, experts));
         });
-  // (architectures, reason): one of them is empty.
+  // (architectures, reason): one of the two is empty.
   m.def("cuda_build", [] { return py::make_tuple(flmoe::kCudaArchitectures, flmoe::kCudaReason); });
   m.def("routing_plan", [](int64_t rows, int64_t bins) {
     require_countable(rows, bins);

@@ -108,7 +108,7 @@ void advise_huge(void* data, int64_t bytes) {
   if (bytes < 2 * kHuge) return;
   const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  // Advice only: a kernel that refuses it (no huge pages configured) changes nothing.
+  // Only a hint: it has no effect if the kernel rejects it (no huge pages configured).
   if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data;

@@ -1,9 +1,9 @@
-// One parallel loop for all CPU kernels.
+// Parallel loop of all CPU kernels.
 //
-// Work items are handed out dynamically, so results must not depend on which thread runs an item:
-// every item owns its outputs. The loop runs on the OpenMP pool that torch already keeps (found at
-// run time), since a second pool would fight with torch's spinning workers for the same cores;
-// without one it starts threads.
+// Work items are scheduled dynamically, so results must not depend on which thread runs an item:
+// every item owns its outputs. The loop uses torch's OpenMP pool (located at run time), because a
+// second pool would compete with torch's spinning workers for the same cores; if there is no such
+// pool, it starts threads.
 #pragma once
 
 #include <cstdint>
@@ -29,11 +29,11 @@ void parallel_for(int64_t items, int threads, const F& body) {
 }
 
 // Scratch memory of the calling thread, 64-byte aligned, kept between calls and grown on demand.
-// Contents are undefined. Slots let one item hold several buffers.
+// Contents are undefined. With slots, one item can use several buffers.
 void* thread_scratch(int slot, int64_t bytes);
 
-// Asks for huge pages under a large fresh buffer: first-touch faults cost more than the kernels
-// that fill it.
+// Requests huge pages for a large new buffer: first-touch faults cost more than the kernels that
+// fill it.
 void advise_huge(void* data, int64_t bytes);
 
 }  // namespace flmoe

@@ -1,5 +1,5 @@
-// What routing means, row by row: compiled for the CPU kernels, for the GPU and for its twin on the
-// host, so that they cannot disagree. Everything is static: no instruction set's copy is shared.
+// Definition of routing, row by row, shared by the CPU kernels, the GPU kernels and their
+// simulation on the host. All functions are static, so that every instruction set has its own copy.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace flmoe {
 
 // Whether value x of expert e comes before value y of expert f: NaN first, then the larger, then
-// the lower expert. A total order, so that a tree of comparisons has one answer.
+// the lower expert. It is a total order, so that any tree of comparisons has the same result.
 template <typename A>
 static inline FLMOE_BOTH bool comes_before(A x, int64_t e, A y, int64_t f) {
   const bool x_nan = x != x, y_nan = y != y;
@@ -22,7 +22,7 @@ static inline FLMOE_BOTH bool comes_before(A x, int64_t e, A y, int64_t f) {
   return e < f;
 }
 
-// Whether the row that is number `place` of its expert, from 0, stays; capacity -1 is none.
+// Whether the row with number `place` of its expert (from 0) is kept; capacity -1 means no limit.
 static inline FLMOE_BOTH bool has_room(int64_t place, int64_t capacity) {
   return capacity < 0 || place < capacity;
 }
@@ -35,7 +35,7 @@ struct RoutingRows {
   int32_t top_k, experts;
 };
 
-// The expert of a row, or -1 where it has none: dropped before, masked, or out of range.
+// The expert of a row, or -1 if it has none: dropped before, masked, or out of range.
 static inline FLMOE_BOTH int32_t expert_of(const RoutingRows& in, int64_t row) {
   const int64_t e = in.index[row];
   const bool inside = e >= 0 && e < in.experts;
@@ -45,13 +45,13 @@ static inline FLMOE_BOTH int32_t expert_of(const RoutingRows& in, int64_t row) {
   return inside && valid ? static_cast<int32_t>(e) : -1;
 }
 
-// How rows are cut into blocks of a GPU. blocks = 1 and alone: one launch does everything.
+// How rows are split into blocks of a GPU. blocks = 1 and alone: one launch does everything.
 struct RoutingPlan {
   int64_t blocks, rows_per_block;
   bool alone;
 };
 
-// Threads of a block that is alone, and of one among many.
+// Threads per block if there is a single block, and if there are many.
 constexpr int kAloneThreads = 1024, kManyThreads = 256;
 // Counters of a block in shared memory, 32 KiB: one per warp and bin, so many bins in one window.
 constexpr int kTallies = 8192;
@@ -60,12 +60,12 @@ static inline int64_t ceil_div(int64_t n, int64_t by) {
   return (n + by - 1) / by;
 }
 
-// Bins are experts, and for dispatch one more that holds the dropped rows.
+// Bins are experts, and for dispatch one more bin for the dropped rows.
 //
-// A block walks its rows twice per window of bins, 32 warps at a time when it is alone: 8192 rows
-// are 16 short steps, about what two more launches would cost. Beyond, blocks take 1024 rows, four
-// steps of each warp's 32 lanes, so that 64 experts of 16384 tokens fill the GPU; not more than
-// 1024 blocks, which the largest GPU holds at once, and not more than 2^24 counters (64 MiB).
+// A block processes its rows twice per window of bins, with 32 warps at a time if it is the only
+// block: 8192 rows are 16 short steps, about the cost of two more launches. For more rows, blocks
+// have 1024 rows, four steps of each warp's 32 lanes, so that 64 experts of 16384 tokens fill the
+// GPU. The limits are 1024 blocks, all at once on the largest GPU, and 2^24 counters (64 MiB).
 static inline RoutingPlan routing_plan(int64_t rows, int64_t bins) {
   constexpr int64_t kAloneRows = 8192, kBlockRows = 1024, kBlocks = 1024;
   constexpr int64_t kCounters = int64_t{1} << 24;

@@ -1,5 +1,5 @@
-// A small abstraction of a GPU block. Routing is written with it, not with CUDA's names, so that
-// the same code runs on a GPU (csrc/cuda/routing_device_block.cuh) and, without one, on the host
+// A small abstraction of a GPU block. Routing uses it instead of CUDA's names, so that the same
+// code runs on a GPU (csrc/cuda/routing_device_block.cuh) and, without a GPU, on the host
 // (csrc/cpu/routing_host_block.h), where the tests compare it with the CPU kernels. A block is a
 // sequence of steps:
 //
@@ -10,11 +10,11 @@
 //   warp.match(key, peers)  the lanes that have this lane's key
 //   warp.best, warp.sum     over groups of `width` lanes
 //
-// and a step ends when all of its threads have ended it, those of the block or of the warp. So no
-// barrier can be forgotten or diverge: outside of steps only arguments and results of exclusive_sum
-// decide. What is left to get wrong is two threads of one step at one address; the host runs
-// threads, lanes, warps and blocks in shuffled orders to show that. Each<T> is a variable that
-// every thread has for itself; the host refuses every index but the running thread's own.
+// A step ends when all threads of the block or warp have finished it. So no barrier can be
+// forgotten or diverge: outside of steps, control flow depends only on arguments and on results of
+// exclusive_sum. The remaining possible error is a race of two threads in one step; to detect it,
+// the host runs threads, lanes, warps and blocks in shuffled orders. Each<T> is a variable with one
+// value per thread; the host raises an error for any index but the running thread's.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,7 +1,7 @@
-// limit and dispatch on a GPU: what each block of each launch does, in blocks of
+// limit and dispatch on a GPU: the work of each block of each launch, in terms of
 // common/routing_block.h.
 //
-// Blocks of one launch never read what another one writes; launches of one stream run in order.
+// Blocks never read what other blocks of a launch write; launches of a stream run in order.
 #pragma once
 
 #include "common/routing.h"
@@ -9,7 +9,7 @@
 
 namespace flmoe::routing {
 
-// Rows of one warp: a run, so that the order of warps is that of rows.
+// Rows of one warp are consecutive, so that the order of warps is that of rows.
 struct Run {
   int64_t begin, end;
 };
@@ -30,7 +30,7 @@ struct Window {
   int32_t first, width;
 };
 
-// The bin of a row: its expert; the one after all experts for dropped rows where they have one.
+// The bin of a row: its expert; for dropped rows the bin after all experts, if there is one.
 FLMOE_BODY int32_t bin_of(const RoutingRows& in, int64_t row, bool dropped_too) {
   const int32_t e = expert_of(in, row);
   return e < 0 && dropped_too ? in.experts : e;
@@ -94,7 +94,7 @@ FLMOE_BODY int32_t over_warps(const Block& block, const Window& window, int32_t 
   return sum;
 }
 
-// Each warp's counter of a bin becomes the place of its first row: `at`, and on from there.
+// Each warp's counter of a bin becomes the place of the warp's first row, counted from `at`.
 template <typename Block>
 FLMOE_BODY void start_warps(Block& block, const Window& window, int32_t bin, int32_t at) {
   for (int w = 0; w < Block::kWarps; ++w) {
@@ -133,7 +133,7 @@ struct CountRows {
 };
 
 // Launch 2 of 3, one block per bin: its counters become sums over the blocks before; counts[bin],
-// where wanted, the sum over all. Reads and writes this bin's counters alone.
+// if requested, the sum over all blocks. Reads and writes only this bin's counters.
 struct ScanCounters {
   int64_t blocks;
   int32_t experts;
@@ -159,8 +159,8 @@ struct ScanCounters {
   }
 };
 
-// Launch 3 of 3, or the only one: kept[row] = its expert if that has room, else -1. Reads counters
-// where there are several blocks.
+// Launch 3 of 3, or the only launch: kept[row] = its expert if it has room, else -1. Reads counters
+// if there are several blocks.
 struct KeepRows {
   RoutingRows in;
   RoutingPlan plan;
@@ -206,8 +206,8 @@ struct MaskRows {
   }
 };
 
-// Launch 3 of 3, or the only one: permutation, and from block 0 the offsets. Where it is the only
-// one it also writes counts, which it reads otherwise, as it does counters.
+// Launch 3 of 3, or the only launch: permutation, and from block 0 the offsets. The only launch
+// also writes counts; launch 3 of 3 reads counts and counters.
 struct PlaceRows {
   RoutingRows in;
   RoutingPlan plan;

@@ -27,15 +27,15 @@ struct GateTokens {
   bool over_all;
 };
 
-// Lanes that share a token: a power of two, so that groups do not straddle a warp.
+// Lanes per token: a power of two, so that groups do not cross warps.
 static inline FLMOE_BOTH int lanes_per_token(int32_t experts) {
   int width = 1;
   while (width < kLanes && width < experts) width *= 2;
   return width;
 }
 
-// Each group of lanes chooses the experts of one token. A lane holds kItems logits, or none and
-// reads them anew for every choice where kItems is 0. Bound by reading logits once.
+// Each group of lanes chooses the experts of one token. A lane holds kItems logits; if kItems is 0,
+// it reads them again for every choice. Bound by reading logits once.
 template <typename T, int kItems>
 struct Gate {
   GateTokens in;
@@ -58,7 +58,7 @@ struct Gate {
       return static_cast<const T*>(in.logits) + (first + lane / width) * in.experts;
     };
     const auto there = [&](int lane) { return first + lane / width < in.tokens; };
-    // Calls f(logit, expert) for each of a lane's own.
+    // Calls f(logit, expert) for each logit of a lane.
     const auto own = [&](int lane, const auto& f) {
       if (!there(lane)) return;
       if constexpr (kItems > 0) {
@@ -82,7 +82,7 @@ struct Gate {
       }
     });
     for (int32_t n = 0; n < in.top_k; ++n) {
-      // The best one of those that come after the last one chosen.
+      // The best expert that comes after the last chosen expert.
       warp.each([&](int lane) {
         expert[lane] = -1, value[lane] = 0;
         own(lane, [&](A x, int32_t e) {
@@ -96,7 +96,7 @@ struct Gate {
         last_value[lane] = value[lane], last[lane] = expert[lane];
         if (n == 0) top[lane] = value[lane];
         if (!in.over_all) total[lane] += std::exp(value[lane] - top[lane]);
-        // Kept by the lane that reads it again below.
+        // Stored by the lane that reads it again below.
         if (there(lane) && lane % width == n % width)
           in.index[(first + lane / width) * in.top_k + n] = expert[lane];
       });

@@ -1,5 +1,4 @@
-// Element types as they cross the Python border, and their conversion to the type that is computed
-// in.
+// Element types in the Python bindings, and their conversion to the compute type.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,7 @@ inline Vec<A> sigmoid(Vec<A> x) {
   return x < A(0) ? small * share : share;
 }
 
-// act(x), and its derivative if wanted.
+// act(x), and its derivative if requested.
 template <typename A>
 inline Vec<A> activate(Activation kind, Vec<A> x, Vec<A>* derivative) {
   switch (kind) {

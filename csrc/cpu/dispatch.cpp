@@ -1,4 +1,4 @@
-// Chooses the instruction set once, at first use.
+// Selection of the instruction set, once, at first use.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -43,7 +43,7 @@ const Choice& choose() {
   for (const Choice& choice : kChoices) {
     if (std::strcmp(choice.name, wanted) != 0) continue;
     if (choice.supported()) return choice;
-    throw std::runtime_error("FLMOE_ISA: this processor cannot run " + std::string(wanted));
+    throw std::runtime_error("FLMOE_ISA: this processor does not support " + std::string(wanted));
   }
   throw std::runtime_error("FLMOE_ISA: expected avx512, avx2 or baseline, got " +
                            std::string(wanted));

@@ -1,11 +1,11 @@
-// The register-tiled matrix product under every CPU kernel of this package.
+// Register-tiled matrix product of all CPU kernels in this package.
 //
-// C (M x N) = or += A (M x K) B (K x N), all in the compute type. A is read through two strides, so
-// that a transpose costs nothing; rows of B and C are contiguous and N is padded to whole vectors
-// by the caller. 6 rows x 4 vectors (AVX-512) keep 24 independent multiply-add chains in registers,
-// enough to cover the latency of two FMA units; each loaded vector of B feeds 6 of them.
-// What is accumulated is a sum of its own first: sums over many calls are sums of sums, whose
-// rounding grows with the length of each and with their number, not with their product.
+// C (M x N) = or += A (M x K) B (K x N), all in the compute type. A has two strides, so that a
+// transpose costs nothing; rows of B and C are contiguous, and the caller pads N to whole vectors.
+// 6 rows x 4 vectors (AVX-512) keep 24 independent multiply-add chains in registers, enough to
+// cover the latency of two FMA units; each loaded vector of B is used by 6 of them.
+// With +=, the product is summed separately before it is added to C: over many calls, the rounding
+// error grows with the length of a sum plus the number of sums, not with their product.
 #pragma once
 
 #include "cpu/simd.h"
@@ -59,8 +59,8 @@ inline void panel_gemm(int64_t m, int64_t depth, const A* a, int64_t a_row, int6
                            accumulate);
 }
 
-// n is a multiple of kLanes<A>. One copy per kernel file: inlined into every caller it is no faster
-// and takes half as long again to compile.
+// n is a multiple of kLanes<A>. One copy per kernel file: inlining it into every caller is not
+// faster and increases the compile time by half.
 template <typename A>
 [[gnu::noinline]] void gemm(int64_t m, int64_t n, int64_t depth, const A* a, int64_t a_row,
                             int64_t a_col, const A* b, int64_t b_row, A* c, int64_t c_row,

@@ -1,6 +1,6 @@
-// What a kernel file offers: one table of entry points per instruction set. Plain pointers and
-// sizes in, nothing of torch. All tensors are contiguous unless a RowView says otherwise; sizes are
-// in elements.
+// Entry points of the CPU kernels: one table per instruction set. Arguments are plain pointers and
+// sizes, without torch. All tensors are contiguous unless given as a RowView; sizes are in
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct AttentionBackward {
   RowView grad_q, grad_k, grad_v;  // written
 };
 
-// out[e] = x[e] weight[e]^T + bias[e]; a bias or gradient that is not wanted is null.
+// out[e] = x[e] weight[e]^T + bias[e]; a missing bias or gradient is null.
 struct LinearArgs {
   const void *x, *weight, *bias, *grad_out;
   void *out, *grad_x, *grad_weight, *grad_bias;
@@ -74,8 +74,8 @@ struct PoolArgs {
   int threads;
 };
 
-// out[e, v, r] = x[e, modality[r] == v - 1 ? 1 : 0, r]: view v takes its noise where its modality
-// is replaced.
+// out[e, v, r] = x[e, modality[r] == v - 1 ? 1 : 0, r]: view v uses the noise in rows of the
+// replaced modality.
 struct ViewsArgs {
   const void* x;
   const int32_t* modality;
@@ -116,8 +116,8 @@ struct PairForward {
   void *y, *mass;
 };
 
-// Gradients in the compute type, contiguous (batch, experts, tokens, width), added to what is
-// there; grad_bias (experts) is written. grad_y has strides of 0 where it does not vary.
+// Gradients in the compute type, contiguous (batch, experts, tokens, width), are accumulated;
+// grad_bias (experts) is overwritten. grad_y has stride 0 in dimensions where it is constant.
 struct PairBackward {
   PairArgs in;
   PairReduce reduce;
@@ -129,7 +129,7 @@ struct PairBackward {
 
 // head: one row of width per sample and expert. map: (batch, experts, rows, columns), compute type,
 // masked pairs not written; null for top_pairs: the best `count` of each expert and of their sum,
-// (batch, experts + 1, count), found in `candidates`, which holds pair_candidates() of them.
+// (batch, experts + 1, count), with `candidates` as workspace for pair_candidates() entries.
 struct PairScores {
   PairArgs in;
   RowView head;
@@ -140,9 +140,8 @@ struct PairScores {
   void* candidates;
 };
 
-// top_pairs searches a sample's rows in so many groups, each with lists of its own: as many as keep
-// threads busy, fewer where the lists are long. Static, so that no instruction set's copy is
-// shared.
+// Number of groups of a sample's rows in top_pairs, each with its own lists: enough to keep threads
+// busy, fewer if the lists are long. Static, so that every instruction set has its own copy.
 static inline int64_t top_groups(const PairArgs& in, int64_t count) {
   constexpr int64_t kItems = 16, kLongest = int64_t{1} << 18;
   const int64_t wanted = in.batch > 0 ? (kItems + in.batch - 1) / in.batch : 1;
@@ -160,7 +159,7 @@ struct PairCandidate {
   int64_t pair;  // i * columns + j
 };
 
-// Candidates of workspace that top_pairs needs.
+// Number of candidates in the workspace of top_pairs.
 static inline int64_t pair_candidates(const PairArgs& in, int64_t count) {
   return in.batch * top_groups(in, count) * (in.experts + 1) * top_entries(in, count);
 }
@@ -175,8 +174,8 @@ struct GateArgs {
   int threads;
 };
 
-// kept (tokens, top_k): index, or -1 where the token is masked or the expert already has `capacity`
-// rows, counted in the order of tokens and of their choices.
+// kept (tokens, top_k): index, or -1 if the token is masked or the expert already has `capacity`
+// rows, counted in the order of tokens, then of choices.
 struct LimitArgs {
   const int64_t* index;
   const uint8_t* mask;  // (tokens), non-zero = valid, or null
@@ -256,12 +255,12 @@ const Kernels& kernels();
 }
 #endif
 
-// The table for this processor, or the one named by FLMOE_ISA (baseline, avx2, avx512) if it can
-// run here.
+// The table for this processor, or for FLMOE_ISA (baseline, avx2, avx512) if this processor
+// supports it.
 const Kernels& active_kernels();
 const char* active_instruction_set();
 
-// Whether this processor runs the instruction set of that name.
+// Whether this processor supports the instruction set with this name.
 bool instruction_set_runs(const char* name);
 
 }  // namespace flmoe

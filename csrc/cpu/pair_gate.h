@@ -1,9 +1,9 @@
-// What the kernels of pair_moe share: reading valid tokens into tiles, and the gate of a tile.
+// Helpers of pair_moe's kernels: packing of valid tokens, and the gate of a tile.
 //
 // A tile is kPairTile rows (side a) by up to kPairBlock columns (side b) of logits for every
-// expert, made by the register-tiled product from packed q and transposed k. Masked tokens are left
-// out when tokens are packed, so that they are neither computed nor read. The softmax runs over the
-// experts, lane by lane, so a whole vector of pairs is gated without any exchange between lanes.
+// expert, computed by the register-tiled product from packed q and transposed k. Masked tokens are
+// not packed, so they are neither read nor computed. The softmax runs over the experts, lane by
+// lane, so the gate of a vector of pairs needs no exchange between lanes.
 #pragma once
 
 #include <cmath>
@@ -50,8 +50,8 @@ inline bool has(uint32_t set, int64_t e) {
   return (set >> e & 1u) != 0;
 }
 
-// Hands out 64-byte aligned pieces of one scratch buffer; the first pass, with no buffer, adds up
-// how much is needed.
+// Allocates 64-byte aligned pieces of one scratch buffer; a first pass without a buffer computes
+// the required size.
 template <typename A>
 struct Pieces {
   A* base;
@@ -95,8 +95,8 @@ template <typename A>
 inline void transpose(Vec<A>*) {}
 #else
 constexpr bool kHasShuffle = true;
-// kLanes vectors as rows of a square matrix, transposed in place: halves, quarters, .. change
-// places.
+// Transposes kLanes vectors, the rows of a square matrix, in place: halves, quarters, .. are
+// swapped.
 template <typename A>
 inline void transpose(Vec<A>* rows) {
   using Int = typename Simd<A>::Int;
@@ -149,14 +149,14 @@ inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int6
 constexpr int64_t kTileRow = kPairBlock;
 constexpr int64_t kTileExpert = kPairTile * kPairBlock;
 
-// Logits of a vector of pairs to probabilities over E experts, in place.
+// Converts logits of a vector of pairs to probabilities over E experts, in place.
 template <typename A, int E, bool kTopK>
 inline void gate(Vec<A>* x, int64_t top_k) {
   using Int = typename Simd<A>::Int;
   using Lane = typename Simd<A>::Lane;
   Int rank[E] = {};
   if constexpr (kTopK) {
-    // How many experts come first: a larger logit, or an equal one and a lower index.
+    // Number of experts that come first: a larger logit, or an equal logit and a lower index.
 #pragma GCC unroll 8
     for (int e = 1; e < E; ++e)
 #pragma GCC unroll 8
@@ -186,7 +186,7 @@ inline void gate(Vec<A>* x, int64_t top_k) {
   }
 }
 
-// Keeps the first `count` lanes of a vector; the others become 0, whatever they hold.
+// Keeps the first `count` lanes of a vector and sets the others to 0, whatever their values are.
 template <typename A>
 inline Vec<A> keep_first(Vec<A> x, int64_t count) {
   return keep_lanes<A>(x, count >= kLanes<A> ? 0xffffu : (1u << count) - 1u);
@@ -217,9 +217,8 @@ inline auto for_experts(const PairArgs& args) {
   }
 }
 
-// The rows of a sample cut into work items: enough of them for many threads, few enough that
-// packing side b for each stays cheap. Depends on the shape only, so that results do not depend on
-// threads.
+// Splits the rows of a sample into work items: enough for many threads, but few enough that packing
+// side b for each item stays cheap. Depends only on the shape, so results do not depend on threads.
 struct RowBlocks {
   int64_t each = 0, count = 0;
 

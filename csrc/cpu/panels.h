@@ -1,5 +1,5 @@
-// Matrices packed into column panels as wide as the register tile: what products with many rows
-// read one operand from.
+// Matrices packed into column panels as wide as the register tile; products with many rows read one
+// operand in this form.
 #pragma once
 
 #include "cpu/gemm.h"

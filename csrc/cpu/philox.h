@@ -1,5 +1,5 @@
-// Dropout masks from a counter-based generator: any element's mask can be made again from its
-// indices, so no mask is ever stored, and every backend that follows this page draws the same one.
+// Dropout masks from a counter-based generator: the mask of an element can be recomputed from its
+// indices, so masks are not stored, and all backends with this definition use the same mask.
 //
 // Philox 4x32 with 7 rounds (Salmon et al., SC 2011; seven rounds pass BigCrush). Key: the seed's
 // two halves. Counter: (column block, row, head, problem). One counter yields four words, eight

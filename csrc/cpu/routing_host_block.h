@@ -1,7 +1,7 @@
-// The model of a GPU's block (csrc/common/routing_block.h) on the host: every step runs all of its
-// threads one after another, in an order that changes from step to step. Results that depend on
-// that order would be a race on a GPU; and a thread that takes another one's variable, which no
-// thread of a GPU can, is an error. For tests, not for speed.
+// Simulation of a GPU block (csrc/common/routing_block.h) on the host, for tests: every step runs
+// its threads one after another, in an order that changes from step to step. Results that depend on
+// the order would be a race on a GPU. A thread that accesses another thread's variable, which is
+// impossible on a GPU, is an error.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,14 @@
 #include <stdexcept>
 #include <vector>
 
-// Scalars are converted as the CPU's baseline kernels do it.
+// Scalars are converted as in the CPU's baseline kernels.
 #define FLMOE_ISA baseline
 #include "common/routing.h"
 #include "cpu/simd.h"
 
 namespace flmoe::host {
 
-// An endless sequence of orders of n things, n a power of two; 0 keeps them all as they are.
+// An endless sequence of permutations of n items, n a power of two; 0 gives the identity.
 class Orders {
  public:
   explicit Orders(uint64_t seed) : state_(seed) {}
@@ -36,14 +36,14 @@ class Orders {
   uint64_t state_;
 };
 
-// What nothing may read before it is written.
+// Content of memory that must not be read before it is written.
 constexpr unsigned char kJunk = 0xa5;
 
-// The one of kCount threads whose step runs: of a warp's 32, of a block's more. -1 between steps.
+// The running thread of kCount (32 in a warp, more in a block), or -1 between steps.
 template <int kCount>
 inline thread_local int running = -1;
 
-// Runs a step: f(i) for all i, each noted as the one that runs.
+// Runs a step: f(i) for all i, with i recorded as the running thread.
 template <int kCount, typename F>
 void run_step(Orders& orders, const F& f) {
   struct Restore {
@@ -55,8 +55,8 @@ void run_step(Orders& orders, const F& f) {
   });
 }
 
-// One variable of kCount threads. In steps each has its own alone; what a GPU does between threads
-// (shuffles, scans) reads all of them with at().
+// A variable of kCount threads. In steps, a thread can only access its own value; operations
+// between threads (shuffles, scans) read all values with at().
 template <typename T, int kCount>
 class Lanes {
  public:
@@ -161,8 +161,8 @@ struct Block {
   }
 };
 
-// Runs launches at once, their blocks in an order of their own, each with shared memory full of
-// junk.
+// Runs launches immediately, with blocks in a shuffled order, each with random data in shared
+// memory.
 class Launch {
  public:
   explicit Launch(uint64_t order) : orders_(order), tally_(kTallies) {}

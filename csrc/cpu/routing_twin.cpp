@@ -29,7 +29,7 @@ struct Race {
   }
 };
 
-// Each thread reads the variable of the one `apart` from it, in a step of the block or of a warp.
+// Each thread reads the variable of the thread `apart` from it, in a step of the block or a warp.
 struct Peek {
   bool in_a_warp;
   int apart;

@@ -1,8 +1,8 @@
 // Vectors of the instruction set that a kernel file is compiled for (GCC/Clang vector extensions).
 //
-// Kernel files are compiled once per instruction set, inside namespace flmoe::FLMOE_ISA, and use no
-// templates of the standard library: the linker may keep any one copy of those, from any of the
-// sets.
+// Kernel files are compiled once per instruction set, in namespace flmoe::FLMOE_ISA, and use no
+// templates of the standard library: the linker keeps only one copy of those, which may be compiled
+// for any instruction set.
 #pragma once
 
 #include <cmath>
@@ -93,13 +93,13 @@ inline A sum_lanes(Vec<A> v) {
   return reduce<A, kLanes<A>>(v, [](auto x, auto y) { return x + y; });
 }
 
-// The largest lane; NaN if there is one.
+// The largest lane; NaN if any lane is NaN.
 template <typename A>
 inline A max_lanes(Vec<A> v) {
   return reduce<A, kLanes<A>>(v, [](auto x, auto y) { return ((x > y) | (x != x)) ? x : y; });
 }
 
-// Keeps the lanes whose bit is set, in lane order from the lowest bit; the others become exactly 0.
+// Keeps the lanes whose bit is set, in lane order from the lowest bit, and sets the others to 0.
 template <typename A>
 inline Vec<A> keep_lanes(Vec<A> v, uint32_t bits) {
   using Int = typename Simd<A>::Int;
@@ -208,8 +208,8 @@ inline float to_float(Float16 x) {
   return _cvtsh_ss(x.bits);
 }
 #else
-// Without the instruction: half precision's bits moved into place, then scaled by 2^112, the
-// difference of the exponents' biases, which is exact and turns subnormals into normal numbers.
+// Without the instruction: moves the bits of half precision, then scales by 2^112, the difference
+// of the exponents' biases; this is exact and turns subnormals into normal numbers.
 inline float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   uint32_t bits = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
@@ -263,7 +263,7 @@ inline void from_float(float f, Float16* out) {
 }
 #endif
 
-// Storage types and the type their arithmetic is done in.
+// Storage types and their compute types.
 template <typename T>
 struct Compute {
   using Type = float;

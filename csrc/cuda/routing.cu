@@ -1,24 +1,24 @@
 // Routing on a GPU: launches of the blocks in csrc/common/routing_gate_blocks.h and
-// routing_dispatch_blocks.h, where the work is written.
+// csrc/common/routing_dispatch_blocks.h.
 //
-// Tiling: the gate gives each token a group of 1 to 32 lanes, 256 threads a block. limit and
-// dispatch are one launch of one block of 1024 threads while rows are few, else three launches:
-// count per block of rows, sum over blocks, place. Both cuts are routing_plan's
-// (csrc/common/routing.h). Why not a device-wide sort: experts are few, so counting is one pass,
-// and three launches are fewer than a radix sort's; the temporary memory depends on shapes alone.
+// Tiling: in the gate each token has a group of 1 to 32 lanes; blocks have 256 threads. limit and
+// dispatch are one launch of one block of 1024 threads if there are few rows, otherwise three
+// launches: count per block of rows, sum over blocks, place. routing_plan (csrc/common/routing.h)
+// determines both. Why not a device-wide sort: with few experts, counting is one pass, and a radix
+// sort needs more than three launches; the temporary memory depends only on shapes.
 //
-// Memory: the gate reads logits once (and again the chosen ones; beyond 256 experts once more per
-// choice) and writes index and weight. limit and dispatch read index twice per launch that walks
-// it, the second time from the cache: 8 bytes a row, and 8 or 4 written. All are bound by latency
-// at the sizes of one layer, by memory beyond.
+// Memory: the gate reads logits once (and the chosen logits again; for more than 256 experts once
+// more per choice) and writes index and weight. limit and dispatch read index twice per launch that
+// processes it, the second time from the cache: 8 bytes per row, and 8 or 4 written. All are bound
+// by latency at the sizes of a layer, and by memory for larger sizes.
 //
-// Races: a launch reads what launches before it on the stream wrote; no block reads what another
+// Races: a launch reads what earlier launches on the stream wrote; no block reads what another
 // block of its launch writes. Count: block b writes counters[., b]. Sum: block e reads and writes
-// counters[e, .] and counts[e]. Place: each row's one thread writes permutation (the places are a
+// counters[e, .] and counts[e]. Place: one thread per row writes permutation (the places are a
 // permutation) or kept; block 0 writes offsets. In a block, steps end with a barrier; in a step no
-// thread touches what another one writes: see walk(), where of the lanes with one bin only the
-// first writes its counter, a step after all have read it. No atomics: results are the same bits
-// for any order.
+// thread accesses what another thread writes: see walk(), where only the first of the lanes with
+// the same bin writes its counter, a step after all have read it. No atomics: results are bitwise
+// equal for any order.
 #include "cuda/routing.h"
 
 #include <cuda_runtime.h>
@@ -38,12 +38,12 @@ __global__ void __launch_bounds__(kThreads, 1) routing_kernel(const Body body) {
   body(block, static_cast<int64_t>(blockIdx.x));
 }
 
-// Queues launches until one fails; none of no blocks.
+// Queues launches until one fails; skips launches without blocks.
 class Launch {
  public:
   explicit Launch(const Place& place) : stream_(static_cast<cudaStream_t>(place.stream)) {
-    // The runtime is this module's own, so what it still remembers is a call of this file that
-    // failed, and said so then: it must not be taken for a failure of the launches to come.
+    // The runtime is linked into this module, so a pending error comes from an earlier call in this
+    // file, which has reported it. Clear it, so that it is not attributed to the next launches.
     cudaGetLastError();
     error_ = cudaSetDevice(place.device);
   }
@@ -112,7 +112,7 @@ const char* dispatch(const DispatchArgs& args, int32_t* counters, const Place& p
 int devices(const char** reason) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  cudaGetLastError();  // it is told here, not at the next launch
+  cudaGetLastError();  // reported here, not at the next launch
   int driver = 0;
   if (error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess &&
       driver == 0) {

@@ -1,6 +1,6 @@
-// Routing on a GPU, for the Python border: plain pointers to the device's memory, no CUDA header.
-// Everything is queued on `stream` of `device` and nothing is waited for. Each call returns null,
-// or CUDA's message of what went wrong.
+// Routing on a GPU, for the Python bindings: plain pointers to device memory, no CUDA header.
+// Everything is queued on `stream` of `device` without synchronizing. Each call returns null or
+// CUDA's error message.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,11 @@ const char* gate(DType dtype, const GateArgs& args, const Place& place);
 const char* limit(const LimitArgs& args, int32_t* counters, const Place& place);
 const char* dispatch(const DispatchArgs& args, int32_t* counters, const Place& place);
 
-// The number of devices; where there is none, *reason is CUDA's message.
+// The number of devices; if there is none, *reason is CUDA's message.
 int devices(const char** reason);
 
-// Whether the kernels run on a device: null, or why not. By its attributes: no context is made, and
-// the caller's current device stays what it is.
+// Null if the kernels run on a device, otherwise the reason. Only reads attributes: no context is
+// created, and the current device does not change.
 struct Capability {
   int major, minor;
 };

@@ -1,5 +1,5 @@
-// The model of a block (csrc/common/routing_block.h) on a GPU: each step is one call for this
-// thread and a barrier behind it. Scans over a block are CUB's.
+// Implementation of csrc/common/routing_block.h on a GPU: each step is one call for this thread,
+// followed by a barrier. Scans over a block are CUB's.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -14,7 +14,7 @@ namespace flmoe::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// A thread's own variable; the index only says whose it is.
+// A thread's own variable; the index is not used.
 template <typename T>
 struct Own {
   T value;
@@ -50,7 +50,7 @@ struct Warp {
     peers.value = __match_any_sync(kAllLanes, key.value);
   }
 
-  // Butterflies: every lane of a group ends with the same answer.
+  // Butterflies: every lane of a group gets the same result.
   template <typename A>
   __device__ __forceinline__ void best(Own<A>& value, Own<int32_t>& expert, int width) const {
     for (int apart = width / 2; apart > 0; apart /= 2) {

@@ -1,1 +1,1 @@
-"""Shared by every operator: backends, registration, validation, the native module."""
+"""Code shared by all operators: backends, registration, validation, native module."""

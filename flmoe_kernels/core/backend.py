@@ -1,8 +1,8 @@
-"""Backends: which exist, what each can do here, and which one a call gets.
+"""Backends: availability, supported dtypes, and choice for a call.
 
-A backend is named explicitly by `backend=` on a call, by `use_backend(...)` around it, or by the environment
-variable FLMOE_BACKEND (read at import); an explicit choice never falls back, it raises with the reason.
-Without one, CUDA tensors go to the GPU backends and CPU tensors to the C++ kernels.
+A backend is requested with `backend=` on a call, with `use_backend(...)` around it, or with the environment
+variable FLMOE_BACKEND (read at import). If a requested backend cannot run, an error gives the reason; there is no
+fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 CAPABILITIES["routing"][CUDA] = FLOATS
 
-# What a CUDA tensor gets, best first, where the operator and the machine have it.
+# Default backends for CUDA tensors, best first; the first backend that can run is used.
 _ON_CUDA = (CUDA, TRITON)
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
-    """For every backend whether it can run on this machine, and why (not)."""
+    """For every backend, whether it can run on this machine, and its details or the reason."""
     reason = cpu_unavailable_reason()
     pool = "" if reason else f"{instruction_set()}, {native().parallel_pool()} pool"
     return {
@@ -49,7 +49,7 @@ def backend_status() -> dict[str, tuple[bool, str]]:
 
 
 def _triton_status() -> tuple[bool, str]:
-    """Looked up on each call, without importing triton, which takes seconds."""
+    """Status of Triton, checked on every call without importing it, which takes seconds."""
     if importlib.util.find_spec("triton") is None:
         return False, "the package triton is not installed"
     if _interpreted():
@@ -82,7 +82,7 @@ _requested: ScopedSetting[str | None] = ScopedSetting(_environment)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every call inside the `with` block, in any thread, uses this backend, unless it names one itself."""
+    """Use this backend for all calls within the `with` block, in any thread, that do not pass `backend`."""
     with _requested.override(_known(name, "use_backend")):
         yield
 
@@ -118,7 +118,7 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
 
 
 def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
-    """Why a backend cannot run this, or ""."""
+    """The reason why a backend cannot run this, or ""."""
     supported, kind = CAPABILITIES[op], tensor.device.type
     if name not in supported:
         return f"this operator has no {name} kernels in this version"

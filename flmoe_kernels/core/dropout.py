@@ -1,7 +1,7 @@
-"""Dropout from a counter-based generator: the definition that every backend follows.
+"""Definition of dropout for all backends, with a counter-based generator.
 
-An element's fate depends on (seed, problem, head, row, column) alone, so a backward makes the mask again
-instead of reading it, and two backends with one seed drop the same elements. The generator is Philox 4x32
+Whether an element is kept depends only on (seed, problem, head, row, column), so a backward recomputes the mask
+instead of reading it, and backends with the same seed drop the same elements. The generator is Philox 4x32
 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): key = the seed's low and
 high halves, counter = (column block, row, head, problem). A counter gives four 32-bit words, eight 16-bit
 draws; column c uses block 16 * (c // 128) + (c // 2) % 16, word (c // 32) % 4 and half c % 2. A draw below
@@ -21,27 +21,27 @@ _WORD = 0xFFFFFFFF
 
 
 def keep_threshold(p: float) -> int:
-    """Of 65536 equally likely draws, how many keep; the rate 1 - p to within 2^-17."""
+    """Number of draws out of 65536 that keep an element; the rate is 1 - p to within 2^-17."""
     return round((1.0 - p) * DRAWS)
 
 
 def keep_scale(p: float) -> float:
-    """What a kept value is multiplied with; 0 when nothing is kept."""
+    """Factor of a kept value; 0 if nothing is kept."""
     threshold = keep_threshold(p)
     return DRAWS / threshold if threshold else 0.0
 
 
 def new_seed(device: torch.device | str = "cpu") -> Tensor:
-    """A fresh seed () int64 from torch's generator, so that torch.manual_seed governs dropout too."""
+    """Draw a seed, () int64, from torch's generator, so that torch.manual_seed also controls dropout."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def keep_mask(
     seed: Tensor, p: float, problem: Tensor | int, head: Tensor | int, row: Tensor, column: Tensor
 ) -> Tensor:
-    """The mask (True = kept) of all elements with these indices, which broadcast together.
+    """The mask (True = kept) of the elements with these indices, which are broadcast.
 
-    The oracle of the kernels' masks, in int64 arithmetic; slow and exact.
+    This is the slow, exact reference for the kernels' masks, in int64 arithmetic.
     """
     zero = torch.zeros_like(row + column)
     c0 = zero + 16 * (column // 128) + (column // 2) % 16

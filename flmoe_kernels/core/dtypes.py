@@ -1,4 +1,4 @@
-"""Data types: of sums, their codes in the native module, their names in messages."""
+"""Dtypes: accumulation dtype, codes in the native module, names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def dtype_code(x: Tensor) -> int:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums are kept in: float64 for float64, float32 for everything else."""
+    """The dtype of sums: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -1,9 +1,9 @@
-"""The error budget: how far a result may be from the exact one.
+"""Error budget: the allowed distance of a result from the exact result.
 
-The oracle is the reference in float64 on the same (rounded) inputs. A backend passes when its error is at
-most twice that of the reference run in the backend's own dtype, plus a rounding term that keeps a lucky
-reference from failing an honest backend. Both the largest and the root-mean-square error must pass. A
-budget within which a result of zeros would pass is an error of the test, not a pass.
+The oracle is the reference in float64 on the same (rounded) inputs. A backend passes if its error is at most twice
+that of the reference in the backend's dtype, plus a rounding term, so that a correct backend does not fail if the
+error of the reference happens to be small. Both the largest and the root-mean-square error must pass. A budget
+that a result of zeros would pass is an error of the test.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 FACTOR = 2.0
-# The rounding term in units of the dtype's epsilon and of the largest exact value. Half precision is added up
-# in float32 and rounded once, float32 sums differ in order, and float64's own errors are the oracle's too.
+# The rounding term in units of the dtype's epsilon and of the largest exact value. Half precision is summed in
+# float32 and rounded once, float32 sums differ in order, and in float64 the oracle has the same errors.
 ROUNDING = {
     torch.bfloat16: 2.0,
     torch.float16: 2.0,
@@ -54,13 +54,13 @@ def assert_within_budget(
         reference_low: the reference's result in the same dtype.
         oracle64: the reference's result in float64. Where it is not finite, `actual` must be the same
             NaN or infinity.
-        name: what is compared, for the message.
-        magnitude: size of the terms that the result is a sum of, for the rounding term, where that
-            is more than the largest value of the oracle because they cancel.
-        may_vanish: the terms may cancel to nothing, so that zeros may pass.
+        name: name of the compared result, for the message.
+        magnitude: size of the terms of the sums, for the rounding term, if it is larger than the largest
+            value of the oracle because the terms cancel.
+        may_vanish: the terms may cancel completely, so zeros may pass.
 
     Raises:
-        AssertionError: another shape or dtype, an error above the budget, another pattern of
+        AssertionError: a different shape or dtype, an error above the budget, a different pattern of
             non-finite values, or a budget that zeros would pass.
     """
     assert actual.shape == oracle64.shape, f"{name}: shape {actual.shape}, not {oracle64.shape}"
@@ -72,8 +72,8 @@ def assert_within_budget(
     problem = _misplaced_nonfinite(actual, oracle64)
     assert not problem, f"{name}: {problem}"
     limit = _budget(reference_low, oracle64, magnitude)
-    found = _errors(actual, oracle64)
-    assert found.within(limit), f"{name}: error {found} above the budget {limit}"
+    errors = _errors(actual, oracle64)
+    assert errors.within(limit), f"{name}: error {errors} above the budget {limit}"
     if not may_vanish and bool((_finite(oracle64) != 0).any()):
         zeros = _errors(torch.zeros_like(oracle64), oracle64)
         assert not zeros.within(limit), f"{name}: the budget {limit} is so wide that zeros pass"
@@ -82,12 +82,12 @@ def assert_within_budget(
 def assert_outside_budget(
     wrong: Tensor, reference_low: Tensor, oracle64: Tensor, name: str
 ) -> None:
-    """Fail unless a result known to be wrong is told from a right one: the control of a comparison."""
+    """Fail if a wrong result is within the budget: a control that shows that a comparison can fail."""
     if wrong.shape != oracle64.shape or _misplaced_nonfinite(wrong, oracle64):
         return
     limit = _budget(reference_low, oracle64, 0.0)
-    found = _errors(wrong, oracle64)
-    assert not found.within(limit), f"{name}: error {found} passes the budget {limit}"
+    errors = _errors(wrong, oracle64)
+    assert not errors.within(limit), f"{name}: error {errors} passes the budget {limit}"
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Helpers for matplotlib figures; matplotlib is imported when a figure is made."""
+"""Helpers for matplotlib figures, which import matplotlib lazily."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DPI = 110
 
 
 def make_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches.
+    """An empty figure of this size in inches.
 
-    The class is used directly: pyplot keeps every figure alive and looks for a window system.
+    The class is used directly, because pyplot keeps every figure alive and tries to open a display.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -39,7 +39,7 @@ def png_bytes(figure: Figure, dpi: int = DPI) -> bytes:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws literally: dollar signs would start a formula."""
+    """Escape text so that matplotlib draws it literally; dollar signs would start a formula."""
     return printable(text).replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ Content = bytes | str | Callable[[Path], object]
 
 
 def write_whole(target: Path, content: Content, *, make_folder: bool = False) -> None:
-    """Write a file so that readers see the old content or the new one, never a part of it.
+    """Write a file atomically: readers see the old content or the new content, never a part of it.
 
-    A temporary file beside the target takes its place at the end. Whatever stops the write, Ctrl-C included,
-    leaves the target as it was and no temporary file. The file's permissions follow the umask. A link keeps
-    pointing to the file, which is replaced. A pipe or device, /dev/stdout for example, is written to directly.
+    A temporary file beside the target replaces it at the end. If the write fails or is interrupted (Ctrl-C), the
+    target is unchanged and the temporary file is removed. The file's permissions follow the umask. If the target
+    is a link, the file that it points to is replaced. A pipe or device, such as /dev/stdout, is written directly.
 
     Args:
         target: the file.
-        content: bytes; text, which is written as UTF-8; or a function that writes the file at the path it is
-            given, whose suffix is the target's, since writers choose a format by it.
+        content: bytes; text, which is written as UTF-8; or a function that writes a file to a given path, which
+            has the target's suffix, because writers choose the format by the suffix.
         make_folder: create missing folders.
 
     Raises:
@@ -32,12 +32,12 @@ def write_whole(target: Path, content: Content, *, make_folder: bool = False) ->
         _write(target, content)
         return
     target = target.resolve()
-    # Not the process number: two containers may share a folder and the number.
+    # Not the process id: two containers may share a folder and have the same id.
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp{target.suffix}")
     try:
         _write(temporary, content)
         with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # the content is on the disk before the name
+            os.fsync(written.fileno())  # the content must be on disk before the rename
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def _write(path: Path, content: Content) -> None:
 
 
 def is_replaced(target: Path) -> bool:
-    """Whether `write_whole` replaces the target: a regular file or nothing, and no name of an open file."""
+    """Whether `write_whole` replaces the target: a regular or missing file, but not the path of an open file."""
     folder = target.parent.resolve()
     opened = folder == Path("/dev") or folder.parts[1:2] == ("proc",)  # /dev/stdout, /dev/fd/1
     return not opened and (target.is_file() or not target.exists())

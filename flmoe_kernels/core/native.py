@@ -1,4 +1,4 @@
-"""The native module: loading it, what it can run here, and helpers for calling its CPU kernels."""
+"""The native module: loading, availability, helpers for calling CPU kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HUGE_BYTES = 4 << 20
 
 
 class BackendUnavailable(RuntimeError):
-    """An explicitly chosen backend cannot run this call; the message says why."""
+    """A requested backend cannot run this call; the message gives the reason."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -23,7 +23,7 @@ def _load() -> tuple[ModuleType | None, str]:
         module.instruction_set()
     except ImportError as error:
         return None, f"the native module is not built or cannot be loaded ({error})"
-    except RuntimeError as error:  # FLMOE_ISA names what this processor cannot run
+    except RuntimeError as error:  # this processor does not support FLMOE_ISA
         return None, str(error)
     return module, ""
 
@@ -32,7 +32,7 @@ _module, _reason = _load()
 
 
 def cpu_unavailable_reason() -> str:
-    """Why the CPU kernels cannot run, or ""."""
+    """The reason why the CPU kernels cannot run, or ""."""
     return _reason if _module is None else ""
 
 
@@ -44,7 +44,7 @@ def native() -> ModuleType:
 
 
 def native_cuda() -> ModuleType:
-    """The native module if it has the CUDA kernels, whatever the machine; BackendUnavailable if not."""
+    """The native module if it was built with CUDA, on any machine; otherwise raises BackendUnavailable."""
     reason = _unbuilt_cuda_reason()
     if reason:
         raise BackendUnavailable(f"backend 'cuda': {reason}")
@@ -52,12 +52,12 @@ def native_cuda() -> ModuleType:
 
 
 def instruction_set() -> str:
-    """The instruction set that the CPU kernels chose ("avx512", "avx2", "baseline"), or "none"."""
+    """The instruction set of the CPU kernels ("avx512", "avx2", "baseline"), or "none"."""
     return "none" if _module is None else str(_module.instruction_set())
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those that this processor can run, best first; FLMOE_ISA picks one."""
+    """The instruction sets that this processor supports, best first; FLMOE_ISA selects one."""
     if _module is None:
         return ()
     runs = _module.instruction_set_runs
@@ -65,7 +65,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def cuda_status() -> tuple[bool, str]:
-    """Whether the CUDA kernels run on a device, and why (not); read from attributes, without a CUDA context."""
+    """Whether the CUDA kernels can run on a device, and the details; read from attributes, without a context."""
     reason = _unbuilt_cuda_reason()
     if reason:
         return False, reason
@@ -88,14 +88,14 @@ def _unbuilt_cuda_reason() -> str:
 
 def _constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
     """Mark a function so that torch.compile does not trace it but treats its result as a constant."""
-    # All that torch.compiler.assume_constant_result does, but it imports the compiler, which takes seconds.
+    # The same as torch.compiler.assume_constant_result, which imports the compiler and takes seconds.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @_constant_in_traces
 def cuda_unavailable_reason(device: int | None = None) -> str:
-    """Why the CUDA kernels cannot run on any device, or on this one; "" if they can."""
+    """The reason why the CUDA kernels cannot run on this device (None: on any device); "" if they can."""
     reason = _unbuilt_cuda_reason()
     if reason:
         return reason
@@ -114,7 +114,7 @@ def cuda_unavailable_reason(device: int | None = None) -> str:
 
 
 def _device_reason(module: ModuleType, device: int) -> str:
-    """Not cached: what fails now may work later, and a probe only reads a table."""
+    """The reason for one device; not cached, because it may change, and a probe only reads a table."""
     major, minor, message = module.cuda_probe(device)
     if not message:
         return ""
@@ -131,7 +131,7 @@ def threads() -> int:
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor; large ones ask for huge pages, whose faults are ten times cheaper."""
+    """An uninitialised contiguous tensor; a large tensor uses huge pages, whose faults are ten times cheaper."""
     out = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
     size = out.numel() * out.element_size()
     if size >= _HUGE_BYTES:

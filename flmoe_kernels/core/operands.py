@@ -1,7 +1,7 @@
-"""Checks and copies of the tensors that a kernel reads through plain addresses.
+"""Checks and copies of tensors that a kernel reads through raw pointers.
 
-A registered operator can be called without the package's public functions, so each backend checks again what
-would otherwise become a read past a tensor's end.
+A registered operator can be called without the package's public functions, so every backend checks again whatever
+could cause a read past the end of a tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def expect(
     dtype: torch.dtype,
     device: torch.device = HOST,
 ) -> None:
-    """ValueError unless x, if given, has this shape and dtype and is on this device."""
+    """Raise ValueError unless x is None or has this shape, dtype and device."""
     if x is None:
         return
     if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
@@ -34,7 +34,7 @@ def expect(
 
 
 def expect_bounds(name: str, x: Tensor, device: torch.device = HOST) -> None:
-    """Bounds of runs of rows: int32, at least one."""
+    """Check row bounds such as cu_seqlens: int32, at least one value."""
     expect(name, x, (max(x.numel(), 1),), torch.int32, device)
 
 
@@ -44,7 +44,7 @@ def expect_seed(seed: Tensor | None, device: torch.device = HOST) -> None:
 
 
 def expert_out_of_range(index: Tensor, experts: int) -> ValueError:
-    """The error for an index of experts that has other values than -1 to experts - 1."""
+    """The error for an expert index with values outside -1 to experts - 1."""
     return ValueError(
         f"index: expected -1 or experts from 0 to {experts - 1}, "
         f"got values from {int(index.min())} to {int(index.max())}"
@@ -52,7 +52,7 @@ def expert_out_of_range(index: Tensor, experts: int) -> ValueError:
 
 
 def expect_float32_or_half(name: str, x: Tensor) -> None:
-    """The dtypes of every Triton kernel."""
+    """Raise ValueError unless the dtype is supported by the Triton kernels."""
     if x.dtype not in HALVES_AND_FLOAT32:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
 
@@ -62,5 +62,5 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x, or a copy of it, with the elements of the last dimension next to each other."""
+    """x, or a copy of it, with a contiguous last dimension."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

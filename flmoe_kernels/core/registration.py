@@ -19,14 +19,13 @@ def define(
 ) -> None:
     """Register the operator flmoe::name.
 
-    The backend is the operator's last argument, so that a gradient is computed by the backend that computed the
-    value.
+    The backend is the operator's last argument, so that the same backend computes values and gradients.
 
     Args:
         name: the operator's name.
         schema: "(arguments) -> results" without the backend, which is appended as `str backend='cpu'`.
         run: run(backend, *arguments) computes the results.
-        fake: fake(*arguments) makes results of the same shapes and dtypes without computing them.
+        fake: fake(*arguments) returns empty results with the right shapes and dtypes.
         autograd: (setup_context, backward), see torch.library.register_autograd.
     """
     arguments, results = schema.split(" -> ")
@@ -34,7 +33,7 @@ def define(
     count = len(getattr(torch.ops.flmoe, name).default._schema.arguments) - 1
 
     def kernel(*args: Any) -> Any:
-        # torch leaves out a trailing argument that is its schema's default.
+        # torch omits a trailing argument that equals the default in its schema.
         return run(args[count] if len(args) > count else CPU, *args[:count])
 
     torch.library.impl(f"flmoe::{name}", ("cpu", "cuda"), kernel)
@@ -45,7 +44,7 @@ def define(
 
 
 def first_order_only(*names: str, times: str = "differentiable once") -> None:
-    """Make differentiating operators without a derivative an error, not a silent zero."""
+    """Raise an error when operators without a derivative are differentiated, instead of returning zeros."""
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         pass

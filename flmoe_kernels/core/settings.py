@@ -1,4 +1,4 @@
-"""Settings of the process that a `with` block overrides."""
+"""Process-wide settings that a `with` block can override."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ Value = TypeVar("Value")
 
 
 class _Scope(Generic[Value]):
-    """The value of one block; equal only to itself."""
+    """The value of a `with` block; equal only to itself."""
 
     def __init__(self, value: Value) -> None:
         self.value = value
 
 
 class ScopedSetting(Generic[Value]):
-    """A value that holds for every thread; the override entered last wins."""
+    """A value for all threads; the override that was entered last applies."""
 
     def __init__(self, default: Value) -> None:
         self.default = default
-        # append and remove are atomic. A lock could not be traced by torch.compile.
+        # append and remove are atomic. torch.compile could not trace a lock.
         self._scopes: list[_Scope[Value]] = []
 
     def get(self) -> Value:
@@ -35,5 +35,5 @@ class ScopedSetting(Generic[Value]):
         try:
             yield
         finally:
-            # This block's own scope, not the last one: blocks of two threads need not be nested.
+            # Remove this block's scope, not the last scope: the blocks of two threads may overlap.
             self._scopes.remove(scope)

@@ -1,4 +1,4 @@
-"""Validation of arguments. Every error names the argument, what was expected and what came."""
+"""Validation of arguments; errors name the argument, the expectation and the value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def require_tensor(name: str, value: object) -> None:
 
 
 def require_same(name: str, value: Tensor, other: str, reference: Tensor) -> None:
-    """Same dtype and device as another argument."""
+    """Check that a tensor has the same dtype and device as another argument."""
     if value.dtype != reference.dtype:
         raise TypeError(f"{name}: expected dtype {reference.dtype} as {other}, got {value.dtype}")
     if value.device != reference.device:
@@ -57,7 +57,7 @@ def require_count(name: str, value: int, least: int, most: int | None = None) ->
 
 
 def require_positive(name: str, value: float) -> None:
-    """A positive number whose inverse float32 holds."""
+    """Check for a positive number whose inverse is finite in float32."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 1e-37 < value < 1e37:
@@ -67,7 +67,7 @@ def require_positive(name: str, value: float) -> None:
 def require_index(
     name: str, value: Tensor, shape: tuple[int, ...], count: int, device: torch.device
 ) -> None:
-    """int64 values within 0..count - 1."""
+    """Check for int64 values within 0..count - 1."""
     require_tensor(name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {value.dtype}")
@@ -75,7 +75,7 @@ def require_index(
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    # Reading values waits for a GPU and cannot be traced; there index_select refuses.
+    # Reading values would synchronize with a GPU and cannot be traced; index_select raises an error there.
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= count:
@@ -83,16 +83,16 @@ def require_index(
 
 
 def require_shape(name: str, value: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    """value has this shape, whose dimensions are called `letters`; -1 stands for a size not known."""
+    """Check that value has this shape, whose dimensions are called `letters`; -1 stands for an unknown size."""
     if tuple(value.shape) != shape:
         expected = ", ".join("any" if size < 0 else str(size) for size in shape)
         raise ValueError(f"{name}: expected {letters} = ({expected}), got {tuple(value.shape)}")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as torch's own products take them; not float64."""
+    """Cast tensors to autocast's dtype if it is on, as torch's own products do; float64 is not cast."""
     kind = tensors[0].device.type
-    # Not every device type has autocast: meta has none.
+    # Some device types, such as meta, do not support autocast.
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
@@ -105,7 +105,7 @@ def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None) -> None:
-    """masks M x (B, L_m), bool or 0/1, or None, for inputs M x (B, L_m, ...); None where the input is."""
+    """Check masks M x (B, L_m), bool or 0/1 or None, for inputs M x (B, L_m, ...); None if the input is None."""
     if masks is None:
         return
     if not isinstance(masks, list | tuple):
@@ -125,7 +125,7 @@ def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None
             )
         if mask.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, got {mask.device}")
-        # Reading values cannot be traced, and on a GPU it waits.
+        # Reading values cannot be traced and would synchronize with a GPU.
         if mask.dtype == torch.bool or torch.compiler.is_compiling() or mask.is_cuda:
             continue
         if not bool(((mask == 0) | (mask == 1)).all()):
@@ -140,9 +140,9 @@ def require_inputs(
     *,
     optional: bool = False,
 ) -> None:
-    """inputs M x (B, L_m, dims[m]) of a layer, in its parameters' dtype and device; masks as in require_masks.
+    """Check inputs M x (B, L_m, dims[m]) of a layer with its parameters' dtype and device; see require_masks.
 
-    optional: a modality may be None, but not all of them, or have no tokens.
+    optional: a modality may be None or have no tokens, but not all modalities may be None.
     """
     _require_list("inputs", inputs, len(dims))
     given = [m for m, x in enumerate(inputs) if x is not None or not optional]
@@ -167,7 +167,7 @@ def require_inputs(
 def require_replacements(
     name: str, replacements: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> None:
-    """replacements[m] with the shape, dtype and device of inputs[m]; None where that is None."""
+    """Check that replacements[m] has the shape, dtype and device of inputs[m], and is None if that is None."""
     _require_list(name, replacements, len(inputs))
     for m, (noise, x) in enumerate(zip(replacements, inputs, strict=True)):
         own = f"{name}[{m}]"

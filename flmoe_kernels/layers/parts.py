@@ -1,4 +1,4 @@
-"""Checks of the parts that a layer is made of; each error names the part, what was expected and what it is."""
+"""Checks of the parts of a layer; errors name the part, what was expected and what it got."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class UnsupportedLayer(ValueError):
-    """A fast layer cannot replace this one: names the part and what is unexpected."""
+    """A fast layer cannot replace a layer; the message names the unsupported part."""
 
 
 def joined(path: str, name: str) -> str:
@@ -22,13 +22,13 @@ def joined(path: str, name: str) -> str:
 def child_of(module: nn.Module, path: str, name: str, kind: type[ModuleT]) -> ModuleT:
     child = getattr(module, name, None)
     if not isinstance(child, kind):
-        found = "nothing" if child is None else type(child).__name__
-        raise UnsupportedLayer(f"{joined(path, name)}: expected {kind.__name__}, got {found}")
+        actual = "nothing" if child is None else type(child).__name__
+        raise UnsupportedLayer(f"{joined(path, name)}: expected {kind.__name__}, got {actual}")
     return child
 
 
 def plain_module(module: nn.Module | None, path: str, kind: type[ModuleT]) -> ModuleT:
-    """The module itself when it computes exactly the same as torch's class of that name."""
+    """Return the module; UnsupportedLayer if its forward is not that of torch's class `kind`."""
     if not isinstance(module, kind) or type(module).forward is not kind.forward:
         raise UnsupportedLayer(f"{path}: expected {kind.__name__}, got {type(module).__name__}")
     return module
@@ -63,19 +63,19 @@ def sequence_of(module: nn.Module, path: str, name: str) -> list[nn.Module]:
 def check_parameters(
     layer: nn.Module, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()
 ) -> None:
-    """Exactly the expected parameters, of one floating dtype and one device; an extra one would be lost.
+    """Check that a layer has exactly the expected parameters, with one floating dtype and one device.
 
     Args:
-        layer: its parameters and buffers are checked.
+        layer: the layer; an extra parameter or buffer is an error, because it would be lost.
         expected: name and shape of each parameter.
-        optional: names of those that may be absent.
+        optional: names of parameters that may be absent.
     """
     parameters = dict(layer.named_parameters(remove_duplicate=False))
-    found: dict[str, Tensor] = {**parameters, **dict(layer.named_buffers(remove_duplicate=False))}
-    if unknown := sorted(found.keys() - expected.keys()):
+    tensors: dict[str, Tensor] = {**parameters, **dict(layer.named_buffers(remove_duplicate=False))}
+    if unknown := sorted(tensors.keys() - expected.keys()):
         raise UnsupportedLayer(f"{unknown[0]}: an unexpected parameter or buffer")
     # An optional name may be absent, but not a buffer.
-    if missing := sorted(expected.keys() - parameters.keys() - (set(optional) - found.keys())):
+    if missing := sorted(expected.keys() - parameters.keys() - (set(optional) - tensors.keys())):
         raise UnsupportedLayer(f"{missing[0]}: not a parameter of the layer")
     for name, parameter in parameters.items():
         if tuple(parameter.shape) != expected[name]:
@@ -83,10 +83,10 @@ def check_parameters(
                 f"{name}: expected shape {expected[name]}, got {tuple(parameter.shape)}"
             )
     for what, value_of in _UNIFORM:
-        values = {value_of(tensor) for tensor in found.values()}
+        values = {value_of(tensor) for tensor in tensors.values()}
         if len(values) > 1:
             raise UnsupportedLayer(f"parameters differ in {what}: {sorted(map(str, values))}")
-    dtype = next(iter(found.values())).dtype
+    dtype = next(iter(tensors.values())).dtype
     if not dtype.is_floating_point:
         raise UnsupportedLayer(f"parameters are {dtype}, expected a floating dtype")
 

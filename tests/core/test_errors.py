@@ -31,8 +31,8 @@ ATTENTION: list[Mistake] = [
     ("seed", 3, TypeError, r"expected a Tensor, got int"),
     ("qkv", Q.flatten(1), ValueError, r"expected \(rows, H, d\) or .*got \(6, 8\)"),
     ("qkv", Q[None, None], ValueError, r"expected \(rows, H, d\) or .*got \(1, 1, 6, 2, 4\)"),
-    ("qkv", Q[:, :0], ValueError, r"expected at least one head of width one, got \(6, 0, 4\)"),
-    ("qkv", Q[..., :0], ValueError, r"expected at least one head of width one, got \(6, 2, 0\)"),
+    ("qkv", Q[:, :0], ValueError, r"expected at least one head of width 1, got \(6, 0, 4\)"),
+    ("qkv", Q[..., :0], ValueError, r"expected at least one head of width 1, got \(6, 2, 0\)"),
     ("k", Q[:5], ValueError, r"expected shape \(6, 2, 4\) as q, got \(5, 2, 4\)"),
     ("v", Q[..., :3], ValueError, r"expected shape \(6, 2, 4\) as q, got \(6, 2, 3\)"),
     ("k", Q.to("meta"), ValueError, r"expected device cpu as q, got meta"),
@@ -168,7 +168,7 @@ def test_interaction_moe(
 def test_learned_positions_take_no_masks_and_no_other_length() -> None:
     layer = InteractionMoE.adopt(LEARNED.reference())
     x = LEARNED.inputs()
-    with pytest.raises(ValueError, match=r"masks: .*learned positions.*takes none"):
+    with pytest.raises(ValueError, match=r"masks: expected None .*learned positions"):
         layer(x, [torch.ones(2, 4, dtype=torch.bool), None])
     with pytest.raises(ValueError, match=r"inputs\[1\]: expected 4 tokens, .* got 3"):
         layer([x[0], x[1][:, :3]])
@@ -215,7 +215,7 @@ def test_changes_that_the_kernels_would_ignore_are_refused() -> None:
         (lambda layer: setattr(layer.mlp.network[2], "p", 0.1), r"mlp\.network\.2: experts differ"),
         (lambda layer: layer.norm1.register_forward_hook(print), r"LayerNorm: carries a hook"),
         (lambda layer: layer.mlp.register_forward_pre_hook(print), r"MLP: carries a hook"),
-        (lambda layer: setattr(layer, "norm2", nn.Identity()), r"Identity: put into the layer"),
+        (lambda layer: setattr(layer, "norm2", nn.Identity()), r"Identity: replaced after"),
     ]
     x = CASE.inputs()
     for change, message in changes:

@@ -63,7 +63,7 @@ def test_a_candidate_that_is_wrong_or_does_not_run_is_refused(wrong: float | str
             out += wrong
 
     clock = Clock(SECONDS)
-    message = f"did not run.*{wrong}" if isinstance(wrong, str) else "gave other results.*32"
+    message = f"did not run.*{wrong}" if isinstance(wrong, str) else "gave different results.*32"
     with pytest.warns(cache.TuningWarning, match=message):
         assert choose(clock, sums(spoil)) == TABLE
     assert BETTER not in clock.timed
@@ -83,7 +83,7 @@ def test_a_shared_buffer_is_not_compared() -> None:
         return tuning.Trial(tiles, CPU, run, [out], lambda: [out])
 
     clock = Clock(SECONDS)
-    with pytest.warns(cache.TuningWarning, match="gave other results.*32"):
+    with pytest.warns(cache.TuningWarning, match="gave different results.*32"):
         assert choose(clock, lambda: make) == TABLE
     assert BETTER not in clock.timed
 

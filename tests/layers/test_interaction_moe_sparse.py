@@ -198,7 +198,7 @@ class OtherGate(GShardGate):
     ("change", "reason"),
     [
         (lambda gate: gate.register_forward_hook(print), "GShardGate: carries a hook"),
-        (lambda gate: setattr(gate, "__class__", OtherGate), "OtherGate: put into the layer after"),
+        (lambda gate: setattr(gate, "__class__", OtherGate), "OtherGate: replaced after"),
     ],
 )
 def test_gates_changed_after_construction_are_refused(change: Any, reason: str) -> None:

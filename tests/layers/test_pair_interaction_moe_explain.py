@@ -363,7 +363,7 @@ def test_mistakes() -> None:
         (lambda: found.shapley_values("xor"), r"expert: expected one of unique_0.*got 'xor'"),
         (lambda: found.shapley_values(4), r"expert: expected an int from 0 to 3, got 4"),
         (lambda: found.pair_map(0, 2), r"n: expected an int from 0 to 1, got 2"),
-        (lambda: found.pair_map(1, 1), r"n: expected another modality than m = 1"),
+        (lambda: found.pair_map(1, 1), r"n: expected a modality other than m = 1"),
         (lambda: found.anchor_map(-1), r"m: expected an int from 0 to 1, got -1"),
         (lambda: found.top_pairs(0), r"n_pairs: expected an int from 1, got 0"),
     ):

@@ -365,7 +365,7 @@ def test_mistakes() -> None:
         (TypeError, "gate: expected a name, .* got Linear", lambda: make(nn.Linear)),
         (
             TypeError,
-            "what makes a Gate, it made Linear",
+            "gate: expected to return a Gate, got Linear",
             lambda: make(lambda d, e, *_: nn.Linear(d, e)),
         ),
         (ValueError, "topk: expected 2 for GShard, got 3", lambda: make(top_k=3)),

@@ -169,7 +169,7 @@ def test_errors_are_raised_on_every_rank(results: Results) -> None:
         assert "x: expected the same width on all ranks, got [5, 10" in found["width"]
         assert "x: expected the same dtype on all ranks, got torch.float" in found["dtype"]
         without = list(range(1, ranks))
-        assert f"on all ranks or on none, got ranks {without} without" in found["recording"]
+        assert f"on all ranks or on none, but not on ranks {without}" in found["recording"]
 
 
 def test_no_group() -> None:

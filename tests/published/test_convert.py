@@ -250,7 +250,7 @@ SPARSE_KEYS: list[tuple[str, bool, Callable[[State], object], list[str]]] = [
         "copies",
         False,
         lambda state: state[MLP + "gate.gate.bias"].add_(1),
-        ["gate.bias", "differ, but are one gate"],
+        ["gate.bias", "differ, but are the same gate"],
     ),
     ("missing", False, without(MLP + "experts.h4toh.bias"), [f"missing: {MLP}experts.h4toh.bias"]),
     (

@@ -124,7 +124,7 @@ LAYERS: list[tuple[str, Make, str]] = [
     (
         "sparse inside",
         lambda: make_layer(mlp_sparse=True, apart=True),
-        r"network.0.mlp.experts: each has parameters of its own \(FastMoE",
+        r"network.0.mlp.experts: every expert has separate parameters \(FastMoE",
     ),
     ("cross-attention", lambda: make_layer(self_attn=False), "cross-attention"),
     ("subclass", changed(lambda x: setattr(x, "__class__", OwnMethods)), "own methods would be"),
@@ -153,8 +153,8 @@ LAYERS: list[tuple[str, Make, str]] = [
     ),
 ]
 MLPS: list[tuple[str, Make, str]] = [
-    ("apart", lambda: make_mlp(apart=True), "experts: each has parameters of its own"),
-    ("gate_hook", lambda: make_mlp(gate_hook=print), "gate_hook: set, and RoutedMLP has none"),
+    ("apart", lambda: make_mlp(apart=True), "experts: every expert has separate"),
+    ("gate_hook", lambda: make_mlp(gate_hook=print), "gate_hook: set, but RoutedMLP does"),
     ("mask", lambda: make_mlp(mask=torch.zeros(3)), "mask: set"),
     ("mask_dict", lambda: make_mlp(mask_dict={}), "mask_dict: set"),
     ("world", changed_mlp(lambda m: put(m, "", world_size=2)), "world_size: expected 1, got 2"),
@@ -171,7 +171,7 @@ MLPS: list[tuple[str, Make, str]] = [
     (
         "top_k of both",
         changed_mlp(lambda m: [put(m, path, top_k=1) for path in ("", "gate")]),
-        "top_k: 1, not that of a GShardGate",
+        "top_k: expected 2, got 1",
     ),
     (
         "activation",
@@ -187,7 +187,7 @@ MLPS: list[tuple[str, Make, str]] = [
         (
             f"no {name}",
             changed_mlp(lambda m, name=name: delattr(m.gate, name), gate),
-            rf"all_gates.0.{name}: missing, which a {gate} has",
+            rf"all_gates.0.{name}: missing, but a {gate} needs it",
         )
         for gate, name in (
             ("GShardGate", "capacity"),

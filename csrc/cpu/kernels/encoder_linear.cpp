@@ -1,11 +1,11 @@
 // Dense layers of all experts in one call: out[e] = x[e] weight[e]^T + bias[e].
 //
-// The weight is packed once per call into column panels as wide as the register tile; an item is a
-// block of rows of one expert and walks all panels, so its rows stay in the L2 cache and a panel in
-// L1/L2. The weight gradient reads both operands in place (columns of grad_out are contiguous); an
-// item owns a block of its rows and sums over tokens in order, so results do not depend on the
-// number of threads. Why not torch's matmul: MKL keeps to AVX2 on processors that are not Intel's;
-// measured beside this file's results in bench/results.
+// The weight is packed once per call into column panels as wide as the register tile. An item is a
+// block of rows of one expert; it processes all panels, so its rows stay in the L2 cache and a
+// panel in L1/L2. The weight gradient reads both operands in place (columns of grad_out are
+// contiguous); an item owns a block of its rows and sums over tokens in order, so results do not
+// depend on the number of threads. Why not torch's matmul: MKL uses only AVX2 on processors that
+// are not Intel's; measurements are in bench/results.
 #include "cpu/panels.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -63,8 +63,8 @@ void batched_rows(const T* x, const A* packed, const T* bias, T* out, int64_t ex
 }
 
 // Rows [n0, n0 + count) of grad_weight[e] = grad_out[e]^T x[e], and of grad_bias[e]. Blocks of
-// tokens are summed apart and then added: the rounding error grows with the block and the number of
-// blocks, not with the number of tokens.
+// tokens are summed separately and then added: the rounding error grows with the block size and the
+// number of blocks, not with the number of tokens.
 template <typename T, typename A>
 struct WeightGradient {
   const LinearArgs& args;
@@ -88,7 +88,7 @@ struct WeightGradient {
     for (int64_t i = 0; i < sums; ++i) total[i] = 0;
   }
 
-  // The block's rows of x in the compute type, in place where they already are.
+  // The block's rows of x in the compute type, in place if they already have it.
   const A* load_x(int64_t first, int64_t tokens) {
     const int64_t width = args.in_width;
     const T* x = static_cast<const T*>(args.x) + (e * args.rows + first) * width;

@@ -1,9 +1,9 @@
 // Row-wise kernels between the encoder's matrix products: residual + dropout + layer norm, GELU +
 // dropout, residual + dropout + mean pooling, and the choice of each view's rows.
 //
-// Every kernel reads and writes each element once and is bound by memory; dropout masks are made
-// again in the backward from (seed, expert, row, column). Sums over rows run in fixed chunks that
-// are added in order, so gradients of gains do not depend on the number of threads.
+// Every kernel reads and writes each element once and is memory-bound; the backward recomputes the
+// dropout masks from (seed, expert, row, column). Sums over rows are computed in fixed chunks,
+// which are added in order, so gradients of gains do not depend on the number of threads.
 #include <cmath>
 
 #include "cpu/kernels/entry.h"
@@ -48,7 +48,7 @@ A dot_of(const A* x, const A* y, int64_t n) {
 
 template <typename A>
 A* row_scratch(int slot, int64_t rows, int64_t width) {
-  // One vector more than the padded rows: the last partial vector is read and written whole.
+  // One vector more than the padded rows, because the last partial vector is accessed as a whole.
   const int64_t elements = rows * round_up(width, 64) + 64;
   return static_cast<A*>(thread_scratch(slot, elements * static_cast<int64_t>(sizeof(A))));
 }
@@ -322,7 +322,7 @@ void pool_forward(DType dtype, const PoolArgs& args) {
 void pool_backward(DType dtype, const PoolArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
-    // Rows that no segment covers got no gradient.
+    // Rows outside all segments have received no gradient.
     const int64_t first = args.cumulative[0], covered = args.cumulative[args.segments];
     for (void* grad : {args.grad_residual, args.grad_update}) {
       if (grad == nullptr) continue;
@@ -358,7 +358,7 @@ void views_backward(DType dtype, const ViewsArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     const int64_t width = args.width, n = args.rows;
-    // Here x is the gradient of the views and out that of the (original, noise) rows.
+    // Here x is the gradient of the views, and out is that of the (original, noise) rows.
     for_chunks(args.experts, n, args.threads, [&](int64_t e, int64_t, int64_t first, int64_t last) {
       A* sum = row_scratch<A>(0, 1, width);
       for (int64_t r = first; r < last; ++r) {

@@ -1,5 +1,4 @@
-// What every kernel file shares: the choice of storage type, dropout keys, and the entry points'
-// names.
+// Helpers of all kernel files: choice of the storage type, dropout keys, names of the entry points.
 #pragma once
 
 #include <initializer_list>
@@ -31,7 +30,7 @@ inline Dropout dropout_of(const DropoutSpec& spec) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), spec.threshold};
 }
 
-// What a kept value is multiplied with, so that the mean stays: 1 / keep rate.
+// Factor of a kept value, which preserves the mean: 1 / keep rate.
 template <typename A>
 inline A keep_scale(const Dropout& d) {
   return d.threshold == 0 ? A(0) : A(65536.0 / d.threshold);

@@ -1,9 +1,9 @@
-// Softmax attention over packed problems, dropout inside, no (L, L) buffer.
+// Softmax attention over packed problems, with dropout, without an (L, L) buffer.
 //
-// Forward: one item is (group, problem, head, block of rows). Keys pass in blocks of 128 (one
-// dropout group), transposed once per item so that scores are a plain register-tiled product; the
-// softmax is online, so memory is one tile of scores. Bound: 4 * L * L * width FLOP per problem and
-// head. Backward: one item is (group, problem, head). It recomputes the probabilities from the
+// Forward: one item is (group, problem, head, block of rows). Keys are processed in blocks of 128
+// (one dropout group), transposed once per item so that scores are a plain register-tiled product;
+// the softmax is online, so memory is one tile of scores. Bound: 4 * L * L * width FLOP per problem
+// and head. Backward: one item is (group, problem, head). It recomputes the probabilities from the
 // log-sum-exp and forms all three gradients tile by tile; an item owns its outputs, so the result
 // is deterministic.
 #include <cmath>
@@ -76,8 +76,8 @@ Problem problem_of(const AttentionForward& args, int64_t item) {
           args.cumulative[index + 1] - args.cumulative[index]};
 }
 
-// One row of scores to unnormalised probabilities; updates the row's running maximum and sum and
-// returns the factor for what was accumulated before.
+// Converts a row of scores to unnormalised probabilities; updates the row's running maximum and sum
+// and returns the factor for the sums accumulated before.
 template <typename A>
 A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
   const int64_t padded = round_up(keys, kLanes<A>);
@@ -85,18 +85,18 @@ A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
   Vec<A> best = splat(*maximum);
   for (int64_t j = 0; j < padded; j += kLanes<A>) {
     const Vec<A> s = load(scores + j);
-    // A NaN score wins, as it does in a softmax.
+    // A NaN score makes the row NaN, as in a softmax.
     best = (s > best) | (s != s) ? s : best;
   }
   const A top = max_lanes<A>(best);
   const A old = *maximum;
   if (top == -INFINITY) {
-    // Only -inf so far: no weight yet. A row that ends so has a total of 0 and becomes NaN, as in
-    // torch.
+    // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN, as
+    // in torch.
     for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
     return A(1);
   }
-  // A row of -inf alone would give inf - inf; there the probabilities are NaN, as in torch.
+  // A row with only -inf would give inf - inf; its probabilities are NaN, as in torch.
   Vec<A> sum = {};
   for (int64_t j = 0; j < padded; j += kLanes<A>) {
     const Vec<A> p = exp_vec(load(scores + j) - top);
@@ -174,9 +174,9 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
 
 template <typename T, typename A>
 struct BackwardItem {
-  // delta = out . grad_out, unless the output was rounded to half precision: the scores' gradient
-  // is a difference of near-equal numbers then, so delta is summed from the probabilities in a pass
-  // of its own.
+  // delta = out . grad_out, unless the output was rounded to half precision: the gradient of the
+  // scores is then a difference of nearly equal numbers, so delta is summed from the probabilities
+  // in a separate pass.
   static constexpr bool kExactOutput = sizeof(T) == sizeof(A);
 
   const AttentionBackward& args;
@@ -327,7 +327,7 @@ struct BackwardItem {
   }
 };
 
-// Rows of a group that no problem covers are zero.
+// Rows of a group outside all problems are zero.
 template <typename T>
 void clear_uncovered(const AttentionForward& args, const RowView& view, int64_t width) {
   const int64_t first = args.cumulative[0], last = args.cumulative[args.problems];

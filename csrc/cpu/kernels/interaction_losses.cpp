@@ -89,7 +89,7 @@ struct Sample {
   void add_cosine(int64_t v, A factor) {
     const A length0 = norm(0), length = norm(v), both = length0 * length;
     const A cos = dot(0, v) / both;
-    // Below the floor the length is a constant.
+    // Below the floor, the length is a constant.
     const A back0 = length0 > A(kNormFloor) ? cos / (length0 * length0) : A(0);
     const A back = length > A(kNormFloor) ? cos / (length * length) : A(0);
     for (int64_t d = 0; d < width; ++d) {

@@ -1,13 +1,13 @@
-// pair_moe forward: gate every pair of tokens among the experts and accumulate the messages.
+// pair_moe forward: computes the gate of every token pair and accumulates the messages.
 //
-// One item is (sample, block of rows). Columns pass in blocks of 128: k transposed and c packed
-// once per block, then for every tile of 24 rows the logits of all experts (one product each), the
-// gate in place, and t += p c for the experts that need it. Bound: 2 R FLOP per pair and expert and
-// 2 V per pair and expert with a message from side b that varies with the row: a uniqueness expert
-// of side a and a null expert need none, and under "pool" only synergy does, since there the sum
-// over rows of p c_j is c_j times the column's mass. Traffic: an item reads side b once and its
-// rows once and writes its rows of y; its own buffers (q, t and mass of at most 384 rows, one
-// block, one tile) stay in the second-level cache.
+// One item is (sample, block of rows). Columns are processed in blocks of 128: k is transposed and
+// c packed once per block; then for every tile of 24 rows come the logits of all experts (one
+// product each), the gate in place, and t += p c for the experts that need it. Bound: 2 R FLOP per
+// pair and expert, and 2 V per pair and expert with a message from side b that varies with the row:
+// a uniqueness expert of side a and a null expert have none, and with "pool" only synergy has one,
+// because the sum over rows of p c_j is c_j times the column's mass. Traffic: an item reads side b
+// once and its rows once and writes its rows of y; its own buffers (q, t and mass of at most 384
+// rows, one block, one tile) stay in the second-level cache.
 #include "cpu/pair_gate.h"
 
 namespace flmoe::FLMOE_ISA {

@@ -1,4 +1,4 @@
-// pair_moe backward: gradients of q, k, a, c and the gate's bias, the probabilities made again.
+// pair_moe backward: gradients of q, k, a, c and the gate's bias; recomputes the probabilities.
 //
 // With G the gradient of y:
 //
@@ -9,12 +9,12 @@
 //     dq_i  = scale sum_j d_ij k_j    dk_j = scale sum_i d_ij q_i    dbias = sum_ij d_ij
 //     dc_j  = sum_i p_ij h_i          da_i = s1 G_i mass_i + s3 G_i * sum_j p_ij c_j
 //
-// Both sides are cut into chunks. An item is a chunk of rows and meets the chunks of columns in
-// rounds: within a round no two items share a row or a column, so every gradient is added in one
-// fixed order, without atomics. Where one side is so short that too few items fit into a round,
-// groups of them work on copies of that side's gradients, added up at the end. Bound: 6 R FLOP per
-// pair and expert, 4 V more where the message from side b varies with the row (none do under "pool"
-// but synergy), 2 V more for synergy. Traffic: both sides once per pair of chunks.
+// Both sides are split into chunks. An item is a chunk of rows and processes the chunks of columns
+// in rounds: within a round no two items share a row or a column, so every gradient is summed in a
+// fixed order, without atomics. If one side is so short that too few items fit into a round, groups
+// of items use copies of that side's gradients, which are summed at the end. Bound: 6 R FLOP per
+// pair and expert, 4 V more if the message from side b varies with the row (with "pool" only for
+// synergy), 2 V more for synergy. Traffic: both sides once per pair of chunks.
 #include "cpu/pair_gate.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -51,7 +51,7 @@ struct BackwardGate {
           dp[e] =
               tile.row_part[e * tile.row_stride + i] + load(tile.column_part + e * kPairBlock + j);
           if (has(tile.products, e)) dp[e] += load(with + e * kTileExpert + j);
-          // An expert that the pair was not given to has no part, whatever its values hold.
+          // An expert that was not selected for the pair has no part, whatever its values are.
           if constexpr (kTopK) dp[e] = p[e] == A(0) ? Vec<A>{} : dp[e];
           mean += p[e] * dp[e];
         }
@@ -81,7 +81,7 @@ void add(const A* in, A* out, int64_t n) {
   for (int64_t d = 0; d < n; ++d) out[d] += in[d];
 }
 
-// Where gradients go: into those of the call or a group's copies, and whether what is there counts.
+// Destination of gradients: those of the call or a group's copies, and whether to accumulate.
 template <typename A>
 struct Gradients {
   A *q, *k, *a, *c;
@@ -151,7 +151,7 @@ struct BackwardItem {
     grad_buffer = pieces.take(in.width);
   }
 
-  // The gradient of row i of y in the compute type; good until the next one is asked for.
+  // The gradient of row i of y in the compute type; valid until the next call.
   const A* grad_y(int64_t e, int64_t i) const {
     if (args.reduce == PairReduce::kPool) return token<A>(args.grad_y, b, e, i);
     const T* g = token<T>(args.grad_y, b, e, i);
@@ -181,7 +181,7 @@ struct BackwardItem {
     std::memset(mass, 0, in.experts * rows * sizeof(A));
   }
 
-  // m_i and, where it varies, h_i.
+  // m_i and, if it varies with the row, h_i.
   void load_row(int64_t e, int64_t r) {
     const int64_t i = row_index[r];
     const A* g = grad_y(e, i);
@@ -223,7 +223,7 @@ struct BackwardItem {
     std::memset(column_mass, 0, in.experts * kPairBlock * sizeof(A));
   }
 
-  // The sums of rows start anew with the first block of columns, those of columns with the first
+  // The sums of rows start again with the first block of columns, those of columns with the first
   // tile.
   void run_tile(int64_t i0, int64_t tile_rows, int64_t j0, int64_t count) {
     const int64_t count_padded = round_up(count, kLanes<A>);
@@ -327,8 +327,8 @@ struct BackwardItem {
 
 constexpr int64_t kItems = 8;  // enough for a few threads; more would pack both sides more often
 
-// One side cut into chunks: of at most 256 tokens, which keeps an item's buffers in the
-// second-level cache, and down to 64 where the batch alone is too small for many threads.
+// Chunks of one side: at most 256 tokens, which keeps an item's buffers in the second-level cache,
+// and down to 64 if the batch alone is too small for many threads.
 struct Cut {
   int64_t each, count;
 
@@ -342,8 +342,8 @@ struct Cut {
   }
 };
 
-// The rounds: the longer side's chunks are taken in squares of as many as the shorter side has, and
-// `groups` squares at a time. Everything depends on the shape only.
+// The rounds: the chunks of the longer side form squares with those of the shorter side, and
+// `groups` squares are processed at a time. Everything depends only on the shape.
 template <typename T, typename A>
 struct Rounds {
   const PairBackward& args;
@@ -400,7 +400,7 @@ struct Rounds {
                                column * column_cut.each,
                                min64((column + 1) * column_cut.each, in.columns)};
     Gradients<A> to = gradients(group);
-    // Every chunk is met in the first turn of its first step, by group 0 for the shorter side.
+    // A chunk is first used in the first turn of its first step (shorter side: by group 0).
     const bool far_is_new = turn == 0, near_is_new = turn == 0 && step == 0 && group == 0;
     if (args.fresh) {
       to.add_rows = !(short_columns ? far_is_new : near_is_new);

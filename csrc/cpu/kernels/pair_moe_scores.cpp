@@ -1,15 +1,15 @@
-// pair_map and top_pairs: the contribution of every pair through a linear head w,
+// pair_map and top_pairs: the contributions of all pairs through a linear head w,
 //
 //     phi_ij = p_ij (m_i + n_j + h_i . c_j)
 //     m_i = s1 a_i . w
 //     n_j = s2 c_j . w
 //     h_i = s3 a_i * w
 //
-// written out, or reduced to the largest ones while it streams by. One item is (sample, block of
-// rows), as in the forward; for top_pairs (sample, group of such blocks), with a heap per expert
-// and one for the sum over experts, the worst kept pair on top: a vector of contributions is passed
-// over when none of its lanes reaches that one. The groups' heaps are merged at the end. Bound: 2 R
-// FLOP per pair and expert and 2 V for synergy; traffic: both sides once per item, and the map.
+// They are written to a map, or only the largest are kept. One item is (sample, block of rows), as
+// in the forward; for top_pairs (sample, group of such blocks), with a heap per expert and one for
+// the sum over experts. The worst kept pair is on top; a vector of contributions is skipped if no
+// lane reaches it. The groups' heaps are merged at the end. Bound: 2 R FLOP per pair and expert and
+// 2 V for synergy; traffic: both sides once per item, and the map.
 #include "cpu/pair_gate.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -23,12 +23,12 @@ bool before(const PairCandidate& x, const PairCandidate& y) {
   return x.pair < y.pair;
 }
 
-// The best `capacity` candidates offered, as a binary heap with the last of them in front.
+// The best `capacity` candidates so far, as a binary heap with the worst of them in front.
 struct Best {
   PairCandidate* heap;
   int64_t size, capacity;
 
-  // A value below this cannot enter.
+  // Values below this are not inserted.
   double threshold() const { return size < capacity ? -INFINITY : heap[0].value; }
 
   void offer(const PairCandidate& x) {
@@ -58,7 +58,7 @@ struct Best {
     heap[at] = x;
   }
 
-  // First to last.
+  // Sorts from first to last.
   void sort() {
     for (int64_t n = size; n > 1; --n) {
       const PairCandidate last = heap[n - 1], front = heap[0];

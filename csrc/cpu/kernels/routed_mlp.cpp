@@ -1,13 +1,13 @@
-// routed_mlp: every token through the MLPs of the experts that it is routed to.
+// routed_mlp: applies to every token the MLPs of its experts.
 //
 // Forward: one item is a block of up to 96 rows of one expert. It gathers their tokens, multiplies
 // by the packed first weight, applies bias and activation in place and multiplies by the second:
 // the hidden layer stays in the cache (its pre-activation is written once, for the backward). The
 // rows' outputs are then added per token in the order of its choices, so that the result depends
-// neither on threads nor on which expert runs first. Backward: the same blocks make the gradient of
-// the hidden layer, of the routing weights and of the gathered tokens; then an item owns a block of
-// rows of a weight's gradient and adds up the expert's tokens in their order. Bound: 4 D F FLOP per
-// row forward, 8 D F backward.
+// neither on threads nor on which expert runs first. Backward: the same blocks compute the
+// gradients of the hidden layer, the routing weights and the gathered tokens; then an item owns a
+// block of rows of a weight's gradient and sums over the expert's tokens in order. Bound: 4 D F
+// FLOP per row forward, 8 D F backward.
 #include "cpu/activations.h"
 #include "cpu/panels.h"
 
@@ -126,7 +126,7 @@ void forward_block(const RoutedForward& args, const PackedWeights<T, A>& packed,
   }
 }
 
-// out[n] = sum over k of rows[place of (n, k)], in the order of k; 0 for a token that goes nowhere.
+// out[n] = sum over k of rows[place of (n, k)], in the order of k; 0 for a token without experts.
 template <typename T, typename A>
 void combine(const RoutedArgs& in, const A* rows, T* out) {
   const int64_t total = in.tokens * in.choices;

@@ -1,8 +1,8 @@
-// Routing: the experts of each token, and the order in which the experts' rows are laid out.
+// Routing: the experts of each token, and the order of the rows by expert.
 //
-// Work that is small beside the MLPs themselves: selection is parallel over tokens, capacity and
-// the stable permutation are counted in one pass in the order of tokens, so that the lowest tokens
-// keep their place and nothing depends on threads.
+// The work is small compared with the MLPs. Selection is parallel over tokens; capacity and the
+// stable permutation are counted in one pass in the order of tokens, so that the lowest tokens keep
+// their place and nothing depends on threads.
 #include <cmath>
 
 #include "common/routing.h"
@@ -19,7 +19,7 @@ void select(const GateArgs& args, int64_t token, A* logits) {
   read_row<T, A>(static_cast<const T*>(args.logits) + token * experts, logits, experts);
   int64_t* index = args.index + token * k;
   for (int64_t n = 0; n < k; ++n) {
-    // The best one of those that come after the last one chosen.
+    // The best expert that comes after the last chosen expert.
     int64_t best = -1;
     for (int64_t e = 0; e < experts; ++e) {
       if (n > 0 && !comes_before(logits[index[n - 1]], index[n - 1], logits[e], e)) continue;

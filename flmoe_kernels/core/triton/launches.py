@@ -1,7 +1,7 @@
-"""Kernel launches as values, which run, or compile ahead of time.
+"""Kernel launches that can be run or compiled ahead of time.
 
-A launch holds exactly what its kernel receives. What is compiled without a GPU, from tensors on the meta device,
-is therefore what runs on one.
+A launch holds exactly the arguments of its kernel. A kernel compiled without a GPU, from tensors on the meta
+device, is therefore the kernel that runs on a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-# Without a GPU: few, since the interpreter runs programs one by one.
+# Without a GPU: few, because the interpreter runs programs one after another.
 _MULTIPROCESSORS: ContextVar[int] = ContextVar("multiprocessors", default=2)
 
 
@@ -36,7 +36,7 @@ _MULTIPROCESSORS: ContextVar[int] = ContextVar("multiprocessors", default=2)
 class Launch:
     """A kernel, the number of its programs, and all of its arguments by name.
 
-    registers: the most that a thread may have, by architecture; for others the compiler chooses.
+    registers: maximum number per thread, by architecture; for other architectures the compiler chooses.
     """
 
     kernel: Any
@@ -76,7 +76,7 @@ class Launch:
         return signature, constants, attributes
 
     def _options(self, architecture: int) -> dict[str, Any]:
-        # Fused multiply-adds, which the error budgets assume, whatever Triton's default is.
+        # The error budgets assume fused multiply-adds, so do not rely on Triton's default.
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         if architecture in self.registers:
             options["maxnreg"] = self.registers[architecture]
@@ -104,7 +104,7 @@ def interpreted() -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """The number of a GPU's multiprocessors: persistent kernels run a fixed number of programs on each."""
+    """Number of a GPU's multiprocessors; persistent kernels run a fixed number of programs on each."""
     if device.type != "cuda":
         return _MULTIPROCESSORS.get()
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -112,7 +112,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @contextmanager
 def assume_multiprocessors(count: int) -> Iterator[None]:
-    """Within the block, launches for tensors not on a GPU assume a GPU with `count` multiprocessors."""
+    """Within the `with` block, launches for tensors that are not on a GPU assume `count` multiprocessors."""
     token = _MULTIPROCESSORS.set(count)
     try:
         yield
@@ -121,22 +121,22 @@ def assume_multiprocessors(count: int) -> Iterator[None]:
 
 
 def _current_architecture() -> int:
-    """The current GPU's, 90 for sm_90; 0 in the interpreter."""
+    """Architecture of the current GPU, 90 for sm_90; 0 in the interpreter."""
     return 0 if interpreted() else architecture_of(torch.device("cuda")) or 0
 
 
 def matrix_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: as three TF32 ones, which are close to float32, or as one where torch is
-    set to allow that."""
+    """Precision of float32 products: three TF32 products, which are close to float32, or a single TF32 product if
+    torch allows TF32."""
     settings = torch.backends.cuda.matmul
-    # From torch 2.9 on reading allow_tf32 may raise.
+    # Since torch 2.9, reading allow_tf32 may raise.
     fast = getattr(settings, "fp32_precision", None) or ("tf32" if settings.allow_tf32 else "ieee")
     return "tf32" if fast == "tf32" and dtype == torch.float32 else "tf32x3"
 
 
 def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
-    """The signature of one argument under the rules of a launch: 1 and None become constants, and
-    pointers and multiples of 16 are known to be aligned."""
+    """The signature of one argument by the rules of a launch: 1 and None become constants, and pointers
+    and multiples of 16 are marked as aligned."""
     if isinstance(value, tuple):
         parts = [
             _specialize(part, (*path, i), constants, attributes) for i, part in enumerate(value)

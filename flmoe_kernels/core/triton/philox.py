@@ -1,18 +1,18 @@
-"""Dropout masks of a tile, from the generator that flmoe_kernels.core.dropout defines.
+"""Dropout masks of a tile, by the generator of flmoe_kernels.core.dropout.
 
-A counter gives the draws of eight columns, 32 apart and in pairs, so that the sixteen counters of a row and 128
-columns serve the tile as the matrix units hold it: there a thread has columns 2 t, 2 t + 1 of every eight, which
-are whole counters, and no draw has to change threads.
+A counter gives the draws of eight columns, 32 apart and in pairs. The sixteen counters of a row and 128 columns
+match the layout of a tile in the matrix units: a thread has columns 2 t, 2 t + 1 of every eight columns, which are
+whole counters, so threads do not exchange draws.
 
-Cost: written out, a round is two 32 x 32 -> 64 bit multiplications and two three-way exclusive ors. In round 1
-all operands belong to a row or to a column's counter, and so do half of those of rounds 2 and 3; what
-broadcasts is computed once for a row or counter. That leaves 9 products and 11 exclusive ors per counter: 2.5
-instructions per element of a tile of 128 columns, 5 of 64 columns, which has use for two words of four. To
-compare a draw (the upper half in place, the lower half after a shift) and to choose is 2.5 more.
+Cost: a round is two 32 x 32 -> 64 bit multiplications and two three-way exclusive ors. In round 1 all operands
+belong to a row or to a column's counter, and so do half of those of rounds 2 and 3; values that are broadcast are
+computed once per row or counter. That leaves 9 products and 11 exclusive ors per counter: 2.5 instructions per
+element of a tile of 128 columns, 5 for 64 columns, where only two of the four words are used. Comparing a draw
+(the upper half in place, the lower half after a shift) and selecting the value take 2.5 more.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def philox(seed, block, row, head, problem):
         product0, product1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
         high0, low0 = (product0 >> 32).to(tl.uint32), product0.to(tl.uint32)
         high1, low1 = (product1 >> 32).to(tl.uint32), product1.to(tl.uint32)
-        # What is narrower first, so that it is not computed for every element.
+        # Combine the narrower operands first, so that this is not computed for every element.
         c0, c1 = high1 ^ (c1 ^ key0), low1
         c2, c3 = high0 ^ (c3 ^ key1), low0
         key0, key1 = key0 + _W0, key1 + _W1
@@ -42,7 +42,7 @@ def philox(seed, block, row, head, problem):
 
 @triton.jit
 def kept_elements(seed, threshold, problem, head, row, first, COLUMNS: tl.constexpr):
-    """Which elements of a tile stay, (rows, COLUMNS), from column `first` on, a multiple of COLUMNS."""
+    """The kept elements of a tile (rows, COLUMNS), from column `first`, a multiple of COLUMNS."""
     tl.static_assert(COLUMNS == 128 or COLUMNS == 64 or COLUMNS == 32 or COLUMNS == 16)
     LANES: tl.constexpr = COLUMNS // 2 if COLUMNS < 32 else 16
     WORDS: tl.constexpr = COLUMNS // (2 * LANES)
@@ -54,9 +54,9 @@ def kept_elements(seed, threshold, problem, head, row, first, COLUMNS: tl.conste
         tl.cast(head, tl.uint32),
         tl.cast(problem, tl.uint32),
     )
-    # Column = 32 * word + 2 * lane + half. What stands in a thread's own registers is chosen when compiling;
-    # `join` would say the same, and make the compiler choose another layout for the product of sm_80 that p
-    # goes into.
+    # Column = 32 * word + 2 * lane + half. The words are in a thread's own registers, so they are selected at
+    # compile time. `join` would be equivalent, but the compiler would then choose another layout for the product
+    # of sm_80 that uses p.
     word = tl.arange(0, WORDS)[None, :, None, None]
     if COLUMNS == 128:
         upper, odd = word >= 2, word % 2 == 1
@@ -71,7 +71,7 @@ def kept_elements(seed, threshold, problem, head, row, first, COLUMNS: tl.conste
     )
     half = tl.arange(0, 2)[None, None, None, :]
     draws = tl.where(half == 0, words << 16, words)
-    # A 16-bit draw is below the threshold where the word that it heads is below the threshold as a head.
+    # A draw in the upper 16 bits is below the threshold if the word is below the shifted threshold.
     limit = tl.cast(threshold, tl.uint32) << 16
     return tl.reshape(draws, (row.shape[0], COLUMNS)) < limit
 

@@ -1,8 +1,7 @@
-"""Launch tables: the configuration of a kernel by class of call and architecture.
+"""Launch tables: configurations of kernels by class of call and architecture.
 
-A table has one default configuration for each key, and replacements of some of them for an architecture. The
-table of an operator stands in its triton/table.py with the reason for each
-choice; docs/launch_tables.md says how they were made.
+A table has one default configuration for each key, and replacements for some keys and architectures. The table of
+an operator is in its triton/table.py with the reasons for the choices; docs/launch_tables.md explains the method.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Key = TypeVar("Key", bound=Hashable)
 Configuration = TypeVar("Configuration")
 
 # Architectures whose limits differ. Shared memory of a block and of an SM: 163 and 164 KiB on sm_80, 99 and 100 on
-# sm_86 and sm_89, 227 and 228 on sm_90 and sm_100; sm_90 and sm_100 have matrix instructions of their own.
+# sm_86 and sm_89, 227 and 228 on sm_90 and sm_100; sm_90 and sm_100 have their own matrix instructions.
 KNOWN = (80, 86, 90, 100)
 # sm_12x has the shared memory and the matrix instructions of sm_89, not those of sm_100.
 _CONSUMER, _LIKE = 120, 86
@@ -26,9 +25,9 @@ _CONSUMER, _LIKE = 120, 86
 
 @functools.cache
 def known(architecture: int | None) -> int | None:
-    """The member of KNOWN whose configurations an architecture uses: the nearest that is not newer.
+    """The architecture in KNOWN whose configurations are used: the nearest that is not newer.
 
-    None, for the default configurations, if there is no such member or no GPU.
+    None (default configurations) if there is no such architecture or no GPU.
     """
     if architecture is None:
         return None
@@ -38,7 +37,7 @@ def known(architecture: int | None) -> int | None:
 
 
 def architecture_of(device: torch.device) -> int | None:
-    """90 for sm_90; None in the interpreter and for the meta device."""
+    """Architecture of a device, 90 for sm_90; None in the interpreter and for the meta device."""
     if device.type != "cuda":
         return None
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
@@ -46,7 +45,7 @@ def architecture_of(device: torch.device) -> int | None:
 
 @functools.cache
 def _capability(device: int) -> int:
-    """90 for sm_90."""
+    """Compute capability as an integer, 90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -57,12 +56,12 @@ def blocks_of(length: int, block: int) -> int:
 
 
 def power_of_two(count: int) -> int:
-    """The least power of two that holds `count`."""
+    """The smallest power of two that is at least `count`."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 def chunk_of(width: int, most: int) -> int:
-    """The chunk that a width is read or written in; a matrix product takes no less than 16."""
+    """Chunk size for reading or writing a width, at least 16 because of matrix products."""
     return min(most, max(16, power_of_two(width)))
 
 
@@ -70,8 +69,8 @@ def chunk_of(width: int, most: int) -> int:
 class RowTiles:
     """Tiles of a row-wise kernel: elements of a tensor held per program, maximum columns, warps.
 
-    shared: bytes per block, the most on sm_80, sm_90 and sm_100 in the ahead-of-time report's cases, with Triton
-    3.7.1.
+    shared: maximum bytes per block on sm_80, sm_90 and sm_100 in the cases of the ahead-of-time report, with
+    Triton 3.7.1.
     """
 
     elements: int
@@ -80,13 +79,13 @@ class RowTiles:
     shared: int
 
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns that a program holds, powers of two."""
+        """Rows and columns per program, powers of two."""
         chunk = min(power_of_two(columns), self.columns)
         return min(power_of_two(rows), max(1, self.elements // chunk)), chunk
 
 
 class Table(dict[Key, Configuration], Generic[Key, Configuration]):
-    """Configurations by key, and by architecture those that replace them there.
+    """Default configurations by key, and replacements by architecture.
 
     Raises:
         ValueError: an architecture is not in KNOWN.
@@ -104,10 +103,10 @@ class Table(dict[Key, Configuration], Generic[Key, Configuration]):
             raise ValueError(f"architecture: expected some of {KNOWN}, got {sorted(unknown)}")
 
     def tiles(self, key: Key, architecture: int | None = None, *narrower: Key) -> Configuration:
-        """The configuration of a key on sm_`architecture`; for None, that of every architecture.
+        """The configuration of a key on sm_`architecture`; for None, the default configuration.
 
-        narrower: keys of fewer calls, which only architectures have entries for; the first that has one is used
-        instead of `key`.
+        narrower: more specific keys, which only have entries for some architectures; the first with an entry is
+        used instead of `key`.
         """
         entries = self.replaced.get(known(architecture) or 0, {})
         for candidate in (*narrower, key):
@@ -116,7 +115,7 @@ class Table(dict[Key, Configuration], Generic[Key, Configuration]):
         return self[key]
 
     def replacements(self) -> Iterator[tuple[int, Key, Configuration]]:
-        """Architecture, key and configuration of every entry that belongs to one architecture."""
+        """Architecture, key and configuration of every replacement."""
         for architecture, entries in self.replaced.items():
             for key, configuration in entries.items():
                 yield architecture, key, configuration

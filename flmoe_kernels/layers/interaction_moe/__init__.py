@@ -1,4 +1,4 @@
-"""The interaction mixture of experts: the published layer and its fast replacement."""
+"""Interaction mixture of experts: the published layer and its fast replacement."""
 
 from .module import InteractionMoE as InteractionMoE
 from .reference import FusionTransformer as FusionTransformer

@@ -1,4 +1,4 @@
-"""The sizes of an interaction layer: its state_dict and the layer itself follow from them."""
+"""Sizes of an interaction layer, which determine its state_dict."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ GATE_SETTINGS = ("capacity", "random_routing", "switch_eps", "noise_epsilon")
 
 @dataclasses.dataclass(frozen=True)
 class DropoutRates:
-    """Rates of one fusion layer: on attention probabilities, after the projection, on the attention
-    branch before its residual (dropout1), inside the MLP (0 in a routed one, which has no dropout),
+    """Dropout rates of one fusion layer: on attention probabilities, after the projection, on the attention
+    branch before its residual (dropout1), inside the MLP (0 in a routed MLP, which has no dropout),
     and on the MLP branch (dropout2)."""
 
     attention: float
@@ -32,15 +32,15 @@ class DropoutRates:
 
 @dataclasses.dataclass(frozen=True)
 class SparseSpec:
-    """The routed MLPs of a sparse fusion model; the parameters tell the sizes, and Noisy gates from others.
+    """The routed MLPs of a sparse fusion model; parameters determine the sizes and whether a gate is noisy.
 
     Attributes:
         num_experts: X, experts of every routed MLP.
         d_hidden: their hidden width F.
-        num_routers: gates of each, of which the first routes.
-        gate: its class, a name in routed_mlp's GATES.
-        top_k: experts of a token.
-        capacity, random_routing, switch_eps, noise_epsilon: as the gate has them, None where it has none.
+        num_routers: gates per routed MLP; only the first routes.
+        gate: class of the gates, a name in routed_mlp's GATES.
+        top_k: experts per token.
+        capacity, random_routing, switch_eps, noise_epsilon: settings of the gate, None if it does not have them.
     """
 
     num_experts: int
@@ -60,7 +60,7 @@ class SparseSpec:
             yield f"{path}.{name}", shape
 
     def with_settings(self, found: dict[str, Any]) -> SparseSpec:
-        """This with the gates' settings among `found` that are of the kind that these gates have."""
+        """A copy with those settings in `found` that these gates have, if the type is right."""
         values: dict[str, Any] = {}
         for name in GATE_SETTINGS:
             own, value = getattr(self, name), found.get(name)
@@ -85,7 +85,7 @@ class SparseSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the parameters of a layer tell about it.
+    """The properties of a layer that follow from its parameters.
 
     Attributes:
         num_modalities: M; the layer has M + 2 experts.
@@ -114,7 +114,7 @@ class Architecture:
         return self.num_modalities + 2
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key of the layer's state_dict with its shape; there are no others."""
+        """All keys of the layer's state_dict with their shapes."""
         return dict(self._shapes())
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -151,7 +151,7 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec(Architecture):
-    """An architecture with what its parameters do not tell.
+    """An architecture and the properties of a layer that its parameters do not show.
 
     Attributes:
         num_heads: attention heads H, a divisor of D.
@@ -188,7 +188,7 @@ def build(
         fusion_sparse: whether the forward also returns gate losses.
 
     Raises:
-        ValueError: an argument outside these ranges.
+        ValueError: an argument is outside its range.
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")

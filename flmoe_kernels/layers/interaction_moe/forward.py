@@ -1,8 +1,8 @@
-"""All experts and all views of the layer in one batched pass over packed rows.
+"""Batched forward of all experts and views over packed rows.
 
-Rows are (expert, view, token): padded tokens are absent, matrix products run once per stage for all
-experts, and the first layer's norm and projection see each token twice per expert (original, noise)
-instead of once per view. What a stage writes is what the next one reads; attention maps and dropout masks
+Rows are (expert, view, token): padded tokens are not stored, matrix products run once per stage for all
+experts, and the first layer's norm and projection process each token twice per expert (original, noise)
+instead of once per view. Each stage reads what the previous stage wrote; attention maps and dropout masks
 are never stored.
 """
 
@@ -38,7 +38,7 @@ class DenseWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One encoder layer of all experts: weights stacked over experts, rates of its dropouts."""
+    """One encoder layer of all experts: weights stacked over experts, dropout rates."""
 
     norm1: tuple[Tensor, Tensor]
     norm2: tuple[Tensor, Tensor]
@@ -49,25 +49,25 @@ class LayerWeights:
     eps: float
     attention_p: float
     branch_p: float  # on the attention branch, see branch_rate
-    mlp_p: float  # 0 in a routed MLP, which has no dropout inside
+    mlp_p: float  # 0 in a routed MLP, which has no dropout
     output_p: float
 
 
 def rate_of(name: str, dropouts: Sequence[Any]) -> float:
-    """The rate of one dropout of all experts: each part's own rate and mode count, and they must agree."""
+    """The rate of one dropout, which must be the same in all experts; 0 for a part in eval mode."""
     rates = {drop.p if drop.training else 0.0 for drop in dropouts}
     if len(rates) > 1:
         raise ValueError(
-            f"{name}: experts differ in rate or mode, {sorted(rates)}; the kernels need one rate for "
-            "all, backend='reference' does not"
+            f"{name}: experts differ in rate or mode, {sorted(rates)}; the kernels need the same rate in "
+            "all experts, backend='reference' does not"
         )
     return rates.pop()
 
 
 def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
-    """Two dropouts in a row, after the projection and before the residual, are one: keep rates multiply.
+    """The rate of the merged dropouts after the projection and before the residual: keep rates multiply.
 
-    I2MoE adds the branch to itself between the two, so there they stay two, of one rate.
+    I2MoE adds the branch to itself between the two, so there they stay separate and must have the same rate.
     """
     projection = rate_of("proj_drop", [x.attn.proj_drop for x in layers])
     residual = rate_of("dropout1", [x.dropout1 for x in layers])
@@ -76,13 +76,13 @@ def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
     if projection != residual:
         raise ValueError(
             f"dropout1: expected the rate of proj_drop, {projection}, got {residual}; with the residual "
-            "of I2MoE the kernels need them equal, backend='reference' does not"
+            "of I2MoE the kernels need equal rates, backend='reference' does not"
         )
     return projection
 
 
 def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> LayerWeights:
-    """The weights of one layer index, expert after expert, in `dtype`. Gradients flow back to each parameter."""
+    """Weights of one layer index, stacked over experts, in `dtype`. Gradients flow back to every parameter."""
 
     def stacked(get: Callable[[Any], Tensor]) -> Tensor:
         return torch.stack([get(layer) for layer in layers]).to(dtype)
@@ -125,11 +125,11 @@ def embed(
 ) -> Tensor:
     """Rows before the first layer, (E, 2, n, D): the tokens and their noise; (E, 1, n, D) without views.
 
-    tokens: (B, L, D), the modalities one after another. positions: learned ones (E, L, D), or None for sinusoidal
-    ones.
+    tokens: (B, L, D), the modalities one after another. positions: learned positions (E, L, D), or None for
+    sinusoidal positions.
     """
     batch, length, width = tokens.shape
-    # Rows as (B, L) where none are left out: then a position's gradient is a plain sum over the samples.
+    # Rows as (B, L) if none are left out: then a position's gradient is a plain sum over the samples.
     shape = (batch, length) if plan.index is None else (plan.rows,)
     if positions is not None:
         place = positions.unsqueeze(1) if plan.index is None else _select(positions, plan)
@@ -152,11 +152,11 @@ def _select(table: Tensor, plan: TokenPlan) -> Tensor:
 
 
 def position_table(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal positions (length, width), kept between calls where that is safe.
+    """Sinusoidal positions (length, width), cached between calls where that is safe.
 
-    Not within a trace or a transform of torch.func, whose tensors end with it; nor while a CUDA graph is captured,
-    which would go on reading what a later call may push out. Each stream of a GPU keeps its own: nothing orders
-    what one writes, or frees, before what another reads.
+    The cache is bypassed in a trace or a torch.func transform, whose tensors must not outlive it, and during CUDA
+    graph capture, because a later call may evict the tensor. Each CUDA stream has its own entries, because streams
+    are not ordered: one stream could read a tensor before another has written it, or after it was freed.
     """
     if _traced():
         return sinusoidal_positions(length, width, device, dtype)
@@ -169,7 +169,7 @@ def position_table(length: int, width: int, device: torch.device, dtype: torch.d
 
 
 def _traced() -> bool:
-    # The compiler first: it can look into that one alone.
+    # is_compiling comes first: the compiler can trace only that call.
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -182,15 +182,15 @@ def _traced() -> bool:
 def _kept_positions(
     length: int, width: int, device: torch.device, dtype: torch.dtype, _stream: int
 ) -> Tensor:
-    # A tensor made in inference mode could have no part in training later.
+    # A tensor made in inference mode could not be used in training later.
     with torch.inference_mode(False):
         return sinusoidal_positions(length, width, device, dtype)
 
 
 def draw_seeds(layers: Sequence[LayerWeights], device: torch.device) -> Iterator[Tensor | None]:
-    """A seed for every dropout in the order of use, drawn together; None for those that drop nothing.
+    """A seed for every dropout in the order of use, all drawn in one call; None for a dropout that drops nothing.
 
-    Without any dropout torch's generator is left alone.
+    If no dropout is active, torch's generator is not used.
     """
     rates = [p for x in layers for p in (x.attention_p, x.branch_p, x.mlp_p, x.output_p)]
     active = [rng.keep_threshold(p) < rng.DRAWS for p in rates]
@@ -208,8 +208,8 @@ def encode(
     compat: Compat,
     backend: str,
 ) -> tuple[Tensor, list[GateLosses]]:
-    """Latents (E, V, B, M * D) of rows (E, 2, n, D) with views, (E, 1, n, D) without; gate losses [E][V] of every
-    sparse layer."""
+    """Compute latents (E, V, B, M * D) from rows (E, 2, n, D) with views or (E, 1, n, D) without, and gate losses
+    [E][V] of every sparse layer."""
     experts, copies, n, width = rows.shape
     seeds = draw_seeds(layers, rows.device)
     sparse = any(isinstance(layer.mlp, RoutedWeights) for layer in layers)

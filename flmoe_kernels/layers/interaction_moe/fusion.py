@@ -1,7 +1,7 @@
-"""The fusion model of one interaction expert in plain PyTorch: a transformer over all modalities.
+"""Fusion model of an interaction expert in plain PyTorch.
 
-Attention materialises its (L, L) maps and each dropout is drawn on its own, as published. A sparse model has
-routed MLPs (arXiv 2103.13262) in its first encoder layer and every second one after it.
+It is a transformer over all modalities. As published, attention materialises its (L, L) maps, and each dropout is
+a separate operation. A sparse model has routed MLPs (arXiv 2103.13262) in encoder layers 0, 2, 4, ...
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """One fusion layer: attention over the concatenated modalities, then an MLP on every token.
 
-    mlp: a routed one in a sparse layer, called modality by modality, or None for a dense one.
+    mlp: a routed MLP in a sparse layer, called once per modality, or None for a dense MLP.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class EncoderLayer(nn.Module):
     def _routed(
         self, mlp: RoutedMLP, parts: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """Modality by modality, as published; the gate keeps the sum of their losses, in eval mode too."""
+        """Run the MLP once per modality, as published; the gate keeps the sum of the losses, in eval mode too."""
         updates, losses = [], []
         for part, mask in zip(parts, masks, strict=True):
             updates.append(mlp(part, mask))
@@ -165,17 +165,17 @@ class FusionTransformer(nn.Module):
         hidden_dim: token width D, divisible by num_heads.
         output_dim: number of classes C.
         num_layers: encoder layers, at least one.
-        dropout: rate of every dropout inside.
+        dropout: rate of every dropout in the model.
         compat: "fl_i2moe" (pre-norm, sinusoidal positions, masks) or "i2moe" (learned positions).
-        num_patches: tokens per modality; needed by "i2moe", whose positions are a parameter.
-        mlp_sparse: routed MLPs in encoder layers 0, 2, 4, ..., without dropout inside, as published.
-        num_experts: experts of each routed MLP; needed by mlp_sparse.
-        num_routers: gates of each, of which the first routes.
-        top_k: experts of a token; SwitchGate makes it 1.
+        num_patches: tokens per modality; required by "i2moe", whose positions are a parameter.
+        mlp_sparse: use routed MLPs, without dropout, in encoder layers 0, 2, 4, ..., as published.
+        num_experts: experts of each routed MLP; required by mlp_sparse.
+        num_routers: gates per routed MLP; only the first routes.
+        top_k: experts per token; SwitchGate sets it to 1.
         gate: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate".
 
     Raises:
-        ValueError: an argument outside these ranges.
+        ValueError: an argument is outside its range.
     """
 
     network: Any  # a Sequential of EncoderLayer, then the Head
@@ -243,7 +243,7 @@ class FusionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, num_modalities * num_patches, hidden_dim))
 
     def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and the latent (B, M * D) of token sequences (B, L_m, D); masks True = valid."""
+        """Return logits (B, C) and latent (B, M * D) of token sequences (B, L_m, D); masks True = valid."""
         lengths = [x.shape[1] for x in inputs]
         tokens = torch.cat(list(inputs), dim=1)
         valid: Tensor | None = None
@@ -275,7 +275,7 @@ class FusionTransformer(nn.Module):
         return head(latent), latent
 
     def gate_loss(self) -> Tensor:
-        """The sum of what the routed MLPs' gates gathered, which it takes from them; zero if there is none."""
-        found = [part.gate_loss() for part in self.modules() if isinstance(part, RoutedMLP)]
-        losses = [loss for loss in found if loss is not None]
+        """The sum of the gate losses of all routed MLPs, zero if there are none; clears them."""
+        parts = [part.gate_loss() for part in self.modules() if isinstance(part, RoutedMLP)]
+        losses = [loss for loss in parts if loss is not None]
         return sum(losses, self.network[-1].fc.weight.new_zeros(()))

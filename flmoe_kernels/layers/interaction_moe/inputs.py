@@ -15,26 +15,26 @@ from .reference import Masks, Replacements
 def validate_inputs(
     spec: LayerSpec, inputs: Sequence[Tensor], masks: Masks, parameter: Tensor
 ) -> None:
-    """Inputs M x (B, L_m, D) of the parameters' dtype and device; masks M x (B, L_m), bool or 0/1, or None.
+    """Check inputs, M x (B, L_m, D) like the parameters, and masks, M x (B, L_m), bool or 0/1, or None.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
     """
     check.require_inputs([spec.hidden_dim] * spec.num_modalities, inputs, masks, parameter)
     for m, x in enumerate(inputs):
         if spec.num_patches is not None and x.shape[1] != spec.num_patches:
             raise ValueError(
-                f"inputs[{m}]: expected {spec.num_patches} tokens, as many as learned positions, "
+                f"inputs[{m}]: expected {spec.num_patches} tokens, the number of positions, "
                 f"got {x.shape[1]}"
             )
     if spec.compat == "i2moe" and any(mask is not None for mask in masks or ()):
-        raise ValueError("masks: a layer with learned positions (I2MoE) takes none")
+        raise ValueError("masks: expected None for learned positions (I2MoE)")
 
 
 def validate_replacements(
     spec: LayerSpec, replacements: Replacements | None, inputs: Sequence[Tensor]
 ) -> None:
-    """replacements[e][m] shaped, typed and placed as inputs[m], for all M + 2 experts."""
+    """Check that replacements[e][m] has the shape, dtype and device of inputs[m], for all M + 2 experts."""
     if replacements is None:
         return
     if not isinstance(replacements, list | tuple):

@@ -1,4 +1,4 @@
-"""InteractionMoE: the published layer's interface, parameters and answers, computed by fused kernels."""
+"""InteractionMoE: the published layer, computed by fused kernels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .sparse import GateLosses, sum_losses
 from .structure import describe
 
 _OPERATOR = "interaction_moe"
-# What a layer is made of after construction.
+# The parts of a layer after construction.
 _PARTS = frozenset(
     {
         *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
@@ -49,21 +49,21 @@ class InteractionMoE(ReferenceInteractionMoE):
         num_modalities: M, at least two.
         fusion_model: template of the experts' fusion model, a FusionTransformer or a fusion Transformer of
             the published code; every expert gets a deep copy.
-        fusion_sparse: also return gate losses, zeros where the fusion models are dense.
+        fusion_sparse: also return gate losses, zeros if the fusion models are dense.
         hidden_dim: token width D.
         hidden_dim_rw, num_layer_rw, temperature_rw: the reweighting MLP.
         backend: "reference", "cpu" or "triton"; default by device and `use_backend`.
 
-    Shapes and returns are those of `ReferenceInteractionMoE`. Differences: noise and dropout are equal in
-    distribution, not bitwise; two dropouts in a row are one; a sample whose tokens are all padded gives
-    latent 0, not NaN (by the kernels; the reference backend keeps the NaN). Differentiable once by the
-    kernels, any number of times by the reference backend. Under torch.autocast the CPU kernels compute in the
-    parameters' dtype and the Triton kernels in autocast's, with float32 statistics; logits, weights, latents and
-    losses come in the parameters' dtype from both. In sparse fusion models the kernels ask the gates
-    alone: what a RoutedMLP notes of a call (last_topk_indices and the like) stays empty.
+    Shapes and results are those of `ReferenceInteractionMoE`. Differences: noise and dropout are equal in
+    distribution, not bitwise; two successive dropouts are merged; if all tokens of a sample are padded, its latent
+    is 0, not NaN (the reference backend keeps the NaN). The kernels are differentiable once, the reference backend
+    any number of times. Under torch.autocast the CPU kernels compute in the parameters' dtype and the Triton
+    kernels in autocast's, with float32 statistics; both return logits, weights, latents and losses in the
+    parameters' dtype. In sparse fusion models the kernels call only the gates, so what a RoutedMLP records of its
+    last call (last_topk_indices and similar) stays empty.
 
     Raises:
-        UnsupportedLayer (a ValueError): the fusion model is not one that the kernels compute.
+        UnsupportedLayer (a ValueError): the kernels do not support the fusion model.
 
     Source: arXiv 2603.13326 and 2505.19190.
     """
@@ -95,10 +95,10 @@ class InteractionMoE(ReferenceInteractionMoE):
 
     @classmethod
     def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> InteractionMoE:
-        """A fast layer on the parameters of an existing one: the same Parameter objects, in modules of its own.
+        """Make a fast layer from an existing layer: new modules that share the layer's Parameter objects.
 
         Raises:
-            UnsupportedLayer: naming the part that the kernels do not compute.
+            UnsupportedLayer: the kernels do not support a part of the layer; the error names it.
         """
         spec = _supported(layer)
         self = cls.__new__(cls)
@@ -111,9 +111,9 @@ class InteractionMoE(ReferenceInteractionMoE):
         return self.train(layer.training)
 
     def _take_parameters(self, layer: nn.Module) -> None:
-        """Fill this layer with modules of its own that hold `layer`'s parameters.
+        """Fill this layer with new modules that hold `layer`'s parameters.
 
-        So the reference backend runs whatever classes the parameters came in.
+        The reference backend then runs for any class of `layer`.
         """
         parameters = dict(layer.named_parameters(remove_duplicate=False))
         with torch.device("meta"):
@@ -125,7 +125,7 @@ class InteractionMoE(ReferenceInteractionMoE):
             skeleton.get_submodule(owner).register_parameter(leaf, parameters[name])
         for part in skeleton.modules():
             if isinstance(part, Gate):
-                # The kernels' pass asks the gates too; only the reference's MLPs are always the reference.
+                # The kernels' forward calls the gates too; the MLPs run only in the reference backend.
                 part.backend = self.backend
 
     @property
@@ -140,11 +140,11 @@ class InteractionMoE(ReferenceInteractionMoE):
         *,
         replacements: Replacements | None = None,
     ) -> tuple:
-        """As ReferenceInteractionMoE.forward.
+        """Run the layer; arguments and results as in ReferenceInteractionMoE.forward.
 
         Raises:
-            TypeError, ValueError: inputs, masks or replacements of the wrong kind, shape, dtype or device.
-            BackendUnavailable: the backend asked for cannot run this.
+            TypeError, ValueError: inputs, masks or replacements have the wrong type, shape, dtype or device.
+            BackendUnavailable: the requested backend cannot run this.
         """
         inputs, backend = self._enter(inputs, masks)
         if replacements is not None and autocast_dtype(inputs[0].device) is not None:
@@ -158,7 +158,7 @@ class InteractionMoE(ReferenceInteractionMoE):
     def inference(
         self, inputs: Sequence[Tensor], masks: Masks = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """As ReferenceInteractionMoE.inference: the full view alone."""
+        """Run only the full view, as ReferenceInteractionMoE.inference does."""
         inputs, backend = self._enter(inputs, masks)
         if backend == backends.REFERENCE:
             return super().inference(inputs, masks)
@@ -170,13 +170,13 @@ class InteractionMoE(ReferenceInteractionMoE):
             return list(logits.unbind(0)), weights, mixed
 
     def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], str]:
-        """The inputs in the dtype that the layer computes in, and the backend."""
+        """Return the inputs, cast to the dtype of the computation, and the backend."""
         parameter = self._parameter
         backend = backends.choose(_OPERATOR, parameter, self.backend)
         like, cast = parameter, autocast_dtype(parameter.device)
         if cast is not None and isinstance(inputs, list | tuple):
-            # Under autocast an encoder hands over low precision, and the layer keeps its parameters' type or, by
-            # Triton, takes autocast's, as torch's own layers do.
+            # Under autocast an encoder returns low precision. The layer computes in its parameters' dtype or, with
+            # Triton, in autocast's dtype, as torch's own layers do.
             dtype = cast if backend == backends.TRITON else parameter.dtype
             inputs = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
             like = parameter.detach().new_empty((0,), dtype=dtype)
@@ -187,35 +187,35 @@ class InteractionMoE(ReferenceInteractionMoE):
 
     @property
     def _parameter(self) -> Tensor:
-        """Any one: all have one dtype and device."""
+        """Any parameter: all have the same dtype and device."""
         first: Any = self.reweight.mlp.network[0].weight
         return first
 
     def _check_parts(self) -> None:
-        """The kernels do not call the parts one by one: one that would act differently must not be ignored.
+        """Check that no part has been changed; the kernels do not call the parts, so a change would be ignored.
 
         Raises:
-            UnsupportedLayer: a part of another class than at construction, or with a hook.
+            UnsupportedLayer: a part has another class than at construction, or a hook.
         """
         for root in (self.reweight, self.interaction_experts):
             for part in root.modules():
                 if type(part) not in _PARTS:
                     raise UnsupportedLayer(
-                        f"{type(part).__name__}: put into the layer after construction; the kernels "
-                        "would not call it, backend='reference' does"
+                        f"{type(part).__name__}: replaced after construction; the kernels "
+                        "would not call it, use backend='reference'"
                     )
                 if part._forward_hooks or part._forward_pre_hooks:
                     raise UnsupportedLayer(
-                        f"{type(part).__name__}: carries a hook on a part of the layer, which the "
-                        "kernels would not call; backend='reference' does"
+                        f"{type(part).__name__}: carries a hook, which the kernels would not "
+                        "call; use backend='reference'"
                     )
 
     def _plan(
         self, inputs: Sequence[Tensor], masks: Masks, backend: str
     ) -> tuple[TokenPlan, Tensor]:
-        """Where the rows come from, and the tokens (B, L, D) of all modalities."""
+        """Return the plan of the rows, and the tokens (B, L, D) of all modalities."""
         first, lengths = inputs[0], [x.shape[1] for x in inputs]
-        # Triton's interpreter, too, takes the plan that a GPU gets.
+        # Triton's interpreter uses the same plan as a GPU.
         reads = backend != backends.TRITON
         plan = plan_tokens(first.shape[0], lengths, masks, first.device, reads=reads)
         return plan, torch.cat(list(inputs), dim=1)
@@ -288,14 +288,14 @@ class InteractionMoE(ReferenceInteractionMoE):
         losses = list(interaction_losses(latents, backend).unbind(0))
         view_latents = _by_expert(latents)
         outputs = [
-            list(zip(one, other, strict=True))
-            for one, other in zip(view_logits, view_latents, strict=True)
+            list(zip(expert_logits, expert_latents, strict=True))
+            for expert_logits, expert_latents in zip(view_logits, view_latents, strict=True)
         ]
         return (outputs, weights, mixed, losses, *gate_losses, [z[0] for z in view_latents])
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of torch.autocast on this device, None where it is off or the device has none."""
+    """The dtype of torch.autocast on this device, None if it is off or the device does not support it."""
     kind = device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -303,7 +303,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:
-    """The CPU kernels' layer is without autocast; Triton's needs it for the gates and the reweighting MLP."""
+    """Context without autocast for the CPU kernels; Triton needs it for the gates and the reweighting MLP."""
     if backend == backends.TRITON:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -321,7 +321,7 @@ def _supported(layer: nn.Module) -> LayerSpec:
 
 
 def _by_expert(x: Tensor) -> list[list[Tensor]]:
-    """x (E, V, ...) as nested lists; one unbind, so that its backward is one stack."""
+    """Nested lists of x (E, V, ...); a single unbind, so that the backward is a single stack."""
     flat = x.flatten(0, 1).unbind(0)
     views = x.shape[1]
     return [list(flat[e * views : (e + 1) * views]) for e in range(x.shape[0])]

@@ -1,4 +1,4 @@
-"""Where the valid tokens are: rows without padding, and the runs of samples and modalities among them."""
+"""Packing of valid tokens into rows without padding."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """The n rows that are computed, sample after sample, modality after modality within a sample.
+    """The n rows that are computed, ordered by sample, and by modality within a sample.
 
     Attributes:
-        index: (n,) int64, each row's place in the flattened (B, L) tokens, or None when that is 0..n-1.
-        position: (n,) int64, its position in the concatenation of the modalities, padding counted.
-        modality: (n,) int32.
-        cu_samples: (B + 1,) int32, runs of rows of one sample.
-        cu_segments: (B * M + 1,) int32, runs of rows of one sample and modality.
-        lengths: L_m, padding counted.
-        valid: (B, L) bool, or None where all tokens are.
-        compact: no rows but the valid ones. False when their number may not be read (tracing, a GPU):
-            then n = B * L, the valid rows stand first, and the runs end before the others.
+        index: (n,) int64, each row's index in the flattened (B, L) tokens, or None if that is 0..n-1.
+        position: (n,) int64, each row's position in the concatenated modalities, including padding.
+        modality: (n,) int32, each row's modality.
+        cu_samples: (B + 1,) int32, boundaries between samples.
+        cu_segments: (B * M + 1,) int32, boundaries between modalities of samples.
+        lengths: L_m, including padding.
+        valid: (B, L) bool, or None if all tokens are valid.
+        compact: whether all rows are valid. False if the number of valid rows may not be read (tracing, a GPU):
+            then n = B * L, the valid rows come first, and the last boundary is the number of valid rows.
     """
 
     index: Tensor | None
@@ -48,8 +48,8 @@ class TokenPlan:
         return len(self.lengths)
 
     def pack(self, tokens: Tensor) -> Tensor:
-        """(..., B, L, D) -> (..., n, D). Rows past the valid ones are 0: what stands in padding, NaN included,
-        would reach the gradients of weights as 0 times it."""
+        """(..., B, L, D) -> (..., n, D). Rows after the valid rows are 0: otherwise a NaN in the padding would
+        reach the gradients of weights, because 0 * NaN is NaN."""
         if self.valid is not None and not self.compact:
             tokens = torch.where(self.valid.unsqueeze(-1), tokens, 0.0)
         flat = tokens.flatten(-3, -2)
@@ -64,10 +64,10 @@ def plan_tokens(
     *,
     reads: bool = True,
 ) -> TokenPlan:
-    """The plan for M sequences of these lengths and masks (B, L_m), True = valid, None = all valid.
+    """Plan the rows of M sequences with these lengths and masks (B, L_m), True = valid, None = all valid.
 
-    Nothing is copied from the host, and nothing waits for the device. reads: how many tokens are valid may be read
-    where that costs nothing, on a CPU and outside of traces; the plan is then compact.
+    Nothing is copied from the host, and nothing synchronizes with the device. reads: allow reading the number of
+    valid tokens where that is free (on a CPU, outside of traces); the plan is then compact.
     """
     total = sum(lengths)
     modality = _modality(lengths, device)
@@ -115,7 +115,7 @@ def plan_tokens(
 
 
 def _modality(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(L,) int32, each token's modality: by comparisons, for a list of lengths would have to be copied over."""
+    """The modality of each token, (L,) int32; computed by comparisons, to avoid copying lengths to the device."""
     place = torch.arange(sum(lengths), device=device)
     modality = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
     for end in accumulate(lengths[:-1]):

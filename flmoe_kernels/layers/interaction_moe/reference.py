@@ -1,8 +1,8 @@
-"""The interaction mixture of experts in plain PyTorch: the oracle, and the honest peer in benchmarks.
+"""Interaction mixture of experts in plain PyTorch; reference for tests and benchmarks.
 
-Mathematics: FL-I2MoE (arXiv 2603.13326) and its ancestor I2MoE (arXiv 2505.19190). Every expert runs
-every perturbed view in a Python loop, attention materialises its (L, L) maps and each dropout is drawn on
-its own: exactly the work that the published layer does. Parameter names are those of its checkpoints.
+Mathematics: FL-I2MoE (arXiv 2603.13326) and its ancestor I2MoE (arXiv 2505.19190). It does exactly the work of the
+published layer: every expert runs every perturbed view in a Python loop, attention materialises its (L, L) maps,
+and each dropout is a separate operation. Parameter names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Reweighting(nn.Module):
 
 
 class InteractionExpert(nn.Module):
-    """One interaction expert: a fusion model of its own, run on the full input and on perturbed views."""
+    """One interaction expert: its fusion model runs on the full input and on perturbed views."""
 
-    fusion_model: Any  # a FusionTransformer, or what has its methods
+    fusion_model: Any  # a FusionTransformer, or a module with its methods
 
     def __init__(self, fusion_model: nn.Module) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class InteractionExpert(nn.Module):
         """The full view, then for each modality a view with its features replaced by N(0, 1) noise.
 
         Returns:
-            (logits, latent) of every view, and the gate loss of every view.
+            Lists of (logits, latent) and of gate losses, by view.
         """
         views, gate_losses = [self(inputs, masks)], [self.fusion_model.gate_loss()]
         for m, x in enumerate(inputs):
@@ -93,11 +93,11 @@ class ReferenceInteractionMoE(nn.Module):
     Args:
         num_modalities: M, at least two.
         fusion_model: template fusion model; every expert gets a deep copy.
-        fusion_sparse: also return gate losses, zeros where the fusion model is dense.
+        fusion_sparse: also return gate losses, zeros if the fusion model is dense.
         hidden_dim: token width D.
         hidden_dim_rw: hidden width of the reweighting MLP.
-        num_layer_rw: its number of linear layers.
-        temperature_rw: temperature of its softmax over experts.
+        num_layer_rw: number of linear layers of the reweighting MLP.
+        temperature_rw: temperature of the softmax over experts.
     """
 
     reweight: Reweighting
@@ -142,7 +142,7 @@ class ReferenceInteractionMoE(nn.Module):
 
         Args:
             inputs: M token sequences (B, L_m, D).
-            masks: M masks (B, L_m), True (or 1) = valid, or None each.
+            masks: M masks (B, L_m), True (or 1) = valid; each may be None.
             replacements: replacements[e][m] (B, L_m, D) instead of fresh N(0, 1) noise.
 
         Returns:
@@ -155,7 +155,7 @@ class ReferenceInteractionMoE(nn.Module):
             expert.forward_views(inputs, masks, None if replacements is None else replacements[e])
             for e, expert in enumerate(self.interaction_experts)
         ]
-        views, gates = (list(each) for each in zip(*runs, strict=True))
+        views, gates = (list(column) for column in zip(*runs, strict=True))
         weights = self.reweight(inputs, masks)
         stacked = torch.stack([expert[0][0] for expert in views], dim=1)
         logits = (stacked * weights.unsqueeze(2)).sum(dim=1)
@@ -170,10 +170,10 @@ class ReferenceInteractionMoE(nn.Module):
     def inference(
         self, inputs: Sequence[Tensor], masks: Masks = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The full view alone: ([logits (B, C)] * E, weights (B, E), logits (B, C))."""
+        """Run only the full view: ([logits (B, C)] * E, weights (B, E), logits (B, C))."""
         expert_logits = [expert(inputs, masks)[0] for expert in self.interaction_experts]
         for expert in self.interaction_experts:
-            expert.fusion_model.gate_loss()  # taken, so that nothing gathers between training calls
+            expert.fusion_model.gate_loss()  # cleared, so that losses do not accumulate
         weights = self.reweight(inputs, masks)
         logits = (torch.stack(expert_logits, dim=1) * weights.unsqueeze(2)).sum(dim=1)
         return expert_logits, weights, logits

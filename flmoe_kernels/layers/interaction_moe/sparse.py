@@ -1,8 +1,8 @@
-"""The routed MLPs of one encoder layer for all interaction experts and views at once.
+"""Routed MLPs of one encoder layer for all interaction experts and views.
 
-Every interaction expert has a gate of its own, which sees one modality of one view at a time, as the reference
-calls it: capacity and losses are per call. What the gates choose is put together under common expert numbers,
-e * X + index, so that the experts' products are one grouped matrix product.
+Every interaction expert has its own gate. As in the reference, each call of a gate gets one modality of one view;
+capacity and losses are per call. The choices of all gates are combined under common expert numbers, e * X + index,
+so that the products of all experts are one grouped matrix product.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GateLosses = list[list[Tensor]]
 
 @dataclass(frozen=True)
 class RoutedWeights:
-    """The gates, one per interaction expert, and the weights of their X experts each, stacked."""
+    """One gate per interaction expert, and the stacked weights of their X experts each."""
 
     gates: tuple[Any, ...]
     w_in: Tensor  # (E * X, F, D)
@@ -36,14 +36,14 @@ class RoutedWeights:
 
 @dataclass(frozen=True)
 class ModalityRows:
-    """The n rows of a plan, modality after modality, in each the samples in order.
+    """The n rows of a plan, sorted by modality, and by sample within a modality.
 
     Attributes:
-        order: (n,) int64, the row that stands at each place.
+        order: (n,) int64, the row at each place.
         place: (n,) int64, the place of each row.
-        sizes: rows of each modality.
-        tokens: tokens of each modality, padding counted: what a gate's capacity is a share of.
-        valid: (n,) bool by place; None where all are valid.
+        sizes: number of rows of each modality.
+        tokens: number of tokens of each modality, including padding; a gate's capacity is a fraction of it.
+        valid: (n,) bool by place; None if all are valid.
     """
 
     order: Tensor
@@ -54,7 +54,7 @@ class ModalityRows:
 
 
 def rows_by_modality(plan: TokenPlan) -> ModalityRows:
-    """Nothing waits for data but in a compact plan with padding, whose rows have been counted already."""
+    """Sort the rows by modality. Reads values only for a compact plan with padding, which has counted its rows."""
     order = torch.argsort(plan.modality, stable=True)
     place = torch.argsort(order)
     tokens = tuple(plan.samples * length for length in plan.lengths)
@@ -67,7 +67,7 @@ def rows_by_modality(plan: TokenPlan) -> ModalityRows:
 
 
 def stack_routed(mlps: Sequence[Any], dtype: torch.dtype) -> RoutedWeights:
-    """The routed MLPs of one layer index, interaction expert after expert, in `dtype`. Gradients flow back."""
+    """Stack the routed MLPs of one layer index over the interaction experts, in `dtype`. Gradients flow back."""
     first, second = ([getattr(mlp.experts, name) for mlp in mlps] for name in ("htoh4", "h4toh"))
     return RoutedWeights(
         gates=tuple(mlp.gate for mlp in mlps),
@@ -81,7 +81,7 @@ def stack_routed(mlps: Sequence[Any], dtype: torch.dtype) -> RoutedWeights:
 def routed_update(
     normed: Tensor, weights: RoutedWeights, rows: ModalityRows, views: int, backend: str
 ) -> tuple[Tensor, GateLosses]:
-    """What the routed MLPs make of rows (E, V * n, D), and the loss of every interaction expert and view."""
+    """Apply the routed MLPs to rows (E, V * n, D); also return the loss of every interaction expert and view."""
     experts, count, width = normed.shape
     routing, losses = _route(normed.view(experts * views, count // views, width), weights, rows)
     per_expert = weights.w_in.shape[0] // experts
@@ -105,7 +105,7 @@ def routed_update(
 
 
 def sum_losses(layers: Sequence[GateLosses], experts: int, views: int, like: Tensor) -> GateLosses:
-    """The losses of all sparse layers together; zeros of the kind of `like` where there is none."""
+    """Sum of the losses of all sparse layers; zeros with the dtype and device of `like` if there are none."""
     total = like.new_zeros((experts * views,))
     if layers:
         total = torch.stack([torch.stack(list(chain(*losses))) for losses in layers]).sum(dim=0)
@@ -114,12 +114,12 @@ def sum_losses(layers: Sequence[GateLosses], experts: int, views: int, like: Ten
 
 
 def _route(x: Tensor, weights: RoutedWeights, rows: ModalityRows) -> tuple[Routing, list[Tensor]]:
-    """Choices (E * V * n, K) for rows x (E * V, n, D) in their own order; a loss for each E * V."""
+    """Route rows x (E * V, n, D): choices (E * V * n, K) in the order of the rows, and one loss per E * V."""
     problems, n, width = x.shape
     views = problems // len(weights.gates)
     x = x.index_select(1, rows.order)
     if rows.valid is not None:
-        # What stands in padded rows is arbitrary, NaN included, and would reach the losses as 0 * NaN.
+        # Padded rows have arbitrary values, NaN included, which would reach the losses as 0 * NaN.
         x = torch.where(rows.valid[:, None], x, 0.0)
     parts = x.view(problems * n, width).split(rows.sizes * problems)
     masks = [None] * len(rows.sizes) if rows.valid is None else rows.valid.split(rows.sizes)
@@ -127,14 +127,14 @@ def _route(x: Tensor, weights: RoutedWeights, rows: ModalityRows) -> tuple[Routi
     for problem in range(problems):
         gate = weights.gates[problem // views]
         mine = parts[problem * len(masks) : (problem + 1) * len(masks)]
-        found = [
+        routed = [
             gate.route(part, mask, tokens)
             for part, mask, tokens in zip(mine, masks, rows.tokens, strict=True)
         ]
-        chosen += [(index, weight) for index, weight, _ in found]
-        losses.append(torch.stack([loss for *_, loss in found]).sum())
+        chosen += [(index, weight) for index, weight, _ in routed]
+        losses.append(torch.stack([loss for *_, loss in routed]).sum())
     index, weight = (
-        torch.cat(each).unflatten(0, (problems, n)).index_select(1, rows.place).flatten(0, 1)
-        for each in zip(*chosen, strict=True)
+        torch.cat(pieces).unflatten(0, (problems, n)).index_select(1, rows.place).flatten(0, 1)
+        for pieces in zip(*chosen, strict=True)
     )
     return Routing(index, weight), losses

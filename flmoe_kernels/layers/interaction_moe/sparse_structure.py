@@ -1,4 +1,4 @@
-"""Description of a sparse MLP inside a fusion layer, and whether the fast layer computes the same."""
+"""Description and check of a sparse MLP in a fusion layer."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ def is_sparse(mlp: nn.Module) -> bool:
 
 
 def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
-    """The description of a fusion layer's sparse MLP, the published one or a RoutedMLP.
+    """The description of a fusion layer's sparse MLP: the published class or a RoutedMLP.
 
     Raises:
-        UnsupportedLayer: naming the part that the fast layer does not compute.
+        UnsupportedLayer: the fast layer does not support a part; the error names it.
     """
     if type(mlp).__name__ not in CLASS_NAMES:
         raise UnsupportedLayer(
-            f"{path}: a sparse MLP of another kind, {type(mlp).__name__}, expected {SPARSE_MLP}"
+            f"{path}: expected {SPARSE_MLP} as the sparse MLP, got {type(mlp).__name__}"
         )
     try:
-        found = describe(mlp)
+        spec = describe(mlp)
     except UnsupportedLayer as error:
         raise UnsupportedLayer(f"{path}.{error}") from error
     for name, value, expected in (
-        ("d_model", found.d_model, dim),
-        ("d_hidden", found.d_hidden, MLP_EXPANSION * dim),
+        ("d_model", spec.d_model, dim),
+        ("d_hidden", spec.d_hidden, MLP_EXPANSION * dim),
     ):
         if value != expected:
             raise UnsupportedLayer(f"{path}.{name}: expected {expected}, got {value}")
-    if found.act != "gelu":
+    if spec.act != "gelu":
         raise UnsupportedLayer(
-            f"{path}.experts.activation: expected GELU with the exact erf, got {found.act}"
+            f"{path}.experts.activation: expected GELU with the exact erf, got {spec.act}"
         )
-    routers = found.routers(mlp)
-    specs = {number: _settings(router) for number, router in routers.items()}
+    routers = spec.routers(mlp)
+    settings = {number: _settings(router) for number, router in routers.items()}
     for number, router in routers.items():
         linear = getattr(router, "gate", None)
         if isinstance(linear, nn.Linear) and linear.bias is None:
             raise UnsupportedLayer(f"{path}.all_gates.{number}.gate: has no bias")
-        if specs[number] != specs["0"]:
-            raise UnsupportedLayer(f"{path}.all_gates.{number}: has other settings than the first")
+        if settings[number] != settings["0"]:
+            raise UnsupportedLayer(f"{path}.all_gates.{number}: settings differ from gate 0")
     return SparseSpec(
-        num_experts=found.num_expert,
-        d_hidden=found.d_hidden,
+        num_experts=spec.num_expert,
+        d_hidden=spec.d_hidden,
         num_routers=len(routers),
-        gate=gate_class(found.gate).__name__,
-        top_k=found.top_k,
-        **specs["0"],
+        gate=gate_class(spec.gate).__name__,
+        top_k=spec.top_k,
+        **settings["0"],
     )
 
 
 def default_sparse(
     num_experts: int, dim: int, num_routers: int, gate: str, top_k: int
 ) -> SparseSpec:
-    """The description of what a fusion model of these sizes has, its gates' settings the default ones."""
+    """The description of the sparse MLPs of a fusion model of these sizes, with default gate settings."""
     with torch.device("meta"):
         mlp = RoutedMLP(
             num_experts,

@@ -1,9 +1,8 @@
-"""Description of an interaction layer, and whether the fast layer computes the same.
+"""Description of an interaction layer, and check that the fast layer supports it.
 
-The fast layer computes the mathematics of `reference.py` from parameters that it reads in place; it
-never calls the parts of a layer one by one. Everything that those parts could do differently is
-therefore checked here, strictly by structure: the names of the layer's own classes do not matter,
-but they must be made of torch's own modules, unchanged.
+The fast layer computes the mathematics of `reference.py` from the parameters; it never calls the parts of a layer.
+Everything that those parts could do differently is therefore checked here, strictly by structure: the names of the
+layer's own classes do not matter, but they must consist of unchanged modules of torch.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ class _Encoder:
 
 
 def describe(layer: nn.Module) -> LayerSpec:
-    """The specification of an interaction layer, the published ones' or the reference's.
+    """The specification of a published interaction layer or of the reference.
 
     Raises:
-        UnsupportedLayer: the structure is not one that the fast layer computes; names the part.
+        UnsupportedLayer: the fast layer does not support a part of the layer; the error names it.
     """
     num_modalities = getattr(layer, "num_modalities", None)
     if isinstance(num_modalities, bool) or not isinstance(num_modalities, int):
@@ -135,7 +134,7 @@ def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
 
 
 def _sparse(layers: list[_Encoder], path: str) -> SparseSpec | None:
-    """The description of all sparse layers; they must be those of the published fusion models."""
+    """The description of all sparse layers, which must be in the published positions."""
     specs = {i: layer.sparse for i, layer in enumerate(layers) if layer.sparse is not None}
     if not specs:
         return None
@@ -146,7 +145,7 @@ def _sparse(layers: list[_Encoder], path: str) -> SparseSpec | None:
         )
     for i, spec in specs.items():
         for field in dataclasses.fields(SparseSpec):
-            value, first = (getattr(each, field.name) for each in (spec, specs[0]))
+            value, first = (getattr(layer, field.name) for layer in (spec, specs[0]))
             if value != first:
                 raise UnsupportedLayer(
                     f"{path}.network.{i}.mlp: {field.name} is {value}, {first} in the first layer"
@@ -194,7 +193,7 @@ def _encoder_layer(layer: nn.Module, path: str, dim: int, eps: float) -> _Encode
 
 
 def _dense_mlp(mlp: nn.Module, path: str, dim: int) -> float:
-    """The rate of the dropout inside."""
+    """The dropout rate of a dense MLP."""
     parts, where = sequence_of(mlp, path, "network"), f"{path}.network"
     if len(parts) != 4:
         raise UnsupportedLayer(

@@ -1,4 +1,4 @@
-"""Classifier of token sequences that is exactly a 2-additive game over the tokens."""
+"""Classifier of token sequences whose logits are 2-additive games over tokens."""
 
 from .explanation import PairExplanation as PairExplanation
 from .module import PairInteractionMoE as PairInteractionMoE

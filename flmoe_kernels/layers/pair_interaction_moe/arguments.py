@@ -1,4 +1,4 @@
-"""Validation of the arguments of PairInteractionMoE, and conversion to a canonical form."""
+"""Validation and conversion of the arguments of PairInteractionMoE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def validate_sizes(
     dims: Sequence[int], num_classes: int | None, kinds: Sequence[str], token_outputs: bool
 ) -> None:
-    """Raises TypeError, ValueError naming the constructor's argument."""
+    """Check the constructor's arguments; TypeError and ValueError name the argument."""
     if not isinstance(dims, list | tuple):
         raise TypeError(f"dims: expected a list of widths, got {type(dims).__name__}")
     if len(dims) < 2:
@@ -40,8 +40,8 @@ def validate_sizes(
 
 
 def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
-    """Under autocast an encoder returns low precision. Inputs that autocast would cast get the parameters'
-    dtype, as norms and anchors. require_inputs rejects other mismatches."""
+    """Under autocast, cast inputs of an autocast dtype to the parameters' dtype, which norms and anchors have.
+    An encoder returns low precision there. require_inputs rejects other mismatches."""
     if not torch.is_autocast_enabled(parameter.device.type):
         return inputs
     if not isinstance(inputs, list | tuple):
@@ -72,9 +72,9 @@ def batch_of(inputs: Inputs) -> int:
 def plain_tokens(
     inputs: Inputs, masks: Inputs | None, dims: Sequence[int], like: Tensor
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Sequences (B, L_m, dims[m]) without what masked tokens hold, and their masks in bool.
+    """Sequences (B, L_m, dims[m]) with zeros for masked tokens, and their masks as bool.
 
-    A missing modality is a sequence of no tokens, typed and placed like `like`.
+    A missing modality becomes a sequence without tokens, with the dtype and device of `like`.
     """
     tokens: list[Tensor] = []
     valid: list[Tensor | None] = []
@@ -84,7 +84,7 @@ def plain_tokens(
             x = like.new_zeros((batch_of(inputs), 0, dims[m]))
         if mask is not None:
             mask = mask.to(torch.bool)
-            # The weights' gradients are sums over all tokens: 0 times NaN would reach them.
+            # The weights' gradients are sums over all tokens: a masked NaN would reach them as 0 * NaN.
             x = x.masked_fill(~mask.unsqueeze(2), 0.0)
         tokens.append(x)
         valid.append(mask)

@@ -1,4 +1,4 @@
-"""The experts of a whole model: which of them each pair of modalities has."""
+"""The experts of a model, and the experts of each modality pair."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from flmoe_kernels.ops.pair_moe.kinds import NULL, REDUNDANCY, SYNERGY, UNIQUE_A, UNIQUE_B
 
-# The experts that the interaction losses speak of, once each; null experts have no loss.
+# The experts with an interaction loss; each must occur once. Null experts have no loss.
 _WITH_LOSSES = sorted((UNIQUE_A, UNIQUE_B, SYNERGY, REDUNDANCY))
 
 
 @dataclass(frozen=True)
 class ExpertTable:
-    """Experts by name, and their places in each pair of modalities.
+    """Experts by name, and their positions in each pair of modalities.
 
-    "unique_a" in pair (m, n) is the uniqueness expert of modality m, "unique_b" that of n; an expert of
-    another kind is one and the same in every pair.
+    "unique_a" in pair (m, n) is the uniqueness expert of modality m, "unique_b" that of n; experts of
+    other kinds are shared by all pairs.
 
     Attributes:
         modalities: M.
-        kinds: those of one pair's experts.
+        kinds: the kinds of one pair's experts.
         pairs: all (m, n) with m < n, in lexicographic order.
         names: E names, uniqueness by modality first ("unique_0", "unique_1", ..), then the other kinds in
-            the order of `kinds`; those after the first of a kind end in "_2", "_3", ..
+            the order of `kinds`; repeated kinds have the suffix "_2", "_3", ..
         places: places[p][e] is the position in `names` of expert e of pair p.
     """
 
@@ -59,20 +59,20 @@ class ExpertTable:
             if kind not in (UNIQUE_A, UNIQUE_B)
         ]
         names = (*(unique[key] for key in sorted(unique)), *shared)
-        places = tuple(tuple(names.index(name) for name in each) for each in in_pairs)
+        places = tuple(tuple(names.index(name) for name in pair) for pair in in_pairs)
         return cls(modalities, tuple(kinds), pairs, names, places)
 
     def spread(self, x: Tensor, p: int, absent: float = 0) -> Tensor:
-        """(B, E, ...) of all experts, from x (B, E_pair, ...) of pair p's; `absent` for those that it lacks."""
+        """Expand x (B, E_pair, ...) of pair p to all experts (B, E, ...); `absent` for experts not in the pair."""
         present = dict(zip(self.places[p], x.unbind(1), strict=True))
         lacking = x.new_full((x.shape[0], *x.shape[2:]), absent)
         return torch.stack([present.get(e, lacking) for e in range(len(self.names))], dim=1)
 
     def with_losses(self) -> tuple[int, ...]:
-        """Places of the M + 2 experts of the interaction losses: uniqueness x M, synergy, redundancy.
+        """Positions of the M + 2 experts with interaction losses: uniqueness x M, synergy, redundancy.
 
         Raises:
-            ValueError: one of those kinds is absent, or there more than once.
+            ValueError: one of these kinds is missing or repeated.
         """
         if sorted(kind for kind in self.kinds if kind != NULL) != _WITH_LOSSES:
             raise ValueError(
@@ -84,7 +84,7 @@ class ExpertTable:
 
 
 def _copies(kinds: Sequence[str]) -> list[int]:
-    """Which one of its kind each expert is, from 1."""
+    """The number of each expert among those of its kind, from 1."""
     seen: Counter[str] = Counter()
     copies = []
     for kind in kinds:

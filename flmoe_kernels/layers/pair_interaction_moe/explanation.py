@@ -1,12 +1,12 @@
-"""Exact explanations of a PairInteractionMoE: a 2-additive game has its Shapley indices written in its terms.
+"""Exact explanations of a PairInteractionMoE from the terms of its game.
 
-With phi[i, j] the contribution of a token pair to one logit and S the set of tokens that are not masked out,
+Let phi[i, j] be the contribution of a token pair to one logit, and S the set of tokens that are not masked out:
 
     v(S) = v(none) + sum over i in S of phi[i, anchors] + sum over i, j in S of phi[i, j]
 
-so that the Shapley interaction index of (i, j) is phi[i, j], and the Shapley value of i is phi[i, anchors] and
-half the sum of phi[i, j] over j (Grabisch and Roubens 1999: higher Moebius coefficients are 0). The same holds
-for each expert's part of the logit.
+In such a 2-additive game the Shapley interaction index of (i, j) is phi[i, j], and the Shapley value of i is
+phi[i, anchors] plus half the sum of phi[i, j] over j (Grabisch and Roubens 1999: higher Moebius coefficients are
+0). The same holds for each expert's part of the logit.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from .sides import ProjectedPair
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PairExplanation:
-    """Every token's and token pair's part in one logit of each sample, by expert. No autograd graph.
+    """Contributions of all tokens and token pairs to one logit per sample, by expert. No autograd graph.
 
-    Values are in the statistics dtype, see PairOutput. The expert axis E is the layer's, see `experts`; an expert
-    that a pair of modalities lacks has zeros there. Masked tokens have zeros.
+    Values are in the statistics dtype, see PairOutput. The expert axis E has all experts of the layer, see
+    `experts`; values are 0 for experts that a modality pair does not have, and for masked tokens.
 
     Attributes:
         experts: E names.
         lengths: L_m of each modality, 0 for a missing one.
-        target: (B,) int64, the class that is explained.
+        target: (B,) int64, the explained class.
         value: (B,) v(all): the target's logit.
         baseline: (B,) v(none): the logit with every token masked.
-        logits: (B, C), the bias and the sum of expert_logits.
+        logits: (B, C), the bias plus the sum of expert_logits.
         expert_logits: (B, E, C), the experts' parts of all logits.
-        expert_baseline: (B, E), the experts' parts of the baseline, which has the bias besides.
+        expert_baseline: (B, E), the experts' parts of the baseline, without the bias.
         token_index, pair_index: names of the indices, "SV" and "SII".
     """
 
@@ -64,8 +64,8 @@ class PairExplanation:
         """Shapley values (B, L_m) for each modality; over all tokens they sum to value - baseline.
 
         Args:
-            expert: name or position; its values sum to its column of expert_values(), and the experts' sum to
-                those of None.
+            expert: name or position, or None for the sum over all experts. The values of an expert sum to its
+                column of expert_values().
         """
         both = zip(self._anchored, self._partnered, strict=True)
         values = [anchored + 0.5 * partnered for anchored, partnered in both]
@@ -77,7 +77,7 @@ class PairExplanation:
     def pair_map(self, m: int = 0, n: int = 1) -> Tensor:
         """Shapley interaction indices (B, E, L_m, L_n) of the tokens of two modalities, dense.
 
-        Their sum over E is the index of the layer. Tokens of one modality do not interact: theirs is 0.
+        Their sum over E is the index of the whole layer. Tokens of the same modality do not interact (index 0).
         """
         pair, p = self._between_tokens(m, n)
         terms = self._terms
@@ -85,30 +85,30 @@ class PairExplanation:
         return terms.table.spread(phi, p)
 
     def anchor_map(self, m: int) -> Tensor:
-        """What each token of modality m says without a partner, (B, E, L_m): phi[i, anchors]."""
+        """Contribution of each token of modality m without a partner, (B, E, L_m): phi[i, anchors]."""
         check.require_count("m", m, 0, len(self.lengths) - 1)
         return self._anchored[m].clone()
 
     def top_pairs(self, n_pairs: int, m: int = 0, n: int = 1, *, largest: bool = True) -> TopPairs:
-        """The n_pairs largest interaction indices of two modalities; i counts m's tokens, j those of n.
+        """The n_pairs largest interaction indices of two modalities; i is a token of m, j a token of n.
 
-        Streamed: no map is held. An expert that the pair lacks has -inf and -1, as where fewer are valid.
+        No map is stored. Missing pairs, and experts that the modality pair does not have, have -inf and -1.
 
         Args:
-            largest: False for the smallest (most negative) ones, from the smallest; inf for -inf.
+            largest: False for the smallest (most negative) indices in ascending order, with inf instead of -inf.
         """
         check.require_count("n_pairs", n_pairs, 1)
         pair, p = self._between_tokens(m, n)
         terms, sign = self._terms, 1.0 if largest else -1.0
-        found = pair.top(sign * terms.head_of(p), self.target, n_pairs)
+        top = pair.top(sign * terms.head_of(p), self.target, n_pairs)
         unit = sign / terms.normalizer
         return TopPairs(
-            terms.table.spread(unit * found.values, p, -sign * torch.inf),
-            terms.table.spread(found.i, p, -1),
-            terms.table.spread(found.j, p, -1),
-            unit * found.total_values,
-            found.total_i,
-            found.total_j,
+            terms.table.spread(unit * top.values, p, -sign * torch.inf),
+            terms.table.spread(top.i, p, -1),
+            terms.table.spread(top.j, p, -1),
+            unit * top.total_values,
+            top.total_i,
+            top.total_j,
         )
 
     def expert_values(self) -> Tensor:
@@ -116,10 +116,10 @@ class PairExplanation:
         return self._of_target() - self.expert_baseline
 
     def expert_share(self) -> Tensor:
-        """Each expert's share of the decision, (B, E): |c_e| over their sum.
+        """Each expert's share of the decision, (B, E): |c_e| divided by the sum over experts.
 
-        c_e is the expert's part of the target's logit less its mean over the classes, which is all of it that a
-        softmax sees; with one class its part of the logit. Zeros where no expert says anything.
+        c_e is the expert's part of the target's logit minus its mean over the classes (a softmax depends only on
+        this difference); with one class, its part of the logit. Zeros if no expert contributes.
         """
         part = self._of_target()
         if self.expert_logits.shape[2] > 1:
@@ -169,7 +169,7 @@ class PairExplanation:
         for name, value in (("m", m), ("n", n)):
             check.require_count(name, value, 0, len(self.lengths) - 1)
         if m == n:
-            raise ValueError(f"n: expected another modality than m = {m}: within one none interact")
+            raise ValueError(f"n: expected a modality other than m = {m}, got {n}")
         p = self._terms.table.pairs.index((min(m, n), max(m, n)))
         pair = _without_anchors(self._terms.pairs[p])
         return (pair if m < n else pair.swapped()), p
@@ -177,7 +177,7 @@ class PairExplanation:
 
 @dataclass(frozen=True, eq=False)
 class _Terms:
-    """What the terms phi of the game are made of: operands and heads."""
+    """Operands and heads that the terms phi of the game are computed from."""
 
     pairs: tuple[ProjectedPair, ...]
     table: ExpertTable
@@ -185,7 +185,7 @@ class _Terms:
     normalizer: float
 
     def head_of(self, p: int) -> Tensor:
-        """(E_pair, V, C)"""
+        """Heads of pair p's experts, (E_pair, V, C)."""
         return self.head[list(self.table.places[p])]
 
     def anchored(self, pair: ProjectedPair, p: int, target: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class _Terms:
         return self.table.spread(phi[..., 0] / self.normalizer, p)
 
     def partnered(self, pair: ProjectedPair, p: int, target: Tensor) -> Tensor:
-        """(B, E, La): phi of side a's tokens summed over the tokens of side b."""
+        """phi of side a's tokens summed over the tokens of side b, (B, E, La)."""
         y = _without_anchors(pair).accumulate(REDUCE_NONE).y
         weight = self.head_of(p).permute(2, 0, 1)[target]
         return self.table.spread(torch.einsum("beiv,bev->bei", y, weight) / self.normalizer, p)
@@ -209,10 +209,10 @@ def explain_pairs(
     expert_logits: Tensor,
     target: Tensor,
 ) -> PairExplanation:
-    """The explanation of class target (B) of the logits bias (C) + sum of expert_logits (B, E, C).
+    """Explain the class target (B) of the logits bias (C) + sum of expert_logits (B, E, C).
 
-    All in the statistics dtype. The tensors are kept: they must not be the caller's or the layer's. Row sums come
-    from pair_moe, anchor terms from maps with one column.
+    All tensors are in the statistics dtype. They are kept, so the caller and the layer must not share them.
+    Row sums come from pair_moe, anchor terms from maps with one column.
     """
     terms = _Terms(tuple(pairs), table, head, normalizer)
     anchored: list[list[Tensor]] = [[] for _ in range(table.modalities)]
@@ -247,7 +247,7 @@ def _without_anchors(pair: ProjectedPair) -> ProjectedPair:
 
 
 def _at_target(expert_logits: Tensor, target: Tensor) -> Tensor:
-    """(B, E) of (B, E, C)."""
+    """Select the target class: (B, E) from (B, E, C)."""
     return expert_logits.gather(2, target[:, None, None].expand(-1, expert_logits.shape[1], 1))[
         ..., 0
     ]

@@ -1,4 +1,4 @@
-"""PairInteractionMoE: a classifier of token sequences that is, exactly, a 2-additive game over the tokens."""
+"""PairInteractionMoE: a classifier with exact Shapley values and interaction indices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .explanation import PairExplanation, explain_pairs
 from .output import PairOutput
 from .sides import Gate, ProjectedPair, Side, join
 
-# Options that the repr shows where they differ.
+# Options that the repr shows if they differ from the default.
 _DEFAULTS = {"top_k": None, "temperature": 1.0, "token_outputs": False, "backend": None}
 _VARIANTS = 3  # of a pair's sides: as given, first one replaced, second one replaced
 
@@ -36,54 +36,54 @@ _VARIANTS = 3  # of a pair's sides: as given, first one replaced, second one rep
 class PairInteractionMoE(nn.Module):
     """A mixture of interaction experts over all token pairs of all modality pairs.
 
-    Each modality's tokens, and one learned anchor token that nothing masks, go through a LayerNorm of the
-    modality and, in each pair of modalities, through one linear map to the vectors of `pair_moe`. The pooled
-    messages of expert e in pair p go through a linear head of the expert, shared by the modality pairs:
+    The tokens of a modality, and a learned anchor token that is never masked, go through the modality's LayerNorm
+    and, in each pair of modalities, through one linear map to the vectors of `pair_moe`. The pooled messages of
+    expert e in pair p go through the expert's linear head, which all modality pairs share:
 
         logits = bias + sum over p, e of pooled[p, e] @ head[e] / normalizer
 
-    Nothing in it mixes tokens but the sum over pairs, so that a class's logit is a 2-additive game over the
-    tokens: `explain` gives its Shapley values and interaction indices exactly, by expert. A pair with an anchor
-    is what a token says without a partner. Order matters only as far as the inputs carry it: positions are the
-    encoder's business.
+    Only the sum over pairs combines tokens, so the logit of a class is a 2-additive game over the tokens, and
+    `explain` returns its exact Shapley values and interaction indices, by expert. A pair with an anchor is a
+    token's contribution without a partner. The layer has no positions: if the order of tokens matters, the encoder
+    must add them to the inputs.
 
-    Without one of its modalities the layer runs on what the anchors carry. One anchor then stands for all tokens
-    of that side, over the same normalizer: there is less evidence, and nothing in the layer trains this case.
-    Where it matters, leave out modalities at random in training (inputs None or masks).
+    If a modality is missing, its anchor replaces all its tokens, with the same normalizer, so the logits contain
+    less evidence. The layer is not trained for this case. If it matters, leave out modalities at random in
+    training (inputs None or masks).
 
-    Under FSDP2 call register_fsdp_forward_method(layer, "explain"), or explain meets sharded parameters.
+    Under FSDP2, call register_fsdp_forward_method(layer, "explain"); otherwise explain gets sharded parameters.
 
     Args:
         dims: token width of each of M >= 2 modalities, each at least 2: a LayerNorm of one feature is constant.
-        num_classes: C; None, with token_outputs only, for a layer without a head.
-        kinds: the experts of one modality pair, see `pair_moe`; 1 to 8, which share each token pair. Experts of
-            the whole layer, E: see `experts`.
+        num_classes: C; None (only with token_outputs) for a layer without a head.
+        kinds: 1 to 8 kinds of experts, see `pair_moe`; they are the experts of one modality pair. For the E
+            experts of the whole layer see `experts`.
         rank, value_dim: widths R and V of the gate's vectors and of the messages.
-        top_k: experts that share a token pair, 1 to len(kinds); None for all.
-        temperature: of the gate's softmax.
-        normalizer: what the sums over token pairs are divided by: about the number of token pairs of one
-            modality pair in a typical sample, 256 for 16 x 16 tokens, 4096 for 64 x 64; a smaller one gives
-            larger initial logits. A constant, because one that depended on which tokens are there (a mean)
-            would make every token interact with every other one.
-        token_outputs: also return the sequences, each token plus a map of what its pairs accumulate, over
-            sqrt(normalizer), about the number of a token's partners. So the layer stacks; only the last one
-            is a 2-additive game, and over its own inputs.
+        top_k: experts per token pair, 1 to len(kinds); None for all.
+        temperature: temperature of the gate's softmax.
+        normalizer: divisor of the sums over token pairs: about the number of token pairs of one modality pair
+            in a typical sample, 256 for 16 x 16 tokens, 4096 for 64 x 64; a smaller divisor gives larger initial
+            logits. It is constant, because a mean over the present tokens would make every token interact with
+            every other token.
+        token_outputs: also return updated sequences, so that layers can be stacked. Each token is added a linear
+            map of what its pairs accumulate, divided by sqrt(normalizer), about the number of its partners. In a
+            stack only the last layer is a 2-additive game, over its own inputs.
         backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
 
     Attributes:
-        experts: E names: "unique_0", "unique_1", .. by modality, then the other kinds in their order, a repeated
-            one with a suffix "_2"; E = M + 2 for the default kinds.
+        experts: E names: "unique_0", "unique_1", .. by modality, then the other kinds in their order; repeated
+            kinds have the suffix "_2", ..; E = M + 2 for the default kinds.
         modality_pairs: the P = M (M - 1) / 2 pairs (m, n), m < n, in lexicographic order.
-        pair_experts: for each of them the E_pair = len(kinds) names of its experts.
+        pair_experts: the E_pair = len(kinds) expert names of every modality pair.
 
     Parameters (state_dict): anchors.{m} (dims[m]); norms.{m}.weight, .bias (dims[m]); projections.{p}.{a,b}.weight
         (E_pair * (R + V), dims), .bias; gate_bias (P, E_pair); head (E, V, C); bias (C); with token_outputs
         token_maps.{p}.{a,b}.weight (dims, V).
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
 
-    Source: FL-I2MoE (arXiv 2603.13326) at the level of token pairs; the layer is this package's own.
+    Source: FL-I2MoE (arXiv 2603.13326) at the level of token pairs; the layer is new in this package.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class PairInteractionMoE(nn.Module):
             self.bias = nn.Parameter(torch.empty(self.num_classes))
         self.token_maps: Any = None
         if self.token_outputs:
-            # Without a bias, so that a token to which nothing comes is passed on as it is.
+            # Without a bias, so that a token whose pairs add nothing stays unchanged.
             self.token_maps = nn.ModuleList(
                 nn.ModuleDict(
                     {
@@ -154,7 +154,7 @@ class PairInteractionMoE(nn.Module):
             )
 
     def reset_parameters(self) -> None:
-        """Draw this module's own parameters again; those of its parts have their own methods."""
+        """Initialize this module's own parameters again; its parts have their own methods."""
         for anchor in self.anchors:
             nn.init.normal_(anchor)
         nn.init.zeros_(self.gate_bias)
@@ -196,23 +196,23 @@ class PairInteractionMoE(nn.Module):
         """Classify; see PairOutput.
 
         Args:
-            inputs: M x (B, L_m, dims[m]), any L_m; None for a modality that is missing, which is the same as one
-                whose tokens are all masked. At least one is given.
-            masks: M x (B, L_m), True or 1 = valid, or None each. What a masked token holds does not matter.
-            interaction_losses: also the M + 2 losses of FL-I2MoE on the latents. View m has N(0, 1) noise in place
-                of modality m's tokens (not of its anchor; masks unchanged). Unlike there, experts share a
-                view's noise: the gate compares them on the same token pair. Meant for samples that have all
-                modalities: the view of an absent one equals the full view, which leaves constants in the
-                synergy and redundancy losses and a triplet without a negative in its uniqueness loss.
+            inputs: M x (B, L_m, dims[m]), any L_m; None for a missing modality, which is equivalent to a modality
+                whose tokens are all masked. At least one modality is required.
+            masks: M x (B, L_m), True or 1 = valid; each may be None. The values of masked tokens have no effect.
+            interaction_losses: also return the M + 2 losses of FL-I2MoE on the latents. In view m, N(0, 1) noise
+                replaces modality m's tokens (not its anchor; masks unchanged). Unlike in FL-I2MoE, the experts
+                share the noise of a view, because the gate compares them on the same token pair. Meant for samples
+                with all modalities: if one is missing, its view equals the full view, so the synergy and
+                redundancy losses contain constants, and the triplet of its uniqueness loss has no negative.
             replacements: the noise, M x (B, L_m, dims[m]), None for a missing modality; by default drawn from
-                torch's generator. With interaction_losses only.
+                torch's generator. Only with interaction_losses.
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
-            BackendUnavailable: the backend asked for cannot run this.
+            TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
+            BackendUnavailable: the requested backend cannot run this.
 
-        Cost: one call of pair_moe per modality pair, on three times the batch with losses; with token_outputs
-        two more. Memory as pair_moe: nothing of size L_m x L_n.
+        Cost: one call of pair_moe per modality pair, on three times the batch with losses; two more with
+        token_outputs. Memory as in pair_moe: nothing of size L_m x L_n.
         """
         inputs = self._enter(inputs, masks)
         chosen = self._table.with_losses() if interaction_losses else ()
@@ -244,18 +244,18 @@ class PairInteractionMoE(nn.Module):
         masks: Inputs | None = None,
         target: int | Tensor | None = None,
     ) -> PairExplanation:
-        """The exact Shapley values and interaction indices of one class's logit; see PairExplanation.
+        """Compute exact Shapley values and interaction indices of one class's logit; see PairExplanation.
 
         Args:
             inputs, masks: as in forward.
-            target: the class, one for all or (B,) int64; None for each sample's class of the largest logit.
+            target: the class, an int for all samples or (B,) int64; None for the class with the largest logit.
 
         Raises:
-            TypeError, ValueError, BackendUnavailable: as forward; ValueError for a layer without classes.
+            TypeError, ValueError, BackendUnavailable: as in forward; ValueError for a layer without classes.
 
         Cost: about four forward passes; nothing of size L_m x L_n. Tokens are projected in the parameters' dtype,
-        also under autocast, and all else is in the statistics dtype (see PairOutput): the values add up to the
-        explanation's own logits, from which forward's differ by half precision's rounding.
+        also under autocast, and everything else is in the statistics dtype (see PairOutput). The values add up to
+        the explanation's own logits; forward's logits differ from these by rounding in half precision.
         """
         if self.num_classes is None or self.head is None or self.bias is None:
             raise ValueError("explain: expected a layer with classes, got num_classes=None")
@@ -305,7 +305,7 @@ class PairInteractionMoE(nn.Module):
     def _project(
         self, tokens: Sequence[Tensor], valid: Sequence[Tensor | None]
     ) -> list[ProjectedPair]:
-        """Both sides of every modality pair, the anchor behind the tokens."""
+        """Project both sides of every modality pair; the anchor follows the tokens."""
         batch, experts = tokens[0].shape[0], len(self.kinds)
         sequences, masks = [], []
         for x, mask, anchor, norm in zip(tokens, valid, self.anchors, self.norms, strict=True):
@@ -325,17 +325,17 @@ class PairInteractionMoE(nn.Module):
         return pairs
 
     def _pool(self, pairs: Sequence[ProjectedPair]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """For each modality pair all experts' pooled messages over the normalizer, (B, E, V); mass."""
-        found = [pair.accumulate(REDUCE_POOL) for pair in pairs]
-        pooled = [self._table.spread(out.y / self.normalizer, p) for p, out in enumerate(found)]
-        return pooled, tuple(out.mass for out in found)
+        """Pooled messages of all experts divided by the normalizer, (B, E, V) per modality pair; mass."""
+        outputs = [pair.accumulate(REDUCE_POOL) for pair in pairs]
+        pooled = [self._table.spread(out.y / self.normalizer, p) for p, out in enumerate(outputs)]
+        return pooled, tuple(out.mass for out in outputs)
 
     def _perturbed_latents(
         self, full: Sequence[ProjectedPair], replaced: Sequence[ProjectedPair]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Latents (E, M + 1, B, P * V) of the full view and of those with one modality replaced; mass.
+        """Latents (E, M + 1, B, P * V) of the full view and of the views with one modality replaced; mass.
 
-        A pair has three variants, whatever the number of modalities: they are its batch.
+        A modality pair has three variants for any number of modalities; they are stacked along the batch.
         """
         stacked = [
             pair.between(join((pair.a, noisy.a, pair.a)), join((pair.b, pair.b, noisy.b)))
@@ -347,18 +347,18 @@ class PairInteractionMoE(nn.Module):
         views = []
         for replaced_modality in (None, *range(len(self.dims))):
             parts = []
-            for pair, each in zip(self.modality_pairs, variants, strict=True):
+            for pair, latents in zip(self.modality_pairs, variants, strict=True):
                 which = 1 + pair.index(replaced_modality) if replaced_modality in pair else 0
-                parts.append(each[which])
+                parts.append(latents[which])
             views.append(_side_by_side(parts))
         return torch.stack(views, dim=1), tuple(x[:batch] for x in mass)
 
     def _losses(self, latents: Tensor) -> Tensor:
-        """Losses (M + 2,) of latents (M + 2, M + 1, B, P * V)."""
+        """Compute losses (M + 2,) from latents (M + 2, M + 1, B, P * V)."""
         return interaction_losses(latents, backends.choose("pair_moe", latents, self.backend))
 
     def _classify(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and the experts' parts of them (B, E, C) of latents (E, B, P * V), in their dtype."""
+        """Compute logits (B, C) and the experts' parts (B, E, C) from latents (E, B, P * V), in their dtype."""
         assert self.head is not None
         assert self.bias is not None
         with torch.autocast(latents.device.type, enabled=False):
@@ -369,7 +369,7 @@ class PairInteractionMoE(nn.Module):
     def _token_outputs(
         self, tokens: Sequence[Tensor], pairs: Sequence[ProjectedPair]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Tokens (B, L_m, dims[m]) with what their pairs add to them; mass."""
+        """Tokens (B, L_m, dims[m]) plus the contributions of their pairs; mass."""
         added: list[list[Tensor]] = [[] for _ in tokens]
         masses = []
         for (m, n), pair, maps in zip(self.modality_pairs, pairs, self.token_maps, strict=True):
@@ -386,5 +386,5 @@ class PairInteractionMoE(nn.Module):
 
 
 def _side_by_side(pooled: Sequence[Tensor]) -> Tensor:
-    """(E, B, P * V) of P times (B, E, V)."""
+    """Concatenate P tensors (B, E, V) to (E, B, P * V)."""
     return torch.stack(list(pooled), dim=2).transpose(0, 1).flatten(2)

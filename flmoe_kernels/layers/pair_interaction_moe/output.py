@@ -1,4 +1,4 @@
-"""What a forward pass of PairInteractionMoE returns."""
+"""Output of a forward pass of PairInteractionMoE."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 class PairOutput(NamedTuple):
-    """What PairInteractionMoE returns; see there for P, E and E_pair.
+    """Output of PairInteractionMoE, which defines P, E and E_pair.
 
-    The statistics dtype is float64 for float64 parameters and float32 for all others, so that sums over many
-    token pairs do not overflow float16. Latents, mass and losses have it, all else the parameters' dtype.
+    Latents, mass and losses have the statistics dtype: float64 for float64 parameters and float32 for all others,
+    so that sums over many token pairs do not overflow float16. The rest has the parameters' dtype.
 
     logits: (B, C), or None without classes.
     expert_logits: (B, E, C), whose sum over E plus the bias is logits; or None.
-    latents: (E, B, P * V), each expert's accumulated messages of every modality pair over the
-        normalizer; zeros where a pair lacks the expert. None with neither classes nor losses.
+    latents: (E, B, P * V), each expert's accumulated messages of every modality pair divided by the
+        normalizer; 0 if a pair does not have the expert. None with neither classes nor losses.
     mass: for each modality pair (m, n) a (B, E_pair, L_m + 1): the gate probabilities of token i of modality m
         summed over n's valid tokens and anchor; the last i is m's anchor. The experts are
         `layer.pair_experts[p]`.
-    tokens: with token_outputs (B, L_m, dims[m]) per modality, 0 where masked, L_m = 0 for a missing one;
-        without them None.
-    losses: (M + 2,) where asked for: uniqueness of each modality, synergy, redundancy.
+    tokens: with token_outputs (B, L_m, dims[m]) per modality, 0 where masked, L_m = 0 for a missing modality;
+        otherwise None.
+    losses: (M + 2,) if requested: uniqueness of each modality, synergy, redundancy.
     """
 
     logits: Tensor | None = None

@@ -35,12 +35,12 @@ class Side:
 
     @property
     def tokens(self) -> Side:
-        """Without the anchor."""
+        """This side without the anchor."""
         return self._part(slice(None, -1))
 
     @property
     def anchor(self) -> Side:
-        """The anchor alone, which nothing masks."""
+        """Only the anchor, which is never masked."""
         return replace(self, packed=self.packed[:, -1:], mask=None)
 
     def _part(self, rows: slice) -> Side:
@@ -49,7 +49,7 @@ class Side:
 
 
 def join(sides: Sequence[Side]) -> Side:
-    """Several versions of one side as one, along the batch."""
+    """Concatenate versions of one side along the batch."""
     first = sides[0]
     masks = [side.mask for side in sides if side.mask is not None]
     return replace(
@@ -61,7 +61,7 @@ def join(sides: Sequence[Side]) -> Side:
 
 @dataclass(frozen=True)
 class Gate:
-    """How a pair's experts share it: the options of pair_moe that are the same for every call."""
+    """The options of pair_moe that are the same for every call on a modality pair."""
 
     kinds: tuple[str, ...]
     bias: Tensor
@@ -88,7 +88,7 @@ class ProjectedPair:
         return ProjectedPair(self.b, self.a, gate)
 
     def frozen(self) -> ProjectedPair:
-        """Without autograd, in the statistics dtype, and untouched by later training steps."""
+        """A copy without autograd, in the statistics dtype, which later training steps do not change."""
         wide = statistics_dtype(self.a.packed.dtype)
         a, b = (replace(side, packed=side.packed.detach().to(wide)) for side in (self.a, self.b))
         bias = self.gate.bias.detach().to(wide, copy=True)

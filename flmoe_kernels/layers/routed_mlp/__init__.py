@@ -1,4 +1,4 @@
-"""RoutedMLP, its gates, and experts spread over processes."""
+"""RoutedMLP, its gates, and expert parallelism."""
 
 from .ddp import prepare_for_ddp as prepare_for_ddp
 from .gates import Gate as Gate

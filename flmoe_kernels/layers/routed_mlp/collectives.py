@@ -13,7 +13,7 @@ from flmoe_kernels.ops.routing.api import dispatch, limit
 
 
 def ranks_of(group: Any = None) -> int:
-    """How many ranks a process group has; None is the default group.
+    """The number of ranks in a process group; None is the default group.
 
     Raises:
         ValueError: torch.distributed is not initialised, or this process is not in the group.
@@ -25,12 +25,12 @@ def ranks_of(group: Any = None) -> int:
         )
     ranks = dist.get_world_size(group)
     if ranks < 1:
-        raise ValueError("group: expected one that this process is in, got another")
+        raise ValueError("group: expected a group that contains this process")
     return ranks
 
 
 def require_ranks(world_size: int, group: Any = None) -> None:
-    """ValueError unless the group has world_size ranks, of which this process is one."""
+    """Raise ValueError unless the group has world_size ranks and contains this process."""
     if not _is_initialized():
         raise ValueError(
             f"world_size: expected 1, got {world_size}: torch.distributed is not initialised "
@@ -54,21 +54,21 @@ def limit_over_ranks(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """routing.limit for a capacity that all ranks share: as one process that holds their tokens in rank order.
+    """Apply routing.limit with a capacity shared by all ranks, as in one process with all tokens in rank order.
 
     Args:
         index: (N, K) int64 or int32, experts from 0 to experts - 1, or -1 for a choice already dropped.
         mask: (N) bool, True = valid, or None.
-        experts: E, of all ranks.
-        capacity: rows, from all ranks, that an expert takes at most; the same on every rank.
+        experts: E, on all ranks together.
+        capacity: maximum number of rows per expert from all ranks; the same on every rank.
         group: as in parallel_routed_mlp.
-        backend: of the sorting, as in dispatch.
+        backend: backend of the sorting, as in dispatch.
 
     Returns:
-        (N, K) int64, -1 where dropped. E integers per rank travel; nothing waits.
+        (N, K) int64, -1 where dropped. Every rank sends E integers; the host does not synchronize.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as routing.limit.
+        TypeError, ValueError, BackendUnavailable: as in routing.limit.
     """
     ranks = ranks_of(group)
     check.require_count("capacity", capacity, 0)
@@ -79,7 +79,7 @@ def limit_over_ranks(
     room = capacity - table[: dist.get_rank(group)].sum(dim=0)
     order = permutation.long()
     chosen = index.reshape(-1)[order]
-    # The dropped rows, which come last, look at some expert's room; they stay dropped whatever it is.
+    # The dropped rows, which come last, read the room of some expert, but stay dropped in any case.
     expert = chosen.clamp(min=0)
     place = torch.arange(len(order), device=index.device) - offsets[expert]
     kept = torch.where(place < room[expert], chosen, -1)
@@ -87,10 +87,10 @@ def limit_over_ranks(
 
 
 def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
-    """x added up over the ranks, the same on all of them; any shape, of which all ranks have the same.
+    """Sum x over the ranks; every rank gets the result. x may have any shape, but the same on all ranks.
 
-    The gradient is that of the sum of all ranks' objectives: added up over the ranks as well. All ranks take part
-    in both directions, and x requires a gradient on all of them or on none.
+    The gradient is that of the sum of all ranks' objectives: it is also summed over the ranks. All ranks must take
+    part in both directions, and x must require a gradient on all ranks or on none.
 
     Raises:
         ValueError: torch.distributed is not initialised, or this process is not in the group.
@@ -100,7 +100,7 @@ def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
 
 
 def tokens_over_ranks(tokens: int, device: torch.device, group: Any = None) -> int:
-    """How many tokens all ranks have together. The host waits: a capacity is a number that it computes with."""
+    """The number of tokens on all ranks together. The host synchronizes, because it computes the capacity."""
     ranks_of(group)
     total = torch.tensor(tokens, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=group)

@@ -1,4 +1,4 @@
-"""Preparation of a model with spread experts for DistributedDataParallel."""
+"""Preparation of a model with expert parallelism for DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from .module import RoutedMLP
 
 
 def prepare_for_ddp(model: nn.Module) -> list[str]:
-    """Exclude experts that live on one rank from DistributedDataParallel; call it before wrapping the model.
+    """Exclude experts that exist on only one rank from DistributedDataParallel; call it before wrapping the model.
 
-    The expert parameters of every RoutedMLP whose experts are spread over ranks are neither broadcast nor reduced.
-    mean_gradients is set on these layers, so that their experts' gradients are those of the mean of the ranks'
-    objectives, as all others. A second call changes nothing.
+    The expert parameters of every RoutedMLP with world_size above 1 are neither broadcast nor reduced.
+    mean_gradients is set on these layers, so that the experts' gradients, like all others, are those of the mean
+    of the ranks' objectives. A second call changes nothing.
 
     Returns:
         The names of all parameters and buffers of `model` that DistributedDataParallel ignores.
@@ -21,7 +21,7 @@ def prepare_for_ddp(model: nn.Module) -> list[str]:
     for layer in layers:
         layer.mean_gradients = True
     own = {id(p) for layer in layers for p in layer.experts.parameters()}
-    # A layer that two attributes hold has two names.
+    # A layer with two attributes that refer to it has two names.
     named = model.named_parameters(remove_duplicate=False)
     names = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     names += [name for name, p in named if id(p) in own and name not in names]

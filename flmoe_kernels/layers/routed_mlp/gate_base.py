@@ -1,4 +1,4 @@
-"""What all gates have in common: their sizes, the losses that they gather, and FL-I2MoE's hooks."""
+"""Base class of all gates: sizes, accumulated losses, FL-I2MoE's hooks."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from flmoe_kernels.ops.routing.api import Routing
 
 
 class Gate(nn.Module):
-    """What all gates have in common.
+    """Base class of all gates.
 
-    Losses: in training, with gradients recorded, those of successive calls add up until get_loss takes them, so
-    that every modality and view counts. A backward pass through one of these calls ends the step: what nobody
-    took stays to be looked at, and the next training call starts afresh, for its graph is gone (a pass with
-    create_graph=True ends nothing). In eval mode or under no_grad a call's loss takes the place of what was
-    there, but for a sum that training calls are still adding to, which is left as it is. A loop that neither
-    takes losses nor goes backward should run under no_grad, for each call's graph is kept.
+    Losses: in training, with gradients recorded, the losses of successive calls are added up until get_loss clears
+    them, so that every modality and view counts. A backward pass through one of these calls ends the step: the sum
+    stays readable, but the next training call starts a new sum, because the graph has been freed (a pass with
+    create_graph=True does not end the step). In eval mode or under no_grad, the loss of a call replaces the stored
+    loss, except for a sum of training calls that is not finished. A loop that neither calls get_loss nor runs a
+    backward pass should run under no_grad, because the graph of every call is kept.
 
-    What activation checkpointing computes again during a backward pass is not counted again; its
-    use_reentrant=True runs the first pass under no_grad, where no loss has a gradient. Compiled code cannot tell
-    either: torch.compile inside of a checkpoint counts again, and a compiled training call does not see the
-    backward pass. Take the loss in every training step there, wanted or not, and with a checkpoint around
-    compiled code call get_loss once more after the backward pass, to throw away what it counted again.
+    With activation checkpointing, the recomputation in the backward pass is not counted again; use_reentrant=True
+    runs the first pass under no_grad, so that no loss has a gradient. Compiled code cannot detect either case:
+    torch.compile inside a checkpoint counts twice, and a compiled training call does not notice the backward pass.
+    There, call get_loss in every training step, even if the loss is not used, and with a checkpoint around
+    compiled code call it again after the backward pass, to discard what was counted twice.
 
     Args:
         d_model: token width D.
-        num_expert, world_size: experts of one process, and processes; E = num_expert * world_size.
-        top_k: experts of a token.
+        num_expert, world_size: experts per process, and number of processes; E = num_expert * world_size.
+        top_k: experts per token.
 
     Attributes:
-        loss: gathered and not yet taken, a scalar; None before.
-        topk_logits: the last call's index, detached, in a list of one (the published list grows without end).
-        backend: of the routing; None for the choice by device.
-        spread: whether the tokens of all ranks of `group` count in capacities and in losses, which then are the
-            same on all; False. RoutedMLP sets it where experts live on several ranks.
-        group: the process group; None for the default one.
-        None but the last three is copied or pickled.
+        loss: the accumulated loss since the last get_loss, a scalar or None.
+        topk_logits: the last call's index, detached, in a list of length 1 (the published list grows without end).
+        backend: backend of the routing; None for the choice by device.
+        spread: whether capacities and losses count the tokens of all ranks of `group`, and are then the same on
+            all ranks; default False. RoutedMLP sets it if several ranks have experts.
+        group: the process group; None for the default group.
+        Only the last three are copied and pickled.
     """
 
     TRANSIENT = ("loss", "_first", "indicates")
@@ -61,8 +61,8 @@ class Gate(nn.Module):
         self.loss: Tensor | None = None
         self.topk_logits: list[Tensor] = []
         self.indicates: Any = None
-        # The first loss of those that `loss` is the sum of, while training calls still add to it. Not a count: a
-        # compiled call would be compiled anew for each value.
+        # The first loss in the sum `loss`, while training calls still add to it. Not a count, because compiled
+        # code would be recompiled for every value.
         self._first: Tensor | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, tokens: int | None = None) -> Routing:
@@ -71,8 +71,8 @@ class Gate(nn.Module):
         Args:
             x: (N, D).
             mask: (N) bool, True = valid.
-            tokens: how many tokens a capacity is a share of; default N. Rows that were packed without their
-                padding are fewer than the tokens that the published capacity counts.
+            tokens: number of tokens for the capacity; default N. The published capacity also counts padding, which
+                packed rows do not contain.
 
         Returns:
             Routing: index (N, K), -1 for a dropped choice, and weight (N, K).
@@ -85,15 +85,15 @@ class Gate(nn.Module):
         return Routing(index, weight)
 
     def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """index, weight and this call's loss, a scalar."""
+        """Return index, weight and this call's loss, a scalar."""
         raise NotImplementedError
 
     def clean_logits(self, x: Tensor) -> Tensor:
-        """(N, E): what the choice in eval mode is by."""
+        """Logits (N, E) that determine the choice in eval mode."""
         raise NotImplementedError
 
     def set_loss(self, loss: Tensor) -> None:
-        """Gather a call's loss."""
+        """Add or store the loss of a call."""
         if not self._counts():
             if self._first is None and not _inside_backward():
                 self.loss = loss
@@ -103,19 +103,19 @@ class Gate(nn.Module):
             self.loss = self.loss + loss
 
     def _counts(self) -> bool:
-        """Whether a call now is one of a training step, and not computed again for its backward pass."""
+        """Whether a call is part of a training step, and not recomputed in a backward pass."""
         return self.training and torch.is_grad_enabled() and not _inside_backward()
 
     def _watch(self, *outputs: Tensor) -> None:
         """End the step on a backward pass through any of a call's outputs."""
         if self._first is None or torch.compiler.is_compiling():
             return
-        # Weak, or the graph would hold the gate that holds the graph, where no collector looks.
+        # Weak references, because the garbage collector does not see cycles through the graph.
         gate, first = weakref.ref(self), weakref.ref(self._first)
 
         def passed(_grad: Tensor) -> None:
             held = gate()
-            # Gradients are recorded with create_graph=True alone, which keeps the graph.
+            # In a backward pass gradients are recorded only with create_graph=True, which keeps the graph.
             if held is not None and held._first is first() and not torch.is_grad_enabled():
                 held._first = None
 
@@ -124,7 +124,7 @@ class Gate(nn.Module):
                 output.register_hook(passed)
 
     def get_loss(self, clear: bool = True) -> Tensor | None:
-        """The gathered loss, a scalar, or None; by default it is forgotten."""
+        """Return the accumulated loss, a scalar or None, and by default clear it."""
         loss = self.loss
         if clear:
             self.loss = self._first = None
@@ -135,7 +135,7 @@ class Gate(nn.Module):
         return self.loss is not None
 
     def set_topk_logit(self, logit: Tensor) -> None:
-        """Keep the indices of a call in topk_logits, in place of an earlier call's."""
+        """Store the indices of a call in topk_logits, replacing those of an earlier call."""
         self.topk_logits = [logit.detach()]
 
     def reset_topk_logit(self) -> None:
@@ -148,7 +148,7 @@ class Gate(nn.Module):
         return kept
 
     def set_topk_indicates(self, indicate: Any) -> None:
-        """Keep anything for get_topk_indicate; the gate does not look at it."""
+        """Store any object for get_topk_indicate; the gate does not use it."""
         self.indicates = indicate
 
     def get_topk_indicate(self, clear: bool = True) -> Any:
@@ -158,7 +158,7 @@ class Gate(nn.Module):
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loss on a graph can be neither copied nor pickled.
+        # A loss with a graph can be neither copied nor pickled.
         return {**self.__dict__, **dict.fromkeys(self.TRANSIENT), "topk_logits": []}
 
     def extra_repr(self) -> str:
@@ -166,5 +166,5 @@ class Gate(nn.Module):
 
 
 def _inside_backward() -> bool:
-    """Whether this runs within a backward pass, as what checkpointing computes again does."""
+    """Whether this runs within a backward pass, for example as a recomputation by checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,8 +1,8 @@
-"""Gates: which experts a token goes to, with what weight, and the loss that keeps the experts' loads even.
+"""Gates: choice and weights of a token's experts, load-balancing losses.
 
 Constructors, parameters and hooks are those of FastMoE (arXiv 2103.13262) and of FL-I2MoE's lineage, so that
-checkpoints load; what they compute is written anew. Every loss has a gradient and counts every call, drops are
-deterministic, and a masked token neither takes capacity nor counts in a loss.
+checkpoints load; the computations are a new implementation. Every loss has a gradient and counts every call, drops
+are deterministic, and a masked token neither uses capacity nor counts in a loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .gate_base import Gate as Gate
 
 
 class NaiveGate(Gate):
-    """The top_k largest of a linear map, softmax over them. Its loss is 0.
+    """Top-k of a linear map with a softmax over the chosen experts. The loss is 0.
 
     Parameters: gate.weight (E, D), gate.bias (E).
     """
@@ -46,16 +46,16 @@ class NaiveGate(Gate):
     def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.gate(x)
         index, weight = choose(logits, self.top_k, mask=mask, backend=self.backend)
-        # Zero, but on the graph: a sum of losses has a gradient whatever the gates are. Not 0 times the logits,
+        # Zero, but with a graph, so that a sum of losses has a gradient for any gates. Not 0 times the logits,
         # whose sum may overflow.
         return index, weight, logits[:0].sum()
 
 
 class _CapacityGate(NaiveGate):
-    """A gate whose experts take a bounded number of rows.
+    """A gate with a maximum number of rows per expert.
 
-    capacity: rates for training and evaluation; an expert takes rate * K / E of all tokens' rows, rounded up.
-    Masked tokens count among those: how many are valid is data, and nothing waits for it.
+    capacity: rates for training and evaluation; an expert takes at most rate * tokens * K / E rows, rounded up.
+    Masked tokens count as tokens, because counting the valid tokens would synchronize with the device.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class _CapacityGate(NaiveGate):
         tokens: int,
         renormalize: bool,
     ) -> Routing:
-        """Those of free choices by logits (N, E) that are of valid tokens and within the experts' capacity."""
+        """Keep those choices in `free` that belong to valid tokens and fit the capacity; logits (N, E)."""
         experts, backend = self.tot_expert, self.backend
         if self.spread:
             rows = self.rows_per_expert(tokens_over_ranks(tokens, free.index.device, self.group))
@@ -95,10 +95,10 @@ class _CapacityGate(NaiveGate):
         return Routing(index, reweigh(logits, free, index, renormalize))
 
     def balance(self, first: Tensor, probabilities: Tensor, mask: Tensor | None) -> Tensor:
-        """E * sum over experts of (share of tokens whose first choice it is) * (mean probability); 1 when even."""
+        """E * sum over experts of (share of tokens with it as first choice) * (mean probability); 1 if even."""
         chosen = F.one_hot(first, self.tot_expert).to(probabilities.dtype)
         valid = torch.ones_like(first, dtype=torch.bool) if mask is None else mask
-        # No matrix products: autocast would make them of half precision, in which counts of tokens overflow.
+        # No matrix products: autocast would compute them in half precision, where token counts overflow.
         counted = [chosen, probabilities, torch.ones_like(chosen)]
         sums = torch.stack([torch.where(valid[:, None], x, 0.0).sum(dim=0) for x in counted])
         if self.spread:
@@ -110,8 +110,8 @@ class _CapacityGate(NaiveGate):
 class GShardGate(_CapacityGate):
     """Top-2 with a capacity and a balance loss (arXiv 2006.16668).
 
-    random_routing: in training the second expert is taken with probability 2 * its weight only; what it weighed is
-    then lost, as published. The weight of a choice beyond the capacity goes to the token's other one.
+    random_routing: in training the second expert is used only with probability 2 * its weight; otherwise its
+    weight is lost, as published. The weight of a choice beyond the capacity goes to the token's other choice.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class GShardGate(_CapacityGate):
 class SwitchGate(_CapacityGate):
     """Top-1 with a capacity, jitter and a balance loss (arXiv 2101.03961).
 
-    In training the router sees its input multiplied with noise from 1 - switch_eps to 1 + switch_eps. The weight
-    is the expert's probability among all.
+    In training the router's input is multiplied by noise from 1 - switch_eps to 1 + switch_eps. The weight is the
+    expert's probability in a softmax over all experts.
     """
 
     def __init__(
@@ -183,8 +183,8 @@ def _probabilities(logits: Tensor) -> Tensor:
 class NoisyGate(Gate):
     """Noisy top-k with losses on importance and load (arXiv 1701.06538).
 
-    In training normal noise of a learned deviation is added to the logits; the loss is the squared coefficient of
-    variation of the experts' importance (summed weights) plus that of their load (expected number of tokens).
+    In training, normal noise with a learned deviation is added to the logits. The loss is the squared coefficient
+    of variation of the experts' importance (summed weights) plus that of their load (expected number of tokens).
 
     Parameters: w_gate, w_noise (D, E).
     """
@@ -228,20 +228,20 @@ class NoisyGate(Gate):
         index: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """(N, E): the probability that other noise of the expert would leave it among the top_k."""
+        """Probability (N, E) that an expert would be among the top_k if only its noise were drawn again."""
         if deviation is None or self.top_k == self.tot_expert:
             counts = torch.zeros_like(noisy)
             return counts.scatter_add(1, index.clamp(min=0), (index >= 0).to(noisy.dtype))
         best = noisy.topk(self.top_k + 1, dim=1).values
         inside, outside = best[:, -1:], best[:, -2:-1]
-        # An expert that is in has to beat the first one that is out, and the other way round.
+        # A chosen expert has to beat the best unchosen expert; an unchosen expert the worst chosen expert.
         rival = torch.where(noisy > inside, inside, outside)
         probability = torch.special.ndtr((clean - rival) / deviation.to(clean.dtype))
         return probability if mask is None else probability * mask.unsqueeze(1)
 
 
 def variation(x: Tensor) -> Tensor:
-    """The squared coefficient of variation of x (E): 0 when all are equal, and for one expert."""
+    """The squared coefficient of variation of x (E); 0 if all values are equal, or for a single expert."""
     if x.numel() < 2:
         return x[:0].sum()
     return x.var() / (x.mean().square() + 1e-10)
@@ -250,16 +250,16 @@ def variation(x: Tensor) -> Tensor:
 GATES: dict[str, type[Gate]] = {
     gate.__name__: gate for gate in (NaiveGate, GShardGate, SwitchGate, NoisyGate)
 }
-# The name that FL-I2MoE's lineage gives its own copy of NoisyGate.
+# The name of NoisyGate's copy in FL-I2MoE's lineage.
 LINEAGE_NAMES: dict[str, type[Gate]] = {"AddtionalNoisyGate": NoisyGate}
 
 
 def gate_class(gate: str | type[Gate] | Callable[..., Gate]) -> Callable[..., Gate]:
-    """What makes a gate of (d_model, num_expert, world_size, top_k), of a name or of itself.
+    """A function of (d_model, num_expert, world_size, top_k) that returns a gate, from a name, class or function.
 
     Raises:
         ValueError: an unknown name.
-        TypeError: neither a name nor what makes a Gate.
+        TypeError: neither a name nor a function that returns a Gate.
     """
     if isinstance(gate, str):
         known = GATES | LINEAGE_NAMES
@@ -268,12 +268,12 @@ def gate_class(gate: str | type[Gate] | Callable[..., Gate]) -> Callable[..., Ga
         return known[gate]
     if not callable(gate) or (isinstance(gate, type) and not issubclass(gate, Gate)):
         name = gate.__qualname__ if isinstance(gate, type) else type(gate).__name__
-        raise TypeError(f"gate: expected a name, a Gate class or what makes a Gate, got {name}")
+        raise TypeError(f"gate: expected a name, a Gate class or a function, got {name}")
 
     def made(*sizes: int) -> Gate:
         result = gate(*sizes)
         if not isinstance(result, Gate):
-            raise TypeError(f"gate: expected what makes a Gate, it made {type(result).__name__}")
+            raise TypeError(f"gate: expected to return a Gate, got {type(result).__name__}")
         return result
 
     return made

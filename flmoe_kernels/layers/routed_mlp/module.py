@@ -1,4 +1,4 @@
-"""RoutedMLP: FastMoE's FMoETransformerMLP as FL-I2MoE's lineage uses it, on this package's kernels."""
+"""RoutedMLP: FastMoE's FMoETransformerMLP on this package's kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ACTIVATION = nn.GELU()
 
 
 class ExpertLinear(nn.Module):
-    """The linear maps of all experts: weight (E, out, in) and bias (E, out). Parameters, and no forward."""
+    """The linear maps of all experts: weight (E, out, in) and bias (E, out). It has no forward."""
 
     def __init__(self, num_expert: int, in_feat: int, out_feat: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ExpertLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Every expert's weight as torch.nn.Linear's, by its own fan-in; biases 0, as published."""
+        """Initialize every expert's weight as torch.nn.Linear does, by its fan-in; biases 0, as published."""
         bound = 1.0 / math.sqrt(self.weight.shape[2])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
@@ -53,52 +53,52 @@ class Experts(nn.Module):
 
 
 class RoutedMLP(nn.Module):
-    """A gate chooses each token's experts; the token goes through their MLPs, weighted and summed.
+    """Mixture of experts: a gate chooses each token's experts, whose MLP outputs are weighted and summed.
 
-    Constructor, attributes and state_dict are those of the published FMoETransformerMLP; state_dicts of either
-    layout of its experts load strictly, see `state.prepare_state_dict`. What differs: docs/fastmoe.md.
+    Constructor, attributes and state_dict are those of the published FMoETransformerMLP; state_dicts with either
+    layout of the experts load strictly, see `state.prepare_state_dict`. Differences: docs/fastmoe.md.
 
     Args:
-        num_expert: experts of this process; E = num_expert * world_size.
+        num_expert: experts per process; E = num_expert * world_size.
         d_model, d_hidden: D and F.
         activation: nn.GELU (either form), nn.ReLU or nn.SiLU.
-        expert_dp_comm: the name of a communication group, left on the experts' parameters as `dp_comm` for
-            FastMoE's data parallelism; nothing here reads it.
-        expert_rank: taken for compatibility; nothing reads it, as in the published code.
-        n_router: routers, for checkpoints that hold several. The first alone is ever used: the others get no
-            gradient, so that DistributedDataParallel stops with an error about unused parameters unless it is
-            told find_unused_parameters=True, and their get_loss gives None.
+        expert_dp_comm: name of a communication group, stored on the experts' parameters as `dp_comm` for
+            FastMoE's data parallelism; not used here.
+        expert_rank: accepted for compatibility and not used, as in the published code.
+        n_router: number of routers, for checkpoints with several. Only the first is used: the others get no
+            gradient, so DistributedDataParallel needs find_unused_parameters=True (otherwise it raises an error),
+            and their get_loss returns None.
         gate: a name ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate"; "AddtionalNoisyGate" [sic], the
-            lineage's, is NoisyGate), a Gate class, or what makes a Gate of (d_model, num_expert, world_size,
-            top_k).
-        world_size: processes that hold experts of their own and make the same calls in the same order, see
-            `parallel`; 1. Above it, the gate's capacities and losses count the tokens of all.
-        top_k: K, experts of a token.
-        moe_group: the process group of these, which has world_size ranks; None for the default group. A layer
-            with a group of its own can be neither copied nor pickled; its state_dict can.
-        backend: "reference", "cpu" or "triton", of routing and of the MLP; default by device.
+            lineage's name of NoisyGate), a Gate class, or a function of (d_model, num_expert, world_size, top_k)
+            that returns a Gate.
+        world_size: number of processes, each with its own experts, that make the same calls in the same order, see
+            `parallel`; default 1. Above 1, the gate's capacities and losses count the tokens of all processes.
+        top_k: K, experts per token.
+        moe_group: the process group, with world_size ranks; None for the default group. A layer with its own
+            group can be neither copied nor pickled; its state_dict can.
+        backend: "reference", "cpu" or "triton", for routing and the MLP; default by device.
 
     Attributes:
-        last_topk_indices, last_topk_scores: (N, K) of the last call, the latter on its graph; -1 and 0 for a
-            dropped choice and for padding.
+        last_topk_indices, last_topk_scores: (N, K) of the last call, the scores with their graph; -1 and 0 for
+            dropped choices and padding.
         last_tot_expert: E.
-        capture_topk_pre_mix: also compute last_topk_pre_mix; False.
-        last_topk_pre_mix: (N, K, D), each chosen expert's output before it is weighted, 0 where dropped, on the
-            graph: out is their weighted sum. None unless captured.
-        These are of one call: not copied, not pickled.
-        mean_gradients: with world_size above 1, experts' gradients are of the mean of all processes' objectives,
-            as in DistributedDataParallel, not of the sum; default False. See `prepare_for_ddp`.
+        capture_topk_pre_mix: also compute last_topk_pre_mix; default False.
+        last_topk_pre_mix: (N, K, D), each chosen expert's output before weighting, 0 if dropped, with its graph;
+            the output is their weighted sum. None unless captured.
+        The results of a call (last_*) are neither copied nor pickled.
+        mean_gradients: with world_size above 1, experts' gradients are those of the mean of all processes'
+            objectives, as in DistributedDataParallel, not of the sum; default False. See `prepare_for_ddp`.
 
     Parameters: experts.htoh4.weight (E, F, D), experts.htoh4.bias (E, F), experts.h4toh.weight (E, D, F),
-    experts.h4toh.bias (E, D); the gate's under gate.* and, the same objects, under all_gates.0.*.
+    experts.h4toh.bias (E, D); the gate's parameters as gate.* and also, the same objects, as all_gates.0.*.
 
-    Under autocast both maps and the gate compute in autocast's dtype, which is the output's, as torch.nn.Linear.
+    Under autocast both maps and the gate compute in autocast's dtype and return it, as torch.nn.Linear does.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
     """
 
-    # What a call leaves behind.
+    # Attributes that store the results of a call.
     TRANSIENT = ("last_topk_indices", "last_topk_scores", "last_topk_pre_mix")
 
     def __init__(
@@ -138,12 +138,12 @@ class RoutedMLP(nn.Module):
 
     @classmethod
     def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> RoutedMLP:
-        """A RoutedMLP on the parameters of a published layer: the same Parameter objects, modules of its own.
+        """Make a RoutedMLP from a published layer: new modules that share the layer's Parameter objects.
 
-        The mode, capture_topk_pre_mix and the gates' settings are the layer's.
+        The mode, capture_topk_pre_mix and the gates' settings are copied from the layer.
 
         Raises:
-            UnsupportedLayer (a ValueError): naming the part that this class does not compute.
+            UnsupportedLayer (a ValueError): this class does not support a part of the layer; the error names it.
         """
         spec = describe(layer)
         published: Any = layer
@@ -190,26 +190,26 @@ class RoutedMLP(nn.Module):
         self.last_topk_pre_mix: Tensor | None = None
 
     def _mark(self, comm: str) -> None:
-        """As FastMoE's DistributedGroupedDataParallel expects it."""
+        """Mark the parameters for FastMoE's DistributedGroupedDataParallel."""
         for parameter in self.experts.parameters():
             parameter.dp_comm = comm  # type: ignore[attr-defined]
         for parameter in self.all_gates.parameters():
             parameter.dp_comm = "gate"  # type: ignore[attr-defined]
 
     def forward(self, inp: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Every token through its experts.
+        """Route every token and apply its experts.
 
         Args:
-            inp: (..., D), any leading shape, the parameters' dtype or, under autocast, any it casts.
-            mask: (...) bool, True = valid; None = all. A masked token gives 0 and has no part in capacities
-                and losses, whatever it holds.
+            inp: (..., D), any leading shape, the parameters' dtype or, under autocast, any dtype that it casts.
+            mask: (...) bool, True = valid; None = all valid. A masked token gives 0 and does not affect
+                capacities and losses, whatever its values are.
 
         Returns:
             (..., D).
 
         Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
-            BackendUnavailable: the backend asked for cannot run this.
+            TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
+            BackendUnavailable: the requested backend cannot run this.
         """
         self._forget()
         x, valid = self._tokens(inp, mask)
@@ -227,11 +227,11 @@ class RoutedMLP(nn.Module):
         return torch.bmm(weight.unsqueeze(1), pre_mix).view(inp.shape)
 
     def gate_loss(self, clear: bool = True) -> Tensor | None:
-        """What the gate gathered since it was last taken, a scalar; None if nothing. See Gate.get_loss."""
+        """The gate's accumulated loss, a scalar or None, by default cleared. See Gate.get_loss."""
         return self.gate.get_loss(clear)
 
     def _tokens(self, inp: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x (N, D) in the dtype to compute in, its padding 0, and mask (N)."""
+        """Return x (N, D) in the dtype of the computation, with padding set to 0, and mask (N)."""
         check.require_tensor("inp", inp)
         check.require_floating("inp", inp)
         if inp.dim() < 1 or inp.shape[-1] != self.d_model:
@@ -252,11 +252,11 @@ class RoutedMLP(nn.Module):
         if mask.device != inp.device:
             raise ValueError(f"mask: expected device {inp.device} as inp, got {mask.device}")
         valid = mask.reshape(-1)
-        # A NaN in the padding would reach the losses: 0 times NaN is NaN.
+        # A NaN in the padding would reach the losses, because 0 * NaN is NaN.
         return x.masked_fill(~valid[:, None], 0.0), valid
 
     def _autocast_dtype(self, x: Tensor) -> torch.dtype | None:
-        """What autocast computes linear maps of x in; None where it leaves them alone."""
+        """The dtype in which autocast computes linear maps of x; None if it does not change them."""
         kind = x.device.type
         if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
             return None
@@ -286,7 +286,7 @@ class RoutedMLP(nn.Module):
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:
-    """Put source's Parameter objects in the places of target's."""
+    """Replace target's Parameter objects by source's."""
     for name, parameter in source.named_parameters():
         owner, _, leaf = name.rpartition(".")
         target.get_submodule(owner).register_parameter(leaf, parameter)

@@ -1,37 +1,36 @@
-"""Experts on several processes: rows travel to their experts' process and back (torch.distributed).
+"""Expert parallelism for the routed MLP (torch.distributed).
 
-Rank r of a group of R holds the experts r * local to (r + 1) * local - 1 and any number of tokens, also none:
+Rank r in a group of R ranks has the experts r * local to (r + 1) * local - 1 and any number of tokens, also 0:
 
-    dispatch        rows sorted by expert, hence by rank; dropped rows stay behind
-    counts          one all_to_all_single of local + 5 integers per pair of ranks, then one wait of the host
-    rows            all_to_all_single of uneven splits
-    experts         the routed MLP with K = 1 and weight 1; which expert a row is for follows from the counts
+    dispatch        sort rows by expert, hence by rank; dropped rows are not sent
+    counts          one all_to_all_single of local + 5 integers per pair of ranks, then the host synchronizes once
+    rows            all_to_all_single with uneven splits
+    experts         the routed MLP with K = 1 and weight 1; the counts determine the expert of each row
     rows back       the reversed exchange
-    combine         weighted and added in the order of k, where the token lives
+    combine         weight and add in the order of k, on the token's rank
 
-An expert sees its rows in the order of ranks, then of tokens, and a token's rows are added in the order of k: a
-result is that of one process which holds all tokens in the order of ranks, up to the order in which the matrix
-products add. The wait is inherent: an uneven exchange needs the sizes on the host. A gate with a capacity waits
-once more, for the number of all ranks' tokens. All else is queued.
+An expert processes its rows in the order of ranks, then of tokens, and a token's rows are added in the order of k.
+The result is that of one process with all tokens in the order of ranks, up to the order of summation in matrix
+products. The synchronization is necessary, because an uneven exchange needs the sizes on the host. A gate with a
+capacity synchronizes once more, for the number of tokens on all ranks. Everything else is asynchronous.
 
-What every rank has to do: run the same calls in the same order, forward and backward; a rank without tokens
-too, and one whose objective has no use for the output (then add `out.sum() * 0`). Ranks need not agree on which
-inputs require gradients, they tell one another; that one records gradients while another does not is an error
-on all of them. A gate's loss has to enter the objective on every rank or on none: its sum over the ranks is a
-collective, whose backward is one too. An error that one rank alone can see (an index out of range) leaves the
-others waiting until the group's own timeout.
+All ranks must make the same calls in the same order, forward and backward. This includes ranks without tokens, and
+ranks whose objective does not use the output (add `out.sum() * 0` to it). Different inputs may require gradients
+on different ranks, but it is an error on all ranks if only some of them record gradients. A gate's loss must be
+part of the objective on all ranks or on none, because it is a sum over ranks, forward and backward. If only one
+rank can detect an error (an index out of range), the other ranks wait until the group's timeout.
 
-A training program, in train.py, started with `torchrun --nproc-per-node 4 train.py`:
+A training program, train.py, started with `torchrun --nproc-per-node 4 train.py`:
 
     dist.init_process_group("nccl")                           # on the CPU "gloo"
     rank = dist.get_rank()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
-    torch.manual_seed(rank)                                   # experts of their own on every rank
+    torch.manual_seed(rank)                                   # different experts on every rank
     layer = RoutedMLP(4, 256, 512, gate="GShardGate", world_size=dist.get_world_size())
     model = nn.Sequential(nn.Linear(64, 256), layer, nn.Linear(256, 20)).to(device)
-    prepare_for_ddp(model)                                    # DDP leaves the experts alone
-    model = DistributedDataParallel(model)                    # and makes all else equal, rank 0's
+    prepare_for_ddp(model)                                    # DDP ignores the experts
+    model = DistributedDataParallel(model)                    # and copies the rest from rank 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for x, target in batches(rank):
         optimizer.zero_grad()
@@ -39,8 +38,8 @@ A training program, in train.py, started with `torchrun --nproc-per-node 4 train
         loss.backward()
         optimizer.step()
 
-Each rank saves its own experts: their names are the same on every rank, their values are not. The norm for
-gradient clipping has to count the experts of all ranks, which clip_grad_norm_ does not.
+Each rank saves its own experts: their names are the same on all ranks, but their values differ. The norm for
+gradient clipping must include the experts of all ranks; clip_grad_norm_ does not.
 """
 
 from __future__ import annotations
@@ -75,31 +74,31 @@ def parallel_routed_mlp(
     mean_gradients: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """routed_mlp with the experts spread over the ranks of a group, `local` on each; all of them call it.
+    """Compute routed_mlp with `local` experts on each rank of a group; all ranks must call it.
 
     Args:
-        x: (N, D) this rank's tokens, N of its own, from 0.
+        x: (N, D) this rank's tokens; N may differ between ranks and may be 0.
         index: (N, K) int64 or int32, experts from 0 to E - 1 = ranks * local - 1, or -1 = dropped, not sent.
         weight: (N, K), same dtype as x.
         w_in, b_in: (local, F, D) and (local, F) or None: this rank's experts.
         w_out, b_out: (local, D, F) and (local, D) or None.
         act: "gelu" (exact), "gelu_tanh", "relu" or "silu".
-        group: the process group; None for the default one. Its backend must know the tensors' device: gloo the
-            CPU, NCCL the GPU.
-        mean_gradients: the gradients of this rank's experts are those of the sum of all ranks' objectives;
-            True divides them by the number of ranks, as DistributedDataParallel does with all others, so that
-            both are of the mean.
-        backend: of routing and of the MLP, as in routed_mlp.
+        group: the process group; None for the default group. Its backend must support the tensors' device: gloo
+            for the CPU, NCCL for the GPU.
+        mean_gradients: if False, the gradients of this rank's experts are those of the sum of all ranks'
+            objectives. True divides them by the number of ranks, as DistributedDataParallel does with all other
+            gradients, so that all are those of the mean.
+        backend: for routing and the MLP, as in routed_mlp.
 
     Returns:
-        out (N, D). Differentiable by x, weight, weights and biases; x and weight get the gradients of the sum of
-        all ranks' objectives. In half precision a row is rounded where it leaves its expert, once more than in
-        one process.
+        out (N, D). Differentiable with respect to x, weight, w_in, b_in, w_out and b_out; x and weight get the
+        gradients of the sum of all ranks' objectives. In half precision a row is rounded when it leaves its
+        expert, once more than in one process.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as routed_mlp. ValueError on every rank where ranks differ in
+        TypeError, ValueError, BackendUnavailable: as in routed_mlp. ValueError on every rank if ranks differ in
             the width or the dtype of x, or in whether they record gradients. A different number of experts on
-            another rank cannot be told here: the sizes of the very first message depend on it.
+            another rank cannot be detected, because the size of the first message depends on it.
 
     Cost: a rank sends and receives D values per kept row twice forward and twice backward; memory O(N K D) here
     and O(R (D + F)) for the R rows received.
@@ -128,8 +127,8 @@ def parallel_routed_mlp(
 
 
 class _Plan(NamedTuple):
-    """What a call exchanges: rows to and from each rank, each received row's expert here as an index (rows, 1),
-    and whether the exchanges of rows and of outputs have a backward, which they have on all ranks or on none."""
+    """The exchanges of a call: rows to and from each rank, each received row's local expert as an index (rows, 1),
+    and whether the exchanges of rows and of outputs have a backward, which is the same on all ranks."""
 
     send: list[int]
     receive: list[int]
@@ -139,8 +138,8 @@ class _Plan(NamedTuple):
 
 
 def _agree(counts: Tensor, x: Tensor, parameters: tuple[Tensor | None, ...], group: Any) -> _Plan:
-    """Tell every rank how many rows each of its experts gets from here (counts: (ranks, local)), and what has to
-    be the same on all."""
+    """Send every rank the number of rows for each of its experts (counts: (ranks, local)), and the properties that
+    must be the same on all ranks."""
     ranks, local = counts.shape
     records = torch.is_grad_enabled()
     rows_need = records and x.requires_grad
@@ -155,7 +154,7 @@ def _agree(counts: Tensor, x: Tensor, parameters: tuple[Tensor | None, ...], gro
     dist.all_to_all_single(theirs, mine, group=group)
     incoming = theirs[:, :local]
     sizes = torch.stack([counts.sum(dim=1), incoming.sum(dim=1)], dim=1)
-    # The one wait of the host.
+    # The host synchronizes only here.
     table = torch.cat([sizes, theirs[:, local:]], dim=1).tolist()
     send, receive, widths, dtypes, recording, rows, outputs = map(list, zip(*table, strict=True))
     if len(set(widths)) > 1:
@@ -165,7 +164,7 @@ def _agree(counts: Tensor, x: Tensor, parameters: tuple[Tensor | None, ...], gro
     if len(set(recording)) > 1:
         without = [rank for rank, flag in enumerate(recording) if not flag]
         raise ValueError(
-            f"group: expected gradients to be recorded on all ranks or on none, got ranks {without} without"
+            f"group: expected gradients to be recorded on all ranks or on none, but not on ranks {without}"
         )
     own = torch.arange(local, device=x.device).repeat(ranks)
     expert = own.repeat_interleave(incoming.reshape(-1), output_size=sum(receive))
@@ -173,7 +172,7 @@ def _agree(counts: Tensor, x: Tensor, parameters: tuple[Tensor | None, ...], gro
 
 
 def _inverse(permutation: Tensor, kept: int) -> Tensor:
-    """Where each of the N * K choices is among the kept rows; `kept` for a dropped one."""
+    """Position of each of the N * K choices among the kept rows; `kept` for a dropped choice."""
     place = torch.arange(len(permutation), device=permutation.device)
     return torch.empty_like(place).scatter_(0, permutation.long(), place).clamp_(max=kept)
 
@@ -181,15 +180,15 @@ def _inverse(permutation: Tensor, kept: int) -> Tensor:
 def _exchange(
     rows: Tensor, send: list[int], receive: list[int], group: Any, on_graph: bool
 ) -> Tensor:
-    # A rank whose rows need no gradient has to pass those of the others on: the anchor puts it on the graph.
+    # A rank whose rows need no gradient still has to take part in the backward; the anchor adds it to the graph.
     anchor = rows.new_empty((0,)).requires_grad_() if on_graph else None
     return _Exchange.apply(rows, anchor, send, receive, group)
 
 
 def _combine(rows: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    """out (N, D): rows (N, K, D) weighted and added in the order of k, in the type that sums are kept in."""
+    """out (N, D): rows (N, K, D) weighted and added in the order of k, in the statistics dtype."""
     wide = statistics_dtype(rows.dtype)
-    # A dropped choice adds nothing, whatever its weight is.
+    # A dropped choice adds nothing, whatever its weight.
     weights = weight.masked_fill(index < 0, 0.0).to(wide).unsqueeze(2).unbind(1)
     first, *rest = rows.to(wide).unbind(1)
     out = first * weights[0]
@@ -207,7 +206,7 @@ def _divide_gradient(parameter: Tensor | None, ranks: int) -> Tensor | None:
 
 
 class _Exchange(torch.autograd.Function):
-    """rows (sum of send, D), sorted by rank -> (sum of receive, D); backward the other way round."""
+    """Exchange rows (sum of send, D), sorted by rank, for (sum of receive, D); the backward reverses it."""
 
     @staticmethod
     def forward(
@@ -225,16 +224,16 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Exchanged also where nobody here wants it: the other ranks wait for it.
+        # Exchanged even if this rank does not need the result, because the other ranks wait for it.
         on_graph = torch.is_grad_enabled()
         back = _exchange(grad, ctx.receive, ctx.send, ctx.group, on_graph)
         return back, None, None, None, None
 
 
 class _Take(torch.autograd.Function):
-    """z (M, D) -> y with y[i] = z[order[i] // choices]; places (M * choices) is the inverse of order.
+    """Gather y[i] = z[order[i] // choices] from z (M, D); places (M * choices) is the inverse of order.
 
-    Its backward gathers as well: no atomics, one result for every run.
+    The backward also gathers: no atomics, the same result in every run.
     """
 
     @staticmethod
@@ -250,7 +249,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Place(torch.autograd.Function):
-    """y -> z with z[order[i]] = y[i], and 0 where places is len(y): the transposed map of _Take."""
+    """Scatter z[order[i]] = y[i], with 0 where places is len(y): the transposed map of _Take."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, places: Tensor) -> Tensor:

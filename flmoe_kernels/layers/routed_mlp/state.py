@@ -1,9 +1,9 @@
-"""State_dicts of FastMoE's FMoETransformerMLP, brought to the one layout that RoutedMLP has.
+"""Conversion of FMoETransformerMLP's state_dicts to RoutedMLP's layout.
 
     experts.htoh4.weight (E, F, D), .bias (E, F), experts.h4toh.*; gate.*, all_gates.{r}.*     (a)
     experts.{i}.htoh4.weight (1, F, D), .bias (1, F), experts.{i}.h4toh.*; gate.*              (b)
 
-(a) is FL-I2MoE's lineage's, and the one that RoutedMLP saves; (b) is FastMoE 1.1's.
+(a) is the layout of FL-I2MoE's lineage and of RoutedMLP; (b) is that of FastMoE 1.1.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def prepare_state_dict(
     _unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """A hook before loading: rewrites `state`, and adds to `missing` and `errors` what torch would not name.
+    """Rewrite `state` before loading; adds to `missing` and `errors` what torch would not report.
 
-    Keys that it does not know are left for torch's own strict check, as are those in `missing`.
+    Unknown keys are left to torch's own strict check, like those in `missing`.
     """
     _stack_experts(module, state, prefix + "experts.", missing, errors)
     _match_gates(state, prefix + "gate.", prefix + "all_gates.", errors)
@@ -38,17 +38,17 @@ def prepare_state_dict(
 def _stack_experts(
     module: Any, state: dict[str, Any], prefix: str, missing: list[str], errors: list[str]
 ) -> None:
-    """One tensor for all experts, of one per expert; only if the state has no such tensor yet.
+    """Combine the tensors of single experts to one tensor for all, unless the state already has it.
 
-    A missing expert keeps its present values, should the state be loaded in spite of that; where the module has
-    none, on the meta device, it is an error.
+    If the state is loaded although an expert is missing, that expert keeps its present values; on the meta device,
+    where it has no values, a missing expert is an error.
     """
     numbered = re.compile(re.escape(prefix) + r"(\d+)\.")
     if not any(map(numbered.match, state)) or any(prefix + piece in state for piece in PIECES):
         return
     for piece in PIECES:
         own = module.experts.get_parameter(piece).detach()
-        found: dict[int, Tensor] = {}
+        pieces: dict[int, Tensor] = {}
         for expert in range(module.num_expert):
             key = f"{prefix}{expert}.{piece}"
             if key not in state:
@@ -61,12 +61,12 @@ def _stack_experts(
             if problem := _problem(key, value, (1, *own.shape[1:])):
                 errors.append(problem)
             else:
-                found[expert] = value
-        if len(found) == module.num_expert:
-            state[prefix + piece] = torch.cat(list(found.values()))
+                pieces[expert] = value
+        if len(pieces) == module.num_expert:
+            state[prefix + piece] = torch.cat(list(pieces.values()))
             continue
         state[prefix + piece] = own.clone()
-        for expert, value in found.items():
+        for expert, value in pieces.items():
             state[prefix + piece][expert : expert + 1] = value
 
 
@@ -79,7 +79,7 @@ def _problem(key: str, value: Any, expected: tuple[int, ...]) -> str:
 
 
 def _match_gates(state: dict[str, Any], gate: str, routers: str, errors: list[str]) -> None:
-    """The gate is saved twice: its copies must agree, and where there are no routers it is the only one."""
+    """Check that the two saved copies of the gate agree; if there are no routers, copy the gate to router 0."""
     own = [key for key in state if key.startswith(gate)]
     if not any(key.startswith(routers) for key in state):
         for key in own:
@@ -88,7 +88,7 @@ def _match_gates(state: dict[str, Any], gate: str, routers: str, errors: list[st
     for key in own:
         twin = f"{routers}0.{key.removeprefix(gate)}"
         if twin in state and not _same(state[key], state[twin]):
-            errors.append(f'"{key}" and "{twin}" differ, but are one gate.')
+            errors.append(f'"{key}" and "{twin}" differ, but are the same gate.')
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,8 +1,8 @@
-"""Description of a published sparse MLP, and whether RoutedMLP computes the same.
+"""Description of a published sparse MLP, and check that RoutedMLP supports it.
 
-RoutedMLP computes its own mathematics from the parameters and never calls the parts of the published module, so
-everything that those could do differently is checked here. The class names of the module and of its gates state
-which mathematics is meant, since that of the kernels behind them does not show in their structure.
+RoutedMLP only uses the parameters and never calls the parts of the published module, so everything that they could
+do differently is checked here. The class names of the module and of its gates identify the mathematics, because
+their structure does not show what their kernels compute.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .gate_base import Gate
 
 SPARSE_MLP = "FMoETransformerMLP"
 NOISY_GATES = ("NoisyGate", "AddtionalNoisyGate")
-# The settings of each published gate beyond its sizes. A gate without one of them is not supported: ours would
-# use its own default.
+# The settings of each published gate besides its sizes. A gate without one of them is not supported, because the
+# default of this package's gate may differ.
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "NaiveGate": (),
     "GShardGate": ("capacity", "random_routing"),
@@ -32,7 +32,7 @@ _FIXED_CHOICES = {"GShardGate": 2, "SwitchGate": 1}
 
 @dataclasses.dataclass(frozen=True)
 class RoutedSpec:
-    """Sizes and kinds of a sparse MLP; gate is the published class name, act as in routed_mlp."""
+    """Sizes, gate and activation of a sparse MLP; gate is the published class name, act as in routed_mlp."""
 
     num_expert: int
     d_model: int
@@ -42,14 +42,14 @@ class RoutedSpec:
     act: str
 
     def routers(self, layer: nn.Module) -> dict[str, nn.Module]:
-        """The gates of a layer of this description, by the names that all_gates gives them."""
+        """The gates of a layer with this description, by their names in all_gates."""
         every = getattr(layer, "all_gates", None)
         if every is None:
             return {"0": layer.get_submodule("gate")}
         return dict(every.items())
 
     def make_gate(self, published: nn.Module, make: Callable[..., Gate]) -> Gate:
-        """A new gate with the published one's settings; its parameters are for the caller to share."""
+        """A new gate with the settings of a published gate; the caller must share the parameters."""
         gate = make(self.d_model, self.num_expert, 1, self.top_k)
         for name in _SETTINGS[self.gate]:
             setattr(gate, name, getattr(published, name))
@@ -79,32 +79,32 @@ def parameter_shapes(
 
 
 def activation_name(module: object) -> str:
-    """The name in routed_mlp's `act` of a torch activation module.
+    """The name of a torch activation module in routed_mlp's `act`.
 
     Raises:
-        TypeError: another module.
+        TypeError: the module is not a supported activation.
     """
     kinds: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
     for kind, name in kinds.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             tanh = isinstance(module, nn.GELU) and module.approximate == "tanh"
             return "gelu_tanh" if tanh else name
-    found = type(module).__name__
-    raise TypeError(f"activation: expected nn.GELU, nn.ReLU or nn.SiLU, a module, got {found}")
+    kind_name = type(module).__name__
+    raise TypeError(f"activation: expected nn.GELU, nn.ReLU or nn.SiLU, got {kind_name}")
 
 
 def describe(layer: nn.Module) -> RoutedSpec:
     """The description of a published sparse MLP.
 
     Raises:
-        UnsupportedLayer: naming the part that RoutedMLP does not compute.
+        UnsupportedLayer: RoutedMLP does not support a part of the layer; the error names it.
     """
     published: Any = layer
     _check_settings(published)
     experts = getattr(published, "experts", None)
     if isinstance(experts, nn.ModuleList):
         raise UnsupportedLayer(
-            "experts: each has parameters of its own (FastMoE 1.1's layout), which one fused module cannot "
+            "experts: every expert has separate parameters (FastMoE 1.1's layout), which a RoutedMLP cannot "
             "share; build a RoutedMLP and load this module's state_dict"
         )
     shape: tuple[int, ...] = getattr(
@@ -146,7 +146,7 @@ def _check_settings(layer: Any) -> None:
         raise UnsupportedLayer("slice_group: the module splits its tokens among processes")
     for name in ("gate_hook", "mask", "mask_dict"):
         if getattr(layer, name, None) is not None:
-            raise UnsupportedLayer(f"{name}: set, and RoutedMLP has none")
+            raise UnsupportedLayer(f"{name}: set, but RoutedMLP does not support it")
 
 
 def _check_gates(layer: Any, spec: RoutedSpec) -> None:
@@ -165,12 +165,12 @@ def _check_gates(layer: Any, spec: RoutedSpec) -> None:
             raise UnsupportedLayer(f"{path}: expected {spec.gate}, got {type(router).__name__}")
         for name, value in sizes.items():
             if getattr(router, name, None) != value:
-                found = getattr(router, name, None)
-                raise UnsupportedLayer(f"{path}.{name}: expected {value}, got {found!r}")
-        if spec.top_k != _FIXED_CHOICES.get(spec.gate, spec.top_k):
-            raise UnsupportedLayer(f"{path}.top_k: {spec.top_k}, not that of a {spec.gate}")
+                actual = getattr(router, name, None)
+                raise UnsupportedLayer(f"{path}.{name}: expected {value}, got {actual!r}")
+        if spec.top_k != (fixed := _FIXED_CHOICES.get(spec.gate, spec.top_k)):
+            raise UnsupportedLayer(f"{path}.top_k: expected {fixed}, got {spec.top_k}")
         for name in _SETTINGS[spec.gate]:
             if not hasattr(router, name):
-                raise UnsupportedLayer(f"{path}.{name}: missing, which a {spec.gate} has")
+                raise UnsupportedLayer(f"{path}.{name}: missing, but a {spec.gate} needs it")
         if spec.gate not in NOISY_GATES:
             plain_module(getattr(router, "gate", None), f"{path}.gate", nn.Linear)

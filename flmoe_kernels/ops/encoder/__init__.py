@@ -1,1 +1,1 @@
-"""The fused row-wise and dense operators of the fusion encoder; internal to interaction_moe."""
+"""Row-wise and dense operators of the fusion encoder, used by interaction_moe."""

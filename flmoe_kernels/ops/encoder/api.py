@@ -1,13 +1,13 @@
-"""Entry points of the fusion encoder's operators: docstrings and choice of the backend.
+"""Entry points of the fusion encoder's operators: docstrings and backend choice.
 
-InteractionMoE calls them several times a layer with validated tensors and a backend from core.backend.choose. So
-nothing is validated here: the kernels of every backend check shapes, dtypes and devices at their border
-(ValueError naming the argument), and the reference relies on PyTorch's own errors.
+InteractionMoE calls them several times per layer with validated tensors and a backend from core.backend.choose.
+Nothing is validated here: the kernels of every backend check shapes, dtypes and devices (ValueError naming the
+argument), and the reference relies on PyTorch's own errors.
 
-E experts, R rows, K in and N out width, D width, V views, n rows of one view, S segments. All floating-point
-tensors of a call have one dtype: float32, bfloat16, float16, and float64 where the backend has it. Kernels are
-differentiable once, and deterministic for any number of threads. A dropout with rate p drops by the counters of
-core.dropout from `seed` (one int64); None drops nothing.
+Sizes: E experts, R rows, K input and N output width, D width, V views, n rows of one view, S segments. All
+floating-point tensors of a call have one dtype: float32, bfloat16, float16, or float64 if the backend supports it.
+Kernels are differentiable once, and deterministic for any number of threads. Dropout with rate p uses the
+counters of core.dropout with `seed` (one int64); if the seed is None, nothing is dropped.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _OPS = torch.ops.flmoe
 
 
 def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    """x (E, R, K), weight (E, N, K), bias (E, N) or None -> (E, R, N). 2 E R K N FLOP."""
+    """Linear maps x (E, R, K), weight (E, N, K), bias (E, N) or None -> (E, R, N). 2 E R K N FLOP."""
     if backend == REFERENCE:
         return reference.expert_linear(x, weight, bias)
     return _OPS.expert_linear(x, weight, bias, backend)
 
 
 def expert_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, backend: str) -> Tensor:
-    """Layer norm of x (E, R, D) with gains and shifts (E, D) of each expert."""
+    """Layer norm of x (E, R, D) with each expert's gain and shift (E, D)."""
     if backend == REFERENCE:
         return reference.expert_norm(x, gain, shift, eps)
     return _OPS.expert_norm(x, gain, shift, eps, backend)[0]
@@ -47,9 +47,9 @@ def dropout_add_norm(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """sum = residual + dropout(update) (E, R, D), and its layer norm with gain and shift (E, D).
+    """Return sum = residual + dropout(update) (E, R, D), and its layer norm with gain and shift (E, D).
 
-    Without a residual sum = u + dropout(u) with u = dropout(update), as in I2MoE.
+    If residual is None, sum = u + dropout(u) with u = dropout(update), as in I2MoE.
     """
     if backend == REFERENCE:
         return reference.dropout_add_norm(residual, update, gain, shift, seed, p, eps)
@@ -57,7 +57,7 @@ def dropout_add_norm(
 
 
 def gelu_dropout(x: Tensor, seed: Tensor | None, p: float, backend: str) -> Tensor:
-    """dropout(GELU(x)) of x (E, R, D), with the exact error function."""
+    """Return dropout(GELU(x)) for x (E, R, D), with the exact error function."""
     if backend == REFERENCE:
         return reference.gelu_dropout(x, seed, p)
     return _OPS.gelu_dropout(x, seed, p, backend)
@@ -72,9 +72,9 @@ def dropout_add_pool(
     p: float,
     backend: str,
 ) -> Tensor:
-    """Means (E, V, S, D) of residual + dropout(update), both (E, V * n, D), over runs of rows of each view.
+    """Means (E, V, S, D) of residual + dropout(update), both (E, V * n, D), over the segments of each view.
 
-    cu_segments: (S + 1) int32 within 0..n, non-decreasing; the mean of no rows is 0.
+    cu_segments: (S + 1) int32 within 0..n, non-decreasing; the mean of an empty segment is 0.
     """
     if backend == REFERENCE:
         return reference.dropout_add_pool(residual, update, cu_segments, views, seed, p)
@@ -82,7 +82,7 @@ def dropout_add_pool(
 
 
 def expand_views(x: Tensor, modality: Tensor, views: int, backend: str) -> Tensor:
-    """x (E, 2, n, D), the original and the replaced rows, to (E, V, n, D): view v replaces modality v - 1.
+    """Expand x (E, 2, n, D), the original and the replaced rows, to (E, V, n, D): view v replaces modality v - 1.
 
     modality: (n) int32, the modality of each row.
     """

@@ -1,4 +1,4 @@
-"""The encoder's operators through the native CPU module. Tensors are made contiguous here if they are not."""
+"""The encoder's operators in the native CPU module; makes tensors contiguous."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def norm_backward(
     grad_total, grad_normed = contiguous(grad_total), contiguous(grad_normed)
     gain = gain.contiguous()
     grad_residual = empty((0,) if self_residual else total.shape, total)
-    # Without dropout the update's gradient is the residual's.
+    # Without dropout, the gradient of the update equals that of the residual.
     own_update = want_update and (self_residual or seed is not None)
     grad_update = empty(total.shape if own_update else (0,), total)
     grad_gain, grad_shift = (torch.empty_like(gain) for _ in range(2))

@@ -1,6 +1,6 @@
 """torch.library registration of the encoder's operators: backends, schemas, fakes, autograd.
 
-Shapes are those of api.py. A gradient that is not wanted comes back with no elements. The reference is not
+Shapes are those of api.py. A gradient that is not requested is returned as an empty tensor. The reference is not
 registered: api.py calls it, and autograd differentiates it.
 """
 
@@ -20,7 +20,7 @@ _DROP = "Tensor? seed, float p"
 
 
 def _kernels(backend: str) -> Any:
-    """linear, norm, gelu, pool, views and the backward of each of a backend."""
+    """The backend's module with linear, norm, gelu, pool, views_of and their backward functions."""
     match backend:
         case "cpu":
             from . import cpu
@@ -79,7 +79,7 @@ define(
 )
 
 
-# ---- expert_norm and dropout_add_norm: two operators of one kernel ----
+# ---- expert_norm and dropout_add_norm: two operators, one kernel ----
 
 
 def _expert_norm(

@@ -1,6 +1,6 @@
-"""The encoder's operators in plain PyTorch: the oracle for their kernels, same arguments, same masks.
+"""The encoder's operators in plain PyTorch, with the same dropout masks.
 
-E experts, R rows, K in and N out width, D width, V views, n rows of one view, S segments.
+E experts, R rows, K input and N output width, D width, V views, n rows of one view, S segments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flmoe_kernels.core.dropout import keep_mask, keep_scale
 
 
 def dropout(x: Tensor, seed: Tensor | None, p: float, stream: int = 0) -> Tensor:
-    """Dropout of x (E, R, D) with the counter (stream, expert, row, column)."""
+    """Dropout of x (E, R, D) with counters (stream, expert, row, column)."""
     if seed is None or p == 0:
         return x
     experts, rows, width = x.shape
@@ -26,13 +26,13 @@ def dropout(x: Tensor, seed: Tensor | None, p: float, stream: int = 0) -> Tensor
 
 
 def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (E, R, K), weight (E, N, K), bias (E, N) -> (E, R, N)."""
+    """Linear maps x (E, R, K), weight (E, N, K), bias (E, N) -> (E, R, N)."""
     out = x @ weight.mT
     return out if bias is None else out + bias.unsqueeze(1)
 
 
 def expert_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Layer norm of x (E, R, D) with gains and shifts (E, D) of each expert."""
+    """Layer norm of x (E, R, D) with each expert's gain and shift (E, D)."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * gain.unsqueeze(1) + shift.unsqueeze(1)
 
 
@@ -45,7 +45,7 @@ def dropout_add_norm(
     p: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """sum = residual + dropout(update), or without a residual u + dropout(u), u = dropout(update); norm of it."""
+    """Return residual + dropout(update), or without residual u + dropout(u), u = dropout(update), and its norm."""
     dropped = dropout(update, seed, p)
     base = dropout(dropped, seed, p, stream=1) if residual is None else residual
     total = base + dropped
@@ -53,7 +53,7 @@ def dropout_add_norm(
 
 
 def gelu_dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """dropout(GELU(x)), exact erf, x (E, R, D)."""
+    """Return dropout(GELU(x)) for x (E, R, D), with the exact error function."""
     return dropout(F.gelu(x), seed, p)
 
 
@@ -65,7 +65,7 @@ def dropout_add_pool(
     seed: Tensor | None,
     p: float,
 ) -> Tensor:
-    """Means (E, V, S, D) of residual + dropout(update), (E, V * n, D), over runs of rows of each view."""
+    """Means (E, V, S, D) of residual + dropout(update), (E, V * n, D), over the segments of each view."""
     experts, rows, width = residual.shape
     total = (residual + dropout(update, seed, p)).view(experts, views, rows // views, width)
     bounds = cu_segments.tolist()
@@ -74,6 +74,6 @@ def dropout_add_pool(
 
 
 def expand_views(x: Tensor, modality: Tensor, views: int) -> Tensor:
-    """x (E, 2, n, D), the original and the replaced rows, to (E, V, n, D): view v replaces modality v - 1."""
+    """Expand x (E, 2, n, D), original and replaced rows, to (E, V, n, D): view v replaces modality v - 1."""
     replaced = modality.view(1, -1) == torch.arange(views).view(-1, 1) - 1
     return torch.where(replaced.view(1, views, -1, 1), x[:, 1:2], x[:, 0:1])

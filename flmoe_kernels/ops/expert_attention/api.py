@@ -28,22 +28,21 @@ def expert_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Multi-head softmax attention in which every run of rows attends to itself alone.
+    """Multi-head softmax attention over packed rows: the rows of a problem attend only to each other.
 
-    For each problem p (an expert, view and sample), rows [cu_seqlens[p], cu_seqlens[p + 1]), and each head:
-    out = dropout(softmax(scale * q k^T)) v. Padded tokens are simply absent; a run of no rows is an
-    empty problem; rows that no run covers give 0. No (L, L) buffer exists in the forward or the backward, which
-    makes the probabilities again from the log-sum-exp, and the dropout mask again from
-    (seed, problem, head, row, column), see flmoe_kernels.core.dropout. Deterministic for any number of threads;
-    autocast changes nothing.
+    Problem p (an expert, view and sample) consists of the rows cu_seqlens[p] to cu_seqlens[p + 1] - 1. In each
+    head, out = dropout(softmax(scale * q k^T)) v. Padded tokens are not stored. A problem may be empty; rows that
+    belong to no problem give 0. Neither the forward nor the backward allocates an (L, L) buffer: the backward
+    recomputes the probabilities from the log-sum-exp and the dropout mask from (seed, problem, head, row, column),
+    see flmoe_kernels.core.dropout. Deterministic for any number of threads; autocast has no effect.
 
     Args:
-        q, k, v: (rows, H, d), or (G, rows, H, d) for G groups that share the same runs (problem ids then
-            count group by group). float32, bfloat16, float16, and float64 where the backend has it; last
-            dimension contiguous, or copied. Any H and d.
+        q, k, v: (rows, H, d), or (G, rows, H, d) for G groups with the same cu_seqlens (problems are then
+            numbered group by group). float32, bfloat16, float16, or float64 if the backend supports it. Copied if
+            the last dimension is not contiguous. Any H and d.
         cu_seqlens: (P + 1,) int32 on the same device, non-decreasing, within 0..rows.
-        dropout_p: probability, 0 to 1, with which an attention probability is dropped.
-        seed: one int64 on the same device; None draws one from torch's generator when dropout_p > 0.
+        dropout_p: dropout rate of the attention probabilities, 0 to 1.
+        seed: one int64 on the same device; if None and dropout_p > 0, drawn from torch's generator.
         scale: factor of the scores; default d^-1/2.
         return_lse: also return the log-sum-exp of each row's scaled scores, (rows, H) or (G, rows, H),
             float32 (float64 for float64). No gradient flows through it.
@@ -53,7 +52,7 @@ def expert_attention(
         out, shaped as q; with return_lse (out, lse).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; named.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; the error names it.
         BackendUnavailable: the requested backend cannot run this.
 
     Cost: 4 * L^2 * d FLOP per problem and head, memory O(rows * H * d).
@@ -72,7 +71,7 @@ def expert_attention(
     chosen = backends.choose(_OPERATOR, q, backend)
     tail = (cu_seqlens, seed, dropout_p, scale)
     if chosen == backends.REFERENCE:
-        # Autocast would give the products a type of its own; the kernels do not see it either.
+        # Autocast would change the dtype of the products; it has no effect on the kernels either.
         with torch.autocast(q.device.type, enabled=False):
             out, lse = attention_reference(q4, k4, v4, *tail)
         lse = lse.detach()
@@ -90,10 +89,10 @@ def expert_attention_packed(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """expert_attention of q, k, v packed as a fused projection writes them, for layers.
+    """Compute expert_attention of q, k, v packed as a fused projection writes them; for use in layers.
 
     Args:
-        qkv: (G, rows, 3, H, d). The kernels check tensors at their border; nothing else is validated here.
+        qkv: (G, rows, 3, H, d). Nothing is validated here; the kernels check the tensors.
         backend: the result of core.backend.choose, not the reference.
         others: as in expert_attention.
 
@@ -110,7 +109,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout_p: fl
     if q.dim() not in (3, 4):
         raise ValueError(f"q: expected (rows, H, d) or (G, rows, H, d), got {tuple(q.shape)}")
     if q.shape[-1] < 1 or q.shape[-2] < 1:
-        raise ValueError(f"q: expected at least one head of width one, got {tuple(q.shape)}")
+        raise ValueError(f"q: expected at least one head of width 1, got {tuple(q.shape)}")
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
             raise ValueError(f"{name}: expected shape {tuple(q.shape)} as q, got {tuple(x.shape)}")
@@ -122,7 +121,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout_p: fl
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens: expected device {q.device}, got {cu_seqlens.device}")
     check.require_probability("dropout_p", dropout_p)
-    # Reading values waits for a GPU and cannot be traced; there the kernels themselves stay in bounds.
+    # Reading values would synchronize with a GPU and cannot be traced; the kernels themselves stay in bounds.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         rows = q.shape[-3]

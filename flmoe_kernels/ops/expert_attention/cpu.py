@@ -1,4 +1,4 @@
-"""expert_attention through the native CPU module."""
+"""expert_attention in the native CPU module."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def backward(
     dropout_p: float,
     scale: float,
 ) -> None:
-    """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous."""
+    """Write the gradients of q, k and v to `grads`, whose last dimension is contiguous."""
     _expect(q, k, v, cu_seqlens, seed)
     expect("grad_out", grad_out, q.shape, q.dtype)
     expect("out", out, q.shape, q.dtype)

@@ -1,7 +1,7 @@
 """torch.library registration of expert_attention: backends, schemas, fakes, autograd.
 
-`flmoe::expert_attention` takes q, k, v apart; `flmoe::expert_attention_packed` takes them as one
-(G, rows, 3, H, d) tensor, as a fused projection writes them, and returns one gradient of that shape. The reference
+`flmoe::expert_attention` takes q, k, v as three tensors; `flmoe::expert_attention_packed` takes one
+(G, rows, 3, H, d) tensor, as a fused projection writes it, and returns one gradient of that shape. The reference
 is not registered: api.py calls it, and autograd differentiates it.
 """
 
@@ -20,7 +20,7 @@ _SAVED = "Tensor out, Tensor lse"
 
 
 def _kernels(backend: str) -> Any:
-    """forward, backward and empty of a backend on q, k, v (G, rows, H, d)."""
+    """The backend's module with forward, backward and empty for q, k, v (G, rows, H, d)."""
     match backend:
         case "cpu":
             from . import cpu

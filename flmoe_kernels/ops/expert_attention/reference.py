@@ -1,4 +1,4 @@
-"""The mathematics of expert_attention, problem by problem, with every (L, L) map in memory: the oracle."""
+"""Reference of expert_attention, which stores all (L, L) maps."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """Output (G, rows, H, d) and log-sum-exp (G, rows, H) of q, k, v (G, rows, H, d).
 
-    Each run of rows [cu_seqlens[p], cu_seqlens[p + 1]) attends to itself alone:
-    out = dropout(softmax(scale * q k^T)) v. Rows that no run covers give 0.
+    The rows cu_seqlens[p] to cu_seqlens[p + 1] - 1 of problem p attend only to each other:
+    out = dropout(softmax(scale * q k^T)) v. Rows outside all problems give 0.
     """
     groups, rows, heads, _ = q.shape
     bounds = cu_seqlens.tolist()
@@ -46,7 +46,7 @@ def attention_reference(
 
 
 def _zeros_of(*rows: Tensor) -> Tensor:
-    """Zeros for rows that no run covers: with gradients, which are zero, whatever the rows hold."""
+    """Zeros for rows outside all problems, with zero gradients for any values of the rows."""
     never = torch.zeros_like(rows[0], dtype=torch.bool)
     return torch.stack([torch.where(never, x, 0.0) for x in rows]).sum(dim=0)
 
@@ -54,7 +54,7 @@ def _zeros_of(*rows: Tensor) -> Tensor:
 def _problem_mask(
     seed: Tensor, dropout_p: float, groups: int, heads: int, length: int, problems: int, p: int
 ) -> Tensor:
-    """Kept probabilities (G, H, length, length) of problem p of every group; ids count group by group."""
+    """Dropout mask (G, H, length, length) of problem p in every group; problems are numbered group by group."""
     device = seed.device
     ids = (torch.arange(groups, device=device) * problems + p).view(-1, 1, 1, 1)
     head = torch.arange(heads, device=device).view(-1, 1, 1)

@@ -15,22 +15,22 @@ __all__ = ["interaction_losses"]
 
 
 def interaction_losses(latents: Tensor, backend: str) -> Tensor:
-    """Losses of the interaction experts on the full view and the views that lack one modality.
+    """Losses of the interaction experts, from the full view and the views without one modality.
 
-    Experts 0..M-1 are the uniqueness experts (a triplet loss: close to views that lack another modality, far from
-    the view that lacks their own), expert M is synergy (mean cosine), expert M + 1 redundancy (1 - mean cosine).
+    Expert m < M has the uniqueness loss of modality m (triplet: close to the views without another modality, far
+    from the view without m), expert M the synergy loss (mean cosine), expert M + 1 redundancy (1 - mean cosine).
 
     Args:
-        latents: (M + 2, M + 1, B, width), M from 2; view 0 is the full one. float32, float64, bfloat16 or float16.
+        latents: (M + 2, M + 1, B, width), M >= 2; view 0 is the full view. float32, float64, bfloat16 or float16.
         backend: the result of core.backend.choose.
 
     Returns:
         (M + 2,), same dtype; NaN for an empty batch. Differentiable.
 
     Raises:
-        TypeError, ValueError: latents of another kind or shape.
+        TypeError, ValueError: latents has the wrong type, dtype or shape.
 
-    Cost: reads latents once; bound by memory, or by latency at the sizes of a layer.
+    Cost: latents is read once; memory-bound, or latency-bound at the sizes of a layer.
     """
     check.require_floating("latents", latents)
     if latents.dim() != 4 or latents.shape[1] != latents.shape[0] - 1 or latents.shape[1] < 3:

@@ -1,4 +1,4 @@
-"""The interaction losses through the native CPU module."""
+"""The interaction losses in the native CPU module."""
 
 from __future__ import annotations
 

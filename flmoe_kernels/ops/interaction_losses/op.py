@@ -14,7 +14,7 @@ from flmoe_kernels.core.registration import define, first_order_only
 
 
 def _kernels(backend: str) -> Any:
-    """losses and losses_backward of a backend."""
+    """The backend's module with losses and losses_backward."""
     match backend:
         case "cpu":
             from . import cpu

@@ -1,4 +1,4 @@
-"""The mathematics of the interaction losses in plain PyTorch: the oracle.
+"""Reference of the interaction losses in plain PyTorch.
 
 Source: FL-I2MoE (arXiv 2603.13326) and its ancestor I2MoE (arXiv 2505.19190).
 """
@@ -16,7 +16,7 @@ TRIPLET_EPS = 1e-7
 
 
 def uniqueness_loss(views: Sequence[Tensor], modality: int) -> Tensor:
-    """Triplet loss of one uniqueness expert: close to views that lose another modality, far from its own."""
+    """Triplet loss of a uniqueness expert: close to views without another modality, far from its own."""
     anchor, negative = views[0], views[1 + modality]
     positives = [view for m, view in enumerate(views[1:]) if m != modality]
     losses = [
@@ -36,7 +36,7 @@ def mean_cosine(views: Sequence[Tensor]) -> Tensor:
 
 
 def interaction_losses(views: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The M + 2 losses of experts' views[e][v] (B, *): uniqueness per modality, synergy, redundancy."""
+    """The M + 2 losses from views[e][v] (B, *): uniqueness per modality, synergy, redundancy."""
     *unique, synergy, redundancy = views
     losses = [uniqueness_loss(expert, m) for m, expert in enumerate(unique)]
     return [*losses, mean_cosine(synergy), 1.0 - mean_cosine(redundancy)]

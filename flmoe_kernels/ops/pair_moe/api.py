@@ -28,9 +28,9 @@ class PairMoEOutput(NamedTuple):
 
 
 class TopPairs(NamedTuple):
-    """The largest pair contributions, sorted; equal ones by (i, j); -inf and -1 where fewer are valid.
+    """The largest pair contributions in descending order, ties by (i, j); -inf and -1 if fewer pairs are valid.
 
-    values, i, j: (B, E, n), of each expert. total_values, total_i, total_j: (B, n), of the sum over experts.
+    values, i, j: (B, E, n), per expert. total_values, total_i, total_j: (B, n), for the sum over experts.
     """
 
     values: Tensor
@@ -56,20 +56,20 @@ def pair_moe(
     reduce: str = "none",
     backend: str | None = None,
 ) -> PairMoEOutput:
-    """Token-pair gated mixture of interaction experts: gate, dispatch and accumulation of every pair at once.
+    """Token-pair gated mixture of interaction experts: gate, dispatch and accumulation of all pairs at once.
 
-    Like attention, but the softmax runs over the experts of each pair, not over the keys of each query, so that
+    Like attention, but the softmax runs over the experts of each pair, not over the keys of each query, so
     pairs are independent and sums over them are exact:
 
         logit[b,e,i,j] = q[b,e,i] . k[b,e,j] / (sqrt(R) * temperature) + gate_bias[e]
-        p[b,:,i,j]     = softmax over e; with top_k over the top_k largest (ties: the lower expert), the rest 0;
+        p[b,:,i,j]     = softmax over e; with top_k only over the top_k largest (ties: lower e), the rest 0;
                          0 where mask_a[b,i] or mask_b[b,j] is False
         y[b,e,i]       = sum over j of p * message,   mass[b,e,i] = sum over j of p
 
     The message is a_i for "unique_a", c_j for "unique_b", a_i * c_j for "synergy", (a_i + c_j) / 2 for
-    "redundancy" and nothing for "null". Side b's outputs: the same call with the sides swapped and
-    kinds=swap_sides(kinds). Both outputs are differentiable; no backend but the reference holds anything of
-    size La x Lb; results are the same bits for any number of threads.
+    "redundancy" and 0 for "null". For the outputs of side b, call pair_moe(k, q, c, a, kinds=swap_sides(kinds)).
+    Both outputs are differentiable. Only the reference allocates anything of size La x Lb. Results are bitwise
+    equal for any number of threads.
 
     Args:
         q, k: (B, E, La, R) and (B, E, Lb, R), E from 1 to 8. float32, float64, bfloat16 or float16.
@@ -77,8 +77,8 @@ def pair_moe(
         kinds: E names.
         gate_bias: (E), same dtype or that of mass.
         mask_a, mask_b: (B, La) and (B, Lb) bool, True = valid. A masked token adds nothing and gets no gradient,
-            whatever it holds.
-        top_k: experts that share a pair, 1 to E; None for all.
+            whatever its values are.
+        top_k: number of experts per pair, 1 to E; None for all.
         temperature: positive.
         reduce: "none" for y (B, E, La, V), "experts" for the sum over e (B, La, V), "pool" for the sum
             over i (B, E, V).
@@ -86,15 +86,15 @@ def pair_moe(
 
     Returns:
         (y, mass): y in the inputs' dtype, for "pool" in that of mass; mass (B, E, La) in float32 (float64 for
-        float64). Under autocast q, k, a and c are brought to its dtype first.
+        float64). Under autocast q, k, a and c are first cast to its dtype.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or range; named.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; the error names it.
         BackendUnavailable: the requested backend cannot run this.
 
     Cost: 2 R E FLOP per valid pair and 2 V for each expert whose message needs c_j at that reduction; memory
-    O(B * E * (La + Lb) * (R + V)). The backward makes the probabilities again.
-    Source: FL-I2MoE's experts (arXiv 2603.13326) at the level of token pairs; the operator is this package's own.
+    O(B * E * (La + Lb) * (R + V)). The backward recomputes the probabilities.
+    Source: FL-I2MoE's experts (arXiv 2603.13326) at the level of token pairs; the operator is new in this package.
     """
     call = _call(q, k, a, c, kinds, gate_bias, mask_a, mask_b, top_k, temperature)
     if reduce not in REDUCTIONS:
@@ -121,9 +121,9 @@ def pair_map(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Contribution of every pair through a linear head: phi = p * (message . head), dense.
+    """Dense map of every pair's contribution through a linear head: phi = p * (message . head).
 
-    For sizes that a person looks at; `top_pairs` finds the largest ones of any size.
+    Meant for maps that a person can look at; `top_pairs` returns the largest contributions at any size.
 
     Args:
         head: (E, V), or (E, V, C) with a target class for each sample.
@@ -131,11 +131,11 @@ def pair_map(
         others: as in pair_moe.
 
     Returns:
-        phi (B, E, La, Lb), float32 (float64 for float64); 0 for masked pairs. Differentiable on the
-        reference only.
+        phi (B, E, La, Lb), float32 (float64 for float64); 0 for masked pairs. Differentiable only with
+        backend="reference".
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as pair_moe.
+        TypeError, ValueError, BackendUnavailable: as in pair_moe.
     """
     call = _call(q, k, a, c, kinds, gate_bias, mask_a, mask_b, top_k, temperature)
     weight = _head_of(call, head, target)
@@ -164,18 +164,18 @@ def top_pairs(
 ) -> TopPairs:
     """The n_pairs largest contributions phi (see pair_map) of each expert and of the sum over experts.
 
-    Streamed: no (La, Lb) map is held. The most negative ones are the largest of -head.
+    No (La, Lb) map is stored. For the most negative contributions, pass -head.
 
     Args:
-        n_pairs: at least 1; where fewer pairs are valid the rest is -inf with i = j = -1.
+        n_pairs: at least 1; if fewer pairs are valid, the rest is -inf with i = j = -1.
         others: as in pair_map.
 
     Returns:
-        TopPairs: sorted from the largest; equal values by the lowest (i, j); NaN first, as in torch.topk.
+        TopPairs in descending order; ties by the lower (i, j); NaN first, as in torch.topk.
         Not differentiable.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as pair_moe.
+        TypeError, ValueError, BackendUnavailable: as in pair_moe.
     """
     call = _call(q, k, a, c, kinds, gate_bias, mask_a, mask_b, top_k, temperature)
     weight = _head_of(call, head, target)
@@ -183,10 +183,10 @@ def top_pairs(
     name = backends.choose(_OPERATOR, q, backend)
     with torch.no_grad():
         if name == backends.REFERENCE:
-            found = reference.top_pairs(call, weight, n_pairs)
+            top = reference.top_pairs(call, weight, n_pairs)
         else:
-            found = torch.ops.flmoe.top_pairs(*_flat(call), weight, n_pairs, name)
-    return TopPairs(*(x[:, :-1] for x in found), *(x[:, -1] for x in found))
+            top = torch.ops.flmoe.top_pairs(*_flat(call), weight, n_pairs, name)
+    return TopPairs(*(x[:, :-1] for x in top), *(x[:, -1] for x in top))
 
 
 def _flat(call: PairCall) -> tuple:
@@ -286,5 +286,5 @@ def _head_of(call: PairCall, head: Tensor, target: Tensor | None) -> Tensor:
     classes = head.shape[2] if head.dim() == 3 else -1
     check.require_shape("head", head, (call.experts, call.width, classes), "(E, V, C)")
     check.require_index("target", target, (call.batch,), classes, call.q.device)
-    # Not head[..., target]: indexing takes a negative class for one counted from the end.
+    # Not head[..., target]: indexing would count a negative class from the end.
     return head.permute(2, 0, 1).index_select(0, target)

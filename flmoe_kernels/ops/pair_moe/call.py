@@ -1,4 +1,4 @@
-"""One validated call of pair_moe, as every backend takes it."""
+"""Validated arguments of pair_moe, passed to all backends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ REDUCE_NONE, REDUCE_EXPERTS, REDUCE_POOL = REDUCTIONS = ("none", "experts", "poo
 
 @dataclass(frozen=True)
 class PairCall:
-    """Inputs of pair_moe: q (B, E, La, R), k (B, E, Lb, R), a (B, E, La, V), c (B, E, Lb, V) of one
-    dtype, gate_bias (E) of it or of the statistics dtype, mask_a (B, La) and mask_b (B, Lb) bool.
+    """Inputs of pair_moe: q (B, E, La, R), k (B, E, Lb, R), a (B, E, La, V), c (B, E, Lb, V) with the same
+    dtype, gate_bias (E) with this or the statistics dtype, mask_a (B, La) and mask_b (B, Lb) bool.
 
     kinds are positions in KINDS; top_k is 1..E; scale multiplies q . k.
     """
@@ -61,11 +61,11 @@ class PairCall:
 
     @property
     def statistics(self) -> torch.dtype:
-        """float64 for float64 inputs, float32 otherwise: of probabilities, mass and contributions."""
+        """Dtype of probabilities, mass and contributions: float64 for float64 inputs, otherwise float32."""
         return statistics_dtype(self.q.dtype)
 
     def y_dtype(self, reduce: str) -> torch.dtype:
-        """The inputs' dtype; for "pool", whose sums over all pairs would overflow float16, `statistics`."""
+        """The inputs' dtype; for "pool" `statistics`, because sums over all pairs would overflow float16."""
         return self.statistics if reduce == REDUCE_POOL else self.q.dtype
 
     def y_shape(self, reduce: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""pair_moe through the native CPU module."""
+"""pair_moe in the native CPU module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ View = tuple[int, int, int, int]
 
 def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
     call = _checked(call)
-    # The kernel passes over masked rows.
+    # The kernel skips masked rows.
     make = empty if call.mask_a is None else _zeros
     y = make(call.y_shape(reduce), call.q, call.y_dtype(reduce))
     mass = make(call.q.shape[:3], call.q, call.statistics)
@@ -35,7 +35,7 @@ def backward(
     expect("grad_mass", grad_mass, call.q.shape[:3], call.statistics)
     grad_mass = contiguous(grad_mass)
     grad_y = rows_contiguous(grad_y)
-    # The kernel passes over masked tokens, and over everything where one side has none.
+    # The kernel skips masked tokens, and everything if a side has no valid tokens.
     fresh = call.mask_a is None and call.mask_b is None and call.rows > 0 and call.columns > 0
     make = empty if fresh else _zeros
     # Half precision is added up in float32 and rounded once.
@@ -78,7 +78,7 @@ def _zeros(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = Non
 
 
 def _checked(call: PairCall) -> PairCall:
-    """The call as the kernels will read it; ValueError for what they must not."""
+    """Return the call in the form that the kernels read; ValueError if they must not read it."""
     batch, experts, rows, rank = call.q.shape
     columns, width = call.columns, call.width
     expect("q", call.q, (batch, experts, rows, rank), call.q.dtype)

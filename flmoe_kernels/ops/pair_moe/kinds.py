@@ -1,4 +1,4 @@
-"""The kinds of interaction experts, and what each makes of a pair of tokens."""
+"""Kinds of interaction experts and their messages for token pairs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ UNIQUE_A, UNIQUE_B, SYNERGY, REDUNDANCY, NULL = KINDS = (
 # The kinds of the published layer, for one pair of modalities.
 DEFAULT_KINDS = (UNIQUE_A, UNIQUE_B, SYNERGY, REDUNDANCY)
 
-# kind -> (s1, s2, s3): the pair's message is s1 * a_i + s2 * c_j + s3 * a_i * c_j. Operators carry kinds as
-# positions in KINDS; csrc/cpu/pair_gate.h has the same table.
+# kind -> (s1, s2, s3): the pair's message is s1 * a_i + s2 * c_j + s3 * a_i * c_j. Operators represent kinds
+# by positions in KINDS; csrc/cpu/pair_gate.h has the same table.
 COEFFICIENTS: dict[str, tuple[float, float, float]] = {
     UNIQUE_A: (1.0, 0.0, 0.0),
     UNIQUE_B: (0.0, 1.0, 0.0),

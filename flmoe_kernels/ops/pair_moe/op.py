@@ -23,7 +23,7 @@ _NUM_INPUTS = 10
 
 
 def _kernels(backend: str) -> Any:
-    """forward, backward, pair_map and top_pairs of a backend on a PairCall."""
+    """The backend's module with forward, backward, pair_map and top_pairs for a PairCall."""
     match backend:
         case "cpu":
             from . import cpu
@@ -100,7 +100,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _autograd(ctx: Any, grad_y: Tensor | None, grad_mass: Tensor | None) -> tuple:
     if grad_y is None and grad_mass is None:
         return (None,) * 12
-    saved = ctx.saved_tensors  # once: with activation checkpointing each look computes them again
+    saved = ctx.saved_tensors  # read once: checkpointing recomputes them at every read
     call = _call((*saved, *ctx.options[:3]))
     reduce = ctx.options[3]
     if grad_y is None:

@@ -1,11 +1,11 @@
-"""The mathematics of pair_moe with every (La, Lb) map in memory: the oracle.
+"""Reference of pair_moe in plain PyTorch, which stores all (La, Lb) maps.
 
     logit[b,e,i,j] = scale * q[b,e,i] . k[b,e,j] + gate_bias[e]
-    p[b,:,i,j]     = softmax over the experts; with top_k over the top_k largest only, the rest 0;
+    p[b,:,i,j]     = softmax over the experts; with top_k only over the top_k largest, the rest 0;
                      0 where a token is masked
     y[b,e,i]       = sum over j of p * (s1[e] a_i + s2[e] c_j + s3[e] a_i * c_j)
 
-A masked token adds nothing and gets no gradient, whatever it holds.
+A masked token adds nothing and gets no gradient, whatever its values are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .kinds import coefficients_of
 
 
 def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
-    """y, by `reduce`, in the inputs' dtype ("pool": statistics dtype), and mass (B, E, La) in the latter."""
+    """Return y in the inputs' dtype (for "pool" the statistics dtype), and mass (B, E, La) in the latter."""
     # Autocast would compute the gate and the sums in half precision.
     with torch.autocast(call.q.device.type, enabled=False):
         return _forward(call, reduce)
@@ -73,15 +73,15 @@ def top_pairs(call: PairCall, head: Tensor, count: int) -> tuple[Tensor, Tensor,
     """The `count` largest contributions of each expert and, last, of the sum over experts.
 
     Returns:
-        values (B, E + 1, count) in the statistics dtype, i and j (B, E + 1, count) int64; sorted from
-        the largest, equal ones by (i, j), NaN first as in torch.topk; -inf and -1 where fewer pairs are valid.
+        values (B, E + 1, count) in the statistics dtype, i and j (B, E + 1, count) int64; in descending order,
+        ties by (i, j), NaN first as in torch.topk; -inf and -1 if fewer pairs are valid.
     """
     phi = pair_map(call, head)
     phi = torch.cat([phi, phi.sum(dim=1, keepdim=True)], dim=1)
     found, places = phi.flatten(2).sort(dim=2, descending=True, stable=True)
     valid = _valid_pairs(call)
     if valid is not None:
-        # Valid pairs first, in the order found: one of -inf comes before all that are masked.
+        # Valid pairs first, in their order: a valid pair with -inf comes before all masked pairs.
         there = valid.flatten(2).expand(found.shape).gather(2, places)
         order = (~there).to(torch.uint8).argsort(dim=2, stable=True)
         there, found, places = (x.gather(2, order) for x in (there, found, places))
@@ -95,7 +95,7 @@ def top_pairs(call: PairCall, head: Tensor, count: int) -> tuple[Tensor, Tensor,
 
 
 def _without_masked(call: PairCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, a, c with zeros for masked tokens, so that NaN in padding reaches nothing."""
+    """Return q, k, a, c with zeros for masked tokens, so that NaN in padding has no effect."""
 
     def keep(x: Tensor, mask: Tensor | None) -> Tensor:
         return x if mask is None else torch.where(mask[:, None, :, None], x, 0.0)
@@ -123,7 +123,7 @@ def _gate(call: PairCall, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _rank(logits: Tensor) -> Tensor:
-    """How many experts come before each one: those with a larger logit, or an equal one and a lower index."""
+    """Rank of each expert: the number of experts with a larger logit, or an equal logit and a lower index."""
     ranks = []
     for e in range(logits.shape[1]):
         own = logits[:, e : e + 1]
@@ -133,7 +133,7 @@ def _rank(logits: Tensor) -> Tensor:
 
 
 def _valid_pairs(call: PairCall) -> Tensor | None:
-    """(B, 1, La, Lb) bool, or None where no token is masked."""
+    """Mask of valid pairs, (B, 1, La, Lb) bool, or None if no token is masked."""
     if call.mask_a is None and call.mask_b is None:
         return None
     valid = torch.ones((), dtype=torch.bool, device=call.q.device)

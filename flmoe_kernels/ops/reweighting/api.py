@@ -1,6 +1,6 @@
 """Entry points of the reweighting: docstrings and choice of the backend.
 
-Callers are layers whose inputs are validated; the Triton kernels check shapes again at their border.
+The calling layers validate the inputs; the Triton kernels check shapes again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["mix_experts", "reweighting_features"]
 def reweighting_features(
     inputs: Sequence[Tensor], masks: Masks, tokens: Tensor, valid: Tensor | None, backend: str
 ) -> Tensor:
-    """The mean of each modality's valid tokens, of length 1 where the modality has a mask.
+    """Mean of each modality's valid tokens, normalized to length 1 if the modality has a mask.
 
     Args:
         inputs, masks: M times (B, L_m, D), and (B, L_m) bool or None.
-        tokens, valid: both concatenated over L, (B, L, D) and (B, L) bool or None: the form that Triton reads.
+        tokens, valid: the same concatenated over L, (B, L, D) and (B, L) bool or None; used by Triton.
         backend: the result of core.backend.choose.
 
     Returns:
-        (B, M * D), same dtype. Differentiable with respect to inputs, by Triton with respect to tokens.
+        (B, M * D), same dtype. Differentiable with respect to inputs; with Triton, with respect to tokens.
     """
     match backend:
         case "triton":
@@ -43,11 +43,11 @@ def reweighting_features(
 def mix_experts(
     scores: Tensor, logits: Tensor, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Weights softmax(scores / temperature) (B, E), and the mixture (B, C) of the logits.
+    """Return the weights softmax(scores / temperature) (B, E) and the mixture (B, C) of the logits.
 
     Args:
         scores: (B, E).
-        logits: (E, B, C); by Triton in the dtype of scores.
+        logits: (E, B, C); Triton casts scores to their dtype.
         temperature: positive.
         backend: the result of core.backend.choose.
     """

@@ -1,6 +1,6 @@
 """torch.library registration of the reweighting: backends, schemas, fakes, autograd.
 
-On a CPU torch's own operators are as fast, so only Triton has kernels, where each operator saves launches. The
+Only Triton has kernels, where one operator saves launches; on a CPU torch's own operators are as fast. The
 reference is not registered: api.py calls it, and autograd differentiates it.
 """
 
@@ -19,7 +19,7 @@ _OPS = torch.ops.flmoe
 
 
 def _kernels(backend: str) -> Any:
-    """features, mix and the backward of each of a backend."""
+    """The backend's module with features, mix and their backward functions."""
     match backend:
         case "triton":
             from . import triton
@@ -48,8 +48,8 @@ def _features_autograd(ctx: Any, grad: Tensor | None, _statistics: None) -> tupl
     if grad is None:
         return (None,) * 5
     tail = (ctx.lengths, ctx.backend)
-    found = _OPS.reweighting_features_backward(grad, *ctx.saved_tensors, *tail)
-    return (found, *(None,) * 4)
+    grad = _OPS.reweighting_features_backward(grad, *ctx.saved_tensors, *tail)
+    return (grad, *(None,) * 4)
 
 
 def _mix_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -62,8 +62,8 @@ def _mix_autograd(ctx: Any, grad_weights: Tensor | None, grad_mixed: Tensor | No
     if grad_weights is None and grad_mixed is None:
         return (None,) * 4
     tail = (ctx.temperature, ctx.backend)
-    found = _OPS.mix_experts_backward(grad_weights, grad_mixed, *ctx.saved_tensors, *tail)
-    return (*found, None, None)
+    grads = _OPS.mix_experts_backward(grad_weights, grad_mixed, *ctx.saved_tensors, *tail)
+    return (*grads, None, None)
 
 
 define(

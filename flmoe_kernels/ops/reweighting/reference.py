@@ -1,4 +1,4 @@
-"""The mathematics of the reweighting in plain PyTorch: the oracle."""
+"""Reference of the reweighting in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Masks = Sequence[Tensor | None] | None
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of x (B, L, D) over its valid tokens, the count clamped to at least one; plain mean without a mask."""
+    """Mean of x (B, L, D) over its valid tokens, with a count of at least 1; plain mean without a mask."""
     if mask is None:
         return x.mean(dim=1)
     weight = mask.to(x.dtype).unsqueeze(-1)
@@ -20,17 +20,17 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def reweighting_features(inputs: Sequence[Tensor], masks: Masks = None) -> Tensor:
-    """Pooled inputs (B, M * D): masked mean, L2-normalised where a mask is given, plain mean elsewhere."""
+    """Pooled inputs (B, M * D): masked mean, L2-normalised if a mask is given, otherwise plain mean."""
     features = []
     for m, x in enumerate(inputs):
         mask = masks[m] if masks is not None else None
-        # The floor of the norm, 1e-12, is 0 in float16: a modality of padding alone would give 0 / 0.
+        # The floor of the norm, 1e-12, is 0 in float16: a modality with only padding would give 0 / 0.
         pooled = masked_mean(x.float() if x.dtype == torch.float16 else x, mask)
         features.append(pooled if mask is None else F.normalize(pooled, p=2, dim=1))
     return torch.cat(features, dim=1).to(inputs[0].dtype)
 
 
 def mix_experts(scores: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """weights (B, E) = softmax(scores / temperature), and the mixture (B, C) of logits (E, B, C)."""
+    """Return weights (B, E) = softmax(scores / temperature), and the mixture (B, C) of logits (E, B, C)."""
     weights = torch.softmax(scores / temperature, dim=1)
     return weights, torch.einsum("be,ebc->bc", weights, logits)

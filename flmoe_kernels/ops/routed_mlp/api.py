@@ -29,16 +29,16 @@ def routed_mlp(
     act: str = "gelu",
     backend: str | None = None,
 ) -> Tensor:
-    """Each token through the MLPs of its experts, weighted and summed: dispatch, grouped products, combine.
+    """Weighted sum of the outputs of each token's experts: dispatch, grouped matrix products, combine.
 
         out[n] = sum over k of weight[n, k] * (act(x[n] @ w_in[e]^T + b_in[e]) @ w_out[e]^T + b_out[e]),
         e = index[n, k]; -1 adds nothing.
 
-    No rows are padded, nothing is (N, E, capacity); experts without rows and N = 0 are ordinary. Results are
-    the same bits for any number of threads.
+    No rows are padded, and nothing has size (N, E, capacity). Experts may have no rows, and N may be 0. Results
+    are bitwise equal for any number of threads.
 
     Args:
-        x: (N, D) float32, float64, bfloat16 or float16; autocast changes nothing.
+        x: (N, D) float32, float64, bfloat16 or float16; autocast has no effect.
         index: (N, K) int64 or int32, experts from 0 to E - 1, or -1.
         weight: (N, K), same dtype as x.
         w_in, b_in: (E, F, D) and (E, F) or None, same dtype.
@@ -47,11 +47,11 @@ def routed_mlp(
         backend: "reference", "cpu" or "triton"; default by device.
 
     Returns:
-        out (N, D). Differentiable by x, weight, weights and biases.
+        out (N, D). Differentiable with respect to x, weight, w_in, b_in, w_out and b_out.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as routing.gate.
-        ValueError: an index is out of range, on the CPU. On a GPU, where the check would wait, its row is dropped.
+        TypeError, ValueError, BackendUnavailable: as in routing.gate.
+        ValueError: an index is out of range (on the CPU; a GPU drops its row, since a check would synchronize).
 
     Cost: 4 D F FLOP per kept row forward and 8 D F backward; memory O(N K (D + F)).
     Source: the sparse experts of FL-I2MoE's baselines, after FastMoE (arXiv 2103.13262).

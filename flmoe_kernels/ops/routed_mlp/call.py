@@ -1,4 +1,4 @@
-"""One call of the routed MLP, as every backend takes it."""
+"""Validated arguments of the routed MLP, passed to all backends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.operands import contiguous, expect
 
-# Places are int32, and so are the kernels' sums of a few more of them.
+# Positions are int32, and the kernels also compute slightly larger positions in int32.
 _MOST_ROWS = 2**30
 
 
@@ -57,7 +57,7 @@ class RoutedCall:
         return self.w_in.shape[1]
 
     def checked(self) -> RoutedCall:
-        """The call as the kernels read it, contiguous; ValueError for what they must not read."""
+        """Return the call with contiguous tensors; ValueError if the kernels must not read it."""
         experts, hidden, width = self.w_in.shape
         tokens, choices = self.weight.shape
         dtype, device = self.x.dtype, self.x.device
@@ -79,7 +79,7 @@ class RoutedCall:
         return replace(self, **tensors)
 
     def checked_gradients(self, grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """grad_out (N, D) and hidden (N * K, F) as the kernels of the backward read them."""
+        """Check grad_out (N, D) and hidden (N * K, F) for the backward and return them contiguous."""
         expect("grad_out", grad_out, self.x.shape, self.x.dtype, self.x.device)
         expect("hidden", hidden, (self.rows, self.hidden), self.x.dtype, self.x.device)
         return grad_out.contiguous(), hidden.contiguous()

@@ -1,4 +1,4 @@
-"""The routed MLP through the native CPU module."""
+"""The routed MLP in the native CPU module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .call import RoutedCall
 
 
 def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
-    """out (N, D), and the hidden layer before its activation, (N * K, F) by place in the permutation."""
+    """Return out (N, D), and the hidden layer before activation, (N * K, F) by position in the permutation."""
     x = call.x
     out = empty(x.shape, x)
     hidden = empty((call.rows, call.hidden), x)
@@ -23,11 +23,11 @@ def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: RoutedCall, grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, w_in, b_in, w_out, b_out; that of an absent bias has no elements."""
+    """Gradients of x, weight, w_in, b_in, w_out, b_out; empty for a missing bias."""
     x, wide = call.x, statistics_dtype(call.x.dtype)
     widths = (call.hidden, call.hidden, call.width)
     workspace = [empty((call.rows, width), x, wide) for width in widths]
-    # Dropped rows' weights are not touched.
+    # The kernel does not write the gradients of dropped rows' weights.
     grads = [empty(x.shape, x), torch.zeros_like(call.weight)]
     for parameter in (call.w_in, call.b_in, call.w_out, call.b_out):
         grads.append(empty((0,) if parameter is None else parameter.shape, x))
@@ -41,7 +41,7 @@ def backward(call: RoutedCall, grad_out: Tensor, hidden: Tensor) -> tuple[Tensor
 
 
 def _common(call: RoutedCall) -> tuple:
-    expect("x", call.x, call.x.shape, call.x.dtype)  # in host memory, and so all others
+    expect("x", call.x, call.x.shape, call.x.dtype)  # in host memory, like all other tensors
     tensors = (call.x, call.weight, call.w_in, call.b_in, call.w_out, call.b_out)
     addresses = [address(t) for t in (*tensors, call.offsets, call.permutation)]
     sizes = (call.tokens, call.choices, call.experts, call.width, call.hidden)

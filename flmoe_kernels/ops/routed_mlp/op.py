@@ -21,7 +21,7 @@ _INPUTS = (
 
 
 def _kernels(backend: str) -> Any:
-    """forward and backward of a backend on a RoutedCall."""
+    """The backend's module with forward and backward for a RoutedCall."""
     match backend:
         case "cpu":
             from . import cpu

@@ -1,4 +1,4 @@
-"""The mathematics of the routed MLP in plain PyTorch: the oracle.
+"""Reference of the routed MLP in plain PyTorch.
 
 out[n] = sum over k of weight[n, k] * mlp of expert index[n, k] (x[n]);  index -1 adds nothing
 """
@@ -29,10 +29,10 @@ def routed_mlp(
     b_out: Tensor | None,
     act: str,
 ) -> Tensor:
-    """out (N, D) of x (N, D), expert by expert."""
+    """Compute out (N, D) from x (N, D), expert by expert."""
     out = torch.zeros_like(x)
     activation = ACTIVATIONS[act]
-    # Autocast would give the products a type of its own; the kernels do not see it either.
+    # Autocast would change the dtype of the products; it has no effect on the kernels either.
     with torch.autocast(x.device.type, enabled=False):
         for e in range(w_in.shape[0]):
             token, choice = (index == e).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""Public API of routing: which experts take each token, and the order of rows by expert."""
+"""Public API of routing: choice of experts, capacity, order of rows."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SELECTED, ALL = "selected", "all"
 
 
 class Routing(NamedTuple):
-    """index (N, K) int64: each token's experts, best first, -1 = dropped; weight (N, K): 0 there."""
+    """Experts of each token: index (N, K) int64, best first, -1 = dropped; weight (N, K), 0 if dropped."""
 
-    index: Tensor  # type: ignore[assignment]  # the field's term, though a tuple has a method of that name
+    index: Tensor  # type: ignore[assignment]  # the common term, although tuple has a method `index`
     weight: Tensor
 
 
 class Dispatch(NamedTuple):
-    """Rows by expert, all int32: counts (E), offsets (E + 1), and permutation (N * K).
+    """Rows sorted by expert, all int32: counts (E), offsets (E + 1), and permutation (N * K).
 
-    permutation[offsets[e]:offsets[e + 1]] are the places n * K + k of expert e's rows in the order of their
-    tokens; after offsets[E] come those that were dropped.
+    permutation[offsets[e]:offsets[e + 1]] are the positions n * K + k of expert e's rows, in token order; the
+    dropped rows follow after offsets[E].
     """
 
     counts: Tensor
@@ -49,25 +49,25 @@ def gate(
     renormalize: bool = True,
     backend: str | None = None,
 ) -> Routing:
-    """Choose each token's top_k experts and weigh them.
+    """Choose each token's top_k experts and compute their weights.
 
-    Of equal logits the lower expert comes first. Where an expert has more than `capacity` rows, those of the
-    lowest tokens (then of their better choices) keep their place; the rest is dropped, deterministically.
+    Ties go to the expert with the lower index. If an expert has more than `capacity` rows, it keeps the tokens
+    with the lowest index (of one token, the better choice first) and drops the rest, deterministically.
 
     Args:
         logits: (N, E) float32, float64, bfloat16 or float16.
         top_k: K, 1 to E.
         over: "selected" for a softmax over the chosen experts, "all" for one over all E.
-        capacity: rows that an expert takes at most; None for any number.
-        mask: (N) bool, True = valid; a masked token is dropped and takes no capacity.
-        renormalize: with "selected", share a dropped choice's weight among the token's other ones.
+        capacity: maximum number of rows per expert; None for no limit.
+        mask: (N) bool, True = valid; a masked token is dropped and uses no capacity.
+        renormalize: with "selected", give a dropped choice's weight to the token's remaining choices.
         backend: "reference", "cpu", "triton" or "cuda"; default by device, see flmoe_kernels.use_backend.
 
     Returns:
         Routing; weight is differentiable.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
         BackendUnavailable: the requested backend cannot run this.
     """
     check.require_tensor("logits", logits)
@@ -102,14 +102,14 @@ def limit(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Drop the choices of masked tokens, then those for which an expert has no place left.
+    """Drop the choices of masked tokens, then those beyond an expert's capacity.
 
-    An expert's places go to the lowest tokens (of one token, to its better choice), deterministically.
+    An expert keeps the tokens with the lowest index (of one token, the better choice first), deterministically.
 
     Args:
         index: (N, K) int64 or int32, experts from 0 to num_experts - 1, or -1 for a choice already dropped.
         num_experts: E, at least 1.
-        capacity: rows that an expert takes at most; None for any number.
+        capacity: maximum number of rows per expert; None for no limit.
         mask: (N) bool, True = valid.
         backend: as in gate.
 
@@ -117,8 +117,8 @@ def limit(
         (N, K) int64, -1 where dropped.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range on the CPU. On a
-            GPU, where looking would wait, such a row counts as dropped.
+        TypeError, ValueError, BackendUnavailable: as in gate; ValueError for an index out of range on the CPU. A
+            GPU drops such a row, since a check would synchronize.
     """
     check.require_count("num_experts", num_experts, 1)
     index = require_index(index, num_experts)
@@ -139,16 +139,16 @@ def _limit(
 
 
 def reweigh(logits: Tensor, free: Routing, index: Tensor, renormalize: bool) -> Tensor:
-    """The weights (N, K) of what is left of free choices: 0 where index (N, K) is -1.
+    """Weights (N, K) after dropping some of the choices in `free`: 0 where index (N, K) is -1.
 
-    Renormalized, they are a softmax over the logits of the choices that a token keeps. Not the free weights
-    divided by their sum: a small one has lost its digits, and the division's gradient overflows.
+    Renormalized weights are a softmax over the logits of the kept choices. They are not the free weights divided
+    by their sum, because small weights have lost digits and the gradient of the division overflows.
     """
     dropped = index < 0
     if not renormalize:
         return torch.where(dropped, 0.0, free.weight)
     kept = ~dropped
-    # Of one choice the weight is 1, whatever its logit is: a constant, so that no gradient is inf - inf.
+    # A single kept choice has weight 1 for any logit: a constant, so that no gradient is inf - inf.
     single = kept.sum(dim=1, keepdim=True) < 2
     chosen = logits.gather(1, free.index).to(statistics_dtype(logits.dtype))
     shared = chosen.masked_fill(dropped & ~single, -torch.inf).softmax(dim=1)
@@ -156,7 +156,7 @@ def reweigh(logits: Tensor, free: Routing, index: Tensor, renormalize: bool) -> 
 
 
 def dispatch(index: Tensor, num_experts: int, *, backend: str | None = None) -> Dispatch:
-    """Bring the rows of each expert together, in the order of their tokens.
+    """Sort rows by expert, in token order within an expert.
 
     Args:
         index: (N, K) int64 or int32, experts from 0 to num_experts - 1, or -1 for a dropped row.
@@ -164,8 +164,8 @@ def dispatch(index: Tensor, num_experts: int, *, backend: str | None = None) -> 
         backend: as in gate.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as gate; ValueError for an index out of range on the CPU. On a
-            GPU, where looking would wait, such a row counts as dropped.
+        TypeError, ValueError, BackendUnavailable: as in gate; ValueError for an index out of range on the CPU. A
+            GPU drops such a row, since a check would synchronize.
     """
     check.require_count("num_experts", num_experts, 1)
     index = require_index(index, num_experts)
@@ -187,13 +187,13 @@ def _require_mask(mask: Tensor, other: str, like: Tensor) -> None:
 
 
 def require_index(index: Tensor, experts: int) -> Tensor:
-    """index as int64; values are looked at where that neither waits nor breaks a trace."""
+    """Validate index and return it as int64; values are only checked on the CPU and outside of traces."""
     check.require_tensor("index", index)
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"index: expected int64 or int32, got {index.dtype}")
     if index.dim() != 2 or index.shape[1] < 1:
         raise ValueError(f"index: expected (N, K) with K from 1, got {tuple(index.shape)}")
-    looks = index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel()
-    if looks and (int(index.min()) < -1 or int(index.max()) >= experts):
+    readable = index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel()
+    if readable and (int(index.min()) < -1 or int(index.max()) >= experts):
         raise expert_out_of_range(index, experts)
     return index.long()

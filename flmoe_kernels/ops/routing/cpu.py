@@ -1,4 +1,4 @@
-"""Routing through the native CPU module."""
+"""Routing in the native CPU module."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Routing through the CUDA kernels of the native module, on the current stream of the tensors' device.
+"""Routing in the CUDA kernels of the native module, on the current stream.
 
-Nothing here waits for the GPU, and allocations depend on shapes alone, so that calls can be captured in a CUDA
-graph (after one call outside of a capture, which loads the kernels). Checking the values of an index would wait.
-So an expert out of range, for which the CPU kernels raise, counts as dropped here, without any memory access.
+Nothing here synchronizes with the GPU, and allocations depend only on shapes, so that calls can be captured in a
+CUDA graph (after one call outside of a capture, which loads the kernels). Checking the values of an index would
+synchronize, so an expert out of range, for which the CPU kernels raise an error, counts as dropped here.
 
-Every function raises BackendUnavailable, with the reason, where the native module was built without CUDA.
+Every function raises BackendUnavailable with the reason if the native module was built without CUDA.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flmoe_kernels.core.dtypes import dtype_code
 from flmoe_kernels.core.native import address, native_cuda
 from flmoe_kernels.core.operands import contiguous, expect
 
-# Rows are numbered by the int32 of a permutation.
+# Rows are numbered in int32 by a permutation.
 _MOST_ROWS = 2**31 - 1
 
 
@@ -89,13 +89,13 @@ def _require_cuda(name: str, x: Tensor, dtype: torch.dtype | None = None) -> Non
 
 
 def _counters(index: Tensor, bins: int) -> Tensor:
-    """What the launches hand on: one int32 per bin and block of rows, from torch's own allocator."""
+    """Buffer that passes counts between launches: one int32 per bin and block of rows, from torch's allocator."""
     count = native_cuda().routing_counters(index.numel(), bins) if bins else 0
     return index.new_empty((count,), dtype=torch.int32)
 
 
 def _queue(device: torch.device) -> tuple[int, int]:
-    """Device and stream; its index is known, since tensors are there."""
+    """Index of the device (known, because it has tensors) and its current stream."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 

@@ -15,7 +15,7 @@ from flmoe_kernels.core.registration import define
 
 
 def _kernels(backend: str) -> Any:
-    """gate, limit and dispatch of a backend."""
+    """The backend's module with gate, limit and dispatch."""
     match backend:
         case "cpu":
             from . import cpu
@@ -52,7 +52,7 @@ def _gate_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _gate_autograd(ctx: Any, grad: Tensor | None, _grad_index: None) -> tuple:
-    """Softmax derivative. If it is over the chosen experts, weights suffice."""
+    """Derivative of the softmax. If it is over the chosen experts, the weights suffice."""
     if grad is None:
         return (None,) * 4
     logits, index, weight = ctx.saved_tensors

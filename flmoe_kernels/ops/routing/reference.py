@@ -1,4 +1,4 @@
-"""The mathematics of routing in plain PyTorch: the oracle."""
+"""Reference of routing in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from flmoe_kernels.core.dtypes import statistics_dtype
 
 
 def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
-    """index (N, K) int64 and weight (N, K) of logits (N, E), see api.gate."""
-    # A stable sort: of equal logits the lower expert comes first.
+    """Return index (N, K) int64 and weight (N, K) for logits (N, E), see api.gate."""
+    # A stable sort: ties go to the expert with the lower index.
     index = logits.argsort(dim=1, descending=True, stable=True)[:, :top_k]
     wide = logits.to(statistics_dtype(logits.dtype))
     weight = wide.softmax(dim=1).gather(1, index) if over_all else wide.gather(1, index).softmax(1)
@@ -19,7 +19,7 @@ def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
 
 
 def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None) -> Tensor:
-    """index, or -1 where masked or after an expert's first `capacity` rows, by token and choice."""
+    """Set index to -1 where masked or after an expert's first `capacity` rows, by token and choice."""
     if mask is not None:
         index = index.masked_fill(~mask[:, None], -1)
     if capacity is None:
@@ -31,7 +31,7 @@ def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
 
 
 def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """counts (E), offsets (E + 1) and permutation (N * K), int32, of index (N, K); see api.dispatch."""
+    """Return counts (E), offsets (E + 1), permutation (N * K), int32, for index (N, K); see api.dispatch."""
     flat = index.reshape(-1).long()
     counts = torch.bincount(flat[flat >= 0], minlength=experts)
     offsets = F.pad(counts.cumsum(0), (1, 0))

@@ -1,6 +1,6 @@
-"""Tuning results on disk: one small, validated JSON file each, so that concurrent processes lose none.
+"""Tuning results on disk, one JSON file each (safe for concurrent processes).
 
-They lie in the folder "tuning" of FLMOE_CACHE_DIR, or of flmoe_kernels in XDG_CACHE_HOME or ~/.cache.
+The files are in the folder "tuning" of FLMOE_CACHE_DIR, or of flmoe_kernels in XDG_CACHE_HOME or ~/.cache.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from flmoe_kernels.core.files import is_replaced, write_whole
 FOLDER_VARIABLE = "FLMOE_CACHE_DIR"
 FORMAT = 1
 _NAME = re.compile(r"[0-9a-f]{32}\.json")
-# What a killed writer leaves, see core/files.py.
+# Temporary files of a killed process, see core/files.py.
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}(\.\w+)?\.tmp\.json")
-# A file has about one KiB; a larger one is something else and is not read.
+# A file has about one KiB; a much larger file is not a tuning result and is not read.
 _MOST_BYTES = 2**16
 # Limits on what a file may hold: fields and values of a configuration, characters of a word, seconds.
 _MOST_FIELDS, _LARGEST, _LONGEST, _MOST_SECONDS = 32, 2**16, 256, 1e6
@@ -37,7 +37,7 @@ class TuningWarning(UserWarning):
 
 @dataclass(frozen=True, order=True)
 class TuningKey:
-    """What calls must have in common to share a configuration.
+    """The properties that calls must have in common to share a configuration.
 
     kernel: "pair_moe.accumulate"; kind: its class in the launch table; dtype: "bfloat16"; sizes: names and
     numbers, some rounded to a bucket; device: its name; triton, package: versions.
@@ -61,9 +61,9 @@ class TuningKey:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """The fastest configuration and the launch table's, with the seconds of one run of each.
+    """The fastest configuration and that of the launch table, with the seconds of one run.
 
-    tried, refused: the number of candidates, and of those that did not run or gave other results.
+    tried, refused: the number of candidates, and of candidates that failed or gave different results.
     """
 
     key: TuningKey
@@ -83,10 +83,10 @@ def encode(result: TuningResult) -> str:
 
 
 def decode(text: str) -> TuningResult:
-    """The tuning result in the text of a file.
+    """Parse the text of a tuning result file.
 
     Raises:
-        ValueError: the text is not valid; says what is wrong with it.
+        ValueError: the text is not valid; the message gives the reason.
     """
     try:
         content = json.loads(text)
@@ -117,7 +117,7 @@ def _key(content: Any) -> TuningKey:
 
 
 def _expect_word(name: str, value: Any) -> None:
-    """Printable, since `tune show` prints it on a terminal."""
+    """Check a string, which must be printable because `tune show` prints it on a terminal."""
     if not isinstance(value, str) or len(value) > _LONGEST or not value.isprintable():
         raise ValueError(
             f"{name}: expected up to {_LONGEST} printable characters, got {_short(value)}"
@@ -157,17 +157,17 @@ def _seconds(name: str, value: Any) -> float:
 
 
 def folder() -> Path:
-    """The folder of tuning results, whether it exists or not.
+    """The folder of tuning results, which may not exist yet.
 
     Raises:
-        OSError: no variable names a folder and there is no home folder.
+        OSError: no environment variable gives a folder, and there is no home folder.
     """
     try:
         own = os.environ.get(FOLDER_VARIABLE)
         if own:
             return Path(own).expanduser() / "tuning"
         common = os.environ.get("XDG_CACHE_HOME")
-        # The specification of XDG_CACHE_HOME says that relative paths are ignored.
+        # By the specification of XDG_CACHE_HOME, relative paths are ignored.
         base = Path(common) if common and os.path.isabs(common) else Path.home() / ".cache"
         return base / "flmoe_kernels" / "tuning"
     except RuntimeError as error:
@@ -175,7 +175,7 @@ def folder() -> Path:
 
 
 def read(key: TuningKey) -> TuningResult | None:
-    """The saved result; None where there is none, with a warning where the file is not valid."""
+    """The saved result or None; warns if the file is not valid."""
     try:
         path = folder() / key.file_name()
     except OSError as error:
@@ -189,7 +189,7 @@ def read(key: TuningKey) -> TuningResult | None:
 
 
 def write(result: TuningResult) -> None:
-    """Write the file whole or not at all; a warning where it cannot be written."""
+    """Write the file atomically; warns if it cannot be written."""
     name = result.key.file_name()
     try:
         target = folder() / name
@@ -202,7 +202,7 @@ def write(result: TuningResult) -> None:
 
 
 def results() -> Iterator[TuningResult]:
-    """All valid results, by file name; a warning for each file that is not valid.
+    """All valid results, sorted by file name; warns about every invalid file.
 
     Raises:
         OSError: the folder exists and cannot be listed.
@@ -214,9 +214,9 @@ def results() -> Iterator[TuningResult]:
 
 
 def clear() -> int:
-    """Remove results, valid or not, and what killed writers left, and nothing else in the folder.
+    """Remove all results, valid or not, and temporary files of killed processes, but no other files.
 
-    Returns the number of results; a warning for each that cannot be removed.
+    Returns the number of removed results; warns about every file that cannot be removed.
 
     Raises:
         OSError: the folder exists and cannot be listed.
@@ -263,7 +263,7 @@ def _content(path: Path) -> str:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opening a pipe would otherwise wait for a writer."""
+    """Open a file without blocking; opening a pipe would otherwise wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

@@ -1,4 +1,4 @@
-"""Trials of candidate configurations: comparison of their results, and time on the device."""
+"""Trials of candidate configurations: comparison of results, timing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 Configuration = TypeVar("Configuration")
 
-# Results are compared so many elements at a time, to bound the memory of their float64 copies.
+# Number of elements compared at a time, to limit the memory of their float64 copies.
 _CHUNK = 2**24
-# Candidates sum in other orders, so results differ by a few roundings of their dtype, or of operands to TF32,
-# which online maxima may shift. The limit is relative to the largest element; for the RMS a quarter of it.
+# Candidates sum in different orders, so results differ by a few roundings of their dtype, or of operands to TF32,
+# which online maxima may shift. The limit is relative to the largest element; for the RMS it is a quarter.
 _ROUNDINGS, _TF32_ROUNDING = 4, 2.0**-11
-# Number of runs (the median counts), and size and number of the writes before each run. They flush L2 and must
-# last until the launch is queued: twice 2^28 bytes take 67 us at 8 TB/s, assumed to be longer than the host
-# needs for it.
+# Number of runs (the median is used), and size and number of the writes before each run. The writes flush L2 and
+# must take longer than the host needs to queue the launch: twice 2^28 bytes take 67 us at 8 TB/s, which is assumed
+# to be enough.
 _RUNS, _FLUSHED_BYTES, _FLUSHES = 10, 2**28, 2
 
 
@@ -27,8 +27,8 @@ _RUNS, _FLUSHED_BYTES, _FLUSHES = 10, 2**28, 2
 class Trial(Generic[Configuration]):
     """One candidate configuration of a kernel on the inputs of a call.
 
-    `run` fills `buffers`. `results` computes from them what is compared, in shapes that do not depend on the
-    configuration; by default the buffers themselves.
+    `run` fills `buffers`. `results` computes the tensors to compare from them, with shapes that do not depend on
+    the configuration; by default these are the buffers.
     """
 
     tiles: Configuration
@@ -38,21 +38,21 @@ class Trial(Generic[Configuration]):
     results: Callable[[], Sequence[Tensor]] | None = None
 
     def run_afresh(self) -> Sequence[Tensor]:
-        """The results of a run into buffers of NaN, so that what another trial left is not taken for a result."""
+        """Run with buffers set to NaN, so that values of another trial are not mistaken for results."""
         for buffer in self.buffers:
             buffer.fill_(float("nan"))
         self.run()
         return self.buffers if self.results is None else self.results()
 
 
-# Returns the seconds that one run of a trial takes.
+# Returns the seconds of one run of a trial.
 Timer = Callable[[Trial[Any]], float]
 
 
 def agree(results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether results equal those of the launch table up to the roundings of another order of sums.
+    """Whether results equal those of the launch table up to rounding from a different order of sums.
 
-    NaN and infinities must be equal and in the same places.
+    NaN and infinities must be equal and in the same positions.
     """
     return len(results) == len(expected) and all(map(_near, results, expected))
 
@@ -72,8 +72,8 @@ def _near(x: Tensor, y: Tensor) -> bool:
 
 
 def _differences(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether x and y are NaN or infinite in the same places; for the other elements the largest |x - y| and |y|,
-    and the sums of their squares."""
+    """Whether x and y are NaN or infinite in the same positions; and for finite elements the largest |x - y| and
+    |y|, and the sums of their squares."""
     x, y = x.double(), y.double()
     finite = y.isfinite()
     same = torch.where(finite, x.isfinite(), (x == y) | (x.isnan() & y.isnan())).all()
@@ -82,7 +82,7 @@ def _differences(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def device_seconds(trial: Trial[Any]) -> float:
-    """Median seconds of a run with a cold L2, on the current stream of the trial's device, which it waits for."""
+    """Median seconds of a run with a cold L2; synchronizes with the current stream of the trial's device."""
     with torch.cuda.device(trial.device):
         flushed = _flush_buffer(trial.device)
         events = [
@@ -94,7 +94,7 @@ def device_seconds(trial: Trial[Any]) -> float:
             start.record()
             trial.run()
             end.record()
-        # Not the whole device: other streams may wait for other processes.
+        # Do not synchronize the whole device: other streams may wait for other processes.
         events[-1][1].synchronize()
         milliseconds = sorted(start.elapsed_time(end) for start, end in events)
     return milliseconds[_RUNS // 2] / 1e3
@@ -111,7 +111,7 @@ def release() -> None:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured into a CUDA graph, where nothing may wait."""
+    """Whether the current stream is being captured into a CUDA graph, where synchronizing is not allowed."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):

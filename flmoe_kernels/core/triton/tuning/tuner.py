@@ -1,4 +1,4 @@
-"""The choice among candidate configurations of a kernel: saved results, or time on the inputs of a call."""
+"""Choice of a kernel's configuration by saved results or by timing."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Configuration = TypeVar("Configuration")
 Make = Callable[[Configuration], Trial[Configuration]]
 
 VARIABLE = "FLMOE_AUTOTUNE"
-# Rounds over all candidates, so that clock drift affects all of them; and the share of the table's time that a
-# candidate must beat: a smaller gain is noise.
+# Number of rounds over all candidates, so that clock drift affects all of them; and the fraction of the table's
+# time that a candidate must beat, because smaller gains are noise.
 _ROUNDS, _WORTH = 3, 0.98
 
 
@@ -53,23 +53,23 @@ def enabled() -> bool:
 
 
 def given_timer() -> Timer | None:
-    """The timer that `autotune` was given in place of the device's own."""
+    """The timer that was passed to `autotune`, or None."""
     return _setting.get().timer
 
 
 @contextmanager
 def autotune(enabled: bool = True, *, timer: Timer | None = None) -> Iterator[None]:
-    """Within the `with` block, in every thread, each Triton kernel runs its fastest configuration.
+    """Within the `with` block, in all threads, every Triton kernel runs its fastest configuration.
 
     The first call of a kernel with a new class, dtype, size and device times the candidates on its own inputs,
-    which waits for the device, and saves the fastest in this process and in a file, see
-    `flmoe_kernels.core.triton.tuning.cache`. A call under CUDA graph capture times nothing: it uses a saved
-    result, or the launch table. Without this, and without FLMOE_AUTOTUNE=1, every call uses the launch table, and
+    which synchronizes with the device, and saves the fastest in this process and in a file, see
+    `flmoe_kernels.core.triton.tuning.cache`. During CUDA graph capture nothing is timed: a call uses a saved
+    result or the launch table. Without autotune and without FLMOE_AUTOTUNE=1, all calls use the launch table, and
     no file is read or written. The choice may change the order of sums, and so the last bits of results.
 
     Args:
-        enabled: False switches off a surrounding autotune, or the environment's.
-        timer: returns the seconds of a trial and runs it at least once; default: events of the trial's device.
+        enabled: False disables a surrounding autotune or FLMOE_AUTOTUNE=1.
+        timer: runs a trial at least once and returns its seconds; by default CUDA events on the trial's device.
 
     Raises:
         TypeError: `enabled` is not a bool.
@@ -88,7 +88,7 @@ def bucket(size: int) -> int:
 def tuning_key(
     kernel: str, kind: str, dtype: torch.dtype, device: torch.device, **sizes: int
 ) -> TuningKey:
-    """The key of one kernel of a call; sizes as buckets or as they are."""
+    """The key of one kernel of a call; sizes are buckets or exact."""
     dtype_name = str(dtype).removeprefix("torch.")
     place = _device_name(device)
     return TuningKey(kernel, kind, dtype_name, tuple(sizes.items()), place, _triton(), __version__)
@@ -108,14 +108,14 @@ def _gpu_name(index: int) -> str:
 @functools.cache
 def _triton() -> str:
     try:
-        # The module's version: its distributions have several names.
+        # The version of the module, because its distributions have several names.
         import triton
     except ModuleNotFoundError:
         return "none"
     return str(triton.__version__)
 
 
-# One choice for the life of a process: launches and the buffers between them are cut by the same configuration.
+# One choice per process: launches and the buffers between them must use the same configuration.
 _choices: dict[TuningKey, Any] = {}
 _choices_lock = threading.RLock()
 
@@ -126,11 +126,11 @@ def choose(
     prepare: Callable[[], Make[Configuration]],
     device: torch.device,
 ) -> Configuration:
-    """The fastest of `candidates`, frozen dataclasses of integers, of which the first is the launch table's.
+    """The fastest of `candidates`, frozen dataclasses of integers; the first is that of the launch table.
 
-    Returns the table's if nothing is saved and timing is impossible: no GPU, CUDA graph capture, too little
-    memory. That choice also lasts for the process. `prepare` is called only to time: it allocates the shared
-    buffers and returns the function that makes a trial.
+    Returns the first if nothing is saved and timing is impossible: no GPU, CUDA graph capture, too little memory.
+    The choice is kept for the process. `prepare` is only called for timing: it allocates the shared buffers and
+    returns the function that makes a trial.
     """
     with _choices_lock:
         if key not in _choices:
@@ -140,7 +140,7 @@ def choose(
 
 
 def forget() -> None:
-    """Drop this process's choices, so that the next calls read files and time again."""
+    """Clear the choices of this process, so that the next calls read files and time again."""
     with _choices_lock:
         _choices.clear()
 
@@ -171,7 +171,7 @@ def _find(
     try:
         best, result = _fastest(key, candidates, prepare(), timer)
     except torch.cuda.OutOfMemoryError as error:
-        # The call itself may well fit: trials need memory beside it.
+        # The call itself may fit into memory: trials need additional memory.
         _warn(key, f"not tuned: {error}")
         return candidates[0]
     finally:
@@ -194,7 +194,7 @@ def _fastest(
         if trial is not None:
             trials.append(trial)
         elif not trials:
-            # Without the table's own results there is nothing to compare with.
+            # Without the results of the table's configuration there is nothing to compare with.
             return candidates[0], None
     rounds = [[timer(trial) for trial in trials] for _ in range(_ROUNDS)]
     seconds = [statistics.median(times) for times in zip(*rounds, strict=True)]
@@ -226,13 +226,13 @@ def _checked(
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        # The compiler or the driver refuses a configuration: too many registers, too much shared memory.
+        # The compiler or the driver may reject a configuration: too many registers, too much shared memory.
         _warn(key, f"a candidate did not run: {described(candidate)}: {error}")
         return None
     if not expected:
         expected.extend(result.clone() for result in results)
     elif not timing.agree(results, expected):
-        _warn(key, f"a candidate gave other results: {described(candidate)}")
+        _warn(key, f"a candidate gave different results: {described(candidate)}")
         return None
     return trial
 

@@ -1,7 +1,7 @@
-"""expert_linear through Triton: what may be read, and the launches that fill the results.
+"""expert_linear in Triton: checks, allocation and launches.
 
-No call waits for the GPU, and what is allocated and launched depends on shapes alone, so that CUDA graphs can
-capture it.
+No call synchronizes with the GPU, and allocations and launches depend only on shapes, so that CUDA graphs can
+capture them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOST_ROWS, _MOST_WIDTH = 2**30, 2**24
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (E, R, K), weight (E, N, K), bias (E, N) -> (E, R, N)."""
+    """Linear maps x (E, R, K), weight (E, N, K), bias (E, N) -> (E, R, N)."""
     _check(x, weight)
     expect("bias", bias, weight.shape[:2], x.dtype, x.device)
     out, found = launches.forward(x, weight, bias)
@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; those not wanted have no elements."""
+    """Gradients of x, weight and bias; gradients that are not requested are empty."""
     _check(x, weight)
     expect("grad_out", grad_out, (*x.shape[:2], weight.shape[1]), x.dtype, x.device)
     grads, found = launches.backward(grad_out, x, weight, want_x, want_weight, want_bias)
@@ -38,7 +38,7 @@ def linear_backward(
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    """Fail unless the kernels can read these: an operator may be called past the package's doors."""
+    """Fail unless the kernels can read these: an operator can be called without the public API."""
     expect_float32_or_half("x", x)
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dim() != 3:

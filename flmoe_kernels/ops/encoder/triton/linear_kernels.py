@@ -1,31 +1,31 @@
-"""The Triton kernels of expert_linear: a product with its bias for each expert, gradients of weights over rows.
+"""Triton kernels of expert_linear: products with bias, weight gradients.
 
 Rows are read through an operand, a tuple (pointer, stride over experts, stride over rows) whose last dimension
 is contiguous. Weights, biases and results are contiguous. Offsets of experts and of blocks are 64 bits wide;
-those within a block fit 32, because linear_launch copies rows that lie far apart. Every sum has one order: no
-atomics.
+those within a block fit 32, because linear_launch copies rows with a larger stride. Sums have a fixed order,
+without atomics.
 
     forward    product_kernel             out = x w^T + b
     backward   product_kernel             grad of x = grad_out w
                weight_gradient_kernel     grads of w = grad_out^T x and b = sum of grad_out, over shares of rows
                sum_kernel                 the same over all rows; not for one share
 
-Why a product of this package's own, and its bounds: see linear_launch.py.
+linear_launch.py explains why torch.bmm is not used, and what bounds the kernels.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Blocks of rows that go through all blocks of columns before the next ones do.
+# Blocks of rows that are multiplied with all blocks of columns before the next blocks of rows.
 BAND = tl.constexpr(8)
-# The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened.
+# The interpreter would multiply the integer representation of bfloat16, so operands are widened there.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-# Columns of the ones that rows are added up with: the fewest that every matrix unit takes.
+# Number of columns of the ones that sum rows in a product: the minimum of all matrix units.
 ONES = tl.constexpr(16)
 
 
@@ -57,14 +57,14 @@ def slices(x, COUNT: tl.constexpr):
 
 @triton.jit
 def rows_of(x, expert, row):
-    """Pointer to an operand's row, the row's number being a scalar; and its stride over rows."""
+    """Return the pointer to an operand's row (the row number is a scalar) and the stride over rows."""
     pointer, of_expert, of_row = x
     return further(further(pointer, expert, of_expert), row, of_row), of_row
 
 
 @triton.jit
 def further(pointers, count, stride):
-    """Pointers `count` strides on, as far as 64 bits go."""
+    """Advance pointers by `count` strides, in 64 bits."""
     return pointers + tl.full((), count, tl.int64) * stride
 
 
@@ -74,12 +74,12 @@ def row_of(x, expert, rows, row, WIDTH: tl.constexpr):
     return further(x, tl.full((), expert, tl.int64) * rows + row, WIDTH)
 
 
-# out (E, rows, OUTER) = a (E, rows, INNER) w, with w (E, INNER, OUTER) by its strides: the transposed of what lies
-# in memory, or that itself. One program per tile; an expert's tiles follow one another in bands of BAND blocks of
-# rows, in which rows run fastest: what runs at a time reads few rows and one expert's weights, again and again
-# from L2. Two programs share an SM: one multiplies while the other waits or stores. Rows past the last one read
-# that again, and nothing of them is stored. Traffic: a and out once, w from L2. Bound, in 16 bits on an H100:
-# memory where INNER OUTER / (INNER + OUTER) is below some 300 FLOP per byte, else the matrix units.
+# out (E, rows, OUTER) = a (E, rows, INNER) w, with w (E, INNER, OUTER) given by strides: the matrix in memory or
+# its transpose. One program per tile; an expert's tiles are ordered in bands of BAND blocks of rows, in which rows
+# run fastest: programs that run at the same time read few rows and one expert's weights, repeatedly from L2. Two
+# programs share an SM: one multiplies while the other waits or stores. Rows after the last row read the last row
+# again and are not stored. Traffic: a and out once, w from L2. Bound, in 16 bits on an H100: memory if INNER OUTER
+# / (INNER + OUTER) is below about 300 FLOP per byte, otherwise the matrix units.
 @triton.jit
 def product_kernel(
     a,
@@ -116,7 +116,7 @@ def product_kernel(
     right = further(row_of(w, expert, INNER, 0, OUTER), across * COLUMNS, OF_OUTER)
     right += at[:, None] * OF_INNER + column[None, :] * OF_OUTER
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # depth, which is INNER, is no constant, so that a loop of few rounds stays one.
+    # depth, which is INNER, is not a constant, so that a loop with few rounds is not unrolled.
     for k in range(0, depth, DEPTH):
         if WHOLE:
             x, y = tl.load(left + k), tl.load(further(right, k, OF_INNER))
@@ -141,13 +141,13 @@ def product_kernel(
         tl.store(to + column[None, :], value, mask=valid[:, None] & present[None, :])
 
 
-# grad (E, splits, P, Q) = left^T right, and bias (E, splits, P) = sum of left, over each share of `part` rows of
-# left (E, rows, P) and right (E, rows, Q); either may be absent. One program per tile of a share, of which the
-# ACROSS x DOWN follow one another, so that a share's rows come from memory once. Columns of left are added up by
-# the matrix units too, as a product of the tile that is there anyway with ones: 1/8 of the work, where a pass of
-# its own would read grad_out, at mmimdb up to two thirds of all bytes, once more. All tiles do, and those of the
-# first column store it: the slowest would be no faster if others did less. Rows past a share's end are zeros.
-# Traffic: left and right once, parts. Bound: as above, by P Q / (P + Q).
+# grad (E, splits, P, Q) = left^T right, and bias (E, splits, P) = sum of left, over each split of `part` rows of
+# left (E, rows, P) and right (E, rows, Q); either may be missing. One program per tile of a split; the ACROSS x
+# DOWN tiles of a split are adjacent, so that its rows come from memory once. The matrix units also sum the columns
+# of left, as a product of the loaded tile with ones: 1/8 of the work, while a separate pass would read grad_out
+# again, at mmimdb up to two thirds of all bytes. All tiles do this, and those of the first column store it: the
+# slowest tile would not be faster if others did less. Rows after the end of a split are zeros. Traffic: left and
+# right once, parts. Bound: as above, by P Q / (P + Q).
 @triton.jit
 def weight_gradient_kernel(
     left,
@@ -189,7 +189,7 @@ def weight_gradient_kernel(
             y = tl.load(further(y_of, r, of_right), mask=valid, other=0.0)
             total = dot(tl.trans(x), y, total, PRECISION)
         if bias is not None:
-            # A bias is summed in float32 also where products may be TF32.
+            # A bias is summed in float32 even if products may be TF32.
             sums = dot(tl.trans(x), ones, sums, "tf32x3")
     if grad is not None:
         to = row_of(grad, share, P, down * ROWS, Q) + tl.arange(0, ROWS)[:, None] * Q
@@ -203,7 +203,7 @@ def weight_gradient_kernel(
 
 @triton.jit
 def add_parts(parts, out, block, splits, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of out (E, WIDTH), the sum of parts (E, splits, WIDTH) in order."""
+    """Store a block of out (E, WIDTH), the sum of parts (E, splits, WIDTH) in order."""
     ACROSS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     at = block % ACROSS * BLOCK + tl.arange(0, BLOCK)
     expert = block // ACROSS
@@ -216,8 +216,8 @@ def add_parts(parts, out, block, splits, WIDTH: tl.constexpr, BLOCK: tl.constexp
     tl.store(further(out, expert, WIDTH) + at, value, mask=at < WIDTH)
 
 
-# grad (E, GRAD) and bias (E, BIAS) from their parts (E, splits, ...), in the order of the shares. The last
-# programs are those of biases. Traffic: parts, from L2 as far as they are still there, and gradients. Bound: that.
+# grad (E, GRAD) and bias (E, BIAS) from their parts (E, splits, ...), in the order of the splits. The last
+# programs sum biases. Traffic (and bound): parts, from L2 if they are still there, and gradients.
 @triton.jit
 def sum_kernel(
     parts,

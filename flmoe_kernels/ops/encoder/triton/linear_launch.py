@@ -1,27 +1,27 @@
-"""How the kernels of expert_linear are launched: what is allocated, tiles, shares of rows.
+"""Launches of expert_linear's kernels: allocation, tiles, splits of rows.
 
-Why not torch.bmm: by counting, a prediction and not measured, for an H100 (989 TFLOP/s in bfloat16, 3.35 TB/s,
-132 SMs) at mmimdb, E 4, R 49536 rows of each expert:
+Why not torch.bmm: predicted by counting, not measured, for an H100 (989 TFLOP/s in bfloat16, 3.35 TB/s, 132 SMs)
+at mmimdb, E 4, R 49536 rows per expert:
 
-    forward, K 256 -> N 512 with bias: 52 GFLOP, 53 us of the matrix units; x, w and out once are 305 MB, 91 us. So
-    memory bounds it, and every further pass over out shows. bmm and an addition of the bias read and write out
-    again, 406 MB and 121 us more; baddbmm with a bias that is broadcast copies it over all of out and reads that
-    back, the same bytes; a bias in the epilogue torch has for one matrix, not for a batch. Here a tile adds its
-    own values of the bias before its one store.
+    forward, K 256 -> N 512 with bias: 52 GFLOP, 53 us of the matrix units; reading x and w and writing out once is
+    305 MB, 91 us. So it is memory-bound, and every further pass over out costs time. bmm followed by an addition
+    of the bias reads and writes out again, 406 MB and 121 us more; baddbmm with a broadcast bias copies it to all
+    of out and reads it back, the same bytes; torch has a bias in the epilogue for one matrix, not for a batch.
+    Here a tile adds the bias before its only store.
 
-    gradient of x: the same product without a bias, 305 MB. Nothing is to be won over cuBLAS here, and little to be
-    lost where memory is the bound.
+    gradient of x: the same product without a bias, 305 MB. No gain over cuBLAS is expected here, and little loss
+    if it is memory-bound.
 
-    gradients of w: sums over 49536 rows into few tiles; of 128 x 128 there are 16 (256 x 256), 32 (512 x 256) and
-    48 (768 x 256). Unless cuBLAS splits the sums, as few of 132 SMs work: a tile is 1.6 GFLOP, 217 us of an SM,
-    where memory would take 61, 91 and 121 us. Here they are split over shares of rows into at most _PROGRAMS
-    programs, which run all at once, and whose parts, at most 17 MB, L2 can hold between two kernels. The bias'
-    gradient comes with it; a sum of its own would read grad_out again, 203 MB and 61 us at N 512.
+    gradients of w: sums over 49536 rows into few tiles: 16 (256 x 256), 32 (512 x 256) and 48 (768 x 256) of
+    128 x 128. Unless cuBLAS splits the sums, only that many of 132 SMs work: a tile is 1.6 GFLOP, 217 us of an SM,
+    while memory would take 61, 91 and 121 us. Here the rows are split over at most _PROGRAMS programs, which all
+    run at the same time; their partial sums, at most 17 MB, fit into L2 between two kernels. The same kernel
+    computes the gradient of the bias; a separate sum would read grad_out again, 203 MB and 61 us at N 512.
 
-At mimic (E 5, R 1536, D 128) each of these is 0.25 to 0.76 GFLOP and 4 to 8 MB, a few us: launches bound it, one
-for the forward and three for the backward.
+At mimic (E 5, R 1536, D 128) each of these is 0.25 to 0.76 GFLOP and 4 to 8 MB, a few us: it is bound by launches,
+one for the forward and three for the backward.
 
-What is summed in which order depends on shapes alone, not on the GPU.
+The order of sums depends only on shapes, not on the GPU.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 
 from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
 
-# What a kernel reads rows (E, rows, width) through.
+# How a kernel reads rows (E, rows, width).
 Operand = tuple[Tensor, int, int]
 
-# Rows further apart than this are copied, so that offsets within a block stay below 2^31.
+# Rows with a larger stride are copied, so that offsets within a block stay below 2^31.
 MAX_STRIDE = 2**24
-# Elements that a program of sum_kernel adds up.
+# Number of elements per program of sum_kernel.
 _SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile of results, the chunk of what is summed over, slices that a tile is finished in, warps, stages.
+    """Tile of results, chunk of the summed dimension, slices of the epilogue, warps, stages.
 
-    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled,
-    with Triton 3.7.1; tests/bench/test_aot.py checks them. registers: the most that a thread may have, by
+    shared: maximum bytes per block on sm_80, sm_90 and sm_100 at the named shapes, in the compiled cases,
+    with Triton 3.7.1; tests/bench/test_aot.py checks them. registers: maximum number per thread, by
     architecture.
     """
 
@@ -95,7 +95,7 @@ def tiles_of(kernel: str, dtype: torch.dtype, first: int, columns: int) -> Tiles
 
 
 def class_of(kernel: str, dtype: torch.dtype, first: int, columns: int) -> str:
-    """The rows of TABLE for two widths: INNER and OUTER of a product, P and Q of a weight's gradient."""
+    """The class in TABLE for two widths: INNER and OUTER of a product, P and Q of a weight's gradient."""
     if dtype == torch.float32:
         return "float32"
     tiles = TABLE[kernel, "16 bit"]
@@ -105,14 +105,14 @@ def class_of(kernel: str, dtype: torch.dtype, first: int, columns: int) -> str:
 
 
 def operand(x: Tensor) -> Operand:
-    """Rows where they are, or a copy of those that the kernels cannot read there."""
+    """The rows in place, or a copy if the kernels cannot read them in place."""
     scattered = x.stride(2) != 1 and x.shape[2] > 1
     x = x.contiguous() if scattered or x.stride(1) > MAX_STRIDE else x
     return x, x.stride(0), x.stride(1)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Launch]]:
-    """out (E, R, N) of x (E, R, K), weight (E, N, K) and bias (E, N), and the launches that fill it."""
+    """Allocate out (E, R, N) for x (E, R, K), weight (E, N, K), bias (E, N); also return its launches."""
     out = x.new_empty((*x.shape[:2], weight.shape[1]))
     bias = None if bias is None else bias.contiguous()
     weight = weight.contiguous()
@@ -122,9 +122,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, lis
 def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
-    """Gradients of x, weight and bias, those not wanted without elements, and the launches that fill them.
+    """Allocate gradients of x, weight and bias (empty if not requested); also return their launches.
 
-    Memory beside them: the parts of weights and biases in float32, see shares_of.
+    Additional memory: the partial sums of weights and biases in float32, see shares_of.
     """
     left = operand(grad_out)
     found = []
@@ -144,7 +144,7 @@ def backward(
 def _product(
     a: Operand, weight: Tensor, strides: tuple[int, int], bias: Tensor | None, out: Tensor
 ) -> Launch:
-    """out (E, R, OUTER) of a (E, R, INNER); strides of the weights over INNER and OUTER."""
+    """Launch of out (E, R, OUTER) from a (E, R, INNER); strides of the weights over INNER and OUTER."""
     experts, rows, inner = a[0].shape
     outer = out.shape[2]
     tiles = tiles_of("product", out.dtype, inner, outer)
@@ -166,7 +166,7 @@ def _product(
 
 
 def shares_of(dtype: torch.dtype, experts: int, rows: int, p: int, q: int) -> int:
-    """Shares of an expert's rows in gradients (E, P, Q): as many as make the programs that run at once."""
+    """Number of splits of an expert's rows in gradients (E, P, Q): enough for all programs that run at once."""
     tiles = tiles_of("weight_gradient", dtype, p, q)
     across = blocks_of(p, chunk_of(p, tiles.rows)) * max(
         1, blocks_of(q, chunk_of(q, tiles.columns))
@@ -178,7 +178,7 @@ def shares_of(dtype: torch.dtype, experts: int, rows: int, p: int, q: int) -> in
 def _weight_gradients(
     left: Operand, right: Operand | None, grad: Tensor | None, bias: Tensor | None
 ) -> list[Launch]:
-    """grad (E, P, Q) and bias (E, P) of left (E, R, P) and right (E, R, Q)."""
+    """Launches of grad (E, P, Q) and bias (E, P) from left (E, R, P) and right (E, R, Q)."""
     experts, rows, p = left[0].shape
     q = 0 if right is None else right[0].shape[2]
     empty = left[0].new_empty

@@ -1,7 +1,7 @@
-"""The encoder's row-wise operators through Triton: what is allocated, and which launches fill it.
+"""The encoder's row-wise operators in Triton: checks, allocation and launches.
 
-No call waits for the GPU, and what is allocated and launched depends on shapes alone, so that CUDA graphs can
-capture it. Tensors are made contiguous here if they are not.
+No call synchronizes with the GPU, and allocations and launches depend only on shapes, so that CUDA graphs can
+capture them. Tensors are made contiguous here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOST_ROWS, _MOST_WIDTH = 2**30, 2**20
 
 
 def _expect_rows(name: str, x: Tensor, dimensions: int = 3) -> None:
-    """Fail unless x is what all else is compared with: an operator may be called past the package's doors."""
+    """Fail unless x is what all else is compared with: an operator can be called without the public API."""
     if x.dim() != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got {tuple(x.shape)}")
     expect_float32_or_half(name, x)
@@ -66,7 +66,7 @@ def norm(
     p: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """total, which has no elements without an update, normed, mean, rstd; see encoder/reference.py."""
+    """Return total (empty without an update), normed, mean, rstd; see encoder/reference.py."""
     x = residual if update is None else update
     assert x is not None
     _expect_rows("residual" if update is None else "update", x)
@@ -103,7 +103,7 @@ def norm_backward(
     self_residual: bool,
     want_update: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, update, gain and shift; without dropout the update's is the residual's."""
+    """Gradients of residual, update, gain and shift; without dropout those of residual and update are equal."""
     _expect_rows("total", total)
     for name, each in (("grad_total", grad_total), ("grad_normed", grad_normed)):
         expect(name, each, total.shape, total.dtype, total.device)
@@ -164,7 +164,7 @@ def _expect_segments(cu_segments: Tensor, views: int, rows: int, like: Tensor) -
 def pool(
     residual: Tensor, update: Tensor, cu_segments: Tensor, views: int, seed: Tensor | None, p: float
 ) -> Tensor:
-    """Means (E, V, S, D) over segments; segments that pass the last row of a view end there."""
+    """Means (E, V, S, D) over segments; segments are clamped to the rows of a view."""
     _expect_rows("residual", residual)
     expect("update", update, residual.shape, residual.dtype, residual.device)
     experts, rows, width = residual.shape
@@ -180,7 +180,7 @@ def pool(
 def pool_backward(
     grad_out: Tensor, cu_segments: Tensor, views: int, rows: int, seed: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (E, rows, D) of residual and update; zeros in rows of no segment."""
+    """Gradients (E, rows, D) of residual and update; zeros in rows outside all segments."""
     _expect_rows("grad_out", grad_out, 4)
     _expect_segments(cu_segments, views, rows, grad_out)
     experts, _, _, width = grad_out.shape
@@ -200,7 +200,7 @@ def pool_backward(
 
 
 def views_of(x: Tensor, modality: Tensor, views: int) -> Tensor:
-    """(E, V, n, D) of the original and the replaced rows (E, 2, n, D)."""
+    """Expand the original and the replaced rows (E, 2, n, D) to (E, V, n, D)."""
     _expect_rows("x", x, 4)
     experts, _, rows, width = x.shape
     expect("x", x, (experts, 2, rows, width), x.dtype, x.device)

@@ -1,18 +1,18 @@
-"""The row-wise Triton kernels of the encoder: what stands between its matrix products.
+"""Row-wise Triton kernels between the encoder's matrix products.
 
-Every kernel reads and writes each element once, in vectors of 16 bytes where widths allow, and makes dropout masks
-anew from (seed, expert, row, column). Rows lie one after another, (E, rows, WIDTH). Sums over rows are left in
-parts that another kernel adds up, in an order that shapes alone decide. Where an operator's argument is not there
-(no dropout, no gradient), it is None and its code too.
+Every kernel reads and writes each element once, in vectors of 16 bytes if widths allow, and recomputes dropout
+masks from (seed, expert, row, column). Rows are contiguous, (E, rows, WIDTH). Sums over rows are stored in parts,
+which another kernel adds in an order that depends only on shapes. A missing argument (no dropout, no gradient) is
+None, and its code is not compiled.
 
-Bytes bound them all where operands come from memory: in the time in which an H100 moves one (3.35 TB/s), its 132
-SMs issue 8.8 instructions of a thread. Beside each kernel stand, for bfloat16 at mmimdb (198144 rows of 256), the
-time that its bytes take and its instructions, counted in what is compiled for sm_90 with dropout: predictions, not
+All are memory-bound if operands come from memory: while an H100 moves one byte (3.35 TB/s), its 132 SMs issue 8.8
+instructions of a thread. The numbers at each kernel are for bfloat16 at mmimdb (198144 rows of 256): the time for
+its bytes, and its instructions, counted in the code compiled for sm_90 with dropout. They are predictions, not
 measured.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from .rows_tiles import (
 )
 
 
-# sum = residual + dropout(update), or without a residual u + dropout(u), u = dropout(update); without an update
-# the residual itself. Then the layer norm of it, with the mean and 1 / sqrt(variance + eps) of each row for the
-# backward. One program per block of whole rows, which stay in registers between the sums over them: mean first,
-# then the centred squares. Traffic: both inputs and both outputs once, 8 bytes an element in 16 bits; gains and
-# shifts from L2, once per block. Bound: bytes, 0.41 GB and 121 us; 28 instructions an element of the 70 there are.
+# sum = residual + dropout(update), or without a residual u + dropout(u), u = dropout(update), or without an update
+# the residual. Then its layer norm, with the mean and 1 / sqrt(variance + eps) of each row for the backward. One
+# program per block of whole rows, which stay in registers between the sums over them: first the mean, then the
+# centred squares. Traffic: both inputs and both outputs once, 8 bytes per element in 16 bits; gains and shifts
+# from L2, once per block. Bound: bytes, 0.41 GB and 121 us; 28 of 70 possible instructions per element.
 @triton.jit
 def norm_kernel(
     residual,
@@ -94,7 +94,7 @@ def norm_kernel(
 
 @triton.jit
 def centred(x, middle, WORD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
-    """x - middle; 0 past the last column."""
+    """Compute x - middle; 0 after the last column."""
     if WIDTH % (4 * PART) == 0:
         return x - middle[:, None]
     else:
@@ -103,7 +103,7 @@ def centred(x, middle, WORD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constex
 
 @triton.jit
 def branch(x, seed, row, expert, threshold, kept_scale, TWICE: tl.constexpr, PART: tl.constexpr):
-    """dropout(x), or with TWICE u + dropout(u), u = dropout(x); linear in x, and its own transpose."""
+    """Compute dropout(x), or with TWICE u + dropout(u), u = dropout(x); linear in x, and its own transpose."""
     if seed is not None:
         words = words_of(seed, row, expert, 0, 0, PART)
         x = [drop(x[w], words, threshold, kept_scale, w) for w in (0, 1, 2, 3)]
@@ -115,13 +115,13 @@ def branch(x, seed, row, expert, threshold, kept_scale, TWICE: tl.constexpr, PAR
     return x
 
 
-# Gradients of the residual, of the update, and each program's part of those of gain and shift. With n the norm
-# before gain and shift, and g = grad_normed * gain:
+# Gradients of the residual and the update, and each program's part of the gradients of gain and shift. With n the
+# norm before gain and shift, and g = grad_normed * gain:
 #     grad_sum' = grad_sum + rstd (g - mean(g) - n mean(g n)),   grad_gain = sum over rows of grad_normed n.
-# One program per chunk of rows of an expert; it walks blocks of whole rows and keeps its sums in registers, half
-# as many rows at a time as forwards because of them. Traffic: three inputs and two outputs once, 10 bytes an
-# element in 16 bits; parts (E, chunks, 2, WIDTH) in float32, some 2% of it. Bound: bytes, 0.51 GB and 151 us; less
-# than 64 instructions an element of the 88 there are.
+# One program per chunk of rows of an expert; it processes blocks of whole rows and keeps its sums in registers, so
+# it has half as many rows at a time as the forward. Traffic: three inputs and two outputs once, 10 bytes per
+# element in 16 bits; parts (E, chunks, 2, WIDTH) in float32, about 2% of it. Bound: bytes, 0.51 GB and 151 us;
+# fewer than 64 of 88 possible instructions per element.
 @triton.jit
 def norm_gradient_kernel(
     grad_total,
@@ -189,8 +189,8 @@ def norm_gradient_kernel(
             store_line(line + WIDTH, 0, tl.sum(of_shift[w], 0), w, WIDTH, PART)
 
 
-# grad_gain and grad_shift of the parts that the kernel above left. One program per block of columns of one of the
-# two. Bound: latency; the parts are in L2.
+# grad_gain and grad_shift from the parts of the kernel above. One program per block of columns of one of the two.
+# Bound: latency; the parts are in L2.
 @triton.jit
 def norm_sum_kernel(
     parts,
@@ -217,8 +217,8 @@ def norm_sum_kernel(
     tl.store(grad_shift + at, values, mask=inside & (which == 1))
 
 
-# dropout(GELU(x)), exact. One program per block of rows and columns. Traffic: 4 bytes an element in 16 bits.
-# Bound: at width 512 bytes, 0.41 GB and 121 us, and as long the 33 instructions an element of the 35 there are.
+# dropout(GELU(x)), exact. One program per block of rows and columns. Traffic: 4 bytes per element in 16 bits.
+# Bound at width 512: bytes, 0.41 GB and 121 us, and almost as much 33 of 35 possible instructions per element.
 @triton.jit
 def gelu_kernel(
     x,
@@ -246,8 +246,8 @@ def gelu_kernel(
         store_part(base, row, valid, column, values[w], w, WIDTH, PART)
 
 
-# Its gradient: dropout(grad_out) (cdf(x) + x pdf(x)). As above; 6 bytes an element, 0.61 GB and 182 us, 36
-# instructions of 53.
+# Its gradient: dropout(grad_out) (cdf(x) + x pdf(x)). As above; 6 bytes per element, 0.61 GB and 182 us, 36 of 53
+# possible instructions.
 @triton.jit
 def gelu_gradient_kernel(
     grad_out,

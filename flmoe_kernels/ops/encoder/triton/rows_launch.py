@@ -1,4 +1,4 @@
-"""How the row-wise kernels of the encoder are launched: tiles, warps, programs. Tensors are contiguous here."""
+"""Launches of the encoder's row-wise kernels; tensors are contiguous."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .rows_pool_kernels import (
     views_kernel,
 )
 
-# Columns that the counters of the generator serve at a time: no tile with dropout is narrower.
+# Columns covered by one group of dropout counters: tiles with dropout are at least this wide.
 _GROUP = 128
 # Chunks of an expert's rows in the gradient of a norm: no more than so many, and none of fewer rows. They are 2048
 # programs for four experts, several for each place that an H100 has for one, whose parts are 2% of the traffic.
@@ -37,10 +37,10 @@ _SHORT = 16
 
 @dataclass(frozen=True)
 class Tiles:
-    """Elements of a tile, the most columns that it has (0: whole rows), warps.
+    """Elements of a tile, maximum columns (0: whole rows), warps.
 
-    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
-    with Triton 3.7.1, whose numbers tests/bench/test_aot.py holds this table to.
+    shared: maximum bytes per block on sm_80, sm_90 and sm_100 at the named shapes, in the compiled cases,
+    with Triton 3.7.1; tests/bench/test_aot.py checks them.
     """
 
     elements: int
@@ -78,13 +78,13 @@ TABLE = {
     ("views_gradient", False): Tiles(2048, 256, 4, (0, 0, 0)),
     ("views_gradient", True): Tiles(2048, 256, 4, (0, 0, 0)),
 }
-# A row that is wider than a tile takes it alone, with more warps, as many as a block can have.
+# A row wider than a tile is processed alone, with more warps, up to the maximum of a block.
 _MOST_WARPS = 16
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What a kernel takes of a dropout; seed None means none."""
+    """Dropout arguments of a kernel; seed None means no dropout."""
 
     seed: Tensor | None
     p: float
@@ -137,7 +137,7 @@ def norm_launch(
 
 
 def chunk_of(total: Tensor) -> int:
-    """How many rows a program of the gradient of a norm adds up: by shape and dtype alone."""
+    """Number of rows that a program sums in the gradient of a norm; depends only on shape and dtype."""
     _, rows, width = total.shape
     high, _, _ = _shape(tiles_of("norm_gradient", total.dtype), width)
     least = max(_CHUNK_ROWS, blocks_of(rows, _MOST_CHUNKS))
@@ -145,7 +145,7 @@ def chunk_of(total: Tensor) -> int:
 
 
 def norm_parts_shape(total: Tensor) -> tuple[int, int, int, int]:
-    """Of the sums that the gradient of a norm leaves, in float32: (E, chunks, 2, D)."""
+    """Shape (E, chunks, 2, D) of the partial sums in the gradient of a norm, in float32."""
     experts, rows, width = total.shape
     return experts, blocks_of(rows, chunk_of(total)), 2, width
 
@@ -196,7 +196,7 @@ def norm_gradient_launches(
 def _elementwise(
     kernel: Any, name: str, like: Tensor, arguments: dict[str, Any], dropout: Dropout
 ) -> Launch:
-    """A program for each block of rows and columns of (E, R, D)."""
+    """Launch with one program per block of rows and columns of (E, R, D)."""
     experts, rows, width = like.shape
     high, columns, warps = _shape(tiles_of(name, like.dtype), width)
     return Launch(
@@ -220,7 +220,7 @@ def gelu_gradient_launch(grad_out: Tensor, x: Tensor, dropout: Dropout, grad_x: 
 
 
 def pool_class(rows: int, segments: int) -> str:
-    """The row of TABLE, by the mean length of segments among the rows of a view, which is all that shapes tell."""
+    """The class in TABLE, by the mean length of segments in a view, because shapes do not show more."""
     return "pool, short" if rows <= _SHORT * segments else "pool"
 
 

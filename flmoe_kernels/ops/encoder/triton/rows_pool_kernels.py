@@ -1,11 +1,11 @@
-"""The Triton kernels of the encoder's two ends: the choice of each view's rows, and mean pooling.
+"""Triton kernels for the rows of each view and for mean pooling.
 
-As in rows_kernels.py: each element is read and written once, in vectors of 16 bytes where widths allow, and the
-numbers beside the kernels are counts and predictions for the same shape and GPU, not measured.
+As in rows_kernels.py, each element is read and written once, in vectors of 16 bytes if widths allow, and the
+numbers at the kernels are counts and predictions for the same shape and GPU, not measured.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .rows_tiles import begin, drop, load_part, store_line, store_part, words_of
 
 @triton.jit
 def bound_of(cu, segment, rows):
-    """Where a segment begins, within the rows that exist, whatever cu holds."""
+    """First row of a segment, clamped to the existing rows for any values of cu."""
     return tl.minimum(tl.maximum(tl.load(cu + segment), 0), rows)
 
 
 # Means of residual + dropout(update) over the rows of a segment, out (E, V, S, WIDTH). One program per block of
-# columns of a segment, view and expert, which walks blocks of rows and adds them up element by element, and in the
-# end over the block: an order that the segment's length alone decides. Traffic: both inputs once, 4 bytes an
-# element in 16 bits. Bound: bytes, 0.20 GB and 61 us; where segments are short, launch and latency.
+# columns of a segment, view and expert; it sums blocks of rows element by element, and finally over the block, in
+# an order that depends only on the segment's length. Traffic: both inputs once, 4 bytes per element in 16 bits.
+# Bound: bytes, 0.20 GB and 61 us; for short segments, launch and latency.
 @triton.jit
 def pool_kernel(
     residual,
@@ -69,9 +69,9 @@ def pool_kernel(
 
 @triton.jit
 def segment_of(cu, row, rows, bounds):
-    """Which segment each row is in, what share of it a row is, and whether it is in any at all.
+    """Return each row's segment, 1 / length of the segment, and whether the row is in a segment.
 
-    A search for the last segment that begins no later; so for segments that descend it finds one too, or none.
+    Searches the last segment that does not begin after the row; with descending bounds, finds any segment or none.
     """
     found = tl.zeros_like(row)
     size, segments = bounds - 1, bounds - 1
@@ -88,10 +88,10 @@ def segment_of(cu, row, rows, bounds):
 
 
 # Gradients of the residual, the segment's gradient divided by its length, and of the update, its dropout; zeros in
-# rows of no segment. One program per block of rows and columns, which looks its rows' segments up. Traffic: two
-# outputs once, 4 bytes an element in 16 bits; the gradient of a segment from L2 for each of its rows. Bound:
-# bytes, 0.20 GB and 61 us; 20 instructions an element of the 35 there are. It gets the number of bounds, not of
-# segments: a launch makes a constant of 1, and a search known to take no step is what Triton 3.6 fails to compile.
+# rows outside all segments. One program per block of rows and columns; it searches the segments of its rows.
+# Traffic: two outputs once, 4 bytes per element in 16 bits; a segment's gradient from L2 for each of its rows.
+# Bound: bytes, 0.20 GB and 61 us; 20 of 35 possible instructions per element. It takes the number of
+# bounds, not of segments: a launch makes 1 a constant, and Triton 3.6 cannot compile a search without steps.
 @triton.jit
 def pool_gradient_kernel(
     grad_out,
@@ -185,7 +185,7 @@ def views_gradient_kernel(
 
 @triton.jit
 def view_place(modality, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Expert and first row of a program, where its tile's elements are from there, which of them exist, and the
+    """Return expert and first row of a program, the offsets of its tile's elements, which of them exist, and the
     modality of each row."""
     ACROSS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     column = tl.program_id(0) % ACROSS * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,15 +1,15 @@
-"""Parts of rows of the encoder's row-wise Triton kernels: their dropout, sums over them.
+"""Helpers of the encoder's row-wise Triton kernels: tiles, dropout, sums.
 
-A counter of the generator gives the draws of eight columns, 32 apart and in pairs (flmoe_kernels.core.dropout). So
-a tile of rows is held as four parts: part w has the columns whose draws are the counters' word w, 32 of every 128,
-and each part is read and written in pieces of 64 bytes (128 in float32), which are whole sectors. A thread has the
-same columns of every part and with them whole counters: each is computed once and all of it is used.
+A counter of the generator gives the draws of eight columns, 32 apart and in pairs (flmoe_kernels.core.dropout). A
+tile of rows is therefore stored as four parts: part w has the columns whose draws are in word w of the counters,
+32 of every 128. Each part is read and written in pieces of 64 bytes (128 in float32), which are whole sectors. A
+thread has the same columns of every part, so every counter is computed once and used completely.
 
-Offsets within a tile fit 32 bits, where a tile begins is 64 bits wide.
+Offsets within a tile are 32 bits wide, the start of a tile is 64 bits wide.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types, as in rows_kernels.py.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def inside_of(valid, column, WIDTH: tl.constexpr, PART: tl.constexpr):
 def load_part(
     pointer, row, valid, first, WORD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr
 ):
-    """Part WORD of rows at `pointer`, in float32; zeros where not `valid` and past the last column."""
+    """Load part WORD of rows at `pointer` in float32; zeros if not `valid` and after the last column."""
     column = columns_of(first, WORD, PART)
     pointers = pointer + row[:, None] * WIDTH + column[None, :]
     inside = inside_of(valid, column, WIDTH, PART)
@@ -63,7 +63,7 @@ def store_part(
 
 @triton.jit
 def load_line(pointer, WORD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
-    """Part WORD of one row, (1, PART) in float32."""
+    """Load part WORD of one row, (1, PART) in float32."""
     column = columns_of(0, WORD, PART)
     return tl.load(pointer + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
 
@@ -90,7 +90,7 @@ def words_of(seed, row, expert, stream, first, PART: tl.constexpr):
 @triton.jit
 def drop(values, words, threshold, kept_scale, WORD: tl.constexpr):
     """Dropout of part WORD."""
-    # A 16-bit draw is below the threshold where the word that it heads is below the threshold as a head.
+    # A draw in the upper 16 bits is below the threshold if the word is below the shifted threshold.
     limit = tl.cast(threshold, tl.uint32) << 16
     draws = tl.interleave(words[WORD] << 16, words[WORD])
     return tl.where(draws < limit, values * kept_scale, 0.0)
@@ -98,7 +98,7 @@ def drop(values, words, threshold, kept_scale, WORD: tl.constexpr):
 
 @triton.jit
 def across(parts):
-    """Sums of rows."""
+    """Sum each row over its parts."""
     return tl.sum((parts[0] + parts[1]) + (parts[2] + parts[3]), 1)
 
 
@@ -112,10 +112,10 @@ def zeros(ROWS: tl.constexpr, PART: tl.constexpr):
 def normal_tail(x):
     """P(X > |x|) of a standard normal X, and exp(-x^2 / 2).
 
-    exp(-x^2 / 2) t q(t) with t = 1 / (1 + 0.35 |x|) and q the polynomial of degree 8 that is nearest in relative
-    error for |x| < 13.2, where float32 ends: 3e-8, fitted to the scaled erfc. So the tail keeps its digits where
-    1 + erf(x) would lose them, and no branch chooses between polynomials: compiled for sm_90 the kernel has 33
-    instructions an element, with the library's erf 46, which is more than memory leaves time for.
+    Uses exp(-x^2 / 2) t q(t) with t = 1 / (1 + 0.35 |x|) and the polynomial q of degree 8 with the smallest
+    relative error, 3e-8, for |x| < 13.2, the range of float32; fitted to the scaled erfc. The tail keeps digits
+    that 1 + erf(x) would lose, and there are no branches between polynomials: compiled for sm_90 the kernel has 33
+    instructions per element, but 46 with the library's erf, which would be slower than memory.
     """
     size = tl.abs(x)
     root = tl.rsqrt(1.0 + 0.35 * size)

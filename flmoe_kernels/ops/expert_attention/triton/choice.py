@@ -1,4 +1,4 @@
-"""The choice of tiles for expert_attention's kernels: by launch table, or with autotune by time."""
+"""Choice of tiles for expert_attention: launch table or autotune."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .table import TABLE, AttentionCall, Tiles, candidates, class_of, narrower
 
 
 def tiles_of(kernel: str, call: AttentionCall, architecture: int | None = None) -> Tiles:
-    """The launch table's tiles for sm_`architecture`. None: the tiles that the device of the call's tensors
-    uses, with autotune the fastest."""
+    """The launch table's tiles for sm_`architecture`. None: the tiles for the device of the call's tensors,
+    with autotune the fastest tiles."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call)
     place = architecture_of(call.q.device) if architecture is None else architecture
@@ -26,7 +26,7 @@ def tiles_of(kernel: str, call: AttentionCall, architecture: int | None = None) 
 
 
 def fastest(kernel: str, call: AttentionCall) -> Tiles:
-    """The choice for all calls in the same buckets of sizes, see tuning.choose."""
+    """The tiles for all calls in the same buckets of sizes, see tuning.choose."""
     device = call.q.device
     groups, rows, heads, width = call.q.shape
     key = tuning.tuning_key(
@@ -70,12 +70,12 @@ def _attend(call: AttentionCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
 
 
 def _own(kernel: str, call: AttentionCall) -> Tiles:
-    """The table's tiles of a kernel that makes inputs of another's trial."""
+    """The table's tiles of a kernel that computes the inputs of another kernel's trial."""
     return TABLE.tiles((kernel, class_of(call)), architecture_of(call.q.device))
 
 
 def _query(call: AttentionCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
-    """With v for the cotangent."""
+    """Trials of the kernel, with v as grad_out."""
     out, lse, delta, grad = _like_q(call), _statistics(call), _statistics(call), _like_q(call)
     run([attend_launch(_own("attend", call), call, out, lse)], call.q.device)
 
@@ -87,7 +87,7 @@ def _query(call: AttentionCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
 
 
 def _key(call: AttentionCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
-    """With v for the cotangent."""
+    """Trials of the kernel, with v as grad_out."""
     out, lse, delta, grad = _like_q(call), _statistics(call), _statistics(call), _like_q(call)
     own = _own("query_gradient", call)
     needed = [attend_launch(_own("attend", call), call, out, lse)]

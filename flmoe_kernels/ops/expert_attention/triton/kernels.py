@@ -1,8 +1,8 @@
-"""The Triton kernels of expert_attention. Nothing of size length x length is stored, and no sum crosses programs.
+"""Triton kernels of expert_attention.
 
-Widths are read and written in chunks of CHUNK columns: one for widths up to the table's, padded with zeros
-inside the kernel; a wider one is written by a program per chunk, each of which makes the probabilities again.
-Exponentials are of base 2. Where an operator's argument is not there (no dropout), it is None and its code too.
+Nothing of size length x length is stored, and every sum stays within a program. Widths up to the table's limit are
+one chunk of CHUNK columns, padded with zeros in the kernel; larger widths have one program per chunk, which
+recomputes the probabilities. Exponentials have base 2. Code for missing arguments (None) is not compiled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def decode(program, slots, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Slot, first column of the chunk, head and group: blocks of one head are neighbours, which share it in L2."""
+    """Return slot, first column of the chunk, head and group; blocks of a head are adjacent, to share L2."""
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     slot, rest = program % slots, program // slots
     column, rest = rest % CHUNKS * CHUNK, rest // CHUNKS
@@ -30,10 +30,10 @@ def decode(program, slots, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 # Output and log-sum-exp. One program per block of rows of a problem and head, with a loop over blocks of its keys:
 #     m' = max(m, max_j s_j),   p_j = exp(s_j - m'),   l' = l exp(m - m') + sum_j p_j,
 #     o' = o exp(m - m') + sum_j kept_j p_j v_j,       out = o * scale of what is kept / l.
-# Traffic: q and out once; k and v once per block of rows, from L2. Bound, by counting instructions and not yet
-# measured: per score one exponential (16 a clock and SM) and, of the 128 that an SM issues a clock, 12 without and
-# 21 with dropout (compiled for sm_90 at width 64); its matrix units need 4 d of their 4096 FLOP a clock. So at
-# width 64 the instructions take longest, 1.5 and 2.7 times as long as the exponentials or the products.
+# Traffic: q and out once; k and v once per block of rows, from L2. Bound, by counting instructions, not measured:
+# a score takes one exponential (16 per clock and SM) and 12 instructions without or 21 with dropout (compiled for
+# sm_90 at width 64; an SM issues 128 per clock), and 4 d FLOP of the matrix units (4096 per clock). So at width 64
+# the instructions are the bound, 1.5 and 2.7 times as long as the exponentials or the products.
 @triton.jit
 def attend_kernel(
     q,
@@ -70,7 +70,7 @@ def attend_kernel(
     largest = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, CHUNK), tl.float32)
-    # With a positive factor the maximum is taken before it, and the factor is part of a multiply-add.
+    # If the factor is positive, the maximum is computed before scaling, and the factor is part of a multiply-add.
     factor = scale * LOG2_E if POSITIVE else 1.0
     for j in range(0, keys, COLUMNS):
         key = tl.arange(0, COLUMNS)
@@ -85,13 +85,13 @@ def attend_kernel(
         scores = tl.where(valid_key[None, :], scores, -float("inf"))
         before = largest
         largest = tl.maximum(before, tl.max(scores, 1) * factor)
-        # A row of -inf so far has no weight yet; one that ends so has a total of 0 and becomes NaN.
+        # A row with only -inf so far has no weight yet; if it stays so, its total is 0 and it becomes NaN.
         origin = tl.where(largest == -float("inf"), 0.0, largest)
         p = tl.exp2(scores * factor - origin[:, None])
         fade = tl.exp2(before - origin)
         total = total * fade + tl.sum(p, 1)
         if seed is not None:
-            # A zero that the compiler does not know: with one that it knows it would choose after rounding to
+            # A zero that the compiler cannot detect: with a constant zero it would select after rounding to
             # 16 bits, and then round and pack one value at a time.
             nothing = kept_scale * 0.0
             problem_id = group * problems + problem
@@ -99,7 +99,7 @@ def attend_kernel(
             p = tl.where(kept, p, nothing)
         v_tile = load_rows(v, j, key, valid_key, column, WIDTH, CHUNK)
         sums = dot(p, v_tile, sums * fade[:, None], PRECISION)
-    # Rows that no problem covers: 0.
+    # Rows outside all problems are 0.
     total = tl.where(keys > 0, total, 1.0)
     sums *= (kept_scale / total)[:, None]
     store_rows(head_of(out, group, head, first + start), row, valid, column, sums, WIDTH, CHUNK)
@@ -170,7 +170,7 @@ def query_gradient_kernel(
             *(WIDTH, CHUNK, PRECISION),
         )
         p = tl.exp2(scores * (scale * LOG2_E) - origin[:, None])
-        # Past the last key this is no probability, and may be infinite.
+        # After the last key this is not a probability and may be infinite.
         p = tl.where(valid_key[None, :], p, 0.0)
         v_tile = load_rows(v, j, key, valid_key, 0, WIDTH, CHUNK)
         cotangent = products(
@@ -191,10 +191,10 @@ def query_gradient_kernel(
 
 
 # Gradients of k and v:  grad_v_j = sum_i kept_ij p_ij grad_out_i,  grad_k_j = scale * sum_i d_ij q_i.
-# One program per block of keys, with a loop over blocks of the problem's rows; a tile is held as [row, key], as in
-# the other kernels, so that the same draws need no exchange, and transposed where it is multiplied. Traffic: k, v
-# and their gradients once; q and grad_out once per block, from L2.
-# Bound as above: four products, 13 and 24 instructions per score.
+# One program per block of keys, with a loop over blocks of the problem's rows; a tile is stored as [row, key], as
+# in the other kernels, so that threads do not exchange draws, and transposed for the products. Traffic: k, v and
+# their gradients once; q and grad_out once per block, from L2. Bound as above: four products, 13 and 24
+# instructions per score.
 @triton.jit
 def key_gradient_kernel(
     q,
@@ -236,8 +236,8 @@ def key_gradient_kernel(
     sums_k = tl.zeros((COLUMNS, CHUNK), tl.float32)
     sums_v = tl.zeros((COLUMNS, CHUNK), tl.float32)
     for i in range(0, queries, ROWS):
-        # Past the last row the last one again, with no weight: nothing is then chosen element by element, and
-        # an infinity meets what it meets in the last row.
+        # Rows after the last row repeat it with weight 0, so that no elements have to be selected; infinities
+        # give the same results as in the last row.
         row = tl.minimum(tl.arange(0, ROWS), queries - 1 - i)
         q_tile = load_rows(q, i, row, None, 0, WIDTH, CHUNK)
         grad_tile = load_rows(grad_out, i, row, None, 0, WIDTH, CHUNK)
@@ -258,7 +258,7 @@ def key_gradient_kernel(
         if seed is not None:
             problem_id = group * problems + problem
             kept = kept_elements(seed, threshold, problem_id, head, i + row, start, COLUMNS)
-            # One factor for both products: a choice in each would hold a predicate per score between them.
+            # One factor for both products: a selection in each would keep a predicate per score between them.
             factor = tl.where(kept, kept_scale, 0.0)
             dropped, cotangent = p * factor, cotangent * factor
         d = p * (cotangent - together[:, None])

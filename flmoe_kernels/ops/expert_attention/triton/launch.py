@@ -1,4 +1,4 @@
-"""Launches of expert_attention's kernels from given tiles. Calls have been made `readable`."""
+"""Launches of expert_attention's kernels with given tiles, for `readable` calls."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from flmoe_kernels.core.triton.tables import chunk_of
 from .kernels import attend_kernel, key_gradient_kernel, query_gradient_kernel
 from .table import AttentionCall, Tiles
 
-# What a kernel reads or writes (G, rows, H, d) through.
+# How a kernel reads or writes (G, rows, H, d).
 Operand = tuple[Tensor, int, int, int]
 
-# Rows further apart than this are copied, so that offsets within a block stay below 2^31.
+# Rows with a larger stride are copied, so that offsets within a block stay below 2^31.
 _MAX_STRIDE = 2**24
-# Below this a scale times log2(e) may be 0 in float32, or become it; 0 times the -inf of a masked score is NaN.
+# Below this, a scale times log2(e) may be 0 in float32; 0 times the -inf of a masked score is NaN.
 _LEAST_FACTOR = 1e-37
 
 
 def readable(call: AttentionCall) -> AttentionCall:
-    """The call with copies of those inputs that kernels cannot read where they are."""
+    """The call with copies of the inputs that kernels cannot read in place."""
     dropping = call.seed is not None and keep_threshold(call.dropout_p) < DRAWS
     return replace(
         call,
@@ -48,7 +48,7 @@ def operand(x: Tensor) -> Operand:
 def _launch(
     kernel: Any, tiles: Tiles, call: AttentionCall, block: int, rest: dict[str, Any]
 ) -> Launch:
-    """A launch with a program for each slot of `block` rows and each chunk, head and group."""
+    """Launch with one program per slot of `block` rows, chunk, head and group."""
     groups, rows, heads, width = call.q.shape
     chunk = chunk_of(width, tiles.widest)
     slots = rows // block + call.problems + 2
@@ -83,7 +83,7 @@ def query_gradient_launch(
     delta: Tensor,
     grad_q: Tensor,
 ) -> Launch:
-    """Writes delta too."""
+    """Launch of the gradient of q, which also writes delta."""
     rest = {"out": operand(out), "grad_q": operand(grad_q), "lse": lse}
     rest |= {"grad_out": operand(grad_out), "delta": delta}
     return _launch(query_gradient_kernel, tiles, call, tiles.rows, rest)

@@ -1,4 +1,4 @@
-"""The launch table of expert_attention: tiles of its kernels by class of a call and architecture."""
+"""Launch table of expert_attention: tiles by class of call and architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Key = tuple[str, ...]
 DROPOUT = "dropout"
 # Problems of up to this many rows on average take the smallest tiles.
 SHORT = 16
-# Columns that a program holds of a width, at most.
+# Maximum number of columns of a width per program.
 WIDEST = 128
 
 
@@ -39,9 +39,9 @@ class AttentionCall:
 class Tiles:
     """Tile of scores, warps, pipeline stages.
 
-    shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes, the largest of the cases compiled;
-    with Triton 3.7.1, as tests/bench/test_aot.py checks. widest: columns that a program holds
-    of a width, at most.
+    shared: maximum bytes per block on sm_80, sm_90 and sm_100 at the named shapes, in the compiled cases,
+    with Triton 3.7.1; tests/bench/test_aot.py checks them. widest: maximum number of columns
+    of a width per program.
     """
 
     rows: int
@@ -66,7 +66,7 @@ class Tiles:
 # chunks of 64, twice the programs and at width 256 1.7 times the products: with 128 they spill up to 112 bytes.
 # Tiles of wide float32 and of chunked rows are smaller for the registers and the shared memory: nothing spills at
 # widths 128 and 256, though up to 584 bytes do at 200, which fills no chunk, and no block takes more than the 99
-# KiB that sm_86 and sm_89 have. Which is faster has not been measured.
+# KiB that sm_86 and sm_89 have. The fastest choice has not been measured.
 _ALL: dict[Key, Tiles] = {
     ("attend", "long"): Tiles(64, 64, 4, 2, (24576, 40960, 41000)),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 65536, 73792)),
@@ -102,7 +102,7 @@ _ALL: dict[Key, Tiles] = {
 # four can hide their waits. The other entries exist because the default tiles spill 8 to 24 bytes in one named
 # case: half the columns for wide rows and eight warps for chunked ones on sm_80 and sm_86, three stages for the
 # gradient of keys on sm_80 and, wide, on sm_90, eight warps for chunked rows on sm_100, whose float32 gradient of
-# keys also has chunks of 64. Which is faster has not been measured.
+# keys also has chunks of 64. The fastest choice has not been measured.
 _AMPERE: dict[Key, Tiles] = {
     ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
     ("attend", "wide"): Tiles(64, 32, 4, 2, (36864, 0, 0)),
@@ -143,7 +143,7 @@ _TRIED = {
 
 
 def class_of(call: AttentionCall) -> str:
-    """The rows of TABLE for a call: by dtype, width and mean length, which is all that shapes tell."""
+    """The class of a call in TABLE, by dtype, width and mean length; shapes do not show more."""
     width = call.q.shape[3]
     if width > 64:
         size = "wide" if width <= WIDEST else "chunked"
@@ -155,12 +155,12 @@ def class_of(call: AttentionCall) -> str:
 
 
 def narrower(kernel: str, call: AttentionCall) -> list[Key]:
-    """The key that goes before (kernel, class_of) where probabilities are dropped."""
+    """The key that is tried before (kernel, class_of) if there is dropout."""
     return [] if call.seed is None else [(kernel, class_of(call), DROPOUT)]
 
 
 def candidates(kernel: str, call: AttentionCall, architecture: int | None) -> list[Tiles]:
-    """What autotune tries, the launch table's first."""
+    """Candidates for autotune; the first is that of the launch table."""
     kind = class_of(call)
     first = TABLE.tiles((kernel, kind), architecture, *narrower(kernel, call))
     chunks = (64, WIDEST) if kind == "float32, chunked" else (first.widest,)

@@ -1,8 +1,8 @@
-"""What the Triton kernels of expert_attention share: where a program works, rows of a head, products.
+"""Helpers of expert_attention's Triton kernels: positions, rows, products.
 
 An operand is a tuple (pointer, stride over groups, stride over rows, stride over heads); its last dimension is
 contiguous. `head_of` narrows it to (pointer, stride over rows) at a first row. Offsets of groups, heads and
-first rows are 64 bits wide; those within a block fit 32 because launch.readable copies what is spread wider.
+first rows are 64 bits wide; those within a block fit 32 because launch.readable copies larger strides.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 # Candidates that a step of `find_run` reads at a time: one step finds one of 64 runs, two one of 4096.
 _WIDE = tl.constexpr(64)
-# The interpreter multiplies bfloat16 as the integers that it keeps it in; there operands of products are widened.
+# The interpreter would multiply the integer representation of bfloat16, so operands are widened there.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -54,18 +54,18 @@ def find_run(cu, problems, rows, slot, BLOCK: tl.constexpr):
 
 @triton.jit
 def place(cu, problems, rows, slot, BLOCK: tl.constexpr):
-    """Where a program works: (problem, its first row, its length, the block's first row within it, how many
-    rows it attends to).
+    """The position of a program: (problem, its first row, its length, the block's first row within it, number
+    of rows that it attends to).
 
-    The grid may not depend on what cu holds. Run r owns the slots from boundary(r) // BLOCK + r on, which are
-    at least as many as its blocks and at most one more, so rows // BLOCK + problems + 2 slots are enough for any
-    runs. A slot without a block has a start past the length; rows that no problem covers attend to nothing.
+    The grid must not depend on the values of cu. Run r owns the slots from boundary(r) // BLOCK + r on: at least
+    as many as its blocks and at most one more, so rows // BLOCK + problems + 2 slots are enough for any
+    runs. A slot without a block starts after the length; rows outside all problems attend to nothing.
     """
     run = find_run(cu, problems, rows, slot, BLOCK)
     first = boundary(cu, run, problems, rows)
     length = tl.maximum(boundary(cu, run + 1, problems, rows) - first, 0)
     start = (slot - first // BLOCK - run) * BLOCK
-    # A slot before the first: only where runs descend.
+    # A slot before the first run occurs only if cu is not non-decreasing.
     start = tl.where(start < 0, length, start)
     covered = (run > 0) & (run <= problems) & (start < length)
     return run - 1, first, length, start, tl.where(covered, length, 0)

@@ -1,8 +1,8 @@
-"""The Triton kernels of the interaction losses: a triplet per uniqueness expert, cosines for the two others.
+"""Triton kernels of the interaction losses: triplets and cosines.
 
 Latents are (experts, views, batch, width), contiguous, with views = modalities + 1 and experts = modalities + 2.
-A program has a block of samples of one expert; distances, products and losses are float32. No sum crosses
-programs but the mean over the batch, whose parts `mean_kernel` adds in a fixed order.
+A program has a block of samples of one expert; distances, products and losses are float32. Sums stay within a
+program, except the mean over the batch, whose parts `mean_kernel` adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NORM_FLOOR = tl.constexpr(1e-12)
 
 @triton.jit
 def view_of(latents, expert, view, first, batch, width, VIEWS: tl.constexpr):
-    """Where sample `first` of a view begins; offsets within a block of samples fit 32 bits."""
+    """Pointer to sample `first` of a view; offsets within a block of samples fit 32 bits."""
     sample = (tl.cast(expert, tl.int64) * VIEWS + view) * batch + first
     return latents + sample * width
 
@@ -38,7 +38,7 @@ def store_tile(x, row, valid, column, width, values, CHUNK: tl.constexpr):
 
 @triton.jit
 def difference(x_tile, y_tile, column, width, CHUNK: tl.constexpr):
-    """x - y + eps, as the triplet's distance has it; 0 past the last column."""
+    """Compute x - y + eps, as in the triplet's distance; 0 after the last column."""
     inside = (column + tl.arange(0, CHUNK) < width)[None, :]
     return tl.where(inside, x_tile - y_tile + TRIPLET_EPS, 0.0)
 
@@ -71,9 +71,9 @@ def norm(x, row, valid, width, CHUNK: tl.constexpr):
 
 
 # Parts of the losses, one per block of samples: their sum over the block, divided by the batch. A program has a
-# block of one expert. Traffic: each view of the expert comes from memory once; the full view is read again for
-# each other one, and a uniqueness expert's own view too, from the nearest cache. 2 to 8 FLOP per element, so that
-# bytes are the bound: 0.6 MB in bfloat16 at mmimdb, which is less time than a launch takes.
+# block of one expert. Traffic: each view of the expert comes from memory once; the full view (and a uniqueness
+# expert's own view) is read again for every other view, from the nearest cache. 2 to 8 FLOP per element, so bytes
+# are the bound: 0.6 MB in bfloat16 at mmimdb, which takes less time than a launch.
 @triton.jit
 def losses_kernel(
     latents,
@@ -99,7 +99,7 @@ def losses_kernel(
             if other != expert:
                 view = view_of(latents, expert, 1 + other, first, batch, width, VIEWS)
                 value = distance(full, view, row, valid, width, CHUNK) - negative + MARGIN
-                # A NaN is no loss of 0.
+                # A NaN must not become a loss of 0.
                 total += tl.where(value < 0, 0.0, value)
         total = total / (MODALITIES - 1)
     else:
@@ -114,7 +114,7 @@ def losses_kernel(
     tl.store(parts + expert * blocks + block, part.to(parts.dtype.element_ty))
 
 
-# Sums of parts (experts, blocks), one program per expert: a few hundred bytes, all latency.
+# Sums of parts (experts, blocks), one program per expert: a few hundred bytes, latency-bound.
 @triton.jit
 def mean_kernel(parts, losses, blocks, BLOCKS: tl.constexpr):
     expert = tl.program_id(0)
@@ -125,8 +125,8 @@ def mean_kernel(parts, losses, blocks, BLOCKS: tl.constexpr):
     tl.store(losses + expert, tl.sum(total, 0).to(losses.dtype.element_ty))
 
 
-# The gradient, of all views in one launch. A program has a block of one expert and CHUNK columns, whose gradient
-# at the full view it adds up in registers; the statistics it makes again, over all columns. Traffic: latents once
+# The gradient of all views in one launch. A program has a block of one expert and CHUNK columns; it sums the
+# gradient of the full view in registers, and recomputes the statistics over all columns. Traffic: latents once
 # from memory, once more from a cache, and the gradient once; bytes are the bound.
 @triton.jit
 def gradient_kernel(
@@ -184,7 +184,7 @@ def gradient_kernel(
             view_length = norm(view, row, valid, width, CHUNK)
             both = length * view_length
             cosine = product(full, view, row, valid, width, CHUNK) / both
-            # Below its floor a length is a constant.
+            # Below the floor, the length is a constant.
             back_full = tl.where(length > NORM_FLOOR, cosine / (length * length), 0.0)
             back = tl.where(view_length > NORM_FLOOR, cosine / (view_length * view_length), 0.0)
             one = 1.0 / both

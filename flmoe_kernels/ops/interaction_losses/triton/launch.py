@@ -1,4 +1,4 @@
-"""Launches of the interaction losses: tiles, warps, arguments. Tensors are contiguous."""
+"""Launches of the interaction losses; tensors are contiguous."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .kernels import gradient_kernel, losses_kernel, mean_kernel
 # The same for every architecture, class of shape and dtype: these kernels are bound by bytes or by latency, and
 # all that shapes decide is how many programs there are. The losses take a sample of up to 512 columns a program,
 # the gradient, which holds four such tiles, twice that: more spills a few bytes on one architecture or another.
-# What is fastest has not been measured.
+# The fastest choice has not been measured.
 TABLE = {
     "losses": RowTiles(512, 512, 4, 16),
     "mean": RowTiles(64, 64, 1, 0),
@@ -23,13 +23,13 @@ _STAGES = 2
 
 
 def loss_blocks(latents: Tensor) -> int:
-    """Parts that the loss of each expert comes in."""
+    """Number of partial sums of each expert's loss."""
     batch, width = latents.shape[2:]
     return blocks_of(batch, TABLE["losses"].shape(batch, width)[0])
 
 
 def loss_launches(latents: Tensor, parts: Tensor | None, losses: Tensor) -> list[Launch]:
-    """Losses (E,) of latents (E, V, B, width); parts (E, loss_blocks) float32, None where that is one block."""
+    """Launch of losses (E,) from latents (E, V, B, width); parts (E, loss_blocks) float32, None for one block."""
     experts, views, batch, width = latents.shape
     rows, chunk = TABLE["losses"].shape(batch, width)
     blocks = loss_blocks(latents)
@@ -78,7 +78,7 @@ def gradient_launch(grad_losses: Tensor, latents: Tensor, grad_latents: Tensor) 
 
 
 def call_launches(latents: Tensor) -> dict[str, Launch]:
-    """Every launch of one training step by its row in TABLE; any device, meta included."""
+    """All launches of a training step by their key in TABLE; for any device, including meta."""
     experts = latents.shape[0]
     parts = latents.new_empty((experts, loss_blocks(latents)), dtype=torch.float32)
     losses = latents.new_empty((experts,))

@@ -1,4 +1,4 @@
-"""The choice of tiles for pair_moe's kernels: by launch table, or with autotune by time."""
+"""Choice of tiles for pair_moe: launch table or autotune."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _MAP = 2**24
 def tiles_of(
     kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
 ) -> Tiles:
-    """The launch table's tiles for sm_`architecture`. None: the tiles that the device of the call's tensors
-    uses, with autotune the fastest. `reduce` is the forward's."""
+    """The launch table's tiles for sm_`architecture`. None: the tiles for the device of the call's tensors,
+    with autotune the fastest tiles. `reduce` is that of the forward."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call, reduce)
     place = architecture_of(call.q.device) if architecture is None else architecture
@@ -41,7 +41,7 @@ def tiles_of(
 
 
 def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
-    """The choice for all calls in the same buckets of sizes, see tuning.choose. `reduce` is the forward's."""
+    """The tiles for all calls in the same buckets of sizes, see tuning.choose. `reduce` is that of the forward."""
     device = call.q.device
     summed = reduce == REDUCE_EXPERTS
     # "pool" sums over rows; it uses the choice for one output per token.
@@ -64,7 +64,7 @@ def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
 
 
 def _accumulate(call: PairCall, reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
-    """The forward, with an output for every token, and for every expert where they are not added up."""
+    """Trials of the forward, with an output per token, and per expert unless experts are summed."""
     device = call.q.device
     y = call.q.new_empty(call.y_shape(reduce))
     mass = call.q.new_empty(call.q.shape[:3], dtype=call.statistics)
@@ -77,7 +77,7 @@ def _accumulate(call: PairCall, reduce: str) -> Callable[[Tiles], tuning.Trial[T
 
 
 def _gradient(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
-    """The gradients of q, k and gate_bias, with a for the cotangent of y."""
+    """Trials of the gradients of q, k and gate_bias, with a as the gradient of y."""
     device = call.q.device
     sides = _sides(call, REDUCE_NONE, call.q.dtype, call.a)
     grad_q, grad_k = call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape)
@@ -101,7 +101,7 @@ def _gradient(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Ti
 
 
 def _map(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
-    """Contributions of the first rows, with a token's values for the head."""
+    """Trials of the contributions of the first rows, with a token's values as the head."""
     device = call.q.device
     sides = _sides(call, REDUCE_POOL, call.statistics, call.a[:, :, 0])
     rows = min(call.rows, max(1, _MAP // (call.batch * call.experts * call.columns)))

@@ -1,12 +1,12 @@
-"""The Triton kernels of pair_moe.
+"""Triton kernels of pair_moe.
 
-What a call fixes is a constant of the compiled kernel: the experts' coefficients (so that a kind costs only what
-it needs), TOP_K, R, V, and inputs that are not there, which are None. Lengths stay variables. Tiles over pairs
-live in registers, one per expert; nothing of size La x Lb is stored.
+Constants of a compiled kernel are the experts' coefficients (so that a kind costs only what it needs), TOP_K, R,
+V, and missing inputs, which are None. Lengths are variables. Tiles of pairs are in registers, one per expert;
+nothing of size La x Lb is stored.
 
-R and V are read in chunks of DEPTH_R and DEPTH_V columns where sums run over them, and written in chunks of
-WIDE_R and WIDE_V columns, each by a program of its own that makes the gate again: any width works, and one that
-fits a chunk pays for one gate.
+R and V are read in chunks of DEPTH_R and DEPTH_V columns for sums over them, and written in chunks of WIDE_R and
+WIDE_V columns. Every written chunk has its own program, which recomputes the gate: any width works, and a width
+that fits into one chunk needs one gate.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .tiles import (
 #     out_i = S1 a_i sum_j p + S2 sum_j p c_j + S3 a_i * sum_j p c_j
 # One program per block of tokens i, chunk of V and sample, with a loop over blocks of j. Traffic: q, a and out
 # once; k and c once per block of i, from L2. Bound, by
-# counting instructions and not yet measured: the arithmetic and exponentials of the softmax; the matrix units
-# wait for them. That is why sums of p c_j are a matrix product for every reduction: "pool" could do without it for
-# unique_b and redundancy, but would have to sum p over the rows of a tile, across warps, on the busier units.
+# counting instructions, not measured: the arithmetic and exponentials of the softmax, for which the matrix units
+# wait. Sums of p c_j are therefore a matrix product for every reduction: "pool" does not need it for unique_b and
+# redundancy, but would then sum p over the rows of a tile, across warps, on the busier units.
 @triton.jit
 def accumulate_kernel(
     q,
@@ -102,7 +102,7 @@ def accumulate_kernel(
         elif REDUCE == "experts":
             together += value
         else:
-            # Here out has a row for each block.
+            # Here out has one row per block.
             pooled = tl.sum(tl.where(valid_i[:, None], value, 0.0), 0)[None, :]
             store_tokens(out, b, e, block, tl.full((1,), 1, tl.int1), blocks, column, pooled, V)
         if mass is not None and chunk == 0:
@@ -111,9 +111,9 @@ def accumulate_kernel(
         store_tokens(out, b, 0, i, valid_i, rows, column, together, V)
 
 
-# What the backward and the maps need of one side alone, with the cotangent (or head) g of each token:
+# The terms of the backward and the maps that depend on one side, with the gradient (or head) g of each token:
 #     offset = base + C0 g . x,   factor = (C1 + C2 x) * g.
-# One program per block of tokens and sample. Traffic: x and g once, factor once. Bound: bandwidth, and small.
+# One program per block of tokens and sample. Traffic: x and g once, factor once. Bound: bandwidth; short.
 @triton.jit
 def project_kernel(
     x,
@@ -145,7 +145,7 @@ def project_kernel(
                 if C0[e] > 0.0:
                     total += C0[e] * tl.sum(own * cotangent, 1)
                 if C1[e] + C2[e] > 0.0:
-                    # Term by term: a NaN of x does not enter where its coefficient is 0.
+                    # Term by term, so that a NaN in x has no effect if its coefficient is 0.
                     product = tl.zeros_like(own)
                     if C1[e] > 0.0:
                         product += C1[e] * cotangent
@@ -175,7 +175,7 @@ def pair_values(
     DEPTH_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """offset_x + offset_z + u . w of one expert for a tile of pairs."""
+    """Compute offset_x + offset_z + u . w of one expert for a tile of pairs."""
     values = tl.zeros((valid_x.shape[0], valid_z.shape[0]), tl.float32)
     if PRODUCT:
         values = products(u, w, b, e, x0, valid_x, z0, valid_z, V, DEPTH_V, PRECISION)
@@ -186,12 +186,12 @@ def pair_values(
     return values
 
 
-# Gradient of q, or with the sides swapped of k, so that sums stay within a program. From the cotangent of p,
+# Gradient of q (or of k with swapped sides), so that sums stay within a program. From the gradient of p,
 #     gp = offset_x + offset_z + u . w,    d = p * (gp - sum over experts of p * gp):
 #     grad_x = scale * sum_z d z,    grad_bias = sum of d.
 # One program per block of x, chunk of R and sample. Traffic: x, u and grad_x once; z and w once per block of x,
 # from L2. Bound: the arithmetic, twice the softmax's. Registers: two tiles of pairs per expert; sums of p w would
-# not fit beside them, which is why accumulate_kernel makes the gate again for the gradients of a and c.
+# not fit as well, so accumulate_kernel recomputes the gate for the gradients of a and c.
 @triton.jit
 def gate_gradient_kernel(
     x,
@@ -247,7 +247,7 @@ def gate_gradient_kernel(
             cotangents += (cotangent,)
         new_sums, new_totals = (), ()
         for e in tl.static_range(EXPERTS):
-            # Chosen, not only multiplied: where z is masked an infinity of w must not become NaN.
+            # Selected, not only multiplied: where z is masked, an infinity in w must not become NaN.
             d = tl.where(valid_z[None, :], p[e] * (cotangents[e] - mean), 0.0)
             other = load_tokens(z, b, e, z0, valid_z, column, R, WIDE_R)
             new_sums += (dot(d, other, sums[e], PRECISION),)
@@ -328,8 +328,8 @@ def map_kernel(
 
 @triton.jit
 def order_keys(value, place, valid):
-    """Keys that order as (value, -place); the least integer where not valid. NaN is above infinity."""
-    # One bit pattern for each of NaN and zero, then the bits of negative numbers turned to ascend.
+    """Integer keys in the order of (value, -place); the smallest integer if not valid. NaN is above infinity."""
+    # Use one bit pattern for NaN and one for zero, then invert the bits of negative numbers so that they ascend.
     value = tl.where(value == 0.0, 0.0, value)
     bits = tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -1,4 +1,4 @@
-"""Launches of pair_moe's kernels from given tiles. Calls have been made `readable`."""
+"""Launches of pair_moe's kernels with given tiles, for `readable` calls."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from flmoe_kernels.ops.pair_moe.kinds import coefficients_of
 from .kernels import accumulate_kernel, gate_gradient_kernel, map_kernel, project_kernel
 from .table import Tiles, registers_of
 
-# What a kernel reads or writes (B, E, L, width) through, and S1, S2, S3 of every expert.
+# How a kernel reads or writes (B, E, L, width), and S1, S2, S3 of every expert.
 Operand = tuple[Tensor, int, int, int]
 Coefficients = tuple[tuple[float, ...], ...]
 
-# Tokens further apart than this are copied, so that offsets within a block stay below 2^31.
+# Tokens with a larger stride are copied, so that offsets within a block stay below 2^31.
 _MAX_STRIDE = 2**24
 
 
 def readable(call: PairCall) -> PairCall:
-    """The call with copies of those inputs that kernels cannot read where they are."""
+    """The call with copies of the inputs that kernels cannot read in place."""
     return replace(
         call,
         q=_rows_contiguous(call.q),
@@ -49,7 +49,7 @@ def operand(x: Tensor) -> Operand:
 
 
 def spread(x: Tensor, call: PairCall, reduce: str, length: int) -> Operand:
-    """The operand (B, E, length, V) of y's cotangent, or of a head as reduced by "pool", without copies."""
+    """Expand the gradient of y, or a head (as for "pool"), to (B, E, length, V) without copies."""
     x = _rows_contiguous(x)
     if reduce != REDUCE_NONE:
         x = x.unsqueeze(1 if reduce == REDUCE_EXPERTS else 2)
@@ -73,24 +73,24 @@ def _coefficients(call: PairCall) -> Coefficients:
 
 
 def _gate_operands(call: PairCall, swapped: bool) -> tuple[Operand, Operand, Any, Any]:
-    """q, k and their masks; k, q and theirs where the kernel's rows are the tokens of side b."""
+    """Return q, k and their masks, or k, q and their masks if the kernel's rows are the tokens of side b."""
     q, k = operand(call.q), operand(call.k)
     return (k, q, call.mask_b, call.mask_a) if swapped else (q, k, call.mask_a, call.mask_b)
 
 
 def row_blocks(tiles: Tiles, call: PairCall) -> int:
-    """The number of blocks of side a, and so of the partial sums that a kernel writes, one per block."""
+    """Number of blocks of side a, which is also the number of partial sums that a kernel writes."""
     return blocks_of(call.rows, tiles.rows)
 
 
 def _expect_blocks(name: str, found: int, blocks: int) -> None:
-    """Partial sums are written by block: a buffer that was cut by other tiles would be written past its end."""
+    """Check a buffer of partial sums: kernels would write past the end of a buffer made for other tiles."""
     if found != blocks:
         raise ValueError(f"{name}: expected partial sums of {blocks} blocks, got {found}")
 
 
 def forward_launch(tiles: Tiles, call: PairCall, reduce: str, y: Tensor, mass: Tensor) -> Launch:
-    """y is (B, E, La, V), (B, La, V), or for "pool" partial sums (B, E, row_blocks, V) in float32."""
+    """Launch of y (B, E, La, V), (B, La, V), or for "pool" partial sums (B, E, row_blocks, V) in float32."""
     if reduce == REDUCE_POOL:
         _expect_blocks("y", y.shape[2], row_blocks(tiles, call))
     return _accumulate(
@@ -149,10 +149,10 @@ class Sides:
 
 
 def make_sides(call: PairCall, reduce: str, dtype: torch.dtype) -> Sides:
-    """Uninitialised ones for a cotangent of y by `reduce`; factors in `dtype`."""
+    """Uninitialised sides for a gradient of y with this `reduce`; factors in `dtype`."""
     _, s2, s3 = _coefficients(call)
     pool = reduce == REDUCE_POOL
-    # With the same cotangent for every i, c_j's part is c_j's alone, unless it is multiplied with a_i.
+    # If the gradient is the same for every i, c_j's part depends only on c_j, unless it is multiplied by a_i.
     product = tuple(
         third > 0 or (second > 0 and not pool) for second, third in zip(s2, s3, strict=True)
     )
@@ -213,9 +213,9 @@ def backward_launches(
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
     grad_bias: Tensor,
 ) -> list[Launch]:
-    """Gradients of q, k, a, c, and (B, row_blocks, E) partial sums of gate_bias's.
+    """Launches of the gradients of q, k, a, c, and of partial sums (B, row_blocks, E) for gate_bias.
 
-    sums: "accumulate" tiles; gates: "gradient" tiles, which cut grad_bias.
+    sums: "accumulate" tiles; gates: "gradient" tiles, which determine the blocks of grad_bias.
 
     grad_a_i = s1 g_i sum_j p + s3 g_i * sum_j p c_j
     grad_c_j = sum_i p factor_i [+ s2 g sum_i p, where g is the same for every i]
@@ -248,7 +248,7 @@ def gate_gradient_launch(
     *,
     swapped: bool = False,
 ) -> Launch:
-    """The gradient of q and (B, row_blocks, E) partial sums of gate_bias's, or swapped the gradient of k."""
+    """Launch of the gradient of q and (B, row_blocks, E) partial sums for gate_bias, or (swapped) that of k."""
     wide = chunk_of(call.rank, tiles.wide)
     gates = _gate_operands(call, swapped)
     values = [None if sides.factor is None else operand(sides.factor), operand(call.c)]
@@ -283,7 +283,7 @@ def gate_gradient_launch(
 def map_launch(
     tiles: Tiles, call: PairCall, sides: Sides, out: Tensor, first: int, end: int
 ) -> Launch:
-    """Rows first to end: out is phi (B, E, rows, Lb) in float32, or keys (B, E + 1, rows, Lb) in int64."""
+    """Launch for rows first to end: out is phi (B, E, rows, Lb) float32, or keys (B, E + 1, rows, Lb) int64."""
     return Launch(
         map_kernel,
         blocks_of(end - first, tiles.rows) * blocks_of(call.columns, tiles.columns) * call.batch,

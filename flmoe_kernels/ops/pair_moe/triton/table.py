@@ -1,4 +1,4 @@
-"""The launch table of pair_moe: tiles of its kernels by class of a call and architecture."""
+"""Launch table of pair_moe: tiles by class of call and architecture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tiles:
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes (R 32, V 64), the largest over all
     reductions and outputs; compiled with Triton 3.7.1, as tests/bench/test_aot.py checks.
-    registers: the most that a thread may have; 0 leaves it to the compiler, which may spill to have fewer.
+    registers: maximum number per thread; 0 leaves it to the compiler, which may spill to use fewer.
     """
 
     rows: int
@@ -43,7 +43,7 @@ class Tiles:
 # than the 99 KiB that the smallest devices of sm_8x and sm_12x have, for the first "gradient".
 # float32, whose products split operands in registers, and more than four experts have twice the values or tiles:
 # there rows, columns and chunks are what spills nothing in any named case. One still does: the float32 gradient of
-# eight experts, up to 104 bytes of a thread, see docs/launch_tables.md. Which is faster has not been measured.
+# eight experts, up to 104 bytes of a thread, see docs/launch_tables.md. The fastest choice has not been measured.
 _ALL: dict[Key, Tiles] = {
     ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 2, (26624, 36864, 53376)),
     ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (52288, 61504, 107712)),
@@ -68,7 +68,7 @@ _LIMITED = (80, 90, 100)
 
 
 def _few(accumulate: int, gradient: int) -> dict[Key, Tiles]:
-    """With these limits of registers."""
+    """Tiles for calls of few programs, with these register limits."""
     return {
         ("accumulate", False, False, FEW): Tiles(16, 64, 64, 64, 4, 2, (47104,) * 3, accumulate),
         ("gradient", False, False, FEW): Tiles(16, 64, 64, 64, 4, 2, (53504,) * 3, gradient),
@@ -82,7 +82,7 @@ def _few(accumulate: int, gradient: int) -> dict[Key, Tiles]:
 # two tiles of pairs for each expert and spills 24 to 96 bytes with 32 columns. float32 and more than four experts
 # have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight warps and chunks of 16,
 # at which nothing spills; sm_100 would spill to stay below 129 registers. float32 "accumulate" of more than four
-# experts has sm_80's tile on sm_90 too, with chunks of 16. Which is faster has not been measured.
+# experts has sm_80's tile on sm_90 too, with chunks of 16. The fastest choice has not been measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
     80: _few(0, 0),
     90: {
@@ -127,20 +127,20 @@ def few_programs(call: PairCall) -> bool:
 
 
 def narrower(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> list[Key]:
-    """Keys that go before key_of: of calls of few programs, and of a forward that adds up experts, which holds one
-    more tile."""
+    """Keys that are tried before key_of: for calls of few programs, and for a forward that sums experts, which
+    holds one more tile."""
     key = key_of(kernel, call)
     found = [(*key, FEW)] if few_programs(call) else []
     return [*found, (*key, REDUCE_EXPERTS)] if reduce == REDUCE_EXPERTS else found
 
 
 def registers_of(tiles: Tiles) -> dict[int, int]:
-    """The most that a thread may have by architecture, see Launch."""
+    """Maximum number of registers per thread by architecture, see Launch."""
     return dict.fromkeys(_LIMITED, tiles.registers) if tiles.registers else {}
 
 
 def class_of(call: PairCall) -> str:
-    """The words for a call's class, which autotune files its findings under."""
+    """Description of a call's class, used in the keys of autotune."""
     experts = f"more than {_MANY} experts" if call.experts > _MANY else f"up to {_MANY} experts"
     return f"{experts}, {'float32' if call.q.dtype == torch.float32 else '16 bit'}"
 
@@ -148,7 +148,7 @@ def class_of(call: PairCall) -> str:
 def candidates(
     kernel: str, call: PairCall, architecture: int | None, reduce: str = REDUCE_NONE
 ) -> list[Tiles]:
-    """What autotune tries, the launch table's first; chunks are the table's in all of them."""
+    """Candidates for autotune; the first is that of the launch table. All use the table's chunks."""
     first = TABLE.tiles(key_of(kernel, call), architecture, *narrower(kernel, call, reduce))
     fields = ("rows", "columns", "warps", "stages")
     own = tuple(getattr(first, name) for name in fields)

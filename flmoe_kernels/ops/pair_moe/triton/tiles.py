@@ -1,9 +1,9 @@
-"""What the Triton kernels of pair_moe share: tiles of tokens, and the gate over a tile of pairs.
+"""Helpers of pair_moe's Triton kernels: tiles of tokens, and the gate.
 
 An operand is a tuple (pointer, stride over samples, stride over experts, stride over tokens); its last
-dimension is contiguous. Tokens come in blocks: their first index and a `valid` vector, False past the end and
-for masked tokens, of which nothing is read. Offsets of samples, experts and blocks are 64 bits wide; those
-within a block fit 32 because launch.operand copies what is spread wider.
+dimension is contiguous. A block of tokens is a first index and a `valid` vector, False past the end and for
+masked tokens, which are not read. Offsets of samples, experts and blocks are 64 bits wide; those
+within a block fit 32 because launch.operand copies tensors with larger strides.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The interpreter multiplies bfloat16 as the integers that it keeps it in, and truncates instead of rounding to it;
-# there operands of products are widened.
+# The interpreter would multiply the integer representation of bfloat16, and truncates instead of rounding to it;
+# operands of products are therefore widened there.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -38,7 +38,7 @@ def valid_tokens(mask, b, first, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_tokens(x, b, e, first, valid, column, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns `column` to column + CHUNK of a block of one expert's tokens; zeros where there are none."""
+    """Load columns `column` to column + CHUNK of a block of one expert's tokens; zeros if not valid."""
     pointer, of_sample, of_expert, of_token = x
     start = pointer + column + tl.cast(b, tl.int64) * of_sample
     start += tl.full((), e, tl.int64) * of_expert + tl.cast(first, tl.int64) * of_token
@@ -52,7 +52,7 @@ def load_tokens(x, b, e, first, valid, column, WIDTH: tl.constexpr, CHUNK: tl.co
 
 @triton.jit
 def store_tokens(x, b, e, first, valid, length, column, values, WIDTH: tl.constexpr):
-    """The inverse of load_tokens for every token below `length`; zeros for those that are not valid."""
+    """Store a block of tokens below `length`, with zeros for tokens that are not valid."""
     pointer, of_sample, of_expert, of_token = x
     start = pointer + column + tl.cast(b, tl.int64) * of_sample
     start += tl.full((), e, tl.int64) * of_expert + tl.cast(first, tl.int64) * of_token
@@ -98,7 +98,7 @@ def products(
         right = load_tokens(z, b, e, z0, valid_z, 0, WIDTH, CHUNK).to(left.dtype)
         total = dot(left, tl.trans(right), total, PRECISION)
     else:
-        # A loop that stays one: unrolled, all chunks of x would be held at once.
+        # This loop must not be unrolled: all chunks of x would be held at once.
         for column in range(0, WIDTH, CHUNK):
             left = load_tokens(x, b, e, x0, valid_x, column, WIDTH, CHUNK)
             right = load_tokens(z, b, e, z0, valid_z, column, WIDTH, CHUNK).to(left.dtype)
@@ -125,7 +125,7 @@ def gate(
 ):
     """Probabilities of the experts for a tile of pairs, one [x, z] tile each; 0 where z is not valid.
 
-    Whether x is valid is left to what is stored of a row.
+    The caller handles rows x that are not valid, when it stores them.
     """
     logits = ()
     for e in tl.static_range(EXPERTS):

@@ -1,10 +1,10 @@
-"""The Triton kernels of the reweighting: pooled inputs, and the mixture of the experts' logits.
+"""Triton kernels of the reweighting: pooled inputs, mixture of logits.
 
 Sums are float32 and stay within a program.
 """
 
 # mypy: ignore-errors
-# Kernels: a language of their own in Python's syntax, without types, as in kernels.py.
+# Triton kernels have no type annotations.
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NORM_FLOOR = tl.constexpr(1e-12)
 
 @triton.jit
 def span_of(lengths, modality):
-    """First token and number of tokens of a modality among the concatenated ones."""
+    """First token and number of tokens of a modality in the concatenated tokens."""
     first, length = 0, lengths[0]
     for m in tl.static_range(1, len(lengths)):
         first += tl.where(modality >= m, lengths[m - 1], 0)
@@ -27,12 +27,12 @@ def span_of(lengths, modality):
 
 @triton.jit
 def valid_tokens(mask, place, inside):
-    """Which of a block's tokens count; mask None: all that are `inside`."""
-    # Two returns would not do: the compiler would go on to the load from None.
+    """The valid tokens of a block; mask None: all that are `inside`."""
+    # An early return does not work: the compiler would still compile the load from None.
     return inside if mask is None else tl.load(mask + place, mask=inside, other=False)
 
 
-# Means of each modality's valid tokens, of length 1 where a modality is to be normalised. A program has one sample
+# Means of each modality's valid tokens, with length 1 if the modality is normalised. A program has one sample
 # and modality and all columns. Traffic: tokens once; bytes are the bound, 8.5 MB in bfloat16 at
 # mmimdb.
 @triton.jit
@@ -66,7 +66,7 @@ def features_kernel(
     mean = tl.sum(sums, 0) * scale
     wanted = ((normalized >> modality) & 1) == 1
     size = tl.sqrt(tl.sum(mean * mean, 0))
-    # Below its floor a length is a constant; and so it is where none is wanted.
+    # The length is a constant below its floor, and without normalisation.
     free = tl.where(wanted & (size >= NORM_FLOOR), 1.0, 0.0)
     size = tl.where(size < NORM_FLOOR, NORM_FLOOR, size)
     size = tl.where(wanted, size, 1.0)
@@ -76,7 +76,7 @@ def features_kernel(
         (mean / size).to(features.dtype.element_ty),
         mask=column < WIDTH,
     )
-    # What the backward multiplies with, and whether the length follows the mean.
+    # The factor for the backward, and whether the length depends on the mean.
     tl.store(statistics + row * 2, scale / size)
     tl.store(statistics + row * 2 + 1, free)
 
@@ -121,7 +121,7 @@ def features_gradient_kernel(
 
 @triton.jit
 def expert_column(x, lane, expert):
-    """x[:, expert] of a tile (rows, lanes)."""
+    """Column x[:, expert] of a tile (rows, lanes)."""
     return tl.sum(tl.where((lane == expert)[None, :], x, 0.0), 1)
 
 
@@ -132,7 +132,7 @@ def logits_at(logits, of_expert, expert, row, column, classes):
 
 
 # weights = softmax(scores / temperature) over experts, mixed = sum_e weights_e * logits_e. A program has a block
-# of samples. Traffic: everything once; a few KiB, all latency, which is why it is one launch.
+# of samples. Traffic: everything once; a few KiB, latency-bound, hence a single launch.
 @triton.jit
 def mix_kernel(
     scores,
@@ -171,8 +171,8 @@ def mix_kernel(
 
 
 # With g = grad_mixed and d_e = grad_weights_e + g . logits_e:  grad_logits_e = weights_e g,
-# grad_scores_e = weights_e (d_e - sum_f weights_f d_f) / temperature. A program has a block of samples; all of it
-# is latency.
+# grad_scores_e = weights_e (d_e - sum_f weights_f d_f) / temperature. A program has a block of samples;
+# latency-bound.
 @triton.jit
 def mix_gradient_kernel(
     grad_weights,

@@ -1,4 +1,4 @@
-"""Launches of the reweighting: tiles, warps, arguments. Tensors are contiguous unless said."""
+"""Launches of the reweighting; tensors are contiguous unless stated otherwise."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def features_launch(
     features: Tensor,
     statistics: Tensor,
 ) -> Launch:
-    """features (B, M * D) and statistics (B, M, 2) float32 of tokens (B, L, D)."""
+    """Launch of features (B, M * D) and statistics (B, M, 2) float32 from tokens (B, L, D)."""
     batch, total, width = tokens.shape
     rows, chunk = TABLE["features"].shape(max(lengths), width)
     return Launch(
@@ -82,7 +82,7 @@ def features_gradient_launch(
 def mix_launch(
     scores: Tensor, logits: Tensor, temperature: float, weights: Tensor, mixed: Tensor
 ) -> Launch:
-    """weights (B, E) and mixed (B, C) of scores (B, E) and logits (E, B, C), whose first stride is free."""
+    """Launch of weights (B, E) and mixed (B, C) from scores (B, E) and logits (E, B, C), with any first stride."""
     return _mix("mix", logits, temperature, scores=scores, weights=weights, mixed=mixed)
 
 
@@ -94,7 +94,7 @@ def mix_gradient_launch(
     temperature: float,
     grads: tuple[Tensor, Tensor],
 ) -> Launch:
-    """Gradients of scores and logits, the latter contiguous."""
+    """Launch of the gradients of scores and logits; the latter is contiguous."""
     return _mix(
         "mix_gradient",
         logits,
@@ -127,7 +127,7 @@ def _mix(name: str, logits: Tensor, temperature: float, **tensors: Tensor | None
 def call_launches(
     tokens: Tensor, mask: Tensor | None, lengths: Sequence[int], logits: Tensor
 ) -> dict[str, Launch]:
-    """Every launch of one training step by its row in TABLE; any device, meta included."""
+    """All launches of a training step by their key in TABLE; for any device, including meta."""
     experts, batch, _ = logits.shape
     statistics = tokens.new_empty((batch, len(lengths), 2), dtype=torch.float32)
     features = tokens.new_empty((batch, len(lengths) * tokens.shape[2]))

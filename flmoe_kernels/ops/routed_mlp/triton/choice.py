@@ -1,4 +1,4 @@
-"""The choice of tiles for routed_mlp's products: by launch table, or with autotune by time."""
+"""Choice of tiles for routed_mlp: launch table or autotune."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Make = Callable[[Tiles], tuning.Trial[Tiles]]
 
 
 def tiles_of(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
-    """The launch table's tiles for sm_`architecture`. None: the tiles that the device of the call's tensors
-    uses, with autotune the fastest."""
+    """The launch table's tiles for sm_`architecture`. None: the tiles for the device of the call's tensors,
+    with autotune the fastest tiles."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call)
     place = architecture_of(call.x.device) if architecture is None else architecture
@@ -29,7 +29,7 @@ def tiles_of(kernel: str, call: RoutedCall, architecture: int | None = None) -> 
 
 
 def fastest(kernel: str, call: RoutedCall) -> Tiles:
-    """The choice for all calls in the same buckets of sizes, see tuning.choose."""
+    """The tiles for all calls in the same buckets of sizes, see tuning.choose."""
     device, dtype = call.x.device, call.x.dtype
     key = tuning.tuning_key(
         f"routed_mlp.{kernel}",
@@ -59,7 +59,7 @@ def _trial(
 
 
 def _layer(call: RoutedCall) -> Tensor:
-    """(R, F) zeros: no kernel writes dropped rows, and inputs of trials must be finite."""
+    """Zeros (R, F), because no kernel writes dropped rows, and inputs of trials must be finite."""
     return call.x.new_zeros((call.rows, call.hidden))
 
 
@@ -93,7 +93,7 @@ def _rows(call: RoutedCall) -> Make:
 
 
 def _hidden_gradient(call: RoutedCall) -> Make:
-    """With x for the cotangent."""
+    """Trials of the hidden gradient, with x as grad_out."""
     hidden, active = _layers(call)
     grad = _layer(call)
 
@@ -108,7 +108,7 @@ def _hidden_gradient(call: RoutedCall) -> Make:
 
 
 def _weight_gradient(call: RoutedCall) -> Make:
-    """The gradient of w_in with the activated layer for the cotangent, sums of splits included."""
+    """Trials of the gradient of w_in, with the activated layer as the gradient, including sums of splits."""
     _, active = _layers(call)
     whole = call.x.new_empty(call.w_in.shape)
 

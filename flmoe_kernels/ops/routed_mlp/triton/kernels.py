@@ -1,10 +1,10 @@
-"""The Triton kernels of routed_mlp: grouped products over the rows of each expert, found from offsets on the GPU.
+"""Triton kernels of routed_mlp: grouped matrix products.
 
-R = N K rows, of which expert e has those from offsets[e] to offsets[e + 1] of the permutation; those after
-offsets[E] were dropped. Grids depend on shapes alone. The products over rows are persistent: a fixed number of
-programs walks the tiles (expert, block of rows, block of columns) in an order that keeps weights in L2, see
-tiles.locate; a second program on the same SM multiplies while the first one finishes a tile. Every sum has one
-order: no atomics.
+Of R = N K rows, expert e has those from offsets[e] to offsets[e + 1] of the permutation; rows after offsets[E] are
+dropped. Offsets are read on the GPU, so grids depend only on shapes. The products over rows are persistent: a
+fixed number of programs processes the tiles (expert, block of rows, block of columns) in an order that keeps
+weights in L2, see tiles.locate; a second program on the same SM multiplies while the first finishes a tile. Sums
+have a fixed order, without atomics.
 
     forward    hidden_kernel      h = x w_in^T + b_in, and act(h)                2 D F FLOP per kept row
                rows_kernel        weight (act(h) w_out^T + b_out), at n, k       2 D F
@@ -14,18 +14,18 @@ order: no atomics.
                weight_gradient    grads of w_in and b_in, of w_out and b_out     2 x 2 D F
                rows_kernel        grad of x, at n, k; then sum_kernel            2 D F
 
-act(h) is a second buffer, not made again where the second product loads it: there each of its D / 128 blocks of
-columns would compute it anew, and 128 elements take an SM some 25 clocks, their part of the product 8. The price
-is R F elements written once, 268 MB of the 2.6 GB that routed_large moves, 34 MB of 154 MB at routed_small. Rows
-at n, k are kept in x's type: half the bytes of float32 for one more rounding of each of K rows.
+act(h) is stored in a second buffer instead of being recomputed by the second product: there each of its D / 128
+blocks of columns would compute it again, and 128 elements take about 25 clocks of an SM, but their part of the
+product 8. The cost is writing R F elements once, 268 MB of the 2.6 GB that routed_large moves, 34 MB of 154 MB at
+routed_small. Rows at n, k have x's dtype: half the bytes of float32, but one more rounding of each of K rows.
 
 Tiles in bfloat16 and float16 are 128 x 128 over 64 at a time, accumulated in float32 and finished in slices of
-columns, so that two programs of eight warps share an SM of sm_90 at 128 registers where widths are whole tiles.
+columns, so that two programs of eight warps share an SM of sm_90 at 128 registers if widths are whole tiles.
 
-Bound, by counting and not yet measured, on an H100 (989 TFLOP/s, 3.35 TB/s) in bfloat16:
-    routed_large: forward 1.10 TFLOP, 1.1 ms in two products, and 0.6 GB, 0.2 ms, to add rows up; backward
-    2.20 TFLOP, 2.2 ms, and 0.3 ms of sums. The matrix units.
-    routed_small: forward 17 GFLOP, 17 us, and 154 MB, 46 us where L2 holds none of it. Memory, then launches.
+Bound, by counting and not measured, on an H100 (989 TFLOP/s, 3.35 TB/s) in bfloat16:
+    routed_large: forward 1.10 TFLOP, 1.1 ms in two products, and 0.6 GB, 0.2 ms, to sum rows; backward
+    2.20 TFLOP, 2.2 ms, and 0.3 ms of sums. Bound by the matrix units.
+    routed_small: forward 17 GFLOP, 17 us, and 154 MB, 46 us if L2 holds none of it. Bound by memory, launches.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from .tiles import (
 )
 
 
-# hidden (R, F) by row, before its activation: what the backward needs; and after it. Rows of x are gathered by the
-# loads. Traffic: w_in once per band of rows, x from L2, two outputs. Bound: the matrix units.
+# hidden (R, F) by row, before activation (for the backward) and after it. The loads gather the rows of x. Traffic:
+# w_in once per band of rows, x from L2, two outputs. Bound: the matrix units.
 @triton.jit
 def hidden_kernel(
     x,
@@ -99,8 +99,8 @@ def hidden_kernel(
             tl.store(active + start + to, value.to(active.dtype.element_ty), mask=inside)
 
 
-# out (R, OUTER) by place, of rows `a` (R, INNER) by row: the outputs of rows before they are added up, and the
-# gradients of x. Dropped rows are the last group, whose tiles multiply nothing and store zeros. Traffic: w once
+# out (R, OUTER) by place, from rows `a` (R, INNER) by row: the outputs of rows before they are summed, and the
+# gradients of x. Dropped rows are the last group; their tiles multiply nothing and store zeros. Traffic: w once
 # per band of rows, a from L2, out once. Bound: the matrix units.
 @triton.jit
 def rows_kernel(
@@ -152,10 +152,10 @@ def rows_kernel(
             tl.store(to + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-# With g = grad_out w_out of a row: grad_hidden = weight g act'(h), active = weight act(h), which the gradient of
-# w_out takes, and dots[row, block of columns] = g . act(h) of these columns, which that of weight takes. What is
-# stored first is dead first: the other order spills on sm_90. Traffic: w_out once per band of rows, grad_out from
-# L2, hidden, two outputs. Bound: the matrix units.
+# With g = grad_out w_out of a row: grad_hidden = weight g act'(h); active = weight act(h), for the gradient of
+# w_out; and dots[row, block of columns] = g . act(h) of these columns, for the gradient of weight. The order of
+# the stores frees registers early; the other order spills on sm_90. Traffic: w_out once per band of rows, grad_out
+# from L2, hidden, two outputs. Bound: the matrix units.
 @triton.jit
 def hidden_gradient_kernel(
     grad_out,
@@ -204,13 +204,13 @@ def hidden_gradient_kernel(
             value, slope = activate(before, ACT)
             change = parts[i] * slope
             if ACT == RELU:
-                # As torch's, which passes no NaN where it is off.
+                # As in torch, a NaN does not pass where the activation is 0.
                 change = tl.where(slope == 0.0, 0.0, change)
             change *= share[:, None]
             tl.store(grad_hidden + start + to, change.to(grad_hidden.dtype.element_ty), mask=inside)
             each = parts[i] * value
             if F % COLUMNS != 0:
-                # Beyond F lie sums over zero weights: NaN where the cotangent is infinite.
+                # Columns after F are sums over zero weights: NaN if the gradient is infinite.
                 each = tl.where(present[None, :], each, 0.0)
             product += tl.sum(each, 1)
             value *= share[:, None]
@@ -219,8 +219,8 @@ def hidden_gradient_kernel(
         tl.store(line + at * ACROSS, product, mask=valid)
 
 
-# Gradient of weight[n, k]: the sum of a row's dots, and grad_out . b_out. Programs walk blocks of rows as above,
-# those of dropped rows too, which get zeros. Traffic: grad_out from L2. Bound: that.
+# Gradient of weight[n, k]: the sum of a row's dots, plus grad_out . b_out. Programs process blocks of rows as
+# above, including dropped rows, which get zeros. Traffic: grad_out from L2, which is the bound.
 @triton.jit
 def choice_gradient_kernel(
     dots,
@@ -257,16 +257,16 @@ def choice_gradient_kernel(
                 inside = kept[:, None] & present[None, :]
                 g = tl.load(line + column[None, :], mask=inside, other=0.0).to(tl.float32)
                 b = tl.load(bias + e * D + column, mask=present, other=0.0).to(tl.float32)
-                # Chosen, so that dropped rows stay 0 whatever the bias is.
+                # Selected, so that dropped rows stay 0 for any bias.
                 products += tl.where(inside, g * b[None, :], 0.0)
             total += tl.sum(products, 1)
         tl.store(grad_weight + place, total.to(grad_weight.dtype.element_ty), mask=valid)
 
 
 # grad (E, P, SPLITS, Q) = sum over an expert's rows of left^T right, and bias (E, SPLITS, P) = sum of left,
-# weighted where there are weights. left and right lie by row, or are gathered from tokens with LEFT_OF and
-# RIGHT_OF rows each; 0 says by row. One program per tile of an expert and split, a share of its rows; the last
-# programs add up biases, which waits for memory while the others multiply. Experts without rows get zeros.
+# weighted if there are weights. left and right are by row, or gathered from tokens with LEFT_OF and RIGHT_OF rows
+# each; 0 means by row. One program per tile of an expert and split, a part of its rows; the last programs sum
+# biases, which waits for memory while the others multiply. Experts without rows get zeros.
 # Traffic: rows once per tile, from L2, and the gradients. Bound: the matrix units.
 @triton.jit
 def weight_gradient_kernel(
@@ -329,8 +329,8 @@ def weight_gradient_kernel(
         tl.store(line + p, tl.sum(sums, 0).to(bias.dtype.element_ty), mask=present)
 
 
-# out (lines, WIDTH) = sum over k of parts (lines, COUNT, WIDTH), in the order of k. Traffic: parts and out once.
-# Bound: that.
+# out (lines, WIDTH) = sum over k of parts (lines, COUNT, WIDTH), in the order of k. Traffic: parts and out once,
+# which is the bound.
 @triton.jit
 def sum_kernel(
     parts,

@@ -1,4 +1,4 @@
-"""Launches of the routed MLP's kernels from given tiles."""
+"""Launches of the routed MLP's kernels with given tiles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .kernels import (
 )
 from .table import REGISTERS, Tiles
 
-# Programs on each multiprocessor where each is small.
+# Programs per multiprocessor if programs are small.
 _EACH_SMALL = 8
 # A split of an expert's rows is worth its partial sums from so many rows on; and there are no more than this.
 _SPLIT_ROWS, _MOST_SPLITS = 512, 16
@@ -36,7 +36,7 @@ def _registers(tiles: Tiles, whole: bool) -> dict[int, int]:
 
 
 def _persistent(call: RoutedCall, tile_rows: int, across: int, each: int) -> int:
-    """The number of programs that walk tiles: no more than there can be tiles, whatever the loads."""
+    """Number of programs that walk tiles: at most the number of tiles possible for any routing."""
     most = (call.rows // tile_rows + call.experts + 1) * across
     return min(each * multiprocessors(call.x.device), most)
 
@@ -48,7 +48,7 @@ def _products(
     arguments: dict[str, Any],
     constants: dict[str, Any],
 ) -> Launch:
-    """A persistent product of rows with weights: INNER summed over, OUTER columns of the result."""
+    """Launch of a persistent product of rows and weights: sum over INNER, OUTER columns of the result."""
     inner, outer = constants.pop("sizes")
     columns, deep = chunk_of(outer, tiles.columns), chunk_of(inner, tiles.deep)
     own = {"offsets": call.offsets, "permutation": call.permutation, "rows": call.rows}
@@ -72,7 +72,7 @@ def _products(
 
 
 def hidden_launch(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
-    """hidden and active (R, F) by row."""
+    """Launch of hidden and active (R, F) by row."""
     arguments: dict[str, Any] = {"x": call.x, "w": call.w_in, "bias": call.b_in, "hidden": hidden}
     arguments |= {"active": active, "depth": call.width}
     constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
@@ -81,14 +81,14 @@ def hidden_launch(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor
 
 
 def rows_launch(tiles: Tiles, call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
-    """out (R, D) by place: each row's weighted output. Tiles of "rows"."""
+    """Launch of out (R, D) by place: each row's weighted output. Uses tiles of "rows"."""
     return _rows(tiles, call, active, call.w_out, (1, call.hidden), out, call.b_out, call.weight)
 
 
 def token_gradient_launch(
     tiles: Tiles, call: RoutedCall, grad_hidden: Tensor, out: Tensor
 ) -> Launch:
-    """out (R, D) by place: each row's part of the gradient of x. Tiles of "rows"."""
+    """Launch of out (R, D) by place: each row's part of the gradient of x. Uses tiles of "rows"."""
     return _rows(tiles, call, grad_hidden, call.w_in, (call.width, 1), out, None, None)
 
 
@@ -110,7 +110,7 @@ def _rows(
 
 
 def dot_parts(tiles: Tiles, call: RoutedCall) -> int:
-    """Blocks of columns of the hidden gradient, each of which leaves a part of every row's dot."""
+    """Number of column blocks of the hidden gradient; each writes a part of every row's dot product."""
     return blocks_of(call.hidden, chunk_of(call.hidden, tiles.columns))
 
 
@@ -123,10 +123,10 @@ def hidden_gradient_launch(
     active: Tensor,
     dots: Tensor,
 ) -> Launch:
-    """grad_hidden and active (R, F) by row; dots (R, dot_parts) in float32."""
+    """Launch of grad_hidden and active (R, F) by row, and dots (R, dot_parts) in float32."""
     parts = dot_parts(tiles, call)
     if dots.shape[1] != parts:
-        # A buffer that was cut by other tiles would be written past its end.
+        # The kernel would write past the end of a buffer made for other tiles.
         raise ValueError(f"dots: expected {parts} blocks of columns, got {dots.shape[1]}")
     arguments: dict[str, Any] = {"grad_out": grad_out, "w": call.w_out, "weight": call.weight}
     arguments |= {"hidden": hidden, "grad_hidden": grad_hidden, "active": active}
@@ -159,9 +159,9 @@ def choice_gradient_launch(
 
 
 def splits_of(tiles: Tiles, call: RoutedCall) -> int:
-    """Shares of an expert's rows in its weight gradients: as many as fill the GPU where tiles alone do not.
+    """Number of splits of an expert's rows in its weight gradients, to fill the GPU if there are few tiles.
 
-    A power of two, being a constant of the kernels: few are compiled where the number of tokens changes.
+    It is a power of two because it is a constant of the kernels: few variants are compiled if token counts change.
     """
     across = blocks_of(call.hidden, tiles.rows) * blocks_of(call.width, tiles.columns)
     wanted = blocks_of(tiles.programs * multiprocessors(call.x.device), call.experts * across)
@@ -178,7 +178,7 @@ def weight_gradient_launch(
     bias: Tensor | None,
     weight: Tensor | None,
 ) -> Launch:
-    """grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token, or else by row."""
+    """Launch of grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token or row."""
     p, splits, q = grad.shape[1:]
     high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
     down, across = blocks_of(p, high), blocks_of(q, wide)
@@ -205,7 +205,7 @@ def weight_gradient_launch(
 
 
 def sum_launch(parts: Tensor, out: Tensor) -> Launch:
-    """out (lines, width) of parts (lines, count, width)."""
+    """Launch of out (lines, width), the sum of parts (lines, count, width) over count."""
     lines, count, width = parts.shape
     wide = chunk_of(width, 1024)
     high = max(1, _SUM_TILE // wide)

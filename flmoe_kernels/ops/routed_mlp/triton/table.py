@@ -1,4 +1,4 @@
-"""The launch table of routed_mlp: tiles of its products by dtype and architecture."""
+"""Launch table of routed_mlp: tiles by dtype and architecture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tiles:
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at routed_small and routed_large, the largest over all;
     compiled with Triton 3.7.1, as tests/bench/test_aot.py checks.
-    programs: how many are to share an SM.
+    programs: number of programs per SM.
     """
 
     rows: int
@@ -40,7 +40,7 @@ class Tiles:
 # warps, because four would hold 128 sums a thread, beside which the activations spill; four slices for the same
 # reason. The weight gradient has five stages: its rows' places are loaded in the first two. float32 multiplies
 # three times, with operands split in registers: a quarter of the tile for four warps. None of them spills
-# where widths are even. Which tiles are fastest has not been measured.
+# where widths are even. The fastest tiles have not been measured.
 _ALL: dict[Key, Tiles] = {
     ("hidden", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
     ("rows", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320)),
@@ -79,7 +79,7 @@ def _wide(slices: int, stages: int, shared: tuple[int, int, int]) -> Tiles:
 # 26 TB/s instead of 15.5 and 35. L2 gives less (assumed), so its traffic is the bound and falls by a quarter.
 # One program has an SM to itself, with 255 registers a thread on sm_90: the activations in slices
 # of 32 columns do not spill. Nothing multiplies while it finishes a tile, which is why the sums must be long: at
-# 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. Which is faster has not been measured.
+# 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. The fastest choice has not been measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
     80: _ODD,
     86: _ODD,
@@ -115,7 +115,7 @@ def key_of(kernel: str, dtype: torch.dtype) -> Key:
 
 
 def narrower(kernel: str, call: RoutedCall) -> list[Key]:
-    """The key that goes before key_of: of odd widths, or where both are so many chunks that larger tiles pay."""
+    """The key that is tried before key_of: for odd widths, or for widths large enough for larger tiles."""
     key = key_of(kernel, call.x.dtype)
     if call.width % 2 or call.hidden % 2:
         return [(*key, ODD)]
@@ -123,7 +123,7 @@ def narrower(kernel: str, call: RoutedCall) -> list[Key]:
 
 
 def candidates(kernel: str, call: RoutedCall, architecture: int | None) -> list[Tiles]:
-    """What autotune tries, the launch table's first."""
+    """Candidates for autotune; the first is that of the launch table."""
     dtype = call.x.dtype
     first = TABLE.tiles(key_of(kernel, dtype), architecture, *narrower(kernel, call))
     fields = ("rows", "columns", "deep", "slices", "warps", "stages")

@@ -1,8 +1,8 @@
-"""What the Triton kernels of routed_mlp share: the walk over tiles of experts, products, activations.
+"""Helpers of routed_mlp's Triton kernels: tile order, products, activations.
 
-Rows are those of the permutation: expert e's are offsets[e] to offsets[e + 1], and the dropped ones, after
-offsets[E], are a group E of their own. Their place is n * K + k. Offsets are clamped to the rows that exist and
-places out of range are not valid, so that tensors that no dispatch made cannot become a wild read or write.
+Rows are those of the permutation: expert e has offsets[e] to offsets[e + 1], and dropped rows, after offsets[E],
+are group E. The place of a row is n * K + k. Offsets are clamped to the existing rows, and places out of range are
+not valid, so that arbitrary tensors cannot cause accesses outside of buffers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Blocks of rows that go through all blocks of columns before the next ones do.
+# Blocks of rows that are multiplied with all blocks of columns before the next blocks of rows.
 BAND = tl.constexpr(8)
 # The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened. And it cuts
 # float32 off to bfloat16, where a GPU rounds to nearest: what it stores is off by up to a whole unit, not half.
@@ -27,7 +27,7 @@ def dot(x, y, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def group_range(offsets, group, rows, EXPERTS: tl.constexpr):
-    """First row and end of a group, or of several; none for what is beyond the dropped ones."""
+    """First row and end of one or more groups; empty for groups after the dropped rows."""
     first = tl.load(offsets + group, mask=group <= EXPERTS, other=rows)
     end = tl.load(offsets + group + 1, mask=group < EXPERTS, other=rows)
     first = tl.minimum(tl.maximum(first, 0), rows)
@@ -36,7 +36,7 @@ def group_range(offsets, group, rows, EXPERTS: tl.constexpr):
 
 @triton.jit
 def block_ends(offsets, rows, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """For each of the first GROUPS groups, the number of blocks of ROWS rows up to its end."""
+    """Number of blocks of ROWS rows up to the end of each of the first GROUPS groups."""
     group = tl.arange(0, triton.next_power_of_2(GROUPS))
     first, end = group_range(offsets, group, rows, EXPERTS)
     return tl.cumsum(tl.where(group < GROUPS, tl.cdiv(end - first, ROWS), 0), 0)
@@ -46,8 +46,8 @@ def block_ends(offsets, rows, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, ROWS:
 def locate(tile, ends, ACROSS: tl.constexpr):
     """Group, block of its rows and block of columns of a tile.
 
-    A group's tiles follow one another in bands of BAND blocks of rows; within a band rows run fastest. So what
-    runs at a time reads few blocks of weights and of rows, again and again from L2.
+    A group's tiles are ordered in bands of BAND blocks of rows; within a band, rows run fastest. Programs that run
+    at the same time then read few blocks of weights and rows, repeatedly from L2.
     """
     index = tile // ACROSS
     group = tl.sum((ends <= index).to(tl.int32), 0)
@@ -119,10 +119,10 @@ def multiply(
 ):
     """Sums over k below `depth`, INNER or 0, of a[source, k] * w[expert, k, n] for a block of columns n.
 
-    depth is no constant, so that a loop of few rounds stays one: unrolled, it would take more registers.
-    Rows of `a` are INNER long. w is (E, INNER, OUTER) by its strides: the transposed of what lies in memory,
-    or that itself. Rows that are not valid read row 0 of a, and what comes of it is not stored: no mask is
-    needed but at ends that are not a whole chunk.
+    depth is not a constant, so that a loop with few rounds is not unrolled, which would take more registers.
+    Rows of `a` have INNER elements. w is (E, INNER, OUTER) given by strides: the matrix in memory or its
+    transpose. Rows that are not valid read row 0 of a, and their results are not stored: masks are
+    only needed for incomplete chunks.
     """
     at = tl.arange(0, DEPTH)
     column, present = columns_of(block, OUTER, COLUMNS)

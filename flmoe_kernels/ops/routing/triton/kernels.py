@@ -1,13 +1,13 @@
-"""The Triton kernels of routing: choice of experts, and the order of rows by expert.
+"""Triton kernels of routing: choice of experts, order of rows.
 
-Rows are n * K + k. Counting is by sums and cumulative sums of integers in a fixed order, without atomics: what
-place a row gets depends on the rows before it alone. An index out of range counts as dropped, since looking at
-values would wait for the GPU: neither it nor a masked token ever becomes an address. Dropped rows are a group E.
+Rows are n * K + k. Counting uses sums and cumulative sums of integers in a fixed order, without atomics: the
+position of a row depends only on the rows before it. An index out of range counts as dropped, because checking
+values would synchronize with the GPU; it is never used as an address. Dropped rows are group E.
 
-Bound: launches. Even at N K = 131072 and E = 64 what is read and written is some 2 MiB, microseconds each.
+Bound: launches. Even at N K = 131072 and E = 64, about 2 MiB are read and written, a few microseconds each.
 """
 
-# As the other kernels: a language of its own in Python's syntax, see pyproject.toml.
+# Triton kernels have no type annotations, see pyproject.toml.
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _LEAST = tl.constexpr(-0x80000000)
 
 @triton.jit
 def order_keys(x):
-    """Integers that order as float32 values do: NaN above all and equal to itself, zeros of either sign equal."""
+    """Integers in the order of float32 values: NaN is largest and equal to itself, +0 equals -0."""
     x = tl.where(x == 0.0, 0.0, x)
     bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 # The TOP_K experts of a block of tokens, best first, and their weights. One program per block, whose logits are in
-# registers: TOP_K times the largest key is found, of equal ones that of the lowest expert, and taken out. Its rank
-# is where it is stored, so that weights need no second search. Traffic: logits, index and weight once.
+# registers: TOP_K times the largest key is selected (ties: the lowest expert) and removed. Its rank is its
+# position in the output, so that weights need no second search. Traffic: logits, index and weight once.
 @triton.jit
 def gate_kernel(
     logits,
@@ -46,7 +46,7 @@ def gate_kernel(
     present = (n < tokens)[:, None] & (e < EXPERTS)
     n = n.to(tl.int64)[:, None]
     x = tl.load(logits + n * EXPERTS + e, mask=present, other=0.0).to(tl.float32)
-    # No key of a value is the least integer, which stands for those that are not there or were taken.
+    # The smallest integer is not the key of any value; it stands for missing and removed experts.
     key = tl.where(present, order_keys(x), _LEAST)
     rank = tl.full((TOKENS, LANES), TOP_K, tl.int32)
     for k in range(TOP_K):
@@ -102,8 +102,8 @@ def count_kernel(
     tl.store(line + lane, found, mask=lane <= EXPERTS)
 
 
-# counts[block, group] become how many rows of the group are in the blocks before; totals are kept. One program per
-# WIDE groups walks the blocks in order.
+# counts[block, group] become the number of rows of the group in the blocks before; totals are also stored. One
+# program per WIDE groups processes the blocks in order.
 @triton.jit
 def scan_kernel(
     counts,
@@ -127,7 +127,7 @@ def scan_kernel(
 
 @triton.jit
 def positions(group, before, LANES: tl.constexpr):
-    """Where each row comes in its group, of which `before` come first; and how many come before the next rows."""
+    """Position of each row in its group, after the first `before`; and the new number of rows in each group."""
     own = one_hot(group, LANES)
     place = tl.sum(own * (tl.cumsum(own, 0) - 1 + before[None, :]), 1)
     return place, before + tl.sum(own, 0)
@@ -162,7 +162,7 @@ def place_kernel(
         tl.store(permutation + place, row, mask=row < rows)
 
 
-# Which rows an expert keeps: the first `capacity`, or without counts before each block all that are not masked.
+# The rows that an expert keeps: the first `capacity`, or without counts all rows that are not masked.
 @triton.jit
 def limit_kernel(
     index,

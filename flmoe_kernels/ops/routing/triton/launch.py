@@ -1,4 +1,4 @@
-"""How the kernels of routing are launched."""
+"""Launches of routing's Triton kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flmoe_kernels.core.triton.tables import blocks_of, power_of_two
 
 from .kernels import count_kernel, gate_kernel, limit_kernel, place_kernel, scan_kernel
 
-# Rows that a program counts, and logits or flags of (row, group) that it holds at a time.
+# Rows counted per program, and logits or flags of (row, group) held at a time.
 BLOCK, _HELD = 512, 4096
 # Blocks and groups that a program of the scan holds at a time.
 _SCAN = (64, 16)
@@ -43,7 +43,7 @@ def _steps(experts: int) -> dict[str, Any]:
 def count_launches(
     index: Tensor, mask: Tensor | None, counts: Tensor, totals: Tensor
 ) -> list[Launch]:
-    """counts (count_blocks, E + 1): of each group, how many rows are in the blocks before; totals (E + 1)."""
+    """Launches of counts (count_blocks, E + 1), each group's rows in the blocks before; totals (E + 1)."""
     blocks, groups = counts.shape
     high, wide = _SCAN
     return [
@@ -94,7 +94,7 @@ def limit_launch(
     experts: int,
     capacity: int,
 ) -> Launch:
-    """Without counts `before`, any number is kept."""
+    """Launch of limit; without counts `before`, the number of rows per expert is not limited."""
     return Launch(
         limit_kernel,
         count_blocks(index),
