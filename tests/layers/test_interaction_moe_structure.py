@@ -303,7 +303,11 @@ SPARSE_BREAKS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("a hook of the gate", lambda x: setattr(mlp_of(x), "gate_hook", print), "mlp.gate_hook: set"),
     ("a mask", lambda x: setattr(mlp_of(x), "mask", torch.ones(2)), "network.0.mlp.mask: set"),
     ("processes", lambda x: setattr(mlp_of(x), "world_size", 2), "mlp.world_size: expected 1"),
-    ("another kind", lambda x: setattr(mlp_of(x), "__class__", OtherMLP), "another kind, OtherMLP"),
+    (
+        "another kind",
+        lambda x: setattr(mlp_of(x), "__class__", OtherMLP),
+        "expected FMoETransformerMLP as the sparse MLP, got OtherMLP",
+    ),
     ("activation", lambda x: setattr(mlp_of(x).experts, "activation", nn.ReLU()), "GELU.*got relu"),
     ("tanh", tanh, "exact erf, got gelu_tanh"),
     ("no bias", no_bias, r"all_gates\.0\.gate: has no bias"),
@@ -317,7 +321,7 @@ SPARSE_BREAKS: list[tuple[str, Callable[[Any], Any], str]] = [
     (
         "a router apart",
         lambda x: setattr(mlp_of(x).all_gates["1"], "capacity", (1.0, 2.0)),
-        r"all_gates\.1: has other settings",
+        r"all_gates\.1: settings differ",
     ),
     (
         "another gate",

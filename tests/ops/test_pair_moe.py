@@ -257,7 +257,7 @@ def test_registered_operators_check_sizes() -> None:
         OPS.pair_moe(q, k[..., :3], a, c, None, None, None, *tail)
     with pytest.raises(ValueError, match="top_k: expected 1 to the number of experts"):
         OPS.pair_moe(q, k, a, c, None, None, None, [0, 1, 2, 3], 0, 0.5, "none", "cpu")
-    with pytest.raises(ValueError, match="kinds: expected one for each"):
+    with pytest.raises(ValueError, match="kinds: expected one code per expert"):
         OPS.pair_moe(q, k, a, c, None, None, None, [0, 1], 4, 0.5, "none", "cpu")
     with pytest.raises(ValueError, match="kinds: expected codes from 0 to 4"):
         OPS.pair_moe(q, k, a, c, None, None, None, [0, 1, 2, 9], 4, 0.5, "none", "cpu")

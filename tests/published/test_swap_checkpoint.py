@@ -104,7 +104,7 @@ NOISY = {"gate": "AddtionalNoisyGate"}
         (DENSE, {"top_k": 2}, "top_k: expected None without sparse MLPs"),
         ({}, {"gate": "TopGate"}, "gate: expected one of NaiveGate, .*got 'TopGate'"),
         ({}, {"gate": "NoisyGate"}, "a gate other than NoisyGate, got NoisyGate"),
-        (NOISY, {"gate": "GShardGate"}, "Noisy gates, got GShardGate"),
+        (NOISY, {"gate": "GShardGate"}, "of NoisyGate, got GShardGate"),
         ({}, {"gate": "SwitchGate", "top_k": 2}, "top.?k: expected 1 for Switch, got 2"),
         ({}, {"gate": "NaiveGate", "top_k": 6}, "top_k: expected an int from 1 to 5, got 6"),
     ],
