@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import fail, needs_extra
+from .options import GateName, Heads, Temperature, TopK
 
 
 def explain(
@@ -66,19 +67,10 @@ def explain(
         typer.Option(help="Random token sets to compare the identified tokens with; default 10."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed; default 0.")] = None,
-    heads: Annotated[
-        int | None, typer.Option(help="Number of attention heads of the checkpoint; default 4.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Temperature of the expert weights; default 1.0.")
-    ] = None,
-    gate: Annotated[
-        str | None, typer.Option(help="Gate of sparse layers, GShardGate for example.")
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Experts per token in sparse layers; default 2, with SwitchGate 1."),
-    ] = None,
+    heads: Heads = None,
+    temperature: Temperature = None,
+    gate: GateName = None,
+    top_k: TopK = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="One sample and few evaluations, to try the command.")
     ] = False,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import fail, needs_extra
+from .options import GateName, Heads, Temperature, TopK
 
 
 def profile(
@@ -67,19 +68,10 @@ def profile(
             help="With --checkpoint: tokens per modality that are not padding; default: all."
         ),
     ] = None,
-    heads: Annotated[
-        int | None, typer.Option(help="Number of attention heads of the checkpoint; default 4.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Temperature of the expert weights; default 1.0.")
-    ] = None,
-    gate: Annotated[
-        str | None, typer.Option(help="Gate of sparse layers, GShardGate for example.")
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Experts per token in sparse layers; default 2, with SwitchGate 1."),
-    ] = None,
+    heads: Heads = None,
+    temperature: Temperature = None,
+    gate: GateName = None,
+    top_k: TopK = None,
     lengths: Annotated[
         str | None,
         typer.Option(help="Time and memory at these sequence lengths, for example 128,256."),

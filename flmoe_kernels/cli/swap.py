@@ -9,27 +9,15 @@ from typing import Annotated
 import typer
 
 from .errors import fail
+from .options import GateName, Heads, Temperature, TopK
 
 
 def swap(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the published layer.")],
-    heads: Annotated[
-        int | None,
-        typer.Option(help="Number of attention heads; a checkpoint does not store it. Default 4."),
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Temperature of the expert weights; default 1.0.")
-    ] = None,
-    gate: Annotated[
-        str | None,
-        typer.Option(
-            help="Gate of sparse layers, SwitchGate for example; default: as in the checkpoint, else GShardGate."
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Experts per token in sparse layers; default 2, with SwitchGate 1."),
-    ] = None,
+    heads: Heads = None,
+    temperature: Temperature = None,
+    gate: GateName = None,
+    top_k: TopK = None,
     out: Annotated[
         Path | None, typer.Option(help="Output file; default CHECKPOINT.flmoe.pt.")
     ] = None,
