@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from bench import table
+from flmoe_kernels import FusionTransformer, ReferenceInteractionMoE
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     pytest.param(text, id=f"{page.name}-{number}")
     for page in PAGES
@@ -29,6 +33,60 @@ def test_a_snippet_runs(text: str, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+COMMANDS = sorted(
+    {
+        shlex.join(shlex.split(line, comments=True))
+        for page in PAGES
+        for text in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+        if "for run in" not in text
+        for line in text.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("pip ")
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def user_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints and samples that the pages name."""
+    folder = tmp_path_factory.mktemp("user")
+    fusion = FusionTransformer(
+        num_modalities=2, hidden_dim=64, output_dim=5, num_layers=1, num_heads=4
+    )
+    layer = ReferenceInteractionMoE(2, fusion, hidden_dim=64, hidden_dim_rw=64)
+    for name in ("checkpoint.pt", "model.pt", "mine.pt"):
+        torch.save({"ensemble_model": layer.state_dict()}, folder / name)
+    generator = np.random.default_rng(0)
+    inputs = (generator.standard_normal((4, count, 64), dtype=np.float32) for count in (9, 16))
+    np.savez(folder / "features.npz", **{f"inputs_{m}": x for m, x in enumerate(inputs)})
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs_as_it_stands(command: str, user_files: Path) -> None:
+    """Dry runs of make, collection of benchmarks, help of the compile report; everything else runs in full."""
+    words = shlex.split(command)
+    match words[0]:
+        case "make":
+            words.insert(1, "-n")
+        case "pytest":
+            words = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words[1:]]
+        case "python":
+            words[0] = sys.executable
+            if "bench.aot" in words:
+                words.append("--help")
+    ours = words[0] == "make" or "bench/" in words or "bench.aot" in words
+    done = subprocess.run(
+        words,
+        cwd=ROOT if ours else user_files,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
