@@ -55,7 +55,7 @@ demo: compiler $(BUILT) ## run the demo on real data
 
 PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-test: compiler $(BUILT) $(TOOLS) ## run the tests of all operators and backends, about ten minutes
+test: compiler $(BUILT) $(TOOLS) ## run the tests of all operators and backends: minutes
 	$(PYTEST) -m "not slow" $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "not slow" $(ARGS)
 
