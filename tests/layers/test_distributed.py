@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def run_rank(
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # threads of torch that are still running would abort the process at a normal exit
 
 
 def test_gradients_are_averaged_over_ranks(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -431,6 +432,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # threads of torch that are still running would abort the process at a normal exit
 
 
 def start_ranks(ranks: int, folder: str) -> list[dict[str, Any]]:
