@@ -59,7 +59,7 @@ test: compiler $(BUILT) $(TOOLS) ## run the tests of all operators and backends:
 	$(PYTEST) -m "not slow" $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "not slow" $(ARGS)
 
-test-all: compiler $(BUILT) $(TOOLS) ## run all tests, including the exhaustive and slow ones, about an hour
+test-all: compiler $(BUILT) $(TOOLS) ## run all tests, including the exhaustive and slow ones: half an hour
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
 

@@ -3,8 +3,8 @@
 FLOP are those of matrix products, 2 for a multiply-add, on valid tokens and chosen experts only: work of a peer on
 padding or on unused experts does not count. Bytes are the inputs and the results, each read or written once, in
 the case's dtype (statistics in float32). Repeated reads of a kernel do not count, except those of the algorithm:
-a backward that is timed alone reads the forward's inputs again. Exponentials are those of the softmax; they are
-part of the bound of pair_moe on a GPU.
+a backward that is timed alone reads the forward's inputs again. Exponentials are those of the softmax, which can
+limit pair_moe on a GPU.
 """
 
 from __future__ import annotations

@@ -222,3 +222,9 @@ def test_gpu_script_stops_hanging_steps_and_skips_steps_without_time(tmp_path: P
     unknown = gpu_script(python, "instal")
     assert unknown.returncode == 2
     assert "unknown step 'instal'" in unknown.stderr
+
+
+def test_gpu_script_fails_where_nothing_runs() -> None:
+    done = gpu_script(Path("/bin/false"), "bench")
+    assert done.returncode == 1
+    assert done.stdout.rstrip().endswith("== failed or skipped: bench (no device cuda)")

@@ -45,7 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answe
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_one)
 
 
-LACKS = {
+UNAVAILABLE = {
     "built without CUDA": (
         {"cuda_build": ("", "nvcc was not found")},
         r"the native module was built without CUDA \(nvcc was not found\)",
@@ -66,9 +66,9 @@ LACKS = {
 }
 
 
-@pytest.mark.parametrize("lack", LACKS)
-def test_every_missing_requirement_has_a_reason(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, message = LACKS[lack]
+@pytest.mark.parametrize("case", UNAVAILABLE)
+def test_every_missing_requirement_has_a_reason(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, message = UNAVAILABLE[case]
     machine(monkeypatch, **answers)
     ok, reason = backends.backend_status()["cuda"]
     assert not ok

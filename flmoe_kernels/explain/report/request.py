@@ -39,8 +39,8 @@ class Request:
         pairs: "across" modalities or "all".
         target: "label", of the file; "predicted"; or a class; None: the label if there is one, else predicted.
         fill: replacement of absent and masked tokens; "mean" is over all samples of the file.
-        exempt: modalities whose token 0, such as a text encoder's first token, is never masked for drops and is
-            left out of the mean of fill="mean"; in coalitions of pairs it may be absent like any token.
+        exempt: modalities whose token 0, for example a text encoder's first token, is never masked in drop curves
+            and not counted in the mean of fill="mean". In coalitions of pairs it may be absent like any token.
         repeats: random sets of tokens for each identified set.
         seed: of coalitions and random sets.
     """
