@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .snapshot import HOOKS
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -34,14 +36,34 @@ def plain_module(module: nn.Module | None, path: str, kind: type[ModuleT]) -> Mo
     return module
 
 
-def expect_linear(module: nn.Module, path: str, fan_in: int, fan_out: int, bias: bool) -> None:
+def check_hooks(part: nn.Module, path: str) -> None:
+    """Check that a part has no hook on its calls, because the kernels do not call it."""
+    for name in HOOKS:
+        if getattr(part, name):
+            kind = name.strip("_").removesuffix("_hooks").replace("_", " ")
+            raise UnsupportedLayer(
+                f"{path}: has a {kind} hook, which would never run, because the kernels do not call this part"
+            )
+
+
+def check_methods(part: nn.Module, path: str) -> None:
+    """Check that no method of a part is replaced on the instance."""
+    for name in vars(part):
+        if callable(getattr(type(part), name, None)):
+            raise UnsupportedLayer(f"{joined(path, name)}: replaced on this instance")
+
+
+def expect_linear(
+    module: nn.Module, path: str, fan_in: int, fan_out: int, bias: bool | None
+) -> None:
+    """Check a linear map; bias: whether it must have one, None for either."""
     linear = plain_module(module, path, nn.Linear)
     if (linear.in_features, linear.out_features) != (fan_in, fan_out):
         raise UnsupportedLayer(
             f"{path}: expected a map from {fan_in} to {fan_out}, got {linear.in_features} to "
             f"{linear.out_features}"
         )
-    if (linear.bias is not None) != bias:
+    if bias is not None and (linear.bias is not None) != bias:
         raise UnsupportedLayer(f"{path}: {'has no bias' if bias else 'has an unexpected bias'}")
 
 
@@ -95,3 +117,9 @@ _UNIFORM: tuple[tuple[str, Callable[[Tensor], torch.dtype | torch.device]], ...]
     ("dtype", lambda tensor: tensor.dtype),
     ("device", lambda tensor: tensor.device),
 )
+
+
+def separate(x: Tensor) -> list[Tensor]:
+    """Slices of x along dimension 0 that own their memory: each can be kept alone or changed in place."""
+    copy: Any = torch.unbind_copy  # torch's type hints lack the result
+    return list(copy(x, 0))

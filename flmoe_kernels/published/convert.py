@@ -13,7 +13,7 @@ from flmoe_kernels.layers.interaction_moe.architecture import Architecture, Laye
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
-from flmoe_kernels.layers.routed_mlp.state import prepare_state_dict
+from flmoe_kernels.layers.routed_mlp.state import add_router_0, prepare_state_dict
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .file import CheckpointError, CheckpointFile, listed, read
@@ -149,6 +149,7 @@ def _stack_experts(file: CheckpointFile, architecture: Architecture) -> dict[str
     for name, part in skeleton.named_modules():
         if isinstance(part, RoutedMLP):
             prepare_state_dict(part, state, f"{name}.", {}, True, missing, [], errors)
+            add_router_0(part, state, f"{name}.", {})
     errors += [f'Missing key in state_dict: "{key}".' for key in missing]
     if errors:
         raise CheckpointError(file.path, f"sparse MLPs: {listed(errors)}")

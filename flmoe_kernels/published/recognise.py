@@ -19,7 +19,7 @@ from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionM
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.layers.parts import UnsupportedLayer, joined
 from flmoe_kernels.layers.routed_mlp import structure as routed_mlp
-from flmoe_kernels.layers.routed_mlp.state import prepare_state_dict
+from flmoe_kernels.layers.routed_mlp.state import add_router_0, prepare_state_dict
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, RoutedSpec
 
 LAYER_NAMES = (InteractionMoE.__name__, ReferenceInteractionMoE.__name__)
@@ -150,9 +150,9 @@ def check_state(layer: nn.Module) -> None:
 
 
 def _has_hook(part: nn.Module) -> bool:
-    """Whether a part has a hook other than RoutedMLP's `prepare_state_dict`."""
+    """Whether a part has a hook other than those of RoutedMLP's state_dict."""
     return any(
-        getattr(hook, "hook", hook) is not prepare_state_dict
+        getattr(hook, "hook", hook) not in (prepare_state_dict, add_router_0)
         for key, hooks in vars(part).items()
         if "_hooks" in key and hooks
         for hook in hooks.values()

@@ -197,8 +197,8 @@ class OtherGate(GShardGate):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda gate: gate.register_forward_hook(print), "GShardGate: carries a hook"),
-        (lambda gate: setattr(gate, "__class__", OtherGate), "OtherGate: replaced after"),
+        (lambda gate: gate.register_forward_hook(print), r"network\.2\.mlp\.gate: has a forward hook"),
+        (lambda gate: setattr(gate, "__class__", OtherGate), r"network\.2\.mlp\.gate: OtherGate"),
     ],
 )
 def test_gates_changed_after_construction_are_refused(change: Any, reason: str) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
-from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods, separate
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
-from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP
+from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
+from flmoe_kernels.layers.snapshot import PartsSnapshot, global_hooks
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
@@ -32,14 +33,21 @@ from .sparse import GateLosses, sum_losses
 from .structure import describe
 
 _OPERATOR = "interaction_moe"
-# The parts of a layer after construction.
-_PARTS = frozenset(
-    {
-        *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
-        *(RoutedMLP, Experts, ExpertLinear, *GATES.values(), nn.ModuleDict),
-        *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
-    }
+# The parts of a layer after construction, with the forward that the kernels replace.
+_CLASSES: tuple[Any, ...] = (
+    *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
+    *(RoutedMLP, Experts, ExpertLinear, Routers, *GATES.values()),
+    *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
 )
+_PARTS = {kind: kind.forward for kind in _CLASSES}
+# Attributes of the parts that the mathematics uses. Dropout rates are read in every call.
+_NUMBERS = {
+    nn.LayerNorm: ("eps",),
+    nn.GELU: ("approximate",),
+    Attention: ("num_heads", "scale"),
+    EncoderLayer: ("compat",),
+    FusionTransformer: ("compat",),
+}
 
 
 class InteractionMoE(ReferenceInteractionMoE):
@@ -89,9 +97,10 @@ class InteractionMoE(ReferenceInteractionMoE):
             num_layer_rw,
             temperature_rw,
         )
-        self.backend = backend
         self._spec = _supported(self)
         self._take_parameters(self)
+        self._snapshot: PartsSnapshot | None = None
+        self.backend = backend
 
     @classmethod
     def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> InteractionMoE:
@@ -100,14 +109,16 @@ class InteractionMoE(ReferenceInteractionMoE):
         Raises:
             UnsupportedLayer: the kernels do not support a part of the layer; the error names it.
         """
+        check_methods(layer, "")
         spec = _supported(layer)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.num_modalities = spec.num_modalities
         self.fusion_sparse = spec.fusion_sparse
-        self.backend = backend
         self._spec = spec
         self._take_parameters(layer)
+        self._snapshot = None
+        self.backend = backend
         return self.train(layer.training)
 
     def _take_parameters(self, layer: nn.Module) -> None:
@@ -120,17 +131,27 @@ class InteractionMoE(ReferenceInteractionMoE):
             skeleton = build_like(self._spec)
         self.reweight = skeleton.reweight
         self.interaction_experts = skeleton.interaction_experts
-        for name in list(skeleton.state_dict()):
+        for name, _ in list(skeleton.named_parameters()):
             owner, _, leaf = name.rpartition(".")
-            skeleton.get_submodule(owner).register_parameter(leaf, parameters[name])
-        for part in skeleton.modules():
+            # A head may have no bias.
+            skeleton.get_submodule(owner).register_parameter(leaf, parameters.get(name))
+
+    @property
+    def backend(self) -> str | None:
+        """The requested backend, None for the choice by device; setting it sets the gates' too."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        self._backend = backend
+        for part in self.modules():
             if isinstance(part, Gate):
                 # The kernels' forward calls the gates too; the MLPs run only in the reference backend.
-                part.backend = self.backend
+                part.backend = backend
 
     @property
     def spec(self) -> LayerSpec:
-        """Sizes and rates at construction."""
+        """Sizes and rates, as of the last check of the parts."""
         return self._spec
 
     def forward(
@@ -167,12 +188,16 @@ class InteractionMoE(ReferenceInteractionMoE):
             latents, _ = self._latents(tokens, plan, None, 1, backend)
             logits = self._head(latents)[:, 0]
             weights, mixed = self._mix(inputs, masks, tokens, plan, logits, backend)
-            return list(logits.unbind(0)), weights, mixed
+            return separate(logits), weights, mixed
 
     def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], str]:
         """Return the inputs, cast to the dtype of the computation, and the backend."""
-        parameter = self._parameter
+        reason = self._unsupported()
+        # A part that is not supported may have no parameter of its own.
+        parameter = next(self.parameters()) if reason else self._parameter
         backend = backends.choose(_OPERATOR, parameter, self.backend)
+        if reason and backend != backends.REFERENCE:
+            raise UnsupportedLayer(f"{reason}; use backend='reference'")
         like, cast = parameter, autocast_dtype(parameter.device)
         if cast is not None and isinstance(inputs, list | tuple):
             # Under autocast an encoder returns low precision. The layer computes in its parameters' dtype or, with
@@ -181,8 +206,6 @@ class InteractionMoE(ReferenceInteractionMoE):
             inputs = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
             like = parameter.detach().new_empty((0,), dtype=dtype)
         validate_inputs(self._spec, inputs, masks, like)
-        if backend != backends.REFERENCE and not torch.compiler.is_compiling():
-            self._check_parts()
         return inputs, backend
 
     @property
@@ -191,24 +214,34 @@ class InteractionMoE(ReferenceInteractionMoE):
         first: Any = self.reweight.mlp.network[0].weight
         return first
 
-    def _check_parts(self) -> None:
-        """Check that no part has been changed; the kernels do not call the parts, so a change would be ignored.
+    # torch.compile runs this once, while tracing, and does not trace it.
+    @torch.compiler.assume_constant_result
+    def _unsupported(self) -> str:
+        """The reason why the kernels cannot compute this layer with its present parts; empty if they can.
 
-        Raises:
-            UnsupportedLayer: a part has another class than at construction, or a hook.
+        If nothing has changed since the last call, this takes microseconds.
         """
-        for root in (self.reweight, self.interaction_experts):
-            for part in root.modules():
-                if type(part) not in _PARTS:
-                    raise UnsupportedLayer(
-                        f"{type(part).__name__}: replaced after construction; the kernels "
-                        "would not call it, use backend='reference'"
-                    )
-                if part._forward_hooks or part._forward_pre_hooks:
-                    raise UnsupportedLayer(
-                        f"{type(part).__name__}: carries a hook, which the kernels would not "
-                        "call; use backend='reference'"
-                    )
+        if self._snapshot is not None and self._snapshot.unchanged():
+            return ""
+        try:
+            if any(global_hooks()):
+                raise UnsupportedLayer(
+                    "torch.nn.modules.module: a hook on all modules is registered, but the kernels do not "
+                    "call the parts of the layer"
+                )
+            _check_types(self)
+            if getattr(self, "_is_replica", False):
+                return ""  # of DataParallel, whose parts have tensors in place of parameters
+            self._spec = _supported(self)
+        except UnsupportedLayer as error:
+            self._snapshot = None
+            return str(error)
+        self._snapshot = PartsSnapshot(self, (self.reweight, self.interaction_experts), _NUMBERS)
+        return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other parts.
+        return {**self.__dict__, "_snapshot": None}
 
     def _plan(
         self, inputs: Sequence[Tensor], masks: Masks, backend: str
@@ -247,10 +280,15 @@ class InteractionMoE(ReferenceInteractionMoE):
         """Logits (E, V, B, C) of latents (E, V, B, M * D), in the parameters' dtype."""
         heads = [expert.fusion_model.network[-1].fc for expert in self.interaction_experts]
         weight = torch.stack([head.weight for head in heads]).to(latents.dtype)
-        bias = torch.stack([head.bias for head in heads]).to(latents.dtype)
-        flat = torch.baddbmm(bias.unsqueeze(1), latents.flatten(1, 2), weight.mT)
-        flat = flat.to(self._parameter.dtype)
-        return flat.view(*latents.shape[:3], self._spec.num_classes)
+        flat, classes = latents.flatten(1, 2), weight.shape[1]
+        if all(head.bias is None for head in heads):
+            flat = torch.bmm(flat, weight.mT)
+        else:
+            zero = weight.new_zeros(classes)
+            biases = [zero if head.bias is None else head.bias for head in heads]
+            bias = torch.stack(biases).to(latents.dtype)
+            flat = torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
+        return flat.to(self._parameter.dtype).view(*latents.shape[:3], classes)
 
     def _mix(
         self,
@@ -264,7 +302,8 @@ class InteractionMoE(ReferenceInteractionMoE):
         """Weights (B, E) of the experts and the mixture (B, C) of their logits (E, B, C)."""
         features = reweighting_features(inputs, masks, tokens, plan.valid, backend)
         scores = self.reweight.mlp(features)
-        return mix_experts(scores, logits, self.reweight.temperature, backend)
+        weights, mixed = mix_experts(scores, logits, self.reweight.temperature, backend)
+        return weights.clone(), mixed  # the backward reads the original
 
     def _fast_forward(
         self,
@@ -283,9 +322,9 @@ class InteractionMoE(ReferenceInteractionMoE):
             gate_losses = (sum_losses(gates, self._spec.num_experts, views, latents),)
         view_logits = _by_expert(logits)
         if self._spec.compat == "i2moe":
-            losses = list(interaction_losses(logits, backend).unbind(0))
+            losses = separate(interaction_losses(logits, backend))
             return (view_logits, weights, mixed, losses, *gate_losses)
-        losses = list(interaction_losses(latents, backend).unbind(0))
+        losses = separate(interaction_losses(latents, backend))
         view_latents = _by_expert(latents)
         outputs = [
             list(zip(expert_logits, expert_latents, strict=True))
@@ -309,6 +348,18 @@ def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
+def _check_types(layer: nn.Module) -> None:
+    """Check that all parts have the classes that the layer was built with, and these their own forward."""
+    for name, part in layer.named_modules():
+        kind = type(part)
+        if part is layer:
+            continue
+        if kind not in _PARTS:
+            raise UnsupportedLayer(f"{name}: {kind.__name__}, which the kernels would not call")
+        if kind.forward is not _PARTS[kind]:
+            raise UnsupportedLayer(f"{name}: {kind.__name__}.forward was replaced on the class")
+
+
 def _supported(layer: nn.Module) -> LayerSpec:
     spec = describe(layer)
     for i, rates in enumerate(spec.dropout):
@@ -321,7 +372,7 @@ def _supported(layer: nn.Module) -> LayerSpec:
 
 
 def _by_expert(x: Tensor) -> list[list[Tensor]]:
-    """Nested lists of x (E, V, ...); a single unbind, so that the backward is a single stack."""
-    flat = x.flatten(0, 1).unbind(0)
+    """Nested lists of x (E, V, ...); a single copy, so that the backward is a single stack."""
+    flat = separate(x.flatten(0, 1))
     views = x.shape[1]
-    return [list(flat[e * views : (e + 1) * views]) for e in range(x.shape[0])]
+    return [flat[e * views : (e + 1) * views] for e in range(x.shape[0])]

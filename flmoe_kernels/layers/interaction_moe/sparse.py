@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flmoe_kernels.layers.parts import separate
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import Routing
 
@@ -109,8 +110,8 @@ def sum_losses(layers: Sequence[GateLosses], experts: int, views: int, like: Ten
     total = like.new_zeros((experts * views,))
     if layers:
         total = torch.stack([torch.stack(list(chain(*losses))) for losses in layers]).sum(dim=0)
-    flat = total.unbind(0)
-    return [list(flat[e * views : (e + 1) * views]) for e in range(experts)]
+    flat = separate(total)
+    return [flat[e * views : (e + 1) * views] for e in range(experts)]
 
 
 def _route(x: Tensor, weights: RoutedWeights, rows: ModalityRows) -> tuple[Routing, list[Tensor]]:

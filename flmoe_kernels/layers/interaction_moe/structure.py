@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from flmoe_kernels.layers.parts import (
     UnsupportedLayer,
+    check_hooks,
+    check_methods,
     check_parameters,
     child_of,
     dropout_rate,
     expect_linear,
-    joined,
     plain_module,
     sequence_of,
 )
@@ -90,9 +92,18 @@ def describe(layer: nn.Module) -> LayerSpec:
         reweight_dropout=rate,
         **{field.name: getattr(first, field.name) for field in dataclasses.fields(first)},
     )
-    check_parameters(layer, spec.parameter_shapes())
-    _check_own_code(layer)
+    shapes = spec.parameter_shapes()
+    check_parameters(layer, shapes, _optional(shapes))
+    for name, part in layer.named_modules():
+        if part is not layer:
+            check_hooks(part, name)
+            check_methods(part, name)
     return spec
+
+
+def _optional(names: Iterable[str]) -> list[str]:
+    """Heads may have no bias; router 0 is the gate, and some layers register it only as such."""
+    return [name for name in names if name.endswith(".fc.bias") or ".all_gates.0." in name]
 
 
 def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
@@ -117,7 +128,7 @@ def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
         raise UnsupportedLayer(f"{path}: layers differ in num_heads, {sorted(heads)}")
     fc = child_of(head, f"{path}.network.{len(layers)}", "fc", nn.Linear)
     expect_linear(
-        fc, f"{path}.network.{len(layers)}.fc", num_modalities * dim, int(fc.out_features), True
+        fc, f"{path}.network.{len(layers)}.fc", num_modalities * dim, int(fc.out_features), None
     )
     num_patches = _num_patches(model, path, num_modalities, dim)
     return _Fusion(
@@ -273,10 +284,3 @@ def _reweight(
     if len(rates) > 1:
         raise UnsupportedLayer(f"{where}: dropout rates differ, {sorted(rates)}")
     return hidden, count, float(temperature), rates.pop() if rates else 0.0
-
-
-def _check_own_code(layer: nn.Module) -> None:
-    for name, part in layer.named_modules():
-        for method in ("forward", "inference"):
-            if method in vars(part):
-                raise UnsupportedLayer(f"{joined(name, method)}: replaced on this instance")

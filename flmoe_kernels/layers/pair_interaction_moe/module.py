@@ -224,7 +224,7 @@ class PairInteractionMoE(nn.Module):
             replaced = self._project(self._tokens(noise, masks)[0], valid)
             views, mass = self._perturbed_latents(pairs, replaced)
             losses = self._losses(torch.stack([views[e] for e in chosen]))
-            out = out._replace(latents=views[:, 0], mass=mass, losses=losses)
+            out = out._replace(latents=views[:, 0].clone(), mass=mass, losses=losses)
         elif self.head is not None:
             pooled, mass = self._pool(pairs)
             out = out._replace(latents=_side_by_side(pooled), mass=mass)
@@ -351,7 +351,7 @@ class PairInteractionMoE(nn.Module):
                 which = 1 + pair.index(replaced_modality) if replaced_modality in pair else 0
                 parts.append(latents[which])
             views.append(_side_by_side(parts))
-        return torch.stack(views, dim=1), tuple(x[:batch] for x in mass)
+        return torch.stack(views, dim=1), tuple(x[:batch].clone() for x in mass)
 
     def _losses(self, latents: Tensor) -> Tensor:
         """Compute losses (M + 2,) from latents (M + 2, M + 1, B, P * V)."""

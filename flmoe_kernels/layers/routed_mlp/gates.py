@@ -58,6 +58,8 @@ class _CapacityGate(NaiveGate):
     Masked tokens count as tokens, because counting the valid tokens would synchronize with the device.
     """
 
+    CHOICES: int  # the gate's fixed top_k
+
     def __init__(
         self,
         d_model: int,
@@ -73,6 +75,10 @@ class _CapacityGate(NaiveGate):
         self.capacity = tuple(capacity)
 
     def rows_per_expert(self, tokens: int) -> int:
+        if self.top_k != self.CHOICES:
+            raise ValueError(
+                f"top_k: expected {self.CHOICES} for {type(self).__name__}, got {self.top_k}"
+            )
         rate = self.capacity[0 if self.training else 1]
         return math.ceil(rate * tokens * self.top_k / self.tot_expert)
 
@@ -114,6 +120,8 @@ class GShardGate(_CapacityGate):
     weight is lost, as published. The weight of a choice beyond the capacity goes to the token's other choice.
     """
 
+    CHOICES = 2
+
     def __init__(
         self,
         d_model: int,
@@ -149,6 +157,8 @@ class SwitchGate(_CapacityGate):
     In training the router's input is multiplied by noise from 1 - switch_eps to 1 + switch_eps. The weight is the
     expert's probability in a softmax over all experts.
     """
+
+    CHOICES = 1
 
     def __init__(
         self,

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.layers.parts import UnsupportedLayer, check_hooks, check_methods, child_of
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 
 from .collectives import require_ranks
 from .gates import Gate, gate_class
 from .parallel import parallel_routed_mlp
-from .state import prepare_state_dict
+from .state import add_router_0, prepare_state_dict
 from .structure import activation_name, describe
-
-ACTIVATION = nn.GELU()
 
 
 class ExpertLinear(nn.Module):
-    """The linear maps of all experts: weight (E, out, in) and bias (E, out). It has no forward."""
+    """The linear maps of all experts: weight (E, out, in) and bias (E, out)."""
 
     def __init__(self, num_expert: int, in_feat: int, out_feat: int) -> None:
         super().__init__()
@@ -37,19 +36,41 @@ class ExpertLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias; a call runs the hooks that compute them, for example those of pruning."""
+        return self.weight, self.bias
+
     def extra_repr(self) -> str:
         experts, out_feat, in_feat = self.weight.shape
         return f"num_expert={experts}, in_features={in_feat}, out_features={out_feat}"
 
 
 class Experts(nn.Module):
-    """The experts' parameters under their published names: htoh4 (D to F), activation, h4toh (F to D)."""
+    """The experts' parameters under their published names: htoh4 (D to F), activation, h4toh (F to D).
+
+    The kernels call only htoh4 and h4toh.
+    """
 
     def __init__(self, num_expert: int, d_model: int, d_hidden: int, activation: nn.Module) -> None:
         super().__init__()
         self.htoh4 = ExpertLinear(num_expert, d_model, d_hidden)
         self.h4toh = ExpertLinear(num_expert, d_hidden, d_model)
         self.activation = activation
+
+
+class Routers(nn.ModuleDict):
+    """Routers by number."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name != "0":
+            return value
+        # torch.func.functional_call finds modules by their attributes and replaces their tensors for every key of
+        # a state_dict. It could not restore the gate, which has two keys, so the second key leads to a copy with
+        # the same tensors.
+        router: Any = value
+        tensors = (*router.parameters(), *router.buffers())
+        return copy.deepcopy(value, {id(tensor): tensor for tensor in tensors})
 
 
 class RoutedMLP(nn.Module):
@@ -61,7 +82,7 @@ class RoutedMLP(nn.Module):
     Args:
         num_expert: experts per process; E = num_expert * world_size.
         d_model, d_hidden: D and F.
-        activation: nn.GELU (either form), nn.ReLU or nn.SiLU.
+        activation: nn.GELU (either form), nn.ReLU or nn.SiLU; default nn.GELU().
         expert_dp_comm: name of a communication group, stored on the experts' parameters as `dp_comm` for
             FastMoE's data parallelism; not used here.
         expert_rank: accepted for compatibility and not used, as in the published code.
@@ -90,7 +111,11 @@ class RoutedMLP(nn.Module):
             objectives, as in DistributedDataParallel, not of the sum; default False. See `prepare_for_ddp`.
 
     Parameters: experts.htoh4.weight (E, F, D), experts.htoh4.bias (E, F), experts.h4toh.weight (E, D, F),
-    experts.h4toh.bias (E, D); the gate's parameters as gate.* and also, the same objects, as all_gates.0.*.
+    experts.h4toh.bias (E, D); the gate's parameters as gate.*; those of other routers as all_gates.1.*, ... A
+    state_dict also has the gate's as all_gates.0.*, as published.
+
+    Changes of the parts: another activation or gate, and hooks, pruning and parametrizations of the gate, htoh4 or
+    h4toh take effect. A hook on `experts` or `experts.activation` would never run and is an error in forward.
 
     Under autocast both maps and the gate compute in autocast's dtype and return it, as torch.nn.Linear does.
 
@@ -106,7 +131,7 @@ class RoutedMLP(nn.Module):
         num_expert: int = 32,
         d_model: int = 1024,
         d_hidden: int = 4096,
-        activation: nn.Module = ACTIVATION,
+        activation: nn.Module | None = None,
         expert_dp_comm: str = "none",
         expert_rank: int = 0,
         n_router: int = 1,
@@ -127,7 +152,8 @@ class RoutedMLP(nn.Module):
         check.require_count("n_router", n_router, 1)
         make = gate_class(gate)
         routers = {str(r): make(d_model, num_expert, world_size, top_k) for r in range(n_router)}
-        self._assemble(routers, Experts(num_expert, d_model, d_hidden, activation), backend)
+        experts = Experts(num_expert, d_model, d_hidden, activation or nn.GELU())
+        self._assemble(routers, experts, backend)
         if world_size > 1:
             require_ranks(world_size, moe_group)
             for router in routers.values():
@@ -170,19 +196,52 @@ class RoutedMLP(nn.Module):
         # The gate comes first so that state_dicts have the published order.
         self.gate = routers["0"]
         self.experts = experts
-        self.all_gates = nn.ModuleDict(routers)
+        # Router 0 is registered only as `gate`: torch.func and state_dict tools mishandle a module with two names.
+        self._modules["all_gates"] = Routers({r: g for r, g in routers.items() if r != "0"})
         self.n_router = len(routers)
-        self.num_expert, self.d_model = self.gate.num_expert, self.gate.d_model
-        self.world_size, self.top_k = self.gate.world_size, self.gate.top_k
-        self.act = activation_name(experts.activation)
+        self.world_size = self.gate.world_size
+        activation_name(experts.activation)
         self.backend = backend
-        for router in routers.values():
-            router.backend = backend
         self.last_tot_expert = self.gate.tot_expert
         self.capture_topk_pre_mix = False
         self.mean_gradients = False
         self._forget()
         self.register_load_state_dict_pre_hook(prepare_state_dict)
+        self.register_state_dict_post_hook(add_router_0)
+
+    @property
+    def all_gates(self) -> nn.ModuleDict:
+        """All routers by number; "0" is the gate."""
+        others: Any = self._modules["all_gates"]
+        return Routers({"0": self.gate, **others})
+
+    @property
+    def backend(self) -> str | None:
+        """Backend of routing and MLP, None for the choice by device; setting it sets the gates' too."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        self._backend = backend
+        for router in self.all_gates.values():
+            router.backend = backend  # type: ignore[assignment]
+
+    @property
+    def num_expert(self) -> int:
+        return self.gate.num_expert
+
+    @property
+    def d_model(self) -> int:
+        return self.gate.d_model
+
+    @property
+    def top_k(self) -> int:
+        return self.gate.top_k
+
+    @property
+    def act(self) -> str:
+        """The experts' activation, as in routed_mlp."""
+        return activation_name(self.experts.activation)
 
     def _forget(self) -> None:
         self.last_topk_indices: Tensor | None = None
@@ -263,8 +322,9 @@ class RoutedMLP(nn.Module):
         return torch.get_autocast_dtype(kind)
 
     def _through_experts(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        inner, outer = self.experts.htoh4, self.experts.h4toh
-        parameters = [p.to(x.dtype) for p in (inner.weight, inner.bias, outer.weight, outer.bias)]
+        if reason := self._unsupported():
+            raise UnsupportedLayer(reason)
+        parameters = [p.to(x.dtype) for p in (*self.experts.htoh4(), *self.experts.h4toh())]
         if self.world_size == 1:
             return routed_mlp(x, index, weight, *parameters, act=self.act, backend=self.backend)
         return parallel_routed_mlp(
@@ -276,6 +336,28 @@ class RoutedMLP(nn.Module):
             group=self.moe_group,
             mean_gradients=self.mean_gradients,
             backend=self.backend,
+        )
+
+    # torch.compile runs this once, while tracing, and does not trace it.
+    @torch.compiler.assume_constant_result
+    def _unsupported(self) -> str:
+        """The reason why the kernels cannot compute the experts with their present parts; empty if they can."""
+        experts = self.experts
+        try:
+            for part, path in ((experts, "experts"), (experts.activation, "experts.activation")):
+                check_hooks(part, path)
+                check_methods(part, path)
+            for name in ("htoh4", "h4toh"):
+                child_of(experts, "experts", name, ExpertLinear)
+            activation_name(experts.activation)
+        except TypeError as error:
+            return f"experts.{error}"
+        except UnsupportedLayer as error:
+            return str(error)
+        return (
+            ""
+            if type(experts) is Experts
+            else f"experts: expected Experts, got {type(experts).__name__}"
         )
 
     def __getstate__(self) -> dict[str, Any]:

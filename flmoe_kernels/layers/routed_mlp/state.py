@@ -32,7 +32,7 @@ def prepare_state_dict(
     Unknown keys are left to torch's own strict check, like those in `missing`.
     """
     _stack_experts(module, state, prefix + "experts.", missing, errors)
-    _match_gates(state, prefix + "gate.", prefix + "all_gates.", errors)
+    _match_gates(state, prefix + "gate.", prefix + "all_gates.0.", missing, errors)
 
 
 def _stack_experts(
@@ -78,17 +78,27 @@ def _problem(key: str, value: Any, expected: tuple[int, ...]) -> str:
     return ""
 
 
-def _match_gates(state: dict[str, Any], gate: str, routers: str, errors: list[str]) -> None:
-    """Check that the two saved copies of the gate agree; if there are no routers, copy the gate to router 0."""
-    own = [key for key in state if key.startswith(gate)]
-    if not any(key.startswith(routers) for key in state):
-        for key in own:
-            state[f"{routers}0.{key.removeprefix(gate)}"] = state[key]
+def _match_gates(
+    state: dict[str, Any], gate: str, router_0: str, missing: list[str], errors: list[str]
+) -> None:
+    """Remove router 0, which is the gate, after a check that the two saved copies agree."""
+    if not any(key.startswith(router_0) for key in state):
         return
-    for key in own:
-        twin = f"{routers}0.{key.removeprefix(gate)}"
-        if twin in state and not _same(state[key], state[twin]):
+    for key in [key for key in state if key.startswith(gate)]:
+        twin = router_0 + key.removeprefix(gate)
+        if twin not in state:
+            missing.append(twin)
+        elif not _same(state[key], state.pop(twin)):
             errors.append(f'"{key}" and "{twin}" differ, but are the same gate.')
+
+
+def add_router_0(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Add the gate as router 0 to a state_dict, before the other routers, as published."""
+    gate, routers = prefix + "gate.", prefix + "all_gates."
+    others = {key: state.pop(key) for key in list(state) if key.startswith(routers)}
+    for key in [key for key in state if key.startswith(gate)]:
+        state[f"{routers}0.{key.removeprefix(gate)}"] = state[key]
+    state.update(others)
 
 
 def _same(a: Any, b: Any) -> bool:
