@@ -58,11 +58,9 @@ def expect_linear(
 ) -> None:
     """Check a linear map; bias: whether it must have one, None for either."""
     linear = plain_module(module, path, nn.Linear)
-    if (linear.in_features, linear.out_features) != (fan_in, fan_out):
-        raise UnsupportedLayer(
-            f"{path}: expected a map from {fan_in} to {fan_out}, got {linear.in_features} to "
-            f"{linear.out_features}"
-        )
+    shape = () if linear.weight is None else tuple(linear.weight.shape)
+    if shape != (fan_out, fan_in):
+        raise UnsupportedLayer(f"{path}.weight: expected shape {(fan_out, fan_in)}, got {shape}")
     if bias is not None and (linear.bias is not None) != bias:
         raise UnsupportedLayer(f"{path}: {'has no bias' if bias else 'has an unexpected bias'}")
 

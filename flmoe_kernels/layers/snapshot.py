@@ -25,7 +25,7 @@ def global_hooks() -> list[Mapping[int, Any]]:
 class PartsSnapshot:
     """State of the parts of a layer; `unchanged` compares it with the present state in microseconds.
 
-    It covers the modules, their classes, hooks of every kind, buffers, the numbers of parameters and of attributes,
+    It covers the modules, their classes, all kinds of hooks, buffers, the numbers of parameters and of attributes,
     and the values of the attributes in `numbers`. It does not cover what is read in every call: values and shapes
     of parameters, modes, dropout rates. A change can be harmless, for example a new attribute that nothing reads;
     then the caller takes a new snapshot.

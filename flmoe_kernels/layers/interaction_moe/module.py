@@ -255,10 +255,17 @@ class InteractionMoE(ReferenceInteractionMoE):
 
     def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
         networks = [expert.fusion_model.network for expert in self.interaction_experts]
-        return [
-            stack_layer([network[i] for network in networks], self._spec.compat, dtype)
-            for i in range(self._spec.num_layers)
-        ]
+        try:
+            return [
+                stack_layer([network[i] for network in networks], self._spec.compat, dtype)
+                for i in range(self._spec.num_layers)
+            ]
+        except (AttributeError, RuntimeError, TypeError):
+            # A parameter was removed or has another shape, which a snapshot does not show.
+            self._snapshot = None
+            if reason := self._unsupported():
+                raise UnsupportedLayer(reason) from None
+            raise
 
     def _latents(
         self,

@@ -127,16 +127,20 @@ def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
     if len(heads) > 1:
         raise UnsupportedLayer(f"{path}: layers differ in num_heads, {sorted(heads)}")
     fc = child_of(head, f"{path}.network.{len(layers)}", "fc", nn.Linear)
-    expect_linear(
-        fc, f"{path}.network.{len(layers)}.fc", num_modalities * dim, int(fc.out_features), None
-    )
+    # Not out_features, which does not change with the weight.
+    classes = 0 if fc.weight is None else fc.weight.shape[0]
+    expect_linear(fc, f"{path}.network.{len(layers)}.fc", num_modalities * dim, classes, None)
     num_patches = _num_patches(model, path, num_modalities, dim)
+    compat: Compat = "fl_i2moe" if num_patches is None else "i2moe"
+    for part in (model, *layers):
+        if getattr(part, "compat", compat) != compat:
+            raise UnsupportedLayer(f"{path}: compat is {part.compat!r}, expected {compat!r}")
     return _Fusion(
         hidden_dim=dim,
-        num_classes=int(fc.out_features),
+        num_classes=classes,
         num_layers=len(layers),
         num_heads=heads.pop(),
-        compat="fl_i2moe" if num_patches is None else "i2moe",
+        compat=compat,
         num_patches=num_patches,
         norm_eps=eps,
         dropout=tuple(encoder.rates for encoder in described),

@@ -1,0 +1,298 @@
+"""A part that is changed after construction is honoured or refused, never ignored."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize, prune
+
+from flmoe_kernels.layers.interaction_moe import module as interaction_moe
+from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
+from flmoe_kernels.layers.parts import UnsupportedLayer
+from tests.support.layers import FL, SPARSE_FL, LayerCase, data, fast_layer, named_outputs
+
+
+class Wrapper(nn.Module):
+    """A part inside another module, as adapters do it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        for name, value in vars(inner).items():  # what the layer reads besides calling the part
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.inner)  # type: ignore[call-overload]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.inner[key]  # type: ignore[index]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.inner(*args, **kwargs)
+        return out * 1.5 if isinstance(out, torch.Tensor) else out
+
+
+def subclass(part: nn.Module) -> None:
+    part.__class__ = type(f"Other{type(part).__name__}", (type(part),), {})
+
+
+def replace_forward(part: nn.Module) -> None:
+    original = part.forward
+    part.forward = lambda *args, **kwargs: original(*args, **kwargs)
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "forward hook": lambda part: part.register_forward_hook(lambda *_: None),
+    "forward pre hook": lambda part: part.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda part: part.register_full_backward_hook(lambda *_: None),
+    "backward pre hook": lambda part: part.register_full_backward_pre_hook(lambda *_: None),
+    "forward": replace_forward,
+    "Other": subclass,
+}
+
+
+def assert_refused(layer: InteractionMoE, case: LayerCase, message: str) -> None:
+    x, masks, _ = data(case)
+    for run in (layer, layer.inference):
+        with pytest.raises(UnsupportedLayer, match=message):
+            run(x, masks)
+
+
+def assert_honoured(layer: InteractionMoE, case: LayerCase) -> None:
+    """The kernels and the reference backend give the same results."""
+    x, masks, noise = data(case)
+    actual = named_outputs(layer, layer(x, masks, replacements=noise))
+    layer.backend = "reference"
+    expected = named_outputs(layer, layer(x, masks, replacements=noise))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    layer.backend = "cpu"
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("case", [FL, SPARSE_FL], ids=["dense", "sparse"])
+def test_every_kind_of_change_of_every_part_is_refused(case: LayerCase, kind: str) -> None:
+    layer = fast_layer(case)
+    x, masks, _ = data(case)
+    layer(x, masks)
+    paths = [name for name, _ in layer.named_modules() if name]
+    assert len(paths) > 50
+    for path in paths:
+        changed = copy.deepcopy(layer)
+        changed(x, masks)
+        CHANGES[kind](dict(changed.named_modules())[path])
+        with pytest.raises(UnsupportedLayer) as error:
+            changed(x, masks)
+        assert path in str(error.value)
+        assert kind in str(error.value)
+        assert "backend='reference'" in str(error.value)
+    layer(x, masks)  # the copies did not change the original
+
+
+@pytest.mark.parametrize("case", [FL, SPARSE_FL], ids=["dense", "sparse"])
+def test_a_wrapped_part_is_refused(case: LayerCase) -> None:
+    layer = fast_layer(case)
+    x, masks, _ = data(case)
+    for path in [name for name, _ in layer.named_modules() if name]:
+        if path.startswith("interaction_experts.") and not path.startswith("interaction_experts.1"):
+            continue
+        changed = copy.deepcopy(layer)
+        changed(x, masks)
+        owner, _, name = path.rpartition(".")
+        setattr(changed.get_submodule(owner), name, Wrapper(changed.get_submodule(path)))
+        with pytest.raises(UnsupportedLayer, match=path.split(".")[0]):
+            changed(x, masks)
+
+
+def encoder(layer: Any, e: int = 1) -> Any:
+    return layer.interaction_experts[e].fusion_model.network[0]
+
+
+def everywhere(layer: Any, kind: type[nn.Module]) -> list[Any]:
+    return [part for part in layer.modules() if isinstance(part, kind)]
+
+
+REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
+    ("activation", lambda x: setattr(encoder(x).mlp.network, "1", nn.ReLU()), "expected GELU"),
+    ("tanh", lambda x: setattr(encoder(x).mlp.network[1], "approximate", "tanh"), "tanh form"),
+    ("eps of one", lambda x: setattr(encoder(x).norm2, "eps", 1e-3), r"norm2: eps is 0\.001"),
+    ("scale", lambda x: setattr(encoder(x).attn, "scale", 1.0), r"attn\.scale: expected"),
+    ("heads", lambda x: setattr(encoder(x).attn, "num_heads", 1), r"attn\.scale: expected"),
+    (
+        "bias",
+        lambda x: setattr(encoder(x).attn.q, "bias", nn.Parameter(torch.ones(16))),
+        r"attn\.q",
+    ),
+    (
+        "bias None",
+        lambda x: setattr(encoder(x).attn.proj, "bias", None),
+        r"attn\.proj: has no bias",
+    ),
+    ("no affine", lambda x: setattr(encoder(x).norm1, "weight", None), r"norm1: has no affine"),
+    ("rate", lambda x: setattr(encoder(x).attn.attn_drop, "p", 0.9), "attn_drop: experts differ"),
+    ("mode", lambda x: encoder(x).dropout2.eval(), "dropout2: experts differ"),
+    ("an expert less", lambda x: x.interaction_experts.__delitem__(3), "expected 4 experts"),
+    ("a layer more", lambda x: encoder(x).mlp.network.append(nn.ReLU()), "expected Linear, GELU"),
+    ("compat", lambda x: setattr(encoder(x), "compat", "i2moe"), "compat"),
+    ("prune", lambda x: prune.l1_unstructured(encoder(x).attn.q, "weight", 0.5), r"attn\.q"),
+    ("weight_norm", lambda x: nn.utils.weight_norm(encoder(x).attn.kv), r"attn\.kv"),
+    (
+        "parametrization",
+        lambda x: parametrize.register_parametrization(encoder(x).attn.proj, "weight", nn.Tanh()),
+        r"attn\.proj: ParametrizedLinear",
+    ),
+    (
+        "buffer",
+        lambda x: encoder(x).attn.register_buffer("bias_table", torch.ones(2)),
+        "bias_table: an unexpected parameter or buffer",
+    ),
+    (
+        "all experts",
+        lambda x: setattr(x, "interaction_experts", nn.ModuleList([Wrapper(nn.Identity())] * 4)),
+        "interaction_experts",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
+)
+def test_changes_that_the_kernels_do_not_compute_are_refused(
+    change: Callable[[Any], object], message: str
+) -> None:
+    case = LayerCase((7, 5), dim=16, batch=3, dropout=0.25)
+    layer = fast_layer(case)
+    layer(*data(case)[:1])
+    change(layer)
+    with pytest.raises(ValueError, match=message):
+        layer(*data(case)[:1])
+
+
+HONOURED: list[tuple[str, Callable[[Any], object]]] = [
+    ("eps", lambda x: [setattr(part, "eps", 0.1) for part in everywhere(x, nn.LayerNorm)]),
+    ("temperature", lambda x: setattr(x.reweight, "temperature", 0.1)),
+    ("attribute", lambda x: setattr(encoder(x).attn, "note", "nothing reads this")),
+    ("weight", lambda x: setattr(encoder(x).attn.q, "weight", nn.Parameter(torch.ones(16, 16)))),
+    ("frozen", lambda x: x.interaction_experts.requires_grad_(False)),
+    ("compiled", lambda x: encoder(x).compile(backend="eager")),
+    (
+        "rates",
+        lambda x: [setattr(part, "p", 0.0) for part in everywhere(x, nn.Dropout)],
+    ),
+]
+
+
+@pytest.mark.parametrize("change", [c[1] for c in HONOURED], ids=[c[0] for c in HONOURED])
+def test_changes_that_the_kernels_compute_are_honoured(change: Callable[[Any], object]) -> None:
+    layer = fast_layer(FL)
+    x, masks, noise = data(FL)
+    layer(x, masks, replacements=noise)
+    change(layer)
+    assert_honoured(layer, FL)
+
+
+def test_a_hook_on_all_modules_is_refused_until_it_is_removed() -> None:
+    layer = fast_layer(FL)
+    layer(*data(FL)[:2])
+    for name in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        handle = getattr(torch_module, f"register_module_{name}_hook")(lambda *_: None)
+        try:
+            assert_refused(layer, FL, "a hook on all modules")
+        finally:
+            handle.remove()
+        layer(*data(FL)[:2])
+
+
+def test_a_removed_change_is_forgotten() -> None:
+    layer = fast_layer(FL)
+    handle = encoder(layer).attn.q.register_forward_hook(lambda *_: None)
+    assert_refused(layer, FL, r"network\.0\.attn\.q: has a forward hook")
+    handle.remove()
+    assert_honoured(layer, FL)
+
+
+def test_a_template_with_a_hook_is_refused_at_construction() -> None:
+    template = FL.reference().interaction_experts[0].fusion_model
+    template.network[0].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedLayer, match=r"network\.0\.attn: has a forward hook"):
+        InteractionMoE(2, template, hidden_dim=16)
+
+
+def test_hooks_and_a_replaced_forward_of_the_layer_itself_work() -> None:
+    layer = fast_layer(FL)
+    calls = itertools.count()
+    layer.register_forward_hook(lambda *_: next(calls))
+    original = layer.forward
+    layer.forward = lambda *args: (next(calls), original(*args))[1]
+    layer(*data(FL)[:2])
+    assert next(calls) == 2
+
+
+@pytest.mark.parametrize("kind", [*CHANGES, "Wrapper"])
+def test_changes_are_refused_while_compiling(kind: str) -> None:
+    layer = fast_layer(FL)
+    x, masks, _ = data(FL)
+    if kind == "Wrapper":
+        encoder(layer).attn.q = Wrapper(encoder(layer).attn.q)
+    else:
+        CHANGES[kind](encoder(layer).attn.q)
+    torch._dynamo.reset()
+    with pytest.raises(UnsupportedLayer, match=r"attn\.q"):
+        torch.compile(layer, backend="eager")(x, masks)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"UnsupportedLayer\(.*attn\.q"):
+        torch.compile(layer, backend="eager", fullgraph=True)(x, masks)
+
+
+def test_a_change_of_the_forward_of_a_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = fast_layer(FL)
+    layer(*data(FL)[:2])
+    kind = type(encoder(layer).attn)
+    monkeypatch.setattr(kind, "forward", lambda self, x, mask=None: x)
+    assert_refused(layer, FL, r"Attention\.forward was replaced on the class")
+
+
+def test_unchanged_parts_are_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later calls only compare references and sizes."""
+    layer, calls = fast_layer(FL), itertools.count()
+    original = interaction_moe.describe
+    monkeypatch.setattr(
+        interaction_moe, "describe", lambda layer: (next(calls), original(layer))[1]
+    )
+    for _ in range(3):
+        layer(*data(FL)[:2])
+    assert next(calls) == 1
+
+
+@pytest.mark.parametrize("how", ["new head", "new weight", "no bias", "one without bias"])
+@pytest.mark.parametrize("case", [FL, LayerCase((6, 6), "i2moe", dim=16)], ids=["fl", "i2"])
+def test_a_replaced_head_is_honoured(case: LayerCase, how: str) -> None:
+    layer = fast_layer(case)
+    layer(*data(case)[:1])
+    torch.manual_seed(0)
+    for e, expert in enumerate(layer.interaction_experts):
+        head = expert.fusion_model.network[-1]
+        if how == "new head":
+            head.fc = nn.Linear(32, 5)
+        elif how == "new weight":
+            head.fc.weight = nn.Parameter(torch.randn(7, 32))
+            head.fc.bias = nn.Parameter(torch.randn(7))
+        elif how == "no bias" or e == 1:
+            head.fc.bias = None
+    assert_honoured(layer, case)
+    adopted = InteractionMoE.adopt(layer, backend="cpu")
+    assert adopted.state_dict().keys() == layer.state_dict().keys()
+    assert_honoured(adopted, case)
