@@ -197,7 +197,10 @@ class OtherGate(GShardGate):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda gate: gate.register_forward_hook(print), r"network\.2\.mlp\.gate: has a forward hook"),
+        (
+            lambda gate: gate.register_forward_hook(print),
+            r"network\.2\.mlp\.gate: has a forward hook",
+        ),
         (lambda gate: setattr(gate, "__class__", OtherGate), r"network\.2\.mlp\.gate: OtherGate"),
     ],
 )

@@ -269,7 +269,10 @@ class RoutedMLP(nn.Module):
         Raises:
             TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
             BackendUnavailable: the requested backend cannot run this.
+            UnsupportedLayer: a part of the layer was changed so that the kernels cannot compute it.
         """
+        if reason := self._unsupported():
+            raise UnsupportedLayer(reason)
         self._forget()
         x, valid = self._tokens(inp, mask)
         index, weight = self.gate(x, valid)
@@ -322,8 +325,6 @@ class RoutedMLP(nn.Module):
         return torch.get_autocast_dtype(kind)
 
     def _through_experts(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        if reason := self._unsupported():
-            raise UnsupportedLayer(reason)
         parameters = [p.to(x.dtype) for p in (*self.experts.htoh4(), *self.experts.h4toh())]
         if self.world_size == 1:
             return routed_mlp(x, index, weight, *parameters, act=self.act, backend=self.backend)
@@ -343,6 +344,8 @@ class RoutedMLP(nn.Module):
     def _unsupported(self) -> str:
         """The reason why the kernels cannot compute the experts with their present parts; empty if they can."""
         experts = self.experts
+        if type(experts) is not Experts:
+            return f"experts: expected Experts, got {type(experts).__name__}"
         try:
             for part, path in ((experts, "experts"), (experts.activation, "experts.activation")):
                 check_hooks(part, path)
@@ -354,11 +357,7 @@ class RoutedMLP(nn.Module):
             return f"experts.{error}"
         except UnsupportedLayer as error:
             return str(error)
-        return (
-            ""
-            if type(experts) is Experts
-            else f"experts: expected Experts, got {type(experts).__name__}"
-        )
+        return ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **dict.fromkeys(self.TRANSIENT)}

@@ -1,0 +1,202 @@
+"""A changed part of a RoutedMLP takes effect or is refused; torch.func leaves the parameters alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
+
+from flmoe_kernels import RoutedMLP
+from flmoe_kernels.layers.parts import UnsupportedLayer
+from tests.support.inputs import draw
+from tests.support.routed_layers import D, every_gate, make
+
+
+def step(mlp: RoutedMLP, x: Tensor) -> Tensor:
+    out = mlp(x)
+    out.square().sum().backward()
+    return out.detach()
+
+
+HONOURED: list[tuple[str, Callable[[Any], object]]] = [
+    ("prune", lambda x: prune.l1_unstructured(x.experts.htoh4, "weight", 0.5)),
+    ("weight_norm", lambda x: nn.utils.weight_norm(x.experts.h4toh, dim=0)),
+    (
+        "parametrization",
+        lambda x: parametrize.register_parametrization(x.experts.htoh4, "weight", nn.Tanh()),
+    ),
+    ("activation", lambda x: setattr(x.experts, "activation", nn.ReLU())),
+    ("tanh", lambda x: setattr(x.experts.activation, "approximate", "tanh")),
+    ("pruned gate", lambda x: prune.l1_unstructured(x.gate.gate, "weight", 0.5)),
+]
+
+
+@pytest.mark.parametrize("change", [c[1] for c in HONOURED], ids=[c[0] for c in HONOURED])
+def test_changes_of_the_experts_and_the_gate_take_effect_in_every_step(
+    change: Callable[[Any], object],
+) -> None:
+    x = draw(6, D)
+    mlp = make("NaiveGate")
+    change(mlp)
+    for _ in range(2):
+        out = step(mlp, x)
+        mlp.backend = "reference"
+        torch.testing.assert_close(step(mlp, x), out)
+        mlp.backend = None
+        with torch.no_grad():
+            for parameter in mlp.parameters():
+                parameter -= 0.01 * parameter.grad
+        assert not torch.allclose(mlp(x), out)
+
+
+def test_a_new_activation_is_that_of_a_layer_built_with_it() -> None:
+    mlp, x = make(), draw(6, D)
+    before = mlp(x)
+    mlp.experts.activation = nn.ReLU()
+    assert not torch.allclose(mlp(x), before)
+    assert torch.equal(mlp(x), make(activation=nn.ReLU())(x))
+
+
+def test_a_pruned_weight_is_zero_in_the_kernels() -> None:
+    mlp, x = make("NaiveGate"), draw(6, D)
+    mask = torch.zeros_like(mlp.experts.h4toh.weight)
+    prune.custom_from_mask(mlp.experts.h4toh, "weight", mask)
+    with torch.no_grad():
+        mlp.experts.h4toh.bias.zero_()
+    for _ in range(2):
+        assert torch.equal(step(mlp, x), torch.zeros(6, D))
+
+
+REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
+    (
+        "hook",
+        lambda x: x.experts.register_forward_hook(lambda *_: None),
+        "experts: has a forward hook",
+    ),
+    (
+        "backward hook",
+        lambda x: x.experts.activation.register_full_backward_hook(lambda *_: None),
+        r"experts\.activation: has a backward hook",
+    ),
+    (
+        "forward",
+        lambda x: setattr(x.experts.activation, "forward", torch.tanh),
+        r"experts\.activation\.forward: replaced on this instance",
+    ),
+    (
+        "activation",
+        lambda x: setattr(x.experts, "activation", nn.Tanh()),
+        r"experts\.activation: expected nn\.GELU, nn\.ReLU or nn\.SiLU, got Tanh",
+    ),
+    (
+        "linear",
+        lambda x: setattr(x.experts, "htoh4", nn.Linear(D, D)),
+        r"experts\.htoh4: expected ExpertLinear, got Linear",
+    ),
+    (
+        "experts",
+        lambda x: setattr(x, "experts", nn.Identity()),
+        "experts: expected Experts, got Identity",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
+)
+def test_changes_that_the_kernels_do_not_compute_are_refused(
+    change: Callable[[Any], object], message: str
+) -> None:
+    mlp, x = make(), draw(6, D)
+    mlp(x)
+    change(mlp)
+    with pytest.raises(UnsupportedLayer, match=message):
+        mlp(x)
+    torch._dynamo.reset()
+    with pytest.raises(UnsupportedLayer, match=message):
+        torch.compile(mlp, backend="eager")(x)
+
+
+@pytest.mark.parametrize("path", ["gate", "gate.gate", "experts.htoh4", "experts.h4toh"])
+def test_hooks_of_parts_that_are_called_fire(path: str) -> None:
+    mlp, calls = make(), list[str]()
+    part = mlp.get_submodule(path)
+    part.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    part.register_forward_hook(lambda *_: calls.append("forward"))
+    part.register_full_backward_hook(lambda *_: calls.append("backward"))
+    step(mlp, draw(6, D))
+    assert calls[:2] == ["pre", "forward"]
+    # These have no input, so torch's backward hook fires for their outputs.
+    assert "backward" in calls
+
+
+def test_layers_do_not_share_the_default_activation() -> None:
+    a, b = RoutedMLP(2, D, D), RoutedMLP(2, D, D)
+    a.experts.activation.approximate = "tanh"
+    assert (a.act, b.act) == ("gelu_tanh", "gelu")
+
+
+def test_the_backend_of_the_gates_follows_the_layer() -> None:
+    mlp = make(n_router=2)
+    mlp.backend = "reference"
+    assert {gate.backend for gate in mlp.all_gates.values()} == {"reference"}
+
+
+def test_a_replaced_gate_is_used_and_saved() -> None:
+    mlp, x = make("NaiveGate"), draw(6, D)
+    mlp.gate = make("SwitchGate", seed=1).gate.eval()
+    assert mlp.all_gates["0"] is mlp.gate
+    mlp(x)
+    assert mlp.last_topk_indices is not None
+    assert mlp.last_topk_indices.shape == (6, mlp.top_k) == (6, 1)
+    state = mlp.state_dict()
+    assert torch.equal(state["all_gates.0.gate.weight"], mlp.gate.gate.weight)
+
+
+@pytest.mark.parametrize(("gate", "expected"), [("GShardGate", 2), ("SwitchGate", 1)])
+def test_gates_with_a_fixed_top_k_refuse_another(gate: str, expected: int) -> None:
+    mlp = make(gate)
+    mlp.gate.top_k = 3
+    with pytest.raises(ValueError, match=f"top_k: expected {expected} for {gate}, got 3"):
+        mlp(draw(6, D))
+
+
+@every_gate
+@pytest.mark.parametrize("keys", ["named_parameters", "state_dict"])
+def test_functional_call_restores_the_parameters(gate: str, keys: str) -> None:
+    mlp, x = make(gate, n_router=2).eval(), draw(6, D)
+    before, expected = dict(mlp.named_parameters()), mlp(x)
+    other = copy.deepcopy(mlp)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-0.5)
+    values = {
+        name: value.detach().clone() if keys == "named_parameters" else value
+        for name, value in dict(getattr(other, keys)()).items()
+    }
+    torch.testing.assert_close(functional_call(mlp, values, (x,)), other(x))
+    after = dict(mlp.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert torch.equal(mlp(x), expected)
+
+
+def test_the_gate_is_registered_once_and_saved_under_both_names() -> None:
+    mlp = make(n_router=2)
+    names = [name for name, _ in mlp.named_parameters(remove_duplicate=False)]
+    assert names == [
+        *("gate.gate.weight", "gate.gate.bias"),
+        *(f"experts.{part}.{leaf}" for part in ("htoh4", "h4toh") for leaf in ("weight", "bias")),
+        *("all_gates.1.gate.weight", "all_gates.1.gate.bias"),
+    ]
+    saved = list(mlp.state_dict(prefix="x."))
+    zero = ["x.all_gates.0.gate.weight", "x.all_gates.0.gate.bias"]
+    assert saved == [f"x.{name}" for name in names[:-2]] + zero + [f"x.{n}" for n in names[-2:]]
+    # A checkpoint with the parameters' names only loads strictly, too.
+    make(n_router=2, seed=1).load_state_dict({n: p.detach() for n, p in mlp.named_parameters()})
