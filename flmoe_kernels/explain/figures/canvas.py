@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 # Red: for, blue: against. Both are dark in black and white, so values below 0 are also hatched or dashed.
 DIVERGING = "RdBu_r"
@@ -40,6 +41,24 @@ def require_array(name: str, value: Any, axes: str) -> Floats:
     return array.astype(np.float64)
 
 
+def require_errors(errors: Any, values: Floats) -> Floats:
+    """Convert standard errors to float64, at least 0 wherever there is a value; None: 0, for exact values.
+
+    Raises:
+        ValueError: another shape, or an error below 0 or NaN.
+    """
+    if errors is None:
+        return np.zeros_like(values)
+    array = require_array("errors", errors, "La, Lb")
+    known = np.isfinite(values)
+    if array.shape != values.shape or not (array[known] >= 0).all():
+        raise ValueError(
+            f"errors: expected numbers {values.shape} from 0, one for each value, got {array.shape}"
+            + ("" if array.shape != values.shape else " with numbers below 0 or NaN")
+        )
+    return np.where(known, array, 0.0)
+
+
 def limit_of(values: Floats) -> float:
     """The largest finite |value|, as a limit on both sides of 0; 1 if all values are 0 or none is finite."""
     sizes = np.abs(values[np.isfinite(values)])
@@ -50,10 +69,14 @@ def label_of(tokens: Sequence[str] | None, place: int) -> str:
     """A token's position and, if known, its string, shortened."""
     if tokens is None:
         return str(place)
-    text = str(tokens[place])
+    return f"{short(str(tokens[place]))} ({place})"
+
+
+def short(text: str) -> str:
+    """A string as a label: literal, and shortened."""
     if len(text) > _LONGEST_LABEL:
         text = text[: _LONGEST_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return f"{plain(text)} ({place})"
+    return plain(text)
 
 
 def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None:

@@ -67,6 +67,26 @@ class Findings:
     pair_masking: dict[str, MaskingDrops]
 
     @property
+    def samples(self) -> int:
+        return self.features.samples
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts; a uniqueness expert has its modality's name, if names are given."""
+        names, known = list(self.attribution.experts), self.request.modality_names
+        if known is not None:
+            names[: len(known)] = [f"unique_{printable(x)}" for x in known]
+        return names
+
+    def modality(self, m: int) -> str:
+        names = self.request.modality_names
+        return f"modality {m}" if names is None else printable(names[m])
+
+    def class_name(self, k: int) -> str:
+        names = self.request.class_names
+        return f"class {k}" if names is None else f"{OPEN}{printable(names[k])}{CLOSE}"
+
+    @property
     def sources(self) -> dict[str, str]:
         """Names of the input files."""
         return {"checkpoint": self.request.checkpoint.name, "data": self.request.data.name}
@@ -215,13 +235,14 @@ def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
 
 def token_name(findings: Findings, sample: int, modality: int, position: int) -> str:
     """Name of a token: its modality, position and, if known, its string, on one line and shortened."""
-    strings = findings.features.tokens[modality]
+    strings, names = findings.features.tokens[modality], findings.request.modality_names
+    place = f"{modality if names is None else printable(names[modality])}:{position}"
     if strings is None:
-        return f"{modality}:{position}"
+        return place
     text = printable(str(strings[sample, position]))
     if len(text) > _LONGEST_TOKEN:
         text = text[: _LONGEST_TOKEN - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return f"{modality}:{position} {OPEN}{text}{CLOSE}"
+    return f"{place} {OPEN}{text}{CLOSE}"
 
 
 def versions() -> dict[str, str]:
