@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -29,8 +31,11 @@ from flmoe_kernels.explain import (
     pair_network,
     token_patch_map,
 )
-from flmoe_kernels.explain.figures.canvas import AGAINST, FOR, UNSURE
+from flmoe_kernels.explain.figures.canvas import AGAINST, DOTS, FOR, HATCH, UNSURE
+from flmoe_kernels.explain.figures.curves import BETTER, UNCLEAR, UNKNOWN, WORSE, compare
 from flmoe_kernels.explain.figures.heat_map import grey
+from flmoe_kernels.explain.figures.ties import alike, groups, leaders, tied
+from flmoe_kernels.explain.figures.weights import leading
 from flmoe_kernels.explain.masking.drops import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,12 +97,12 @@ def labels(axes: Any, which: str) -> list[str]:
     return [text.get_text() for text in getattr(axes, f"get_{which}ticklabels")()]
 
 
-def hatched_cells(axes: Any) -> set[tuple[int, int]]:
+def hatched_cells(axes: Any, hatch: str = HATCH) -> set[tuple[int, int]]:
     """(row, column) of the hatched cells."""
     found = set()
     for patch in axes.patches:
         if isinstance(patch, PathPatch):
-            for corners in patch.get_path().to_polygons():
+            for corners in patch.get_path().to_polygons() if patch.get_hatch() == hatch else ():
                 column, row = corners[:4].mean(axis=0)
                 found.add((round(row), round(column)))
     return found
@@ -116,7 +121,8 @@ def test_map_holds_the_candidates_around_zero() -> None:
     assert hatched_cells(axes) == {(0, 1), (2, 1)}
     assert texts(axes) == [f"{value:.2g}" for value in kept.ravel()]
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("token", "patch")
-    assert bar.get_ylabel().startswith("SII (logit)")
+    assert bar.get_ylabel() == "SII (logit)"
+    assert axes.get_title() == "hatched: below 0"
     assert labels(bar, "y") == ["-2", "0", "2"]
     assert figure.get_suptitle() == "of one sample"
 
@@ -147,8 +153,8 @@ def test_hatches_are_seen_without_colour() -> None:
 def test_one_patch(value: float) -> None:
     figure = token_patch_map(np.array([[value]]), image=np.full((3, 5), 0.5))
     axes = figure.axes[1]
-    framed = "framed: the largest" if value else ""
-    assert axes.get_xlabel() == framed + ("; hatched: below 0" if value < 0 else "")
+    # A single patch is not larger than others.
+    assert axes.get_xlabel() == ("hatched: below 0" if value < 0 else "")
     low, high = figure.axes[-1].get_ylim()
     assert (low < 0) == (value < 0)
     assert high == pytest.approx(abs(value) or 1.0)
@@ -179,28 +185,45 @@ def test_weights_of_patches_over_the_image(given: bool) -> None:
     assert ("hatched" in axes.get_xlabel()) == bool((expected < 0).any())
 
 
-def test_network_shows_sign_size_and_uncertainty() -> None:
-    found = pair_values()
+def drawn_lines(axes: Any) -> list[tuple[float, Any, bool]]:
+    """(width, colour, solid) of each line, the strongest pair first."""
+    lines = []
+    for patch in reversed(axes.patches):
+        assert isinstance(patch, FancyArrowPatch)
+        solid = patch.get_linestyle() in ("-", "solid")
+        lines.append((round(patch.get_linewidth(), 6), line_colour(patch), solid))
+    return lines
+
+
+def test_network_shows_sign_and_size() -> None:
+    found = pair_values(standard_errors=np.array([0.01, 0.1, 0.1, 0.0]))
     figure = pair_network(found, 4, tokens=[["a", "b", "c"], None], names=["text", "image"])
     [axes] = figure.axes
-    lines = {}
-    for patch in axes.patches:
-        assert isinstance(patch, FancyArrowPatch)
-        lines[round(patch.get_linewidth(), 6)] = patch
-    # Widths grow from 0.8 to 5 with |value| relative to the largest.
-    by_value = {v: lines[round(0.8 + 4.2 * abs(v), 6)] for v in found.values.tolist()}
-    assert len(by_value) == len(axes.patches) == 4
-    for value, line in by_value.items():
-        assert (line.get_linestyle() in ("-", "solid")) == (value >= 0)
-    expected = {0.5: FOR, -1.0: AGAINST, 0.1: UNSURE, 0.3: FOR}
-    for value, colour in expected.items():
-        assert line_colour(by_value[value]) == to_rgba(colour)
+    # Widths grow from 0.8 to 5 with |value| relative to the largest; 0.1 +- 0.1 is tied with 0.3, but 0.5 is not.
+    expected = [(-1.0, AGAINST), (0.5, FOR), (0.2, FOR), (0.2, FOR)]
+    for (width, colour, solid), (value, name) in zip(drawn_lines(axes), expected, strict=True):
+        assert width == pytest.approx(0.8 + 4.2 * abs(value))
+        assert colour == to_rgba(name)
+        assert solid == (value > 0)
     assert axes.get_title() == "The 4 strongest pairs by |SII|"
     assert set(texts(axes)) == {"a (0)", "b (1)", "c (2)", "0", "1"}
     assert labels(axes, "x") == ["text", "image"]
     legend = axes.get_legend()
-    assert [t.get_text() for t in legend.get_texts()][:2] == ["above 0", "below 0"]
+    assert [t.get_text() for t in legend.get_texts()] == ["above 0", "below 0"]
     assert "|SII| = 1 (logit)" in legend.get_title().get_text()
+    assert "not distinguishable at 2 s.e." in legend.get_title().get_text()
+
+
+def test_network_draws_tied_pairs_alike_and_counts_those_left_out() -> None:
+    found = pair_values(values=np.array([0.3, -0.15, 0.1, 0.25]), standard_errors=np.full(4, 0.1))
+    [axes] = pair_network(found, 2).axes
+    assert set(drawn_lines(axes)) == {(0.8, to_rgba(UNSURE), False)}
+    legend = axes.get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == ["tied across 0"]
+    assert "2 more pairs are tied with the last" in legend.get_title().get_text()
+    exact = pair_values(values=np.array([0.3, -0.2, 0.1, 0.31]), standard_errors=np.zeros(4))
+    [axes] = pair_network(exact, 1).axes
+    assert "1 more pairs are tied with the last" in axes.get_legend().get_title().get_text()
 
 
 def line_colour(line: FancyArrowPatch) -> Any:
@@ -222,18 +245,20 @@ def test_curves_agree_with_the_summaries(metric: str) -> None:
         np.testing.assert_array_equal(bars[0].get_ydata(), curve.identified)
         [segments] = bars[2]
         heights = [(top - low) / 2 for (_, low), (_, top) in segments.get_segments()]
-        np.testing.assert_allclose(heights, curve.standard_error)
+        np.testing.assert_allclose(heights, 2 * curve.standard_error)
         [area] = [x for x in band if x.get_label().startswith("±")]
         edge = area.get_paths()[0].vertices[:, 1]
-        np.testing.assert_allclose(edge.max(), (curve.random + curve.random_std).max())
-        np.testing.assert_allclose(edge.min(), (curve.random - curve.random_std).min())
+        np.testing.assert_allclose(edge.max(), (curve.random + 2 * curve.random_std).max())
+        np.testing.assert_allclose(edge.min(), (curve.random - 2 * curve.random_std).min())
         named = " ".join(text.get_text() for text in axes.get_legend().get_texts())
         assert f"identified, AOPC {float(drops.aopc(kind, metric).identified):.3g}" in named
         assert kind in axes.get_title()
+        assert axes.get_title().endswith(compare(drops, kind, metric))
         assert axes.get_xlabel() == "tokens of each modality (%)"
         assert labels(axes, "x") == ["5", "10", "25"]
     unit = "logit" if metric == "logit" else "probability"
-    assert figure.axes[0].get_ylabel() == f"drop of the target's {unit}"
+    for axes in figure.axes:
+        assert axes.get_ylabel() == f"drop of the target's {unit}"
 
 
 @pytest.mark.parametrize("samples", [1, 3, 50])
@@ -248,9 +273,9 @@ def test_weights_by_sample_and_their_mean(samples: int) -> None:
     assert len(left.texts) == (4 * samples if samples <= 24 else 0)
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], weights.mean(dim=0))
     assert labels(left, "x") == labels(right, "x") == names
-    assert right.get_title().startswith(
-        "one sample" if samples == 1 else f"mean of {samples} samples"
-    )
+    what, _, which = right.get_title().partition("\n")
+    assert what.startswith("one sample" if samples == 1 else f"mean of {samples} samples")
+    assert all(names[k] in which for k in leading(weights.numpy()))
     assert right.get_ylabel() == "weight"
 
 
@@ -265,6 +290,146 @@ def test_names_of_experts_do_not_overlap(modalities: int) -> None:
         assert len(boxes) == len(names)
         for left, right in itertools.pairwise(boxes):
             assert left.x1 < right.x0
+
+
+def random_values(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    values, errors = draw.normal(size=count), draw.exponential(0.05, size=count)
+    errors[draw.random(count) < 0.2] = 0.0
+    values[: count // 4] = values[:1]
+    return values, errors
+
+
+@pytest.mark.parametrize("near", [0.0, 0.05])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 40])
+def test_groups_are_the_connected_components_of_ties(count: int, near: float) -> None:
+    for seed in range(20):
+        values, errors = random_values(count, seed)
+        expected = list(range(count))
+        for i, j in itertools.combinations(range(count), 2):
+            if tied(values, errors, i, near)[j]:
+                old, new = expected[j], expected[i]
+                expected = [new if x == old else x for x in expected]
+        found = groups(values, errors, near)
+        for i, j in itertools.product(range(count), repeat=2):
+            assert (found[i] == found[j]) == (expected[i] == expected[j])
+            assert found[i] <= found[j] or values[i] < values[j]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_values_within_two_standard_errors_are_drawn_alike(seed: int) -> None:
+    values, errors = random_values(30, seed)
+    drawn = alike(values, errors)
+    assert len(np.unique(drawn)) > 3, "a map of one colour would pass"
+    for i, j in itertools.combinations(range(30), 2):
+        if abs(values[i] - values[j]) <= 2 * math.hypot(errors[i], errors[j]):
+            assert drawn[i] == drawn[j]
+        if not errors.any():
+            assert (drawn[i] == drawn[j]) == (values[i] == values[j])
+    # Nothing is drawn with the other sign, and nothing uncertain alone with a colour.
+    clear = np.abs(values) > 2 * errors
+    assert (drawn * values >= 0).all()
+    assert (drawn[[not clear[drawn == x].any() for x in drawn]] == 0).all()
+
+
+def test_map_shows_tied_values_in_one_colour() -> None:
+    values = np.array([[0.5, 0.45, NAN], [-0.02, 0.9, -0.6]])
+    errors = np.array([[0.03, 0.03, NAN], [0.02, 0.0, 0.01]])
+    axes, bar = token_patch_map(values, errors=errors).axes
+    drawn = axes.get_images()[0].get_array().filled(NAN)
+    np.testing.assert_allclose(drawn, [[0.475, 0.475, NAN], [0.0, 0.9, -0.6]])
+    assert axes.get_images()[0].get_clim() == (-0.9, 0.9)
+    assert hatched_cells(axes) == {(1, 2)}
+    assert hatched_cells(axes, DOTS) == {(1, 0)}
+    lines = axes.get_title().splitlines()
+    assert lines == [
+        "hatched: below 0; dotted: tied across 0",
+        "one colour: not distinguishable at 2 s.e.",
+    ]
+    assert bar.get_ylabel().endswith("standard error")
+    assert "0.5\n\u00b10.03" in texts(axes)
+    assert "0.9" in texts(axes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_map_of_nearly_equal_scores_has_nearly_equal_colours_and_no_frame(seed: int) -> None:
+    """Scores from 0.1328 to 0.1347 must not fill the scale of colours."""
+    scores = np.random.default_rng(seed).uniform(0.1328, 0.1347, 49)
+    figure = token_patch_map(np.eye(49), image=np.full((14, 14), 0.5), weights=scores)
+    axes, bar = figure.axes[1], figure.axes[-1]
+    shown = axes.get_images()[1]
+    np.testing.assert_array_equal(np.ravel(shown.get_array()), scores)
+    colours = shown.to_rgba(shown.get_array())[..., :3]
+    assert np.ptp(colours.reshape(-1, 3), axis=0).max() < 0.05
+    assert shown.get_alpha().min() > 0.7
+    assert bar.get_ylim() == (0.0, pytest.approx(scores.max()))
+    assert not [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert axes.get_xlabel() == "no frame: the 49 largest are within 5% of the scale"
+
+
+def test_frames_stop_before_near_ties() -> None:
+    weights = np.array([1.0, -0.8, 0.5, 0.49, 0.47, 0.46, 0.0, 0.1, 0.2])
+    axes = token_patch_map(np.eye(9), image=np.zeros((6, 6)), weights=weights).axes[1]
+    frames = {patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle)}
+    assert frames == {(-0.47, -0.47), (0.53, -0.47)}
+    note = "framed: the 2 largest; the next 4 are within 5% of the scale"
+    assert axes.get_xlabel().splitlines()[0] == note
+    # Sums over tokens have errors; the second and the third differ by less than two of them.
+    values, errors = np.diag([1.0, 0.5, 0.4]), np.diag([0.01, 0.04, 0.04])
+    axes = token_patch_map(values, errors=errors, image=np.zeros((4, 4)), grid=(1, 3)).axes[1]
+    np.testing.assert_allclose(np.ravel(axes.get_images()[1].get_array()), [1.0, 0.45, 0.45])
+    assert axes.get_xlabel().startswith("framed: the largest; the next 2 are within 2 s.e. or 5%")
+
+
+def test_leaders_are_never_tied_with_others() -> None:
+    for seed in range(50):
+        values, errors = random_values(25, seed)
+        sizes = np.abs(values)
+        places, rest = leaders(sizes, errors, 5)
+        assert len(places) <= 5
+        for place in places:
+            others = np.delete(tied(sizes, errors, place), places)
+            assert not others.any()
+        assert rest != 1
+        assert len(places) == 5 or rest > 1
+
+
+def test_experts_are_tied_within_two_standard_errors() -> None:
+    weights = np.array([[0.5, 0.4, 0.1], [0.3, 0.4, 0.3], [0.5, 0.4, 0.1], [0.4, 0.4, 0.2]])
+    assert leading(weights) == [0, 1]
+    assert leading(weights[:1]) == [0]
+    assert leading(np.array([[0.26, 0.24, 0.25, 0.25]])) == [0, 2, 3]
+    # Differences of a sample's weights count, not the weights' own spread.
+    assert leading(np.array([[0.6, 0.4], [0.8, 0.6], [0.4, 0.2]])) == [0]
+
+
+@pytest.mark.parametrize(
+    ("identified", "random", "verdict"),
+    [
+        ([0.50, 0.52, 0.49], [0.10, 0.12], BETTER),
+        ([0.10, 0.12, 0.11], [0.50, 0.52], WORSE),
+        ([0.10, 0.12, 0.14], [0.10, 0.12], UNCLEAR),  # within the spread of random sets
+        ([0.90, 0.00, 0.10], [0.10, 0.12], UNCLEAR),  # samples differ
+        ([0.50], [0.10], UNKNOWN),
+        ([0.50], [], ""),
+    ],
+)
+def test_curves_state_whether_identified_tokens_differ_from_random_ones(
+    identified: list[float], random: list[float], verdict: str
+) -> None:
+    samples, repeats = len(identified), len(random)
+    drops = masking_drops(max(repeats, 1), samples)
+    whole = torch.tensor(identified, dtype=torch.float64)[None, None, :, None].expand(2, 2, -1, 3)
+    other = torch.tensor(random, dtype=torch.float64)[None, None, :, None, None]
+    drops = dataclasses.replace(
+        drops, identified=whole, random=other.expand(2, 2, repeats, samples, 3)
+    )
+    comprehensiveness, sufficiency = KINDS
+    assert compare(drops, comprehensiveness) == verdict
+    # Sufficiency is better if it is lower.
+    opposite = {BETTER: WORSE, WORSE: BETTER}.get(verdict, verdict)
+    assert compare(drops, sufficiency) == opposite
+    assert drop_curve(drops).axes[0].get_title().endswith(verdict or "high is good")
 
 
 CALLS: dict[str, Any] = {
@@ -325,6 +490,12 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda: token_patch_map(VALUES, image=IMAGE + 2), "image: expected floats"),
     (lambda: token_patch_map(VALUES, image=IMAGE.astype(int)), "image: expected uint8"),
     (lambda: token_patch_map(VALUES, image=IMAGE, weights=[1.0]), r"weights: .*\(4,\), got \(1,\)"),
+    (lambda: token_patch_map(VALUES, errors=np.zeros(4)), r"errors: expected numbers \(La, Lb\)"),
+    (
+        lambda: token_patch_map(VALUES, errors=np.zeros((4, 3))),
+        r"errors: .* \(4, 4\) .* got \(4, 3\)",
+    ),
+    (lambda: token_patch_map(VALUES, errors=VALUES), "errors: .* below 0 or NaN"),
     (lambda: pair_network(pair_values(), 0), "n: expected an int from 1"),
     (lambda: pair_network(pair_values(), names=["a"]), "names: expected 2, .* got 1"),
     (lambda: pair_network(pair_values(), tokens=[["a"], None]), r"tokens\[0\]: expected 3"),

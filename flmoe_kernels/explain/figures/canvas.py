@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 # Red: for, blue: against. Both are dark in black and white, so values below 0 are also hatched or dashed.
 DIVERGING = "RdBu_r"
 FOR, AGAINST, UNSURE = "#b2182b", "#2166ac", "0.55"
-HATCH = "/////"
+HATCH, DOTS = "/////", ".."
 # Shares of the limit: values below _SMALL are negligible; blues above _DARK are darker than a middle grey.
 _SMALL, _DARK = 0.05, 0.6
 ABSENT = "0.85"
@@ -92,19 +92,23 @@ def hatch_negative(axes: Axes, values: Floats, limit: float) -> None:
     Lines are pale for small values, so that many small values do not hide a few large ones, and white for the
     largest values, because dark lines are invisible on dark colours.
     """
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) - 0.5
     size = np.where(values < 0, -values / limit, np.nan)
     for ink, least, most in (
         ("0.8", 0.0, _SMALL),
         ("0.35", _SMALL, _DARK),
         ("white", _DARK, np.inf),
     ):
-        chosen = (size > least) & (size <= most)
-        cells = [Path(corners + place, closed=True) for place in np.argwhere(chosen)[:, ::-1]]
-        if cells:
-            # One compound path, because a large map has many thousands of cells.
-            outline = Path.make_compound_path(*cells)
-            axes.add_patch(PathPatch(outline, fill=False, ec=ink, hatch=HATCH, lw=0.0, zorder=2))
+        fill_cells(axes, (size > least) & (size <= most), HATCH, ink)
+
+
+def fill_cells(axes: Axes, chosen: NDArray[np.bool_], hatch: str, ink: str) -> None:
+    """Hatch the chosen cells of an image with unit cells."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) - 0.5
+    cells = [Path(corners + place, closed=True) for place in np.argwhere(chosen)[:, ::-1]]
+    if cells:
+        # One compound path, because a large map has many thousands of cells.
+        outline = Path.make_compound_path(*cells)
+        axes.add_patch(PathPatch(outline, fill=False, ec=ink, hatch=hatch, lw=0.0, zorder=2))

@@ -45,7 +45,7 @@ def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> F
     """
     curves = {kind: drops.curve(kind, metric) for kind in KINDS}
     # One above the other, so that the figure is readable on a narrow screen.
-    figure = make_figure(5.6, 7.6)
+    figure = make_figure(4.6, 8.4)
     panels = figure.subplots(2, 1)
     for axes, (kind, curve) in zip(panels, curves.items(), strict=True):
         _panel(axes, drops, kind, metric, *(x.cpu().numpy() for x in curve[:4]))
@@ -120,14 +120,14 @@ def _panel(
     wanted = "high is good" if kind == COMPREHENSIVENESS else "low is good"
     what = "tokens masked" if kind == COMPREHENSIVENESS else "all other tokens masked"
     verdict = compare(drops, kind, metric)
-    heading = f"{kind}: {what}; {wanted}"
-    axes.set_title("\n".join([heading, *([verdict] if verdict else [])]), fontsize="medium")
+    lines = [f"{kind}: {what}", wanted, verdict]
+    axes.set_title("\n".join(line for line in lines if line), fontsize="medium")
     # Below the panel: bars and band leave no corner free.
     axes.legend(
         fontsize="small",
         loc="upper center",
         bbox_to_anchor=(0.5, -0.15),
-        ncols=3,
+        ncols=2,
         frameon=False,
         columnspacing=1.2,
         handlelength=1.6,

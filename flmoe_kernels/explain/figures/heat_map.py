@@ -13,8 +13,10 @@ from flmoe_kernels.core.figures import make_figure
 from .canvas import (
     ABSENT,
     DIVERGING,
+    DOTS,
     Floats,
     Ints,
+    fill_cells,
     hatch_negative,
     label_of,
     limit_of,
@@ -33,7 +35,7 @@ _MOST_LABELS = 32
 _FRAMED = 5  # at most, patches of largest |weight|
 _OPAQUE = 0.75
 _IMAGE_HEIGHT = 3.8
-SAME_COLOUR = "one colour: not distinguishable at 2 s.e."
+_ALIKE = "one colour: not distinguishable at 2 s.e."
 
 
 def token_patch_map(
@@ -55,7 +57,7 @@ def token_patch_map(
 
     Colours start at 0, with the same limit on both sides; cells below 0 are hatched, and small maps show numbers.
     Values within two standard errors of each other, directly or through other values, have one colour: their mean,
-    or 0 if they are not clearly on one side of 0. Rows and columns without any value are left out; other pairs that
+    or 0 and dots if they are tied across 0, that is, not clearly on one side. Rows and columns without any value are left out; other pairs that
     are not candidates (NaN) are grey. Up to five patches of largest |weight| are framed, unless they are tied with
     other patches: within two standard errors, or within 5% of the largest |weight|.
 
@@ -152,10 +154,18 @@ def _map(axes: Axes, values: Floats, errors: Floats, unit: str) -> None:
     if max(values.shape) <= _MOST_NUMBERS:
         _numbers(axes, values, errors)
     hatch_negative(axes, drawn, limit)
-    note = f"{unit}; hatched: below 0"
-    if errors.any():
-        note = f"{unit} \N{PLUS-MINUS SIGN} standard error; hatched: below 0\n{SAME_COLOUR}"
-    _colour_bar(axes, image, limit, bool((values < 0).any())).set_label(note)
+    axes.set_title("\n".join(_notes(axes, values, errors, drawn)), fontsize="small")
+    bar = _colour_bar(axes, image, limit, bool((values < 0).any()))
+    bar.set_label(f"{unit} \N{PLUS-MINUS SIGN} standard error" if errors.any() else unit)
+
+
+def _notes(axes: Axes, values: Floats, errors: Floats, drawn: Floats) -> list[str]:
+    """Dot the cells that are drawn at 0 because they are tied across 0; describe dots, hatches and colours."""
+    across = (drawn == 0) & ((errors > 0) | (values != 0))
+    fill_cells(axes, across, DOTS, "0.6")
+    signs = ["hatched: below 0"] if (drawn < 0).any() else []
+    signs += ["dotted: tied across 0"] if across.any() else []
+    return [line for line in ("; ".join(signs), _ALIKE if errors.any() else "") if line]
 
 
 def _colour_bar(axes: Axes, image: Any, limit: float, signed: bool) -> Any:
@@ -209,16 +219,13 @@ def _overlay(axes: Axes, picture: Floats, weights: Floats, errors: Floats, label
         interpolation="nearest",
     )
     hatch_negative(axes, np.where(np.abs(drawn) > 0.05 * limit, drawn, np.nan), limit)
-    notes = [_frames(axes, weights, errors)]
+    notes = [_frames(axes, weights, errors), *_notes(axes, weights, errors, drawn)]
     axes.set_aspect((height / rows) / (width / columns))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(label, fontsize="medium")
-    signed = bool((weights < 0).any())
-    notes += ["hatched: below 0"] if signed else []
-    notes += [SAME_COLOUR] if errors.any() else []
     axes.set_xlabel("\n".join(note for note in notes if note), fontsize="small")
-    _colour_bar(axes, shown, limit, signed)
+    _colour_bar(axes, shown, limit, bool((weights < 0).any()))
 
 
 def _frames(axes: Axes, weights: Floats, errors: Floats) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDEST, _THINNEST = 5.0, 0.8
-# Colour and line style by the sign of the drawn value; 0 is not distinguishable from 0.
+# Colour and line style by the sign of the drawn value, which is 0 for pairs that are tied across 0.
 _STYLES: dict[int, tuple[str, Any]] = {
     1: (FOR, "solid"),
     -1: (AGAINST, (0, (3, 2))),
@@ -42,7 +42,7 @@ def pair_network(
 
     The width of a line shows |value|. Lines are solid and red above 0, dashed and blue below 0. Values within two
     standard errors of each other, directly or through other values of `found`, look alike: as their mean, or grey
-    and dotted if they are not clearly on one side of 0. The legend counts the other pairs that are tied with the
+    and dotted if they are tied across 0, that is, not clearly on one side. The legend counts the other pairs that are tied with the
     last of the n: within two standard errors, or within 5% of the largest |value|. Only tokens of these pairs are
     shown, ordered by position. Pairs within a modality are arcs.
 
@@ -71,7 +71,7 @@ def pair_network(
     best, drawn = found.top(n, by), alike(found.values, found.standard_errors)[order[:n]]
     places = _places(best, count)
     most = max([sum(1 for m, _ in places if m == k) for k in range(count)], default=0)
-    figure = make_figure(2.9 * count + 0.6, max(3.2, 0.42 * most + 2.0))
+    figure = make_figure(2.2 * count + 0.4, max(3.2, 0.42 * most + 2.0))
     axes = figure.subplots()
     _columns(axes, places, strings, titles)
     # The strongest pair is drawn last, on top.
@@ -174,7 +174,7 @@ def _legend(axes: Axes, best: PairValues, drawn: Floats, more: int) -> None:
 
     unit, largest = best.game.get("output", "v"), float(np.abs(drawn).max(initial=0.0))
     handles = []
-    for sign, label in {1: "above 0", -1: "below 0", 0: "not distinguishable from 0"}.items():
+    for sign, label in {1: "above 0", -1: "below 0", 0: "tied across 0"}.items():
         if (np.sign(drawn) == sign).any():
             colour, style = _STYLES[sign]
             handles.append(Line2D([], [], color=colour, lw=2.5, ls=style, label=label))

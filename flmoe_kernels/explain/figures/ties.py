@@ -54,8 +54,8 @@ def groups(values: Floats, errors: Floats, near: float = 0.0) -> Ints:
 def alike(values: Floats, errors: Floats) -> Floats:
     """Values to draw: the mean of each group of tied values, so that no uncertain difference is visible.
 
-    A group is drawn at 0 unless some of its values are more than two standard errors from 0, all on the side of
-    the mean. NaN stays NaN.
+    A group is tied across 0, and drawn at 0, unless all its values are on one side of 0 and some of them more than
+    two standard errors from it. NaN stays NaN.
     """
     drawn, known = values.copy(), np.isfinite(values)
     x, s = values[known], errors[known]
@@ -64,8 +64,9 @@ def alike(values: Floats, errors: Floats) -> Floats:
     group = groups(x, s)
     count = np.bincount(group)
     mean = np.bincount(group, weights=x) / count
-    above, below = (np.bincount(group, weights=side * x > SURE * s) > 0 for side in (1, -1))
-    sure = (above & ~below & (mean > 0)) | (below & ~above & (mean < 0))
+    sides = (np.bincount(group, weights=side * x > 0) for side in (1, -1))
+    clear = np.bincount(group, weights=np.abs(x) > SURE * s) > 0
+    sure = np.logical_or(*(side == count for side in sides)) & clear
     drawn[known] = np.where(sure, mean, 0.0)[group]
     return drawn
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MOST_NUMBERS = 24  # samples with a number in every cell
 _MOST_LABELS = 32
-_LEVEL_LETTERS = 36  # total length of names that fit horizontally
+_LEVEL_LETTERS = 24  # total length of names that fit horizontally
 
 
 def expert_weights(
@@ -47,7 +47,7 @@ def expert_weights(
         raise ValueError(f"samples: expected {len(array)} labels, got {len(labels)}")
     heights = (min(9.0, max(2.2, 0.3 * len(array) + 1.4)), 3.4)
     # One above the other, so that the figure is readable on a narrow screen.
-    figure = make_figure(5.6, sum(heights))
+    figure = make_figure(max(4.6, 0.6 * len(names) + 1.4), sum(heights))
     upper, lower = figure.subplots(2, 1, height_ratios=heights)
     experts = [short(str(name)) for name in names]
     _by_sample(upper, array, experts, labels)

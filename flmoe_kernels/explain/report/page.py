@@ -19,6 +19,7 @@ from .pictures import Picture
 from .sentences import classes, interaction, of_sample, overall, ranks, tied_tokens
 
 _TOP_TOKENS = 5
+PM = "\N{PLUS-MINUS SIGN}"
 # With this policy a browser runs no script and loads no file, even if an escape were missing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
@@ -28,11 +29,11 @@ h1, h2, h3 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; border-top: 1px solid #bbb; padding-top: 1rem; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; max-width: calc(100vw - 2rem); }
 th, td { border-bottom: 1px solid #ccc; padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top;
   max-width: 16rem; }
 tbody th { font-weight: inherit; }
-td.number, th.number { text-align: right; }
+td.number, th.number { text-align: right; white-space: nowrap; }
 .finding { font-size: 1.15rem; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
@@ -40,7 +41,8 @@ figcaption, .note { color: #444; font-size: .9rem; }
 @media (max-width: 30rem) {
   h1 { font-size: 1.5rem; }
   h2 { font-size: 1.25rem; }
-  table, dd { font-size: .875rem; }
+  table, dd { font-size: .8125rem; }
+  th, td { padding-right: .5rem; }
   dd { margin-left: 1rem; }
 }
 """
@@ -162,14 +164,17 @@ def _aopc(findings: Findings) -> str:
     for name, drops in measured.items():
         for row in drops.rows():
             if row["metric"] == PROB and row["budget"] is None:
-                numbers = (row[key] for key in ("identified", "random", "random_std", "gap"))
+                own, random, std, gap = (
+                    _number(row[key]) for key in ("identified", "random", "random_std", "gap")
+                )
                 verdict = compare(drops, row["kind"]) or "-"
-                rows.append((name, row["kind"], verdict, *(_number(x) for x in numbers)))
+                rows.append((f"{name}: {row['kind']}", verdict, own, f"{random} {PM} {std}", gap))
     return _table(
-        "Mean drop of the target's probability over the budgets (AOPC); gap above 0: better than random",
-        ("by", "measure", "verdict", "identified", "random", "std of random", "gap"),
+        f"Mean drop of the target's probability over the budgets (AOPC); random {PM} standard deviation; gap above "
+        "0: better than random",
+        ("tokens by", "verdict", "identified", "random", "gap"),
         rows,
-        words=3,
+        words=2,
     )
 
 
@@ -213,18 +218,18 @@ def _pairs_table(findings: Findings, s: int) -> str:
         tokens = values[SII].tokens[values[SII].pairs[k]].tolist()
         names = (token_name(findings, s, m, position) for m, position in tokens)
         numbers = (_with_error(values[name], k) for name in (SII, RG))
-        rows.append((places[k], *names, *numbers))
+        rows.append((places[k], " with ".join(names), *numbers))
     return _table(
-        f"Top pairs by |{SII}|, in units of the logit, \N{PLUS-MINUS SIGN} standard error",
-        ("rank", "token", "token", SII, RG),
+        f"Top pairs by |{SII}|, in units of the logit, {PM} standard error",
+        ("rank", "tokens", SII, RG),
         rows,
-        words=3,
+        words=2,
     )
 
 
 def _with_error(values: PairValues, place: int) -> str:
     text, error = f"{values.values[place]:+.3g}", float(values.standard_errors[place])
-    return f"{text} \N{PLUS-MINUS SIGN} {error:.2g}" if error else text
+    return f"{text} {PM} {error:.2g}" if error else text
 
 
 def _tokens_table(findings: Findings, s: int) -> str:
@@ -253,8 +258,8 @@ def _glossary(findings: Findings) -> str:
         "<dt>RG</dt><dd>Redundancy gap: the part of the logit that either of the two tokens alone keeps. "
         "Substitutes have a large RG and an SII below 0.</dd>\n"
         "<dt>rank, tied</dt><dd>Pairs within two standard errors of their difference, directly or through other "
-        "pairs, share a rank, and a colour and line in figures. In sentences, values within 5% of the largest are "
-        "tied as well.</dd>\n"
+        "pairs, share a rank, and a colour and line in figures; a larger budget separates more of them. In "
+        "sentences, values that differ by at most 5% of the largest are tied as well.</dd>\n"
         "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact. Among many pairs the largest "
         "value is more likely than the others to be too large.</dd>\n</dl>"
     )

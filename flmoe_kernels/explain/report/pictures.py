@@ -87,8 +87,8 @@ def _of_sample(
         f"sample_{sample:05d}_{name}_network.png": Picture(
             png_bytes(network),
             f"Lines between tokens, the widest for {_strongest(findings, sample, values)}.",
-            f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, dotted: not distinguishable "
-            f"from 0; width: |value|. {_ALIKE}.",
+            f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, dotted: tied across 0; "
+            f"width: |value|. {_ALIKE}.",
         )
     }
     for m, n in itertools.combinations(range(len(modalities)), 2):

@@ -19,7 +19,7 @@ _ROUNDING = 1e-5
 _VERDICTS = {
     BETTER: "a larger drop, as it should be",
     WORSE: "which is worse than random",
-    UNCLEAR: "which is not distinguishable",
+    UNCLEAR: "not distinguishable at two standard errors",
     UNKNOWN: "a difference without known error",
 }
 
