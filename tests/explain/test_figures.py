@@ -24,8 +24,6 @@ from matplotlib.patches import FancyArrowPatch, PathPatch, Rectangle
 
 from flmoe_kernels.core.figures import png_bytes
 from flmoe_kernels.explain import (
-    MaskingDrops,
-    PairValues,
     drop_curve,
     expert_weights,
     pair_network,
@@ -37,56 +35,13 @@ from flmoe_kernels.explain.figures.heat_map import grey
 from flmoe_kernels.explain.figures.ties import alike, groups, leaders, tied
 from flmoe_kernels.explain.figures.weights import leading
 from flmoe_kernels.explain.masking.drops import KINDS
+from tests.support.explain_results import masking_drops, pair_values
 
 ROOT = Path(__file__).resolve().parents[2]
 NAN = float("nan")
 VALUES = np.array(
     [[0.5, NAN, -2.0, NAN], [NAN, NAN, NAN, NAN], [1.0, NAN, 0.25, NAN], [0.0, NAN, -0.5, NAN]]
 )
-
-
-def pair_values(**changed: Any) -> PairValues:
-    """Two modalities of 3 and 2 tokens; the last pair is within one modality."""
-    known: dict[str, Any] = {
-        "index": "SII",
-        "values": np.array([0.5, -1.0, 0.1, 0.3]),
-        "standard_errors": np.array([0.1, 0.1, 0.1, 0.0]),
-        "pairs": np.array([[0, 3], [1, 4], [2, 4], [0, 1]]),
-        "tokens": np.array([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]),
-        "lengths": (3, 2),
-        "value": 1.0,
-        "baseline": 0.0,
-        "method": "sampling",
-        "stopped_by": "budget",
-        "draws": 4,
-        "evaluations": 40,
-        "batch_size": 8,
-        "candidates": "4 listed pairs",
-        "game": {"output": "logit"},
-    }
-    return PairValues(**known | changed)
-
-
-def masking_drops(repeats: int = 3, samples: int = 4, unit: str = "percent") -> MaskingDrops:
-    draw = torch.Generator().manual_seed(3)
-    rand = lambda *shape: torch.rand(shape, generator=draw, dtype=torch.float64)  # noqa: E731
-    return MaskingDrops(
-        index="faithfulness",
-        unit=unit,
-        budgets=(5, 10, 25),
-        metrics=("prob", "logit"),
-        identified=rand(2, 2, samples, 3),
-        random=rand(2, 2, repeats, samples, 3),
-        original=rand(2, samples),
-        masked=torch.ones(samples, 3, dtype=torch.int64),
-        maskable=torch.full((samples,), 9),
-        targets=torch.eye(samples, 5, dtype=torch.float64),
-        multi_label=False,
-        seed=0,
-        evaluations=1,
-        batch_size=1,
-        settings={"fill": "zero"},
-    )
 
 
 def texts(axes: Any) -> list[str]:
@@ -185,6 +140,16 @@ def test_weights_of_patches_over_the_image(given: bool) -> None:
     assert ("hatched" in axes.get_xlabel()) == bool((expected < 0).any())
 
 
+def test_unknown_errors_distinguish_nothing_and_pairs_without_value_have_no_line() -> None:
+    unknown = pair_values(values=np.array([0.5, -1.0, NAN, 0.3]), standard_errors=np.full(4, NAN))
+    [axes] = pair_network(unknown, 4).axes
+    assert drawn_lines(axes) == [(0.8, to_rgba(UNSURE), False)] * 3
+    axes = token_patch_map(VALUES, errors=np.full((4, 4), NAN)).axes[0]
+    assert not axes.get_images()[0].get_array().any()
+    assert len(hatched_cells(axes, DOTS)) == 6
+    assert texts(axes)[0] == "0.5"
+
+
 def drawn_lines(axes: Any) -> list[tuple[float, Any, bool]]:
     """(width, colour, solid) of each line, the strongest pair first."""
     lines = []
@@ -221,7 +186,7 @@ def test_network_draws_tied_pairs_alike_and_counts_those_left_out() -> None:
     legend = axes.get_legend()
     assert [t.get_text() for t in legend.get_texts()] == ["tied across 0"]
     assert "2 more pairs are tied with the last" in legend.get_title().get_text()
-    exact = pair_values(values=np.array([0.3, -0.2, 0.1, 0.31]), standard_errors=np.zeros(4))
+    exact = pair_values(values=np.array([0.308, -0.2, 0.1, 0.31]), standard_errors=np.zeros(4))
     [axes] = pair_network(exact, 1).axes
     assert "1 more pairs are tied with the last" in axes.get_legend().get_title().get_text()
 
@@ -354,7 +319,7 @@ def test_map_shows_tied_values_in_one_colour() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_map_of_nearly_equal_scores_has_nearly_equal_colours_and_no_frame(seed: int) -> None:
     """Scores from 0.1328 to 0.1347 must not fill the scale of colours."""
-    scores = np.random.default_rng(seed).uniform(0.1328, 0.1347, 49)
+    scores = np.random.default_rng(seed).permutation(np.linspace(0.1328, 0.1347, 49))
     figure = token_patch_map(np.eye(49), image=np.full((14, 14), 0.5), weights=scores)
     axes, bar = figure.axes[1], figure.axes[-1]
     shown = axes.get_images()[1]
@@ -364,21 +329,21 @@ def test_map_of_nearly_equal_scores_has_nearly_equal_colours_and_no_frame(seed: 
     assert shown.get_alpha().min() > 0.7
     assert bar.get_ylim() == (0.0, pytest.approx(scores.max()))
     assert not [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    assert axes.get_xlabel() == "no frame: the 49 largest are within 5% of the scale"
+    assert axes.get_xlabel() == "no frame: the 35 largest are within 1% of the scale"
 
 
 def test_frames_stop_before_near_ties() -> None:
-    weights = np.array([1.0, -0.8, 0.5, 0.49, 0.47, 0.46, 0.0, 0.1, 0.2])
+    weights = np.array([1.0, -0.8, 0.5, 0.498, 0.494, 0.492, 0.0, 0.1, 0.2])
     axes = token_patch_map(np.eye(9), image=np.zeros((6, 6)), weights=weights).axes[1]
     frames = {patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle)}
     assert frames == {(-0.47, -0.47), (0.53, -0.47)}
-    note = "framed: the 2 largest; the next 4 are within 5% of the scale"
+    note = "framed: the 2 largest; the next 4 are within 1% of the scale"
     assert axes.get_xlabel().splitlines()[0] == note
     # Sums over tokens have errors; the second and the third differ by less than two of them.
     values, errors = np.diag([1.0, 0.5, 0.4]), np.diag([0.01, 0.04, 0.04])
     axes = token_patch_map(values, errors=errors, image=np.zeros((4, 4)), grid=(1, 3)).axes[1]
     np.testing.assert_allclose(np.ravel(axes.get_images()[1].get_array()), [1.0, 0.45, 0.45])
-    assert axes.get_xlabel().startswith("framed: the largest; the next 2 are within 2 s.e. or 5%")
+    assert axes.get_xlabel().startswith("framed: the largest; the next 2 are within 2 s.e. or 1%")
 
 
 def test_leaders_are_never_tied_with_others() -> None:
@@ -398,7 +363,7 @@ def test_experts_are_tied_within_two_standard_errors() -> None:
     weights = np.array([[0.5, 0.4, 0.1], [0.3, 0.4, 0.3], [0.5, 0.4, 0.1], [0.4, 0.4, 0.2]])
     assert leading(weights) == [0, 1]
     assert leading(weights[:1]) == [0]
-    assert leading(np.array([[0.26, 0.24, 0.25, 0.25]])) == [0, 2, 3]
+    assert leading(np.array([[0.251, 0.248, 0.25, 0.251]])) == [0, 3, 2]
     # Differences of a sample's weights count, not the weights' own spread.
     assert leading(np.array([[0.6, 0.4], [0.8, 0.6], [0.4, 0.2]])) == [0]
 
@@ -493,9 +458,10 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda: token_patch_map(VALUES, errors=np.zeros(4)), r"errors: expected numbers \(La, Lb\)"),
     (
         lambda: token_patch_map(VALUES, errors=np.zeros((4, 3))),
-        r"errors: .* \(4, 4\) .* got \(4, 3\)",
+        r"errors: expected the shape \(4, 4\) of values, got \(4, 3\)",
     ),
-    (lambda: token_patch_map(VALUES, errors=VALUES), "errors: .* below 0 or NaN"),
+    (lambda: token_patch_map(VALUES, errors=VALUES), "errors: expected numbers from 0, got -2"),
+    (lambda: pair_network(pair_values(values=np.full(4, NAN))), "found: expected a pair with a"),
     (lambda: pair_network(pair_values(), 0), "n: expected an int from 1"),
     (lambda: pair_network(pair_values(), names=["a"]), "names: expected 2, .* got 1"),
     (lambda: pair_network(pair_values(), tokens=[["a"], None]), r"tokens\[0\]: expected 3"),

@@ -42,21 +42,19 @@ def require_array(name: str, value: Any, axes: str) -> Floats:
 
 
 def require_errors(errors: Any, values: Floats) -> Floats:
-    """Convert standard errors to float64, at least 0 wherever there is a value; None: 0, for exact values.
+    """Convert standard errors to float64, for exact values (None) 0 and where unknown (NaN) infinite.
 
     Raises:
-        ValueError: another shape, or an error below 0 or NaN.
+        ValueError: another shape, or an error below 0.
     """
     if errors is None:
         return np.zeros_like(values)
     array = require_array("errors", errors, "La, Lb")
-    known = np.isfinite(values)
-    if array.shape != values.shape or not (array[known] >= 0).all():
-        raise ValueError(
-            f"errors: expected numbers {values.shape} from 0, one for each value, got {array.shape}"
-            + ("" if array.shape != values.shape else " with numbers below 0 or NaN")
-        )
-    return np.where(known, array, 0.0)
+    if array.shape != values.shape:
+        raise ValueError(f"errors: expected the shape {values.shape} of values, got {array.shape}")
+    if (array < 0).any():
+        raise ValueError(f"errors: expected numbers from 0, got {array[array < 0].min():g}")
+    return np.where(np.isfinite(values), np.where(np.isnan(array), np.inf, array), 0.0)
 
 
 def limit_of(values: Floats) -> float:

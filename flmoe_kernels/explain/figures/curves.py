@@ -69,7 +69,8 @@ def compare(drops: MaskingDrops, kind: str, metric: str = PROB) -> str:
     there = drops.maskable > 0
     random = drops.random[place][:, there].mean(dim=(0, 2))
     differences = drops.identified[place][there].mean(dim=1) - random
-    gap, spread, count = float(aopc.gap), float(aopc.random_std), len(differences)
+    gap, count = float(aopc.gap), len(differences)
+    spread = float(aopc.random_std) if repeats > 1 else 0.0
     error = float(differences.std()) * count**-0.5 if count > 1 else 0.0
     if count == repeats == 1:
         return UNKNOWN

@@ -59,11 +59,11 @@ def token_patch_map(
     Values within two standard errors of each other, directly or through other values, have one colour: their mean,
     or 0 and dots if they are tied across 0, that is, not clearly on one side. Rows and columns without any value are left out; other pairs that
     are not candidates (NaN) are grey. Up to five patches of largest |weight| are framed, unless they are tied with
-    other patches: within two standard errors, or within 5% of the largest |weight|.
+    other patches: within two standard errors, or within 1% of the largest |weight|.
 
     Args:
         values: (La, Lb), tokens in rows, patches in columns; NaN for pairs without value.
-        errors: (La, Lb), standard errors of the values; None: the values are exact.
+        errors: (La, Lb), standard errors of the values; NaN: unknown; None: the values are exact.
         tokens, patches: La and Lb strings; None shows positions.
         image: (H, W) or (H, W, 3), floats from 0 to 1 or uint8; shown in grey, so that only weights have colour.
         grid: rows and columns of patches in the image, row by row; by default a square.
@@ -180,7 +180,7 @@ def _colour_bar(axes: Axes, image: Any, limit: float, signed: bool) -> Any:
 def _numbers(axes: Axes, values: Floats, errors: Floats) -> None:
     for row, column in np.argwhere(np.isfinite(values)):
         text = f"{values[row, column]:.2g}"
-        if errors[row, column]:
+        if np.isfinite(errors[row, column]) and errors[row, column]:
             text += f"\n\N{PLUS-MINUS SIGN}{errors[row, column]:.1g}"
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0}
         axes.text(column, row, text, ha="center", va="center", fontsize=8, bbox=box, zorder=3)

@@ -12,7 +12,7 @@ from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
 
 from .canvas import AGAINST, FOR, UNSURE, Floats, Ints, label_of, require_tokens, short
-from .ties import alike, tied
+from .ties import alike, known_errors, tied
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def pair_network(
     The width of a line shows |value|. Lines are solid and red above 0, dashed and blue below 0. Values within two
     standard errors of each other, directly or through other values of `found`, look alike: as their mean, or grey
     and dotted if they are tied across 0, that is, not clearly on one side. The legend counts the other pairs that are tied with the
-    last of the n: within two standard errors, or within 5% of the largest |value|. Only tokens of these pairs are
+    last of the n: within two standard errors, or within 1% of the largest |value|. Only tokens of these pairs are
     shown, ordered by position. Pairs within a modality are arcs.
 
     Args:
@@ -68,7 +68,13 @@ def pair_network(
     for m, (given, length) in enumerate(zip(strings, found.lengths, strict=True)):
         require_tokens(f"tokens[{m}]", given, length)
     order = found.ranked(by=by)
-    best, drawn = found.top(n, by), alike(found.values, found.standard_errors)[order[:n]]
+    # NaN comes last; a pair without value has no line.
+    order = order[: np.isfinite(found.values).sum()]
+    if not len(order):
+        raise ValueError(f"found: expected a pair with a finite value, got {len(found)} pairs")
+    n = min(n, len(order))
+    best = found.top(n, by)
+    drawn = alike(found.values, known_errors(found.standard_errors))[order[:n]]
     places = _places(best, count)
     most = max([sum(1 for m, _ in places if m == k) for k in range(count)], default=0)
     figure = make_figure(2.2 * count + 0.4, max(3.2, 0.42 * most + 2.0))
@@ -88,7 +94,8 @@ def _more(found: PairValues, order: Ints, n: int, by: str) -> int:
     if len(order) <= n:
         return 0
     key = np.abs(found.values) if by == MAGNITUDE else found.values
-    return int(tied(key, found.standard_errors, int(order[n - 1]))[order[n:]].sum())
+    errors = known_errors(found.standard_errors)
+    return int(tied(key[order], errors[order], n - 1)[n:].sum())
 
 
 def _places(best: PairValues, count: int) -> dict[Place, tuple[float, float]]:

@@ -9,8 +9,13 @@ from .canvas import Floats, Ints
 
 # Standard errors of a difference within which two values are not distinguished.
 SURE = 2.0
-# Share of the largest |value|; smaller differences are hardly visible on a scale that starts at 0.
-NEAR = 0.05
+# Share of the largest |value|; smaller differences are near-ties and invisible on a scale that starts at 0.
+NEAR = 0.01
+
+
+def known_errors(errors: Floats) -> Floats:
+    """Standard errors, infinite where unknown (NaN): such values are tied with all others."""
+    return np.where(np.isnan(errors), np.inf, errors)
 
 
 def tied(values: Floats, errors: Floats, place: int, near: float = NEAR) -> NDArray[np.bool_]:

@@ -58,7 +58,7 @@ def run(request: Request, *, force: bool = False) -> Findings:
         importlib.import_module(name)
     folder = RunFolder(request.out, request, force)
     fast, about, features = _load(request)
-    findings = find(fast, features, request, folder.claim(), about)
+    findings = find(fast, features, request, folder.claim, about)
     with warnings.catch_warnings():
         # Characters missing in the font become boxes in figures; the page's tables have the text.
         warnings.filterwarnings("ignore", "Glyph .* missing")

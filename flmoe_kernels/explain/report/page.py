@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -228,8 +229,11 @@ def _pairs_table(findings: Findings, s: int) -> str:
 
 
 def _with_error(values: PairValues, place: int) -> str:
-    text, error = f"{values.values[place]:+.3g}", float(values.standard_errors[place])
-    return f"{text} {PM} {error:.2g}" if error else text
+    value, error = float(values.values[place]), float(values.standard_errors[place])
+    if not math.isfinite(value):
+        return "-"
+    known = f"{error:.2g}" if math.isfinite(error) else "?"
+    return f"{value:+.3g} {PM} {known}" if error else f"{value:+.3g}"
 
 
 def _tokens_table(findings: Findings, s: int) -> str:
@@ -259,8 +263,8 @@ def _glossary(findings: Findings) -> str:
         "Substitutes have a large RG and an SII below 0.</dd>\n"
         "<dt>rank, tied</dt><dd>Pairs within two standard errors of their difference, directly or through other "
         "pairs, share a rank, and a colour and line in figures; a larger budget separates more of them. In "
-        "sentences, values that differ by at most 5% of the largest are tied as well.</dd>\n"
-        "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact. Among many pairs the largest "
+        "sentences, values that differ by at most 1% of the largest are tied as well.</dd>\n"
+        "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact, ? if unknown. Among many pairs the largest "
         "value is more likely than the others to be too large.</dd>\n</dl>"
     )
 

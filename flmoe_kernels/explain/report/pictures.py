@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from flmoe_kernels.core.figures import png_bytes
@@ -64,7 +65,7 @@ def draw(findings: Findings) -> dict[str, Picture]:
         )
     for sample, values in enumerate(findings.pairs):
         for name, pairs in values.items():
-            if len(pairs):
+            if np.isfinite(pairs.values).any():
                 pictures |= _of_sample(findings, sample, name, pairs)
     return pictures
 

@@ -8,7 +8,7 @@ from flmoe_kernels.explain.estimators.indices import SII
 from flmoe_kernels.explain.estimators.results import PairValues
 from flmoe_kernels.explain.figures.canvas import Ints
 from flmoe_kernels.explain.figures.curves import BETTER, UNCLEAR, UNKNOWN, WORSE, compare
-from flmoe_kernels.explain.figures.ties import NEAR, SURE, groups, leaders, tied
+from flmoe_kernels.explain.figures.ties import NEAR, SURE, groups, known_errors, leaders, tied
 from flmoe_kernels.explain.figures.weights import leading
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS
 
@@ -47,7 +47,7 @@ def classes(findings: Findings, s: int) -> str:
 def interaction(findings: Findings, s: int) -> str:
     """The strongest interaction of a sample, and whether it is distinguishable from the others and from 0."""
     values = findings.pairs[s][SII]
-    if not len(values):
+    if not np.isfinite(values.values).any():
         return "no pair of tokens was scored"
     best, others = strongest(values)
     if others < 0:
@@ -65,7 +65,8 @@ def interaction(findings: Findings, s: int) -> str:
 def strongest(values: PairValues) -> tuple[int, int]:
     """Return the place of the pair of largest |value| that is distinguishable from 0, and the number of pairs tied
     with it; or the largest of all, and -1, if none is distinguishable from 0."""
-    sizes, errors = np.abs(values.values), values.standard_errors
+    sizes = np.nan_to_num(np.abs(values.values))
+    errors = known_errors(values.standard_errors)
     least = _ROUNDING * max(abs(values.value), abs(values.baseline))
     clear = sizes > np.maximum(SURE * errors, least)
     if not clear.any():
@@ -76,13 +77,16 @@ def strongest(values: PairValues) -> tuple[int, int]:
 
 def ranks(values: PairValues) -> list[str]:
     """The rank of each pair by |value|; pairs within two standard errors, directly or through others, share it."""
-    group = groups(np.abs(values.values), values.standard_errors)
+    known = np.isfinite(values.values)
+    group = groups(np.abs(values.values[known]), known_errors(values.standard_errors[known]))
     count: Ints = np.bincount(group, minlength=1)
     first = count.cumsum() - count + 1
     spans = [
         f"{k}" if n == 1 else f"{k}\N{EN DASH}{k + n - 1}" for k, n in zip(first, count, strict=True)
     ]
-    return [spans[k] for k in group]
+    found = np.full(len(values), "-", dtype=object)
+    found[known] = [spans[k] for k in group]
+    return [str(x) for x in found]
 
 
 def tied_tokens(findings: Findings, s: int, most: int) -> list[str]:
@@ -129,7 +133,7 @@ def _pairs(findings: Findings) -> str:
     if findings.samples == 1:
         return interaction(findings, 0)
     values = [x[SII] for x in findings.pairs]
-    count = sum(bool(len(x)) and strongest(x)[1] == 0 for x in values)
+    count = sum(bool(np.isfinite(x.values).any()) and strongest(x)[1] == 0 for x in values)
     return f"one pair of tokens clearly interacts most in {count or 'none'} of {len(values)} samples"
 
 
@@ -138,4 +142,5 @@ def _pair(findings: Findings, s: int, place: int) -> str:
     i, j = (token_name(findings, s, m, k) for m, k in values.tokens[values.pairs[place]].tolist())
     error = float(values.standard_errors[place])
     how = f"standard error {error:.2g}" if error else "exact"
+    how = how if np.isfinite(error) else "standard error unknown"
     return f"{i} with {j} ({SII} {values.values[place]:+.3g}, {how})"
