@@ -58,7 +58,9 @@ def user_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layer = ReferenceInteractionMoE(2, fusion, hidden_dim=64, hidden_dim_rw=64)
     for name in ("checkpoint.pt", "model.pt", "mine.pt"):
         torch.save({"ensemble_model": layer.state_dict()}, folder / name)
-    [snippet] = [str(block.values[0]) for block in BLOCKS if '"features.npz"' in str(block.values[0])]
+    [snippet] = [
+        str(block.values[0]) for block in BLOCKS if '"features.npz"' in str(block.values[0])
+    ]
     subprocess.run([sys.executable, "-c", snippet], cwd=folder, check=True, timeout=60)
     return folder
 

@@ -61,9 +61,7 @@ def test_bad_arrays_are_named(arrays: Arrays, message: str, tmp_path: Path) -> N
     assert "\n" not in text
 
 
-def test_the_documented_file_is_accepted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documented_file_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The snippet of docs/explain.md writes a file for the command; its table lists all names of arrays."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "explain.md").read_text()
     monkeypatch.chdir(tmp_path)

@@ -78,7 +78,9 @@ def test_a_folder_with_results_is_refused_by_name(
     out = tmp_path / "out"
     run(sources, out, samples=3)
     before = {name: (out / name).read_bytes() for name in names(out)}
-    expected = r"out: has the results of another run, of layer.pt on data.npz \(samples 3, .*--force"
+    expected = (
+        r"out: has the results of another run, of layer.pt on data.npz \(samples 3, .*--force"
+    )
     with pytest.raises(FolderError, match=expected):
         run(sources, out, **options)
     assert {name: (out / name).read_bytes() for name in names(out)} == before
@@ -89,7 +91,12 @@ def test_force_replaces_what_a_run_wrote_and_nothing_else(
 ) -> None:
     out = tmp_path / "out"
     run(sources, out)
-    others = ["notes.txt", "sample_00007_SII.npz.bak", "checkpoints/epoch_1.pt", "figures/index.html"]
+    others = [
+        "notes.txt",
+        "sample_00007_SII.npz.bak",
+        "checkpoints/epoch_1.pt",
+        "figures/index.html",
+    ]
     for name in others:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
@@ -152,7 +159,9 @@ def test_another_run_does_not_continue_an_unfinished_one(
     options: dict[str, Any] = {"seed": 1} if changed == "seed" else {}
     if changed == "data":
         sources[1].write_bytes(b"other samples in a file of the same name")
-    with pytest.raises(FolderError, match=f"unfinished run, .* differs from this one in {changed};"):
+    with pytest.raises(
+        FolderError, match=f"unfinished run, .* differs from this one in {changed};"
+    ):
         run(sources, out, **options)
     assert names(out) == before
     run(sources, out, force=True, **options)
@@ -206,7 +215,7 @@ def test_a_record_is_not_trusted(kind: str, sources: tuple[Path, Path], tmp_path
     (out / "run.json").write_text(FORGED[kind])
     (out / "notes.txt").write_text("mine")
     for force in (False, True):
-        with pytest.raises(FolderError, match="run.json: expected the record of a run, got another"):
+        with pytest.raises(FolderError, match="expected the record of a run, got another"):
             run(sources, out, force=force)
     assert names(out) == {"run.json", "notes.txt"}
     assert (out / "run.json").read_text() == FORGED[kind]

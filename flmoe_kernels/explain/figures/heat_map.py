@@ -57,9 +57,10 @@ def token_patch_map(
 
     Colours start at 0, with the same limit on both sides; cells below 0 are hatched, and small maps show numbers.
     Values within two standard errors of each other, directly or through other values, have one colour: their mean,
-    or 0 and dots if they are tied across 0, that is, not clearly on one side. Rows and columns without any value are left out; other pairs that
-    are not candidates (NaN) are grey. Up to five patches of largest |weight| are framed, unless they are tied with
-    other patches: within two standard errors, or within 1% of the largest |weight|.
+    or 0 and dots if they are tied across 0, that is, not clearly on one side. Rows and columns without any value
+    are left out; other pairs that are not candidates (NaN) are grey. Up to five patches of largest |weight| are
+    framed, unless they are tied with other patches: within two standard errors, or within 1% of the largest
+    |weight|.
 
     Args:
         values: (La, Lb), tokens in rows, patches in columns; NaN for pairs without value.
@@ -87,7 +88,7 @@ def token_patch_map(
     line = 0.42 if uncertain.any() else 0.32  # inches; standard errors are a second line
     height = min(9.0, max(3.4, line * len(rows) + 1.9))
     width = min(9.0, max(4.6, 0.5 * len(columns) + 2.6))
-    heights = (height,)
+    heights: tuple[float, ...] = (height,)
     if image is not None:
         picture, cells = grey(image), _require_grid(grid, array.shape[1])
         over, over_errors = _weights(weights, array, uncertain)

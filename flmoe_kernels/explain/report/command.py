@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -48,8 +48,8 @@ class RunFolder:
             force: replace what an earlier run wrote, finished or not.
 
         Raises:
-            FolderError: the folder has the results of a finished run, and no `force`; or files of the results' names
-                that no run wrote.
+            FolderError: the folder has the results of a finished run, and no `force`; or files that no run wrote,
+                of the results' names.
             OSError: not a folder, or it cannot be read.
         """
         self.path, self._request, self._force = path, request, force
@@ -90,7 +90,8 @@ class RunFolder:
                     f"{', '.join(differences)}; {_ADVICE}"
                 )
             self._clear(found)
-            self._write(mine)  # with a new id: the other process, if it still runs, will publish nothing
+            # With a new id, so that the other process, if it still runs, publishes nothing.
+            self._write(mine)
             return self.path / CHECKPOINTS
         if found is not None:
             self._clear(found)
@@ -159,7 +160,9 @@ class RunFolder:
         except (ValueError, KeyError, TypeError, RecursionError):
             known = False
         if not known:
-            raise FolderError(f"{path}: expected the record of a run, got another or a damaged file")
+            raise FolderError(
+                f"{path}: expected the record of a run, got another or a damaged file"
+            )
         found: dict[str, Any] = record
         return found
 
@@ -199,7 +202,9 @@ def _name(record: Mapping[str, Any]) -> str:
     """Name a run by its files and settings."""
     sources, request = record["sources"], record["request"]
     settings = ", ".join(f"{key} {request.get(key)}" for key in ("samples", "seed", "attribution"))
-    return printable(f"of {sources['checkpoint']['name']} on {sources['data']['name']} ({settings})")
+    return printable(
+        f"of {sources['checkpoint']['name']} on {sources['data']['name']} ({settings})"
+    )
 
 
 def _differences(found: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:

@@ -171,8 +171,8 @@ def _aopc(findings: Findings) -> str:
                 verdict = compare(drops, row["kind"]) or "-"
                 rows.append((f"{name}: {row['kind']}", verdict, own, f"{random} {PM} {std}", gap))
     return _table(
-        f"Mean drop of the target's probability over the budgets (AOPC); random {PM} standard deviation; gap above "
-        "0: better than random",
+        f"Mean drop of the target's probability over the budgets (AOPC); random {PM} standard deviation; gap "
+        "above 0: better than random",
         ("tokens by", "verdict", "identified", "random", "gap"),
         rows,
         words=2,
@@ -199,14 +199,17 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
         f'<section id="sample_{s}" aria-labelledby="title_{s}">',
         f'<h2 id="title_{s}">Sample {s}: {escape(classes(findings, s))}</h2>',
         f"<p>{escape(finding[0].upper() + finding[1:])}.</p>",
-        f"<p>Logit of the explained class {float(findings.logits[s, findings.target[s]]):.4g}. Weights of the experts: "
+        f"<p>Logit of the explained class {float(findings.logits[s, findings.target[s]]):.4g}. Weights of the "
+        "experts: "
         + escape(", ".join(f"{name} {weight:.2f}" for name, weight in experts))
         + ".</p>",
         _pairs_table(findings, s),
         f'<p class="note">{escape(note)}</p>',
         *(_figure(x) for name, x in pictures.items() if name.startswith(f"sample_{s:05d}_")),
         _tokens_table(findings, s),
-        f'<p class="note">Their order has no meaning. {escape("; ".join(ties))}.</p>' if ties else "",
+        f'<p class="note">Their order has no meaning. {escape("; ".join(ties))}.</p>'
+        if ties
+        else "",
         "</section>",
     ]
     return "\n".join(parts)
@@ -264,8 +267,8 @@ def _glossary(findings: Findings) -> str:
         "<dt>rank, tied</dt><dd>Pairs within two standard errors of their difference, directly or through other "
         "pairs, share a rank, and a colour and line in figures; a larger budget separates more of them. In "
         "sentences, values that differ by at most 1% of the largest are tied as well.</dd>\n"
-        "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact, ? if unknown. Among many pairs the largest "
-        "value is more likely than the others to be too large.</dd>\n</dl>"
+        "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact, ? if unknown. Among many "
+        "pairs the largest value is more likely than the others to be too large.</dd>\n</dl>"
     )
 
 

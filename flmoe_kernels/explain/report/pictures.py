@@ -23,10 +23,10 @@ from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
 from .features import Features
 from .findings import TOP_ROWS, Findings, token_name
 
-_BANDS = (
-    "Bars: two standard errors over samples, if there are several; band: two standard deviations over repeats."
+_BANDS = "Bars: two standard errors over samples, if several; band: two standard deviations over repeats."
+_ALIKE = (
+    "Pairs within two standard errors of each other, directly or through other pairs, look alike"
 )
-_ALIKE = "Pairs within two standard errors of each other, directly or through other pairs, look alike"
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def interaction(findings: Findings, s: int) -> str:
         return "no pair of tokens was scored"
     best, others = strongest(values)
     if others < 0:
-        return f"no interaction is distinguishable from 0; the largest is {_pair(findings, s, best)}"
+        return (
+            f"no interaction is distinguishable from 0; the largest is {_pair(findings, s, best)}"
+        )
     if not others:
         side = "more" if values.values[best] > 0 else "less"
         return (
@@ -82,7 +84,8 @@ def ranks(values: PairValues) -> list[str]:
     count: Ints = np.bincount(group, minlength=1)
     first = count.cumsum() - count + 1
     spans = [
-        f"{k}" if n == 1 else f"{k}\N{EN DASH}{k + n - 1}" for k, n in zip(first, count, strict=True)
+        f"{k}" if n == 1 else f"{k}\N{EN DASH}{k + n - 1}"
+        for k, n in zip(first, count, strict=True)
     ]
     found = np.full(len(values), "-", dtype=object)
     found[known] = [spans[k] for k in group]
@@ -134,7 +137,9 @@ def _pairs(findings: Findings) -> str:
         return interaction(findings, 0)
     values = [x[SII] for x in findings.pairs]
     count = sum(bool(np.isfinite(x.values).any()) and strongest(x)[1] == 0 for x in values)
-    return f"one pair of tokens clearly interacts most in {count or 'none'} of {len(values)} samples"
+    return (
+        f"one pair of tokens clearly interacts most in {count or 'none'} of {len(values)} samples"
+    )
 
 
 def _pair(findings: Findings, s: int, place: int) -> str:
