@@ -287,7 +287,7 @@ def test_map_of_nearly_equal_scores_has_nearly_equal_colours_and_no_frame(seed: 
     assert shown.get_alpha().min() > 0.7
     assert bar.get_ylim() == (0.0, pytest.approx(scores.max()))
     assert not [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    assert axes.get_xlabel() == "no frame: the 35 largest are within 1% of the scale"
+    assert axes.get_xlabel() == "no frame: the 49 largest are within 5% of the scale"
 
 
 def test_frames_stop_before_near_ties() -> None:
@@ -295,13 +295,13 @@ def test_frames_stop_before_near_ties() -> None:
     axes = token_patch_map(np.eye(9), image=np.zeros((6, 6)), weights=weights).axes[1]
     frames = {patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle)}
     assert frames == {(-0.47, -0.47), (0.53, -0.47)}
-    note = "framed: the 2 largest; the next 4 are within 1% of the scale"
+    note = "framed: the 2 largest; the next 4 are within 5% of the scale"
     assert axes.get_xlabel().splitlines()[0] == note
     # Sums over tokens have errors; the second and the third differ by less than two of them.
     values, errors = np.diag([1.0, 0.5, 0.4]), np.diag([0.01, 0.04, 0.04])
     axes = token_patch_map(values, errors=errors, image=np.zeros((4, 4)), grid=(1, 3)).axes[1]
     np.testing.assert_allclose(np.ravel(axes.get_images()[1].get_array()), [1.0, 0.45, 0.45])
-    assert axes.get_xlabel().startswith("framed: the largest; the next 2 are within 2 s.e. or 1%")
+    assert axes.get_xlabel().startswith("framed: the largest; the next 2 are within 2 s.e. or 5%")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def token_patch_map(
     Values within two standard errors of each other, directly or through other values, have one colour: their mean,
     or 0 and dots if they are tied across 0, that is, not clearly on one side. Rows and columns without any value
     are left out; other pairs that are not candidates (NaN) are grey. Up to five patches of largest |weight| are
-    framed, unless they are tied with other patches: within two standard errors, or within 1% of the largest
+    framed, unless they are tied with other patches: within two standard errors, or within 5% of the largest
     |weight|.
 
     Args:

@@ -43,7 +43,7 @@ def pair_network(
     The width of a line shows |value|. Lines are solid and red above 0, dashed and blue below 0. Values within two
     standard errors of each other, directly or through other values of `found`, look alike: as their mean, or grey
     and dotted if they are tied across 0, that is, not clearly on one side. The legend counts the other pairs that
-    are tied with the last of the n: within two standard errors, or within 1% of the largest |value|. Only tokens
+    are tied with the last of the n: within two standard errors, or within 5% of the largest |value|. Only tokens
     of these pairs are shown, ordered by position. Pairs within a modality are arcs.
 
     Args:

@@ -9,8 +9,8 @@ from .canvas import Floats, Ints
 
 # Standard errors of a difference within which two values are not distinguished.
 SURE = 2.0
-# Share of the largest |value|; smaller differences are near-ties and invisible on a scale that starts at 0.
-NEAR = 0.01
+# Share of the largest |value|; smaller differences are near-ties, hardly visible on a scale that starts at 0.
+NEAR = 0.05
 
 
 def known_errors(errors: Floats) -> Floats:

@@ -60,7 +60,7 @@ def expert_weights(
 def leading(weights: Floats) -> list[int]:
     """Return the expert of largest mean weight (S, E) and the experts tied with it, largest first.
 
-    Tied: within two standard errors, over samples, of the mean difference, or within 1% of the largest mean.
+    Tied: within two standard errors, over samples, of the mean difference, or within 5% of the largest mean.
     """
     mean = weights.mean(axis=0)
     order = np.argsort(-mean, kind="stable")

@@ -13,6 +13,7 @@ from flmoe_kernels.explain.attribution.targets import PROB
 from flmoe_kernels.explain.estimators.indices import RG, SII
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
 from flmoe_kernels.explain.figures.curves import compare
+from flmoe_kernels.explain.figures.ties import NEAR
 from flmoe_kernels.explain.masking.drops import MaskingDrops
 
 from .findings import TOP_ROWS, Findings, token_name, versions
@@ -207,7 +208,7 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
         f'<p class="note">{escape(note)}</p>',
         *(_figure(x) for name, x in pictures.items() if name.startswith(f"sample_{s:05d}_")),
         _tokens_table(findings, s),
-        f'<p class="note">Their order has no meaning. {escape("; ".join(ties))}.</p>'
+        f'<p class="note">The order of tied tokens has no meaning. {escape("; ".join(ties))}.</p>'
         if ties
         else "",
         "</section>",
@@ -266,7 +267,7 @@ def _glossary(findings: Findings) -> str:
         "Substitutes have a large RG and an SII below 0.</dd>\n"
         "<dt>rank, tied</dt><dd>Pairs within two standard errors of their difference, directly or through other "
         "pairs, share a rank, and a colour and line in figures; a larger budget separates more of them. In "
-        "sentences, values that differ by at most 1% of the largest are tied as well.</dd>\n"
+        f"sentences, values that differ by at most {NEAR:.0%} of the largest are tied as well.</dd>\n"
         "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact, ? if unknown. Among many "
         "pairs the largest value is more likely than the others to be too large.</dd>\n</dl>"
     )
