@@ -18,6 +18,7 @@ from flmoe_kernels.core.files import write_whole
 from .settings import Settings
 
 EXTRAS = ("sklearn", "matplotlib")
+RESULTS = ("demo.json", "demo_pairs.png")
 
 
 def main(
@@ -41,6 +42,9 @@ def main(
         fail(reason)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Results of an earlier run must not stand beside the checkpoints of a run that is stopped.
+        for name in RESULTS:
+            (out / name).unlink(missing_ok=True)
     except OSError as error:
         fail(str(error))
 
@@ -51,8 +55,8 @@ def main(
     console = Console()
     results = run(Settings.choose(seed, quick), out, console)
     print_report(results, console)
-    write_whole(out / "demo.json", json.dumps(results, indent=2) + "\n")
-    write_whole(out / "demo_pairs.png", partial(draw_pairs(results).savefig, dpi=120))
+    write_whole(out / RESULTS[0], json.dumps(results, indent=2) + "\n")
+    write_whole(out / RESULTS[1], partial(draw_pairs(results).savefig, dpi=120))
     print(f"{results['total_seconds']:.0f} s; results, the figure and checkpoints are in {out}")
     if not results["same_but_for_rounding"]:
         typer.echo("error: the two layers differ by more than rounding; see the table", err=True)

@@ -53,7 +53,6 @@ def _patches(axes: Axes, sample: Mapping[str, Any], m: int) -> None:
             f"{percent:d}" if valid else "-",
             ha="center",
             va="center",
-            weight="bold" if abs(percent) >= 5 else "normal",
             bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1.0},
         )
     axes.set_xticks([])

@@ -108,7 +108,7 @@ def run_pairs(task: Task, digits: Digits, encoded: Encoded, settings: Settings) 
         "accuracy": result.accuracy,
         "share": share,
         "expected_expert": task.expert,
-        "most_relied_on": max(share, key=share.__getitem__),
+        "most_relied_on": [EXPERTS[k] for k in result.leading],
         "first_sample": result.sample,
     }
 

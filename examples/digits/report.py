@@ -40,14 +40,18 @@ def _accuracies(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _add_shares(table: Table, start: list[str], cells: list[str], most: str, expected: str) -> None:
-    """Add a row of shares in the order of EXPERTS: "*" marks `most`, brackets mark `expected`, then yes or no."""
+def _add_shares(
+    table: Table, start: list[str], cells: list[str], most: list[str], expected: str
+) -> None:
+    """Add a row of shares in the order of EXPERTS: "*" marks `most`, brackets `expected`; then yes, no or tied."""
     marked = []
     for expert, cell in zip(EXPERTS, cells, strict=True):
         cell = f"[{cell}]" if expert == expected else cell
         # Text instead of a string, because rich reads brackets in strings as markup.
-        marked.append(Text(("*" if expert == most else "") + cell))
-    verdict = Text("yes", "green") if most == expected else Text("no", "red")
+        marked.append(Text(("*" if expert in most else "") + cell))
+    verdict = Text("yes", "green") if most == [expected] else Text("no", "red")
+    if expected in most and len(most) > 1:
+        verdict = Text("tied", "yellow")
     table.add_row(*start, *marked, verdict)
 
 
@@ -57,7 +61,8 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
     table = _table(
         "The layer over token pairs, whose explanations are exact",
         "Share: |the expert's part of the true class's logit minus its mean over the classes|, in percent of the "
-        "sum over experts. [ ] the expert that the labels need by construction, * the largest share.\n"
+        "sum over experts. [ ] the expert that the labels need by construction, * the largest share, or "
+        "those tied: within two standard errors.\n"
         "In the task redundant a single image determines the label: the uniqueness experts can learn it as "
         "well as the redundancy expert, and no loss prevents this.\n"
         "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up to "

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flmoe_kernels import PairInteractionMoE
+from flmoe_kernels.explain.figures.weights import leading
 from flmoe_kernels.layers.pair_interaction_moe.explanation import PairExplanation
 
 from .data import Digits, Encoded, Pairs, Task
@@ -24,10 +25,11 @@ from .train import LARGEST_GRADIENT, WARM_UP
 @dataclass(frozen=True)
 class PairResult:
     """Test accuracy of a trained layer, the experts' mean shares of the true class's logit (in the order of
-    EXPERTS), and the explanation of the first test sample."""
+    EXPERTS), the experts of largest share (several if tied), and the explanation of the first test sample."""
 
     accuracy: float
     share: tuple[float, ...]
+    leading: tuple[int, ...]
     sample: dict[str, Any]
 
 
@@ -73,10 +75,12 @@ def evaluate(
 ) -> PairResult:
     """Accuracy and shares over all pairs, and the explanation of the first pair."""
     explanation = layer.explain(*pairs.batch(encoded, slice(None)), pairs.labels)
+    share = explanation.expert_share()
     correct = explanation.logits.argmax(dim=1) == pairs.labels
     return PairResult(
         accuracy=correct.double().mean().item(),
-        share=tuple(explanation.expert_share().mean(dim=0).tolist()),
+        share=tuple(share.mean(dim=0).tolist()),
+        leading=tuple(leading(share.double().numpy())),
         sample=explain_first(explanation, pairs, digits),
     )
 

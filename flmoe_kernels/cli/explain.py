@@ -19,7 +19,7 @@ def explain(
         Path,
         typer.Option(
             help="NumPy .npz file with inputs_0, inputs_1, ... (samples, tokens, width). Optional: masks_0, ..., "
-            "tokens_0, ... (text), image_0, ..., labels."
+            "tokens_0, ... (text), image_0, ..., labels; see docs/explain.md."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; created if missing.")] = Path(
@@ -67,10 +67,23 @@ def explain(
         typer.Option(help="Random token sets to compare the identified tokens with; default 10."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed; default 0.")] = None,
+    modality_names: Annotated[
+        str | None,
+        typer.Option(help="Names of the modalities for the page, separated by commas: text,image."),
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(help="Names of the classes for the page, separated by commas.")
+    ] = None,
     heads: Heads = None,
     temperature: Temperature = None,
     gate: GateName = None,
     top_k: TopK = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace the files of an earlier run in the folder; other files stay."
+        ),
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="One sample and few evaluations, to try the command.")
     ] = False,
@@ -82,6 +95,10 @@ def explain(
     layer = {name: options.pop(name) for name in ("temperature", "gate", "top_k")}
     options["layer"] = {"num_heads": options.pop("heads"), **layer}
     options["exempt"] = tuple(exempt or ())
+    for name in ("modality_names", "class_names"):
+        if options[name] is not None:
+            options[name] = tuple(part.strip() for part in options[name].split(","))
+    del options["force"]
     try:
         request = Request.of(options, options.pop("quick"))
     except ValueError as error:
@@ -89,4 +106,4 @@ def explain(
     with needs_extra("demo"):
         from flmoe_kernels.explain.report.command import main
 
-        raise typer.Exit(main(request))
+        raise typer.Exit(main(request, force=force))

@@ -227,6 +227,7 @@ def test_explained_patches_add_up_to_the_logit(digits: Digits, encoded: Encoded)
     assert result.accuracy == (logits.argmax(1) == pairs.labels).double().mean().item()
     explanation = layer.explain(inputs, masks, pairs.labels)
     assert result.share == tuple(explanation.expert_share().mean(dim=0).tolist())
+    assert [result.share[k] for k in result.leading[:1]] == [max(result.share)]
     sample = result.sample
     assert sample["guess"] == int(logits[0].argmax())
     assert sample["label"] == int(pairs.labels[0]) == sample["digits"][0] == sample["digits"][1]
@@ -260,6 +261,7 @@ def test_quick_run(quick_run: tuple[str, Path], results: dict[str, Any]) -> None
         assert task["differences"]["gradients"]["largest"] > 0
     for layer in results["token_pair_layer"].values():
         assert sum(layer["share"].values()) == pytest.approx(1.0, abs=1e-5)
+        assert max(layer["share"], key=layer["share"].get) == layer["most_relied_on"][0]
     for peak in results["peak_memory_of_training"].values():
         assert peak > 2**20
     for word in ("synergy", "gradients", "peak memory"):
@@ -267,14 +269,14 @@ def test_quick_run(quick_run: tuple[str, Path], results: dict[str, Any]) -> None
 
 
 def test_report_marks_the_expected_and_the_largest_share(results: dict[str, Any]) -> None:
-    for layer in results["token_pair_layer"].values():
+    for name, layer in results["token_pair_layer"].items():
         layer["share"] = dict(zip(EXPERTS, (0.1, 0.1, 0.7, 0.1), strict=True))
-        layer["most_relied_on"] = "synergy"
+        layer["most_relied_on"] = ["synergy", "redundancy"] if name == "redundant" else ["synergy"]
     console = Console(file=io.StringIO(), width=100)
     print_report(results, console)
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
-    for task, verdict in zip(TASKS, ("no", "no", "no", "yes"), strict=True):
+    for task, verdict in zip(TASKS, ("no", "no", "tied", "yes"), strict=True):
         [line] = [line for line in lines if task.name in line and "70%" in line]
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         assert cells[-1] == verdict
@@ -322,6 +324,20 @@ def test_exit_code_is_1_if_the_layers_differ(
     printed = capsys.readouterr()
     assert "differ by more than rounding" in printed.err
     assert "NO" in printed.out
+
+
+def test_a_stopped_run_leaves_no_results_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("demo.json", "demo_pairs.png", "notes.txt"):
+        (tmp_path / name).write_text("earlier")
+    monkeypatch.setattr(pipeline, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("fault", ["extra", "kernels", "folder"])

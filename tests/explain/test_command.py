@@ -37,6 +37,7 @@ from flmoe_kernels.explain import (
 from flmoe_kernels.explain.estimators import checkpoint as checkpoint_module
 from flmoe_kernels.explain.report import command, pictures
 from flmoe_kernels.explain.report.request import Request
+from flmoe_kernels.explain.report.sentences import ranks
 from flmoe_kernels.published.convert import load_layer
 from flmoe_kernels.published.report import LeftLayer, SwapReport
 from tests.support.explain_files import (
@@ -89,7 +90,7 @@ def call_of(checkpoint: Path) -> tuple[Any, list[Any], list[Any]]:
 def test_written_files(made: tuple[Path, Path, Path]) -> None:
     names = {path.name for path in made[2].iterdir()}
     whole = {f"{name}.npz" for name in RESULTS} | {f"{name}.png" for name in FIGURES}
-    assert names == whole | {"explanation.json", "index.html", "checkpoints"}
+    assert names == whole | {"explanation.json", "index.html", "run.json"}
 
 
 def test_numbers_agree_with_the_library(made: tuple[Path, Path, Path]) -> None:
@@ -189,7 +190,7 @@ def test_page_is_complete_safe_accessible_and_self_contained(
         kind, _, content = source.partition(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(content, validate=True) in on_disk
-    files = {path.name for path in out.iterdir()} - {"index.html", "checkpoints"}
+    files = {path.name for path in out.iterdir()} - {"index.html", "run.json"}
     assert set(page.links) == files | {"#sample_0", "#sample_1"}
     assert {'id="sample_0"', 'id="sample_1"'} <= set(re.findall(r'id="sample_\d"', text))
     assert not re.search(r"(?:src|href)=\"https?:|url\(|@import", text)
@@ -213,12 +214,18 @@ def test_page_is_complete_safe_accessible_and_self_contained(
 def test_page_lists_the_pairs_of_each_sample(made: tuple[Path, Path, Path]) -> None:
     cells = Page((made[2] / "index.html").read_text(encoding="utf-8")).cells
     for s in (0, 1):
-        values = PairValues.load(made[2] / f"sample_{s:05d}_SII.npz").top(1, "magnitude")
-        [row] = values.rows()
-        place = cells.index(f"{row['value']:+.3g}")
-        assert cells[place - 2].startswith(f"{row['modality_i']}:{row['token_i']} ")
-        assert WORDS[row["token_i"]] in cells[place - 2]
-        assert cells[place - 1] == f"{row['modality_j']}:{row['token_j']}"
+        values = PairValues.load(made[2] / f"sample_{s:05d}_SII.npz")
+        best = values.top(1, "magnitude")
+        [row] = best.rows()
+        text = f"{row['value']:+.3g}"
+        if row["standard_error"]:
+            text += f" \u00b1 {row['standard_error']:.2g}"
+        place = cells.index(text)
+        first, second = cells[place - 1].split(" with ")
+        assert first == f"0:{row['token_i']} \u201c{WORDS[row['token_i']]}\u201d"
+        assert second == f"1:{row['token_j']}"
+        rank = ranks(values)[int(values.ranked(1, "magnitude")[0])]
+        assert cells[place - 2] == rank
 
 
 def test_an_interrupted_run_continues_with_the_same_results(
@@ -245,9 +252,9 @@ def test_an_interrupted_run_continues_with_the_same_results(
         stopping.setattr(checkpoint_module.Checkpoint, "save", save_and_stop)
         assert command.main(request(made, tmp_path)) == command.INTERRUPTED
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("interrupted")]
-    assert "written files are complete" in line
+    assert "without results" in line
     assert str(tmp_path / "checkpoints") in line
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "run.json"}
     before = sum(asked)
     asked.clear()
     assert command.main(request(made, tmp_path)) == 0
@@ -256,15 +263,6 @@ def test_an_interrupted_run_continues_with_the_same_results(
     assert before + sum(asked) == whole + 4
     for name in ("explanation.json", "index.html", "sample_00001_SII_network.png"):
         assert (tmp_path / name).read_bytes() == (made[2] / name).read_bytes()
-
-
-def test_another_request_in_the_same_folder_is_refused(
-    made: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = (made[2] / "index.html").read_bytes()
-    assert command.main(request(made, seed=6)) == 2
-    assert "belongs to another run" in one_line(capsys.readouterr().err)
-    assert (made[2] / "index.html").read_bytes() == before
 
 
 def one_line(errors: str) -> str:
@@ -380,31 +378,34 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "attention_rollout"])
-def test_the_image_shows_signed_scores_as_they_are(
+def test_figures_show_scores_as_they_are(
     method: str,
     made: tuple[Path, Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If scores were scaled to 0..1, the token with the most negative score would get weight 0."""
-    shown: list[tuple[Any, str]] = []
+    """Scaled to 0..1, nearly equal scores would fill the scale, and the most negative one would be 0."""
+    shown: list[tuple[Any, str, Any]] = []
 
-    def seen(*given: Any, weights: Any, weights_label: str, **options: Any) -> Any:
-        if weights is not None:
-            shown.append((weights, weights_label))
-        return draw_map(*given, weights=weights, weights_label=weights_label, **options)
+    def seen(*given: Any, weights: Any, weights_label: str, errors: Any, **options: Any) -> Any:
+        shown.append((weights, weights_label, errors))
+        return draw_map(
+            *given, weights=weights, weights_label=weights_label, errors=errors, **options
+        )
 
     draw_map = pictures.token_patch_map
     monkeypatch.setattr(pictures, "token_patch_map", seen)
-    options: dict[str, Any] = {"samples": 1, "budget": 64, "top": 1, "repeats": 0}
+    options: dict[str, Any] = {"samples": 1, "budget": 64, "top": 2, "repeats": 0}
     found = command.run(request(made, tmp_path, attribution=method, **options))
     own = found.attribution.of()[1][0]
-    [(weights, label)] = shown
+    [(weights, label, _)] = [x for x in shown if x[0] is not None]
+    assert torch.equal(weights, own)
     if method == "integrated_gradients":
         assert float(own.min()) < 0 < float(own.max())
-        assert torch.equal(weights, own)
         assert label == "integrated_gradients (logit)"
     else:
-        assert torch.equal(weights, found.attribution.normalized()[1][0])
-        assert (float(weights.min()), float(weights.max())) == (0.0, 1.0)
-        assert label.endswith("scaled from 0 to 1")
+        assert label == "attention_rollout"
+    for name, (_, _, errors) in zip(("SII", "RG"), shown, strict=True):
+        expected = found.pairs[0][name].between(0, 1, errors=True)
+        np.testing.assert_array_equal(errors, expected)
+        assert np.nanmax(errors) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,23 @@ def test_bad_arrays_are_named(arrays: Arrays, message: str, tmp_path: Path) -> N
     text = str(caught.value)
     assert text.startswith(f"{path}: ")
     assert "\n" not in text
+
+
+def test_the_documented_file_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snippet of docs/explain.md writes a file for the command; its table lists all names of arrays."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "explain.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    [snippet] = [x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "savez" in x]
+    exec(snippet, {})
+    found = load_features(tmp_path / "features.npz", 2, 64, 5, torch.float32)
+    with np.load(tmp_path / "features.npz") as file:
+        written = {re.sub(r"\d+", "0", name) for name in file.files} | {"image_0"}
+    assert written - {"image_1"} == set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
+    assert found.lengths == (12, 49)
+    assert found.masks is not None
+    assert found.labels is not None
+    assert found.tokens[0] is not None
+    assert found.images[1] is not None
 
 
 def test_padding_may_have_any_values(tmp_path: Path) -> None:

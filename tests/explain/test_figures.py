@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -22,66 +23,23 @@ from matplotlib.patches import FancyArrowPatch, PathPatch, Rectangle
 
 from flmoe_kernels.core.figures import png_bytes
 from flmoe_kernels.explain import (
-    MaskingDrops,
-    PairValues,
     drop_curve,
     expert_weights,
     pair_network,
     token_patch_map,
 )
-from flmoe_kernels.explain.figures.canvas import AGAINST, FOR, UNSURE
+from flmoe_kernels.explain.figures.canvas import AGAINST, DOTS, FOR, HATCH, UNSURE
+from flmoe_kernels.explain.figures.curves import BETTER, UNCLEAR, UNKNOWN, WORSE, compare
 from flmoe_kernels.explain.figures.heat_map import grey
+from flmoe_kernels.explain.figures.weights import leading
 from flmoe_kernels.explain.masking.drops import KINDS
+from tests.support.explain_results import masking_drops, pair_values
 
 ROOT = Path(__file__).resolve().parents[2]
 NAN = float("nan")
 VALUES = np.array(
     [[0.5, NAN, -2.0, NAN], [NAN, NAN, NAN, NAN], [1.0, NAN, 0.25, NAN], [0.0, NAN, -0.5, NAN]]
 )
-
-
-def pair_values(**changed: Any) -> PairValues:
-    """Two modalities of 3 and 2 tokens; the last pair is within one modality."""
-    known: dict[str, Any] = {
-        "index": "SII",
-        "values": np.array([0.5, -1.0, 0.1, 0.3]),
-        "standard_errors": np.array([0.1, 0.1, 0.1, 0.0]),
-        "pairs": np.array([[0, 3], [1, 4], [2, 4], [0, 1]]),
-        "tokens": np.array([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]),
-        "lengths": (3, 2),
-        "value": 1.0,
-        "baseline": 0.0,
-        "method": "sampling",
-        "stopped_by": "budget",
-        "draws": 4,
-        "evaluations": 40,
-        "batch_size": 8,
-        "candidates": "4 listed pairs",
-        "game": {"output": "logit"},
-    }
-    return PairValues(**known | changed)
-
-
-def masking_drops(repeats: int = 3, samples: int = 4, unit: str = "percent") -> MaskingDrops:
-    draw = torch.Generator().manual_seed(3)
-    rand = lambda *shape: torch.rand(shape, generator=draw, dtype=torch.float64)  # noqa: E731
-    return MaskingDrops(
-        index="faithfulness",
-        unit=unit,
-        budgets=(5, 10, 25),
-        metrics=("prob", "logit"),
-        identified=rand(2, 2, samples, 3),
-        random=rand(2, 2, repeats, samples, 3),
-        original=rand(2, samples),
-        masked=torch.ones(samples, 3, dtype=torch.int64),
-        maskable=torch.full((samples,), 9),
-        targets=torch.eye(samples, 5, dtype=torch.float64),
-        multi_label=False,
-        seed=0,
-        evaluations=1,
-        batch_size=1,
-        settings={"fill": "zero"},
-    )
 
 
 def texts(axes: Any) -> list[str]:
@@ -92,12 +50,12 @@ def labels(axes: Any, which: str) -> list[str]:
     return [text.get_text() for text in getattr(axes, f"get_{which}ticklabels")()]
 
 
-def hatched_cells(axes: Any) -> set[tuple[int, int]]:
+def hatched_cells(axes: Any, hatch: str = HATCH) -> set[tuple[int, int]]:
     """(row, column) of the hatched cells."""
     found = set()
     for patch in axes.patches:
         if isinstance(patch, PathPatch):
-            for corners in patch.get_path().to_polygons():
+            for corners in patch.get_path().to_polygons() if patch.get_hatch() == hatch else ():
                 column, row = corners[:4].mean(axis=0)
                 found.add((round(row), round(column)))
     return found
@@ -116,7 +74,8 @@ def test_map_holds_the_candidates_around_zero() -> None:
     assert hatched_cells(axes) == {(0, 1), (2, 1)}
     assert texts(axes) == [f"{value:.2g}" for value in kept.ravel()]
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("token", "patch")
-    assert bar.get_ylabel().startswith("SII (logit)")
+    assert bar.get_ylabel() == "SII (logit)"
+    assert axes.get_title() == "hatched: below 0"
     assert labels(bar, "y") == ["-2", "0", "2"]
     assert figure.get_suptitle() == "of one sample"
 
@@ -147,8 +106,8 @@ def test_hatches_are_seen_without_colour() -> None:
 def test_one_patch(value: float) -> None:
     figure = token_patch_map(np.array([[value]]), image=np.full((3, 5), 0.5))
     axes = figure.axes[1]
-    framed = "framed: the largest" if value else ""
-    assert axes.get_xlabel() == framed + ("; hatched: below 0" if value < 0 else "")
+    # A single patch is not larger than others.
+    assert axes.get_xlabel() == ("hatched: below 0" if value < 0 else "")
     low, high = figure.axes[-1].get_ylim()
     assert (low < 0) == (value < 0)
     assert high == pytest.approx(abs(value) or 1.0)
@@ -179,28 +138,55 @@ def test_weights_of_patches_over_the_image(given: bool) -> None:
     assert ("hatched" in axes.get_xlabel()) == bool((expected < 0).any())
 
 
-def test_network_shows_sign_size_and_uncertainty() -> None:
-    found = pair_values()
+def test_unknown_errors_distinguish_nothing_and_pairs_without_value_have_no_line() -> None:
+    unknown = pair_values(values=np.array([0.5, -1.0, NAN, 0.3]), standard_errors=np.full(4, NAN))
+    [axes] = pair_network(unknown, 4).axes
+    assert drawn_lines(axes) == [(0.8, to_rgba(UNSURE), False)] * 3
+    axes = token_patch_map(VALUES, errors=np.full((4, 4), NAN)).axes[0]
+    assert not axes.get_images()[0].get_array().any()
+    assert len(hatched_cells(axes, DOTS)) == 6
+    assert texts(axes)[0] == "0.5"
+
+
+def drawn_lines(axes: Any) -> list[tuple[float, Any, bool]]:
+    """(width, colour, solid) of each line, the strongest pair first."""
+    lines = []
+    for patch in reversed(axes.patches):
+        assert isinstance(patch, FancyArrowPatch)
+        solid = patch.get_linestyle() in ("-", "solid")
+        lines.append((round(patch.get_linewidth(), 6), line_colour(patch), solid))
+    return lines
+
+
+def test_network_shows_sign_and_size() -> None:
+    found = pair_values(standard_errors=np.array([0.01, 0.1, 0.1, 0.0]))
     figure = pair_network(found, 4, tokens=[["a", "b", "c"], None], names=["text", "image"])
     [axes] = figure.axes
-    lines = {}
-    for patch in axes.patches:
-        assert isinstance(patch, FancyArrowPatch)
-        lines[round(patch.get_linewidth(), 6)] = patch
-    # Widths grow from 0.8 to 5 with |value| relative to the largest.
-    by_value = {v: lines[round(0.8 + 4.2 * abs(v), 6)] for v in found.values.tolist()}
-    assert len(by_value) == len(axes.patches) == 4
-    for value, line in by_value.items():
-        assert (line.get_linestyle() in ("-", "solid")) == (value >= 0)
-    expected = {0.5: FOR, -1.0: AGAINST, 0.1: UNSURE, 0.3: FOR}
-    for value, colour in expected.items():
-        assert line_colour(by_value[value]) == to_rgba(colour)
+    # Widths grow from 0.8 to 5 with |value| relative to the largest; 0.1 +- 0.1 is tied with 0.3, but 0.5 is not.
+    expected = [(-1.0, AGAINST), (0.5, FOR), (0.2, FOR), (0.2, FOR)]
+    for (width, colour, solid), (value, name) in zip(drawn_lines(axes), expected, strict=True):
+        assert width == pytest.approx(0.8 + 4.2 * abs(value))
+        assert colour == to_rgba(name)
+        assert solid == (value > 0)
     assert axes.get_title() == "The 4 strongest pairs by |SII|"
     assert set(texts(axes)) == {"a (0)", "b (1)", "c (2)", "0", "1"}
     assert labels(axes, "x") == ["text", "image"]
     legend = axes.get_legend()
-    assert [t.get_text() for t in legend.get_texts()][:2] == ["above 0", "below 0"]
+    assert [t.get_text() for t in legend.get_texts()] == ["above 0", "below 0"]
     assert "|SII| = 1 (logit)" in legend.get_title().get_text()
+    assert "not distinguishable at 2 s.e." in legend.get_title().get_text()
+
+
+def test_network_draws_tied_pairs_alike_and_counts_those_left_out() -> None:
+    found = pair_values(values=np.array([0.3, -0.15, 0.1, 0.25]), standard_errors=np.full(4, 0.1))
+    [axes] = pair_network(found, 2).axes
+    assert set(drawn_lines(axes)) == {(0.8, to_rgba(UNSURE), False)}
+    legend = axes.get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == ["tied across 0"]
+    assert "2 more pairs are tied with the last" in legend.get_title().get_text()
+    exact = pair_values(values=np.array([0.308, -0.2, 0.1, 0.31]), standard_errors=np.zeros(4))
+    [axes] = pair_network(exact, 1).axes
+    assert "1 more pairs are tied with the last" in axes.get_legend().get_title().get_text()
 
 
 def line_colour(line: FancyArrowPatch) -> Any:
@@ -222,18 +208,20 @@ def test_curves_agree_with_the_summaries(metric: str) -> None:
         np.testing.assert_array_equal(bars[0].get_ydata(), curve.identified)
         [segments] = bars[2]
         heights = [(top - low) / 2 for (_, low), (_, top) in segments.get_segments()]
-        np.testing.assert_allclose(heights, curve.standard_error)
+        np.testing.assert_allclose(heights, 2 * curve.standard_error)
         [area] = [x for x in band if x.get_label().startswith("±")]
         edge = area.get_paths()[0].vertices[:, 1]
-        np.testing.assert_allclose(edge.max(), (curve.random + curve.random_std).max())
-        np.testing.assert_allclose(edge.min(), (curve.random - curve.random_std).min())
+        np.testing.assert_allclose(edge.max(), (curve.random + 2 * curve.random_std).max())
+        np.testing.assert_allclose(edge.min(), (curve.random - 2 * curve.random_std).min())
         named = " ".join(text.get_text() for text in axes.get_legend().get_texts())
         assert f"identified, AOPC {float(drops.aopc(kind, metric).identified):.3g}" in named
         assert kind in axes.get_title()
+        assert axes.get_title().endswith(compare(drops, kind, metric))
         assert axes.get_xlabel() == "tokens of each modality (%)"
         assert labels(axes, "x") == ["5", "10", "25"]
     unit = "logit" if metric == "logit" else "probability"
-    assert figure.axes[0].get_ylabel() == f"drop of the target's {unit}"
+    for axes in figure.axes:
+        assert axes.get_ylabel() == f"drop of the target's {unit}"
 
 
 @pytest.mark.parametrize("samples", [1, 3, 50])
@@ -248,9 +236,9 @@ def test_weights_by_sample_and_their_mean(samples: int) -> None:
     assert len(left.texts) == (4 * samples if samples <= 24 else 0)
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], weights.mean(dim=0))
     assert labels(left, "x") == labels(right, "x") == names
-    assert right.get_title().startswith(
-        "one sample" if samples == 1 else f"mean of {samples} samples"
-    )
+    what, _, which = right.get_title().partition("\n")
+    assert what.startswith("one sample" if samples == 1 else f"mean of {samples} samples")
+    assert all(names[k] in which for k in leading(weights.numpy()))
     assert right.get_ylabel() == "weight"
 
 
@@ -265,6 +253,84 @@ def test_names_of_experts_do_not_overlap(modalities: int) -> None:
         assert len(boxes) == len(names)
         for left, right in itertools.pairwise(boxes):
             assert left.x1 < right.x0
+
+
+def test_map_shows_tied_values_in_one_colour() -> None:
+    values = np.array([[0.5, 0.45, NAN], [-0.02, 0.9, -0.6]])
+    errors = np.array([[0.03, 0.03, NAN], [0.02, 0.0, 0.01]])
+    axes, bar = token_patch_map(values, errors=errors).axes
+    drawn = axes.get_images()[0].get_array().filled(NAN)
+    np.testing.assert_allclose(drawn, [[0.475, 0.475, NAN], [0.0, 0.9, -0.6]])
+    assert axes.get_images()[0].get_clim() == (-0.9, 0.9)
+    assert hatched_cells(axes) == {(1, 2)}
+    assert hatched_cells(axes, DOTS) == {(1, 0)}
+    lines = axes.get_title().splitlines()
+    assert lines == [
+        "hatched: below 0; dotted: tied across 0",
+        "one colour: not distinguishable at 2 s.e.",
+    ]
+    assert bar.get_ylabel().endswith("standard error")
+    assert "0.5\n\u00b10.03" in texts(axes)
+    assert "0.9" in texts(axes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_map_of_nearly_equal_scores_has_nearly_equal_colours_and_no_frame(seed: int) -> None:
+    """Scores from 0.1328 to 0.1347 must not fill the scale of colours."""
+    scores = np.random.default_rng(seed).permutation(np.linspace(0.1328, 0.1347, 49))
+    figure = token_patch_map(np.eye(49), image=np.full((14, 14), 0.5), weights=scores)
+    axes, bar = figure.axes[1], figure.axes[-1]
+    shown = axes.get_images()[1]
+    np.testing.assert_array_equal(np.ravel(shown.get_array()), scores)
+    colours = shown.to_rgba(shown.get_array())[..., :3]
+    assert np.ptp(colours.reshape(-1, 3), axis=0).max() < 0.05
+    assert shown.get_alpha().min() > 0.7
+    assert bar.get_ylim() == (0.0, pytest.approx(scores.max()))
+    assert not [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert axes.get_xlabel() == "no frame: the 49 largest are within 5% of the scale"
+
+
+def test_frames_stop_before_near_ties() -> None:
+    weights = np.array([1.0, -0.8, 0.5, 0.498, 0.494, 0.492, 0.0, 0.1, 0.2])
+    axes = token_patch_map(np.eye(9), image=np.zeros((6, 6)), weights=weights).axes[1]
+    frames = {patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle)}
+    assert frames == {(-0.47, -0.47), (0.53, -0.47)}
+    note = "framed: the 2 largest; the next 4 are within 5% of the scale"
+    assert axes.get_xlabel().splitlines()[0] == note
+    # Sums over tokens have errors; the second and the third differ by less than two of them.
+    values, errors = np.diag([1.0, 0.5, 0.4]), np.diag([0.01, 0.04, 0.04])
+    axes = token_patch_map(values, errors=errors, image=np.zeros((4, 4)), grid=(1, 3)).axes[1]
+    np.testing.assert_allclose(np.ravel(axes.get_images()[1].get_array()), [1.0, 0.45, 0.45])
+    assert axes.get_xlabel().startswith("framed: the largest; the next 2 are within 2 s.e. or 5%")
+
+
+@pytest.mark.parametrize(
+    ("identified", "random", "verdict"),
+    [
+        ([0.50, 0.52, 0.49], [0.10, 0.12], BETTER),
+        ([0.10, 0.12, 0.11], [0.50, 0.52], WORSE),
+        ([0.10, 0.12, 0.14], [0.10, 0.12], UNCLEAR),  # within the spread of random sets
+        ([0.90, 0.00, 0.10], [0.10, 0.12], UNCLEAR),  # samples differ
+        ([0.50], [0.10], UNKNOWN),
+        ([0.50], [], ""),
+    ],
+)
+def test_curves_state_whether_identified_tokens_differ_from_random_ones(
+    identified: list[float], random: list[float], verdict: str
+) -> None:
+    samples, repeats = len(identified), len(random)
+    drops = masking_drops(max(repeats, 1), samples)
+    whole = torch.tensor(identified, dtype=torch.float64)[None, None, :, None].expand(2, 2, -1, 3)
+    other = torch.tensor(random, dtype=torch.float64)[None, None, :, None, None]
+    drops = dataclasses.replace(
+        drops, identified=whole, random=other.expand(2, 2, repeats, samples, 3)
+    )
+    comprehensiveness, sufficiency = KINDS
+    assert compare(drops, comprehensiveness) == verdict
+    # Sufficiency is better if it is lower.
+    opposite = {BETTER: WORSE, WORSE: BETTER}.get(verdict, verdict)
+    assert compare(drops, sufficiency) == opposite
+    assert drop_curve(drops).axes[0].get_title().endswith(verdict or "high is good")
 
 
 CALLS: dict[str, Any] = {
@@ -325,6 +391,13 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda: token_patch_map(VALUES, image=IMAGE + 2), "image: expected floats"),
     (lambda: token_patch_map(VALUES, image=IMAGE.astype(int)), "image: expected uint8"),
     (lambda: token_patch_map(VALUES, image=IMAGE, weights=[1.0]), r"weights: .*\(4,\), got \(1,\)"),
+    (lambda: token_patch_map(VALUES, errors=np.zeros(4)), r"errors: expected numbers \(La, Lb\)"),
+    (
+        lambda: token_patch_map(VALUES, errors=np.zeros((4, 3))),
+        r"errors: expected the shape \(4, 4\) of values, got \(4, 3\)",
+    ),
+    (lambda: token_patch_map(VALUES, errors=VALUES), "errors: expected numbers from 0, got -2"),
+    (lambda: pair_network(pair_values(values=np.full(4, NAN))), "found: expected a pair with a"),
     (lambda: pair_network(pair_values(), 0), "n: expected an int from 1"),
     (lambda: pair_network(pair_values(), names=["a"]), "names: expected 2, .* got 1"),
     (lambda: pair_network(pair_values(), tokens=[["a"], None]), r"tokens\[0\]: expected 3"),

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 # Red: for, blue: against. Both are dark in black and white, so values below 0 are also hatched or dashed.
 DIVERGING = "RdBu_r"
 FOR, AGAINST, UNSURE = "#b2182b", "#2166ac", "0.55"
-HATCH = "/////"
+HATCH, DOTS = "/////", ".."
 # Shares of the limit: values below _SMALL are negligible; blues above _DARK are darker than a middle grey.
 _SMALL, _DARK = 0.05, 0.6
 ABSENT = "0.85"
@@ -40,6 +41,22 @@ def require_array(name: str, value: Any, axes: str) -> Floats:
     return array.astype(np.float64)
 
 
+def require_errors(errors: Any, values: Floats) -> Floats:
+    """Convert standard errors to float64, for exact values (None) 0 and where unknown (NaN) infinite.
+
+    Raises:
+        ValueError: another shape, or an error below 0.
+    """
+    if errors is None:
+        return np.zeros_like(values)
+    array = require_array("errors", errors, "La, Lb")
+    if array.shape != values.shape:
+        raise ValueError(f"errors: expected the shape {values.shape} of values, got {array.shape}")
+    if (array < 0).any():
+        raise ValueError(f"errors: expected numbers from 0, got {array[array < 0].min():g}")
+    return np.where(np.isfinite(values), np.where(np.isnan(array), np.inf, array), 0.0)
+
+
 def limit_of(values: Floats) -> float:
     """The largest finite |value|, as a limit on both sides of 0; 1 if all values are 0 or none is finite."""
     sizes = np.abs(values[np.isfinite(values)])
@@ -50,10 +67,14 @@ def label_of(tokens: Sequence[str] | None, place: int) -> str:
     """A token's position and, if known, its string, shortened."""
     if tokens is None:
         return str(place)
-    text = str(tokens[place])
+    return f"{short(str(tokens[place]))} ({place})"
+
+
+def short(text: str) -> str:
+    """A string as a label: literal, and shortened."""
     if len(text) > _LONGEST_LABEL:
         text = text[: _LONGEST_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return f"{plain(text)} ({place})"
+    return plain(text)
 
 
 def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None:
@@ -69,19 +90,23 @@ def hatch_negative(axes: Axes, values: Floats, limit: float) -> None:
     Lines are pale for small values, so that many small values do not hide a few large ones, and white for the
     largest values, because dark lines are invisible on dark colours.
     """
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) - 0.5
     size = np.where(values < 0, -values / limit, np.nan)
     for ink, least, most in (
         ("0.8", 0.0, _SMALL),
         ("0.35", _SMALL, _DARK),
         ("white", _DARK, np.inf),
     ):
-        chosen = (size > least) & (size <= most)
-        cells = [Path(corners + place, closed=True) for place in np.argwhere(chosen)[:, ::-1]]
-        if cells:
-            # One compound path, because a large map has many thousands of cells.
-            outline = Path.make_compound_path(*cells)
-            axes.add_patch(PathPatch(outline, fill=False, ec=ink, hatch=HATCH, lw=0.0, zorder=2))
+        fill_cells(axes, (size > least) & (size <= most), HATCH, ink)
+
+
+def fill_cells(axes: Axes, chosen: NDArray[np.bool_], hatch: str, ink: str) -> None:
+    """Hatch the chosen cells of an image with unit cells."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]) - 0.5
+    cells = [Path(corners + place, closed=True) for place in np.argwhere(chosen)[:, ::-1]]
+    if cells:
+        # One compound path, because a large map has many thousands of cells.
+        outline = Path.make_compound_path(*cells)
+        axes.add_patch(PathPatch(outline, fill=False, ec=ink, hatch=hatch, lw=0.0, zorder=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +11,15 @@ from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.attribution.targets import LOGIT, PROB
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
 
+from .ties import SURE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BETTER, WORSE = "better than random tokens", "worse than random tokens"
+UNCLEAR = "not distinguishable from random tokens"
+UNKNOWN = "one sample and one random set: no error is known"
 _METRIC = {PROB: "probability", "log_prob": "log-probability (nats)", LOGIT: "logit"}
 _UNIT = {
     "percent": "tokens of each modality (%)",
@@ -24,9 +30,10 @@ _UNIT = {
 def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> Figure:
     """Plot comprehensiveness and sufficiency over the budgets, for identified and random tokens.
 
-    Lines are means over samples; bars are one standard error over samples, if there are several; the band is one
-    standard deviation over the random repeats on both sides. AOPC, the mean over budgets, is in the legend. The
-    panels have different scales, because masking a few tokens and masking all others differ in size.
+    Lines are means over samples; bars are two standard errors over samples, if there are several; the band is two
+    standard deviations over the random repeats on both sides. AOPC, the mean over budgets, is in the legend, and
+    above the panel whether it differs from that of random tokens, see `compare`. The panels have different scales,
+    both with 0, because masking a few tokens and masking all others differ in size.
 
     Args:
         drops: result of faithfulness or pair_masking.
@@ -37,14 +44,39 @@ def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> F
         ValueError: the metric was not measured.
     """
     curves = {kind: drops.curve(kind, metric) for kind in KINDS}
-    figure = make_figure(10.5, 4.0)
-    panels = figure.subplots(1, 2)
+    # One above the other, so that the figure is readable on a narrow screen.
+    figure = make_figure(4.6, 8.4)
+    panels = figure.subplots(2, 1)
     for axes, (kind, curve) in zip(panels, curves.items(), strict=True):
         _panel(axes, drops, kind, metric, *(x.cpu().numpy() for x in curve[:4]))
-    panels[0].set_ylabel(f"drop of the target's {_METRIC[metric]}")
+        axes.set_ylabel(f"drop of the target's {_METRIC[metric]}")
     if title:
         figure.suptitle(title)
     return figure
+
+
+def compare(drops: MaskingDrops, kind: str, metric: str = PROB) -> str:
+    """State whether identified tokens are better than random ones by AOPC; "" without random tokens.
+
+    The gap counts as uncertain within two standard errors. Its error has two parts, as far as there are several
+    samples or repeats: the standard error over samples of the difference from the mean of the random sets, and the
+    standard deviation over repeats, since the identified set is to differ from single random sets.
+    """
+    repeats = drops.random.shape[2]
+    if not (repeats and bool((drops.maskable > 0).any())):
+        return ""
+    aopc, place = drops.aopc(kind, metric), (KINDS.index(kind), drops.metrics.index(metric))
+    there = drops.maskable > 0
+    random = drops.random[place][:, there].mean(dim=(0, 2))
+    differences = drops.identified[place][there].mean(dim=1) - random
+    gap, count = float(aopc.gap), len(differences)
+    spread = float(aopc.random_std) if repeats > 1 else 0.0
+    error = float(differences.std()) * count**-0.5 if count > 1 else 0.0
+    if count == repeats == 1:
+        return UNKNOWN
+    if not abs(gap) > SURE * math.hypot(error, spread):
+        return UNCLEAR
+    return BETTER if gap > 0 else WORSE
 
 
 def _panel(
@@ -58,7 +90,7 @@ def _panel(
     spread: np.ndarray,
 ) -> None:
     aopc, x = drops.aopc(kind, metric), np.array(drops.budgets)
-    bars = error if np.isfinite(error).all() else None
+    bars = SURE * error if np.isfinite(error).all() else None
     axes.errorbar(
         x,
         identified,
@@ -71,9 +103,8 @@ def _panel(
     )
     if np.isfinite(random).any():
         if drops.random.shape[2] > 1:
-            axes.fill_between(
-                x, random - spread, random + spread, color="0.85", ec="0.6", label="± std"
-            )
+            low, high = random - SURE * spread, random + SURE * spread
+            axes.fill_between(x, low, high, color="0.85", ec="0.6", label="± 2 std")
         axes.plot(
             x,
             random,
@@ -89,13 +120,15 @@ def _panel(
     axes.set_xlabel(_UNIT[drops.unit])
     wanted = "high is good" if kind == COMPREHENSIVENESS else "low is good"
     what = "tokens masked" if kind == COMPREHENSIVENESS else "all other tokens masked"
-    axes.set_title(f"{kind}: {what}; {wanted}", fontsize="medium")
+    verdict = compare(drops, kind, metric)
+    lines = [f"{kind}: {what}", wanted, verdict]
+    axes.set_title("\n".join(line for line in lines if line), fontsize="medium")
     # Below the panel: bars and band leave no corner free.
     axes.legend(
         fontsize="small",
         loc="upper center",
         bbox_to_anchor=(0.5, -0.15),
-        ncols=3,
+        ncols=2,
         frameon=False,
         columnspacing=1.2,
         handlelength=1.6,

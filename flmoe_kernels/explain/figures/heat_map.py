@@ -7,32 +7,35 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flmoe_kernels.core.figures import make_figure
 
 from .canvas import (
     ABSENT,
     DIVERGING,
+    DOTS,
     Floats,
+    Ints,
+    fill_cells,
     hatch_negative,
     label_of,
     limit_of,
     require_array,
+    require_errors,
     require_tokens,
 )
+from .ties import NEAR, alike, leaders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Ints = NDArray[np.int64]
-
 _MOST_NUMBERS = 12  # rows or columns; in larger maps the numbers of cells would overlap
 _MOST_LABELS = 32
-_FRAMED = 5  # patches of largest |weight|, which get a frame
+_FRAMED = 5  # at most, patches of largest |weight|
 _OPAQUE = 0.75
-_IMAGE_WIDTH = 4.2
+_IMAGE_HEIGHT = 3.8
+_ALIKE = "one colour: not distinguishable at 2 s.e."
 
 
 def token_patch_map(
@@ -41,6 +44,7 @@ def token_patch_map(
     image: Any = None,
     grid: tuple[int, int] | None = None,
     *,
+    errors: Any = None,
     patches: Sequence[str] | None = None,
     weights: Any = None,
     weights_label: str = "sum over tokens",
@@ -51,15 +55,21 @@ def token_patch_map(
 ) -> Figure:
     """Plot a heat map token x patch and, if there is an image, the image with the weights of its patches.
 
-    Colours are centred at 0, with the same limit on both sides; cells below 0 are hatched, and small maps show
-    numbers. Rows and columns without any value are left out; other pairs that are not candidates (NaN) are grey.
+    Colours start at 0, with the same limit on both sides; cells below 0 are hatched, and small maps show numbers.
+    Values within two standard errors of each other, directly or through other values, have one colour: their mean,
+    or 0 and dots if they are tied across 0, that is, not clearly on one side. Rows and columns without any value
+    are left out; other pairs that are not candidates (NaN) are grey. Up to five patches of largest |weight| are
+    framed, unless they are tied with other patches: within two standard errors, or within 5% of the largest
+    |weight|.
 
     Args:
         values: (La, Lb), tokens in rows, patches in columns; NaN for pairs without value.
+        errors: (La, Lb), standard errors of the values; NaN: unknown; None: the values are exact.
         tokens, patches: La and Lb strings; None shows positions.
         image: (H, W) or (H, W, 3), floats from 0 to 1 or uint8; shown in grey, so that only weights have colour.
         grid: rows and columns of patches in the image, row by row; by default a square.
         weights: (Lb,), shown over the image; by default the values' sum over tokens. NaN shows nothing.
+            Given weights count as exact.
         weights_label: title of the image.
         title: of the figure; unit: of the values; row_name, column_name: labels of the axes.
 
@@ -68,28 +78,30 @@ def token_patch_map(
         ValueError: an invalid argument; the message says what was expected and what was passed.
     """
     array = require_array("values", values, "La, Lb")
+    uncertain = require_errors(errors, array)
     require_tokens("tokens", tokens, array.shape[0])
     require_tokens("patches", patches, array.shape[1])
     rows, columns = (np.flatnonzero(np.isfinite(array).any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         raise ValueError(f"values: expected at least one finite value, got none in {array.shape}")
-    shown = array[np.ix_(rows, columns)]
-    picture, cells, over = None, (0, 0), np.zeros(0)
-    if image is not None:
-        picture = grey(image)
-        cells = _require_grid(grid, array.shape[1])
-        over = _weights(weights, array)
-    height = min(9.0, max(3.4, 0.32 * len(rows) + 1.9))
+    kept = np.ix_(rows, columns)
+    line = 0.42 if uncertain.any() else 0.32  # inches; standard errors are a second line
+    height = min(9.0, max(3.4, line * len(rows) + 1.9))
     width = min(9.0, max(4.6, 0.5 * len(columns) + 2.6))
-    figure = make_figure(width + (0.0 if picture is None else _IMAGE_WIDTH), height)
-    ratios = (width,) if picture is None else (width, _IMAGE_WIDTH)
-    panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
-    _map(panels[0], shown, unit)
+    heights: tuple[float, ...] = (height,)
+    if image is not None:
+        picture, cells = grey(image), _require_grid(grid, array.shape[1])
+        over, over_errors = _weights(weights, array, uncertain)
+        heights = (height, _IMAGE_HEIGHT)
+    # One above the other, so that the figure is readable on a narrow screen.
+    figure = make_figure(width, sum(heights))
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    _map(panels[0], array[kept], uncertain[kept], unit)
     _ticks(panels[0], (rows, columns), (tokens, patches))
     panels[0].set_ylabel(row_name)
     panels[0].set_xlabel(column_name)
-    if picture is not None:
-        _overlay(panels[1], picture, over.reshape(cells), weights_label)
+    if image is not None:
+        _overlay(panels[1], picture, over.reshape(cells), over_errors.reshape(cells), weights_label)
     if title:
         figure.suptitle(title)
     return figure
@@ -120,39 +132,59 @@ def _require_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]
     return grid
 
 
-def _weights(weights: Any, values: Floats) -> Floats:
-    """Weights (Lb,); NaN for patches without value."""
+def _weights(weights: Any, values: Floats, errors: Floats) -> tuple[Floats, Floats]:
+    """Weights (Lb,), NaN for patches without value, and their standard errors."""
     if weights is None:
         known = np.isfinite(values)
         total = np.where(known, values, 0.0).sum(axis=0)
-        return np.where(known.any(axis=0), total, np.nan)
+        # The largest possible error of a sum, because errors of pairs are not independent.
+        return np.where(known.any(axis=0), total, np.nan), errors.sum(axis=0)
     array = require_array("weights", weights, "Lb")
     if len(array) != values.shape[1]:
         raise ValueError(f"weights: expected ({values.shape[1]},), got {array.shape}")
-    return array
+    return array, np.zeros_like(array)
 
 
-def _map(axes: Axes, values: Floats, unit: str) -> None:
+def _map(axes: Axes, values: Floats, errors: Floats, unit: str) -> None:
+    drawn = alike(values, errors)
     limit = limit_of(values)
     image = axes.imshow(
-        np.ma.masked_invalid(values), cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto"
+        np.ma.masked_invalid(drawn), cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto"
     )
     axes.set_facecolor(ABSENT)
     if max(values.shape) <= _MOST_NUMBERS:
-        _numbers(axes, values)
-    hatch_negative(axes, values, limit)
-    bar = axes.figure.colorbar(image, ax=axes, ticks=[-limit, 0.0, limit], shrink=0.9)
-    bar.ax.set_yticklabels([f"{-limit:.2g}", "0", f"{limit:.2g}"])
-    bar.set_label(f"{unit}; hatched: below 0")
+        _numbers(axes, values, errors)
+    hatch_negative(axes, drawn, limit)
+    axes.set_title("\n".join(_notes(axes, values, errors, drawn)), fontsize="small")
+    bar = _colour_bar(axes, image, limit, bool((values < 0).any()))
+    bar.set_label(f"{unit} \N{PLUS-MINUS SIGN} standard error" if errors.any() else unit)
 
 
-def _numbers(axes: Axes, values: Floats) -> None:
+def _notes(axes: Axes, values: Floats, errors: Floats, drawn: Floats) -> list[str]:
+    """Dot the cells that are drawn at 0 because they are tied across 0; describe dots, hatches and colours."""
+    across = (drawn == 0) & ((errors > 0) | (values != 0))
+    fill_cells(axes, across, DOTS, "0.6")
+    signs = ["hatched: below 0"] if (drawn < 0).any() else []
+    signs += ["dotted: tied across 0"] if across.any() else []
+    return [line for line in ("; ".join(signs), _ALIKE if errors.any() else "") if line]
+
+
+def _colour_bar(axes: Axes, image: Any, limit: float, signed: bool) -> Any:
+    """Add a colour bar that starts at 0 if no value is below 0."""
+    ticks = [-limit, 0.0, limit] if signed else [0.0, limit]
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.9, ticks=ticks)
+    bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
+    bar.ax.set_ylim(ticks[0], ticks[-1])
+    return bar
+
+
+def _numbers(axes: Axes, values: Floats, errors: Floats) -> None:
     for row, column in np.argwhere(np.isfinite(values)):
-        value = float(values[row, column])
+        text = f"{values[row, column]:.2g}"
+        if np.isfinite(errors[row, column]) and errors[row, column]:
+            text += f"\n\N{PLUS-MINUS SIGN}{errors[row, column]:.1g}"
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0}
-        axes.text(
-            column, row, f"{value:.2g}", ha="center", va="center", fontsize=8, bbox=box, zorder=3
-        )
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, bbox=box, zorder=3)
 
 
 def _ticks(
@@ -170,16 +202,16 @@ def _ticks(
             axes.set_xticks(at, labels, rotation=90 if long else 0)
 
 
-def _overlay(axes: Axes, picture: Floats, weights: Floats, label: str) -> None:
+def _overlay(axes: Axes, picture: Floats, weights: Floats, errors: Floats, label: str) -> None:
     """Draw the image in pale grey, and the patch weights over it; larger |weights| are more opaque."""
     height, width = picture.shape
     rows, columns = weights.shape
     box = (-0.5, columns - 0.5, rows - 0.5, -0.5)
     axes.imshow(picture, cmap="gray", vmin=-0.4, vmax=1.0, extent=box, interpolation="nearest")
-    limit = limit_of(weights)
-    alpha = np.nan_to_num(_OPAQUE * np.abs(weights) / limit)
+    drawn, limit = alike(weights, errors), limit_of(weights)
+    alpha = np.nan_to_num(_OPAQUE * np.abs(drawn) / limit)
     shown = axes.imshow(
-        np.ma.masked_invalid(weights),
+        np.ma.masked_invalid(drawn),
         cmap=DIVERGING,
         vmin=-limit,
         vmax=limit,
@@ -187,33 +219,32 @@ def _overlay(axes: Axes, picture: Floats, weights: Floats, label: str) -> None:
         extent=box,
         interpolation="nearest",
     )
-    hatch_negative(axes, np.where(np.abs(weights) > 0.05 * limit, weights, np.nan), limit)
-    framed = _frames(axes, weights)
+    hatch_negative(axes, np.where(np.abs(drawn) > 0.05 * limit, drawn, np.nan), limit)
+    notes = [_frames(axes, weights, errors), *_notes(axes, weights, errors, drawn)]
     axes.set_aspect((height / rows) / (width / columns))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(label, fontsize="medium")
-    signed = bool((weights < 0).any())
-    count = f"{framed} " if framed > 1 else ""
-    note = [f"framed: the {count}largest"] if framed else []
-    axes.set_xlabel("; ".join([*note, *(["hatched: below 0"] if signed else [])]), fontsize="small")
-    # Without values below 0 the scale starts at 0.
-    ticks = [-limit, 0.0, limit] if signed else [0.0, limit]
-    bar = axes.figure.colorbar(shown, ax=axes, shrink=0.6, ticks=ticks, location="right")
-    bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
-    bar.ax.set_ylim(ticks[0], ticks[-1])
+    axes.set_xlabel("\n".join(note for note in notes if note), fontsize="small")
+    _colour_bar(axes, shown, limit, bool((weights < 0).any()))
 
 
-def _frames(axes: Axes, weights: Floats) -> int:
-    """Frame the patches of largest nonzero |weight|; return their number."""
+def _frames(axes: Axes, weights: Floats, errors: Floats) -> str:
+    """Frame the patches of largest |weight| that are not tied with others; return a note."""
     from matplotlib.patches import Rectangle
 
-    sizes = np.nan_to_num(np.abs(weights)).ravel()
-    places = [k for k in np.argsort(-sizes, kind="stable")[:_FRAMED] if sizes[k] > 0]
-    for place in places:
-        row, column = divmod(int(place), weights.shape[1])
+    known = np.flatnonzero(np.isfinite(weights))
+    sizes = np.abs(weights.ravel()[known])
+    places, rest = leaders(sizes, errors.ravel()[known], _FRAMED)
+    for place in known[places].tolist():
+        row, column = divmod(place, weights.shape[1])
         corner = (column - 0.47, row - 0.47)
         # White below black is visible on any background.
         for colour, line in (("white", 2.6), ("black", 1.2)):
             axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, ec=colour, lw=line, zorder=4))
-    return len(places)
+    why = f"{'2 s.e. or ' if errors.any() else ''}{NEAR:.0%} of the scale"
+    if not len(places):
+        return f"no frame: the {rest} largest are within {why}" if rest else ""
+    count = f"{len(places)} " if len(places) > 1 else ""
+    more = f"; the next {rest} are within {why}" if rest else ""
+    return f"framed: the {count}largest{more}"

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.core.figures import make_figure, plain
+from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
 
-from .canvas import AGAINST, FOR, UNSURE, label_of, require_tokens
+from .canvas import AGAINST, FOR, UNSURE, Floats, Ints, label_of, require_tokens, short
+from .ties import alike, known_errors, tied
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _WIDEST, _THINNEST = 5.0, 0.8
-# A value within two standard errors of 0 does not differ significantly from 0.
-_SURE = 2.0
+# Colour and line style by the sign of the drawn value, which is 0 for pairs that are tied across 0.
+_STYLES: dict[int, tuple[str, Any]] = {
+    1: (FOR, "solid"),
+    -1: (AGAINST, (0, (3, 2))),
+    0: (UNSURE, (0, (1, 1.5))),
+}
 _GAP = 1.5  # zorder
 Place = tuple[int, int]
 
@@ -35,9 +40,11 @@ def pair_network(
 ) -> Figure:
     """Plot a column of tokens for each modality, joined by the n strongest pairs.
 
-    The width of a line shows |value|. Lines are solid and red above 0, dashed and blue below 0, and grey within
-    two standard errors of 0. Only tokens of these pairs are shown, ordered by position. Pairs within a modality
-    are arcs.
+    The width of a line shows |value|. Lines are solid and red above 0, dashed and blue below 0. Values within two
+    standard errors of each other, directly or through other values of `found`, look alike: as their mean, or grey
+    and dotted if they are tied across 0, that is, not clearly on one side. The legend counts the other pairs that
+    are tied with the last of the n: within two standard errors, or within 5% of the largest |value|. Only tokens
+    of these pairs are shown, ordered by position. Pairs within a modality are arcs.
 
     Args:
         found: an index of one sample's pairs.
@@ -60,19 +67,35 @@ def pair_network(
             raise ValueError(f"{name}: expected {count}, one for each modality, got {size}")
     for m, (given, length) in enumerate(zip(strings, found.lengths, strict=True)):
         require_tokens(f"tokens[{m}]", given, length)
+    order = found.ranked(by=by)
+    # NaN comes last; a pair without value has no line.
+    order = order[: np.isfinite(found.values).sum()]
+    if not len(order):
+        raise ValueError(f"found: expected a pair with a finite value, got {len(found)} pairs")
+    n = min(n, len(order))
     best = found.top(n, by)
+    drawn = alike(found.values, known_errors(found.standard_errors))[order[:n]]
     places = _places(best, count)
     most = max([sum(1 for m, _ in places if m == k) for k in range(count)], default=0)
-    figure = make_figure(2.9 * count + 0.6, max(3.2, 0.42 * most + 2.0))
+    figure = make_figure(2.2 * count + 0.4, max(3.2, 0.42 * most + 2.0))
     axes = figure.subplots()
     _columns(axes, places, strings, titles)
     # The strongest pair is drawn last, on top.
     for k in reversed(range(len(best))):
-        _line(axes, best, k, places)
-    _legend(axes, best)
+        _line(axes, best, drawn, k, places)
+    _legend(axes, best, drawn, _more(found, order, n, by))
     what = f"|{found.index}|" if by == MAGNITUDE else f"{by} {found.index}"
     axes.set_title(f"The {len(best)} strongest pairs by {what}" if title is None else title)
     return figure
+
+
+def _more(found: PairValues, order: Ints, n: int, by: str) -> int:
+    """Number of pairs that are not among the n first, but tied with the last of them."""
+    if len(order) <= n:
+        return 0
+    key = np.abs(found.values) if by == MAGNITUDE else found.values
+    errors = known_errors(found.standard_errors)
+    return int(tied(key[order], errors[order], n - 1)[n:].sum())
 
 
 def _places(best: PairValues, count: int) -> dict[Place, tuple[float, float]]:
@@ -114,7 +137,7 @@ def _columns(
         )
     axes.set_xlim(-0.75, count - 0.25)
     axes.set_ylim(-0.02, 1.05)
-    axes.set_xticks(range(count), [plain(str(name)) for name in names])
+    axes.set_xticks(range(count), [short(str(name)) for name in names])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_yticks([])
@@ -122,25 +145,30 @@ def _columns(
         spine.set_visible(False)
 
 
-def _line(axes: Axes, best: PairValues, k: int, places: dict[Place, tuple[float, float]]) -> None:
+def _line(
+    axes: Axes,
+    best: PairValues,
+    drawn: Floats,
+    k: int,
+    places: dict[Place, tuple[float, float]],
+) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    value, error = float(best.values[k]), float(best.standard_errors[k])
-    largest = float(np.abs(best.values).max()) or 1.0
+    largest = float(np.abs(drawn).max()) or 1.0
     first, second = (tuple(best.tokens[player].tolist()) for player in best.pairs[k])
     # Arcs bend inwards, because labels are outside of the outer columns. Lines that pass a column bend, because
     # many straight lines would run through its tokens.
     across = abs(first[0] - second[0])
     bend = (0.35 if first[0] else -0.35) if not across else -0.12 if across > 1 else 0.0
-    colour = FOR if value >= 0 else AGAINST
+    colour, style = _STYLES[int(np.sign(drawn[k]))]
     line = FancyArrowPatch(
         places[first],
         places[second],
         arrowstyle="-",
         connectionstyle=f"arc3,rad={bend}",
-        linewidth=_THINNEST + (_WIDEST - _THINNEST) * abs(value) / largest,
-        linestyle="solid" if value >= 0 else (0, (3, 2)),
-        color=colour if abs(value) > _SURE * error else UNSURE,
+        linewidth=_THINNEST + (_WIDEST - _THINNEST) * abs(drawn[k]) / largest,
+        linestyle=style,
+        color=colour,
         shrinkA=0,
         shrinkB=0,
         zorder=_GAP + 0.5 if across < 2 else _GAP - 0.5,
@@ -148,22 +176,23 @@ def _line(axes: Axes, best: PairValues, k: int, places: dict[Place, tuple[float,
     axes.add_patch(line)
 
 
-def _legend(axes: Axes, best: PairValues) -> None:
+def _legend(axes: Axes, best: PairValues, drawn: Floats, more: int) -> None:
     from matplotlib.lines import Line2D
 
-    largest = float(np.abs(best.values).max(initial=0.0))
-    handles = [
-        Line2D([], [], color=FOR, lw=2.5, label="above 0"),
-        Line2D([], [], color=AGAINST, lw=2.5, ls=(0, (3, 2)), label="below 0"),
-    ]
-    if (np.abs(best.values) <= _SURE * best.standard_errors).any():
-        handles.append(Line2D([], [], color=UNSURE, lw=2.5, label="grey: within 2 s.e. of 0"))
-    unit = best.game.get("output", "v")
+    unit, largest = best.game.get("output", "v"), float(np.abs(drawn).max(initial=0.0))
+    handles = []
+    for sign, label in {1: "above 0", -1: "below 0", 0: "tied across 0"}.items():
+        if (np.sign(drawn) == sign).any():
+            colour, style = _STYLES[sign]
+            handles.append(Line2D([], [], color=colour, lw=2.5, ls=style, label=label))
+    notes = [f"widest line: |{best.index}| = {largest:.2g} ({unit})"] if largest else []
+    notes += ["one look: not distinguishable at 2 s.e."] if best.standard_errors.any() else []
+    notes += [f"{more} more pairs are tied with the last of these"] if more else []
     axes.legend(
         handles=handles,
-        title=f"widest line: |{best.index}| = {largest:.2g} ({unit})",
+        title="\n".join(notes),
         loc="upper center",
         bbox_to_anchor=(0.5, -0.02),
-        ncols=len(handles),
+        ncols=max(1, len(handles)),
         frameon=False,
     )

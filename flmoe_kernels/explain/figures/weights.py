@@ -9,7 +9,8 @@ import numpy as np
 
 from flmoe_kernels.core.figures import make_figure, plain
 
-from .canvas import Floats, require_array
+from .canvas import Floats, require_array, short
+from .ties import NEAR, SURE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 
 _MOST_NUMBERS = 24  # samples with a number in every cell
 _MOST_LABELS = 32
-_LEVEL_LETTERS = 36  # total length of names that fit horizontally
+_LEVEL_LETTERS = 24  # total length of names that fit horizontally
 
 
 def expert_weights(
     weights: Any, names: Sequence[str], *, samples: Sequence[Any] | None = None, title: str = ""
 ) -> Figure:
-    """Plot the experts' weights of every sample in grey, and their mean over samples as bars.
+    """Plot the experts' weights of every sample in grey, and their mean over samples as bars, both from 0.
+
+    The title of the bars names the expert of largest mean, or the experts that are tied, see `leading`.
 
     Args:
         weights: (S, E), finite.
@@ -42,14 +45,29 @@ def expert_weights(
     labels = list(range(len(array))) if samples is None else list(samples)
     if len(labels) != len(array):
         raise ValueError(f"samples: expected {len(array)} labels, got {len(labels)}")
-    figure = make_figure(9.5, min(9.0, max(3.4, 0.3 * len(array) + 1.8)))
-    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    experts = [plain(str(name)) for name in names]
-    _by_sample(left, array, experts, labels)
-    _overall(right, array, experts)
+    heights = (min(9.0, max(2.2, 0.3 * len(array) + 1.4)), 3.4)
+    # One above the other, so that the figure is readable on a narrow screen.
+    figure = make_figure(max(4.6, 0.6 * len(names) + 1.4), sum(heights))
+    upper, lower = figure.subplots(2, 1, height_ratios=heights)
+    experts = [short(str(name)) for name in names]
+    _by_sample(upper, array, experts, labels)
+    _overall(lower, array, experts)
     if title:
         figure.suptitle(title)
     return figure
+
+
+def leading(weights: Floats) -> list[int]:
+    """Return the expert of largest mean weight (S, E) and the experts tied with it, largest first.
+
+    Tied: within two standard errors, over samples, of the mean difference, or within 5% of the largest mean.
+    """
+    mean = weights.mean(axis=0)
+    order = np.argsort(-mean, kind="stable")
+    gaps = weights[:, order[:1]] - weights
+    error = gaps.std(axis=0, ddof=1) * len(weights) ** -0.5 if len(weights) > 1 else 0.0
+    close = mean[order[0]] - mean <= np.maximum(SURE * error, NEAR * mean[order[0]])
+    return [int(k) for k in order if close[k]]
 
 
 def _by_sample(axes: Axes, weights: Floats, names: list[str], labels: list[Any]) -> None:
@@ -84,7 +102,12 @@ def _overall(axes: Axes, weights: Floats, names: list[str]) -> None:
     axes.set_ylim(0.0, 1.08 * max(1.0, float((mean + (0.0 if spread is None else spread)).max())))
     axes.set_ylabel("weight")
     what = "one sample" if spread is None else f"mean of {len(weights)} samples, ± std over samples"
-    axes.set_title(what, fontsize="medium")
+    best, *others = (names[k] for k in leading(weights))
+    which = f"largest: {best}"
+    if others:
+        tied = [best, *others]
+        which = f"tied for the largest: {', '.join(tied) if len(tied) < 4 else len(tied)}"
+    axes.set_title(f"{what}\n{which}", fontsize="medium")
 
 
 def _name_columns(axes: Axes, names: list[str]) -> None:

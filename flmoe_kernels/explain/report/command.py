@@ -11,15 +11,11 @@ import dataclasses
 import importlib
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from flmoe_kernels.core.files import write_whole
-from flmoe_kernels.explain.estimators.indices import SII
-from flmoe_kernels.explain.estimators.results import MAGNITUDE
+from flmoe_kernels.core.files import Content
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.published.convert import load_layer
 from flmoe_kernels.published.file import CheckpointError
@@ -27,24 +23,29 @@ from flmoe_kernels.published.swap import swap
 
 from .features import Features, load_features
 from .findings import Findings, find, json_text
+from .folder import CHECKPOINTS, PAGE, RunFolder
 from .page import page
 from .pictures import draw
 from .request import Request
+from .sentences import of_sample, overall
 
 INTERRUPTED = 130
 EXTRAS = ("matplotlib", "tqdm")
-CHECKPOINTS = "checkpoints"
 
 
 class LayersDiffer(Exception):
     """The fast layer's outputs differ from the reference's; the message says which."""
 
 
-def run(request: Request) -> Findings:
+def run(request: Request, *, force: bool = False) -> Findings:
     """Explain samples and write OUT/index.html, explanation.json, result files and figures.
 
-    Every file is written atomically, index.html last. OUT/checkpoints keeps the progress of the pair estimates;
-    the same request continues from it, with the same numbers as an uninterrupted run.
+    Results are written when all are complete, each atomically, index.html last; OUT/run.json records them. Before,
+    OUT/checkpoints keeps the progress of the pair estimates; the same request continues from it, with the same
+    numbers as an uninterrupted run.
+
+    Args:
+        force: replace the files of an earlier run in the folder, which is otherwise an error; other files stay.
 
     Raises:
         ModuleNotFoundError: an optional package is missing.
@@ -54,31 +55,28 @@ def run(request: Request) -> Findings:
     # Imported first, because the evaluations take minutes.
     for name in EXTRAS:
         importlib.import_module(name)
+    folder = RunFolder(request.out, request, force)
     fast, about, features = _load(request)
-    folder = request.out
-    folder.mkdir(parents=True, exist_ok=True)
-    findings = find(fast, features, request, folder / CHECKPOINTS, about)
-    files = _write_results(findings, folder)
+    findings = find(fast, features, request, folder.claim, about)
     with warnings.catch_warnings():
         # Characters missing in the font become boxes in figures; the page's tables have the text.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         pictures = draw(findings)
-    for name, picture in pictures.items():
-        write_whole(folder / name, picture.png)
-    write_whole(folder / "index.html", page(findings, pictures, [*files, *pictures]))
+    files = _results(findings) | {name: picture.png for name, picture in pictures.items()}
+    folder.publish({**files, PAGE: page(findings, pictures, list(files))})
     return findings
 
 
-def main(request: Request) -> int:
+def main(request: Request, *, force: bool = False) -> int:
     """Run as a command; return 0: done, 1: layers differ, 2: the request cannot be run, 130: interrupted.
 
     Raises:
         ModuleNotFoundError: an optional package is missing.
     """
     try:
-        findings = run(request)
+        findings = run(request, force=force)
     except KeyboardInterrupt:
-        message = "interrupted: written files are complete; the same command continues from "
+        message = "interrupted, without results; the same command without --force continues from "
         print(f"{message}{request.out / CHECKPOINTS}", file=sys.stderr)
         return INTERRUPTED
     except LayersDiffer as error:
@@ -87,14 +85,9 @@ def main(request: Request) -> int:
     except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console = Console()
-    for sample, values in enumerate(findings.pairs):
-        if len(values[SII]):
-            console.print(f"sample {sample}, class {int(findings.target[sample])}:", end=" ")
-            table = values[SII].table(3, MAGNITUDE)
-            console.print(table, markup=False, highlight=False, soft_wrap=True)
-    console.print("Written: index.html, explanation.json, results and figures in", end=" ")
-    console.print(str(request.out), markup=False, highlight=False, soft_wrap=True)
+    for sentence in (overall(findings), *(of_sample(findings, s) for s in range(findings.samples))):
+        print(sentence)
+    print(f"Written: {PAGE}, explanation.json, results and figures in {request.out}")
     return 0
 
 
@@ -103,6 +96,7 @@ def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
     checkpoint, data = request.checkpoint, request.data
     reference = load_layer(checkpoint, **request.layer)
     spec = describe(reference)
+    request.require_counts(spec.num_modalities, spec.num_classes)
     dtype = next(reference.parameters()).dtype
     features = load_features(data, spec.num_modalities, spec.hidden_dim, spec.num_classes, dtype)
     if spec.compat == "i2moe" and features.masks is not None:
@@ -126,16 +120,14 @@ def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
     return report.model, about, features
 
 
-def _write_results(findings: Findings, folder: Path) -> list[str]:
-    """Write the result files and the JSON file; return their names."""
-    savers: dict[str, Any] = {
-        "attribution.npz": findings.attribution,
-        "faithfulness.npz": findings.faithfulness,
-        **{f"pair_masking_{name}.npz": drops for name, drops in findings.pair_masking.items()},
+def _results(findings: Findings) -> dict[str, Content]:
+    """The contents of the result files and the JSON file, by name."""
+    results: dict[str, Any] = {
+        "attribution": findings.attribution,
+        "faithfulness": findings.faithfulness,
+        **{f"pair_masking_{name}": drops for name, drops in findings.pair_masking.items()},
     }
     for sample, values in enumerate(findings.pairs):
-        savers |= {f"sample_{sample:05d}_{name}.npz": pairs for name, pairs in values.items()}
-    for name, result in savers.items():
-        result.save(folder / name)
-    write_whole(folder / "explanation.json", json_text(findings))
-    return [*savers, "explanation.json"]
+        results |= {f"sample_{sample:05d}_{name}": pairs for name, pairs in values.items()}
+    files: dict[str, Content] = {f"{name}.npz": result.save for name, result in results.items()}
+    return {**files, "explanation.json": json_text(findings)}

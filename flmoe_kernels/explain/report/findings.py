@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from flmoe_kernels import __version__
 from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.values import Attribution
+from flmoe_kernels.explain.estimators.candidates import candidate_pairs
 from flmoe_kernels.explain.estimators.indices import RG, SII
 from flmoe_kernels.explain.estimators.interactions import probe_pairs
 from flmoe_kernels.explain.estimators.results import PairValues
-from flmoe_kernels.explain.estimators.run import Run
+from flmoe_kernels.explain.estimators.run import Run, choose
 from flmoe_kernels.explain.estimators.sampling import Sampling
-from flmoe_kernels.explain.games.tokens import candidates, token_means, valid_tokens
+from flmoe_kernels.explain.games.tokens import candidates, players_of, token_means, valid_tokens
 from flmoe_kernels.explain.masking.drops import MaskingDrops
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
 
@@ -65,6 +67,26 @@ class Findings:
     pairs: list[dict[str, PairValues]]
     faithfulness: MaskingDrops
     pair_masking: dict[str, MaskingDrops]
+
+    @property
+    def samples(self) -> int:
+        return self.features.samples
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts; a uniqueness expert has its modality's name, if names are given."""
+        names, known = list(self.attribution.experts), self.request.modality_names
+        if known is not None:
+            names[: len(known)] = [f"unique_{printable(x)}" for x in known]
+        return names
+
+    def modality(self, m: int) -> str:
+        names = self.request.modality_names
+        return f"modality {m}" if names is None else printable(names[m])
+
+    def class_name(self, k: int) -> str:
+        names = self.request.class_names
+        return f"class {k}" if names is None else f"{OPEN}{printable(names[k])}{CLOSE}"
 
     @property
     def sources(self) -> dict[str, str]:
@@ -132,10 +154,14 @@ def find(
     layer: Any,
     whole: Features,
     request: Request,
-    checkpoint: Path,
+    start: Callable[[], Path],
     about: dict[str, Any],
 ) -> Findings:
     """Explain the first samples with a layer in eval mode.
+
+    Args:
+        start: returns the folder of checkpoints; called once, before the long part, when the request is known to
+            be valid.
 
     Raises:
         ValueError: an invalid argument; the message says what was expected and what was passed.
@@ -155,6 +181,8 @@ def find(
         baseline = token_means([(whole.inputs, whole.masks)], exempt=exempt)
     value: dict[str, Any] = {"fill": request.fill, "baseline": baseline}
     attribution = attribute(layer, *given, method=request.attribution, target=classes)
+    sampling = Sampling(budget=request.budget, seed=request.seed)
+    _require_affordable(request, valid_tokens(*given), attribution.of(), sampling)
     pairs = probe_pairs(
         layer,
         *given,
@@ -164,8 +192,8 @@ def find(
         scores=attribution.of(),
         top=request.top,
         method=request.method,
-        sampling=Sampling(budget=request.budget, seed=request.seed),
-        run=Run(checkpoint=checkpoint, progress=True),
+        sampling=sampling,
+        run=Run(checkpoint=start(), progress=True),
         **value,
     )
     value |= {"n_random": request.repeats, "seed": request.seed, "exempt": exempt, "progress": True}
@@ -186,6 +214,16 @@ def find(
         faithfulness=drops,
         pair_masking=masking,
     )
+
+
+def _require_affordable(
+    request: Request, valid: list[Tensor], scores: list[Tensor], sampling: Sampling
+) -> None:
+    """Raise the errors of the estimates, such as a budget that is too small, before any evaluation."""
+    for s in range(len(valid[0])):
+        tokens = players_of(valid, s)
+        chosen = candidate_pairs(tokens, request.pairs, [x[s] for x in scores], request.top)
+        choose(len(tokens), chosen.pairs, INDICES, request.method, sampling, s)
 
 
 def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
@@ -215,13 +253,14 @@ def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
 
 def token_name(findings: Findings, sample: int, modality: int, position: int) -> str:
     """Name of a token: its modality, position and, if known, its string, on one line and shortened."""
-    strings = findings.features.tokens[modality]
+    strings, names = findings.features.tokens[modality], findings.request.modality_names
+    place = f"{modality if names is None else printable(names[modality])}:{position}"
     if strings is None:
-        return f"{modality}:{position}"
+        return place
     text = printable(str(strings[sample, position]))
     if len(text) > _LONGEST_TOKEN:
         text = text[: _LONGEST_TOKEN - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return f"{modality}:{position} {OPEN}{text}{CLOSE}"
+    return f"{place} {OPEN}{text}{CLOSE}"
 
 
 def versions() -> dict[str, str]:

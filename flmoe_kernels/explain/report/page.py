@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -10,29 +11,42 @@ from typing import Any
 from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.targets import PROB
 from flmoe_kernels.explain.estimators.indices import RG, SII
-from flmoe_kernels.explain.estimators.results import MAGNITUDE
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
+from flmoe_kernels.explain.figures.curves import compare
+from flmoe_kernels.explain.figures.ties import NEAR
 from flmoe_kernels.explain.masking.drops import MaskingDrops
 
 from .findings import TOP_ROWS, Findings, token_name, versions
 from .pictures import Picture
+from .sentences import classes, interaction, of_sample, overall, ranks, tied_tokens
 
 _TOP_TOKENS = 5
+PM = "\N{PLUS-MINUS SIGN}"
 # With this policy a browser runs no script and loads no file, even if an escape were missing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #111;
-  background: #fff; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto; padding: 0 1rem; color: #111;
+  background: #fff; overflow-wrap: break-word; }
 h1, h2, h3 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; border-top: 1px solid #bbb; padding-top: 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; max-width: calc(100vw - 2rem); }
 th, td { border-bottom: 1px solid #ccc; padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
+  max-width: 16rem; }
 tbody th { font-weight: inherit; }
-td.number, th.number { text-align: right; overflow-wrap: normal; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+.finding { font-size: 1.15rem; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
 figcaption, .note { color: #444; font-size: .9rem; }
+@media (max-width: 30rem) {
+  h1 { font-size: 1.5rem; }
+  h2 { font-size: 1.25rem; }
+  table, dd { font-size: .8125rem; }
+  th, td { padding-right: .5rem; }
+  dd { margin-left: 1rem; }
+}
 """
 
 
@@ -41,17 +55,21 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
     title = f"Explanations of {findings.features.samples} samples"
     body = [
         f"<h1>{escape(title)}</h1>",
+        f'<p class="finding">{escape(overall(findings))}</p>',
         _contents(findings),
-        _summary(findings),
         "<h2>Experts</h2>",
         _figure(pictures["expert_weights.png"]),
         "<h2>Does the model need the identified tokens?</h2>",
         "<p>The tokens that the explanation identifies, or all other tokens, are masked. Comprehensiveness should "
-        "be higher, and sufficiency lower, than for as many random tokens.</p>",
+        "be higher, and sufficiency lower, than for as many random tokens; a gap within two standard errors is "
+        "not distinguishable.</p>",
         _figure(pictures["faithfulness.png"]),
         _aopc(findings),
         *(_figure(pictures[f"pair_masking_{name}.png"]) for name in findings.pair_masking),
         *(_sample(findings, s, pictures) for s in range(findings.features.samples)),
+        _glossary(findings),
+        "<h2>Parameters</h2>",
+        _summary(findings),
         _footer(findings, files),
     ]
     return (
@@ -93,9 +111,11 @@ def _facts(caption: str, facts: Mapping[str, Any]) -> str:
 
 def _framed_table(caption: str, head: str, lines: Sequence[str]) -> str:
     return (
+        # Wide tables scroll alone; the focus lets them scroll by keyboard.
+        f'<div class="table" role="region" tabindex="0" aria-label="{escape(caption)}">\n'
         f"<table>\n<caption>{escape(caption)}</caption>\n{head}<tbody>\n"
         + "\n".join(lines)
-        + "\n</tbody>\n</table>"
+        + "\n</tbody>\n</table>\n</div>"
     )
 
 
@@ -117,50 +137,53 @@ def _summary(findings: Findings) -> str:
         f"temperature {layer['temperature']:g}",
         "tokens by modality": ", ".join(map(str, findings.features.lengths)),
         "samples": f"{findings.features.samples} of {findings.features.total}",
-        "experts": ", ".join(findings.attribution.experts),
+        "experts": ", ".join(findings.experts),
         "scores of tokens": request.attribution,
         "pairs": f"{request.pairs}, of the {request.top} tokens of largest score in each modality",
         "values of pairs": f"{request.method}, at most {request.budget} coalitions per sample",
         "class explained": request.target
         or ("predicted" if findings.features.labels is None else "label"),
         "absent tokens": request.fill,
-        "first token never masked": ", ".join(f"modality {m}" for m in request.exempt) or "-",
+        "first token never masked": ", ".join(map(findings.modality, request.exempt)) or "-",
         "random sets of tokens": f"{request.repeats}, seed {request.seed}",
     }
     return _facts("Request", {name: printable(str(x)) for name, x in facts.items()})
 
 
 def _contents(findings: Findings) -> str:
-    """Format the links to the samples."""
-    links = "".join(
-        f'<li><a href="#sample_{s}">Sample {s}</a></li>' for s in range(findings.features.samples)
-    )
-    return f'<nav aria-label="Samples"><ul>{links}</ul></nav>'
+    """Format the findings of the samples, with links."""
+    lines = []
+    for s in range(findings.samples):
+        name, _, finding = of_sample(findings, s).partition(",")
+        lines.append(f'<li><a href="#sample_{s}">{name}</a>,{escape(finding)}</li>')
+    return f'<nav aria-label="Samples"><ul>{"".join(lines)}</ul></nav>'
 
 
 def _aopc(findings: Findings) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     measured: dict[str, MaskingDrops] = {findings.attribution.index: findings.faithfulness}
     measured |= {f"pairs by {name}": drops for name, drops in findings.pair_masking.items()}
     for name, drops in measured.items():
         for row in drops.rows():
             if row["metric"] == PROB and row["budget"] is None:
-                numbers = (row[key] for key in ("identified", "random", "random_std", "gap"))
-                rows.append((name, row["kind"], *(_number(x) for x in numbers)))
+                own, random, std, gap = (
+                    _number(row[key]) for key in ("identified", "random", "random_std", "gap")
+                )
+                verdict = compare(drops, row["kind"]) or "-"
+                rows.append((f"{name}: {row['kind']}", verdict, own, f"{random} {PM} {std}", gap))
     return _table(
-        "Mean drop of the target's probability over the budgets (AOPC); gap above 0: better than random",
-        ("tokens identified by", "measure", "identified", "random", "std of random", "gap"),
+        f"Mean drop of the target's probability over the budgets (AOPC); random {PM} standard deviation; gap "
+        "above 0: better than random",
+        ("tokens by", "verdict", "identified", "random", "gap"),
         rows,
         words=2,
     )
 
 
 def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
-    target, label = int(findings.target[s]), findings.label(s)
     weights = findings.attribution.weights[s].tolist()
-    experts = zip(findings.attribution.experts, weights, strict=True)
+    experts = zip(findings.experts, weights, strict=True)
     first = findings.pairs[s][SII]
-    text = "" if label is None else f", label {label}"
     how = first.method.replace("_", " ")
     if not first.exact:
         how = f"estimated from {first.draws} draws"
@@ -168,17 +191,26 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
         f"{len(first)} candidates: {first.candidates}, of {first.players} valid tokens; {how}, "
         f"{first.evaluations} coalitions evaluated."
     )
+    chosen = tied_tokens(findings, s, findings.request.top)
+    if chosen:
+        note += f" Their tokens were chosen among near-ties. {'; '.join(chosen)}."
+    ties = tied_tokens(findings, s, _TOP_TOKENS)
+    finding = interaction(findings, s)
     parts = [
         f'<section id="sample_{s}" aria-labelledby="title_{s}">',
-        f'<h2 id="title_{s}">Sample {s}</h2>',
-        f"<p>Explained: class {target} (logit {float(findings.logits[s, target]):.4g}); predicted "
-        f"{findings.predicted[s]}{escape(text)}. Weights of the experts: "
+        f'<h2 id="title_{s}">Sample {s}: {escape(classes(findings, s))}</h2>',
+        f"<p>{escape(finding[0].upper() + finding[1:])}.</p>",
+        f"<p>Logit of the explained class {float(findings.logits[s, findings.target[s]]):.4g}. Weights of the "
+        "experts: "
         + escape(", ".join(f"{name} {weight:.2f}" for name, weight in experts))
         + ".</p>",
         _pairs_table(findings, s),
         f'<p class="note">{escape(note)}</p>',
         *(_figure(x) for name, x in pictures.items() if name.startswith(f"sample_{s:05d}_")),
         _tokens_table(findings, s),
+        f'<p class="note">The order of tied tokens has no meaning. {escape("; ".join(ties))}.</p>'
+        if ties
+        else "",
         "</section>",
     ]
     return "\n".join(parts)
@@ -186,23 +218,26 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
 
 def _pairs_table(findings: Findings, s: int) -> str:
     values = findings.pairs[s]
-    rows = []
+    rows, places = [], ranks(values[SII])
     for k in values[SII].ranked(TOP_ROWS, MAGNITUDE):
         tokens = values[SII].tokens[values[SII].pairs[k]].tolist()
         names = (token_name(findings, s, m, position) for m, position in tokens)
-        numbers = []
-        for name in (SII, RG):
-            numbers += [
-                f"{values[name].values[k]:+.3g}",
-                _number(float(values[name].standard_errors[k])),
-            ]
-        rows.append((*names, *numbers))
+        numbers = (_with_error(values[name], k) for name in (SII, RG))
+        rows.append((places[k], " with ".join(names), *numbers))
     return _table(
-        f"Top pairs by |{SII}|, in units of the logit",
-        ("token", "token", SII, "std. error", RG, "std. error"),
+        f"Top pairs by |{SII}|, in units of the logit, {PM} standard error",
+        ("rank", "tokens", SII, RG),
         rows,
         words=2,
     )
+
+
+def _with_error(values: PairValues, place: int) -> str:
+    value, error = float(values.values[place]), float(values.standard_errors[place])
+    if not math.isfinite(value):
+        return "-"
+    known = f"{error:.2g}" if math.isfinite(error) else "?"
+    return f"{value:+.3g} {PM} {known}" if error else f"{value:+.3g}"
 
 
 def _tokens_table(findings: Findings, s: int) -> str:
@@ -219,20 +254,31 @@ def _tokens_table(findings: Findings, s: int) -> str:
     )
 
 
+def _glossary(findings: Findings) -> str:
+    names = findings.request.modality_names
+    first = "0" if names is None else escape(printable(names[0]))
+    return (
+        "<h2>How to read this</h2>\n"
+        f"<dl>\n<dt>{first}:3</dt><dd>The token at position 3 of {escape(findings.modality(0))}; positions are "
+        "counted from 0.</dd>\n"
+        "<dt>SII</dt><dd>Shapley interaction index: the effect of two tokens together minus their effects "
+        "alone, averaged over coalitions of the other tokens. Above 0: synergy, below 0: overlap.</dd>\n"
+        "<dt>RG</dt><dd>Redundancy gap: the part of the logit that either of the two tokens alone keeps. "
+        "Substitutes have a large RG and an SII below 0.</dd>\n"
+        "<dt>rank, tied</dt><dd>Pairs within two standard errors of their difference, directly or through other "
+        "pairs, share a rank, and a colour and line in figures; a larger budget separates more of them. In "
+        f"sentences, values that differ by at most {NEAR:.0%} of the largest are tied as well.</dd>\n"
+        "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact, ? if unknown. Among many "
+        "pairs the largest value is more likely than the others to be too large.</dd>\n</dl>"
+    )
+
+
 def _footer(findings: Findings, files: Sequence[str]) -> str:
     links = "".join(
         f'<li><a href="{escape(name)}">{escape(name)}</a></li>' for name in sorted(files)
     )
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
-        "<h2>How to read this</h2>\n"
-        "<dl>\n<dt>0:3</dt><dd>The token at position 3 of modality 0, both counted from 0.</dd>\n"
-        "<dt>SII</dt><dd>Shapley interaction index: the effect of two tokens together minus their effects "
-        "alone, averaged over coalitions of the other tokens. Above 0: synergy, below 0: overlap.</dd>\n"
-        "<dt>RG</dt><dd>Redundancy gap: the part of the logit that either of the two tokens alone keeps. "
-        "Substitutes have a large RG and an SII below 0.</dd>\n"
-        "<dt>std. error</dt><dd>Standard error of a pair's Monte Carlo estimate; 0 if exact. Among many pairs "
-        "the largest value is more likely than the others to be too large.</dd>\n</dl>\n"
         f"<h2>Files</h2>\n<ul>{links}</ul>\n"
         f'<p class="note">Seed {findings.request.seed}; {escape(software)}.</p>'
     )

@@ -6,12 +6,14 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from flmoe_kernels.core.figures import png_bytes
 from flmoe_kernels.explain.attribution.values import INTEGRATED
 from flmoe_kernels.explain.estimators.indices import SII
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
+from flmoe_kernels.explain.figures.canvas import short
 from flmoe_kernels.explain.figures.curves import drop_curve
 from flmoe_kernels.explain.figures.heat_map import token_patch_map
 from flmoe_kernels.explain.figures.network import pair_network
@@ -21,7 +23,10 @@ from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
 from .features import Features
 from .findings import TOP_ROWS, Findings, token_name
 
-_BANDS = "Bars: a standard error over samples, if there are several; band: a standard deviation over repeats."
+_BANDS = "Bars: two standard errors over samples, if several; band: two standard deviations over repeats."
+_ALIKE = (
+    "Pairs within two standard errors of each other, directly or through other pairs, look alike"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Picture:
 
 def draw(findings: Findings) -> dict[str, Picture]:
     """Draw all figures; return PNG files by name."""
-    names, weights = findings.attribution.experts, findings.attribution.weights
+    names, weights = findings.experts, findings.attribution.weights
     mean = weights.mean(dim=0).tolist()
     means = [f"{name} {value:.2f}" for name, value in zip(names, mean, strict=True)]
     pictures = {
@@ -60,7 +65,7 @@ def draw(findings: Findings) -> dict[str, Picture]:
         )
     for sample, values in enumerate(findings.pairs):
         for name, pairs in values.items():
-            if len(pairs):
+            if np.isfinite(pairs.values).any():
                 pictures |= _of_sample(findings, sample, name, pairs)
     return pictures
 
@@ -69,11 +74,13 @@ def _of_sample(
     findings: Findings, sample: int, name: str, values: PairValues
 ) -> dict[str, Picture]:
     features = findings.features
+    modalities = [findings.modality(m) for m in range(len(features.lengths))]
     tokens = [None if x is None else x[sample].tolist() for x in features.tokens]
     network = pair_network(
         values,
         TOP_ROWS,
         tokens=tokens,
+        names=modalities,
         title=f"Sample {sample}: the strongest pairs by |{name}|",
     )
     count = min(TOP_ROWS, len(values))
@@ -81,11 +88,11 @@ def _of_sample(
         f"sample_{sample:05d}_{name}_network.png": Picture(
             png_bytes(network),
             f"Lines between tokens, the widest for {_strongest(findings, sample, values)}.",
-            f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, grey: within two standard "
-            "errors of 0; width: |value|.",
+            f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, dotted: tied across 0; "
+            f"width: |value|. {_ALIKE}.",
         )
     }
-    for m, n in itertools.combinations(range(len(features.lengths)), 2):
+    for m, n in itertools.combinations(range(len(modalities)), 2):
         sides = _sides(features, m, n)
         # The image is the same for every index.
         for rows, columns in sides if name == SII else sides[:1]:
@@ -108,38 +115,39 @@ def _map(
     between = values.between(rows, columns)
     if not (between == between).any():
         return {}
+    first, second = findings.modality(rows), findings.modality(columns)
     weights, label = _over_image(findings, sample, columns)
     figure = token_patch_map(
         between,
         tokens[rows],
         image,
+        errors=values.between(rows, columns, errors=True),
         patches=tokens[columns],
         weights=None if image is None else weights,
         weights_label=label,
-        title=f"Sample {sample}, class {int(findings.target[sample])}: {name}",
+        title=f"Sample {sample}, {short(findings.class_name(int(findings.target[sample])))}: {name}",
         unit=f"{name} ({values.game.get('output', 'v')})",
-        row_name=f"token of modality {rows}",
-        column_name=f"token of modality {columns}",
+        row_name=f"token of {short(first)}",
+        column_name=f"token of {short(second)}",
     )
-    over = "" if image is None else f"; right: attributions over the image of modality {columns}"
+    over = "" if image is None else f"; below: attributions over the image of {second}"
     return {
         f"sample_{sample:05d}_{name}_{rows}_{columns}.png": Picture(
             png_bytes(figure),
-            f"Heat map of {name} of the candidate pairs of modalities {rows} and {columns}{over}.",
-            f"{name} of all candidate pairs of modalities {rows} and {columns}{over}.",
+            f"Heat map of {name} of the candidate pairs of {first} and {second}{over}.",
+            f"{name} of all candidate pairs of {first} and {second}{over}. {_ALIKE}.",
         )
     }
 
 
 def _over_image(findings: Findings, sample: int, modality: int) -> tuple[Any, str]:
-    """Values of the image's patches, and their description."""
-    index = findings.attribution.index
-    if index == INTEGRATED:
-        # Not scaled, because values are signed and the most negative would become 0.
-        valid = findings.attribution.valid[modality][sample]
-        own = findings.attribution.of()[modality][sample].masked_fill(~valid, torch.nan)
-        return own, f"{index} (logit)"
-    return findings.attribution.normalized()[modality][sample], f"{index}, scaled from 0 to 1"
+    """Values of the image's patches, and their description.
+
+    Not scaled to 0..1, which would show nearly equal values as the whole range of colours.
+    """
+    result = findings.attribution
+    own = result.of()[modality][sample].masked_fill(~result.valid[modality][sample], torch.nan)
+    return own, f"{result.index} (logit)" if result.index == INTEGRATED else result.index
 
 
 def _sides(features: Features, m: int, n: int) -> list[tuple[int, int]]:

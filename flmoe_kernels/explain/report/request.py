@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.values import GRADIENT_ROLLOUT
 from flmoe_kernels.explain.attribution.values import METHODS as ATTRIBUTIONS
 from flmoe_kernels.explain.estimators.candidates import ACROSS, ALL
@@ -43,6 +44,7 @@ class Request:
             and not counted in the mean of fill="mean". In coalitions of pairs it may be absent like any token.
         repeats: random sets of tokens for each identified set.
         seed: of coalitions and random sets.
+        modality_names, class_names: M and C different names for the page and the figures, or None.
     """
 
     checkpoint: Path
@@ -60,6 +62,8 @@ class Request:
     exempt: tuple[int, ...] = ()
     repeats: int = 10
     seed: int = 0
+    modality_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in {"samples": 1, "budget": 1, "top": 1, "repeats": 0, "seed": 0}.items():
@@ -70,6 +74,8 @@ class Request:
         check.require_choice("fill", self.fill, FILLS)
         for modality in self.exempt:
             check.require_count("exempt", modality, 0)
+        for name in ("modality_names", "class_names"):
+            _require_names(name, getattr(self, name))
         words = (None, LABEL, PREDICTED)
         # isdecimal also accepts digits of other scripts, and int() reads them.
         if self.target not in words and not str(self.target).isdecimal():
@@ -83,9 +89,34 @@ class Request:
         given = {name: value for name, value in options.items() if value is not None}
         return cls(**{**(_QUICK if quick else {}), **given})
 
+    def require_counts(self, modalities: int, classes: int) -> None:
+        """Check the numbers of names, which only the layer determines.
+
+        Raises:
+            ValueError: a wrong number of names.
+        """
+        for name, count in {"modality_names": modalities, "class_names": classes}.items():
+            names = getattr(self, name)
+            if names is not None and len(names) != count:
+                raise ValueError(
+                    f"{name}: expected {count} names, as the layer has, got {len(names)}"
+                )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types, without the files and the layer."""
         known = dataclasses.asdict(self)
         for name in ("checkpoint", "data", "out", "layer"):
             del known[name]
         return known
+
+
+def _require_names(name: str, names: Any) -> None:
+    if names is None:
+        return
+    if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
+        raise ValueError(f"{name}: expected a list of strings, got {names!r}")
+    shown = [printable(x).strip() for x in names]
+    if not all(shown):
+        raise ValueError(f"{name}: expected names with visible characters, got {list(names)}")
+    if twice := [x for k, x in enumerate(shown) if x in shown[:k]]:
+        raise ValueError(f"{name}: expected different names, got {twice[0]} twice")

@@ -1,0 +1,245 @@
+"""Tests of the page's words: findings first, names of modalities and classes, honest about ties."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from typer.testing import CliRunner
+
+from flmoe_kernels.cli.main import app
+from flmoe_kernels.explain import Attribution, PairValues
+from flmoe_kernels.explain.report.features import Features
+from flmoe_kernels.explain.report.findings import Findings
+from flmoe_kernels.explain.report.page import page
+from flmoe_kernels.explain.report.pictures import draw
+from flmoe_kernels.explain.report.request import Request
+from flmoe_kernels.explain.report.sentences import (
+    interaction,
+    of_sample,
+    overall,
+    ranks,
+    tied_tokens,
+)
+from tests.support.explain_results import masking_drops, pair_values
+
+EXPERTS = ("unique_0", "unique_1", "synergy", "redundancy")
+NAMES: dict[str, Any] = {"modality_names": ("text", "image <b>"), "class_names": ("cat", "<i>dog")}
+
+
+def findings(
+    pairs: PairValues, samples: int = 1, weights: Any = (0.1, 0.2, 0.6, 0.1), **options: Any
+) -> Findings:
+    """Findings of modalities with 3 and 2 tokens, two classes, all samples alike."""
+    x = [torch.tensor([[0.4, -0.2, 0.1]] * samples), torch.tensor([[0.1347, 0.134]] * samples)]
+    attribution = Attribution(
+        index="gradient_rollout",
+        explains="mixture",
+        experts=EXPERTS,
+        values=tuple(v.double().unsqueeze(1).expand(-1, 4, -1) for v in x),
+        mixture=tuple(v.double() for v in x),
+        valid=tuple(torch.ones_like(v, dtype=torch.bool) for v in x),
+        weights=torch.tensor([weights] * samples, dtype=torch.float64),
+        targets=torch.tensor([[0.0, 1.0]] * samples),
+        multi_label=False,
+        scores=torch.zeros(samples, 4),
+        completeness_error=None,
+        budget=1,
+        settings={},
+    )
+    features = Features(
+        inputs=[torch.zeros(samples, n, 8) for n in (3, 2)],
+        masks=None,
+        labels=torch.zeros(samples, dtype=torch.int64),
+        tokens=[np.array([["a", "<u>b", "c"]] * samples), None],
+        images=[None, None],
+        total=9,
+    )
+    architecture = {"compat": "x", "num_modalities": 2, "hidden_dim": 8, "num_classes": 2}
+    drops = masking_drops(samples=samples)
+    return Findings(
+        request=Request(Path("layer.pt"), Path("data.npz"), Path("out"), **options),
+        features=features,
+        layer={"architecture": architecture, "num_heads": 4, "temperature": 1.0},
+        logits=torch.tensor([[0.0, 2.0]] * samples),
+        expert_logits=torch.zeros(samples, 4, 2),
+        target=torch.ones(samples, dtype=torch.int64),
+        attribution=attribution,
+        pairs=[{"SII": pairs, "RG": dataclasses.replace(pairs, index="RG")}] * samples,
+        faithfulness=drops,
+        pair_masking={"SII": drops, "RG": drops},
+    )
+
+
+def values(*numbers: float, error: float = 0.0, **options: Any) -> PairValues:
+    return pair_values(
+        values=np.array(numbers), standard_errors=np.full(len(numbers), error), **options
+    )
+
+
+INTERACTIONS: list[tuple[PairValues, str]] = [
+    (
+        values(0.5, -1.0, 0.1, 0.3, error=0.1),
+        "the strongest interaction is text:1 “<u>b” with image <b>:1 (SII -1, standard error 0.1): "
+        "together less than the sum of both alone",
+    ),
+    (
+        values(0.5, 1.0, 0.1, 0.3),
+        "the strongest interaction is text:1 “<u>b” with image <b>:1 (SII +1, exact): together more "
+        "than the sum of both alone",
+    ),
+    (
+        values(0.9, -1.0, 0.8, 0.1, error=0.1),
+        "no single interaction is the strongest; 2 other pairs are tied with text:1 “<u>b” with "
+        "image <b>:1 (SII -1, standard error 0.1)",
+    ),
+    (
+        values(0.995, 1.0, 0.1, 0.1),
+        "no single interaction is the strongest; another pair is tied with text:1 “<u>b” with "
+        "image <b>:1 (SII +1, exact)",
+    ),
+    (
+        values(0.01, -0.19, 0.0, 0.1, error=0.1),
+        "no interaction is distinguishable from 0; the largest is text:1 “<u>b” with image <b>:1 "
+        "(SII -0.19, standard error 0.1)",
+    ),
+    # Rounding errors of an additive model are no interactions.
+    (values(1e-8, -3e-8, 0.0, 0.0), "no interaction is distinguishable from 0; the largest is "),
+    (values(0.1, -0.9, 0.0, 0.0, error=np.nan), "no interaction is distinguishable from 0"),
+    (values(*[np.nan] * 4), "no pair of tokens was scored"),
+]
+
+
+@pytest.mark.parametrize(("pairs", "expected"), INTERACTIONS)
+def test_the_strongest_interaction_is_named_only_if_it_is_distinguishable(
+    pairs: PairValues, expected: str
+) -> None:
+    found = findings(pairs, **NAMES)
+    assert interaction(found, 0).startswith(expected)
+    start = "Sample 0, explained for “<i>dog”, predicted “<i>dog”, label “cat”: "
+    assert of_sample(found, 0).startswith(start + expected)
+
+
+def test_a_pair_that_is_not_above_0_is_not_the_strongest() -> None:
+    """The pair of largest |value| has an error of half its size, another one does not."""
+    pairs = pair_values(standard_errors=np.array([0.01, 0.6, 0.1, 0.0]))
+    expected = "no single interaction is the strongest; another pair is tied with 0:0 “a” with 1:0 "
+    assert interaction(findings(pairs), 0).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ((0.1, 0.2, 0.6, 0.1), "The expert synergy has the largest weight, 0.60"),
+        (
+            (0.3, 0.301, 0.1, 0.299),
+            "No expert has clearly the largest weight (tied: unique_image <b> 0.30, unique_text 0.30, ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_one_sentence_of_all_samples(weights: Any, expected: str, samples: int) -> None:
+    sentence = overall(findings(pair_values(), samples, weights, **NAMES))
+    assert sentence.startswith(expected)
+    assert "not distinguishable" in sentence
+    assert sentence.count(". ") == 0
+    where = "in 3 of 3 samples" if samples == 3 else "the strongest interaction is text:1"
+    assert where in sentence
+
+
+def test_near_ties_of_tokens_are_named() -> None:
+    found = findings(pair_values(), **NAMES)
+    [note] = tied_tokens(found, 0, 5)
+    expected = "image <b>: 2 tokens are tied for the first place (0.134 to 0.1347, within 5% of"
+    assert note.startswith(expected)
+
+
+def test_pairs_within_two_standard_errors_share_a_rank() -> None:
+    assert ranks(pair_values()) == ["2\u20134", "1", "2\u20134", "2\u20134"]
+    assert ranks(values(0.5, -1.0, 0.1, 0.5)) == ["2\u20133", "1", "4", "2\u20133"]
+    assert ranks(values(0.5, np.nan, 0.1, 0.3)) == ["1", "-", "3", "2"]
+
+
+@pytest.mark.parametrize("options", [{}, NAMES])
+def test_page_has_the_finding_first_and_the_parameters_last(options: dict[str, Any]) -> None:
+    found = findings(pair_values(), 2, **options)
+    text = page(found, draw(found), ["attribution.npz"])
+    body = text.partition("<body>")[2]
+    order = [
+        "<h1>",
+        html.escape(overall(found)),
+        *(html.escape(of_sample(found, s).partition(",")[2]) for s in (0, 1)),
+        "<h2>Experts</h2>",
+        'id="sample_0"',
+        'id="sample_1"',
+        "<h2>How to read this</h2>",
+        "<h2>Parameters</h2>",
+        "temperature",
+        "<h2>Files</h2>",
+    ]
+    places = [body.index(part) for part in order]
+    assert places == sorted(places)
+    assert not re.search(r"<(?:b|i|u)>", text)
+    if options:
+        assert "modality 0" not in text
+        assert "class 1" not in text
+        for name in ("unique_text", "text:1", "image &lt;b&gt;:1", "“&lt;i&gt;dog”"):
+            assert name in text, name
+    else:
+        for name in ("unique_0", "0:1 ", "1:1", "class 1", "modality 0"):
+            assert name in text, name
+
+
+def test_words_do_not_break_and_tables_scroll_alone() -> None:
+    text = page(found := findings(pair_values()), draw(found), [])
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    assert "anywhere" not in style
+    assert "break-all" not in style
+    assert ".table { overflow-x: auto" in style
+    assert text.count('<div class="table" role="region" tabindex="0"') == text.count("<table>")
+
+
+BAD_NAMES: list[tuple[dict[str, Any], str]] = [
+    ({"modality_names": ("a",)}, "modality_names: expected 2 names, as the layer has, got 1"),
+    ({"class_names": ("a", "b", "c")}, "class_names: expected 2 names, as the layer has, got 3"),
+    ({"class_names": ("a", "a")}, "class_names: expected different names, got a twice"),
+    ({"class_names": ("a", " \n")}, "class_names: expected names with visible characters"),
+    ({"modality_names": "ab"}, "modality_names: expected a list of strings, got 'ab'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_NAMES)
+def test_wrong_names_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Request(Path("a"), Path("b"), Path("c"), **options).require_counts(2, 2)
+
+
+def test_names_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Request, bool]] = []
+
+    def main(request: Request, *, force: bool) -> int:
+        seen.append((request, force))
+        return 0
+
+    monkeypatch.setattr("flmoe_kernels.explain.report.command.main", main)
+    names = ["--modality-names", "text, image", "--class-names", "cat,grey dog", "--force"]
+    done = CliRunner().invoke(app, ["explain", "--checkpoint", "a", "--data", "b", *names])
+    assert done.exit_code == 0, done.output
+    [(request, force)] = seen
+    assert request.modality_names == ("text", "image")
+    assert request.class_names == ("cat", "grey dog")
+    assert force
+    done = CliRunner().invoke(
+        app, ["explain", "--checkpoint", "a", "--data", "b", "--class-names", "cat,,dog"]
+    )
+    assert done.exit_code == 2
+    assert "class_names: expected names with visible characters" in done.stderr
