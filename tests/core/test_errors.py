@@ -207,24 +207,3 @@ def test_construction() -> None:
         expert.fusion_model.network[0].dropout1.p = 0.1
     with pytest.raises(UnsupportedLayer, match=r"proj_drop and dropout1 differ, 0\.5 and 0\.1"):
         InteractionMoE.adopt(uneven)
-
-
-def test_changes_that_the_kernels_would_ignore_are_refused() -> None:
-    """Rates, modes, hooks and parts changed after construction; the reference backend applies them."""
-    changes: list[tuple[Callable[[Any], object], str]] = [
-        (lambda layer: setattr(layer.attn.attn_drop, "p", 0.9), r"attn_drop: experts differ"),
-        (lambda layer: layer.dropout2.eval(), r"dropout2: experts differ in rate or mode"),
-        (lambda layer: setattr(layer.mlp.network[2], "p", 0.1), r"mlp\.network\.2: experts differ"),
-        (lambda layer: layer.norm1.register_forward_hook(print), r"LayerNorm: carries a hook"),
-        (lambda layer: layer.mlp.register_forward_pre_hook(print), r"MLP: carries a hook"),
-        (lambda layer: setattr(layer, "norm2", nn.Identity()), r"Identity: replaced after"),
-    ]
-    x = CASE.inputs()
-    for change, message in changes:
-        layer = InteractionMoE.adopt(dataclasses.replace(CASE, dropout=0.5).reference())
-        change(layer.interaction_experts[1].fusion_model.network[0])
-        for run in (layer, layer.inference):
-            with pytest.raises(ValueError, match=message):
-                run(x)
-        layer.backend = "reference"
-        layer(x)

@@ -188,8 +188,19 @@ def test_changes_that_the_kernels_do_not_compute_are_refused(
     layer = fast_layer(case)
     layer(*data(case)[:1])
     change(layer)
-    with pytest.raises(ValueError, match=message):
-        layer(*data(case)[:1])
+    for run in (layer, layer.inference):
+        with pytest.raises(ValueError, match=message) as error:
+            run(*data(case)[:1])
+        assert "backend='reference'" in str(error.value)
+
+
+def test_the_reference_backend_computes_what_the_kernels_refuse() -> None:
+    layer, calls = fast_layer(FL), list[Any]()
+    encoder(layer).norm2 = nn.Identity()
+    encoder(layer).attn.q.register_forward_hook(lambda part, *_: calls.append(part))
+    layer.backend = "reference"
+    layer(*data(FL)[:2])
+    assert len(calls) == 3  # once per view
 
 
 HONOURED: list[tuple[str, Callable[[Any], object]]] = [

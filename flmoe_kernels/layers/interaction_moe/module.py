@@ -33,6 +33,7 @@ from .sparse import GateLosses, sum_losses
 from .structure import describe
 
 _OPERATOR = "interaction_moe"
+_REMEDY = "; use backend='reference'"
 # The parts of a layer after construction, with the forward that the kernels replace.
 _CLASSES: tuple[Any, ...] = (
     *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
@@ -197,7 +198,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         parameter = next(self.parameters()) if reason else self._parameter
         backend = backends.choose(_OPERATOR, parameter, self.backend)
         if reason and backend != backends.REFERENCE:
-            raise UnsupportedLayer(f"{reason}; use backend='reference'")
+            raise UnsupportedLayer(reason + _REMEDY)
         like, cast = parameter, autocast_dtype(parameter.device)
         if cast is not None and isinstance(inputs, list | tuple):
             # Under autocast an encoder returns low precision. The layer computes in its parameters' dtype or, with
@@ -264,7 +265,7 @@ class InteractionMoE(ReferenceInteractionMoE):
             # A parameter was removed or has another shape, which a snapshot does not show.
             self._snapshot = None
             if reason := self._unsupported():
-                raise UnsupportedLayer(reason) from None
+                raise UnsupportedLayer(reason + _REMEDY) from None
             raise
 
     def _latents(

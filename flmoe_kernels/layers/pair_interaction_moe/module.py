@@ -111,18 +111,16 @@ class PairInteractionMoE(nn.Module):
         if backend is not None:
             check.require_choice("backend", backend, backends.BACKENDS)
         self.dims = tuple(dims)
-        self.num_classes = num_classes
-        self.kinds = tuple(kinds)
         self.rank, self.value_dim = rank, value_dim
         self.top_k, self.temperature = top_k, float(temperature)
         self.normalizer = float(normalizer)
         self.token_outputs = token_outputs
         self.backend = backend
         self._table = ExpertTable.of(len(dims), kinds)
-        self._make_parameters()
+        self._make_parameters(num_classes)
         self.reset_parameters()
 
-    def _make_parameters(self) -> None:
+    def _make_parameters(self, num_classes: int | None) -> None:
         pairs, experts = self.modality_pairs, len(self.kinds)
         width = experts * (self.rank + self.value_dim)
         self.anchors = nn.ParameterList(nn.Parameter(torch.empty(dim)) for dim in self.dims)
@@ -136,10 +134,10 @@ class PairInteractionMoE(nn.Module):
         self.gate_bias = nn.Parameter(torch.empty(len(pairs), experts))
         self.head: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
-        if self.num_classes is not None:
-            shape = (len(self.experts), self.value_dim, self.num_classes)
+        if num_classes is not None:
+            shape = (len(self.experts), self.value_dim, num_classes)
             self.head = nn.Parameter(torch.empty(shape))
-            self.bias = nn.Parameter(torch.empty(self.num_classes))
+            self.bias = nn.Parameter(torch.empty(num_classes))
         self.token_maps: Any = None
         if self.token_outputs:
             # Without a bias, so that a token whose pairs add nothing stays unchanged.
@@ -162,6 +160,14 @@ class PairInteractionMoE(nn.Module):
             bound = self.value_dim**-0.5  # as nn.Linear
             nn.init.uniform_(self.head, -bound, bound)
             nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.head is None else self.head.shape[2]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self._table.kinds
 
     @property
     def experts(self) -> tuple[str, ...]:
