@@ -234,14 +234,14 @@ def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
 
 define(
     "dropout_add_pool",
-    f"(Tensor residual, Tensor update, Tensor cu_segments, int views, {_DROP}) -> Tensor",
+    f"(Tensor residual, Tensor update, Tensor cu_segments, SymInt views, {_DROP}) -> Tensor",
     _run("pool"),
     _pool_fake,
     (_pool_setup, _pool_autograd),
 )
 define(
     "dropout_add_pool_backward",
-    f"(Tensor grad_out, Tensor cu_segments, int views, int rows, {_DROP}) -> (Tensor, Tensor)",
+    f"(Tensor grad_out, Tensor cu_segments, SymInt views, SymInt rows, {_DROP}) -> (Tensor, Tensor)",
     _run("pool_backward"),
     _pool_backward_fake,
 )
@@ -261,7 +261,7 @@ def _views_autograd(ctx: Any, grad: Tensor) -> tuple:
 
 define(
     "expand_views",
-    "(Tensor x, Tensor modality, int views) -> Tensor",
+    "(Tensor x, Tensor modality, SymInt views) -> Tensor",
     _run("views_of"),
     lambda x, modality, views: x.new_empty((x.shape[0], views, *x.shape[2:])),
     (_views_setup, _views_autograd),

@@ -128,7 +128,7 @@ define(
 define("pair_map", f"({_INPUTS}, Tensor head) -> Tensor", _pair_map, _pair_map_fake)
 define(
     "top_pairs",
-    f"({_INPUTS}, Tensor head, int count) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor head, SymInt count) -> (Tensor, Tensor, Tensor)",
     _top_pairs,
     _top_pairs_fake,
 )
