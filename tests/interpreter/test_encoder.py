@@ -312,7 +312,11 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
         ("expert_linear", (x, weight[0], None), "weight: expected three dimensions"),
         ("expert_linear", (wide, wide, None), "up to 2.30 rows and widths of 2.24"),
         ("gelu_dropout", (x[:1, :1, :1].expand(1, 2**30 + 1, 1), *none), "x: expected up to 2.30"),
-        ("dropout_add_pool_backward", (means, cu, 1, 2**30 + 1, *none, ALL[:2]), "rows: expected up to"),
+        (
+            "dropout_add_pool_backward",
+            (means, cu, 1, 2**30 + 1, *none, ALL[:2]),
+            "rows: expected up to",
+        ),
         ("expand_views", (many, modality.expand(2**28), 5), "views: expected up to"),
     ]
 

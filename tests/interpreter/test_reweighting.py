@@ -138,7 +138,11 @@ def test_refusals() -> None:
         ("mix_experts", (scores[:, :3], logits, 1.0), "scores: expected"),
         ("mix_experts", (scores[:, :0], logits[:0], 1.0), "logits: expected"),
         ("mix_experts", (scores.half(), logits, 1.0), "scores: expected"),
-        ("mix_experts_backward", (scores, logits[0, :1], scores, logits, BOTH, 1.0), "grad_mixed: "),
+        (
+            "mix_experts_backward",
+            (scores, logits[0, :1], scores, logits, BOTH, 1.0),
+            "grad_mixed: ",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             getattr(OPS, name)(*arguments, TRITON)
