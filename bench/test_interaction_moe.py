@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import pytest
 
-from bench.suite import Comparison, compare
+from bench.suite import SECONDS, Comparison, compare
+from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.profile.cases import BOTH, Case
 from flmoe_kernels.profile.gate import Against
 from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
-from flmoe_kernels.profile.shapes import MMIMDB
+from flmoe_kernels.profile.operators import interaction_moe as operator
+from flmoe_kernels.profile.registry import default_ours
+from flmoe_kernels.profile.shapes import MMIMDB, MMIMDB_SHORT
+from flmoe_kernels.profile.timing import Call
 
 MEMORY_FRACTION = 1 / 3
 
 
 def test_against_peers(benchmark_against: Against, comparison: Comparison, full: bool) -> None:
     compare(benchmark_against, comparison, full)
+
+
+def test_frozen_experts(benchmark_against: Against, cpu_only: None, full: bool) -> None:
+    """A training step with frozen experts, whose inputs have gradients, against one that trains everything."""
+    case = Case("interaction_moe", MMIMDB if full else MMIMDB_SHORT, BOTH)
+    shape, ours = operator.shape_of(case), default_ours(case)
+
+    def step(trained: bool) -> Call:
+        layer = InteractionMoE.adopt(operator.make_reference(shape), backend=ours.name)
+        layer.interaction_experts.requires_grad_(trained)
+        inputs, masks = operator.make_inputs(shape, case.device)
+        leaves = [x.requires_grad_() for x in inputs]
+        return operator.timed_call(BOTH, layer, leaves, masks)
+
+    benchmark_against.benchmark.extra_info.update(ours=ours.name)
+    benchmark_against(
+        lambda: step(False),
+        lambda: step(True),
+        name=f"{case.name}/frozen experts",
+        peer_name="all trained",
+        fresh=True,
+        seconds=SECONDS[full],
+    )
 
 
 @pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason=memory_unavailable_reason("cpu"))

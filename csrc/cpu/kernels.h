@@ -29,7 +29,7 @@ struct AttentionForward {
 struct AttentionBackward {
   AttentionForward forward;
   RowView grad_out;
-  RowView grad_q, grad_k, grad_v;  // written
+  RowView grad_q, grad_k, grad_v;  // written; data null if not wanted
 };
 
 // out[e] = x[e] weight[e]^T + bias[e]; a missing bias or gradient is null.
@@ -50,7 +50,7 @@ struct NormArgs {
   void *sum, *normed;
   void *mean, *rstd;  // (experts, rows), compute type
   const void *grad_sum, *grad_normed;
-  void *grad_residual, *grad_update, *grad_gain, *grad_shift;
+  void *grad_residual, *grad_update, *grad_gain, *grad_shift;  // null if not wanted
   int64_t experts, rows, width;
   int threads;
 };
@@ -117,7 +117,8 @@ struct PairForward {
 };
 
 // Gradients in the compute type, contiguous (batch, experts, tokens, width), are accumulated;
-// grad_bias (experts) is overwritten. grad_y has stride 0 in dimensions where it is constant.
+// grad_bias (experts) is overwritten; null if not wanted. grad_y has stride 0 in dimensions where
+// it is constant.
 struct PairBackward {
   PairArgs in;
   PairReduce reduce;
@@ -209,7 +210,7 @@ struct RoutedForward {
 };
 
 // grad_hidden, weighted: workspaces (tokens * choices, hidden) in the compute type. Gradients of
-// dropped rows' weights are not touched; biases' gradients are null where there are none.
+// dropped rows' weights are not touched; a gradient that is not wanted is null.
 struct RoutedBackward {
   RoutedArgs in;
   const void *grad_out, *hidden;

@@ -76,15 +76,15 @@ def test_registered_operators_check_runs(bounds: list[int]) -> None:
     """The registered operators check values too, because the public API cannot always read them."""
     cu, q = torch.tensor(bounds, dtype=torch.int32), Q[None]
     out, lse = torch.zeros_like(q), torch.zeros(1, 6, 2)
-    packed = torch.stack([q] * 3, dim=2)
+    packed, wants = torch.stack([q] * 3, dim=2), [True] * 3
     runs: list[Callable[[], object]] = [
         lambda: OPS.expert_attention(q, q, q, cu, None, 0.0, 1.0),
-        lambda: OPS.expert_attention_backward(q, q, q, q, out, lse, cu, None, 0.0, 1.0),
+        lambda: OPS.expert_attention_backward(q, q, q, q, out, lse, cu, None, 0.0, 1.0, wants),
         lambda: OPS.expert_attention_packed(packed, cu, None, 0.0, 1.0),
         lambda: OPS.expert_attention_packed_backward(q, packed, out, lse, cu, None, 0.0, 1.0),
         lambda: OPS.dropout_add_pool(Q, Q, cu.clamp(-5, 9), 1, None, 0.0),
         lambda: OPS.dropout_add_pool_backward(
-            torch.zeros(6, 1, len(bounds) - 1, 4), cu.clamp(-5, 9), 1, 2, None, 0.0
+            torch.zeros(6, 1, len(bounds) - 1, 4), cu.clamp(-5, 9), 1, 2, None, 0.0, wants[:2]
         ),
     ]
     for run in runs:

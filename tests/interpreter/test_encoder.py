@@ -22,6 +22,7 @@ from tests.support.inputs import as_dtype, cumulative, draw, make_seed
 from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton, tensors
 
 TRITON = "triton"
+ALL = [True] * 4
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 # (rows, width): near the limits of parts, groups of 128 columns, blocks of rows and blocks of columns.
@@ -194,12 +195,12 @@ def test_masks_are_the_generators(experts: int, rows: int, width: int, p: float)
     found["dropout_add_norm"] = OPS.dropout_add_norm(zeros, *norm)[0]
     statistics = torch.ones(shape[:2])
     backward = (ones, None, zeros, statistics, statistics, gain, seed, p)
-    found["its gradient"] = OPS.dropout_add_norm_backward(*backward, False, True, TRITON)[1]
+    found["its gradient"] = OPS.dropout_add_norm_backward(*backward, False, ALL, TRITON)[1]
     each = cumulative([1] * rows)
     pooled = OPS.dropout_add_pool(zeros, ones, each, views, seed, p, TRITON)
     found["dropout_add_pool"] = pooled.view(shape)
     grads = OPS.dropout_add_pool_backward(
-        pooled.new_ones(pooled.shape), each, views, views * rows, seed, p, TRITON
+        pooled.new_ones(pooled.shape), each, views, views * rows, seed, p, ALL[:2], TRITON
     )
     found["its gradient"] = grads[1]
     for name, got in found.items():
@@ -207,7 +208,7 @@ def test_masks_are_the_generators(experts: int, rows: int, width: int, p: float)
     # Without a residual, dropout is applied to the update twice.
     twice = torch.where(first, scale * torch.where(second, 1 + scale, 1.0), 0.0)
     sums = OPS.dropout_add_norm(None, *norm)[0]
-    grad = OPS.dropout_add_norm_backward(*backward, True, True, TRITON)[1]
+    grad = OPS.dropout_add_norm_backward(*backward, True, ALL, TRITON)[1]
     for got in (sums, grad):
         torch.testing.assert_close(got, twice, rtol=1e-6, atol=0)
     assert not torch.equal(first, second) or p == 1.0
@@ -231,7 +232,8 @@ def test_sums_over_many_rows() -> None:
     x, gain = draw(1, rows, width), torch.ones(1, width)
     mean, variance = x.mean(2), x.var(2, correction=0)
     saved = (x, mean, (variance + EPS).rsqrt(), gain, None, 0.0)
-    gradients = OPS.dropout_add_norm_backward(None, cotangent, *saved, True, False, TRITON)
+    wants = [False, False, True, True]
+    gradients = OPS.dropout_add_norm_backward(None, cotangent, *saved, True, wants, TRITON)
     found = [gradients[2:]]
     for dtype in (FLOAT32, torch.float64):
         inputs = as_dtype([x, gain, gain], dtype, requires_grad=True)
@@ -278,7 +280,7 @@ def test_no_rows_leave_zeros_for_sums(dtype: torch.dtype) -> None:
     x, stats, gain = draw(2, 0, 9, dtype=dtype), draw(2, 0), draw(2, 9, dtype=dtype)
     for grads in ((x, x), (x, None), (None, x)):
         found = OPS.dropout_add_norm_backward(
-            *(*grads, x, stats, stats, gain, make_seed(), 0.5), False, True, TRITON
+            *(*grads, x, stats, stats, gain, make_seed(), 0.5), False, ALL, TRITON
         )
         assert [tuple(each.shape) for each in found] == [(2, 0, 9)] * 2 + [(2, 9)] * 2
         assert all((each == 0).all() for each in found[2:])
@@ -304,13 +306,17 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
         ("expert_norm", (double, gain, gain, EPS), "residual: expected float32, bfloat16"),
         ("expert_norm", (x[0], gain, gain, EPS), "residual: expected 3 dimensions"),
         ("gelu_dropout", (x.int(), *none), "x: expected float32"),
-        ("dropout_add_pool_backward", (means, cu, 0, 6, *none), "views: expected"),
+        ("dropout_add_pool_backward", (means, cu, 0, 6, *none, ALL[:2]), "views: expected"),
         ("expert_linear", (double, weight.double(), None), "x: expected float32, bfloat16 or fl"),
         ("expert_linear", (x[0], weight, None), "x: expected three dimensions"),
         ("expert_linear", (x, weight[0], None), "weight: expected three dimensions"),
         ("expert_linear", (wide, wide, None), "up to 2.30 rows and widths of 2.24"),
         ("gelu_dropout", (x[:1, :1, :1].expand(1, 2**30 + 1, 1), *none), "x: expected up to 2.30"),
-        ("dropout_add_pool_backward", (means, cu, 1, 2**30 + 1, *none), "rows: expected up to"),
+        (
+            "dropout_add_pool_backward",
+            (means, cu, 1, 2**30 + 1, *none, ALL[:2]),
+            "rows: expected up to",
+        ),
         ("expand_views", (many, modality.expand(2**28), 5), "views: expected up to"),
     ]
 

@@ -152,7 +152,7 @@ def test_rows_with_offsets_beyond_32_bits_are_copied() -> None:
 def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
     q, cu = draw(1, 6, 2, 4), cumulative([6])
     seeds, half, double = torch.zeros(2, dtype=torch.int64), q.half(), q.double()
-    tail, lse = (cu, None, 0.0, 1.0), draw(1, 6, 2)
+    tail, lse, wants = (cu, None, 0.0, 1.0), draw(1, 6, 2), [True] * 3
     return [
         ("", (q[0], q[0], q[0], *tail), "q: expected"),
         ("", (double, double, double, *tail), "q: expected float32, bfloat16 or float16"),
@@ -162,13 +162,17 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
         ("", (q, q, q, cu.long(), *tail[1:]), "cu_seqlens: expected"),
         ("", (q, q, q, cu[:0], *tail[1:]), "cu_seqlens: expected"),
         ("", (q, q, q, cu, seeds, 0.5, 1.0), "seed: expected"),
-        ("_backward", (q[:, :5], q, q, q, q, lse, *tail), "grad_out: expected"),
-        ("_backward", (half, q, q, q, q, lse, *tail), "grad_out: expected"),
-        ("_backward", (q, q, q, q, q[..., :3], lse, *tail), "out: expected"),
-        ("_backward", (q, q, q, q, half, lse, *tail), "out: expected"),
-        ("_backward", (q, q, q, q, q, lse[:, :5], *tail), "lse: expected"),
-        ("_backward", (q, q, q, q, q, lse.double(), *tail), "lse: expected"),
-        ("_backward", (double,) * 5 + (lse, *tail), "q: expected float32, bfloat16 or float16"),
+        ("_backward", (q[:, :5], q, q, q, q, lse, *tail, wants), "grad_out: expected"),
+        ("_backward", (half, q, q, q, q, lse, *tail, wants), "grad_out: expected"),
+        ("_backward", (q, q, q, q, q[..., :3], lse, *tail, wants), "out: expected"),
+        ("_backward", (q, q, q, q, half, lse, *tail, wants), "out: expected"),
+        ("_backward", (q, q, q, q, q, lse[:, :5], *tail, wants), "lse: expected"),
+        ("_backward", (q, q, q, q, q, lse.double(), *tail, wants), "lse: expected"),
+        (
+            "_backward",
+            (double,) * 5 + (lse, *tail, wants),
+            "q: expected float32, bfloat16 or float16",
+        ),
     ]
 
 

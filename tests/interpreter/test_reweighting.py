@@ -14,6 +14,7 @@ from tests.support.inputs import as_dtype, draw, draw_masks, gradients
 from tests.support.operator_cases import OPS, compare
 
 TRITON = "triton"
+BOTH = [True, True]
 QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("none", "partial", "padded_sample", "padded_modality", "mixed")
@@ -137,7 +138,11 @@ def test_refusals() -> None:
         ("mix_experts", (scores[:, :3], logits, 1.0), "scores: expected"),
         ("mix_experts", (scores[:, :0], logits[:0], 1.0), "logits: expected"),
         ("mix_experts", (scores.half(), logits, 1.0), "scores: expected"),
-        ("mix_experts_backward", (scores, logits[0, :1], scores, logits, 1.0), "grad_mixed: "),
+        (
+            "mix_experts_backward",
+            (scores, logits[0, :1], scores, logits, BOTH, 1.0),
+            "grad_mixed: ",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             getattr(OPS, name)(*arguments, TRITON)
@@ -161,7 +166,7 @@ def test_opcheck() -> None:
         (OPS.reweighting_features, (tokens, mask, [2, 3], 1)),
         (OPS.reweighting_features_backward, (features, features, statistics, mask, [2, 3])),
         (OPS.mix_experts, (scores, logits, 1.5)),
-        (OPS.mix_experts_backward, (weights, mixed, weights, parts, 1.5)),
+        (OPS.mix_experts_backward, (weights, mixed, weights, parts, BOTH, 1.5)),
     ):
         # The compiled forward already traces the backward.
         tests = QUICK if "backward" in str(op) else (*QUICK, "test_aot_dispatch_dynamic")

@@ -287,7 +287,7 @@ def test_invalid_places_and_offsets_are_not_used_as_addresses() -> None:
     left = torch.ones(len(want), dtype=torch.bool)
     left[3] = left[7] = False
     assert torch.equal(hidden[left], want[left])
-    kernels.backward(call, torch.ones_like(out), hidden)
+    kernels.backward(call, torch.ones_like(out), hidden, [True] * 6)
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -332,7 +332,7 @@ def test_offsets_beyond_32_bits() -> None:
         one.run()
     small = call(x[last], weight[last], torch.arange(3, dtype=torch.int32), 0, 3)
     expected, h = kernels.forward(small)
-    grads = kernels.backward(small, grad[last], h)
+    grads = kernels.backward(small, grad[last], h, [True, True, True, False, True, False])
     for got, want in zip(
         (out[last], before[last], grad_x[last], grad_w[:, :, 0]),
         (expected, h, grads[0], grads[4]),
@@ -357,7 +357,7 @@ def test_inconsistent_arguments_are_refused() -> None:
         OPS.routed_mlp(*many, 0, TRITON)
     hidden = w_in[0, :1, :1].expand(rows, 9)
     with pytest.raises(ValueError, match=too_many):
-        OPS.routed_mlp_backward(many[0], hidden, *many, 0, TRITON)
+        OPS.routed_mlp_backward(many[0], hidden, *many, 0, [True] * 6, TRITON)
 
 
 def test_opcheck() -> None:
@@ -367,8 +367,9 @@ def test_opcheck() -> None:
     leaves = [t.detach().requires_grad_() for t in (x, weight)]
     tail = (w_in, b_in, w_out, b_out, offsets, permutation, 0, TRITON)
     torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail))
-    tail = (w_in, None, w_out, None, offsets, permutation, 0, TRITON)
-    out, hidden = OPS.routed_mlp(x, weight, *tail)
+    inputs = (x, weight, w_in, None, w_out, None, offsets, permutation, 0)
+    out, hidden = OPS.routed_mlp(*inputs, TRITON)
+    wants = [True, True, True, False, True, False]
     torch.library.opcheck(
-        OPS.routed_mlp_backward.default, (torch.ones_like(out), hidden, x, weight, *tail)
+        OPS.routed_mlp_backward.default, (torch.ones_like(out), hidden, *inputs, wants, TRITON)
     )

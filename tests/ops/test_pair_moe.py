@@ -238,7 +238,9 @@ def test_opcheck(dtype: torch.dtype, reduce: str) -> None:
     inputs = (q, k, a, c, *tail)
     y, mass = OPS.pair_moe(*inputs, reduce, "cpu")
     grads = (torch.ones_like(y), torch.ones_like(mass))
-    torch.library.opcheck(OPS.pair_moe_backward.default, (*grads, *inputs, reduce, "cpu"))
+    for wants in ([True] * 5, [False, True, False, True, False]):
+        arguments = (*grads, *inputs, reduce, wants, "cpu")
+        torch.library.opcheck(OPS.pair_moe_backward.default, arguments)
     head = draw(2, 4, 6, dtype=dtype)
     torch.library.opcheck(OPS.pair_map.default, (*inputs, head, "cpu"))
     torch.library.opcheck(OPS.top_pairs.default, (*inputs, head, 3, "cpu"))

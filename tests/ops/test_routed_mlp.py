@@ -155,13 +155,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(dtype)
     _, offsets, permutation = dispatch(BASE.index(), 4)
     for biases in ((b_in, b_out), (None, None)):
-        tail = (w_in, biases[0], w_out, biases[1], offsets, permutation, 0, "cpu")
-        out, hidden = OPS.routed_mlp(x, weight, *tail)
-        torch.library.opcheck(
-            OPS.routed_mlp_backward.default, (torch.ones_like(out), hidden, x, weight, *tail)
-        )
+        tail = (w_in, biases[0], w_out, biases[1], offsets, permutation, 0)
+        out, hidden = OPS.routed_mlp(x, weight, *tail, "cpu")
+        given = (torch.ones_like(out), hidden, x, weight, *tail)
+        for wants in ([True, True, True, biases[0] is not None, False, False], [False] * 6):
+            torch.library.opcheck(OPS.routed_mlp_backward.default, (*given, wants, "cpu"))
         leaves = [t.detach().requires_grad_() for t in (x, weight)]
-        torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail))
+        torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail, "cpu"))
 
 
 def test_compiled_whole_and_checkpointed() -> None:

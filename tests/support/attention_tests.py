@@ -157,14 +157,16 @@ class AttentionTests:
         case = Case((4, 0, 7), self.heads, 5, tail=1, groups=1)
         q, k, v = case.qkv(dtype)
         qkv = torch.stack([q, k, v], 2)
-        tail = (case.cu_seqlens, make_seed() if p else None, p, 0.4, self.backend)
-        out, lse = OPS.expert_attention(q, k, v, *tail)
+        tail = (case.cu_seqlens, make_seed() if p else None, p, 0.4)
+        out, lse = OPS.expert_attention(q, k, v, *tail, self.backend)
         grad = draw(*out.shape, dtype=dtype, seed=8)
         leaves = [x.detach().requires_grad_() for x in (q, k, v, qkv)]
         for op, arguments in (
             (OPS.expert_attention.default, leaves[:3]),
             (OPS.expert_attention_packed.default, leaves[3:]),
-            (OPS.expert_attention_backward.default, [grad, q, k, v, out, lse]),
             (OPS.expert_attention_packed_backward.default, [grad, qkv, out, lse]),
         ):
-            torch.library.opcheck(op, (*arguments, *tail))
+            torch.library.opcheck(op, (*arguments, *tail, self.backend))
+        op = OPS.expert_attention_backward.default
+        for wants in ([True, True, True], [False, True, False]):
+            torch.library.opcheck(op, (grad, q, k, v, out, lse, *tail, wants, self.backend))

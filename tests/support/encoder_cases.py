@@ -49,7 +49,12 @@ def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
     gain, stats, weight = draw(2, 4, seed=2), draw(2, 6, seed=3), draw(2, 4, 4, seed=4)
     pooled, modality = draw(2, 2, 2, 4), torch.tensor([0, 1, 1], dtype=torch.int32)
     grads = itertools.product((grad, None), repeat=2)
-    own_and_wanted = ((True, True), (False, True), (False, False))
+    own_and_wanted = (
+        (True, [False, True, True, True]),
+        (False, [True, True, True, True]),
+        (False, [True, False, False, True]),
+        (False, [False, False, True, False]),
+    )
     wants = ((True, True, True), (True, False, True), (False, True, False))
     return [
         *(
@@ -57,8 +62,8 @@ def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
             for given, (own, want) in itertools.product(grads, own_and_wanted)
         ),
         ("gelu_dropout_backward", (grad, x, seed, p)),
-        ("dropout_add_pool_backward", (pooled, cumulative([2, 1]), 2, 6, seed, p)),
-        ("dropout_add_pool_backward", (pooled, cumulative([1, 1]), 2, 6, seed, p)),
+        ("dropout_add_pool_backward", (pooled, cumulative([2, 1]), 2, 6, seed, p, [True, True])),
+        ("dropout_add_pool_backward", (pooled, cumulative([1, 1]), 2, 6, seed, p, [False, True])),
         ("expand_views_backward", (draw(2, 3, 3, 4), modality)),
         *(("expert_linear_backward", (grad, x, weight, *wanted)) for wanted in wants),
         ("interaction_losses_backward", (draw(4), draw(4, 3, 2, 5))),

@@ -43,7 +43,7 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
     modality, pair, means = torch.zeros(6).int(), draw(2, 2, 6, 4), draw(2, 1, 1, 4)
     drop, none = (make_seed(), 0.5), (None, 0.0)
     weight, bias, grad, wants = draw(2, 5, 4), draw(2, 5), draw(2, 6, 5), (True, True, True)
-    saved = (x, stats, stats, gain, *drop, False, True)
+    saved = (x, stats, stats, gain, *drop, False, [True] * 4)
     return [
         ("expert_norm", (x, gain[:1], gain, EPS), "gain: expected"),
         ("expert_norm", (x, gain, gain.double(), EPS), "shift: expected"),
@@ -59,7 +59,7 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
         ("dropout_add_pool", (x, x, cu.long(), 2, *none), "cu_segments: expected"),
         ("dropout_add_pool", (x, x, cu[:0], 2, *none), "cu_segments: expected"),
         ("dropout_add_pool", (x, x, cu, 4, *none), "views: expected a divisor of 6 rows, got 4"),
-        ("dropout_add_pool_backward", (means, cu, 2, 6, *none), "grad_out: expected"),
+        ("dropout_add_pool_backward", (means, cu, 2, 6, *none, [True, True]), "grad_out: expected"),
         ("expand_views", (pair[:, :1], modality, 3), "x: expected"),
         ("expand_views", (pair, modality.long(), 3), "modality: expected"),
         ("expand_views_backward", (pair, modality[:5]), "modality: expected"),

@@ -119,6 +119,7 @@ struct WeightGradient {
     for (int64_t first = 0; first < args.rows; first += kTokenBlock) {
       const int64_t tokens = min64(kTokenBlock, args.rows - first);
       load_grad(first, tokens);
+      if (args.grad_weight == nullptr) continue;
       gemm<A>(count, padded, tokens, grad_block, 1, kOutBlock, load_x(first, tokens), padded, block,
               padded, false);
       for (int64_t i = 0; i < count * padded; ++i) total[i] += block[i];

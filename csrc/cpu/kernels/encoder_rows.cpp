@@ -134,6 +134,7 @@ struct NormRow {
         grad_shift[d] += grad[d];
         grad[d] *= gain[d];
       }
+      if (args.grad_residual == nullptr && args.grad_update == nullptr) return;
       const A c1 = sum_of(grad, width) / width, c2 = dot_of(grad, x, width) / width;
       for (int64_t d = 0; d < width; ++d) grad[d] = rstd * (grad[d] - c1 - x[d] * c2);
     } else {
@@ -255,8 +256,10 @@ void norm_backward(DType dtype, const NormArgs& args) {
         const A* add = partial + (e * chunks + c) * stride;
         for (int64_t d = 0; d < stride; ++d) total[d] += add[d];
       }
-      write_row<T, A>(total, static_cast<T*>(args.grad_gain) + e * width, width);
-      write_row<T, A>(total + width, static_cast<T*>(args.grad_shift) + e * width, width);
+      if (args.grad_gain != nullptr)
+        write_row<T, A>(total, static_cast<T*>(args.grad_gain) + e * width, width);
+      if (args.grad_shift != nullptr)
+        write_row<T, A>(total + width, static_cast<T*>(args.grad_shift) + e * width, width);
     }
   });
 }

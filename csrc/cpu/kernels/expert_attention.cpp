@@ -181,6 +181,7 @@ struct BackwardItem {
 
   const AttentionBackward& args;
   const Problem& p;
+  bool wants_q, wants_k, wants_v;
   int64_t width, padded;
   Dropout dropout;
   A kept;
@@ -191,6 +192,9 @@ struct BackwardItem {
   BackwardItem(const AttentionBackward& args, const Problem& p)
       : args(args),
         p(p),
+        wants_q(args.grad_q.data != nullptr),
+        wants_k(args.grad_k.data != nullptr),
+        wants_v(args.grad_v.data != nullptr),
         width(args.forward.width),
         padded(round_up(width, kLanes<A>)),
         dropout(dropout_of(args.forward.dropout)),
@@ -278,10 +282,12 @@ struct BackwardItem {
     if constexpr (kOnlyDelta) delta[row] += sum_lanes<A>(sum);
   }
 
-  // Scores and grad_out . v of a tile of rows against the loaded block of keys.
+  // Scores and, for the gradients of q and k, grad_out . v of a tile of rows against the loaded
+  // block of keys.
   void tile_products(int64_t i0, int64_t rows, int64_t keys_padded) {
     gemm<A>(rows, keys_padded, width, q + i0 * padded, padded, 1, keys_t, kKeyBlock, probabilities,
             kKeyBlock, false);
+    if (!wants_q && !wants_k) return;
     gemm<A>(rows, keys_padded, width, grad_out + i0 * padded, padded, 1, values_t, kKeyBlock,
             scores, kKeyBlock, false);
   }
@@ -300,7 +306,7 @@ struct BackwardItem {
 
   void run() {
     load_problem();
-    if constexpr (!kExactOutput) sum_delta();
+    if (!kExactOutput && (wants_q || wants_k)) sum_delta();
     for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
       const int64_t count = min64(kKeyBlock, p.length - j0);
       const int64_t count_padded = round_up(count, kLanes<A>);
@@ -310,17 +316,24 @@ struct BackwardItem {
         const A *q_tile = q + i0 * padded, *go_tile = grad_out + i0 * padded;
         tile_products(i0, rows, count_padded);
         for (int64_t i = 0; i < rows; ++i) tile_row<false>(i, i0 + i, j0, count);
-        gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, go_tile, padded, grad_values,
-                padded, true);
-        gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded, true);
-        gemm<A>(rows, padded, count, scores, kKeyBlock, 1, keys, padded, grad_q + i0 * padded,
-                padded, true);
+        if (wants_v)
+          gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, go_tile, padded, grad_values,
+                  padded, true);
+        if (wants_k)
+          gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded,
+                  true);
+        if (wants_q)
+          gemm<A>(rows, padded, count, scores, kKeyBlock, 1, keys, padded, grad_q + i0 * padded,
+                  padded, true);
       }
       for (int64_t j = 0; j < count; ++j) {
-        write_row<T, A>(grad_keys + j * padded, output_row(args.grad_k, j0 + j), width);
-        write_row<T, A>(grad_values + j * padded, output_row(args.grad_v, j0 + j), width);
+        if (wants_k)
+          write_row<T, A>(grad_keys + j * padded, output_row(args.grad_k, j0 + j), width);
+        if (wants_v)
+          write_row<T, A>(grad_values + j * padded, output_row(args.grad_v, j0 + j), width);
       }
     }
+    if (!wants_q) return;
     for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] *= A(args.forward.scale);
     for (int64_t i = 0; i < p.length; ++i)
       write_row<T, A>(grad_q + i * padded, output_row(args.grad_q, i), width);
@@ -370,7 +383,7 @@ void attention_backward(DType dtype, const AttentionBackward& args) {
     using A = typename Compute<T>::Type;
     const AttentionForward& f = args.forward;
     for (const RowView& grad : {args.grad_q, args.grad_k, args.grad_v})
-      clear_uncovered<T>(f, grad, f.width);
+      if (grad.data != nullptr) clear_uncovered<T>(f, grad, f.width);
     parallel_for(f.groups * f.problems * f.heads, f.threads, [&](int64_t item, int) {
       const Problem p = problem_of(f, item);
       if (p.length > 0) BackwardItem<T, A>(args, p).run();

@@ -14,7 +14,8 @@
 // fixed order, without atomics. If one side is so short that too few items fit into a round, groups
 // of items use copies of that side's gradients, which are summed at the end. Bound: 6 R FLOP per
 // pair and expert, 4 V more if the message from side b varies with the row (with "pool" only for
-// synergy), 2 V more for synergy. Traffic: both sides once per pair of chunks.
+// synergy), 2 V more for synergy; a gradient that is not wanted saves its products. Traffic: both
+// sides once per pair of chunks.
 #include "cpu/pair_gate.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -81,7 +82,8 @@ void add(const A* in, A* out, int64_t n) {
   for (int64_t d = 0; d < n; ++d) out[d] += in[d];
 }
 
-// Destination of gradients: those of the call or a group's copies, and whether to accumulate.
+// Destination of gradients: those of the call or a group's copies, null if not wanted, and whether
+// to accumulate.
 template <typename A>
 struct Gradients {
   A *q, *k, *a, *c;
@@ -162,6 +164,10 @@ struct BackwardItem {
       return grad_buffer;
     }
   }
+  // Whether d is needed; otherwise it is computed from arbitrary values and not used.
+  bool wants_gate() const {
+    return gradients.q != nullptr || gradients.k != nullptr || args.grad_bias != nullptr;
+  }
   const Message& message(int64_t e) const { return kMessages[in.kinds[e]]; }
 
   A dot(const A* x, const T* y) const {
@@ -231,7 +237,7 @@ struct BackwardItem {
       gemm<A>(tile_rows, count_padded, in.rank, q + (e * rows + i0) * rank_padded, rank_padded, 1,
               keys + e * kPairBlock * in.rank, kPairBlock, logits + e * kTileExpert, kTileRow,
               false);
-      if (has(experts.products, e))
+      if (has(experts.products, e) && wants_gate())
         gemm<A>(tile_rows, count_padded, in.width, h + (e * rows + i0) * width_padded, width_padded,
                 1, values + e * kPairBlock * in.width, kPairBlock, messages + e * kTileExpert,
                 kTileRow, false);
@@ -241,15 +247,17 @@ struct BackwardItem {
                                       experts.products, rows, tile_rows, count, in.top_k});
     for (int64_t e = 0; e < in.experts; ++e) {
       const A *d = logits + e * kTileExpert, *p = messages + e * kTileExpert;
-      gemm<A>(tile_rows, rank_padded, count, d, kTileRow, 1,
-              keys_rows + e * kPairBlock * rank_padded, rank_padded,
-              grad_q + (e * rows + i0) * rank_padded, rank_padded, j0 > 0);
-      gemm<A>(count, rank_padded, tile_rows, d, 1, kTileRow, q + (e * rows + i0) * rank_padded,
-              rank_padded, grad_k + e * kPairBlock * rank_padded, rank_padded, i0 > 0);
-      if (has(experts.products, e))
+      if (gradients.q != nullptr)
+        gemm<A>(tile_rows, rank_padded, count, d, kTileRow, 1,
+                keys_rows + e * kPairBlock * rank_padded, rank_padded,
+                grad_q + (e * rows + i0) * rank_padded, rank_padded, j0 > 0);
+      if (gradients.k != nullptr)
+        gemm<A>(count, rank_padded, tile_rows, d, 1, kTileRow, q + (e * rows + i0) * rank_padded,
+                rank_padded, grad_k + e * kPairBlock * rank_padded, rank_padded, i0 > 0);
+      if (has(experts.products, e) && gradients.c != nullptr)
         gemm<A>(count, width_padded, tile_rows, p, 1, kTileRow, h + (e * rows + i0) * width_padded,
                 width_padded, grad_c + e * kPairBlock * width_padded, width_padded, i0 > 0);
-      if (has(experts.synergy, e))
+      if (has(experts.synergy, e) && gradients.a != nullptr)
         gemm<A>(tile_rows, width_padded, count, p, kTileRow, 1,
                 values_rows + e * kPairBlock * width_padded, width_padded,
                 t + (e * rows + i0) * width_padded, width_padded, j0 > 0);
@@ -271,7 +279,9 @@ struct BackwardItem {
       for (int64_t j = 0; j < count; ++j) {
         const int64_t at = (b * in.experts + e) * in.columns + index[j];
         const int64_t local = e * kPairBlock + j;
-        put(add, grad_k + local * rank_padded, A(1), gradients.k + at * in.rank, in.rank);
+        if (gradients.k != nullptr)
+          put(add, grad_k + local * rank_padded, A(1), gradients.k + at * in.rank, in.rank);
+        if (gradients.c == nullptr) continue;
         A* to = gradients.c + at * in.width;
         if (has(experts.products, e)) {
           put(add, grad_c + local * width_padded, A(1), to, in.width);
@@ -288,7 +298,10 @@ struct BackwardItem {
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = row_index[r], at = (b * in.experts + e) * in.rows + i;
-        put(add, grad_q + (e * rows + r) * rank_padded, A(1), gradients.q + at * in.rank, in.rank);
+        if (gradients.q != nullptr)
+          put(add, grad_q + (e * rows + r) * rank_padded, A(1), gradients.q + at * in.rank,
+              in.rank);
+        if (gradients.a == nullptr) continue;
         const Message& m = message(e);
         A* to = gradients.a + at * in.width;
         const A* g = grad_y(e, i);
@@ -386,8 +399,11 @@ struct Rounds {
                      static_cast<A*>(args.grad_c),
                      true,
                      true};
-    if (group > 0 && short_columns) all.k = rank_copy(group), all.c = width_copy(group);
-    if (group > 0 && !short_columns) all.q = rank_copy(group), all.a = width_copy(group);
+    if (group == 0) return all;
+    A*& of_rank = short_columns ? all.k : all.q;
+    A*& of_width = short_columns ? all.c : all.a;
+    if (of_rank != nullptr) of_rank = rank_copy(group);
+    if (of_width != nullptr) of_width = width_copy(group);
     return all;
   }
 
@@ -414,11 +430,12 @@ struct Rounds {
       for (int64_t turn = 0; turn < side; ++turn)
         parallel_for(items, in.threads, [&](int64_t item, int) { run_item(item, step, turn); });
     const Gradients<A> all = gradients(0);
+    A *of_rank = short_columns ? all.k : all.q, *of_width = short_columns ? all.c : all.a;
     for (int64_t group = 1; group < groups; ++group) {
-      add(rank_copy(group), short_columns ? all.k : all.q, copy_size * in.rank);
-      add(width_copy(group), short_columns ? all.c : all.a, copy_size * in.width);
+      if (of_rank != nullptr) add(rank_copy(group), of_rank, copy_size * in.rank);
+      if (of_width != nullptr) add(width_copy(group), of_width, copy_size * in.width);
     }
-    for (int64_t item = 0; item < items; ++item)
+    for (int64_t item = 0; item < items && args.grad_bias != nullptr; ++item)
       add(grad_bias + item * in.experts, static_cast<A*>(args.grad_bias), in.experts);
   }
 };
@@ -426,7 +443,7 @@ struct Rounds {
 template <typename T, typename A>
 void backward(const PairBackward& args) {
   const PairArgs& in = args.in;
-  std::memset(args.grad_bias, 0, in.experts * sizeof(A));
+  if (args.grad_bias != nullptr) std::memset(args.grad_bias, 0, in.experts * sizeof(A));
   if (in.batch > 0 && in.rows > 0 && in.columns > 0) Rounds<T, A>(args).run();
 }
 

@@ -41,7 +41,8 @@ struct PackedWeights {
   A *first, *second;
   int64_t first_size, second_size;  // of one expert
 
-  // depth -> middle -> columns; element (k, n) of the first factor lies at k * ks1 + n * ns1.
+  // depth -> middle -> columns; element (k, n) of the first factor lies at k * ks1 + n * ns1. A
+  // null weight is not used.
   PackedWeights(const RoutedArgs& in, const void* w1, int64_t ks1, int64_t ns1, const void* w2,
                 int64_t ks2, int64_t ns2) {
     first_size = packed_size<A>(in.width, in.hidden);
@@ -49,10 +50,12 @@ struct PackedWeights {
     const int64_t elements = in.experts * (first_size + second_size);
     first = static_cast<A*>(thread_scratch(1, (elements + 16) * int64_t(sizeof(A))));
     second = first + in.experts * first_size;
-    pack_all<T, A>(static_cast<const T*>(w1), in.experts, in.width, in.hidden, ks1, ns1, in.threads,
-                   first);
-    pack_all<T, A>(static_cast<const T*>(w2), in.experts, in.hidden, in.width, ks2, ns2, in.threads,
-                   second);
+    if (w1 != nullptr)
+      pack_all<T, A>(static_cast<const T*>(w1), in.experts, in.width, in.hidden, ks1, ns1,
+                     in.threads, first);
+    if (w2 != nullptr)
+      pack_all<T, A>(static_cast<const T*>(w2), in.experts, in.hidden, in.width, ks2, ns2,
+                     in.threads, second);
   }
 };
 
@@ -148,6 +151,12 @@ void combine(const RoutedArgs& in, const A* rows, T* out) {
   });
 }
 
+// Whether the gradient of the hidden layer is wanted, directly or for other gradients.
+inline bool wants_hidden(const RoutedBackward& args) {
+  return args.grad_x != nullptr || args.grad_weight != nullptr || args.grad_w_in != nullptr ||
+         args.grad_b_in != nullptr;
+}
+
 // Gradients of the block's hidden layer, routing weights and tokens.
 template <typename T, typename A>
 void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packed,
@@ -156,9 +165,11 @@ void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packe
   const auto act = static_cast<Activation>(in.act);
   BlockBuffers<A> buffer(in);
   gather_tokens<T, A>(in, args.grad_out, block, buffer.tokens);
-  times_panels<A>(buffer.tokens, in.width, block.count, in.width,
-                  packed.first + block.expert * packed.first_size, in.hidden, buffer.hidden,
-                  buffer.hidden_stride);
+  // Without it, what is computed from arbitrary values of buffer.hidden is not used.
+  if (wants_hidden(args))
+    times_panels<A>(buffer.tokens, in.width, block.count, in.width,
+                    packed.first + block.expert * packed.first_size, in.hidden, buffer.hidden,
+                    buffer.hidden_stride);
   A* pre = buffer.rows;  // one row at a time, before its rows are needed
   if (in.hidden > kRowBlock * buffer.width_stride)
     pre = static_cast<A*>(thread_scratch(4, buffer.hidden_stride * int64_t(sizeof(A))));
@@ -185,8 +196,10 @@ void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packe
       for (int64_t d = 0; d < in.width; ++d)
         grad_weight += buffer.tokens[r * in.width + d] * read<T, A>(bias + d);
     }
-    write<T, A>(static_cast<T*>(args.grad_weight) + flat, grad_weight);
+    if (args.grad_weight != nullptr)
+      write<T, A>(static_cast<T*>(args.grad_weight) + flat, grad_weight);
   }
+  if (args.grad_x == nullptr) return;
   times_panels<A>(static_cast<const A*>(args.grad_hidden) + block.first * in.hidden, in.hidden,
                   block.count, in.hidden, packed.second + block.expert * packed.second_size,
                   in.width, buffer.rows, buffer.width_stride);
@@ -221,12 +234,13 @@ struct WeightGradient {
       std::memset(part, 0, kOutBlock * sizeof(A));
       load(first, depth, n0, count, columns, padded, left, right, part);
       for (int64_t n = 0; n < count; ++n) bias[n] += part[n];
+      if (grad == nullptr) continue;
       gemm<A>(count, padded, depth, left, 1, kOutBlock, right, padded, total, padded, true);
     }
     const int64_t rows = tokens_left ? in.width : in.hidden;
     for (int64_t n = 0; n < count; ++n) {
       const int64_t at = e * rows + n0 + n;
-      write_row<T, A>(total + n * padded, static_cast<T*>(grad) + at * columns, columns);
+      if (grad) write_row<T, A>(total + n * padded, static_cast<T*>(grad) + at * columns, columns);
       if (grad_bias) write<T, A>(static_cast<T*>(grad_bias) + at, bias[n]);
     }
   }
@@ -252,6 +266,7 @@ struct WeightGradient {
   }
 
   void run_all() const {
+    if (grad == nullptr && grad_bias == nullptr) return;
     const int64_t rows = tokens_left ? in.width : in.hidden;
     const int64_t blocks = (rows + kOutBlock - 1) / kOutBlock;
     parallel_for(in.experts * blocks, in.threads, [&](int64_t item, int) {
@@ -279,12 +294,14 @@ void routed_backward(DType dtype, const RoutedBackward& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     const RoutedArgs& in = args.in;
-    const PackedWeights<T, A> packed(in, in.w_out, in.hidden, 1, in.w_in, in.width, 1);
+    const PackedWeights<T, A> packed(in, wants_hidden(args) ? in.w_out : nullptr, in.hidden, 1,
+                                     args.grad_x != nullptr ? in.w_in : nullptr, in.width, 1);
     const Blocks blocks(in);
     parallel_for(blocks.count, in.threads, [&](int64_t item, int) {
       backward_block<T, A>(args, packed, blocks.block[item]);
     });
-    combine<T, A>(in, static_cast<const A*>(args.rows), static_cast<T*>(args.grad_x));
+    if (args.grad_x != nullptr)
+      combine<T, A>(in, static_cast<const A*>(args.rows), static_cast<T*>(args.grad_x));
     WeightGradient<T, A>{in,
                          static_cast<const A*>(args.grad_hidden),
                          in.x,

@@ -77,7 +77,7 @@ class Gate(nn.Module):
         Returns:
             Routing: index (N, K), -1 for a dropped choice, and weight (N, K).
         """
-        index, weight, loss = self.route(x, mask, len(x) if tokens is None else tokens)
+        index, weight, loss = self.route(x, mask, x.shape[0] if tokens is None else tokens)
         self.set_loss(loss)
         if self._counts():
             self._watch(weight, loss)

@@ -143,7 +143,7 @@ class GShardGate(_CapacityGate):
         loss = self.balance(free.index[:, 0], _probabilities(logits), mask)
         index, weight = self.limited(logits, free, mask, tokens, renormalize=True)
         if self.random_routing and self.training:
-            draw = torch.rand(len(x), device=x.device, dtype=torch.float32)
+            draw = torch.rand(x.shape[0], device=x.device, dtype=torch.float32)
             dropped = 2 * free.weight[:, 1].float() < draw
             second = torch.stack([torch.zeros_like(dropped), dropped], dim=1)
             index = index.masked_fill(second, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,12 @@ from flmoe_kernels.core.dropout import DRAWS, keep_threshold
 from flmoe_kernels.core.dtypes import dtype_code, statistics_dtype
 from flmoe_kernels.core.native import address, empty, native, threads
 from flmoe_kernels.core.operands import contiguous, expect, expect_bounds, expect_seed
+
+from .wants import rows_wanted
+
+
+def _address_if(x: Tensor, wanted: bool) -> int:
+    return address(x) if wanted else 0
 
 
 def _dropout(seed: Tensor | None, p: float) -> tuple[int, int]:
@@ -54,9 +62,9 @@ def linear_backward(
     native().linear_backward(
         dtype_code(x),
         *map(address, (x, weight, grad_out)),
-        address(grad_x) if want_x else 0,
-        address(grad_weight) if want_weight else 0,
-        address(grad_bias) if want_bias else 0,
+        _address_if(grad_x, want_x),
+        _address_if(grad_weight, want_weight),
+        _address_if(grad_bias, want_bias),
         experts,
         rows,
         in_width,
@@ -111,8 +119,9 @@ def norm_backward(
     seed: Tensor | None,
     p: float,
     self_residual: bool,
-    want_update: bool,
+    wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual, update, gain and shift, see rows_wanted; those not requested are empty."""
     for name, each in (("grad_total", grad_total), ("grad_normed", grad_normed), ("total", total)):
         expect(name, each, total.shape, total.dtype)
     for name, each in (("mean", mean), ("rstd", rstd)):
@@ -121,24 +130,20 @@ def norm_backward(
     total, mean, rstd = total.contiguous(), mean.contiguous(), rstd.contiguous()
     grad_total, grad_normed = contiguous(grad_total), contiguous(grad_normed)
     gain = gain.contiguous()
-    grad_residual = empty((0,) if self_residual else total.shape, total)
-    # Without dropout, the gradient of the update equals that of the residual.
-    own_update = want_update and (self_residual or seed is not None)
-    grad_update = empty(total.shape if own_update else (0,), total)
-    grad_gain, grad_shift = (torch.empty_like(gain) for _ in range(2))
+    want_rows = rows_wanted(seed, self_residual, wants)
+    rows = [empty(total.shape if want else (0,), total) for want in want_rows]
+    affine = [gain.new_empty(gain.shape if want else (0,)) for want in wants[2:]]
     native().norm_backward(
         dtype_code(total),
         *map(address, (total, mean, rstd, gain)),
         *_dropout(seed, p),
         self_residual,
         *map(address, (grad_total, grad_normed)),
-        0 if self_residual else address(grad_residual),
-        address(grad_update) if own_update else 0,
-        *map(address, (grad_gain, grad_shift)),
+        *map(_address_if, (*rows, *affine), (*want_rows, *wants[2:])),
         *total.shape,
         threads(),
     )
-    return grad_residual, grad_update, grad_gain, grad_shift
+    return rows[0], rows[1], affine[0], affine[1]
 
 
 def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
@@ -193,8 +198,15 @@ def pool(
 
 
 def pool_backward(
-    grad_out: Tensor, cu_segments: Tensor, views: int, rows: int, seed: Tensor | None, p: float
+    grad_out: Tensor,
+    cu_segments: Tensor,
+    views: int,
+    rows: int,
+    seed: Tensor | None,
+    p: float,
+    wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of residual and update, see rows_wanted; those not requested are empty."""
     grad_out, cu_segments = grad_out.contiguous(), cu_segments.contiguous()
     expect(
         "grad_out",
@@ -203,14 +215,13 @@ def pool_backward(
         grad_out.dtype,
     )
     shape = torch.Size((grad_out.shape[0], rows, grad_out.shape[3]))
-    grad_residual = empty(shape, grad_out)
-    grad_update = empty((0,) if seed is None else shape, grad_out)
+    wants = rows_wanted(seed, False, wants)
+    grad_residual, grad_update = (empty(shape if want else (0,), grad_out) for want in wants)
     native().pool_backward(
         dtype_code(grad_out),
         *map(address, (grad_out, cu_segments)),
         *_dropout(seed, p),
-        address(grad_residual),
-        0 if seed is None else address(grad_update),
+        *map(_address_if, (grad_residual, grad_update), wants),
         _pool_sizes(shape, cu_segments, views),
         threads(),
     )

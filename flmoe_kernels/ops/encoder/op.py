@@ -6,7 +6,7 @@ registered: api.py calls it, and autograd differentiates it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.registration import define, first_order_only
+
+from .wants import rows_wanted
 
 _OPS = torch.ops.flmoe
 _DROP = "Tensor? seed, float p"
@@ -42,6 +44,10 @@ def _like(x: Tensor, wanted: bool = True) -> Tensor:
     return x.new_empty(x.shape if wanted else (0,))
 
 
+def _wanted(grads: Sequence[Tensor], wants: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if want else None for grad, want in zip(grads, wants, strict=True))
+
+
 # ---- expert_linear ----
 
 
@@ -60,7 +66,7 @@ def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple:
     wants = ctx.needs_input_grad[:3]
     grads = _OPS.expert_linear_backward(grad, *ctx.saved_tensors, *wants, ctx.backend)
-    return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
+    return *_wanted(grads, wants), None
 
 
 define(
@@ -103,10 +109,10 @@ def _norm_backward_fake(
     seed: Tensor | None,
     p: float,
     self_residual: bool,
-    want_update: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    own_update = want_update and (self_residual or seed is not None)
-    return _like(total, not self_residual), _like(total, own_update), _like(gain), _like(gain)
+    wants: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    rows = rows_wanted(seed, self_residual, wants)
+    return *(_like(total, want) for want in rows), *(_like(gain, want) for want in wants[2:])
 
 
 def _expert_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -120,10 +126,12 @@ def _expert_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _expert_norm_autograd(ctx: Any, grad: Tensor | None, *_stats: None) -> tuple:
     if grad is None:
         return (None,) * 5
+    want_x, *affine = ctx.needs_input_grad[:3]
+    wants = [want_x, False, *affine]
     x_grad, _, gain, shift = _OPS.dropout_add_norm_backward(
-        None, grad, *ctx.saved_tensors, None, 0.0, False, False, ctx.backend
+        None, grad, *ctx.saved_tensors, None, 0.0, False, wants, ctx.backend
     )
-    return x_grad, gain, shift, None, None
+    return *_wanted([x_grad, gain, shift], [want_x, *affine]), None, None
 
 
 def _add_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -139,13 +147,13 @@ def _add_norm_autograd(
     ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, *_stats: None
 ) -> tuple:
     *saved, seed = ctx.saved_tensors
-    residual, update, gain, shift = _OPS.dropout_add_norm_backward(
-        grad_total, grad_normed, *saved, seed, ctx.p, ctx.self_residual, True, ctx.backend
+    wants = ctx.needs_input_grad[:4]
+    residual, update, *affine = _OPS.dropout_add_norm_backward(
+        grad_total, grad_normed, *saved, seed, ctx.p, ctx.self_residual, wants, ctx.backend
     )
-    rest = (gain, shift, None, None, None, None)
-    if ctx.self_residual:
-        return None, update, *rest
-    return residual, residual if seed is None else update, *rest
+    if seed is None and not ctx.self_residual:
+        update = residual
+    return *_wanted([residual, update, *affine], wants), *(None,) * 4
 
 
 define(
@@ -166,7 +174,7 @@ define(
 define(
     "dropout_add_norm_backward",
     "(Tensor? grad_total, Tensor? grad_normed, Tensor total, Tensor mean, Tensor rstd, "
-    f"Tensor gain, {_DROP}, bool self_residual, bool want_update) "
+    f"Tensor gain, {_DROP}, bool self_residual, bool[] wants) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _run("norm_backward"),
     _norm_backward_fake,
@@ -212,10 +220,17 @@ def _pool_fake(
 
 
 def _pool_backward_fake(
-    grad_out: Tensor, cu_segments: Tensor, views: int, rows: int, seed: Tensor | None, p: float
-) -> tuple[Tensor, Tensor]:
+    grad_out: Tensor,
+    cu_segments: Tensor,
+    views: int,
+    rows: int,
+    seed: Tensor | None,
+    p: float,
+    wants: Sequence[bool],
+) -> tuple[Tensor, ...]:
     shape = (grad_out.shape[0], rows, grad_out.shape[3])
-    return grad_out.new_empty(shape), grad_out.new_empty((0,) if seed is None else shape)
+    wanted = rows_wanted(seed, False, wants)
+    return tuple(grad_out.new_empty(shape if want else (0,)) for want in wanted)
 
 
 def _pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -226,22 +241,24 @@ def _pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
     cu_segments, seed = ctx.saved_tensors
+    wants = ctx.needs_input_grad[:2]
     residual, update = _OPS.dropout_add_pool_backward(
-        grad, cu_segments, ctx.views, ctx.rows, seed, ctx.p, ctx.backend
+        grad, cu_segments, ctx.views, ctx.rows, seed, ctx.p, wants, ctx.backend
     )
-    return residual, residual if seed is None else update, *(None,) * 5
+    return *_wanted([residual, residual if seed is None else update], wants), *(None,) * 5
 
 
 define(
     "dropout_add_pool",
-    f"(Tensor residual, Tensor update, Tensor cu_segments, int views, {_DROP}) -> Tensor",
+    f"(Tensor residual, Tensor update, Tensor cu_segments, SymInt views, {_DROP}) -> Tensor",
     _run("pool"),
     _pool_fake,
     (_pool_setup, _pool_autograd),
 )
 define(
     "dropout_add_pool_backward",
-    f"(Tensor grad_out, Tensor cu_segments, int views, int rows, {_DROP}) -> (Tensor, Tensor)",
+    f"(Tensor grad_out, Tensor cu_segments, SymInt views, SymInt rows, {_DROP}, bool[] wants) "
+    "-> (Tensor, Tensor)",
     _run("pool_backward"),
     _pool_backward_fake,
 )
@@ -261,7 +278,7 @@ def _views_autograd(ctx: Any, grad: Tensor) -> tuple:
 
 define(
     "expand_views",
-    "(Tensor x, Tensor modality, int views) -> Tensor",
+    "(Tensor x, Tensor modality, SymInt views) -> Tensor",
     _run("views_of"),
     lambda x, modality, views: x.new_empty((x.shape[0], views, *x.shape[2:])),
     (_views_setup, _views_autograd),

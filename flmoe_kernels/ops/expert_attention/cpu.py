@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from flmoe_kernels.core.dropout import DRAWS, keep_threshold
@@ -62,7 +64,7 @@ def forward(
 
 
 def backward(
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: Sequence[Tensor | None],
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -74,7 +76,7 @@ def backward(
     dropout_p: float,
     scale: float,
 ) -> None:
-    """Write the gradients of q, k and v to `grads`, whose last dimension is contiguous."""
+    """Write the gradients of q, k and v to `grads`, whose last dimension is contiguous; None if not wanted."""
     _expect(q, k, v, cu_seqlens, seed)
     expect("grad_out", grad_out, q.shape, q.dtype)
     expect("out", out, q.shape, q.dtype)
@@ -92,5 +94,5 @@ def backward(
         lse.data_ptr(),
         threads(),
         _view(grad_out),
-        *map(_view, grads),
+        *((0, 0, 0, 0) if grad is None else _view(grad) for grad in grads),
     )

@@ -43,11 +43,13 @@ def _packed_forward(backend: str, qkv: Tensor, *tail: Any) -> tuple[Tensor, Tens
 
 
 def _backward(
-    backend: str, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *tail: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    backend: str, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     kernels = _kernels(backend)
-    grads = kernels.empty(q.shape, q), kernels.empty(q.shape, q), kernels.empty(q.shape, q)
-    kernels.backward(grads, grad_out, q, k, v, *tail)
+    *tail, wants = args
+    grads = tuple(kernels.empty(q.shape if want else (0,), q) for want in wants)
+    wanted = [grad if want else None for grad, want in zip(grads, wants, strict=True)]
+    kernels.backward(wanted, grad_out, q, k, v, *tail)
     return grads
 
 
@@ -74,8 +76,10 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tu
     q, k, v, *saved = ctx.saved_tensors
     if grad_out is None:
         return (None,) * 8
-    op = torch.ops.flmoe.expert_attention_backward
-    return (*op(grad_out, q, k, v, *saved, *ctx.options), *(None,) * 5)
+    op, wants = torch.ops.flmoe.expert_attention_backward, ctx.needs_input_grad[:3]
+    *options, backend = ctx.options
+    grads = op(grad_out, q, k, v, *saved, *options, wants, backend)
+    return *(g if want else None for g, want in zip(grads, wants, strict=True)), *(None,) * 5
 
 
 def _packed_autograd(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple:
@@ -95,9 +99,10 @@ define(
 )
 define(
     "expert_attention_backward",
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_SAVED}, {_TAIL}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_SAVED}, {_TAIL}, bool[] wants) "
+    "-> (Tensor, Tensor, Tensor)",
     _backward,
-    lambda _grad, q, *_rest: tuple(q.new_empty(q.shape) for _ in range(3)),
+    lambda _grad, q, *rest: tuple(q.new_empty(q.shape if want else (0,)) for want in rest[-1]),
 )
 define(
     "expert_attention_packed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: PairCall, reduce: str, grad_y: Tensor, grad_mass: Tensor | None
+    call: PairCall, reduce: str, grad_y: Tensor, grad_mass: Tensor | None, wants: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, a, c in their dtype, and of the gate's bias in the statistics dtype."""
+    """Gradients of q, k, a, c in their dtype, and of the gate's bias in the statistics dtype.
+
+    Those not requested are empty.
+    """
     call = _checked(call)
     expect("grad_y", grad_y, call.y_shape(reduce), call.y_dtype(reduce))
     expect("grad_mass", grad_mass, call.q.shape[:3], call.statistics)
@@ -39,13 +43,15 @@ def backward(
     fresh = call.mask_a is None and call.mask_b is None and call.rows > 0 and call.columns > 0
     make = empty if fresh else _zeros
     # Half precision is added up in float32 and rounded once.
-    grads = [make(x.shape, x, call.statistics) for x in (call.q, call.k, call.a, call.c)]
-    bias = empty((call.experts,), call.q, call.statistics)
+    inputs = zip((call.q, call.k, call.a, call.c), wants, strict=False)
+    grads = [make(x.shape if want else (0,), x, call.statistics) for x, want in inputs]
+    bias = empty((call.experts if wants[4] else 0,), call.q, call.statistics)
     native().pair_backward(
         *_common(call),
         REDUCTIONS.index(reduce),
         _grad_view(grad_y, reduce),
-        *map(address, (grad_mass, *grads, bias)),
+        address(grad_mass),
+        *(address(g) if want else 0 for g, want in zip((*grads, bias), wants, strict=True)),
         fresh,
     )
     q, k, a, c = (grad.to(call.q.dtype) for grad in grads)

@@ -57,14 +57,15 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     backend: str, grad_y: Tensor, grad_mass: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    *inputs, reduce = args
-    return _kernels(backend).backward(_call(inputs), reduce, grad_y, grad_mass)
+    *inputs, reduce, wants = args
+    return _kernels(backend).backward(_call(inputs), reduce, grad_y, grad_mass, wants)
 
 
 def _backward_fake(_grad_y: Tensor, _grad_mass: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    call = _call(args[:_NUM_INPUTS])
-    bias = call.q.new_empty((call.experts,), dtype=call.statistics)
-    return (*(x.new_empty(x.shape) for x in (call.q, call.k, call.a, call.c)), bias)
+    call, wants = _call(args[:_NUM_INPUTS]), args[-1]
+    bias = call.q.new_empty((call.experts if wants[4] else 0,), dtype=call.statistics)
+    inputs = zip((call.q, call.k, call.a, call.c), wants, strict=False)
+    return (*(x.new_empty(x.shape if want else (0,)) for x, want in inputs), bias)
 
 
 def _pair_map(backend: str, *args: Any) -> Tensor:
@@ -105,10 +106,13 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_mass: Tensor | None) -> tupl
     reduce = ctx.options[3]
     if grad_y is None:
         grad_y = call.q.new_zeros(call.y_shape(reduce), dtype=call.y_dtype(reduce))
-    op = torch.ops.flmoe.pair_moe_backward
-    *grads, grad_bias = op(grad_y, grad_mass, *saved, *ctx.options)
-    grad_bias = None if call.gate_bias is None else grad_bias.to(call.gate_bias.dtype)
-    return (*grads, grad_bias, *(None,) * 7)
+    op, wants = torch.ops.flmoe.pair_moe_backward, ctx.needs_input_grad[:5]
+    *options, backend = ctx.options
+    *grads, grad_bias = op(grad_y, grad_mass, *saved, *options, wants, backend)
+    if call.gate_bias is not None:
+        grad_bias = grad_bias.to(call.gate_bias.dtype)
+    wanted = zip((*grads, grad_bias), wants, strict=True)
+    return *(grad if want else None for grad, want in wanted), *(None,) * 7
 
 
 define(
@@ -120,7 +124,7 @@ define(
 )
 define(
     "pair_moe_backward",
-    f"(Tensor grad_y, Tensor? grad_mass, {_INPUTS}, str reduce) "
+    f"(Tensor grad_y, Tensor? grad_mass, {_INPUTS}, str reduce, bool[] wants) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -128,7 +132,7 @@ define(
 define("pair_map", f"({_INPUTS}, Tensor head) -> Tensor", _pair_map, _pair_map_fake)
 define(
     "top_pairs",
-    f"({_INPUTS}, Tensor head, int count) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor head, SymInt count) -> (Tensor, Tensor, Tensor)",
     _top_pairs,
     _top_pairs_fake,
 )

@@ -62,8 +62,9 @@ def _mix_autograd(ctx: Any, grad_weights: Tensor | None, grad_mixed: Tensor | No
     if grad_weights is None and grad_mixed is None:
         return (None,) * 4
     tail = (ctx.temperature, ctx.backend)
-    grads = _OPS.mix_experts_backward(grad_weights, grad_mixed, *ctx.saved_tensors, *tail)
-    return (*grads, None, None)
+    wants = ctx.needs_input_grad[:2]
+    grads = _OPS.mix_experts_backward(grad_weights, grad_mixed, *ctx.saved_tensors, wants, *tail)
+    return (*(g if want else None for g, want in zip(grads, wants, strict=True)), None, None)
 
 
 define(
@@ -94,12 +95,12 @@ define(
 )
 define(
     "mix_experts_backward",
-    "(Tensor? grad_weights, Tensor? grad_mixed, Tensor weights, Tensor logits, float temperature) "
-    "-> (Tensor, Tensor)",
+    "(Tensor? grad_weights, Tensor? grad_mixed, Tensor weights, Tensor logits, bool[] wants, "
+    "float temperature) -> (Tensor, Tensor)",
     lambda backend, *args: _kernels(backend).mix_backward(*args),
-    lambda grad_weights, grad_mixed, weights, logits, temperature: (
-        weights.new_empty(weights.shape),
-        logits.new_empty(logits.shape),
+    lambda grad_weights, grad_mixed, weights, logits, wants, temperature: tuple(
+        x.new_empty(x.shape if want else (0,))
+        for x, want in zip((weights, logits), wants, strict=True)
     ),
 )
 first_order_only("reweighting_features_backward", "mix_experts_backward")

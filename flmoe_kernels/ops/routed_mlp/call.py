@@ -33,6 +33,11 @@ class RoutedCall:
     act: int
 
     @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The inputs with a gradient."""
+        return self.x, self.weight, self.w_in, self.b_in, self.w_out, self.b_out
+
+    @property
     def tokens(self) -> int:
         return self.x.shape[0]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from flmoe_kernels.core.dtypes import dtype_code, statistics_dtype
@@ -22,20 +23,23 @@ def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
     return out, hidden
 
 
-def backward(call: RoutedCall, grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, w_in, b_in, w_out, b_out; empty for a missing bias."""
+def backward(
+    call: RoutedCall, grad_out: Tensor, hidden: Tensor, wants: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, w_in, b_in, w_out, b_out; those not requested are empty."""
     x, wide = call.x, statistics_dtype(call.x.dtype)
     widths = (call.hidden, call.hidden, call.width)
     workspace = [empty((call.rows, width), x, wide) for width in widths]
-    # The kernel does not write the gradients of dropped rows' weights.
-    grads = [empty(x.shape, x), torch.zeros_like(call.weight)]
-    for parameter in (call.w_in, call.b_in, call.w_out, call.b_out):
-        grads.append(empty((0,) if parameter is None else parameter.shape, x))
+    grads = [
+        empty((0,) if parameter is None or not want else parameter.shape, x)
+        for parameter, want in zip(call.differentiable, wants, strict=True)
+    ]
+    grads[1].zero_()  # the kernel does not write the gradients of dropped rows' weights
     native().routed_backward(
         *_common(call),
         *map(address, (grad_out, hidden)),
         [address(buffer) for buffer in workspace],
-        [address(grad) if grad.numel() else 0 for grad in grads],
+        [address(g) if want else 0 for g, want in zip(grads, wants, strict=True)],
     )
     return tuple(grads)
 

@@ -40,8 +40,9 @@ def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(backend: str, grad_out: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    call = RoutedCall(*args).checked()
-    return _kernels(backend).backward(call, *call.checked_gradients(grad_out, hidden))
+    *inputs, wants = args
+    call = RoutedCall(*inputs).checked()
+    return _kernels(backend).backward(call, *call.checked_gradients(grad_out, hidden), wants)
 
 
 def _forward_fake(x: Tensor, weight: Tensor, w_in: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
@@ -49,8 +50,8 @@ def _forward_fake(x: Tensor, weight: Tensor, w_in: Tensor, *_rest: Any) -> tuple
 
 
 def _backward_fake(_grad: Tensor, _hidden: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    tensors = (x, *args[:5])
-    return tuple(x.new_empty((0,) if t is None else t.shape) for t in tensors)
+    wanted = zip((x, *args[:5]), args[-1], strict=True)
+    return tuple(x.new_empty(t.shape if want else (0,)) for t, want in wanted)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -64,10 +65,9 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _grad_hidden: None) -> tuple:
     if grad_out is None:
         return (None,) * 10
     hidden, *tensors = ctx.saved_tensors
-    op = torch.ops.flmoe.routed_mlp_backward
-    grads = op(grad_out, hidden, *tensors, ctx.act, ctx.backend)
-    wanted = [None if t is None else grad for t, grad in zip(tensors[:6], grads, strict=True)]
-    return (*wanted, *(None,) * 4)
+    op, wants = torch.ops.flmoe.routed_mlp_backward, ctx.needs_input_grad[:6]
+    grads = op(grad_out, hidden, *tensors, ctx.act, wants, ctx.backend)
+    return *(g if want else None for g, want in zip(grads, wants, strict=True)), *(None,) * 4
 
 
 define(
@@ -79,7 +79,7 @@ define(
 )
 define(
     "routed_mlp_backward",
-    f"(Tensor grad_out, Tensor hidden, {_INPUTS}) "
+    f"(Tensor grad_out, Tensor hidden, {_INPUTS}, bool[] wants) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -75,20 +75,20 @@ def _dispatch_fake(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]
 
 define(
     "routing_gate",
-    "(Tensor logits, int top_k, bool over_all) -> (Tensor weight, Tensor index)",
+    "(Tensor logits, SymInt top_k, bool over_all) -> (Tensor weight, Tensor index)",
     _gate,
     _gate_fake,
     (_gate_setup, _gate_autograd),
 )
 define(
     "routing_limit",
-    "(Tensor index, Tensor? mask, int experts, int? capacity) -> Tensor",
+    "(Tensor index, Tensor? mask, SymInt experts, SymInt? capacity) -> Tensor",
     lambda backend, *args: _kernels(backend).limit(*args),
     lambda index, *_rest: index.new_empty(index.shape),
 )
 define(
     "routing_dispatch",
-    "(Tensor index, int experts) -> (Tensor, Tensor, Tensor)",
+    "(Tensor index, SymInt experts) -> (Tensor, Tensor, Tensor)",
     lambda backend, *args: _kernels(backend).dispatch(*args),
     _dispatch_fake,
 )

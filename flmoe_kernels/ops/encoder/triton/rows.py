@@ -7,6 +7,7 @@ capture them. Tensors are made contiguous here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from flmoe_kernels.core.operands import (
     expect_seed,
 )
 from flmoe_kernels.core.triton.launches import run
+from flmoe_kernels.ops.encoder.wants import rows_wanted
 
 from .rows_launch import (
     Dropout,
@@ -101,9 +103,9 @@ def norm_backward(
     seed: Tensor | None,
     p: float,
     self_residual: bool,
-    want_update: bool,
+    wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, update, gain and shift; without dropout those of residual and update are equal."""
+    """Gradients of residual, update, gain and shift, see rows_wanted; those not requested are empty."""
     _expect_rows("total", total)
     for name, each in (("grad_total", grad_total), ("grad_normed", grad_normed)):
         expect(name, each, total.shape, total.dtype, total.device)
@@ -111,29 +113,25 @@ def norm_backward(
         expect(name, each, total.shape[:2], torch.float32, total.device)
     expect("gain", gain, (total.shape[0], total.shape[2]), total.dtype, total.device)
     dropout = _dropout(seed, p, total)
-    own_update = want_update and (self_residual or seed is not None)
-    grad_residual = total.new_empty((0,) if self_residual else total.shape)
-    grad_update = total.new_empty(total.shape if own_update else (0,))
-    summed = grad_normed is not None and total.numel() > 0
-    new = torch.empty_like if summed else torch.zeros_like
-    grad_gain, grad_shift = (new(gain, memory_format=torch.contiguous_format) for _ in range(2))
-    if total.numel():
+    wanted = (*rows_wanted(seed, self_residual, wants), *wants[2:])
+    summed = grad_normed is not None and total.numel() > 0 and any(wants[2:])
+    new = gain.new_empty if summed else gain.new_zeros
+    grads = [
+        *(total.new_empty(total.shape if want else (0,)) for want in wanted[:2]),
+        *(new(gain.shape if want else (0,)) for want in wanted[2:]),
+    ]
+    if total.numel() and (summed or any(wanted[:2])):
         parts = total.new_empty(norm_parts_shape(total), dtype=torch.float32) if summed else None
         launches = norm_gradient_launches(
             (contiguous(grad_total), contiguous(grad_normed)),
             (total.contiguous(), mean.contiguous(), rstd.contiguous(), gain.contiguous()),
             dropout,
             self_residual,
-            (
-                None if self_residual else grad_residual,
-                grad_update if own_update else None,
-                grad_gain,
-                grad_shift,
-            ),
+            [grad if want else None for grad, want in zip(grads, wanted, strict=True)],
             parts,
         )
         run(launches, total.device)
-    return grad_residual, grad_update, grad_gain, grad_shift
+    return grads[0], grads[1], grads[2], grads[3]
 
 
 def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
@@ -178,23 +176,33 @@ def pool(
 
 
 def pool_backward(
-    grad_out: Tensor, cu_segments: Tensor, views: int, rows: int, seed: Tensor | None, p: float
+    grad_out: Tensor,
+    cu_segments: Tensor,
+    views: int,
+    rows: int,
+    seed: Tensor | None,
+    p: float,
+    wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (E, rows, D) of residual and update; zeros in rows outside all segments."""
+    """Gradients (E, rows, D) of residual and update, see rows_wanted; those not requested are empty.
+
+    They are zero in rows outside all segments.
+    """
     _expect_rows("grad_out", grad_out, 4)
     _expect_segments(cu_segments, views, rows, grad_out)
     experts, _, _, width = grad_out.shape
     shape = (experts, views, cu_segments.numel() - 1, width)
     expect("grad_out", grad_out, shape, grad_out.dtype, grad_out.device)
     dropout = _dropout(seed, p, grad_out)
-    grad_residual = grad_out.new_empty((experts, rows, width))
-    grad_update = grad_out.new_empty((0,) if seed is None else grad_residual.shape)
+    wants = rows_wanted(seed, False, wants)
+    full = (experts, rows, width)
+    grad_residual, grad_update = (grad_out.new_empty(full if want else (0,)) for want in wants)
     if not grad_out.numel():
         return grad_residual.zero_(), grad_update.zero_()
-    if grad_residual.numel():
+    grads = [grad if grad.numel() else None for grad in (grad_residual, grad_update)]
+    if any(grad is not None for grad in grads):
         grad_out, cu_segments = grad_out.contiguous(), cu_segments.contiguous()
-        own = None if seed is None else grad_update
-        launch = pool_gradient_launch(grad_out, cu_segments, dropout, grad_residual, own)
+        launch = pool_gradient_launch(grad_out, cu_segments, dropout, *grads)
         run([launch], grad_out.device)
     return grad_residual, grad_update
 

@@ -161,8 +161,9 @@ def norm_gradient_kernel(
             middle = tl.load(mean + start + row, mask=valid, other=0.0)
             spread = tl.load(rstd + start + row, mask=valid, other=0.0)
             x = [centred(x[w], middle, w, WIDTH, PART) * spread[:, None] for w in (0, 1, 2, 3)]
-            of_gain = [of_gain[w] + grad[w] * x[w] for w in (0, 1, 2, 3)]
-            of_shift = [of_shift[w] + grad[w] for w in (0, 1, 2, 3)]
+            if parts is not None:
+                of_gain = [of_gain[w] + grad[w] * x[w] for w in (0, 1, 2, 3)]
+                of_shift = [of_shift[w] + grad[w] for w in (0, 1, 2, 3)]
             grad = [grad[w] * gains[w] for w in (0, 1, 2, 3)]
             level = across(grad) / WIDTH
             slope = across([grad[w] * x[w] for w in (0, 1, 2, 3)]) / WIDTH
@@ -211,10 +212,14 @@ def norm_sum_kernel(
         inside = (first + line < count)[:, None] & (column < WIDTH)[None, :]
         at = (first + line)[:, None] * (2 * WIDTH) + column[None, :]
         total += tl.load(base + at, mask=inside, other=0.0)
-    values = tl.sum(total, 0).to(grad_gain.dtype.element_ty)
+    values = tl.sum(total, 0)
     at, inside = expert * WIDTH + column, column < WIDTH
-    tl.store(grad_gain + at, values, mask=inside & (which == 0))
-    tl.store(grad_shift + at, values, mask=inside & (which == 1))
+    if grad_gain is not None:
+        tl.store(grad_gain + at, values.to(grad_gain.dtype.element_ty), mask=inside & (which == 0))
+    if grad_shift is not None:
+        tl.store(
+            grad_shift + at, values.to(grad_shift.dtype.element_ty), mask=inside & (which == 1)
+        )
 
 
 # dropout(GELU(x)), exact. One program per block of rows and columns. Traffic: 4 bytes per element in 16 bits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,11 +156,12 @@ def norm_gradient_launches(
     saved: tuple[Tensor, Tensor, Tensor, Tensor],
     dropout: Dropout,
     twice: bool,
-    results: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
+    results: Sequence[Tensor | None],
     parts: Tensor | None,
 ) -> list[Launch]:
     """grads: of total and of normed; saved: total, mean, rstd, gain; results: gradients of residual, update, gain
-    and shift; parts None without a gradient of normed. The second launch reads the parts that the first writes."""
+    and shift, None if not wanted; parts None without a gradient of normed, or if neither gain nor shift has one.
+    The second launch reads the parts that the first writes."""
     total, mean, rstd, gain = saved
     grad_residual, grad_update, grad_gain, grad_shift = results
     experts, rows, width = total.shape
@@ -248,16 +250,18 @@ def pool_gradient_launch(
     grad_out: Tensor,
     cu_segments: Tensor,
     dropout: Dropout,
-    grad_residual: Tensor,
+    grad_residual: Tensor | None,
     grad_update: Tensor | None,
 ) -> Launch:
+    like = grad_update if grad_residual is None else grad_residual
+    assert like is not None
     views = grad_out.shape[1]
     arguments: dict[str, Any] = {"grad_out": grad_out, "cu": cu_segments}
     arguments |= {"grad_residual": grad_residual, "grad_update": grad_update}
-    arguments |= {"rows": grad_residual.shape[1] // views, "views": views}
+    arguments |= {"rows": like.shape[1] // views, "views": views}
     arguments |= {"bounds": cu_segments.shape[0]}
     kernel = pool_gradient_kernel
-    return _elementwise(kernel, "pool_gradient", grad_residual, arguments, dropout)
+    return _elementwise(kernel, "pool_gradient", like, arguments, dropout)
 
 
 def _views(kernel: Any, name: str, wide: Tensor, arguments: dict[str, Any]) -> Launch:

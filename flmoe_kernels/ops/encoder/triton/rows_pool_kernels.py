@@ -118,9 +118,10 @@ def pool_gradient_kernel(
     grad = [load_part(grad_out, source, covered, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
     grad = [each * share[:, None] for each in grad]
     start = tl.cast(expert, tl.int64) * (views * rows) + first
-    base = begin(grad_residual, start, WIDTH)
-    for w in tl.static_range(4):
-        store_part(base, row, valid, column, grad[w], w, WIDTH, PART)
+    if grad_residual is not None:
+        base = begin(grad_residual, start, WIDTH)
+        for w in tl.static_range(4):
+            store_part(base, row, valid, column, grad[w], w, WIDTH, PART)
     if grad_update is not None:
         if seed is not None:
             words = words_of(seed, first + row, expert, 0, column, PART)

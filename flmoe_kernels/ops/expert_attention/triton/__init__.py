@@ -54,7 +54,7 @@ def forward(
 
 
 def backward(
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: Sequence[Tensor | None],
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -66,7 +66,7 @@ def backward(
     dropout_p: float,
     scale: float,
 ) -> None:
-    """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous."""
+    """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous; None if not wanted."""
     call = readable(_checked(AttentionCall(q, k, v, cu_seqlens, seed, dropout_p, scale)))
     for name, x in (("grad_out", grad_out), ("out", out)):
         expect(name, x, q.shape, q.dtype, q.device)
@@ -74,13 +74,15 @@ def backward(
     if q.numel():
         delta = q.new_empty(q.shape[:3], dtype=torch.float32)
         grad_out, out, lse = rows_contiguous(grad_out), rows_contiguous(out), lse.contiguous()
-        of_query, of_key = tiles_of("query_gradient", call), tiles_of("key_gradient", call)
         grad_q, grad_k, grad_v = grads
-        # The second reads the delta that the first writes.
-        launches = [
-            query_gradient_launch(of_query, call, grad_out, out, lse, delta, grad_q),
-            key_gradient_launch(of_key, call, grad_out, lse, delta, grad_k, grad_v),
-        ]
+        launches = []
+        if grad_q is not None or grad_k is not None:
+            tiles = tiles_of("query_gradient", call)
+            launches.append(query_gradient_launch(tiles, call, grad_out, out, lse, delta, grad_q))
+        if grad_k is not None or grad_v is not None:
+            # For the gradient of k it reads the delta that the first launch writes.
+            tiles = tiles_of("key_gradient", call)
+            launches.append(key_gradient_launch(tiles, call, grad_out, lse, delta, grad_k, grad_v))
         run(launches, q.device)
 
 

@@ -159,35 +159,42 @@ def query_gradient_kernel(
     at = statistics_of(group, rows, first + start, heads, head)
     if column == 0:
         tl.store(delta + at + row * heads, together, mask=valid)
-    origin = tl.load(lse + at + row * heads, mask=valid, other=0.0) * LOG2_E
-    sums = tl.zeros((ROWS, CHUNK), tl.float32)
-    for j in range(0, keys, COLUMNS):
-        key = tl.arange(0, COLUMNS)
-        valid_key = j + key < keys
-        k_tile = load_rows(k, j, key, valid_key, 0, WIDTH, CHUNK)
-        scores = products(
-            *(q_tile, k_tile, q, 0, row, valid, k, j, key, valid_key),
-            *(WIDTH, CHUNK, PRECISION),
+    if grad_q is not None:
+        origin = tl.load(lse + at + row * heads, mask=valid, other=0.0) * LOG2_E
+        sums = tl.zeros((ROWS, CHUNK), tl.float32)
+        for j in range(0, keys, COLUMNS):
+            key = tl.arange(0, COLUMNS)
+            valid_key = j + key < keys
+            k_tile = load_rows(k, j, key, valid_key, 0, WIDTH, CHUNK)
+            scores = products(
+                *(q_tile, k_tile, q, 0, row, valid, k, j, key, valid_key),
+                *(WIDTH, CHUNK, PRECISION),
+            )
+            p = tl.exp2(scores * (scale * LOG2_E) - origin[:, None])
+            # After the last key this is not a probability and may be infinite.
+            p = tl.where(valid_key[None, :], p, 0.0)
+            v_tile = load_rows(v, j, key, valid_key, 0, WIDTH, CHUNK)
+            cotangent = products(
+                *(grad_tile, v_tile, grad_out, 0, row, valid, v, j, key, valid_key),
+                *(WIDTH, CHUNK, PRECISION),
+            )
+            if seed is not None:
+                problem_id = group * problems + problem
+                kept = kept_elements(seed, threshold, problem_id, head, start + row, j, COLUMNS)
+                cotangent *= tl.where(kept, kept_scale, 0.0)
+            d = p * (cotangent - together[:, None])
+            if WIDTH > CHUNK:
+                k_tile = load_rows(k, j, key, valid_key, column, WIDTH, CHUNK)
+            sums = dot(d, k_tile, sums, PRECISION)
+        store_rows(
+            head_of(grad_q, group, head, first + start),
+            row,
+            valid,
+            column,
+            sums * scale,
+            WIDTH,
+            CHUNK,
         )
-        p = tl.exp2(scores * (scale * LOG2_E) - origin[:, None])
-        # After the last key this is not a probability and may be infinite.
-        p = tl.where(valid_key[None, :], p, 0.0)
-        v_tile = load_rows(v, j, key, valid_key, 0, WIDTH, CHUNK)
-        cotangent = products(
-            *(grad_tile, v_tile, grad_out, 0, row, valid, v, j, key, valid_key),
-            *(WIDTH, CHUNK, PRECISION),
-        )
-        if seed is not None:
-            problem_id = group * problems + problem
-            kept = kept_elements(seed, threshold, problem_id, head, start + row, j, COLUMNS)
-            cotangent *= tl.where(kept, kept_scale, 0.0)
-        d = p * (cotangent - together[:, None])
-        if WIDTH > CHUNK:
-            k_tile = load_rows(k, j, key, valid_key, column, WIDTH, CHUNK)
-        sums = dot(d, k_tile, sums, PRECISION)
-    store_rows(
-        head_of(grad_q, group, head, first + start), row, valid, column, sums * scale, WIDTH, CHUNK
-    )
 
 
 # Gradients of k and v:  grad_v_j = sum_i kept_ij p_ij grad_out_i,  grad_k_j = scale * sum_i d_ij q_i.
@@ -244,15 +251,17 @@ def key_gradient_kernel(
         statistics = row_at(at, i, heads) + row * heads
         origin = tl.load(lse + statistics) * LOG2_E
         origin = tl.where(i + tl.arange(0, ROWS) < queries, origin, float("inf"))
-        together = tl.load(delta + statistics)
+        if grad_k is not None:
+            together = tl.load(delta + statistics)
         scores = products(
             *(q_tile, k_tile, q, i, row, None, k, 0, key, valid_key),
             *(WIDTH, CHUNK, PRECISION),
         )
-        cotangent = products(
-            *(grad_tile, v_tile, grad_out, i, row, None, v, 0, key, valid_key),
-            *(WIDTH, CHUNK, PRECISION),
-        )
+        if grad_k is not None:
+            cotangent = products(
+                *(grad_tile, v_tile, grad_out, i, row, None, v, 0, key, valid_key),
+                *(WIDTH, CHUNK, PRECISION),
+            )
         p = tl.exp2(scores * (scale * LOG2_E) - origin[:, None])
         dropped = p
         if seed is not None:
@@ -260,14 +269,21 @@ def key_gradient_kernel(
             kept = kept_elements(seed, threshold, problem_id, head, i + row, start, COLUMNS)
             # One factor for both products: a selection in each would keep a predicate per score between them.
             factor = tl.where(kept, kept_scale, 0.0)
-            dropped, cotangent = p * factor, cotangent * factor
-        d = p * (cotangent - together[:, None])
+            dropped = p * factor
+            if grad_k is not None:
+                cotangent *= factor
+        if grad_k is not None:
+            d = p * (cotangent - together[:, None])
         if WIDTH > CHUNK:
             q_tile = load_rows(q, i, row, None, column, WIDTH, CHUNK)
             grad_tile = load_rows(grad_out, i, row, None, column, WIDTH, CHUNK)
-        sums_v = dot(tl.trans(dropped), grad_tile, sums_v, PRECISION)
-        sums_k = dot(tl.trans(d), q_tile, sums_k, PRECISION)
-    grad_k = head_of(grad_k, group, head, first + start)
-    grad_v = head_of(grad_v, group, head, first + start)
-    store_rows(grad_k, key, valid_key, column, sums_k * scale, WIDTH, CHUNK)
-    store_rows(grad_v, key, valid_key, column, sums_v, WIDTH, CHUNK)
+        if grad_v is not None:
+            sums_v = dot(tl.trans(dropped), grad_tile, sums_v, PRECISION)
+        if grad_k is not None:
+            sums_k = dot(tl.trans(d), q_tile, sums_k, PRECISION)
+    if grad_k is not None:
+        grad_k = head_of(grad_k, group, head, first + start)
+        store_rows(grad_k, key, valid_key, column, sums_k * scale, WIDTH, CHUNK)
+    if grad_v is not None:
+        grad_v = head_of(grad_v, group, head, first + start)
+        store_rows(grad_v, key, valid_key, column, sums_v, WIDTH, CHUNK)

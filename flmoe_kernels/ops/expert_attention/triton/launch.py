@@ -81,10 +81,11 @@ def query_gradient_launch(
     out: Tensor,
     lse: Tensor,
     delta: Tensor,
-    grad_q: Tensor,
+    grad_q: Tensor | None,
 ) -> Launch:
-    """Launch of the gradient of q, which also writes delta."""
-    rest = {"out": operand(out), "grad_q": operand(grad_q), "lse": lse}
+    """Launch of the gradient of q, if it is wanted, which also writes delta."""
+    of_query = None if grad_q is None else operand(grad_q)
+    rest = {"out": operand(out), "grad_q": of_query, "lse": lse}
     rest |= {"grad_out": operand(grad_out), "delta": delta}
     return _launch(query_gradient_kernel, tiles, call, tiles.rows, rest)
 
@@ -95,9 +96,10 @@ def key_gradient_launch(
     grad_out: Tensor,
     lse: Tensor,
     delta: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
 ) -> Launch:
-    rest = {"grad_k": operand(grad_k), "grad_v": operand(grad_v), "lse": lse}
+    of_key, of_value = (None if grad is None else operand(grad) for grad in (grad_k, grad_v))
+    rest = {"grad_k": of_key, "grad_v": of_value, "lse": lse}
     rest |= {"grad_out": operand(grad_out), "delta": delta}
     return _launch(key_gradient_kernel, tiles, call, tiles.columns, rest)

@@ -5,6 +5,8 @@ No call waits for the GPU, and what is allocated depends on shapes alone, so tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,22 +50,27 @@ def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: PairCall, reduce: str, grad_y: Tensor, grad_mass: Tensor | None
+    call: PairCall, reduce: str, grad_y: Tensor, grad_mass: Tensor | None, wants: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, a, c and of the gate's bias; those not requested are empty."""
     inputs = (call.q, call.k, call.a, call.c)
+    shapes = [x.shape if want else (0,) for x, want in zip(inputs, wants, strict=False)]
+    q, k, a, c = (call.q.new_empty(shape) for shape in shapes)
     if _empty(call):
-        bias = call.q.new_zeros((call.experts,), dtype=call.statistics)
-        q, k, a, c = (x.new_zeros(x.shape) for x in inputs)
-        return q, k, a, c, bias
-    q, k, a, c = (x.new_empty(x.shape) for x in inputs)
+        experts = call.experts if wants[4] else 0
+        bias = call.q.new_zeros((experts,), dtype=call.statistics)
+        return q.zero_(), k.zero_(), a.zero_(), c.zero_(), bias
     call = readable(call)
     grad_mass = contiguous(grad_mass)
     sums, gates = tiles_of("accumulate", call), tiles_of("gradient", call)
-    shape = (call.batch, row_blocks(gates, call), call.experts)
+    shape = (call.batch, row_blocks(gates, call), call.experts if wants[4] else 0)
     bias = call.q.new_empty(shape, dtype=call.statistics)
     sides = make_sides(call, reduce, call.q.dtype)
-    launches = project_launches(call, reduce, grad_y, grad_mass, sides)
-    launches += backward_launches(sums, gates, call, reduce, grad_y, sides, (q, k, a, c), bias)
+    grads = [g if want else None for g, want in zip((q, k, a, c, bias), wants, strict=True)]
+    # The gradient of a does not use the sides.
+    used = any(wants[i] for i in (0, 1, 3, 4))
+    launches = project_launches(call, reduce, grad_y, grad_mass, sides) if used else []
+    launches += backward_launches(sums, gates, call, reduce, grad_y, sides, grads[:4], grads[4])
     run(launches, call.q.device)
     return q, k, a, c, bias.sum(dim=(0, 1))
 

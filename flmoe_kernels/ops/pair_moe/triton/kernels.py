@@ -228,7 +228,7 @@ def gate_gradient_kernel(
     valid_x = valid_tokens(mask_x, b, x0, length_x, ROWS)
     sums, totals = (), ()
     for _ in tl.static_range(EXPERTS):
-        sums += (tl.zeros((ROWS, WIDE_R), tl.float32),)
+        sums += (tl.zeros((ROWS, WIDE_R), tl.float32) if grad_x is not None else 0.0,)
         totals += (tl.zeros((ROWS,), tl.float32) if grad_bias is not None else 0.0,)
     for z0 in range(0, length_z, COLUMNS):
         valid_z = valid_tokens(mask_z, b, z0, length_z, COLUMNS)
@@ -249,12 +249,16 @@ def gate_gradient_kernel(
         for e in tl.static_range(EXPERTS):
             # Selected, not only multiplied: where z is masked, an infinity in w must not become NaN.
             d = tl.where(valid_z[None, :], p[e] * (cotangents[e] - mean), 0.0)
-            other = load_tokens(z, b, e, z0, valid_z, column, R, WIDE_R)
-            new_sums += (dot(d, other, sums[e], PRECISION),)
+            if grad_x is not None:
+                other = load_tokens(z, b, e, z0, valid_z, column, R, WIDE_R)
+                new_sums += (dot(d, other, sums[e], PRECISION),)
+            else:
+                new_sums += (0.0,)
             new_totals += (totals[e] + tl.sum(d, 1) if grad_bias is not None else 0.0,)
         sums, totals = new_sums, new_totals
     for e in tl.static_range(EXPERTS):
-        store_tokens(grad_x, b, e, x0, valid_x, length_x, column, sums[e] * scale, R)
+        if grad_x is not None:
+            store_tokens(grad_x, b, e, x0, valid_x, length_x, column, sums[e] * scale, R)
         if grad_bias is not None and chunk == 0:
             total = tl.sum(tl.where(valid_x, totals[e], 0.0), 0)
             tl.store(grad_bias + (tl.cast(b, tl.int64) * blocks + block) * EXPERTS + e, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,10 +211,11 @@ def backward_launches(
     reduce: str,
     grad_y: Tensor,
     sides: Sides,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor],
-    grad_bias: Tensor,
+    grads: Sequence[Tensor | None],
+    grad_bias: Tensor | None,
 ) -> list[Launch]:
-    """Launches of the gradients of q, k, a, c, and of partial sums (B, row_blocks, E) for gate_bias.
+    """Launches of the gradients of q, k, a, c, and of partial sums (B, row_blocks, E) for gate_bias; None if not
+    wanted.
 
     sums: "accumulate" tiles; gates: "gradient" tiles, which determine the blocks of grad_bias.
 
@@ -224,31 +226,34 @@ def backward_launches(
     none = (0.0,) * call.experts
     pool = reduce == REDUCE_POOL
     factor = None if sides.factor is None else operand(sides.factor)
-    grad_q, grad_k, grad_a, grad_c = map(operand, grads)
+    grad_q, grad_k, grad_a, grad_c = (None if g is None else operand(g) for g in grads)
     g_a = spread(grad_y, call, reduce, call.rows)
     g_c = spread(grad_y, call, reduce, call.columns) if pool else None
     added = tuple(float(product) for product in sides.product)
-    return [
-        _accumulate(sums, call, grad_a, (g_a, operand(call.c)), (s1, none, s3)),
-        _accumulate(
-            *(sums, call, grad_c, (g_c, factor), (s2 if pool else none, added, none)),
-            swapped=True,
-        ),
-        gate_gradient_launch(gates, call, sides, grad_q, grad_bias),
-        gate_gradient_launch(gates, call, sides, grad_k, None, swapped=True),
-    ]
+    launches = []
+    if grad_a is not None:
+        launches.append(_accumulate(sums, call, grad_a, (g_a, operand(call.c)), (s1, none, s3)))
+    if grad_c is not None:
+        values, coefficients = (g_c, factor), (s2 if pool else none, added, none)
+        launches.append(_accumulate(sums, call, grad_c, values, coefficients, swapped=True))
+    if grad_q is not None or grad_bias is not None:
+        launches.append(gate_gradient_launch(gates, call, sides, grad_q, grad_bias))
+    if grad_k is not None:
+        launches.append(gate_gradient_launch(gates, call, sides, grad_k, None, swapped=True))
+    return launches
 
 
 def gate_gradient_launch(
     tiles: Tiles,
     call: PairCall,
     sides: Sides,
-    grad: Operand,
+    grad: Operand | None,
     grad_bias: Tensor | None,
     *,
     swapped: bool = False,
 ) -> Launch:
-    """Launch of the gradient of q and (B, row_blocks, E) partial sums for gate_bias, or (swapped) that of k."""
+    """Launch of the gradient of q and (B, row_blocks, E) partial sums for gate_bias, or (swapped) that of k; None
+    if not wanted."""
     wide = chunk_of(call.rank, tiles.wide)
     gates = _gate_operands(call, swapped)
     values = [None if sides.factor is None else operand(sides.factor), operand(call.c)]

@@ -79,19 +79,24 @@ def mix_backward(
     grad_mixed: Tensor | None,
     weights: Tensor,
     logits: Tensor,
+    wants: Sequence[bool],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of scores (B, E) and of logits (E, B, C)."""
+    """Gradients of scores (B, E) and of logits (E, B, C); those not requested are empty."""
     logits = _logits(logits)
     experts, batch, classes = logits.shape
     for name, x in (("grad_weights", grad_weights), ("weights", weights)):
         expect(name, x, (batch, experts), logits.dtype, logits.device)
     expect("grad_mixed", grad_mixed, (batch, classes), logits.dtype, logits.device)
-    grads = weights.new_empty(weights.shape), logits.new_empty(logits.shape)
+    of_scores, of_logits = (
+        x.new_empty(x.shape if want else (0,))
+        for x, want in zip((weights, logits), wants, strict=True)
+    )
     if batch:
         given = contiguous(grad_weights), contiguous(grad_mixed), weights.contiguous()
+        grads = of_scores if wants[0] else None, of_logits if wants[1] else None
         run([launches.mix_gradient_launch(*given, logits, temperature, grads)], logits.device)
-    return grads
+    return of_scores, of_logits
 
 
 def _logits(x: Tensor) -> Tensor:

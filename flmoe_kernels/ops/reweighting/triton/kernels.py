@@ -211,10 +211,12 @@ def mix_gradient_kernel(
             part = tl.load(pointers, mask=present, other=0.0).to(tl.float32)
             dots = tl.sum(grad * part, 1)
             inner += tl.where((lane == expert)[None, :], dots[:, None], 0.0)
-            values = expert_column(share, lane, expert)[:, None] * grad
-            of_grad = tl.cast(batch, tl.int64) * classes
-            pointers = logits_at(grad_logits, of_grad, expert, row, column, classes)
-            tl.store(pointers, values.to(grad_logits.dtype.element_ty), mask=present)
-    together = tl.sum(share * inner, 1)
-    values = share * (inner - together[:, None]) / temperature
-    tl.store(grad_scores + at, values.to(grad_scores.dtype.element_ty), mask=of_weights)
+            if grad_logits is not None:
+                values = expert_column(share, lane, expert)[:, None] * grad
+                of_grad = tl.cast(batch, tl.int64) * classes
+                pointers = logits_at(grad_logits, of_grad, expert, row, column, classes)
+                tl.store(pointers, values.to(grad_logits.dtype.element_ty), mask=present)
+    if grad_scores is not None:
+        together = tl.sum(share * inner, 1)
+        values = share * (inner - together[:, None]) / temperature
+        tl.store(grad_scores + at, values.to(grad_scores.dtype.element_ty), mask=of_weights)

@@ -92,9 +92,9 @@ def mix_gradient_launch(
     weights: Tensor,
     logits: Tensor,
     temperature: float,
-    grads: tuple[Tensor, Tensor],
+    grads: tuple[Tensor | None, Tensor | None],
 ) -> Launch:
-    """Launch of the gradients of scores and logits; the latter is contiguous."""
+    """Launch of the gradients of scores and logits, None if not wanted; the latter is contiguous."""
     return _mix(
         "mix_gradient",
         logits,

@@ -6,6 +6,9 @@ capture it.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,56 +37,66 @@ def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
     return out, hidden
 
 
-def backward(call: RoutedCall, grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, w_in, b_in, w_out, b_out; that of an absent bias has no elements.
+def backward(
+    call: RoutedCall, grad_out: Tensor, hidden: Tensor, wants: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, w_in, b_in, w_out, b_out; those not requested are empty.
 
     Memory beside them: 2 R F and, for K > 1, R D in x's type, and splits' partial sums, see launch.splits_of.
     """
     empty = call.x.new_empty
-    grad_x, grad_weight = empty(call.x.shape), empty(call.weight.shape)
+    want_x, want_weight, *want_parameters = wants
+    grad_x = empty(call.x.shape if want_x else (0,))
+    grad_weight = empty(call.weight.shape if want_weight else (0,))
     grad_hidden, active = (empty((call.rows, call.hidden)) for _ in range(2))
-    tiles = tiles_of("hidden_gradient", call)
-    dots = empty((call.rows, launches.dot_parts(tiles, call)), dtype=torch.float32)
-    parts = _parts(call, grad_x)
-    found = [
-        launches.hidden_gradient_launch(tiles, call, grad_out, hidden, grad_hidden, active, dots),
-        launches.choice_gradient_launch(call, dots, grad_out, grad_weight),
-        launches.token_gradient_launch(tiles_of("rows", call), call, grad_hidden, parts),
-    ]
-    run(found + _sums(parts, grad_x), call.x.device)
+    found = []
+    if want_x or want_weight or any(want_parameters[:3]):
+        tiles = tiles_of("hidden_gradient", call)
+        dots = empty((call.rows, launches.dot_parts(tiles, call)), dtype=torch.float32)
+        rows = (grad_out, hidden, grad_hidden, active, dots)
+        found.append(launches.hidden_gradient_launch(tiles, call, *rows))
+        if want_weight:
+            found.append(launches.choice_gradient_launch(call, dots, grad_out, grad_weight))
+    if want_x:
+        parts = _parts(call, grad_x)
+        tiles = tiles_of("rows", call)
+        found.append(launches.token_gradient_launch(tiles, call, grad_hidden, parts))
+        found += _sums(parts, grad_x)
+    run(found, call.x.device)
     by_row, by_token = (grad_hidden, False), (call.x, True)
-    grad_w_in, grad_b_in = _weight_gradients(call, by_row, by_token, call.b_in, None)
+    of_in = _weight_gradients(call, by_row, by_token, want_parameters[:2], None)
     by_token, by_row = (grad_out, True), (active, False)
-    grad_w_out, grad_b_out = _weight_gradients(call, by_token, by_row, call.b_out, call.weight)
-    return grad_x, grad_weight, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+    of_out = _weight_gradients(call, by_token, by_row, want_parameters[2:], call.weight)
+    return grad_x, grad_weight, *of_in, *of_out
 
 
 def _weight_gradients(
     call: RoutedCall,
     left: tuple[Tensor, bool],
     right: tuple[Tensor, bool],
-    bias: Tensor | None,
+    wants: Sequence[bool],
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(E, P, Q) and (E, P), empty without a bias; of left (., P) and right (., Q), by token or else by row."""
+    """(E, P, Q) and (E, P), each empty if not wanted; of left (., P) and right (., Q), by token or else by row."""
     experts, p, q = call.experts, left[0].shape[1], right[0].shape[1]
-    grad = call.x.new_empty((experts, p, q))
-    grad_bias = call.x.new_empty((0,) if bias is None else (experts, p))
+    grad = call.x.new_empty((experts, p, q) if wants[0] else (0,))
+    grad_bias = call.x.new_empty((experts, p) if wants[1] else (0,))
+    if not any(wants):
+        return grad, grad_bias
     tiles = tiles_of("weight_gradient", call)
     splits = launches.splits_of(tiles, call)
     if splits == 1:
-        whole, whole_bias = grad.unsqueeze(2), None if bias is None else grad_bias.unsqueeze(1)
-        found = [
-            launches.weight_gradient_launch(tiles, call, left, right, whole, whole_bias, weight)
-        ]
+        parts = grad.unsqueeze(2) if wants[0] else None
+        of_bias = grad_bias.unsqueeze(1) if wants[1] else None
     else:
-        parts = call.x.new_empty((experts, p, splits, q), dtype=torch.float32)
-        shape = (experts, splits, p)
-        of_bias = None if bias is None else call.x.new_empty(shape, dtype=torch.float32)
-        found = [launches.weight_gradient_launch(tiles, call, left, right, parts, of_bias, weight)]
+        empty = functools.partial(call.x.new_empty, dtype=torch.float32)
+        parts = empty((experts, p, splits, q)) if wants[0] else None
+        of_bias = empty((experts, splits, p)) if wants[1] else None
+    found = [launches.weight_gradient_launch(tiles, call, left, right, parts, of_bias, weight)]
+    if splits > 1 and parts is not None:
         found.append(launches.sum_launch(parts.flatten(0, 1), grad.flatten(0, 1)))
-        if of_bias is not None:
-            found.append(launches.sum_launch(of_bias, grad_bias))
+    if splits > 1 and of_bias is not None:
+        found.append(launches.sum_launch(of_bias, grad_bias))
     run(found, call.x.device)
     return grad, grad_bias
 

@@ -264,9 +264,10 @@ def choice_gradient_kernel(
 
 
 # grad (E, P, SPLITS, Q) = sum over an expert's rows of left^T right, and bias (E, SPLITS, P) = sum of left,
-# weighted if there are weights. left and right are by row, or gathered from tokens with LEFT_OF and RIGHT_OF rows
-# each; 0 means by row. One program per tile of an expert and split, a part of its rows; the last programs sum
-# biases, which waits for memory while the others multiply. Experts without rows get zeros.
+# weighted if there are weights; either result may be missing. left and right are by row, or gathered from tokens
+# with LEFT_OF and RIGHT_OF rows each; 0 means by row. One program per tile of an expert and split, a part of its
+# rows; the last programs sum biases, which waits for memory while the others multiply. Experts without rows get
+# zeros.
 # Traffic: rows once per tile, from L2, and the gradients. Bound: the matrix units.
 @triton.jit
 def weight_gradient_kernel(
@@ -291,7 +292,7 @@ def weight_gradient_kernel(
 ):
     DOWN: tl.constexpr = (P + ROWS - 1) // ROWS
     ACROSS: tl.constexpr = (Q + COLUMNS - 1) // COLUMNS
-    PRODUCTS: tl.constexpr = EXPERTS * SPLITS * DOWN * ACROSS
+    PRODUCTS: tl.constexpr = 0 if grad is None else EXPERTS * SPLITS * DOWN * ACROSS
     program = tl.program_id(0)
     multiplies = program < PRODUCTS
     across = tl.where(multiplies, program % ACROSS, 0)
@@ -304,18 +305,19 @@ def weight_gradient_kernel(
     at = tl.arange(0, DEPTH)
     p, present = columns_of(down, P, ROWS)
     if multiplies:
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for r in range(first, end, DEPTH):
-            x = load_rows(left, r + at, end, down, permutation, rows, LEFT_OF, P, ROWS)
-            y = load_rows(right, r + at, end, across, permutation, rows, RIGHT_OF, Q, COLUMNS)
-            total = dot(tl.trans(x), y, total, PRECISION)
-        q, there = columns_of(across, Q, COLUMNS)
-        to = ((e * P + p).to(tl.int64) * SPLITS + split) * Q
-        tl.store(
-            grad + to[:, None] + q[None, :],
-            total.to(grad.dtype.element_ty),
-            mask=present[:, None] & there[None, :],
-        )
+        if grad is not None:
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for r in range(first, end, DEPTH):
+                x = load_rows(left, r + at, end, down, permutation, rows, LEFT_OF, P, ROWS)
+                y = load_rows(right, r + at, end, across, permutation, rows, RIGHT_OF, Q, COLUMNS)
+                total = dot(tl.trans(x), y, total, PRECISION)
+            q, there = columns_of(across, Q, COLUMNS)
+            to = ((e * P + p).to(tl.int64) * SPLITS + split) * Q
+            tl.store(
+                grad + to[:, None] + q[None, :],
+                total.to(grad.dtype.element_ty),
+                mask=present[:, None] & there[None, :],
+            )
     elif bias is not None:
         sums = tl.zeros((DEPTH, ROWS), tl.float32)
         for r in range(first, end, DEPTH):

@@ -174,19 +174,21 @@ def weight_gradient_launch(
     call: RoutedCall,
     left: tuple[Tensor, bool],
     right: tuple[Tensor, bool],
-    grad: Tensor,
+    grad: Tensor | None,
     bias: Tensor | None,
     weight: Tensor | None,
 ) -> Launch:
-    """Launch of grad (E, P, splits, Q), bias (E, splits, P); left (., P) and right (., Q) are by token or row."""
-    p, splits, q = grad.shape[1:]
+    """Launch of grad (E, P, splits, Q), bias (E, splits, P), or one of them; left (., P) and right (., Q) are by
+    token or row."""
+    p, q = left[0].shape[1], right[0].shape[1]
+    splits = grad.shape[2] if grad is not None else 1 if bias is None else bias.shape[1]
     high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
     down, across = blocks_of(p, high), blocks_of(q, wide)
     shares = call.experts * splits * down
     of_left, of_right = (call.choices if by_token else 0 for _, by_token in (left, right))
     return Launch(
         weight_gradient_kernel,
-        shares * across + (0 if bias is None else shares),
+        (0 if grad is None else shares * across) + (0 if bias is None else shares),
         {
             **{"left": left[0], "right": right[0], "weight": weight},
             **{"offsets": call.offsets, "permutation": call.permutation},
