@@ -21,9 +21,10 @@ import pytest
 import torch
 
 from flmoe_kernels.core.backend import instruction_set
+from flmoe_kernels.core.files import unwritable_reason
 
 from .environment import cpu_model, device_name, environment, keep_freed_memory
-from .floors import Floor, Floors, Here, key_of, load_floors, update_file
+from .floors import Floor, Floors, FloorsError, Here, key_of, load_floors, update_file
 from .shapes import is_cuda
 from .timing import Blocks, Call, Paired, clock_for, measure_blocks
 
@@ -144,6 +145,8 @@ class Gate:
         self.path = Path(path) if path else None
         self.floors = load_floors(self.path) if self.path else Floors(())
         self.update = bool(config.getoption("--gate-update"))
+        if self.update and self.path and (reason := unwritable_reason(self.path)):
+            raise FloorsError(f"{self.path}: {reason}")
         self.device = "cpu"
         self.lines: list[str] = []
         self.updates: dict[str, dict[str, float]] = {}
@@ -178,7 +181,10 @@ class Gate:
             )
         for device, ratio in self.updates.items():
             assert self.path is not None
-            name = update_file(self.path, self.here(device), ratio)
+            try:
+                name = update_file(self.path, self.here(device), ratio)
+            except OSError as error:
+                pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
             terminal.write_line(f"{self.path}: wrote this machine's ratios to [machine.{name}]")
         if missing:
             terminal.write_line(f"{self.path}: not measured in this run: {', '.join(missing)}")

@@ -8,10 +8,11 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flmoe_kernels.core.files import is_writable, write_whole
+from flmoe_kernels.core.files import unwritable_reason, write_whole
 
 from .figures import LengthPoint, Point, rate_text
 from .profiles import Profile
@@ -45,18 +46,18 @@ class Files:
         """Check the paths.
 
         Raises:
-            BadRequest: a folder is missing or not writable, or the format of the plot is unknown.
+            BadRequest: a file cannot be written, or the format of the plot is unknown.
             ModuleNotFoundError: a plot is requested and matplotlib is not installed.
         """
         for name in ("trace", "csv", "json", "plot"):
             path = getattr(self, name)
-            if path is not None and not is_writable(path):
-                raise BadRequest(f"{name}: {path}: the folder is missing or not writable")
+            if path is not None and (reason := unwritable_reason(path)):
+                raise BadRequest(f"{name}: {path}: {reason}")
         if self.plot is not None:
             from flmoe_kernels.core.figures import make_figure
 
             known = make_figure(1, 1).canvas.get_supported_filetypes()
-            if self.plot.suffix.removeprefix(".").lower() not in known:
+            if self._plot_format() not in known:
                 raise BadRequest(
                     f"plot: expected a file name with .png, .pdf or .svg, got {self.plot}"
                 )
@@ -69,8 +70,11 @@ class Files:
 
     def write_plot(self, make: Callable[[], Figure]) -> None:
         if self.plot is not None:
-            figure = make()
-            write_whole(self.plot, lambda part: figure.savefig(part, dpi=120))
+            save = partial(make().savefig, format=self._plot_format(), dpi=120)
+            write_whole(self.plot, save)
+
+    def _plot_format(self) -> str:
+        return "" if self.plot is None else self.plot.suffix.removeprefix(".").lower()
 
 
 def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **more: Any) -> str:

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def traced(
         with tempfile.TemporaryDirectory(prefix="flmoe_kernels-") as folder:
             part = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(part))
-            write_whole(trace, lambda path: shutil.copyfile(part, path))
+            with part.open("rb") as content:
+                write_whole(trace, partial(shutil.copyfileobj, content))
     return breakdown(profiler.events(), device)
 
 
