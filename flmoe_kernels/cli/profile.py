@@ -76,7 +76,13 @@ def profile(
         str | None,
         typer.Option(help="Time and memory at these sequence lengths, for example 128,256."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Seconds of timing per implementation.")] = 5.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of timing per implementation. Slow calls take longer, but the command ends after about "
+            "24 times as long, at least 120 s: the tables then say what was measured less often or not at all."
+        ),
+    ] = 5.0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace to this file.")] = None,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write the tables to this CSV file.")

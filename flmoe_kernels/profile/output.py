@@ -97,7 +97,7 @@ def as_csv(profiles: Sequence[Profile]) -> str:
     rows = []
     for profile in profiles:
         facts = profile.as_dict()
-        spread, breakdown = facts["spread"], facts["breakdown"]
+        spread, breakdown = facts["spread"], facts["breakdown"] or {"stages": []}
         whole = {"stage": WHOLE, "pass": EITHER, "seconds": spread["median"]}
         who = {name: facts[name] for name in ("contestant", "kind", "version", "dtype", "device")}
         who["case"] = facts["what"]
@@ -154,8 +154,11 @@ def tables(profiles: Sequence[Profile]) -> Iterator[RenderableType]:
         yield _table(("", *heads), rows)
         for profile in group:
             name = profile.subject.contestant
-            yield Text(f"stages of a profiled call of {name}", style="bold")
-            yield _stage_table(profile.breakdown, profile.spread.median)
+            if profile.breakdown is not None:
+                yield Text(f"stages of a profiled call of {name}", style="bold")
+                yield _stage_table(profile.breakdown, profile.spread.median)
+        for profile in group:
+            yield from (Text(f"{profile.subject.contestant}: {note}") for note in profile.notes)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: int = 99) -> Any:
@@ -176,6 +179,8 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     spread, ratio, counts = facts["spread"], facts["ratio"], facts["breakdown"]
     low, high = _time(spread["low"]), _time(spread["high"])
     interval = f"{low} - {high} at {spread['confidence']:.0%}"
+    if spread["rounds"] == 1:
+        interval = "a single call"
     yield "time, median", f"{_time(spread['median'])} ({interval})"
     yield "most calls, p20-p80", f"{_time(spread['p20'])} - {_time(spread['p80'])}"
     yield (
@@ -192,11 +197,16 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "share of the limit", f"{facts['share_of_limit']:.1%} ({facts['limit']})"
     peak = facts["peak_bytes"]
     yield "peak memory", "-" if peak is None else f"{peak / 2**20:.1f} MiB"
-    operators = f"{counts['operators']:g} of flmoe, {counts['torch_operators']:g} of torch"
+    operators = "-"
+    if counts is not None:
+        operators = f"{counts['operators']:g} of flmoe, {counts['torch_operators']:g} of torch"
     yield "operators", operators
-    yield "kernel launches", _number(counts["launches"])
-    yield "host waits", _number(counts["waits"])
-    yield "values read by the host", _number(counts["reads"])
+    for name, key in (
+        ("kernel launches", "launches"),
+        ("host waits", "waits"),
+        ("values read by the host", "reads"),
+    ):
+        yield name, _number(None if counts is None else counts[key])
 
 
 def _stage_table(breakdown: Breakdown, median: float) -> RenderableType:
