@@ -39,8 +39,7 @@ app.add_typer(tune.app, name="tune")
 def main() -> None:
     """Run the command line; help texts always show `python -m flmoe_kernels`.
 
-    A file that cannot be read or written is one line on stderr and exit code 2, and so is standard output on a full
-    disk.
+    A file or standard output that cannot be written (a full disk) is one line on stderr and exit code 2.
     """
     try:
         try:

@@ -90,8 +90,8 @@ def matmul_rate(
 ) -> float:
     """FLOP/s of torch.mm of two square matrices, with a preallocated result.
 
-    side: default 2048, on a GPU 8192; less if that would take seconds: torch has no fast product of float16 for some
-    processors.
+    side: default 2048, on a GPU 8192; less if that would take seconds, because torch has no fast product of
+    float16 for some processors.
     """
     clock = clock or clock_for(device)[1]
     if not side:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def measure_pair(
     floor: Floor,
     bound: float | None = None,
     *,
-    now: Callable[[], float] | None = None,
+    now: Callable[[], float] = time.monotonic,
     clock: tuple[str, Callable[[Call], float]] | None = None,
 ) -> Paired:
     """Time the calls "ours" and "peer" in turn, with the floor's threads, rounds and precision.
@@ -129,7 +130,7 @@ def measure_pair(
             precision=floor.precision,
             seconds=floor.seconds,
             decided=decided,
-            **({} if now is None else {"now": now}),
+            now=now,
         ).pair("ours", "peer")
     finally:
         torch.set_num_threads(before)

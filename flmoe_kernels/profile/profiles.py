@@ -28,6 +28,7 @@ LEAST_LIMIT, LIMIT_FACTOR = 120.0, 24.0
 # Measurements that take no longer are made even after the limit.
 QUICK = 1.0
 TRACED_CALLS = 3
+BECAUSE = "because of the time limit, which a larger --seconds raises"
 Tell = Callable[[str], None]
 
 
@@ -170,7 +171,8 @@ def profile_subjects(
         own = limit.part(len(subjects) - number)
         notes = []
         if spread.blocks < LEAST_BLOCKS:
-            notes.append(f"timed {spread.rounds} times only, because of the time limit")
+            calls = "a single call" if spread.rounds == 1 else f"{spread.rounds} calls"
+            notes.append(f"time: from {calls}, {BECAUSE}")
         breakdown = _breakdown_of(
             subject, spread.median, trace if first else None, own, notes, tell
         )
@@ -193,7 +195,7 @@ def _breakdown_of(
     if not limit.allows(2 * (calls + warmup) * seconds):  # the other half is for the memory
         calls, warmup = 1, 1
     if trace is None and not limit.allows((calls + warmup) * seconds):
-        notes.append("stages: not measured, because of the time limit")
+        notes.append(f"stages: not measured, {BECAUSE}")
         return None
     tell(f"{subject.what}: tracing {subject.contestant}")
     return traced(subject.prepare(), subject.device, calls=calls, warmup=warmup, trace=trace)
@@ -226,7 +228,7 @@ def _peak_of(
     if subject.peak is None:
         return None
     if not limit.allows(2 * seconds):
-        notes.append("memory: not measured, because of the time limit")
+        notes.append(f"memory: not measured, {BECAUSE}")
         return None
     tell(f"{subject.what}: memory of {subject.contestant}")
     try:

@@ -210,10 +210,10 @@ def measure_blocks(
     Args:
         prepare: makes the calls, by name, with new inputs.
         clock: name and clock, see `clock_for`.
-        rounds: minimum number within the time limit; LEAST_BLOCKS blocks of one round are measured even if that takes
-            longer than `seconds`.
-        limit: seconds after the first calls. If LEAST_BLOCKS blocks would take longer, fewer blocks are measured, at
-            least one, all of a single round on the same inputs.
+        rounds: minimum number within the time limit; LEAST_BLOCKS blocks of one round are always measured,
+            apart from `limit`.
+        limit: seconds after the first calls. If LEAST_BLOCKS blocks would take longer, fewer blocks are
+            measured, at least one, all of a single round on the same inputs.
         decided: whether the result is conclusive. While it is not, the time limit is UNDECIDED times `seconds`.
         now: the clock for `seconds`.
     """
