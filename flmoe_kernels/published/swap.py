@@ -36,8 +36,8 @@ def swap(
     structure, wherever the model, or a list or dict of a module, refers to them. A layer that is held in
     several places is replaced by a single object; it is not replaced if one of them cannot be changed (a
     tuple, a set, a function, a method, an object that is no module). The fast layer has the same parameter
-    objects, so an existing optimizer keeps working; it also has the same mode, attributes and hooks. A layer that is not
-    supported, or whose results differ, is not changed, and the report has the reason. Swap before
+    objects, so an existing optimizer keeps working; it also has the same mode, attributes and hooks. A layer
+    that is not supported, or whose results differ, is not changed, and the report has the reason. Swap before
     torch.compile. The submodules of the fast layer are those of the reference and hold the parameters.
     The attention has no `last_attn`, because no map is ever stored. A FMoETransformerMLP outside of an
     interaction layer becomes a RoutedMLP; docs/fastmoe.md lists how its gates differ from the published

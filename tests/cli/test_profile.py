@@ -176,7 +176,7 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--op", "pair_moe", "--seconds", "0"), "seconds: expected a positive number"),
         (
             ("--op", "pair_moe", "--json", "nowhere/x.json"),
-            "json: nowhere/x.json: the folder is missing",
+            "json: nowhere/x.json: cannot be written: no such folder",
         ),
         (("--op", "pair_moe", "--plot", "x.wav"), "plot: expected a file name with .png"),
         (("--op", "routing", "--plot", "x.png"), "plot: routing has no matrix products"),
