@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from flmoe_kernels.cli.errors import fail
+from flmoe_kernels.core.files import write_whole
+
 from .cases import ARCHITECTURES, OPERATORS, Case, cases
 from .compile import Row, compile_case
 
@@ -47,7 +50,10 @@ def aot(
     # If the output is not a terminal, a fixed width is used.
     (console if console.is_terminal else Console(width=160)).print(table(rows))
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", "utf-8")
+        try:
+            write_whole(json_file, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        except OSError as error:
+            fail(str(error))
     failed = [(row, failure) for row in rows for failure in row.failures]
     for row, failure in failed:
         typer.echo(f"{row.case} on sm_{row.architecture}: {failure}", err=True)

@@ -46,7 +46,10 @@ def run(
     if out:
         versions = {name: metadata.version(name) for name in packages}
         known = environment() | versions
-        rows.save(out, {"environment": known, "settings": settings, "rows": results})
+        try:
+            rows.save(out, {"environment": known, "settings": settings, "rows": results})
+        except OSError as error:
+            parser.exit(2, f"error: {error}\n")
 
 
 def _at_least_one(text: str) -> int:

@@ -41,12 +41,17 @@ def main(
     if not available:
         fail(reason)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        # Results of an earlier run must not stand beside the checkpoints of a run that is stopped.
-        for name in RESULTS:
-            (out / name).unlink(missing_ok=True)
+        _run(out, seed, quick)
     except OSError as error:
         fail(str(error))
+
+
+def _run(out: Path, seed: int, quick: bool) -> None:
+    """Run all stages and write the files. Raises OSError if the folder or a file cannot be written."""
+    out.mkdir(parents=True, exist_ok=True)
+    # Results of an earlier run must not stand beside the checkpoints of a run that is stopped.
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
 
     from .figure import draw_pairs
     from .pipeline import run
@@ -56,7 +61,7 @@ def main(
     results = run(Settings.choose(seed, quick), out, console)
     print_report(results, console)
     write_whole(out / RESULTS[0], json.dumps(results, indent=2) + "\n")
-    write_whole(out / RESULTS[1], partial(draw_pairs(results).savefig, dpi=120))
+    write_whole(out / RESULTS[1], partial(draw_pairs(results).savefig, format="png", dpi=120))
     print(f"{results['total_seconds']:.0f} s; results, the figure and checkpoints are in {out}")
     if not results["same_but_for_rounding"]:
         typer.echo("error: the two layers differ by more than rounding; see the table", err=True)

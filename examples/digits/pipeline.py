@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def save_checkpoint(model: PairClassifier, settings: Settings, target: Path) -> 
     """
     config = {"num_heads": settings.num_heads, "temperature": settings.temperature}
     content = {MODEL_KEY: model.layer.state_dict(), CONFIG_KEY: config}
-    write_whole(target, lambda path: torch.save(content, path))
+    write_whole(target, partial(torch.save, content))
 
 
 def load_checkpoint(task: Task, settings: Settings, out: Path) -> PairClassifier:

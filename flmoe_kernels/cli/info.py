@@ -76,7 +76,8 @@ def print_info(facts: dict[str, Any]) -> None:
         machine.add_row(name, Text(version or f"not available: {facts['missing'][name]}"))
     machine.add_row("cpu", Text(facts["devices"]["cpu"]))
     machine.add_row("cuda", Text(", ".join(facts["devices"]["cuda"]) or "no device"))
-    machine.add_row("instruction set", facts["instruction_set"] or "none: no native module")
+    reason = f"none: {facts['backends']['cpu']['reason']}"
+    machine.add_row("instruction set", Text(facts["instruction_set"] or reason))
     machine.add_row("  of", ", ".join(facts["instruction_sets"]) or "-")
     machine.add_row("threads", str(facts["threads"]))
 

@@ -9,6 +9,8 @@ cannot be run, 130 interrupted.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -35,8 +37,24 @@ app.add_typer(tune.app, name="tune")
 
 
 def main() -> None:
-    """Run the command line; help texts always show `python -m flmoe_kernels`."""
-    app(prog_name=f"python -m {PACKAGE}")
+    """Run the command line; help texts always show `python -m flmoe_kernels`.
+
+    A file or standard output that cannot be written (a full disk) is one line on stderr and exit code 2.
+    """
+    try:
+        try:
+            app(prog_name=f"python -m {PACKAGE}")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        message = str(error)
+        if error.filename is None and error.strerror:  # not an error of a file
+            message = f"standard output: cannot be written: {error.strerror}"
+            # Python flushes again at exit, which would fail and print a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo(f"error: {message}", err=True)
+        sys.exit(2)
 
 
 def show_version(wanted: bool) -> None:

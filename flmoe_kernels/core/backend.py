@@ -20,7 +20,7 @@ from .native import cpu_unavailable_reason, cuda_status, cuda_unavailable_reason
 from .native import instruction_set as instruction_set
 from .native import instruction_sets as instruction_sets
 from .native import native as native
-from .settings import ScopedSetting
+from .settings import ScopedSetting, environment_choice
 
 REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
 BACKENDS = (REFERENCE, CPU, TRITON, CUDA)
@@ -74,10 +74,7 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-_environment = os.environ.get("FLMOE_BACKEND") or None
-if _environment is not None:
-    _known(_environment, "FLMOE_BACKEND")
-_requested: ScopedSetting[str | None] = ScopedSetting(_environment)
+_requested: ScopedSetting[str | None] = ScopedSetting(environment_choice("FLMOE_BACKEND", BACKENDS))
 
 
 @contextmanager

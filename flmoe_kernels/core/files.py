@@ -6,8 +6,9 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
-Content = bytes | str | Callable[[Path], object]
+Content = bytes | str | Callable[[BinaryIO], object]
 
 
 def write_whole(target: Path, content: Content, *, make_folder: bool = False) -> None:
@@ -19,37 +20,58 @@ def write_whole(target: Path, content: Content, *, make_folder: bool = False) ->
 
     Args:
         target: the file.
-        content: bytes; text, which is written as UTF-8; or a function that writes a file to a given path, which
-            has the target's suffix, because writers choose the format by the suffix.
+        content: bytes; text, which is written as UTF-8; or a function that writes to a given binary stream.
         make_folder: create missing folders.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; the message is one line with the target and the reason.
     """
-    if make_folder:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    if not is_replaced(target):
-        _write(target, content)
-        return
-    target = target.resolve()
+    try:
+        if make_folder:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        if is_replaced(target):
+            _replace(target.resolve(), content)
+        else:
+            with target.open("wb") as stream:
+                _write(stream, content)
+    except Exception as error:
+        cause = _cause(error)
+        if cause is None:
+            raise
+        reason = " ".join((cause.strerror or str(cause)).split())
+        # The same class, PermissionError for example. With a single argument, str() is the message alone.
+        named = type(OSError(cause.errno or 0, reason))(f"{target}: cannot be written: {reason}")
+        named.errno = cause.errno
+        raise named from error
+
+
+def _replace(target: Path, content: Content) -> None:
     # Not the process id: two containers may share a folder and have the same id.
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp{target.suffix}")
     try:
-        _write(temporary, content)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # the content must be on disk before the rename
+        with temporary.open("wb") as stream:
+            _write(stream, content)
+            stream.flush()
+            os.fsync(stream.fileno())  # the content must be on disk before the rename
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, content: Content) -> None:
+def _write(stream: BinaryIO, content: Content) -> None:
     if isinstance(content, bytes):
-        path.write_bytes(content)
+        stream.write(content)
     elif isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
+        stream.write(content.encode())
     else:
-        content(path)
+        content(stream)
+
+
+def _cause(error: BaseException | None) -> OSError | None:
+    """The system's error behind an error. torch.save, for example, reports a full disk as "unexpected pos"."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def is_replaced(target: Path) -> bool:
@@ -59,11 +81,16 @@ def is_replaced(target: Path) -> bool:
     return not opened and (target.is_file() or not target.exists())
 
 
-def is_writable(target: Path) -> bool:
-    """Whether `write_whole` can write the target, as far as permissions tell."""
-    if target.is_dir():
-        return False
-    if not is_replaced(target):
-        return os.access(target, os.W_OK)
-    folder = target.resolve().parent
-    return folder.is_dir() and os.access(folder, os.W_OK)
+def unwritable_reason(target: Path) -> str:
+    """The reason why `write_whole` cannot write the target, as far as permissions tell, or ""."""
+    try:
+        if target.is_dir():
+            return "is a folder, expected a file to write"
+        if not is_replaced(target):
+            return "" if os.access(target, os.W_OK) else "cannot be written"
+        folder = target.resolve().parent
+        if not folder.is_dir():
+            return "cannot be written: no such folder"
+        return "" if os.access(folder, os.W_OK) else "cannot be written: the folder is not writable"
+    except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's error for a loop of links
+        return f"cannot be written: {getattr(error, 'strerror', None) or error}"

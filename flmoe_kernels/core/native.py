@@ -9,7 +9,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .settings import environment_choice
+
 _HUGE_BYTES = 4 << 20
+_INSTRUCTION_SETS = ("avx512", "avx2", "baseline")  # best first
 
 
 class BackendUnavailable(RuntimeError):
@@ -17,14 +20,18 @@ class BackendUnavailable(RuntimeError):
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    requested = environment_choice("FLMOE_ISA", _INSTRUCTION_SETS)
     # After torch: the native module shares the OpenMP pool that torch has loaded.
     try:
         module = importlib.import_module("flmoe_kernels._native")
-        module.instruction_set()
     except ImportError as error:
         return None, f"the native module is not built or cannot be loaded ({error})"
-    except RuntimeError as error:  # this processor does not support FLMOE_ISA
-        return None, str(error)
+    if requested is not None and not module.instruction_set_runs(requested):
+        supported = ", ".join(filter(module.instruction_set_runs, _INSTRUCTION_SETS))
+        return None, (
+            f"FLMOE_ISA: this processor does not support {requested}, expected one of {supported}"
+        )
+    module.instruction_set()  # the native module reads FLMOE_ISA at the first use
     return module, ""
 
 
@@ -61,7 +68,7 @@ def instruction_sets() -> tuple[str, ...]:
     if _module is None:
         return ()
     runs = _module.instruction_set_runs
-    return tuple(name for name in ("avx512", "avx2", "baseline") if runs(name))
+    return tuple(filter(runs, _INSTRUCTION_SETS))
 
 
 def cuda_status() -> tuple[bool, str]:

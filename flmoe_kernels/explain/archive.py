@@ -77,6 +77,10 @@ class Saved:
 
     def save(self, path: str | Path) -> None:
         """Write one .npz file atomically."""
+        write_whole(Path(path), self.encoded())
+
+    def encoded(self) -> bytes:
+        """The content of the file that `save` writes."""
         parts = {name: getattr(self, name) for name in self._ARRAYS}
         for name in self._LISTS:
             parts |= {f"{name}_{m}": x for m, x in enumerate(getattr(self, name))}
@@ -85,7 +89,7 @@ class Saved:
             for name, x in parts.items()
             if x is not None
         }
-        write_whole(Path(path), encode(self._kind(), self._header(), arrays))
+        return encode(self._kind(), self._header(), arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

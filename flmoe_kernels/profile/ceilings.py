@@ -18,13 +18,14 @@ from .cases import dtype_name
 from .costs import Cost
 from .environment import ask_driver
 from .shapes import is_cuda
-from .timing import Clock, clock_for
+from .timing import Call, Clock, clock_for
 
 MATMUL, MEMORY, EXPONENTIALS = "matrix products", "memory", "exponentials"
 # Large enough that launches and caches do not matter, small enough to measure in a second.
 _SIDE = {"cpu": 2048, "cuda": 8192}
 _COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 _ROUNDS = 7
+_PRODUCT_SECONDS, _MOST_SECONDS = 1.0, 3.0
 # Special functions per multiprocessor and clock: 16 units, according to NVIDIA's programming guide for compute
 # capability 8.0, 9.0 and 10.0.
 _EXPONENTIALS_PER_CLOCK = 16
@@ -87,15 +88,25 @@ def measure_ceilings(
 def matmul_rate(
     device: str, dtype: torch.dtype, side: int = 0, clock: Clock | None = None
 ) -> float:
-    """FLOP/s of torch.mm of two square matrices, with a preallocated result."""
-    side = side or _SIDE[_kind(device)]
+    """FLOP/s of torch.mm of two square matrices, with a preallocated result.
+
+    side: default 2048, on a GPU 8192; less if that would take seconds, because torch has no fast product of
+    float16 for some processors.
+    """
+    clock = clock or clock_for(device)[1]
+    if not side:
+        side = _SIDE[_kind(device)]
+        small = max(1, side // 8)
+        expected = _median_seconds(_product(device, dtype, small), clock) * (side / small) ** 3
+        while expected > _PRODUCT_SECONDS and side > small:
+            side, expected = side // 2, expected / 8
+    return 2 * side**3 / _median_seconds(_product(device, dtype, side), clock)
+
+
+def _product(device: str, dtype: torch.dtype, side: int) -> Call:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return (
-        2
-        * side**3
-        / _median_seconds(lambda: torch.mm(a, b, out=out), clock or clock_for(device)[1])
-    )
+    return lambda: torch.mm(a, b, out=out)
 
 
 def copy_rate(device: str, count: int = 0, clock: Clock | None = None) -> float:
@@ -118,10 +129,13 @@ def exponential_rate(device: str) -> float:
     return processors * _EXPONENTIALS_PER_CLOCK * clock
 
 
-def _median_seconds(call: Any, clock: Clock) -> float:
-    for _ in range(2):
-        clock(call)
-    return statistics.median(clock(call) for _ in range(_ROUNDS))
+def _median_seconds(call: Call, clock: Clock) -> float:
+    """Median of up to _ROUNDS calls, of fewer if they take more than _MOST_SECONDS in total."""
+    clock(call)
+    seconds: list[float] = []
+    while len(seconds) < _ROUNDS and sum(seconds) < _MOST_SECONDS:
+        seconds.append(clock(call))
+    return statistics.median(seconds)
 
 
 def _kind(device: str) -> str:

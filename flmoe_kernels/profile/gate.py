@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ import pytest
 import torch
 
 from flmoe_kernels.core.backend import instruction_set
+from flmoe_kernels.core.files import unwritable_reason
 
 from .environment import cpu_model, device_name, environment, keep_freed_memory
-from .floors import Floor, Floors, Here, key_of, load_floors, update_file
+from .floors import Floor, Floors, FloorsError, Here, key_of, load_floors, update_file
 from .shapes import is_cuda
 from .timing import Blocks, Call, Paired, clock_for, measure_blocks
 
@@ -103,7 +105,7 @@ def measure_pair(
     floor: Floor,
     bound: float | None = None,
     *,
-    now: Callable[[], float] | None = None,
+    now: Callable[[], float] = time.monotonic,
     clock: tuple[str, Callable[[Call], float]] | None = None,
 ) -> Paired:
     """Time the calls "ours" and "peer" in turn, with the floor's threads, rounds and precision.
@@ -128,7 +130,7 @@ def measure_pair(
             precision=floor.precision,
             seconds=floor.seconds,
             decided=decided,
-            **({} if now is None else {"now": now}),
+            now=now,
         ).pair("ours", "peer")
     finally:
         torch.set_num_threads(before)
@@ -144,6 +146,8 @@ class Gate:
         self.path = Path(path) if path else None
         self.floors = load_floors(self.path) if self.path else Floors(())
         self.update = bool(config.getoption("--gate-update"))
+        if self.update and self.path and (reason := unwritable_reason(self.path)):
+            raise FloorsError(f"{self.path}: {reason}")
         self.device = "cpu"
         self.lines: list[str] = []
         self.updates: dict[str, dict[str, float]] = {}
@@ -178,7 +182,10 @@ class Gate:
             )
         for device, ratio in self.updates.items():
             assert self.path is not None
-            name = update_file(self.path, self.here(device), ratio)
+            try:
+                name = update_file(self.path, self.here(device), ratio)
+            except OSError as error:
+                pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
             terminal.write_line(f"{self.path}: wrote this machine's ratios to [machine.{name}]")
         if missing:
             terminal.write_line(f"{self.path}: not measured in this run: {', '.join(missing)}")

@@ -8,10 +8,11 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flmoe_kernels.core.files import is_writable, write_whole
+from flmoe_kernels.core.files import unwritable_reason, write_whole
 
 from .figures import LengthPoint, Point, rate_text
 from .profiles import Profile
@@ -45,18 +46,18 @@ class Files:
         """Check the paths.
 
         Raises:
-            BadRequest: a folder is missing or not writable, or the format of the plot is unknown.
+            BadRequest: a file cannot be written, or the format of the plot is unknown.
             ModuleNotFoundError: a plot is requested and matplotlib is not installed.
         """
         for name in ("trace", "csv", "json", "plot"):
             path = getattr(self, name)
-            if path is not None and not is_writable(path):
-                raise BadRequest(f"{name}: {path}: the folder is missing or not writable")
+            if path is not None and (reason := unwritable_reason(path)):
+                raise BadRequest(f"{name}: {path}: {reason}")
         if self.plot is not None:
             from flmoe_kernels.core.figures import make_figure
 
             known = make_figure(1, 1).canvas.get_supported_filetypes()
-            if self.plot.suffix.removeprefix(".").lower() not in known:
+            if self._plot_format() not in known:
                 raise BadRequest(
                     f"plot: expected a file name with .png, .pdf or .svg, got {self.plot}"
                 )
@@ -69,8 +70,11 @@ class Files:
 
     def write_plot(self, make: Callable[[], Figure]) -> None:
         if self.plot is not None:
-            figure = make()
-            write_whole(self.plot, lambda part: figure.savefig(part, dpi=120))
+            save = partial(make().savefig, format=self._plot_format(), dpi=120)
+            write_whole(self.plot, save)
+
+    def _plot_format(self) -> str:
+        return "" if self.plot is None else self.plot.suffix.removeprefix(".").lower()
 
 
 def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **more: Any) -> str:
@@ -93,7 +97,7 @@ def as_csv(profiles: Sequence[Profile]) -> str:
     rows = []
     for profile in profiles:
         facts = profile.as_dict()
-        spread, breakdown = facts["spread"], facts["breakdown"]
+        spread, breakdown = facts["spread"], facts["breakdown"] or {"stages": []}
         whole = {"stage": WHOLE, "pass": EITHER, "seconds": spread["median"]}
         who = {name: facts[name] for name in ("contestant", "kind", "version", "dtype", "device")}
         who["case"] = facts["what"]
@@ -150,8 +154,11 @@ def tables(profiles: Sequence[Profile]) -> Iterator[RenderableType]:
         yield _table(("", *heads), rows)
         for profile in group:
             name = profile.subject.contestant
-            yield Text(f"stages of a profiled call of {name}", style="bold")
-            yield _stage_table(profile.breakdown, profile.spread.median)
+            if profile.breakdown is not None:
+                yield Text(f"stages of a profiled call of {name}", style="bold")
+                yield _stage_table(profile.breakdown, profile.spread.median)
+        for profile in group:
+            yield from (Text(f"{profile.subject.contestant}: {note}") for note in profile.notes)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: int = 99) -> Any:
@@ -172,6 +179,8 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     spread, ratio, counts = facts["spread"], facts["ratio"], facts["breakdown"]
     low, high = _time(spread["low"]), _time(spread["high"])
     interval = f"{low} - {high} at {spread['confidence']:.0%}"
+    if spread["rounds"] == 1:
+        interval = "a single call"
     yield "time, median", f"{_time(spread['median'])} ({interval})"
     yield "most calls, p20-p80", f"{_time(spread['p20'])} - {_time(spread['p80'])}"
     yield (
@@ -188,11 +197,16 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "share of the limit", f"{facts['share_of_limit']:.1%} ({facts['limit']})"
     peak = facts["peak_bytes"]
     yield "peak memory", "-" if peak is None else f"{peak / 2**20:.1f} MiB"
-    operators = f"{counts['operators']:g} of flmoe, {counts['torch_operators']:g} of torch"
+    operators = "-"
+    if counts is not None:
+        operators = f"{counts['operators']:g} of flmoe, {counts['torch_operators']:g} of torch"
     yield "operators", operators
-    yield "kernel launches", _number(counts["launches"])
-    yield "host waits", _number(counts["waits"])
-    yield "values read by the host", _number(counts["reads"])
+    for name, key in (
+        ("kernel launches", "launches"),
+        ("host waits", "waits"),
+        ("values read by the host", "reads"),
+    ):
+        yield name, _number(None if counts is None else counts[key])
 
 
 def _stage_table(breakdown: Breakdown, median: float) -> RenderableType:

@@ -17,7 +17,7 @@ from .figures import LengthPoint, Roof, length_figure, roofline_figure
 from .lengths import scan
 from .memory import peak_bytes
 from .output import Files
-from .profiles import Profile, Tell, profile_subjects
+from .profiles import Limit, Profile, Tell, profile_subjects
 from .registry import Contestant, contestants, prepare, words_of
 from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
 from .shapes import at_length
@@ -43,6 +43,7 @@ def run_case(request: Request, seconds: float, files: Files, *, check: bool, mem
     subjects = subjects_of(case, chosen, memory)
     if files.plot is not None and not subjects[0].cost.flop:
         raise BadRequest(f"plot: {case.operator} has no matrix products, so no roofline")
+    limit = Limit.of(seconds)
     with _telling() as tell:
         if check:
             tell("checking results against the reference in float64")
@@ -50,8 +51,12 @@ def run_case(request: Request, seconds: float, files: Files, *, check: bool, mem
             subjects = subjects_of(case, chosen, memory)
         tell("measuring this machine's ceilings")
         ceilings = measure_ceilings(case.device, (case.dtype,))
-        profiles = profile_subjects(subjects, ceilings, seconds, trace=files.trace, tell=tell)
-    _finish(profiles, ceilings, files)
+        profiles = profile_subjects(
+            subjects, ceilings, seconds, limit=limit, trace=files.trace, tell=tell
+        )
+    facts = environment(case.device)
+    _print_tables(profiles, _heading(facts))
+    _write(profiles, ceilings, facts, files)
 
 
 def _checked(case: Case, chosen: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:
@@ -92,6 +97,7 @@ def run_layer(
     """
     user = user.checked()
     phases = _phases_of(phase)
+    limit = Limit.of(seconds)
     with _telling() as tell:
         swapped = None
         if check:
@@ -101,12 +107,23 @@ def run_layer(
         first = subjects[phases[0]][0]
         tell("measuring this machine's ceilings")
         ceilings = measure_ceilings(user.device, (first.dtype,))
-        profiles = []
-        for what in phases:
-            trace = files.trace if what == phases[0] else None
-            profiles += profile_subjects(subjects[what], ceilings, seconds, trace=trace, tell=tell)
+    facts = environment(ceilings.device)
+    profiles: list[Profile] = []
+    for number, what in enumerate(phases):
+        with _telling() as tell:
+            own = profile_subjects(
+                subjects[what],
+                ceilings,
+                seconds,
+                limit=limit.part(len(phases) - number),
+                trace=None if number else files.trace,
+                tell=tell,
+            )
+        # At once, because the next phase may take a while.
+        _print_tables(own, "" if number else _heading(facts))
+        profiles += own
     extra = {"layer": dataclasses.asdict(user), "swapped": _as_dict(swapped)}
-    _finish(profiles, ceilings, files, **extra)
+    _write(profiles, ceilings, facts, files, **extra)
 
 
 def run_lengths(
@@ -164,11 +181,20 @@ def _write_lengths(
     files.write_plot(lambda: length_figure(points, title=title))
 
 
-def _finish(profiles: Sequence[Profile], ceilings: Ceilings, files: Files, **more: Any) -> None:
-    facts = environment(ceilings.device)
-    _print(_heading(facts))
+def _print_tables(profiles: Sequence[Profile], heading: str) -> None:
+    if heading:
+        _print(heading)
     for table in output.tables(profiles):
         _print(table)
+
+
+def _write(
+    profiles: Sequence[Profile],
+    ceilings: Ceilings,
+    facts: dict[str, Any],
+    files: Files,
+    **more: Any,
+) -> None:
     files.write_text("csv", lambda: output.as_csv(profiles))
     files.write_text(
         "json", lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more)

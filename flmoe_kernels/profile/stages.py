@@ -8,11 +8,16 @@ split into the kernels' times, by the operator that launched them, and the time 
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,8 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 _COPY = "Memcpy DtoH"
 # Reads a tensor's value into Python; on a GPU the host would wait here.
 _SCALAR = "aten::_local_scalar_dense"
+# A message of the profiler's library that is neither a warning nor an error: "USDT:2026-01-31 10:20:30 ...".
+_MESSAGE = re.compile(rb"(VERBOSE|INFO|STAGE|USDT):\d{4}-\d\d-\d\d ")
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,12 @@ class Breakdown:
 
 
 def traced(
-    call: Callable[[], Any], device: str, *, calls: int = 3, trace: Path | None = None
+    call: Callable[[], Any],
+    device: str,
+    *,
+    calls: int = 3,
+    warmup: int = WARMUP,
+    trace: Path | None = None,
 ) -> Breakdown:
     """Run a call a few times under the profiler.
 
@@ -89,15 +101,16 @@ def traced(
         call: the call; its inputs already exist.
         device: "cpu", "cuda" or "cuda:N".
         calls: number of calls; the result is their mean.
+        warmup: number of calls before them.
         trace: file for the Chrome trace, written atomically.
     """
     activities = [ProfilerActivity.CPU]
     if is_cuda(device):
         activities.append(ProfilerActivity.CUDA)
-    for _ in range(WARMUP):
+    for _ in range(warmup):
         call()
     _wait(device)
-    with profile(activities=activities, record_shapes=True) as profiler:
+    with _profiler(activities) as profiler:
         for _ in range(calls):
             with record_function(CALL):
                 call()
@@ -108,8 +121,41 @@ def traced(
         with tempfile.TemporaryDirectory(prefix="flmoe_kernels-") as folder:
             part = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(part))
-            write_whole(trace, lambda path: shutil.copyfile(part, path))
+            with part.open("rb") as content:
+                write_whole(trace, partial(shutil.copyfileobj, content))
     return breakdown(profiler.events(), device)
+
+
+@contextmanager
+def _profiler(activities: list[ProfilerActivity]) -> Iterator[profile]:
+    """torch.profiler, without the lines that its library prints when it starts and stops."""
+    profiler = profile(activities=activities, record_shapes=True)
+    with _without_messages():
+        profiler.start()
+    try:
+        yield profiler
+    finally:
+        with _without_messages():
+            profiler.stop()
+
+
+@contextmanager
+def _without_messages() -> Iterator[None]:
+    """Drop the library's messages on stderr, except warnings and errors; its log level is fixed at import."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            printed.seek(0)
+            for line in printed:
+                if not _MESSAGE.match(line):
+                    os.write(2, line)
 
 
 def _wait(device: str) -> None:
@@ -199,13 +245,11 @@ class _Gather:
             key = (OTHER if small else stage, phase)
             rows[key] += spent
             entered[key] += self.entered[stage, phase]
-        for phase in {phase for _, phase in rows if phase}:
-            rows.setdefault((OTHER, phase), 0.0)
         whole = max(whole, sum(rows.values()))
         stages = [
             Stage(name, phase, spent * 1e-6 / calls, spent / whole, entered[name, phase] / calls)
             for (name, phase), spent in rows.items()
-            if spent or name == OTHER
+            if spent
         ]
         return Breakdown(
             whole=whole * 1e-6 / calls,

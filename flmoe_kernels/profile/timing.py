@@ -201,6 +201,7 @@ def measure_blocks(
     rounds: int,
     precision: float,
     seconds: float,
+    limit: float = math.inf,
     decided: Callable[[Blocks], bool] | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> Blocks:
@@ -209,7 +210,10 @@ def measure_blocks(
     Args:
         prepare: makes the calls, by name, with new inputs.
         clock: name and clock, see `clock_for`.
-        rounds: minimum number within the time limit; LEAST_BLOCKS blocks of one round are always measured.
+        rounds: minimum number within the time limit; LEAST_BLOCKS blocks of one round are always measured,
+            apart from `limit`.
+        limit: seconds after the first calls. If LEAST_BLOCKS blocks would take longer, fewer blocks are
+            measured, at least one, all of a single round on the same inputs.
         decided: whether the result is conclusive. While it is not, the time limit is UNDECIDED times `seconds`.
         now: the clock for `seconds`.
     """
@@ -219,10 +223,13 @@ def measure_blocks(
     for call in calls.values():
         timed(call)  # loads, compiles, allocates
     ready = now()
-    repeats = {key: _repeats(timed(call)) for key, call in calls.items()}
+    second = {key: timed(call) for key, call in calls.items()}
     settled = now()
+    repeats = {key: _repeats(spent) for key, spent in second.items()}
     # Includes waiting times that `timed` may not count.
     one_round = max(settled - ready, 1e-9)
+    if 2 * LEAST_BLOCKS * one_round > limit:  # a block has an untimed round, too
+        return _few_rounds(calls, second, clock, limit - one_round, now)
     # The extra time of the first calls, compared with the second calls, belongs to the preparation.
     fresh = (ready - start) - one_round <= PREPARE_SHARE * seconds
     # As many rounds as fit into the time, minus the untimed round; at least one for slow calls.
@@ -242,6 +249,25 @@ def measure_blocks(
                 return blocks
         if fresh:
             calls = prepare()
+
+
+def _few_rounds(
+    calls: Mapping[str, Call],
+    first: dict[str, float],
+    clock: tuple[str, Clock],
+    limit: float,
+    now: Callable[[], float],
+) -> Blocks:
+    """Add rounds of slow calls to the `first`, as blocks of their own, while they fit into `limit` seconds."""
+    name, timed = clock
+    blocks = Blocks(name, [{key: [spent] for key, spent in first.items()}])
+    start = now()
+    while len(blocks.seconds) < LEAST_BLOCKS:
+        spent = now() - start
+        if spent + max(spent / max(len(blocks.seconds) - 1, 1), sum(first.values())) > limit:
+            break
+        blocks.seconds.append({key: [timed(call)] for key, call in calls.items()})
+    return blocks
 
 
 def _repeats(seconds: float) -> int:

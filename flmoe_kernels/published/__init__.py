@@ -4,7 +4,8 @@ The modules are the steps; each imports earlier modules only:
 
     file       reads and writes checkpoint files
     infer      infers the architecture from keys and shapes
-    recognise  finds the published layers inside a model
+    places     finds the published layers inside a model
+    recognise  checks whether a layer can be replaced
     convert    converts state dicts and modules
     agreement  error budgets for the outputs of two layers
     calls      inputs for the comparison

@@ -18,7 +18,7 @@ from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .file import CheckpointError, CheckpointFile, listed, read
 from .infer import in_words, infer, infer_settings
-from .recognise import MODULE_STATE
+from .places import MODULE_STATE
 
 
 def load_checkpoint(

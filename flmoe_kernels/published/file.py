@@ -9,12 +9,12 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.files import write_whole
+from flmoe_kernels.core.files import unwritable_reason, write_whole
 
 MODEL_KEY = "ensemble_model"
 CONFIG_KEY = "flmoe_config"
@@ -133,10 +133,8 @@ def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
     known = file.path.suffix in SUFFIXES
     name = (file.path.stem if known else file.path.name) + ".flmoe.pt"
     target = file.path.with_name(name) if out is None else Path(out)
-    if target.is_dir():
-        raise CheckpointError(target, "is a folder, expected a file to write")
-    if not target.parent.is_dir():
-        raise CheckpointError(target, "cannot be written: no such folder")
+    if reason := unwritable_reason(target):
+        raise CheckpointError(target, reason)
     if target.exists() and target.samefile(file.path):
         raise CheckpointError(target, "is the checkpoint itself, expected another file")
     if target.suffix == ".safetensors" and file.others:
@@ -149,21 +147,24 @@ def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
 
 
 def write(target: Path, file: CheckpointFile, config: dict[str, Any]) -> None:
-    """Write the state dict and the settings atomically."""
+    """Write the state dict and the settings atomically.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     state = {key: value.detach().clone().contiguous() for key, value in file.state_dict.items()}
 
-    def save(path: Path) -> None:
+    def save(stream: BinaryIO) -> None:
         if target.suffix == ".safetensors":
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            save_file(state, path, metadata={CONFIG_KEY: json.dumps(config)})
-            return
-        with path.open("wb") as stream:
+            stream.write(save(state, metadata={CONFIG_KEY: json.dumps(config)}))
+        else:
             torch.save({**file.others, MODEL_KEY: state, CONFIG_KEY: config}, stream)
 
     try:
         write_whole(target, save)
     except ModuleNotFoundError as error:
         raise CheckpointError(target, "needs a package: pip install safetensors") from error
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(target, f"cannot be written: {error}") from error
+    except OSError as error:
+        raise CheckpointError(target, str(error).removeprefix(f"{target}: ")) from error

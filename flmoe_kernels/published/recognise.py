@@ -1,4 +1,4 @@
-"""Recognition of published layers inside a model, and of unsupported state.
+"""Recognition of layers that a fast layer can replace, and of unsupported state.
 
 `layers` describes what a layer computes. This module checks for state that a replacement would lose: methods of
 subclasses, hooks on inner parts, modes, compilation.
@@ -6,96 +6,20 @@ subclasses, hooks on inner parts, modes, compilation.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
-
+import torch
 from torch import nn
 
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.layers.parts import UnsupportedLayer, joined
 from flmoe_kernels.layers.routed_mlp import structure as routed_mlp
 from flmoe_kernels.layers.routed_mlp.state import add_router_0, prepare_state_dict
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, RoutedSpec
 
-LAYER_NAMES = (InteractionMoE.__name__, ReferenceInteractionMoE.__name__)
-MODULE_STATE = frozenset(vars(nn.Module()))
+from .places import LAYER_NAMES, Place
+
 FASTMOE = "fmoe"
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """An attribute or element that refers to a module.
-
-    Attributes:
-        path: name inside the model, empty for the model itself.
-        module: the module.
-        assign: replaces the module.
-        parent: the module that holds it, None for the model itself.
-    """
-
-    path: str
-    module: nn.Module
-    assign: Callable[[nn.Module], None]
-    parent: nn.Module | None
-
-
-def find_layers(model: nn.Module, assign: Callable[[nn.Module], None]) -> list[list[Place]]:
-    """Find all interaction layers, sparse MLPs outside of them, and every place that refers to such a layer.
-
-    Layers are recognised by class name. The search includes modules and their lists and dicts.
-
-    Args:
-        model: the model.
-        assign: receives a replacement of the model itself.
-    """
-    layers: dict[int, list[Place]] = {}
-    for place in _places(model, "", assign, None, set()):
-        if _is_layer(place.module):
-            layers.setdefault(id(place.module), []).append(place)
-    return list(layers.values())
-
-
-def _places(
-    value: Any,
-    path: str,
-    assign: Callable[[Any], None],
-    parent: nn.Module | None,
-    seen: set[int],
-) -> Iterator[Place]:
-    """Yield every place at and below value that refers to a module, except places inside of a layer."""
-    if isinstance(value, nn.Module):
-        yield Place(path, value, assign, parent)
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        if _is_layer(value):
-            return
-        inside: list[tuple[Any, Any, dict | list]] = [
-            (key, child, value.__dict__)
-            for key, child in vars(value).items()
-            if key not in MODULE_STATE
-        ]
-        inside += [(key, child, value._modules) for key, child in value._modules.items()]
-        parent = value
-    else:
-        keyed = enumerate(value) if isinstance(value, list) else value.items()
-        inside = [(key, child, value) for key, child in keyed]
-    for key, child, holder in inside:
-        if not isinstance(child, nn.Module | list | dict):
-            continue
-        below = f"{path}.{key}" if path else str(key)
-        yield from _places(child, below, partial(holder.__setitem__, key), parent, seen)
-
-
-def _is_layer(module: nn.Module) -> bool:
-    names = {base.__name__ for base in type(module).__mro__}
-    return not names.isdisjoint((*LAYER_NAMES, SPARSE_MLP))
 
 
 def recognise(places: list[Place]) -> LayerSpec | RoutedSpec:
@@ -108,10 +32,17 @@ def recognise(places: list[Place]) -> LayerSpec | RoutedSpec:
     if isinstance(layer, InteractionMoE):
         raise UnsupportedLayer("already fast")
     name = type(layer).__name__
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise UnsupportedLayer("a ScriptModule: swap first, then script or trace the model")
     if name not in (*LAYER_NAMES, SPARSE_MLP):
         raise UnsupportedLayer("a subclass of the layer, whose own methods would be lost")
     if any(type(place.parent).__name__ == "OptimizedModule" for place in places):
         raise UnsupportedLayer("the layer is compiled: swap first, then compile")
+    for place in places:
+        if place.assign is None:
+            raise UnsupportedLayer(
+                f"{place.path}: {place.held}; only layers that modules, lists and dicts hold can be replaced"
+            )
     check_state(layer)
     return routed_mlp.describe(layer) if name == SPARSE_MLP else describe(layer)
 

@@ -12,7 +12,7 @@ from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, RoutedSpec
 
 from .compare import Comparison
-from .recognise import LAYER_NAMES
+from .places import LAYER_NAMES
 
 NOTE = (
     "Errors are the largest absolute differences from the original in float64. The speed-up is only "

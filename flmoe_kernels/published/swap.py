@@ -20,7 +20,8 @@ from .compare import Comparison, compare
 from .convert import adopt, convert_state, make_layer, take_over
 from .file import CheckpointError, read, target_of, write
 from .infer import in_words, infer, infer_settings
-from .recognise import Place, check_can_run, find_layers, recognise
+from .places import Place, find_layers
+from .recognise import check_can_run, recognise
 from .report import LeftLayer, SwappedLayer, SwappedMLP, SwapReport
 
 ROOT = "(the model)"
@@ -33,9 +34,10 @@ def swap(
 
     Layers are recognised by class name (InteractionMoE, ReferenceInteractionMoE, FMoETransformerMLP) and
     structure, wherever the model, or a list or dict of a module, refers to them. A layer that is held in
-    several places is replaced by a single object. The fast layer has the same parameter objects, so an
-    existing optimizer keeps working; it also has the same mode, attributes and hooks. A layer that is not
-    supported, or whose results differ, is not changed, and the report has the reason. Swap before
+    several places is replaced by a single object; it is not replaced if one of them cannot be changed (a
+    tuple, a set, a function, a method, an object that is no module). The fast layer has the same parameter
+    objects, so an existing optimizer keeps working; it also has the same mode, attributes and hooks. A layer
+    that is not supported, or whose results differ, is not changed, and the report has the reason. Swap before
     torch.compile. The submodules of the fast layer are those of the reference and hold the parameters.
     The attention has no `last_attn`, because no map is ever stored. A FMoETransformerMLP outside of an
     interaction layer becomes a RoutedMLP; docs/fastmoe.md lists how its gates differ from the published
@@ -116,6 +118,7 @@ def _replace(
         return LeftLayer(name, type(layer).__name__, f"the check failed: {first_line(error)}")
     take_over(layer, fast)
     for place in places:
+        assert place.assign is not None, "recognise() refuses other places"
         place.assign(fast)
     return entry
 

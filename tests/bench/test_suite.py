@@ -224,6 +224,20 @@ def test_gpu_script_stops_hanging_steps_and_skips_steps_without_time(tmp_path: P
     assert "unknown step 'instal'" in unknown.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FLMOE_GPU_BUDGET", "soon", "expected seconds, got 'soon'"),
+        ("FLMOE_GPU_LEAST", "-1", "expected seconds, got '-1'"),
+        ("FLMOE_GPU_DEVICE", "CUDA", "expected cpu, cuda or cuda:N, got 'CUDA'"),
+    ],
+)
+def test_gpu_script_refuses_unknown_settings(name: str, value: str, message: str) -> None:
+    done = gpu_script(Path("/bin/false"), "tests", **{name: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"gpu.sh: {name}: {message}\n"
+
+
 def test_gpu_script_fails_where_nothing_runs() -> None:
     done = gpu_script(Path("/bin/false"), "bench")
     assert done.returncode == 1

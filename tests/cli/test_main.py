@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,71 @@ def test_version(tmp_path: Path) -> None:
     result = run_cli("--version", cwd=tmp_path)
     assert result.returncode == 0
     assert result.stdout.split() == ["flmoe_kernels", __version__]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [("info",), ("info", "--json"), ("--help",), ("tune", "show")]
+)
+def test_full_standard_output_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "flmoe_kernels", *arguments],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert result.returncode == 2
+    expected = "error: standard output: cannot be written: No space left on device\n"
+    assert result.stderr == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "choices"),
+    [
+        ("FLMOE_BACKEND", "nope", "reference, cpu, triton, cuda"),
+        ("FLMOE_BACKEND", " cpu", "reference, cpu, triton, cuda"),
+        ("FLMOE_AUTOTUNE", "garbage", "0, 1"),
+        ("FLMOE_ISA", "AVX2", "avx512, avx2, baseline"),
+    ],
+)
+def test_an_unknown_setting_is_one_line_and_exit_code_2(
+    name: str, value: str, choices: str, tmp_path: Path
+) -> None:
+    env = os.environ | {name: value}
+    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 120}
+    message = f"{name}: expected one of {choices}, got {value!r}\n"
+    for start in (["-m", "flmoe_kernels"], ["-X", "dev", "-mflmoe_kernels"]):
+        result = subprocess.run([sys.executable, *start, "info"], check=False, **options)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"error: {message}"
+    result = subprocess.run(
+        [sys.executable, "-c", "import flmoe_kernels", "-m", "flmoe_kernels"],
+        check=False,
+        **options,
+    )
+    assert result.returncode == 1
+    assert result.stderr.endswith(f"ValueError: {message}")
+
+
+def test_empty_settings_are_the_defaults(tmp_path: Path) -> None:
+    env = os.environ | {"FLMOE_BACKEND": "", "FLMOE_AUTOTUNE": "", "FLMOE_ISA": ""}
+    code = "import flmoe_kernels; print(*flmoe_kernels.available_backends())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.stdout.startswith("reference"), result.stderr
 
 
 def test_unknown_command_is_exit_code_2(tmp_path: Path) -> None:

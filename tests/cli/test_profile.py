@@ -176,7 +176,7 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--op", "pair_moe", "--seconds", "0"), "seconds: expected a positive number"),
         (
             ("--op", "pair_moe", "--json", "nowhere/x.json"),
-            "json: nowhere/x.json: the folder is missing",
+            "json: nowhere/x.json: cannot be written: no such folder",
         ),
         (("--op", "pair_moe", "--plot", "x.wav"), "plot: expected a file name with .png"),
         (("--op", "routing", "--plot", "x.png"), "plot: routing has no matrix products"),
@@ -244,7 +244,7 @@ def test_times_are_reported_if_the_peak_cannot_be_measured(
     target = tmp_path / "out.json"
     arguments = ("--seconds", "0.02", "--no-check", "--json", str(target))
     result = run("--op", "pair_moe", *arguments)
-    assert "memory of cpu was not measured: the process ended early, with -9" in result.stderr
+    assert "cpu: memory: not measured: the process ended early, with -9" in result.stdout
     [found] = json.loads(target.read_text())["profiles"]
     assert found["peak_bytes"] is None
 

@@ -226,12 +226,18 @@ def test_environment_variable() -> None:
 
 
 def test_an_unknown_instruction_set() -> None:
-    """With an unknown FLMOE_ISA the cpu backend is unavailable and gives a reason."""
-    code = "from flmoe_kernels.core import backend; print(backend.backend_status()['cpu'])"
-    result = run_python(code, FLMOE_ISA="sse9")
-    assert result.returncode == 0, result.stderr
-    assert "False" in result.stdout
-    assert "FLMOE_ISA: expected avx512, avx2 or baseline, got sse9" in result.stdout
+    """An unknown FLMOE_ISA is an error of the import."""
+    result = run_python("import flmoe_kernels", FLMOE_ISA="sse9")
+    assert result.returncode == 1
+    assert "FLMOE_ISA: expected one of avx512, avx2, baseline, got 'sse9'" in result.stderr
+
+
+def test_an_instruction_set_that_this_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(instruction_set_runs=lambda name: name == "baseline")
+    monkeypatch.setattr(loading.importlib, "import_module", lambda name: module)
+    monkeypatch.setenv("FLMOE_ISA", "avx512")
+    message = "FLMOE_ISA: this processor does not support avx512, expected one of baseline"
+    assert loading._load() == (None, message)
 
 
 def test_instruction_sets_are_those_of_the_machine() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
+import torch
 
 from flmoe_kernels.core import files
 from flmoe_kernels.profile.registry import words_of
 
-CONTENTS: list[files.Content] = [b"new", "new", lambda path: path.write_text("new")]
+CONTENTS: list[files.Content] = [b"new", "new", lambda stream: stream.write(b"new")]
 
 
 @pytest.mark.parametrize("content", CONTENTS, ids=["bytes", "text", "function"])
@@ -38,9 +42,8 @@ def test_an_interrupted_write_leaves_the_old_file(
     target = tmp_path / "file.png"
     target.write_text("old")
 
-    def half(path: Path) -> None:
-        assert path.suffix == ".png"
-        path.write_text("ha")
+    def half(stream: BinaryIO) -> None:
+        stream.write(b"ha")
         raise reason
 
     with pytest.raises(reason):
@@ -69,8 +72,8 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
     link.symlink_to(real)
     files.write_whole(link, "old")
 
-    def half(path: Path) -> None:
-        path.write_text("ha")
+    def half(stream: BinaryIO) -> None:
+        stream.write(b"ha")
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
@@ -83,8 +86,83 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
 
 def test_a_device_is_written_to_directly(tmp_path: Path) -> None:
     device = Path(os.devnull)
-    assert files.is_writable(device)
+    assert files.unwritable_reason(device) == ""
     assert not files.is_replaced(device)
+    files.write_whole(device, "text")
+
+
+def full_disk(stream: BinaryIO) -> None:
+    """Write to a stream whose writes fail half-way, as on a full disk."""
+
+    def write(content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    stream.write(b"ha")
+    broken = io.BytesIO()
+    broken.write = write  # type: ignore[method-assign, assignment]
+    torch.save({"a": torch.ones(5000)}, broken)
+
+
+def test_a_full_disk_is_one_line_with_the_path_and_the_old_file_stays(tmp_path: Path) -> None:
+    target = tmp_path / "file.pt"
+    target.write_text("old")
+    with pytest.raises(OSError, match="No space left") as failed:
+        files.write_whole(target, full_disk)
+    assert str(failed.value) == f"{target}: cannot be written: No space left on device"
+    assert failed.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["file.pt"]
+    assert target.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "content", [b"new", "new", lambda stream: torch.save({"a": torch.ones(50)}, stream)]
+)
+def test_a_full_device_is_one_line(content: files.Content) -> None:
+    with pytest.raises(OSError, match=r"^/dev/full: cannot be written: No space left on device$"):
+        files.write_whole(Path("/dev/full"), content)
+
+
+def test_targets_that_cannot_be_written_are_named_before_and_after(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, kind, reason, early in (
+        ("none/x.json", FileNotFoundError, "No such file or directory", "no such folder"),
+        ("file/x.json", NotADirectoryError, "Not a directory", "no such folder"),
+        (".", IsADirectoryError, "Is a directory", "is a folder, expected a file to write"),
+        ("loop", OSError, "Too many levels of symbolic links", "cannot be written"),
+        (f"{'x' * 300}.json", OSError, "File name too long", "File name too long"),
+    ):
+        target = tmp_path / name
+        with pytest.raises(kind) as failed:
+            files.write_whole(target, "new")
+        assert str(failed.value) == f"{target}: cannot be written: {reason}"
+        assert early in files.unwritable_reason(target)
+    with pytest.raises(NotADirectoryError, match=r"x\.json: cannot be written: Not a directory$"):
+        files.write_whole(tmp_path / "file" / "folder" / "x.json", "new", make_folder=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+    assert files.unwritable_reason(tmp_path / "new.json") == ""
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *arguments: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    target = tmp_path / "x.json"
+    with pytest.raises(PermissionError, match=r"x\.json: cannot be written: Permission denied$"):
+        files.write_whole(target, "new")
+    assert files.unwritable_reason(target) == "cannot be written: the folder is not writable"
+
+
+def test_other_errors_of_a_writer_are_unchanged(tmp_path: Path) -> None:
+    def wrong(stream: BinaryIO) -> None:
+        raise ValueError("a format that does not exist")
+
+    with pytest.raises(ValueError, match=r"^a format that does not exist$"):
+        files.write_whole(tmp_path / "x.png", wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

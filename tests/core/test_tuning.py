@@ -198,7 +198,7 @@ def test_the_environment_variable_enables_tuning(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(tuner.VARIABLE, value)
         assert tuner.enabled_by_environment() == on
     monkeypatch.setenv(tuner.VARIABLE, "yes")
-    with pytest.raises(ValueError, match="FLMOE_AUTOTUNE: expected 0 or 1, got 'yes'"):
+    with pytest.raises(ValueError, match="FLMOE_AUTOTUNE: expected one of 0, 1, got 'yes'"):
         tuner.enabled_by_environment()
     code = "from flmoe_kernels.core.triton import tuning; print(tuning.enabled())"
     assert python(code, FLMOE_AUTOTUNE="1") == "True"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -181,6 +182,40 @@ def test_a_wrong_use_is_an_error(
     result = run_suite(pytester, 0.002, *arguments)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert message in result.stderr.str()
+
+
+def test_settings_and_files_that_cannot_be_used_are_an_error(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pytester.path / "floors.toml").symlink_to("/dev/null")
+    result = run_suite(pytester, 0.002, "--gate", "floors.toml", "--gate-update")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    monkeypatch.setenv("FLMOE_BACKEND", "nope")
+    result = run_suite(pytester, 0.002, "--gate", "floors.toml")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--gate: FLMOE_BACKEND: expected one of reference" in result.stderr.str()
+
+
+def test_an_update_that_cannot_be_written_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> str:
+        raise OSError("floors.toml: cannot be written: No space left on device")
+
+    floors = tmp_path / "floors.toml"
+    floors.write_text(SPIN.format(ratio=1.0))
+    options = {"--gate": str(floors), "--gate-update": True}
+    monkeypatch.setattr(gate, "keep_freed_memory", lambda: None)
+    state = gate.Gate(SimpleNamespace(getoption=options.get))  # type: ignore[arg-type]
+    state.updates["cpu"] = {"spin vs plain": 2.0}
+    monkeypatch.setattr(gate, "update_file", full)
+    terminal = SimpleNamespace(section=lambda text: None, write_line=lambda text: None)
+    with pytest.raises(pytest.exit.Exception, match="cannot be written: No space left") as ended:
+        state.finish(terminal)
+    assert ended.value.returncode == pytest.ExitCode.USAGE_ERROR
+    monkeypatch.setattr(gate, "unwritable_reason", lambda path: "cannot be written")
+    with pytest.raises(gate.FloorsError, match=r"floors\.toml: cannot be written"):
+        gate.Gate(SimpleNamespace(getoption=options.get))  # type: ignore[arg-type]
 
 
 def test_a_run_that_does_not_use_the_plugin_imports_nothing(pytester: pytest.Pytester) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flmoe_kernels.profile import ceilings, memory
 from flmoe_kernels.profile import environment as facts_of
-from flmoe_kernels.profile import memory
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, Case
 from flmoe_kernels.profile.ceilings import EXPONENTIALS, MATMUL, MEMORY, Ceilings
 from flmoe_kernels.profile.costs import Cost, cost, layer_cost
@@ -44,6 +44,25 @@ def hungry(count: int) -> Callable[[], list[bytearray]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc and glibc's malloc_trim")
 def test_memory_excludes_inputs_and_bytes_freed_before() -> None:
     assert 60 * MIB < memory.peak_growth(hungry, 64 * MIB) < 80 * MIB
+
+
+@pytest.mark.parametrize(
+    ("rate", "side"), [(1e12, 2048), (4e9, 1024), (1e7, 256)], ids=["fast", "slow", "emulated"]
+)
+def test_the_product_of_a_ceiling_takes_seconds_at_most(
+    rate: float, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes minutes for a large product of float16 on some processors."""
+    sides: list[int] = []
+
+    def product(device: str, dtype: torch.dtype, side: int) -> Callable[[], float]:
+        sides.append(side)
+        return lambda: 2 * side**3 / rate
+
+    monkeypatch.setattr(ceilings, "_product", product)
+    found = ceilings.matmul_rate("cpu", torch.float16, clock=lambda call: call())
+    assert found == pytest.approx(rate)
+    assert sides == [256, side]
 
 
 class FakeAllocator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from flmoe_kernels.profile.stages import (
     OTHER,
     WAIT,
     Breakdown,
+    _without_messages,
     breakdown,
     traced,
 )
@@ -76,6 +78,26 @@ def test_layer_has_a_row_for_every_operator_and_width() -> None:
     assert (OTHER, BACKWARD) in rows
     ours = sum(row.calls for (name, _), row in rows.items() if name.startswith("flmoe::"))
     assert found.operators == ours
+
+
+def test_a_stage_that_took_no_time_has_no_row() -> None:
+    """pair_moe calls no other operator of torch."""
+    found = traced(call_of("pair_moe", PAIRS, "cpu"), "cpu", calls=2)
+    assert not any(stage.name == OTHER for stage in found.stages)
+    assert all(stage.seconds > 0 for stage in found.stages)
+
+
+def test_the_profiler_s_library_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    def call() -> None:
+        os.write(2, b"USDT:2026-01-31 10:20:30 the call's own line\n")
+
+    traced(call, "cpu", calls=1, warmup=0)
+    assert capfd.readouterr().err == "USDT:2026-01-31 10:20:30 the call's own line\n"
+    with _without_messages():
+        os.write(
+            2, b"USDT:2026-01-31 10:20:30 1:1 x.cpp:52] profiler_start\nWARNING:2026-01-31 no\n"
+        )
+    assert capfd.readouterr().err == "WARNING:2026-01-31 no\n"
 
 
 def test_values_read_by_python_are_counted() -> None:
@@ -163,7 +185,6 @@ def test_gpu_time_is_kernels_and_idle_time(device: str) -> None:
         ("aten::add", FORWARD): 10.0,
         # Less than 5% of the total.
         (OTHER, FORWARD): 2.0,
-        (OTHER, BACKWARD): 0.0,
         (IDLE, ""): 70.0,
     }
     assert sum(row.share for row in rows.values()) == pytest.approx(1.0)

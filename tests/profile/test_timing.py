@@ -88,6 +88,25 @@ def test_the_time_limit_is_kept() -> None:
     assert FLOOR.seconds <= machine.now < 2 * FLOOR.seconds
 
 
+@pytest.mark.parametrize(("limit", "blocks"), [(2.0, 1), (30.0, 4), (100.0, LEAST_BLOCKS)])
+def test_slow_calls_get_fewer_blocks_within_a_limit(limit: float, blocks: int) -> None:
+    machine = NoisyMachine(0, noise=0.01, burst=0.0, placement=0.01, drift=0.0)
+    found = measure_blocks(
+        lambda: {"ours": machine.call(2.0), "peer": machine.call(5.0)},
+        ("fake", machine.clock),
+        rounds=1,
+        precision=0.01,
+        seconds=1.0,
+        limit=limit,
+        now=lambda: machine.now,
+    )
+    paired = found.pair("ours", "peer")
+    assert paired.ratio.median == pytest.approx(2.5, rel=0.05)
+    assert (paired.ratio.blocks, paired.ratio.rounds) == (blocks, blocks)
+    assert paired.ratio.confidence == max(0.0, 1 - 2 * 0.5**blocks)
+    assert machine.now < 7.3 * max(2, 1 + limit / 7)
+
+
 def test_inputs_are_new_for_every_block_unless_expensive() -> None:
     for dear, times in ((0.0, LEAST_BLOCKS), (5.0, 1)):
         machine = NoisyMachine(0, noise=0.001, placement=0.001, burst=0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -258,6 +261,103 @@ def test_refused_layers_are_unchanged(make: Make, reason: str) -> None:
 def test_only_the_check_detects_another_forward(name: str) -> None:
     make = {name: make for name, make, _ in LAYERS}[name]
     assert isinstance(swap(make(), check=False).model, InteractionMoE)
+
+
+Pair = namedtuple("Pair", "name layer")
+
+
+@dataclasses.dataclass
+class Box:
+    layer: Any
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    layer: Any
+
+
+def calling(layer: nn.Module) -> Callable[[Any], Any]:
+    return lambda x: layer(x)
+
+
+HOLDERS: list[tuple[str, Callable[[nn.Module], Any], str, str]] = [
+    ("tuple", lambda x: (1, x), "held.1", "in a tuple"),
+    ("named tuple", lambda x: Pair("a", x), "held.layer", "in a Pair"),
+    ("set", lambda x: {x}, "held.0", "in a set"),
+    ("nested", lambda x: {"a": [(0, x)]}, "held.a.0.1", "in a tuple"),
+    ("dataclass", Box, "held.layer", "held by a Box"),
+    ("slots", Slots, "held.layer", "held by a Slots"),
+    ("object in an object", lambda x: Box(Box(x)), "held.layer.layer", "held by a Box"),
+    ("method", lambda x: x.forward, "held", "held by its method forward"),
+    ("closure", calling, "held.layer", "held by the function calling"),
+    ("default", lambda x: lambda v, layer=x: layer(v), "held.0", "in a tuple"),
+    ("partial", functools.partial, "held.func", "held by a functools.partial"),
+    ("argument", lambda x: functools.partial(print, x), "held.args.0", "in a tuple"),
+]
+
+
+@pytest.mark.parametrize(
+    ("hold", "path", "reason"), [x[1:] for x in HOLDERS], ids=[x[0] for x in HOLDERS]
+)
+@pytest.mark.parametrize("registered", [False, True])
+def test_layers_at_places_that_cannot_be_changed_are_reported(
+    hold: Callable[[nn.Module], Any], path: str, reason: str, registered: bool
+) -> None:
+    """If such a place also held the layer, it would keep the original, which no longer changes modes."""
+    model, layer = nn.Module(), make_layer()
+    if registered:
+        model.layer = layer
+    # Not by setattr, which would register a module.
+    model.__dict__["held"] = held = hold(layer)
+    report = swap(model, check=False)
+    assert re.search(f"^{path}: {reason}", left(report)), left(report)
+    assert report.left[0].name == (f"layer, {path}" if registered else path)
+    assert model.held is held
+    assert not registered or model.layer is layer
+
+
+def test_layers_in_lists_and_dicts_anywhere_are_replaced() -> None:
+    model, layer = nn.Module(), make_layer()
+    model.held = ([layer], {"a": {"b": layer}}, functools.partial(print, layer=layer))
+    model.box = Box([layer])
+    report = swap(model, check=False)
+    assert report.left == ()
+    fast = [model.held[0][0], model.held[1]["a"]["b"], model.held[2].keywords["layer"]]
+    assert all(isinstance(x, InteractionMoE) and x is fast[0] for x in (*fast, *model.box.layer))
+
+
+def test_a_hook_that_calls_the_layer_is_reported() -> None:
+    model = nn.Module()
+    model.layer, model.other = make_layer(), nn.Linear(2, 2)
+    model.other.register_forward_hook(calling(model.layer))
+    assert "other._forward_hooks.layer: held by the function" in left(swap(model, check=False))
+
+
+def test_models_that_refer_to_themselves_end() -> None:
+    model = nn.Module()
+    model.layer = make_layer()
+    model.held = (model, Box(model), [model])
+    model.held[2].append(model.held)
+    assert [entry.name for entry in swap(model, check=False).swapped] == ["layer"]
+
+
+class Scripted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2))])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_modules_are_reported(script: Callable[[nn.Module], Any]) -> None:
+    model = nn.Sequential(type("InteractionMoE", (Scripted,), {})())
+    assert "a ScriptModule: swap first" in left(swap(script(model)))
+
+
+def test_layers_in_data_parallel_wrappers_are_replaced() -> None:
+    for model in (nn.DataParallel(make_layer()), nn.DataParallel(nn.Sequential(make_layer()))):
+        report = swap(model, check=False)
+        assert len(report.swapped) == 1
+        assert report.left == ()
 
 
 def test_layers_inside_compiled_modules_are_not_replaced() -> None:

@@ -144,6 +144,20 @@ def test_the_file_contains_the_settings_of_the_gates(tmp_path: Path) -> None:
     assert load_checkpoint(odd)[1].sparse.capacity == (1.2, 2.4)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_full_disk_is_one_line(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    path = save(tmp_path / "a.pt", make_layer().state_dict())
+    out = tmp_path / f"full{suffix}"
+    out.symlink_to("/dev/full")
+    arguments = ["swap", str(path), "--heads", "2", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr == f"error: {out}: cannot be written: No space left on device\n"
+
+
 def test_writes_nothing_if_the_fast_layer_disagrees(tmp_path: Path) -> None:
     state = make_layer().state_dict()
     state["reweight.mlp.network.0.weight"][0, 0] = float("nan")

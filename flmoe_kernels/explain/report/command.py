@@ -129,5 +129,5 @@ def _results(findings: Findings) -> dict[str, Content]:
     }
     for sample, values in enumerate(findings.pairs):
         results |= {f"sample_{sample:05d}_{name}": pairs for name, pairs in values.items()}
-    files: dict[str, Content] = {f"{name}.npz": result.save for name, result in results.items()}
+    files: dict[str, Content] = {f"{name}.npz": x.encoded() for name, x in results.items()}
     return {**files, "explanation.json": json_text(findings)}

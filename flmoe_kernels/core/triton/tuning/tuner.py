@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import platform
 import statistics
 import threading
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels._version import __version__
-from flmoe_kernels.core.settings import ScopedSetting
+from flmoe_kernels.core.settings import ScopedSetting, environment_choice
 
 from . import cache, timing
 from .cache import Tiles, TuningKey, TuningResult
@@ -33,10 +32,7 @@ _ROUNDS, _WORTH = 3, 0.98
 
 
 def enabled_by_environment() -> bool:
-    value = os.environ.get(VARIABLE, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE}: expected 0 or 1, got {value!r}")
-    return value == "1"
+    return environment_choice(VARIABLE, ("0", "1")) == "1"
 
 
 @dataclasses.dataclass(frozen=True)
