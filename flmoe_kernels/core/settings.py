@@ -1,4 +1,8 @@
-"""Process-wide settings that a `with` block can override."""
+"""Process-wide settings that a `with` block can override.
+
+For settings that kernels read: autograd runs the backward passes of a GPU in threads of its own, which do not have
+the context variables of the thread that entered the block.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ class ScopedSetting(Generic[Value]):
 
     def __init__(self, default: Value) -> None:
         self.default = default
-        # append and remove are atomic. torch.compile could not trace a lock.
+        # append and remove are atomic.
         self._scopes: list[_Scope[Value]] = []
 
     def get(self) -> Value:
