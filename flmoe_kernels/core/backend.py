@@ -2,8 +2,8 @@
 
 A backend is requested with `backend=` on a call, with `use_backend(...)` around it, or with the environment
 variable FLMOE_BACKEND (read at import). If a requested backend cannot run, an error gives the reason; there is no
-fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels; within a torch.func transform
-or a level of forward-mode AD, which need derivatives that the kernels do not have, all tensors use the reference.
+fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels; in a torch.func transform and
+in forward-mode AD, which the kernels do not support, all tensors use the reference.
 """
 
 from __future__ import annotations
@@ -89,12 +89,14 @@ class _Request:
 
 
 class _Requests:
-    """The requests of the open `use_backend` blocks of this thread or asyncio task, the innermost last."""
+    """The requests of the open `use_backend` blocks of this thread or asyncio task."""
 
-    _open: ContextVar[tuple[_Request, ...]] = ContextVar("use_backend")
-    # torch.compile cannot trace a ContextVar. But it does not trace a property whose getter is a builtin either: it
-    # reads the value and guards it. A variable without a value returns the getter's argument, which is this object.
-    _value = property(_open.get)
+    # The innermost request is the last one. Without an open block the value is this object: a variable that was never
+    # set returns the argument of `get`, and torch.compile should see the same value after a block.
+    _variable: ContextVar[tuple[_Request, ...] | _Requests] = ContextVar("use_backend")
+    # torch.compile cannot trace a ContextVar. A property whose getter is a builtin is not traced either: its value is
+    # read and guarded.
+    _value = property(_variable.get)
 
     def __init__(self) -> None:
         # The blocks of a function that is being traced; empty whenever code really runs.
@@ -104,20 +106,24 @@ class _Requests:
         if torch.compiler.is_dynamo_compiling() and self._traced:
             return self._traced[-1].backend
         requests = self._value
-        return requests[-1].backend if isinstance(requests, tuple) and requests else None
+        return requests[-1].backend if isinstance(requests, tuple) else None
 
     def enter(self, request: _Request) -> None:
         if torch.compiler.is_dynamo_compiling():
             self._traced.append(request)
         else:
-            self._open.set((*self._open.get(()), request))
+            self._variable.set((*self._open(), request))
 
     def leave(self, request: _Request) -> None:
         # Remove this request, not the last one: the blocks of two generators may overlap.
         if torch.compiler.is_dynamo_compiling():
             self._traced.remove(request)
         else:
-            self._open.set(tuple(other for other in self._open.get(()) if other is not request))
+            self._variable.set(tuple(x for x in self._open() if x is not request) or self)
+
+    def _open(self) -> tuple[_Request, ...]:
+        requests = self._value
+        return requests if isinstance(requests, tuple) else ()
 
 
 _requests = _Requests()
@@ -127,10 +133,9 @@ _requests = _Requests()
 def use_backend(name: str) -> Iterator[None]:
     """Use this backend for all calls within the `with` block that do not pass `backend`.
 
-    The choice belongs to the thread or asyncio task that enters the block and to the tasks that it starts there. A new
-    thread starts without it (contextvars.copy_context().run carries it over, and asyncio.to_thread does so itself).
-    A backward pass uses the backend of its forward pass, wherever it runs. A function compiled by torch.compile is
-    compiled again when it is called with another choice.
+    The choice belongs to the thread or asyncio task that enters the block, and to the tasks that it starts there. A
+    new thread starts without it; contextvars.copy_context().run passes it on. A backward pass uses the backend of its
+    forward pass, wherever it runs. Compiled code is compiled again when it is called with another choice.
     """
     request = _Request(_known(name, "use_backend"))
     _requests.enter(request)
@@ -141,8 +146,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def transforms_active() -> bool:
-    """Whether the call runs in a torch.func transform (grad, vmap, jvp, ...), for which the kernels have no rules."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether the call runs in a torch.func transform (grad, vmap, jvp, ...)."""
+    # Of torch's functions for this question, torch.compile evaluates this one and guards its value.
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+def transforming() -> bool:
+    """Whether the call runs in a torch.func transform or while a level of forward-mode AD is open."""
+    return transforms_active() or forward_ad._current_level >= 0
 
 
 def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
@@ -155,7 +166,7 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     explicit = (_requests.innermost() or _environment) if backend is None else backend
     if explicit is not None:
         name = _known(explicit, "backend")
-    elif transforms_active() or forward_ad._current_level >= 0:
+    elif transforming():
         name = REFERENCE
     elif tensor.device.type == "cpu" and (
         not cpu_unavailable_reason() or os.environ.get("FLMOE_ISA")

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
-from .backend import CPU, BackendUnavailable
+from .backend import CPU, BackendUnavailable, transforms_active
 
 
 def define(
@@ -58,15 +58,17 @@ def _has_tangent(args: Sequence[Any]) -> bool:
     if forward_ad._current_level < 0:
         return False
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    # autograd hides tangents from functions without a rule for them.
+    with forward_ad._set_fwd_grad_enabled(True):
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _transformed(grads: Sequence[Any]) -> bool:
     """Whether a backward pass runs in a transform that the kernels do not support.
 
-    The kernels support vmap alone, as in torch.autograd.grad with is_grads_batched: torch calls them once per gradient.
+    They support vmap alone, as in torch.autograd.grad with is_grads_batched: torch calls them once per gradient.
     """
-    if not torch._C._are_functorch_transforms_active():
+    if not transforms_active():
         return _has_tangent(grads)
     stack = torch._C._functorch.get_interpreter_stack()
     vmap = torch._C._functorch.TransformType.Vmap

@@ -18,7 +18,9 @@ def require_tensor(name: str, value: object) -> None:
 
 def readable(value: Tensor) -> bool:
     """Whether reading values is free: on a CPU, outside of traces and, for batched tensors, of vmap."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(value)
+    return (
+        value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(value)
+    )
 
 
 def is_batched(value: Tensor) -> bool:
