@@ -2,8 +2,8 @@
 
 A backend is requested with `backend=` on a call, with `use_backend(...)` around it, or with the environment
 variable FLMOE_BACKEND (read at import). If a requested backend cannot run, an error gives the reason; there is no
-fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels; in a torch.func transform and
-in forward-mode AD, which the kernels do not support, all tensors use the reference.
+fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels. Transforms of torch.func and
+forward-mode AD, which the kernels do not support, use the reference.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ class _Request:
 class _Requests:
     """The requests of the open `use_backend` blocks of this thread or asyncio task."""
 
-    # The innermost request is the last one. Without an open block the value is this object: a variable that was never
-    # set returns the argument of `get`, and torch.compile should see the same value after a block.
+    # The innermost request is the last one. Without an open block the value is this object: a variable that was
+    # never set returns the argument of `get`, and torch.compile should see the same value after a block.
     _variable: ContextVar[tuple[_Request, ...] | _Requests] = ContextVar("use_backend")
-    # torch.compile cannot trace a ContextVar. A property whose getter is a builtin is not traced either: its value is
-    # read and guarded.
+    # torch.compile cannot trace a ContextVar. A property whose getter is a builtin is not traced either: its value
+    # is read and guarded.
     _value = property(_variable.get)
 
     def __init__(self) -> None:
@@ -133,9 +133,9 @@ _requests = _Requests()
 def use_backend(name: str) -> Iterator[None]:
     """Use this backend for all calls within the `with` block that do not pass `backend`.
 
-    The choice belongs to the thread or asyncio task that enters the block, and to the tasks that it starts there. A
-    new thread starts without it; contextvars.copy_context().run passes it on. A backward pass uses the backend of its
-    forward pass, wherever it runs. Compiled code is compiled again when it is called with another choice.
+    The choice belongs to the thread or asyncio task that enters the block, and to the tasks that it starts there.
+    A new thread starts without it; contextvars.copy_context().run passes it on. A backward pass uses the backend of
+    its forward pass, wherever it runs. Compiled code is compiled again when it is called with another choice.
     """
     request = _Request(_known(name, "use_backend"))
     _requests.enter(request)
