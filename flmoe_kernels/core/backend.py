@@ -2,8 +2,8 @@
 
 A backend is requested with `backend=` on a call, with `use_backend(...)` around it, or with the environment
 variable FLMOE_BACKEND (read at import). If a requested backend cannot run, an error gives the reason; there is no
-fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels. Transforms of torch.func and
-forward-mode AD, which the kernels do not support, use the reference.
+fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels; transforms of torch.func
+and forward-mode AD, which the kernels do not support, use the reference.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Use this backend for all calls within the `with` block that do not pass `backend`.
 
     The choice belongs to the thread or asyncio task that enters the block, and to the tasks that it starts there.
-    A new thread starts without it; contextvars.copy_context().run passes it on. A backward pass uses the backend of
-    its forward pass, wherever it runs. Compiled code is compiled again when it is called with another choice.
+    A new thread starts without it; contextvars.copy_context().run passes it on. A backward pass uses the backend
+    of its forward pass, wherever it runs. Compiled code is compiled again when it is called with another choice.
     """
     request = _Request(_known(name, "use_backend"))
     _requests.enter(request)

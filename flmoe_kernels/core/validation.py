@@ -17,10 +17,11 @@ def require_tensor(name: str, value: object) -> None:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether reading values is free: on a CPU, outside of traces and, for batched tensors, of vmap."""
-    return (
-        value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(value)
-    )
+    """Whether values can be read without cost: on a CPU, not in a trace, and not of a batched tensor."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(value):
+        return False
+    tracers = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+    return all(torch._C._get_dispatch_mode(tracer) is None for tracer in tracers)
 
 
 def is_batched(value: Tensor) -> bool:
