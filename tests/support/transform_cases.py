@@ -36,8 +36,8 @@ TARGET = torch.tensor([0, 1])
 class TransformCase:
     """A function of float64 tensors that returns one vector.
 
-    few: number of the first tensors, the inputs, with respect to which whole Jacobians are computed; the parameters
-        of a layer follow them.
+    few: number of the first tensors, the inputs, with respect to which whole Jacobians are computed; a layer's
+        parameters follow.
     plain: the same function in plain PyTorch; None for `function` itself with the reference backend.
     """
 
