@@ -43,7 +43,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
     )
 
 
