@@ -86,6 +86,8 @@ class _Request:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
+        # Whether the block was left in another thread than it was entered, by a generator that was passed on.
+        self.left_elsewhere = False
 
 
 class _Requests:
@@ -105,8 +107,8 @@ class _Requests:
     def innermost(self) -> str | None:
         if torch.compiler.is_dynamo_compiling() and self._traced:
             return self._traced[-1].backend
-        requests = self._value
-        return requests[-1].backend if isinstance(requests, tuple) else None
+        requests = self._open()
+        return requests[-1].backend if requests else None
 
     def enter(self, request: _Request) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -118,12 +120,16 @@ class _Requests:
         # Remove this request, not the last one: the blocks of two generators may overlap.
         if torch.compiler.is_dynamo_compiling():
             self._traced.remove(request)
-        else:
+        elif request in self._open():
             self._variable.set(tuple(x for x in self._open() if x is not request) or self)
+        else:
+            request.left_elsewhere = True
 
     def _open(self) -> tuple[_Request, ...]:
         requests = self._value
-        return requests if isinstance(requests, tuple) else ()
+        if not isinstance(requests, tuple):
+            return ()
+        return tuple(request for request in requests if not request.left_elsewhere)
 
 
 _requests = _Requests()

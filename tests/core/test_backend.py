@@ -283,9 +283,13 @@ def test_generators_that_yield_inside_a_block() -> None:
     assert chosen() == "reference"
     first.close()
     assert chosen() == "cpu"
-    # A block that another thread leaves does not raise an error.
-    third = generator("cpu")
-    assert (next(third), in_thread(third.close)) == ("cpu", [None])
+
+    def left_by_another_thread() -> str:
+        third = generator("reference")
+        assert (next(third), in_thread(third.close)) == ("reference", [None])
+        return chosen()
+
+    assert contextvars.copy_context().run(left_by_another_thread) == "cpu"
 
 
 def test_the_backward_pass_uses_the_backend_of_the_forward_pass(
