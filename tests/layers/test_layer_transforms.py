@@ -1,4 +1,4 @@
-"""Tests of layers under torch.func: masks, ensembles, randomness, gate losses; derivatives: core/test_transforms."""
+"""Tests of layers under torch.func: masks, ensembles, randomness, gate losses."""
 
 from __future__ import annotations
 
