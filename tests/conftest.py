@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+# No test depends on the clock. The tests of bench/gpu.sh run without hypothesis.
+with contextlib.suppress(ModuleNotFoundError):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any")
 pytest.register_assert_rewrite("tests.support")
 
 

@@ -33,7 +33,6 @@ def run(
         env=os.environ | (env or {}),
         capture_output=True,
         text=True,
-        timeout=600,
         check=False,
     )
 

@@ -2,7 +2,8 @@
 
 A backend is requested with `backend=` on a call, with `use_backend(...)` around it, or with the environment
 variable FLMOE_BACKEND (read at import). If a requested backend cannot run, an error gives the reason; there is no
-fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels.
+fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels; transforms of torch.func
+and forward-mode AD, which the kernels do not support, use the reference.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+from torch.autograd import forward_ad
 
 from .dtypes import FLOATS, HALVES_AND_FLOAT32, dtype_name
 from .native import BackendUnavailable as BackendUnavailable
@@ -20,7 +23,7 @@ from .native import cpu_unavailable_reason, cuda_status, cuda_unavailable_reason
 from .native import instruction_set as instruction_set
 from .native import instruction_sets as instruction_sets
 from .native import native as native
-from .settings import ScopedSetting, environment_choice
+from .settings import environment_choice
 
 REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
 BACKENDS = (REFERENCE, CPU, TRITON, CUDA)
@@ -74,14 +77,88 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-_requested: ScopedSetting[str | None] = ScopedSetting(environment_choice("FLMOE_BACKEND", BACKENDS))
+_environment = environment_choice("FLMOE_BACKEND", BACKENDS)
+
+
+class _Request:
+    """The request of one `use_backend` block; equal only to itself."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        # Whether the block was left in another thread than it was entered, by a generator that was passed on.
+        self.left_elsewhere = False
+
+
+class _Requests:
+    """The requests of the open `use_backend` blocks of this thread or asyncio task."""
+
+    # The innermost request is the last one. Without an open block the value is this object: a variable that was
+    # never set returns the argument of `get`, and torch.compile should see the same value after a block.
+    _variable: ContextVar[tuple[_Request, ...] | _Requests] = ContextVar("use_backend")
+    # torch.compile cannot trace a ContextVar. A property whose getter is a builtin is not traced either: its value
+    # is read and guarded.
+    _value = property(_variable.get)
+
+    def __init__(self) -> None:
+        # The blocks of a function that is being traced; empty whenever code really runs.
+        self._traced: list[_Request] = []
+
+    def innermost(self) -> str | None:
+        if torch.compiler.is_dynamo_compiling() and self._traced:
+            return self._traced[-1].backend
+        requests = self._open()
+        return requests[-1].backend if requests else None
+
+    def enter(self, request: _Request) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self._traced.append(request)
+        else:
+            self._variable.set((*self._open(), request))
+
+    def leave(self, request: _Request) -> None:
+        # Remove this request, not the last one: the blocks of two generators may overlap.
+        if torch.compiler.is_dynamo_compiling():
+            self._traced.remove(request)
+        elif request in self._open():
+            self._variable.set(tuple(x for x in self._open() if x is not request) or self)
+        else:
+            request.left_elsewhere = True
+
+    def _open(self) -> tuple[_Request, ...]:
+        requests = self._value
+        if not isinstance(requests, tuple):
+            return ()
+        return tuple(request for request in requests if not request.left_elsewhere)
+
+
+_requests = _Requests()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Use this backend for all calls within the `with` block, in any thread, that do not pass `backend`."""
-    with _requested.override(_known(name, "use_backend")):
+    """Use this backend for all calls within the `with` block that do not pass `backend`.
+
+    The choice belongs to the thread or asyncio task that enters the block, and to the tasks that it starts there.
+    A new thread starts without it; contextvars.copy_context().run passes it on. A backward pass uses the backend
+    of its forward pass, wherever it runs. Compiled code is compiled again when it is called with another choice.
+    """
+    request = _Request(_known(name, "use_backend"))
+    _requests.enter(request)
+    try:
         yield
+    finally:
+        _requests.leave(request)
+
+
+def transforms_active() -> bool:
+    """Whether the call runs in a torch.func transform (grad, vmap, jvp, ...)."""
+    # Of torch's functions for this question, torch.compile evaluates this one and guards its value.
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+def transforming() -> bool:
+    """Whether the call runs in a torch.func transform or while a level of forward-mode AD is open."""
+    return transforms_active() or forward_ad._current_level >= 0
 
 
 def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
@@ -91,9 +168,11 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
         ValueError: an unknown backend name.
         BackendUnavailable: the chosen backend cannot run this; names the operator, backend and reason.
     """
-    explicit = _requested.get() if backend is None else backend
+    explicit = (_requests.innermost() or _environment) if backend is None else backend
     if explicit is not None:
         name = _known(explicit, "backend")
+    elif transforming():
+        name = REFERENCE
     elif tensor.device.type == "cpu" and (
         not cpu_unavailable_reason() or os.environ.get("FLMOE_ISA")
     ):
@@ -136,4 +215,8 @@ def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
     if tensor.dtype not in supported[name]:
         names = ", ".join(map(dtype_name, supported[name]))
         return f"dtype {dtype_name(tensor.dtype)} is not among {names}"
+    # Forward-mode AD is refused by the kernels, which see all tensors: its levels belong to the process, and only
+    # tensors with a tangent take part.
+    if name != REFERENCE and transforms_active():
+        return "its kernels do not support torch.func transforms; backend='reference' does"
     return ""

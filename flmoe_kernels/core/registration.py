@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
-from .backend import CPU
+from .backend import CPU, BackendUnavailable, transforms_active
 
 
 def define(
@@ -33,14 +34,51 @@ def define(
     count = len(getattr(torch.ops.flmoe, name).default._schema.arguments) - 1
 
     def kernel(*args: Any) -> Any:
+        if _has_tangent(args):
+            # Without this error the results would have no tangents, as if they were constant.
+            raise _unavailable(name, "forward-mode AD")
         # torch omits a trailing argument that equals the default in its schema.
         return run(args[count] if len(args) > count else CPU, *args[:count])
 
     torch.library.impl(f"flmoe::{name}", ("cpu", "cuda"), kernel)
     torch.library.register_fake(f"flmoe::{name}", lambda *args: fake(*args[:count]))
     if autograd is not None:
-        setup, backward = autograd
+        setup, derivative = autograd
+
+        def backward(ctx: Any, *grads: Any) -> tuple:
+            if _transformed(grads):
+                raise _unavailable(name, "a derivative of their backward pass")
+            return derivative(ctx, *grads)
+
         torch.library.register_autograd(f"flmoe::{name}", backward, setup_context=setup)
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    """Whether a tensor carries a tangent of forward-mode AD."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    # autograd hides tangents from functions without a rule for them.
+    with forward_ad._set_fwd_grad_enabled(True):
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _transformed(grads: Sequence[Any]) -> bool:
+    """Whether a backward pass runs in a transform that the kernels do not support.
+
+    They support vmap alone, as in torch.autograd.grad with is_grads_batched: torch calls them once per gradient.
+    """
+    if not transforms_active():
+        return _has_tangent(grads)
+    stack = torch._C._functorch.get_interpreter_stack()
+    vmap = torch._C._functorch.TransformType.Vmap
+    return torch.is_grad_enabled() or any(level.key() != vmap for level in stack or ())
+
+
+def _unavailable(name: str, what: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"flmoe::{name}: the kernels do not support {what}; backend='reference' does"
+    )
 
 
 def first_order_only(*names: str, times: str = "differentiable once") -> None:

@@ -1,4 +1,8 @@
-"""Settings of the process: environment variables, and values that a `with` block can override."""
+"""Settings of the process: environment variables, and values that a `with` block can override.
+
+A block's value holds in all threads: autograd runs the backward passes of a GPU in its own threads, which do not
+have the context variables of the thread that entered the block.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ class ScopedSetting(Generic[Value]):
 
     def __init__(self, default: Value) -> None:
         self.default = default
-        # append and remove are atomic. torch.compile could not trace a lock.
+        # append and remove are atomic.
         self._scopes: list[_Scope[Value]] = []
 
     def get(self) -> Value:

@@ -16,6 +16,26 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a dense (strided) Tensor, got layout {value.layout}")
 
 
+def readable(value: Tensor) -> bool:
+    """Whether values can be read without cost: on a CPU, not in a trace, and not of a batched tensor."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(value):
+        return False
+    tracers = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+    return all(torch._C._get_dispatch_mode(tracer) is None for tracer in tracers)
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether a tensor has its own values in every call of a function under vmap; False in a trace."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
+
+
 def require_same(name: str, value: Tensor, other: str, reference: Tensor) -> None:
     """Check that a tensor has the same dtype and device as another argument."""
     if value.dtype != reference.dtype:
@@ -75,8 +95,8 @@ def require_index(
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    # Reading values would synchronize with a GPU and cannot be traced; index_select raises an error there.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+    # Where values are not read, index_select raises an error.
+    if readable(value) and value.numel():
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= count:
             raise ValueError(f"{name}: expected values from 0 to {count - 1}, got {low} to {high}")
@@ -125,8 +145,7 @@ def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None
             )
         if mask.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, got {mask.device}")
-        # Reading values cannot be traced and would synchronize with a GPU.
-        if mask.dtype == torch.bool or torch.compiler.is_compiling() or mask.is_cuda:
+        if mask.dtype == torch.bool or not readable(mask):
             continue
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"{name}: expected 0 (padding) and 1 (valid) only, got other values")

@@ -194,7 +194,6 @@ def gpu_script(python: Path, *steps: str, **environment: str) -> subprocess.Comp
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
     )
 
 
@@ -212,11 +211,19 @@ def test_gpu_script_runs_one_process_per_operator(tmp_path: Path) -> None:
     assert out.is_dir()
 
 
-def test_gpu_script_stops_hanging_steps_and_skips_steps_without_time(tmp_path: Path) -> None:
-    python = fake_python(tmp_path, tmp_path / "log", "exec sleep 600")
-    quick = {"FLMOE_GPU_LEAST": "1", "FLMOE_GPU_DEVICE": "cpu"}
-    done = gpu_script(python, "sanitize", "tests", FLMOE_GPU_BUDGET="3", **quick)
-    assert "sanitize (without the tool): stopped after 3 s" in done.stdout
+def test_gpu_script_reports_stopped_steps_and_skips_steps_without_time(tmp_path: Path) -> None:
+    """With a `timeout` that stops every command at once."""
+    log = tmp_path / "log"
+    python = fake_python(tmp_path, log, "exit 0")
+    stop = tmp_path / "timeout"
+    stop.write_text(f'#!/bin/sh\necho "timeout $*" >> {log}\nexit 124\n')
+    stop.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FLMOE_GPU_DEVICE": "cpu"}
+    done = gpu_script(python, "sanitize", **path)
+    assert "sanitize (without the tool): stopped after 90 s" in done.stdout
+    assert "timeout --signal=INT --kill-after=20 90 " in log.read_text()
+    assert done.returncode == 1
+    done = gpu_script(python, "tests", FLMOE_GPU_BUDGET="3", FLMOE_GPU_LEAST="4", **path)
     assert "== tests: skipped" in done.stdout
     assert done.returncode == 1
     unknown = gpu_script(python, "instal")

@@ -21,7 +21,6 @@ def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,8 @@ from torch import Tensor
 from flmoe_kernels import (
     BackendUnavailable,
     InteractionMoE,
+    PairInteractionMoE,
+    RoutedMLP,
     available_backends,
     expert_attention,
     use_backend,
@@ -38,7 +43,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
     )
 
 
@@ -176,10 +180,20 @@ def test_the_cpu_backend_refuses_other_devices() -> None:
         backends.choose("expert_attention", X.to("meta"), "cpu")
 
 
-def test_contexts_nest_and_end() -> None:
-    def chosen() -> str:
-        return backends.choose("expert_attention", X)
+def chosen() -> str:
+    return backends.choose("expert_attention", X)
 
+
+def in_thread(work: Callable[[], object]) -> list[object]:
+    """The result of work() in a new thread."""
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    thread.join()
+    return results
+
+
+def test_contexts_nest_and_end() -> None:
     with use_backend("reference"):
         assert chosen() == "reference"
         with use_backend("cpu"):
@@ -190,6 +204,136 @@ def test_contexts_nest_and_end() -> None:
             raise KeyError
         assert chosen() == "reference"
     assert chosen() == "cpu"
+
+
+def test_blocks_of_two_threads_that_overlap() -> None:
+    """Each thread sees its own choice, whichever block begins or ends first."""
+    first_inside, second_inside, first_left = (threading.Event() for _ in range(3))
+    seen: dict[str, list[str]] = {"first": [], "second": []}
+
+    def first() -> None:
+        with use_backend("reference"):
+            first_inside.set()
+            second_inside.wait()
+            seen["first"].append(chosen())
+        seen["first"].append(chosen())
+        first_left.set()
+
+    def second() -> None:
+        first_inside.wait()
+        seen["second"].append(chosen())
+        with use_backend("cpu"), use_backend("reference"):
+            second_inside.set()
+            first_left.wait()
+            seen["second"].append(chosen())
+        seen["second"].append(chosen())
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": ["reference", "cpu"], "second": ["cpu", "reference", "cpu"]}
+
+
+def test_a_new_thread_starts_without_the_choice() -> None:
+    with use_backend("reference"):
+        context = contextvars.copy_context()
+        assert in_thread(chosen) == ["cpu"]
+        assert in_thread(lambda: context.run(chosen)) == ["reference"]
+        assert asyncio.run(asyncio.to_thread(chosen)) == "reference"
+
+
+def test_the_choice_belongs_to_an_asyncio_task() -> None:
+    async def task(name: str) -> list[str]:
+        seen = []
+        with use_backend(name):
+            await asyncio.sleep(0)  # another task runs
+            seen.append(chosen())
+        await asyncio.sleep(0)
+        return [*seen, chosen()]
+
+    async def main() -> list[list[str]]:
+        with use_backend("reference"):
+            inherited = asyncio.create_task(asyncio.to_thread(chosen))
+        results = await asyncio.gather(*map(task, ("reference", "cpu", "reference")))
+        return [*results, [await inherited]]
+
+    expected = [["reference", "cpu"], ["cpu", "cpu"], ["reference", "cpu"], ["reference"]]
+    assert asyncio.run(main()) == expected
+
+
+def test_generators_that_yield_inside_a_block() -> None:
+    """As with torch.no_grad, the caller is inside the block too, until the generator leaves it, in any order."""
+
+    def generator(name: str) -> Iterator[str]:
+        with use_backend(name):
+            yield chosen()
+            yield chosen()
+
+    first, second = generator("reference"), generator("cpu")
+    assert (next(first), next(second), chosen()) == ("reference", "cpu", "cpu")
+    first.close()
+    assert chosen() == "cpu"
+    second.close()
+    first = generator("reference")
+    second = generator("cpu")
+    assert (next(first), next(second)) == ("reference", "cpu")
+    second.close()
+    assert chosen() == "reference"
+    first.close()
+    assert chosen() == "cpu"
+
+    def left_by_another_thread() -> str:
+        third = generator("reference")
+        assert (next(third), in_thread(third.close)) == ("reference", [None])
+        return chosen()
+
+    assert contextvars.copy_context().run(left_by_another_thread) == "cpu"
+
+
+def test_the_backward_pass_uses_the_backend_of_the_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In every operator, wherever the backward pass runs."""
+    case = LayerCase(gate="GShardGate", sparse=True, layers=2, dropout=0.1)
+    layer = InteractionMoE.adopt(case.reference(), backend=None)
+    pairs = PairInteractionMoE((8, 8), num_classes=2)
+    mlp = RoutedMLP(4, 8, 8, gate="GShardGate")
+    q = draw(3, 1, 2).requires_grad_()
+    outputs = []
+    for name in ("cpu", "reference"):
+        with use_backend(name):
+            result, pooled = layer(case.inputs()), pairs(case.inputs(), interaction_losses=True)
+            attended = expert_attention(q, q, q, cumulative([3]))
+            assert isinstance(attended, Tensor)
+            routed = mlp(case.inputs()[0])
+            losses = [*result[3], *pooled.losses, mlp.gate_loss()]
+            parts = [result[2], pooled.logits, attended, routed]
+            outputs.append(sum(x.sum() for x in (*losses, *parts)))
+    cpu, reference = outputs
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(f"the kernels ran: {name}")
+
+    parameters = [p for part in (layer, pairs, mlp) for p in part.parameters()]
+
+    def grads(output: Any) -> list[Tensor]:
+        wanted = [*parameters, q]
+        return list(torch.autograd.grad(output, wanted, retain_graph=True, allow_unused=True))
+
+    with use_backend("reference"):
+        expected = grads(cpu)
+    in_other = in_thread(lambda: grads(cpu))[0]
+    assert isinstance(in_other, list)
+    for found, want in zip(in_other, expected, strict=True):
+        assert (found is None) == (want is None)
+        assert found is None or torch.equal(found, want)
+    monkeypatch.setattr(loading, "_module", Broken())
+    grads(reference)
+    with use_backend("reference"), pytest.raises(RuntimeError, match="the kernels ran"):
+        grads(cpu)
 
 
 def test_unknown_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from flmoe_kernels import (
     top_pairs,
     use_backend,
 )
+from flmoe_kernels.core.backend import choose
 from tests.support.inputs import (
     cumulative,
     draw,
@@ -236,3 +238,75 @@ def test_a_backend_chosen_inside() -> None:
     x = torch.randn(2, 2, 5, 8)
     for _ in range(2):
         torch.testing.assert_close(compiled(x), chosen(x))
+
+
+def gated(x: Tensor) -> Tensor:
+    return pair_moe(x, x, x, x, kinds=("unique_a", "synergy")).y
+
+
+def backend_of(graph: GraphModule) -> str:
+    targets = {str(node.target) for node in graph.graph.nodes}
+    return "cpu" if "flmoe.pair_moe" in targets else "reference"
+
+
+def test_another_choice_of_the_backend_is_compiled_again() -> None:
+    """Compiled code follows use_backend around it, of the thread that calls it."""
+    compiled: list[str] = []
+
+    def record(graph: GraphModule, _inputs: Any) -> GraphModule:
+        compiled.append(backend_of(graph))
+        return graph
+
+    function = torch.compile(gated, fullgraph=True, backend=record)
+    x = torch.randn(2, 2, 5, 8)
+    function(x)
+    with use_backend("reference"):
+        function(x)
+        assert compiled == ["cpu", "reference"]
+        thread = threading.Thread(target=lambda: function(x))
+        thread.start()
+        thread.join()
+    function(x)
+    with use_backend("reference"):
+        function(x)
+    assert compiled == ["cpu", "reference"], "a choice was compiled twice"
+    unavailable = pytest.raises(torch._dynamo.exc.Unsupported, match="'triton' was requested")
+    with use_backend("triton"), unavailable:
+        function(x)
+
+
+def test_a_block_inside_and_calls_after_it() -> None:
+    """A traced block ends where it ends, alone, nested, and within a block around the compiled function."""
+
+    def nested(x: Tensor) -> tuple[str, ...]:
+        seen = [choose("pair_moe", x)]
+        with use_backend("reference"):
+            seen.append(choose("pair_moe", x))
+            with use_backend("cpu"):
+                seen.append(choose("pair_moe", x))
+            seen.append(choose("pair_moe", x))
+        return (*seen, choose("pair_moe", x))
+
+    x = torch.randn(2)
+    function = torch.compile(nested, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert function(x) == nested(x) == ("cpu", "reference", "cpu", "reference", "cpu")
+    with use_backend("reference"):
+        assert (
+            function(x) == nested(x) == ("reference", "reference", "cpu", "reference", "reference")
+        )
+    assert choose("pair_moe", x) == "cpu"
+
+
+def test_a_graph_break_inside_a_block() -> None:
+    def broken(x: Tensor) -> tuple[str, str, str]:
+        with use_backend("reference"):
+            first = choose("pair_moe", x)
+            torch._dynamo.graph_break()
+            second = choose("pair_moe", x)
+        return first, second, choose("pair_moe", x)
+
+    function = torch.compile(broken, backend="eager")
+    for _ in range(2):
+        assert function(torch.randn(2)) == ("reference", "reference", "cpu")
+    assert choose("pair_moe", torch.randn(2)) == "cpu"

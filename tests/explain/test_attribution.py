@@ -142,7 +142,7 @@ print(*(after - before for before, after in zip(sizes, sizes[1:])))
 def test_memory_does_not_grow_with_the_maps() -> None:
     """Measured in a new process; control: one pass of one reference expert, with its 2 x 36 MiB map."""
     result = subprocess.run(
-        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, timeout=170
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
     )
     *ours, dense = map(int, result.stdout.split())  # KiB
     assert max(ours) < 20 * 1024, ours

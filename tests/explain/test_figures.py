@@ -369,7 +369,7 @@ except ModuleNotFoundError as error:
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", code]
-    output = subprocess.check_output(words, env=environment, text=True, timeout=120)
+    output = subprocess.check_output(words, env=environment, text=True)
     *loaded, message = output.splitlines()
     assert loaded == ["False", "False"]
     assert message.startswith("matplotlib")

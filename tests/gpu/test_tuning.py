@@ -48,7 +48,7 @@ def test_the_fastest_tiles_are_chosen_saved_and_correct() -> None:
     found = {result.key.kernel: result for result in cache.results()}
     assert set(found) == {"pair_moe.accumulate", "pair_moe.gradient"}
     for result in found.values():
-        assert 1e-7 < result.seconds <= result.table_seconds < 1.0
+        assert 0 < result.seconds <= result.table_seconds
         assert result.key.device == torch.cuda.get_device_name()
     low = pair_cases.run(CASE, inputs, "reference")
     oracle = pair_cases.run(CASE, as_dtype(inputs, torch.float64), "reference")

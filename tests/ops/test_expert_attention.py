@@ -138,7 +138,7 @@ def test_only_required_gradients_are_computed() -> None:
             assert all(map(torch.equal, gradients([out], leaves), expected))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 40), max_size=5),
     heads=st.integers(1, 8),

@@ -265,7 +265,7 @@ def test_registered_operators_check_sizes() -> None:
         OPS.pair_moe(q, k, a, c, None, None, None, [0, 1, 2, 9], 4, 0.5, "none", "cpu")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.integers(0, 50),
     columns=st.integers(0, 150),

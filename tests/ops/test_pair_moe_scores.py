@@ -196,7 +196,7 @@ print(sizes[1] - sizes[0], sizes[2] - sizes[1])
 def test_memory_does_not_grow_with_the_map() -> None:
     """Measured in a new process, because other tests raise the peak; control: the map takes 2 x 61 MiB."""
     result = subprocess.run(
-        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
     )
     streamed, dense = map(int, result.stdout.split())  # KiB
     assert streamed < 20 * 1024
@@ -255,7 +255,7 @@ def test_large_results_do_not_depend_on_threads() -> None:
         assert all(map(torch.equal, other, found[0]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(0, 60),
     columns=st.integers(0, 140),

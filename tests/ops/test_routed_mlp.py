@@ -123,7 +123,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(map(torch.equal, other, found[0]))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     tokens=st.integers(0, 60),
     width=st.integers(1, 40),

@@ -13,7 +13,7 @@ from tests.support.routing_twin import Twin, equal, random_index
 native = backends.native()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_limit_and_dispatch_of_the_twin(data: st.DataObject) -> None:
     """One or several blocks and windows of bins, in any order of threads."""

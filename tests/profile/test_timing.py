@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
-import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,17 +128,19 @@ def test_inputs_are_new_for_every_block_unless_expensive() -> None:
         assert len(made) == times
 
 
-def test_processor_seconds_do_not_count_waiting() -> None:
+def test_processor_seconds_do_not_count_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock counts waiting, so the regression check uses processor time."""
-    assert processor_seconds(lambda: time.sleep(0.05)) < 0.02
-    assert wall_seconds(lambda: time.sleep(0.05)) >= 0.05
+    wall, processor = [100.0], [7.0]
+    clocks = {"perf_counter": lambda: wall[0], "process_time": lambda: processor[0]}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(**clocks))
 
     def work() -> None:
-        end = time.process_time() + 0.02
-        while time.process_time() < end:
-            pass
+        """Run for 0.25 s and wait for 2 s."""
+        processor[0] += 0.25
+        wall[0] += 2.25
 
-    assert processor_seconds(work) >= 0.02
+    assert processor_seconds(work) == 0.25
+    assert wall_seconds(work) == 2.25
     assert clock_for("cpu", 1) == ("processor", processor_seconds)
     assert clock_for("cpu", 2) == ("wall", wall_seconds)
     assert clock_for("cpu") == ("wall", wall_seconds)

@@ -199,7 +199,6 @@ def test_command_runs_in_a_new_process(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert (result.returncode, result.stdout) == (2, "")

@@ -252,6 +252,8 @@ class PairInteractionMoE(nn.Module):
     ) -> PairExplanation:
         """Compute exact Shapley values and interaction indices of one class's logit; see PairExplanation.
 
+        The results are constants for autograd and for torch.func transforms.
+
         Args:
             inputs, masks: as in forward.
             target: the class, an int for all samples or (B,) int64; None for the class with the largest logit.

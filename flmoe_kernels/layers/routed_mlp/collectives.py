@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.ops.routing.api import dispatch, limit
 
@@ -17,7 +18,13 @@ def ranks_of(group: Any = None) -> int:
 
     Raises:
         ValueError: torch.distributed is not initialised, or this process is not in the group.
+        NotImplementedError: within a torch.func transform or a level of forward-mode AD.
     """
+    if backends.transforming():
+        raise NotImplementedError(
+            "group: expert parallelism supports neither torch.func transforms nor forward-mode AD; "
+            "a layer with world_size=1 does"
+        )
     if not _is_initialized():
         raise ValueError(
             "group: expected torch.distributed to be initialised (init_process_group), got a process "

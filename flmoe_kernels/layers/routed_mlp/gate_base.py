@@ -97,7 +97,7 @@ class Gate(nn.Module):
         if not self._counts():
             if self._first is None and not _inside_backward():
                 self.loss = loss
-        elif self._first is None or self.loss is None:
+        elif self._first is None or self.loss is None or _escaped(self.loss):
             self.loss = self._first = loss
         else:
             self.loss = self.loss + loss
@@ -168,3 +168,12 @@ class Gate(nn.Module):
 def _inside_backward() -> bool:
     """Whether this runs within a backward pass, for example as a recomputation by checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _escaped(loss: Tensor) -> bool:
+    """Whether this was computed in a torch.func transform that has ended."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or not functorch.is_functorch_wrapped_tensor(loss):
+        return False
+    levels = [level.level() for level in functorch.get_interpreter_stack() or ()]
+    return functorch.maybe_get_level(loss) not in levels

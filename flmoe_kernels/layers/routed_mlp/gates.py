@@ -102,7 +102,9 @@ class _CapacityGate(NaiveGate):
 
     def balance(self, first: Tensor, probabilities: Tensor, mask: Tensor | None) -> Tensor:
         """E * sum over experts of (share of tokens with it as first choice) * (mean probability); 1 if even."""
-        chosen = F.one_hot(first, self.tot_expert).to(probabilities.dtype)
+        # Not one_hot, which reads values and so does not run under vmap.
+        experts = torch.arange(self.tot_expert, device=first.device)
+        chosen = (first[:, None] == experts).to(probabilities.dtype)
         valid = torch.ones_like(first, dtype=torch.bool) if mask is None else mask
         # No matrix products: autocast would compute them in half precision, where token counts overflow.
         counted = [chosen, probabilities, torch.ones_like(chosen)]

@@ -121,8 +121,12 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout_p: fl
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens: expected device {q.device}, got {cu_seqlens.device}")
     check.require_probability("dropout_p", dropout_p)
-    # Reading values would synchronize with a GPU and cannot be traced; the kernels themselves stay in bounds.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if check.is_batched(cu_seqlens):
+        raise ValueError(
+            "cu_seqlens: expected the same lengths in all calls of a function under vmap, got a batched Tensor"
+        )
+    # Where values are not read, the kernels themselves stay in bounds.
+    if check.readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         rows = q.shape[-3]
         if bounds[0] < 0 or bounds[-1] > rows or sorted(bounds) != bounds:

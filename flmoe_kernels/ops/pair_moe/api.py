@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -172,7 +173,7 @@ def top_pairs(
 
     Returns:
         TopPairs in descending order; ties by the lower (i, j); NaN first, as in torch.topk.
-        Not differentiable.
+        Not differentiable, except within torch.func transforms, which use the reference.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as in pair_moe.
@@ -181,7 +182,8 @@ def top_pairs(
     weight = _head_of(call, head, target)
     check.require_count("n_pairs", n_pairs, 1)
     name = backends.choose(_OPERATOR, q, backend)
-    with torch.no_grad():
+    # A torch.func transform would take results without a graph for constants.
+    with nullcontext() if backends.transforms_active() else torch.no_grad():
         if name == backends.REFERENCE:
             top = reference.top_pairs(call, weight, n_pairs)
         else:

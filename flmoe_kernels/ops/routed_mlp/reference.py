@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flmoe_kernels.core.validation import is_batched
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -33,10 +35,20 @@ def routed_mlp(
     out = torch.zeros_like(x)
     activation = ACTIVATIONS[act]
     # Autocast would change the dtype of the products; it has no effect on the kernels either.
+
+    def expert(e: int, rows: Tensor) -> Tensor:
+        hidden = activation(F.linear(rows, w_in[e], None if b_in is None else b_in[e]))
+        return F.linear(hidden, w_out[e], None if b_out is None else b_out[e])
+
     with torch.autocast(x.device.type, enabled=False):
         for e in range(w_in.shape[0]):
-            token, choice = (index == e).nonzero(as_tuple=True)
-            hidden = activation(F.linear(x[token], w_in[e], None if b_in is None else b_in[e]))
-            row = F.linear(hidden, w_out[e], None if b_out is None else b_out[e])
-            out = out.index_add(0, token, row * weight[token, choice, None].to(row.dtype))
+            chosen = index == e
+            if is_batched(index):
+                # The calls of a function under vmap differ in an expert's rows, so it computes all rows.
+                share = torch.where(chosen, weight, 0.0).sum(dim=1, keepdim=True)
+                out = out + torch.where(chosen.any(dim=1, keepdim=True), expert(e, x) * share, 0.0)
+            else:
+                token, choice = chosen.nonzero(as_tuple=True)
+                row = expert(e, x[token])
+                out = out.index_add(0, token, row * weight[token, choice, None].to(row.dtype))
     return out

@@ -33,7 +33,7 @@ def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
 def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return counts (E), offsets (E + 1), permutation (N * K), int32, for index (N, K); see api.dispatch."""
     flat = index.reshape(-1).long()
-    counts = torch.bincount(flat[flat >= 0], minlength=experts)
+    counts = (flat[:, None] == torch.arange(experts, device=flat.device)).sum(dim=0)
     offsets = F.pad(counts.cumsum(0), (1, 0))
     # Dropped rows go last.
     permutation = torch.where(flat < 0, experts, flat).argsort(stable=True)
