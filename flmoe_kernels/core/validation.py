@@ -59,7 +59,8 @@ def require_count(name: str, value: int, least: int, most: int | None = None) ->
 
 
 def class_number(name: str, value: Any) -> int | None:
-    """Return a single class as an int: of any integer type, or a tensor or array of no dimensions; None for others.
+    """Return a single class as an int: of any integer type, or a tensor or array of no dimensions; None for
+    others.
 
     Raises:
         TypeError: a bool, or a number that is not an integer.

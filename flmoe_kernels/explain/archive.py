@@ -131,8 +131,7 @@ class Saved:
         names = [
             field.name
             for field in dataclasses.fields(every)
-            if not required
-            or (field.default is field.default_factory is dataclasses.MISSING)
+            if not required or (field.default is field.default_factory is dataclasses.MISSING)
         ]
         return [name for name in names if name not in (*cls._ARRAYS, *cls._LISTS)]
 

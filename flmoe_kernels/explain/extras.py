@@ -22,9 +22,7 @@ def optional_package(name: str, argument: str = "") -> Any:
 
 
 @contextmanager
-def progress_bar(
-    shown: bool | None, total: int, label: str
-) -> Iterator[Callable[[int], object]]:
+def progress_bar(shown: bool | None, total: int, label: str) -> Iterator[Callable[[int], object]]:
     """Yield a function that advances a bar on standard error by a count of evaluations.
 
     Args:
@@ -38,7 +36,13 @@ def progress_bar(
         return
     # Imported here, because most calls show no bar.
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 from typer.testing import CliRunner
 

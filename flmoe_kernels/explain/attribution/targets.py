@@ -59,8 +59,8 @@ def resolve_targets(target: Any, logits: Tensor, multi_label: bool = False) -> T
     """Return the explained classes, from `target` and the logits of the unmasked inputs.
 
     Args:
-        target: a class, any integer; (B,) integers, a class for each sample; (B, C) bool or 0/1, the positive labels
-            of each sample (multi-label); None for the prediction: the class of the largest logit, or with
+        target: a class, any integer; (B,) integers, a class for each sample; (B, C) bool or 0/1, the positive
+            labels of each sample (multi-label); None for the prediction: the class of the largest logit, or with
             multi_label the labels with sigmoid(z) >= 1/2. Tensors, numpy arrays or lists.
         logits: (B, C).
         multi_label: the meaning of None; a target (B, C) is always multi-label.

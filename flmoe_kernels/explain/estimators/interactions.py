@@ -109,12 +109,13 @@ def probe_pairs(
         For each sample a result by index; samples do not share coalitions, draws or evaluations.
 
     Raises:
-        TypeError, ValueError: an invalid argument, or a model that gives NaN or inf; the message says what was expected
-            and what was passed.
+        TypeError, ValueError: an invalid argument, or a model that gives NaN or inf; the message says what was
+            expected and what was passed.
 
-    Cost: for n tokens, of which c are in p candidate pairs, "exact" evaluates 2^n coalitions per sample. "sampling"
-    evaluates 1 + c + p coalitions per draw, as many draws as the budget allows; standard errors need 34 draws. An
-    evaluation is a forward pass of one sample, in batches; of the terms of a PairInteractionMoE with a closed form.
+    Cost: for n tokens, of which c are in p candidate pairs, "exact" evaluates 2^n coalitions per sample.
+    "sampling" evaluates 1 + c + p coalitions per draw, as many draws as the budget allows; standard errors need
+    34 draws. An evaluation is a forward pass of one sample, in batches; of the terms of a PairInteractionMoE
+    with a closed form.
     """
     names = require_indices(indices)
     check.require_choice("method", method, (CLOSED_FORM, *METHODS))

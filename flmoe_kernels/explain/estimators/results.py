@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,9 +33,9 @@ class PairValues(Saved):
     Attributes:
         index: "SII" or "RG", see `indices`.
         values: (p,) float64, in units of v; NaN for a pair that no draw gave a value.
-        standard_errors: (p,), 0 if exact, NaN if the draws do not give one (see `notes` and `sampling`). They hold for single pairs: the largest of many values is more likely
-            than the others to be too large by more than its error. Errors of pairs that share draws are not
-            independent.
+        standard_errors: (p,), 0 if exact, NaN if the draws do not give one (see `notes` and `sampling`). They
+            hold for single pairs: the largest of many values is more likely than the others to be too large by
+            more than its error. Errors of pairs that share draws are not independent.
         pairs: (p, 2), players i < j.
         tokens: (n, 2), modality and position of each player.
         lengths: L_m of each modality, including padding.
@@ -50,8 +50,8 @@ class PairValues(Saved):
         game: the value function, see `TokenGame.describe`.
         sampling: budget, tolerance, min_draws, seed and antithetic; None without sampling.
         sample: position in the batch.
-        notes: what the numbers do not show: candidates chosen among near-ties, reasons of missing errors, and for a
-            result of `top` a ranking that is not distinguishable.
+        notes: what the numbers do not show: candidates chosen among near-ties, reasons of missing errors, and
+            for a result of `top` a ranking that is not distinguishable.
     """
 
     _ARRAYS: ClassVar = ("tokens", "pairs", "values", "standard_errors")
@@ -108,7 +108,7 @@ class PairValues(Saved):
         """Return positions in `pairs`, sorted by value: largest, smallest or magnitude; ties keep their order."""
         if count is not None:
             check.require_count("count", count, 0)
-        order = np.argsort(-self._keys(by), kind="stable")
+        order = np.argsort(-self.keys(by), kind="stable")
         return order if count is None else order[:count]
 
     def near_ties(self, count: int, by: str = LARGEST) -> int:
@@ -118,7 +118,7 @@ class PairValues(Saved):
         """
         check.require_count("count", count, 0)
         order = self.ranked(by=by)
-        return near_ties(self._keys(by)[order], count, self.standard_errors[order])
+        return near_ties(self.keys(by)[order], count, self.standard_errors[order])
 
     def top(self, count: int, by: str = LARGEST) -> PairValues:
         """Return a copy with only the first pairs, in the order of `ranked`; its notes report near-ties."""
@@ -207,7 +207,7 @@ class PairValues(Saved):
             baseline_value=self.baseline,
         )
 
-    def _keys(self, by: str) -> Floats:
+    def keys(self, by: str) -> Floats:
         """Keys (p,) of a ranking; the largest comes first."""
         check.require_choice("by", by, RANKINGS)
         signed = -self.values if by == SMALLEST else self.values

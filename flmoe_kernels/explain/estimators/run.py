@@ -39,8 +39,8 @@ class Run:
             name, v(none) and v(all) are compared.
         distributed: share the evaluations among the ranks of the default process group. Every rank makes the
             same call, with the model on its own device, and gets the same result.
-        progress: show a bar on standard error, with the number of evaluations and the time remaining; None: if it is
-            a terminal.
+        progress: show a bar on standard error, with the number of evaluations and the time remaining; None: if
+            it is a terminal.
     """
 
     max_batch: int | None = None

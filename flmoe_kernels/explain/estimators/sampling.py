@@ -1,19 +1,19 @@
 """Monte Carlo estimates of pair indices from coalitions shared by all pairs.
 
-The index of a pair is the mean over the sizes s = 0 .. n - 2 of S. The two end sizes have one set each, S empty and
-S everybody else. They are evaluated first, for all pairs, and only the sizes between are sampled: a model often
-treats an input without tokens differently from all others, and few draws would miss it.
+The index of a pair is the mean over the sizes s = 0 .. n - 2 of S. The two end sizes have one set each, S empty
+and S everybody else. They are evaluated first, for all pairs, and only the sizes between are sampled: a model
+often treats an input without tokens differently from all others, and few draws would miss it.
 
 A draw is a random coalition T of the n players: its size is uniform on 1 .. n - 1, and T is uniform among the sets
 of that size. For every candidate pair, S is T without i and j. By symmetry S is uniform among the sets of its size
-s. T has size s, s + 1 or s + 2, depending on how many of i and j it contains. For s from 1 to n - 3 these three cases
-sum to
+s. T has size s, s + 1 or s + 2, depending on how many of i and j it contains. For s from 1 to n - 3 these three
+cases sum to
 
     ((n - s)(n - s - 1) + 2 (s + 1)(n - s - 1) + (s + 2)(s + 1)) / ((n - 1) n (n - 1)) = (n + 1) / (n - 1)^2,
 
-the same for every s, so S given that its size is no end size has the distribution of `indices`. A draw that gives a
-pair an end size is not used for this pair; it is rare for many players. The mean of the others is unbiased for every
-pair and index.
+the same for every s, so S given that its size is no end size has the distribution of `indices`. A draw that
+gives a pair an end size is not used for this pair; it is rare for many players. The mean of the others is
+unbiased for every pair and index.
 
 The corners of every pair are T with neither, one or both of i and j toggled (added or removed):
 
@@ -26,20 +26,20 @@ pairs this is about c^2 / 2 evaluations; four evaluations for each pair would be
 Antithetic draws use the complement of T. S becomes its complement among the players other than i and j, which has
 the same distribution; if v is monotone in the size of S, errors cancel.
 
-Standard errors are computed from the means of k independent units (a draw and its complement), because the draws of
-a unit are not independent, see `reliability.error_of_mean`. A pair of fewer than LEAST_COUNT units has no error
-(NaN), nor has a pair whose units are all equal although an end size differs: its draws have missed something.
+Standard errors are computed from the means of k independent units (a draw and its complement), because the draws
+of a unit are not independent, see `reliability.error_of_mean`. A pair of fewer than LEAST_COUNT units has no
+error (NaN), nor has a pair whose units are all equal although an end size differs: its draws have missed
+something.
 
 The number of units within a budget is known before the first draw, so a budget causes no bias. A tolerance does: a
-run that stops when its errors look small stops more often when they are underestimated, so estimates are biased and
-standard errors are too small. min_draws limits this effect: for nearly normal units the standard error is then known
-to about 1 / sqrt(2 * units). All pairs share each T, so their errors are correlated, and a mean over pairs is no more
-precise than a single pair.
+run that stops when its errors look small stops more often when they are underestimated, so estimates are biased
+and standard errors are too small. min_draws limits this effect: for nearly normal units the standard error is
+then known to about 1 / sqrt(2 * units). All pairs share each T, so their errors are correlated, and a mean over
+pairs is no more precise than a single pair.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -54,7 +54,9 @@ from .indices import INDICES, Corners
 
 OVERHEAD = 2  # every run starts with the evaluation of all players and of none
 _LEAST_UNITS = 2  # within a budget; a single one might give some pair no value
-_EQUAL = 1e-9  # units that differ by less, relative to the largest of them and the end sizes, are equal
+_EQUAL = (
+    1e-9  # units that differ by less, relative to the largest of them and the end sizes, are equal
+)
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
 _DESIGN = "toggled coalitions, end sizes apart"
 # Coalitions evaluated between two checks of the stopping rule; enough for the batches of several ranks.
@@ -275,10 +277,22 @@ class PairSampling:
             few = (self._used < LEAST_COUNT) & (self._between > 0)
             reasons = (
                 (np.isnan(values), "value", "no draw fell between the pair's end sizes"),
-                (few, "standard error", f"fewer than {LEAST_COUNT} independent units; raise the budget or choose fewer pairs"),
-                (np.isnan(errors) & ~few, "standard error", "all draws agree, but the empty or the full coalition differs"),
+                (
+                    few,
+                    "standard error",
+                    f"fewer than {LEAST_COUNT} independent units; raise the budget or choose fewer pairs",
+                ),
+                (
+                    np.isnan(errors) & ~few,
+                    "standard error",
+                    "all draws agree, but the empty or the full coalition differs",
+                ),
             )
-            notes[name] = tuple(f"no {what} for {int(where.sum())} of {len(values)} pairs: {reason}" for where, what, reason in reasons if where.any())
+            notes[name] = tuple(
+                f"no {what} for {int(where.sum())} of {len(values)} pairs: {reason}"
+                for where, what, reason in reasons
+                if where.any()
+            )
         return notes
 
     def request(self) -> dict[str, Any]:

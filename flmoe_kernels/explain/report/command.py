@@ -2,7 +2,7 @@
 
     python -m flmoe_kernels explain --checkpoint FILE --data FILE.npz --out DIR
 
-Needs matplotlib and tqdm (the extra "demo") and no network.
+Needs matplotlib (the extra "demo") and no network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .pictures import draw
 from .request import Request
 
 INTERRUPTED = 130
-EXTRAS = ("matplotlib", "tqdm")
+EXTRAS = ("matplotlib",)
 CHECKPOINTS = "checkpoints"
 
 

@@ -248,11 +248,12 @@ class PairInteractionMoE(nn.Module):
 
         Args:
             inputs, masks: as in forward.
-            target: the class, an integer for all samples or (B,) integers; None for the class with the largest logit.
+            target: the class, an integer for all samples or (B,) integers; None for the class with the largest
+                logit.
 
         Raises:
-            TypeError, ValueError, BackendUnavailable: as in forward; ValueError for a layer without classes, and for
-                logits that are NaN or inf.
+            TypeError, ValueError, BackendUnavailable: as in forward; ValueError for a layer without classes, and
+                for logits that are NaN or inf.
 
         Cost: about four forward passes; nothing of size L_m x L_n. Tokens are projected in the parameters' dtype,
         also under autocast, and everything else is in the statistics dtype (see PairOutput). The values add up to

@@ -147,8 +147,8 @@ def top_pairs(
     No (La, Lb) map is stored. For the most negative contributions, pass -head.
 
     Args:
-        n_pairs: at least 1, and n = min(n_pairs, max(La * Lb, 1)) pairs are returned; if fewer pairs are valid, the
-            rest is -inf with i = j = -1.
+        n_pairs: at least 1, and n = min(n_pairs, max(La * Lb, 1)) pairs are returned; if fewer pairs are valid,
+            the rest is -inf with i = j = -1.
         others: as in pair_map.
 
     Returns:
@@ -171,9 +171,17 @@ def top_pairs(
             top = reference.top_pairs(call, weight, count)
         else:
             top = torch.ops.flmoe.top_pairs(*_flat(call), weight, count, name)
-    tied, kept = near_ties(top[0], n_pairs), [x[:, :, :n_pairs] for x in top]
+    tied = near_ties(top[0], n_pairs)
+    values, i, j = (x[:, :, :n_pairs] for x in top)
     return TopPairs(
-        *(x[:, :-1] for x in kept), *(x[:, -1] for x in kept), tied[:, :-1], tied[:, -1]
+        values=values[:, :-1],
+        i=i[:, :-1],
+        j=j[:, :-1],
+        total_values=values[:, -1],
+        total_i=i[:, -1],
+        total_j=j[:, -1],
+        near_ties=tied[:, :-1],
+        total_near_ties=tied[:, -1],
     )
 
 

@@ -26,8 +26,8 @@ class TopPairs(NamedTuple):
     """The largest pair contributions in descending order, ties by (i, j); -inf and -1 if fewer pairs are valid.
 
     values, i, j: (B, E, n), per expert. total_values, total_i, total_j: (B, n), for the sum over experts.
-    near_ties (B, E), total_near_ties (B): bool, whether the first pair left out differs from the last one listed by
-    at most NEAR_TIE of the largest magnitude listed, so that the choice between them means little.
+    near_ties (B, E), total_near_ties (B): bool, whether the first pair left out differs from the last one listed
+    by at most NEAR_TIE of the largest magnitude listed, so that the choice between them means little.
     """
 
     values: Tensor
