@@ -39,13 +39,19 @@ class Targets:
         The published evaluator clamps log sigmoid at log 1e-12; this one does not.
 
         Raises:
-            ValueError: the number of samples or classes differs from that of the targets.
+            ValueError: the number of samples or classes differs from that of the targets, or the metric is the
+                probability of a single class, which is constant.
         """
         weights = self.weights if samples is None else self.weights[samples]
         # A single column would be broadcast to all classes.
         check.require_shape(
             "logits", logits, tuple(weights.shape), "(samples, classes) as the targets"
         )
+        if metric != LOGIT and weights.shape[1] == 1 and not self.multi_label:
+            raise ValueError(
+                "metrics: expected ('logit',) for a model with one class, whose probability is always 1 "
+                f"(or multi_label=True, if it is the sigmoid of the logit), got {metric!r}"
+            )
         z = logits.double()
         if metric == PROB:
             z = z.sigmoid() if self.multi_label else z.softmax(dim=1)
@@ -126,18 +132,6 @@ def require_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     if len(set(metrics)) < len(metrics):
         raise ValueError(f"metrics: expected no duplicates, got {', '.join(metrics)}")
     return tuple(metrics)
-
-
-def require_informative(metrics: Sequence[str], targets: Targets) -> None:
-    """Raise ValueError if a metric is constant: the probability of a single class."""
-    if targets.weights.shape[1] > 1 or targets.multi_label:
-        return
-    for metric in metrics:
-        if metric != LOGIT:
-            raise ValueError(
-                "metrics: expected ('logit',) for a model with one class, whose probability is always 1 "
-                f"(or multi_label=True, if it is the sigmoid of the logit), got {metric!r}"
-            )
 
 
 def _first_largest(logits: Tensor) -> Tensor:

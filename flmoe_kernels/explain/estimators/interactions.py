@@ -142,7 +142,7 @@ def probe_pairs(
         )
         total = sum(plan.total for plan in plans)
     results = []
-    with progress_bar(run.shown, total, f"pairs of {batch} samples") as advance:
+    with progress_bar(run.shown, total, f"pairs of {batch} sample(s)") as advance:
         for sample, (own_target, chosen) in enumerate(zip(targets, candidates, strict=True)):
             game = play(model, inputs, masks, target=own_target, expert=expert, sample=sample)
             result = {SII: _in_closed_form(game, chosen, sample)} if solved else {}

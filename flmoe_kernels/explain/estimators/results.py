@@ -170,7 +170,12 @@ class PairValues(Saved):
         arrays: dict[str, Any] = {name: getattr(self, name).tolist() for name in self._ARRAYS}
         for name in ("values", "standard_errors"):
             arrays[name] = [None if math.isnan(x) else x for x in arrays[name]]
-        return {**self._header(), "lengths": list(self.lengths), **arrays}
+        return {
+            **self._header(),
+            "lengths": list(self.lengths),
+            "notes": list(self.notes),
+            **arrays,
+        }
 
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame of `rows`, with the common fields in `attrs`.

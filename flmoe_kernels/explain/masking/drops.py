@@ -273,7 +273,7 @@ def measure(
         [read(x, [torch.zeros_like(c[x]) for c in candidate]) for x in parts], dim=1
     )
     blocks = []
-    with progress_bar(progress, batch + 2 * count, f"masking of {batch} samples") as advance:
+    with progress_bar(progress, batch + 2 * count, f"masking of {batch} sample(s)") as advance:
         advance(batch)
         for kind in KINDS:
             for rows in torch.arange(count, device=masked.device).split(masked.max_batch):

@@ -16,7 +16,6 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.attribution.targets import (
     METRICS,
     Targets,
-    require_informative,
     require_metrics,
     require_prediction,
     resolve_targets,
@@ -115,7 +114,6 @@ def faithfulness(
         targets = Targets(attributions.targets.to(masked.device), attributions.multi_label)
     else:
         targets = _resolved(target, masked, candidate, multi_label)
-    require_informative(wanted, targets)
     tied = torch.zeros((masked.samples, len(steps)), dtype=torch.bool, device=masked.device)
     chosen = []
     for scores, allowed, drawn in zip(
@@ -189,7 +187,6 @@ def pair_masking(
     ranked = _ranked_pairs(pairs, valid, by)
     identified, tied = _unions(ranked, candidate, [int(t) for t in steps])
     targets = _resolved(target, masked, candidate, multi_label)
-    require_informative(wanted, targets)
     chosen = []
     for union, order in zip(
         identified, draw_places(candidate, n_random, seed, len(steps)), strict=True
