@@ -371,3 +371,51 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_any_integer_is_a_target() -> None:
+    layer, x = pair_layer(), pair_inputs((3, 2))
+    for target in (
+        np.int64(2),
+        np.uint8(2),
+        torch.tensor(2),
+        np.array(2),
+        [2, 2],
+        np.array([2, 2]),
+    ):
+        assert layer.explain(x, target=target).target.tolist() == [2, 2]
+    narrow = torch.tensor([0, 2], dtype=torch.int32)
+    assert layer.explain(x, target=narrow).target.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_without_finite_logits_are_refused(value: float) -> None:
+    layer, x = pair_layer(), pair_inputs((3, 2))
+    x[1][1, 0, 0] = value
+    with pytest.raises(ValueError, match=r"inputs: expected valid tokens .*, got nan in sample 1"):
+        layer.explain(x)
+    masks = [None, torch.tensor([[True, True], [False, True]])]
+    assert layer.explain(x, masks).value.isfinite().all()
+
+
+def test_top_pairs_of_a_huge_number_and_near_ties() -> None:
+    layer, x = pair_layer(DIMS), pair_inputs((4, 3, 2))
+    found = layer.explain(x)
+    every = found.top_pairs(12)
+    assert all(map(torch.equal, found.top_pairs(10**9), every))
+    assert not every.near_ties.any(), "nothing is left out"
+    # Equal tokens: every choice among their pairs is one among ties.
+    x[0][:] = x[0][:, :1]
+    some = layer.explain(x).top_pairs(2, 0, 1)
+    assert some.total_near_ties.all()
+    absent = found.experts.index("unique_2")
+    assert not some.near_ties[:, absent].any(), (
+        "an expert that the pair of modalities does not have"
+    )
+
+
+def test_printed_outputs_have_shapes() -> None:
+    out = pair_layer()(pair_inputs((3, 2)))
+    assert repr(out).startswith("PairOutput(logits (2, 3) float64, expert_logits (2, 4, 3) float64")
+    assert "mass [(2, 4, 4) float64]" in repr(out)
+    assert "losses None" in repr(out)

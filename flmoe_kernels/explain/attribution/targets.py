@@ -101,8 +101,8 @@ def resolve_targets(target: Any, logits: Tensor, multi_label: bool = False) -> T
     return Targets(labels / labels.sum(dim=1, keepdim=True), True)
 
 
-def require_finite(values: Tensor, what: str, there: Tensor | None = None) -> None:
-    """Check results (B, ...) of the model for the samples `there` (B,) bool; by default all.
+def require_finite(values: Tensor, what: str, there: Tensor | None = None, first: int = 0) -> None:
+    """Check results (B, ...) of the model for the samples `there` (B,) bool, by default all, counted from `first`.
 
     Raises:
         ValueError: NaN or inf.
@@ -111,16 +111,14 @@ def require_finite(values: Tensor, what: str, there: Tensor | None = None) -> No
     if there is not None:
         wrong &= there
     if bool(wrong.any()):
-        sample = int(wrong.nonzero()[0])
-        own = values[sample]
-        raise ValueError(
-            f"model: expected finite {what}, got {float(own[~own.isfinite()][0])} for sample {sample}"
-        )
+        place = int(wrong.nonzero()[0])
+        value = float(values[place][~values[place].isfinite()][0])
+        raise ValueError(f"model: expected finite {what}, got {value} for sample {first + place}")
 
 
-def require_prediction(logits: Tensor, there: Tensor | None = None) -> None:
+def require_prediction(logits: Tensor, there: Tensor | None = None, first: int = 0) -> None:
     """Check logits (B, C) as `require_finite`; -inf is accepted, the logit of a class that is ruled out."""
-    require_finite(logits.masked_fill(logits == -torch.inf, 0.0), "logits", there)
+    require_finite(logits.masked_fill(logits == -torch.inf, 0.0), "logits", there, first)
 
 
 def require_metrics(metrics: Sequence[str]) -> tuple[str, ...]:

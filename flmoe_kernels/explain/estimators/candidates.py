@@ -63,7 +63,7 @@ def candidate_pairs(
     if scores is not None and top is not None:
         check.require_count("top", top, 1)
         players, notes = _top_players(tokens, scores, top)
-        of = f" of the {top} tokens of largest |score| in each modality"
+        of = f" of the {min(top, len(tokens))} tokens of largest |score| in each modality"
     chosen = all_pairs(players)
     if pairs == ACROSS:
         modality = tokens[:, 0]

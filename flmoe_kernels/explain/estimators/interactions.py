@@ -229,11 +229,15 @@ def _targets(target: Any, batch: int) -> list[int | None]:
     """The class of each of the B samples; None for the predicted class."""
     if target is None:
         return [None] * batch
-    # The game knows the number of classes, and the values are needed on the host.
-    if isinstance(target, Tensor):
-        target = target.cpu()
-    most = torch.iinfo(torch.int64).max
-    return list(check.require_classes("target", target, batch, most, torch.device("cpu")).tolist())
+    number = check.class_number("target", target)
+    if number is None:
+        # The games check the values, as they know the number of classes.
+        each = check.require_array("target", target, torch.device("cpu")).cpu()
+        zeros = each if each.is_floating_point() or each.dtype == torch.bool else 0 * each
+        check.require_classes("target", zeros, batch, 1, torch.device("cpu"))
+        return list(each.tolist())
+    check.require_count("target", number, 0)
+    return [number] * batch
 
 
 def _of_sample(scores: Any, sample: int, batch: int) -> list[Tensor | None] | None:

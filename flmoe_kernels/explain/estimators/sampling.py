@@ -27,9 +27,9 @@ Antithetic draws use the complement of T. S becomes its complement among the pla
 the same distribution; if v is monotone in the size of S, errors cancel.
 
 Standard errors are computed from the means of k independent units (a draw and its complement), because the
-draws of a unit are not independent, see `reliability.error_of_mean`. The variance of a pair's units is moderated: it
-is averaged with the mean variance of all pairs, which counts as a few units, because few units of a pair may miss
-rare, large terms (Smyth 2004, doi 10.2202/1544-6115.1027). A pair of fewer than LEAST_COUNT units has no error
+draws of a unit are not independent, see `reliability.error_of_mean`. The variance of a pair's units is moderated:
+it is averaged with the mean variance of all pairs, which counts as a few units, because few units may miss rare,
+large terms (Smyth 2004, doi 10.2202/1544-6115.1027). A pair of fewer than LEAST_COUNT units has no error
 (NaN), nor has a pair whose units are all equal although an end size differs: its draws have missed something.
 
 The number of units within a budget is known before the first draw, so a budget causes no bias. A tolerance does: a

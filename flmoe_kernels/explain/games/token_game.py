@@ -75,6 +75,7 @@ class TokenGame:
         max_batch: int | None = None,
     ) -> None:
         check.require_choice("output", output, OUTPUTS)
+        self._sample = sample
         self._masked = MaskedModel.of(
             model, inputs, masks, fill, baseline, expert, max_batch, sample
         )
@@ -147,7 +148,7 @@ class TokenGame:
         logits = logits_of(masked.model, inputs, masks, None)
         classes = logits.shape[1]
         if self.players:
-            require_prediction(logits)
+            require_prediction(logits, first=self._sample)
         if self.output == "log_prob" and classes == 1:
             raise ValueError("output: expected 'logit', as a probability of one class is always 1")
         if target is None:

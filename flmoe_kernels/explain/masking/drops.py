@@ -21,6 +21,7 @@ from flmoe_kernels.explain.reliability import LEAST_COUNT, RULE, error_of_mean
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 _DRAW_BYTES = 40  # of a random rank, with the sort that computes it
+_DROP_BYTES = 160  # of the drops of a sample and budget: two kinds, three metrics, copies
 COMPREHENSIVENESS, SUFFICIENCY = KINDS = ("comprehensiveness", "sufficiency")
 MEAN, AUC = AOPC_MODES = ("mean", "auc")
 
@@ -43,6 +44,13 @@ class Summary(NamedTuple):
     random: Tensor
     random_std: Tensor
     gap: Tensor
+
+    def __repr__(self) -> str:
+        numbers = (
+            f"{name}=" + " ".join(f"{number:.5g}" for number in x.flatten().tolist())
+            for name, x in self._asdict().items()
+        )
+        return f"Summary({', '.join(numbers)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,9 +230,10 @@ def draw_places(
     Raises:
         ValueError: the draws, and the sets of `budgets` budgets chosen by them, do not fit in memory.
     """
-    tokens = sum(x.numel() for x in candidate)
-    require_room("n_random", n_random, 0, (_DRAW_BYTES + 2 * budgets) * tokens, candidate[0].device)
-    generator = torch.Generator().manual_seed(seed)
+    tokens, batch = sum(x.numel() for x in candidate), len(candidate[0])
+    each = (_DRAW_BYTES + 2 * budgets) * tokens + _DROP_BYTES * budgets * batch
+    require_room("n_random", n_random, 0, each, candidate[0].device)
+    generator = torch.Generator().manual_seed(int(seed))
     lengths = [x.shape[1] for x in candidate]
     keys = [
         torch.rand((len(candidate[0]), sum(lengths)), generator=generator, dtype=torch.float64)

@@ -57,10 +57,10 @@ def require_finite_logits(logits: Tensor) -> None:
     if torch.compiler.is_compiling() or bool(logits.isfinite().all()):
         return
     wrong = ~logits.isfinite()
-    sample = int(wrong.any(dim=1).nonzero()[0])
+    where = f" in sample {int(wrong.any(dim=1).nonzero()[0])}" if len(logits) > 1 else ""
     raise ValueError(
         "inputs: expected valid tokens that are finite and give finite logits, got "
-        f"{float(logits[wrong][0])} in sample {sample}"
+        f"{float(logits[wrong][0])}{where}"
     )
 
 
