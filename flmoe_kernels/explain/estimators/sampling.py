@@ -73,7 +73,7 @@ class Sampling:
     Attributes:
         budget: the largest number of evaluated coalitions per sample. `method="auto"` enumerates all 2^n instead
             if they fit the budget.
-        tolerance: stop earlier, when every pair's standard error, in units of v, is at most this. The module
+        tolerance: stop earlier, when every pair has a standard error, in units of v, of at most this. The module
             docstring describes the bias of this rule.
         min_draws: draws before the tolerance is checked.
         seed: unit u of sample b depends only on (seed, b, u) and n, not on batches, ranks or interruptions.
