@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +76,57 @@ def require_count(name: str, value: int, least: int, most: int | None = None) ->
     if value < least or (most is not None and value > most):
         upper = "" if most is None else f" to {most}"
         raise ValueError(f"{name}: expected an int from {least}{upper}, got {value}")
+
+
+def class_number(name: str, value: Any) -> int | None:
+    """Return a single class as an int: of any integer type, or a tensor or array of no dimensions; None for
+    others.
+
+    Raises:
+        TypeError: a bool, or a number that is not an integer.
+    """
+    if isinstance(value, list | tuple) or getattr(value, "shape", ()) != ():
+        return None
+    kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+    try:
+        if not kind.startswith("bool"):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected an int, got {kind}")
+
+
+def require_classes(
+    name: str, value: Any, batch: int, classes: int, device: torch.device
+) -> Tensor:
+    """Return a class for each sample, (B,) int64, of one class for all or of B classes.
+
+    Args:
+        value: an integer, see class_number; or (B,), a tensor on the device, a numpy array or a list.
+    """
+    number = class_number(name, value)
+    if number is not None:
+        require_count(name, number, 0, classes - 1)
+        return torch.full((batch,), number, device=device)
+    each = require_array(name, value, device)
+    if each.dtype.is_floating_point or each.dtype.is_complex or each.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {each.dtype}")
+    each = each.to(torch.int64)
+    require_index(name, each, (batch,), classes, device)
+    return each
+
+
+def require_array(name: str, value: Any, device: torch.device) -> Tensor:
+    """Return a tensor as it is; a numpy array or a list as a tensor on the device."""
+    if isinstance(value, Tensor):
+        require_tensor(name, value)
+        return value
+    try:
+        if isinstance(value, list | tuple) or hasattr(value, "__array__"):
+            return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name}: expected integers, got {value!r}") from error
+    raise TypeError(f"{name}: expected an int or a Tensor, got {type(value).__name__}")
 
 
 def require_positive(name: str, value: float) -> None:

@@ -105,8 +105,10 @@ class Saved:
         )
         lists = {name: [f"{name}_{m}" for m in modalities] for name in cls._LISTS}
         whole = {*cls._ARRAYS, *(name for names in lists.values() for name in names)}
-        fields = cls._header_fields()
-        if not whole - {*cls._OPTIONAL} <= {*arrays} <= whole or not {*fields} <= {*header}:
+        # Files of earlier versions have no fields that were added later, with a default.
+        fields = [name for name in cls._header_fields() if name in header]
+        required = {*cls._header_fields(required=True)}
+        if not whole - {*cls._OPTIONAL} <= {*arrays} <= whole or not required <= {*header}:
             raise ValueError(f"{path}: expected the fields of {cls._kind()}, got different ones")
         cls._check(str(path), arrays)
         parts: dict[str, Any] = dict(arrays)
@@ -128,9 +130,13 @@ class Saved:
         return f"flmoe_kernels.explain.{cls.__name__}"
 
     @classmethod
-    def _header_fields(cls) -> list[str]:
+    def _header_fields(cls, required: bool = False) -> list[str]:
         every: Any = cls
-        names = [field.name for field in dataclasses.fields(every)]
+        names = [
+            field.name
+            for field in dataclasses.fields(every)
+            if not required or (field.default is field.default_factory is dataclasses.MISSING)
+        ]
         return [name for name in names if name not in (*cls._ARRAYS, *cls._LISTS)]
 
     def _header(self) -> dict[str, Any]:

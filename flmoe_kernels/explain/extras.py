@@ -1,8 +1,9 @@
-"""Import of optional packages, and progress bars by tqdm."""
+"""Import of optional packages, and progress bars."""
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,15 +22,33 @@ def optional_package(name: str, argument: str = "") -> Any:
 
 
 @contextmanager
-def progress_bar(shown: bool, total: int, label: str) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a bar on standard error by a count.
+def progress_bar(shown: bool | None, total: int, label: str) -> Iterator[Callable[[int], object]]:
+    """Yield a function that advances a bar on standard error by a count of evaluations.
 
-    Raises:
-        ModuleNotFoundError: the bar is shown and tqdm is not installed.
+    Args:
+        shown: None if standard error is a terminal.
+        total: the largest number of evaluations, which the bar shows from the start, with the time remaining.
     """
-    if not shown:
+    if shown is None:
+        shown = sys.stderr is not None and sys.stderr.isatty()
+    if not shown or not total:
         yield lambda count: None
         return
-    tqdm = optional_package("tqdm", "progress: ")
-    with tqdm.tqdm(total=total, desc=label) as bar:
-        yield bar.update
+    # Imported here, because most calls show no bar.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} / {task.total:,.0f} evaluations"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -10,7 +10,7 @@ from pathlib import Path
 import flmoe_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONAL = ("triton", "rich", "typer", "sklearn", "matplotlib", "tqdm", "safetensors", "scipy")
+OPTIONAL = ("triton", "rich", "typer", "sklearn", "matplotlib", "safetensors", "scipy")
 # The tests that bench/gpu.sh runs.
 GPU_TESTS = ("tests/gpu", "tests/core/test_cuda_device.py", "tests/ops/test_routing_cuda.py")
 # Finders skip these names, as if the modules were not installed.

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 from typer.testing import CliRunner
 
@@ -126,14 +125,19 @@ def test_numbers_agree_with_the_library(made: tuple[Path, Path, Path]) -> None:
     # Control: the pairs' values differ between the samples.
     assert found["samples"][0]["pairs"]["SII"]["values"] != pairs[1]["SII"].values.tolist()
     drops = faithfulness(*call, attribution, n_random=2, seed=5)
-    assert found["faithfulness"]["rows"] == drops.rows()
-    assert MaskingDrops.load(out / "faithfulness.npz").rows() == drops.rows()
+    assert found["faithfulness"]["rows"] == in_json(drops.rows())
+    assert in_json(MaskingDrops.load(out / "faithfulness.npz").rows()) == in_json(drops.rows())
     for name in ("SII", "RG"):
         ranked = [values[name] for values in pairs]
         drops = pair_masking(*call, ranked, target=TARGET, n_random=2, seed=5)
-        assert found["pair_masking"][name]["rows"] == drops.rows()
+        assert found["pair_masking"][name]["rows"] == in_json(drops.rows())
     saved_attribution = Attribution.load(out / "attribution.npz")
     assert torch.equal(saved_attribution.mixture[1], attribution.mixture[1])
+
+
+def in_json(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with None for NaN, as the error of a mean over few samples."""
+    return [{name: None if x != x else x for name, x in row.items()} for row in rows]
 
 
 class Page(HTMLParser):
@@ -304,7 +308,7 @@ def test_quick_command_in_a_new_process(made: tuple[Path, Path, Path], tmp_path:
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "sample 1 of 1" in done.stderr
+    assert done.stderr == "", "no bar where standard error is no terminal"
     assert "index.html" in done.stdout
     found = report_of(tmp_path / "out")
     assert found["request"]["budget"] == 256
@@ -341,7 +345,8 @@ def test_the_first_token_of_an_exempt_modality_is_never_masked(
     attribution = attribute(*call, target=TARGET)
     drops = faithfulness(*call, attribution, n_random=2, seed=5, exempt=[0])
     other = report_of(made[2])
-    assert found["faithfulness"]["rows"] == drops.rows() != other["faithfulness"]["rows"]
+    assert found["faithfulness"]["rows"] == in_json(drops.rows())
+    assert found["faithfulness"]["rows"] != other["faithfulness"]["rows"]
     assert found["pair_masking"]["SII"]["settings"]["exempt"] == [0]
     assert command.main(request(made, tmp_path / "other", exempt=(2,))) == 2
     assert "exempt: expected an int from 0 to 1, got 2" in capsys.readouterr().err

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from flmoe_kernels.explain import Run, Sampling, probe_game, shapley_interactions
+from flmoe_kernels.explain import (
+    Run,
+    Sampling,
+    attribute,
+    faithfulness,
+    pair_masking,
+    probe_game,
+    redundancy_gap,
+    shapley_interactions,
+)
 from flmoe_kernels.explain.estimators.evaluator import Evaluator
 from flmoe_kernels.explain.games import memory
 from flmoe_kernels.explain.games.coalitions import distinct, pack, sizes, toggled, unpack
@@ -175,14 +187,42 @@ def test_memory_does_not_grow_with_the_budget(tmp_path: Path) -> None:
 
 
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tqdm")
     layer, x = interaction_layer(CASE), first_of(CASE.inputs(torch.float64))
     shapley_interactions(layer, x, method="sampling", run=Run(progress=True))
     shown = capsys.readouterr().err
-    assert "sample 1 of 1" in shown
-    assert "100%" in shown
+    # Every coalition of the plan is counted, also those that units share.
+    total = re.search(r"([\d,]+) / ([\d,]+) evaluations", shown)
+    assert total is not None
+    assert total[1] == total[2]
+    assert 60_000 < int(total[1].replace(",", "")) <= Sampling().budget
     shapley_interactions(layer, x)
+    assert capsys.readouterr().err == "", "standard error is no terminal"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shapley_interactions(layer, x)
+    assert "512 / 512 evaluations" in capsys.readouterr().err
+    shapley_interactions(layer, x, run=Run(progress=False))
     assert capsys.readouterr().err == ""
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
-    with pytest.raises(ModuleNotFoundError, match=r"progress: needs a package: pip install tqdm"):
-        shapley_interactions(layer, x, run=Run(progress=True))
+
+
+@pytest.mark.parametrize("shown", [None, True, False])
+def test_every_long_call_has_a_bar(
+    shown: bool | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = interaction_layer(CASE), first_of(CASE.inputs(torch.float64))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    tokens = attribute(layer, x)
+    pairs = shapley_interactions(layer, x, run=Run(progress=False))
+    capsys.readouterr()
+    calls: list[tuple[Callable[[], object], int]] = [
+        (lambda: redundancy_gap(layer, x, run=Run(progress=shown)), 512),
+        (lambda: probe_game(unanimity({(0, 1): 1.0}, 5), run=Run(progress=shown)), 32),
+        (lambda: faithfulness(layer, x, None, tokens, n_random=2, progress=shown), 1 + 2 * 5 * 3),
+        (lambda: pair_masking(layer, x, None, pairs, n_random=1, progress=shown), 1 + 2 * 3 * 2),
+        (
+            lambda: attribute(layer, x, method="integrated_gradients", n_steps=3, progress=shown),
+            4 * 3,
+        ),
+    ]
+    for call, count in calls:
+        call()
+        assert (f"{count} / {count} evaluations" in capsys.readouterr().err) == (shown is not False)

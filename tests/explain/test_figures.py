@@ -195,7 +195,7 @@ def line_colour(line: FancyArrowPatch) -> Any:
 
 @pytest.mark.parametrize("metric", ["prob", "logit"])
 def test_curves_agree_with_the_summaries(metric: str) -> None:
-    drops = masking_drops()
+    drops = masking_drops(samples=16)
     figure = drop_curve(drops, metric, title="by rollout")
     assert len(figure.axes) == 2
     for axes, kind in zip(figure.axes, KINDS, strict=True):

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
 from typer.testing import CliRunner
 

@@ -309,7 +309,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"expert": 4}, r"expert: expected an int from 0 to 3, got 4"),
     ({"target": 3}, r"target: expected an int from 0 to 2, got 3"),
     ({"target": 1.0}, r"TypeError: target: expected an int, got float"),
-    ({"target": torch.zeros(3).long()}, r"target: expected an int or \(2,\) int64, got \(3,\)"),
+    ({"target": torch.zeros(3).long()}, r"target: expected shape \(2,\), got \(3,\)"),
     ({"fill": "mean"}, r"baseline: expected 2 Tensors with fill='mean'"),
     ({"baseline": []}, r"baseline: expected None with fill='drop'"),
     (

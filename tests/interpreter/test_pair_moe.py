@@ -123,7 +123,8 @@ def test_pair_map(dtype: torch.dtype, kinds: tuple[str, ...], masks: str) -> Non
 def scores(case: PairCase, count: int, dtype: torch.dtype, backend: str) -> list[Tensor]:
     head = draw(len(case.kinds), case.width, dtype=dtype, seed=8)
     inputs = case.inputs(dtype)[:4]
-    return list(top_pairs(*inputs, head, n_pairs=count, backend=backend, **case.options()))
+    # Without near_ties, which may differ where values do in the last bits.
+    return list(top_pairs(*inputs, head, n_pairs=count, backend=backend, **case.options())[:6])
 
 
 @pytest.mark.parametrize(("masks", "count"), [("none", 40), ("both", 1), ("sample", 40)])

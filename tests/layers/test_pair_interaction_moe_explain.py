@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -146,9 +147,7 @@ def test_top_pairs_are_the_extremes_of_the_map(m: int, n: int, largest: bool, ba
     whole = torch.cat([phi, phi.sum(dim=1, keepdim=True)], dim=1)
     worst = -torch.inf if largest else torch.inf
     flat = whole.masked_fill(~valid[:, None], worst).flatten(2)
-    missing = max(count - flat.shape[2], 0)
-    want = torch.nn.functional.pad(flat, (0, missing), value=worst)
-    want = want.sort(dim=2, descending=largest).values[..., :count]
+    want = flat.sort(dim=2, descending=largest).values[..., :count]
     top = found.top_pairs(count, m, n, largest=largest)
     assert isinstance(top, TopPairs)
     present = [e for e in range(5) if found.experts[e] not in {f"unique_{3 - m - n}"}]
@@ -348,9 +347,12 @@ def test_mistakes() -> None:
     for target, error, message in (
         (3, ValueError, r"target: expected an int from 0 to 2, got 3"),
         (-1, ValueError, r"target: expected an int from 0 to 2, got -1"),
-        (True, TypeError, r"target: expected an int, a Tensor \(2,\) or None, got bool"),
+        (True, TypeError, r"target: expected an int, got bool"),
+        (np.True_, TypeError, r"target: expected an int, got bool"),
+        (2.0, TypeError, r"target: expected an int, got float"),
+        ([True, False], TypeError, r"target: expected integers, got torch\.bool"),
         (torch.tensor([0, 1, 2]), ValueError, r"target: expected shape \(2,\), got \(3,\)"),
-        (torch.tensor([0.0, 1.0]), TypeError, r"target: expected int64, got torch\.float32"),
+        (torch.tensor([0.0, 1.0]), TypeError, r"target: expected integers, got torch\.float32"),
         (torch.tensor([0, 3]), ValueError, r"target: expected values from 0 to 2, got 0 to 3"),
     ):
         with pytest.raises(error, match=message):
@@ -369,3 +371,51 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_any_integer_is_a_target() -> None:
+    layer, x = pair_layer(), pair_inputs((3, 2))
+    for target in (
+        np.int64(2),
+        np.uint8(2),
+        torch.tensor(2),
+        np.array(2),
+        [2, 2],
+        np.array([2, 2]),
+    ):
+        assert layer.explain(x, target=target).target.tolist() == [2, 2]
+    narrow = torch.tensor([0, 2], dtype=torch.int32)
+    assert layer.explain(x, target=narrow).target.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_without_finite_logits_are_refused(value: float) -> None:
+    layer, x = pair_layer(), pair_inputs((3, 2))
+    x[1][1, 0, 0] = value
+    with pytest.raises(ValueError, match=r"inputs: expected valid tokens .*, got nan in sample 1"):
+        layer.explain(x)
+    masks = [None, torch.tensor([[True, True], [False, True]])]
+    assert layer.explain(x, masks).value.isfinite().all()
+
+
+def test_top_pairs_of_a_huge_number_and_near_ties() -> None:
+    layer, x = pair_layer(DIMS), pair_inputs((4, 3, 2))
+    found = layer.explain(x)
+    every = found.top_pairs(12)
+    assert all(map(torch.equal, found.top_pairs(10**9), every))
+    assert not every.near_ties.any(), "nothing is left out"
+    # Equal tokens: every choice among their pairs is one among ties.
+    x[0][:] = x[0][:, :1]
+    some = layer.explain(x).top_pairs(2, 0, 1)
+    assert some.total_near_ties.all()
+    absent = found.experts.index("unique_2")
+    assert not some.near_ties[:, absent].any(), (
+        "an expert that the pair of modalities does not have"
+    )
+
+
+def test_printed_outputs_have_shapes() -> None:
+    out = pair_layer()(pair_inputs((3, 2)))
+    assert repr(out).startswith("PairOutput(logits (2, 3) float64, expert_logits (2, 4, 3) float64")
+    assert "mass [(2, 4, 4) float64]" in repr(out)
+    assert "losses None" in repr(out)

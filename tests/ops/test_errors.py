@@ -83,8 +83,12 @@ HEAD_MISTAKES: Table = {
     TypeError: [
         (r"head: expected a Tensor, got list", {"head": [1]}),
         (
-            r"target: expected int64, got torch\.int32",
-            {"head": draw(3, 7, 2), "target": torch.zeros(2).int()},
+            r"target: expected integers, got torch\.float32",
+            {"head": draw(3, 7, 2), "target": torch.zeros(2)},
+        ),
+        (
+            r"target: expected an int, got bool",
+            {"head": draw(3, 7, 2), "target": True},
         ),
         (
             r"head: expected dtype torch\.float32 as q, got torch\.float64",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,7 +89,8 @@ def test_contributions_add_up_to_the_pooled_value(backend: str) -> None:
 
 
 def sorted_pairs(phi: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Definition: the valid pairs of a (B, La, Lb) map, sorted by value, then by (i, j)."""
+    """Definition: the valid pairs of a (B, La, Lb) map, sorted by value, then by (i, j); from 1 to La * Lb."""
+    count = min(count, max(phi.shape[1] * phi.shape[2], 1))
     samples: list[list[tuple[float, int, int]]] = []
     for b in range(len(phi)):
         pairs = [(float(phi[b, i, j]), i, j) for i, j in valid[b].nonzero().tolist()]
@@ -215,8 +217,8 @@ def test_nan_comes_first_and_minus_infinity_last(backend: str) -> None:
         kinds=("unique_a",),
         backend=backend,
     )
-    assert found.i[0, 0].tolist() == [1, 1, 0, 0, 2, 2, -1]
-    assert found.j[0, 0].tolist() == [0, 1, 0, 1, 0, 1, -1]
+    assert found.i[0, 0].tolist() == [1, 1, 0, 0, 2, 2]
+    assert found.j[0, 0].tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_a_head_without_classes_and_no_gradient() -> None:
@@ -280,3 +282,65 @@ def test_any_shape_with_many_ties(
         assert torch.equal(found.values[:, e], values)
         assert torch.equal(found.i[:, e], i)
         assert torch.equal(found.j[:, e], j)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_huge_number_of_pairs_is_that_of_all_pairs(backend: str) -> None:
+    (q, k, a, c, head), options = arguments(PairCase(5, 7, kinds=KINDS), torch.float32)
+    every = top_pairs(q, k, a, c, head, n_pairs=35, **options, backend=backend)
+    for count in (36, 10**9, 10**30):
+        found = top_pairs(q, k, a, c, head, n_pairs=count, **options, backend=backend)
+        assert found.values.shape == every.values.shape == (*q.shape[:2], 35)
+        assert all(map(torch.equal, found, every))
+    none = top_pairs(
+        q[:, :, :0], k, a[:, :, :0], c, head, n_pairs=10**9, **options, backend=backend
+    )
+    assert none.total_i.tolist() == [[-1]] * len(q)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_near_ties_at_the_cut_are_reported(backend: str) -> None:
+    a = torch.tensor([4.0, 3.0, 2.99, 1.0]).view(1, 1, 4, 1)
+    zeros = torch.zeros(1, 1, 4, 1)
+    call: Any = (zeros, zeros[:, :, :1], a, zeros[:, :, :1], torch.ones(1, 1))
+    options: dict[str, Any] = {"kinds": ("unique_a",), "backend": backend}
+    tied = {n: top_pairs(*call, n_pairs=n, **options) for n in range(1, 5)}
+    assert [bool(x.near_ties) for x in tied.values()] == [False, True, False, False]
+    assert [bool(x.total_near_ties) for x in tied.values()] == [False, True, False, False]
+    assert "note: in 2 of 2 lists the last pair is not distinguishable" in repr(tied[2])
+    assert "note" not in repr(tied[1])
+    # A masked pair is no rival.
+    masked = top_pairs(
+        *call, n_pairs=2, mask_a=torch.tensor([[True, True, False, True]]), **options
+    )
+    assert not masked.near_ties.any()
+
+
+def test_printed_results_are_short() -> None:
+    case = PairCase(30, 40, kinds=KINDS)
+    (q, k, a, c, head), options = arguments(case, torch.float32)
+    found = top_pairs(q, k, a, c, head, n_pairs=100, **options)
+    lines = str(found).splitlines()
+    assert lines[0].startswith(f"TopPairs(100 pairs for each of {case.batch} samples and 5 experts")
+    assert lines[1].split() == ["sample", "expert", "i", "j", "value"]
+    total = (found.total_i[0, 0], found.total_j[0, 0])
+    assert lines[2].split()[:4] == ["0", "sum", *(str(int(x)) for x in total)]
+    assert float(lines[2].split()[4]) == pytest.approx(float(found.total_values[0, 0]), rel=1e-4)
+    assert lines[14] == f"... {case.batch * 6 * 100 - 12} more rows"
+    options.pop("target")
+    assert repr(pair_moe(q, k, a, c, **options)) == (
+        f"PairMoEOutput(y {tuple(a.shape)} float32, mass {tuple(a.shape[:3])} float32)"
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_any_integer_is_a_target(backend: str) -> None:
+    (q, k, a, c, head), options = arguments(PairCase(5, 4, kinds=KINDS), torch.float32)
+    options["target"] = torch.ones(len(q), dtype=torch.int64)
+    expected = pair_map(q, k, a, c, head, **options, backend=backend)
+    for target in (1, np.int64(1), torch.tensor(1), [1] * len(q), np.ones(len(q), dtype=np.int8)):
+        options["target"] = target
+        found = pair_map(q, k, a, c, head, **options, backend=backend)
+        assert torch.equal(found, expected)
+        top = top_pairs(q, k, a, c, head, n_pairs=1, **options, backend=backend)
+        assert torch.equal(top.values[:, :, 0], expected.flatten(2).amax(dim=2))

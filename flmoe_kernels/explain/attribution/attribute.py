@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.extras import progress_bar
 from flmoe_kernels.explain.games.masked import fill_values
 from flmoe_kernels.explain.games.memory import choose_batch
 from flmoe_kernels.explain.games.models import Inputs, expert_names, logits_of, require_model
@@ -27,7 +28,7 @@ from .rollout import (
     gradient_rollout,
     recording_copy,
 )
-from .targets import LOGIT, resolve_targets
+from .targets import LOGIT, require_finite, require_prediction, resolve_targets
 from .values import (
     EXPERT,
     EXPLAINS,
@@ -40,6 +41,7 @@ from .values import (
 )
 
 TOKENS, LATENT = READOUTS = ("tokens", "latent")
+MAX_STEPS = 4096  # the nodes of "gauss_legendre" take time like n_steps^3: some ten seconds
 
 
 def attribute(
@@ -48,7 +50,7 @@ def attribute(
     masks: Inputs | None = None,
     *,
     method: str = GRADIENT_ROLLOUT,
-    target: int | Tensor | None = None,
+    target: Any = None,
     multi_label: bool = False,
     explains: str = MIXTURE,
     readout: str | int = TOKENS,
@@ -57,6 +59,7 @@ def attribute(
     rule: str = GAUSS,
     magnitude: bool = False,
     max_batch: int | None = None,
+    progress: bool | None = None,
 ) -> Attribution:
     """Attribute the target's logit to each token, by expert. No L x L map is ever stored.
 
@@ -97,19 +100,22 @@ def attribute(
             the modalities and the valid tokens of each, the mean of the latent's parts; or a modality, whose
             part of the latent is the mean of its tokens.
         baseline: x0, M x (D_m,) or (L_m, D_m), such as `token_means`; by default 0.
-        n_steps, rule: nodes of the quadrature: "gauss_legendre" (default) converges geometrically on these smooth
-            models; use "midpoint" for functions with kinks (ReLU networks).
+        n_steps, rule: at most MAX_STEPS nodes of the quadrature: "gauss_legendre" (default) converges
+            geometrically on these smooth models; use "midpoint" for functions with kinks (ReLU networks).
         magnitude: take the mean of |.| over a token's features instead of their sum.
         max_batch: rows of one pass of integrated gradients, samples times steps; None: as memory allows.
+        progress: show a bar of integrated gradients on standard error; None: if it is a terminal.
 
     Returns:
         Attribution.
 
     Raises:
-        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
+        TypeError, ValueError: an invalid argument, or a model that gives NaN or inf; the message says what was
+            expected and what was passed.
 
     Cost: a rollout takes one pass per expert, with gradients two passes and a backward; memory O(B L (D + H d))
-    and the blocks of scores. Integrated gradients: n_steps passes and backwards, max_batch rows in memory.
+    and the blocks of scores. Integrated gradients: per expert and sample n_steps passes and backwards, max_batch
+    rows in memory.
     """
     check.require_choice("method", method, METHODS)
     check.require_choice("explains", explains, EXPLAINS)
@@ -123,7 +129,12 @@ def attribute(
         if method == INTEGRATED:
             path = _path(inputs, baseline, n_steps, rule, max_batch)
             parts = _parts(model, inputs, masks, explains)
-            return _by_path(parts, inputs, masks, (target, multi_label), explains, path, magnitude)
+            total = len(parts.logits) * len(parts.mixture) * path.n_steps
+            with progress_bar(progress, total, "integrated gradients") as advance:
+                return _by_path(
+                    *(parts, inputs, masks, (target, multi_label), explains, path, magnitude),
+                    advance,
+                )
         experts = _Experts.of(model, inputs, masks)
         return _by_rollout(experts, masks, method, (target, multi_label), explains, readout)
 
@@ -183,7 +194,7 @@ def _by_rollout(
     experts: _Experts,
     masks: Inputs | None,
     method: str,
-    wanted: tuple[int | Tensor | None, bool],
+    wanted: tuple[Any, bool],
     explains: str,
     readout: str | int,
 ) -> Attribution:
@@ -199,6 +210,8 @@ def _by_rollout(
             if method == ROLLOUT:
                 rows.append(attention_rollout(start, records, whole, experts.residual))
         mixture = (torch.stack(logits, dim=1) * weights.unsqueeze(2)).sum(dim=1)
+    there = whole.any(dim=1)
+    require_prediction(mixture, there)
     targets = resolve_targets(wanted[0], mixture, wanted[1])
     factors = weights if explains == MIXTURE else torch.ones_like(weights)
     if method == GRADIENT_ROLLOUT:
@@ -211,6 +224,8 @@ def _by_rollout(
     scores = torch.stack([targets.read(own, LOGIT) for own in logits], dim=1) * factors
     lengths = [x.shape[1] for x in valid]
     values = torch.stack(rows, dim=1)
+    require_finite(scores, "logits of the experts", there)
+    require_finite(values, "attention and gradients", there)
     # Attention rollouts do not include the expert's weight; a gradient of w_e z_e does.
     shares = weights if explains == EXPERT or method == ROLLOUT else torch.ones_like(weights)
     return Attribution(
@@ -226,7 +241,7 @@ def _by_rollout(
         scores=scores,
         completeness_error=None,
         budget=1,
-        settings={"readout": readout},
+        settings={"readout": readout if isinstance(readout, str) else int(readout)},
     )
 
 
@@ -283,19 +298,21 @@ def _by_path(
     parts: _Parts,
     inputs: Inputs,
     masks: Inputs | None,
-    wanted: tuple[int | Tensor | None, bool],
+    wanted: tuple[Any, bool],
     explains: str,
     path: Path,
     magnitude: bool,
+    advance: Callable[[int], object],
 ) -> Attribution:
-    targets = resolve_targets(wanted[0], parts.mixture, wanted[1])
     valid = valid_tokens(inputs, masks)
+    require_prediction(parts.mixture, torch.cat(valid, dim=1).any(dim=1))
+    targets = resolve_targets(wanted[0], parts.mixture, wanted[1])
     shares = parts.weights if explains == EXPERT else torch.ones_like(parts.weights)
     values: list[list[Tensor]] = [[] for _ in inputs]
     together: list[Tensor] = []
     errors, scores = [], []
     for logits, share in zip(parts.logits, shares.double().unbind(dim=1), strict=True):
-        result = integrated_gradients(logits, inputs, masks, targets, path)
+        result = integrated_gradients(logits, inputs, masks, targets, path, advance)
         errors.append(result.error)
         scores.append(result.score)
         for m, x in enumerate(result.values):
@@ -336,7 +353,7 @@ def _path(
     max_batch: int | None,
 ) -> Path:
     check.require_choice("rule", rule, RULES)
-    check.require_count("n_steps", n_steps, 1)
+    check.require_count("n_steps", n_steps, 1, MAX_STEPS)
     fill = "zero" if baseline is None else "mean"
     starts = [
         None if x is None or start is None else start.expand_as(x)
@@ -344,4 +361,4 @@ def _path(
     ]
     # A backward pass needs about twice the memory of a forward pass.
     max_batch = choose_batch(max_batch, inputs, copies=2)
-    return Path(starts, rule, n_steps, max_batch)
+    return Path(starts, rule, int(n_steps), max_batch)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.explain.games.models import Inputs
-from flmoe_kernels.explain.games.tokens import rows_of
+from flmoe_kernels.explain.games.tokens import per_feature, rows_of, valid_tokens
 
-from .targets import LOGIT, Targets
+from .targets import LOGIT, Targets, require_finite
 
 MIDPOINT, GAUSS = RULES = ("midpoint", "gauss_legendre")
 # Logits (N, C) of inputs and masks with N samples.
@@ -60,7 +60,12 @@ class PathIntegral:
 
 
 def integrated_gradients(
-    logits_of: LogitsOf, inputs: Inputs, masks: Inputs | None, targets: Targets, path: Path
+    logits_of: LogitsOf,
+    inputs: Inputs,
+    masks: Inputs | None,
+    targets: Targets,
+    path: Path,
+    advance: Callable[[int], object] = int,
 ) -> PathIntegral:
     """(x - x0) * integral over t in [0, 1] of dF(x0 + t (x - x0)) / dx, F the target's logit.
 
@@ -72,9 +77,11 @@ def integrated_gradients(
         masks: passed to logits_of.
         targets: of the B samples.
         path: see Path.
+        advance: called with the number of rows of each pass with gradients.
 
     Raises:
-        ValueError: the logits have no gradient.
+        ValueError: the logits have no gradient, or a logit or gradient of a sample with valid tokens is NaN or
+            inf.
 
     Memory: that of logits_of for max_batch rows, and a few times the inputs.
     Source: Sundararajan, Taly and Yan, arXiv 1703.01365.
@@ -82,6 +89,14 @@ def integrated_gradients(
     nodes, weights = quadrature(path.rule, path.n_steps)
     sums = [None if x is None else torch.zeros_like(x, dtype=torch.float64) for x in inputs]
     batch, device = _batch_of(inputs)
+    valid = valid_tokens(inputs, masks)
+    there = torch.cat(valid, dim=1).any(dim=1)
+    with torch.no_grad():
+        score, at_start = (
+            _scores(logits_of, x, masks, targets, path.max_batch) for x in (inputs, path.starts)
+        )
+    require_finite(score.unsqueeze(1), "logits", there)
+    require_finite(at_start.unsqueeze(1), "logits at the baseline", there)
     for samples in torch.arange(batch, device=device).split(path.max_batch):
         for chosen in torch.arange(path.n_steps).split(max(1, path.max_batch // len(samples))):
             gradients = _weighted_gradients(
@@ -91,16 +106,16 @@ def integrated_gradients(
             for total, gradient in zip(sums, gradients, strict=True):
                 if total is not None and gradient is not None:
                     total[samples] += gradient
+            advance(len(samples) * len(chosen))
     values = []
-    for total, x, start in zip(sums, inputs, path.starts, strict=True):
+    for total, x, start, tokens in zip(sums, inputs, path.starts, valid, strict=True):
         if total is None or x is None or start is None:
             values.append(torch.zeros((batch, 0, 1), dtype=torch.float64, device=device))
         else:
-            values.append(total * (x.double() - start.double()))
-    with torch.no_grad():
-        score, at_start = (
-            _scores(logits_of, x, masks, targets, path.max_batch) for x in (inputs, path.starts)
-        )
+            # Padded tokens may hold any value, also NaN.
+            moved = total * (x.double() - start.double())
+            values.append(torch.where(per_feature(tokens, x), moved, 0.0))
+            require_finite(values[-1], "gradients between the baseline and the inputs", there)
     total_value = torch.stack([x.flatten(1).sum(dim=1) for x in values]).sum(dim=0)
     return PathIntegral(values, score, score - at_start - total_value)
 

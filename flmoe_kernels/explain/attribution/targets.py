@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,19 @@ class Targets:
         The published evaluator clamps log sigmoid at log 1e-12; this one does not.
 
         Raises:
-            ValueError: the number of samples or classes differs from that of the targets.
+            ValueError: the number of samples or classes differs from that of the targets, or the metric is the
+                probability of a single class, which is constant.
         """
         weights = self.weights if samples is None else self.weights[samples]
         # A single column would be broadcast to all classes.
         check.require_shape(
             "logits", logits, tuple(weights.shape), "(samples, classes) as the targets"
         )
+        if metric != LOGIT and weights.shape[1] == 1 and not self.multi_label:
+            raise ValueError(
+                "metrics: expected ('logit',) for a model with one class, whose probability is always 1 "
+                f"(or multi_label=True, if it is the sigmoid of the logit), got {metric!r}"
+            )
         z = logits.double()
         if metric == PROB:
             z = z.sigmoid() if self.multi_label else z.softmax(dim=1)
@@ -54,15 +61,13 @@ class Targets:
         return torch.where(weights == 0, 0.0, z * weights).sum(dim=1)
 
 
-def resolve_targets(
-    target: int | Tensor | None, logits: Tensor, multi_label: bool = False
-) -> Targets:
+def resolve_targets(target: Any, logits: Tensor, multi_label: bool = False) -> Targets:
     """Return the explained classes, from `target` and the logits of the unmasked inputs.
 
     Args:
-        target: a class; (B,) int64, a class for each sample; (B, C) bool or 0/1, the positive labels of each
-            sample (multi-label); None for the prediction: the class of the largest logit, or with multi_label
-            the labels with sigmoid(z) >= 1/2.
+        target: a class, any integer; (B,) integers, a class for each sample; (B, C) bool or 0/1, the positive
+            labels of each sample (multi-label); None for the prediction: the class of the largest logit, or with
+            multi_label the labels with sigmoid(z) >= 1/2. Tensors, numpy arrays or lists.
         logits: (B, C).
         multi_label: the meaning of None; a target (B, C) is always multi-label.
 
@@ -71,24 +76,23 @@ def resolve_targets(
     """
     batch, classes = logits.shape
     likeliest = F.one_hot(_first_largest(logits), classes).double()
-    if isinstance(target, int):
-        check.require_count("target", target, 0, classes - 1)
-        target = torch.full((batch,), target, device=logits.device)
     if target is None:
         if not multi_label:
             return Targets(likeliest, False)
         positive = logits >= 0
     else:
-        check.require_tensor("target", target)
-        if target.device != logits.device:
-            raise ValueError(f"target: expected device {logits.device}, got {target.device}")
-        if target.dim() == 1:
+        number = check.class_number("target", target)
+        if number is None:
+            target = check.require_array("target", target, logits.device)
+        if number is not None or target.dim() == 1:
             if multi_label:
                 raise ValueError(
                     "target: with multi_label expected labels (B, C), got classes (B,)"
                 )
-            check.require_index("target", target, (batch,), classes, logits.device)
+            target = check.require_classes("target", target, batch, classes, logits.device)
             return Targets(F.one_hot(target, classes).double(), False)
+        if target.device != logits.device:
+            raise ValueError(f"target: expected device {logits.device}, got {target.device}")
         check.require_shape("target", target, (batch, classes), "(B, C)")
         if not bool(((target == 0) | (target == 1)).all()):
             raise ValueError("target: expected labels 0 and 1 only, got other values")
@@ -97,7 +101,28 @@ def resolve_targets(
     return Targets(labels / labels.sum(dim=1, keepdim=True), True)
 
 
+def require_finite(values: Tensor, what: str, there: Tensor | None = None, first: int = 0) -> None:
+    """Check results (B, ...) of the model for the samples `there` (B,) bool, by default all, counted from `first`.
+
+    Raises:
+        ValueError: NaN or inf.
+    """
+    wrong = ~values.isfinite().flatten(1).all(dim=1)
+    if there is not None:
+        wrong &= there
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        value = float(values[place][~values[place].isfinite()][0])
+        raise ValueError(f"model: expected finite {what}, got {value} for sample {first + place}")
+
+
+def require_prediction(logits: Tensor, there: Tensor | None = None, first: int = 0) -> None:
+    """Check logits (B, C) as `require_finite`; -inf is accepted, the logit of a class that is ruled out."""
+    require_finite(logits.masked_fill(logits == -torch.inf, 0.0), "logits", there, first)
+
+
 def require_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Return the names as a tuple. Raises ValueError: no name, an unknown name, or a duplicate."""
     if isinstance(metrics, str) or not metrics:
         raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {metrics!r}")
     for metric in metrics:

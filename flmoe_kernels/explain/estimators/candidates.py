@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.games.coalitions import Ints, all_pairs
+from flmoe_kernels.explain.reliability import RULE, near_ties
 
 ALL = "all"
 ACROSS = "across"
@@ -22,10 +23,11 @@ Scores = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class Candidates:
-    """Pairs (p, 2) of players, i < j, and a description of their selection for the result."""
+    """Pairs (p, 2) of players, i < j, a description of their selection for the result, and notes on it."""
 
     pairs: Ints
     chosen: str
+    notes: tuple[str, ...] = ()
 
 
 def candidate_pairs(
@@ -57,22 +59,25 @@ def candidate_pairs(
         return Candidates(listed, f"{len(listed)} listed pairs")
     check.require_choice("pairs", pairs, (ALL, ACROSS))
     players, of = np.arange(len(tokens)), ""
+    notes: tuple[str, ...] = ()
     if scores is not None and top is not None:
         check.require_count("top", top, 1)
-        players = _top_players(tokens, scores, top)
-        of = f" of the {top} tokens of largest |score| in each modality"
+        players, notes = _top_players(tokens, scores, top)
+        of = f" of the {min(top, len(tokens))} tokens of largest |score| in each modality"
     chosen = all_pairs(players)
     if pairs == ACROSS:
         modality = tokens[:, 0]
         chosen = chosen[modality[chosen[:, 0]] != modality[chosen[:, 1]]]
-    return Candidates(chosen, ("all pairs" if pairs == ALL else "pairs across modalities") + of)
+    what = "all pairs" if pairs == ALL else "pairs across modalities"
+    return Candidates(chosen, what + of, notes)
 
 
-def _top_players(tokens: Ints, scores: Scores, top: int) -> Ints:
+def _top_players(tokens: Ints, scores: Scores, top: int) -> tuple[Ints, tuple[str, ...]]:
+    """Return the players of largest |score| of each modality, and notes on choices among near-ties."""
     modalities = int(tokens[:, 0].max(initial=-1)) + 1
     if not isinstance(scores, list | tuple) or len(scores) < modalities:
         raise ValueError(f"scores: expected a Tensor for each of {modalities} modalities")
-    kept = []
+    kept, notes = [], []
     for m in range(modalities):
         mine = np.flatnonzero(tokens[:, 0] == m)
         if not len(mine):
@@ -87,8 +92,15 @@ def _top_players(tokens: Ints, scores: Scores, top: int) -> Ints:
         size = score.detach().to(torch.float64).abs().cpu().numpy()[tokens[mine, 1]]
         if not np.isfinite(size).all():
             raise ValueError(f"scores[{m}]: expected finite scores of valid tokens, got NaN or inf")
-        kept.append(mine[np.sort(np.argsort(-size, kind="stable")[:top])])
-    return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
+        order = np.argsort(-size, kind="stable")
+        kept.append(mine[np.sort(order[:top])])
+        tied = near_ties(size[order], top)
+        if tied:
+            notes.append(
+                f"the choice of the top {top} tokens of modality {m} is not distinguishable: {tied} "
+                f"left out, whose |score| differs from the last one kept by at most {RULE}"
+            )
+    return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64), tuple(notes)
 
 
 def listed_pairs(name: str, pairs: Any, tokens: Ints) -> Ints:

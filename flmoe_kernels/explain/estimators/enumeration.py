@@ -38,8 +38,9 @@ class Enumeration:
         self._known = 0
 
     @property
-    def progress(self) -> tuple[int, int]:
-        return self._known, len(self._values)
+    def total(self) -> int:
+        """Coalitions to evaluate."""
+        return len(self._values)
 
     @property
     def stopped_by(self) -> str | None:
@@ -71,6 +72,9 @@ class Enumeration:
             for name in self.indices:
                 exact[name][p] = weight @ INDICES[name](corners)
         return {name: (values, np.zeros_like(values)) for name, values in exact.items()}
+
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        return dict.fromkeys(self.indices, ())
 
     def request(self) -> dict[str, Any]:
         return {"draws": _STEP_COALITIONS}

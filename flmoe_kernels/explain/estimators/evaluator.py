@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,12 +55,14 @@ class Evaluator:
 
     Attributes:
         evaluations: distinct coalitions per call, summed over calls and ranks.
+        advance: called with the number of coalitions whose values are known, for a progress bar.
     """
 
     def __init__(
         self, game: Game, batch_size: int | None = None, ranks: Ranks | None = None
     ) -> None:
         self.game = game
+        self.advance: Callable[[int], object] = int
         self.ranks = Ranks() if ranks is None else ranks
         own: Any = getattr(game, "batch_size", None)
         if own is not None:
@@ -104,11 +107,13 @@ class Evaluator:
         values = np.zeros(len(rows))
         done = min(len(self._known), len(rows))
         values[:done], self._known = self._known[:done], self._known[done:]
+        self.advance(done + len(packed) - len(rows))
         while done < len(rows):
             stop = min(done + self.batch_size * self.ranks.size, len(rows))
             values[done:stop] = self._round(rows[done:stop])
             if self._checkpoint is not None:
                 self._checkpoint.add(values[done:stop], self.batch_size)
+            self.advance(stop - done)
             done = stop
         return values[place]
 

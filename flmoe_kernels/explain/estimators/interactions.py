@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.extras import progress_bar
 from flmoe_kernels.explain.games.additive import TwoAdditiveGame, has_closed_form
 from flmoe_kernels.explain.games.coalitions import all_pairs
 from flmoe_kernels.explain.games.masked import FILLS
@@ -22,7 +23,7 @@ from .candidates import ALL, Candidates, candidate_pairs, require_pairs
 from .evaluator import Game
 from .indices import RG, SII, require_indices
 from .results import CLOSED_FORM, PairValues
-from .run import METHODS, Run, estimate, pair_values
+from .run import METHODS, Run, choose, estimate, pair_values
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ AUTO = "auto"
 class ProbeOptions(TypedDict, total=False):
     """The options of `probe_pairs` except `indices`."""
 
-    target: int | Tensor | None
+    target: Any
     output: str
     expert: str | int | None
     fill: str
@@ -77,7 +78,7 @@ def probe_pairs(
     masks: Inputs | None = None,
     *,
     indices: Sequence[str] = (SII, RG),
-    target: int | Tensor | None = None,
+    target: Any = None,
     output: str = "logit",
     expert: str | int | None = None,
     fill: str = "drop",
@@ -94,7 +95,8 @@ def probe_pairs(
     Args:
         model, inputs, masks, output, expert, fill, baseline: the value function, see TokenGame.
         indices: "SII", "RG".
-        target: the class, an int for all samples or (B,) int64; None for the predicted class of each sample.
+        target: the class, an integer for all samples or (B,) integers, a tensor, numpy array or list; None for the
+            predicted class of each sample.
         pairs, top: candidates, see `candidates.candidate_pairs`.
         scores: attributions M x (B, L_m), see `candidates.candidate_pairs`.
         method: "closed_form": SII of the logit of a PairInteractionMoE with fill="drop", exact from one pass.
@@ -107,7 +109,13 @@ def probe_pairs(
         For each sample a result by index; samples do not share coalitions, draws or evaluations.
 
     Raises:
-        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
+        TypeError, ValueError: an invalid argument, or a model that gives NaN or inf; the message says what was
+            expected and what was passed.
+
+    Cost: for n tokens, of which c are in p candidate pairs, "exact" evaluates 2^n coalitions per sample.
+    "sampling" evaluates 1 + c + p coalitions per draw, as many draws as the budget allows; standard errors need
+    34 draws. An evaluation is a forward pass of one sample, in batches; of the terms of a PairInteractionMoE
+    with a closed form.
     """
     names = require_indices(indices)
     check.require_choice("method", method, (CLOSED_FORM, *METHODS))
@@ -126,14 +134,21 @@ def probe_pairs(
     if not closed:
         value: dict[str, Any] = {"output": output, "fill": fill, "baseline": baseline}
         play = functools.partial(TokenGame, **value, max_batch=run.max_batch)
+    total = 0
+    if estimated:
+        plans = (
+            choose(len(players_of(valid, b)), x.pairs, estimated, method, sampling, b)
+            for b, x in enumerate(candidates)
+        )
+        total = sum(plan.total for plan in plans)
     results = []
-    for sample, (own_target, chosen) in enumerate(zip(targets, candidates, strict=True)):
-        game = play(model, inputs, masks, target=own_target, expert=expert, sample=sample)
-        result = {SII: _in_closed_form(game, chosen, sample)} if solved else {}
-        if estimated:
-            label = f"sample {sample + 1} of {batch}"
-            result |= estimate(game, chosen, estimated, method, sampling, run, sample, label)
-        results.append({name: result[name] for name in names})
+    with progress_bar(run.shown, total, f"pairs of {batch} sample(s)") as advance:
+        for sample, (own_target, chosen) in enumerate(zip(targets, candidates, strict=True)):
+            game = play(model, inputs, masks, target=own_target, expert=expert, sample=sample)
+            result = {SII: _in_closed_form(game, chosen, sample)} if solved else {}
+            if estimated:
+                result |= estimate(game, chosen, estimated, method, sampling, run, sample, advance)
+            results.append({name: result[name] for name in names})
     return results
 
 
@@ -157,7 +172,11 @@ def probe_game(
     else:
         listed = require_pairs(pairs, game.players)
         chosen = Candidates(listed, f"{len(listed)} listed pairs")
-    return estimate(game, chosen, require_indices(indices), method, *_settings(sampling, run))
+    names = require_indices(indices)
+    sampling, run = _settings(sampling, run)
+    total = choose(game.players, chosen.pairs, names, method, sampling, 0).total
+    with progress_bar(run.shown, total, f"pairs of {game.players} players") as advance:
+        return estimate(game, chosen, names, method, sampling, run, advance=advance)
 
 
 def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run]:
@@ -206,18 +225,19 @@ def _in_closed_form(game: TwoAdditiveGame, chosen: Candidates, sample: int) -> P
     )
 
 
-def _targets(target: int | Tensor | None, batch: int) -> list[int | None]:
+def _targets(target: Any, batch: int) -> list[int | None]:
     """The class of each of the B samples; None for the predicted class."""
-    if isinstance(target, Tensor):
-        if target.dtype != torch.int64 or tuple(target.shape) != (batch,):
-            raise ValueError(
-                f"target: expected an int or ({batch},) int64, got {tuple(target.shape)} "
-                f"{target.dtype}"
-            )
-        return list(target.tolist())
-    if target is not None:
-        check.require_count("target", target, 0)
-    return [target] * batch
+    if target is None:
+        return [None] * batch
+    number = check.class_number("target", target)
+    if number is None:
+        # The games check the values, as they know the number of classes.
+        each = check.require_array("target", target, torch.device("cpu")).cpu()
+        zeros = each if each.is_floating_point() or each.dtype == torch.bool else 0 * each
+        check.require_classes("target", zeros, batch, 1, torch.device("cpu"))
+        return list(each.tolist())
+    check.require_count("target", number, 0)
+    return [number] * batch
 
 
 def _of_sample(scores: Any, sample: int, batch: int) -> list[Tensor | None] | None:

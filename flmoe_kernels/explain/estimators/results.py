@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -11,11 +13,17 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import Arrays, Saved
 from flmoe_kernels.explain.extras import optional_package
 from flmoe_kernels.explain.games.coalitions import Floats, Ints
+from flmoe_kernels.explain.reliability import RULE, near_ties
 
 from .indices import SII
 
 CLOSED_FORM = "closed_form"
 LARGEST, SMALLEST, MAGNITUDE = RANKINGS = ("largest", "smallest", "magnitude")
+
+
+def with_notes(line: str, notes: Sequence[str]) -> str:
+    """A result's printed form: a line that describes it, and a line for every note."""
+    return "\n".join([line, *(f"note: {note}" for note in notes)])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,10 +32,10 @@ class PairValues(Saved):
 
     Attributes:
         index: "SII" or "RG", see `indices`.
-        values: (p,) float64, in units of v.
-        standard_errors: (p,), 0 if exact. They hold for single pairs: the largest of many values is more likely
-            than the others to be too large by more than its error. Errors of pairs that share draws are not
-            independent.
+        values: (p,) float64, in units of v; NaN for a pair that no draw gave a value.
+        standard_errors: (p,), 0 if exact, NaN if the draws do not give one (see `notes` and `sampling`). They
+            hold for single pairs: the largest of many values is more likely than the others to be too large by
+            more than its error. Errors of pairs that share draws are not independent.
         pairs: (p, 2), players i < j.
         tokens: (n, 2), modality and position of each player.
         lengths: L_m of each modality, including padding.
@@ -42,6 +50,8 @@ class PairValues(Saved):
         game: the value function, see `TokenGame.describe`.
         sampling: budget, tolerance, min_draws, seed and antithetic; None without sampling.
         sample: position in the batch.
+        notes: what the numbers do not show: candidates chosen among near-ties, reasons of missing errors, and
+            for a result of `top` a ranking that is not distinguishable.
     """
 
     _ARRAYS: ClassVar = ("tokens", "pairs", "values", "standard_errors")
@@ -64,6 +74,7 @@ class PairValues(Saved):
     game: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] | None = None
     sample: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def players(self) -> int:
@@ -95,17 +106,33 @@ class PairValues(Saved):
 
     def ranked(self, count: int | None = None, by: str = LARGEST) -> Ints:
         """Return positions in `pairs`, sorted by value: largest, smallest or magnitude; ties keep their order."""
-        check.require_choice("by", by, RANKINGS)
-        keys = {LARGEST: -self.values, SMALLEST: self.values, MAGNITUDE: -np.abs(self.values)}
-        order = np.argsort(keys[by], kind="stable")
+        if count is not None:
+            check.require_count("count", count, 0)
+        order = np.argsort(-self.keys(by), kind="stable")
         return order if count is None else order[:count]
 
+    def near_ties(self, count: int, by: str = LARGEST) -> int:
+        """Return the number of pairs after the first `count` that are not distinguishable from the last of these.
+
+        They differ from it by at most two standard errors of the difference, or 1% of the largest magnitude.
+        """
+        check.require_count("count", count, 0)
+        order = self.ranked(by=by)
+        return near_ties(self.keys(by)[order], count, self.standard_errors[order])
+
     def top(self, count: int, by: str = LARGEST) -> PairValues:
-        """Return a copy with only the first pairs, in the order of `ranked`."""
+        """Return a copy with only the first pairs, in the order of `ranked`; its notes report near-ties."""
         check.require_count("count", count, 1)
-        kept = self.ranked(count, by)
+        kept, tied = self.ranked(count, by), self.near_ties(count, by)
+        notes = self.notes
+        if tied:
+            notes += (
+                f"the choice of the first {count} pairs is not distinguishable: {tied} left out, whose "
+                f"{self.index} differs from the last one kept by at most two standard errors or {RULE}",
+            )
         return replace(
             self,
+            notes=notes,
             pairs=self.pairs[kept],
             values=self.values[kept],
             standard_errors=self.standard_errors[kept],
@@ -127,17 +154,28 @@ class PairValues(Saved):
 
     def table(self, count: int = 10, by: str = LARGEST) -> str:
         """Format the first pairs as text, below a line that describes them."""
-        lines = [repr(self), f"{'i':>10} {'j':>10} {self.index:>12} {'std. error':>12}"]
-        for row in self.top(count, by).rows():
+        best = self.top(count, by)
+        lines = [
+            with_notes(self._line(), best.notes),
+            f"{'i':>10} {'j':>10} {self.index:>12} {'std. error':>12}",
+        ]
+        for row in best.rows():
             i = f"{row['modality_i']}:{row['token_i']}"
             j = f"{row['modality_j']}:{row['token_j']}"
             lines.append(f"{i:>10} {j:>10} {row['value']:>12.5g} {row['standard_error']:>12.2g}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as plain Python values, ready for JSON."""
-        arrays = {name: getattr(self, name).tolist() for name in self._ARRAYS}
-        return {**self._header(), "lengths": list(self.lengths), **arrays}
+        """Return all fields as plain Python values, ready for JSON; None for NaN, which JSON does not have."""
+        arrays: dict[str, Any] = {name: getattr(self, name).tolist() for name in self._ARRAYS}
+        for name in ("values", "standard_errors"):
+            arrays[name] = [None if math.isnan(x) else x for x in arrays[name]]
+        return {
+            **self._header(),
+            "lengths": list(self.lengths),
+            "notes": list(self.notes),
+            **arrays,
+        }
 
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame of `rows`, with the common fields in `attrs`.
@@ -174,7 +212,16 @@ class PairValues(Saved):
             baseline_value=self.baseline,
         )
 
+    def keys(self, by: str) -> Floats:
+        """Keys (p,) of a ranking; the largest comes first."""
+        check.require_choice("by", by, RANKINGS)
+        signed = -self.values if by == SMALLEST else self.values
+        return np.abs(signed) if by == MAGNITUDE else signed
+
     def __repr__(self) -> str:
+        return with_notes(self._line(), self.notes)
+
+    def _line(self) -> str:
         how = self.method.replace("_", " ")
         if not self.exact:
             how += f" of {self.draws} draws, stopped by {self.stopped_by}"

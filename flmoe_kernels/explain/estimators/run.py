@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.explain.extras import progress_bar
 from flmoe_kernels.explain.games.coalitions import Ints, empty_and_full
 
 from .candidates import Candidates
@@ -40,13 +39,19 @@ class Run:
             name, v(none) and v(all) are compared.
         distributed: share the evaluations among the ranks of the default process group. Every rank makes the
             same call, with the model on its own device, and gets the same result.
-        progress: show a bar per sample on standard error; needs tqdm.
+        progress: show a bar on standard error, with the number of evaluations and the time remaining; None: if
+            it is a terminal.
     """
 
     max_batch: int | None = None
     checkpoint: str | Path | None = None
     distributed: bool = False
-    progress: bool = False
+    progress: bool | None = None
+
+    @property
+    def shown(self) -> bool | None:
+        """`progress` of this process: only the first rank shows a bar."""
+        return self.progress if Ranks.of(self.distributed).first else False
 
     def __post_init__(self) -> None:
         if self.max_batch is not None:
@@ -63,12 +68,12 @@ def estimate(
     sampling: Sampling,
     run: Run,
     sample: int = 0,
-    label: str = "",
+    advance: Callable[[int], object] = int,
 ) -> dict[str, PairValues]:
     """Compute indices of a game's candidate pairs from shared evaluations. Arguments as in `interactions`."""
     estimator = choose(game.players, candidates.pairs, indices, method, sampling, sample)
-    outcome = play(game, estimator, run, sample, label)
-    sampled = isinstance(estimator, PairSampling)
+    outcome = play(game, estimator, run, sample, advance)
+    sampled, notes = isinstance(estimator, PairSampling), estimator.notes()
     return {
         name: pair_values(
             game,
@@ -81,6 +86,7 @@ def estimate(
             stopped_by=str(estimator.stopped_by),
             draws=estimator.draws,
             sampling=asdict(sampling) if sampled else None,
+            notes=candidates.notes + notes[name],
             **outcome,
         )
         for name, (values, errors) in estimator.estimates().items()
@@ -92,6 +98,7 @@ def pair_values(game: Game, candidates: Candidates, sample: int, **fields: Any) 
     count = game.players
     default = np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], axis=1)
     known: Any = game
+    fields.setdefault("notes", candidates.notes)
     return PairValues(
         pairs=candidates.pairs,
         tokens=getattr(known, "tokens", default),
@@ -119,7 +126,9 @@ def choose(
     return PairSampling(players, pairs, indices, sampling, sample)
 
 
-def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) -> dict[str, Any]:
+def play(
+    game: Game, estimator: Estimator, run: Run, sample: int, advance: Callable[[int], object]
+) -> dict[str, Any]:
     """Run the estimator; return value, baseline, evaluations and batch_size of PairValues."""
     ranks = Ranks.of(run.distributed)
     evaluator = Evaluator(game, run.max_batch, ranks)
@@ -137,13 +146,9 @@ def play(game: Game, estimator: Estimator, run: Run, sample: int, label: str) ->
         ends = evaluator(empty_and_full(game.players))
     if enumerated:
         evaluator.evaluations = 0
-    done, total = estimator.progress
-    shown = run.progress and ranks.first
-    with progress_bar(shown, total, label or estimator.method) as advance:
-        while estimator.stopped_by is None:
-            estimator.absorb(evaluator(estimator.plan()))
-            before, done = done, estimator.progress[0]
-            advance(done - before)
+    evaluator.advance = advance
+    while estimator.stopped_by is None:
+        estimator.absorb(evaluator(estimator.plan()))
     if checkpoint is not None:
         checkpoint.save()
     if isinstance(estimator, Enumeration):

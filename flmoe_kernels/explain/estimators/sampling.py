@@ -1,12 +1,19 @@
 """Monte Carlo estimates of pair indices from coalitions shared by all pairs.
 
-A draw is a random coalition T of the n players: its size is uniform on 0 .. n, and T is uniform among the sets of
-that size. For every candidate pair, S is T without i and j. By symmetry S is uniform among the sets of its size s.
-T has size s, s + 1 or s + 2, depending on how many of i and j it contains. These three cases sum to
+The index of a pair is the mean over the sizes s = 0 .. n - 2 of S. The two end sizes have one set each, S empty
+and S everybody else. They are evaluated first, for all pairs, and only the sizes between are sampled: a model
+often treats an input without tokens differently from all others, and few draws would miss it.
 
-    ((n - s)(n - s - 1) + 2 (s + 1)(n - s - 1) + (s + 2)(s + 1)) / ((n + 1) n (n - 1)) = 1 / (n - 1),
+A draw is a random coalition T of the n players: its size is uniform on 1 .. n - 1, and T is uniform among the sets
+of that size. For every candidate pair, S is T without i and j. By symmetry S is uniform among the sets of its size
+s. T has size s, s + 1 or s + 2, depending on how many of i and j it contains. For s from 1 to n - 3 these three
+cases sum to
 
-so S has exactly the distribution of `indices`, and the average is unbiased for every pair and index.
+    ((n - s)(n - s - 1) + 2 (s + 1)(n - s - 1) + (s + 2)(s + 1)) / ((n - 1) n (n - 1)) = (n + 1) / (n - 1)^2,
+
+the same for every s, so S given that its size is no end size has the distribution of `indices`. A draw that
+gives a pair an end size is not used for this pair; it is rare for many players. The mean of the others is
+unbiased for every pair and index.
 
 The corners of every pair are T with neither, one or both of i and j toggled (added or removed):
 
@@ -19,17 +26,21 @@ pairs this is about c^2 / 2 evaluations; four evaluations for each pair would be
 Antithetic draws use the complement of T. S becomes its complement among the players other than i and j, which has
 the same distribution; if v is monotone in the size of S, errors cancel.
 
-Standard errors are computed from the means of independent units (a draw and its complement), because the draws of
-a unit are not independent. The number of units within a budget is known before the first draw, so a budget causes
-no bias. A tolerance does: a run that stops when its errors look small stops more often when they are
-underestimated, so estimates are biased and standard errors are too small. min_draws limits this effect: for
-nearly normal units the standard error is then known to about 1 / sqrt(2 * units). All pairs share each T, so their
-errors are correlated, and a mean over pairs is no more precise than a single pair.
+Standard errors are computed from the means of k independent units (a draw and its complement), because the
+draws of a unit are not independent, see `reliability.error_of_mean`. The variance of a pair's units is moderated:
+it is averaged with the mean variance of all pairs, which counts as a few units, because few units may miss rare,
+large terms (Smyth 2004, doi 10.2202/1544-6115.1027). A pair of fewer than LEAST_COUNT units has no error
+(NaN), nor has a pair whose units are all equal although an end size differs: its draws have missed something.
+
+The number of units within a budget is known before the first draw, so a budget causes no bias. A tolerance does: a
+run that stops when its errors look small stops more often when they are underestimated, so estimates are biased
+and standard errors are too small. min_draws limits this effect: for nearly normal units the standard error is
+then known to about 1 / sqrt(2 * units). All pairs share each T, so their errors are correlated, and a mean over
+pairs is no more precise than a single pair.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -38,13 +49,19 @@ import numpy as np
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.games.coalitions import Bools, Floats, Ints, Packed, toggled
+from flmoe_kernels.explain.reliability import LEAST_COUNT, error_of_mean
 
 from .indices import INDICES, Corners
 
 OVERHEAD = 2  # every run starts with the evaluation of all players and of none
-_LEAST_UNITS = 2  # for a standard error
+_LEAST_UNITS = 2  # within a budget; a single one might give some pair no value
+# Weight of the pairs' mean variance, in units: on small games (tests/explain/test_reliability.py), 4 keeps
+# deviation / error near 1 also for pairs whose draws missed rare, large terms.
+_COMMON_UNITS = 4
+# Units are equal if they differ by less than this, relative to the largest of them and the end sizes.
+_EQUAL = 1e-9
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
-_DESIGN = "toggled coalitions"
+_DESIGN = "toggled coalitions, end sizes apart"
 # Coalitions evaluated between two checks of the stopping rule; enough for the batches of several ranks.
 _STEP_COALITIONS = 4096
 
@@ -56,7 +73,7 @@ class Sampling:
     Attributes:
         budget: the largest number of evaluated coalitions per sample. `method="auto"` enumerates all 2^n instead
             if they fit the budget.
-        tolerance: stop earlier, when every pair's standard error, in units of v, is at most this. The module
+        tolerance: stop earlier, when every pair has a standard error, in units of v, of at most this. The module
             docstring describes the bias of this rule.
         min_draws: draws before the tolerance is checked.
         seed: unit u of sample b depends only on (seed, b, u) and n, not on batches, ranks or interruptions.
@@ -84,14 +101,14 @@ class Sampling:
 
 
 def coalition(seed: int, sample: int, unit: int, players: int) -> Bools:
-    """Draw T (n,), the same on every machine and with every version of numpy.
+    """Draw T (n,), of 1 to n - 1 players, the same on every machine and with every version of numpy.
 
     The last random word gives the size of T; the players with the smallest words are in it. The words are raw
     output of the bit generator, whose stream numpy promises not to change, unlike that of Generator's methods.
     """
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample, unit)))
     words = bits.random_raw(players + 1)
-    size = int(words[-1]) * (players + 1) >> 64
+    size = 1 + (int(words[-1]) * (players - 1) >> 64)
     inside = np.zeros(players, dtype=np.bool_)
     inside[np.argsort(words[:-1], kind="stable")[:size]] = True
     return inside
@@ -170,20 +187,25 @@ class PairSampling:
     def __post_init__(self) -> None:
         self.units = 0
         self._toggles = Toggles.of(self.players, self.pairs)
-        price = len(self._toggles) * self._draws_per_unit
-        check.require_count("budget", self.sampling.budget, OVERHEAD)
-        paid = (self.sampling.budget - OVERHEAD) // price if len(self.pairs) else 0
-        if len(self.pairs) and paid < _LEAST_UNITS:
+        row = len(self._toggles)
+        price = row * self._draws_per_unit
+        # Two draws for the end sizes; without sizes between, they are all.
+        fixed = OVERHEAD + (2 * row if len(self.pairs) else 0)
+        least = fixed + (_LEAST_UNITS * price if len(self.pairs) and self._between else 0)
+        if self.sampling.budget < least:
             raise ValueError(
-                f"budget: expected at least {_LEAST_UNITS * price + OVERHEAD}, which "
-                f"{_LEAST_UNITS * self._draws_per_unit} draws of {len(self.pairs)} pairs of "
-                f"{self.players} players cost, got {self.sampling.budget}; fewer candidate pairs cost less"
+                f"budget: expected at least {least}, which {2 + _LEAST_UNITS * self._draws_per_unit} draws of "
+                f"{len(self.pairs)} pairs of {self.players} players cost, got "
+                f"{self.sampling.budget}; fewer candidate pairs cost less"
             )
-        self.units_planned = paid
+        self.units_planned = (self.sampling.budget - fixed) // price if least > fixed else 0
         # Depends only on the request, so that the stopping point does not depend on ranks or memory.
         self._units_per_step = max(1, _STEP_COALITIONS // price)
-        self._mean = np.zeros((len(self.indices), len(self.pairs)))
-        self._squares = np.zeros_like(self._mean)  # summed squared deviations from the mean
+        shape = (len(self.indices), len(self.pairs))
+        self._ends: Floats | None = None if len(self.pairs) else np.zeros((2, *shape))
+        self._used = np.zeros(len(self.pairs), dtype=np.int64)  # units of each pair
+        self._mean = np.zeros(shape)
+        self._squares = np.zeros(shape)  # summed squared deviations from the mean
         self._drawn: list[list[Bools]] = []
 
     @property
@@ -191,29 +213,41 @@ class PairSampling:
         return 2 if self.sampling.antithetic else 1
 
     @property
+    def _between(self) -> int:
+        """Number of sizes of S between the end sizes 0 and n - 2."""
+        return max(0, self.players - 3)
+
+    @property
     def draws(self) -> int:
-        """Draws so far."""
+        """Draws so far, without those of the end sizes."""
         return self.units * self._draws_per_unit
 
     @property
-    def progress(self) -> tuple[int, int]:
-        """Units done, and units within the whole budget."""
-        return self.units, self.units_planned
+    def total(self) -> int:
+        """Coalitions of the whole budget, with those that units share."""
+        ends = 2 if len(self.pairs) else 0
+        return (ends + self.units_planned * self._draws_per_unit) * len(self._toggles)
 
     @property
     def stopped_by(self) -> str | None:
-        """Reason of the stop, "budget" or "tolerance"; None while the run continues."""
+        """Reason of the stop, "exact", "budget" or "tolerance"; None while the run continues."""
+        if self._ends is None:
+            return None
         if self.units >= self.units_planned:
-            return "budget"
+            return "budget" if self._between else "exact"
         tolerance = self.sampling.tolerance
-        if tolerance is None or self.draws < self.sampling.min_draws or self.units < _LEAST_UNITS:
+        if tolerance is None or self.draws < self.sampling.min_draws:
             return None
         return "tolerance" if bool((self._errors() <= tolerance).all()) else None
 
     def plan(self) -> Packed:
         """Return the next coalitions, packed."""
-        count = min(self._units_per_step, self.units_planned - self.units)
-        self._drawn = [self._draw(self.units + k) for k in range(count)]
+        if self._ends is None:
+            none = np.zeros(self.players, dtype=np.bool_)
+            self._drawn = [[none, ~none]]
+        else:
+            count = min(self._units_per_step, self.units_planned - self.units)
+            self._drawn = [self._draw(self.units + k) for k in range(count)]
         every = [drawn for unit in self._drawn for drawn in unit]
         return np.concatenate([self._toggles.coalitions(drawn) for drawn in every])
 
@@ -222,23 +256,47 @@ class PairSampling:
         parts = iter(values.reshape(-1, len(self._toggles)))
         for unit in self._drawn:
             corners = [self._toggles.corners(drawn, next(parts)) for drawn in unit]
-            means = np.stack(
-                [
-                    np.mean([INDICES[index](corner) for corner in corners], axis=0)
-                    for index in self.indices
-                ]
-            )
-            # Welford's update by single units: bitwise equal results for any division into steps.
-            self.units += 1
-            before = means - self._mean
-            self._mean += before / self.units
-            self._squares += before * (means - self._mean)
+            terms = np.array([[INDICES[index](x) for index in self.indices] for x in corners])
+            if self._ends is None:
+                self._ends = terms
+            else:
+                self._add(unit[0], terms.mean(axis=0))
         self._drawn = []
 
     def estimates(self) -> dict[str, tuple[Floats, Floats]]:
-        """Return values (p,) and standard errors (p,), by index."""
-        errors = self._errors()
-        return {name: (self._mean[k], errors[k]) for k, name in enumerate(self.indices)}
+        """Return values (p,) and standard errors (p,), by index; NaN where there is none."""
+        assert self._ends is not None
+        # Two players have one size, which is both end sizes.
+        ends = self._ends.mean(axis=0)
+        sampled = np.where(self._used > 0, self._mean, np.nan) if self._between else self._mean
+        share = self._between / max(1, self.players - 1)
+        values, errors = ends * (1.0 - share) + sampled * share, self._errors()
+        return {name: (values[k], errors[k]) for k, name in enumerate(self.indices)}
+
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        """Return the reasons for missing values and errors, by index."""
+        notes: dict[str, tuple[str, ...]] = {}
+        for name, (values, errors) in self.estimates().items():
+            few = (self._used < LEAST_COUNT) & (self._between > 0)
+            reasons = (
+                (np.isnan(values), "value", "no draw fell between the pair's end sizes"),
+                (
+                    few,
+                    "standard error",
+                    f"fewer than {LEAST_COUNT} independent units; raise the budget or choose fewer pairs",
+                ),
+                (
+                    np.isnan(errors) & ~few,
+                    "standard error",
+                    "all draws agree, but the empty or the full coalition differs",
+                ),
+            )
+            notes[name] = tuple(
+                f"no {what} for {int(where.sum())} of {len(values)} pairs: {reason}"
+                for where, what, reason in reasons
+                if where.any()
+            )
+        return notes
 
     def request(self) -> dict[str, Any]:
         """Return the settings that determine the draws, for a fingerprint."""
@@ -249,7 +307,37 @@ class PairSampling:
         drawn = coalition(self.sampling.seed, self.sample, unit, self.players)
         return [drawn, ~drawn][: self._draws_per_unit]
 
+    def _add(self, drawn: Bools, unit: Floats) -> None:
+        """Add a unit's values (indices, p) to the pairs whose S has no end size.
+
+        A complement's S has size n - 2 - s, so both draws of a unit have one or neither has.
+        """
+        size = drawn.sum() - drawn[self.pairs].sum(axis=1)
+        used = (size > 0) & (size < self.players - 2)
+        # Welford's update by single units: bitwise equal results for any division into steps.
+        self.units += 1
+        self._used += used
+        before = np.where(used, unit - self._mean, 0.0)
+        self._mean += before / np.maximum(self._used, 1)
+        self._squares += before * (unit - self._mean)
+
     def _errors(self) -> Floats:
-        if self.units < _LEAST_UNITS:
-            return np.full_like(self._mean, math.inf)
-        return np.sqrt(self._squares / (self.units * (self.units - 1)))
+        """Standard errors (indices, p), see the module docstring."""
+        if not self._between or self._ends is None:
+            return np.zeros_like(self._mean)
+        k = self._used
+        counted = np.maximum(k, 4)
+        variance = self._squares / (counted - 1)
+        common = np.zeros((len(self.indices), 1))
+        if bool((k >= LEAST_COUNT).any()):
+            common = variance[:, k >= LEAST_COUNT].mean(axis=1, keepdims=True)
+        moderated = ((counted - 1) * variance + _COMMON_UNITS * common) / (
+            counted - 1 + _COMMON_UNITS
+        )
+        errors = error_of_mean((counted - 1) * moderated, counted)
+        errors *= self._between / (self.players - 1)
+        ends = self._ends.mean(axis=0, keepdims=True) if self.sampling.antithetic else self._ends
+        scale = np.maximum(np.abs(ends).max(axis=0), np.abs(self._mean))
+        missed = np.sqrt(self._squares) <= _EQUAL * scale
+        missed &= np.abs(ends - self._mean).max(axis=0) > _EQUAL * scale
+        return np.where(missed | (k < LEAST_COUNT), np.nan, errors)

@@ -51,7 +51,7 @@ class TwoAdditiveGame:
         inputs: Inputs,
         masks: Inputs | None = None,
         *,
-        target: int | None = None,
+        target: Any = None,
         expert: str | int | None = None,
         sample: int = 0,
     ) -> None:

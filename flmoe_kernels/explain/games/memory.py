@@ -14,6 +14,7 @@ from .models import Inputs
 MEMINFO = Path("/proc/meminfo")
 OWN_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
+_LARGEST_GIVEN = 2**31  # of max_batch; torch's sizes have 64 bits
 LARGEST = 256  # larger batches are not faster, and fewer batches can be shared among ranks
 # Bytes of activations per byte of inputs: about ten rows of the inputs' width in each of about five experts.
 _EXPANSION = 64
@@ -83,4 +84,14 @@ def choose_batch(max_batch: int | None, inputs: Inputs, copies: int = 1) -> int:
         given = [x for x in inputs if x is not None]
         return batch_size(copies * sum(x[:1].nbytes for x in given), given[0].device)
     check.require_count("max_batch", max_batch, 1)
-    return max_batch
+    return min(int(max_batch), _LARGEST_GIVEN)
+
+
+def require_room(name: str, count: int, least: int, each: int, device: torch.device) -> None:
+    """Check for a count from `least` whose items of `each` bytes fit in half of the available memory."""
+    check.require_count(name, count, least)
+    most = available_bytes(device) // (2 * max(each, 1))
+    if count > max(most, least):
+        raise ValueError(
+            f"{name}: expected an int from {least} to {most}, which is what memory allows, got {count}"
+        )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.explain.attribution.targets import require_prediction
 
 from .coalitions import Bools, Floats
 from .masked import MaskedModel
@@ -38,7 +39,8 @@ class TokenGame:
             In eval mode.
         inputs: M x (B, L_m, ...), None for a missing modality.
         masks: M x (B, L_m), True or 1 = valid; None for a modality without mask.
-        target: the class; None for the class that the model, not the expert, predicts for the full sample.
+        target: the class, any integer; None for the class that the model, not the expert, predicts for the full
+            sample.
         output: "logit", or "log_prob", its log-softmax over the classes.
         expert: position or name: v is then the logit of this expert, see `models.logits_of`.
         fill: replacement of absent tokens: "zero", "mean" or "drop".
@@ -54,7 +56,8 @@ class TokenGame:
         batch_size: coalitions that the model evaluates at once.
 
     Raises:
-        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
+        TypeError, ValueError: an invalid argument, or logits of the whole sample that are NaN or inf; the
+            message says what was expected and what was passed. A call returns what the model gives, also NaN.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class TokenGame:
         inputs: Inputs,
         masks: Inputs | None = None,
         *,
-        target: int | None = None,
+        target: Any = None,
         output: str = "logit",
         expert: str | int | None = None,
         fill: str = "drop",
@@ -72,6 +75,7 @@ class TokenGame:
         max_batch: int | None = None,
     ) -> None:
         check.require_choice("output", output, OUTPUTS)
+        self._sample = sample
         self._masked = MaskedModel.of(
             model, inputs, masks, fill, baseline, expert, max_batch, sample
         )
@@ -79,6 +83,11 @@ class TokenGame:
         self.lengths = tuple(x.shape[1] for x in self._masked.valid)
         self.tokens = players_of(self._masked.valid, 0)
         self._place = flat_places(self.tokens, self.lengths)
+        if target is not None:
+            number = check.class_number("target", target)
+            if number is None:
+                raise TypeError(f"target: expected an int or None, got {type(target).__name__}")
+            target = number
         self.target = self._target(target)
         self.batch_size = self._masked.max_batch
 
@@ -138,6 +147,8 @@ class TokenGame:
             inputs, masks = masked.present(*self._absent(everybody))
         logits = logits_of(masked.model, inputs, masks, None)
         classes = logits.shape[1]
+        if self.players:
+            require_prediction(logits, first=self._sample)
         if self.output == "log_prob" and classes == 1:
             raise ValueError("output: expected 'logit', as a probability of one class is always 1")
         if target is None:

@@ -12,10 +12,16 @@ from torch import Tensor
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import Saved
 from flmoe_kernels.explain.attribution.targets import PROB, Targets
+from flmoe_kernels.explain.estimators.results import with_notes
 from flmoe_kernels.explain.extras import progress_bar
 from flmoe_kernels.explain.games.masked import MaskedModel
+from flmoe_kernels.explain.games.memory import require_room
 from flmoe_kernels.explain.games.tokens import places
+from flmoe_kernels.explain.reliability import LEAST_COUNT, RULE, error_of_mean
+from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
+_DRAW_BYTES = 40  # of a random rank, with the sort that computes it
+_DROP_BYTES = 160  # of the drops of a sample and budget: two kinds, three metrics, copies
 COMPREHENSIVENESS, SUFFICIENCY = KINDS = ("comprehensiveness", "sufficiency")
 MEAN, AUC = AOPC_MODES = ("mean", "auc")
 
@@ -24,9 +30,9 @@ class Summary(NamedTuple):
     """Means over samples: tensors (K,) for the budgets, or () for the aggregate over budgets.
 
     identified: the mean drop when identified tokens are masked.
-    standard_error: of that mean, over samples.
+    standard_error: of that mean, over samples, see `reliability.error_of_mean`; NaN for fewer than LEAST_COUNT.
     random: the mean drop when random tokens are masked, over seeds and samples.
-    random_std: the standard deviation over seeds of the samples' mean; 0 for one seed.
+    random_std: the standard deviation over seeds of the samples' mean; NaN for one seed.
     gap: advantage of identified tokens: identified - random for comprehensiveness, which should be large;
         random - identified for sufficiency, which should be small.
 
@@ -38,6 +44,13 @@ class Summary(NamedTuple):
     random: Tensor
     random_std: Tensor
     gap: Tensor
+
+    def __repr__(self) -> str:
+        numbers = (
+            f"{name}=" + " ".join(f"{number:.5g}" for number in x.flatten().tolist())
+            for name, x in self._asdict().items()
+        )
+        return f"Summary({', '.join(numbers)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,9 +79,15 @@ class MaskingDrops(Saved):
         evaluations: number of samples, masked or not, that the model evaluated.
         batch_size: samples evaluated at once.
         settings: fill, expert, exempt and settings of the call.
+        near_ties: (B, K) bool, whether T was chosen among near-ties: a token or pair was left out that is not
+            distinguishable from the last one chosen. False for listed pairs, which have no values. None in files
+            of earlier versions.
     """
 
-    _ARRAYS: ClassVar = ("identified", "random", "original", "masked", "maskable", "targets")
+    _ARRAYS: ClassVar = (
+        *("identified", "random", "original", "masked", "maskable", "targets", "near_ties"),
+    )
+    _OPTIONAL: ClassVar = ("near_ties",)
 
     index: str
     unit: str
@@ -85,6 +104,27 @@ class MaskingDrops(Saved):
     evaluations: int
     batch_size: int
     settings: dict[str, Any]
+    near_ties: Tensor | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the numbers do not show: identified tokens chosen among near-ties, reasons of missing errors."""
+        notes: tuple[str, ...] = ()
+        tied = torch.zeros(0) if self.near_ties is None else self.near_ties.any(dim=1)
+        what = "pairs" if self.unit == "tokens" else "tokens"
+        if bool(tied.any()):
+            notes += (
+                f"the choice of identified tokens is not distinguishable for {int(tied.sum())} of "
+                f"{len(tied)} samples: {what} left out differ from the last one chosen by at most {RULE}"
+                + (" or two standard errors" if what == "pairs" else ""),
+            )
+        count = int((self.maskable > 0).sum())
+        if count < LEAST_COUNT:
+            notes += (
+                f"no standard errors: expected at least {LEAST_COUNT} samples with maskable tokens, "
+                f"got {count}",
+            )
+        return notes
 
     def values(self, kind: str = COMPREHENSIVENESS, metric: str = PROB) -> Tensor:
         """Return the drops of single samples, (B, K)."""
@@ -138,11 +178,12 @@ class MaskingDrops(Saved):
 
     def __repr__(self) -> str:
         budgets = ", ".join(f"{budget:g}" for budget in self.budgets)
-        return (
+        line = (
             f"MaskingDrops({self.index} of {len(self.maskable)} samples; {budgets} {self.unit}, fill "
             f"{self.settings.get('fill')!r}; {self.random.shape[2]} random repeats, seed {self.seed}; "
             f"{self.evaluations} evaluations)"
         )
+        return with_notes(line, self.notes)
 
     def _places(self, kind: str, metric: str) -> tuple[int, int]:
         check.require_choice("kind", kind, KINDS)
@@ -158,18 +199,41 @@ class MaskingDrops(Saved):
         by_seed = (self.random[place][:, there] @ weights).mean(dim=1)
         mean, random = identified.mean(dim=0), by_seed.mean(dim=0)
         seeds, samples = len(by_seed), len(identified)
-        spread = by_seed.std(dim=0) if seeds > 1 else torch.zeros_like(random) * random
-        error = identified.std(dim=0) * samples**-0.5 if samples > 1 else mean * torch.nan
+        spread = by_seed.std(dim=0) if seeds > 1 else random * torch.nan
+        error = mean * torch.nan
+        if samples >= LEAST_COUNT:
+            error = error_of_mean((identified - mean).square().sum(dim=0), samples)
         gap = mean - random if kind == COMPREHENSIVENESS else random - mean
         return Summary(mean, error, random, spread, gap)
 
 
-def draw_places(candidate: Sequence[Tensor], n_random: int, seed: int) -> list[Tensor]:
+def tied_tokens(scores: Tensor, allowed: Tensor, chosen: Tensor) -> Tensor:
+    """Whether a token left out is a near-tie of the last one chosen, (B, K) bool.
+
+    scores, allowed: (B, L). chosen: (K, B, L) bool, the tokens of highest score.
+    """
+    if not scores.shape[1]:
+        return torch.zeros((scores.shape[0], len(chosen)), dtype=torch.bool, device=scores.device)
+    size = scores.abs().masked_fill(~allowed, 0.0).amax(dim=1)
+    low = scores.masked_fill(~chosen, torch.inf).amin(dim=2)
+    high = scores.masked_fill(chosen | ~allowed, -torch.inf).amax(dim=2)
+    return (low - high <= NEAR_TIE * size).T
+
+
+def draw_places(
+    candidate: Sequence[Tensor], n_random: int, seed: int, budgets: int = 1
+) -> list[Tensor]:
     """Draw uniformly random ranks, M x (n_random, B, L_m), for the candidates M x (B, L_m).
 
     They do not depend on the device, and a larger n_random keeps the first draws.
+
+    Raises:
+        ValueError: the draws, and the sets of `budgets` budgets chosen by them, do not fit in memory.
     """
-    generator = torch.Generator().manual_seed(seed)
+    tokens, batch = sum(x.numel() for x in candidate), len(candidate[0])
+    each = (_DRAW_BYTES + 2 * budgets) * tokens + _DROP_BYTES * budgets * batch
+    require_room("n_random", n_random, 0, each, candidate[0].device)
+    generator = torch.Generator().manual_seed(int(seed))
     lengths = [x.shape[1] for x in candidate]
     keys = [
         torch.rand((len(candidate[0]), sum(lengths)), generator=generator, dtype=torch.float64)
@@ -187,7 +251,7 @@ def measure(
     metrics: Sequence[str],
     chosen: Sequence[Tensor],
     candidate: Sequence[Tensor],
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Measure the drops of token sets; return identified, random, original and evaluations of MaskingDrops.
 
@@ -198,10 +262,19 @@ def measure(
     sets, budgets, batch = chosen[0].shape[:3]
     count = sets * budgets * batch
     flat = [x.flatten(0, 2) for x in chosen]
+    empty = torch.stack([x.sum(dim=1) for x in candidate]).sum(dim=0) == 0
 
     def read(rows: Tensor, absent: Sequence[Tensor]) -> Tensor:
         logits = masked.logits(rows, absent)
-        return torch.stack([targets.read(logits, metric, rows) for metric in metrics])
+        values = torch.stack([targets.read(logits, metric, rows) for metric in metrics])
+        if not bool((values.isfinite() | empty[rows]).all()):
+            wrong = (~values.isfinite() & ~empty[rows]).nonzero()[0].tolist()
+            raise ValueError(
+                f"model: expected finite values of {metrics[wrong[0]]}, got "
+                f"{float(values[tuple(wrong)])} for sample {int(rows[wrong[1]])}; a layer may give NaN "
+                "if no token is left, then use fill='zero' or 'mean', which keep all tokens"
+            )
+        return values
 
     samples = torch.arange(batch, device=masked.device)
     parts = samples.split(masked.max_batch)
@@ -209,7 +282,8 @@ def measure(
         [read(x, [torch.zeros_like(c[x]) for c in candidate]) for x in parts], dim=1
     )
     blocks = []
-    with progress_bar(progress, 2 * count, "masked samples") as advance:
+    with progress_bar(progress, batch + 2 * count, f"masking of {batch} sample(s)") as advance:
+        advance(batch)
         for kind in KINDS:
             for rows in torch.arange(count, device=masked.device).split(masked.max_batch):
                 of = rows % batch
@@ -220,7 +294,6 @@ def measure(
                 advance(len(rows))
     drops = torch.cat(blocks, dim=1).view(len(metrics), len(KINDS), sets, budgets, batch)
     drops = drops.permute(1, 0, 2, 4, 3)
-    empty = torch.stack([x.sum(dim=1) for x in candidate]).sum(dim=0) == 0
     drops = drops.masked_fill(empty[:, None], torch.nan)
     return {
         "identified": drops[:, :, 0].clone(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,13 @@ from flmoe_kernels.explain.attribution.targets import (
     METRICS,
     Targets,
     require_metrics,
+    require_prediction,
     resolve_targets,
 )
 from flmoe_kernels.explain.attribution.values import Attribution
 from flmoe_kernels.explain.estimators.candidates import listed_pairs
 from flmoe_kernels.explain.estimators.results import LARGEST, PairValues
-from flmoe_kernels.explain.games.coalitions import Ints
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
 from flmoe_kernels.explain.games.masked import MaskedModel
 from flmoe_kernels.explain.games.models import Inputs, describe
 from flmoe_kernels.explain.games.tokens import (
@@ -31,10 +34,12 @@ from flmoe_kernels.explain.games.tokens import (
     players_of,
     valid_tokens,
 )
+from flmoe_kernels.explain.reliability import near_ties
 
-from .drops import MaskingDrops, draw_places, measure
+from .drops import MaskingDrops, draw_places, measure, tied_tokens
 
 PERCENT, TOKENS = "percent", "tokens"
+MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
 Pairs = Sequence[PairValues | Sequence[Sequence[Sequence[int]]]]
 
 
@@ -44,7 +49,7 @@ def faithfulness(
     masks: Inputs | None,
     attributions: Attribution | Sequence[Tensor | None],
     *,
-    target: int | Tensor | None = None,
+    target: Any = None,
     multi_label: bool = False,
     budgets: Sequence[float] = (5, 10, 15, 20, 25),
     metrics: Sequence[str] = METRICS,
@@ -55,7 +60,7 @@ def faithfulness(
     n_random: int = 10,
     seed: int = 0,
     max_batch: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> MaskingDrops:
     """Mask the top K percent of tokens of every modality, or all other tokens, and measure the target's drop.
 
@@ -89,17 +94,18 @@ def faithfulness(
         expert: evaluate the logits of this expert, by name or position.
         n_random, seed: number and seed of the random draws, which depend only on these and the shapes.
         max_batch: samples that the model evaluates at once; None: as the available memory allows.
-        progress: show a bar on standard error; needs tqdm.
+        progress: show a bar on standard error, with the number of evaluations; None: if it is a terminal.
 
     Raises:
-        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
+        TypeError, ValueError: an invalid argument, a model that gives NaN or inf, or a probability of one class;
+            the message says what was expected and what was passed.
 
     Cost: B (1 + 2 K (1 + n_random)) forward passes of one sample, in batches.
     Sources: arXiv 2603.13326; comprehensiveness, sufficiency and AOPC of DeYoung et al., arXiv 1911.03429.
     """
     steps = _require_budgets(budgets, PERCENT)
     check.require_count("n_random", n_random, 0)
-    check.require_count("seed", seed, 0)
+    check.require_count("seed", seed, 0, MAX_SEED)
     wanted = require_metrics(metrics)
     masked = MaskedModel.of(model, inputs, masks, fill, baseline, expert, max_batch)
     candidate = candidates(valid_tokens(inputs, masks), exempt)
@@ -107,23 +113,25 @@ def faithfulness(
     if target is None and isinstance(attributions, Attribution):
         targets = Targets(attributions.targets.to(masked.device), attributions.multi_label)
     else:
-        targets = resolve_targets(target, masked.full_logits(), multi_label)
+        targets = _resolved(target, masked, candidate, multi_label)
+    tied = torch.zeros((masked.samples, len(steps)), dtype=torch.bool, device=masked.device)
     chosen = []
     for scores, allowed, drawn in zip(
-        values, candidate, draw_places(candidate, n_random, seed), strict=True
+        values, candidate, draw_places(candidate, n_random, seed, len(steps)), strict=True
     ):
         counts = torch.stack([percent_counts(allowed, percent) for percent in steps])
         order = torch.cat([places(scores, allowed).unsqueeze(0), drawn])
         chosen.append(order.unsqueeze(1) <= counts.unsqueeze(2))
+        tied |= tied_tokens(scores, allowed, chosen[-1][0])
     index = attributions.index if isinstance(attributions, Attribution) else "given"
-    settings = {"exempt": list(exempt), "by": index}
+    settings = {"exempt": [int(m) for m in exempt], "by": index}
     about: dict[str, Any] = {
         "index": "faithfulness",
         "unit": PERCENT,
         "budgets": steps,
-        "seed": seed,
+        "seed": int(seed),
     }
-    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, **about)
+    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, tied, **about)
 
 
 def pair_masking(
@@ -132,7 +140,7 @@ def pair_masking(
     masks: Inputs | None,
     pairs: Pairs,
     *,
-    target: int | Tensor | None = None,
+    target: Any = None,
     multi_label: bool = False,
     budgets: Sequence[int] = (2, 4, 8),
     by: str = LARGEST,
@@ -144,7 +152,7 @@ def pair_masking(
     n_random: int = 10,
     seed: int = 0,
     max_batch: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> MaskingDrops:
     """Mask the tokens of the top pairs, or all other tokens, and measure the target's drop. See `faithfulness`.
 
@@ -171,27 +179,29 @@ def pair_masking(
     """
     steps = _require_budgets(budgets, TOKENS)
     check.require_count("n_random", n_random, 0)
-    check.require_count("seed", seed, 0)
+    check.require_count("seed", seed, 0, MAX_SEED)
     wanted = require_metrics(metrics)
     masked = MaskedModel.of(model, inputs, masks, fill, baseline, expert, max_batch)
     valid = valid_tokens(inputs, masks)
     candidate = candidates(valid, exempt)
     ranked = _ranked_pairs(pairs, valid, by)
-    identified = _unions(ranked, candidate, [int(t) for t in steps])
-    targets = resolve_targets(target, masked.full_logits(), multi_label)
+    identified, tied = _unions(ranked, candidate, [int(t) for t in steps])
+    targets = _resolved(target, masked, candidate, multi_label)
     chosen = []
-    for union, order in zip(identified, draw_places(candidate, n_random, seed), strict=True):
+    for union, order in zip(
+        identified, draw_places(candidate, n_random, seed, len(steps)), strict=True
+    ):
         drawn = order.unsqueeze(1) <= union.sum(dim=2, keepdim=True)
         chosen.append(torch.cat([union.unsqueeze(0), drawn]))
     names = sorted({x.index if isinstance(x, PairValues) else "given" for x in pairs})
-    settings = {"exempt": list(exempt), "by": f"{by} {' and '.join(names)}"}
+    settings = {"exempt": [int(m) for m in exempt], "by": f"{by} {' and '.join(names)}"}
     about: dict[str, Any] = {
         "index": "pair_masking",
         "unit": TOKENS,
         "budgets": steps,
-        "seed": seed,
+        "seed": int(seed),
     }
-    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, **about)
+    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, tied, **about)
 
 
 def _drops(
@@ -200,12 +210,14 @@ def _drops(
     metrics: tuple[str, ...],
     chosen: Sequence[Tensor],
     candidate: Sequence[Tensor],
-    progress: bool,
+    progress: bool | None,
     settings: dict[str, Any],
+    tied: Tensor,
     **about: Any,
 ) -> MaskingDrops:
     return MaskingDrops(
         metrics=metrics,
+        near_ties=tied,
         masked=sum((x[0].sum(dim=2) for x in chosen), start=torch.tensor(0)).T,
         maskable=sum((x.sum(dim=1) for x in candidate), start=torch.tensor(0)),
         targets=targets.weights,
@@ -245,54 +257,101 @@ def _values_of(
     return checked
 
 
-def _ranked_pairs(pairs: Any, valid: Sequence[Tensor], by: str) -> list[Ints]:
-    """For each sample the pairs (p, 2), the best first, as positions in the concatenated modalities."""
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """Pairs (p, 2) of one sample, the best first, as positions in the concatenated modalities.
+
+    keys, errors: (p,) of a PairValues, in the same order; None for listed pairs.
+    """
+
+    pairs: Ints
+    keys: Floats | None = None
+    errors: Floats | None = None
+
+    def tied(self, kept: int, left: int) -> bool:
+        """Whether pair `left` is not distinguishable from pair `kept`, which comes before it."""
+        if self.keys is None or self.errors is None:
+            return False
+        keys = self.keys[[kept, left]]
+        return near_ties(keys, 1, self.errors[[kept, left]], float(np.abs(self.keys).max())) > 0
+
+
+def _resolved(
+    target: Any, masked: MaskedModel, candidate: Sequence[Tensor], multi_label: bool
+) -> Targets:
+    """The explained classes, from the logits of the unmasked samples."""
+    logits = masked.full_logits()
+    require_prediction(logits, torch.cat(list(candidate), dim=1).any(dim=1))
+    return resolve_targets(target, logits, multi_label)
+
+
+def _ranked_pairs(pairs: Any, valid: Sequence[Tensor], by: str) -> list[_Ranked]:
     batch, lengths = len(valid[0]), [x.shape[1] for x in valid]
     if not isinstance(pairs, list | tuple) or len(pairs) != batch:
         count = len(pairs) if isinstance(pairs, list | tuple) else type(pairs).__name__
         raise ValueError(f"pairs: expected a list for each of {batch} samples, got {count}")
     ranked = []
     for b, given in enumerate(pairs):
-        tokens = players_of(valid, b)
+        tokens, scores = players_of(valid, b), {}
         if isinstance(given, PairValues):
-            given = given.tokens[given.pairs[given.ranked(by=by)]]
-        ranked.append(flat_places(tokens, lengths)[listed_pairs(f"pairs[{b}]", given, tokens)])
+            order = given.ranked(by=by)
+            scores = {"keys": given.keys(by)[order], "errors": given.standard_errors[order]}
+            given = given.tokens[given.pairs[order]]
+        places = flat_places(tokens, lengths)[listed_pairs(f"pairs[{b}]", given, tokens)]
+        ranked.append(_Ranked(places, **scores))
     return ranked
 
 
 def _unions(
-    ranked: Sequence[Ints], candidate: Sequence[Tensor], budgets: Sequence[int]
-) -> list[Tensor]:
-    """The tokens of the first pairs that fit each budget, M x (K, B, L_m) bool."""
+    ranked: Sequence[_Ranked], candidate: Sequence[Tensor], budgets: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """The tokens of the first pairs that fit each budget, M x (K, B, L_m) bool, and near-ties (B, K) bool."""
     allowed = torch.cat(list(candidate), dim=1).cpu().numpy()
     chosen = np.zeros((len(budgets), *allowed.shape), dtype=np.bool_)
-    for b, pairs in enumerate(ranked):
-        usable = pairs[allowed[b][pairs].all(axis=1)].tolist()
+    tied = np.zeros((len(ranked), len(budgets)), dtype=np.bool_)
+    for b, own in enumerate(ranked):
+        usable = np.flatnonzero(allowed[b][own.pairs].all(axis=1)).tolist()
         for k, budget in enumerate(budgets):
-            chosen[k, b, sorted(_union(usable, budget))] = True
-    lengths = [x.shape[1] for x in candidate]
-    return list(torch.from_numpy(chosen).to(candidate[0].device).split(lengths, dim=2))
+            union, tied[b, k] = _union(own, usable, budget)
+            chosen[k, b, sorted(union)] = True
+    lengths, device = [x.shape[1] for x in candidate], candidate[0].device
+    return (
+        list(torch.from_numpy(chosen).to(device).split(lengths, dim=2)),
+        torch.from_numpy(tied).to(device),
+    )
 
 
-def _union(pairs: Sequence[Sequence[int]], budget: int) -> set[int]:
+def _union(ranked: _Ranked, usable: Sequence[int], budget: int) -> tuple[set[int], bool]:
+    """Tokens of the pairs that fit, and whether a pair that does not is a near-tie of the last one that does."""
     union: set[int] = set()
-    for pair in pairs:
+    kept: int | None = None
+    tied = False
+    for place in usable:
+        pair = ranked.pairs[place].tolist()
         if len(union.union(pair)) <= budget:
+            if not union.issuperset(pair):
+                kept = place
             union.update(pair)
-    return union
+        elif kept is not None and not tied:
+            tied = ranked.tied(kept, place)
+    return union, tied
 
 
 def _require_budgets(budgets: Any, unit: str) -> tuple[float, ...]:
+    if isinstance(budgets, np.ndarray):
+        budgets = budgets.tolist()
     if not isinstance(budgets, list | tuple) or not budgets:
         raise ValueError(f"budgets: expected a list of numbers, got {budgets!r}")
     for budget in budgets:
         if unit == TOKENS:
             check.require_count("budgets", budget, 1)
             continue
-        if isinstance(budget, bool) or not isinstance(budget, int | float):
+        # numpy's numbers, too.
+        if isinstance(budget, bool) or not isinstance(budget, Real):
             raise TypeError(f"budgets: expected numbers, got {type(budget).__name__}")
-        if not 0 < budget <= 100:
+        if not 0 < float(budget) <= 100:
             raise ValueError(f"budgets: expected percentages above 0 up to 100, got {budget}")
     if any(low >= high for low, high in itertools.pairwise(budgets)):
         raise ValueError(f"budgets: expected increasing numbers, got {list(budgets)}")
-    return tuple(budgets)
+    # Plain numbers, so that results can be written.
+    return tuple(int(x) if isinstance(x, Integral) else float(x) for x in budgets)

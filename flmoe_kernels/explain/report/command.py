@@ -2,7 +2,7 @@
 
     python -m flmoe_kernels explain --checkpoint FILE --data FILE.npz --out DIR
 
-Needs matplotlib and tqdm (the extra "demo") and no network.
+Needs matplotlib (the extra "demo") and no network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .request import Request
 from .sentences import of_sample, overall
 
 INTERRUPTED = 130
-EXTRAS = ("matplotlib", "tqdm")
+EXTRAS = ("matplotlib",)
 
 
 class LayersDiffer(Exception):

@@ -193,10 +193,10 @@ def find(
         top=request.top,
         method=request.method,
         sampling=sampling,
-        run=Run(checkpoint=start(), progress=True),
+        run=Run(checkpoint=start()),
         **value,
     )
-    value |= {"n_random": request.repeats, "seed": request.seed, "exempt": exempt, "progress": True}
+    value |= {"n_random": request.repeats, "seed": request.seed, "exempt": exempt}
     drops = faithfulness(layer, *given, attribution, **value)
     masking = {
         name: pair_masking(layer, *given, [x[name] for x in pairs], target=classes, **value)

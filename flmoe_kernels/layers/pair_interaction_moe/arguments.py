@@ -52,17 +52,16 @@ def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
     ]
 
 
-def validate_target(target: int | Tensor | None, batch: int, classes: int, like: Tensor) -> None:
-    if target is None:
+def require_finite_logits(logits: Tensor) -> None:
+    """Raise ValueError if logits (B, C) are NaN or inf; not while the call is traced, which reads no values."""
+    if torch.compiler.is_compiling() or bool(logits.isfinite().all()):
         return
-    if isinstance(target, Tensor):
-        check.require_index("target", target, (batch,), classes, like.device)
-    elif isinstance(target, bool) or not isinstance(target, int):
-        raise TypeError(
-            f"target: expected an int, a Tensor ({batch},) or None, got {type(target).__name__}"
-        )
-    else:
-        check.require_count("target", target, 0, classes - 1)
+    wrong = ~logits.isfinite()
+    where = f" in sample {int(wrong.any(dim=1).nonzero()[0])}" if len(logits) > 1 else ""
+    raise ValueError(
+        "inputs: expected valid tokens that are finite and give finite logits, got "
+        f"{float(logits[wrong][0])}{where}"
+    )
 
 
 def batch_of(inputs: Inputs) -> int:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.ops.pair_moe.api import TopPairs
 from flmoe_kernels.ops.pair_moe.call import REDUCE_NONE
+from flmoe_kernels.ops.pair_moe.results import TopPairs
 
 from .experts import ExpertTable
 from .sides import ProjectedPair
@@ -95,6 +95,7 @@ class PairExplanation:
         No map is stored. Missing pairs, and experts that the modality pair does not have, have -inf and -1.
 
         Args:
+            n_pairs: at least 1, and at most all pairs of tokens are returned, see the operator `top_pairs`.
             largest: False for the smallest (most negative) indices in ascending order, with inf instead of -inf.
         """
         check.require_count("n_pairs", n_pairs, 1)
@@ -109,6 +110,8 @@ class PairExplanation:
             unit * top.total_values,
             top.total_i,
             top.total_j,
+            terms.table.spread(top.near_ties, p, False),
+            top.total_near_ties,
         )
 
     def expert_values(self) -> Tensor:

@@ -20,8 +20,8 @@ from .arguments import (
     batch_of,
     cast_for_autocast,
     plain_tokens,
+    require_finite_logits,
     validate_sizes,
-    validate_target,
 )
 from .experts import ExpertTable
 from .explanation import PairExplanation, explain_pairs
@@ -248,7 +248,7 @@ class PairInteractionMoE(nn.Module):
         self,
         inputs: Inputs,
         masks: Inputs | None = None,
-        target: int | Tensor | None = None,
+        target: Any = None,
     ) -> PairExplanation:
         """Compute exact Shapley values and interaction indices of one class's logit; see PairExplanation.
 
@@ -256,10 +256,12 @@ class PairInteractionMoE(nn.Module):
 
         Args:
             inputs, masks: as in forward.
-            target: the class, an int for all samples or (B,) int64; None for the class with the largest logit.
+            target: the class, an integer for all samples or (B,) integers; None for the class with the largest
+                logit.
 
         Raises:
-            TypeError, ValueError, BackendUnavailable: as in forward; ValueError for a layer without classes.
+            TypeError, ValueError, BackendUnavailable: as in forward; ValueError for a layer without classes, and
+                for logits that are NaN or inf.
 
         Cost: about four forward passes; nothing of size L_m x L_n. Tokens are projected in the parameters' dtype,
         also under autocast, and everything else is in the statistics dtype (see PairOutput). The values add up to
@@ -269,15 +271,16 @@ class PairInteractionMoE(nn.Module):
             raise ValueError("explain: expected a layer with classes, got num_classes=None")
         inputs = self._enter(inputs, masks)
         batch = batch_of(inputs)
-        validate_target(target, batch, self.num_classes, self.gate_bias)
+        if target is not None:
+            device = self.gate_bias.device
+            target = check.require_classes("target", target, batch, self.num_classes, device)
         with torch.autocast(self.gate_bias.device.type, enabled=False):
             pairs = [pair.frozen() for pair in self._project(*self._tokens(inputs, masks))]
             pooled, _ = self._pool(pairs)
             logits, expert_logits = self._classify(_side_by_side(pooled))
+            require_finite_logits(logits)
             if target is None:
                 target = logits.argmax(dim=1)
-            elif isinstance(target, int):
-                target = torch.full((batch,), target, device=logits.device)
             return explain_pairs(
                 pairs,
                 self._table,

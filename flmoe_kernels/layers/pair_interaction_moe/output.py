@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from flmoe_kernels.ops.pair_moe.results import with_shapes
+
 
 class PairOutput(NamedTuple):
     """Output of PairInteractionMoE, which defines P, E and E_pair.
@@ -31,3 +33,6 @@ class PairOutput(NamedTuple):
     mass: tuple[Tensor, ...] = ()
     tokens: tuple[Tensor, ...] | None = None
     losses: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return with_shapes(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +16,10 @@ from . import op as _op  # noqa: F401  registers flmoe::pair_moe
 from . import reference
 from .call import REDUCTIONS, PairCall
 from .kinds import KINDS, MAX_EXPERTS, kind_codes
+from .results import PairMoEOutput, TopPairs, near_ties
 
 __all__ = ["PairMoEOutput", "TopPairs", "pair_map", "pair_moe", "top_pairs"]
 _OPERATOR = "pair_moe"
-
-
-class PairMoEOutput(NamedTuple):
-    """y: the accumulated messages, shaped by `reduce`; mass (B, E, La): the summed gate probabilities."""
-
-    y: Tensor
-    mass: Tensor
-
-
-class TopPairs(NamedTuple):
-    """The largest pair contributions in descending order, ties by (i, j); -inf and -1 if fewer pairs are valid.
-
-    values, i, j: (B, E, n), per expert. total_values, total_i, total_j: (B, n), for the sum over experts.
-    """
-
-    values: Tensor
-    i: Tensor
-    j: Tensor
-    total_values: Tensor
-    total_i: Tensor
-    total_j: Tensor
 
 
 def pair_moe(
@@ -114,7 +94,7 @@ def pair_map(
     head: Tensor,
     *,
     kinds: Sequence[str],
-    target: Tensor | None = None,
+    target: Any = None,
     gate_bias: Tensor | None = None,
     mask_a: Tensor | None = None,
     mask_b: Tensor | None = None,
@@ -128,7 +108,7 @@ def pair_map(
 
     Args:
         head: (E, V), or (E, V, C) with a target class for each sample.
-        target: (B) int64 in 0..C-1; with head (E, V, C) only.
+        target: a class for all samples, or (B) integers in 0..C-1; with head (E, V, C) only.
         others: as in pair_moe.
 
     Returns:
@@ -155,7 +135,7 @@ def top_pairs(
     *,
     n_pairs: int,
     kinds: Sequence[str],
-    target: Tensor | None = None,
+    target: Any = None,
     gate_bias: Tensor | None = None,
     mask_a: Tensor | None = None,
     mask_b: Tensor | None = None,
@@ -168,7 +148,8 @@ def top_pairs(
     No (La, Lb) map is stored. For the most negative contributions, pass -head.
 
     Args:
-        n_pairs: at least 1; if fewer pairs are valid, the rest is -inf with i = j = -1.
+        n_pairs: at least 1, and n = min(n_pairs, max(La * Lb, 1)) pairs are returned; if fewer pairs are valid,
+            the rest is -inf with i = j = -1.
         others: as in pair_map.
 
     Returns:
@@ -182,13 +163,28 @@ def top_pairs(
     weight = _head_of(call, head, target)
     check.require_count("n_pairs", n_pairs, 1)
     name = backends.choose(_OPERATOR, q, backend)
+    pairs = max(call.rows * call.columns, 1)
+    n_pairs = min(n_pairs, pairs)
+    # One more, which shows whether the last one is a near-tie.
+    count = min(n_pairs + 1, pairs)
     # A torch.func transform would take results without a graph for constants.
     with nullcontext() if backends.transforms_active() else torch.no_grad():
         if name == backends.REFERENCE:
-            top = reference.top_pairs(call, weight, n_pairs)
+            top = reference.top_pairs(call, weight, count)
         else:
-            top = torch.ops.flmoe.top_pairs(*_flat(call), weight, n_pairs, name)
-    return TopPairs(*(x[:, :-1] for x in top), *(x[:, -1] for x in top))
+            top = torch.ops.flmoe.top_pairs(*_flat(call), weight, count, name)
+    tied = near_ties(top[0], n_pairs)
+    values, i, j = (x[:, :, :n_pairs] for x in top)
+    return TopPairs(
+        values=values[:, :-1],
+        i=i[:, :-1],
+        j=j[:, :-1],
+        total_values=values[:, -1],
+        total_i=i[:, -1],
+        total_j=j[:, -1],
+        near_ties=tied[:, :-1],
+        total_near_ties=tied[:, -1],
+    )
 
 
 def _flat(call: PairCall) -> tuple:
@@ -277,7 +273,7 @@ def _require_gate_bias(call: PairCall) -> None:
         raise ValueError(f"gate_bias: expected device {call.q.device} as q, got {bias.device}")
 
 
-def _head_of(call: PairCall, head: Tensor, target: Tensor | None) -> Tensor:
+def _head_of(call: PairCall, head: Tensor, target: Any) -> Tensor:
     """The head of each sample's target, (B, E, V)."""
     check.require_tensor("head", head)
     (head,) = check.autocast(head)
@@ -287,6 +283,6 @@ def _head_of(call: PairCall, head: Tensor, target: Tensor | None) -> Tensor:
         return head.expand(call.batch, -1, -1)
     classes = head.shape[2] if head.dim() == 3 else -1
     check.require_shape("head", head, (call.experts, call.width, classes), "(E, V, C)")
-    check.require_index("target", target, (call.batch,), classes, call.q.device)
+    target = check.require_classes("target", target, call.batch, classes, call.q.device)
     # Not head[..., target]: indexing would count a negative class from the end.
     return head.permute(2, 0, 1).index_select(0, target)

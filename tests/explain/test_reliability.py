@@ -1,0 +1,281 @@
+"""Tests of standard errors of few observations, and of rankings that are not distinguishable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from flmoe_kernels.explain import (
+    MaskingDrops,
+    PairValues,
+    Sampling,
+    TokenGame,
+    attribute,
+    faithfulness,
+    pair_masking,
+    probe_game,
+    shapley_interactions,
+)
+from flmoe_kernels.explain.estimators import sampling as estimator
+from flmoe_kernels.explain.masking import drops as masking
+from flmoe_kernels.explain.reliability import LEAST_COUNT, near_ties
+from tests.support.explain_games import (
+    Planted,
+    first_of,
+    interaction_layer,
+    random_terms,
+    table,
+    unanimity,
+)
+from tests.support.explain_masking import TokenBits, bits
+from tests.support.layers import LayerCase
+
+
+def tabled(game: Callable[[NDArray[np.bool_]], NDArray[Any]], players: int) -> Planted:
+    """The same game, from a table of all its values."""
+    values, bit = table(game, players), 1 << np.arange(players)
+    return Planted(players, lambda inside: values[inside @ bit])
+
+
+def layer_game() -> Planted:
+    case = LayerCase(lengths=(5, 4))
+    x = first_of(case.inputs(torch.float64))
+    return tabled(TokenGame(interaction_layer(case), x, target=1), 9)
+
+
+def random_game() -> Planted:
+    values, bit = np.random.default_rng(5).normal(size=256), 1 << np.arange(8)
+    return Planted(8, lambda inside: values[inside @ bit])
+
+
+def empty_is_different() -> Planted:
+    """A mean of the present tokens, and another value without tokens, as models often give."""
+    worth = np.random.default_rng(1).normal(size=10)
+    return Planted(
+        10,
+        lambda inside: np.where(
+            inside.any(axis=1), inside @ worth / np.maximum(inside.sum(axis=1), 1), 20.0
+        ),
+    )
+
+
+GAMES = {
+    "layer": layer_game,
+    "random": random_game,
+    "empty is different": empty_is_different,
+    "large terms": lambda: tabled(unanimity(random_terms(9, 40, 6, seed=1), 9), 9),
+}
+
+
+def ratios(game: Planted, units: int, antithetic: bool, runs: int) -> NDArray[np.float64]:
+    """Deviation / standard error of SII and RG of all pairs, over seeds; without pairs that have no error."""
+    exact = probe_game(game, method="exact")
+    row = 1 + game.players + len(exact["SII"])
+    budget = 2 + 2 * row + units * (1 + antithetic) * row
+    found: list[NDArray[np.float64]] = []
+    for seed in range(runs):
+        settings = Sampling(budget=budget, seed=seed, antithetic=antithetic)
+        sampled = probe_game(game, method="sampling", sampling=settings)
+        for index, values in sampled.items():
+            error = values.standard_errors
+            deviation = values.values - exact[index].values
+            there = ~np.isnan(error) & ~((np.abs(deviation) < 1e-12) & (error < 1e-12))
+            with np.errstate(divide="ignore"):
+                found.append(deviation[there] / error[there])
+    return np.concatenate(found)
+
+
+def rms(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt((values**2).mean()))
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("name", GAMES)
+def test_deviations_are_as_large_as_the_errors(name: str, antithetic: bool) -> None:
+    """In games with known indices, over seeds, deviation / error has a root mean square near 1."""
+    game = GAMES[name]()
+    for units in (20, 42):
+        found = ratios(game, units, antithetic, runs=40)
+        assert len(found) > 1000
+        assert 0.85 < rms(found) < 1.25
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_control_errors_of_four_units_do_not_hold(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the corrections, the same measurement finds that errors of four units are far too small."""
+    assert len(ratios(GAMES[name](), 4, True, runs=5)) == 0, "there are none"
+    monkeypatch.setattr(estimator, "LEAST_COUNT", 2)
+    monkeypatch.setattr(estimator, "_COMMON_UNITS", 0)
+    monkeypatch.setattr(
+        estimator, "error_of_mean", lambda squares, k: (squares / (k * (k - 1))) ** 0.5
+    )
+    assert rms(ratios(GAMES[name](), 4, True, runs=40)) > 1.5
+
+
+def test_missing_errors_have_a_reason(tmp_path: Path) -> None:
+    game = random_game()
+    few = probe_game(game, method="sampling", sampling=Sampling(budget=400))["SII"]
+    assert np.isnan(few.standard_errors).all()
+    assert np.isfinite(few.values).all()
+    reason = "no standard error for 28 of 28 pairs: fewer than 16 independent units"
+    assert [note[: len(reason)] for note in few.notes] == [reason]
+    assert f"note: {reason}" in repr(few)
+    assert f"note: {reason}" in few.table(2)
+    assert few.to_dict()["standard_errors"] == [None] * 28
+    few.save(tmp_path / "few.npz")
+    assert PairValues.load(tmp_path / "few.npz").notes == few.notes
+    # Without a tolerance that NaN would meet.
+    loose = Sampling(budget=400, tolerance=1e6, min_draws=2)
+    assert probe_game(game, method="sampling", sampling=loose)["SII"].stopped_by == "budget"
+    many = probe_game(game, method="sampling")["SII"]
+    assert not many.notes
+    # A value of the full coalition only, and of a set that draws hardly meet.
+    rare = unanimity({tuple(range(10)): 1.0, tuple(range(9)): 1.0}, 10)
+    found = probe_game(rare, method="sampling", sampling=Sampling(budget=2 + 56 * 2 * 31))["SII"]
+    exact = probe_game(rare, method="exact")["SII"]
+    wrong = np.abs(found.values - exact.values) > 1e-12
+    assert wrong.any()
+    assert not (found.standard_errors[wrong] == 0).any()
+    assert any("all draws agree" in note for note in found.notes)
+
+
+def normal_drops(samples: int, seed: int) -> MaskingDrops:
+    """Drops of samples with the mean 1."""
+    draw = torch.Generator().manual_seed(seed)
+    values = 1 + torch.randn(2, 1, samples, 3, generator=draw, dtype=torch.float64)
+    return MaskingDrops(
+        index="faithfulness",
+        unit="percent",
+        budgets=(5, 10, 25),
+        metrics=("prob",),
+        identified=values,
+        random=values.unsqueeze(2),
+        original=values[0, :, :, 0],
+        masked=torch.ones(samples, 3, dtype=torch.int64),
+        maskable=torch.full((samples,), 9),
+        targets=torch.ones(samples, 2),
+        multi_label=False,
+        seed=0,
+        evaluations=1,
+        batch_size=1,
+        settings={},
+    )
+
+
+def test_errors_of_mean_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(samples: int) -> float:
+        found = []
+        for seed in range(200):
+            curve = normal_drops(samples, seed).curve()
+            found.append(((curve.identified - 1) / curve.standard_error).numpy())
+        return rms(np.concatenate(found))
+
+    for samples in (LEAST_COUNT, 40):
+        assert 0.9 < measured(samples) < 1.1
+        assert not normal_drops(samples, 0).notes
+    few = normal_drops(15, 0)
+    assert few.curve().standard_error.isnan().all()
+    assert few.aopc().standard_error.isnan()
+    assert "note: no standard errors: expected at least 16 samples" in few.table()
+    # Control: the usual error of four samples.
+    monkeypatch.setattr(masking, "LEAST_COUNT", 2)
+    monkeypatch.setattr(
+        masking, "error_of_mean", lambda squares, n: (squares / (n * (n - 1))) ** 0.5
+    )
+    assert measured(4) > 1.4
+
+
+def test_near_ties() -> None:
+    keys = np.array([5.0, 4.0, 3.97, 3.0])
+    assert [near_ties(keys, kept) for kept in range(5)] == [0, 0, 1, 0, 0]
+    errors = np.array([0.1, 0.1, 0.1, 0.5])
+    assert near_ties(keys, 2, errors) == 2
+    assert near_ties(keys, 1, errors) == 0
+    assert near_ties(keys, 1, np.full(4, np.nan)) == 3
+    assert near_ties(np.zeros(4), 1) == 3
+    assert near_ties(np.zeros(0), 1) == 0
+
+
+def test_candidates_among_near_ties_are_noted() -> None:
+    case = LayerCase(lengths=(4, 4))
+    layer, x = interaction_layer(case), case.inputs(torch.float64)
+    clear, near = torch.tensor([[4.0, 3, 2, 1]] * 2), torch.tensor([[4.0, 3, 2, 1]] * 2)
+    near[1, 2] = -2.99
+    first, second = shapley_interactions(layer, x, scores=[clear, near], top=2)
+    assert not first.notes
+    [note] = second.notes
+    assert "the top 2 tokens of modality 1 is not distinguishable: 1 left out" in note
+    assert f"note: {note}" in repr(second)
+    assert f"note: {note}" in second.table(3)
+    every = shapley_interactions(layer, x, scores=[clear, near], top=4)
+    assert not every[1].notes, "nothing is left out"
+
+
+def test_pairs_among_near_ties_are_noted() -> None:
+    terms = {(0, 1): 3.0, (1, 2): 2.0, (2, 3): 1.99, (0, 3): 1.0}
+    found = probe_game(unanimity(terms, 4), indices=["SII"])["SII"]
+    assert [found.near_ties(count) for count in range(1, 5)] == [0, 1, 0, 0]
+    assert not found.top(1).notes
+    [note] = found.top(2).notes
+    assert "the first 2 pairs is not distinguishable: 1 left out" in note
+    assert note in found.table(2)
+    assert "note" not in found.table(1)
+    assert found.near_ties(1, "smallest") > 0, "two pairs are 0"
+    # Estimates differ by less than their errors.
+    game = random_game()
+    noisy = probe_game(game, indices=["SII"], method="sampling", sampling=Sampling(budget=1500))
+    exact = probe_game(game, indices=["SII"])["SII"]
+    assert noisy["SII"].near_ties(3) > exact.near_ties(3)
+
+
+def test_identified_tokens_among_near_ties_are_noted(tmp_path: Path) -> None:
+    values = [torch.tensor([[4.0, 3.0, 2.99, 1.0]] * 2 + [[4.0, 3.0, 2.0, 1.0]])]
+    options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "n_random": 1}
+    call: Any = (TokenBits().eval(), bits(3, (4,)), None)
+    found = faithfulness(*call, values, budgets=[25, 50, 100], **options)
+    assert found.near_ties is not None
+    assert found.near_ties.tolist() == [[False, True, False]] * 2 + [[False] * 3]
+    assert "not distinguishable for 2 of 3 samples: tokens left out" in repr(found)
+    assert "not distinguishable for 2 of 3 samples: tokens left out" in found.table()
+    found.save(tmp_path / "found.npz")
+    loaded = MaskingDrops.load(tmp_path / "found.npz")
+    assert torch.equal(loaded.near_ties, found.near_ties)
+    clear = faithfulness(*call, [values[0][2:].repeat(3, 1)], budgets=[50], **options)
+    assert "distinguishable" not in clear.table()
+    # A token that may not be masked is no rival.
+    masks = [torch.tensor([[True, True, False, True]] * 3)]
+    assert not faithfulness(*call[:2], masks, values, budgets=[50], **options).near_ties.any()
+
+
+def test_masked_pairs_among_near_ties_are_noted() -> None:
+    case = LayerCase(lengths=(3, 3), batch=1)
+    layer, x = interaction_layer(case), first_of(case.inputs(torch.float64))
+    terms = {(0, 3): 3.0, (1, 4): 2.0, (2, 5): 1.99}
+    [of_layer] = shapley_interactions(layer, x)
+    planted = probe_game(unanimity(terms, 6), of_layer.pairs, indices=["SII"])["SII"]
+    pairs = [type(of_layer)(**{**vars(of_layer), "values": planted.values})]
+    found = pair_masking(layer, x, None, pairs, budgets=(2, 4, 6), n_random=1)
+    assert found.near_ties is not None
+    assert found.near_ties.tolist() == [[False, True, False]]
+    assert "1 of 1 samples: pairs left out" in repr(found)
+    listed = pair_masking(layer, x, None, [[((0, 0), (1, 0))]], budgets=(2,), n_random=1)
+    assert not listed.near_ties.any(), "listed pairs have no values"
+
+
+def test_the_prediction_and_values_of_a_flat_attribution_are_noted() -> None:
+    """All tokens of a sample are equal: every choice among them is a near-tie."""
+    case = LayerCase(lengths=(4, 4), batch=2)
+    layer = interaction_layer(case)
+    x = [torch.zeros_like(each) for each in case.inputs(torch.float64)]
+    tokens = attribute(layer, x, method="integrated_gradients", n_steps=2)
+    found = faithfulness(layer, x, None, tokens, n_random=1)
+    assert found.near_ties is not None
+    assert found.near_ties.all()
