@@ -55,5 +55,6 @@ void bind_interaction_losses(py::module_& m);
 void bind_pair_moe(py::module_& m);
 void bind_routing(py::module_& m);
 void bind_routed_mlp(py::module_& m);
+void bind_snapshot(py::module_& m);
 
 }  // namespace flmoe::bindings

@@ -15,4 +15,5 @@ PYBIND11_MODULE(_native, m) {
   flmoe::bindings::bind_pair_moe(m);
   flmoe::bindings::bind_routed_mlp(m);
   flmoe::bindings::bind_routing(m);
+  flmoe::bindings::bind_snapshot(m);
 }

@@ -7,10 +7,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import has_torch_function
 
 from .snapshot import HOOKS
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# As of the import of this package, because a program may replace them.
+FORWARDS: dict[Any, Any] = {
+    kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU, nn.SiLU)
+}
+_CALL = nn.Module.__call__
 
 
 class UnsupportedLayer(ValueError):
@@ -30,10 +38,21 @@ def child_of(module: nn.Module, path: str, name: str, kind: type[ModuleT]) -> Mo
 
 
 def plain_module(module: nn.Module | None, path: str, kind: type[ModuleT]) -> ModuleT:
-    """Return the module; UnsupportedLayer if its forward is not that of torch's class `kind`."""
-    if not isinstance(module, kind) or type(module).forward is not kind.forward:
-        raise UnsupportedLayer(f"{path}: expected {kind.__name__}, got {type(module).__name__}")
+    """Return the module; UnsupportedLayer unless it computes what torch's class `kind` does."""
+    if not isinstance(module, kind) or type(module).forward is not FORWARDS[kind]:
+        raise UnsupportedLayer(f"{path}: expected {kind.__name__}, got {class_name(module)}")
+    if isinstance(module, LazyModuleMixin):
+        raise UnsupportedLayer(
+            f"{path}: {class_name(module)} has no parameters before its first call"
+        )
     return module
+
+
+def class_name(module: object) -> str:
+    """The name of a module's class, with its package if it is neither torch.nn's nor this package's."""
+    kind = type(module)
+    known = kind.__module__.startswith(("torch.nn.modules.", "flmoe_kernels.", "builtins"))
+    return kind.__name__ if known else f"{kind.__module__}.{kind.__name__}"
 
 
 def check_hooks(part: nn.Module, path: str) -> None:
@@ -47,10 +66,17 @@ def check_hooks(part: nn.Module, path: str) -> None:
 
 
 def check_methods(part: nn.Module, path: str) -> None:
-    """Check that no method of a part is replaced on the instance."""
-    for name in vars(part):
-        if callable(getattr(type(part), name, None)):
-            raise UnsupportedLayer(f"{joined(path, name)}: replaced on this instance")
+    """Check that no method of a part is replaced on the instance, and that a call runs `forward`."""
+    for name, value in vars(part).items():
+        original = getattr(type(part), name, None)
+        if not callable(original):
+            continue
+        # part.forward = part.forward, as tools leave it that have restored a method, changes nothing.
+        if getattr(value, "__func__", None) is original and value.__self__ is part:
+            continue
+        raise UnsupportedLayer(f"{joined(path, name)}: replaced on this instance")
+    if type(part).__call__ is not _CALL:
+        raise UnsupportedLayer(f"{path}: {class_name(part)}.__call__ is not nn.Module's")
 
 
 def expect_linear(
@@ -98,6 +124,10 @@ def check_parameters(
     if missing := sorted(expected.keys() - parameters.keys() - (set(optional) - tensors.keys())):
         raise UnsupportedLayer(f"{missing[0]}: not a parameter of the layer")
     for name, parameter in parameters.items():
+        if has_torch_function((parameter,)):
+            raise UnsupportedLayer(
+                f"{name}: {class_name(parameter)} has its own torch functions, which the kernels do not call"
+            )
         if tuple(parameter.shape) != expected[name]:
             raise UnsupportedLayer(
                 f"{name}: expected shape {expected[name]}, got {tuple(parameter.shape)}"

@@ -93,6 +93,8 @@ def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> La
     first = layers[0]
     width = first.norm1.weight.shape[0]
     parts = [w for x in layers for w in (x.attn.q.weight, x.attn.kv.weight)]
+    if any(q.shape[0] != width for q in parts[::2]):
+        raise ValueError(f"attn.q.weight: expected {width} rows in all experts")
     mlps = [x.mlp for x in layers]
     mlp: DenseWeights | RoutedWeights
     if isinstance(first.mlp, RoutedMLP):

@@ -278,4 +278,4 @@ class FusionTransformer(nn.Module):
         """The sum of the gate losses of all routed MLPs, zero if there are none; clears them."""
         parts = [part.gate_loss() for part in self.modules() if isinstance(part, RoutedMLP)]
         losses = [loss for loss in parts if loss is not None]
-        return sum(losses, self.network[-1].fc.weight.new_zeros(()))
+        return sum(losses, self.network[0].norm1.weight.new_zeros(()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
-from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods, separate
+from flmoe_kernels.layers.parts import (
+    UnsupportedLayer,
+    class_name,
+    separate,
+)
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
@@ -34,21 +38,14 @@ from .structure import describe
 
 _OPERATOR = "interaction_moe"
 _REMEDY = "; use backend='reference'"
-# The parts of a layer after construction, with the forward that the kernels replace.
-_CLASSES: tuple[Any, ...] = (
-    *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
-    *(RoutedMLP, Experts, ExpertLinear, Routers, *GATES.values()),
-    *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
+# The classes of the parts after construction.
+_CLASSES = frozenset(
+    {
+        *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
+        *(RoutedMLP, Experts, ExpertLinear, Routers, *GATES.values()),
+        *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
+    }
 )
-_PARTS = {kind: kind.forward for kind in _CLASSES}
-# Attributes of the parts that the mathematics uses. Dropout rates are read in every call.
-_NUMBERS = {
-    nn.LayerNorm: ("eps",),
-    nn.GELU: ("approximate",),
-    Attention: ("num_heads", "scale"),
-    EncoderLayer: ("compat",),
-    FusionTransformer: ("compat",),
-}
 
 
 class InteractionMoE(ReferenceInteractionMoE):
@@ -110,7 +107,6 @@ class InteractionMoE(ReferenceInteractionMoE):
         Raises:
             UnsupportedLayer: the kernels do not support a part of the layer; the error names it.
         """
-        check_methods(layer, "")
         spec = _supported(layer)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -120,7 +116,8 @@ class InteractionMoE(ReferenceInteractionMoE):
         self._take_parameters(layer)
         self._snapshot = None
         self.backend = backend
-        return self.train(layer.training)
+        self.training = layer.training
+        return self
 
     def _take_parameters(self, layer: nn.Module) -> None:
         """Fill this layer with new modules that hold `layer`'s parameters.
@@ -128,6 +125,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         The reference backend then runs for any class of `layer`.
         """
         parameters = dict(layer.named_parameters(remove_duplicate=False))
+        modes = {name: part.training for name, part in layer.named_modules()}
         with torch.device("meta"):
             skeleton = build_like(self._spec)
         self.reweight = skeleton.reweight
@@ -136,6 +134,8 @@ class InteractionMoE(ReferenceInteractionMoE):
             owner, _, leaf = name.rpartition(".")
             # A head may have no bias.
             skeleton.get_submodule(owner).register_parameter(leaf, parameters.get(name))
+        for name, part in skeleton.named_modules():
+            part.training = modes.get(name, layer.training)
 
     @property
     def backend(self) -> str | None:
@@ -174,8 +174,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         validate_replacements(self._spec, replacements, inputs)
         if backend == backends.REFERENCE:
             return super().forward(inputs, masks, replacements=replacements)
-        with _autocast_of(backend, inputs[0].device):
-            return self._fast_forward(inputs, masks, replacements, backend)
+        return self._run(self._fast_forward, inputs, masks, replacements, backend)
 
     def inference(
         self, inputs: Sequence[Tensor], masks: Masks = None
@@ -184,17 +183,25 @@ class InteractionMoE(ReferenceInteractionMoE):
         inputs, backend = self._enter(inputs, masks)
         if backend == backends.REFERENCE:
             return super().inference(inputs, masks)
-        with _autocast_of(backend, inputs[0].device):
-            plan, tokens = self._plan(inputs, masks, backend)
-            latents, _ = self._latents(tokens, plan, None, 1, backend)
-            logits = self._head(latents)[:, 0]
-            weights, mixed = self._mix(inputs, masks, tokens, plan, logits, backend)
-            return separate(logits), weights, mixed
+        return self._run(self._fast_inference, inputs, masks, backend)
+
+    def _run(self, compute: Callable[..., tuple], inputs: Sequence[Tensor], *rest: Any) -> tuple:
+        """Compute on the kernels; an error that a changed part has caused names the part."""
+        with _autocast_of(rest[-1], inputs[0].device):
+            if torch.compiler.is_compiling():
+                return compute(inputs, *rest)
+            try:
+                return compute(inputs, *rest)
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                # A parameter of another shape, which a snapshot does not show.
+                if reason := self._check():
+                    raise UnsupportedLayer(reason + _REMEDY) from None
+                raise
 
     def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], str]:
         """Return the inputs, cast to the dtype of the computation, and the backend."""
-        reason = self._unsupported()
-        # A part that is not supported may have no parameter of its own.
+        reason = self._unsupported_reason()
+        # A part that is not supported may have no parameters of its own.
         parameter = next(self.parameters()) if reason else self._parameter
         backend = backends.choose(_OPERATOR, parameter, self.backend)
         if reason and backend != backends.REFERENCE:
@@ -212,32 +219,63 @@ class InteractionMoE(ReferenceInteractionMoE):
     @property
     def _parameter(self) -> Tensor:
         """Any parameter: all have the same dtype and device."""
-        first: Any = self.reweight.mlp.network[0].weight
+        first: Any = self.interaction_experts[0].fusion_model.network[0].norm1.weight
         return first
 
     # torch.compile runs this once, while tracing, and does not trace it.
     @torch.compiler.assume_constant_result
-    def _unsupported(self) -> str:
-        """The reason why the kernels cannot compute this layer with its present parts; empty if they can.
+    def _unsupported_reason(self) -> str:
+        """The reason why the kernels cannot compute this layer with its present parts, or "".
 
         If nothing has changed since the last call, this takes microseconds.
         """
-        if self._snapshot is not None and self._snapshot.unchanged():
-            return ""
+        snapshot, spec = self._snapshot, self._spec
+        same = snapshot is not None and snapshot.unchanged()
+        same = same and self.num_modalities == spec.num_modalities
+        same = same and self.fusion_sparse == spec.fusion_sparse
+        if same and spec.num_patches is not None:
+            positions = self.interaction_experts[0].fusion_model.pos_embed
+            same = positions.shape[1] == spec.num_modalities * spec.num_patches
+        return "" if same else self._check()
+
+    def _check(self) -> str:
+        """Describe the parts again; return the reason why the kernels cannot compute them, or ""."""
+        # The modules themselves: torch.export puts proxies in their place, and a subclass may add its own.
+        children = vars(self)["_modules"]
+        layer: Any = nn.Module()
+        for name in ("reweight", "interaction_experts"):
+            layer.add_module(name, children.get(name))
+        layer.num_modalities, layer.fusion_sparse = self.num_modalities, self.fusion_sparse
+        layer._is_replica = getattr(self, "_is_replica", False)
+        named = {
+            name: part
+            for name, part in layer.named_modules()
+            # The layer calls reweight.mlp.
+            if part is not layer and not name.startswith("reweight.mlp")
+        }
+        snapshot = PartsSnapshot(list(named.values()), [children])
+        # torch.jit.trace would record the shapes that are read.
+        internal: Any = torch._C
+        tracing = internal._get_tracing_state()
+        internal._set_tracing_state(None)
         try:
             if any(global_hooks()):
                 raise UnsupportedLayer(
                     "torch.nn.modules.module: a hook on all modules is registered, but the kernels do not "
                     "call the parts of the layer"
                 )
-            _check_types(self)
-            if getattr(self, "_is_replica", False):
-                return ""  # of DataParallel, whose parts have tensors in place of parameters
-            self._spec = _supported(self)
+            for name, part in named.items():
+                if type(part) not in _CLASSES:
+                    raise UnsupportedLayer(
+                        f"{name}: {class_name(part)}, which the kernels would not call"
+                    )
+            spec = _supported(layer, self._spec)
         except UnsupportedLayer as error:
             self._snapshot = None
             return str(error)
-        self._snapshot = PartsSnapshot(self, (self.reweight, self.interaction_experts), _NUMBERS)
+        finally:
+            internal._set_tracing_state(tracing)
+        self._spec, self._snapshot = spec, snapshot
         return ""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -256,17 +294,10 @@ class InteractionMoE(ReferenceInteractionMoE):
 
     def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
         networks = [expert.fusion_model.network for expert in self.interaction_experts]
-        try:
-            return [
-                stack_layer([network[i] for network in networks], self._spec.compat, dtype)
-                for i in range(self._spec.num_layers)
-            ]
-        except (AttributeError, RuntimeError, TypeError):
-            # A parameter was removed or has another shape, which a snapshot does not show.
-            self._snapshot = None
-            if reason := self._unsupported():
-                raise UnsupportedLayer(reason + _REMEDY) from None
-            raise
+        return [
+            stack_layer([network[i] for network in networks], self._spec.compat, dtype)
+            for i in range(self._spec.num_layers)
+        ]
 
     def _latents(
         self,
@@ -297,6 +328,15 @@ class InteractionMoE(ReferenceInteractionMoE):
             bias = torch.stack(biases).to(latents.dtype)
             flat = torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
         return flat.to(self._parameter.dtype).view(*latents.shape[:3], classes)
+
+    def _fast_inference(
+        self, inputs: Sequence[Tensor], masks: Masks, backend: str
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        plan, tokens = self._plan(inputs, masks, backend)
+        latents, _ = self._latents(tokens, plan, None, 1, backend)
+        logits = self._head(latents)[:, 0]
+        weights, mixed = self._mix(inputs, masks, tokens, plan, logits, backend)
+        return separate(logits), weights, mixed
 
     def _mix(
         self,
@@ -356,20 +396,8 @@ def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def _check_types(layer: nn.Module) -> None:
-    """Check that all parts have the classes that the layer was built with, and these their own forward."""
-    for name, part in layer.named_modules():
-        kind = type(part)
-        if part is layer:
-            continue
-        if kind not in _PARTS:
-            raise UnsupportedLayer(f"{name}: {kind.__name__}, which the kernels would not call")
-        if kind.forward is not _PARTS[kind]:
-            raise UnsupportedLayer(f"{name}: {kind.__name__}.forward was replaced on the class")
-
-
-def _supported(layer: nn.Module) -> LayerSpec:
-    spec = describe(layer)
+def _supported(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
+    spec = describe(layer, known)
     for i, rates in enumerate(spec.dropout):
         if spec.compat == "i2moe" and rates.projection != rates.residual1:
             raise UnsupportedLayer(

@@ -8,8 +8,9 @@ layer's own classes do not matter, but they must consist of unchanged modules of
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,15 +20,38 @@ from flmoe_kernels.layers.parts import (
     check_methods,
     check_parameters,
     child_of,
+    class_name,
     dropout_rate,
     expect_linear,
     plain_module,
     sequence_of,
 )
+from flmoe_kernels.layers.routed_mlp.gate_base import Gate
+from flmoe_kernels.layers.routed_mlp.gates import GATES
+from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP
 
 from .architecture import DropoutRates, LayerSpec, SparseSpec
-from .fusion import MLP_EXPANSION, Compat, is_sparse_layer
+from .fusion import (
+    MLP,
+    MLP_EXPANSION,
+    Attention,
+    Compat,
+    EncoderLayer,
+    FusionTransformer,
+    Head,
+    is_sparse_layer,
+)
+from .reference import InteractionExpert, Reweighting
 from .sparse_structure import describe_sparse, is_sparse
+
+# As of the import of this package, because a program may replace them.
+_METHODS: dict[Any, dict[str, Any]] = {
+    kind: {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
+    for kind in (
+        *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
+        *(RoutedMLP, Experts, ExpertLinear, Gate, *GATES.values()),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +74,19 @@ class _Encoder:
     sparse: SparseSpec | None
 
 
-def describe(layer: nn.Module) -> LayerSpec:
+def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
     """The specification of a published interaction layer or of the reference.
+
+    Args:
+        layer: the layer.
+        known: the earlier specification of a fast layer whose parts may have changed. The reweighting MLP is
+            then not described again, because the fast layer calls it.
 
     Raises:
         UnsupportedLayer: the fast layer does not support a part of the layer; the error names it.
     """
+    if known is None:
+        check_methods(layer, "")
     num_modalities = getattr(layer, "num_modalities", None)
     if isinstance(num_modalities, bool) or not isinstance(num_modalities, int):
         raise UnsupportedLayer(f"num_modalities: expected an int, got {num_modalities!r}")
@@ -82,28 +113,47 @@ def describe(layer: nn.Module) -> LayerSpec:
         fusions.append(_fusion(fusion_model, f"{path}.fusion_model", num_modalities))
     _same_in_all(fusions)
     first = fusions[0]
-    hidden, layers, temperature, rate = _reweight(layer, num_modalities, first.hidden_dim)
+    reweight = child_of(layer, "", "reweight", nn.Module)
+    if known is None:
+        hidden, layers, rate = _reweight(reweight, num_modalities, first.hidden_dim)
+    else:
+        hidden, layers = known.reweight_hidden, known.reweight_layers
+        rate = known.reweight_dropout
     spec = LayerSpec(
         num_modalities=num_modalities,
         fusion_sparse=fusion_sparse,
         reweight_hidden=hidden,
         reweight_layers=layers,
-        temperature=temperature,
+        temperature=_temperature(reweight),
         reweight_dropout=rate,
         **{field.name: getattr(first, field.name) for field in dataclasses.fields(first)},
     )
-    shapes = spec.parameter_shapes()
-    check_parameters(layer, shapes, _optional(shapes))
     for name, part in layer.named_modules():
-        if part is not layer:
+        if part is not layer and not (known and name.startswith("reweight.mlp")):
             check_hooks(part, name)
             check_methods(part, name)
+            _check_inherited(part, name)
+    # Replicas of DataParallel have tensors as attributes in place of parameters.
+    if not getattr(layer, "_is_replica", False):
+        shapes, checked = spec.parameter_shapes(), layer
+        if known is not None:
+            shapes = {name: x for name, x in shapes.items() if not name.startswith("reweight.")}
+            checked = nn.Module()
+            checked.add_module("interaction_experts", experts)
+        # Heads may have no bias; router 0 is the gate, and some layers register it only as such.
+        optional = [n for n in shapes if n.endswith(".fc.bias") or ".all_gates.0." in n]
+        check_parameters(checked, shapes, optional)
     return spec
 
 
-def _optional(names: Iterable[str]) -> list[str]:
-    """Heads may have no bias; router 0 is the gate, and some layers register it only as such."""
-    return [name for name in names if name.endswith(".fc.bias") or ".all_gates.0." in name]
+def _check_inherited(part: nn.Module, path: str) -> None:
+    """Check that the class of a part has the methods of this package's class that it is or extends."""
+    own = next((kind for kind in type(part).__mro__ if kind in _METHODS), nn.Module)
+    for name, function in _METHODS.get(own, {}).items():
+        if getattr(type(part), name) is not function:
+            raise UnsupportedLayer(
+                f"{path}: {class_name(part)}.{name} is not that of this package's {own.__name__}"
+            )
 
 
 def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
@@ -174,7 +224,8 @@ def _num_patches(model: nn.Module, path: str, num_modalities: int, dim: int) -> 
         return None
     shape = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
     if (
-        not isinstance(positions, nn.Parameter)
+        not isinstance(positions, Tensor)
+        or not ("pos_embed" in model._parameters or getattr(model, "_is_replica", False))
         or positions.dim() != 3
         or positions.shape[0] != 1
         or positions.shape[1] < num_modalities
@@ -229,7 +280,7 @@ def _layer_norm(layer: nn.Module, path: str, name: str, dim: int, eps: float) ->
         raise UnsupportedLayer(f"{where}: expected width {dim}, got {tuple(norm.normalized_shape)}")
     if norm.weight is None or norm.bias is None:
         raise UnsupportedLayer(f"{where}: has no affine weight and bias")
-    if norm.eps != eps:
+    if not isinstance(norm.eps, float) or norm.eps != eps:
         raise UnsupportedLayer(f"{where}: eps is {norm.eps}, {eps} in the first layer")
 
 
@@ -257,16 +308,17 @@ def _same_in_all(fusions: list[_Fusion]) -> None:
                 )
 
 
-def _reweight(
-    layer: nn.Module, num_modalities: int, dim: int
-) -> tuple[int | None, int, float, float]:
-    """Hidden width, number of linear maps, temperature and dropout rate of the reweighting MLP."""
-    reweight = child_of(layer, "", "reweight", nn.Module)
+def _temperature(reweight: nn.Module) -> float:
     temperature = getattr(reweight, "temperature", None)
     if not isinstance(temperature, int | float) or not temperature > 0:
         raise UnsupportedLayer(
             f"reweight.temperature: expected a positive number, got {temperature}"
         )
+    return float(temperature)
+
+
+def _reweight(reweight: nn.Module, num_modalities: int, dim: int) -> tuple[int | None, int, float]:
+    """Hidden width, number of linear maps and dropout rate of the reweighting MLP."""
     mlp = child_of(reweight, "reweight", "mlp", nn.Module)
     parts, where = sequence_of(mlp, "reweight.mlp", "network"), "reweight.mlp.network"
     count = (len(parts) + 2) // 3
@@ -287,4 +339,4 @@ def _reweight(
             rates.add(float(plain_module(parts[3 * i + 2], f"{where}.{3 * i + 2}", nn.Dropout).p))
     if len(rates) > 1:
         raise UnsupportedLayer(f"{where}: dropout rates differ, {sorted(rates)}")
-    return hidden, count, float(temperature), rates.pop() if rates else 0.0
+    return hidden, count, rates.pop() if rates else 0.0

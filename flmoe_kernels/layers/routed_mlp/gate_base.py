@@ -92,6 +92,13 @@ class Gate(nn.Module):
         """Logits (N, E) that determine the choice in eval mode."""
         raise NotImplementedError
 
+    def _for_all_experts(self, logits: Tensor) -> Tensor:
+        if logits.shape[1] != self.tot_expert:
+            raise ValueError(
+                f"gate: expected logits of {self.tot_expert} experts, got {logits.shape[1]}"
+            )
+        return logits
+
     def set_loss(self, loss: Tensor) -> None:
         """Add or store the loss of a call."""
         if not self._counts():

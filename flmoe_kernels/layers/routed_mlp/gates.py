@@ -41,10 +41,10 @@ class NaiveGate(Gate):
         self.gate = nn.Linear(d_model, self.tot_expert, bias=gate_bias)
 
     def clean_logits(self, x: Tensor) -> Tensor:
-        return self.gate(x)
+        return self._for_all_experts(self.gate(x))
 
     def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.gate(x)
+        logits = self.clean_logits(x)
         index, weight = choose(logits, self.top_k, mask=mask, backend=self.backend)
         # Zero, but with a graph, so that a sum of losses has a gradient for any gates. Not 0 times the logits,
         # whose sum may overflow.
@@ -140,7 +140,7 @@ class GShardGate(_CapacityGate):
         self.random_routing = random_routing
 
     def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.gate(x)
+        logits = self.clean_logits(x)
         free = choose(logits, 2, backend=self.backend)
         loss = self.balance(free.index[:, 0], _probabilities(logits), mask)
         index, weight = self.limited(logits, free, mask, tokens, renormalize=True)
@@ -181,7 +181,7 @@ class SwitchGate(_CapacityGate):
     def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         if self.training and self.switch_eps > 0:
             x = x * (1.0 + self.switch_eps * (2.0 * torch.rand_like(x) - 1.0))
-        logits = self.gate(x)
+        logits = self.clean_logits(x)
         free = choose(logits, 1, over=ALL, backend=self.backend)
         loss = self.balance(free.index[:, 0], _probabilities(logits), mask)
         index, weight = self.limited(logits, free, mask, tokens, renormalize=False)
@@ -214,7 +214,7 @@ class NoisyGate(Gate):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def clean_logits(self, x: Tensor) -> Tensor:
-        return x @ self.w_gate
+        return self._for_all_experts(x @ self.w_gate)
 
     def route(self, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         clean = self.clean_logits(x)

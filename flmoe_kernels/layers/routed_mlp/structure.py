@@ -13,7 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from flmoe_kernels.layers.parts import UnsupportedLayer, check_parameters, child_of, plain_module
+from flmoe_kernels.layers.parts import (
+    FORWARDS,
+    UnsupportedLayer,
+    check_hooks,
+    check_methods,
+    check_parameters,
+    child_of,
+    class_name,
+    plain_module,
+)
 
 from .gate_base import Gate
 
@@ -86,11 +95,10 @@ def activation_name(module: object) -> str:
     """
     kinds: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
     for kind, name in kinds.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        if isinstance(module, kind) and type(module).forward is FORWARDS[kind]:
             tanh = isinstance(module, nn.GELU) and module.approximate == "tanh"
             return "gelu_tanh" if tanh else name
-    kind_name = type(module).__name__
-    raise TypeError(f"activation: expected nn.GELU, nn.ReLU or nn.SiLU, got {kind_name}")
+    raise TypeError(f"activation: expected nn.GELU, nn.ReLU or nn.SiLU, got {class_name(module)}")
 
 
 def describe(layer: nn.Module) -> RoutedSpec:
@@ -137,6 +145,10 @@ def describe(layer: nn.Module) -> RoutedSpec:
     # A gate may have no bias; router 0 is the gate, and RoutedMLP registers it only as such.
     optional = [n for n in shapes if n.endswith("gate.bias") or n.startswith("all_gates.0.")]
     check_parameters(layer, shapes, optional)
+    for name, part in layer.named_modules():
+        if part is not layer:
+            check_hooks(part, name)
+            check_methods(part, name)
     return spec
 
 
