@@ -101,9 +101,9 @@ def replaced(kind: type[nn.Module], where: str) -> Change:
 CHANGES: list[tuple[str, Change]] = [("dynamic", dynamic), ("prepared", prepared)]
 CHANGES += [("converted", converted)]
 CHANGES += [
-    (f"{kind.__name__}, {where}", replaced(kind, where))
+    (f"{kind.__name__}, {where}", replaced(kind, f"fusion_model.network.{layer}.{where}"))
     for kind in (Packed, Adapted, Hidden)
-    for where in ("reweight", "attn.q", "attn.proj", "mlp.network", "fc")
+    for layer, where in ((0, "attn.q"), (0, "attn.proj"), (0, "mlp.network"), (1, "fc"))
 ]
 
 
@@ -115,6 +115,17 @@ def test_replaced_maps_are_refused_by_name(change: Change, call: str) -> None:
         getattr(layer, call)(X)
     assert re.search(PART, str(refused.value)), str(refused.value)
     assert "backend='reference'" in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [Packed, Adapted, Hidden])
+def test_replaced_maps_of_the_reweighting_are_called(kind: type[nn.Module]) -> None:
+    layer = fast()
+    before = layer.inference(X)[1]
+    layer = replaced(kind, "reweight")(layer)
+    found = layer.inference(X)[1]
+    assert (found - before).abs().max() > 1e-4 or kind is not Adapted
+    layer.backend = "reference"
+    torch.testing.assert_close(found, layer.inference(X)[1])
 
 
 @pytest.mark.parametrize("change", [pytest.param(c, id=name) for name, c in CHANGES])
@@ -155,7 +166,7 @@ def test_a_layer_converted_as_a_whole_computes_in_its_dtype(dtype: torch.dtype) 
 def test_a_part_of_another_dtype_is_refused(part: str) -> None:
     layer = fast()
     layer.get_submodule(part).double()
-    with pytest.raises((UnsupportedLayer, TypeError), match=r"dtype|float64"):
+    with pytest.raises((UnsupportedLayer, RuntimeError), match=r"dtype|float64"):
         layer.inference(X)
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
@@ -30,6 +33,7 @@ from .sides import Gate, ProjectedPair, Side, join
 
 # Options that the repr shows if they differ from the default.
 _DEFAULTS = {"top_k": None, "temperature": 1.0, "token_outputs": False, "backend": None}
+_RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
 _VARIANTS = 3  # of a pair's sides: as given, first one replaced, second one replaced
 
 
@@ -269,6 +273,10 @@ class PairInteractionMoE(nn.Module):
         """
         if self.num_classes is None or self.head is None or self.bias is None:
             raise ValueError("explain: expected a layer with classes, got num_classes=None")
+        for hook in self._forward_pre_hooks.values():
+            # Of pruning and of the old weight and spectral norm, which compute a parameter before a call.
+            if isinstance(hook, _RECOMPUTES):
+                hook(self, ())
         inputs = self._enter(inputs, masks)
         batch = batch_of(inputs)
         if target is not None:

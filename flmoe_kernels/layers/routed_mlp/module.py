@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.layers.parts import UnsupportedLayer, check_hooks, check_methods, child_of
+from flmoe_kernels.layers.parts import (
+    UnsupportedLayer,
+    check_hooks,
+    check_methods,
+    child_of,
+    class_name,
+)
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 
 from .collectives import require_ranks
@@ -59,7 +65,16 @@ class Experts(nn.Module):
 
 
 class Routers(nn.ModuleDict):
-    """Routers by number."""
+    """Routers by number; read-only."""
+
+    def __init__(self, routers: dict[str, Gate]) -> None:
+        super().__init__()
+        self._modules.update(routers)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        raise TypeError(
+            f"all_gates.{name}: expected no assignment; assign the layer's gate instead"
+        )
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -190,7 +205,10 @@ class RoutedMLP(nn.Module):
             _share(router, routers[name])
         for name in ("htoh4", "h4toh"):
             _share(getattr(published.experts, name), getattr(experts, name))
-        return self.train(layer.training)
+        self.train(layer.training)
+        for name, router in spec.routers(layer).items():
+            routers[name].train(router.training)
+        return self
 
     def _assemble(self, routers: dict[str, Gate], experts: Experts, backend: str | None) -> None:
         # The gate comes first so that state_dicts have the published order.
@@ -271,19 +289,20 @@ class RoutedMLP(nn.Module):
             BackendUnavailable: the requested backend cannot run this.
             UnsupportedLayer: a part of the layer was changed so that the kernels cannot compute it.
         """
-        if reason := self._unsupported():
+        if reason := self._unsupported_reason():
             raise UnsupportedLayer(reason)
         self._forget()
-        x, valid = self._tokens(inp, mask)
+        weights = (*self.experts.htoh4(), *self.experts.h4toh())
+        x, valid = self._tokens(inp, mask, weights[0])
         index, weight = self.gate(x, valid)
         self.last_topk_indices, self.last_topk_scores = index, weight
         weight = weight.to(x.dtype)
         if not self.capture_topk_pre_mix:
-            return self._through_experts(x, index, weight).view(inp.shape)
+            return self._through_experts(x, index, weight, weights).view(inp.shape)
         choices = index.shape[1]
         rows = x.repeat_interleave(choices, dim=0)
         ones = weight.new_ones((index.numel(), 1))
-        outputs = self._through_experts(rows, index.reshape(-1, 1), ones)
+        outputs = self._through_experts(rows, index.reshape(-1, 1), ones, weights)
         pre_mix = outputs.view(-1, choices, self.d_model)
         self.last_topk_pre_mix = pre_mix
         return torch.bmm(weight.unsqueeze(1), pre_mix).view(inp.shape)
@@ -292,7 +311,9 @@ class RoutedMLP(nn.Module):
         """The gate's accumulated loss, a scalar or None, by default cleared. See Gate.get_loss."""
         return self.gate.get_loss(clear)
 
-    def _tokens(self, inp: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _tokens(
+        self, inp: Tensor, mask: Tensor | None, like: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Return x (N, D) in the dtype of the computation, with padding set to 0, and mask (N)."""
         check.require_tensor("inp", inp)
         check.require_floating("inp", inp)
@@ -303,7 +324,7 @@ class RoutedMLP(nn.Module):
         if dtype is not None:
             x = x.to(dtype)
         else:
-            check.require_same("inp", x, "the parameters", self.experts.htoh4.weight)
+            check.require_same("inp", x, "the parameters", like)
         if mask is None:
             return x, None
         check.require_tensor("mask", mask)
@@ -324,8 +345,10 @@ class RoutedMLP(nn.Module):
             return None
         return torch.get_autocast_dtype(kind)
 
-    def _through_experts(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        parameters = [p.to(x.dtype) for p in (*self.experts.htoh4(), *self.experts.h4toh())]
+    def _through_experts(
+        self, x: Tensor, index: Tensor, weight: Tensor, weights: tuple[Tensor, ...]
+    ) -> Tensor:
+        parameters = [p.to(x.dtype) for p in weights]
         if self.world_size == 1:
             return routed_mlp(x, index, weight, *parameters, act=self.act, backend=self.backend)
         return parallel_routed_mlp(
@@ -341,11 +364,13 @@ class RoutedMLP(nn.Module):
 
     # torch.compile runs this once, while tracing, and does not trace it.
     @torch.compiler.assume_constant_result
-    def _unsupported(self) -> str:
-        """The reason why the kernels cannot compute the experts with their present parts; empty if they can."""
+    def _unsupported_reason(self) -> str:
+        """The reason why the kernels cannot compute the layer with its present parts, or ""."""
         experts = self.experts
+        if not isinstance(self.gate, Gate):
+            return f"gate: expected a Gate, got {class_name(self.gate)}"
         if type(experts) is not Experts:
-            return f"experts: expected Experts, got {type(experts).__name__}"
+            return f"experts: expected Experts, got {class_name(experts)}"
         try:
             for part, path in ((experts, "experts"), (experts.activation, "experts.activation")):
                 check_hooks(part, path)
@@ -363,7 +388,8 @@ class RoutedMLP(nn.Module):
         return {**self.__dict__, **dict.fromkeys(self.TRANSIENT)}
 
     def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, top_k={self.top_k}, act={self.act}"
+        shown = [f"{name}={getattr(self.gate, name, None)}" for name in ("d_model", "top_k")]
+        return ", ".join(shown)
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:
