@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.overrides import has_torch_function
 
 from .snapshot import HOOKS
 
@@ -18,7 +17,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 FORWARDS: dict[Any, Any] = {
     kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU, nn.SiLU)
 }
-_CALL = nn.Module.__call__
+
+
+_TORCH_FUNCTIONS: tuple[Any, ...] = (
+    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
+    nn.Parameter.__torch_function__,  # of DTensor and fake tensors, too
+)
 
 
 class UnsupportedLayer(ValueError):
@@ -75,7 +79,8 @@ def check_methods(part: nn.Module, path: str) -> None:
         if getattr(value, "__func__", None) is original and value.__self__ is part:
             continue
         raise UnsupportedLayer(f"{joined(path, name)}: replaced on this instance")
-    if type(part).__call__ is not _CALL:
+    # Of both at this time: tracers replace nn.Module's.
+    if type(part).__call__ is not nn.Module.__call__:
         raise UnsupportedLayer(f"{path}: {class_name(part)}.__call__ is not nn.Module's")
 
 
@@ -124,7 +129,8 @@ def check_parameters(
     if missing := sorted(expected.keys() - parameters.keys() - (set(optional) - tensors.keys())):
         raise UnsupportedLayer(f"{missing[0]}: not a parameter of the layer")
     for name, parameter in parameters.items():
-        if has_torch_function((parameter,)):
+        function = type(parameter).__torch_function__
+        if getattr(function, "__func__", function) not in _TORCH_FUNCTIONS:
             raise UnsupportedLayer(
                 f"{name}: {class_name(parameter)} has its own torch functions, which the kernels do not call"
             )

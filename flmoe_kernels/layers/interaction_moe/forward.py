@@ -84,8 +84,13 @@ def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
 def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> LayerWeights:
     """Weights of one layer index, stacked over experts, in `dtype`. Gradients flow back to every parameter."""
 
+    own = layers[0].norm1.weight.dtype
+
     def stacked(get: Callable[[Any], Tensor]) -> Tensor:
-        return torch.stack([get(layer) for layer in layers]).to(dtype)
+        stack = torch.stack([get(layer) for layer in layers])
+        if stack.dtype != own:
+            raise TypeError(f"parameters: expected {own}, got {stack.dtype}")
+        return stack.to(dtype)
 
     def affine(get: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
         return stacked(lambda x: get(x).weight), stacked(lambda x: get(x).bias)
@@ -93,7 +98,8 @@ def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> La
     first = layers[0]
     width = first.norm1.weight.shape[0]
     parts = [w for x in layers for w in (x.attn.q.weight, x.attn.kv.weight)]
-    if any(q.shape[0] != width for q in parts[::2]):
+    tracing = torch._C._get_tracing_state() is not None  # shapes are tensors then
+    if not tracing and any(q.shape[0] != width for q in parts[::2]):
         raise ValueError(f"attn.q.weight: expected {width} rows in all experts")
     mlps = [x.mlp for x in layers]
     mlp: DenseWeights | RoutedWeights

@@ -202,7 +202,8 @@ class InteractionMoE(ReferenceInteractionMoE):
         """Return the inputs, cast to the dtype of the computation, and the backend."""
         reason = self._unsupported_reason()
         # A part that is not supported may have no parameters of its own.
-        parameter = next(self.parameters()) if reason else self._parameter
+        other = next(self.parameters(), None) if reason else None
+        parameter = self._parameter if other is None else other
         backend = backends.choose(_OPERATOR, parameter, self.backend)
         if reason and backend != backends.REFERENCE:
             raise UnsupportedLayer(reason + _REMEDY)

@@ -70,15 +70,13 @@ def rows_by_modality(plan: TokenPlan) -> ModalityRows:
 def stack_routed(mlps: Sequence[Any], dtype: torch.dtype) -> RoutedWeights:
     """Stack the routed MLPs of one layer index over the interaction experts, in `dtype`. Gradients flow back."""
     first, second = ([getattr(mlp.experts, name) for mlp in mlps] for name in ("htoh4", "h4toh"))
-    counts = {part.weight.shape[0] for part in (*first, *second)}
-    if counts != {mlps[0].gate.tot_expert}:
-        raise ValueError(f"mlp.experts: expected {mlps[0].gate.tot_expert}, got {sorted(counts)}")
     return RoutedWeights(
         gates=tuple(mlp.gate for mlp in mlps),
-        w_in=torch.cat([part.weight for part in first]).to(dtype),
-        b_in=torch.cat([part.bias for part in first]).to(dtype),
-        w_out=torch.cat([part.weight for part in second]).to(dtype),
-        b_out=torch.cat([part.bias for part in second]).to(dtype),
+        # Stacked, which checks that all have the same shape.
+        w_in=torch.stack([part.weight for part in first]).flatten(0, 1).to(dtype),
+        b_in=torch.stack([part.bias for part in first]).flatten(0, 1).to(dtype),
+        w_out=torch.stack([part.weight for part in second]).flatten(0, 1).to(dtype),
+        b_out=torch.stack([part.bias for part in second]).flatten(0, 1).to(dtype),
     )
 
 

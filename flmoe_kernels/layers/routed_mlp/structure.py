@@ -169,7 +169,9 @@ def _check_gates(layer: Any, spec: RoutedSpec) -> None:
     routers = spec.routers(layer)
     if list(routers) != [str(r) for r in range(len(routers))] or not routers:
         raise UnsupportedLayer(f"all_gates: expected routers 0, 1, ..., got {list(routers)}")
-    if routers["0"] is not layer.gate:
+    # Not the modules: torch.export puts proxies in their place.
+    tensors = ([id(p) for p in gate.parameters()] for gate in (routers["0"], layer.gate))
+    if len(set(map(tuple, tensors))) > 1:
         raise UnsupportedLayer("all_gates.0: not the gate itself")
     sizes = {"num_expert": spec.num_expert, "tot_expert": spec.num_expert, "world_size": 1}
     sizes["top_k"] = spec.top_k

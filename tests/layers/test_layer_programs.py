@@ -1,0 +1,275 @@
+"""Layers in programs that trace, copy, patch or replicate modules."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import prune
+
+from flmoe_kernels import FusionTransformer, InteractionMoE, PairInteractionMoE
+from flmoe_kernels.layers.interaction_moe import fusion, reference
+from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.layers.routed_mlp import structure
+from tests.support.inputs import draw
+from tests.support.layers import FL, I2, SPARSE_FL, LayerCase, data, fast_layer, named_outputs
+
+SPARSE = dataclasses.replace(SPARSE_FL, layers=1, gate="NaiveGate")
+CASES = [FL, I2, SPARSE]
+
+
+class Inference(nn.Module):
+    def __init__(self, layer: InteractionMoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.layer.inference(list(x))[2]
+
+
+def encoder(layer: Any, e: int = 1) -> Any:
+    return layer.interaction_experts[e].fusion_model.network[0]
+
+
+def cold(case: LayerCase) -> tuple[InteractionMoE, list[Tensor], Tensor]:
+    """A layer that was never called, its inputs, and the expected logits."""
+    layer = fast_layer(case).eval()
+    x = case.inputs()
+    return layer, x, copy.deepcopy(layer).inference(x)[2]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layer_is_exported_before_its_first_call(case: LayerCase, strict: bool) -> None:
+    layer, x, expected = cold(case)
+    program = torch.export.export(Inference(layer), tuple(x), strict=strict)
+    torch.testing.assert_close(program.module()(*x), expected)
+    torch.testing.assert_close(layer.inference(x)[2], expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layer_is_traced_before_its_first_call(case: LayerCase) -> None:
+    layer, x, expected = cold(case)
+    with torch.no_grad():
+        traced = torch.jit.trace(Inference(layer), tuple(x))
+        torch.testing.assert_close(traced(*x), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_functional_call_before_the_first_call(case: LayerCase) -> None:
+    layer, x, expected = cold(case)
+    model = Inference(layer)
+    values = {name: value.detach().clone() for name, value in model.named_parameters()}
+    before = dict(model.named_parameters())
+    torch.testing.assert_close(functional_call(model, values, tuple(x)), expected)
+    assert all(now is before[name] for name, now in model.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle"])
+def test_a_copy_notices_its_own_changes(how: str) -> None:
+    layer, x, expected = cold(FL)
+    layer.inference(x)
+    if how == "pickle":
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    else:
+        other = getattr(copy, how)(layer)
+    torch.testing.assert_close(other.inference(x)[2], expected)
+    encoder(other).attn.q.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedLayer, match=r"attn\.q: has a forward hook"):
+        other.inference(x)
+    if how != "copy":  # which shares the parts
+        torch.testing.assert_close(layer.inference(x)[2], expected)
+
+
+def replica_of(layer: InteractionMoE) -> InteractionMoE:
+    """As torch.nn.parallel.replicate does it."""
+    modules = dict(layer.named_modules(remove_duplicate=False))
+    replicas = {name: part._replicate_for_data_parallel() for name, part in modules.items()}
+    for name, part in modules.items():
+        for child in part._modules:
+            replicas[name]._modules[child] = replicas[f"{name}.{child}" if name else child]
+        for key, value in part._parameters.items():
+            if value is None:
+                replicas[name]._parameters[key] = None
+            else:
+                setattr(replicas[name], key, value.detach().clone())
+    return replicas[""]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("case", [FL, I2], ids=str)
+def test_replicas_of_data_parallel(case: LayerCase) -> None:
+    layer, x, expected = cold(case)
+    for _ in range(2):
+        torch.testing.assert_close(replica_of(layer).inference(x)[2], expected)
+        layer.inference(x)
+    encoder(layer).attn.scale = 2.0
+    with pytest.raises(UnsupportedLayer, match=r"attn\.scale"):
+        replica_of(layer).inference(x)
+
+
+def test_dictionaries_of_hooks_may_be_replaced() -> None:
+    """As programs do it that remove all hooks."""
+    layer, x, expected = cold(FL)
+    layer.inference(x)
+    for part in layer.modules():
+        part._forward_hooks = OrderedDict()
+    torch.testing.assert_close(layer.inference(x)[2], expected)
+    encoder(layer).attn.q.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedLayer, match=r"attn\.q: has a forward hook"):
+        layer.inference(x)
+
+
+class Halved(torch.Tensor):
+    """A weight whose linear map differs, as of weight-only quantization."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out * 0.5 if func is torch.nn.functional.linear else out
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_tensor_subclasses_with_functions_of_their_own_are_refused(warm: bool) -> None:
+    layer, x, _ = cold(FL)
+    if warm:
+        layer.inference(x)
+    linear = encoder(layer).attn.q
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Halved), requires_grad=False)
+    with pytest.raises(UnsupportedLayer, match=r"attn\.q\.weight: .*Halved"):
+        layer.inference(x)
+
+
+class OtherFusion(FusionTransformer):
+    def forward(self, inputs: Any, masks: Any = None) -> Any:
+        return super().forward([2 * x for x in inputs], masks)
+
+
+def test_a_template_with_a_forward_of_its_own_is_refused() -> None:
+    with pytest.raises(UnsupportedLayer, match=r"OtherFusion\.forward is not that of this package"):
+        InteractionMoE(2, OtherFusion(2, 16, 3, 1, 2), hidden_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (fusion.EncoderLayer, "_routed"),
+        (fusion.FusionTransformer, "gate_loss"),
+        (reference.InteractionExpert, "forward_views"),
+        (nn.LayerNorm, "forward"),
+        (nn.LayerNorm, "__call__"),
+    ],
+)
+def test_methods_replaced_on_a_class_are_refused(
+    kind: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x, expected = cold(FL)
+    layer.inference(x)
+    original = getattr(kind, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, lambda *args: original(*args))
+        with pytest.raises(UnsupportedLayer, match=kind.__name__):
+            layer.inference(x)
+    torch.testing.assert_close(layer.inference(x)[2], expected)
+
+
+def test_an_activation_replaced_on_its_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert structure.activation_name(nn.GELU()) == "gelu"
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: x)
+    with pytest.raises(TypeError, match=r"activation: expected nn\.GELU"):
+        structure.activation_name(nn.GELU())
+
+
+def shapes_of_experts(layer: Any) -> None:
+    mlp = encoder(layer).mlp
+    for linear in (mlp.experts.htoh4, mlp.experts.h4toh):
+        for name, value in list(linear.named_parameters()):
+            setattr(linear, name, nn.Parameter(torch.cat([value, value]).detach()))
+
+
+def rows_of_a_gate(layer: Any) -> None:
+    gate = encoder(layer).mlp.gate.gate
+    gate.weight = nn.Parameter(torch.cat([gate.weight, gate.weight]).detach())
+    gate.bias = nn.Parameter(torch.cat([gate.bias, gate.bias]).detach())
+
+
+def rows_of_q_and_kv(layer: Any) -> None:
+    attn = encoder(layer).attn
+    attn.q.weight, attn.kv.weight = attn.kv.weight, attn.q.weight
+
+
+def longer_positions(layer: Any) -> None:
+    for expert in layer.interaction_experts:
+        expert.fusion_model.pos_embed = nn.Parameter(draw(1, 16, 16))
+
+
+def one_in_float64(layer: Any) -> None:
+    encoder(layer).mlp.double()
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        (SPARSE, shapes_of_experts, r"experts\.1.*mlp"),
+        (SPARSE, rows_of_a_gate, r"experts\.1.*mlp"),
+        (FL, rows_of_q_and_kv, r"attn\.q\.weight: expected shape \(16, 16\), got \(32, 16\)"),
+        (FL, one_in_float64, "parameters differ in dtype"),
+        (I2, lambda x: setattr(x.interaction_experts[1].fusion_model, "pos_embed", None), "compat"),
+    ],
+)
+def test_parameters_of_another_shape_are_refused_by_name(
+    case: LayerCase, change: Any, message: str
+) -> None:
+    layer, x, _ = cold(case)
+    layer.inference(x)
+    change(layer)
+    for _ in range(2):
+        with pytest.raises(UnsupportedLayer, match=message):
+            layer.inference(x)
+
+
+def test_more_positions_are_more_tokens() -> None:
+    layer, x, _ = cold(I2)
+    layer.inference(x)
+    longer_positions(layer)
+    with pytest.raises(ValueError, match="expected 8 tokens, the number of positions, got 6"):
+        layer.inference(x)
+    more = [draw(3, 8, 16), draw(3, 8, 16, seed=1)]
+    found = layer.inference(more)[2]
+    layer.backend = "reference"
+    torch.testing.assert_close(found, layer.inference(more)[2])
+
+
+def test_modes_of_parts_are_adopted() -> None:
+    case = dataclasses.replace(FL, dropout=0.5)
+    published = case.reference()
+    published.interaction_experts.eval()
+    layer = InteractionMoE.adopt(published)
+    x, masks, noise = data(case)
+    layer.reweight.eval()
+    first = named_outputs(layer, layer(x, masks, replacements=noise))
+    again = named_outputs(layer, layer(x, masks, replacements=noise))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert layer.training
+    assert not encoder(layer).dropout1.training
+
+
+def test_an_explanation_is_of_the_pruned_head() -> None:
+    torch.manual_seed(0)
+    layer = PairInteractionMoE((6, 4), num_classes=3)
+    x = [draw(2, 5, 6), draw(2, 3, 4)]
+    prune.l1_unstructured(layer, "head", 0.5)
+    layer(x)
+    with torch.no_grad():
+        layer.head_orig.mul_(-3)
+    explanation = layer.explain(x, target=1)
+    torch.testing.assert_close(explanation.logits[:, 1], layer(x).logits[:, 1])
