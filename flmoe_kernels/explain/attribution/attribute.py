@@ -160,7 +160,8 @@ class _Experts:
             )
         given: Any = inputs
         parameter: Any = model.reweight.mlp.network[0].weight
-        validate_inputs(describe(model), given, masks, parameter)
+        spec = describe(model)
+        validate_inputs(spec, spec.num_patches, given, masks, parameter)
         return cls(
             names=expert_names(model),
             fusions=[recording_copy(expert.fusion_model) for expert in model.interaction_experts],

@@ -13,18 +13,24 @@ from .reference import Masks, Replacements
 
 
 def validate_inputs(
-    spec: LayerSpec, inputs: Sequence[Tensor], masks: Masks, parameter: Tensor
+    spec: LayerSpec,
+    num_patches: int | None,
+    inputs: Sequence[Tensor],
+    masks: Masks,
+    parameter: Tensor,
 ) -> None:
     """Check inputs, M x (B, L_m, D) like the parameters, and masks, M x (B, L_m), bool or 0/1, or None.
+
+    num_patches: L_m of all modalities, None for any.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
     """
     check.require_inputs([spec.hidden_dim] * spec.num_modalities, inputs, masks, parameter)
     for m, x in enumerate(inputs):
-        if spec.num_patches is not None and x.shape[1] != spec.num_patches:
+        if num_patches is not None and x.shape[1] != num_patches:
             raise ValueError(
-                f"inputs[{m}]: expected {spec.num_patches} tokens, the number of positions, "
+                f"inputs[{m}]: expected {num_patches} tokens, the number of positions, "
                 f"got {x.shape[1]}"
             )
     if spec.compat == "i2moe" and any(mask is not None for mask in masks or ()):

@@ -200,12 +200,9 @@ class InteractionMoE(ReferenceInteractionMoE):
 
     def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], str]:
         """Return the inputs, cast to the dtype of the computation, and the backend."""
-        reason = self._unsupported_reason()
-        # A part that is not supported may have no parameters of its own.
-        other = next(self.parameters(), None) if reason else None
-        parameter = self._parameter if other is None else other
+        parameter = self._parameter
         backend = backends.choose(_OPERATOR, parameter, self.backend)
-        if reason and backend != backends.REFERENCE:
+        if backend != backends.REFERENCE and (reason := self._unsupported_reason()):
             raise UnsupportedLayer(reason + _REMEDY)
         like, cast = parameter, autocast_dtype(parameter.device)
         if cast is not None and isinstance(inputs, list | tuple):
@@ -214,14 +211,22 @@ class InteractionMoE(ReferenceInteractionMoE):
             dtype = cast if backend == backends.TRITON else parameter.dtype
             inputs = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
             like = parameter.detach().new_empty((0,), dtype=dtype)
-        validate_inputs(self._spec, inputs, masks, like)
+        validate_inputs(self._spec, self._num_patches(), inputs, masks, like)
         return inputs, backend
 
     @property
     def _parameter(self) -> Tensor:
         """Any parameter: all have the same dtype and device."""
-        first: Any = self.interaction_experts[0].fusion_model.network[0].norm1.weight
-        return first
+        try:
+            weight = self.interaction_experts[0].fusion_model.network[0].norm1.weight
+        except (AttributeError, IndexError, TypeError):
+            weight = None  # a part was replaced
+        return weight if isinstance(weight, Tensor) else next(self.parameters())
+
+    def _num_patches(self) -> int | None:
+        """Tokens per modality of the learned positions, which may be new ones."""
+        positions = self.interaction_experts[0].fusion_model.pos_embed
+        return None if positions is None else positions.shape[1] // self.num_modalities
 
     # torch.compile runs this once, while tracing, and does not trace it.
     @torch.compiler.assume_constant_result
@@ -234,9 +239,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         same = snapshot is not None and snapshot.unchanged()
         same = same and self.num_modalities == spec.num_modalities
         same = same and self.fusion_sparse == spec.fusion_sparse
-        if same and spec.num_patches is not None:
-            positions = self.interaction_experts[0].fusion_model.pos_embed
-            same = positions.shape[1] == spec.num_modalities * spec.num_patches
+        same = same and self._num_patches() == spec.num_patches
         return "" if same else self._check()
 
     def _check(self) -> str:
