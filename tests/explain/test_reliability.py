@@ -194,8 +194,10 @@ def test_errors_of_mean_drops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_near_ties() -> None:
-    keys = np.array([5.0, 4.0, 3.97, 3.0])
+    keys = np.array([5.0, 4.0, 3.76, 3.0])
     assert [near_ties(keys, kept) for kept in range(5)] == [0, 0, 1, 0, 0]
+    assert near_ties(np.array([5.0, 4.0, 3.74]), 2) == 0, "6% of the largest"
+    assert near_ties(np.array([5.0, 4.0, np.nan]), 2) == 0, "without value"
     errors = np.array([0.1, 0.1, 0.1, 0.5])
     assert near_ties(keys, 2, errors) == 2
     assert near_ties(keys, 1, errors) == 0
@@ -208,7 +210,7 @@ def test_candidates_among_near_ties_are_noted() -> None:
     case = LayerCase(lengths=(4, 4))
     layer, x = interaction_layer(case), case.inputs(torch.float64)
     clear, near = torch.tensor([[4.0, 3, 2, 1]] * 2), torch.tensor([[4.0, 3, 2, 1]] * 2)
-    near[1, 2] = -2.99
+    near[1, 2] = -2.81
     first, second = shapley_interactions(layer, x, scores=[clear, near], top=2)
     assert not first.notes
     [note] = second.notes
@@ -220,7 +222,7 @@ def test_candidates_among_near_ties_are_noted() -> None:
 
 
 def test_pairs_among_near_ties_are_noted() -> None:
-    terms = {(0, 1): 3.0, (1, 2): 2.0, (2, 3): 1.99, (0, 3): 1.0}
+    terms = {(0, 1): 3.0, (1, 2): 2.0, (2, 3): 1.86, (0, 3): 1.0}
     found = probe_game(unanimity(terms, 4), indices=["SII"])["SII"]
     assert [found.near_ties(count) for count in range(1, 5)] == [0, 1, 0, 0]
     assert not found.top(1).notes
@@ -237,7 +239,7 @@ def test_pairs_among_near_ties_are_noted() -> None:
 
 
 def test_identified_tokens_among_near_ties_are_noted(tmp_path: Path) -> None:
-    values = [torch.tensor([[4.0, 3.0, 2.99, 1.0]] * 2 + [[4.0, 3.0, 2.0, 1.0]])]
+    values = [torch.tensor([[4.0, 3.0, 2.81, 1.0]] * 2 + [[4.0, 3.0, 2.0, 1.0]])]
     options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "n_random": 1}
     call: Any = (TokenBits().eval(), bits(3, (4,)), None)
     found = faithfulness(*call, values, budgets=[25, 50, 100], **options)
@@ -258,7 +260,7 @@ def test_identified_tokens_among_near_ties_are_noted(tmp_path: Path) -> None:
 def test_masked_pairs_among_near_ties_are_noted() -> None:
     case = LayerCase(lengths=(3, 3), batch=1)
     layer, x = interaction_layer(case), first_of(case.inputs(torch.float64))
-    terms = {(0, 3): 3.0, (1, 4): 2.0, (2, 5): 1.99}
+    terms = {(0, 3): 3.0, (1, 4): 2.0, (2, 5): 1.86}
     [of_layer] = shapley_interactions(layer, x)
     planted = probe_game(unanimity(terms, 6), of_layer.pairs, indices=["SII"])["SII"]
     pairs = [type(of_layer)(**{**vars(of_layer), "values": planted.values})]

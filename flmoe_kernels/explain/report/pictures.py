@@ -23,7 +23,9 @@ from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
 from .features import Features
 from .findings import TOP_ROWS, Findings, token_name
 
-_BANDS = "Bars: two standard errors over samples, if several; band: two standard deviations over repeats."
+_BANDS = (
+    "Bars: two standard errors over samples, if known; band: two standard deviations over repeats."
+)
 _ALIKE = (
     "Pairs within two standard errors of each other, directly or through other pairs, look alike"
 )
@@ -50,17 +52,15 @@ def draw(findings: Findings) -> dict[str, Picture]:
             "Weights of the experts in the mixture.",
         ),
         "faithfulness.png": Picture(
-            png_bytes(
-                drop_curve(findings.faithfulness, title=f"Tokens by {findings.attribution.index}")
-            ),
-            _in_numbers(findings.faithfulness),
+            _curve(findings, findings.faithfulness, f"Tokens by {findings.attribution.index}"),
+            _in_numbers(findings, findings.faithfulness),
             f"Tokens of highest attribution masked, or all others masked; compared with random tokens. {_BANDS}",
         ),
     }
     for name, drops in findings.pair_masking.items():
         pictures[f"pair_masking_{name}.png"] = Picture(
-            png_bytes(drop_curve(drops, title=f"Tokens of the pairs of largest {name}")),
-            _in_numbers(drops),
+            _curve(findings, drops, f"Tokens of the pairs of largest {name}"),
+            _in_numbers(findings, drops),
             f"Tokens of the pairs of largest {name} masked, or all others; compared with random tokens. {_BANDS}",
         )
     for sample, values in enumerate(findings.pairs):
@@ -166,9 +166,13 @@ def _strongest(findings: Findings, sample: int, values: PairValues) -> str:
     return ", ".join(names)
 
 
-def _in_numbers(drops: MaskingDrops) -> str:
+def _curve(findings: Findings, drops: MaskingDrops, title: str) -> bytes:
+    return png_bytes(drop_curve(drops, findings.metric, title=title))
+
+
+def _in_numbers(findings: Findings, drops: MaskingDrops) -> str:
     parts = []
     for kind in KINDS:
-        mean = drops.aopc(kind)
+        mean = drops.aopc(kind, findings.metric)
         parts.append(f"{kind} {float(mean.identified):.3g}, random {float(mean.random):.3g}")
     return f"Curves over the budgets, whose means are: {'; '.join(parts)}."
