@@ -66,7 +66,8 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
         "<h2>Does the model need the identified tokens?</h2>",
         "<p>The tokens that the explanation identifies, or all other tokens, are masked. Comprehensiveness should "
         "be higher, and sufficiency lower, than for as many random tokens; a gap within two standard errors is "
-        "not distinguishable.</p>",
+        "not distinguishable. In the curves, bars are two standard errors over samples, if known, and the band is two "
+        "standard deviations over repeats.</p>",
         _figure(pictures["faithfulness.png"]),
         _aopc(findings),
         *(_figure(pictures[f"pair_masking_{name}.png"]) for name in findings.pair_masking),
@@ -185,13 +186,13 @@ def _aopc(findings: Findings) -> str:
     )
     why = "The layer has one class, whose probability is always 1: its logit is shown."
     about = [why] if findings.metric == LOGIT else []
-    return table + _note(
+    return table + _paragraphs(
         *about, *_notes(findings, {name: drops.notes for name, drops in measured.items()})
     )
 
 
-def _note(*sentences: str) -> str:
-    return f'<p class="note">{escape(" ".join(sentences))}</p>' if sentences else ""
+def _paragraphs(*sentences: str) -> str:
+    return "\n".join(f'<p class="note">{escape(sentence)}</p>' for sentence in sentences)
 
 
 def _notes(findings: Findings, notes: Mapping[str, Sequence[str]]) -> list[str]:
@@ -230,7 +231,7 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
         + escape(", ".join(f"{name} {weight:.2f}" for name, weight in experts))
         + ".</p>",
         _pairs_table(findings, s),
-        _note(note, *notes),
+        _paragraphs(note, *notes),
         *(_figure(x) for name, x in pictures.items() if name.startswith(f"sample_{s:05d}_")),
         _tokens_table(findings, s),
         "</section>",
