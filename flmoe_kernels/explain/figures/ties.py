@@ -14,8 +14,8 @@ def groups(values: Floats, errors: Floats, near: float = NEAR_TIE) -> Ints:
     """Number the groups of tied values, 0 for the group of largest values.
 
     Two values are in one group if they are tied (see `reliability.tied`, with the share `near`), directly or
-    through other values. A group is an interval in the
-    order of the values: a value between two tied values is tied with one of them.
+    through other values. A group is an interval in the order of the values: a value between two tied values is
+    tied with one of them.
     """
     order = np.argsort(-values, kind="stable")
     x, s = values[order], np.where(np.isnan(errors), np.inf, errors)[order]

@@ -66,8 +66,8 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
         "<h2>Does the model need the identified tokens?</h2>",
         "<p>The tokens that the explanation identifies, or all other tokens, are masked. Comprehensiveness should "
         "be higher, and sufficiency lower, than for as many random tokens; a gap within two standard errors is "
-        "not distinguishable. In the curves, bars are two standard errors over samples, if known, and the band is two "
-        "standard deviations over repeats.</p>",
+        "not distinguishable. In the curves, bars are two standard errors over samples, if known, and the band is "
+        "two standard deviations over repeats.</p>",
         _figure(pictures["faithfulness.png"]),
         _aopc(findings),
         *(_figure(pictures[f"pair_masking_{name}.png"]) for name in findings.pair_masking),

@@ -82,7 +82,7 @@ def _of_sample(
             png_bytes(network),
             f"Lines between tokens, the widest for {_strongest(findings, sample, values)}.",
             f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, dotted: tied across 0; "
-            f"width: |value|.",
+            "width: |value|.",
         )
     }
     for m, n in itertools.combinations(range(len(modalities)), 2):
