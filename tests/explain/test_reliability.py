@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tests.support.explain_games import (
     unanimity,
 )
 from tests.support.explain_masking import TokenBits, bits
+from tests.support.explain_results import masking_drops
 from tests.support.layers import LayerCase
 
 
@@ -150,24 +152,9 @@ def test_missing_errors_have_a_reason(tmp_path: Path) -> None:
 def normal_drops(samples: int, seed: int) -> MaskingDrops:
     """Drops of samples with the mean 1."""
     draw = torch.Generator().manual_seed(seed)
-    values = 1 + torch.randn(2, 1, samples, 3, generator=draw, dtype=torch.float64)
-    return MaskingDrops(
-        index="faithfulness",
-        unit="percent",
-        budgets=(5, 10, 25),
-        metrics=("prob",),
-        identified=values,
-        random=values.unsqueeze(2),
-        original=values[0, :, :, 0],
-        masked=torch.ones(samples, 3, dtype=torch.int64),
-        maskable=torch.full((samples,), 9),
-        targets=torch.ones(samples, 2),
-        multi_label=False,
-        seed=0,
-        evaluations=1,
-        batch_size=1,
-        settings={},
-    )
+    values = 1 + torch.randn(2, 2, samples, 3, generator=draw, dtype=torch.float64)
+    drops = masking_drops(1, samples)
+    return dataclasses.replace(drops, identified=values, random=values.unsqueeze(2))
 
 
 def test_errors_of_mean_drops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +250,7 @@ def test_masked_pairs_among_near_ties_are_noted() -> None:
     terms = {(0, 3): 3.0, (1, 4): 2.0, (2, 5): 1.86}
     [of_layer] = shapley_interactions(layer, x)
     planted = probe_game(unanimity(terms, 6), of_layer.pairs, indices=["SII"])["SII"]
-    pairs = [type(of_layer)(**{**vars(of_layer), "values": planted.values})]
+    pairs = [dataclasses.replace(of_layer, values=planted.values)]
     found = pair_masking(layer, x, None, pairs, budgets=(2, 4, 6), n_random=1)
     assert found.near_ties is not None
     assert found.near_ties.tolist() == [[False, True, False]]
@@ -272,8 +259,7 @@ def test_masked_pairs_among_near_ties_are_noted() -> None:
     assert not listed.near_ties.any(), "listed pairs have no values"
 
 
-def test_the_prediction_and_values_of_a_flat_attribution_are_noted() -> None:
-    """All tokens of a sample are equal: every choice among them is a near-tie."""
+def test_every_choice_of_a_flat_attribution_is_noted() -> None:
     case = LayerCase(lengths=(4, 4), batch=2)
     layer = interaction_layer(case)
     x = [torch.zeros_like(each) for each in case.inputs(torch.float64)]

@@ -54,6 +54,12 @@ def test_values_within_two_standard_errors_are_drawn_alike(seed: int) -> None:
     assert (drawn[[not clear[drawn == x].any() for x in drawn]] == 0).all()
 
 
+def test_a_value_of_unknown_error_hides_no_other() -> None:
+    values, errors = np.array([1.0, 0.5, np.nan, -0.7]), np.array([0.1, np.nan, 0.0, 0.1])
+    np.testing.assert_array_equal(alike(values, errors), [1.0, 0.0, np.nan, -0.7])
+    assert not alike(values[:2], errors[1:2].repeat(2)).any()
+
+
 def test_leaders_are_never_tied_with_others() -> None:
     for seed in range(50):
         values, errors = random_values(25, seed)

@@ -65,7 +65,7 @@ def token_patch_map(
 
     Args:
         values: (La, Lb), tokens in rows, patches in columns; NaN for pairs without value.
-        errors: (La, Lb), standard errors of the values; NaN: unknown; None: the values are exact.
+        errors: (La, Lb), standard errors of the values; NaN: unknown, drawn at 0 and dotted; None: exact.
         tokens, patches: La and Lb strings; None shows positions.
         image: (H, W) or (H, W, 3), floats from 0 to 1 or uint8; shown in grey, so that only weights have colour.
         grid: rows and columns of patches in the image, row by row; by default a square.

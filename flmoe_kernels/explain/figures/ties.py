@@ -42,9 +42,10 @@ def alike(values: Floats, errors: Floats) -> Floats:
     """Values to draw: the mean of each group of values that are tied by their errors.
 
     A group is tied across 0, and drawn at 0, unless all its values are on one side of 0 and some of them more than
-    two standard errors from it. NaN stays NaN.
+    two standard errors from it. So is a value of unknown (NaN) error, which links no others. NaN stays NaN.
     """
-    drawn, known = values.copy(), np.isfinite(values)
+    known = np.isfinite(values) & ~np.isnan(errors)
+    drawn = np.where(known | np.isnan(values), values, 0.0)
     x, s = values[known], errors[known]
     if not s.any():
         return drawn

@@ -295,8 +295,9 @@ def _glossary(findings: Findings) -> str:
         "<dt>RG</dt><dd>Redundancy gap: the part of the logit that either of the two tokens alone keeps. "
         "Substitutes have a large RG and an SII below 0.</dd>\n"
         "<dt>rank, tied</dt><dd>Values are tied, that is, not distinguishable, if they differ by at most two "
-        f"standard errors or {RULE}. Values that are tied, directly or through others, share a rank. In "
-        "figures, pairs tied by their errors look alike. A larger budget reduces the errors.</dd>\n"
+        f"standard errors or {RULE}. Values that are tied, directly or through others, share a "
+        "rank; a value of unknown error has none (?). In figures, pairs tied by their errors look alike. A larger "
+        "budget reduces the errors.</dd>\n"
         "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact, ? if unknown. Among many "
         "pairs the largest value is more likely than the others to be too large.</dd>\n</dl>"
     )

@@ -86,8 +86,11 @@ def strongest(values: PairValues) -> tuple[int, int]:
 
 
 def ranks(values: Floats, errors: Floats) -> list[str]:
-    """The rank of each value by size, "-" for NaN; tied values, directly or through others, share it."""
-    known = np.isfinite(values)
+    """The rank of each value by size; tied values, directly or through others, share it.
+
+    "-" for NaN; "?" for a value of unknown (NaN) error, which has no rank and links no others.
+    """
+    known = np.isfinite(values) & ~np.isnan(errors)
     group = groups(np.abs(values[known]), errors[known])
     count: Ints = np.bincount(group, minlength=1)
     first = count.cumsum() - count + 1
@@ -95,7 +98,7 @@ def ranks(values: Floats, errors: Floats) -> list[str]:
         f"{k}" if n == 1 else f"{k}\N{EN DASH}{k + n - 1}"
         for k, n in zip(first, count, strict=True)
     ]
-    found = np.full(len(values), "-", dtype=object)
+    found = np.where(np.isnan(values), "-", "?").astype(object)
     found[known] = [spans[k] for k in group]
     return [str(x) for x in found]
 
