@@ -62,7 +62,7 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
         "The layer over token pairs, whose explanations are exact",
         "Share: |the expert's part of the true class's logit minus its mean over the classes|, in percent of the "
         "sum over experts. [ ] the expert that the labels need by construction, * the largest share, or "
-        "those tied: within two standard errors.\n"
+        "those tied: within two standard errors or 5% of it.\n"
         "In the task redundant a single image determines the label: the uniqueness experts can learn it as "
         "well as the redundancy expert, and no loss prevents this.\n"
         "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up to "

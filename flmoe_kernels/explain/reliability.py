@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flmoe_kernels.explain.games.coalitions import Floats
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 # Observations below which a mean has no standard error: with fewer, the deviations of skewed values exceed it
 # several times.
 LEAST_COUNT = 16
-_ERRORS = 2.0  # values whose difference is at most this many of its standard errors are not distinguishable
+# Values whose difference is at most this many of its standard errors are tied.
+TIE_ERRORS = 2.0
 RULE = f"{NEAR_TIE:.0%} of the largest magnitude"
 
 
@@ -26,24 +28,24 @@ def error_of_mean(squares: Any, count: Any) -> Any:
     return (squares / (count * (count - 3.0))) ** 0.5
 
 
-def near_ties(
-    keys: NDArray[np.float64],
-    kept: int,
-    errors: NDArray[np.float64] | None = None,
-    largest: float | None = None,
-) -> int:
-    """Number of keys (n,), the best first, after the first `kept` that are not distinguishable from the last
-    kept one.
+def tied(values: Floats, errors: Floats, place: int) -> NDArray[np.bool_]:
+    """Whether each value (n,) is tied with the one at `place`, that is, not distinguishable from it.
 
-    Two keys are not distinguishable if they differ by at most NEAR_TIE of the largest magnitude (of all keys,
-    unless given), or two standard errors of their difference; NaN errors distinguish nothing. Keys of one
-    estimate share draws, so the error of a difference is taken as if they were independent.
+    Tied: within TIE_ERRORS standard errors of their difference, or within NEAR_TIE of the largest magnitude. NaN
+    errors are unknown and distinguish nothing; NaN values are tied with none. Errors count as independent; those
+    of pairs that share draws are not exactly so.
     """
+    known = np.where(np.isnan(errors), np.inf, errors)
+    reach = np.maximum(
+        TIE_ERRORS * np.hypot(known, known[place]),
+        NEAR_TIE * np.nanmax(np.abs(values), initial=0.0),
+    )
+    close: NDArray[np.bool_] = np.abs(values - values[place]) <= reach
+    return close
+
+
+def near_ties(keys: Floats, kept: int, errors: Floats | None = None) -> int:
+    """Number of keys (n,), the best first, after the first `kept` that are tied with the last kept one."""
     if not 0 < kept < len(keys):
         return 0
-    if largest is None:
-        largest = float(np.nanmax(np.abs(keys), initial=0.0))
-    margin: Any = NEAR_TIE * largest
-    if errors is not None:
-        margin = np.maximum(margin, _ERRORS * np.hypot(errors[kept - 1], errors[kept:]))
-    return int((~(keys[kept - 1] - keys[kept:] > margin)).sum())
+    return int(tied(keys, np.zeros_like(keys) if errors is None else errors, kept - 1)[kept:].sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import math
 import re
@@ -221,14 +222,14 @@ def test_page_lists_the_pairs_of_each_sample(made: tuple[Path, Path, Path]) -> N
         values = PairValues.load(made[2] / f"sample_{s:05d}_SII.npz")
         best = values.top(1, "magnitude")
         [row] = best.rows()
-        text = f"{row['value']:+.3g}"
-        if row["standard_error"]:
-            text += f" \u00b1 {row['standard_error']:.2g}"
+        # Too few draws for an error.
+        assert math.isnan(row["standard_error"])
+        text = f"{row['value']:+.3g} \u00b1 ?"
         place = cells.index(text)
         first, second = cells[place - 1].split(" with ")
         assert first == f"0:{row['token_i']} \u201c{WORDS[row['token_i']]}\u201d"
         assert second == f"1:{row['token_j']}"
-        rank = ranks(values)[int(values.ranked(1, "magnitude")[0])]
+        rank = ranks(values.values, values.standard_errors)[int(values.ranked(1, "magnitude")[0])]
         assert cells[place - 2] == rank
 
 
@@ -332,6 +333,12 @@ VARIANTS: dict[str, tuple[LayerCase, Arrays, dict[str, Any]]] = {
         {"masks_1": np.array([[False] * 3, [True] * 3])},
         {"attribution": "attention_rollout", "repeats": 0},
     ),
+    "one class": (LayerCase((3, 2), batch=2, dim=8, heads=4, layers=1, classes=1), {}, {}),
+    "one label": (
+        LayerCase((3, 2), batch=2, dim=8, heads=4, layers=1, classes=1),
+        {"labels": np.array([[1], [0]])},
+        {},
+    ),
 }
 
 
@@ -373,12 +380,25 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
     if "labels" in more:
         assert found["faithfulness"]["multi_label"]
         assert found["samples"][0]["target"] in (0, 2)
-        assert (out / "sample_00000_SII_1_2.png").exists()
+        assert (out / "sample_00000_SII_1_2.png").exists() == (len(case.lengths) == 3)
     if "masks_1" in more:
         # The first sample has no pair across modalities; the page says so, and this is not an error.
         assert found["samples"][0]["pairs"]["SII"]["values"] == []
         assert found["samples"][1]["pairs"]["SII"]["values"]
         assert found["faithfulness"]["rows"][0]["random"] is None
+        assert found["faithfulness"]["notes"][-1].endswith(
+            "at least 16 samples with maskable tokens, got 2"
+        )
+    # The probability of a single class is always 1, except for several labels per sample.
+    logit = name == "one class"
+    assert found["faithfulness"]["metrics"] == (
+        ["logit"] if logit else ["prob", "log_prob", "logit"]
+    )
+    text = html.unescape((out / "index.html").read_text(encoding="utf-8"))
+    shown = "logit" if logit else "probability"
+    assert ("The layer has one class, whose probability is always 1" in text) == logit
+    assert f"Mean drop of the target's {shown} over" in text
+    assert f"attribution changes the {shown} of the explained class" in text
 
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "attention_rollout"])
@@ -399,7 +419,7 @@ def test_figures_show_scores_as_they_are(
 
     draw_map = pictures.token_patch_map
     monkeypatch.setattr(pictures, "token_patch_map", seen)
-    options: dict[str, Any] = {"samples": 1, "budget": 64, "top": 2, "repeats": 0}
+    options: dict[str, Any] = {"samples": 1, "budget": 700, "top": 2, "repeats": 0}
     found = command.run(request(made, tmp_path, attribution=method, **options))
     own = found.attribution.of()[1][0]
     [(weights, label, _)] = [x for x in shown if x[0] is not None]

@@ -33,6 +33,7 @@ from flmoe_kernels.explain.figures.curves import BETTER, UNCLEAR, UNKNOWN, WORSE
 from flmoe_kernels.explain.figures.heat_map import grey
 from flmoe_kernels.explain.figures.weights import leading
 from flmoe_kernels.explain.masking.drops import KINDS
+from flmoe_kernels.explain.reliability import LEAST_COUNT
 from tests.support.explain_results import masking_drops, pair_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,11 +308,13 @@ def test_frames_stop_before_near_ties() -> None:
 @pytest.mark.parametrize(
     ("identified", "random", "verdict"),
     [
-        ([0.50, 0.52, 0.49], [0.10, 0.12], BETTER),
-        ([0.10, 0.12, 0.11], [0.50, 0.52], WORSE),
-        ([0.10, 0.12, 0.14], [0.10, 0.12], UNCLEAR),  # within the spread of random sets
-        ([0.90, 0.00, 0.10], [0.10, 0.12], UNCLEAR),  # samples differ
+        ([0.50, 0.52, 0.49] * 6, [0.10, 0.12], BETTER),
+        ([0.10, 0.12, 0.11] * 6, [0.50, 0.52], WORSE),
+        ([0.10, 0.12, 0.14] * 6, [0.10, 0.12], UNCLEAR),  # within the spread of random sets
+        ([0.50] + [0.05] * 17, [0.10], UNCLEAR),  # samples differ
+        ([0.50] * 15, [0.10, 0.12], UNKNOWN),
         ([0.50], [0.10], UNKNOWN),
+        ([0.50] * 16, [], ""),
         ([0.50], [], ""),
     ],
 )
@@ -330,7 +333,11 @@ def test_curves_state_whether_identified_tokens_differ_from_random_ones(
     # Sufficiency is better if it is lower.
     opposite = {BETTER: WORSE, WORSE: BETTER}.get(verdict, verdict)
     assert compare(drops, sufficiency) == opposite
-    assert drop_curve(drops).axes[0].get_title().endswith(verdict or "high is good")
+    upper = drop_curve(drops).axes[0]
+    few = samples < LEAST_COUNT
+    assert upper.containers[0].has_yerr == (not few)
+    last = verdict or (UNKNOWN if few else "high is good")
+    assert upper.get_title().splitlines()[-1] == last
 
 
 CALLS: dict[str, Any] = {

@@ -43,7 +43,9 @@ def test_targets() -> None:
 
 def test_token_names_are_one_short_line() -> None:
     tokens = np.array([["a" * 5000, "x\x00\x1b\n\u202ey", "<b>&"]])
-    findings: Any = types.SimpleNamespace(features=types.SimpleNamespace(tokens=[tokens, None]))
+    features = types.SimpleNamespace(tokens=[tokens, None])
+    request = types.SimpleNamespace(modality_names=None)
+    findings: Any = types.SimpleNamespace(features=features, request=request)
     assert token_name(findings, 0, 0, 0) == f"0:0 \u201c{'a' * 99}\u2026\u201d"
     assert token_name(findings, 0, 0, 1) == "0:1 \u201cx    y\u201d"
     # The table escapes the text.
@@ -67,7 +69,7 @@ def test_token_names_are_one_short_line() -> None:
         ("--checkpoint", "none.pt", "none.pt"),
         ("--data", "none.npz", "No such file or directory: 'none.npz'"),
         ("--data", "layer.pt", "layer.pt: "),
-        ("--out", "layer.pt", "File exists"),
+        ("--out", "layer.pt", "layer.pt: expected a folder, got a file"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
 from flmoe_kernels.explain import Attribution, PairValues
+from flmoe_kernels.explain.figures.curves import UNKNOWN
+from flmoe_kernels.explain.reliability import LEAST_COUNT
 from flmoe_kernels.explain.report.features import Features
 from flmoe_kernels.explain.report.findings import Findings
 from flmoe_kernels.explain.report.page import page
@@ -28,7 +30,6 @@ from flmoe_kernels.explain.report.sentences import (
     of_sample,
     overall,
     ranks,
-    tied_tokens,
 )
 from tests.support.explain_results import masking_drops, pair_values
 
@@ -146,27 +147,73 @@ def test_a_pair_that_is_not_above_0_is_not_the_strongest() -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("samples", [1, 3, 16])
 def test_one_sentence_of_all_samples(weights: Any, expected: str, samples: int) -> None:
     sentence = overall(findings(pair_values(), samples, weights, **NAMES))
     assert sentence.startswith(expected)
-    assert "not distinguishable" in sentence
+    few = samples < LEAST_COUNT
+    assert ("not distinguishable" in sentence) == (not few)
+    assert ("a difference whose error is unknown (fewer than 16 samples)" in sentence) == few
+    leads = expected.startswith("The expert")
+    assert ("samples (standard error unknown);" in sentence) == (leads and samples == 3)
     assert sentence.count(". ") == 0
-    where = "in 3 of 3 samples" if samples == 3 else "the strongest interaction is text:1"
-    assert where in sentence
+    where = "the strongest interaction is text:1"
+    assert (where if samples == 1 else f"in {samples} of {samples} samples") in sentence
 
 
-def test_near_ties_of_tokens_are_named() -> None:
-    found = findings(pair_values(), **NAMES)
-    [note] = tied_tokens(found, 0, 5)
-    expected = "image <b>: 2 tokens are tied for the first place (0.134 to 0.1347, within 5% of"
-    assert note.startswith(expected)
+def test_near_ties_of_tokens_share_a_rank() -> None:
+    text = page(found := findings(pair_values()), draw(found), [])
+    rows = rows_of(text, "Tokens of largest |attribution|")
+    assert [row[0] for row in rows] == ["1", "2", "3", "1\u20132", "1\u20132"]
+    assert [row[1] for row in rows[3:]] == ["1:0", "1:1"]
 
 
-def test_pairs_within_two_standard_errors_share_a_rank() -> None:
-    assert ranks(pair_values()) == ["2\u20134", "1", "2\u20134", "2\u20134"]
-    assert ranks(values(0.5, -1.0, 0.1, 0.5)) == ["2\u20133", "1", "4", "2\u20133"]
-    assert ranks(values(0.5, np.nan, 0.1, 0.3)) == ["1", "-", "3", "2"]
+def test_tied_pairs_share_a_rank() -> None:
+    found = pair_values()
+    assert ranks(found.values, found.standard_errors) == ["2\u20134", "1", "2\u20134", "2\u20134"]
+    none = np.zeros(4)
+    assert ranks(np.array([0.5, -1.0, 0.1, 0.46]), none) == ["2\u20133", "1", "4", "2\u20133"]
+    assert ranks(np.array([0.5, np.nan, 0.1, 0.3]), none) == ["1", "-", "3", "2"]
+    # A pair of unknown error does not tie the others.
+    some = np.array([0.0, 0.0, 0.0, np.nan])
+    assert ranks(np.array([0.5, -1.0, 0.1, 0.7]), some) == ["2", "1", "3", "?"]
+
+
+def rows_of(text: str, caption: str) -> list[list[str]]:
+    """The cells of the first table whose caption starts so."""
+    table = text.partition(f"<caption>{caption}")[2].partition("</table>")[0]
+    lines = re.findall(r"<tr>(.*?)</tr>", table)[1:]
+    return [[html.unescape(x) for x in re.findall(r"<td[^>]*>(.*?)</td>", line)] for line in lines]
+
+
+def test_page_shows_each_note_once_with_names() -> None:
+    """Notes on candidates, identified tokens and missing errors; they agree with ranks and verdicts."""
+    near = "the choice of the top 1 tokens of modality 1 is not distinguishable: 1 left out"
+    missing = "no standard error for 4 of 4 pairs: fewer than 16 independent units"
+    pairs = pair_values(standard_errors=np.full(4, np.nan), notes=(near, missing))
+    found = findings(pairs, **NAMES)
+    rg = dataclasses.replace(pairs, index="RG", notes=(near,))
+    drops = masking_drops(samples=1)
+    tied = dataclasses.replace(drops, near_ties=torch.tensor([[False, True, False]]))
+    found = dataclasses.replace(
+        found, pairs=[{"SII": pairs, "RG": rg}], pair_masking={"SII": tied, "RG": drops}
+    )
+    text = page(found, draw(found), [])
+    words = html.unescape(text)
+    for note in (
+        "The choice of the top 1 tokens of image <b> is not distinguishable: 1 left out.",
+        f"For SII, {missing}.",
+        "For pairs by SII, the choice of identified tokens is not distinguishable for 1 of 1 samples",
+        "No standard errors: expected at least 16 samples with maskable tokens, got 1.",
+    ):
+        assert words.count(note) == 1, note
+    for row in rows_of(text, "Top pairs"):
+        assert row[0] == "?"
+        assert all(x.endswith(" \u00b1 ?") for x in row[2:])
+    for row in rows_of(text, "Mean drop of the target's probability"):
+        assert row[1] == UNKNOWN
+        assert row[2].endswith(" \u00b1 ?")
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", words)
 
 
 @pytest.mark.parametrize("options", [{}, NAMES])

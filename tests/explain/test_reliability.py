@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tests.support.explain_games import (
     unanimity,
 )
 from tests.support.explain_masking import TokenBits, bits
+from tests.support.explain_results import masking_drops
 from tests.support.layers import LayerCase
 
 
@@ -150,24 +152,9 @@ def test_missing_errors_have_a_reason(tmp_path: Path) -> None:
 def normal_drops(samples: int, seed: int) -> MaskingDrops:
     """Drops of samples with the mean 1."""
     draw = torch.Generator().manual_seed(seed)
-    values = 1 + torch.randn(2, 1, samples, 3, generator=draw, dtype=torch.float64)
-    return MaskingDrops(
-        index="faithfulness",
-        unit="percent",
-        budgets=(5, 10, 25),
-        metrics=("prob",),
-        identified=values,
-        random=values.unsqueeze(2),
-        original=values[0, :, :, 0],
-        masked=torch.ones(samples, 3, dtype=torch.int64),
-        maskable=torch.full((samples,), 9),
-        targets=torch.ones(samples, 2),
-        multi_label=False,
-        seed=0,
-        evaluations=1,
-        batch_size=1,
-        settings={},
-    )
+    values = 1 + torch.randn(2, 2, samples, 3, generator=draw, dtype=torch.float64)
+    drops = masking_drops(1, samples)
+    return dataclasses.replace(drops, identified=values, random=values.unsqueeze(2))
 
 
 def test_errors_of_mean_drops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +181,10 @@ def test_errors_of_mean_drops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_near_ties() -> None:
-    keys = np.array([5.0, 4.0, 3.97, 3.0])
+    keys = np.array([5.0, 4.0, 3.76, 3.0])
     assert [near_ties(keys, kept) for kept in range(5)] == [0, 0, 1, 0, 0]
+    assert near_ties(np.array([5.0, 4.0, 3.74]), 2) == 0, "6% of the largest"
+    assert near_ties(np.array([5.0, 4.0, np.nan]), 2) == 0, "without value"
     errors = np.array([0.1, 0.1, 0.1, 0.5])
     assert near_ties(keys, 2, errors) == 2
     assert near_ties(keys, 1, errors) == 0
@@ -208,7 +197,7 @@ def test_candidates_among_near_ties_are_noted() -> None:
     case = LayerCase(lengths=(4, 4))
     layer, x = interaction_layer(case), case.inputs(torch.float64)
     clear, near = torch.tensor([[4.0, 3, 2, 1]] * 2), torch.tensor([[4.0, 3, 2, 1]] * 2)
-    near[1, 2] = -2.99
+    near[1, 2] = -2.81
     first, second = shapley_interactions(layer, x, scores=[clear, near], top=2)
     assert not first.notes
     [note] = second.notes
@@ -220,7 +209,7 @@ def test_candidates_among_near_ties_are_noted() -> None:
 
 
 def test_pairs_among_near_ties_are_noted() -> None:
-    terms = {(0, 1): 3.0, (1, 2): 2.0, (2, 3): 1.99, (0, 3): 1.0}
+    terms = {(0, 1): 3.0, (1, 2): 2.0, (2, 3): 1.86, (0, 3): 1.0}
     found = probe_game(unanimity(terms, 4), indices=["SII"])["SII"]
     assert [found.near_ties(count) for count in range(1, 5)] == [0, 1, 0, 0]
     assert not found.top(1).notes
@@ -237,7 +226,7 @@ def test_pairs_among_near_ties_are_noted() -> None:
 
 
 def test_identified_tokens_among_near_ties_are_noted(tmp_path: Path) -> None:
-    values = [torch.tensor([[4.0, 3.0, 2.99, 1.0]] * 2 + [[4.0, 3.0, 2.0, 1.0]])]
+    values = [torch.tensor([[4.0, 3.0, 2.81, 1.0]] * 2 + [[4.0, 3.0, 2.0, 1.0]])]
     options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "n_random": 1}
     call: Any = (TokenBits().eval(), bits(3, (4,)), None)
     found = faithfulness(*call, values, budgets=[25, 50, 100], **options)
@@ -258,10 +247,10 @@ def test_identified_tokens_among_near_ties_are_noted(tmp_path: Path) -> None:
 def test_masked_pairs_among_near_ties_are_noted() -> None:
     case = LayerCase(lengths=(3, 3), batch=1)
     layer, x = interaction_layer(case), first_of(case.inputs(torch.float64))
-    terms = {(0, 3): 3.0, (1, 4): 2.0, (2, 5): 1.99}
+    terms = {(0, 3): 3.0, (1, 4): 2.0, (2, 5): 1.86}
     [of_layer] = shapley_interactions(layer, x)
     planted = probe_game(unanimity(terms, 6), of_layer.pairs, indices=["SII"])["SII"]
-    pairs = [type(of_layer)(**{**vars(of_layer), "values": planted.values})]
+    pairs = [dataclasses.replace(of_layer, values=planted.values)]
     found = pair_masking(layer, x, None, pairs, budgets=(2, 4, 6), n_random=1)
     assert found.near_ties is not None
     assert found.near_ties.tolist() == [[False, True, False]]
@@ -270,8 +259,7 @@ def test_masked_pairs_among_near_ties_are_noted() -> None:
     assert not listed.near_ties.any(), "listed pairs have no values"
 
 
-def test_the_prediction_and_values_of_a_flat_attribution_are_noted() -> None:
-    """All tokens of a sample are equal: every choice among them is a near-tie."""
+def test_every_choice_of_a_flat_attribution_is_noted() -> None:
     case = LayerCase(lengths=(4, 4), batch=2)
     layer = interaction_layer(case)
     x = [torch.zeros_like(each) for each in case.inputs(torch.float64)]

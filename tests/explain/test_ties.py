@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from flmoe_kernels.explain.figures.ties import alike, groups, leaders, tied
+from flmoe_kernels.explain.figures.ties import alike, groups, leaders
 from flmoe_kernels.explain.figures.weights import leading
+from flmoe_kernels.explain.reliability import NEAR_TIE, TIE_ERRORS, tied
 
 
 def random_values(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -20,14 +21,15 @@ def random_values(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return values, errors
 
 
-@pytest.mark.parametrize("near", [0.0, 0.05])
+@pytest.mark.parametrize("near", [0.0, NEAR_TIE])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 40])
 def test_groups_are_the_connected_components_of_ties(count: int, near: float) -> None:
     for seed in range(20):
         values, errors = random_values(count, seed)
-        expected = list(range(count))
+        expected, least = list(range(count)), near * np.abs(values).max(initial=0.0)
         for i, j in itertools.combinations(range(count), 2):
-            if tied(values, errors, i, near)[j]:
+            reach = max(TIE_ERRORS * math.hypot(errors[i], errors[j]), least)
+            if abs(values[i] - values[j]) <= reach:
                 old, new = expected[j], expected[i]
                 expected = [new if x == old else x for x in expected]
         found = groups(values, errors, near)
@@ -52,6 +54,12 @@ def test_values_within_two_standard_errors_are_drawn_alike(seed: int) -> None:
     assert (drawn[[not clear[drawn == x].any() for x in drawn]] == 0).all()
 
 
+def test_a_value_of_unknown_error_hides_no_other() -> None:
+    values, errors = np.array([1.0, 0.5, np.nan, -0.7]), np.array([0.1, np.nan, 0.0, 0.1])
+    np.testing.assert_array_equal(alike(values, errors), [1.0, 0.0, np.nan, -0.7])
+    assert not alike(values[:2], errors[1:2].repeat(2)).any()
+
+
 def test_leaders_are_never_tied_with_others() -> None:
     for seed in range(50):
         values, errors = random_values(25, seed)
@@ -67,8 +75,9 @@ def test_leaders_are_never_tied_with_others() -> None:
 
 def test_experts_are_tied_within_two_standard_errors() -> None:
     weights = np.array([[0.5, 0.4, 0.1], [0.3, 0.4, 0.3], [0.5, 0.4, 0.1], [0.4, 0.4, 0.2]])
-    assert leading(weights) == [0, 1]
-    assert leading(weights[:1]) == [0]
+    assert leading(np.tile(weights, (4, 1))) == [0, 1]
+    # The error of fewer samples is unknown; their means are compared as they are.
+    assert leading(weights) == leading(weights[:1]) == [0]
     assert leading(np.array([[0.251, 0.22, 0.25, 0.251]])) == [0, 3, 2]
     # Differences of a sample's weights count, not the weights' own spread.
-    assert leading(np.array([[0.6, 0.4], [0.8, 0.6], [0.4, 0.2]])) == [0]
+    assert leading(np.tile([[0.6, 0.4], [0.9, 0.7], [0.3, 0.1]], (6, 1))) == [0]

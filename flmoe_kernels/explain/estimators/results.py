@@ -114,7 +114,7 @@ class PairValues(Saved):
     def near_ties(self, count: int, by: str = LARGEST) -> int:
         """Return the number of pairs after the first `count` that are not distinguishable from the last of these.
 
-        They differ from it by at most two standard errors of the difference, or 1% of the largest magnitude.
+        They differ from it by at most two standard errors of the difference, or 5% of the largest magnitude.
         """
         check.require_count("count", count, 0)
         order = self.ranked(by=by)

@@ -42,7 +42,7 @@ def require_array(name: str, value: Any, axes: str) -> Floats:
 
 
 def require_errors(errors: Any, values: Floats) -> Floats:
-    """Convert standard errors to float64, for exact values (None) 0 and where unknown (NaN) infinite.
+    """Convert standard errors to float64, NaN where unknown; 0 for exact values (None) and without value.
 
     Raises:
         ValueError: another shape, or an error below 0.
@@ -54,7 +54,7 @@ def require_errors(errors: Any, values: Floats) -> Floats:
         raise ValueError(f"errors: expected the shape {values.shape} of values, got {array.shape}")
     if (array < 0).any():
         raise ValueError(f"errors: expected numbers from 0, got {array[array < 0].min():g}")
-    return np.where(np.isfinite(values), np.where(np.isnan(array), np.inf, array), 0.0)
+    return np.where(np.isfinite(values), array, 0.0)
 
 
 def limit_of(values: Floats) -> float:

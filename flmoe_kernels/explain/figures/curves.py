@@ -10,8 +10,7 @@ import numpy as np
 from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.attribution.targets import LOGIT, PROB
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
-
-from .ties import SURE
+from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
 BETTER, WORSE = "better than random tokens", "worse than random tokens"
 UNCLEAR = "not distinguishable from random tokens"
-UNKNOWN = "one sample and one random set: no error is known"
-_METRIC = {PROB: "probability", "log_prob": "log-probability (nats)", LOGIT: "logit"}
+UNKNOWN = "standard error unknown"
+METRIC_NAMES = {PROB: "probability", "log_prob": "log-probability (nats)", LOGIT: "logit"}
 _UNIT = {
     "percent": "tokens of each modality (%)",
     "tokens": "budget (tokens)",
@@ -30,10 +29,11 @@ _UNIT = {
 def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> Figure:
     """Plot comprehensiveness and sufficiency over the budgets, for identified and random tokens.
 
-    Lines are means over samples; bars are two standard errors over samples, if there are several; the band is two
-    standard deviations over the random repeats on both sides. AOPC, the mean over budgets, is in the legend, and
-    above the panel whether it differs from that of random tokens, see `compare`. The panels have different scales,
-    both with 0, because masking a few tokens and masking all others differ in size.
+    Lines are means over samples; bars are two standard errors over samples; the band is two standard deviations
+    over the random repeats on both sides. AOPC, the mean over budgets, is in the legend, and above the panel
+    whether it differs from that of random tokens, see `compare`. For fewer than 16 samples the title states that
+    the standard error is unknown. The panels have different scales, both with 0, because masking a few tokens and
+    masking all others differ in size.
 
     Args:
         drops: result of faithfulness or pair_masking.
@@ -49,7 +49,7 @@ def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> F
     panels = figure.subplots(2, 1)
     for axes, (kind, curve) in zip(panels, curves.items(), strict=True):
         _panel(axes, drops, kind, metric, *(x.cpu().numpy() for x in curve[:4]))
-        axes.set_ylabel(f"drop of the target's {_METRIC[metric]}")
+        axes.set_ylabel(f"drop of the target's {METRIC_NAMES[metric]}")
     if title:
         figure.suptitle(title)
     return figure
@@ -58,23 +58,24 @@ def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> F
 def compare(drops: MaskingDrops, kind: str, metric: str = PROB) -> str:
     """State whether identified tokens are better than random ones by AOPC; "" without random tokens.
 
-    The gap counts as uncertain within two standard errors. Its error has two parts, as far as there are several
-    samples or repeats: the standard error over samples of the difference from the mean of the random sets, and the
-    standard deviation over repeats, since the identified set is to differ from single random sets.
+    The gap counts as uncertain within two standard errors. Its error has two parts: the standard error over
+    samples of the difference from the mean of the random sets, unknown for fewer than LEAST_COUNT samples; and the
+    standard deviation over repeats, if there are several, since the identified set is to differ from single random
+    sets.
     """
-    repeats = drops.random.shape[2]
-    if not (repeats and bool((drops.maskable > 0).any())):
+    place, there = (KINDS.index(kind), drops.metrics.index(metric)), drops.maskable > 0
+    repeats, count = drops.random.shape[2], int(there.sum())
+    if not (repeats and count):
         return ""
-    aopc, place = drops.aopc(kind, metric), (KINDS.index(kind), drops.metrics.index(metric))
-    there = drops.maskable > 0
+    if count < LEAST_COUNT:
+        return UNKNOWN
+    aopc = drops.aopc(kind, metric)
     random = drops.random[place][:, there].mean(dim=(0, 2))
     differences = drops.identified[place][there].mean(dim=1) - random
-    gap, count = float(aopc.gap), len(differences)
+    squares = float((differences - differences.mean()).square().sum())
     spread = float(aopc.random_std) if repeats > 1 else 0.0
-    error = float(differences.std()) * count**-0.5 if count > 1 else 0.0
-    if count == repeats == 1:
-        return UNKNOWN
-    if not abs(gap) > SURE * math.hypot(error, spread):
+    gap, error = float(aopc.gap), error_of_mean(squares, count)
+    if not abs(gap) > TIE_ERRORS * math.hypot(error, spread):
         return UNCLEAR
     return BETTER if gap > 0 else WORSE
 
@@ -90,7 +91,7 @@ def _panel(
     spread: np.ndarray,
 ) -> None:
     aopc, x = drops.aopc(kind, metric), np.array(drops.budgets)
-    bars = SURE * error if np.isfinite(error).all() else None
+    bars = TIE_ERRORS * error if np.isfinite(error).all() else None
     axes.errorbar(
         x,
         identified,
@@ -103,7 +104,7 @@ def _panel(
     )
     if np.isfinite(random).any():
         if drops.random.shape[2] > 1:
-            low, high = random - SURE * spread, random + SURE * spread
+            low, high = random - TIE_ERRORS * spread, random + TIE_ERRORS * spread
             axes.fill_between(x, low, high, color="0.85", ec="0.6", label="± 2 std")
         axes.plot(
             x,
@@ -120,7 +121,7 @@ def _panel(
     axes.set_xlabel(_UNIT[drops.unit])
     wanted = "high is good" if kind == COMPREHENSIVENESS else "low is good"
     what = "tokens masked" if kind == COMPREHENSIVENESS else "all other tokens masked"
-    verdict = compare(drops, kind, metric)
+    verdict = compare(drops, kind, metric) or ("" if bars is not None else UNKNOWN)
     lines = [f"{kind}: {what}", wanted, verdict]
     axes.set_title("\n".join(line for line in lines if line), fontsize="medium")
     # Below the panel: bars and band leave no corner free.

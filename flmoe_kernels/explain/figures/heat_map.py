@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flmoe_kernels.core.figures import make_figure
+from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 from .canvas import (
     ABSENT,
@@ -24,7 +25,7 @@ from .canvas import (
     require_errors,
     require_tokens,
 )
-from .ties import NEAR, alike, leaders
+from .ties import alike, leaders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +65,7 @@ def token_patch_map(
 
     Args:
         values: (La, Lb), tokens in rows, patches in columns; NaN for pairs without value.
-        errors: (La, Lb), standard errors of the values; NaN: unknown; None: the values are exact.
+        errors: (La, Lb), standard errors of the values; NaN: unknown, drawn at 0 and dotted; None: exact.
         tokens, patches: La and Lb strings; None shows positions.
         image: (H, W) or (H, W, 3), floats from 0 to 1 or uint8; shown in grey, so that only weights have colour.
         grid: rows and columns of patches in the image, row by row; by default a square.
@@ -162,7 +163,7 @@ def _map(axes: Axes, values: Floats, errors: Floats, unit: str) -> None:
 
 def _notes(axes: Axes, values: Floats, errors: Floats, drawn: Floats) -> list[str]:
     """Dot the cells that are drawn at 0 because they are tied across 0; describe dots, hatches and colours."""
-    across = (drawn == 0) & ((errors > 0) | (values != 0))
+    across = (drawn == 0) & ((errors != 0) | (values != 0))
     fill_cells(axes, across, DOTS, "0.6")
     signs = ["hatched: below 0"] if (drawn < 0).any() else []
     signs += ["dotted: tied across 0"] if across.any() else []
@@ -242,7 +243,7 @@ def _frames(axes: Axes, weights: Floats, errors: Floats) -> str:
         # White below black is visible on any background.
         for colour, line in (("white", 2.6), ("black", 1.2)):
             axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, ec=colour, lw=line, zorder=4))
-    why = f"{'2 s.e. or ' if errors.any() else ''}{NEAR:.0%} of the scale"
+    why = f"{'2 s.e. or ' if errors.any() else ''}{NEAR_TIE:.0%} of the scale"
     if not len(places):
         return f"no frame: the {rest} largest are within {why}" if rest else ""
     count = f"{len(places)} " if len(places) > 1 else ""

@@ -11,8 +11,8 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
 
-from .canvas import AGAINST, FOR, UNSURE, Floats, Ints, label_of, require_tokens, short
-from .ties import alike, known_errors, tied
+from .canvas import AGAINST, FOR, UNSURE, Floats, label_of, require_tokens, short
+from .ties import alike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ def pair_network(
         raise ValueError(f"found: expected a pair with a finite value, got {len(found)} pairs")
     n = min(n, len(order))
     best = found.top(n, by)
-    drawn = alike(found.values, known_errors(found.standard_errors))[order[:n]]
+    drawn = alike(found.values, found.standard_errors)[order[:n]]
     places = _places(best, count)
     most = max([sum(1 for m, _ in places if m == k) for k in range(count)], default=0)
     figure = make_figure(2.2 * count + 0.4, max(3.2, 0.42 * most + 2.0))
@@ -83,19 +83,10 @@ def pair_network(
     # The strongest pair is drawn last, on top.
     for k in reversed(range(len(best))):
         _line(axes, best, drawn, k, places)
-    _legend(axes, best, drawn, _more(found, order, n, by))
+    _legend(axes, best, drawn, found.near_ties(n, by))
     what = f"|{found.index}|" if by == MAGNITUDE else f"{by} {found.index}"
     axes.set_title(f"The {len(best)} strongest pairs by {what}" if title is None else title)
     return figure
-
-
-def _more(found: PairValues, order: Ints, n: int, by: str) -> int:
-    """Number of pairs that are not among the n first, but tied with the last of them."""
-    if len(order) <= n:
-        return 0
-    key = np.abs(found.values) if by == MAGNITUDE else found.values
-    errors = known_errors(found.standard_errors)
-    return int(tied(key[order], errors[order], n - 1)[n:].sum())
 
 
 def _places(best: PairValues, count: int) -> dict[Place, tuple[float, float]]:

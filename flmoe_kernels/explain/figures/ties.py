@@ -1,42 +1,24 @@
-"""Values whose order or difference is uncertain, so that figures and pages treat them alike."""
+"""Groups of tied values, which figures and pages treat alike."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from flmoe_kernels.explain.reliability import TIE_ERRORS, tied
+from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 from .canvas import Floats, Ints
 
-# Standard errors of a difference within which two values are not distinguished.
-SURE = 2.0
-# Share of the largest |value|; smaller differences are near-ties, hardly visible on a scale that starts at 0.
-NEAR = 0.05
 
-
-def known_errors(errors: Floats) -> Floats:
-    """Standard errors, infinite where unknown (NaN): such values are tied with all others."""
-    return np.where(np.isnan(errors), np.inf, errors)
-
-
-def tied(values: Floats, errors: Floats, place: int, near: float = NEAR) -> NDArray[np.bool_]:
-    """Whether each value is tied with the one at `place`: within two standard errors of their difference, or
-    within the share `near` of the largest |value|.
-
-    Errors count as independent; those of pairs that share draws are not exactly so.
-    """
-    reach = np.maximum(SURE * np.hypot(errors, errors[place]), near * np.abs(values).max())
-    close: NDArray[np.bool_] = np.abs(values - values[place]) <= reach
-    return close
-
-
-def groups(values: Floats, errors: Floats, near: float = 0.0) -> Ints:
+def groups(values: Floats, errors: Floats, near: float = NEAR_TIE) -> Ints:
     """Number the groups of tied values, 0 for the group of largest values.
 
-    Two values are in one group if they are tied, directly or through other values. A group is an interval in the
-    order of the values: a value between two tied values is tied with one of them.
+    Two values are in one group if they are tied (see `reliability.tied`, with the share `near`), directly or
+    through other values. A group is an interval in the order of the values: a value between two tied values is
+    tied with one of them.
     """
     order = np.argsort(-values, kind="stable")
-    x, s = values[order], errors[order]
+    x, s = values[order], np.where(np.isnan(errors), np.inf, errors)[order]
     starts = np.zeros(len(x), dtype=np.int64)
     least = near * np.abs(x).max(initial=0.0)
     widest = s.max(initial=0.0)
@@ -45,9 +27,9 @@ def groups(values: Floats, errors: Floats, near: float = 0.0) -> Ints:
         if k > last:
             starts[k], last = 1, k
         # No value below this one can be tied with value k.
-        lowest = x[k] - max(SURE * float(np.hypot(s[k], widest)), least)
+        lowest = x[k] - max(TIE_ERRORS * float(np.hypot(s[k], widest)), least)
         later = slice(last + 1, int(np.searchsorted(-x, -lowest, side="right")))
-        reach = np.maximum(SURE * np.hypot(s[k], s[later]), least)
+        reach = np.maximum(TIE_ERRORS * np.hypot(s[k], s[later]), least)
         linked = np.flatnonzero(x[k] - x[later] <= reach)
         if linked.size:
             last += 1 + int(linked[-1])
@@ -57,20 +39,21 @@ def groups(values: Floats, errors: Floats, near: float = 0.0) -> Ints:
 
 
 def alike(values: Floats, errors: Floats) -> Floats:
-    """Values to draw: the mean of each group of tied values, so that no uncertain difference is visible.
+    """Values to draw: the mean of each group of values that are tied by their errors.
 
     A group is tied across 0, and drawn at 0, unless all its values are on one side of 0 and some of them more than
-    two standard errors from it. NaN stays NaN.
+    two standard errors from it. So is a value of unknown (NaN) error, which links no others. NaN stays NaN.
     """
-    drawn, known = values.copy(), np.isfinite(values)
+    known = np.isfinite(values) & ~np.isnan(errors)
+    drawn = np.where(known | np.isnan(values), values, 0.0)
     x, s = values[known], errors[known]
     if not s.any():
         return drawn
-    group = groups(x, s)
+    group = groups(x, s, 0.0)
     count = np.bincount(group)
     mean = np.bincount(group, weights=x) / count
     sides = (np.bincount(group, weights=side * x > 0) for side in (1, -1))
-    clear = np.bincount(group, weights=np.abs(x) > SURE * s) > 0
+    clear = np.bincount(group, weights=np.abs(x) > TIE_ERRORS * s) > 0
     sure = np.logical_or(*(side == count for side in sides)) & clear
     drawn[known] = np.where(sure, mean, 0.0)[group]
     return drawn
@@ -83,7 +66,7 @@ def leaders(sizes: Floats, errors: Floats, most: int) -> tuple[Ints, int]:
     Only sizes above 0 lead, and never all of them.
     """
     order = np.argsort(-sizes, kind="stable")
-    group = groups(sizes, errors, NEAR)[order]
+    group = groups(sizes, errors)[order]
     ahead = 0
     for place in range(1, min(most, len(order) - 1) + 1):
         if sizes[order[place - 1]] > 0 and group[place] > group[place - 1]:

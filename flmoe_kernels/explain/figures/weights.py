@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flmoe_kernels.core.figures import make_figure, plain
+from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
+from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 from .canvas import Floats, require_array, short
-from .ties import NEAR, SURE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,13 +61,15 @@ def expert_weights(
 def leading(weights: Floats) -> list[int]:
     """Return the expert of largest mean weight (S, E) and the experts tied with it, largest first.
 
-    Tied: within two standard errors, over samples, of the mean difference, or within 5% of the largest mean.
+    Tied: within two standard errors, over samples, of the mean difference, or within 5% of the largest mean. The
+    error is unknown for fewer than LEAST_COUNT samples, whose means are compared as they are.
     """
     mean = weights.mean(axis=0)
     order = np.argsort(-mean, kind="stable")
-    gaps = weights[:, order[:1]] - weights
-    error = gaps.std(axis=0, ddof=1) * len(weights) ** -0.5 if len(weights) > 1 else 0.0
-    close = mean[order[0]] - mean <= np.maximum(SURE * error, NEAR * mean[order[0]])
+    gaps, count = weights[:, order[:1]] - weights, len(weights)
+    squares = np.square(gaps - gaps.mean(axis=0)).sum(axis=0)
+    error = error_of_mean(squares, count) if count >= LEAST_COUNT else 0.0
+    close = mean[order[0]] - mean <= np.maximum(TIE_ERRORS * error, NEAR_TIE * mean[order[0]])
     return [int(k) for k in order if close[k]]
 
 

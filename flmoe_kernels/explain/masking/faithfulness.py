@@ -34,7 +34,7 @@ from flmoe_kernels.explain.games.tokens import (
     players_of,
     valid_tokens,
 )
-from flmoe_kernels.explain.reliability import near_ties
+from flmoe_kernels.explain.reliability import tied
 
 from .drops import MaskingDrops, draw_places, measure, tied_tokens
 
@@ -272,8 +272,7 @@ class _Ranked:
         """Whether pair `left` is not distinguishable from pair `kept`, which comes before it."""
         if self.keys is None or self.errors is None:
             return False
-        keys = self.keys[[kept, left]]
-        return near_ties(keys, 1, self.errors[[kept, left]], float(np.abs(self.keys).max())) > 0
+        return bool(tied(self.keys, self.errors, kept)[left])
 
 
 def _resolved(

@@ -17,6 +17,7 @@ from torch import Tensor
 from flmoe_kernels import __version__
 from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.attribute import attribute
+from flmoe_kernels.explain.attribution.targets import LOGIT, METRICS
 from flmoe_kernels.explain.attribution.values import Attribution
 from flmoe_kernels.explain.estimators.candidates import candidate_pairs
 from flmoe_kernels.explain.estimators.indices import RG, SII
@@ -87,6 +88,11 @@ class Findings:
     def class_name(self, k: int) -> str:
         names = self.request.class_names
         return f"class {k}" if names is None else f"{OPEN}{printable(names[k])}{CLOSE}"
+
+    @property
+    def metric(self) -> str:
+        """The metric of the drops that are shown: the probability, or the logit of a layer with one class."""
+        return self.faithfulness.metrics[0]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -197,6 +203,8 @@ def find(
         **value,
     )
     value |= {"n_random": request.repeats, "seed": request.seed, "exempt": exempt}
+    # The probability of a single class is always 1.
+    value["metrics"] = (LOGIT,) if logits.shape[1] == 1 and not multi else METRICS
     drops = faithfulness(layer, *given, attribution, **value)
     masking = {
         name: pair_masking(layer, *given, [x[name] for x in pairs], target=classes, **value)
@@ -282,6 +290,7 @@ def _drops(drops: MaskingDrops) -> dict[str, Any]:
         "seed",
         "evaluations",
         "settings",
+        "notes",
     )
     return {
         **{name: getattr(drops, name) for name in names},

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
+import torch
+
 from flmoe_kernels.core.figures import printable
-from flmoe_kernels.explain.attribution.targets import PROB
+from flmoe_kernels.explain.attribution.targets import LOGIT
 from flmoe_kernels.explain.estimators.indices import RG, SII
-from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
-from flmoe_kernels.explain.figures.curves import compare
-from flmoe_kernels.explain.figures.ties import NEAR
+from flmoe_kernels.explain.estimators.results import MAGNITUDE
+from flmoe_kernels.explain.figures.curves import METRIC_NAMES, compare
 from flmoe_kernels.explain.masking.drops import MaskingDrops
+from flmoe_kernels.explain.reliability import RULE
 
 from .findings import TOP_ROWS, Findings, token_name, versions
 from .pictures import Picture
-from .sentences import classes, interaction, of_sample, overall, ranks, tied_tokens
+from .sentences import classes, interaction, of_sample, overall, ranks
 
 _TOP_TOKENS = 5
 PM = "\N{PLUS-MINUS SIGN}"
@@ -62,7 +66,8 @@ def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[st
         "<h2>Does the model need the identified tokens?</h2>",
         "<p>The tokens that the explanation identifies, or all other tokens, are masked. Comprehensiveness should "
         "be higher, and sufficiency lower, than for as many random tokens; a gap within two standard errors is "
-        "not distinguishable.</p>",
+        "not distinguishable. In the curves, bars are two standard errors over samples, if known, and the band is "
+        "two standard deviations over repeats.</p>",
         _figure(pictures["faithfulness.png"]),
         _aopc(findings),
         *(_figure(pictures[f"pair_masking_{name}.png"]) for name in findings.pair_masking),
@@ -165,19 +170,43 @@ def _aopc(findings: Findings) -> str:
     measured |= {f"pairs by {name}": drops for name, drops in findings.pair_masking.items()}
     for name, drops in measured.items():
         for row in drops.rows():
-            if row["metric"] == PROB and row["budget"] is None:
-                own, random, std, gap = (
-                    _number(row[key]) for key in ("identified", "random", "random_std", "gap")
-                )
-                verdict = compare(drops, row["kind"]) or "-"
-                rows.append((f"{name}: {row['kind']}", verdict, own, f"{random} {PM} {std}", gap))
-    return _table(
-        f"Mean drop of the target's probability over the budgets (AOPC); random {PM} standard deviation; gap "
-        "above 0: better than random",
+            if row["metric"] == findings.metric and row["budget"] is None:
+                verdict = compare(drops, row["kind"], findings.metric) or "-"
+                own = _with_error(row["identified"], row["standard_error"])
+                random = _with_error(row["random"], row["random_std"])
+                gap = _with_error(row["gap"], 0.0)
+                rows.append((f"{name}: {row['kind']}", verdict, own, random, gap))
+    metric = METRIC_NAMES[findings.metric]
+    table = _table(
+        f"Mean drop of the target's {metric} over the budgets (AOPC); identified {PM} standard error, random {PM} "
+        "standard deviation over repeats; gap above 0: better than random",
         ("tokens by", "verdict", "identified", "random", "gap"),
         rows,
         words=2,
     )
+    why = "The layer has one class, whose probability is always 1: its logit is shown."
+    about = [why] if findings.metric == LOGIT else []
+    return table + _paragraphs(
+        *about, *_notes(findings, {name: drops.notes for name, drops in measured.items()})
+    )
+
+
+def _paragraphs(*sentences: str) -> str:
+    return "\n".join(f'<p class="note">{escape(sentence)}</p>' for sentence in sentences)
+
+
+def _notes(findings: Findings, notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """The notes of results as sentences, each once; with the names of the results, unless all have it."""
+    names: dict[str, list[str]] = {}
+    for name, own in notes.items():
+        for note in own:
+            names.setdefault(note, []).append(name)
+    sentences = []
+    for note, of in names.items():
+        note = re.sub(r"modality (\d+)", lambda found: findings.modality(int(found[1])), note)
+        text = f"for {' and '.join(of)}, {note}." if len(of) < len(notes) else f"{note}."
+        sentences.append(text[0].upper() + text[1:])
+    return sentences
 
 
 def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
@@ -191,10 +220,7 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
         f"{len(first)} candidates: {first.candidates}, of {first.players} valid tokens; {how}, "
         f"{first.evaluations} coalitions evaluated."
     )
-    chosen = tied_tokens(findings, s, findings.request.top)
-    if chosen:
-        note += f" Their tokens were chosen among near-ties. {'; '.join(chosen)}."
-    ties = tied_tokens(findings, s, _TOP_TOKENS)
+    notes = _notes(findings, {name: x.notes for name, x in findings.pairs[s].items()})
     finding = interaction(findings, s)
     parts = [
         f'<section id="sample_{s}" aria-labelledby="title_{s}">',
@@ -205,12 +231,9 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
         + escape(", ".join(f"{name} {weight:.2f}" for name, weight in experts))
         + ".</p>",
         _pairs_table(findings, s),
-        f'<p class="note">{escape(note)}</p>',
+        _paragraphs(note, *notes),
         *(_figure(x) for name, x in pictures.items() if name.startswith(f"sample_{s:05d}_")),
         _tokens_table(findings, s),
-        f'<p class="note">The order of tied tokens has no meaning. {escape("; ".join(ties))}.</p>'
-        if ties
-        else "",
         "</section>",
     ]
     return "\n".join(parts)
@@ -218,11 +241,14 @@ def _sample(findings: Findings, s: int, pictures: Mapping[str, Picture]) -> str:
 
 def _pairs_table(findings: Findings, s: int) -> str:
     values = findings.pairs[s]
-    rows, places = [], ranks(values[SII])
+    rows, places = [], ranks(values[SII].values, values[SII].standard_errors)
     for k in values[SII].ranked(TOP_ROWS, MAGNITUDE):
         tokens = values[SII].tokens[values[SII].pairs[k]].tolist()
         names = (token_name(findings, s, m, position) for m, position in tokens)
-        numbers = (_with_error(values[name], k) for name in (SII, RG))
+        numbers = (
+            _with_error(float(x.values[k]), float(x.standard_errors[k]), "+")
+            for x in (values[SII], values[RG])
+        )
         rows.append((places[k], " with ".join(names), *numbers))
     return _table(
         f"Top pairs by |{SII}|, in units of the logit, {PM} standard error",
@@ -232,25 +258,28 @@ def _pairs_table(findings: Findings, s: int) -> str:
     )
 
 
-def _with_error(values: PairValues, place: int) -> str:
-    value, error = float(values.values[place]), float(values.standard_errors[place])
-    if not math.isfinite(value):
+def _with_error(value: float, error: float, sign: str = "") -> str:
+    """Format a number, "-" for NaN, with its error, "?" for NaN."""
+    if math.isnan(value):
         return "-"
-    known = f"{error:.2g}" if math.isfinite(error) else "?"
-    return f"{value:+.3g} {PM} {known}" if error else f"{value:+.3g}"
+    known = "?" if math.isnan(error) else f"{error:.2g}"
+    return f"{value:{sign}.3g}" + (f" {PM} {known}" if error else "")
 
 
 def _tokens_table(findings: Findings, s: int) -> str:
     result = findings.attribution
     rows = []
     for m, values in enumerate(result.of()):
-        size = values[s].abs().masked_fill(~result.valid[m][s], -1.0)
-        for position in size.sort(descending=True, stable=True)[1][:_TOP_TOKENS].tolist():
-            if bool(result.valid[m][s, position]):
-                name = token_name(findings, s, m, position)
-                rows.append((name, f"{float(values[s, position]):+.3g}"))
+        own = values[s].masked_fill(~result.valid[m][s], torch.nan).double().cpu().numpy()
+        places = ranks(own, np.zeros_like(own))
+        order = np.argsort(-np.abs(own), kind="stable")[: np.isfinite(own).sum()]
+        for k in order[:_TOP_TOKENS].tolist():
+            rows.append((places[k], token_name(findings, s, m, k), f"{own[k]:+.3g}"))
     return _table(
-        f"Tokens of largest attribution in each modality ({result.index})", ("token", "value"), rows
+        f"Tokens of largest |attribution| in each modality ({result.index})",
+        ("rank", "token", "value"),
+        rows,
+        words=2,
     )
 
 
@@ -265,9 +294,10 @@ def _glossary(findings: Findings) -> str:
         "alone, averaged over coalitions of the other tokens. Above 0: synergy, below 0: overlap.</dd>\n"
         "<dt>RG</dt><dd>Redundancy gap: the part of the logit that either of the two tokens alone keeps. "
         "Substitutes have a large RG and an SII below 0.</dd>\n"
-        "<dt>rank, tied</dt><dd>Pairs within two standard errors of their difference, directly or through other "
-        "pairs, share a rank, and a colour and line in figures; a larger budget separates more of them. In "
-        f"sentences, values that differ by at most {NEAR:.0%} of the largest are tied as well.</dd>\n"
+        "<dt>rank, tied</dt><dd>Values are tied, that is, not distinguishable, if they differ by at most two "
+        f"standard errors or {RULE}. Values that are tied, directly or through others, share a "
+        "rank; a value of unknown error has none (?). In figures, pairs tied by their errors look alike. A larger "
+        "budget reduces the errors.</dd>\n"
         "<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact, ? if unknown. Among many "
         "pairs the largest value is more likely than the others to be too large.</dd>\n</dl>"
     )
@@ -282,8 +312,3 @@ def _footer(findings: Findings, files: Sequence[str]) -> str:
         f"<h2>Files</h2>\n<ul>{links}</ul>\n"
         f'<p class="note">Seed {findings.request.seed}; {escape(software)}.</p>'
     )
-
-
-def _number(value: float) -> str:
-    """Format a number; NaN, such as the spread of no repeats, is a dash."""
-    return f"{value:.3g}" if value == value else "-"

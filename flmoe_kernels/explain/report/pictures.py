@@ -23,11 +23,6 @@ from flmoe_kernels.explain.masking.drops import KINDS, MaskingDrops
 from .features import Features
 from .findings import TOP_ROWS, Findings, token_name
 
-_BANDS = "Bars: two standard errors over samples, if several; band: two standard deviations over repeats."
-_ALIKE = (
-    "Pairs within two standard errors of each other, directly or through other pairs, look alike"
-)
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -50,18 +45,16 @@ def draw(findings: Findings) -> dict[str, Picture]:
             "Weights of the experts in the mixture.",
         ),
         "faithfulness.png": Picture(
-            png_bytes(
-                drop_curve(findings.faithfulness, title=f"Tokens by {findings.attribution.index}")
-            ),
-            _in_numbers(findings.faithfulness),
-            f"Tokens of highest attribution masked, or all others masked; compared with random tokens. {_BANDS}",
+            _curve(findings, findings.faithfulness, f"Tokens by {findings.attribution.index}"),
+            _in_numbers(findings, findings.faithfulness),
+            "Tokens of highest attribution masked, or all others masked; compared with random tokens.",
         ),
     }
     for name, drops in findings.pair_masking.items():
         pictures[f"pair_masking_{name}.png"] = Picture(
-            png_bytes(drop_curve(drops, title=f"Tokens of the pairs of largest {name}")),
-            _in_numbers(drops),
-            f"Tokens of the pairs of largest {name} masked, or all others; compared with random tokens. {_BANDS}",
+            _curve(findings, drops, f"Tokens of the pairs of largest {name}"),
+            _in_numbers(findings, drops),
+            f"Tokens of the pairs of largest {name} masked, or all others; compared with random tokens.",
         )
     for sample, values in enumerate(findings.pairs):
         for name, pairs in values.items():
@@ -89,7 +82,7 @@ def _of_sample(
             png_bytes(network),
             f"Lines between tokens, the widest for {_strongest(findings, sample, values)}.",
             f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, dotted: tied across 0; "
-            f"width: |value|. {_ALIKE}.",
+            "width: |value|.",
         )
     }
     for m, n in itertools.combinations(range(len(modalities)), 2):
@@ -135,7 +128,7 @@ def _map(
         f"sample_{sample:05d}_{name}_{rows}_{columns}.png": Picture(
             png_bytes(figure),
             f"Heat map of {name} of the candidate pairs of {first} and {second}{over}.",
-            f"{name} of all candidate pairs of {first} and {second}{over}. {_ALIKE}.",
+            f"{name} of all candidate pairs of {first} and {second}{over}.",
         )
     }
 
@@ -166,9 +159,13 @@ def _strongest(findings: Findings, sample: int, values: PairValues) -> str:
     return ", ".join(names)
 
 
-def _in_numbers(drops: MaskingDrops) -> str:
+def _curve(findings: Findings, drops: MaskingDrops, title: str) -> bytes:
+    return png_bytes(drop_curve(drops, findings.metric, title=title))
+
+
+def _in_numbers(findings: Findings, drops: MaskingDrops) -> str:
     parts = []
     for kind in KINDS:
-        mean = drops.aopc(kind)
+        mean = drops.aopc(kind, findings.metric)
         parts.append(f"{kind} {float(mean.identified):.3g}, random {float(mean.random):.3g}")
     return f"Curves over the budgets, whose means are: {'; '.join(parts)}."

@@ -6,11 +6,19 @@ import numpy as np
 
 from flmoe_kernels.explain.estimators.indices import SII
 from flmoe_kernels.explain.estimators.results import PairValues
-from flmoe_kernels.explain.figures.canvas import Ints
-from flmoe_kernels.explain.figures.curves import BETTER, UNCLEAR, UNKNOWN, WORSE, compare
-from flmoe_kernels.explain.figures.ties import NEAR, SURE, groups, known_errors, leaders, tied
+from flmoe_kernels.explain.figures.canvas import Floats, Ints
+from flmoe_kernels.explain.figures.curves import (
+    BETTER,
+    METRIC_NAMES,
+    UNCLEAR,
+    UNKNOWN,
+    WORSE,
+    compare,
+)
+from flmoe_kernels.explain.figures.ties import groups
 from flmoe_kernels.explain.figures.weights import leading
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS
+from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, tied
 
 from .findings import Findings, token_name
 
@@ -20,7 +28,7 @@ _VERDICTS = {
     BETTER: "a larger drop, as it should be",
     WORSE: "which is worse than random",
     UNCLEAR: "not distinguishable at two standard errors",
-    UNKNOWN: "a difference without known error",
+    UNKNOWN: f"a difference whose error is unknown (fewer than {LEAST_COUNT} samples)",
 }
 
 
@@ -68,44 +76,31 @@ def strongest(values: PairValues) -> tuple[int, int]:
     """Return the place of the pair of largest |value| that is distinguishable from 0, and the number of pairs tied
     with it; or the largest of all, and -1, if none is distinguishable from 0."""
     sizes = np.nan_to_num(np.abs(values.values))
-    errors = known_errors(values.standard_errors)
+    errors = values.standard_errors
     least = _ROUNDING * max(abs(values.value), abs(values.baseline))
-    clear = sizes > np.maximum(SURE * errors, least)
+    clear = sizes > np.maximum(TIE_ERRORS * errors, least)
     if not clear.any():
         return int(sizes.argmax()), -1
     best = int(np.where(clear, sizes, -1.0).argmax())
     return best, int(tied(sizes, errors, best).sum()) - 1
 
 
-def ranks(values: PairValues) -> list[str]:
-    """The rank of each pair by |value|; pairs within two standard errors, directly or through others, share it."""
-    known = np.isfinite(values.values)
-    group = groups(np.abs(values.values[known]), known_errors(values.standard_errors[known]))
+def ranks(values: Floats, errors: Floats) -> list[str]:
+    """The rank of each value by size; tied values, directly or through others, share it.
+
+    "-" for NaN; "?" for a value of unknown (NaN) error, which has no rank and links no others.
+    """
+    known = np.isfinite(values) & ~np.isnan(errors)
+    group = groups(np.abs(values[known]), errors[known])
     count: Ints = np.bincount(group, minlength=1)
     first = count.cumsum() - count + 1
     spans = [
         f"{k}" if n == 1 else f"{k}\N{EN DASH}{k + n - 1}"
         for k, n in zip(first, count, strict=True)
     ]
-    found = np.full(len(values), "-", dtype=object)
+    found = np.where(np.isnan(values), "-", "?").astype(object)
     found[known] = [spans[k] for k in group]
     return [str(x) for x in found]
-
-
-def tied_tokens(findings: Findings, s: int, most: int) -> list[str]:
-    """For each modality whose `most` tokens of largest |attribution| are tied, with each other or with others."""
-    notes = []
-    for m, values in enumerate(findings.attribution.of()):
-        sizes = values[s][findings.attribution.valid[m][s]].abs().cpu().numpy()
-        ahead, rest = leaders(sizes, np.zeros_like(sizes), most)
-        if rest:
-            where = f"after the first {len(ahead)}" if len(ahead) else "for the first place"
-            span = np.sort(sizes)[::-1][len(ahead) : len(ahead) + rest]
-            notes.append(
-                f"{findings.modality(m)}: {rest} tokens are tied {where} ({span[-1]:.4g} to {span[0]:.4g}, within "
-                f"{NEAR:.0%} of the largest)"
-            )
-    return notes
 
 
 def _experts(findings: Findings) -> str:
@@ -113,7 +108,11 @@ def _experts(findings: Findings) -> str:
     best, *others = leading(weights)
     mean = weights.mean(axis=0)
     count = len(weights)
-    over = f"{mean[best]:.2f} on average over {count} samples" if count > 1 else f"{mean[best]:.2f}"
+    over = f"{mean[best]:.2f}"
+    if count > 1:
+        over += f" on average over {count} samples"
+    if 1 < count < LEAST_COUNT:
+        over += " (standard error unknown)"
     if not others:
         return f"The expert {names[best]} has the largest weight, {over}"
     shown = ", ".join(f"{names[k]} {mean[k]:.2f}" for k in (best, *others))
@@ -121,11 +120,11 @@ def _experts(findings: Findings) -> str:
 
 
 def _masking(findings: Findings) -> str:
-    drops = findings.faithfulness
-    mean, verdict = drops.aopc(COMPREHENSIVENESS), compare(drops, COMPREHENSIVENESS)
+    shown = (COMPREHENSIVENESS, findings.metric)
+    mean, verdict = findings.faithfulness.aopc(*shown), compare(findings.faithfulness, *shown)
     text = (
-        "masking the tokens of highest attribution changes the probability of the explained class by "
-        f"{-float(mean.identified):+.2g}"
+        f"masking the tokens of highest attribution changes the {METRIC_NAMES[findings.metric]} of the explained "
+        f"class by {-float(mean.identified):+.2g}"
     )
     if not verdict:
         return f"{text} (not compared with random tokens)"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Values whose difference is at most this share of the largest magnitude are near-ties.
-NEAR_TIE = 0.01
+NEAR_TIE = 0.05
 _SHOWN_ROWS = 12
 
 
