@@ -1,11 +1,17 @@
 #include "bindings/border.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of flmoe_kernels; called through its Python operators only.";
   m.def("instruction_set", [] { return flmoe::active_instruction_set(); });
   m.def("instruction_set_runs", [](const char* name) { return flmoe::instruction_set_runs(name); });
   m.def("parallel_pool", [] { return flmoe::parallel_pool(); });
+  m.def("scratch_bytes", [] {
+    const flmoe::ScratchBytes bytes = flmoe::scratch_bytes();
+    return std::pair(bytes.used, bytes.kept);
+  });
+  m.attr("KEPT_SCRATCH") = flmoe::kKeptScratch;
   m.def("advise_huge", [](flmoe::bindings::Address data, int64_t bytes) {
     flmoe::advise_huge(flmoe::bindings::pointer(data), bytes);
   });

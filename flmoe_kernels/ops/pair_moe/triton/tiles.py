@@ -148,15 +148,17 @@ def gate(
                     before += (logits[other] >= logits[e]).to(tl.int32)
                 elif other > e:
                     before += (logits[other] > logits[e]).to(tl.int32)
-            weight = tl.where(before < TOP_K, weight, 0.0)
-        total += weight
-        weights += (weight,)
+            total += tl.where(before < TOP_K, weight, 0.0)
+            weights += (tl.where(before < TOP_K, weight, -1.0),)
+        else:
+            total += weight
+            weights += (weight,)
     share = 1.0 / total
     p = ()
     for e in tl.static_range(EXPERTS):
         present = valid_z[None, :]
         if TOP_K < EXPERTS:
-            # 0 also where the other weights are NaN.
-            present = present & (weights[e] != 0.0)
+            # 0 also where the other weights are NaN; NaN then also for a selected expert with weight 0.
+            present = present & ~(weights[e] < 0.0)
         p += (tl.where(present, weights[e] * share, 0.0),)
     return p
