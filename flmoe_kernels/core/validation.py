@@ -7,6 +7,9 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .dtypes import autocast_dtype
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -64,6 +67,15 @@ def require_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a positive number (1e-37 to 1e37), got {value}")
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the values of x can be read: it is on the CPU, outside of traces, and not a fake tensor."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(x, FakeTensor)
+    )
+
+
 def require_index(
     name: str, value: Tensor, shape: tuple[int, ...], count: int, device: torch.device
 ) -> None:
@@ -75,8 +87,8 @@ def require_index(
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    # Reading values would synchronize with a GPU and cannot be traced; index_select raises an error there.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+    # On a GPU index_select raises the error.
+    if readable(value) and value.numel():
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= count:
             raise ValueError(f"{name}: expected values from 0 to {count - 1}, got {low} to {high}")
@@ -91,11 +103,9 @@ def require_shape(name: str, value: Tensor, shape: tuple[int, ...], letters: str
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors to autocast's dtype if it is on, as torch's own products do; float64 is not cast."""
-    kind = tensors[0].device.type
-    # Some device types, such as meta, do not support autocast.
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
@@ -125,8 +135,7 @@ def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None
             )
         if mask.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, got {mask.device}")
-        # Reading values cannot be traced and would synchronize with a GPU.
-        if mask.dtype == torch.bool or torch.compiler.is_compiling() or mask.is_cuda:
+        if mask.dtype == torch.bool or not readable(mask):
             continue
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"{name}: expected 0 (padding) and 1 (valid) only, got other values")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flmoe_kernels.core.dtypes import without_autocast
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -33,7 +35,7 @@ def routed_mlp(
     out = torch.zeros_like(x)
     activation = ACTIVATIONS[act]
     # Autocast would change the dtype of the products; it has no effect on the kernels either.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         for e in range(w_in.shape[0]):
             token, choice = (index == e).nonzero(as_tuple=True)
             hidden = activation(F.linear(x[token], w_in[e], None if b_in is None else b_in[e]))

@@ -193,7 +193,7 @@ def require_index(index: Tensor, experts: int) -> Tensor:
         raise TypeError(f"index: expected int64 or int32, got {index.dtype}")
     if index.dim() != 2 or index.shape[1] < 1:
         raise ValueError(f"index: expected (N, K) with K from 1, got {tuple(index.shape)}")
-    readable = index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel()
-    if readable and (int(index.min()) < -1 or int(index.max()) >= experts):
+    values = check.readable(index) and index.numel()
+    if values and (int(index.min()) < -1 or int(index.max()) >= experts):
         raise expert_out_of_range(index, experts)
     return index.long()
