@@ -32,7 +32,9 @@ def interaction(cls: type[nn.Module] = InteractionMoE, **options: Any) -> nn.Mod
 
 
 def routed(gate: str) -> nn.Module:
-    return RoutedMLP(4, d_model=WIDTH, d_hidden=32, top_k=1 if gate == "SwitchGate" else 2, gate=gate)
+    return RoutedMLP(
+        4, d_model=WIDTH, d_hidden=32, top_k=1 if gate == "SwitchGate" else 2, gate=gate
+    )
 
 
 SPARSE = {"mlp_sparse": True, "num_experts": 4}

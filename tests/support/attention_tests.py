@@ -11,11 +11,10 @@ from torch import Tensor
 from flmoe_kernels import expert_attention
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from tests.support.attention_cases import NAMES, Case, check, run
-from tests.support.inputs import as_dtype, cumulative, draw, gradients, make_seed
+from tests.support.inputs import INF, NAN, as_dtype, cumulative, draw, gradients, make_seed
 
 OPS = torch.ops.flmoe
 FLOAT32, FLOAT64 = torch.float32, torch.float64
-NAN, INF = float("nan"), float("inf")
 # Scores of a row: all but two keys have the first, the other two keys have the second and third.
 SCORES = (
     (-INF, -INF, INF),
