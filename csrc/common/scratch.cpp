@@ -60,33 +60,24 @@ void unmap_memory(void* data, int64_t bytes) {
   (void)munmap(data, static_cast<size_t>(bytes));
 }
 
-class Arena {
- public:
-  ~Arena() {
-    if (base_ != nullptr) unmap_memory(base_, kArena);
-  }
-  // Null if there is no room.
-  void* take(int64_t bytes) {
-    const int64_t size = round_to(bytes, kAlignment);
-    if (size > kArenaBuffer || used_ + size > kArena) return nullptr;
-    if (base_ == nullptr) base_ = static_cast<char*>(map_memory(kArena));
-    void* data = base_ + used_;
-    used_ += size;
-    return data;
-  }
-  bool give_back(void* data) {
-    const auto offset = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(base_);
-    if (base_ == nullptr || offset >= static_cast<uintptr_t>(kArena)) return false;
-    used_ = std::min(used_, static_cast<int64_t>(offset));
-    return true;
-  }
-
- private:
-  char* base_ = nullptr;
-  int64_t used_ = 0;
+// Trivial, so that an access needs no check whether the thread has initialised it.
+struct Arena {
+  char* base;
+  int64_t used;
 };
+constinit thread_local Arena arena{};
 
-thread_local Arena arena;
+char* new_arena() {
+  struct Owner {
+    char* base = static_cast<char*>(map_memory(kArena));
+    ~Owner() {
+      unmap_memory(base, kArena);
+      arena = {};
+    }
+  };
+  thread_local Owner owner;
+  return owner.base;
+}
 
 struct Block {
   void* data;
@@ -167,12 +158,22 @@ SharedBlocks& shared_blocks() {
 }  // namespace
 
 void* take_scratch(int64_t bytes) {
-  void* data = arena.take(bytes);
-  return data != nullptr ? data : shared_blocks().take(bytes);
+  const int64_t size = round_to(bytes, kAlignment);
+  Arena& own = arena;
+  if (size > kArenaBuffer || own.used + size > kArena) return shared_blocks().take(bytes);
+  if (own.base == nullptr) own.base = new_arena();
+  void* data = own.base + own.used;
+  own.used += size;
+  return data;
 }
 
 void return_scratch(void* data) {
-  if (!arena.give_back(data)) shared_blocks().give_back(data);
+  Arena& own = arena;
+  const auto offset = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(own.base);
+  if (own.base == nullptr || offset >= static_cast<uintptr_t>(kArena))
+    shared_blocks().give_back(data);
+  else
+    own.used = std::min(own.used, static_cast<int64_t>(offset));
 }
 
 ScratchBytes scratch_bytes() {
