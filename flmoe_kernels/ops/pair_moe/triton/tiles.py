@@ -148,11 +148,10 @@ def gate(
                     before += (logits[other] >= logits[e]).to(tl.int32)
                 elif other > e:
                     before += (logits[other] > logits[e]).to(tl.int32)
-            total += tl.where(before < TOP_K, weight, 0.0)
-            weights += (tl.where(before < TOP_K, weight, -1.0),)
-        else:
-            total += weight
-            weights += (weight,)
+            # Negative, to mark it, but too small to change the total, which is at least 1.
+            weight = tl.where(before < TOP_K, weight, -2e-38)
+        total += weight
+        weights += (weight,)
     share = 1.0 / total
     p = ()
     for e in tl.static_range(EXPERTS):
