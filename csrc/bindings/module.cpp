@@ -1,11 +1,25 @@
 #include "bindings/border.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of flmoe_kernels; called through its Python operators only.";
   m.def("instruction_set", [] { return flmoe::active_instruction_set(); });
   m.def("instruction_set_runs", [](const char* name) { return flmoe::instruction_set_runs(name); });
   m.def("parallel_pool", [] { return flmoe::parallel_pool(); });
+  // For tests.
+  m.def("take_scratch", [](int64_t bytes) {
+    return reinterpret_cast<flmoe::bindings::Address>(flmoe::take_scratch(bytes));
+  });
+  m.def("return_scratch", [](flmoe::bindings::Address data) {
+    flmoe::return_scratch(flmoe::bindings::pointer(data));
+  });
+  m.def("scratch_bytes", [] {
+    const flmoe::ScratchBytes bytes = flmoe::scratch_bytes();
+    return std::pair(bytes.used, bytes.kept);
+  });
+  m.attr("KEPT_SCRATCH") = flmoe::kKeptScratch;
+  m.attr("ARENA_BUFFER") = flmoe::kArenaBuffer;
   m.def("advise_huge", [](flmoe::bindings::Address data, int64_t bytes) {
     flmoe::advise_huge(flmoe::bindings::pointer(data), bytes);
   });

@@ -2,16 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <exception>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
 #if defined(__linux__)
 #include <dlfcn.h>
-#include <sys/mman.h>
 #endif
 
 namespace flmoe {
@@ -52,17 +49,6 @@ struct Loop {
   }
 };
 
-struct Scratch {
-  struct Slot {
-    void* data = nullptr;
-    int64_t bytes = 0;
-  };
-  std::vector<Slot> slots;
-  ~Scratch() {
-    for (Slot& slot : slots) std::free(slot.data);
-  }
-};
-
 }  // namespace
 
 void parallel_items(int64_t items, int threads, ItemFn fn, void* context) {
@@ -85,35 +71,6 @@ void parallel_items(int64_t items, int threads, ItemFn fn, void* context) {
 
 const char* parallel_pool() {
   return gomp() != nullptr ? "openmp" : "threads";
-}
-
-void* thread_scratch(int slot, int64_t bytes) {
-  thread_local Scratch scratch;
-  if (static_cast<int>(scratch.slots.size()) <= slot) scratch.slots.resize(slot + 1);
-  Scratch::Slot& entry = scratch.slots[slot];
-  if (entry.bytes < bytes) {
-    std::free(entry.data);
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
-    entry.data = std::aligned_alloc(64, rounded);
-    entry.bytes = entry.data ? rounded : 0;
-    if (entry.data == nullptr) throw std::bad_alloc();
-    advise_huge(entry.data, rounded);
-  }
-  return entry.data;
-}
-
-void advise_huge(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kHuge = int64_t{2} << 20;
-  if (bytes < 2 * kHuge) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  // Only a hint: it has no effect if the kernel rejects it (no huge pages configured).
-  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
 }
 
 }  // namespace flmoe

@@ -28,12 +28,4 @@ void parallel_for(int64_t items, int threads, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Scratch memory of the calling thread, 64-byte aligned, kept between calls and grown on demand.
-// Contents are undefined. With slots, one item can use several buffers.
-void* thread_scratch(int slot, int64_t bytes);
-
-// Requests huge pages for a large new buffer: first-touch faults cost more than the kernels that
-// fill it.
-void advise_huge(void* data, int64_t bytes);
-
 }  // namespace flmoe

@@ -50,19 +50,6 @@ inline bool has(uint32_t set, int64_t e) {
   return (set >> e & 1u) != 0;
 }
 
-// Allocates 64-byte aligned pieces of one scratch buffer; a first pass without a buffer computes
-// the required size.
-template <typename A>
-struct Pieces {
-  A* base;
-  int64_t used = 0;
-  A* take(int64_t count) {
-    A* here = base == nullptr ? nullptr : base + used;
-    used += round_up(count, 64 / static_cast<int64_t>(sizeof(A)));
-    return here;
-  }
-};
-
 template <typename T>
 inline const T* token(const RowView& view, int64_t b, int64_t e, int64_t i) {
   return static_cast<const T*>(view.data) + b * view.group_stride + e * view.head_stride +

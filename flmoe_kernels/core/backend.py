@@ -178,6 +178,8 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     ):
         # FLMOE_ISA requests the CPU kernels: an instruction set that cannot run is an error, not a fallback.
         name = CPU
+    elif tensor.device.type == "meta":
+        name = CPU  # needs no values, unlike some references
     elif tensor.device.type == "cuda":
         for name in _ON_CUDA:
             if not _refusal(op, name, tensor):
@@ -199,7 +201,7 @@ def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
     if name not in supported:
         return f"this operator has no {name} kernels in this version"
     reason, expected = "", kind
-    match name:
+    match name if kind != "meta" else "":  # there nothing runs: operators infer shapes and dtypes
         case "cpu":
             reason, expected = cpu_unavailable_reason(), "cpu"
         case "triton":

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .dtypes import autocast_dtype
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -19,8 +22,10 @@ def require_tensor(name: str, value: object) -> None:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether values can be read without cost: on a CPU, not in a trace, and not of a batched tensor."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(value):
+    """Whether values can be read without cost: on a CPU, not in a trace, neither fake nor batched."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if isinstance(value, FakeTensor) or is_batched(value):
         return False
     tracers = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
     return all(torch._C._get_dispatch_mode(tracer) is None for tracer in tracers)
@@ -164,11 +169,9 @@ def require_shape(name: str, value: Tensor, shape: tuple[int, ...], letters: str
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast tensors to autocast's dtype if it is on, as torch's own products do; float64 is not cast."""
-    kind = tensors[0].device.type
-    # Some device types, such as meta, do not support autocast.
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

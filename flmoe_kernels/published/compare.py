@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from flmoe_kernels.core.dtypes import without_autocast
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec, build_like
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
@@ -68,7 +69,7 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
     fast = adopt(layer, spec).eval()
     for module in (original, exact, fast):
         _lift_capacity(module)
-    with torch.no_grad(), torch.autocast(next(layer.parameters()).device.type, enabled=False):
+    with torch.no_grad(), without_autocast(next(layer.parameters()).device):
         if isinstance(spec, LayerSpec):
             return _compare_layers(original, exact, fast, spec, case)
         return _compare_mlps(original, exact, fast, spec, case)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flmoe_kernels import (
     BackendUnavailable,
@@ -176,8 +177,10 @@ def test_without_the_native_module(op: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_cpu_backend_refuses_other_devices() -> None:
-    with pytest.raises(BackendUnavailable, match=r"'cpu' was requested, but .* are on meta"):
-        backends.choose("expert_attention", X.to("meta"), "cpu")
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    with pytest.raises(BackendUnavailable, match=r"'cpu' was requested, but .* are on cuda:0"):
+        backends.choose("expert_attention", x, "cpu")
 
 
 def chosen() -> str:

@@ -96,11 +96,15 @@ def test_every_kernel_stays_in_its_buffers(sanitized: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mistake", "report"), [("read", "READ of size"), ("write", "WRITE of size")]
+    ("mistake", "report"),
+    [("read", "READ of size 4"), ("write", "WRITE of size 4"), ("scratch", "WRITE of size 4")],
 )
-def test_the_sanitizer_detects_short_buffers(sanitized: Path, mistake: str, report: str) -> None:
+def test_the_sanitizer_detects_an_overrun_by_one_element(
+    sanitized: Path, mistake: str, report: str
+) -> None:
     process = start(sanitized, "baseline", mistake)
     output, _ = process.communicate()
     assert process.returncode != 0
     assert "heap-buffer-overflow" in output
     assert report in output
+    assert ("take_scratch" in output) == (mistake == "scratch")

@@ -10,7 +10,7 @@ from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core.error_budget import assert_outside_budget
 from flmoe_kernels.ops.reweighting import api, reference
 from flmoe_kernels.ops.reweighting.triton import launch as launches
-from tests.support.inputs import as_dtype, draw, draw_masks, gradients
+from tests.support.inputs import SPECIAL_LOGITS, as_dtype, draw, draw_masks, gradients
 from tests.support.operator_cases import OPS, compare
 
 TRITON = "triton"
@@ -106,6 +106,21 @@ def test_mix_of_a_slice_and_with_one_gradient() -> None:
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want)
         assert (results[0][0] != 0).any()
+
+
+def test_infinite_and_nan_scores_act_as_in_torch() -> None:
+    leaves = [torch.tensor(SPECIAL_LOGITS), draw(4, len(SPECIAL_LOGITS), 3, seed=2)]
+    results = []
+    for function in (
+        lambda *x: api.mix_experts(*x, 1.5, TRITON),
+        lambda *x: reference.mix_experts(*x, 1.5),
+    ):
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        out = function(*inputs)
+        results.append([*(x.detach() for x in out), *gradients(out, inputs)])
+    assert results[1][0].isnan().any()
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_empty_batches() -> None:

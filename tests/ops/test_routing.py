@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.ops.routing.api import dispatch, gate
-from tests.support.inputs import draw
+from tests.support.inputs import SPECIAL_LOGITS, draw, gradients
 from tests.support.routed_cases import DTYPES
 
 OPS = torch.ops.flmoe
@@ -37,6 +37,22 @@ def test_gate_chooses_the_largest(dtype: torch.dtype, backend: str) -> None:
 def test_ties_select_the_expert_with_the_lower_index(backend: str) -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0] * 5])
     assert gate(logits, 4, backend=backend).index.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_and_nan_logits_act_as_in_torch(dtype: torch.dtype) -> None:
+    logits = torch.tensor(SPECIAL_LOGITS, dtype=dtype)
+    for over, top_k in itertools.product(("selected", "all"), (1, 2, 4)):
+        results = []
+        for backend in BACKENDS:
+            leaf = logits.clone().requires_grad_()
+            index, weight = gate(leaf, top_k, over=over, backend=backend)
+            results.append([weight.detach(), *gradients([weight], [leaf])])
+            assert torch.equal(index, gate(logits, top_k, backend="reference").index)
+        assert results[0][0].isnan().any()
+        unit = 4 * torch.finfo(dtype).eps
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=unit, atol=unit, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

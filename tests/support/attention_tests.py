@@ -11,10 +11,26 @@ from torch import Tensor
 from flmoe_kernels import expert_attention
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from tests.support.attention_cases import NAMES, Case, check, run
-from tests.support.inputs import as_dtype, cumulative, draw, gradients, make_seed
+from tests.support.inputs import INF, NAN, as_dtype, cumulative, draw, gradients, make_seed
 
 OPS = torch.ops.flmoe
 FLOAT32, FLOAT64 = torch.float32, torch.float64
+# Scores of a row: all but two keys have the first, the other two keys have the second and third.
+SCORES = (
+    (-INF, -INF, INF),
+    (0.25, NAN, INF),
+    (0.25, INF, NAN),
+    (-INF, 0.5, -INF),
+    (-INF, -INF, -INF),
+    (0.25, INF, 0.5),
+    (0.25, INF, INF),
+    (0.25, INF, -INF),
+    (0.25, -INF, -INF),
+    (0.25, NAN, 0.5),
+    (NAN, NAN, INF),
+    (INF, INF, INF),
+    (0.25, 0.5, 2.0),
+)
 EMPTY = (
     *(Case((), 2, 4, 0.5, groups, tail=tail) for groups in (None, 2) for tail in (0, 3)),
     Case((0, 0), 1, 3, groups=0),
@@ -55,6 +71,34 @@ class AttentionTests:
             assert (result[:, :3] == 0).all()
             assert (result[:, 13:] == 0).all()
             assert (result[:, 3:13] != 0).any()
+
+    @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # Triton's interpreter
+    def test_infinite_and_nan_scores_act_as_in_torch(self, dtype: torch.dtype) -> None:
+        """Log-sum-exp, and with dropout output and gradients; each problem has one row of SCORES, times 1, -1, 2
+        or 1/2."""
+        lengths = [self.length if i < 2 else 5 for i in range(len(SCORES))]
+        case = Case(tuple(lengths), 1, 1, 0.5, scale=1.0)
+        _, _, v = case.qkv(dtype)
+        q = torch.tensor([1.0, -1.0, 2.0, 0.5], dtype=dtype).repeat(v.numel())[: v.numel()]
+        k, expected = torch.empty_like(q), torch.empty_like(q, dtype=torch.float64)
+        runs = zip(*(x.split(lengths) for x in (q, k, expected)), SCORES, strict=True)
+        for queries, keys, statistics, (most, first, last) in runs:
+            keys[:], keys[1], keys[-1] = most, first, last
+            statistics[:] = torch.outer(queries.double(), keys.double()).logsumexp(dim=1)
+        qkv = [q.view_as(v), k.view_as(v), v]
+        _, lse = expert_attention(
+            *qkv, case.cu_seqlens, scale=1.0, return_lse=True, backend=self.backend
+        )
+        expected = expected.to(lse.dtype).view_as(lse)
+        assert all(kind(expected).any() for kind in (torch.isposinf, torch.isneginf, torch.isnan))
+        torch.testing.assert_close(lse, expected, equal_nan=True)
+
+        unit = 64 * torch.finfo(dtype).eps
+        found, want = self.run(case, qkv), run(case, qkv, "reference")
+        for name, got, each in zip(NAMES, found, want, strict=True):
+            assert each.isnan().any(), name
+            assert each.isfinite().any(), name
+            torch.testing.assert_close(got, each, rtol=unit, atol=unit, equal_nan=True)
 
     @pytest.mark.parametrize("case", EMPTY, ids=str)
     def test_no_rows_and_no_problems(self, case: Case) -> None:

@@ -42,6 +42,23 @@ def as_dtype(tree: Any, dtype: torch.dtype, requires_grad: bool = False) -> Any:
     return tree
 
 
+NAN, INF = float("nan"), float("inf")
+# Rows of four logits on which a softmax has to act as torch's.
+SPECIAL_LOGITS = (
+    (INF, 0.5, -1.0, 0.0),
+    (0.5, INF, INF, 0.0),
+    (INF, INF, INF, INF),
+    (INF, -200.0, -300.0, -400.0),
+    (INF, -INF, 0.0, 1.0),
+    (-INF, -INF, -INF, -INF),
+    (-INF, 0.0, 1.0, -INF),
+    (0.0, NAN, 1.0, 2.0),
+    (NAN, INF, 0.0, 1.0),
+    (0.0, 1.0, INF, NAN),
+    (0.0, -200.0, 1.0, 0.5),
+)
+
+
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 7) -> list[Tensor]:
     """Input gradients of the outputs' inner product with seeded normal values; zeros if there is no gradient."""
     cotangents = {

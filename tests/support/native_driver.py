@@ -378,7 +378,14 @@ def drive(native: ModuleType) -> int:
 
 
 def control(native: Any, mistake: str) -> None:
-    """A call whose output or input is too short by one element."""
+    """An access one element past the end of an input, an output or the kernels' scratch memory."""
+    if mistake == "scratch":
+        for size in (256, 60):  # a shorter buffer does not get the longer one's memory
+            address = native.take_scratch(size)
+            ctypes.memset(address, 0, size)
+            native.return_scratch(address)
+        address = native.take_scratch(60)
+        ctypes.memset(address + 60, 0, 4)
     case = Case(FLOAT32, False)
     rows, width = 3, 5
     x = case.floats(rows * width - (mistake == "read"))

@@ -10,7 +10,7 @@ import torch
 from flmoe_kernels import pair_moe
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS, KINDS
-from tests.support.inputs import as_dtype, draw, gradients
+from tests.support.inputs import SPECIAL_LOGITS, as_dtype, draw, gradients
 from tests.support.pair_cases import NAMES, REDUCTIONS, PairCase, check, run
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -113,3 +113,21 @@ class PairTests:
             assert results[-1][1].dtype == FLOAT32
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+    def test_infinite_and_nan_logits_act_as_in_torch(self, top_k: int) -> None:
+        """One pair per sample, so that the mass is the pair's probability."""
+        logits = torch.tensor(SPECIAL_LOGITS)
+        shape = (*logits.shape, 1)
+        case = PairCase(1, 1, 1, 3, batch=len(logits), bias=False, top_k=top_k)
+        inputs = [torch.ones(*shape, 1), logits.view(*shape, 1)]
+        inputs += [draw(*shape, 3, seed=i) for i in range(2)]
+        found, expected = (run(case, inputs, backend) for backend in (self.backend, "reference"))
+        if top_k == 4:
+            torch.testing.assert_close(
+                expected[1].flatten(1), logits.softmax(dim=1), equal_nan=True
+            )
+        for name, got, want in zip(NAMES, found, expected, strict=False):
+            torch.testing.assert_close(
+                got, want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )

@@ -21,12 +21,10 @@ template <typename T, typename A>
 void rows_times_panels(const T* x, int64_t rows, int64_t depth, const A* panels, int64_t columns,
                        const T* bias, T* out) {
   const A* input;
-  A* scratch =
-      static_cast<A*>(thread_scratch(0, (kRowBlock * depth + kRowBlock * kPanel<A>)*sizeof(A)));
+  const Buffer<A> edge(rows * kPanel<A>), converted(sizeof(T) == sizeof(A) ? 0 : rows * depth);
   if constexpr (sizeof(T) == sizeof(A)) {
     input = x;
   } else {
-    A* converted = scratch + kRowBlock * kPanel<A>;
     read_row<T, A>(x, converted, rows * depth);
     input = converted;
   }
@@ -34,7 +32,7 @@ void rows_times_panels(const T* x, int64_t rows, int64_t depth, const A* panels,
     const int64_t count = min64(kPanel<A>, columns - n0);
     const A* panel = panels + n0 * depth;
     const bool direct = sizeof(T) == sizeof(A) && count == kPanel<A>;
-    A* tile = direct ? reinterpret_cast<A*>(out + n0) : scratch;
+    A* tile = direct ? reinterpret_cast<A*>(out + n0) : edge;
     const int64_t tile_stride = direct ? columns : kPanel<A>;
     if (bias != nullptr) {
       for (int64_t i = 0; i < rows; ++i) read_row<T, A>(bias + n0, tile + i * tile_stride, count);
@@ -69,23 +67,23 @@ template <typename T, typename A>
 struct WeightGradient {
   const LinearArgs& args;
   int64_t e, n0, count, padded;
-  double* bias_total;
-  A *total, *block, *bias_block, *x_block, *grad_block;
+  Buffer<double> bias_total;
+  Buffer<A> total, block, bias_block, x_block, grad_block;
 
   WeightGradient(const LinearArgs& args, int64_t e, int64_t n0, int64_t count)
-      : args(args), e(e), n0(n0), count(count), padded(round_up(args.in_width, kLanes<A>)) {
-    const int64_t sums = kOutBlock * padded;
-    const int64_t elements = 2 * sums + kOutBlock + kTokenBlock * (padded + kOutBlock);
-    const int64_t bias_bytes = kOutBlock * static_cast<int64_t>(sizeof(double));
-    bias_total = static_cast<double*>(
-        thread_scratch(0, bias_bytes + elements * static_cast<int64_t>(sizeof(A))));
-    total = reinterpret_cast<A*>(bias_total + kOutBlock);
-    block = total + sums;
-    bias_block = block + sums;
-    x_block = bias_block + kOutBlock;
-    grad_block = x_block + kTokenBlock * padded;
+      : args(args),
+        e(e),
+        n0(n0),
+        count(count),
+        padded(round_up(args.in_width, kLanes<A>)),
+        bias_total(kOutBlock),
+        total(kOutBlock * padded),
+        block(kOutBlock * padded),
+        bias_block(kOutBlock),
+        x_block(kTokenBlock * padded),
+        grad_block(kTokenBlock * kOutBlock) {
     for (int64_t n = 0; n < kOutBlock; ++n) bias_total[n] = 0, bias_block[n] = 0;
-    for (int64_t i = 0; i < sums; ++i) total[i] = 0;
+    for (int64_t i = 0; i < kOutBlock * padded; ++i) total[i] = 0;
   }
 
   // The block's rows of x in the compute type, in place if they already have it.
@@ -137,19 +135,12 @@ struct WeightGradient {
   }
 };
 
-template <typename A>
-A* packing_buffer(int64_t experts, int64_t depth, int64_t columns) {
-  const int64_t elements = experts * packed_size<A>(depth, columns);
-  // Slot 1: the items that read it use slot 0 of the same thread.
-  return static_cast<A*>(thread_scratch(1, elements * static_cast<int64_t>(sizeof(A))));
-}
-
 }  // namespace
 
 void linear_forward(DType dtype, const LinearArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
-    A* packed = packing_buffer<A>(args.experts, args.in_width, args.out_width);
+    const Buffer<A> packed(args.experts * packed_size<A>(args.in_width, args.out_width));
     pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.in_width, args.out_width,
                    1, args.in_width, args.threads, packed);
     batched_rows<T, A>(static_cast<const T*>(args.x), packed, static_cast<const T*>(args.bias),
@@ -162,7 +153,7 @@ void linear_backward(DType dtype, const LinearArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     if (args.grad_x != nullptr) {
-      A* packed = packing_buffer<A>(args.experts, args.out_width, args.in_width);
+      const Buffer<A> packed(args.experts * packed_size<A>(args.out_width, args.in_width));
       pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.out_width,
                      args.in_width, args.in_width, 1, args.threads, packed);
       batched_rows<T, A>(static_cast<const T*>(args.grad_out), packed, nullptr,

@@ -46,12 +46,11 @@ A dot_of(const A* x, const A* y, int64_t n) {
   return total;
 }
 
+// A row, padded to whole vectors.
 template <typename A>
-A* row_scratch(int slot, int64_t rows, int64_t width) {
-  // One vector more than the padded rows, because the last partial vector is accessed as a whole.
-  const int64_t elements = rows * round_up(width, 64) + 64;
-  return static_cast<A*>(thread_scratch(slot, elements * static_cast<int64_t>(sizeof(A))));
-}
+struct RowBuffer : Buffer<A> {
+  explicit RowBuffer(int64_t width) : Buffer<A>(round_up(width, kLanes<A>)) {}
+};
 
 template <typename T, typename A>
 const T* at(const void* base, int64_t row, int64_t width) {
@@ -66,17 +65,18 @@ struct NormRow {
   Dropout dropout;
   A kept;
   int64_t width;
-  A *x, *u, *gain, *shift, *twice;
+  RowBuffer<A> x, u, gain, shift, twice;
 
   explicit NormRow(const NormArgs& args)
       : args(args),
         dropout(dropout_of(args.dropout)),
         kept(keep_scale<A>(dropout)),
-        width(args.width) {
-    const int64_t padded = round_up(width, 64);
-    x = row_scratch<A>(0, 5, width);
-    u = x + padded, gain = u + padded, shift = gain + padded, twice = shift + padded;
-  }
+        width(args.width),
+        x(width),
+        u(width),
+        gain(width),
+        shift(width),
+        twice(width) {}
 
   void load_affine(int64_t e) {
     read_row<T, A>(at<T, A>(args.gain, e, width), gain, width);
@@ -111,9 +111,9 @@ struct NormRow {
     } else {
       read_row<T, A>(at<T, A>(args.residual, row, width), x, width);
     }
-    const A mean = sum_of(x, width) / width;
+    const A mean = sum_of<A>(x, width) / width;
     for (int64_t d = 0; d < width; ++d) x[d] -= mean;
-    const A rstd = A(1) / std::sqrt(dot_of(x, x, width) / width + A(args.eps));
+    const A rstd = A(1) / std::sqrt(dot_of<A>(x, x, width) / width + A(args.eps));
     T* normed = static_cast<T*>(args.normed) + row * width;
     for (int64_t d = 0; d < width; ++d) write<T, A>(normed + d, x[d] * rstd * gain[d] + shift[d]);
     static_cast<A*>(args.mean)[row] = mean;
@@ -135,7 +135,7 @@ struct NormRow {
         grad[d] *= gain[d];
       }
       if (args.grad_residual == nullptr && args.grad_update == nullptr) return;
-      const A c1 = sum_of(grad, width) / width, c2 = dot_of(grad, x, width) / width;
+      const A c1 = sum_of(grad, width) / width, c2 = dot_of<A>(grad, x, width) / width;
       for (int64_t d = 0; d < width; ++d) grad[d] = rstd * (grad[d] - c1 - x[d] * c2);
     } else {
       for (int64_t d = 0; d < width; ++d) grad[d] = 0;
@@ -170,8 +170,7 @@ void pool_item(const PoolArgs& args, int64_t e, int64_t v, int64_t segment) {
   const A kept = keep_scale<A>(dropout);
   const int64_t width = args.width, first = args.cumulative[segment];
   const int64_t last = args.cumulative[segment + 1];
-  A* sum = row_scratch<A>(0, 2, width);
-  A* u = sum + round_up(width, 64);
+  const RowBuffer<A> sum(width), u(width);
   for (int64_t d = 0; d < width; ++d) sum[d] = 0;
   for (int64_t r = first; r < last; ++r) {
     const int64_t index = v * args.rows + r;
@@ -195,8 +194,7 @@ void pool_backward_item(const PoolArgs& args, int64_t e, int64_t v, int64_t segm
   const A kept = keep_scale<A>(dropout);
   const int64_t width = args.width, first = args.cumulative[segment];
   const int64_t last = args.cumulative[segment + 1];
-  A* grad = row_scratch<A>(0, 2, width);
-  A* u = grad + round_up(width, 64);
+  const RowBuffer<A> grad(width), u(width);
   const int64_t out = (e * args.views + v) * args.segments + segment;
   const T* grad_out = at<T, A>(args.grad_out, out, width);
   const A scale = A(1) / static_cast<A>(last > first ? last - first : 1);
@@ -239,8 +237,8 @@ void norm_backward(DType dtype, const NormArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     const int64_t chunks = (args.rows + kChunk - 1) / kChunk, width = args.width;
-    A* partial = row_scratch<A>(1, 2 * args.experts * chunks, width);
     const int64_t stride = 2 * width;
+    const Buffer<A> partial(args.experts * chunks * stride), total(stride);
     for_chunks(args.experts, args.rows, args.threads,
                [&](int64_t e, int64_t chunk, int64_t first, int64_t last) {
                  A *gain = partial + chunk * stride, *shift = gain + width;
@@ -250,7 +248,6 @@ void norm_backward(DType dtype, const NormArgs& args) {
                  for (int64_t r = first; r < last; ++r) row.backward(e, r, gain, shift);
                });
     for (int64_t e = 0; e < args.experts; ++e) {
-      A* total = row_scratch<A>(0, 2, width);
       for (int64_t d = 0; d < stride; ++d) total[d] = 0;
       for (int64_t c = 0; c < chunks; ++c) {
         const A* add = partial + (e * chunks + c) * stride;
@@ -271,7 +268,7 @@ void gelu_forward(DType dtype, const GeluArgs& args) {
     const A kept = keep_scale<A>(dropout);
     for_chunks(args.experts, args.rows, args.threads,
                [&](int64_t e, int64_t, int64_t first, int64_t last) {
-                 A* x = row_scratch<A>(0, 1, args.width);
+                 const RowBuffer<A> x(args.width);
                  for (int64_t r = first; r < last; ++r) {
                    const int64_t row = e * args.rows + r;
                    read_row<T, A>(at<T, A>(args.x, row, args.width), x, args.width);
@@ -295,8 +292,7 @@ void gelu_backward(DType dtype, const GeluArgs& args) {
     const A kept = keep_scale<A>(dropout);
     for_chunks(args.experts, args.rows, args.threads,
                [&](int64_t e, int64_t, int64_t first, int64_t last) {
-                 A* x = row_scratch<A>(0, 2, args.width);
-                 A* grad = x + round_up(args.width, 64);
+                 const RowBuffer<A> x(args.width), grad(args.width);
                  for (int64_t r = first; r < last; ++r) {
                    const int64_t row = e * args.rows + r;
                    read_row<T, A>(at<T, A>(args.x, row, args.width), x, args.width);
@@ -363,7 +359,7 @@ void views_backward(DType dtype, const ViewsArgs& args) {
     const int64_t width = args.width, n = args.rows;
     // Here x is the gradient of the views, and out is that of the (original, noise) rows.
     for_chunks(args.experts, n, args.threads, [&](int64_t e, int64_t, int64_t first, int64_t last) {
-      A* sum = row_scratch<A>(0, 1, width);
+      const Buffer<A> sum(width);
       for (int64_t r = first; r < last; ++r) {
         T* original = static_cast<T*>(args.out) + ((e * 2) * n + r) * width;
         T* noise = original + n * width;

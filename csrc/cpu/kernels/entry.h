@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "cpu/kernels.h"
 #include "cpu/philox.h"
 
@@ -23,6 +24,23 @@ inline void with_dtype(DType dtype, const F& body) {
       return body.template operator()<Float16>();
   }
 }
+
+// `count` elements of scratch memory, undefined, for the lifetime of the object. One object per
+// array: the address sanitizer checks the ends of each.
+template <typename A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<A*>(take_scratch(count * static_cast<int64_t>(sizeof(A))))) {}
+  ~Buffer() { return_scratch(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  A* data() const { return data_; }
+  operator A*() const { return data_; }
+
+ private:
+  A* data_;
+};
 
 inline Dropout dropout_of(const DropoutSpec& spec) {
   if (spec.threshold >= 65536u) return {0, 0, 65536u};

@@ -50,24 +50,9 @@ void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t width, A
   }
 }
 
-template <typename A>
-struct Slices {
-  A* next;
-  A* take(int64_t count) {
-    A* here = next;
-    next += round_up(count, 64 / sizeof(A));
-    return here;
-  }
-};
-
 struct Problem {
   int64_t group, index, head, first, length;
 };
-
-template <typename A>
-Slices<A> scratch_for(int64_t elements) {
-  return {static_cast<A*>(thread_scratch(0, elements * static_cast<int64_t>(sizeof(A))))};
-}
 
 Problem problem_of(const AttentionForward& args, int64_t item) {
   const int64_t head = item % args.heads, index = item / args.heads % args.problems;
@@ -124,15 +109,9 @@ template <typename T, typename A>
 void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, int64_t rows) {
   const int64_t width = args.width, padded = round_up(width, kLanes<A>);
   const Dropout dropout = dropout_of(args.dropout);
-  Slices<A> scratch = scratch_for<A>(2 * rows * (padded + 16) + kKeyBlock * (width + padded) +
-                                     kForwardTile * kKeyBlock + 2 * rows + 256);
-  A* q = scratch.take(rows * padded);
-  A* out = scratch.take(rows * padded);
-  A* keys = scratch.take(width * kKeyBlock);
-  A* values = scratch.take(kKeyBlock * padded);
-  A* tile = scratch.take(kForwardTile * kKeyBlock);
-  A* maximum = scratch.take(rows);
-  A* total = scratch.take(rows);
+  const Buffer<A> q(rows * padded), out(rows * padded), maximum(rows), total(rows);
+  const Buffer<A> keys(width * kKeyBlock), values(kKeyBlock * padded);
+  const Buffer<A> tile(kForwardTile * kKeyBlock);
   pack_rows<T, A>(row_of<T>(args.q, p.group, p.first + row0, p.head), args.q.row_stride, rows,
                   width, padded, A(args.scale), q);
   for (int64_t i = 0; i < rows; ++i) maximum[i] = -INFINITY, total[i] = 0;
@@ -168,7 +147,10 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
     const A scale = kept / total[i];
     for (int64_t d = 0; d < padded; ++d) out[i * padded + d] *= scale;
     write_row<T, A>(out + i * padded, static_cast<T*>(args.out) + at * width, width);
-    static_cast<A*>(args.lse)[at] = maximum[i] + std::log(total[i]);
+    // A score of inf makes the sum NaN, as the probabilities are; the log-sum-exp is inf, as in
+    // torch.
+    static_cast<A*>(args.lse)[at] =
+        maximum[i] == A(INFINITY) ? maximum[i] : maximum[i] + std::log(total[i]);
   }
 }
 
@@ -185,9 +167,9 @@ struct BackwardItem {
   int64_t width, padded;
   Dropout dropout;
   A kept;
-  A *q, *grad_out, *grad_q, *lse, *delta;                 // whole problem
-  A *keys, *keys_t, *values_t, *grad_keys, *grad_values;  // one key block
-  A *probabilities, *scores;                              // one tile
+  Buffer<A> q, grad_out, grad_q, lse, delta;                 // whole problem
+  Buffer<A> keys, keys_t, values_t, grad_keys, grad_values;  // one key block
+  Buffer<A> probabilities, scores;                           // one tile
 
   BackwardItem(const AttentionBackward& args, const Problem& p)
       : args(args),
@@ -198,23 +180,19 @@ struct BackwardItem {
         width(args.forward.width),
         padded(round_up(width, kLanes<A>)),
         dropout(dropout_of(args.forward.dropout)),
-        kept(keep_scale<A>(dropout)) {
-    const int64_t block = kKeyBlock * (padded + 16);
-    Slices<A> scratch = scratch_for<A>(3 * p.length * padded + 2 * p.length + 5 * block +
-                                       2 * kBackwardTile * kKeyBlock + 512);
-    q = scratch.take(p.length * padded);
-    grad_out = scratch.take(p.length * padded);
-    grad_q = scratch.take(p.length * padded);
-    lse = scratch.take(p.length);
-    delta = scratch.take(p.length);
-    keys = scratch.take(kKeyBlock * padded);
-    keys_t = scratch.take(kKeyBlock * padded);
-    values_t = scratch.take(kKeyBlock * padded);
-    grad_keys = scratch.take(kKeyBlock * padded);
-    grad_values = scratch.take(kKeyBlock * padded);
-    probabilities = scratch.take(kBackwardTile * kKeyBlock);
-    scores = scratch.take(kBackwardTile * kKeyBlock);
-  }
+        kept(keep_scale<A>(dropout)),
+        q(p.length * padded),
+        grad_out(p.length * padded),
+        grad_q(p.length * padded),
+        lse(p.length),
+        delta(p.length),
+        keys(kKeyBlock * padded),
+        keys_t(width * kKeyBlock),
+        values_t(width * kKeyBlock),
+        grad_keys(kKeyBlock * padded),
+        grad_values(kKeyBlock * padded),
+        probabilities(kBackwardTile * kKeyBlock),
+        scores(kBackwardTile * kKeyBlock) {}
 
   int64_t element(int64_t row) const {
     return (p.group * args.forward.rows + p.first + row) * args.forward.heads + p.head;
@@ -232,6 +210,7 @@ struct BackwardItem {
                     p.length, width, padded, A(1), grad_out);
     for (int64_t i = 0; i < p.length; ++i) {
       lse[i] = static_cast<const A*>(f.lse)[element(i)];
+      if (lse[i] == A(INFINITY)) lse[i] = A(NAN);  // so that all probabilities of the row are NaN
       delta[i] = 0;
       if constexpr (kExactOutput) {
         const T* out = static_cast<const T*>(f.out) + element(i) * width;
@@ -268,9 +247,10 @@ struct BackwardItem {
       const Vec<A> x = exp_vec(load(prob + j) - lse[row]);
       Vec<A> dropped = x, g = load(grad + j);
       if (dropout.active()) {
-        const uint32_t lanes = lane_bits<A>(bits, static_cast<int>(j));
-        dropped = keep_lanes<A>(x * kept, lanes);
-        g = keep_lanes<A>(g * kept, lanes);
+        // A factor, not a selection: as in torch, a dropped NaN stays NaN.
+        const Vec<A> factor = keep_lanes<A>(splat(kept), lane_bits<A>(bits, static_cast<int>(j)));
+        dropped = x * factor;
+        g *= factor;
       }
       if constexpr (kOnlyDelta) {
         sum += x * g;  // 0 past the last key: there g is 0

@@ -16,13 +16,15 @@ template <typename T, typename A>
 struct Sample {
   const LossArgs& args;
   int64_t expert, index, width;
-  A *views, *grads;  // (views, width) each
+  Buffer<A> views, grads;  // (views, width) each
 
   Sample(const LossArgs& args, int64_t expert, int64_t index)
-      : args(args), expert(expert), index(index), width(args.width) {
-    const int64_t elements = args.views * width;
-    views = static_cast<A*>(thread_scratch(0, 2 * elements * static_cast<int64_t>(sizeof(A))));
-    grads = views + elements;
+      : args(args),
+        expert(expert),
+        index(index),
+        width(args.width),
+        views(args.views * width),
+        grads(args.views * width) {
     for (int64_t v = 0; v < args.views; ++v)
       read_row<T, A>(static_cast<const T*>(args.latents) + offset(v), views + v * width, width);
   }

@@ -59,10 +59,10 @@ struct ForwardItem {
   ExpertSets experts;
   int64_t padded;  // width in whole vectors
   int64_t rows = 0, valid = 0;
-  int64_t *row_index, *column_index;
-  A *q, *t, *mass;                 // whole item; t: sum of p c, then y
-  A *keys, *values, *column_mass;  // one block of columns
-  A *tile, *bias;
+  Buffer<int64_t> row_index, column_index;
+  Buffer<A> q, t, mass;                 // whole item; t: sum of p c, then y
+  Buffer<A> keys, values, column_mass;  // one block of columns
+  Buffer<A> tile, bias;
   A* pooled;  // (experts, width) of this item, for "pool"
 
   ForwardItem(const PairForward& args, int64_t b, int64_t first, int64_t last, A* pooled)
@@ -73,27 +73,17 @@ struct ForwardItem {
         last(last),
         experts(args.in, args.reduce),
         padded(round_up(args.in.width, kLanes<A>)),
-        pooled(pooled) {
-    Pieces<A> sizes{nullptr};
-    lay_out(sizes);
-    Pieces<A> pieces{static_cast<A*>(thread_scratch(0, sizes.used * int64_t(sizeof(A))))};
-    lay_out(pieces);
-    row_index = static_cast<int64_t*>(
-        thread_scratch(1, (last - first + in.columns) * int64_t(sizeof(int64_t))));
-    column_index = row_index + (last - first);
-  }
-
-  void lay_out(Pieces<A>& pieces) {
-    const int64_t n = in.experts, most = last - first;
-    q = pieces.take(n * most * in.rank);
-    t = pieces.take(n * most * padded);
-    mass = pieces.take(n * most);
-    keys = pieces.take(n * in.rank * kPairBlock);
-    values = pieces.take(n * kPairBlock * padded);
-    column_mass = pieces.take(n * kPairBlock);
-    tile = pieces.take(n * kTileExpert);
-    bias = pieces.take(n);
-  }
+        row_index(last - first),
+        column_index(in.columns),
+        q(in.experts * (last - first) * in.rank),
+        t(in.experts * (last - first) * padded),
+        mass(in.experts * (last - first)),
+        keys(in.experts * kPairBlock * in.rank),
+        values(in.experts * kPairBlock * padded),
+        column_mass(in.experts * kPairBlock),
+        tile(in.experts * kTileExpert),
+        bias(in.experts),
+        pooled(pooled) {}
 
   void load_rows() {
     rows = valid_tokens(in.mask_a ? in.mask_a + b * in.rows : nullptr, first, last, row_index);
@@ -129,7 +119,7 @@ struct ForwardItem {
         gemm<A>(tile_rows, count_padded, in.rank, q + (e * rows + i0) * in.rank, in.rank, 1,
                 keys + e * in.rank * kPairBlock, kPairBlock, tile + e * kTileExpert, kTileRow,
                 false);
-      gate_tile({tile, bias, mass + i0, experts.columns != 0 ? column_mass : nullptr, rows,
+      gate_tile({tile, bias, mass + i0, experts.columns != 0 ? column_mass.data() : nullptr, rows,
                  tile_rows, count, in.top_k});
       for (int64_t e = 0; e < in.experts; ++e)
         if (has(experts.products, e))
@@ -208,16 +198,14 @@ void forward(const PairForward& args) {
   const RowBlocks cut(in);
   const int64_t each = cut.each, blocks = cut.count;
   const int64_t pool_size = in.experts * in.width;
-  A* partial = nullptr;
-  if (args.reduce == PairReduce::kPool)
-    partial =
-        static_cast<A*>(thread_scratch(2, in.batch * blocks * pool_size * int64_t(sizeof(A)) + 64));
+  const bool pool = args.reduce == PairReduce::kPool;
+  const Buffer<A> partial(pool ? in.batch * blocks * pool_size : 0);
   parallel_for(in.batch * blocks, in.threads, [&](int64_t item, int) {
     const int64_t b = item / blocks, first = item % blocks * each;
-    A* pooled = partial == nullptr ? nullptr : partial + item * pool_size;
+    A* pooled = pool ? partial + item * pool_size : nullptr;
     ForwardItem<T, A>(args, b, first, min64(first + each, in.rows), pooled).run();
   });
-  if (args.reduce != PairReduce::kPool) return;
+  if (!pool) return;
   for (int64_t b = 0; b < in.batch; ++b)
     for (int64_t d = 0; d < pool_size; ++d) {
       A total = 0;

@@ -97,12 +97,13 @@ struct BackwardItem {
   int64_t b, first_row, last_row, first_column, last_column;
   ExpertSets experts;
   int64_t rank_padded, width_padded;
+  int64_t most, block;  // (expert, row) and (expert, column) of the chunk and of one block
   int64_t rows = 0, valid = 0;
-  int64_t *row_index, *column_index;
-  A *q, *h, *a_part, *mass, *grad_q, *t;           // chunk of rows
-  A *keys, *keys_rows, *values, *values_rows;      // block of columns
-  A *column_part, *column_mass, *grad_k, *grad_c;  // block of columns
-  A *logits, *messages, *bias, *bias_sums, *grad_buffer;
+  Buffer<int64_t> row_index, column_index;
+  Buffer<A> q, h, a_part, mass, grad_q, t;             // chunk of rows
+  Buffer<A> keys, keys_rows, values, values_rows;      // block of columns
+  Buffer<A> column_part, column_mass, grad_k, grad_c;  // block of columns
+  Buffer<A> logits, messages, bias, bias_sums, grad_buffer;
   Gradients<A> gradients;
   A* grad_bias;
 
@@ -118,40 +119,31 @@ struct BackwardItem {
         experts(args.in, args.reduce),
         rank_padded(round_up(args.in.rank, kLanes<A>)),
         width_padded(round_up(args.in.width, kLanes<A>)),
+        most(in.experts * (last_row - first_row)),
+        block(in.experts * kPairBlock),
+        row_index(last_row - first_row),
+        column_index(last_column - first_column),
+        q(most * rank_padded),
+        h(most * width_padded),
+        a_part(most),
+        mass(most),
+        grad_q(most * rank_padded),
+        t(most * width_padded),
+        keys(block * in.rank),
+        keys_rows(block * rank_padded),
+        values(block * in.width),
+        values_rows(block * width_padded),
+        column_part(block),
+        column_mass(block),
+        grad_k(block * rank_padded),
+        grad_c(block * width_padded),
+        logits(in.experts * kTileExpert),
+        messages(in.experts * kTileExpert),
+        bias(in.experts),
+        bias_sums(in.experts * kLanes<A>),
+        grad_buffer(in.width),
         gradients(gradients),
-        grad_bias(grad_bias) {
-    Pieces<A> sizes{nullptr};
-    lay_out(sizes);
-    Pieces<A> pieces{static_cast<A*>(thread_scratch(0, sizes.used * int64_t(sizeof(A))))};
-    lay_out(pieces);
-    const int64_t tokens = last_row - first_row + last_column - first_column;
-    row_index = static_cast<int64_t*>(thread_scratch(1, (tokens + 1) * int64_t(sizeof(int64_t))));
-    column_index = row_index + (last_row - first_row);
-  }
-
-  void lay_out(Pieces<A>& pieces) {
-    const int64_t n = in.experts, most = last_row - first_row;
-    const int64_t block = n * kPairBlock;
-    q = pieces.take(n * most * rank_padded);
-    h = pieces.take(n * most * width_padded);
-    a_part = pieces.take(n * most);
-    mass = pieces.take(n * most);
-    grad_q = pieces.take(n * most * rank_padded);
-    t = pieces.take(n * most * width_padded);
-    keys = pieces.take(block * in.rank);
-    keys_rows = pieces.take(block * rank_padded);
-    values = pieces.take(block * in.width);
-    values_rows = pieces.take(block * width_padded);
-    column_part = pieces.take(block);
-    column_mass = pieces.take(block);
-    grad_k = pieces.take(block * rank_padded);
-    grad_c = pieces.take(block * width_padded);
-    logits = pieces.take(n * kTileExpert);
-    messages = pieces.take(n * kTileExpert);
-    bias = pieces.take(n);
-    bias_sums = pieces.take(n * kLanes<A>);
-    grad_buffer = pieces.take(in.width);
-  }
+        grad_bias(grad_bias) {}
 
   // The gradient of row i of y in the compute type; valid until the next call.
   const A* grad_y(int64_t e, int64_t i) const {
@@ -243,8 +235,9 @@ struct BackwardItem {
                 kTileRow, false);
     }
     for_experts<BackwardGate, A>(in)({logits, messages, bias, a_part + i0, column_part, mass + i0,
-                                      experts.columns != 0 ? column_mass : nullptr, bias_sums,
-                                      experts.products, rows, tile_rows, count, in.top_k});
+                                      experts.columns != 0 ? column_mass.data() : nullptr,
+                                      bias_sums, experts.products, rows, tile_rows, count,
+                                      in.top_k});
     for (int64_t e = 0; e < in.experts; ++e) {
       const A *d = logits + e * kTileExpert, *p = messages + e * kTileExpert;
       if (gradients.q != nullptr)
@@ -364,27 +357,23 @@ struct Rounds {
   Cut row_cut, column_cut;
   bool short_columns;
   int64_t side, squares, groups, items, copy_size;
-  A *copies, *grad_bias;
+  Buffer<A> copies, grad_bias;
 
   explicit Rounds(const PairBackward& args)
       : args(args),
         in(args.in),
         row_cut(args.in.rows, args.in.batch),
-        column_cut(args.in.columns, args.in.batch) {
-    short_columns = column_cut.count <= row_cut.count;
-    side = short_columns ? column_cut.count : row_cut.count;
-    squares = ((short_columns ? row_cut.count : column_cut.count) + side - 1) / side;
-    const int64_t wanted = (kItems + in.batch * side - 1) / (in.batch * side);
-    groups = wanted < squares ? wanted : squares;
-    items = in.batch * groups * side;
-    copy_size = in.batch * in.experts * (short_columns ? in.columns : in.rows);
-    copies = cleared(3, (groups - 1) * copy_size * (in.rank + in.width));
-    grad_bias = cleared(2, items * in.experts);
-  }
-
-  static A* cleared(int slot, int64_t count) {
-    void* data = thread_scratch(slot, (count + 1) * int64_t(sizeof(A)));
-    return static_cast<A*>(std::memset(data, 0, (count + 1) * sizeof(A)));
+        column_cut(args.in.columns, args.in.batch),
+        short_columns(column_cut.count <= row_cut.count),
+        side(short_columns ? column_cut.count : row_cut.count),
+        squares(((short_columns ? row_cut.count : column_cut.count) + side - 1) / side),
+        groups(min64((kItems + in.batch * side - 1) / (in.batch * side), squares)),
+        items(in.batch * groups * side),
+        copy_size(in.batch * in.experts * (short_columns ? in.columns : in.rows)),
+        copies((groups - 1) * copy_size * (in.rank + in.width)),
+        grad_bias(items * in.experts) {
+    std::memset(copies, 0, (groups - 1) * copy_size * (in.rank + in.width) * sizeof(A));
+    std::memset(grad_bias, 0, items * in.experts * sizeof(A));
   }
 
   A* rank_copy(int64_t group) const {

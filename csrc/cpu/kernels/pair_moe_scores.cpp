@@ -107,36 +107,31 @@ struct ScoreItem {
   int64_t b, first, last;
   uint32_t synergy;
   int64_t rows = 0, valid = 0;
-  int64_t *row_index, *column_index;
-  A *q, *h, *a_part;               // whole item
-  A *keys, *values, *column_part;  // one block of columns
-  A *logits, *messages, *bias;
+  Buffer<int64_t> row_index, column_index;
+  Buffer<A> q, h, a_part;               // whole item
+  Buffer<A> keys, values, column_part;  // one block of columns
+  Buffer<A> logits, messages, bias;
   Best* best;  // experts + 1 of them, or null for pair_map
 
   ScoreItem(const PairScores& args, int64_t b, int64_t first, int64_t last, Best* best)
-      : args(args), in(args.in), b(b), first(first), last(last), best(best) {
-    synergy = ExpertSets(in, PairReduce::kPool).synergy;
-    Pieces<A> sizes{nullptr};
-    lay_out(sizes);
-    Pieces<A> pieces{static_cast<A*>(thread_scratch(0, sizes.used * int64_t(sizeof(A))))};
-    lay_out(pieces);
-    row_index = static_cast<int64_t*>(
-        thread_scratch(1, (last - first + in.columns) * int64_t(sizeof(int64_t))));
-    column_index = row_index + (last - first);
-  }
-
-  void lay_out(Pieces<A>& pieces) {
-    const int64_t experts = in.experts, most = last - first;
-    q = pieces.take(experts * most * in.rank);
-    h = pieces.take(experts * most * in.width);
-    a_part = pieces.take(experts * most);
-    keys = pieces.take(experts * kPairBlock * in.rank);
-    values = pieces.take(experts * kPairBlock * in.width);
-    column_part = pieces.take(experts * kPairBlock);
-    logits = pieces.take(experts * kTileExpert);
-    messages = pieces.take(experts * kTileExpert);
-    bias = pieces.take(experts);
-  }
+      : args(args),
+        in(args.in),
+        b(b),
+        first(first),
+        last(last),
+        synergy(ExpertSets(args.in, PairReduce::kPool).synergy),
+        row_index(last - first),
+        column_index(in.columns),
+        q(in.experts * (last - first) * in.rank),
+        h(in.experts * (last - first) * in.width),
+        a_part(in.experts * (last - first)),
+        keys(in.experts * kPairBlock * in.rank),
+        values(in.experts * kPairBlock * in.width),
+        column_part(in.experts * kPairBlock),
+        logits(in.experts * kTileExpert),
+        messages(in.experts * kTileExpert),
+        bias(in.experts),
+        best(best) {}
 
   const T* head(int64_t e) const { return token<T>(args.head, b, e, 0); }
 
@@ -275,8 +270,7 @@ void top(const PairScores& args) {
   const int64_t groups = top_groups(in, args.count), slots = in.experts + 1;
   const int64_t entries = top_entries(in, args.count);
   const int64_t blocks = (cut.count + groups - 1) / groups;  // of one group
-  auto* best = static_cast<Best*>(
-      thread_scratch(2, (in.batch * groups * slots + 1) * int64_t(sizeof(Best))));
+  const Buffer<Best> best(in.batch * groups * slots);
   for (int64_t n = 0; n < in.batch * groups * slots; ++n)
     best[n] = {static_cast<PairCandidate*>(args.candidates) + n * entries, 0, entries};
   parallel_for(in.batch * groups, in.threads, [&](int64_t item, int) {

@@ -23,12 +23,10 @@ struct RowBlock {
 };
 
 struct Blocks {
-  RowBlock* block;
+  Buffer<RowBlock> block;
   int64_t count = 0;
 
-  explicit Blocks(const RoutedArgs& in) {
-    const int64_t most = in.tokens * in.choices / kRowBlock + in.experts;
-    block = static_cast<RowBlock*>(thread_scratch(3, (most + 1) * int64_t(sizeof(RowBlock))));
+  explicit Blocks(const RoutedArgs& in) : block(in.tokens * in.choices / kRowBlock + in.experts) {
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t r = in.offsets[e]; r < in.offsets[e + 1]; r += kRowBlock)
         block[count++] = {e, r, min64(kRowBlock, in.offsets[e + 1] - r)};
@@ -38,18 +36,17 @@ struct Blocks {
 // Both weights packed for one direction, shared by the threads.
 template <typename T, typename A>
 struct PackedWeights {
-  A *first, *second;
   int64_t first_size, second_size;  // of one expert
+  Buffer<A> first, second;
 
   // depth -> middle -> columns; element (k, n) of the first factor lies at k * ks1 + n * ns1. A
   // null weight is not used.
   PackedWeights(const RoutedArgs& in, const void* w1, int64_t ks1, int64_t ns1, const void* w2,
-                int64_t ks2, int64_t ns2) {
-    first_size = packed_size<A>(in.width, in.hidden);
-    second_size = packed_size<A>(in.hidden, in.width);
-    const int64_t elements = in.experts * (first_size + second_size);
-    first = static_cast<A*>(thread_scratch(1, (elements + 16) * int64_t(sizeof(A))));
-    second = first + in.experts * first_size;
+                int64_t ks2, int64_t ns2)
+      : first_size(packed_size<A>(in.width, in.hidden)),
+        second_size(packed_size<A>(in.hidden, in.width)),
+        first(w1 == nullptr ? 0 : in.experts * first_size),
+        second(w2 == nullptr ? 0 : in.experts * second_size) {
     if (w1 != nullptr)
       pack_all<T, A>(static_cast<const T*>(w1), in.experts, in.width, in.hidden, ks1, ns1,
                      in.threads, first);
@@ -87,16 +84,14 @@ void gather_tokens(const RoutedArgs& in, const void* source, const RowBlock& blo
 template <typename A>
 struct BlockBuffers {
   int64_t hidden_stride, width_stride;
-  A *tokens, *hidden, *rows;
+  Buffer<A> tokens, hidden, rows;
 
   explicit BlockBuffers(const RoutedArgs& in)
       : hidden_stride(panels_of<A>(in.hidden) * kPanel<A>),
-        width_stride(panels_of<A>(in.width) * kPanel<A>) {
-    const int64_t elements = kRowBlock * (in.width + hidden_stride + width_stride) + 64;
-    tokens = static_cast<A*>(thread_scratch(0, elements * int64_t(sizeof(A))));
-    hidden = tokens + round_up(kRowBlock * in.width, 16);
-    rows = hidden + kRowBlock * hidden_stride;
-  }
+        width_stride(panels_of<A>(in.width) * kPanel<A>),
+        tokens(kRowBlock * in.width),
+        hidden(kRowBlock * hidden_stride),
+        rows(kRowBlock * width_stride) {}
 };
 
 template <typename T, typename A>
@@ -133,12 +128,12 @@ void forward_block(const RoutedForward& args, const PackedWeights<T, A>& packed,
 template <typename T, typename A>
 void combine(const RoutedArgs& in, const A* rows, T* out) {
   const int64_t total = in.tokens * in.choices;
-  auto* place = static_cast<int32_t*>(thread_scratch(2, (total + 1) * int64_t(sizeof(int32_t))));
+  const Buffer<int32_t> place(total);
   for (int64_t r = 0; r < total; ++r)
     place[in.permutation[r]] = r < in.offsets[in.experts] ? static_cast<int32_t>(r) : -1;
   const int64_t blocks = (in.tokens + kRowBlock - 1) / kRowBlock;
   parallel_for(blocks, in.threads, [&](int64_t item, int) {
-    A* sum = static_cast<A*>(thread_scratch(0, in.width * int64_t(sizeof(A))));
+    const Buffer<A> sum(in.width);
     for (int64_t n = item * kRowBlock; n < min64((item + 1) * kRowBlock, in.tokens); ++n) {
       for (int64_t d = 0; d < in.width; ++d) sum[d] = 0;
       for (int64_t k = 0; k < in.choices; ++k) {
@@ -170,9 +165,7 @@ void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packe
     times_panels<A>(buffer.tokens, in.width, block.count, in.width,
                     packed.first + block.expert * packed.first_size, in.hidden, buffer.hidden,
                     buffer.hidden_stride);
-  A* pre = buffer.rows;  // one row at a time, before its rows are needed
-  if (in.hidden > kRowBlock * buffer.width_stride)
-    pre = static_cast<A*>(thread_scratch(4, buffer.hidden_stride * int64_t(sizeof(A))));
+  const Buffer<A> pre(in.hidden);  // of one row
   for (int64_t r = 0; r < block.count; ++r) {
     const int64_t row = block.first + r, flat = in.permutation[row];
     const A weight = read<T, A>(static_cast<const T*>(in.weight) + flat);
@@ -223,10 +216,8 @@ struct WeightGradient {
     const int64_t columns = tokens_left ? in.hidden : in.width;
     const int64_t padded = round_up(columns, kLanes<A>);
     const int64_t sums = kOutBlock * padded;
-    A* total = static_cast<A*>(thread_scratch(
-        0, (sums + kTokenBlock * (padded + kOutBlock) + 2 * kOutBlock + 64) * int64_t(sizeof(A))));
-    A *right = total + sums, *left = right + kTokenBlock * padded;
-    A *bias = left + kTokenBlock * kOutBlock, *part = bias + kOutBlock;
+    const Buffer<A> total(sums), right(kTokenBlock * padded), left(kTokenBlock * kOutBlock);
+    const Buffer<A> bias(kOutBlock), part(kOutBlock);
     std::memset(total, 0, sums * sizeof(A));
     std::memset(bias, 0, kOutBlock * sizeof(A));
     for (int64_t first = in.offsets[e]; first < in.offsets[e + 1]; first += kTokenBlock) {

@@ -45,7 +45,7 @@ void routing_gate(DType dtype, const GateArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     parallel_for((args.tokens + kTokens - 1) / kTokens, args.threads, [&](int64_t item, int) {
-      A* logits = static_cast<A*>(thread_scratch(0, args.experts * int64_t(sizeof(A))));
+      const Buffer<A> logits(args.experts);
       for (int64_t n = item * kTokens; n < min64((item + 1) * kTokens, args.tokens); ++n)
         select<T, A>(args, n, logits);
     });
@@ -53,7 +53,7 @@ void routing_gate(DType dtype, const GateArgs& args) {
 }
 
 bool routing_limit(const LimitArgs& args) {
-  auto* used = static_cast<int64_t*>(thread_scratch(0, args.experts * int64_t(sizeof(int64_t))));
+  const Buffer<int64_t> used(args.experts);
   for (int64_t e = 0; e < args.experts; ++e) used[e] = 0;
   for (int64_t r = 0; r < args.tokens * args.top_k; ++r) {
     const int64_t e = args.index[r];
@@ -73,8 +73,7 @@ bool routing_dispatch(const DispatchArgs& args) {
   }
   args.offsets[0] = 0;
   for (int64_t e = 0; e < args.experts; ++e) args.offsets[e + 1] = args.offsets[e] + args.counts[e];
-  auto* next =
-      static_cast<int32_t*>(thread_scratch(0, (args.experts + 1) * int64_t(sizeof(int32_t))));
+  const Buffer<int32_t> next(args.experts + 1);
   for (int64_t e = 0; e <= args.experts; ++e) next[e] = args.offsets[e];
   for (int64_t r = 0; r < args.rows; ++r) {
     const int64_t e = args.index[r] < 0 ? args.experts : args.index[r];

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
@@ -135,20 +136,12 @@ def game_digest(
 
     It includes the autocast dtype, because half precision changes more than the last bits.
     """
-    cast = _autocast_dtype(device)
+    cast = autocast_dtype(device)
     hasher = hashlib.sha256(json.dumps([described, str(cast)], sort_keys=True).encode())
     hasher.update(model_digest(model).encode())
     for tensor in tensors:
         add_tensor(hasher, tensor)
     return hasher.hexdigest()
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    # Some device types, such as meta, have no autocast.
-    if not torch.amp.is_autocast_available(device.type):
-        return None
-    on = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on else None
 
 
 def model_digest(model: Any) -> str:

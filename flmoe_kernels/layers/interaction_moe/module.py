@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
-from flmoe_kernels.layers.parts import (
-    UnsupportedLayer,
-    class_name,
-    separate,
-)
+from flmoe_kernels.core.dtypes import autocast_dtype, without_autocast
+from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
@@ -385,19 +382,11 @@ class InteractionMoE(ReferenceInteractionMoE):
         return (outputs, weights, mixed, losses, *gate_losses, [z[0] for z in view_latents])
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of torch.autocast on this device, None if it is off or the device does not support it."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
 def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:
     """Context without autocast for the CPU kernels; Triton needs it for the gates and the reweighting MLP."""
     if backend == backends.TRITON:
         return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return without_autocast(device)
 
 
 def _supported(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:

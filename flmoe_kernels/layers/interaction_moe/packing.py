@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.validation import readable
+
 
 @dataclass(frozen=True)
 class TokenPlan:
@@ -94,7 +96,7 @@ def plan_tokens(
         ],
         dim=1,
     )
-    compact = reads and device.type == "cpu" and not torch.compiler.is_compiling()
+    compact = reads and readable(valid)
     flat = valid.flatten()
     first = torch.argsort((~flat).to(torch.uint8), stable=True) if not compact else flat.nonzero()
     index = first.flatten()

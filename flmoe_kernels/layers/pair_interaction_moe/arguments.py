@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.ops.pair_moe.kinds import KINDS, MAX_EXPERTS
 
 Inputs = Sequence[Tensor | None]
@@ -42,7 +43,7 @@ def validate_sizes(
 def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
     """Under autocast, cast inputs of an autocast dtype to the parameters' dtype, which norms and anchors have.
     An encoder returns low precision there. require_inputs rejects other mismatches."""
-    if not torch.is_autocast_enabled(parameter.device.type):
+    if autocast_dtype(parameter.device) is None:
         return inputs
     if not isinstance(inputs, list | tuple):
         return inputs

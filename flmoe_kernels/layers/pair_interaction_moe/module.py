@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.dtypes import without_autocast
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_POOL
 from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
@@ -282,7 +283,7 @@ class PairInteractionMoE(nn.Module):
         if target is not None:
             device = self.gate_bias.device
             target = check.require_classes("target", target, batch, self.num_classes, device)
-        with torch.autocast(self.gate_bias.device.type, enabled=False):
+        with without_autocast(self.gate_bias.device):
             pairs = [pair.frozen() for pair in self._project(*self._tokens(inputs, masks))]
             pooled, _ = self._pool(pairs)
             logits, expert_logits = self._classify(_side_by_side(pooled))
@@ -380,7 +381,7 @@ class PairInteractionMoE(nn.Module):
         """Compute logits (B, C) and the experts' parts (B, E, C) from latents (E, B, P * V), in their dtype."""
         assert self.head is not None
         assert self.bias is not None
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             summed = latents.unflatten(2, (-1, self.value_dim)).sum(dim=2)
             expert_logits = (summed @ self.head.to(latents.dtype)).transpose(0, 1)
             return self.bias.to(latents.dtype) + expert_logits.sum(dim=1), expert_logits

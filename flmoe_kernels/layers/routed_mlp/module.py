@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.parts import (
     UnsupportedLayer,
     check_hooks,
@@ -320,7 +321,7 @@ class RoutedMLP(nn.Module):
         if inp.dim() < 1 or inp.shape[-1] != self.d_model:
             raise ValueError(f"inp: expected (..., {self.d_model}), got {tuple(inp.shape)}")
         x = inp.reshape(-1, self.d_model)
-        dtype = self._autocast_dtype(x)
+        dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
         if dtype is not None:
             x = x.to(dtype)
         else:
@@ -337,13 +338,6 @@ class RoutedMLP(nn.Module):
         valid = mask.reshape(-1)
         # A NaN in the padding would reach the losses, because 0 * NaN is NaN.
         return x.masked_fill(~valid[:, None], 0.0), valid
-
-    def _autocast_dtype(self, x: Tensor) -> torch.dtype | None:
-        """The dtype in which autocast computes linear maps of x; None if it does not change them."""
-        kind = x.device.type
-        if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-            return None
-        return torch.get_autocast_dtype(kind)
 
     def _through_experts(
         self, x: Tensor, index: Tensor, weight: Tensor, weights: tuple[Tensor, ...]

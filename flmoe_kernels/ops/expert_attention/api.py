@@ -8,6 +8,7 @@ from torch import Tensor
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.dtypes import without_autocast
 
 from . import op as _op  # noqa: F401  registers flmoe::expert_attention
 from .reference import attention_reference
@@ -72,7 +73,7 @@ def expert_attention(
     tail = (cu_seqlens, seed, dropout_p, scale)
     if chosen == backends.REFERENCE:
         # Autocast would change the dtype of the products; it has no effect on the kernels either.
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             out, lse = attention_reference(q4, k4, v4, *tail)
         lse = lse.detach()
     else:

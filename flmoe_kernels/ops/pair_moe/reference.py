@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flmoe_kernels.core.dtypes import without_autocast
+
 from .call import REDUCE_EXPERTS, REDUCE_POOL, PairCall
 from .kinds import coefficients_of
 
@@ -21,7 +23,7 @@ from .kinds import coefficients_of
 def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
     """Return y in the inputs' dtype (for "pool" the statistics dtype), and mass (B, E, La) in the latter."""
     # Autocast would compute the gate and the sums in half precision.
-    with torch.autocast(call.q.device.type, enabled=False):
+    with without_autocast(call.q.device):
         return _forward(call, reduce)
 
 
@@ -49,7 +51,7 @@ def _forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
 
 def pair_map(call: PairCall, head: Tensor) -> Tensor:
     """phi (B, E, La, Lb) = p * (message . head) for head (B, E, V), in the statistics dtype."""
-    with torch.autocast(call.q.device.type, enabled=False):
+    with without_autocast(call.q.device):
         return _pair_map(call, head)
 
 

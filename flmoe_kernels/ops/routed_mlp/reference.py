@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flmoe_kernels.core.dtypes import without_autocast
 from flmoe_kernels.core.validation import is_batched
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,7 +41,7 @@ def routed_mlp(
         hidden = activation(F.linear(rows, w_in[e], None if b_in is None else b_in[e]))
         return F.linear(hidden, w_out[e], None if b_out is None else b_out[e])
 
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         for e in range(w_in.shape[0]):
             chosen = index == e
             if is_batched(index):

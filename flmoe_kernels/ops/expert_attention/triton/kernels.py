@@ -19,6 +19,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def origin_of(lse, mask):
+    """The log-sum-exp in base 2, NaN instead of inf: all probabilities of the row are NaN."""
+    value = tl.load(lse) if mask is None else tl.load(lse, mask=mask, other=0.0)
+    return tl.where(value == float("inf"), float("nan"), value * LOG2_E)
+
+
+@triton.jit
 def decode(program, slots, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """Return slot, first column of the chunk, head and group; blocks of a head are adjacent, to share L2."""
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
@@ -85,8 +92,9 @@ def attend_kernel(
         scores = tl.where(valid_key[None, :], scores, -float("inf"))
         before = largest
         largest = tl.maximum(before, tl.max(scores, 1) * factor)
-        # A row with only -inf so far has no weight yet; if it stays so, its total is 0 and it becomes NaN.
-        origin = tl.where(largest == -float("inf"), 0.0, largest)
+        # A row with only -inf so far has no weight yet; if it stays so, its total is 0 and it becomes NaN. With
+        # inf, the total is inf, or NaN if a score is NaN.
+        origin = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
         p = tl.exp2(scores * factor - origin[:, None])
         fade = tl.exp2(before - origin)
         total = total * fade + tl.sum(p, 1)
@@ -99,9 +107,9 @@ def attend_kernel(
             p = tl.where(kept, p, nothing)
         v_tile = load_rows(v, j, key, valid_key, column, WIDTH, CHUNK)
         sums = dot(p, v_tile, sums * fade[:, None], PRECISION)
-    # Rows outside all problems are 0.
+    # Rows outside all problems are 0. Those with a score of inf are NaN, also if dropout removed it.
     total = tl.where(keys > 0, total, 1.0)
-    sums *= (kept_scale / total)[:, None]
+    sums *= tl.where(total == float("inf"), float("nan"), kept_scale / total)[:, None]
     store_rows(head_of(out, group, head, first + start), row, valid, column, sums, WIDTH, CHUNK)
     if column == 0:
         values = tl.where(keys > 0, (largest + tl.log2(total)) * LN_2, 0.0)
@@ -160,7 +168,7 @@ def query_gradient_kernel(
     if column == 0:
         tl.store(delta + at + row * heads, together, mask=valid)
     if grad_q is not None:
-        origin = tl.load(lse + at + row * heads, mask=valid, other=0.0) * LOG2_E
+        origin = origin_of(lse + at + row * heads, valid)
         sums = tl.zeros((ROWS, CHUNK), tl.float32)
         for j in range(0, keys, COLUMNS):
             key = tl.arange(0, COLUMNS)
@@ -249,7 +257,7 @@ def key_gradient_kernel(
         q_tile = load_rows(q, i, row, None, 0, WIDTH, CHUNK)
         grad_tile = load_rows(grad_out, i, row, None, 0, WIDTH, CHUNK)
         statistics = row_at(at, i, heads) + row * heads
-        origin = tl.load(lse + statistics) * LOG2_E
+        origin = origin_of(lse + statistics, None)
         origin = tl.where(i + tl.arange(0, ROWS) < queries, origin, float("inf"))
         if grad_k is not None:
             together = tl.load(delta + statistics)

@@ -243,12 +243,18 @@ def gate_gradient_kernel(
                 *(u, w, offset_x, offset_z, b, e, x0, valid_x, z0, valid_z, length_x, length_z),
                 *(PRODUCT[e], EXPERTS, V, DEPTH_V, PRECISION),
             )
+            if TOP_K < EXPERTS:
+                # An expert that was not selected for the pair has no part, whatever its values are.
+                cotangent = tl.where(p[e] == 0.0, 0.0, cotangent)
             mean += p[e] * cotangent
             cotangents += (cotangent,)
         new_sums, new_totals = (), ()
         for e in tl.static_range(EXPERTS):
             # Selected, not only multiplied: where z is masked, an infinity in w must not become NaN.
-            d = tl.where(valid_z[None, :], p[e] * (cotangents[e] - mean), 0.0)
+            present = valid_z[None, :]
+            if TOP_K < EXPERTS:
+                present = present & (p[e] != 0.0)
+            d = tl.where(present, p[e] * (cotangents[e] - mean), 0.0)
             if grad_x is not None:
                 other = load_tokens(z, b, e, z0, valid_z, column, R, WIDE_R)
                 new_sums += (dot(d, other, sums[e], PRECISION),)

@@ -148,7 +148,8 @@ def gate(
                     before += (logits[other] >= logits[e]).to(tl.int32)
                 elif other > e:
                     before += (logits[other] > logits[e]).to(tl.int32)
-            weight = tl.where(before < TOP_K, weight, 0.0)
+            # Negative, to mark it, but too small to change the total, which is at least 1.
+            weight = tl.where(before < TOP_K, weight, -2e-38)
         total += weight
         weights += (weight,)
     share = 1.0 / total
@@ -156,7 +157,7 @@ def gate(
     for e in tl.static_range(EXPERTS):
         present = valid_z[None, :]
         if TOP_K < EXPERTS:
-            # 0 also where the other weights are NaN.
-            present = present & (weights[e] != 0.0)
+            # 0 also where the other weights are NaN; NaN then also for a selected expert with weight 0.
+            present = present & ~(weights[e] < 0.0)
         p += (tl.where(present, weights[e] * share, 0.0),)
     return p
