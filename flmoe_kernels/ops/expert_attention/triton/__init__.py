@@ -6,6 +6,7 @@ capture it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,7 +74,9 @@ def backward(
     expect("lse", lse, q.shape[:3], torch.float32, q.device)
     if q.numel():
         delta = q.new_empty(q.shape[:3], dtype=torch.float32)
-        grad_out, out, lse = rows_contiguous(grad_out), rows_contiguous(out), lse.contiguous()
+        grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
+        # All probabilities of a row with a score of inf are NaN. The kernels have no register left for this.
+        lse = lse.contiguous().nan_to_num(nan=math.nan, posinf=math.nan, neginf=-math.inf)
         grad_q, grad_k, grad_v = grads
         launches = []
         if grad_q is not None or grad_k is not None:

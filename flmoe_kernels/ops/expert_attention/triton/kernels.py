@@ -19,13 +19,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def origin_of(lse, mask):
-    """The log-sum-exp in base 2, NaN instead of inf: all probabilities of the row are NaN."""
-    value = tl.load(lse) if mask is None else tl.load(lse, mask=mask, other=0.0)
-    return tl.where(value == float("inf"), float("nan"), value * LOG2_E)
-
-
-@triton.jit
 def decode(program, slots, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """Return slot, first column of the chunk, head and group; blocks of a head are adjacent, to share L2."""
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
@@ -168,7 +161,7 @@ def query_gradient_kernel(
     if column == 0:
         tl.store(delta + at + row * heads, together, mask=valid)
     if grad_q is not None:
-        origin = origin_of(lse + at + row * heads, valid)
+        origin = tl.load(lse + at + row * heads, mask=valid, other=0.0) * LOG2_E
         sums = tl.zeros((ROWS, CHUNK), tl.float32)
         for j in range(0, keys, COLUMNS):
             key = tl.arange(0, COLUMNS)
@@ -257,7 +250,7 @@ def key_gradient_kernel(
         q_tile = load_rows(q, i, row, None, 0, WIDTH, CHUNK)
         grad_tile = load_rows(grad_out, i, row, None, 0, WIDTH, CHUNK)
         statistics = row_at(at, i, heads) + row * heads
-        origin = origin_of(lse + statistics, None)
+        origin = tl.load(lse + statistics) * LOG2_E
         origin = tl.where(i + tl.arange(0, ROWS) < queries, origin, float("inf"))
         if grad_k is not None:
             together = tl.load(delta + statistics)
