@@ -118,8 +118,9 @@ MODELS: dict[str, Callable[[], Model]] = {
     "pairs": pair,
     "pairs with losses": lambda: pair(losses=True),
 }
-# The layer with routed MLPs takes 10 s and more to trace.
-CASES = [pytest.param(name, marks=pytest.mark.slow if "sparse" in name else ()) for name in MODELS]
+# These take about 10 s each.
+SLOW = ("sparse", "sparse inference", "dense inference", "pairs with losses")
+CASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
 
 
 def results(function: nn.Module, layer: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -268,7 +268,10 @@ def test_hooks_and_a_replaced_forward_of_the_layer_itself_work() -> None:
     assert next(calls) == 2
 
 
-@pytest.mark.parametrize("kind", ["forward hook", "Other", "Wrapper"])
+@pytest.mark.parametrize(
+    "kind",
+    ["forward hook", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Other", "Wrapper"))],
+)
 def test_changes_are_refused_while_compiling(kind: str) -> None:
     layer = fast_layer(FL)
     x, masks, _ = data(FL)

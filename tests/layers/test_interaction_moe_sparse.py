@@ -201,7 +201,10 @@ class OtherGate(GShardGate):
             lambda gate: gate.register_forward_hook(print),
             r"network\.2\.mlp\.gate: has a forward hook",
         ),
-        (lambda gate: setattr(gate, "__class__", OtherGate), r"network\.2\.mlp\.gate: .*OtherGate, which"),
+        (
+            lambda gate: setattr(gate, "__class__", OtherGate),
+            r"network\.2\.mlp\.gate: .*OtherGate, which",
+        ),
     ],
 )
 def test_gates_changed_after_construction_are_refused(change: Any, reason: str) -> None:
