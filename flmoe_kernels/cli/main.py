@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -41,6 +42,8 @@ def main() -> None:
 
     A file or standard output that cannot be written (a full disk) is one line on stderr and exit code 2.
     """
+    # One line, without a place in the source.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         try:
             app(prog_name=f"python -m {PACKAGE}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,16 @@ _TORCH_FUNCTIONS: tuple[Any, ...] = (
 
 class UnsupportedLayer(ValueError):
     """A fast layer cannot replace a layer; the message names the unsupported part."""
+
+
+def is_integer(x: object) -> TypeGuard[int]:
+    """Whether x is an integer of Python or numpy, not a bool."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def is_real(x: object) -> TypeGuard[float]:
+    """Whether x is a real number of Python or numpy."""
+    return isinstance(x, Real)
 
 
 def joined(path: str, name: str) -> str:

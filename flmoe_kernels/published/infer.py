@@ -8,6 +8,7 @@ expert. The caller must pass these, unless `swap_checkpoint` wrote the file, whi
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 from flmoe_kernels.layers.interaction_moe.architecture import Architecture, SparseSpec
@@ -62,13 +63,36 @@ def infer(file: CheckpointFile, gate: str | None = None, top_k: int | None = Non
 def infer_settings(
     file: CheckpointFile, num_heads: int | None, temperature: float | None
 ) -> tuple[int, float]:
-    """Return attention heads and temperature: the arguments, else the file's settings, else 4 and 1.0."""
-    heads, scale = file.config.get("num_heads"), file.config.get("temperature")
-    if num_heads is None:
-        num_heads = heads if isinstance(heads, int) else DEFAULT_HEADS
-    if temperature is None:
-        temperature = float(scale) if isinstance(scale, int | float) else DEFAULT_TEMPERATURE
-    return num_heads, temperature
+    """Return attention heads and temperature: the arguments, else the file's settings, else 4 and 1.0.
+
+    Warns of assumed values, and of arguments that differ from the file's settings.
+    """
+    defaults = {"num_heads": DEFAULT_HEADS, "temperature": DEFAULT_TEMPERATURE}
+    given = {"num_heads": num_heads, "temperature": temperature}
+    stored = {
+        name: type(default)(value)
+        for name, default in defaults.items()
+        if isinstance(value := file.config.get(name), int | float)
+    }
+    values: dict[str, Any] = {**defaults, **stored}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in stored and value != stored[name]:
+            warnings.warn(
+                f"{file.path}: {name} is {stored[name]} in the file, used {value} as passed",
+                stacklevel=3,
+            )
+        values[name] = value
+    assumed = [name for name in values if given[name] is None and name not in stored]
+    if assumed:
+        warnings.warn(
+            f"{file.path}: does not store {' and '.join(assumed)}; assumed "
+            f"{' and '.join(str(values[name]) for name in assumed)}. With other values than in training the "
+            "results are wrong",
+            stacklevel=3,
+        )
+    return values["num_heads"], values["temperature"]
 
 
 def in_words(architecture: Architecture) -> str:

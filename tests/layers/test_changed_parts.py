@@ -154,7 +154,11 @@ REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
     ),
     ("no affine", lambda x: setattr(encoder(x).norm1, "weight", None), r"norm1: has no affine"),
     ("rate", lambda x: setattr(encoder(x).attn.attn_drop, "p", 0.9), r"experts\.1: dropout is"),
-    ("mode", lambda x: encoder(x).dropout2.eval(), "dropout2: experts differ"),
+    (
+        "mode",
+        lambda x: encoder(x).dropout2.eval(),
+        "dropout2 of the experts differ in rate or mode",
+    ),
     ("an expert less", lambda x: x.interaction_experts.__delitem__(3), "expected 4 experts"),
     ("a layer more", lambda x: encoder(x).mlp.network.append(nn.ReLU()), "expected Linear, GELU"),
     ("compat", lambda x: setattr(encoder(x), "compat", "i2moe"), "compat"),

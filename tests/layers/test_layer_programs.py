@@ -8,6 +8,7 @@ import io
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -273,3 +274,27 @@ def test_an_explanation_is_of_the_pruned_head() -> None:
         layer.head_orig.mul_(-3)
     explanation = layer.explain(x, target=1)
     torch.testing.assert_close(explanation.logits[:, 1], layer(x).logits[:, 1])
+
+
+def test_values_of_padded_tokens_have_no_effect() -> None:
+    layer, x, _ = cold(FL)
+    masks = [torch.arange(7) < torch.tensor([[3], [7], [1]]), None]
+    expected = layer.inference(x, masks)
+    x[0][~masks[0]] = float("nan")
+    torch.testing.assert_close(layer.inference(x, masks), expected)
+
+
+def test_numbers_of_numpy_are_accepted() -> None:
+    template = FusionTransformer(2, 16, 3, 1, num_heads=np.int64(2))
+    layer = InteractionMoE(np.int64(2), template, False, 16, 16, 2, np.float32(0.5))
+    layer.eval().inference(FL.inputs())
+
+
+def test_wrong_arguments_of_the_constructor_are_named() -> None:
+    template = FusionTransformer(2, 16, 3, 1)
+    with pytest.raises(
+        ValueError, match="hidden_dim: expected 16, the fusion model's width, got 256"
+    ):
+        InteractionMoE(2, template)
+    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda"):
+        InteractionMoE(2, template, hidden_dim=16, backend="gpu")

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize, prune
 
 from flmoe_kernels import RoutedMLP
 from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.layers.routed_mlp.gates import NaiveGate
 from tests.support.inputs import draw
-from tests.support.routed_layers import D, every_gate, make
+from tests.support.routed_layers import D, E, every_gate, make
 
 
 def step(mlp: RoutedMLP, x: Tensor) -> Tensor:
@@ -200,3 +201,23 @@ def test_the_gate_is_registered_once_and_saved_under_both_names() -> None:
     assert saved == [f"x.{name}" for name in names[:-2]] + zero + [f"x.{n}" for n in names[-2:]]
     # A checkpoint with the parameters' names only loads strictly, too.
     make(n_router=2, seed=1).load_state_dict({n: p.detach() for n, p in mlp.named_parameters()})
+
+
+def test_a_gate_for_another_number_of_experts_is_refused() -> None:
+    mlp = make("NaiveGate")
+    mlp.gate = NaiveGate(D, E + 1, 1, 1)
+    with pytest.raises(
+        UnsupportedLayer, match=f"gate: expected a gate for {E} experts, got one for"
+    ):
+        mlp(draw(6, D))
+
+
+def test_a_bias_may_be_removed() -> None:
+    mlp, x = make("NaiveGate"), draw(6, D)
+    mlp.experts.htoh4.bias = None
+    out = mlp(x)
+    mlp.backend = "reference"
+    torch.testing.assert_close(out, mlp(x))
+    zero = make("NaiveGate")
+    nn.init.zeros_(zero.experts.htoh4.bias)
+    torch.testing.assert_close(out, zero(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,28 @@ def test_command_runs_in_a_new_process(tmp_path: Path) -> None:
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: none.pt: no such file\n"
+
+
+def test_assumed_and_contradicted_settings_are_reported(tmp_path: Path) -> None:
+    """The number of heads does not follow from the parameters, and the check cannot notice a wrong one."""
+    path = save(tmp_path / "run.pt", make_layer().state_dict())
+    with pytest.warns(
+        UserWarning, match=r"does not store num_heads and temperature; assumed 4 and 1\.0"
+    ):
+        load_layer(path)
+    with pytest.warns(UserWarning, match="does not store temperature; assumed 1"):
+        written = swap_checkpoint(path, num_heads=2).out
+    with pytest.warns(UserWarning, match="num_heads is 2 in the file, used 4 as passed"):
+        load_layer(written, num_heads=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_layer(written)
+    result = subprocess.run(
+        [sys.executable, "-m", "flmoe_kernels", "swap", path.name],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stderr.startswith("warning: run.pt: does not store num_heads and temperature;")
+    assert len(result.stderr.splitlines()) == 1

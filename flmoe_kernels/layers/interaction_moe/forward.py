@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flmoe_kernels.core import dropout as rng
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.ops.encoder import api as ops
 from flmoe_kernels.ops.expert_attention.api import expert_attention_packed
@@ -57,9 +58,9 @@ def rate_of(name: str, dropouts: Sequence[Any]) -> float:
     """The rate of one dropout, which must be the same in all experts; 0 for a part in eval mode."""
     rates = {drop.p if drop.training else 0.0 for drop in dropouts}
     if len(rates) > 1:
-        raise ValueError(
-            f"{name}: experts differ in rate or mode, {sorted(rates)}; the kernels need the same rate in "
-            "all experts, backend='reference' does not"
+        raise UnsupportedLayer(
+            f"interaction_experts: {name} of the experts differ in rate or mode, {sorted(rates)}; the kernels "
+            "need the same rate in all experts, backend='reference' does not"
         )
     return rates.pop()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype, without_autocast
 from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
@@ -31,7 +32,7 @@ from .reference import (
     Reweighting,
 )
 from .sparse import GateLosses, sum_losses
-from .structure import describe
+from .structure import describe, fusion_width
 
 _OPERATOR = "interaction_moe"
 _REMEDY = "; use backend='reference'"
@@ -83,6 +84,11 @@ class InteractionMoE(ReferenceInteractionMoE):
         *,
         backend: str | None = None,
     ) -> None:
+        width = fusion_width(fusion_model)
+        if width not in (None, hidden_dim):
+            raise ValueError(
+                f"hidden_dim: expected {width}, the fusion model's width, got {hidden_dim}"
+            )
         super().__init__(
             num_modalities,
             fusion_model,
@@ -141,6 +147,8 @@ class InteractionMoE(ReferenceInteractionMoE):
 
     @backend.setter
     def backend(self, backend: str | None) -> None:
+        if backend is not None:
+            check.require_choice("backend", backend, backends.BACKENDS)
         self._backend = backend
         for part in self.modules():
             if isinstance(part, Gate):

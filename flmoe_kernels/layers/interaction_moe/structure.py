@@ -23,6 +23,8 @@ from flmoe_kernels.layers.parts import (
     class_name,
     dropout_rate,
     expect_linear,
+    is_integer,
+    is_real,
     plain_module,
     sequence_of,
 )
@@ -88,8 +90,9 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
     if known is None:
         check_methods(layer, "")
     num_modalities = getattr(layer, "num_modalities", None)
-    if isinstance(num_modalities, bool) or not isinstance(num_modalities, int):
+    if not is_integer(num_modalities):
         raise UnsupportedLayer(f"num_modalities: expected an int, got {num_modalities!r}")
+    num_modalities = int(num_modalities)
     if num_modalities < 2:
         raise UnsupportedLayer(
             f"num_modalities: expected at least 2, got {num_modalities}: with one modality the "
@@ -144,6 +147,12 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
         optional = [n for n in shapes if n.endswith(".fc.bias") or ".all_gates.0." in n]
         check_parameters(checked, shapes, optional)
     return spec
+
+
+def fusion_width(model: nn.Module) -> int | None:
+    """The token width of a fusion model, None if its structure is unknown."""
+    norms = [part for name, part in model.named_modules() if name.endswith(".norm1")]
+    return norms[0].normalized_shape[-1] if norms and isinstance(norms[0], nn.LayerNorm) else None
 
 
 def _check_inherited(part: nn.Module, path: str) -> None:
@@ -280,16 +289,17 @@ def _layer_norm(layer: nn.Module, path: str, name: str, dim: int, eps: float) ->
         raise UnsupportedLayer(f"{where}: expected width {dim}, got {tuple(norm.normalized_shape)}")
     if norm.weight is None or norm.bias is None:
         raise UnsupportedLayer(f"{where}: has no affine weight and bias")
-    if not isinstance(norm.eps, float) or norm.eps != eps:
+    if not is_real(norm.eps) or norm.eps != eps:
         raise UnsupportedLayer(f"{where}: eps is {norm.eps}, {eps} in the first layer")
 
 
 def _attention(attn: nn.Module, path: str, dim: int) -> int:
     heads = getattr(attn, "num_heads", None)
-    if not isinstance(heads, int) or heads < 1 or dim % heads:
+    if not is_integer(heads) or heads < 1 or dim % heads:
         raise UnsupportedLayer(f"{path}.num_heads: expected a divisor of {dim}, got {heads!r}")
+    heads = int(heads)
     scale, expected = getattr(attn, "scale", None), (dim // heads) ** -0.5
-    if not isinstance(scale, float) or not math.isclose(scale, expected, rel_tol=1e-6):
+    if not is_real(scale) or not math.isclose(scale, expected, rel_tol=1e-6):
         raise UnsupportedLayer(
             f"{path}.scale: expected head_dim^-1/2 = {expected:.6g}, got {scale}"
         )
@@ -310,9 +320,9 @@ def _same_in_all(fusions: list[_Fusion]) -> None:
 
 def _temperature(reweight: nn.Module) -> float:
     temperature = getattr(reweight, "temperature", None)
-    if not isinstance(temperature, int | float) or not temperature > 0:
+    if not is_real(temperature) or not temperature > 0:
         raise UnsupportedLayer(
-            f"reweight.temperature: expected a positive number, got {temperature}"
+            f"reweight.temperature: expected a positive int or float, got {temperature!r}"
         )
     return float(temperature)
 

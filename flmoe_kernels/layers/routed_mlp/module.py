@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.backend import BACKENDS
 from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.parts import (
     UnsupportedLayer,
@@ -241,6 +242,8 @@ class RoutedMLP(nn.Module):
 
     @backend.setter
     def backend(self, backend: str | None) -> None:
+        if backend is not None:
+            check.require_choice("backend", backend, BACKENDS)
         self._backend = backend
         for router in self.all_gates.values():
             router.backend = backend  # type: ignore[assignment]
@@ -294,6 +297,10 @@ class RoutedMLP(nn.Module):
             raise UnsupportedLayer(reason)
         self._forget()
         weights = (*self.experts.htoh4(), *self.experts.h4toh())
+        if (experts := weights[0].shape[0] * self.world_size) != self.gate.tot_expert:
+            raise UnsupportedLayer(
+                f"gate: expected a gate for {experts} experts, got one for {self.gate.tot_expert}"
+            )
         x, valid = self._tokens(inp, mask, weights[0])
         index, weight = self.gate(x, valid)
         self.last_topk_indices, self.last_topk_scores = index, weight
@@ -340,9 +347,9 @@ class RoutedMLP(nn.Module):
         return x.masked_fill(~valid[:, None], 0.0), valid
 
     def _through_experts(
-        self, x: Tensor, index: Tensor, weight: Tensor, weights: tuple[Tensor, ...]
+        self, x: Tensor, index: Tensor, weight: Tensor, weights: tuple[Any, ...]
     ) -> Tensor:
-        parameters = [p.to(x.dtype) for p in weights]
+        parameters: list[Any] = [None if p is None else p.to(x.dtype) for p in weights]
         if self.world_size == 1:
             return routed_mlp(x, index, weight, *parameters, act=self.act, backend=self.backend)
         return parallel_routed_mlp(
@@ -366,12 +373,12 @@ class RoutedMLP(nn.Module):
         if type(experts) is not Experts:
             return f"experts: expected Experts, got {class_name(experts)}"
         try:
+            activation_name(experts.activation)
             for part, path in ((experts, "experts"), (experts.activation, "experts.activation")):
                 check_hooks(part, path)
                 check_methods(part, path)
             for name in ("htoh4", "h4toh"):
                 child_of(experts, "experts", name, ExpertLinear)
-            activation_name(experts.activation)
         except TypeError as error:
             return f"experts.{error}"
         except UnsupportedLayer as error:

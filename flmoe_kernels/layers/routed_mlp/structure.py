@@ -21,6 +21,7 @@ from flmoe_kernels.layers.parts import (
     check_parameters,
     child_of,
     class_name,
+    is_integer,
     plain_module,
 )
 
@@ -131,8 +132,9 @@ def describe(layer: nn.Module) -> RoutedSpec:
     top_k = getattr(published, "top_k", None)
     if gate not in _SETTINGS:
         raise UnsupportedLayer(f"gate: expected one of {', '.join(_SETTINGS)}, got {gate}")
-    if not isinstance(top_k, int) or not 1 <= top_k <= num_expert:
+    if not is_integer(top_k) or not 1 <= top_k <= num_expert:
         raise UnsupportedLayer(f"top_k: expected 1 to {num_expert}, got {top_k!r}")
+    top_k = int(top_k)
     spec = RoutedSpec(num_expert, d_model, d_hidden, top_k, gate, act)
     for name, value in (("num_expert", num_expert), ("d_model", d_model)):
         if getattr(published, name, value) != value:

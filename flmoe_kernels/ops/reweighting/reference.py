@@ -15,8 +15,10 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of x (B, L, D) over its valid tokens, with a count of at least 1; plain mean without a mask."""
     if mask is None:
         return x.mean(dim=1)
-    weight = mask.to(x.dtype).unsqueeze(-1)
-    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+    valid = mask.to(torch.bool).unsqueeze(-1)
+    # Not a product: 0 * NaN of a padded token is NaN.
+    total = torch.where(valid, x, 0.0).sum(dim=1)
+    return total / valid.sum(dim=1).to(x.dtype).clamp_min(1.0)
 
 
 def reweighting_features(inputs: Sequence[Tensor], masks: Masks = None) -> Tensor:
