@@ -239,8 +239,23 @@ def test_weights_by_sample_and_their_mean(samples: int) -> None:
     assert labels(left, "x") == labels(right, "x") == names
     what, _, which = right.get_title().partition("\n")
     assert what.startswith("one sample" if samples == 1 else f"mean of {samples} samples")
-    assert all(names[k] in which for k in leading(weights.numpy()))
+    if not 1 < samples < LEAST_COUNT:
+        assert all(names[k] in which for k in leading(weights.numpy()))
     assert right.get_ylabel() == "weight"
+
+
+@pytest.mark.parametrize(
+    ("samples", "which"),
+    [
+        (1, "largest: b"),
+        (2, "not distinguishable (fewer than 16 samples)"),
+        (15, "not distinguishable (fewer than 16 samples)"),
+        (16, "largest: b"),
+    ],
+)
+def test_weights_name_no_largest_expert_of_a_mean_without_error(samples: int, which: str) -> None:
+    axes = expert_weights(np.tile([[0.1, 0.9]], (samples, 1)), "ab").axes[1]
+    assert axes.get_title().splitlines()[-1] == which
 
 
 @pytest.mark.parametrize("modalities", [2, 3, 6])

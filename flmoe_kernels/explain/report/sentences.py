@@ -16,7 +16,7 @@ from flmoe_kernels.explain.figures.curves import (
     compare,
 )
 from flmoe_kernels.explain.figures.ties import groups
-from flmoe_kernels.explain.figures.weights import leading
+from flmoe_kernels.explain.figures.weights import FEW, leading
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, tied
 
@@ -108,14 +108,12 @@ def _experts(findings: Findings) -> str:
     best, *others = leading(weights)
     mean = weights.mean(axis=0)
     count = len(weights)
-    over = f"{mean[best]:.2f}"
-    if count > 1:
-        over += f" on average over {count} samples"
-    if 1 < count < LEAST_COUNT:
-        over += " (standard error unknown)"
     if not others:
-        return f"The expert {names[best]} has the largest weight, {over}"
+        over = f" on average over {count} samples" if count > 1 else ""
+        return f"The expert {names[best]} has the largest weight, {mean[best]:.2f}{over}"
     shown = ", ".join(f"{names[k]} {mean[k]:.2f}" for k in (best, *others))
+    if 1 < count < LEAST_COUNT:
+        return f"The experts' mean weights over {count} samples are {FEW}: {shown}"
     return f"No expert has clearly the largest weight (tied: {shown})"
 
 
