@@ -169,7 +169,7 @@ def test_network_shows_sign_and_size() -> None:
         assert width == pytest.approx(0.8 + 4.2 * abs(value))
         assert colour == to_rgba(name)
         assert solid == (value > 0)
-    assert axes.get_title() == "The 4 strongest pairs by |SII|"
+    assert axes.get_title() == "The 4 strongest scored pairs by |SII|"
     assert set(texts(axes)) == {"a (0)", "b (1)", "c (2)", "0", "1"}
     assert labels(axes, "x") == ["text", "image"]
     legend = axes.get_legend()

@@ -125,6 +125,8 @@ def test_the_strongest_interaction_is_named_only_if_it_is_distinguishable(
     pairs: PairValues, expected: str
 ) -> None:
     found = findings(pairs, **NAMES)
+    if np.isfinite(pairs.values).any():
+        expected = "of the 4 scored pairs, " + expected
     assert interaction(found, 0).startswith(expected)
     start = "Sample 0, explained for “<i>dog”, predicted “<i>dog”, label “cat”: "
     assert of_sample(found, 0).startswith(start + expected)
@@ -134,7 +136,38 @@ def test_a_pair_that_is_not_above_0_is_not_the_strongest() -> None:
     """The pair of largest |value| has an error of half its size, another one does not."""
     pairs = pair_values(standard_errors=np.array([0.01, 0.6, 0.1, 0.0]))
     expected = "no single interaction is the strongest; another pair is tied with 0:0 “a” with 1:0 "
-    assert interaction(findings(pairs), 0).startswith(expected)
+    assert interaction(findings(pairs), 0).startswith("of the 4 scored pairs, " + expected)
+
+
+@pytest.mark.parametrize("players", [3, 5])
+def test_sentences_say_among_which_pairs_the_strongest_was_looked_for(players: int) -> None:
+    """Three of the three pairs of 3 tokens, or of the ten of 5 tokens; the last has a value or none."""
+    known = pair_values()
+    pairs = np.array([[0, 1], [0, 2], [1, 2]])
+    for last, among in ((0.1, "of the 3 scored pairs, "), (np.nan, "of the 2 scored pairs, ")):
+        whole = players == 3 and last == 0.1
+        numbers = {"values": np.array([0.5, -1.0, last]), "standard_errors": np.zeros(3)}
+        value = pair_values(tokens=known.tokens[:players], pairs=pairs, **numbers)
+        start = "the strongest interaction is "
+        expected = start if whole else among + start
+        assert interaction(findings(value), 0).startswith(expected)
+        assert f"; {expected}" in overall(findings(value))
+        several = (
+            "among the scored pairs, one pair of tokens clearly interacts most in 2 of 2 samples."
+        )
+        assert overall(findings(value, 2)).endswith(
+            several.removeprefix("among the scored pairs, " * whole)
+        )
+        assert (several in overall(findings(value, 2))) == (not whole)
+        captions = [x.caption for x in draw(findings(value)).values()]
+        assert any("strongest scored pairs" in caption for caption in captions) == (not whole)
+
+
+def test_a_single_scored_pair() -> None:
+    value = pair_values(
+        pairs=np.array([[0, 3]]), values=np.array([0.5]), standard_errors=np.zeros(1)
+    )
+    assert interaction(findings(value), 0).startswith("of 1 scored pair, the strongest")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.figures import make_figure
-from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues, scored
 
 from .canvas import AGAINST, FOR, UNSURE, Floats, label_of, require_tokens, short
 from .ties import alike
@@ -85,7 +85,8 @@ def pair_network(
         _line(axes, best, drawn, k, places)
     _legend(axes, best, drawn, found.near_ties(n, by))
     what = f"|{found.index}|" if by == MAGNITUDE else f"{by} {found.index}"
-    axes.set_title(f"The {len(best)} strongest pairs by {what}" if title is None else title)
+    pairs = "pairs" if scored(found)[1] else "scored pairs"
+    axes.set_title(f"The {len(best)} strongest {pairs} by {what}" if title is None else title)
     return figure
 
 

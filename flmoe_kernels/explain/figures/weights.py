@@ -28,8 +28,8 @@ def expert_weights(
 ) -> Figure:
     """Plot the experts' weights of every sample in grey, and their mean over samples as bars, both from 0.
 
-    The title of the bars names the expert of largest mean, or the experts that are tied, see `leading`. For 2 to 15
-    samples it states that the means are not distinguishable.
+    The title of the bars names the expert of largest mean, or the experts that are tied, see `leading`. For 2 to
+    15 samples it states that the means are not distinguishable.
 
     Args:
         weights: (S, E), finite.

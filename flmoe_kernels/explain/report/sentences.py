@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flmoe_kernels.explain.estimators.indices import SII
-from flmoe_kernels.explain.estimators.results import PairValues
+from flmoe_kernels.explain.estimators.results import PairValues, scored
 from flmoe_kernels.explain.figures.canvas import Floats, Ints
 from flmoe_kernels.explain.figures.curves import (
     BETTER,
@@ -54,9 +54,15 @@ def classes(findings: Findings, s: int) -> str:
 
 def interaction(findings: Findings, s: int) -> str:
     """The strongest interaction of a sample, and whether it is distinguishable from the others and from 0."""
-    values = findings.pairs[s][SII]
-    if not np.isfinite(values.values).any():
+    count, whole = scored(findings.pairs[s][SII])
+    if not count:
         return "no pair of tokens was scored"
+    among = "" if whole else f"of the {count} scored pairs, " if count > 1 else "of 1 scored pair, "
+    return among + _interaction(findings, s)
+
+
+def _interaction(findings: Findings, s: int) -> str:
+    values = findings.pairs[s][SII]
     best, others = strongest(values)
     if others < 0:
         return (
@@ -134,9 +140,8 @@ def _pairs(findings: Findings) -> str:
         return interaction(findings, 0)
     values = [x[SII] for x in findings.pairs]
     count = sum(bool(np.isfinite(x.values).any()) and strongest(x)[1] == 0 for x in values)
-    return (
-        f"one pair of tokens clearly interacts most in {count or 'none'} of {len(values)} samples"
-    )
+    among = "" if all(scored(x)[1] for x in values) else "among the scored pairs, "
+    return f"{among}one pair of tokens clearly interacts most in {count or 'none'} of {len(values)} samples"
 
 
 def _pair(findings: Findings, s: int, place: int) -> str:
