@@ -11,7 +11,17 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues, scored
 
-from .canvas import AGAINST, FOR, UNSURE, Floats, label_of, require_tokens, short
+from .canvas import (
+    AGAINST,
+    FOR,
+    UNSURE,
+    Floats,
+    label_of,
+    require_result,
+    require_sized,
+    require_tokens,
+    short,
+)
 from .ties import alike
 
 if TYPE_CHECKING:
@@ -58,7 +68,11 @@ def pair_network(
         ModuleNotFoundError: matplotlib is not installed.
         TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
+    require_result("found", found, PairValues)
     check.require_count("n", n, 1)
+    for name, given in (("tokens", tokens), ("names", names)):
+        if given is not None:
+            require_sized(name, given)
     count = len(found.lengths)
     strings: list[Sequence[str] | None] = [None] * count if tokens is None else list(tokens)
     titles = [f"modality {m}" for m in range(count)] if names is None else list(names)

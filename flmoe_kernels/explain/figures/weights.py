@@ -11,7 +11,7 @@ from flmoe_kernels.core.figures import make_figure, plain
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
-from .canvas import Floats, require_array, short
+from .canvas import Floats, require_array, require_sized, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,13 +38,16 @@ def expert_weights(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: an invalid argument; the message says what was expected and what was passed.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
-    array = require_array("weights", weights, "S, E")
+    array = require_array("weights", weights, "S, E", ", such as Attribution.weights")
     if not array.size or not np.isfinite(array).all():
         raise ValueError(f"weights: expected finite weights (S, E), got {array.shape}, not finite")
+    require_sized("names", names)
     if len(names) != array.shape[1]:
         raise ValueError(f"names: expected {array.shape[1]}, one for each expert, got {len(names)}")
+    if samples is not None:
+        require_sized("samples", samples)
     labels = list(range(len(array))) if samples is None else list(samples)
     if len(labels) != len(array):
         raise ValueError(f"samples: expected {len(array)} labels, got {len(labels)}")
