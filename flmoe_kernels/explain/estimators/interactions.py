@@ -184,7 +184,7 @@ def probe_game(
 def _require_options(function: str, options: Mapping[str, Any]) -> None:
     """Raises TypeError, as Python does: an unknown option; the message says where fields of settings belong."""
     for name in options.keys() - ProbeOptions.__annotations__.keys():
-        places = [("sampling", Sampling), ("run", Run)]
+        places: list[tuple[str, Any]] = [("sampling", Sampling), ("run", Run)]
         hints = [
             f"; pass {option}={kind.__name__}({name}=...)"
             for option, kind in places
