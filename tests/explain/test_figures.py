@@ -169,7 +169,7 @@ def test_network_shows_sign_and_size() -> None:
         assert width == pytest.approx(0.8 + 4.2 * abs(value))
         assert colour == to_rgba(name)
         assert solid == (value > 0)
-    assert axes.get_title() == "The 4 strongest pairs by |SII|"
+    assert axes.get_title() == "The 4 strongest scored pairs by |SII|"
     assert set(texts(axes)) == {"a (0)", "b (1)", "c (2)", "0", "1"}
     assert labels(axes, "x") == ["text", "image"]
     legend = axes.get_legend()
@@ -239,8 +239,23 @@ def test_weights_by_sample_and_their_mean(samples: int) -> None:
     assert labels(left, "x") == labels(right, "x") == names
     what, _, which = right.get_title().partition("\n")
     assert what.startswith("one sample" if samples == 1 else f"mean of {samples} samples")
-    assert all(names[k] in which for k in leading(weights.numpy()))
+    if not 1 < samples < LEAST_COUNT:
+        assert all(names[k] in which for k in leading(weights.numpy()))
     assert right.get_ylabel() == "weight"
+
+
+@pytest.mark.parametrize(
+    ("samples", "which"),
+    [
+        (1, "largest: b"),
+        (2, "not distinguishable (fewer than 16 samples)"),
+        (15, "not distinguishable (fewer than 16 samples)"),
+        (16, "largest: b"),
+    ],
+)
+def test_weights_name_no_largest_expert_of_a_mean_without_error(samples: int, which: str) -> None:
+    axes = expert_weights(np.tile([[0.1, 0.9]], (samples, 1)), "ab").axes[1]
+    assert axes.get_title().splitlines()[-1] == which
 
 
 @pytest.mark.parametrize("modalities", [2, 3, 6])
@@ -409,9 +424,63 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda: pair_network(pair_values(), names=["a"]), "names: expected 2, .* got 1"),
     (lambda: pair_network(pair_values(), tokens=[["a"], None]), r"tokens\[0\]: expected 3"),
     (lambda: expert_weights(np.full((2, 2), NAN), "ab"), "weights: expected finite"),
+    (
+        lambda: expert_weights([[1.0, 2.0], [3.0]], "ab"),
+        r"weights: expected numbers \(S, E\), such",
+    ),
     (lambda: expert_weights(np.zeros((2, 2)), "abc"), "names: expected 2, .* got 3"),
     (lambda: expert_weights(np.zeros((2, 2)), "ab", samples=[1]), "samples: expected 2"),
 ]
+
+
+PAIRS, DROPS = pair_values(), masking_drops()
+FIGURES: Any = (drop_curve, expert_weights, pair_network, token_patch_map)
+curve, bars, network, heat_map = FIGURES
+THIRDS = np.full((2, 3), 1 / 3)
+WRONG_TYPES: list[tuple[Any, str]] = [
+    (
+        lambda: network([PAIRS]),
+        r"found: expected a PairValues, got list \(pass one of its elements\)$",
+    ),
+    (lambda: network({"SII": PAIRS}), r"found: .* got dict \(pass one of its elements\)$"),
+    (lambda: network([{"SII": PAIRS}]), "found: expected a PairValues, got list$"),
+    (lambda: network(DROPS), "found: expected a PairValues, got MaskingDrops$"),
+    (lambda: network(VALUES), "found: expected a PairValues, got ndarray$"),
+    (lambda: network(PAIRS, names=3), "names: expected a sequence, got int"),
+    (lambda: network(PAIRS, tokens=3), "tokens: expected a sequence, got int"),
+    (lambda: network(PAIRS, tokens=[3, None]), r"tokens\[0\]: expected a sequence, got int"),
+    (lambda: curve(PAIRS), "drops: expected a MaskingDrops, got PairValues$"),
+    (lambda: curve((DROPS, DROPS)), r"drops: .* got tuple \(pass one of its elements\)$"),
+    (
+        lambda: heat_map(PAIRS),
+        r"values: .* \(La, Lb\), such as PairValues.between\(0, 1\), got PairValues$",
+    ),
+    (lambda: heat_map([PAIRS]), "values: expected numbers .* got list$"),
+    (lambda: heat_map(VALUES, errors=PAIRS), "errors: expected numbers .* got PairValues$"),
+    (lambda: heat_map(VALUES, image=PAIRS), "image: expected .* got PairValues$"),
+    (lambda: heat_map(VALUES, image=IMAGE, weights=PAIRS), "weights: .* got PairValues$"),
+    (lambda: heat_map(VALUES, image=IMAGE, grid=2), "grid: expected a sequence, got int"),
+    (lambda: heat_map(VALUES, 3), "tokens: expected a sequence, got int"),
+    (
+        lambda: bars(DROPS, "ab"),
+        r"weights: .* such as Attribution.weights, got MaskingDrops",
+    ),
+    (lambda: bars(None, "ab"), "weights: expected numbers .* got NoneType"),
+    (lambda: bars(THIRDS, None), "names: expected a sequence, got NoneType"),
+    (lambda: bars(THIRDS, "abc", samples=2), "samples: expected a sequence, got int"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_TYPES)
+def test_a_wrong_object_is_named_with_its_type(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_figures_take_bfloat16() -> None:
+    weights = torch.tensor([[0.25, 0.75]], dtype=torch.bfloat16)
+    [image] = expert_weights(weights, "ab").axes[0].get_images()
+    np.testing.assert_array_equal(image.get_array(), [[0.25, 0.75]])
 
 
 @pytest.mark.parametrize(("call", "message"), MISTAKES)

@@ -125,6 +125,8 @@ def test_the_strongest_interaction_is_named_only_if_it_is_distinguishable(
     pairs: PairValues, expected: str
 ) -> None:
     found = findings(pairs, **NAMES)
+    if np.isfinite(pairs.values).any():
+        expected = "of the 4 scored pairs, " + expected
     assert interaction(found, 0).startswith(expected)
     start = "Sample 0, explained for “<i>dog”, predicted “<i>dog”, label “cat”: "
     assert of_sample(found, 0).startswith(start + expected)
@@ -134,7 +136,34 @@ def test_a_pair_that_is_not_above_0_is_not_the_strongest() -> None:
     """The pair of largest |value| has an error of half its size, another one does not."""
     pairs = pair_values(standard_errors=np.array([0.01, 0.6, 0.1, 0.0]))
     expected = "no single interaction is the strongest; another pair is tied with 0:0 “a” with 1:0 "
-    assert interaction(findings(pairs), 0).startswith(expected)
+    assert interaction(findings(pairs), 0).startswith("of the 4 scored pairs, " + expected)
+
+
+@pytest.mark.parametrize("players", [3, 5])
+def test_sentences_say_among_which_pairs_the_strongest_was_looked_for(players: int) -> None:
+    """Three of the three pairs of 3 tokens, or of the ten of 5 tokens; the last has a value or none."""
+    known = pair_values()
+    pairs = np.array([[0, 1], [0, 2], [1, 2]])
+    for last, among in ((0.1, "of the 3 scored pairs, "), (np.nan, "of the 2 scored pairs, ")):
+        whole = players == 3 and last == 0.1
+        numbers = {"values": np.array([0.5, -1.0, last]), "standard_errors": np.zeros(3)}
+        value = pair_values(tokens=known.tokens[:players], pairs=pairs, **numbers)
+        start = "the strongest interaction is "
+        expected = start if whole else among + start
+        assert interaction(findings(value), 0).startswith(expected)
+        assert f"; {expected}" in overall(findings(value))
+        among = "" if whole else "among the scored pairs, "
+        several = f"; {among}one pair of tokens clearly interacts most in 2 of 2 samples."
+        assert overall(findings(value, 2)).endswith(several)
+        captions = [x.caption for x in draw(findings(value)).values()]
+        assert any("strongest scored pairs" in caption for caption in captions) == (not whole)
+
+
+def test_a_single_scored_pair() -> None:
+    value = pair_values(
+        pairs=np.array([[0, 3]]), values=np.array([0.5]), standard_errors=np.zeros(1)
+    )
+    assert interaction(findings(value), 0).startswith("of 1 scored pair, the strongest")
 
 
 @pytest.mark.parametrize(
@@ -150,12 +179,13 @@ def test_a_pair_that_is_not_above_0_is_not_the_strongest() -> None:
 @pytest.mark.parametrize("samples", [1, 3, 16])
 def test_one_sentence_of_all_samples(weights: Any, expected: str, samples: int) -> None:
     sentence = overall(findings(pair_values(), samples, weights, **NAMES))
+    if samples == 3:
+        expected = "The experts' mean weights over 3 samples are not distinguishable (fewer than 16 samples): "
+        assert "largest" not in sentence.partition(";")[0]
     assert sentence.startswith(expected)
     few = samples < LEAST_COUNT
-    assert ("not distinguishable" in sentence) == (not few)
+    assert ("not distinguishable at two" in sentence) == (not few)
     assert ("a difference whose error is unknown (fewer than 16 samples)" in sentence) == few
-    leads = expected.startswith("The expert")
-    assert ("samples (standard error unknown);" in sentence) == (leads and samples == 3)
     assert sentence.count(". ") == 0
     where = "the strongest interaction is text:1"
     assert (where if samples == 1 else f"in {samples} of {samples} samples") in sentence

@@ -18,8 +18,10 @@ from flmoe_kernels.explain import (
     attribute,
     faithfulness,
     pair_masking,
+    probe_pairs,
     redundancy_gap,
     shapley_interactions,
+    token_means,
 )
 from tests.support.explain_games import interaction_layer
 from tests.support.layers import LayerCase
@@ -234,6 +236,40 @@ def test_huge_counts() -> None:
         assert one.table(huge).count("\n") == len(other) + 1
     masked = CALLS["pair masking"](layer, INPUTS, budgets=(4, huge))
     assert masked.masked.tolist() == [[4, 4]] * 2
+
+
+@pytest.mark.parametrize("exempt", [0, None, np.array(0), iter([0])])
+def test_exempt_is_a_sequence(exempt: Any) -> None:
+    layer = interaction_layer(CASE)
+    calls: list[Callable[[], Any]] = [
+        lambda: CALLS["faithfulness"](layer, INPUTS, exempt=exempt),
+        lambda: CALLS["pair masking"](layer, INPUTS, exempt=exempt),
+        lambda: token_means([(INPUTS, None)], exempt=exempt),
+        lambda: attribute(layer, INPUTS).normalized(exempt=exempt),
+    ]
+    message = r"exempt: expected a sequence of modalities, such as \(0,\), got "
+    for call in calls:
+        with pytest.raises(TypeError, match=message + type(exempt).__name__):
+            call()
+
+
+@pytest.mark.parametrize("function", [shapley_interactions, redundancy_gap])
+def test_an_unknown_option_is_named_with_the_function_that_was_called(function: Any) -> None:
+    hints = {
+        "budget": r"; pass sampling=Sampling\(budget=...\)$",
+        "progress": r"; pass run=Run\(progress=...\)$",
+        "indices": "$",
+        "other": "$",
+    }
+    for name, hint in hints.items():
+        start = rf"^{function.__name__}\(\) got an unexpected keyword argument '{name}'"
+        with pytest.raises(TypeError, match=start + hint):
+            function(interaction_layer(CASE), INPUTS, **{name: 1})
+
+
+def test_a_single_index_is_a_tuple() -> None:
+    with pytest.raises(ValueError, match=r"indices: .* such as \('SII',\), got 'SII'"):
+        probe_pairs(interaction_layer(CASE), INPUTS, indices="SII")
 
 
 def test_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:

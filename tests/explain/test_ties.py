@@ -76,8 +76,9 @@ def test_leaders_are_never_tied_with_others() -> None:
 def test_experts_are_tied_within_two_standard_errors() -> None:
     weights = np.array([[0.5, 0.4, 0.1], [0.3, 0.4, 0.3], [0.5, 0.4, 0.1], [0.4, 0.4, 0.2]])
     assert leading(np.tile(weights, (4, 1))) == [0, 1]
-    # The error of fewer samples is unknown; their means are compared as they are.
-    assert leading(weights) == leading(weights[:1]) == [0]
+    # A sample's own weights are exact; the error of a mean of fewer than 16 samples is unknown.
+    assert leading(weights[:1]) == [0]
+    assert leading(weights) == leading(np.tile(weights, (4, 1))[:15]) == [0, 1, 2]
     assert leading(np.array([[0.251, 0.22, 0.25, 0.251]])) == [0, 3, 2]
     # Differences of a sample's weights count, not the weights' own spread.
     assert leading(np.tile([[0.6, 0.4], [0.9, 0.7], [0.3, 0.1]], (6, 1))) == [0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,13 +123,19 @@ def require_prediction(logits: Tensor, there: Tensor | None = None, first: int =
 
 def require_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     """Return the names as a tuple. Raises ValueError: no name, an unknown name, or a duplicate."""
-    if isinstance(metrics, str) or not metrics:
-        raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {metrics!r}")
-    for metric in metrics:
-        check.require_choice("metrics", metric, METRICS)
-    if len(set(metrics)) < len(metrics):
-        raise ValueError(f"metrics: expected no duplicates, got {', '.join(metrics)}")
-    return tuple(metrics)
+    known = f"some of {', '.join(METRICS)}"
+    if isinstance(metrics, str):
+        raise ValueError(
+            f"metrics: expected a tuple of {known}, such as ('logit',), got {metrics!r}"
+        )
+    names = tuple(metrics) if isinstance(metrics, Iterable) else ()
+    if not names:
+        raise ValueError(f"metrics: expected {known}, got {metrics!r}")
+    for name in names:
+        check.require_choice("metrics", name, METRICS)
+    if len(set(names)) < len(names):
+        raise ValueError(f"metrics: expected no duplicates, got {', '.join(names)}")
+    return names
 
 
 def _first_largest(logits: Tensor) -> Tensor:

@@ -55,5 +55,7 @@ def require_indices(indices: Sequence[str]) -> tuple[str, ...]:
     known_once = all(name in [*INDICES] and names.count(name) == 1 for name in names)
     if not names or not known_once:
         known = ", ".join(INDICES)
-        raise ValueError(f"indices: expected distinct names of {known}, got {indices!r}")
+        raise ValueError(
+            f"indices: expected distinct names of {known}, such as ('SII',), got {indices!r}"
+        )
     return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -56,6 +56,7 @@ def shapley_interactions(
     For the logit of a PairInteractionMoE with fill="drop" it is exact and takes one pass. For other models it is
     exact for few tokens, else a Monte Carlo estimate. See `indices` for the formula, `sampling` for the estimate.
     """
+    _require_options("shapley_interactions", options)
     results = probe_pairs(model, inputs, masks, indices=(SII,), **options)
     return [result[SII] for result in results]
 
@@ -68,6 +69,7 @@ def redundancy_gap(
     RG(i, j) = E_S[ min(v(S + i), v(S + j)) - v(S) ] with the S of the Shapley interaction index: the value that
     either token alone keeps. See `indices` for the interpretation. There is no closed form.
     """
+    _require_options("redundancy_gap", options)
     results = probe_pairs(model, inputs, masks, indices=(RG,), **options)
     return [result[RG] for result in results]
 
@@ -177,6 +179,18 @@ def probe_game(
     total = choose(game.players, chosen.pairs, names, method, sampling, 0).total
     with progress_bar(run.shown, total, f"pairs of {game.players} players") as advance:
         return estimate(game, chosen, names, method, sampling, run, advance=advance)
+
+
+def _require_options(function: str, options: Mapping[str, Any]) -> None:
+    """Raises TypeError, as Python does: an unknown option; the message says where fields of settings belong."""
+    for name in options.keys() - ProbeOptions.__annotations__.keys():
+        places: list[tuple[str, Any]] = [("sampling", Sampling), ("run", Run)]
+        hints = [
+            f"; pass {option}={kind.__name__}({name}=...)"
+            for option, kind in places
+            if name in kind.__dataclass_fields__
+        ]
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{''.join(hints)}")
 
 
 def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run]:

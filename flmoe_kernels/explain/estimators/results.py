@@ -26,6 +26,12 @@ def with_notes(line: str, notes: Sequence[str]) -> str:
     return "\n".join([line, *(f"note: {note}" for note in notes)])
 
 
+def scored(found: PairValues) -> tuple[int, bool]:
+    """The number of pairs with a value, and whether these are all pairs of the tokens."""
+    count = int(np.isfinite(found.values).sum())
+    return count, count == math.comb(found.players, 2)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PairValues(Saved):
     """An index of the token pairs of one sample.

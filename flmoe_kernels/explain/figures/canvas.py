@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flmoe_kernels.core.figures import plain
 
@@ -26,16 +27,40 @@ ABSENT = "0.85"
 _LONGEST_LABEL = 18
 
 
-def require_array(name: str, value: Any, axes: str) -> Floats:
-    """Convert an array or Tensor to float64; `axes` names its dimensions.
+def require_result(name: str, value: Any, kind: type) -> None:
+    """Check for a result of the given class. Raises TypeError: another type."""
+    if isinstance(value, kind):
+        return
+    inside = value.values() if isinstance(value, dict) else value
+    many = isinstance(value, list | tuple | dict) and any(isinstance(x, kind) for x in inside)
+    hint = " (pass one of its elements)" if many else ""
+    raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}{hint}")
+
+
+def require_sized(name: str, value: Any) -> None:
+    if not isinstance(value, Sized):
+        raise TypeError(f"{name}: expected a sequence, got {type(value).__name__}")
+
+
+def require_array(name: str, value: Any, axes: str, source: str = "") -> Floats:
+    """Convert an array or Tensor to float64; `axes` names its dimensions, `source` says what gives one.
 
     Raises:
+        TypeError: not an array.
         ValueError: another number of dimensions, or not numbers.
     """
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
-    array = np.asarray(value)
-    expected = f"({axes})"
+    expected = f"({axes}){source}"
+    given = value
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        # numpy has no bfloat16.
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"{name}: expected numbers {expected}, got {error}") from error
+    if array.dtype == object:
+        raise TypeError(f"{name}: expected numbers {expected}, got {type(given).__name__}")
     if array.ndim != len(axes.split(", ")) or array.dtype.kind not in "fiub":
         raise ValueError(f"{name}: expected numbers {expected}, got {array.dtype} {array.shape}")
     return array.astype(np.float64)
@@ -78,7 +103,10 @@ def short(text: str) -> str:
 
 
 def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None:
-    if tokens is not None and len(tokens) != length:
+    if tokens is None:
+        return
+    require_sized(name, tokens)
+    if len(tokens) != length:
         raise ValueError(
             f"{name}: expected {length} strings, one for each token, got {len(tokens)}"
         )

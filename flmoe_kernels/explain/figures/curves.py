@@ -12,6 +12,8 @@ from flmoe_kernels.explain.attribution.targets import LOGIT, PROB
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
 
+from .canvas import require_result
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -41,8 +43,10 @@ def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> F
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        TypeError: not a MaskingDrops.
         ValueError: the metric was not measured.
     """
+    require_result("drops", drops, MaskingDrops)
     curves = {kind: drops.curve(kind, metric) for kind in KINDS}
     # One above the other, so that the figure is readable on a narrow screen.
     figure = make_figure(4.6, 8.4)

@@ -23,6 +23,7 @@ from .canvas import (
     limit_of,
     require_array,
     require_errors,
+    require_sized,
     require_tokens,
 )
 from .ties import alike, leaders
@@ -76,9 +77,9 @@ def token_patch_map(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: an invalid argument; the message says what was expected and what was passed.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
-    array = require_array("values", values, "La, Lb")
+    array = require_array("values", values, "La, Lb", ", such as PairValues.between(0, 1)")
     uncertain = require_errors(errors, array)
     require_tokens("tokens", tokens, array.shape[0])
     require_tokens("patches", patches, array.shape[1])
@@ -111,6 +112,8 @@ def token_patch_map(
 def grey(image: Any) -> Floats:
     """Luminance (H, W) from 0 to 1 of an image (H, W) or (H, W, 3), floats from 0 to 1 or uint8."""
     array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if array.dtype == object:
+        raise TypeError(f"image: expected (H, W) or (H, W, 3), got {type(image).__name__}")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or not array.size:
         raise ValueError(f"image: expected (H, W) or (H, W, 3), got {array.shape}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
@@ -128,6 +131,7 @@ def _require_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]
         grid = (side, side)
         if side * side != patches:
             raise ValueError(f"grid: expected (rows, columns), as {patches} is not a square number")
+    require_sized("grid", grid)
     if len(grid) != 2 or grid[0] * grid[1] != patches or min(grid) < 1:
         raise ValueError(f"grid: expected rows x columns of {patches} patches, got {grid}")
     return grid

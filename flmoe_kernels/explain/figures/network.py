@@ -9,9 +9,19 @@ import numpy as np
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.figures import make_figure
-from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues, scored
 
-from .canvas import AGAINST, FOR, UNSURE, Floats, label_of, require_tokens, short
+from .canvas import (
+    AGAINST,
+    FOR,
+    UNSURE,
+    Floats,
+    label_of,
+    require_result,
+    require_sized,
+    require_tokens,
+    short,
+)
 from .ties import alike
 
 if TYPE_CHECKING:
@@ -58,7 +68,11 @@ def pair_network(
         ModuleNotFoundError: matplotlib is not installed.
         TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
+    require_result("found", found, PairValues)
     check.require_count("n", n, 1)
+    for name, given in (("tokens", tokens), ("names", names)):
+        if given is not None:
+            require_sized(name, given)
     count = len(found.lengths)
     strings: list[Sequence[str] | None] = [None] * count if tokens is None else list(tokens)
     titles = [f"modality {m}" for m in range(count)] if names is None else list(names)
@@ -85,7 +99,8 @@ def pair_network(
         _line(axes, best, drawn, k, places)
     _legend(axes, best, drawn, found.near_ties(n, by))
     what = f"|{found.index}|" if by == MAGNITUDE else f"{by} {found.index}"
-    axes.set_title(f"The {len(best)} strongest pairs by {what}" if title is None else title)
+    pairs = "pairs" if scored(found)[1] else "scored pairs"
+    axes.set_title(f"The {len(best)} strongest {pairs} by {what}" if title is None else title)
     return figure
 
 

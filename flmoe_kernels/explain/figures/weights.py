@@ -11,12 +11,13 @@ from flmoe_kernels.core.figures import make_figure, plain
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
-from .canvas import Floats, require_array, short
+from .canvas import Floats, require_array, require_sized, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FEW = f"not distinguishable (fewer than {LEAST_COUNT} samples)"
 _MOST_NUMBERS = 24  # samples with a number in every cell
 _MOST_LABELS = 32
 _LEVEL_LETTERS = 24  # total length of names that fit horizontally
@@ -27,7 +28,8 @@ def expert_weights(
 ) -> Figure:
     """Plot the experts' weights of every sample in grey, and their mean over samples as bars, both from 0.
 
-    The title of the bars names the expert of largest mean, or the experts that are tied, see `leading`.
+    The title of the bars names the expert of largest mean, or the experts that are tied, see `leading`. For 2 to
+    15 samples it states that the means are not distinguishable.
 
     Args:
         weights: (S, E), finite.
@@ -36,13 +38,16 @@ def expert_weights(
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: an invalid argument; the message says what was expected and what was passed.
+        TypeError, ValueError: an invalid argument; the message says what was expected and what was passed.
     """
-    array = require_array("weights", weights, "S, E")
+    array = require_array("weights", weights, "S, E", ", such as Attribution.weights")
     if not array.size or not np.isfinite(array).all():
         raise ValueError(f"weights: expected finite weights (S, E), got {array.shape}, not finite")
+    require_sized("names", names)
     if len(names) != array.shape[1]:
         raise ValueError(f"names: expected {array.shape[1]}, one for each expert, got {len(names)}")
+    if samples is not None:
+        require_sized("samples", samples)
     labels = list(range(len(array))) if samples is None else list(samples)
     if len(labels) != len(array):
         raise ValueError(f"samples: expected {len(array)} labels, got {len(labels)}")
@@ -61,14 +66,14 @@ def expert_weights(
 def leading(weights: Floats) -> list[int]:
     """Return the expert of largest mean weight (S, E) and the experts tied with it, largest first.
 
-    Tied: within two standard errors, over samples, of the mean difference, or within 5% of the largest mean. The
-    error is unknown for fewer than LEAST_COUNT samples, whose means are compared as they are.
+    Tied: within two standard errors, over samples, of the mean difference, or within 5% of the largest mean. A
+    single sample has exact weights; means of fewer than LEAST_COUNT samples have unknown errors: all are tied.
     """
     mean = weights.mean(axis=0)
     order = np.argsort(-mean, kind="stable")
     gaps, count = weights[:, order[:1]] - weights, len(weights)
     squares = np.square(gaps - gaps.mean(axis=0)).sum(axis=0)
-    error = error_of_mean(squares, count) if count >= LEAST_COUNT else 0.0
+    error = error_of_mean(squares, count) if count >= LEAST_COUNT else 0.0 if count == 1 else np.inf
     close = mean[order[0]] - mean <= np.maximum(TIE_ERRORS * error, NEAR_TIE * mean[order[0]])
     return [int(k) for k in order if close[k]]
 
@@ -107,7 +112,9 @@ def _overall(axes: Axes, weights: Floats, names: list[str]) -> None:
     what = "one sample" if spread is None else f"mean of {len(weights)} samples, ± std over samples"
     best, *others = (names[k] for k in leading(weights))
     which = f"largest: {best}"
-    if others:
+    if others and 1 < len(weights) < LEAST_COUNT:
+        which = FEW
+    elif others:
         tied = [best, *others]
         which = f"tied for the largest: {', '.join(tied) if len(tied) < 4 else len(tied)}"
     axes.set_title(f"{what}\n{which}", fontsize="medium")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -83,7 +83,14 @@ def candidates(valid: Sequence[Tensor], exempt: Sequence[int] = ()) -> list[Tens
     """Tokens that may be masked, M x (B, L_m) bool: valid tokens except token 0 of the exempt modalities.
 
     As in the published evaluator, a modality with a single token is never exempt.
+
+    Raises:
+        TypeError, ValueError: exempt is no sequence, or has an unknown or duplicate modality.
     """
+    if not isinstance(exempt, Collection) or getattr(exempt, "shape", None) == ():
+        raise TypeError(
+            f"exempt: expected a sequence of modalities, such as (0,), got {type(exempt).__name__}"
+        )
     for m in exempt:
         check.require_count("exempt", m, 0, len(valid) - 1)
     if len(set(exempt)) < len(exempt):

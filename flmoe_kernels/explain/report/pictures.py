@@ -12,7 +12,7 @@ import torch
 from flmoe_kernels.core.figures import png_bytes
 from flmoe_kernels.explain.attribution.values import INTEGRATED
 from flmoe_kernels.explain.estimators.indices import SII
-from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues
+from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues, scored
 from flmoe_kernels.explain.figures.canvas import short
 from flmoe_kernels.explain.figures.curves import drop_curve
 from flmoe_kernels.explain.figures.heat_map import token_patch_map
@@ -69,19 +69,20 @@ def _of_sample(
     features = findings.features
     modalities = [findings.modality(m) for m in range(len(features.lengths))]
     tokens = [None if x is None else x[sample].tolist() for x in features.tokens]
+    pairs = "pairs" if scored(values)[1] else "scored pairs"
     network = pair_network(
         values,
         TOP_ROWS,
         tokens=tokens,
         names=modalities,
-        title=f"Sample {sample}: the strongest pairs by |{name}|",
+        title=f"Sample {sample}: the strongest {pairs} by |{name}|",
     )
     count = min(TOP_ROWS, len(values))
     pictures = {
         f"sample_{sample:05d}_{name}_network.png": Picture(
             png_bytes(network),
             f"Lines between tokens, the widest for {_strongest(findings, sample, values)}.",
-            f"The {count} strongest pairs by |{name}|; solid: above 0, dashed: below, dotted: tied across 0; "
+            f"The {count} strongest {pairs} by |{name}|; solid: above 0, dashed: below, dotted: tied across 0; "
             "width: |value|.",
         )
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flmoe_kernels.explain.estimators.indices import SII
-from flmoe_kernels.explain.estimators.results import PairValues
+from flmoe_kernels.explain.estimators.results import PairValues, scored
 from flmoe_kernels.explain.figures.canvas import Floats, Ints
 from flmoe_kernels.explain.figures.curves import (
     BETTER,
@@ -16,7 +16,7 @@ from flmoe_kernels.explain.figures.curves import (
     compare,
 )
 from flmoe_kernels.explain.figures.ties import groups
-from flmoe_kernels.explain.figures.weights import leading
+from flmoe_kernels.explain.figures.weights import FEW, leading
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, tied
 
@@ -54,9 +54,15 @@ def classes(findings: Findings, s: int) -> str:
 
 def interaction(findings: Findings, s: int) -> str:
     """The strongest interaction of a sample, and whether it is distinguishable from the others and from 0."""
-    values = findings.pairs[s][SII]
-    if not np.isfinite(values.values).any():
+    count, whole = scored(findings.pairs[s][SII])
+    if not count:
         return "no pair of tokens was scored"
+    among = "" if whole else f"of the {count} scored pairs, " if count > 1 else "of 1 scored pair, "
+    return among + _interaction(findings, s)
+
+
+def _interaction(findings: Findings, s: int) -> str:
+    values = findings.pairs[s][SII]
     best, others = strongest(values)
     if others < 0:
         return (
@@ -108,14 +114,12 @@ def _experts(findings: Findings) -> str:
     best, *others = leading(weights)
     mean = weights.mean(axis=0)
     count = len(weights)
-    over = f"{mean[best]:.2f}"
-    if count > 1:
-        over += f" on average over {count} samples"
-    if 1 < count < LEAST_COUNT:
-        over += " (standard error unknown)"
     if not others:
-        return f"The expert {names[best]} has the largest weight, {over}"
+        over = f" on average over {count} samples" if count > 1 else ""
+        return f"The expert {names[best]} has the largest weight, {mean[best]:.2f}{over}"
     shown = ", ".join(f"{names[k]} {mean[k]:.2f}" for k in (best, *others))
+    if 1 < count < LEAST_COUNT:
+        return f"The experts' mean weights over {count} samples are {FEW}: {shown}"
     return f"No expert has clearly the largest weight (tied: {shown})"
 
 
@@ -136,9 +140,8 @@ def _pairs(findings: Findings) -> str:
         return interaction(findings, 0)
     values = [x[SII] for x in findings.pairs]
     count = sum(bool(np.isfinite(x.values).any()) and strongest(x)[1] == 0 for x in values)
-    return (
-        f"one pair of tokens clearly interacts most in {count or 'none'} of {len(values)} samples"
-    )
+    among = "" if all(scored(x)[1] for x in values) else "among the scored pairs, "
+    return f"{among}one pair of tokens clearly interacts most in {count or 'none'} of {len(values)} samples"
 
 
 def _pair(findings: Findings, s: int, place: int) -> str:
