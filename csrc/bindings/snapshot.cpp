@@ -50,6 +50,24 @@ bool same_types(const py::tuple& dicts, const py::tuple& types, py::handle any, 
   return compare(dicts, types, any, end, is_type_of);
 }
 
+// The versions of dictionaries, which CPython changes with every item that is set or deleted; empty
+// where it has no versions.
+py::bytes dict_versions(const py::tuple& dicts) {
+#if PY_VERSION_HEX < 0x030D0000
+  std::vector<uint64_t> versions(size_of(dicts));
+  for (Py_ssize_t i = 0; i < size_of(dicts); ++i) {
+    if (!PyDict_Check(item(dicts, i))) throw py::type_error("dicts: expected dictionaries");
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+    versions[i] = reinterpret_cast<PyDictObject*>(item(dicts, i))->ma_version_tag;
+#pragma GCC diagnostic pop
+  }
+  return {reinterpret_cast<const char*>(versions.data()), versions.size() * sizeof(uint64_t)};
+#else
+  return {};
+#endif
+}
+
 // CPython gives a class a new version when one of its attributes, or one of its base classes', is
 // set or deleted; 0 until an attribute is looked up.
 py::tuple class_versions(const py::tuple& classes) {
@@ -66,6 +84,7 @@ py::tuple class_versions(const py::tuple& classes) {
 void bind_snapshot(py::module_& m) {
   m.def("all_empty", all_empty);
   m.def("class_versions", class_versions);
+  m.def("dict_versions", dict_versions);
   m.def("same_values", same_values);
   m.def("same_types", same_types);
 }

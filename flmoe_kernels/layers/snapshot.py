@@ -42,24 +42,35 @@ class PartsSnapshot:
         self._empty = (*hooks, *(each for each in modules if not each), *global_hooks())
         self._dicts = (*states, *(each for each in modules if each))
         self._values = _flat(self._dicts, lambda key, value: _ANY if key == "training" else value)
-        self._tensors = (dict(enumerate(parts)), *(state["_parameters"] for state in states))
+        self._tensors = tuple(state["_parameters"] for state in states)
         self._types = _flat(self._tensors, lambda _, value: type(value))
+        self._part_types = list(map(type, parts))
+        self._parts = list(parts)
         self._classes = tuple(dict.fromkeys(map(type, parts)))
         for kind in self._classes:
             getattr(kind, "forward", None)  # a class has a version after a lookup
         self._native = None if cpu_unavailable_reason() else native()
         self._versions = self._native and self._native.class_versions(self._classes)
+        self._all_dicts = (*self._dicts, *self._empty, *self._tensors)
+        self._dict_versions = self._native and self._native.dict_versions(self._all_dicts)
 
     def unchanged(self) -> bool:
         """Whether nothing has changed since the snapshot; False without the native module."""
         module = self._native
-        return (
-            module is not None
-            and module.same_types(self._tensors, self._types, _ANY, _END)
-            and module.all_empty(self._empty)
-            and module.same_values(self._dicts, self._values, _ANY, _END)
-            and module.class_versions(self._classes) == self._versions
-        )
+        if module is None or module.class_versions(self._classes) != self._versions:
+            return False
+        versions = module.dict_versions(self._all_dicts)
+        if not versions or versions != self._dict_versions:
+            # An item was set, perhaps only a mode, or to the same value.
+            same = (
+                module.same_types(self._tensors, self._types, _ANY, _END)
+                and module.all_empty(self._empty)
+                and module.same_values(self._dicts, self._values, _ANY, _END)
+            )
+            if not same:
+                return False
+            self._dict_versions = versions
+        return list(map(type, self._parts)) == self._part_types
 
 
 def _flat(dicts: Sequence[dict[Any, Any]], recorded: Callable[[Any, Any], Any]) -> tuple[Any, ...]:

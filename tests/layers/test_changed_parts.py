@@ -330,3 +330,17 @@ def test_a_replaced_head_is_honoured(case: LayerCase, how: str) -> None:
     adopted = InteractionMoE.adopt(layer, backend="cpu")
     assert adopted.state_dict().keys() == layer.state_dict().keys()
     assert_honoured(adopted, case)
+
+
+def test_switching_modes_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, calls = fast_layer(FL), itertools.count()
+    layer(*data(FL)[:2])
+    original = interaction_moe.describe
+    monkeypatch.setattr(
+        interaction_moe, "describe", lambda *args: (next(calls), original(*args))[1]
+    )
+    for mode in (False, True, False):
+        layer.train(mode)(*data(FL)[:2])
+    assert next(calls) == 0
+    encoder(layer).attn.q.register_forward_hook(lambda *_: None)
+    assert_refused(layer, FL, r"attn\.q: has a forward hook")
