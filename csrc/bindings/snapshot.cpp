@@ -50,8 +50,8 @@ bool same_types(const py::tuple& dicts, const py::tuple& types, py::handle any, 
   return compare(dicts, types, any, end, is_type_of);
 }
 
-// The versions of dictionaries, which CPython changes with every item that is set or deleted; empty
-// where it has no versions.
+// Version numbers of dictionaries. CPython changes them when an item is set or deleted. Empty
+// for releases of CPython without such numbers.
 py::bytes dict_versions(const py::tuple& dicts) {
 #if PY_VERSION_HEX < 0x030D0000
   std::vector<uint64_t> versions(size_of(dicts));

@@ -47,7 +47,7 @@ int64_t round_to(int64_t bytes, int64_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-// Not malloc: a freed buffer could stay in the heap of the thread that took it.
+// mmap, because malloc may keep a freed buffer in the heap of the thread that allocated it.
 void* map_memory(int64_t bytes) {
   void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -2,8 +2,8 @@
 //
 // Small buffers are stacked in an arena that every thread keeps. Larger buffers are blocks of one
 // list that all threads share, so idle threads hold none. The list keeps every block while any is
-// in use, and at most kKeptScratch afterwards: a call takes its memory from the system once, and
-// nothing of the size of a model stays. With AddressSanitizer, every buffer is an allocation of its
+// in use, so a call takes its memory from the system once, and at most kKeptScratch afterwards,
+// whatever the size of the model. With AddressSanitizer, every buffer is an allocation of its
 // own with exact size, so that it finds accesses outside.
 #pragma once
 

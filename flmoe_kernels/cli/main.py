@@ -40,9 +40,9 @@ app.add_typer(tune.app, name="tune")
 def main() -> None:
     """Run the command line; help texts always show `python -m flmoe_kernels`.
 
-    A file or standard output that cannot be written (a full disk) is one line on stderr and exit code 2.
+    If a file or standard output cannot be written (a full disk), it prints one line on stderr; exit code 2.
     """
-    # One line, without a place in the source.
+    # Warnings in one line, without file name and line number.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         try:

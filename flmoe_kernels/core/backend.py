@@ -81,11 +81,11 @@ _environment = environment_choice("FLMOE_BACKEND", BACKENDS)
 
 
 class _Request:
-    """The request of one `use_backend` block; equal only to itself."""
+    """The request of one `use_backend` block, compared by identity."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        # Whether the block was left in another thread than it was entered, by a generator that was passed on.
+        # Whether the block was left in another thread than it was entered in, by a generator given to that thread.
         self.left_elsewhere = False
 
 
@@ -100,7 +100,7 @@ class _Requests:
     _value = property(_variable.get)
 
     def __init__(self) -> None:
-        # The blocks of a function that is being traced; empty whenever code really runs.
+        # The blocks of a function while it is traced; empty during normal execution.
         self._traced: list[_Request] = []
 
     def innermost(self) -> str | None:
@@ -152,7 +152,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def transforms_active() -> bool:
     """Whether the call runs in a torch.func transform (grad, vmap, jvp, ...)."""
-    # Of torch's functions for this question, torch.compile evaluates this one and guards its value.
+    # torch has several such functions; torch.compile evaluates this one while tracing and guards its value.
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 

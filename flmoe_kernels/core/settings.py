@@ -40,7 +40,7 @@ def _is_started_by_option_m() -> bool:
 
 
 class _Scope(Generic[Value]):
-    """The value of a `with` block; equal only to itself."""
+    """The value of a `with` block; compared by identity."""
 
     def __init__(self, value: Value) -> None:
         self.value = value

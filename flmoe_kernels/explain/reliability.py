@@ -1,4 +1,4 @@
-"""When a standard error holds, and when a ranking is distinguishable."""
+"""Conditions for reliable standard errors and distinguishable rankings."""
 
 from __future__ import annotations
 

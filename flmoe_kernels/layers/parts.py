@@ -86,11 +86,11 @@ def check_methods(part: nn.Module, path: str) -> None:
         original = getattr(type(part), name, None)
         if not callable(original):
             continue
-        # part.forward = part.forward, as tools leave it that have restored a method, changes nothing.
+        # Tools that restore a method leave the class's own method on the instance, which changes nothing.
         if getattr(value, "__func__", None) is original and value.__self__ is part:
             continue
         raise UnsupportedLayer(f"{joined(path, name)}: replaced on this instance")
-    # Of both at this time: tracers replace nn.Module's.
+    # Both are read now, because tracers replace nn.Module.__call__.
     if type(part).__call__ is not nn.Module.__call__:
         raise UnsupportedLayer(f"{path}: {class_name(part)}.__call__ is not nn.Module's")
 

@@ -61,7 +61,7 @@ class PartsSnapshot:
             return False
         versions = module.dict_versions(self._all_dicts)
         if not versions or versions != self._dict_versions:
-            # An item was set, perhaps only a mode, or to the same value.
+            # An item was set. It may be a mode, or the same value again, so compare the values.
             same = (
                 module.same_types(self._tensors, self._types, _ANY, _END)
                 and module.all_empty(self._empty)

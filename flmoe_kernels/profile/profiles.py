@@ -161,7 +161,7 @@ def profile_subjects(
         raise ValueError(f"subjects: expected different contestants, got {names}")
     limit = limit or Limit.of(seconds)
     tell(f"{subjects[0].what}: timing {', '.join(names)}")
-    # The other half is for stages and memory.
+    # Timing may use half of the limit; stages and memory share the other half.
     most = max(seconds * len(subjects), limit.left() / 2)
     blocks = time_subjects(subjects, seconds, clock, most, limit.now)
     profiles = []

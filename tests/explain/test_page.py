@@ -286,8 +286,8 @@ def test_words_do_not_break_and_tables_scroll_alone() -> None:
 
 
 BAD_NAMES: list[tuple[dict[str, Any], str]] = [
-    ({"modality_names": ("a",)}, "modality_names: expected 2 names, as the layer has, got 1"),
-    ({"class_names": ("a", "b", "c")}, "class_names: expected 2 names, as the layer has, got 3"),
+    ({"modality_names": ("a",)}, "modality_names: expected 2 names for this layer, got 1"),
+    ({"class_names": ("a", "b", "c")}, "class_names: expected 2 names for this layer, got 3"),
     ({"class_names": ("a", "a")}, "class_names: expected different names, got a twice"),
     ({"class_names": ("a", " \n")}, "class_names: expected names with visible characters"),
     ({"modality_names": "ab"}, "modality_names: expected a list of strings, got 'ab'"),

@@ -215,7 +215,7 @@ def test_a_record_is_not_trusted(kind: str, sources: tuple[Path, Path], tmp_path
     (out / "run.json").write_text(FORGED[kind])
     (out / "notes.txt").write_text("mine")
     for force in (False, True):
-        with pytest.raises(FolderError, match="expected the record of a run, got another"):
+        with pytest.raises(FolderError, match="not a record of a run: a different file"):
             run(sources, out, force=force)
     assert names(out) == {"run.json", "notes.txt"}
     assert (out / "run.json").read_text() == FORGED[kind]

@@ -327,7 +327,7 @@ def test_budget() -> None:
         price = 2 * (1 + 4 + 6)
         assert found.draws == 2 * ((budget - 2) // price - 1), "the end sizes take two draws"
         assert found.evaluations > 0.4 * budget
-    with pytest.raises(ValueError, match=r"budget: expected at least \d+, .* got 20"):
+    with pytest.raises(ValueError, match=r"budget: expected at least \d+, got 20"):
         probe_game(game, pairs, method="sampling", sampling=Sampling(budget=20))
 
 

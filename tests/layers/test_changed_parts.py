@@ -157,7 +157,7 @@ REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
     (
         "mode",
         lambda x: encoder(x).dropout2.eval(),
-        "dropout2 of the experts differ in rate or mode",
+        "rate or mode of dropout2 differs",
     ),
     ("an expert less", lambda x: x.interaction_experts.__delitem__(3), "expected 4 experts"),
     ("a layer more", lambda x: encoder(x).mlp.network.append(nn.ReLU()), "expected Linear, GELU"),

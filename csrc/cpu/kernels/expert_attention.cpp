@@ -147,7 +147,7 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
     const A scale = kept / total[i];
     for (int64_t d = 0; d < padded; ++d) out[i * padded + d] *= scale;
     write_row<T, A>(out + i * padded, static_cast<T*>(args.out) + at * width, width);
-    // A score of inf makes the sum NaN, as the probabilities are; the log-sum-exp is inf, as in
+    // With a score of inf the sum and all probabilities are NaN, and the log-sum-exp is inf, as in
     // torch.
     static_cast<A*>(args.lse)[at] =
         maximum[i] == A(INFINITY) ? maximum[i] : maximum[i] + std::log(total[i]);

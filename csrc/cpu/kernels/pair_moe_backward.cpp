@@ -156,7 +156,7 @@ struct BackwardItem {
       return grad_buffer;
     }
   }
-  // Whether d is needed; otherwise it is computed from arbitrary values and not used.
+  // If false, d is computed from undefined data and not read.
   bool wants_gate() const {
     return gradients.q != nullptr || gradients.k != nullptr || args.grad_bias != nullptr;
   }

@@ -160,7 +160,7 @@ void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packe
   const auto act = static_cast<Activation>(in.act);
   BlockBuffers<A> buffer(in);
   gather_tokens<T, A>(in, args.grad_out, block, buffer.tokens);
-  // Without it, what is computed from arbitrary values of buffer.hidden is not used.
+  // If not requested, buffer.hidden is undefined, and what is computed from it is discarded.
   if (wants_hidden(args))
     times_panels<A>(buffer.tokens, in.width, block.count, in.width,
                     packed.first + block.expert * packed.first_size, in.hidden, buffer.hidden,

@@ -56,7 +56,7 @@ class PairValues(Saved):
         game: the value function, see `TokenGame.describe`.
         sampling: budget, tolerance, min_draws, seed and antithetic; None without sampling.
         sample: position in the batch.
-        notes: what the numbers do not show: candidates chosen among near-ties, reasons of missing errors, and
+        notes: candidates chosen among near-ties, reasons for missing errors, and
             for a result of `top` a ranking that is not distinguishable.
     """
 

@@ -194,9 +194,9 @@ class PairSampling:
         least = fixed + (_LEAST_UNITS * price if len(self.pairs) and self._between else 0)
         if self.sampling.budget < least:
             raise ValueError(
-                f"budget: expected at least {least}, which {2 + _LEAST_UNITS * self._draws_per_unit} draws of "
-                f"{len(self.pairs)} pairs of {self.players} players cost, got "
-                f"{self.sampling.budget}; fewer candidate pairs cost less"
+                f"budget: expected at least {least}, got {self.sampling.budget}: "
+                f"{2 + _LEAST_UNITS * self._draws_per_unit} draws of {len(self.pairs)} pairs of "
+                f"{self.players} players need as many evaluations; raise the budget or use fewer candidate pairs"
             )
         self.units_planned = (self.sampling.budget - fixed) // price if least > fixed else 0
         # Depends only on the request, so that the stopping point does not depend on ranks or memory.

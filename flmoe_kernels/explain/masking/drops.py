@@ -108,7 +108,7 @@ class MaskingDrops(Saved):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the numbers do not show: identified tokens chosen among near-ties, reasons of missing errors."""
+        """Notes on identified tokens chosen among near-ties, and reasons for missing errors."""
         notes: tuple[str, ...] = ()
         tied = torch.zeros(0) if self.near_ties is None else self.near_ties.any(dim=1)
         what = "pairs" if self.unit == "tokens" else "tokens"

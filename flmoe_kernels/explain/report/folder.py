@@ -97,7 +97,7 @@ class RunFolder:
             self._clear(found)
             self._clear_progress()
             (self.path / RECORD).unlink(missing_ok=True)
-        # Exclusive, so that of two runs that start at once only one has the folder.
+        # Created exclusively: if two runs start at the same time, only one gets the folder.
         with (self.path / RECORD).open("x", encoding="utf-8") as file:
             file.write(_text(mine))
         return self.path / CHECKPOINTS
@@ -160,9 +160,7 @@ class RunFolder:
         except (ValueError, KeyError, TypeError, RecursionError):
             known = False
         if not known:
-            raise FolderError(
-                f"{path}: expected the record of a run, got another or a damaged file"
-            )
+            raise FolderError(f"{path}: not a record of a run: a different file, or damaged")
         found: dict[str, Any] = record
         return found
 

@@ -98,9 +98,7 @@ class Request:
         for name, count in {"modality_names": modalities, "class_names": classes}.items():
             names = getattr(self, name)
             if names is not None and len(names) != count:
-                raise ValueError(
-                    f"{name}: expected {count} names, as the layer has, got {len(names)}"
-                )
+                raise ValueError(f"{name}: expected {count} names for this layer, got {len(names)}")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types, without the files and the layer."""

@@ -59,8 +59,8 @@ def rate_of(name: str, dropouts: Sequence[Any]) -> float:
     rates = {drop.p if drop.training else 0.0 for drop in dropouts}
     if len(rates) > 1:
         raise UnsupportedLayer(
-            f"interaction_experts: {name} of the experts differ in rate or mode, {sorted(rates)}; the kernels "
-            "need the same rate in all experts, backend='reference' does not"
+            f"interaction_experts: rate or mode of {name} differs between the experts, {sorted(rates)}; "
+            "the kernels need the same rate in all experts, backend='reference' does not"
         )
     return rates.pop()
 

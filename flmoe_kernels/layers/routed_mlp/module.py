@@ -75,7 +75,7 @@ class Routers(nn.ModuleDict):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         raise TypeError(
-            f"all_gates.{name}: expected no assignment; assign the layer's gate instead"
+            f"all_gates is read-only, got an assignment of {name}; assign `gate` of the layer instead"
         )
 
     def __getattr__(self, name: str) -> Any:

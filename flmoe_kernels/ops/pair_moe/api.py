@@ -167,7 +167,7 @@ def top_pairs(
     n_pairs = min(n_pairs, pairs)
     # One more, which shows whether the last one is a near-tie.
     count = min(n_pairs + 1, pairs)
-    # A torch.func transform would take results without a graph for constants.
+    # In a torch.func transform, results without a graph would count as constants.
     with nullcontext() if backends.transforms_active() else torch.no_grad():
         if name == backends.REFERENCE:
             top = reference.top_pairs(call, weight, count)

@@ -148,7 +148,7 @@ def gate(
                     before += (logits[other] >= logits[e]).to(tl.int32)
                 elif other > e:
                     before += (logits[other] > logits[e]).to(tl.int32)
-            # Negative, to mark it, but too small to change the total, which is at least 1.
+            # An unselected expert gets a negative value, too small to change the total, which is at least 1.
             weight = tl.where(before < TOP_K, weight, -2e-38)
         total += weight
         weights += (weight,)
@@ -157,7 +157,7 @@ def gate(
     for e in tl.static_range(EXPERTS):
         present = valid_z[None, :]
         if TOP_K < EXPERTS:
-            # 0 also where the other weights are NaN; NaN then also for a selected expert with weight 0.
+            # If weights are NaN: 0 for an unselected expert, NaN for a selected expert of weight 0.
             present = present & ~(weights[e] < 0.0)
         p += (tl.where(present, weights[e] * share, 0.0),)
     return p
