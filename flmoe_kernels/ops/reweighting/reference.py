@@ -15,10 +15,8 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of x (B, L, D) over its valid tokens, with a count of at least 1; plain mean without a mask."""
     if mask is None:
         return x.mean(dim=1)
-    valid = mask.to(torch.bool).unsqueeze(-1)
-    # Not a product: 0 * NaN of a padded token is NaN.
-    total = torch.where(valid, x, 0.0).sum(dim=1)
-    return total / valid.sum(dim=1).to(x.dtype).clamp_min(1.0)
+    weight = mask.to(x.dtype).unsqueeze(-1)
+    return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
 
 
 def reweighting_features(inputs: Sequence[Tensor], masks: Masks = None) -> Tensor:
@@ -26,6 +24,8 @@ def reweighting_features(inputs: Sequence[Tensor], masks: Masks = None) -> Tenso
     features = []
     for m, x in enumerate(inputs):
         mask = masks[m] if masks is not None else None
+        if mask is not None:
+            x = torch.where(mask.to(torch.bool).unsqueeze(-1), x, 0.0)  # 0 * NaN of padding is NaN
         # The floor of the norm, 1e-12, is 0 in float16: a modality with only padding would give 0 / 0.
         pooled = masked_mean(x.float() if x.dtype == torch.float16 else x, mask)
         features.append(pooled if mask is None else F.normalize(pooled, p=2, dim=1))
