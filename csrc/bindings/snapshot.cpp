@@ -50,6 +50,18 @@ bool same_types(const py::tuple& dicts, const py::tuple& types, py::handle any, 
   return compare(dicts, types, any, end, is_type_of);
 }
 
+// Whether objects have these classes and these instance dictionaries.
+bool same_objects(const py::tuple& objects, const py::tuple& classes, const py::tuple& dicts) {
+  for (Py_ssize_t i = 0; i < size_of(objects); ++i) {
+    if (!is_type_of(item(objects, i), item(classes, i))) return false;
+    const auto dict =
+        py::reinterpret_steal<py::object>(PyObject_GenericGetDict(item(objects, i), nullptr));
+    if (!dict) throw py::error_already_set();
+    if (dict.ptr() != item(dicts, i)) return false;
+  }
+  return true;
+}
+
 // Version numbers of dictionaries. CPython changes them when an item is set or deleted. Empty
 // for releases of CPython without such numbers.
 py::bytes dict_versions(const py::tuple& dicts) {
@@ -86,6 +98,7 @@ void bind_snapshot(py::module_& m) {
   m.def("class_versions", class_versions);
   m.def("dict_versions", dict_versions);
   m.def("same_values", same_values);
+  m.def("same_objects", same_objects);
   m.def("same_types", same_types);
 }
 

@@ -166,5 +166,5 @@ _UNIFORM: tuple[tuple[str, Callable[[Tensor], torch.dtype | torch.device]], ...]
 
 def separate(x: Tensor) -> list[Tensor]:
     """Slices of x along dimension 0 that own their memory: each can be kept alone or changed in place."""
-    copy: Any = torch.unbind_copy  # torch's type hints lack the result
+    copy: Any = torch.unbind_copy  # torch's type hints do not declare its result
     return list(copy(x, 0))

@@ -44,8 +44,8 @@ class PartsSnapshot:
         self._values = _flat(self._dicts, lambda key, value: _ANY if key == "training" else value)
         self._tensors = tuple(state["_parameters"] for state in states)
         self._types = _flat(self._tensors, lambda _, value: type(value))
-        self._part_types = list(map(type, parts))
-        self._parts = list(parts)
+        self._parts, self._part_types = tuple(parts), tuple(map(type, parts))
+        self._states = tuple(states)
         self._classes = tuple(dict.fromkeys(map(type, parts)))
         for kind in self._classes:
             getattr(kind, "forward", None)  # a class has a version after a lookup
@@ -70,7 +70,8 @@ class PartsSnapshot:
             if not same:
                 return False
             self._dict_versions = versions
-        return list(map(type, self._parts)) == self._part_types
+        same_parts: bool = module.same_objects(self._parts, self._part_types, self._states)
+        return same_parts
 
 
 def _flat(dicts: Sequence[dict[Any, Any]], recorded: Callable[[Any, Any], Any]) -> tuple[Any, ...]:

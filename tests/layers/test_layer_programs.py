@@ -130,6 +130,16 @@ def test_dictionaries_of_hooks_may_be_replaced() -> None:
         layer.inference(x)
 
 
+def test_a_replaced_instance_dictionary_is_noticed() -> None:
+    layer, x, _ = cold(FL)
+    layer.inference(x)
+    linear, other = encoder(layer).attn.q, nn.Linear(16, 16, bias=False)
+    other.register_forward_hook(lambda *_: None)
+    linear.__dict__ = other.__dict__
+    with pytest.raises(UnsupportedLayer, match=r"attn\.q: has a forward hook"):
+        layer.inference(x)
+
+
 class Halved(torch.Tensor):
     """A weight whose linear map differs, as of weight-only quantization."""
 
