@@ -21,6 +21,7 @@ from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp import structure
 from tests.support.inputs import draw
 from tests.support.layers import FL, I2, SPARSE_FL, LayerCase, data, fast_layer, named_outputs
+from tests.support.routed_layers import D, make
 
 SPARSE = dataclasses.replace(SPARSE_FL, layers=1, gate="NaiveGate")
 CASES = [FL, I2, SPARSE]
@@ -308,3 +309,18 @@ def test_wrong_arguments_of_the_constructor_are_named() -> None:
         InteractionMoE(2, template)
     with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda"):
         InteractionMoE(2, template, hidden_dim=16, backend="gpu")
+
+
+def test_a_head_without_parameters_yet_is_refused() -> None:
+    published = FL.reference()
+    published.interaction_experts[1].fusion_model.network[-1].fc = nn.LazyLinear(3)
+    with pytest.raises(
+        UnsupportedLayer, match=r"fc: LazyLinear has no parameters before its first"
+    ):
+        InteractionMoE.adopt(published)
+
+
+def test_pruned_experts_may_be_converted() -> None:
+    mlp = make("NaiveGate")
+    prune.l1_unstructured(mlp.experts.htoh4, "weight", 0.5)
+    assert mlp.double()(draw(3, D, dtype=torch.float64)).dtype == torch.float64

@@ -186,6 +186,7 @@ def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
     if len(heads) > 1:
         raise UnsupportedLayer(f"{path}: layers differ in num_heads, {sorted(heads)}")
     fc = child_of(head, f"{path}.network.{len(layers)}", "fc", nn.Linear)
+    plain_module(fc, f"{path}.network.{len(layers)}.fc", nn.Linear)
     # Not out_features, which does not change with the weight.
     classes = 0 if fc.weight is None else fc.weight.shape[0]
     expect_linear(fc, f"{path}.network.{len(layers)}.fc", num_modalities * dim, classes, None)
