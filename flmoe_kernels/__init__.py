@@ -5,8 +5,8 @@ from .core.backend import BackendUnavailable as BackendUnavailable
 from .core.backend import available_backends as available_backends
 from .core.backend import use_backend as use_backend
 from .core.triton.tuning import autotune as autotune
+from .layers.interaction_moe.fusion_transformer import FusionTransformer as FusionTransformer
 from .layers.interaction_moe.module import InteractionMoE as InteractionMoE
-from .layers.interaction_moe.reference import FusionTransformer as FusionTransformer
 from .layers.interaction_moe.reference import ReferenceInteractionMoE as ReferenceInteractionMoE
 from .layers.pair_interaction_moe.explanation import PairExplanation as PairExplanation
 from .layers.pair_interaction_moe.module import PairInteractionMoE as PairInteractionMoE

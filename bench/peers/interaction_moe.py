@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from flmoe_kernels.layers.interaction_moe.reference import (
-    FusionTransformer,
-    ReferenceInteractionMoE,
-)
+from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.operators import interaction_moe as operator
 from flmoe_kernels.profile.prepared import Context, Prepared

@@ -10,12 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.interaction_moe.reference import (
-    Attention,
-    Masks,
-    ReferenceInteractionMoE,
-    Replacements,
-)
+from flmoe_kernels.layers.interaction_moe.fusion import Attention, Masks
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE, Replacements
 from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 
 
@@ -105,7 +101,7 @@ class VmapInteractionMoE(ReferenceInteractionMoE):
         stacked = {name: torch.stack([model[name] for model in named]) for name in named[0]}
 
         def expert(parameters: dict[str, Tensor], own: list[Tensor]) -> Any:
-            return torch.func.functional_call(models[0], parameters, (own, masks))
+            return torch.func.functional_call(models[0], parameters, (own, masks, True))
 
         return torch.vmap(expert, randomness="different")(stacked, rows)
 

@@ -161,6 +161,11 @@ def transforming() -> bool:
     return transforms_active() or forward_ad._current_level >= 0
 
 
+def requested(backend: str | None = None) -> str | None:
+    """The backend that a call, a `use_backend` block or the environment requests, in this order; else None."""
+    return (_requests.innermost() or _environment) if backend is None else backend
+
+
 def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     """The backend for one call of `op` on tensors like `tensor`.
 
@@ -168,7 +173,7 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
         ValueError: an unknown backend name.
         BackendUnavailable: the chosen backend cannot run this; names the operator, backend and reason.
     """
-    explicit = (_requests.innermost() or _environment) if backend is None else backend
+    explicit = requested(backend)
     if explicit is not None:
         name = _known(explicit, "backend")
     elif transforming():

@@ -180,6 +180,26 @@ def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def padded_masks(masks: Any, inputs: Any) -> Any:
+    """A mask or None for every input: missing masks count as all valid. Invalid arguments are not changed."""
+    if not isinstance(masks, list | tuple) or not isinstance(inputs, list | tuple):
+        return masks
+    return [*masks, *[None] * (len(inputs) - len(masks))]
+
+
+def widened(inputs: Any, like: Tensor) -> Any:
+    """Inputs cast to the dtype of `like` if that loses no precision; other inputs are not changed."""
+    if not isinstance(inputs, list | tuple):
+        return inputs
+
+    def cast(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point or x.dtype == like.dtype:
+            return x
+        return x.to(like.dtype) if torch.promote_types(x.dtype, like.dtype) == like.dtype else x
+
+    return [cast(x) for x in inputs]
+
+
 def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None) -> None:
     """Check masks M x (B, L_m), bool or 0/1 or None, for inputs M x (B, L_m, ...); None if the input is None."""
     if masks is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar
 
@@ -13,12 +14,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from .snapshot import HOOKS
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+T = TypeVar("T")
 
 # As of the import of this package, because a program may replace them.
 FORWARDS: dict[Any, Any] = {
     kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU, nn.SiLU)
 }
 
+
+# Methods of this package's classes, likewise.
+_METHODS: dict[Any, dict[str, Any]] = {}
 
 _TORCH_FUNCTIONS: tuple[Any, ...] = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
@@ -95,6 +100,24 @@ def check_methods(part: nn.Module, path: str) -> None:
         raise UnsupportedLayer(f"{path}: {class_name(part)}.__call__ is not nn.Module's")
 
 
+def record_methods(kind: type[ModuleT]) -> type[ModuleT]:
+    """Remember the methods of a class for `check_inherited`; usable as a decorator."""
+    _METHODS[kind] = {name: x for name, x in vars(kind).items() if inspect.isfunction(x)}
+    return kind
+
+
+def check_inherited(part: nn.Module, path: str) -> None:
+    """Check that the class of a part has the methods of this package's class that it is or extends."""
+    owners: dict[str, type] = {}
+    for kind in reversed(type(part).__mro__):
+        owners |= dict.fromkeys(_METHODS.get(kind, {}), kind)
+    for name, owner in owners.items():
+        if getattr(type(part), name) is not _METHODS[owner][name]:
+            raise UnsupportedLayer(
+                f"{path}: {class_name(part)}.{name} is not that of this package's {owner.__name__}"
+            )
+
+
 def expect_linear(
     module: nn.Module, path: str, fan_in: int, fan_out: int, bias: bool | None
 ) -> None:
@@ -123,7 +146,10 @@ def sequence_of(module: nn.Module, path: str, name: str) -> list[nn.Module]:
 
 
 def check_parameters(
-    layer: nn.Module, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()
+    layer: nn.Module,
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+    skipped: tuple[str, ...] = (),
 ) -> None:
     """Check that a layer has exactly the expected parameters, with one floating dtype and one device.
 
@@ -131,9 +157,18 @@ def check_parameters(
         layer: the layer; an extra parameter or buffer is an error, because it would be lost.
         expected: name and shape of each parameter.
         optional: names of parameters that may be absent.
+        skipped: prefixes of names that are not checked.
     """
-    parameters = dict(layer.named_parameters(remove_duplicate=False))
-    tensors: dict[str, Tensor] = {**parameters, **dict(layer.named_buffers(remove_duplicate=False))}
+
+    def checked(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+        return {name: value for name, value in named if not name.startswith(skipped)}
+
+    expected = checked(expected.items())
+    parameters = checked(layer.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = {
+        **parameters,
+        **checked(layer.named_buffers(remove_duplicate=False)),
+    }
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise UnsupportedLayer(f"{unknown[0]}: an unexpected parameter or buffer")
     # An optional name may be absent, but not a buffer.

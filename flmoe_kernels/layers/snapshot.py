@@ -32,17 +32,22 @@ class PartsSnapshot:
 
     Args:
         parts: the modules, without hooks and buffers; each without its children.
-        children: other dictionaries of modules.
+        children, parameters: other dictionaries of modules and of parameters.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], children: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        children: Sequence[dict[str, Any]],
+        parameters: Sequence[dict[str, Any]],
+    ) -> None:
         states = [vars(part) for part in parts]
         modules = [*children, *(state["_modules"] for state in states)]
         hooks = [state[name] for state in states for name in (*HOOKS, "_buffers")]
         self._empty = (*hooks, *(each for each in modules if not each), *global_hooks())
         self._dicts = (*states, *(each for each in modules if each))
         self._values = _flat(self._dicts, lambda key, value: _ANY if key == "training" else value)
-        self._tensors = tuple(state["_parameters"] for state in states)
+        self._tensors = (*parameters, *(state["_parameters"] for state in states))
         self._types = _flat(self._tensors, lambda _, value: type(value))
         self._parts, self._part_types = tuple(parts), tuple(map(type, parts))
         self._states = tuple(states)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flmoe_kernels.core.dtypes import without_autocast
-from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec, build_like
+from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.layers.interaction_moe.build import build_like
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .agreement import Disagreement, Outputs, check_losses, collect, first_line, within_budget

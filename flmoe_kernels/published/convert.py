@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec, build
+from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec
+from flmoe_kernels.layers.interaction_moe.build import build
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP

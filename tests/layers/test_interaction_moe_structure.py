@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import DropoutRates, build, build_like
+from flmoe_kernels.layers.interaction_moe.architecture import DropoutRates
+from flmoe_kernels.layers.interaction_moe.build import build, build_like
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.published.recognise import check_state

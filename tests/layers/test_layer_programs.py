@@ -174,8 +174,8 @@ def test_a_template_with_a_forward_of_its_own_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        (fusion.EncoderLayer, "_routed"),
-        (fusion.FusionTransformer, "gate_loss"),
+        (fusion.EncoderLayer, "forward"),
+        (fusion.ReferenceFusionTransformer, "gate_loss"),
         (reference.InteractionExpert, "forward_views"),
         (nn.LayerNorm, "forward"),
         (nn.LayerNorm, "__call__"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.core.error_budget import assert_within_budget
-from flmoe_kernels.layers.interaction_moe.reference import interaction_losses
+from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 from tests.support.inputs import draw, draw_masks, gradients
 from tests.support.pair_layers import BACKENDS, DIMS, by_definition, pair_inputs, pair_layer
 

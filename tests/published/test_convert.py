@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
-from flmoe_kernels.layers.interaction_moe.architecture import build
+from flmoe_kernels.layers.interaction_moe.build import build
 from flmoe_kernels.published.convert import load_checkpoint
 from flmoe_kernels.published.file import CheckpointError
 from flmoe_kernels.published.swap import swap, swap_checkpoint

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import build
+from flmoe_kernels.layers.interaction_moe.build import build
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe

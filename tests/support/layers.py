@@ -11,14 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.layers.interaction_moe.fusion import Compat, Masks
+from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.reference import (
-    Compat,
-    FusionTransformer,
-    Masks,
-    ReferenceInteractionMoE,
-    Replacements,
-)
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE, Replacements
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from tests.support.inputs import as_dtype, draw, draw_masks, draw_replacements, gradients
 

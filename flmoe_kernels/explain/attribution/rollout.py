@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flmoe_kernels.layers.interaction_moe.fusion import Attention
 from flmoe_kernels.layers.interaction_moe.packing import plan_tokens
-from flmoe_kernels.layers.interaction_moe.reference import Attention
 from flmoe_kernels.ops.expert_attention.api import expert_attention
 
 # Scores of one block, 4 MiB of float32; a few blocks exist at once. They fit in a CPU's caches, and one

@@ -1,4 +1,4 @@
-"""Sizes of an interaction layer, which determine its state_dict."""
+"""Sizes of fusion models and interaction layers, which determine their state_dicts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.layers.routed_mlp.structure import parameter_shapes
 
-from .fusion import MLP, MLP_EXPANSION, Compat, FusionTransformer, is_sparse_layer
-from .reference import ReferenceInteractionMoE
+from .fusion import MLP_EXPANSION, Compat, is_sparse_layer
 
 GATE_SETTINGS = ("capacity", "random_routing", "switch_eps", "noise_epsilon")
 
@@ -84,6 +81,50 @@ class SparseSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class FusionSpec:
+    """The sizes and rates of a fusion model; the attributes are those of LayerSpec."""
+
+    num_modalities: int
+    hidden_dim: int
+    num_classes: int
+    num_layers: int
+    num_heads: int
+    compat: Compat
+    num_patches: int | None
+    norm_eps: float
+    dropout: tuple[DropoutRates, ...]
+    sparse: SparseSpec | None
+
+
+def fusion_shapes(
+    spec: FusionSpec | Architecture, path: str
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Keys, which start with `path`, and shapes of a fusion model's parameters."""
+    dim, hidden = spec.hidden_dim, MLP_EXPANSION * spec.hidden_dim
+    if spec.num_patches is not None:
+        yield f"{path}pos_embed", (1, spec.num_modalities * spec.num_patches, dim)
+    for i in range(spec.num_layers):
+        layer = f"{path}network.{i}"
+        for norm in ("norm1", "norm2"):
+            yield f"{layer}.{norm}.weight", (dim,)
+            yield f"{layer}.{norm}.bias", (dim,)
+        yield f"{layer}.attn.q.weight", (dim, dim)
+        yield f"{layer}.attn.kv.weight", (2 * dim, dim)
+        yield f"{layer}.attn.proj.weight", (dim, dim)
+        yield f"{layer}.attn.proj.bias", (dim,)
+        if spec.sparse is not None and is_sparse_layer(i):
+            yield from spec.sparse.parameter_shapes(f"{layer}.mlp", dim)
+            continue
+        yield f"{layer}.mlp.network.0.weight", (hidden, dim)
+        yield f"{layer}.mlp.network.0.bias", (hidden,)
+        yield f"{layer}.mlp.network.3.weight", (dim, hidden)
+        yield f"{layer}.mlp.network.3.bias", (dim,)
+    head = f"{path}network.{spec.num_layers}.fc"
+    yield f"{head}.weight", (spec.num_classes, spec.num_modalities * dim)
+    yield f"{head}.bias", (spec.num_classes,)
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """The properties of a layer that follow from its parameters.
 
@@ -118,35 +159,14 @@ class Architecture:
         return dict(self._shapes())
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        dim, hidden = self.hidden_dim, MLP_EXPANSION * self.hidden_dim
-        latent = self.num_modalities * dim
+        latent = self.num_modalities * self.hidden_dim
         inner = [self.reweight_hidden or 0] * (self.reweight_layers - 1)
         widths = [latent, *inner, self.num_experts]
         for i in range(self.reweight_layers):
             yield f"reweight.mlp.network.{3 * i}.weight", (widths[i + 1], widths[i])
             yield f"reweight.mlp.network.{3 * i}.bias", (widths[i + 1],)
         for e in range(self.num_experts):
-            fusion = f"interaction_experts.{e}.fusion_model"
-            if self.num_patches is not None:
-                yield f"{fusion}.pos_embed", (1, self.num_modalities * self.num_patches, dim)
-            for i in range(self.num_layers):
-                layer = f"{fusion}.network.{i}"
-                for norm in ("norm1", "norm2"):
-                    yield f"{layer}.{norm}.weight", (dim,)
-                    yield f"{layer}.{norm}.bias", (dim,)
-                yield f"{layer}.attn.q.weight", (dim, dim)
-                yield f"{layer}.attn.kv.weight", (2 * dim, dim)
-                yield f"{layer}.attn.proj.weight", (dim, dim)
-                yield f"{layer}.attn.proj.bias", (dim,)
-                if self.sparse is not None and is_sparse_layer(i):
-                    yield from self.sparse.parameter_shapes(f"{layer}.mlp", dim)
-                    continue
-                yield f"{layer}.mlp.network.0.weight", (hidden, dim)
-                yield f"{layer}.mlp.network.0.bias", (hidden,)
-                yield f"{layer}.mlp.network.3.weight", (dim, hidden)
-                yield f"{layer}.mlp.network.3.bias", (dim,)
-            yield f"{fusion}.network.{self.num_layers}.fc.weight", (self.num_classes, latent)
-            yield f"{fusion}.network.{self.num_layers}.fc.bias", (self.num_classes,)
+            yield from fusion_shapes(self, f"interaction_experts.{e}.fusion_model.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,79 +188,3 @@ class LayerSpec(Architecture):
     temperature: float
     dropout: tuple[DropoutRates, ...]
     reweight_dropout: float
-
-
-def build(
-    architecture: Architecture,
-    num_heads: int = 4,
-    temperature: float = 1.0,
-    dropout: float = 0.5,
-    *,
-    fusion_sparse: bool = False,
-) -> ReferenceInteractionMoE:
-    """A reference layer of this architecture with fresh parameters.
-
-    Args:
-        architecture: the sizes.
-        num_heads: attention heads, a divisor of hidden_dim; not part of a checkpoint.
-        temperature: of the softmax over experts, positive; not part of a checkpoint.
-        dropout: rate of every dropout inside the fusion models.
-        fusion_sparse: whether the forward also returns gate losses.
-
-    Raises:
-        ValueError: an argument is outside its range.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    sparse = architecture.sparse
-    routed: dict[str, Any] = {}
-    if sparse is not None:
-        routed = {
-            "num_experts": sparse.num_experts,
-            "num_routers": sparse.num_routers,
-            "top_k": sparse.top_k,
-            "gate": sparse.gate,
-        }
-    fusion = FusionTransformer(
-        architecture.num_modalities,
-        architecture.hidden_dim,
-        architecture.num_classes,
-        architecture.num_layers,
-        num_heads,
-        dropout,
-        architecture.compat,
-        architecture.num_patches,
-        mlp_sparse=sparse is not None,
-        **routed,
-    )
-    for part in fusion.modules():
-        if sparse is not None and isinstance(part, RoutedMLP):
-            sparse.configure(part)
-    return ReferenceInteractionMoE(
-        architecture.num_modalities,
-        fusion,
-        fusion_sparse,
-        architecture.hidden_dim,
-        architecture.reweight_hidden or architecture.hidden_dim,
-        architecture.reweight_layers,
-        temperature,
-    )
-
-
-def build_like(spec: LayerSpec) -> ReferenceInteractionMoE:
-    """A reference layer with every size and rate of `spec`, and fresh parameters."""
-    layer = build(spec, spec.num_heads, spec.temperature, fusion_sparse=spec.fusion_sparse)
-    for part in layer.reweight.mlp.network:
-        if isinstance(part, nn.Dropout):
-            part.p = spec.reweight_dropout
-    for expert in layer.interaction_experts:
-        for encoder, rates in zip(expert.fusion_model.network, spec.dropout, strict=False):
-            encoder.attn.attn_drop.p = rates.attention
-            encoder.attn.proj_drop.p = rates.projection
-            encoder.dropout1.p = rates.residual1
-            if isinstance(encoder.mlp, MLP):
-                dropout: Any = encoder.mlp.network[2]
-                dropout.p = rates.mlp
-            encoder.dropout2.p = rates.residual2
-            encoder.norm1.eps = encoder.norm2.eps = spec.norm_eps
-    return layer

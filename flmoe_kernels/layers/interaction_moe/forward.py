@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
@@ -24,9 +25,16 @@ from flmoe_kernels.ops.encoder import api as ops
 from flmoe_kernels.ops.expert_attention.api import expert_attention_packed
 
 from .fusion import Compat, sinusoidal_positions
-from .packing import TokenPlan
+from .packing import TokenPlan, plan_tokens
 from .reference import Replacements
-from .sparse import GateLosses, RoutedWeights, routed_update, rows_by_modality, stack_routed
+from .sparse import (
+    GateLosses,
+    RoutedWeights,
+    called_update,
+    routed_update,
+    rows_by_modality,
+    stack_routed,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class LayerWeights:
     norm2: tuple[Tensor, Tensor]
     qkv: Tensor
     proj: tuple[Tensor, Tensor]
-    mlp: DenseWeights | RoutedWeights
+    mlp: DenseWeights | RoutedWeights | RoutedMLP
     heads: int
     eps: float
     attention_p: float
@@ -82,13 +90,20 @@ def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
     return projection
 
 
-def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> LayerWeights:
-    """Weights of one layer index, stacked over experts, in `dtype`. Gradients flow back to every parameter."""
+def stack_layer(
+    layers: Sequence[Any], compat: Compat, dtype: torch.dtype, *, called: bool = False
+) -> LayerWeights:
+    """Weights of one layer index, stacked over experts, in `dtype`. Gradients flow back to every parameter.
+
+    called: a routed MLP, of a single expert, is called instead.
+    """
 
     own = layers[0].norm1.weight.dtype
 
     def stacked(get: Callable[[Any], Tensor]) -> Tensor:
-        stack = torch.stack([get(layer) for layer in layers])
+        parameters = [get(layer) for layer in layers]
+        # A single one needs no copy.
+        stack = torch.stack(parameters) if len(parameters) > 1 else parameters[0].unsqueeze(0)
         if stack.dtype != own:
             raise TypeError(f"parameters: expected {own}, got {stack.dtype}")
         return stack.to(dtype)
@@ -103,9 +118,9 @@ def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> La
     if not tracing and any(q.shape[0] != width for q in parts[::2]):
         raise ValueError(f"attn.q.weight: expected {width} rows in all experts")
     mlps = [x.mlp for x in layers]
-    mlp: DenseWeights | RoutedWeights
+    mlp: DenseWeights | RoutedWeights | RoutedMLP
     if isinstance(first.mlp, RoutedMLP):
-        mlp, mlp_p = stack_routed(mlps, dtype), 0.0
+        mlp, mlp_p = first.mlp if called else stack_routed(mlps, dtype), 0.0
     else:
         mlp = DenseWeights(affine(lambda x: x.mlp.network[0]), affine(lambda x: x.mlp.network[3]))
         mlp_p = rate_of("mlp.network.2", [each.network[2] for each in mlps])
@@ -122,6 +137,18 @@ def stack_layer(layers: Sequence[Any], compat: Compat, dtype: torch.dtype) -> La
         mlp_p=mlp_p,
         output_p=rate_of("dropout2", [x.dropout2 for x in layers]),
     )
+
+
+def pack_inputs(
+    inputs: Sequence[Tensor], masks: Sequence[Tensor | None] | None, backend: str
+) -> tuple[TokenPlan, Tensor]:
+    """Return the plan of the rows, and the tokens (B, L, D) of all modalities."""
+    first, lengths = inputs[0], [x.shape[1] for x in inputs]
+    # Triton's interpreter uses the same plan as a GPU.
+    plan = plan_tokens(
+        first.shape[0], lengths, masks, first.device, reads=backend != backends.TRITON
+    )
+    return plan, torch.cat(list(inputs), dim=1)
 
 
 def embed(
@@ -254,6 +281,8 @@ def encode(
             assert groups is not None
             update, losses = routed_update(normed, layer.mlp, groups, views, backend)
             gathered.append(losses)
+        elif isinstance(layer.mlp, RoutedMLP):
+            update = called_update(normed, layer.mlp, plan)
         else:
             update = dense_update(normed, layer.mlp, seed, layer.mlp_p, backend)
         seed = next(seeds)

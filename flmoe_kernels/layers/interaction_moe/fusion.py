@@ -1,6 +1,6 @@
-"""Fusion model of an interaction expert in plain PyTorch.
+"""Fusion transformer over all modalities in plain PyTorch.
 
-It is a transformer over all modalities. As published, attention materialises its (L, L) maps, and each dropout is
+As published, attention materialises its (L, L) maps, and each dropout is
 a separate operation. A sparse model has routed MLPs (arXiv 2103.13262) in encoder layers 0, 2, 4, ...
 """
 
@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.ops.reweighting.reference import masked_mean
 
@@ -37,6 +36,19 @@ def sinusoidal_positions(
     column = torch.arange(width, device=device)
     angle = position / torch.pow(10000.0, (2 * (column // 2)).to(compute) / width)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(dtype)
+
+
+def concatenated_masks(inputs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    """Masks of all tokens, (B, L) bool; a missing mask counts as all valid."""
+    return torch.cat(
+        [
+            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            if m is None
+            else m.to(torch.bool)
+            for x, m in itertools.zip_longest(inputs, masks)
+        ],
+        dim=1,
+    )
 
 
 class MLP(nn.Module):
@@ -65,10 +77,18 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head softmax attention with q and kv without bias, and the (L, L) probabilities in memory."""
+    """Multi-head softmax attention with q and kv without bias, and the (L, L) probabilities in memory.
+
+    Attributes:
+        capture_attn: store the probabilities of every call in last_attn; default False (published: True).
+        require_attn_grad: store them with their graph, so that a backward pass sets last_attn.grad.
+        last_attn: (B, H, L, L) before dropout, None unless captured.
+    """
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
+        self.capture_attn = self.require_attn_grad = False
+        self.last_attn: Tensor | None = None
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.q = nn.Linear(dim, dim, bias=False)
@@ -85,8 +105,12 @@ class Attention(nn.Module):
         scores = (q @ k.transpose(-2, -1)) * self.scale
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
-        probabilities = self.attn_drop(scores.softmax(dim=-1))
-        out = (probabilities @ v).transpose(1, 2).reshape(batch, length, dim)
+        probabilities = scores.softmax(dim=-1)
+        if self.capture_attn:
+            self.last_attn = probabilities if self.require_attn_grad else probabilities.detach()
+            if self.last_attn.requires_grad:
+                self.last_attn.retain_grad()
+        out = (self.attn_drop(probabilities) @ v).transpose(1, 2).reshape(batch, length, dim)
         return self.proj_drop(self.proj(out))
 
 
@@ -124,20 +148,21 @@ class EncoderLayer(nn.Module):
         if not isinstance(self.mlp, RoutedMLP):
             return [part + self.dropout2(self.mlp(self.norm2(part))) for part in parts]
         masks = [None] * len(x) if key_mask is None else torch.split(key_mask, lengths, dim=1)
-        updates = self._routed(self.mlp, [self.norm2(part) for part in parts], masks)
+        updates = update_by_modality(self.mlp, [self.norm2(part) for part in parts], masks)
         return [part + self.dropout2(u) for part, u in zip(parts, updates, strict=True)]
 
-    def _routed(
-        self, mlp: RoutedMLP, parts: Sequence[Tensor], masks: Sequence[Tensor | None]
-    ) -> list[Tensor]:
-        """Run the MLP once per modality, as published; the gate keeps the sum of the losses, in eval mode too."""
-        updates, losses = [], []
-        for part, mask in zip(parts, masks, strict=True):
-            updates.append(mlp(part, mask))
-            losses.append(mlp.gate_loss(clear=False))
-        if not (mlp.gate.training and torch.is_grad_enabled()):
-            mlp.gate.set_loss(torch.stack([loss for loss in losses if loss is not None]).sum())
-        return updates
+
+def update_by_modality(
+    mlp: RoutedMLP, parts: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Call a routed MLP once per modality, as published; the gate keeps the sum of the losses, in any mode."""
+    updates, losses = [], []
+    for part, mask in zip(parts, masks, strict=True):
+        updates.append(mlp(part, mask))
+        losses.append(mlp.gate_loss(clear=False))
+    if not (mlp.gate.training and torch.is_grad_enabled()):
+        mlp.gate.set_loss(torch.stack([loss for loss in losses if loss is not None]).sum())
+    return updates
 
 
 class Head(nn.Module):
@@ -157,8 +182,8 @@ def _require_sizes(**sizes: int) -> None:
             raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-class FusionTransformer(nn.Module):
-    """The fusion model of one expert.
+class ReferenceFusionTransformer(nn.Module):
+    """A transformer over the tokens of all modalities with a linear head, in plain PyTorch.
 
     Args:
         num_modalities: M, at least one.
@@ -214,6 +239,7 @@ class FusionTransformer(nn.Module):
         if mlp_sparse and num_experts is None:
             raise ValueError("num_experts: mlp_sparse=True expected at least 1, got None")
         self.compat = compat
+        self.num_modalities = num_modalities
 
         def routed(layer: int) -> RoutedMLP | None:
             if num_experts is None or not mlp_sparse or not is_sparse_layer(layer):
@@ -226,7 +252,6 @@ class FusionTransformer(nn.Module):
                 n_router=num_routers,
                 gate=gate,
                 top_k=1 if gate == "SwitchGate" else top_k,
-                backend=REFERENCE,
             )
 
         layers: list[nn.Module] = [
@@ -242,8 +267,29 @@ class FusionTransformer(nn.Module):
                 )
             self.pos_embed = nn.Parameter(torch.zeros(1, num_modalities * num_patches, hidden_dim))
 
-    def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> tuple[Tensor, Tensor]:
-        """Return logits (B, C) and latent (B, M * D) of token sequences (B, L_m, D); masks True = valid."""
+    def forward(
+        self, inputs: Sequence[Tensor], masks: Masks = None, return_latent: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Classify token sequences.
+
+        Args:
+            inputs: M x (B, L_m, D).
+            masks: M x (B, L_m), True (or 1) = valid; each may be None. With learned positions there are no masks.
+            return_latent: also return the latent (B, M * D), the concatenated means of each modality's tokens.
+                With learned positions it is detached, as published.
+
+        Returns:
+            Logits (B, C), or logits and latent.
+        """
+        return self._classify(self._plain_latent(inputs, masks), return_latent)
+
+    def _classify(self, latent: Tensor, return_latent: bool) -> Tensor | tuple[Tensor, Tensor]:
+        logits = self.network[-1](latent)
+        if not return_latent:
+            return logits
+        return logits, latent if self.pos_embed is None else latent.detach().clone()
+
+    def _plain_latent(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
         lengths = [x.shape[1] for x in inputs]
         tokens = torch.cat(list(inputs), dim=1)
         valid: Tensor | None = None
@@ -254,25 +300,17 @@ class FusionTransformer(nn.Module):
                 tokens.shape[1], tokens.shape[2], tokens.device, tokens.dtype
             )
             if masks is not None:
-                valid = torch.cat(
-                    [
-                        torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-                        if m is None
-                        else m.to(torch.bool)
-                        for x, m in zip(inputs, masks, strict=True)
-                    ],
-                    dim=1,
-                )
-                tokens = tokens * valid.unsqueeze(-1)
+                valid = concatenated_masks(inputs, masks)
+                # Published: times the mask, which keeps NaN.
+                tokens = torch.where(valid.unsqueeze(-1), tokens, 0.0)
         parts = list(torch.split(tokens, lengths, dim=1))
-        *encoder, head = self.network
+        *encoder, _ = self.network
         for layer in encoder:
             parts = layer(parts, valid)
         part_masks = [None] * len(parts) if valid is None else torch.split(valid, lengths, dim=1)
-        latent = torch.cat(
+        return torch.cat(
             [masked_mean(part, m) for part, m in zip(parts, part_masks, strict=True)], dim=1
         )
-        return head(latent), latent
 
     def gate_loss(self) -> Tensor:
         """The sum of the gate losses of all routed MLPs, zero if there are none; clears them."""

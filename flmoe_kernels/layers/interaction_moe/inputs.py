@@ -8,12 +8,13 @@ from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 
-from .architecture import LayerSpec
-from .reference import Masks, Replacements
+from .architecture import FusionSpec, LayerSpec
+from .fusion import Masks
+from .reference import Replacements
 
 
 def validate_inputs(
-    spec: LayerSpec,
+    spec: LayerSpec | FusionSpec,
     num_patches: int | None,
     inputs: Sequence[Tensor],
     masks: Masks,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,20 +10,19 @@ from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.core.dtypes import autocast_dtype, without_autocast
-from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate
-from flmoe_kernels.layers.routed_mlp.gate_base import Gate
-from flmoe_kernels.layers.routed_mlp.gates import GATES
-from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
-from flmoe_kernels.layers.snapshot import PartsSnapshot, global_hooks
+from flmoe_kernels.core.dtypes import autocast_dtype
+from flmoe_kernels.layers.parts import UnsupportedLayer, separate
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
-from .architecture import LayerSpec, build_like
-from .forward import LayerWeights, embed, encode, stack_layer
-from .fusion import MLP, Attention, EncoderLayer, FusionTransformer, Head, Masks
-from .inputs import validate_inputs, validate_replacements
-from .packing import TokenPlan, plan_tokens
+from .architecture import LayerSpec
+from .build import build_like
+from .forward import LayerWeights, embed, encode, pack_inputs, stack_layer
+from .fusion import Masks
+from .fusion_transformer import FusionTransformer
+from .inputs import validate_replacements
+from .kernel_layer import KernelLayer
+from .packing import TokenPlan
 from .reference import (
     InteractionExpert,
     ReferenceInteractionMoE,
@@ -34,19 +32,8 @@ from .reference import (
 from .sparse import GateLosses, sum_losses
 from .structure import describe, fusion_width
 
-_OPERATOR = "interaction_moe"
-_REMEDY = "; use backend='reference'"
-# The classes of the parts after construction.
-_CLASSES = frozenset(
-    {
-        *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
-        *(RoutedMLP, Experts, ExpertLinear, Routers, *GATES.values()),
-        *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
-    }
-)
 
-
-class InteractionMoE(ReferenceInteractionMoE):
+class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
     """The fast FL-I2MoE / I2MoE layer: same constructor, parameters, state_dict and outputs.
 
     Args:
@@ -71,6 +58,8 @@ class InteractionMoE(ReferenceInteractionMoE):
 
     Source: arXiv 2603.13326 and 2505.19190.
     """
+
+    PART_CLASSES = KernelLayer.PART_CLASSES | {Reweighting, InteractionExpert, FusionTransformer}
 
     def __init__(
         self,
@@ -100,8 +89,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         )
         self._spec = _supported(self)
         self._take_parameters(self)
-        self._snapshot: PartsSnapshot | None = None
-        self.backend = backend
+        self._start(self._spec, backend)
 
     @classmethod
     def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> InteractionMoE:
@@ -117,8 +105,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         self.fusion_sparse = spec.fusion_sparse
         self._spec = spec
         self._take_parameters(layer)
-        self._snapshot = None
-        self.backend = backend
+        self._start(spec, backend)
         self.training = layer.training
         return self
 
@@ -141,21 +128,6 @@ class InteractionMoE(ReferenceInteractionMoE):
             part.training = modes.get(name, layer.training)
 
     @property
-    def backend(self) -> str | None:
-        """The requested backend, None for the choice by device; setting it sets the gates' too."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, backend: str | None) -> None:
-        if backend is not None:
-            check.require_choice("backend", backend, backends.BACKENDS)
-        self._backend = backend
-        for part in self.modules():
-            if isinstance(part, Gate):
-                # The kernels' forward calls the gates too; the MLPs run only in the reference backend.
-                part.backend = backend
-
-    @property
     def spec(self) -> LayerSpec:
         """Sizes and rates, as of the last check of the parts."""
         return self._spec
@@ -173,9 +145,11 @@ class InteractionMoE(ReferenceInteractionMoE):
             TypeError, ValueError: inputs, masks or replacements have the wrong type, shape, dtype or device.
             BackendUnavailable: the requested backend cannot run this.
         """
-        inputs, backend = self._enter(inputs, masks)
+        inputs, masks, backend = self._enter(inputs, masks)
         if replacements is not None and autocast_dtype(inputs[0].device) is not None:
             replacements = [[x.to(inputs[0].dtype) for x in each] for each in replacements]
+        elif isinstance(replacements, list | tuple):
+            replacements = [check.widened(noise, inputs[0]) for noise in replacements]
         validate_replacements(self._spec, replacements, inputs)
         if backend == backends.REFERENCE:
             return super().forward(inputs, masks, replacements=replacements)
@@ -185,121 +159,29 @@ class InteractionMoE(ReferenceInteractionMoE):
         self, inputs: Sequence[Tensor], masks: Masks = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Run only the full view, as ReferenceInteractionMoE.inference does."""
-        inputs, backend = self._enter(inputs, masks)
+        inputs, masks, backend = self._enter(inputs, masks)
         if backend == backends.REFERENCE:
             return super().inference(inputs, masks)
         return self._run(self._fast_inference, inputs, masks, backend)
 
-    def _run(self, compute: Callable[..., tuple], inputs: Sequence[Tensor], *rest: Any) -> tuple:
-        """Compute on the kernels; an error that a changed part has caused names the part."""
-        with _autocast_of(rest[-1], inputs[0].device):
-            if torch.compiler.is_compiling():
-                return compute(inputs, *rest)
-            try:
-                return compute(inputs, *rest)
-            except (AttributeError, RuntimeError, TypeError, ValueError):
-                # A parameter of another shape, which a snapshot does not show.
-                if reason := self._check():
-                    raise UnsupportedLayer(reason + _REMEDY) from None
-                raise
+    def _fusion(self) -> Any:
+        return self.interaction_experts[0].fusion_model
 
-    def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], str]:
-        """Return the inputs, cast to the dtype of the computation, and the backend."""
-        parameter = self._parameter
-        backend = backends.choose(_OPERATOR, parameter, self.backend)
-        if backend != backends.REFERENCE and (reason := self._unsupported_reason()):
-            raise UnsupportedLayer(reason + _REMEDY)
-        like, cast = parameter, autocast_dtype(parameter.device)
-        if cast is not None and isinstance(inputs, list | tuple):
-            # Under autocast an encoder returns low precision. The layer computes in its parameters' dtype or, with
-            # Triton, in autocast's dtype, as torch's own layers do.
-            dtype = cast if backend == backends.TRITON else parameter.dtype
-            inputs = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
-            like = parameter.detach().new_empty((0,), dtype=dtype)
-        validate_inputs(self._spec, self._num_patches(), inputs, masks, like)
-        return inputs, backend
-
-    @property
-    def _parameter(self) -> Tensor:
-        """Any parameter: all have the same dtype and device."""
-        try:
-            weight = self.interaction_experts[0].fusion_model.network[0].norm1.weight
-        except (AttributeError, IndexError, TypeError):
-            weight = None  # a part was replaced
-        return weight if isinstance(weight, Tensor) else next(self.parameters())
-
-    def _num_patches(self) -> int | None:
-        """Tokens per modality of the learned positions, which may be new ones."""
-        positions = self.interaction_experts[0].fusion_model.pos_embed
-        return None if positions is None else positions.shape[1] // self.num_modalities
-
-    # torch.compile runs this once, while tracing, and does not trace it.
-    @torch.compiler.assume_constant_result
-    def _unsupported_reason(self) -> str:
-        """The reason why the kernels cannot compute this layer with its present parts, or "".
-
-        If nothing has changed since the last call, this takes microseconds.
-        """
-        snapshot, spec = self._snapshot, self._spec
-        same = snapshot is not None and snapshot.unchanged()
-        same = same and self.num_modalities == spec.num_modalities
-        same = same and self.fusion_sparse == spec.fusion_sparse
-        same = same and self._num_patches() == spec.num_patches
-        return "" if same else self._check()
-
-    def _check(self) -> str:
-        """Describe the parts again; return the reason why the kernels cannot compute them, or ""."""
+    def _checked_parts(self) -> tuple[nn.Module, tuple[str, ...]]:
         # The modules themselves: torch.export puts proxies in their place, and a subclass may add its own.
         children = vars(self)["_modules"]
-        layer: Any = nn.Module()
+        parts: Any = nn.Module()
         for name in ("reweight", "interaction_experts"):
-            layer.add_module(name, children.get(name))
-        layer.num_modalities, layer.fusion_sparse = self.num_modalities, self.fusion_sparse
-        layer._is_replica = getattr(self, "_is_replica", False)
-        named = {
-            name: part
-            for name, part in layer.named_modules()
-            # The layer calls reweight.mlp.
-            if part is not layer and not name.startswith("reweight.mlp")
-        }
-        snapshot = PartsSnapshot(list(named.values()), [children])
-        # torch.jit.trace would record the shapes that are read.
-        internal: Any = torch._C
-        tracing = internal._get_tracing_state()
-        internal._set_tracing_state(None)
-        try:
-            if any(global_hooks()):
-                raise UnsupportedLayer(
-                    "torch.nn.modules.module: a hook on all modules is registered, but the kernels do not "
-                    "call the parts of the layer"
-                )
-            for name, part in named.items():
-                if type(part) not in _CLASSES:
-                    raise UnsupportedLayer(
-                        f"{name}: {class_name(part)}, which the kernels would not call"
-                    )
-            spec = _supported(layer, self._spec)
-        except UnsupportedLayer as error:
-            self._snapshot = None
-            return str(error)
-        finally:
-            internal._set_tracing_state(tracing)
-        self._spec, self._snapshot = spec, snapshot
-        return ""
+            parts.add_module(name, children.get(name))
+        parts.num_modalities, parts.fusion_sparse = self.num_modalities, self.fusion_sparse
+        parts._is_replica = getattr(self, "_is_replica", False)
+        return parts, ("reweight.mlp",)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has other parts.
-        return {**self.__dict__, "_snapshot": None}
+    def _describe(self, parts: nn.Module) -> LayerSpec:
+        return _supported(parts, self._spec)
 
-    def _plan(
-        self, inputs: Sequence[Tensor], masks: Masks, backend: str
-    ) -> tuple[TokenPlan, Tensor]:
-        """Return the plan of the rows, and the tokens (B, L, D) of all modalities."""
-        first, lengths = inputs[0], [x.shape[1] for x in inputs]
-        # Triton's interpreter uses the same plan as a GPU.
-        reads = backend != backends.TRITON
-        plan = plan_tokens(first.shape[0], lengths, masks, first.device, reads=reads)
-        return plan, torch.cat(list(inputs), dim=1)
+    def _resized(self) -> bool:
+        return super()._resized() or self.fusion_sparse != self._spec.fusion_sparse
 
     def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
         networks = [expert.fusion_model.network for expert in self.interaction_experts]
@@ -341,7 +223,7 @@ class InteractionMoE(ReferenceInteractionMoE):
     def _fast_inference(
         self, inputs: Sequence[Tensor], masks: Masks, backend: str
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        plan, tokens = self._plan(inputs, masks, backend)
+        plan, tokens = pack_inputs(inputs, masks, backend)
         latents, _ = self._latents(tokens, plan, None, 1, backend)
         logits = self._head(latents)[:, 0]
         weights, mixed = self._mix(inputs, masks, tokens, plan, logits, backend)
@@ -369,7 +251,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         replacements: Replacements | None,
         backend: str,
     ) -> tuple:
-        (plan, tokens), views = self._plan(inputs, masks, backend), self.num_modalities + 1
+        (plan, tokens), views = pack_inputs(inputs, masks, backend), self.num_modalities + 1
         latents, gates = self._latents(tokens, plan, replacements, views, backend)
         logits = self._head(latents)
         latents = latents.to(logits.dtype)
@@ -388,13 +270,6 @@ class InteractionMoE(ReferenceInteractionMoE):
             for expert_logits, expert_latents in zip(view_logits, view_latents, strict=True)
         ]
         return (outputs, weights, mixed, losses, *gate_losses, [z[0] for z in view_latents])
-
-
-def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:
-    """Context without autocast for the CPU kernels; Triton needs it for the gates and the reweighting MLP."""
-    if backend == backends.TRITON:
-        return nullcontext()
-    return without_autocast(device)
 
 
 def _supported(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:

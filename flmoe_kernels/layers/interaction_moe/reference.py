@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
 from flmoe_kernels.ops.reweighting.reference import reweighting_features
 
-from .fusion import MLP
-from .fusion import Attention as Attention
-from .fusion import Compat as Compat
-from .fusion import EncoderLayer as EncoderLayer
-from .fusion import FusionTransformer as FusionTransformer
-from .fusion import Head as Head
-from .fusion import Masks as Masks
-from .fusion import sinusoidal_positions as sinusoidal_positions
+from .fusion import MLP, Compat, Masks
 
 Replacements = Sequence[Sequence[Tensor]]
 
@@ -55,21 +50,48 @@ class Reweighting(nn.Module):
         )
 
     def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> Tensor:
-        features = reweighting_features(inputs, masks)
+        if (first := next(self.mlp.parameters(), None)) is not None:
+            inputs = check.widened(inputs, first)
+        features = reweighting_features(inputs, check.padded_masks(masks, inputs))
         return torch.softmax(self.mlp(features) / self.temperature, dim=1)
 
 
 class InteractionExpert(nn.Module):
-    """One interaction expert: its fusion model runs on the full input and on perturbed views."""
+    """One interaction expert: its fusion model runs on the full input and on perturbed views.
+
+    The result of a pass is (logits (B, C), latent (B, M * D)), or the logits alone if the fusion model has learned
+    positions (I2MoE). With fusion_sparse, it is followed by the gate loss.
+    """
 
     fusion_model: Any  # a FusionTransformer, or a module with its methods
 
-    def __init__(self, fusion_model: nn.Module) -> None:
+    def __init__(self, fusion_model: nn.Module, fusion_sparse: bool = False) -> None:
         super().__init__()
         self.fusion_model = fusion_model
+        self.fusion_sparse = fusion_sparse
 
-    def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> tuple[Tensor, Tensor]:
-        return self.fusion_model(inputs, masks)
+    def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> Any:
+        """Run the full view."""
+        return self.forward_with_replacement(inputs, masks)
+
+    def forward_with_replacement(
+        self, inputs: Sequence[Tensor], masks: Masks = None, replace_index: int | None = None
+    ) -> Any:
+        """Run the view in which modality `replace_index` is replaced by N(0, 1) noise; None for the full view."""
+        inputs = list(inputs)
+        if replace_index is not None:
+            inputs[replace_index] = torch.randn_like(inputs[replace_index])
+        view = self._shown(self.fusion_model(inputs, masks, return_latent=True))
+        return (view, self.fusion_model.gate_loss()) if self.fusion_sparse else view
+
+    def forward_multiple(self, inputs: Sequence[Tensor], masks: Masks = None) -> Any:
+        """Run all views: a list of results, the full view first; with fusion_sparse also a list of gate losses."""
+        views, gate_losses = self.forward_views(inputs, masks, None)
+        results = [self._shown(view) for view in views]
+        return (results, gate_losses) if self.fusion_sparse else results
+
+    def _shown(self, view: tuple[Tensor, Tensor]) -> Any:
+        return view if self.fusion_model.pos_embed is None else view[0]
 
     def forward_views(
         self, inputs: Sequence[Tensor], masks: Masks, replacements: Sequence[Tensor] | None
@@ -79,10 +101,13 @@ class InteractionExpert(nn.Module):
         Returns:
             Lists of (logits, latent) and of gate losses, by view.
         """
-        views, gate_losses = [self(inputs, masks)], [self.fusion_model.gate_loss()]
-        for m, x in enumerate(inputs):
-            noise = torch.randn_like(x) if replacements is None else replacements[m]
-            views.append(self([*inputs[:m], noise, *inputs[m + 1 :]], masks))
+        views, gate_losses = [], []
+        for m in (None, *range(len(inputs))):
+            view = list(inputs)
+            if m is not None:
+                noise = torch.randn_like(view[m]) if replacements is None else replacements[m]
+                view[m] = noise
+            views.append(self.fusion_model(view, masks, return_latent=True))
             gate_losses.append(self.fusion_model.gate_loss())
         return views, gate_losses
 
@@ -123,8 +148,12 @@ class ReferenceInteractionMoE(nn.Module):
             num_modalities, num_experts, hidden_dim, hidden_dim_rw, num_layer_rw, temperature_rw
         )
         self.interaction_experts = nn.ModuleList(
-            InteractionExpert(copy.deepcopy(fusion_model)) for _ in range(num_experts)
+            InteractionExpert(copy.deepcopy(fusion_model), fusion_sparse)
+            for _ in range(num_experts)
         )
+        for expert in self.interaction_experts:
+            if hasattr(expert.fusion_model, "backend"):
+                expert.fusion_model.backend = REFERENCE
 
     @property
     def compat(self) -> Compat:
@@ -171,8 +200,9 @@ class ReferenceInteractionMoE(nn.Module):
         self, inputs: Sequence[Tensor], masks: Masks = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Run only the full view: ([logits (B, C)] * E, weights (B, E), logits (B, C))."""
-        expert_logits = [expert(inputs, masks)[0] for expert in self.interaction_experts]
+        expert_logits = []
         for expert in self.interaction_experts:
+            expert_logits.append(expert.fusion_model(inputs, masks))
             expert.fusion_model.gate_loss()  # cleared, so that losses do not accumulate
         weights = self.reweight(inputs, masks)
         logits = (torch.stack(expert_logits, dim=1) * weights.unsqueeze(2)).sum(dim=1)

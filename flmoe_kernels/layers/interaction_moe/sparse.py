@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.layers.parts import separate
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import Routing
 
+from .fusion import update_by_modality
 from .packing import TokenPlan
 
 GateLosses = list[list[Tensor]]
@@ -104,6 +106,20 @@ def routed_update(
     return update.view(experts, count, width), [
         losses[e * views : (e + 1) * views] for e in range(experts)
     ]
+
+
+def called_update(rows: Tensor, mlp: RoutedMLP, plan: TokenPlan) -> Tensor:
+    """Apply a routed MLP to rows (1, n, D) by calling it once per modality with the padded tokens (B, L_m, D)."""
+    width, flat = rows.shape[-1], rows[0]
+    if plan.index is not None:
+        whole = flat.new_zeros((plan.samples * sum(plan.lengths), width))
+        flat = whole.index_copy(0, plan.index, flat)
+    parts = flat.view(plan.samples, -1, width).split(list(plan.lengths), dim=1)
+    masks: Sequence[Tensor | None] = [None] * len(parts)
+    if plan.valid is not None:
+        masks = plan.valid.split(list(plan.lengths), dim=1)
+    updates = update_by_modality(mlp, parts, masks)
+    return plan.pack(torch.cat(updates, dim=1).to(rows.dtype)).unsqueeze(0)
 
 
 def sum_losses(layers: Sequence[GateLosses], experts: int, views: int, like: Tensor) -> GateLosses:

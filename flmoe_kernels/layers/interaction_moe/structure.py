@@ -8,7 +8,6 @@ layer's own classes do not matter, but they must consist of unchanged modules of
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from typing import Any
 
@@ -17,56 +16,42 @@ from torch import Tensor, nn
 from flmoe_kernels.layers.parts import (
     UnsupportedLayer,
     check_hooks,
+    check_inherited,
     check_methods,
     check_parameters,
     child_of,
-    class_name,
     dropout_rate,
     expect_linear,
     is_integer,
     is_real,
+    joined,
     plain_module,
+    record_methods,
     sequence_of,
 )
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP
 
-from .architecture import DropoutRates, LayerSpec, SparseSpec
+from .architecture import DropoutRates, FusionSpec, LayerSpec, SparseSpec, fusion_shapes
 from .fusion import (
     MLP,
     MLP_EXPANSION,
     Attention,
     Compat,
     EncoderLayer,
-    FusionTransformer,
     Head,
+    ReferenceFusionTransformer,
     is_sparse_layer,
 )
 from .reference import InteractionExpert, Reweighting
 from .sparse_structure import describe_sparse, is_sparse
 
-# As of the import of this package, because a program may replace them.
-_METHODS: dict[Any, dict[str, Any]] = {
-    kind: {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
-    for kind in (
-        *(Reweighting, InteractionExpert, FusionTransformer, EncoderLayer, Attention, MLP, Head),
-        *(RoutedMLP, Experts, ExpertLinear, Gate, *GATES.values()),
-    )
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fusion:
-    hidden_dim: int
-    num_classes: int
-    num_layers: int
-    num_heads: int
-    compat: Compat
-    num_patches: int | None
-    norm_eps: float
-    dropout: tuple[DropoutRates, ...]
-    sparse: SparseSpec | None
+for _kind in (
+    *(Reweighting, InteractionExpert, EncoderLayer, Attention, MLP, Head),
+    *(ReferenceFusionTransformer, RoutedMLP, Experts, ExpertLinear, Gate, *GATES.values()),
+):
+    record_methods(_kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +98,7 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
                 f"{path}.fusion_sparse: differs from the layer's {fusion_sparse}"
             )
         fusion_model = child_of(expert, path, "fusion_model", nn.Module)
-        fusions.append(_fusion(fusion_model, f"{path}.fusion_model", num_modalities))
+        fusions.append(fusion_spec(fusion_model, f"{path}.fusion_model", num_modalities))
     _same_in_all(fusions)
     first = fusions[0]
     reweight = child_of(layer, "", "reweight", nn.Module)
@@ -123,7 +108,6 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
         hidden, layers = known.reweight_hidden, known.reweight_layers
         rate = known.reweight_dropout
     spec = LayerSpec(
-        num_modalities=num_modalities,
         fusion_sparse=fusion_sparse,
         reweight_hidden=hidden,
         reweight_layers=layers,
@@ -131,22 +115,43 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
         reweight_dropout=rate,
         **{field.name: getattr(first, field.name) for field in dataclasses.fields(first)},
     )
-    for name, part in layer.named_modules():
-        if part is not layer and not (known and name.startswith("reweight.mlp")):
+    _check_parts(layer, spec.parameter_shapes(), "" if known is None else "reweight.mlp")
+    return spec
+
+
+def describe_fusion(
+    model: nn.Module, known: FusionSpec | None = None, called: tuple[str, ...] = ()
+) -> FusionSpec:
+    """The specification of a published fusion model or of the reference.
+
+    Args:
+        model: the fusion model.
+        known: the earlier specification of a fast model whose parts may have changed.
+        called: prefixes of the parts that the fast model calls, which are not described again.
+
+    Raises:
+        UnsupportedLayer: the fast model does not support a part of the model; the error names it.
+    """
+    if known is None:
+        check_methods(model, "")
+    spec = fusion_spec(model, known=known)
+    _check_parts(model, dict(fusion_shapes(spec, "")), *called)
+    return spec
+
+
+def _check_parts(model: nn.Module, shapes: dict[str, tuple[int, ...]], *called: str) -> None:
+    """Check hooks, methods and parameters of the parts, apart from those that are called (prefixes of names)."""
+    prefixes = tuple(prefix for prefix in called if prefix)
+    for name, part in model.named_modules():
+        if part is not model and not name.startswith(prefixes):
             check_hooks(part, name)
             check_methods(part, name)
-            _check_inherited(part, name)
+            check_inherited(part, name)
     # Replicas of DataParallel have tensors as attributes in place of parameters.
-    if not getattr(layer, "_is_replica", False):
-        shapes, checked = spec.parameter_shapes(), layer
-        if known is not None:
-            shapes = {name: x for name, x in shapes.items() if not name.startswith("reweight.")}
-            checked = nn.Module()
-            checked.add_module("interaction_experts", experts)
+    if not getattr(model, "_is_replica", False):
         # Heads may have no bias; router 0 is the gate, and some layers register it only as such.
         optional = [n for n in shapes if n.endswith(".fc.bias") or ".all_gates.0." in n]
-        check_parameters(checked, shapes, optional)
-    return spec
+        check_parameters(model, shapes, optional, prefixes)
 
 
 def fusion_width(model: nn.Module) -> int | None:
@@ -155,47 +160,46 @@ def fusion_width(model: nn.Module) -> int | None:
     return norms[0].normalized_shape[-1] if norms and isinstance(norms[0], nn.LayerNorm) else None
 
 
-def _check_inherited(part: nn.Module, path: str) -> None:
-    """Check that the class of a part has the methods of this package's class that it is or extends."""
-    own = next((kind for kind in type(part).__mro__ if kind in _METHODS), nn.Module)
-    for name, function in _METHODS.get(own, {}).items():
-        if getattr(type(part), name) is not function:
-            raise UnsupportedLayer(
-                f"{path}: {class_name(part)}.{name} is not that of this package's {own.__name__}"
-            )
-
-
-def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
+def fusion_spec(
+    model: nn.Module,
+    path: str = "",
+    num_modalities: int | None = None,
+    known: FusionSpec | None = None,
+) -> FusionSpec:
+    """Describe a fusion model; num_modalities None: any. With `known`, the head and routed MLPs are called."""
     if not isinstance(getattr(model, "network", None), nn.Module):
         raise UnsupportedLayer(
-            f"{path}: an unknown fusion model, {type(model).__name__} (no .network of layers "
+            f"{path or 'the model'}: an unknown fusion model, {type(model).__name__} (no .network of layers "
             "and a head)"
         )
-    parts = sequence_of(model, path, "network")
+    parts, where = sequence_of(model, path, "network"), joined(path, "network")
     if len(parts) < 2:
-        raise UnsupportedLayer(
-            f"{path}.network: expected layers and a head, got {len(parts)} parts"
-        )
+        raise UnsupportedLayer(f"{where}: expected layers and a head, got {len(parts)} parts")
     *layers, head = parts
-    norm = child_of(layers[0], f"{path}.network.0", "norm1", nn.LayerNorm)
+    norm = child_of(layers[0], f"{where}.0", "norm1", nn.LayerNorm)
     dim, eps = int(norm.normalized_shape[-1]), float(norm.eps)
     described = [
-        _encoder_layer(layer, f"{path}.network.{i}", dim, eps) for i, layer in enumerate(layers)
+        _encoder_layer(layer, f"{where}.{i}", dim, eps, known) for i, layer in enumerate(layers)
     ]
     heads = {encoder.num_heads for encoder in described}
     if len(heads) > 1:
-        raise UnsupportedLayer(f"{path}: layers differ in num_heads, {sorted(heads)}")
-    fc = child_of(head, f"{path}.network.{len(layers)}", "fc", nn.Linear)
-    plain_module(fc, f"{path}.network.{len(layers)}.fc", nn.Linear)
-    # Not out_features, which does not change with the weight.
-    classes = 0 if fc.weight is None else fc.weight.shape[0]
-    expect_linear(fc, f"{path}.network.{len(layers)}.fc", num_modalities * dim, classes, None)
-    num_patches = _num_patches(model, path, num_modalities, dim)
+        raise UnsupportedLayer(f"{where}: layers differ in num_heads, {sorted(heads)}")
+    if known is None:
+        modalities, classes = _head(head, f"{where}.{len(layers)}", dim, num_modalities)
+    else:
+        stored: Any = model.num_modalities
+        if not is_integer(stored) or stored < 1:
+            raise UnsupportedLayer(f"num_modalities: expected a positive int, got {stored!r}")
+        modalities, classes = int(stored), known.num_classes
+    num_patches = _num_patches(model, path, modalities, dim)
     compat: Compat = "fl_i2moe" if num_patches is None else "i2moe"
     for part in (model, *layers):
         if getattr(part, "compat", compat) != compat:
-            raise UnsupportedLayer(f"{path}: compat is {part.compat!r}, expected {compat!r}")
-    return _Fusion(
+            raise UnsupportedLayer(
+                f"{path or 'the model'}: compat is {part.compat!r}, expected {compat!r}"
+            )
+    return FusionSpec(
+        num_modalities=modalities,
         hidden_dim=dim,
         num_classes=classes,
         num_layers=len(layers),
@@ -206,6 +210,17 @@ def _fusion(model: nn.Module, path: str, num_modalities: int) -> _Fusion:
         dropout=tuple(encoder.rates for encoder in described),
         sparse=_sparse(described, path),
     )
+
+
+def _head(head: nn.Module, path: str, dim: int, num_modalities: int | None) -> tuple[int, int]:
+    """The numbers of modalities and classes of a linear head."""
+    fc = plain_module(child_of(head, path, "fc", nn.Linear), f"{path}.fc", nn.Linear)
+    # Not in_features and out_features, which do not change with the weight.
+    classes, width = (0, 0) if fc.weight is None else fc.weight.shape
+    if num_modalities is None:
+        num_modalities = max(1, width // dim)
+    expect_linear(fc, f"{path}.fc", num_modalities * dim, classes, None)
+    return num_modalities, classes
 
 
 def _sparse(layers: list[_Encoder], path: str) -> SparseSpec | None:
@@ -249,7 +264,9 @@ def _num_patches(model: nn.Module, path: str, num_modalities: int, dim: int) -> 
     return int(positions.shape[1]) // num_modalities
 
 
-def _encoder_layer(layer: nn.Module, path: str, dim: int, eps: float) -> _Encoder:
+def _encoder_layer(
+    layer: nn.Module, path: str, dim: int, eps: float, known: FusionSpec | None
+) -> _Encoder:
     if getattr(layer, "self_attn", True) is not True:
         raise UnsupportedLayer(f"{path}: cross-attention (self_attn is False)")
     for name in ("norm1", "norm2"):
@@ -257,12 +274,16 @@ def _encoder_layer(layer: nn.Module, path: str, dim: int, eps: float) -> _Encode
     attn = child_of(layer, path, "attn", nn.Module)
     heads = _attention(attn, f"{path}.attn", dim)
     mlp = child_of(layer, path, "mlp", nn.Module)
-    sparse = describe_sparse(mlp, f"{path}.mlp", dim) if is_sparse(mlp) else None
+    sparse = None
+    if known is not None and isinstance(mlp, RoutedMLP):
+        sparse = known.sparse
+    elif is_sparse(mlp):
+        sparse = describe_sparse(mlp, f"{path}.mlp", dim)
     rates = DropoutRates(
         attention=dropout_rate(attn, f"{path}.attn", "attn_drop"),
         projection=dropout_rate(attn, f"{path}.attn", "proj_drop"),
         residual1=dropout_rate(layer, path, "dropout1"),
-        mlp=0.0 if sparse is not None else _dense_mlp(mlp, f"{path}.mlp", dim),
+        mlp=0.0 if is_sparse(mlp) else _dense_mlp(mlp, f"{path}.mlp", dim),
         residual2=dropout_rate(layer, path, "dropout2"),
     )
     return _Encoder(heads, rates, sparse)
@@ -309,8 +330,8 @@ def _attention(attn: nn.Module, path: str, dim: int) -> int:
     return heads
 
 
-def _same_in_all(fusions: list[_Fusion]) -> None:
-    for field in dataclasses.fields(_Fusion):
+def _same_in_all(fusions: list[FusionSpec]) -> None:
+    for field in dataclasses.fields(FusionSpec):
         values = [getattr(fusion, field.name) for fusion in fusions]
         for e, value in enumerate(values):
             if value != values[0]:

@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flmoe_kernels.core.backend import REFERENCE
+from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.reference import (
-    FusionTransformer,
-    ReferenceInteractionMoE,
-)
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.profile.cases import BACKWARD, FORWARD, Case
 from flmoe_kernels.profile.prepared import GRADIENT_OF, Context, Outputs, Prepared, cotangents_of
 from flmoe_kernels.profile.shapes import LayerShape

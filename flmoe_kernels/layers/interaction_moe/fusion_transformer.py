@@ -1,0 +1,206 @@
+"""FusionTransformer: the published fusion model, computed by fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.core.backend import REFERENCE
+from flmoe_kernels.layers.parts import record_methods
+from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
+
+from .architecture import Architecture, FusionSpec, LayerSpec
+from .forward import embed, encode, pack_inputs, stack_layer
+from .fusion import MLP, Compat, Masks, ReferenceFusionTransformer
+from .kernel_layer import KernelLayer
+from .structure import describe_fusion, fusion_spec
+
+
+@record_methods
+class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
+    """A transformer over the tokens of all modalities with a linear head, alone or in an interaction layer.
+
+    Args:
+        num_modalities: M, at least one.
+        hidden_dim: token width D, divisible by num_heads.
+        output_dim: number of classes C.
+        num_layers: encoder layers, at least one.
+        num_heads: attention heads.
+        dropout: rate of every dropout in the model.
+        compat: "fl_i2moe" (pre-norm, sinusoidal positions, masks) or "i2moe" (learned positions).
+        num_patches: tokens per modality; required by "i2moe", whose positions are a parameter.
+        mlp_sparse: use routed MLPs, without dropout, in encoder layers 0, 2, 4, ..., as published.
+        num_experts: experts of each routed MLP; required by mlp_sparse.
+        num_routers: gates per routed MLP; only the first routes.
+        top_k: experts per token; SwitchGate sets it to 1.
+        gate: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate".
+        backend: "reference", "cpu" or "triton"; default by device and `use_backend`.
+
+    Inputs of a lower precision than the parameters are cast to the parameters' dtype. The list of masks may be
+    shorter than the inputs: missing masks count as all valid. Values of padded tokens have no effect. A sample that
+    consists of padding has the latent 0 (NaN in the reference backend).
+
+    The head and routed MLPs are called, a routed MLP once per modality with the padded tokens (B, L_m, D), so that
+    their hooks run. The other parts are not called; a part that was changed takes effect or raises an error. If
+    `capture_attn` is set on an attention (network.*.attn), the plain PyTorch forward runs and stores the map in
+    `last_attn`, see Attention.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    Source: arXiv 2603.13326 and 2505.19190.
+    """
+
+    def __init__(
+        self,
+        num_modalities: int,
+        hidden_dim: int,
+        output_dim: int,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        dropout: float = 0.5,
+        compat: Compat = "fl_i2moe",
+        num_patches: int | None = None,
+        *,
+        mlp_sparse: bool = False,
+        num_experts: int | None = None,
+        num_routers: int = 1,
+        top_k: int = 2,
+        gate: str = "GShardGate",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            *(num_modalities, hidden_dim, output_dim, num_layers, num_heads),
+            *(dropout, compat, num_patches),
+            mlp_sparse=mlp_sparse,
+            num_experts=num_experts,
+            num_routers=num_routers,
+            top_k=top_k,
+            gate=gate,
+        )
+        self._start(fusion_spec(self), backend)
+
+    @classmethod
+    def adopt(cls, model: nn.Module, *, backend: str | None = None) -> FusionTransformer:
+        """Make a fast model from a published fusion model: new modules that share the model's Parameter objects.
+
+        Raises:
+            UnsupportedLayer: the kernels do not support a part of the model; the error names it.
+        """
+        spec = describe_fusion(model)
+        with torch.device("meta"):
+            self = build_fusion(spec, spec.num_heads)
+        set_rates(self, spec)
+        published: Any = model
+        for own, layer in zip(self.network, published.network, strict=True):
+            if isinstance(getattr(own, "mlp", None), RoutedMLP):
+                own.mlp = RoutedMLP.adopt(layer.mlp)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in dict(self.named_parameters()):
+            if ".mlp.gate." in name or ".mlp.experts." in name or ".mlp.all_gates." in name:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            # A head may have no bias.
+            self.get_submodule(owner).register_parameter(leaf, parameters.get(name))
+        modes = {name: part.training for name, part in model.named_modules()}
+        for name, part in self.named_modules():
+            part.training = modes.get(name, model.training)
+        self._start(spec, backend)
+        return self
+
+    def _fusion(self) -> Any:
+        return self
+
+    def _checked_parts(self) -> tuple[nn.Module, tuple[str, ...]]:
+        # The modules themselves: torch.export puts proxies in their place, and a subclass may add its own.
+        network = vars(self)["_modules"].get("network")
+        parts: Any = nn.Module()
+        parts.add_module("network", network)
+        parts.pos_embed = self.pos_embed
+        parts.compat, parts.num_modalities = self.compat, self.num_modalities
+        parts._is_replica = getattr(self, "_is_replica", False)
+        return parts, called_parts(network)
+
+    def _describe(self, parts: nn.Module) -> FusionSpec:
+        return describe_fusion(parts, self._spec, called_parts(parts.network))
+
+    def _resized(self) -> bool:
+        return super()._resized() or self.compat != self._spec.compat
+
+    def forward(
+        self, inputs: Sequence[Tensor], masks: Masks = None, return_latent: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Classify token sequences; see ReferenceFusionTransformer.forward.
+
+        Raises:
+            TypeError, ValueError: inputs or masks have the wrong type, shape, dtype or device.
+            BackendUnavailable: the requested backend cannot run this.
+            UnsupportedLayer: a part was changed so that the kernels cannot compute it.
+        """
+        inputs, masks, backend = self._enter(inputs, masks)
+        if backend == REFERENCE:
+            return self._classify(self._plain_latent(inputs, masks), return_latent)
+        latent = self._run(self._kernel_latent, inputs, masks, backend)
+        return self._classify(latent, return_latent)
+
+    def _kernel_latent(self, inputs: Sequence[Tensor], masks: Masks, backend: str) -> Tensor:
+        plan, tokens = pack_inputs(inputs, masks, backend)
+        *encoder, _ = self.network
+        layers = [stack_layer([layer], self.compat, tokens.dtype, called=True) for layer in encoder]
+        positions = None if self.pos_embed is None else self.pos_embed.to(tokens.dtype)
+        rows = embed(tokens, plan, positions, 1, None, False)
+        latent, _ = encode(rows, layers, plan, 1, self.compat, backend)
+        return latent[0, 0].to(self._parameter.dtype)
+
+
+def called_parts(network: Any) -> tuple[str, ...]:
+    """Name prefixes of the parts that a fusion model calls: the head and routed MLPs."""
+    if not isinstance(network, nn.Sequential | nn.ModuleList):
+        return ()
+    routed = [
+        f"network.{i}.mlp"
+        for i, layer in enumerate(network)
+        if isinstance(getattr(layer, "mlp", None), RoutedMLP)
+    ]
+    return (*routed, f"network.{len(network) - 1}")
+
+
+def build_fusion(
+    spec: FusionSpec | Architecture, num_heads: int, dropout: float = 0.5
+) -> FusionTransformer:
+    """A fusion model of these sizes with fresh parameters."""
+    sparse = spec.sparse
+    routed: dict[str, Any] = {}
+    if sparse is not None:
+        routed = {
+            "num_experts": sparse.num_experts,
+            "num_routers": sparse.num_routers,
+            "top_k": sparse.top_k,
+            "gate": sparse.gate,
+        }
+    fusion = FusionTransformer(
+        *(spec.num_modalities, spec.hidden_dim, spec.num_classes, spec.num_layers, num_heads),
+        *(dropout, spec.compat, spec.num_patches),
+        mlp_sparse=sparse is not None,
+        **routed,
+    )
+    for part in fusion.modules():
+        if sparse is not None and isinstance(part, RoutedMLP):
+            sparse.configure(part)
+    return fusion
+
+
+def set_rates(fusion: FusionTransformer, spec: FusionSpec | LayerSpec) -> None:
+    """Set the dropout rates and the epsilon of the norms."""
+    for encoder, rates in zip(fusion.network, spec.dropout, strict=False):
+        encoder.attn.attn_drop.p = rates.attention
+        encoder.attn.proj_drop.p = rates.projection
+        encoder.dropout1.p = rates.residual1
+        if isinstance(encoder.mlp, MLP):
+            dropout: Any = encoder.mlp.network[2]
+            dropout.p = rates.mlp
+        encoder.dropout2.p = rates.residual2
+        encoder.norm1.eps = encoder.norm2.eps = spec.norm_eps

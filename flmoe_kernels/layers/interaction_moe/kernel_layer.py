@@ -1,0 +1,194 @@
+"""Checks before the kernels of a layer run: backend, inputs, and the parts of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flmoe_kernels.core import backend as backends
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.core.dtypes import autocast_dtype, without_autocast
+from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, record_methods
+from flmoe_kernels.layers.routed_mlp.gates import GATES
+from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
+from flmoe_kernels.layers.snapshot import PartsSnapshot, global_hooks
+
+from .fusion import MLP, Attention, EncoderLayer, Head, Masks
+from .inputs import validate_inputs
+
+_OPERATOR = "interaction_moe"
+_REMEDY = "; use backend='reference'"
+
+
+@record_methods
+class KernelLayer(nn.Module):
+    """Base of layers whose kernels read the parameters of the parts and do not call the parts.
+
+    Every call of the kernels checks that the parts still compute what the kernels compute.
+    """
+
+    # The classes of the parts after construction.
+    PART_CLASSES: ClassVar[frozenset[type]] = frozenset(
+        {
+            *(EncoderLayer, Attention, MLP, Head, RoutedMLP, Experts, ExpertLinear, Routers),
+            *GATES.values(),
+            *(nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, nn.ReLU),
+        }
+    )
+
+    num_modalities: int
+    _spec: Any
+    _snapshot: PartsSnapshot | None
+    _captures: bool
+
+    def _start(self, spec: Any, backend: str | None) -> None:
+        self._spec = spec
+        self._snapshot = None
+        self._captures = False
+        self.backend = backend
+
+    @property
+    def backend(self) -> str | None:
+        """The requested backend, None for the choice by device; setting it sets that of the parts, too."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        if backend is not None:
+            check.require_choice("backend", backend, backends.BACKENDS)
+        self._backend = backend
+        for part in self.modules():
+            if part is not self and isinstance(part, KernelLayer | RoutedMLP):
+                part.backend = backend
+
+    def _fusion(self) -> Any:
+        """A fusion model of the layer."""
+        raise NotImplementedError
+
+    def _checked_parts(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """A module that holds the parts, and the name prefixes of those parts that are called."""
+        raise NotImplementedError
+
+    def _describe(self, parts: nn.Module) -> Any:
+        """The specification of the parts; UnsupportedLayer if the kernels cannot compute them."""
+        raise NotImplementedError
+
+    def _resized(self) -> bool:
+        """Whether a size that the layer itself stores has changed since the last check."""
+        spec = self._spec
+        return self.num_modalities != spec.num_modalities or self._patches() != spec.num_patches
+
+    def _patches(self) -> int | None:
+        """Tokens per modality of the learned positions, which may be new ones."""
+        positions = self._fusion().pos_embed
+        return None if positions is None else positions.shape[1] // self.num_modalities
+
+    @property
+    def _parameter(self) -> Tensor:
+        """Any parameter: all have the same dtype and device."""
+        try:
+            weight = self._fusion().network[0].norm1.weight
+        except (AttributeError, IndexError, TypeError):
+            weight = None  # a part was replaced
+        return weight if isinstance(weight, Tensor) else next(self.parameters())
+
+    def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], Masks, str]:
+        """Return the inputs in the dtype of the computation, a mask or None for each, and the backend."""
+        parameter = self._parameter
+        backend = backends.choose(_OPERATOR, parameter, self.backend)
+        if backend != backends.REFERENCE:
+            if reason := self._unsupported_reason():
+                raise UnsupportedLayer(reason + _REMEDY)
+            if self._captures:
+                if backends.requested(self.backend):
+                    raise UnsupportedLayer(
+                        "attn.capture_attn: is set, but the kernels store no attention maps"
+                        + _REMEDY
+                    )
+                backend = backends.REFERENCE
+        like, cast = parameter, autocast_dtype(parameter.device)
+        if cast is not None and isinstance(inputs, list | tuple):
+            # Under autocast an encoder returns low precision. The layer computes in its parameters' dtype or, with
+            # Triton, in autocast's dtype, as torch's own layers do.
+            dtype = cast if backend == backends.TRITON else parameter.dtype
+            inputs = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
+            like = parameter.detach().new_empty((0,), dtype=dtype)
+        inputs, masks = check.widened(inputs, like), check.padded_masks(masks, inputs)
+        validate_inputs(self._spec, self._patches(), inputs, masks, like)
+        return inputs, masks, backend
+
+    def _run(self, compute: Callable[..., Any], inputs: Sequence[Tensor], *rest: Any) -> Any:
+        """Compute on the kernels; an error that a changed part has caused names the part."""
+        with _autocast_of(rest[-1], inputs[0].device):
+            if torch.compiler.is_compiling():
+                return compute(inputs, *rest)
+            try:
+                return compute(inputs, *rest)
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                # A parameter of another shape, which a snapshot does not show.
+                if reason := self._check():
+                    raise UnsupportedLayer(reason + _REMEDY) from None
+                raise
+
+    # torch.compile runs this once, while tracing, and does not trace it.
+    @torch.compiler.assume_constant_result
+    def _unsupported_reason(self) -> str:
+        """The reason why the kernels cannot compute this layer with its present parts, or "".
+
+        If nothing has changed since the last call, this takes microseconds.
+        """
+        snapshot = self._snapshot
+        same = snapshot is not None and snapshot.unchanged() and not self._resized()
+        return "" if same else self._check()
+
+    def _check(self) -> str:
+        """Describe the parts again; return the reason why the kernels cannot compute them, or ""."""
+        parts, called = self._checked_parts()
+        named = {
+            name: part
+            for name, part in parts.named_modules()
+            if part is not parts and not name.startswith(called)
+        }
+        state = vars(self)
+        snapshot = PartsSnapshot(list(named.values()), [state["_modules"]], [state["_parameters"]])
+        # torch.jit.trace would record the shapes that are read.
+        internal: Any = torch._C
+        tracing = internal._get_tracing_state()
+        internal._set_tracing_state(None)
+        try:
+            if any(global_hooks()):
+                raise UnsupportedLayer(
+                    "torch.nn.modules.module: a hook on all modules is registered, but the kernels do not "
+                    "call the parts of the layer"
+                )
+            for name, part in named.items():
+                if type(part) not in self.PART_CLASSES:
+                    raise UnsupportedLayer(
+                        f"{name}: {class_name(part)}, which the kernels would not call"
+                    )
+            spec = self._describe(parts)
+        except UnsupportedLayer as error:
+            self._snapshot = None
+            return str(error)
+        finally:
+            internal._set_tracing_state(tracing)
+        self._captures = any(
+            part.capture_attn for part in named.values() if isinstance(part, Attention)
+        )
+        self._spec, self._snapshot = spec, snapshot
+        return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other parts.
+        return {**self.__dict__, "_snapshot": None}
+
+
+def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:
+    """Context without autocast for the CPU kernels; Triton needs it for the gates and the reweighting MLP."""
+    if backend == backends.TRITON:
+        return nullcontext()
+    return without_autocast(device)
