@@ -40,13 +40,13 @@ def validate_sizes(
             raise ValueError(f"kinds: expected names among {', '.join(KINDS)}, got {kind!r}")
 
 
-def cast_for_autocast(inputs: Inputs, parameter: Tensor) -> Inputs:
-    """Under autocast, cast inputs of an autocast dtype to the parameters' dtype, which norms and anchors have.
-    An encoder returns low precision there. require_inputs rejects other mismatches."""
-    if autocast_dtype(parameter.device) is None:
-        return inputs
-    if not isinstance(inputs, list | tuple):
-        return inputs
+def cast_inputs(inputs: Inputs, parameter: Tensor) -> Inputs:
+    """Cast inputs to the parameters' dtype, which norms and anchors have, if that loses no precision.
+
+    Under autocast, where an encoder returns low precision, also if it loses some.
+    """
+    if autocast_dtype(parameter.device) is None or not isinstance(inputs, list | tuple):
+        return check.widened(inputs, parameter)
     return [
         x.to(parameter.dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_DTYPES else x
         for x in inputs

@@ -22,7 +22,7 @@ from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
 from .arguments import (
     Inputs,
     batch_of,
-    cast_for_autocast,
+    cast_inputs,
     plain_tokens,
     require_finite_logits,
     validate_sizes,
@@ -225,7 +225,7 @@ class PairInteractionMoE(nn.Module):
         Cost: one call of pair_moe per modality pair, on three times the batch with losses; two more with
         token_outputs. Memory as in pair_moe: nothing of size L_m x L_n.
         """
-        inputs = self._enter(inputs, masks)
+        inputs, masks = self._enter(inputs, masks)
         chosen = self._table.with_losses() if interaction_losses else ()
         noise = self._noise(inputs, replacements, interaction_losses)
         tokens, valid = self._tokens(inputs, masks)
@@ -278,7 +278,7 @@ class PairInteractionMoE(nn.Module):
             # Of pruning and of the old weight and spectral norm, which compute a parameter before a call.
             if isinstance(hook, _RECOMPUTES):
                 hook(self, ())
-        inputs = self._enter(inputs, masks)
+        inputs, masks = self._enter(inputs, masks)
         batch = batch_of(inputs)
         if target is not None:
             device = self.gate_bias.device
@@ -300,17 +300,17 @@ class PairInteractionMoE(nn.Module):
                 target.clone(),
             )
 
-    def _enter(self, inputs: Inputs, masks: Inputs | None) -> Inputs:
-        inputs = cast_for_autocast(inputs, self.gate_bias)
+    def _enter(self, inputs: Inputs, masks: Inputs | None) -> tuple[Inputs, Inputs | None]:
+        inputs, masks = cast_inputs(inputs, self.gate_bias), check.padded_masks(masks, inputs)
         check.require_inputs(self.dims, inputs, masks, self.gate_bias, optional=True)
         backends.choose("pair_moe", self.gate_bias, self.backend)
-        return inputs
+        return inputs, masks
 
     def _noise(self, inputs: Inputs, replacements: Inputs | None, wanted: bool) -> Inputs | None:
         if replacements is not None:
             if not wanted:
                 raise ValueError("replacements: expected None, as interaction_losses is False")
-            replacements = cast_for_autocast(replacements, self.gate_bias)
+            replacements = cast_inputs(replacements, self.gate_bias)
             check.require_replacements("replacements", replacements, inputs)
             return replacements
         if not wanted:
