@@ -122,7 +122,7 @@ LAYER: list[Mistake] = [
     ),
     (
         "replacements",
-        [*NOISE[:3], [A.half(), B]],
+        [*NOISE[:3], [A.double(), B]],
         TypeError,
         r"\[3\]\[0\]: expected dtype torch\.float32",
     ),
@@ -137,7 +137,7 @@ LAYER: list[Mistake] = [
     ("inputs", [A[:, :0], B], ValueError, r"\[0\]: expected \(batch, tokens, 8\), got \(2, 0, 8\)"),
     ("inputs", [A, B[:1]], ValueError, r"\[1\]: expected batch 2 as inputs\[0\], got 1"),
     ("inputs", [A, B.to("meta")], ValueError, r"\[1\]: expected device cpu as .* got meta"),
-    ("masks", [ONES], ValueError, r": expected 2, got 1"),
+    ("masks", [ONES, None, None], ValueError, r": expected 2, got 3"),
     ("masks", [None, ONES], ValueError, r"\[1\]: expected \(2, 4\) as inputs\[1\], got \(2, 5\)"),
     ("masks", [ONES.to("meta"), None], ValueError, r"\[0\]: expected device cpu, got meta"),
     ("masks", [ONES * 0.5, None], ValueError, r"\[0\]: expected 0 \(padding\) and 1"),

@@ -34,7 +34,7 @@ def test_the_dense_form_is_the_layer(case: LayerCase) -> None:
     inputs, masks = case.inputs(torch.float64), draw_masks(case.masks, case.batch, case.lengths)
     for expert in reference.interaction_experts:
         found, _ = dense_expert(expert.fusion_model, inputs, masks)
-        torch.testing.assert_close(found, expert(inputs, masks)[0], equal_nan=True)
+        torch.testing.assert_close(found, expert.fusion_model(inputs, masks), equal_nan=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -93,7 +93,9 @@ def test_integrated_gradients_of_the_layer(case: LayerCase) -> None:
     torch.testing.assert_close(own.values, again.values)
     for e in range(case.experts):
         expected = looped_gradients(
-            lambda x, b, e=e: reference.interaction_experts[e](x, of_sample(b))[0][0, target[b]],
+            lambda x, b, e=e: reference.interaction_experts[e].fusion_model(x, of_sample(b))[
+                0, target[b]
+            ],
             *(inputs, "gauss_legendre", 3),
         )
         torch.testing.assert_close(own.of(e), expected)

@@ -87,8 +87,8 @@ CALLS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     ),
     "dtype": (
         TypeError,
-        r"inputs\[0\]: expected dtype torch\.float64 as the layer's parameters, got torch\.float32",
-        {"inputs": [A.float(), B]},
+        r"inputs\[0\]: expected dtype torch\.float64 as the layer's parameters, got torch\.int64",
+        {"inputs": [A.long(), B]},
     ),
     "device": (
         ValueError,
@@ -96,7 +96,7 @@ CALLS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"inputs": [A.to("meta"), B]},
     ),
     "masks no list": (TypeError, r"masks: expected a list .*got Tensor", {"masks": ONES}),
-    "one mask": (ValueError, r"masks: expected 2, got 1", {"masks": [ONES]}),
+    "three masks": (ValueError, r"masks: expected 2, got 3", {"masks": [ONES, None, None]}),
     "mask no tensor": (
         TypeError,
         r"masks\[1\]: expected a Tensor, got str",
@@ -142,7 +142,7 @@ def test_mistakes_in_a_call(mistake: str) -> None:
         ([A], ValueError, r"replacements: expected 2 modalities, got 1"),
         ([A, None], TypeError, r"replacements\[1\]: expected a Tensor, got NoneType"),
         ([A, A], ValueError, r"replacements\[1\]: expected \(2, 2, 4\) as inputs\[1\]"),
-        ([A, B.float()], TypeError, r"replacements\[1\]: expected dtype torch\.float64 as"),
+        ([A, B.long()], TypeError, r"replacements\[1\]: expected dtype torch\.float64 as"),
     ],
 )
 def test_mistakes_in_replacements(replacements: Any, error: type[Exception], message: str) -> None:

@@ -176,8 +176,7 @@ class _Experts:
         """Return the logits (B, C) of expert e and the records of its attentions, first layer first."""
         fusion, records = self.fusions[e]
         try:
-            logits, _ = fusion(inputs, masks)
-            return logits, list(records)
+            return fusion(inputs, masks), list(records)
         finally:
             records.clear()
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.layers.interaction_moe.fusion import Attention
 from flmoe_kernels.layers.interaction_moe.packing import plan_tokens
 from flmoe_kernels.ops.expert_attention.api import expert_attention
@@ -117,7 +118,9 @@ def recording_copy(fusion: nn.Module) -> tuple[nn.Module, list[AttentionRecord]]
     def replaced(part: nn.Module) -> nn.Module | None:
         return RecordingAttention(part, records) if isinstance(part, Attention) else None
 
-    return evaluation_copy(fusion, replaced), records
+    copied: Any = evaluation_copy(fusion, replaced)
+    copied.backend = REFERENCE  # which calls the attentions
+    return copied, records
 
 
 def attention_rollout(

@@ -40,8 +40,8 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         backend: "reference", "cpu" or "triton"; default by device and `use_backend`.
 
     Inputs of a lower precision than the parameters are cast to the parameters' dtype. The list of masks may be
-    shorter than the inputs: missing masks count as all valid. Values of padded tokens have no effect. A sample that
-    consists of padding has the latent 0 (NaN in the reference backend).
+    shorter than the inputs: missing masks count as all valid. Values of padded tokens have no effect. A sample of
+    padding alone has the latent 0 (NaN in the reference backend).
 
     The head and routed MLPs are called, a routed MLP once per modality with the padded tokens (B, L_m, D), so that
     their hooks run. The other parts are not called; a part that was changed takes effect or raises an error. If
