@@ -69,6 +69,26 @@ def test_inference_is_the_full_view_of_the_reference(monkeypatch: pytest.MonkeyP
     assert_within_budget(*experts, "experts' logits")
 
 
+def test_a_fusion_model_alone_calls_its_routed_mlps() -> None:
+    """With padding, which the plan of a GPU keeps as rows at the end; control: without masks."""
+    case = dataclasses.replace(
+        FL, gate="GShardGate", masks="partial", mlp_experts=3, dim=16, heads=1
+    )
+    x, masks = case.inputs(), draw_masks(case.masks, case.batch, case.lengths)
+    fusions = [expert.fusion_model for expert in case.reference().interaction_experts[:2]]
+    results = []
+    for fusion, backend in zip(fusions, (TRITON, "reference"), strict=True):
+        fusion.load_state_dict(fusions[0].state_dict())
+        fusion.backend = backend
+        logits, latent = fusion(x, masks, return_latent=True)
+        loss = fusion.gate_loss()
+        (logits.sum() + latent.square().sum() + loss).backward()
+        results.append([logits, latent, loss, *(p.grad for p in fusion.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert (fusions[0](x) - results[1][0]).abs().max() > 1e-3
+
+
 def test_dropout_is_the_cpu_kernels() -> None:
     """With the same torch seed both backends draw the same masks; with I2MoE's residual and learned positions."""
     x, results = I2.inputs(), []

@@ -67,7 +67,7 @@ def routed(layer: Any, x: list[Tensor]) -> Tensor:
 
 
 def fused(layer: Any, x: list[Tensor]) -> Tensor:
-    return layer(x)[0]
+    return layer(x)
 
 
 def no_parts(layer: Any) -> list[nn.Module]:

@@ -176,7 +176,7 @@ def test_a_template_with_a_forward_of_its_own_is_refused() -> None:
     [
         (fusion.EncoderLayer, "forward"),
         (fusion.ReferenceFusionTransformer, "gate_loss"),
-        (reference.InteractionExpert, "forward_views"),
+        (reference.InteractionExpert, "forward_multiple"),
         (nn.LayerNorm, "forward"),
         (nn.LayerNorm, "__call__"),
     ],

@@ -72,44 +72,47 @@ class InteractionExpert(nn.Module):
 
     def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> Any:
         """Run the full view."""
-        return self.forward_with_replacement(inputs, masks)
+        if self.fusion_model.pos_embed is None:
+            result = self.fusion_model(inputs, masks, return_latent=True)
+        else:
+            result = self.fusion_model(inputs, masks)
+        loss = self.fusion_model.gate_loss()  # in any case, so that losses do not accumulate
+        return (result, loss) if self.fusion_sparse else result
 
     def forward_with_replacement(
-        self, inputs: Sequence[Tensor], masks: Masks = None, replace_index: int | None = None
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks = None,
+        replace_index: int | None = None,
+        *,
+        noise: Tensor | None = None,
     ) -> Any:
-        """Run the view in which modality `replace_index` is replaced by N(0, 1) noise; None for the full view."""
-        inputs = list(inputs)
+        """Run the view in which modality `replace_index`, if any, is replaced by noise, by default N(0, 1)."""
+        view = list(inputs)
         if replace_index is not None:
-            inputs[replace_index] = torch.randn_like(inputs[replace_index])
-        view = self._shown(self.fusion_model(inputs, masks, return_latent=True))
-        return (view, self.fusion_model.gate_loss()) if self.fusion_sparse else view
+            view[replace_index] = torch.randn_like(view[replace_index]) if noise is None else noise
+        return self(view, masks)
 
-    def forward_multiple(self, inputs: Sequence[Tensor], masks: Masks = None) -> Any:
-        """Run all views: a list of results, the full view first; with fusion_sparse also a list of gate losses."""
-        views, gate_losses = self.forward_views(inputs, masks, None)
-        results = [self._shown(view) for view in views]
-        return (results, gate_losses) if self.fusion_sparse else results
-
-    def _shown(self, view: tuple[Tensor, Tensor]) -> Any:
-        return view if self.fusion_model.pos_embed is None else view[0]
-
-    def forward_views(
-        self, inputs: Sequence[Tensor], masks: Masks, replacements: Sequence[Tensor] | None
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """The full view, then for each modality a view with its features replaced by N(0, 1) noise.
+    def forward_multiple(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks = None,
+        *,
+        replacements: Sequence[Tensor] | None = None,
+    ) -> Any:
+        """Run the full view, then for each modality the view in which it is replaced.
 
         Returns:
-            Lists of (logits, latent) and of gate losses, by view.
+            A list of results by view; with fusion_sparse also a list of gate losses.
         """
-        views, gate_losses = [], []
-        for m in (None, *range(len(inputs))):
-            view = list(inputs)
-            if m is not None:
-                noise = torch.randn_like(view[m]) if replacements is None else replacements[m]
-                view[m] = noise
-            views.append(self.fusion_model(view, masks, return_latent=True))
-            gate_losses.append(self.fusion_model.gate_loss())
-        return views, gate_losses
+        noise: Sequence[Tensor | None] = replacements or [None] * len(inputs)
+        views = [self(inputs, masks)]
+        for m, own in enumerate(noise):
+            views.append(self.forward_with_replacement(inputs, masks, m, noise=own))
+        if not self.fusion_sparse:
+            return views
+        results, gate_losses = zip(*views, strict=True)
+        return list(results), list(gate_losses)
 
 
 class ReferenceInteractionMoE(nn.Module):
@@ -181,29 +184,33 @@ class ReferenceInteractionMoE(nn.Module):
             gate_losses[e][v] is the sum over sparse layers and modalities, differentiable.
         """
         runs = [
-            expert.forward_views(inputs, masks, None if replacements is None else replacements[e])
+            expert.forward_multiple(
+                inputs, masks, replacements=None if replacements is None else replacements[e]
+            )
             for e, expert in enumerate(self.interaction_experts)
         ]
-        views, gates = (list(column) for column in zip(*runs, strict=True))
+        gate_losses: tuple = ()
+        if self.fusion_sparse:
+            runs, losses = (list(column) for column in zip(*runs, strict=True))
+            gate_losses = (losses,)
+        learned = self.compat == "i2moe"
         weights = self.reweight(inputs, masks)
-        stacked = torch.stack([expert[0][0] for expert in views], dim=1)
-        logits = (stacked * weights.unsqueeze(2)).sum(dim=1)
-        gate_losses = (gates,) if self.fusion_sparse else ()
-        if self.compat == "i2moe":
-            outputs = [[view[0] for view in expert] for expert in views]
-            return (outputs, weights, logits, interaction_losses(outputs), *gate_losses)
-        losses = interaction_losses([[view[1] for view in expert] for expert in views])
-        latents = [expert[0][1] for expert in views]
-        return (views, weights, logits, losses, *gate_losses, latents)
+        full = [views[0] if learned else views[0][0] for views in runs]
+        logits = (torch.stack(full, dim=1) * weights.unsqueeze(2)).sum(dim=1)
+        if learned:
+            return (runs, weights, logits, interaction_losses(runs), *gate_losses)
+        latents = [[latent for _, latent in views] for views in runs]
+        own = [views[0] for views in latents]
+        return (runs, weights, logits, interaction_losses(latents), *gate_losses, own)
 
     def inference(
         self, inputs: Sequence[Tensor], masks: Masks = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Run only the full view: ([logits (B, C)] * E, weights (B, E), logits (B, C))."""
-        expert_logits = []
-        for expert in self.interaction_experts:
-            expert_logits.append(expert.fusion_model(inputs, masks))
-            expert.fusion_model.gate_loss()  # cleared, so that losses do not accumulate
+        results = [expert(inputs, masks) for expert in self.interaction_experts]
+        if self.fusion_sparse:
+            results = [result for result, _ in results]
+        expert_logits = [x if self.compat == "i2moe" else x[0] for x in results]
         weights = self.reweight(inputs, masks)
         logits = (torch.stack(expert_logits, dim=1) * weights.unsqueeze(2)).sum(dim=1)
         return expert_logits, weights, logits
