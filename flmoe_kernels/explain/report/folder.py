@@ -47,8 +47,8 @@ class RunFolder:
             force: replace what an earlier run wrote, finished or not.
 
         Raises:
-            FolderError: the folder has the results of a finished run, and no `force`; or files of the results' names
-                without a record.
+            FolderError: the folder has the results of a finished run, and no `force`; or files that no run wrote,
+                of the results' names.
             OSError: not a folder, or it cannot be read.
         """
         self.path, self._request, self._force = path, request, force
