@@ -12,7 +12,7 @@ from examples.digits.data import TASKS, encode, load
 from examples.digits.pipeline import draw_test_pairs, draw_train_pairs
 from examples.digits.settings import Settings
 from examples.digits.token_pairs import train_layer
-from examples.digits.train import PairClassifier, fit
+from examples.digits.train import PairClassifier, accuracy, fit
 from flmoe_kernels import InteractionMoE
 
 INTERACTION, TOKEN_PAIRS = LAYERS = ("InteractionMoE", "PairInteractionMoE")
@@ -54,11 +54,10 @@ def learn(task_name: str, layer_name: str, seed: int, samples: int) -> Learned:
         if layer_name == INTERACTION
         else layer(inputs, masks).logits
     )
-    accuracy = (logits.argmax(dim=1) == held_out.labels).double().mean().item()
     return Learned(
         layer,
         [x[:samples] for x in inputs],
         [x[:samples] for x in masks],
         held_out.labels[:samples],
-        accuracy,
+        accuracy(logits, held_out.labels),
     )

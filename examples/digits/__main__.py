@@ -30,8 +30,7 @@ def main(
 ) -> None:
     """Train the published layer on real digits, swap it, compare both, and write the results.
 
-    Writes demo.json, demo_pairs.png and a checkpoint per task. Exit code 1: the layers differ by more
-    than rounding; 2: the example cannot run.
+    Writes demo.json, demo_pairs.png and a checkpoint per task. Exit code 2: the example cannot run.
     """
     with needs_extra("demo"):
         for name in EXTRAS:
@@ -63,9 +62,6 @@ def _run(out: Path, seed: int, quick: bool) -> None:
     write_whole(out / RESULTS[0], json.dumps(results, indent=2) + "\n")
     write_whole(out / RESULTS[1], partial(draw_pairs(results).savefig, format="png", dpi=120))
     print(f"{results['total_seconds']:.0f} s; results, the figure and checkpoints are in {out}")
-    if not results["same_but_for_rounding"]:
-        typer.echo("error: the two layers differ by more than rounding; see the table", err=True)
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
