@@ -75,14 +75,7 @@ def training_step(
 def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> PairClassifier:
     """Train a new published layer on a task."""
     torch.manual_seed(settings.seed)
-    return fit(PairClassifier(task.num_classes, settings), pairs, encoded, settings)
-
-
-def fit(
-    model: PairClassifier, pairs: Pairs, encoded: Encoded, settings: Settings
-) -> PairClassifier:
-    """Train a model that has either layer."""
-    model.train()
+    model = PairClassifier(task.num_classes, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = make_optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
