@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flmoe_kernels.core.files import unwritable_reason, write_whole
 
-from .figures import LengthPoint, Point, rate_text
+from .figures import Point, rate_text
 from .profiles import Profile
 from .request import BadRequest
 from .stages import EITHER, Breakdown
@@ -107,11 +106,6 @@ def as_csv(profiles: Sequence[Profile]) -> str:
             for stage in breakdown["stages"]
         ]
     return _csv(COLUMNS, rows)
-
-
-def lengths_csv(points: Sequence[LengthPoint]) -> str:
-    names = [field.name for field in dataclasses.fields(LengthPoint)]
-    return _csv(names, [dataclasses.asdict(point) for point in points])
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -217,25 +211,6 @@ def _stage_table(breakdown: Breakdown, median: float) -> RenderableType:
     slower = breakdown.whole / median
     rows.append((f"whole, {slower:.2f}x the median", "", _time(breakdown.whole), "100.0%", "1"))
     return _table(("stage", "pass", "time", "share", "calls"), rows, right=2)
-
-
-def length_table(points: Sequence[LengthPoint]) -> RenderableType:
-    names = list(dict.fromkeys(point.contestant for point in points))
-    known = {(point.length, point.contestant): point for point in points}
-    rows = [
-        (str(length), *(_length_cell(known.get((length, name))) for name in names))
-        for length in sorted({point.length for point in points})
-    ]
-    return _table(("tokens", *names), rows)
-
-
-def _length_cell(point: LengthPoint | None) -> str:
-    if point is None:
-        return "-"
-    if point.seconds is None:
-        return point.why_not
-    peak = "" if point.peak_bytes is None else f", {point.peak_bytes / 2**20:.1f} MiB"
-    return _time(point.seconds) + peak
 
 
 def _number(value: float | None) -> str:
