@@ -72,9 +72,7 @@ def test_version(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize(
-    "arguments", [("info",), ("info", "--json"), ("--help",), ("tune", "show")]
-)
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--json"), ("--help",)])
 def test_full_standard_output_is_one_line_and_exit_code_2(
     arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
