@@ -32,7 +32,7 @@ def run(settings: Settings, out: Path, console: Console) -> dict[str, Any]:
     """Run all stages and write the checkpoints to `out`.
 
     Returns:
-        All results as plain values, for demo.json, the tables and the figure. With the same seed, all results
+        All results as plain values, for demo.json, the tables and the figures. With the same seed, all results
         except times and memory are the same in every run on one machine.
     """
     start = time.perf_counter()

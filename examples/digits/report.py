@@ -64,7 +64,7 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
         "those tied: within two standard errors or 5% of it.\n"
         "In the task redundant a single image determines the label: the uniqueness experts can learn it as "
         "well as the redundancy expert, and no loss prevents this.\n"
-        "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up to "
+        "Every patch and pair of patches has an exact value, see the figures: the patches' values add up to "
         f"the logit minus the logit without patches, with an error of {worst:.0e}.\n"
         f"Trained for {settings['pair_steps']} steps of {settings['pair_batch_size']} pairs, the reference layer "
         f"for {settings['steps']} of {settings['batch_size']}.",

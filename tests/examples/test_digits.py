@@ -223,11 +223,9 @@ def test_explained_patches_add_up_to_the_logit(digits: Digits, encoded: Encoded)
 def test_quick_run(quick_run: tuple[str, Path], results: dict[str, Any]) -> None:
     printed, out = quick_run
     checkpoints = {f"{task.name}.pt" for task in TASKS}
-    assert {path.name for path in out.iterdir()} == checkpoints | {
-        "demo.json",
-        "demo_pairs.png",
-    }
-    assert (out / "demo_pairs.png").read_bytes().startswith(b"\x89PNG\r\n")
+    figures = {f"demo_{task.name}.png" for task in TASKS}
+    assert {path.name for path in out.iterdir()} == checkpoints | figures | {"demo.json"}
+    assert (out / "demo_synergy.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert set(results["tasks"]) == {task.name for task in TASKS}
     for task in results["tasks"].values():
         assert task["accuracy_before"] == task["accuracy_after"]
@@ -258,22 +256,14 @@ def test_report_marks_the_expected_and_the_largest_share(results: dict[str, Any]
 
 
 def test_figures_show_the_values(results: dict[str, Any]) -> None:
-    values = [float(place + 1) for place in range(NUM_TOKENS)]
-    values[1] = -2.0
-    for layer in results["token_pair_layer"].values():
-        sample = layer["first_sample"]
-        sample["valid"] = [[True] * NUM_TOKENS, [True] * 14 + [False] * 2]
-        sample["patches"] = [values, [0.0] * NUM_TOKENS]
-        sample["pairs"] = [[0.01 * (i - 5) * (j + 1) for j in range(16)] for i in range(16)]
-    left, middle, right = draw_pairs(results).axes[:3]
-    # Percent of the sum of |values|, 136, row by row from the top left.
-    assert [text.get_text() for text in left.texts][:6] == ["1", "-1", "2", "3", "4", "4"]
-    assert [text.get_text() for text in middle.texts] == ["0"] * 14 + ["-"] * 2
-    assert not left.patches
-    assert [patch.get_xy() for patch in middle.patches] == [(3.5, 5.5), (5.5, 5.5)]
-    assert [patch.get_xy() for patch in right.patches] == [(13.5, -0.5), (14.5, -0.5)]
-    low, high = right.images[0].get_clim()
-    assert -low == high == pytest.approx(1.6)
+    sample = results["token_pair_layer"]["synergy"]["first_sample"]
+    sample["valid"] = [[False] + [True] * 15, [True] * 14 + [False] * 2]
+    sample["pairs"] = [[0.01 * (i - 5) * (j + 1) for j in range(16)] for i in range(16)]
+    sample["patches"][1] = [float(j) for j in range(16)]
+    pairs, image = draw_pairs("synergy", sample).axes[:2]
+    [shown] = pairs.get_images()
+    assert shown.get_array().tolist() == [row[:14] for row in sample["pairs"][1:]]
+    assert image.get_images()[1].get_array().ravel()[:14].tolist() == list(range(14))
 
 
 def test_a_stopped_run_leaves_no_results_of_an_earlier_one(
@@ -282,7 +272,7 @@ def test_a_stopped_run_leaves_no_results_of_an_earlier_one(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("demo.json", "demo_pairs.png", "notes.txt"):
+    for name in ("demo.json", "demo_synergy.png", "notes.txt"):
         (tmp_path / name).write_text("earlier")
     monkeypatch.setattr(pipeline, "run", stop)
     with pytest.raises(KeyboardInterrupt):
