@@ -80,9 +80,6 @@ def profile(
         ),
     ] = 5.0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace to this file.")] = None,
-    csv_file: Annotated[
-        Path | None, typer.Option("--csv", help="Write the tables to this CSV file.")
-    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all results to this JSON file.")
     ] = None,
@@ -105,7 +102,7 @@ def profile(
 
     if (op is None) == (checkpoint is None):
         fail("expected either --op or --checkpoint, got " + ("both" if op else "neither"))
-    files = Files(trace=trace, csv=csv_file, json=json_file, plot=plot)
+    files = Files(trace=trace, json=json_file, plot=plot)
     try:
         files.require_writable()
         if not seconds > 0:

@@ -1,9 +1,7 @@
-"""Output of the command `profile`: tables, CSV, JSON and figures, written atomically."""
+"""Output of the command `profile`: tables, JSON and figures, written atomically."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +14,13 @@ from flmoe_kernels.core.files import unwritable_reason, write_whole
 from .figures import Point, rate_text
 from .profiles import Profile
 from .request import BadRequest
-from .stages import EITHER, Breakdown
+from .stages import Breakdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 SCHEMA = "flmoe_kernels.profile/2"
-WHOLE = "whole"
-COLUMNS = (
-    *("case", "contestant", "kind", "version", "dtype", "device", "stage", "pass", "seconds"),
-    *("share", "calls", "low", "high", "confidence", "p20", "p80", "flop", "bytes"),
-    *("flops_per_second", "bytes_per_second", "share_of_limit", "limit", "peak_bytes"),
-    *("operators", "torch_operators", "launches", "waits", "reads"),
-)
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,6 @@ class Files:
     """Output paths; None for files that are not written."""
 
     trace: Path | None = None
-    csv: Path | None = None
     json: Path | None = None
     plot: Path | None = None
 
@@ -48,7 +38,7 @@ class Files:
             BadRequest: a file cannot be written, or the format of the plot is unknown.
             ModuleNotFoundError: a plot is requested and matplotlib is not installed.
         """
-        for name in ("trace", "csv", "json", "plot"):
+        for name in ("trace", "json", "plot"):
             path = getattr(self, name)
             if path is not None and (reason := unwritable_reason(path)):
                 raise BadRequest(f"{name}: {path}: {reason}")
@@ -61,11 +51,9 @@ class Files:
                     f"plot: expected a file name with .png, .pdf or .svg, got {self.plot}"
                 )
 
-    def write_text(self, which: str, make: Callable[[], str]) -> None:
-        path = getattr(self, which)
-        if path is not None:
-            text = make()
-            write_whole(path, text)
+    def write_json(self, make: Callable[[], str]) -> None:
+        if self.json is not None:
+            write_whole(self.json, make())
 
     def write_plot(self, make: Callable[[], Figure]) -> None:
         if self.plot is not None:
@@ -85,35 +73,6 @@ def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **
         **more,
     }
     return json.dumps(held, indent=2, allow_nan=False) + "\n"
-
-
-def as_csv(profiles: Sequence[Profile]) -> str:
-    """Format a row named "whole" with all measures of the call, then a row for each stage, as CSV.
-
-    Seconds of "whole" are the median without profiler; seconds of a stage are from the profiled calls, which are
-    slower. Columns that do not apply are empty.
-    """
-    rows = []
-    for profile in profiles:
-        facts = profile.as_dict()
-        spread, breakdown = facts["spread"], facts["breakdown"] or {"stages": []}
-        whole = {"stage": WHOLE, "pass": EITHER, "seconds": spread["median"]}
-        who = {name: facts[name] for name in ("contestant", "kind", "version", "dtype", "device")}
-        who["case"] = facts["what"]
-        rows.append({**breakdown, **spread, **facts, **who, "share": 1.0, "calls": 1.0, **whole})
-        rows += [
-            {**who, **stage, "stage": stage["name"], "pass": stage["phase"]}
-            for stage in breakdown["stages"]
-        ]
-    return _csv(COLUMNS, rows)
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 def points_of(profiles: Sequence[Profile]) -> list[Point]:

@@ -137,10 +137,7 @@ def _write(
     files: Files,
     **more: Any,
 ) -> None:
-    files.write_text("csv", lambda: output.as_csv(profiles))
-    files.write_text(
-        "json", lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more)
-    )
+    files.write_json(lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more))
     roof = Roof(dict(ceilings.flops), ceilings.bytes_per_second)
     title = f"{facts['device']}, {_threads(facts)}"
     files.write_plot(lambda: roofline_figure(output.points_of(profiles), roof, title=title))
