@@ -118,16 +118,6 @@ def test_balance_under_autocast(results: Results) -> None:
         assert_outside_budget(found.bfloat16(), own, exact, "a loss of half precision")
 
 
-def test_sums(results: Results) -> None:
-    total = sum(range(1, len(results) + 1))
-    for result in results:
-        found = result["sums"]
-        assert (found["sum"] == total).all()
-        # Each rank's objective multiplies the sum by another factor.
-        assert (found["grad"] == total).all()
-        assert int(found["tokens"]) == total
-
-
 def test_stored_choices_scores_and_outputs(results: Results) -> None:
     """Choices, scores and each choice's output agree with one process; capacities drop some choices."""
     expected = ranked.layer_whole(len(results))

@@ -10,9 +10,6 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-import matplotlib
-
-from flmoe_kernels.core.figures import png_bytes
 from flmoe_kernels.profile.figures import Point, Roof, roofline_figure
 
 OURS = Point("pair_moe/x, cpu", flop=8e9, bytes=1e9, seconds=1.0, low=0.9, high=1.25, ours=True)
@@ -60,11 +57,3 @@ def test_roofline_has_ceilings_and_points_on_logarithmic_axes() -> None:
 def test_roofline_refuses_invalid_points(points: Any, roof: Roof, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roofline_figure(points, roof)
-
-
-def test_equal_inputs_give_equal_bytes_and_change_no_global_state() -> None:
-    before = dict(matplotlib.rcParams)
-    first, again = (png_bytes(roofline_figure([OURS, PEER], ROOF), dpi=50) for _ in range(2))
-    assert first.startswith(b"\x89PNG\r\n")
-    assert again == first
-    assert dict(matplotlib.rcParams) == before
