@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 import flmoe_kernels
 from flmoe_kernels.profile.memory import peak_of
+from flmoe_kernels.profile.timing import clock_for, measure_blocks
 
 from .data import NUM_CLASSES, NUM_TOKENS, Batch
 from .settings import Settings
@@ -27,10 +26,10 @@ def time_both(
     """Median seconds of a training step (dropout and fresh noise) and of inference, on copies of the models."""
     models = [copy.deepcopy(model).train() for model in (reference, fast)]
     steps = [_step(model, batch, settings) for model in models]
-    training = interleaved(steps, settings.timed_steps)
+    training = _medians(steps, settings.timed_seconds)
     with torch.no_grad():
         calls = [lambda m=m: m.eval().inference(*batch[:2]) for m in models]
-        inference = interleaved(calls, settings.timed_inferences)
+        inference = _medians(calls, settings.timed_seconds)
     return {"training step": training, "inference": inference}
 
 
@@ -39,17 +38,18 @@ def _step(model: PairClassifier, batch: Batch, settings: Settings) -> Callable[[
     return lambda: training_step(model, optimizer, batch, settings.interaction_weight)
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of both layers' calls. Calls alternate, so that other load affects both layers alike."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for repeat in range(repeats + 1):
-        for call, spent in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            if repeat > 0:  # the first call is a warm-up
-                spent.append(time.perf_counter() - start)
-    reference, fast = (statistics.median(spent) for spent in seconds)
-    return {"reference": reference, "fast": fast, "speed_up": reference / fast}
+def _medians(calls: Sequence[Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median seconds of both layers' calls, which alternate."""
+    blocks = measure_blocks(
+        lambda: dict(zip(LAYERS, calls, strict=True)),
+        clock_for("cpu"),
+        rounds=1,
+        precision=0.05,
+        seconds=seconds,
+    )
+    found = blocks.pair("fast", "reference")
+    medians = (found.peer.median, found.ours.median, found.ratio.median)
+    return dict(zip((*LAYERS, "speed_up"), medians, strict=True))
 
 
 def peak_memory(settings: Settings) -> dict[str, int | None]:

@@ -35,7 +35,6 @@ from examples.digits.data import (
     make_pairs,
 )
 from examples.digits.figure import draw_pairs
-from examples.digits.measure import interleaved
 from examples.digits.report import print_report
 from examples.digits.settings import Settings
 from examples.digits.token_pairs import evaluate, explain_first, make_layer, run_task, train_layer
@@ -180,13 +179,6 @@ def test_a_layer_that_is_not_swapped_is_an_error(
         model.layer.reweight.mlp.network[0].weight.data.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="hook" if fault == "hook" else "finite"):
         pipeline.swapped(model, batch)
-
-
-def test_interleaved_alternates_and_warms_up() -> None:
-    calls: list[str] = []
-    times = interleaved([lambda: calls.append("r"), lambda: calls.append("f")], repeats=3)
-    assert calls == ["r", "f"] * 4
-    assert times["speed_up"] == times["reference"] / times["fast"]
 
 
 def test_experts_over_token_pairs_are_those_of_the_reference_layer() -> None:

@@ -385,9 +385,7 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
     assert f"attribution changes the {shown} of the explained class" in text
 
 
-@pytest.mark.parametrize("method", ["integrated_gradients", "attention_rollout"])
 def test_figures_show_scores_as_they_are(
-    method: str,
     made: tuple[Path, Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -395,24 +393,20 @@ def test_figures_show_scores_as_they_are(
     """Scaled to 0..1, nearly equal scores would fill the scale, and the most negative one would be 0."""
     shown: list[tuple[Any, str, Any]] = []
 
-    def seen(*given: Any, weights: Any, weights_label: str, errors: Any, **options: Any) -> Any:
-        shown.append((weights, weights_label, errors))
-        return draw_map(
-            *given, weights=weights, weights_label=weights_label, errors=errors, **options
-        )
+    def seen(*given: Any, **options: Any) -> Any:
+        shown.append(tuple(options[name] for name in ("weights", "weights_label", "errors")))
+        return draw_map(*given, **options)
 
     draw_map = pictures.token_patch_map
     monkeypatch.setattr(pictures, "token_patch_map", seen)
     options: dict[str, Any] = {"samples": 1, "budget": 700, "top": 2, "repeats": 0}
-    found = command.run(request(made, tmp_path, attribution=method, **options))
+    options["attribution"] = "integrated_gradients"
+    found = command.run(request(made, tmp_path, **options))
     own = found.attribution.of()[1][0]
     [(weights, label, _)] = [x for x in shown if x[0] is not None]
     assert torch.equal(weights, own)
-    if method == "integrated_gradients":
-        assert float(own.min()) < 0 < float(own.max())
-        assert label == "integrated_gradients (logit)"
-    else:
-        assert label == "attention_rollout"
+    assert float(own.min()) < 0 < float(own.max())
+    assert label == "integrated_gradients (logit)"
     for name, (_, _, errors) in zip(("SII", "RG"), shown, strict=True):
         expected = found.pairs[0][name].between(0, 1, errors=True)
         np.testing.assert_array_equal(errors, expected)

@@ -339,21 +339,6 @@ def test_mistakes() -> None:
             call()
 
 
-def test_any_integer_is_a_target() -> None:
-    layer, x = pair_layer(), pair_inputs((3, 2))
-    for target in (
-        np.int64(2),
-        np.uint8(2),
-        torch.tensor(2),
-        np.array(2),
-        [2, 2],
-        np.array([2, 2]),
-    ):
-        assert layer.explain(x, target=target).target.tolist() == [2, 2]
-    narrow = torch.tensor([0, 2], dtype=torch.int32)
-    assert layer.explain(x, target=narrow).target.tolist() == [0, 2]
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_inputs_without_finite_logits_are_refused(value: float) -> None:
     layer, x = pair_layer(), pair_inputs((3, 2))

@@ -1,8 +1,7 @@
-"""Tests of the profiler's figures: logarithmic axes, legible without colour, no global changes."""
+"""Tests of the profiler's figure: logarithmic axes, ceilings, points."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -43,17 +42,3 @@ def test_roofline_has_ceilings_and_points_on_logarithmic_axes() -> None:
         [marker] = [line for label, line in lines.items() if label.startswith(point.label)]
         assert marker.get_xdata() == [8.0]
         assert marker.get_ydata() == [point.flop / point.seconds]
-
-
-@pytest.mark.parametrize(
-    ("points", "roof", "message"),
-    [
-        ([], ROOF, "points: expected at least one"),
-        ([dataclasses.replace(OURS, flop=0.0)], ROOF, "expected positive values"),
-        ([OURS], Roof({}, 1e9), "roof: expected ceilings above 0"),
-        ([OURS], Roof({"float32": 1e9}, 0.0), "roof: expected ceilings above 0"),
-    ],
-)
-def test_roofline_refuses_invalid_points(points: Any, roof: Roof, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        roofline_figure(points, roof)
