@@ -82,13 +82,6 @@ def draw(task: Task, digits: Digits, rows: Tensor, samples: int = 4000) -> Pairs
     return make_pairs(task, digits, rows, samples, torch.Generator().manual_seed(1))
 
 
-def best_guess(evidence: Tensor, labels: Tensor) -> float:
-    """Accuracy of the best rule that predicts the label from one discrete variable."""
-    table = torch.zeros(int(evidence.max()) + 1, int(labels.max()) + 1)
-    table.index_put_((evidence, labels), torch.ones(len(labels)), accumulate=True)
-    return (table.max(dim=1).values.sum() / len(labels)).item()
-
-
 def test_no_image_is_in_both_splits(digits: Digits) -> None:
     assert len(digits.labels) == 1797
     assert sorted([*digits.train.tolist(), *digits.test.tolist()]) == list(range(1797))
@@ -108,19 +101,6 @@ def test_labels_follow_the_construction(task: Task, digits: Digits) -> None:
     if task.name == "redundant":
         assert not (pairs.index[0] == pairs.index[1]).any()
         assert torch.equal(a, b)
-
-
-@BY_NAME
-def test_each_image_predicts_only_what_its_kind_of_interaction_allows(
-    task: Task, digits: Digits
-) -> None:
-    pairs = draw(task, digits, digits.train)
-    a, b = (digits.labels[index] for index in pairs.index)
-    sure, guess = 1.0, 1.3 * task.chance
-    from_a, from_b = best_guess(a, pairs.labels), best_guess(b, pairs.labels)
-    assert from_a == sure if task.name in ("unique_a", "redundant") else from_a < guess
-    assert from_b == sure if task.name in ("unique_b", "redundant") else from_b < guess
-    assert best_guess(a * 10 + b, pairs.labels) == sure
 
 
 def test_masks_cut_the_end_of_one_modality_at_most(digits: Digits, encoded: Encoded) -> None:

@@ -141,7 +141,10 @@ def test_another_run_does_not_continue_an_unfinished_one(
     ):
         run(sources, out, **options)
     assert names(out) == before
-    run(sources, out, force=True, **options)
+    claimed = RunFolder(out, Request(*sources, out, **options), True)
+    claimed.claim()
+    assert names(out) == {"run.json"}, "its progress is gone, too"
+    claimed.publish(FILES)
     assert names(out) == {"run.json", *FILES}
 
 

@@ -59,7 +59,8 @@ class RunFolder:
                 f"{path}: has a file {others[0].relative_to(path)} that no run of this command has recorded; "
                 "use another folder"
             )
-        self._require_unfinished(found)
+        if found is not None and found["finished"] and not force:
+            raise FolderError(f"{path}: has the results of another run, {_name(found)}; {_ADVICE}")
 
     def claim(self) -> Path:
         """Make the folder this run's; return the folder of its progress, which an equal, unfinished run left.
@@ -78,13 +79,11 @@ class RunFolder:
         mine = self._mine = json.loads(json.dumps(record))
         self.path.mkdir(parents=True, exist_ok=True)
         found = self._read()
-        if found is not None and not self._force:
-            self._require_unfinished(found)
-            if differences := _differences(found, mine):
-                raise FolderError(
-                    f"{self.path}: has an unfinished run, {_name(found)}, which differs from this one in "
-                    f"{', '.join(differences)}; {_ADVICE}"
-                )
+        if found is not None and not self._force and (differences := _differences(found, mine)):
+            raise FolderError(
+                f"{self.path}: has an unfinished run, {_name(found)}, which differs from this one in "
+                f"{', '.join(differences)}; {_ADVICE}"
+            )
         self._write(mine)
         _remove(self._results())
         if self._force:
@@ -108,12 +107,6 @@ class RunFolder:
             raise
         self._write(self._mine | {"finished": True})
         self._clear_progress()
-
-    def _require_unfinished(self, record: Mapping[str, Any] | None) -> None:
-        if record is not None and record["finished"] and not self._force:
-            raise FolderError(
-                f"{self.path}: has the results of another run, {_name(record)}; {_ADVICE}"
-            )
 
     def _write(self, record: Mapping[str, Any]) -> None:
         write_whole(self.path / RECORD, json.dumps(record, indent=1) + "\n")
