@@ -60,14 +60,11 @@ FULL_CPU: Rows = {
         Row(("mmimdb_sparse",), ("",), _TWO, ("reference",)),
     ),
     "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
-    "routed_mlp": (
-        Row(_SMALL, ("bias",), _TWO, ("index loop", "batched bmm")),
-        Row(_SMALL, ("bias",), _STEP, ("one-hot einsum",)),
-    ),
+    "routed_mlp": (Row(_SMALL, ("bias",), _TWO, ("index loop", "batched bmm")),),
     "routing": (),
     "pair_moe": (Row(("pair_base",), _REDUCTIONS, _TWO, ("reference", "compiled")),),
 }
-_EAGER = ("reference, TF32", "reference", "reference+sdpa", "vmap")
+_EAGER = ("reference, TF32", "reference", "reference+sdpa")
 FULL_CUDA: Rows = {
     "pair_moe": (
         Row(("pair_512",), _REDUCTIONS, _TWO, ("reference",)),

@@ -243,42 +243,6 @@ def test_module_reports_why_nvcc_does_not_work(
     assert reason.strip() in " ".join(built.stderr.split())
 
 
-# Replaces the environment's Python: records its calls and succeeds.
-PYTHON_OF_MAKE = """#!/bin/sh
-echo "FLMOE_CUDA=$FLMOE_CUDA $*" >> calls
-"""
-
-
-def test_make_rebuilds_if_flmoe_cuda_changes(tmp_path: Path) -> None:
-    if not shutil.which("make") or not (ROOT / "Makefile").is_file():
-        pytest.skip("make or the Makefile is missing")
-    for name in ("Makefile", "pyproject.toml", "setup.py", "CMakeLists.txt"):
-        shutil.copy2(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
-    (tmp_path / "flmoe_kernels").mkdir()
-    for name in ("_version.py", "_native.so"):
-        (tmp_path / "flmoe_kernels" / name).touch()
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(PYTHON_OF_MAKE)
-    python.chmod(0o755)
-    (tmp_path / ".venv" / ".stamp-installed").write_text(str(tmp_path.resolve()))
-
-    def installs(*assignments: str, **env: str) -> list[str]:
-        calls = tmp_path / "calls"
-        calls.unlink(missing_ok=True)
-        done = run(["make", ".venv/.stamp-built", *assignments], cwd=tmp_path, env=env)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = calls.read_text().splitlines()
-        return [line.split()[0] for line in lines if "install" in line]
-
-    assert installs(FLMOE_CUDA="0") == ["FLMOE_CUDA=0"]
-    assert installs(FLMOE_CUDA="0") == [], "the module is up to date"
-    assert installs(FLMOE_CUDA="1") == ["FLMOE_CUDA=1"]
-    assert installs("FLMOE_CUDA=1", FLMOE_CUDA="0") == []
-    assert installs(FLMOE_CUDA="") == ["FLMOE_CUDA="]
-
-
 @pytest.mark.slow
 def test_compile_error_points_to_the_log(checkout: Path, tmp_path: Path) -> None:
     require_build_tools()

@@ -1,6 +1,6 @@
 """Peers of interaction_moe: faster forms of the reference layer.
 
-Fused attention, torch.compile, vmap over experts and lower precision; parameters and inputs are the same.
+Fused attention, torch.compile and lower precision; parameters and inputs are the same.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from flmoe_kernels.profile.operators import interaction_moe as operator
 from flmoe_kernels.profile.prepared import Context, Prepared
 
 from . import common
-from .layers import VmapInteractionMoE, with_sdpa
+from .layers import with_sdpa
 
-SDPA, COMPILED, COMPILED_SDPA, VMAP = "reference+sdpa", "compiled", "compiled+sdpa", "vmap"
+SDPA, COMPILED, COMPILED_SDPA = "reference+sdpa", "compiled", "compiled+sdpa"
 # These use float32 parameters in cases of half precision, because common training code does not round parameters.
 TF32, AUTOCAST = "reference, TF32", "compiled+sdpa, autocast"
-PEERS = (SDPA, COMPILED, COMPILED_SDPA, VMAP, TF32, AUTOCAST)
+PEERS = (SDPA, COMPILED, COMPILED_SDPA, TF32, AUTOCAST)
 _COMPILED = (COMPILED, COMPILED_SDPA, AUTOCAST)
 _OWN_PRECISION = (TF32, AUTOCAST)
 
@@ -32,8 +32,6 @@ def unavailable_reason(case: Case, name: str) -> str:
     experts = operator.shape_of(case).experts
     if name in _OWN_PRECISION and case.dtype not in (torch.bfloat16, torch.float16):
         return "runs only in half precision"
-    if name == VMAP and experts:
-        return "vmap does not support data-dependent expert choices"
     if name in _COMPILED and experts:
         return "the loop over routed experts cannot be compiled as one graph"
     return common.compile_unavailable_reason(case) if name in _COMPILED else ""
@@ -52,8 +50,6 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
 def _adopt(name: str, reference: ReferenceInteractionMoE) -> Any:
     if name == TF32:
         return reference
-    if name == VMAP:
-        return VmapInteractionMoE.adopt(reference)
     layer = reference if name == COMPILED else with_sdpa(reference)
     if name in _COMPILED:
         common.prepare_compiler()

@@ -1,4 +1,4 @@
-"""Peers of routed_mlp: index loop, dense products, grouped products."""
+"""Peers of routed_mlp: index loop, padded products, grouped products."""
 
 from __future__ import annotations
 
@@ -19,18 +19,12 @@ from flmoe_kernels.profile.shapes import is_cuda
 from . import common
 
 # The index loop is the reference's code.
-LOOP, EINSUM, BMM = "index loop", "one-hot einsum", "batched bmm"
+LOOP, BMM = "index loop", "batched bmm"
 GROUPED, SCATTERMOE = "torch._grouped_mm", "scattermoe"
-PEERS = (LOOP, EINSUM, BMM, GROUPED, SCATTERMOE)
-# Limit in bytes for the hidden rows of all tokens in all experts (one-hot product).
-_ROOM = 24 * 2**30
+PEERS = (LOOP, BMM, GROUPED, SCATTERMOE)
 
 
 def unavailable_reason(case: Case, name: str) -> str:
-    shape = operator.shape_of(case)
-    if name == EINSUM:
-        held = 8 * shape.tokens * shape.experts * shape.hidden * case.dtype.itemsize
-        return f"would need about {held / 2**30:.0f} GiB" if held > _ROOM else ""
     if name == GROUPED:
         if not hasattr(torch, "_grouped_mm"):
             return f"torch {torch.__version__} has no torch._grouped_mm"
@@ -64,25 +58,8 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
         # The padded length is computed before timing, like a fixed capacity, so the peer need not wait for it.
         rows = int(torch.bincount(index.reshape(-1), minlength=shape.experts).max())
         return operator.prepare_routed(case, functools.partial(batched_bmm, rows), dtype)
-    functions = {EINSUM: one_hot_einsum, GROUPED: grouped_mm, SCATTERMOE: scattered}
-    return operator.prepare_routed(case, functions[name], dtype)
-
-
-def one_hot_einsum(
-    index: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-) -> Tensor:
-    """All experts for every token; a product with one-hot rows selects the chosen experts."""
-    share = torch.einsum("nk,nke->ne", weight, F.one_hot(index, w_in.shape[0]).to(x.dtype))
-    hidden = torch.einsum("nd,efd->enf", x, w_in)
-    hidden = F.gelu(hidden if b_in is None else hidden + b_in[:, None])
-    out = torch.einsum("enf,edf,ne->nd", hidden, w_out, share)
-    return out if b_out is None else out + share @ b_out
+    function = grouped_mm if name == GROUPED else scattered
+    return operator.prepare_routed(case, function, dtype)
 
 
 def batched_bmm(

@@ -27,7 +27,6 @@ TEST_FRACTION = 1 / 3
 # A third of the pairs have padding: up to MAX_PADDED tokens at the end of one modality.
 PADDED_FRACTION = 1 / 3
 MAX_PADDED = 4
-ENCODER_STEPS = 300
 ENCODER_BATCH = 128
 EXPERTS = ("unique_a", "unique_b", "synergy", "redundancy")
 
@@ -159,7 +158,7 @@ def _encode(encoder: PatchEncoder, digits: Digits) -> tuple[Tensor, float]:
     return (tokens - known.mean(dim=(0, 1))) / scale, accuracy
 
 
-def encode(digits: Digits, width: int, seed: int, steps: int = ENCODER_STEPS) -> Encoded:
+def encode(digits: Digits, width: int, seed: int, steps: int) -> Encoded:
     """Features of both modalities, from two encoders trained separately from different initial weights."""
     tokens, accuracy = [], []
     for m in range(2):

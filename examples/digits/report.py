@@ -10,11 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .data import EXPERTS
-from .measure import GROUPS
 
 
 def print_report(results: Mapping[str, Any], console: Console) -> None:
-    for make in (_accuracies, _token_pairs, _differences, _costs):
+    for make in (_accuracies, _token_pairs, _errors, _costs):
         console.print(make(results))
         console.print()
 
@@ -65,7 +64,7 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
         "those tied: within two standard errors or 5% of it.\n"
         "In the task redundant a single image determines the label: the uniqueness experts can learn it as "
         "well as the redundancy expert, and no loss prevents this.\n"
-        "Every patch and pair of patches has an exact value, see demo_pairs.png: the patches' values add up to "
+        "Every patch and pair of patches has an exact value, see the figures: the patches' values add up to "
         f"the logit minus the logit without patches, with an error of {worst:.0e}.\n"
         f"Trained for {settings['pair_steps']} steps of {settings['pair_batch_size']} pairs, the reference layer "
         f"for {settings['steps']} of {settings['batch_size']}.",
@@ -78,19 +77,16 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _differences(results: Mapping[str, Any]) -> Table:
+def _errors(results: Mapping[str, Any]) -> Table:
     table = _table(
         "Agreement of the layers",
-        "Largest absolute difference and value over one batch per task, no dropout, the same noise; "
-        "then the error of each layer against the reference in float64.",
-        *("", "difference", "largest value", "reference", "fast", "rounding only"),
+        "Largest absolute difference from the reference in float64, over one batch per task without dropout. "
+        "`swap` keeps a layer whose results differ by more than rounding.",
+        *("", "error"),
     )
-    for group in GROUPS:
-        differences = [task["differences"][group] for task in results["tasks"].values()]
-        same = all(difference["rounding_only"] for difference in differences)
-        keys = ("largest", "scale", "reference_error", "fast_error")
-        cells = (f"{max(difference[key] for difference in differences):.1e}" for key in keys)
-        table.add_row(group, *cells, Text("yes", "green") if same else Text("NO", "bold red"))
+    tasks = list(results["tasks"].values())
+    for name in tasks[0]["errors"]:
+        table.add_row(name, f"{max(task['errors'][name] for task in tasks):.1e}")
     return table
 
 

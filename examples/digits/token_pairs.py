@@ -19,7 +19,7 @@ from flmoe_kernels.layers.pair_interaction_moe.explanation import PairExplanatio
 
 from .data import Digits, Encoded, Pairs, Task
 from .settings import Settings
-from .train import LARGEST_GRADIENT, WARM_UP
+from .train import LARGEST_GRADIENT, WARM_UP, accuracy
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,8 @@ def evaluate(
     """Accuracy and shares over all pairs, and the explanation of the first pair."""
     explanation = layer.explain(*pairs.batch(encoded, slice(None)), pairs.labels)
     share = explanation.expert_share()
-    correct = explanation.logits.argmax(dim=1) == pairs.labels
     return PairResult(
-        accuracy=correct.double().mean().item(),
+        accuracy=accuracy(explanation.logits, pairs.labels),
         share=tuple(share.mean(dim=0).tolist()),
         leading=tuple(leading(share.double().numpy())),
         sample=explain_first(explanation, pairs, digits),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,14 +75,7 @@ def training_step(
 def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> PairClassifier:
     """Train a new published layer on a task."""
     torch.manual_seed(settings.seed)
-    return fit(PairClassifier(task.num_classes, settings), pairs, encoded, settings)
-
-
-def fit(
-    model: PairClassifier, pairs: Pairs, encoded: Encoded, settings: Settings
-) -> PairClassifier:
-    """Train a model that has either layer."""
-    model.train()
+    model = PairClassifier(task.num_classes, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = make_optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -97,26 +89,15 @@ def fit(
     return model.eval()
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Logits (S, C) of S pairs, mixture weights (S, E) and expert logits (S, E, C)."""
-
-    logits: Tensor
-    weights: Tensor
-    expert_logits: Tensor
-
-    def accuracy(self, labels: Tensor) -> float:
-        return (self.logits.argmax(dim=1) == labels).double().mean().item()
-
-
 @torch.no_grad()
-def predict(model: PairClassifier, pairs: Pairs, encoded: Encoded) -> Predictions:
-    """Predictions of a model in eval mode for all pairs."""
-    logits, weights, expert_logits = [], [], []
+def predict(model: PairClassifier, pairs: Pairs, encoded: Encoded) -> Tensor:
+    """Logits (S, C) of a model in eval mode for all pairs."""
+    logits = []
     for start in range(0, len(pairs), EVALUATION_BATCH):
-        inputs, masks = pairs.batch(encoded, slice(start, start + EVALUATION_BATCH))
-        experts, weight, mixture = model.inference(inputs, masks)
-        logits.append(mixture)
-        weights.append(weight)
-        expert_logits.append(torch.stack(list(experts), dim=1))
-    return Predictions(torch.cat(logits), torch.cat(weights), torch.cat(expert_logits))
+        batch = pairs.batch(encoded, slice(start, start + EVALUATION_BATCH))
+        logits.append(model.inference(*batch)[2])
+    return torch.cat(logits)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(dim=1) == labels).double().mean().item()

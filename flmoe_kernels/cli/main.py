@@ -18,7 +18,6 @@ import typer
 
 from flmoe_kernels._version import __version__
 
-from . import tune
 from .errors import PACKAGE
 from .explain import explain
 from .info import info
@@ -34,7 +33,6 @@ app = typer.Typer(
 )
 for command in (info, swap, explain, profile):
     app.command()(command)
-app.add_typer(tune.app, name="tune")
 
 
 def main() -> None:

@@ -72,10 +72,6 @@ def profile(
     temperature: Temperature = None,
     gate: GateName = None,
     top_k: TopK = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="Time and memory at these sequence lengths, for example 128,256."),
-    ] = None,
     seconds: Annotated[
         float,
         typer.Option(
@@ -84,17 +80,12 @@ def profile(
         ),
     ] = 5.0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace to this file.")] = None,
-    csv_file: Annotated[
-        Path | None, typer.Option("--csv", help="Write the tables to this CSV file.")
-    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all results to this JSON file.")
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Write a plot to this .png, .pdf or .svg file: the roofline, or with --lengths time and memory."
-        ),
+        typer.Option(help="Write a plot of the roofline to this .png, .pdf or .svg file."),
     ] = None,
     check: Annotated[bool, typer.Option(help="First compare results with the reference.")] = True,
     memory: Annotated[
@@ -106,19 +97,19 @@ def profile(
     from flmoe_kernels.profile.check import WrongAnswer
     from flmoe_kernels.profile.output import Files
     from flmoe_kernels.profile.request import Request
-    from flmoe_kernels.profile.run import run_case, run_layer, run_lengths
+    from flmoe_kernels.profile.run import run_case, run_layer
     from flmoe_kernels.profile.user_layer import UserLayer
 
     if (op is None) == (checkpoint is None):
         fail("expected either --op or --checkpoint, got " + ("both" if op else "neither"))
-    files = Files(trace=trace, csv=csv_file, json=json_file, plot=plot)
+    files = Files(trace=trace, json=json_file, plot=plot)
     try:
         files.require_writable()
         if not seconds > 0:
             fail(f"seconds: expected a positive number, got {seconds}")
         with needs_extra("demo"):
             if checkpoint is not None:
-                _refuse(shape=shape, backend=backend, variant=variant, lengths=lengths)
+                _refuse(shape=shape, backend=backend, variant=variant)
                 user = UserLayer(
                     path=str(checkpoint),
                     batch=32 if batch is None else batch,
@@ -140,10 +131,7 @@ def profile(
                 request = Request(
                     op or "", shape, dtype, tuple(backend or ()), phase, device, variant
                 )
-                if wanted := _numbers("lengths", lengths):
-                    run_lengths(request, wanted, seconds, files, check=check, memory=memory)
-                else:
-                    run_case(request, seconds, files, check=check, memory=memory)
+                run_case(request, seconds, files, check=check, memory=memory)
     except WrongAnswer as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(code=1) from error

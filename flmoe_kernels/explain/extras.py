@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def optional_package(name: str, argument: str = "") -> Any:
+def optional_package(name: str) -> Any:
     """Import a package that is not a dependency.
 
     Raises:
@@ -18,7 +18,7 @@ def optional_package(name: str, argument: str = "") -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{argument}needs a package: pip install {name}") from error
+        raise ModuleNotFoundError(f"needs a package: pip install {name}") from error
 
 
 @contextmanager

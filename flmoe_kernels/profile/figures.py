@@ -1,10 +1,10 @@
-"""Figures of the roofline and of time and memory over sequence length."""
+"""Figure of the roofline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^v<>pPX*h"
 STYLES = ("solid", "dashed", "dashdot", "dotted")
-_MIB = 2**20
 _MARGIN = 4.0  # factor by which the axes extend beyond the points
 
 
@@ -56,11 +55,9 @@ def roofline_figure(points: Sequence[Point], roof: Roof, *, title: str = "") -> 
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: no points or ceilings, or values that are not positive, which logarithmic axes cannot show.
     """
     from flmoe_kernels.core.figures import make_figure, plain
 
-    _require(points, roof)
     figure = make_figure(8.5, 5.5)
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -104,101 +101,9 @@ def _draw(axes: Axes, point: Point, marker: str, label: str) -> None:
     )
 
 
-def _require(points: Sequence[Point], roof: Roof) -> None:
-    if not points:
-        raise ValueError("points: expected at least one, got none")
-    for point in points:
-        if not all(value > 0 for value in (point.flop, point.bytes, point.low)):
-            raise ValueError(f"points: expected positive values for {point.label}, got {point}")
-    if not roof.flops or roof.copy <= 0 or min(roof.flops.values()) <= 0:
-        raise ValueError(f"roof: expected ceilings above 0, got {roof}")
-
-
 def rate_text(rate: float) -> str:
     """Format a rate with three digits and the prefix of a unit: 1.23e12 is "1.23 T"."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if rate >= size:
             return f"{rate / size:.3g} {prefix}"
     return f"{rate:.3g} "
-
-
-@dataclass(frozen=True)
-class LengthPoint:
-    """A contestant at a length: median seconds with their interval, and peak bytes.
-
-    why_not: the reason why it was not measured; seconds and peak_bytes are then None.
-    """
-
-    length: int
-    contestant: str
-    ours: bool
-    seconds: float | None
-    low: float | None
-    high: float | None
-    peak_bytes: int | None
-    why_not: str = ""
-
-
-def length_figure(points: Sequence[LengthPoint], *, title: str = "") -> Figure:
-    """Plot time and memory on logarithmic axes, with a line for each contestant: solid and filled for ours.
-
-    A line ends at the last length that the contestant could compute; the legend has the reason.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: nothing was measured.
-    """
-    from flmoe_kernels.core.figures import make_figure, plain
-
-    if not any(point.seconds for point in points):
-        raise ValueError("points: expected at least one measured point, got none")
-    figure = make_figure(10.5, 5.0)
-    time, memory = figure.subplots(1, 2)
-    names = list(dict.fromkeys(point.contestant for point in points))
-    lengths = sorted({point.length for point in points})
-    for number, name in enumerate(names):
-        own = sorted(
-            (point for point in points if point.contestant == name), key=lambda p: p.length
-        )
-        style = {
-            "color": "black" if own[0].ours else "0.35",
-            "marker": MARKERS[number % len(MARKERS)],
-            "mfc": "black" if own[0].ours else "white",
-            "ls": "solid" if own[0].ours else STYLES[1 + number % (len(STYLES) - 1)],
-            "label": _legend(plain(name), own),
-        }
-        _times(time, own, style)
-        held = [(point.length, point.peak_bytes / _MIB) for point in own if point.peak_bytes]
-        if held:
-            memory.plot(*zip(*held, strict=True), **style)
-    for axes, what, unit in ((time, "time of a call", "s"), (memory, "peak memory", "MiB")):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(lengths, [str(length) for length in lengths])
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("sequence length (tokens)")
-        axes.set_ylabel(f"{what} ({unit})")
-        axes.grid(True, color="0.85", lw=0.6)
-    time.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0.0, -0.15), frameon=False)
-    if title:
-        figure.suptitle(plain(title))
-    return figure
-
-
-def _times(axes: Axes, own: Sequence[LengthPoint], style: dict[str, Any]) -> None:
-    known = [
-        (point.length, point.seconds, point.low or 0.0, point.high or 0.0)
-        for point in own
-        if point.seconds is not None
-    ]
-    if not known:
-        return
-    lengths, seconds, low, high = (np.array(values) for values in zip(*known, strict=True))
-    axes.errorbar(lengths, seconds, yerr=[seconds - low, high - seconds], capsize=3, **style)
-
-
-def _legend(name: str, own: Sequence[LengthPoint]) -> str:
-    left = [point for point in own if point.why_not]
-    if not left:
-        return name
-    return f"{name} (not at {', '.join(str(point.length) for point in left)}: {left[0].why_not})"

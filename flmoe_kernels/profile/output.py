@@ -1,10 +1,7 @@
-"""Output of the command `profile`: tables, CSV, JSON and figures, written atomically."""
+"""Output of the command `profile`: tables, JSON and figures, written atomically."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from flmoe_kernels.core.files import unwritable_reason, write_whole
 
-from .figures import LengthPoint, Point, rate_text
+from .figures import Point, rate_text
 from .profiles import Profile
 from .request import BadRequest
-from .stages import EITHER, Breakdown
+from .stages import Breakdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 SCHEMA = "flmoe_kernels.profile/2"
-WHOLE = "whole"
-COLUMNS = (
-    *("case", "contestant", "kind", "version", "dtype", "device", "stage", "pass", "seconds"),
-    *("share", "calls", "low", "high", "confidence", "p20", "p80", "flop", "bytes"),
-    *("flops_per_second", "bytes_per_second", "share_of_limit", "limit", "peak_bytes"),
-    *("operators", "torch_operators", "launches", "waits", "reads"),
-)
 
 
 @dataclass(frozen=True)
@@ -38,7 +28,6 @@ class Files:
     """Output paths; None for files that are not written."""
 
     trace: Path | None = None
-    csv: Path | None = None
     json: Path | None = None
     plot: Path | None = None
 
@@ -49,7 +38,7 @@ class Files:
             BadRequest: a file cannot be written, or the format of the plot is unknown.
             ModuleNotFoundError: a plot is requested and matplotlib is not installed.
         """
-        for name in ("trace", "csv", "json", "plot"):
+        for name in ("trace", "json", "plot"):
             path = getattr(self, name)
             if path is not None and (reason := unwritable_reason(path)):
                 raise BadRequest(f"{name}: {path}: {reason}")
@@ -62,11 +51,9 @@ class Files:
                     f"plot: expected a file name with .png, .pdf or .svg, got {self.plot}"
                 )
 
-    def write_text(self, which: str, make: Callable[[], str]) -> None:
-        path = getattr(self, which)
-        if path is not None:
-            text = make()
-            write_whole(path, text)
+    def write_json(self, make: Callable[[], str]) -> None:
+        if self.json is not None:
+            write_whole(self.json, make())
 
     def write_plot(self, make: Callable[[], Figure]) -> None:
         if self.plot is not None:
@@ -86,40 +73,6 @@ def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **
         **more,
     }
     return json.dumps(held, indent=2, allow_nan=False) + "\n"
-
-
-def as_csv(profiles: Sequence[Profile]) -> str:
-    """Format a row named "whole" with all measures of the call, then a row for each stage, as CSV.
-
-    Seconds of "whole" are the median without profiler; seconds of a stage are from the profiled calls, which are
-    slower. Columns that do not apply are empty.
-    """
-    rows = []
-    for profile in profiles:
-        facts = profile.as_dict()
-        spread, breakdown = facts["spread"], facts["breakdown"] or {"stages": []}
-        whole = {"stage": WHOLE, "pass": EITHER, "seconds": spread["median"]}
-        who = {name: facts[name] for name in ("contestant", "kind", "version", "dtype", "device")}
-        who["case"] = facts["what"]
-        rows.append({**breakdown, **spread, **facts, **who, "share": 1.0, "calls": 1.0, **whole})
-        rows += [
-            {**who, **stage, "stage": stage["name"], "pass": stage["phase"]}
-            for stage in breakdown["stages"]
-        ]
-    return _csv(COLUMNS, rows)
-
-
-def lengths_csv(points: Sequence[LengthPoint]) -> str:
-    names = [field.name for field in dataclasses.fields(LengthPoint)]
-    return _csv(names, [dataclasses.asdict(point) for point in points])
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 def points_of(profiles: Sequence[Profile]) -> list[Point]:
@@ -217,25 +170,6 @@ def _stage_table(breakdown: Breakdown, median: float) -> RenderableType:
     slower = breakdown.whole / median
     rows.append((f"whole, {slower:.2f}x the median", "", _time(breakdown.whole), "100.0%", "1"))
     return _table(("stage", "pass", "time", "share", "calls"), rows, right=2)
-
-
-def length_table(points: Sequence[LengthPoint]) -> RenderableType:
-    names = list(dict.fromkeys(point.contestant for point in points))
-    known = {(point.length, point.contestant): point for point in points}
-    rows = [
-        (str(length), *(_length_cell(known.get((length, name))) for name in names))
-        for length in sorted({point.length for point in points})
-    ]
-    return _table(("tokens", *names), rows)
-
-
-def _length_cell(point: LengthPoint | None) -> str:
-    if point is None:
-        return "-"
-    if point.seconds is None:
-        return point.why_not
-    peak = "" if point.peak_bytes is None else f", {point.peak_bytes / 2**20:.1f} MiB"
-    return _time(point.seconds) + peak
 
 
 def _number(value: float | None) -> str:

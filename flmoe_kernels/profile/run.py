@@ -13,14 +13,11 @@ from .cases import Case
 from .ceilings import Ceilings, measure_ceilings
 from .check import agree
 from .environment import environment
-from .figures import LengthPoint, Roof, length_figure, roofline_figure
-from .lengths import scan
-from .memory import peak_bytes
+from .figures import Roof, roofline_figure
 from .output import Files
 from .profiles import Limit, Profile, Tell, profile_subjects
-from .registry import Contestant, contestants, prepare, words_of
+from .registry import Contestant, prepare, words_of
 from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
-from .shapes import at_length
 from .user_layer import PHASES, UserLayer, check_swap
 
 if TYPE_CHECKING:
@@ -126,61 +123,6 @@ def run_layer(
     _write(profiles, ceilings, facts, files, **extra)
 
 
-def run_lengths(
-    request: Request,
-    lengths: Sequence[int],
-    seconds: float,
-    files: Files,
-    *,
-    check: bool,
-    memory: bool,
-) -> None:
-    """Measure contestants of a case over sequence lengths; by default all that run at the shortest length.
-
-    Raises:
-        BadRequest: the request cannot be run.
-        WrongAnswer: results of a contestant are wrong at the shortest length.
-    """
-    if files.trace is not None:
-        raise BadRequest("trace: expected no file with --lengths")
-    if min(lengths) < 1:
-        raise BadRequest(f"lengths: expected positive numbers, got {','.join(map(str, lengths))}")
-    case = request.case()
-    shortest = dataclasses.replace(case, shape=at_length(case.shape, min(lengths)))
-    chosen = (
-        request.contestants(shortest)
-        if request.backends
-        else [contestant for contestant in contestants(shortest) if not contestant.why_not]
-    )
-    if not chosen:
-        raise BadRequest(f"{case.name}: nothing runs on {case.device} here")
-    with _telling() as tell:
-        if check:
-            tell("checking results against the reference in float64")
-            every = not request.backends or EVERY in request.backends
-            chosen = _checked(shortest, chosen, every, tell)
-        points = scan(
-            case,
-            [contestant.name for contestant in chosen],
-            lengths,
-            seconds,
-            peak=peak_bytes if memory else lambda case, contestant: None,
-            tell=tell,
-        )
-    _print(output.length_table(points))
-    _write_lengths(case.name, points, files, environment(case.device))
-
-
-def _write_lengths(
-    name: str, points: Sequence[LengthPoint], files: Files, facts: dict[str, Any]
-) -> None:
-    files.write_text("csv", lambda: output.lengths_csv(points))
-    held = [dataclasses.asdict(point) for point in points]
-    files.write_text("json", lambda: output.as_json(facts, case=name, lengths=held))
-    title = f"{name} on {facts['device']}, {_threads(facts)}"
-    files.write_plot(lambda: length_figure(points, title=title))
-
-
 def _print_tables(profiles: Sequence[Profile], heading: str) -> None:
     if heading:
         _print(heading)
@@ -195,10 +137,7 @@ def _write(
     files: Files,
     **more: Any,
 ) -> None:
-    files.write_text("csv", lambda: output.as_csv(profiles))
-    files.write_text(
-        "json", lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more)
-    )
+    files.write_json(lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more))
     roof = Roof(dict(ceilings.flops), ceilings.bytes_per_second)
     title = f"{facts['device']}, {_threads(facts)}"
     files.write_plot(lambda: roofline_figure(output.points_of(profiles), roof, title=title))

@@ -170,8 +170,6 @@ def test_a_wrong_answer_fails_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_module_can_be_imported(path: Path) -> None:
-    """Includes the experiments, which no test runs."""
-    pytest.importorskip("shapiq")
     pytest.importorskip("triton")
     importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
@@ -223,26 +221,12 @@ def test_gpu_script_reports_stopped_steps_and_skips_steps_without_time(tmp_path:
     assert "sanitize (without the tool): stopped after 90 s" in done.stdout
     assert "timeout --signal=INT --kill-after=20 90 " in log.read_text()
     assert done.returncode == 1
-    done = gpu_script(python, "tests", FLMOE_GPU_BUDGET="3", FLMOE_GPU_LEAST="4", **path)
+    done = gpu_script(python, "tests", FLMOE_GPU_BUDGET="3", **path)
     assert "== tests: skipped" in done.stdout
     assert done.returncode == 1
     unknown = gpu_script(python, "instal")
     assert unknown.returncode == 2
     assert "unknown step 'instal'" in unknown.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("FLMOE_GPU_BUDGET", "soon", "expected seconds, got 'soon'"),
-        ("FLMOE_GPU_LEAST", "-1", "expected seconds, got '-1'"),
-        ("FLMOE_GPU_DEVICE", "CUDA", "expected cpu, cuda or cuda:N, got 'CUDA'"),
-    ],
-)
-def test_gpu_script_refuses_unknown_settings(name: str, value: str, message: str) -> None:
-    done = gpu_script(Path("/bin/false"), "tests", **{name: value})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"gpu.sh: {name}: {message}\n"
 
 
 def test_gpu_script_fails_where_nothing_runs() -> None:

@@ -45,17 +45,10 @@ def test_info_json_is_pure_and_complete(tmp_path: Path) -> None:
     )
     assert facts["devices"]["cpu"]
     assert facts["threads"] >= 1
-
-
-def test_info_lists_every_backend(tmp_path: Path) -> None:
-    facts = json.loads(run_cli("info", "--json", cwd=tmp_path).stdout)
     assert set(facts["backends"]) == {"reference", "cpu", "triton", "cuda"}
-    assert facts["backends"]["reference"]["ok"] is True
     for name, state in facts["backends"].items():
-        assert isinstance(state["ok"], bool)
-        assert state["ok"] or state["reason"], f"{name} does not run and gives no reason"
-    native_runs = facts["backends"]["cpu"]["ok"]
-    assert (facts["instruction_set"] is not None) == native_runs
+        assert state["ok"] is True or state["reason"], f"{name} does not run and gives no reason"
+    assert (facts["instruction_set"] is not None) == facts["backends"]["cpu"]["ok"]
 
 
 def test_info_table_for_people(tmp_path: Path) -> None:
@@ -72,9 +65,7 @@ def test_version(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize(
-    "arguments", [("info",), ("info", "--json"), ("--help",), ("tune", "show")]
-)
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--json"), ("--help",)])
 def test_full_standard_output_is_one_line_and_exit_code_2(
     arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -134,12 +125,6 @@ def test_empty_settings_are_the_defaults(tmp_path: Path) -> None:
         check=False,
     )
     assert result.stdout.startswith("reference"), result.stderr
-
-
-def test_unknown_command_is_exit_code_2(tmp_path: Path) -> None:
-    result = run_cli("no-such-command", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "no-such-command" in result.stderr
 
 
 def test_missing_extra_is_one_line_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:

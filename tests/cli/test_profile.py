@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import itertools
 import json
@@ -18,13 +17,12 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("matplotlib")
 
 from flmoe_kernels.cli.profile import profile
-from flmoe_kernels.profile import ceilings, lengths
+from flmoe_kernels.profile import ceilings
 from flmoe_kernels.profile import request as profile_request
 from flmoe_kernels.profile import run as profile_run
 from flmoe_kernels.profile.cases import cases
 from flmoe_kernels.profile.check import WrongAnswer
 from flmoe_kernels.profile.costs import cost
-from flmoe_kernels.profile.lengths import scan
 from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape
 
 app = typer.Typer()
@@ -59,13 +57,8 @@ def run(*arguments: str, code: int = 0) -> Result:
     return result
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
-    names = {"trace": "t.json", "csv": "out.csv", "json": "out.json", "plot": "roof.png"}
+    names = {"trace": "t.json", "json": "out.json", "plot": "roof.png"}
     written = {name: tmp_path / file for name, file in names.items()}
     options = itertools.chain(*((f"--{name}", str(path)) for name, path in written.items()))
     backends = ("--backend", "cpu", "--backend", "reference")
@@ -98,20 +91,6 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
     assert (peer["contestant"], peer["kind"]) == ("reference", "peer")
     assert peer["ratio"]["low"] <= peer["ratio"]["median"] <= peer["ratio"]["high"]
     assert (ours["breakdown"]["operators"], peer["breakdown"]["operators"]) == (2, 0)
-
-    rows = rows_of(written["csv"])
-    for found in (ours, peer):
-        own = [row for row in rows if row["contestant"] == found["contestant"]]
-        [whole] = [row for row in own if row["stage"] == "whole"]
-        assert float(whole["seconds"]) == found["spread"]["median"]
-        assert float(whole["flops_per_second"]) == found["flops_per_second"]
-        assert float(whole["share_of_limit"]) == found["share_of_limit"]
-        assert (whole["peak_bytes"], whole["launches"]) == ("", "")
-        stages = [row for row in own if row["stage"] != "whole"]
-        assert [float(row["seconds"]) for row in stages] == [
-            stage["seconds"] for stage in found["breakdown"]["stages"]
-        ]
-        assert sum(float(row["share"]) for row in stages) == pytest.approx(1.0)
 
     trace = json.loads(written["trace"].read_text())
     assert any(event.get("name") == "flmoe::pair_moe_backward" for event in trace["traceEvents"])
@@ -167,8 +146,7 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--op", "pair_moe", "--pass", "sideways"), "pass: expected one of forward, backward,"),
         (("--op", "pair_moe", "--variant", "sum"), "variant: expected one of none, pool, got"),
         (("--op", "pair_moe", "--device", "tpu:0"), "device: expected cpu, cuda or cuda:N"),
-        (("--op", "pair_moe", "--lengths", "8,x"), "--lengths: expected numbers separated by"),
-        (("--op", "pair_moe", "--lengths", "8,0"), "lengths: expected positive numbers, got 8,0"),
+        (("--checkpoint", "x.pt", "--tokens", "8,x"), "--tokens: expected numbers separated by"),
         (("--op", "pair_moe", "--tokens", "8"), "--tokens: does not apply to this kind of request"),
         (("--op", "pair_moe", "--top-k", "1"), "--top-k: does not apply to this kind of request"),
         (("--op", "pair_moe", "--batch", "32"), "--batch: does not apply to this kind of request"),
@@ -180,11 +158,6 @@ def test_names_of_the_layer_s_passes() -> None:
         ),
         (("--op", "pair_moe", "--plot", "x.wav"), "plot: expected a file name with .png"),
         (("--op", "routing", "--plot", "x.png"), "plot: routing has no matrix products"),
-        (("--op", "pair_moe", "--lengths", "8", "--trace", "t.json"), "trace: expected no file"),
-        (
-            ("--checkpoint", "x.pt", "--lengths", "8"),
-            "--lengths: does not apply to this kind of request",
-        ),
         (("--checkpoint", "absent.pt"), "absent.pt: "),
     ],
 )
@@ -247,64 +220,6 @@ def test_times_are_reported_if_the_peak_cannot_be_measured(
     assert "cpu: memory: not measured: the process ended early, with -9" in result.stdout
     [found] = json.loads(target.read_text())["profiles"]
     assert found["peak_bytes"] is None
-
-
-def test_lengths_are_measured_for_ours_and_the_peers(tmp_path: Path) -> None:
-    paths = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "png")}
-    backends = ("--backend", "cpu", "--backend", "reference")
-    written = (
-        "--csv",
-        str(paths["csv"]),
-        "--json",
-        str(paths["json"]),
-        "--plot",
-        str(paths["png"]),
-    )
-    result = run("--op", "pair_moe", *backends, "--lengths", "16,8,8", *QUICK, *written)
-    rows = rows_of(paths["csv"])
-    assert [(row["length"], row["contestant"]) for row in rows] == [
-        *(("8", "cpu"), ("8", "reference")),
-        *(("16", "cpu"), ("16", "reference")),
-    ]
-    for row in rows:
-        assert 0 < float(row["low"]) <= float(row["seconds"]) <= float(row["high"])
-        assert (row["peak_bytes"], row["why_not"]) == ("", "")
-    held = json.loads(paths["json"].read_text())
-    assert held["case"] == "pair_moe/small_pairs/forward+backward/float32/none"
-    assert [point["seconds"] for point in held["lengths"]] == [
-        float(row["seconds"]) for row in rows
-    ]
-    assert paths["png"].read_bytes().startswith(b"\x89PNG")
-    assert "reference" in result.stdout
-
-
-def test_lengths_that_need_too_much_memory_or_fail_are_skipped_with_a_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(lengths, "free_bytes", lambda device: 1000.0)
-
-    def peak(case: Any, contestant: Any) -> int:
-        if contestant.name == "cpu":
-            return 10 * case.shape.rows
-        if case.shape.rows > 8:
-            raise RuntimeError("the process ended early\nand more")
-        return case.shape.rows**2
-
-    case = cases(["pair_moe"], [PAIRS], ["forward"])[0]
-    found = {
-        (point.length, point.contestant): point
-        for point in scan(case, ["cpu", "reference"], [4, 8, 16, 40, 90], 0.02, peak=peak)
-    }
-    reasons = {key: point.why_not for key, point in found.items()}
-    # Memory grows linearly from 160 bytes at 16 tokens: 900 bytes at 90 tokens exceed 60% of the free memory.
-    assert [reasons[n, "cpu"] for n in (4, 8, 16, 40)] == [""] * 4
-    assert reasons[90, "cpu"] == "a call would take about 0.0 GiB"
-    assert [reasons[n, "reference"] for n in (4, 8)] == ["", ""]
-    assert {reasons[n, "reference"] for n in (16, 40, 90)} == {"the process ended early"}
-    assert found[16, "reference"].seconds is None
-    assert found[16, "cpu"].peak_bytes == 160
-    with pytest.raises(ValueError, match="lengths: expected positive numbers"):
-        scan(case, ["cpu"], [0, 4], 0.02)
 
 
 def test_the_page_names_only_existing_options() -> None:

@@ -102,7 +102,7 @@ def inference(gate: str | None) -> Model:
 
 def pair(losses: bool = False) -> Model:
     return Model(
-        PairInteractionMoE((8, 8), num_classes=3, rank=4, value_dim=4),
+        PairInteractionMoE((8, 8), num_classes=3, rank=4, value_dim=4, token_outputs=True),
         lambda layer, x, y, mask: layer([x, y], [mask, None], interaction_losses=losses),
         lambda batch, length: (*tokens(batch, length), valid(batch, length)),
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
-from tests.support.inputs import MASK_PATTERNS, draw, draw_masks
+from tests.support.inputs import draw
 
 EXACT = draw(40, 7, dtype=torch.float64)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -74,14 +74,3 @@ def test_a_budget_that_accepts_zeros_is_an_error() -> None:
         assert_within_budget(*[rounded(torch.float32)] * 2, EXACT, "magnitude", magnitude=1e7)
     noise = EXACT * 1e-9
     assert_within_budget(*[noise.float()] * 2, noise, "cancels", magnitude=1.0, may_vanish=True)
-
-
-def test_mask_patterns_keep_a_valid_token() -> None:
-    """Only one pattern pads a whole sample, for which the reference has no defined result."""
-    lengths = (6, 3, 4)
-    for name in MASK_PATTERNS:
-        masks = draw_masks(name, 5, lengths)
-        if masks is None or any(mask is None for mask in masks):
-            continue
-        counts = torch.stack([mask.sum(1) for mask in masks if mask is not None]).sum(0)
-        assert bool((counts == 0).any()) == (name == "padded_sample"), name

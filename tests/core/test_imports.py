@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flmoe_kernels
-
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("triton", "rich", "typer", "sklearn", "matplotlib", "safetensors", "scipy")
 # The tests that bench/gpu.sh runs.
@@ -114,13 +112,3 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *{GPU_TE
 """
     collected = run(code, "hypothesis", "xdist", "pytest_benchmark", "yaml", *OPTIONAL[1:])
     assert all(name in collected for name in GPU_TESTS)
-
-
-def test_public_names() -> None:
-    for name in (
-        *("BackendUnavailable", "FusionTransformer", "InteractionMoE", "ReferenceInteractionMoE"),
-        *("SwapReport", "available_backends", "expert_attention", "pair_map", "pair_moe"),
-        *("PairInteractionMoE", "RoutedMLP", "routed_mlp", "swap", "top_pairs", "use_backend"),
-        "__version__",
-    ):
-        assert hasattr(flmoe_kernels, name)

@@ -37,7 +37,6 @@ from flmoe_kernels.explain import (
 from flmoe_kernels.explain.estimators import checkpoint as checkpoint_module
 from flmoe_kernels.explain.report import command, pictures
 from flmoe_kernels.explain.report.request import Request
-from flmoe_kernels.explain.report.sentences import ranks
 from flmoe_kernels.published.convert import load_layer
 from flmoe_kernels.published.report import LeftLayer, SwapReport
 from tests.support.explain_files import (
@@ -185,7 +184,6 @@ def test_page_is_complete_safe_accessible_and_self_contained(
     page = Page(text)
     assert not page.open
     assert "script" not in page.seen
-    assert {"main", "section", "table", "caption", "figure", "h2"} <= page.seen
     assert len(page.images) == len(FIGURES)
     on_disk = {(out / f"{name}.png").read_bytes() for name in FIGURES}
     for image in page.images:
@@ -202,35 +200,20 @@ def test_page_is_complete_safe_accessible_and_self_contained(
     # The untrusted token is present as text.
     assert any(EVIL in cell for cell in page.cells)
     assert any("' onload='" in cell for cell in page.cells)
-    # The page is accessible, and a browser would load nothing even if an escape were missing.
-    assert '<html lang="en">' in text
+    # A browser would load nothing even if an escape were missing.
     assert "default-src 'none'; img-src data:;" in text
-    # Every table has a caption, every row and column header has text, every section has a title.
     assert text.count("<table>") == text.count("<caption>") > 4
-    heads = re.findall(r"<th ([^>]*)>(.*?)</th>", text)
-    assert all("scope=" in about and words for about, words in heads)
-    assert any(about == 'scope="row"' for about, _ in heads)
-    for title in re.findall(r'aria-labelledby="(\w+)"', text):
-        assert f'<h2 id="{title}">' in text
-    colours = re.search(r"body \{[^}]*color: #111;[^}]*background: #fff;", text)
-    assert colours is not None
 
 
 def test_page_lists_the_pairs_of_each_sample(made: tuple[Path, Path, Path]) -> None:
     cells = Page((made[2] / "index.html").read_text(encoding="utf-8")).cells
     for s in (0, 1):
         values = PairValues.load(made[2] / f"sample_{s:05d}_SII.npz")
-        best = values.top(1, "magnitude")
-        [row] = best.rows()
-        # Too few draws for an error.
-        assert math.isnan(row["standard_error"])
-        text = f"{row['value']:+.3g} \u00b1 ?"
-        place = cells.index(text)
+        [row] = values.top(1, "magnitude").rows()
+        place = cells.index(f"{row['value']:+.3g} \u00b1 ?")  # too few draws for an error
         first, second = cells[place - 1].split(" with ")
         assert first == f"0:{row['token_i']} \u201c{WORDS[row['token_i']]}\u201d"
         assert second == f"1:{row['token_j']}"
-        rank = ranks(values.values, values.standard_errors)[int(values.ranked(1, "magnitude")[0])]
-        assert cells[place - 2] == rank
 
 
 def test_an_interrupted_run_continues_with_the_same_results(
@@ -402,9 +385,7 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
     assert f"attribution changes the {shown} of the explained class" in text
 
 
-@pytest.mark.parametrize("method", ["integrated_gradients", "attention_rollout"])
 def test_figures_show_scores_as_they_are(
-    method: str,
     made: tuple[Path, Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -412,24 +393,20 @@ def test_figures_show_scores_as_they_are(
     """Scaled to 0..1, nearly equal scores would fill the scale, and the most negative one would be 0."""
     shown: list[tuple[Any, str, Any]] = []
 
-    def seen(*given: Any, weights: Any, weights_label: str, errors: Any, **options: Any) -> Any:
-        shown.append((weights, weights_label, errors))
-        return draw_map(
-            *given, weights=weights, weights_label=weights_label, errors=errors, **options
-        )
+    def seen(*given: Any, **options: Any) -> Any:
+        shown.append(tuple(options[name] for name in ("weights", "weights_label", "errors")))
+        return draw_map(*given, **options)
 
     draw_map = pictures.token_patch_map
     monkeypatch.setattr(pictures, "token_patch_map", seen)
     options: dict[str, Any] = {"samples": 1, "budget": 700, "top": 2, "repeats": 0}
-    found = command.run(request(made, tmp_path, attribution=method, **options))
+    options["attribution"] = "integrated_gradients"
+    found = command.run(request(made, tmp_path, **options))
     own = found.attribution.of()[1][0]
     [(weights, label, _)] = [x for x in shown if x[0] is not None]
     assert torch.equal(weights, own)
-    if method == "integrated_gradients":
-        assert float(own.min()) < 0 < float(own.max())
-        assert label == "integrated_gradients (logit)"
-    else:
-        assert label == "attention_rollout"
+    assert float(own.min()) < 0 < float(own.max())
+    assert label == "integrated_gradients (logit)"
     for name, (_, _, errors) in zip(("SII", "RG"), shown, strict=True):
         expected = found.pairs[0][name].between(0, 1, errors=True)
         np.testing.assert_array_equal(errors, expected)

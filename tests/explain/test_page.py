@@ -117,6 +117,12 @@ INTERACTIONS: list[tuple[PairValues, str]] = [
     (values(1e-8, -3e-8, 0.0, 0.0), "no interaction is distinguishable from 0; the largest is "),
     (values(0.1, -0.9, 0.0, 0.0, error=np.nan), "no interaction is distinguishable from 0"),
     (values(*[np.nan] * 4), "no pair of tokens was scored"),
+    # The pair of largest |value| has an error of half its size; the next one is the first above 0.
+    (
+        pair_values(standard_errors=np.array([0.01, 0.6, 0.1, 0.0])),
+        "no single interaction is the strongest; another pair is tied with text:0 “a” with ",
+    ),
+    (values(0.5, pairs=np.array([[0, 3]])), "the strongest interaction is text:0"),
 ]
 
 
@@ -126,17 +132,11 @@ def test_the_strongest_interaction_is_named_only_if_it_is_distinguishable(
 ) -> None:
     found = findings(pairs, **NAMES)
     if np.isfinite(pairs.values).any():
-        expected = "of the 4 scored pairs, " + expected
+        among = "of the 4 scored pairs, " if len(pairs) > 1 else "of 1 scored pair, "
+        expected = among + expected
     assert interaction(found, 0).startswith(expected)
     start = "Sample 0, explained for “<i>dog”, predicted “<i>dog”, label “cat”: "
     assert of_sample(found, 0).startswith(start + expected)
-
-
-def test_a_pair_that_is_not_above_0_is_not_the_strongest() -> None:
-    """The pair of largest |value| has an error of half its size, another one does not."""
-    pairs = pair_values(standard_errors=np.array([0.01, 0.6, 0.1, 0.0]))
-    expected = "no single interaction is the strongest; another pair is tied with 0:0 “a” with 1:0 "
-    assert interaction(findings(pairs), 0).startswith("of the 4 scored pairs, " + expected)
 
 
 @pytest.mark.parametrize("players", [3, 5])
@@ -157,13 +157,6 @@ def test_sentences_say_among_which_pairs_the_strongest_was_looked_for(players: i
         assert overall(findings(value, 2)).endswith(several)
         captions = [x.caption for x in draw(findings(value)).values()]
         assert any("strongest scored pairs" in caption for caption in captions) == (not whole)
-
-
-def test_a_single_scored_pair() -> None:
-    value = pair_values(
-        pairs=np.array([[0, 3]]), values=np.array([0.5]), standard_errors=np.zeros(1)
-    )
-    assert interaction(findings(value), 0).startswith("of 1 scored pair, the strongest")
 
 
 @pytest.mark.parametrize(
@@ -251,19 +244,10 @@ def test_page_has_the_finding_first_and_the_parameters_last(options: dict[str, A
     found = findings(pair_values(), 2, **options)
     text = page(found, draw(found), ["attribution.npz"])
     body = text.partition("<body>")[2]
-    order = [
-        "<h1>",
-        html.escape(overall(found)),
-        *(html.escape(of_sample(found, s).partition(",")[2]) for s in (0, 1)),
-        "<h2>Experts</h2>",
-        'id="sample_0"',
-        'id="sample_1"',
-        "<h2>How to read this</h2>",
-        "<h2>Parameters</h2>",
-        "temperature",
-        "<h2>Files</h2>",
+    places = [
+        body.index(part)
+        for part in (html.escape(overall(found)), 'id="sample_0"', 'id="sample_1"', "Parameters")
     ]
-    places = [body.index(part) for part in order]
     assert places == sorted(places)
     assert not re.search(r"<(?:b|i|u)>", text)
     if options:
@@ -274,15 +258,6 @@ def test_page_has_the_finding_first_and_the_parameters_last(options: dict[str, A
     else:
         for name in ("unique_0", "0:1 ", "1:1", "class 1", "modality 0"):
             assert name in text, name
-
-
-def test_words_do_not_break_and_tables_scroll_alone() -> None:
-    text = page(found := findings(pair_values()), draw(found), [])
-    style = text.partition("<style>")[2].partition("</style>")[0]
-    assert "anywhere" not in style
-    assert "break-all" not in style
-    assert ".table { overflow-x: auto" in style
-    assert text.count('<div class="table" role="region" tabindex="0"') == text.count("<table>")
 
 
 BAD_NAMES: list[tuple[dict[str, Any], str]] = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from flmoe_kernels.explain.report.folder import FolderError, RunFolder
 from flmoe_kernels.explain.report.request import Request
 from tests.support.explain_files import full_arrays, write_checkpoint, write_data
 
-FILES = {"attribution.npz": b"scores", "sample_00000_SII_0_1.png": b"map", "index.html": "page"}
+FILES = {"attribution.npz": b"scores", "sample_00000_SII_0_1.png": b"map", "index.html": b"page"}
 
 
 @pytest.fixture
@@ -48,8 +47,6 @@ def unfinished(sources: tuple[Path, Path], out: Path, **options: Any) -> None:
     progress.mkdir()
     (progress / "sample_00000.npz").write_bytes(b"progress")
     (out / "attribution.npz").write_bytes(b"half")
-    record = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps(record | {"files": sorted(FILES)}))
 
 
 def names(out: Path) -> set[str]:
@@ -66,24 +63,21 @@ def test_a_run_records_what_it_wrote(sources: tuple[Path, Path], tmp_path: Path)
     assert names(tmp_path / "out") == {"run.json", *FILES}
     record = record_of(tmp_path / "out")
     assert record["finished"]
-    assert record["files"] == sorted(FILES)
     assert record["request"]["seed"] == 7
     assert record["sources"]["data"]["name"] == "data.npz"
 
 
-@pytest.mark.parametrize("options", [{}, {"seed": 1}])
 def test_a_folder_with_results_is_refused_by_name(
-    options: dict[str, Any], sources: tuple[Path, Path], tmp_path: Path
+    sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     run(sources, out, samples=3)
-    before = {name: (out / name).read_bytes() for name in names(out)}
     expected = (
         r"out: has the results of another run, of layer.pt on data.npz \(samples 3, .*--force"
     )
     with pytest.raises(FolderError, match=expected):
-        run(sources, out, **options)
-    assert {name: (out / name).read_bytes() for name in names(out)} == before
+        run(sources, out)
+    assert {name: (out / name).read_bytes() for name in FILES} == FILES
 
 
 def test_force_replaces_what_a_run_wrote_and_nothing_else(
@@ -91,12 +85,7 @@ def test_force_replaces_what_a_run_wrote_and_nothing_else(
 ) -> None:
     out = tmp_path / "out"
     run(sources, out)
-    others = [
-        "notes.txt",
-        "sample_00007_SII.npz.bak",
-        "checkpoints/epoch_1.pt",
-        "figures/index.html",
-    ]
+    others = ["notes.txt", "sample_00007_SII.npz.bak", "checkpoints/epoch_1.pt", "a/index.html"]
     for name in others:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
@@ -123,18 +112,6 @@ def test_files_that_no_run_wrote_are_never_replaced(
         run(sources, out, force=force)
     assert names(out) == {name}
     assert (out / name).read_text() == "mine"
-
-
-def test_a_file_that_appears_meanwhile_is_not_replaced(
-    sources: tuple[Path, Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    claimed = RunFolder(out, Request(*sources, out), False)
-    claimed.claim()
-    (out / "attribution.npz").write_text("mine")
-    with pytest.raises(FolderError, match=r"attribution.npz that this run did not write"):
-        claimed.publish(FILES)
-    assert names(out) == {"run.json", "attribution.npz"}
 
 
 def test_an_equal_run_continues_an_unfinished_one(
@@ -164,7 +141,10 @@ def test_another_run_does_not_continue_an_unfinished_one(
     ):
         run(sources, out, **options)
     assert names(out) == before
-    run(sources, out, force=True, **options)
+    claimed = RunFolder(out, Request(*sources, out, **options), True)
+    claimed.claim()
+    assert names(out) == {"run.json"}, "its progress is gone, too"
+    claimed.publish(FILES)
     assert names(out) == {"run.json", *FILES}
 
 
@@ -180,14 +160,13 @@ def test_a_run_that_fails_while_it_writes_leaves_no_results(
     assert not record_of(out)["finished"]
 
 
-@pytest.mark.parametrize("force", [False, True])
 def test_of_two_runs_at_once_the_later_has_the_folder(
-    force: bool, sources: tuple[Path, Path], tmp_path: Path
+    sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     first = RunFolder(out, Request(*sources, out), False)
     first.claim()
-    second = RunFolder(out, Request(*sources, out), force)
+    second = RunFolder(out, Request(*sources, out, seed=1), True)
     second.claim()
     with pytest.raises(FolderError, match="another run has taken the folder"):
         first.publish({"index.html": "first"})
@@ -196,15 +175,11 @@ def test_of_two_runs_at_once_the_later_has_the_folder(
     assert (out / "index.html").read_text() == "second"
 
 
-OWN = {"kind": folder.KIND, "format": 1, "id": "x", "finished": True, "request": {}}
-OWN["sources"] = {key: {"name": "x"} for key in ("checkpoint", "data")}
-FORGED: dict[str, Any] = {
+OWN = {"kind": folder.KIND, "format": 1, "finished": True, "request": {}, "sources": {}}
+FORGED = {
     "a user's own run.json": '{"finished": true}',
     "cut": json.dumps(OWN)[:-9],
-    "empty": "",
-    "a path": json.dumps(OWN | {"files": ["../data.npz"]}),
-    "another file": json.dumps(OWN | {"files": ["notes.txt"]}),
-    "not names": json.dumps(OWN | {"files": [1]}),
+    "not all fields": json.dumps(OWN),
 }
 
 
@@ -219,7 +194,6 @@ def test_a_record_is_not_trusted(kind: str, sources: tuple[Path, Path], tmp_path
             run(sources, out, force=force)
     assert names(out) == {"run.json", "notes.txt"}
     assert (out / "run.json").read_text() == FORGED[kind]
-    assert sources[1].exists()
 
 
 def test_a_file_in_place_of_the_folder_is_an_error(
@@ -229,17 +203,14 @@ def test_a_file_in_place_of_the_folder_is_an_error(
         run(sources, tmp_path / "data.npz")
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    "drawing": lambda: (_ for _ in ()).throw(OSError("no space left")),
-    "interruption": lambda: stop(),
-}
+def no_space(*_: Any) -> None:
+    raise OSError("no space left")
 
 
-@pytest.mark.parametrize("where", ["draw", "page"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("where", "fault"), [("draw", no_space), ("page", stop)])
 def test_a_failed_run_never_stands_beside_an_earlier_page(
     where: str,
-    fault: str,
+    fault: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -261,7 +232,7 @@ def test_a_failed_run_never_stands_beside_an_earlier_page(
         assert names(out) == first
         assert record_of(out)["finished"]
     with monkeypatch.context() as failing:
-        failing.setattr(command, where, lambda *_: FAULTS[fault]())
+        failing.setattr(command, where, fault)
         again = Request(*files, out, **quick | {"seed": 1})
         assert command.main(again, force=True) in (2, command.INTERRUPTED)
     left = names(out)

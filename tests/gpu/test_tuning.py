@@ -13,9 +13,10 @@ from flmoe_kernels import pair_moe
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.core.triton import tuning
-from flmoe_kernels.core.triton.tuning import cache, timing, tuner
+from flmoe_kernels.core.triton.tuning import timing
 from tests.support import pair_cases
 from tests.support.inputs import as_dtype
+from tests.support.tuning_trials import empty_cache, saved_results
 
 RUNS, WHY_NOT = backends.backend_status()["triton"]
 pytestmark = pytest.mark.skipif(
@@ -26,10 +27,7 @@ CASE = pair_cases.PairCase(320, 196, 32, 64, bias=False)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
-    tuner.forget()
-    yield tmp_path / "tuning"
-    tuner.forget()
+    yield from empty_cache(tmp_path, monkeypatch)
 
 
 def forward(inputs: list[Tensor]) -> Tensor:
@@ -45,7 +43,7 @@ def test_the_fastest_tiles_are_chosen_saved_and_correct() -> None:
         results = pair_cases.run(CASE, moved, "triton")
         again = pair_cases.run(CASE, moved, "triton")
     assert all(map(torch.equal, results, again))
-    found = {result.key.kernel: result for result in cache.results()}
+    found = {result.key.kernel: result for result in saved_results()}
     assert set(found) == {"pair_moe.accumulate", "pair_moe.gradient"}
     for result in found.values():
         assert 0 < result.seconds <= result.table_seconds

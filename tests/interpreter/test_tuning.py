@@ -16,7 +16,7 @@ from flmoe_kernels import expert_attention, pair_map
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.core.triton.tuning import cache, timing, tuner
+from flmoe_kernels.core.triton.tuning import timing, tuner
 from flmoe_kernels.ops.expert_attention.triton import table as attention_table
 from flmoe_kernels.ops.pair_moe.call import PairCall
 from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
@@ -24,6 +24,7 @@ from flmoe_kernels.ops.pair_moe.triton import table as pair_table
 from flmoe_kernels.ops.routed_mlp.triton import table as routed_table
 from tests.support import attention_cases, pair_cases, routed_cases
 from tests.support.inputs import as_dtype
+from tests.support.tuning_trials import empty_cache, refuse, saved_results
 
 TRITON = "triton"
 PAIR = pair_cases.PairCase(20, 18, 10, 12, masks="both", batch=1, reduce="pool")
@@ -52,14 +53,11 @@ OPERATORS: dict[str, tuple[Run, Make, set[str]]] = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
     # Three candidates and the table's tiles, because the interpreter is slow.
     for table in (pair_table, attention_table, routed_table):
         few = {kind: tried[-3:] for kind, tried in table._TRIED.items()}
         monkeypatch.setattr(table, "_TRIED", few)
-    tuner.forget()
-    yield tmp_path / "tuning"
-    tuner.forget()
+    yield from empty_cache(tmp_path, monkeypatch)
 
 
 @dataclasses.dataclass
@@ -74,10 +72,6 @@ class TableIsSlowest:
         if any(trial.tiles.shared):
             return 1.0
         return 1.0 / (2 + trial.tiles.rows + trial.tiles.columns / 1e3 + trial.tiles.stages / 1e6)
-
-
-def refuse(_trial: tuning.Trial[Any]) -> float:
-    raise AssertionError("nothing may be timed")
 
 
 @pytest.fixture
@@ -121,7 +115,7 @@ def test_the_fastest_tiles_run_are_correct_and_are_reused(
         assert timed > len(kernels), "each kernel has candidates besides the table's tiles"
         assert all(map(torch.equal, first, run(inputs, TRITON)))
     assert len(clock.timed) == timed, "each key is timed once"
-    found = {result.key.kernel: result for result in cache.results()}
+    found = {result.key.kernel: result for result in saved_results()}
     assert set(found) == {f"{name}.{kernel}" for kernel in kernels}
     assert all(r.tiles != r.table and not r.refused for r in found.values())
     check_budget(run, inputs, first)
@@ -158,7 +152,7 @@ def test_a_map_is_tuned_too() -> None:
     with tuning.autotune(timer=TableIsSlowest()):
         found = pair_map(*inputs, head, **options)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
-    (result,) = cache.results()
+    (result,) = saved_results()
     assert result.key.kernel == "pair_moe.map"
     assert result.tiles != result.table
 
@@ -181,7 +175,7 @@ def test_calls_of_a_bucket_share_a_result() -> None:
         q, k, v = case.qkv(torch.float32)
         with tuning.autotune(timer=clock):
             expert_attention(q, k, v, case.cu_seqlens, backend=TRITON)
-    assert len(list(cache.results())) == 1
+    assert len(saved_results()) == 1
 
 
 def test_tiles_for_an_architecture_come_from_the_table() -> None:

@@ -187,24 +187,6 @@ def test_maps_are_computed_only_on_request(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @EACH_BACKEND
-def test_permuted_tokens_permute_the_explanation(backend: str) -> None:
-    layer = pair_layer(backend=backend)
-    lengths = (6, 5)
-    x, masks = pair_inputs(lengths), draw_masks("partial", 2, lengths)
-    orders = [torch.randperm(length) for length in lengths]
-    found = layer.explain(x, masks)
-    moved = layer.explain(
-        [each[:, order] for each, order in zip(x, orders, strict=True)],
-        [mask[:, order] for mask, order in zip(masks, orders, strict=True)],
-    )
-    for m, order in enumerate(orders):
-        torch.testing.assert_close(moved.shapley_values()[m], found.shapley_values()[m][:, order])
-        torch.testing.assert_close(moved.anchor_map(m), found.anchor_map(m)[:, :, order])
-    expected = found.pair_map()[:, :, orders[0]][..., orders[1]]
-    torch.testing.assert_close(moved.pair_map(), expected)
-
-
-@EACH_BACKEND
 def test_expert_share(backend: str) -> None:
     layer, x = pair_layer(DIMS, backend=backend), pair_inputs((3, 2, 2))
     found, out = layer.explain(x, target=1), layer(x)
@@ -298,6 +280,7 @@ def test_the_identities_hold_in_half_precision(dtype: torch.dtype, backend: str)
     values = found.shapley_values()
     total = torch.stack([each.sum(dim=1) for each in values]).sum(dim=0)
     assert float(found.value.abs().max()) > 1
+    assert found.value.dtype == values[0].dtype == found.pair_map().dtype == torch.float32
     close = {"rtol": 1e-5, "atol": 1e-4}
     torch.testing.assert_close(total, found.value - found.baseline, **close)
     for m, each in enumerate(values):
@@ -309,23 +292,6 @@ def test_the_identities_hold_in_half_precision(dtype: torch.dtype, backend: str)
     torch.testing.assert_close(
         layer(x, masks).logits, found.logits, rtol=0.02, atol=0.3, check_dtype=False
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision(dtype: torch.dtype) -> None:
-    layer = pair_layer(DIMS, dtype, backend="cpu")
-    x = pair_inputs((6, 5, 4), dtype=dtype)
-    exact = pair_layer(DIMS, dtype, backend="reference").double()
-    expected = exact.explain([each.double() for each in x], target=1)
-    found = layer.explain(x, target=1)
-    unit = 30 * torch.finfo(dtype).eps
-    close = {"rtol": unit, "atol": unit, "check_dtype": False}
-    assert found.value.dtype == found.pair_map().dtype == torch.float32
-    torch.testing.assert_close(found.value, expected.value, **close)
-    torch.testing.assert_close(found.pair_map(), expected.pair_map(), **close)
-    for mine, other in zip(found.shapley_values(), expected.shapley_values(), strict=True):
-        assert mine.dtype == torch.float32
-        torch.testing.assert_close(mine, other, **close)
 
 
 def test_names() -> None:
@@ -371,21 +337,6 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_any_integer_is_a_target() -> None:
-    layer, x = pair_layer(), pair_inputs((3, 2))
-    for target in (
-        np.int64(2),
-        np.uint8(2),
-        torch.tensor(2),
-        np.array(2),
-        [2, 2],
-        np.array([2, 2]),
-    ):
-        assert layer.explain(x, target=target).target.tolist() == [2, 2]
-    narrow = torch.tensor([0, 2], dtype=torch.int32)
-    assert layer.explain(x, target=narrow).target.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

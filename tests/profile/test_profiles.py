@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import gc
-import io
 
 import pytest
 import torch
 
 from flmoe_kernels.profile.ceilings import MATMUL, MEMORY, Ceilings
 from flmoe_kernels.profile.costs import Cost
-from flmoe_kernels.profile.output import as_csv, tables
+from flmoe_kernels.profile.output import tables
 from flmoe_kernels.profile.profiles import (
     BECAUSE,
     LEAST_LIMIT,
@@ -89,8 +87,6 @@ def test_slow_calls_are_measured_less_often_and_the_result_says_so() -> None:
             assert list(found.notes) == found.as_dict()["notes"] == notes
         text = "\n".join(map(str, tables(profiles)))
         assert ("call 0: time: from" in text) == (rounds < 6)
-        rows = list(csv.DictReader(io.StringIO(as_csv(profiles))))
-        assert (len(rows) > 2) == traced
         # No more than a first and a second call of each beyond the limit.
         assert machine.now < 30.0 + 3 * sum(seconds)
 

@@ -9,6 +9,8 @@ Buffers come from malloc, so that AddressSanitizer checks both ends. Outputs are
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.machinery
 import importlib.util
 import itertools
 import sys
@@ -86,6 +88,10 @@ class Case:
 
     def statistics(self, *shape: int) -> int:
         return self.output(*shape, dtype=STATISTICS[self.dtype])
+
+    def cleared(self, *shape: int, dtype: int) -> int:
+        """A buffer that a kernel adds to, or does not write for masked tokens and dropped rows."""
+        return self.keep(stored(np.zeros(shape), dtype))
 
     def check(self, what: object) -> None:
         for i, (buffer, dtype) in enumerate(self.outputs):
@@ -232,10 +238,7 @@ def pairs(
     tensors = (*views, bias, mask(1, rows), mask(2, columns))
     call = (case.dtype, tensors, sizes, list(kinds), top_k, rank**-0.5, 3)
 
-    def cleared(*shape: int) -> int:
-        """A buffer that a kernel adds to, or does not write for masked tokens."""
-        return case.keep(stored(np.zeros(shape), wide))
-
+    cleared = functools.partial(case.cleared, dtype=wide)
     shapes = ((batch, experts, rows, width), (batch, rows, width), (batch, experts, width))
     steps = (
         (experts * rows * width, width, rows * width),
@@ -283,10 +286,6 @@ def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: b
     assert native.routing_dispatch((kept, counts, offsets, permutation), rows, experts)
     twin(native, case, sizes, mask, capacity)
 
-    def cleared(*shape: int, dtype: int) -> int:
-        """A buffer that dropped rows do not write."""
-        return case.keep(stored(np.zeros(shape), dtype))
-
     shapes = (
         (experts, hidden, width),
         (experts, hidden),
@@ -296,12 +295,12 @@ def routing(native: Any, case: Case, sizes: tuple[int, ...], act: int, biases: b
     weights = [case.floats(*shape) if biases or len(shape) == 3 else 0 for shape in shapes]
     inputs = [case.floats(tokens, width), weight, *weights, offsets, permutation]
     call = (case.dtype, inputs, sizes, act, 3)
-    wide, before = STATISTICS[case.dtype], cleared(rows, hidden, dtype=case.dtype)
+    wide, before = STATISTICS[case.dtype], case.cleared(rows, hidden, dtype=case.dtype)
     native.routed_forward(
-        *call, case.output(tokens, width), before, cleared(rows, width, dtype=wide)
+        *call, case.output(tokens, width), before, case.cleared(rows, width, dtype=wide)
     )
-    workspace = [cleared(rows, size, dtype=wide) for size in (hidden, hidden, width)]
-    grads = [case.output(tokens, width), cleared(tokens, choices, dtype=case.dtype)]
+    workspace = [case.cleared(rows, size, dtype=wide) for size in (hidden, hidden, width)]
+    grads = [case.output(tokens, width), case.cleared(tokens, choices, dtype=case.dtype)]
     grads += [case.output(*shape) if biases or len(shape) == 3 else 0 for shape in shapes]
     grad_out = case.floats(tokens, width)
     for wanted in (range(6), (0,), (1,), (2,), (3,), (4,), (5,)):
@@ -394,11 +393,10 @@ def control(native: Any, mistake: str) -> None:
 
 
 def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_native", path)
-    assert spec is not None
-    assert spec.loader is not None
+    loader = importlib.machinery.ExtensionFileLoader("_native", path)
+    spec = importlib.machinery.ModuleSpec("_native", loader, origin=path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 

@@ -15,12 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.routed_mlp.collectives import (
-    limit_over_ranks,
-    require_ranks,
-    sum_over_ranks,
-    tokens_over_ranks,
-)
+from flmoe_kernels.layers.routed_mlp.collectives import limit_over_ranks, require_ranks
 from flmoe_kernels.layers.routed_mlp.ddp import prepare_for_ddp
 from flmoe_kernels.layers.routed_mlp.gates import GShardGate, SwitchGate
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
@@ -141,8 +136,8 @@ def part(case: Case, rank: int, ranks: int) -> dict[str, Tensor]:
     inputs = {n: case.slice(n, x, rank, ranks) for n, x in case.inputs(ranks).items()}
     index = case.slice("index", case.index(ranks), rank, ranks)
 
-    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
-        return parallel_routed_mlp(x, index, weight, *parameters, act="silu", backend=case.backend)
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        return parallel_routed_mlp(x, index, *rest, act="silu", backend=case.backend)
 
     cotangent = case.slice("out", case.cotangent(ranks), rank, ranks)
     return evaluate(call, inputs, cotangent, case.needs(rank))
@@ -151,9 +146,8 @@ def part(case: Case, rank: int, ranks: int) -> dict[str, Tensor]:
 def whole(case: Case, ranks: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Oracle: all tokens and experts in one process, by the reference."""
 
-    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
-        index = case.index(ranks)
-        return routed_mlp(x, index, weight, *parameters, act="silu", backend="reference")
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        return routed_mlp(x, case.index(ranks), *rest, act="silu", backend="reference")
 
     return evaluate(call, case.inputs(ranks, dtype), case.cotangent(ranks), NAMES)
 
@@ -179,17 +173,15 @@ def derivatives_part(rank: int, ranks: int) -> Derivatives:
         CURVED.slice("out", x, rank, ranks) for x in (CURVED.index(ranks), CURVED.cotangent(ranks))
     )
 
-    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
-        options = {"act": "silu", "backend": "reference"}
-        return parallel_routed_mlp(x, index, weight, *parameters, **options)
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        return parallel_routed_mlp(x, index, *rest, act="silu", backend="reference")
 
     return derivatives(call, inputs, cotangent)
 
 
 def derivatives_whole(ranks: int) -> Derivatives:
-    def call(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
-        options = {"act": "silu", "backend": "reference"}
-        return routed_mlp(x, CURVED.index(ranks), weight, *parameters, **options)
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        return routed_mlp(x, CURVED.index(ranks), *rest, act="silu", backend="reference")
 
     return derivatives(call, [*CURVED.inputs(ranks).values()], CURVED.cotangent(ranks))
 
@@ -219,33 +211,25 @@ def limited(ranks: int) -> tuple[Tensor, Tensor]:
     return index, LIMITED.mask(ranks)
 
 
+# Capacities of 0, some and more than all rows; with and without a mask.
+LIMITS = [(capacity, masked) for capacity in (0, 1, 2, 3, 100) for masked in (False, True)]
+
+
 def limits(rank: int, ranks: int) -> list[Tensor]:
-    """limit_over_ranks with capacities of 0, some and more than all rows; with and without a mask."""
     mine, valid = (LIMITED.slice("index", x, rank, ranks) for x in limited(ranks))
     return [
-        limit_over_ranks(mine, masked, LOCAL * ranks, capacity)
-        for capacity in (0, 1, 2, 3, 100)
-        for masked in (None, valid)
+        limit_over_ranks(mine, valid if masked else None, LOCAL * ranks, capacity)
+        for capacity, masked in LIMITS
     ]
 
 
 def expected_limits(ranks: int) -> list[Tensor]:
     index, mask = limited(ranks)
+    options = {"backend": "reference"}
     return [
-        limit(index, LOCAL * ranks, capacity=capacity, mask=masked, backend="reference")
-        for capacity in (0, 1, 2, 3, 100)
-        for masked in (None, mask)
+        limit(index, LOCAL * ranks, capacity=capacity, mask=mask if masked else None, **options)
+        for capacity, masked in LIMITS
     ]
-
-
-def sums(rank: int) -> dict[str, Tensor]:
-    """sum_over_ranks of rank + 1, and its gradient if each rank's objective is (rank + 1) times the sum."""
-    x = torch.full((2, 2), rank + 1.0, dtype=torch.float64, requires_grad=True)
-    total = sum_over_ranks(x.t())
-    ((rank + 1) * total).sum().backward()
-    assert x.grad is not None
-    tokens = tokens_over_ranks(rank + 1, torch.device("cpu"))
-    return {"sum": total.detach(), "grad": x.grad, "tokens": torch.tensor(tokens)}
 
 
 def mistakes(rank: int, ranks: int) -> dict[str, str]:
@@ -364,6 +348,18 @@ def objective(out: Tensor) -> Tensor:
     return (out - 1.0).square().sum() / max(len(out), 1)
 
 
+def steps(
+    model: nn.Module, x: Tensor, mask: Tensor, noise: Tensor, loss: Callable[[Tensor], Tensor]
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        with mock.patch.object(torch, "randn_like", return_value=noise):
+            out, balance = model(x, mask)
+        (loss(out) + 0.5 * balance).backward()
+        optimizer.step()
+
+
 def train_part(name: str, rank: int, ranks: int, mean_gradients: bool = True) -> dict[str, Tensor]:
     """Parameters after some steps under DistributedDataParallel."""
     mine = Network(GATES[name], LOCAL, ranks).double()
@@ -376,29 +372,20 @@ def train_part(name: str, rank: int, ranks: int, mean_gradients: bool = True) ->
         ]
         mine.layer.mean_gradients = mean_gradients
     model = nn.parallel.DistributedDataParallel(mine)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     x, mask, noise = (TRAINING.slice("x", t, rank, ranks) for t in batch(ranks))
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        with mock.patch.object(torch, "randn_like", return_value=noise):
-            out, balance = model(x, mask)
-        (objective(out) + 0.5 * balance).backward()
-        optimizer.step()
+    steps(model, x, mask, noise, objective)
     return {n: p.detach() for n, p in mine.named_parameters()}
 
 
 def train_whole(name: str, ranks: int) -> dict[str, Tensor]:
     """Parameters after the same steps in one process, on the mean of the ranks' objectives."""
-    model = network(name, ranks)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    x, mask, noise = batch(ranks)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        with mock.patch.object(torch, "randn_like", return_value=noise):
-            out, balance = model(x, mask)
+    model, (x, mask, noise) = network(name, ranks), batch(ranks)
+
+    def mean(out: Tensor) -> Tensor:
         parts = [objective(TRAINING.slice("out", out, r, ranks)) for r in range(ranks)]
-        (sum(parts) / ranks + 0.5 * balance).backward()
-        optimizer.step()
+        return torch.stack(parts).sum() / ranks
+
+    steps(model, x, mask, noise, mean)
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
@@ -421,7 +408,6 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
         results["derivatives"] = derivatives_part(rank, ranks)
         results["balance"] = balance(rank, ranks)
         results["limits"] = limits(rank, ranks)
-        results["sums"] = sums(rank)
         results["layer"] = layer_part(rank, ranks)
         results["mistakes"] = mistakes(rank, ranks)
         for name in GATES:

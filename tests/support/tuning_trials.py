@@ -56,6 +56,10 @@ class Clock:
         return self.seconds[trial.tiles]
 
 
+def saved_results() -> list[TuningResult]:
+    return [cache.decode(path.read_text()) for path in sorted(cache.folder().glob("*.json"))]
+
+
 def refuse(_trial: tuning.Trial[Any]) -> float:
     raise AssertionError("nothing may be timed")
 

@@ -183,17 +183,6 @@ class PairValues(Saved):
             **arrays,
         }
 
-    def to_dataframe(self) -> Any:
-        """Return a pandas DataFrame of `rows`, with the common fields in `attrs`.
-
-        Raises:
-            ModuleNotFoundError: pandas is not installed.
-        """
-        columns = ["modality_i", "token_i", "modality_j", "token_j", "value", "standard_error"]
-        frame = optional_package("pandas").DataFrame(self.rows(), columns=columns)
-        frame.attrs.update(self._header())
-        return frame
-
     def to_shapiq(self) -> Any:
         """Convert to shapiq.InteractionValues of order 2. It has no errors, and 0 for pairs without value.
 

@@ -1,1 +1,0 @@
-"""Experiments behind statements in the README and in bench/results/NOTES.md."""
