@@ -16,7 +16,7 @@ from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
-from flmoe_kernels.layers.snapshot import PartsSnapshot, global_hooks
+from flmoe_kernels.layers.snapshot import PartsSnapshot, has_global_hook
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
@@ -268,7 +268,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         tracing = internal._get_tracing_state()
         internal._set_tracing_state(None)
         try:
-            if any(global_hooks()):
+            if has_global_hook():
                 raise UnsupportedLayer(
                     "torch.nn.modules.module: a hook on all modules is registered, but the kernels do not "
                     "call the parts of the layer"
