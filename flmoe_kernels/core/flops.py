@@ -1,7 +1,7 @@
 """FLOP formulas of operators for torch.utils.flop_counter.FlopCounterMode.
 
-As in torch, only matrix products count, 2 FLOP for a multiply-add. Formulas take the operator's arguments without the
-backend: the count is that of the mathematics, the same on every backend.
+As in torch, only matrix products count, 2 FLOP for a multiply-add. Formulas take the operator's arguments without
+the backend: they count what the mathematics needs, which is the same on every backend.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype, without_autocast
+from flmoe_kernels.core.native import constant_in_traces
 from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate
 from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
@@ -234,7 +235,7 @@ class InteractionMoE(ReferenceInteractionMoE):
         return None if positions is None else positions.shape[1] // self.num_modalities
 
     # torch.compile runs this once, while tracing, and does not trace it.
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _unsupported_reason(self) -> str:
         """The reason why the kernels cannot compute this layer with its present parts, or "".
 

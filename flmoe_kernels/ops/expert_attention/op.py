@@ -102,7 +102,7 @@ def _product_flops(shape: Sequence[int], cu_seqlens: Tensor) -> int:
     if bounds := values_of(cu_seqlens):
         pairs = sum((end - start) ** 2 for start, end in pairwise(bounds))
     else:
-        pairs = rows * rows // max(cu_seqlens.shape[0] - 1, 1)
+        pairs = rows * rows // torch.sym_max(cu_seqlens.shape[0] - 1, 1)
     return 2 * groups * heads * width * pairs
 
 

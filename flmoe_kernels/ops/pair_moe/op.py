@@ -119,12 +119,15 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_mass: Tensor | None) -> tupl
 
 def _valid_pairs(call: PairCall) -> int:
     """Number of pairs of all samples; masked tokens do not count if the masks are known."""
-    sides = ((call.mask_a, call.rows), (call.mask_b, call.columns))
     rows, columns = (
-        (mask is not None and values_of(mask.sum(dim=1))) or [length] * call.batch
-        for mask, length in sides
+        None if mask is None else values_of(mask.sum(dim=1)) for mask in (call.mask_a, call.mask_b)
     )
-    return sum(i * j for i, j in zip(rows, columns, strict=True))
+    if rows is not None and columns is not None:
+        return sum(i * j for i, j in zip(rows, columns, strict=True))
+    if rows is not None:
+        return sum(rows) * call.columns
+    # Sizes may be symbolic, so they are only multiplied.
+    return call.rows * (call.batch * call.columns if columns is None else sum(columns))
 
 
 def _flops(*args: Any) -> int:
