@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from flmoe_kernels import RoutedMLP, expert_attention, pair_map, pair_moe, routed_mlp, top_pairs
+from flmoe_kernels.ops.encoder.api import expert_linear
 from flmoe_kernels.ops.reweighting import reference as reweighting
 from tests.support.attention_cases import Case
 from tests.support.inputs import draw
@@ -92,7 +93,17 @@ def each_of(count: int) -> list[tuple[bool, ...]]:
     return [(False,) * count, *single, (True,) * count]
 
 
-@pytest.mark.parametrize("wants", list(itertools.product([False, True], repeat=3)))
+ANY = list(itertools.product([False, True], repeat=3))
+
+
+@pytest.mark.parametrize("wants", ANY)
+def test_expert_linear(wants: tuple[bool, ...]) -> None:
+    inputs = [draw(2, 5, 6), draw(2, 7, 6), draw(2, 7)]
+    found = step(lambda *x: expert_linear(*x, "cpu"), inputs, wants)
+    assert found == step(lambda x, w, b: torch.baddbmm(b[:, None], x, w.mT), inputs, wants) > 0
+
+
+@pytest.mark.parametrize("wants", ANY)
 def test_expert_attention(wants: tuple[bool, ...]) -> None:
     """The backward computes the scores again, as torch's fused attention does."""
     case = Case((5, 2, 0, 9), heads=2, width=6, groups=3, lead=1, tail=4)
@@ -106,7 +117,7 @@ def test_expert_attention(wants: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.parametrize("reduce", ["none", "experts", "pool"])
-@pytest.mark.parametrize("masks", ["none", "both", "sample"])
+@pytest.mark.parametrize("masks", ["none", "a", "b", "both", "sample"])
 def test_pair_moe(reduce: str, masks: str) -> None:
     """The backward computes the logits again, and for the gradient of a the sums of synergy experts."""
     case = PairCase(7, 9, 4, 6, MANY, reduce, masks=masks, top_k=3)
