@@ -93,14 +93,14 @@ def _unbuilt_cuda_reason() -> str:
     return "" if architectures else f"the native module was built without CUDA ({reason})"
 
 
-def _constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
+def constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
     """Mark a function so that torch.compile does not trace it but treats its result as a constant."""
     # The same as torch.compiler.assume_constant_result, which imports the compiler and takes seconds.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_constant_in_traces
+@constant_in_traces
 def cuda_unavailable_reason(device: int | None = None) -> str:
     """The reason why the CUDA kernels cannot run on this device (None: on any device); "" if they can."""
     reason = _unbuilt_cuda_reason()

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from . import flops as formulas
 from .backend import CPU, BackendUnavailable, transforms_active
 
 
@@ -17,6 +18,8 @@ def define(
     run: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: tuple[Callable[..., None], Callable[..., tuple]] | None = None,
+    *,
+    flops: formulas.Formula,
 ) -> None:
     """Register the operator flmoe::name.
 
@@ -28,10 +31,12 @@ def define(
         run: run(backend, *arguments) computes the results.
         fake: fake(*arguments) returns empty results with the right shapes and dtypes.
         autograd: (setup_context, backward), see torch.library.register_autograd.
+        flops: flops(*arguments) counts the FLOP of the matrix products.
     """
     arguments, results = schema.split(" -> ")
     torch.library.define(f"flmoe::{name}", f"({arguments[1:-1]}, str backend='{CPU}') -> {results}")
-    count = len(getattr(torch.ops.flmoe, name).default._schema.arguments) - 1
+    operator = getattr(torch.ops.flmoe, name)
+    count = len(operator.default._schema.arguments) - 1
 
     def kernel(*args: Any) -> Any:
         if _has_tangent(args):
@@ -42,6 +47,7 @@ def define(
 
     torch.library.impl(f"flmoe::{name}", ("cpu", "cuda"), kernel)
     torch.library.register_fake(f"flmoe::{name}", lambda *args: fake(*args[:count]))
+    formulas.register(operator, flops, count)
     if autograd is not None:
         setup, derivative = autograd
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 from flmoe_kernels.core.native import cpu_unavailable_reason, native
 
@@ -21,6 +22,15 @@ _ANY, _END = object(), object()
 def global_hooks() -> list[dict[int, Any]]:
     """torch's hooks on all modules, by kind."""
     return [getattr(torch_module, "_global" + name) for name in HOOKS]
+
+
+def has_global_hook() -> bool:
+    """Whether a hook on all modules is registered, except those of torch's ModuleTracker.
+
+    FlopCounterMode uses a ModuleTracker, which records what module runs and changes nothing.
+    """
+    hooks = (hook for kind in global_hooks() for hook in kind.values())
+    return any(type(getattr(hook, "__self__", None)) is not ModuleTracker for hook in hooks)
 
 
 class PartsSnapshot:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flmoe_kernels.ops.pair_moe.kinds import kind_codes, pair_backward_flops, pair_flops
+
 from .cases import BACKWARD, BOTH, FORWARD, Case
 from .shapes import LayerShape, PairShape, RoutedShape
 
@@ -58,19 +60,11 @@ def cost(case: Case) -> Cost:
 def pair_cost(shape: PairShape, reduce: str, size: int) -> tuple[Cost, Cost]:
     """Work of pair_moe, forward and backward.
 
-    Forward, per pair: 2 R for each expert's logit, and 2 V for each expert whose message from side b differs
-    from row to row: all except unique_a and null; under "pool" only synergy. Backward: the logit again and
-    its two gradients, 6 R; for the message, the product with the gradient of y and the gradient of c, 4 V;
-    for synergy also the sum of p c again, 2 V. One exponential for each pair and expert in each pass.
+    FLOP of the products as in pair_flops; one exponential for each pair and expert in each pass.
     """
-    experts = len(shape.kinds)
-    products = sum(
-        kind == "synergy" or (reduce != "pool" and kind not in ("unique_a", "null"))
-        for kind in shape.kinds
-    )
-    synergy = shape.kinds.count("synergy")
-    forward = 2 * shape.rank * experts + 2 * shape.width * products
-    backward = 6 * shape.rank * experts + 4 * shape.width * products + 2 * shape.width * synergy
+    codes, varies, experts = kind_codes(shape.kinds), reduce != "pool", len(shape.kinds)
+    forward = pair_flops(codes, shape.rank, shape.width, varies)
+    backward = pair_backward_flops(codes, shape.rank, shape.width, varies)
     tokens = shape.batch * experts * (shape.rows + shape.columns)
     inputs = tokens * (shape.rank + shape.width) * size
     rows = shape.batch * experts * (1 if reduce == "pool" else shape.rows)

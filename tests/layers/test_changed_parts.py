@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize, prune
+from torch.utils.module_tracker import ModuleTracker
 
 from flmoe_kernels.layers.interaction_moe import module as interaction_moe
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
@@ -245,6 +246,25 @@ def test_a_hook_on_all_modules_is_refused_until_it_is_removed() -> None:
         finally:
             handle.remove()
         layer(*data(FL)[:2])
+
+
+def test_hooks_of_a_module_tracker_are_ignored_and_no_others() -> None:
+    """torch's FlopCounterMode registers them."""
+    layer = fast_layer(FL)
+    with ModuleTracker() as tracker:
+        assert_honoured(layer, FL)
+        layer.register_forward_pre_hook(lambda *_: parents.append(set(tracker.parents)))
+        parents: list[set[str]] = []
+        layer(*data(FL)[:2])
+        handle = torch_module.register_module_forward_hook(lambda *_: None)
+        assert_refused(layer, FL, "a hook on all modules")
+        handle.remove()
+        assert_honoured(layer, FL)
+    assert parents[0] == {"Global", "InteractionMoE"}
+    # A subclass may change results.
+    with type("Other", (ModuleTracker,), {})():
+        assert_refused(layer, FL, "a hook on all modules")
+    assert_honoured(layer, FL)
 
 
 def test_a_removed_change_is_forgotten() -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype, without_autocast
+from flmoe_kernels.core.native import constant_in_traces
 from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, record_methods
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
-from flmoe_kernels.layers.snapshot import PartsSnapshot, global_hooks
+from flmoe_kernels.layers.snapshot import PartsSnapshot, has_global_hook
 
 from .fusion import MLP, Attention, EncoderLayer, Head, Masks
 from .inputs import validate_inputs
@@ -135,7 +136,7 @@ class KernelLayer(nn.Module):
                 raise
 
     # torch.compile runs this once, while tracing, and does not trace it.
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _unsupported_reason(self) -> str:
         """The reason why the kernels cannot compute this layer with its present parts, or "".
 
@@ -160,7 +161,7 @@ class KernelLayer(nn.Module):
         tracing = internal._get_tracing_state()
         internal._set_tracing_state(None)
         try:
-            if any(global_hooks()):
+            if has_global_hook():
                 raise UnsupportedLayer(
                     "torch.nn.modules.module: a hook on all modules is registered, but the kernels do not "
                     "call the parts of the layer"

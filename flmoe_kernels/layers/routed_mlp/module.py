@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.backend import BACKENDS
 from flmoe_kernels.core.dtypes import autocast_dtype
+from flmoe_kernels.core.native import constant_in_traces
 from flmoe_kernels.layers.parts import (
     UnsupportedLayer,
     check_hooks,
@@ -364,7 +365,7 @@ class RoutedMLP(nn.Module):
         )
 
     # torch.compile runs this once, while tracing, and does not trace it.
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _unsupported_reason(self) -> str:
         """The reason why the kernels cannot compute the layer with its present parts, or ""."""
         experts = self.experts

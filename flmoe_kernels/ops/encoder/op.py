@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.dtypes import statistics_dtype
+from flmoe_kernels.core.flops import no_products
 from flmoe_kernels.core.registration import define, first_order_only
 
 from .wants import rows_wanted
@@ -69,12 +70,23 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple:
     return *_wanted(grads, wants), None
 
 
+def _linear_flops(x: Tensor, weight: Tensor, _bias: Tensor | None) -> int:
+    return 2 * x.numel() * weight.shape[1]
+
+
+def _linear_backward_flops(
+    _grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, _want_bias: bool
+) -> int:
+    return (want_x + want_weight) * _linear_flops(x, weight, None)
+
+
 define(
     "expert_linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _run("linear"),
     lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[1])),
     (_linear_setup, _linear_autograd),
+    flops=_linear_flops,
 )
 define(
     "expert_linear_backward",
@@ -82,6 +94,7 @@ define(
     "-> (Tensor, Tensor, Tensor)",
     _run("linear_backward"),
     _linear_backward_fake,
+    flops=_linear_backward_flops,
 )
 
 
@@ -162,6 +175,7 @@ define(
     _expert_norm,
     lambda x, gain, shift, eps: _norm_fake(x, False)[1:],
     (_expert_norm_setup, _expert_norm_autograd),
+    flops=no_products,
 )
 define(
     "dropout_add_norm",
@@ -170,6 +184,7 @@ define(
     _run("norm"),
     lambda residual, update, *rest: _norm_fake(update, True),
     (_add_norm_setup, _add_norm_autograd),
+    flops=no_products,
 )
 define(
     "dropout_add_norm_backward",
@@ -178,6 +193,7 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _run("norm_backward"),
     _norm_backward_fake,
+    flops=no_products,
 )
 
 
@@ -200,12 +216,14 @@ define(
     _run("gelu"),
     lambda x, *rest: _like(x),
     (_gelu_setup, _gelu_autograd),
+    flops=no_products,
 )
 define(
     "gelu_dropout_backward",
     f"(Tensor grad_out, Tensor x, {_DROP}) -> Tensor",
     _run("gelu_backward"),
     lambda grad_out, x, *rest: _like(x),
+    flops=no_products,
 )
 
 
@@ -254,6 +272,7 @@ define(
     _run("pool"),
     _pool_fake,
     (_pool_setup, _pool_autograd),
+    flops=no_products,
 )
 define(
     "dropout_add_pool_backward",
@@ -261,6 +280,7 @@ define(
     "-> (Tensor, Tensor)",
     _run("pool_backward"),
     _pool_backward_fake,
+    flops=no_products,
 )
 
 
@@ -282,12 +302,14 @@ define(
     _run("views_of"),
     lambda x, modality, views: x.new_empty((x.shape[0], views, *x.shape[2:])),
     (_views_setup, _views_autograd),
+    flops=no_products,
 )
 define(
     "expand_views_backward",
     "(Tensor grad_out, Tensor modality) -> Tensor",
     _run("views_backward"),
     lambda grad, modality: grad.new_empty((grad.shape[0], 2, *grad.shape[2:])),
+    flops=no_products,
 )
 
 first_order_only(

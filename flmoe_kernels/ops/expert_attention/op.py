@@ -7,12 +7,15 @@ is not registered: api.py calls it, and autograd differentiates it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flmoe_kernels.core.dtypes import statistics_dtype
+from flmoe_kernels.core.flops import values_of
 from flmoe_kernels.core.registration import define, first_order_only
 
 _TAIL = "Tensor cu_seqlens, Tensor? seed, float dropout_p, float scale"
@@ -90,12 +93,51 @@ def _packed_autograd(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None
     return (op(grad_out, qkv, *saved, *ctx.options), *(None,) * 5)
 
 
+def _product_flops(shape: Sequence[int], cu_seqlens: Tensor) -> int:
+    """FLOP of one product of L x L scores with L rows, in all runs and heads, for q of this shape.
+
+    If the lengths are unknown, all runs have the same length, as those of the layer have without masks.
+    """
+    groups, rows, heads, width = shape
+    if bounds := values_of(cu_seqlens):
+        pairs = sum((end - start) ** 2 for start, end in pairwise(bounds))
+    else:
+        pairs = rows * rows // torch.sym_max(cu_seqlens.shape[0] - 1, 1)
+    return 2 * groups * heads * width * pairs
+
+
+def _flops(q: Tensor, _k: Tensor, _v: Tensor, cu_seqlens: Tensor, *_rest: Any) -> int:
+    return 2 * _product_flops(q.shape, cu_seqlens)
+
+
+def _backward_flops(_grad: Tensor, q: Tensor, *args: Any) -> int:
+    """The scores again, then the gradients of v, the probabilities, q and k."""
+    cu_seqlens, (want_q, want_k, want_v) = args[4], args[-1]
+    count = 1 + want_v + (want_q or want_k) + want_q + want_k
+    return count * _product_flops(q.shape, cu_seqlens)
+
+
+def _packed_shape(qkv: Tensor) -> Sequence[int]:
+    return (*qkv.shape[:2], *qkv.shape[3:])
+
+
+def _packed_flops(qkv: Tensor, cu_seqlens: Tensor, *_rest: Any) -> int:
+    return 2 * _product_flops(_packed_shape(qkv), cu_seqlens)
+
+
+def _packed_backward_flops(
+    _grad: Tensor, qkv: Tensor, _out: Tensor, _lse: Tensor, cu_seqlens: Tensor, *_rest: Any
+) -> int:
+    return 5 * _product_flops(_packed_shape(qkv), cu_seqlens)
+
+
 define(
     "expert_attention",
     f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)",
     _forward,
     lambda q, *_rest: _fake_output(q, q.shape),
     (_setup, _autograd),
+    flops=_flops,
 )
 define(
     "expert_attention_backward",
@@ -103,18 +145,21 @@ define(
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     lambda _grad, q, *rest: tuple(q.new_empty(q.shape if want else (0,)) for want in rest[-1]),
+    flops=_backward_flops,
 )
 define(
     "expert_attention_packed",
     f"(Tensor qkv, {_TAIL}) -> (Tensor, Tensor)",
     _packed_forward,
-    lambda qkv, *_rest: _fake_output(qkv, (*qkv.shape[:2], *qkv.shape[3:])),
+    lambda qkv, *_rest: _fake_output(qkv, _packed_shape(qkv)),
     (_setup, _packed_autograd),
+    flops=_packed_flops,
 )
 define(
     "expert_attention_packed_backward",
     f"(Tensor grad_out, Tensor qkv, {_SAVED}, {_TAIL}) -> Tensor",
     _packed_backward,
     lambda _grad, qkv, *_rest: qkv.new_empty(qkv.shape),
+    flops=_packed_backward_flops,
 )
 first_order_only("expert_attention_backward", "expert_attention_packed_backward")

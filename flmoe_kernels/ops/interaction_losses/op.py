@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.flops import no_products
 from flmoe_kernels.core.registration import define, first_order_only
 
 
@@ -44,11 +45,13 @@ define(
     lambda backend, latents: _kernels(backend).losses(latents),
     lambda latents: latents.new_empty(latents.shape[0]),
     (_setup, _autograd),
+    flops=no_products,
 )
 define(
     "interaction_losses_backward",
     "(Tensor grad_losses, Tensor latents) -> Tensor",
     lambda backend, *args: _kernels(backend).losses_backward(*args),
     lambda grad_losses, latents: latents.new_empty(latents.shape),
+    flops=no_products,
 )
 first_order_only("interaction_losses_backward")

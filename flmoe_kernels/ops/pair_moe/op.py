@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.flops import values_of
 from flmoe_kernels.core.registration import define, first_order_only
 
-from .call import PairCall
+from .call import REDUCE_POOL, PairCall
+from .kinds import pair_backward_flops, pair_flops
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor a, Tensor c, Tensor? gate_bias, Tensor? mask_a, Tensor? mask_b, "
@@ -115,12 +117,45 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_mass: Tensor | None) -> tupl
     return *(grad if want else None for grad, want in wanted), *(None,) * 7
 
 
+def _valid_pairs(call: PairCall) -> int:
+    """Number of pairs of all samples; masked tokens do not count if the masks are known."""
+    rows, columns = (
+        None if mask is None else values_of(mask.sum(dim=1)) for mask in (call.mask_a, call.mask_b)
+    )
+    if rows is not None and columns is not None:
+        return sum(i * j for i, j in zip(rows, columns, strict=True))
+    if rows is not None:
+        return sum(rows) * call.columns
+    # Sizes may be symbolic, so they are only multiplied.
+    return call.rows * (call.batch * call.columns if columns is None else sum(columns))
+
+
+def _flops(*args: Any) -> int:
+    *inputs, reduce = args
+    call = _call(inputs)
+    each = pair_flops(call.kinds, call.rank, call.width, reduce != REDUCE_POOL)
+    return each * _valid_pairs(call)
+
+
+def _backward_flops(_grad_y: Tensor, _grad_mass: Tensor | None, *args: Any) -> int:
+    *inputs, reduce, wants = args
+    call = _call(inputs)
+    each = pair_backward_flops(call.kinds, call.rank, call.width, reduce != REDUCE_POOL, wants)
+    return each * _valid_pairs(call)
+
+
+def _scores_flops(*args: Any) -> int:
+    call = _call(args[:_NUM_INPUTS])
+    return pair_flops(call.kinds, call.rank, call.width, varies=False) * _valid_pairs(call)
+
+
 define(
     "pair_moe",
     f"({_INPUTS}, str reduce) -> (Tensor y, Tensor mass)",
     _forward,
     _forward_fake,
     (_setup, _autograd),
+    flops=_flops,
 )
 define(
     "pair_moe_backward",
@@ -128,13 +163,21 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    flops=_backward_flops,
 )
-define("pair_map", f"({_INPUTS}, Tensor head) -> Tensor", _pair_map, _pair_map_fake)
+define(
+    "pair_map",
+    f"({_INPUTS}, Tensor head) -> Tensor",
+    _pair_map,
+    _pair_map_fake,
+    flops=_scores_flops,
+)
 define(
     "top_pairs",
     f"({_INPUTS}, Tensor head, SymInt count) -> (Tensor, Tensor, Tensor)",
     _top_pairs,
     _top_pairs_fake,
+    flops=_scores_flops,
 )
 first_order_only("pair_moe_backward")
 first_order_only("pair_map", "top_pairs", times="not differentiable")

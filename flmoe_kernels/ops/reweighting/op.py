@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.backend import BackendUnavailable
+from flmoe_kernels.core.flops import no_products
 from flmoe_kernels.core.registration import define, first_order_only
 
 _OPS = torch.ops.flmoe
@@ -67,12 +68,24 @@ def _mix_autograd(ctx: Any, grad_weights: Tensor | None, grad_mixed: Tensor | No
     return (*(g if want else None for g, want in zip(grads, wants, strict=True)), None, None)
 
 
+def _mix_backward_flops(
+    _grad_weights: Tensor | None,
+    grad_mixed: Tensor | None,
+    _weights: Tensor,
+    logits: Tensor,
+    wants: Sequence[bool],
+    _temperature: float,
+) -> int:
+    return 0 if grad_mixed is None else sum(wants) * 2 * logits.numel()
+
+
 define(
     "reweighting_features",
     "(Tensor tokens, Tensor? mask, SymInt[] lengths, int normalized) -> (Tensor, Tensor)",
     lambda backend, *args: _kernels(backend).features(*args),
     _features_fake,
     (_features_setup, _features_autograd),
+    flops=no_products,
 )
 define(
     "reweighting_features_backward",
@@ -82,6 +95,7 @@ define(
     lambda grad, features, statistics, mask, lengths: features.new_empty(
         (features.shape[0], sum(lengths), features.shape[1] // len(lengths))
     ),
+    flops=no_products,
 )
 define(
     "mix_experts",
@@ -92,6 +106,7 @@ define(
         logits.new_empty(logits.shape[1:]),
     ),
     (_mix_setup, _mix_autograd),
+    flops=lambda scores, logits, temperature: 2 * logits.numel(),
 )
 define(
     "mix_experts_backward",
@@ -102,5 +117,6 @@ define(
         x.new_empty(x.shape if want else (0,))
         for x, want in zip((weights, logits), wants, strict=True)
     ),
+    flops=_mix_backward_flops,
 )
 first_order_only("reweighting_features_backward", "mix_experts_backward")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.flops import values_of
 from flmoe_kernels.core.registration import define, first_order_only
 
 from .call import RoutedCall
@@ -70,12 +71,28 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _grad_hidden: None) -> tuple:
     return *(g if want else None for g, want in zip(grads, wants, strict=True)), *(None,) * 4
 
 
+def _product_flops(call: RoutedCall) -> int:
+    """FLOP of one product of all routed rows with a weight; dropped rows do not count if the offsets are known."""
+    bounds = values_of(call.offsets)
+    rows = bounds[-1] if bounds else call.rows
+    return 2 * rows * call.width * call.hidden
+
+
+def _backward_flops(_grad: Tensor, _hidden: Tensor, *args: Any) -> int:
+    """The gradients of the hidden layer, x and both weights."""
+    *inputs, wants = args
+    x, weight, w_in, b_in, w_out, _ = wants
+    count = (x or weight or w_in or b_in) + x + w_in + w_out
+    return count * _product_flops(RoutedCall(*inputs))
+
+
 define(
     "routed_mlp",
     f"({_INPUTS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     (_setup, _autograd),
+    flops=lambda *args: 2 * _product_flops(RoutedCall(*args)),
 )
 define(
     "routed_mlp_backward",
@@ -83,5 +100,6 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    flops=_backward_flops,
 )
 first_order_only("routed_mlp_backward")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.dtypes import statistics_dtype
+from flmoe_kernels.core.flops import no_products
 from flmoe_kernels.core.registration import define
 
 
@@ -79,16 +80,19 @@ define(
     _gate,
     _gate_fake,
     (_gate_setup, _gate_autograd),
+    flops=no_products,
 )
 define(
     "routing_limit",
     "(Tensor index, Tensor? mask, SymInt experts, SymInt? capacity) -> Tensor",
     lambda backend, *args: _kernels(backend).limit(*args),
     lambda index, *_rest: index.new_empty(index.shape),
+    flops=no_products,
 )
 define(
     "routing_dispatch",
     "(Tensor index, SymInt experts) -> (Tensor, Tensor, Tensor)",
     lambda backend, *args: _kernels(backend).dispatch(*args),
     _dispatch_fake,
+    flops=no_products,
 )
