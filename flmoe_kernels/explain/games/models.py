@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype
-from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.interaction_moe.reference import (
+    FusionTransformer,
+    ReferenceInteractionMoE,
+)
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
 Inputs = Sequence[Tensor | None]
@@ -72,6 +75,8 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
         given: Any = inputs
         experts, _, mixed = model.inference(given, masks)
         return mixed if expert is None else experts[expert]
+    if isinstance(model, FusionTransformer):
+        return fusion_logits(model, inputs, masks)
     out = model(inputs, masks)
     if expert is not None:
         return out.expert_logits[:, expert]
@@ -84,6 +89,12 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
     if logits.dim() != 2:
         raise ValueError(f"model: expected logits (B, C), got {tuple(logits.shape)}")
     return logits
+
+
+def fusion_logits(fusion: Any, inputs: Inputs, masks: Inputs | None) -> Tensor:
+    """Logits (B, C) of a fusion model, which may also return its latent."""
+    out = fusion(inputs, masks)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def require_model(model: Any, masking: bool) -> None:
@@ -104,7 +115,8 @@ def require_model(model: Any, masking: bool) -> None:
                 f"model: expected eval mode, got {part} in training mode, whose dropout would add "
                 "noise to every value; call model.eval()"
             )
-    if isinstance(model, ReferenceInteractionMoE) and masking and model.compat == "i2moe":
+    learned = isinstance(model, ReferenceInteractionMoE | FusionTransformer)
+    if learned and masking and model.compat == "i2moe":
         raise ValueError(
             "fill: expected 'zero' or 'mean' for a layer with learned positions (I2MoE), which takes "
             "no masks, got 'drop'"
