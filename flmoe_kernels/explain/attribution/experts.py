@@ -60,19 +60,16 @@ class Experts:
                 f"known, got {type(model).__name__}; swap() converts a published layer, and "
                 "method='integrated_gradients' accepts any model"
             )
-        if padded:
-            # Padded tokens may hold any value, also NaN.
-            valid = valid_tokens(inputs, masks)
-            inputs = [
-                None if x is None else torch.where(per_feature(ok, x), x, 0.0)
-                for x, ok in zip(inputs, valid, strict=True)
-            ]
         return cls(
             names=names,
             fusions=[recording_copy(fusion, padded) for fusion in fusions],
             reweight=reweight,
             residual=model.compat == "fl_i2moe",
-            inputs=inputs,
+            # Padded tokens may hold any value, also NaN.
+            inputs=[
+                None if x is None else torch.where(per_feature(ok, x), x, 0.0)
+                for x, ok in zip(inputs, valid_tokens(inputs, masks), strict=True)
+            ],
         )
 
     def run(
