@@ -175,10 +175,11 @@ def test_joined_batches_are_the_data_set() -> None:
     drawn = [
         labelled(rows=rows, seed=seed) for seed, rows in enumerate((slice(0, 5), slice(5, 12)))
     ]
-    both = MaskingDrops.concatenate([MaskingDrops.concatenate(drawn[:1]), drawn[1]])
-    torch.testing.assert_close(both.random[:, :, :, 5:], drawn[1].random)
-    assert both.settings["seeds"] == [0, 1]
-    assert not any("equal seeds" in note for note in both.notes)
+    last = labelled(rows=slice(3, 5), seed=7)
+    three = MaskingDrops.concatenate([MaskingDrops.concatenate(drawn), last])
+    torch.testing.assert_close(three.random[:, :, :, 5:12], drawn[1].random)
+    assert three.settings["seeds"] == [0, 1, 7]
+    assert not any("equal seeds" in note for note in three.notes)
     assert any("equal seeds" in x for x in MaskingDrops.concatenate(drawn[:1] * 2).notes)
 
 
