@@ -19,3 +19,5 @@ from .games.tokens import token_means as token_means
 from .masking.drops import MaskingDrops as MaskingDrops
 from .masking.faithfulness import faithfulness as faithfulness
 from .masking.faithfulness import pair_masking as pair_masking
+from .masking.performance import Performance as Performance
+from .masking.performance import performance as performance

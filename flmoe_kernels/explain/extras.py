@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def optional_package(name: str) -> Any:
-    """Import a package that is not a dependency.
+def optional_package(name: str, package: str = "") -> Any:
+    """Import a module of a package that is not a dependency; the package has the module's name unless given.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -18,7 +18,7 @@ def optional_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"needs a package: pip install {name}") from error
+        raise ModuleNotFoundError(f"needs a package: pip install {package or name}") from error
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within
 from flmoe_kernels.explain.attribution import rollout
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.values import METHODS
+from flmoe_kernels.explain.masking.faithfulness import faithfulness
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.support.explain_layers import (
     CASES,
     Weighted,
@@ -77,6 +79,96 @@ def test_rollouts_keep_small_differences_in_float32(method: str) -> None:
             scaled = [scaled_rows(x[m][:, e], found.valid[m]) for x in (low, exact)]
             assert_within_budget(ours.float(), *scaled, f"{method} of expert {e}")
             assert_outside_budget(ours.roll(1, 1), *scaled, "tokens exchanged")
+
+
+def published_rollout(case: LayerCase, method: str) -> list[Tensor]:
+    """The published attribution of a mixture, M x (B, L_m): rows of all tokens, also padded ones, have a mean."""
+    reference, inputs = case.reference(torch.float64).eval(), case.inputs(torch.float64)
+    masks = draw_masks(case.masks, case.batch, case.lengths)
+    weights = reference.reweight(inputs, masks).detach()
+    runs = [dense_expert(x.fusion_model, inputs, masks) for x in reference.interaction_experts]
+    mixture = sum(weights[:, e : e + 1] * logits for e, (logits, _) in enumerate(runs))
+    assert isinstance(mixture, Tensor)
+    score = mixture.gather(1, mixture.argmax(dim=1, keepdim=True)).sum()
+    total = torch.zeros(case.batch, sum(case.lengths), dtype=torch.float64)
+    for e, (_, maps) in enumerate(runs):
+        gradients = torch.autograd.grad(score, maps, retain_graph=True)
+        product = torch.eye(total.shape[1], dtype=torch.float64)
+        for attention, gradient in zip(maps, gradients, strict=True):
+            heads = attention.detach()
+            if method == "gradient_rollout":
+                heads = heads.relu() * gradient.relu()
+            matrix = heads.mean(dim=1) + torch.eye(total.shape[1], dtype=torch.float64)
+            product = matrix / matrix.sum(dim=2, keepdim=True) @ product
+        factor = weights[:, e : e + 1] if method == "attention_rollout" else 1.0
+        total += factor * product.mean(dim=1)
+    return list(total.split(list(case.lengths), dim=1))
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+@pytest.mark.parametrize("block", [rollout.MAX_SCORES, 40])
+def test_the_readout_of_all_rows_is_the_published_one(
+    method: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "MAX_SCORES", block)
+    for case in (CASES[0], CASES[3]):
+        layer, inputs, masks = call_of(case, torch.float64)
+        expected = published_rollout(case, method)
+        found = attribute(layer, inputs, masks, method=method, readout="all")
+        other = attribute(layer, inputs, masks, method=method)
+        for m, ok in enumerate(found.valid):
+            torch.testing.assert_close(found.of()[m][ok], expected[m][ok], rtol=1e-12, atol=1e-14)
+            assert not found.of()[m][~ok].any()
+            chosen = ok.clone()
+            chosen[:, 0] &= m > 0 or case.lengths[m] == 1
+            scaled = scaled_rows(expected[m], chosen)
+            torch.testing.assert_close(found.normalized(exempt=[0])[m], scaled, rtol=0, atol=1e-9)
+        assert not torch.allclose(other.of()[0], found.of()[0], rtol=1e-3)
+        # Padded queries attend to valid keys only; their values have no effect.
+        hidden = [
+            torch.where(ok.unsqueeze(2), x, torch.nan)
+            for x, ok in zip(inputs, found.valid, strict=True)
+        ]
+        again = attribute(layer, hidden, masks, method=method, readout="all")
+        torch.testing.assert_close(again.of(), found.of())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[5]], ids=str)
+def test_a_fusion_model_alone_is_one_expert(case: LayerCase) -> None:
+    layer, inputs, masks = call_of(case, torch.float64)
+    fusion = layer.interaction_experts[1].fusion_model
+    for method in METHODS:
+        options: dict[str, Any] = {"method": method, "target": 1, "n_steps": 2, "readout": "all"}
+        found = attribute(fusion, inputs, masks, **options)
+        whole = attribute(layer, inputs, masks, explains="expert", **options)
+        assert found.experts == ("model",)
+        torch.testing.assert_close(found.of(), whole.of(1))
+        torch.testing.assert_close(found.scores[:, 0], whole.scores[:, 1])
+        assert not torch.allclose(found.of()[0], whole.of(0)[0], rtol=1e-3)
+    drops = faithfulness(fusion, inputs, masks, found, n_random=1, budgets=[30])
+    expected = faithfulness(
+        layer, inputs, masks, found.of(), target=1, expert=1, n_random=1, budgets=[30]
+    )
+    torch.testing.assert_close(drops.random, expected.random)
+
+
+def test_a_fusion_model_alone_is_checked() -> None:
+    layer, inputs, masks = call_of(CASES[4], torch.float64)
+    fusion = layer.interaction_experts[0].fusion_model
+    ones = [torch.ones(x.shape[:2]) for x in inputs]
+    with pytest.raises(ValueError, match="masks: expected None for learned positions"):
+        attribute(fusion, inputs, ones)
+    with pytest.raises(
+        ValueError, match="inputs: expected 12 tokens, the number of positions, got 11"
+    ):
+        attribute(fusion, [inputs[0], inputs[1][:, 1:]])
+    with pytest.raises(ValueError, match="fill: expected 'zero' or 'mean'"):
+        faithfulness(fusion, inputs, masks, ones, fill="drop")
+    with pytest.raises(ValueError, match="inputs: expected 2 modalities"):
+        attribute(fusion, inputs[:1])
+    fusion.network[0].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedLayer, match=r"network\.0\.attn: has a forward hook"):
+        attribute(fusion, inputs)
 
 
 def test_gradient_rollout_of_several_labels() -> None:

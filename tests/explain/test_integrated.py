@@ -78,6 +78,30 @@ def looped_gradients(score: Any, inputs: list[Tensor], rule: str, steps: int) ->
     return found
 
 
+def test_the_published_rule() -> None:
+    """Steps s / n for s = 1 to n from zero, the mean of magnitudes over features; control: the midpoints."""
+    case, steps = CASES[0], 4
+    layer, inputs, masks = call_of(case, torch.float64)
+    reference = case.reference(torch.float64).eval()
+    target = reference.inference(inputs, masks)[2].argmax(dim=1)
+    sums = [torch.zeros_like(x) for x in inputs]
+    for s in range(1, steps + 1):
+        points = [(s / steps * x).requires_grad_() for x in inputs]
+        logits = reference.inference(points, masks)[2]
+        score = logits.gather(1, target[:, None]).sum()
+        for total, gradient in zip(sums, torch.autograd.grad(score, points), strict=True):
+            total += gradient
+    options: dict[str, Any] = {"method": "integrated_gradients", "magnitude": True}
+    found, other = (
+        attribute(layer, inputs, masks, rule=rule, n_steps=steps, **options)
+        for rule in ("right", "midpoint")
+    )
+    for m, ok in enumerate(found.valid):
+        expected = (inputs[m] * sums[m] / steps).abs().mean(dim=2).masked_fill(~ok, 0)
+        torch.testing.assert_close(found.of()[m], expected, rtol=1e-10, atol=1e-14)
+        assert not torch.allclose(other.of()[m], expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
 def test_integrated_gradients_of_the_layer(case: LayerCase) -> None:
     layer, inputs, masks = call_of(case, torch.float64)

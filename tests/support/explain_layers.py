@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import InteractionMoE
-from flmoe_kernels.explain.attribution.attribute import readout_weights
+from flmoe_kernels.explain.attribution.experts import readout_weights
 from flmoe_kernels.explain.games.tokens import valid_tokens
 from flmoe_kernels.layers.interaction_moe.fusion import sinusoidal_positions
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP

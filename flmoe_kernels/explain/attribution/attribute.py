@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.extras import progress_bar
@@ -16,18 +16,11 @@ from flmoe_kernels.explain.games.masked import fill_values
 from flmoe_kernels.explain.games.memory import choose_batch
 from flmoe_kernels.explain.games.models import Inputs, expert_names, logits_of, require_model
 from flmoe_kernels.explain.games.tokens import require_samples, valid_tokens
-from flmoe_kernels.layers.interaction_moe.inputs import validate_inputs
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
-from flmoe_kernels.layers.interaction_moe.structure import describe
 
+from .experts import ALL, TOKENS, Experts, check_readout, readout_weights
 from .integrated import GAUSS, RULES, LogitsOf, Path, integrated_gradients
-from .rollout import (
-    AttentionRecord,
-    attention_rollout,
-    evaluation_copy,
-    gradient_rollout,
-    recording_copy,
-)
+from .rollout import attention_rollout, gradient_rollout
 from .targets import LOGIT, require_finite, require_prediction, resolve_targets
 from .values import (
     EXPERT,
@@ -40,7 +33,6 @@ from .values import (
     Attribution,
 )
 
-TOKENS, LATENT = READOUTS = ("tokens", "latent")
 MAX_STEPS = 4096  # the nodes of "gauss_legendre" take time like n_steps^3: some ten seconds
 
 
@@ -79,29 +71,31 @@ def attribute(
         their gradient grows like 1 / t and its integral diverges, so values depend on the rule and completeness
         does not hold. Use another baseline, or explains="expert", which uses the weights at x for all t.
 
-    Differences from the published evaluator (its masking evaluation of I2MoE): padded queries have no weight in
-    the readout (published: the mean over all rows); in layers without a residual around the attention
-    (compat "i2moe") there is no I; published integrated gradients are the mean of |.| over features
-    (`magnitude` here), by the right Riemann sum of 16 steps.
+    The published evaluator's attributions are those of the mixture (`normalized` scales them): rollouts with
+    readout="all", integrated gradients with rule="right", n_steps=16 and magnitude=True. Difference: in layers
+    without a residual around the attention (compat "i2moe") there is no I.
 
     If routed MLPs have gates with a capacity, a sample's logits depend on its batch. For rollouts this is the
     given batch, for integrated gradients the rows of one pass.
 
     Args:
-        model: InteractionMoE or its reference (swap() converts a published layer); for integrated_gradients also
-            PairInteractionMoE, or any differentiable callable of (inputs, masks) that returns logits; it counts
-            as one expert, "model". In eval mode. The gradients of its parameters are not changed.
+        model: InteractionMoE or its reference (swap() converts a published layer), or a FusionTransformer; for
+            integrated_gradients also PairInteractionMoE, or any differentiable callable of (inputs, masks) that
+            returns logits. A model without experts counts as one expert, "model". In eval mode. The gradients of
+            its parameters are not changed.
         inputs: M x (B, L_m, D_m); None for a missing modality if the model accepts it.
         masks: M x (B, L_m), True or 1 = valid; None for a modality without mask.
         method: "attention_rollout", "gradient_rollout" or "integrated_gradients".
         target, multi_label: see `resolve_targets`; by default the class that the model predicts.
         explains: "mixture" or "expert"; a model without experts is the mixture.
-        readout: of the rollouts: "tokens", uniform over all valid tokens, as published; "latent", uniform over
-            the modalities and the valid tokens of each, the mean of the latent's parts; or a modality, whose
-            part of the latent is the mean of its tokens.
+        readout: of the rollouts: "tokens", uniform over all valid tokens; "all", uniform over all rows of R, as
+            published: rows of padded tokens, which attend to valid ones, count too; "latent", uniform over the
+            modalities and the valid tokens of each, the mean of the latent's parts; or a modality, whose part of
+            the latent is the mean of its tokens.
         baseline: x0, M x (D_m,) or (L_m, D_m), such as `token_means`; by default 0.
         n_steps, rule: at most MAX_STEPS nodes of the quadrature: "gauss_legendre" (default) converges
-            geometrically on these smooth models; use "midpoint" for functions with kinks (ReLU networks).
+            geometrically on these smooth models; use "midpoint" for functions with kinks (ReLU networks);
+            "right" is the published rule.
         magnitude: take the mean of |.| over a token's features instead of their sum.
         max_batch: rows of one pass of integrated gradients, samples times steps; None: as memory allows.
         progress: show a bar of integrated gradients on standard error; None: if it is a terminal.
@@ -135,63 +129,15 @@ def attribute(
                     *(parts, inputs, masks, (target, multi_label), explains, path, magnitude),
                     advance,
                 )
-        experts = _Experts.of(model, inputs, masks)
+        check_readout(readout, len(inputs))
+        # Padded rows have no gradient, so only attention rollouts read them.
+        padded = readout == ALL and method == ROLLOUT
+        experts = Experts.of(model, inputs, masks, padded)
         return _by_rollout(experts, masks, method, (target, multi_label), explains, readout)
 
 
-@dataclass(frozen=True, eq=False)
-class _Experts:
-    """The experts of an interaction layer and B samples: fusion models that record their attention."""
-
-    names: tuple[str, ...]
-    fusions: list[tuple[nn.Module, list[AttentionRecord]]]
-    reweight: nn.Module
-    residual: bool
-    inputs: Inputs
-
-    @classmethod
-    def of(cls, model: Any, inputs: Inputs, masks: Inputs | None) -> _Experts:
-        """Raises TypeError, ValueError: another kind of layer, or inputs that it does not accept."""
-        if not isinstance(model, ReferenceInteractionMoE):
-            raise TypeError(
-                "model: expected InteractionMoE or its reference, whose attention is known, got "
-                f"{type(model).__name__}; swap() converts a published layer, and "
-                "method='integrated_gradients' accepts any model"
-            )
-        given: Any = inputs
-        parameter: Any = model.reweight.mlp.network[0].weight
-        spec = describe(model)
-        validate_inputs(spec, spec.num_patches, given, masks, parameter)
-        return cls(
-            names=expert_names(model),
-            fusions=[recording_copy(expert.fusion_model) for expert in model.interaction_experts],
-            reweight=evaluation_copy(model.reweight),
-            residual=model.compat == "fl_i2moe",
-            inputs=inputs,
-        )
-
-    def run(
-        self, e: int, inputs: Any, masks: Inputs | None
-    ) -> tuple[Tensor, list[AttentionRecord]]:
-        """Return the logits (B, C) of expert e and the records of its attentions, first layer first."""
-        fusion, records = self.fusions[e]
-        try:
-            return fusion(inputs, masks), list(records)
-        finally:
-            records.clear()
-
-    def scores(self, e: int, mixed: bool) -> LogitsOf:
-        """A function of inputs and masks: logits (B, C) of expert e, times its weights if mixed."""
-
-        def logits(inputs: Any, masks: Any) -> Tensor:
-            own = self.run(e, inputs, masks)[0]
-            return own * self.reweight(inputs, masks)[:, e : e + 1] if mixed else own
-
-        return logits
-
-
 def _by_rollout(
-    experts: _Experts,
+    experts: Experts,
     masks: Inputs | None,
     method: str,
     wanted: tuple[Any, bool],
@@ -223,7 +169,7 @@ def _by_rollout(
             rows.append(gradient_rollout(start, records, gradients, whole, experts.residual))
     scores = torch.stack([targets.read(own, LOGIT) for own in logits], dim=1) * factors
     lengths = [x.shape[1] for x in valid]
-    values = torch.stack(rows, dim=1)
+    values = torch.stack(rows, dim=1).masked_fill(~whole.unsqueeze(1), 0.0)
     require_finite(scores, "logits of the experts", there)
     require_finite(values, "attention and gradients", there)
     # Attention rollouts do not include the expert's weight; a gradient of w_e z_e does.
@@ -245,21 +191,6 @@ def _by_rollout(
     )
 
 
-def readout_weights(readout: str | int, valid: Sequence[Tensor]) -> Tensor:
-    """Weight of each token of the last layer in the readout, (B, L) in float64, 0 for padding."""
-    if isinstance(readout, str):
-        check.require_choice("readout", readout, READOUTS)
-    else:
-        check.require_count("readout", readout, 0, len(valid) - 1)
-    if readout == TOKENS:
-        whole = torch.cat(list(valid), dim=1).double()
-        return whole / whole.sum(dim=1, keepdim=True).clamp_min(1.0)
-    parts = [x / x.sum(dim=1, keepdim=True).clamp_min(1.0) for x in (v.double() for v in valid)]
-    if readout == LATENT:
-        return torch.cat(parts, dim=1) / len(parts)
-    return torch.cat([x * float(m == readout) for m, x in enumerate(parts)], dim=1)
-
-
 @dataclass(frozen=True, eq=False)
 class _Parts:
     """The functions that integrated gradients differentiate: logits of each part and of the mixture."""
@@ -272,7 +203,7 @@ class _Parts:
 
 def _parts(model: Any, inputs: Inputs, masks: Inputs | None, explains: str) -> _Parts:
     if isinstance(model, ReferenceInteractionMoE):
-        experts = _Experts.of(model, inputs, masks)
+        experts = Experts.of(model, inputs, masks)
         with torch.no_grad():
             weights = experts.reweight(inputs, masks)
             own = [experts.run(e, inputs, masks)[0] for e in range(len(experts.names))]

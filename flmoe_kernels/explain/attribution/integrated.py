@@ -13,7 +13,7 @@ from flmoe_kernels.explain.games.tokens import per_feature, rows_of, valid_token
 
 from .targets import LOGIT, Targets, require_finite
 
-MIDPOINT, GAUSS = RULES = ("midpoint", "gauss_legendre")
+MIDPOINT, GAUSS, RIGHT = RULES = ("midpoint", "gauss_legendre", "right")
 # Logits (N, C) of inputs and masks with N samples.
 LogitsOf = Callable[[Inputs, Inputs | None], Tensor]
 
@@ -23,10 +23,12 @@ def quadrature(rule: str, n_steps: int) -> tuple[Tensor, Tensor]:
 
     midpoint: error O(1 / n_steps^2), also for integrands with kinks. gauss_legendre: exact for polynomials of
     degree 2 n_steps - 1, so it suits smooth models but not kinks (ReLU). Nodes are the eigenvalues of the
-    Legendre polynomials' recurrence (Golub and Welsch 1969).
+    Legendre polynomials' recurrence (Golub and Welsch 1969). right: the right Riemann sum of the published
+    evaluator, nodes s / n_steps for s = 1 to n_steps, error O(1 / n_steps).
     """
-    if rule == MIDPOINT:
-        nodes = (torch.arange(n_steps, dtype=torch.float64) + 0.5) / n_steps
+    if rule in (MIDPOINT, RIGHT):
+        shift = 0.5 if rule == MIDPOINT else 1.0
+        nodes = (torch.arange(n_steps, dtype=torch.float64) + shift) / n_steps
         return nodes, torch.full_like(nodes, 1.0 / n_steps)
     k = torch.arange(1, n_steps, dtype=torch.float64)
     beside = k / (4.0 * k * k - 1.0).sqrt()

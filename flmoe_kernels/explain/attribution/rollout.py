@@ -45,10 +45,15 @@ class RecordingAttention(nn.Module):
     Every call appends an AttentionRecord to `records`. Padded queries, and samples that are all padding, give 0;
     the reference gives unused values, and NaN. If gradients are enabled, the output always requires grad, even
     if no parameter does.
+
+    padded: also compute padded queries, which attend to the valid keys as in the reference; without gradients.
     """
 
-    def __init__(self, attention: Attention, records: list[AttentionRecord]) -> None:
+    def __init__(
+        self, attention: Attention, records: list[AttentionRecord], padded: bool = False
+    ) -> None:
         super().__init__()
+        self.padded = padded
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.q, self.kv, self.proj = attention.q, attention.kv, attention.proj
         self.records = records
@@ -57,26 +62,24 @@ class RecordingAttention(nn.Module):
         heads = (self.num_heads, x.shape[2] // self.num_heads)
         q = self.q(x)
         k, v = self.kv(x).chunk(2, dim=2)
-        masks = None if key_mask is None else [key_mask]
-        plan = plan_tokens(x.shape[0], [x.shape[1]], masks, x.device)
-        rows_q, rows_k, rows_v = (plan.pack(part).unflatten(-1, heads) for part in (q, k, v))
-        packed: Any = expert_attention(rows_q, rows_k, rows_v, plan.cu_samples, scale=self.scale)
-        flat = packed.flatten(1)
-        if plan.index is not None:
-            whole = flat.new_zeros((x.shape[0] * x.shape[1], x.shape[2]))
-            flat = whole.index_copy(0, plan.index, flat)
-        out = flat.view(x.shape)
+        own_q, own_k, own_v = (part.detach().unflatten(-1, heads) for part in (q, k, v))
+        if self.padded and key_mask is not None:
+            out = _attended(own_q, own_k, own_v, self.scale, key_mask)
+        else:
+            masks = None if key_mask is None else [key_mask]
+            plan = plan_tokens(x.shape[0], [x.shape[1]], masks, x.device)
+            rows_q, rows_k, rows_v = (plan.pack(part).unflatten(-1, heads) for part in (q, k, v))
+            packed: Any = expert_attention(
+                rows_q, rows_k, rows_v, plan.cu_samples, scale=self.scale
+            )
+            flat = packed.flatten(1)
+            if plan.index is not None:
+                whole = flat.new_zeros((x.shape[0] * x.shape[1], x.shape[2]))
+                flat = whole.index_copy(0, plan.index, flat)
+            out = flat.view(x.shape)
         if torch.is_grad_enabled() and not out.requires_grad:
             out.requires_grad_()
-        self.records.append(
-            AttentionRecord(
-                q=q.detach().unflatten(-1, heads),
-                k=k.detach().unflatten(-1, heads),
-                v=v.detach().unflatten(-1, heads),
-                out=out,
-                scale=self.scale,
-            )
-        )
+        self.records.append(AttentionRecord(own_q, own_k, own_v, out, self.scale))
         return self.proj(out)
 
 
@@ -111,12 +114,17 @@ def _copied(
     return seen[id(module)]
 
 
-def recording_copy(fusion: nn.Module) -> tuple[nn.Module, list[AttentionRecord]]:
-    """Copy a fusion model in eval mode, with the same parameters; also the list that attentions append to."""
+def recording_copy(
+    fusion: nn.Module, padded: bool = False
+) -> tuple[nn.Module, list[AttentionRecord]]:
+    """Copy a fusion model in eval mode, with the same parameters; also the list that attentions append to.
+
+    padded: see RecordingAttention.
+    """
     records: list[AttentionRecord] = []
 
     def replaced(part: nn.Module) -> nn.Module | None:
-        return RecordingAttention(part, records) if isinstance(part, Attention) else None
+        return RecordingAttention(part, records, padded) if isinstance(part, Attention) else None
 
     copied: Any = evaluation_copy(fusion, replaced)
     copied.backend = REFERENCE  # which calls the attentions
@@ -135,7 +143,7 @@ def attention_rollout(
     rows = readout.double()
     for record in reversed(records):
         moved = torch.zeros_like(rows)
-        for samples, queries, probabilities in _blocks(record, valid):
+        for samples, queries, probabilities in _blocks(record.q, record.k, record.scale, valid):
             mean = probabilities.mean(dim=1)
             moved[samples] += _times(rows[samples, queries], mean)
         rows = 0.5 * (rows + moved) if residual else moved
@@ -160,7 +168,7 @@ def gradient_rollout(
     for record, gradient in zip(reversed(records), reversed(gradients), strict=True):
         g = gradient.view_as(record.q)
         moved = torch.zeros_like(rows)
-        for samples, queries, probabilities in _blocks(record, valid):
+        for samples, queries, probabilities in _blocks(record.q, record.k, record.scale, valid):
             # Shapes (samples, H, block, d) and (samples, H, d, L).
             by_probability = _upcast(g[samples, queries]).transpose(1, 2) @ _upcast(
                 record.v[samples]
@@ -175,21 +183,32 @@ def gradient_rollout(
     return rows
 
 
-def _blocks(record: AttentionRecord, valid: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(
+    q: Tensor, k: Tensor, scale: float, valid: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Probabilities (samples, H, block, L) of blocks of samples and queries; 0 for padded keys."""
-    batch, length, heads, _ = record.q.shape
+    batch, length, heads, _ = q.shape
     samples = max(1, MAX_SCORES // max(1, heads * length * length))
     block = max(1, min(length, MAX_SCORES // max(1, heads * length)))
     for first in range(0, batch, samples):
         chosen = slice(first, first + samples)
-        keys = _upcast(record.k[chosen]).permute(0, 2, 3, 1) * record.scale
+        keys = _upcast(k[chosen]).permute(0, 2, 3, 1) * scale
         padded = ~valid[chosen, None, None, :]
         for start in range(0, length, block):
             queries = slice(start, start + block)
-            scores = _upcast(record.q[chosen, queries]).transpose(1, 2) @ keys
+            scores = _upcast(q[chosen, queries]).transpose(1, 2) @ keys
             scores = scores.masked_fill_(padded, float("-inf")).softmax(dim=-1)
             # The softmax is NaN for a sample that is all padding.
             yield chosen, queries, scores.masked_fill_(padded, 0.0)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float, valid: Tensor) -> Tensor:
+    """Output (B, L, H * d) of the attention for all queries, padded ones too."""
+    out = torch.empty_like(q)
+    for samples, queries, probabilities in _blocks(q, k, scale, valid):
+        mixed = probabilities @ _upcast(v[samples]).transpose(1, 2)
+        out[samples, queries] = mixed.transpose(1, 2).to(out.dtype)
+    return out.flatten(2)
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -81,24 +81,35 @@ def resolve_targets(target: Any, logits: Tensor, multi_label: bool = False) -> T
             return Targets(likeliest, False)
         positive = logits >= 0
     else:
-        number = check.class_number("target", target)
-        if number is None:
-            target = check.require_array("target", target, logits.device)
-        if number is not None or target.dim() == 1:
+        single = check.class_number("target", target) is not None
+        require = check.require_classes if single else require_labels
+        target = require("target", target, batch, classes, logits.device)
+        if target.dim() == 1:
             if multi_label:
                 raise ValueError(
                     "target: with multi_label expected labels (B, C), got classes (B,)"
                 )
-            target = check.require_classes("target", target, batch, classes, logits.device)
             return Targets(F.one_hot(target, classes).double(), False)
-        if target.device != logits.device:
-            raise ValueError(f"target: expected device {logits.device}, got {target.device}")
-        check.require_shape("target", target, (batch, classes), "(B, C)")
-        if not bool(((target == 0) | (target == 1)).all()):
-            raise ValueError("target: expected labels 0 and 1 only, got other values")
         positive = target == 1
     labels = torch.where(positive.any(dim=1, keepdim=True), positive.double(), likeliest)
     return Targets(labels / labels.sum(dim=1, keepdim=True), True)
+
+
+def require_labels(name: str, value: Any, batch: int, classes: int, device: torch.device) -> Tensor:
+    """Return classes (B,) or 0/1 labels (B, C), int64, of a tensor, a numpy array or a list.
+
+    Raises:
+        TypeError, ValueError: another shape, device or range.
+    """
+    labels = check.require_array(name, value, device)
+    if labels.dim() == 1:
+        return check.require_classes(name, labels, batch, classes, device)
+    if labels.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {labels.device}")
+    check.require_shape(name, labels, (batch, classes), "(B, C)")
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise ValueError(f"{name}: expected labels 0 and 1 only, got other values")
+    return (labels == 1).long()
 
 
 def require_finite(values: Tensor, what: str, there: Tensor | None = None, first: int = 0) -> None:

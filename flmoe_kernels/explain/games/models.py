@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype
+from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
@@ -104,7 +105,8 @@ def require_model(model: Any, masking: bool) -> None:
                 f"model: expected eval mode, got {part} in training mode, whose dropout would add "
                 "noise to every value; call model.eval()"
             )
-    if isinstance(model, ReferenceInteractionMoE) and masking and model.compat == "i2moe":
+    learned = isinstance(model, ReferenceInteractionMoE | FusionTransformer)
+    if learned and masking and model.compat == "i2moe":
         raise ValueError(
             "fill: expected 'zero' or 'mean' for a layer with learned positions (I2MoE), which takes "
             "no masks, got 'drop'"

@@ -1,27 +1,31 @@
-"""Measurement and results of a metric's drop when tokens are masked."""
+"""Results of masking: drops of a metric, accuracy, F1 and AUROC."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import Saved
-from flmoe_kernels.explain.attribution.targets import PROB, Targets
+from flmoe_kernels.explain.attribution.targets import PROB
 from flmoe_kernels.explain.estimators.results import with_notes
-from flmoe_kernels.explain.extras import progress_bar
-from flmoe_kernels.explain.games.masked import MaskedModel
-from flmoe_kernels.explain.games.memory import require_room
-from flmoe_kernels.explain.games.tokens import places
 from flmoe_kernels.explain.reliability import LEAST_COUNT, RULE, error_of_mean
-from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
-_DRAW_BYTES = 40  # of a random rank, with the sort that computes it
-_DROP_BYTES = 160  # of the drops of a sample and budget: two kinds, three metrics, copies
+from .performance import area_notes, performance
+
+# Arrays of MaskingDrops, with the dimension of the samples.
+_SAMPLES = {
+    **{"identified": 2, "random": 3, "original": 1, "masked": 0, "maskable": 0, "targets": 0},
+    **{"near_ties": 0, "labels": 0, "logits": 0, "masked_logits": 2},
+}
+# Fields that results of one data set have in common.
+_COMMON = ("index", "unit", "budgets", "metrics", "multi_label")
 COMPREHENSIVENESS, SUFFICIENCY = KINDS = ("comprehensiveness", "sufficiency")
 MEAN, AUC = AOPC_MODES = ("mean", "auc")
 
@@ -82,12 +86,13 @@ class MaskingDrops(Saved):
         near_ties: (B, K) bool, whether T was chosen among near-ties: a token or pair was left out that is not
             distinguishable from the last one chosen. False for listed pairs, which have no values. None in files
             of earlier versions.
+        labels: (B,) classes or (B, C) 0/1, int64, None if none were given; then there are no logits either.
+        logits: (B, C), of the unmasked samples.
+        masked_logits: (2, 1 + R, B, K, C), of the samples with T, or all but T, masked; identified T first.
     """
 
-    _ARRAYS: ClassVar = (
-        *("identified", "random", "original", "masked", "maskable", "targets", "near_ties"),
-    )
-    _OPTIONAL: ClassVar = ("near_ties",)
+    _ARRAYS: ClassVar = tuple(_SAMPLES)
+    _OPTIONAL: ClassVar = ("near_ties", "labels", "logits", "masked_logits")
 
     index: str
     unit: str
@@ -105,6 +110,80 @@ class MaskingDrops(Saved):
     batch_size: int
     settings: dict[str, Any]
     near_ties: Tensor | None = None
+    labels: Tensor | None = None
+    logits: Tensor | None = None
+    masked_logits: Tensor | None = None
+
+    @classmethod
+    def concatenate(cls, results: Sequence[MaskingDrops]) -> MaskingDrops:
+        """Join the results of the batches of a data set; means, F1 and AUROC are then over all samples.
+
+        Give every batch a seed of its own: batches with equal seeds have equal random ranks. settings["seeds"]
+        lists the seeds.
+
+        Raises:
+            TypeError, ValueError: no results, or results of calls with different arguments.
+        """
+        for i, result in enumerate(results):
+            if not isinstance(result, MaskingDrops):
+                raise TypeError(f"results[{i}]: expected MaskingDrops, got {type(result).__name__}")
+        if not results:
+            raise ValueError("results: expected at least one, got none")
+        first = results[0]
+        common = first._common()
+        for i, result in enumerate(results):
+            for name, own in result._common().items():
+                if own != common[name]:
+                    raise ValueError(
+                        f"results[{i}]: expected {name} {common[name]!r} as in results[0], got {own!r}"
+                    )
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(x, name).to(first.maskable.device) for x in results], dim=dim)
+            for name, dim in _SAMPLES.items()
+            if getattr(first, name) is not None
+        }
+        seeds = [seed for x in results for seed in x.settings.get("seeds", [x.seed])]
+        return dataclasses.replace(
+            first,
+            evaluations=sum(x.evaluations for x in results),
+            batch_size=max(x.batch_size for x in results),
+            settings=first.settings | {"seeds": seeds},
+            **joined,
+        )
+
+    def performance(self) -> list[dict[str, Any]]:
+        """Accuracy, F1 and AUROC: of the unmasked samples, then for every kind, budget and choice of T.
+
+        Returns:
+            Rows with the keys kind, budget, tokens ("identified" or "random", whose metrics are means over
+            repeats), accuracy, micro_f1, macro_f1 and auroc, see `performance.Performance`. The first row has None
+            for the first three. Samples without maskable tokens are left out.
+
+        Raises:
+            ValueError: there are no labels.
+            ModuleNotFoundError: scikit-learn is not installed.
+        """
+        if self.labels is None or self.logits is None or self.masked_logits is None:
+            raise ValueError("labels: expected labels in the call of faithfulness, got None")
+        there = self.maskable > 0
+        labels = self.labels[there]
+
+        def row(kind: str | None, budget: float | None, tokens: str | None, *sets: Tensor) -> Any:
+            found = [performance(x, labels)._asdict() for x in sets]
+            means = {
+                name: float(np.mean([x[name] for x in found]))
+                for name in ("accuracy", "micro_f1", "macro_f1", "auroc")
+            }
+            return {"kind": kind, "budget": budget, "tokens": tokens, **means}
+
+        rows = [row(None, None, None, self.logits[there])]
+        for kind, of_kind in zip(KINDS, self.masked_logits[:, :, there], strict=True):
+            for k, budget in enumerate(self.budgets):
+                identified, *random = of_kind[:, :, k]
+                rows.append(row(kind, budget, "identified", identified))
+                if random:
+                    rows.append(row(kind, budget, "random", *random))
+        return rows
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -124,6 +203,12 @@ class MaskingDrops(Saved):
                 f"no standard errors: expected at least {LEAST_COUNT} samples with maskable tokens, "
                 f"got {count}",
             )
+        seeds = self.settings.get("seeds", [])
+        if self.random.shape[2] and len(set(seeds)) < len(seeds):
+            notes += ("batches with equal seeds: their random tokens are not independent",)
+        if self.labels is not None:
+            there = self.maskable > 0
+            notes += area_notes(self.labels[there], self.targets.shape[1])
         return notes
 
     def values(self, kind: str = COMPREHENSIVENESS, metric: str = PROB) -> Tensor:
@@ -185,6 +270,14 @@ class MaskingDrops(Saved):
         )
         return with_notes(line, self.notes)
 
+    def _common(self) -> dict[str, Any]:
+        """What results need to have in common to be concatenated."""
+        common = {name: getattr(self, name) for name in _COMMON}
+        common |= {"settings." + name: x for name, x in self.settings.items() if name != "seeds"}
+        common |= {name: "no" if getattr(self, name) is None else "yes" for name in self._OPTIONAL}
+        common |= {"classes": self.targets.shape[1], "random repeats": self.random.shape[2]}
+        return common
+
     def _places(self, kind: str, metric: str) -> tuple[int, int]:
         check.require_choice("kind", kind, KINDS)
         check.require_choice("metric", metric, self.metrics)
@@ -205,99 +298,3 @@ class MaskingDrops(Saved):
             error = error_of_mean((identified - mean).square().sum(dim=0), samples)
         gap = mean - random if kind == COMPREHENSIVENESS else random - mean
         return Summary(mean, error, random, spread, gap)
-
-
-def tied_tokens(scores: Tensor, allowed: Tensor, chosen: Tensor) -> Tensor:
-    """Whether a token left out is a near-tie of the last one chosen, (B, K) bool.
-
-    scores, allowed: (B, L). chosen: (K, B, L) bool, the tokens of highest score.
-    """
-    if not scores.shape[1]:
-        return torch.zeros((scores.shape[0], len(chosen)), dtype=torch.bool, device=scores.device)
-    size = scores.abs().masked_fill(~allowed, 0.0).amax(dim=1)
-    low = scores.masked_fill(~chosen, torch.inf).amin(dim=2)
-    high = scores.masked_fill(chosen | ~allowed, -torch.inf).amax(dim=2)
-    return (low - high <= NEAR_TIE * size).T
-
-
-def draw_places(
-    candidate: Sequence[Tensor], n_random: int, seed: int, budgets: int = 1
-) -> list[Tensor]:
-    """Draw uniformly random ranks, M x (n_random, B, L_m), for the candidates M x (B, L_m).
-
-    They do not depend on the device, and a larger n_random keeps the first draws.
-
-    Raises:
-        ValueError: the draws, and the sets of `budgets` budgets chosen by them, do not fit in memory.
-    """
-    tokens, batch = sum(x.numel() for x in candidate), len(candidate[0])
-    each = (_DRAW_BYTES + 2 * budgets) * tokens + _DROP_BYTES * budgets * batch
-    require_room("n_random", n_random, 0, each, candidate[0].device)
-    generator = torch.Generator().manual_seed(int(seed))
-    lengths = [x.shape[1] for x in candidate]
-    keys = [
-        torch.rand((len(candidate[0]), sum(lengths)), generator=generator, dtype=torch.float64)
-        for _ in range(n_random)
-    ]
-    whole = torch.stack(keys) if keys else torch.zeros((0, len(candidate[0]), sum(lengths)))
-    parts = whole.to(candidate[0].device).split(lengths, dim=2)
-    return [places(part, allowed) for part, allowed in zip(parts, candidate, strict=True)]
-
-
-@torch.no_grad()
-def measure(
-    masked: MaskedModel,
-    targets: Targets,
-    metrics: Sequence[str],
-    chosen: Sequence[Tensor],
-    candidate: Sequence[Tensor],
-    progress: bool | None = None,
-) -> dict[str, Any]:
-    """Measure the drops of token sets; return identified, random, original and evaluations of MaskingDrops.
-
-    Args:
-        chosen: M x (1 + R, K, B, L_m) bool, among the candidates: the identified set, then the random sets.
-        candidate: M x (B, L_m) bool.
-    """
-    sets, budgets, batch = chosen[0].shape[:3]
-    count = sets * budgets * batch
-    flat = [x.flatten(0, 2) for x in chosen]
-    empty = torch.stack([x.sum(dim=1) for x in candidate]).sum(dim=0) == 0
-
-    def read(rows: Tensor, absent: Sequence[Tensor]) -> Tensor:
-        logits = masked.logits(rows, absent)
-        values = torch.stack([targets.read(logits, metric, rows) for metric in metrics])
-        if not bool((values.isfinite() | empty[rows]).all()):
-            wrong = (~values.isfinite() & ~empty[rows]).nonzero()[0].tolist()
-            raise ValueError(
-                f"model: expected finite values of {metrics[wrong[0]]}, got "
-                f"{float(values[tuple(wrong)])} for sample {int(rows[wrong[1]])}; a layer may give NaN "
-                "if no token is left, then use fill='zero' or 'mean', which keep all tokens"
-            )
-        return values
-
-    samples = torch.arange(batch, device=masked.device)
-    parts = samples.split(masked.max_batch)
-    original = torch.cat(
-        [read(x, [torch.zeros_like(c[x]) for c in candidate]) for x in parts], dim=1
-    )
-    blocks = []
-    with progress_bar(progress, batch + 2 * count, f"masking of {batch} sample(s)") as advance:
-        advance(batch)
-        for kind in KINDS:
-            for rows in torch.arange(count, device=masked.device).split(masked.max_batch):
-                of = rows % batch
-                hidden = [x[rows] for x in flat]
-                if kind == SUFFICIENCY:
-                    hidden = [c[of] & ~gone for c, gone in zip(candidate, hidden, strict=True)]
-                blocks.append(original[:, of] - read(of, hidden))
-                advance(len(rows))
-    drops = torch.cat(blocks, dim=1).view(len(metrics), len(KINDS), sets, budgets, batch)
-    drops = drops.permute(1, 0, 2, 4, 3)
-    drops = drops.masked_fill(empty[:, None], torch.nan)
-    return {
-        "identified": drops[:, :, 0].clone(),
-        "random": drops[:, :, 1:].clone(),
-        "original": original,
-        "evaluations": batch + 2 * count,
-    }

@@ -16,6 +16,7 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.attribution.targets import (
     METRICS,
     Targets,
+    require_labels,
     require_metrics,
     require_prediction,
     resolve_targets,
@@ -36,7 +37,8 @@ from flmoe_kernels.explain.games.tokens import (
 )
 from flmoe_kernels.explain.reliability import tied
 
-from .drops import MaskingDrops, draw_places, measure, tied_tokens
+from .drops import MaskingDrops
+from .measure import draw_places, measure, tied_tokens
 
 PERCENT, TOKENS = "percent", "tokens"
 MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
@@ -59,6 +61,7 @@ def faithfulness(
     expert: str | int | None = None,
     n_random: int = 10,
     seed: int = 0,
+    labels: Any = None,
     max_batch: int | None = None,
     progress: bool | None = None,
 ) -> MaskingDrops:
@@ -73,7 +76,9 @@ def faithfulness(
     AOPC is the mean over K. For comparison, the same is computed with n_random random attributions: each one is a
     random order of the tokens of every sample and modality.
 
-    This is the masking evaluation of the published FL-I2MoE code, per modality, with its default budgets.
+    This is the masking evaluation of the published FL-I2MoE code, per modality, with its default budgets; with
+    labels the result also reports accuracy, F1 and AUROC (`MaskingDrops.performance`). It masks with the mean
+    token (fill="mean"). Evaluate a data set in batches and join the results: `MaskingDrops.concatenate`.
     Differences: ties are resolved (published: unspecified); random sets of a repeat are nested over budgets, as
     identified sets are (published: drawn anew for each K; sets are uniform in both); ceil has no rounding error;
     log-probabilities are not clamped; the explained class always comes from the unmasked samples.
@@ -93,6 +98,8 @@ def faithfulness(
         exempt: modalities whose token 0 is neither counted nor masked, such as the text encoder's first token.
         expert: evaluate the logits of this expert, by name or position.
         n_random, seed: number and seed of the random draws, which depend only on these and the shapes.
+        labels: true classes (B,), or 0/1 labels (B, C) if targets are multi-label: the result keeps them and all
+            logits. They do not change the explained class; to explain the true one pass them as `target`, too.
         max_batch: samples that the model evaluates at once; None: as the available memory allows.
         progress: show a bar on standard error, with the number of evaluations; None: if it is a terminal.
 
@@ -114,11 +121,17 @@ def faithfulness(
         targets = Targets(attributions.targets.to(masked.device), attributions.multi_label)
     else:
         targets = _resolved(target, masked, candidate, multi_label)
+    classes = targets.weights.shape[1]
+    if labels is not None:
+        labels = require_labels("labels", labels, masked.samples, classes, masked.device)
+        if (labels.dim() == 2) != targets.multi_label:
+            kind = "(B, C), as targets are" if targets.multi_label else "(B,), as targets are not"
+            raise ValueError(f"labels: expected {kind} multi-label, got {tuple(labels.shape)}")
     tied = torch.zeros((masked.samples, len(steps)), dtype=torch.bool, device=masked.device)
     chosen = []
-    for scores, allowed, drawn in zip(
-        values, candidate, draw_places(candidate, n_random, seed, len(steps)), strict=True
-    ):
+    kept = 0 if labels is None else classes
+    draws = draw_places(candidate, n_random, seed, len(steps), kept)
+    for scores, allowed, drawn in zip(values, candidate, draws, strict=True):
         counts = torch.stack([percent_counts(allowed, percent) for percent in steps])
         order = torch.cat([places(scores, allowed).unsqueeze(0), drawn])
         chosen.append(order.unsqueeze(1) <= counts.unsqueeze(2))
@@ -130,6 +143,7 @@ def faithfulness(
         "unit": PERCENT,
         "budgets": steps,
         "seed": int(seed),
+        "labels": labels,
     }
     return _drops(masked, targets, wanted, chosen, candidate, progress, settings, tied, **about)
 
@@ -224,7 +238,10 @@ def _drops(
         multi_label=targets.multi_label,
         batch_size=masked.max_batch,
         settings=describe(masked.model, masked.expert, masked.fill, **settings),
-        **measure(masked, targets, metrics, chosen, candidate, progress),
+        **measure(
+            *(masked, targets, metrics, chosen, candidate, progress),
+            keep=about.get("labels") is not None,
+        ),
         **about,
     )
 

@@ -1,0 +1,221 @@
+"""Tests of accuracy, F1 and AUROC, unmasked and masked, against counts; joined batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flmoe_kernels.explain import MaskingDrops, faithfulness, performance
+from flmoe_kernels.explain.masking.drops import KINDS
+from tests.support.explain_layers import call_of
+from tests.support.explain_masking import CASE
+from tests.support.inputs import draw
+
+pytest.importorskip("sklearn")
+BATCH = 12
+METRICS = ("accuracy", "micro_f1", "macro_f1", "auroc")
+
+
+def f1(pairs: list[tuple[bool, bool]]) -> float:
+    """F1 of (is, predicted)."""
+    right = sum(a and b for a, b in pairs)
+    counted = sum(a + b for a, b in pairs)
+    return 2 * right / counted if counted else 0.0
+
+
+def area(positive: list[float], negative: list[float]) -> float:
+    """Share of pairs in the right order, ties for half."""
+    pairs = list(itertools.product(positive, negative))
+    return sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs)
+
+
+def by_counts(logits: Tensor, labels: Tensor) -> list[float]:
+    """Definitions of METRICS, one sample and class at a time; classes without an area are left out."""
+    several, classes = labels.dim() == 2, range(logits.shape[1])
+    probs = logits.sigmoid() if several else logits.softmax(dim=1)
+    guess = [{c for c in classes if z[c] > 0} if several else {int(z.argmax())} for z in logits]
+    truth = [{c for c in classes if y[c]} if several else {int(y)} for y in labels]
+    sets = list(zip(truth, guess, strict=True))
+    per_class = [[(c in t, c in g) for t, g in sets] for c in classes]
+    shown = [c for c in classes if several or any(c in t | g for t, g in sets)]
+
+    def scores(c: int, of: Any) -> list[float]:
+        return [float(p[c]) for p, t in zip(probs, truth, strict=True) if of(t)]
+
+    if several:
+        pairs = [
+            (scores(c, lambda t, c=c: c in t), scores(c, lambda t, c=c: c not in t))
+            for c in classes
+        ]
+    elif len(classes) == 2:
+        pairs = [(scores(1, lambda t: t == {1}), scores(1, lambda t: t == {0}))]
+    else:
+        pairs = [
+            (scores(a, lambda t, a=a: t == {a}), scores(a, lambda t, b=b: t == {b}))
+            for a, b in itertools.permutations(classes, 2)
+        ]
+    areas = [area(*pair) for pair in pairs if all(pair)]
+    return [
+        sum(t == g for t, g in sets) / len(sets),
+        f1([pair for own in per_class for pair in own]),
+        float(np.mean([f1(per_class[c]) for c in shown])),
+        float(np.mean(areas)) if areas else np.nan,
+    ]
+
+
+def task(classes: int, several: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
+    logits = draw(40, classes, dtype=torch.float64, seed=seed)
+    logits = logits.round(decimals=1) if several else logits  # ties
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (40, classes), generator=generator)
+    return logits, labels if several else (logits + 2 * draw(40, classes, seed=9)).argmax(dim=1)
+
+
+@pytest.mark.parametrize(("classes", "several"), [(2, False), (5, False), (4, True)])
+def test_performance_is_counted(classes: int, several: bool) -> None:
+    logits, labels = task(classes, several)
+    found = performance(logits.float(), labels)
+    np.testing.assert_allclose(found[:4], by_counts(logits.float(), labels), rtol=1e-12)
+    assert not np.allclose(found[:4], by_counts(logits.roll(1, 0), labels), rtol=1e-2)
+    assert not found.notes
+    # A class that no sample has: no area, and a note.
+    gone = labels * (torch.arange(classes) != 1) if several else labels.masked_fill(labels == 1, 0)
+    rest = performance(logits, gone.numpy())
+    np.testing.assert_allclose(rest[:4], by_counts(logits, gone), rtol=1e-12)
+    missing = [c for c, x in enumerate(rest.class_auroc) if np.isnan(x)]
+    assert missing == ([0, 1] if classes == 2 else [1])
+    assert np.isnan(rest.auroc) == (classes == 2)
+    assert rest.notes[0].startswith(f"no AUROC for {len(missing)} of {classes} classes (")
+
+
+def test_a_single_logit_is_a_binary_task() -> None:
+    logits, labels = task(2, False)
+    single = logits[:, 1:] - logits[:, :1]
+    single[0] = -torch.inf
+    whole = performance(torch.cat([torch.zeros_like(single), single], dim=1), labels)
+    assert performance(single, labels[:, None])[:4] == pytest.approx(whole[:4])
+
+
+def labelled(multi_label: bool = False, rows: slice = slice(None), **options: Any) -> MaskingDrops:
+    case = dataclasses.replace(CASE, batch=BATCH)
+    layer, inputs, masks = call_of(case, torch.float64)
+    values = [draw(BATCH, n, dtype=torch.float64, seed=m) for m, n in enumerate(case.lengths)]
+    labels = torch.arange(BATCH) % 3
+    if multi_label:
+        labels = torch.stack([labels != 0, labels == 1, labels == 2], dim=1)
+    inputs, masks, values = ([x[rows] for x in each] for each in (inputs, masks, values))
+    given: dict[str, Any] = {"labels": labels[rows], "budgets": [10, 30, 50], "n_random": 2}
+    given |= {"multi_label": multi_label, "max_batch": 5, **options}
+    return faithfulness(layer, inputs, masks, values, **given)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_masked_logits_give_the_drops_and_the_metrics(multi_label: bool, tmp_path: Path) -> None:
+    labelled(multi_label).save(tmp_path / "drops.npz")
+    drops = MaskingDrops.load(tmp_path / "drops.npz")
+    assert drops.labels is not None
+    assert drops.logits is not None
+    assert drops.masked_logits is not None
+    prob = drops.masked_logits.sigmoid() if multi_label else drops.masked_logits.softmax(dim=4)
+    left = (prob * drops.targets[:, None]).sum(dim=4)
+    lost = drops.original[0, :, None] - left
+    torch.testing.assert_close(lost[:, 0], drops.identified[:, 0])
+    torch.testing.assert_close(lost[:, 1:], drops.random[:, 0])
+    first, *rows = drops.performance()
+    np.testing.assert_allclose([first[x] for x in METRICS], by_counts(drops.logits, drops.labels))
+    assert len(rows) == 2 * 3 * 2
+    for row, (kind, budget, tokens) in zip(
+        rows, itertools.product(range(2), range(3), ("identified", "random")), strict=True
+    ):
+        assert (row["kind"], row["budget"], row["tokens"]) == (
+            KINDS[kind],
+            drops.budgets[budget],
+            tokens,
+        )
+        chosen = drops.masked_logits[kind, :, :, budget]
+        sets = chosen[:1] if tokens == "identified" else chosen[1:]
+        expected = np.mean([by_counts(x, drops.labels) for x in sets], axis=0)
+        np.testing.assert_allclose([row[x] for x in METRICS], expected)
+    assert len({tuple(row[x] for x in METRICS) for row in rows}) > 4, "masking changes predictions"
+
+
+def test_joined_batches_are_the_data_set() -> None:
+    whole = labelled(n_random=0)
+    parts = [labelled(rows=rows, n_random=0) for rows in (slice(0, 3), slice(3, 8), slice(8, 12))]
+    joined = MaskingDrops.concatenate(parts)
+    for name in (
+        "identified",
+        "original",
+        "masked",
+        "maskable",
+        "targets",
+        "logits",
+        "masked_logits",
+    ):
+        torch.testing.assert_close(getattr(joined, name), getattr(whole, name))
+    assert joined.performance() == whole.performance()
+    assert (joined.evaluations, joined.notes) == (whole.evaluations, whole.notes)
+    macro = [part.performance()[0]["macro_f1"] for part in parts]
+    assert np.mean(macro) != pytest.approx(whole.performance()[0]["macro_f1"], abs=0.01)
+    # ERASER's aggregates: the mean over samples and budgets, and the area under the means of the budgets.
+    own = joined.values().numpy()
+    means, budgets = own.mean(axis=0), (10, 30, 50)
+    pieces = [(means[k] + means[k + 1]) / 2 * (budgets[k + 1] - budgets[k]) for k in range(2)]
+    assert float(joined.aopc().identified) == pytest.approx(own.reshape(-1).mean())
+    assert float(joined.aopc(mode="auc").identified) == pytest.approx(sum(pieces) / 40)
+    # Random sets are those of the batches.
+    drawn = [
+        labelled(rows=rows, seed=seed) for seed, rows in enumerate((slice(0, 5), slice(5, 12)))
+    ]
+    last = labelled(rows=slice(3, 5), seed=7)
+    three = MaskingDrops.concatenate([MaskingDrops.concatenate(drawn), last])
+    torch.testing.assert_close(three.random[:, :, :, 5:12], drawn[1].random)
+    assert three.settings["seeds"] == [0, 1, 7]
+    assert not any("equal seeds" in note for note in three.notes)
+    assert any("equal seeds" in x for x in MaskingDrops.concatenate(drawn[:1] * 2).notes)
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = task(3, False)
+    wrong: list[tuple[Any, str]] = [
+        (lambda: performance(logits[0], labels), r"logits: expected \(B, C\) with B > 0"),
+        (lambda: performance(logits[:, :1], labels * 0), "logits: expected at least 2 classes"),
+        (lambda: performance(logits, labels[:5]), r"labels: expected shape \(40,\), got \(5,\)"),
+        (lambda: performance(logits, labels + 1), "labels: expected values from 0 to 2"),
+        (lambda: performance(logits * torch.nan, labels), "expected finite logits, got nan"),
+        (lambda: labelled(labels=labels), r"labels: expected shape \(12,\), got \(40,\)"),
+        (
+            lambda: labelled(labels=torch.ones(BATCH, 3)),
+            r"labels: expected \(B,\), as targets are not multi-label, got \(12, 3\)",
+        ),
+        (lambda: labelled(labels=None).performance(), "labels: expected labels in the call"),
+        (lambda: MaskingDrops.concatenate([]), "results: expected at least one"),
+        (
+            lambda: MaskingDrops.concatenate([labelled(), labelled(budgets=[10])]),
+            r"results\[1\]: expected budgets \(10, 30, 50\) as in results\[0\], got \(10,\)",
+        ),
+        (
+            lambda: MaskingDrops.concatenate([labelled(), labelled(labels=None)]),
+            r"results\[1\]: expected labels 'yes' as in results\[0\], got 'no'",
+        ),
+        (
+            lambda: MaskingDrops.concatenate([labelled(), labelled(fill="drop")]),
+            r"results\[1\]: expected settings.fill 'zero'",
+        ),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match=r"results\[0\]: expected MaskingDrops, got list"):
+        MaskingDrops.concatenate([[]])  # type: ignore[list-item]
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+        performance(logits, labels)
