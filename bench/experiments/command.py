@@ -21,19 +21,23 @@ def run(
     measure: Callable[..., list[Row]],
     threads: int = 2,
     packages: Sequence[str] = (),
+    paths: Sequence[str] = (),
     **defaults: int,
 ) -> None:
     """Parse the options, measure, and write the results if `--out FILE` is given.
 
     Args:
         doc: text for --help.
-        measure: called with a value for each of `defaults`; returns the rows.
+        measure: called with a value for each of `paths` and `defaults`; returns the rows.
         threads: maximum number of torch threads.
         packages: packages whose versions are saved, in addition to those in every result.
+        paths: required arguments, which are not saved.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    for name in paths:
+        parser.add_argument(name, type=Path)
     for name, value in defaults.items():
         parser.add_argument(
             f"--{name}", type=_at_least_one, default=value, help="default %(default)s"
@@ -42,7 +46,8 @@ def run(
     settings = vars(parser.parse_args())
     out = settings.pop("out")
     torch.set_num_threads(min(torch.get_num_threads(), threads))
-    results = measure(**settings)
+    given = {name: settings.pop(name) for name in paths}
+    results = measure(**given, **settings)
     if out:
         versions = {name: metadata.version(name) for name in packages}
         known = environment() | versions
