@@ -31,7 +31,7 @@ KINDS = ("uniqueness", "synergy", "redundancy")
 MODALITIES, TOKENS, FEATURES, CLASSES = 3, 4, 16, 2
 BATCH, RATE, INTERACTION_WEIGHT = 32, 1e-4, 0.01
 HELD_OUT = 2000
-AMPLITUDE = 8.0
+AMPLITUDE = 16.0
 
 
 @dataclasses.dataclass(frozen=True)
