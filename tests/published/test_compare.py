@@ -19,7 +19,7 @@ from flmoe_kernels.published.agreement import Disagreement
 from flmoe_kernels.published.calls import Case, bare_copy, few_samples, random_cases
 from flmoe_kernels.published.compare import _clear_choices, compare
 from flmoe_kernels.published.swap import swap
-from tests.support import lineage_sparse
+from tests.support import fastmoe
 from tests.support.inputs import draw
 from tests.support.lineage import fl, i2, make_layer, make_sparse_layer
 from tests.support.lineage_sparse import GATES, FMoETransformerMLP, make_mlp
@@ -158,7 +158,7 @@ def test_keeps_the_state_of_sparse_mlps(make: Any, mode: bool) -> None:
 
 
 def own_mlp(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    monkeypatch.setattr(lineage_sparse.FMoELinear, "__module__", "fmoe.linear")
+    monkeypatch.setattr(fastmoe.FMoELinear, "__module__", "fmoe.linear")
     monkeypatch.setattr(FMoETransformerMLP, "forward", lambda *_: pytest.fail("was run"))
     return make_mlp()
 

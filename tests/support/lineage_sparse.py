@@ -2,8 +2,7 @@
 
 It has the published code's peculiarities (docs/fastmoe.md): weights are not renormalised after a drop, GShard and
 Switch keep only the last call's loss, padding counts, Switch adds its noise, NaiveGate's loss has no gradient,
-NoisyGate's loss adds up in all modes, topk_logits grows. The published kernels drop the rows that come last in a
-race; here the last rows of the call are dropped. Names, attributes and parameters are the published ones.
+NoisyGate's loss adds up in all modes, topk_logits grows. Names, attributes and parameters are the published ones.
 """
 
 from __future__ import annotations
@@ -12,37 +11,15 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tests.support import fastmoe
+from tests.support.fastmoe import _Expert
 
 GATES = ("NaiveGate", "GShardGate", "SwitchGate", "AddtionalNoisyGate")
 
 
-class BaseGate(nn.Module):
-    def __init__(self, num_expert: int, world_size: int) -> None:
-        super().__init__()
-        self.num_expert, self.world_size = num_expert, world_size
-        self.tot_expert = num_expert * world_size
-        self.loss: Tensor | None = None
-
-    def set_loss(self, loss: Tensor) -> None:
-        self.loss = loss
-
-    def get_loss(self, clear: bool = True) -> Tensor | None:
-        taken = self.loss
-        if clear:
-            self.loss = None
-        return taken
-
-    @property
-    def has_loss(self) -> bool:
-        return self.loss is not None
-
-    def reset_topk_logit(self) -> None:
-        self.topk_logits: list[Tensor] = []
-
-
-class NaiveGate(BaseGate):
+class NaiveGate(fastmoe.NaiveGate):
     def __init__(
         self,
         d_model: int,
@@ -51,30 +28,20 @@ class NaiveGate(BaseGate):
         top_k: int = 2,
         gate_bias: bool = True,
     ) -> None:
-        super().__init__(num_expert, world_size)
-        self.gate = nn.Linear(d_model, self.tot_expert, bias=gate_bias)
-        self.top_k = top_k
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias)
+        self.topk_logits: list[Tensor] = []
+
+    def reset_topk_logit(self) -> None:
         self.topk_logits = []
 
-    def chosen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.gate(x)
-        best, index = torch.topk(logits, self.top_k, dim=-1, sorted=False)
-        self.topk_logits.append(index)
-        self.set_loss(torch.zeros(1, requires_grad=True).to(x.device))
-        return index, best.softmax(dim=-1), logits
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.chosen(x)[:2]
+    def forward(self, x: Tensor, return_all_scores: bool = False) -> tuple[Tensor, ...]:
+        chosen = super().forward(x, return_all_scores)
+        self.topk_logits.append(chosen[0])
+        return chosen
 
 
 def pruned(index: Tensor, capacity: int, experts: int) -> Tensor:
-    """index with -1 for all rows of an expert after its first `capacity` rows, in flattened order."""
-    left, kept = [capacity] * experts, index.reshape(-1).tolist()
-    for place, expert in enumerate(kept):
-        left[expert] -= 1
-        if left[expert] < 0:
-            kept[place] = -1
-    return torch.tensor(kept, dtype=index.dtype, device=index.device).view_as(index)
+    return fastmoe.prune_gate_by_capacity(index, torch.full((experts,), capacity), experts)
 
 
 class GShardGate(NaiveGate):
@@ -93,7 +60,7 @@ class GShardGate(NaiveGate):
         self.capacity, self.random_routing = capacity, random_routing
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        index, weight, logits = self.chosen(x)
+        index, weight, logits = super().forward(x, return_all_scores=True)
         shares = torch.bincount(index[:, 0], minlength=self.tot_expert) / len(x)
         self.set_loss((shares * logits.softmax(1).mean(0)).mean() * self.num_expert**2)
         rate = self.capacity[0 if self.training else 1]
@@ -136,24 +103,18 @@ class SwitchGate(NaiveGate):
         return index, weight.to(x.dtype)
 
 
-class AddtionalNoisyGate(BaseGate):
+class AddtionalNoisyGate(fastmoe.NoisyGate):
     def __init__(self, d_model: int, num_expert: int, world_size: int, top_k: int = 2) -> None:
-        super().__init__(num_expert, world_size)
-        self.w_gate = nn.Parameter(torch.zeros(d_model, self.tot_expert))
-        self.w_noise = nn.Parameter(torch.zeros(d_model, self.tot_expert))
-        self.top_k, self.noise_epsilon = top_k, 1e-2
-        self.softplus, self.softmax = nn.Softplus(), nn.Softmax(1)
-        for weight in (self.w_gate, self.w_noise):
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        super().__init__(d_model, num_expert, world_size, top_k)
         self.topk_logits: list[Tensor] = []
         self.indicates: Any = None
         self.is_full_modality = False
 
+    def reset_topk_logit(self) -> None:
+        self.topk_logits = []
+
     def set_loss(self, loss: Tensor) -> None:
         self.loss = loss if self.loss is None else self.loss + loss
-
-    def spread(self, x: Tensor) -> Tensor:
-        return x.float().var() / (x.float().mean() ** 2 + 1e-10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         clean = x @ self.w_gate
@@ -163,40 +124,11 @@ class AddtionalNoisyGate(BaseGate):
         index, weight = order[:, : self.top_k], self.softmax(best[:, : self.top_k])
         self.topk_logits.append(index)
         gates = torch.zeros_like(noisy).scatter(1, index, weight)
+        load = self._gates_to_load(gates)
         if self.training:
-            outside, inside = best[:, self.top_k - 1, None], best[:, self.top_k, None]
-            rival = torch.where(noisy > inside, inside, outside)
-            load = torch.special.ndtr((clean - rival) / deviation).sum(0)
-        else:
-            load = (gates > 0).sum(0)
-        self.set_loss(self.spread(gates.sum(0)) + self.spread(load))
+            load = self._prob_in_top_k(clean, noisy, deviation, best).sum(0)
+        self.set_loss(self.cv_squared(gates.sum(0)) + self.cv_squared(load))
         return index, weight
-
-
-class FMoELinear(nn.Module):
-    def __init__(self, num_expert: int, in_feat: int, out_feat: int) -> None:
-        super().__init__()
-        self.num_expert, self.in_feat, self.out_feat = num_expert, in_feat, out_feat
-        self.weight = nn.Parameter(torch.empty(num_expert, out_feat, in_feat))
-        self.bias = nn.Parameter(torch.zeros(num_expert, out_feat))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        parts = x.split(counts)
-        return torch.cat(
-            [F.linear(p, w, b) for p, w, b in zip(parts, self.weight, self.bias, strict=True)]
-        )
-
-
-class _Expert(nn.Module):
-    def __init__(self, num_expert: int, dim: int, hidden: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.htoh4 = FMoELinear(num_expert, dim, hidden)
-        self.h4toh = FMoELinear(num_expert, hidden, dim)
-        self.activation = activation
-
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        return self.h4toh(self.activation(self.htoh4(x, counts)), counts)
 
 
 class FMoETransformerMLP(nn.Module):
@@ -241,23 +173,19 @@ class FMoETransformerMLP(nn.Module):
         self.all_gates = nn.ModuleDict(routers)
         self.gate = self.all_gates["0"]
 
+    def run_experts(self, x: Tensor, counts: Tensor) -> Tensor:
+        if not isinstance(self.experts, nn.ModuleList):
+            return self.experts(x, counts)
+        parts = zip(self.experts, x.split(counts.tolist()), counts.split(1), strict=True)
+        return torch.cat([expert(part, count) for expert, part, count in parts])
+
     def forward(self, inp: Tensor) -> Tensor:
         self.last_topk_pre_mix = None
         x = inp.reshape(-1, self.d_model)
         index, weight = self.gate(x)
         self.last_topk_indices, self.last_topk_scores = index, weight
-        pre_mix = x.new_zeros(index.numel(), self.d_model)
-        flat = index.reshape(-1)
-        order = [(flat == e).nonzero().flatten() for e in range(self.num_expert)]
-        rows, counts = torch.cat(order), [len(part) for part in order]
-        parts = x[rows // self.top_k]
-        if isinstance(self.experts, nn.ModuleList):
-            split = parts.split(counts)
-            done = [e(p, [len(p)]) for e, p in zip(self.experts, split, strict=True)]
-            parts = torch.cat(done)
-        else:
-            parts = self.experts(parts, counts)
-        pre_mix = pre_mix.index_add(0, rows, parts).view(-1, self.top_k, self.d_model)
+        rows = fastmoe.route(x, index, self.run_experts, self.num_expert)
+        pre_mix = rows.view(-1, self.top_k, self.d_model)
         if self.capture_topk_pre_mix:
             self.last_topk_pre_mix = pre_mix
         return torch.bmm(weight.view(-1, 1, self.top_k), pre_mix).reshape(inp.shape)

@@ -1,0 +1,1 @@
+"""Experiments behind statements in the documentation."""
