@@ -164,10 +164,8 @@ def _require(file: CheckpointFile, pattern: str, whose: str) -> int:
 def _count(file: CheckpointFile, pattern: str) -> int:
     """Return the largest number at the pattern's group plus 1, or 0 if no key matches."""
     matches = [re.fullmatch(pattern, key) for key in file.state_dict]
-    numbers = [match[1] for match in matches if match]
-    # int() has a limit of digits.
-    count = max((int(number) + 1 for number in numbers if len(number) < 10), default=0)
-    if count > len(file.state_dict) or any(len(number) >= 10 for number in numbers):
+    count = max((int(match[1]) + 1 for match in matches if match), default=0)
+    if count > len(file.state_dict):
         raise file.error("a number in a key exceeds the number of keys")
     return count
 

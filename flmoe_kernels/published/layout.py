@@ -17,7 +17,7 @@ from torch import Tensor
 
 MAX_DEPTH = 4
 MAX_LISTED = 20
-MAX_KEY = 1000  # characters
+MAX_KEY = 1000  # characters; int() refuses numbers of over 4300 digits
 WRAPPERS = ("module", "_orig_mod")
 
 _WRAPPED = rf"(?:(?:{'|'.join(WRAPPERS)})\.)*"
