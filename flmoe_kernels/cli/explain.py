@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import fail, needs_extra
-from .options import GateName, Heads, Temperature, TopK
+from .options import GateName, Heads, LayerName, Temperature, TopK
 
 
 def explain(
@@ -76,6 +76,7 @@ def explain(
     ] = None,
     heads: Heads = None,
     temperature: Temperature = None,
+    layer: LayerName = None,
     gate: GateName = None,
     top_k: TopK = None,
     force: Annotated[
@@ -92,8 +93,8 @@ def explain(
     options = dict(locals())
     from flmoe_kernels.explain.report.request import Request
 
-    layer = {name: options.pop(name) for name in ("temperature", "gate", "top_k")}
-    options["layer"] = {"num_heads": options.pop("heads"), **layer}
+    settings = {name: options.pop(name) for name in ("temperature", "layer", "gate", "top_k")}
+    options["layer"] = {"num_heads": options.pop("heads"), **settings}
     options["exempt"] = tuple(exempt or ())
     for name in ("modality_names", "class_names"):
         if options[name] is not None:

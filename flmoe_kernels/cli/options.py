@@ -13,6 +13,10 @@ Heads = Annotated[
 Temperature = Annotated[
     float | None, typer.Option(help="Temperature of the expert weights; default 1.0.")
 ]
+LayerName = Annotated[
+    str | None,
+    typer.Option(help="Name of the layer if the checkpoint holds several; the error lists them."),
+]
 GateName = Annotated[
     str | None,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import fail, needs_extra
-from .options import GateName, Heads, Temperature, TopK
+from .options import GateName, Heads, LayerName, Temperature, TopK
 
 
 def profile(
@@ -70,6 +70,7 @@ def profile(
     ] = None,
     heads: Heads = None,
     temperature: Temperature = None,
+    layer: LayerName = None,
     gate: GateName = None,
     top_k: TopK = None,
     seconds: Annotated[
@@ -117,6 +118,7 @@ def profile(
                     valid=_numbers("valid", valid),
                     num_heads=heads,
                     temperature=temperature,
+                    layer=layer,
                     gate=gate,
                     top_k=top_k,
                     dtype=dtype,
@@ -127,7 +129,7 @@ def profile(
                 _refuse(
                     batch=batch, tokens=tokens, valid=valid, heads=heads, temperature=temperature
                 )
-                _refuse(gate=gate, top_k=top_k)
+                _refuse(layer=layer, gate=gate, top_k=top_k)
                 request = Request(
                     op or "", shape, dtype, tuple(backend or ()), phase, device, variant
                 )

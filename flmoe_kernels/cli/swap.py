@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from .errors import fail
-from .options import GateName, Heads, Temperature, TopK
+from .options import GateName, Heads, LayerName, Temperature, TopK
 
 
 def swap(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the published layer.")],
     heads: Heads = None,
     temperature: Temperature = None,
+    layer: LayerName = None,
     gate: GateName = None,
     top_k: TopK = None,
     out: Annotated[
@@ -32,6 +33,7 @@ def swap(
             checkpoint,
             num_heads=heads,
             temperature=temperature,
+            layer=layer,
             gate=gate,
             top_k=top_k,
             out=out,

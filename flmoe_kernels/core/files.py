@@ -1,13 +1,21 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and checks before reading."""
 
 from __future__ import annotations
 
 import os
+import stat
 import uuid
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
+from .memory import available_bytes
+
+ZIP_HEAD = b"PK\x03\x04"
+HEAD_BYTES = 16
 Content = bytes | str | Callable[[BinaryIO], object]
 
 
@@ -38,11 +46,58 @@ def write_whole(target: Path, content: Content, *, make_folder: bool = False) ->
         cause = _cause(error)
         if cause is None:
             raise
-        reason = " ".join((cause.strerror or str(cause)).split())
-        # The same class, PermissionError for example. With a single argument, str() is the message alone.
-        named = type(OSError(cause.errno or 0, reason))(f"{target}: cannot be written: {reason}")
-        named.errno = cause.errno
-        raise named from error
+        raise _named(cause, f"{target}: cannot be written") from error
+
+
+def checked_head(path: Path) -> bytes:
+    """Return the first bytes of a file, after a check that it can be read whole.
+
+    A pipe or a device is not opened, because opening or reading it may never end. The parts of a zip archive
+    are counted unpacked.
+
+    Raises:
+        OSError: not a regular file, empty, not readable or larger than the available memory; the message is
+            one line with the path and the reason.
+        zipfile.BadZipFile: a zip archive without a readable list of its parts.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(f"{path}: is a folder, expected a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path}: is a device, pipe or socket, expected a regular file")
+        with path.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise _named(error, f"{path}: cannot be read") from error
+    if not head:
+        raise OSError(f"{path}: is empty")
+    size, most = status.st_size, available_bytes(torch.device("cpu"))
+    if head.startswith(ZIP_HEAD):
+        size = max(size, _unpacked_bytes(path))
+    if size > most:
+        raise OSError(f"{path}: expected at most {most} bytes, the available memory, got {size}")
+    return head
+
+
+def _unpacked_bytes(path: Path) -> int:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(part.file_size for part in archive.infolist())
+    except Exception as error:
+        # For damaged archives zipfile raises many kinds of errors.
+        raise zipfile.BadZipFile(f"{path}: not a zip archive, or truncated") from error
+
+
+def _named(cause: OSError, problem: str) -> OSError:
+    """An error of the same class, PermissionError for example, whose message is one line."""
+    reason = " ".join((cause.strerror or str(cause)).split())
+    # With a single argument, str() is the message alone.
+    named = type(OSError(cause.errno or 0, reason))(f"{problem}: {reason}")
+    named.errno = cause.errno
+    return named
 
 
 def _replace(target: Path, content: Content) -> None:

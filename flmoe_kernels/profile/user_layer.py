@@ -44,7 +44,7 @@ class UserLayer:
         batch: number of samples.
         tokens: of each modality; None if learned positions determine them.
         valid: number of tokens of each modality that are not padding; None for all.
-        num_heads, temperature, gate, top_k: see `published.convert.load_layer`.
+        num_heads, temperature, layer, gate, top_k: see `published.convert.load_layer`.
         dtype: name of the dtype to convert the layer to; None for the saved dtype.
         device: "cpu", "cuda" or "cuda:N".
     """
@@ -55,6 +55,7 @@ class UserLayer:
     valid: tuple[int, ...] | None = None
     num_heads: int | None = None
     temperature: float | None = None
+    layer: str | None = None
     gate: str | None = None
     top_k: int | None = None
     dtype: str | None = None
@@ -66,14 +67,15 @@ class UserLayer:
         Raises:
             CheckpointError: see `published.convert.load_layer`.
         """
-        layer = load_layer(
-            self.path, self.num_heads, self.temperature, gate=self.gate, top_k=self.top_k
-        )
+        layer = load_layer(self.path, self.num_heads, self.temperature, **self._chosen())
         dtype = None if self.dtype is None else DTYPES[self.dtype]
         return layer.to(device=self.device, dtype=dtype)
 
     def architecture(self) -> Architecture:
-        return load_checkpoint(self.path, gate=self.gate, top_k=self.top_k)[1]
+        return load_checkpoint(self.path, **self._chosen())[1]
+
+    def _chosen(self) -> dict[str, Any]:
+        return {"layer": self.layer, "gate": self.gate, "top_k": self.top_k}
 
     def checked(self) -> UserLayer:
         """Check the arguments and return them with all tokens.

@@ -2,6 +2,7 @@
 
 The modules are the steps; each imports earlier modules only:
 
+    layout     finds layers in the contents of a file
     file       reads and writes checkpoint files
     infer      infers the architecture from keys and shapes
     places     finds the published layers inside a model

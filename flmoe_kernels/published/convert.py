@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flmoe_kernels.core.dtypes import FLOATS
+from flmoe_kernels.core.memory import available_bytes
 from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec
 from flmoe_kernels.layers.interaction_moe.build import build
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
@@ -17,20 +19,27 @@ from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.layers.routed_mlp.state import add_router_0, prepare_state_dict
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
-from .file import CheckpointError, CheckpointFile, listed, read
+from .file import CheckpointError, CheckpointFile, read
 from .infer import in_words, infer, infer_settings
+from .layout import listed
 from .places import MODULE_STATE
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], *, gate: str | None = None, top_k: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    layer: str | None = None,
+    gate: str | None = None,
+    top_k: int | None = None,
 ) -> tuple[dict[str, Tensor], Architecture]:
     """Return the state_dict of an interaction layer and the architecture that its keys and shapes imply.
 
     Args:
-        path: a file of torch.save, either {"ensemble_model": state_dict, ...} or a bare
-            state_dict, or a .safetensors file. Keys may have DataParallel's prefix "module.".
-            Sparse MLPs in either layout of FastMoE are returned in the published layer's layout.
+        path: a file of torch.save or a .safetensors file, with one interaction layer anywhere in
+            nested dicts, also as a part of a larger model (docs/differences.md lists layouts). Keys
+            are returned without prefixes such as "module.". Sparse MLPs in either layout of FastMoE
+            are returned in the published layer's layout.
+        layer: the name of the layer if the file holds several; the error without it lists them.
         gate: of sparse MLPs: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate". Default: the
             setting in a file that this package converted, else NoisyGate if the checkpoint has its
             parameters, else GShardGate.
@@ -40,7 +49,7 @@ def load_checkpoint(
         CheckpointError: the file cannot be read, holds more than tensors (it is not unpickled), or
             keys, shapes and settings do not fit; the message lists them.
     """
-    file = read(Path(path))
+    file = read(Path(path), layer)
     architecture = infer(file, gate, top_k)
     return convert_state(file, architecture), architecture
 
@@ -51,6 +60,7 @@ def load_layer(
     temperature: float | None = None,
     dropout: float = 0.5,
     *,
+    layer: str | None = None,
     gate: str | None = None,
     top_k: int | None = None,
 ) -> ReferenceInteractionMoE:
@@ -61,12 +71,12 @@ def load_layer(
         num_heads: attention heads. Default: the setting in a converted file, else 4.
         temperature: of the softmax over experts. Default: the setting in a converted file, else 1.0.
         dropout: dropout rate inside the fusion models, for further training.
-        gate, top_k: see `load_checkpoint`. A layer with sparse MLPs also returns gate losses.
+        layer, gate, top_k: see `load_checkpoint`. A layer with sparse MLPs also returns gate losses.
 
     Raises:
         CheckpointError: as load_checkpoint, or the settings do not fit the architecture.
     """
-    file = read(Path(path))
+    file = read(Path(path), layer)
     architecture = infer(file, gate, top_k)
     state = convert_state(file, architecture)
     heads, scale = infer_settings(file, num_heads, temperature)
@@ -77,12 +87,12 @@ def convert_state(file: CheckpointFile, architecture: Architecture) -> dict[str,
     """Return a checkpoint's state_dict, strictly checked, with sparse MLPs in the published layout.
 
     Raises:
-        CheckpointError: keys, shapes or dtypes do not fit the architecture.
+        CheckpointError: keys, shapes or dtypes do not fit the architecture, or memory does not suffice.
     """
     state = dict(file.state_dict)
     if architecture.sparse is not None:
         state = _stack_experts(file, architecture)
-    _check_strictly(file.path, state, architecture)
+    _check_strictly(file, state, architecture)
     return state
 
 
@@ -153,11 +163,13 @@ def _stack_experts(file: CheckpointFile, architecture: Architecture) -> dict[str
             add_router_0(part, state, f"{name}.", {})
     errors += [f'Missing key in state_dict: "{key}".' for key in missing]
     if errors:
-        raise CheckpointError(file.path, f"sparse MLPs: {listed(errors)}")
+        raise file.error(f"sparse MLPs: {listed(errors)}")
     return {key: state[key] for key in architecture.parameter_shapes() if key in state} | state
 
 
-def _check_strictly(path: Path, state: dict[str, Tensor], architecture: Architecture) -> None:
+def _check_strictly(
+    file: CheckpointFile, state: dict[str, Tensor], architecture: Architecture
+) -> None:
     expected = architecture.parameter_shapes()
     problems = {
         "missing": [key for key in expected if key not in state],
@@ -169,13 +181,16 @@ def _check_strictly(path: Path, state: dict[str, Tensor], architecture: Architec
         ],
     }
     if any(problems.values()):
-        raise CheckpointError(
-            path,
+        raise file.error(
             f"keys do not fit the architecture that they imply ({in_words(architecture)}): "
             + "; ".join(f"{what}: {listed(keys)}" for what, keys in problems.items() if keys),
         )
     dtypes = {value.dtype for value in state.values()}
-    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        raise CheckpointError(
-            path, f"expected one floating dtype, got {listed(sorted(map(str, dtypes)))}"
+    if len(dtypes) > 1 or not dtypes <= {*FLOATS}:
+        raise file.error(f"expected one floating dtype, got {listed(sorted(map(str, dtypes)))}")
+    # Tensors of a file may share memory, those of a layer do not.
+    size, most = sum(value.nbytes for value in state.values()), available_bytes(torch.device("cpu"))
+    if size > most:
+        raise file.error(
+            f"expected parameters of at most {most} bytes, the available memory, got {size}"
         )

@@ -7,95 +7,109 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.files import unwritable_reason, write_whole
+from flmoe_kernels.core.figures import printable
+from flmoe_kernels.core.files import ZIP_HEAD, checked_head, unwritable_reason, write_whole
+
+from .layout import LayoutError, Place, find_layer, listed
 
 MODEL_KEY = "ensemble_model"
 CONFIG_KEY = "flmoe_config"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-MAX_LISTED = 20
+PICKLE_HEAD = b"\x80"  # of the older format of torch.save
+NOT_TORCH = "not a PyTorch checkpoint, or truncated"
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message is one line with the file and the problem."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
-        super().__init__(" ".join(f"{os.fspath(path)}: {problem}".split()))
+        super().__init__(printable(" ".join(f"{os.fspath(path)}: {problem}".split())))
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFile:
-    """The contents of a checkpoint file.
+    """The layer in a checkpoint file.
 
     Attributes:
         path: of the file.
-        state_dict: of the layer, without DataParallel's prefix "module.".
+        state_dict: of the layer, with the layer's own keys.
         config: the settings that `write` added; empty if there are none.
-        others: all other entries of the file, kept for writing.
+        content: of the file, without the settings; {"ensemble_model": state_dict} if it is a single state dict.
+        place: of the layer in the content.
     """
 
     path: Path
     state_dict: dict[str, Tensor]
     config: dict[str, Any]
-    others: dict[str, Any]
+    content: dict[Any, Any]
+    place: Place
+
+    def error(self, problem: str) -> CheckpointError:
+        """An error that names the file and, if it has a name in the file, the layer."""
+        return CheckpointError(self.path, f"{self.place.name}: {problem}".removeprefix(": "))
 
 
-def read(path: Path) -> CheckpointFile:
+def read(path: Path, layer: str | None = None) -> CheckpointFile:
     """Read a file of torch.save or a .safetensors file; only tensors are unpickled.
 
+    Args:
+        layer: name of the layer if the file has several, see `find_layer`.
+
     Raises:
-        CheckpointError: the file does not exist, is damaged or does not hold a state_dict.
+        CheckpointError: the file does not exist, is damaged, too large or no regular file, or does not hold this
+            layer or a single one.
     """
-    if path.is_dir():
-        raise CheckpointError(path, "is a folder, expected a checkpoint file")
-    if not path.exists():
-        raise CheckpointError(path, "no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = _read_torch(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(path, f"holds a {type(content).__name__}, expected a state_dict")
-    others: dict[str, Any] = dict(content) if MODEL_KEY in content else {}
-    config = others.pop(CONFIG_KEY, None)
-    state: Any = others.pop(MODEL_KEY, content)
-    if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(path, f"holds no state_dict, or an empty one, under {MODEL_KEY!r}")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                path,
-                f"expected a state_dict or {{{MODEL_KEY!r}: state_dict}}, but {key!r} holds a "
-                f"value of type {type(value).__name__}",
-            )
-    config = dict(config) if isinstance(config, Mapping) else {}
-    return CheckpointFile(path, _unprefixed(state), config, others)
-
-
-def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        head = checked_head(path)
+    except OSError as error:
+        raise CheckpointError(path, str(error).removeprefix(f"{path}: ")) from error
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(path, NOT_TORCH) from error
+    is_safe = path.suffix == ".safetensors"
+    content, config = _read_safetensors(path) if is_safe else _read_torch(path, head)
+    try:
+        place = find_layer(content, layer)
+        state = place.state_dict()
+    except LayoutError as error:
+        raise CheckpointError(path, str(error)) from error
+    if place.mapping is content:
+        content = {MODEL_KEY: content}
+    return CheckpointFile(path, state, config, content, place)
+
+
+def _read_torch(path: Path, head: bytes) -> tuple[Any, dict[str, Any]]:
+    """Return the contents of a file of torch.save, and the settings."""
+    if not head.startswith((ZIP_HEAD, PICKLE_HEAD)):
+        raise CheckpointError(path, NOT_TORCH)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch rejects every global that tensors do not need, and names it.
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
                 path,
-                f"holds more than tensors ({refused[1]}); not loaded, because it could run code",
+                f"holds more than tensors ({refused[1]}); not loaded, because it could run code; "
+                "save the model's state_dict alone",
             ) from error
-        raise CheckpointError(path, "not a PyTorch checkpoint, or truncated") from error
+        raise CheckpointError(path, NOT_TORCH) from error
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
     except Exception as error:
         # For damaged files the readers of archives and pickles raise many kinds of errors.
-        raise CheckpointError(path, "not a PyTorch checkpoint, or truncated") from error
+        raise CheckpointError(path, NOT_TORCH) from error
+    config = content.pop(CONFIG_KEY, None) if isinstance(content, dict) else None
+    return content, config if isinstance(config, dict) else {}
 
 
-def _read_safetensors(path: Path) -> CheckpointFile:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a .safetensors file, and the settings."""
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
@@ -106,22 +120,9 @@ def _read_safetensors(path: Path) -> CheckpointFile:
             config = json.loads((file.metadata() or {}).get(CONFIG_KEY, "{}"))
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(path, "not a .safetensors file, or truncated") from error
-    return CheckpointFile(path, _unprefixed(state), config if isinstance(config, dict) else {}, {})
-
-
-def _unprefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if all(key.startswith("module.") for key in state):
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
-
-
-def listed(items: Iterable[str]) -> str:
-    """Format the first items in one line, and the number of further items."""
-    names = list(items)
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
+    return state, config if isinstance(config, dict) else {}
 
 
 def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
@@ -137,30 +138,43 @@ def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
         raise CheckpointError(target, reason)
     if target.exists() and target.samefile(file.path):
         raise CheckpointError(target, "is the checkpoint itself, expected another file")
-    if target.suffix == ".safetensors" and file.others:
+    if target.suffix == ".safetensors" and (others := _no_tensors(file)):
         raise CheckpointError(
             target,
-            f"the checkpoint also holds {listed(sorted(map(repr, file.others)))}, which a "
-            ".safetensors file cannot hold; write a .pt file",
+            f"the checkpoint also holds {listed(others)}, which a .safetensors file cannot hold; write a .pt file",
         )
     return target
 
 
-def write(target: Path, file: CheckpointFile, config: dict[str, Any]) -> None:
-    """Write the state dict and the settings atomically.
+def _no_tensors(file: CheckpointFile) -> list[str]:
+    """Names of the entries that a .safetensors file, a single dict of tensors, cannot hold."""
+    tensors = file.place.mapping
+    names = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
+    names += [key for key, value in file.content.items() if value is not tensors]
+    return sorted(map(repr, names))
+
+
+def write(
+    target: Path, file: CheckpointFile, state: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    """Write the file's contents with this state dict of the layer, and the settings, atomically.
+
+    The contents are changed in place.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    state = {key: value.detach().clone().contiguous() for key, value in file.state_dict.items()}
+    file.place.replace({key: value.detach().clone().contiguous() for key, value in state.items()})
 
     def save(stream: BinaryIO) -> None:
         if target.suffix == ".safetensors":
             from safetensors.torch import save
 
-            stream.write(save(state, metadata={CONFIG_KEY: json.dumps(config)}))
+            # Tensors of a .safetensors file share no memory.
+            tensors = {key: value.clone() for key, value in file.place.mapping.items()}
+            stream.write(save(tensors, metadata={CONFIG_KEY: json.dumps(config)}))
         else:
-            torch.save({**file.others, MODEL_KEY: state, CONFIG_KEY: config}, stream)
+            torch.save({**file.content, CONFIG_KEY: config}, stream)
 
     try:
         write_whole(target, save)
@@ -168,3 +182,5 @@ def write(target: Path, file: CheckpointFile, config: dict[str, Any]) -> None:
         raise CheckpointError(target, "needs a package: pip install safetensors") from error
     except OSError as error:
         raise CheckpointError(target, str(error).removeprefix(f"{target}: ")) from error
+    except (RecursionError, RuntimeError, ValueError) as error:  # entries beside the layer
+        raise CheckpointError(target, f"cannot be written: {error}") from error

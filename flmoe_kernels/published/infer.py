@@ -8,6 +8,7 @@ expert. The caller must pass these, unless `swap_checkpoint` wrote the file, whi
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -15,7 +16,8 @@ from flmoe_kernels.layers.interaction_moe.architecture import Architecture, Spar
 from flmoe_kernels.layers.interaction_moe.sparse_structure import default_sparse
 from flmoe_kernels.layers.routed_mlp.gates import gate_class
 
-from .file import CheckpointError, CheckpointFile, listed
+from .file import CheckpointFile
+from .layout import listed
 
 DEFAULT_HEADS = 4
 DEFAULT_TEMPERATURE = 1.0
@@ -37,12 +39,11 @@ def infer(file: CheckpointFile, gate: str | None = None, top_k: int | None = Non
     """
     experts = _require(file, r"interaction_experts\.(\d+)\..*", "of the experts")
     if experts < 4:
-        raise CheckpointError(
-            file.path, f"expected at least 4 experts (two modalities), got {experts}"
-        )
+        raise file.error(f"expected at least 4 experts (two modalities), got {experts}")
     num_layers = _require(file, HEAD, "of the experts' heads") - 1
     reweight = _require(file, r"reweight\.mlp\.network\.(\d+)\.weight", "of the reweighting MLP")
     learned = any(re.fullmatch(EXPERT + "pos_embed", key) for key in file.state_dict)
+    _require_keys(file, experts * num_layers)
     modalities = experts - 2
     dim = _size(file, EXPERT + r"network\.\d+\.norm1\.weight", 0)
     return Architecture(
@@ -56,7 +57,7 @@ def infer(file: CheckpointFile, gate: str | None = None, top_k: int | None = Non
             _size(file, r"reweight\.mlp\.network\.0\.weight", 0) if reweight > 1 else None
         ),
         reweight_layers=(reweight - 1) // 3 + 1,
-        sparse=_infer_sparse(file, dim, gate, top_k),
+        sparse=_infer_sparse(file, experts * num_layers, dim, gate, top_k),
     )
 
 
@@ -69,11 +70,12 @@ def infer_settings(
     """
     defaults = {"num_heads": DEFAULT_HEADS, "temperature": DEFAULT_TEMPERATURE}
     given = {"num_heads": num_heads, "temperature": temperature}
-    stored = {
-        name: type(default)(value)
-        for name, default in defaults.items()
-        if isinstance(value := file.config.get(name), int | float)
-    }
+    stored: dict[str, Any] = {}
+    if isinstance(heads := file.config.get("num_heads"), int):
+        stored["num_heads"] = heads
+    scale = file.config.get("temperature")
+    if isinstance(scale, int | float) and scale <= sys.float_info.max:  # not NaN
+        stored["temperature"] = float(scale)
     values: dict[str, Any] = {**defaults, **stored}
     for name, value in given.items():
         if value is None:
@@ -108,13 +110,13 @@ def in_words(architecture: Architecture) -> str:
 
 
 def _infer_sparse(
-    file: CheckpointFile, dim: int, gate: str | None, top_k: int | None
+    file: CheckpointFile, layers: int, dim: int, gate: str | None, top_k: int | None
 ) -> SparseSpec | None:
-    """Infer the sparse MLPs; None if there are none."""
+    """Infer the sparse MLPs of all fusion layers; None if there are none."""
     if not any(re.match(MLP + r"(experts|gate|all_gates)\.", key) for key in file.state_dict):
         if gate is not None or top_k is not None:
             name = "top_k" if gate is None else "gate"
-            raise CheckpointError(file.path, f"{name}: expected None without sparse MLPs")
+            raise file.error(f"{name}: expected None without sparse MLPs")
         return None
     settings: Any = file.config.get("sparse")
     settings = settings if isinstance(settings, dict) else {}
@@ -127,12 +129,13 @@ def _infer_sparse(
         top_k = 1 if name == "SwitchGate" else 2
     routers = _count(file, MLP + r"all_gates\.(\d+)\..*") or 1
     experts = _count(file, MLP + r"experts\.(\d+)\..*")
+    _require_keys(file, layers * max(routers, experts))
     if not experts:
         experts = _size(file, MLP + r"experts\.htoh4\.weight", 0, dims=3)
     try:
         spec = default_sparse(experts, dim, routers, name, top_k)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(file.path, f"sparse MLPs: {error}") from error
+        raise file.error(f"sparse MLPs: {error}") from error
     return spec.with_settings(settings)
 
 
@@ -143,10 +146,10 @@ def _gate(file: CheckpointFile, given: str | None, settings: dict[str, Any]) -> 
     try:
         name = gate_class(str(default if given is None else given)).__name__
     except ValueError as error:
-        raise CheckpointError(file.path, str(error)) from error
+        raise file.error(str(error)) from error
     if noisy != (name == NOISY):
         kind = "NoisyGate" if noisy else "a gate other than NoisyGate"
-        raise CheckpointError(file.path, f"gate: the parameters are of {kind}, got {name}")
+        raise file.error(f"gate: the parameters are of {kind}, got {name}")
     return name
 
 
@@ -155,7 +158,7 @@ def _require(file: CheckpointFile, pattern: str, whose: str) -> int:
     if count := _count(file, pattern):
         return count
     keys = listed(repr(key) for key in file.state_dict)
-    raise CheckpointError(file.path, f"not an interaction layer: no keys {whose}; it has {keys}")
+    raise file.error(f"not an interaction layer: no keys {whose}; it has {keys}")
 
 
 def _count(file: CheckpointFile, pattern: str) -> int:
@@ -163,8 +166,14 @@ def _count(file: CheckpointFile, pattern: str) -> int:
     matches = [re.fullmatch(pattern, key) for key in file.state_dict]
     count = max((int(match[1]) + 1 for match in matches if match), default=0)
     if count > len(file.state_dict):
-        raise CheckpointError(file.path, "a number in a key exceeds the number of keys")
+        raise file.error("a number in a key exceeds the number of keys")
     return count
+
+
+def _require_keys(file: CheckpointFile, least: int) -> None:
+    """Check the number of keys, before work in proportion to the number of keys that are expected."""
+    if least > len(file.state_dict):
+        raise file.error("the numbers in its keys need more keys than it has")
 
 
 def _size(file: CheckpointFile, pattern: str, axis: int, dims: int | None = None) -> int:
@@ -172,4 +181,4 @@ def _size(file: CheckpointFile, pattern: str, axis: int, dims: int | None = None
         fits = value.dim() > axis if dims is None else value.dim() == dims
         if re.fullmatch(pattern, key) and fits and value.shape[axis] > 0:
             return int(value.shape[axis])
-    raise CheckpointError(file.path, f"no usable tensor at any key {pattern}".replace("\\", ""))
+    raise file.error(f"no usable tensor at any key {pattern}".replace("\\", ""))

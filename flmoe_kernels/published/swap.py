@@ -162,17 +162,19 @@ def swap_checkpoint(
     *,
     num_heads: int | None = None,
     temperature: float | None = None,
+    layer: str | None = None,
     gate: str | None = None,
     top_k: int | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Conversion:
     """Check that the fast layer reproduces a checkpoint's layer, and write the checkpoint with its settings.
 
-    The written file holds {"ensemble_model": state_dict, "flmoe_config": settings} and all other entries
-    of the checkpoint; the published layer can load it, too. It is written atomically.
+    The written file has the layout and all entries of the checkpoint, and the settings as "flmoe_config", so what
+    could load the checkpoint can load it, too. If the checkpoint is a single state_dict, the written file is
+    {"ensemble_model": state_dict, "flmoe_config": settings}. It is written atomically.
 
     Args:
-        path, gate, top_k: see `load_checkpoint`.
+        path, layer, gate, top_k: see `load_checkpoint`.
         num_heads, temperature: see `load_layer`.
         out: file to write, .safetensors or torch.save's format; default: beside the checkpoint, with
             the suffix .flmoe.pt.
@@ -180,7 +182,7 @@ def swap_checkpoint(
     Raises:
         CheckpointError: as load_layer, the layers differ, or the file cannot be written.
     """
-    file = read(Path(path))
+    file = read(Path(path), layer)
     architecture = infer(file, gate, top_k)
     state = convert_state(file, architecture)
     heads, scale = infer_settings(file, num_heads, temperature)
@@ -189,5 +191,5 @@ def swap_checkpoint(
     if report.left:
         raise CheckpointError(path, f"not converted: {report.left[0].reason}")
     config = {**dataclasses.asdict(architecture), "num_heads": heads, "temperature": scale}
-    write(target, dataclasses.replace(file, state_dict=state), config)
+    write(target, file, state, config)
     return Conversion(file.path, target, architecture, heads, scale, report)

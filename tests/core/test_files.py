@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -132,6 +135,62 @@ def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(PermissionError, match=r"x\.json: cannot be written: Permission denied$"):
         files.write_whole(target, "new")
     assert files.unwritable_reason(target) == "cannot be written: the folder is not writable"
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("zeros", bytes(10**6))
+
+
+def with_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+NOT_REGULAR = "is a device, pipe or socket, expected a regular file"
+UNREADABLE: list[tuple[str, Callable[[Path], object], str]] = [
+    ("missing", lambda path: None, "cannot be read: No such file or directory"),
+    ("folder", lambda path: path.mkdir(), "is a folder, expected a file"),
+    ("pipe", os.mkfifo, NOT_REGULAR),
+    ("socket", with_socket, NOT_REGULAR),
+    ("device", lambda path: path.symlink_to("/dev/zero"), NOT_REGULAR),
+    ("loop", lambda path: path.symlink_to(path), "cannot be read: Too many levels of symb.*"),
+    ("empty", lambda path: path.touch(), "is empty"),
+    ("sparse", lambda path: (path.touch(), os.truncate(path, 2**30)), "expected at most .* bytes"),
+    ("unpacked", zipped, r"expected at most \d+ bytes, the available memory, got 1000000"),
+]
+
+
+@pytest.mark.parametrize(("write", "reason"), [pytest.param(*row, id=i) for i, *row in UNREADABLE])
+def test_a_file_that_cannot_be_read_whole_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[Path], object],
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path has at most about 100 characters
+    monkeypatch.setattr(files, "available_bytes", lambda device: 10**5)
+    path = Path("file")
+    path.write_bytes(b"0123456789abcdefghi")
+    assert files.checked_head(path) == b"0123456789abcdef"
+    path.unlink()
+    write(path)
+    with pytest.raises(OSError, match=rf"^file: {reason}[^\n]*$"):
+        files.checked_head(path)
+
+
+def test_a_file_without_permission_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pt"
+    path.touch()
+
+    def refuse(path: Path, *arguments: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match=r"x\.pt: cannot be read: Permission denied$"):
+        files.checked_head(path)
 
 
 def test_other_errors_of_a_writer_are_unchanged(tmp_path: Path) -> None:

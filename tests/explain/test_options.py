@@ -67,7 +67,7 @@ def test_token_names_are_one_short_line() -> None:
         ("--budget", "3", "budget: expected at least"),
         ("--heads", "3", "layer.pt"),
         ("--checkpoint", "none.pt", "none.pt"),
-        ("--data", "none.npz", "No such file or directory: 'none.npz'"),
+        ("--data", "none.npz", "none.npz: cannot be read: No such file or directory"),
         ("--data", "layer.pt", "layer.pt: "),
         ("--out", "layer.pt", "layer.pt: expected a folder, got a file"),
     ],

@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flmoe_kernels.core.figures import printable
+from flmoe_kernels.core.files import ZIP_HEAD, checked_head
 from flmoe_kernels.explain.figures.heat_map import grey
-from flmoe_kernels.explain.games.memory import available_bytes
 from flmoe_kernels.explain.games.tokens import rows_of, valid_tokens
 
 Array = NDArray[Any]
 
-_CPU = torch.device("cpu")
 _FIRST_HALF, _LAST_HALF = 0xD800, 0xDFFF  # surrogates
 # Exceptions of numpy and zipfile for a file that is truncated, altered or encrypted.
 _DAMAGED = (
@@ -132,15 +131,17 @@ def _checked(
 def _read(path: Path) -> dict[str, Array]:
     problem = "expected an .npz file of plain arrays"
     try:
+        head = checked_head(path)
+        if head.startswith(np.lib.format.MAGIC_PREFIX):
+            raise FeatureError(
+                f"{problem}, got a single array; use numpy.savez, which writes names"
+            )
+        if not head.startswith(ZIP_HEAD):
+            raise FeatureError(f"{problem}, got another kind of file")
         file = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise FeatureError(f"{problem}, got another kind of file, or Python objects") from error
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise FeatureError(f"{problem}, got a single array; use numpy.savez, which writes names")
+    except zipfile.BadZipFile as error:
+        raise FeatureError(f"{problem}, got a damaged file") from error
     with file:
-        size, room = sum(part.file_size for part in file.zip.infolist()), available_bytes(_CPU)
-        if size > room:
-            raise FeatureError(f"expected arrays of at most {room} bytes, got {size}")
         return {name: _array(file, name) for name in file.files}
 
 

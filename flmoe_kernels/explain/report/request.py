@@ -31,7 +31,7 @@ class Request:
         checkpoint: file of the layer, see `load_layer`.
         data: file of the samples, see `load_features`.
         out: folder for results; created if missing.
-        layer: num_heads, temperature, gate, top_k of `load_layer`, None for its default.
+        layer: num_heads, temperature, layer, gate, top_k of `load_layer`, None for its default.
         samples: number of samples, from the first of the file.
         attribution: method of the tokens' scores, see `attribute`.
         method: of the pairs' indices, see `probe_pairs`.
