@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.attn_drop = nn.Dropout(rate)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(rate)
-        self.require_attn_grad = False
+        self.capture_attn, self.require_attn_grad = True, False
         self.last_attn: Tensor | None = None
 
     def forward(self, x: Tensor, kv: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -69,7 +69,10 @@ class Attention(nn.Module):
         if attn_mask is not None:
             scores = scores.masked_fill(attn_mask[:, None, None] == 0, float("-inf"))
         attn = scores.softmax(-1)
-        self.last_attn = attn if self.require_attn_grad else attn.detach()
+        if self.capture_attn:
+            self.last_attn = attn if self.require_attn_grad else attn.detach()
+            if self.last_attn.requires_grad:
+                self.last_attn.retain_grad()
         mixed = torch.einsum("bhij,bjhd->bihd", self.attn_drop(attn), v).flatten(2)
         return self.proj_drop(self.proj(mixed))
 
@@ -117,6 +120,7 @@ class _Fusion(nn.Module):
         top_k: int = 2,
         gate: str = "GShardGate",
         apart: bool = False,
+        num_layers_pred: int = 1,
     ) -> None:
         super().__init__()
         top_k = 1 if gate == "SwitchGate" else top_k
@@ -142,6 +146,9 @@ class _Fusion(nn.Module):
 
 class fl:
     """The variant with masks."""
+
+    compat = "fl_i2moe"
+    FMoETransformerMLP = FMoETransformerMLP
 
     class TransformerEncoderLayer(_Layer):
         def forward(self, x: list[Tensor], masks: list | None = None) -> list[Tensor]:
@@ -197,8 +204,22 @@ class fl:
                 inputs = [*inputs[:m], noise, *inputs[m + 1 :]]
             return self.fusion_model(inputs, masks, return_latent=True)
 
+        def with_loss(self, view: Any) -> Any:
+            return (view, self.fusion_model.gate_loss()) if self.fusion_sparse else view
+
         def forward(self, inputs: list[Tensor], masks: list | None = None) -> Any:
-            return self.one(inputs, masks, None)
+            return self.with_loss(self.one(inputs, masks, None))
+
+        def forward_with_replacement(
+            self, inputs: list[Tensor], masks: list | None, replace_index: int
+        ) -> Any:
+            return self.with_loss(self.one(inputs, masks, replace_index))
+
+        def forward_multiple(self, inputs: list[Tensor], masks: list | None = None) -> Any:
+            views = [
+                self.with_loss(self.one(inputs, masks, m)) for m in (None, *range(len(inputs)))
+            ]
+            return tuple(map(list, zip(*views, strict=True))) if self.fusion_sparse else views
 
     class MLPReWeighting(nn.Module):
         def __init__(self, m: int, e: int, dim: int, hidden: int, layers: int, t: float) -> None:
@@ -261,13 +282,16 @@ class fl:
             return (outputs, weights, logits, losses, *gates, [views[0][1] for views in outputs])
 
         def inference(self, inputs: list[Tensor], masks: list | None = None) -> tuple:
-            logits = [expert(inputs, masks)[0] for expert in self.interaction_experts]
+            logits = [x.one(inputs, masks, None)[0] for x in self.interaction_experts]
             weights = self.reweight(inputs, masks)
             return logits, weights, _mixed(logits, weights)
 
 
 class i2:
     """The older variant: no masks, learned positions, logits instead of latents."""
+
+    compat = "i2moe"
+    FMoETransformerMLP = FMoETransformerMLP
 
     class TransformerEncoderLayer(_Layer):
         def forward(self, x: list[Tensor]) -> list[Tensor]:
@@ -300,8 +324,11 @@ class i2:
                 inputs = [*inputs[:m], noise, *inputs[m + 1 :]]
             return self.fusion_model(inputs)
 
-        def forward(self, inputs: list[Tensor]) -> Tensor:
-            return self.one(inputs, None, None)
+        def forward(self, inputs: list[Tensor]) -> Any:
+            return self.with_loss(self.one(inputs, None, None))
+
+        def forward_with_replacement(self, inputs: list[Tensor], replace_index: int) -> Any:
+            return self.with_loss(self.one(inputs, None, replace_index))
 
     class MLPReWeighting(fl.MLPReWeighting):
         def forward(self, inputs: list[Tensor]) -> Tensor:
@@ -317,7 +344,7 @@ class i2:
             return (outputs, weights, logits, _losses(outputs), *gates)
 
         def inference(self, inputs: list[Tensor]) -> tuple:
-            logits = [expert(inputs) for expert in self.interaction_experts]
+            logits = [x.one(inputs, None, None) for x in self.interaction_experts]
             weights = self.reweight(inputs)
             return logits, weights, _mixed(logits, weights)
 

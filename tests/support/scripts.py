@@ -1,0 +1,503 @@
+"""What scripts of the published code do around a model, before and after `swap`.
+
+    python -m tests.support.scripts PATH_OF_FL-I2MoE_Decor PATH_OF_I2MoE
+
+imports the classes of these checkouts, which runs their code (see `tests.support.checkout`), and prints a table:
+one row for each use and checkout. tests/published/test_scripts.py runs the same with stand-ins for the classes.
+
+A row is a function of the published classes; it compares the published model with its replacement, raises an
+AssertionError if they differ, and returns what it found in words.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import fnmatch
+import math
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import flmoe_kernels
+from tests.support.checkout import Checkout
+
+ROOT = Path(__file__).parents[2]
+WIDTH, CLASSES, LENGTHS = 32, 3, (9, 6)
+# The published code computes positions in float32 in any dtype.
+CLOSE = 1e-5
+NAMES = ("language", "image")
+
+Row = Callable[[Any], str]
+ROWS: dict[str, Row] = {}
+
+
+def row(name: str) -> Callable[[Row], Row]:
+    def add(function: Row) -> Row:
+        ROWS[name] = function
+        return function
+
+    return add
+
+
+class NotInThisCode(Exception):
+    """The published code of this variant has no such use."""
+
+
+# Models and data.
+
+
+def lengths_of(published: Any, modalities: int = 2) -> tuple[int, ...]:
+    if published.compat == "i2moe":
+        return (6,) * modalities
+    return (*LENGTHS, 4)[:modalities]
+
+
+def fusion_of(
+    published: Any,
+    sparse: bool = False,
+    modalities: int = 2,
+    classes: int = CLASSES,
+    **settings: Any,
+) -> nn.Module:
+    """A fusion model with random parameters, in float64 and eval mode, without dropped tokens."""
+    torch.manual_seed(0)
+    gate = settings.pop("gate", "GShardGate" if sparse else "None")
+    fusion = published.Transformer(
+        num_modalities=modalities,
+        num_patches=6,
+        hidden_dim=WIDTH,
+        output_dim=classes,
+        num_layers=2,
+        num_layers_pred=1,
+        num_experts=4,
+        num_routers=1,
+        top_k=2,
+        num_heads=4,
+        dropout=0.5,
+        mlp_sparse=sparse,
+        gate=gate,
+    )
+    for part in fusion.modules():
+        if hasattr(part, "capacity"):
+            part.capacity = (9.0, 9.0)  # type: ignore[assignment]
+        if hasattr(part, "random_routing"):
+            part.random_routing = False  # type: ignore[assignment]
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return fusion.double().eval()
+
+
+def layer_of(published: Any, sparse: bool = False, classes: int = CLASSES) -> nn.Module:
+    torch.manual_seed(1)
+    layer = published.InteractionMoE(
+        num_modalities=2,
+        fusion_model=fusion_of(published, sparse, classes=classes),
+        fusion_sparse=sparse,
+        hidden_dim=WIDTH,
+        hidden_dim_rw=WIDTH,
+        num_layer_rw=2,
+        temperature_rw=1.5,
+    )
+    return layer.double().eval()
+
+
+def data(published: Any, modalities: int = 2) -> tuple[list[Tensor], tuple[list[Tensor], ...]]:
+    """Inputs, and the arguments after them: masks of numbers as the published encoders give them, or none."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = lengths_of(published, modalities)
+    inputs = [torch.randn((4, n, WIDTH), generator=generator).double() for n in lengths]
+    if published.compat == "i2moe":
+        return inputs, ()
+    masks = [torch.ones(4, n) for n in lengths]
+    masks[0][1, 4:] = masks[0][2, 1:] = 0
+    return inputs, (masks,)
+
+
+def swapped(model: nn.Module) -> Any:
+    """A copy of the model, replaced."""
+    report = flmoe_kernels.swap(copy.deepcopy(model))
+    assert not report.left, str(report)
+    return report.model
+
+
+def error(actual: Any, expected: Any) -> float:
+    """Largest difference of nested results with the same structure, relative to the largest value."""
+    if isinstance(expected, Tensor):
+        assert actual.shape == expected.shape, (actual.shape, expected.shape)
+        scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
+        return float((actual - expected).detach().abs().max()) / scale if expected.numel() else 0.0
+    assert type(actual) is type(expected) or isinstance(expected, tuple | list), type(actual)
+    assert len(actual) == len(expected), (len(actual), len(expected))
+    return max(error(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def close(actual: Any, expected: Any, limit: float = CLOSE) -> str:
+    found = error(actual, expected)
+    assert found <= limit, f"differ by {found:.1e}"
+    return f"equal to {found:.0e}"
+
+
+def same_noise() -> Any:
+    """Replacements of modalities that do not depend on the generator: every draw of one shape is the same."""
+
+    def draw(x: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(x.shape[1])
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+    return mock.patch.object(torch, "randn_like", draw)
+
+
+# Rows.
+
+
+@row("training step of the layer")
+def training_step(published: Any) -> str:
+    results = []
+    layer = layer_of(published)
+    inputs, masks = data(published)
+    with same_noise():
+        noise = [[torch.randn_like(x) for x in inputs] for _ in range(4)]
+    for model in (layer, swapped(layer)):
+        with same_noise():
+            given = {} if model is layer else {"replacements": noise}
+            outputs = model(inputs, *masks, **given)
+        loss = F.cross_entropy(outputs[2], torch.arange(4) % CLASSES) + 0.1 * sum(outputs[3])
+        loss.backward()
+        own = dict(model.named_parameters())
+        results.append([list(outputs), [own[name].grad for name, _ in layer.named_parameters()]])
+    return "outputs and gradients " + close(results[1], results[0])
+
+
+@row("inference, regression with one output")
+def inference(published: Any) -> str:
+    layer = layer_of(published, classes=1)
+    inputs, masks = data(published)
+    return close(
+        list(swapped(layer).inference(inputs, *masks)), list(layer.inference(inputs, *masks))
+    )
+
+
+@row("sparse layer: results, gate losses, report")
+def sparse_layer(published: Any) -> str:
+    layer = layer_of(published, sparse=True)
+    inputs, masks = data(published)
+    report = flmoe_kernels.swap(copy.deepcopy(layer))
+    found = close(
+        list(report.model.inference(inputs, *masks)), list(layer.inference(inputs, *masks))
+    )
+    losses = report.model.train()(inputs, *masks)[4]
+    torch.mean(torch.tensor(losses))  # as the training scripts do
+    assert "gate loss" in str(report), "the report does not mention the gate losses"
+    return f"results {found}, the report lists the differences"
+
+
+@row("attention maps and their gradients")
+def attention_maps(published: Any) -> str:
+    """The pattern of the published evaluators: flags on the parts, one call of every expert, one backward."""
+    if published.compat == "i2moe":
+        raise NotInThisCode
+    layer, (inputs, masks) = layer_of(published), data(published)
+    results = []
+    for model in (layer, swapped(layer)):
+        experts = [expert.fusion_model for expert in model.interaction_experts]
+        for part in model.modules():
+            if hasattr(part, "capture_attn") and hasattr(part, "require_attn_grad"):
+                part.capture_attn = part.require_attn_grad = True
+        logits = [fusion(inputs, *masks, return_latent=False) for fusion in experts]
+        weights = model.reweight(inputs, *masks).detach()
+        mixed = (torch.stack(logits, dim=1) * weights.unsqueeze(-1)).sum(dim=1)
+        mixed[:, 0].sum().backward()
+        maps = [part.last_attn for part in model.modules() if hasattr(part, "last_attn")]
+        results.append([[a.detach() for a in maps], [a.grad for a in maps]])
+        for part in model.modules():
+            if hasattr(part, "capture_attn"):
+                part.capture_attn = part.require_attn_grad = False
+                part.last_attn = None
+    model.inference(inputs, *masks)
+    assert all(getattr(part, "last_attn", None) is None for part in model.modules())
+    assert len(results[0][0]) == 8
+    return "maps and gradients " + close(results[1], results[0])
+
+
+@row("published evaluators: rollout, attention x gradient, integrated gradients")
+def evaluators(published: Any) -> str:
+    if published.compat == "i2moe" or not hasattr(published, "module"):
+        raise NotInThisCode  # the stand-ins have no evaluators
+    target = torch.tensor([0, 1, 2, 0])
+    words = []
+    inputs, (masks,) = data(published)
+    for name, model in (("imoe", layer_of(published)), ("gshardgate", fusion_of(published, True))):
+        code = published.module(f"src.common.evaluation.masking_eval_{name}")
+        found = []
+        for each in (model, swapped(model)):
+            arguments = (each, inputs, masks, list(NAMES))
+            found.append(
+                [
+                    code.attn_importance_per_modality(*arguments),
+                    code.grad_attn_importance_per_modality(*arguments, "multiclass", target),
+                    code.ig_importance_per_modality(*arguments, "multiclass", target, steps=3),
+                ]
+            )
+        words.append(f"{name} {close(found[1], found[0], 1e-3)}")
+    return ", ".join(words)
+
+
+@row("methods of the experts")
+def expert_methods(published: Any) -> str:
+    found = []
+    inputs, masks = data(published)
+    for sparse in (False, True):
+        layer = layer_of(published, sparse)
+        results = []
+        for model in (layer, swapped(layer)):
+            expert = model.interaction_experts[0]
+            with same_noise():
+                results.append(
+                    [
+                        expert.forward_multiple(inputs, *masks),
+                        expert.forward(inputs, *masks),
+                        expert.forward_with_replacement(inputs, *masks, replace_index=1),
+                    ]
+                )
+        if sparse:
+            # Gate losses count every modality here, and the last one there.
+            results = [[(a[0], b[0], c[0]) for a, b, c in [each]] for each in results]
+        found.append(error(results[1], results[0]))
+    assert max(found) <= CLOSE, found
+    return f"equal to {max(found):.0e}"
+
+
+@row("fusion model alone: dense, sparse, one and three modalities, regression")
+def lone_fusion(published: Any) -> str:
+    found = []
+    for sparse, modalities, classes in ((False, 2, 3), (True, 2, 3), (False, 1, 3), (False, 3, 1)):
+        fusion = fusion_of(published, sparse, modalities, classes)
+        inputs, masks = data(published, modalities)
+        fast = swapped(fusion)
+        assert type(fast) is flmoe_kernels.FusionTransformer
+        for arguments in ({}, {"return_latent": True}):
+            results = [model(inputs, *masks, **arguments) for model in (fusion, fast)]
+            found.append(error(results[1], results[0]))
+        assert (float(fast.gate_loss()) > 0) == sparse
+    assert max(found) <= CLOSE, found
+    return f"equal to {max(found):.0e}"
+
+
+@row("hooks on the sparse MLPs of a fusion model")
+def hooks(published: Any) -> str:
+    """The pattern of the published GShard training: hooks that read what the MLP records of each call."""
+    fusion, (inputs, *_) = fusion_of(published, sparse=True), data(published)
+    records = []
+    for model in (fusion, swapped(fusion)):
+        seen: list[list[Tensor]] = []
+
+        def hook(module: Any, _inputs: Any, output: Tensor, seen: Any = seen) -> None:
+            seen.append([output, module.last_topk_indices, module.last_topk_pre_mix])
+
+        layers = [
+            part for part in model.modules() if hasattr(part, "all_gates") and hasattr(part, "gate")
+        ]
+        for part in layers:
+            part.register_forward_hook(hook)
+            part.capture_topk_pre_mix = True
+            part.gate.reset_topk_logit()
+            part.last_topk_indices = part.last_topk_scores = None
+        model(inputs)  # without masks, so that padding counts in both
+        records.append(seen)
+    assert len(records[0]) == 2
+    assert records[1][0][2].requires_grad
+    return "one call per modality; what the MLP records is " + close(records[1], records[0])
+
+
+@row("edited source: modality dropout, truncation, noise")
+def edits(published: Any) -> str:
+    class Transformer(published.Transformer):
+        """Its own forward in three versions."""
+
+        version = ""
+
+        def forward(self, inputs: list[Tensor], *rest: Any, **named: Any) -> Any:
+            if self.version == "dropout" and self.training:
+                keep = torch.rand(len(inputs)) > 0.3
+                inputs = [x * float(k) for x, k in zip(inputs, keep, strict=True)]
+            if self.version == "noise":
+                inputs = [x + 1e-2 * torch.randn(x.shape).to(x) for x in inputs]
+            if self.version == "truncated" and inputs[0].shape[1] > 100:
+                inputs = [x.clone() for x in inputs]
+                inputs[0][:, 100:] = 0
+            return super().forward(inputs, *rest, **named)
+
+    versions = ["dropout", "noise"]
+    if published.compat == "fl_i2moe":
+        versions.append("truncated")  # learned positions fix the length
+    for version in versions:
+        layer: Any = layer_of(published)
+        for expert in layer.interaction_experts:
+            expert.fusion_model.__class__ = Transformer
+            expert.fusion_model.version = version
+        report = flmoe_kernels.swap(layer)
+        assert not report.swapped, f"{version}: swapped\n{report}"
+    return f"{', '.join(versions)}: left alone with the reason"
+
+
+@row("features in bfloat16 or float16")
+def lower_precision(published: Any) -> str:
+    inputs, masks = data(published)
+    for model in (swapped(layer_of(published)).float(), swapped(fusion_of(published)).float()):
+        for dtype in (torch.bfloat16, torch.float16):
+            low = [x.to(dtype) for x in inputs]
+            call = getattr(model, "inference", model)
+            close(list(call(low, *masks)), list(call([x.float() for x in low], *masks)), 0.0)
+    return "cast to the layer's dtype"
+
+
+@row("FlopCounterMode")
+def flops(published: Any) -> str:
+    inputs, masks = data(published)
+    layer = layer_of(published)
+    counts = []
+    for model in (layer, swapped(layer)):
+        with FlopCounterMode(display=False) as counter:
+            model.inference(inputs, *masks)
+        counts.append(counter.get_total_flops())
+    # Padded tokens are not computed; the mixture of the experts counts here, and not there.
+    assert 0.5 * counts[0] < counts[1] < 1.01 * counts[0], counts
+    return f"{counts[1]:,} FLOP, published {counts[0]:,}"
+
+
+@row("fewer masks than inputs; NaN behind a mask")
+def masks_and_padding(published: Any) -> str:
+    if published.compat == "i2moe":
+        raise NotInThisCode
+    inputs, (masks,) = data(published)
+    for model in (swapped(layer_of(published)), swapped(fusion_of(published))):
+        call = getattr(model, "inference", model)
+        close(list(call(inputs, masks[:1])), list(call(inputs, [masks[0], None])), 0.0)
+        dirty = [
+            x.masked_fill(m.unsqueeze(-1) == 0, math.nan)
+            for x, m in zip(inputs, masks, strict=True)
+        ]
+        close(list(call(dirty, masks)), list(call(inputs, masks)), 0.0)
+    return "missing masks are valid; masked values have no effect"
+
+
+@row("checkpoints: saved, loaded strictly on both sides, one after another")
+def checkpoints(published: Any) -> str:
+    layer, other = layer_of(published, sparse=True), layer_of(published, sparse=True)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    inputs, masks = data(published)
+    fast = swapped(layer)
+    expected = other.inference(inputs, *masks)[2]
+    missing, unexpected = fast.load_state_dict(copy.deepcopy(other.state_dict()), strict=False)
+    assert not [*missing, *unexpected]
+    found = close(fast.inference(inputs, *masks)[2], expected)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        torch.save({"ensemble_model": {k: v.cpu() for k, v in fast.state_dict().items()}}, path)
+        layer.load_state_dict(torch.load(path, weights_only=True)["ensemble_model"], strict=True)
+    assert sum(p.numel() for p in fast.parameters()) == sum(p.numel() for p in layer.parameters())
+    return f"results {found}, {close(layer.inference(inputs, *masks)[2], expected)}"
+
+
+@row("inputs that share memory; inputs are not changed")
+def inputs_are_kept(published: Any) -> str:
+    inputs, masks = data(published)
+    inputs[1] = inputs[1][:1].expand_as(inputs[1])
+    before = [x.clone() for x in inputs]
+    model = swapped(fusion_of(published))
+    model(inputs, *masks)
+    return close(inputs, before, 0.0)
+
+
+@row("a swapped fusion model as the template of a layer")
+def template(published: Any) -> str:
+    fusion, (inputs, masks) = fusion_of(published), data(published)
+    results = []
+    for each in (fusion, swapped(fusion)):
+        torch.manual_seed(4)
+        layer = published.InteractionMoE(2, each, False, WIDTH, WIDTH, 2, 1).double().eval()
+        results.append(list(layer.inference(inputs, *masks)))
+    return close(results[1], results[0])
+
+
+def outcome(function: Row, published: Any) -> tuple[bool, str]:
+    """Whether a row passed, and what it found."""
+    try:
+        return True, function(published)
+    except NotInThisCode:
+        return True, "no such use in this code"
+    except Exception as problem:
+        place = traceback.extract_tb(problem.__traceback__)[-1]
+        lines = str(problem).splitlines() or [""]
+        return (
+            False,
+            f"FAILED: {type(problem).__name__}: {lines[0]} ({place.name}, line {place.lineno})",
+        )
+
+
+def page_rows() -> list[list[str]]:
+    """Cells of the rows of docs/published_code.md: repository, file, class or script, treatment, reason."""
+    lines = (ROOT / "docs/published_code.md").read_text().splitlines()
+    tables = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return [cells for cells in tables if cells[0] in ("FL", "I2", "both")]
+
+
+def page_problems(published: Checkout) -> list[str]:
+    """Classes and scripts of a checkout without a row on the page, and rows without a class or script."""
+    code = "FL" if published.compat == "fl_i2moe" else "I2"
+    rows = [[c.strip("`") for c in cells] for cells in page_rows() if cells[0] in (code, "both")]
+    expected: set[tuple[str, str]] = set()
+    optional: set[tuple[str, str]] = set()
+    for file in [*published.root.glob("src/**/*.py"), *published.root.glob("scripts/**/*.sh")]:
+        name = str(file.relative_to(published.root))
+        tree = ast.parse(file.read_text() if file.suffix == ".py" else "")
+        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+        expected.update((name, kind) for kind in classes)
+        # A file of classes needs no row of its own, unless it is a script.
+        is_script = not classes or any(isinstance(node, ast.If) for node in tree.body)
+        (expected if is_script else optional).add((name, ""))
+    problems = []
+    matched: set[tuple[str, str]] = set()
+    for _, file_name, what, *_ in rows:
+        pattern = file_name.partition(" (")[0].strip("`")
+        kind = what.removeprefix("class ").strip("`") if what.startswith("class ") else ""
+        found = {x for x in expected | optional if fnmatch.fnmatch(x[0], pattern) and x[1] == kind}
+        matched |= found
+        if not found:
+            problems.append(f"no such class or script: {pattern} {kind}")
+    problems += [f"no row for {name} {kind}" for name, kind in sorted(expected - matched)]
+    return problems
+
+
+def main(paths: list[str]) -> int:
+    failed = False
+    for path in paths:
+        published = Checkout(path)
+        print(f"{published.compat}, {published.root}")
+        for problem in page_problems(published):
+            failed = True
+            print(f"  docs/published_code.md: {problem}")
+        for name, function in ROWS.items():
+            passed, words = outcome(function, published)
+            failed |= not passed
+            print(f"  {name:75} {words}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("expected the folders of checkouts of FL-I2MoE_Decor or I2MoE")
+    sys.exit(main(sys.argv[1:]))
