@@ -298,6 +298,8 @@ def lone_fusion(published: Any) -> str:
 def hooks(published: Any) -> str:
     """The pattern of the published GShard training: hooks that read what the MLP records of each call."""
     fusion, (inputs, *_) = fusion_of(published, sparse=True), data(published)
+    if not any(hasattr(part, "last_topk_pre_mix") for part in fusion.modules()):
+        raise NotInThisCode
     records = []
     for model in (fusion, swapped(fusion)):
         seen: list[list[Tensor]] = []
@@ -467,7 +469,9 @@ def page_problems(published: Checkout) -> list[str]:
         classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
         expected.update((name, kind) for kind in classes)
         # A file of classes needs no row of its own, unless it is a script.
-        is_script = not classes or any(isinstance(node, ast.If) for node in tree.body)
+        is_script = not classes or any(
+            isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body
+        )
         (expected if is_script else optional).add((name, ""))
     problems = []
     matched: set[tuple[str, str]] = set()
