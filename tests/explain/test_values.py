@@ -135,17 +135,17 @@ def test_outputs_and_targets() -> None:
 
 
 def test_the_fast_layer_skips_absent_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flmoe_kernels.layers.interaction_moe import module
+    from flmoe_kernels.layers.interaction_moe import forward
 
     rows = []
-    plan = module.plan_tokens
+    plan = forward.plan_tokens
 
     def spy(*args: Any, **options: Any) -> Any:
         found = plan(*args, **options)
         rows.append(found.rows)
         return found
 
-    monkeypatch.setattr(module, "plan_tokens", spy)
+    monkeypatch.setattr(forward, "plan_tokens", spy)
     masks = draw_masks("partial", 2, CASE.lengths)
     game = TokenGame(interaction_layer(CASE), CASE.inputs(torch.float64), masks, target=0)
     rows.clear()
