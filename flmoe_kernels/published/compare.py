@@ -11,26 +11,25 @@ run without capacity limits and without random routing.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from flmoe_kernels.core.dtypes import without_autocast
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
 from flmoe_kernels.layers.interaction_moe.build import build_like
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
-from .agreement import Disagreement, Outputs, check_losses, collect, first_line, within_budget
+from .agreement import Disagreement, check_losses, within_budget
 from .calls import Case, bare_copy, few_samples, random_cases
 from .convert import adopt
 from .recognise import check_can_run
+from .runs import call, draw_noise, lift_capacity, mlp_outputs, run_fast, run_original
 
 TIMED_CALLS = 5
 RANDOM_TOKENS = 58
@@ -69,7 +68,7 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
     original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
     fast = adopt(layer, spec).eval()
     for module in (original, exact, fast):
-        _lift_capacity(module)
+        lift_capacity(module)
     with torch.no_grad(), without_autocast(next(layer.parameters()).device):
         if isinstance(spec, LayerSpec):
             return _compare_layers(original, exact, fast, spec, case)
@@ -90,23 +89,23 @@ def _compare_layers(
     peer = original
     errors: dict[str, float] = {}
     for at in cases:
-        noise = _noise(at, spec.num_experts)
-        expected = _run_original(exact, at.moved(device, torch.float64), noise, spec)
+        noise = draw_noise(at, spec.num_experts)
+        expected = run_original(exact, at.moved(device, torch.float64), noise, spec)
         try:
-            own = _run_original(peer, at, noise, spec)
+            own = run_original(peer, at, noise, spec)
         except Disagreement:
             if dtype not in (torch.bfloat16, torch.float16):
                 raise
             peer = _reference_copy(original, spec)
-            own = _run_original(peer, at, noise, spec)
-        actual = _run_fast(fast, at, noise, spec)
+            own = run_original(peer, at, noise, spec)
+        actual = run_fast(fast, at, noise, spec)
         now = {name: within_budget(name, actual, own, expected, dtype) for name in expected.groups}
         now["losses"] = check_losses(actual, expected, dtype)
         errors = {name: max(errors.get(name, 0.0), error) for name, error in now.items()}
     if peer is not original or not hasattr(original, "inference"):
         return Comparison(errors, None)
     layers: tuple[Any, Any] = (original, fast)
-    calls = [partial(_call, module.inference, cases[0]) for module in layers]
+    calls = [partial(call, module.inference, cases[0]) for module in layers]
     return Comparison(errors, _times_faster(calls[0], calls[1], cases[0].inputs[0].device))
 
 
@@ -119,89 +118,19 @@ def _compare_mlps(
     x = x[_clear_choices(router.clean_logits(x.double()), spec.top_k, parameter.dtype)]
     if not len(x):
         raise Disagreement("for every token the choice of experts depends on rounding")
-    expected = _mlp_outputs(exact, x.double(), "the module's forward")
-    own = _mlp_outputs(original, x, "the module's forward")
-    actual = _mlp_outputs(fast, x, "the fast module")
+    expected = mlp_outputs(exact, x.double(), "the module's forward")
+    own = mlp_outputs(original, x, "the module's forward")
+    actual = mlp_outputs(fast, x, "the fast module")
     error = within_budget("outputs", actual, own, expected, parameter.dtype)
     ratio = _times_faster(partial(original, x), partial(fast, x), x.device)
     return Comparison({"outputs": error}, ratio)
 
 
-def _lift_capacity(module: nn.Module) -> None:
-    """Switch off capacity limits and random routing, so that no row is dropped."""
-    for part in module.modules():
-        experts = getattr(part, "tot_expert", None)
-        if experts is None:
-            continue
-        for name, value in (("capacity", (float(experts),) * 2), ("random_routing", False)):
-            if name in vars(part):
-                setattr(part, name, value)
-
-
-class _GivenNoise(TorchFunctionMode):
-    """Mode in which torch.randn_like returns the given tensors, in order."""
-
-    def __init__(self, noise: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.left = list(noise)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # Tensors that are not sequences (B, L, D) are noise of a gate, which is 0 in eval mode.
-        if func is not torch.randn_like or args[0].dim() != 3:
-            return func(*args, **(kwargs or {}))
-        if not self.left or self.left[0].shape != args[0].shape:
-            raise Disagreement("the noise is not one replacement per expert and modality")
-        return self.left.pop(0)
-
-
-def _noise(case: Case, num_experts: int) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        [torch.randn(x.shape, generator=generator).to(x) for x in case.inputs]
-        for _ in range(num_experts)
-    ]
-
-
 def _reference_copy(layer: nn.Module, spec: LayerSpec) -> nn.Module:
     reference = build_like(spec)
     reference.load_state_dict(layer.state_dict())
-    _lift_capacity(reference)
+    lift_capacity(reference)
     return reference.to(next(layer.parameters())).eval()
-
-
-def _call(function: Callable[..., Any], case: Case) -> Any:
-    """Call with masks if the signature has them: the older variant's layer has no masks."""
-    if "masks" in inspect.signature(function).parameters:
-        return function(list(case.inputs), case.masks)
-    if case.masks is not None:
-        raise Disagreement("was called with masks, but takes none")
-    return function(list(case.inputs))
-
-
-def _run_original(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
-    given = _GivenNoise([x.to(case.inputs[0].dtype) for expert in noise for x in expert])
-    try:
-        with given:
-            result = _call(layer.forward, case)
-        inferred = _call(layer.inference, case) if hasattr(layer, "inference") else None
-    except Disagreement:
-        raise
-    except Exception as error:
-        raise Disagreement(f"the layer's forward fails: {first_line(error)}") from error
-    if given.left:
-        raise Disagreement("expected one replacement with torch.randn_like per view, got fewer")
-    return collect(result, inferred, spec)
-
-
-def _run_fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
-    try:
-        result = layer(list(case.inputs), case.masks, replacements=noise)
-        inferred = layer.inference(list(case.inputs), case.masks)
-    except Exception as error:
-        raise Disagreement(f"the fast layer fails: {first_line(error)}") from error
-    return collect(result, inferred, spec)
 
 
 def _tokens(case: Case | None, spec: RoutedSpec) -> Tensor:
@@ -230,26 +159,15 @@ def _clear_choices(logits: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
     return ~(ordered[:, top_k - 1] - ordered[:, top_k] <= rounding)
 
 
-def _mlp_outputs(module: Any, x: Tensor, whose: str) -> Outputs:
-    try:
-        result = module(x)
-    except Exception as error:
-        raise Disagreement(f"{whose} fails: {first_line(error)}") from error
-    if not isinstance(result, Tensor) or result.shape != x.shape:
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise Disagreement(f"{whose}: expected an output {tuple(x.shape)}, got {got}")
-    return Outputs({"outputs": [result.double()]}, [], [])
-
-
 def _times_faster(
     original: Callable[[], Any], fast: Callable[[], Any], device: torch.device
 ) -> float:
     """Ratio of the median times of a few alternating calls, original over fast; only indicative."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(TIMED_CALLS + 1):
-        for call, spent in zip((original, fast), seconds, strict=True):
+        for compute, spent in zip((original, fast), seconds, strict=True):
             start = time.perf_counter()
-            call()
+            compute()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn:  # the first call is a warm-up

@@ -30,7 +30,8 @@ class SwappedLayer:
 
     inputs: the inputs of the comparison: "random", "given", or "-" without comparison. Errors are the largest
     absolute differences from the original run in float64; None without comparison. latents_error is also None if
-    the variant returns no latents. speed_up is only indicative; None if nothing was timed.
+    the variant returns no latents. speed_up is only indicative; None if nothing was timed. unrecognised: methods
+    whose source is not the published code.
     """
 
     name: str
@@ -42,9 +43,17 @@ class SwappedLayer:
     latents_error: float | None
     losses_error: float | None
     speed_up: float | None
+    unrecognised: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, spec: LayerSpec, inputs: str, result: Comparison) -> SwappedLayer:
+    def of(
+        cls,
+        name: str,
+        spec: LayerSpec,
+        inputs: str,
+        result: Comparison,
+        unrecognised: tuple[str, ...],
+    ) -> SwappedLayer:
         return cls(
             name,
             spec.compat,
@@ -55,6 +64,7 @@ class SwappedLayer:
             latents_error=result.errors.get("latents"),
             losses_error=result.errors.get("losses"),
             speed_up=result.speed_up,
+            unrecognised=unrecognised,
         )
 
 
@@ -72,11 +82,20 @@ class SwappedMLP:
     inputs: str
     output_error: float | None
     speed_up: float | None
+    unrecognised: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, spec: RoutedSpec, inputs: str, result: Comparison) -> SwappedMLP:
+    def of(
+        cls,
+        name: str,
+        spec: RoutedSpec,
+        inputs: str,
+        result: Comparison,
+        unrecognised: tuple[str, ...],
+    ) -> SwappedMLP:
         sizes = (spec.gate, spec.num_expert, spec.top_k)
-        return cls(name, *sizes, inputs, result.errors.get("outputs"), result.speed_up)
+        error = result.errors.get("outputs")
+        return cls(name, *sizes, inputs, error, result.speed_up, unrecognised)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +148,14 @@ class SwapReport:
                 f"Nothing to swap: no module named {', '.join(LAYER_NAMES)} or {SPARSE_MLP} in this "
                 f"{type(self.model).__name__}."
             )
-        return f"{number} layer{'' if number == 1 else 's'} swapped, {len(self.left)} left as is."
+        line = f"{number} layer{'' if number == 1 else 's'} swapped, {len(self.left)} left as is."
+        entries: list[SwappedLayer | SwappedMLP] = [*self.swapped, *self.swapped_mlps]
+        for entry in entries:
+            if entry.unrecognised:
+                how = "not compared" if entry.inputs == "-" else "matched numerically"
+                names = ", ".join(entry.unrecognised)
+                line += f" {entry.name}: {how}, source unrecognised: {names}."
+        return line
 
     def _notes(self) -> list[str]:
         notes = [NOTE] if self.swapped or self.swapped_mlps else []
@@ -155,4 +181,5 @@ def _cells(entry: SwappedLayer | SwappedMLP | LeftLayer) -> list[str]:
     return [
         "-" if value is None else formats.get(name, "{}").format(value)
         for name, value in vars(entry).items()
+        if name != "unrecognised"
     ]

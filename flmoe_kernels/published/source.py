@@ -58,11 +58,10 @@ def _has_no_effect(statement: Any) -> bool:
 
 def known_methods(variant: str | None) -> Known:
     """Fingerprints by "Class.method" of the variant's code and FastMoE's; None: of all code."""
-    tables = FINGERPRINTS.values()
-    if variant is not None:
-        tables = [FINGERPRINTS[variant], FINGERPRINTS["fastmoe"]]
     known: Known = {}
-    for table in tables:
+    for repository, table in FINGERPRINTS.items():
+        if variant is not None and repository not in (variant, "fastmoe"):
+            continue
         for name, prints in table.items():
             known[name] = (*known.get(name, ()), *prints)
     return known
@@ -112,11 +111,9 @@ def _is_trusted(item: Any) -> bool:
 
 def _functions(value: Any) -> list[types.FunctionType]:
     """The functions of a class attribute; empty if it is something else."""
+    parts: list[Any] = [value.__func__ if isinstance(value, staticmethod | classmethod) else value]
     if isinstance(value, property):
-        parts = [value.fget, value.fset, value.fdel]
-    else:
-        parts = [value.__func__ if isinstance(value, staticmethod | classmethod) else value]
-    parts = [part for part in parts if part is not None]
+        parts = [part for part in (value.fget, value.fset, value.fdel) if part is not None]
     return parts if all(isinstance(part, types.FunctionType) for part in parts) else []
 
 
@@ -172,7 +169,7 @@ def _parsed(
 ) -> tuple[dict[tuple[int, str], ast.FunctionDef], frozenset[types.CodeType]]:
     """The functions of a source text by first line and name, and their code objects."""
     nodes = {
-        (min(x.lineno for x in (node, *node.decorator_list)), node.name): node
+        (min([node.lineno, *(x.lineno for x in node.decorator_list)]), node.name): node
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.FunctionDef)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,30 @@ from torch import nn
 
 from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec
 from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .agreement import Disagreement, first_line
 from .calls import Case, capture
 from .compare import Comparison, compare
 from .convert import adopt, convert_state, make_layer, take_over
+from .edited import compare_edited
 from .file import CheckpointError, read, target_of, write
 from .infer import in_words, infer, infer_settings
 from .places import Place, find_layers
 from .recognise import check_can_run, recognise
 from .report import LeftLayer, SwappedLayer, SwappedMLP, SwapReport
+from .source import unrecognised
 
 ROOT = "(the model)"
 
 
 def swap(
-    model: nn.Module, *, check: bool = True, inputs: Any = None, masks: Any = None
+    model: nn.Module,
+    *,
+    check: bool = True,
+    strict: bool = False,
+    inputs: Any = None,
+    masks: Any = None,
 ) -> SwapReport:
     """Replace the interaction layers and sparse MLPs in a model by fast ones that share their parameters.
 
@@ -45,7 +54,10 @@ def swap(
 
     Args:
         model: any module; if it is itself the layer, use `report.model` afterwards.
-        check: compare each layer with its replacement first (see `compare`).
+        check: compare each layer with its replacement first (see `compare`). A layer whose source is not the
+            published code, for example because a forward was edited, is also compared in training mode, with
+            gradients and on long inputs (see `edited`). The report's first line names such layers.
+        strict: do not replace layers whose source is not the published code.
         inputs: arguments of the model: a tuple of positional arguments, a dict of keyword arguments, or a
             single other argument. The model runs on them, and every layer is compared on the inputs that it
             receives. Without `inputs`, or if a layer is not called, random inputs are used. If a layer runs
@@ -67,7 +79,9 @@ def swap(
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         calls = _calls(model, layers, inputs, masks) if check and inputs is not None else {}
-        outcomes = [_replace(places, check, calls.get(id(places[0].module))) for places in layers]
+        outcomes = [
+            _replace(places, check, strict, calls.get(id(places[0].module))) for places in layers
+        ]
     return SwapReport(
         holder[0],
         swapped=tuple(entry for entry in outcomes if isinstance(entry, SwappedLayer)),
@@ -97,7 +111,7 @@ def _calls(model: nn.Module, layers: list[list[Place]], inputs: Any, masks: Any)
 
 
 def _replace(
-    places: list[Place], check: bool, case: Case | None
+    places: list[Place], check: bool, strict: bool, case: Case | None
 ) -> SwappedLayer | SwappedMLP | LeftLayer:
     """Replace a layer in all of its places, or in none of them."""
     layer, name = places[0].module, ", ".join(place.path or ROOT for place in places)
@@ -105,11 +119,16 @@ def _replace(
     entry: SwappedLayer | SwappedMLP
     try:
         spec = recognise(places)
+        unknown = unrecognised(layer, spec.compat if isinstance(spec, LayerSpec) else None)
+        if strict and unknown:
+            raise UnsupportedLayer(f"source unrecognised: {', '.join(unknown)}")
         result = compare(layer, spec, case) if check else Comparison({}, None)
+        if check and unknown:
+            _compare_edited(layer, spec, unknown)
         if isinstance(spec, LayerSpec):
-            entry = SwappedLayer.of(name, spec, inputs, result)
+            entry = SwappedLayer.of(name, spec, inputs, result, tuple(unknown))
         else:
-            entry = SwappedMLP.of(name, spec, inputs, result)
+            entry = SwappedMLP.of(name, spec, inputs, result, tuple(unknown))
         fast = adopt(layer, spec)
     except (UnsupportedLayer, Disagreement) as reason:
         return LeftLayer(name, type(layer).__name__, str(reason))
@@ -121,6 +140,20 @@ def _replace(
         assert place.assign is not None, "recognise() refuses other places"
         place.assign(fast)
     return entry
+
+
+def _compare_edited(
+    layer: nn.Module, spec: LayerSpec | RoutedSpec, unknown: Mapping[str, str]
+) -> None:
+    for name, path in unknown.items():
+        if "tot_expert" in vars(layer.get_submodule(path)):
+            raise Disagreement(
+                f"source unrecognised: {name}; losses and drops of gates cannot be compared"
+            )
+    try:
+        compare_edited(layer, spec)
+    except Disagreement as reason:
+        raise Disagreement(f"source unrecognised ({', '.join(unknown)}): {reason}") from reason
 
 
 @dataclasses.dataclass(frozen=True)

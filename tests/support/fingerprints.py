@@ -2,8 +2,7 @@
 
     python -m tests.support.fingerprints fl_i2moe=PATH i2moe=PATH fastmoe=PATH
 
-PATH is a git checkout. Every version in its history counts; of FastMoE, the releases from 1.0 on and HEAD. Without
-arguments, nothing is written. The table has fingerprints only, no published code.
+PATH is a git checkout. Every version in its history counts; of FastMoE, the releases from 1.0 on and HEAD.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ LINEAGE = {
     "src/common/fusion_models/transformer.py": (),
     "src/common/modules/common.py": ("MLP",),
     "src/common/modules/moe.py": (),
-    "src/common/modules/transformer.py": (
-        *("Attention", "Linear", "MLP", "TransformerEncoderLayer"),
-    ),
+    "src/common/modules/transformer.py": ("Attention", "Linear", "MLP", "TransformerEncoderLayer"),
 }
 FASTMOE: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
@@ -60,14 +57,16 @@ def table_of(path: str, files: dict[str, tuple[str, ...]]) -> Table:
 
 def functions(source: str, classes: tuple[str, ...] = ()) -> list[tuple[str, ast.FunctionDef]]:
     """Functions and methods other than __init__ of a source text, with their names."""
-    result = []
-    for top in ast.parse(source).body:
-        if isinstance(top, ast.FunctionDef) and not classes:
-            result.append((top.name, top))
-        elif isinstance(top, ast.ClassDef) and (not classes or top.name in classes):
-            methods = [node for node in top.body if isinstance(node, ast.FunctionDef)]
-            result += [(f"{top.name}.{node.name}", node) for node in methods]
-    return [(name, node) for name, node in result if node.name != "__init__"]
+    tree = ast.parse(source)
+    result = [("", node) for node in tree.body if not classes]
+    for kind in ast.walk(tree):
+        if isinstance(kind, ast.ClassDef) and (not classes or kind.name in classes):
+            result += [(f"{kind.name}.", node) for node in kind.body]
+    return [
+        (owner + node.name, node)
+        for owner, node in result
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__"
+    ]
 
 
 def written(tables: dict[str, Table]) -> str:
@@ -92,8 +91,7 @@ def main() -> None:
         name: table_of(path, FASTMOE if name == "fastmoe" else LINEAGE)
         for name, path in paths.items()
     }
-    if tables:
-        Path(str(fingerprints.__file__)).write_text(written(tables), encoding="utf-8")
+    Path(str(fingerprints.__file__)).write_text(written(tables), encoding="utf-8")
 
 
 if __name__ == "__main__":
