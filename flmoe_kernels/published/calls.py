@@ -73,14 +73,23 @@ def few_samples(case: Case, spec: LayerSpec) -> Case:
     masks = [None] * len(shapes) if case.masks is None else case.masks
     if len(masks) != len(shapes):
         raise Disagreement(f"was called with {len(masks)} masks for {len(shapes)} modalities")
-    valid = torch.zeros(shapes[0][0], dtype=torch.bool)
-    for x, mask in zip(case.inputs, masks, strict=True):
-        present = torch.ones(x.shape[:2]) if mask is None else mask.cpu() != 0
-        valid |= present.bool().any(dim=1)
-    keep = valid.nonzero().flatten()[:MAX_SAMPLES]
+    keep = _with_tokens(case).nonzero().flatten()[:MAX_SAMPLES]
     if not len(keep):
         raise Disagreement("the captured call has no sample with a valid token, cannot compare")
     return case.map(lambda x: x[keep.to(x.device)], lambda m: m[keep.to(m.device)])
+
+
+def padded_samples(case: Case) -> int:
+    """Number of samples without a valid token; 0 without masks."""
+    return int((~_with_tokens(case)).sum()) if case.masks else 0
+
+
+def _with_tokens(case: Case) -> Tensor:
+    valid = torch.zeros(case.inputs[0].shape[0], dtype=torch.bool)
+    for x, mask in zip(case.inputs, case.masks or [None] * len(case.inputs), strict=True):
+        present = torch.ones(x.shape[:2]) if mask is None else mask.cpu() != 0
+        valid |= present.bool().any(dim=1)
+    return valid
 
 
 def capture(

@@ -26,8 +26,9 @@ from flmoe_kernels.layers.interaction_moe.build import build_like
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .agreement import Disagreement, check_losses, within_budget
-from .calls import Case, bare_copy, few_samples, random_cases
+from .calls import Case, bare_copy, few_samples, padded_samples, random_cases
 from .convert import adopt
+from .differences import Difference, measure
 from .recognise import check_can_run
 from .runs import call, draw_noise, lift_capacity, mlp_outputs, run_fast, run_original
 
@@ -41,10 +42,11 @@ CLEAR_CHOICE = 8.0
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Largest absolute error per group of outputs, against the original in float64; speed-up of
-    inference, None if the original does not run."""
+    inference, None if the original does not run; behaviours that differ by design."""
 
     errors: Mapping[str, float]
     speed_up: float | None
+    differences: tuple[Difference, ...] = ()
 
 
 def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = None) -> Comparison:
@@ -71,12 +73,17 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
         lift_capacity(module)
     with torch.no_grad(), without_autocast(next(layer.parameters()).device):
         if isinstance(spec, LayerSpec):
-            return _compare_layers(original, exact, fast, spec, case)
-        return _compare_mlps(original, exact, fast, spec, case)
+            cases = random_cases(spec) if case is None else [few_samples(case, spec)]
+            result = _compare_layers(original, exact, fast, spec, cases)
+        else:
+            cases = [Case([_tokens(case, spec)], None)]
+            result = _compare_mlps(original, exact, fast, spec, cases[0].inputs[0])
+        padded = 0 if case is None else padded_samples(case)
+        return dataclasses.replace(result, differences=measure(layer, spec, cases[0], padded))
 
 
 def _compare_layers(
-    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: LayerSpec, case: Case | None
+    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: LayerSpec, cases: list[Case]
 ) -> Comparison:
     """Compare interaction layers. If the original does not run, the reference layer's error is used instead.
 
@@ -84,8 +91,7 @@ def _compare_layers(
     """
     parameter = next(original.parameters())
     device, dtype = parameter.device, parameter.dtype
-    given = random_cases(spec) if case is None else [few_samples(case, spec)]
-    cases = [x.moved(device, dtype) for x in given]
+    cases = [x.moved(device, dtype) for x in cases]
     peer = original
     errors: dict[str, float] = {}
     for at in cases:
@@ -106,14 +112,15 @@ def _compare_layers(
         return Comparison(errors, None)
     layers: tuple[Any, Any] = (original, fast)
     calls = [partial(call, module.inference, cases[0]) for module in layers]
-    return Comparison(errors, _times_faster(calls[0], calls[1], cases[0].inputs[0].device))
+    ratio = _times_faster(calls[0], calls[1], cases[0].inputs[0].device)
+    return Comparison(errors, ratio)
 
 
 def _compare_mlps(
-    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: RoutedSpec, case: Case | None
+    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: RoutedSpec, x: Tensor
 ) -> Comparison:
     parameter = next(original.parameters())
-    x = _tokens(case, spec).to(parameter)
+    x = x.to(parameter)
     router: Any = adopt(exact, spec).get_submodule("gate")
     x = x[_clear_choices(router.clean_logits(x.double()), spec.top_k, parameter.dtype)]
     if not len(x):

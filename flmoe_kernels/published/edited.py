@@ -67,14 +67,15 @@ class _Pair:
     def __init__(self, layer: nn.Module, spec: LayerSpec | RoutedSpec) -> None:
         self.spec = spec
         self.original: Any = bare_copy(layer).double()
-        self.fast: Any = adopt(self.original, spec)
-        self.fast.backend = REFERENCE
+        fast: Any = adopt(self.original, spec)
+        fast.backend = REFERENCE
+        self.fast = fast
         self.parameters: dict[str, Tensor] = dict(self.original.named_parameters())
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        self.original.requires_grad_(True)
         self.device = next(iter(self.parameters.values())).device
         # Other dropouts of the original are edits and keep their rates.
-        self.dropouts = [n for n, x in self.fast.named_modules() if isinstance(x, nn.Dropout)]
+        parts = self.fast.named_modules()
+        self.dropouts = [str(name) for name, part in parts if isinstance(part, nn.Dropout)]
         self.calls: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         for module, calls in zip((self.original, self.fast), self.calls, strict=True):
             lift_capacity(module)

@@ -12,11 +12,15 @@ from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, RoutedSpec
 
 from .compare import Comparison
+from .differences import Difference
 from .places import LAYER_NAMES
 
 NOTE = (
     "Errors are the largest absolute differences from the original in float64. The speed-up is only "
     "indicative: it is from a few inference calls on the inputs of the check."
+)
+DIFFERENCES = (
+    "Differences by design, on the inputs of the check (docs/differences.md, docs/fastmoe.md):"
 )
 MLP_NOTE = (
     f"{SPARSE_MLP} is compared in eval mode without capacity limits, because the original drops different rows "
@@ -31,7 +35,8 @@ class SwappedLayer:
     inputs: the inputs of the comparison: "random", "given", or "-" without comparison. Errors are the largest
     absolute differences from the original run in float64; None without comparison. latents_error is also None if
     the variant returns no latents. speed_up is only indicative; None if nothing was timed. unrecognised: methods
-    whose source is not the published code.
+    whose source is not the published code. differences: behaviours that differ by design, measured; empty without
+    comparison.
     """
 
     name: str
@@ -44,6 +49,7 @@ class SwappedLayer:
     losses_error: float | None
     speed_up: float | None
     unrecognised: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
 
     @classmethod
     def of(
@@ -65,6 +71,7 @@ class SwappedLayer:
             losses_error=result.errors.get("losses"),
             speed_up=result.speed_up,
             unrecognised=unrecognised,
+            differences=result.differences,
         )
 
 
@@ -83,6 +90,7 @@ class SwappedMLP:
     output_error: float | None
     speed_up: float | None
     unrecognised: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
 
     @classmethod
     def of(
@@ -95,7 +103,7 @@ class SwappedMLP:
     ) -> SwappedMLP:
         sizes = (spec.gate, spec.num_expert, spec.top_k)
         error = result.errors.get("outputs")
-        return cls(name, *sizes, inputs, error, result.speed_up, unrecognised)
+        return cls(name, *sizes, inputs, error, result.speed_up, unrecognised, result.differences)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +147,7 @@ class SwapReport:
             widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
             lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
             blocks.append("\n".join(lines))
-        return "\n\n".join([*blocks, *self._notes()])
+        return "\n\n".join([*blocks, *self._differences(), *self._notes()])
 
     def _summary(self) -> str:
         number = len(self.swapped) + len(self.swapped_mlps)
@@ -149,13 +157,19 @@ class SwapReport:
                 f"{type(self.model).__name__}."
             )
         line = f"{number} layer{'' if number == 1 else 's'} swapped, {len(self.left)} left as is."
-        entries: list[SwappedLayer | SwappedMLP] = [*self.swapped, *self.swapped_mlps]
-        for entry in entries:
+        for entry in self._entries():
             if entry.unrecognised:
                 how = "not compared" if entry.inputs == "-" else "matched numerically"
                 names = ", ".join(entry.unrecognised)
                 line += f" {entry.name}: {how}, source unrecognised: {names}."
         return line
+
+    def _entries(self) -> list[SwappedLayer | SwappedMLP]:
+        return [*self.swapped, *self.swapped_mlps]
+
+    def _differences(self) -> list[str]:
+        lines = [f"{x.name}: {y.text}" for x in self._entries() for y in x.differences]
+        return ["\n".join([DIFFERENCES, *lines])] if lines else []
 
     def _notes(self) -> list[str]:
         notes = [NOTE] if self.swapped or self.swapped_mlps else []
@@ -181,5 +195,5 @@ def _cells(entry: SwappedLayer | SwappedMLP | LeftLayer) -> list[str]:
     return [
         "-" if value is None else formats.get(name, "{}").format(value)
         for name, value in vars(entry).items()
-        if name != "unrecognised"
+        if name not in ("unrecognised", "differences")
     ]

@@ -16,14 +16,14 @@ from .agreement import Disagreement, Outputs, collect, first_line
 from .calls import Case
 
 
-def lift_capacity(module: nn.Module) -> None:
-    """Switch off capacity limits, random routing and jitter, so that no row is dropped."""
+def lift_capacity(module: nn.Module, keep: str = "") -> None:
+    """Switch off capacity limits, random routing and jitter, except `keep`, so that no row is dropped."""
     for part in module.modules():
         experts = getattr(part, "tot_expert", None)
         if experts is None:
             continue
         settings = {"capacity": (float(experts),) * 2, "random_routing": False, "switch_eps": 0.0}
-        for name in settings.keys() & vars(part).keys():
+        for name in settings.keys() & vars(part).keys() - {keep}:
             setattr(part, name, settings[name])
 
 

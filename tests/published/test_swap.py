@@ -56,6 +56,8 @@ def masks_for(parts: list[Tensor]) -> list[Tensor]:
 def assert_swapped(report: SwapReport, layers: int = 1, mlps: int = 0) -> None:
     assert [entry.reason for entry in report.left] == []
     assert (len(report.swapped), len(report.swapped_mlps)) == (layers, mlps)
+    entries = (*report.swapped, *report.swapped_mlps)
+    assert [entry.unrecognised for entry in entries] == [()] * len(entries)
 
 
 PUBLISHED = [
