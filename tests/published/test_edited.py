@@ -93,7 +93,7 @@ FUSION_EDITS = {
     ),
     "noise of numpy in evaluation": (
         "if not self.training: inputs = [x * (1 + 0.1 * np.random.rand()) for x in inputs]",
-        "in evaluation random numbers are drawn",
+        "in evaluation random numbers are drawn|differ by",
     ),
     "noise of random": (
         "if self.training: inputs = [x * (1 + 0.1 * random.random()) for x in inputs]",
@@ -101,7 +101,7 @@ FUSION_EDITS = {
     ),
     "noise of random in evaluation": (
         "if not self.training: inputs = [x * (1 + 0.1 * random.random()) for x in inputs]",
-        "in evaluation random numbers are drawn",
+        "in evaluation random numbers are drawn|differ by",
     ),
     "noise of an own generator": (
         "own = torch.Generator()\nif self.training: inputs = [x + torch.rand((), generator=own) for x in inputs]",
