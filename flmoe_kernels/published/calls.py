@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
 
 from .agreement import Disagreement
 
@@ -40,7 +40,7 @@ class Case:
         return self.map(lambda x: x.to(device, dtype), lambda m: m.to(device))
 
 
-def random_cases(spec: LayerSpec) -> list[Case]:
+def random_cases(spec: LayerSpec | FusionSpec) -> list[Case]:
     """Make calls with two samples of N(0, 1) tokens: with ragged, partly padded sequences, and without masks."""
     generator = torch.Generator().manual_seed(0)
     lengths = [
@@ -53,12 +53,12 @@ def random_cases(spec: LayerSpec) -> list[Case]:
     masks = [torch.ones(2, n, dtype=torch.bool) for n in lengths]
     for m, mask in enumerate(masks):
         mask[1, (mask.shape[1] + 1) // 2 :] = False
-        if m == spec.num_modalities - 1:
+        if m == spec.num_modalities - 1 > 0:
             mask[1] = False
     return [Case(inputs, list(masks)), Case(inputs, None)]
 
 
-def few_samples(case: Case, spec: LayerSpec) -> Case:
+def few_samples(case: Case, spec: LayerSpec | FusionSpec) -> Case:
     """Select the first samples with a valid token; for samples without, the original returns NaN.
 
     Raises:
@@ -149,7 +149,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _masks(masks: Any) -> list[Tensor | None] | None:
-    if masks is None:
+    if masks is None or isinstance(masks, bool):  # return_latent of the older fusion model
         return None
     if not isinstance(masks, list | tuple):
         return []
@@ -157,7 +157,7 @@ def _masks(masks: Any) -> list[Tensor | None] | None:
 
 
 def bare_copy(layer: nn.Module) -> nn.Module:
-    """Copy the layer with deep copies of its submodules, without the layer's hooks.
+    """Copy the layer with deep copies of its parameters and submodules, without the layer's hooks.
 
     Tensors that a forward stored in attributes (attention maps) are shared: they may be large, and deepcopy
     fails if they have a gradient history.
@@ -173,6 +173,7 @@ def bare_copy(layer: nn.Module) -> nn.Module:
     for name, empty in vars(nn.Module()).items():
         if isinstance(empty, dict):
             clone.__dict__[name] = type(empty)()
+    clone._parameters.update(copy.deepcopy(layer._parameters, left_behind))
     for name, child in layer.named_children():
         clone.add_module(name, copy.deepcopy(child, left_behind))
     return clone

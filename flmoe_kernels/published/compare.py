@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.core.dtypes import without_autocast
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
-from flmoe_kernels.layers.interaction_moe.build import build_like
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .agreement import Disagreement, check_losses, within_budget
 from .calls import Case, bare_copy, few_samples, padded_samples, random_cases
 from .convert import adopt
 from .differences import Difference, measure
-from .recognise import check_can_run
-from .runs import call, draw_noise, lift_capacity, mlp_outputs, run_fast, run_original
+from .recognise import Spec, check_can_run
+from .runs import call, lift_capacity, run
 
 TIMED_CALLS = 5
 RANDOM_TOKENS = 58
@@ -49,12 +49,12 @@ class Comparison:
     differences: tuple[Difference, ...] = ()
 
 
-def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = None) -> Comparison:
+def compare(layer: nn.Module, spec: Spec, case: Case | None = None) -> Comparison:
     """Compare a layer with its fast replacement, within the error budgets of `agreement`.
 
     Interaction layers: every view, the weights, the losses and inference are compared, but not gate losses,
-    because the original keeps only those of the last modality. Sparse MLPs: only outputs of tokens whose expert
-    choice does not depend on rounding are compared.
+    because the original keeps only those of the last modality. Fusion models: logits and latents. Sparse
+    MLPs: only outputs of tokens whose expert choice does not depend on rounding.
 
     Args:
         layer: the original; not run and not changed.
@@ -72,72 +72,67 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
     for module in (original, exact, fast):
         lift_capacity(module)
     with torch.no_grad(), without_autocast(next(layer.parameters()).device):
-        if isinstance(spec, LayerSpec):
-            cases = random_cases(spec) if case is None else [few_samples(case, spec)]
-            result = _compare_layers(original, exact, fast, spec, cases)
+        if isinstance(spec, RoutedSpec):
+            cases = [Case([_clear_tokens(_tokens(case, spec), layer, spec)], None)]
         else:
-            cases = [Case([_tokens(case, spec)], None)]
-            result = _compare_mlps(original, exact, fast, spec, cases[0].inputs[0])
+            cases = random_cases(spec) if case is None else [few_samples(case, spec)]
+        result = _compare(original, exact, fast, spec, cases)
         padded = 0 if case is None else padded_samples(case)
         return dataclasses.replace(result, differences=measure(layer, spec, cases[0], padded))
 
 
-def _compare_layers(
-    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: LayerSpec, cases: list[Case]
+def _compare(
+    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: Spec, cases: list[Case]
 ) -> Comparison:
-    """Compare interaction layers. If the original does not run, the reference layer's error is used instead.
+    """Compare two layers. If the original does not run, the reference layer's error is used instead.
 
     With bfloat16 or float16 weights the original does not run, because it adds float32 positions.
     """
     parameter = next(original.parameters())
     device, dtype = parameter.device, parameter.dtype
     cases = [x.moved(device, dtype) for x in cases]
-    peer = original
+    peer: Any = original
     errors: dict[str, float] = {}
     for at in cases:
-        noise = draw_noise(at, spec.num_experts)
-        expected = run_original(exact, at.moved(device, torch.float64), noise, spec)
+        expected = run(exact, at.moved(device, torch.float64), spec)
         try:
-            own = run_original(peer, at, noise, spec)
+            own = run(peer, at, spec)
         except Disagreement:
             if dtype not in (torch.bfloat16, torch.float16):
                 raise
-            peer = _reference_copy(original, spec)
-            own = run_original(peer, at, noise, spec)
-        actual = run_fast(fast, at, noise, spec)
+            peer = adopt(original, spec)
+            peer.backend = REFERENCE
+            own = run(peer, at, spec)
+        actual = run(fast, at, spec)
         now = {name: within_budget(name, actual, own, expected, dtype) for name in expected.groups}
-        now["losses"] = check_losses(actual, expected, dtype)
+        if isinstance(spec, LayerSpec):
+            now["losses"] = check_losses(actual, expected, dtype)
         errors = {name: max(errors.get(name, 0.0), error) for name, error in now.items()}
-    if peer is not original or not hasattr(original, "inference"):
+    method = "inference" if isinstance(spec, LayerSpec) else "forward"
+    if peer is not original or not hasattr(original, method):
         return Comparison(errors, None)
-    layers: tuple[Any, Any] = (original, fast)
-    calls = [partial(call, module.inference, cases[0]) for module in layers]
-    ratio = _times_faster(calls[0], calls[1], cases[0].inputs[0].device)
-    return Comparison(errors, ratio)
+    calls = [
+        partial(_timed, getattr(module, method), cases[0], spec) for module in (original, fast)
+    ]
+    return Comparison(errors, _times_faster(calls[0], calls[1], device))
 
 
-def _compare_mlps(
-    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: RoutedSpec, x: Tensor
-) -> Comparison:
-    parameter = next(original.parameters())
+def _timed(function: Callable[..., Any], case: Case, spec: Spec) -> None:
+    if isinstance(spec, RoutedSpec):
+        function(case.inputs[0])
+    else:
+        call(function, case)
+
+
+def _clear_tokens(x: Tensor, layer: nn.Module, spec: RoutedSpec) -> Tensor:
+    """The tokens whose choice of experts does not depend on rounding."""
+    parameter = next(layer.parameters())
+    router: Any = adopt(bare_copy(layer).double(), spec).get_submodule("gate")
     x = x.to(parameter)
-    router: Any = adopt(exact, spec).get_submodule("gate")
     x = x[_clear_choices(router.clean_logits(x.double()), spec.top_k, parameter.dtype)]
     if not len(x):
         raise Disagreement("for every token the choice of experts depends on rounding")
-    expected = mlp_outputs(exact, x.double(), "the module's forward")
-    own = mlp_outputs(original, x, "the module's forward")
-    actual = mlp_outputs(fast, x, "the fast module")
-    error = within_budget("outputs", actual, own, expected, parameter.dtype)
-    ratio = _times_faster(partial(original, x), partial(fast, x), x.device)
-    return Comparison({"outputs": error}, ratio)
-
-
-def _reference_copy(layer: nn.Module, spec: LayerSpec) -> nn.Module:
-    reference = build_like(spec)
-    reference.load_state_dict(layer.state_dict())
-    lift_capacity(reference)
-    return reference.to(next(layer.parameters())).eval()
+    return x
 
 
 def _tokens(case: Case | None, spec: RoutedSpec) -> Tensor:

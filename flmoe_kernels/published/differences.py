@@ -21,7 +21,8 @@ from flmoe_kernels.layers.routed_mlp.structure import NOISY_GATES, RoutedSpec
 from .agreement import Outputs, largest
 from .calls import Case, bare_copy
 from .convert import adopt
-from .runs import draw_noise, lift_capacity, mlp_outputs, run_fast, run_original
+from .recognise import Spec
+from .runs import lift_capacity, run
 
 ROUNDING = 1e-5
 
@@ -35,7 +36,7 @@ class Difference:
 
 
 def measure(
-    layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case, padded_samples: int = 0
+    layer: nn.Module, spec: Spec, case: Case, padded_samples: int = 0
 ) -> tuple[Difference, ...]:
     """Measure the differences of a layer with sparse MLPs, and count samples that consist of padding.
 
@@ -54,7 +55,7 @@ def measure(
         return tuple(found)
     with torch.no_grad():
         case = case.moved(next(layer.parameters()).device, torch.float64)
-        if isinstance(spec, RoutedSpec) or spec.fusion_sparse:
+        if not isinstance(spec, LayerSpec) or spec.fusion_sparse:
             found += _gate_losses(layer, spec, case)
         if any(getattr(gate, "random_routing", False) for gate in gates):
             expected, actual = _outputs(layer, spec, case, "random_routing")
@@ -75,7 +76,7 @@ def measure(
     return tuple(found)
 
 
-def _gate_losses(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case) -> list[Difference]:
+def _gate_losses(layer: nn.Module, spec: Spec, case: Case) -> list[Difference]:
     expected, actual = (_mean(x.gate_losses) for x in _outputs(layer, spec, case, "capacity"))
     size = abs(actual - expected)
     text = f"gate losses in evaluation: {expected:.4g} as published, {actual:.4g} here"
@@ -88,9 +89,7 @@ def _gate_losses(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case) -> 
     return [Difference(text, size)]
 
 
-def _capacity(
-    layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case, training: bool
-) -> Difference:
+def _capacity(layer: nn.Module, spec: Spec, case: Case, training: bool) -> Difference:
     """Dropped choices and the difference of the outputs, with the rates for training or evaluation."""
     dropped: list[int] = [0, 0]
     expected, actual = _outputs(layer, spec, case, "capacity", training, dropped)
@@ -105,7 +104,7 @@ def _capacity(
 
 def _outputs(
     layer: nn.Module,
-    spec: LayerSpec | RoutedSpec,
+    spec: Spec,
     case: Case,
     keep: str,
     training: bool = False,
@@ -125,13 +124,10 @@ def _outputs(
             gate.training = training
             if dropped is not None:
                 gate.register_forward_hook(_counter(case, dropped, number))
+        outputs = run(module, case, spec)
         if isinstance(spec, RoutedSpec):
-            outputs = mlp_outputs(module, case.inputs[0], "the module's forward")
-            results.append(dataclasses.replace(outputs, gate_losses=[module.gate.get_loss()]))
-            continue
-        noise = draw_noise(case, spec.num_experts)
-        run = run_original if module is original else run_fast
-        results.append(run(module, case, noise, spec))
+            outputs = dataclasses.replace(outputs, gate_losses=[module.gate.get_loss()])
+        results.append(outputs)
     return results
 
 

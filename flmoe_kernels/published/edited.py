@@ -28,8 +28,8 @@ from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 from .agreement import Disagreement, Outputs, first_line, largest
 from .calls import Case, bare_copy
 from .convert import adopt
-from .recognise import check_can_run
-from .runs import GivenNoise, call, draw_noise, lift_capacity, mlp_outputs, run_fast, run_original
+from .recognise import Spec, check_can_run
+from .runs import GivenNoise, call, lift_capacity, run
 
 # Relative to the largest value of a group, and to the norm of a parameter's gradient.
 TOLERANCE = 1e-5
@@ -40,7 +40,7 @@ SHORT_LENGTHS = (7, 5, 6, 4, 3)
 LONG_LENGTH = 1025
 
 
-def compare_edited(layer: nn.Module, spec: LayerSpec | RoutedSpec) -> None:
+def compare_edited(layer: nn.Module, spec: Spec) -> None:
     """Compare a layer, whose source is not known, with the mathematics of its fast replacement.
 
     Args:
@@ -64,7 +64,7 @@ def compare_edited(layer: nn.Module, spec: LayerSpec | RoutedSpec) -> None:
 class _Pair:
     """Float64 copies of a layer and of its replacement on the reference backend, with the same parameters."""
 
-    def __init__(self, layer: nn.Module, spec: LayerSpec | RoutedSpec) -> None:
+    def __init__(self, layer: nn.Module, spec: Spec) -> None:
         self.spec = spec
         self.original: Any = bare_copy(layer).double()
         fast: Any = adopt(self.original, spec)
@@ -91,8 +91,9 @@ class _Pair:
             module.train(training)
             calls.clear()
         with without_draws(mode, self.device):
-            expected = self._run_original(at)
-        actual = self._run_fast(at)
+            expected = run(self.original, at, self.spec, self.in_gate)
+        # It draws no other noise than that of gates.
+        actual = run(self.fast, at, self.spec, in_gate=(self,))
         if self.calls[0] != self.calls[1]:
             name = min((self.calls[0] - self.calls[1]) + (self.calls[1] - self.calls[0]))
             counts = [calls[name] for calls in self.calls]
@@ -101,27 +102,12 @@ class _Pair:
         leaves = {f"input {m}": x for m, x in enumerate(inputs)} | self.parameters
         _check_gradients(_gradients(expected, leaves), _gradients(actual, leaves), mode)
 
-    def _run_original(self, case: Case) -> Outputs:
-        if isinstance(self.spec, LayerSpec):
-            noise = draw_noise(case, self.spec.num_experts)
-            return run_original(self.original, case, noise, self.spec, self.in_gate)
-        with GivenNoise([], self.in_gate):
-            return mlp_outputs(self.original, case.inputs[0], "the module's forward")
-
-    def _run_fast(self, case: Case) -> Outputs:
-        # It draws no other noise than that of gates.
-        with GivenNoise([], in_gate=(self,)):
-            if isinstance(self.spec, LayerSpec):
-                noise = draw_noise(case, self.spec.num_experts)
-                return run_fast(self.fast, case, noise, self.spec)
-            return mlp_outputs(self.fast, case.inputs[0], "the fast module")
-
 
 def _mode(training: bool) -> str:
     return "training" if training else "evaluation"
 
 
-def _cases(spec: LayerSpec | RoutedSpec) -> Iterator[Case]:
+def _cases(spec: Spec) -> Iterator[Case]:
     """Random calls, each with its own seed: without masks, and with a modality short or padded in turn."""
     seeds = iter(range(100))
 
@@ -144,7 +130,7 @@ def _cases(spec: LayerSpec | RoutedSpec) -> Iterator[Case]:
         yield Case(draw(short, spec.hidden_dim), None)
         masks: list[Tensor | None] = [torch.ones(2, length, dtype=torch.bool) for length in lengths]
         for row in (0, 1):
-            masks[m][row, row * 2 :] = False  # type: ignore[index]
+            masks[m][row, 2 * row + (count == 1) :] = False  # type: ignore[index]
         yield Case(draw(lengths, spec.hidden_dim), masks)
 
 
@@ -187,11 +173,9 @@ def _watch_gates(module: nn.Module) -> list[object]:
     return running
 
 
-def _compare_long(
-    layer: nn.Module, spec: LayerSpec | RoutedSpec, dropouts: Sequence[str], training: bool
-) -> None:
+def _compare_long(layer: nn.Module, spec: Spec, dropouts: Sequence[str], training: bool) -> None:
     """Compare inference on a long sample with the kernels; layers with learned positions take none."""
-    if isinstance(spec, LayerSpec) and spec.num_patches:
+    if not isinstance(spec, RoutedSpec) and spec.num_patches:
         return
     original: Any = bare_copy(layer).train(training)
     if next(layer.parameters()).dtype in (torch.bfloat16, torch.float16):
@@ -207,27 +191,26 @@ def _compare_long(
     parameter = next(original.parameters())
     case = _long_case(spec, training).moved(parameter.device, parameter.dtype)
 
-    def run(module: Any, in_gate: Sequence[object]) -> Outputs:
-        with GivenNoise([], in_gate):
-            if isinstance(spec, RoutedSpec):
-                return Outputs({"outputs": [module(case.inputs[0])]}, [], [])
-            if not hasattr(original, "inference"):
-                return Outputs({"logits": [call(module.forward, case)[2]]}, [], [])
-            logits, weights, mixed = call(module.inference, case)
-            return Outputs({"logits": [mixed, *logits], "weights": [weights]}, [], [])
-
     try:
         with without_draws(_mode(training), parameter.device):
-            expected = run(original, _watch_gates(original))
+            expected = _inferred(original, case, spec, _watch_gates(original))
     except Disagreement:
         raise
     except Exception as error:
         raise Disagreement(f"fails on {LONG_LENGTH} tokens: {first_line(error)}") from error
     what = f"{_mode(training)} on {LONG_LENGTH} tokens"
-    _check_groups(expected, run(fast, in_gate=(fast,)), what, LONG_TOLERANCE)
+    _check_groups(expected, _inferred(fast, case, spec, in_gate=(fast,)), what, LONG_TOLERANCE)
 
 
-def _long_case(spec: LayerSpec | RoutedSpec, masked: bool) -> Case:
+def _inferred(module: Any, case: Case, spec: Spec, in_gate: Sequence[object]) -> Outputs:
+    if not isinstance(spec, LayerSpec) or not hasattr(module, "inference"):
+        return run(module, case, spec, in_gate)
+    with GivenNoise([], in_gate):
+        logits, weights, mixed = call(module.inference, case)
+    return Outputs({"logits": [mixed, *logits], "weights": [weights]}, [], [])
+
+
+def _long_case(spec: Spec, masked: bool) -> Case:
     width = spec.d_model if isinstance(spec, RoutedSpec) else spec.hidden_dim
     generator = torch.Generator().manual_seed(1)
     inputs = []

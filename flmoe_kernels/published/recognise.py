@@ -9,32 +9,34 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
+from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.structure import describe
+from flmoe_kernels.layers.interaction_moe.structure import describe, describe_fusion
 from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods
 from flmoe_kernels.layers.routed_mlp import structure as routed_mlp
 from flmoe_kernels.layers.routed_mlp.state import add_router_0, prepare_state_dict
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, RoutedSpec
 
-from .places import LAYER_NAMES, Place
+from .places import FUSION_NAMES, LAYER_NAMES, Place
 
 FASTMOE = "fmoe"
+Spec = LayerSpec | FusionSpec | RoutedSpec
 
 
-def recognise(places: list[Place]) -> LayerSpec | RoutedSpec:
+def recognise(places: list[Place]) -> Spec:
     """Describe a layer that a fast layer can replace in all of these places.
 
     Raises:
         UnsupportedLayer: the layer cannot be replaced; the message is the reason.
     """
     layer = places[0].module
-    if isinstance(layer, InteractionMoE):
+    if isinstance(layer, InteractionMoE | FusionTransformer):
         raise UnsupportedLayer("already fast")
     name = type(layer).__name__
     if isinstance(layer, torch.jit.ScriptModule):
         raise UnsupportedLayer("a ScriptModule: swap first, then script or trace the model")
-    if name not in (*LAYER_NAMES, SPARSE_MLP):
+    if name not in (*LAYER_NAMES, *FUSION_NAMES, SPARSE_MLP):
         raise UnsupportedLayer("a subclass of the layer, whose own methods would be lost")
     if any(type(place.parent).__name__ == "OptimizedModule" for place in places):
         raise UnsupportedLayer("the layer is compiled: swap first, then compile")
@@ -43,12 +45,12 @@ def recognise(places: list[Place]) -> LayerSpec | RoutedSpec:
             raise UnsupportedLayer(
                 f"{place.path}: {place.held}; only layers that modules, lists and dicts hold can be replaced"
             )
-    spec: LayerSpec | RoutedSpec
+    spec: Spec
     if name == SPARSE_MLP:
         check_methods(layer, "")
         spec = routed_mlp.describe(layer)
     else:
-        spec = describe(layer)
+        spec = describe_fusion(layer) if name in FUSION_NAMES else describe(layer)
     check_state(layer)
     return spec
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec
+from flmoe_kernels.layers.interaction_moe.architecture import Architecture
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
@@ -24,8 +24,16 @@ from .edited import compare_edited
 from .file import CheckpointError, read, target_of, write
 from .infer import in_words, infer, infer_settings
 from .places import Place, find_layers
-from .recognise import check_can_run, recognise
-from .report import LeftLayer, SwappedLayer, SwappedMLP, SwapReport
+from .recognise import Spec, check_can_run, recognise
+from .report import (
+    LeftLayer,
+    Swapped,
+    SwappedFusion,
+    SwappedLayer,
+    SwappedMLP,
+    SwapReport,
+    entry_of,
+)
 from .source import unrecognised
 
 ROOT = "(the model)"
@@ -39,18 +47,18 @@ def swap(
     inputs: Any = None,
     masks: Any = None,
 ) -> SwapReport:
-    """Replace the interaction layers and sparse MLPs in a model by fast ones that share their parameters.
+    """Replace interaction layers, fusion models and sparse MLPs by fast ones that share their parameters.
 
-    Layers are recognised by class name (InteractionMoE, ReferenceInteractionMoE, FMoETransformerMLP) and
-    structure, wherever the model, or a list or dict of a module, refers to them. A layer that is held in
-    several places is replaced by a single object; it is not replaced if one of them cannot be changed (a
-    tuple, a set, a function, a method, an object that is no module). The fast layer has the same parameter
-    objects, so an existing optimizer keeps working; it also has the same mode, attributes and hooks. A layer
-    that is not supported, or whose results differ, is not changed, and the report has the reason. Swap before
-    torch.compile. The submodules of the fast layer are those of the reference and hold the parameters.
-    The attention has no `last_attn`, because no map is ever stored. A FMoETransformerMLP outside of an
-    interaction layer becomes a RoutedMLP; docs/fastmoe.md lists how its gates differ from the published
-    gates.
+    Layers are recognised by class name (InteractionMoE, ReferenceInteractionMoE, FMoETransformerMLP, and
+    Transformer with the structure of the published fusion model) and structure, wherever the model, or a list or
+    dict of a module, refers to them. A layer that is held in several places is replaced by a single object; it
+    is not replaced if one of them cannot be changed (a tuple, a set, a function, a method, an object that is no
+    module). The fast layer has the same parameter objects, so an existing optimizer keeps working; it also has
+    the same mode, attributes and hooks. A layer that is not supported, or whose results differ, is not changed,
+    and the report has the reason. Swap before torch.compile. The submodules of the fast layer are those of the
+    reference and hold the parameters. The attention has no `last_attn`, because no map is ever stored. A fusion
+    model outside of an interaction layer becomes a FusionTransformer, any other FMoETransformerMLP a RoutedMLP;
+    docs/fastmoe.md lists how its gates differ from the published gates.
 
     Args:
         model: any module; if it is itself the layer, use `report.model` afterwards.
@@ -79,11 +87,18 @@ def swap(
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         calls = _calls(model, layers, inputs, masks) if check and inputs is not None else {}
-        outcomes = [
-            _replace(places, check, strict, calls.get(id(places[0].module))) for places in layers
-        ]
+        outcomes: list[Swapped | LeftLayer] = []
+        inside: set[int] = set()  # sparse MLPs of replaced fusion models
+        for places in layers:
+            module = places[0].module
+            if id(module) in inside:
+                continue
+            outcomes.append(_replace(places, check, strict, calls.get(id(module))))
+            if isinstance(outcomes[-1], SwappedFusion):
+                inside |= {id(part) for part in module.modules()}
     return SwapReport(
         holder[0],
+        swapped_fusions=tuple(entry for entry in outcomes if isinstance(entry, SwappedFusion)),
         swapped=tuple(entry for entry in outcomes if isinstance(entry, SwappedLayer)),
         left=tuple(entry for entry in outcomes if isinstance(entry, LeftLayer)),
         swapped_mlps=tuple(entry for entry in outcomes if isinstance(entry, SwappedMLP)),
@@ -112,23 +127,19 @@ def _calls(model: nn.Module, layers: list[list[Place]], inputs: Any, masks: Any)
 
 def _replace(
     places: list[Place], check: bool, strict: bool, case: Case | None
-) -> SwappedLayer | SwappedMLP | LeftLayer:
+) -> Swapped | LeftLayer:
     """Replace a layer in all of its places, or in none of them."""
     layer, name = places[0].module, ", ".join(place.path or ROOT for place in places)
     inputs = "-" if not check else "random" if case is None else "given"
-    entry: SwappedLayer | SwappedMLP
     try:
         spec = recognise(places)
-        unknown = unrecognised(layer, spec.compat if isinstance(spec, LayerSpec) else None)
+        unknown = unrecognised(layer, None if isinstance(spec, RoutedSpec) else spec.compat)
         if strict and unknown:
             raise UnsupportedLayer(f"source unrecognised: {', '.join(unknown)}")
         result = compare(layer, spec, case) if check else Comparison({}, None)
         if check and unknown:
             _compare_edited(layer, spec, unknown)
-        if isinstance(spec, LayerSpec):
-            entry = SwappedLayer.of(name, spec, inputs, result, tuple(unknown))
-        else:
-            entry = SwappedMLP.of(name, spec, inputs, result, tuple(unknown))
+        entry = entry_of(name, spec, inputs, result, unknown)
         fast = adopt(layer, spec)
     except (UnsupportedLayer, Disagreement) as reason:
         return LeftLayer(name, type(layer).__name__, str(reason))
@@ -142,9 +153,7 @@ def _replace(
     return entry
 
 
-def _compare_edited(
-    layer: nn.Module, spec: LayerSpec | RoutedSpec, unknown: Mapping[str, str]
-) -> None:
+def _compare_edited(layer: nn.Module, spec: Spec, unknown: Mapping[str, str]) -> None:
     for name, path in unknown.items():
         if "tot_expert" in vars(layer.get_submodule(path)):
             raise Disagreement(

@@ -174,7 +174,7 @@ MLPS: list[tuple[str, Make, str]] = [
         "gate: expected one of NaiveGate, .* DCGate",
     ),
     ("gate's code", as_gate(UniformWeights), "outputs differ by"),
-    ("gate fails", as_gate(GateFails), r"the module's forward fails: KeyError: 'no\\nmore'"),
+    ("gate fails", as_gate(GateFails), r"the layer's forward fails: KeyError: 'no\\nmore'"),
     ("top_k", changed_mlp(lambda m: put(m, "gate", top_k=1)), r"all_gates.0.top_k: expected 2"),
     (
         "top_k of both",

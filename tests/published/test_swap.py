@@ -289,7 +289,7 @@ def test_the_report_prints_a_table_of_each_kind() -> None:
     assert "indicative" in text
     assert "without capacity limits" in text
     entry = report.as_dict()
-    assert set(entry) == {"swapped", "swapped_mlps", "left"}
+    assert set(entry) == {"swapped", "swapped_fusions", "swapped_mlps", "left"}
     assert entry["swapped"][0]["name"] == "moe"
     assert entry["swapped_mlps"][1]["gate"] == "SwitchGate"
     assert entry["left"][0]["class_name"] == "InteractionMoE"
