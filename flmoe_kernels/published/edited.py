@@ -52,7 +52,7 @@ def compare_edited(layer: nn.Module, spec: Spec) -> None:
         UnsupportedLayer: the layer has FastMoE's own code and is not on a CUDA GPU.
     """
     check_can_run(layer)
-    with without_autocast(next(layer.parameters()).device), kept_random_states():
+    with without_autocast(next(layer.parameters()).device):
         pair = _Pair(layer, spec)
         for training in (True, False):
             for case in _cases(spec):

@@ -72,11 +72,14 @@ def draw_noise(case: Case, num_experts: int) -> list[list[Tensor]]:
 
 def call(function: Callable[..., Any], case: Case, **settings: Any) -> Any:
     """Call with masks if the signature has them: the older variant's layer has no masks."""
-    if "masks" in inspect.signature(function).parameters:
+    parameters = inspect.signature(function).parameters
+    if "masks" in parameters:
         return function(list(case.inputs), case.masks, **settings)
-    if case.masks is not None:
+    if case.masks is None:
+        return function(list(case.inputs), **settings)
+    if not any(x.kind is x.VAR_POSITIONAL for x in parameters.values()):
         raise Disagreement("was called with masks, but takes none")
-    return function(list(case.inputs), **settings)
+    return function(list(case.inputs), case.masks, **settings)
 
 
 def run(module: nn.Module, case: Case, spec: Spec, in_gate: Sequence[object] = ()) -> Outputs:

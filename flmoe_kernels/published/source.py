@@ -120,14 +120,14 @@ def _functions(value: Any) -> list[types.FunctionType]:
 def _is_known(function: types.FunctionType, key: str, known: Known, seen: set[str]) -> bool:
     """Whether a function is published code and calls only published code by global names."""
     node = syntax_tree(function)
-    if node is None or node.name != key.rpartition(".")[2]:
-        return False
-    if fingerprint(node) not in known.get(key, ()):
+    if node is None or fingerprint(node) not in known.get(key, ()):
         return False
     seen.add(key)
     names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
     for value in (function.__globals__[name] for name in names if name in function.__globals__):
-        if isinstance(value, types.ModuleType) or _is_trusted(value) or not callable(value):
+        if isinstance(value, types.ModuleType) or not callable(value):
+            continue
+        if isinstance(value, type | types.FunctionType) and _is_trusted(value):
             continue
         members = {value.__name__: value} if isinstance(value, types.FunctionType) else {}
         if isinstance(value, type):

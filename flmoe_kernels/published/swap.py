@@ -20,7 +20,7 @@ from .agreement import Disagreement, first_line
 from .calls import Case, capture
 from .compare import Comparison, compare
 from .convert import adopt, convert_state, make_layer, take_over
-from .edited import compare_edited
+from .edited import compare_edited, kept_random_states
 from .file import CheckpointError, read, target_of, write
 from .infer import in_words, infer, infer_settings
 from .places import Place, find_layers
@@ -85,7 +85,7 @@ def swap(
     holder = [model]
     layers = find_layers(model, partial(holder.__setitem__, 0))
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=list(devices)), kept_random_states():
         calls = _calls(model, layers, inputs, masks) if check and inputs is not None else {}
         outcomes: list[Swapped | LeftLayer] = []
         inside: set[int] = set()  # sparse MLPs of replaced fusion models

@@ -88,6 +88,11 @@ def test_the_sizes_are_those_of_the_layers_own_settings() -> None:
     assert sizes[1] == (0, 0)
 
 
+def test_padded_tokens_do_not_count_as_dropped() -> None:
+    found = differences(with_settings(make_sparse_layer(fl), capacity=(9.0, 9.0)))
+    assert sum(" 0 choices of valid tokens dropped as published, 0 here" in x for x in found) == 2
+
+
 def test_the_size_of_random_routing_is_that_of_the_outputs() -> None:
     (size,) = (
         value

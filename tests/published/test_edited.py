@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import linecache
 import random
 import re
 from collections.abc import Callable
@@ -264,10 +265,9 @@ def test_the_same_code_in_another_file_is_recognised(tmp_path: Path) -> None:
 
 def test_a_file_that_changed_after_its_import_is_not_recognised(tmp_path: Path) -> None:
     models = edited(tmp_path, FL_FUSION, "inputs = [x * 2 for x in inputs]")
-    (tmp_path / "models.py").write_text(
-        "import copy, random\nimport numpy as np\n" + SOURCE.replace("import copy\n", ""),
-        encoding="utf-8",
-    )
+    text = SOURCE.replace("import copy\n", "import copy, random\nimport numpy as np\n")
+    (tmp_path / "models.py").write_text(text, encoding="utf-8")
+    linecache.checkcache()
     assert "models.fl.Transformer.forward" in unrecognised(make_layer(models.fl))
 
 
@@ -330,6 +330,16 @@ CHANGES: list[tuple[str, Changes, list[str]]] = [
         "a function that a method calls",
         lambda m: m.setattr(lineage, "_mixed", lambda logits, weights: logits[0]),
         [f"tests.support.lineage.fl.InteractionMoE.{x}" for x in ("forward", "inference")],
+    ),
+    (
+        "an object that a method calls",
+        lambda m: m.setattr(lineage, "_mixed", functools.partial(lineage._mixed)),
+        [f"tests.support.lineage.fl.InteractionMoE.{x}" for x in ("forward", "inference")],
+    ),
+    (
+        "marked as a wrapper",
+        lambda m: m.setattr(fl.Transformer.forward, "__wrapped__", print, raising=False),
+        ["tests.support.lineage.fl.Transformer.forward"],
     ),
     ("subclass", lambda m: AnotherPooling, [f"{__name__}.AnotherPooling.pooled"]),
     ("property", lambda m: HiddenPart, [f"{__name__}.HiddenPart.gate_loss"]),
