@@ -160,7 +160,7 @@ def _compare_edited(layer: nn.Module, spec: Spec, unknown: Mapping[str, str]) ->
                 f"source unrecognised: {name}; losses and drops of gates cannot be compared"
             )
     try:
-        compare_edited(layer, spec)
+        compare_edited(layer, spec, unknown.values())
     except Disagreement as reason:
         raise Disagreement(f"source unrecognised ({', '.join(unknown)}): {reason}") from reason
 

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from pathlib import Path
-
 import pytest
 
 from flmoe_kernels.published.fingerprints import FINGERPRINTS
-from flmoe_kernels.published.source import fingerprint
-from tests.support import lineage, lineage_sparse
-from tests.support.fingerprints import Table, functions
-
-
-@functools.cache
-def stand_ins() -> Table:
-    found: dict[str, set[str]] = defaultdict(set)
-    for module in (lineage, lineage_sparse):
-        for name, node in functions(Path(str(module.__file__)).read_text(encoding="utf-8")):
-            found[name].add(fingerprint(node))
-    return {name: tuple(prints) for name, prints in found.items()}
+from tests.support.fingerprints import stand_ins
 
 
 @pytest.fixture(autouse=True)
