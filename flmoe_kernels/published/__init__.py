@@ -7,10 +7,14 @@ The modules are the steps; each imports earlier modules only:
     infer      infers the architecture from keys and shapes
     places     finds the published layers inside a model
     recognise  checks whether a layer can be replaced
+    source     recognises published source code; fingerprints is its table
     convert    converts state dicts and modules
     agreement  error budgets for the outputs of two layers
     calls      inputs for the comparison
+    runs       runs of both layers on the same inputs
+    differences  behaviours that differ by design, measured
     compare    compares the outputs of both layers
+    edited     compares layers whose source is not published code
     report     the replaced layers, and the other layers with the reason
     swap       the public functions
 """

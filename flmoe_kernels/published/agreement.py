@@ -36,11 +36,12 @@ class Disagreement(Exception):
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """Outputs of forward and inference in float64: tensors by group, the losses, and the views
-    (latents or, without latents, logits) from which the losses are computed."""
+    (latents or, without latents, logits) from which the losses are computed; gate losses as they are."""
 
     groups: dict[str, list[Tensor]]
     losses: list[Tensor]
     views: list[list[Tensor]]
+    gate_losses: list[Any] = dataclasses.field(default_factory=list)
 
 
 def collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
@@ -64,6 +65,7 @@ def collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
         {name: [x.double() for x in tensors] for name, tensors in groups.items()},
         [torch.as_tensor(loss).double() for loss in losses],
         [[view.double() for view in expert] for expert in views],
+        [loss for expert in result[4] for loss in expert] if spec.fusion_sparse else [],
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
 
 from .agreement import Disagreement
 
@@ -40,7 +40,7 @@ class Case:
         return self.map(lambda x: x.to(device, dtype), lambda m: m.to(device))
 
 
-def random_cases(spec: LayerSpec) -> list[Case]:
+def random_cases(spec: LayerSpec | FusionSpec) -> list[Case]:
     """Make calls with two samples of N(0, 1) tokens: with ragged, partly padded sequences, and without masks."""
     generator = torch.Generator().manual_seed(0)
     lengths = [
@@ -53,12 +53,12 @@ def random_cases(spec: LayerSpec) -> list[Case]:
     masks = [torch.ones(2, n, dtype=torch.bool) for n in lengths]
     for m, mask in enumerate(masks):
         mask[1, (mask.shape[1] + 1) // 2 :] = False
-        if m == spec.num_modalities - 1:
+        if m == spec.num_modalities - 1 > 0:
             mask[1] = False
     return [Case(inputs, list(masks)), Case(inputs, None)]
 
 
-def few_samples(case: Case, spec: LayerSpec) -> Case:
+def few_samples(case: Case, spec: LayerSpec | FusionSpec) -> Case:
     """Select the first samples with a valid token; for samples without, the original returns NaN.
 
     Raises:
@@ -73,14 +73,23 @@ def few_samples(case: Case, spec: LayerSpec) -> Case:
     masks = [None] * len(shapes) if case.masks is None else case.masks
     if len(masks) != len(shapes):
         raise Disagreement(f"was called with {len(masks)} masks for {len(shapes)} modalities")
-    valid = torch.zeros(shapes[0][0], dtype=torch.bool)
-    for x, mask in zip(case.inputs, masks, strict=True):
-        present = torch.ones(x.shape[:2]) if mask is None else mask.cpu() != 0
-        valid |= present.bool().any(dim=1)
-    keep = valid.nonzero().flatten()[:MAX_SAMPLES]
+    keep = _with_tokens(case).nonzero().flatten()[:MAX_SAMPLES]
     if not len(keep):
         raise Disagreement("the captured call has no sample with a valid token, cannot compare")
     return case.map(lambda x: x[keep.to(x.device)], lambda m: m[keep.to(m.device)])
+
+
+def padded_samples(case: Case) -> int:
+    """Number of samples without a valid token; 0 without masks."""
+    return int((~_with_tokens(case)).sum()) if case.masks else 0
+
+
+def _with_tokens(case: Case) -> Tensor:
+    valid = torch.zeros(case.inputs[0].shape[0], dtype=torch.bool)
+    for x, mask in zip(case.inputs, case.masks or [None] * len(case.inputs), strict=True):
+        present = torch.ones(x.shape[:2]) if mask is None else mask.cpu() != 0
+        valid |= present.bool().any(dim=1)
+    return valid
 
 
 def capture(
@@ -140,7 +149,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _masks(masks: Any) -> list[Tensor | None] | None:
-    if masks is None:
+    if masks is None or isinstance(masks, bool):  # return_latent of the older fusion model
         return None
     if not isinstance(masks, list | tuple):
         return []
@@ -148,7 +157,7 @@ def _masks(masks: Any) -> list[Tensor | None] | None:
 
 
 def bare_copy(layer: nn.Module) -> nn.Module:
-    """Copy the layer with deep copies of its submodules, without the layer's hooks.
+    """Copy the layer with deep copies of its parameters and submodules, without the layer's hooks.
 
     Tensors that a forward stored in attributes (attention maps) are shared: they may be large, and deepcopy
     fails if they have a gradient history.
@@ -164,6 +173,7 @@ def bare_copy(layer: nn.Module) -> nn.Module:
     for name, empty in vars(nn.Module()).items():
         if isinstance(empty, dict):
             clone.__dict__[name] = type(empty)()
+    clone._parameters.update(copy.deepcopy(layer._parameters, left_behind))
     for name, child in layer.named_children():
         clone.add_module(name, copy.deepcopy(child, left_behind))
     return clone

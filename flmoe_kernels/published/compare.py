@@ -11,26 +11,26 @@ run without capacity limits and without random routing.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.core.dtypes import without_autocast
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
-from flmoe_kernels.layers.interaction_moe.build import build_like
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
-from .agreement import Disagreement, Outputs, check_losses, collect, first_line, within_budget
-from .calls import Case, bare_copy, few_samples, random_cases
+from .agreement import Disagreement, check_losses, within_budget
+from .calls import Case, bare_copy, few_samples, padded_samples, random_cases
 from .convert import adopt
-from .recognise import check_can_run
+from .differences import Difference, measure
+from .recognise import Spec, check_can_run
+from .runs import call, lift_capacity, run
 
 TIMED_CALLS = 5
 RANDOM_TOKENS = 58
@@ -42,18 +42,19 @@ CLEAR_CHOICE = 8.0
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Largest absolute error per group of outputs, against the original in float64; speed-up of
-    inference, None if the original does not run."""
+    inference, None if the original does not run; behaviours that differ by design."""
 
     errors: Mapping[str, float]
     speed_up: float | None
+    differences: tuple[Difference, ...] = ()
 
 
-def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = None) -> Comparison:
+def compare(layer: nn.Module, spec: Spec, case: Case | None = None) -> Comparison:
     """Compare a layer with its fast replacement, within the error budgets of `agreement`.
 
     Interaction layers: every view, the weights, the losses and inference are compared, but not gate losses,
-    because the original keeps only those of the last modality. Sparse MLPs: only outputs of tokens whose expert
-    choice does not depend on rounding are compared.
+    because the original keeps only those of the last modality. Fusion models: logits and latents. Sparse
+    MLPs: only outputs of tokens whose expert choice does not depend on rounding.
 
     Args:
         layer: the original; not run and not changed.
@@ -69,139 +70,69 @@ def compare(layer: nn.Module, spec: LayerSpec | RoutedSpec, case: Case | None = 
     original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
     fast = adopt(layer, spec).eval()
     for module in (original, exact, fast):
-        _lift_capacity(module)
+        lift_capacity(module)
     with torch.no_grad(), without_autocast(next(layer.parameters()).device):
-        if isinstance(spec, LayerSpec):
-            return _compare_layers(original, exact, fast, spec, case)
-        return _compare_mlps(original, exact, fast, spec, case)
+        if isinstance(spec, RoutedSpec):
+            cases = [Case([_clear_tokens(_tokens(case, spec), layer, spec)], None)]
+        else:
+            cases = random_cases(spec) if case is None else [few_samples(case, spec)]
+        result = _compare(original, exact, fast, spec, cases)
+        padded = 0 if case is None else padded_samples(case)
+        return dataclasses.replace(result, differences=measure(layer, spec, cases[0], padded))
 
 
-def _compare_layers(
-    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: LayerSpec, case: Case | None
+def _compare(
+    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: Spec, cases: list[Case]
 ) -> Comparison:
-    """Compare interaction layers. If the original does not run, the reference layer's error is used instead.
+    """Compare two layers. If the original does not run, the reference layer's error is used instead.
 
     With bfloat16 or float16 weights the original does not run, because it adds float32 positions.
     """
     parameter = next(original.parameters())
     device, dtype = parameter.device, parameter.dtype
-    given = random_cases(spec) if case is None else [few_samples(case, spec)]
-    cases = [x.moved(device, dtype) for x in given]
-    peer = original
+    cases = [x.moved(device, dtype) for x in cases]
+    peer: Any = original
     errors: dict[str, float] = {}
     for at in cases:
-        noise = _noise(at, spec.num_experts)
-        expected = _run_original(exact, at.moved(device, torch.float64), noise, spec)
+        expected = run(exact, at.moved(device, torch.float64), spec)
         try:
-            own = _run_original(peer, at, noise, spec)
+            own = run(peer, at, spec)
         except Disagreement:
             if dtype not in (torch.bfloat16, torch.float16):
                 raise
-            peer = _reference_copy(original, spec)
-            own = _run_original(peer, at, noise, spec)
-        actual = _run_fast(fast, at, noise, spec)
+            peer = adopt(original, spec)
+            peer.backend = REFERENCE
+            own = run(peer, at, spec)
+        actual = run(fast, at, spec)
         now = {name: within_budget(name, actual, own, expected, dtype) for name in expected.groups}
-        now["losses"] = check_losses(actual, expected, dtype)
+        if isinstance(spec, LayerSpec):
+            now["losses"] = check_losses(actual, expected, dtype)
         errors = {name: max(errors.get(name, 0.0), error) for name, error in now.items()}
-    if peer is not original or not hasattr(original, "inference"):
+    method = "inference" if isinstance(spec, LayerSpec) else "forward"
+    if peer is not original or not hasattr(original, method):
         return Comparison(errors, None)
-    layers: tuple[Any, Any] = (original, fast)
-    calls = [partial(_call, module.inference, cases[0]) for module in layers]
-    return Comparison(errors, _times_faster(calls[0], calls[1], cases[0].inputs[0].device))
+    calls = [
+        partial(_timed, getattr(module, method), cases[0], spec) for module in (original, fast)
+    ]
+    return Comparison(errors, _times_faster(calls[0], calls[1], device))
 
 
-def _compare_mlps(
-    original: nn.Module, exact: nn.Module, fast: nn.Module, spec: RoutedSpec, case: Case | None
-) -> Comparison:
-    parameter = next(original.parameters())
-    x = _tokens(case, spec).to(parameter)
-    router: Any = adopt(exact, spec).get_submodule("gate")
+def _timed(function: Callable[..., Any], case: Case, spec: Spec) -> None:
+    if isinstance(spec, RoutedSpec):
+        function(case.inputs[0])
+    else:
+        call(function, case)
+
+
+def _clear_tokens(x: Tensor, layer: nn.Module, spec: RoutedSpec) -> Tensor:
+    """The tokens whose choice of experts does not depend on rounding."""
+    parameter = next(layer.parameters())
+    router: Any = adopt(bare_copy(layer).double(), spec).get_submodule("gate")
+    x = x.to(parameter)
     x = x[_clear_choices(router.clean_logits(x.double()), spec.top_k, parameter.dtype)]
     if not len(x):
         raise Disagreement("for every token the choice of experts depends on rounding")
-    expected = _mlp_outputs(exact, x.double(), "the module's forward")
-    own = _mlp_outputs(original, x, "the module's forward")
-    actual = _mlp_outputs(fast, x, "the fast module")
-    error = within_budget("outputs", actual, own, expected, parameter.dtype)
-    ratio = _times_faster(partial(original, x), partial(fast, x), x.device)
-    return Comparison({"outputs": error}, ratio)
-
-
-def _lift_capacity(module: nn.Module) -> None:
-    """Switch off capacity limits and random routing, so that no row is dropped."""
-    for part in module.modules():
-        experts = getattr(part, "tot_expert", None)
-        if experts is None:
-            continue
-        for name, value in (("capacity", (float(experts),) * 2), ("random_routing", False)):
-            if name in vars(part):
-                setattr(part, name, value)
-
-
-class _GivenNoise(TorchFunctionMode):
-    """Mode in which torch.randn_like returns the given tensors, in order."""
-
-    def __init__(self, noise: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.left = list(noise)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # Tensors that are not sequences (B, L, D) are noise of a gate, which is 0 in eval mode.
-        if func is not torch.randn_like or args[0].dim() != 3:
-            return func(*args, **(kwargs or {}))
-        if not self.left or self.left[0].shape != args[0].shape:
-            raise Disagreement("the noise is not one replacement per expert and modality")
-        return self.left.pop(0)
-
-
-def _noise(case: Case, num_experts: int) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        [torch.randn(x.shape, generator=generator).to(x) for x in case.inputs]
-        for _ in range(num_experts)
-    ]
-
-
-def _reference_copy(layer: nn.Module, spec: LayerSpec) -> nn.Module:
-    reference = build_like(spec)
-    reference.load_state_dict(layer.state_dict())
-    _lift_capacity(reference)
-    return reference.to(next(layer.parameters())).eval()
-
-
-def _call(function: Callable[..., Any], case: Case) -> Any:
-    """Call with masks if the signature has them: the older variant's layer has no masks."""
-    if "masks" in inspect.signature(function).parameters:
-        return function(list(case.inputs), case.masks)
-    if case.masks is not None:
-        raise Disagreement("was called with masks, but takes none")
-    return function(list(case.inputs))
-
-
-def _run_original(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
-    given = _GivenNoise([x.to(case.inputs[0].dtype) for expert in noise for x in expert])
-    try:
-        with given:
-            result = _call(layer.forward, case)
-        inferred = _call(layer.inference, case) if hasattr(layer, "inference") else None
-    except Disagreement:
-        raise
-    except Exception as error:
-        raise Disagreement(f"the layer's forward fails: {first_line(error)}") from error
-    if given.left:
-        raise Disagreement("expected one replacement with torch.randn_like per view, got fewer")
-    return collect(result, inferred, spec)
-
-
-def _run_fast(layer: Any, case: Case, noise: list[list[Tensor]], spec: LayerSpec) -> Outputs:
-    try:
-        result = layer(list(case.inputs), case.masks, replacements=noise)
-        inferred = layer.inference(list(case.inputs), case.masks)
-    except Exception as error:
-        raise Disagreement(f"the fast layer fails: {first_line(error)}") from error
-    return collect(result, inferred, spec)
+    return x
 
 
 def _tokens(case: Case | None, spec: RoutedSpec) -> Tensor:
@@ -230,26 +161,15 @@ def _clear_choices(logits: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
     return ~(ordered[:, top_k - 1] - ordered[:, top_k] <= rounding)
 
 
-def _mlp_outputs(module: Any, x: Tensor, whose: str) -> Outputs:
-    try:
-        result = module(x)
-    except Exception as error:
-        raise Disagreement(f"{whose} fails: {first_line(error)}") from error
-    if not isinstance(result, Tensor) or result.shape != x.shape:
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise Disagreement(f"{whose}: expected an output {tuple(x.shape)}, got {got}")
-    return Outputs({"outputs": [result.double()]}, [], [])
-
-
 def _times_faster(
     original: Callable[[], Any], fast: Callable[[], Any], device: torch.device
 ) -> float:
     """Ratio of the median times of a few alternating calls, original over fast; only indicative."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(TIMED_CALLS + 1):
-        for call, spent in zip((original, fast), seconds, strict=True):
+        for compute, spent in zip((original, fast), seconds, strict=True):
             start = time.perf_counter()
-            call()
+            compute()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn:  # the first call is a warm-up

@@ -13,6 +13,7 @@ from flmoe_kernels.core.dtypes import FLOATS
 from flmoe_kernels.core.memory import available_bytes
 from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec
 from flmoe_kernels.layers.interaction_moe.build import build
+from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
@@ -23,6 +24,7 @@ from .file import CheckpointError, CheckpointFile, read
 from .infer import in_words, infer, infer_settings
 from .layout import listed
 from .places import MODULE_STATE
+from .recognise import Spec
 
 
 def load_checkpoint(
@@ -118,10 +120,11 @@ def make_layer(
     return layer.eval()
 
 
-def adopt(layer: nn.Module, spec: LayerSpec | RoutedSpec) -> nn.Module:
+def adopt(layer: nn.Module, spec: Spec) -> nn.Module:
     """Make a fast layer from the parameters of a published layer, without its hooks and attributes."""
-    fast = InteractionMoE if isinstance(spec, LayerSpec) else RoutedMLP
-    return fast.adopt(layer)
+    if isinstance(spec, RoutedSpec):
+        return RoutedMLP.adopt(layer)
+    return (InteractionMoE if isinstance(spec, LayerSpec) else FusionTransformer).adopt(layer)
 
 
 def take_over(layer: nn.Module, fast: nn.Module) -> None:

@@ -19,6 +19,7 @@ from flmoe_kernels.layers.parts import joined
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP
 
 LAYER_NAMES = (InteractionMoE.__name__, ReferenceInteractionMoE.__name__)
+FUSION_NAMES = ("Transformer", "FusionTransformer", "ReferenceFusionTransformer")
 MODULE_STATE = frozenset(vars(nn.Module()))
 # Objects inside objects are searched to this depth, apart from modules, lists, tuples and dicts.
 MOST_NESTED = 3
@@ -46,9 +47,10 @@ class Place:
 
 
 def find_layers(model: nn.Module, assign: Assign) -> list[list[Place]]:
-    """Find all interaction layers, sparse MLPs outside of them, and every place that refers to such a layer.
+    """Find interaction layers, fusion models and sparse MLPs outside of them, and every place that refers to one.
 
-    Layers are recognised by class name. The search includes attributes and hooks of modules, and what containers,
+    Layers are recognised by class name, fusion models also by their structure. A sparse MLP in a fusion model
+    follows the fusion model. The search includes attributes and hooks of modules, and what containers,
     functions, methods and other objects refer to. Only attributes of modules, lists and dicts can be changed.
 
     Args:
@@ -57,9 +59,24 @@ def find_layers(model: nn.Module, assign: Assign) -> list[list[Place]]:
     """
     layers: dict[int, list[Place]] = {}
     for place in _places(Place("", model, assign, None), 0, {}):
-        if is_layer(place.module):
+        if is_layer(place.module) or is_fusion(place.module):
             layers.setdefault(id(place.module), []).append(place)
     return list(layers.values())
+
+
+def is_fusion(module: nn.Module) -> bool:
+    """Whether this is a fusion model by name and structure; other libraries have a Transformer, too."""
+    network = getattr(module, "network", None)
+    named = any(base.__name__ in FUSION_NAMES for base in type(module).__mro__)
+    if not named or not isinstance(network, nn.Sequential | nn.ModuleList) or not network:
+        return False
+    layer = ("norm1", "norm2", "attn.q", "attn.kv", "attn.proj", "mlp")
+    return _has(network[0], *layer) and _has(network[-1], "fc")
+
+
+def _has(module: nn.Module, *paths: str) -> bool:
+    parts = dict(module.named_modules())
+    return all(path in parts for path in paths)
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Recognition of layers that a fast layer can replace, and of unsupported state.
 
-`layers` describes what a layer computes. This module checks for state that a replacement would lose: methods of
-subclasses, hooks on inner parts, modes, compilation.
+`layers` describes what a layer computes and checks its parts. This module checks for state that a replacement
+would lose: methods of subclasses, hooks on state_dicts, modes, compilation.
 """
 
 from __future__ import annotations
@@ -9,32 +9,34 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
+from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.structure import describe
-from flmoe_kernels.layers.parts import UnsupportedLayer, joined
+from flmoe_kernels.layers.interaction_moe.structure import describe, describe_fusion
+from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods
 from flmoe_kernels.layers.routed_mlp import structure as routed_mlp
 from flmoe_kernels.layers.routed_mlp.state import add_router_0, prepare_state_dict
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, RoutedSpec
 
-from .places import LAYER_NAMES, Place
+from .places import FUSION_NAMES, LAYER_NAMES, Place
 
 FASTMOE = "fmoe"
+Spec = LayerSpec | FusionSpec | RoutedSpec
 
 
-def recognise(places: list[Place]) -> LayerSpec | RoutedSpec:
+def recognise(places: list[Place]) -> Spec:
     """Describe a layer that a fast layer can replace in all of these places.
 
     Raises:
         UnsupportedLayer: the layer cannot be replaced; the message is the reason.
     """
     layer = places[0].module
-    if isinstance(layer, InteractionMoE):
+    if isinstance(layer, InteractionMoE | FusionTransformer):
         raise UnsupportedLayer("already fast")
     name = type(layer).__name__
     if isinstance(layer, torch.jit.ScriptModule):
         raise UnsupportedLayer("a ScriptModule: swap first, then script or trace the model")
-    if name not in (*LAYER_NAMES, SPARSE_MLP):
+    if name not in (*LAYER_NAMES, *FUSION_NAMES, SPARSE_MLP):
         raise UnsupportedLayer("a subclass of the layer, whose own methods would be lost")
     if any(type(place.parent).__name__ == "OptimizedModule" for place in places):
         raise UnsupportedLayer("the layer is compiled: swap first, then compile")
@@ -43,29 +45,33 @@ def recognise(places: list[Place]) -> LayerSpec | RoutedSpec:
             raise UnsupportedLayer(
                 f"{place.path}: {place.held}; only layers that modules, lists and dicts hold can be replaced"
             )
+    spec: Spec
+    if name == SPARSE_MLP:
+        check_methods(layer, "")
+        spec = routed_mlp.describe(layer)
+    else:
+        spec = describe_fusion(layer) if name in FUSION_NAMES else describe(layer)
     check_state(layer)
-    return routed_mlp.describe(layer) if name == SPARSE_MLP else describe(layer)
+    return spec
 
 
 def check_state(layer: nn.Module) -> None:
     """Check for state that a fast layer would not keep.
 
     Raises:
-        UnsupportedLayer: the layer was compiled in place, a part has a hook or a replaced forward, or a part
+        UnsupportedLayer: the layer was compiled in place, a part has a hook on its state_dict, or a part
             whose mode matters is in a different mode than the layer.
     """
     if getattr(layer, "_compiled_call_impl", None) is not None:
         raise UnsupportedLayer("the layer is compiled: swap first, then compile")
     every_mode_matters = type(layer).__name__ == SPARSE_MLP
     for name, part in layer.named_modules():
-        if "forward" in vars(part):
-            raise UnsupportedLayer(f"{joined(name, 'forward')}: replaced on this instance")
         if part is layer:
             continue
         if _has_hook(part):
             raise UnsupportedLayer(
-                f"{name}: carries a hook, which would never run, because the fast layer does not "
-                "call its parts"
+                f"{name}: has a hook on its state_dict, which would never run, because the fast layer has "
+                "new parts"
             )
         mode_matters = (
             every_mode_matters

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, RoutedSpec
 
 from .compare import Comparison
+from .differences import Difference
 from .places import LAYER_NAMES
+from .recognise import Spec
 
 NOTE = (
     "Errors are the largest absolute differences from the original in float64. The speed-up is only "
     "indicative: it is from a few inference calls on the inputs of the check."
+)
+DIFFERENCES = (
+    "Differences by design, on the inputs of the check (docs/differences.md, docs/fastmoe.md):"
 )
 MLP_NOTE = (
     f"{SPARSE_MLP} is compared in eval mode without capacity limits, because the original drops different rows "
@@ -30,7 +35,9 @@ class SwappedLayer:
 
     inputs: the inputs of the comparison: "random", "given", or "-" without comparison. Errors are the largest
     absolute differences from the original run in float64; None without comparison. latents_error is also None if
-    the variant returns no latents. speed_up is only indicative; None if nothing was timed.
+    the variant returns no latents. speed_up is only indicative; None if nothing was timed. unrecognised: methods
+    whose source is not the published code. differences: behaviours that differ by design, measured; empty without
+    comparison.
     """
 
     name: str
@@ -42,20 +49,23 @@ class SwappedLayer:
     latents_error: float | None
     losses_error: float | None
     speed_up: float | None
+    unrecognised: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
 
-    @classmethod
-    def of(cls, name: str, spec: LayerSpec, inputs: str, result: Comparison) -> SwappedLayer:
-        return cls(
-            name,
-            spec.compat,
-            spec.num_experts,
-            inputs,
-            logits_error=result.errors.get("logits"),
-            weights_error=result.errors.get("weights"),
-            latents_error=result.errors.get("latents"),
-            losses_error=result.errors.get("losses"),
-            speed_up=result.speed_up,
-        )
+
+@dataclasses.dataclass(frozen=True)
+class SwappedFusion:
+    """A replaced fusion model outside of interaction layers; the fields are as in SwappedLayer."""
+
+    name: str
+    compat: str
+    modalities: int
+    inputs: str
+    logits_error: float | None
+    latents_error: float | None
+    speed_up: float | None
+    unrecognised: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +82,27 @@ class SwappedMLP:
     inputs: str
     output_error: float | None
     speed_up: float | None
+    unrecognised: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
 
-    @classmethod
-    def of(cls, name: str, spec: RoutedSpec, inputs: str, result: Comparison) -> SwappedMLP:
+
+Swapped = SwappedLayer | SwappedFusion | SwappedMLP
+
+
+def entry_of(
+    name: str, spec: Spec, inputs: str, result: Comparison, unrecognised: Iterable[str]
+) -> Swapped:
+    """The report's entry of a replaced layer."""
+    errors = result.errors.get
+    logits, latents = errors("logits"), errors("latents")
+    rest = (result.speed_up, tuple(unrecognised), result.differences)
+    if isinstance(spec, RoutedSpec):
         sizes = (spec.gate, spec.num_expert, spec.top_k)
-        return cls(name, *sizes, inputs, result.errors.get("outputs"), result.speed_up)
+        return SwappedMLP(name, *sizes, inputs, errors("outputs"), *rest)
+    if isinstance(spec, FusionSpec):
+        return SwappedFusion(name, spec.compat, spec.num_modalities, inputs, logits, latents, *rest)
+    values = (logits, errors("weights"), latents, errors("losses"))
+    return SwappedLayer(name, spec.compat, spec.num_experts, inputs, *values, *rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +122,7 @@ class SwapReport:
         model: the model to use from now on: the given model, or the fast layer if the model itself was
             the layer.
         swapped: the interaction layers that were replaced.
+        swapped_fusions: the fusion models outside of them that were replaced.
         swapped_mlps: the sparse MLPs that were replaced.
         left: the modules that were recognised but not changed, with the reason.
     """
@@ -104,11 +131,13 @@ class SwapReport:
     swapped: tuple[SwappedLayer, ...]
     left: tuple[LeftLayer, ...]
     swapped_mlps: tuple[SwappedMLP, ...] = ()
+    swapped_fusions: tuple[SwappedFusion, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything except the model as plain values for JSON."""
         return {
             "swapped": [dataclasses.asdict(entry) for entry in self.swapped],
+            "swapped_fusions": [dataclasses.asdict(entry) for entry in self.swapped_fusions],
             "swapped_mlps": [dataclasses.asdict(entry) for entry in self.swapped_mlps],
             "left": [dataclasses.asdict(entry) for entry in self.left],
         }
@@ -120,19 +149,32 @@ class SwapReport:
             widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
             lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
             blocks.append("\n".join(lines))
-        return "\n\n".join([*blocks, *self._notes()])
+        return "\n\n".join([*blocks, *self._differences(), *self._notes()])
 
     def _summary(self) -> str:
-        number = len(self.swapped) + len(self.swapped_mlps)
+        number = len(self._entries())
         if not number and not self.left:
             return (
                 f"Nothing to swap: no module named {', '.join(LAYER_NAMES)} or {SPARSE_MLP} in this "
                 f"{type(self.model).__name__}."
             )
-        return f"{number} layer{'' if number == 1 else 's'} swapped, {len(self.left)} left as is."
+        line = f"{number} layer{'' if number == 1 else 's'} swapped, {len(self.left)} left as is."
+        for entry in self._entries():
+            if entry.unrecognised:
+                how = "not compared" if entry.inputs == "-" else "matched numerically"
+                names = ", ".join(entry.unrecognised)
+                line += f" {entry.name}: {how}, source unrecognised: {names}."
+        return line
+
+    def _entries(self) -> list[Swapped]:
+        return [*self.swapped, *self.swapped_fusions, *self.swapped_mlps]
+
+    def _differences(self) -> list[str]:
+        lines = [f"{x.name}: {y.text}" for x in self._entries() for y in x.differences]
+        return ["\n".join([DIFFERENCES, *lines])] if lines else []
 
     def _notes(self) -> list[str]:
-        notes = [NOTE] if self.swapped or self.swapped_mlps else []
+        notes = [NOTE] if self._entries() else []
         return [*notes, MLP_NOTE] if self.swapped_mlps else notes
 
     def _tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
@@ -140,6 +182,9 @@ class SwapReport:
             columns = ["swapped", "variant", "experts", "inputs"]
             columns += ["logits", "weights", "latents", "losses", "faster"]
             yield columns, [_cells(entry) for entry in self.swapped]
+        if self.swapped_fusions:
+            columns = ["swapped", "variant", "modalities", "inputs", "logits", "latents", "faster"]
+            yield columns, [_cells(entry) for entry in self.swapped_fusions]
         if self.swapped_mlps:
             columns = ["swapped", "gate", "experts", "top k", "inputs", "output", "faster"]
             yield columns, [_cells(entry) for entry in self.swapped_mlps]
@@ -147,7 +192,7 @@ class SwapReport:
             yield ["left", "class", "reason"], [_cells(entry) for entry in self.left]
 
 
-def _cells(entry: SwappedLayer | SwappedMLP | LeftLayer) -> list[str]:
+def _cells(entry: Swapped | LeftLayer) -> list[str]:
     """Format the values of an entry as text, in the order of its fields."""
     formats = {"speed_up": "{:.1f}x"} | {
         field.name: "{:.1e}" for field in dataclasses.fields(entry) if "_error" in field.name
@@ -155,4 +200,5 @@ def _cells(entry: SwappedLayer | SwappedMLP | LeftLayer) -> list[str]:
     return [
         "-" if value is None else formats.get(name, "{}").format(value)
         for name, value in vars(entry).items()
+        if name not in ("unrecognised", "differences")
     ]

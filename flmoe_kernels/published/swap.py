@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,41 +12,60 @@ from typing import Any
 import torch
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import Architecture, LayerSpec
+from flmoe_kernels.layers.interaction_moe.architecture import Architecture
 from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .agreement import Disagreement, first_line
 from .calls import Case, capture
 from .compare import Comparison, compare
 from .convert import adopt, convert_state, make_layer, take_over
+from .edited import compare_edited, kept_random_states
 from .file import CheckpointError, read, target_of, write
 from .infer import in_words, infer, infer_settings
 from .places import Place, find_layers
-from .recognise import check_can_run, recognise
-from .report import LeftLayer, SwappedLayer, SwappedMLP, SwapReport
+from .recognise import Spec, check_can_run, recognise
+from .report import (
+    LeftLayer,
+    Swapped,
+    SwappedFusion,
+    SwappedLayer,
+    SwappedMLP,
+    SwapReport,
+    entry_of,
+)
+from .source import unrecognised
 
 ROOT = "(the model)"
 
 
 def swap(
-    model: nn.Module, *, check: bool = True, inputs: Any = None, masks: Any = None
+    model: nn.Module,
+    *,
+    check: bool = True,
+    strict: bool = False,
+    inputs: Any = None,
+    masks: Any = None,
 ) -> SwapReport:
-    """Replace the interaction layers and sparse MLPs in a model by fast ones that share their parameters.
+    """Replace interaction layers, fusion models and sparse MLPs by fast ones that share their parameters.
 
-    Layers are recognised by class name (InteractionMoE, ReferenceInteractionMoE, FMoETransformerMLP) and
-    structure, wherever the model, or a list or dict of a module, refers to them. A layer that is held in
-    several places is replaced by a single object; it is not replaced if one of them cannot be changed (a
-    tuple, a set, a function, a method, an object that is no module). The fast layer has the same parameter
-    objects, so an existing optimizer keeps working; it also has the same mode, attributes and hooks. A layer
-    that is not supported, or whose results differ, is not changed, and the report has the reason. Swap before
-    torch.compile. The submodules of the fast layer are those of the reference and hold the parameters.
-    The attention has no `last_attn`, because no map is ever stored. A FMoETransformerMLP outside of an
-    interaction layer becomes a RoutedMLP; docs/fastmoe.md lists how its gates differ from the published
-    gates.
+    Layers are recognised by class name (InteractionMoE, ReferenceInteractionMoE, FMoETransformerMLP, and
+    Transformer with the structure of the published fusion model) and structure, wherever the model, or a list or
+    dict of a module, refers to them. A layer that is held in several places is replaced by a single object; it
+    is not replaced if one of them cannot be changed (a tuple, a set, a function, a method, an object that is no
+    module). The fast layer has the same parameter objects, so an existing optimizer keeps working; it also has
+    the same mode, attributes and hooks. A layer that is not supported, or whose results differ, is not changed,
+    and the report has the reason. Swap before torch.compile. The submodules of the fast layer are those of the
+    reference and hold the parameters. The attention has no `last_attn`, because no map is ever stored. A fusion
+    model outside of an interaction layer becomes a FusionTransformer, any other FMoETransformerMLP a RoutedMLP;
+    docs/fastmoe.md lists how its gates differ from the published gates.
 
     Args:
         model: any module; if it is itself the layer, use `report.model` afterwards.
-        check: compare each layer with its replacement first (see `compare`).
+        check: compare each layer with its replacement first (see `compare`). A layer whose source is not the
+            published code, for example because a forward was edited, is also compared in training mode, with
+            gradients and on long inputs (see `edited`). The report's first line names such layers.
+        strict: do not replace layers whose source is not the published code.
         inputs: arguments of the model: a tuple of positional arguments, a dict of keyword arguments, or a
             single other argument. The model runs on them, and every layer is compared on the inputs that it
             receives. Without `inputs`, or if a layer is not called, random inputs are used. If a layer runs
@@ -65,11 +85,20 @@ def swap(
     holder = [model]
     layers = find_layers(model, partial(holder.__setitem__, 0))
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=list(devices)), kept_random_states():
         calls = _calls(model, layers, inputs, masks) if check and inputs is not None else {}
-        outcomes = [_replace(places, check, calls.get(id(places[0].module))) for places in layers]
+        outcomes: list[Swapped | LeftLayer] = []
+        inside: set[int] = set()  # sparse MLPs of replaced fusion models
+        for places in layers:
+            module = places[0].module
+            if id(module) in inside:
+                continue
+            outcomes.append(_replace(places, check, strict, calls.get(id(module))))
+            if isinstance(outcomes[-1], SwappedFusion):
+                inside |= {id(part) for part in module.modules()}
     return SwapReport(
         holder[0],
+        swapped_fusions=tuple(entry for entry in outcomes if isinstance(entry, SwappedFusion)),
         swapped=tuple(entry for entry in outcomes if isinstance(entry, SwappedLayer)),
         left=tuple(entry for entry in outcomes if isinstance(entry, LeftLayer)),
         swapped_mlps=tuple(entry for entry in outcomes if isinstance(entry, SwappedMLP)),
@@ -97,19 +126,20 @@ def _calls(model: nn.Module, layers: list[list[Place]], inputs: Any, masks: Any)
 
 
 def _replace(
-    places: list[Place], check: bool, case: Case | None
-) -> SwappedLayer | SwappedMLP | LeftLayer:
+    places: list[Place], check: bool, strict: bool, case: Case | None
+) -> Swapped | LeftLayer:
     """Replace a layer in all of its places, or in none of them."""
     layer, name = places[0].module, ", ".join(place.path or ROOT for place in places)
     inputs = "-" if not check else "random" if case is None else "given"
-    entry: SwappedLayer | SwappedMLP
     try:
         spec = recognise(places)
+        unknown = unrecognised(layer, None if isinstance(spec, RoutedSpec) else spec.compat)
+        if strict and unknown:
+            raise UnsupportedLayer(f"source unrecognised: {', '.join(unknown)}")
         result = compare(layer, spec, case) if check else Comparison({}, None)
-        if isinstance(spec, LayerSpec):
-            entry = SwappedLayer.of(name, spec, inputs, result)
-        else:
-            entry = SwappedMLP.of(name, spec, inputs, result)
+        if check and unknown:
+            _compare_edited(layer, spec, unknown)
+        entry = entry_of(name, spec, inputs, result, unknown)
         fast = adopt(layer, spec)
     except (UnsupportedLayer, Disagreement) as reason:
         return LeftLayer(name, type(layer).__name__, str(reason))
@@ -121,6 +151,18 @@ def _replace(
         assert place.assign is not None, "recognise() refuses other places"
         place.assign(fast)
     return entry
+
+
+def _compare_edited(layer: nn.Module, spec: Spec, unknown: Mapping[str, str]) -> None:
+    for name, path in unknown.items():
+        if "tot_expert" in vars(layer.get_submodule(path)):
+            raise Disagreement(
+                f"source unrecognised: {name}; losses and drops of gates cannot be compared"
+            )
+    try:
+        compare_edited(layer, spec, unknown.values())
+    except Disagreement as reason:
+        raise Disagreement(f"source unrecognised ({', '.join(unknown)}): {reason}") from reason
 
 
 @dataclasses.dataclass(frozen=True)

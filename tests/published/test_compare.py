@@ -65,7 +65,7 @@ WRONG_MLPS: list[tuple[str, Change]] = [
     ("outputs differ", lambda out: out.flip(0)),
     ("outputs differ", lambda out: out * float("nan")),
     (r"expected an output \(\d+, 16\), got \(\d+, 15\)", lambda out: out[:, 1:]),
-    ("the fast module fails: ZeroDivisionError", lambda out: out * (1 // 0)),
+    ("the fast layer fails: ZeroDivisionError", lambda out: out * (1 // 0)),
 ]
 WRONG = [(InteractionMoE, make_layer, *row) for row in WRONG_LAYERS]
 WRONG += [(RoutedMLP, make_mlp, *row) for row in WRONG_MLPS]

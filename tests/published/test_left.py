@@ -134,7 +134,12 @@ LAYERS: list[tuple[str, Make, str]] = [
     (
         "hook inside",
         changed(lambda x: x.interaction_experts[0].fusion_model.register_forward_hook(print)),
-        "carries a hook",
+        "has a forward hook",
+    ),
+    (
+        "state_dict hook inside",
+        changed(lambda x: x.reweight.register_load_state_dict_post_hook(print)),
+        "reweight: has a hook on its state_dict",
     ),
     ("mixed mode", changed(lambda x: x.interaction_experts.eval()), "one mode"),
     ("compiled", changed(lambda x: x.compile(backend="eager")), "swap first, then compile"),
@@ -169,7 +174,7 @@ MLPS: list[tuple[str, Make, str]] = [
         "gate: expected one of NaiveGate, .* DCGate",
     ),
     ("gate's code", as_gate(UniformWeights), "outputs differ by"),
-    ("gate fails", as_gate(GateFails), r"the module's forward fails: KeyError: 'no\\nmore'"),
+    ("gate fails", as_gate(GateFails), r"the layer's forward fails: KeyError: 'no\\nmore'"),
     ("top_k", changed_mlp(lambda m: put(m, "gate", top_k=1)), r"all_gates.0.top_k: expected 2"),
     (
         "top_k of both",
@@ -222,7 +227,11 @@ MLPS: list[tuple[str, Make, str]] = [
         "all_gates: expected ModuleDict",
     ),
     ("dtypes", changed_mlp(lambda m: m.gate.double()), "parameters differ in dtype"),
-    ("hook inside", changed_mlp(lambda m: m.gate.register_forward_hook(print)), "gate: carries a"),
+    (
+        "hook inside",
+        changed_mlp(lambda m: m.gate.register_forward_hook(print)),
+        "gate: has a forward hook",
+    ),
     ("mode inside", changed_mlp(lambda m: m.gate.eval()), "in eval mode while the layer is in tr"),
     ("own forward", changed_mlp(lambda m: setattr(m.gate, "forward", print)), "forward: replaced"),
     ("compiled", changed_mlp(lambda m: m.compile(backend="eager")), "swap first, then compile"),

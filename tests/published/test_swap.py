@@ -56,6 +56,8 @@ def masks_for(parts: list[Tensor]) -> list[Tensor]:
 def assert_swapped(report: SwapReport, layers: int = 1, mlps: int = 0) -> None:
     assert [entry.reason for entry in report.left] == []
     assert (len(report.swapped), len(report.swapped_mlps)) == (layers, mlps)
+    entries = (*report.swapped, *report.swapped_mlps)
+    assert [entry.unrecognised for entry in entries] == [()] * len(entries)
 
 
 PUBLISHED = [
@@ -287,7 +289,7 @@ def test_the_report_prints_a_table_of_each_kind() -> None:
     assert "indicative" in text
     assert "without capacity limits" in text
     entry = report.as_dict()
-    assert set(entry) == {"swapped", "swapped_mlps", "left"}
+    assert set(entry) == {"swapped", "swapped_fusions", "swapped_mlps", "left"}
     assert entry["swapped"][0]["name"] == "moe"
     assert entry["swapped_mlps"][1]["gate"] == "SwitchGate"
     assert entry["left"][0]["class_name"] == "InteractionMoE"
