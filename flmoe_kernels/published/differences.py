@@ -70,8 +70,7 @@ def measure(
     padding = sum(int((mask == 0).sum()) for mask in case.masks or () if mask is not None)
     if padding:
         text = (
-            f"{padding} padded tokens use capacity and enter the gate losses as published, not here; here routed "
-            "MLPs give 0 for them, so their own rows of attention maps differ"
+            f"{padding} padded tokens use capacity and enter the gate losses as published, not here"
         )
         found.append(Difference(text, padding))
     return tuple(found)

@@ -56,7 +56,7 @@ def swap(
     module). The fast layer has the same parameter objects, so an existing optimizer keeps working; it also has
     the same mode, attributes and hooks. A layer that is not supported, or whose results differ, is not changed,
     and the report has the reason. Swap before torch.compile. The submodules of the fast layer are those of the
-    reference and hold the parameters. The attention has no `last_attn`, because no map is ever stored. A fusion
+    reference and hold the parameters. Attention maps are stored only while `capture_attn` is set. A fusion
     model outside of an interaction layer becomes a FusionTransformer, any other FMoETransformerMLP a RoutedMLP;
     docs/fastmoe.md lists how its gates differ from the published gates.
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.support.lineage import fl, i2
-from tests.support.scripts import ROWS, NotInThisCode, Row, page_rows
+from tests.support.published_page import page_rows
+from tests.support.scripts import ROWS, NotInThisCode, Row
 
 
 @pytest.mark.parametrize("published", [fl, i2], ids=["fl_i2moe", "i2moe"])

@@ -11,9 +11,7 @@ AssertionError if they differ, and returns what it found in words.
 
 from __future__ import annotations
 
-import ast
 import copy
-import fnmatch
 import math
 import sys
 import tempfile
@@ -32,8 +30,8 @@ import flmoe_kernels
 from flmoe_kernels.published.fingerprints import FINGERPRINTS
 from tests.support.checkout import Checkout
 from tests.support.fingerprints import stand_ins
+from tests.support.published_page import page_problems
 
-ROOT = Path(__file__).parents[2]
 WIDTH, CLASSES, LENGTHS = 32, 3, (9, 6)
 # The published code computes positions in float32 in any dtype.
 CLOSE = 1e-5
@@ -204,32 +202,39 @@ def sparse_layer(published: Any) -> str:
     return f"results {found}, the report lists the differences"
 
 
-@row("attention maps and their gradients")
+@row("attention maps and their gradients, dense and sparse")
 def attention_maps(published: Any) -> str:
-    """The pattern of the published evaluators: flags on the parts, one call of every expert, one backward."""
     if published.compat == "i2moe":
         raise NotInThisCode
-    layer, (inputs, masks) = layer_of(published), data(published)
-    results = []
-    for model in (layer, swapped(layer)):
-        experts = [expert.fusion_model for expert in model.interaction_experts]
-        for part in model.modules():
-            if hasattr(part, "capture_attn") and hasattr(part, "require_attn_grad"):
-                part.capture_attn = part.require_attn_grad = True
-        logits = [fusion(inputs, *masks, return_latent=False) for fusion in experts]
-        weights = model.reweight(inputs, *masks).detach()
-        mixed = (torch.stack(logits, dim=1) * weights.unsqueeze(-1)).sum(dim=1)
-        mixed[:, 0].sum().backward()
-        maps = [part.last_attn for part in model.modules() if hasattr(part, "last_attn")]
-        results.append([[a.detach() for a in maps], [a.grad for a in maps]])
-        for part in model.modules():
-            if hasattr(part, "capture_attn"):
-                part.capture_attn = part.require_attn_grad = False
-                part.last_attn = None
-    model.inference(inputs, *masks)
+    found = []
+    for sparse in (False, True):
+        layer, (inputs, masks) = layer_of(published, sparse), data(published)
+        results = [captured(model, inputs, masks[0]) for model in (layer, swapped(layer))]
+        assert len(results[0][0]) == 8
+        found.append(error(results[1], results[0]))
+    assert max(found) <= CLOSE, found
+    return f"equal to {max(found):.0e}"
+
+
+def captured(model: Any, inputs: list[Tensor], masks: list[Tensor]) -> list[list[Tensor]]:
+    """Maps and gradients as the published evaluators obtain them: flags, a call of every expert, one backward."""
+    experts = [expert.fusion_model for expert in model.interaction_experts]
+    for part in model.modules():
+        if hasattr(part, "capture_attn") and hasattr(part, "require_attn_grad"):
+            part.capture_attn = part.require_attn_grad = True
+    logits = [fusion(inputs, masks, return_latent=False) for fusion in experts]
+    weights = model.reweight(inputs, masks).detach()
+    mixed = (torch.stack(logits, dim=1) * weights.unsqueeze(-1)).sum(dim=1)
+    mixed[:, 0].sum().backward()
+    maps = [part.last_attn for part in model.modules() if hasattr(part, "last_attn")]
+    results = [[a.detach() for a in maps], [a.grad for a in maps]]
+    for part in model.modules():
+        if hasattr(part, "capture_attn"):
+            part.capture_attn = part.require_attn_grad = False
+            part.last_attn = None
+    model.inference(inputs, masks)
     assert all(getattr(part, "last_attn", None) is None for part in model.modules())
-    assert len(results[0][0]) == 8
-    return "maps and gradients " + close(results[1], results[0])
+    return results
 
 
 @row("published evaluators: rollout, attention x gradient, integrated gradients")
@@ -450,42 +455,6 @@ def outcome(function: Row, published: Any) -> tuple[bool, str]:
             False,
             f"FAILED: {type(problem).__name__}: {lines[0]} ({place.name}, line {place.lineno})",
         )
-
-
-def page_rows() -> list[list[str]]:
-    """Cells of the rows of docs/published_code.md: repository, file, class or script, treatment, reason."""
-    lines = (ROOT / "docs/published_code.md").read_text().splitlines()
-    tables = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    return [cells for cells in tables if cells[0] in ("FL", "I2", "both")]
-
-
-def page_problems(published: Checkout) -> list[str]:
-    """Classes and scripts of a checkout without a row on the page, and rows without a class or script."""
-    code = "FL" if published.compat == "fl_i2moe" else "I2"
-    rows = [[c.strip("`") for c in cells] for cells in page_rows() if cells[0] in (code, "both")]
-    expected: set[tuple[str, str]] = set()
-    optional: set[tuple[str, str]] = set()
-    for file in [*published.root.glob("src/**/*.py"), *published.root.glob("scripts/**/*.sh")]:
-        name = str(file.relative_to(published.root))
-        tree = ast.parse(file.read_text() if file.suffix == ".py" else "")
-        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-        expected.update((name, kind) for kind in classes)
-        # A file of classes needs no row of its own, unless it is a script.
-        is_script = not classes or any(
-            isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body
-        )
-        (expected if is_script else optional).add((name, ""))
-    problems = []
-    matched: set[tuple[str, str]] = set()
-    for _, file_name, what, *_ in rows:
-        pattern = file_name.partition(" (")[0].strip("`")
-        kind = what.removeprefix("class ").strip("`") if what.startswith("class ") else ""
-        found = {x for x in expected | optional if fnmatch.fnmatch(x[0], pattern) and x[1] == kind}
-        matched |= found
-        if not found:
-            problems.append(f"no such class or script: {pattern} {kind}")
-    problems += [f"no row for {name} {kind}" for name, kind in sorted(expected - matched)]
-    return problems
 
 
 def main(paths: list[str]) -> int:

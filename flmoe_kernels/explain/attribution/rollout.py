@@ -53,7 +53,7 @@ class RecordingAttention(nn.Module):
         self, attention: Attention, records: list[AttentionRecord], padded: bool = False
     ) -> None:
         super().__init__()
-        self.padded = padded
+        self.padded = self.capture_attn = padded  # then routed MLPs compute padded tokens, too
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.q, self.kv, self.proj = attention.q, attention.kv, attention.proj
         self.records = records

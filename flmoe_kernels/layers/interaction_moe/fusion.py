@@ -148,7 +148,14 @@ class EncoderLayer(nn.Module):
         if not isinstance(self.mlp, RoutedMLP):
             return [part + self.dropout2(self.mlp(self.norm2(part))) for part in parts]
         masks = [None] * len(x) if key_mask is None else torch.split(key_mask, lengths, dim=1)
-        updates = update_by_modality(self.mlp, [self.norm2(part) for part in parts], masks)
+        normed = [self.norm2(part) for part in parts]
+        updates = update_by_modality(self.mlp, normed, masks)
+        if self.attn.capture_attn:
+            # Padded tokens change no result, but the maps have rows for them.
+            updates = [
+                u if mask is None else u + self.mlp.unrecorded(part, ~mask)
+                for u, part, mask in zip(updates, normed, masks, strict=True)
+            ]
         return [part + self.dropout2(u) for part, u in zip(parts, updates, strict=True)]
 
 

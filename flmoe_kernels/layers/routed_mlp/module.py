@@ -316,6 +316,13 @@ class RoutedMLP(nn.Module):
         self.last_topk_pre_mix = pre_mix
         return torch.bmm(weight.unsqueeze(1), pre_mix).view(inp.shape)
 
+    def unrecorded(self, inp: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The output of forward, without the gate's loss and without last_*."""
+        weights = (*self.experts.htoh4(), *self.experts.h4toh())
+        x, valid = self._tokens(inp, mask, weights[0])
+        index, weight, _ = self.gate.route(x, valid, x.shape[0])
+        return self._through_experts(x, index, weight.to(x.dtype), weights).view(inp.shape)
+
     def gate_loss(self, clear: bool = True) -> Tensor | None:
         """The gate's accumulated loss, a scalar or None, by default cleared. See Gate.get_loss."""
         return self.gate.get_loss(clear)
