@@ -19,7 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 Formula = Callable[..., int]
 _COUNTER = "torch.utils.flop_counter"
-_waiting: list[tuple[Any, Formula]] = []
+_formulas: list[tuple[Any, Formula]] = []
 
 
 def no_products(*_args: Any) -> int:
@@ -28,7 +28,7 @@ def no_products(*_args: Any) -> int:
 
 
 def values_of(x: Tensor) -> list[int] | None:
-    """The values of an integer tensor; None if it has none (fake tensors, meta device). Waits for a GPU."""
+    """The values of an integer tensor; None if it has none (fake tensors, meta). Synchronizes with a GPU."""
     if isinstance(x, FakeTensor | FunctionalTensor) or x.device.type == "meta":
         return None
     values: list[int] = x.tolist()
@@ -41,14 +41,13 @@ def register(operator: Any, formula: Formula, count: int) -> None:
     def flops(*args: Any, out_val: Any = None, **_kwargs: Any) -> int:
         return formula(*args[:count])
 
+    _formulas.append((operator, flops))
     if counter := sys.modules.get(_COUNTER):
         counter.register_flop_formula(operator, get_raw=True)(flops)
-    else:
-        _waiting.append((operator, flops))
 
 
 class _OnImport(MetaPathFinder):
-    """Registers the formulas when torch's counter is imported.
+    """Registers the formulas whenever torch's counter is loaded.
 
     The package does not import the counter itself, because the counter imports Triton, which takes long.
     """
@@ -66,13 +65,11 @@ class _OnImport(MetaPathFinder):
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            sys.meta_path.remove(self)
-            for operator, flops in _waiting:
+            for operator, flops in _formulas:
                 module.register_flop_formula(operator, get_raw=True)(flops)
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
 
 
-if _COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _OnImport())
+sys.meta_path.insert(0, _OnImport())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .dtypes import autocast_dtype
+from .dtypes import FLOATS, autocast_dtype
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -193,11 +193,18 @@ def widened(inputs: Any, like: Tensor) -> Any:
         return inputs
 
     def cast(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dtype.is_floating_point or x.dtype == like.dtype:
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dtype == like.dtype:
             return x
         return x.to(like.dtype) if torch.promote_types(x.dtype, like.dtype) == like.dtype else x
 
     return [cast(x) for x in inputs]
+
+
+def cast_tensors(values: Any, dtype: torch.dtype) -> Any:
+    """The tensors of nested lists cast to a dtype; invalid values are not changed."""
+    if isinstance(values, Tensor):
+        return values.to(dtype)
+    return [cast_tensors(x, dtype) for x in values] if isinstance(values, list | tuple) else values
 
 
 def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None) -> None:

@@ -131,9 +131,17 @@ def expect_linear(
 
 
 def dropout_rate(module: nn.Module, path: str, name: str) -> float:
-    return float(
-        plain_module(child_of(module, path, name, nn.Module), joined(path, name), nn.Dropout).p
-    )
+    where = joined(path, name)
+    return rate_of_dropout(child_of(module, path, name, nn.Module), where)
+
+
+def rate_of_dropout(module: nn.Module, path: str) -> float:
+    dropout = plain_module(module, path, nn.Dropout)
+    if not is_real(dropout.p) or not 0 <= dropout.p <= 1:
+        raise UnsupportedLayer(f"{path}.p: expected a probability from 0 to 1, got {dropout.p!r}")
+    if dropout.inplace:
+        raise UnsupportedLayer(f"{path}.inplace: expected False, got {dropout.inplace!r}")
+    return float(dropout.p)
 
 
 def sequence_of(module: nn.Module, path: str, name: str) -> list[nn.Module]:

@@ -16,6 +16,8 @@ from torch.utils.module_tracker import ModuleTracker
 from flmoe_kernels.core.native import cpu_unavailable_reason, native
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# Attributes that the layer reads in every call, or that a call sets.
+_READ = ("training", "last_attn")
 _ANY, _END = object(), object()
 
 
@@ -56,7 +58,7 @@ class PartsSnapshot:
         hooks = [state[name] for state in states for name in (*HOOKS, "_buffers")]
         self._empty = (*hooks, *(each for each in modules if not each), *global_hooks())
         self._dicts = (*states, *(each for each in modules if each))
-        self._values = _flat(self._dicts, lambda key, value: _ANY if key == "training" else value)
+        self._values = _flat(self._dicts, lambda key, value: _ANY if key in _READ else value)
         self._tensors = (*parameters, *(state["_parameters"] for state in states))
         self._types = _flat(self._tensors, lambda _, value: type(value))
         self._parts, self._part_types = tuple(parts), tuple(map(type, parts))

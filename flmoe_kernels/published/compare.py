@@ -131,7 +131,9 @@ def _clear_tokens(x: Tensor, layer: nn.Module, spec: RoutedSpec) -> Tensor:
     x = x.to(parameter)
     x = x[_clear_choices(router.clean_logits(x.double()), spec.top_k, parameter.dtype)]
     if not len(x):
-        raise Disagreement("for every token the choice of experts depends on rounding")
+        raise Disagreement(
+            "for every token, two gate logits are so close that rounding decides the expert"
+        )
     return x
 
 

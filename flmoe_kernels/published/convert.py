@@ -48,7 +48,7 @@ def load_checkpoint(
         top_k: experts per token. Default: the setting in a converted file, else 2, for SwitchGate 1.
 
     Raises:
-        CheckpointError: the file cannot be read, holds more than tensors (it is not unpickled), or
+        CheckpointError: the file cannot be read, contains objects other than tensors (it is not unpickled), or
             keys, shapes and settings do not fit; the message lists them.
     """
     file = read(Path(path), layer)

@@ -48,7 +48,7 @@ def measure(
     """
     found = []
     if padded_samples:
-        text = f"samples without a valid token ({padded_samples}): NaN as published, latent 0 here"
+        text = f"samples without a valid token ({padded_samples}): NaN in the original, latent 0 after swap"
         found.append(Difference(text, padded_samples))
     gates = [part for part in layer.modules() if "tot_expert" in vars(part)]
     if not gates:
@@ -61,7 +61,7 @@ def measure(
             expected, actual = _outputs(layer, spec, case, "random_routing")
             error = _largest(expected, actual)
             text = (
-                "random routing in evaluation as published, not here: outputs differ by up to "
+                "random routing in evaluation only in the original: outputs differ by up to "
                 f"{error:.1e}"
             )
             found.append(Difference(text, error))
@@ -70,7 +70,7 @@ def measure(
     padding = sum(int((mask == 0).sum()) for mask in case.masks or () if mask is not None)
     if padding:
         text = (
-            f"{padding} padded tokens use capacity and enter the gate losses as published, not here"
+            f"{padding} padded tokens use capacity and enter the gate losses only in the original"
         )
         found.append(Difference(text, padding))
     return tuple(found)
@@ -79,13 +79,13 @@ def measure(
 def _gate_losses(layer: nn.Module, spec: Spec, case: Case) -> list[Difference]:
     expected, actual = (_mean(x.gate_losses) for x in _outputs(layer, spec, case, "capacity"))
     size = abs(actual - expected)
-    text = f"gate losses in evaluation: {expected:.4g} as published, {actual:.4g} here"
+    text = f"gate losses in evaluation: {expected:.4g} in the original, {actual:.4g} in the swapped layer"
     if isinstance(spec, RoutedSpec):
         return [Difference(text, size)] if size > ROUNDING else []
     published = "all modalities"
     if spec.sparse is not None and spec.sparse.gate not in NOISY_GATES:
         published = "only the last modality"
-    text += f"; published: {published}, no gradients; here: all modalities, with gradients"
+    text += f"; original: {published}, no gradients; swapped: all modalities, with gradients"
     return [Difference(text, size)]
 
 
@@ -96,7 +96,7 @@ def _capacity(layer: nn.Module, spec: Spec, case: Case, training: bool) -> Diffe
     error = _largest(expected, actual)
     mode = "training" if training else "evaluation"
     text = (
-        f"capacity in {mode}: {dropped[0]} choices of valid tokens dropped as published, {dropped[1]} here; "
+        f"capacity in {mode}: {dropped[0]} choices of valid tokens dropped before swap, {dropped[1]} after; "
         f"outputs differ by up to {error:.1e}"
     )
     return Difference(text, error)

@@ -55,7 +55,7 @@ def compare_edited(layer: nn.Module, spec: Spec, paths: Iterable[str]) -> None:
     check_can_run(layer)
     with without_autocast(next(layer.parameters()).device):
         pair = _Pair(layer, spec)
-        # On long inputs, the views are compared only if other code than that of fusion models is unknown.
+        # On long inputs, compare the perturbed views only if code outside the fusion models is unknown.
         views = any(".fusion_model" not in path for path in paths)
         for training in (True, False):
             for case in _cases(spec):
@@ -76,7 +76,7 @@ class _Pair:
         self.parameters: dict[str, Tensor] = dict(self.original.named_parameters())
         self.original.requires_grad_(True)
         self.device = next(iter(self.parameters.values())).device
-        # Other dropouts of the original are edits and keep their rates.
+        # Dropouts that the published code does not have are edits and keep their rates.
         parts = self.fast.named_modules()
         self.dropouts = [str(name) for name, part in parts if isinstance(part, nn.Dropout)]
         self.calls: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
@@ -95,7 +95,7 @@ class _Pair:
             calls.clear()
         with without_draws(mode, self.device):
             expected = run(self.original, at, self.spec, self.in_gate)
-        # It draws no other noise than that of gates.
+        # The swapped layer is given its noise; only gates draw some.
         actual = run(self.fast, at, self.spec, in_gate=(self,))
         if self.calls[0] != self.calls[1]:
             name = min((self.calls[0] - self.calls[1]) + (self.calls[1] - self.calls[0]))
@@ -179,7 +179,7 @@ def _watch_gates(module: nn.Module) -> list[object]:
 def _compare_long(
     layer: nn.Module, spec: Spec, dropouts: Sequence[str], training: bool, views: bool
 ) -> None:
-    """Compare inference, and the forward if `views`, on a long sample; learned positions take none."""
+    """Compare inference, and with `views` also forward, on a long sample; learned positions fix the length."""
     if not isinstance(spec, RoutedSpec) and spec.num_patches:
         return
     original: Any = bare_copy(layer).train(training)

@@ -95,7 +95,7 @@ def _read_torch(path: Path, head: bytes) -> tuple[Any, dict[str, Any]]:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
                 path,
-                f"holds more than tensors ({refused[1]}); not loaded, because it could run code; "
+                f"contains {refused[1]}, which is not plain data; not loaded, because it could run code; "
                 "save the model's state_dict alone",
             ) from error
         raise CheckpointError(path, NOT_TORCH) from error

@@ -166,14 +166,14 @@ def _count(file: CheckpointFile, pattern: str) -> int:
     matches = [re.fullmatch(pattern, key) for key in file.state_dict]
     count = max((int(match[1]) + 1 for match in matches if match), default=0)
     if count > len(file.state_dict):
-        raise file.error("a number in a key exceeds the number of keys")
+        raise file.error("a number in a key is larger than the number of keys")
     return count
 
 
 def _require_keys(file: CheckpointFile, least: int) -> None:
-    """Check the number of keys, before work in proportion to the number of keys that are expected."""
+    """Check the number of keys first, so that a small file with large numbers cannot cause much work."""
     if least > len(file.state_dict):
-        raise file.error("the numbers in its keys need more keys than it has")
+        raise file.error("the layer and expert numbers in its keys imply more keys than it has")
 
 
 def _size(file: CheckpointFile, pattern: str, axis: int, dims: int | None = None) -> int:

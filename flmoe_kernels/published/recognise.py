@@ -59,7 +59,7 @@ def check_state(layer: nn.Module) -> None:
     """Check for state that a fast layer would not keep.
 
     Raises:
-        UnsupportedLayer: the layer was compiled in place, a part has a hook on its state_dict, or a part
+        UnsupportedLayer: the layer was compiled in place, a part has a hook, or a part
             whose mode matters is in a different mode than the layer.
     """
     if getattr(layer, "_compiled_call_impl", None) is not None:
@@ -70,8 +70,7 @@ def check_state(layer: nn.Module) -> None:
             continue
         if _has_hook(part):
             raise UnsupportedLayer(
-                f"{name}: has a hook on its state_dict, which would never run, because the fast layer has "
-                "new parts"
+                f"{name}: has a hook, which would never run, because the fast layer has new parts"
             )
         mode_matters = (
             every_mode_matters

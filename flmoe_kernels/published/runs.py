@@ -57,7 +57,7 @@ class GivenNoise(TorchFunctionMode):
         if func is not torch.randn_like or args[0].dim() != 3:
             return func(*args, **kwargs)
         if not self.left or self.left[0].shape != args[0].shape:
-            raise Disagreement("the noise is not one replacement per expert and modality")
+            raise Disagreement("expected one call of torch.randn_like per expert and modality")
         return self.left.pop(0)
 
 
@@ -83,7 +83,7 @@ def call(function: Callable[..., Any], case: Case, **settings: Any) -> Any:
 
 
 def run(module: nn.Module, case: Case, spec: Spec, in_gate: Sequence[object] = ()) -> Outputs:
-    """Outputs of a layer or of its replacement, with the replacements of `draw_noise`.
+    """Outputs of the original or the swapped layer, with the noise of `draw_noise`.
 
     Args:
         module: the layer, without hooks.

@@ -118,7 +118,7 @@ def _functions(value: Any) -> list[types.FunctionType]:
 
 
 def _is_known(function: types.FunctionType, key: str, known: Known, seen: set[str]) -> bool:
-    """Whether a function is published code and calls only published code by global names."""
+    """Whether a function, and every function that it refers to by a global name, is published code."""
     node = syntax_tree(function)
     if node is None or fingerprint(node) not in known.get(key, ()):
         return False
@@ -149,7 +149,7 @@ def _nodes(function: types.FunctionType) -> Iterator[ast.AST]:
 
 
 def syntax_tree(function: types.FunctionType) -> ast.FunctionDef | None:
-    """The syntax tree of a function's source, None if the source is not available or not what runs."""
+    """The syntax tree of a function's source; None if it is not available or differs from the compiled code."""
     code = function.__code__
     # The source of a wrapper is not the source of what it wraps, and a closure may hold any value.
     if hasattr(function, "__wrapped__") or {*code.co_freevars} - {"__class__"}:

@@ -375,7 +375,7 @@ def test_state_refuses_a_hook_inside_but_not_on_the_layer(kind: str) -> None:
     getattr(layer, kind)(lambda *_: None)
     check_state(layer)
     handle = getattr(first(layer).attn, kind)(lambda *_: None)
-    with pytest.raises(UnsupportedLayer, match=r"network\.0\.attn: carries a hook"):
+    with pytest.raises(UnsupportedLayer, match=r"network\.0\.attn: has a hook"):
         check_state(layer)
     handle.remove()
     check_state(layer)
@@ -403,5 +403,5 @@ def test_state_refuses_a_gate_in_another_mode_or_with_a_hook() -> None:
     ):
         check_state(layer)
     mlp_of(layer).gate.train().register_forward_hook(print)
-    with pytest.raises(UnsupportedLayer, match=r"mlp\.gate: carries a hook"):
+    with pytest.raises(UnsupportedLayer, match=r"mlp\.gate: has a hook"):
         check_state(layer)

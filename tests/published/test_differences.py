@@ -14,12 +14,12 @@ from tests.support.inputs import draw
 from tests.support.lineage import fl, i2, make_layer, make_sparse_layer
 from tests.support.lineage_sparse import make_mlp
 
-GATE_LOSSES = r"gate losses in evaluation: \S+ as published, \S+ here"
+GATE_LOSSES = r"gate losses in evaluation: \S+ in the original, \S+ in the swapped layer"
 CAPACITY = [
-    rf"capacity in {mode}: \d+ choices of valid tokens dropped as published, \d+ here; outputs differ .*"
+    rf"capacity in {mode}: \d+ choices of valid tokens dropped before swap, \d+ after; outputs differ .*"
     for mode in ("evaluation", "training")
 ]
-ROUTING = r"random routing in evaluation as published, not here: outputs differ by up to \S+"
+ROUTING = r"random routing in evaluation only in the original: outputs differ by up to \S+"
 PADDING = "20 padded tokens use capacity .*"
 
 
@@ -43,7 +43,7 @@ def differences(layer: nn.Module, **call: Any) -> dict[str, float]:
     return {x.text: x.size for x in entry.differences}
 
 
-LAST = "; published: only the last modality, no gradients; here: all modalities, with gradients"
+LAST = "; original: only the last modality, no gradients; swapped: all modalities, with gradients"
 CASES: list[tuple[Any, list[str]]] = [
     (lambda: make_layer(), []),
     (lambda: make_sparse_layer(fl), [GATE_LOSSES + LAST, *CAPACITY, PADDING]),
@@ -81,7 +81,7 @@ def test_the_sizes_are_those_of_the_layers_own_settings() -> None:
         mlp = with_settings(make_mlp("GShardGate", num_expert=2), capacity=(rate, rate)).eval()
         dropped = (mlp.gate(x[0].flatten(0, 1))[0] < 0).sum()
         text = next(x for x in differences(mlp, inputs=x) if "capacity in evaluation" in x)
-        published, here = map(int, re.findall(r"(\d+) (?:choices|here)", text))
+        published, here = map(int, re.findall(r"(\d+) (?:choices|after)", text))
         assert published == dropped
         sizes.append((published, here))
     assert sizes[0][0] > 0
@@ -90,7 +90,7 @@ def test_the_sizes_are_those_of_the_layers_own_settings() -> None:
 
 def test_padded_tokens_do_not_count_as_dropped() -> None:
     found = differences(with_settings(make_sparse_layer(fl), capacity=(9.0, 9.0)))
-    assert sum(" 0 choices of valid tokens dropped as published, 0 here" in x for x in found) == 2
+    assert sum(" 0 choices of valid tokens dropped before swap, 0 after" in x for x in found) == 2
 
 
 def test_the_size_of_random_routing_is_that_of_the_outputs() -> None:
@@ -107,5 +107,5 @@ def test_samples_without_tokens_are_counted() -> None:
     masks = [torch.ones(3, 4), torch.ones(3, 5)]
     assert differences(make_layer(), inputs=inputs, masks=masks) == {}
     masks[0][1] = masks[1][1] = 0
-    text = "samples without a valid token (1): NaN as published, latent 0 here"
+    text = "samples without a valid token (1): NaN in the original, latent 0 after swap"
     assert differences(make_layer(), inputs=inputs, masks=masks) == {text: 1}

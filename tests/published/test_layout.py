@@ -176,7 +176,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "terminal code": (lambda x: x | {"x\x1b[2J": x[KEY]}, r"unknown: x \[2J$"),
     "many digits": (
         lambda x: x | {f"interaction_experts.{'9' * 900}.x": x[KEY]},
-        "a number in a key exceeds",
+        "a number in a key is larger",
     ),
     "large numbers": (
         lambda x: {

@@ -139,7 +139,7 @@ LAYERS: list[tuple[str, Make, str]] = [
     (
         "state_dict hook inside",
         changed(lambda x: x.reweight.register_load_state_dict_post_hook(print)),
-        "reweight: has a hook on its state_dict",
+        "reweight: has a hook, which would never run",
     ),
     ("mixed mode", changed(lambda x: x.interaction_experts.eval()), "one mode"),
     ("compiled", changed(lambda x: x.compile(backend="eager")), "swap first, then compile"),

@@ -24,7 +24,7 @@ def test_the_page_of_published_code_is_complete() -> None:
     """Each row has a treatment and a reason; the command of the page compares the rows with a checkout."""
     rows = page_rows()
     assert len(rows) > 150
-    treatments = {"`swapped`", "`part of a swapped layer`", "`works unmodified`", "`left alone`"}
+    treatments = {"`swapped`", "`part of a swapped layer`", "`works with swap`", "`left alone`"}
     for cells in rows:
         assert len(cells) == 5, cells
         assert all(cell.strip() for cell in cells), cells

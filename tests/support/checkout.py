@@ -124,7 +124,7 @@ def _on_cpu(construct: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _replaced_packages() -> Iterator[None]:
-    """Replace packages that are not installed; FastMoE also where it is of no use, without a GPU."""
+    """Replace packages that are not installed. Without a GPU also replace FastMoE, which needs one."""
     missing = {name for name in PACKAGES if name not in sys.modules and find_spec(name) is None}
     if missing.intersection(FASTMOE) or not torch.cuda.is_available():
         missing.update(FASTMOE)
@@ -140,7 +140,7 @@ def _replaced_packages() -> Iterator[None]:
 
 
 class _Replacement(ModuleType):
-    """A module in which every name that is not provided is a class that cannot be used."""
+    """A stub module: a missing name is a class that raises an error when it is used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

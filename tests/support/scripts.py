@@ -50,7 +50,7 @@ def row(name: str) -> Callable[[Row], Row]:
 
 
 class NotInThisCode(Exception):
-    """The published code of this variant has no such use."""
+    """Raised by a row that does not apply to this variant."""
 
 
 # Models and data.
@@ -278,7 +278,7 @@ def expert_methods(published: Any) -> str:
                     ]
                 )
         if sparse:
-            # Gate losses count every modality here, and the last one there.
+            # The swapped layer sums the gate losses of all modalities, the original keeps the last one.
             results = [[(a[0], b[0], c[0]) for a, b, c in [each]] for each in results]
         found.append(error(results[1], results[0]))
     assert max(found) <= CLOSE, found
@@ -332,7 +332,7 @@ def hooks(published: Any) -> str:
 @row("edited source: modality dropout, truncation, noise")
 def edits(published: Any) -> str:
     class Transformer(published.Transformer):
-        """Its own forward in three versions."""
+        """An edited forward, in three versions."""
 
         version = ""
 
@@ -380,7 +380,7 @@ def flops(published: Any) -> str:
         with FlopCounterMode(display=False) as counter:
             model.inference(inputs, *masks)
         counts.append(counter.get_total_flops())
-    # Padded tokens are not computed; the mixture of the experts counts here, and not there.
+    # The swapped layer computes no padded tokens; its mixture of experts is counted, the original's is not.
     assert 0.5 * counts[0] < counts[1] < 1.01 * counts[0], counts
     return f"{counts[1]:,} FLOP, published {counts[0]:,}"
 

@@ -130,7 +130,7 @@ def attribute(
                     advance,
                 )
         check_readout(readout, len(inputs))
-        # Padded rows have no gradient, so only attention rollouts read them.
+        # Padded rows have zero gradient, so they matter only for attention rollouts.
         padded = readout == ALL and method == ROLLOUT
         experts = Experts.of(model, inputs, masks, padded)
         return _by_rollout(experts, masks, method, (target, multi_label), explains, readout)

@@ -13,7 +13,7 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.games.models import Inputs, expert_names
 from flmoe_kernels.explain.games.tokens import per_feature, valid_tokens
 from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
-from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
+from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer, called_parts
 from flmoe_kernels.layers.interaction_moe.inputs import validate_inputs
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe, describe_fusion
@@ -36,7 +36,7 @@ class Experts:
 
     @classmethod
     def of(cls, model: Any, inputs: Inputs, masks: Inputs | None, padded: bool = False) -> Experts:
-        """Raises TypeError, ValueError: another kind of layer, or inputs that it does not accept.
+        """Raises TypeError for another kind of layer, ValueError for inputs that the layer does not accept.
 
         padded: see RecordingAttention.
         """
@@ -47,7 +47,8 @@ class Experts:
             reweight: Callable[[Any, Any], Tensor] = evaluation_copy(model.reweight)
             fusions = [expert.fusion_model for expert in model.interaction_experts]
         elif isinstance(model, FusionTransformer):
-            spec, names, fusions = describe_fusion(model), ("model",), [model]
+            spec = describe_fusion(model, model.spec, called_parts(model.network))
+            names, fusions = ("model",), [model]
             reweight = _weight_one
         else:
             raise TypeError(
@@ -56,7 +57,8 @@ class Experts:
                 "method='integrated_gradients' accepts any model"
             )
         parameter = fusions[0].network[0].norm1.weight
-        validate_inputs(spec, spec.num_patches, given, masks, parameter)
+        widths = [spec.hidden_dim] * spec.num_modalities
+        validate_inputs(widths, spec.num_patches, given, masks, parameter)
         return cls(
             names=names,
             fusions=[recording_copy(fusion, padded) for fusion in fusions],
@@ -95,7 +97,7 @@ def _weight_one(inputs: Any, masks: Any) -> Tensor:
 
 
 def check_readout(readout: str | int, modalities: int) -> None:
-    """Raises TypeError, ValueError: neither a name in READOUTS nor a modality."""
+    """Raises TypeError or ValueError if readout is neither in READOUTS nor the number of a modality."""
     if isinstance(readout, str):
         check.require_choice("readout", readout, READOUTS)
     else:

@@ -17,9 +17,9 @@ from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 from .drops import KINDS, SUFFICIENCY
 
-_DRAW_BYTES = 40  # of a random rank, with the sort that computes it
-_DROP_BYTES = 160  # of the drops of a sample and budget: two kinds, three metrics, copies
-_LOGIT_BYTES = 64  # of a class of a sample and budget: two kinds, copies
+_DRAW_BYTES = 40  # bytes per random rank, with the temporary memory of the sort
+_DROP_BYTES = 160  # bytes per sample and budget: drops of two kinds and three metrics, and copies
+_LOGIT_BYTES = 64  # bytes per class, sample and budget: logits of two kinds, and copies
 
 
 def tied_tokens(scores: Tensor, allowed: Tensor, chosen: Tensor) -> Tensor:

@@ -68,6 +68,10 @@ def performance(logits: Tensor, labels: Any) -> Performance:
         )
     else:
         guess, areas = scores.argmax(dim=1), scores.softmax(dim=1)
+        if classes == 2:
+            # Unlike probabilities, differences of logits do not saturate at 1.
+            gap = (scores[:, 1] - scores[:, 0]).nan_to_num()
+            areas = torch.stack([-gap, gap], dim=1)
     expected, predicted = truth.cpu().numpy(), guess.long().numpy()
     micro, macro = (
         float(sklearn.f1_score(expected, predicted, average=average, zero_division=0))
@@ -95,7 +99,7 @@ def performance(logits: Tensor, labels: Any) -> Performance:
 
 
 def _one_against_rest(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Whether a sample has a class, (B, C), and whether the class has an area, (C,): only some samples have it."""
+    """Labels (B, C), and whether a class has an AUROC (C,): some samples, not all, are of the class."""
     has = (labels if labels.dim() == 2 else F.one_hot(labels, classes)).bool().cpu()
     return has, has.any(dim=0) & ~has.all(dim=0)
 

@@ -9,7 +9,7 @@ are never stored.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,15 @@ class LayerWeights:
     output_p: float
 
 
+def require_like(parameters: Iterable[Tensor], like: Tensor) -> None:
+    """Check dtype and device, because torch.stack and torch.cat promote dtypes and accept meta tensors."""
+    for parameter in parameters:
+        if parameter.dtype is not like.dtype or parameter.device != like.device:
+            raise TypeError(
+                f"parameters: expected {like.dtype} on {like.device}, got {parameter.dtype} on {parameter.device}"
+            )
+
+
 def rate_of(name: str, dropouts: Sequence[Any]) -> float:
     """The rate of one dropout, which must be the same in all experts; 0 for a part in eval mode."""
     rates = {drop.p if drop.training else 0.0 for drop in dropouts}
@@ -98,28 +107,31 @@ def stack_layer(
     called: a routed MLP, of a single expert, is called instead.
     """
 
-    own = layers[0].norm1.weight.dtype
+    like = layers[0].norm1.weight
 
     def stacked(get: Callable[[Any], Tensor]) -> Tensor:
         parameters = [get(layer) for layer in layers]
+        require_like(parameters, like)
         # A single one needs no copy.
         stack = torch.stack(parameters) if len(parameters) > 1 else parameters[0].unsqueeze(0)
-        if stack.dtype != own:
-            raise TypeError(f"parameters: expected {own}, got {stack.dtype}")
         return stack.to(dtype)
 
     def affine(get: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
         return stacked(lambda x: get(x).weight), stacked(lambda x: get(x).bias)
 
     first = layers[0]
-    width = first.norm1.weight.shape[0]
+    width = like.shape[0]
     parts = [w for x in layers for w in (x.attn.q.weight, x.attn.kv.weight)]
+    require_like(parts, like)
     tracing = torch._C._get_tracing_state() is not None  # shapes are tensors then
-    if not tracing and any(q.shape[0] != width for q in parts[::2]):
-        raise ValueError(f"attn.q.weight: expected {width} rows in all experts")
+    for name, weights, rows in (("q", parts[::2], width), ("kv", parts[1::2], 2 * width)):
+        if not tracing and any(weight.shape[0] != rows for weight in weights):
+            raise ValueError(f"attn.{name}.weight: expected {rows} rows in all experts")
     mlps = [x.mlp for x in layers]
     mlp: DenseWeights | RoutedWeights | RoutedMLP
     if isinstance(first.mlp, RoutedMLP):
+        if not called:
+            require_like([p for mlp in mlps for p in mlp.experts.parameters()], like)
         mlp, mlp_p = first.mlp if called else stack_routed(mlps, dtype), 0.0
     else:
         mlp = DenseWeights(affine(lambda x: x.mlp.network[0]), affine(lambda x: x.mlp.network[3]))

@@ -97,6 +97,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A map with a graph can be neither copied nor pickled.
+        return {**self.__dict__, "last_attn": None}
+
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         batch, length, dim = x.shape
         heads, width = self.num_heads, dim // self.num_heads
@@ -167,8 +171,9 @@ def update_by_modality(
     for part, mask in zip(parts, masks, strict=True):
         updates.append(mlp(part, mask))
         losses.append(mlp.gate_loss(clear=False))
-    if not (mlp.gate.training and torch.is_grad_enabled()):
-        mlp.gate.set_loss(torch.stack([loss for loss in losses if loss is not None]).sum())
+    known = [loss for loss in losses if loss is not None]
+    if known and not (mlp.gate.training and torch.is_grad_enabled()):
+        mlp.gate.set_loss(torch.stack(known).sum())
     return updates
 
 
@@ -288,15 +293,15 @@ class ReferenceFusionTransformer(nn.Module):
         Returns:
             Logits (B, C), or logits and latent.
         """
-        return self._classify(self._plain_latent(inputs, masks), return_latent)
-
-    def _classify(self, latent: Tensor, return_latent: bool) -> Tensor | tuple[Tensor, Tensor]:
+        latent = self._latent(inputs, masks)
         logits = self.network[-1](latent)
-        if not return_latent:
-            return logits
-        return logits, latent if self.pos_embed is None else latent.detach().clone()
+        return (logits, self._returned(latent)) if return_latent else logits
 
-    def _plain_latent(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
+    def _returned(self, latent: Tensor) -> Tensor:
+        """A latent that may be changed in place; detached with learned positions, as published."""
+        return (latent if self.pos_embed is None else latent.detach()).clone()
+
+    def _latent(self, inputs: Sequence[Tensor], masks: Masks) -> Tensor:
         lengths = [x.shape[1] for x in inputs]
         tokens = torch.cat(list(inputs), dim=1)
         valid: Tensor | None = None

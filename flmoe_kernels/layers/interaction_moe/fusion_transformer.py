@@ -13,7 +13,7 @@ from flmoe_kernels.layers.parts import record_methods
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 
 from .architecture import Architecture, FusionSpec, LayerSpec
-from .forward import embed, encode, pack_inputs, stack_layer
+from .forward import embed, encode, pack_inputs, require_like, stack_layer
 from .fusion import MLP, Compat, Masks, ReferenceFusionTransformer
 from .kernel_layer import KernelLayer
 from .structure import describe_fusion, fusion_spec
@@ -115,11 +115,15 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         return self
 
     def _checked_parts(self) -> tuple[nn.Module, tuple[str, ...]]:
-        # The modules themselves: torch.export puts proxies in their place, and a subclass may add its own.
+        # Not attributes: torch.export replaces them by proxies. A subclass may have further modules.
         network = vars(self)["_modules"].get("network")
         parts: Any = nn.Module()
         parts.add_module("network", network)
-        parts.pos_embed = self.pos_embed
+        own = vars(self)["_parameters"]
+        if "pos_embed" in own:
+            parts._parameters["pos_embed"] = own["pos_embed"]  # in functional_call no Parameter
+        else:
+            parts.pos_embed = self.pos_embed
         parts.compat, parts.num_modalities = self.compat, self.num_modalities
         parts._is_replica = getattr(self, "_is_replica", False)
         return parts, called_parts(network)
@@ -142,18 +146,26 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         """
         inputs, masks, backend = self._enter(inputs, masks)
         if backend == REFERENCE:
-            return self._classify(self._plain_latent(inputs, masks), return_latent)
-        latent = self._run(self._kernel_latent, inputs, masks, backend)
-        return self._classify(latent, return_latent)
+            logits, latent = super().forward(inputs, masks, True)
+        else:
+            logits, latent = self._run(self._on_kernels, inputs, masks, backend)
+        return (logits, latent) if return_latent else logits
 
-    def _kernel_latent(self, inputs: Sequence[Tensor], masks: Masks, backend: str) -> Tensor:
+    def _on_kernels(
+        self, inputs: Sequence[Tensor], masks: Masks, backend: str
+    ) -> tuple[Tensor, Tensor]:
         plan, tokens = pack_inputs(inputs, masks, backend)
         *encoder, _ = self.network
         layers = [stack_layer([layer], self.compat, tokens.dtype, called=True) for layer in encoder]
-        positions = None if self.pos_embed is None else self.pos_embed.to(tokens.dtype)
+        positions: Tensor | None = self.pos_embed
+        if positions is not None:
+            require_like([positions], self._parameter)
+            positions = positions.to(tokens.dtype)
         rows = embed(tokens, plan, positions, 1, None, False)
-        latent, _ = encode(rows, layers, plan, 1, self.compat, backend)
-        return latent[0, 0].to(self._parameter.dtype)
+        latents, _ = encode(rows, layers, plan, 1, self.compat, backend)
+        latent = latents[0, 0].to(self._parameter.dtype)
+        logits = self.network[-1](latent)
+        return logits.to(latent.dtype), self._returned(latent)
 
 
 def called_parts(network: Any) -> tuple[str, ...]:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 
-from .architecture import FusionSpec, LayerSpec
+from .architecture import LayerSpec
 from .fusion import Masks
 from .reference import Replacements
 
 
 def validate_inputs(
-    spec: LayerSpec | FusionSpec,
+    widths: Sequence[int],
     num_patches: int | None,
     inputs: Sequence[Tensor],
     masks: Masks,
@@ -27,14 +27,14 @@ def validate_inputs(
     Raises:
         TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
     """
-    check.require_inputs([spec.hidden_dim] * spec.num_modalities, inputs, masks, parameter)
+    check.require_inputs(widths, inputs, masks, parameter)
     for m, x in enumerate(inputs):
         if num_patches is not None and x.shape[1] != num_patches:
             raise ValueError(
                 f"inputs[{m}]: expected {num_patches} tokens, the number of positions, "
                 f"got {x.shape[1]}"
             )
-    if spec.compat == "i2moe" and any(mask is not None for mask in masks or ()):
+    if num_patches is not None and any(mask is not None for mask in masks or ()):
         raise ValueError("masks: expected None for learned positions (I2MoE)")
 
 

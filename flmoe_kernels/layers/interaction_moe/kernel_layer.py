@@ -88,14 +88,30 @@ class KernelLayer(nn.Module):
         positions = self._fusion().pos_embed
         return None if positions is None else positions.shape[1] // self.num_modalities
 
+    def _widths(self) -> list[int]:
+        """Token width of each modality; of the present norm, because the reference backend checks no parts."""
+        weight = self._norm_weight()
+        width = self._spec.hidden_dim if weight is None else weight.shape[0]
+        return [width] * self.num_modalities
+
+    @property
+    def spec(self) -> Any:
+        """Sizes and rates, as of the last check of the parts."""
+        return self._spec
+
     @property
     def _parameter(self) -> Tensor:
         """Any parameter: all have the same dtype and device."""
+        weight = self._norm_weight()
+        return next(self.parameters()) if weight is None else weight
+
+    def _norm_weight(self) -> Tensor | None:
+        """The weight of the first norm, None if a part was replaced."""
         try:
             weight = self._fusion().network[0].norm1.weight
         except (AttributeError, IndexError, TypeError):
-            weight = None  # a part was replaced
-        return weight if isinstance(weight, Tensor) else next(self.parameters())
+            return None
+        return weight if isinstance(weight, Tensor) else None
 
     def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], Masks, str]:
         """Return the inputs in the dtype of the computation, a mask or None for each, and the backend."""
@@ -116,14 +132,14 @@ class KernelLayer(nn.Module):
             # Under autocast an encoder returns low precision. The layer computes in its parameters' dtype or, with
             # Triton, in autocast's dtype, as torch's own layers do.
             dtype = cast if backend == backends.TRITON else parameter.dtype
-            inputs = [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
+            inputs = check.cast_tensors(inputs, dtype)
             like = parameter.detach().new_empty((0,), dtype=dtype)
         inputs, masks = check.widened(inputs, like), check.padded_masks(masks, inputs)
-        validate_inputs(self._spec, self._patches(), inputs, masks, like)
+        validate_inputs(self._widths(), self._patches(), inputs, masks, like)
         return inputs, masks, backend
 
     def _run(self, compute: Callable[..., Any], inputs: Sequence[Tensor], *rest: Any) -> Any:
-        """Compute on the kernels; an error that a changed part has caused names the part."""
+        """Run the kernels; an error that a changed part has caused names the part."""
         with _autocast_of(rest[-1], inputs[0].device):
             if torch.compiler.is_compiling():
                 return compute(inputs, *rest)

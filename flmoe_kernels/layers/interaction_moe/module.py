@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
 from .architecture import LayerSpec
 from .build import build_like
-from .forward import LayerWeights, embed, encode, pack_inputs, stack_layer
-from .fusion import Masks
+from .forward import LayerWeights, embed, encode, pack_inputs, require_like, stack_layer
+from .fusion import Attention, Masks
 from .fusion_transformer import FusionTransformer
 from .inputs import validate_replacements
 from .kernel_layer import KernelLayer
@@ -126,11 +127,11 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
             skeleton.get_submodule(owner).register_parameter(leaf, parameters.get(name))
         for name, part in skeleton.named_modules():
             part.training = modes.get(name, layer.training)
-
-    @property
-    def spec(self) -> LayerSpec:
-        """Sizes and rates, as of the last check of the parts."""
-        return self._spec
+        for name, part in layer.named_modules():
+            if isinstance(part, Attention):
+                copied: Any = skeleton.get_submodule(name)
+                copied.capture_attn = part.capture_attn
+                copied.require_attn_grad = part.require_attn_grad
 
     def forward(
         self,
@@ -147,12 +148,13 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         """
         inputs, masks, backend = self._enter(inputs, masks)
         if replacements is not None and autocast_dtype(inputs[0].device) is not None:
-            replacements = [[x.to(inputs[0].dtype) for x in each] for each in replacements]
+            replacements = check.cast_tensors(replacements, inputs[0].dtype)
         elif isinstance(replacements, list | tuple):
             replacements = [check.widened(noise, inputs[0]) for noise in replacements]
         validate_replacements(self._spec, replacements, inputs)
         if backend == backends.REFERENCE:
-            return super().forward(inputs, masks, replacements=replacements)
+            with self._plain_parts():
+                return super().forward(inputs, masks, replacements=replacements)
         return self._run(self._fast_forward, inputs, masks, replacements, backend)
 
     def inference(
@@ -161,14 +163,19 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         """Run only the full view, as ReferenceInteractionMoE.inference does."""
         inputs, masks, backend = self._enter(inputs, masks)
         if backend == backends.REFERENCE:
-            return super().inference(inputs, masks)
+            with self._plain_parts():
+                return super().inference(inputs, masks)
         return self._run(self._fast_inference, inputs, masks, backend)
+
+    def _plain_parts(self) -> AbstractContextManager:
+        """If one expert captures maps, all experts run in plain PyTorch."""
+        return backends.use_backend(backends.REFERENCE) if self._captures else nullcontext()
 
     def _fusion(self) -> Any:
         return self.interaction_experts[0].fusion_model
 
     def _checked_parts(self) -> tuple[nn.Module, tuple[str, ...]]:
-        # The modules themselves: torch.export puts proxies in their place, and a subclass may add its own.
+        # Not attributes: torch.export replaces them by proxies. A subclass may have further modules.
         children = vars(self)["_modules"]
         parts: Any = nn.Module()
         for name in ("reweight", "interaction_experts"):
@@ -202,6 +209,7 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         positions = None
         if spec.compat == "i2moe":
             learned = [expert.fusion_model.pos_embed for expert in self.interaction_experts]
+            require_like(learned, self._parameter)
             positions = torch.cat(learned).to(dtype)
         rows = embed(tokens, plan, positions, spec.num_experts, replacements, views > 1)
         return encode(rows, self._layers(dtype), plan, views, spec.compat, backend)
@@ -209,6 +217,7 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
     def _head(self, latents: Tensor) -> Tensor:
         """Logits (E, V, B, C) of latents (E, V, B, M * D), in the parameters' dtype."""
         heads = [expert.fusion_model.network[-1].fc for expert in self.interaction_experts]
+        require_like((p for head in heads for p in head.parameters()), self._parameter)
         weight = torch.stack([head.weight for head in heads]).to(latents.dtype)
         flat, classes = latents.flatten(1, 2), weight.shape[1]
         if all(head.bias is None for head in heads):

@@ -76,7 +76,7 @@ class InteractionExpert(nn.Module):
             result = self.fusion_model(inputs, masks, return_latent=True)
         else:
             result = self.fusion_model(inputs, masks)
-        loss = self.fusion_model.gate_loss()  # in any case, so that losses do not accumulate
+        loss = self.fusion_model.gate_loss()  # always read, because reading clears it
         return (result, loss) if self.fusion_sparse else result
 
     def forward_with_replacement(
@@ -107,7 +107,7 @@ class InteractionExpert(nn.Module):
         """
         noise: Sequence[Tensor | None] = replacements or [None] * len(inputs)
         views = [self(inputs, masks)]
-        for m, own in enumerate(noise):
+        for m, own in zip(range(len(inputs)), noise, strict=True):
             views.append(self.forward_with_replacement(inputs, masks, m, noise=own))
         if not self.fusion_sparse:
             return views
@@ -154,9 +154,9 @@ class ReferenceInteractionMoE(nn.Module):
             InteractionExpert(copy.deepcopy(fusion_model), fusion_sparse)
             for _ in range(num_experts)
         )
-        for expert in self.interaction_experts:
-            if hasattr(expert.fusion_model, "backend"):
-                expert.fusion_model.backend = REFERENCE
+        for part in self.interaction_experts.modules():
+            if isinstance(getattr(type(part), "backend", None), property):
+                part.backend = REFERENCE
 
     @property
     def compat(self) -> Compat:

@@ -114,7 +114,7 @@ def called_update(rows: Tensor, mlp: RoutedMLP, plan: TokenPlan) -> Tensor:
     if plan.index is not None:
         whole = flat.new_zeros((plan.samples * sum(plan.lengths), width))
         flat = whole.index_copy(0, plan.index, flat)
-    parts = flat.view(plan.samples, -1, width).split(list(plan.lengths), dim=1)
+    parts = flat.view(plan.samples, sum(plan.lengths), width).split(list(plan.lengths), dim=1)
     masks: Sequence[Tensor | None] = [None] * len(parts)
     if plan.valid is not None:
         masks = plan.valid.split(list(plan.lengths), dim=1)

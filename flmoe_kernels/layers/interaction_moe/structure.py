@@ -26,6 +26,7 @@ from flmoe_kernels.layers.parts import (
     is_real,
     joined,
     plain_module,
+    rate_of_dropout,
     record_methods,
     sequence_of,
 )
@@ -215,7 +216,7 @@ def fusion_spec(
 def _head(head: nn.Module, path: str, dim: int, num_modalities: int | None) -> tuple[int, int]:
     """The numbers of modalities and classes of a linear head."""
     fc = plain_module(child_of(head, path, "fc", nn.Linear), f"{path}.fc", nn.Linear)
-    # Not in_features and out_features, which do not change with the weight.
+    # Sizes of the weight: in_features and out_features do not change when it is replaced.
     classes, width = (0, 0) if fc.weight is None else fc.weight.shape
     if num_modalities is None:
         num_modalities = max(1, width // dim)
@@ -301,7 +302,7 @@ def _dense_mlp(mlp: nn.Module, path: str, dim: int) -> float:
     if plain_module(parts[1], f"{where}.1", nn.GELU).approximate != "none":
         raise UnsupportedLayer(f"{where}.1: expected GELU with the exact erf, got its tanh form")
     expect_linear(parts[3], f"{where}.3", MLP_EXPANSION * dim, dim, True)
-    return float(plain_module(parts[2], f"{where}.2", nn.Dropout).p)
+    return rate_of_dropout(parts[2], f"{where}.2")
 
 
 def _layer_norm(layer: nn.Module, path: str, name: str, dim: int, eps: float) -> None:
