@@ -183,6 +183,81 @@ def test_other_changes_are_refused(change: Any, message: str) -> None:
         fusion(x)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.attn.proj.to("meta"), "parameters differ in device"),
+        (lambda x: x.attn.kv.half(), "parameters differ in dtype"),
+        (lambda x: x.attn.q.double(), "parameters differ in dtype"),
+        (lambda x: setattr(x.dropout1, "p", 1.5), "dropout1.p: expected a probability"),
+        (lambda x: setattr(x.dropout2, "inplace", True), "dropout2.inplace: expected False"),
+    ],
+    ids=["device", "half", "double", "rate", "in place"],
+)
+@pytest.mark.parametrize("first_call", [False, True])
+@pytest.mark.parametrize("kind", ["layer", "fusion"])
+def test_parts_of_another_kind_are_refused(
+    change: Any, message: str, first_call: bool, kind: str
+) -> None:
+    layer: Any = fast_layer(FL) if kind == "layer" else fusion_of(FL, "cpu")
+    if first_call:
+        layer(FL.inputs())
+    models = [x.fusion_model for x in layer.interaction_experts] if kind == "layer" else [layer]
+    for model in models[:1] if "differ" in message else models:
+        change(model.network[0])
+    with pytest.raises(UnsupportedLayer, match=message):
+        layer(FL.inputs())
+
+
+def test_heads_and_routed_experts_of_another_dtype_are_refused() -> None:
+    for part in ("network.3.fc", "network.0.mlp.experts"):
+        layer = fast_layer(SPARSE_FL)
+        layer(SPARSE_FL.inputs())
+        for expert in layer.interaction_experts:
+            expert.fusion_model.get_submodule(part).double()
+        with pytest.raises(UnsupportedLayer, match="differ in dtype"):
+            layer(SPARSE_FL.inputs())
+
+
+@pytest.mark.parametrize("masks", ["none", "partial"])
+def test_a_batch_of_no_samples(masks: str) -> None:
+    x = [each[:0] for each in SPARSE_FL.inputs()]
+    given = draw_masks(masks, 3, SPARSE_FL.lengths)
+    none = given and [mask[:0] for mask in given if mask is not None]
+    assert fusion_of(SPARSE_FL, "cpu")(x, none).shape == (0, 3)
+
+
+@EVERY
+def test_functional_call_takes_other_parameters(case: LayerCase) -> None:
+    fusion = fusion_of(case, "cpu").eval()
+    other = {name: 1.1 * p.detach() for name, p in fusion.named_parameters()}
+    result = torch.func.functional_call(fusion, other, (case.inputs(),))
+    with torch.no_grad():
+        for name, parameter in fusion.named_parameters():
+            parameter.copy_(other[name])
+    torch.testing.assert_close(result, fusion(case.inputs()))
+
+
+def test_results_under_autocast_have_the_dtype_of_the_parameters() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = fusion_of(FL, "cpu")(FL.inputs(), None, True)
+    assert {x.dtype for x in results} == {torch.float32}
+
+
+def test_latents_may_be_changed_in_place() -> None:
+    fusion = fusion_of(FL, "cpu")
+    logits, latent = fusion(FL.inputs(), None, True)
+    latent.mul_(0.0)
+    logits.sum().backward()
+    assert float(fusion.network[-1].fc.weight.grad.abs().max()) > 0
+
+
+def test_the_reference_takes_any_width() -> None:
+    fusion, wide = fusion_of(FL, "reference"), dataclasses.replace(FL, dim=24)
+    fusion.network = fusion_of(wide, "reference").network
+    assert fusion(wide.inputs()).shape == (3, 3)
+
+
 # Attention maps.
 
 
@@ -258,6 +333,28 @@ def test_maps_are_refused_with_a_requested_backend(kind: str) -> None:
         UnsupportedLayer, match=r"attn\.capture_attn: is set, but the kernels store"
     ):
         module(FL.inputs())
+
+
+def test_one_capturing_expert_runs_the_layer_in_plain_pytorch() -> None:
+    layer = InteractionMoE.adopt(FL.reference()).eval()
+    masks = draw_masks("padded_sample", 3, FL.lengths)
+    capture(layer.interaction_experts[1], True)
+    found = layer.inference(FL.inputs(), masks)[0]
+    with use_backend("reference"):
+        expected = layer.inference(FL.inputs(), masks)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert bool(torch.stack(found)[:, 1].isnan().all())
+
+
+def test_models_with_maps_can_be_copied_and_keep_their_flags() -> None:
+    fusion = fusion_of(FL, None)
+    capture(fusion, True, gradient=True)
+    fusion(FL.inputs())
+    assert maps(fusion)[0].requires_grad
+    layer = InteractionMoE(2, fusion, hidden_dim=16)
+    for each in (copy.deepcopy(fusion), layer.interaction_experts[0].fusion_model):
+        attention = each.network[0].attn
+        assert (attention.capture_attn, attention.last_attn) == (True, None)
 
 
 # Experts.

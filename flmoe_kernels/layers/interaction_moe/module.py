@@ -117,6 +117,13 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         """
         parameters = dict(layer.named_parameters(remove_duplicate=False))
         modes = {name: part.training for name, part in layer.named_modules()}
+        flags = ("capture_attn", "require_attn_grad")
+        # Of this package's attentions only: published ones capture by default.
+        capturing = {
+            name: {flag: vars(part)[flag] for flag in flags}
+            for name, part in layer.named_modules()
+            if isinstance(part, Attention)
+        }
         with torch.device("meta"):
             skeleton = build_like(self._spec)
         self.reweight = skeleton.reweight
@@ -127,11 +134,8 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
             skeleton.get_submodule(owner).register_parameter(leaf, parameters.get(name))
         for name, part in skeleton.named_modules():
             part.training = modes.get(name, layer.training)
-        for name, part in layer.named_modules():
-            if isinstance(part, Attention):
-                copied: Any = skeleton.get_submodule(name)
-                copied.capture_attn = part.capture_attn
-                copied.require_attn_grad = part.require_attn_grad
+        for name, values in capturing.items():
+            skeleton.get_submodule(name).__dict__.update(values)
 
     def forward(
         self,
