@@ -70,9 +70,14 @@ def few_samples(case: Case, spec: LayerSpec | FusionSpec) -> Case:
             f"was called with inputs of shapes {shapes}, expected {spec.num_modalities} sequences "
             f"(B, L, {spec.hidden_dim})"
         )
-    masks = [None] * len(shapes) if case.masks is None else case.masks
-    if len(masks) != len(shapes):
-        raise Disagreement(f"was called with {len(masks)} masks for {len(shapes)} modalities")
+    if case.masks is not None:
+        # Missing masks as the published code completes the list.
+        missing = [x.new_ones(x.shape[:2]) for x in case.inputs[len(case.masks) :]]
+        case = dataclasses.replace(case, masks=[*case.masks, *missing])
+    if len(case.masks or shapes) != len(shapes):
+        raise Disagreement(
+            f"was called with {len(case.masks or ())} masks for {len(shapes)} modalities"
+        )
     keep = _with_tokens(case).nonzero().flatten()[:MAX_SAMPLES]
     if not len(keep):
         raise Disagreement("the captured call has no sample with a valid token, cannot compare")

@@ -26,7 +26,7 @@ from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .agreement import Disagreement, Outputs, first_line, largest
-from .calls import Case, bare_copy
+from .calls import Case, bare_copy, few_samples
 from .convert import adopt
 from .recognise import Spec, check_can_run
 from .runs import GivenNoise, call, lift_capacity, run
@@ -38,15 +38,19 @@ LONG_TOLERANCE = 1e-3
 SHORT_LENGTHS = (7, 5, 6, 4, 3)
 # Longer than the sequences of usual encoders: 512 tokens of text, 196 or 1024 patches.
 LONG_LENGTH = 1025
+SAMPLES = 5
 
 
-def compare_edited(layer: nn.Module, spec: Spec, paths: Iterable[str]) -> None:
+def compare_edited(
+    layer: nn.Module, spec: Spec, paths: Iterable[str], given: Case | None = None
+) -> None:
     """Compare a layer, whose source is not known, with the mathematics of its fast replacement.
 
     Args:
         layer: the original; only copies are run.
         spec: its description.
         paths: the parts with unknown methods.
+        given: a call of the layer in the model, which is compared, too.
 
     Raises:
         Disagreement: the layers differ; the message is the reason.
@@ -58,7 +62,7 @@ def compare_edited(layer: nn.Module, spec: Spec, paths: Iterable[str]) -> None:
         # On long inputs, compare the perturbed views only if code outside the fusion models is unknown.
         views = any(".fusion_model" not in path for path in paths)
         for training in (True, False):
-            for case in _cases(spec):
+            for case in _cases(spec, given):
                 pair.compare(case, training)
             with torch.no_grad():
                 _compare_long(layer, spec, pair.dropouts, training, views)
@@ -110,20 +114,22 @@ def _mode(training: bool) -> str:
     return "training" if training else "evaluation"
 
 
-def _cases(spec: Spec) -> Iterator[Case]:
+def _cases(spec: Spec, given: Case | None) -> Iterator[Case]:
     """Random calls, each with its own seed: without masks, and with a modality short or padded in turn."""
     seeds = iter(range(100))
 
-    def draw(lengths: Sequence[int], width: int) -> list[Tensor]:
+    def draw(lengths: Sequence[int], width: int, batch: int = 2) -> list[Tensor]:
         generator = torch.Generator().manual_seed(next(seeds))
-        return [torch.randn(2, n, width, generator=generator) for n in lengths]
+        return [torch.randn(batch, n, width, generator=generator) for n in lengths]
 
     if isinstance(spec, RoutedSpec):
         yield from (Case(draw((n,), spec.d_model), None) for n in (SHORT_LENGTHS[0], 1))
         return
     count = spec.num_modalities
     lengths = [spec.num_patches or SHORT_LENGTHS[m % len(SHORT_LENGTHS)] for m in range(count)]
-    yield Case(draw(lengths, spec.hidden_dim), None)
+    yield Case(draw(lengths, spec.hidden_dim, SAMPLES), None)
+    if given is not None:
+        yield few_samples(given, spec)
     if spec.compat == "i2moe":
         if lengths[0] <= 32:  # many tokens take long in float64
             yield Case(draw(lengths, spec.hidden_dim), None)

@@ -155,7 +155,8 @@ class SwapReport:
         number = len(self._entries())
         if not number and not self.left:
             return (
-                f"Nothing to swap: no module named {', '.join(LAYER_NAMES)} or {SPARSE_MLP} in this "
+                f"Nothing to swap: no module named {', '.join(LAYER_NAMES)}, Transformer (with the published "
+                f"structure) or {SPARSE_MLP} in this "
                 f"{type(self.model).__name__}."
             )
         line = f"{number} layer{'' if number == 1 else 's'} swapped, {len(self.left)} left as is."

@@ -21,7 +21,7 @@ from .fingerprints import FINGERPRINTS
 
 TRUSTED = frozenset({"torch", "flmoe_kernels", "builtins"} | sys.stdlib_module_names)
 # The structure of a layer is checked, so it does not matter how __init__ makes it.
-_IGNORED = {"__init__", "__dict__", "__weakref__", "__annotate__", "__annotate_func__"}
+IGNORED = {"__init__", "__dict__", "__weakref__", "__annotate__", "__annotate_func__"}
 # They differ between releases of Python, or do not change what code computes.
 _SKIPPED_FIELDS = {"ctx", "type_comment", "kind", "type_params", "annotation", "returns", "simple"}
 
@@ -80,7 +80,7 @@ def unrecognised(layer: nn.Module, variant: str | None = None) -> dict[str, str]
     classes: dict[type, str] = {}
     for path, part in layer.named_modules():
         for base in type(part).__mro__:
-            if not _is_trusted(base):
+            if not is_trusted(base):
                 classes.setdefault(base, path)
     problems: dict[str, str] = {}
     added: list[tuple[type, str]] = []
@@ -88,14 +88,14 @@ def unrecognised(layer: nn.Module, variant: str | None = None) -> dict[str, str]
     read = {*dir(nn.Module), *(name.rpartition(".")[2] for name in known)}
     for base in classes:
         for name, value in vars(base).items():
-            functions = _functions(value)
-            if name in _IGNORED or not (functions or callable(value) or hasattr(value, "__get__")):
+            functions = functions_of(value)
+            if name in IGNORED or not (functions or callable(value) or hasattr(value, "__get__")):
                 continue
             if functions and all(
                 _is_known(f, f"{base.__name__}.{name}", known, set()) for f in functions
             ):
                 read |= {
-                    x.attr for f in functions for x in _nodes(f) if isinstance(x, ast.Attribute)
+                    x.attr for f in functions for x in nodes_of(f) if isinstance(x, ast.Attribute)
                 }
             else:
                 added.append((base, name))
@@ -105,11 +105,11 @@ def unrecognised(layer: nn.Module, variant: str | None = None) -> dict[str, str]
     return problems
 
 
-def _is_trusted(item: Any) -> bool:
+def is_trusted(item: Any) -> bool:
     return str(getattr(item, "__module__", None)).partition(".")[0] in TRUSTED
 
 
-def _functions(value: Any) -> list[types.FunctionType]:
+def functions_of(value: Any) -> list[types.FunctionType]:
     """The functions of a class attribute; empty if it is something else."""
     parts: list[Any] = [value.__func__ if isinstance(value, staticmethod | classmethod) else value]
     if isinstance(value, property):
@@ -127,23 +127,23 @@ def _is_known(function: types.FunctionType, key: str, known: Known, seen: set[st
     for value in (function.__globals__[name] for name in names if name in function.__globals__):
         if isinstance(value, types.ModuleType) or not callable(value):
             continue
-        if isinstance(value, type | types.FunctionType) and _is_trusted(value):
+        if isinstance(value, type | types.FunctionType) and is_trusted(value):
             continue
         members = {value.__name__: value} if isinstance(value, types.FunctionType) else {}
         if isinstance(value, type):
             members = {f"{value.__name__}.{name}": x for name, x in vars(value).items()}
-            members = {name: x for name, x in members.items() if _functions(x)}
+            members = {name: x for name, x in members.items() if functions_of(x)}
         if not members:
             return False
         for name, member in members.items():
             if name not in seen and not all(
-                _is_known(f, name, known, seen) for f in _functions(member)
+                _is_known(f, name, known, seen) for f in functions_of(member)
             ):
                 return False
     return True
 
 
-def _nodes(function: types.FunctionType) -> Iterator[ast.AST]:
+def nodes_of(function: types.FunctionType) -> Iterator[ast.AST]:
     node = syntax_tree(function)
     return ast.walk(node) if node is not None else iter(())
 

@@ -20,9 +20,12 @@ from .agreement import Disagreement, first_line
 from .calls import Case, capture
 from .compare import Comparison, compare
 from .convert import adopt, convert_state, make_layer, take_over
+from .differences import Difference
 from .edited import compare_edited, kept_random_states
 from .file import CheckpointError, read, target_of, write
 from .infer import in_words, infer, infer_settings
+from .layout import listed
+from .members import foreign_names, lost_members
 from .places import Place, find_layers
 from .recognise import Spec, check_can_run, recognise
 from .report import (
@@ -136,11 +139,20 @@ def _replace(
         unknown = unrecognised(layer, None if isinstance(spec, RoutedSpec) else spec.compat)
         if strict and unknown:
             raise UnsupportedLayer(f"source unrecognised: {', '.join(unknown)}")
+        fast = adopt(layer, spec)
+        lost = lost_members(layer, fast)
+        if strict and lost:
+            raise UnsupportedLayer(
+                f"would lose {listed(lost)}, which the published code does not have"
+            )
         result = compare(layer, spec, case) if check else Comparison({}, None)
         if check and unknown:
-            _compare_edited(layer, spec, unknown)
+            _compare_edited(layer, spec, unknown, case)
+        if lost:
+            text = f"attributes and methods that are not kept: {listed(lost)}"
+            more = (*result.differences, Difference(text, len(lost)))
+            result = dataclasses.replace(result, differences=more)
         entry = entry_of(name, spec, inputs, result, unknown)
-        fast = adopt(layer, spec)
     except (UnsupportedLayer, Disagreement) as reason:
         return LeftLayer(name, type(layer).__name__, str(reason))
     except Exception as error:
@@ -153,14 +165,21 @@ def _replace(
     return entry
 
 
-def _compare_edited(layer: nn.Module, spec: Spec, unknown: Mapping[str, str]) -> None:
+def _compare_edited(
+    layer: nn.Module, spec: Spec, unknown: Mapping[str, str], case: Case | None
+) -> None:
     for name, path in unknown.items():
         if "tot_expert" in vars(layer.get_submodule(path)):
             raise Disagreement(
                 f"source unrecognised: {name}; losses and drops of gates cannot be compared"
             )
+    if names := foreign_names(layer):
+        raise Disagreement(
+            f"source unrecognised ({', '.join(unknown)}): uses {listed(names)} of self, which the published code "
+            "does not have"
+        )
     try:
-        compare_edited(layer, spec, unknown.values())
+        compare_edited(layer, spec, unknown.values(), case)
     except Disagreement as reason:
         raise Disagreement(f"source unrecognised ({', '.join(unknown)}): {reason}") from reason
 

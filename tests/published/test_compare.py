@@ -232,7 +232,7 @@ X = torch.randn(2, 4, 16)
         (make_layer, [X], None, "inputs of shapes"),
         (make_layer, [], None, r"inputs of shapes \[\]"),
         (make_layer, [X[:, 0]] * 2, None, r"\(2, 16\)"),
-        (make_layer, [X] * 2, [None], "1 masks for 2 modalities"),
+        (make_layer, [X] * 2, [None] * 3, "3 masks for 2 modalities"),
         (make_layer, [X] * 2, [torch.zeros(2, 4)] * 2, "no sample with a valid token"),
         (lambda: make_layer(i2), [X] * 2, [torch.ones(2, 4)] * 2, "takes none"),
         (make_mlp, [], None, r"expected one \(\.\.\., 16\)"),

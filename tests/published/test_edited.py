@@ -60,6 +60,15 @@ def loaded(path: Path, text: str) -> ModuleType:
 
 
 FUSION_EDITS = {
+    "more than two samples": (
+        "if len(inputs[0]) > 2: inputs = [x - x.mean(0) for x in inputs]",
+        "the logits differ",
+    ),
+    "an attribute that controls it": (
+        "if getattr(self, 'epoch', 0) > 3: inputs = [0 * inputs[0], *inputs[1:]]",
+        "uses epoch of self, which the published code does not have",
+    ),
+    "an attribute that it sets": ("self.extra_loss = inputs[0].mean()", "uses extra_loss of self"),
     "modality dropout": (
         "if self.training and torch.rand(()) < 0.3: inputs = [0 * inputs[0], *inputs[1:]]",
         "random numbers are drawn",
@@ -366,3 +375,25 @@ def test_without_the_stand_ins_fingerprints_nothing_of_them_is_recognised(
     assert "tests.support.lineage.fl.Transformer.forward" in unrecognised(make_layer())
     assert "tests.support.lineage.i2.Transformer.forward" in unrecognised(make_layer(i2))
     assert FMoETransformerMLP.__name__ in " ".join(unrecognised(make_mlp()))
+
+
+def test_members_that_swap_does_not_keep_are_reported(tmp_path: Path) -> None:
+    """Added methods, class constants and attributes of parts; strict=True leaves the layer."""
+    method = "\n        def extra(self) -> int:\n            return 3\n\n        LIMIT = 5\n"
+    marker = "        def every_view("
+    module = loaded(tmp_path, SOURCE.replace(marker, method + "\n" + marker))
+
+    def make() -> Any:
+        layer = lineage.make_layer(module.fl, **SMALL)
+        layer.interaction_experts[0].role = "text"
+        layer._step, layer.epoch, layer.backend = 1, 2, "nccl"
+        return layer
+
+    [entry] = (report := swap(make())).swapped
+    assert report.model.epoch == 2
+    [text] = [x.text for x in entry.differences]
+    names = "InteractionMoE.LIMIT, InteractionMoE.extra, _step, backend, interaction_experts.0.role"
+    assert text == f"attributes and methods that are not kept: {names}"
+    assert text in str(report)
+    assert left(swap(make(), strict=True)).startswith("would lose InteractionMoE.LIMIT")
+    assert swap(lineage.make_layer(**SMALL), strict=True).swapped[0].differences == ()

@@ -184,7 +184,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
             "interaction_experts.40.x": x[KEY],
             f"{EXPERT}.network.50.fc.weight": x[KEY],
         },
-        "need more keys than it has",
+        "imply more keys than it has",
     ),
     **{
         name: (

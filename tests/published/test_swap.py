@@ -300,7 +300,9 @@ def test_nothing_to_swap() -> None:
     report = swap(model)
     assert report.model is model
     assert report.swapped == report.left == ()
-    assert re.match("Nothing to swap: .*FMoETransformerMLP in this Linear", str(report))
+    assert re.match(
+        "Nothing to swap: .*Transformer .*FMoETransformerMLP in this Linear", str(report)
+    )
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list"):
         swap([make_layer()])
     net = Net(make_layer())

@@ -144,6 +144,8 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
             BackendUnavailable: the requested backend cannot run this.
             UnsupportedLayer: a part was changed so that the kernels cannot compute it.
         """
+        if isinstance(masks, bool):  # the second argument of the older variant
+            masks, return_latent = None, masks
         inputs, masks, backend = self._enter(inputs, masks)
         if backend == REFERENCE:
             logits, latent = super().forward(inputs, masks, True)

@@ -91,7 +91,10 @@ class KernelLayer(nn.Module):
     def _widths(self) -> list[int]:
         """Token width of each modality; of the present norm, because the reference backend checks no parts."""
         weight = self._norm_weight()
-        width = self._spec.hidden_dim if weight is None else weight.shape[0]
+        width: int = self._spec.hidden_dim
+        # torch.jit.trace would record the shape.
+        if weight is not None and torch._C._get_tracing_state() is None:
+            width = weight.shape[0]
         return [width] * self.num_modalities
 
     @property

@@ -1,0 +1,86 @@
+"""Attributes and methods of a layer that the fast layer would not have."""
+
+from __future__ import annotations
+
+import ast
+
+from torch import nn
+
+from .places import MODULE_STATE
+from .source import IGNORED, functions_of, is_trusted, known_methods, nodes_of
+
+# Names of attributes and local functions in the published classes.
+_NAMES = """
+activation all_gates attn attn_drop bias capacity capture_attn capture_topk_pre_mix d_model drop dropout
+dropout1 dropout2 experts experts_fused fc fusion_model fusion_sparse gate gate_hook h4toh head_dim htoh4
+in_feat indicates interaction_experts is_full_modality kv last_attn last_topk_indices last_topk_pre_mix
+last_topk_scores last_tot_expert loss mask mask_dict mlp mlp_sparse moe_group n_router network noise_epsilon
+norm1 norm2 num_expert num_heads num_modalities out_feat pos_embed proj proj_drop q random_routing rank
+require_attn_grad reweight scale self_attn slice_group slice_rank slice_size softmax softplus switch_eps
+temperature top_k topk_logits tot_expert w_gate w_noise weight world_size
+"""
+PUBLISHED = frozenset(_NAMES.split())
+
+
+def foreign_names(layer: nn.Module) -> list[str]:
+    """Attributes of `self` that unknown methods of the layer's parts use, and that published code does not have.
+
+    They may control the method (a rate, an epoch) or carry its results (a loss, a log).
+    """
+    known = _known_names()
+    methods, used = set(), set()
+    for base in _classes(layer):
+        for name, value in vars(base).items():
+            functions = functions_of(value)
+            if name in IGNORED or not functions:
+                continue
+            methods.add(name)
+            for function in functions:
+                used |= {x for node in nodes_of(function) for x in _read_from_self(node)}
+    return sorted(used - methods - known)
+
+
+def lost_members(layer: nn.Module, fast: nn.Module) -> list[str]:
+    """Methods, class attributes and plain attributes that users added and the fast layer does not have."""
+    known = _known_names()
+    lost = {
+        f"{base.__name__}.{name}"
+        for base in _classes(layer)
+        for name in vars(base)
+        if not (name in known or name in IGNORED or name.startswith("__"))
+    }
+    for path, part in layer.named_modules():
+        if is_trusted(type(part)):
+            continue
+        for name in vars(part).keys() - MODULE_STATE - known:
+            if part is not layer:
+                lost.add(f"{path}.{name}")
+            elif name.startswith("_") or hasattr(fast, name):
+                lost.add(name)
+    return sorted(lost)
+
+
+def _known_names() -> set[str]:
+    methods = {name.rpartition(".")[2] for name in known_methods(None)}
+    return {*PUBLISHED, *methods, *dir(nn.Module())}
+
+
+def _classes(layer: nn.Module) -> set[type]:
+    bases = {base for part in layer.modules() for base in type(part).__mro__}
+    return {base for base in bases if not is_trusted(base)}
+
+
+def _read_from_self(node: ast.AST) -> list[str]:
+    """The name X of self.X and of getattr(self, "X"), setattr and hasattr."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return [node.attr] if node.value.id == "self" else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+        owner, name = node.args[:2]
+        of_self = isinstance(owner, ast.Name) and owner.id == "self"
+        if (
+            of_self
+            and node.func.id in ("getattr", "setattr", "hasattr")
+            and isinstance(name, ast.Constant)
+        ):
+            return [str(name.value)]
+    return []
