@@ -56,29 +56,6 @@ class TestTriton(AttentionTests):
         return request.param
 
 
-@pytest.mark.parametrize(
-    ("length", "heads", "dtype"), [(11, 3, FLOAT32), (63, 1, FLOAT16), (130, 1, BFLOAT16)], ids=str
-)
-def test_the_mask_is_the_cpu_kernels(length: int, heads: int, dtype: torch.dtype) -> None:
-    """If v is the identity, the output has the probabilities, whose zeros are the mask; the gradient of v has
-    them transposed."""
-    groups = 1 if length > 100 else 2
-    zeros = torch.zeros(groups, length, heads, length, dtype=dtype)
-    eye = torch.eye(length, dtype=dtype).view(length, 1, length).expand(-1, heads, -1)
-    found = []
-    for backend in (TRITON, "cpu"):
-        v = eye.repeat(groups, 1, 1, 1).requires_grad_()
-        options = {"dropout_p": 0.5, "seed": make_seed(), "backend": backend}
-        out = expert_attention(zeros, zeros, v, cumulative([length]), **options)
-        assert isinstance(out, Tensor)
-        (grad,) = torch.autograd.grad(out, v, v.detach())
-        found.append([(x != 0).view(groups, length, heads, length) for x in (out, grad)])
-    for got, want in zip(*found, strict=True):
-        assert torch.equal(got, want)
-    assert torch.equal(found[0][0], found[0][1].transpose(1, 3))
-    assert 0.35 < found[0][0].double().mean() < 0.65
-
-
 @pytest.mark.parametrize("tiles", [(32, 128), (32, 16)], ids=str)
 def test_other_tiles_give_the_same_numbers(
     tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch
