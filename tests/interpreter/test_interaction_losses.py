@@ -46,29 +46,6 @@ def test_losses_of_one_column() -> None:
         torch.testing.assert_close(grad[:3], want_grad[:3])
 
 
-@pytest.mark.parametrize("active", [True, False])
-def test_triplet_margin(active: bool) -> None:
-    latents = torch.zeros(4, 3, 1, 4)
-    latents[:, 1, 0, 0], latents[:, 2, 0, 0] = 1.0, 1.5 if active else 2.5
-    (found, *_), (grad, *_) = compare(losses, reference_losses, [latents], torch.float32)
-    expected = torch.tensor([1.5, 0.5] if active else [2.5, 0.0])
-    torch.testing.assert_close(found[:2], expected, atol=1e-6, rtol=0)
-    assert bool((grad[1] != 0).any()) == active
-
-
-def test_losses_of_zero_latents_and_identical_views() -> None:
-    shape = (4, 3, 3, 6)
-    one_zero_view = draw(*shape, seed=1)
-    one_zero_view[:, 2] = 0
-    zero_anchor = draw(*shape, seed=2)
-    zero_anchor[:, 0] = 0
-    zero_sample = draw(*shape, seed=3)
-    zero_sample[:, :, 1] = 0
-    same_views = draw(4, 1, 3, 6, seed=4).expand(shape)
-    for latents in (one_zero_view, zero_anchor, zero_sample, same_views, torch.zeros(shape)):
-        compare(losses, reference_losses, [latents], torch.float32)
-
-
 def test_nan_and_infinity_reach_only_their_own_expert() -> None:
     for value in (float("nan"), float("inf")):
         latents = draw(4, 3, 5, 7, seed=3)

@@ -152,6 +152,7 @@ def test_expand_views(rows: int, width: int, modalities: int, dtype: torch.dtype
 
 class TestCpu(EncoderTests):
     backend, rows, width = "cpu", 62, 4
+    precise = (torch.float32, torch.float64)
 
     @pytest.fixture(params=DTYPES, ids=str)
     def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:

@@ -97,11 +97,13 @@ DROPPING = tuple(
 
 
 class EncoderTests:
-    """Subclasses set a backend and the rows and width of most calls, and have a fixture `dtype`."""
+    """Subclasses set a backend, the rows and width of most calls, and dtypes without rounding to half precision;
+    they have a fixture `dtype`."""
 
     backend: str
     rows: int
     width: int
+    precise: tuple[torch.dtype, ...]
 
     def operator(self, name: str) -> Operator:
         return lambda *arguments: getattr(OPS, name)(*arguments, self.backend)
@@ -165,6 +167,28 @@ class EncoderTests:
             assert not any(x.is_contiguous() for x in strided if is_float(x))
             pair = [evaluate(operator, each, outputs) for each in (plain, strided)]
             assert all(map(torch.equal, *pair)), name
+
+    @pytest.mark.parametrize("active", [True, False])
+    def test_triplet_margin(self, active: bool) -> None:
+        """Inside the margin the loss is distance - distance + 1; outside, it and its gradient are 0."""
+        latents = torch.zeros(4, 3, 1, 4)
+        latents[:, 1, 0, 0], latents[:, 2, 0, 0] = 1.0, 1.5 if active else 2.5
+        # Expert 0's negative is view 1 and its positive view 2; expert 1 has them swapped.
+        expected = torch.tensor([1.5, 0.5] if active else [2.5, 0.0])
+        for dtype in self.precise:
+            found = compare(self.operator("interaction_losses"), reference_losses, [latents], dtype)
+            (result, *_), (grad, *_) = found
+            torch.testing.assert_close(result[:2], expected.to(dtype), atol=1e-6, rtol=0)
+            assert bool((grad[1] != 0).any()) == active
+
+    def test_losses_of_zero_latents_and_identical_views(self) -> None:
+        shape = (5, 4, 3, 6)
+        zero_view, zero_anchor, zero_sample = (draw(*shape, seed=seed) for seed in (1, 2, 3))
+        zero_view[:, 2] = zero_anchor[:, 0] = zero_sample[:, :, 1] = 0
+        same_views = draw(5, 1, 3, 6, seed=4).expand(shape)
+        for dtype in self.precise:
+            for latents in (zero_view, zero_anchor, zero_sample, same_views, torch.zeros(shape)):
+                compare(self.operator("interaction_losses"), reference_losses, [latents], dtype)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_nan_and_inf_propagate(self, value: float) -> None:
