@@ -48,8 +48,7 @@ def shifted(x: Tensor, by: int) -> Tensor:
 
 
 def attention(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
-    long = attention_cases.Case((129, 2), 1, 4, 0.5)
-    for case in (*attention_cases.SMALL, long):
+    for case in (*attention_cases.SMALL, attention_cases.LARGE[-1]):
         qkv = [shifted(x, shift) for x in case.qkv(dtype)]
         yield attention_cases.run(case, qkv, "cpu")
         if case.groups is not None:
@@ -62,9 +61,11 @@ def attention(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
 
 
 def encoder(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
-    sizes = itertools.product((1, 7, 97), (1, 3, 17, 64, 130), (0.0, 0.4))
+    sizes = itertools.product((0, 1, 7, 97), (1, 3, 17, 64, 130), (0.0, 0.4))
     for rows, width, p in sizes:
         for name, arguments in encoder_cases.operator_calls(dtype, p, rows, width).items():
+            if name == "dropout_add_pool" and not rows:
+                continue  # its segments need a row
             inputs = as_dtype(arguments, dtype)
             floats = [isinstance(x, Tensor) and x.dtype == dtype for x in inputs]
             inputs = [
