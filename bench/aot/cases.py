@@ -1,7 +1,8 @@
 """Cases of the ahead-of-time report: every kernel at its shapes.
 
-Each module of `operators` yields the cases of one operator. A case builds its launch from tensors on the meta
-device with the same functions as a real call, so the compiled kernel is the one that runs.
+Each module of `operators` has the USES of one operator, (use, outputs, quick), and a function `built` for an
+output of a use. It builds the launch from tensors on the meta device with the same functions as a real call, so
+the compiled kernel is the one that runs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, dtype, empty
 
@@ -62,7 +64,12 @@ class Case:
 
 def cases() -> Iterator[Case]:
     for operator in OPERATORS:
-        yield from importlib.import_module(f"{__package__}.operators.{operator}").cases()
+        module = importlib.import_module(f"{__package__}.operators.{operator}")
+        for use, outputs, quick in module.USES:
+            for output in outputs:
+                build = partial(module.built, use, output)
+                kind = dtype_name(use.dtype)
+                yield Case(operator, output, use.shape, kind, use.variant, build, quick)
 
 
 def stated(shared: tuple[int, ...], architecture: int) -> int:

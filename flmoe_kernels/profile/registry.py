@@ -55,7 +55,8 @@ def contestants(case: Case) -> list[Contestant]:
         for name in backends.CAPABILITIES[case.operator]
         if name != backends.REFERENCE
     ]
-    why_not = missing or module.reference_unavailable_reason(case)
+    unavailable_reason = getattr(module, "reference_unavailable_reason", lambda case: "")
+    why_not = missing or unavailable_reason(case)
     reference = Contestant(backends.REFERENCE, PEER, torch.__version__, why_not, module.prepare)
     return [*ours, reference]
 

@@ -13,8 +13,7 @@ from .cases import Case
 from .ceilings import Ceilings, measure_ceilings
 from .check import agree
 from .environment import environment
-from .figures import Roof, roofline_figure
-from .output import Files
+from .output import Files, roofline_figure
 from .profiles import Limit, Profile, Tell, profile_subjects
 from .registry import Contestant, prepare, words_of
 from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
@@ -138,9 +137,8 @@ def _write(
     **more: Any,
 ) -> None:
     files.write_json(lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more))
-    roof = Roof(dict(ceilings.flops), ceilings.bytes_per_second)
     title = f"{facts['device']}, {_threads(facts)}"
-    files.write_plot(lambda: roofline_figure(output.points_of(profiles), roof, title=title))
+    files.write_plot(lambda: roofline_figure(profiles, ceilings, title=title))
 
 
 def _phases_of(phase: str | None) -> list[str]:

@@ -10,22 +10,18 @@ import fnmatch
 import functools
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
-import triton
-import triton.language as tl
 import typer
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from bench.aot import __main__ as command
-from bench.aot.cases import ARCHITECTURES, Built, Case, cases, meta
+from bench.aot.cases import ARCHITECTURES, Built, cases
 from bench.aot.compile import ALLOWED_SPILLS, KIB, SAME_RELEASE, Report, Row, compile_case, failures
 from flmoe_kernels.core.triton.launches import Launch
 
@@ -229,105 +225,63 @@ def test_cases_include_every_gpu_shape_and_kernel() -> None:
 # ---- negative controls: failures are reported
 
 
-@triton.jit
-def product_kernel(x, y, out, SIZE: tl.constexpr, BY_SUM: tl.constexpr):
-    at = tl.arange(0, SIZE)
-    a = tl.load(x + at[:, None] * SIZE + at[None, :])
-    b = tl.load(y + at[:, None] * SIZE + at[None, :])
-    if BY_SUM:  # noqa: SIM108
-        total = tl.sum(a[:, :, None].to(tl.float32) * b[None, :, :].to(tl.float32), 1)
-    else:
-        total = tl.dot(a, b)
-    tl.store(out + at[:, None] * SIZE + at[None, :], total)
-
-
-@triton.jit
-def invalid_kernel(x, SIZE: tl.constexpr):
-    tl.store(x + tl.arange(0, SIZE), tl.arange(0, SIZE + 1))
-
-
-def product(by_sum: bool, least: int, _architecture: int) -> Built:
-    x, out = meta((32, 32), torch.bfloat16), meta((32, 32), torch.float32)
-    constants = {"SIZE": 32, "BY_SUM": by_sum}
-    return Built(
-        Launch(product_kernel, 1, {"x": x, "y": x, "out": out}, constants, 4, 1), least=least
-    )
+def empty(_architecture: int = 80, **limits: Any) -> Built:
+    return Built(Launch(None, 1, {}, {}, 4, 1), **limits)
 
 
 def capped(architecture: int) -> Built:
     """Routing's gate with too few registers."""
-    built = CASES["routing/gate/routed_large/bfloat16"].built(architecture)
+    built = GATE.built(architecture)
     launch = dataclasses.replace(built.launch, registers={architecture: 64})
     return dataclasses.replace(built, launch=launch)
 
 
-def invalid(_architecture: int) -> Built:
-    return Built(Launch(invalid_kernel, 1, {"x": meta((32,), torch.float32)}, {"SIZE": 32}, 4, 1))
-
-
-def control(name: str, build: Callable[[int], Built]) -> Case:
-    return Case("test", name, "small", "bfloat16", "", build)
-
-
-FINE = control("fine", functools.partial(product, False, 1))
-BY_SUM = control("by sum", functools.partial(product, True, 1))
+GATE = CASES["routing/gate/routed_large/bfloat16"]
+CAPPED = dataclasses.replace(GATE, variant="capped", build=capped)
+OVER_TABLE = "takes 36865 bytes of shared memory, its launch table states 36864"
 
 
 @pytest.mark.parametrize(
-    ("case", "message"),
+    ("changed", "least", "message"),
     [
-        (FINE, ""),
-        (BY_SUM, "has 0 matrix instructions, expected at least 1"),
+        ({}, 4, ""),
+        ({"spilled": 256}, 4, "spills 256 bytes per thread, allowed: 0"),
+        ({"shared": 36 * KIB + 1}, 4, OVER_TABLE if SAME_RELEASE else ""),
         (
-            control("not stated", functools.partial(product, False, 0)),
-            r"has \d+ matrix instructions, but its case states no products",
+            {"shared": 164 * KIB},
+            4,
+            "takes 167936 bytes of shared memory, above the limit of a block",
         ),
-        (control("capped", capped), r"spills \d+ bytes per thread, allowed: 0"),
-        (control("invalid", invalid), "does not compile: .+"),
+        ({"matrix": {}}, 4, "has 0 matrix instructions, expected at least 4"),
+        ({}, 0, "has 4 matrix instructions, but its case states no products"),
     ],
-    ids=lambda value: value.kernel if isinstance(value, Case) else "",
+    ids=str,
 )
-def test_failures_are_reported(case: Case, message: str) -> None:
-    row = compile_case(case, 90)
-    if not message:
-        assert row.failures == []
-        return
-    (failure,) = row.failures
-    assert re.fullmatch(message, failure)
+def test_failures_are_reported(changed: dict[str, Any], least: int, message: str) -> None:
+    report = dataclasses.replace(Report(64, 0, 36 * KIB, 4, {MMA: 4}, {}), **changed)
+    found = failures("test", empty(least=least, table=36 * KIB), report, 80)
+    assert found == ([message] if message else [])
 
 
-def test_shared_memory_over_the_table_or_the_device_fails() -> None:
-    report = Report(64, 0, 36 * KIB, 4, {}, {})
-    built = Built(Launch(None, 1, {}, {}, 4, 1), table=36 * KIB)
-    assert failures("test", built, report, 80) == []
-    if SAME_RELEASE:
-        more = dataclasses.replace(report, shared=36 * KIB + 1)
-        (failure,) = failures("test", built, more, 80)
-        assert failure == "takes 36865 bytes of shared memory, its launch table states 36864"
-    more = dataclasses.replace(report, shared=164 * KIB)
-    (failure,) = failures("test", built, more, 80)
-    assert failure == "takes 167936 bytes of shared memory, above the limit of a block"
-
-
-def run(*arguments: str | Path) -> Result:
-    app = typer.Typer()
-    app.command()(command.aot)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def test_a_kernel_that_does_not_compile_is_a_failure() -> None:
+    (failure,) = compile_case(dataclasses.replace(GATE, build=empty), 90).failures
+    assert failure.startswith("does not compile: ")
 
 
 def test_the_command_reports_and_ends_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Takes about 10 s, because the compiling process imports torch and triton."""
-    monkeypatch.setattr(command, "cases", lambda: iter([FINE, BY_SUM]))
+    monkeypatch.setattr(command, "cases", lambda: iter([GATE, CAPPED]))
     monkeypatch.setattr(command, "PROCESSES", 1)
-    path = tmp_path / "rows.json"
-    result = run("--arch", 90, "--json", path)
+    path, app = tmp_path / "rows.json", typer.Typer()
+    app.command()(command.aot)
+    result = CliRunner().invoke(app, ["--arch", "90", "--json", str(path)])
     assert result.exit_code == 1, result.output
-    assert "test/by sum/small/bfloat16 on sm_90: has 0 matrix instructions" in result.stderr
-    fine, by_sum = json.loads(path.read_text())
+    assert re.search(rf"{CAPPED.name} on sm_90: spills \d+ bytes per thread", result.stderr)
+    fine, spilling = json.loads(path.read_text())
     assert fine["failures"] == []
-    assert fine["report"]["matrix"]
-    assert by_sum["failures"]
-    for name in ("test/fine", "test/by sum"):
-        assert name in result.stdout
+    assert fine["report"]["registers"] > 64
+    assert spilling["failures"]
+    for case in (GATE, CAPPED):
+        assert case.name in result.stdout

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import json
 import os
-import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,62 +173,13 @@ def test_every_module_can_be_imported(path: Path) -> None:
     importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
-# Scripts
-
-
-def fake_python(folder: Path, log: Path, then: str, name: str = "python") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\n{then}\n')
-    python.chmod(0o755)
-    return python
-
-
-def gpu_script(python: Path, *steps: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), *steps],
-        env=os.environ | {"PYTHON": str(python)} | environment,
+def test_gpu_script_fails_where_nothing_runs() -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), "bench"],
+        env=os.environ | {"PYTHON": "/bin/false"},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def test_gpu_script_runs_one_process_per_operator(tmp_path: Path) -> None:
-    log, out = tmp_path / "log", tmp_path / "out"
-    python = fake_python(tmp_path, log, 'case "$*" in *routed_mlp*) exit 3;; esac')
-    done = gpu_script(python, "bench", OUT=str(out))
-    assert "bench routed_mlp: failed with exit code 3" in done.stdout
-    assert done.stdout.rstrip().endswith("== failed or skipped: bench routed_mlp")
-    assert done.returncode == 1
-    timed = re.findall(
-        r"bench/test_(\w+)\.py .*--device cuda --full --benchmark-json", log.read_text()
-    )
-    assert sorted(timed) == sorted(OPERATORS)
-    assert out.is_dir()
-
-
-def test_gpu_script_reports_stopped_steps_and_skips_steps_without_time(tmp_path: Path) -> None:
-    """With a `timeout` that stops every command at once."""
-    log = tmp_path / "log"
-    python = fake_python(tmp_path, log, "exit 0")
-    stop = tmp_path / "timeout"
-    stop.write_text(f'#!/bin/sh\necho "timeout $*" >> {log}\nexit 124\n')
-    stop.chmod(0o755)
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FLMOE_GPU_DEVICE": "cpu"}
-    done = gpu_script(python, "sanitize", **path)
-    assert "sanitize (without the tool): stopped after 90 s" in done.stdout
-    assert "timeout --signal=INT --kill-after=20 90 " in log.read_text()
-    assert done.returncode == 1
-    done = gpu_script(python, "tests", FLMOE_GPU_BUDGET="3", **path)
-    assert "== tests: skipped" in done.stdout
-    assert done.returncode == 1
-    unknown = gpu_script(python, "instal")
-    assert unknown.returncode == 2
-    assert "unknown step 'instal'" in unknown.stderr
-
-
-def test_gpu_script_fails_where_nothing_runs() -> None:
-    done = gpu_script(Path("/bin/false"), "bench")
     assert done.returncode == 1
     assert done.stdout.rstrip().endswith("== failed or skipped: bench (no device cuda)")

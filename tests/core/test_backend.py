@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,20 +28,9 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import native as loading
 from tests.support.inputs import cumulative, draw
 from tests.support.layers import LayerCase
+from tests.support.programs import run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 X = torch.zeros(1)
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_capability_table() -> None:

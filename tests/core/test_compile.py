@@ -229,17 +229,6 @@ def test_export_of_inference(masked: bool) -> None:
     assert "flmoe.expert_attention_packed.default" in targets
 
 
-def test_a_backend_chosen_inside() -> None:
-    def chosen(x: Tensor) -> Tensor:
-        with use_backend("reference"):
-            return pair_moe(x, x, x, x, kinds=("unique_a", "synergy")).y
-
-    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
-    x = torch.randn(2, 2, 5, 8)
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), chosen(x))
-
-
 def gated(x: Tensor) -> Tensor:
     return pair_moe(x, x, x, x, kinds=("unique_a", "synergy")).y
 

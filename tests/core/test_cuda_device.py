@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,6 +14,7 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import native as loading
 from flmoe_kernels.ops.routing import cuda
 from flmoe_kernels.ops.routing.api import dispatch, gate
+from tests.support.programs import output_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ON_GPU, WHY_NOT = backends.backend_status()["cuda"]
@@ -171,10 +169,7 @@ def after_asking(code: str) -> str:
     """Output of code in a process that has queried all devices and has not used a GPU otherwise."""
     head = "import ctypes, torch\nfrom flmoe_kernels.core.backend import backend_status\n"
     asked = "assert backend_status()['cuda'][0]\n"
-    command = [sys.executable, "-c", head + asked + code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return output_of(head + asked + code)
 
 
 CONTEXTS = """

@@ -1,18 +1,15 @@
 """Tests of the built CUDA code: registers, atomics, dependencies.
 
-They read the machine code with cuobjdump, from NVIDIA's toolkit or from the package triton.
+They read the machine code with the cuobjdump of the package triton.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -50,28 +47,16 @@ class Kernel:
     shared: int
 
 
-def find_cuobjdump() -> str | None:
-    """Path of cuobjdump: on PATH, next to nvcc or in the package triton; None if it is missing."""
-    nvcc, home = shutil.which("nvcc"), os.environ.get("CUDA_HOME")
-    places = [Path(nvcc).resolve().parent] if nvcc else []
-    places += [Path(home) / "bin"] if home else []
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    found = (shutil.which("cuobjdump", path=str(place)) for place in places)
-    return shutil.which("cuobjdump") or next(filter(None, found), None)
-
-
 def output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def dump(option: str) -> str:
-    tool, module = find_cuobjdump(), native().__file__
-    if tool is None or shutil.which("c++filt") is None:
-        pytest.skip("cuobjdump or c++filt is not installed")
+    triton, module = pytest.importorskip("triton"), native().__file__
+    if shutil.which("c++filt") is None:
+        pytest.skip("c++filt is not installed")
     assert module is not None
-    return output(tool, option, module)
+    return output(triton.knobs.nvidia.cuobjdump.path, option, module)
 
 
 @pytest.fixture(scope="module")

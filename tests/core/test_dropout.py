@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import dropout as rng
-from tests.support.inputs import cumulative, make_seed
+from tests.support.inputs import make_seed
 
 RATES = (0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999)
 WORD = 2**32 - 1
@@ -173,64 +173,3 @@ def test_fresh_seeds_follow_torchs_generator() -> None:
     assert first != second
     assert first.dtype == torch.int64
     assert first.shape == ()
-
-
-# The encoder's kernels draw the same masks; test_expert_attention tests those of attention.
-
-
-def encoder_masks(experts: int, rows: int, width: int, seed: Tensor, p: float) -> Tensor:
-    return rng.keep_mask(
-        seed,
-        p,
-        0,
-        torch.arange(experts).view(-1, 1, 1),
-        torch.arange(rows).view(-1, 1),
-        torch.arange(width),
-    )
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999, 1.0])
-@pytest.mark.parametrize("width", [1, 17, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_kernels_of_the_encoder_draw_these_masks(p: float, width: int, dtype: torch.dtype) -> None:
-    experts, rows = 2, 67
-    seed, ones = make_seed(), torch.ones(experts, rows, width, dtype=dtype)
-    zeros, affine = torch.zeros_like(ones), torch.ones(experts, width, dtype=dtype)
-    expected = encoder_masks(experts, rows, width, seed, p)
-    ops = torch.ops.flmoe
-    activated = ops.gelu_dropout(ones, seed, p)
-    total = ops.dropout_add_norm(zeros, ones, affine, affine, seed, p, 1e-5)[0]
-    runs = cumulative([1] * rows)
-    pooled = ops.dropout_add_pool(zeros, ones, runs, 1, seed, p)[:, 0]
-    for name, out in (("gelu", activated), ("norm", total), ("pool", pooled)):
-        assert torch.equal(out != 0, expected), name
-    scaled = (expected.double() * rng.keep_scale(p)).to(dtype)
-    assert torch.equal(total, scaled)
-    assert torch.equal(pooled, scaled)
-    if 0 < p < 0.9 and width > 1:
-        wrong = encoder_masks(experts, rows, width, make_seed(1), p)
-        assert not torch.equal(activated != 0, wrong)
-
-
-def test_self_residual_draws_two_masks() -> None:
-    experts, rows, width = 3, 40, 130
-    seed = make_seed()
-    ones, affine = torch.ones(experts, rows, width), torch.ones(experts, width)
-    total = torch.ops.flmoe.dropout_add_norm(None, ones, affine, affine, seed, 0.5, 1e-5)[0]
-    index = [torch.arange(n).view(-1, *[1] * i) for n, i in ((experts, 2), (rows, 1), (width, 0))]
-    first, second = (rng.keep_mask(seed, 0.5, stream, *index) for stream in (0, 1))
-    assert torch.equal(total, first * (2.0 + 4.0 * second))
-    assert_independent(first, second)
-
-
-def test_every_view_has_its_own_mask() -> None:
-    """Pooling numbers rows across all views, as the other kernels do, so views do not share masks."""
-    rows, views, width = 50, 3, 128
-    seed = make_seed()
-    ones = torch.ones(1, views * rows, width)
-    out = torch.ops.flmoe.dropout_add_pool(
-        torch.zeros_like(ones), ones, cumulative([1] * rows), views, seed, 0.5
-    )
-    expected = encoder_masks(1, views * rows, width, seed, 0.5).view(1, views, rows, width)
-    assert torch.equal(out != 0, expected)
-    assert_independent(expected[0, 0], expected[0, 1])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.programs import output_of
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("triton", "rich", "typer", "sklearn", "matplotlib", "safetensors", "scipy")
@@ -35,15 +34,7 @@ layer(x)[2].sum().backward()
 
 def run(code: str, *names: str) -> str:
     """Standard output of a program in which modules with these names cannot be imported."""
-    result = subprocess.run(
-        [sys.executable, "-c", HIDE.format(names=names) + code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return output_of(HIDE.format(names=names) + code)
 
 
 def test_works_without_any_optional_package() -> None:
@@ -62,8 +53,8 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert run(code, "typer").strip() == "No module named 'typer'"
-    assert run(code).strip() == ""
+    assert run(code, "typer") == "No module named 'typer'"
+    assert run(code) == ""
 
 
 def test_works_without_the_native_module() -> None:
@@ -76,7 +67,7 @@ with flmoe_kernels.use_backend("cpu"):
     except flmoe_kernels.BackendUnavailable as error:
         print(error)
 """
-    backends, reason, _ = run(code, "flmoe_kernels._native").split("\n")
+    backends, reason = run(code, "flmoe_kernels._native").split("\n")
     assert backends == "('reference',)"
     assert reason.startswith("interaction_moe: backend 'cpu' was requested, but the native module")
     assert "is not built or cannot be loaded (No module named 'flmoe_kernels._native'" in reason

@@ -5,27 +5,24 @@ tests/bench/test_aot.py compiles the kernels.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from flmoe_kernels.core.triton.tables import KNOWN, Table, architecture_of, known
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+from bench.aot.cases import meta
+from bench.aot.operators import expert_attention, pair_moe, routed_mlp
 from flmoe_kernels.ops.expert_attention.triton import choice as attention_choice
 from flmoe_kernels.ops.expert_attention.triton.table import TABLE as ATTENTION
-from flmoe_kernels.ops.expert_attention.triton.table import AttentionCall
-from flmoe_kernels.ops.pair_moe.call import PairCall
 from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
 from flmoe_kernels.ops.pair_moe.triton import launch as pair
 from flmoe_kernels.ops.pair_moe.triton.table import FEW
 from flmoe_kernels.ops.pair_moe.triton.table import TABLE as PAIR
-from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton import choice as routed_choice
 from flmoe_kernels.ops.routed_mlp.triton import launch as routed
 from flmoe_kernels.ops.routed_mlp.triton.table import TABLE as ROUTED
@@ -34,38 +31,6 @@ TABLES = {"pair_moe": PAIR, "expert_attention": ATTENTION, "routed_mlp": ROUTED}
 KIB = 1024
 # Shared memory of a block and of an SM in KiB, and the index in `shared`; sm_86 uses the index of sm_80.
 SHARED = {80: (163, 164, 0), 86: (99, 100, 0), 90: (227, 228, 1), 100: (227, 228, 2)}
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def pairs(batch: int, rows: int, columns: int, experts: int = 4) -> PairCall:
-    q, k = meta(batch, experts, rows, 32), meta(batch, experts, columns, 32)
-    a, c = meta(batch, experts, rows, 64), meta(batch, experts, columns, 64)
-    kinds = tuple(range(4)) * (experts // 4)
-    return PairCall(q, k, a, c, None, None, None, kinds, experts, 1.0)
-
-
-def layer(width: int, hidden: int, tokens: int = 512) -> RoutedCall:
-    return RoutedCall(
-        *(meta(tokens, width), meta(tokens, 2), meta(4, hidden, width), None),
-        *(meta(4, width, hidden), None, meta(5, dtype=torch.int32)),
-        *(meta(2 * tokens, dtype=torch.int32), 0),
-    )
-
-
-def attending(rows: int, problems: int, width: int, dropout: bool = True) -> AttentionCall:
-    q, seed = meta(1, rows, 4, width), meta(dtype=torch.int64) if dropout else None
-    runs = meta(problems + 1, dtype=torch.int32)
-    return AttentionCall(q, q, q, runs, seed, 0.5 * dropout, 1.0)
-
-
-def as_float32(call: Any) -> Any:
-    """The same call with float32 instead of 16-bit tensors."""
-    tensors = {name: value for name, value in vars(call).items() if isinstance(value, Tensor)}
-    halves = {name: x.float() for name, x in tensors.items() if x.dtype == torch.bfloat16}
-    return dataclasses.replace(call, **halves)
 
 
 def replacements() -> Iterator[tuple[str, int, Any, Any]]:
@@ -111,17 +76,11 @@ def test_replaced_configurations_fit_where_they_are_used() -> None:
 
 
 def test_every_replacement_is_used_by_some_call() -> None:
-    """Every entry is reached by some call; none is hidden by another entry."""
-    of_pairs = [
-        pairs(8, 320, 196),
-        pairs(64, 512, 512),
-        pairs(1, 8192, 8192),
-        pairs(8, 320, 196, 8),
-    ]
-    of_attention = [attending(16512, 32, width) for width in (64, 128, 256)]
-    of_layers = [layer(2048, 1024), layer(63, 70), as_float32(layer(64, 71))]
-    of_pairs += map(as_float32, of_pairs[:])
-    of_attention += map(as_float32, of_attention[:])
+    """Every entry is reached by some call of the compile report; none is hidden by another entry."""
+    of_pairs, of_attention, of_layers = (
+        [use.call() for use, *_ in module.USES]
+        for module in (pair_moe, expert_attention, routed_mlp)
+    )
     used: set[tuple[str, int, Any]] = set()
     for number in KNOWN:
         for kernel in ("accumulate", "gradient", "map"):
@@ -140,22 +99,22 @@ def test_every_replacement_is_used_by_some_call() -> None:
 
 def test_buffers_for_other_tiles_are_refused() -> None:
     """The kernel would write past the end of such a buffer."""
-    call = pairs(8, 320, 196)
-    mass = meta(8, 4, 320, dtype=torch.float32)
+    call = pair_moe.BASE.call()
+    mass = meta((8, 4, 320), torch.float32)
     tiles = pair_choice.tiles_of("accumulate", call)
-    partial = meta(8, 4, 7, 64, dtype=torch.float32)
+    partial = meta((8, 4, 7, 64), torch.float32)
     with pytest.raises(ValueError, match="y: expected partial sums of 5 blocks, got 7"):
         pair.forward_launch(tiles, call, "pool", partial, mass)
     tiles, sides = (
         pair_choice.tiles_of("gradient", call),
         pair.make_sides(call, "none", torch.float32),
     )
-    bias = meta(8, 3, 4, dtype=torch.float32)
+    bias = meta((8, 3, 4), torch.float32)
     with pytest.raises(ValueError, match="grad_bias: expected partial sums of 5 blocks, got 3"):
         pair.gate_gradient_launch(tiles, call, sides, pair.operand(call.q), bias)
-    mlp = layer(20, 300)
-    rows, dots = meta(1024, 300), meta(1024, 2, dtype=torch.float32)
-    with pytest.raises(ValueError, match="dots: expected 3 blocks of columns, got 2"):
+    mlp = routed_mlp.of(routed_mlp.ODD[3].name).call()
+    rows, dots = meta((mlp.rows, mlp.hidden), mlp.x.dtype), meta((mlp.rows, 2), torch.float32)
+    with pytest.raises(ValueError, match="dots: expected 4 blocks of columns, got 2"):
         routed.hidden_gradient_launch(
             ROUTED["hidden_gradient", False], mlp, mlp.x, rows, rows, rows, dots
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.tuning import cache, timing, tuner
 from flmoe_kernels.core.triton.tuning.timing import agree
+from tests.support.programs import output_of
 from tests.support.tuning_trials import (
     BETTER,
     CPU,
@@ -25,7 +26,6 @@ from tests.support.tuning_trials import (
     Tiles,
     choose,
     empty_cache,
-    python,
     refuse,
     sums,
 )
@@ -201,4 +201,4 @@ def test_the_environment_variable_enables_tuning(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="FLMOE_AUTOTUNE: expected one of 0, 1, got 'yes'"):
         tuner.enabled_by_environment()
     code = "from flmoe_kernels.core.triton import tuning; print(tuning.enabled())"
-    assert python(code, FLMOE_AUTOTUNE="1") == "True"
+    assert output_of(code, FLMOE_AUTOTUNE="1") == "True"

@@ -14,6 +14,7 @@ import pytest
 
 from flmoe_kernels.core.triton.tuning import cache
 from flmoe_kernels.core.triton.tuning.cache import decode, encode
+from tests.support.programs import output_of
 from tests.support.tuning_trials import (
     BETTER,
     KEY,
@@ -22,7 +23,6 @@ from tests.support.tuning_trials import (
     Clock,
     choose,
     empty_cache,
-    python,
 )
 
 
@@ -134,4 +134,4 @@ def test_the_folder_follows_the_environment(
 def test_a_new_process_reads_saved_results() -> None:
     assert choose(Clock(SECONDS)) == BETTER
     code = "from tests.support.tuning_trials import choose, refuse; print(choose(refuse))"
-    assert python(code) == str(BETTER)
+    assert output_of(code) == str(BETTER)

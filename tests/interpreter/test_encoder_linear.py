@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.encoder import reference
 from flmoe_kernels.ops.encoder.triton import linear_launch as launches
 from flmoe_kernels.ops.encoder.triton.linear import linear, linear_backward
@@ -83,35 +83,6 @@ def test_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
 def test_cases_with_and_without_split_rows() -> None:
     found = {shares_of(dtype, c.experts, c.rows, c.outer, c.inner) for c, dtype in CASES}
     assert {1, 2, 4} <= found
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_a_wrong_result_fails(dtype: torch.dtype) -> None:
-    """Negative control of the comparisons above."""
-    case = Case(2, 70, 20, 24)
-    triples = check(case, dtype)
-    x, weight, bias = case.inputs(dtype)
-    grad_out, last = case.cotangent(dtype), torch.ones(2, 70, 1, dtype=dtype)
-    last[:, -1] = 0
-    # Wrong results, and the names of the results that the mistake does not change.
-    wrong: dict[str, tuple[list[Tensor], set[str]]] = {
-        "rows shifted": (run([x.roll(1, 1), weight, bias], grad_out), {"grad_x", "grad_bias"}),
-        "the other expert's weights": (
-            run([x, weight.flip(0), bias.flip(0)], grad_out),
-            {"grad_weight", "grad_bias"},
-        ),
-        "the last row left out": (run([x * last, weight, bias], grad_out * last), set()),
-        "columns shifted": (
-            run([x, weight.roll(1, 1), bias.roll(1, 1)], grad_out.roll(1, 2)),
-            {"grad_x"},
-        ),
-        "the other expert's gradient": (run([x, weight, bias], grad_out.flip(0)), {"out"}),
-        "no bias": ([linear(x, weight, None)], set()),
-    }
-    for reason, (results, right) in wrong.items():
-        for name, result, (_, low, oracle) in zip(NAMES, results, triples, strict=False):
-            if name not in right:
-                assert_outside_budget(result, low, oracle, f"{name}: {reason}")
 
 
 WANTS = [(30, wants) for wants in itertools.product([False, True], repeat=3)]

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.error_budget import assert_outside_budget
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.core.triton.tables import KNOWN
 from flmoe_kernels.ops.routed_mlp import triton as kernels
@@ -67,17 +66,6 @@ def cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "dtype"), [*cases()], ids=str)
 def test_matches_the_reference(case: RoutedCase, dtype: torch.dtype) -> None:
     check(case, dtype, TRITON)
-
-
-def test_a_wrong_result_fails() -> None:
-    """Negative control of the comparisons above: another activation, and an error of a thousandth."""
-    found, low, oracle = check(BASE, torch.float32, TRITON)
-    inputs, index = BASE.inputs(torch.float32), BASE.index()
-    other = run(dataclasses.replace(BASE, act="gelu_tanh"), inputs, index, TRITON)
-    for name, right, wrong, *rest in zip(NAMES, found, other, low, oracle, strict=True):
-        if name != "grad_b_out":  # it does not depend on the activation
-            assert_outside_budget(wrong, *rest, name)
-        assert_outside_budget(right * (1 + 1e-3), *rest, name)
 
 
 def with_cotangent(

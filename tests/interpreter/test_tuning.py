@@ -16,7 +16,7 @@ from flmoe_kernels import expert_attention, pair_map
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.core.triton.tuning import timing, tuner
+from flmoe_kernels.core.triton.tuning import tuner
 from flmoe_kernels.ops.expert_attention.triton import table as attention_table
 from flmoe_kernels.ops.pair_moe.call import PairCall
 from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
@@ -155,16 +155,6 @@ def test_a_map_is_tuned_too() -> None:
     (result,) = saved_results()
     assert result.key.kernel == "pair_moe.map"
     assert result.tiles != result.table
-
-
-def test_a_capture_times_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = ROUTED.inputs(torch.float32)
-    want = routed(inputs, TRITON)
-    monkeypatch.setattr(timing, "capturing", lambda _device: True)
-    with tuning.autotune(timer=refuse):
-        found = routed(inputs, TRITON)
-    assert not folder.exists()
-    assert all(map(torch.equal, found, want))
 
 
 def test_calls_of_a_bucket_share_a_result() -> None:

@@ -124,26 +124,6 @@ def test_gelu_dropout(rows: int, width: int, p: float, dtype: torch.dtype) -> No
     compare(OPS.gelu_dropout, reference.gelu_dropout, arguments, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gelu_over_its_whole_range(dtype: torch.dtype) -> None:
-    """Pointwise errors, relative to the value if it is large and to the tail if it vanishes."""
-    points = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([1e-30, -1e-30, 0.0, 50, -50])])
-    x = points.to(dtype).view(1, 1, -1).requires_grad_()
-    out = OPS.gelu_dropout(x, None, 0.0)
-    (grad,) = torch.autograd.grad(out.sum(), x)
-    x64 = x.detach().double().requires_grad_()
-    exact = x64 * 0.5 * torch.special.erfc(-x64 / 2**0.5)
-    (exact_grad,) = torch.autograd.grad(exact.sum(), x64)
-    eps = torch.finfo(dtype).eps
-    for got, want in ((out, exact), (grad, exact_grad)):
-        bound = 8 * eps * want.abs().clamp_min(0.1) if dtype == torch.float32 else 1e-14
-        assert ((got - want).abs() <= bound).all()
-    # The relative error stays small in the left tail too, where x * 0.5 * (1 + erf) cancels.
-    tail = (x64 < -1) & (x64 > -9)
-    limit = 2e-5 if dtype == torch.float32 else 1e-12
-    assert ((out - exact).abs()[tail] <= limit * exact.abs()[tail]).all()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize(("rows", "width"), SIZES)
@@ -172,6 +152,7 @@ def test_expand_views(rows: int, width: int, modalities: int, dtype: torch.dtype
 
 class TestCpu(EncoderTests):
     backend, rows, width = "cpu", 62, 4
+    precise = (torch.float32, torch.float64)
 
     @pytest.fixture(params=DTYPES, ids=str)
     def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:

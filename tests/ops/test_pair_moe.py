@@ -220,14 +220,6 @@ def test_autocast(backend: str) -> None:
     assert torch.equal(found.mass, expected.mass)
 
 
-def test_a_second_derivative_is_refused() -> None:
-    leaves = [x.detach().requires_grad_() for x in BASE.inputs(torch.float64)]
-    y = pair_moe(*leaves[:4], kinds=DEFAULT_KINDS).y
-    (grad,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="pair_moe_backward has no derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype, reduce: str) -> None:

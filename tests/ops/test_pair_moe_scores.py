@@ -154,19 +154,28 @@ def test_ties_select_the_earlier_pair(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_valid_pair_of_minus_infinity_comes_before_masked_ones(backend: str) -> None:
-    a = torch.tensor([2.0, 5.0, -torch.inf]).view(1, 1, 3, 1)
-    zeros = torch.zeros(1, 1, 3, 1)
-    found = top_pairs(
-        *(zeros, zeros[:, :, :2], a, zeros[:, :, :2]),
-        torch.ones(1, 1),
-        n_pairs=5,
-        kinds=("unique_a",),
-        mask_a=torch.tensor([[True, False, True]]),
-        backend=backend,
-    )
-    assert found.i[0, 0].tolist() == [0, 0, 2, 2, -1]
-    assert found.total_i[0].tolist() == [0, 0, 2, 2, -1]
+@pytest.mark.parametrize(
+    ("values", "valid", "count", "i", "j"),
+    [
+        ((2.0, math.nan, -math.inf), (True, True, True), 7, [1, 1, 0, 0, 2, 2], [0, 1] * 3),
+        ((2.0, 5.0, -math.inf), (True, False, True), 5, [0, 0, 2, 2, -1], [0, 1, 0, 1, -1]),
+    ],
+)
+def test_nan_comes_first_then_minus_infinity_and_masked_pairs_last(
+    values: tuple[float, ...],
+    valid: tuple[bool, ...],
+    count: int,
+    i: list[int],
+    j: list[int],
+    backend: str,
+) -> None:
+    a, zeros = torch.tensor(values).view(1, 1, 3, 1), torch.zeros(1, 1, 3, 1)
+    options: dict[str, Any] = {"kinds": ("unique_a",), "mask_a": torch.tensor([valid])}
+    few = zeros[:, :, :2]
+    call = (zeros, few, a, few, torch.ones(1, 1))
+    found = top_pairs(*call, n_pairs=count, backend=backend, **options)
+    assert (found.i[0, 0].tolist(), found.j[0, 0].tolist()) == (i, j)
+    assert found.total_i[0].tolist() == i
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -203,22 +212,6 @@ def test_memory_does_not_grow_with_the_map() -> None:
     streamed, dense = map(int, result.stdout.split())  # KiB
     assert streamed < 20 * 1024
     assert dense > 90 * 1024
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_nan_comes_first_and_minus_infinity_last(backend: str) -> None:
-    a = torch.ones(1, 1, 3, 1)
-    a[0, 0, :, 0] = torch.tensor([2.0, float("nan"), -torch.inf])
-    zeros = torch.zeros(1, 1, 3, 1)
-    found = top_pairs(
-        *(zeros, zeros[:, :, :2], a, zeros[:, :, :2]),
-        torch.ones(1, 1),
-        n_pairs=7,
-        kinds=("unique_a",),
-        backend=backend,
-    )
-    assert found.i[0, 0].tolist() == [1, 1, 0, 0, 2, 2]
-    assert found.j[0, 0].tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_a_head_without_classes_and_no_gradient() -> None:

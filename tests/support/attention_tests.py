@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import expert_attention
+from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from tests.support.attention_cases import NAMES, Case, check, run
 from tests.support.inputs import INF, NAN, as_dtype, cumulative, draw, gradients, make_seed
@@ -35,6 +36,8 @@ EMPTY = (
     *(Case((), 2, 4, 0.5, groups, tail=tail) for groups in (None, 2) for tail in (0, 3)),
     Case((0, 0), 1, 3, groups=0),
 )
+# (length of the runs, rate)
+MASKS = ((1, 0.5), (11, 0.0), (11, 0.1), (63, 0.5), (73, 0.5), (20, 0.999), (20, 1.0))
 
 
 class AttentionTests:
@@ -64,6 +67,27 @@ class AttentionTests:
         for mistake, results in wrong.items():
             for name, *triple in zip(NAMES, results, low, oracle, strict=True):
                 assert_outside_budget(*triple, f"{name}: {mistake}")
+
+    @pytest.mark.parametrize(("length", "p"), MASKS)
+    def test_the_mask_is_the_generators(self, length: int, p: float, dtype: torch.dtype) -> None:
+        """If v is the identity, the output has the probabilities, whose zeros are the mask; the gradient of v has
+        them transposed."""
+        heads, groups, problems = 2, 2, 2
+        zeros = torch.zeros(groups, problems * length, heads, length, dtype=dtype)
+        eye = torch.eye(length, dtype=dtype).view(length, 1, length).expand(-1, heads, -1)
+        v = eye.repeat(groups, problems, 1, 1).requires_grad_()
+        options = {"dropout_p": p, "seed": make_seed(), "backend": self.backend}
+        out = expert_attention(zeros, zeros, v, cumulative([length] * problems), **options)
+        assert isinstance(out, Tensor)
+        (grad_v,) = torch.autograd.grad(out, v, v.detach())
+        ids = torch.arange(groups * problems).view(groups, problems, 1, 1, 1)
+        row, head = torch.arange(length).view(-1, 1, 1), torch.arange(heads).view(-1, 1)
+        kept = rng.keep_mask(make_seed(), p, ids, head, row, torch.arange(length))
+        assert torch.equal(out.view(kept.shape) != 0, kept)
+        assert torch.equal(grad_v.view(kept.shape).transpose(2, 4) != 0, kept)
+        if 0 < p < 0.9 and length > 1:
+            for what, dim in (("groups", 0), ("problems", 1), ("heads", 3)):
+                assert not torch.equal(kept, kept.roll(1, dim)), f"{what} share a mask"
 
     def test_uncovered_rows_get_zeros(self) -> None:
         case = Case((4, 0, 6), 2, 8, 0.5, groups=2, lead=3, tail=25)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core import dropout as rng
+from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.error_budget import assert_outside_budget
 from flmoe_kernels.ops.encoder import reference
 from tests.support.encoder_cases import norm_arguments, operator_calls
@@ -82,12 +84,26 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
     ]
 
 
+# (experts, rows of a view, width, rate)
+MASKS = (
+    *((2, 2, 63, 0.3), (1, 1, 1030, 0.99), (2, 3, 300, 0.5), (1, 2, 300, 0.999)),
+    *((2, 2, 17, 0.0), (1, 2, 17, 1.0), (1, 2, 17, 0.1), (1, 34, 2, 0.5)),
+)
+DROPPING = tuple(
+    name + suffix
+    for name in ("gelu_dropout", "dropout_add_norm", "dropout_add_pool")
+    for suffix in ("", "_backward")
+)
+
+
 class EncoderTests:
-    """Subclasses set a backend and the rows and width of most calls, and have a fixture `dtype`."""
+    """Subclasses set a backend, the rows and width of most calls, and dtypes without rounding to half precision;
+    they have a fixture `dtype`."""
 
     backend: str
     rows: int
     width: int
+    precise: tuple[torch.dtype, ...]
 
     def operator(self, name: str) -> Operator:
         return lambda *arguments: getattr(OPS, name)(*arguments, self.backend)
@@ -152,6 +168,28 @@ class EncoderTests:
             pair = [evaluate(operator, each, outputs) for each in (plain, strided)]
             assert all(map(torch.equal, *pair)), name
 
+    @pytest.mark.parametrize("active", [True, False])
+    def test_triplet_margin(self, active: bool) -> None:
+        """Inside the margin the loss is distance - distance + 1; outside, it and its gradient are 0."""
+        latents = torch.zeros(4, 3, 1, 4)
+        latents[:, 1, 0, 0], latents[:, 2, 0, 0] = 1.0, 1.5 if active else 2.5
+        # Expert 0's negative is view 1 and its positive view 2; expert 1 has them swapped.
+        expected = torch.tensor([1.5, 0.5] if active else [2.5, 0.0])
+        for dtype in self.precise:
+            found = compare(self.operator("interaction_losses"), reference_losses, [latents], dtype)
+            (result, *_), (grad, *_) = found
+            torch.testing.assert_close(result[:2], expected.to(dtype), atol=1e-6, rtol=0)
+            assert bool((grad[1] != 0).any()) == active
+
+    def test_losses_of_zero_latents_and_identical_views(self) -> None:
+        shape = (5, 4, 3, 6)
+        zero_view, zero_anchor, zero_sample = (draw(*shape, seed=seed) for seed in (1, 2, 3))
+        zero_view[:, 2] = zero_anchor[:, 0] = zero_sample[:, :, 1] = 0
+        same_views = draw(5, 1, 3, 6, seed=4).expand(shape)
+        for dtype in self.precise:
+            for latents in (zero_view, zero_anchor, zero_sample, same_views, torch.zeros(shape)):
+                compare(self.operator("interaction_losses"), reference_losses, [latents], dtype)
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_nan_and_inf_propagate(self, value: float) -> None:
         for name, arguments in self.calls(0.0).items():
@@ -165,6 +203,74 @@ class EncoderTests:
             for kind in (torch.isnan, torch.isposinf, torch.isneginf):
                 assert torch.equal(kind(got), kind(want)), name
             assert not got.isfinite().all(), name
+
+    def test_gelu_over_its_whole_range(self, dtype: torch.dtype) -> None:
+        """Pointwise errors, relative to the value if it is large and to the tail if it vanishes."""
+        if dtype in (torch.bfloat16, torch.float16):
+            pytest.skip("the results are rounded")
+        far = torch.tensor([1e-30, -1e-30, 0.0, 50, -50, 1e25, -1e25, 3e38, -3e38])
+        points = torch.cat([torch.linspace(-14, 14, 5601), far])
+        x = points.to(dtype).view(1, 1, -1).requires_grad_()
+        out = self.operator("gelu_dropout")(x, None, 0.0)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        x64 = x.detach().double().requires_grad_()
+        exact = x64 * 0.5 * torch.special.erfc(-x64 / 2**0.5)
+        (exact_grad,) = torch.autograd.grad(exact.sum(), x64)
+        eps = torch.finfo(dtype).eps
+        # Near its zeros the gradient is the difference of two terms of this size.
+        for got, want, size in ((out, exact, 0.1), (grad, exact_grad, 0.25)):
+            bound = 8 * eps * want.abs().clamp_min(size if dtype == torch.float32 else 4.0)
+            assert ((got - want).abs() <= bound).all()
+            assert not ((got * (1 + 1e-5) - want).abs() <= bound).all()
+        # The relative error stays small in the left tail too, where x * 0.5 * (1 + erf) cancels.
+        tail = (x64 < -1) & (x64 > -9)
+        limit = 2e-5 if dtype == torch.float32 else 1e-12
+        assert ((out - exact).abs()[tail] <= limit * exact.abs()[tail]).all()
+
+    @pytest.mark.parametrize(("experts", "rows", "width", "p"), MASKS)
+    def test_masks_are_the_generators(
+        self, experts: int, rows: int, width: int, p: float, dtype: torch.dtype
+    ) -> None:
+        """Masks agree bitwise, forward and backward, in every operator with dropout; rows are numbered across
+        views, so that views do not share masks."""
+        seed, views, wants = make_seed(), 2, [True] * 4
+        at = torch.arange(experts).view(-1, 1, 1), torch.arange(views * rows).view(-1, 1)
+        first, second = (rng.keep_mask(seed, p, i, *at, torch.arange(width)) for i in (0, 1))
+        shape = (experts, views * rows, width)
+        ones, zeros = torch.ones(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        gain, scale = torch.ones(experts, width, dtype=dtype), rng.keep_scale(p)
+        statistics = torch.ones(shape[:2], dtype=statistics_dtype(dtype))
+        norm = (ones, gain, gain, seed, p, EPS)
+        backward = (ones, None, zeros, statistics, statistics, gain, seed, p)
+        runs = cumulative([1] * rows)
+        call = {name: self.operator(name) for name in DROPPING}
+        pooled = call["dropout_add_pool"](zeros, ones, runs, views, seed, p)
+        tail = (runs, views, views * rows, seed, p, wants[:2])
+        scaled = (
+            call["dropout_add_norm"](zeros, *norm)[0],
+            call["dropout_add_norm_backward"](*backward, False, wants)[1],
+            pooled.view(shape),
+            call["dropout_add_pool_backward"](torch.ones_like(pooled), *tail)[1],
+        )
+        # Triton's interpreter truncates to half precision.
+        unit = 4 * torch.finfo(dtype).eps
+        kept, again = first.double(), second.double()
+        for got in scaled:
+            assert torch.equal(got != 0, first & (scale > 0))
+            tolerance = 0 if self.backend == "cpu" else unit
+            torch.testing.assert_close(got, (kept * scale).to(dtype), rtol=tolerance, atol=0)
+        for got in (
+            call["gelu_dropout"](ones, seed, p),
+            call["gelu_dropout_backward"](ones, zeros, seed, p),
+        ):
+            assert torch.equal(got != 0, first)
+        # Without a residual, dropout is applied to the update twice.
+        twice = (kept * scale * (1 + again * scale)).to(dtype)
+        sums = call["dropout_add_norm"](None, *norm)[0]
+        grad = call["dropout_add_norm_backward"](*backward, True, wants)[1]
+        for got in (sums, grad):
+            torch.testing.assert_close(got, twice, rtol=unit, atol=0)
+        assert not torch.equal(first, second) or p in (0.0, 1.0)
 
     @pytest.mark.parametrize(("name", "arguments", "message"), refusals())
     def test_refuses_what_would_read_past_a_tensor(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.tuning import cache, tuner
 from flmoe_kernels.core.triton.tuning.cache import TuningKey, TuningResult
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 KEY = TuningKey("op.kernel", "16 bit", "bfloat16", (("rows", 64),), "a GPU", "3.7.1", "0.1")
 
@@ -88,16 +84,3 @@ def choose(timer: Any, prepare: Any = None, *, forget: bool = True) -> Tiles:
         tuner.forget()
     with tuning.autotune(timer=timer):
         return tuning.choose(KEY, (TABLE, BETTER, WORSE), prepare or sums(), CPU)
-
-
-def python(code: str, **environment: str) -> str:
-    """Output of a new Python interpreter."""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()

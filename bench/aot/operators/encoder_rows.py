@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench.aot.cases import Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.encoder.triton import rows_launch as launches
 from flmoe_kernels.profile.shapes import LayerShape, by_name
@@ -31,6 +30,10 @@ class RowsUse:
     segments: int
     width: int
     dropout_p: float = 0.5
+
+    @property
+    def variant(self) -> str:
+        return "" if self.dropout_p else "no dropout"
 
     def tensor(self, *shape: int) -> Tensor:
         return meta(shape, self.dtype)
@@ -64,15 +67,6 @@ USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
     (odd(300), ("norm_gradient twice", "pool"), False),
     (odd(63), ("norm", "gelu", "views"), True),
 )
-
-
-def cases() -> Iterator[Case]:
-    for use, kernels, quick in USES:
-        for kernel in kernels:
-            build = partial(built, use, kernel)
-            kind = dtype_name(use.dtype)
-            variant = "" if use.dropout_p else "no dropout"
-            yield Case("encoder_rows", kernel, use.shape, kind, variant, build, quick)
 
 
 def built(use: RowsUse, kernel: str, architecture: int) -> Built:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from bench.aot.cases import Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.expert_attention.triton import launch as launches
 from flmoe_kernels.ops.expert_attention.triton.choice import tiles_of
@@ -90,14 +88,6 @@ USES: tuple[tuple[AttentionUse, tuple[str, ...], bool], ...] = (
     (of_layer("mmimdb", FLOAT32, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, False),
     (WIDE, KERNELS, False),
 )
-
-
-def cases() -> Iterator[Case]:
-    for use, kernels, quick in USES:
-        for kernel in kernels:
-            build = partial(built, use, kernel)
-            kind = dtype_name(use.dtype)
-            yield Case("expert_attention", kernel, use.shape, kind, use.variant, build, quick)
 
 
 def built(use: AttentionUse, kernel: str, architecture: int) -> Built:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from bench.aot.cases import Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.encoder.triton import linear_launch as launches
 from flmoe_kernels.profile.shapes import LayerShape, by_name
@@ -74,14 +73,6 @@ USES: tuple[tuple[LinearUse, tuple[str, ...], bool], ...] = (
     (odd(63, 70, FLOAT32), FEW, False),
     (odd(65536, 32768, BFLOAT16, 1), OUT, False),
 )
-
-
-def cases() -> Iterator[Case]:
-    for use, outputs, quick in USES:
-        for output in outputs:
-            build = partial(built, use, output)
-            kind = dtype_name(use.dtype)
-            yield Case("expert_linear", output, use.shape, kind, use.variant, build, quick)
 
 
 def built(use: LinearUse, output: str, architecture: int) -> Built:

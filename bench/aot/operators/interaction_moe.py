@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from bench.aot.cases import Built, Case, dtype_name, meta
+from bench.aot.cases import Built, meta
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.interaction_losses.triton import launch as losses
 from flmoe_kernels.ops.reweighting.triton import launch as reweighting
@@ -31,6 +29,10 @@ class LayerUse:
     dtype: torch.dtype
     masked: bool = True
 
+    @property
+    def variant(self) -> str:
+        return "" if self.masked else "no masks"
+
     def launches(self) -> dict[str, Launch]:
         modalities, total = len(self.lengths), sum(self.lengths)
         experts, views, width = modalities + 2, modalities + 1, modalities * self.dim
@@ -50,24 +52,15 @@ def of_layer(name: str, dtype: torch.dtype, masked: bool = True) -> LayerUse:
     return LayerUse(name, s.batch, tuple(s.tokens), s.dim, s.classes, dtype, masked)
 
 
-# (use, quick). Rows of "wide" span several chunks of columns.
+# (use, kernels, quick). Rows of "wide" span several chunks of columns.
 USES = (
-    (of_layer("mmimdb", torch.bfloat16), True),
-    (of_layer("mmimdb", torch.float32), False),
-    (of_layer("enrico", torch.bfloat16), False),
-    (of_layer("mimic", torch.bfloat16), False),
-    (of_layer("mimic", torch.float32, masked=False), False),
-    (LayerUse("wide", 16, (40, 30, 20), 1024, 300, torch.float16), False),
+    (of_layer("mmimdb", torch.bfloat16), KERNELS, True),
+    (of_layer("mmimdb", torch.float32), KERNELS, False),
+    (of_layer("enrico", torch.bfloat16), KERNELS, False),
+    (of_layer("mimic", torch.bfloat16), KERNELS, False),
+    (of_layer("mimic", torch.float32, masked=False), KERNELS, False),
+    (LayerUse("wide", 16, (40, 30, 20), 1024, 300, torch.float16), KERNELS, False),
 )
-
-
-def cases() -> Iterator[Case]:
-    for use, quick in USES:
-        for kernel in KERNELS:
-            variant = "" if use.masked else "no masks"
-            build = partial(built, use, kernel)
-            kind = dtype_name(use.dtype)
-            yield Case("interaction_moe", kernel, use.shape, kind, variant, build, quick)
 
 
 def built(use: LayerUse, kernel: str, _architecture: int) -> Built:

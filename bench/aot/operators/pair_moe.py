@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from bench.aot.cases import Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.pair_moe.call import REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import kind_codes
@@ -108,14 +107,6 @@ USES: tuple[tuple[PairUse, tuple[str, ...], bool], ...] = (
     (PairUse("pair_base", FLOAT32, "experts", each=2, masks=True), ("y",), False),
     (PairUse("pair_base", FLOAT32, "pool", each=2, masks=True), ("keys",), False),
 )
-
-
-def cases() -> Iterator[Case]:
-    for use, outputs, quick in USES:
-        for output in outputs:
-            kind = dtype_name(use.dtype)
-            build = partial(built, use, output)
-            yield Case("pair_moe", output, use.shape, kind, use.variant, build, quick)
 
 
 def built(use: PairUse, output: str, architecture: int) -> Built:

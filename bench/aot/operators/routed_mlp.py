@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from bench.aot.cases import Built, Case, dtype_name, meta, stated
+from bench.aot.cases import Built, dtype_name, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton import launch as launches
@@ -86,14 +85,6 @@ USES: tuple[tuple[RoutedUse, tuple[str, ...], bool], ...] = (
     (of("routed_large", FLOAT32), tuple(p for p in PRODUCTS if p != "rows"), False),
     (of("routed_small_e4", FLOAT32, "relu", act=RELU), ("grad_hidden",), False),
 )
-
-
-def cases() -> Iterator[Case]:
-    for use, outputs, quick in USES:
-        for output in outputs:
-            build = partial(built, use, output)
-            kind = dtype_name(use.dtype)
-            yield Case("routed_mlp", output, use.shape, kind, use.variant, build, quick)
 
 
 def built(use: RoutedUse, output: str, architecture: int) -> Built:

@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 
-from bench.aot.cases import Built, Case, dtype_name, meta
+from bench.aot.cases import Built, meta
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.routing.triton import launch as routing
 from flmoe_kernels.profile.shapes import RoutedShape, by_name
 
 KERNELS = ("gate", "count", "scan", "place", "limit")
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
-# (shape, dtype of the logits, kernels, quick).
-USES = (
-    ("routed_large", BFLOAT16, KERNELS, True),
-    ("routed_large", FLOAT16, KERNELS[:1], False),
-    ("routed_small_e4", BFLOAT16, KERNELS, False),
-    ("routed_small_e16", BFLOAT16, KERNELS, False),
-)
 CAPACITY = 1000
 
 
-def cases() -> Iterator[Case]:
-    for shape, dtype, kernels, quick in USES:
-        for kernel in kernels:
-            build = partial(built, shape, dtype, kernel)
-            yield Case("routing", kernel, shape, dtype_name(dtype), "", build, quick)
+@dataclass(frozen=True)
+class RoutingUse:
+    shape: str
+    dtype: torch.dtype
+    variant: str = ""
 
 
-def built(shape: str, dtype: torch.dtype, kernel: str, _architecture: int) -> Built:
-    sizes = by_name(shape, "cuda")
+# (use, kernels, quick).
+USES = (
+    (RoutingUse("routed_large", BFLOAT16), KERNELS, True),
+    (RoutingUse("routed_large", FLOAT16), KERNELS[:1], False),
+    (RoutingUse("routed_small_e4", BFLOAT16), KERNELS, False),
+    (RoutingUse("routed_small_e16", BFLOAT16), KERNELS, False),
+)
+
+
+def built(use: RoutingUse, kernel: str, _architecture: int) -> Built:
+    sizes = by_name(use.shape, "cuda")
     assert isinstance(sizes, RoutedShape)
-    return Built(dict(launches_of(sizes, dtype))[kernel])
+    return Built(dict(launches_of(sizes, use.dtype))[kernel])
 
 
 def launches_of(sizes: RoutedShape, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:

@@ -1,5 +1,5 @@
-"""Inputs and calls of the operators. Every module has
+"""Inputs and calls of the operators.
 
-prepare(case, name, dtype)          the call of a backend or the reference
-reference_unavailable_reason(case)  the reason why the reference cannot compute this case here, or ""
+Every module has `prepare(case, name, dtype)`: the call of a backend or the reference. pair_moe also has
+`reference_unavailable_reason(case)`: the reason why the reference needs too much memory, or "".
 """

@@ -19,10 +19,6 @@ WITH_DROPOUT = " with dropout"
 _SEED = 2**61 + 12345
 
 
-def reference_unavailable_reason(case: Case) -> str:
-    return ""
-
-
 def shape_of(case: Case) -> LayerShape:
     assert isinstance(case.shape, LayerShape)
     return case.shape

@@ -27,10 +27,6 @@ from . import draws
 INTERACTION_WEIGHT, GATE_WEIGHT = 0.5, 0.01
 
 
-def reference_unavailable_reason(case: Case) -> str:
-    return ""
-
-
 def shape_of(case: Case) -> LayerShape:
     assert isinstance(case.shape, LayerShape)
     return case.shape

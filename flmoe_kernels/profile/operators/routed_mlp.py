@@ -20,10 +20,6 @@ from . import draws
 Routed = Callable[..., Tensor]
 
 
-def reference_unavailable_reason(case: Case) -> str:
-    return ""
-
-
 def shape_of(case: Case) -> RoutedShape:
     assert isinstance(case.shape, RoutedShape)
     return case.shape

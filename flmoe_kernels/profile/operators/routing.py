@@ -17,10 +17,6 @@ from . import draws
 _CAPACITY_FACTOR = 1.2
 
 
-def reference_unavailable_reason(case: Case) -> str:
-    return ""
-
-
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
     shape = case.shape
     assert isinstance(shape, RoutedShape)
