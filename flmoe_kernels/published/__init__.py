@@ -8,6 +8,7 @@ The modules are the steps; each imports earlier modules only:
     places     finds the published layers inside a model
     recognise  checks whether a layer can be replaced
     source     recognises published source code; fingerprints is its table
+    members    attributes and methods that the fast layer would not have
     convert    converts state dicts and modules
     agreement  error budgets for the outputs of two layers
     calls      inputs for the comparison
