@@ -96,6 +96,14 @@ def test_performance_is_counted(classes: int, several: bool) -> None:
     assert rest.notes[0].startswith(f"no AUROC for {len(missing)} of {classes} classes (")
 
 
+def test_two_classes_are_ranked_by_logits() -> None:
+    """Probabilities of these logits are 1 in float64, which would make the area 1/2."""
+    logits = torch.tensor([[0.0, 40.0], [0.0, 50.0], [0.0, 60.0], [0.0, 70.0]], dtype=torch.float64)
+    assert bool((logits.softmax(dim=1)[:, 1] == 1).all())
+    assert performance(logits, torch.tensor([0, 0, 1, 1])).auroc == 1.0
+    assert performance(logits, torch.tensor([0, 1, 0, 1])).auroc == 0.75
+
+
 def test_a_single_logit_is_a_binary_task() -> None:
     logits, labels = task(2, False)
     single = logits[:, 1:] - logits[:, :1]

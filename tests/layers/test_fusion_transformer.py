@@ -429,6 +429,8 @@ def test_inputs_of_lower_precision_are_cast(name: str, backend: str) -> None:
     if name != "reweight":
         with pytest.raises(TypeError, match=r"inputs\[0\]: expected dtype torch.float32 .*float64"):
             call(FL.inputs(torch.float64), None)
+        with pytest.raises(TypeError, match=r"inputs\[0\]: expected dtype torch.float32 .*float8"):
+            call([x.to(torch.float8_e4m3fn) for x in FL.inputs()], None)
 
 
 @BACKENDS
