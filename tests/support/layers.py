@@ -108,6 +108,29 @@ SPARSE_I2 = dataclasses.replace(I2, sparse=True, gate="GShardGate")
 RANDOM_GATES = ("SwitchGate", "NoisyGate")
 
 
+def fusion_of(
+    case: LayerCase, backend: str | None, dtype: torch.dtype = torch.float32
+) -> FusionTransformer:
+    """A fusion model with random parameters; in eval mode if its gates draw random numbers."""
+    fusion = FusionTransformer(
+        *(len(case.lengths), case.dim, case.classes, case.layers, case.heads, case.dropout),
+        *(case.compat, case.lengths[0] if case.compat == "i2moe" else None),
+        mlp_sparse=case.gate is not None,
+        num_experts=case.mlp_experts,
+        top_k=case.top_k,
+        gate=case.gate or "GShardGate",
+        backend=backend,
+    )
+    with torch.no_grad():
+        for i, parameter in enumerate(fusion.parameters()):
+            fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
+            parameter.copy_(draw(*parameter.shape, seed=1000 + i) * fan_in**-0.5)
+    for part in fusion.modules():
+        if case.capacity is not None and hasattr(part, "capacity"):
+            setattr(part, "capacity", (case.capacity,) * 2)  # noqa: B010
+    return fusion.to(dtype).train(case.gate not in RANDOM_GATES)
+
+
 def fast_layer(case: LayerCase, dtype: torch.dtype = torch.float32) -> InteractionMoE:
     """The layer on the CPU kernels, in train mode unless its gates draw random numbers."""
     layer = InteractionMoE.adopt(case.reference(dtype), backend="cpu")
