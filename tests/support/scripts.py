@@ -331,18 +331,18 @@ def hooks(published: Any) -> str:
 
 @row("edited source: modality dropout, truncation, noise")
 def edits(published: Any) -> str:
+    version = ""
+
     class Transformer(published.Transformer):
         """An edited forward, in three versions."""
 
-        version = ""
-
         def forward(self, inputs: list[Tensor], *rest: Any, **named: Any) -> Any:
-            if self.version == "dropout" and self.training:
+            if version == "dropout" and self.training:
                 keep = torch.rand(len(inputs)) > 0.3
                 inputs = [x * float(k) for x, k in zip(inputs, keep, strict=True)]
-            if self.version == "noise":
+            if version == "noise":
                 inputs = [x + 1e-2 * torch.randn(x.shape).to(x) for x in inputs]
-            if self.version == "truncated" and inputs[0].shape[1] > 100:
+            if version == "truncated" and inputs[0].shape[1] > 100:
                 inputs = [x.clone() for x in inputs]
                 inputs[0][:, 100:] = 0
             return super().forward(inputs, *rest, **named)
@@ -350,13 +350,15 @@ def edits(published: Any) -> str:
     versions = ["dropout", "noise"]
     if published.compat == "fl_i2moe":
         versions.append("truncated")  # learned positions fix the length
-    for version in versions:
+    for version in ("", *versions):
         layer: Any = layer_of(published)
         for expert in layer.interaction_experts:
             expert.fusion_model.__class__ = Transformer
-            expert.fusion_model.version = version
         report = flmoe_kernels.swap(layer)
-        assert not report.swapped, f"{version}: swapped\n{report}"
+        # The edit without effect is the control.
+        assert bool(report.swapped) == (version == ""), f"{version}:\n{report}"
+        reasons = [entry.reason for entry in report.left]
+        assert all("random numbers" in x or "differ" in x for x in reasons), reasons
     return f"{', '.join(versions)}: left alone with the reason"
 
 

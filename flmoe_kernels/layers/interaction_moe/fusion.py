@@ -195,25 +195,7 @@ def _require_sizes(**sizes: int) -> None:
 
 
 class ReferenceFusionTransformer(nn.Module):
-    """A transformer over the tokens of all modalities with a linear head, in plain PyTorch.
-
-    Args:
-        num_modalities: M, at least one.
-        hidden_dim: token width D, divisible by num_heads.
-        output_dim: number of classes C.
-        num_layers: encoder layers, at least one.
-        dropout: rate of every dropout in the model.
-        compat: "fl_i2moe" (pre-norm, sinusoidal positions, masks) or "i2moe" (learned positions).
-        num_patches: tokens per modality; required by "i2moe", whose positions are a parameter.
-        mlp_sparse: use routed MLPs, without dropout, in encoder layers 0, 2, 4, ..., as published.
-        num_experts: experts of each routed MLP; required by mlp_sparse.
-        num_routers: gates per routed MLP; only the first routes.
-        top_k: experts per token; SwitchGate sets it to 1.
-        gate: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate".
-
-    Raises:
-        ValueError: an argument is outside its range.
-    """
+    """FusionTransformer in plain PyTorch, with the same arguments apart from backend."""
 
     network: Any  # a Sequential of EncoderLayer, then the Head
 
