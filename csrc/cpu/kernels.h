@@ -84,8 +84,10 @@ struct ViewsArgs {
   int threads;
 };
 
+// exists: (batch, views - 1), whether a sample has the view without a modality; null: all exist.
 struct LossArgs {
   const void *latents, *grad_losses;  // (experts, views, batch, width); (experts)
+  const bool* exists;
   void *losses, *grad_latents;
   int64_t experts, views, batch, width;
   int threads;

@@ -75,7 +75,7 @@ def encoder(dtype: torch.dtype, ops: Any, wide: torch.dtype | None = None) -> li
 
 def losses(dtype: torch.dtype) -> list[Tensor]:
     latents = draw(5, 4, 70, 33, dtype=dtype).requires_grad_()
-    out = OPS.interaction_losses(latents)
+    out = OPS.interaction_losses(latents, None)
     return [out.detach(), *gradients([out], [latents])]
 
 

@@ -8,7 +8,14 @@ import torch
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.interaction_losses.triton import launch as launches
 from tests.support.inputs import draw, gradients
-from tests.support.operator_cases import OPS, compare, evaluate, on_triton, reference_losses
+from tests.support.operator_cases import (
+    OPS,
+    compare,
+    evaluate,
+    loss_arguments,
+    on_triton,
+    reference_losses,
+)
 
 TRITON = "triton"
 QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -34,13 +41,14 @@ def test_losses(shape: tuple[int, int, int], spread: float, dtype: torch.dtype) 
     latents = draw(modalities + 2, modalities + 1, batch, width, seed=5, scale=spread)
     # A triplet's loss is a difference of distances.
     size = spread * (2 * width) ** 0.5 if dtype == torch.float32 else 0.0
-    compare(losses, reference_losses, [latents], dtype, magnitude=size)
+    for arguments in loss_arguments(latents):
+        compare(losses, reference_losses, arguments, dtype, magnitude=size)
 
 
 def test_losses_of_one_column() -> None:
     """The cosine of two numbers is a sign, so its gradient is only rounding; the distances have a gradient."""
     latents = draw(5, 4, 7, 1, seed=5).requires_grad_()
-    pair = [evaluate(function, [latents], 1) for function in (losses, reference_losses)]
+    pair = [evaluate(function, [latents, None], 1) for function in (losses, reference_losses)]
     for (out, grad), (want, want_grad) in [pair]:
         torch.testing.assert_close(out, want)
         torch.testing.assert_close(grad[:3], want_grad[:3])
@@ -51,7 +59,7 @@ def test_nan_and_infinity_reach_only_their_own_expert() -> None:
         latents = draw(4, 3, 5, 7, seed=3)
         latents[1, 0, 2, 4] = latents[2, 1, 4, 0] = value
         leaf = latents.requires_grad_()
-        found = losses(leaf)
+        found = losses(leaf, None)
         want = reference_losses(leaf.detach())
         assert torch.equal(found.isfinite(), want.isfinite())
         assert found.isfinite().tolist() == [True, False, False, True]
@@ -63,12 +71,12 @@ def test_nan_and_infinity_reach_only_their_own_expert() -> None:
 
 def test_results_are_bitwise_repeatable() -> None:
     latents = draw(4, 3, 9, 70, seed=3, dtype=torch.bfloat16).requires_grad_()
-    assert all(map(torch.equal, *(evaluate(losses, [latents], 1) for _ in range(2))))
+    assert all(map(torch.equal, *(evaluate(losses, [latents, None], 1) for _ in range(2))))
 
 
 def test_empty_batches() -> None:
-    assert losses(torch.empty(4, 3, 0, 5)).isnan().all()
-    grad = OPS.interaction_losses_backward(torch.ones(4), torch.empty(4, 3, 0, 5), TRITON)
+    assert losses(torch.empty(4, 3, 0, 5), None).isnan().all()
+    grad = OPS.interaction_losses_backward(torch.ones(4), torch.empty(4, 3, 0, 5), None, TRITON)
     assert grad.shape == (4, 3, 0, 5)
 
 
@@ -77,9 +85,9 @@ def test_refusals() -> None:
     latents = draw(4, 3, 2, 5)
     for call, message in (
         (lambda: interaction_losses(latents[:, :2], TRITON), "latents: expected"),
-        (lambda: OPS.interaction_losses(latents[:, :2], TRITON), "latents: expected"),
-        (lambda: OPS.interaction_losses(latents.double(), TRITON), "latents: expected float32"),
-        (lambda: OPS.interaction_losses_backward(draw(3), latents, TRITON), "grad_losses: "),
+        (lambda: OPS.interaction_losses(latents[:, :2], None, TRITON), "latents: expected"),
+        (lambda: OPS.interaction_losses(latents.double(), None, TRITON), "latents: expected float32"),
+        (lambda: OPS.interaction_losses_backward(draw(3), latents, None, TRITON), "grad_losses: "),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -88,8 +96,8 @@ def test_refusals() -> None:
 def test_opcheck() -> None:
     latents = draw(4, 3, 2, 5).requires_grad_()
     for op, arguments, tests in (
-        (OPS.interaction_losses, (latents,), (*QUICK, "test_aot_dispatch_dynamic")),
-        (OPS.interaction_losses_backward, (draw(4), latents.detach()), QUICK),
+        (OPS.interaction_losses, (latents, None), (*QUICK, "test_aot_dispatch_dynamic")),
+        (OPS.interaction_losses_backward, (draw(4), latents.detach(), None), QUICK),
     ):
         torch.library.opcheck(op.default, (*arguments, TRITON), test_utils=tests)
 

@@ -38,7 +38,7 @@ def operator_calls(
         "gelu_dropout": [views[0], seed, p],
         "dropout_add_pool": [*views, runs, 2, seed, p],
         "expand_views": [draw(experts, 2, rows, width, dtype=dtype), modality, 3],
-        "interaction_losses": [draw(4, 3, 2, 5, dtype=dtype)],
+        "interaction_losses": [draw(4, 3, 2, 5, dtype=dtype), None],
     }
 
 
@@ -66,5 +66,5 @@ def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
         ("dropout_add_pool_backward", (pooled, cumulative([1, 1]), 2, 6, seed, p, [False, True])),
         ("expand_views_backward", (draw(2, 3, 3, 4), modality)),
         *(("expert_linear_backward", (grad, x, weight, *wanted)) for wanted in wants),
-        ("interaction_losses_backward", (draw(4), draw(4, 3, 2, 5))),
+        ("interaction_losses_backward", (draw(4), draw(4, 3, 2, 5), None)),
     ]

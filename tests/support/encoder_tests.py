@@ -79,8 +79,9 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
         ("dropout_add_pool", (x, x[:, :5], cu, 1, *none), "update: expected"),
         ("dropout_add_pool", (x, x, cu, 0, *none), "views: expected a divisor of 6"),
         ("expand_views", (pair, modality[:5], 3), "modality: expected"),
-        ("interaction_losses", (draw(4, 4, 2, 5),), "latents: expected"),
-        ("interaction_losses_backward", (draw(3), draw(4, 3, 2, 5)), "grad_losses: expected"),
+        ("interaction_losses", (draw(4, 4, 2, 5), None), "latents: expected"),
+        ("interaction_losses", (draw(4, 3, 2, 5), modality > 0), "exists: expected"),
+        ("interaction_losses_backward", (draw(3), draw(4, 3, 2, 5), None), "grad_losses: expected"),
     ]
 
 
@@ -176,7 +177,7 @@ class EncoderTests:
         # Expert 0's negative is view 1 and its positive view 2; expert 1 has them swapped.
         expected = torch.tensor([1.5, 0.5] if active else [2.5, 0.0])
         for dtype in self.precise:
-            found = compare(self.operator("interaction_losses"), reference_losses, [latents], dtype)
+            found = compare(self.operator("interaction_losses"), reference_losses, [latents, None], dtype)
             (result, *_), (grad, *_) = found
             torch.testing.assert_close(result[:2], expected.to(dtype), atol=1e-6, rtol=0)
             assert bool((grad[1] != 0).any()) == active
@@ -188,7 +189,7 @@ class EncoderTests:
         same_views = draw(5, 1, 3, 6, seed=4).expand(shape)
         for dtype in self.precise:
             for latents in (zero_view, zero_anchor, zero_sample, same_views, torch.zeros(shape)):
-                compare(self.operator("interaction_losses"), reference_losses, [latents], dtype)
+                compare(self.operator("interaction_losses"), reference_losses, [latents, None], dtype)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_nan_and_inf_propagate(self, value: float) -> None:

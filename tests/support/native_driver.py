@@ -38,7 +38,7 @@ from flmoe_kernels.core.native import native as loaded
 from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support import attention_cases, encoder_cases, frozen_inputs, pair_cases, routed_cases
 from tests.support.inputs import as_dtype, draw
-from tests.support.operator_cases import DTYPES, OPS, evaluate
+from tests.support.operator_cases import DTYPES, OPS, evaluate, loss_arguments
 from tests.support.routing_twin import Twin, random_index
 
 
@@ -76,7 +76,8 @@ def encoder(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
             yield evaluate(getattr(OPS, name.split()[0]), inputs, outputs)
     for shape in ((4, 3, 1, 1), (5, 4, 5, 7), (7, 6, 2, 33), (4, 3, 3, 130)):
         latents = shifted(draw(*shape, dtype=dtype), shift).requires_grad_()
-        yield evaluate(OPS.interaction_losses, [latents], 1)
+        for arguments in loss_arguments(latents):
+            yield evaluate(OPS.interaction_losses, arguments, 1)
 
 
 def pairs(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:

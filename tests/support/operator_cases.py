@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,5 +72,15 @@ def compare(
     return triples
 
 
-def reference_losses(latents: Tensor) -> Tensor:
-    return torch.stack(interaction_losses([list(expert.unbind(0)) for expert in latents.unbind(0)]))
+def reference_losses(latents: Tensor, exists: Tensor | None = None) -> Tensor:
+    views = [list(expert.unbind(0)) for expert in latents.unbind(0)]
+    return torch.stack(interaction_losses(views, exists))
+
+
+def loss_arguments(latents: Tensor) -> Iterator[list[Any]]:
+    """Arguments of the interaction losses: all views, some views, and no uniqueness experts."""
+    batch, modalities = latents.shape[2], latents.shape[1] - 1
+    exists = torch.rand(batch, modalities, generator=torch.Generator().manual_seed(batch)) < 0.7
+    yield [latents, None]
+    yield [latents, exists]
+    yield [latents[-2:], exists]

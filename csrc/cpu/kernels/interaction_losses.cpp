@@ -1,6 +1,7 @@
 // The interaction losses of all experts in one call: a triplet per uniqueness expert, cosines for
-// synergy and redundancy. latents (experts, views, batch, width), views = modalities + 1, experts =
-// modalities + 2.
+// synergy and redundancy. latents (experts, views, batch, width), views = modalities + 1. The last two
+// experts are synergy and redundancy; before them, there is a uniqueness expert per modality, or none.
+// A loss is a mean over the (sample, view) pairs that exist; 0 without any.
 #include <cmath>
 
 #include "cpu/kernels/entry.h"
@@ -11,6 +12,29 @@ namespace {
 constexpr double kMargin = 1.0;
 constexpr double kTripletEps = 1e-7;
 constexpr double kNormFloor = 1e-12;
+
+bool exists(const LossArgs& args, int64_t sample, int64_t modality) {
+  return !args.exists || args.exists[sample * (args.views - 1) + modality];
+}
+
+bool is_uniqueness(const LossArgs& args, int64_t expert) { return expert < args.experts - 2; }
+
+// Number of terms of an expert's loss in one sample.
+int64_t terms_of(const LossArgs& args, int64_t expert, int64_t sample) {
+  const int64_t m = args.views - 1;
+  if (is_uniqueness(args, expert) && !exists(args, sample, expert)) return 0;
+  int64_t count = 0;
+  for (int64_t other = 0; other < m; ++other) count += exists(args, sample, other);
+  return count - is_uniqueness(args, expert);
+}
+
+// One over the number of terms of an expert's loss. Without any, NaN for an empty batch, as torch's mean, else 0.
+template <typename A>
+A share_of(const LossArgs& args, int64_t expert) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < args.batch; ++b) count += terms_of(args, expert, b);
+  return count || !args.batch ? A(1) / static_cast<A>(count) : A(0);
+}
 
 template <typename T, typename A>
 struct Sample {
@@ -60,21 +84,25 @@ struct Sample {
 
   A cosine(int64_t v) const { return dot(0, v) / (norm(0) * norm(v)); }
 
-  // This sample's share of the expert's loss, before the mean over the batch.
+  bool is_synergy() const { return expert == args.experts - 2; }
+
+  // The sum of this sample's terms of the expert's loss.
   A loss() const {
     const int64_t m = modalities();
     A total = 0;
-    if (expert < m) {
+    if (!terms_of(args, expert, index)) return total;
+    if (is_uniqueness(args, expert)) {
       const A negative = distance(1 + expert);
       for (int64_t other = 0; other < m; ++other) {
-        if (other == expert) continue;
+        if (other == expert || !exists(args, index, other)) continue;
         const A value = distance(1 + other) - negative + A(kMargin);
         total += value > 0 || value != value ? value : A(0);
       }
-      return total / (m - 1);
+      return total;
     }
-    for (int64_t v = 1; v <= m; ++v) total += expert == m ? cosine(v) : A(1) - cosine(v);
-    return total / m;
+    for (int64_t v = 1; v <= m; ++v)
+      if (exists(args, index, v - 1)) total += is_synergy() ? cosine(v) : A(1) - cosine(v);
+    return total;
   }
 
   // Adds factor * d(distance to view v) to the gradients.
@@ -101,19 +129,21 @@ struct Sample {
     }
   }
 
+  // grad: of one term of the loss.
   void backward(A grad) {
     const int64_t m = modalities();
     for (int64_t i = 0; i < args.views * width; ++i) grads[i] = 0;
-    grad /= static_cast<A>(args.batch);
-    if (expert < m) {
-      const A negative = distance(1 + expert), share = grad / (m - 1);
+    if (is_uniqueness(args, expert)) {
+      const A negative = distance(1 + expert);
       for (int64_t other = 0; other < m; ++other) {
-        if (other == expert || distance(1 + other) - negative + A(kMargin) < 0) continue;
-        add_distance(1 + other, share);
-        add_distance(1 + expert, -share);
+        if (other == expert || !exists(args, index, other) || !exists(args, index, expert)) continue;
+        if (distance(1 + other) - negative + A(kMargin) < 0) continue;
+        add_distance(1 + other, grad);
+        add_distance(1 + expert, -grad);
       }
     } else {
-      for (int64_t v = 1; v <= m; ++v) add_cosine(v, (expert == m ? grad : -grad) / m);
+      for (int64_t v = 1; v <= m; ++v)
+        if (exists(args, index, v - 1)) add_cosine(v, is_synergy() ? grad : -grad);
     }
     for (int64_t v = 0; v < args.views; ++v)
       write_row<T, A>(grads + v * width, static_cast<T*>(args.grad_latents) + offset(v), width);
@@ -128,7 +158,7 @@ void loss_forward(DType dtype, const LossArgs& args) {
     parallel_for(args.experts, args.threads, [&](int64_t e, int) {
       A total = 0;
       for (int64_t b = 0; b < args.batch; ++b) total += Sample<T, A>(args, e, b).loss();
-      write<T, A>(static_cast<T*>(args.losses) + e, total / static_cast<A>(args.batch));
+      write<T, A>(static_cast<T*>(args.losses) + e, total * share_of<A>(args, e));
     });
   });
 }
@@ -136,10 +166,12 @@ void loss_forward(DType dtype, const LossArgs& args) {
 void loss_backward(DType dtype, const LossArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
+    Buffer<A> grads(args.experts);  // of one term of each expert's loss
+    for (int64_t e = 0; e < args.experts; ++e)
+      grads[e] = read<T, A>(static_cast<const T*>(args.grad_losses) + e) * share_of<A>(args, e);
     parallel_for(args.experts * args.batch, args.threads, [&](int64_t item, int) {
       const int64_t e = item / args.batch;
-      const A grad = read<T, A>(static_cast<const T*>(args.grad_losses) + e);
-      Sample<T, A>(args, e, item % args.batch).backward(grad);
+      Sample<T, A>(args, e, item % args.batch).backward(grads[e]);
     });
   });
 }

@@ -30,28 +30,28 @@ def _kernels(backend: str) -> Any:
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    latents, ctx.backend = inputs
-    ctx.save_for_backward(latents)
+    latents, exists, ctx.backend = inputs
+    ctx.save_for_backward(latents, exists)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple:
     op = torch.ops.flmoe.interaction_losses_backward
-    return op(grad, *ctx.saved_tensors, ctx.backend), None
+    return op(grad, *ctx.saved_tensors, ctx.backend), None, None
 
 
 define(
     "interaction_losses",
-    "(Tensor latents) -> Tensor",
-    lambda backend, latents: _kernels(backend).losses(latents),
-    lambda latents: latents.new_empty(latents.shape[0]),
+    "(Tensor latents, Tensor? exists) -> Tensor",
+    lambda backend, *args: _kernels(backend).losses(*args),
+    lambda latents, exists: latents.new_empty(latents.shape[0]),
     (_setup, _autograd),
     flops=no_products,
 )
 define(
     "interaction_losses_backward",
-    "(Tensor grad_losses, Tensor latents) -> Tensor",
+    "(Tensor grad_losses, Tensor latents, Tensor? exists) -> Tensor",
     lambda backend, *args: _kernels(backend).losses_backward(*args),
-    lambda grad_losses, latents: latents.new_empty(latents.shape),
+    lambda grad_losses, latents, exists: latents.new_empty(latents.shape),
     flops=no_products,
 )
 first_order_only("interaction_losses_backward")

@@ -1,11 +1,14 @@
 """Reference of the interaction losses in plain PyTorch.
 
 Source: FL-I2MoE (arXiv 2603.13326) and its ancestor I2MoE (arXiv 2505.19190).
+
+exists (B, M) bool: whether a sample has the view without modality m; None: all exist. A loss is the mean over the
+(sample, view) pairs that exist, 0 if there are none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,29 +17,66 @@ from torch import Tensor
 TRIPLET_MARGIN = 1.0
 TRIPLET_EPS = 1e-7
 
-
-def uniqueness_loss(views: Sequence[Tensor], modality: int) -> Tensor:
-    """Triplet loss of a uniqueness expert: close to views without another modality, far from its own."""
-    anchor, negative = views[0], views[1 + modality]
-    positives = [view for m, view in enumerate(views[1:]) if m != modality]
-    losses = [
-        F.triplet_margin_loss(
-            anchor, positive, negative, margin=TRIPLET_MARGIN, p=2, eps=TRIPLET_EPS
-        )
-        for positive in positives
-    ]
-    return torch.stack(losses).mean()
+Views = Sequence[Tensor]
+# The loss of each sample, (B,).
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+TripletLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def mean_cosine(views: Sequence[Tensor]) -> Tensor:
-    """Mean over modalities and batch of cos(full view, view without the modality)."""
-    anchor = F.normalize(views[0], p=2, dim=1)
-    cosines = [(anchor * F.normalize(view, p=2, dim=1)).sum(dim=1).mean() for view in views[1:]]
-    return torch.stack(cosines).mean()
+def triplet(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    return F.triplet_margin_loss(
+        anchor, positive, negative, margin=TRIPLET_MARGIN, p=2, eps=TRIPLET_EPS, reduction="none"
+    )
 
 
-def interaction_losses(views: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The M + 2 losses from views[e][v] (B, *): uniqueness per modality, synergy, redundancy."""
-    *unique, synergy, redundancy = views
-    losses = [uniqueness_loss(expert, m) for m, expert in enumerate(unique)]
-    return [*losses, mean_cosine(synergy), 1.0 - mean_cosine(redundancy)]
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    return (F.normalize(x, p=2, dim=1) * F.normalize(y, p=2, dim=1)).sum(dim=1)
+
+
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square().mean(dim=1)
+
+
+def interaction_losses(views: Sequence[Views], exists: Tensor | None = None) -> list[Tensor]:
+    """Losses from views[e][v] (B, *): uniqueness per modality, or none if there are two experts; synergy; redundancy."""
+    return _losses(views, exists, triplet, cosine, lambda x, y: 1.0 - cosine(x, y))
+
+
+def regression_losses(views: Sequence[Views], exists: Tensor | None = None) -> list[Tensor]:
+    """The same for regression: mean squared errors of the outputs."""
+
+    def uniqueness(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        return squared_error(anchor, positive) - squared_error(anchor, negative)
+
+    return _losses(views, exists, uniqueness, squared_error, squared_error)
+
+
+def _losses(
+    views: Sequence[Views],
+    exists: Tensor | None,
+    uniqueness: TripletLoss,
+    synergy: PairLoss,
+    redundancy: PairLoss,
+) -> list[Tensor]:
+    *unique, _, _ = views
+    modalities = range(len(views[0]) - 1)
+    losses = []
+    for m, (full, *replaced) in enumerate(unique):
+        others = [other for other in modalities if other != m]
+        terms = [uniqueness(full, replaced[other], replaced[m]) for other in others]
+        losses.append(_mean(terms, [(m, other) for other in others], exists))
+    for (full, *replaced), loss in zip(views[-2:], (synergy, redundancy), strict=True):
+        terms = [loss(full, view) for view in replaced]
+        losses.append(_mean(terms, [(m,) for m in modalities], exists))
+    return losses
+
+
+def _mean(
+    terms: Sequence[Tensor], needed: Sequence[tuple[int, ...]], exists: Tensor | None
+) -> Tensor:
+    """Mean of terms (B,), each over the samples with all the views that it needs."""
+    values = torch.stack(list(terms))
+    if exists is None:
+        return values.mean()
+    there = torch.stack([exists[:, list(modalities)].all(dim=1) for modalities in needed])
+    return (torch.where(there, values, 0.0) / there.sum().clamp_min(1)).sum()

@@ -1,6 +1,8 @@
 """Triton kernels of the interaction losses: triplets and cosines.
 
-Latents are (experts, views, batch, width), contiguous, with views = modalities + 1 and experts = modalities + 2.
+Latents are (experts, views, batch, width), contiguous, with views = modalities + 1. The first UNIQUE experts, one
+per modality or none, have uniqueness losses, the last two are synergy and redundancy. exists (batch, modalities)
+bool says which samples have the view without a modality; None: all. A loss is a mean over what exists.
 A program has a block of samples of one expert; distances, products and losses are float32. Sums stay within a
 program, except the mean over the batch, whose parts `mean_kernel` adds in a fixed order.
 """
@@ -13,6 +15,7 @@ import triton.language as tl
 MARGIN = tl.constexpr(1.0)
 TRIPLET_EPS = tl.constexpr(1e-7)
 NORM_FLOOR = tl.constexpr(1e-12)
+COUNTED = tl.constexpr(128)  # samples per step of share_of
 
 
 @triton.jit
@@ -70,17 +73,47 @@ def norm(x, row, valid, width, CHUNK: tl.constexpr):
     return tl.where(length < NORM_FLOOR, NORM_FLOOR, length)
 
 
-# Parts of the losses, one per block of samples: their sum over the block, divided by the batch. A program has a
+@triton.jit
+def has_view(exists, sample, valid, modality, MODALITIES: tl.constexpr):
+    if exists is None:
+        return valid
+    return tl.load(exists + sample * MODALITIES + modality, mask=valid, other=0) != 0
+
+
+@triton.jit
+def share_of(exists, expert, batch, UNIQUE: tl.constexpr, MODALITIES: tl.constexpr):
+    """One over the number of terms of an expert's loss; 0 without any."""
+    if exists is None:
+        return 1.0 / (batch * tl.where(expert < UNIQUE, MODALITIES - 1, MODALITIES)).to(tl.float32)
+    terms = tl.zeros((COUNTED,), tl.float32)
+    for first in range(0, batch, COUNTED):
+        sample = first + tl.arange(0, COUNTED)
+        valid = sample < batch
+        if expert < UNIQUE:
+            own = has_view(exists, sample, valid, expert, MODALITIES)
+            terms -= tl.where(own, 1.0, 0.0)
+        else:
+            own = valid
+        for other in range(MODALITIES):
+            both = own & has_view(exists, sample, valid, other, MODALITIES)
+            terms += tl.where(both, 1.0, 0.0)
+    count = tl.sum(terms, 0)
+    return tl.where(count == 0, 0.0, 1.0 / count)
+
+
+# Parts of the losses, one per block of samples: their sum over the block times share_of. A program has a
 # block of one expert. Traffic: each view of the expert comes from memory once; the full view (and a uniqueness
 # expert's own view) is read again for every other view, from the nearest cache. 2 to 8 FLOP per element, so bytes
 # are the bound: 0.6 MB in bfloat16 at mmimdb, which takes less time than a launch.
 @triton.jit
 def losses_kernel(
     latents,
+    exists,
     parts,
     batch,
     width,
     blocks,
+    UNIQUE: tl.constexpr,
     VIEWS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -92,25 +125,28 @@ def losses_kernel(
     valid = first + row < batch
     full = view_of(latents, expert, 0, first, batch, width, VIEWS)
     total = tl.zeros((ROWS,), tl.float32)
-    if expert < MODALITIES:
+    if expert < UNIQUE:
         own = view_of(latents, expert, 1 + expert, first, batch, width, VIEWS)
         negative = distance(full, own, row, valid, width, CHUNK)
+        with_own = has_view(exists, first + row, valid, expert, MODALITIES)
         for other in range(MODALITIES):
             if other != expert:
                 view = view_of(latents, expert, 1 + other, first, batch, width, VIEWS)
                 value = distance(full, view, row, valid, width, CHUNK) - negative + MARGIN
                 # A NaN must not become a loss of 0.
-                total += tl.where(value < 0, 0.0, value)
-        total = total / (MODALITIES - 1)
+                value = tl.where(value < 0, 0.0, value)
+                both = with_own & has_view(exists, first + row, valid, other, MODALITIES)
+                total += tl.where(both, value, 0.0)
     else:
         length = norm(full, row, valid, width, CHUNK)
         for other in range(MODALITIES):
             view = view_of(latents, expert, 1 + other, first, batch, width, VIEWS)
             both = length * norm(view, row, valid, width, CHUNK)
             cosine = product(full, view, row, valid, width, CHUNK) / both
-            total += tl.where(expert == MODALITIES, cosine, 1.0 - cosine)
-        total = total / MODALITIES
-    part = tl.sum(tl.where(valid, total, 0.0), 0) / batch
+            value = tl.where(expert == UNIQUE, cosine, 1.0 - cosine)
+            here = has_view(exists, first + row, valid, other, MODALITIES)
+            total += tl.where(here, value, 0.0)
+    part = tl.sum(total, 0) * share_of(exists, expert, batch, UNIQUE, MODALITIES)
     tl.store(parts + expert * blocks + block, part.to(parts.dtype.element_ty))
 
 
@@ -132,10 +168,12 @@ def mean_kernel(parts, losses, blocks, BLOCKS: tl.constexpr):
 def gradient_kernel(
     grad_losses,
     latents,
+    exists,
     grad_latents,
     batch,
     width,
     blocks,
+    UNIQUE: tl.constexpr,
     VIEWS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -146,37 +184,40 @@ def gradient_kernel(
     expert, first = rest // blocks, rest % blocks * ROWS
     row = tl.arange(0, ROWS)
     valid = first + row < batch
-    grad = tl.load(grad_losses + expert).to(tl.float32) / batch
+    grad = tl.load(grad_losses + expert).to(tl.float32)
+    grad *= share_of(exists, expert, batch, UNIQUE, MODALITIES)
     full = view_of(latents, expert, 0, first, batch, width, VIEWS)
     full_tile = load_tile(full, row, valid, column, width, CHUNK)
     grad_full = tl.zeros((ROWS, CHUNK), tl.float32)
-    if expert < MODALITIES:
-        share = grad / (MODALITIES - 1)
+    if expert < UNIQUE:
         own = view_of(latents, expert, 1 + expert, first, batch, width, VIEWS)
         negative = distance(full, own, row, valid, width, CHUNK)
+        with_own = has_view(exists, first + row, valid, expert, MODALITIES)
         active = tl.zeros((ROWS,), tl.float32)
         for other in range(MODALITIES):
             if other != expert:
                 view = view_of(latents, expert, 1 + other, first, batch, width, VIEWS)
                 length = distance(full, view, row, valid, width, CHUNK)
-                inside = tl.where(length - negative + MARGIN < 0, 0.0, 1.0)
+                both = with_own & has_view(exists, first + row, valid, other, MODALITIES)
+                inside = tl.where(both & ~(length - negative + MARGIN < 0), 1.0, 0.0)
                 active += inside
                 # A distance of 0 has no direction.
-                factor = tl.where(length == 0, 0.0, share * inside / length)
+                factor = tl.where((length == 0) | (inside == 0), 0.0, grad / length)
                 view_tile = load_tile(view, row, valid, column, width, CHUNK)
                 apart = difference(full_tile, view_tile, column, width, CHUNK)
                 apart *= factor[:, None]
                 grad_full += apart
                 grad_view = view_of(grad_latents, expert, 1 + other, first, batch, width, VIEWS)
                 store_tile(grad_view, row, valid, column, width, -apart, CHUNK)
-        factor = tl.where(negative == 0, 0.0, -share * active / negative)
+        none = (negative == 0) | (active == 0)
+        factor = tl.where(none, 0.0, -grad * active / negative)
         own_tile = load_tile(own, row, valid, column, width, CHUNK)
         apart = difference(full_tile, own_tile, column, width, CHUNK) * factor[:, None]
         grad_full += apart
         grad_own = view_of(grad_latents, expert, 1 + expert, first, batch, width, VIEWS)
         store_tile(grad_own, row, valid, column, width, -apart, CHUNK)
     else:
-        share = tl.where(expert == MODALITIES, grad, -grad) / MODALITIES
+        share = tl.where(expert == UNIQUE, grad, -grad)
         length = norm(full, row, valid, width, CHUNK)
         for other in range(MODALITIES):
             view = view_of(latents, expert, 1 + other, first, batch, width, VIEWS)
@@ -188,9 +229,12 @@ def gradient_kernel(
             back_full = tl.where(length > NORM_FLOOR, cosine / (length * length), 0.0)
             back = tl.where(view_length > NORM_FLOOR, cosine / (view_length * view_length), 0.0)
             one = 1.0 / both
-            grad_full += share * (one[:, None] * view_tile - back_full[:, None] * full_tile)
+            here = has_view(exists, first + row, valid, other, MODALITIES)[:, None]
+            values = share * (one[:, None] * view_tile - back_full[:, None] * full_tile)
+            grad_full += tl.where(here, values, 0.0)
             grad_view = view_of(grad_latents, expert, 1 + other, first, batch, width, VIEWS)
             values = share * (one[:, None] * full_tile - back[:, None] * view_tile)
+            values = tl.where(here, values, 0.0)
             store_tile(grad_view, row, valid, column, width, values, CHUNK)
     grad_view = view_of(grad_latents, expert, 0, first, batch, width, VIEWS)
     store_tile(grad_view, row, valid, column, width, grad_full, CHUNK)

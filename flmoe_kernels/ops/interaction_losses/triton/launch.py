@@ -28,7 +28,9 @@ def loss_blocks(latents: Tensor) -> int:
     return blocks_of(batch, TABLE["losses"].shape(batch, width)[0])
 
 
-def loss_launches(latents: Tensor, parts: Tensor | None, losses: Tensor) -> list[Launch]:
+def loss_launches(
+    latents: Tensor, exists: Tensor | None, parts: Tensor | None, losses: Tensor
+) -> list[Launch]:
     """Launch of losses (E,) from latents (E, V, B, width); parts (E, loss_blocks) float32, None for one block."""
     experts, views, batch, width = latents.shape
     rows, chunk = TABLE["losses"].shape(batch, width)
@@ -38,10 +40,11 @@ def loss_launches(latents: Tensor, parts: Tensor | None, losses: Tensor) -> list
             losses_kernel,
             experts * blocks,
             {
-                **{"latents": latents, "parts": losses if parts is None else parts},
+                **{"latents": latents, "exists": exists},
+                **{"parts": losses if parts is None else parts},
                 **{"batch": batch, "width": width, "blocks": blocks},
             },
-            {"VIEWS": views, "ROWS": rows, "CHUNK": chunk},
+            {"UNIQUE": experts - 2, "VIEWS": views, "ROWS": rows, "CHUNK": chunk},
             TABLE["losses"].warps,
             _STAGES,
         )
@@ -60,7 +63,9 @@ def loss_launches(latents: Tensor, parts: Tensor | None, losses: Tensor) -> list
     return found
 
 
-def gradient_launch(grad_losses: Tensor, latents: Tensor, grad_latents: Tensor) -> Launch:
+def gradient_launch(
+    grad_losses: Tensor, latents: Tensor, exists: Tensor | None, grad_latents: Tensor
+) -> Launch:
     experts, views, batch, width = latents.shape
     rows, chunk = TABLE["gradient"].shape(batch, width)
     blocks = blocks_of(batch, rows)
@@ -68,10 +73,11 @@ def gradient_launch(grad_losses: Tensor, latents: Tensor, grad_latents: Tensor) 
         gradient_kernel,
         experts * blocks * blocks_of(width, chunk),
         {
-            **{"grad_losses": grad_losses, "latents": latents, "grad_latents": grad_latents},
+            **{"grad_losses": grad_losses, "latents": latents, "exists": exists},
+            **{"grad_latents": grad_latents},
             **{"batch": batch, "width": width, "blocks": blocks},
         },
-        {"VIEWS": views, "ROWS": rows, "CHUNK": chunk},
+        {"UNIQUE": experts - 2, "VIEWS": views, "ROWS": rows, "CHUNK": chunk},
         TABLE["gradient"].warps,
         _STAGES,
     )
@@ -82,6 +88,6 @@ def call_launches(latents: Tensor) -> dict[str, Launch]:
     experts = latents.shape[0]
     parts = latents.new_empty((experts, loss_blocks(latents)), dtype=torch.float32)
     losses = latents.new_empty((experts,))
-    first, mean = loss_launches(latents, parts, losses)
-    gradient = gradient_launch(losses, latents, latents)
+    first, mean = loss_launches(latents, None, parts, losses)
+    gradient = gradient_launch(losses, latents, None, latents)
     return {"losses": first, "mean": mean, "gradient": gradient}
