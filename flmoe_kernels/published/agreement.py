@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
-from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
+from flmoe_kernels.ops.interaction_losses.reference import interaction_losses, regression_losses
 
 ROUNDING = 2.0
 # The published layer computes its positions in float32 for any dtype, so even in float64 its error is of
@@ -36,27 +36,42 @@ class Disagreement(Exception):
 @dataclasses.dataclass(frozen=True)
 class Outputs:
     """Outputs of forward and inference in float64: tensors by group, the losses, and the views
-    (latents or, without latents, logits) from which the losses are computed; gate losses as they are."""
+    (latents or, without latents, logits) from which the losses are computed; gate losses as they are.
+
+    exists: (B, M) bool, whether a sample has the view without a modality; None: all have all.
+    """
 
     groups: dict[str, list[Tensor]]
     losses: list[Tensor]
     views: list[list[Tensor]]
     gate_losses: list[Any] = dataclasses.field(default_factory=list)
+    exists: Tensor | None = None
+    regression: bool = False
+
+    def formula(self, exists: Tensor | None) -> list[Tensor]:
+        """The losses of the views."""
+        losses = regression_losses if self.regression else interaction_losses
+        return losses(self.views, exists)
 
 
-def collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
-    """Sort the outputs of forward and, if there are any, of inference."""
+def collect(result: Any, inferred: Any, spec: LayerSpec, exists: Tensor | None) -> Outputs:
+    """Sort the outputs of forward and, if there are any, of inference.
+
+    exists: (B, M) bool or None; results of views that do not exist become 0 in the groups.
+    """
     latents_out = spec.compat == "fl_i2moe"
     count = 4 + spec.fusion_sparse + latents_out
     if not isinstance(result, tuple) or len(result) != count:
         got = len(result) if isinstance(result, tuple) else type(result).__name__
         raise Disagreement(f"the layer's forward returns {got} values, expected {count}")
     experts, weights, logits, losses = result[:4]
-    views = [[view[1] if latents_out else view for view in expert] for expert in experts]
-    view_logits = [view[0] if latents_out else view for expert in experts for view in expert]
-    groups = {"logits": [logits, *view_logits], "weights": [weights]}
+    view_logits = [[view[0] if latents_out else view for view in expert] for expert in experts]
+    views = view_logits
+    groups = {"logits": [logits, *_existing(view_logits, exists)], "weights": [weights]}
     if latents_out:
-        groups["latents"] = [*(view for expert in views for view in expert), *result[-1]]
+        latents = [[view[1] for view in expert] for expert in experts]
+        groups["latents"] = [*_existing(latents, exists), *result[-1]]
+        views = view_logits if spec.regression else latents
     if inferred is not None:
         expert_logits, weights, logits = inferred
         groups["logits"] += [logits, *expert_logits]
@@ -66,7 +81,33 @@ def collect(result: Any, inferred: Any, spec: LayerSpec) -> Outputs:
         [torch.as_tensor(loss).double() for loss in losses],
         [[view.double() for view in expert] for expert in views],
         [loss for expert in result[4] for loss in expert] if spec.fusion_sparse else [],
+        exists,
+        spec.regression,
     )
+
+
+def _existing(views: list[list[Tensor]], exists: Tensor | None) -> list[Tensor]:
+    """The views of all experts, with 0 for the samples that do not have the view."""
+    if exists is None:
+        return [view for expert in views for view in expert]
+    return [
+        torch.where(exists[:, v - 1 : v], view, 0.0) if v else view
+        for expert in views
+        for v, view in enumerate(expert)
+    ]
+
+
+def losses_of_existing(outputs: Outputs, dtype: torch.dtype) -> Outputs:
+    """Outputs of a published layer, whose losses include all views, with the losses of the views that exist.
+
+    Raises:
+        Disagreement: the layer's own losses violate the formula.
+    """
+    if outputs.exists is None:
+        return outputs
+    rounding = EXACT_ROUNDING if dtype == torch.float64 else ROUNDING * torch.finfo(dtype).eps
+    _check_losses("the layer's losses", dataclasses.replace(outputs, exists=None), rounding)
+    return dataclasses.replace(outputs, losses=outputs.formula(outputs.exists))
 
 
 def within_budget(
@@ -100,7 +141,7 @@ def check_losses(fast: Outputs, exact: Outputs, dtype: torch.dtype) -> float:
 
 def _check_losses(whose: str, outputs: Outputs, rounding: float) -> None:
     """Check the losses; rounding is relative to the largest norm of a view, as losses are distances of views."""
-    expected = interaction_losses(outputs.views)
+    expected = outputs.formula(outputs.exists)
     if len(outputs.losses) != len(expected):
         raise Disagreement(f"{whose}: {len(outputs.losses)}, expected {len(expected)}")
     norm = max(float(view.norm(dim=1).max()) for expert in outputs.views for view in expert)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
+from flmoe_kernels.layers.modalities import present_modalities
 
 from .agreement import Disagreement
 
@@ -89,12 +90,21 @@ def padded_samples(case: Case) -> int:
     return int((~_with_tokens(case)).sum()) if case.masks else 0
 
 
+def incomplete_samples(case: Case) -> int:
+    """Number of samples without a valid token in some modality, but with one in another."""
+    present = _present(case)
+    return int((present.any(dim=1) & ~present.all(dim=1)).sum())
+
+
 def _with_tokens(case: Case) -> Tensor:
-    valid = torch.zeros(case.inputs[0].shape[0], dtype=torch.bool)
-    for x, mask in zip(case.inputs, case.masks or [None] * len(case.inputs), strict=True):
-        present = torch.ones(x.shape[:2]) if mask is None else mask.cpu() != 0
-        valid |= present.bool().any(dim=1)
-    return valid
+    return _present(case).any(dim=1)
+
+
+def _present(case: Case) -> Tensor:
+    present = present_modalities(case.inputs, case.masks)
+    if present is None:
+        return torch.ones(case.inputs[0].shape[0], len(case.inputs), dtype=torch.bool)
+    return present.cpu()
 
 
 def capture(

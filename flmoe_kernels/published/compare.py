@@ -26,7 +26,7 @@ from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .agreement import Disagreement, check_losses, within_budget
-from .calls import Case, bare_copy, few_samples, padded_samples, random_cases
+from .calls import Case, bare_copy, few_samples, random_cases
 from .convert import adopt
 from .differences import Difference, measure
 from .recognise import Spec, check_can_run
@@ -77,8 +77,7 @@ def compare(layer: nn.Module, spec: Spec, case: Case | None = None) -> Compariso
         else:
             cases = random_cases(spec) if case is None else [few_samples(case, spec)]
         result = _compare(original, exact, fast, spec, cases)
-        padded = 0 if case is None else padded_samples(case)
-        return dataclasses.replace(result, differences=measure(layer, spec, cases[0], padded))
+        return dataclasses.replace(result, differences=measure(layer, spec, cases[0], case))
 
 
 def _compare(

@@ -16,6 +16,7 @@ from flmoe_kernels.layers.interaction_moe.build import build
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.interaction_moe.regression import InteractionMoERegression
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.layers.routed_mlp.state import add_router_0, prepare_state_dict
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
@@ -124,7 +125,10 @@ def adopt(layer: nn.Module, spec: Spec) -> nn.Module:
     """Make a fast layer from the parameters of a published layer, without its hooks and attributes."""
     if isinstance(spec, RoutedSpec):
         return RoutedMLP.adopt(layer)
-    return (InteractionMoE if isinstance(spec, LayerSpec) else FusionTransformer).adopt(layer)
+    if isinstance(spec, LayerSpec):
+        kind = InteractionMoERegression if spec.regression else InteractionMoE
+        return kind.adopt(layer)
+    return FusionTransformer.adopt(layer)
 
 
 def take_over(layer: nn.Module, fast: nn.Module) -> None:

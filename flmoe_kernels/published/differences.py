@@ -16,10 +16,11 @@ from torch import nn
 
 from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.layers.interaction_moe.architecture import LayerSpec
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.routed_mlp.structure import NOISY_GATES, RoutedSpec
 
 from .agreement import Outputs, largest
-from .calls import Case, bare_copy
+from .calls import Case, bare_copy, incomplete_samples, padded_samples
 from .convert import adopt
 from .recognise import Spec
 from .runs import lift_capacity, run
@@ -36,20 +37,27 @@ class Difference:
 
 
 def measure(
-    layer: nn.Module, spec: Spec, case: Case, padded_samples: int = 0
+    layer: nn.Module, spec: Spec, case: Case, captured: Case | None = None
 ) -> tuple[Difference, ...]:
-    """Measure the differences of a layer with sparse MLPs, and count samples that consist of padding.
+    """Measure the differences of a layer with sparse MLPs, and count samples with missing modalities.
 
     Args:
         layer: the original; only copies are run.
         spec: its description.
         case: the call to compare.
-        padded_samples: number of samples of the captured call without a valid token.
+        captured: the whole call of the model, if there is one; `case` may have fewer samples.
     """
     found = []
-    if padded_samples:
-        text = f"samples without a valid token ({padded_samples}): NaN in the original, latent 0 after swap"
-        found.append(Difference(text, padded_samples))
+    if captured is not None and (padded := padded_samples(captured)):
+        text = f"samples without a valid token ({padded}): NaN in the original, latent 0 after swap"
+        found.append(Difference(text, padded))
+    published = isinstance(spec, LayerSpec) and not isinstance(layer, ReferenceInteractionMoE)
+    if captured is not None and published and (incomplete := incomplete_samples(captured)):
+        text = (
+            f"samples without a modality ({incomplete}): their views without it enter the losses only in the "
+            "original"
+        )
+        found.append(Difference(text, incomplete))
     gates = [part for part in layer.modules() if "tot_expert" in vars(part)]
     if not gates:
         return tuple(found)

@@ -15,10 +15,11 @@ from torch import nn
 
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.interaction_moe.structure import REGRESSION
 from flmoe_kernels.layers.parts import joined
 from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP
 
-LAYER_NAMES = (InteractionMoE.__name__, ReferenceInteractionMoE.__name__)
+LAYER_NAMES = (InteractionMoE.__name__, ReferenceInteractionMoE.__name__, REGRESSION)
 FUSION_NAMES = ("Transformer", "FusionTransformer", "ReferenceFusionTransformer")
 MODULE_STATE = frozenset(vars(nn.Module()))
 # Objects inside objects are searched to this depth, apart from modules, lists, tuples and dicts.

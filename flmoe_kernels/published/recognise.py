@@ -12,6 +12,7 @@ from torch import nn
 from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe, describe_fusion
 from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods
 from flmoe_kernels.layers.routed_mlp import structure as routed_mlp
@@ -22,6 +23,7 @@ from .places import FUSION_NAMES, LAYER_NAMES, Place
 
 FASTMOE = "fmoe"
 Spec = LayerSpec | FusionSpec | RoutedSpec
+_NOT_COMPARED = {"replacement": "noise", "num_perturbed": None, "interaction_loss": True}
 
 
 def recognise(places: list[Place]) -> Spec:
@@ -33,6 +35,11 @@ def recognise(places: list[Place]) -> Spec:
     layer = places[0].module
     if isinstance(layer, InteractionMoE | FusionTransformer):
         raise UnsupportedLayer("already fast")
+    for option in _NOT_COMPARED if isinstance(layer, ReferenceInteractionMoE) else ():
+        if (value := getattr(layer, option)) != _NOT_COMPARED[option]:
+            raise UnsupportedLayer(
+                f"{option}={value!r} cannot be compared; InteractionMoE.adopt makes a fast layer of it"
+            )
     name = type(layer).__name__
     if isinstance(layer, torch.jit.ScriptModule):
         raise UnsupportedLayer("a ScriptModule: swap first, then script or trace the model")

@@ -13,10 +13,12 @@ from torch.overrides import TorchFunctionMode
 from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
+from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.modalities import present_modalities
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
-from .agreement import Disagreement, Outputs, collect, first_line
+from .agreement import Disagreement, Outputs, collect, first_line, losses_of_existing
 from .calls import Case
 from .recognise import Spec
 
@@ -119,7 +121,11 @@ def _layer_outputs(
     if mode.left:
         raise Disagreement("expected one replacement with torch.randn_like per view, got fewer")
     inferred = call(layer.inference, case) if hasattr(layer, "inference") else None
-    return collect(result, inferred, spec)
+    exists = present_modalities(case.inputs, case.masks)
+    outputs = collect(result, inferred, spec, exists)
+    if isinstance(layer, ReferenceInteractionMoE):
+        return outputs
+    return losses_of_existing(outputs, case.inputs[0].dtype)
 
 
 def _fusion_outputs(model: Any, case: Case, spec: FusionSpec) -> Outputs:

@@ -28,6 +28,7 @@ from .layout import listed
 from .members import foreign_names, lost_members
 from .places import Place, find_layers
 from .recognise import Spec, check_can_run, recognise
+from .relatives import find_relatives
 from .report import (
     LeftLayer,
     Swapped,
@@ -52,16 +53,17 @@ def swap(
 ) -> SwapReport:
     """Replace interaction layers, fusion models and sparse MLPs by fast ones that share their parameters.
 
-    Layers are recognised by class name (InteractionMoE, ReferenceInteractionMoE, FMoETransformerMLP, and
-    Transformer with the structure of the published fusion model) and structure, wherever the model, or a list or
-    dict of a module, refers to them. A layer that is held in several places is replaced by a single object; it
-    is not replaced if one of them cannot be changed (a tuple, a set, a function, a method, an object that is no
-    module). The fast layer has the same parameter objects, so an existing optimizer keeps working; it also has
-    the same mode, attributes and hooks. A layer that is not supported, or whose results differ, is not changed,
-    and the report has the reason. Swap before torch.compile. The submodules of the fast layer are those of the
-    reference and hold the parameters. Attention maps are stored only while `capture_attn` is set. A fusion
-    model outside of an interaction layer becomes a FusionTransformer, any other FMoETransformerMLP a RoutedMLP;
-    docs/fastmoe.md lists how its gates differ from the published gates.
+    Layers are recognised by class name (InteractionMoE, InteractionMoERegression, ReferenceInteractionMoE,
+    FMoETransformerMLP, and Transformer with the structure of the published fusion model) and structure,
+    wherever the model, or a list or dict of a module, refers to them. A layer that is held in several places
+    is replaced by a single object; it is not replaced if one of them cannot be changed (a tuple, a set, a
+    function, a method, an object that is no module). The fast layer has the same parameter objects, so an
+    existing optimizer keeps working; it also has the same mode, attributes and hooks. A layer that is not
+    supported, or whose results differ, is not changed, and the report has the reason. Swap before
+    torch.compile. The submodules of the fast layer are those of the reference and hold the parameters.
+    Attention maps are stored only while `capture_attn` is set. A fusion model outside of an interaction layer
+    becomes a FusionTransformer, any other FMoETransformerMLP a RoutedMLP; docs/fastmoe.md lists how its gates
+    differ from the published gates.
 
     Args:
         model: any module; if it is itself the layer, use `report.model` afterwards.
@@ -87,6 +89,7 @@ def swap(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     holder = [model]
     layers = find_layers(model, partial(holder.__setitem__, 0))
+    relatives = [LeftLayer(name or ROOT, *rest) for name, *rest in find_relatives(model)]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), kept_random_states():
         calls = _calls(model, layers, inputs, masks) if check and inputs is not None else {}
@@ -103,7 +106,7 @@ def swap(
         holder[0],
         swapped_fusions=tuple(entry for entry in outcomes if isinstance(entry, SwappedFusion)),
         swapped=tuple(entry for entry in outcomes if isinstance(entry, SwappedLayer)),
-        left=tuple(entry for entry in outcomes if isinstance(entry, LeftLayer)),
+        left=(*(entry for entry in outcomes if isinstance(entry, LeftLayer)), *relatives),
         swapped_mlps=tuple(entry for entry in outcomes if isinstance(entry, SwappedMLP)),
     )
 

@@ -86,7 +86,10 @@ def test_refusals() -> None:
     for call, message in (
         (lambda: interaction_losses(latents[:, :2], TRITON), "latents: expected"),
         (lambda: OPS.interaction_losses(latents[:, :2], None, TRITON), "latents: expected"),
-        (lambda: OPS.interaction_losses(latents.double(), None, TRITON), "latents: expected float32"),
+        (
+            lambda: OPS.interaction_losses(latents.double(), None, TRITON),
+            "latents: expected float32",
+        ),
         (lambda: OPS.interaction_losses_backward(draw(3), latents, None, TRITON), "grad_losses: "),
     ):
         with pytest.raises(ValueError, match=message):

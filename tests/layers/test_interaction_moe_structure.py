@@ -56,6 +56,8 @@ def test_describes_the_masked_variant(modalities: int, sparse: bool) -> None:
         "temperature": 2.0,
         "dropout": (dataclasses.asdict(rates),) * 3,
         "reweight_dropout": 0.5,
+        "uniqueness": True,
+        "regression": False,
     }
 
 

@@ -177,7 +177,9 @@ class EncoderTests:
         # Expert 0's negative is view 1 and its positive view 2; expert 1 has them swapped.
         expected = torch.tensor([1.5, 0.5] if active else [2.5, 0.0])
         for dtype in self.precise:
-            found = compare(self.operator("interaction_losses"), reference_losses, [latents, None], dtype)
+            found = compare(
+                self.operator("interaction_losses"), reference_losses, [latents, None], dtype
+            )
             (result, *_), (grad, *_) = found
             torch.testing.assert_close(result[:2], expected.to(dtype), atol=1e-6, rtol=0)
             assert bool((grad[1] != 0).any()) == active
@@ -189,7 +191,9 @@ class EncoderTests:
         same_views = draw(5, 1, 3, 6, seed=4).expand(shape)
         for dtype in self.precise:
             for latents in (zero_view, zero_anchor, zero_sample, same_views, torch.zeros(shape)):
-                compare(self.operator("interaction_losses"), reference_losses, [latents, None], dtype)
+                compare(
+                    self.operator("interaction_losses"), reference_losses, [latents, None], dtype
+                )
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_nan_and_inf_propagate(self, value: float) -> None:

@@ -21,6 +21,7 @@ from tests.support import fastmoe, lineage, lineage_sparse
 # The classes that a file's layers consist of; empty for all classes and functions.
 LINEAGE = {
     "src/imoe/InteractionMoE.py": (),
+    "src/imoe/InteractionMoERegression.py": ("InteractionMoERegression",),
     "src/common/fusion_models/transformer.py": (),
     "src/common/modules/common.py": ("MLP",),
     "src/common/modules/moe.py": (),

@@ -58,7 +58,7 @@ class Experts:
             )
         parameter = fusions[0].network[0].norm1.weight
         widths = [spec.hidden_dim] * spec.num_modalities
-        validate_inputs(widths, spec.num_patches, given, masks, parameter)
+        validate_inputs(widths, spec.num_patches, given, masks, parameter, complete=True)
         return cls(
             names=names,
             fusions=[recording_copy(fusion, padded) for fusion in fusions],

@@ -136,7 +136,7 @@ class Architecture:
         compat: "fl_i2moe", or "i2moe" when the experts have learned positions.
         num_patches: tokens per modality of the learned positions, else None.
         reweight_hidden: hidden width of the reweighting MLP, None when it is a single linear map.
-        reweight_layers: its number of linear maps.
+        reweight_layers: its number of linear maps, 0 for weights that are the same for all samples.
         sparse: the routed MLPs in fusion layers 0, 2, 4, ..., None when all are dense.
     """
 
@@ -160,6 +160,8 @@ class Architecture:
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         latent = self.num_modalities * self.hidden_dim
+        if not self.reweight_layers:
+            yield "reweight.weights", (self.num_experts,)
         inner = [self.reweight_hidden or 0] * (self.reweight_layers - 1)
         widths = [latent, *inner, self.num_experts]
         for i in range(self.reweight_layers):
@@ -180,6 +182,8 @@ class LayerSpec(Architecture):
         temperature: of the softmax over experts.
         dropout: rates of each fusion layer, the same in all experts.
         reweight_dropout: rate inside the reweighting MLP.
+        uniqueness: whether there is a uniqueness expert per modality.
+        regression: whether the losses are those of InteractionMoERegression.
     """
 
     num_heads: int
@@ -188,3 +192,9 @@ class LayerSpec(Architecture):
     temperature: float
     dropout: tuple[DropoutRates, ...]
     reweight_dropout: float
+    uniqueness: bool
+    regression: bool
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_modalities + 2 if self.uniqueness else 2

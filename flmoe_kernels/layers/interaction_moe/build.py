@@ -16,6 +16,7 @@ def build(
     dropout: float = 0.5,
     *,
     fusion_sparse: bool = False,
+    uniqueness: bool = True,
 ) -> ReferenceInteractionMoE:
     """A reference layer of this architecture with fresh parameters.
 
@@ -25,6 +26,7 @@ def build(
         temperature: of the softmax over experts, positive; not part of a checkpoint.
         dropout: rate of every dropout inside the fusion models.
         fusion_sparse: whether the forward also returns gate losses.
+        uniqueness: whether there is a uniqueness expert per modality.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -39,13 +41,16 @@ def build(
         architecture.reweight_hidden or architecture.hidden_dim,
         architecture.reweight_layers,
         temperature,
+        uniqueness=uniqueness,
+        reweighting="mlp" if architecture.reweight_layers else "average",
     )
 
 
 def build_like(spec: LayerSpec) -> ReferenceInteractionMoE:
     """A reference layer with every size and rate of `spec`, and fresh parameters."""
-    layer = build(spec, spec.num_heads, spec.temperature, fusion_sparse=spec.fusion_sparse)
-    for part in layer.reweight.mlp.network:
+    options = {"fusion_sparse": spec.fusion_sparse, "uniqueness": spec.uniqueness}
+    layer = build(spec, spec.num_heads, spec.temperature, **options)
+    for part in layer.reweight.modules():
         if isinstance(part, nn.Dropout):
             part.p = spec.reweight_dropout
     for part in layer.modules():

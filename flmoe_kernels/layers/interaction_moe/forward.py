@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -25,8 +26,7 @@ from flmoe_kernels.ops.encoder import api as ops
 from flmoe_kernels.ops.expert_attention.api import expert_attention_packed
 
 from .fusion import Compat, sinusoidal_positions
-from .packing import TokenPlan, plan_tokens
-from .reference import Replacements
+from .packing import TokenPlan, Views, fold_views, plan_tokens
 from .sparse import (
     GateLosses,
     RoutedWeights,
@@ -168,13 +168,12 @@ def embed(
     plan: TokenPlan,
     positions: Tensor | None,
     experts: int,
-    replacements: Replacements | None,
-    with_views: bool,
+    replacements: Tensor | Literal["noise"] | None = None,
 ) -> Tensor:
-    """Rows before the first layer, (E, 2, n, D): the tokens and their noise; (E, 1, n, D) without views.
+    """Rows before the first layer, (E, 2, n, D): the tokens and their replacements; (E, 1, n, D) without views.
 
     tokens: (B, L, D), the modalities one after another. positions: learned positions (E, L, D), or None for
-    sinusoidal positions.
+    sinusoidal positions. replacements: (E, B, L, D) or (B, L, D), "noise" for N(0, 1), None without views.
     """
     batch, length, width = tokens.shape
     # Rows as (B, L) if none are left out: then a position's gradient is a plain sum over the samples.
@@ -185,14 +184,14 @@ def embed(
         place = position_table(length, width, tokens.device, tokens.dtype)
         place = place if plan.index is None else _select(place, plan)
     rows = (plan.pack(tokens).view(*shape, width) + place).expand(experts, *shape, width)
-    if not with_views:
-        return rows.reshape(experts, 1, plan.rows, width)
     if replacements is None:
-        noise = torch.randn((experts, *shape, width), dtype=tokens.dtype, device=tokens.device)
+        return rows.reshape(experts, 1, plan.rows, width)
+    if isinstance(replacements, Tensor):
+        packed = plan.pack(replacements)
+        noise = packed.view(*packed.shape[:-2], *shape, width)
     else:
-        noise = plan.pack(torch.stack([torch.cat(list(each), dim=1) for each in replacements]))
-        noise = noise.view(experts, *shape, width)
-    return torch.stack([rows, noise + place], dim=1).flatten(2, -2)
+        noise = torch.randn((experts, *shape, width), dtype=tokens.dtype, device=tokens.device)
+    return torch.stack([rows, (noise + place).expand_as(rows)], dim=1).flatten(2, -2)
 
 
 def _select(table: Tensor, plan: TokenPlan) -> Tensor:
@@ -252,13 +251,14 @@ def encode(
     rows: Tensor,
     layers: Sequence[LayerWeights],
     plan: TokenPlan,
-    views: int,
+    views: Views,
     compat: Compat,
     backend: str,
 ) -> tuple[Tensor, list[GateLosses]]:
     """Compute latents (E, V, B, M * D) from rows (E, 2, n, D) with views or (E, 1, n, D) without, and gate losses
-    [E][V] of every sparse layer."""
+    [E][V] of every sparse layer. A view that does not exist has latent 0 if the views are folded."""
     experts, copies, n, width = rows.shape
+    shape = (experts, views.count, plan.samples, plan.modalities * width)
     seeds = draw_seeds(layers, rows.device)
     sparse = any(isinstance(layer.mlp, RoutedWeights) for layer in layers)
     groups = rows_by_modality(plan) if sparse else None
@@ -269,20 +269,29 @@ def encode(
     normed = ops.expert_norm(flat, *first.norm1, first.eps, backend)
     qkv = ops.expert_linear(normed, first.qkv, None, backend)
     stream: Tensor | None = flat if compat == "fl_i2moe" else None
-    if views > 1:
-        qkv = ops.expand_views(qkv.view(experts, 2, n, 3 * width), plan.modality, views, backend)
+    count = 1
+    if views.folded:
+        plan, places = fold_views(plan, views)
+        index = places + copies * n * torch.arange(experts, device=places.device).unsqueeze(1)
+        n = plan.rows
+        # An embedding, because the backward of index_select is slow on a CPU.
+        qkv = F.embedding(index, qkv.reshape(-1, 3 * width))
+        stream = None if stream is None else F.embedding(index, stream.reshape(-1, width))
+    elif copies > 1:
+        count, places = views.count, views.places(plan)
+        qkv = ops.expand_views(qkv.view(experts, 2, n, 3 * width), places, count, backend)
         if stream is not None:
-            stream = ops.expand_views(rows, plan.modality, views, backend).flatten(1, 2)
+            stream = ops.expand_views(rows, places, count, backend).flatten(1, 2)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         attended, _ = expert_attention_packed(
-            qkv.view(experts * views, n, 3, layer.heads, width // layer.heads),
+            qkv.view(experts * count, n, 3, layer.heads, width // layer.heads),
             plan.cu_samples,
             next(seeds),
             layer.attention_p,
             (width // layer.heads) ** -0.5,
             backend,
         )
-        branch = ops.expert_linear(attended.view(experts, views * n, width), *layer.proj, backend)
+        branch = ops.expert_linear(attended.view(experts, count * n, width), *layer.proj, backend)
         residual = stream if compat == "fl_i2moe" else None
         seed = next(seeds)
         stream, normed = ops.dropout_add_norm(
@@ -291,7 +300,7 @@ def encode(
         seed = next(seeds)
         if isinstance(layer.mlp, RoutedWeights):
             assert groups is not None
-            update, losses = routed_update(normed, layer.mlp, groups, views, backend)
+            update, losses = routed_update(normed, layer.mlp, groups, count, backend)
             gathered.append(losses)
         elif isinstance(layer.mlp, RoutedMLP):
             update = called_update(normed, layer.mlp, plan)
@@ -300,10 +309,9 @@ def encode(
         seed = next(seeds)
         if following is None:
             latent = ops.dropout_add_pool(
-                stream, update, plan.cu_segments, views, seed, layer.output_p, backend
+                stream, update, plan.cu_segments, count, seed, layer.output_p, backend
             )
-            latent = latent.view(experts, views, plan.samples, plan.modalities * width)
-            return latent, gathered
+            return latent.view(shape), gathered
         stream, normed = ops.dropout_add_norm(
             stream, update, *following.norm1, seed, layer.output_p, layer.eps, backend
         )

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flmoe_kernels.core import validation as check
+from flmoe_kernels.layers.modalities import Masks, Modalities, prepare_modalities
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.ops.reweighting.reference import masked_mean
 
 Compat = Literal["fl_i2moe", "i2moe"]
-Masks = Sequence[Tensor | None] | None
+Inputs = Sequence[Tensor | None]
 
 MLP_EXPANSION = 2
 
@@ -215,8 +217,10 @@ class ReferenceFusionTransformer(nn.Module):
         num_routers: int = 1,
         top_k: int = 2,
         gate: str = "GShardGate",
+        modality_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check.require_probability("modality_dropout", modality_dropout)
         if compat not in ("fl_i2moe", "i2moe"):
             raise ValueError(f"compat: expected 'fl_i2moe' or 'i2moe', got {compat!r}")
         _require_sizes(
@@ -234,6 +238,7 @@ class ReferenceFusionTransformer(nn.Module):
             raise ValueError("num_experts: mlp_sparse=True expected at least 1, got None")
         self.compat = compat
         self.num_modalities = num_modalities
+        self.modality_dropout = modality_dropout
 
         def routed(layer: int) -> RoutedMLP | None:
             if num_experts is None or not mlp_sparse or not is_sparse_layer(layer):
@@ -262,22 +267,34 @@ class ReferenceFusionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, num_modalities * num_patches, hidden_dim))
 
     def forward(
-        self, inputs: Sequence[Tensor], masks: Masks = None, return_latent: bool = False
+        self, inputs: Inputs, masks: Masks = None, return_latent: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Classify token sequences.
 
         Args:
-            inputs: M x (B, L_m, D).
-            masks: M x (B, L_m), True (or 1) = valid; each may be None. With learned positions there are no masks.
+            inputs: M x (B, L_m, D); None for a missing modality, which has no tokens and latent 0. With sinusoidal
+                positions, the tokens after it have the positions that follow those before it.
+            masks: M x (B, L_m), True (or 1) = valid; each may be None.
             return_latent: also return the latent (B, M * D), the concatenated means of each modality's tokens.
                 With learned positions it is detached, as published.
 
         Returns:
             Logits (B, C), or logits and latent.
         """
-        latent = self._latent(inputs, masks)
-        logits = self.network[-1](latent)
-        return (logits, self._returned(latent)) if return_latent else logits
+        dropout = self.modality_dropout if self.training else 0.0
+        logits, latent = self._plain(
+            prepare_modalities(inputs, masks, self._patches() or 0, dropout)
+        )
+        return (logits, latent) if return_latent else logits
+
+    def _patches(self) -> int | None:
+        """Tokens per modality of the learned positions."""
+        positions = self.pos_embed
+        return None if positions is None else positions.shape[1] // self.num_modalities
+
+    def _plain(self, call: Modalities) -> tuple[Tensor, Tensor]:
+        latent = self._latent(call.inputs, call.masks)
+        return self.network[-1](latent), self._returned(latent)
 
     def _returned(self, latent: Tensor) -> Tensor:
         """A latent that may be changed in place; detached with learned positions, as published."""
@@ -293,10 +310,10 @@ class ReferenceFusionTransformer(nn.Module):
             tokens = tokens + sinusoidal_positions(
                 tokens.shape[1], tokens.shape[2], tokens.device, tokens.dtype
             )
-            if masks is not None:
-                valid = concatenated_masks(inputs, masks)
-                # Published: times the mask, which keeps NaN.
-                tokens = torch.where(valid.unsqueeze(-1), tokens, 0.0)
+        if masks is not None:
+            valid = concatenated_masks(inputs, masks)
+            # Published: times the mask, which keeps NaN.
+            tokens = torch.where(valid.unsqueeze(-1), tokens, 0.0)
         parts = list(torch.split(tokens, lengths, dim=1))
         *encoder, _ = self.network
         for layer in encoder:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core.backend import REFERENCE
+from flmoe_kernels.layers.modalities import Masks, Modalities
 from flmoe_kernels.layers.parts import record_methods
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 
 from .architecture import Architecture, FusionSpec, LayerSpec
 from .forward import embed, encode, pack_inputs, require_like, stack_layer
-from .fusion import MLP, Compat, Masks, ReferenceFusionTransformer
+from .fusion import MLP, Compat, Inputs, ReferenceFusionTransformer
 from .kernel_layer import KernelLayer
+from .packing import Views
 from .structure import describe_fusion, fusion_spec
 
 
@@ -37,6 +38,7 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         num_routers: gates per routed MLP; only the first routes.
         top_k: experts per token; SwitchGate sets it to 1.
         gate: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate".
+        modality_dropout: probability that a modality of a sample is left out in training; one is always kept.
         backend: "reference", "cpu" or "triton"; default by device and `use_backend`.
 
     Inputs of a lower precision than the parameters are cast to the parameters' dtype. The list of masks may be
@@ -70,6 +72,7 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         num_routers: int = 1,
         top_k: int = 2,
         gate: str = "GShardGate",
+        modality_dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -80,6 +83,7 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
             num_routers=num_routers,
             top_k=top_k,
             gate=gate,
+            modality_dropout=modality_dropout,
         )
         self._start(fusion_spec(self), backend)
 
@@ -94,6 +98,8 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         with torch.device("meta"):
             self = build_fusion(spec, spec.num_heads)
         set_rates(self, spec)
+        if isinstance(model, ReferenceFusionTransformer):
+            self.modality_dropout = model.modality_dropout
         published: Any = model
         for own, layer in zip(self.network, published.network, strict=True):
             if isinstance(getattr(own, "mlp", None), RoutedMLP):
@@ -135,7 +141,7 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         return super()._resized() or self.compat != self._spec.compat
 
     def forward(
-        self, inputs: Sequence[Tensor], masks: Masks = None, return_latent: bool = False
+        self, inputs: Inputs, masks: Masks = None, return_latent: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Classify token sequences; see ReferenceFusionTransformer.forward.
 
@@ -146,25 +152,23 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         """
         if isinstance(masks, bool):  # the second argument of the older variant
             masks, return_latent = None, masks
-        inputs, masks, backend = self._enter(inputs, masks)
+        call, backend = self._enter(inputs, masks)
         if backend == REFERENCE:
-            logits, latent = super().forward(inputs, masks, True)
+            logits, latent = self._plain(call)
         else:
-            logits, latent = self._run(self._on_kernels, inputs, masks, backend)
+            logits, latent = self._run(self._on_kernels, call, backend)
         return (logits, latent) if return_latent else logits
 
-    def _on_kernels(
-        self, inputs: Sequence[Tensor], masks: Masks, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        plan, tokens = pack_inputs(inputs, masks, backend)
+    def _on_kernels(self, call: Modalities, backend: str) -> tuple[Tensor, Tensor]:
+        plan, tokens = pack_inputs(call.inputs, call.masks, backend)
         *encoder, _ = self.network
         layers = [stack_layer([layer], self.compat, tokens.dtype, called=True) for layer in encoder]
         positions: Tensor | None = self.pos_embed
         if positions is not None:
             require_like([positions], self._parameter)
             positions = positions.to(tokens.dtype)
-        rows = embed(tokens, plan, positions, 1, None, False)
-        latents, _ = encode(rows, layers, plan, 1, self.compat, backend)
+        rows = embed(tokens, plan, positions, 1)
+        latents, _ = encode(rows, layers, plan, Views(), self.compat, backend)
         latent = latents[0, 0].to(self._parameter.dtype)
         logits = self.network[-1](latent)
         return logits.to(latent.dtype), self._returned(latent)

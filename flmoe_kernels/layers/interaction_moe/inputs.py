@@ -4,51 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.layers.modalities import Masks, Modalities
 
 from .architecture import LayerSpec
-from .fusion import Masks
 from .reference import Replacements
 
 
 def validate_inputs(
     widths: Sequence[int],
     num_patches: int | None,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
     masks: Masks,
     parameter: Tensor,
+    *,
+    complete: bool = False,
 ) -> None:
     """Check inputs, M x (B, L_m, D) like the parameters, and masks, M x (B, L_m), bool or 0/1, or None.
 
     num_patches: L_m of all modalities, None for any.
+    complete: whether no modality may be None or without tokens, and learned positions have no masks.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
     """
-    check.require_inputs(widths, inputs, masks, parameter)
+    check.require_inputs(widths, inputs, masks, parameter, optional=not complete)
     for m, x in enumerate(inputs):
-        if num_patches is not None and x.shape[1] != num_patches:
+        if num_patches is not None and x is not None and x.shape[1] not in (0, num_patches):
             raise ValueError(
                 f"inputs[{m}]: expected {num_patches} tokens, the number of positions, "
                 f"got {x.shape[1]}"
             )
-    if num_patches is not None and any(mask is not None for mask in masks or ()):
+    if complete and num_patches is not None and any(mask is not None for mask in masks or ()):
         raise ValueError("masks: expected None for learned positions (I2MoE)")
 
 
-def validate_replacements(
-    spec: LayerSpec, replacements: Replacements | None, inputs: Sequence[Tensor]
-) -> None:
-    """Check that replacements[e][m] has the shape, dtype and device of inputs[m], for all M + 2 experts."""
+def check_replacements(
+    spec: LayerSpec, replacements: Replacements | None, call: Modalities
+) -> Replacements | None:
+    """Check that replacements[e][m] has the shape, dtype and device of inputs[m], for all experts.
+
+    Returns:
+        The replacements, in which None for a missing modality is its padded tokens.
+    """
     if replacements is None:
-        return
+        return None
     if not isinstance(replacements, list | tuple):
         raise TypeError(f"replacements: expected a list, got {type(replacements).__name__}")
     if len(replacements) != spec.num_experts:
         raise ValueError(
             f"replacements: expected one list per expert, {spec.num_experts}, got {len(replacements)}"
         )
+    filled = []
     for e, each in enumerate(replacements):
-        check.require_replacements(f"replacements[{e}]", each, inputs)
+        if isinstance(each, list | tuple) and len(each) == len(call.inputs):
+            missing = zip(each, call.inputs, call.absent, strict=True)
+            each = [x if noise is None and absent else noise for noise, x, absent in missing]
+        check.require_replacements(f"replacements[{e}]", each, call.inputs)
+        filled.append(each)
+    return filled
+
+
+def stack_replacements(replacements: Replacements) -> Tensor:
+    """The tokens that replace all modalities: (E, B, L, D), or (B, L, D) if all experts share them."""
+    first = replacements[0]
+    if all(each is first for each in replacements):
+        return torch.cat(list(first), dim=1)
+    return torch.stack([torch.cat(list(each), dim=1) for each in replacements])

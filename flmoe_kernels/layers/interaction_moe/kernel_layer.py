@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -13,12 +13,13 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype, without_autocast
 from flmoe_kernels.core.native import constant_in_traces
+from flmoe_kernels.layers.modalities import Masks, Modalities, prepare_modalities
 from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, record_methods
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
 from flmoe_kernels.layers.snapshot import PartsSnapshot, has_global_hook
 
-from .fusion import MLP, Attention, EncoderLayer, Head, Masks
+from .fusion import MLP, Attention, EncoderLayer, Head, Inputs
 from .inputs import validate_inputs
 
 _OPERATOR = "interaction_moe"
@@ -42,6 +43,7 @@ class KernelLayer(nn.Module):
     )
 
     num_modalities: int
+    modality_dropout: float
     _spec: Any
     _snapshot: PartsSnapshot | None
     _captures: bool
@@ -116,8 +118,8 @@ class KernelLayer(nn.Module):
             return None
         return weight if isinstance(weight, Tensor) else None
 
-    def _enter(self, inputs: Sequence[Tensor], masks: Masks) -> tuple[Sequence[Tensor], Masks, str]:
-        """Return the inputs in the dtype of the computation, a mask or None for each, and the backend."""
+    def _enter(self, inputs: Inputs, masks: Masks) -> tuple[Modalities, str]:
+        """Return the sequences of the call, in the dtype of the computation, and the backend."""
         parameter = self._parameter
         backend = backends.choose(_OPERATOR, parameter, self.backend)
         if backend != backends.REFERENCE:
@@ -138,16 +140,17 @@ class KernelLayer(nn.Module):
             inputs = check.cast_tensors(inputs, dtype)
             like = parameter.detach().new_empty((0,), dtype=dtype)
         inputs, masks = check.widened(inputs, like), check.padded_masks(masks, inputs)
-        validate_inputs(self._widths(), self._patches(), inputs, masks, like)
-        return inputs, masks, backend
+        patches, dropout = self._patches(), self.modality_dropout if self.training else 0.0
+        validate_inputs(self._widths(), patches, inputs, masks, like)
+        return prepare_modalities(inputs, masks, patches or 0, dropout), backend
 
-    def _run(self, compute: Callable[..., Any], inputs: Sequence[Tensor], *rest: Any) -> Any:
+    def _run(self, compute: Callable[..., Any], call: Modalities, *rest: Any) -> Any:
         """Run the kernels; an error that a changed part has caused names the part."""
-        with _autocast_of(rest[-1], inputs[0].device):
+        with _autocast_of(rest[-1], call.inputs[0].device):
             if torch.compiler.is_compiling():
-                return compute(inputs, *rest)
+                return compute(call, *rest)
             try:
-                return compute(inputs, *rest)
+                return compute(call, *rest)
             except (AttributeError, RuntimeError, TypeError, ValueError):
                 # A parameter of another shape, which a snapshot does not show.
                 if reason := self._check():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +12,37 @@ from torch import Tensor, nn
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype
+from flmoe_kernels.layers.modalities import Masks, Modalities
 from flmoe_kernels.layers.parts import UnsupportedLayer, separate
-from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
 from .architecture import LayerSpec
 from .build import build_like
 from .forward import LayerWeights, embed, encode, pack_inputs, require_like, stack_layer
-from .fusion import Attention, Masks
+from .fusion import Attention, Inputs
 from .fusion_transformer import FusionTransformer
-from .inputs import validate_replacements
+from .inputs import check_replacements, stack_replacements
 from .kernel_layer import KernelLayer
-from .packing import TokenPlan
+from .packing import TokenPlan, Views, plan_views
 from .reference import (
+    ExpertAverage,
     InteractionExpert,
     ReferenceInteractionMoE,
+    Replacement,
     Replacements,
     Reweighting,
 )
 from .sparse import GateLosses, sum_losses
 from .structure import describe, fusion_width
+
+# Options that a published layer does not have, with its behaviour.
+_OPTIONS: dict[str, Any] = {
+    "modality_dropout": 0.0,
+    "replacement": "noise",
+    "num_perturbed": None,
+    "interaction_loss": True,
+    "uniqueness": True,
+}
 
 
 class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
@@ -44,6 +55,8 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         fusion_sparse: also return gate losses, zeros if the fusion models are dense.
         hidden_dim: token width D.
         hidden_dim_rw, num_layer_rw, temperature_rw: the reweighting MLP.
+        modality_dropout, replacement, num_perturbed, interaction_loss, uniqueness, reweighting: missing modalities
+            in training and the published ablations; see ReferenceInteractionMoE.
         backend: "reference", "cpu" or "triton"; default by device and `use_backend`.
 
     Shapes and results are those of `ReferenceInteractionMoE`. Differences: noise and dropout are equal in
@@ -60,7 +73,9 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
     Source: arXiv 2603.13326 and 2505.19190.
     """
 
-    PART_CLASSES = KernelLayer.PART_CLASSES | {Reweighting, InteractionExpert, FusionTransformer}
+    PART_CLASSES = KernelLayer.PART_CLASSES | {
+        *(Reweighting, ExpertAverage, InteractionExpert, FusionTransformer)
+    }
 
     def __init__(
         self,
@@ -72,6 +87,12 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         num_layer_rw: int = 2,
         temperature_rw: float = 1.0,
         *,
+        modality_dropout: float = 0.0,
+        replacement: Replacement = "noise",
+        num_perturbed: int | None = None,
+        interaction_loss: bool = True,
+        uniqueness: bool = True,
+        reweighting: Literal["mlp", "average"] = "mlp",
         backend: str | None = None,
     ) -> None:
         width = fusion_width(fusion_model)
@@ -87,6 +108,12 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
             hidden_dim_rw,
             num_layer_rw,
             temperature_rw,
+            modality_dropout=modality_dropout,
+            replacement=replacement,
+            num_perturbed=num_perturbed,
+            interaction_loss=interaction_loss,
+            uniqueness=uniqueness,
+            reweighting=reweighting,
         )
         self._spec = _supported(self)
         self._take_parameters(self)
@@ -104,6 +131,9 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         nn.Module.__init__(self)
         self.num_modalities = spec.num_modalities
         self.fusion_sparse = spec.fusion_sparse
+        own = isinstance(layer, ReferenceInteractionMoE)
+        for name, default in _OPTIONS.items():
+            setattr(self, name, getattr(layer, name) if own else default)
         self._spec = spec
         self._take_parameters(layer)
         self._start(spec, backend)
@@ -139,37 +169,39 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
 
     def forward(
         self,
-        inputs: Sequence[Tensor],
+        inputs: Inputs,
         masks: Masks = None,
         *,
         replacements: Replacements | None = None,
+        mean_vectors: Sequence[Tensor] | None = None,
     ) -> tuple:
         """Run the layer; arguments and results as in ReferenceInteractionMoE.forward.
 
         Raises:
-            TypeError, ValueError: inputs, masks or replacements have the wrong type, shape, dtype or device.
+            TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
             BackendUnavailable: the requested backend cannot run this.
         """
-        inputs, masks, backend = self._enter(inputs, masks)
-        if replacements is not None and autocast_dtype(inputs[0].device) is not None:
-            replacements = check.cast_tensors(replacements, inputs[0].dtype)
+        call, backend = self._enter(inputs, masks)
+        like = call.inputs[0]
+        if autocast_dtype(like.device) is not None:
+            replacements = check.cast_tensors(replacements, like.dtype)
+            mean_vectors = check.cast_tensors(mean_vectors, like.dtype)
         elif isinstance(replacements, list | tuple):
-            replacements = [check.widened(noise, inputs[0]) for noise in replacements]
-        validate_replacements(self._spec, replacements, inputs)
+            replacements = [check.widened(noise, like) for noise in replacements]
+        replacements = check_replacements(self._spec, replacements, call)
+        given = self._replacements(call, replacements, check.widened(mean_vectors, like))
         if backend == backends.REFERENCE:
             with self._plain_parts():
-                return super().forward(inputs, masks, replacements=replacements)
-        return self._run(self._fast_forward, inputs, masks, replacements, backend)
+                return self._plain_forward(call, given)
+        return self._run(self._fast_forward, call, given, backend)
 
-    def inference(
-        self, inputs: Sequence[Tensor], masks: Masks = None
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    def inference(self, inputs: Inputs, masks: Masks = None) -> tuple[list[Tensor], Tensor, Tensor]:
         """Run only the full view, as ReferenceInteractionMoE.inference does."""
-        inputs, masks, backend = self._enter(inputs, masks)
+        call, backend = self._enter(inputs, masks)
         if backend == backends.REFERENCE:
             with self._plain_parts():
-                return super().inference(inputs, masks)
-        return self._run(self._fast_inference, inputs, masks, backend)
+                return self._plain_inference(call)
+        return self._run(self._fast_inference, call, backend)
 
     def _plain_parts(self) -> AbstractContextManager:
         """If one expert captures maps, all experts run in plain PyTorch."""
@@ -184,7 +216,8 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         parts: Any = nn.Module()
         for name in ("reweight", "interaction_experts"):
             parts.add_module(name, children.get(name))
-        parts.num_modalities, parts.fusion_sparse = self.num_modalities, self.fusion_sparse
+        for name in ("num_modalities", "fusion_sparse", "uniqueness", "regression"):
+            setattr(parts, name, getattr(self, name))
         parts._is_replica = getattr(self, "_is_replica", False)
         return parts, ("reweight.mlp",)
 
@@ -192,7 +225,8 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         return _supported(parts, self._spec)
 
     def _resized(self) -> bool:
-        return super()._resized() or self.fusion_sparse != self._spec.fusion_sparse
+        own = self.fusion_sparse, self.uniqueness
+        return super()._resized() or own != (self._spec.fusion_sparse, self._spec.uniqueness)
 
     def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
         networks = [expert.fusion_model.network for expert in self.interaction_experts]
@@ -205,8 +239,8 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         self,
         tokens: Tensor,
         plan: TokenPlan,
-        replacements: Replacements | None,
-        views: int,
+        views: Views,
+        replacements: Tensor | Literal["noise"] | None,
         backend: str,
     ) -> tuple[Tensor, list[GateLosses]]:
         spec, dtype = self._spec, tokens.dtype
@@ -215,7 +249,7 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
             learned = [expert.fusion_model.pos_embed for expert in self.interaction_experts]
             require_like(learned, self._parameter)
             positions = torch.cat(learned).to(dtype)
-        rows = embed(tokens, plan, positions, spec.num_experts, replacements, views > 1)
+        rows = embed(tokens, plan, positions, spec.num_experts, replacements)
         return encode(rows, self._layers(dtype), plan, views, spec.compat, backend)
 
     def _head(self, latents: Tensor) -> Tensor:
@@ -234,49 +268,60 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         return flat.to(self._parameter.dtype).view(*latents.shape[:3], classes)
 
     def _fast_inference(
-        self, inputs: Sequence[Tensor], masks: Masks, backend: str
+        self, call: Modalities, backend: str
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        plan, tokens = pack_inputs(inputs, masks, backend)
-        latents, _ = self._latents(tokens, plan, None, 1, backend)
+        plan, tokens = pack_inputs(call.inputs, call.masks, backend)
+        latents, _ = self._latents(tokens, plan, Views(), None, backend)
         logits = self._head(latents)[:, 0]
-        weights, mixed = self._mix(inputs, masks, tokens, plan, logits, backend)
+        weights, mixed = self._mix(call, tokens, plan, logits, backend)
         return separate(logits), weights, mixed
 
     def _mix(
         self,
-        inputs: Sequence[Tensor],
-        masks: Masks,
+        call: Modalities,
         tokens: Tensor,
         plan: TokenPlan,
         logits: Tensor,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """Weights (B, E) of the experts and the mixture (B, C) of their logits (E, B, C)."""
-        features = reweighting_features(inputs, masks, tokens, plan.valid, backend)
-        scores = self.reweight.mlp(features)
+        if isinstance(self.reweight, ExpertAverage):
+            scores = self.reweight.weights.repeat(plan.samples, 1)
+        else:
+            normalized = self._normalized(call)
+            features = reweighting_features(
+                call.inputs, call.masks, normalized, tokens, plan.valid, backend
+            )
+            scores = self.reweight.mlp(features)
         weights, mixed = mix_experts(scores, logits, self.reweight.temperature, backend)
         return weights.clone(), mixed  # the backward reads the original
 
     def _fast_forward(
-        self,
-        inputs: Sequence[Tensor],
-        masks: Masks,
-        replacements: Replacements | None,
-        backend: str,
+        self, call: Modalities, replacements: Replacements | None, backend: str
     ) -> tuple:
-        (plan, tokens), views = pack_inputs(inputs, masks, backend), self.num_modalities + 1
-        latents, gates = self._latents(tokens, plan, replacements, views, backend)
+        plan, tokens = pack_inputs(call.inputs, call.masks, backend)
+        views = plan_views(plan, self._perturbed(call), fold=self._spec.sparse is None)
+        fills: Tensor | Literal["noise"] | None = None
+        if views.replaced:
+            fills = "noise" if replacements is None else stack_replacements(replacements)
+        latents, gates = self._latents(tokens, plan, views, fills, backend)
+        latents = views.all_modalities(latents, 1, self.num_modalities)
+        if views.exists is not None and not views.folded:
+            exists = torch.cat([torch.ones_like(views.exists[:, :1]), views.exists], dim=1)
+            latents = torch.where(exists.T.unsqueeze(2), latents, 0.0)
         logits = self._head(latents)
         latents = latents.to(logits.dtype)
-        weights, mixed = self._mix(inputs, masks, tokens, plan, logits[:, 0], backend)
+        weights, mixed = self._mix(call, tokens, plan, logits[:, 0], backend)
         gate_losses: tuple = ()
         if self.fusion_sparse:
-            gate_losses = (sum_losses(gates, self._spec.num_experts, views, latents),)
+            sums = sum_losses(gates, self._spec.num_experts, views.count, latents)
+            gate_losses = (_by_expert(views.all_modalities(sums, 1, self.num_modalities)),)
         view_logits = _by_expert(logits)
-        if self._spec.compat == "i2moe":
-            losses = separate(interaction_losses(logits, backend))
+        learned = self._spec.compat == "i2moe"
+        measured = self._measured(logits if learned else (logits, latents))
+        losses = self._view_losses(measured, views.exists, backend)
+        if learned:
             return (view_logits, weights, mixed, losses, *gate_losses)
-        losses = separate(interaction_losses(latents, backend))
         view_latents = _by_expert(latents)
         outputs = [
             list(zip(expert_logits, expert_latents, strict=True))
@@ -297,7 +342,7 @@ def _supported(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
 
 
 def _by_expert(x: Tensor) -> list[list[Tensor]]:
-    """Nested lists of x (E, V, ...); a single copy, so that the backward is a single stack."""
+    """Nested lists of x (E, V, *); a single copy, so that the backward is a single stack."""
     flat = separate(x.flatten(0, 1))
     views = x.shape[1]
     return [flat[e * views : (e + 1) * views] for e in range(x.shape[0])]

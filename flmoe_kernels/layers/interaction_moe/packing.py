@@ -1,9 +1,9 @@
-"""Packing of valid tokens into rows without padding."""
+"""Packing of valid tokens into rows without padding, and views of the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -48,6 +48,13 @@ class TokenPlan:
     @property
     def modalities(self) -> int:
         return len(self.lengths)
+
+    @property
+    def present(self) -> Tensor | None:
+        """Whether each sample has each modality, (B, M) bool; None without masks."""
+        if self.valid is None:
+            return None
+        return (self.cu_segments.diff() > 0).view(-1, self.modalities)
 
     def pack(self, tokens: Tensor) -> Tensor:
         """(..., B, L, D) -> (..., n, D). Rows after the valid rows are 0: otherwise a NaN in the padding would
@@ -123,3 +130,88 @@ def _modality(lengths: Sequence[int], device: torch.device) -> Tensor:
     for end in accumulate(lengths[:-1]):
         modality += place >= end
     return modality
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of a call: the full one, then one for each of some modalities, whose tokens are replaced.
+
+    Attributes:
+        replaced: the modality of each view after the full one.
+        exists: (B, M) bool, whether a sample has the view of a modality; None: all have all.
+        folded: whether the rows of views that do not exist are left out.
+    """
+
+    replaced: tuple[int, ...] = ()
+    exists: Tensor | None = None
+    folded: bool = False
+
+    @property
+    def count(self) -> int:
+        return 1 + len(self.replaced)
+
+    def places(self, plan: TokenPlan) -> Tensor:
+        """For each row the place of its modality in `replaced`, or a larger number: (n,) int32."""
+        if self.replaced == tuple(range(plan.modalities)):
+            return plan.modality
+        places = torch.full_like(plan.modality, plan.modalities)
+        for place, m in enumerate(self.replaced):
+            places.masked_fill_(plan.modality == m, place)
+        return places
+
+    def all_modalities(self, views: Tensor, dim: int, modalities: int) -> Tensor:
+        """Add zeros along `dim` for modalities without a view, so that there are 1 + M views."""
+        if len(self.replaced) == modalities:
+            return views
+        full, *others = views.unbind(dim)
+        zeros = torch.zeros_like(full)
+        by_modality = dict(zip(self.replaced, others, strict=True))
+        return torch.stack([full, *(by_modality.get(m, zeros) for m in range(modalities))], dim)
+
+
+def plan_views(plan: TokenPlan, replaced: Sequence[int], *, fold: bool) -> Views:
+    """Plan the views in which the modalities `replaced` are replaced, for the samples that have the modality.
+
+    fold: leave out the rows of views that do not exist, if the plan may read which these are.
+    """
+    exists = plan.present
+    if len(replaced) < plan.modalities:
+        if exists is None:
+            shape = (plan.samples, plan.modalities)
+            exists = torch.ones(shape, dtype=torch.bool, device=plan.position.device)
+        for m in set(range(plan.modalities)) - {*replaced}:
+            exists[:, m] = False
+    if exists is None or not plan.compact:
+        return Views(tuple(replaced), exists)
+    complete = exists[:, list(replaced)].all()
+    whole = bool(complete) and len(replaced) == plan.modalities
+    return Views(tuple(replaced), None if whole else exists, fold and not bool(complete))
+
+
+def fold_views(plan: TokenPlan, views: Views) -> tuple[TokenPlan, Tensor]:
+    """A plan with the existing samples of all views as its V * B samples, and its rows' places among the 2 n rows:
+    the original rows, then the replaced ones."""
+    assert views.exists is not None
+    counts = plan.cu_segments.diff().view(-1, plan.modalities)
+    sizes = counts.sum(dim=1)
+    row = torch.arange(plan.rows, device=counts.device)
+    sample = torch.repeat_interleave(sizes)
+    rows, segments = [row], [counts]
+    for m in views.replaced:
+        there = views.exists[:, m]
+        place = row + plan.rows * (plan.modality == m)
+        rows.append(place[there[sample]])
+        segments.append(torch.where(there.unsqueeze(1), counts, 0))
+    ends = torch.stack(segments).flatten().cumsum(0).to(torch.int32)
+    cu_segments = torch.cat([ends.new_zeros(1), ends])
+    places = torch.cat(rows)
+    source = places % plan.rows
+    folded = replace(
+        plan,
+        index=None,
+        position=plan.position[source],
+        modality=plan.modality[source],
+        cu_samples=cu_segments[:: plan.modalities].contiguous(),
+        cu_segments=cu_segments,
+    )
+    return folded, places

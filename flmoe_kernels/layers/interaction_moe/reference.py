@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.backend import REFERENCE
-from flmoe_kernels.ops.interaction_losses.reference import interaction_losses
+from flmoe_kernels.layers.modalities import (
+    Masks,
+    Modalities,
+    prepare_modalities,
+    present_modalities,
+)
+from flmoe_kernels.layers.parts import separate
+from flmoe_kernels.ops.interaction_losses import interaction_losses
+from flmoe_kernels.ops.interaction_losses.reference import regression_losses
 from flmoe_kernels.ops.reweighting.reference import reweighting_features
 
-from .fusion import MLP, Compat, Masks
+from .fusion import MLP, Compat, Inputs
 
 Replacements = Sequence[Sequence[Tensor]]
+Replacement = Literal["noise", "zero", "mean"]
 
 REWEIGHT_DROPOUT = 0.5
 
@@ -49,11 +58,34 @@ class Reweighting(nn.Module):
             REWEIGHT_DROPOUT,
         )
 
-    def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks = None,
+        normalized: Sequence[bool] | None = None,
+    ) -> Tensor:
         if (first := next(self.mlp.parameters(), None)) is not None:
             inputs = check.widened(inputs, first)
-        features = reweighting_features(inputs, check.padded_masks(masks, inputs))
+        features = reweighting_features(inputs, check.padded_masks(masks, inputs), normalized)
         return torch.softmax(self.mlp(features) / self.temperature, dim=1)
+
+
+class ExpertAverage(nn.Module):
+    """Weights (B, E) that are the same for all samples: the softmax of a parameter, at first 1 / E each."""
+
+    temperature = 1.0
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((num_experts,), 1.0 / num_experts))
+
+    def forward(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks = None,
+        normalized: Sequence[bool] | None = None,
+    ) -> Tensor:
+        return torch.softmax(self.weights, dim=0).repeat(inputs[0].shape[0], 1)
 
 
 class InteractionExpert(nn.Module):
@@ -105,14 +137,51 @@ class InteractionExpert(nn.Module):
         Returns:
             A list of results by view; with fusion_sparse also a list of gate losses.
         """
-        noise: Sequence[Tensor | None] = replacements or [None] * len(inputs)
+        noise = [None] * len(inputs) if replacements is None else replacements
+        return self.views(inputs, masks, range(len(inputs)), None, noise)
+
+    def views(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Masks,
+        replaced: Sequence[int],
+        exists: Tensor | None,
+        replacements: Sequence[Tensor | None],
+    ) -> Any:
+        """As forward_multiple, but only with the views of the modalities `replaced`, and of the samples that have
+        them, exists (B, M). Any other view has latent 0, that is, the head's bias as logits."""
         views = [self(inputs, masks)]
-        for m, own in zip(range(len(inputs)), noise, strict=True):
-            views.append(self.forward_with_replacement(inputs, masks, m, noise=own))
+        partial = exists is not None or len(replaced) < len(inputs)
+        blank = self._blank(views[0]) if partial else None
+        for m, noise in enumerate(replacements):
+            if m not in replaced:
+                views.append(blank)
+                continue
+            view = self.forward_with_replacement(inputs, masks, m, noise=noise)
+            if exists is not None:
+                view = _where(exists[:, m : m + 1], view, blank)
+            views.append(view)
         if not self.fusion_sparse:
             return views
         results, gate_losses = zip(*views, strict=True)
         return list(results), list(gate_losses)
+
+    def _blank(self, view: Any) -> Any:
+        """The result of a view that does not exist."""
+        result = view[0] if self.fusion_sparse else view
+        logits = result if isinstance(result, Tensor) else result[0]
+        head = self.fusion_model.network[-1]
+        latent = logits.new_zeros((logits.shape[0], head.fc.weight.shape[1]))
+        blank = head(latent) if isinstance(result, Tensor) else (head(latent), latent)
+        return (blank, torch.zeros_like(view[1])) if self.fusion_sparse else blank
+
+
+def _where(exists: Tensor, view: Any, blank: Any) -> Any:
+    """The view's results, blank where it does not exist; gate losses, which have no samples, as they are."""
+    if not isinstance(view, tuple):
+        has_samples = isinstance(view, Tensor) and view.dim() > 0
+        return torch.where(exists, view, blank) if has_samples else view
+    return tuple(_where(exists, x, y) for x, y in zip(view, blank, strict=True))
 
 
 class ReferenceInteractionMoE(nn.Module):
@@ -126,9 +195,17 @@ class ReferenceInteractionMoE(nn.Module):
         hidden_dim_rw: hidden width of the reweighting MLP.
         num_layer_rw: number of linear layers of the reweighting MLP.
         temperature_rw: temperature of the softmax over experts.
+        modality_dropout: probability that a modality of a sample is left out in training; one is always kept.
+        replacement: what replaces a modality in its view: "noise", N(0, 1), "zero", or "mean", the mean_vectors
+            of the call.
+        num_perturbed: number of modalities, chosen at random in every call, that have a view; None for all.
+        interaction_loss: False for no views and no losses (zeros).
+        uniqueness: False for only the synergy and the redundancy expert.
+        reweighting: "mlp", or "average" for a softmax of E parameters, which are equal at first.
     """
 
-    reweight: Reweighting
+    regression: ClassVar[bool] = False  # whether the losses are on the outputs of all views
+    reweight: Reweighting | ExpertAverage
     interaction_experts: Any  # a ModuleList of InteractionExpert
 
     def __init__(
@@ -140,16 +217,36 @@ class ReferenceInteractionMoE(nn.Module):
         hidden_dim_rw: int = 256,
         num_layer_rw: int = 2,
         temperature_rw: float = 1.0,
+        *,
+        modality_dropout: float = 0.0,
+        replacement: Replacement = "noise",
+        num_perturbed: int | None = None,
+        interaction_loss: bool = True,
+        uniqueness: bool = True,
+        reweighting: Literal["mlp", "average"] = "mlp",
     ) -> None:
         super().__init__()
         if num_modalities < 2:
             raise ValueError(f"num_modalities: expected at least 2, got {num_modalities}")
+        check.require_probability("modality_dropout", modality_dropout)
+        check.require_choice("replacement", replacement, ("noise", "zero", "mean"))
+        check.require_choice("reweighting", reweighting, ("mlp", "average"))
+        if num_perturbed is not None:
+            check.require_count("num_perturbed", num_perturbed, 1, num_modalities)
         self.num_modalities = num_modalities
         self.fusion_sparse = fusion_sparse
-        num_experts = num_modalities + 2
-        self.reweight = Reweighting(
-            num_modalities, num_experts, hidden_dim, hidden_dim_rw, num_layer_rw, temperature_rw
-        )
+        self.modality_dropout = modality_dropout
+        self.replacement = replacement
+        self.num_perturbed = num_perturbed
+        self.interaction_loss = interaction_loss
+        self.uniqueness = uniqueness
+        num_experts = num_modalities + 2 if uniqueness else 2
+        if reweighting == "average":
+            self.reweight = ExpertAverage(num_experts)
+        else:
+            self.reweight = Reweighting(
+                num_modalities, num_experts, hidden_dim, hidden_dim_rw, num_layer_rw, temperature_rw
+            )
         self.interaction_experts = nn.ModuleList(
             InteractionExpert(copy.deepcopy(fusion_model), fusion_sparse)
             for _ in range(num_experts)
@@ -165,27 +262,90 @@ class ReferenceInteractionMoE(nn.Module):
 
     def forward(
         self,
-        inputs: Sequence[Tensor],
+        inputs: Inputs,
         masks: Masks = None,
         *,
         replacements: Replacements | None = None,
+        mean_vectors: Sequence[Tensor] | None = None,
     ) -> tuple:
         """Run every expert on every view.
 
         Args:
-            inputs: M token sequences (B, L_m, D).
+            inputs: M token sequences (B, L_m, D); None for a missing modality.
             masks: M masks (B, L_m), True (or 1) = valid; each may be None.
             replacements: replacements[e][m] (B, L_m, D) instead of fresh N(0, 1) noise.
+            mean_vectors: with replacement="mean", M tensors (D,) or (L_m, D), the data set's means.
 
         Returns:
             (expert_outputs, weights (B, E), logits (B, C), losses [M + 2], gate_losses when
             fusion_sparse, latents [E x (B, M * D)] unless compat is "i2moe"). expert_outputs[e][v] is
             (logits, latent), or the logits alone when compat is "i2moe"; v = 0 is the full view.
             gate_losses[e][v] is the sum over sparse layers and modalities, differentiable.
+            A view that does not exist, because the sample lacks the modality or the layer does not perturb it, has
+            latent 0 and enters no loss.
         """
+        masks = check.padded_masks(masks, inputs)
+        call = self._prepared(inputs, masks)
+        return self._plain_forward(call, self._replacements(call, replacements, mean_vectors))
+
+    def inference(self, inputs: Inputs, masks: Masks = None) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Run only the full view: ([logits (B, C)] * E, weights (B, E), logits (B, C))."""
+        return self._plain_inference(self._prepared(inputs, check.padded_masks(masks, inputs)))
+
+    def _prepared(self, inputs: Inputs, masks: Masks) -> Modalities:
+        positions = self.interaction_experts[0].fusion_model.pos_embed
+        tokens = 0 if positions is None else positions.shape[1] // self.num_modalities
+        dropout = self.modality_dropout if self.training else 0.0
+        return prepare_modalities(inputs, masks, tokens, dropout)
+
+    def _replacements(
+        self,
+        call: Modalities,
+        replacements: Replacements | None,
+        mean_vectors: Sequence[Tensor] | None,
+    ) -> Replacements | None:
+        """What replaces each modality, [e][m] (B, L_m, D); None for noise."""
+        if (mean_vectors is None) == (self.replacement == "mean"):
+            raise ValueError(
+                f"mean_vectors: expected {'tensors' if mean_vectors is None else 'None'}, as replacement is "
+                f"{self.replacement!r}"
+            )
+        if self.replacement == "noise":
+            return replacements
+        if replacements is not None:
+            raise ValueError(f"replacements: expected None, as replacement is {self.replacement!r}")
+        fills = [torch.zeros_like(x) for x in call.inputs]
+        if mean_vectors is not None:
+            fills = mean_values(mean_vectors, call)
+        return [fills] * len(self.interaction_experts)
+
+    def _perturbed(self, call: Modalities) -> list[int]:
+        """The modalities that have a view in this call."""
+        if not self.interaction_loss:
+            return []
+        chosen = list(range(self.num_modalities))
+        if self.num_perturbed is not None:
+            chosen = sorted(torch.randperm(self.num_modalities)[: self.num_perturbed].tolist())
+        return [m for m in chosen if not call.absent[m]]
+
+    def _normalized(self, call: Modalities) -> tuple[bool, ...]:
+        """Modalities whose pooled features are normalized: as published, those with a mask; never in I2MoE."""
+        return call.masked if self.compat == "fl_i2moe" else (False,) * self.num_modalities
+
+    def _view_losses(self, views: Tensor, exists: Tensor | None, backend: str) -> list[Tensor]:
+        """Losses of views (E, M + 1, B, *)."""
+        if not self.interaction_loss:
+            return separate(views.new_zeros(views.shape[0]))
+        if self.regression:
+            return regression_losses([list(expert.unbind(0)) for expert in views.unbind(0)], exists)
+        return separate(interaction_losses(views, backend, exists))
+
+    def _plain_forward(self, call: Modalities, replacements: Replacements | None) -> tuple:
+        replaced, exists = self._perturbed(call), present_modalities(call.inputs, call.masks)
         runs = [
-            expert.forward_multiple(
-                inputs, masks, replacements=None if replacements is None else replacements[e]
+            expert.views(
+                *(call.inputs, call.masks, replaced, exists),
+                [None] * self.num_modalities if replacements is None else replacements[e],
             )
             for e, expert in enumerate(self.interaction_experts)
         ]
@@ -194,23 +354,47 @@ class ReferenceInteractionMoE(nn.Module):
             runs, losses = (list(column) for column in zip(*runs, strict=True))
             gate_losses = (losses,)
         learned = self.compat == "i2moe"
-        weights = self.reweight(inputs, masks)
+        weights = self.reweight(call.inputs, call.masks, self._normalized(call))
         full = [views[0] if learned else views[0][0] for views in runs]
         logits = (torch.stack(full, dim=1) * weights.unsqueeze(2)).sum(dim=1)
+        measured = [[self._measured(view) for view in views] for views in runs]
+        stacked = torch.stack([torch.stack(views) for views in measured])
+        if len(replaced) < self.num_modalities:
+            batch, device = logits.shape[0], logits.device
+            here = torch.tensor([m in replaced for m in range(self.num_modalities)], device=device)
+            exists = here.expand(batch, -1) if exists is None else exists & here
+        interaction = self._view_losses(stacked, exists, REFERENCE)
         if learned:
-            return (runs, weights, logits, interaction_losses(runs), *gate_losses)
-        latents = [[latent for _, latent in views] for views in runs]
-        own = [views[0] for views in latents]
-        return (runs, weights, logits, interaction_losses(latents), *gate_losses, own)
+            return (runs, weights, logits, interaction, *gate_losses)
+        own = [views[0][1] for views in runs]
+        return (runs, weights, logits, interaction, *gate_losses, own)
 
-    def inference(
-        self, inputs: Sequence[Tensor], masks: Masks = None
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Run only the full view: ([logits (B, C)] * E, weights (B, E), logits (B, C))."""
-        results = [expert(inputs, masks) for expert in self.interaction_experts]
+    def _measured(self, view: Any) -> Tensor:
+        """The part of a view's result on which the losses are defined: the latent, if the view returns one."""
+        return view if isinstance(view, Tensor) else view[0 if self.regression else 1]
+
+    def _plain_inference(self, call: Modalities) -> tuple[list[Tensor], Tensor, Tensor]:
+        results = [expert(call.inputs, call.masks) for expert in self.interaction_experts]
         if self.fusion_sparse:
             results = [result for result, _ in results]
         expert_logits = [x if self.compat == "i2moe" else x[0] for x in results]
-        weights = self.reweight(inputs, masks)
+        weights = self.reweight(call.inputs, call.masks, self._normalized(call))
         logits = (torch.stack(expert_logits, dim=1) * weights.unsqueeze(2)).sum(dim=1)
         return expert_logits, weights, logits
+
+
+def mean_values(mean_vectors: Sequence[Tensor], call: Modalities) -> list[Tensor]:
+    """Mean vectors (D,) or (L_m, D) of all modalities, expanded to (B, L_m, D)."""
+    if not isinstance(mean_vectors, list | tuple) or len(mean_vectors) != len(call.inputs):
+        raise TypeError(f"mean_vectors: expected a list of {len(call.inputs)} Tensors")
+    values = []
+    for m, (mean, x) in enumerate(zip(mean_vectors, call.inputs, strict=True)):
+        name = f"mean_vectors[{m}]"
+        check.require_tensor(name, mean)
+        if tuple(mean.shape) not in (x.shape[2:], x.shape[1:]) and not call.absent[m]:
+            raise ValueError(
+                f"{name}: expected {tuple(x.shape[2:])} or {tuple(x.shape[1:])}, got {tuple(mean.shape)}"
+            )
+        check.require_same(name, mean, f"inputs[{m}]", x)
+        values.append(x if call.absent[m] else mean.expand_as(x))
+    return values

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flmoe_kernels.layers.parts import separate
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import Routing
@@ -122,13 +121,12 @@ def called_update(rows: Tensor, mlp: RoutedMLP, plan: TokenPlan) -> Tensor:
     return plan.pack(torch.cat(updates, dim=1).to(rows.dtype)).unsqueeze(0)
 
 
-def sum_losses(layers: Sequence[GateLosses], experts: int, views: int, like: Tensor) -> GateLosses:
-    """Sum of the losses of all sparse layers; zeros with the dtype and device of `like` if there are none."""
-    total = like.new_zeros((experts * views,))
-    if layers:
-        total = torch.stack([torch.stack(list(chain(*losses))) for losses in layers]).sum(dim=0)
-    flat = separate(total)
-    return [flat[e * views : (e + 1) * views] for e in range(experts)]
+def sum_losses(layers: Sequence[GateLosses], experts: int, views: int, like: Tensor) -> Tensor:
+    """Sum of the losses of all sparse layers, (E, V); zeros with the dtype and device of `like` without any."""
+    if not layers:
+        return like.new_zeros((experts, views))
+    total = torch.stack([torch.stack(list(chain(*losses))) for losses in layers]).sum(dim=0)
+    return total.view(experts, views)
 
 
 def _route(x: Tensor, weights: RoutedWeights, rows: ModalityRows) -> tuple[Routing, list[Tensor]]:

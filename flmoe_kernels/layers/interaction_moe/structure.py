@@ -45,14 +45,17 @@ from .fusion import (
     ReferenceFusionTransformer,
     is_sparse_layer,
 )
-from .reference import InteractionExpert, Reweighting
+from .reference import ExpertAverage, InteractionExpert, Reweighting
 from .sparse_structure import describe_sparse, is_sparse
 
 for _kind in (
-    *(Reweighting, InteractionExpert, EncoderLayer, Attention, MLP, Head),
+    *(Reweighting, ExpertAverage, InteractionExpert, EncoderLayer, Attention, MLP, Head),
     *(ReferenceFusionTransformer, RoutedMLP, Experts, ExpertLinear, Gate, *GATES.values()),
 ):
     record_methods(_kind)
+
+# The published class, whose structure is the same.
+REGRESSION = "InteractionMoERegression"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +88,11 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
             "uniqueness loss has no positive view"
         )
     experts = child_of(layer, "", "interaction_experts", nn.ModuleList)
-    if len(experts) != num_modalities + 2:
+    uniqueness = bool(getattr(layer, "uniqueness", True))
+    if len(experts) != (count := num_modalities + 2 if uniqueness else 2):
+        kinds = "one per modality, synergy, redundancy" if uniqueness else "synergy, redundancy"
         raise UnsupportedLayer(
-            f"interaction_experts: expected {num_modalities + 2} experts (one per modality, "
-            f"synergy, redundancy), got {len(experts)}"
+            f"interaction_experts: expected {count} experts ({kinds}), got {len(experts)}"
         )
     fusion_sparse = bool(getattr(layer, "fusion_sparse", False))
     fusions = []
@@ -99,12 +103,17 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
                 f"{path}.fusion_sparse: differs from the layer's {fusion_sparse}"
             )
         fusion_model = child_of(expert, path, "fusion_model", nn.Module)
+        if rate := getattr(fusion_model, "modality_dropout", 0.0):
+            raise UnsupportedLayer(
+                f"{path}.fusion_model.modality_dropout: expected 0, got {rate}; set it on the interaction layer"
+            )
         fusions.append(fusion_spec(fusion_model, f"{path}.fusion_model", num_modalities))
     _same_in_all(fusions)
     first = fusions[0]
     reweight = child_of(layer, "", "reweight", nn.Module)
     if known is None:
-        hidden, layers, rate = _reweight(reweight, num_modalities, first.hidden_dim)
+        widths = num_modalities * first.hidden_dim, len(experts)
+        hidden, layers, rate = _reweight(reweight, *widths)
     else:
         hidden, layers = known.reweight_hidden, known.reweight_layers
         rate = known.reweight_dropout
@@ -114,6 +123,8 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
         reweight_layers=layers,
         temperature=_temperature(reweight),
         reweight_dropout=rate,
+        uniqueness=uniqueness,
+        regression=getattr(layer, "regression", type(layer).__name__ == REGRESSION),
         **{field.name: getattr(first, field.name) for field in dataclasses.fields(first)},
     )
     _check_parts(layer, spec.parameter_shapes(), "" if known is None else "reweight.mlp")
@@ -350,8 +361,10 @@ def _temperature(reweight: nn.Module) -> float:
     return float(temperature)
 
 
-def _reweight(reweight: nn.Module, num_modalities: int, dim: int) -> tuple[int | None, int, float]:
+def _reweight(reweight: nn.Module, width: int, experts: int) -> tuple[int | None, int, float]:
     """Hidden width, number of linear maps and dropout rate of the reweighting MLP."""
+    if isinstance(reweight, ExpertAverage):
+        return None, 0, 0.0
     mlp = child_of(reweight, "reweight", "mlp", nn.Module)
     parts, where = sequence_of(mlp, "reweight.mlp", "network"), "reweight.mlp.network"
     count = (len(parts) + 2) // 3
@@ -363,7 +376,7 @@ def _reweight(reweight: nn.Module, num_modalities: int, dim: int) -> tuple[int |
     hidden = (
         None if count == 1 else int(plain_module(parts[0], f"{where}.0", nn.Linear).out_features)
     )
-    widths = [num_modalities * dim, *[hidden or 0] * (count - 1), num_modalities + 2]
+    widths = [width, *[hidden or 0] * (count - 1), experts]
     rates = set()
     for i in range(count):
         expect_linear(parts[3 * i], f"{where}.{3 * i}", widths[i], widths[i + 1], True)

@@ -38,7 +38,10 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 
 def interaction_losses(views: Sequence[Views], exists: Tensor | None = None) -> list[Tensor]:
-    """Losses from views[e][v] (B, *): uniqueness per modality, or none if there are two experts; synergy; redundancy."""
+    """Losses from views[e][v] (B, *): uniqueness of each modality, synergy, redundancy.
+
+    Two experts have only the last two losses.
+    """
     return _losses(views, exists, triplet, cosine, lambda x, y: 1.0 - cosine(x, y))
 
 
@@ -58,6 +61,15 @@ def _losses(
     synergy: PairLoss,
     redundancy: PairLoss,
 ) -> list[Tensor]:
+    if exists is not None:
+        # The derivative of a loss may be NaN where a view does not exist, and 0 * NaN is NaN.
+        views = [
+            [
+                full,
+                *(torch.where(exists[:, m : m + 1], x, full.detach()) for m, x in enumerate(rest)),
+            ]
+            for full, *rest in views
+        ]
     *unique, _, _ = views
     modalities = range(len(views[0]) - 1)
     losses = []

@@ -18,13 +18,19 @@ __all__ = ["mix_experts", "reweighting_features"]
 
 
 def reweighting_features(
-    inputs: Sequence[Tensor], masks: Masks, tokens: Tensor, valid: Tensor | None, backend: str
+    inputs: Sequence[Tensor],
+    masks: Masks,
+    normalized: Sequence[bool],
+    tokens: Tensor,
+    valid: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    """Mean of each modality's valid tokens, normalized to length 1 if the modality has a mask.
+    """Mean of each modality's valid tokens; 0 without any.
 
     Args:
         inputs, masks: M times (B, L_m, D), and (B, L_m) bool or None.
-        tokens, valid: the same concatenated over L, (B, L, D) and (B, L) bool or None; used by Triton.
+        normalized: whether a modality's mean is divided by its L2 norm.
+        tokens, valid: inputs and masks concatenated over L, (B, L, D) and (B, L) bool or None; used by Triton.
         backend: the result of core.backend.choose.
 
     Returns:
@@ -33,11 +39,11 @@ def reweighting_features(
     match backend:
         case "triton":
             lengths = [x.shape[1] for x in inputs]
-            normalized = sum(1 << m for m, mask in enumerate(masks or []) if mask is not None)
+            bits = sum(1 << m for m, scale in enumerate(normalized) if scale)
             op = torch.ops.flmoe.reweighting_features
-            return op(tokens, valid, lengths, normalized, backend)[0]
+            return op(tokens, valid, lengths, bits, backend)[0]
         case _:
-            return reference.reweighting_features(inputs, masks)
+            return reference.reweighting_features(inputs, masks, normalized)
 
 
 def mix_experts(

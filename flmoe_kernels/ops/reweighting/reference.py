@@ -19,8 +19,13 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
 
 
-def reweighting_features(inputs: Sequence[Tensor], masks: Masks = None) -> Tensor:
-    """Pooled inputs (B, M * D): masked mean, L2-normalised if a mask is given, otherwise plain mean."""
+def reweighting_features(
+    inputs: Sequence[Tensor], masks: Masks = None, normalized: Sequence[bool] | None = None
+) -> Tensor:
+    """Pooled inputs (B, M * D): mean of the valid tokens, 0 without any.
+
+    normalized: whether a modality's mean is divided by its L2 norm; None: if the modality has a mask.
+    """
     features = []
     for m, x in enumerate(inputs):
         mask = masks[m] if masks is not None else None
@@ -28,7 +33,8 @@ def reweighting_features(inputs: Sequence[Tensor], masks: Masks = None) -> Tenso
             x = torch.where(mask.to(torch.bool).unsqueeze(-1), x, 0.0)  # 0 * NaN of padding is NaN
         # The floor of the norm, 1e-12, is 0 in float16: a modality with only padding would give 0 / 0.
         pooled = masked_mean(x.float() if x.dtype == torch.float16 else x, mask)
-        features.append(pooled if mask is None else F.normalize(pooled, p=2, dim=1))
+        scale = mask is not None if normalized is None else normalized[m]
+        features.append(F.normalize(pooled, p=2, dim=1) if scale else pooled)
     return torch.cat(features, dim=1).to(inputs[0].dtype)
 
 

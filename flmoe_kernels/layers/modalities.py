@@ -1,0 +1,98 @@
+"""Missing modalities: inputs that are None, samples with only padding, modality dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Masks = Sequence[Tensor | None] | None
+
+
+@dataclass(frozen=True)
+class Modalities:
+    """The token sequences of a call.
+
+    Attributes:
+        inputs: M x (B, L_m, D); a missing modality has only padding, or no tokens.
+        masks: M x (B, L_m), True (or 1) = valid, or None; None if no modality has a mask.
+        masked: whether the caller gave a mask for the modality.
+        absent: whether the modality is missing in all samples.
+    """
+
+    inputs: list[Tensor]
+    masks: list[Tensor | None] | None
+    masked: tuple[bool, ...]
+    absent: tuple[bool, ...]
+
+
+def prepare_modalities(
+    inputs: Sequence[Tensor | None], masks: Masks, tokens: int, dropout: float
+) -> Modalities:
+    """Fill in modalities that are None or have no tokens, and drop modalities.
+
+    Args:
+        inputs: M x (B, L_m, D).
+        masks: M x (B, L_m) or None, or None.
+        tokens: number of padded tokens for a missing modality.
+        dropout: see `drop_modalities`; 0 draws nothing.
+    """
+    given: list[Tensor | None] = list(masks or [None] * len(inputs))
+    absent = tuple(x is None or x.shape[1] == 0 for x in inputs)
+    like = next(x for x in inputs if x is not None)
+    filled: list[Tensor] = []
+    all_masks: list[Tensor | None] = []
+    for x, mask, missing in zip(inputs, given, absent, strict=True):
+        if missing or x is None:
+            x = like.new_zeros((like.shape[0], tokens, like.shape[2]))
+            mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        filled.append(x)
+        all_masks.append(mask)
+    if dropout:
+        all_masks = drop_modalities(filled, all_masks, dropout)
+    none = all(mask is None for mask in all_masks)
+    masked = tuple(mask is not None for mask in given)
+    return Modalities(filled, None if none else all_masks, masked, absent)
+
+
+def present_modalities(inputs: Sequence[Tensor | None], masks: Masks) -> Tensor | None:
+    """Whether each sample has each modality, (B, M) bool; None if all samples have all modalities."""
+    if masks is None:
+        masks = [None] * len(inputs)
+    if all(x is not None and x.shape[1] and m is None for x, m in zip(inputs, masks, strict=True)):
+        return None
+    like = next(x for x in inputs if x is not None)
+    columns = [
+        torch.full((like.shape[0],), x is not None and x.shape[1] > 0, device=like.device)
+        if mask is None
+        else mask.bool().any(dim=1)
+        for x, mask in zip(inputs, masks, strict=True)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def drop_modalities(
+    inputs: Sequence[Tensor | None], masks: Masks, rate: float
+) -> list[Tensor | None]:
+    """Masks in which every modality of a sample is dropped with probability `rate`, but never its last one.
+
+    If all modalities of a sample would be dropped, one of them, chosen at random, is kept. Draws from torch's
+    generator.
+    """
+    present = present_modalities(inputs, masks)
+    like = next(x for x in inputs if x is not None)
+    draw = torch.rand((like.shape[0], len(inputs)), device=like.device)
+    if present is not None:
+        draw = torch.where(present, draw, -1.0)
+    keep = (draw >= rate).scatter(1, draw.argmax(dim=1, keepdim=True), True)
+    masks = masks or [None] * len(inputs)
+    return [
+        None
+        if x is None
+        else keep[:, m : m + 1].expand(x.shape[:2])
+        if mask is None
+        else mask.bool() & keep[:, m : m + 1]
+        for m, (x, mask) in enumerate(zip(inputs, masks, strict=True))
+    ]
