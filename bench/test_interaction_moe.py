@@ -1,17 +1,24 @@
-"""Benchmarks of the layer against the reference; memory of a training step."""
+"""Benchmarks of the layer against the reference, of regularizers; memory of a training step."""
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
+from collections.abc import Callable
 
-from bench.suite import SECONDS, Comparison, compare
+import pytest
+import torch
+from torch import Tensor
+
+from bench.suite import SECONDS, Comparison, compare, options
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
+from flmoe_kernels.layers.interaction_moe.regularizers import rep_barlow, rep_cka, rep_cos
 from flmoe_kernels.profile.cases import BOTH, Case
 from flmoe_kernels.profile.gate import Against
 from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
+from flmoe_kernels.profile.operators import draws
 from flmoe_kernels.profile.operators import interaction_moe as operator
-from flmoe_kernels.profile.registry import default_ours
-from flmoe_kernels.profile.shapes import MMIMDB, MMIMDB_SHORT
+from flmoe_kernels.profile.registry import default_ours, prepare
+from flmoe_kernels.profile.shapes import MMIMDB, MMIMDB_SHORT, is_cuda
 from flmoe_kernels.profile.timing import Call
 
 MEMORY_FRACTION = 1 / 3
@@ -41,6 +48,44 @@ def test_frozen_experts(benchmark_against: Against, cpu_only: None, full: bool) 
         peer_name="all trained",
         fresh=True,
         seconds=SECONDS[full],
+    )
+
+
+@pytest.mark.parametrize("batch", [4, 32])
+@pytest.mark.parametrize("regularizer", [rep_cos, rep_barlow, rep_cka], ids=lambda f: f.__name__)
+def test_regularizers(
+    benchmark_against: Against,
+    pytestconfig: pytest.Config,
+    regularizer: Callable[[list[Tensor]], Tensor],
+    batch: int,
+) -> None:
+    """Forward and backward of a regularizer; the peer is a training step at mmimdb with the same batch."""
+    device, full = options(pytestconfig)
+    if batch > MMIMDB.batch and not (full or is_cuda(device)):
+        pytest.skip("a training step at this batch takes seconds on a CPU; pass --full")
+    shape = dataclasses.replace(MMIMDB, batch=batch)
+    case = Case("interaction_moe", shape, BOTH, device=device)
+    ours = default_ours(case)
+
+    def regularized() -> Call:
+        generator = draws.generator_of(device)
+        size = (batch, shape.modalities * shape.dim)
+        latents = [
+            draws.draw(*size, generator=generator).requires_grad_()
+            for _ in range(shape.fusion_models)
+        ]
+        return lambda: torch.autograd.grad(regularizer(latents), latents)
+
+    benchmark_against.benchmark.extra_info.update(ours="torch", peer_version=ours.name)
+    benchmark_against(
+        regularized,
+        lambda: prepare(case, ours).call,
+        name=f"{case.name}/{regularizer.__name__} B {batch}",
+        peer_name="training step",
+        fresh=True,
+        device=device,
+        seconds=SECONDS[full],
+        facts=lambda paired: {"share_of_step": 1.0 / paired.ratio.median},
     )
 
 

@@ -9,6 +9,10 @@ from .layers.interaction_moe.fusion_transformer import FusionTransformer as Fusi
 from .layers.interaction_moe.module import InteractionMoE as InteractionMoE
 from .layers.interaction_moe.reference import ReferenceInteractionMoE as ReferenceInteractionMoE
 from .layers.interaction_moe.regression import InteractionMoERegression as InteractionMoERegression
+from .layers.interaction_moe.regularizers import rep_barlow as rep_barlow
+from .layers.interaction_moe.regularizers import rep_cka as rep_cka
+from .layers.interaction_moe.regularizers import rep_cos as rep_cos
+from .layers.interaction_moe.regularizers import warmup_scale as warmup_scale
 from .layers.pair_interaction_moe.explanation import PairExplanation as PairExplanation
 from .layers.pair_interaction_moe.module import PairInteractionMoE as PairInteractionMoE
 from .layers.pair_interaction_moe.output import PairOutput as PairOutput

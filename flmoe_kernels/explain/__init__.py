@@ -21,3 +21,6 @@ from .masking.faithfulness import faithfulness as faithfulness
 from .masking.faithfulness import pair_masking as pair_masking
 from .masking.performance import Performance as Performance
 from .masking.performance import performance as performance
+from .patterns.compute import concentration as concentration
+from .patterns.compute import specificity as specificity
+from .patterns.results import PatternMeasures as PatternMeasures

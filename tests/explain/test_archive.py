@@ -16,16 +16,19 @@ from flmoe_kernels.explain import (
     Attribution,
     MaskingDrops,
     PairValues,
+    PatternMeasures,
     Sampling,
     attribute,
+    concentration,
     faithfulness,
     probe_game,
+    specificity,
 )
 from flmoe_kernels.explain.archive import Arrays, decode, encode
 from tests.support.explain_games import random_terms, unanimity
 from tests.support.explain_layers import CASES, call_of
 
-Result = Attribution | MaskingDrops | PairValues
+Result = Attribution | MaskingDrops | PairValues | PatternMeasures
 
 
 def pairs(listed: Any = None) -> PairValues:
@@ -40,6 +43,9 @@ def results() -> dict[str, Result]:
     for method in ("attention_rollout", "gradient_rollout", "integrated_gradients"):
         found[method] = attribute(*call, method=method, n_steps=2)
     options: dict[str, Any] = {"metrics": ["prob", "logit"], "expert": 0, "exempt": [1]}
+    tokens = found["gradient_rollout"]
+    assert isinstance(tokens, Attribution)
+    found |= {"concentration": concentration(tokens), "specificity": specificity(tokens, top=2)}
     found["drops"] = faithfulness(*call, found["gradient_rollout"], **options)
     return found
 
@@ -80,7 +86,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["pairs", "integrated_gradients", "drops"])
+@pytest.mark.parametrize("name", ["pairs", "integrated_gradients", "drops", "concentration"])
 def test_unsafe_and_wrong_files_are_refused(name: str, tmp_path: Path) -> None:
     found = results()[name]
     path, sprung = tmp_path / "found.npz", tmp_path / "sprung"

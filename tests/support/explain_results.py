@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from flmoe_kernels.explain import MaskingDrops, PairValues
+from flmoe_kernels.explain import Attribution, MaskingDrops, PairValues
 
 
 def pair_values(**changed: Any) -> PairValues:
@@ -52,3 +53,24 @@ def masking_drops(repeats: int = 3, samples: int = 4, unit: str = "percent") -> 
         batch_size=1,
         settings={"fill": "zero"},
     )
+
+
+def attribution(*values: Tensor, valid: list[Tensor] | None = None, **changed: Any) -> Attribution:
+    """Attributions with these values (B, E, L_m) of the modalities; the mixture is their sum over experts."""
+    batch, experts, _ = values[0].shape
+    known: dict[str, Any] = {
+        "index": "gradient_rollout",
+        "explains": "mixture",
+        "experts": tuple(f"expert {e}" for e in range(experts)),
+        "values": values,
+        "mixture": tuple(x.sum(dim=1) for x in values),
+        "valid": tuple(valid or (torch.ones_like(x[:, 0]).bool() for x in values)),
+        "weights": torch.ones(batch, experts, dtype=torch.float64),
+        "targets": torch.ones(batch, 1, dtype=torch.float64),
+        "multi_label": False,
+        "scores": torch.zeros(batch, experts, dtype=torch.float64),
+        "completeness_error": None,
+        "budget": 1,
+        "settings": {"readout": "tokens"},
+    }
+    return Attribution(**known | changed)

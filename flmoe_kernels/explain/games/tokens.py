@@ -102,7 +102,7 @@ def candidates(valid: Sequence[Tensor], exempt: Sequence[int] = ()) -> list[Tens
     return maskable
 
 
-def percent_counts(candidate: Tensor, percent: float) -> Tensor:
+def percent_counts(candidate: Tensor, percent: float | Fraction) -> Tensor:
     """K percent of the number n of candidates (..., L): ceil(n K / 100), (...,) int64, at least 1 if n > 0.
 
     As in the published evaluator, but in exact arithmetic; the evaluator's floating-point product gives 8 for

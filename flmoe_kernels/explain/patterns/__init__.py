@@ -1,0 +1,1 @@
+"""Concentration of importance, and its overlap between experts."""
