@@ -50,6 +50,8 @@ CASES = [
     LayerCase((1, 1), "i2moe", dim=12),
     LayerCase((5, 5), "i2moe", layers=3, dim=16),
     LayerCase((4, 4, 4), "i2moe", layers=4, dim=12, heads=3),
+    LayerCase((4, 4, 4), "i2moe", layers=2, dim=12, masks="padded_modality"),
+    LayerCase((4, 4), "i2moe", layers=2, dim=12, masks="partial"),
     LayerCase((3,) * 4, "i2moe", dim=20, heads=5, layers=2),
     LayerCase((2,) * 5, "i2moe", dim=16, heads=8),
 ]

@@ -42,10 +42,12 @@ class LayerCase:
     top_k: int = 2
     routers: int = 1
     capacity: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()  # further arguments of the layer
 
     def __str__(self) -> str:
         sizes = f"L{'-'.join(map(str, self.lengths))}B{self.batch}D{self.dim}"
         name = f"{self.compat}:{sizes}h{self.heads}n{self.layers}:{self.masks}"
+        name += "".join(f":{option}={value}" for option, value in self.options)
         if self.gate is None:
             return name
         limit = "" if self.capacity is None else f"c{self.capacity}"
@@ -53,7 +55,7 @@ class LayerCase:
 
     @property
     def experts(self) -> int:
-        return len(self.lengths) + 2
+        return len(self.lengths) + 2 if dict(self.options).get("uniqueness", True) else 2
 
     def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 50) -> list[Tensor]:
         return [
@@ -83,7 +85,8 @@ class LayerCase:
                 if hasattr(part, "capacity"):
                     setattr(part, "capacity", (self.capacity, self.capacity))  # noqa: B010
         layer = ReferenceInteractionMoE(
-            len(self.lengths), fusion, self.sparse, self.dim, 2 * self.dim, 3, 1.5
+            *(len(self.lengths), fusion, self.sparse, self.dim, 2 * self.dim, 3, 1.5),
+            **dict(self.options),
         )
         with torch.no_grad():
             for i, (name, parameter) in enumerate(layer.named_parameters()):
@@ -167,18 +170,19 @@ def named_outputs(layer: nn.Module, result: Sequence[Any]) -> dict[str, Tensor]:
 
 def outputs_and_gradients(
     layer: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
     masks: Masks,
     replacements: Replacements | None,
+    **given: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs of a call, and their gradients by parameter, input and replacement."""
-    x = [each.detach().requires_grad_() for each in inputs]
+    x = [None if each is None else each.detach().requires_grad_() for each in inputs]
     noise = None
     if replacements is not None:
         noise = [[each.detach().requires_grad_() for each in row] for row in replacements]
-    outputs = named_outputs(layer, layer(x, masks, replacements=noise))
+    outputs = named_outputs(layer, layer(x, masks, replacements=noise, **given))
     leaves: dict[str, Tensor] = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    leaves |= {f"inputs.{m}": each for m, each in enumerate(x)}
+    leaves |= {f"inputs.{m}": each for m, each in enumerate(x) if each is not None}
     for e, row in enumerate(noise or []):
         leaves |= {f"replacements.{e}.{m}": each for m, each in enumerate(row)}
     # The latents are used only once.

@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import without_autocast
+from flmoe_kernels.layers.modalities import drop_modalities, present_modalities
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_POOL
 from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
@@ -33,7 +34,10 @@ from .output import PairOutput
 from .sides import Gate, ProjectedPair, Side, join
 
 # Options that the repr shows if they differ from the default.
-_DEFAULTS = {"top_k": None, "temperature": 1.0, "token_outputs": False, "backend": None}
+_DEFAULTS = {
+    **{"top_k": None, "temperature": 1.0, "token_outputs": False},
+    **{"modality_dropout": 0.0, "backend": None},
+}
 _RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
 _VARIANTS = 3  # of a pair's sides: as given, first one replaced, second one replaced
 
@@ -53,8 +57,7 @@ class PairInteractionMoE(nn.Module):
     must add them to the inputs.
 
     If a modality is missing, its anchor replaces all its tokens, with the same normalizer, so the logits contain
-    less evidence. The layer is not trained for this case. If it matters, leave out modalities at random in
-    training (inputs None or masks).
+    less evidence. To train the layer for this case, use modality_dropout, or data with missing modalities.
 
     Under FSDP2, call register_fsdp_forward_method(layer, "explain"); otherwise explain gets sharded parameters.
 
@@ -73,6 +76,7 @@ class PairInteractionMoE(nn.Module):
         token_outputs: also return updated sequences, so that layers can be stacked. Each token is added a linear
             map of what its pairs accumulate, divided by sqrt(normalizer), about the number of its partners. In a
             stack only the last layer is a 2-additive game, over its own inputs.
+        modality_dropout: probability that a modality of a sample is left out in training; one is always kept.
         backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
 
     Attributes:
@@ -103,9 +107,11 @@ class PairInteractionMoE(nn.Module):
         temperature: float = 1.0,
         normalizer: float = 256.0,
         token_outputs: bool = False,
+        modality_dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check.require_probability("modality_dropout", modality_dropout)
         validate_sizes(dims, num_classes, kinds, token_outputs)
         check.require_count("rank", rank, 1)
         check.require_count("value_dim", value_dim, 1)
@@ -120,6 +126,7 @@ class PairInteractionMoE(nn.Module):
         self.top_k, self.temperature = top_k, float(temperature)
         self.normalizer = float(normalizer)
         self.token_outputs = token_outputs
+        self.modality_dropout = modality_dropout
         self.backend = backend
         self._table = ExpertTable.of(len(dims), kinds)
         self._make_parameters(num_classes)
@@ -212,9 +219,8 @@ class PairInteractionMoE(nn.Module):
             masks: M x (B, L_m), True or 1 = valid; each may be None. The values of masked tokens have no effect.
             interaction_losses: also return the M + 2 losses of FL-I2MoE on the latents. In view m, N(0, 1) noise
                 replaces modality m's tokens (not its anchor; masks unchanged). Unlike in FL-I2MoE, the experts
-                share the noise of a view, because the gate compares them on the same token pair. Meant for samples
-                with all modalities: if one is missing, its view equals the full view, so the synergy and
-                redundancy losses contain constants, and the triplet of its uniqueness loss has no negative.
+                share the noise of a view, because the gate compares them on the same token pair. Each loss is a mean
+                over the samples and views that exist: a sample without a modality has no view of it.
             replacements: the noise, M x (B, L_m, dims[m]), None for a missing modality; by default drawn from
                 torch's generator. Only with interaction_losses.
 
@@ -226,6 +232,8 @@ class PairInteractionMoE(nn.Module):
         token_outputs. Memory as in pair_moe: nothing of size L_m x L_n.
         """
         inputs, masks = self._enter(inputs, masks)
+        if self.training and self.modality_dropout:
+            masks = drop_modalities(inputs, masks, self.modality_dropout)
         chosen = self._table.with_losses() if interaction_losses else ()
         noise = self._noise(inputs, replacements, interaction_losses)
         tokens, valid = self._tokens(inputs, masks)
@@ -234,7 +242,8 @@ class PairInteractionMoE(nn.Module):
         if noise is not None:
             replaced = self._project(self._tokens(noise, masks)[0], valid)
             views, mass = self._perturbed_latents(pairs, replaced)
-            losses = self._losses(torch.stack([views[e] for e in chosen]))
+            exists = present_modalities(inputs, masks)
+            losses = self._losses(torch.stack([views[e] for e in chosen]), exists)
             out = out._replace(latents=views[:, 0].clone(), mass=mass, losses=losses)
         elif self.head is not None:
             pooled, mass = self._pool(pairs)
@@ -373,9 +382,10 @@ class PairInteractionMoE(nn.Module):
             views.append(_side_by_side(parts))
         return torch.stack(views, dim=1), tuple(x[:batch].clone() for x in mass)
 
-    def _losses(self, latents: Tensor) -> Tensor:
+    def _losses(self, latents: Tensor, exists: Tensor | None) -> Tensor:
         """Compute losses (M + 2,) from latents (M + 2, M + 1, B, P * V)."""
-        return interaction_losses(latents, backends.choose("pair_moe", latents, self.backend))
+        backend = backends.choose("pair_moe", latents, self.backend)
+        return interaction_losses(latents, backend, exists)
 
     def _classify(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits (B, C) and the experts' parts (B, E, C) from latents (E, B, P * V), in their dtype."""
