@@ -41,6 +41,8 @@ Rows = Mapping[str, tuple[Row, ...]]
 _STEP, _TWO = (BOTH,), (FORWARD, BOTH)
 _REDUCTIONS = ("none", "pool")
 _SMALL = ("routed_small_e4", "routed_small_e16")
+_SMALL_ZIPF = ("routed_small_e4_zipf", "routed_small_e16_zipf")
+_OTHER_LAYERS = ("decor_mimic", "mmhs150k", "tokens_24")
 
 # Without --full: every operator at a small shape, against peers that need no compilation.
 QUICK: Rows = {
@@ -53,14 +55,18 @@ QUICK: Rows = {
     "routing": (Row(("routed_small_e4",), ("",), _TWO, ("reference",)),),
     "interaction_moe": (Row(("mmimdb_short", "mimic"), ("",), _TWO, ("reference",)),),
 }
-# The shapes of the README's table, and the large shapes with floors.
+# The shapes of the README's table, the large shapes with floors, and the other named shapes.
 FULL_CPU: Rows = {
     "interaction_moe": (
         Row(("mmimdb", "enrico", "mimic"), ("",), _TWO, ("reference", "reference+sdpa")),
         Row(("mmimdb_sparse",), ("",), _TWO, ("reference",)),
+        Row(_OTHER_LAYERS, ("",), _TWO, ("reference+sdpa",)),
     ),
     "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
-    "routed_mlp": (Row(_SMALL, ("bias",), _TWO, ("index loop", "batched bmm")),),
+    "routed_mlp": (
+        Row(_SMALL, ("bias",), _TWO, ("index loop", "batched bmm")),
+        Row(_SMALL_ZIPF, ("bias",), _TWO, ("index loop",)),
+    ),
     "routing": (),
     "pair_moe": (Row(("pair_base",), _REDUCTIONS, _TWO, ("reference", "compiled")),),
 }
@@ -75,6 +81,7 @@ FULL_CUDA: Rows = {
         Row(("mmimdb", "mimic", "enrico"), ("",), _STEP, _EAGER),
         Row(("mmimdb", "enrico"), ("",), _STEP, ("compiled+sdpa, autocast",)),
         Row(("mmimdb", "mimic", "enrico"), ("",), (FORWARD,), ("reference",)),
+        Row(_OTHER_LAYERS, ("",), _STEP, ("reference, TF32",)),
     ),
     "routed_mlp": (
         Row(
@@ -82,6 +89,8 @@ FULL_CUDA: Rows = {
             ("torch._grouped_mm", "scattermoe", "batched bmm", "index loop"),
         ),
         Row(_SMALL, ("bias",), _STEP, ("batched bmm", "index loop")),
+        Row(("routed_large_zipf",), ("no_bias",), _STEP, ("torch._grouped_mm", "scattermoe")),
+        Row(_SMALL_ZIPF, ("bias",), _STEP, ("index loop",)),
     ),
     "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
     "routing": (Row(("routed_large",), ("",), (FORWARD,), ("reference",)),),

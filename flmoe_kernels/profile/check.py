@@ -95,7 +95,9 @@ def checked_case(case: Case) -> Case:
 def checked_shape(shape: Shape, device: str) -> Shape:
     kind = "cuda" if is_cuda(device) else "cpu"
     if isinstance(shape, LayerShape):
-        return dataclasses.replace(shape, batch=min(shape.batch, _samples(device)))
+        # Ragged sequences need two samples, so that one of them is padded.
+        samples = max(_samples(device), 2 if shape.ragged else 1)
+        return dataclasses.replace(shape, batch=min(shape.batch, samples))
     if isinstance(shape, PairShape):
         if shape.pairs <= _PAIRS[kind]:
             return shape

@@ -85,9 +85,9 @@ def attention_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost
     probabilities, v, q and k. Forward reads q, k, v and writes out and one log-sum-exp for each row and head;
     backward reads those and the gradient of out, and writes three gradients.
     """
-    problems = shape.fusion_models * views * shape.batch
-    scores = problems * shape.valid_tokens**2
-    rows = problems * shape.valid_tokens
+    passes = shape.fusion_models * views
+    scores = passes * sum(n**2 for n in shape.valid_tokens)
+    rows = passes * sum(shape.valid_tokens)
     tensor = rows * shape.dim * size
     statistics = rows * shape.heads * _STATISTIC
     exponentials = scores * shape.heads
@@ -142,9 +142,9 @@ def layer_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost]:
     products. Bytes are a lower bound: for every layer the weights and the rows that enter and leave it, in the
     backward also their gradients; rows between kernels are not counted.
     """
-    samples = shape.fusion_models * shape.batch
-    rows = samples * views * shape.valid_tokens
-    first = samples * min(views, 2) * shape.valid_tokens
+    tokens = shape.fusion_models * sum(shape.valid_tokens)
+    rows = tokens * views
+    first = tokens * min(views, 2)
     square = shape.dim**2
     choices = 2 if shape.experts else 1
     sparse_layers = (shape.layers + 1) // 2 if shape.experts else 0

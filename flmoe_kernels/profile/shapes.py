@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from dataclasses import dataclass
+from typing import Literal
+
+# Valid tokens of a modality, see LayerShape.
+Valid = int | tuple[int, int] | None
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A shape of the layer. valid: number of tokens of each modality that are not padding; None = all.
+    """A shape of the layer.
 
-    experts: of the routed MLPs (GShard, 2 per token) in sparse fusion models; 0 = dense.
+    Attributes:
+        tokens: of each modality, with padding; where lengths are drawn, the largest possible number.
+        valid: tokens of each modality that are not padding. None: all. A number: as many in every sample. A pair
+            (least, most): drawn for every sample, and padded to the longest sample of the batch.
+        experts: of the routed MLPs (GShard, 2 per token) in sparse fusion models; 0 = dense.
     """
 
     name: str
     batch: int
     tokens: tuple[int, ...]
-    valid: tuple[int | None, ...]
+    valid: tuple[Valid, ...]
     dim: int
     heads: int
     layers: int
@@ -40,12 +49,36 @@ class LayerShape:
         return self.modalities + 1
 
     @property
-    def valid_tokens(self) -> int:
-        """Number of valid tokens of a sample."""
-        return sum(
-            length if valid is None else valid
-            for length, valid in zip(self.tokens, self.valid, strict=True)
+    def ragged(self) -> bool:
+        """Whether samples have different numbers of tokens."""
+        return any(isinstance(valid, tuple) for valid in self.valid)
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Valid tokens of each modality and sample. A smaller batch has the same first samples."""
+        return tuple(
+            self._lengths_of(modality, *sizes)
+            for modality, sizes in enumerate(zip(self.tokens, self.valid, strict=True))
         )
+
+    def _lengths_of(self, modality: int, tokens: int, valid: Valid) -> tuple[int, ...]:
+        if isinstance(valid, tuple):
+            generator = random.Random(modality)
+            return tuple(generator.randint(*valid) for _ in range(self.batch))
+        return (tokens if valid is None else valid,) * self.batch
+
+    @property
+    def padded_tokens(self) -> tuple[int, ...]:
+        """Tokens of each modality in this batch, with padding."""
+        return tuple(
+            max(lengths) if isinstance(valid, tuple) else tokens
+            for tokens, valid, lengths in zip(self.tokens, self.valid, self.lengths, strict=True)
+        )
+
+    @property
+    def valid_tokens(self) -> tuple[int, ...]:
+        """Valid tokens of each sample, all modalities together."""
+        return tuple(map(sum, zip(*self.lengths, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -67,7 +100,10 @@ class PairShape:
 
 @dataclass(frozen=True)
 class RoutedShape:
-    """A shape of routing and routed_mlp: every token goes to `choices` of the experts."""
+    """A shape of routing and routed_mlp: every token goes to `choices` of the experts.
+
+    load: distribution of the choices, see `operators.draws.draw_logits`.
+    """
 
     name: str
     tokens: int
@@ -75,6 +111,7 @@ class RoutedShape:
     hidden: int
     experts: int
     choices: int
+    load: Literal["uniform", "zipf"] = "uniform"
 
     @property
     def routed_rows(self) -> int:
@@ -86,6 +123,14 @@ Shape = LayerShape | PairShape | RoutedShape
 MMIMDB = LayerShape("mmimdb", 4, (320, 196), (160, None), 256, 4, 2, 23)
 ENRICO = LayerShape("enrico", 4, (196, 196), (None, None), 256, 4, 2, 20)
 MIMIC = LayerShape("mimic", 32, (4, 4, 4), (None, None, None), 128, 4, 2, 2)
+# MIMIC-IV in the code of arXiv 2606.29613: laboratory features, notes, diagnosis codes, with a token for each
+# feature. The processed data determines the numbers of features and is not published; 32 is an assumption.
+DECOR_MIMIC = LayerShape(
+    "decor_mimic", 4, (32, 256, 32), (None, (1, 256), None), 128, 4, 2, 2, temperature=1.0
+)
+# Tweets and image patches. The number of classes, 2 for hate or not, is an assumption.
+MMHS150K = LayerShape("mmhs150k", 4, (60, 196), ((5, 60), None), 256, 4, 2, 2)
+TOKENS_24 = LayerShape("tokens_24", 128, (24, 24), (None, None), 128, 4, 2, 2)
 # Half the lengths, one sample: a training step of the reference in under a second, for the quick regression check.
 MMIMDB_SHORT = LayerShape("mmimdb_short", 1, (160, 98), (80, None), 256, 4, 2, 23)
 MMIMDB_SPARSE = dataclasses.replace(MMIMDB, name="mmimdb_sparse", experts=16)
@@ -97,21 +142,27 @@ ROUTED_SMALL_E16 = RoutedShape("routed_small_e16", 16512, 256, 512, 16, 2)
 # An eighth of the tokens, for the quick regression check.
 ROUTED_SHORT = RoutedShape("routed_short", 2064, 256, 512, 4, 2)
 ROUTED_LARGE = RoutedShape("routed_large", 16384, 2048, 1024, 64, 8)
+ROUTED_ZIPF = tuple(
+    dataclasses.replace(shape, name=f"{shape.name}_zipf", load="zipf")
+    for shape in (ROUTED_SMALL_E4, ROUTED_SMALL_E16, ROUTED_LARGE)
+)
 
-LAYER_SHAPES = (MMIMDB, ENRICO, MIMIC, MMIMDB_SHORT, MMIMDB_SPARSE)
+LAYER_SHAPES = (
+    *(MMIMDB, ENRICO, MIMIC, DECOR_MIMIC, MMHS150K, TOKENS_24),
+    *(MMIMDB_SHORT, MMIMDB_SPARSE),
+)
 PAIR_SHAPES = (PAIR_BASE, PAIR_512, PAIR_LONG)
-ROUTED_SMALL = (ROUTED_SMALL_E4, ROUTED_SMALL_E16)
-ROUTED_SHAPES = (*ROUTED_SMALL, ROUTED_SHORT, ROUTED_LARGE)
+ROUTED_SHAPES = (ROUTED_SMALL_E4, ROUTED_SMALL_E16, ROUTED_SHORT, ROUTED_LARGE, *ROUTED_ZIPF)
 # Sizes for a GPU: a CPU takes minutes for a call.
-GPU_ONLY = ("pair_512", "routed_large")
-# Batch size on a GPU; on a CPU it is the batch of the shape.
+GPU_ONLY = ("pair_512", "routed_large", "routed_large_zipf")
+# Smallest batch size on a GPU; on a CPU it is the batch of the shape.
 GPU_BATCH = 32
 
 
 def on_device(shape: Shape, device: str) -> Shape:
     """Return the shape with the batch size of that kind of device and the same name."""
     if isinstance(shape, LayerShape) and is_cuda(device):
-        return dataclasses.replace(shape, batch=GPU_BATCH)
+        return dataclasses.replace(shape, batch=max(shape.batch, GPU_BATCH))
     return shape
 
 
@@ -123,13 +174,22 @@ def at_length(shape: Shape, length: int) -> Shape:
         return dataclasses.replace(shape, name=name, rows=length, columns=length)
     if isinstance(shape, LayerShape):
         valid = tuple(
-            None if count is None else max(1, length * count // tokens)
+            _scaled(count, length, tokens)
             for count, tokens in zip(shape.valid, shape.tokens, strict=True)
         )
         return dataclasses.replace(
             shape, name=name, tokens=(length,) * shape.modalities, valid=valid
         )
     return dataclasses.replace(shape, name=name, tokens=length)
+
+
+def _scaled(valid: Valid, length: int, tokens: int) -> Valid:
+    """Return the valid tokens of `tokens` in the same share of `length`."""
+    if valid is None:
+        return None
+    if isinstance(valid, tuple):
+        return max(1, length * valid[0] // tokens), max(1, length * valid[1] // tokens)
+    return max(1, length * valid // tokens)
 
 
 def named_shapes(device: str = "cpu") -> dict[str, Shape]:

@@ -35,6 +35,7 @@ ROUTED = (
     routed_cases.RoutedCase(2000, 256, 512, 16),
     routed_cases.RoutedCase(257, 130, 196, 5, 3, "silu", "dropped"),
     routed_cases.RoutedCase(64, 64, 64, 8, 1, "relu", "hot"),
+    routed_cases.RoutedCase(2000, 64, 96, 64, 8, load="zipf"),
 )
 ATTENTION = (
     attention_cases.Case((63, 60, 0, 196), 4, 64, 0.5),

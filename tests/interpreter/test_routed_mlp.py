@@ -47,7 +47,7 @@ KINDS = [*itertools.product(DTYPES, LOADS)]
 
 
 def cases() -> Iterator[Any]:
-    """(case, dtype): each size twice, all activations with all dtypes, all numbers of choices."""
+    """(case, dtype): each size twice, all activations with all dtypes, all numbers of choices, unequal loads."""
     for i, (size, j) in enumerate(itertools.product(SIZES, range(2))):
         dtype, load = KINDS[7 * i % len(KINDS)]
         marks = [pytest.mark.slow] if j and i >= len(KINDS) else []
@@ -61,6 +61,7 @@ def cases() -> Iterator[Any]:
     # A choice of all eight experts: eight rows are rounded before their sum.
     for dtype in DTYPES[1:]:
         yield RoutedCase(64, 24, 40, 8, 8), dtype
+    yield RoutedCase(90, 9, 20, 16, 2, load="zipf"), torch.float32
 
 
 @pytest.mark.parametrize(("case", "dtype"), [*cases()], ids=str)

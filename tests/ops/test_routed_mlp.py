@@ -24,7 +24,7 @@ BACKENDS = ("reference", "cpu")
 BASE = RoutedCase(40, 6, 9, 4, 2)
 
 
-@pytest.mark.parametrize("load", ["even", "hot", "dropped", "none"])
+@pytest.mark.parametrize("load", ["even", "hot", "dropped", "none", "zipf"])
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes(case: RoutedCase, dtype: torch.dtype, load: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import gate
+from flmoe_kernels.profile.operators.draws import draw_logits
 from tests.support.inputs import as_dtype, draw, gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -20,7 +21,7 @@ NAMES = ("out", "grad_x", "grad_weight", "grad_w_in", "grad_b_in", "grad_w_out",
 @dataclasses.dataclass(frozen=True)
 class RoutedCase:
     """A call. load: "even", "hot" for one expert with all first choices, "dropped" for a capacity that drops
-    about a third of the rows, "none" for rows without experts."""
+    about a third of the rows, "none" for rows without experts, "zipf" for the benchmarks' loads of that name."""
 
     tokens: int
     width: int = 5
@@ -37,6 +38,9 @@ class RoutedCase:
 
     def index(self) -> Tensor:
         logits = draw(self.tokens, self.experts, dtype=torch.float64, seed=1)
+        if self.load == "zipf":
+            sizes = (self.tokens, self.experts, self.choices)
+            logits = draw_logits(*sizes, "zipf", torch.Generator().manual_seed(1))
         if self.load == "hot":
             logits[:, self.experts // 2] += 100.0
         rows = self.tokens * self.choices

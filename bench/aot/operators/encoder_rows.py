@@ -45,7 +45,7 @@ class RowsUse:
 def of_layer(name: str, dtype: torch.dtype, dropout_p: float = 0.5) -> RowsUse:
     s = by_name(name, "cuda")
     assert isinstance(s, LayerShape)
-    rows, segments = s.batch * sum(s.tokens), s.batch * s.modalities
+    rows, segments = s.batch * sum(s.padded_tokens), s.batch * s.modalities
     return RowsUse(name, dtype, s.fusion_models, s.views, rows, segments, s.dim, dropout_p)
 
 
@@ -59,6 +59,8 @@ USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
     (of_layer("enrico", BFLOAT16), KERNELS, False),
     (of_layer("mimic", BFLOAT16), ("norm", "norm_gradient", "gelu", "views"), False),
     (of_layer("mimic", BFLOAT16), ("pool", "pool_gradient", "views_gradient"), False),
+    (of_layer("decor_mimic", BFLOAT16), ("pool",), False),
+    (of_layer("tokens_24", BFLOAT16), ("views", "views_gradient"), False),
     (of_layer("mmimdb", FLOAT32), KERNELS, False),
     (of_layer("mimic", FLOAT32), ("norm", "pool", "pool_gradient"), False),
     (of_layer("mmimdb", FLOAT16, 0.0), ("norm_gradient", "gelu"), False),

@@ -16,7 +16,8 @@ from flmoe_kernels.profile.shapes import LayerShape, by_name
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = ("attend", "query_gradient", "key_gradient")
 # Number of matrix products in each kernel; each product has at least four instructions.
-PRODUCTS = {"attend": 2, "query_gradient": 3, "key_gradient": 4}
+# Number of products over the width of a head, and over the rows or columns of a tile.
+PRODUCTS = {"attend": (1, 1), "query_gradient": (2, 1), "key_gradient": (2, 2)}
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ def of_layer(
     """A training step of the layer: one group per expert and view, rows packed as on a GPU, padding last."""
     shape = by_name(name, "cuda")
     assert isinstance(shape, LayerShape)
-    rows, heads = shape.batch * sum(shape.tokens), heads or shape.heads
+    rows, heads = shape.batch * sum(shape.padded_tokens), heads or shape.heads
     return AttentionUse(
         name,
         dtype,
         shape.fusion_models * shape.views,
         rows,
-        (shape.valid_tokens,) * shape.batch,
+        shape.valid_tokens,
         heads,
         shape.dim // heads,
         rest.get("dropout_p", shape.dropout),
@@ -68,11 +69,12 @@ def of_layer(
 # With one head the number of heads is a compile-time constant.
 WIDE = AttentionUse("mmimdb", BFLOAT16, 12, 32 * 516, (356,) * 32, 2, 256, 0.5, "width 256")
 LONG = AttentionUse("long", BFLOAT16, 1, 8192, (8192,), 4, 64, 0.0)
-# (use, kernels, quick). mmimdb and enrico run the same compiled kernels.
+# (use, kernels, quick). mmimdb, enrico and mmhs150k run the same compiled kernels, mimic and tokens_24 others.
 USES: tuple[tuple[AttentionUse, tuple[str, ...], bool], ...] = (
     (of_layer("mmimdb", BFLOAT16), KERNELS, True),
     (of_layer("enrico", BFLOAT16), KERNELS, False),
     (of_layer("mimic", BFLOAT16), KERNELS, True),
+    (of_layer("decor_mimic", BFLOAT16), KERNELS, False),
     (of_layer("mmimdb", FLOAT16, variant="inference", dropout_p=0.0), KERNELS[:1], False),
     (of_layer("mmimdb", FLOAT16, variant="no dropout", dropout_p=0.0), KERNELS[2:], False),
     (LONG, KERNELS, False),
@@ -93,9 +95,10 @@ USES: tuple[tuple[AttentionUse, tuple[str, ...], bool], ...] = (
 def built(use: AttentionUse, kernel: str, architecture: int) -> Built:
     call = launches.readable(use.call())
     tiles = tiles_of(kernel, call, architecture)
+    over_width, over_tile = PRODUCTS[kernel]
     return Built(
         launch_of(kernel, tiles, call, use),
-        4 * PRODUCTS[kernel],
+        over_width * min(4, use.width // 16) + 4 * over_tile,
         f"{kernel}, {class_of(call)}, {tiles.rows} x {tiles.columns}",
         stated(tiles.shared, architecture),
     )

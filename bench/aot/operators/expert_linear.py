@@ -42,7 +42,7 @@ def of_layer(name: str, dtype: torch.dtype, layer: str) -> LinearUse:
     s = by_name(name, "cuda")
     assert isinstance(s, LayerShape)
     inner, outer = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 2), "down": (2, 1)}[layer]
-    rows = s.views * s.batch * sum(s.tokens)
+    rows = s.views * s.batch * sum(s.padded_tokens)
     sizes = (s.fusion_models, rows, inner * s.dim, outer * s.dim)
     return LinearUse(name, dtype, *sizes, layer != "qkv", layer)
 

@@ -49,7 +49,7 @@ class LayerUse:
 def of_layer(name: str, dtype: torch.dtype, masked: bool = True) -> LayerUse:
     s = by_name(name, "cuda")
     assert isinstance(s, LayerShape)
-    return LayerUse(name, s.batch, tuple(s.tokens), s.dim, s.classes, dtype, masked)
+    return LayerUse(name, s.batch, s.padded_tokens, s.dim, s.classes, dtype, masked)
 
 
 # (use, kernels, quick). Rows of "wide" span several chunks of columns.
@@ -58,6 +58,9 @@ USES = (
     (of_layer("mmimdb", torch.float32), KERNELS, False),
     (of_layer("enrico", torch.bfloat16), KERNELS, False),
     (of_layer("mimic", torch.bfloat16), KERNELS, False),
+    (of_layer("decor_mimic", torch.bfloat16), ("features", "features_gradient"), False),
+    (of_layer("mmhs150k", torch.bfloat16), ("mix", "mix_gradient"), False),
+    (of_layer("tokens_24", torch.bfloat16), ("losses", "gradient"), False),
     (of_layer("mimic", torch.float32, masked=False), KERNELS, False),
     (LayerUse("wide", 16, (40, 30, 20), 1024, 300, torch.float16), KERNELS, False),
 )

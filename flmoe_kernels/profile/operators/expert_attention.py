@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -29,10 +30,10 @@ def rate_of(case: Case) -> float:
 
 
 def make_leaves(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make q, k, v (E, views * samples * valid tokens, H, d): packed, without padding."""
+    """Make q, k, v (E, views * valid tokens of all samples, H, d): packed, without padding."""
     shape = shape_of(case)
     generator = draws.generator_of(case.device)
-    rows = shape.views * shape.batch * shape.valid_tokens
+    rows = shape.views * sum(shape.valid_tokens)
     size = (shape.fusion_models, rows, shape.heads, shape.dim // shape.heads)
     return {
         name: draws.place(case, draws.draw(*size, generator=generator), dtype)
@@ -57,8 +58,8 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
 
 def _packed(case: Case, backend: str, rate: float) -> Callable[..., Tensor]:
     shape = shape_of(case)
-    bounds = torch.arange(shape.views * shape.batch + 1, dtype=torch.int32) * shape.valid_tokens
-    cu_seqlens = bounds.to(case.device)
+    bounds = itertools.accumulate(shape.valid_tokens * shape.views, initial=0)
+    cu_seqlens = torch.tensor(list(bounds), dtype=torch.int32, device=case.device)
     seed = torch.tensor(_SEED, device=case.device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -52,12 +52,13 @@ def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tens
     """Make token sequences and masks; padding is at the end, as in the output of frozen encoders."""
     generator = draws.generator_of(device)
     inputs = [
-        draws.draw(shape.batch, length, shape.dim, generator=generator) for length in shape.tokens
+        draws.draw(shape.batch, tokens, shape.dim, generator=generator)
+        for tokens in shape.padded_tokens
     ]
-    masks = []
-    for length, valid in zip(shape.tokens, shape.valid, strict=True):
-        mask = torch.arange(length, device=device) < (length if valid is None else valid)
-        masks.append(mask.expand(shape.batch, length).contiguous())
+    masks = [
+        torch.arange(tokens, device=device) < torch.tensor(lengths, device=device)[:, None]
+        for tokens, lengths in zip(shape.padded_tokens, shape.lengths, strict=True)
+    ]
     return inputs, masks
 
 

@@ -33,7 +33,8 @@ def make_inputs(shape: RoutedShape, biased: bool, device: str) -> tuple[Tensor, 
         return draws.draw(*size, generator=generator, scale=scale)
 
     tokens, width, hidden, experts = shape.tokens, shape.width, shape.hidden, shape.experts
-    index, weight = gate(draw(tokens, experts), shape.choices, backend=REFERENCE)
+    logits = draws.draw_logits(tokens, experts, shape.choices, shape.load, generator)
+    index, weight = gate(logits, shape.choices, backend=REFERENCE)
     leaves = {"x": draw(tokens, width), "weight": weight}
     leaves["w_in"] = draw(experts, hidden, width, scale=width**-0.5)
     leaves["w_out"] = draw(experts, width, hidden, scale=hidden**-0.5)

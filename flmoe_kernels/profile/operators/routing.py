@@ -28,7 +28,8 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
         return {"index": index, "weight": weight, **rows._asdict()}
 
     generator = draws.generator_of(case.device)
-    logits = draws.draw(shape.tokens, shape.experts, generator=generator)
+    sizes = (shape.tokens, shape.experts, shape.choices)
+    logits = draws.draw_logits(*sizes, shape.load, generator)
     leaves = {"logits": draws.place(case, logits, dtype)}
     through = {"weight": ((shape.tokens, shape.choices), dtype)}
     return prepare_function(function, leaves, case.phase, through)
