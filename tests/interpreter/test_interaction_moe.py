@@ -89,6 +89,32 @@ def test_a_fusion_model_alone_calls_its_routed_mlps() -> None:
     assert (fusions[0](x) - results[1][0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("absent", [False, True])
+def test_missing_modalities(absent: bool) -> None:
+    """A modality without tokens, and samples without a modality: their views have latent 0 and enter no loss."""
+    case = LayerCase((3, 2, 2), batch=3, dim=16, heads=1)
+    x = [None if absent and m == 1 else each for m, each in enumerate(case.inputs())]
+    first = torch.tensor([[True] * 3, [False] * 3, [True, True, False]])
+    masks = [first, None, None]
+    rows = draw_replacements(case.inputs(), case.experts)
+    noise = [[each[:, :0] if absent and m == 1 else each for m, each in enumerate(r)] for r in rows]
+    found = []
+    for layer, dtype in (
+        (triton_layer(case), torch.float32),
+        (case.reference(), torch.float32),
+        (case.reference(), torch.float64),
+    ):
+        inputs = [None if each is None else each.to(dtype) for each in x]
+        given = as_dtype(noise, dtype)
+        results = outputs_and_gradients(layer.to(dtype), inputs, masks, given)
+        found.append({**results[0], **results[1]})
+    assert_all_within_budget(*found, str(case))
+    latents = found[0]["expert_latents"]
+    assert not latents[:, 1, 1].any()
+    assert latents[:, 1, 0].any()
+    assert bool(latents[:, 2].any()) != absent
+
+
 def test_dropout_is_the_cpu_kernels() -> None:
     """With the same torch seed both backends draw the same masks; with I2MoE's residual and learned positions."""
     x, results = I2.inputs(), []

@@ -43,7 +43,8 @@ class LayerUse:
             meta((experts, self.batch, self.classes), self.dtype),
         )
         latents = meta((experts, views, self.batch, width), self.dtype)
-        return losses.call_launches(latents) | mixture
+        exists = meta((self.batch, modalities), torch.bool) if self.masked else None
+        return losses.call_launches(latents, exists) | mixture
 
 
 def of_layer(name: str, dtype: torch.dtype, masked: bool = True) -> LayerUse:

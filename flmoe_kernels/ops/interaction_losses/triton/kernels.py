@@ -75,29 +75,34 @@ def norm(x, row, valid, width, CHUNK: tl.constexpr):
 
 @triton.jit
 def has_view(exists, sample, valid, modality, MODALITIES: tl.constexpr):
+    # An early return does not work: the compiler would still compile the load from None.
     if exists is None:
-        return valid
-    return tl.load(exists + sample * MODALITIES + modality, mask=valid, other=0) != 0
+        here = valid
+    else:
+        here = tl.load(exists + sample * MODALITIES + modality, mask=valid, other=0) != 0
+    return here
 
 
 @triton.jit
 def share_of(exists, expert, batch, UNIQUE: tl.constexpr, MODALITIES: tl.constexpr):
     """One over the number of terms of an expert's loss; 0 without any."""
     if exists is None:
-        return 1.0 / (batch * tl.where(expert < UNIQUE, MODALITIES - 1, MODALITIES)).to(tl.float32)
-    terms = tl.zeros((COUNTED,), tl.float32)
-    for first in range(0, batch, COUNTED):
-        sample = first + tl.arange(0, COUNTED)
-        valid = sample < batch
-        if expert < UNIQUE:
-            own = has_view(exists, sample, valid, expert, MODALITIES)
-            terms -= tl.where(own, 1.0, 0.0)
-        else:
-            own = valid
-        for other in range(MODALITIES):
-            both = own & has_view(exists, sample, valid, other, MODALITIES)
-            terms += tl.where(both, 1.0, 0.0)
-    count = tl.sum(terms, 0)
+        views = tl.where(expert < UNIQUE, MODALITIES - 1, MODALITIES)
+        count = (batch * views).to(tl.float32)
+    else:
+        terms = tl.zeros((COUNTED,), tl.float32)
+        for first in range(0, batch, COUNTED):
+            sample = first + tl.arange(0, COUNTED)
+            valid = sample < batch
+            if expert < UNIQUE:
+                own = has_view(exists, sample, valid, expert, MODALITIES)
+                terms -= tl.where(own, 1.0, 0.0)
+            else:
+                own = valid
+            for other in range(MODALITIES):
+                both = own & has_view(exists, sample, valid, other, MODALITIES)
+                terms += tl.where(both, 1.0, 0.0)
+        count = tl.sum(terms, 0)
     return tl.where(count == 0, 0.0, 1.0 / count)
 
 

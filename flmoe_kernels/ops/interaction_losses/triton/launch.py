@@ -83,11 +83,11 @@ def gradient_launch(
     )
 
 
-def call_launches(latents: Tensor) -> dict[str, Launch]:
+def call_launches(latents: Tensor, exists: Tensor | None = None) -> dict[str, Launch]:
     """All launches of a training step by their key in TABLE; for any device, including meta."""
     experts = latents.shape[0]
     parts = latents.new_empty((experts, loss_blocks(latents)), dtype=torch.float32)
     losses = latents.new_empty((experts,))
-    first, mean = loss_launches(latents, None, parts, losses)
-    gradient = gradient_launch(losses, latents, None, latents)
+    first, mean = loss_launches(latents, exists, parts, losses)
+    gradient = gradient_launch(losses, latents, exists, latents)
     return {"losses": first, "mean": mean, "gradient": gradient}

@@ -25,8 +25,8 @@ def features(
     """Pooled tokens (B, M * D), and (B, M, 2) float32 for the backward."""
     expect_float32_or_half("tokens", tokens)
     batch, total, width = tokens.shape
-    if sum(lengths) != total or min(lengths, default=0) < 1:
-        raise ValueError(f"lengths: expected positive ones of sum {total}, got {list(lengths)}")
+    if sum(lengths) != total or not lengths or min(lengths) < 0:
+        raise ValueError(f"lengths: expected lengths with the sum {total}, got {list(lengths)}")
     expect("mask", mask, (batch, total), torch.bool, tokens.device)
     out = tokens.new_empty((batch, len(lengths) * width))
     statistics = tokens.new_empty((batch, len(lengths), 2), dtype=torch.float32)
