@@ -41,7 +41,7 @@ COMMANDS = sorted(
         for text in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
         if "for run in" not in text
         for line in text.replace("\\\n", " ").splitlines()
-        if line.strip() and not line.startswith("pip ")
+        if line.strip() and not line.startswith("pip ") and "PATH_OF" not in line
     }
 )
 

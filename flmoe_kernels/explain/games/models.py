@@ -29,7 +29,8 @@ def expert_names(model: Any) -> tuple[str, ...]:
     if isinstance(model, PairInteractionMoE):
         return model.experts
     if isinstance(model, ReferenceInteractionMoE):
-        return (*(f"unique_{m}" for m in range(model.num_modalities)), "synergy", "redundancy")
+        unique = range(model.num_modalities if model.uniqueness else 0)
+        return (*(f"unique_{m}" for m in unique), "synergy", "redundancy")
     return ()
 
 
