@@ -76,8 +76,7 @@ def profile(
     seconds: Annotated[
         float,
         typer.Option(
-            help="Seconds of timing per implementation. Slow calls take longer, but the command ends after about "
-            "24 times as long, at least 120 s: the tables then say what was measured less often or not at all."
+            help="Seconds of timing per implementation. Slow calls take longer; they are timed less often."
         ),
     ] = 5.0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace to this file.")] = None,

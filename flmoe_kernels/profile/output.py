@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-SCHEMA = "flmoe_kernels.profile/2"
+SCHEMA = "flmoe_kernels.profile/3"
 MARKERS = "osD^v<>pPX*h"
 STYLES = ("solid", "dashed", "dashdot", "dotted")
 _MARGIN = 4.0  # factor by which the axes extend beyond the points
@@ -98,9 +98,8 @@ def tables(profiles: Sequence[Profile]) -> Iterator[RenderableType]:
         yield _table(("", *heads), rows)
         for profile in group:
             name = profile.subject.contestant
-            if profile.breakdown is not None:
-                yield Text(f"stages of a profiled call of {name}", style="bold")
-                yield _stage_table(profile.breakdown, profile.spread.median)
+            yield Text(f"stages of a profiled call of {name}", style="bold")
+            yield _stage_table(profile.breakdown, profile.spread.median)
         for profile in group:
             yield from (Text(f"{profile.subject.contestant}: {note}") for note in profile.notes)
 
@@ -141,26 +140,18 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "share of the limit", f"{facts['share_of_limit']:.1%} ({facts['limit']})"
     peak = facts["peak_bytes"]
     yield "peak memory", "-" if peak is None else f"{peak / 2**20:.1f} MiB"
-    operators = "-"
-    if counts is not None:
-        operators = f"{counts['operators']:g} of flmoe, {counts['torch_operators']:g} of torch"
-    yield "operators", operators
-    for name, key in (
-        ("kernel launches", "launches"),
-        ("host waits", "waits"),
-        ("values read by the host", "reads"),
-    ):
-        yield name, _number(None if counts is None else counts[key])
+    yield "kernel launches", _number(counts["launches"])
+    yield "host waits", _number(counts["waits"])
 
 
 def _stage_table(breakdown: Breakdown, median: float) -> RenderableType:
     rows = [
-        (row.name, row.phase, _time(row.seconds), f"{row.share:.1%}", _number(row.calls or None))
+        (row.name, _time(row.seconds), f"{row.share:.1%}", _number(row.calls or None))
         for row in breakdown.stages
     ]
     slower = breakdown.whole / median
-    rows.append((f"whole, {slower:.2f}x the median", "", _time(breakdown.whole), "100.0%", "1"))
-    return _table(("stage", "pass", "time", "share", "calls"), rows, right=2)
+    rows.append((f"whole, {slower:.2f}x the median", _time(breakdown.whole), "100.0%", "1"))
+    return _table(("stage", "time", "share", "calls"), rows, right=1)
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ from .ceilings import Ceilings, measure_ceilings
 from .check import agree
 from .environment import environment
 from .output import Files, roofline_figure
-from .profiles import Limit, Profile, Tell, profile_subjects
+from .profiles import Profile, Tell, profile_subjects
 from .registry import Contestant, prepare, words_of
 from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
 from .user_layer import PHASES, UserLayer, check_swap
@@ -39,7 +39,6 @@ def run_case(request: Request, seconds: float, files: Files, *, check: bool, mem
     subjects = subjects_of(case, chosen, memory)
     if files.plot is not None and not subjects[0].cost.flop:
         raise BadRequest(f"plot: {case.operator} has no matrix products, so no roofline")
-    limit = Limit.of(seconds)
     with _telling() as tell:
         if check:
             tell("checking results against the reference in float64")
@@ -47,9 +46,7 @@ def run_case(request: Request, seconds: float, files: Files, *, check: bool, mem
             subjects = subjects_of(case, chosen, memory)
         tell("measuring this machine's ceilings")
         ceilings = measure_ceilings(case.device, (case.dtype,))
-        profiles = profile_subjects(
-            subjects, ceilings, seconds, limit=limit, trace=files.trace, tell=tell
-        )
+        profiles = profile_subjects(subjects, ceilings, seconds, trace=files.trace, tell=tell)
     facts = environment(case.device)
     _print_tables(profiles, _heading(facts))
     _write(profiles, ceilings, facts, files)
@@ -93,7 +90,6 @@ def run_layer(
     """
     user = user.checked()
     phases = _phases_of(phase)
-    limit = Limit.of(seconds)
     with _telling() as tell:
         swapped = None
         if check:
@@ -111,7 +107,6 @@ def run_layer(
                 subjects[what],
                 ceilings,
                 seconds,
-                limit=limit.part(len(phases) - number),
                 trace=None if number else files.trace,
                 tell=tell,
             )

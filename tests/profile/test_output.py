@@ -14,6 +14,7 @@ from flmoe_kernels.profile.ceilings import Ceilings
 from flmoe_kernels.profile.costs import Cost
 from flmoe_kernels.profile.output import roofline_figure
 from flmoe_kernels.profile.profiles import Profile, Subject
+from flmoe_kernels.profile.stages import Breakdown
 from flmoe_kernels.profile.timing import Spread
 
 ROOF = Ceilings("cpu", {"float32": 1e11, "bfloat16": 4e11}, bytes_per_second=2e10)
@@ -22,7 +23,7 @@ ROOF = Ceilings("cpu", {"float32": 1e11, "bfloat16": 4e11}, bytes_per_second=2e1
 def profile(contestant: str, kind: str, cost: Cost, low: float, median: float, high: float) -> Any:
     spread = Spread(median, low, high, 0.95, low, high, 6, 30)
     call = ("pair_moe/$5", contestant, kind, "1", torch.float32, "cpu", cost, lambda: None, None)
-    return Profile(Subject(*call), spread, ROOF, None, None, None)
+    return Profile(Subject(*call), spread, ROOF, Breakdown(1.0, (), None, None), None, None)
 
 
 OURS = profile("cpu", "ours", Cost(8 * 10**9, 10**9), 0.9, 1.0, 1.25)
