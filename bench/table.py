@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import rows
 from flmoe_kernels.core.files import write_whole
 from flmoe_kernels.profile.cases import BOTH, FORWARD
 
@@ -147,7 +146,10 @@ def tables() -> dict[str, str]:
 def main(arguments: Sequence[str]) -> None:
     if arguments:
         name, *runs = arguments
-        rows.save(RESULTS / f"{name}.json", gather([Path(run) for run in runs]))
+        found = gather([Path(run) for run in runs])
+        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in found["comparisons"])
+        text = f'{{"environment": {json.dumps(found["environment"])},\n"comparisons": [\n{lines}\n]}}\n'
+        write_whole(RESULTS / f"{name}.json", text)
     for key, text in tables().items():
         page = PAGES[key]
         before, _, rest = page.read_text(encoding="utf-8").partition(MARK)
