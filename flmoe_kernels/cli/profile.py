@@ -83,10 +83,6 @@ def profile(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all results to this JSON file.")
     ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Write a plot of the roofline to this .png, .pdf or .svg file."),
-    ] = None,
     check: Annotated[bool, typer.Option(help="First compare results with the reference.")] = True,
     memory: Annotated[
         bool, typer.Option(help="Measure peak memory, in separate processes.")
@@ -95,14 +91,13 @@ def profile(
     """Time an operator or your own layer on this machine: rates, share of the hardware limit, stages, memory."""
     from flmoe_kernels.core.backend import BackendUnavailable
     from flmoe_kernels.profile.check import WrongAnswer
-    from flmoe_kernels.profile.output import Files
     from flmoe_kernels.profile.request import Request
-    from flmoe_kernels.profile.run import run_case, run_layer
+    from flmoe_kernels.profile.run import Files, run_case, run_layer
     from flmoe_kernels.profile.user_layer import UserLayer
 
     if (op is None) == (checkpoint is None):
         fail("expected either --op or --checkpoint, got " + ("both" if op else "neither"))
-    files = Files(trace=trace, json=json_file, plot=plot)
+    files = Files(trace=trace, json=json_file)
     try:
         files.require_writable()
         if not seconds > 0:

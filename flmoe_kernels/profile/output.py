@@ -1,74 +1,18 @@
-"""Output of the command `profile`: tables, JSON and figures, written atomically."""
+"""Output of the command `profile`: tables and JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from flmoe_kernels.core.files import unwritable_reason, write_whole
-
-from .ceilings import Ceilings
 from .profiles import Profile
-from .registry import OURS
-from .request import BadRequest
 from .stages import Breakdown
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 SCHEMA = "flmoe_kernels.profile/3"
-MARKERS = "osD^v<>pPX*h"
-STYLES = ("solid", "dashed", "dashdot", "dotted")
-_MARGIN = 4.0  # factor by which the axes extend beyond the points
-
-
-@dataclass(frozen=True)
-class Files:
-    """Output paths; None for files that are not written."""
-
-    trace: Path | None = None
-    json: Path | None = None
-    plot: Path | None = None
-
-    def require_writable(self) -> None:
-        """Check the paths.
-
-        Raises:
-            BadRequest: a file cannot be written, or the format of the plot is unknown.
-            ModuleNotFoundError: a plot is requested and matplotlib is not installed.
-        """
-        for name in ("trace", "json", "plot"):
-            path = getattr(self, name)
-            if path is not None and (reason := unwritable_reason(path)):
-                raise BadRequest(f"{name}: {path}: {reason}")
-        if self.plot is not None:
-            from flmoe_kernels.core.figures import make_figure
-
-            known = make_figure(1, 1).canvas.get_supported_filetypes()
-            if self._plot_format() not in known:
-                raise BadRequest(
-                    f"plot: expected a file name with .png, .pdf or .svg, got {self.plot}"
-                )
-
-    def write_json(self, make: Callable[[], str]) -> None:
-        if self.json is not None:
-            write_whole(self.json, make())
-
-    def write_plot(self, make: Callable[[], Figure]) -> None:
-        if self.plot is not None:
-            save = partial(make().savefig, format=self._plot_format(), dpi=120)
-            write_whole(self.plot, save)
-
-    def _plot_format(self) -> str:
-        return "" if self.plot is None else self.plot.suffix.removeprefix(".").lower()
 
 
 def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **more: Any) -> str:
@@ -164,64 +108,6 @@ def _time(seconds: float) -> str:
         if seconds >= 0.9995 * size:
             return f"{seconds / size:.3g} {unit}" if seconds < 999.5 else f"{seconds:.0f} s"
     return f"{seconds / 1e-6:.3g} us"
-
-
-def roofline_figure(profiles: Sequence[Profile], ceilings: Ceilings, *, title: str = "") -> Figure:
-    """Plot FLOP/s over FLOP per byte, both logarithmic; the distance below the line is the possible speed-up.
-
-    Markers of this package are filled, those of peers are open. Every contestant has its own marker, and every
-    dtype's ceiling its own line style. Bars are the interval of the median, mostly smaller than the marker.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    from flmoe_kernels.core.figures import make_figure, plain
-
-    figure = make_figure(8.5, 5.5)
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    copy = ceilings.bytes_per_second
-    costs = [profile.subject.cost for profile in profiles]
-    places = [cost.flop / cost.bytes for cost in costs]
-    places += [top / copy for top in ceilings.flops.values()]
-    x = np.geomspace(min(places) / _MARGIN, max(places) * _MARGIN, 200)
-    for number, (dtype, top) in enumerate(ceilings.flops.items()):
-        axes.plot(
-            x,
-            np.minimum(top, x * copy),
-            color="black",
-            ls=STYLES[number % len(STYLES)],
-            label=f"{dtype}: matmul {rate_text(top)}FLOP/s, copy {rate_text(copy)}B/s",
-        )
-    for number, profile in enumerate(profiles):
-        label = plain(f"{profile.subject.what}, {profile.subject.contestant}")
-        _draw(axes, profile, MARKERS[number % len(MARKERS)], label)
-    axes.set_xlabel("FLOP per byte of inputs and outputs")
-    axes.set_ylabel("FLOP/s")
-    axes.grid(True, which="major", color="0.85", lw=0.6)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0.0, -0.12), frameon=False)
-    if title:
-        axes.set_title(plain(title), fontsize="medium")
-    return figure
-
-
-def _draw(axes: Axes, profile: Profile, marker: str, label: str) -> None:
-    cost, spread = profile.subject.cost, profile.spread
-    low, rate, high = (cost.flop / each for each in (spread.high, spread.median, spread.low))
-    axes.errorbar(
-        [cost.flop / cost.bytes],
-        [rate],
-        yerr=[[rate - low], [high - rate]],
-        color="black",
-        marker=marker,
-        markersize=8,
-        mfc="black" if profile.subject.kind == OURS else "white",
-        ls="none",
-        capsize=3,
-        label=f"{label}: {rate_text(rate)}FLOP/s",
-        zorder=3,
-    )
 
 
 def rate_text(rate: float) -> str:

@@ -6,14 +6,16 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flmoe_kernels.core.files import unwritable_reason, write_whole
 
 from . import output
 from .cases import Case
 from .ceilings import Ceilings, measure_ceilings
 from .check import agree
 from .environment import environment
-from .output import Files, roofline_figure
 from .profiles import Profile, Tell, profile_subjects
 from .registry import Contestant, prepare, words_of
 from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
@@ -27,6 +29,20 @@ if TYPE_CHECKING:
 LOG_WIDTH = 160
 
 
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Output paths; None for files that are not written."""
+
+    trace: Path | None = None
+    json: Path | None = None
+
+    def require_writable(self) -> None:
+        """Check the paths. Raises BadRequest: a file cannot be written."""
+        for name, path in vars(self).items():
+            if path is not None and (reason := unwritable_reason(path)):
+                raise BadRequest(f"{name}: {path}: {reason}")
+
+
 def run_case(request: Request, seconds: float, files: Files, *, check: bool, memory: bool) -> None:
     """Profile contestants of a case of the registry.
 
@@ -37,8 +53,6 @@ def run_case(request: Request, seconds: float, files: Files, *, check: bool, mem
     case = request.case()
     chosen = request.contestants(case)
     subjects = subjects_of(case, chosen, memory)
-    if files.plot is not None and not subjects[0].cost.flop:
-        raise BadRequest(f"plot: {case.operator} has no matrix products, so no roofline")
     with _telling() as tell:
         if check:
             tell("checking results against the reference in float64")
@@ -131,9 +145,10 @@ def _write(
     files: Files,
     **more: Any,
 ) -> None:
-    files.write_json(lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more))
-    title = f"{facts['device']}, {_threads(facts)}"
-    files.write_plot(lambda: roofline_figure(profiles, ceilings, title=title))
+    if files.json is not None:
+        write_whole(
+            files.json, output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more)
+        )
 
 
 def _phases_of(phase: str | None) -> list[str]:
