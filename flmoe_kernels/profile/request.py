@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flmoe_kernels.core.backend import BackendUnavailable
+from flmoe_kernels.core.backend import REFERENCE, BackendUnavailable
 
 from . import cases
 from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, Case
@@ -16,9 +16,8 @@ from .costs import cost
 from .memory import peak_bytes
 from .profiles import Subject
 from .registry import Contestant, contestants, default_ours, device_unavailable_reason, prepare
-from .shapes import Shape, is_cuda, named_shapes
+from .shapes import Shape, UserShape, is_cuda, named_shapes
 from .timing import Call
-from .user_layer import PHASES, UserLayer, contestants_of, make_call, user_peak
 
 EVERY = "all"
 # Other names of forward and forward+backward, for the whole layer.
@@ -34,12 +33,13 @@ class Request:
     """Names of a case and of its contestants.
 
     backends: names of contestants, which are compared with the first; "all" for all that run here; empty for the
-    backend that is selected by default. shape, phase, dtype, variant: None for the operator's first shape,
-    forward+backward, float32 (on a GPU bfloat16), the first variant.
+    backend that is selected by default, and for a user's layer also the reference. shape, phase, dtype, variant:
+    None for the operator's first shape, forward+backward, float32 (on a GPU bfloat16; for a user's layer its own
+    dtype), the first variant.
     """
 
     operator: str
-    shape: str | None = None
+    shape: str | UserShape | None = None
     dtype: str | None = None
     backends: tuple[str, ...] = ()
     phase: str | None = None
@@ -54,14 +54,18 @@ class Request:
         """
         operator = OPERATORS[_one_of("op", self.operator, OPERATORS)]
         _check_device(self.device)
-        shapes = {
-            name: shape
-            for name, shape in named_shapes(self.device).items()
-            if isinstance(shape, operator.shapes)
-        }
-        shape = shapes[_one_of("shape", self.shape or next(iter(shapes)), shapes)]
-        gpu = is_cuda(self.device)
-        dtype = self.dtype or ("bfloat16" if gpu and _is_half_sound(shape) else "float32")
+        if isinstance(self.shape, UserShape):
+            shape: Shape = self.shape
+            dtype = self.dtype or self.shape.dtype
+        else:
+            shapes = {
+                name: shape
+                for name, shape in named_shapes(self.device).items()
+                if isinstance(shape, operator.shapes)
+            }
+            shape = shapes[_one_of("shape", self.shape or next(iter(shapes)), shapes)]
+            half = is_cuda(self.device) and _is_half_sound(shape)
+            dtype = self.dtype or ("bfloat16" if half else "float32")
         phase = self.phase or BOTH
         if operator is INTERACTION_MOE:
             phase = _OTHER_NAMES.get(phase, phase)
@@ -87,7 +91,8 @@ class Request:
         known = {x.name: x for x in contestants(case)}
         if not self.backends:
             try:
-                return [default_ours(case)]
+                peers = [known[REFERENCE]] if isinstance(case.shape, UserShape) else []
+                return [default_ours(case), *peers]
             except BackendUnavailable as error:
                 raise BadRequest(str(error)) from error
         if EVERY in self.backends:
@@ -123,29 +128,6 @@ def subjects_of(case: Case, chosen: Sequence[Contestant], memory: bool = True) -
 
 def _call_of(case: Case, contestant: Contestant) -> Call:
     return prepare(case, contestant).call
-
-
-def user_subjects(user: UserLayer, what: str, memory: bool = True) -> list[Subject]:
-    """Return the user's swapped layer, then the reference, as subjects. what: a key of user_layer.PHASES."""
-    layer = user.load()
-    dtype = next(layer.parameters()).dtype
-    shape = user.shape(layer)
-    case = Case(INTERACTION_MOE.name, shape, PHASES[what], dtype, user.device)
-    name = f"{shape.name}, batch {user.batch}, {what}"
-    return [
-        Subject(
-            what=name,
-            contestant=contestant,
-            kind=kind,
-            version=version,
-            dtype=dtype,
-            device=user.device,
-            cost=cost(case),
-            prepare=functools.partial(make_call, user, contestant, what),
-            peak=functools.partial(user_peak, user, contestant, what) if memory else None,
-        )
-        for contestant, kind, version in contestants_of(user)
-    ]
 
 
 def _check_device(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class LayerShape:
             length if valid is None else valid
             for length, valid in zip(self.tokens, self.valid, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class UserShape(LayerShape):
+    """A user's layer: path of its checkpoint, settings of `published.convert.load_layer`, saved dtype."""
+
+    path: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,9 @@ def on_device(shape: Shape, device: str) -> Shape:
 
 def at_length(shape: Shape, length: int) -> Shape:
     """Return the shape at another sequence length: rows and columns of pairs, tokens of every modality (with the
-    same share of padding), rows of a routed MLP."""
+    same share of padding), rows of a routed MLP. A user's layer may have fixed tokens: one sample instead."""
+    if isinstance(shape, UserShape):
+        return dataclasses.replace(shape, batch=1)
     name = f"{shape.name}@{length}"
     if isinstance(shape, PairShape):
         return dataclasses.replace(shape, name=name, rows=length, columns=length)

@@ -12,11 +12,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from flmoe_kernels.cli.profile import profile
-from flmoe_kernels.core.backend import BackendUnavailable
-from flmoe_kernels.profile import ceilings, user_layer
-from flmoe_kernels.profile import request as profile_request
-from flmoe_kernels.profile.memory import memory_unavailable_reason
-from flmoe_kernels.profile.user_layer import UserLayer, make_call
+from flmoe_kernels.profile import ceilings
+from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
+from flmoe_kernels.profile.request import Request
+from flmoe_kernels.profile.user_layer import user_shape
 from tests.support.layers import LayerCase
 
 app = typer.Typer()
@@ -55,30 +54,28 @@ def test_own_layer_next_to_the_reference(checkpoint: Path, tmp_path: Path) -> No
     held = json.loads(target.read_text())
     names = [(found["what"], found["contestant"]) for found in held["profiles"]]
     assert names == [
-        (f"mine, batch 3, {what}", contestant)
-        for what in ("training step", "inference")
+        (f"interaction_moe/mine, batch 3/{phase}/float32", contestant)
+        for phase in ("forward+backward", "forward")
         for contestant in ("cpu", "reference")
     ]
-    assert held["layer"]["tokens"] == [5, 4]
-    assert held["swapped"]["logits_error"] < 1e-4
     training, reference, inference, _ = held["profiles"]
     assert training["flop"] > 3 * inference["flop"]
     assert reference["ratio"]["median"] > 0
     stages = [{stage["name"] for stage in x["breakdown"]["stages"]} for x in (training, inference)]
     assert "flmoe::interaction_losses" in stages[0] - stages[1]
     assert "flmoe::interaction_losses_backward" in trace.read_text()
-    assert "mine, batch 3, inference" in result.stdout
+    assert "interaction_moe/mine, batch 3/forward/float32" in result.stdout
 
 
 def test_one_pass_of_an_own_layer(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     arguments = ("--checkpoint", str(checkpoint), "--tokens", "5,4", "--batch", "2", *QUICK)
     run(*arguments, "--pass", "inference", "--no-check", "--json", str(target))
-    held = json.loads(target.read_text())
-    assert {found["what"] for found in held["profiles"]} == {"mine, batch 2, inference"}
-    assert held["swapped"] is None
-    result = run(*arguments, "--pass", "backward", code=2)
-    assert "pass: expected training or inference, got 'backward'" in result.stderr
+    [ours, peer] = json.loads(target.read_text())["profiles"]
+    assert ours["what"] == peer["what"] == "interaction_moe/mine, batch 2/forward/float32"
+    run(*arguments, "--pass", "backward", "--backend", "cpu", "--json", str(target))
+    [ours] = json.loads(target.read_text())["profiles"]
+    assert ours["contestant"] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -104,29 +101,27 @@ def test_learned_positions_fix_the_tokens(tmp_path: Path) -> None:
     path = tmp_path / "older.pt"
     case = LayerCase(lengths=(4, 4), compat="i2moe", dim=16)
     torch.save(case.reference().state_dict(), path)
-    user = UserLayer(str(path), batch=2, num_heads=2)
-    assert user.checked().tokens == (4, 4)
-    make_call(user.checked(), "cpu", user_layer.TRAINING)()
-    with pytest.raises(user_layer.UnsupportedRequest, match="learned positions fix them to 4,4"):
-        UserLayer(str(path), batch=2, tokens=(5, 4)).checked()
-    with pytest.raises(user_layer.UnsupportedRequest, match="takes no masks"):
-        UserLayer(str(path), batch=2, valid=(3, 4)).checked()
+    arguments = ("--checkpoint", str(path), "--batch", "2", "--heads", "2", *QUICK)
+    assert "cpu" in run(*arguments).stdout
+    for more, message in (
+        (("--tokens", "5,4"), "learned positions fix them to 4,4"),
+        (("--valid", "3,4"), "takes no masks"),
+    ):
+        assert message in run(*arguments, *more, code=2).stderr
 
 
-def test_own_layer_without_kernels_is_an_error(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(user_layer.backends, "choose", lambda *_: "reference")
-    with pytest.raises(BackendUnavailable, match="no kernels for float32 on cpu, only"):
-        user_layer.contestants_of(UserLayer(str(checkpoint), 2, (5, 4)))
+def test_a_sparse_layer(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.pt"
+    case = LayerCase(dim=16, gate="NoisyGate", sparse=True)
+    torch.save(case.reference().state_dict(), path)
+    arguments = ("--checkpoint", str(path), "--tokens", "5,4", "--gate", "NoisyGate", *QUICK)
+    assert "cpu" in run(*arguments, "--batch", "2", "--heads", "2").stdout
 
 
 @pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason="peaks need Linux's /proc")
 def test_peak_of_an_own_layer_is_that_of_its_batch(checkpoint: Path) -> None:
-    user = UserLayer(str(checkpoint), 512, (5, 4)).checked()
-    [_, reference] = profile_request.user_subjects(user, user_layer.TRAINING)
-    assert reference.peak is not None
-    peak = reference.peak()
+    case = Request("interaction_moe", user_shape(str(checkpoint), 512, (5, 4))).case()
+    peak = peak_bytes(case, "reference")
     assert peak is not None
     # At least one set of float32 rows in every expert and view, which the reference keeps for its backward.
     rows = 512 * 9 * 16 * 4 * 4 * 3

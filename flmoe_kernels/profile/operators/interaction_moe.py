@@ -20,7 +20,8 @@ from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.profile.cases import BACKWARD, FORWARD, Case
 from flmoe_kernels.profile.prepared import GRADIENT_OF, Context, Outputs, Prepared, cotangents_of
-from flmoe_kernels.profile.shapes import LayerShape
+from flmoe_kernels.profile.shapes import LayerShape, UserShape
+from flmoe_kernels.profile.user_layer import load
 
 from . import draws
 
@@ -33,7 +34,9 @@ def shape_of(case: Case) -> LayerShape:
 
 
 def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
-    """Make the reference with seeded parameters; the global generator is not changed."""
+    """Make the reference with seeded parameters or those of a checkpoint; the global generator is not changed."""
+    if isinstance(shape, UserShape):
+        return load(shape)
     sparse = {"mlp_sparse": True, "num_experts": shape.experts} if shape.experts else {}
     sizes = (shape.modalities, shape.dim, shape.classes, shape.layers, shape.heads)
     with torch.random.fork_rng(devices=[]):
@@ -48,12 +51,17 @@ def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
         )
 
 
-def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Make token sequences and masks; padding is at the end, as in the output of frozen encoders."""
+def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Make token sequences and masks; padding is at the end, as in the output of frozen encoders.
+
+    Without padding, a user's layer gets no masks, which learned positions do not support.
+    """
     generator = draws.generator_of(device)
     inputs = [
         draws.draw(shape.batch, length, shape.dim, generator=generator) for length in shape.tokens
     ]
+    if isinstance(shape, UserShape) and shape.valid_tokens == sum(shape.tokens):
+        return inputs, None
     masks = []
     for length, valid in zip(shape.tokens, shape.valid, strict=True):
         mask = torch.arange(length, device=device) < (length if valid is None else valid)
@@ -103,7 +111,7 @@ def timed_call(
     phase: str,
     layer: Any,
     inputs: list[Tensor],
-    masks: Sequence[Tensor | None] | None,
+    masks: list[Tensor] | None,
     context: Context = contextlib.nullcontext,
 ) -> Callable[[], None]:
     """Make an inference, a training step without optimizer, or the backward of its loss."""
@@ -140,7 +148,7 @@ def timed_call(
     return step
 
 
-def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor]) -> Outputs:
+def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor] | None) -> Outputs:
     """Compute the results with given noise and without dropout, which differs between contestants."""
     training = layer.training
     layer.eval()
@@ -173,14 +181,17 @@ def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor]) 
 
 def _named(result: Sequence[Any]) -> dict[str, Tensor]:
     """Name the tensors that a layer's forward returns, with gate losses if there are any."""
-    experts, weights, logits, losses, *gates, latents = result
+    experts, weights, logits, losses, *rest = result
     named = {"weights": weights, "logits": logits, "losses": torch.stack(list(losses))}
-    for place, name in enumerate(("expert_logits", "expert_latents")):
-        views = [torch.stack([view[place] for view in expert]) for expert in experts]
-        named[name] = torch.stack(views)
-    named["latents"] = torch.stack(list(latents))
-    if gates:
-        named["gate_losses"] = torch.stack([torch.stack(list(views)) for views in gates[0]])
+    if isinstance(experts[0][0], Tensor):  # the I2MoE variant, without latents
+        named["expert_logits"] = torch.stack([torch.stack(list(views)) for views in experts])
+    else:
+        for place, name in enumerate(("expert_logits", "expert_latents")):
+            views = [torch.stack([view[place] for view in expert]) for expert in experts]
+            named[name] = torch.stack(views)
+        named["latents"] = torch.stack(list(rest.pop()))
+    if rest:
+        named["gate_losses"] = torch.stack([torch.stack(list(views)) for views in rest[0]])
     return named
 
 
