@@ -22,7 +22,7 @@ from flmoe_kernels.published.report import SwapReport
 
 from .data import EXPERTS, TASKS, Batch, Digits, Encoded, Pairs, Task, encode, load, make_pairs
 from .settings import Settings
-from .token_pairs import run_task
+from .token_pairs import evaluate, train_layer
 from .train import PairClassifier, accuracy, predict, train
 
 
@@ -92,9 +92,8 @@ def run_swap(
 
 def run_pairs(task: Task, digits: Digits, encoded: Encoded, settings: Settings) -> dict[str, Any]:
     """Train the layer over token pairs on a task, and explain its predictions."""
-    train_pairs = draw_train_pairs(task, digits, settings)
-    test_pairs = draw_test_pairs(task, digits, settings)
-    result = run_task(task, train_pairs, test_pairs, encoded, digits, settings)
+    layer = train_layer(task, draw_train_pairs(task, digits, settings), encoded, settings)
+    result = evaluate(layer, draw_test_pairs(task, digits, settings), encoded, digits)
     share = dict(zip(EXPERTS, result.share, strict=True))
     return {
         "accuracy": result.accuracy,

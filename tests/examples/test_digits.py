@@ -37,7 +37,7 @@ from examples.digits.data import (
 from examples.digits.figure import draw_pairs
 from examples.digits.report import print_report
 from examples.digits.settings import Settings
-from examples.digits.token_pairs import evaluate, explain_first, make_layer, run_task, train_layer
+from examples.digits.token_pairs import evaluate, explain_first, make_layer, train_layer
 from examples.digits.train import PairClassifier, accuracy, predict, train
 
 TINY = Settings(
@@ -293,6 +293,6 @@ def test_layer_over_token_pairs_learns(task: Task, digits: Digits) -> None:
     """After a fifth of the demo's steps, accuracy is far above chance (10%, or 50% for the parity)."""
     settings = Settings(pair_steps=80)
     features = encode(digits, settings.width, seed=0, steps=150)
-    pairs = draw(task, digits, digits.train, 2000), draw(task, digits, digits.test, 300)
-    result = run_task(task, *pairs, features, digits, settings)
+    layer = train_layer(task, draw(task, digits, digits.train, 2000), features, settings)
+    result = evaluate(layer, draw(task, digits, digits.test, 300), features, digits)
     assert result.accuracy > (0.6 if task.name == "synergy" else 0.85)
