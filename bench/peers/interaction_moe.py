@@ -37,10 +37,6 @@ def unavailable_reason(case: Case, name: str) -> str:
     return common.compile_unavailable_reason(case) if name in _COMPILED else ""
 
 
-def version(name: str) -> str:
-    return torch.__version__
-
-
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
     adopt = functools.partial(_adopt, name)
     dtype = torch.float32 if name in _OWN_PRECISION else dtype

@@ -21,10 +21,6 @@ def unavailable_reason(case: Case, name: str) -> str:
     return operator.reference_unavailable_reason(case) or common.compile_unavailable_reason(case)
 
 
-def version(name: str) -> str:
-    return torch.__version__
-
-
 @functools.cache
 def _compiled(kinds: tuple[str, ...], reduce: str) -> operator.Function:
     """One cached function for all shapes, so that each shape is compiled only once."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import flmoe_kernels
 from flmoe_kernels.core.files import write_whole
@@ -20,7 +21,7 @@ from flmoe_kernels.profile.environment import environment
 from flmoe_kernels.published.file import CONFIG_KEY, MODEL_KEY
 from flmoe_kernels.published.report import SwapReport
 
-from .data import EXPERTS, TASKS, Batch, Digits, Encoded, Pairs, Task, encode, load, make_pairs
+from .data import EXPERTS, TASKS, Digits, Encoded, Pairs, Task, encode, load, make_pairs
 from .settings import Settings
 from .token_pairs import evaluate, train_layer
 from .train import PairClassifier, accuracy, predict, train
@@ -74,7 +75,7 @@ def run_swap(
     reference = train(task, draw_train_pairs(task, digits, settings), encoded, settings)
     save_checkpoint(reference, settings, checkpoint_of(task, out))
     test = draw_test_pairs(task, digits, settings)
-    report = swapped(reference, first_batch(test, encoded, settings))
+    report = swapped(reference, test.batch(encoded, slice(0, settings.batch_size)))
     fast = report.model
     assert isinstance(fast, PairClassifier)
     before, after = predict(reference, test, encoded), predict(fast, test, encoded)
@@ -114,11 +115,6 @@ def draw_test_pairs(task: Task, digits: Digits, settings: Settings) -> Pairs:
     return make_pairs(task, digits, digits.test, settings.test_pairs, generator)
 
 
-def first_batch(pairs: Pairs, encoded: Encoded, settings: Settings) -> Batch:
-    rows = slice(0, settings.batch_size)
-    return (*pairs.batch(encoded, rows), pairs.labels[rows])
-
-
 def checkpoint_of(task: Task, out: Path) -> Path:
     return out / f"{task.name}.pt"
 
@@ -133,14 +129,14 @@ def save_checkpoint(model: PairClassifier, settings: Settings, target: Path) -> 
     write_whole(target, partial(torch.save, content))
 
 
-def swapped(model: PairClassifier, batch: Batch) -> SwapReport:
-    """The report of a swap of a copy of the model, compared on a batch.
+def swapped(model: PairClassifier, inputs: list[Tensor]) -> SwapReport:
+    """The report of a swap of a copy of the model, compared on these inputs.
 
     Raises:
         RuntimeError: the layer was not swapped, for example because its results differ by more than rounding; the
             message has the reason.
     """
-    report = flmoe_kernels.swap(copy.deepcopy(model), inputs=batch[:2])
+    report = flmoe_kernels.swap(copy.deepcopy(model), inputs=(inputs,))
     if not report.swapped:
         raise RuntimeError(f"the layer was not swapped: {report}")
     return report

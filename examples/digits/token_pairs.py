@@ -50,8 +50,8 @@ def train_layer(
     torch.manual_seed(settings.seed)
     layer, weight = make_layer(task, settings), settings.pair_interaction_weight
 
-    def loss_of(inputs: list[Tensor], masks: list[Tensor], labels: Tensor) -> Tensor:
-        out = layer(inputs, masks, interaction_losses=True)
+    def loss_of(inputs: list[Tensor], labels: Tensor) -> Tensor:
+        out = layer(inputs, interaction_losses=True)
         return F.cross_entropy(out.logits, labels) + weight * out.losses.sum()
 
     sizes = {"batch_size": settings.pair_batch_size, "steps": settings.pair_steps}
@@ -63,7 +63,7 @@ def evaluate(
     layer: PairInteractionMoE, pairs: Pairs, encoded: Encoded, digits: Digits
 ) -> PairResult:
     """Accuracy and shares over all pairs, and the explanation of the first pair."""
-    explanation = layer.explain(*pairs.batch(encoded, slice(None)), pairs.labels)
+    explanation = layer.explain(pairs.batch(encoded, slice(None)), None, pairs.labels)
     share = explanation.expert_share()
     return PairResult(
         accuracy=accuracy(explanation.logits, pairs.labels),
@@ -76,7 +76,7 @@ def evaluate(
 def explain_first(explanation: PairExplanation, pairs: Pairs, digits: Digits) -> dict[str, Any]:
     """Plain values of the first pair, for the figure.
 
-    `patches`: Shapley values of all patches per image, 0 for padding; `pairs`: Shapley interaction indices of all
+    `patches`: Shapley values of all patches per image; `pairs`: Shapley interaction indices of all
     pairs of patches, summed over the experts; `error`: |sum of values - (logit - logit without patches)|.
     """
     patches = explanation.shapley_values()
@@ -86,7 +86,6 @@ def explain_first(explanation: PairExplanation, pairs: Pairs, digits: Digits) ->
         "images": [digits.images[index[0], 0].tolist() for index in pairs.index],
         "label": int(pairs.labels[0]),
         "guess": int(explanation.logits[0].argmax()),
-        "valid": [mask[0].tolist() for mask in pairs.masks],
         "patches": [values[0].tolist() for values in patches],
         "pairs": explanation.pair_map()[0].sum(dim=0).tolist(),
         "error": abs(total - float(explanation.value[0] - explanation.baseline[0])),

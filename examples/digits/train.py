@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +40,16 @@ class PairClassifier(nn.Module):
             temperature_rw=settings.temperature,
         )
 
-    def forward(self, inputs: list[Tensor], masks: list[Tensor], **options: Any) -> tuple:
-        return self.layer(inputs, masks, **options)
+    def forward(self, inputs: list[Tensor]) -> tuple:
+        return self.layer(inputs)
 
-    def inference(
-        self, inputs: list[Tensor], masks: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        return self.layer.inference(inputs, masks)
+    def inference(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+        return self.layer.inference(inputs)
 
 
 def fit(
     model: nn.Module,
-    loss_of: Callable[[list[Tensor], list[Tensor], Tensor], Tensor],
+    loss_of: Callable[[list[Tensor], Tensor], Tensor],
     pairs: Pairs,
     encoded: Encoded,
     seed: int,
@@ -61,7 +58,7 @@ def fit(
     steps: int,
     rate: float,
 ) -> None:
-    """Train a model; loss_of: from inputs, masks and labels of a batch to the loss."""
+    """Train a model; loss_of: from inputs and labels of a batch to the loss."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -69,7 +66,7 @@ def fit(
     )
     for _ in range(steps):
         rows = torch.randint(len(pairs), (batch_size,), generator=generator)
-        loss = loss_of(*pairs.batch(encoded, rows), pairs.labels[rows])
+        loss = loss_of(pairs.batch(encoded, rows), pairs.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
@@ -83,8 +80,8 @@ def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> Pai
     torch.manual_seed(settings.seed)
     model = PairClassifier(task.num_classes, settings)
 
-    def loss_of(inputs: list[Tensor], masks: list[Tensor], labels: Tensor) -> Tensor:
-        _, _, logits, losses, *_ = model(inputs, masks)
+    def loss_of(inputs: list[Tensor], labels: Tensor) -> Tensor:
+        _, _, logits, losses, *_ = model(inputs)
         weight = settings.interaction_weight
         return F.cross_entropy(logits, labels) + weight * torch.stack(losses).sum()
 
@@ -99,7 +96,7 @@ def predict(model: PairClassifier, pairs: Pairs, encoded: Encoded) -> Tensor:
     logits = []
     for start in range(0, len(pairs), EVALUATION_BATCH):
         batch = pairs.batch(encoded, slice(start, start + EVALUATION_BATCH))
-        logits.append(model.inference(*batch)[2])
+        logits.append(model.inference(batch)[2])
     return torch.cat(logits)
 
 

@@ -361,7 +361,6 @@ MISTAKES: list[tuple[Any, str]] = [
         r"weights: expected numbers \(S, E\), such",
     ),
     (lambda: expert_weights(np.zeros((2, 2)), "abc"), "names: expected 2, .* got 3"),
-    (lambda: expert_weights(np.zeros((2, 2)), "ab", samples=[1]), "samples: expected 2"),
 ]
 
 
@@ -385,7 +384,6 @@ WRONG_TYPES: list[tuple[Any, str]] = [
     (lambda: heat_map(VALUES, 3), "tokens: expected a sequence, got int"),
     (lambda: bars(DROPS, "ab"), r"weights: .* such as Attribution.weights, got MaskingDrops"),
     (lambda: bars(THIRDS, None), "names: expected a sequence, got NoneType"),
-    (lambda: bars(THIRDS, "abc", samples=2), "samples: expected a sequence, got int"),
 ]
 
 
