@@ -11,7 +11,7 @@ import torch
 from flmoe_kernels.core.backend import REFERENCE, BackendUnavailable
 
 from . import cases
-from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, Case
+from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, BadRequest, Case, known
 from .costs import cost
 from .memory import peak_bytes
 from .profiles import Subject
@@ -22,10 +22,6 @@ from .timing import Call
 EVERY = "all"
 # Other names of forward and forward+backward, for the whole layer.
 _OTHER_NAMES = {"inference": FORWARD, "training": BOTH}
-
-
-class BadRequest(ValueError):
-    """The request has an unknown name or cannot run here; the message has the known names or the reason."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +84,17 @@ class Request:
         Raises:
             BadRequest: an unknown name, or a contestant that cannot run here; the message has the reason.
         """
-        known = {x.name: x for x in contestants(case)}
+        named = {x.name: x for x in contestants(case)}
         if not self.backends:
             try:
-                peers = [known[REFERENCE]] if isinstance(case.shape, UserShape) else []
+                peers = [named[REFERENCE]] if isinstance(case.shape, UserShape) else []
                 return [default_ours(case), *peers]
             except BackendUnavailable as error:
                 raise BadRequest(str(error)) from error
         if EVERY in self.backends:
-            return [x for x in known.values() if not x.why_not]
+            return [x for x in named.values() if not x.why_not]
         names = dict.fromkeys(self.backends)
-        chosen = [known[_one_of("backend", name, (*known, EVERY))] for name in names]
+        chosen = [named[_one_of("backend", name, (*named, EVERY))] for name in names]
         for contestant in chosen:
             if contestant.why_not:
                 raise BadRequest(
@@ -149,6 +145,5 @@ def _is_half_sound(shape: Shape) -> bool:
 
 
 def _one_of(what: str, name: str, names: Collection[str]) -> str:
-    if name not in names:
-        raise BadRequest(f"{what}: expected one of {', '.join(filter(None, names))}, got {name!r}")
+    known(what, name, names)
     return name

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from flmoe_kernels.core.files import unwritable_reason, write_whole
 
 from . import output
-from .cases import Case
+from .cases import BadRequest, Case
 from .ceilings import measure_ceilings
 from .check import agree
 from .environment import environment
 from .profiles import Profile, Tell, profile_subjects
 from .registry import Contestant, prepare, words_of
-from .request import EVERY, BadRequest, Request, subjects_of
+from .request import EVERY, Request, subjects_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
