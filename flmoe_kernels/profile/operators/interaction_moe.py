@@ -19,7 +19,7 @@ from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransf
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.profile.cases import BACKWARD, FORWARD, Case
-from flmoe_kernels.profile.prepared import GRADIENT_OF, Context, Outputs, Prepared, cotangents_of
+from flmoe_kernels.profile.prepared import Context, Outputs, Prepared, gradients_by_name
 from flmoe_kernels.profile.shapes import LayerShape, UserShape
 from flmoe_kernels.profile.user_layer import load
 
@@ -162,20 +162,10 @@ def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor] |
         named = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         named |= {f"inputs.{m}": x for m, x in enumerate(leaves)}
         # The latents are already among the expert latents.
-        flowing = {n: x for n, x in results.items() if n != "latents" and x.requires_grad}
-        forms = {name: (x.shape, x.dtype) for name, x in flowing.items()}
-        grads = torch.autograd.grad(
-            list(flowing.values()),
-            list(named.values()),
-            cotangents_of(forms, inputs[0].device),
-            allow_unused=True,
-        )
+        flowing = {name: x for name, x in results.items() if name != "latents"}
+        gradients = gradients_by_name(flowing, named)
     finally:
         layer.train(training)
-    gradients = {
-        GRADIENT_OF + name: torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(named.items(), grads, strict=True)
-    }
     return {name: x.detach() for name, x in results.items()} | gradients
 
 
