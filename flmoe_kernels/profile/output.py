@@ -30,22 +30,22 @@ def tables(profiles: Sequence[Profile]) -> Iterator[RenderableType]:
     """Yield a table of all profiles side by side, then a table of the stages of each profile."""
     from rich.text import Text
 
-    for what in dict.fromkeys(profile.subject.what for profile in profiles):
-        group = [profile for profile in profiles if profile.subject.what == what]
+    for what in dict.fromkeys(profile.case.name for profile in profiles):
+        group = [profile for profile in profiles if profile.case.name == what]
         # Printed as text, because a title of the table would be wrapped to the table's width.
         yield Text(what, style="bold")
         columns = [list(_measures(profile.as_dict())) for profile in group]
-        heads = [f"{p.subject.contestant}\n{p.subject.kind}, {p.subject.version}" for p in group]
+        heads = [f"{p.contestant.name}\n{p.contestant.kind}, {p.contestant.version}" for p in group]
         rows = [
             (cells[0][0], *(value for _, value in cells)) for cells in zip(*columns, strict=True)
         ]
         yield _table(("", *heads), rows)
         for profile in group:
-            name = profile.subject.contestant
+            name = profile.contestant.name
             yield Text(f"stages of a profiled call of {name}", style="bold")
             yield _stage_table(profile.breakdown, profile.spread.median)
         for profile in group:
-            yield from (Text(f"{profile.subject.contestant}: {note}") for note in profile.notes)
+            yield from (Text(f"{profile.contestant.name}: {note}") for note in profile.notes)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: int = 99) -> Any:

@@ -1,9 +1,8 @@
-"""Requests of the command `profile`, and their subjects."""
+"""Requests of the command `profile`."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,8 @@ from flmoe_kernels.core.backend import REFERENCE, BackendUnavailable
 
 from . import cases
 from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, BadRequest, Case, known
-from .costs import cost
-from .memory import peak_bytes
-from .profiles import Subject
-from .registry import Contestant, contestants, default_ours, device_unavailable_reason, prepare
+from .registry import Contestant, contestants, default_ours, device_unavailable_reason
 from .shapes import Shape, UserShape, is_cuda, named_shapes
-from .timing import Call
 
 EVERY = "all"
 # Other names of forward and forward+backward, for the whole layer.
@@ -102,28 +97,6 @@ class Request:
                     f"{contestant.why_not}"
                 )
         return chosen
-
-
-def subjects_of(case: Case, chosen: Sequence[Contestant], memory: bool = True) -> list[Subject]:
-    """Return contestants of a case as subjects; memory: whether their peaks are measured."""
-    return [
-        Subject(
-            what=case.name,
-            contestant=contestant.name,
-            kind=contestant.kind,
-            version=contestant.version,
-            dtype=case.dtype,
-            device=case.device,
-            cost=cost(case),
-            prepare=functools.partial(_call_of, case, contestant),
-            peak=functools.partial(peak_bytes, case, contestant) if memory else None,
-        )
-        for contestant in chosen
-    ]
-
-
-def _call_of(case: Case, contestant: Contestant) -> Call:
-    return prepare(case, contestant).call
 
 
 def _check_device(device: str) -> None:

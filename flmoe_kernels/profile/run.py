@@ -16,9 +16,9 @@ from .cases import BadRequest, Case
 from .ceilings import measure_ceilings
 from .check import agree
 from .environment import environment
-from .profiles import Profile, Tell, profile_subjects
+from .profiles import Profile, Tell, profile_case
 from .registry import Contestant, prepare, words_of
-from .request import EVERY, Request, subjects_of
+from .request import EVERY, Request
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,8 +66,8 @@ def run(
     for case, own in zip(cases, chosen, strict=True):
         trace = None if profiles else files.trace
         with _telling() as tell:
-            found = profile_subjects(
-                subjects_of(case, own, memory), ceilings, seconds, trace=trace, tell=tell
+            found = profile_case(
+                case, own, ceilings, seconds, memory=memory, trace=trace, tell=tell
             )
         # At once, because the next case may take a while.
         if not profiles:

@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from flmoe_kernels.cli.profile import profile
-from flmoe_kernels.profile import ceilings
+from flmoe_kernels.profile import ceilings, profiles
 from flmoe_kernels.profile import request as profile_request
 from flmoe_kernels.profile import run as profile_run
 from flmoe_kernels.profile.cases import cases
@@ -186,7 +186,7 @@ def test_a_wrong_answer_is_exit_code_1_before_any_timing(monkeypatch: pytest.Mon
         raise WrongAnswer(f"{contestants[0].name} on {case.name}: y is off")
 
     monkeypatch.setattr(profile_run, "agree", wrong)
-    monkeypatch.setattr(profile_run, "profile_subjects", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(profile_run, "profile_case", lambda *_, **__: pytest.fail("timed"))
     result = run("--op", "pair_moe", *QUICK, code=1)
     assert "cpu on pair_moe/small_pairs/forward+backward/float32/none: y is off" in result.stderr
 
@@ -213,7 +213,7 @@ def test_times_are_reported_if_the_peak_cannot_be_measured(
     def ended(case: Any, contestant: Any) -> int:
         raise RuntimeError("the process ended early, with -9")
 
-    monkeypatch.setattr(profile_request, "peak_bytes", ended)
+    monkeypatch.setattr(profiles, "peak_bytes", ended)
     target = tmp_path / "out.json"
     arguments = ("--seconds", "0.02", "--no-check", "--json", str(target))
     result = run("--op", "pair_moe", *arguments)
