@@ -1,7 +1,8 @@
-"""Tests of resumed runs: bitwise equality, refusal of other requests."""
+"""Tests of resumed runs: bitwise equality, ranks, refusal of other requests."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from flmoe_kernels.explain import (
@@ -22,13 +25,15 @@ from flmoe_kernels.explain import (
 )
 from flmoe_kernels.explain.estimators import checkpoint
 from flmoe_kernels.explain.estimators import sampling as sampling_module
+from flmoe_kernels.explain.estimators.evaluator import Evaluator
 from flmoe_kernels.explain.games import memory
 from flmoe_kernels.explain.games.models import model_digest
-from tests.support.explain_games import interaction_layer
+from tests.support.explain_games import first_of, interaction_layer
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import pair_inputs, pair_layer
 
 CASE = LayerCase(lengths=(5, 4))
+RANKS = 2
 METHODS = ("sampling", "exact")
 
 
@@ -264,3 +269,99 @@ def test_a_closed_form_game_is_identified_by_its_model() -> None:
         TwoAdditiveGame(pair_layer(), x, [torch.ones(2, 3), None], target=0),
     ):
         assert changed.fingerprint() != game.fingerprint()
+
+
+ROUNDS = 7  # interrupts in the middle of a step, with one rank and with two
+
+
+def interrupted_in_the_middle(method: str, folder: str, distributed: bool) -> None:
+    """All ranks end after the same round, because the others would wait for a rank that ended alone."""
+    evaluate, left = Evaluator._round, [ROUNDS]
+
+    def count(self: Evaluator, rows: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+        return evaluate(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "_round", count)
+        patch.setattr(checkpoint, "SAVING_SHARE", math.inf)
+        with pytest.raises(Interrupted):
+            finished(method, folder, distributed)
+
+
+def finished(method: str, folder: str | None, distributed: bool = False) -> dict[str, Any]:
+    run = Run(distributed=distributed, checkpoint=folder, max_batch=32)
+    layer, x = interaction_layer(CASE, torch.float32), first_of(CASE.inputs())
+    [found] = probe_pairs(
+        layer, x, target=0, method=method, sampling=Sampling(budget=3000), run=run
+    )
+    return {name: each.to_dict() for name, each in found.items()}
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+    )
+    try:
+        found = distributed_results(True, f"{folder}/checkpoint")
+        Path(f"{folder}/found_{rank}.json").write_text(json.dumps(found))
+        resumed = {}
+        for method in METHODS:
+            for start in ("two, to be ended by two", "two, to be ended by one"):
+                interrupted_in_the_middle(method, f"{folder}/{method} of {start}", True)
+            for start in ("two, to be ended by two", "one, to be ended by two"):
+                name = f"{method} of {start}"
+                resumed[name] = finished(method, f"{folder}/{name}", True)
+        Path(f"{folder}/resumed_{rank}.json").write_text(json.dumps(resumed))
+        try:
+            shapley_interactions(
+                interaction_layer(CASE, torch.float32),
+                CASE.inputs(),
+                target=rank,
+                run=Run(distributed=True),
+            )
+        except ValueError as error:
+            Path(f"{folder}/refused_{rank}").write_text(str(error))
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed_results(distributed: bool, folder: str, max_batch: int = 32) -> list[Any]:
+    """Two runs, the second from checkpoints, in float32, where other batches or orders of sums change bits."""
+    layer = interaction_layer(CASE, torch.float32)
+    run = Run(distributed=distributed, checkpoint=folder, max_batch=max_batch)
+    sampling = Sampling(budget=9000, tolerance=1e-3)
+    found = [
+        probe_pairs(layer, CASE.inputs(), method="sampling", sampling=sampling, run=run)
+        for _ in range(2)
+    ]
+    return [[{k: v.to_dict() for k, v in each.items()} for each in one] for one in found]
+
+
+@pytest.mark.slow
+def test_ranks_give_the_same_bits(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    alone = distributed_results(False, str(tmp_path / "alone"))
+    assert alone[0] == alone[1]
+    for method in METHODS:
+        interrupted_in_the_middle(method, f"{tmp_path}/{method} of one, to be ended by two", False)
+    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=RANKS)
+    for method in METHODS:
+        whole = json.loads(json.dumps(finished(method, None)))
+        name = f"{method} of two, to be ended by one"
+        mine = {name: finished(method, f"{tmp_path}/{name}")}
+        texts = [(tmp_path / f"resumed_{rank}.json").read_text() for rank in range(RANKS)]
+        for found in (mine, *map(json.loads, texts)):
+            for name, each in found.items():
+                if name.startswith(method):
+                    assert json.loads(json.dumps(each)) == whole, name
+    for rank in range(RANKS):
+        found = json.loads((tmp_path / f"found_{rank}.json").read_text())
+        assert found == json.loads(json.dumps(alone)), rank
+        assert "expected the same on every rank" in (tmp_path / f"refused_{rank}").read_text()
+    # Control: with this layer other batches change the last bits.
+    other = distributed_results(False, str(tmp_path / "other"), max_batch=5)
+    assert [one["SII"]["values"] for one in other[0]] != [one["SII"]["values"] for one in alone[0]]

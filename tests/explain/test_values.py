@@ -326,6 +326,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"top": 3, "scores": [X] * 2}, r"scores\[0\]: expected \(2, tokens\), got \(5,\)"),
     ({"sampling": 5}, r"TypeError: sampling: expected a Sampling, got int"),
     ({"run": {}}, r"TypeError: run: expected a Run, got dict"),
+    ({"run": Run(distributed=True)}, r"distributed: expected an initialised process group"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of distinct coalitions in batches."""
+"""Evaluation of distinct coalitions, in batches that ranks share."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from flmoe_kernels.explain.games.coalitions import (
 )
 
 from .checkpoint import Checkpoint
+from .ranks import Ranks
 
 DEFAULT_BATCH = 4096  # for a game without `batch_size`
 # Between machines, v(none) and v(all) of a model differ by rounding only; a larger difference: another model.
@@ -43,26 +44,31 @@ class Game(Protocol):
 class Evaluator:
     """Evaluates packed coalitions of a game.
 
-    The order of the distinct coalitions depends only on the request. Only the batch size may change a model's last
-    bits, and results report it.
+    The order of the distinct coalitions depends only on the request, and in each round every rank takes the next
+    batch, so values are bitwise equal for any number of ranks. Only the batch size may change a model's last
+    bits; all ranks use the smallest of their batch sizes, and results report it.
 
     Args:
         game: see Game.
         batch_size: coalitions per batch, unless the game has a smaller limit; None: the limit of the game.
+        ranks: the processes that share the work.
 
     Attributes:
-        evaluations: distinct coalitions per call, summed over calls.
+        evaluations: distinct coalitions per call, summed over calls and ranks.
         advance: called with the number of coalitions whose values are known, for a progress bar.
     """
 
-    def __init__(self, game: Game, batch_size: int | None = None) -> None:
+    def __init__(
+        self, game: Game, batch_size: int | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.game = game
         self.advance: Callable[[int], object] = int
+        self.ranks = Ranks() if ranks is None else ranks
         own: Any = getattr(game, "batch_size", None)
         if own is not None:
             check.require_count("game.batch_size", own, 1)
         limits = [int(limit) for limit in (own, batch_size) if limit is not None]
-        self.batch_size = min(limits, default=DEFAULT_BATCH)
+        self.batch_size = self.ranks.least(min(limits, default=DEFAULT_BATCH))
         self.evaluations = 0
         self._known = np.zeros(0)
         self._checkpoint: Checkpoint | None = None
@@ -103,13 +109,24 @@ class Evaluator:
         values[:done], self._known = self._known[:done], self._known[done:]
         self.advance(done + len(packed) - len(rows))
         while done < len(rows):
-            stop = min(done + self.batch_size, len(rows))
-            values[done:stop] = self._evaluate(rows[done:stop])
+            stop = min(done + self.batch_size * self.ranks.size, len(rows))
+            values[done:stop] = self._round(rows[done:stop])
             if self._checkpoint is not None:
                 self._checkpoint.add(values[done:stop], self.batch_size)
             self.advance(stop - done)
             done = stop
         return values[place]
+
+    def _round(self, rows: Packed) -> Floats:
+        """Evaluate at most one batch per rank."""
+        values = np.zeros(len(rows))
+        mine = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
+        if len(rows[mine]):
+            values[mine] = self._evaluate(rows[mine])
+        # Adding 0 turns -0 into 0, as the sum over several ranks does.
+        values = self.ranks.total(values + 0.0)
+        self._require_finite(values, rows)
+        return values
 
     def _evaluate(self, rows: Packed) -> Floats:
         values = np.asarray(self.game(unpack(rows, self.game.players)), dtype=np.float64)
@@ -117,8 +134,7 @@ class Evaluator:
             raise ValueError(
                 f"game: expected values ({len(rows)},) for the coalitions, got {values.shape}"
             )
-        self._require_finite(values, rows)
-        return values + 0.0  # -0 becomes 0
+        return values
 
     def _require_finite(self, values: Floats, rows: Packed) -> None:
         wrong = np.flatnonzero(~np.isfinite(values))

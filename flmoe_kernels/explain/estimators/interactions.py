@@ -105,7 +105,7 @@ def probe_pairs(
             "exact": all coalitions of at most 16 tokens. "sampling": Monte Carlo, see `sampling`.
             "auto": for each index the first of these that applies; "exact" only within the budget.
         sampling: budget, stopping rule and seed.
-        run: batches, checkpoints, progress.
+        run: batches, checkpoints, ranks, progress.
 
     Returns:
         For each sample a result by index; samples do not share coalitions, draws or evaluations.
@@ -144,7 +144,7 @@ def probe_pairs(
         )
         total = sum(plan.total for plan in plans)
     results = []
-    with progress_bar(run.progress, total, f"pairs of {batch} sample(s)") as advance:
+    with progress_bar(run.shown, total, f"pairs of {batch} sample(s)") as advance:
         for sample, (own_target, chosen) in enumerate(zip(targets, candidates, strict=True)):
             game = play(model, inputs, masks, target=own_target, expert=expert, sample=sample)
             result = {SII: _in_closed_form(game, chosen, sample)} if solved else {}
@@ -177,7 +177,7 @@ def probe_game(
     names = require_indices(indices)
     sampling, run = _settings(sampling, run)
     total = choose(game.players, chosen.pairs, names, method, sampling, 0).total
-    with progress_bar(run.progress, total, f"pairs of {game.players} players") as advance:
+    with progress_bar(run.shown, total, f"pairs of {game.players} players") as advance:
         return estimate(game, chosen, names, method, sampling, run, advance=advance)
 
 

@@ -18,6 +18,7 @@ from .candidates import Candidates
 from .checkpoint import Checkpoint
 from .enumeration import MAX_PLAYERS, Enumeration
 from .evaluator import Evaluator, Game
+from .ranks import Ranks
 from .results import PairValues
 from .sampling import PairSampling, Sampling
 
@@ -36,13 +37,21 @@ class Run:
         checkpoint: a folder for each sample's values, 8 bytes per coalition; the same call continues from it. A
             checkpoint is valid for one model, sample and request; for a model that is not a Module, only the
             name, v(none) and v(all) are compared.
+        distributed: share the evaluations among the ranks of the default process group. Every rank makes the
+            same call, with the model on its own device, and gets the same result.
         progress: show a bar on standard error, with the number of evaluations and the time remaining; None: if
             it is a terminal.
     """
 
     max_batch: int | None = None
     checkpoint: str | Path | None = None
+    distributed: bool = False
     progress: bool | None = None
+
+    @property
+    def shown(self) -> bool | None:
+        """`progress` of this process: only the first rank shows a bar."""
+        return self.progress if Ranks.of(self.distributed).first else False
 
     def __post_init__(self) -> None:
         if self.max_batch is not None:
@@ -121,11 +130,15 @@ def play(
     game: Game, estimator: Estimator, run: Run, sample: int, advance: Callable[[int], object]
 ) -> dict[str, Any]:
     """Run the estimator; return value, baseline, evaluations and batch_size of PairValues."""
-    evaluator = Evaluator(game, run.max_batch)
+    ranks = Ranks.of(run.distributed)
+    evaluator = Evaluator(game, run.max_batch, ranks)
     checkpoint = None
-    if run.checkpoint is not None:
-        checkpoint = Checkpoint(run.checkpoint, sample, fingerprint(game, estimator))
-        evaluator.resume(checkpoint, same_batches=run.max_batch is None)
+    if run.checkpoint is not None or ranks.size > 1:
+        digest = fingerprint(game, estimator)
+        ranks.require_same("model, inputs and arguments", digest)
+        if run.checkpoint is not None:
+            checkpoint = Checkpoint(run.checkpoint, sample, digest, ranks)
+            evaluator.resume(checkpoint, same_batches=run.max_batch is None)
     # Enumeration evaluates both ends among all coalitions; in a checkpoint they identify the model.
     enumerated = isinstance(estimator, Enumeration)
     ends = np.zeros(2)

@@ -62,7 +62,7 @@ _COMMON_UNITS = 4
 _EQUAL = 1e-9
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
 _DESIGN = "toggled coalitions, end sizes apart"
-# Coalitions evaluated between two checks of the stopping rule.
+# Coalitions evaluated between two checks of the stopping rule; enough for the batches of several ranks.
 _STEP_COALITIONS = 4096
 
 
@@ -76,7 +76,7 @@ class Sampling:
         tolerance: stop earlier, when every pair has a standard error, in units of v, of at most this. The module
             docstring describes the bias of this rule.
         min_draws: draws before the tolerance is checked.
-        seed: unit u of sample b depends only on (seed, b, u) and n, not on batches or interruptions.
+        seed: unit u of sample b depends only on (seed, b, u) and n, not on batches, ranks or interruptions.
         antithetic: draw coalitions in pairs, the second the complement of the first.
     """
 
@@ -199,7 +199,7 @@ class PairSampling:
                 f"{self.players} players need as many evaluations; raise the budget or use fewer candidate pairs"
             )
         self.units_planned = (self.sampling.budget - fixed) // price if least > fixed else 0
-        # Depends only on the request, so that the stopping point does not depend on memory.
+        # Depends only on the request, so that the stopping point does not depend on ranks or memory.
         self._units_per_step = max(1, _STEP_COALITIONS // price)
         shape = (len(self.indices), len(self.pairs))
         self._ends: Floats | None = None if len(self.pairs) else np.zeros((2, *shape))

@@ -10,7 +10,7 @@ from flmoe_kernels.core.memory import available_bytes
 from .models import Inputs
 
 _LARGEST_GIVEN = 2**31  # of max_batch; torch's sizes have 64 bits
-LARGEST = 256  # larger batches are not faster
+LARGEST = 256  # larger batches are not faster, and fewer batches can be shared among ranks
 # Bytes of activations per byte of inputs: about ten rows of the inputs' width in each of about five experts.
 _EXPANSION = 64
 # Bytes of inputs in a batch on the CPU; activations of larger batches do not fit in the caches. At mmimdb
