@@ -8,6 +8,7 @@ split into the kernels' times, by the operator that launched them, and the time 
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections import Counter, defaultdict
@@ -91,6 +92,7 @@ def traced(
     for _ in range(warmup):
         call()
     _wait(device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it prints lines of its own
     with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(calls):
             with record_function(CALL):
