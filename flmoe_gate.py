@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--gate-update",
         action="store_true",
-        help="Write this machine's ratios to the --gate file instead: medians of three fresh processes.",
+        help="Write this machine's ratios to the --gate file instead.",
     )
 
 

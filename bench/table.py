@@ -1,19 +1,17 @@
-"""Tables of speed in README.md and docs/benchmarks.md: python -m bench.table [NAME RUN.json ...]
+"""Tables of speed in README.md and docs/benchmarks.md: python -m bench.table
 
-Saves the comparisons of `pytest bench/ --full --benchmark-json=RUN.json` in bench/results/NAME.json, where NAME is
-one of PROCESSORS. Then writes the tables of all these files into both pages, between the marks.
+Writes the tables of the files bench/results/NAME.json, NAME in PROCESSORS, into both pages, between the marks. The
+files come from `pytest bench/ --full --benchmark-json=bench/results/NAME.json`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import rows
 from flmoe_kernels.core.files import write_whole
 from flmoe_kernels.profile.cases import BOTH, FORWARD
 
@@ -48,28 +46,14 @@ HEADINGS = (
 )
 
 
-def gather(paths: Sequence[Path]) -> dict[str, Any]:
-    """Environment and comparisons from result files of pytest-benchmark."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    comparisons = []
-    for result in results:
-        for benchmark in result["benchmarks"]:
-            facts = benchmark["extra_info"]
-            if "ratio" in facts:
-                comparisons.append({key: facts.get(key) for key in KEPT})
-    environment = results[0]["machine_info"]["flmoe_kernels"]
-    return {"environment": environment, "comparisons": comparisons}
-
-
-KEPT = (
-    *("case", "ours", "peer", "peer_version", "device", "threads", "clock", "seconds"),
-    *("peer_seconds", "ratio", "share_of_roofline", "binds", "peaks"),
-)
-
-
 def load(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return content
+    """Environment and comparisons of a result file of pytest-benchmark."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    rows = [benchmark["extra_info"] for benchmark in result["benchmarks"]]
+    return {
+        "environment": result["machine_info"]["flmoe_kernels"],
+        "comparisons": [row for row in rows if "ratio" in row],
+    }
 
 
 def short_table(contents: Sequence[Mapping[str, Any]]) -> str:
@@ -144,10 +128,7 @@ def tables() -> dict[str, str]:
     return {"short": short_table(contents), "long": "\n".join(map(long_table, timed))}
 
 
-def main(arguments: Sequence[str]) -> None:
-    if arguments:
-        name, *runs = arguments
-        rows.save(RESULTS / f"{name}.json", gather([Path(run) for run in runs]))
+def main() -> None:
     for key, text in tables().items():
         page = PAGES[key]
         before, _, rest = page.read_text(encoding="utf-8").partition(MARK)
@@ -156,4 +137,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -39,7 +39,7 @@ COMMANDS = sorted(
         shlex.join(shlex.split(line, comments=True))
         for page in PAGES
         for text in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-        if "for run in" not in text
+        if "../old" not in text
         for line in text.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("pip ") and "PATH_OF" not in line
     }

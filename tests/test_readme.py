@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flmoe_kernels import BackendUnavailable
-from flmoe_kernels.core.backend import BACKENDS, CAPABILITIES, backend_status
-from tests.support.readme_table import CELLS, call, check_cell, table
+from flmoe_kernels.core.backend import BACKENDS, CAPABILITIES
+from tests.support.readme_table import call, table
 
 
 def test_table_is_the_capability_table() -> None:
@@ -19,17 +19,6 @@ def test_table_is_the_capability_table() -> None:
         for operator, row in CAPABILITIES.items()
     }
     assert table() == expected
-
-
-@pytest.mark.parametrize(
-    ("operator", "backend", "dtype"), [cell for cell in CELLS if cell[1] != "triton"]
-)
-def test_every_cell_runs(operator: str, backend: str, dtype: str) -> None:
-    """Triton's cells are tested in tests/interpreter."""
-    runs, reason = backend_status()[backend]
-    if backend == "cuda" and not runs:
-        pytest.skip(f"the kernels do not run here: {reason}")
-    check_cell(operator, backend, dtype)
 
 
 DASHES = [(op, name) for op, row in CAPABILITIES.items() for name in BACKENDS if name not in row]

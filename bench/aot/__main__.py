@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-from flmoe_kernels.cli.errors import fail
-from flmoe_kernels.core.files import write_whole
 
 from .cases import ARCHITECTURES, OPERATORS, Case, cases
 from .compile import Row, compile_case
@@ -30,7 +24,6 @@ def aot(
         list[int] | None, typer.Option(help="80, 90 or 100 for sm_80, sm_90, sm_100; repeatable.")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="An operator; repeatable.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
 ) -> None:
     """Compile the Triton kernels without a GPU and report registers, spills, shared memory, matrix instructions.
 
@@ -49,11 +42,6 @@ def aot(
     console = Console()
     # If the output is not a terminal, a fixed width is used.
     (console if console.is_terminal else Console(width=160)).print(table(rows))
-    if json_file is not None:
-        try:
-            write_whole(json_file, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        except OSError as error:
-            fail(str(error))
     failed = [(row, failure) for row in rows for failure in row.failures]
     for row, failure in failed:
         typer.echo(f"{row.case} on sm_{row.architecture}: {failure}", err=True)

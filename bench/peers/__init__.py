@@ -1,14 +1,16 @@
 """Other implementations of the operators, one module per operator, with
 
 PEERS                           names of the peers
-unavailable_reason(case, name)  why a peer cannot compute this case on this machine, or ""
-version(name)                   version of the package that computes it
+unavailable_reason(case, name)  why a peer cannot compute this case on this machine, or ""; may be missing
+version(name)                   version of the package that computes it; torch's if missing
 prepare(case, name, dtype)      the call, see `flmoe_kernels.profile.registry.Contestant`
 """
 
 from __future__ import annotations
 
 import importlib
+
+import torch
 
 from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.registry import PEER, Contestant, contestants, device_unavailable_reason
@@ -21,12 +23,14 @@ def peers(case: Case) -> list[Contestant]:
         return references
     module = importlib.import_module(f"{__name__}.{case.operator}")
     missing = device_unavailable_reason(case.device)
+    reason = getattr(module, "unavailable_reason", lambda case, name: "")
+    version = getattr(module, "version", lambda name: torch.__version__)
     return references + [
         Contestant(
             name,
             PEER,
-            module.version(name),
-            missing or module.unavailable_reason(case, name),
+            version(name),
+            missing or reason(case, name),
             module.prepare,
         )
         for name in module.PEERS

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,12 +17,6 @@ from flmoe_kernels.profile.shapes import is_cuda
 
 # A scan over sizes needs one graph per shape.
 _RECOMPILE_LIMIT = 64
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for static shapes."""
-    prepare_compiler()
-    return torch.compile(function, dynamic=False)
 
 
 def prepare_compiler() -> None:
@@ -54,10 +47,3 @@ def tf32(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def package_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -27,10 +27,6 @@ def unavailable_reason(case: Case, name: str) -> str:
     return ""
 
 
-def version(name: str) -> str:
-    return torch.__version__
-
-
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
     """Timed in the layout of scaled_dot_product_attention; the check converts packed rows to it and back."""
     leaves = operator.make_leaves(case, dtype)

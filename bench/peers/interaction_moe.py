@@ -6,11 +6,15 @@ Fused attention, torch.compile and lower precision; parameters and inputs are th
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from flmoe_kernels.layers.interaction_moe.fusion import Attention
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.profile.cases import Case
@@ -18,7 +22,6 @@ from flmoe_kernels.profile.operators import interaction_moe as operator
 from flmoe_kernels.profile.prepared import Context, Prepared
 
 from . import common
-from .layers import with_sdpa
 
 SDPA, COMPILED, COMPILED_SDPA = "reference+sdpa", "compiled", "compiled+sdpa"
 # These use float32 parameters in cases of half precision, because common training code does not round parameters.
@@ -28,6 +31,32 @@ _COMPILED = (COMPILED, COMPILED_SDPA, AUTOCAST)
 _OWN_PRECISION = (TF32, AUTOCAST)
 
 
+class SdpaAttention(Attention):
+    """The reference's attention, computed by torch's scaled_dot_product_attention.
+
+    On the CPU, torch uses its fused kernel only without dropout.
+    """
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        batch, length, dim = x.shape
+        heads, width = self.num_heads, dim // self.num_heads
+        q = self.q(x).view(batch, length, heads, width).transpose(1, 2)
+        k, v = self.kv(x).view(batch, length, 2, heads, width).permute(2, 0, 3, 1, 4)
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        p = self.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, length, dim)))
+
+
+def with_sdpa(layer: ReferenceInteractionMoE) -> ReferenceInteractionMoE:
+    """A copy of the reference whose attention is torch's scaled_dot_product_attention."""
+    result = copy.deepcopy(layer)
+    for module in result.modules():
+        if type(module) is Attention:
+            module.__class__ = SdpaAttention
+    return result
+
+
 def unavailable_reason(case: Case, name: str) -> str:
     experts = operator.shape_of(case).experts
     if name in _OWN_PRECISION and case.dtype not in (torch.bfloat16, torch.float16):
@@ -35,10 +64,6 @@ def unavailable_reason(case: Case, name: str) -> str:
     if name in _COMPILED and experts:
         return "the loop over routed experts cannot be compiled as one graph"
     return common.compile_unavailable_reason(case) if name in _COMPILED else ""
-
-
-def version(name: str) -> str:
-    return torch.__version__
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:

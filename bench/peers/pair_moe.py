@@ -21,14 +21,11 @@ def unavailable_reason(case: Case, name: str) -> str:
     return operator.reference_unavailable_reason(case) or common.compile_unavailable_reason(case)
 
 
-def version(name: str) -> str:
-    return torch.__version__
-
-
 @functools.cache
 def _compiled(kinds: tuple[str, ...], reduce: str) -> operator.Function:
     """One cached function for all shapes, so that each shape is compiled only once."""
-    return common.compiled(operator.function_of(kinds, reduce, REFERENCE))
+    common.prepare_compiler()
+    return torch.compile(operator.function_of(kinds, reduce, REFERENCE), dynamic=False)
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:

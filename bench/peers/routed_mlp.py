@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -15,8 +16,6 @@ from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.operators import routed_mlp as operator
 from flmoe_kernels.profile.prepared import Prepared
 from flmoe_kernels.profile.shapes import is_cuda
-
-from . import common
 
 # The index loop is the reference's code.
 LOOP, BMM = "index loop", "batched bmm"
@@ -46,7 +45,8 @@ def _scattermoe_unavailable_reason(case: Case) -> str:
 
 
 def version(name: str) -> str:
-    return common.package_version(name) if name == SCATTERMOE else torch.__version__
+    installed = name == SCATTERMOE and importlib.util.find_spec(name) is not None
+    return importlib.metadata.version(name) if installed else torch.__version__
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:

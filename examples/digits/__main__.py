@@ -52,6 +52,7 @@ def _run(out: Path, seed: int, quick: bool) -> None:
     for path in (out / RESULTS, *out.glob("demo_*.png")):
         path.unlink(missing_ok=True)
 
+    from .data import NUM_TOKENS, TASKS
     from .figure import draw_pairs
     from .pipeline import run
     from .report import print_report
@@ -63,6 +64,8 @@ def _run(out: Path, seed: int, quick: bool) -> None:
     for name, layer in results["token_pair_layer"].items():
         write_whole(out / f"demo_{name}.png", png_bytes(draw_pairs(name, layer["first_sample"])))
     print(f"{results['total_seconds']:.0f} s; results, figures and checkpoints are in {out}")
+    file, tokens = out / f"{TASKS[-1].name}.pt", f"{NUM_TOKENS},{NUM_TOKENS}"
+    print(f"Time and memory: python -m flmoe_kernels profile --checkpoint {file} --tokens {tokens}")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,8 @@ NUM_CLASSES = 10
 GRID = 4
 NUM_TOKENS = GRID * GRID
 TEST_FRACTION = 1 / 3
-# A third of the pairs have padding: up to MAX_PADDED tokens at the end of one modality.
-PADDED_FRACTION = 1 / 3
-MAX_PADDED = 4
 ENCODER_BATCH = 128
 EXPERTS = ("unique_a", "unique_b", "synergy", "redundancy")
-
-Batch = tuple[list[Tensor], list[Tensor], Tensor]  # inputs, masks, labels
 
 
 @dataclass(frozen=True)
@@ -75,23 +70,18 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Samples of a task: image indices per modality, labels (S), masks (S, tokens) True = valid."""
+    """Samples of a task: image indices per modality, labels (S)."""
 
     index: tuple[Tensor, Tensor]
     labels: Tensor
-    masks: tuple[Tensor, Tensor]
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
-    def batch(self, encoded: Encoded, rows: Tensor | slice) -> tuple[list[Tensor], list[Tensor]]:
-        """Token sequences [(B, tokens, width)] * 2, padded tokens zero, and their masks."""
-        masks = [mask[rows] for mask in self.masks]
-        inputs = [
-            tokens[index[rows]] * mask.unsqueeze(-1)
-            for tokens, index, mask in zip(encoded.tokens, self.index, masks, strict=True)
-        ]
-        return inputs, masks
+    def batch(self, encoded: Encoded, rows: Tensor | slice) -> list[Tensor]:
+        """Token sequences [(B, tokens, width)] * 2."""
+        both = zip(encoded.tokens, self.index, strict=True)
+        return [tokens[index[rows]] for tokens, index in both]
 
 
 def load(seed: int) -> Digits:
@@ -201,17 +191,4 @@ def make_pairs(
         "synergy": (digit_a + digit_b) % 2,
     }[task.name]
     index = (grouped[starts[digit_a] + place_a], grouped[starts[digit_b] + place_b])
-    return Pairs(index, labels, _padding(samples, generator))
-
-
-def _padding(samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Masks (S, tokens) in which some samples have padding in one modality, never in both."""
-    padded = torch.rand(samples, generator=generator) < PADDED_FRACTION
-    which = torch.randint(2, (samples,), generator=generator)
-    cut = torch.randint(1, MAX_PADDED + 1, (samples,), generator=generator)
-    place = torch.arange(NUM_TOKENS)
-    masks = []
-    for m in range(2):
-        lengths = torch.where(padded & (which == m), NUM_TOKENS - cut, NUM_TOKENS)
-        masks.append(place < lengths.unsqueeze(1))
-    return masks[0], masks[1]
+    return Pairs(index, labels)

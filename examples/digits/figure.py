@@ -14,13 +14,12 @@ if TYPE_CHECKING:
 
 
 def draw_pairs(task: str, sample: Mapping[str, Any]) -> Figure:
-    """Interaction indices of pairs of patches, and image B with the Shapley values of its patches; no padding."""
-    valid_a, valid_b = (np.array(valid) for valid in sample["valid"])
+    """Interaction indices of pairs of patches, and image B with the Shapley values of its patches."""
     a, b = sample["digits"]
     return token_patch_map(
-        np.where(valid_a[:, None] & valid_b, sample["pairs"], np.nan),
+        np.array(sample["pairs"]),
         image=np.array(sample["images"][1]),
-        weights=np.where(valid_b, sample["patches"][1], np.nan),
+        weights=np.array(sample["patches"][1]),
         weights_label=f"B shows {b}: Shapley values",
         title=f"{task}: label {sample['label']}, prediction {sample['guess']}; A shows {a}",
         unit="interaction index (logit), exact",

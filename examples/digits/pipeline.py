@@ -1,4 +1,4 @@
-"""All stages of the run: train, save, swap, compare, measure, explain."""
+"""All stages of the run: train, save, swap, compare, explain."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import flmoe_kernels
 from flmoe_kernels.core.files import write_whole
 from flmoe_kernels.profile.environment import environment
 from flmoe_kernels.published.file import CONFIG_KEY, MODEL_KEY
+from flmoe_kernels.published.report import SwapReport
 
-from .data import EXPERTS, TASKS, Batch, Digits, Encoded, Pairs, Task, encode, load, make_pairs
-from .measure import peak_memory, time_both
+from .data import EXPERTS, TASKS, Digits, Encoded, Pairs, Task, encode, load, make_pairs
 from .settings import Settings
-from .token_pairs import run_task
+from .token_pairs import evaluate, train_layer
 from .train import PairClassifier, accuracy, predict, train
-
-CHECKED = ("logits", "weights", "latents", "losses")
 
 
 def run(settings: Settings, out: Path, console: Console) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def run(settings: Settings, out: Path, console: Console) -> dict[str, Any]:
 
     Returns:
         All results as plain values, for demo.json, the tables and the figures. With the same seed, all results
-        except times and memory are the same in every run on one machine.
+        except times are the same in every run on one machine.
     """
     start = time.perf_counter()
     digits = load(settings.seed)
@@ -58,9 +57,6 @@ def run(settings: Settings, out: Path, console: Console) -> dict[str, Any]:
         dict(zip((task.name for task in TASKS), part, strict=True))
         for part in (results[: len(TASKS)], results[len(TASKS) :])
     )
-    console.print("Timing both layers, then measuring their memory, each in a new process.")
-    batch = first_batch(draw_test_pairs(TASKS[-1], digits, settings), encoded, settings)
-    reference = load_checkpoint(TASKS[-1], settings, out)
     return {
         "settings": dataclasses.asdict(settings),
         "environment": environment(),
@@ -68,8 +64,6 @@ def run(settings: Settings, out: Path, console: Console) -> dict[str, Any]:
         "encoder_test_accuracy": encoded.accuracy,
         "tasks": tasks,
         "token_pair_layer": pairs,
-        "seconds": time_both(reference, swapped(reference, batch)[0], batch, settings),
-        "peak_memory_of_training": peak_memory(settings),
         "total_seconds": time.perf_counter() - start,
     }
 
@@ -81,7 +75,9 @@ def run_swap(
     reference = train(task, draw_train_pairs(task, digits, settings), encoded, settings)
     save_checkpoint(reference, settings, checkpoint_of(task, out))
     test = draw_test_pairs(task, digits, settings)
-    fast, errors = swapped(reference, first_batch(test, encoded, settings))
+    report = swapped(reference, test.batch(encoded, slice(0, settings.batch_size)))
+    fast = report.model
+    assert isinstance(fast, PairClassifier)
     before, after = predict(reference, test, encoded), predict(fast, test, encoded)
     changed = before.argmax(dim=1) != after.argmax(dim=1)
     return {
@@ -91,15 +87,14 @@ def run_swap(
         "accuracy_before": accuracy(before, test.labels),
         "accuracy_after": accuracy(after, test.labels),
         "changed_predictions": int(changed.sum()),
-        "errors": errors,
+        "swap": str(report),
     }
 
 
 def run_pairs(task: Task, digits: Digits, encoded: Encoded, settings: Settings) -> dict[str, Any]:
     """Train the layer over token pairs on a task, and explain its predictions."""
-    train_pairs = draw_train_pairs(task, digits, settings)
-    test_pairs = draw_test_pairs(task, digits, settings)
-    result = run_task(task, train_pairs, test_pairs, encoded, digits, settings)
+    layer = train_layer(task, draw_train_pairs(task, digits, settings), encoded, settings)
+    result = evaluate(layer, draw_test_pairs(task, digits, settings), encoded, digits)
     share = dict(zip(EXPERTS, result.share, strict=True))
     return {
         "accuracy": result.accuracy,
@@ -120,11 +115,6 @@ def draw_test_pairs(task: Task, digits: Digits, settings: Settings) -> Pairs:
     return make_pairs(task, digits, digits.test, settings.test_pairs, generator)
 
 
-def first_batch(pairs: Pairs, encoded: Encoded, settings: Settings) -> Batch:
-    rows = slice(0, settings.batch_size)
-    return (*pairs.batch(encoded, rows), pairs.labels[rows])
-
-
 def checkpoint_of(task: Task, out: Path) -> Path:
     return out / f"{task.name}.pt"
 
@@ -139,22 +129,14 @@ def save_checkpoint(model: PairClassifier, settings: Settings, target: Path) -> 
     write_whole(target, partial(torch.save, content))
 
 
-def load_checkpoint(task: Task, settings: Settings, out: Path) -> PairClassifier:
-    model = PairClassifier(task.num_classes, settings)
-    content = torch.load(checkpoint_of(task, out), weights_only=True)
-    model.layer.load_state_dict(content[MODEL_KEY])
-    return model.eval()
-
-
-def swapped(model: PairClassifier, batch: Batch) -> tuple[PairClassifier, dict[str, float]]:
-    """A copy of the model with the fast layer, and its largest errors on a batch, see `SwappedLayer`.
+def swapped(model: PairClassifier, inputs: list[Tensor]) -> SwapReport:
+    """The report of a swap of a copy of the model, compared on these inputs.
 
     Raises:
         RuntimeError: the layer was not swapped, for example because its results differ by more than rounding; the
             message has the reason.
     """
-    report = flmoe_kernels.swap(copy.deepcopy(model), inputs=batch[:2])
+    report = flmoe_kernels.swap(copy.deepcopy(model), inputs=(inputs,))
     if not report.swapped:
         raise RuntimeError(f"the layer was not swapped: {report}")
-    assert isinstance(report.model, PairClassifier)
-    return report.model, {name: getattr(report.swapped[0], f"{name}_error") for name in CHECKED}
+    return report

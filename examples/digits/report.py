@@ -13,9 +13,11 @@ from .data import EXPERTS
 
 
 def print_report(results: Mapping[str, Any], console: Console) -> None:
-    for make in (_accuracies, _token_pairs, _errors, _costs):
+    for make in (_accuracies, _token_pairs):
         console.print(make(results))
         console.print()
+    task, result = list(results["tasks"].items())[-1]
+    console.print(f"Report of swap, task {task}:\n{result['swap']}\n", soft_wrap=True, markup=False)
 
 
 def _table(title: str, caption: str, *columns: str) -> Table:
@@ -74,34 +76,4 @@ def _token_pairs(results: Mapping[str, Any]) -> Table:
         cells = [f"{value:.0%}" for value in layer["share"].values()]
         start = [name, f"{layer['accuracy']:.1%}"]
         _add_shares(table, start, cells, layer["most_relied_on"], layer["expected_expert"])
-    return table
-
-
-def _errors(results: Mapping[str, Any]) -> Table:
-    table = _table(
-        "Agreement of the layers",
-        "Largest absolute difference from the reference in float64, over one batch per task without dropout. "
-        "`swap` keeps a layer whose results differ by more than rounding.",
-        *("", "error"),
-    )
-    tasks = list(results["tasks"].values())
-    for name in tasks[0]["errors"]:
-        table.add_row(name, f"{max(task['errors'][name] for task in tasks):.1e}")
-    return table
-
-
-def _costs(results: Mapping[str, Any]) -> Table:
-    table = _table(
-        "Time and memory",
-        f"Batch {results['settings']['batch_size']}, medians of alternating calls; memory: growth of a new "
-        "process during two training steps.",
-        *("", "reference", "fast", "ratio"),
-    )
-    for name, times in results["seconds"].items():
-        cells = (f"{times[layer] * 1e3:.1f} ms" for layer in ("reference", "fast"))
-        table.add_row(name, *cells, f"{times['speed_up']:.1f}x")
-    reference, fast = results["peak_memory_of_training"].values()
-    if fast:
-        cells = (f"{size / 2**20:.1f} MiB" for size in (reference, fast))
-        table.add_row("peak memory", *cells, f"{reference / fast:.1f}x")
     return table

@@ -26,7 +26,6 @@ class Settings:
     train_pairs: int = 4096
     test_pairs: int = 1000
     encoder_steps: int = 150
-    timed_seconds: float = 2.0
     # Layer over token pairs; a smaller weight of the interaction losses: with 1.0 the parity is learned less well.
     pair_rank: int = 16
     pair_value_dim: int = 32
@@ -47,6 +46,5 @@ class Settings:
             train_pairs=256,
             test_pairs=128,
             encoder_steps=20,
-            timed_seconds=0.1,
             pair_steps=6,
         )

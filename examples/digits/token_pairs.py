@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
 from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.explain.figures.weights import leading
@@ -19,7 +19,7 @@ from flmoe_kernels.layers.pair_interaction_moe.explanation import PairExplanatio
 
 from .data import Digits, Encoded, Pairs, Task
 from .settings import Settings
-from .train import LARGEST_GRADIENT, WARM_UP, accuracy
+from .train import accuracy, fit
 
 
 @dataclass(frozen=True)
@@ -48,33 +48,22 @@ def train_layer(
 ) -> PairInteractionMoE:
     """Train a new layer on cross entropy plus the weighted sum of the interaction losses."""
     torch.manual_seed(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    layer = make_layer(task, settings)
-    rate, count = settings.pair_learning_rate, settings.pair_steps
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=count, pct_start=WARM_UP
-    )
-    weight = settings.pair_interaction_weight
-    for _ in range(count):
-        rows = torch.randint(len(pairs), (settings.pair_batch_size,), generator=generator)
-        out = layer(*pairs.batch(encoded, rows), interaction_losses=weight > 0)
-        loss = F.cross_entropy(out.logits, pairs.labels[rows])
-        if weight > 0:
-            loss = loss + weight * out.losses.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(layer.parameters(), LARGEST_GRADIENT)
-        optimizer.step()
-        schedule.step()
-    return layer.eval()
+    layer, weight = make_layer(task, settings), settings.pair_interaction_weight
+
+    def loss_of(inputs: list[Tensor], labels: Tensor) -> Tensor:
+        out = layer(inputs, interaction_losses=True)
+        return F.cross_entropy(out.logits, labels) + weight * out.losses.sum()
+
+    sizes = {"batch_size": settings.pair_batch_size, "steps": settings.pair_steps}
+    fit(layer, loss_of, pairs, encoded, settings.seed, rate=settings.pair_learning_rate, **sizes)
+    return layer
 
 
 def evaluate(
     layer: PairInteractionMoE, pairs: Pairs, encoded: Encoded, digits: Digits
 ) -> PairResult:
     """Accuracy and shares over all pairs, and the explanation of the first pair."""
-    explanation = layer.explain(*pairs.batch(encoded, slice(None)), pairs.labels)
+    explanation = layer.explain(pairs.batch(encoded, slice(None)), None, pairs.labels)
     share = explanation.expert_share()
     return PairResult(
         accuracy=accuracy(explanation.logits, pairs.labels),
@@ -87,7 +76,7 @@ def evaluate(
 def explain_first(explanation: PairExplanation, pairs: Pairs, digits: Digits) -> dict[str, Any]:
     """Plain values of the first pair, for the figure.
 
-    `patches`: Shapley values of all patches per image, 0 for padding; `pairs`: Shapley interaction indices of all
+    `patches`: Shapley values of all patches per image; `pairs`: Shapley interaction indices of all
     pairs of patches, summed over the experts; `error`: |sum of values - (logit - logit without patches)|.
     """
     patches = explanation.shapley_values()
@@ -97,20 +86,7 @@ def explain_first(explanation: PairExplanation, pairs: Pairs, digits: Digits) ->
         "images": [digits.images[index[0], 0].tolist() for index in pairs.index],
         "label": int(pairs.labels[0]),
         "guess": int(explanation.logits[0].argmax()),
-        "valid": [mask[0].tolist() for mask in pairs.masks],
         "patches": [values[0].tolist() for values in patches],
         "pairs": explanation.pair_map()[0].sum(dim=0).tolist(),
         "error": abs(total - float(explanation.value[0] - explanation.baseline[0])),
     }
-
-
-def run_task(
-    task: Task,
-    train_pairs: Pairs,
-    test_pairs: Pairs,
-    encoded: Encoded,
-    digits: Digits,
-    settings: Settings,
-) -> PairResult:
-    layer = train_layer(task, train_pairs, encoded, settings)
-    return evaluate(layer, test_pairs, encoded, digits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flmoe_kernels import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 
-from .data import Batch, Encoded, Pairs, Task
+from .data import Encoded, Pairs, Task
 from .settings import Settings
 
 EVALUATION_BATCH = 250
@@ -40,53 +40,54 @@ class PairClassifier(nn.Module):
             temperature_rw=settings.temperature,
         )
 
-    def forward(self, inputs: list[Tensor], masks: list[Tensor], **options: Any) -> tuple:
-        return self.layer(inputs, masks, **options)
+    def forward(self, inputs: list[Tensor]) -> tuple:
+        return self.layer(inputs)
 
-    def inference(
-        self, inputs: list[Tensor], masks: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        return self.layer.inference(inputs, masks)
+    def inference(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+        return self.layer.inference(inputs)
 
 
-def total_loss(outputs: tuple, labels: Tensor, interaction_weight: float) -> Tensor:
-    """Cross entropy plus the weighted sum of the experts' interaction losses."""
-    _, _, logits, losses, *_ = outputs
-    return F.cross_entropy(logits, labels) + interaction_weight * torch.stack(losses).sum()
-
-
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-
-
-def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, interaction_weight: float
-) -> Tensor:
-    """Forward, losses, backward, clipping and update on one batch; returns the loss."""
-    inputs, masks, labels = batch
-    loss = total_loss(model(inputs, masks), labels, interaction_weight)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
-    optimizer.step()
-    return loss.detach()
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[list[Tensor], Tensor], Tensor],
+    pairs: Pairs,
+    encoded: Encoded,
+    seed: int,
+    *,
+    batch_size: int,
+    steps: int,
+    rate: float,
+) -> None:
+    """Train a model; loss_of: from inputs and labels of a batch to the loss."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=WARM_UP
+    )
+    for _ in range(steps):
+        rows = torch.randint(len(pairs), (batch_size,), generator=generator)
+        loss = loss_of(pairs.batch(encoded, rows), pairs.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+        optimizer.step()
+        schedule.step()
+    model.eval()
 
 
 def train(task: Task, pairs: Pairs, encoded: Encoded, settings: Settings) -> PairClassifier:
-    """Train a new published layer on a task."""
+    """Train a new published layer on cross entropy plus the weighted sum of the experts' interaction losses."""
     torch.manual_seed(settings.seed)
     model = PairClassifier(task.num_classes, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = make_optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=WARM_UP
-    )
-    for _ in range(settings.steps):
-        rows = torch.randint(len(pairs), (settings.batch_size,), generator=generator)
-        batch = (*pairs.batch(encoded, rows), pairs.labels[rows])
-        training_step(model, optimizer, batch, settings.interaction_weight)
-        schedule.step()
-    return model.eval()
+
+    def loss_of(inputs: list[Tensor], labels: Tensor) -> Tensor:
+        _, _, logits, losses, *_ = model(inputs)
+        weight = settings.interaction_weight
+        return F.cross_entropy(logits, labels) + weight * torch.stack(losses).sum()
+
+    sizes = {"batch_size": settings.batch_size, "steps": settings.steps}
+    fit(model, loss_of, pairs, encoded, settings.seed, rate=settings.learning_rate, **sizes)
+    return model
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def predict(model: PairClassifier, pairs: Pairs, encoded: Encoded) -> Tensor:
     logits = []
     for start in range(0, len(pairs), EVALUATION_BATCH):
         batch = pairs.batch(encoded, slice(start, start + EVALUATION_BATCH))
-        logits.append(model.inference(*batch)[2])
+        logits.append(model.inference(batch)[2])
     return torch.cat(logits)
 
 

@@ -76,17 +76,12 @@ def profile(
     seconds: Annotated[
         float,
         typer.Option(
-            help="Seconds of timing per implementation. Slow calls take longer, but the command ends after about "
-            "24 times as long, at least 120 s: the tables then say what was measured less often or not at all."
+            help="Seconds of timing per implementation. Slow calls take longer; they are timed less often."
         ),
     ] = 5.0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace to this file.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all results to this JSON file.")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Write a plot of the roofline to this .png, .pdf or .svg file."),
     ] = None,
     check: Annotated[bool, typer.Option(help="First compare results with the reference.")] = True,
     memory: Annotated[
@@ -96,44 +91,43 @@ def profile(
     """Time an operator or your own layer on this machine: rates, share of the hardware limit, stages, memory."""
     from flmoe_kernels.core.backend import BackendUnavailable
     from flmoe_kernels.profile.check import WrongAnswer
-    from flmoe_kernels.profile.output import Files
     from flmoe_kernels.profile.request import Request
-    from flmoe_kernels.profile.run import run_case, run_layer
-    from flmoe_kernels.profile.user_layer import UserLayer
+    from flmoe_kernels.profile.run import Files, run
+    from flmoe_kernels.profile.user_layer import user_shape
 
     if (op is None) == (checkpoint is None):
         fail("expected either --op or --checkpoint, got " + ("both" if op else "neither"))
-    files = Files(trace=trace, json=json_file, plot=plot)
+    files = Files(trace=trace, json=json_file)
     try:
         files.require_writable()
         if not seconds > 0:
             fail(f"seconds: expected a positive number, got {seconds}")
+        phases: list[str | None]
         with needs_extra("demo"):
             if checkpoint is not None:
-                _refuse(shape=shape, backend=backend, variant=variant)
-                user = UserLayer(
-                    path=str(checkpoint),
-                    batch=32 if batch is None else batch,
-                    tokens=_numbers("tokens", tokens),
-                    valid=_numbers("valid", valid),
-                    num_heads=heads,
-                    temperature=temperature,
-                    layer=layer,
-                    gate=gate,
-                    top_k=top_k,
-                    dtype=dtype,
-                    device=device,
+                _refuse(shape=shape, variant=variant)
+                user = user_shape(
+                    str(checkpoint),
+                    32 if batch is None else batch,
+                    _numbers("tokens", tokens),
+                    _numbers("valid", valid),
+                    {
+                        **{"num_heads": heads, "temperature": temperature, "layer": layer},
+                        **{"gate": gate, "top_k": top_k},
+                    },
                 )
-                run_layer(user, phase, seconds, files, check=check, memory=memory)
+                phases = [phase] if phase else ["training", "inference"]
             else:
                 _refuse(
                     batch=batch, tokens=tokens, valid=valid, heads=heads, temperature=temperature
                 )
                 _refuse(layer=layer, gate=gate, top_k=top_k)
-                request = Request(
-                    op or "", shape, dtype, tuple(backend or ()), phase, device, variant
-                )
-                run_case(request, seconds, files, check=check, memory=memory)
+                phases = [phase]
+            names = (op or "interaction_moe", shape if checkpoint is None else user, dtype)
+            requests = [
+                Request(*names, tuple(backend or ()), each, device, variant) for each in phases
+            ]
+            run(requests, seconds, files, check=check, memory=memory)
     except WrongAnswer as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(code=1) from error

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flmoe_kernels.core.figures import printable
 from flmoe_kernels.core.files import write_whole
 
 if TYPE_CHECKING:
@@ -23,6 +25,20 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, NDArray[Any]]
 
+# Exceptions of numpy and zipfile for a file that is truncated, altered, encrypted or larger than the memory.
+_UNREADABLE = (
+    *(
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        OverflowError,
+    ),
+    *(MemoryError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 FORMAT = 1
 _HEADER = "header"
 
@@ -37,6 +53,27 @@ def encode(kind: str, header: Mapping[str, Any], arrays: Mapping[str, NDArray[An
     return buffer.getvalue()
 
 
+def arrays_of(file: BinaryIO | Path) -> Arrays:
+    """The arrays of an .npz file, read without unpickling.
+
+    Raises:
+        ValueError: not such a file, or a damaged one; the message names the array.
+    """
+    arrays, name = {}, "the file"
+    try:
+        with np.load(file, allow_pickle=False) as parts:
+            for name in parts.files:
+                arrays[name] = parts[name]
+                if not isinstance(arrays[name], np.ndarray):
+                    raise TypeError("not an array")
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{printable(name)}: expected a plain array that fits in memory, got a damaged or encrypted one, or "
+            "Python objects, which are not unpickled"
+        ) from error
+    return arrays
+
+
 def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays]:
     """Return the header and the arrays of a file.
 
@@ -45,13 +82,9 @@ def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays
     """
     problem = f"{name}: not a file of {kind}, or a damaged one"
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+        arrays = arrays_of(io.BytesIO(content))
         header = json.loads(arrays.pop(_HEADER).tobytes())
-    except (ValueError, KeyError, AttributeError, TypeError, EOFError, OSError) as error:
-        raise ValueError(problem) from error
-    # RuntimeError: a part is marked as encrypted, or uses a compression that zipfile does not support.
-    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(problem) from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise ValueError(problem)

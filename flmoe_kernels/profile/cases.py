@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,10 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+class BadRequest(ValueError):
+    """The request has an unknown name or cannot run here; the message has the known names or the reason."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class Case:
             raise ValueError(
                 f"shape: {self.operator} expected a {operator.shapes.__name__}, got {self.shape!r}"
             )
-        _known("phase", self.phase, operator.phases)
-        _known("variant", self.variant, operator.variants)
+        known("phase", self.phase, operator.phases)
+        known("variant", self.variant, operator.variants)
 
     @property
     def name(self) -> str:
@@ -103,7 +107,7 @@ def cases(
     default = "bfloat16" if is_cuda(device) else "float32"
     types = [_dtype(dtype) for dtype in ((default,) if dtypes is None else dtypes)]
     for phase in phases or ():
-        _known("phase", phase, PHASES)
+        known("phase", phase, PHASES)
     result = []
     for name in OPERATORS if operators is None else operators:
         operator = _operator(name)
@@ -132,18 +136,18 @@ def unavailable_reason(operator: Operator, shape: Shape, dtype: torch.dtype, var
 
 
 def _operator(name: str) -> Operator:
-    _known("operator", name, tuple(OPERATORS))
+    known("operator", name, tuple(OPERATORS))
     return OPERATORS[name]
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    _known("dtype", dtype, tuple(DTYPES))
+    known("dtype", dtype, tuple(DTYPES))
     return DTYPES[dtype]
 
 
-def _known(what: str, name: str, names: Sequence[str]) -> None:
+def known(what: str, name: str, names: Collection[str]) -> None:
+    """Check a name. Raises BadRequest: another name; the message has the known names."""
     if name not in names:
-        expected = ", ".join(map(repr, names))
-        raise ValueError(f"{what}: expected one of {expected}, got {name!r}")
+        raise BadRequest(f"{what}: expected one of {', '.join(filter(None, names))}, got {name!r}")

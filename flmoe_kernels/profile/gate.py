@@ -1,19 +1,13 @@
 """Regression check of ratios to peers against the file of floors.
 
-A comparison fails if the whole interval of its median ratio is below expected * (1 - tolerance), twice: the
-second time in a fresh process. Effects of a single process (placement of buffers, a burst of other work) are
-not a regression; a real regression appears in both attempts.
+A comparison fails if the whole interval of its median ratio is below expected * (1 - tolerance). A failure that is
+an effect of a single process disappears with `pytest --last-failed`; a real regression fails again.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,16 +23,8 @@ from .floors import Floor, Floors, FloorsError, Here, key_of, load_floors, updat
 from .shapes import is_cuda
 from .timing import Blocks, Call, Paired, clock_for, measure_blocks
 
-UPDATE_RUNS = 3
-# Environment variable: the file to which a fresh process writes its measurement.
-RESULT_VARIABLE = "FLMOE_GATE_RESULT"
 # Calls that pytest-benchmark times for its own table.
 TABLE_ROUNDS = 5
-# pytest's options whose value may equal the name of a folder of tests.
-VALUED = ("-k", "-m", "-p", "-c", "--gate", "--rootdir", "--confcutdir", "--basetemp")
-Measure = Callable[
-    [float], Paired
-]  # bound -> measurement, which takes longer if the interval contains the bound
 
 
 @dataclass(frozen=True)
@@ -47,13 +33,12 @@ class Verdict:
 
     Attributes:
         expected: the ratio; source: a machine's table, or "any machine".
-        attempts: one or two measurements; the floor passes if one of them reaches the bound.
     """
 
     floor: Floor
     expected: float
     source: str
-    attempts: tuple[Paired, ...]
+    paired: Paired
 
     @property
     def bound(self) -> float:
@@ -62,14 +47,14 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return any(not falls_short(paired, self.bound) for paired in self.attempts)
+        """Whether at least the upper end of the interval reaches the bound."""
+        return self.paired.ratio.high >= self.bound
 
     def message(self) -> str:
-        measured = "; again in a fresh process ".join(_spread(paired) for paired in self.attempts)
         return (
             f"{'ok' if self.passed else 'SLOWER'}: {self.floor.case}: expected {self.expected:.2f}x "
             f"{self.floor.peer} ({self.source}), at least {self.bound:.2f}x with a tolerance of "
-            f"{self.floor.tolerance:.0%}; measured {measured}"
+            f"{self.floor.tolerance:.0%}; measured {_spread(self.paired)}"
         )
 
 
@@ -83,20 +68,6 @@ def _spread(paired: Paired) -> str:
 
 def bound_of(floor: Floor, expected: float) -> float:
     return expected * (1 - floor.tolerance)
-
-
-def falls_short(paired: Paired, bound: float) -> bool:
-    """Whether even the upper end of the interval is below the bound."""
-    return paired.ratio.high < bound
-
-
-def judge(floor: Floor, expected: float, source: str, first: Measure, again: Measure) -> Verdict:
-    """Measure a floor, and a second time with `again` if the ratio is too low."""
-    bound = bound_of(floor, expected)
-    verdict = Verdict(floor, expected, source, (first(bound),))
-    if verdict.passed:
-        return verdict
-    return Verdict(floor, expected, source, (*verdict.attempts, again(bound)))
 
 
 def measure_pair(
@@ -182,10 +153,7 @@ class Gate:
             )
         for device, ratio in self.updates.items():
             assert self.path is not None
-            try:
-                name = update_file(self.path, self.here(device), ratio)
-            except OSError as error:
-                pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+            name = update_file(self.path, self.here(device), ratio)
             terminal.write_line(f"{self.path}: wrote this machine's ratios to [machine.{name}]")
         if missing:
             terminal.write_line(f"{self.path}: not measured in this run: {', '.join(missing)}")
@@ -245,22 +213,15 @@ class Against:
         def measure(bound: float | None) -> Paired:
             return measure_pair(prepare, device, plan, bound)
 
-        expected = gate.expected(floor, device) if floor else None
-        out = os.environ.get(RESULT_VARIABLE)
-        if out:
-            bound = bound_of(plan, expected[0]) if expected else None
-            Path(out).write_text(json.dumps(asdict(measure(bound))), encoding="utf-8")
-            pytest.skip("measured for another process")
         verdict = None
-        if floor and expected and gate.update:
-            runs = [self._measure_apart() for _ in range(UPDATE_RUNS)]
-            paired = middle(runs)
-            gate.updates.setdefault(device, {})[key] = paired.ratio.median
-        elif floor and expected:
-            verdict = judge(floor, *expected, measure, lambda bound: self._measure_apart())
-            paired = verdict.attempts[-1]
-        else:
+        if floor is None or gate.update:
             paired = measure(None)
+            if floor is not None:
+                gate.updates.setdefault(device, {})[key] = paired.ratio.median
+        else:
+            expected, source = gate.expected(floor, device)
+            paired = measure(bound_of(floor, expected))
+            verdict = Verdict(floor, expected, source, paired)
         gate.measured.add(key)
         self._record(prepare()["ours"], plan, paired, verdict, facts)
         gate.lines.append(verdict.message() if verdict else f"{key}: {_spread(paired)}")
@@ -309,46 +270,3 @@ class Against:
             self.benchmark.extra_info.update(expected=verdict.expected, passed=verdict.passed)
         if facts is not None:
             self.benchmark.extra_info.update(facts(paired))
-
-    def _measure_apart(self) -> Paired:
-        """Run only this test in a fresh process, and return its measurement."""
-        config = self.request.config
-        options = carried_options(config.invocation_params.args, config.args)
-        test = f"{config.rootpath}{os.sep}{self.request.node.nodeid}"
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "paired.json"
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest", *options, test],
-                cwd=config.invocation_params.dir,
-                env=os.environ | {RESULT_VARIABLE: str(out)},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if not out.is_file():
-                pytest.fail(
-                    f"a fresh process ended with {done.returncode}:\n{done.stdout}{done.stderr}",
-                    pytrace=False,
-                )
-            return Paired.from_dict(json.loads(out.read_text(encoding="utf-8")))
-
-
-def middle(runs: Iterable[Paired]) -> Paired:
-    """Return the run whose ratio is the (upper) median of all runs."""
-    runs = sorted(runs, key=lambda paired: paired.ratio.median)
-    return runs[len(runs) // 2]
-
-
-def carried_options(arguments: Iterable[str], paths: Sequence[str]) -> list[str]:
-    """Return the options of a pytest run for a run of a single test: no paths, no --benchmark-* options."""
-    options: list[str] = []
-    before = ""
-    for argument in map(str, arguments):
-        benchmark = argument.startswith("--benchmark-")
-        if before.startswith("--benchmark-") and "=" not in before:
-            benchmark = benchmark or not argument.startswith("-")
-        path = argument in paths and before not in VALUED
-        if not benchmark and not path:
-            options.append(argument)
-        before = argument
-    return options

@@ -41,18 +41,11 @@ def peak_bytes(case: Case, contestant: Contestant | str) -> int | None:
         RuntimeError: out of memory; the measuring process may then end early.
     """
     who = find(case, contestant) if isinstance(contestant, str) else contestant
-    return peak_of(warmed_call, case, who, device=case.device)
-
-
-def peak_of(make: Callable[..., Call], *args: Any, device: str) -> int | None:
-    """Peak bytes of the call that `make(*args)` returns; `make` runs a small call of the same kind before.
-
-    Raises:
-        RuntimeError: see peak_bytes.
-    """
-    if memory_unavailable_reason(device):
+    if memory_unavailable_reason(case.device):
         return None
-    return device_growth(make(*args), device) if is_cuda(device) else peak_growth(make, *args)
+    if is_cuda(case.device):
+        return device_growth(warmed_call(case, who), case.device)
+    return peak_growth(warmed_call, case, who)
 
 
 def memory_unavailable_reason(device: str) -> str:

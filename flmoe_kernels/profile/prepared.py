@@ -74,13 +74,7 @@ def prepare_function(
         if phase == FORWARD:
             return results
         with context():
-            flowing = {name: x for name, x in computed.items() if x.requires_grad}
-            forms = {name: (x.shape, x.dtype) for name, x in flowing.items()}
-            grads = _gradients(flowing, values, cotangents_of(forms, values[0].device))
-        return results | {
-            GRADIENT_OF + name: torch.zeros_like(x) if grad is None else grad
-            for (name, x), grad in zip(inputs.items(), grads, strict=True)
-        }
+            return results | gradients_by_name(computed, inputs)
 
     if phase == FORWARD:
         return Prepared(forward, outputs)
@@ -99,6 +93,18 @@ def cotangents_of(forms: Mapping[str, Form], device: torch.device) -> list[Tenso
         draw = torch.randn(tuple(shape), generator=generator, device=device)
         cotangents.append(draw.to(torch.bfloat16).to(dtype))
     return cotangents
+
+
+def gradients_by_name(results: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Outputs:
+    """Gradients of all leaves, 0 without one, from drawn gradients of all results that have a graph."""
+    flowing = {name: x for name, x in results.items() if x.requires_grad}
+    forms = {name: (x.shape, x.dtype) for name, x in flowing.items()}
+    values = list(leaves.values())
+    grads = _gradients(flowing, values, cotangents_of(forms, values[0].device))
+    return {
+        GRADIENT_OF + name: torch.zeros_like(x) if grad is None else grad
+        for (name, x), grad in zip(leaves.items(), grads, strict=True)
+    }
 
 
 def _gradients(

@@ -1,32 +1,22 @@
-"""Requests of the command `profile`, and their subjects."""
+"""Requests of the command `profile`."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from flmoe_kernels.core.backend import BackendUnavailable
+from flmoe_kernels.core.backend import REFERENCE, BackendUnavailable
 
 from . import cases
-from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, Case
-from .costs import cost
-from .memory import peak_bytes
-from .profiles import Subject
-from .registry import Contestant, contestants, default_ours, device_unavailable_reason, prepare
-from .shapes import Shape, is_cuda, named_shapes
-from .timing import Call
-from .user_layer import PHASES, UserLayer, contestants_of, make_call, user_peak
+from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, BadRequest, Case, known
+from .registry import Contestant, contestants, default_ours, device_unavailable_reason
+from .shapes import Shape, UserShape, is_cuda, named_shapes
 
 EVERY = "all"
 # Other names of forward and forward+backward, for the whole layer.
 _OTHER_NAMES = {"inference": FORWARD, "training": BOTH}
-
-
-class BadRequest(ValueError):
-    """The request has an unknown name or cannot run here; the message has the known names or the reason."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +24,13 @@ class Request:
     """Names of a case and of its contestants.
 
     backends: names of contestants, which are compared with the first; "all" for all that run here; empty for the
-    backend that is selected by default. shape, phase, dtype, variant: None for the operator's first shape,
-    forward+backward, float32 (on a GPU bfloat16), the first variant.
+    backend that is selected by default, and for a user's layer also the reference. shape, phase, dtype, variant:
+    None for the operator's first shape, forward+backward, float32 (on a GPU bfloat16; for a user's layer its own
+    dtype), the first variant.
     """
 
     operator: str
-    shape: str | None = None
+    shape: str | UserShape | None = None
     dtype: str | None = None
     backends: tuple[str, ...] = ()
     phase: str | None = None
@@ -54,14 +45,18 @@ class Request:
         """
         operator = OPERATORS[_one_of("op", self.operator, OPERATORS)]
         _check_device(self.device)
-        shapes = {
-            name: shape
-            for name, shape in named_shapes(self.device).items()
-            if isinstance(shape, operator.shapes)
-        }
-        shape = shapes[_one_of("shape", self.shape or next(iter(shapes)), shapes)]
-        gpu = is_cuda(self.device)
-        dtype = self.dtype or ("bfloat16" if gpu and _is_half_sound(shape) else "float32")
+        if isinstance(self.shape, UserShape):
+            shape: Shape = self.shape
+            dtype = self.dtype or self.shape.dtype
+        else:
+            shapes = {
+                name: shape
+                for name, shape in named_shapes(self.device).items()
+                if isinstance(shape, operator.shapes)
+            }
+            shape = shapes[_one_of("shape", self.shape or next(iter(shapes)), shapes)]
+            half = is_cuda(self.device) and _is_half_sound(shape)
+            dtype = self.dtype or ("bfloat16" if half else "float32")
         phase = self.phase or BOTH
         if operator is INTERACTION_MOE:
             phase = _OTHER_NAMES.get(phase, phase)
@@ -84,16 +79,17 @@ class Request:
         Raises:
             BadRequest: an unknown name, or a contestant that cannot run here; the message has the reason.
         """
-        known = {x.name: x for x in contestants(case)}
+        named = {x.name: x for x in contestants(case)}
         if not self.backends:
             try:
-                return [default_ours(case)]
+                peers = [named[REFERENCE]] if isinstance(case.shape, UserShape) else []
+                return [default_ours(case), *peers]
             except BackendUnavailable as error:
                 raise BadRequest(str(error)) from error
         if EVERY in self.backends:
-            return [x for x in known.values() if not x.why_not]
+            return [x for x in named.values() if not x.why_not]
         names = dict.fromkeys(self.backends)
-        chosen = [known[_one_of("backend", name, (*known, EVERY))] for name in names]
+        chosen = [named[_one_of("backend", name, (*named, EVERY))] for name in names]
         for contestant in chosen:
             if contestant.why_not:
                 raise BadRequest(
@@ -101,51 +97,6 @@ class Request:
                     f"{contestant.why_not}"
                 )
         return chosen
-
-
-def subjects_of(case: Case, chosen: Sequence[Contestant], memory: bool = True) -> list[Subject]:
-    """Return contestants of a case as subjects; memory: whether their peaks are measured."""
-    return [
-        Subject(
-            what=case.name,
-            contestant=contestant.name,
-            kind=contestant.kind,
-            version=contestant.version,
-            dtype=case.dtype,
-            device=case.device,
-            cost=cost(case),
-            prepare=functools.partial(_call_of, case, contestant),
-            peak=functools.partial(peak_bytes, case, contestant) if memory else None,
-        )
-        for contestant in chosen
-    ]
-
-
-def _call_of(case: Case, contestant: Contestant) -> Call:
-    return prepare(case, contestant).call
-
-
-def user_subjects(user: UserLayer, what: str, memory: bool = True) -> list[Subject]:
-    """Return the user's swapped layer, then the reference, as subjects. what: a key of user_layer.PHASES."""
-    layer = user.load()
-    dtype = next(layer.parameters()).dtype
-    shape = user.shape(layer)
-    case = Case(INTERACTION_MOE.name, shape, PHASES[what], dtype, user.device)
-    name = f"{shape.name}, batch {user.batch}, {what}"
-    return [
-        Subject(
-            what=name,
-            contestant=contestant,
-            kind=kind,
-            version=version,
-            dtype=dtype,
-            device=user.device,
-            cost=cost(case),
-            prepare=functools.partial(make_call, user, contestant, what),
-            peak=functools.partial(user_peak, user, contestant, what) if memory else None,
-        )
-        for contestant, kind, version in contestants_of(user)
-    ]
 
 
 def _check_device(device: str) -> None:
@@ -167,6 +118,5 @@ def _is_half_sound(shape: Shape) -> bool:
 
 
 def _one_of(what: str, name: str, names: Collection[str]) -> str:
-    if name not in names:
-        raise BadRequest(f"{what}: expected one of {', '.join(filter(None, names))}, got {name!r}")
+    known(what, name, names)
     return name

@@ -6,53 +6,78 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flmoe_kernels.core.files import unwritable_reason, write_whole
+
 from . import output
-from .cases import Case
-from .ceilings import Ceilings, measure_ceilings
+from .cases import BadRequest, Case
+from .ceilings import measure_ceilings
 from .check import agree
 from .environment import environment
-from .output import Files, roofline_figure
-from .profiles import Limit, Profile, Tell, profile_subjects
+from .profiles import Profile, Tell, profile_case
 from .registry import Contestant, prepare, words_of
-from .request import EVERY, BadRequest, Request, subjects_of, user_subjects
-from .user_layer import PHASES, UserLayer, check_swap
+from .request import EVERY, Request
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from flmoe_kernels.published.report import SwappedLayer
-
 LOG_WIDTH = 160
 
 
-def run_case(request: Request, seconds: float, files: Files, *, check: bool, memory: bool) -> None:
-    """Profile contestants of a case of the registry.
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Output paths; None for files that are not written."""
+
+    trace: Path | None = None
+    json: Path | None = None
+
+    def require_writable(self) -> None:
+        """Check the paths. Raises BadRequest: a file cannot be written."""
+        for name, path in vars(self).items():
+            if path is not None and (reason := unwritable_reason(path)):
+                raise BadRequest(f"{name}: {path}: {reason}")
+
+
+def run(
+    requests: Sequence[Request], seconds: float, files: Files, *, check: bool, memory: bool
+) -> None:
+    """Profile contestants of cases on one device and in one dtype, one case after the other.
 
     Raises:
-        BadRequest: the request cannot be run.
+        BadRequest: a request cannot be run.
         WrongAnswer: results of a contestant are wrong.
     """
-    case = request.case()
-    chosen = request.contestants(case)
-    subjects = subjects_of(case, chosen, memory)
-    if files.plot is not None and not subjects[0].cost.flop:
-        raise BadRequest(f"plot: {case.operator} has no matrix products, so no roofline")
-    limit = Limit.of(seconds)
+    cases = [request.case() for request in requests]
+    chosen = [request.contestants(case) for request, case in zip(requests, cases, strict=True)]
+    device = cases[0].device
+    facts = environment(device)
+    profiles: list[Profile] = []
     with _telling() as tell:
         if check:
             tell("checking results against the reference in float64")
-            chosen = _checked(case, chosen, EVERY in request.backends, tell)
-            subjects = subjects_of(case, chosen, memory)
+            chosen = [
+                _checked(case, own, EVERY in request.backends, tell)
+                for request, case, own in zip(requests, cases, chosen, strict=True)
+            ]
         tell("measuring this machine's ceilings")
-        ceilings = measure_ceilings(case.device, (case.dtype,))
-        profiles = profile_subjects(
-            subjects, ceilings, seconds, limit=limit, trace=files.trace, tell=tell
-        )
-    facts = environment(case.device)
-    _print_tables(profiles, _heading(facts))
-    _write(profiles, ceilings, facts, files)
+        ceilings = measure_ceilings(device, (cases[0].dtype,))
+    for case, own in zip(cases, chosen, strict=True):
+        trace = None if profiles else files.trace
+        with _telling() as tell:
+            found = profile_case(
+                case, own, ceilings, seconds, memory=memory, trace=trace, tell=tell
+            )
+        # At once, because the next case may take a while.
+        if not profiles:
+            _print(_heading(facts))
+        for table in output.tables(found):
+            _print(table)
+        profiles += found
+    if files.json is not None:
+        text = output.as_json(facts, profiles, ceilings=ceilings.as_dict())
+        write_whole(files.json, text)
 
 
 def _checked(case: Case, chosen: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:
@@ -74,85 +99,6 @@ def _checked(case: Case, chosen: list[Contestant], every: bool, tell: Tell) -> l
         else:
             kept.append(contestant)
     return kept
-
-
-def run_layer(
-    user: UserLayer,
-    phase: str | None,
-    seconds: float,
-    files: Files,
-    *,
-    check: bool,
-    memory: bool,
-) -> None:
-    """Profile a user's layer, swapped, and the reference.
-
-    Raises:
-        CheckpointError, UnsupportedRequest, BadRequest: the request cannot be run.
-        backend.BackendUnavailable: the kernels do not run on the device.
-    """
-    user = user.checked()
-    phases = _phases_of(phase)
-    limit = Limit.of(seconds)
-    with _telling() as tell:
-        swapped = None
-        if check:
-            tell("checking the swapped layer against the original")
-            swapped = check_swap(user)
-        subjects = {what: user_subjects(user, what, memory) for what in phases}
-        first = subjects[phases[0]][0]
-        tell("measuring this machine's ceilings")
-        ceilings = measure_ceilings(user.device, (first.dtype,))
-    facts = environment(ceilings.device)
-    profiles: list[Profile] = []
-    for number, what in enumerate(phases):
-        with _telling() as tell:
-            own = profile_subjects(
-                subjects[what],
-                ceilings,
-                seconds,
-                limit=limit.part(len(phases) - number),
-                trace=None if number else files.trace,
-                tell=tell,
-            )
-        # At once, because the next phase may take a while.
-        _print_tables(own, "" if number else _heading(facts))
-        profiles += own
-    extra = {"layer": dataclasses.asdict(user), "swapped": _as_dict(swapped)}
-    _write(profiles, ceilings, facts, files, **extra)
-
-
-def _print_tables(profiles: Sequence[Profile], heading: str) -> None:
-    if heading:
-        _print(heading)
-    for table in output.tables(profiles):
-        _print(table)
-
-
-def _write(
-    profiles: Sequence[Profile],
-    ceilings: Ceilings,
-    facts: dict[str, Any],
-    files: Files,
-    **more: Any,
-) -> None:
-    files.write_json(lambda: output.as_json(facts, profiles, ceilings=ceilings.as_dict(), **more))
-    title = f"{facts['device']}, {_threads(facts)}"
-    files.write_plot(lambda: roofline_figure(profiles, ceilings, title=title))
-
-
-def _phases_of(phase: str | None) -> list[str]:
-    if phase is None:
-        return list(PHASES)
-    # "training" and "inference", or their other names for the whole layer.
-    for what, name in PHASES.items():
-        if phase in (name, what, what.partition(" ")[0]):
-            return [what]
-    raise BadRequest(f"pass: expected training or inference, got {phase!r}")
-
-
-def _as_dict(swapped: SwappedLayer | None) -> dict[str, Any] | None:
-    return None if swapped is None else dataclasses.asdict(swapped)
 
 
 def _heading(facts: dict[str, Any]) -> str:

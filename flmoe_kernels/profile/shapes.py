@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # Valid tokens of a modality, see LayerShape.
 Valid = int | tuple[int, int] | None
@@ -82,6 +82,15 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class UserShape(LayerShape):
+    """A user's layer: path of its checkpoint, settings of `published.convert.load_layer`, saved dtype."""
+
+    path: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class PairShape:
     """A shape of pair_moe with the four published kinds of experts: rows x columns pairs in each sample."""
 
@@ -111,7 +120,7 @@ class RoutedShape:
     hidden: int
     experts: int
     choices: int
-    load: Literal["uniform", "zipf"] = "uniform"
+    load: Literal[uniform, zipf] = "uniform"
 
     @property
     def routed_rows(self) -> int:
@@ -168,7 +177,9 @@ def on_device(shape: Shape, device: str) -> Shape:
 
 def at_length(shape: Shape, length: int) -> Shape:
     """Return the shape at another sequence length: rows and columns of pairs, tokens of every modality (with the
-    same share of padding), rows of a routed MLP."""
+    same share of padding), rows of a routed MLP. A user's layer may have fixed tokens: one sample instead."""
+    if isinstance(shape, UserShape):
+        return dataclasses.replace(shape, batch=1)
     name = f"{shape.name}@{length}"
     if isinstance(shape, PairShape):
         return dataclasses.replace(shape, name=name, rows=length, columns=length)

@@ -109,12 +109,6 @@ class Paired:
     ours: Spread
     peer: Spread
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Paired:
-        """Inverse of `dataclasses.asdict`."""
-        spreads = {name: Spread(**fields[name]) for name in ("ratio", "ours", "peer")}
-        return cls(clock=fields["clock"], **spreads)
-
 
 @dataclass(frozen=True)
 class Blocks:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -269,20 +267,14 @@ def test_a_kernel_that_does_not_compile_is_a_failure() -> None:
     assert failure.startswith("does not compile: ")
 
 
-def test_the_command_reports_and_ends_with_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_reports_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes about 10 s, because the compiling process imports torch and triton."""
     monkeypatch.setattr(command, "cases", lambda: iter([GATE, CAPPED]))
     monkeypatch.setattr(command, "PROCESSES", 1)
-    path, app = tmp_path / "rows.json", typer.Typer()
+    app = typer.Typer()
     app.command()(command.aot)
-    result = CliRunner().invoke(app, ["--arch", "90", "--json", str(path)])
+    result = CliRunner().invoke(app, ["--arch", "90"])
     assert result.exit_code == 1, result.output
     assert re.search(rf"{CAPPED.name} on sm_90: spills \d+ bytes per thread", result.stderr)
-    fine, spilling = json.loads(path.read_text())
-    assert fine["failures"] == []
-    assert fine["report"]["registers"] > 64
-    assert spilling["failures"]
     for case in (GATE, CAPPED):
         assert case.name in result.stdout

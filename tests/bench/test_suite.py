@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from bench import suite, table
+from bench import suite
 from bench.peers import find, peers
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
 from flmoe_kernels.profile.check import WrongAnswer, agree
@@ -105,23 +104,6 @@ def test_floors_refer_to_comparisons_that_run() -> None:
         assert (operator, BOTH) in held
     # `make bench` takes three minutes, a third of which is start-up, checks and preparation.
     assert sum(floor.seconds for floor in floors.floors if floor.threads == 1) <= 120
-
-
-def test_a_run_becomes_a_table(tmp_path: Path) -> None:
-    content = table.load("zen5")
-    run = tmp_path / "run.json"
-    run.write_text(
-        json.dumps(
-            {
-                "machine_info": {"flmoe_kernels": content["environment"]},
-                "benchmarks": [
-                    *({"extra_info": row | {"flop": 1}} for row in content["comparisons"]),
-                    {"extra_info": {}},
-                ],
-            }
-        )
-    )
-    assert table.gather([run]) == content
 
 
 class Against:

@@ -13,12 +13,16 @@ import typer
 
 from flmoe_kernels._version import __version__
 from flmoe_kernels.cli.errors import needs_extra
+from tests.support.programs import output_of
 
 
-def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_cli(
+    *arguments: str, cwd: Path, start: str = "-mflmoe_kernels", **env: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flmoe_kernels", *arguments],
+        [sys.executable, *start.split(), *arguments],
         cwd=cwd,
+        env=os.environ | env,
         capture_output=True,
         text=True,
         check=False,
@@ -96,35 +100,21 @@ def test_full_standard_output_is_one_line_and_exit_code_2(
 def test_an_unknown_setting_is_one_line_and_exit_code_2(
     name: str, value: str, choices: str, tmp_path: Path
 ) -> None:
-    env = os.environ | {name: value}
-    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 120}
     message = f"{name}: expected one of {choices}, got {value!r}\n"
-    for start in (["-m", "flmoe_kernels"], ["-X", "dev", "-mflmoe_kernels"]):
-        result = subprocess.run([sys.executable, *start, "info"], check=False, **options)
+    for start in ("-m flmoe_kernels", "-X dev -mflmoe_kernels"):
+        result = run_cli("info", cwd=tmp_path, start=start, **{name: value})
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == f"error: {message}"
-    result = subprocess.run(
-        [sys.executable, "-c", "import flmoe_kernels", "-m", "flmoe_kernels"],
-        check=False,
-        **options,
-    )
+    program = ("import flmoe_kernels", "-m", "flmoe_kernels")
+    result = run_cli(*program, cwd=tmp_path, start="-c", **{name: value})
     assert result.returncode == 1
     assert result.stderr.endswith(f"ValueError: {message}")
 
 
-def test_empty_settings_are_the_defaults(tmp_path: Path) -> None:
-    env = os.environ | {"FLMOE_BACKEND": "", "FLMOE_AUTOTUNE": "", "FLMOE_ISA": ""}
+def test_empty_settings_are_the_defaults() -> None:
     code = "import flmoe_kernels; print(*flmoe_kernels.available_backends())"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.stdout.startswith("reference"), result.stderr
+    found = output_of(code, FLMOE_BACKEND="", FLMOE_AUTOTUNE="", FLMOE_ISA="")
+    assert found.startswith("reference")
 
 
 def test_missing_extra_is_one_line_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:

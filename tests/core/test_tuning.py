@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+pytest.importorskip("triton")
 
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.tuning import cache, timing, tuner
@@ -27,6 +30,7 @@ from tests.support.tuning_trials import (
     choose,
     empty_cache,
     refuse,
+    saved_results,
     sums,
 )
 
@@ -40,18 +44,56 @@ def test_the_fastest_candidate_is_chosen_and_saved(folder: Path) -> None:
     clock = Clock(SECONDS)
     assert choose(clock) == BETTER
     assert set(clock.timed) == set(SECONDS)
-    path = folder / KEY.file_name()
-    assert cache.decode(path.read_text()) == RESULT
+    assert saved_results() == [RESULT]
     # This process does not read the file again; another process does.
+    [path] = folder.rglob(cache.FILE)
     path.write_text("gone")
     assert choose(refuse, forget=False) == BETTER
     cache.write(RESULT)
     assert choose(refuse) == BETTER
+    code = "from tests.support.tuning_trials import choose, refuse; print(choose(refuse))"
+    assert output_of(code) == str(BETTER)
+    other = dataclasses.replace(KEY, triton="3.8.0")
+    assert cache.read(other) is None
+
+
+INVALID = {
+    "no JSON": "{",
+    "a list": "[1]",
+    "no text": b"\xff" * 10,
+    "no tiles": "{}",
+    "unknown tiles": '{"tiles": {"rows": 4096, "warps": 32}}',
+    "tiles of text": '{"tiles": {"rows": "32", "warps": 4}}',
+}
+
+
+@pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
+def test_invalid_files_are_ignored(content: str | bytes, folder: Path) -> None:
+    """A file that is not valid causes a warning; unknown tiles are not used."""
+    cache.write(RESULT)
+    [path] = folder.rglob(cache.FILE)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    clock = Clock(SECONDS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert choose(clock) == BETTER
+    assert clock.timed
+    messages = [str(warning.message) for warning in caught]
+    assert all("op.kernel: tuning result" in x and "ignored" in x for x in messages)
+    assert len(messages) == ("unknown" not in str(content) and '"tiles"' not in str(content))
+    assert saved_results() == [RESULT], "the next process reads a valid file"
+
+
+def test_a_folder_that_cannot_be_used_is_a_warning(folder: Path) -> None:
+    folder.write_text("no folder")
+    with pytest.warns(cache.TuningWarning, match="not written"):
+        assert choose(Clock(SECONDS)) == BETTER
 
 
 def test_a_slightly_faster_candidate_is_not_used() -> None:
     assert choose(Clock(SECONDS | {BETTER: 1.99e-5})) == TABLE
-    assert cache.read(KEY) == dataclasses.replace(RESULT, tiles=RESULT.table, seconds=2e-5)
+    [result] = saved_results()
+    assert result == dataclasses.replace(RESULT, tiles=RESULT.table, seconds=2e-5)
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan"), float("inf"), "out of shared memory"])
@@ -67,8 +109,7 @@ def test_a_candidate_that_is_wrong_or_does_not_run_is_refused(wrong: float | str
     with pytest.warns(cache.TuningWarning, match=message):
         assert choose(clock, sums(spoil)) == TABLE
     assert BETTER not in clock.timed
-    result = cache.read(KEY)
-    assert result is not None
+    [result] = saved_results()
     assert (result.tried, result.refused) == (3, 1)
 
 
@@ -96,16 +137,14 @@ def test_a_shared_buffer_is_not_compared() -> None:
         (TABLE, RuntimeError("no"), "did not run"),
     ],
 )
-def test_the_table_runs_if_trials_cannot(
-    broken: Tiles, error: Exception, message: str, folder: Path
-) -> None:
+def test_the_table_runs_if_trials_cannot(broken: Tiles, error: Exception, message: str) -> None:
     def spoil(tiles: Tiles, _out: Tensor) -> None:
         if tiles == broken:
             raise error
 
     with pytest.warns(cache.TuningWarning, match=message):
         assert choose(Clock(SECONDS), sums(spoil)) == TABLE
-    assert not folder.exists()
+    assert not saved_results()
     # Kept for the process: launches and buffers of other calls already use it.
     assert choose(refuse, forget=False) == TABLE
 
@@ -127,14 +166,12 @@ def test_results_agree_up_to_roundings_of_sums() -> None:
     assert not agree([], [x])
 
 
-def test_a_capture_uses_the_table_or_a_saved_result(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
+def test_a_capture_uses_the_table_or_a_saved_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "capturing", lambda _device: True)
     prepared: list[int] = []
     assert choose(refuse, lambda: prepared.append(1)) == TABLE
     assert not prepared
-    assert not folder.exists()
+    assert not saved_results()
     # A choice made during capture is kept, so that captured and other launches use the same tiles.
     monkeypatch.setattr(timing, "capturing", lambda _device: False)
     assert choose(refuse, forget=False) == TABLE

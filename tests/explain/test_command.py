@@ -89,7 +89,7 @@ def call_of(checkpoint: Path) -> tuple[Any, list[Any], list[Any]]:
 def test_written_files(made: tuple[Path, Path, Path]) -> None:
     names = {path.name for path in made[2].iterdir()}
     whole = {f"{name}.npz" for name in RESULTS} | {f"{name}.png" for name in FIGURES}
-    assert names == whole | {"explanation.json", "index.html", "run.json"}
+    assert names == whole | {"explanation.json", "index.html"}
 
 
 def test_numbers_agree_with_the_library(made: tuple[Path, Path, Path]) -> None:
@@ -193,7 +193,7 @@ def test_page_is_complete_safe_accessible_and_self_contained(
         kind, _, content = source.partition(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(content, validate=True) in on_disk
-    files = {path.name for path in out.iterdir()} - {"index.html", "run.json"}
+    files = {path.name for path in out.iterdir()} - {"index.html"}
     assert set(page.links) == files | {"#sample_0", "#sample_1"}
     assert {'id="sample_0"', 'id="sample_1"'} <= set(re.findall(r'id="sample_\d"', text))
     assert not re.search(r"(?:src|href)=\"https?:|url\(|@import", text)
@@ -242,7 +242,7 @@ def test_an_interrupted_run_continues_with_the_same_results(
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("interrupted")]
     assert "without results" in line
     assert str(tmp_path / "checkpoints") in line
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
     before = sum(asked)
     asked.clear()
     assert command.main(request(made, tmp_path)) == 0

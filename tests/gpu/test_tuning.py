@@ -53,7 +53,7 @@ def test_the_fastest_tiles_are_chosen_saved_and_correct() -> None:
     assert_within_budget(results[0].cpu(), low[0], oracle[0], "y")
 
 
-def test_a_capture_uses_the_table(folder: Path) -> None:
+def test_a_capture_uses_the_table() -> None:
     moved = [x.cuda() for x in CASE.inputs(torch.bfloat16)]
     want = forward(moved)
     graph = torch.cuda.CUDAGraph()
@@ -63,4 +63,4 @@ def test_a_capture_uses_the_table(folder: Path) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(found, want)
-    assert not folder.exists()
+    assert not saved_results()

@@ -100,10 +100,10 @@ def test_unavailable_contestants_have_a_reason() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"operators": ["pair"]}, "operator: expected one of 'pair_moe'"),
+        ({"operators": ["pair"]}, "operator: expected one of pair_moe"),
         ({"shapes": ["pair_512"]}, r"shape: expected one of mmimdb, .* on cpu, got 'pair_512'"),
-        ({"phases": ["training"]}, "phase: expected one of 'forward'"),
-        ({"dtypes": ["int8"]}, "dtype: expected one of 'float32'"),
+        ({"phases": ["training"]}, "phase: expected one of forward"),
+        ({"dtypes": ["int8"]}, "dtype: expected one of float32"),
     ],
     ids=str,
 )

@@ -63,29 +63,26 @@ class LayerCase:
             for m, length in enumerate(self.lengths)
         ]
 
-    def reference(self, dtype: torch.dtype = torch.float32) -> ReferenceInteractionMoE:
-        """The reference layer in train mode; its reweighting has dropout only if the rest has dropout."""
+    def fusion(self, backend: str | None = None) -> FusionTransformer:
         fusion = FusionTransformer(
-            len(self.lengths),
-            self.dim,
-            self.classes,
-            self.layers,
-            self.heads,
-            self.dropout,
-            self.compat,
-            self.lengths[0] if self.compat == "i2moe" else None,
+            *(len(self.lengths), self.dim, self.classes, self.layers, self.heads, self.dropout),
+            *(self.compat, self.lengths[0] if self.compat == "i2moe" else None),
             mlp_sparse=self.gate is not None,
             num_experts=self.mlp_experts,
             num_routers=self.routers,
             top_k=self.top_k,
             gate=self.gate or "GShardGate",
+            backend=backend,
         )
-        if self.capacity is not None:
-            for part in fusion.modules():
-                if hasattr(part, "capacity"):
-                    setattr(part, "capacity", (self.capacity, self.capacity))  # noqa: B010
+        for part in fusion.modules():
+            if self.capacity is not None and hasattr(part, "capacity"):
+                setattr(part, "capacity", (self.capacity, self.capacity))  # noqa: B010
+        return fusion
+
+    def reference(self, dtype: torch.dtype = torch.float32) -> ReferenceInteractionMoE:
+        """The reference layer in train mode; its reweighting has dropout only if the rest has dropout."""
         layer = ReferenceInteractionMoE(
-            *(len(self.lengths), fusion, self.sparse, self.dim, 2 * self.dim, 3, 1.5),
+            *(len(self.lengths), self.fusion(), self.sparse, self.dim, 2 * self.dim, 3, 1.5),
             **dict(self.options),
         )
         with torch.no_grad():
@@ -115,22 +112,11 @@ def fusion_of(
     case: LayerCase, backend: str | None, dtype: torch.dtype = torch.float32
 ) -> FusionTransformer:
     """A fusion model with random parameters; in eval mode if its gates draw random numbers."""
-    fusion = FusionTransformer(
-        *(len(case.lengths), case.dim, case.classes, case.layers, case.heads, case.dropout),
-        *(case.compat, case.lengths[0] if case.compat == "i2moe" else None),
-        mlp_sparse=case.gate is not None,
-        num_experts=case.mlp_experts,
-        top_k=case.top_k,
-        gate=case.gate or "GShardGate",
-        backend=backend,
-    )
+    fusion = case.fusion(backend)
     with torch.no_grad():
         for i, parameter in enumerate(fusion.parameters()):
             fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
             parameter.copy_(draw(*parameter.shape, seed=1000 + i) * fan_in**-0.5)
-    for part in fusion.modules():
-        if case.capacity is not None and hasattr(part, "capacity"):
-            setattr(part, "capacity", (case.capacity,) * 2)  # noqa: B010
     return fusion.to(dtype).train(case.gate not in RANDOM_GATES)
 
 

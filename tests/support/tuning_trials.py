@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,9 @@ SECONDS = {TABLE: 2e-5, BETTER: 1e-5, WORSE: 3e-5}
 
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Empty folder for the tuning results of a test."""
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     tuner.forget()
-    yield tmp_path / "cache" / "tuning"
+    yield tmp_path / "cache"
     tuner.forget()
 
 
@@ -53,7 +55,13 @@ class Clock:
 
 
 def saved_results() -> list[TuningResult]:
-    return [cache.decode(path.read_text()) for path in sorted(cache.folder().glob("*.json"))]
+    found = []
+    for path in sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob(cache.FILE)):
+        content = json.loads(path.read_text())
+        key = content.pop("key")
+        sizes = tuple((name, size) for name, size in key.pop("sizes"))
+        found.append(TuningResult(TuningKey(**key, sizes=sizes), **content))
+    return found
 
 
 def refuse(_trial: tuning.Trial[Any]) -> float:

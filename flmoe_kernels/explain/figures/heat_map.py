@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flmoe_kernels.core.figures import make_figure
-from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 from .canvas import (
     ABSENT,
@@ -26,7 +25,7 @@ from .canvas import (
     require_sized,
     require_tokens,
 )
-from .ties import alike, leaders
+from .ties import alike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 _MOST_NUMBERS = 12  # rows or columns; in larger maps the numbers of cells would overlap
 _MOST_LABELS = 32
-_FRAMED = 5  # at most, patches of largest |weight|
 _OPAQUE = 0.75
 _IMAGE_HEIGHT = 3.8
 _ALIKE = "one colour: not distinguishable at 2 s.e."
@@ -60,9 +58,7 @@ def token_patch_map(
     Colours start at 0, with the same limit on both sides; cells below 0 are hatched, and small maps show numbers.
     Values within two standard errors of each other, directly or through other values, have one colour: their mean,
     or 0 and dots if they are tied across 0, that is, not clearly on one side. Rows and columns without any value
-    are left out; other pairs that are not candidates (NaN) are grey. Up to five patches of largest |weight| are
-    framed, unless they are tied with other patches: within two standard errors, or within 5% of the largest
-    |weight|.
+    are left out; other pairs that are not candidates (NaN) are grey.
 
     Args:
         values: (La, Lb), tokens in rows, patches in columns; NaN for pairs without value.
@@ -225,31 +221,10 @@ def _overlay(axes: Axes, picture: Floats, weights: Floats, errors: Floats, label
         interpolation="nearest",
     )
     hatch_negative(axes, np.where(np.abs(drawn) > 0.05 * limit, drawn, np.nan), limit)
-    notes = [_frames(axes, weights, errors), *_notes(axes, weights, errors, drawn)]
+    notes = _notes(axes, weights, errors, drawn)
     axes.set_aspect((height / rows) / (width / columns))
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(label, fontsize="medium")
-    axes.set_xlabel("\n".join(note for note in notes if note), fontsize="small")
+    axes.set_xlabel("\n".join(notes), fontsize="small")
     _colour_bar(axes, shown, limit, bool((weights < 0).any()))
-
-
-def _frames(axes: Axes, weights: Floats, errors: Floats) -> str:
-    """Frame the patches of largest |weight| that are not tied with others; return a note."""
-    from matplotlib.patches import Rectangle
-
-    known = np.flatnonzero(np.isfinite(weights))
-    sizes = np.abs(weights.ravel()[known])
-    places, rest = leaders(sizes, errors.ravel()[known], _FRAMED)
-    for place in known[places].tolist():
-        row, column = divmod(place, weights.shape[1])
-        corner = (column - 0.47, row - 0.47)
-        # White below black is visible on any background.
-        for colour, line in (("white", 2.6), ("black", 1.2)):
-            axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, ec=colour, lw=line, zorder=4))
-    why = f"{'2 s.e. or ' if errors.any() else ''}{NEAR_TIE:.0%} of the scale"
-    if not len(places):
-        return f"no frame: the {rest} largest are within {why}" if rest else ""
-    count = f"{len(places)} " if len(places) > 1 else ""
-    more = f"; the next {rest} are within {why}" if rest else ""
-    return f"framed: the {count}largest{more}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flmoe_kernels.explain.reliability import TIE_ERRORS, tied
+from flmoe_kernels.explain.reliability import TIE_ERRORS
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 from .canvas import Floats, Ints
@@ -57,21 +57,3 @@ def alike(values: Floats, errors: Floats) -> Floats:
     sure = np.logical_or(*(side == count for side in sides)) & clear
     drawn[known] = np.where(sure, mean, 0.0)[group]
     return drawn
-
-
-def leaders(sizes: Floats, errors: Floats, most: int) -> tuple[Ints, int]:
-    """Return the places of the largest sizes, at most `most`, of which none is tied with any other value; and the
-    number of values, if above 1, that are tied for the next place and therefore left out.
-
-    Only sizes above 0 lead, and never all of them.
-    """
-    order = np.argsort(-sizes, kind="stable")
-    group = groups(sizes, errors)[order]
-    ahead = 0
-    for place in range(1, min(most, len(order) - 1) + 1):
-        if sizes[order[place - 1]] > 0 and group[place] > group[place - 1]:
-            ahead = place
-    if ahead == most or ahead == len(order) or not sizes[order[ahead]] > 0:
-        return order[:ahead], 0
-    count = int(tied(sizes, errors, int(order[ahead]))[order[ahead:]].sum())
-    return order[:ahead], count if count > 1 else 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flmoe_kernels.core.figures import make_figure, plain
+from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
@@ -23,9 +23,7 @@ _MOST_LABELS = 32
 _LEVEL_LETTERS = 24  # total length of names that fit horizontally
 
 
-def expert_weights(
-    weights: Any, names: Sequence[str], *, samples: Sequence[Any] | None = None, title: str = ""
-) -> Figure:
+def expert_weights(weights: Any, names: Sequence[str], *, title: str = "") -> Figure:
     """Plot the experts' weights of every sample in grey, and their mean over samples as bars, both from 0.
 
     The title of the bars names the expert of largest mean, or the experts that are tied, see `leading`. For 2 to
@@ -34,7 +32,6 @@ def expert_weights(
     Args:
         weights: (S, E), finite.
         names: E experts.
-        samples: S labels; by default 0 .. S - 1.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -46,17 +43,12 @@ def expert_weights(
     require_sized("names", names)
     if len(names) != array.shape[1]:
         raise ValueError(f"names: expected {array.shape[1]}, one for each expert, got {len(names)}")
-    if samples is not None:
-        require_sized("samples", samples)
-    labels = list(range(len(array))) if samples is None else list(samples)
-    if len(labels) != len(array):
-        raise ValueError(f"samples: expected {len(array)} labels, got {len(labels)}")
     heights = (min(9.0, max(2.2, 0.3 * len(array) + 1.4)), 3.4)
     # One above the other, so that the figure is readable on a narrow screen.
     figure = make_figure(max(4.6, 0.6 * len(names) + 1.4), sum(heights))
     upper, lower = figure.subplots(2, 1, height_ratios=heights)
     experts = [short(str(name)) for name in names]
-    _by_sample(upper, array, experts, labels)
+    _by_sample(upper, array, experts)
     _overall(lower, array, experts)
     if title:
         figure.suptitle(title)
@@ -78,15 +70,14 @@ def leading(weights: Floats) -> list[int]:
     return [int(k) for k in order if close[k]]
 
 
-def _by_sample(axes: Axes, weights: Floats, names: list[str], labels: list[Any]) -> None:
+def _by_sample(axes: Axes, weights: Floats, names: list[str]) -> None:
     top = max(1.0, float(weights.max()))
     image = axes.imshow(weights, cmap="Greys", vmin=0.0, vmax=top, aspect="auto")
     if len(weights) <= _MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(weights):
             ink = "white" if value > 0.5 * top else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
-    places = range(0, len(labels), max(1, -(-len(labels) // _MOST_LABELS)))
-    axes.set_yticks(places, [plain(str(labels[k])) for k in places])
+    axes.set_yticks(range(0, len(weights), max(1, -(-len(weights) // _MOST_LABELS))))
     _name_columns(axes, names)
     axes.set_ylabel("sample")
     axes.set_title("weight of each expert, by sample", fontsize="medium")

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import sys
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from flmoe_kernels.published.swap import swap
 
 from .features import Features, load_features
 from .findings import Findings, find, json_text
-from .folder import CHECKPOINTS, PAGE, RunFolder
+from .folder import CHECKPOINTS, PAGE, claim, publish, require_free
 from .page import page
 from .pictures import draw
 from .request import Request
@@ -40,12 +41,11 @@ class LayersDiffer(Exception):
 def run(request: Request, *, force: bool = False) -> Findings:
     """Explain samples and write OUT/index.html, explanation.json, result files and figures.
 
-    Results are written when all are complete, each atomically, index.html last; OUT/run.json records them. Before,
-    OUT/checkpoints keeps the progress of the pair estimates; the same request continues from it, with the same
-    numbers as an uninterrupted run.
+    Results are written when all are complete, each atomically, index.html last. Before, OUT/checkpoints keeps the
+    progress of the pair estimates; the same request continues from it, with the numbers of an uninterrupted run.
 
     Args:
-        force: replace the files of an earlier run in the folder, which is otherwise an error; other files stay.
+        force: replace earlier results in the folder, which are otherwise an error; other files stay.
 
     Raises:
         ModuleNotFoundError: an optional package is missing.
@@ -55,15 +55,15 @@ def run(request: Request, *, force: bool = False) -> Findings:
     # Imported first, because the evaluations take minutes.
     for name in EXTRAS:
         importlib.import_module(name)
-    folder = RunFolder(request.out, request, force)
+    require_free(request.out, force)
     fast, about, features = _load(request)
-    findings = find(fast, features, request, folder.claim, about)
+    findings = find(fast, features, request, partial(claim, request.out, force), about)
     with warnings.catch_warnings():
         # Characters missing in the font become boxes in figures; the page's tables have the text.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         pictures = draw(findings)
     files = _results(findings) | {name: picture.png for name, picture in pictures.items()}
-    folder.publish({**files, PAGE: page(findings, pictures, list(files))})
+    publish(request.out, {**files, PAGE: page(findings, pictures, list(files))})
     return findings
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import lzma
 import math
 import re
 import sys
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,17 +18,13 @@ from torch import Tensor
 
 from flmoe_kernels.core.figures import printable
 from flmoe_kernels.core.files import ZIP_HEAD, checked_head
+from flmoe_kernels.explain.archive import arrays_of
 from flmoe_kernels.explain.figures.heat_map import grey
 from flmoe_kernels.explain.games.tokens import rows_of, valid_tokens
 
 Array = NDArray[Any]
 
 _FIRST_HALF, _LAST_HALF = 0xD800, 0xDFFF  # surrogates
-# Exceptions of numpy and zipfile for a file that is truncated, altered or encrypted.
-_DAMAGED = (
-    *(ValueError, EOFError, OSError, RuntimeError, OverflowError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-)
 _NAME = re.compile(r"(?:inputs|masks|tokens|image)_(0|[1-9]\d*)|labels")
 
 
@@ -138,29 +132,11 @@ def _read(path: Path) -> dict[str, Array]:
             )
         if not head.startswith(ZIP_HEAD):
             raise FeatureError(f"{problem}, got another kind of file")
-        file = np.load(path, allow_pickle=False)
+        return arrays_of(path)
     except zipfile.BadZipFile as error:
         raise FeatureError(f"{problem}, got a damaged file") from error
-    with file:
-        return {name: _array(file, name) for name in file.files}
-
-
-def _array(file: Any, name: str) -> Array:
-    shown = printable(name)
-    try:
-        array = file[name]
-    except MemoryError as error:
-        raise FeatureError(
-            f"{shown}: expected an array that fits in memory, got a larger one"
-        ) from error
-    except _DAMAGED as error:
-        problem = "damaged or encrypted"
-        if "Object arrays" in str(error):
-            problem = "expected a plain array, got Python objects, which are not unpickled"
-        raise FeatureError(f"{shown}: {problem}") from error
-    if not isinstance(array, np.ndarray):
-        raise FeatureError(f"{shown}: expected an array, got another kind of file")
-    return array
+    except ValueError as error:
+        raise FeatureError(str(error)) from error
 
 
 def _wrong(name: str, expected: str, array: Array) -> FeatureError:

@@ -219,8 +219,8 @@ class PairInteractionMoE(nn.Module):
             masks: M x (B, L_m), True or 1 = valid; each may be None. The values of masked tokens have no effect.
             interaction_losses: also return the M + 2 losses of FL-I2MoE on the latents. In view m, N(0, 1) noise
                 replaces modality m's tokens (not its anchor; masks unchanged). Unlike in FL-I2MoE, the experts
-                share the noise of a view, because the gate compares them on the same token pair. Each loss is a mean
-                over the samples and views that exist: a sample without a modality has no view of it.
+                share the noise of a view, because the gate compares them on the same token pair. Each loss is a
+                mean over the samples and views that exist: a sample without a modality has no view of it.
             replacements: the noise, M x (B, L_m, dims[m]), None for a missing modality; by default drawn from
                 torch's generator. Only with interaction_losses.
 

@@ -19,8 +19,9 @@ from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransf
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.profile.cases import BACKWARD, FORWARD, Case
-from flmoe_kernels.profile.prepared import GRADIENT_OF, Context, Outputs, Prepared, cotangents_of
-from flmoe_kernels.profile.shapes import LayerShape
+from flmoe_kernels.profile.prepared import Context, Outputs, Prepared, gradients_by_name
+from flmoe_kernels.profile.shapes import LayerShape, UserShape
+from flmoe_kernels.profile.user_layer import load
 
 from . import draws
 
@@ -33,7 +34,9 @@ def shape_of(case: Case) -> LayerShape:
 
 
 def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
-    """Make the reference with seeded parameters; the global generator is not changed."""
+    """Make the reference with seeded parameters or those of a checkpoint; the global generator is not changed."""
+    if isinstance(shape, UserShape):
+        return load(shape)
     sparse = {"mlp_sparse": True, "num_experts": shape.experts} if shape.experts else {}
     sizes = (shape.modalities, shape.dim, shape.classes, shape.layers, shape.heads)
     with torch.random.fork_rng(devices=[]):
@@ -48,8 +51,11 @@ def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
         )
 
 
-def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Make token sequences and masks; padding is at the end, as in the output of frozen encoders."""
+def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Make token sequences and masks; padding is at the end, as in the output of frozen encoders.
+
+    Without padding, a user's layer gets no masks, which learned positions do not support.
+    """
     generator = draws.generator_of(device)
     inputs = [
         draws.draw(shape.batch, tokens, shape.dim, generator=generator)
@@ -59,6 +65,8 @@ def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tens
         torch.arange(tokens, device=device) < torch.tensor(lengths, device=device)[:, None]
         for tokens, lengths in zip(shape.padded_tokens, shape.lengths, strict=True)
     ]
+    if isinstance(shape, UserShape) and all(map(torch.all, masks)):
+        return inputs, None
     return inputs, masks
 
 
@@ -104,7 +112,7 @@ def timed_call(
     phase: str,
     layer: Any,
     inputs: list[Tensor],
-    masks: Sequence[Tensor | None] | None,
+    masks: list[Tensor] | None,
     context: Context = contextlib.nullcontext,
 ) -> Callable[[], None]:
     """Make an inference, a training step without optimizer, or the backward of its loss."""
@@ -141,7 +149,7 @@ def timed_call(
     return step
 
 
-def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor]) -> Outputs:
+def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor] | None) -> Outputs:
     """Compute the results with given noise and without dropout, which differs between contestants."""
     training = layer.training
     layer.eval()
@@ -155,33 +163,26 @@ def _outputs(case: Case, layer: Any, inputs: list[Tensor], masks: list[Tensor]) 
         named = {name: p for name, p in layer.named_parameters() if p.requires_grad}
         named |= {f"inputs.{m}": x for m, x in enumerate(leaves)}
         # The latents are already among the expert latents.
-        flowing = {n: x for n, x in results.items() if n != "latents" and x.requires_grad}
-        forms = {name: (x.shape, x.dtype) for name, x in flowing.items()}
-        grads = torch.autograd.grad(
-            list(flowing.values()),
-            list(named.values()),
-            cotangents_of(forms, inputs[0].device),
-            allow_unused=True,
-        )
+        flowing = {name: x for name, x in results.items() if name != "latents"}
+        gradients = gradients_by_name(flowing, named)
     finally:
         layer.train(training)
-    gradients = {
-        GRADIENT_OF + name: torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(named.items(), grads, strict=True)
-    }
     return {name: x.detach() for name, x in results.items()} | gradients
 
 
 def _named(result: Sequence[Any]) -> dict[str, Tensor]:
     """Name the tensors that a layer's forward returns, with gate losses if there are any."""
-    experts, weights, logits, losses, *gates, latents = result
+    experts, weights, logits, losses, *rest = result
     named = {"weights": weights, "logits": logits, "losses": torch.stack(list(losses))}
-    for place, name in enumerate(("expert_logits", "expert_latents")):
-        views = [torch.stack([view[place] for view in expert]) for expert in experts]
-        named[name] = torch.stack(views)
-    named["latents"] = torch.stack(list(latents))
-    if gates:
-        named["gate_losses"] = torch.stack([torch.stack(list(views)) for views in gates[0]])
+    if isinstance(experts[0][0], Tensor):  # the I2MoE variant, without latents
+        named["expert_logits"] = torch.stack([torch.stack(list(views)) for views in experts])
+    else:
+        for place, name in enumerate(("expert_logits", "expert_latents")):
+            views = [torch.stack([view[place] for view in expert]) for expert in experts]
+            named[name] = torch.stack(views)
+        named["latents"] = torch.stack(list(rest.pop()))
+    if rest:
+        named["gate_losses"] = torch.stack([torch.stack(list(views)) for views in rest[0]])
     return named
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 Configuration = TypeVar("Configuration")
 
-# Number of elements compared at a time, to limit the memory of their float64 copies.
-_CHUNK = 2**24
 # Candidates sum in different orders, so results differ by a few roundings of their dtype, or of operands to TF32,
 # which online maxima may shift. The limit is relative to the largest element; for the RMS it is a quarter.
 _ROUNDINGS, _TF32_ROUNDING = 4, 2.0**-11
@@ -63,22 +61,17 @@ def _near(x: Tensor, y: Tensor) -> bool:
     if not y.numel():
         return True
     allowed = max(_ROUNDINGS * torch.finfo(y.dtype).eps, _TF32_ROUNDING)
-    chunks = zip(*(tensor.reshape(-1).split(_CHUNK) for tensor in (x, y)), strict=True)
-    same, largest, squares = zip(*(_differences(*chunk) for chunk in chunks), strict=True)
-    error, size = torch.stack(largest).amax(dim=0)
-    error_squares, size_squares = torch.stack(squares).sum(dim=0)
-    near = (error <= allowed * size) & (error_squares <= (allowed / 4) ** 2 * size_squares)
-    return bool(torch.stack(same).all() & near)
-
-
-def _differences(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether x and y are NaN or infinite in the same positions; and for finite elements the largest |x - y| and
-    |y|, and the sums of their squares."""
-    x, y = x.double(), y.double()
+    # Differences of nearly equal numbers are exact in float32; float64 results keep their precision.
+    x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
     finite = y.isfinite()
-    same = torch.where(finite, x.isfinite(), (x == y) | (x.isnan() & y.isnan())).all()
-    both = torch.stack([(x - y).abs(), y.abs()]).where(finite, 0.0)
-    return same, both.amax(dim=1), both.square().sum(dim=1)
+    same = torch.where(finite, x.isfinite(), (x == y) | (x.isnan() & y.isnan()))
+    y = y.where(finite, 0.0)
+    # Relative to the largest element, so that squares do not overflow.
+    size = y.abs().max().clamp_min(torch.finfo(y.dtype).tiny)
+    error, y = (x.where(finite, 0.0) - y) / size, y / size
+    near = error.abs().max() <= allowed
+    near &= error.square().mean() <= (allowed / 4) ** 2 * y.square().mean()
+    return bool(same.all() & near)
 
 
 def device_seconds(trial: Trial[Any]) -> float:

@@ -58,8 +58,8 @@ def autotune(enabled: bool = True, *, timer: Timer | None = None) -> Iterator[No
     """Within the `with` block, in all threads, every Triton kernel runs its fastest configuration.
 
     The first call of a kernel with a new class, dtype, size and device times the candidates on its own inputs,
-    which synchronizes with the device, and saves the fastest in this process and in a file, see
-    `flmoe_kernels.core.triton.tuning.cache`. During CUDA graph capture nothing is timed: a call uses a saved
+    which synchronizes with the device, and saves the fastest in this process and in Triton's cache folder
+    (TRITON_CACHE_DIR). During CUDA graph capture nothing is timed: a call uses a saved
     result or the launch table. Without autotune and without FLMOE_AUTOTUNE=1, all calls use the launch table, and
     no file is read or written. The choice may change the order of sums, and so the last bits of results.
 
@@ -157,11 +157,10 @@ def _find(
     if timer is None or device.type == "meta":
         return candidates[0]
     saved = cache.read(key)
-    if saved is not None:
-        # A file only selects among the candidates of this version.
-        for candidate in candidates:
-            if described(candidate) == saved.tiles:
-                return candidate
+    # A file only selects among the candidates of this version.
+    for candidate in candidates:
+        if described(candidate) == saved:
+            return candidate
     if timing.capturing(device):
         return candidates[0]
     try:

@@ -1,1 +1,0 @@
-"""Experiments behind statements in the documentation."""
