@@ -49,7 +49,10 @@ QUICK: Rows = {
         Row(("mmimdb_short",), ("plain",), _TWO, ("reference",)),
         Row(("mmimdb_short",), ("dropout",), _TWO, ("unpadded sdpa",)),
     ),
-    "routed_mlp": (Row(("routed_short",), ("bias",), _TWO, ("index loop", "batched bmm")),),
+    "routed_mlp": (
+        Row(("routed_short",), ("bias",), _TWO, ("index loop", "batched bmm")),
+        Row(("routed_short",), ("swiglu",), _STEP, ("index loop", "batched bmm")),
+    ),
     "routing": (Row(("routed_small_e4",), ("",), _TWO, ("reference",)),),
     "interaction_moe": (Row(("mmimdb_short", "mimic"), ("",), _TWO, ("reference",)),),
 }
@@ -60,7 +63,7 @@ FULL_CPU: Rows = {
         Row(("mmimdb_sparse",), ("",), _TWO, ("reference",)),
     ),
     "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
-    "routed_mlp": (Row(_SMALL, ("bias",), _TWO, ("index loop", "batched bmm")),),
+    "routed_mlp": (Row(_SMALL, ("bias", "swiglu"), _TWO, ("index loop", "batched bmm")),),
     "routing": (),
     "pair_moe": (Row(("pair_base",), _REDUCTIONS, _TWO, ("reference", "compiled")),),
 }
@@ -78,10 +81,10 @@ FULL_CUDA: Rows = {
     ),
     "routed_mlp": (
         Row(
-            *(("routed_large",), ("no_bias",), (BOTH, FORWARD)),
+            *(("routed_large",), ("no_bias", "swiglu"), (BOTH, FORWARD)),
             ("torch._grouped_mm", "scattermoe", "batched bmm", "index loop"),
         ),
-        Row(_SMALL, ("bias",), _STEP, ("batched bmm", "index loop")),
+        Row(_SMALL, ("bias", "swiglu"), _STEP, ("batched bmm", "index loop")),
     ),
     "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
     "routing": (Row(("routed_large",), ("",), (FORWARD,), ("reference",)),),

@@ -299,7 +299,7 @@ def test_invalid_places_and_offsets_are_not_used_as_addresses() -> None:
     far[0], far[4] = -(2**31), 2**31 - 1
     call = RoutedCall(*inputs, far, wild, 0)
     out, hidden = kernels.forward(call)
-    left = torch.ones(len(want), dtype=torch.bool)
+    left = torch.ones(want.shape[1], dtype=torch.bool)
     left[3] = left[7] = False
     assert torch.equal(hidden[:, left], want[:, left])
     kernels.backward(call, torch.ones_like(out), hidden, [True] * 8)
