@@ -51,7 +51,10 @@ QUICK: Rows = {
         Row(("mmimdb_short",), ("plain",), _TWO, ("reference",)),
         Row(("mmimdb_short",), ("dropout",), _TWO, ("unpadded sdpa",)),
     ),
-    "routed_mlp": (Row(("routed_short",), ("bias",), _TWO, ("index loop", "batched bmm")),),
+    "routed_mlp": (
+        Row(("routed_short",), ("bias",), _TWO, ("index loop", "batched bmm")),
+        Row(("routed_short",), ("swiglu",), _STEP, ("index loop", "batched bmm")),
+    ),
     "routing": (Row(("routed_small_e4",), ("",), _TWO, ("reference",)),),
     "interaction_moe": (Row(("mmimdb_short", "mimic"), ("",), _TWO, ("reference",)),),
 }
@@ -64,7 +67,7 @@ FULL_CPU: Rows = {
     ),
     "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
     "routed_mlp": (
-        Row(_SMALL, ("bias",), _TWO, ("index loop", "batched bmm")),
+        Row(_SMALL, ("bias", "swiglu"), _TWO, ("index loop", "batched bmm")),
         Row(_SMALL_ZIPF, ("bias",), _TWO, ("index loop",)),
     ),
     "routing": (),
@@ -85,10 +88,10 @@ FULL_CUDA: Rows = {
     ),
     "routed_mlp": (
         Row(
-            *(("routed_large",), ("no_bias",), (BOTH, FORWARD)),
+            *(("routed_large",), ("no_bias", "swiglu"), (BOTH, FORWARD)),
             ("torch._grouped_mm", "scattermoe", "batched bmm", "index loop"),
         ),
-        Row(_SMALL, ("bias",), _STEP, ("batched bmm", "index loop")),
+        Row(_SMALL, ("bias", "swiglu"), _STEP, ("batched bmm", "index loop")),
         Row(("routed_large_zipf",), ("no_bias",), _STEP, ("torch._grouped_mm", "scattermoe")),
         Row(_SMALL_ZIPF, ("bias",), _STEP, ("index loop",)),
     ),

@@ -41,7 +41,7 @@ def _scattermoe_unavailable_reason(case: Case) -> str:
         return "not installed"
     if not is_cuda(case.device):
         return "runs only on GPUs"
-    return "some releases do not support biases" if case.variant != "no_bias" else ""
+    return "some releases do not support biases" if case.variant == "bias" else ""
 
 
 def version(name: str) -> str:
@@ -54,7 +54,7 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
         return operator.prepare(case, REFERENCE, dtype)
     if name == BMM:
         shape = operator.shape_of(case)
-        index, _ = operator.make_inputs(shape, False, case.device)
+        index, _ = operator.make_inputs(shape, case.variant, case.device)
         # The padded length is computed before timing, like a fixed capacity, so the peer need not wait for it.
         rows = int(torch.bincount(index.reshape(-1), minlength=shape.experts).max())
         return operator.prepare_routed(case, functools.partial(batched_bmm, rows), dtype)
@@ -71,8 +71,9 @@ def batched_bmm(
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    w_gate: Tensor | None,
 ) -> Tensor:
-    """Two batched products over all experts; tokens are gathered into (E, rows, D), padded with zeros."""
+    """Batched products over all experts; tokens are gathered into (E, rows, D), padded with zeros."""
     experts, _, width = w_in.shape
     expert, order, bounds = _sorted(index, experts)
     starts = bounds[:-1].index_select(0, expert)
@@ -80,8 +81,10 @@ def batched_bmm(
     token = order // index.shape[1]
     # The backward of index_select adds directly; the backward of x[token] would sort first.
     gathered = x.new_zeros(experts * rows, width).index_copy(0, place, x.index_select(0, token))
-    hidden = _linear(gathered.view(experts, rows, width), w_in, b_in)
-    out = _linear(F.gelu(hidden), w_out, b_out).reshape(experts * rows, -1)
+    gathered = gathered.view(experts, rows, width)
+    gate = None if w_gate is None else _linear(gathered, w_gate, None)
+    hidden = _activate(_linear(gathered, w_in, b_in), gate)
+    out = _linear(hidden, w_out, b_out).reshape(experts * rows, -1)
     weighted = out.index_select(0, place) * weight.reshape(-1).index_select(0, order)[:, None]
     return torch.zeros_like(x).index_add(0, token, weighted)
 
@@ -94,6 +97,10 @@ def _sorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     expert, order = index.reshape(-1).sort(stable=True)
     bounds = torch.searchsorted(expert, torch.arange(experts + 1, device=index.device))
     return expert, order, bounds
+
+
+def _activate(hidden: Tensor, gate: Tensor | None) -> Tensor:
+    return F.gelu(hidden) if gate is None else F.silu(gate) * hidden
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -111,12 +118,16 @@ def grouped_mm(
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    w_gate: Tensor | None,
 ) -> Tensor:
     """torch's grouped products over tokens sorted by expert."""
     expert, order, bounds = _sorted(index, w_in.shape[0])
     token, ends = order // index.shape[1], bounds[1:].to(torch.int32)
-    hidden = torch._grouped_mm(x.index_select(0, token), w_in.mT, offs=ends)
-    hidden = F.gelu(hidden if b_in is None else hidden + b_in.index_select(0, expert))
+    rows = x.index_select(0, token)
+    hidden = torch._grouped_mm(rows, w_in.mT, offs=ends)
+    hidden = hidden if b_in is None else hidden + b_in.index_select(0, expert)
+    gate = None if w_gate is None else torch._grouped_mm(rows, w_gate.mT, offs=ends)
+    hidden = _activate(hidden, gate)
     out = torch._grouped_mm(hidden, w_out.mT, offs=ends)
     out = out if b_out is None else out + b_out.index_select(0, expert)
     weighted = out * weight.reshape(-1).index_select(0, order)[:, None]
@@ -131,12 +142,17 @@ def scattered(
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    w_gate: Tensor | None,
 ) -> Tensor:
-    """ScatterMoE's two linear maps (arXiv 2403.08245): the first gathers rows, the second combines them."""
+    """ScatterMoE's linear maps (arXiv 2403.08245): those of tokens gather rows, the last combines them."""
     assert b_in is None
     assert b_out is None
     package = importlib.import_module("scattermoe.parallel_experts")
     places = package.flatten_sort_count(index, num_experts=w_in.shape[0])
-    hidden = package.parallel_linear(x, w_in.mT, index.shape[1], *places, grouped_out=True)
-    hidden = F.gelu(hidden)
+
+    def grouped(w: Tensor) -> Tensor:
+        rows: Tensor = package.parallel_linear(x, w.mT, index.shape[1], *places, grouped_out=True)
+        return rows
+
+    hidden = _activate(grouped(w_in), None if w_gate is None else grouped(w_gate))
     return package.parallel_linear(hidden, w_out.mT, 1, *places, grouped_in=True, gates=weight)

@@ -3,18 +3,25 @@
 namespace flmoe::bindings {
 namespace {
 
-// tensors = addresses of (x, weight, w_in, b_in, w_out, b_out, offsets, permutation);
-// sizes = (tokens, choices, experts, width, hidden).
-flmoe::RoutedArgs routed_args(const std::array<Address, 8>& tensors,
-                              const std::array<int64_t, 5>& sizes, int act, int threads) {
+// tensors = addresses of (x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate, offsets,
+// permutation); sizes = (tokens, choices, experts, width, hidden); strides = (w_in, w_gate) from
+// expert to expert.
+using Tensors = std::array<Address, 10>;
+using Sizes = std::array<int64_t, 5>;
+using Strides = std::array<int64_t, 2>;
+
+flmoe::RoutedArgs routed_args(const Tensors& tensors, const Sizes& sizes, const Strides& strides,
+                              int act, int threads) {
   flmoe::RoutedArgs args{};
   args.x = pointer(tensors[0]), args.weight = pointer(tensors[1]);
   args.w_in = pointer(tensors[2]), args.b_in = pointer(tensors[3]);
   args.w_out = pointer(tensors[4]), args.b_out = pointer(tensors[5]);
-  args.offsets = pointer<const int32_t>(tensors[6]);
-  args.permutation = pointer<const int32_t>(tensors[7]);
+  args.w_gate = pointer(tensors[6]), args.b_gate = pointer(tensors[7]);
+  args.offsets = pointer<const int32_t>(tensors[8]);
+  args.permutation = pointer<const int32_t>(tensors[9]);
   args.tokens = sizes[0], args.choices = sizes[1], args.experts = sizes[2];
   args.width = sizes[3], args.hidden = sizes[4];
+  args.w_in_stride = strides[0], args.w_gate_stride = strides[1];
   if (act < 0 || act > 3) throw std::invalid_argument("act: expected a code from 0 to 3");
   const int64_t rows = args.tokens * args.choices;
   int32_t last = 0;
@@ -33,21 +40,21 @@ flmoe::RoutedArgs routed_args(const std::array<Address, 8>& tensors,
 }  // namespace
 
 void bind_routed_mlp(py::module_& m) {
-  using Tensors = std::array<Address, 8>;
-  using Sizes = std::array<int64_t, 5>;
-  m.def("routed_forward", [](int dtype, const Tensors& tensors, const Sizes& sizes, int act,
-                             int threads, Address out, Address hidden, Address rows) {
-    const flmoe::RoutedForward args{routed_args(tensors, sizes, act, threads), pointer(out),
-                                    pointer(hidden), pointer(rows)};
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().routed_forward(type, args); });
-  });
-  // workspace = (grad_hidden, weighted, rows); grads = (x, weight, w_in, b_in, w_out, b_out)
+  m.def("routed_forward",
+        [](int dtype, const Tensors& tensors, const Sizes& sizes, const Strides& strides, int act,
+           int threads, Address out, Address hidden, Address rows) {
+          const flmoe::RoutedForward args{routed_args(tensors, sizes, strides, act, threads),
+                                          pointer(out), pointer(hidden), pointer(rows)};
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().routed_forward(type, args); });
+        });
+  // workspace = (grad_hidden, weighted, rows);
+  // grads = (x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate)
   m.def("routed_backward",
-        [](int dtype, const Tensors& tensors, const Sizes& sizes, int act, int threads,
-           Address grad_out, Address hidden, const std::array<Address, 3>& workspace,
-           const std::array<Address, 6>& grads) {
-          const flmoe::RoutedBackward args{routed_args(tensors, sizes, act, threads),
+        [](int dtype, const Tensors& tensors, const Sizes& sizes, const Strides& strides, int act,
+           int threads, Address grad_out, Address hidden, const std::array<Address, 3>& workspace,
+           const std::array<Address, 8>& grads) {
+          const flmoe::RoutedBackward args{routed_args(tensors, sizes, strides, act, threads),
                                            pointer(grad_out),
                                            pointer(hidden),
                                            pointer(workspace[0]),
@@ -58,7 +65,9 @@ void bind_routed_mlp(py::module_& m) {
                                            pointer(grads[2]),
                                            pointer(grads[3]),
                                            pointer(grads[4]),
-                                           pointer(grads[5])};
+                                           pointer(grads[5]),
+                                           pointer(grads[6]),
+                                           pointer(grads[7])};
           const DType type = dtype_of(dtype);
           without_gil([&] { flmoe::active_kernels().routed_backward(type, args); });
         });

@@ -195,29 +195,34 @@ struct DispatchArgs {
 };
 
 // x (tokens, width); weight (tokens, choices); w_in (experts, hidden, width) and w_out (experts,
-// width, hidden) with biases or null. permutation lists places in (tokens, choices) by expert.
+// width, hidden) with biases or null; w_gate and b_gate as w_in and b_in, null if experts are not
+// gated. The strides are elements from one expert to the next. permutation lists places in (tokens,
+// choices) by expert.
 struct RoutedArgs {
-  const void *x, *weight, *w_in, *b_in, *w_out, *b_out;
+  const void *x, *weight, *w_in, *b_in, *w_out, *b_out, *w_gate, *b_gate;
   const int32_t *offsets, *permutation;
   int64_t tokens, choices, experts, width, hidden;
+  int64_t w_in_stride, w_gate_stride;
   int act;
   int threads;
 };
 
-// hidden: pre-activations (tokens * choices, hidden); rows: workspace (tokens * choices, width) in
-// the compute type. Both by place in the permutation; dropped rows are not touched.
+// hidden: x w_in^T + b_in, (tokens * choices, hidden), and for gated experts after it x w_gate^T +
+// b_gate; rows: workspace (tokens * choices, width) in the compute type. Both by place in the
+// permutation; dropped rows are not touched.
 struct RoutedForward {
   RoutedArgs in;
   void *out, *hidden, *rows;
 };
 
-// grad_hidden, weighted: workspaces (tokens * choices, hidden) in the compute type. Gradients of
-// dropped rows' weights are not touched; a gradient that is not wanted is null.
+// grad_hidden (as hidden), weighted (tokens * choices, hidden), rows: workspaces in the compute
+// type. Gradients of dropped rows' weights are not touched; a gradient that is not wanted is null.
 struct RoutedBackward {
   RoutedArgs in;
   const void *grad_out, *hidden;
   void *grad_hidden, *weighted, *rows;
-  void *grad_x, *grad_weight, *grad_w_in, *grad_b_in, *grad_w_out, *grad_b_out;
+  void *grad_x, *grad_weight, *grad_w_in, *grad_b_in, *grad_w_out, *grad_b_out, *grad_w_gate,
+      *grad_b_gate;
 };
 
 struct Kernels {

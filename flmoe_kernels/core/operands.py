@@ -61,6 +61,11 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def experts_contiguous(x: Tensor) -> Tensor:
+    """x (E, ...), or a copy of it, with contiguous parts of the experts: half of a fused weight is not copied."""
+    return x if len(x) and x[0].is_contiguous() else x.contiguous()
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """x, or a copy of it, with a contiguous last dimension."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

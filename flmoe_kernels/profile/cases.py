@@ -33,11 +33,12 @@ class Operator:
     phases: tuple[str, ...] = PHASES
 
 
-# Variants. pair_moe: reduction of y. expert_attention: with or without the shape's dropout. routed_mlp: biases of
-# the linear maps. interaction_moe: forward is inference (the full view), forward+backward a training step.
+# Variants. pair_moe: reduction of y. expert_attention: with or without the shape's dropout. routed_mlp: with or
+# without biases; "swiglu" is gated and has none. interaction_moe: forward is inference (the full view),
+# forward+backward a training step.
 PAIR_MOE = Operator("pair_moe", PairShape, ("none", "pool"))
 EXPERT_ATTENTION = Operator("expert_attention", LayerShape, ("dropout", "plain"))
-ROUTED_MLP = Operator("routed_mlp", RoutedShape, ("bias", "no_bias"))
+ROUTED_MLP = Operator("routed_mlp", RoutedShape, ("bias", "no_bias", "swiglu"))
 ROUTING = Operator("routing", RoutedShape)
 INTERACTION_MOE = Operator("interaction_moe", LayerShape)
 OPERATORS = {

@@ -43,11 +43,10 @@ def cost(case: Case) -> Cost:
     if isinstance(shape, PairShape):
         parts = pair_cost(shape, case.variant, size)
     elif isinstance(shape, RoutedShape):
-        biased = case.variant == "bias"
         parts = (
             routing_cost(shape, size)
             if case.operator == "routing"
-            else routed_cost(shape, size, biased)
+            else routed_cost(shape, size, case.variant)
         )
     elif case.operator == "expert_attention":
         parts = attention_cost(shape, shape.views, size)
@@ -97,24 +96,24 @@ def attention_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost
     )
 
 
-def routed_cost(shape: RoutedShape, size: int, biased: bool) -> tuple[Cost, Cost]:
-    """Work of routed_mlp: 4 D F FLOP for each routed row in the forward, 8 D F in the backward.
+def routed_cost(shape: RoutedShape, size: int, variant: str) -> tuple[Cost, Cost]:
+    """Work of routed_mlp: 4 D F FLOP for each routed row in the forward, 8 D F in the backward; gated 6 and 12.
 
     Bytes: x, the weights of all experts, the tokens' choices and weights, and out. The forward also writes and
-    reads hidden rows once (the two products are two kernels in every backend); the backward reads them, and
-    writes and reads their gradient once.
+    reads hidden rows, and those of a gate, once (the last product is a kernel of its own in every backend); the
+    backward reads them, and writes and reads their gradient once.
     """
-    rows = shape.routed_rows
+    rows, gates = shape.routed_rows, int(variant == "swiglu")
     tokens = shape.tokens * shape.width * size
-    weights = 2 * shape.experts * shape.width * shape.hidden * size
-    weights += shape.experts * (shape.width + shape.hidden) * size if biased else 0
+    weights = (2 + gates) * shape.experts * shape.width * shape.hidden * size
+    weights += shape.experts * (shape.width + shape.hidden) * size if variant == "bias" else 0
     choices = rows * (size + _INDEX)
     hidden = rows * shape.hidden * size
-    product = 4 * rows * shape.width * shape.hidden
+    product = 2 * (2 + gates) * rows * shape.width * shape.hidden
     return (
-        Cost(product, 2 * tokens + weights + choices + 2 * hidden),
+        Cost(product, 2 * tokens + weights + choices + (2 + 2 * gates) * hidden),
         # Reads x, the gradient of out, weights and hidden rows; writes gradients of x, weights and choices.
-        Cost(2 * product, 3 * tokens + 2 * weights + 2 * choices + 3 * hidden),
+        Cost(2 * product, 3 * tokens + 2 * weights + 2 * choices + 3 * (1 + gates) * hidden),
     )
 
 

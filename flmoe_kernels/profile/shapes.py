@@ -120,7 +120,7 @@ class RoutedShape:
     hidden: int
     experts: int
     choices: int
-    load: Literal[uniform, zipf] = "uniform"
+    load: Literal["uniform", "zipf"] = "uniform"
 
     @property
     def routed_rows(self) -> int:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -162,14 +163,14 @@ def test_scores_of_pairs() -> None:
 
 
 @pytest.mark.parametrize("load", ["even", "dropped", "none"])
-@pytest.mark.parametrize("wants", each_of(6))
+@pytest.mark.parametrize("wants", [*each_of(6), *each_of(8)])
 def test_routed_mlp(load: str, wants: tuple[bool, ...]) -> None:
     """For the gradient of weight alone, the kernels compute the hidden gradient; the reference keeps its rows."""
-    case = RoutedCase(11, load=load)
+    case = RoutedCase(11, load=load, gated=len(wants) == 8)
     index, inputs = case.index(), case.inputs(torch.float32)
 
     def call(backend: str) -> int:
-        return step(lambda x, *rest: routed_mlp(x, index, *rest, backend=backend), inputs, wants)
+        return step(partial(case.call, index=index, backend=backend), inputs, wants)
 
     product = 2 * 5 * 7 * int((index >= 0).sum())
     assert (product == 0) == (load == "none")

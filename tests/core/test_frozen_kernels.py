@@ -45,8 +45,9 @@ def of_routed(wants: list[bool]) -> None:
     w_in, w_out = meta(3, 96, 64), meta(3, 64, 96)
     biases, places = (meta(3, 96), meta(3, 64)), meta(128, dtype=torch.int32)
     x, offsets = meta(64, 64), meta(4, dtype=torch.int32)
-    call = RoutedCall(x, meta(64, 2), w_in, biases[0], w_out, biases[1], offsets, places, 0)
-    routed.backward(call, x, meta(128, 96), wants)
+    parameters = (w_in, biases[0], w_out, biases[1], meta(3, 96, 64), meta(3, 96))
+    call = RoutedCall(x, meta(64, 2), *parameters, offsets, places, 0)
+    routed.backward(call, x, meta(2, 128, 96), wants)
 
 
 def of_norm(wants: list[bool]) -> None:
@@ -68,7 +69,7 @@ def of_mixture(wants: list[bool]) -> None:
 BACKWARDS: list[tuple[Any, Callable[[list[bool]], None], int]] = [
     (attention, of_attention, 3),
     (pair, of_pairs, 5),
-    (routed, of_routed, 6),
+    (routed, of_routed, 8),
     (rows, of_norm, 4),
     (rows, of_pool, 2),
     (reweighting, of_mixture, 2),

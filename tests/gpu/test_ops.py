@@ -36,6 +36,9 @@ ROUTED = (
     routed_cases.RoutedCase(257, 130, 196, 5, 3, "silu", "dropped"),
     routed_cases.RoutedCase(64, 64, 64, 8, 1, "relu", "hot"),
     routed_cases.RoutedCase(2000, 64, 96, 64, 8, load="zipf"),
+    routed_cases.RoutedCase(2000, 256, 512, 16, 2, "silu", bias=False, gated=True),
+    routed_cases.RoutedCase(257, 130, 196, 5, 3, "gelu", "dropped", gated=True),
+    routed_cases.RoutedCase(300, 1024, 1024, 2, 1, "silu", "hot", gated=True),
 )
 ATTENTION = (
     attention_cases.Case((63, 60, 0, 196), 4, 64, 0.5),

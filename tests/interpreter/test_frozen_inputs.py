@@ -37,6 +37,8 @@ LAUNCHES = (
     ("routed_mlp", ".1....", ["hidden_gradient_kernel", "choice_gradient_kernel"]),
     ("routed_mlp", "..1...", ["hidden_gradient_kernel", "weight_gradient_kernel"]),
     ("routed_mlp", ".....1", ["weight_gradient_kernel"]),
+    ("routed_mlp, gated", "......1.", ["hidden_gradient_kernel", "weight_gradient_kernel"]),
+    ("routed_mlp, gated", "1.......", ["hidden_gradient_kernel", "rows_kernel", "sum_kernel"]),
 )
 
 

@@ -22,7 +22,7 @@ from flmoe_kernels.ops.routed_mlp.triton.table import TABLE, Tiles
 from flmoe_kernels.ops.routing import triton as routing_kernels
 from flmoe_kernels.ops.routing.api import dispatch
 from tests.support.inputs import as_dtype, draw
-from tests.support.routed_cases import ACTIVATIONS, NAMES, RoutedCase, check, run
+from tests.support.routed_cases import ACTIVATIONS, RoutedCase, check, fused, run
 
 TRITON = "triton"
 OPS = torch.ops.flmoe
@@ -30,6 +30,7 @@ NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOADS = ("even", "hot", "dropped", "none")
 BASE = RoutedCase(40, 6, 9, 4, 2)
+GATED = dataclasses.replace(BASE, act="silu", load="dropped", gated=True)
 # One token, none, several blocks of rows and columns, one full chunk, a partial chunk and several chunks.
 SIZES = (
     RoutedCase(17),
@@ -51,16 +52,18 @@ def cases() -> Iterator[Any]:
     for i, (size, j) in enumerate(itertools.product(SIZES, range(2))):
         dtype, load = KINDS[7 * i % len(KINDS)]
         marks = [pytest.mark.slow] if j and i >= len(KINDS) else []
-        yield pytest.param(dataclasses.replace(size, load=load), dtype, marks=marks)
+        yield pytest.param(dataclasses.replace(size, load=load, gated=j == 1), dtype, marks=marks)
     for i, (dtype, act) in enumerate(itertools.product(DTYPES, ACTIVATIONS)):
         bias = (i + i // len(ACTIVATIONS)) % 2 == 0
-        yield dataclasses.replace(BASE, act=act, bias=bias, load="dropped"), dtype
+        case = dataclasses.replace(BASE, act=act, bias=bias, load="dropped")
+        yield from ((dataclasses.replace(case, gated=gated), dtype) for gated in (False, True))
     for choices, bias in itertools.product((1, 2, 3, 4), (True, False)):
         case = RoutedCase(30, experts=5, choices=choices, bias=bias, load="dropped")
-        yield case, torch.float32
+        yield dataclasses.replace(case, gated=choices % 2 == 1), torch.float32
     # A choice of all eight experts: eight rows are rounded before their sum.
     for dtype in DTYPES[1:]:
-        yield RoutedCase(64, 24, 40, 8, 8), dtype
+        for gated in (False, True):
+            yield RoutedCase(64, 24, 40, 8, 8, gated=gated), dtype
     yield RoutedCase(90, 9, 20, 16, 2, load="zipf"), torch.float32
 
 
@@ -73,16 +76,20 @@ def with_cotangent(
     case: RoutedCase, inputs: list[Tensor], index: Tensor, backend: str, cotangent: Tensor
 ) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = routed_mlp(leaves[0], index, *leaves[1:], act=case.act, backend=backend)
+    out = case.call(*leaves, index=index, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("act", ["silu", "relu"])
-@pytest.mark.parametrize("which", range(7))
-def test_nan_and_inf_stay_in_their_own_rows(which: int, act: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("gated", "which"), [*((False, i) for i in range(7)), *((True, i) for i in (0, 2, 3, 6, 7, 8))]
+)
+def test_nan_and_inf_stay_in_their_own_rows(
+    gated: bool, which: int, act: str, value: float
+) -> None:
     """NaN or infinity in an input or in the cotangent. Other activations' formulas differ at infinity."""
-    case = dataclasses.replace(BASE, act=act, load="dropped")
+    case = dataclasses.replace(GATED, act=act, gated=gated)
     index, positive = case.index(), [x.abs() + 0.1 for x in case.inputs(torch.float32)]
     places = [*positive, torch.ones_like(positive[0])]
     places[which].view(-1)[1] = value
@@ -90,7 +97,7 @@ def test_nan_and_inf_stay_in_their_own_rows(which: int, act: str, value: float) 
     results = [with_cotangent(case, inputs, index, b, cotangent) for b in (TRITON, "reference")]
     # relu can turn a negative infinity into 0.
     assert value == -INF or not all(x.isfinite().all() for x in results[0])
-    for name, got, want in zip(NAMES, *results, strict=True):
+    for name, got, want in zip(case.names, *results, strict=True):
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(kind(got), kind(want)), (name, kind)
 
@@ -126,7 +133,7 @@ def test_nan_cotangents_propagate_as_in_torch(act: str) -> None:
 def test_dropped_rows_and_empty_experts_give_exact_zeros() -> None:
     """Holds for any weights of experts without rows, any biases of the others and any values of dropped tokens."""
     for choices in (1, 2):
-        case = RoutedCase(20, 6, 9, 4, choices)
+        case = RoutedCase(20, 6, 9, 4, choices, gated=choices == 2)
         inputs, index = case.inputs(torch.float32), torch.zeros(20, choices, dtype=torch.int64)
         index[5:] = -1
         for x in inputs[2:]:
@@ -146,18 +153,33 @@ def test_dropped_rows_and_empty_experts_give_exact_zeros() -> None:
             assert x[0].isfinite().all()
 
 
-def test_results_are_bitwise_equal_for_repeats_and_layouts() -> None:
-    case = RoutedCase(30, 20, 18, 3, 2, load="dropped")
+@pytest.mark.parametrize("gated", [False, True])
+def test_results_are_bitwise_equal_for_repeats_and_layouts(gated: bool) -> None:
+    case = RoutedCase(30, 20, 18, 3, 2, load="dropped", gated=gated)
     inputs, index = case.inputs(torch.float16), case.index()
     expected = run(case, inputs, index, TRITON)
     layouts = (
         (inputs, index),
         ([torch.stack([x, x], dim=-1)[..., 0] for x in inputs], index.t().contiguous().t()),
         ([x.mT.contiguous().mT for x in inputs], index.int()),
+        (fused(case, inputs) if gated else inputs, index),
     )
     for layout, places in layouts:
-        for name, got, want in zip(NAMES, run(case, layout, places, TRITON), expected, strict=True):
+        found = run(case, layout, places, TRITON)
+        for name, got, want in zip(case.names, found, expected, strict=True):
             assert torch.equal(got, want), name
+
+
+def test_halves_of_a_fused_weight_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Launch] = []
+    monkeypatch.setattr(kernels, "run", lambda launches, _device: read.extend(launches))
+    halves = fused(GATED, GATED.inputs(torch.float32))
+    leaves = [x.detach().requires_grad_() for x in halves]
+    GATED.call(*leaves, index=GATED.index(), backend=TRITON).sum().backward()
+    found = {launch.kernel.fn.__name__: launch.arguments for launch in read}
+    for name in ("hidden_kernel", "rows_kernel"):
+        addresses = [found[name][key].data_ptr() for key in ("w", "w_gate")]
+        assert addresses == [halves[2].data_ptr(), halves[6].data_ptr()], name
 
 
 def test_a_token_may_choose_an_expert_twice() -> None:
@@ -165,7 +187,7 @@ def test_a_token_may_choose_an_expert_twice() -> None:
     index[:3] = 2
     inputs = BASE.inputs(torch.float32)
     found, want = (run(BASE, inputs, index, backend) for backend in (TRITON, "reference"))
-    for name, got, expected in zip(NAMES, found, want, strict=True):
+    for name, got, expected in zip(BASE.names, found, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
@@ -173,7 +195,8 @@ def test_a_token_may_choose_an_expert_twice() -> None:
 def test_rows_of_an_expert_in_splits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients are sums of parts, some of which have no rows."""
     monkeypatch.setattr(launch, "splits_of", lambda _tiles, _call: 3)
-    for case in (RoutedCase(90, 20, 35, 2, 2, load="hot"), RoutedCase(99, 7, 9, 2, 1, bias=False)):
+    hot = RoutedCase(90, 20, 35, 2, 2, load="hot")
+    for case in (hot, RoutedCase(99, 7, 9, 2, 1, bias=False, gated=True)):
         check(case, dtype, TRITON)
 
 
@@ -195,20 +218,21 @@ def meta_call(tokens: int, choices: int, experts: int, width: int, hidden: int) 
 
     return RoutedCall(
         *(meta(tokens, width), meta(tokens, choices), meta(experts, hidden, width), None),
-        *(meta(experts, width, hidden), None, meta(experts + 1, dtype=torch.int32)),
+        *(meta(experts, width, hidden), None, None, None, meta(experts + 1, dtype=torch.int32)),
         *(meta(tokens * choices, dtype=torch.int32), 0),
     )
 
 
-def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = RoutedCase(40, 20, 35, 2, 2, load="dropped")
+@pytest.mark.parametrize("gated", [False, True])
+def test_other_tiles_give_the_same_numbers(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = RoutedCase(40, 20, 35, 2, 2, load="dropped", gated=gated)
     inputs, index = case.inputs(torch.float32), case.index()
     expected = run(case, inputs, index, TRITON)
     for slices, rows in ((1, 32), (8, 16)):
         for row in list(TABLE):
             monkeypatch.setitem(TABLE, row, Tiles(rows, 128, 16, slices, 4, 1, (0, 0, 0)))
         found = run(case, inputs, index, TRITON)
-        for name, got, want in zip(NAMES, found, expected, strict=True):
+        for name, got, want in zip(case.names, found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
 
 
@@ -217,7 +241,11 @@ def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     ("case", "architecture"),
     [
         *((RoutedCase(150, 33, 70, 2, 2, load="dropped"), one) for one in KNOWN),
-        (RoutedCase(9, 1026, 1024, 1, 1, bias=False), 90),
+        (RoutedCase(150, 33, 70, 2, 2, load="dropped", gated=True), 90),
+        *(
+            (RoutedCase(9, 1026, 1024, 1, 1, bias=False, gated=gated), 90)
+            for gated in (False, True)
+        ),
     ],
     ids=str,
 )
@@ -255,7 +283,7 @@ def test_launches_and_buffers_do_not_depend_on_data(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(module, "run", record)
     for load in LOADS:
         recorded.append([])
-        case = dataclasses.replace(BASE, load=load)
+        case = dataclasses.replace(GATED, load=load)
         run(case, case.inputs(torch.float32), case.index(), TRITON)
     assert len(recorded[0]) > 8
     assert all(calls == recorded[0] for calls in recorded)
@@ -264,19 +292,18 @@ def test_launches_and_buffers_do_not_depend_on_data(monkeypatch: pytest.MonkeyPa
 def test_invalid_places_and_offsets_are_not_used_as_addresses() -> None:
     """With tensors that do not come from a dispatch, rows of valid places are computed and the call ends. An
     address from an invalid place or offset would be far outside any tensor."""
-    x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
+    inputs = GATED.inputs(torch.float32)
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
-    inputs = (x, weight, w_in, b_in, w_out, b_out)
     want = kernels.forward(RoutedCall(*inputs, offsets, permutation, 0))[1]
     wild, far = permutation.clone(), offsets.clone()
     wild[3], wild[7] = -(2**31), 2**31 - 1
     far[0], far[4] = -(2**31), 2**31 - 1
     call = RoutedCall(*inputs, far, wild, 0)
     out, hidden = kernels.forward(call)
-    left = torch.ones(len(want), dtype=torch.bool)
+    left = torch.ones(want.shape[1], dtype=torch.bool)
     left[3] = left[7] = False
-    assert torch.equal(hidden[left], want[left])
-    kernels.backward(call, torch.ones_like(out), hidden, [True] * 6)
+    assert torch.equal(hidden[:, left], want[:, left])
+    kernels.backward(call, torch.ones_like(out), hidden, [True] * 8)
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -300,7 +327,8 @@ def test_offsets_beyond_32_bits() -> None:
 
     def call(x: Tensor, weight: Tensor, permutation: Tensor, first: int, end: int) -> RoutedCall:
         offsets = torch.tensor([first, end], dtype=torch.int32)
-        return RoutedCall(x, weight, weights[0], None, weights[1], None, offsets, permutation, 0)
+        parameters = (weights[0], None, weights[1], None, None, None)
+        return RoutedCall(x, weight, *parameters, offsets, permutation, 0)
 
     big = call(x, weight, permutation, rows - 3, rows)
     tiles = {
@@ -321,7 +349,8 @@ def test_offsets_beyond_32_bits() -> None:
         one.run()
     small = call(x[last], weight[last], torch.arange(3, dtype=torch.int32), 0, 3)
     expected, h = kernels.forward(small)
-    grads = kernels.backward(small, grad[last], h, [True, True, True, False, True, False])
+    wants = [True, True, True, False, True, False, False, False]
+    grads = kernels.backward(small, grad[last], h, wants)
     for got, want in zip(
         (out[last], before[last], grad_x[last], grad_w[:, :, 0]),
         (expected, h, grads[0], grads[4]),
@@ -333,11 +362,15 @@ def test_offsets_beyond_32_bits() -> None:
 def test_inconsistent_arguments_are_refused() -> None:
     x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
-    tail = (w_in, b_in, w_out, b_out, offsets)
+    tail = (w_in, b_in, w_out, b_out, None, None, offsets)
     with pytest.raises(ValueError, match=r"permutation: expected torch\.int32 \(80,\)"):
         OPS.routed_mlp(x, weight, *tail, permutation[1:], 0, TRITON)
     with pytest.raises(ValueError, match=r"x: expected torch\.float32 \(40, 6\)"):
         OPS.routed_mlp(x[1:], weight, *tail, permutation, 0, TRITON)
+    with pytest.raises(ValueError, match=r"b_gate: expected None without w_gate"):
+        OPS.routed_mlp(x, weight, *tail[:5], b_in, offsets, permutation, 0, TRITON)
+    with pytest.raises(ValueError, match=r"w_gate: expected torch\.float32 \(4, 9, 6\)"):
+        OPS.routed_mlp(x, weight, *tail[:4], w_in[:, 1:], None, offsets, permutation, 0, TRITON)
     rows = 2**30 + 1
     many = [x[:1].expand(rows, -1), weight[:1, :1].expand(rows, 1), *tail]
     many += [permutation[:1].expand(rows)]
@@ -346,19 +379,21 @@ def test_inconsistent_arguments_are_refused() -> None:
         OPS.routed_mlp(*many, 0, TRITON)
     hidden = w_in[0, :1, :1].expand(rows, 9)
     with pytest.raises(ValueError, match=too_many):
-        OPS.routed_mlp_backward(many[0], hidden, *many, 0, [True] * 6, TRITON)
+        OPS.routed_mlp_backward(many[0], hidden, *many, 0, [True] * 8, TRITON)
 
 
-def test_opcheck() -> None:
-    case = RoutedCase(4, 3, 2, 2, 1)
-    x, weight, w_in, b_in, w_out, b_out = case.inputs(torch.float32)
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck(gated: bool) -> None:
+    case = RoutedCase(4, 3, 2, 2, 1, gated=gated)
+    x, weight, w_in, b_in, w_out, b_out, *of_gate = case.inputs(torch.float32)
+    w_gate, b_gate = of_gate or (None, None)
     _, offsets, permutation = dispatch(case.index(), 2, backend=TRITON)
     leaves = [t.detach().requires_grad_() for t in (x, weight)]
-    tail = (w_in, b_in, w_out, b_out, offsets, permutation, 0, TRITON)
+    tail = (w_in, b_in, w_out, b_out, w_gate, b_gate, offsets, permutation, 0, TRITON)
     torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail))
-    inputs = (x, weight, w_in, None, w_out, None, offsets, permutation, 0)
+    inputs = (x, weight, w_in, None, w_out, None, w_gate, None, offsets, permutation, 0)
     out, hidden = OPS.routed_mlp(*inputs, TRITON)
-    wants = [True, True, True, False, True, False]
+    wants = [True, True, True, False, True, False, gated, False]
     torch.library.opcheck(
         OPS.routed_mlp_backward.default, (torch.ones_like(out), hidden, *inputs, wants, TRITON)
     )

@@ -29,7 +29,7 @@ from tests.support.tuning_trials import empty_cache, refuse, saved_results
 TRITON = "triton"
 PAIR = pair_cases.PairCase(20, 18, 10, 12, masks="both", batch=1, reduce="pool")
 ATTENTION = attention_cases.Case((33, 18), 1, 20, 0.5, tail=1)
-ROUTED = routed_cases.RoutedCase(40, 20, 35, 2, 2, load="dropped")
+ROUTED = routed_cases.RoutedCase(40, 20, 35, 2, 2, load="dropped", gated=True)
 
 
 def routed(inputs: list[Tensor], backend: str) -> list[Tensor]:

@@ -126,6 +126,11 @@ MLP_MISTAKES: Table = {
             {"weight": WEIGHT.double()},
         ),
         (r"b_out: expected dtype torch\.float32 as x, got torch\.float16", {"b_out": B_OUT.half()}),
+        (r"w_gate: expected a Tensor, got bool", {"w_gate": True}),
+        (
+            r"w_gate: expected dtype torch\.float32 as x, got torch\.float64",
+            {"w_gate": W_IN.double()},
+        ),
     ],
     ValueError: [
         (r"x: expected \(N, D\).*got \(1, 5, 4\)", {"x": X[None]}),
@@ -146,6 +151,12 @@ MLP_MISTAKES: Table = {
         ),
         (r"w_out: expected \(E, D, F\) = \(3, 4, 6\), got \(3, 6, 4\)", {"w_out": W_OUT.mT}),
         (r"b_in: expected \(E, F\) = \(3, 6\), got \(2, 6\)", {"b_in": B_IN[:2]}),
+        (r"w_gate: expected \(E, F, D\) = \(3, 6, 4\), got \(3, 4, 6\)", {"w_gate": W_OUT}),
+        (
+            r"b_gate: expected \(E, F\) = \(3, 6\), got \(3, 4\)",
+            {"w_gate": W_IN, "b_gate": B_OUT},
+        ),
+        (r"b_gate: expected None without w_gate, got a Tensor", {"b_gate": B_IN}),
         (r"act: expected one of gelu, gelu_tanh, relu, silu, got 'tanh'", {"act": "tanh"}),
         (r"weight: expected device meta as x, got cpu", {"x": X.to("meta")}),
     ],
@@ -238,5 +249,5 @@ def test_operator_and_compiled_code_refuse_an_index_out_of_range() -> None:
     offsets, permutation = torch.tensor([0, 5, 5, 99]).int(), torch.arange(10).int()
     with pytest.raises(ValueError, match="offsets: expected non-decreasing"):
         torch.ops.flmoe.routed_mlp(
-            *(X, WEIGHT, W_IN, B_IN, W_OUT, B_OUT, offsets, permutation), 0, "cpu"
+            *(X, WEIGHT, W_IN, B_IN, W_OUT, B_OUT, None, None, offsets, permutation), 0, "cpu"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,45 +15,65 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget
+from flmoe_kernels.ops.routed_mlp import cpu
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
+from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.inputs import draw, gradients
-from tests.support.routed_cases import ACTIVATIONS, DTYPES, NAMES, SIZES, RoutedCase, check, run
+from tests.support.routed_cases import ACTIVATIONS, DTYPES, SIZES, RoutedCase, check, fused, run
 
 OPS = torch.ops.flmoe
 BACKENDS = ("reference", "cpu")
 BASE = RoutedCase(40, 6, 9, 4, 2)
+GATED = dataclasses.replace(BASE, act="silu", gated=True)
+either = pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 
 
+@either
 @pytest.mark.parametrize("load", ["even", "hot", "dropped", "none", "zipf"])
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sizes(case: RoutedCase, dtype: torch.dtype, load: str) -> None:
-    check(dataclasses.replace(case, load=load), dtype, "cpu")
+def test_sizes(case: RoutedCase, dtype: torch.dtype, load: str, gated: bool) -> None:
+    check(dataclasses.replace(case, load=load, gated=gated), dtype, "cpu")
 
 
+@either
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_activations_and_biases(dtype: torch.dtype, bias: bool, act: str) -> None:
-    check(dataclasses.replace(BASE, act=act, bias=bias), dtype, "cpu")
+def test_activations_and_biases(dtype: torch.dtype, bias: bool, act: str, gated: bool) -> None:
+    check(dataclasses.replace(BASE, act=act, bias=bias, gated=gated), dtype, "cpu")
 
 
+@either
 @pytest.mark.parametrize("experts", [1, 2, 5, 64])
-def test_number_of_choices(experts: int) -> None:
-    for choices in range(1, min(experts, 4) + 1):
-        case = RoutedCase(70, experts=experts, choices=choices)
+def test_number_of_choices(experts: int, gated: bool) -> None:
+    for choices in range(1, min(experts, 5) + 1):
+        case = RoutedCase(70, experts=experts, choices=choices, gated=gated)
         check(case, torch.float32, "cpu")
 
 
-def test_comparison_detects_a_wrong_result() -> None:
-    """Negative control: another activation, and an error of a thousandth."""
-    inputs, index = BASE.inputs(torch.float32), BASE.index()
-    low = run(BASE, inputs, index, "reference")
-    oracle = run(BASE, BASE.inputs(torch.float64), index, "reference")
-    found = run(BASE, inputs, index, "cpu")
-    other = run(dataclasses.replace(BASE, act="gelu_tanh"), inputs, index, "cpu")
-    for name, one, bad, *rest in zip(NAMES, found, other, low, oracle, strict=True):
+def swapped(case: RoutedCase, inputs: list[Tensor], index: Tensor) -> list[Tensor]:
+    """Results with the roles of w_in and w_gate exchanged, and of b_in and b_gate."""
+    x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate = inputs
+    order = [x, weight, w_gate, b_gate, w_out, b_out, w_in, b_in]
+    out, *grads = run(case, order, index, "cpu")
+    of_x, of_weight, of_gate, of_b_gate, of_out, of_b_out, of_in, of_b_in = grads
+    return [out, of_x, of_weight, of_in, of_b_in, of_out, of_b_out, of_gate, of_b_gate]
+
+
+@pytest.mark.parametrize("case", [BASE, GATED], ids=str)
+def test_comparison_detects_a_wrong_result(case: RoutedCase) -> None:
+    """Negative control: another activation or the activation on the other half, and an error of a thousandth."""
+    inputs, index = case.inputs(torch.float32), case.index()
+    low = run(case, inputs, index, "reference")
+    oracle = run(case, case.inputs(torch.float64), index, "reference")
+    found = run(case, inputs, index, "cpu")
+    if case.gated:
+        other = swapped(case, inputs, index)
+    else:
+        other = run(dataclasses.replace(case, act="gelu_tanh"), inputs, index, "cpu")
+    for name, one, bad, *rest in zip(case.names, found, other, low, oracle, strict=True):
         if name != "grad_b_out":  # it does not depend on the activation
             assert_outside_budget(bad, *rest, name)
         assert_outside_budget(one * (1 + 1e-3), *rest, name)
@@ -60,61 +81,59 @@ def test_comparison_detects_a_wrong_result() -> None:
 
 def row_by_row(case: RoutedCase, inputs: list[Tensor], index: Tensor) -> Tensor:
     """Definition with an exact GELU, one row at a time."""
-    x, weight, w_in, b_in, w_out, b_out = inputs
+    x, weight, w_in, b_in, w_out, b_out, *of_gate = inputs
     out = torch.zeros_like(x)
     for n, k in itertools.product(range(case.tokens), range(case.choices)):
         e = int(index[n, k])
         if e < 0:
             continue
-        pre = w_in[e] @ x[n] + b_in[e]
+        before = w_in[e] @ x[n] + b_in[e]
+        activated = of_gate[0][e] @ x[n] + of_gate[1][e] if case.gated else before
         hidden = torch.tensor(
-            [0.5 * z * (1 + math.erf(z / math.sqrt(2))) for z in pre.tolist()], dtype=x.dtype
+            [0.5 * z * (1 + math.erf(z / math.sqrt(2))) for z in activated.tolist()], dtype=x.dtype
         )
+        if case.gated:
+            hidden *= before
         out[n] += weight[n, k] * (w_out[e] @ hidden + b_out[e])
     return out
 
 
+@either
 @pytest.mark.parametrize("load", ["even", "dropped"])
-def test_reference_is_the_definition(load: str) -> None:
-    case = dataclasses.replace(BASE, tokens=9, load=load)
+def test_reference_is_the_definition(load: str, gated: bool) -> None:
+    case = dataclasses.replace(BASE, tokens=9, load=load, gated=gated)
     inputs, index = case.inputs(torch.float64), case.index()
     expected = row_by_row(case, inputs, index)
     found = run(case, inputs, index, "reference")[0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@either
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradcheck(backend: str) -> None:
+def test_gradcheck(backend: str, gated: bool) -> None:
     for act, bias in itertools.product(ACTIVATIONS, (True, False)):
-        case = RoutedCase(7, 3, 4, 3, 2, act, "dropped", bias)
+        case = RoutedCase(7, 3, 4, 3, 2, act, "dropped", bias, gated)
         index = case.index()
         assert (index < 0).any()
         leaves = [x.requires_grad_() for x in case.inputs(torch.float64)]
-
-        def call(
-            *leaves: Tensor, case: RoutedCase = case, index: Tensor = index, act: str = act
-        ) -> Tensor:
-            x, weight, w_in, *rest = leaves
-            b_in, w_out, b_out = rest if case.bias else (None, rest[0], None)
-            return routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, act=act, backend=backend)
-
-        assert torch.autograd.gradcheck(call, leaves)
+        assert torch.autograd.gradcheck(partial(case.call, index=index, backend=backend), leaves)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", range(8))
 def test_nan_and_inf_stay_in_their_own_rows(which: int, value: float) -> None:
-    case = dataclasses.replace(BASE, act="silu")
+    case = dataclasses.replace(GATED, gated=which > 5)
     inputs, index = [x.abs() + 0.1 for x in case.inputs(torch.float32)], case.index()
     inputs[which].view(-1)[1] = value
     results = [run(case, inputs, index, backend) for backend in ("cpu", "reference")]
     assert not all(x.isfinite().all() for x in results[0])
-    for name, got, want in zip(NAMES, *results, strict=True):
+    for name, got, want in zip(case.names, *results, strict=True):
         assert torch.equal(got.isfinite(), want.isfinite()), name
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
-    case = RoutedCase(900, 40, 70, 5, 3, load="dropped")
+@either
+def test_same_bits_for_any_number_of_threads(gated: bool) -> None:
+    case = RoutedCase(900, 40, 70, 5, 3, load="dropped", gated=gated)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -130,19 +149,20 @@ def test_same_bits_for_any_number_of_threads() -> None:
     hidden=st.integers(1, 80),
     experts=st.integers(1, 9),
     choices=st.integers(1, 4),
+    gated=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_and_any_load(
-    tokens: int, width: int, hidden: int, experts: int, choices: int, seed: int
+    tokens: int, width: int, hidden: int, experts: int, choices: int, gated: bool, seed: int
 ) -> None:
-    case = RoutedCase(tokens, width, hidden, experts, choices)
+    case = RoutedCase(tokens, width, hidden, experts, choices, gated=gated)
     generator = torch.Generator().manual_seed(seed)
     # A token may choose an expert twice.
     index = torch.randint(-1, experts, (tokens, choices), generator=generator)
     inputs = case.inputs(torch.float64)
     found, oracle = run(case, inputs, index, "cpu"), run(case, inputs, index, "reference")
     size = max((float(x.abs().max()) for x in oracle if x.numel()), default=1.0)
-    for name, got, want in zip(NAMES, found, oracle, strict=True):
+    for name, got, want in zip(case.names, found, oracle, strict=True):
         assert ((got - want).abs() <= 1e-11 * size).all(), name
     for one, other in zip(
         dispatch(index, experts), dispatch(index, experts, backend="reference"), strict=True
@@ -152,27 +172,32 @@ def test_any_shape_and_any_load(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
-    x, weight, w_in, b_in, w_out, b_out = BASE.inputs(dtype)
-    _, offsets, permutation = dispatch(BASE.index(), 4)
-    for biases in ((b_in, b_out), (None, None)):
-        tail = (w_in, biases[0], w_out, biases[1], offsets, permutation, 0)
+    x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate = GATED.inputs(dtype)
+    _, offsets, permutation = dispatch(GATED.index(), 4)
+    biased, gated = (
+        (w_in, b_in, w_out, b_out, w_gate, b_gate),
+        (w_in, None, w_out, None, w_gate, None),
+    )
+    for parameters in (biased, gated, (*biased[:4], None, None), (w_in, None, w_out, *[None] * 3)):
+        tail = (*parameters, offsets, permutation, 0)
         out, hidden = OPS.routed_mlp(x, weight, *tail, "cpu")
         given = (torch.ones_like(out), hidden, x, weight, *tail)
-        for wants in ([True, True, True, biases[0] is not None, False, False], [False] * 6):
+        wanted = [True, True, *(p is not None for p in parameters)]
+        for wants in (wanted, [*wanted[:4], *[False] * 4], [False] * 8):
             torch.library.opcheck(OPS.routed_mlp_backward.default, (*given, wants, "cpu"))
         leaves = [t.detach().requires_grad_() for t in (x, weight)]
         torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail, "cpu"))
 
 
-def test_compiled_whole_and_checkpointed() -> None:
+@pytest.mark.parametrize("case", [BASE, GATED], ids=str)
+def test_compiled_whole_and_checkpointed(case: RoutedCase) -> None:
     """Gate, dispatch and MLP are compiled to one graph, without data-dependent values or graph breaks."""
-    inputs = [x.requires_grad_() for x in BASE.inputs(torch.float32)]
+    inputs = [x.requires_grad_() for x in case.inputs(torch.float32)]
     router = draw(6, 4, seed=3).requires_grad_()
 
     def call(router: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
-        w_in, b_in, w_out, b_out = weights
         index, weight = gate(x @ router, 2, capacity=12)
-        return routed_mlp(x, index, weight, w_in, b_in, w_out, b_out)
+        return case.call(x, weight, *weights, index=index)
 
     leaves = [router, inputs[0], *inputs[2:]]
     expected = gradients([call(*leaves)], leaves)
@@ -180,3 +205,75 @@ def test_compiled_whole_and_checkpointed() -> None:
     again = torch.utils.checkpoint.checkpoint(call, *leaves, use_reentrant=False)
     for out in (compiled(*leaves), again):
         assert all(map(torch.equal, gradients([out], leaves), expected))
+
+
+def test_a_gated_mlp_is_exported() -> None:
+    index = GATED.index()
+
+    class Model(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return GATED.call(*inputs, index=index)
+
+    inputs = GATED.inputs(torch.float32)
+    program = torch.export.export(Model(), tuple(inputs))
+    assert torch.equal(program.module()(*inputs), Model()(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_halves_of_a_fused_weight(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise equal to separate weights, and the kernels read the weights without a copy."""
+    read: list[Tensor] = []
+    forward = cpu.forward
+
+    def recorded(call: RoutedCall) -> tuple[Tensor, Tensor]:
+        assert call.w_gate is not None
+        read.extend([call.w_in, call.w_gate])
+        return forward(call)
+
+    monkeypatch.setattr(cpu, "forward", recorded)
+    inputs, index = GATED.inputs(dtype), GATED.index()
+    halves = fused(GATED, inputs)
+    expected, found = (run(GATED, given, index, "cpu") for given in (inputs, halves))
+    for name, got, want in zip(GATED.names, found, expected, strict=True):
+        assert torch.equal(got, want), name
+    assert [x.data_ptr() for x in read[2:]] == [halves[2].data_ptr(), halves[6].data_ptr()]
+
+
+def test_any_layout_of_weights() -> None:
+    inputs, index = GATED.inputs(torch.float32), GATED.index()
+    expected = run(GATED, inputs, index, "cpu")
+    for layout in (
+        [x.mT.contiguous().mT for x in inputs],
+        [x[..., None].expand(*x.shape, 2)[..., 0] for x in inputs],
+    ):
+        assert all(map(torch.equal, run(GATED, layout, index, "cpu"), expected))
+    # One matrix for all experts, with a stride of 0.
+    shared = [x[:1].expand_as(x) if i in (2, 6) else x for i, x in enumerate(inputs)]
+    copies = [x.contiguous() for x in shared]
+    for got, want in zip(
+        run(GATED, shared, index, "cpu"), run(GATED, copies, index, "cpu"), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("missing", ["b_in", "b_gate"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_of_the_two_hidden_biases(backend: str, missing: str) -> None:
+    """It equals a bias of zeros."""
+    inputs, index = dict(zip(GATED.shapes, GATED.inputs(torch.float32), strict=True)), GATED.index()
+    options = {"index": index, "act": "silu", "backend": backend}
+    found = routed_mlp(**{**inputs, missing: None}, **options)
+    assert torch.equal(found, routed_mlp(**{**inputs, missing: inputs[missing] * 0}, **options))
+    assert not torch.equal(found, routed_mlp(**inputs, **options))
+
+
+def test_experts_without_rows_have_no_gradient() -> None:
+    """Exact zeros, for any values of their weights; so has a dropped token."""
+    inputs, index = GATED.inputs(torch.float32), torch.zeros(40, 2, dtype=torch.int64)
+    index[5:] = -1
+    for x in inputs[2:]:
+        x[1:] = float("nan")
+    out, grad_x, grad_weight, *grads = run(GATED, inputs, index, "cpu")
+    assert not any(x[5:].any() for x in (out, grad_x, grad_weight))
+    assert not any(x[1:].any() for x in grads)
+    assert all(x[0].any() and x[0].isfinite().all() for x in grads)

@@ -135,7 +135,7 @@ def test_the_limit_that_binds(work: Cost, seconds: float, binds: str) -> None:
     [
         *(("pair_moe", PAIR, variant) for variant in ("none", "pool")),
         ("expert_attention", LAYER, "plain"),
-        ("routed_mlp", ROUTED, "bias"),
+        *(("routed_mlp", ROUTED, variant) for variant in ("bias", "swiglu")),
         ("interaction_moe", LAYER, ""),
     ],
 )

@@ -35,6 +35,7 @@ def test_a_wrong_result_is_caught(key: str, factor: float) -> None:
     [
         (Case("expert_attention", LAYER, BOTH, variant="dropout"), "gradient of v with dropout"),
         (Case("routed_mlp", ROUTED, BOTH, variant="bias"), "gradient of b_out"),
+        (Case("routed_mlp", ROUTED, BOTH, variant="swiglu"), "gradient of w_gate"),
         (Case("routing", ROUTED, BOTH), "weight"),
         (Case("interaction_moe", SPARSE, BOTH), "gate_losses"),
         (Case("interaction_moe", LAYER, BOTH), "gradient of inputs.1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flmoe_kernels import expert_attention, pair_moe
-from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import gate
 from tests.support.attention_cases import Case
 from tests.support.encoder_cases import operator_calls
@@ -55,11 +55,10 @@ def calls(backend: str, dtype: torch.dtype) -> dict[str, OperatorCall]:
             ),
             pair.inputs(dtype),
         )
-    routed = RoutedCase(9, load="dropped")
-    index = routed.index()
-    found["routed_mlp"] = OperatorCall(
-        lambda x, *rest: routed_mlp(x, index, *rest, backend=backend), routed.inputs(dtype)
-    )
+    for name, gated in (("routed_mlp", False), ("routed_mlp, gated", True)):
+        routed = RoutedCase(9, load="dropped", gated=gated)
+        function = partial(routed.call, index=routed.index(), backend=backend)
+        found[name] = OperatorCall(function, routed.inputs(dtype))
     logits = draw(6, 4, dtype=dtype)
     found["routing_gate"] = OperatorCall(lambda x: gate(x, 2, backend=backend).weight, [logits])
     if backend == "triton":

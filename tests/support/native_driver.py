@@ -9,6 +9,7 @@ sanitizer fills it. `control` is the name of a deliberate mistake, for which the
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib.util
 import itertools
 import sys
@@ -103,8 +104,12 @@ def routing(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
             *(min(size.tokens, 97), size.width, size.hidden, size.experts, size.choices),
             *(act, load, i % 3 > 0),
         )
-        inputs = [shifted(x, shift) for x in case.inputs(dtype)]
-        yield routed_cases.run(case, inputs, case.index(), "cpu")
+        for gated in (False, True):
+            case = dataclasses.replace(case, gated=gated)
+            inputs = [shifted(x, shift) for x in case.inputs(dtype)]
+            if gated and case.bias:
+                inputs = routed_cases.fused(case, inputs)
+            yield routed_cases.run(case, inputs, case.index(), "cpu")
         logits, mask = draw(case.tokens, case.experts, dtype=dtype), torch.rand(case.tokens) < 0.8
         index, weight = gate(logits, case.choices, capacity=3, mask=mask, backend="cpu")
         dispatch(index, case.experts, backend="cpu")

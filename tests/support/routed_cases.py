@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from tests.support.inputs import as_dtype, draw, gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-NAMES = ("out", "grad_x", "grad_weight", "grad_w_in", "grad_b_in", "grad_w_out", "grad_b_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,12 @@ class RoutedCase:
     act: str = "gelu"
     load: str = "even"
     bias: bool = True
+    gated: bool = False
 
     def __str__(self) -> str:
         sizes = f"n{self.tokens}d{self.width}f{self.hidden}e{self.experts}k{self.choices}"
-        return f"{sizes}:{self.act}:{self.load}" + ("" if self.bias else ":no bias")
+        gate = ":gated" if self.gated else ""
+        return f"{sizes}:{self.act}:{self.load}{gate}" + ("" if self.bias else ":no bias")
 
     def index(self) -> Tensor:
         logits = draw(self.tokens, self.experts, dtype=torch.float64, seed=1)
@@ -48,8 +50,9 @@ class RoutedCase:
         index = gate(logits, self.choices, capacity=capacity, backend="reference").index
         return torch.full_like(index, -1) if self.load == "none" else index
 
-    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        """x, weight, w_in, b_in, w_out, b_out; without biases, the other four."""
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate, those that the case has."""
         shapes = {
             "x": (self.tokens, self.width),
             "weight": (self.tokens, self.choices),
@@ -57,7 +60,22 @@ class RoutedCase:
             "b_in": (self.experts, self.hidden),
             "w_out": (self.experts, self.width, self.hidden),
             "b_out": (self.experts, self.width),
+            "w_gate": (self.experts, self.hidden, self.width),
+            "b_gate": (self.experts, self.hidden),
         }
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if (self.bias or not name.startswith("b_")) and (self.gated or "gate" not in name)
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the results of `run`."""
+        return ["out", *(f"grad_{name}" for name in self.shapes)]
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        """Values of `shapes`."""
         return [
             draw(
                 *shape,
@@ -65,18 +83,30 @@ class RoutedCase:
                 seed=10 + i,
                 scale=shape[-1] ** -0.5 if name.startswith("w_") else 1.0,
             )
-            for i, (name, shape) in enumerate(shapes.items())
-            if self.bias or not name.startswith("b_")
+            for i, (name, shape) in enumerate(self.shapes.items())
         ]
+
+    def call(self, *inputs: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
+        """routed_mlp of `inputs`."""
+        named: dict[str, Any] = {"b_in": None, "b_out": None}
+        named |= zip(self.shapes, inputs, strict=True)
+        return routed_mlp(index=index, act=self.act, backend=backend, **named)
 
 
 def run(case: RoutedCase, inputs: list[Tensor], index: Tensor, backend: str) -> list[Tensor]:
     """out and its gradients by all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    x, weight, w_in, *rest = leaves
-    b_in, w_out, b_out = rest if case.bias else (None, rest[0], None)
-    out = routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, act=case.act, backend=backend)
+    out = case.call(*leaves, index=index, backend=backend)
     return [out.detach(), *gradients([out], leaves)]
+
+
+def fused(case: RoutedCase, inputs: list[Tensor]) -> list[Tensor]:
+    """The inputs with w_in, w_gate, b_in and b_gate as halves of gate_up_proj (E, 2 F, D) and its bias."""
+    x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate = inputs
+    up, of_up = torch.cat([w_gate, w_in], dim=1), torch.cat([b_gate, b_in], dim=1)
+    half = case.hidden
+    halves = up[:, half:], of_up[:, half:], w_out, b_out, up[:, :half], of_up[:, :half]
+    return [x, weight, *halves]
 
 
 def check(case: RoutedCase, dtype: torch.dtype, backend: str) -> list[list[Tensor]]:
@@ -87,9 +117,8 @@ def check(case: RoutedCase, dtype: torch.dtype, backend: str) -> list[list[Tenso
         run(case, inputs, index, "reference"),
         run(case, as_dtype(inputs, torch.float64), index, "reference"),
     ]
-    names = NAMES if case.bias else [name for name in NAMES if "_b_" not in name]
     size = max((float(x.abs().max()) for x in found[2][1:] if x.numel()), default=0.0)
-    for name, *triple in zip(names, *found, strict=True):
+    for name, *triple in zip(case.names, *found, strict=True):
         largest = float(triple[2].abs().max()) if triple[2].numel() else 0.0
         assert_within_budget(
             *triple,

@@ -170,6 +170,10 @@ CASES: dict[str, TransformCase] = {
         lambda x, weight, *w: routed_mlp(x, INDEX, weight, *w),
         *((3, 2), (3, 2), (4, 3, 2), (4, 3), (4, 2, 3), (4, 2)),
     ),
+    "routed_mlp gated": operator(
+        lambda x, weight, *w: routed_mlp(x, INDEX, weight, *w[:4], w_gate=w[4], act="silu"),
+        *((3, 2), (3, 2), (4, 3, 2), (4, 3), (4, 2, 3), (4, 2), (4, 3, 2)),
+    ),
     "expert_attention": operator(
         lambda q, k, v: expert_attention(
             q, k, v, cumulative([2, 3]), dropout_p=0.3, seed=make_seed()

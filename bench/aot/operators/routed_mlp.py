@@ -20,6 +20,8 @@ KERNELS = {"hidden": "hidden", "rows": "rows", "grad_x": "rows", "grad_hidden": 
 KERNELS |= {"grad_w_in": "weight_gradient", "grad_w_out": "weight_gradient"}
 PRODUCTS = tuple(KERNELS)
 OTHERS = ("grad_weight", "sum", "sum_w_in")
+# The results whose kernels differ for gated experts.
+GATED = ("hidden", "grad_hidden", "grad_x")
 GELU, GELU_TANH, RELU, SILU = range(4)
 # Widths that are not multiples of a tile, and weights with 2^31 elements.
 ODD = (
@@ -37,6 +39,7 @@ class RoutedUse:
     dtype: torch.dtype
     act: int = GELU
     bias: bool = True
+    gated: bool = False
     variant: str = ""
 
     @property
@@ -55,6 +58,8 @@ class RoutedUse:
             meta((s.experts, s.hidden), self.dtype) if self.bias else None,
             meta((s.experts, s.width, s.hidden), self.dtype),
             meta((s.experts, s.width), self.dtype) if self.bias else None,
+            meta((s.experts, s.hidden, s.width), self.dtype) if self.gated else None,
+            meta((s.experts, s.hidden), self.dtype) if self.gated and self.bias else None,
             meta((s.experts + 1,), torch.int32),
             meta((s.routed_rows,), torch.int32),
             self.act,
@@ -62,7 +67,8 @@ class RoutedUse:
 
 
 def of(shape: str, dtype: torch.dtype = BFLOAT16, variant: str = "", **rest: int) -> RoutedUse:
-    return RoutedUse(shape, dtype, rest.get("act", GELU), bool(rest.get("bias", True)), variant)
+    flags = (bool(rest.get("bias", True)), bool(rest.get("gated", False)))
+    return RoutedUse(shape, dtype, rest.get("act", GELU), *flags, variant)
 
 
 # (use, outputs, quick). At routed_small, weight gradients are computed in parts and summed.
@@ -84,6 +90,20 @@ USES: tuple[tuple[RoutedUse, tuple[str, ...], bool], ...] = (
     (of("routed_large", FLOAT32), ("rows",), True),
     (of("routed_large", FLOAT32), tuple(p for p in PRODUCTS if p != "rows"), False),
     (of("routed_small_e4", FLOAT32, "relu", act=RELU), ("grad_hidden",), False),
+    (
+        of("routed_large", variant="swiglu", act=SILU, bias=0, gated=1),
+        ("hidden", "grad_hidden"),
+        True,
+    ),
+    (of("routed_large", variant="geglu", gated=1), GATED, False),
+    (of("routed_large", FLOAT16, "geglu", gated=1), GATED, False),
+    (of("routed_large", FLOAT32, "geglu", gated=1), GATED, False),
+    (of("routed_small_e4", variant="swiglu", act=SILU, gated=1), GATED, False),
+    (of("routed_small_e16", variant="geglu tanh", act=GELU_TANH, gated=1), GATED, False),
+    (of("routed_small_e16", variant="reglu", act=RELU, gated=1), GATED, False),
+    (of("routed_small_e4", FLOAT32, "geglu", gated=1), GATED, False),
+    *((of(shape.name, variant="geglu", gated=1), GATED, False) for shape in ODD[:4]),
+    (of(ODD[3].name, FLOAT32, "geglu", gated=1), GATED, False),
 )
 
 
@@ -97,6 +117,8 @@ def built(use: RoutedUse, output: str, architecture: int) -> Built:
     row = f"{kernel}, {dtype_name(use.dtype)}, {tiles.rows} x {tiles.columns}"
     # The body of the loop has one chunk in steps of 16; for float32, three products of it in steps of 8.
     least = 3 * tiles.deep // 8 if use.dtype == FLOAT32 else tiles.deep // 16
+    if use.gated and output in ("hidden", "grad_x"):
+        least *= 2
     return Built(launch, least, row, stated(tiles.shared, architecture))
 
 
@@ -104,19 +126,19 @@ def launches_of(
     use: RoutedUse, call: RoutedCall, architecture: int
 ) -> Iterator[tuple[str, Launch]]:
     """Launches of a call as (result, launch)."""
-    layer = meta((call.rows, call.hidden), use.dtype)
+    layer, layers = meta((call.rows, call.hidden), use.dtype), meta(call.layers_shape, use.dtype)
     parts = meta((call.tokens, call.choices, call.width), use.dtype)
     grad_out, grad_weight = meta(call.x.shape, use.dtype), meta(call.weight.shape, use.dtype)
     tiles = {kernel: tiles_of(kernel, call, architecture) for kernel in set(KERNELS.values())}
-    yield "hidden", launches.hidden_launch(tiles["hidden"], call, layer, layer)
+    yield "hidden", launches.hidden_launch(tiles["hidden"], call, layers, layer)
     yield "rows", launches.rows_launch(tiles["rows"], call, layer, parts)
     yield "sum", launches.sum_launch(parts, grad_out)
     of_gradient = tiles["hidden_gradient"]
     dots = meta((call.rows, launches.dot_parts(of_gradient, call)), FLOAT32)
-    saved = (grad_out, layer, layer, layer, dots)
+    saved = (grad_out, layers, layers, layer, dots)
     yield "grad_hidden", launches.hidden_gradient_launch(of_gradient, call, *saved)
     yield "grad_weight", launches.choice_gradient_launch(call, dots, grad_out, grad_weight)
-    yield "grad_x", launches.token_gradient_launch(tiles["rows"], call, layer, parts)
+    yield "grad_x", launches.token_gradient_launch(tiles["rows"], call, layers, parts)
     of_weight = tiles["weight_gradient"]
     splits = launches.splits_of(of_weight, call)
     dtype = use.dtype if splits == 1 else FLOAT32

@@ -141,8 +141,8 @@ void linear_forward(DType dtype, const LinearArgs& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     const Buffer<A> packed(args.experts * packed_size<A>(args.in_width, args.out_width));
-    pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.in_width, args.out_width,
-                   1, args.in_width, args.threads, packed);
+    pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.in_width * args.out_width,
+                   args.in_width, args.out_width, 1, args.in_width, args.threads, packed);
     batched_rows<T, A>(static_cast<const T*>(args.x), packed, static_cast<const T*>(args.bias),
                        static_cast<T*>(args.out), args.experts, args.rows, args.in_width,
                        args.out_width, args.threads);
@@ -154,8 +154,9 @@ void linear_backward(DType dtype, const LinearArgs& args) {
     using A = typename Compute<T>::Type;
     if (args.grad_x != nullptr) {
       const Buffer<A> packed(args.experts * packed_size<A>(args.out_width, args.in_width));
-      pack_all<T, A>(static_cast<const T*>(args.weight), args.experts, args.out_width,
-                     args.in_width, args.in_width, 1, args.threads, packed);
+      pack_all<T, A>(static_cast<const T*>(args.weight), args.experts,
+                     args.in_width * args.out_width, args.out_width, args.in_width, args.in_width,
+                     1, args.threads, packed);
       batched_rows<T, A>(static_cast<const T*>(args.grad_out), packed, nullptr,
                          static_cast<T*>(args.grad_x), args.experts, args.rows, args.out_width,
                          args.in_width, args.threads);

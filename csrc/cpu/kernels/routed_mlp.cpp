@@ -1,13 +1,14 @@
 // routed_mlp: applies to every token the MLPs of its experts.
 //
 // Forward: one item is a block of up to 96 rows of one expert. It gathers their tokens, multiplies
-// by the packed first weight, applies bias and activation in place and multiplies by the second:
-// the hidden layer stays in the cache (its pre-activation is written once, for the backward). The
-// rows' outputs are then added per token in the order of its choices, so that the result depends
-// neither on threads nor on which expert runs first. Backward: the same blocks compute the
-// gradients of the hidden layer, the routing weights and the gathered tokens; then an item owns a
-// block of rows of a weight's gradient and sums over the expert's tokens in order. Bound: 4 D F
-// FLOP per row forward, 8 D F backward.
+// by the packed first weight, for gated experts also by the gate's, applies biases, activation and
+// gate in place and multiplies by the last weight: the hidden layer stays in the cache (its
+// pre-activations are written once, for the backward). The rows' outputs are then added per token
+// in the order of its choices, so that the result depends neither on threads nor on which expert
+// runs first. Backward: the same blocks compute the gradients of the hidden layer, the routing
+// weights and the gathered tokens; then an item owns a block of rows of a weight's gradient and
+// sums over the expert's tokens in order. Bound: 4 D F FLOP per row forward, 8 D F backward; gated
+// 6 and 12.
 #include "cpu/activations.h"
 #include "cpu/panels.h"
 
@@ -33,36 +34,39 @@ struct Blocks {
   }
 };
 
-// Both weights packed for one direction, shared by the threads.
+// A weight of all experts, packed and shared by the threads. A null weight is not used.
 template <typename T, typename A>
-struct PackedWeights {
-  int64_t first_size, second_size;  // of one expert
-  Buffer<A> first, second;
+struct PackedWeight {
+  int64_t size;  // of one expert
+  Buffer<A> panels;
 
-  // depth -> middle -> columns; element (k, n) of the first factor lies at k * ks1 + n * ns1. A
-  // null weight is not used.
-  PackedWeights(const RoutedArgs& in, const void* w1, int64_t ks1, int64_t ns1, const void* w2,
-                int64_t ks2, int64_t ns2)
-      : first_size(packed_size<A>(in.width, in.hidden)),
-        second_size(packed_size<A>(in.hidden, in.width)),
-        first(w1 == nullptr ? 0 : in.experts * first_size),
-        second(w2 == nullptr ? 0 : in.experts * second_size) {
-    if (w1 != nullptr)
-      pack_all<T, A>(static_cast<const T*>(w1), in.experts, in.width, in.hidden, ks1, ns1,
-                     in.threads, first);
-    if (w2 != nullptr)
-      pack_all<T, A>(static_cast<const T*>(w2), in.experts, in.hidden, in.width, ks2, ns2,
-                     in.threads, second);
+  // (depth x columns) per expert; element (k, n) of expert e lies at e * stride + k * ks + n * ns.
+  PackedWeight(const RoutedArgs& in, const void* weight, int64_t stride, int64_t depth,
+               int64_t columns, int64_t ks, int64_t ns)
+      : size(packed_size<A>(depth, columns)), panels(weight == nullptr ? 0 : in.experts * size) {
+    if (weight != nullptr)
+      pack_all<T, A>(static_cast<const T*>(weight), in.experts, stride, depth, columns, ks, ns,
+                     in.threads, panels);
   }
+
+  const A* of(int64_t expert) const { return panels + expert * size; }
 };
 
-// out (rows x columns, padded to panels) = in (rows x depth, in_stride) times packed panels.
+// The packed weights of one direction: forward w_in, w_out and w_gate, backward w_out, w_in and
+// w_gate.
+template <typename T, typename A>
+struct PackedWeights {
+  PackedWeight<T, A> first, second, gate;
+};
+
+// out (rows x columns, padded to panels) = in (rows x depth, in_stride) times packed panels, or is
+// increased by it.
 template <typename A>
 void times_panels(const A* in, int64_t in_stride, int64_t rows, int64_t depth, const A* panels,
-                  int64_t columns, A* out, int64_t out_stride) {
+                  int64_t columns, A* out, int64_t out_stride, bool accumulate = false) {
   for (int64_t n = 0; n < columns; n += kPanel<A>)
     gemm<A>(rows, round_up(min64(kPanel<A>, columns - n), kLanes<A>), depth, in, in_stride, 1,
-            panels + n * depth, kPanel<A>, out + n, out_stride, false);
+            panels + n * depth, kPanel<A>, out + n, out_stride, accumulate);
 }
 
 template <typename T, typename A>
@@ -84,37 +88,56 @@ void gather_tokens(const RoutedArgs& in, const void* source, const RowBlock& blo
 template <typename A>
 struct BlockBuffers {
   int64_t hidden_stride, width_stride;
-  Buffer<A> tokens, hidden, rows;
+  Buffer<A> tokens, hidden, rows, gate;  // gate: only in the forward of gated experts
 
-  explicit BlockBuffers(const RoutedArgs& in)
+  BlockBuffers(const RoutedArgs& in, bool gated)
       : hidden_stride(panels_of<A>(in.hidden) * kPanel<A>),
         width_stride(panels_of<A>(in.width) * kPanel<A>),
         tokens(kRowBlock * in.width),
         hidden(kRowBlock * hidden_stride),
-        rows(kRowBlock * width_stride) {}
+        rows(kRowBlock * width_stride),
+        gate(gated ? kRowBlock * hidden_stride : 0) {}
 };
 
-template <typename T, typename A>
+// hidden = act(hidden) of one row, or act(gate) * hidden.
+template <typename A, bool kGated>
+void activate_row(Activation act, const A* gate, A* hidden, int64_t count) {
+  for (int64_t d = 0; d < count; d += kLanes<A>) {
+    if constexpr (kGated)
+      store(hidden + d, activate<A>(act, load(gate + d), nullptr) * load(hidden + d));
+    else
+      store(hidden + d, activate<A>(act, load(hidden + d), nullptr));
+  }
+}
+
+template <typename T, typename A, bool kGated>
 void forward_block(const RoutedForward& args, const PackedWeights<T, A>& packed,
                    const RowBlock& block) {
   const RoutedArgs& in = args.in;
   const auto act = static_cast<Activation>(in.act);
-  BlockBuffers<A> buffer(in);
+  BlockBuffers<A> buffer(in, kGated);
   gather_tokens<T, A>(in, in.x, block, buffer.tokens);
-  times_panels<A>(buffer.tokens, in.width, block.count, in.width,
-                  packed.first + block.expert * packed.first_size, in.hidden, buffer.hidden,
-                  buffer.hidden_stride);
+  times_panels<A>(buffer.tokens, in.width, block.count, in.width, packed.first.of(block.expert),
+                  in.hidden, buffer.hidden, buffer.hidden_stride);
   add_bias<T, A>(in.b_in, block.expert, block.count, in.hidden, buffer.hidden,
                  buffer.hidden_stride);
+  if constexpr (kGated) {
+    times_panels<A>(buffer.tokens, in.width, block.count, in.width, packed.gate.of(block.expert),
+                    in.hidden, buffer.gate, buffer.hidden_stride);
+    add_bias<T, A>(in.b_gate, block.expert, block.count, in.hidden, buffer.gate,
+                   buffer.hidden_stride);
+  }
+  T* saved = static_cast<T*>(args.hidden) + block.first * in.hidden;
+  T* saved_gate = saved + in.tokens * in.choices * in.hidden;
   for (int64_t r = 0; r < block.count; ++r) {
     A* row = buffer.hidden + r * buffer.hidden_stride;
-    write_row<T, A>(row, static_cast<T*>(args.hidden) + (block.first + r) * in.hidden, in.hidden);
-    for (int64_t d = 0; d < in.hidden; d += kLanes<A>)
-      store(row + d, activate<A>(act, load(row + d), nullptr));
+    const A* gate = kGated ? buffer.gate + r * buffer.hidden_stride : nullptr;
+    write_row<T, A>(row, saved + r * in.hidden, in.hidden);
+    if constexpr (kGated) write_row<T, A>(gate, saved_gate + r * in.hidden, in.hidden);
+    activate_row<A, kGated>(act, gate, row, in.hidden);
   }
   times_panels<A>(buffer.hidden, buffer.hidden_stride, block.count, in.hidden,
-                  packed.second + block.expert * packed.second_size, in.width, buffer.rows,
-                  buffer.width_stride);
+                  packed.second.of(block.expert), in.width, buffer.rows, buffer.width_stride);
   add_bias<T, A>(in.b_out, block.expert, block.count, in.width, buffer.rows, buffer.width_stride);
   for (int64_t r = 0; r < block.count; ++r) {
     const A weight = read<T, A>(static_cast<const T*>(in.weight) + in.permutation[block.first + r]);
@@ -149,41 +172,69 @@ void combine(const RoutedArgs& in, const A* rows, T* out) {
 // Whether the gradient of the hidden layer is wanted, directly or for other gradients.
 inline bool wants_hidden(const RoutedBackward& args) {
   return args.grad_x != nullptr || args.grad_weight != nullptr || args.grad_w_in != nullptr ||
-         args.grad_b_in != nullptr;
+         args.grad_b_in != nullptr || args.grad_w_gate != nullptr || args.grad_b_gate != nullptr;
+}
+
+// One row of the hidden layer in the backward: its saved pre-activations, the gradient by its
+// output, and the results. The gate's pointers are used only for gated experts.
+template <typename A>
+struct HiddenRow {
+  const A *pre, *pre_gate, *grad;
+  A *grad_hidden, *grad_gate, *weighted;
+};
+
+// Fills the results of a row, and returns the inner product of its output and gradient.
+template <typename A, bool kGated>
+A hidden_row_gradient(Activation act, A weight, int64_t count, const HiddenRow<A>& row) {
+  A dot = 0;
+  for (int64_t d0 = 0; d0 < count; d0 += kLanes<A>) {
+    const int64_t lanes = min64(kLanes<A>, count - d0);
+    Vec<A> x = {}, slope;
+    std::memcpy(&x, (kGated ? row.pre_gate : row.pre) + d0, lanes * sizeof(A));
+    Vec<A> value = activate<A>(act, x, &slope);
+    const Vec<A> g = load(row.grad + d0);
+    Vec<A> down = weight * g * slope;
+    if constexpr (kGated) {
+      Vec<A> hidden = {};
+      std::memcpy(&hidden, row.pre + d0, lanes * sizeof(A));
+      const Vec<A> through = weight * g * value;
+      std::memcpy(row.grad_hidden + d0, &through, lanes * sizeof(A));
+      down *= hidden;
+      value *= hidden;
+    }
+    const Vec<A> up = weight * value, product = g * value;
+    for (int64_t lane = 0; lane < lanes; ++lane) dot += product[lane];
+    std::memcpy((kGated ? row.grad_gate : row.grad_hidden) + d0, &down, lanes * sizeof(A));
+    std::memcpy(row.weighted + d0, &up, lanes * sizeof(A));
+  }
+  return dot;
 }
 
 // Gradients of the block's hidden layer, routing weights and tokens.
-template <typename T, typename A>
+template <typename T, typename A, bool kGated>
 void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packed,
                     const RowBlock& block) {
   const RoutedArgs& in = args.in;
   const auto act = static_cast<Activation>(in.act);
-  BlockBuffers<A> buffer(in);
+  BlockBuffers<A> buffer(in, false);
   gather_tokens<T, A>(in, args.grad_out, block, buffer.tokens);
   // If not requested, buffer.hidden is undefined, and what is computed from it is discarded.
   if (wants_hidden(args))
-    times_panels<A>(buffer.tokens, in.width, block.count, in.width,
-                    packed.first + block.expert * packed.first_size, in.hidden, buffer.hidden,
-                    buffer.hidden_stride);
-  const Buffer<A> pre(in.hidden);  // of one row
+    times_panels<A>(buffer.tokens, in.width, block.count, in.width, packed.first.of(block.expert),
+                    in.hidden, buffer.hidden, buffer.hidden_stride);
+  const Buffer<A> pre(in.hidden), pre_gate(kGated ? in.hidden : 0);  // of one row
+  const int64_t gate = in.tokens * in.choices * in.hidden;           // the gate's rows start there
   for (int64_t r = 0; r < block.count; ++r) {
-    const int64_t row = block.first + r, flat = in.permutation[row];
+    const int64_t row = block.first + r, flat = in.permutation[row], at = row * in.hidden;
     const A weight = read<T, A>(static_cast<const T*>(in.weight) + flat);
-    read_row<T, A>(static_cast<const T*>(args.hidden) + row * in.hidden, pre, in.hidden);
-    A* grad = buffer.hidden + r * buffer.hidden_stride;
-    A* grad_hidden = static_cast<A*>(args.grad_hidden) + row * in.hidden;
-    A* weighted = static_cast<A*>(args.weighted) + row * in.hidden;
-    A grad_weight = 0;
-    for (int64_t d0 = 0; d0 < in.hidden; d0 += kLanes<A>) {
-      const int64_t lanes = min64(kLanes<A>, in.hidden - d0);
-      Vec<A> x = {}, slope;
-      std::memcpy(&x, pre + d0, lanes * sizeof(A));
-      const Vec<A> value = activate<A>(act, x, &slope), g = load(grad + d0);
-      const Vec<A> down = weight * g * slope, up = weight * value, product = g * value;
-      for (int64_t lane = 0; lane < lanes; ++lane) grad_weight += product[lane];
-      std::memcpy(grad_hidden + d0, &down, lanes * sizeof(A));
-      std::memcpy(weighted + d0, &up, lanes * sizeof(A));
-    }
+    const T* saved = static_cast<const T*>(args.hidden) + at;
+    read_row<T, A>(saved, pre, in.hidden);
+    if constexpr (kGated) read_row<T, A>(saved + gate, pre_gate, in.hidden);
+    A* grad_hidden = static_cast<A*>(args.grad_hidden) + at;
+    A grad_weight = hidden_row_gradient<A, kGated>(
+        act, weight, in.hidden,
+        {pre, pre_gate, buffer.hidden + r * buffer.hidden_stride, grad_hidden, grad_hidden + gate,
+         static_cast<A*>(args.weighted) + at});
     if (in.b_out != nullptr) {
       const T* bias = static_cast<const T*>(in.b_out) + block.expert * in.width;
       for (int64_t d = 0; d < in.width; ++d)
@@ -193,9 +244,12 @@ void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packe
       write<T, A>(static_cast<T*>(args.grad_weight) + flat, grad_weight);
   }
   if (args.grad_x == nullptr) return;
-  times_panels<A>(static_cast<const A*>(args.grad_hidden) + block.first * in.hidden, in.hidden,
-                  block.count, in.hidden, packed.second + block.expert * packed.second_size,
+  const A* grad_hidden = static_cast<const A*>(args.grad_hidden) + block.first * in.hidden;
+  times_panels<A>(grad_hidden, in.hidden, block.count, in.hidden, packed.second.of(block.expert),
                   in.width, buffer.rows, buffer.width_stride);
+  if constexpr (kGated)
+    times_panels<A>(grad_hidden + gate, in.hidden, block.count, in.hidden,
+                    packed.gate.of(block.expert), in.width, buffer.rows, buffer.width_stride, true);
   for (int64_t r = 0; r < block.count; ++r)
     std::memcpy(static_cast<A*>(args.rows) + (block.first + r) * in.width,
                 buffer.rows + r * buffer.width_stride, in.width * sizeof(A));
@@ -267,16 +321,33 @@ struct WeightGradient {
   }
 };
 
+// Calls body.template operator()<whether the experts are gated>().
+template <typename F>
+void with_gate(const RoutedArgs& in, const F& body) {
+  if (in.w_gate != nullptr)
+    body.template operator()<true>();
+  else
+    body.template operator()<false>();
+}
+
 }  // namespace
 
 void routed_forward(DType dtype, const RoutedForward& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     const RoutedArgs& in = args.in;
-    const PackedWeights<T, A> packed(in, in.w_in, 1, in.width, in.w_out, 1, in.hidden);
+    const int64_t width = in.width, hidden = in.hidden;
+    const PackedWeights<T, A> packed{
+        {in, in.w_in, in.w_in_stride, width, hidden, 1, width},
+        {in, in.w_out, width * hidden, hidden, width, 1, hidden},
+        {in, in.w_gate, in.w_gate_stride, width, hidden, 1, width},
+    };
     const Blocks blocks(in);
-    parallel_for(blocks.count, in.threads,
-                 [&](int64_t item, int) { forward_block<T, A>(args, packed, blocks.block[item]); });
+    with_gate(in, [&]<bool kGated>() {
+      parallel_for(blocks.count, in.threads, [&](int64_t item, int) {
+        forward_block<T, A, kGated>(args, packed, blocks.block[item]);
+      });
+    });
     combine<T, A>(in, static_cast<const A*>(args.rows), static_cast<T*>(args.out));
   });
 }
@@ -285,11 +356,18 @@ void routed_backward(DType dtype, const RoutedBackward& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     const RoutedArgs& in = args.in;
-    const PackedWeights<T, A> packed(in, wants_hidden(args) ? in.w_out : nullptr, in.hidden, 1,
-                                     args.grad_x != nullptr ? in.w_in : nullptr, in.width, 1);
+    const int64_t width = in.width, hidden = in.hidden;
+    const bool wants_x = args.grad_x != nullptr;
+    const PackedWeights<T, A> packed{
+        {in, wants_hidden(args) ? in.w_out : nullptr, width * hidden, width, hidden, hidden, 1},
+        {in, wants_x ? in.w_in : nullptr, in.w_in_stride, hidden, width, width, 1},
+        {in, wants_x ? in.w_gate : nullptr, in.w_gate_stride, hidden, width, width, 1},
+    };
     const Blocks blocks(in);
-    parallel_for(blocks.count, in.threads, [&](int64_t item, int) {
-      backward_block<T, A>(args, packed, blocks.block[item]);
+    with_gate(in, [&]<bool kGated>() {
+      parallel_for(blocks.count, in.threads, [&](int64_t item, int) {
+        backward_block<T, A, kGated>(args, packed, blocks.block[item]);
+      });
     });
     if (args.grad_x != nullptr)
       combine<T, A>(in, static_cast<const A*>(args.rows), static_cast<T*>(args.grad_x));
@@ -300,6 +378,14 @@ void routed_backward(DType dtype, const RoutedBackward& args) {
                          false,
                          args.grad_w_in,
                          args.grad_b_in}
+        .run_all();
+    WeightGradient<T, A>{in,
+                         static_cast<const A*>(args.grad_hidden) + in.tokens * in.choices * hidden,
+                         in.x,
+                         false,
+                         false,
+                         args.grad_w_gate,
+                         args.grad_b_gate}
         .run_all();
     WeightGradient<T, A>{in,
                          static_cast<const A*>(args.weighted),

@@ -27,12 +27,17 @@ def routed_mlp(
     b_out: Tensor | None,
     *,
     act: str = "gelu",
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Weighted sum of the outputs of each token's experts: dispatch, grouped matrix products, combine.
 
         out[n] = sum over k of weight[n, k] * (act(x[n] @ w_in[e]^T + b_in[e]) @ w_out[e]^T + b_out[e]),
         e = index[n, k]; -1 adds nothing.
+
+    Gated experts (SwiGLU with act="silu", GeGLU with act="gelu") have a weight w_gate; their hidden layer is
+    act(x[n] @ w_gate[e]^T + b_gate[e]) * (x[n] @ w_in[e]^T + b_in[e]).
 
     No rows are padded, and nothing has size (N, E, capacity). Experts may have no rows, and N may be 0. Results
     are bitwise equal for any number of threads.
@@ -44,19 +49,22 @@ def routed_mlp(
         w_in, b_in: (E, F, D) and (E, F) or None, same dtype.
         w_out, b_out: (E, D, F) and (E, D) or None, same dtype.
         act: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+        w_gate, b_gate: (E, F, D) and (E, F), same dtype; b_gate only with w_gate. w_in and w_gate may be halves of
+            one weight (E, 2 F, D) and are then not copied.
         backend: "reference", "cpu" or "triton"; default by device.
 
     Returns:
-        out (N, D). Differentiable with respect to x, weight, w_in, b_in, w_out and b_out.
+        out (N, D). Differentiable with respect to x, weight and all weights and biases.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as in routing.gate.
         ValueError: an index is out of range (on the CPU; a GPU drops its row, since a check would synchronize).
 
-    Cost: 4 D F FLOP per kept row forward and 8 D F backward; memory O(N K (D + F)).
-    Source: the sparse experts of FL-I2MoE's baselines, after FastMoE (arXiv 2103.13262).
+    Cost: 4 D F FLOP per kept row forward and 8 D F backward, gated 6 D F and 12 D F; memory O(N K (D + F)).
+    Source: the sparse experts of FL-I2MoE's baselines, after FastMoE (arXiv 2103.13262); gated experts: GLU
+    variants (arXiv 2002.05202).
     """
-    validate(x, weight, w_in, b_in, w_out, b_out)
+    validate(x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate)
     experts = w_in.shape[0]
     index = require_index(index, experts)
     if index.shape != weight.shape:
@@ -69,11 +77,11 @@ def routed_mlp(
         raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
     name = backends.choose(_OPERATOR, x, backend)
     if name == backends.REFERENCE:
-        return reference.routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, act)
+        return reference.routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, act, w_gate, b_gate)
     routing = backends.choose("routing", x, backend)
     _, offsets, permutation = torch.ops.flmoe.routing_dispatch(index, experts, routing)
     code = list(ACTIVATIONS).index(act)
-    tensors = (x, weight, w_in, b_in, w_out, b_out, offsets, permutation)
+    tensors = (x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate, offsets, permutation)
     return torch.ops.flmoe.routed_mlp(*tensors, code, name)[0]
 
 
@@ -84,6 +92,8 @@ def validate(
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
 ) -> None:
     check.require_tensor("x", x)
     check.require_floating("x", x)
@@ -103,9 +113,13 @@ def validate(
         ("b_in", b_in, (experts, hidden), "(E, F)"),
         ("w_out", w_out, (experts, width, hidden), "(E, D, F)"),
         ("b_out", b_out, (experts, width), "(E, D)"),
+        ("w_gate", w_gate, (experts, hidden, width), "(E, F, D)"),
+        ("b_gate", b_gate, (experts, hidden), "(E, F)"),
     ]
+    if w_gate is None and b_gate is not None:
+        raise ValueError("b_gate: expected None without w_gate, got a Tensor")
     for name, tensor, shape, letters in shapes:
-        if tensor is None and name.startswith("b_"):
+        if tensor is None and name in ("b_in", "b_out", "w_gate", "b_gate"):
             continue
         check.require_tensor(name, tensor)
         assert tensor is not None

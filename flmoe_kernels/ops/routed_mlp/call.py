@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.operands import contiguous, expect
+from flmoe_kernels.core.operands import contiguous, expect, experts_contiguous
 
 # Positions are int32, and the kernels also compute slightly larger positions in int32.
 _MOST_ROWS = 2**30
@@ -18,8 +18,9 @@ _MOST_ROWS = 2**30
 class RoutedCall:
     """Inputs of the routed MLP.
 
-    x (N, D), weight (N, K), w_in (E, F, D), b_in (E, F), w_out (E, D, F) and b_out (E, D) have one dtype; offsets
-    (E + 1) and permutation (N * K) are those of `dispatch`, int32; act is a position in ACTIVATIONS.
+    x (N, D), weight (N, K), w_in (E, F, D), b_in (E, F), w_out (E, D, F), b_out (E, D), w_gate (E, F, D) and
+    b_gate (E, F) have one dtype; w_gate and b_gate are None for experts without a gate. offsets (E + 1) and
+    permutation (N * K) are those of `dispatch`, int32; act is a position in ACTIVATIONS.
     """
 
     x: Tensor
@@ -28,6 +29,8 @@ class RoutedCall:
     b_in: Tensor | None
     w_out: Tensor
     b_out: Tensor | None
+    w_gate: Tensor | None
+    b_gate: Tensor | None
     offsets: Tensor
     permutation: Tensor
     act: int
@@ -35,7 +38,12 @@ class RoutedCall:
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The inputs with a gradient."""
-        return self.x, self.weight, self.w_in, self.b_in, self.w_out, self.b_out
+        of_gate = (self.w_gate, self.b_gate)
+        return self.x, self.weight, self.w_in, self.b_in, self.w_out, self.b_out, *of_gate
+
+    @property
+    def gated(self) -> bool:
+        return self.w_gate is not None
 
     @property
     def tokens(self) -> int:
@@ -61,8 +69,16 @@ class RoutedCall:
     def hidden(self) -> int:
         return self.w_in.shape[1]
 
+    @property
+    def layers_shape(self) -> tuple[int, ...]:
+        """Shape of the hidden layer before activation: (N * K, F), gated (2, N * K, F) for w_in and w_gate."""
+        return (2, self.rows, self.hidden) if self.gated else (self.rows, self.hidden)
+
     def checked(self) -> RoutedCall:
-        """Return the call with contiguous tensors; ValueError if the kernels must not read it."""
+        """Return the call with tensors in the layout that the kernels read; ValueError if they must not read it.
+
+        All tensors are contiguous, except that the experts of w_in and w_gate may have any stride.
+        """
         experts, hidden, width = self.w_in.shape
         tokens, choices = self.weight.shape
         dtype, device = self.x.dtype, self.x.device
@@ -73,6 +89,8 @@ class RoutedCall:
             "b_in": ((experts, hidden), dtype),
             "w_out": ((experts, width, hidden), dtype),
             "b_out": ((experts, width), dtype),
+            "w_gate": ((experts, hidden, width), dtype),
+            "b_gate": ((experts, hidden), dtype),
             "offsets": ((experts + 1,), torch.int32),
             "permutation": ((tokens * choices,), torch.int32),
         }
@@ -80,11 +98,16 @@ class RoutedCall:
             expect(name, getattr(self, name), shape, expected, device)
         if self.rows > _MOST_ROWS:
             raise ValueError(f"permutation: expected up to 2^30 rows N * K, got {self.rows}")
+        if self.w_gate is None and self.b_gate is not None:
+            raise ValueError("b_gate: expected None without w_gate, got a Tensor")
         tensors: dict[str, Any] = {name: contiguous(getattr(self, name)) for name in shapes}
+        tensors["w_in"] = experts_contiguous(self.w_in)
+        if self.w_gate is not None:
+            tensors["w_gate"] = experts_contiguous(self.w_gate)
         return replace(self, **tensors)
 
     def checked_gradients(self, grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Check grad_out (N, D) and hidden (N * K, F) for the backward and return them contiguous."""
+        """Check grad_out (N, D) and hidden (layers_shape) for the backward and return them contiguous."""
         expect("grad_out", grad_out, self.x.shape, self.x.dtype, self.x.device)
-        expect("hidden", hidden, (self.rows, self.hidden), self.x.dtype, self.x.device)
+        expect("hidden", hidden, self.layers_shape, self.x.dtype, self.x.device)
         return grad_out.contiguous(), hidden.contiguous()

@@ -14,10 +14,10 @@ from .call import RoutedCall
 
 
 def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
-    """Return out (N, D), and the hidden layer before activation, (N * K, F) by position in the permutation."""
+    """Return out (N, D), and the hidden layer before activation, layers_shape, by position in the permutation."""
     x = call.x
     out = empty(x.shape, x)
-    hidden = empty((call.rows, call.hidden), x)
+    hidden = empty(call.layers_shape, x)
     rows = empty((call.rows, call.width), x, statistics_dtype(x.dtype))
     native().routed_forward(*_common(call), *map(address, (out, hidden, rows)))
     return out, hidden
@@ -26,10 +26,10 @@ def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
 def backward(
     call: RoutedCall, grad_out: Tensor, hidden: Tensor, wants: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, w_in, b_in, w_out, b_out; those not requested are empty."""
+    """Gradients of x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate; those not requested are empty."""
     x, wide = call.x, statistics_dtype(call.x.dtype)
-    widths = (call.hidden, call.hidden, call.width)
-    workspace = [empty((call.rows, width), x, wide) for width in widths]
+    shapes = (call.layers_shape, (call.rows, call.hidden), (call.rows, call.width))
+    workspace = [empty(shape, x, wide) for shape in shapes]
     grads = [
         empty((0,) if parameter is None or not want else parameter.shape, x)
         for parameter, want in zip(call.differentiable, wants, strict=True)
@@ -46,7 +46,7 @@ def backward(
 
 def _common(call: RoutedCall) -> tuple:
     expect("x", call.x, call.x.shape, call.x.dtype)  # in host memory, like all other tensors
-    tensors = (call.x, call.weight, call.w_in, call.b_in, call.w_out, call.b_out)
-    addresses = [address(t) for t in (*tensors, call.offsets, call.permutation)]
+    tensors = (*call.differentiable, call.offsets, call.permutation)
     sizes = (call.tokens, call.choices, call.experts, call.width, call.hidden)
-    return dtype_code(call.x), addresses, sizes, call.act, threads()
+    strides = [0 if w is None else w.stride(0) for w in (call.w_in, call.w_gate)]
+    return dtype_code(call.x), [*map(address, tensors)], sizes, strides, call.act, threads()

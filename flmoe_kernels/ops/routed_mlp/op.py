@@ -17,8 +17,9 @@ from .call import RoutedCall
 
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, "
-    "Tensor offsets, Tensor permutation, int act"
+    "Tensor? w_gate, Tensor? b_gate, Tensor offsets, Tensor permutation, int act"
 )
+_DIFFERENTIABLE = 8
 
 
 def _kernels(backend: str) -> Any:
@@ -46,12 +47,13 @@ def _backward(backend: str, grad_out: Tensor, hidden: Tensor, *args: Any) -> tup
     return _kernels(backend).backward(call, *call.checked_gradients(grad_out, hidden), wants)
 
 
-def _forward_fake(x: Tensor, weight: Tensor, w_in: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((weight.numel(), w_in.shape[1]))
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = RoutedCall(*args)
+    return call.x.new_empty(call.x.shape), call.x.new_empty(call.layers_shape)
 
 
-def _backward_fake(_grad: Tensor, _hidden: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    wanted = zip((x, *args[:5]), args[-1], strict=True)
+def _backward_fake(_grad: Tensor, _hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    x, wanted = args[0], zip(args[:_DIFFERENTIABLE], args[-1], strict=True)
     return tuple(x.new_empty(t.shape if want else (0,)) for t, want in wanted)
 
 
@@ -64,9 +66,9 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _autograd(ctx: Any, grad_out: Tensor | None, _grad_hidden: None) -> tuple:
     if grad_out is None:
-        return (None,) * 10
+        return (None,) * (_DIFFERENTIABLE + 4)
     hidden, *tensors = ctx.saved_tensors
-    op, wants = torch.ops.flmoe.routed_mlp_backward, ctx.needs_input_grad[:6]
+    op, wants = torch.ops.flmoe.routed_mlp_backward, ctx.needs_input_grad[:_DIFFERENTIABLE]
     grads = op(grad_out, hidden, *tensors, ctx.act, wants, ctx.backend)
     return *(g if want else None for g, want in zip(grads, wants, strict=True)), *(None,) * 4
 
@@ -79,11 +81,23 @@ def _product_flops(call: RoutedCall) -> int:
 
 
 def _backward_flops(_grad: Tensor, _hidden: Tensor, *args: Any) -> int:
-    """The gradients of the hidden layer, x and both weights."""
+    """The gradients of the hidden layer, x and the weights."""
     *inputs, wants = args
-    x, weight, w_in, b_in, w_out, _ = wants
-    count = (x or weight or w_in or b_in) + x + w_in + w_out
-    return count * _product_flops(RoutedCall(*inputs))
+    call = RoutedCall(*inputs)
+    x, weight, w_in, b_in, w_out, _, w_gate, b_gate = wants
+    layers = x or weight or w_in or b_in or w_gate or b_gate
+    count = layers + x * _layers(call) + w_in + w_out + w_gate
+    return count * _product_flops(call)
+
+
+def _layers(call: RoutedCall) -> int:
+    """The number of products of the tokens: w_in, and w_gate of gated experts."""
+    return 1 + call.gated
+
+
+def _forward_flops(*args: Any) -> int:
+    call = RoutedCall(*args)
+    return (_layers(call) + 1) * _product_flops(call)
 
 
 define(
@@ -92,12 +106,12 @@ define(
     _forward,
     _forward_fake,
     (_setup, _autograd),
-    flops=lambda *args: 2 * _product_flops(RoutedCall(*args)),
+    flops=_forward_flops,
 )
 define(
     "routed_mlp_backward",
     f"(Tensor grad_out, Tensor hidden, {_INPUTS}, bool[] wants) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"-> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
     _backward,
     _backward_fake,
     flops=_backward_flops,

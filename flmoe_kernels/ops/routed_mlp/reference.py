@@ -1,6 +1,7 @@
 """Reference of the routed MLP in plain PyTorch.
 
 out[n] = sum over k of weight[n, k] * mlp of expert index[n, k] (x[n]);  index -1 adds nothing
+Gated experts multiply the hidden layer by an activated second one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def routed_mlp(
     w_out: Tensor,
     b_out: Tensor | None,
     act: str,
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
 ) -> Tensor:
     """Compute out (N, D) from x (N, D), expert by expert."""
     out = torch.zeros_like(x)
@@ -38,7 +41,12 @@ def routed_mlp(
     # Autocast would change the dtype of the products; it has no effect on the kernels either.
 
     def expert(e: int, rows: Tensor) -> Tensor:
-        hidden = activation(F.linear(rows, w_in[e], None if b_in is None else b_in[e]))
+        hidden = F.linear(rows, w_in[e], None if b_in is None else b_in[e])
+        if w_gate is None:
+            hidden = activation(hidden)
+        else:
+            gate = F.linear(rows, w_gate[e], None if b_gate is None else b_gate[e])
+            hidden = activation(gate) * hidden
         return F.linear(hidden, w_out[e], None if b_out is None else b_out[e])
 
     with without_autocast(x.device):

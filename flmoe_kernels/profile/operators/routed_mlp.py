@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from flmoe_kernels.profile.shapes import RoutedShape
 
 from . import draws
 
-# index, x, weight, w_in, b_in, w_out, b_out -> out; without biases b_in and b_out are None.
+_ARGUMENTS = ("x", "weight", "w_in", "b_in", "w_out", "b_out", "w_gate")
+# index and _ARGUMENTS -> out; biases and w_gate are None if the variant has none.
 Routed = Callable[..., Tensor]
 
 
@@ -25,8 +27,8 @@ def shape_of(case: Case) -> RoutedShape:
     return case.shape
 
 
-def make_inputs(shape: RoutedShape, biased: bool, device: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make index (N, K) and x, weight, w_in, w_out, with biases also b_in and b_out."""
+def make_inputs(shape: RoutedShape, variant: str, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Make index (N, K) and x, weight, w_in, w_out; by variant also b_in and b_out, or w_gate."""
     generator = draws.generator_of(device)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
@@ -38,35 +40,33 @@ def make_inputs(shape: RoutedShape, biased: bool, device: str) -> tuple[Tensor, 
     leaves = {"x": draw(tokens, width), "weight": weight}
     leaves["w_in"] = draw(experts, hidden, width, scale=width**-0.5)
     leaves["w_out"] = draw(experts, width, hidden, scale=hidden**-0.5)
-    if biased:
+    if variant == "bias":
         leaves |= {"b_in": draw(experts, hidden), "b_out": draw(experts, width)}
+    if variant == "swiglu":
+        leaves["w_gate"] = draw(experts, hidden, width, scale=width**-0.5)
     return index, leaves
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
     def routed(index: Tensor, x: Tensor, weight: Tensor, *weights: Tensor | None) -> Tensor:
-        w_in, b_in, w_out, b_out = weights
+        w_in, b_in, w_out, b_out, w_gate = weights
         assert w_in is not None
         assert w_out is not None
-        return routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, backend=name)
+        act = "gelu" if w_gate is None else "silu"
+        options: dict[str, Any] = {"act": act, "w_gate": w_gate, "backend": name}
+        return routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, **options)
 
     return prepare_routed(case, routed, dtype)
 
 
 def prepare_routed(case: Case, routed: Routed, dtype: torch.dtype) -> Prepared:
     """Prepare a function that computes a routed MLP."""
-    index, inputs = make_inputs(shape_of(case), case.variant == "bias", case.device)
+    index, inputs = make_inputs(shape_of(case), case.variant, case.device)
     leaves = {key: draws.place(case, x, dtype) for key, x in inputs.items()}
 
-    def function(
-        x: Tensor,
-        weight: Tensor,
-        w_in: Tensor,
-        w_out: Tensor,
-        b_in: Tensor | None = None,
-        b_out: Tensor | None = None,
-    ) -> Outputs:
-        return {"out": routed(index, x, weight, w_in, b_in, w_out, b_out)}
+    def function(*values: Tensor) -> Outputs:
+        named = dict(zip(leaves, values, strict=True))
+        return {"out": routed(index, *map(named.get, _ARGUMENTS))}
 
     through = {"out": (leaves["x"].shape, dtype)}
     return prepare_function(function, leaves, case.phase, through)

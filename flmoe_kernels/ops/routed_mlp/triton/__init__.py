@@ -22,12 +22,13 @@ __all__ = ["backward", "forward"]
 
 
 def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
-    """out (N, D), and the hidden layer before its activation, (N * K, F) by row of the permutation.
+    """out (N, D), and the hidden layer before its activation, layers_shape, by row of the permutation.
 
     Memory beside them: R F for the activated layer, and for K > 1 R D for rows, in x's type.
     """
     out = call.x.new_empty(call.x.shape)
-    hidden, active = (call.x.new_empty((call.rows, call.hidden)) for _ in range(2))
+    hidden = call.x.new_empty(call.layers_shape)
+    active = call.x.new_empty((call.rows, call.hidden))
     parts = _parts(call, out)
     products = [
         launches.hidden_launch(tiles_of("hidden", call), call, hidden, active),
@@ -40,17 +41,19 @@ def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
 def backward(
     call: RoutedCall, grad_out: Tensor, hidden: Tensor, wants: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, w_in, b_in, w_out, b_out; those not requested are empty.
+    """Gradients of x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate; those not requested are empty.
 
-    Memory beside them: 2 R F and, for K > 1, R D in x's type, and splits' partial sums, see launch.splits_of.
+    Memory beside them: 2 R F, gated 3 R F, and, for K > 1, R D in x's type, and splits' partial sums, see
+    launch.splits_of.
     """
     empty = call.x.new_empty
     want_x, want_weight, *want_parameters = wants
+    want_in, want_out, want_gate = (want_parameters[i : i + 2] for i in (0, 2, 4))
     grad_x = empty(call.x.shape if want_x else (0,))
     grad_weight = empty(call.weight.shape if want_weight else (0,))
-    grad_hidden, active = (empty((call.rows, call.hidden)) for _ in range(2))
+    grad_hidden, active = empty(call.layers_shape), empty((call.rows, call.hidden))
     found = []
-    if want_x or want_weight or any(want_parameters[:3]):
+    if want_x or want_weight or any((*want_in, want_out[0], *want_gate)):
         tiles = tiles_of("hidden_gradient", call)
         dots = empty((call.rows, launches.dot_parts(tiles, call)), dtype=torch.float32)
         rows = (grad_out, hidden, grad_hidden, active, dots)
@@ -63,11 +66,15 @@ def backward(
         found.append(launches.token_gradient_launch(tiles, call, grad_hidden, parts))
         found += _sums(parts, grad_x)
     run(found, call.x.device)
-    by_row, by_token = (grad_hidden, False), (call.x, True)
-    of_in = _weight_gradients(call, by_row, by_token, want_parameters[:2], None)
-    by_token, by_row = (grad_out, True), (active, False)
-    of_out = _weight_gradients(call, by_token, by_row, want_parameters[2:], call.weight)
-    return grad_x, grad_weight, *of_in, *of_out
+    by_row, by_gate = (
+        (grad_hidden[0], grad_hidden[-1]) if call.gated else (grad_hidden, grad_hidden)
+    )
+    tokens = (call.x, True)
+    of_in = _weight_gradients(call, (by_row, False), tokens, want_in, None)
+    sides = ((grad_out, True), (active, False))
+    of_out = _weight_gradients(call, *sides, want_out, call.weight)
+    of_gate = _weight_gradients(call, (by_gate, False), tokens, want_gate, None)
+    return grad_x, grad_weight, *of_in, *of_out, *of_gate
 
 
 def _weight_gradients(

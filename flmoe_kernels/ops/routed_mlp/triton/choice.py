@@ -41,6 +41,7 @@ def fastest(kernel: str, call: RoutedCall) -> Tiles:
         experts=call.experts,
         width=call.width,
         hidden=call.hidden,
+        gated=int(call.gated),
         tf32=int(matrix_precision(dtype) == "tf32"),
     )
     tried = candidates(kernel, call, architecture_of(device))
@@ -63,16 +64,21 @@ def _layer(call: RoutedCall) -> Tensor:
     return call.x.new_zeros((call.rows, call.hidden))
 
 
+def _before(call: RoutedCall) -> Tensor:
+    """Zeros for the hidden layer before its activation, or for its gradient."""
+    return call.x.new_zeros(call.layers_shape)
+
+
 def _layers(call: RoutedCall) -> tuple[Tensor, Tensor]:
     """The hidden layer of the call before and after its activation."""
-    hidden, active = _layer(call), _layer(call)
+    hidden, active = _before(call), _layer(call)
     own = TABLE.tiles(key_of("hidden", call.x.dtype), architecture_of(call.x.device))
     run([launches.hidden_launch(own, call, hidden, active)], call.x.device)
     return hidden, active
 
 
 def _hidden(call: RoutedCall) -> Make:
-    hidden, active = _layer(call), _layer(call)
+    hidden, active = _before(call), _layer(call)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         launch = launches.hidden_launch(tiles, call, hidden, active)
@@ -95,7 +101,7 @@ def _rows(call: RoutedCall) -> Make:
 def _hidden_gradient(call: RoutedCall) -> Make:
     """Trials of the hidden gradient, with x as grad_out."""
     hidden, active = _layers(call)
-    grad = _layer(call)
+    grad = _before(call)
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         shape = (call.rows, launches.dot_parts(tiles, call))

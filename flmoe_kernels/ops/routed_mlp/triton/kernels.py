@@ -6,13 +6,13 @@ fixed number of programs processes the tiles (expert, block of rows, block of co
 weights in L2, see tiles.locate; a second program on the same SM multiplies while the first finishes a tile. Sums
 have a fixed order, without atomics.
 
-    forward    hidden_kernel      h = x w_in^T + b_in, and act(h)                2 D F FLOP per kept row
+    forward    hidden_kernel      h = x w_in^T + b_in, and act(h)                2 D F FLOP per row; gated 4 D F
                rows_kernel        weight (act(h) w_out^T + b_out), at n, k       2 D F
                sum_kernel         out[n], over k; not for K = 1
     backward   hidden_gradient    grad of h, weight act(h), parts of the next    2 D F
                choice_gradient    grad of weight
-               weight_gradient    grads of w_in and b_in, of w_out and b_out     2 x 2 D F
-               rows_kernel        grad of x, at n, k; then sum_kernel            2 D F
+               weight_gradient    grads of w_in and b_in, of w_out and b_out     2 x 2 D F, gated 3 x 2 D F
+               rows_kernel        grad of x, at n, k; then sum_kernel            2 D F, gated 4 D F
 
 act(h) is stored in a second buffer instead of being recomputed by the second product: there each of its D / 128
 blocks of columns would compute it again, and 128 elements take about 25 clocks of an SM, but their part of the
@@ -48,16 +48,20 @@ from .tiles import (
 )
 
 
-# hidden (R, F) by row, before activation (for the backward) and after it. The loads gather the rows of x. Traffic:
-# w_in once per band of rows, x from L2, two outputs. Bound: the matrix units.
+# hidden (R, F) by row, before activation (for the backward) and after it. The loads gather the rows of x. With a
+# gate, gate (R, F) is its product before activation, and active is act(gate) hidden. Traffic: w_in and w_gate once
+# per band of rows, x from L2, two or three outputs. Bound: the matrix units.
 @triton.jit
 def hidden_kernel(
     x,
     w,
     bias,
+    w_gate,
+    b_gate,
     offsets,
     permutation,
     hidden,
+    gate,
     active,
     rows,
     depth,
@@ -65,6 +69,8 @@ def hidden_kernel(
     CHOICES: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    OF_EXPERT: tl.constexpr,
+    GATE_OF_EXPERT: tl.constexpr,
     ACT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -81,11 +87,14 @@ def hidden_kernel(
         at = tl.arange(0, ROWS)
         place, valid = load_places(permutation, first + at, end, rows)
         value = multiply(
-            *(x, place // CHOICES, w, e, across, depth),
-            *(D, F, 1, D, COLUMNS, DEPTH, PRECISION),
+            *(x, place // CHOICES, w, w_gate, e, across, depth, None),
+            *(D, F, OF_EXPERT, GATE_OF_EXPERT, 1, D, COLUMNS, DEPTH, PRECISION),
         )
         start = first.to(tl.int64) * F
-        parts = slices(value, SLICES)
+        if w_gate is None:
+            parts = slices(value, SLICES)
+        else:
+            parts, gates = slices(value[0], SLICES), slices(value[1], SLICES)
         for i in tl.static_range(SLICES):
             column, present = columns_of(across * SLICES + i, F, COLUMNS // SLICES)
             value = parts[i]
@@ -95,17 +104,28 @@ def hidden_kernel(
             to = at[:, None] * F + column[None, :]
             inside = valid[:, None] & present[None, :]
             tl.store(hidden + start + to, value.to(hidden.dtype.element_ty), mask=inside)
-            value, _ = activate(value, ACT)
+            if w_gate is None:
+                value, _ = activate(value, ACT)
+            else:
+                before = gates[i]
+                if b_gate is not None:
+                    own = tl.load(b_gate + e * F + column, mask=present, other=0.0)
+                    before += own.to(tl.float32)[None, :]
+                tl.store(gate + start + to, before.to(gate.dtype.element_ty), mask=inside)
+                share, _ = activate(before, ACT)
+                value *= share
             tl.store(active + start + to, value.to(active.dtype.element_ty), mask=inside)
 
 
 # out (R, OUTER) by place, from rows `a` (R, INNER) by row: the outputs of rows before they are summed, and the
-# gradients of x. Dropped rows are the last group; their tiles multiply nothing and store zeros. Traffic: w once
-# per band of rows, a from L2, out once. Bound: the matrix units.
+# gradients of x, which with a gate are sums of two products. Dropped rows are the last group; their tiles multiply
+# nothing and store zeros. Traffic: w once per band of rows, a from L2, out once. Bound: the matrix units.
 @triton.jit
 def rows_kernel(
     a,
     w,
+    a_gate,
+    w_gate,
     bias,
     weight,
     offsets,
@@ -115,6 +135,8 @@ def rows_kernel(
     EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
+    OF_EXPERT: tl.constexpr,
+    GATE_OF_EXPERT: tl.constexpr,
     OF_INNER: tl.constexpr,
     OF_OUTER: tl.constexpr,
     ROWS: tl.constexpr,
@@ -132,10 +154,16 @@ def rows_kernel(
         place, valid = load_places(permutation, row, end, rows)
         kept = group < EXPERTS
         e = tl.minimum(group, EXPERTS - 1)
+        source, depth = tl.where(valid, row, 0), tl.where(kept, INNER, 0)
         value = multiply(
-            *(a, tl.where(valid, row, 0), w, e, across, tl.where(kept, INNER, 0)),
-            *(INNER, OUTER, OF_INNER, OF_OUTER, COLUMNS, DEPTH, PRECISION),
+            *(a, source, w, None, e, across, depth, None, INNER, OUTER, OF_EXPERT, 0),
+            *(OF_INNER, OF_OUTER, COLUMNS, DEPTH, PRECISION),
         )
+        if w_gate is not None:
+            value = multiply(
+                *(a_gate, source, w_gate, None, e, across, depth, value, INNER, OUTER),
+                *(GATE_OF_EXPERT, 0, OF_INNER, OF_OUTER, COLUMNS, DEPTH, PRECISION),
+            )
         if weight is not None:
             share = tl.load(weight + place, mask=valid & kept, other=0.0).to(tl.float32)
         to = out + place.to(tl.int64)[:, None] * OUTER
@@ -154,17 +182,20 @@ def rows_kernel(
 
 # With g = grad_out w_out of a row: grad_hidden = weight g act'(h); active = weight act(h), for the gradient of
 # w_out; and dots[row, block of columns] = g . act(h) of these columns, for the gradient of weight. The order of
-# the stores frees registers early; the other order spills on sm_90. Traffic: w_out once per band of rows, grad_out
-# from L2, hidden, two outputs. Bound: the matrix units.
+# the stores frees registers early; the other order spills on sm_90. With a gate, act(gate) hidden is in the place
+# of act(h), and both gradients of the hidden layer come from one product. Traffic: w_out once per band of rows,
+# grad_out from L2, hidden and gate, two or three outputs. Bound: the matrix units.
 @triton.jit
 def hidden_gradient_kernel(
     grad_out,
     w,
     weight,
     hidden,
+    gate,
     offsets,
     permutation,
     grad_hidden,
+    grad_gate,
     active,
     dots,
     rows,
@@ -189,8 +220,8 @@ def hidden_gradient_kernel(
         at = tl.arange(0, ROWS)
         place, valid = load_places(permutation, first + at, end, rows)
         grad = multiply(
-            *(grad_out, place // CHOICES, w, e, across, depth),
-            *(D, F, F, 1, COLUMNS, DEPTH, PRECISION),
+            *(grad_out, place // CHOICES, w, None, e, across, depth, None),
+            *(D, F, D * F, 0, F, 1, COLUMNS, DEPTH, PRECISION),
         )
         share = tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)
         product = tl.zeros((ROWS,), tl.float32)
@@ -200,14 +231,27 @@ def hidden_gradient_kernel(
             column, present = columns_of(across * SLICES + i, F, COLUMNS // SLICES)
             to = at[:, None] * F + column[None, :]
             inside = valid[:, None] & present[None, :]
-            before = tl.load(hidden + start + to, mask=inside, other=0.0).to(tl.float32)
+            change = parts[i]
+            kind = grad_hidden.dtype.element_ty
+            if gate is None:
+                activated, grad_activated = hidden, grad_hidden
+            else:
+                activated, grad_activated = gate, grad_gate
+            before = tl.load(activated + start + to, mask=inside, other=0.0).to(tl.float32)
             value, slope = activate(before, ACT)
-            change = parts[i] * slope
+            if gate is not None:
+                factor = tl.load(hidden + start + to, mask=inside, other=0.0).to(tl.float32)
+                change *= factor
+            change *= slope
             if ACT == RELU:
                 # As in torch, a NaN does not pass where the activation is 0.
                 change = tl.where(slope == 0.0, 0.0, change)
             change *= share[:, None]
-            tl.store(grad_hidden + start + to, change.to(grad_hidden.dtype.element_ty), mask=inside)
+            tl.store(grad_activated + start + to, change.to(kind), mask=inside)
+            if gate is not None:
+                through = parts[i] * value * share[:, None]
+                tl.store(grad_hidden + start + to, through.to(kind), mask=inside)
+                value *= factor
             each = parts[i] * value
             if F % COLUMNS != 0:
                 # Columns after F are sums over zero weights: NaN if the gradient is infinite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -71,39 +72,61 @@ def _products(
     )
 
 
+def _halves(call: RoutedCall, layers: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(R, F) of w_in and, for gated experts, of w_gate, from a tensor of layers_shape."""
+    return (layers[0], layers[1]) if call.gated else (layers, None)
+
+
+def _of_experts(w: Tensor, w_gate: Tensor | None) -> dict[str, int]:
+    """Elements from one expert's matrix to the next."""
+    gate = 0 if w_gate is None else w_gate.stride(0)
+    return {"OF_EXPERT": w.stride(0), "GATE_OF_EXPERT": gate}
+
+
 def hidden_launch(tiles: Tiles, call: RoutedCall, hidden: Tensor, active: Tensor) -> Launch:
-    """Launch of hidden and active (R, F) by row."""
-    arguments: dict[str, Any] = {"x": call.x, "w": call.w_in, "bias": call.b_in, "hidden": hidden}
+    """Launch of hidden (layers_shape) and active (R, F) by row."""
+    if call.gated:
+        # The tile's columns are those of both matrices.
+        tiles = replace(tiles, columns=max(16, tiles.columns // 2))
+    own, gate = _halves(call, hidden)
+    arguments: dict[str, Any] = {"x": call.x, "w": call.w_in, "bias": call.b_in, "hidden": own}
+    arguments |= {"w_gate": call.w_gate, "b_gate": call.b_gate, "gate": gate}
     arguments |= {"active": active, "depth": call.width}
     constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
+    constants |= _of_experts(call.w_in, call.w_gate)
     sizes = {"sizes": (call.width, call.hidden)}
     return _products(hidden_kernel, tiles, call, arguments, {**constants, **sizes})
 
 
 def rows_launch(tiles: Tiles, call: RoutedCall, active: Tensor, out: Tensor) -> Launch:
     """Launch of out (R, D) by place: each row's weighted output. Uses tiles of "rows"."""
-    return _rows(tiles, call, active, call.w_out, (1, call.hidden), out, call.b_out, call.weight)
+    bias_and_weight = (call.b_out, call.weight)
+    products = ((active, call.w_out), (None, None))
+    return _rows(tiles, call, products, (1, call.hidden), out, bias_and_weight)
 
 
 def token_gradient_launch(
     tiles: Tiles, call: RoutedCall, grad_hidden: Tensor, out: Tensor
 ) -> Launch:
     """Launch of out (R, D) by place: each row's part of the gradient of x. Uses tiles of "rows"."""
-    return _rows(tiles, call, grad_hidden, call.w_in, (call.width, 1), out, None, None)
+    own, gate = _halves(call, grad_hidden)
+    products = ((own, call.w_in), (gate, call.w_gate))
+    return _rows(tiles, call, products, (call.width, 1), out, (None, None))
 
 
 def _rows(
     tiles: Tiles,
     call: RoutedCall,
-    a: Tensor,
-    w: Tensor,
+    products: tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]],
     strides: tuple[int, int],
     out: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
+    bias_and_weight: tuple[Tensor | None, Tensor | None],
 ) -> Launch:
-    arguments = {"a": a, "w": w, "bias": bias, "weight": weight, "out": out}
-    constants = {"INNER": call.hidden, "OUTER": call.width}
+    (a, w), (a_gate, w_gate) = products
+    bias, weight = bias_and_weight
+    arguments = {"a": a, "w": w, "a_gate": a_gate, "w_gate": w_gate}
+    arguments |= {"bias": bias, "weight": weight, "out": out}
+    constants = {"INNER": call.hidden, "OUTER": call.width, **_of_experts(w, w_gate)}
     constants |= dict(zip(("OF_INNER", "OF_OUTER"), strides, strict=True))
     sizes = {"sizes": (call.hidden, call.width)}
     return _products(rows_kernel, tiles, call, arguments, {**constants, **sizes})
@@ -123,14 +146,17 @@ def hidden_gradient_launch(
     active: Tensor,
     dots: Tensor,
 ) -> Launch:
-    """Launch of grad_hidden and active (R, F) by row, and dots (R, dot_parts) in float32."""
+    """Launch of grad_hidden (layers_shape), active (R, F) by row, and dots (R, dot_parts) in float32."""
     parts = dot_parts(tiles, call)
     if dots.shape[1] != parts:
         # The kernel would write past the end of a buffer made for other tiles.
         raise ValueError(f"dots: expected {parts} blocks of columns, got {dots.shape[1]}")
+    if call.gated:
+        tiles = replace(tiles, slices=2 * tiles.slices)
     arguments: dict[str, Any] = {"grad_out": grad_out, "w": call.w_out, "weight": call.weight}
-    arguments |= {"hidden": hidden, "grad_hidden": grad_hidden, "active": active}
-    arguments |= {"dots": dots, "depth": call.width}
+    for name, layers in (("", hidden), ("grad_", grad_hidden)):
+        arguments[f"{name}hidden"], arguments[f"{name}gate"] = _halves(call, layers)
+    arguments |= {"active": active, "dots": dots, "depth": call.width}
     constants = {"CHOICES": call.choices, "D": call.width, "F": call.hidden, "ACT": call.act}
     sizes = {"sizes": (call.width, call.hidden)}
     return _products(hidden_gradient_kernel, tiles, call, arguments, {**constants, **sizes})

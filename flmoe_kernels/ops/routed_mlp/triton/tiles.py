@@ -106,11 +106,15 @@ def multiply(
     a,
     source,
     w,
+    second,
     expert,
     block,
     depth,
+    start,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
+    OF_EXPERT: tl.constexpr,
+    SECOND_OF_EXPERT: tl.constexpr,
     OF_INNER: tl.constexpr,
     OF_OUTER: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -122,27 +126,41 @@ def multiply(
     depth is not a constant, so that a loop with few rounds is not unrolled, which would take more registers.
     Rows of `a` have INNER elements. w is (E, INNER, OUTER) given by strides: the matrix in memory or its
     transpose. Rows that are not valid read row 0 of a, and their results are not stored: masks are
-    only needed for incomplete chunks.
+    only needed for incomplete chunks. With a `second` matrix, the result is a pair: each chunk of a is read once
+    and multiplied with both. The sums are added to `start` if it is not None.
     """
     at = tl.arange(0, DEPTH)
     column, present = columns_of(block, OUTER, COLUMNS)
     if INNER * OUTER >= 2**31:
         at, column = at.to(tl.int64), column.to(tl.int64)
     left = a + source.to(tl.int64)[:, None] * INNER + at[None, :]
-    right = w + expert.to(tl.int64) * (INNER * OUTER)
-    right += at[:, None] * OF_INNER + column[None, :] * OF_OUTER
+    inside = at[:, None] * OF_INNER + column[None, :] * OF_OUTER
+    right = w + expert.to(tl.int64) * OF_EXPERT + inside
     stride = tl.full((), OF_INNER, tl.int64 if INNER * OUTER >= 2**31 else tl.int32)
-    total = tl.zeros((source.shape[0], COLUMNS), tl.float32)
+    total = tl.zeros((source.shape[0], COLUMNS), tl.float32) if start is None else start
+    if second is not None:
+        right_second = second + expert.to(tl.int64) * SECOND_OF_EXPERT + inside
+        total_second = tl.zeros((source.shape[0], COLUMNS), tl.float32)
     for k in range(0, depth, DEPTH):
         if INNER % DEPTH == 0 and OUTER % COLUMNS == 0:
             x = tl.load(left + k)
             y = tl.load(right + k * stride)
+            if second is not None:
+                z = tl.load(right_second + k * stride)
         else:
             here = k + at < INNER
             x = tl.load(left + k, mask=here[None, :], other=0.0)
-            y = tl.load(right + k * stride, mask=here[:, None] & present[None, :], other=0.0)
+            mask = here[:, None] & present[None, :]
+            y = tl.load(right + k * stride, mask=mask, other=0.0)
+            if second is not None:
+                z = tl.load(right_second + k * stride, mask=mask, other=0.0)
         total = dot(x, y, total, PRECISION)
-    return total
+        if second is not None:
+            total_second = dot(x, z, total_second, PRECISION)
+    if second is not None:
+        return total, total_second
+    else:
+        return total
 
 
 @triton.jit
@@ -153,7 +171,7 @@ def halves(x):
 
 @triton.jit
 def slices(x, COUNT: tl.constexpr):
-    """The columns of a tile in COUNT (1, 2 or 4) slices, in order."""
+    """The columns of a tile in COUNT (a power of two) slices, in order."""
     if COUNT == 1:
         found = (x,)
     else:
@@ -162,10 +180,12 @@ def slices(x, COUNT: tl.constexpr):
             found = (low, high)
         elif COUNT == 4:
             found = halves(low) + halves(high)
-        else:
+        elif COUNT == 8:
             a, b = halves(low)
             c, d = halves(high)
             found = halves(a) + halves(b) + halves(c) + halves(d)
+        else:
+            found = slices(low, COUNT // 2) + slices(high, COUNT // 2)
     return found
 
 
