@@ -58,6 +58,11 @@ def require_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
 
 
+def require_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
 def require_probability(name: str, value: float) -> None:
     if not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

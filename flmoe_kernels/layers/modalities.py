@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core import validation as check
+
 Masks = Sequence[Tensor | None] | None
 
 
@@ -81,6 +83,7 @@ def drop_modalities(
     If all modalities of a sample would be dropped, one of them, chosen at random, is kept. Draws from torch's
     generator.
     """
+    check.require_probability("modality_dropout", rate)
     present = present_modalities(inputs, masks)
     like = next(x for x in inputs if x is not None)
     draw = torch.rand((like.shape[0], len(inputs)), device=like.device)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flmoe_kernels.layers.interaction_moe.architecture import Architecture
+from flmoe_kernels.layers.interaction_moe.relatives import relative_of
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
@@ -28,7 +29,6 @@ from .layout import listed
 from .members import foreign_names, lost_members
 from .places import Place, find_layers
 from .recognise import Spec, check_can_run, recognise
-from .relatives import find_relatives
 from .report import (
     LeftLayer,
     Swapped,
@@ -89,7 +89,11 @@ def swap(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     holder = [model]
     layers = find_layers(model, partial(holder.__setitem__, 0))
-    relatives = [LeftLayer(name or ROOT, *rest) for name, *rest in find_relatives(model)]
+    relatives = [
+        LeftLayer(name or ROOT, *found)
+        for name, module in model.named_modules()
+        if (found := relative_of(module)) is not None
+    ]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), kept_random_states():
         calls = _calls(model, layers, inputs, masks) if check and inputs is not None else {}
@@ -217,7 +221,9 @@ class Conversion:
             settings += f", top {sparse.top_k} of a {sparse.gate}"
         return (
             f"Read {self.source}: {in_words(self.architecture)}.\n"
-            f"Settings that the parameters do not determine: {settings}.\nWrote {self.out}."
+            f"Settings that the parameters do not determine: {settings}.\n"
+            "The class is not stored either: this is read as an InteractionMoE with noise as replacement.\n"
+            f"Wrote {self.out}."
         )
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from flmoe_kernels import InteractionMoE, InteractionMoERegression
+from flmoe_kernels import InteractionMoE, InteractionMoERegression, swap
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.support.inputs import as_dtype, draw, draw_masks, draw_replacements
 from tests.support.layers import (
     LayerCase,
@@ -122,6 +124,22 @@ def test_options_of_a_reference_layer_are_kept_by_adopt() -> None:
     assert layer.num_perturbed == 2
     assert len(layer.interaction_experts) == 2
     assert layer.reweight.weights.shape == (2,)
+    assert "replacement='zero', num_perturbed=2, uniqueness=False" in repr(layer)
+
+
+def test_published_relatives_are_named_not_replaced() -> None:
+    reference = I2.reference()
+    reference.__class__ = type("ZeroVectorInteractionMoE", (ReferenceInteractionMoE,), {})
+    with pytest.raises(UnsupportedLayer, match='replacement="zero"'):
+        InteractionMoE.adopt(reference)
+    model = nn.ModuleDict({"ablation": nn.Module()})
+    model["ablation"].__class__ = type("LatentContrastiveInteractionMoE", (nn.Module,), {})
+    [entry] = swap(model).left
+    assert (entry.name, entry.class_name) == ("ablation", "LatentContrastiveInteractionMoE")
+    assert "no counterpart" in entry.reason
+    reference.__class__ = ReferenceRegression
+    with pytest.raises(UnsupportedLayer, match=r"use InteractionMoERegression\.adopt"):
+        InteractionMoE.adopt(reference)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +149,14 @@ def test_options_of_a_reference_layer_are_kept_by_adopt() -> None:
         ({"reweighting": "sum"}, None, "reweighting: expected one of mlp, average"),
         ({"num_perturbed": 4}, None, "num_perturbed: expected an int from 1 to 3, got 4"),
         ({"modality_dropout": 1.5}, None, "modality_dropout: expected a probability"),
+        ({"uniqueness": "no"}, None, "uniqueness: expected a bool, got 'no'"),
+        ({"interaction_loss": 0.5}, None, r"interaction_loss: expected a bool, got 0\.5"),
         ({"replacement": "mean"}, {}, "mean_vectors: expected tensors"),
+        (
+            {"replacement": "mean"},
+            {"mean_vectors": [torch.zeros(12)] * 2},
+            "mean_vectors: expected a list of 3 Tensors, got list of 2",
+        ),
         ({}, {"mean_vectors": [torch.zeros(12)] * 3}, "mean_vectors: expected None"),
         (
             {"replacement": "mean"},
@@ -149,5 +174,5 @@ def test_errors_name_the_argument(
     options: dict[str, Any], given: dict[str, Any] | None, message: str
 ) -> None:
     fusion = FL.reference().interaction_experts[0].fusion_model
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         InteractionMoE(3, fusion, hidden_dim=12, **options)(FL.inputs(), **(given or {}))

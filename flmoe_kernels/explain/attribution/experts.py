@@ -58,6 +58,11 @@ class Experts:
             )
         parameter = fusions[0].network[0].norm1.weight
         widths = [spec.hidden_dim] * spec.num_modalities
+        for m, x in enumerate(inputs if isinstance(inputs, list | tuple) else ()):
+            if x is None:
+                raise TypeError(
+                    f"inputs[{m}]: expected a Tensor, got None; for a missing modality pass padding and its mask"
+                )
         validate_inputs(widths, spec.num_patches, given, masks, parameter, complete=True)
         return cls(
             names=names,

@@ -191,12 +191,12 @@ class PatternMeasures(Saved):
     def table(self) -> str:
         """Format means and intervals as text, below a line that describes them."""
         scope, part = (max(map(len, x)) + 2 for x in (self.scopes, self.parts))
-        head = f"{'':<{scope + part}}" + "".join(f"{name:>26}" for name in self.measures)
+        head = f"{'':<{scope + part}}" + "".join(f"{name:>28}" for name in self.measures)
         lines = [repr(self), head]
         rows = self.rows()
         for first in range(0, len(rows), len(self.measures)):
             own = rows[first : first + len(self.measures)]
-            cells = "".join(f"{_cell(row):>26}" for row in own)
+            cells = "".join(f"{_cell(row):>28}" for row in own)
             lines.append(f"{own[0]['scope']:<{scope}}{own[0]['part']:<{part}}{cells}")
         return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.modalities import Masks, Modalities
-from flmoe_kernels.layers.parts import UnsupportedLayer, separate
+from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate
 from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
 from .architecture import LayerSpec
@@ -25,6 +25,7 @@ from .inputs import check_replacements, stack_replacements
 from .kernel_layer import KernelLayer
 from .packing import TokenPlan, Views, plan_views
 from .reference import (
+    OPTIONS,
     ExpertAverage,
     InteractionExpert,
     ReferenceInteractionMoE,
@@ -32,17 +33,9 @@ from .reference import (
     Replacements,
     Reweighting,
 )
+from .relatives import relative_of
 from .sparse import GateLosses, sum_losses
 from .structure import describe, fusion_width
-
-# Options that a published layer does not have, with its behaviour.
-_OPTIONS: dict[str, Any] = {
-    "modality_dropout": 0.0,
-    "replacement": "noise",
-    "num_perturbed": None,
-    "interaction_loss": True,
-    "uniqueness": True,
-}
 
 
 class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
@@ -126,13 +119,17 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         Raises:
             UnsupportedLayer: the kernels do not support a part of the layer; the error names it.
         """
+        if (relative := relative_of(layer)) is not None:
+            raise UnsupportedLayer(f"{relative[0]}: {relative[1]}")
         spec = _supported(layer)
+        if spec.regression and not cls.regression:
+            raise UnsupportedLayer(f"{class_name(layer)}: use InteractionMoERegression.adopt")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.num_modalities = spec.num_modalities
         self.fusion_sparse = spec.fusion_sparse
         own = isinstance(layer, ReferenceInteractionMoE)
-        for name, default in _OPTIONS.items():
+        for name, default in OPTIONS.items():
             setattr(self, name, getattr(layer, name) if own else default)
         self._spec = spec
         self._take_parameters(layer)

@@ -33,6 +33,14 @@ Replacements = Sequence[Sequence[Tensor]]
 Replacement = Literal["noise", "zero", "mean"]
 
 REWEIGHT_DROPOUT = 0.5
+# Options that a published layer does not have, with its behaviour.
+OPTIONS: dict[str, Any] = {
+    "modality_dropout": 0.0,
+    "replacement": "noise",
+    "num_perturbed": None,
+    "interaction_loss": True,
+    "uniqueness": True,
+}
 
 
 class Reweighting(nn.Module):
@@ -229,6 +237,8 @@ class ReferenceInteractionMoE(nn.Module):
         if num_modalities < 2:
             raise ValueError(f"num_modalities: expected at least 2, got {num_modalities}")
         check.require_probability("modality_dropout", modality_dropout)
+        check.require_bool("interaction_loss", interaction_loss)
+        check.require_bool("uniqueness", uniqueness)
         check.require_choice("replacement", replacement, ("noise", "zero", "mean"))
         check.require_choice("reweighting", reweighting, ("mlp", "average"))
         if num_perturbed is not None:
@@ -254,6 +264,10 @@ class ReferenceInteractionMoE(nn.Module):
         for part in self.interaction_experts.modules():
             if isinstance(getattr(type(part), "backend", None), property):
                 part.backend = REFERENCE
+
+    def extra_repr(self) -> str:
+        changed = {name: getattr(self, name) for name in OPTIONS}
+        return ", ".join(f"{name}={x!r}" for name, x in changed.items() if x != OPTIONS[name])
 
     @property
     def compat(self) -> Compat:
@@ -305,6 +319,8 @@ class ReferenceInteractionMoE(nn.Module):
         mean_vectors: Sequence[Tensor] | None,
     ) -> Replacements | None:
         """What replaces each modality, [e][m] (B, L_m, D); None for noise."""
+        if not self.interaction_loss:
+            return None
         if (mean_vectors is None) == (self.replacement == "mean"):
             raise ValueError(
                 f"mean_vectors: expected {'tensors' if mean_vectors is None else 'None'}, as replacement is "
@@ -386,7 +402,9 @@ class ReferenceInteractionMoE(nn.Module):
 def mean_values(mean_vectors: Sequence[Tensor], call: Modalities) -> list[Tensor]:
     """Mean vectors (D,) or (L_m, D) of all modalities, expanded to (B, L_m, D)."""
     if not isinstance(mean_vectors, list | tuple) or len(mean_vectors) != len(call.inputs):
-        raise TypeError(f"mean_vectors: expected a list of {len(call.inputs)} Tensors")
+        got = type(mean_vectors).__name__
+        got += f" of {len(mean_vectors)}" if isinstance(mean_vectors, list | tuple) else ""
+        raise TypeError(f"mean_vectors: expected a list of {len(call.inputs)} Tensors, got {got}")
     values = []
     for m, (mean, x) in enumerate(zip(mean_vectors, call.inputs, strict=True)):
         name = f"mean_vectors[{m}]"

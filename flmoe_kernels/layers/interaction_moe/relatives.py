@@ -1,8 +1,6 @@
-"""Published relatives of the interaction layer, which `swap` does not replace, and what computes the same."""
+"""Published relatives of the interaction layer, and what computes the same."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from torch import nn
 
@@ -34,9 +32,9 @@ _REASONS = {
 }
 
 
-def find_relatives(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Name, class and reason of every module of a class that is published beside the layer."""
-    for name, module in model.named_modules():
-        known = next((x.__name__ for x in type(module).__mro__ if x.__name__ in _REASONS), None)
-        if known is not None:
-            yield name, known, _REASONS[known]
+def relative_of(layer: nn.Module) -> tuple[str, str] | None:
+    """Class name of a published relative, and what computes the same, or why nothing does; else None."""
+    for kind in type(layer).__mro__:
+        if kind.__name__ in _REASONS:
+            return kind.__name__, _REASONS[kind.__name__]
+    return None
