@@ -64,7 +64,7 @@ def require_bool(name: str, value: object) -> None:
 
 
 def require_probability(name: str, value: float) -> None:
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a probability from 0 to 1, got {value}")

@@ -43,7 +43,9 @@ def prepare_modalities(
     """
     given: list[Tensor | None] = list(masks or [None] * len(inputs))
     absent = tuple(x is None or x.shape[1] == 0 for x in inputs)
-    like = next(x for x in inputs if x is not None)
+    like = next((x for x in inputs if x is not None), None)
+    if like is None:
+        raise ValueError("inputs: expected at least one modality, got None for all")
     filled: list[Tensor] = []
     all_masks: list[Tensor | None] = []
     for x, mask, missing in zip(inputs, given, absent, strict=True):

@@ -69,6 +69,8 @@ def load_layer(
 ) -> ReferenceInteractionMoE:
     """Load the reference layer with a checkpoint's parameters, in eval mode; `swap` makes it fast.
 
+    A checkpoint does not store the layer's class or options: they are those of InteractionMoE.
+
     Args:
         path: see `load_checkpoint`.
         num_heads: attention heads. Default: the setting in a converted file, else 4.

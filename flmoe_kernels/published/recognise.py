@@ -13,7 +13,7 @@ from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerS
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
-from flmoe_kernels.layers.interaction_moe.structure import describe, describe_fusion
+from flmoe_kernels.layers.interaction_moe.structure import REGRESSION, describe, describe_fusion
 from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods
 from flmoe_kernels.layers.routed_mlp import structure as routed_mlp
 from flmoe_kernels.layers.routed_mlp.state import add_router_0, prepare_state_dict
@@ -38,7 +38,8 @@ def recognise(places: list[Place]) -> Spec:
     for option in _NOT_COMPARED if isinstance(layer, ReferenceInteractionMoE) else ():
         if (value := getattr(layer, option)) != _NOT_COMPARED[option]:
             raise UnsupportedLayer(
-                f"{option}={value!r} cannot be compared; InteractionMoE.adopt makes a fast layer of it"
+                f"{option}={value!r} cannot be compared; "
+                f"{REGRESSION if layer.regression else LAYER_NAMES[0]}.adopt makes a fast layer of it"
             )
     name = type(layer).__name__
     if isinstance(layer, torch.jit.ScriptModule):

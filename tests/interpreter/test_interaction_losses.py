@@ -69,6 +69,18 @@ def test_nan_and_infinity_reach_only_their_own_expert() -> None:
         assert not grad[1, :, 2].isfinite().all()
 
 
+def test_views_that_do_not_exist_may_be_nan() -> None:
+    latents = draw(4, 3, 2, 8, seed=3)
+    exists = torch.tensor([[True, True], [True, False]])
+    latents[:, 2, 1] = float("nan")
+    leaf = latents.requires_grad_()
+    found = losses(leaf, exists)
+    (grad,) = gradients([found], [leaf])
+    assert found.isfinite().all()
+    assert grad.isfinite().all()
+    assert not grad[:, 2, 1].any()
+
+
 def test_results_are_bitwise_repeatable() -> None:
     latents = draw(4, 3, 9, 70, seed=3, dtype=torch.bfloat16).requires_grad_()
     assert all(map(torch.equal, *(evaluate(losses, [latents, None], 1) for _ in range(2))))

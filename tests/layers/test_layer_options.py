@@ -176,3 +176,52 @@ def test_errors_name_the_argument(
     fusion = FL.reference().interaction_experts[0].fusion_model
     with pytest.raises((TypeError, ValueError), match=message):
         InteractionMoE(3, fusion, hidden_dim=12, **options)(FL.inputs(), **(given or {}))
+
+
+def test_options_changed_later_are_checked() -> None:
+    for kind, case in ((InteractionMoE, FL), (ReferenceInteractionMoE, FL)):
+        for name, value, message in (
+            ("modality_dropout", float("nan"), "modality_dropout: expected a probability"),
+            ("modality_dropout", "0.5", "modality_dropout: expected a number"),
+            ("replacement", "banana", "replacement: expected one of"),
+            ("num_perturbed", 10, "num_perturbed: expected an int from 1 to 3"),
+            ("uniqueness", False, "expected 2 experts"),
+        ):
+            layer: Any = case.reference()
+            if kind is InteractionMoE:
+                layer = InteractionMoE.adopt(layer)
+            setattr(layer, name, value)
+            for call in (layer, layer.inference):
+                with pytest.raises((TypeError, ValueError), match=message):
+                    call(case.inputs())
+
+
+def test_parts_of_the_users_own_in_the_reference() -> None:
+    """A patched method of an expert takes effect; a reweighting of the published signature is called."""
+    layer = FL.reference()
+    expert: Any = layer.interaction_experts[0]
+    original, calls = expert.forward_multiple, []
+
+    def patched(*args: Any, **given: Any) -> Any:
+        calls.append(given)
+        return original(*args, **given)
+
+    expert.forward_multiple = patched
+
+    class Published(nn.Module):
+        def forward(self, inputs: Any, masks: Any = None) -> torch.Tensor:
+            return torch.full((len(inputs[0]), 5), 0.2)
+
+    layer.reweight = Published()  # type: ignore[assignment]
+    masks = [torch.ones(FL.batch, length) for length in FL.lengths]
+    assert torch.equal(layer(FL.inputs(), masks)[1], torch.full((3, 5), 0.2))
+    assert calls == [{"replacements": None}]
+
+
+def test_views_own_their_memory() -> None:
+    for backend in ("cpu", "reference"):
+        layer = InteractionMoE.adopt(FL.reference(), backend=backend)
+        layer.interaction_loss = False
+        views = [view for expert in layer(FL.inputs())[0] for view in expert]
+        pointers = {x.data_ptr() for view in views for x in view}
+        assert len(pointers) == 2 * len(views)

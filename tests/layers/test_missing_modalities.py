@@ -304,7 +304,12 @@ def test_pair_layer_losses_and_modality_dropout() -> None:
 def test_compiled_layer_without_a_modality() -> None:
     layer = fast_layer(FL).eval()
     inputs = FL.inputs()
-    for given, masks in ((inputs, masks_of(FL)), ([inputs[0], None, inputs[2]], None)):
+    for given, masks, views in (
+        (inputs, masks_of(FL), True),
+        ([inputs[0], None, inputs[2]], None, True),
+        (inputs, None, False),
+    ):
+        layer.interaction_loss = views
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         noise = [[None if x is None else x.flip(0) for x in given] for _ in range(FL.experts)]
         found, expected = (each(given, masks, replacements=noise) for each in (compiled, layer))

@@ -64,5 +64,8 @@ def test_losses_without_some_views() -> None:
     assert grad.isfinite().all()
     assert not grad[:, :, 2].any()
     assert not grad[:, 2, 1].any()
+    empty = (latents[:, :, :0], torch.ones(0, 2, dtype=torch.bool))
+    assert OPS.interaction_losses(*empty).isnan().all()
+    assert reference_losses(*empty).isnan().all()
     none = OPS.interaction_losses(latents, torch.zeros(3, 2, dtype=torch.bool))
     assert torch.equal(none, torch.zeros(4, dtype=torch.float64))

@@ -26,7 +26,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.interaction_moe.reference import Masks, Replacements
+from flmoe_kernels.layers.interaction_moe.reference import Replacements
+from flmoe_kernels.layers.modalities import Masks
 from tests.support.checkout import Checkout
 from tests.support.layers import LayerCase, named_outputs
 

@@ -18,21 +18,14 @@ from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
 from .architecture import LayerSpec
 from .build import build_like
+from .experts import ExpertAverage, InteractionExpert, Reweighting
 from .forward import LayerWeights, embed, encode, pack_inputs, require_like, stack_layer
 from .fusion import Attention, Inputs
 from .fusion_transformer import FusionTransformer
 from .inputs import check_replacements, stack_replacements
 from .kernel_layer import KernelLayer
 from .packing import TokenPlan, Views, plan_views
-from .reference import (
-    OPTIONS,
-    ExpertAverage,
-    InteractionExpert,
-    ReferenceInteractionMoE,
-    Replacement,
-    Replacements,
-    Reweighting,
-)
+from .reference import OPTIONS, ReferenceInteractionMoE, Replacement, Replacements
 from .relatives import relative_of
 from .sparse import GateLosses, sum_losses
 from .structure import describe, fusion_width
@@ -178,6 +171,7 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
             TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
             BackendUnavailable: the requested backend cannot run this.
         """
+        self._check_options()
         call, backend = self._enter(inputs, masks)
         like = call.inputs[0]
         if autocast_dtype(like.device) is not None:
@@ -194,6 +188,7 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
 
     def inference(self, inputs: Inputs, masks: Masks = None) -> tuple[list[Tensor], Tensor, Tensor]:
         """Run only the full view, as ReferenceInteractionMoE.inference does."""
+        self._check_options()
         call, backend = self._enter(inputs, masks)
         if backend == backends.REFERENCE:
             with self._plain_parts():

@@ -181,7 +181,7 @@ def plan_views(plan: TokenPlan, replaced: Sequence[int], *, fold: bool) -> Views
             exists = torch.ones(shape, dtype=torch.bool, device=plan.position.device)
         for m in set(range(plan.modalities)) - {*replaced}:
             exists[:, m] = False
-    if exists is None or not plan.compact:
+    if plan.valid is None or exists is None or not plan.compact:
         return Views(tuple(replaced), exists)
     complete = exists[:, list(replaced)].all()
     whole = bool(complete) and len(replaced) == plan.modalities

@@ -25,14 +25,13 @@ from flmoe_kernels.layers.modalities import (
 from flmoe_kernels.layers.parts import separate
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.interaction_losses.reference import regression_losses
-from flmoe_kernels.ops.reweighting.reference import reweighting_features
 
-from .fusion import MLP, Compat, Inputs
+from .experts import ExpertAverage, InteractionExpert, Reweighting
+from .fusion import Compat, Inputs, ReferenceFusionTransformer
 
 Replacements = Sequence[Sequence[Tensor]]
 Replacement = Literal["noise", "zero", "mean"]
 
-REWEIGHT_DROPOUT = 0.5
 # Options that a published layer does not have, with its behaviour.
 OPTIONS: dict[str, Any] = {
     "modality_dropout": 0.0,
@@ -41,155 +40,6 @@ OPTIONS: dict[str, Any] = {
     "interaction_loss": True,
     "uniqueness": True,
 }
-
-
-class Reweighting(nn.Module):
-    """Weights (B, E) of the experts from the pooled inputs: softmax(MLP(features) / temperature)."""
-
-    def __init__(
-        self,
-        num_modalities: int,
-        num_experts: int,
-        hidden_dim: int,
-        hidden_dim_rw: int,
-        num_layers: int,
-        temperature: float,
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.mlp = MLP(
-            hidden_dim * num_modalities,
-            hidden_dim_rw,
-            num_experts,
-            num_layers,
-            nn.ReLU(),
-            REWEIGHT_DROPOUT,
-        )
-
-    def forward(
-        self,
-        inputs: Sequence[Tensor],
-        masks: Masks = None,
-        normalized: Sequence[bool] | None = None,
-    ) -> Tensor:
-        if (first := next(self.mlp.parameters(), None)) is not None:
-            inputs = check.widened(inputs, first)
-        features = reweighting_features(inputs, check.padded_masks(masks, inputs), normalized)
-        return torch.softmax(self.mlp(features) / self.temperature, dim=1)
-
-
-class ExpertAverage(nn.Module):
-    """Weights (B, E) that are the same for all samples: the softmax of a parameter, at first 1 / E each."""
-
-    temperature = 1.0
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.full((num_experts,), 1.0 / num_experts))
-
-    def forward(
-        self,
-        inputs: Sequence[Tensor],
-        masks: Masks = None,
-        normalized: Sequence[bool] | None = None,
-    ) -> Tensor:
-        return torch.softmax(self.weights, dim=0).repeat(inputs[0].shape[0], 1)
-
-
-class InteractionExpert(nn.Module):
-    """One interaction expert: its fusion model runs on the full input and on perturbed views.
-
-    The result of a pass is (logits (B, C), latent (B, M * D)), or the logits alone if the fusion model has learned
-    positions (I2MoE). With fusion_sparse, it is followed by the gate loss.
-    """
-
-    fusion_model: Any  # a FusionTransformer, or a module with its methods
-
-    def __init__(self, fusion_model: nn.Module, fusion_sparse: bool = False) -> None:
-        super().__init__()
-        self.fusion_model = fusion_model
-        self.fusion_sparse = fusion_sparse
-
-    def forward(self, inputs: Sequence[Tensor], masks: Masks = None) -> Any:
-        """Run the full view."""
-        if self.fusion_model.pos_embed is None:
-            result = self.fusion_model(inputs, masks, return_latent=True)
-        else:
-            result = self.fusion_model(inputs, masks)
-        loss = self.fusion_model.gate_loss()  # always read, because reading clears it
-        return (result, loss) if self.fusion_sparse else result
-
-    def forward_with_replacement(
-        self,
-        inputs: Sequence[Tensor],
-        masks: Masks = None,
-        replace_index: int | None = None,
-        *,
-        noise: Tensor | None = None,
-    ) -> Any:
-        """Run the view in which modality `replace_index`, if any, is replaced by noise, by default N(0, 1)."""
-        view = list(inputs)
-        if replace_index is not None:
-            view[replace_index] = torch.randn_like(view[replace_index]) if noise is None else noise
-        return self(view, masks)
-
-    def forward_multiple(
-        self,
-        inputs: Sequence[Tensor],
-        masks: Masks = None,
-        *,
-        replacements: Sequence[Tensor] | None = None,
-    ) -> Any:
-        """Run the full view, then for each modality the view in which it is replaced.
-
-        Returns:
-            A list of results by view; with fusion_sparse also a list of gate losses.
-        """
-        noise = [None] * len(inputs) if replacements is None else replacements
-        return self.views(inputs, masks, range(len(inputs)), None, noise)
-
-    def views(
-        self,
-        inputs: Sequence[Tensor],
-        masks: Masks,
-        replaced: Sequence[int],
-        exists: Tensor | None,
-        replacements: Sequence[Tensor | None],
-    ) -> Any:
-        """As forward_multiple, but only with the views of the modalities `replaced`, and of the samples that have
-        them, exists (B, M). Any other view has latent 0, that is, the head's bias as logits."""
-        views = [self(inputs, masks)]
-        partial = exists is not None or len(replaced) < len(inputs)
-        blank = self._blank(views[0]) if partial else None
-        for m, noise in enumerate(replacements):
-            if m not in replaced:
-                views.append(blank)
-                continue
-            view = self.forward_with_replacement(inputs, masks, m, noise=noise)
-            if exists is not None:
-                view = _where(exists[:, m : m + 1], view, blank)
-            views.append(view)
-        if not self.fusion_sparse:
-            return views
-        results, gate_losses = zip(*views, strict=True)
-        return list(results), list(gate_losses)
-
-    def _blank(self, view: Any) -> Any:
-        """The result of a view that does not exist."""
-        result = view[0] if self.fusion_sparse else view
-        logits = result if isinstance(result, Tensor) else result[0]
-        head = self.fusion_model.network[-1]
-        latent = logits.new_zeros((logits.shape[0], head.fc.weight.shape[1]))
-        blank = head(latent) if isinstance(result, Tensor) else (head(latent), latent)
-        return (blank, torch.zeros_like(view[1])) if self.fusion_sparse else blank
-
-
-def _where(exists: Tensor, view: Any, blank: Any) -> Any:
-    """The view's results, blank where it does not exist; gate losses, which have no samples, as they are."""
-    if not isinstance(view, tuple):
-        has_samples = isinstance(view, Tensor) and view.dim() > 0
-        return torch.where(exists, view, blank) if has_samples else view
-    return tuple(_where(exists, x, y) for x, y in zip(view, blank, strict=True))
 
 
 class ReferenceInteractionMoE(nn.Module):
@@ -236,13 +86,7 @@ class ReferenceInteractionMoE(nn.Module):
         super().__init__()
         if num_modalities < 2:
             raise ValueError(f"num_modalities: expected at least 2, got {num_modalities}")
-        check.require_probability("modality_dropout", modality_dropout)
-        check.require_bool("interaction_loss", interaction_loss)
-        check.require_bool("uniqueness", uniqueness)
-        check.require_choice("replacement", replacement, ("noise", "zero", "mean"))
         check.require_choice("reweighting", reweighting, ("mlp", "average"))
-        if num_perturbed is not None:
-            check.require_count("num_perturbed", num_perturbed, 1, num_modalities)
         self.num_modalities = num_modalities
         self.fusion_sparse = fusion_sparse
         self.modality_dropout = modality_dropout
@@ -250,6 +94,7 @@ class ReferenceInteractionMoE(nn.Module):
         self.num_perturbed = num_perturbed
         self.interaction_loss = interaction_loss
         self.uniqueness = uniqueness
+        self._check_options()
         num_experts = num_modalities + 2 if uniqueness else 2
         if reweighting == "average":
             self.reweight = ExpertAverage(num_experts)
@@ -306,7 +151,32 @@ class ReferenceInteractionMoE(nn.Module):
         """Run only the full view: ([logits (B, C)] * E, weights (B, E), logits (B, C))."""
         return self._plain_inference(self._prepared(inputs, check.padded_masks(masks, inputs)))
 
+    def _check_options(self) -> None:
+        """Check the options, which may have been changed."""
+        check.require_probability("modality_dropout", self.modality_dropout)
+        check.require_choice("replacement", self.replacement, ("noise", "zero", "mean"))
+        check.require_bool("interaction_loss", self.interaction_loss)
+        check.require_bool("uniqueness", self.uniqueness)
+        if self.num_perturbed is not None:
+            check.require_count("num_perturbed", self.num_perturbed, 1, self.num_modalities)
+
+    def _check_parts(self) -> None:
+        """Check that options of the layer and its experts agree, for passes that call the experts."""
+        count = self.num_modalities + 2 if self.uniqueness else 2
+        if len(self.interaction_experts) != count:
+            raise ValueError(
+                f"uniqueness={self.uniqueness}: expected {count} experts, got {len(self.interaction_experts)}"
+            )
+        for e, expert in enumerate(self.interaction_experts):
+            fusion = expert.fusion_model
+            if isinstance(fusion, ReferenceFusionTransformer) and fusion.modality_dropout:
+                raise ValueError(
+                    f"interaction_experts.{e}.fusion_model.modality_dropout: expected 0, got "
+                    f"{fusion.modality_dropout}; set it on the interaction layer"
+                )
+
     def _prepared(self, inputs: Inputs, masks: Masks) -> Modalities:
+        self._check_options()
         positions = self.interaction_experts[0].fusion_model.pos_embed
         tokens = 0 if positions is None else positions.shape[1] // self.num_modalities
         dropout = self.modality_dropout if self.training else 0.0
@@ -339,14 +209,22 @@ class ReferenceInteractionMoE(nn.Module):
         """The modalities that have a view in this call."""
         if not self.interaction_loss:
             return []
-        chosen = list(range(self.num_modalities))
-        if self.num_perturbed is not None:
-            chosen = sorted(torch.randperm(self.num_modalities)[: self.num_perturbed].tolist())
-        return [m for m in chosen if not call.absent[m]]
+        present = [m for m, absent in enumerate(call.absent) if not absent]
+        if self.num_perturbed is None:
+            return present
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("num_perturbed: a CUDA graph would repeat the choice of modalities")
+        return sorted(
+            present[i] for i in torch.randperm(len(present))[: self.num_perturbed].tolist()
+        )
 
     def _normalized(self, call: Modalities) -> tuple[bool, ...]:
         """Modalities whose pooled features are normalized: as published, those with a mask; never in I2MoE."""
         return call.masked if self.compat == "fl_i2moe" else (False,) * self.num_modalities
+
+    def _weights(self, call: Modalities) -> Tensor:
+        own = isinstance(self.reweight, Reweighting | ExpertAverage)
+        return self.reweight(call.inputs, call.masks, *([self._normalized(call)] if own else []))
 
     def _view_losses(self, views: Tensor, exists: Tensor | None, backend: str) -> list[Tensor]:
         """Losses of views (E, M + 1, B, *)."""
@@ -357,11 +235,18 @@ class ReferenceInteractionMoE(nn.Module):
         return separate(interaction_losses(views, backend, exists))
 
     def _plain_forward(self, call: Modalities, replacements: Replacements | None) -> tuple:
+        self._check_parts()
         replaced, exists = self._perturbed(call), present_modalities(call.inputs, call.masks)
+        if exists is not None and check.readable(exists) and bool(exists.all()):
+            exists = None
+        views: dict[str, Any] = {} if exists is None else {"exists": exists}
+        if len(replaced) < self.num_modalities:
+            views["replaced"] = replaced
         runs = [
-            expert.views(
-                *(call.inputs, call.masks, replaced, exists),
-                [None] * self.num_modalities if replacements is None else replacements[e],
+            expert.forward_multiple(
+                *(call.inputs, call.masks),
+                replacements=None if replacements is None else replacements[e],
+                **views,
             )
             for e, expert in enumerate(self.interaction_experts)
         ]
@@ -370,7 +255,7 @@ class ReferenceInteractionMoE(nn.Module):
             runs, losses = (list(column) for column in zip(*runs, strict=True))
             gate_losses = (losses,)
         learned = self.compat == "i2moe"
-        weights = self.reweight(call.inputs, call.masks, self._normalized(call))
+        weights = self._weights(call)
         full = [views[0] if learned else views[0][0] for views in runs]
         logits = (torch.stack(full, dim=1) * weights.unsqueeze(2)).sum(dim=1)
         measured = [[self._measured(view) for view in views] for views in runs]
@@ -390,11 +275,12 @@ class ReferenceInteractionMoE(nn.Module):
         return view if isinstance(view, Tensor) else view[0 if self.regression else 1]
 
     def _plain_inference(self, call: Modalities) -> tuple[list[Tensor], Tensor, Tensor]:
+        self._check_parts()
         results = [expert(call.inputs, call.masks) for expert in self.interaction_experts]
         if self.fusion_sparse:
             results = [result for result, _ in results]
         expert_logits = [x if self.compat == "i2moe" else x[0] for x in results]
-        weights = self.reweight(call.inputs, call.masks, self._normalized(call))
+        weights = self._weights(call)
         logits = (torch.stack(expert_logits, dim=1) * weights.unsqueeze(2)).sum(dim=1)
         return expert_logits, weights, logits
 
@@ -408,11 +294,14 @@ def mean_values(mean_vectors: Sequence[Tensor], call: Modalities) -> list[Tensor
     values = []
     for m, (mean, x) in enumerate(zip(mean_vectors, call.inputs, strict=True)):
         name = f"mean_vectors[{m}]"
+        if call.absent[m]:
+            values.append(x)
+            continue
         check.require_tensor(name, mean)
-        if tuple(mean.shape) not in (x.shape[2:], x.shape[1:]) and not call.absent[m]:
+        if tuple(mean.shape) not in (x.shape[2:], x.shape[1:]):
             raise ValueError(
                 f"{name}: expected {tuple(x.shape[2:])} or {tuple(x.shape[1:])}, got {tuple(mean.shape)}"
             )
         check.require_same(name, mean, f"inputs[{m}]", x)
-        values.append(x if call.absent[m] else mean.expand_as(x))
+        values.append(mean.expand_as(x))
     return values

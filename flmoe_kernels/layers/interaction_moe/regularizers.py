@@ -80,7 +80,7 @@ def rep_barlow(latents: Tensor | Sequence[Tensor]) -> Tensor:
         z = z / (deviation + BARLOW_EPS)
         if batch <= width:
             diagonals = (z.unsqueeze(1) * z).sum(dim=2)
-            sums = _squared_norms(z) - diagonals.square().sum(dim=2)
+            sums = (_squared_norms(z) - diagonals.square().sum(dim=2)).clamp_min(0.0)
         else:
             # Without a subtraction, since the diagonal may hold almost all of the sum.
             different = 1.0 - torch.eye(width, dtype=z.dtype, device=z.device)

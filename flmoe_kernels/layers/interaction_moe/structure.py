@@ -35,6 +35,7 @@ from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP
 
 from .architecture import DropoutRates, FusionSpec, LayerSpec, SparseSpec, fusion_shapes
+from .experts import ExpertAverage, InteractionExpert, Reweighting
 from .fusion import (
     MLP,
     MLP_EXPANSION,
@@ -45,7 +46,7 @@ from .fusion import (
     ReferenceFusionTransformer,
     is_sparse_layer,
 )
-from .reference import ExpertAverage, InteractionExpert, Reweighting
+from .reference import ReferenceInteractionMoE
 from .sparse_structure import describe_sparse, is_sparse
 
 for _kind in (
@@ -88,7 +89,9 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
             "uniqueness loss has no positive view"
         )
     experts = child_of(layer, "", "interaction_experts", nn.ModuleList)
-    uniqueness = bool(getattr(layer, "uniqueness", True))
+    # A published layer may have attributes of these names.
+    own: Any = layer if known is not None or isinstance(layer, ReferenceInteractionMoE) else None
+    uniqueness = True if own is None else own.uniqueness
     if len(experts) != (count := num_modalities + 2 if uniqueness else 2):
         kinds = "one per modality, synergy, redundancy" if uniqueness else "synergy, redundancy"
         raise UnsupportedLayer(
@@ -103,9 +106,10 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
                 f"{path}.fusion_sparse: differs from the layer's {fusion_sparse}"
             )
         fusion_model = child_of(expert, path, "fusion_model", nn.Module)
-        if rate := getattr(fusion_model, "modality_dropout", 0.0):
+        if isinstance(fusion_model, ReferenceFusionTransformer) and fusion_model.modality_dropout:
             raise UnsupportedLayer(
-                f"{path}.fusion_model.modality_dropout: expected 0, got {rate}; set it on the interaction layer"
+                f"{path}.fusion_model.modality_dropout: expected 0, got "
+                f"{fusion_model.modality_dropout}; set it on the interaction layer"
             )
         fusions.append(fusion_spec(fusion_model, f"{path}.fusion_model", num_modalities))
     _same_in_all(fusions)
@@ -124,7 +128,7 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
         temperature=_temperature(reweight),
         reweight_dropout=rate,
         uniqueness=uniqueness,
-        regression=getattr(layer, "regression", type(layer).__name__ == REGRESSION),
+        regression=type(layer).__name__ == REGRESSION if own is None else own.regression,
         **{field.name: getattr(first, field.name) for field in dataclasses.fields(first)},
     )
     _check_parts(layer, spec.parameter_shapes(), "" if known is None else "reweight.mlp")

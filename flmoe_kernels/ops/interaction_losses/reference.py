@@ -88,7 +88,7 @@ def _mean(
 ) -> Tensor:
     """Mean of terms (B,), each over the samples with all the views that it needs."""
     values = torch.stack(list(terms))
-    if exists is None:
+    if exists is None or not len(exists):
         return values.mean()
     there = torch.stack([exists[:, list(modalities)].all(dim=1) for modalities in needed])
     return (torch.where(there, values, 0.0) / there.sum().clamp_min(1)).sum()

@@ -207,7 +207,8 @@ def gradient_kernel(
                 factor = tl.where((length == 0) | (inside == 0), 0.0, grad / length)
                 view_tile = load_tile(view, row, valid, column, width, CHUNK)
                 apart = difference(full_tile, view_tile, column, width, CHUNK)
-                apart *= factor[:, None]
+                # 0 * NaN is NaN.
+                apart = tl.where(inside[:, None] > 0, apart * factor[:, None], 0.0)
                 grad_full += apart
                 grad_view = view_of(grad_latents, expert, 1 + other, first, batch, width, VIEWS)
                 store_tile(grad_view, row, valid, column, width, -apart, CHUNK)
@@ -215,6 +216,7 @@ def gradient_kernel(
         factor = tl.where(none, 0.0, -grad * active / negative)
         own_tile = load_tile(own, row, valid, column, width, CHUNK)
         apart = difference(full_tile, own_tile, column, width, CHUNK) * factor[:, None]
+        apart = tl.where(active[:, None] > 0, apart, 0.0)
         grad_full += apart
         grad_own = view_of(grad_latents, expert, 1 + expert, first, batch, width, VIEWS)
         store_tile(grad_own, row, valid, column, width, -apart, CHUNK)
