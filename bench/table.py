@@ -1,7 +1,7 @@
 """Tables of speed in README.md and docs/benchmarks.md: python -m bench.table
 
-Writes the tables of the files bench/results/NAME.json, NAME in PROCESSORS, into both pages, between the marks. The
-files come from `pytest bench/ --full --benchmark-json=bench/results/NAME.json`.
+Writes the tables of the files bench/results/NAME.json, NAME in PROCESSORS, into both pages, between the markers.
+The files come from `pytest bench/ --full --benchmark-json=bench/results/NAME.json`.
 """
 
 from __future__ import annotations

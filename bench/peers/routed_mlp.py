@@ -144,7 +144,7 @@ def scattered(
     b_out: Tensor | None,
     w_gate: Tensor | None,
 ) -> Tensor:
-    """ScatterMoE's linear maps (arXiv 2403.08245): those of tokens gather rows, the last combines them."""
+    """ScatterMoE's linear layers (arXiv 2403.08245): the first gather rows, the last adds the results."""
     assert b_in is None
     assert b_out is None
     package = importlib.import_module("scattermoe.parallel_experts")

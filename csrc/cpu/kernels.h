@@ -84,7 +84,8 @@ struct ViewsArgs {
   int threads;
 };
 
-// exists: (batch, views - 1), whether a sample has the view without a modality; null: all exist.
+// exists: (batch, views - 1), whether the view that replaces a modality exists for a sample; null:
+// all.
 struct LossArgs {
   const void *latents, *grad_losses;  // (experts, views, batch, width); (experts)
   const bool* exists;
@@ -207,16 +208,17 @@ struct RoutedArgs {
   int threads;
 };
 
-// hidden: x w_in^T + b_in, (tokens * choices, hidden), and for gated experts after it x w_gate^T +
-// b_gate; rows: workspace (tokens * choices, width) in the compute type. Both by place in the
-// permutation; dropped rows are not touched.
+// hidden: (tokens * choices, hidden), x w_in^T + b_in; gated: (2, tokens * choices, hidden), the
+// second is x w_gate^T + b_gate. rows: workspace (tokens * choices, width) in the compute type.
+// Both by place in the permutation; dropped rows are not touched.
 struct RoutedForward {
   RoutedArgs in;
   void *out, *hidden, *rows;
 };
 
 // grad_hidden (as hidden), weighted (tokens * choices, hidden), rows: workspaces in the compute
-// type. Gradients of dropped rows' weights are not touched; a gradient that is not wanted is null.
+// type. Gradients of dropped rows' weights are not touched; a gradient that is not requested is
+// null.
 struct RoutedBackward {
   RoutedArgs in;
   const void *grad_out, *hidden;

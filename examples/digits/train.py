@@ -58,7 +58,7 @@ def fit(
     steps: int,
     rate: float,
 ) -> None:
-    """Train a model; loss_of: from inputs and labels of a batch to the loss."""
+    """Train a model; loss_of(inputs, labels) returns the loss of a batch."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -21,7 +21,7 @@ class Modalities:
         inputs: M x (B, L_m, D); a missing modality has only padding, or no tokens.
         masks: M x (B, L_m), True (or 1) = valid, or None; None if no modality has a mask.
         masked: whether the caller gave a mask for the modality.
-        absent: whether the modality is missing in all samples.
+        absent: whether the input was None or had no tokens, so that the modality is missing in all samples.
     """
 
     inputs: list[Tensor]
@@ -80,7 +80,7 @@ def present_modalities(inputs: Sequence[Tensor | None], masks: Masks) -> Tensor 
 def drop_modalities(
     inputs: Sequence[Tensor | None], masks: Masks, rate: float
 ) -> list[Tensor | None]:
-    """Masks in which every modality of a sample is dropped with probability `rate`, but never its last one.
+    """Masks that drop each modality of a sample with probability `rate`, but keep at least one present modality.
 
     If all modalities of a sample would be dropped, one of them, chosen at random, is kept. Draws from torch's
     generator.

@@ -100,8 +100,8 @@ def routed_cost(shape: RoutedShape, size: int, variant: str) -> tuple[Cost, Cost
     """Work of routed_mlp: 4 D F FLOP for each routed row in the forward, 8 D F in the backward; gated 6 and 12.
 
     Bytes: x, the weights of all experts, the tokens' choices and weights, and out. The forward also writes and
-    reads hidden rows, and those of a gate, once (the last product is a kernel of its own in every backend); the
-    backward reads them, and writes and reads their gradient once.
+    reads the hidden rows (for gated experts also the gate's) once (the last product is a kernel of its own in
+    every backend); the backward reads them, and writes and reads their gradient once.
     """
     rows, gates = shape.routed_rows, int(variant == "swiglu")
     tokens = shape.tokens * shape.width * size

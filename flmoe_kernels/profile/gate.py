@@ -1,7 +1,7 @@
 """Regression check of ratios to peers against the file of floors.
 
-A comparison fails if the whole interval of its median ratio is below expected * (1 - tolerance). A failure that is
-an effect of a single process disappears with `pytest --last-failed`; a real regression fails again.
+A comparison fails if the whole interval of its median ratio is below expected * (1 - tolerance). A failure caused
+by one process usually disappears in a new one (`pytest --last-failed`); a regression fails again.
 """
 
 from __future__ import annotations

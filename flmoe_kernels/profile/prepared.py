@@ -96,7 +96,7 @@ def cotangents_of(forms: Mapping[str, Form], device: torch.device) -> list[Tenso
 
 
 def gradients_by_name(results: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Outputs:
-    """Gradients of all leaves, 0 without one, from drawn gradients of all results that have a graph."""
+    """Gradients of all leaves for random output gradients of all results that require grad; 0 if unused."""
     flowing = {name: x for name, x in results.items() if x.requires_grad}
     forms = {name: (x.shape, x.dtype) for name, x in flowing.items()}
     values = list(leaves.values())

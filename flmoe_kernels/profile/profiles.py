@@ -19,7 +19,7 @@ from .timing import LEAST_BLOCKS, Clock, Spread, clock_for, measure_blocks
 
 # Timing ends early once the interval of the median is this narrow.
 PRECISION = 0.01
-# Seconds after which slow calls are timed less often, and the same in units of `seconds`.
+# Time limit of timing: LEAST_LIMIT seconds, or LIMIT_FACTOR * `seconds` if that is more.
 LEAST_LIMIT, LIMIT_FACTOR = 120.0, 24.0
 TRACED_CALLS = 3
 SLOW = 1.0  # calls that take longer are traced once

@@ -177,7 +177,8 @@ def on_device(shape: Shape, device: str) -> Shape:
 
 def at_length(shape: Shape, length: int) -> Shape:
     """Return the shape at another sequence length: rows and columns of pairs, tokens of every modality (with the
-    same share of padding), rows of a routed MLP. A user's layer may have fixed tokens: one sample instead."""
+    same share of padding), rows of a routed MLP. A user's layer may have a fixed number of tokens, so only
+    its batch becomes 1."""
     if isinstance(shape, UserShape):
         return dataclasses.replace(shape, batch=1)
     name = f"{shape.name}@{length}"
@@ -195,7 +196,7 @@ def at_length(shape: Shape, length: int) -> Shape:
 
 
 def _scaled(valid: Valid, length: int, tokens: int) -> Valid:
-    """Return the valid tokens of `tokens` in the same share of `length`."""
+    """Scale `valid` from a sequence of `tokens` tokens to one of `length` tokens."""
     if valid is None:
         return None
     if isinstance(valid, tuple):

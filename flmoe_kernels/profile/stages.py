@@ -114,8 +114,8 @@ def _wait(device: str) -> None:
 
 
 def breakdown(events: Sequence[Any], device: str) -> Breakdown:
-    """Compute the breakdown from events of torch.profiler. A range named CALL surrounds each call; on a GPU, the
-    host waits for the device at its end.
+    """Compute the breakdown from events of torch.profiler. A range named CALL surrounds each call; on a GPU it
+    includes a device synchronization at its end.
 
     Raises:
         ValueError: no range is named CALL.
@@ -190,7 +190,7 @@ def _stage_of(event: Any) -> str:
         return COMPILED
     if not name.startswith(OURS):
         return name if name.startswith(TORCH) else ""
-    # Linear maps of the layer are distinguished by their widths.
+    # Linear layers are distinguished by their widths.
     place = {"flmoe::expert_linear": 1, "flmoe::expert_linear_backward": 2}.get(name)
     shapes = event.input_shapes or []
     if place is None or len(shapes) <= place or len(shapes[place]) != 3:

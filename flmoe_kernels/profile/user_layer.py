@@ -55,7 +55,7 @@ def user_shape(
             f"tokens: expected {count} positive numbers, one per modality, got {got}"
         )
     if valid is not None and learned:
-        raise UnsupportedRequest("valid: a layer with learned positions takes no masks")
+        raise UnsupportedRequest("valid: not supported for a layer with learned positions")
     if valid is not None and (
         len(valid) != count or any(not 1 <= n <= m for n, m in zip(valid, tokens, strict=True))
     ):

@@ -38,7 +38,7 @@ class Outputs:
     """Outputs of forward and inference in float64: tensors by group, the losses, and the views
     (latents or, without latents, logits) from which the losses are computed; gate losses as they are.
 
-    exists: (B, M) bool, whether a sample has the view without a modality; None: all have all.
+    exists: (B, M) bool, whether the view that replaces a modality exists for a sample; None: all exist.
     """
 
     groups: dict[str, list[Tensor]]
@@ -87,7 +87,7 @@ def collect(result: Any, inferred: Any, spec: LayerSpec, exists: Tensor | None) 
 
 
 def _existing(views: list[list[Tensor]], exists: Tensor | None) -> list[Tensor]:
-    """The views of all experts, with 0 for the samples that do not have the view."""
+    """The views of all experts, 0 where a view does not exist."""
     if exists is None:
         return [view for expert in views for view in expert]
     return [
@@ -98,7 +98,7 @@ def _existing(views: list[list[Tensor]], exists: Tensor | None) -> list[Tensor]:
 
 
 def losses_of_existing(outputs: Outputs, dtype: torch.dtype) -> Outputs:
-    """Outputs of a published layer, whose losses include all views, with the losses of the views that exist.
+    """Replace the losses of a published layer, which include all views, by losses over the existing views.
 
     Raises:
         Disagreement: the layer's own losses violate the formula.

@@ -69,7 +69,7 @@ def load_layer(
 ) -> ReferenceInteractionMoE:
     """Load the reference layer with a checkpoint's parameters, in eval mode; `swap` makes it fast.
 
-    A checkpoint does not store the layer's class or options: they are those of InteractionMoE.
+    A checkpoint does not store the class or its options; it is read as an InteractionMoE with noise replacements.
 
     Args:
         path: see `load_checkpoint`.

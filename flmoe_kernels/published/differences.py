@@ -54,7 +54,7 @@ def measure(
     published = isinstance(spec, LayerSpec) and not isinstance(layer, ReferenceInteractionMoE)
     if captured is not None and published and (incomplete := incomplete_samples(captured)):
         text = (
-            f"samples without a modality ({incomplete}): their views without it enter the losses only in the "
+            f"samples without a modality ({incomplete}): the views that replace it enter the losses only in the "
             "original"
         )
         found.append(Difference(text, incomplete))

@@ -38,8 +38,8 @@ def recognise(places: list[Place]) -> Spec:
     for option in _NOT_COMPARED if isinstance(layer, ReferenceInteractionMoE) else ():
         if (value := getattr(layer, option)) != _NOT_COMPARED[option]:
             raise UnsupportedLayer(
-                f"{option}={value!r} cannot be compared; "
-                f"{REGRESSION if layer.regression else LAYER_NAMES[0]}.adopt makes a fast layer of it"
+                f"swap cannot compare a layer with {option}={value!r}; use "
+                f"{REGRESSION if layer.regression else LAYER_NAMES[0]}.adopt(layer)"
             )
     name = type(layer).__name__
     if isinstance(layer, torch.jit.ScriptModule):

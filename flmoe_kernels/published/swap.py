@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flmoe_kernels.layers.interaction_moe.architecture import Architecture
-from flmoe_kernels.layers.interaction_moe.relatives import relative_of
+from flmoe_kernels.layers.interaction_moe.variants import variant_of
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
@@ -89,10 +89,10 @@ def swap(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     holder = [model]
     layers = find_layers(model, partial(holder.__setitem__, 0))
-    relatives = [
+    variants = [
         LeftLayer(name or ROOT, *found)
         for name, module in model.named_modules()
-        if (found := relative_of(module)) is not None
+        if (found := variant_of(module)) is not None
     ]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), kept_random_states():
@@ -110,7 +110,7 @@ def swap(
         holder[0],
         swapped_fusions=tuple(entry for entry in outcomes if isinstance(entry, SwappedFusion)),
         swapped=tuple(entry for entry in outcomes if isinstance(entry, SwappedLayer)),
-        left=(*(entry for entry in outcomes if isinstance(entry, LeftLayer)), *relatives),
+        left=(*(entry for entry in outcomes if isinstance(entry, LeftLayer)), *variants),
         swapped_mlps=tuple(entry for entry in outcomes if isinstance(entry, SwappedMLP)),
     )
 
@@ -222,7 +222,7 @@ class Conversion:
         return (
             f"Read {self.source}: {in_words(self.architecture)}.\n"
             f"Settings that the parameters do not determine: {settings}.\n"
-            "The class is not stored either: this is read as an InteractionMoE with noise as replacement.\n"
+            "The class is not stored either; the layer is read as an InteractionMoE with noise replacements.\n"
             f"Wrote {self.out}."
         )
 

@@ -127,7 +127,7 @@ def test_options_of_a_reference_layer_are_kept_by_adopt() -> None:
     assert "replacement='zero', num_perturbed=2, uniqueness=False" in repr(layer)
 
 
-def test_published_relatives_are_named_not_replaced() -> None:
+def test_published_variants_are_named_not_replaced() -> None:
     reference = I2.reference()
     reference.__class__ = type("ZeroVectorInteractionMoE", (ReferenceInteractionMoE,), {})
     with pytest.raises(UnsupportedLayer, match='replacement="zero"'):

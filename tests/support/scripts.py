@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flmoe_kernels
 from flmoe_kernels.published.fingerprints import FINGERPRINTS
 from tests.support import regularizers as _regularizers  # noqa: F401  adds rows
-from tests.support import relatives as _relatives  # noqa: F401
+from tests.support import variants as _variants  # noqa: F401
 from tests.support.checkout import Checkout
 from tests.support.fingerprints import stand_ins
 from tests.support.published_page import page_problems

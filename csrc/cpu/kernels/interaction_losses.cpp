@@ -1,7 +1,7 @@
 // The interaction losses of all experts in one call: a triplet per uniqueness expert, cosines for
-// synergy and redundancy. latents (experts, views, batch, width), views = modalities + 1. The last two
-// experts are synergy and redundancy; before them, there is a uniqueness expert per modality, or none.
-// A loss is a mean over the (sample, view) pairs that exist; 0 without any.
+// synergy and redundancy. latents (experts, views, batch, width), views = modalities + 1. The last
+// two experts are synergy and redundancy; before them, there is a uniqueness expert per modality,
+// or none. A loss is a mean over the (sample, view) pairs that exist; 0 without any.
 #include <cmath>
 
 #include "cpu/kernels/entry.h"
@@ -17,7 +17,9 @@ bool exists(const LossArgs& args, int64_t sample, int64_t modality) {
   return !args.exists || args.exists[sample * (args.views - 1) + modality];
 }
 
-bool is_uniqueness(const LossArgs& args, int64_t expert) { return expert < args.experts - 2; }
+bool is_uniqueness(const LossArgs& args, int64_t expert) {
+  return expert < args.experts - 2;
+}
 
 // Number of terms of an expert's loss in one sample.
 int64_t terms_of(const LossArgs& args, int64_t expert, int64_t sample) {
@@ -28,7 +30,8 @@ int64_t terms_of(const LossArgs& args, int64_t expert, int64_t sample) {
   return count - is_uniqueness(args, expert);
 }
 
-// One over the number of terms of an expert's loss. Without any, NaN for an empty batch, as torch's mean, else 0.
+// 1 / number of terms of an expert's loss. No terms: 0, or inf for an empty batch, so that the loss
+// is NaN as in torch.
 template <typename A>
 A share_of(const LossArgs& args, int64_t expert) {
   int64_t count = 0;
@@ -136,7 +139,8 @@ struct Sample {
     if (is_uniqueness(args, expert)) {
       const A negative = distance(1 + expert);
       for (int64_t other = 0; other < m; ++other) {
-        if (other == expert || !exists(args, index, other) || !exists(args, index, expert)) continue;
+        if (other == expert || !exists(args, index, other) || !exists(args, index, expert))
+          continue;
         if (distance(1 + other) - negative + A(kMargin) < 0) continue;
         add_distance(1 + other, grad);
         add_distance(1 + expert, -grad);

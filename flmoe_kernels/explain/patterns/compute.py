@@ -22,7 +22,7 @@ CONCENTRATION, SPECIFICITY = "concentration", "specificity"
 def concentration(
     attributions: Attributions, *, top: int | float = 0.1, confidence: float = 0.95
 ) -> PatternMeasures:
-    """Measure on how few tokens the importance of each expert lies.
+    """Measure how concentrated the importance of each expert is on few tokens.
 
     The importance of a token is the magnitude |value| of its attribution: the sign of a contribution says nothing
     about its size. Rollouts have no negative values. Of the n valid tokens, with shares p_i of the importance:
@@ -33,9 +33,9 @@ def concentration(
                             for one important token
         top_share           sum of p_i over the top tokens
 
-    Each is computed for every expert and, if there are several, the mixture: over the tokens of all modalities
-    together, and of each modality. `PatternMeasures.minus` compares them with those of a dense Transformer: the
-    concentration of `attribute(transformer, inputs, masks)` for the same inputs.
+    Each measure is computed for every expert and, with two or more experts, for the mixture; over all tokens and
+    for each modality. `PatternMeasures.minus` compares them with those of a dense Transformer: the concentration
+    of `attribute(transformer, inputs, masks)` for the same inputs.
 
     Args:
         attributions: a result of `attribute`, or one for each batch of a data set. Use explains="expert" to
@@ -69,11 +69,11 @@ def specificity(
     top: int | float = 0.1,
     confidence: float = 0.95,
 ) -> PatternMeasures:
-    """Measure how much the importance maps of experts overlap: the less, the more specific they are.
+    """Measure the overlap of the importance maps of experts; specific experts have little overlap.
 
     Importance: see `concentration`. Of each pair of experts, over all tokens and those of each modality:
 
-        jaccard   number of tokens that are among the top tokens of both / of at least one
+        jaccard   size of the intersection of the two sets of top tokens / size of their union
         cosine    of the angle between the two vectors of importance
 
     Both are 1 for equal maps and 0 for maps without a common token. A model without experts has one map for all
@@ -81,8 +81,8 @@ def specificity(
 
     Args:
         attributions, top, confidence: see `concentration`.
-        dense: attributions of a dense Transformer for the same samples, or of another model, whose mixture
-            counts. Adds the pairs of each expert and "dense".
+        dense: attributions of another model, such as a dense Transformer, for the same samples. Its mixture map is
+            used. Adds a pair of each expert and "dense".
 
     Raises:
         TypeError, ValueError: see `concentration`; one expert without `dense`, or `dense` of other tokens.
@@ -115,7 +115,7 @@ def _batches(name: str, attributions: Any) -> list[Attribution]:
         attributions = [attributions]
     if not isinstance(attributions, Iterable):
         raise TypeError(
-            f"{name}: expected an Attribution or several, got {type(attributions).__name__}"
+            f"{name}: expected an Attribution or an iterable of them, got {type(attributions).__name__}"
         )
     batches = list(attributions)
     if not batches:
@@ -132,7 +132,7 @@ def _batches(name: str, attributions: Any) -> list[Attribution]:
         ):
             if own != first:
                 raise ValueError(
-                    f"{name}[{i}]: expected {what} {first!r} as the first, got {own!r}"
+                    f"{name}[{i}]: expected the {what} of {name}[0], {first!r}, got {own!r}"
                 )
         for values, valid in zip((*each.values, *each.mixture), each.valid * 2, strict=True):
             there = valid if values.dim() == 2 else valid.unsqueeze(1)

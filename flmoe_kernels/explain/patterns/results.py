@@ -69,7 +69,7 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PatternMeasures(Saved):
-    """Measures of the importance maps of B samples: Q measures in S scopes of R rows, in float64.
+    """Measures of the importance maps of B samples: Q measures, S scopes, R parts, in float64.
 
     NaN where a measure is undefined: importance is 0 for all tokens, there is no valid token, or, for
     normalized_entropy, only one. These samples are left out of the means; `notes` counts them.
@@ -78,7 +78,7 @@ class PatternMeasures(Saved):
         index: "concentration" or "specificity", after `minus` "difference of ...".
         measures: Q names, see `concentration` and `specificity`.
         scopes: S names: "all" tokens, and "modality 0" etc. if there are several.
-        parts: R names: experts and "mixture"; for specificity the pairs.
+        parts: R names: experts and "mixture", or for specificity pairs of experts.
         values: (Q, S, R, B).
         tokens: (S, B) int64, valid tokens.
         near_ties: (B,) bool, whether a set of top tokens of the sample was chosen among near-ties; False for
@@ -123,14 +123,14 @@ class PatternMeasures(Saved):
         return mean_interval(self.of(measure, part, scope), self.confidence)
 
     def minus(self, other: PatternMeasures) -> PatternMeasures:
-        """Return the paired differences, sample by sample: of these values and those of another model.
+        """Return the paired differences per sample: these values minus those of `other`.
 
         Args:
             other: measures of the same samples and tokens, with the same arguments and attribution method: of the
                 same parts, or of a single part, which is subtracted from every part.
 
         Raises:
-            TypeError, ValueError: other is something else; the message says what differs.
+            TypeError, ValueError: other is no PatternMeasures or does not match; the message names the difference.
         """
         if not isinstance(other, PatternMeasures):
             raise TypeError(f"other: expected PatternMeasures, got {type(other).__name__}")
@@ -164,17 +164,19 @@ class PatternMeasures(Saved):
             counts = [
                 f"{n} in {scope}" for n, scope in zip(by_scope, self.scopes, strict=True) if n
             ]
-            single = " or, for normalized_entropy, only one" * (NORMALIZED_ENTROPY in self.measures)
+            single = ", or, for normalized_entropy, a single one" * (
+                NORMALIZED_ENTROPY in self.measures
+            )
             notes += (
-                f"left out of means, because importance is 0 everywhere or no token is valid{single}: of "
-                f"{batch} samples {', '.join(counts)}",
+                f"left out of means: of {batch} samples {', '.join(counts)} (importance 0 for all tokens, no "
+                f"valid token{single})",
             )
         if batch - int(absent.sum(dim=3).max()) < LEAST_COUNT:
             notes += (f"no intervals for means of fewer than {LEAST_COUNT} samples",)
         if bool(self.near_ties.any()):
             notes += (
-                f"the choice of top tokens is not distinguishable for {int(self.near_ties.sum())} of {batch} "
-                f"samples: tokens left out differ from the last one chosen by at most {RULE}",
+                f"top tokens are nearly tied in {int(self.near_ties.sum())} of {batch} samples: the best token "
+                f"that is not chosen differs from the last chosen one by at most {RULE}",
             )
         return notes
 

@@ -41,8 +41,9 @@ class LayersDiffer(Exception):
 def run(request: Request, *, force: bool = False) -> Findings:
     """Explain samples and write OUT/index.html, explanation.json, result files and figures.
 
-    Results are written when all are complete, each atomically, index.html last. Before, OUT/checkpoints keeps the
-    progress of the pair estimates; the same request continues from it, with the numbers of an uninterrupted run.
+    Results are written when all are complete, each atomically, index.html last. Until then, OUT/checkpoints
+    stores the progress of the pair estimates; the same request resumes from it, with the same numbers as without
+    interruption.
 
     Args:
         force: replace earlier results in the folder, which are otherwise an error; other files stay.

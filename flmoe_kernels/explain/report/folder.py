@@ -1,4 +1,4 @@
-"""The folder of one run: its results appear together and never replace other files."""
+"""Result files of a run: written after all are computed, index.html last; other files are not touched."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def require_free(path: Path, force: bool) -> None:
 
 
 def claim(path: Path, force: bool) -> Path:
-    """Remove earlier results; return the folder of the estimates' progress, which only `force` removes."""
+    """Remove earlier results, with `force` also saved progress; return the folder for the estimates' progress."""
     path.mkdir(parents=True, exist_ok=True)
     _remove(_results(path))
     if force:

@@ -129,14 +129,14 @@ class Architecture:
     """The properties of a layer that follow from its parameters.
 
     Attributes:
-        num_modalities: M; the layer has M + 2 experts.
+        num_modalities: M.
         hidden_dim: token width D.
         num_classes: C.
         num_layers: fusion layers of every expert.
         compat: "fl_i2moe", or "i2moe" when the experts have learned positions.
         num_patches: tokens per modality of the learned positions, else None.
         reweight_hidden: hidden width of the reweighting MLP, None when it is a single linear map.
-        reweight_layers: its number of linear maps, 0 for weights that are the same for all samples.
+        reweight_layers: its number of linear layers, 0 for weights that are the same for all samples.
         sparse: the routed MLPs in fusion layers 0, 2, 4, ..., None when all are dense.
     """
 

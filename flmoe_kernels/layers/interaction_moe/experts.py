@@ -121,7 +121,7 @@ class InteractionExpert(nn.Module):
         Args:
             inputs, masks, replacements: as in the layer's forward, of this expert.
             replaced: modalities that have a view; None for all.
-            exists: (B, M) bool, whether a sample has the view of a modality; None: all have all.
+            exists: (B, M) bool, whether the view that replaces a modality exists for a sample; None: all exist.
 
         Returns:
             A list of results by view; with fusion_sparse also a list of gate losses. A view that does not exist

@@ -256,7 +256,7 @@ def encode(
     backend: str,
 ) -> tuple[Tensor, list[GateLosses]]:
     """Compute latents (E, V, B, M * D) from rows (E, 2, n, D) with views or (E, 1, n, D) without, and gate losses
-    [E][V] of every sparse layer. A view that does not exist has latent 0 if the views are folded."""
+    [E][V] of every sparse layer. If `views.folded`, a view that does not exist has latent 0."""
     experts, copies, n, width = rows.shape
     shape = (experts, views.count, plan.samples, plan.modalities * width)
     seeds = draw_seeds(layers, rows.device)

@@ -272,8 +272,8 @@ class ReferenceFusionTransformer(nn.Module):
         """Classify token sequences.
 
         Args:
-            inputs: M x (B, L_m, D); None for a missing modality, which has no tokens and latent 0. With sinusoidal
-                positions, the tokens after it have the positions that follow those before it.
+            inputs: M x (B, L_m, D); None for a missing modality (latent 0). It takes no sinusoidal positions, so
+                the positions of later modalities shift.
             masks: M x (B, L_m), True (or 1) = valid; each may be None.
             return_latent: also return the latent (B, M * D), the concatenated means of each modality's tokens.
                 With learned positions it is detached, as published.
@@ -312,7 +312,7 @@ class ReferenceFusionTransformer(nn.Module):
             )
         if masks is not None:
             valid = concatenated_masks(inputs, masks)
-            # Published: times the mask, which keeps NaN.
+            # The published code multiplies by the mask instead, which keeps NaN.
             tokens = torch.where(valid.unsqueeze(-1), tokens, 0.0)
         parts = list(torch.split(tokens, lengths, dim=1))
         *encoder, _ = self.network

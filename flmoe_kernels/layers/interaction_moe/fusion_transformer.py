@@ -38,7 +38,7 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         num_routers: gates per routed MLP; only the first routes.
         top_k: experts per token; SwitchGate sets it to 1.
         gate: "NaiveGate", "GShardGate", "SwitchGate" or "NoisyGate".
-        modality_dropout: probability that a modality of a sample is left out in training; one is always kept.
+        modality_dropout: probability that a modality of a sample is dropped in training; at least one is kept.
         backend: "reference", "cpu" or "triton"; default by device and `use_backend`.
 
     Inputs of a lower precision than the parameters are cast to the parameters' dtype. The list of masks may be

@@ -26,7 +26,7 @@ def validate_inputs(
     """Check inputs, M x (B, L_m, D) like the parameters, and masks, M x (B, L_m), bool or 0/1, or None.
 
     num_patches: L_m of all modalities, None for any.
-    complete: whether no modality may be None or without tokens, and learned positions have no masks.
+    complete: require tokens for every modality, and no masks with learned positions.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the error names it, what was expected and what it got.
@@ -48,7 +48,7 @@ def check_replacements(
     """Check that replacements[e][m] has the shape, dtype and device of inputs[m], for all experts.
 
     Returns:
-        The replacements, in which None for a missing modality is its padded tokens.
+        The replacements; None for a missing modality becomes its padded input.
     """
     if replacements is None:
         return None

@@ -26,9 +26,9 @@ from .inputs import check_replacements, stack_replacements
 from .kernel_layer import KernelLayer
 from .packing import TokenPlan, Views, plan_views
 from .reference import OPTIONS, ReferenceInteractionMoE, Replacement, Replacements
-from .relatives import relative_of
 from .sparse import GateLosses, sum_losses
 from .structure import describe, fusion_width
+from .variants import variant_of
 
 
 class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
@@ -112,8 +112,8 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         Raises:
             UnsupportedLayer: the kernels do not support a part of the layer; the error names it.
         """
-        if (relative := relative_of(layer)) is not None:
-            raise UnsupportedLayer(f"{relative[0]}: {relative[1]}")
+        if (variant := variant_of(layer)) is not None:
+            raise UnsupportedLayer(f"{variant[0]}: {variant[1]}")
         spec = _supported(layer)
         if spec.regression and not cls.regression:
             raise UnsupportedLayer(f"{class_name(layer)}: use InteractionMoERegression.adopt")

@@ -134,12 +134,12 @@ def _modality(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Views:
-    """The views of a call: the full one, then one for each of some modalities, whose tokens are replaced.
+    """The views of a call: the full view, then a view for each modality in `replaced`, with its tokens replaced.
 
     Attributes:
         replaced: the modality of each view after the full one.
-        exists: (B, M) bool, whether a sample has the view of a modality; None: all have all.
-        folded: whether the rows of views that do not exist are left out.
+        exists: (B, M) bool, whether the view that replaces a modality exists for a sample; None: all exist.
+        folded: whether the rows of views that do not exist are omitted, see `fold_views`.
     """
 
     replaced: tuple[int, ...] = ()
@@ -170,9 +170,9 @@ class Views:
 
 
 def plan_views(plan: TokenPlan, replaced: Sequence[int], *, fold: bool) -> Views:
-    """Plan the views in which the modalities `replaced` are replaced, for the samples that have the modality.
+    """Plan the full view and, for each modality in `replaced`, a view of the samples that have this modality.
 
-    fold: leave out the rows of views that do not exist, if the plan may read which these are.
+    fold: omit the rows of views that do not exist, if the masks can be read on the host (compact plan).
     """
     exists = plan.present
     if len(replaced) < plan.modalities:
@@ -189,8 +189,8 @@ def plan_views(plan: TokenPlan, replaced: Sequence[int], *, fold: bool) -> Views
 
 
 def fold_views(plan: TokenPlan, views: Views) -> tuple[TokenPlan, Tensor]:
-    """A plan with the existing samples of all views as its V * B samples, and its rows' places among the 2 n rows:
-    the original rows, then the replaced ones."""
+    """Return a plan of V * B samples, one for each view and sample (empty if the view does not exist), and the
+    index of each of its rows in the 2 n rows: n original rows, then n rows with replaced tokens."""
     assert views.exists is not None
     counts = plan.cu_segments.diff().view(-1, plan.modalities)
     sizes = counts.sum(dim=1)

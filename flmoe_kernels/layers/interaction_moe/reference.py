@@ -32,7 +32,7 @@ from .fusion import Compat, Inputs, ReferenceFusionTransformer
 Replacements = Sequence[Sequence[Tensor]]
 Replacement = Literal["noise", "zero", "mean"]
 
-# Options that a published layer does not have, with its behaviour.
+# Options that the published layer does not have; the values give the published behaviour.
 OPTIONS: dict[str, Any] = {
     "modality_dropout": 0.0,
     "replacement": "noise",
@@ -53,16 +53,16 @@ class ReferenceInteractionMoE(nn.Module):
         hidden_dim_rw: hidden width of the reweighting MLP.
         num_layer_rw: number of linear layers of the reweighting MLP.
         temperature_rw: temperature of the softmax over experts.
-        modality_dropout: probability that a modality of a sample is left out in training; one is always kept.
+        modality_dropout: probability that a modality of a sample is dropped in training; at least one is kept.
         replacement: what replaces a modality in its view: "noise", N(0, 1), "zero", or "mean", the mean_vectors
             of the call.
         num_perturbed: number of modalities, chosen at random in every call, that have a view; None for all.
-        interaction_loss: False for no views and no losses (zeros).
+        interaction_loss: False: only the full view is computed, and the losses are zeros.
         uniqueness: False for only the synergy and the redundancy expert.
         reweighting: "mlp", or "average" for a softmax of E parameters, which are equal at first.
     """
 
-    regression: ClassVar[bool] = False  # whether the losses are on the outputs of all views
+    regression: ClassVar[bool] = False  # whether losses use the logits instead of the latents
     reweight: Reweighting | ExpertAverage
     interaction_experts: Any  # a ModuleList of InteractionExpert
 
@@ -161,7 +161,7 @@ class ReferenceInteractionMoE(nn.Module):
             check.require_count("num_perturbed", self.num_perturbed, 1, self.num_modalities)
 
     def _check_parts(self) -> None:
-        """Check that options of the layer and its experts agree, for passes that call the experts."""
+        """Check that the experts match the layer's options, for passes that call the experts."""
         count = self.num_modalities + 2 if self.uniqueness else 2
         if len(self.interaction_experts) != count:
             raise ValueError(

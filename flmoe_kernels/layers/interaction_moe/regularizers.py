@@ -26,7 +26,7 @@ def rep_cos(latents: Tensor | Sequence[Tensor], weights: Tensor | None = None) -
     Args:
         latents: the latents z of E experts: E x (B, d), as InteractionMoE.forward returns last, or (E, B, d).
             float32, float64, bfloat16 or float16.
-        weights: (B, E), the routing weights: g = (w_e + w_f) / 2. None: g = 1.
+        weights: (B, E), the expert weights that forward returns: g = (w_e + w_f) / 2. None: g = 1.
 
     Returns:
         (), float64 for float64, else float32; 0 for one expert. Differentiable in latents and weights. The cosine
@@ -57,8 +57,8 @@ def rep_cos(latents: Tensor | Sequence[Tensor], weights: Tensor | None = None) -
 def rep_barlow(latents: Tensor | Sequence[Tensor]) -> Tensor:
     """Mean over expert pairs e < f of the mean squared off-diagonal element of C = z_e^T z_f / B.
 
-    z is standardised over the batch first: (z - mean) / (population standard deviation + 1e-5). A feature that is
-    constant over the batch becomes 0, with a finite gradient, because that of its deviation is 0.
+    z is standardized over the batch first: (z - mean) / (population standard deviation + 1e-5). A constant feature
+    becomes 0; its gradient is finite, because the gradient of the standard deviation is 0 there.
 
     Args:
         latents: see `rep_cos`.
@@ -91,7 +91,7 @@ def rep_barlow(latents: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def rep_cka(latents: Tensor | Sequence[Tensor]) -> Tensor:
-    """Mean over expert pairs e < f of the linear CKA of their latents, centred over the batch.
+    """Mean over expert pairs e < f of the linear CKA of their latents, centered over the batch.
 
     CKA = |z_e^T z_f|^2 / (|z_e^T z_e| |z_f^T z_f| + 1e-8) in Frobenius norms: 1 for equal latents. For a latent
     that is constant over the batch it is 0, with gradient 0.
@@ -110,7 +110,7 @@ def rep_cka(latents: Tensor | Sequence[Tensor]) -> Tensor:
     z = _stacked(latents)
     with without_autocast(z.device):
         squares = _squared_norms(z - z.mean(dim=1, keepdim=True))
-        # The square root has no finite gradient at 0; below the limit the gradient is 0.
+        # sqrt has no finite gradient at 0; clamp_min makes it 0 below the smallest normal number.
         norms = squares.diagonal().clamp_min(torch.finfo(z.dtype).tiny).sqrt()
         return _mean_over_pairs(squares / (torch.outer(norms, norms) + CKA_EPS))
 
@@ -123,7 +123,7 @@ def warmup_scale(epoch: float, warmup_epochs: int) -> float:
         warmup_epochs: length of the warm-up in epochs; with 0 or 1 the factor is always 1.
 
     Raises:
-        TypeError, ValueError: epoch is no finite number, or warmup_epochs no int from 0.
+        TypeError, ValueError: epoch is not a finite number, or warmup_epochs is not an int >= 0.
     """
     if isinstance(epoch, bool) or not isinstance(epoch, Real):
         raise TypeError(f"epoch: expected a number, got {type(epoch).__name__}")

@@ -55,7 +55,7 @@ for _kind in (
 ):
     record_methods(_kind)
 
-# The published class, whose structure is the same.
+# The published regression class; its structure is that of InteractionMoE.
 REGRESSION = "InteractionMoERegression"
 
 
@@ -89,7 +89,7 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
             "uniqueness loss has no positive view"
         )
     experts = child_of(layer, "", "interaction_experts", nn.ModuleList)
-    # A published layer may have attributes of these names.
+    # Options are read from this package's layers only: a published layer may use the names for other things.
     own: Any = layer if known is not None or isinstance(layer, ReferenceInteractionMoE) else None
     uniqueness = True if own is None else own.uniqueness
     if len(experts) != (count := num_modalities + 2 if uniqueness else 2):

@@ -76,7 +76,7 @@ class PairInteractionMoE(nn.Module):
         token_outputs: also return updated sequences, so that layers can be stacked. Each token is added a linear
             map of what its pairs accumulate, divided by sqrt(normalizer), about the number of its partners. In a
             stack only the last layer is a 2-additive game, over its own inputs.
-        modality_dropout: probability that a modality of a sample is left out in training; one is always kept.
+        modality_dropout: probability that a modality of a sample is dropped in training; at least one is kept.
         backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
 
     Attributes:
@@ -220,7 +220,7 @@ class PairInteractionMoE(nn.Module):
             interaction_losses: also return the M + 2 losses of FL-I2MoE on the latents. In view m, N(0, 1) noise
                 replaces modality m's tokens (not its anchor; masks unchanged). Unlike in FL-I2MoE, the experts
                 share the noise of a view, because the gate compares them on the same token pair. Each loss is a
-                mean over the samples and views that exist: a sample without a modality has no view of it.
+                mean over the existing views: the view that replaces m exists for samples with modality m.
             replacements: the noise, M x (B, L_m, dims[m]), None for a missing modality; by default drawn from
                 torch's generator. Only with interaction_losses.
 

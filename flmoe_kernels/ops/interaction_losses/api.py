@@ -16,10 +16,11 @@ __all__ = ["interaction_losses"]
 
 
 def interaction_losses(latents: Tensor, backend: str, exists: Tensor | None = None) -> Tensor:
-    """Losses of the interaction experts, from the full view and the views without one modality.
+    """Losses of the interaction experts, from the full view and the views that replace one modality.
 
-    Expert m < M has the uniqueness loss of modality m (triplet: close to the views without another modality, far
-    from the view without m), expert M the synergy loss (mean cosine), expert M + 1 redundancy (1 - mean cosine).
+    Expert m < M has the uniqueness loss of modality m (triplet: close to the views that replace another modality,
+    far from the view that replaces m), expert M the synergy loss (mean cosine), expert M + 1 redundancy (1 - mean
+    cosine).
 
     Each is a mean over the (sample, view) pairs that exist; 0 if there are none.
 
@@ -27,7 +28,7 @@ def interaction_losses(latents: Tensor, backend: str, exists: Tensor | None = No
         latents: (M + 2, M + 1, B, width), M >= 2; view 0 is the full view. float32, float64, bfloat16 or float16.
             (2, M + 1, B, width) without uniqueness experts.
         backend: the result of core.backend.choose.
-        exists: (B, M) bool, whether a sample has the view without modality m; None: all exist.
+        exists: (B, M) bool, whether the view that replaces modality m exists for a sample; None: all exist.
 
     Returns:
         (M + 2,) or (2,), same dtype; NaN for an empty batch. Differentiable.

@@ -2,8 +2,8 @@
 
 Source: FL-I2MoE (arXiv 2603.13326) and its ancestor I2MoE (arXiv 2505.19190).
 
-exists (B, M) bool: whether a sample has the view without modality m; None: all exist. A loss is the mean over the
-(sample, view) pairs that exist, 0 if there are none.
+exists (B, M) bool: whether the view that replaces modality m exists for a sample; None: all exist. A loss is the
+mean over the (sample, view) pairs that exist, 0 if there are none.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _losses(
 def _mean(
     terms: Sequence[Tensor], needed: Sequence[tuple[int, ...]], exists: Tensor | None
 ) -> Tensor:
-    """Mean of terms (B,), each over the samples with all the views that it needs."""
+    """Mean over all pairs of sample and term for which every view in `needed` exists; 0 if there are none."""
     values = torch.stack(list(terms))
     if exists is None or not len(exists):
         return values.mean()

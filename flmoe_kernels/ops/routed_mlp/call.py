@@ -75,7 +75,7 @@ class RoutedCall:
         return (2, self.rows, self.hidden) if self.gated else (self.rows, self.hidden)
 
     def checked(self) -> RoutedCall:
-        """Return the call with tensors in the layout that the kernels read; ValueError if they must not read it.
+        """Check the call; return it with tensors in the layout that the kernels read. ValueError if it is invalid.
 
         All tensors are contiguous, except that the experts of w_in and w_gate may have any stride.
         """

@@ -30,7 +30,7 @@ def draw_logits(
     load: Literal["uniform", "zipf"],
     generator: torch.Generator,
 ) -> Tensor:
-    """Draw logits (N, E) in float32 whose `choices` largest per token have the load.
+    """Draw logits (N, E) in float32 whose top `choices` experts per token follow the distribution `load`.
 
     "uniform": all experts are equally probable. "zipf": see `zipf_probabilities`; the ranks of the experts are
     drawn, too.

@@ -54,7 +54,7 @@ def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
 def make_inputs(shape: LayerShape, device: str) -> tuple[list[Tensor], list[Tensor] | None]:
     """Make token sequences and masks; padding is at the end, as in the output of frozen encoders.
 
-    Without padding, a user's layer gets no masks, which learned positions do not support.
+    Without padding, a user's layer gets no masks, as in the published code with learned positions.
     """
     generator = draws.generator_of(device)
     inputs = [

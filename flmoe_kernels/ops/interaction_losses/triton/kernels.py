@@ -2,7 +2,7 @@
 
 Latents are (experts, views, batch, width), contiguous, with views = modalities + 1. The first UNIQUE experts, one
 per modality or none, have uniqueness losses, the last two are synergy and redundancy. exists (batch, modalities)
-bool says which samples have the view without a modality; None: all. A loss is a mean over what exists.
+bool: whether the view that replaces a modality exists for a sample; None: all. A loss is a mean over what exists.
 A program has a block of samples of one expert; distances, products and losses are float32. Sums stay within a
 program, except the mean over the batch, whose parts `mean_kernel` adds in a fixed order.
 """

@@ -49,7 +49,7 @@ from .tiles import (
 
 
 # hidden (R, F) by row, before activation (for the backward) and after it. The loads gather the rows of x. With a
-# gate, gate (R, F) is its product before activation, and active is act(gate) hidden. Traffic: w_in and w_gate once
+# gate, gate (R, F) is x w_gate^T + b_gate, and active is act(gate) hidden. Traffic: w_in and w_gate once
 # per band of rows, x from L2, two or three outputs. Bound: the matrix units.
 @triton.jit
 def hidden_kernel(

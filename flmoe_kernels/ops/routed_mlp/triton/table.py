@@ -42,8 +42,8 @@ class Tiles:
 # three times, with operands split in registers: a quarter of the tile for four warps. None of them spills
 # where widths are even. The fastest tiles have not been measured.
 #
-# Gated experts use the same entries. The columns of "hidden" are then those of both matrices together, half of
-# each: sums, operands and FLOP per byte are the same, and a tile of tokens is read once. The epilogue of
+# Gated experts use the same entries. Half of a "hidden" tile's columns are from w_in and half from w_gate, so the
+# number of accumulators, the operands and FLOP per byte do not change. The epilogue of
 # "hidden_gradient" has one more input and output, so it has twice as many slices; with fewer it spills on sm_90.
 _ALL: dict[Key, Tiles] = {
     ("hidden", False): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98336)),

@@ -1,4 +1,4 @@
-"""Published relatives of the interaction layer, and what computes the same."""
+"""Published variants of the interaction layer, and the equivalent options of InteractionMoE."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _REASONS = {
 }
 
 
-def relative_of(layer: nn.Module) -> tuple[str, str] | None:
-    """Class name of a published relative, and what computes the same, or why nothing does; else None."""
+def variant_of(layer: nn.Module) -> tuple[str, str] | None:
+    """Class name of a published variant and the equivalent option, or the reason for having none; else None."""
     for kind in type(layer).__mro__:
         if kind.__name__ in _REASONS:
             return kind.__name__, _REASONS[kind.__name__]

@@ -1,4 +1,4 @@
-"""Rows of `tests.support.scripts`: published relatives of the layer, and the options that compute the same."""
+"""Rows of `tests.support.scripts`: published variants of the layer, and the options that compute the same."""
 
 from __future__ import annotations
 
