@@ -6,6 +6,7 @@ results. As a script, this file saves its results: the tests run it once per ins
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -38,6 +39,8 @@ THREADS = (1, 2, 3)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STEP = LayerCase((150, 70), dim=48, heads=4, layers=2, batch=3, dropout=0.5, masks="partial")
 STEP_I2 = LayerCase((40, 40), "i2moe", dim=48, heads=4, layers=2, batch=3, dropout=0.5)
+ROUTED = {"sparse": True, "gate": "GShardGate", "capacity": 0.6}
+STEPS = [x for step in (STEP, STEP_I2) for x in (step, dataclasses.replace(step, **ROUTED))]
 
 
 def attention(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
@@ -132,7 +135,7 @@ def test_operators_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     assert_same_bits_for_any_threads(lambda: pairs(dtype, "cpu"))
 
 
-@pytest.mark.parametrize("case", [STEP, STEP_I2], ids=str)
+@pytest.mark.parametrize("case", STEPS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step_does_not_depend_on_threads(case: LayerCase, dtype: torch.dtype) -> None:
     assert_same_bits_for_any_threads(lambda: step(case, dtype))

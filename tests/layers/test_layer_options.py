@@ -87,22 +87,6 @@ def test_regression_matches_the_reference(case: LayerCase) -> None:
     assert not torch.allclose(plain["losses"], found["losses"].double(), rtol=0.1)
 
 
-def test_regression_losses_by_hand() -> None:
-    """Of the outputs z of a full view and the views z_m."""
-    layer = InteractionMoERegression.adopt(I2.reference(torch.float64), backend="cpu")
-    x = I2.inputs(torch.float64)
-    experts, _, _, losses = layer(x)
-
-    def error(e: int, v: int) -> torch.Tensor:
-        return (experts[e][0] - experts[e][v]).square().mean()
-
-    expected = [
-        *(error(0, 2) - error(0, 1), error(1, 1) - error(1, 2)),
-        *((error(2, 1) + error(2, 2)) / 2, (error(3, 1) + error(3, 2)) / 2),
-    ]
-    torch.testing.assert_close(torch.stack(losses), torch.stack(expected))
-
-
 def test_views_that_are_not_perturbed_cost_nothing_and_have_latent_0() -> None:
     case = dataclasses.replace(FL, masks="none", options=(("num_perturbed", 1),))
     layer = fast_layer(case)
@@ -113,15 +97,6 @@ def test_views_that_are_not_perturbed_cost_nothing_and_have_latent_0() -> None:
     blank = outputs[0][1 + zero[0][1:].index(True)][0]
     head = layer.interaction_experts[0].fusion_model.network[-1].fc
     torch.testing.assert_close(blank, head.bias.expand_as(blank))
-
-
-def test_options_of_a_reference_layer_are_kept_by_adopt() -> None:
-    case = dataclasses.replace(FL, options=tuple(OPTIONS[-1].items()))
-    layer = InteractionMoE.adopt(case.reference())
-    assert layer.replacement == "zero"
-    assert layer.num_perturbed == 2
-    assert len(layer.interaction_experts) == 2
-    assert layer.reweight.weights.shape == (2,)
 
 
 @pytest.mark.parametrize(

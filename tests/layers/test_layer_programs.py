@@ -175,6 +175,7 @@ def test_a_template_with_a_forward_of_its_own_is_refused() -> None:
     ("kind", "name"),
     [
         (fusion.EncoderLayer, "forward"),
+        (fusion.Attention, "forward"),
         (fusion.ReferenceFusionTransformer, "gate_loss"),
         (reference.InteractionExpert, "forward_multiple"),
         (nn.LayerNorm, "forward"),
@@ -285,14 +286,6 @@ def test_an_explanation_is_of_the_pruned_head() -> None:
         layer.head_orig.mul_(-3)
     explanation = layer.explain(x, target=1)
     torch.testing.assert_close(explanation.logits[:, 1], layer(x).logits[:, 1])
-
-
-def test_values_of_padded_tokens_have_no_effect() -> None:
-    layer, x, _ = cold(FL)
-    masks = [torch.arange(7) < torch.tensor([[3], [7], [1]]), None]
-    expected = layer.inference(x, masks)
-    x[0][~masks[0]] = float("nan")
-    torch.testing.assert_close(layer.inference(x, masks), expected)
 
 
 def test_numbers_of_numpy_are_accepted() -> None:
