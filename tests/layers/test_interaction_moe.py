@@ -29,11 +29,11 @@ from tests.support.layers import (
     named_outputs,
     outputs_and_gradients,
 )
+from tests.support.routed_layers import GATES
 
 HALF = (torch.bfloat16, torch.float16)
 BOTH = pytest.mark.parametrize("case", [FL, I2], ids=["fl_i2moe", "i2moe"])
 EVERY = pytest.mark.parametrize("case", [FL, I2, SPARSE_FL, SPARSE_I2], ids=str)
-GATES = ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate")
 
 MASKED = ("all_none", "all_valid", "partial", "padded_modality", "mixed", "numbers")
 CASES = [
