@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels import InteractionMoE, expert_attention, pair_moe
+from flmoe_kernels import InteractionMoE, expert_attention, pair_map, pair_moe, top_pairs
 from flmoe_kernels.core.backend import instruction_set, instruction_sets
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.encoder import reference
+from flmoe_kernels.ops.pair_moe.kinds import KINDS
 from tests.support.inputs import (
     as_dtype,
     cumulative,
@@ -32,6 +34,9 @@ from tests.support.inputs import (
     make_seed,
 )
 from tests.support.layers import LayerCase, outputs_and_gradients
+from tests.support.pair_cases import PairCase
+from tests.support.routed_cases import RoutedCase
+from tests.support.routed_cases import run as run_routed
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = torch.ops.flmoe
@@ -101,6 +106,20 @@ def pairs(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> 
     return found
 
 
+def scores() -> list[Tensor]:
+    """The dense map and the top pairs of a large call."""
+    case = PairCase(500, 190, 8, 12, kinds=KINDS, masks="both")
+    inputs, head = case.inputs(torch.float32), draw(len(KINDS), 12, seed=9)
+    options: dict[str, Any] = {**case.options(), "gate_bias": inputs[4], "backend": "cpu"}
+    phi = pair_map(*inputs[:4], head, **options)
+    return [phi, *top_pairs(*inputs[:4], head, n_pairs=77, **options)]
+
+
+def routed(gated: bool) -> list[Tensor]:
+    case = RoutedCase(900, 40, 70, 5, 3, load="dropped", gated=gated)
+    return run_routed(case, case.inputs(torch.float32), case.index(), "cpu")
+
+
 def step(case: LayerCase, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Results, gradients and new parameters of a training step with noise and dropout from torch's generator."""
     torch.manual_seed(11)
@@ -133,6 +152,15 @@ def test_operators_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     assert_same_bits_for_any_threads(lambda: encoder(dtype, OPS))
     assert_same_bits_for_any_threads(lambda: losses(dtype))
     assert_same_bits_for_any_threads(lambda: pairs(dtype, "cpu"))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [scores, partial(routed, False), partial(routed, True)],
+    ids=["scores", "mlp", "gated"],
+)
+def test_large_calls_do_not_depend_on_threads(compute: Callable[[], list[Tensor]]) -> None:
+    assert_same_bits_for_any_threads(compute)
 
 
 @pytest.mark.parametrize("case", STEPS, ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,35 +28,6 @@ def first(layer: nn.Module) -> Any:
 
 def mlp_of(layer: nn.Module) -> Any:
     return first(layer).mlp
-
-
-@pytest.mark.parametrize("modalities", [2, 3, 5])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_describes_the_masked_variant(modalities: int, sparse: bool) -> None:
-    layer = make_layer(
-        modalities=modalities, sparse=sparse, layers=3, heads=4, temperature=2, dropout=0.3
-    )
-    spec = describe(layer)
-    rates = DropoutRates(0.3, 0.3, 0.3, 0.3, 0.3)
-    assert dataclasses.asdict(spec) == {
-        "num_modalities": modalities,
-        "hidden_dim": 16,
-        "num_classes": 3,
-        "num_layers": 3,
-        "compat": "fl_i2moe",
-        "num_patches": None,
-        "reweight_hidden": 20,
-        "reweight_layers": 2,
-        "sparse": None,
-        "num_heads": 4,
-        "fusion_sparse": sparse,
-        "norm_eps": 1e-5,
-        "temperature": 2.0,
-        "dropout": (dataclasses.asdict(rates),) * 3,
-        "reweight_dropout": 0.5,
-        "uniqueness": True,
-        "regression": False,
-    }
 
 
 def test_describes_each_dropout_rate() -> None:

@@ -15,7 +15,7 @@ from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.layers.routed_mlp.structure import describe as describe_mlp
 from flmoe_kernels.published.agreement import Disagreement
-from flmoe_kernels.published.calls import Case, few_samples
+from flmoe_kernels.published.calls import Case
 from flmoe_kernels.published.compare import _clear_choices, compare
 from flmoe_kernels.published.swap import swap
 from tests.support import fastmoe
@@ -246,18 +246,6 @@ def test_captured_calls_that_cannot_be_compared(
     spec = (describe_mlp if isinstance(layer, FMoETransformerMLP) else describe)(layer)
     with pytest.raises(Disagreement, match=reason):
         compare(layer, spec, Case(inputs, masks))
-
-
-def test_captured_calls_are_compared_on_their_first_samples_with_tokens() -> None:
-    inputs = [torch.arange(9.0).view(9, 1, 1).expand(9, 4, 16)] * 2
-    masks = [torch.ones(9, 4), torch.ones(9, 4)]
-    masks[0][:2] = masks[1][1] = 0
-    few = few_samples(Case(inputs, [masks[0], None]), describe(make_layer()))
-    assert few.inputs[0][:, 0, 0].tolist() == [0, 1, 2, 3]
-    few = few_samples(Case(inputs, list(masks)), describe(make_layer()))
-    assert few.inputs[1][:, 0, 0].tolist() == [0, 2, 3, 4]
-    assert few.masks is not None
-    assert [mask.shape[0] for mask in few.masks] == [4, 4]
 
 
 def test_tokens_whose_choice_depends_on_rounding_are_excluded() -> None:

@@ -59,6 +59,14 @@ def put(module: nn.Module, owner: str, **attributes: Any) -> None:
         setattr(module.get_submodule(owner), name, value)
 
 
+def buffered_bias(mlp: Any) -> None:
+    """Such a bias may be missing in the swapped module, which would lose it."""
+    linear = mlp.get_submodule("gate.gate")
+    bias = linear.bias.detach().clone()
+    del linear.bias
+    linear.register_buffer("bias", bias)
+
+
 class OwnMethods(fl.InteractionMoE):
     def explain(self) -> str:
         return "what a fast layer would not have"
@@ -206,6 +214,7 @@ MLPS: list[tuple[str, Make, str]] = [
         )
     ),
     ("no bias", changed_mlp(lambda m: put(m, "experts.htoh4", bias=None)), "htoh4.bias"),
+    ("a buffer", changed_mlp(buffered_bias, "NaiveGate"), "gate.bias: not a parameter"),
     (
         "extra parameter",
         changed_mlp(lambda m: put(m, "gate", temperature=nn.Parameter(torch.ones(1)))),
