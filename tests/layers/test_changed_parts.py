@@ -137,55 +137,38 @@ def everywhere(layer: Any, kind: type[nn.Module]) -> list[Any]:
     return [part for part in layer.modules() if isinstance(part, kind)]
 
 
-REFUSED: list[tuple[str, Callable[[Any], object], str]] = [
-    ("activation", lambda x: setattr(encoder(x).mlp.network, "1", nn.ReLU()), "expected GELU"),
-    ("tanh", lambda x: setattr(encoder(x).mlp.network[1], "approximate", "tanh"), "tanh form"),
-    ("eps of one", lambda x: setattr(encoder(x).norm2, "eps", 1e-3), r"norm2: eps is 0\.001"),
-    ("scale", lambda x: setattr(encoder(x).attn, "scale", 1.0), r"attn\.scale: expected"),
-    ("heads", lambda x: setattr(encoder(x).attn, "num_heads", 1), r"attn\.scale: expected"),
+REFUSED: list[tuple[Callable[[Any], object], str]] = [
+    (lambda x: setattr(encoder(x).mlp.network, "1", nn.ReLU()), "expected GELU"),
+    (lambda x: setattr(encoder(x).mlp.network[1], "approximate", "tanh"), "tanh form"),
+    (lambda x: setattr(encoder(x).norm2, "eps", 1e-3), r"norm2: eps is 0\.001"),
+    (lambda x: setattr(encoder(x).attn, "scale", 1.0), r"attn\.scale: expected"),
+    (lambda x: setattr(encoder(x).attn, "num_heads", 1), r"attn\.scale: expected"),
+    (lambda x: setattr(encoder(x).attn.q, "bias", nn.Parameter(torch.ones(16))), r"attn\.q"),
+    (lambda x: setattr(encoder(x).attn.proj, "bias", None), r"attn\.proj: has no bias"),
+    (lambda x: setattr(encoder(x).norm1, "weight", None), r"norm1: has no affine"),
+    (lambda x: setattr(encoder(x).attn.attn_drop, "p", 0.9), r"experts\.1: dropout is"),
+    (lambda x: encoder(x).dropout2.eval(), "rate or mode of dropout2 differs"),
+    (lambda x: x.interaction_experts.__delitem__(3), "expected 4 experts"),
+    (lambda x: encoder(x).mlp.network.append(nn.ReLU()), "expected Linear, GELU"),
+    (lambda x: setattr(encoder(x), "compat", "i2moe"), "compat"),
+    (lambda x: prune.l1_unstructured(encoder(x).attn.q, "weight", 0.5), r"attn\.q"),
+    (lambda x: nn.utils.weight_norm(encoder(x).attn.kv), r"attn\.kv"),
     (
-        "bias",
-        lambda x: setattr(encoder(x).attn.q, "bias", nn.Parameter(torch.ones(16))),
-        r"attn\.q",
-    ),
-    (
-        "bias None",
-        lambda x: setattr(encoder(x).attn.proj, "bias", None),
-        r"attn\.proj: has no bias",
-    ),
-    ("no affine", lambda x: setattr(encoder(x).norm1, "weight", None), r"norm1: has no affine"),
-    ("rate", lambda x: setattr(encoder(x).attn.attn_drop, "p", 0.9), r"experts\.1: dropout is"),
-    (
-        "mode",
-        lambda x: encoder(x).dropout2.eval(),
-        "rate or mode of dropout2 differs",
-    ),
-    ("an expert less", lambda x: x.interaction_experts.__delitem__(3), "expected 4 experts"),
-    ("a layer more", lambda x: encoder(x).mlp.network.append(nn.ReLU()), "expected Linear, GELU"),
-    ("compat", lambda x: setattr(encoder(x), "compat", "i2moe"), "compat"),
-    ("prune", lambda x: prune.l1_unstructured(encoder(x).attn.q, "weight", 0.5), r"attn\.q"),
-    ("weight_norm", lambda x: nn.utils.weight_norm(encoder(x).attn.kv), r"attn\.kv"),
-    (
-        "parametrization",
         lambda x: parametrize.register_parametrization(encoder(x).attn.proj, "weight", nn.Tanh()),
         r"attn\.proj: .*ParametrizedLinear, which",
     ),
     (
-        "buffer",
         lambda x: encoder(x).attn.register_buffer("bias_table", torch.ones(2)),
         "bias_table: an unexpected parameter or buffer",
     ),
     (
-        "all experts",
         lambda x: setattr(x, "interaction_experts", nn.ModuleList([Wrapper(nn.Identity())] * 4)),
         "interaction_experts",
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
-)
+@pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_changes_that_the_kernels_do_not_compute_are_refused(
     change: Callable[[Any], object], message: str
 ) -> None:
@@ -220,10 +203,7 @@ HONOURED: list[tuple[str, Callable[[Any], object]]] = [
     ("a module of its own", lambda x: x.add_module("extra", nn.Linear(3, 3))),
     ("frozen", lambda x: x.interaction_experts.requires_grad_(False)),
     ("compiled", lambda x: encoder(x).compile(backend="eager")),
-    (
-        "rates",
-        lambda x: [setattr(part, "p", 0.0) for part in everywhere(x, nn.Dropout)],
-    ),
+    ("rates", lambda x: [setattr(part, "p", 0.0) for part in everywhere(x, nn.Dropout)]),
 ]
 
 
