@@ -20,43 +20,40 @@ def test_an_explicit_backend_never_falls_back() -> None:
         layer(pair_inputs((3, 2)))
 
 
-CONSTRUCTION: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "dims no list": (TypeError, r"dims: expected a list of widths, got int", {"dims": 5}),
-    "one modality": (ValueError, r"dims: expected at least 2 modalities, got 1", {"dims": [4]}),
-    "width no int": (TypeError, r"dims\[1\]: expected an int, got float", {"dims": [4, 2.0]}),
-    "no width": (ValueError, r"dims\[0\]: expected an int from 2, got 0", {"dims": [0, 2]}),
-    "width 1": (ValueError, r"dims\[1\]: expected an int from 2, got 1", {"dims": [2, 1]}),
-    "no class": (ValueError, r"num_classes: expected an int from 1, got 0", {"num_classes": 0}),
-    "nothing to return": (
+CONSTRUCTION: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (TypeError, r"dims: expected a list of widths, got int", {"dims": 5}),
+    (ValueError, r"dims: expected at least 2 modalities, got 1", {"dims": [4]}),
+    (TypeError, r"dims\[1\]: expected an int, got float", {"dims": [4, 2.0]}),
+    (ValueError, r"dims\[0\]: expected an int from 2, got 0", {"dims": [0, 2]}),
+    (ValueError, r"dims\[1\]: expected an int from 2, got 1", {"dims": [2, 1]}),
+    (ValueError, r"num_classes: expected an int from 1, got 0", {"num_classes": 0}),
+    (
         ValueError,
         r"num_classes: expected an int, as token_outputs is False; got None",
         {"num_classes": None},
     ),
-    "kinds a name": (TypeError, r"kinds: expected a list of names, got str", {"kinds": "synergy"}),
-    "unknown kind": (ValueError, r"kinds: expected names among .*'xor'", {"kinds": ["xor"]}),
-    "no kind": (ValueError, r"kinds: expected 1 to 8 names, got 0", {"kinds": []}),
-    "nine kinds": (ValueError, r"kinds: expected 1 to 8 names, got 9", {"kinds": ["null"] * 9}),
-    "rank 0": (ValueError, r"rank: expected an int from 1, got 0", {"rank": 0}),
-    "value_dim 0": (ValueError, r"value_dim: expected an int from 1, got 0", {"value_dim": 0}),
-    "top 5 of 4": (ValueError, r"top_k: expected an int from 1 to 4, got 5", {"top_k": 5}),
-    "cold": (ValueError, r"temperature: expected a positive number", {"temperature": 0.0}),
-    "backend": (
+    (TypeError, r"kinds: expected a list of names, got str", {"kinds": "synergy"}),
+    (ValueError, r"kinds: expected names among .*'xor'", {"kinds": ["xor"]}),
+    (ValueError, r"kinds: expected 1 to 8 names, got 0", {"kinds": []}),
+    (ValueError, r"kinds: expected 1 to 8 names, got 9", {"kinds": ["null"] * 9}),
+    (ValueError, r"rank: expected an int from 1, got 0", {"rank": 0}),
+    (ValueError, r"value_dim: expected an int from 1, got 0", {"value_dim": 0}),
+    (ValueError, r"top_k: expected an int from 1 to 4, got 5", {"top_k": 5}),
+    (ValueError, r"temperature: expected a positive number", {"temperature": 0.0}),
+    (
         ValueError,
         r"backend: expected one of reference, cpu, triton, cuda, got 'gpu'",
         {"backend": "gpu"},
     ),
-    "token_outputs": (
-        TypeError,
-        r"token_outputs: expected a bool, got str",
-        {"token_outputs": "all"},
-    ),
-    "normalizer": (TypeError, r"normalizer: expected a number, got str", {"normalizer": "mean"}),
-}
+    (TypeError, r"token_outputs: expected a bool, got str", {"token_outputs": "all"}),
+    (TypeError, r"normalizer: expected a number, got str", {"normalizer": "mean"}),
+]
 
 
-@pytest.mark.parametrize("mistake", CONSTRUCTION)
-def test_mistakes_in_construction(mistake: str) -> None:
-    error, message, changed = CONSTRUCTION[mistake]
+@pytest.mark.parametrize(("error", "message", "changed"), CONSTRUCTION)
+def test_mistakes_in_construction(
+    error: type[Exception], message: str, changed: dict[str, Any]
+) -> None:
     with pytest.raises(error, match=message):
         PairInteractionMoE(**{"dims": [4, 3], "num_classes": 2, **changed})
 

@@ -97,10 +97,6 @@ FUSION_EDITS = {
         "if not self.training: inputs = [x * (1 + 0.1 * np.random.rand()) for x in inputs]",
         "in evaluation random numbers are drawn|differ by",
     ),
-    "noise of random in evaluation": (
-        "if not self.training: inputs = [x * (1 + 0.1 * random.random()) for x in inputs]",
-        "in evaluation random numbers are drawn|differ by",
-    ),
     "noise of an own generator": (
         "own = torch.Generator()\nif self.training: inputs = [x + torch.rand((), generator=own) for x in inputs]",
         "in training the logits differ",
@@ -268,14 +264,6 @@ def test_a_file_that_changed_after_its_import_is_not_recognised(tmp_path: Path) 
     assert "models.fl.Transformer.forward" in unrecognised(make_layer(models.fl))
 
 
-def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
 class AnotherPooling(fl.Transformer):
     def pooled(self, parts: list[Tensor], masks: list | None) -> list[Tensor]:
         return [p.mean(dim=1) for p in parts]
@@ -301,11 +289,6 @@ class Helper(fl.Transformer):
 
 Changes = Callable[[pytest.MonkeyPatch], Any]
 CHANGES: list[tuple[str, Changes, list[str]]] = [
-    (
-        "decorated",
-        lambda m: m.setattr(fl.Transformer, "forward", wrapped(fl.Transformer.forward)),
-        ["tests.support.lineage.fl.Transformer.forward"],
-    ),
     (
         "decorated by torch",
         lambda m: m.setattr(fl.Transformer, "forward", torch.no_grad()(fl.Transformer.forward)),
