@@ -10,7 +10,6 @@ import torch
 import triton
 from torch import Tensor
 
-from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.encoder import op as _op  # noqa: F401  registers the operators
 from flmoe_kernels.ops.encoder import reference
 from flmoe_kernels.ops.encoder.triton import rows_launch
@@ -97,7 +96,7 @@ def test_segments_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
 
 
 class TestTriton(EncoderTests):
-    backend, rows, width, precise, exhaustive = TRITON, 6, 70, (FLOAT32,), False
+    backend, rows, width, precise, exhaustive, many = TRITON, 6, 70, (FLOAT32,), False, 9000
 
     @pytest.fixture(params=[(i, *size, DTYPES[i % 3]) for i, size in enumerate(SIZES)], ids=str)
     def size(self, request: pytest.FixtureRequest) -> Size:
@@ -106,27 +105,6 @@ class TestTriton(EncoderTests):
     @pytest.fixture(params=[BFLOAT16, pytest.param(FLOAT32, marks=pytest.mark.slow)], ids=str)
     def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
         return request.param
-
-
-def test_sums_over_many_rows() -> None:
-    """Gradients of gains are sums over all tokens and views; their rounding error must not grow with the number.
-
-    All rows have the same gradient, as after mean pooling, so that nothing cancels.
-    """
-    rows, width = 700, 64
-    cotangent = draw(1, 1, width, seed=4).expand(1, rows, width)
-    x, gain = draw(1, rows, width), torch.ones(1, width)
-    mean, variance = x.mean(2), x.var(2, correction=0)
-    saved = (x, mean, (variance + EPS).rsqrt(), gain, None, 0.0)
-    wants = [False, False, True, True]
-    gradients = OPS.dropout_add_norm_backward(None, cotangent, *saved, True, wants, TRITON)
-    found = [gradients[2:]]
-    for dtype in (FLOAT32, torch.float64):
-        inputs = as_dtype([x, gain, gain], dtype, requires_grad=True)
-        out = reference.expert_norm(*inputs, EPS)
-        found.append(torch.autograd.grad(out, inputs[1:], cotangent.to(dtype)))
-    for name, got, low, oracle in zip(("gain", "shift"), *found, strict=True):
-        assert_within_budget(got, low, oracle, name)
 
 
 def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

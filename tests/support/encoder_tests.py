@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.core.dtypes import statistics_dtype
-from flmoe_kernels.core.error_budget import assert_outside_budget
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.ops.encoder import reference
 from tests.support.encoder_cases import norm_arguments, operator_calls
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
@@ -109,6 +109,8 @@ class EncoderTests:
     width: int
     precise: tuple[torch.dtype, ...]
     exhaustive: bool
+    # More rows than one sum may have.
+    many: int
 
     def operator(self, name: str) -> Operator:
         return lambda *arguments: getattr(OPS, name)(*arguments, self.backend)
@@ -169,6 +171,34 @@ class EncoderTests:
             arguments = [draw(2, 2, rows, width), modality, modalities + 1]
             results = self.compare("expand_views", arguments, dtype)
             assert torch.equal(results[0][0], results[0][1]), "a copy has no rounding"
+
+    @pytest.mark.parametrize("steady", [True, False])
+    @pytest.mark.parametrize("name", ["expert_linear", "expert_norm"])
+    def test_sums_over_many_rows(self, name: str, steady: bool) -> None:
+        """Gradients of weights are sums over all tokens and views; their rounding error must not grow with the
+        number.
+
+        steady: all rows have the same gradient, as after mean pooling, so that nothing cancels.
+        """
+        rows, width = self.many, 16
+        cotangent = draw(1, 1 if steady else rows, width, seed=4).expand(1, rows, width)
+        x, weight, bias = (
+            draw(1, *size, seed=i)
+            for i, size in enumerate(((rows, width), (width, width), (width,)))
+        )
+        arguments = [x, weight, bias] if name == "expert_linear" else [x, weight[:, 0], bias, EPS]
+        found = []
+        for operator, dtype in (
+            (self.operator(name), torch.float32),
+            (getattr(reference, name), torch.float32),
+            (getattr(reference, name), torch.float64),
+        ):
+            inputs = as_dtype(arguments, dtype, requires_grad=True)
+            leaves = [each for each in inputs if isinstance(each, Tensor)]
+            out = tensors(operator(*inputs))[0]
+            found.append(torch.autograd.grad(out, leaves, cotangent.to(dtype)))
+        for i, triple in enumerate(zip(*found, strict=True)):
+            assert_within_budget(*triple, f"gradient {i} of {name}")
 
     def test_wrong_results_fail(self, dtype: torch.dtype) -> None:
         """Negative control of all comparisons with references: another mask, operand or run."""
