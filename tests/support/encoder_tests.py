@@ -109,8 +109,8 @@ class EncoderTests:
     width: int
     precise: tuple[torch.dtype, ...]
     exhaustive: bool
-    # More rows than one sum may have.
-    many: int
+    # Rows by operator, more than one sum may have.
+    many: dict[str, int]
 
     def operator(self, name: str) -> Operator:
         return lambda *arguments: getattr(OPS, name)(*arguments, self.backend)
@@ -180,12 +180,10 @@ class EncoderTests:
 
         steady: all rows have the same gradient, as after mean pooling, so that nothing cancels.
         """
-        rows, width = self.many, 16
+        rows, width = self.many[name], 16
         cotangent = draw(1, 1 if steady else rows, width, seed=4).expand(1, rows, width)
-        x, weight, bias = (
-            draw(1, *size, seed=i)
-            for i, size in enumerate(((rows, width), (width, width), (width,)))
-        )
+        x, weight = draw(1, rows, width), draw(1, width, width, seed=1)
+        bias = draw(1, width, seed=2)
         arguments = [x, weight, bias] if name == "expert_linear" else [x, weight[:, 0], bias, EPS]
         found = []
         for operator, dtype in (
