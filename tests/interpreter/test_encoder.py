@@ -96,8 +96,8 @@ def test_segments_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
 
 
 class TestTriton(EncoderTests):
-    backend, rows, width, precise, exhaustive = TRITON, 6, 70, (FLOAT32,), False
-    many = {"expert_linear": 9000, "expert_norm": 700}
+    backend, rows, width, precise = TRITON, 6, 70, (FLOAT32,)
+    exhaustive, many = False, (9000, 700)
 
     @pytest.fixture(params=[(i, *size, DTYPES[i % 3]) for i, size in enumerate(SIZES)], ids=str)
     def size(self, request: pytest.FixtureRequest) -> Size:
