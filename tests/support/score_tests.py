@@ -89,7 +89,7 @@ class ScoreTests:
         target = options.pop("target")
         y = pair_moe(*tensors[:4], **options, reduce="pool", backend=self.backend).y
         weight = tensors[4].permute(2, 0, 1)[target]
-        torch.testing.assert_close(phi.sum((2, 3)), (y * weight).sum(2), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(phi.sum((2, 3)), (y * weight).sum(2))
 
     @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 6, 300])
     def test_top_pairs_are_the_sorted_map(self, call: Call, count: int) -> None:
