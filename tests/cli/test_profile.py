@@ -302,7 +302,7 @@ def test_learned_positions_fix_the_tokens(tmp_path: Path) -> None:
     assert "cpu" in run(*arguments).stdout
     for more, message in (
         (("--tokens", "5,4"), "learned positions fix them to 4,4"),
-        (("--valid", "3,4"), "takes no masks"),
+        (("--valid", "3,4"), "not supported for a layer with learned positions"),
     ):
         assert message in run(*arguments, *more, code=2).stderr
 

@@ -139,7 +139,11 @@ def test_a_negative_target_is_refused_in_compiled_code_too() -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [FL, dataclasses.replace(FL, masks="partial"), dataclasses.replace(FL, masks="mixed"), I2],
+    [
+        *(dataclasses.replace(FL, masks=masks) for masks in ("none", "partial", "mixed")),
+        dataclasses.replace(FL, masks="padded_sample", layers=1, gate="GShardGate", capacity=0.5),
+        I2,
+    ],
     ids=str,
 )
 def test_layer(case: LayerCase) -> None:

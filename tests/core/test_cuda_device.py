@@ -43,30 +43,31 @@ def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answe
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_one)
 
 
-UNAVAILABLE = {
-    "built without CUDA": (
+UNAVAILABLE = [
+    (
         {"cuda_build": ("", "nvcc was not found")},
         r"the native module was built without CUDA \(nvcc was not found\)",
     ),
-    "no device": (
+    (
         {"cuda_devices": (0, "no CUDA-capable device is detected"), "torch_has_one": False},
         r"there is no CUDA device \(no CUDA-capable device is detected\)",
     ),
-    "old driver": (
+    (
         {"cuda_devices": (0, "CUDA driver version is insufficient")},
         r"the driver is too old .* \(CUDA driver version is insufficient\)",
     ),
-    "torch without CUDA": ({"torch_has_one": False}, r"torch \S+ has no CUDA device"),
-    "old device": (
+    ({"torch_has_one": False}, r"torch \S+ has no CUDA device"),
+    (
         {"cuda_probe": (7, 5, "it is older than all of these")},
         r"cuda:0 is sm_75, the kernels are for sm_80 sm_90a sm_100, PTX 80 \(it is older",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("case", UNAVAILABLE)
-def test_every_missing_requirement_has_a_reason(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, message = UNAVAILABLE[case]
+@pytest.mark.parametrize(("answers", "message"), UNAVAILABLE)
+def test_every_missing_requirement_has_a_reason(
+    answers: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine(monkeypatch, **answers)
     ok, reason = backends.backend_status()["cuda"]
     assert not ok

@@ -6,10 +6,12 @@ results. As a script, this file saves its results: the tests run it once per ins
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels import InteractionMoE, expert_attention, pair_moe
+from flmoe_kernels import InteractionMoE, expert_attention, pair_map, pair_moe, top_pairs
 from flmoe_kernels.core.backend import instruction_set, instruction_sets
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.encoder import reference
+from flmoe_kernels.ops.pair_moe.kinds import KINDS
 from tests.support.inputs import (
     as_dtype,
     cumulative,
@@ -31,6 +34,9 @@ from tests.support.inputs import (
     make_seed,
 )
 from tests.support.layers import LayerCase, outputs_and_gradients
+from tests.support.pair_cases import PairCase
+from tests.support.routed_cases import RoutedCase
+from tests.support.routed_cases import run as run_routed
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = torch.ops.flmoe
@@ -38,6 +44,8 @@ THREADS = (1, 2, 3)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STEP = LayerCase((150, 70), dim=48, heads=4, layers=2, batch=3, dropout=0.5, masks="partial")
 STEP_I2 = LayerCase((40, 40), "i2moe", dim=48, heads=4, layers=2, batch=3, dropout=0.5)
+ROUTED = {"sparse": True, "gate": "GShardGate", "capacity": 0.6}
+STEPS = [x for step in (STEP, STEP_I2) for x in (step, dataclasses.replace(step, **ROUTED))]
 
 
 def attention(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
@@ -98,6 +106,20 @@ def pairs(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> 
     return found
 
 
+def scores() -> list[Tensor]:
+    """The dense map and the top pairs of a large call."""
+    case = PairCase(500, 190, 8, 12, kinds=KINDS, masks="both")
+    inputs, head = case.inputs(torch.float32), draw(len(KINDS), 12, seed=9)
+    options: dict[str, Any] = {**case.options(), "gate_bias": inputs[4], "backend": "cpu"}
+    phi = pair_map(*inputs[:4], head, **options)
+    return [phi, *top_pairs(*inputs[:4], head, n_pairs=77, **options)]
+
+
+def routed(gated: bool) -> list[Tensor]:
+    case = RoutedCase(900, 40, 70, 5, 3, load="dropped", gated=gated)
+    return run_routed(case, case.inputs(torch.float32), case.index(), "cpu")
+
+
 def step(case: LayerCase, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Results, gradients and new parameters of a training step with noise and dropout from torch's generator."""
     torch.manual_seed(11)
@@ -132,7 +154,16 @@ def test_operators_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     assert_same_bits_for_any_threads(lambda: pairs(dtype, "cpu"))
 
 
-@pytest.mark.parametrize("case", [STEP, STEP_I2], ids=str)
+@pytest.mark.parametrize(
+    "compute",
+    [scores, partial(routed, False), partial(routed, True)],
+    ids=["scores", "mlp", "gated"],
+)
+def test_large_calls_do_not_depend_on_threads(compute: Callable[[], list[Tensor]]) -> None:
+    assert_same_bits_for_any_threads(compute)
+
+
+@pytest.mark.parametrize("case", STEPS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step_does_not_depend_on_threads(case: LayerCase, dtype: torch.dtype) -> None:
     assert_same_bits_for_any_threads(lambda: step(case, dtype))

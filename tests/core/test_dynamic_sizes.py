@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from flmoe_kernels import InteractionMoE, PairInteractionMoE, RoutedMLP
 from tests.support.inputs import draw
 from tests.support.layers import LayerCase
+from tests.support.routed_layers import GATES
 
-GATES = ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate")
 # Batch sizes and lengths of the first modality; the second has two tokens more. The first size is compiled as it
 # is, the second with symbols for everything that has changed. As everywhere in torch, a size of 1, or sizes that
 # are equal by chance in the second call only, would make a graph more.
@@ -80,7 +80,10 @@ def routed(gate: str, masked: bool = False) -> Model:
     def inputs(batch: int, length: int) -> tuple[Tensor, ...]:
         return (tokens(batch, length)[0], *([valid(batch, length)] if masked else []))
 
-    return Model(module, lambda layer, *args: layer(*args), inputs)
+    def call(layer: RoutedMLP, *args: Tensor) -> Any:
+        return layer(*args), layer.gate_loss(), layer.last_topk_indices
+
+    return Model(module, call, inputs)
 
 
 def layer_of(gate: str | None) -> InteractionMoE:
@@ -131,8 +134,6 @@ def results(function: nn.Module, layer: nn.Module, inputs: tuple[Tensor, ...]) -
         return outputs
     layer.zero_grad()
     sum(x.sum() for x in outputs if x.requires_grad).backward()  # type: ignore[union-attr]
-    if isinstance(layer, RoutedMLP):
-        layer.gate_loss()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
     return [*(x.detach() for x in outputs), *gradients]
 

@@ -10,13 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.encoder import op as _op  # noqa: F401  registers the operators
 from flmoe_kernels.ops.encoder import reference
 from flmoe_kernels.ops.encoder.triton import rows_launch
 from flmoe_kernels.ops.encoder.triton.rows_tiles import begin
 from tests.support.encoder_cases import backward_calls, norm_arguments, operator_calls
-from tests.support.encoder_tests import EncoderTests
+from tests.support.encoder_tests import EncoderTests, Size
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
 from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton, tensors
 
@@ -44,47 +43,10 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(rows_launch.TABLE, key, large)
 
 
-def sized(*others: Any) -> list[Any]:
-    """Every size with one dtype and one of `others`, in rotation."""
-    found = []
-    for i, size in enumerate(SIZES):
-        values = (*size, DTYPES[i % 3], others[i % len(others)])
-        found.append(pytest.param(*values, id="x".join(map(str, values))))
-    return found
-
-
-@pytest.mark.parametrize(("rows", "width", "dtype", "eps"), sized(EPS, 0.1))
-def test_expert_norm(rows: int, width: int, dtype: torch.dtype, eps: float) -> None:
-    _, x, gain, shift, *_ = norm_arguments(rows, width, 0.0, False)
-    arguments = [x, gain, shift, eps]
-    # With one column the norm is only its shift.
-    oracle = reference.expert_norm
-    compare(on_triton("expert_norm"), oracle, arguments, dtype, may_vanish=width == 1)
-
-
 def test_a_mean_far_from_zero_keeps_the_variance() -> None:
     """The variance is computed from centred values; from a mean of squares it would lose all digits."""
     x, gain = draw(1, 5, 140) + 3000, draw(1, 140, seed=1)
     compare(on_triton("expert_norm"), reference.expert_norm, [x, gain, gain, EPS], FLOAT32)
-
-
-@pytest.mark.parametrize(
-    ("rows", "width", "dtype", "how"),
-    sized((0.5, True), (0.3, False), (0.0, True), (0.5, False), (0.0, False)),
-)
-def test_dropout_add_norm(
-    rows: int, width: int, dtype: torch.dtype, how: tuple[float, bool]
-) -> None:
-    p, residual = how
-    oracle, arguments = reference.dropout_add_norm, norm_arguments(rows, width, p, residual)
-    vanishes = {"may_vanish": width == 1}
-    compare(on_triton("dropout_add_norm"), oracle, arguments, dtype, outputs=2, **vanishes)
-
-
-@pytest.mark.parametrize(("rows", "width", "dtype", "p"), sized(0.5, 0.0, 0.5, 1.0))
-def test_gelu_dropout(rows: int, width: int, dtype: torch.dtype, p: float) -> None:
-    arguments = [draw(2, rows, width, seed=1, scale=3), make_seed() if p else None, p]
-    compare(on_triton("gelu_dropout"), reference.gelu_dropout, arguments, dtype)
 
 
 # Runs of the rows of a view: segments in order, an empty one, uncovered rows at the end and at the beginning.
@@ -94,14 +56,6 @@ RUNS = {
     "begins late": lambda rows: cumulative([0, rows // 3], rows // 3),
     "empty": lambda rows: cumulative([0]),
 }
-
-
-@pytest.mark.parametrize(("rows", "width", "dtype", "p"), sized(0.5, 0.3, 0.0, 0.5))
-def test_dropout_add_pool(rows: int, width: int, dtype: torch.dtype, p: float) -> None:
-    views, seed = 2, make_seed() if p else None
-    x, update = (draw(2 if width < 128 else 1, views * rows, width, seed=i) for i in (1, 2))
-    arguments = [x, update, cumulative([rows // 3, 0, rows // 2]), views, seed, p]
-    compare(on_triton("dropout_add_pool"), reference.dropout_add_pool, arguments, dtype)
 
 
 @pytest.mark.parametrize(("runs", "p"), [*zip(RUNS, (0.5, 0.0, 0.5, 0.5), strict=True)])
@@ -119,14 +73,6 @@ def test_rows_of_no_segment_get_zeros(runs: str, p: float) -> None:
         assert (grad[:, ~covered.repeat(views)] == 0).all()
         assert grad.isfinite().all()
         assert bool((grad != 0).any()) == bool(covered.any())
-
-
-def test_no_segments() -> None:
-    rows = draw(2, 6, 4).requires_grad_()
-    out = OPS.dropout_add_pool(rows, rows, cumulative([]), 2, make_seed(), 0.5, TRITON)
-    assert out.shape == (2, 2, 0, 4)
-    (grad,) = torch.autograd.grad(out, rows, out.detach())
-    assert (grad == 0).all()
 
 
 @pytest.mark.parametrize("bounds", [[-5, 2, 99], [0, 4, 2], [9, 12], [-(2**31), 2**31 - 1]])
@@ -149,41 +95,17 @@ def test_segments_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
         assert x[inside].isfinite().all()
 
 
-@pytest.mark.parametrize(("rows", "width", "dtype", "modalities"), sized(2, 5))
-def test_expand_views(rows: int, width: int, dtype: torch.dtype, modalities: int) -> None:
-    modality = (torch.arange(rows) % modalities).to(torch.int32)
-    arguments = [draw(2, 2, rows, width), modality, modalities + 1]
-    results = compare(on_triton("expand_views"), reference.expand_views, arguments, dtype)
-    assert torch.equal(results[0][0], results[0][1]), "a copy has no rounding"
-
-
 class TestTriton(EncoderTests):
     backend, rows, width, precise = TRITON, 6, 70, (FLOAT32,)
+    exhaustive, many = False, (9000, 700)
+
+    @pytest.fixture(params=[(i, *size, DTYPES[i % 3]) for i, size in enumerate(SIZES)], ids=str)
+    def size(self, request: pytest.FixtureRequest) -> Size:
+        return request.param
 
     @pytest.fixture(params=[BFLOAT16, pytest.param(FLOAT32, marks=pytest.mark.slow)], ids=str)
     def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
         return request.param
-
-
-def test_sums_over_many_rows() -> None:
-    """Gradients of gains are sums over all tokens and views; their rounding error must not grow with the number.
-
-    All rows have the same gradient, as after mean pooling, so that nothing cancels.
-    """
-    rows, width = 700, 64
-    cotangent = draw(1, 1, width, seed=4).expand(1, rows, width)
-    x, gain = draw(1, rows, width), torch.ones(1, width)
-    mean, variance = x.mean(2), x.var(2, correction=0)
-    saved = (x, mean, (variance + EPS).rsqrt(), gain, None, 0.0)
-    wants = [False, False, True, True]
-    gradients = OPS.dropout_add_norm_backward(None, cotangent, *saved, True, wants, TRITON)
-    found = [gradients[2:]]
-    for dtype in (FLOAT32, torch.float64):
-        inputs = as_dtype([x, gain, gain], dtype, requires_grad=True)
-        out = reference.expert_norm(*inputs, EPS)
-        found.append(torch.autograd.grad(out, inputs[1:], cotangent.to(dtype)))
-    for name, got, low, oracle in zip(("gain", "shift"), *found, strict=True):
-        assert_within_budget(got, low, oracle, name)
 
 
 def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

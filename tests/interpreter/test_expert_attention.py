@@ -12,7 +12,7 @@ from torch import Tensor
 from flmoe_kernels import expert_attention
 from flmoe_kernels.ops.expert_attention.triton import choice
 from flmoe_kernels.ops.expert_attention.triton.launch import readable
-from flmoe_kernels.ops.expert_attention.triton.table import TABLE, AttentionCall, Tiles, class_of
+from flmoe_kernels.ops.expert_attention.triton.table import TABLE, AttentionCall, Tiles
 from tests.support.attention_cases import NAMES, Case, check, run
 from tests.support.attention_tests import AttentionTests
 from tests.support.inputs import cumulative, draw, gradients, make_seed
@@ -99,26 +99,6 @@ def test_a_rate_or_scale_too_small_to_represent_is_zero(p: float, option: str, t
         for x in (tiny, 0.0)
     ]
     assert all(map(torch.equal, *found))
-
-
-@pytest.mark.parametrize(
-    ("rows", "width", "dtype", "expected"),
-    [
-        (64, 64, BFLOAT16, "short"),
-        (65, 64, BFLOAT16, "long"),
-        (64, 65, FLOAT16, "wide"),
-        (64, 128, BFLOAT16, "wide"),
-        (64, 129, BFLOAT16, "chunked"),
-        (65, 64, FLOAT32, "float32"),
-        (64, 65, FLOAT32, "float32, wide"),
-        (64, 128, FLOAT32, "float32, wide"),
-        (64, 129, FLOAT32, "float32, chunked"),
-        (64, 64, FLOAT32, "float32, short"),
-    ],
-)
-def test_class_of_a_call(rows: int, width: int, dtype: torch.dtype, expected: str) -> None:
-    x = torch.empty(1, rows, 1, width, dtype=dtype, device="meta")
-    assert class_of(AttentionCall(x, x, x, torch.empty(5), None, 0.0, 1.0)) == expected
 
 
 def test_rows_with_offsets_beyond_32_bits_are_copied() -> None:

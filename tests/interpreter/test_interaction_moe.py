@@ -13,7 +13,6 @@ import torch
 from flmoe_kernels import InteractionMoE
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.layers.interaction_moe import forward
-from flmoe_kernels.layers.interaction_moe.packing import plan_tokens
 from tests.support.inputs import as_dtype, draw_masks, draw_replacements
 from tests.support.layers import LayerCase, assert_all_within_budget, outputs_and_gradients
 from tests.support.triton_interpreter import round_to_nearest
@@ -180,27 +179,6 @@ def test_a_gradient_scaler_trains_in_float16() -> None:
     assert scaler.get_scale() == 2.0**8
 
 
-def test_the_gpu_plan_contains_the_compact_plan() -> None:
-    """Its runs agree with the CPU's plan, and its padded rows are zeros."""
-    lengths, batch = (6, 3, 4), 5
-    masks = draw_masks("padded_sample", batch, lengths)
-    tokens = torch.randn(batch, sum(lengths), 2)
-    short, long = (
-        plan_tokens(batch, lengths, masks, tokens.device, reads=reads) for reads in (True, False)
-    )
-    count = short.rows
-    assert short.compact
-    assert not long.compact
-    assert long.rows == tokens.shape[0] * tokens.shape[1] > count
-    for name in ("index", "position", "modality"):
-        assert torch.equal(getattr(long, name)[:count], getattr(short, name)), name
-    assert torch.equal(long.cu_samples, short.cu_samples)
-    assert torch.equal(long.cu_segments, short.cu_segments)
-    packed = long.pack(tokens)
-    assert torch.equal(packed[:count], short.pack(tokens))
-    assert (packed[count:] == 0).all()
-
-
 def test_positions_are_cached_between_calls_but_not_in_traces() -> None:
     table = forward.position_table
     key = (7, 6, torch.device("cpu"), torch.float32)
@@ -213,16 +191,3 @@ def test_positions_are_cached_between_calls_but_not_in_traces() -> None:
         assert table(*key) is not kept
     assert table(*key) is kept
     assert table(8, 6, *key[2:]).shape == (8, 6)
-
-
-def test_positions_are_not_cached_inside_a_transform() -> None:
-    """The transform's tensors are invalid after it, and a trace with cached tensors would get a second graph."""
-    key = (11, 6, torch.device("cpu"), torch.float32)
-    one = torch.ones(())
-    grad = torch.func.grad(lambda x: (forward.position_table(*key) * x).sum())(one)
-    kept = forward.position_table(*key)
-    torch.testing.assert_close(grad, kept.sum())
-    assert kept.data_ptr()
-    key = (12, *key[1:])
-    traced = torch.jit.trace(lambda x: forward.position_table(*key) + x, one)
-    assert torch.equal(traced(one), forward.position_table(*key) + 1)

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from flmoe_kernels import pair_map, top_pairs
-from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
+from flmoe_kernels import top_pairs
 from flmoe_kernels.ops.pair_moe import triton as kernels
 from flmoe_kernels.ops.pair_moe.call import PairCall
 from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
 from flmoe_kernels.ops.pair_moe.triton import choice, table
 from flmoe_kernels.ops.pair_moe.triton.launch import operand, readable
 from flmoe_kernels.ops.pair_moe.triton.table import TABLE, Tiles
-from tests.support.inputs import as_dtype, draw
+from tests.support.inputs import draw
 from tests.support.pair_cases import KIND_LISTS, MANY, NAMES, REDUCTIONS, PairCase, check, run
 from tests.support.pair_tests import PAIRED, PairTests
+from tests.support.score_tests import Call, KernelScoreTests
 
 TRITON = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +81,53 @@ class TestTriton(PairTests):
     backend, widest, columns, calls = TRITON, torch.float32, 18, (("none", None),)
 
 
+# Widths of one chunk and several, one expert and eight, masked samples, fewer pairs than requested.
+SCORED = (
+    (PairCase(13, 9, kinds=MANY, masks="sample", batch=3), torch.float32),
+    (PairCase(35, 10, 7, 40, kinds=("unique_a",)), torch.bfloat16),
+    (PairCase(35, 10, 7, 40, masks="sample", batch=3), torch.float16),
+    (PairCase(5, 4, masks="both", batch=3), torch.float32),
+    (PairCase(35, 10, 7, 40, kinds=MANY, masks="sample", batch=3), torch.bfloat16),
+    (PairCase(13, 9, batch=3), torch.float16),
+)
+
+
+class TestTritonScores(KernelScoreTests):
+    backend, widest, tolerance = TRITON, torch.float32, 1e-5
+
+    @pytest.fixture(params=SCORED, ids=str)
+    def call(self, request: pytest.FixtureRequest) -> Call:
+        return request.param
+
+    @pytest.fixture(autouse=True)
+    def chunks_of_a_few_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "_KEYS", 3 * 5 * 9 * 4)
+
+    def test_ties_select_the_earlier_pair(self) -> None:
+        """Repeated tokens give exact ties; zeros of either sign are equal; NaN is the largest."""
+        case = PairCase(12, 10, batch=1)
+        inputs = [x.clone() for x in case.inputs(torch.float32)[:4]]
+        for x in inputs:
+            x[:, :, 3:6] = x[:, :, :3]
+            x[:, :, 9] = x[:, :, 0]
+        inputs[2][:, :, 7], inputs[3][:, :, 7] = 0.0, -0.0
+        inputs[2][:, 1, 8] = float("nan")
+        head = draw(4, case.width, seed=8)
+        found = [
+            top_pairs(*inputs, head, n_pairs=120, kinds=DEFAULT_KINDS, backend=backend)
+            for backend in (TRITON, "reference")
+        ]
+        for name, got, want in zip(found[0]._fields, *found, strict=True):
+            if "values" in name:
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+        values = found[0].values
+        place = found[0].i * 10 + found[0].j
+        same = values[:, :, 1:] == values[:, :, :-1]
+        assert same.sum() > 100, "the inputs have no ties"
+        assert (place[:, :, 1:] > place[:, :, :-1])[same].all()
+        assert place.sort(dim=2).values.eq(torch.arange(120)).all()
+
+
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_results_are_bitwise_equal_for_repeats_and_layouts(reduce: str) -> None:
     case = PairCase(70, 20, 12, 20, reduce=reduce, masks="both", batch=1)
@@ -96,76 +142,6 @@ def test_results_are_bitwise_equal_for_repeats_and_layouts(reduce: str) -> None:
     for layout in layouts:
         for name, got, want in zip(NAMES, run(case, layout, TRITON), expected, strict=True):
             assert torch.equal(got, want), name
-
-
-@pytest.mark.parametrize(
-    ("kinds", "masks"),
-    [(("unique_a",), "none"), (DEFAULT_KINDS, "sample"), (DEFAULT_KINDS, "none"), (MANY, "sample")],
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pair_map(dtype: torch.dtype, kinds: tuple[str, ...], masks: str) -> None:
-    case = PairCase(35, 10, 7, 40, kinds=kinds, masks=masks, batch=3)
-    inputs = case.inputs(dtype)[:4]
-    head = draw(len(kinds), 40, 5, dtype=dtype, seed=8)
-    target = torch.tensor([4, 0, 2])
-    found = [
-        pair_map(*x, h, target=target, backend=backend, **case.options())
-        for x, h, backend in (
-            (inputs, head, TRITON),
-            (inputs, head, "reference"),
-            (as_dtype(inputs, torch.float64), head.double(), "reference"),
-        )
-    ]
-    assert_within_budget(*found, "phi")
-    assert_outside_budget(found[0] * 1.01, *found[1:], "phi")
-
-
-def scores(case: PairCase, count: int, dtype: torch.dtype, backend: str) -> list[Tensor]:
-    head = draw(len(case.kinds), case.width, dtype=dtype, seed=8)
-    inputs = case.inputs(dtype)[:4]
-    # Without near_ties, which may differ where values do in the last bits.
-    return list(top_pairs(*inputs, head, n_pairs=count, backend=backend, **case.options())[:6])
-
-
-@pytest.mark.parametrize(("masks", "count"), [("none", 40), ("both", 1), ("sample", 40)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_top_pairs(
-    dtype: torch.dtype, masks: str, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Top pairs of 13 x 9 pairs in chunks of a few rows, and of 5 x 4, which may be fewer than requested."""
-    monkeypatch.setattr(kernels, "_KEYS", 3 * 5 * 9 * 4)
-    for case in (PairCase(13, 9, masks=masks, batch=3), PairCase(5, 4, masks=masks, batch=3)):
-        found = [scores(case, count, dtype, backend) for backend in (TRITON, "reference")]
-        for name, got, want in zip(("phi", "i", "j") * 2, *found, strict=True):
-            if name == "phi":
-                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-            else:
-                assert torch.equal(got, want), name
-
-
-def test_top_pairs_of_equal_values_are_ordered_by_place() -> None:
-    """Repeated tokens give exact ties; zeros of either sign are equal; NaN is the largest."""
-    case = PairCase(12, 10, batch=1)
-    inputs = [x.clone() for x in case.inputs(torch.float32)[:4]]
-    for x in inputs:
-        x[:, :, 3:6] = x[:, :, :3]
-        x[:, :, 9] = x[:, :, 0]
-    inputs[2][:, :, 7], inputs[3][:, :, 7] = 0.0, -0.0
-    inputs[2][:, 1, 8] = float("nan")
-    head = draw(4, case.width, seed=8)
-    found = [
-        top_pairs(*inputs, head, n_pairs=120, kinds=DEFAULT_KINDS, backend=backend)
-        for backend in (TRITON, "reference")
-    ]
-    for name, got, want in zip(found[0]._fields, *found, strict=True):
-        if "values" in name:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
-    values = found[0].values
-    place = found[0].i * 10 + found[0].j
-    same = values[:, :, 1:] == values[:, :, :-1]
-    assert same.sum() > 100, "the inputs have no ties"
-    assert (place[:, :, 1:] > place[:, :, :-1])[same].all()
-    assert place.sort(dim=2).values.eq(torch.arange(120)).all()
 
 
 def test_top_pairs_refuses_more_pairs_than_a_key_can_number() -> None:

@@ -23,14 +23,12 @@ from flmoe_kernels.ops.routing import triton as routing_kernels
 from flmoe_kernels.ops.routing.api import dispatch
 from tests.support.inputs import as_dtype, draw
 from tests.support.routed_cases import ACTIVATIONS, RoutedCase, check, fused, run
+from tests.support.routed_tests import BASE, GATED, RoutedTests
 
 TRITON = "triton"
 OPS = torch.ops.flmoe
-NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOADS = ("even", "hot", "dropped", "none")
-BASE = RoutedCase(40, 6, 9, 4, 2)
-GATED = dataclasses.replace(BASE, act="silu", load="dropped", gated=True)
 # One token, none, several blocks of rows and columns, one full chunk, a partial chunk and several chunks.
 SIZES = (
     RoutedCase(17),
@@ -72,34 +70,8 @@ def test_matches_the_reference(case: RoutedCase, dtype: torch.dtype) -> None:
     check(case, dtype, TRITON)
 
 
-def with_cotangent(
-    case: RoutedCase, inputs: list[Tensor], index: Tensor, backend: str, cotangent: Tensor
-) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = case.call(*leaves, index=index, backend=backend)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
-
-
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("act", ["silu", "relu"])
-@pytest.mark.parametrize(
-    ("gated", "which"), [*((False, i) for i in range(7)), *((True, i) for i in (0, 2, 3, 6, 7, 8))]
-)
-def test_nan_and_inf_stay_in_their_own_rows(
-    gated: bool, which: int, act: str, value: float
-) -> None:
-    """NaN or infinity in an input or in the cotangent. Other activations' formulas differ at infinity."""
-    case = dataclasses.replace(GATED, act=act, gated=gated)
-    index, positive = case.index(), [x.abs() + 0.1 for x in case.inputs(torch.float32)]
-    places = [*positive, torch.ones_like(positive[0])]
-    places[which].view(-1)[1] = value
-    *inputs, cotangent = places
-    results = [with_cotangent(case, inputs, index, b, cotangent) for b in (TRITON, "reference")]
-    # relu can turn a negative infinity into 0.
-    assert value == -INF or not all(x.isfinite().all() for x in results[0])
-    for name, got, want in zip(case.names, *results, strict=True):
-        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(kind(got), kind(want)), (name, kind)
+class TestTriton(RoutedTests):
+    backend, acts, checked = TRITON, ("silu", "relu"), ((torch.float32, True),)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -128,46 +100,6 @@ def test_nan_cotangents_propagate_as_in_torch(act: str) -> None:
         found.append(torch.autograd.grad(out, x, torch.full_like(out, float("nan")))[0])
     assert torch.equal(found[0].isnan(), found[1].isnan())
     assert found[0].isnan().any()
-
-
-def test_dropped_rows_and_empty_experts_give_exact_zeros() -> None:
-    """Holds for any weights of experts without rows, any biases of the others and any values of dropped tokens."""
-    for choices in (1, 2):
-        case = RoutedCase(20, 6, 9, 4, choices, gated=choices == 2)
-        inputs, index = case.inputs(torch.float32), torch.zeros(20, choices, dtype=torch.int64)
-        index[5:] = -1
-        for x in inputs[2:]:
-            x[1:] = NAN
-        inputs[0][5:], inputs[1][5:] = NAN, INF
-        cotangent = draw(20, 6)
-        cotangent[5:] = NAN
-        found = with_cotangent(case, inputs, index, TRITON, cotangent)
-        out, grad_x, grad_weight, *grads = found
-        for x in (out, grad_x, grad_weight):
-            assert not x[5:].any()
-            assert x[:5].isfinite().all()
-            assert x[:5].any()
-        for x in grads:
-            assert not x[1:].any()
-            assert x[0].any()
-            assert x[0].isfinite().all()
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_results_are_bitwise_equal_for_repeats_and_layouts(gated: bool) -> None:
-    case = RoutedCase(30, 20, 18, 3, 2, load="dropped", gated=gated)
-    inputs, index = case.inputs(torch.float16), case.index()
-    expected = run(case, inputs, index, TRITON)
-    layouts = (
-        (inputs, index),
-        ([torch.stack([x, x], dim=-1)[..., 0] for x in inputs], index.t().contiguous().t()),
-        ([x.mT.contiguous().mT for x in inputs], index.int()),
-        (fused(case, inputs) if gated else inputs, index),
-    )
-    for layout, places in layouts:
-        found = run(case, layout, places, TRITON)
-        for name, got, want in zip(case.names, found, expected, strict=True):
-            assert torch.equal(got, want), name
 
 
 def test_halves_of_a_fused_weight_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,20 +312,3 @@ def test_inconsistent_arguments_are_refused() -> None:
     hidden = w_in[0, :1, :1].expand(rows, 9)
     with pytest.raises(ValueError, match=too_many):
         OPS.routed_mlp_backward(many[0], hidden, *many, 0, [True] * 8, TRITON)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_opcheck(gated: bool) -> None:
-    case = RoutedCase(4, 3, 2, 2, 1, gated=gated)
-    x, weight, w_in, b_in, w_out, b_out, *of_gate = case.inputs(torch.float32)
-    w_gate, b_gate = of_gate or (None, None)
-    _, offsets, permutation = dispatch(case.index(), 2, backend=TRITON)
-    leaves = [t.detach().requires_grad_() for t in (x, weight)]
-    tail = (w_in, b_in, w_out, b_out, w_gate, b_gate, offsets, permutation, 0, TRITON)
-    torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail))
-    inputs = (x, weight, w_in, None, w_out, None, w_gate, None, offsets, permutation, 0)
-    out, hidden = OPS.routed_mlp(*inputs, TRITON)
-    wants = [True, True, True, False, True, False, gated, False]
-    torch.library.opcheck(
-        OPS.routed_mlp_backward.default, (torch.ones_like(out), hidden, *inputs, wants, TRITON)
-    )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from flmoe_kernels import FusionTransformer, InteractionMoE, PairInteractionMoE
+from tests.support.ranks import start_ranks
 
 RANKS, LENGTHS, WIDTH = 2, (5, 7), 16
 
@@ -42,37 +41,20 @@ def loss_of(layer: nn.Module, rank: int) -> Tensor:
     return outputs[2].square().mean() + torch.stack(outputs[3]).sum()
 
 
-def run_rank(
-    rank: int,
-    folder: str,
-    make: Callable[[], nn.Module],
-    loss: Callable[[nn.Module, int], Tensor],
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
-    try:
-        layer = make()
-        wrapped = nn.parallel.DistributedDataParallel(layer)
-        # If a parameter has no gradient, the next forward pass raises an error.
-        for _ in range(2):
-            wrapped.zero_grad()
-            loss(wrapped, rank).backward()
-        if rank == 0:
-            grads = {name: p.grad for name, p in layer.named_parameters()}
-            torch.save(grads, f"{folder}/grads.pt")
-        # A group that exists longer than its peers or this function can abort the process at exit.
-        del wrapped
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # threads of torch that are still running would abort the process at a normal exit
+def gradients(
+    make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor], rank: int, _ranks: int
+) -> dict[str, Tensor]:
+    layer = make()
+    wrapped = nn.parallel.DistributedDataParallel(layer)
+    # If a parameter has no gradient, the next forward pass raises an error.
+    for _ in range(2):
+        wrapped.zero_grad()
+        loss(wrapped, rank).backward()
+    return {name: p.grad for name, p in layer.named_parameters()}
 
 
 def test_gradients_are_averaged_over_ranks(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path), make_layer, loss_of), nprocs=RANKS)
-    found = torch.load(tmp_path / "grads.pt", weights_only=True)
+    found, _ = start_ranks(RANKS, str(tmp_path), partial(gradients, make_layer, loss_of))
     layer = make_layer()
     (sum(loss_of(layer, rank) for rank in range(RANKS)) / RANKS).backward()
     for name, parameter in layer.named_parameters():
@@ -110,8 +92,7 @@ def pair_loss(model: nn.Module, rank: int) -> Tensor:
 
 @pytest.mark.slow
 def test_pair_layers_with_a_missing_modality_on_one_rank(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path), make_pair_stack, pair_loss), nprocs=RANKS)
-    found = torch.load(tmp_path / "grads.pt", weights_only=True)
+    found, _ = start_ranks(RANKS, str(tmp_path), partial(gradients, make_pair_stack, pair_loss))
     model = make_pair_stack()
     (sum(pair_loss(model, rank) for rank in range(RANKS)) / RANKS).backward()
     for name, parameter in model.named_parameters():

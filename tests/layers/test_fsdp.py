@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.layers.test_distributed import RANKS, make_batch, make_layer, make_pair_stack
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import pair_layer
+from tests.support.ranks import start_ranks
 from tests.support.routed_layers import make
 
 Make = Callable[[], nn.Module]
@@ -38,40 +36,19 @@ def make_fusion() -> nn.Module:
     return fusion.eval()
 
 
-def make_pairs() -> PairInteractionMoE:
-    return pair_layer((16, 16))
+make_pairs = partial(pair_layer, (16, 16))
 
 
-def forward(layer: Any, x: list[Tensor]) -> Tensor:
-    return layer(x)[2]
-
-
-def infer(layer: Any, x: list[Tensor]) -> Tensor:
-    return layer.inference(x)[2]
-
-
-def pooled(layer: Any, x: list[Tensor]) -> Tensor:
-    return layer(x).logits
-
-
-def explained(layer: Any, x: list[Tensor]) -> Tensor:
-    return layer.explain(x, target=0).expert_values()
-
-
-def inside(model: Any, x: list[Tensor]) -> Tensor:
-    return model(x)
-
-
-def routed(layer: Any, x: list[Tensor]) -> Tensor:
-    return layer(x[0])
-
-
-def fused(layer: Any, x: list[Tensor]) -> Tensor:
-    return layer(x)
+def make_routed() -> nn.Module:
+    return make("GShardGate").double().eval()
 
 
 def no_parts(layer: Any) -> list[nn.Module]:
     return []
+
+
+def forward(layer: Any, x: list[Tensor]) -> Tensor:
+    return layer(x)[2]
 
 
 def projections(layer: Any) -> list[nn.Module]:
@@ -85,19 +62,24 @@ def interaction_experts(layer: Any) -> list[nn.Module]:
 # Layer, parts that are sharded before the whole layer, and a call.
 WORKING: dict[str, tuple[Make, Parts, Call]] = {
     "InteractionMoE": (make_layer, no_parts, forward),
-    "InteractionMoE.inference": (make_layer, no_parts, infer),
+    "InteractionMoE.inference": (make_layer, no_parts, lambda layer, x: layer.inference(x)[2]),
     "InteractionMoE, experts, reference": (make_reference, interaction_experts, forward),
-    "PairInteractionMoE": (make_pairs, no_parts, pooled),
-    "PairInteractionMoE.explain": (make_pairs, no_parts, explained),
-    "a module around layers": (make_pair_stack, no_parts, inside),
-    "PairInteractionMoE, norms and projections": (make_pairs, projections, pooled),
-    "RoutedMLP": (lambda: make("GShardGate").double().eval(), no_parts, routed),
-    "RoutedMLP, gate": (
-        lambda: make("GShardGate").double().eval(),
-        lambda mlp: [mlp.gate],
-        routed,
+    "PairInteractionMoE": (make_pairs, no_parts, lambda layer, x: layer(x).logits),
+    "PairInteractionMoE.explain": (
+        *(make_pairs, no_parts),
+        lambda layer, x: layer.explain(x, target=0).expert_values(),
     ),
-    "FusionTransformer, encoder layers": (make_fusion, lambda x: list(x.network), fused),
+    "a module around layers": (make_pair_stack, no_parts, lambda model, x: model(x)),
+    "PairInteractionMoE, norms and projections": (
+        *(make_pairs, projections),
+        lambda layer, x: layer(x).logits,
+    ),
+    "RoutedMLP": (make_routed, no_parts, lambda mlp, x: mlp(x[0])),
+    "RoutedMLP, gate": (make_routed, lambda mlp: [mlp.gate], lambda mlp, x: mlp(x[0])),
+    "FusionTransformer, encoder layers": (
+        *(make_fusion, lambda model: list(model.network)),
+        lambda model, x: model(x),
+    ),
 }
 # Parts of an InteractionMoE; with backend="reference" they can be sharded.
 REFUSED: dict[str, Parts] = {
@@ -122,37 +104,25 @@ def full(grad: Any) -> Tensor:
     return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
-    try:
-        results: dict[str, Any] = {}
-        x = make_batch(rank)[0]
-        for name, (new, parts, call) in WORKING.items():
-            layer = shard(new(), parts)
-            output = call(layer, x)
-            if output.requires_grad:
-                output.square().mean().backward()
-            grads = {n: full(p.grad) for n, p in layer.named_parameters() if p.grad is not None}
-            results[name] = output.detach(), grads
-        for name, parts in REFUSED.items():
-            layer = shard(make_layer(), parts)
-            with pytest.raises(UnsupportedLayer, match="use backend='reference'"):
-                forward(layer, x)
-            results[name] = "refused"
-        torch.save(results, f"{folder}/rank{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # threads of torch that are still running would abort the process at a normal exit
+def results_of_rank(rank: int, _ranks: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    x = make_batch(rank)[0]
+    for name, (new, parts, call) in WORKING.items():
+        layer = shard(new(), parts)
+        output = call(layer, x)
+        if output.requires_grad:
+            output.square().mean().backward()
+        grads = {n: full(p.grad) for n, p in layer.named_parameters() if p.grad is not None}
+        results[name] = output.detach(), grads
+    for parts in REFUSED.values():
+        with pytest.raises(UnsupportedLayer, match="use backend='reference'"):
+            forward(shard(make_layer(), parts), x)
+    return results
 
 
 def test_sharded_layers(tmp_path: Path) -> None:
     """Takes over 10 s, because two processes import torch."""
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(RANKS)]
-    assert all(results[name] == "refused" for results in ranks for name in REFUSED)
+    ranks = start_ranks(RANKS, str(tmp_path), results_of_rank)
     for name, (new, _, call) in WORKING.items():
         layer = new()
         outputs = [call(layer, make_batch(rank)[0]) for rank in range(RANKS)]

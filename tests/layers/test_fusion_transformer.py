@@ -108,15 +108,6 @@ def test_adopts_a_published_model(kind: Any, sparse: bool) -> None:
     assert modes[0] == modes[1]
 
 
-def test_refuses_a_model_that_it_cannot_compute() -> None:
-    published = fl.Transformer(2, 5, 16, 3)
-    published.network[0].attn.scale = 1.0
-    with pytest.raises(UnsupportedLayer, match=r"network\.0\.attn\.scale: expected head_dim"):
-        FusionTransformer.adopt(published)
-    with pytest.raises(UnsupportedLayer, match=r"an unknown fusion model, Linear"):
-        FusionTransformer.adopt(nn.Linear(2, 2))
-
-
 def test_called_parts_keep_their_hooks_and_changes() -> None:
     fusion, x = fusion_of(SPARSE_FL, "cpu"), SPARSE_FL.inputs()
     seen: list[tuple[int, ...]] = []
@@ -201,17 +192,6 @@ def test_a_batch_of_no_samples(masks: str) -> None:
     given = draw_masks(masks, 3, SPARSE_FL.lengths)
     none = given and [mask[:0] for mask in given if mask is not None]
     assert fusion_of(SPARSE_FL, "cpu")(x, none).shape == (0, 3)
-
-
-@EVERY
-def test_functional_call_takes_other_parameters(case: LayerCase) -> None:
-    fusion = fusion_of(case, "cpu").eval()
-    other = {name: 1.1 * p.detach() for name, p in fusion.named_parameters()}
-    result = torch.func.functional_call(fusion, other, (case.inputs(),))
-    with torch.no_grad():
-        for name, parameter in fusion.named_parameters():
-            parameter.copy_(other[name])
-    torch.testing.assert_close(result, fusion(case.inputs()))
 
 
 def test_results_under_autocast_have_the_dtype_of_the_parameters() -> None:

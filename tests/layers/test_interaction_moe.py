@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels import InteractionMoE, ReferenceInteractionMoE, use_backend
+from flmoe_kernels import InteractionMoE
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from tests.support.inputs import as_dtype, draw_masks
@@ -29,11 +29,11 @@ from tests.support.layers import (
     named_outputs,
     outputs_and_gradients,
 )
+from tests.support.routed_layers import GATES
 
 HALF = (torch.bfloat16, torch.float16)
 BOTH = pytest.mark.parametrize("case", [FL, I2], ids=["fl_i2moe", "i2moe"])
 EVERY = pytest.mark.parametrize("case", [FL, I2, SPARSE_FL, SPARSE_I2], ids=str)
-GATES = ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate")
 
 MASKED = ("all_none", "all_valid", "partial", "padded_modality", "mixed", "numbers")
 CASES = [
@@ -331,19 +331,6 @@ def test_adopt_shares_parameters(case: LayerCase) -> None:
     assert not torch.equal(layer.inference(case.inputs())[2], before)
 
 
-def test_backends_of_the_layer() -> None:
-    case = FL
-    x, masks, noise = data(case)
-    expected = case.reference()(x, masks, replacements=noise)[2]
-    layer = InteractionMoE.adopt(case.reference())
-    with use_backend("reference"):
-        assert torch.equal(layer(x, masks, replacements=noise)[2], expected)
-    chosen = InteractionMoE.adopt(case.reference(), backend="reference")
-    assert torch.equal(chosen(x, masks, replacements=noise)[2], expected)
-    assert torch.equal(chosen.inference(x)[2], case.reference().inference(x)[2])
-    assert isinstance(layer, ReferenceInteractionMoE)
-
-
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_keeps_the_parameters_type(case: LayerCase, dtype: torch.dtype) -> None:
@@ -418,14 +405,6 @@ def test_no_graph_is_built_under_no_grad() -> None:
         assert not layer(x)[2].requires_grad
     with torch.inference_mode():
         assert torch.equal(layer.inference(x)[2], layer.inference(x)[2])
-
-
-def test_hooks_on_the_layer_fire() -> None:
-    layer, seen = fast_layer(FL), []
-    layer.register_forward_hook(lambda module, args, output: seen.append(len(output)))
-    layer.register_forward_pre_hook(lambda module, args: seen.append(len(args)))
-    layer(FL.inputs())
-    assert seen == [1, 5]
 
 
 def test_gradients_of_a_parameter_shared_by_experts_are_summed() -> None:

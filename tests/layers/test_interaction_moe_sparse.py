@@ -1,9 +1,8 @@
-"""Tests of the layer with routed MLPs: gate losses, drops, random draws, compilation."""
+"""Tests of the layer with routed MLPs: gate losses, drops, random draws."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from flmoe_kernels.core.error_budget import assert_outside_budget
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from tests.support.inputs import as_dtype, gradients
 from tests.support.layers import (
+    RANDOM_GATES,
     SPARSE_FL,
     SPARSE_I2,
     LayerCase,
@@ -22,12 +22,8 @@ from tests.support.layers import (
     fast_layer,
     gates_of,
     named_outputs,
-    outputs_and_gradients,
 )
 
-GATES = ("NaiveGate", "GShardGate", "SwitchGate", "NoisyGate")
-# These gates draw random numbers in training, so only eval mode can be compared.
-RANDOM = ("SwitchGate", "NoisyGate")
 BOTH = pytest.mark.parametrize("case", [SPARSE_FL, SPARSE_I2], ids=["fl_i2moe", "i2moe"])
 
 
@@ -51,7 +47,7 @@ def test_drops_change_the_results() -> None:
         assert_outside_budget(unmasked[name], low[name], oracle[name], name)
 
 
-@pytest.mark.parametrize("gate", GATES[1:])
+@pytest.mark.parametrize("gate", ["GShardGate", *RANDOM_GATES])
 @pytest.mark.parametrize("fast", [True, False])
 def test_every_modality_contributes_to_the_gate_losses(gate: str, fast: bool) -> None:
     """Without any one modality, the loss and its gradient at the gates' weights change."""
@@ -108,7 +104,7 @@ def test_gate_losses_are_sums_over_layers_and_modalities(case: LayerCase, mode: 
             torch.testing.assert_close(losses, expected)
 
 
-@pytest.mark.parametrize("gate", RANDOM)
+@pytest.mark.parametrize("gate", RANDOM_GATES)
 def test_random_draws_in_training(gate: str) -> None:
     """Draws follow torch's generator; means agree with the reference's within five standard deviations."""
     case = dataclasses.replace(SPARSE_FL, gate=gate, layers=1, batch=2, mlp_experts=3)
@@ -138,54 +134,6 @@ def test_gates_keep_no_losses_that_are_not_returned(case: LayerCase) -> None:
         assert len(layer(x, masks, replacements=noise)) == 4 + (case.compat == "fl_i2moe")
         layer.inference(x, masks)
         assert all(gate.get_loss() is None for gate in gates_of(layer))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        LayerCase((150, 70), dim=48, heads=4, batch=3, dropout=0.5, masks="partial"),
-        LayerCase((40, 40), "i2moe", dim=48, heads=4, batch=3, dropout=0.5),
-    ],
-    ids=str,
-)
-def test_the_same_bits_for_any_number_of_threads(case: LayerCase) -> None:
-    case = dataclasses.replace(case, sparse=True, gate="GShardGate", capacity=0.6)
-    layer, (x, masks, _) = fast_layer(case), data(case)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            torch.manual_seed(11)
-            outputs, grads = outputs_and_gradients(layer, x, masks, None)
-            found.append({**outputs, **grads})
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_without_a_graph_break() -> None:
-    """With masks, the compiled plan has shapes that do not depend on data and includes padded rows."""
-    case = dataclasses.replace(SPARSE_FL, layers=1, masks="padded_sample", capacity=0.5)
-    layer, (x, masks, noise) = fast_layer(case), data(case)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (layer, compiled):
-        leaves = [each.requires_grad_() for each in x]
-        outputs = named_outputs(layer, function(leaves, masks, replacements=noise))
-        wanted = [out for name, out in outputs.items() if name != "latents"]
-        grads = gradients(wanted, [*leaves, *layer.parameters()])
-        results.append([*outputs.values(), *grads])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
 def test_fusion_alone() -> None:

@@ -97,7 +97,7 @@ def test_a_training_step_reads_no_data_and_copies_none_from_the_host(
 
 
 def test_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph contains the operators; test_interaction_moe_sparse.py compiles a sparse model."""
+    """The graph contains the operators; core/test_compile.py compiles a sparse model."""
     monkeypatch.setattr(backends, "choose", lambda *_args: backends.TRITON)
     torch.compiler.reset()
     layer = InteractionMoE.adopt(FL.reference().to(META))

@@ -89,22 +89,6 @@ def test_regression_matches_the_reference(case: LayerCase) -> None:
     assert not torch.allclose(plain["losses"], found["losses"].double(), rtol=0.1)
 
 
-def test_regression_losses_by_hand() -> None:
-    """Of the outputs z of a full view and the views z_m."""
-    layer = InteractionMoERegression.adopt(I2.reference(torch.float64), backend="cpu")
-    x = I2.inputs(torch.float64)
-    experts, _, _, losses = layer(x)
-
-    def error(e: int, v: int) -> torch.Tensor:
-        return (experts[e][0] - experts[e][v]).square().mean()
-
-    expected = [
-        *(error(0, 2) - error(0, 1), error(1, 1) - error(1, 2)),
-        *((error(2, 1) + error(2, 2)) / 2, (error(3, 1) + error(3, 2)) / 2),
-    ]
-    torch.testing.assert_close(torch.stack(losses), torch.stack(expected))
-
-
 def test_views_that_are_not_perturbed_cost_nothing_and_have_latent_0() -> None:
     case = dataclasses.replace(FL, masks="none", options=(("num_perturbed", 1),))
     layer = fast_layer(case)

@@ -347,30 +347,6 @@ def test_sums_over_many_pairs_fit_float16(autocast: bool, backend: str) -> None:
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_gradcheck(top_k: int | None, backend: str) -> None:
-    options: dict[str, Any] = {"rank": 2, "value_dim": 2, "num_classes": 2, "token_outputs": True}
-    layer = pair_layer((3, 2), backend=backend, top_k=top_k, **options)
-    x = pair_inputs((2, 2), (3, 2))
-    noise = pair_inputs((2, 2), (3, 2), seed=70)
-    masks = [torch.tensor([[1, 1], [1, 0]], dtype=torch.bool), None]
-    names = list(dict(layer.named_parameters()))
-
-    def run(*leaves: Tensor) -> tuple[Tensor, ...]:
-        parameters = dict(zip(names, leaves[4:], strict=True))
-        out = torch.func.functional_call(
-            layer,
-            parameters,
-            (list(leaves[:2]), masks),
-            {"interaction_losses": True, "replacements": list(leaves[2:4])},
-        )
-        return (out.logits, out.losses, *out.tokens, *out.mass)
-
-    leaves = [*x, *noise, *(p.detach().clone() for p in layer.parameters())]
-    assert torch.autograd.gradcheck(run, [leaf.requires_grad_() for leaf in leaves])
-
-
-@EACH_BACKEND
 def test_an_empty_batch(backend: str) -> None:
     layer = pair_layer(backend=backend, token_outputs=True)
     x = pair_inputs((3, 2), batch=0)

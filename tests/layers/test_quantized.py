@@ -86,11 +86,3 @@ def test_the_published_layer_can_be_quantized_and_is_not_swapped() -> None:
     # Both classes are named Linear.
     assert "quantized" in report.left[0].reason, report.left[0].reason
     assert re.search(PART, report.left[0].reason)
-
-
-@pytest.mark.parametrize("part", ["reweight", "interaction_experts.1"])
-def test_a_part_of_another_dtype_is_refused(part: str) -> None:
-    layer = fast()
-    layer.get_submodule(part).double()
-    with pytest.raises((UnsupportedLayer, RuntimeError), match=r"dtype|float64"):
-        layer.inference(X)

@@ -230,36 +230,6 @@ def test_activations() -> None:
             activation_name(other)
 
 
-@every_gate
-def test_compiles_whole(gate: str) -> None:
-    torch.compiler.reset()
-    mlp = make(gate).eval()
-    x, mask = draw(2, 9, D), torch.arange(18).view(2, 9) % 4 != 0
-    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
-    for arguments in ((x,), (x, mask)):
-        found = compiled(*arguments)
-        loss, index = mlp.gate_loss(), mlp.last_topk_indices
-        expected = mlp(*arguments)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(loss, mlp.gate_loss())
-        assert torch.equal(index, mlp.last_topk_indices)
-
-
-def test_a_training_step_compiles_whole() -> None:
-    torch.compiler.reset()
-    mlp, parts = make(), [draw(2, 9, D), draw(2, 9, D, seed=4)]
-    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
-    results = []
-    for call in (compiled, compiled, mlp):
-        mlp.zero_grad()
-        out = sum(call(part).sum() for part in parts)
-        loss = mlp.gate_loss()
-        (out + loss).backward()
-        results.append([out, loss, *(p.grad for p in mlp.parameters())])
-    torch.testing.assert_close(results[0], results[2])
-    torch.testing.assert_close(results[1], results[2])
-
-
 def test_many_calls_of_a_step_compile_once() -> None:
     """FL-I2MoE calls a layer for every modality of every view; compiled code does not depend on their number."""
     torch.compiler.reset()

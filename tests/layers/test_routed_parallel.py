@@ -16,6 +16,7 @@ from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import limit
 from tests.support import parallel_ranks as ranked
 from tests.support.parallel_ranks import CASES, LOCAL, NAMES
+from tests.support.ranks import start_ranks
 
 Results = list[dict[str, Any]]
 
@@ -23,7 +24,8 @@ Results = list[dict[str, Any]]
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda ranks: f"{ranks} ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of each rank; processes are started once per number of ranks."""
-    return ranked.start_ranks(request.param, str(tmp_path_factory.mktemp("ranks")))
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    return start_ranks(request.param, folder, ranked.every_result)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

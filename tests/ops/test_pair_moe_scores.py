@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 import subprocess
 import sys
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from flmoe_kernels import pair_map, pair_moe, top_pairs
-from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.ops.pair_moe.kinds import KINDS
-from tests.support.inputs import as_dtype, draw
 from tests.support.pair_cases import DTYPES, MANY, PairCase
+from tests.support.score_tests import (
+    Call,
+    KernelScoreTests,
+    ScoreTests,
+    arguments,
+    assert_sorted,
+    valid_pairs,
+)
 
-CLASSES = 5
 CASES = (
     PairCase(5, 7, kinds=KINDS),
     PairCase(63, 60, 32, 64, masks="both", top_k=2),
@@ -36,155 +38,16 @@ CASES = (
 )
 
 
-def arguments(case: PairCase, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
-    inputs = case.inputs(dtype)
-    head = draw(len(case.kinds), case.width, CLASSES, dtype=dtype, seed=9)
-    target = torch.arange(case.batch) * 3 % CLASSES
-    bias = inputs[4] if case.bias else None
-    return [*inputs[:4], head], {**case.options(), "gate_bias": bias, "target": target}
+class TestReference(ScoreTests):
+    backend, widest, tied = "reference", torch.float64, (90, 260)
+
+    @pytest.fixture(params=itertools.product(CASES, DTYPES), ids=str)
+    def call(self, request: pytest.FixtureRequest) -> Call:
+        return request.param
 
 
-def widened(case: PairCase, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
-    """The same call in float64, with values rounded to dtype."""
-    tensors, options = arguments(case, dtype)
-    if options["gate_bias"] is not None:
-        options["gate_bias"] = options["gate_bias"].double()
-    return as_dtype(tensors, torch.float64), options
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pair_map(case: PairCase, dtype: torch.dtype) -> None:
-    tensors, options = arguments(case, dtype)
-    actual = pair_map(*tensors, **options, backend="cpu")
-    low = pair_map(*tensors, **options, backend="reference")
-    wide, wide_options = widened(case, dtype)
-    oracle = pair_map(*wide, **wide_options, backend="reference")
-    assert_within_budget(actual, low, oracle, f"pair_map of {case}")
-    if actual.numel():
-        assert_outside_budget(actual.roll(1, 3) + 0.01, low, oracle, "pair_map")
-    invalid = ~valid_pairs(case, options)
-    assert not actual.masked_select(invalid[:, None]).any()
-
-
-def valid_pairs(case: PairCase, options: dict[str, Any]) -> Tensor:
-    valid = torch.ones(case.batch, case.rows, case.columns, dtype=torch.bool)
-    if options["mask_a"] is not None:
-        valid &= options["mask_a"][:, :, None]
-    if options["mask_b"] is not None:
-        valid &= options["mask_b"][:, None, :]
-    return valid
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_contributions_add_up_to_the_pooled_value(backend: str) -> None:
-    """For reduce "pool", the sum of phi over pairs equals head . y, so the map explains the operator's result."""
-    case = PairCase(20, 33, kinds=KINDS, masks="both")
-    tensors, options = arguments(case, torch.float64)
-    phi = pair_map(*tensors, **options, backend=backend)
-    target = options.pop("target")
-    y = pair_moe(*tensors[:4], **options, reduce="pool", backend=backend).y
-    weight = tensors[4].permute(2, 0, 1)[target]
-    torch.testing.assert_close(phi.sum((2, 3)), (y * weight).sum(2))
-
-
-def sorted_pairs(phi: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Definition: the valid pairs of a (B, La, Lb) map, sorted by value, then by (i, j); from 1 to La * Lb."""
-    count = min(count, max(phi.shape[1] * phi.shape[2], 1))
-    samples: list[list[tuple[float, int, int]]] = []
-    for b in range(len(phi)):
-        pairs = [(float(phi[b, i, j]), i, j) for i, j in valid[b].nonzero().tolist()]
-        pairs.sort(key=lambda pair: (not math.isnan(pair[0]), -pair[0], pair[1], pair[2]))
-        pairs += [(-math.inf, -1, -1)] * (count - len(pairs))
-        samples.append(pairs[:count])
-    values = torch.tensor([[pair[0] for pair in each] for each in samples], dtype=phi.dtype)
-    i, j = (
-        torch.tensor([[pair[n] for pair in each] for each in samples], dtype=torch.int64)
-        for n in (1, 2)
-    )
-    return tuple(x.view(len(phi), count) for x in (values, i, j))  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 6, 300])
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_top_pairs_are_the_sorted_map(
-    case: PairCase, dtype: torch.dtype, count: int, backend: str
-) -> None:
-    tensors, options = arguments(case, dtype)
-    phi = pair_map(*tensors, **options, backend=backend)
-    found = top_pairs(*tensors, **options, n_pairs=count, backend=backend)
-    valid = valid_pairs(case, options)
-    for e in range(len(case.kinds)):
-        values, i, j = sorted_pairs(phi[:, e], valid, count)
-        assert torch.equal(found.values[:, e], values)
-        assert torch.equal(found.i[:, e], i)
-        assert torch.equal(found.j[:, e], j)
-    total = sorted_pairs(phi.sum(1), valid, count)[0]
-    torch.testing.assert_close(found.total_values, total)
-    for b in range(case.batch):
-        i, j = found.total_i[b], found.total_j[b]
-        there = i >= 0
-        at = phi[b][:, i[there], j[there]].sum(0)
-        torch.testing.assert_close(found.total_values[b][there], at)
-        assert len({*zip(i[there].tolist(), j[there].tolist(), strict=True)}) == int(there.sum())
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_ties_select_the_earlier_pair(backend: str) -> None:
-    """Repeated tokens give equal contributions; the first pairs are kept, in order."""
-    case = PairCase(90, 260, kinds=KINDS, masks="both", batch=1)
-    tensors, options = arguments(case, torch.float32)
-    q, k, a, c, head = tensors
-    q, a = (x[:, :, torch.arange(90) % 2] for x in (q, a))
-    k, c = (x[:, :, torch.arange(260) % 3] for x in (k, c))
-    options["mask_b"] = torch.ones(1, 260, dtype=torch.bool)
-    phi = pair_map(q, k, a, c, head, **options, backend=backend)
-    found = top_pairs(q, k, a, c, head, n_pairs=40, **options, backend=backend)
-    valid = valid_pairs(case, options)
-    for e in range(5):
-        values, i, j = sorted_pairs(phi[:, e], valid, 40)
-        assert torch.equal(found.values[:, e], values)
-        assert torch.equal(found.i[:, e], i)
-        assert torch.equal(found.j[:, e], j)
-        assert values.unique().numel() <= 6
-    assert not found.values[:, 4].any(), "a null expert's contributions are all zero"
-    assert torch.equal(found.j[0, 4], torch.arange(40))
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(
-    ("values", "valid", "count", "i", "j"),
-    [
-        ((2.0, math.nan, -math.inf), (True, True, True), 7, [1, 1, 0, 0, 2, 2], [0, 1] * 3),
-        ((2.0, 5.0, -math.inf), (True, False, True), 5, [0, 0, 2, 2, -1], [0, 1, 0, 1, -1]),
-    ],
-)
-def test_nan_comes_first_then_minus_infinity_and_masked_pairs_last(
-    values: tuple[float, ...],
-    valid: tuple[bool, ...],
-    count: int,
-    i: list[int],
-    j: list[int],
-    backend: str,
-) -> None:
-    a, zeros = torch.tensor(values).view(1, 1, 3, 1), torch.zeros(1, 1, 3, 1)
-    options: dict[str, Any] = {"kinds": ("unique_a",), "mask_a": torch.tensor([valid])}
-    few = zeros[:, :, :2]
-    call = (zeros, few, a, few, torch.ones(1, 1))
-    found = top_pairs(*call, n_pairs=count, backend=backend, **options)
-    assert (found.i[0, 0].tolist(), found.j[0, 0].tolist()) == (i, j)
-    assert found.total_i[0].tolist() == i
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_equal_totals_select_the_earlier_pair(backend: str) -> None:
-    ones = torch.ones(1, 2, 4, 3)
-    options: dict[str, Any] = {"kinds": ("unique_a", "synergy"), "backend": backend}
-    found = top_pairs(*(ones, ones, ones, ones), torch.ones(2, 3), n_pairs=6, **options)
-    assert found.total_i[0].tolist() == [0, 0, 0, 0, 1, 1]
-    assert found.total_j[0].tolist() == [0, 1, 2, 3, 0, 1]
+class TestCpu(TestReference, KernelScoreTests):
+    backend = "cpu"
 
 
 GROWTH = """
@@ -234,22 +97,6 @@ def test_a_head_without_classes_and_no_gradient() -> None:
     assert leaves[0].grad is not None
 
 
-def test_large_results_do_not_depend_on_threads() -> None:
-    case = PairCase(500, 190, 8, 12, kinds=KINDS, masks="both", batch=2)
-    tensors, options = arguments(case, torch.float32)
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(
-            [
-                pair_map(*tensors, **options, backend="cpu"),
-                *top_pairs(*tensors, **options, n_pairs=77, backend="cpu"),
-            ]
-        )
-    for other in found[1:]:
-        assert all(map(torch.equal, other, found[0]))
-
-
 @settings(max_examples=60)
 @given(
     rows=st.integers(0, 60),
@@ -270,43 +117,7 @@ def test_any_shape_with_many_ties(
     phi = pair_map(q, k, a, c, head, **options, backend="cpu")
     found = top_pairs(q, k, a, c, head, n_pairs=count, **options, backend="cpu")
     valid = valid_pairs(case, options)
-    for e in range(len(kinds)):
-        values, i, j = sorted_pairs(phi[:, e], valid, count)
-        assert torch.equal(found.values[:, e], values)
-        assert torch.equal(found.i[:, e], i)
-        assert torch.equal(found.j[:, e], j)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_huge_number_of_pairs_is_that_of_all_pairs(backend: str) -> None:
-    (q, k, a, c, head), options = arguments(PairCase(5, 7, kinds=KINDS), torch.float32)
-    every = top_pairs(q, k, a, c, head, n_pairs=35, **options, backend=backend)
-    for count in (36, 10**9, 10**30):
-        found = top_pairs(q, k, a, c, head, n_pairs=count, **options, backend=backend)
-        assert found.values.shape == every.values.shape == (*q.shape[:2], 35)
-        assert all(map(torch.equal, found, every))
-    none = top_pairs(
-        q[:, :, :0], k, a[:, :, :0], c, head, n_pairs=10**9, **options, backend=backend
-    )
-    assert none.total_i.tolist() == [[-1]] * len(q)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_near_ties_at_the_cut_are_reported(backend: str) -> None:
-    a = torch.tensor([4.0, 3.0, 2.81, 2.5]).view(1, 1, 4, 1)
-    zeros = torch.zeros(1, 1, 4, 1)
-    call: Any = (zeros, zeros[:, :, :1], a, zeros[:, :, :1], torch.ones(1, 1))
-    options: dict[str, Any] = {"kinds": ("unique_a",), "backend": backend}
-    tied = {n: top_pairs(*call, n_pairs=n, **options) for n in range(1, 5)}
-    assert [bool(x.near_ties) for x in tied.values()] == [False, True, False, False]
-    assert [bool(x.total_near_ties) for x in tied.values()] == [False, True, False, False]
-    assert "note: in 2 of 2 lists the last pair is not distinguishable" in repr(tied[2])
-    assert "note" not in repr(tied[1])
-    # A masked pair is no rival.
-    masked = top_pairs(
-        *call, n_pairs=2, mask_a=torch.tensor([[True, True, False, True]]), **options
-    )
-    assert not masked.near_ties.any()
+    assert_sorted(found, phi, valid, count)
 
 
 def test_printed_results_are_short() -> None:
@@ -324,16 +135,3 @@ def test_printed_results_are_short() -> None:
     assert repr(pair_moe(q, k, a, c, **options)) == (
         f"PairMoEOutput(y {tuple(a.shape)} float32, mass {tuple(a.shape[:3])} float32)"
     )
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_any_integer_is_a_target(backend: str) -> None:
-    (q, k, a, c, head), options = arguments(PairCase(5, 4, kinds=KINDS), torch.float32)
-    options["target"] = torch.ones(len(q), dtype=torch.int64)
-    expected = pair_map(q, k, a, c, head, **options, backend=backend)
-    for target in (1, np.int64(1), torch.tensor(1), [1] * len(q), np.ones(len(q), dtype=np.int8)):
-        options["target"] = target
-        found = pair_map(q, k, a, c, head, **options, backend=backend)
-        assert torch.equal(found, expected)
-        top = top_pairs(q, k, a, c, head, n_pairs=1, **options, backend=backend)
-        assert torch.equal(top.values[:, :, 0], expected.flatten(2).amax(dim=2))

@@ -21,12 +21,11 @@ from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.inputs import draw, gradients
 from tests.support.routed_cases import ACTIVATIONS, DTYPES, SIZES, RoutedCase, check, fused, run
+from tests.support.routed_tests import BASE, RoutedTests, either
 
 OPS = torch.ops.flmoe
 BACKENDS = ("reference", "cpu")
-BASE = RoutedCase(40, 6, 9, 4, 2)
 GATED = dataclasses.replace(BASE, act="silu", gated=True)
-either = pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 
 
 @either
@@ -119,27 +118,9 @@ def test_gradcheck(backend: str, gated: bool) -> None:
         assert torch.autograd.gradcheck(partial(case.call, index=index, backend=backend), leaves)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", range(8))
-def test_nan_and_inf_stay_in_their_own_rows(which: int, value: float) -> None:
-    case = dataclasses.replace(GATED, gated=which > 5)
-    inputs, index = [x.abs() + 0.1 for x in case.inputs(torch.float32)], case.index()
-    inputs[which].view(-1)[1] = value
-    results = [run(case, inputs, index, backend) for backend in ("cpu", "reference")]
-    assert not all(x.isfinite().all() for x in results[0])
-    for name, got, want in zip(case.names, *results, strict=True):
-        assert torch.equal(got.isfinite(), want.isfinite()), name
-
-
-@either
-def test_same_bits_for_any_number_of_threads(gated: bool) -> None:
-    case = RoutedCase(900, 40, 70, 5, 3, load="dropped", gated=gated)
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(run(case, case.inputs(torch.float32), case.index(), "cpu"))
-    for other in found[1:]:
-        assert all(map(torch.equal, other, found[0]))
+class TestCpu(RoutedTests):
+    backend, acts = "cpu", ("silu",)
+    checked = tuple(itertools.product((torch.float32, torch.bfloat16), (True, False)))
 
 
 @settings(max_examples=50)
@@ -168,25 +149,6 @@ def test_any_shape_and_any_load(
         dispatch(index, experts), dispatch(index, experts, backend="reference"), strict=True
     ):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate = GATED.inputs(dtype)
-    _, offsets, permutation = dispatch(GATED.index(), 4)
-    biased, gated = (
-        (w_in, b_in, w_out, b_out, w_gate, b_gate),
-        (w_in, None, w_out, None, w_gate, None),
-    )
-    for parameters in (biased, gated, (*biased[:4], None, None), (w_in, None, w_out, *[None] * 3)):
-        tail = (*parameters, offsets, permutation, 0)
-        out, hidden = OPS.routed_mlp(x, weight, *tail, "cpu")
-        given = (torch.ones_like(out), hidden, x, weight, *tail)
-        wanted = [True, True, *(p is not None for p in parameters)]
-        for wants in (wanted, [*wanted[:4], *[False] * 4], [False] * 8):
-            torch.library.opcheck(OPS.routed_mlp_backward.default, (*given, wants, "cpu"))
-        leaves = [t.detach().requires_grad_() for t in (x, weight)]
-        torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail, "cpu"))
 
 
 @pytest.mark.parametrize("case", [BASE, GATED], ids=str)
@@ -239,23 +201,6 @@ def test_halves_of_a_fused_weight(dtype: torch.dtype, monkeypatch: pytest.Monkey
     assert [x.data_ptr() for x in read[2:]] == [halves[2].data_ptr(), halves[6].data_ptr()]
 
 
-def test_any_layout_of_weights() -> None:
-    inputs, index = GATED.inputs(torch.float32), GATED.index()
-    expected = run(GATED, inputs, index, "cpu")
-    for layout in (
-        [x.mT.contiguous().mT for x in inputs],
-        [x[..., None].expand(*x.shape, 2)[..., 0] for x in inputs],
-    ):
-        assert all(map(torch.equal, run(GATED, layout, index, "cpu"), expected))
-    # One matrix for all experts, with a stride of 0.
-    shared = [x[:1].expand_as(x) if i in (2, 6) else x for i, x in enumerate(inputs)]
-    copies = [x.contiguous() for x in shared]
-    for got, want in zip(
-        run(GATED, shared, index, "cpu"), run(GATED, copies, index, "cpu"), strict=True
-    ):
-        assert torch.equal(got, want)
-
-
 @pytest.mark.parametrize("missing", ["b_in", "b_gate"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_of_the_two_hidden_biases(backend: str, missing: str) -> None:
@@ -265,15 +210,3 @@ def test_one_of_the_two_hidden_biases(backend: str, missing: str) -> None:
     found = routed_mlp(**{**inputs, missing: None}, **options)
     assert torch.equal(found, routed_mlp(**{**inputs, missing: inputs[missing] * 0}, **options))
     assert not torch.equal(found, routed_mlp(**inputs, **options))
-
-
-def test_experts_without_rows_have_no_gradient() -> None:
-    """Exact zeros, for any values of their weights; so has a dropped token."""
-    inputs, index = GATED.inputs(torch.float32), torch.zeros(40, 2, dtype=torch.int64)
-    index[5:] = -1
-    for x in inputs[2:]:
-        x[1:] = float("nan")
-    out, grad_x, grad_weight, *grads = run(GATED, inputs, index, "cpu")
-    assert not any(x[5:].any() for x in (out, grad_x, grad_weight))
-    assert not any(x[1:].any() for x in grads)
-    assert all(x[0].any() and x[0].isfinite().all() for x in grads)

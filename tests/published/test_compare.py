@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.layers.routed_mlp.structure import describe as describe_mlp
 from flmoe_kernels.published.agreement import Disagreement
-from flmoe_kernels.published.calls import Case, bare_copy, few_samples, random_cases
+from flmoe_kernels.published.calls import Case
 from flmoe_kernels.published.compare import _clear_choices, compare
 from flmoe_kernels.published.swap import swap
 from tests.support import fastmoe
@@ -247,45 +246,6 @@ def test_captured_calls_that_cannot_be_compared(
     spec = (describe_mlp if isinstance(layer, FMoETransformerMLP) else describe)(layer)
     with pytest.raises(Disagreement, match=reason):
         compare(layer, spec, Case(inputs, masks))
-
-
-def test_captured_calls_are_compared_on_their_first_samples_with_tokens() -> None:
-    inputs = [torch.arange(9.0).view(9, 1, 1).expand(9, 4, 16)] * 2
-    masks = [torch.ones(9, 4), torch.ones(9, 4)]
-    masks[0][:2] = masks[1][1] = 0
-    few = few_samples(Case(inputs, [masks[0], None]), describe(make_layer()))
-    assert few.inputs[0][:, 0, 0].tolist() == [0, 1, 2, 3]
-    few = few_samples(Case(inputs, list(masks)), describe(make_layer()))
-    assert few.inputs[1][:, 0, 0].tolist() == [0, 2, 3, 4]
-    assert few.masks is not None
-    assert [mask.shape[0] for mask in few.masks] == [4, 4]
-
-
-def test_random_cases_have_ragged_and_completely_padded_parts() -> None:
-    masked, plain = random_cases(describe(make_layer(modalities=3)))
-    assert plain.masks is None
-    assert masked.masks is not None
-    lengths = [x.shape[1] for x in masked.inputs]
-    assert len(set(lengths)) == 3
-    counts = [mask.sum(dim=1).tolist() for mask in masked.masks]
-    assert [full for full, _ in counts] == lengths
-    assert counts[-1][1] == 0
-    assert all(0 < some < n for (_, some), n in zip(counts[:-1], lengths[:-1], strict=True))
-    (only,) = random_cases(describe(make_layer(i2, patches=5)))
-    assert (only.masks, [x.shape[1] for x in only.inputs]) == (None, [5, 5])
-
-
-def test_a_bare_copy_has_its_own_parameters_and_no_hooks() -> None:
-    layer = make_layer()
-    layer.register_forward_hook(lambda *_: None)
-    clone = bare_copy(layer)
-    assert not clone._forward_hooks
-    assert len(layer._forward_hooks) == 1
-    expected = copy.deepcopy(layer.state_dict())
-    with torch.no_grad():
-        for parameter in clone.parameters():
-            parameter.zero_()
-    torch.testing.assert_close(layer.state_dict(), expected, rtol=0, atol=0)
 
 
 def test_tokens_whose_choice_depends_on_rounding_are_excluded() -> None:

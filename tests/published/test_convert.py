@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,45 +71,30 @@ def pickled(protocol: int) -> Callable[[Path], object]:
     return write
 
 
-def zip_bomb(path: Path) -> None:
-    """A zip archive that claims to unpack to 1 TiB."""
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", b"")
-        file.infolist()[0].file_size = 2**40
-
-
 def truncated(path: Path, share: float, legacy: bool = False) -> None:
     torch.save(make_layer().state_dict(), path, _use_new_zipfile_serialization=not legacy)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
 
 
-BAD_FILES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("missing", lambda path: None, "No such file"),
-    ("folder", lambda path: path.mkdir(), "is a folder"),
-    ("device", lambda path: path.symlink_to(os.devnull), "expected a regular file"),
-    ("zip bomb", zip_bomb, "expected at most .* bytes, the available memory, got 1099511627776"),
-    ("text", lambda path: path.write_text("epoch: 3\n"), "not a PyTorch checkpoint"),
-    ("truncated", lambda path: truncated(path, 0.6), "or truncated"),
-    ("almost whole", lambda path: truncated(path, 0.999), "or truncated"),
-    ("truncated old format", lambda path: truncated(path, 0.6, legacy=True), "truncated"),
+BAD_FILES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: None, "No such file"),
+    (lambda path: path.write_text("epoch: 3\n"), "not a PyTorch checkpoint"),
+    (lambda path: truncated(path, 0.6), "or truncated"),
+    (lambda path: truncated(path, 0.999), "or truncated"),
+    (lambda path: truncated(path, 0.6, legacy=True), "truncated"),
     (
-        "code",
         lambda path: save(path, {"ensemble_model": Code()}),
         r"contains \w+.system, which is not plain data",
     ),
-    (
-        "code in a bare pickle",
-        pickled(2),
-        r"contains \w+.system, which is not plain data; not loaded",
-    ),
-    ("a whole model", lambda path: save(path, make_layer()), "which is not plain data"),
-    ("a list", lambda path: save(path, [1]), "holds a list, expected a state_dict"),
-    ("a tensor", lambda path: save(path, torch.ones(2)), "holds a Tensor"),
+    (pickled(2), r"contains \w+.system, which is not plain data; not loaded"),
+    (lambda path: save(path, make_layer()), "which is not plain data"),
+    (lambda path: save(path, [1]), "holds a list, expected a state_dict"),
+    (lambda path: save(path, torch.ones(2)), "holds a Tensor"),
 ]
 
 
-@pytest.mark.parametrize(("write", "message"), [pytest.param(w, m, id=i) for i, w, m in BAD_FILES])
+@pytest.mark.parametrize(("write", "message"), BAD_FILES)
 def test_bad_files_get_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], object], message: str
 ) -> None:
@@ -150,24 +134,9 @@ def with_value(key: str, value: Any) -> Callable[[State], object]:
     return lambda state: state.__setitem__(key, value)
 
 
-BAD_KEYS: list[tuple[str, Callable[[State], object], list[str]]] = [
+BAD_KEYS: list[tuple[Callable[[State], object], list[str]]] = [
+    (with_value("extra\nline", torch.ones(1)), ["unknown: extra line"]),
     (
-        "missing",
-        lambda state: (
-            state.pop(EXPERT + "network.1.attn.q.weight"),
-            state.pop("reweight.mlp.network.3.bias"),
-        ),
-        [f"missing: reweight.mlp.network.3.bias, {EXPERT}network.1.attn.q.weight"],
-    ),
-    ("unknown", with_value("extra.weight", torch.ones(1)), ["unknown: extra.weight"]),
-    ("key of two lines", with_value("extra\nline", torch.ones(1)), ["unknown: extra line"]),
-    (
-        "shape",
-        with_value(EXPERT + "network.0.norm1.weight", torch.ones(3)),
-        [f"wrong shape: {EXPERT}network.0.norm1.weight is (3,), expected (16,)"],
-    ),
-    (
-        "all kinds at once",
         lambda state: state.update(
             {
                 EXPERT + "network.0.attn.q.bias": torch.ones(16),
@@ -182,17 +151,14 @@ BAD_KEYS: list[tuple[str, Callable[[State], object], list[str]]] = [
         ],
     ),
     (
-        "an expert lacks",
         lambda state: [state.pop(key) for key in list(state) if key.startswith(EXPERT)],
         [f"missing: {EXPERT}network.0.norm1.weight", "and 6 more"],
     ),
     (
-        "positions of one expert",
         with_value(EXPERT + "pos_embed", torch.ones(1, 10, 16)),
         ["missing: interaction_experts.0.fusion_model.pos_embed"],
     ),
     (
-        "one sparse tensor",
         with_value(EXPERT + "network.0.mlp.experts.htoh4.weight", torch.ones(4, 32, 16)),
         [
             "sparse with 4 experts, top 2 of a GShardGate",
@@ -201,88 +167,69 @@ BAD_KEYS: list[tuple[str, Callable[[State], object], list[str]]] = [
         ],
     ),
     (
-        "one sparse gate",
         with_value(EXPERT + "network.0.mlp.all_gates.0.gate.weight", torch.ones(4, 16)),
         ["no usable tensor at any key", "experts.htoh4.weight"],
     ),
     (
-        "one modality",
         lambda state: [state.pop(key) for key in list(state) if "experts.3." in key],
         ["expected at least 4 experts (two modalities), got 3"],
     ),
     (
-        "no head",
         lambda state: [state.pop(key) for key in list(state) if ".fc." in key],
         ["no keys of the experts' heads"],
     ),
     (
-        "absurd numbers",
         with_value("interaction_experts.999999999.fusion_model.x", torch.ones(1)),
         ["a number in a key is larger"],
     ),
     (
-        "a scalar norm",
         lambda state: state.update(
             {key: torch.tensor(1.0) for key in state if key.endswith("norm1.weight")}
         ),
         ["no usable tensor", "norm1.weight"],
     ),
     (
-        "mixed dtype",
         with_value("reweight.mlp.network.0.bias", torch.ones(20).half()),
         ["expected one floating dtype, got torch.float16, torch.float32"],
     ),
     (
-        "integers",
         lambda state: state.update({key: value.long() for key, value in state.items()}),
         ["expected one floating dtype, got torch.int64"],
     ),
 ]
 
 
-SPARSE_KEYS: list[tuple[str, bool, Callable[[State], object], list[str]]] = [
+SPARSE_KEYS: list[tuple[bool, Callable[[State], object], list[str]]] = [
     (
-        "copies",
         False,
         lambda state: state[MLP + "gate.gate.bias"].add_(1),
         ["gate.bias", "differ, but are the same gate"],
     ),
-    ("missing", False, without(MLP + "experts.h4toh.bias"), [f"missing: {MLP}experts.h4toh.bias"]),
+    (False, without(MLP + "experts.h4toh.bias"), [f"missing: {MLP}experts.h4toh.bias"]),
     (
-        "shape",
         False,
         with_value(MLP + "experts.h4toh.weight", torch.ones(5, 3, 32)),
         ["wrong shape: ", "h4toh.weight is (5, 3, 32), expected (5, 16, 32)"],
     ),
+    (True, without(MLP + "experts.2.htoh4.bias"), ["Missing key", "experts.2.htoh4.bias"]),
     (
-        "one apart missing",
-        True,
-        without(MLP + "experts.2.htoh4.bias"),
-        ["Missing key", "experts.2.htoh4.bias"],
-    ),
-    (
-        "one apart of another shape",
         True,
         with_value(MLP + "experts.2.htoh4.bias", torch.ones(1, 3)),
         ["size mismatch for ", "experts.2.htoh4.bias"],
     ),
     (
-        "no experts",
         False,
         lambda state: [state.pop(key) for key in list(state) if ".htoh4." in key],
         ["no usable tensor", "htoh4"],
     ),
     (
-        "absurd sparse numbers",
         False,
         with_value(MLP + "all_gates.99999999.gate.bias", torch.ones(5)),
         ["a number in a key is larger"],
     ),
 ]
-WRONG_KEYS = [pytest.param(make_layer, {}, *row, id=i) for i, *row in BAD_KEYS]
-WRONG_KEYS += [
-    pytest.param(make_sparse_layer, {"apart": apart}, *row, id=i) for i, apart, *row in SPARSE_KEYS
-]
+WRONG_KEYS = [(make_layer, {}, *row) for row in BAD_KEYS]
+WRONG_KEYS += [(make_sparse_layer, {"apart": apart}, *row) for apart, *row in SPARSE_KEYS]
 
 
 @pytest.mark.parametrize(("make", "options", "change", "parts"), WRONG_KEYS)

@@ -140,45 +140,39 @@ def test_an_unknown_name_is_refused(tmp_path: Path, command: str) -> None:
 
 KEY = "reweight.mlp.network.0.bias"
 EXPERT = "interaction_experts.0.fusion_model"
-VALUES: dict[str, tuple[Callable[[], Any], str]] = {
-    "a number": (lambda: 3, "a value of type int"),
-    "sparse": (lambda: torch.ones(20).to_sparse(), "a tensor of layout torch.sparse_coo"),
-    "meta": (lambda: torch.ones(20, device="meta"), "a tensor on the meta device"),
-    "quantized": (
-        lambda: torch.quantize_per_tensor(torch.ones(20), 0.1, 0, torch.qint8),
-        "a quantized tensor",
-    ),
-    "nested": (lambda: torch.nested.nested_tensor([torch.ones(20)]), "a nested tensor"),
-    "expanded": (lambda: torch.ones(1).expand(10**15), "a tensor whose elements share memory"),
-}
+VALUES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: 3, "a value of type int"),
+    (lambda: torch.ones(20).to_sparse(), "a tensor of layout torch.sparse_coo"),
+    (lambda: torch.ones(20, device="meta"), "a tensor on the meta device"),
+    (lambda: torch.quantize_per_tensor(torch.ones(20), 0.1, 0, torch.qint8), "a quantized tensor"),
+    (lambda: torch.nested.nested_tensor([torch.ones(20)]), "a nested tensor"),
+    (lambda: torch.ones(1).expand(10**15), "a tensor whose elements share memory"),
+]
 FUSION = "and no interaction layer; build the model, .* flmoe_kernels.swap"
-BAD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "fusion model": (
+BAD: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
+    (
         lambda x: {"fusion_model": nn.Linear(1, 1).state_dict(), "encoder_dict": {}},
         f"'fusion_model' {FUSION}",
     ),
-    "its state dict": (lambda x: {"network.0.attn.q.weight": x[KEY]}, f"fusion model {FUSION}"),
-    "no reweighting": (
+    (lambda x: {"network.0.attn.q.weight": x[KEY]}, f"fusion model {FUSION}"),
+    (
         lambda x: {key: value for key, value in x.items() if not key.startswith("reweight")},
         "no keys of the reweighting MLP; it has 'interaction_experts.0.*more$",
     ),
-    "no experts": (lambda x: {KEY: x[KEY]}, f"no keys of the experts; it has '{KEY}'"),
-    "other states": (lambda x: {"a": {"b": {"w": x[KEY]}}, "epoch": 3}, "it has 'epoch', 'a.b.w'"),
-    "empty": (lambda x: {"ensemble_model": {}, 3: 4}, "no interaction layer; it has nothing"),
-    "too deep": (lambda x: {"a": {"b": {"c": {"d": {"e": x}}}}}, "it has nothing"),
-    "unknown under a prefix": (
+    (lambda x: {KEY: x[KEY]}, f"no keys of the experts; it has '{KEY}'"),
+    (lambda x: {"a": {"b": {"w": x[KEY]}}, "epoch": 3}, "it has 'epoch', 'a.b.w'"),
+    (lambda x: {"ensemble_model": {}, 3: 4}, "no interaction layer; it has nothing"),
+    (lambda x: {"a": {"b": {"c": {"d": {"e": x}}}}}, "it has nothing"),
+    (
         lambda x: {f"p.{key}": value for key, value in {**x, "reweight.b": x[KEY]}.items()},
         "p: keys .*: unknown: reweight.b$",
     ),
-    "twice": (lambda x: x | {f"reweight.module.{KEY[9:]}": x[KEY]}, f"two entries for {KEY}"),
-    "int as key": (lambda x: {**x, 3: x[KEY]}, "expected str as keys, got int"),
-    "long key": (lambda x: x | {"k" * 1001: x[KEY]}, "at most 1000 characters, got 1001"),
-    "terminal code": (lambda x: x | {"x\x1b[2J": x[KEY]}, r"unknown: x \[2J$"),
-    "many digits": (
-        lambda x: x | {f"interaction_experts.{'9' * 900}.x": x[KEY]},
-        "a number in a key is larger",
-    ),
-    "large numbers": (
+    (lambda x: x | {f"reweight.module.{KEY[9:]}": x[KEY]}, f"two entries for {KEY}"),
+    (lambda x: {**x, 3: x[KEY]}, "expected str as keys, got int"),
+    (lambda x: x | {"k" * 1001: x[KEY]}, "at most 1000 characters, got 1001"),
+    (lambda x: x | {"x\x1b[2J": x[KEY]}, r"unknown: x \[2J$"),
+    (lambda x: x | {f"interaction_experts.{'9' * 900}.x": x[KEY]}, "a number in a key is larger"),
+    (
         lambda x: {
             **x,
             "interaction_experts.40.x": x[KEY],
@@ -186,18 +180,15 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         },
         "imply more keys than it has",
     ),
-    **{
-        name: (
-            lambda x, make=make: {**x, KEY: make()},
-            f"'{KEY}': expected a dense tensor, got {what}",
-        )
-        for name, (make, what) in VALUES.items()
-    },
-}
+    *(
+        (lambda x, make=make: {**x, KEY: make()}, f"'{KEY}': expected a dense tensor, got {what}")
+        for make, what in VALUES
+    ),
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantize|nested tensors|TypedStorage)")
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_contents_are_one_line(
     tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], message: str
 ) -> None:

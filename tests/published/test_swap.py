@@ -149,12 +149,6 @@ def test_finds_layers_anywhere_in_the_model() -> None:
     assert names == {"deep.0.0.net.moe", *held.split()}
 
 
-def test_wrapped_layer_is_replaced_inside_its_wrapper() -> None:
-    model = nn.DataParallel(make_layer())
-    assert_swapped(swap(model))
-    assert isinstance(model.module, InteractionMoE)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("variant", [fl, i2])
 def test_keeps_dtype_and_serves_half_precision(variant: Any, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.core.dtypes import statistics_dtype
-from flmoe_kernels.core.error_budget import assert_outside_budget
+from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.ops.encoder import reference
 from tests.support.encoder_cases import norm_arguments, operator_calls
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
@@ -23,6 +23,9 @@ from tests.support.operator_cases import (
     reference_losses,
     tensors,
 )
+
+# Number, rows, width and dtype of a call.
+Size = tuple[int, int, int, torch.dtype]
 
 
 def is_float(x: object) -> bool:
@@ -99,18 +102,101 @@ DROPPING = tuple(
 
 class EncoderTests:
     """Subclasses set a backend, the rows and width of most calls, and dtypes without rounding to half precision;
-    they have a fixture `dtype`."""
+    they have fixtures `dtype` and `size`. exhaustive: every size with all options instead of one of them."""
 
     backend: str
     rows: int
     width: int
     precise: tuple[torch.dtype, ...]
+    exhaustive: bool
+    # Rows of expert_linear and expert_norm, more than one sum may have.
+    many: tuple[int, int]
 
     def operator(self, name: str) -> Operator:
         return lambda *arguments: getattr(OPS, name)(*arguments, self.backend)
 
     def calls(self, p: float) -> dict[str, list[Any]]:
         return operator_calls(torch.float32, p, width=self.width)
+
+    def compare(self, name: str, arguments: list[Any], dtype: torch.dtype, **options: Any) -> Any:
+        return compare(self.operator(name), getattr(reference, name), arguments, dtype, **options)
+
+    def some(self, size: Size, *options: Any) -> tuple[Any, ...]:
+        return options if self.exhaustive else options[size[0] % len(options) :][:1]
+
+    def test_expert_norm(self, size: Size) -> None:
+        _, rows, width, dtype = size
+        _, x, gain, shift, *_ = norm_arguments(rows, width, 0.0, False)
+        for eps in self.some(size, EPS, 0.1):
+            # With one column the norm is only its shift.
+            self.compare("expert_norm", [x, gain, shift, eps], dtype, may_vanish=width == 1)
+
+    def test_dropout_add_norm(self, size: Size) -> None:
+        _, rows, width, dtype = size
+        ways = ((0.5, True), (0.3, False), (0.0, True), (0.5, False), (0.0, False))
+        for p, residual in self.some(size, *ways):
+            # Rows with one column, or dropped completely, have variance 0, which half precision does not keep.
+            if width >= (16 if p else 2) or dtype in self.precise:
+                arguments = norm_arguments(rows, width, p, residual)
+                options = {"outputs": 2, "may_vanish": width == 1}
+                self.compare("dropout_add_norm", arguments, dtype, **options)
+
+    def test_gelu_dropout(self, size: Size) -> None:
+        _, rows, width, dtype = size
+        x = draw(2, rows, width, seed=1, scale=3)
+        for p in self.some(size, 0.5, 0.0, 1.0):
+            self.compare("gelu_dropout", [x, make_seed() if p else None, p], dtype)
+
+    def test_dropout_add_pool(self, size: Size) -> None:
+        _, rows, width, dtype = size
+        views, part = 2 + self.exhaustive, rows // 3
+        x, update = (draw(2, views * rows, width, seed=i) for i in (1, 2))
+        for p in self.some(size, 0.5, 0.0):
+            seed = make_seed() if p else None
+            for runs in self.some(size, [part, 0, rows - part], [part, part], [0]):
+                arguments = [x, update, cumulative(runs), views, seed, p]
+                self.compare("dropout_add_pool", arguments, dtype)
+
+    def test_no_segments(self) -> None:
+        rows = draw(2, 6, 4).requires_grad_()
+        out = self.operator("dropout_add_pool")(rows, rows, cumulative([]), 2, make_seed(), 0.5)
+        assert out.shape == (2, 2, 0, 4)
+        (grad,) = torch.autograd.grad(out, rows, out.detach())
+        assert (grad == 0).all()
+
+    def test_expand_views(self, size: Size) -> None:
+        _, rows, width, dtype = size
+        for modalities in self.some(size, 2, 5):
+            modality = (torch.arange(rows) % modalities).to(torch.int32)
+            arguments = [draw(2, 2, rows, width), modality, modalities + 1]
+            results = self.compare("expand_views", arguments, dtype)
+            assert torch.equal(results[0][0], results[0][1]), "a copy has no rounding"
+
+    @pytest.mark.parametrize("steady", [True, False])
+    @pytest.mark.parametrize("name", ["expert_linear", "expert_norm"])
+    def test_sums_over_many_rows(self, name: str, steady: bool) -> None:
+        """Gradients of weights are sums over all tokens and views; their rounding error must not grow with the
+        number.
+
+        steady: all rows have the same gradient, as after mean pooling, so that nothing cancels.
+        """
+        rows, width = self.many[name == "expert_norm"], 16
+        cotangent = draw(1, 1 if steady else rows, width, seed=4).expand(1, rows, width)
+        x, weight = draw(1, rows, width), draw(1, width, width, seed=1)
+        bias = draw(1, width, seed=2)
+        arguments = [x, weight, bias] if name == "expert_linear" else [x, weight[:, 0], bias, EPS]
+        found = []
+        for operator, dtype in (
+            (self.operator(name), torch.float32),
+            (getattr(reference, name), torch.float32),
+            (getattr(reference, name), torch.float64),
+        ):
+            inputs = as_dtype(arguments, dtype, requires_grad=True)
+            leaves = [each for each in inputs if isinstance(each, Tensor)]
+            out = tensors(operator(*inputs))[0]
+            found.append(torch.autograd.grad(out, leaves, cotangent.to(dtype)))
+        for i, triple in enumerate(zip(*found, strict=True)):
+            assert_within_budget(*triple, f"gradient {i} of {name}")
 
     def test_wrong_results_fail(self, dtype: torch.dtype) -> None:
         """Negative control of all comparisons with references: another mask, operand or run."""

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import faulthandler
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from flmoe_kernels.layers.routed_mlp.collectives import limit_over_ranks, require_ranks
@@ -29,8 +24,6 @@ NAMES = ("x", "weight", "w_in", "b_in", "w_out", "b_out")
 Derivatives = dict[str, tuple[Tensor, Tensor]]
 # Tokens per rank: in total more than half precision can count.
 BALANCED = (700, 0, 41, 300)
-# An hour, only against hangs: if a collective waits longer, a rank is lost; if a rank runs longer, it hangs.
-HANG_SECONDS = 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,32 +389,12 @@ def batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, TRAINING.mask(ranks), draw(tokens, LOCAL * ranks, dtype=torch.float64, seed=9)
 
 
-def run_rank(rank: int, ranks: int, folder: str) -> None:
-    """Process of `start_ranks`; writes FOLDER/rank<rank>.pt."""
-    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=HANG_SECONDS)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
-    try:
-        results: dict[str, Any] = {name: part(case, rank, ranks) for name, case in CASES.items()}
-        results["derivatives"] = derivatives_part(rank, ranks)
-        results["balance"] = balance(rank, ranks)
-        results["limits"] = limits(rank, ranks)
-        results["layer"] = layer_part(rank, ranks)
-        results["mistakes"] = mistakes(rank, ranks)
-        for name in GATES:
-            results[f"train {name}"] = train_part(name, rank, ranks)
-        summed = train_part("GShardGate", rank, ranks, mean_gradients=False)
-        results["train without the mean"] = summed
-        torch.save(results, f"{folder}/rank{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # threads of torch that are still running would abort the process at a normal exit
-
-
-def start_ranks(ranks: int, folder: str) -> list[dict[str, Any]]:
-    """Results of all ranks. A failing rank stops all ranks; a hanging rank exits after a timeout."""
-    mp.spawn(run_rank, args=(ranks, folder), nprocs=ranks)
-    return [torch.load(f"{folder}/rank{r}.pt", weights_only=True) for r in range(ranks)]
+def every_result(rank: int, ranks: int) -> dict[str, Any]:
+    """All results of a rank."""
+    results: dict[str, Any] = {name: part(case, rank, ranks) for name, case in CASES.items()}
+    for work in (derivatives_part, balance, limits, layer_part, mistakes):
+        results[work.__name__.removesuffix("_part")] = work(rank, ranks)
+    for name in GATES:
+        results[f"train {name}"] = train_part(name, rank, ranks)
+    summed = train_part("GShardGate", rank, ranks, mean_gradients=False)
+    return results | {"train without the mean": summed}
