@@ -176,9 +176,7 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_page_is_complete_safe_accessible_and_self_contained(
-    made: tuple[Path, Path, Path],
-) -> None:
+def test_page_is_complete_safe_accessible_and_self_contained(made: tuple[Path, Path, Path]) -> None:
     out = made[2]
     text = (out / "index.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -386,9 +384,7 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
 
 
 def test_figures_show_scores_as_they_are(
-    made: tuple[Path, Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scaled to 0..1, nearly equal scores would fill the scale, and the most negative one would be 0."""
     shown: list[tuple[Any, str, Any]] = []

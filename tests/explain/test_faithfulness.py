@@ -21,14 +21,7 @@ from flmoe_kernels.explain.games.tokens import percent_counts
 from flmoe_kernels.explain.masking.drops import KINDS
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
 from tests.support.explain_layers import call_of
-from tests.support.explain_masking import (
-    BUDGETS,
-    CASE,
-    TokenBits,
-    bits,
-    brute_force,
-    set_of,
-)
+from tests.support.explain_masking import BUDGETS, CASE, TokenBits, bits, brute_force, set_of
 from tests.support.inputs import draw, draw_masks
 
 

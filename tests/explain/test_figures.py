@@ -20,12 +20,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyArrowPatch, PathPatch
 
 from flmoe_kernels.core.figures import png_bytes
-from flmoe_kernels.explain import (
-    drop_curve,
-    expert_weights,
-    pair_network,
-    token_patch_map,
-)
+from flmoe_kernels.explain import drop_curve, expert_weights, pair_network, token_patch_map
 from flmoe_kernels.explain.figures.canvas import AGAINST, DOTS, FOR, HATCH, UNSURE
 from flmoe_kernels.explain.figures.curves import BETTER, UNCLEAR, UNKNOWN, WORSE, compare
 from flmoe_kernels.explain.figures.heat_map import grey

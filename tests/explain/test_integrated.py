@@ -124,8 +124,7 @@ def test_integrated_gradients_of_the_layer(case: LayerCase) -> None:
         )
         torch.testing.assert_close(own.of(e), expected)
     expected = looped_gradients(
-        lambda x, b: reference.inference(x, of_sample(b))[2][0, target[b]],
-        *(inputs, "midpoint", 3),
+        lambda x, b: reference.inference(x, of_sample(b))[2][0, target[b]], *(inputs, "midpoint", 3)
     )
     whole = attribute(layer, inputs, masks, rule="midpoint", **options)
     torch.testing.assert_close(whole.of(), expected)

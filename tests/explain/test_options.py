@@ -73,11 +73,7 @@ def test_token_names_are_one_short_line() -> None:
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(
-    option: str,
-    value: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    option: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path)
     write_data(tmp_path, full_arrays())

@@ -25,12 +25,7 @@ from flmoe_kernels.explain.report.findings import Findings
 from flmoe_kernels.explain.report.page import page
 from flmoe_kernels.explain.report.pictures import draw
 from flmoe_kernels.explain.report.request import Request
-from flmoe_kernels.explain.report.sentences import (
-    interaction,
-    of_sample,
-    overall,
-    ranks,
-)
+from flmoe_kernels.explain.report.sentences import interaction, of_sample, overall, ranks
 from tests.support.explain_results import masking_drops, pair_values
 
 EXPERTS = ("unique_0", "unique_1", "synergy", "redundancy")

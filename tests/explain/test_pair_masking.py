@@ -28,14 +28,7 @@ def test_pairs_fill_a_budget_whole() -> None:
     options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "budgets": (1, 2, 3, 4, 5, 6)}
     found = pair_masking(*call, pairs, **options)
     sets = [[set_of(x) for x in row] for row in found.values(metric="logit")]
-    assert sets[0] == [
-        set(),
-        {1, 4},
-        {1, 4, 6},
-        {1, 2, 4, 6},
-        {1, 3, 4, 6, 7},
-        {1, 2, 3, 4, 6, 7},
-    ]
+    assert sets[0] == [set(), {1, 4}, {1, 4, 6}, {1, 2, 4, 6}, {1, 3, 4, 6, 7}, {1, 2, 3, 4, 6, 7}]
     assert sets[1] == [set(), {0, 7}, {0, 7}, *[{0, 5, 6, 7}] * 3]
     assert sets[2] == [set()] * 6
     assert found.masked.tolist() == [[len(each) for each in row] for row in sets]

@@ -31,10 +31,7 @@ class Candidates:
 
 
 def candidate_pairs(
-    tokens: Ints,
-    pairs: Any = ALL,
-    scores: Scores | None = None,
-    top: int | None = None,
+    tokens: Ints, pairs: Any = ALL, scores: Scores | None = None, top: int | None = None
 ) -> Candidates:
     """Return the candidate pairs of one sample.
 

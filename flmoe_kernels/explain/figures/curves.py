@@ -22,10 +22,7 @@ BETTER, WORSE = "better than random tokens", "worse than random tokens"
 UNCLEAR = "not distinguishable from random tokens"
 UNKNOWN = "standard error unknown"
 METRIC_NAMES = {PROB: "probability", "log_prob": "log-probability (nats)", LOGIT: "logit"}
-_UNIT = {
-    "percent": "tokens of each modality (%)",
-    "tokens": "budget (tokens)",
-}
+_UNIT = {"percent": "tokens of each modality (%)", "tokens": "budget (tokens)"}
 
 
 def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> Figure:

@@ -152,11 +152,7 @@ def _columns(
 
 
 def _line(
-    axes: Axes,
-    best: PairValues,
-    drawn: Floats,
-    k: int,
-    places: dict[Place, tuple[float, float]],
+    axes: Axes, best: PairValues, drawn: Floats, k: int, places: dict[Place, tuple[float, float]]
 ) -> None:
     from matplotlib.patches import FancyArrowPatch
 

@@ -157,11 +157,7 @@ class Findings:
 
 
 def find(
-    layer: Any,
-    whole: Features,
-    request: Request,
-    start: Callable[[], Path],
-    about: dict[str, Any],
+    layer: Any, whole: Features, request: Request, start: Callable[[], Path], about: dict[str, Any]
 ) -> Findings:
     """Explain the first samples with a layer in eval mode.
 
