@@ -125,18 +125,6 @@ def test_random_sets_are_uniform() -> None:
         assert sum((n - 200) ** 2 / 200 for n in counts.values()) < 45
 
 
-def test_ties_select_the_first_token() -> None:
-    values = [torch.tensor([[1.0, 3.0, 3.0, 1.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])]
-    masks = [torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 1]])]
-    found = faithfulness(
-        *(TokenBits().eval(), bits(2, (6,)), masks, values),
-        **{"budgets": [30, 50, 80], "metrics": ["logit"], "target": 0},
-    )
-    sets = [[set_of(x) for x in row] for row in found.values(metric="logit")]
-    assert sets[0] == [{1, 2}, {1, 2, 5}, {0, 1, 2, 3, 5}]
-    assert sets[1] == [{1, 3}, {1, 3}, {1, 3, 4, 5}]
-
-
 def test_counts_of_a_percentage() -> None:
     """Counts are rounded up, at least one; the published budgets use floating-point arithmetic."""
     for percent in (5, 10, 15, 20, 25):

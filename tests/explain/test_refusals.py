@@ -275,6 +275,9 @@ def test_a_single_index_is_a_tuple() -> None:
 def test_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
     layer = interaction_layer(CASE)
     one: Any = np.int64(1)
+    wide = Sampling(np.int64(900), np.float32(1e-4), np.int32(8), np.uint8(3))  # type: ignore[arg-type]
+    assert wide == Sampling(900, float(np.float32(1e-4)), 8, 3)
+    run = Run(max_batch=np.int64(50), checkpoint=tmp_path / "progress")  # type: ignore[arg-type]
     options: dict[str, Any] = {"n_random": one, "seed": np.int32(3), "exempt": [one], "expert": one}
     results = [
         CALLS["faithfulness"](layer, INPUTS, budgets=np.array([10, 50]), **options),
@@ -282,6 +285,7 @@ def test_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
         attribute(layer, INPUTS, readout=one),
         attribute(layer, INPUTS, method="integrated_gradients", n_steps=one, max_batch=one),
         *shapley_interactions(layer, INPUTS, scores=SCORES, top=one, expert=one),
+        *shapley_interactions(layer, INPUTS, method="sampling", sampling=wide, run=run),
     ]
     for result in results:
         result.save(tmp_path / "result.npz")

@@ -12,6 +12,7 @@ import torch
 
 from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
 from tests.support.explain_games import first_of, interaction_layer, random_terms, unanimity
+from tests.support.explain_results import pair_values
 from tests.support.layers import LayerCase
 
 CASE = LayerCase(lengths=(4, 3))
@@ -30,23 +31,14 @@ def sampled() -> PairValues:
 
 
 def made_up(values: list[float]) -> PairValues:
-    pairs = np.array([[0, 1], [0, 2], [1, 2]])[: len(values)]
-    tokens = np.array([[0, 0], [1, 0], [1, 3]])
-    return PairValues(
-        index="SII",
+    """Three players in modalities of 1 and 4 tokens."""
+    return pair_values(
         values=np.array(values),
-        standard_errors=np.array([0.5, 0.25, 0.125])[: len(values)],
-        pairs=pairs,
-        tokens=tokens,
+        standard_errors=np.array([0.5, 0.25, 0.125]),
+        pairs=np.array([[0, 1], [0, 2], [1, 2]]),
+        tokens=np.array([[0, 0], [1, 0], [1, 3]]),
         lengths=(1, 4),
-        value=2.0,
-        baseline=-1.0,
-        method="exact",
-        stopped_by="exact",
-        draws=0,
-        evaluations=8,
-        batch_size=4,
-        candidates="all pairs",
+        **{"method": "exact", "stopped_by": "exact", "candidates": "all pairs", "evaluations": 8},
     )
 
 

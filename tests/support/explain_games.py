@@ -47,11 +47,6 @@ def unanimity(terms: Mapping[tuple[int, ...], float], players: int) -> Planted:
     return Planted(players, formula)
 
 
-def unanimity_sii(terms: Mapping[tuple[int, ...], float], i: int, j: int) -> float:
-    """Index in closed form: a term of t players that contains both players gives 1 / (t - 1) of its weight."""
-    return sum(w / (len(t) - 1) for t, w in terms.items() if i in t and j in t)
-
-
 def random_terms(players: int, count: int, largest: int, seed: int) -> dict[tuple[int, ...], float]:
     draw = np.random.default_rng(seed)
     terms: dict[tuple[int, ...], float] = {(): 0.7}

@@ -33,7 +33,7 @@ from .features import Features
 from .request import LABEL, PREDICTED, Request
 
 KIND = "flmoe_kernels.explain report"
-FORMAT = 1
+FORMAT = 2  # 1 repeated the results of the .npz files
 INDICES = (SII, RG)
 PACKAGES = ("torch", "numpy", "matplotlib")
 OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
@@ -113,7 +113,11 @@ class Findings:
         return [int(k) for k in labels[sample].nonzero()[:, 0]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all numbers as JSON types; NaN and inf become None, because JSON does not have them."""
+        """Return the request, its sources and the layer's outputs as JSON types; the .npz files have the results.
+
+        NaN and inf become None, because JSON does not have them.
+        """
+        labels, weights = self.features.labels, self.attribution.weights
         whole = {
             "kind": KIND,
             "format": FORMAT,
@@ -124,36 +128,25 @@ class Findings:
             "data": {
                 "samples_in_file": self.features.total,
                 "tokens_per_modality": list(self.features.lengths),
-                "labels": None
-                if self.features.labels is None
-                else ("class", "multi-label")[self.features.labels.dim() - 1],
+                "labels": None if labels is None else ("class", "multi-label")[labels.dim() - 1],
             },
             "experts": list(self.attribution.experts),
-            "mean_expert_weights": self.attribution.weights.mean(dim=0).tolist(),
-            "samples": [self._sample(s) for s in range(self.features.samples)],
-            "faithfulness": _drops(self.faithfulness),
-            "pair_masking": {name: _drops(x) for name, x in self.pair_masking.items()},
+            "mean_expert_weights": weights.mean(dim=0).tolist(),
+            "samples": [
+                {
+                    "sample": s,
+                    "label": self.label(s),
+                    "predicted": self.predicted[s],
+                    "target": int(self.target[s]),
+                    "logits": self.logits[s].tolist(),
+                    "expert_logits": self.expert_logits[s].tolist(),
+                    "expert_weights": weights[s].tolist(),
+                }
+                for s in range(self.samples)
+            ],
         }
         finite: dict[str, Any] = _finite(whole)
         return finite
-
-    def _sample(self, s: int) -> dict[str, Any]:
-        values = self.attribution
-        return {
-            "sample": s,
-            "label": self.label(s),
-            "predicted": self.predicted[s],
-            "target": int(self.target[s]),
-            "logits": self.logits[s].tolist(),
-            "expert_logits": self.expert_logits[s].tolist(),
-            "expert_weights": values.weights[s].tolist(),
-            "attribution": {
-                "valid": [x[s].tolist() for x in values.valid],
-                "mixture": [x[s].tolist() for x in values.mixture],
-                "experts": [x[s].tolist() for x in values.values],
-            },
-            "pairs": {name: pairs.to_dict() for name, pairs in self.pairs[s].items()},
-        }
 
 
 def find(
@@ -274,26 +267,6 @@ def versions() -> dict[str, str]:
 
 def json_text(findings: Findings) -> str:
     return json.dumps(findings.as_dict(), indent=1, allow_nan=False) + "\n"
-
-
-def _drops(drops: MaskingDrops) -> dict[str, Any]:
-    names = (
-        "index",
-        "unit",
-        "budgets",
-        "metrics",
-        "multi_label",
-        "seed",
-        "evaluations",
-        "settings",
-        "notes",
-    )
-    return {
-        **{name: getattr(drops, name) for name in names},
-        "repeats": drops.random.shape[2],
-        "masked": drops.masked.tolist(),
-        "rows": drops.rows(),
-    }
 
 
 def _finite(value: Any) -> Any:
