@@ -24,7 +24,8 @@ from flmoe_kernels.explain import (
     probe_game,
     specificity,
 )
-from flmoe_kernels.explain.archive import Arrays, decode, encode
+from flmoe_kernels.explain.archive import decode, encode
+from tests.support.explain_files import Trap
 from tests.support.explain_games import random_terms, unanimity
 from tests.support.explain_layers import CASES, call_of
 
@@ -76,16 +77,6 @@ def test_saved_results_are_unchanged_when_read(tmp_path: Path) -> None:
         PairValues.load(tmp_path / "none.npz")
 
 
-class Trap:
-    """Object that writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("name", ["pairs", "integrated_gradients", "drops", "concentration"])
 def test_unsafe_and_wrong_files_are_refused(name: str, tmp_path: Path) -> None:
     found = results()[name]
@@ -120,19 +111,15 @@ def test_unsafe_and_wrong_files_are_refused(name: str, tmp_path: Path) -> None:
     ]
     if isinstance(found, PairValues):
         bad += [
-            (encode(kind, header, changed(arrays, values=np.zeros(2))), r"expected values \(15,\)"),
-            (encode(kind, header, changed(arrays, pairs=np.array(3))), r"expected pairs \(2,\)"),
-            (encode(kind, header, changed(arrays, pairs=arrays["pairs"] + 5)), "pairs of 6"),
+            (encode(kind, header, arrays | {"values": np.zeros(2)}), r"expected values \(15,\)"),
+            (encode(kind, header, arrays | {"pairs": np.array(3)}), r"expected pairs \(2,\)"),
+            (encode(kind, header, arrays | {"pairs": arrays["pairs"] + 5}), "pairs of 6"),
         ]
     for wrong, message in bad:
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match=message):
             type(found).load(path)
     assert not sprung.exists()
-
-
-def changed(arrays: Arrays, **more: Any) -> Arrays:
-    return {**arrays, **more}
 
 
 def test_damaged_files_are_refused_or_read_correctly() -> None:

@@ -20,6 +20,7 @@ from tests.support.explain_games import (
     as_array,
     by_definition,
     either,
+    random_game,
     random_terms,
     table,
     unanimity,
@@ -27,13 +28,6 @@ from tests.support.explain_games import (
 )
 
 BOTH = ("SII", "RG")
-
-
-def random_game(players: int, seed: int = 0) -> Planted:
-    """A game with a different value for every coalition."""
-    values = np.random.default_rng(seed).normal(size=2**players)
-    bits = 1 << np.arange(players)
-    return Planted(players, lambda inside: values[inside @ bits])
 
 
 def all_draws(

@@ -57,6 +57,17 @@ def random_terms(players: int, count: int, largest: int, seed: int) -> dict[tupl
     return terms
 
 
+def random_game(players: int, seed: int = 0) -> Planted:
+    """A game with a different value for every coalition."""
+    return tabled(np.random.default_rng(seed).normal(size=2**players), players)
+
+
+def tabled(values: NDArray[np.float64], players: int) -> Planted:
+    """A game from the table of its values; bit k stands for player k."""
+    bits = 1 << np.arange(players)
+    return Planted(players, lambda inside: values[inside @ bits])
+
+
 def xor(planted: tuple[int, ...], players: int) -> Planted:
     """1 if an odd number of the planted tokens is present, else 0."""
     return Planted(players, lambda inside: inside[:, list(planted)].sum(axis=1) % 2)
