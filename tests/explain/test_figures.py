@@ -228,19 +228,6 @@ def test_map_shows_tied_values_in_one_colour() -> None:
     assert "0.9" in texts(axes)
 
 
-def test_map_of_nearly_equal_scores_has_nearly_equal_colours() -> None:
-    """Scores from 0.1328 to 0.1347 must not fill the scale of colours."""
-    scores = np.linspace(0.1328, 0.1347, 49)
-    figure = token_patch_map(np.eye(49), image=np.full((14, 14), 0.5), weights=scores)
-    axes, bar = figure.axes[1], figure.axes[-1]
-    shown = axes.get_images()[1]
-    np.testing.assert_array_equal(np.ravel(shown.get_array()), scores)
-    colours = shown.to_rgba(shown.get_array())[..., :3]
-    assert np.ptp(colours.reshape(-1, 3), axis=0).max() < 0.05
-    assert shown.get_alpha().min() > 0.7
-    assert bar.get_ylim() == (0.0, pytest.approx(scores.max()))
-
-
 def test_sums_over_tokens_have_errors() -> None:
     """The second and the third differ by less than two of them."""
     values, errors = np.diag([1.0, 0.5, 0.4]), np.diag([0.01, 0.04, 0.04])

@@ -128,13 +128,6 @@ def test_integrated_gradients_of_the_layer(case: LayerCase) -> None:
     )
     whole = attribute(layer, inputs, masks, rule="midpoint", **options)
     torch.testing.assert_close(whole.of(), expected)
-    sizes = attribute(layer, inputs, masks, rule="midpoint", magnitude=True, **options)
-    below = [
-        (x.abs() / case.dim).masked_fill(~v, 0) for x, v in zip(expected, sizes.valid, strict=True)
-    ]
-    assert all((x >= y - 1e-12).all() for x, y in zip(sizes.of(), below, strict=True))
-    above = [x.sum(dim=1) for x in sizes.values]
-    assert all((x <= y + 1e-12).all() for x, y in zip(sizes.of(), above, strict=True))
     assert not torch.allclose(own.of()[0], expected[0], rtol=1e-3)
 
 

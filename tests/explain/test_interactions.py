@@ -72,25 +72,6 @@ def test_interaction_moe(fill: str, expert: str | int | None) -> None:
         assert result.method == "exact"
 
 
-def test_interaction_moe_sampled_in_float32() -> None:
-    case = LayerCase(lengths=(5, 4))
-    layer, x = interaction_layer(case, torch.float32), case.inputs()
-    exact = probe_pairs(layer, x, target=0)
-    sampling = Sampling(budget=20_000)
-    sampled = probe_pairs(layer, x, target=0, method="sampling", sampling=sampling)
-    for one, other in zip(exact, sampled, strict=True):
-        for index in BOTH:
-            noise = np.abs(one[index].values - other[index].values)
-            assert (noise <= 5 * other[index].standard_errors + 1e-5).all()
-            assert one[index].values.std() > 3 * other[index].standard_errors.max()
-    again = probe_pairs(layer, x, target=0, method="sampling", sampling=sampling)
-    np.testing.assert_array_equal(again[1]["RG"].values, sampled[1]["RG"].values)
-    # Two equal samples have different draws.
-    twice = [each[:1].repeat(2, 1, 1) for each in x]
-    first, second = shapley_interactions(layer, twice, method="sampling", sampling=sampling)
-    assert not np.array_equal(first.values, second.values)
-
-
 def test_pair_layers_are_routed_to_the_closed_form() -> None:
     lengths = (3, 2, 2)
     layer, x = pair_layer(DIMS), pair_inputs(lengths)

@@ -16,7 +16,6 @@ from flmoe_kernels.explain import (
     PairValues,
     Sampling,
     TokenGame,
-    attribute,
     faithfulness,
     pair_masking,
     probe_game,
@@ -247,13 +246,3 @@ def test_masked_pairs_among_near_ties_are_noted() -> None:
     assert "1 of 1 samples: pairs left out" in repr(found)
     listed = pair_masking(layer, x, None, [[((0, 0), (1, 0))]], budgets=(2,), n_random=1)
     assert not listed.near_ties.any(), "listed pairs have no values"
-
-
-def test_every_choice_of_a_flat_attribution_is_noted() -> None:
-    case = LayerCase(lengths=(4, 4), batch=2)
-    layer = interaction_layer(case)
-    x = [torch.zeros_like(each) for each in case.inputs(torch.float64)]
-    tokens = attribute(layer, x, method="integrated_gradients", n_steps=2)
-    found = faithfulness(layer, x, None, tokens, n_random=1)
-    assert found.near_ties is not None
-    assert found.near_ties.all()

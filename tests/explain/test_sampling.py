@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from flmoe_kernels.explain import Sampling, probe_game
 from flmoe_kernels.explain.estimators.indices import INDICES
-from flmoe_kernels.explain.estimators.sampling import Toggles, coalition
+from flmoe_kernels.explain.estimators.sampling import Toggles
 from flmoe_kernels.explain.games.coalitions import all_pairs, unpack
 from tests.support.explain_games import (
     Planted,
@@ -21,7 +21,6 @@ from tests.support.explain_games import (
     by_definition,
     either,
     random_game,
-    random_terms,
     table,
     unanimity,
     xor,
@@ -92,57 +91,6 @@ def banzhaf(values: NDArray[np.float64], players: int, index: str) -> dict[tuple
         terms = v[3] - v[1] - v[2] + v[0] if index == "SII" else np.minimum(v[1], v[2]) - v[0]
         found[i, j] = float(terms.mean())
     return found
-
-
-@pytest.mark.parametrize("count", [1, 4, 21])
-def test_every_pair_has_its_corners_and_rows_are_shared(count: int) -> None:
-    players = 7
-    every = all_pairs(range(players))
-    pairs = every[np.random.default_rng(count).permutation(len(every))[:count]]
-    toggles = Toggles.of(players, pairs)
-    assert len(toggles) == 1 + len(np.unique(pairs)) + count
-    rows = np.arange(len(toggles), dtype=np.float64)
-    for seed in range(20):
-        drawn = coalition(seed, 0, 0, players)
-        inside = unpack(toggles.coalitions(drawn), players)
-        assert len(np.unique(inside, axis=0)) == len(inside)
-        corners = toggles.corners(drawn, rows)
-        for p, (i, j) in enumerate(pairs):
-            none, first, second, both = (inside[int(row[p])] for row in corners)
-            outside = drawn.copy()
-            outside[[i, j]] = False
-            assert (none == outside).all()
-            assert set(np.flatnonzero(first != none)) == {i}
-            assert set(np.flatnonzero(second != none)) == {j}
-            assert set(np.flatnonzero(both != none)) == {i, j}
-
-
-def test_draws_are_uniform_by_size_and_pinned() -> None:
-    count = 4800
-    drawn = [tuple(coalition(3, 1, d, 4).tolist()) for d in range(count)]
-    every = list(itertools.product((False, True), repeat=4))
-    every = [each for each in every if 0 < sum(each) < 4]
-    expected = np.array([count / (3 * math.comb(4, sum(each))) for each in every])
-    counts = np.array([drawn.count(each) for each in every])
-    assert counts.sum() == count
-    # With 13 degrees of freedom, 35 is exceeded in one of 1000 samples.
-    assert float(((counts - expected) ** 2 / expected).sum()) < 35
-    assert coalition(7, 0, 0, 12).tolist() == [k in (1, 3, 10) for k in range(12)]
-    several = {tuple(coalition(*key, 30)) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
-    assert len(several) == 4
-
-
-def test_two_additive_games_need_one_draw() -> None:
-    players = 9
-    terms = random_terms(players, 40, 2, seed=2)
-    for budget in (250, 2000):
-        sampling = Sampling(budget=budget, antithetic=False)
-        sii = probe_game(unanimity(terms, players), method="sampling", sampling=sampling)["SII"]
-        truth = np.array([terms.get((int(i), int(j)), 0.0) for i, j in sii.pairs])
-        np.testing.assert_allclose(sii.values, truth, atol=1e-12)
-        errors = sii.standard_errors
-        assert np.isnan(errors).all() if budget == 250 else float(errors.max()) < 1e-12
-    assert float(np.abs(truth).max()) > 1
 
 
 @pytest.mark.parametrize("method", ["exact", "sampling"])

@@ -135,26 +135,6 @@ def test_outputs_and_targets() -> None:
     assert game(np.ones((1, 5)))[0] == pytest.approx(float(out.expert_logits[0, 2, 1]), abs=1e-12)
 
 
-def test_the_fast_layer_skips_absent_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flmoe_kernels.layers.interaction_moe import forward
-
-    rows = []
-    plan = forward.plan_tokens
-
-    def spy(*args: Any, **options: Any) -> Any:
-        found = plan(*args, **options)
-        rows.append(found.rows)
-        return found
-
-    monkeypatch.setattr(forward, "plan_tokens", spy)
-    masks = draw_masks("partial", 2, CASE.lengths)
-    game = TokenGame(interaction_layer(CASE), CASE.inputs(torch.float64), masks, target=0)
-    rows.clear()
-    inside = drawn(20, game.players)
-    game(inside)
-    assert rows == [int(inside.sum())]
-
-
 def test_two_additive_games_agree_with_their_layers() -> None:
     lengths = (3, 2, 4)
     layer, x = pair_layer(DIMS), pair_inputs(lengths)
