@@ -215,14 +215,10 @@ def _parts(model: Any, inputs: Inputs, masks: Inputs | None, explains: str) -> _
     # PairInteractionMoE adds its experts with weight 1; any other model is a single part.
     names = expert_names(model)
     places: list[int | None] = [*range(len(names))] if names else [None]
-    functions = [functools.partial(_logits_of_part, model, place) for place in places]
+    functions = [functools.partial(logits_of, model, expert=place) for place in places]
     return _Parts(
         names or ("model",), functions, mixture, mixture.new_ones((len(mixture), len(places)))
     )
-
-
-def _logits_of_part(model: Any, place: int | None, inputs: Inputs, masks: Inputs | None) -> Tensor:
-    return logits_of(model, inputs, masks, place)
 
 
 def _by_path(

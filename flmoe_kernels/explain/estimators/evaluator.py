@@ -121,22 +121,16 @@ class Evaluator:
         """Evaluate at most one batch per rank."""
         values = np.zeros(len(rows))
         mine = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
-        if len(rows[mine]):
-            values[mine] = self._evaluate(rows[mine])
+        count = len(rows[mine])
+        if count:
+            found = np.asarray(self.game(unpack(rows[mine], self.game.players)), dtype=np.float64)
+            if found.shape != (count,):
+                raise ValueError(
+                    f"game: expected values ({count},) for the coalitions, got {found.shape}"
+                )
+            values[mine] = found
         # Adding 0 turns -0 into 0, as the sum over several ranks does.
         values = self.ranks.total(values + 0.0)
-        self._require_finite(values, rows)
-        return values
-
-    def _evaluate(self, rows: Packed) -> Floats:
-        values = np.asarray(self.game(unpack(rows, self.game.players)), dtype=np.float64)
-        if values.shape != (len(rows),):
-            raise ValueError(
-                f"game: expected values ({len(rows)},) for the coalitions, got {values.shape}"
-            )
-        return values
-
-    def _require_finite(self, values: Floats, rows: Packed) -> None:
         wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong):
             size = int(sizes(rows[wrong[:1]])[0])
@@ -145,3 +139,4 @@ class Evaluator:
                 f"{self.game.players} tokens, in {len(wrong)} coalitions; a layer may give NaN if no "
                 "token is left, then use fill='zero' or 'mean', which keep all tokens"
             )
+        return values

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.extras import progress_bar
-from flmoe_kernels.explain.games.additive import TwoAdditiveGame, has_closed_form
+from flmoe_kernels.explain.games.additive import TwoAdditiveGame
 from flmoe_kernels.explain.games.coalitions import all_pairs
 from flmoe_kernels.explain.games.masked import FILLS
 from flmoe_kernels.explain.games.models import Inputs
 from flmoe_kernels.explain.games.token_game import OUTPUTS, TokenGame
 from flmoe_kernels.explain.games.tokens import players_of, require_inputs, valid_tokens
+from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
 from .candidates import ALL, Candidates, candidate_pairs, require_pairs
 from .evaluator import Game
@@ -203,12 +204,12 @@ def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run
 
 
 def _is_closed(model: Any, output: str, fill: str, baseline: Any) -> bool:
-    """Whether the game is 2-additive with known terms."""
+    """Whether `PairInteractionMoE.explain` gives v: a logit, with absent tokens masked out."""
     check.require_choice("output", output, OUTPUTS)
     check.require_choice("fill", fill, FILLS)
     if fill != "mean" and baseline is not None:
         raise ValueError(f"baseline: expected None with fill={fill!r}")
-    return has_closed_form(model, output, fill)
+    return isinstance(model, PairInteractionMoE) and output == "logit" and fill == "drop"
 
 
 def _solved(indices: Sequence[str], method: str, closed: bool) -> tuple[str, ...]:

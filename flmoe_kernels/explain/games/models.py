@@ -48,6 +48,11 @@ def expert_place(model: Any, expert: str | int | None) -> int | None:
             f"expert: expected None, as {type(model).__name__} is not a layer of this package, got "
             f"{expert!r}"
         )
+    return place_of(expert, names)
+
+
+def place_of(expert: str | int, names: Sequence[str]) -> int:
+    """Position among `names` of an expert given by name or position. Raises as `expert_place`."""
     if isinstance(expert, str):
         check.require_choice("expert", expert, names)
         return names.index(expert)
