@@ -12,7 +12,8 @@ from torch import Tensor
 from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.explain.estimators.interactions import shapley_interactions
 from flmoe_kernels.explain.masking.faithfulness import pair_masking
-from tests.support.explain_masking import TokenBits, bits, masked_logits, rows_of, set_of
+from tests.support.explain_games import first_of
+from tests.support.explain_masking import TokenBits, bits, masked_logits, set_of
 from tests.support.inputs import draw, draw_masks
 
 
@@ -66,7 +67,7 @@ def test_pairs_of_an_index() -> None:
             def logits_of(x: Any, m: Any) -> Tensor:
                 return layer(x, m).logits.detach()
 
-            one, mask = [x[b : b + 1] for x in inputs], rows_of(masks, b)
+            one, mask = first_of(inputs, b), first_of(masks, b)
             ends = [
                 float(masked_logits(logits_of, one, mask, gone, "drop")[1])
                 for gone in (set(), hidden)

@@ -14,6 +14,7 @@ from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
 from tests.support.explain_games import first_of, interaction_layer, random_terms, unanimity
 from tests.support.explain_results import pair_values
 from tests.support.layers import LayerCase
+from tests.support.refusals import assert_refused
 
 CASE = LayerCase(lengths=(4, 3))
 
@@ -132,8 +133,7 @@ def test_conversion_to_shapiq(sampled: PairValues) -> None:
     for (i, j), value in zip(sampled.pairs.tolist(), sampled.values, strict=True):
         assert part[(i, j)] == value
     assert part[(0, 1)] == 0.0, "no candidate"
-    with pytest.raises(ValueError, match=r"to_shapiq: expected the index SII.* got RG"):
-        mine["RG"].to_shapiq()
+    assert_refused(lambda: mine["RG"].to_shapiq(), r"to_shapiq: expected the index SII.* got RG")
 
 
 def test_a_missing_package_is_named(sampled: PairValues, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from flmoe_kernels.explain.games.models import model_digest
 from tests.support.explain_games import first_of, interaction_layer
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import pair_inputs, pair_layer
+from tests.support.refusals import assert_refused
 
 CASE = LayerCase(lengths=(5, 4))
 RANKS = 2
@@ -128,16 +130,14 @@ def test_an_interrupted_run_continues_and_only_its_last_batch_is_lost(
         {"output": "log_prob"},
         {"sampling": Sampling(budget=15_000, seed=6)} if method == "sampling" else {"target": 2},
     ):
-        with pytest.raises(ValueError, match=r"sample_00000\.npz: belongs to another run"):
-            call(folder, **other)
+        refused = partial(call, folder, **other)
+        assert_refused(refused, r"sample_00000\.npz: belongs to another run")
     with torch.no_grad():
         model.weight[0, 0] += 1.0
-    with pytest.raises(ValueError, match=r"belongs to another run"):
-        call(folder)
+    assert_refused(lambda: call(folder), r"belongs to another run")
     path = folder / "sample_00000.npz"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"sample_00000\.npz: not a file of .*damaged one"):
-        call(folder)
+    assert_refused(lambda: call(folder), r"sample_00000\.npz: not a file of .*damaged one")
 
 
 @pytest.mark.usefixtures("every_batch_is_saved")
@@ -179,8 +179,7 @@ def test_a_checkpoint_of_another_callable(tmp_path: Path, count: int) -> None:
     first = result(1.0)
     assert first.to_dict() == result(1.0).to_dict()
     assert count != 6 or first.evaluations == 2**6
-    with pytest.raises(ValueError, match=r"belongs to another model or sample: v\(none\)"):
-        result(1.5)
+    assert_refused(lambda: result(1.5), r"belongs to another model or sample: v\(none\)")
 
 
 class Scaled(nn.Module):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flmoe_kernels import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
@@ -121,9 +120,9 @@ def interaction_layer(
     return InteractionMoE.adopt(case.reference(dtype).eval(), backend=backend)
 
 
-def first_of(tensors: Any, sample: int = 0) -> list[Tensor | None]:
-    """A sample of M tensors, with batch 1."""
-    return [None if x is None else x[sample : sample + 1] for x in tensors]
+def first_of(tensors: Any, sample: int = 0) -> Any:
+    """A sample of M tensors, with batch 1; None stays None."""
+    return tensors and [None if x is None else x[sample : sample + 1] for x in tensors]
 
 
 def drawn(rows: int, players: int, seed: int = 0) -> NDArray[np.bool_]:
