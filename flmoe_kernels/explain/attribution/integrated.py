@@ -38,18 +38,12 @@ def quadrature(rule: str, n_steps: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """The start of the path from x0 to x, and the quadrature along it.
+    """The start of the path from x0 to x, and the quadrature along it."""
 
-    Attributes:
-        starts: x0, M x (B, L_m, ...), None for a missing modality.
-        rule, n_steps: see quadrature.
-        max_batch: rows of one pass: samples times steps.
-    """
-
-    starts: Inputs
+    starts: Inputs  # x0, M x (B, L_m, ...), None for a missing modality
     rule: str
     n_steps: int
-    max_batch: int
+    max_batch: int  # rows of one pass: samples times steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,19 +65,12 @@ def integrated_gradients(
 ) -> PathIntegral:
     """(x - x0) * integral over t in [0, 1] of dF(x0 + t (x - x0)) / dx, F the target's logit.
 
-    The error, F(x) - F(x0) - the sum of the values, is that of the quadrature.
-
-    Args:
-        logits_of: differentiable by its inputs; a sample's logits must not depend on its batch.
-        inputs: M x (B, L_m, ...), x; None for a missing modality, whose values have no tokens.
-        masks: passed to logits_of.
-        targets: of the B samples.
-        path: see Path.
-        advance: called with the number of rows of each pass with gradients.
+    The error, F(x) - F(x0) - the sum of the values, is that of the quadrature. logits_of must be differentiable by
+    its inputs, and a sample's logits must not depend on its batch. `advance` is called with the number of rows of
+    each pass with gradients.
 
     Raises:
-        ValueError: the logits have no gradient, or a logit or gradient of a sample with valid tokens is NaN or
-            inf.
+        ValueError: no gradient, or a NaN or inf in the logits or gradients of a sample with valid tokens.
 
     Memory: that of logits_of for max_batch rows, and a few times the inputs.
     Source: Sundararajan, Taly and Yan, arXiv 1703.01365.

@@ -48,14 +48,8 @@ class Evaluator:
     batch, so values are bitwise equal for any number of ranks. Only the batch size may change a model's last
     bits; all ranks use the smallest of their batch sizes, and results report it.
 
-    Args:
-        game: see Game.
-        batch_size: coalitions per batch, unless the game has a smaller limit; None: the limit of the game.
-        ranks: the processes that share the work.
-
-    Attributes:
-        evaluations: distinct coalitions per call, summed over calls and ranks.
-        advance: called with the number of coalitions whose values are known, for a progress bar.
+    `batch_size` is an upper limit, None that of the game. `evaluations` counts the distinct coalitions per call,
+    summed over calls and ranks. `advance` is called with the number of coalitions whose values are known.
     """
 
     def __init__(
@@ -76,11 +70,8 @@ class Evaluator:
     def resume(self, checkpoint: Checkpoint, same_batches: bool) -> None:
         """Use the values of a checkpoint for the next coalitions, and add later values to it.
 
-        Args:
-            same_batches: use batches no larger than those of the checkpoint, for bitwise equal values.
-
-        Raises:
-            ValueError: the checkpoint belongs to another request or game, or is damaged.
+        same_batches: use batches no larger than those of the checkpoint, for bitwise equal values.
+        Raises ValueError: the checkpoint belongs to another request or game, or is damaged.
         """
         saved = checkpoint.read()
         if saved is not None:

@@ -116,17 +116,13 @@ def coalition(seed: int, sample: int, unit: int, players: int) -> Bools:
 
 @dataclass(frozen=True)
 class Toggles:
-    """The coalitions of a draw: T itself, T with each candidate token toggled, T with each pair toggled.
+    """The coalitions of a draw: T itself, T with each candidate token toggled, T with each pair toggled."""
 
-    Attributes:
-        pairs: (p, 2).
-        toggled: (1 + c + p, 2): players that a draw's r-th coalition toggles; n stands for no player.
-        place: (2, p): the row in which only the first or second player of a pair is toggled.
-    """
-
-    pairs: Ints
-    toggled: Ints
-    place: Ints
+    pairs: Ints  # (p, 2)
+    toggled: (
+        Ints  # (1 + c + p, 2): players that a draw's r-th coalition toggles; n stands for no player
+    )
+    place: Ints  # (2, p): the row in which only the first or second player of a pair is toggled
 
     @classmethod
     def of(cls, players: int, pairs: Ints) -> Toggles:
@@ -165,15 +161,7 @@ class Toggles:
 class PairSampling:
     """A Monte Carlo estimate: call `plan`, evaluate, call `absorb`, until `stopped_by` is set.
 
-    Args:
-        players: n.
-        pairs: (p, 2).
-        indices: names in `indices.INDICES`.
-        sampling: see Sampling.
-        sample: position of the sample in its batch; the draws depend on it.
-
-    Raises:
-        ValueError: the budget is too small for two units.
+    The draws depend on `sample`, the position in the batch. Raises ValueError: a budget too small for two units.
     """
 
     method: ClassVar[str] = "sampling"

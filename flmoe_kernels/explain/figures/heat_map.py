@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flmoe_kernels.core.figures import make_figure
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
 
 from .canvas import (
     ABSENT,
     DIVERGING,
     DOTS,
-    Floats,
-    Ints,
     fill_cells,
     hatch_negative,
     label_of,

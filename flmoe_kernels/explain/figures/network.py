@@ -10,12 +10,12 @@ import numpy as np
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues, scored
+from flmoe_kernels.explain.games.coalitions import Floats
 
 from .canvas import (
     AGAINST,
     FOR,
     UNSURE,
-    Floats,
     label_of,
     require_result,
     require_sized,

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flmoe_kernels.core.figures import make_figure
+from flmoe_kernels.explain.games.coalitions import Floats
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
-from .canvas import Floats, require_array, require_sized, short
+from .canvas import require_array, require_sized, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

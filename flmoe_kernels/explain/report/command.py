@@ -68,11 +68,7 @@ def run(request: Request, *, force: bool = False) -> Findings:
 
 
 def main(request: Request, *, force: bool = False) -> int:
-    """Run as a command; return 0: done, 1: layers differ, 2: the request cannot be run, 130: interrupted.
-
-    Raises:
-        ModuleNotFoundError: an optional package is missing.
-    """
+    """Run as a command; return 0: done, 1: layers differ, 2: the request cannot be run, 130: interrupted."""
     try:
         findings = run(request, force=force)
     except KeyboardInterrupt:

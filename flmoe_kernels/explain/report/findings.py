@@ -43,31 +43,18 @@ TOP_ROWS = 10  # pairs per sample that the page lists; the file has all pairs
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Explanations of S samples.
-
-    Attributes:
-        request: the request.
-        features: the S samples.
-        layer: description of the layer and its error against the reference, JSON serializable.
-        logits: (S, C).
-        expert_logits: (S, E, C).
-        target: (S,) the class whose logit is explained.
-        attribution: of all samples.
-        pairs: results by index, for each sample.
-        faithfulness: of the attribution.
-        pair_masking: of the largest pairs, by index.
-    """
+    """Explanations of S samples."""
 
     request: Request
     features: Features
-    layer: dict[str, Any]
-    logits: Tensor
-    expert_logits: Tensor
-    target: Tensor
+    layer: dict[str, Any]  # its description and its error against the reference, JSON serializable
+    logits: Tensor  # (S, C)
+    expert_logits: Tensor  # (S, E, C)
+    target: Tensor  # (S,), the class whose logit is explained
     attribution: Attribution
-    pairs: list[dict[str, PairValues]]
-    faithfulness: MaskingDrops
-    pair_masking: dict[str, MaskingDrops]
+    pairs: list[dict[str, PairValues]]  # of each sample, by index
+    faithfulness: MaskingDrops  # of the attribution
+    pair_masking: dict[str, MaskingDrops]  # of the largest pairs, by index
 
     @property
     def samples(self) -> int:
@@ -152,14 +139,10 @@ class Findings:
 def find(
     layer: Any, whole: Features, request: Request, start: Callable[[], Path], about: dict[str, Any]
 ) -> Findings:
-    """Explain the first samples with a layer in eval mode.
+    """Explain the first samples with a layer in eval mode; raises ValueError for an invalid request.
 
-    Args:
-        start: returns the folder of checkpoints; called once, before the long part, when the request is known to
-            be valid.
-
-    Raises:
-        ValueError: an invalid argument; the message says what was expected and what was passed.
+    `start` returns the folder of checkpoints. It is called once, when the request is known to be valid, before the
+    long part.
     """
     features = whole.first(request.samples)
     given = (features.inputs, features.masks)
@@ -227,9 +210,7 @@ def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
     """The explained class of each sample, (S,): the requested class, the label, or the predicted class.
 
     For multi-label samples it is the positive label of largest logit; without positive labels, the largest logit.
-
-    Raises:
-        ValueError: no such class, or labels are requested but the file has none.
+    Raises ValueError: no such class, or labels are requested but the file has none.
     """
     labels, wanted = features.labels, request.target
     if wanted is None:

@@ -90,11 +90,7 @@ class Request:
         return cls(**{**(_QUICK if quick else {}), **given})
 
     def require_counts(self, modalities: int, classes: int) -> None:
-        """Check the numbers of names, which only the layer determines.
-
-        Raises:
-            ValueError: a wrong number of names.
-        """
+        """Check the numbers of names, which only the layer determines. Raises ValueError."""
         for name, count in {"modality_names": modalities, "class_names": classes}.items():
             names = getattr(self, name)
             if names is not None and len(names) != count:
