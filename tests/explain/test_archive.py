@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import pickle
 from pathlib import Path
@@ -38,6 +39,7 @@ def pairs(listed: Any = None) -> PairValues:
     return probe_game(game, listed, method="sampling", sampling=sampling)["SII"]
 
 
+@functools.cache
 def results() -> dict[str, Result]:
     call = call_of(CASES[3], torch.float32)
     found: dict[str, Result] = {"pairs": pairs(), "no pairs": pairs([])}

@@ -18,6 +18,7 @@ from flmoe_kernels.explain import (
     shapley_interactions,
 )
 from tests.support.explain_games import as_array, by_definition, first_of, interaction_layer
+from tests.support.explain_masking import masked_logits
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
@@ -48,21 +49,18 @@ def test_interaction_moe(fill: str, expert: str | int | None) -> None:
         tokens = [(m, i) for m in range(2) for i in range(case.lengths[m]) if own_masks[m][0, i]]
         result = found[sample]["SII"]
         assert result.tokens.tolist() == [list(token) for token in tokens]
+
+        def logits_of(given: Any, valid: Any) -> torch.Tensor:
+            # The published layer is not defined without tokens; its expert's latent is 0 in this case.
+            chosen = oracle if any(mask.any() for mask in valid) else layer
+            experts, _, mixed = chosen.inference(given, valid)
+            return (mixed if place is None else experts[place]).detach()
+
         values = np.empty(2 ** len(tokens))
         for code in range(len(values)):
-            there = [mask.clone() for mask in own_masks]
-            filled = [each.clone() for each in own]
-            for k, (m, i) in enumerate(tokens):
-                if not code >> k & 1:
-                    there[m][0, i] = fill != "drop"
-                    if fill != "drop":
-                        filled[m][0, i] = 0.0 if fill == "zero" else means[m]
-            if fill == "drop" and not code:
-                # The published layer is not defined without tokens; its expert's latent is 0 in this case.
-                experts, _, mixed = layer.inference(filled, there)
-            else:
-                experts, _, mixed = oracle.inference(filled, there)
-            values[code] = (mixed if place is None else experts[place])[0, 2].detach()
+            absent = {token for k, token in enumerate(tokens) if not code >> k & 1}
+            how = means if fill == "mean" else fill
+            values[code] = masked_logits(logits_of, own, own_masks, absent, how)[2]
         assert result.value == pytest.approx(values[-1], abs=1e-10)
         assert result.baseline == pytest.approx(values[0], abs=1e-10)
         for index in BOTH:

@@ -48,6 +48,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "redundancy gap": lambda model, x, **options: redundancy_gap(model, x, **options),
 }
+EVERY = {**CALLS, "rollout": attribute}
 
 
 class Additive(nn.Module):
@@ -99,12 +100,12 @@ def test_a_class_that_is_ruled_out_is_not_explained(name: str) -> None:
         CALLS[name](model, INPUTS, target=0)
 
 
-@pytest.mark.parametrize("name", [*CALLS, "rollout"])
+@pytest.mark.parametrize("name", EVERY)
 def test_an_input_that_is_nan_is_refused_with_its_sample(name: str) -> None:
     x = [each.clone() for each in INPUTS]
     x[0][1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=r"model: expected finite logits, got nan for sample 1"):
-        {**CALLS, "rollout": attribute}[name](interaction_layer(CASE), x)
+        EVERY[name](interaction_layer(CASE), x)
 
 
 @pytest.mark.parametrize("name", ["faithfulness", "pair masking"])
@@ -166,9 +167,9 @@ INTEGERS = (
 )
 
 
-@pytest.mark.parametrize("name", [*CALLS, "rollout"])
+@pytest.mark.parametrize("name", EVERY)
 def test_any_integer_is_a_target(name: str) -> None:
-    call, layer = {**CALLS, "rollout": attribute}[name], interaction_layer(CASE)
+    call, layer = EVERY[name], interaction_layer(CASE)
     expected = call(layer, INPUTS, target=2)
     for target in INTEGERS:
         found = call(layer, INPUTS, target=target)
@@ -179,9 +180,9 @@ def test_any_integer_is_a_target(name: str) -> None:
             assert torch.equal(found.targets, expected.targets)
 
 
-@pytest.mark.parametrize("name", [*CALLS, "rollout"])
+@pytest.mark.parametrize("name", EVERY)
 def test_other_values_are_no_targets(name: str) -> None:
-    call, layer = {**CALLS, "rollout": attribute}[name], interaction_layer(CASE)
+    call, layer = EVERY[name], interaction_layer(CASE)
     wrong: list[Any] = [True, np.True_, torch.tensor(True), 2.0, np.float64(2), "2", {0: 1}]
     wrong += [[True, False], torch.tensor([True, False]), np.array([0.0, 1.0]), ["a", "b"]]
     for target in wrong:

@@ -22,10 +22,12 @@ from flmoe_kernels.explain import (
     shapley_interactions,
 )
 from flmoe_kernels.explain.estimators import sampling as estimator
+from flmoe_kernels.explain.games.coalitions import all_pairs
 from flmoe_kernels.explain.masking import drops as masking
 from flmoe_kernels.explain.reliability import LEAST_COUNT, near_ties
 from tests.support.explain_games import (
     Planted,
+    deviations,
     first_of,
     interaction_layer,
     random_game,
@@ -66,19 +68,14 @@ GAMES = {
 
 def ratios(game: Planted, units: int, antithetic: bool, runs: int) -> NDArray[np.float64]:
     """Deviation / standard error of SII and RG of all pairs, over seeds; without pairs that have no error."""
-    exact = probe_game(game, method="exact")
-    row = 1 + game.players + len(exact["SII"])
-    budget = 2 + 2 * row + units * (1 + antithetic) * row
+    pairs = all_pairs(range(game.players))
+    row = 1 + game.players + len(pairs)
+    options = {"budget": 2 + 2 * row + units * (1 + antithetic) * row, "antithetic": antithetic}
     found: list[NDArray[np.float64]] = []
-    for seed in range(runs):
-        settings = Sampling(budget=budget, seed=seed, antithetic=antithetic)
-        sampled = probe_game(game, method="sampling", sampling=settings)
-        for index, values in sampled.items():
-            error = values.standard_errors
-            deviation = values.values - exact[index].values
-            there = ~np.isnan(error) & ~((np.abs(deviation) < 1e-12) & (error < 1e-12))
-            with np.errstate(divide="ignore"):
-                found.append(deviation[there] / error[there])
+    for deviation, error, _ in deviations(game, pairs, ("SII", "RG"), runs, **options).values():
+        there = ~np.isnan(error) & ~((np.abs(deviation) < 1e-12) & (error < 1e-12))
+        with np.errstate(divide="ignore"):
+            found.append(deviation[there] / error[there])
     return np.concatenate(found)
 
 

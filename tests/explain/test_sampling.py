@@ -19,6 +19,7 @@ from tests.support.explain_games import (
     Planted,
     as_array,
     by_definition,
+    deviations,
     either,
     random_game,
     table,
@@ -142,23 +143,6 @@ def test_redundancy_gap_of_duplicates_independents_and_synergies() -> None:
     assert sii == pytest.approx([0.0, -1.0])
 
 
-def runs_of(
-    game: Planted, pairs: NDArray[np.int64], index: str, runs: int, **options: Any
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Deviations from the exact index and standard errors (runs, p) over seeds; units (runs, 1)."""
-    truth = probe_game(game, pairs, indices=[index], method="exact")[index].values
-    found = []
-    for seed in range(runs):
-        sampling = Sampling(seed=seed, **options)
-        arguments: Any = {"indices": [index], "method": "sampling", "sampling": sampling}
-        found.append(probe_game(game, pairs, **arguments)[index])
-    units = np.array([[x.draws // (1 + sampling.antithetic)] for x in found])
-    values, errors = (
-        np.array([getattr(x, name) for x in found]) for name in ("values", "standard_errors")
-    )
-    return values - truth, errors, units
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("antithetic", [True, False])
 @pytest.mark.parametrize("index", BOTH)
@@ -173,7 +157,7 @@ def test_coverage_and_no_bias(index: str, antithetic: bool) -> None:
         3000 if antithetic else 1500,
     )
     options: dict[str, Any] = {"budget": budget, "antithetic": antithetic}
-    deviation, errors, units = runs_of(game, pairs, index, 250, **options)
+    deviation, errors, units = deviations(game, pairs, [index], 250, **options)[index]
     reach = student.ppf(0.975, units - 1)
     covered = (np.abs(deviation) <= reach * errors).mean(axis=0)
     assert 0.93 < covered.mean() < 0.97

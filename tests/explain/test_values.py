@@ -19,6 +19,7 @@ from flmoe_kernels.explain import (
     shapley_interactions,
     token_means,
 )
+from flmoe_kernels.explain.games import masked
 from flmoe_kernels.explain.games.models import takes_tokens_in_any_order
 from tests.support.explain_games import Planted, drawn, interaction_layer
 from tests.support.inputs import draw_masks
@@ -154,7 +155,9 @@ def test_two_additive_games_agree_with_their_layers() -> None:
         np.testing.assert_allclose(ends, [closed.value, closed.baseline], atol=1e-12)
 
 
-def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
+def test_a_pair_layer_computes_no_more_than_the_longest_coalition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Absent tokens are removed up to the batch's longest coalition, with the same values as by masking."""
     lengths = (9, 0, 7)
     layer = pair_layer(DIMS, top_k=2)
@@ -181,24 +184,14 @@ def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
                 assert inputs[m].shape[1] == given[m].shape[1] == counts.max()
                 assert given[m].sum(dim=1).tolist() == counts.tolist()
             assert inputs[1] is None
-        masked = [masked_out(layer, x, game, row, expert) for row in inside]
-        np.testing.assert_allclose(values, masked, rtol=0, atol=1e-12)
+        with monkeypatch.context() as patch:
+            patch.setattr(masked, "takes_tokens_in_any_order", lambda model: False)
+            np.testing.assert_allclose(values, game(inside), rtol=0, atol=1e-12)
         assert values.std() > 1e-3, "control: a constant would not pass"
     # A derived layer or another model may depend on the order of tokens.
     assert takes_tokens_in_any_order(layer)
     assert not takes_tokens_in_any_order(type("Positions", (type(layer),), {})(DIMS, num_classes=2))
     assert not takes_tokens_in_any_order(interaction_layer(CASE))
-
-
-def masked_out(layer: Any, x: list[Any], game: TokenGame, row: Any, expert: str | None) -> float:
-    """Logit of class 1 of sample 1, with absent tokens masked."""
-    masks = [None if each is None else torch.zeros(1, each.shape[1]).bool() for each in x]
-    for m, i in game.tokens[row]:
-        masks[m][0, i] = True
-    with torch.no_grad():
-        out = layer([None if each is None else each[1:2] for each in x], masks)
-    logits = out.logits if expert is None else out.expert_logits[:, [*layer.experts].index(expert)]
-    return float(logits[0, 1])
 
 
 @pytest.mark.parametrize("fill", ["drop", "zero", "mean"])

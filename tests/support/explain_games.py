@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from flmoe_kernels import InteractionMoE
+from flmoe_kernels.explain import Sampling, probe_game
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from tests.support.layers import LayerCase
 
@@ -65,6 +66,26 @@ def tabled(values: NDArray[np.float64], players: int) -> Planted:
     """A game from the table of its values; bit k stands for player k."""
     bits = 1 << np.arange(players)
     return Planted(players, lambda inside: values[inside @ bits])
+
+
+def deviations(
+    game: Planted, pairs: Any, indices: Sequence[str], runs: int, **sampling: Any
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]]:
+    """Deviations from the exact index and standard errors (runs, p) over seeds, and units (runs, 1), by index."""
+    exact = probe_game(game, pairs, indices=indices, method="exact")
+    settings = [Sampling(seed=seed, **sampling) for seed in range(runs)]
+    found = [
+        probe_game(game, pairs, indices=indices, method="sampling", sampling=each)
+        for each in settings
+    ]
+    return {
+        index: (
+            np.array([x[index].values for x in found]) - values.values,
+            np.array([x[index].standard_errors for x in found]),
+            np.array([[x[index].draws // (1 + settings[0].antithetic)] for x in found]),
+        )
+        for index, values in exact.items()
+    }
 
 
 def xor(planted: tuple[int, ...], players: int) -> Planted:
