@@ -26,7 +26,7 @@ from flmoe_kernels.explain import (
 )
 from flmoe_kernels.explain.estimators.evaluator import Evaluator
 from flmoe_kernels.explain.games import memory
-from flmoe_kernels.explain.games.coalitions import distinct, pack, sizes, toggled, unpack
+from flmoe_kernels.explain.games.coalitions import distinct, pack, sizes, unpack
 from tests.support.explain_games import (
     Planted,
     drawn,
@@ -54,14 +54,6 @@ def test_packed_coalitions(players: int) -> None:
     assert len(rows) == len({row.tobytes() for row in repeated})
     assert (np.diff(sizes(rows)) >= 0).all()
     np.testing.assert_array_equal(distinct(repeated[::-1])[0], rows)
-
-
-def test_toggled() -> None:
-    inside = np.isin(np.arange(10), (3, 8))
-    rows = np.array([(10, 10), (3, 10), (10, 9), (8, 0), (0, 1), (3, 8)])
-    sets = [set(np.flatnonzero(row).tolist()) for row in unpack(toggled(inside, rows), 10)]
-    assert sets == [{3, 8}, {8}, {3, 8, 9}, {0, 3}, {0, 1, 3, 8}, set()]
-    assert toggled(inside, rows[:0]).shape == (0, 2)
 
 
 def test_each_distinct_coalition_once_in_batches() -> None:

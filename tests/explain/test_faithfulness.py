@@ -1,4 +1,4 @@
-"""Tests of faithfulness against loops over samples, tokens and budgets."""
+"""Tests of faithfulness and pair_masking against loops over samples, tokens and budgets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,21 @@ from torch import Tensor
 from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.targets import METRICS, resolve_targets
+from flmoe_kernels.explain.estimators.interactions import shapley_interactions
 from flmoe_kernels.explain.games.tokens import percent_counts
 from flmoe_kernels.explain.masking.drops import KINDS
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
+from tests.support.explain_games import first_of
 from tests.support.explain_layers import call_of
-from tests.support.explain_masking import BUDGETS, CASE, TokenBits, bits, brute_force, set_of
+from tests.support.explain_masking import (
+    BUDGETS,
+    CASE,
+    TokenBits,
+    bits,
+    brute_force,
+    masked_logits,
+    set_of,
+)
 from tests.support.inputs import draw, draw_masks
 from tests.support.refusals import assert_refused
 
@@ -65,11 +76,10 @@ def test_which_tokens_are_masked(exempt: tuple[int, ...]) -> None:
     masks: Any = draw_masks("partial", batch, lengths)
     masks[1][3] = False
     values = [draw(batch, length, seed=m) for m, length in enumerate(lengths)]
-    options: dict[str, Any] = {"exempt": exempt, "metrics": ["logit"], "target": 0}
     budgets = (1, 5, 10, 15, 20, 25, 60, 100)
-    found = faithfulness(
-        TokenBits().eval(), bits(batch, lengths), masks, values, budgets=budgets, **options
-    )
+    options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "budgets": budgets}
+    call = partial(faithfulness, TokenBits().eval(), bits(batch, lengths), masks, values, **options)
+    found = call(exempt=exempt)
     starts = (0, 20, 29)
     for b in range(batch):
         valid = [set(x[b].nonzero().flatten().tolist()) for x in masks]
@@ -95,16 +105,11 @@ def test_which_tokens_are_masked(exempt: tuple[int, ...]) -> None:
     # Random sets differ between repeats, samples and seeds.
     first = found.random[0, 0, :, :, 3]
     assert len(first.unique()) > 30
-    options |= {"budgets": budgets, "max_batch": 3}
-    again = faithfulness(TokenBits().eval(), bits(batch, lengths), masks, values, **options)
-    assert torch.equal(again.random, found.random)
-    other = faithfulness(TokenBits().eval(), bits(batch, lengths), masks, values, seed=1, **options)
+    assert torch.equal(call(exempt=exempt, max_batch=3).random, found.random)
+    other = call(exempt=exempt, seed=1)
     assert torch.equal(other.identified, found.identified)
     assert not torch.equal(other.random, found.random)
-    fewer = faithfulness(
-        TokenBits().eval(), bits(batch, lengths), masks, values, n_random=4, **options
-    )
-    assert torch.equal(fewer.random, found.random[:, :, :4])
+    assert torch.equal(call(exempt=exempt, n_random=4).random, found.random[:, :, :4])
 
 
 def test_random_sets_are_uniform() -> None:
@@ -251,6 +256,66 @@ def test_missing_modality() -> None:
     found = faithfulness(layer, inputs, None, [draw(2, 5), None], fill="drop")
     assert found.maskable.tolist() == [5, 5]
     assert found.identified.isfinite().all()
+
+
+def test_pairs_fill_a_budget_whole() -> None:
+    """Pairs are taken in order; a pair that exceeds the budget is skipped, and later pairs may still fit."""
+    pairs = [
+        [((0, 1), (1, 0)), ((0, 1), (1, 2)), ((0, 3), (1, 3)), ((0, 2), (1, 2)), ((0, 0), (0, 3))],
+        [((1, 3), (0, 0)), ((1, 1), (1, 2))],
+        [],
+    ]
+    masks = [torch.ones(3, 4), torch.tensor([[1, 1, 1, 1]] * 3)]
+    call: Any = (TokenBits().eval(), bits(3, (4, 4)), masks)
+    options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "budgets": (1, 2, 3, 4, 5, 6)}
+    found = pair_masking(*call, pairs, **options)
+    sets = [[set_of(x) for x in row] for row in found.values(metric="logit")]
+    assert sets[0] == [set(), {1, 4}, {1, 4, 6}, {1, 2, 4, 6}, {1, 3, 4, 6, 7}, {1, 2, 3, 4, 6, 7}]
+    assert sets[1] == [set(), {0, 7}, {0, 7}, *[{0, 5, 6, 7}] * 3]
+    assert sets[2] == [set()] * 6
+    assert found.masked.tolist() == [[len(each) for each in row] for row in sets]
+    assert found.unit == "tokens"
+    rest = found.identified[1, 0]
+    assert set_of(rest[0, 3]) == set(range(8)) - sets[0][3]
+    for b, k in itertools.product(range(3), range(6)):
+        for drawn in found.random[0, 0, :, b, k]:
+            ours = [sum(g < 4 for g in each) for each in (set_of(drawn), sets[b][k])]
+            assert ours[0] == ours[1]
+            assert len(set_of(drawn)) == len(sets[b][k])
+    assert len(found.random[0, 0, :, 0, 3].unique()) > 5
+    exempted = pair_masking(*call, pairs, exempt=[1], **options)
+    assert set_of(exempted.values(metric="logit")[0, 1]) == {1, 6}
+    assert all(4 not in set_of(x) for x in exempted.identified[:, 0].flatten())
+
+
+def test_pairs_of_an_index() -> None:
+    """Exact interactions of a pair layer, in three orders, against direct calls of the layer."""
+    torch.manual_seed(0)
+    layer = PairInteractionMoE((6, 4), num_classes=3, rank=4, value_dim=5, normalizer=4.0)
+    layer = layer.double().eval()
+    inputs = [draw(2, 5, 6, dtype=torch.float64), draw(2, 7, 4, dtype=torch.float64, seed=1)]
+    masks = draw_masks("partial", 2, (5, 7))
+    pairs = shapley_interactions(layer, inputs, masks, target=1, pairs="across")
+    options: dict[str, Any] = {"target": 1, "budgets": [2], "fill": "drop", "metrics": ["logit"]}
+    drops = {}
+    for by in ("largest", "smallest", "magnitude"):
+        found = pair_masking(layer, inputs, masks, pairs, by=by, **options)
+        assert found.settings["by"] == f"{by} SII"
+        for b, each in enumerate(pairs):
+            top = each.top(1, by).rows()[0]
+            hidden = {(0, top["token_i"]), (1, top["token_j"])}
+
+            def logits_of(x: Any, m: Any) -> Tensor:
+                return layer(x, m).logits.detach()
+
+            one, mask = first_of(inputs, b), first_of(masks, b)
+            ends = [
+                float(masked_logits(logits_of, one, mask, gone, "drop")[1])
+                for gone in (set(), hidden)
+            ]
+            assert float(found.identified[0, 0, b, 0]) == pytest.approx(ends[0] - ends[1])
+        drops[by] = found.identified
+    assert not torch.allclose(drops["largest"], drops["smallest"])
 
 
 def test_errors() -> None:

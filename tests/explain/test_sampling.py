@@ -24,7 +24,6 @@ from tests.support.explain_games import (
     random_game,
     table,
     unanimity,
-    xor,
 )
 
 BOTH = ("SII", "RG")
@@ -92,27 +91,6 @@ def banzhaf(values: NDArray[np.float64], players: int, index: str) -> dict[tuple
         terms = v[3] - v[1] - v[2] + v[0] if index == "SII" else np.minimum(v[1], v[2]) - v[0]
         found[i, j] = float(terms.mean())
     return found
-
-
-@pytest.mark.parametrize("method", ["exact", "sampling"])
-def test_xor(method: str) -> None:
-    sampling = Sampling(budget=60_000, seed=1)
-    two = probe_game(xor((1, 4), 7), method=method, sampling=sampling)
-    planted = (two["SII"].pairs == (1, 4)).all(axis=1)
-    np.testing.assert_allclose(two["SII"].values, np.where(planted, -2.0, 0.0), atol=1e-12)
-    # Each token alone gives 1: the redundancy gap is 1 by its formula.
-    assert two["RG"].values[planted] == 1.0
-    # With three tokens, each pair's second difference is -2 without the third token and 2 with it.
-    for antithetic in (True, False):
-        sampling = Sampling(budget=20_000, antithetic=antithetic)
-        three = probe_game(xor((0, 2, 5), 6), method=method, sampling=sampling)["SII"]
-        assert (np.abs(three.values) <= 5 * three.standard_errors + 1e-12).all()
-        inside = np.isin(three.pairs, (0, 2, 5)).all(axis=1)
-        # Either a draw or its antithetic partner contains the third token.
-        noisy = method == "sampling" and not antithetic
-        assert (three.standard_errors[inside] > 0).all() == noisy
-    values = table(xor((0, 2, 5), 6), 6)
-    assert (np.abs(as_array(by_definition(values, 6, "SII"), three.pairs)) < 1e-12).all()
 
 
 def test_redundancy_gap_of_duplicates_independents_and_synergies() -> None:

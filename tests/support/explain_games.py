@@ -88,11 +88,6 @@ def deviations(
     }
 
 
-def xor(planted: tuple[int, ...], players: int) -> Planted:
-    """1 if an odd number of the planted tokens is present, else 0."""
-    return Planted(players, lambda inside: inside[:, list(planted)].sum(axis=1) % 2)
-
-
 def either(first: int, second: int, worth: float, players: int) -> Planted:
     """A game with two copies of the same token."""
     return Planted(players, lambda inside: worth * (inside[:, first] | inside[:, second]))

@@ -124,7 +124,12 @@ def probe_pairs(
     check.require_choice("method", method, (CLOSED_FORM, *METHODS))
     sampling, run = _settings(sampling, run)
     batch = require_inputs(inputs, masks)
-    closed = _is_closed(model, output, fill, baseline)
+    check.require_choice("output", output, OUTPUTS)
+    check.require_choice("fill", fill, FILLS)
+    if fill != "mean" and baseline is not None:
+        raise ValueError(f"baseline: expected None with fill={fill!r}")
+    # `PairInteractionMoE.explain` gives the logit with absent tokens masked out.
+    closed = isinstance(model, PairInteractionMoE) and output == "logit" and fill == "drop"
     solved = _solved(names, method, closed)
     estimated = [name for name in names if name not in solved]
     targets, valid = _targets(target, batch), valid_tokens(inputs, masks)
@@ -201,15 +206,6 @@ def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
     return settings
-
-
-def _is_closed(model: Any, output: str, fill: str, baseline: Any) -> bool:
-    """Whether `PairInteractionMoE.explain` gives v: a logit, with absent tokens masked out."""
-    check.require_choice("output", output, OUTPUTS)
-    check.require_choice("fill", fill, FILLS)
-    if fill != "mean" and baseline is not None:
-        raise ValueError(f"baseline: expected None with fill={fill!r}")
-    return isinstance(model, PairInteractionMoE) and output == "logit" and fill == "drop"
 
 
 def _solved(indices: Sequence[str], method: str, closed: bool) -> tuple[str, ...]:

@@ -235,7 +235,11 @@ class PairSampling:
             self._drawn = [[none, ~none]]
         else:
             count = min(self._units_per_step, self.units_planned - self.units)
-            self._drawn = [self._draw(self.units + k) for k in range(count)]
+            drawn = [
+                coalition(self.sampling.seed, self.sample, self.units + k, self.players)
+                for k in range(count)
+            ]
+            self._drawn = [[x, ~x][: self._draws_per_unit] for x in drawn]
         every = [drawn for unit in self._drawn for drawn in unit]
         return np.concatenate([self._toggles.coalitions(drawn) for drawn in every])
 
@@ -290,10 +294,6 @@ class PairSampling:
         """Return the settings that determine the draws, for a fingerprint."""
         design = [_DESIGN, _STEP_COALITIONS]
         return {"draws": design, "sampling": asdict(self.sampling), "sample": self.sample}
-
-    def _draw(self, unit: int) -> list[Bools]:
-        drawn = coalition(self.sampling.seed, self.sample, unit, self.players)
-        return [drawn, ~drawn][: self._draws_per_unit]
 
     def _add(self, drawn: Bools, unit: Floats) -> None:
         """Add a unit's values (indices, p) to the pairs whose S has no end size.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Callable
@@ -244,10 +243,6 @@ def token_name(findings: Findings, sample: int, modality: int, position: int) ->
 def versions() -> dict[str, str]:
     own = {"python": platform.python_version(), "flmoe-kernels": __version__}
     return own | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def json_text(findings: Findings) -> str:
-    return json.dumps(findings.as_dict(), indent=1, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
