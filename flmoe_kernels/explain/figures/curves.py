@@ -44,12 +44,11 @@ def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> F
         ValueError: the metric was not measured.
     """
     require_result("drops", drops, MaskingDrops)
-    curves = {kind: drops.curve(kind, metric) for kind in KINDS}
     # One above the other, so that the figure is readable on a narrow screen.
     figure = make_figure(4.6, 8.4)
     panels = figure.subplots(2, 1)
-    for axes, (kind, curve) in zip(panels, curves.items(), strict=True):
-        _panel(axes, drops, kind, metric, *(x.cpu().numpy() for x in curve[:4]))
+    for axes, kind in zip(panels, KINDS, strict=True):
+        _panel(axes, drops, kind, metric)
         axes.set_ylabel(f"drop of the target's {METRIC_NAMES[metric]}")
     if title:
         figure.suptitle(title)
@@ -81,16 +80,9 @@ def compare(drops: MaskingDrops, kind: str, metric: str = PROB) -> str:
     return BETTER if gap > 0 else WORSE
 
 
-def _panel(
-    axes: Axes,
-    drops: MaskingDrops,
-    kind: str,
-    metric: str,
-    identified: np.ndarray,
-    error: np.ndarray,
-    random: np.ndarray,
-    spread: np.ndarray,
-) -> None:
+def _panel(axes: Axes, drops: MaskingDrops, kind: str, metric: str) -> None:
+    curve = drops.curve(kind, metric)
+    identified, error, random, spread = (x.cpu().numpy() for x in curve[:4])
     aopc, x = drops.aopc(kind, metric), np.array(drops.budgets)
     bars = TIE_ERRORS * error if np.isfinite(error).all() else None
     axes.errorbar(
