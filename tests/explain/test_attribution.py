@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,13 +18,7 @@ from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.values import METHODS
 from flmoe_kernels.explain.masking.faithfulness import faithfulness
 from flmoe_kernels.layers.parts import UnsupportedLayer
-from tests.support.explain_layers import (
-    CASES,
-    Weighted,
-    call_of,
-    dense_rollout,
-    scaled_rows,
-)
+from tests.support.explain_layers import CASES, Weighted, call_of, dense_rollout, scaled_rows
 from tests.support.inputs import as_dtype
 from tests.support.layers import LayerCase
 from tests.support.refusals import assert_refused
@@ -126,14 +121,12 @@ def test_a_fusion_model_alone_is_checked() -> None:
     layer, inputs, masks = call_of(CASES[4], torch.float64)
     fusion = layer.interaction_experts[0].fusion_model
     ones = [torch.ones(x.shape[:2]) for x in inputs]
-    with pytest.raises(ValueError, match="masks: expected None for learned positions"):
-        attribute(fusion, inputs, ones)
-    with pytest.raises(
-        ValueError, match=r"inputs\[1\]: expected 6 tokens, the number of positions"
-    ):
-        attribute(fusion, [inputs[0], inputs[1][:, 1:]])
-    with pytest.raises(ValueError, match="fill: expected 'zero' or 'mean'"):
-        faithfulness(fusion, inputs, masks, ones, fill="drop")
+    fewer, drop = [inputs[0], inputs[1][:, 1:]], partial(faithfulness, fill="drop")
+    assert_refused(lambda: attribute(fusion, inputs, ones), "masks: expected None for learned")
+    assert_refused(
+        lambda: attribute(fusion, fewer), r"inputs\[1\]: expected 6 tokens, the number of"
+    )
+    assert_refused(lambda: drop(fusion, inputs, masks, ones), "fill: expected 'zero' or 'mean'")
     assert_refused(lambda: attribute(fusion, inputs[:1]), "inputs: expected 2 modalities")
     fusion.network[0].attn.register_forward_hook(lambda *_: None)
     with pytest.raises(UnsupportedLayer, match=r"network\.0\.attn: has a forward hook"):
@@ -180,7 +173,6 @@ GROWTH = """
 import re, torch
 from flmoe_kernels.explain.attribution.attribute import attribute
 from tests.support.layers import LayerCase
-from tests.support.refusals import assert_refused
 def peak():
     # Peak of this program only: ru_maxrss would start at the size of the parent process.
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -285,17 +277,17 @@ def test_errors() -> None:
         ({**path, "baseline": [torch.zeros(16)]}, "baseline: expected 2 Tensors"),
     ]
     for options, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            attribute(layer, inputs, masks, **options)
+        assert_refused(partial(attribute, layer, inputs, masks, **options), message)
     assert_refused(lambda: attribute(layer.train(), inputs, masks), "eval mode")
     layer.eval()
-    with pytest.raises(ValueError, match=r"inputs\[0\]: expected \(batch, tokens, 16\)"):
-        attribute(layer, [x[..., :8] for x in inputs], masks)
+    narrow, linear = [x[..., :8] for x in inputs], Weighted((5, 3), 4, 3).eval()
+    assert_refused(lambda: attribute(layer, narrow), r"inputs\[0\]: expected \(batch, tokens, 16\)")
     assert_refused(lambda: attribute(layer, [x[:0] for x in inputs]), "at least one sample")
-    with pytest.raises(TypeError, match="expected InteractionMoE or its reference"):
-        attribute(Weighted((5, 3), 4, 3).eval(), inputs)
-    with pytest.raises(ValueError, match="logits with a gradient"):
-        attribute(lambda x, masks: x[0].detach().sum(dim=1), inputs, **path)
+    assert_refused(
+        lambda: attribute(linear, inputs), "TypeError: .* InteractionMoE or its reference"
+    )
+    constant = lambda x, masks: x[0].detach().sum(dim=1)  # noqa: E731
+    assert_refused(lambda: attribute(constant, inputs, **path), "logits with a gradient")
     found = attribute(layer, inputs, masks)
     assert_refused(lambda: found.of("shared"), "expert: expected one of unique_0")
     assert_refused(lambda: found.of(4), "expert: expected an int from 0 to 3")

@@ -56,18 +56,18 @@ RESULTS = {"attribution"} | DROPS | SAMPLES
 FIGURES = {"expert_weights"} | DROPS
 FIGURES |= {f"{name}_{what}" for name in SAMPLES for what in ("network", "0_1")}
 TARGET = torch.tensor([0, 3])
+Made = tuple[Path, Path, Path]  # checkpoint, data and output folder of the command
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """Checkpoint, data and output folder of the command."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("made")
     files = write_checkpoint(folder), write_data(folder, full_arrays()), folder / "out"
     assert command.main(request(files)) == 0
     return files
 
 
-def request(files: tuple[Path, Path, Path], out: Path | None = None, **options: Any) -> Request:
+def request(files: Made, out: Path | None = None, **options: Any) -> Request:
     """Request of these tests; the folder and options can be changed."""
     options = {"samples": 2, "budget": 300, "top": 3, "repeats": 2, "seed": 5, **options}
     return Request(files[0], files[1], files[2] if out is None else out, **options)
@@ -86,13 +86,13 @@ def call_of(checkpoint: Path) -> tuple[Any, list[Any], list[Any]]:
     return InteractionMoE.adopt(load_layer(checkpoint)), inputs, masks
 
 
-def test_written_files(made: tuple[Path, Path, Path]) -> None:
+def test_written_files(made: Made) -> None:
     names = {path.name for path in made[2].iterdir()}
     whole = {f"{name}.npz" for name in RESULTS} | {f"{name}.png" for name in FIGURES}
     assert names == whole | {"explanation.json", "index.html"}
 
 
-def test_numbers_agree_with_the_library(made: tuple[Path, Path, Path]) -> None:
+def test_numbers_agree_with_the_library(made: Made) -> None:
     out = made[2]
     call = layer, inputs, masks = call_of(made[0])
     attribution = attribute(*call, target=TARGET)
@@ -174,7 +174,7 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_page_is_complete_safe_accessible_and_self_contained(made: tuple[Path, Path, Path]) -> None:
+def test_page_is_complete_safe_accessible_and_self_contained(made: Made) -> None:
     out = made[2]
     text = (out / "index.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -201,7 +201,7 @@ def test_page_is_complete_safe_accessible_and_self_contained(made: tuple[Path, P
     assert text.count("<table>") == text.count("<caption>") > 4
 
 
-def test_page_lists_the_pairs_of_each_sample(made: tuple[Path, Path, Path]) -> None:
+def test_page_lists_the_pairs_of_each_sample(made: Made) -> None:
     cells = Page((made[2] / "index.html").read_text(encoding="utf-8")).cells
     for s in (0, 1):
         values = PairValues.load(made[2] / f"sample_{s:05d}_SII.npz")
@@ -213,10 +213,7 @@ def test_page_lists_the_pairs_of_each_sample(made: tuple[Path, Path, Path]) -> N
 
 
 def test_an_interrupted_run_continues_with_the_same_results(
-    made: tuple[Path, Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[int] = []
     evaluate, save = TokenGame.__call__, checkpoint_module.Checkpoint.save
@@ -255,10 +252,7 @@ def one_line(errors: str) -> str:
 
 
 def test_layers_that_differ_are_exit_code_1(
-    made: tuple[Path, Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left = LeftLayer("(the model)", "ReferenceInteractionMoE", "logits differ by 1")
     monkeypatch.setattr(command, "swap", lambda layer, **_: SwapReport(layer, (), (left,), ()))
@@ -268,7 +262,7 @@ def test_layers_that_differ_are_exit_code_1(
 
 
 def test_a_missing_extra_is_reported_before_any_work(
-    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     options = ["--checkpoint", str(made[0]), "--data", str(made[1]), "--out", str(tmp_path / "out")]
@@ -278,7 +272,7 @@ def test_a_missing_extra_is_reported_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_quick_command_in_a_new_process(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_quick_command_in_a_new_process(made: Made, tmp_path: Path) -> None:
     options = ["--checkpoint", made[0], "--data", made[1], "--out", tmp_path / "out", "--quick"]
     done = subprocess.run(
         [sys.executable, "-m", "flmoe_kernels", "explain", *map(str, options), "--target", "2"],
@@ -323,7 +317,7 @@ VARIANTS: dict[str, tuple[LayerCase, Arrays, dict[str, Any]]] = {
 
 
 def test_the_first_token_of_an_exempt_modality_is_never_masked(
-    made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(request(made, tmp_path, exempt=(0,))) == 0
     found = report_of(tmp_path)
@@ -374,7 +368,7 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
 
 
 def test_figures_show_scores_as_they_are(
-    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scaled to 0..1, nearly equal scores would fill the scale, and the most negative one would be 0."""
     shown: list[tuple[Any, str, Any]] = []

@@ -327,6 +327,7 @@ def test_errors() -> None:
         ({"budgets": [0]}, "budgets: expected percentages above 0 up to 100, got 0"),
         ({"budgets": [5, 101]}, "budgets: expected percentages .* got 101"),
         ({"budgets": [10, 5]}, "budgets: expected increasing numbers"),
+        ({"budgets": ["5"]}, "TypeError: budgets: expected numbers, got str"),
         ({"metrics": ["accuracy"]}, "metrics: expected one of prob, log_prob, logit"),
         ({"metrics": ["prob", "prob"]}, "metrics: expected no duplicates"),
         ({"metrics": "prob"}, r"metrics: expected a tuple of .*, such as \('logit',\), got 'prob'"),
@@ -347,16 +348,14 @@ def test_errors() -> None:
     ]
     for options, message in wrong:
         call = {"attributions": values, **options}
-        with pytest.raises(ValueError, match=message):
-            faithfulness(layer, inputs, masks, **call)
-    with pytest.raises(TypeError, match="budgets: expected numbers, got str"):
-        faithfulness(layer, inputs, masks, values, budgets=["5"])  # type: ignore[list-item]
+        assert_refused(partial(faithfulness, layer, inputs, masks, **call), message)
     assert_refused(lambda: faithfulness(layer.train(), inputs, masks, values), "eval mode")
     layer.eval()
     found = faithfulness(layer, inputs, masks, values, metrics=["logit"], n_random=0)
     assert_refused(lambda: found.curve(), "metric: expected one of logit, got 'prob'")
-    with pytest.raises(ValueError, match="mode: expected one of mean, auc"):
-        found.aopc(metric="logit", mode="sum")
+    assert_refused(
+        lambda: found.aopc(metric="logit", mode="sum"), "mode: expected one of mean, auc"
+    )
     pair_errors: list[tuple[Any, str]] = [
         ([[]] * 3, "pairs: expected a list for each of 4 samples, got 3"),
         ([[((0, 7), (1, 0))], [], [], []], r"pairs\[0\]: expected valid tokens, got .* \(0, 7\)"),
@@ -366,16 +365,15 @@ def test_errors() -> None:
         ([None] * 4, r"pairs\[0\]: expected a list of .* got object \(\)"),
         ([[], [((0, 1), (0, 1))], [], []], r"pairs\[1\]: expected pairs of two .* \(0, 1\) twice"),
     ]
+    masking = partial(pair_masking, layer, inputs, masks)
     for pairs, message in pair_errors:
-        with pytest.raises(ValueError, match=message):
-            pair_masking(layer, inputs, masks, pairs)
+        assert_refused(partial(masking, pairs), message)
+    assert_refused(
+        lambda: masking([[]] * 4, budgets=[2.5]), "TypeError: budgets: expected an int, got"
+    )
     # Logits of a model with another number of classes; a single column would broadcast to all classes.
     explained = attribute(layer, inputs, masks)
     for classes in (5, 1):
         other = dataclasses.replace(explained, targets=torch.ones(4, classes))
-        with pytest.raises(
-            ValueError, match=rf"logits: expected .* = \(4, {classes}\), got \(4, 3"
-        ):
-            faithfulness(layer, inputs, masks, other)
-    with pytest.raises(TypeError, match="budgets: expected an int, got float"):
-        pair_masking(layer, inputs, masks, [[]] * 4, budgets=[2.5])  # type: ignore[list-item]
+        message = rf"logits: expected .* = \(4, {classes}\), got \(4, 3"
+        assert_refused(partial(faithfulness, layer, inputs, masks, other), message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -311,38 +312,32 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
 
 
 def test_mistakes_of_models_and_inputs() -> None:
-    x = CASE.inputs(torch.float64)
-    layer = interaction_layer(CASE)
+    x, layer = CASE.inputs(torch.float64), interaction_layer(CASE)
+    game, ones = TokenGame(interaction_layer(CASE), x), np.ones((2, 8))
     layer.interaction_experts[1].fusion_model.network[0].dropout1.train()
     message = r"model: expected eval mode, got interaction_experts\.1.*dropout1 in training mode"
-    with pytest.raises(ValueError, match=message):
-        probe_pairs(layer, x)
+    assert_refused(lambda: probe_pairs(layer, x), message)
     layer.eval()
-    game = TokenGame(layer, x)
-    layer.train()
-    with pytest.raises(ValueError, match=r"model: expected eval mode, got InteractionMoE in"):
-        game(np.ones((1, 9)))
     learned = LayerCase(lengths=(4, 4), compat="i2moe")
     fixed, its = interaction_layer(learned), learned.inputs(torch.float64)
-    with pytest.raises(ValueError, match=r"fill: expected 'zero' or 'mean' for a layer with lear"):
-        probe_pairs(fixed, its)
     assert len(shapley_interactions(fixed, its, fill="zero")) == 2
-    for model, error, text in (
-        (None, TypeError, r"model: expected a Module or a callable, got NoneType"),
-        (lambda inputs, masks: (1, 2), TypeError, r"model: expected logits .* got tuple; swap"),
-        (lambda inputs, masks: inputs[0], ValueError, r"model: expected logits \(B, C\), got \(1"),
-    ):
-        with pytest.raises(error, match=text):
-            probe_pairs(model, x)
-    layer.eval()
-    for inputs, text in (
-        ([None, None], r"inputs: expected at least one modality, got none"),
-        ([torch.ones(2, 3)], r"inputs\[0\]: expected \(batch, tokens, features\), got \(2, 3\)"),
-        ([x[0], x[1][:1]], r"inputs\[1\]: expected \(2, tokens, features\), got \(1, 4, 8\)"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            probe_pairs(layer, inputs)
-    with pytest.raises(ValueError, match=r"coalitions: expected \(coalitions, 9\), got \(2, 8\)"):
-        game(np.ones((2, 8)))
-    with pytest.raises(ValueError, match=r"method: .* for 20 tokens; 'exact' enumerates .* 16"):
-        probe_game(Planted(20, lambda inside: inside.sum(axis=1)), method="exact")
+    in_training = TokenGame(changed := interaction_layer(CASE), x)
+    changed.train()
+    wrong: list[tuple[Any, Any, str]] = [
+        (fixed, its, r"fill: expected 'zero' or 'mean' for a layer with learned positions"),
+        (None, x, r"TypeError: model: expected a Module or a callable, got NoneType"),
+        (lambda x, m: (1, 2), x, r"TypeError: model: expected logits .* got tuple; swap"),
+        (lambda x, m: x[0], x, r"model: expected logits \(B, C\), got \(1"),
+        (layer, [None, None], r"inputs: expected at least one modality, got none"),
+        (layer, [torch.ones(2, 3)], r"inputs\[0\]: expected \(batch, tokens, features\), got \(2"),
+        (layer, [x[0], x[1][:1]], r"inputs\[1\]: expected \(2, tokens, features\), got \(1, 4"),
+    ]
+    for model, inputs, text in wrong:
+        assert_refused(partial(probe_pairs, model, inputs), text)
+    assert_refused(
+        lambda: in_training(np.ones((1, 9))), "model: expected eval mode, got InteractionMoE"
+    )
+    assert_refused(lambda: game(ones), r"coalitions: expected \(coalitions, 9\), got \(2, 8\)")
+    large = Planted(20, lambda inside: inside.sum(axis=1))
+    text = r"method: .* for 20 tokens; 'exact' enumerates .* 16"
+    assert_refused(lambda: probe_game(large, method="exact"), text)
