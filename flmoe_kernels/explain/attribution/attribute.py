@@ -226,12 +226,12 @@ def _by_path(
     total = len(functions) * len(mixture) * path.n_steps
     with progress_bar(progress, total, "integrated gradients") as advance:
         for logits, share in zip(functions, shares.unbind(dim=1), strict=True):
-            result = integrated_gradients(logits, inputs, masks, targets, path, advance)
-            errors.append(result.error)
-            scores.append(result.score)
-            for m, x in enumerate(result.values):
+            own, score, error = integrated_gradients(logits, inputs, masks, targets, path, advance)
+            errors.append(error)
+            scores.append(score)
+            for m, x in enumerate(own):
                 values[m].append(_of_tokens(x, valid[m], magnitude))
-            weighted = [torch.einsum("b,b...->b...", share, x) for x in result.values]
+            weighted = [torch.einsum("b,b...->b...", share, x) for x in own]
             together = (
                 [x + y for x, y in zip(together, weighted, strict=True)] if together else weighted
             )

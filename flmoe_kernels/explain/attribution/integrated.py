@@ -46,15 +46,6 @@ class Path:
     max_batch: int  # rows of one pass: samples times steps
 
 
-@dataclass(frozen=True, eq=False)
-class PathIntegral:
-    """Attributions M x (B, L_m, ...), the score (B,) and the completeness error (B,), in float64."""
-
-    values: list[Tensor]
-    score: Tensor
-    error: Tensor
-
-
 def integrated_gradients(
     logits_of: LogitsOf,
     inputs: Inputs,
@@ -62,10 +53,11 @@ def integrated_gradients(
     targets: Targets,
     path: Path,
     advance: Callable[[int], object] = int,
-) -> PathIntegral:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """(x - x0) * integral over t in [0, 1] of dF(x0 + t (x - x0)) / dx, F the target's logit.
 
-    The error, F(x) - F(x0) - the sum of the values, is that of the quadrature. logits_of must be differentiable by
+    Returns these values M x (B, L_m, ...), the score F(x) (B,) and the error (B,), in float64. The error,
+    F(x) - F(x0) - the sum of the values, is that of the quadrature. logits_of must be differentiable by
     its inputs, and a sample's logits must not depend on its batch. `advance` is called with the number of rows of
     each pass with gradients.
 
@@ -106,7 +98,7 @@ def integrated_gradients(
             values.append(torch.where(per_feature(tokens, x), moved, 0.0))
             require_finite(values[-1], "gradients between the baseline and the inputs", there)
     total_value = torch.stack([x.flatten(1).sum(dim=1) for x in values]).sum(dim=0)
-    return PathIntegral(values, score, score - at_start - total_value)
+    return values, score, score - at_start - total_value
 
 
 def _weighted_gradients(
