@@ -28,7 +28,7 @@ from flmoe_kernels.explain.estimators import checkpoint
 from flmoe_kernels.explain.estimators.evaluator import Evaluator
 from flmoe_kernels.explain.games import memory
 from flmoe_kernels.explain.games.models import model_digest
-from tests.support.explain_games import first_of, interaction_layer
+from tests.support.explain_games import interaction_layer
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import pair_inputs, pair_layer
 from tests.support.refusals import assert_refused
@@ -256,77 +256,51 @@ def interrupted_in_the_middle(method: str, folder: str, distributed: bool) -> No
             finished(method, folder, distributed)
 
 
-def finished(method: str, folder: str | None, distributed: bool = False) -> dict[str, Any]:
-    run = Run(distributed=distributed, checkpoint=folder, max_batch=32)
-    layer, x = interaction_layer(CASE, torch.float32), first_of(CASE.inputs())
-    [found] = probe_pairs(
-        layer, x, target=0, method=method, sampling=Sampling(budget=3000), run=run
-    )
-    return {name: each.to_dict() for name, each in found.items()}
+def finished(
+    method: str, folder: str | None, distributed: bool = False, max_batch: int = 32
+) -> list[dict[str, Any]]:
+    """Results of two samples, from JSON; in float32, where other batches or orders of sums change bits."""
+    run = Run(distributed=distributed, checkpoint=folder, max_batch=max_batch)
+    options: Any = {"method": method, "sampling": Sampling(budget=9000, tolerance=1e-3), "run": run}
+    found = probe_pairs(interaction_layer(CASE, torch.float32), CASE.inputs(), target=0, **options)
+    return json.loads(json.dumps([{k: x.to_dict() for k, x in each.items()} for each in found]))
 
 
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     try:
-        found = distributed_results(True, f"{folder}/checkpoint")
-        Path(f"{folder}/found_{rank}.json").write_text(json.dumps(found))
-        resumed = {}
+        found = {}
         for method in METHODS:
             for start in ("two, to be ended by two", "two, to be ended by one"):
                 interrupted_in_the_middle(method, f"{folder}/{method} of {start}", True)
             for start in ("two, to be ended by two", "one, to be ended by two"):
                 name = f"{method} of {start}"
-                resumed[name] = finished(method, f"{folder}/{name}", True)
-        Path(f"{folder}/resumed_{rank}.json").write_text(json.dumps(resumed))
-        try:
-            shapley_interactions(
-                interaction_layer(CASE, torch.float32),
-                CASE.inputs(),
-                target=rank,
-                run=Run(distributed=True),
-            )
-        except ValueError as error:
-            Path(f"{folder}/refused_{rank}").write_text(str(error))
+                found[name] = finished(method, f"{folder}/{name}", True)
+            found[f"{method} of two"] = finished(method, None, True)
+        Path(f"{folder}/found_{rank}.json").write_text(json.dumps(found))
+        layer, run = interaction_layer(CASE, torch.float32), Run(distributed=True)
+        with pytest.raises(ValueError, match="expected the same on every rank"):
+            shapley_interactions(layer, CASE.inputs(), target=rank, run=run)
     finally:
         dist.destroy_process_group()
-
-
-def distributed_results(distributed: bool, folder: str, max_batch: int = 32) -> list[Any]:
-    """Two runs, the second from checkpoints, in float32, where other batches or orders of sums change bits."""
-    layer = interaction_layer(CASE, torch.float32)
-    run = Run(distributed=distributed, checkpoint=folder, max_batch=max_batch)
-    sampling = Sampling(budget=9000, tolerance=1e-3)
-    found = [
-        probe_pairs(layer, CASE.inputs(), method="sampling", sampling=sampling, run=run)
-        for _ in range(2)
-    ]
-    return [[{k: v.to_dict() for k, v in each.items()} for each in one] for one in found]
 
 
 @pytest.mark.slow
 def test_ranks_give_the_same_bits(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    alone = distributed_results(False, str(tmp_path / "alone"))
-    assert alone[0] == alone[1]
     for method in METHODS:
         interrupted_in_the_middle(method, f"{tmp_path}/{method} of one, to be ended by two", False)
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=RANKS)
+    by_rank = [json.loads((tmp_path / f"found_{k}.json").read_text()) for k in range(RANKS)]
     for method in METHODS:
-        whole = json.loads(json.dumps(finished(method, None)))
-        name = f"{method} of two, to be ended by one"
-        mine = {name: finished(method, f"{tmp_path}/{name}")}
-        texts = [(tmp_path / f"resumed_{rank}.json").read_text() for rank in range(RANKS)]
-        for found in (mine, *map(json.loads, texts)):
-            for name, each in found.items():
-                if name.startswith(method):
-                    assert json.loads(json.dumps(each)) == whole, name
-    for rank in range(RANKS):
-        found = json.loads((tmp_path / f"found_{rank}.json").read_text())
-        assert found == json.loads(json.dumps(alone)), rank
-        assert "expected the same on every rank" in (tmp_path / f"refused_{rank}").read_text()
+        whole, name = finished(method, None), f"{method} of two, to be ended by one"
+        assert finished(method, f"{tmp_path}/{name}") == whole, name
+        for found in by_rank:
+            own = {name: each for name, each in found.items() if name.startswith(method)}
+            assert own == dict.fromkeys(own, whole)
+            assert len(own) == 3
     # Control: with this layer other batches change the last bits.
-    other = distributed_results(False, str(tmp_path / "other"), max_batch=5)
-    assert [one["SII"]["values"] for one in other[0]] != [one["SII"]["values"] for one in alone[0]]
+    mine, other = (finished("sampling", None, max_batch=n)[0]["SII"]["values"] for n in (32, 5))
+    assert mine != other
