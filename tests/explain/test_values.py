@@ -69,34 +69,26 @@ def test_what_the_model_sees(fill: str) -> None:
     values = game(inside)
     assert values.dtype == np.float64
     assert [len(inputs[0]) for inputs, _ in model.calls] == [3, 3, 2]
-    for k, row in enumerate(inside):
-        inputs, given = model.calls[k // 3]
-        there = {(int(m), int(i)): bool(row[p]) for p, (m, i) in enumerate(game.tokens)}
-        assert inputs[1] is None
-        for m, length in ((0, 3), (2, 2)):
-            for i in range(length):
-                original = x[m][1, i]
-                present = there.get((m, i))
-                token = inputs[m][k % 3, i]
-                if fill == "drop":
-                    assert torch.equal(token, original)
-                    assert bool(given[m][k % 3, i]) == bool(present)
-                    continue
-                if present is False:
-                    original = {
-                        "zero": torch.zeros(4),
-                        "mean": baseline and baseline[m],
-                        "mean by position": baseline and baseline[m][min(i, len(baseline[m]) - 1)],
-                    }[fill]
-                assert torch.equal(token, original), "padded tokens are unchanged"
-        if fill != "drop":
-            assert torch.equal(given[0][k % 3], masks[0][1])
-            assert given[2] is None
-        with torch.no_grad():
-            own = [None if t is None else t[k % 3 : k % 3 + 1] for t in inputs]
-            logit = model(own, [None if t is None else t[k % 3 : k % 3 + 1] for t in given])
-        model.calls.pop()
-        assert values[k] == pytest.approx(float(logit[0, 1]), rel=1e-5)
+    seen, given = (
+        [None if parts[0] is None else torch.cat(parts) for parts in zip(*calls, strict=True)]
+        for calls in zip(*model.calls, strict=True)
+    )
+    for m in (0, 2):
+        gone = torch.zeros(8, x[m].shape[1], dtype=torch.bool)
+        own = game.tokens[:, 0] == m
+        gone[:, game.tokens[own, 1]] = torch.from_numpy(~inside[:, own])
+        original, valid = x[m][1].expand(8, -1, -1), None if m else masks[0][1].expand(8, -1)
+        if fill == "drop":
+            there = torch.ones_like(gone) if valid is None else valid.bool()
+            assert torch.equal(given[m], there & ~gone)
+            assert torch.equal(seen[m], original)
+            continue
+        filled = torch.zeros(4) if baseline is None else baseline[m]
+        expected = torch.where(gone.unsqueeze(2), filled, original)
+        assert torch.equal(seen[m], expected), "padded tokens are unchanged"
+        assert given[m] is None if valid is None else torch.equal(given[m], valid)
+    assert seen[1] is None
+    np.testing.assert_allclose(values, model(seen, given)[:, 1].numpy(), rtol=1e-5)
     assert TokenGame(model, x, fill="zero").describe()["fill"] == "zero"
 
 
