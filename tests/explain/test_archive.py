@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.support.explain_files import Trap
 from tests.support.explain_games import unanimity
 from tests.support.explain_results import attribution, masking_drops, pair_values
 from tests.support.inputs import draw
+from tests.support.refusals import assert_refused
 
 Result = Attribution | MaskingDrops | PairValues | PatternMeasures
 
@@ -112,8 +114,7 @@ def test_unsafe_and_wrong_files_are_refused(name: str, tmp_path: Path) -> None:
         ]
     for wrong, message in bad:
         path.write_bytes(wrong)
-        with pytest.raises(ValueError, match=message):
-            type(found).load(path)
+        assert_refused(partial(type(found).load, path), message)
     assert not sprung.exists()
 
 

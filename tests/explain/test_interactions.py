@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.support.explain_masking import masked_logits
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
+from tests.support.refusals import assert_refused
 
 BOTH = ("SII", "RG")
 
@@ -183,8 +185,7 @@ def test_errors_of_later_samples_are_reported_before_any_work() -> None:
         ({"top": 1, "scores": [whole[:1]]}, r"scores\[0\]: expected \(2, tokens\), got \(1, 4\)"),
         ({"top": 1, "scores": [whole.repeat(2, 1)]}, r"scores\[0\]: expected \(2, tokens\)"),
     ):
-        with pytest.raises(ValueError, match=message):
-            probe_pairs(model, x, masks, target=0, **options)
+        assert_refused(partial(probe_pairs, model, x, masks, target=0, **options), message)
     assert not asked
     probe_pairs(model, x, masks, target=0, top=2, scores=[whole])
     assert asked
