@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,11 @@ BETTER, WORSE = "better than random tokens", "worse than random tokens"
 UNCLEAR = "not distinguishable from random tokens"
 UNKNOWN = "standard error unknown"
 METRIC_NAMES = {PROB: "probability", "log_prob": "log-probability (nats)", LOGIT: "logit"}
+_IDENTIFIED: Any = {"color": "black", "marker": "o", "capsize": 3, "zorder": 3}
+_RANDOM: Any = {"color": "0.35", "ls": "dashed", "marker": "s", "mfc": "white", "zorder": 2}
+# Below the panel: bars and band leave no corner free.
+_LEGEND: Any = {"fontsize": "small", "loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+_LEGEND |= {"ncols": 2, "frameon": False, "columnspacing": 1.2, "handlelength": 1.6}
 _UNIT = {"percent": "tokens of each modality (%)", "tokens": "budget (tokens)"}
 
 
@@ -85,30 +90,13 @@ def _panel(axes: Axes, drops: MaskingDrops, kind: str, metric: str) -> None:
     identified, error, random, spread = (x.cpu().numpy() for x in curve[:4])
     aopc, x = drops.aopc(kind, metric), np.array(drops.budgets)
     bars = TIE_ERRORS * error if np.isfinite(error).all() else None
-    axes.errorbar(
-        x,
-        identified,
-        yerr=bars,
-        color="black",
-        marker="o",
-        capsize=3,
-        label=f"identified, AOPC {float(aopc.identified):.3g}",
-        zorder=3,
-    )
+    names = [f"{of}, AOPC {float(getattr(aopc, of)):.3g}" for of in ("identified", "random")]
+    axes.errorbar(x, identified, yerr=bars, label=names[0], **_IDENTIFIED)
     if np.isfinite(random).any():
         if drops.random.shape[2] > 1:
             low, high = random - TIE_ERRORS * spread, random + TIE_ERRORS * spread
             axes.fill_between(x, low, high, color="0.85", ec="0.6", label="± 2 std")
-        axes.plot(
-            x,
-            random,
-            color="0.35",
-            ls="dashed",
-            marker="s",
-            mfc="white",
-            label=f"random, AOPC {float(aopc.random):.3g}",
-            zorder=2,
-        )
+        axes.plot(x, random, label=names[1], **_RANDOM)
     axes.axhline(0.0, color="0.5", lw=0.8, zorder=1)
     axes.set_xticks(x, [f"{budget:g}" for budget in drops.budgets])
     axes.set_xlabel(_UNIT[drops.unit])
@@ -117,13 +105,4 @@ def _panel(axes: Axes, drops: MaskingDrops, kind: str, metric: str) -> None:
     verdict = compare(drops, kind, metric) or ("" if bars is not None else UNKNOWN)
     lines = [f"{kind}: {what}", wanted, verdict]
     axes.set_title("\n".join(line for line in lines if line), fontsize="medium")
-    # Below the panel: bars and band leave no corner free.
-    axes.legend(
-        fontsize="small",
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.15),
-        ncols=2,
-        frameon=False,
-        columnspacing=1.2,
-        handlelength=1.6,
-    )
+    axes.legend(**_LEGEND)
