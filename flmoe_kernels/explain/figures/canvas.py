@@ -22,6 +22,8 @@ HATCH, DOTS = "/////", ".."
 # Shares of the limit: values below _SMALL are negligible; blues above _DARK are darker than a middle grey.
 _SMALL, _DARK = 0.05, 0.6
 ABSENT = "0.85"
+# Behind text on colours or lines.
+WHITE_BOX: Any = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0}
 _LONGEST_LABEL = 18
 
 
