@@ -36,12 +36,7 @@ def progress_bar(shown: bool | None, total: int, label: str) -> Iterator[Callabl
         return
     # Imported here, because most calls show no bar.
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}", markup=False),

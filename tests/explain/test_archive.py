@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,34 @@ from flmoe_kernels.explain import (
     MaskingDrops,
     PairValues,
     PatternMeasures,
-    Sampling,
-    attribute,
     concentration,
-    faithfulness,
     probe_game,
     specificity,
 )
-from flmoe_kernels.explain.archive import Arrays, decode, encode
-from tests.support.explain_games import random_terms, unanimity
-from tests.support.explain_layers import CASES, call_of
+from flmoe_kernels.explain.archive import decode, encode
+from tests.support.explain_files import Trap
+from tests.support.explain_games import unanimity
+from tests.support.explain_results import attribution, masking_drops, pair_values
+from tests.support.inputs import draw
+from tests.support.refusals import assert_refused
 
 Result = Attribution | MaskingDrops | PairValues | PatternMeasures
 
 
-def pairs(listed: Any = None) -> PairValues:
-    sampling = Sampling(budget=300, seed=4)
-    game = unanimity(random_terms(6, 9, 3, seed=1), 6)
-    return probe_game(game, listed, method="sampling", sampling=sampling)["SII"]
-
-
 def results() -> dict[str, Result]:
-    call = call_of(CASES[3], torch.float32)
-    found: dict[str, Result] = {"pairs": pairs(), "no pairs": pairs([])}
-    for method in ("attention_rollout", "gradient_rollout", "integrated_gradients"):
-        found[method] = attribute(*call, method=method, n_steps=2)
-    options: dict[str, Any] = {"metrics": ["prob", "logit"], "expert": 0, "exempt": [1]}
-    tokens = found["gradient_rollout"]
-    assert isinstance(tokens, Attribution)
-    found |= {"concentration": concentration(tokens), "specificity": specificity(tokens, top=2)}
-    found["drops"] = faithfulness(*call, found["gradient_rollout"], **options)
-    return found
+    x = [draw(18, 3, length, dtype=torch.float64, seed=length) for length in (5, 4)]
+    tokens, ties = attribution(*x), torch.eye(4, 3).bool()
+    labelled = {"labels": torch.arange(4), "logits": torch.ones(4, 5), "near_ties": ties}
+    return {
+        "pairs": pair_values(notes=("a note",), sampling={"seed": 4}),
+        "no pairs": probe_game(unanimity({}, 3), [])["SII"],
+        "attribution": tokens,
+        "path": attribution(*x, completeness_error=draw(18, 3), settings={"n_steps": 2}),
+        "concentration": concentration(tokens),
+        "specificity": specificity(tokens, top=2),
+        "drops": masking_drops(),
+        "labelled": dataclasses.replace(masking_drops(), **labelled, settings={"exempt": [1]}),
+    }
 
 
 def assert_same(mine: Any, theirs: Any, name: str) -> None:
@@ -76,17 +74,7 @@ def test_saved_results_are_unchanged_when_read(tmp_path: Path) -> None:
         PairValues.load(tmp_path / "none.npz")
 
 
-class Trap:
-    """Object that writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("name", ["pairs", "integrated_gradients", "drops", "concentration"])
+@pytest.mark.parametrize("name", ["pairs", "path", "drops", "concentration"])
 def test_unsafe_and_wrong_files_are_refused(name: str, tmp_path: Path) -> None:
     found = results()[name]
     path, sprung = tmp_path / "found.npz", tmp_path / "sprung"
@@ -120,19 +108,14 @@ def test_unsafe_and_wrong_files_are_refused(name: str, tmp_path: Path) -> None:
     ]
     if isinstance(found, PairValues):
         bad += [
-            (encode(kind, header, changed(arrays, values=np.zeros(2))), r"expected values \(15,\)"),
-            (encode(kind, header, changed(arrays, pairs=np.array(3))), r"expected pairs \(2,\)"),
-            (encode(kind, header, changed(arrays, pairs=arrays["pairs"] + 5)), "pairs of 6"),
+            (encode(kind, header, arrays | {"values": np.zeros(2)}), r"expected values \(4,\)"),
+            (encode(kind, header, arrays | {"pairs": np.array(3)}), r"expected pairs \(2,\)"),
+            (encode(kind, header, arrays | {"pairs": arrays["pairs"] + 5}), "pairs of 5"),
         ]
     for wrong, message in bad:
         path.write_bytes(wrong)
-        with pytest.raises(ValueError, match=message):
-            type(found).load(path)
+        assert_refused(partial(type(found).load, path), message)
     assert not sprung.exists()
-
-
-def changed(arrays: Arrays, **more: Any) -> Arrays:
-    return {**arrays, **more}
 
 
 def test_damaged_files_are_refused_or_read_correctly() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,26 +18,10 @@ from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.values import METHODS
 from flmoe_kernels.explain.masking.faithfulness import faithfulness
 from flmoe_kernels.layers.parts import UnsupportedLayer
-from tests.support.explain_layers import (
-    CASES,
-    Weighted,
-    call_of,
-    dense_expert,
-    dense_rollout,
-    scaled_rows,
-)
-from tests.support.inputs import as_dtype, draw_masks
+from tests.support.explain_layers import CASES, Weighted, call_of, dense_rollout, scaled_rows
+from tests.support.inputs import as_dtype
 from tests.support.layers import LayerCase
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_dense_form_is_the_layer(case: LayerCase) -> None:
-    """The oracle's forward pass gives the reference's logits."""
-    reference = case.reference(torch.float64).eval()
-    inputs, masks = case.inputs(torch.float64), draw_masks(case.masks, case.batch, case.lengths)
-    for expert in reference.interaction_experts:
-        found, _ = dense_expert(expert.fusion_model, inputs, masks)
-        torch.testing.assert_close(found, expert.fusion_model(inputs, masks), equal_nan=True)
+from tests.support.refusals import assert_refused
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -81,30 +66,6 @@ def test_rollouts_keep_small_differences_in_float32(method: str) -> None:
             assert_outside_budget(ours.roll(1, 1), *scaled, "tokens exchanged")
 
 
-def published_rollout(case: LayerCase, method: str) -> list[Tensor]:
-    """The published attribution of a mixture, M x (B, L_m): rows of all tokens, also padded ones, have a mean."""
-    reference, inputs = case.reference(torch.float64).eval(), case.inputs(torch.float64)
-    masks = draw_masks(case.masks, case.batch, case.lengths)
-    weights = reference.reweight(inputs, masks).detach()
-    runs = [dense_expert(x.fusion_model, inputs, masks) for x in reference.interaction_experts]
-    mixture = sum(weights[:, e : e + 1] * logits for e, (logits, _) in enumerate(runs))
-    assert isinstance(mixture, Tensor)
-    score = mixture.gather(1, mixture.argmax(dim=1, keepdim=True)).sum()
-    total = torch.zeros(case.batch, sum(case.lengths), dtype=torch.float64)
-    for e, (_, maps) in enumerate(runs):
-        gradients = torch.autograd.grad(score, maps, retain_graph=True)
-        product = torch.eye(total.shape[1], dtype=torch.float64)
-        for attention, gradient in zip(maps, gradients, strict=True):
-            heads = attention.detach()
-            if method == "gradient_rollout":
-                heads = heads.relu() * gradient.relu()
-            matrix = heads.mean(dim=1) + torch.eye(total.shape[1], dtype=torch.float64)
-            product = matrix / matrix.sum(dim=2, keepdim=True) @ product
-        factor = weights[:, e : e + 1] if method == "attention_rollout" else 1.0
-        total += factor * product.mean(dim=1)
-    return list(total.split(list(case.lengths), dim=1))
-
-
 @pytest.mark.parametrize("method", METHODS[:2])
 @pytest.mark.parametrize("block", [rollout.MAX_SCORES, 40])
 def test_the_readout_of_all_rows_is_the_published_one(
@@ -113,7 +74,11 @@ def test_the_readout_of_all_rows_is_the_published_one(
     monkeypatch.setattr(rollout, "MAX_SCORES", block)
     for case in (CASES[0], CASES[3]):
         layer, inputs, masks = call_of(case, torch.float64)
-        expected = published_rollout(case, method)
+        # The published code sums over the experts; its attention rollouts are weighted.
+        parts = dense_rollout(case, torch.float64, method, "mixture", "all")
+        weights = case.reference(torch.float64).eval().reweight(inputs, masks).detach()
+        shares = weights if method == "attention_rollout" else torch.ones_like(weights)
+        expected = [torch.einsum("be,bel->bl", shares, x) for x in parts]
         found = attribute(layer, inputs, masks, method=method, readout="all")
         other = attribute(layer, inputs, masks, method=method)
         for m, ok in enumerate(found.valid):
@@ -156,16 +121,13 @@ def test_a_fusion_model_alone_is_checked() -> None:
     layer, inputs, masks = call_of(CASES[4], torch.float64)
     fusion = layer.interaction_experts[0].fusion_model
     ones = [torch.ones(x.shape[:2]) for x in inputs]
-    with pytest.raises(ValueError, match="masks: expected None for learned positions"):
-        attribute(fusion, inputs, ones)
-    with pytest.raises(
-        ValueError, match=r"inputs\[1\]: expected 6 tokens, the number of positions"
-    ):
-        attribute(fusion, [inputs[0], inputs[1][:, 1:]])
-    with pytest.raises(ValueError, match="fill: expected 'zero' or 'mean'"):
-        faithfulness(fusion, inputs, masks, ones, fill="drop")
-    with pytest.raises(ValueError, match="inputs: expected 2 modalities"):
-        attribute(fusion, inputs[:1])
+    fewer, drop = [inputs[0], inputs[1][:, 1:]], partial(faithfulness, fill="drop")
+    assert_refused(lambda: attribute(fusion, inputs, ones), "masks: expected None for learned")
+    assert_refused(
+        lambda: attribute(fusion, fewer), r"inputs\[1\]: expected 6 tokens, the number of"
+    )
+    assert_refused(lambda: drop(fusion, inputs, masks, ones), "fill: expected 'zero' or 'mean'")
+    assert_refused(lambda: attribute(fusion, inputs[:1]), "inputs: expected 2 modalities")
     fusion.network[0].attn.register_forward_hook(lambda *_: None)
     with pytest.raises(UnsupportedLayer, match=r"network\.0\.attn: has a forward hook"):
         attribute(fusion, inputs)
@@ -315,23 +277,18 @@ def test_errors() -> None:
         ({**path, "baseline": [torch.zeros(16)]}, "baseline: expected 2 Tensors"),
     ]
     for options, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            attribute(layer, inputs, masks, **options)
-    with pytest.raises(ValueError, match="eval mode"):
-        attribute(layer.train(), inputs, masks)
+        assert_refused(partial(attribute, layer, inputs, masks, **options), message)
+    assert_refused(lambda: attribute(layer.train(), inputs, masks), "eval mode")
     layer.eval()
-    with pytest.raises(ValueError, match=r"inputs\[0\]: expected \(batch, tokens, 16\)"):
-        attribute(layer, [x[..., :8] for x in inputs], masks)
-    with pytest.raises(ValueError, match="at least one sample"):
-        attribute(layer, [x[:0] for x in inputs])
-    with pytest.raises(TypeError, match="expected InteractionMoE or its reference"):
-        attribute(Weighted((5, 3), 4, 3).eval(), inputs)
-    with pytest.raises(ValueError, match="logits with a gradient"):
-        attribute(lambda x, masks: x[0].detach().sum(dim=1), inputs, **path)
+    narrow, linear = [x[..., :8] for x in inputs], Weighted((5, 3), 4, 3).eval()
+    assert_refused(lambda: attribute(layer, narrow), r"inputs\[0\]: expected \(batch, tokens, 16\)")
+    assert_refused(lambda: attribute(layer, [x[:0] for x in inputs]), "at least one sample")
+    assert_refused(
+        lambda: attribute(linear, inputs), "TypeError: .* InteractionMoE or its reference"
+    )
+    constant = lambda x, masks: x[0].detach().sum(dim=1)  # noqa: E731
+    assert_refused(lambda: attribute(constant, inputs, **path), "logits with a gradient")
     found = attribute(layer, inputs, masks)
-    with pytest.raises(ValueError, match="expert: expected one of unique_0"):
-        found.of("shared")
-    with pytest.raises(ValueError, match="expert: expected an int from 0 to 3"):
-        found.of(4)
-    with pytest.raises(ValueError, match="exempt: expected an int from 0 to 1"):
-        found.normalized(exempt=[2])
+    assert_refused(lambda: found.of("shared"), "expert: expected one of unique_0")
+    assert_refused(lambda: found.of(4), "expert: expected an int from 0 to 3")
+    assert_refused(lambda: found.normalized(exempt=[2]), "exempt: expected an int from 0 to 1")

@@ -1,4 +1,4 @@
-"""Tests of faithfulness against loops over samples, tokens and budgets."""
+"""Tests of faithfulness and pair_masking against loops over samples, tokens and budgets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from torch import Tensor
 from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.targets import METRICS, resolve_targets
+from flmoe_kernels.explain.estimators.interactions import shapley_interactions
 from flmoe_kernels.explain.games.tokens import percent_counts
 from flmoe_kernels.explain.masking.drops import KINDS
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
+from tests.support.explain_games import first_of
 from tests.support.explain_layers import call_of
 from tests.support.explain_masking import (
     BUDGETS,
@@ -27,9 +30,11 @@ from tests.support.explain_masking import (
     TokenBits,
     bits,
     brute_force,
+    masked_logits,
     set_of,
 )
 from tests.support.inputs import draw, draw_masks
+from tests.support.refusals import assert_refused
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean", "drop"])
@@ -71,11 +76,10 @@ def test_which_tokens_are_masked(exempt: tuple[int, ...]) -> None:
     masks: Any = draw_masks("partial", batch, lengths)
     masks[1][3] = False
     values = [draw(batch, length, seed=m) for m, length in enumerate(lengths)]
-    options: dict[str, Any] = {"exempt": exempt, "metrics": ["logit"], "target": 0}
     budgets = (1, 5, 10, 15, 20, 25, 60, 100)
-    found = faithfulness(
-        TokenBits().eval(), bits(batch, lengths), masks, values, budgets=budgets, **options
-    )
+    options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "budgets": budgets}
+    call = partial(faithfulness, TokenBits().eval(), bits(batch, lengths), masks, values, **options)
+    found = call(exempt=exempt)
     starts = (0, 20, 29)
     for b in range(batch):
         valid = [set(x[b].nonzero().flatten().tolist()) for x in masks]
@@ -101,16 +105,11 @@ def test_which_tokens_are_masked(exempt: tuple[int, ...]) -> None:
     # Random sets differ between repeats, samples and seeds.
     first = found.random[0, 0, :, :, 3]
     assert len(first.unique()) > 30
-    options |= {"budgets": budgets, "max_batch": 3}
-    again = faithfulness(TokenBits().eval(), bits(batch, lengths), masks, values, **options)
-    assert torch.equal(again.random, found.random)
-    other = faithfulness(TokenBits().eval(), bits(batch, lengths), masks, values, seed=1, **options)
+    assert torch.equal(call(exempt=exempt, max_batch=3).random, found.random)
+    other = call(exempt=exempt, seed=1)
     assert torch.equal(other.identified, found.identified)
     assert not torch.equal(other.random, found.random)
-    fewer = faithfulness(
-        TokenBits().eval(), bits(batch, lengths), masks, values, n_random=4, **options
-    )
-    assert torch.equal(fewer.random, found.random[:, :, :4])
+    assert torch.equal(call(exempt=exempt, n_random=4).random, found.random[:, :, :4])
 
 
 def test_random_sets_are_uniform() -> None:
@@ -130,18 +129,6 @@ def test_random_sets_are_uniform() -> None:
         assert len(counts) == 10
         # Chi-squared with 9 degrees of freedom exceeds 45 once in a million.
         assert sum((n - 200) ** 2 / 200 for n in counts.values()) < 45
-
-
-def test_ties_select_the_first_token() -> None:
-    values = [torch.tensor([[1.0, 3.0, 3.0, 1.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])]
-    masks = [torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 1]])]
-    found = faithfulness(
-        *(TokenBits().eval(), bits(2, (6,)), masks, values),
-        **{"budgets": [30, 50, 80], "metrics": ["logit"], "target": 0},
-    )
-    sets = [[set_of(x) for x in row] for row in found.values(metric="logit")]
-    assert sets[0] == [{1, 2}, {1, 2, 5}, {0, 1, 2, 3, 5}]
-    assert sets[1] == [{1, 3}, {1, 3}, {1, 3, 4, 5}]
 
 
 def test_counts_of_a_percentage() -> None:
@@ -271,6 +258,66 @@ def test_missing_modality() -> None:
     assert found.identified.isfinite().all()
 
 
+def test_pairs_fill_a_budget_whole() -> None:
+    """Pairs are taken in order; a pair that exceeds the budget is skipped, and later pairs may still fit."""
+    pairs = [
+        [((0, 1), (1, 0)), ((0, 1), (1, 2)), ((0, 3), (1, 3)), ((0, 2), (1, 2)), ((0, 0), (0, 3))],
+        [((1, 3), (0, 0)), ((1, 1), (1, 2))],
+        [],
+    ]
+    masks = [torch.ones(3, 4), torch.tensor([[1, 1, 1, 1]] * 3)]
+    call: Any = (TokenBits().eval(), bits(3, (4, 4)), masks)
+    options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "budgets": (1, 2, 3, 4, 5, 6)}
+    found = pair_masking(*call, pairs, **options)
+    sets = [[set_of(x) for x in row] for row in found.values(metric="logit")]
+    assert sets[0] == [set(), {1, 4}, {1, 4, 6}, {1, 2, 4, 6}, {1, 3, 4, 6, 7}, {1, 2, 3, 4, 6, 7}]
+    assert sets[1] == [set(), {0, 7}, {0, 7}, *[{0, 5, 6, 7}] * 3]
+    assert sets[2] == [set()] * 6
+    assert found.masked.tolist() == [[len(each) for each in row] for row in sets]
+    assert found.unit == "tokens"
+    rest = found.identified[1, 0]
+    assert set_of(rest[0, 3]) == set(range(8)) - sets[0][3]
+    for b, k in itertools.product(range(3), range(6)):
+        for drawn in found.random[0, 0, :, b, k]:
+            ours = [sum(g < 4 for g in each) for each in (set_of(drawn), sets[b][k])]
+            assert ours[0] == ours[1]
+            assert len(set_of(drawn)) == len(sets[b][k])
+    assert len(found.random[0, 0, :, 0, 3].unique()) > 5
+    exempted = pair_masking(*call, pairs, exempt=[1], **options)
+    assert set_of(exempted.values(metric="logit")[0, 1]) == {1, 6}
+    assert all(4 not in set_of(x) for x in exempted.identified[:, 0].flatten())
+
+
+def test_pairs_of_an_index() -> None:
+    """Exact interactions of a pair layer, in three orders, against direct calls of the layer."""
+    torch.manual_seed(0)
+    layer = PairInteractionMoE((6, 4), num_classes=3, rank=4, value_dim=5, normalizer=4.0)
+    layer = layer.double().eval()
+    inputs = [draw(2, 5, 6, dtype=torch.float64), draw(2, 7, 4, dtype=torch.float64, seed=1)]
+    masks = draw_masks("partial", 2, (5, 7))
+    pairs = shapley_interactions(layer, inputs, masks, target=1, pairs="across")
+    options: dict[str, Any] = {"target": 1, "budgets": [2], "fill": "drop", "metrics": ["logit"]}
+    drops = {}
+    for by in ("largest", "smallest", "magnitude"):
+        found = pair_masking(layer, inputs, masks, pairs, by=by, **options)
+        assert found.settings["by"] == f"{by} SII"
+        for b, each in enumerate(pairs):
+            top = each.top(1, by).rows()[0]
+            hidden = {(0, top["token_i"]), (1, top["token_j"])}
+
+            def logits_of(x: Any, m: Any) -> Tensor:
+                return layer(x, m).logits.detach()
+
+            one, mask = first_of(inputs, b), first_of(masks, b)
+            ends = [
+                float(masked_logits(logits_of, one, mask, gone, "drop")[1])
+                for gone in (set(), hidden)
+            ]
+            assert float(found.identified[0, 0, b, 0]) == pytest.approx(ends[0] - ends[1])
+        drops[by] = found.identified
+    assert not torch.allclose(drops["largest"], drops["smallest"])
+
+
 def test_errors() -> None:
     layer, inputs, masks = call_of(CASE)
     values = [torch.zeros(4, 7), torch.zeros(4, 5)]
@@ -280,6 +327,7 @@ def test_errors() -> None:
         ({"budgets": [0]}, "budgets: expected percentages above 0 up to 100, got 0"),
         ({"budgets": [5, 101]}, "budgets: expected percentages .* got 101"),
         ({"budgets": [10, 5]}, "budgets: expected increasing numbers"),
+        ({"budgets": ["5"]}, "TypeError: budgets: expected numbers, got str"),
         ({"metrics": ["accuracy"]}, "metrics: expected one of prob, log_prob, logit"),
         ({"metrics": ["prob", "prob"]}, "metrics: expected no duplicates"),
         ({"metrics": "prob"}, r"metrics: expected a tuple of .*, such as \('logit',\), got 'prob'"),
@@ -300,18 +348,14 @@ def test_errors() -> None:
     ]
     for options, message in wrong:
         call = {"attributions": values, **options}
-        with pytest.raises(ValueError, match=message):
-            faithfulness(layer, inputs, masks, **call)
-    with pytest.raises(TypeError, match="budgets: expected numbers, got str"):
-        faithfulness(layer, inputs, masks, values, budgets=["5"])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="eval mode"):
-        faithfulness(layer.train(), inputs, masks, values)
+        assert_refused(partial(faithfulness, layer, inputs, masks, **call), message)
+    assert_refused(lambda: faithfulness(layer.train(), inputs, masks, values), "eval mode")
     layer.eval()
     found = faithfulness(layer, inputs, masks, values, metrics=["logit"], n_random=0)
-    with pytest.raises(ValueError, match="metric: expected one of logit, got 'prob'"):
-        found.curve()
-    with pytest.raises(ValueError, match="mode: expected one of mean, auc"):
-        found.aopc(metric="logit", mode="sum")
+    assert_refused(lambda: found.curve(), "metric: expected one of logit, got 'prob'")
+    assert_refused(
+        lambda: found.aopc(metric="logit", mode="sum"), "mode: expected one of mean, auc"
+    )
     pair_errors: list[tuple[Any, str]] = [
         ([[]] * 3, "pairs: expected a list for each of 4 samples, got 3"),
         ([[((0, 7), (1, 0))], [], [], []], r"pairs\[0\]: expected valid tokens, got .* \(0, 7\)"),
@@ -321,16 +365,15 @@ def test_errors() -> None:
         ([None] * 4, r"pairs\[0\]: expected a list of .* got object \(\)"),
         ([[], [((0, 1), (0, 1))], [], []], r"pairs\[1\]: expected pairs of two .* \(0, 1\) twice"),
     ]
+    masking = partial(pair_masking, layer, inputs, masks)
     for pairs, message in pair_errors:
-        with pytest.raises(ValueError, match=message):
-            pair_masking(layer, inputs, masks, pairs)
+        assert_refused(partial(masking, pairs), message)
+    assert_refused(
+        lambda: masking([[]] * 4, budgets=[2.5]), "TypeError: budgets: expected an int, got"
+    )
     # Logits of a model with another number of classes; a single column would broadcast to all classes.
     explained = attribute(layer, inputs, masks)
     for classes in (5, 1):
         other = dataclasses.replace(explained, targets=torch.ones(4, classes))
-        with pytest.raises(
-            ValueError, match=rf"logits: expected .* = \(4, {classes}\), got \(4, 3"
-        ):
-            faithfulness(layer, inputs, masks, other)
-    with pytest.raises(TypeError, match="budgets: expected an int, got float"):
-        pair_masking(layer, inputs, masks, [[]] * 4, budgets=[2.5])  # type: ignore[list-item]
+        message = rf"logits: expected .* = \(4, {classes}\), got \(4, 3"
+        assert_refused(partial(faithfulness, layer, inputs, masks, other), message)

@@ -14,7 +14,7 @@ import torch
 
 from flmoe_kernels.core import files
 from flmoe_kernels.explain.report.features import FeatureError, load_features
-from tests.support.explain_files import Arrays, full_arrays, write_data
+from tests.support.explain_files import Arrays, Trap, full_arrays, write_data
 
 X = np.zeros((3, 5, 8), dtype=np.float32)
 BROKEN = X.copy()
@@ -90,16 +90,6 @@ def test_padding_may_have_any_values(tmp_path: Path) -> None:
     assert found.first(9).lengths == (5, 9)
 
 
-class Danger:
-    """Object that writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
 def test_names_cannot_send_terminal_codes(tmp_path: Path) -> None:
     path = write_data(tmp_path, {**full_arrays(), "x\x1b[2J\n": X})
     with pytest.raises(FeatureError, match=r": x \[2J : expected inputs_0") as caught:
@@ -160,7 +150,7 @@ def test_an_archive_that_unpacks_beyond_memory_is_not_unpacked(
 @pytest.mark.parametrize("kind", ["objects", "pickle", "array", "forged array", "text", "torn"])
 def test_other_files_are_refused_and_nothing_is_unpickled(kind: str, tmp_path: Path) -> None:
     path, trap = tmp_path / "data.npz", tmp_path / "unpickled"
-    danger = np.array([Danger(trap)], dtype=object)
+    danger = np.array([Trap(trap)], dtype=object)
     if kind == "objects":
         np.savez(path, **{**full_arrays(), "labels": danger})
     elif kind == "pickle":

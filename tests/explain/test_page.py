@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
-from flmoe_kernels.explain import Attribution, PairValues
+from flmoe_kernels.explain import PairValues
 from flmoe_kernels.explain.figures.curves import UNKNOWN
 from flmoe_kernels.explain.reliability import LEAST_COUNT
 from flmoe_kernels.explain.report.features import Features
@@ -25,13 +25,8 @@ from flmoe_kernels.explain.report.findings import Findings
 from flmoe_kernels.explain.report.page import page
 from flmoe_kernels.explain.report.pictures import draw
 from flmoe_kernels.explain.report.request import Request
-from flmoe_kernels.explain.report.sentences import (
-    interaction,
-    of_sample,
-    overall,
-    ranks,
-)
-from tests.support.explain_results import masking_drops, pair_values
+from flmoe_kernels.explain.report.sentences import interaction, of_sample, overall, ranks
+from tests.support.explain_results import attribution, masking_drops, pair_values
 
 EXPERTS = ("unique_0", "unique_1", "synergy", "redundancy")
 NAMES: dict[str, Any] = {"modality_names": ("text", "image <b>"), "class_names": ("cat", "<i>dog")}
@@ -42,20 +37,11 @@ def findings(
 ) -> Findings:
     """Findings of modalities with 3 and 2 tokens, two classes, all samples alike."""
     x = [torch.tensor([[0.4, -0.2, 0.1]] * samples), torch.tensor([[0.1347, 0.134]] * samples)]
-    attribution = Attribution(
-        index="gradient_rollout",
-        explains="mixture",
+    tokens = attribution(
+        *(v.double().unsqueeze(1).expand(-1, 4, -1) for v in x),
         experts=EXPERTS,
-        values=tuple(v.double().unsqueeze(1).expand(-1, 4, -1) for v in x),
         mixture=tuple(v.double() for v in x),
-        valid=tuple(torch.ones_like(v, dtype=torch.bool) for v in x),
         weights=torch.tensor([weights] * samples, dtype=torch.float64),
-        targets=torch.tensor([[0.0, 1.0]] * samples),
-        multi_label=False,
-        scores=torch.zeros(samples, 4),
-        completeness_error=None,
-        budget=1,
-        settings={},
     )
     features = Features(
         inputs=[torch.zeros(samples, n, 8) for n in (3, 2)],
@@ -74,7 +60,7 @@ def findings(
         logits=torch.tensor([[0.0, 2.0]] * samples),
         expert_logits=torch.zeros(samples, 4, 2),
         target=torch.ones(samples, dtype=torch.int64),
-        attribution=attribution,
+        attribution=tokens,
         pairs=[{"SII": pairs, "RG": dataclasses.replace(pairs, index="RG")}] * samples,
         faithfulness=drops,
         pair_masking={"SII": drops, "RG": drops},

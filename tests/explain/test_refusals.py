@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,23 @@ from flmoe_kernels.explain import (
 )
 from tests.support.explain_games import interaction_layer
 from tests.support.layers import LayerCase
+from tests.support.refusals import assert_refused
 
 CASE = LayerCase(lengths=(3, 2))
 INPUTS = CASE.inputs(torch.float64)
 SCORES = [torch.tensor([[3.0, 2.0, 1.0]] * 2), torch.tensor([[2.0, 1.0]] * 2)]
 PAIRS: Any = [[((0, 0), (1, 1)), ((0, 1), (1, 0))]] * 2
-SAMPLED = {"method": "sampling", "sampling": Sampling(budget=200)}
-
 CALLS: dict[str, Callable[..., Any]] = {
-    "integrated gradients": lambda model, x, **options: attribute(
-        model, x, method="integrated_gradients", n_steps=2, **options
+    "integrated gradients": partial(attribute, method="integrated_gradients", n_steps=2),
+    "faithfulness": partial(faithfulness, masks=None, attributions=SCORES, n_random=1),
+    "pair masking": partial(pair_masking, masks=None, pairs=PAIRS, n_random=1, budgets=(2,)),
+    "exact pairs": shapley_interactions,
+    "sampled pairs": partial(
+        shapley_interactions, method="sampling", sampling=Sampling(budget=200)
     ),
-    "faithfulness": lambda model, x, **options: faithfulness(
-        model, x, None, SCORES, **{"n_random": 1, **options}
-    ),
-    "pair masking": lambda model, x, **options: pair_masking(
-        model, x, None, PAIRS, **{"n_random": 1, "budgets": (2,), **options}
-    ),
-    "exact pairs": lambda model, x, **options: shapley_interactions(model, x, **options),
-    "sampled pairs": lambda model, x, **options: shapley_interactions(
-        model, x, **SAMPLED, **options
-    ),
-    "redundancy gap": lambda model, x, **options: redundancy_gap(model, x, **options),
+    "redundancy gap": redundancy_gap,
 }
+EVERY = {**CALLS, "rollout": attribute}
 
 
 class Additive(nn.Module):
@@ -87,8 +82,7 @@ def test_a_model_without_finite_logits_is_refused(
     for change in (lambda z: z * value, of_class(0, value)):
         model = Additive(3, change).eval()
         message = rf"model: expected finite logits, got -?{value} for sample 0"
-        with pytest.raises(ValueError, match=message):
-            CALLS[name](model, INPUTS, target=target)
+        assert_refused(partial(CALLS[name], model, INPUTS, target=target), message)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -99,12 +93,12 @@ def test_a_class_that_is_ruled_out_is_not_explained(name: str) -> None:
         CALLS[name](model, INPUTS, target=0)
 
 
-@pytest.mark.parametrize("name", [*CALLS, "rollout"])
+@pytest.mark.parametrize("name", EVERY)
 def test_an_input_that_is_nan_is_refused_with_its_sample(name: str) -> None:
     x = [each.clone() for each in INPUTS]
     x[0][1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=r"model: expected finite logits, got nan for sample 1"):
-        {**CALLS, "rollout": attribute}[name](interaction_layer(CASE), x)
+        EVERY[name](interaction_layer(CASE), x)
 
 
 @pytest.mark.parametrize("name", ["faithfulness", "pair masking"])
@@ -147,10 +141,8 @@ def test_the_probability_of_one_class_is_refused() -> None:
     model = Additive(1).eval()
     for name in ("faithfulness", "pair masking"):
         for metrics in (("prob",), ("logit", "log_prob"), ("prob", "log_prob", "logit")):
-            with pytest.raises(
-                ValueError, match=r"metrics: expected \('logit',\) for a model with one"
-            ):
-                CALLS[name](model, INPUTS, metrics=metrics)
+            message = r"metrics: expected \('logit',\) for a model with one"
+            assert_refused(partial(CALLS[name], model, INPUTS, metrics=metrics), message)
         assert CALLS[name](model, INPUTS, metrics=["logit"]).identified.any()
         # A binary classifier with a single logit.
         assert CALLS[name](model, INPUTS, multi_label=True).identified.any()
@@ -166,9 +158,9 @@ INTEGERS = (
 )
 
 
-@pytest.mark.parametrize("name", [*CALLS, "rollout"])
+@pytest.mark.parametrize("name", EVERY)
 def test_any_integer_is_a_target(name: str) -> None:
-    call, layer = {**CALLS, "rollout": attribute}[name], interaction_layer(CASE)
+    call, layer = EVERY[name], interaction_layer(CASE)
     expected = call(layer, INPUTS, target=2)
     for target in INTEGERS:
         found = call(layer, INPUTS, target=target)
@@ -179,17 +171,16 @@ def test_any_integer_is_a_target(name: str) -> None:
             assert torch.equal(found.targets, expected.targets)
 
 
-@pytest.mark.parametrize("name", [*CALLS, "rollout"])
+@pytest.mark.parametrize("name", EVERY)
 def test_other_values_are_no_targets(name: str) -> None:
-    call, layer = {**CALLS, "rollout": attribute}[name], interaction_layer(CASE)
+    call, layer = EVERY[name], interaction_layer(CASE)
     wrong: list[Any] = [True, np.True_, torch.tensor(True), 2.0, np.float64(2), "2", {0: 1}]
     wrong += [[True, False], torch.tensor([True, False]), np.array([0.0, 1.0]), ["a", "b"]]
     for target in wrong:
         with pytest.raises(TypeError, match=r"target: expected (an int|integers)"):
             call(layer, INPUTS, target=target)
     for target in (3, -1, np.int64(3), [0, 3], np.array([-1, 0]), [0], torch.tensor([[1, 1]])):
-        with pytest.raises(ValueError, match="target: expected"):
-            call(layer, INPUTS, target=target)
+        assert_refused(partial(call, layer, INPUTS, target=target), "target: expected")
 
 
 def test_labels_may_be_arrays() -> None:
@@ -215,14 +206,10 @@ def test_huge_counts() -> None:
         attribute(layer, INPUTS, method="integrated_gradients", n_steps=huge)
     for name in ("faithfulness", "pair masking"):
         for count in (10**12, huge):
-            with pytest.raises(
-                ValueError, match=r"n_random: expected an int from 0 to \d+, which is"
-            ):
-                CALLS[name](layer, INPUTS, n_random=count)
-        with pytest.raises(
-            ValueError, match=r"seed: expected an int from 0 to 18446744073709551615"
-        ):
-            CALLS[name](layer, INPUTS, seed=huge)
+            message = r"n_random: expected an int from 0 to \d+, which is"
+            assert_refused(partial(CALLS[name], layer, INPUTS, n_random=count), message)
+        message = r"seed: expected an int from 0 to 18446744073709551615"
+        assert_refused(partial(CALLS[name], layer, INPUTS, seed=huge), message)
         CALLS[name](layer, INPUTS, seed=2**64 - 1, max_batch=huge)
     CALLS["integrated gradients"](layer, INPUTS, max_batch=huge)
     wide = shapley_interactions(
@@ -275,6 +262,9 @@ def test_a_single_index_is_a_tuple() -> None:
 def test_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
     layer = interaction_layer(CASE)
     one: Any = np.int64(1)
+    wide = Sampling(np.int64(900), np.float32(1e-4), np.int32(8), np.uint8(3))  # type: ignore[arg-type]
+    assert wide == Sampling(900, float(np.float32(1e-4)), 8, 3)
+    run = Run(max_batch=np.int64(50), checkpoint=tmp_path / "progress")  # type: ignore[arg-type]
     options: dict[str, Any] = {"n_random": one, "seed": np.int32(3), "exempt": [one], "expert": one}
     results = [
         CALLS["faithfulness"](layer, INPUTS, budgets=np.array([10, 50]), **options),
@@ -282,6 +272,7 @@ def test_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
         attribute(layer, INPUTS, readout=one),
         attribute(layer, INPUTS, method="integrated_gradients", n_steps=one, max_batch=one),
         *shapley_interactions(layer, INPUTS, scores=SCORES, top=one, expert=one),
+        *shapley_interactions(layer, INPUTS, method="sampling", sampling=wide, run=run),
     ]
     for result in results:
         result.save(tmp_path / "result.npz")

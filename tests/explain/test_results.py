@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 
 from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
 from tests.support.explain_games import first_of, interaction_layer, random_terms, unanimity
+from tests.support.explain_results import pair_values
 from tests.support.layers import LayerCase
+from tests.support.refusals import assert_refused
 
 CASE = LayerCase(lengths=(4, 3))
 
@@ -30,23 +33,14 @@ def sampled() -> PairValues:
 
 
 def made_up(values: list[float]) -> PairValues:
-    pairs = np.array([[0, 1], [0, 2], [1, 2]])[: len(values)]
-    tokens = np.array([[0, 0], [1, 0], [1, 3]])
-    return PairValues(
-        index="SII",
+    """Three players in modalities of 1 and 4 tokens."""
+    return pair_values(
         values=np.array(values),
-        standard_errors=np.array([0.5, 0.25, 0.125])[: len(values)],
-        pairs=pairs,
-        tokens=tokens,
+        standard_errors=np.array([0.5, 0.25, 0.125]),
+        pairs=np.array([[0, 1], [0, 2], [1, 2]]),
+        tokens=np.array([[0, 0], [1, 0], [1, 3]]),
         lengths=(1, 4),
-        value=2.0,
-        baseline=-1.0,
-        method="exact",
-        stopped_by="exact",
-        draws=0,
-        evaluations=8,
-        batch_size=4,
-        candidates="all pairs",
+        **{"method": "exact", "stopped_by": "exact", "candidates": "all pairs", "evaluations": 8},
     )
 
 
@@ -68,8 +62,7 @@ def test_maps() -> None:
         (lambda: found.top(0), r"count: expected an int from 1, got 0"),
         (lambda: found.ranked(by="best"), r"by: expected one of largest, smallest, magnitude"),
     ):
-        with pytest.raises(ValueError, match=message):
-            call()
+        assert_refused(call, message)
 
 
 def test_ranks_and_rows() -> None:
@@ -140,8 +133,7 @@ def test_conversion_to_shapiq(sampled: PairValues) -> None:
     for (i, j), value in zip(sampled.pairs.tolist(), sampled.values, strict=True):
         assert part[(i, j)] == value
     assert part[(0, 1)] == 0.0, "no candidate"
-    with pytest.raises(ValueError, match=r"to_shapiq: expected the index SII.* got RG"):
-        mine["RG"].to_shapiq()
+    assert_refused(lambda: mine["RG"].to_shapiq(), r"to_shapiq: expected the index SII.* got RG")
 
 
 def test_a_missing_package_is_named(sampled: PairValues, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +152,6 @@ def test_a_missing_package_is_named(sampled: PairValues, monkeypatch: pytest.Mon
     ],
 )
 def test_settings_of_sampling(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Sampling(**options)
+    assert_refused(partial(Sampling, **options), message)
     with pytest.raises(TypeError, match=r"antithetic: expected a bool, got int"):
         Sampling(antithetic=1)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from flmoe_kernels.explain import (
     shapley_interactions,
     token_means,
 )
+from flmoe_kernels.explain.games import masked
 from flmoe_kernels.explain.games.models import takes_tokens_in_any_order
 from tests.support.explain_games import Planted, drawn, interaction_layer
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
+from tests.support.refusals import assert_refused
 
 CASE = LayerCase(lengths=(5, 4))
 
@@ -66,34 +69,26 @@ def test_what_the_model_sees(fill: str) -> None:
     values = game(inside)
     assert values.dtype == np.float64
     assert [len(inputs[0]) for inputs, _ in model.calls] == [3, 3, 2]
-    for k, row in enumerate(inside):
-        inputs, given = model.calls[k // 3]
-        there = {(int(m), int(i)): bool(row[p]) for p, (m, i) in enumerate(game.tokens)}
-        assert inputs[1] is None
-        for m, length in ((0, 3), (2, 2)):
-            for i in range(length):
-                original = x[m][1, i]
-                present = there.get((m, i))
-                token = inputs[m][k % 3, i]
-                if fill == "drop":
-                    assert torch.equal(token, original)
-                    assert bool(given[m][k % 3, i]) == bool(present)
-                    continue
-                if present is False:
-                    original = {
-                        "zero": torch.zeros(4),
-                        "mean": baseline and baseline[m],
-                        "mean by position": baseline and baseline[m][min(i, len(baseline[m]) - 1)],
-                    }[fill]
-                assert torch.equal(token, original), "padded tokens are unchanged"
-        if fill != "drop":
-            assert torch.equal(given[0][k % 3], masks[0][1])
-            assert given[2] is None
-        with torch.no_grad():
-            own = [None if t is None else t[k % 3 : k % 3 + 1] for t in inputs]
-            logit = model(own, [None if t is None else t[k % 3 : k % 3 + 1] for t in given])
-        model.calls.pop()
-        assert values[k] == pytest.approx(float(logit[0, 1]), rel=1e-5)
+    seen, given = (
+        [None if parts[0] is None else torch.cat(parts) for parts in zip(*calls, strict=True)]
+        for calls in zip(*model.calls, strict=True)
+    )
+    for m in (0, 2):
+        gone = torch.zeros(8, x[m].shape[1], dtype=torch.bool)
+        own = game.tokens[:, 0] == m
+        gone[:, game.tokens[own, 1]] = torch.from_numpy(~inside[:, own])
+        original, valid = x[m][1].expand(8, -1, -1), None if m else masks[0][1].expand(8, -1)
+        if fill == "drop":
+            there = torch.ones_like(gone) if valid is None else valid.bool()
+            assert torch.equal(given[m], there & ~gone)
+            assert torch.equal(seen[m], original)
+            continue
+        filled = torch.zeros(4) if baseline is None else baseline[m]
+        expected = torch.where(gone.unsqueeze(2), filled, original)
+        assert torch.equal(seen[m], expected), "padded tokens are unchanged"
+        assert given[m] is None if valid is None else torch.equal(given[m], valid)
+    assert seen[1] is None
+    np.testing.assert_allclose(values, model(seen, given)[:, 1].numpy(), rtol=1e-5)
     assert TokenGame(model, x, fill="zero").describe()["fill"] == "zero"
 
 
@@ -134,26 +129,6 @@ def test_outputs_and_targets() -> None:
     assert game(np.ones((1, 5)))[0] == pytest.approx(float(out.expert_logits[0, 2, 1]), abs=1e-12)
 
 
-def test_the_fast_layer_skips_absent_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flmoe_kernels.layers.interaction_moe import forward
-
-    rows = []
-    plan = forward.plan_tokens
-
-    def spy(*args: Any, **options: Any) -> Any:
-        found = plan(*args, **options)
-        rows.append(found.rows)
-        return found
-
-    monkeypatch.setattr(forward, "plan_tokens", spy)
-    masks = draw_masks("partial", 2, CASE.lengths)
-    game = TokenGame(interaction_layer(CASE), CASE.inputs(torch.float64), masks, target=0)
-    rows.clear()
-    inside = drawn(20, game.players)
-    game(inside)
-    assert rows == [int(inside.sum())]
-
-
 def test_two_additive_games_agree_with_their_layers() -> None:
     lengths = (3, 2, 4)
     layer, x = pair_layer(DIMS), pair_inputs(lengths)
@@ -173,7 +148,9 @@ def test_two_additive_games_agree_with_their_layers() -> None:
         np.testing.assert_allclose(ends, [closed.value, closed.baseline], atol=1e-12)
 
 
-def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
+def test_a_pair_layer_computes_no_more_than_the_longest_coalition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Absent tokens are removed up to the batch's longest coalition, with the same values as by masking."""
     lengths = (9, 0, 7)
     layer = pair_layer(DIMS, top_k=2)
@@ -200,24 +177,14 @@ def test_a_pair_layer_computes_no_more_than_the_longest_coalition() -> None:
                 assert inputs[m].shape[1] == given[m].shape[1] == counts.max()
                 assert given[m].sum(dim=1).tolist() == counts.tolist()
             assert inputs[1] is None
-        masked = [masked_out(layer, x, game, row, expert) for row in inside]
-        np.testing.assert_allclose(values, masked, rtol=0, atol=1e-12)
+        with monkeypatch.context() as patch:
+            patch.setattr(masked, "takes_tokens_in_any_order", lambda model: False)
+            np.testing.assert_allclose(values, game(inside), rtol=0, atol=1e-12)
         assert values.std() > 1e-3, "control: a constant would not pass"
     # A derived layer or another model may depend on the order of tokens.
     assert takes_tokens_in_any_order(layer)
     assert not takes_tokens_in_any_order(type("Positions", (type(layer),), {})(DIMS, num_classes=2))
     assert not takes_tokens_in_any_order(interaction_layer(CASE))
-
-
-def masked_out(layer: Any, x: list[Any], game: TokenGame, row: Any, expert: str | None) -> float:
-    """Logit of class 1 of sample 1, with absent tokens masked."""
-    masks = [None if each is None else torch.zeros(1, each.shape[1]).bool() for each in x]
-    for m, i in game.tokens[row]:
-        masks[m][0, i] = True
-    with torch.no_grad():
-        out = layer([None if each is None else each[1:2] for each in x], masks)
-    logits = out.logits if expert is None else out.expert_logits[:, [*layer.experts].index(expert)]
-    return float(logits[0, 1])
 
 
 @pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
@@ -332,44 +299,37 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES)
 def test_mistakes(options: dict[str, Any], message: str) -> None:
-    kind = TypeError if message.startswith("TypeError: ") else ValueError
-    with pytest.raises(kind, match=message.removeprefix("TypeError: ")):
-        probe_pairs(interaction_layer(CASE), CASE.inputs(torch.float64), **options)
+    layer, x = interaction_layer(CASE), CASE.inputs(torch.float64)
+    assert_refused(lambda: probe_pairs(layer, x, **options), message)
 
 
 def test_mistakes_of_models_and_inputs() -> None:
-    x = CASE.inputs(torch.float64)
-    layer = interaction_layer(CASE)
+    x, layer = CASE.inputs(torch.float64), interaction_layer(CASE)
+    game, ones = TokenGame(interaction_layer(CASE), x), np.ones((2, 8))
     layer.interaction_experts[1].fusion_model.network[0].dropout1.train()
     message = r"model: expected eval mode, got interaction_experts\.1.*dropout1 in training mode"
-    with pytest.raises(ValueError, match=message):
-        probe_pairs(layer, x)
+    assert_refused(lambda: probe_pairs(layer, x), message)
     layer.eval()
-    game = TokenGame(layer, x)
-    layer.train()
-    with pytest.raises(ValueError, match=r"model: expected eval mode, got InteractionMoE in"):
-        game(np.ones((1, 9)))
     learned = LayerCase(lengths=(4, 4), compat="i2moe")
     fixed, its = interaction_layer(learned), learned.inputs(torch.float64)
-    with pytest.raises(ValueError, match=r"fill: expected 'zero' or 'mean' for a layer with lear"):
-        probe_pairs(fixed, its)
     assert len(shapley_interactions(fixed, its, fill="zero")) == 2
-    for model, error, text in (
-        (None, TypeError, r"model: expected a Module or a callable, got NoneType"),
-        (lambda inputs, masks: (1, 2), TypeError, r"model: expected logits .* got tuple; swap"),
-        (lambda inputs, masks: inputs[0], ValueError, r"model: expected logits \(B, C\), got \(1"),
-    ):
-        with pytest.raises(error, match=text):
-            probe_pairs(model, x)
-    layer.eval()
-    for inputs, text in (
-        ([None, None], r"inputs: expected at least one modality, got none"),
-        ([torch.ones(2, 3)], r"inputs\[0\]: expected \(batch, tokens, features\), got \(2, 3\)"),
-        ([x[0], x[1][:1]], r"inputs\[1\]: expected \(2, tokens, features\), got \(1, 4, 8\)"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            probe_pairs(layer, inputs)
-    with pytest.raises(ValueError, match=r"coalitions: expected \(coalitions, 9\), got \(2, 8\)"):
-        game(np.ones((2, 8)))
-    with pytest.raises(ValueError, match=r"method: .* for 20 tokens; 'exact' enumerates .* 16"):
-        probe_game(Planted(20, lambda inside: inside.sum(axis=1)), method="exact")
+    in_training = TokenGame(changed := interaction_layer(CASE), x)
+    changed.train()
+    wrong: list[tuple[Any, Any, str]] = [
+        (fixed, its, r"fill: expected 'zero' or 'mean' for a layer with learned positions"),
+        (None, x, r"TypeError: model: expected a Module or a callable, got NoneType"),
+        (lambda x, m: (1, 2), x, r"TypeError: model: expected logits .* got tuple; swap"),
+        (lambda x, m: x[0], x, r"model: expected logits \(B, C\), got \(1"),
+        (layer, [None, None], r"inputs: expected at least one modality, got none"),
+        (layer, [torch.ones(2, 3)], r"inputs\[0\]: expected \(batch, tokens, features\), got \(2"),
+        (layer, [x[0], x[1][:1]], r"inputs\[1\]: expected \(2, tokens, features\), got \(1, 4"),
+    ]
+    for model, inputs, text in wrong:
+        assert_refused(partial(probe_pairs, model, inputs), text)
+    assert_refused(
+        lambda: in_training(np.ones((1, 9))), "model: expected eval mode, got InteractionMoE"
+    )
+    assert_refused(lambda: game(ones), r"coalitions: expected \(coalitions, 9\), got \(2, 8\)")
+    large = Planted(20, lambda inside: inside.sum(axis=1))
+    text = r"method: .* for 20 tokens; 'exact' enumerates .* 16"
+    assert_refused(lambda: probe_game(large, method="exact"), text)

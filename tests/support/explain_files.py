@@ -16,6 +16,16 @@ WORDS = [EVIL, "a & b", "plain", "' onload='", "\u4e2d\u6587"]
 Arrays = dict[str, Any]
 
 
+class Trap:
+    """An object that writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
 def write_checkpoint(folder: Path, case: LayerCase = CASE) -> Path:
     torch.manual_seed(1)
     layer = case.reference()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flmoe_kernels import InteractionMoE
+from flmoe_kernels.explain import Sampling, probe_game
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from tests.support.layers import LayerCase
 
@@ -47,11 +47,6 @@ def unanimity(terms: Mapping[tuple[int, ...], float], players: int) -> Planted:
     return Planted(players, formula)
 
 
-def unanimity_sii(terms: Mapping[tuple[int, ...], float], i: int, j: int) -> float:
-    """Index in closed form: a term of t players that contains both players gives 1 / (t - 1) of its weight."""
-    return sum(w / (len(t) - 1) for t, w in terms.items() if i in t and j in t)
-
-
 def random_terms(players: int, count: int, largest: int, seed: int) -> dict[tuple[int, ...], float]:
     draw = np.random.default_rng(seed)
     terms: dict[tuple[int, ...], float] = {(): 0.7}
@@ -62,9 +57,35 @@ def random_terms(players: int, count: int, largest: int, seed: int) -> dict[tupl
     return terms
 
 
-def xor(planted: tuple[int, ...], players: int) -> Planted:
-    """1 if an odd number of the planted tokens is present, else 0."""
-    return Planted(players, lambda inside: inside[:, list(planted)].sum(axis=1) % 2)
+def random_game(players: int, seed: int = 0) -> Planted:
+    """A game with a different value for every coalition."""
+    return tabled(np.random.default_rng(seed).normal(size=2**players), players)
+
+
+def tabled(values: NDArray[np.float64], players: int) -> Planted:
+    """A game from the table of its values; bit k stands for player k."""
+    bits = 1 << np.arange(players)
+    return Planted(players, lambda inside: values[inside @ bits])
+
+
+def deviations(
+    game: Planted, pairs: Any, indices: Sequence[str], runs: int, **sampling: Any
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]]:
+    """Deviations from the exact index and standard errors (runs, p) over seeds, and units (runs, 1), by index."""
+    exact = probe_game(game, pairs, indices=indices, method="exact")
+    settings = [Sampling(seed=seed, **sampling) for seed in range(runs)]
+    found = [
+        probe_game(game, pairs, indices=indices, method="sampling", sampling=each)
+        for each in settings
+    ]
+    return {
+        index: (
+            np.array([x[index].values for x in found]) - values.values,
+            np.array([x[index].standard_errors for x in found]),
+            np.array([[x[index].draws // (1 + settings[0].antithetic)] for x in found]),
+        )
+        for index, values in exact.items()
+    }
 
 
 def either(first: int, second: int, worth: float, players: int) -> Planted:
@@ -115,9 +136,9 @@ def interaction_layer(
     return InteractionMoE.adopt(case.reference(dtype).eval(), backend=backend)
 
 
-def first_of(tensors: Any, sample: int = 0) -> list[Tensor | None]:
-    """A sample of M tensors, with batch 1."""
-    return [None if x is None else x[sample : sample + 1] for x in tensors]
+def first_of(tensors: Any, sample: int = 0) -> Any:
+    """A sample of M tensors, with batch 1; None stays None."""
+    return tensors and [None if x is None else x[sample : sample + 1] for x in tensors]
 
 
 def drawn(rows: int, players: int, seed: int = 0) -> NDArray[np.bool_]:

@@ -10,9 +10,6 @@ from torch import Tensor
 from flmoe_kernels import InteractionMoE
 from flmoe_kernels.explain.attribution.experts import readout_weights
 from flmoe_kernels.explain.games.tokens import valid_tokens
-from flmoe_kernels.layers.interaction_moe.fusion import sinusoidal_positions
-from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
-from flmoe_kernels.ops.reweighting.reference import masked_mean
 from tests.support.inputs import draw, draw_masks
 from tests.support.layers import LayerCase
 
@@ -33,40 +30,11 @@ def call_of(case: LayerCase, dtype: torch.dtype = torch.float64) -> tuple[Any, l
 
 
 def dense_expert(fusion: Any, inputs: list[Tensor], masks: Any) -> tuple[Tensor, list[Tensor]]:
-    """Logits of a fusion model and attention probabilities (B, H, L, L) of its layers, with gradients."""
-    valid = torch.cat(valid_tokens(inputs, masks), dim=1)
-    tokens = torch.cat(inputs, dim=1)
-    learned = fusion.pos_embed is not None
-    if learned:
-        tokens = tokens + fusion.pos_embed
-    else:
-        place = sinusoidal_positions(*tokens.shape[1:], tokens.device, tokens.dtype)
-        tokens = (tokens + place) * valid.unsqueeze(2)
-    maps = []
-    for layer in fusion.network[:-1]:
-        normed = layer.norm1(tokens)
-        heads = (layer.attn.num_heads, -1)
-        q = layer.attn.q(normed).unflatten(2, heads)
-        k, v = layer.attn.kv(normed).unflatten(2, (2, *heads)).unbind(2)
-        scores = torch.einsum("bihd,bjhd->bhij", q, k) * layer.attn.scale
-        attention = scores.masked_fill(~valid[:, None, None, :], -torch.inf).softmax(dim=3)
-        maps.append(attention)
-        attended = layer.attn.proj(torch.einsum("bhij,bjhd->bihd", attention, v).flatten(2))
-        tokens = 2 * attended if learned else tokens + attended
-        tokens = tokens + token_updates(layer, tokens, valid, [x.shape[1] for x in inputs])
-    parts = tokens.split([x.shape[1] for x in inputs], dim=1)
-    given = [None] * len(parts) if masks is None else masks
-    latent = torch.cat([masked_mean(x, m) for x, m in zip(parts, given, strict=True)], dim=1)
-    return fusion.network[-1](latent), maps
-
-
-def token_updates(layer: Any, tokens: Tensor, valid: Tensor, lengths: list[int]) -> Tensor:
-    """Output of the MLP; a routed MLP gets one modality at a time, without padding."""
-    normed = layer.norm2(tokens)
-    if not isinstance(layer.mlp, RoutedMLP):
-        return layer.mlp(normed)
-    parts = zip(normed.split(lengths, dim=1), valid.split(lengths, dim=1), strict=True)
-    return torch.cat([layer.mlp(part, ok) for part, ok in parts], dim=1)
+    """Logits of a reference's fusion model and attention maps (B, H, L, L) of its layers, with gradients."""
+    attentions = [layer.attn for layer in fusion.network[:-1]]
+    for attention in attentions:
+        attention.capture_attn = attention.require_attn_grad = True
+    return fusion(inputs, masks), [attention.last_attn for attention in attentions]
 
 
 def dense_rollout(

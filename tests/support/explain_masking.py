@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.explain.attribution.targets import METRICS
+from tests.support.explain_games import first_of
 from tests.support.layers import LayerCase
 
 CASE = LayerCase((7, 5), batch=4, dim=8, heads=2, layers=1, classes=3, masks="partial")
@@ -39,10 +40,6 @@ def set_of(drop: Tensor) -> set[int]:
     value = int(drop)
     assert value == float(drop)
     return {g for g in range(60) if value >> g & 1}
-
-
-def rows_of(masks: Any, b: int) -> Any:
-    return None if masks is None else [None if x is None else x[b : b + 1] for x in masks]
 
 
 def reading(logits: Tensor, classes: list[int], multi_label: bool) -> dict[str, float]:
@@ -100,7 +97,7 @@ def brute_force(
         if not every:
             found[:, :, b, k] = np.nan
             continue
-        one, mask = [x[b : b + 1] for x in inputs], rows_of(masks, b)
+        one, mask = first_of(inputs, b), first_of(masks, b)
         whole = reading(masked_logits(logits_of, one, mask, set(), fill), classes[b], multi_label)
         for kind, hidden in enumerate((top, every - top)):
             left = masked_logits(logits_of, one, mask, hidden, fill)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import PairExplanation, PairInteractionMoE
-from tests.support.explain_games import subsets
+from tests.support.explain_games import first_of, subsets
 from tests.support.inputs import draw_masks
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
 
@@ -40,7 +40,7 @@ class Game:
 
     layer: PairInteractionMoE
     inputs: list[Tensor]
-    masks: list[Tensor | None] | None
+    masks: list[Tensor | None]
     target: int
     values: Tensor
 
@@ -61,20 +61,15 @@ def game(name: str, backend: str, sample: int = 1) -> Game:
     """Brute force: a forward pass per coalition with all other tokens masked."""
     lengths, pattern, options = GAMES[name]
     layer = pair_layer(DIMS[: len(lengths)], backend=backend, **options)
-    inputs = [x[sample : sample + 1] for x in pair_inputs(lengths)]
-    masks = draw_masks(pattern, 2, lengths)
-    if masks is not None:
-        masks = [None if mask is None else mask[sample : sample + 1] for mask in masks]
+    inputs = first_of(pair_inputs(lengths), sample)
+    masks = first_of(draw_masks(pattern, 2, lengths) or [None] * len(lengths), sample)
     target = 2
     coalitions = torch.arange(2 ** sum(lengths))
     inside = ((coalitions[:, None] >> torch.arange(sum(lengths))) & 1).bool().split(lengths, dim=1)
     count = len(coalitions)
-    if masks is not None:
-        inside = [
-            s if mask is None else s & mask.bool() for s, mask in zip(inside, masks, strict=True)
-        ]
+    there = [s if mask is None else s & mask.bool() for s, mask in zip(inside, masks, strict=True)]
     with torch.no_grad():
-        out = layer([x.expand(count, -1, -1) for x in inputs], list(inside))
+        out = layer([x.expand(count, -1, -1) for x in inputs], there)
     values = torch.cat([out.expert_logits[:, :, target], out.logits[:, target, None]], dim=1)
     return Game(layer, inputs, masks, target, values)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,14 +120,8 @@ def attribute(
         if masks is not None:
             masks = [None if mask is None else mask.clone() for mask in masks]
         if method == INTEGRATED:
-            path = _path(inputs, baseline, n_steps, rule, max_batch)
-            parts = _parts(model, inputs, masks, explains)
-            total = len(parts.logits) * len(parts.mixture) * path.n_steps
-            with progress_bar(progress, total, "integrated gradients") as advance:
-                return _by_path(
-                    *(parts, inputs, masks, (target, multi_label), explains, path, magnitude),
-                    advance,
-                )
+            path, wanted = _path(inputs, baseline, n_steps, rule, max_batch), (target, multi_label)
+            return _by_path(model, inputs, masks, wanted, explains, path, magnitude, progress)
         check_readout(readout, len(inputs))
         # Padded rows have zero gradient, so they matter only for attention rollouts.
         padded = readout == ALL and method == ROLLOUT
@@ -191,17 +184,10 @@ def _by_rollout(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """The functions that integrated gradients differentiate: logits of each part and of the mixture."""
-
-    names: tuple[str, ...]
-    logits: list[LogitsOf]
-    mixture: Tensor
-    weights: Tensor
-
-
-def _parts(model: Any, inputs: Inputs, masks: Inputs | None, explains: str) -> _Parts:
+def _parts(
+    model: Any, inputs: Inputs, masks: Inputs | None, explains: str
+) -> tuple[tuple[str, ...], list[LogitsOf], Tensor, Tensor]:
+    """Names and logits of the parts whose gradients are integrated; logits of the mixture; the parts' weights."""
     if isinstance(model, ReferenceInteractionMoE):
         experts = Experts.of(model, inputs, masks)
         with torch.no_grad():
@@ -209,57 +195,54 @@ def _parts(model: Any, inputs: Inputs, masks: Inputs | None, explains: str) -> _
             own = [experts.run(e, inputs, masks)[0] for e in range(len(experts.names))]
         mixture = (torch.stack(own, dim=1) * weights.unsqueeze(2)).sum(dim=1)
         functions = [experts.scores(e, explains == MIXTURE) for e in range(len(own))]
-        return _Parts(experts.names, functions, mixture, weights)
+        return experts.names, functions, mixture, weights
     with torch.no_grad():
         mixture = logits_of(model, inputs, masks, None)
     # PairInteractionMoE adds its experts with weight 1; any other model is a single part.
     names = expert_names(model)
     places: list[int | None] = [*range(len(names))] if names else [None]
-    functions = [functools.partial(_logits_of_part, model, place) for place in places]
-    return _Parts(
-        names or ("model",), functions, mixture, mixture.new_ones((len(mixture), len(places)))
-    )
-
-
-def _logits_of_part(model: Any, place: int | None, inputs: Inputs, masks: Inputs | None) -> Tensor:
-    return logits_of(model, inputs, masks, place)
+    functions = [functools.partial(logits_of, model, expert=place) for place in places]
+    return names or ("model",), functions, mixture, mixture.new_ones((len(mixture), len(places)))
 
 
 def _by_path(
-    parts: _Parts,
+    model: Any,
     inputs: Inputs,
     masks: Inputs | None,
     wanted: tuple[Any, bool],
     explains: str,
     path: Path,
     magnitude: bool,
-    advance: Callable[[int], object],
+    progress: bool | None,
 ) -> Attribution:
+    names, functions, mixture, weights = _parts(model, inputs, masks, explains)
     valid = valid_tokens(inputs, masks)
-    require_prediction(parts.mixture, torch.cat(valid, dim=1).any(dim=1))
-    targets = resolve_targets(wanted[0], parts.mixture, wanted[1])
-    shares = parts.weights if explains == EXPERT else torch.ones_like(parts.weights)
+    require_prediction(mixture, torch.cat(valid, dim=1).any(dim=1))
+    targets = resolve_targets(wanted[0], mixture, wanted[1])
+    shares = weights.double() if explains == EXPERT else torch.ones_like(weights).double()
     values: list[list[Tensor]] = [[] for _ in inputs]
     together: list[Tensor] = []
     errors, scores = [], []
-    for logits, share in zip(parts.logits, shares.double().unbind(dim=1), strict=True):
-        result = integrated_gradients(logits, inputs, masks, targets, path, advance)
-        errors.append(result.error)
-        scores.append(result.score)
-        for m, x in enumerate(result.values):
-            values[m].append(_of_tokens(x, valid[m], magnitude))
-        weighted = [x * share.view(-1, *[1] * (x.dim() - 1)) for x in result.values]
-        together = (
-            [x + y for x, y in zip(together, weighted, strict=True)] if together else weighted
-        )
+    total = len(functions) * len(mixture) * path.n_steps
+    with progress_bar(progress, total, "integrated gradients") as advance:
+        for logits, share in zip(functions, shares.unbind(dim=1), strict=True):
+            own, score, error = integrated_gradients(logits, inputs, masks, targets, path, advance)
+            errors.append(error)
+            scores.append(score)
+            for m, x in enumerate(own):
+                values[m].append(_of_tokens(x, valid[m], magnitude))
+            weighted = [torch.einsum("b,b...->b...", share, x) for x in own]
+            together = (
+                [x + y for x, y in zip(together, weighted, strict=True)] if together else weighted
+            )
     return Attribution(
         index=INTEGRATED,
         explains=explains,
-        experts=parts.names,
+        experts=names,
         values=tuple(torch.stack(by_expert, dim=1) for by_expert in values),
         mixture=tuple(_of_tokens(x, v, magnitude) for x, v in zip(together, valid, strict=True)),
         valid=tuple(valid),
-        weights=parts.weights.double(),
+        weights=weights.double(),
         targets=targets.weights,
         multi_label=targets.multi_label,
         scores=torch.stack(scores, dim=1),

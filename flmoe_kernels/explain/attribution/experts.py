@@ -49,7 +49,7 @@ class Experts:
         elif isinstance(model, FusionTransformer):
             spec = describe_fusion(model, model.spec, called_parts(model.network))
             names, fusions = ("model",), [model]
-            reweight = _weight_one
+            reweight = lambda x, masks: x[0].new_ones((len(x[0]), 1))  # noqa: E731
         else:
             raise TypeError(
                 "model: expected InteractionMoE or its reference, or FusionTransformer, whose attention is "
@@ -94,11 +94,6 @@ class Experts:
             return own * self.reweight(inputs, masks)[:, e : e + 1] if mixed else own
 
         return logits
-
-
-def _weight_one(inputs: Any, masks: Any) -> Tensor:
-    """The weights (B, 1) of a model that is one expert."""
-    return inputs[0].new_ones((len(inputs[0]), 1))
 
 
 def check_readout(readout: str | int, modalities: int) -> None:

@@ -38,27 +38,12 @@ def quadrature(rule: str, n_steps: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """The start of the path from x0 to x, and the quadrature along it.
+    """The start of the path from x0 to x, and the quadrature along it."""
 
-    Attributes:
-        starts: x0, M x (B, L_m, ...), None for a missing modality.
-        rule, n_steps: see quadrature.
-        max_batch: rows of one pass: samples times steps.
-    """
-
-    starts: Inputs
+    starts: Inputs  # x0, M x (B, L_m, ...), None for a missing modality
     rule: str
     n_steps: int
-    max_batch: int
-
-
-@dataclass(frozen=True, eq=False)
-class PathIntegral:
-    """Attributions M x (B, L_m, ...), the score (B,) and the completeness error (B,), in float64."""
-
-    values: list[Tensor]
-    score: Tensor
-    error: Tensor
+    max_batch: int  # rows of one pass: samples times steps
 
 
 def integrated_gradients(
@@ -68,22 +53,16 @@ def integrated_gradients(
     targets: Targets,
     path: Path,
     advance: Callable[[int], object] = int,
-) -> PathIntegral:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """(x - x0) * integral over t in [0, 1] of dF(x0 + t (x - x0)) / dx, F the target's logit.
 
-    The error, F(x) - F(x0) - the sum of the values, is that of the quadrature.
-
-    Args:
-        logits_of: differentiable by its inputs; a sample's logits must not depend on its batch.
-        inputs: M x (B, L_m, ...), x; None for a missing modality, whose values have no tokens.
-        masks: passed to logits_of.
-        targets: of the B samples.
-        path: see Path.
-        advance: called with the number of rows of each pass with gradients.
+    Returns these values M x (B, L_m, ...), the score F(x) (B,) and the error (B,), in float64. The error,
+    F(x) - F(x0) - the sum of the values, is that of the quadrature. logits_of must be differentiable by
+    its inputs, and a sample's logits must not depend on its batch. `advance` is called with the number of rows of
+    each pass with gradients.
 
     Raises:
-        ValueError: the logits have no gradient, or a logit or gradient of a sample with valid tokens is NaN or
-            inf.
+        ValueError: no gradient, or a NaN or inf in the logits or gradients of a sample with valid tokens.
 
     Memory: that of logits_of for max_batch rows, and a few times the inputs.
     Source: Sundararajan, Taly and Yan, arXiv 1703.01365.
@@ -119,7 +98,7 @@ def integrated_gradients(
             values.append(torch.where(per_feature(tokens, x), moved, 0.0))
             require_finite(values[-1], "gradients between the baseline and the inputs", there)
     total_value = torch.stack([x.flatten(1).sum(dim=1) for x in values]).sum(dim=0)
-    return PathIntegral(values, score, score - at_start - total_value)
+    return values, score, score - at_start - total_value
 
 
 def _weighted_gradients(

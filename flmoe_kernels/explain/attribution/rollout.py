@@ -84,34 +84,29 @@ class RecordingAttention(nn.Module):
 
 
 def evaluation_copy(
-    module: nn.Module, replace: Callable[[nn.Module], nn.Module | None] | None = None
+    module: nn.Module,
+    replace: Callable[[nn.Module], nn.Module | None] = lambda part: None,
+    copies: dict[int, nn.Module] | None = None,
 ) -> nn.Module:
     """Copy a module, in eval mode and with the same parameters; the module itself is not changed.
 
     Args:
         module: its parts must call each other as submodules.
         replace: returns the replacement of a part, or None to copy the part.
+        copies: of parts that occur several times, by id; filled by the call.
     """
-    return _copied(module, replace, {})
-
-
-def _copied(
-    module: nn.Module,
-    replace: Callable[[nn.Module], nn.Module | None] | None,
-    seen: dict[int, nn.Module],
-) -> nn.Module:
-    if id(module) not in seen:
-        clone = None if replace is None else replace(module)
+    copies = {} if copies is None else copies
+    if id(module) not in copies:
+        clone = replace(module)
         if clone is None:
             clone = copy.copy(module)
-            parts = {
-                name: None if part is None else _copied(part, replace, seen)
+            clone.__dict__["_modules"] = {
+                name: None if part is None else evaluation_copy(part, replace, copies)
                 for name, part in module._modules.items()
             }
-            clone.__dict__["_modules"] = parts
         clone.__dict__["training"] = False
-        seen[id(module)] = clone
-    return seen[id(module)]
+        copies[id(module)] = clone
+    return copies[id(module)]
 
 
 def recording_copy(

@@ -36,11 +36,8 @@ class Targets:
             prob        softmax(z)_c        sigmoid(z_c)
             log_prob    log softmax(z)_c    log sigmoid(z_c)
 
-        The published evaluator clamps log sigmoid at log 1e-12; this one does not.
-
-        Raises:
-            ValueError: the number of samples or classes differs from that of the targets, or the metric is the
-                probability of a single class, which is constant.
+        The published evaluator clamps log sigmoid at log 1e-12; this one does not. Raises ValueError: another
+        number of samples or classes than the targets', or the probability of a single class, which is constant.
         """
         weights = self.weights if samples is None else self.weights[samples]
         # A single column would be broadcast to all classes.
@@ -96,11 +93,7 @@ def resolve_targets(target: Any, logits: Tensor, multi_label: bool = False) -> T
 
 
 def require_labels(name: str, value: Any, batch: int, classes: int, device: torch.device) -> Tensor:
-    """Return classes (B,) or 0/1 labels (B, C), int64, of a tensor, a numpy array or a list.
-
-    Raises:
-        TypeError, ValueError: another shape, device or range.
-    """
+    """Return classes (B,) or 0/1 labels (B, C), int64, of a tensor, a numpy array or a list, all checked."""
     labels = check.require_array(name, value, device)
     if labels.dim() == 1:
         return check.require_classes(name, labels, batch, classes, device)
@@ -113,10 +106,9 @@ def require_labels(name: str, value: Any, batch: int, classes: int, device: torc
 
 
 def require_finite(values: Tensor, what: str, there: Tensor | None = None, first: int = 0) -> None:
-    """Check results (B, ...) of the model for the samples `there` (B,) bool, by default all, counted from `first`.
+    """Raise ValueError for NaN or inf in results (B, ...) of the model.
 
-    Raises:
-        ValueError: NaN or inf.
+    there: (B,) bool, the samples to check, by default all; first: the number of the first one.
     """
     wrong = ~values.isfinite().flatten(1).all(dim=1)
     if there is not None:

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import Saved
+from flmoe_kernels.explain.games.models import place_of
 from flmoe_kernels.explain.games.tokens import candidates, min_max
 
 ROLLOUT, GRADIENT_ROLLOUT, INTEGRATED = METHODS = (
@@ -65,7 +65,7 @@ class Attribution(Saved):
         """Return the values M x (B, L_m) of one expert, by name or position, or of the mixture (None)."""
         if expert is None:
             return [x.clone() for x in self.mixture]
-        place = self._place(expert)
+        place = place_of(expert, self.experts)
         return [x[:, place].clone() for x in self.values]
 
     def normalized(
@@ -88,10 +88,3 @@ class Attribution(Saved):
             f"Attribution({self.index} of the {self.explains} for {len(self.weights)} samples; "
             f"modalities {lengths}; experts {', '.join(self.experts)})"
         )
-
-    def _place(self, expert: str | int) -> int:
-        if isinstance(expert, str):
-            check.require_choice("expert", expert, self.experts)
-            return self.experts.index(expert)
-        check.require_count("expert", expert, 0, len(self.experts) - 1)
-        return expert

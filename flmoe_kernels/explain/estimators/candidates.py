@@ -31,10 +31,7 @@ class Candidates:
 
 
 def candidate_pairs(
-    tokens: Ints,
-    pairs: Any = ALL,
-    scores: Scores | None = None,
-    top: int | None = None,
+    tokens: Ints, pairs: Any = ALL, scores: Scores | None = None, top: int | None = None
 ) -> Candidates:
     """Return the candidate pairs of one sample.
 
@@ -136,8 +133,7 @@ def _integers(name: str, pairs: Any) -> Any:
 def require_pairs(pairs: Any, players: int) -> Ints:
     """Return pairs (p, 2) of players, sorted so that i < j.
 
-    Raises:
-        ValueError: wrong shape, unknown player, a pair of a player with itself, or a duplicate pair.
+    Raises ValueError: wrong shape, unknown player, a pair of a player with itself, or a duplicate pair.
     """
     array = _integers("pairs", pairs)
     if not array.size:

@@ -23,12 +23,8 @@ class Checkpoint:
     """The values that one sample's run has evaluated, 8 bytes per value, in the order of evaluation.
 
     A run evaluates the same coalitions in the same order every time, so the values alone restore it. With
-    several ranks, only the first reads and writes.
-
-    Args:
-        folder: created if missing.
-        sample: position in the batch, part of the file's name.
-        fingerprint: of the request; the file of another request is rejected, not overwritten.
+    several ranks, only the first reads and writes. The file of another request, with another fingerprint, is
+    rejected, not overwritten.
     """
 
     def __init__(self, folder: str | Path, sample: int, fingerprint: str, ranks: Ranks) -> None:

@@ -48,14 +48,8 @@ class Evaluator:
     batch, so values are bitwise equal for any number of ranks. Only the batch size may change a model's last
     bits; all ranks use the smallest of their batch sizes, and results report it.
 
-    Args:
-        game: see Game.
-        batch_size: coalitions per batch, unless the game has a smaller limit; None: the limit of the game.
-        ranks: the processes that share the work.
-
-    Attributes:
-        evaluations: distinct coalitions per call, summed over calls and ranks.
-        advance: called with the number of coalitions whose values are known, for a progress bar.
+    `batch_size` is an upper limit, None that of the game. `evaluations` counts the distinct coalitions per call,
+    summed over calls and ranks. `advance` is called with the number of coalitions whose values are known.
     """
 
     def __init__(
@@ -76,11 +70,8 @@ class Evaluator:
     def resume(self, checkpoint: Checkpoint, same_batches: bool) -> None:
         """Use the values of a checkpoint for the next coalitions, and add later values to it.
 
-        Args:
-            same_batches: use batches no larger than those of the checkpoint, for bitwise equal values.
-
-        Raises:
-            ValueError: the checkpoint belongs to another request or game, or is damaged.
+        same_batches: use batches no larger than those of the checkpoint, for bitwise equal values.
+        Raises ValueError: the checkpoint belongs to another request or game, or is damaged.
         """
         saved = checkpoint.read()
         if saved is not None:
@@ -121,22 +112,16 @@ class Evaluator:
         """Evaluate at most one batch per rank."""
         values = np.zeros(len(rows))
         mine = slice(self.ranks.rank * self.batch_size, (self.ranks.rank + 1) * self.batch_size)
-        if len(rows[mine]):
-            values[mine] = self._evaluate(rows[mine])
+        count = len(rows[mine])
+        if count:
+            found = np.asarray(self.game(unpack(rows[mine], self.game.players)), dtype=np.float64)
+            if found.shape != (count,):
+                raise ValueError(
+                    f"game: expected values ({count},) for the coalitions, got {found.shape}"
+                )
+            values[mine] = found
         # Adding 0 turns -0 into 0, as the sum over several ranks does.
         values = self.ranks.total(values + 0.0)
-        self._require_finite(values, rows)
-        return values
-
-    def _evaluate(self, rows: Packed) -> Floats:
-        values = np.asarray(self.game(unpack(rows, self.game.players)), dtype=np.float64)
-        if values.shape != (len(rows),):
-            raise ValueError(
-                f"game: expected values ({len(rows)},) for the coalitions, got {values.shape}"
-            )
-        return values
-
-    def _require_finite(self, values: Floats, rows: Packed) -> None:
         wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong):
             size = int(sizes(rows[wrong[:1]])[0])
@@ -145,3 +130,4 @@ class Evaluator:
                 f"{self.game.players} tokens, in {len(wrong)} coalitions; a layer may give NaN if no "
                 "token is left, then use fill='zero' or 'mean', which keep all tokens"
             )
+        return values

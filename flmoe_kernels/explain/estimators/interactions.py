@@ -12,12 +12,13 @@ from torch import Tensor
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.extras import progress_bar
-from flmoe_kernels.explain.games.additive import TwoAdditiveGame, has_closed_form
+from flmoe_kernels.explain.games.additive import TwoAdditiveGame
 from flmoe_kernels.explain.games.coalitions import all_pairs
 from flmoe_kernels.explain.games.masked import FILLS
 from flmoe_kernels.explain.games.models import Inputs
 from flmoe_kernels.explain.games.token_game import OUTPUTS, TokenGame
 from flmoe_kernels.explain.games.tokens import players_of, require_inputs, valid_tokens
+from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
 from .candidates import ALL, Candidates, candidate_pairs, require_pairs
 from .evaluator import Game
@@ -123,7 +124,12 @@ def probe_pairs(
     check.require_choice("method", method, (CLOSED_FORM, *METHODS))
     sampling, run = _settings(sampling, run)
     batch = require_inputs(inputs, masks)
-    closed = _is_closed(model, output, fill, baseline)
+    check.require_choice("output", output, OUTPUTS)
+    check.require_choice("fill", fill, FILLS)
+    if fill != "mean" and baseline is not None:
+        raise ValueError(f"baseline: expected None with fill={fill!r}")
+    # `PairInteractionMoE.explain` gives the logit with absent tokens masked out.
+    closed = isinstance(model, PairInteractionMoE) and output == "logit" and fill == "drop"
     solved = _solved(names, method, closed)
     estimated = [name for name in names if name not in solved]
     targets, valid = _targets(target, batch), valid_tokens(inputs, masks)
@@ -200,15 +206,6 @@ def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
     return settings
-
-
-def _is_closed(model: Any, output: str, fill: str, baseline: Any) -> bool:
-    """Whether the game is 2-additive with known terms."""
-    check.require_choice("output", output, OUTPUTS)
-    check.require_choice("fill", fill, FILLS)
-    if fill != "mean" and baseline is not None:
-        raise ValueError(f"baseline: expected None with fill={fill!r}")
-    return has_closed_form(model, output, fill)
 
 
 def _solved(indices: Sequence[str], method: str, closed: bool) -> tuple[str, ...]:

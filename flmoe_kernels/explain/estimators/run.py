@@ -111,12 +111,7 @@ def pair_values(game: Game, candidates: Candidates, sample: int, **fields: Any) 
 
 
 def choose(
-    players: int,
-    pairs: Ints,
-    indices: Sequence[str],
-    method: str,
-    sampling: Sampling,
-    sample: int,
+    players: int, pairs: Ints, indices: Sequence[str], method: str, sampling: Sampling, sample: int
 ) -> Estimator:
     """Choose the estimator: "auto" enumerates at most MAX_PLAYERS players if the budget covers it."""
     check.require_choice("method", method, METHODS)

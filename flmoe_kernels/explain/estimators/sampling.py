@@ -116,17 +116,13 @@ def coalition(seed: int, sample: int, unit: int, players: int) -> Bools:
 
 @dataclass(frozen=True)
 class Toggles:
-    """The coalitions of a draw: T itself, T with each candidate token toggled, T with each pair toggled.
+    """The coalitions of a draw: T itself, T with each candidate token toggled, T with each pair toggled."""
 
-    Attributes:
-        pairs: (p, 2).
-        toggled: (1 + c + p, 2): players that a draw's r-th coalition toggles; n stands for no player.
-        place: (2, p): the row in which only the first or second player of a pair is toggled.
-    """
-
-    pairs: Ints
-    toggled: Ints
-    place: Ints
+    pairs: Ints  # (p, 2)
+    toggled: (
+        Ints  # (1 + c + p, 2): players that a draw's r-th coalition toggles; n stands for no player
+    )
+    place: Ints  # (2, p): the row in which only the first or second player of a pair is toggled
 
     @classmethod
     def of(cls, players: int, pairs: Ints) -> Toggles:
@@ -165,15 +161,7 @@ class Toggles:
 class PairSampling:
     """A Monte Carlo estimate: call `plan`, evaluate, call `absorb`, until `stopped_by` is set.
 
-    Args:
-        players: n.
-        pairs: (p, 2).
-        indices: names in `indices.INDICES`.
-        sampling: see Sampling.
-        sample: position of the sample in its batch; the draws depend on it.
-
-    Raises:
-        ValueError: the budget is too small for two units.
+    The draws depend on `sample`, the position in the batch. Raises ValueError: a budget too small for two units.
     """
 
     method: ClassVar[str] = "sampling"
@@ -247,7 +235,11 @@ class PairSampling:
             self._drawn = [[none, ~none]]
         else:
             count = min(self._units_per_step, self.units_planned - self.units)
-            self._drawn = [self._draw(self.units + k) for k in range(count)]
+            drawn = [
+                coalition(self.sampling.seed, self.sample, self.units + k, self.players)
+                for k in range(count)
+            ]
+            self._drawn = [[x, ~x][: self._draws_per_unit] for x in drawn]
         every = [drawn for unit in self._drawn for drawn in unit]
         return np.concatenate([self._toggles.coalitions(drawn) for drawn in every])
 
@@ -302,10 +294,6 @@ class PairSampling:
         """Return the settings that determine the draws, for a fingerprint."""
         design = [_DESIGN, _STEP_COALITIONS]
         return {"draws": design, "sampling": asdict(self.sampling), "sample": self.sample}
-
-    def _draw(self, unit: int) -> list[Bools]:
-        drawn = coalition(self.sampling.seed, self.sample, unit, self.players)
-        return [drawn, ~drawn][: self._draws_per_unit]
 
     def _add(self, drawn: Bools, unit: Floats) -> None:
         """Add a unit's values (indices, p) to the pairs whose S has no end size.

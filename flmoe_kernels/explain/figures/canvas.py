@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flmoe_kernels.core.figures import plain
+from flmoe_kernels.explain.games.coalitions import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 # Red: for, blue: against. Both are dark in black and white, so values below 0 are also hatched or dashed.
 DIVERGING = "RdBu_r"
@@ -24,6 +22,8 @@ HATCH, DOTS = "/////", ".."
 # Shares of the limit: values below _SMALL are negligible; blues above _DARK are darker than a middle grey.
 _SMALL, _DARK = 0.05, 0.6
 ABSENT = "0.85"
+# Behind text on colours or lines.
+WHITE_BOX: Any = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0}
 _LONGEST_LABEL = 18
 
 
@@ -45,9 +45,7 @@ def require_sized(name: str, value: Any) -> None:
 def require_array(name: str, value: Any, axes: str, source: str = "") -> Floats:
     """Convert an array or Tensor to float64; `axes` names its dimensions, `source` says what gives one.
 
-    Raises:
-        TypeError: not an array.
-        ValueError: another number of dimensions, or not numbers.
+    Raises TypeError: not an array; ValueError: another number of dimensions, or not numbers.
     """
     expected = f"({axes}){source}"
     given = value
@@ -69,8 +67,7 @@ def require_array(name: str, value: Any, axes: str, source: str = "") -> Floats:
 def require_errors(errors: Any, values: Floats) -> Floats:
     """Convert standard errors to float64, NaN where unknown; 0 for exact values (None) and without value.
 
-    Raises:
-        ValueError: another shape, or an error below 0.
+    Raises ValueError: another shape, or an error below 0.
     """
     if errors is None:
         return np.zeros_like(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,10 +22,12 @@ BETTER, WORSE = "better than random tokens", "worse than random tokens"
 UNCLEAR = "not distinguishable from random tokens"
 UNKNOWN = "standard error unknown"
 METRIC_NAMES = {PROB: "probability", "log_prob": "log-probability (nats)", LOGIT: "logit"}
-_UNIT = {
-    "percent": "tokens of each modality (%)",
-    "tokens": "budget (tokens)",
-}
+_IDENTIFIED: Any = {"color": "black", "marker": "o", "capsize": 3, "zorder": 3}
+_RANDOM: Any = {"color": "0.35", "ls": "dashed", "marker": "s", "mfc": "white", "zorder": 2}
+# Below the panel: bars and band leave no corner free.
+_LEGEND: Any = {"fontsize": "small", "loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+_LEGEND |= {"ncols": 2, "frameon": False, "columnspacing": 1.2, "handlelength": 1.6}
+_UNIT = {"percent": "tokens of each modality (%)", "tokens": "budget (tokens)"}
 
 
 def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> Figure:
@@ -47,12 +49,11 @@ def drop_curve(drops: MaskingDrops, metric: str = PROB, *, title: str = "") -> F
         ValueError: the metric was not measured.
     """
     require_result("drops", drops, MaskingDrops)
-    curves = {kind: drops.curve(kind, metric) for kind in KINDS}
     # One above the other, so that the figure is readable on a narrow screen.
     figure = make_figure(4.6, 8.4)
     panels = figure.subplots(2, 1)
-    for axes, (kind, curve) in zip(panels, curves.items(), strict=True):
-        _panel(axes, drops, kind, metric, *(x.cpu().numpy() for x in curve[:4]))
+    for axes, kind in zip(panels, KINDS, strict=True):
+        _panel(axes, drops, kind, metric)
         axes.set_ylabel(f"drop of the target's {METRIC_NAMES[metric]}")
     if title:
         figure.suptitle(title)
@@ -84,42 +85,18 @@ def compare(drops: MaskingDrops, kind: str, metric: str = PROB) -> str:
     return BETTER if gap > 0 else WORSE
 
 
-def _panel(
-    axes: Axes,
-    drops: MaskingDrops,
-    kind: str,
-    metric: str,
-    identified: np.ndarray,
-    error: np.ndarray,
-    random: np.ndarray,
-    spread: np.ndarray,
-) -> None:
+def _panel(axes: Axes, drops: MaskingDrops, kind: str, metric: str) -> None:
+    curve = drops.curve(kind, metric)
+    identified, error, random, spread = (x.cpu().numpy() for x in curve[:4])
     aopc, x = drops.aopc(kind, metric), np.array(drops.budgets)
     bars = TIE_ERRORS * error if np.isfinite(error).all() else None
-    axes.errorbar(
-        x,
-        identified,
-        yerr=bars,
-        color="black",
-        marker="o",
-        capsize=3,
-        label=f"identified, AOPC {float(aopc.identified):.3g}",
-        zorder=3,
-    )
+    names = [f"{of}, AOPC {float(getattr(aopc, of)):.3g}" for of in ("identified", "random")]
+    axes.errorbar(x, identified, yerr=bars, label=names[0], **_IDENTIFIED)
     if np.isfinite(random).any():
         if drops.random.shape[2] > 1:
             low, high = random - TIE_ERRORS * spread, random + TIE_ERRORS * spread
             axes.fill_between(x, low, high, color="0.85", ec="0.6", label="± 2 std")
-        axes.plot(
-            x,
-            random,
-            color="0.35",
-            ls="dashed",
-            marker="s",
-            mfc="white",
-            label=f"random, AOPC {float(aopc.random):.3g}",
-            zorder=2,
-        )
+        axes.plot(x, random, label=names[1], **_RANDOM)
     axes.axhline(0.0, color="0.5", lw=0.8, zorder=1)
     axes.set_xticks(x, [f"{budget:g}" for budget in drops.budgets])
     axes.set_xlabel(_UNIT[drops.unit])
@@ -128,13 +105,4 @@ def _panel(
     verdict = compare(drops, kind, metric) or ("" if bars is not None else UNKNOWN)
     lines = [f"{kind}: {what}", wanted, verdict]
     axes.set_title("\n".join(line for line in lines if line), fontsize="medium")
-    # Below the panel: bars and band leave no corner free.
-    axes.legend(
-        fontsize="small",
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.15),
-        ncols=2,
-        frameon=False,
-        columnspacing=1.2,
-        handlelength=1.6,
-    )
+    axes.legend(**_LEGEND)

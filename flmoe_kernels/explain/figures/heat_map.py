@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flmoe_kernels.core.figures import make_figure
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
 
 from .canvas import (
     ABSENT,
     DIVERGING,
     DOTS,
-    Floats,
-    Ints,
+    WHITE_BOX,
     fill_cells,
     hatch_negative,
     label_of,
@@ -184,8 +184,7 @@ def _numbers(axes: Axes, values: Floats, errors: Floats) -> None:
         text = f"{values[row, column]:.2g}"
         if np.isfinite(errors[row, column]) and errors[row, column]:
             text += f"\n\N{PLUS-MINUS SIGN}{errors[row, column]:.1g}"
-        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.0}
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, bbox=box, zorder=3)
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, bbox=WHITE_BOX, zorder=3)
 
 
 def _ticks(
@@ -208,18 +207,12 @@ def _overlay(axes: Axes, picture: Floats, weights: Floats, errors: Floats, label
     height, width = picture.shape
     rows, columns = weights.shape
     box = (-0.5, columns - 0.5, rows - 0.5, -0.5)
-    axes.imshow(picture, cmap="gray", vmin=-0.4, vmax=1.0, extent=box, interpolation="nearest")
+    place: Any = {"extent": box, "interpolation": "nearest"}
+    axes.imshow(picture, cmap="gray", vmin=-0.4, vmax=1.0, **place)
     drawn, limit = alike(weights, errors), limit_of(weights)
     alpha = np.nan_to_num(_OPAQUE * np.abs(drawn) / limit)
-    shown = axes.imshow(
-        np.ma.masked_invalid(drawn),
-        cmap=DIVERGING,
-        vmin=-limit,
-        vmax=limit,
-        alpha=alpha,
-        extent=box,
-        interpolation="nearest",
-    )
+    colours: Any = {"cmap": DIVERGING, "vmin": -limit, "vmax": limit, "alpha": alpha}
+    shown = axes.imshow(np.ma.masked_invalid(drawn), **colours, **place)
     hatch_negative(axes, np.where(np.abs(drawn) > 0.05 * limit, drawn, np.nan), limit)
     notes = _notes(axes, weights, errors, drawn)
     axes.set_aspect((height / rows) / (width / columns))

@@ -10,12 +10,13 @@ import numpy as np
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues, scored
+from flmoe_kernels.explain.games.coalitions import Floats
 
 from .canvas import (
     AGAINST,
     FOR,
     UNSURE,
-    Floats,
+    WHITE_BOX,
     label_of,
     require_result,
     require_sized,
@@ -36,6 +37,7 @@ _STYLES: dict[int, tuple[str, Any]] = {
     0: (UNSURE, (0, (1, 1.5))),
 }
 _GAP = 1.5  # zorder
+_LABEL: Any = {"textcoords": "offset points", "fontsize": 9, "zorder": 5, "bbox": WHITE_BOX}
 Place = tuple[int, int]
 
 
@@ -130,17 +132,8 @@ def _columns(
         if side == "center":
             # A gap in the lines that pass this token, which are below it; lines that end here are above.
             axes.plot([x], [y], "o", color="white", ms=14, zorder=_GAP)
-        axes.annotate(
-            label_of(tokens[m], position),
-            (x, y),
-            xytext=shift,
-            textcoords="offset points",
-            ha=side,
-            va="bottom" if side == "center" else "center",
-            fontsize=9,
-            zorder=5,
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
-        )
+        label, va = label_of(tokens[m], position), "bottom" if side == "center" else "center"
+        axes.annotate(label, (x, y), xytext=shift, ha=side, va=va, **_LABEL)
     axes.set_xlim(-0.75, count - 0.25)
     axes.set_ylim(-0.02, 1.05)
     axes.set_xticks(range(count), [short(str(name)) for name in names])
@@ -152,11 +145,7 @@ def _columns(
 
 
 def _line(
-    axes: Axes,
-    best: PairValues,
-    drawn: Floats,
-    k: int,
-    places: dict[Place, tuple[float, float]],
+    axes: Axes, best: PairValues, drawn: Floats, k: int, places: dict[Place, tuple[float, float]]
 ) -> None:
     from matplotlib.patches import FancyArrowPatch
 
@@ -194,11 +183,5 @@ def _legend(axes: Axes, best: PairValues, drawn: Floats, more: int) -> None:
     notes = [f"widest line: |{best.index}| = {largest:.2g} ({unit})"] if largest else []
     notes += ["one look: not distinguishable at 2 s.e."] if best.standard_errors.any() else []
     notes += [f"{more} more pairs are tied with the last of these"] if more else []
-    axes.legend(
-        handles=handles,
-        title="\n".join(notes),
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.02),
-        ncols=max(1, len(handles)),
-        frameon=False,
-    )
+    place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02), "frameon": False}
+    axes.legend(handles=handles, title="\n".join(notes), ncols=max(1, len(handles)), **place)

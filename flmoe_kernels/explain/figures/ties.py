@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
 from flmoe_kernels.explain.reliability import TIE_ERRORS
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
-
-from .canvas import Floats, Ints
 
 
 def groups(values: Floats, errors: Floats, near: float = NEAR_TIE) -> Ints:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flmoe_kernels.core.figures import make_figure
+from flmoe_kernels.explain.games.coalitions import Floats
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
-from .canvas import Floats, require_array, require_sized, short
+from .canvas import WHITE_BOX, require_array, require_sized, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,13 +91,8 @@ def _overall(axes: Axes, weights: Floats, names: list[str]) -> None:
     bars = axes.bar(
         range(len(names)), mean, yerr=spread, color="0.75", edgecolor="black", capsize=4, hatch="//"
     )
-    axes.bar_label(
-        bars,
-        [f"{value:.2f}" for value in mean],
-        label_type="center",
-        fontsize=9,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-    )
+    numbers = [f"{value:.2f}" for value in mean]
+    axes.bar_label(bars, numbers, label_type="center", fontsize=9, bbox=WHITE_BOX)
     _name_columns(axes, names)
     axes.set_ylim(0.0, 1.08 * max(1.0, float((mean + (0.0 if spread is None else spread)).max())))
     axes.set_ylabel("weight")

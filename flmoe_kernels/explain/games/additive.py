@@ -18,11 +18,6 @@ from .token_game import require_coalitions
 from .tokens import flat_places, players_of, require_inputs, rows_of, valid_tokens
 
 
-def has_closed_form(model: Any, output: str, fill: str) -> bool:
-    """Whether `PairInteractionMoE.explain` gives v: a logit, with absent tokens masked out."""
-    return isinstance(model, PairInteractionMoE) and output == "logit" and fill == "drop"
-
-
 class TwoAdditiveGame:
     """The game of `TokenGame(model, ..., output="logit", fill="drop")` for a PairInteractionMoE, in closed form.
 

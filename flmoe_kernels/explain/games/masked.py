@@ -24,23 +24,16 @@ class MaskedModel:
 
     Absent tokens are masked out (fill="drop") or filled: filled tokens are still attended, as in the published
     code. With "drop" every modality has a mask, even if the samples had none.
-
-    Attributes:
-        model, expert: see `models.logits_of`.
-        inputs, masks: of the B samples; masks is None if no modality has a mask.
-        valid: M x (B, L_m) bool.
-        fill, fills: replacement of absent tokens, see `fill_values`.
-        max_batch: rows of one call of the model.
     """
 
     model: Any
-    expert: int | None
+    expert: int | None  # see `models.logits_of`
     inputs: Inputs
-    masks: Inputs | None
-    valid: Sequence[Tensor]
+    masks: Inputs | None  # None if no modality has a mask
+    valid: Sequence[Tensor]  # M x (B, L_m) bool
     fill: str
-    fills: Sequence[Tensor | None]
-    max_batch: int
+    fills: Sequence[Tensor | None]  # see `fill_values`
+    max_batch: int  # rows of one call of the model
 
     @classmethod
     def of(
@@ -121,10 +114,9 @@ class MaskedModel:
 
 
 def packed_tokens(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the `kept` (B, L) tokens of x (B, L, ...) to the front, and cut to the largest number of a row.
+    """Move the `kept` (B, L) tokens of x (B, L, ...) to the front; return (B, K, ...) and the mask (B, K).
 
-    Returns:
-        (B, K, ...) and the mask (B, K). Synchronizes with the GPU.
+    K is the largest number in a row. Synchronizes with the GPU.
     """
     longest = int(kept.sum(dim=1).max()) if len(kept) else 0
     order = kept.to(torch.uint8).sort(dim=1, descending=True, stable=True)[1][:, :longest]

@@ -35,11 +35,7 @@ def expert_names(model: Any) -> tuple[str, ...]:
 
 
 def expert_place(model: Any, expert: str | int | None) -> int | None:
-    """Position of an expert given by name or position; None stays None.
-
-    Raises:
-        TypeError, ValueError: no such expert; the message says what was expected.
-    """
+    """Position of an expert given by name or position; None stays None. Raises TypeError or ValueError."""
     if expert is None:
         return None
     names = expert_names(model)
@@ -48,6 +44,11 @@ def expert_place(model: Any, expert: str | int | None) -> int | None:
             f"expert: expected None, as {type(model).__name__} is not a layer of this package, got "
             f"{expert!r}"
         )
+    return place_of(expert, names)
+
+
+def place_of(expert: str | int, names: Sequence[str]) -> int:
+    """Position among `names` of an expert given by name or position. Raises as `expert_place`."""
     if isinstance(expert, str):
         check.require_choice("expert", expert, names)
         return names.index(expert)
@@ -65,10 +66,7 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
     """Logits (B, C) of the model, or of one of its experts before mixing.
 
     Logits of an expert of InteractionMoE do not include its weight in the mixture. Logits of an expert of
-    PairInteractionMoE are its part of the layer's logits.
-
-    Raises:
-        TypeError, ValueError: the model did not return logits.
+    PairInteractionMoE are its part of the layer's logits. Raises TypeError or ValueError if there are no logits.
     """
     if isinstance(model, ReferenceInteractionMoE):
         given: Any = inputs
@@ -89,12 +87,7 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
 
 
 def require_model(model: Any, masking: bool) -> None:
-    """Check that values of a model can be computed.
-
-    Raises:
-        TypeError: it is not callable.
-        ValueError: it is in training mode, or takes no masks although tokens are to be masked out.
-    """
+    """Check for a callable in eval mode that, for `masking`, takes masks. Raises TypeError or ValueError."""
     if not callable(model):
         raise TypeError(f"model: expected a Module or a callable, got {type(model).__name__}")
     # A PairInteractionMoE draws nothing in either mode.

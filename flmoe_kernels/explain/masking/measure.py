@@ -40,11 +40,8 @@ def draw_places(
 ) -> list[Tensor]:
     """Draw uniformly random ranks, M x (n_random, B, L_m), for the candidates M x (B, L_m).
 
-    They do not depend on the device, and a larger n_random keeps the first draws.
-
-    Raises:
-        ValueError: the draws, the sets of `budgets` budgets chosen by them, and the logits of `classes` classes,
-            do not fit in memory.
+    They do not depend on the device, and a larger n_random keeps the first draws. Raises ValueError: the draws,
+    the sets of `budgets` budgets chosen by them, and the logits of `classes` classes do not fit in memory.
     """
     tokens, batch = sum(x.numel() for x in candidate), len(candidate[0])
     drops = _DROP_BYTES + _LOGIT_BYTES * classes
@@ -73,10 +70,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the drops of token sets; return identified, random, original and evaluations of MaskingDrops.
 
-    Args:
-        chosen: M x (1 + R, K, B, L_m) bool, among the candidates: the identified set, then the random sets.
-        candidate: M x (B, L_m) bool.
-        keep: also return logits and masked_logits.
+    chosen: M x (1 + R, K, B, L_m) bool, among the candidates M x (B, L_m): the identified, then the random sets.
+    keep: also return logits and masked_logits.
     """
     sets, budgets, batch = chosen[0].shape[:3]
     count = sets * budgets * batch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import sys
 import warnings
 from functools import partial
@@ -23,7 +24,7 @@ from flmoe_kernels.published.file import CheckpointError
 from flmoe_kernels.published.swap import swap
 
 from .features import Features, load_features
-from .findings import Findings, find, json_text
+from .findings import Findings, find
 from .folder import CHECKPOINTS, PAGE, claim, publish, require_free
 from .page import page
 from .pictures import draw
@@ -69,11 +70,7 @@ def run(request: Request, *, force: bool = False) -> Findings:
 
 
 def main(request: Request, *, force: bool = False) -> int:
-    """Run as a command; return 0: done, 1: layers differ, 2: the request cannot be run, 130: interrupted.
-
-    Raises:
-        ModuleNotFoundError: an optional package is missing.
-    """
+    """Run as a command; return 0: done, 1: layers differ, 2: the request cannot be run, 130: interrupted."""
     try:
         findings = run(request, force=force)
     except KeyboardInterrupt:
@@ -131,4 +128,5 @@ def _results(findings: Findings) -> dict[str, Content]:
     for sample, values in enumerate(findings.pairs):
         results |= {f"sample_{sample:05d}_{name}": pairs for name, pairs in values.items()}
     files: dict[str, Content] = {f"{name}.npz": x.encoded() for name, x in results.items()}
-    return {**files, "explanation.json": json_text(findings)}
+    text = json.dumps(findings.as_dict(), indent=1, allow_nan=False)
+    return {**files, "explanation.json": text + "\n"}

@@ -73,13 +73,7 @@ def load_features(
 ) -> Features:
     """Load samples from a file of numpy.savez, for a layer of M modalities, width D and C classes.
 
-    Required arrays: inputs_0 .. inputs_{M-1}, (S, L_m, D) floats. Optional arrays: masks_m, (S, L_m) bool or 0/1
-    with 1 for a valid token; labels, (S,) integers or (S, C) bool or 0/1 (multi-label); tokens_m, (S, L_m) unicode
-    strings; image_m, (S, H, W) or (S, H, W, 3), uint8 or floats from 0 to 1, whose patches are the modality's
-    tokens, in a square grid row by row.
-
-    Args:
-        dtype: of the layer; inputs are converted to it.
+    docs/explain.md describes the arrays. Inputs are converted to `dtype`, that of the layer.
 
     Raises:
         FeatureError: not an .npz file, or an array does not fit; the message has its name and what was expected.

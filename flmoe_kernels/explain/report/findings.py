@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from .features import Features
 from .request import LABEL, PREDICTED, Request
 
 KIND = "flmoe_kernels.explain report"
-FORMAT = 1
+FORMAT = 2  # 1 repeated the results of the .npz files
 INDICES = (SII, RG)
 PACKAGES = ("torch", "numpy", "matplotlib")
 OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
@@ -43,31 +42,18 @@ TOP_ROWS = 10  # pairs per sample that the page lists; the file has all pairs
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Explanations of S samples.
-
-    Attributes:
-        request: the request.
-        features: the S samples.
-        layer: description of the layer and its error against the reference, JSON serializable.
-        logits: (S, C).
-        expert_logits: (S, E, C).
-        target: (S,) the class whose logit is explained.
-        attribution: of all samples.
-        pairs: results by index, for each sample.
-        faithfulness: of the attribution.
-        pair_masking: of the largest pairs, by index.
-    """
+    """Explanations of S samples."""
 
     request: Request
     features: Features
-    layer: dict[str, Any]
-    logits: Tensor
-    expert_logits: Tensor
-    target: Tensor
+    layer: dict[str, Any]  # its description and its error against the reference, JSON serializable
+    logits: Tensor  # (S, C)
+    expert_logits: Tensor  # (S, E, C)
+    target: Tensor  # (S,), the class whose logit is explained
     attribution: Attribution
-    pairs: list[dict[str, PairValues]]
-    faithfulness: MaskingDrops
-    pair_masking: dict[str, MaskingDrops]
+    pairs: list[dict[str, PairValues]]  # of each sample, by index
+    faithfulness: MaskingDrops  # of the attribution
+    pair_masking: dict[str, MaskingDrops]  # of the largest pairs, by index
 
     @property
     def samples(self) -> int:
@@ -113,7 +99,11 @@ class Findings:
         return [int(k) for k in labels[sample].nonzero()[:, 0]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all numbers as JSON types; NaN and inf become None, because JSON does not have them."""
+        """Return the request, its sources and the layer's outputs as JSON types; the .npz files have the results.
+
+        NaN and inf become None, because JSON does not have them.
+        """
+        labels, weights = self.features.labels, self.attribution.weights
         whole = {
             "kind": KIND,
             "format": FORMAT,
@@ -124,53 +114,34 @@ class Findings:
             "data": {
                 "samples_in_file": self.features.total,
                 "tokens_per_modality": list(self.features.lengths),
-                "labels": None
-                if self.features.labels is None
-                else ("class", "multi-label")[self.features.labels.dim() - 1],
+                "labels": None if labels is None else ("class", "multi-label")[labels.dim() - 1],
             },
             "experts": list(self.attribution.experts),
-            "mean_expert_weights": self.attribution.weights.mean(dim=0).tolist(),
-            "samples": [self._sample(s) for s in range(self.features.samples)],
-            "faithfulness": _drops(self.faithfulness),
-            "pair_masking": {name: _drops(x) for name, x in self.pair_masking.items()},
+            "mean_expert_weights": weights.mean(dim=0).tolist(),
+            "samples": [
+                {
+                    "sample": s,
+                    "label": self.label(s),
+                    "predicted": self.predicted[s],
+                    "target": int(self.target[s]),
+                    "logits": self.logits[s].tolist(),
+                    "expert_logits": self.expert_logits[s].tolist(),
+                    "expert_weights": weights[s].tolist(),
+                }
+                for s in range(self.samples)
+            ],
         }
         finite: dict[str, Any] = _finite(whole)
         return finite
 
-    def _sample(self, s: int) -> dict[str, Any]:
-        values = self.attribution
-        return {
-            "sample": s,
-            "label": self.label(s),
-            "predicted": self.predicted[s],
-            "target": int(self.target[s]),
-            "logits": self.logits[s].tolist(),
-            "expert_logits": self.expert_logits[s].tolist(),
-            "expert_weights": values.weights[s].tolist(),
-            "attribution": {
-                "valid": [x[s].tolist() for x in values.valid],
-                "mixture": [x[s].tolist() for x in values.mixture],
-                "experts": [x[s].tolist() for x in values.values],
-            },
-            "pairs": {name: pairs.to_dict() for name, pairs in self.pairs[s].items()},
-        }
-
 
 def find(
-    layer: Any,
-    whole: Features,
-    request: Request,
-    start: Callable[[], Path],
-    about: dict[str, Any],
+    layer: Any, whole: Features, request: Request, start: Callable[[], Path], about: dict[str, Any]
 ) -> Findings:
-    """Explain the first samples with a layer in eval mode.
+    """Explain the first samples with a layer in eval mode; raises ValueError for an invalid request.
 
-    Args:
-        start: returns the folder of checkpoints; called once, before the long part, when the request is known to
-            be valid.
-
-    Raises:
-        ValueError: an invalid argument; the message says what was expected and what was passed.
+    `start` returns the folder of checkpoints. It is called once, when the request is known to be valid, before the
+    long part.
     """
     features = whole.first(request.samples)
     given = (features.inputs, features.masks)
@@ -238,9 +209,7 @@ def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
     """The explained class of each sample, (S,): the requested class, the label, or the predicted class.
 
     For multi-label samples it is the positive label of largest logit; without positive labels, the largest logit.
-
-    Raises:
-        ValueError: no such class, or labels are requested but the file has none.
+    Raises ValueError: no such class, or labels are requested but the file has none.
     """
     labels, wanted = features.labels, request.target
     if wanted is None:
@@ -274,30 +243,6 @@ def token_name(findings: Findings, sample: int, modality: int, position: int) ->
 def versions() -> dict[str, str]:
     own = {"python": platform.python_version(), "flmoe-kernels": __version__}
     return own | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def json_text(findings: Findings) -> str:
-    return json.dumps(findings.as_dict(), indent=1, allow_nan=False) + "\n"
-
-
-def _drops(drops: MaskingDrops) -> dict[str, Any]:
-    names = (
-        "index",
-        "unit",
-        "budgets",
-        "metrics",
-        "multi_label",
-        "seed",
-        "evaluations",
-        "settings",
-        "notes",
-    )
-    return {
-        **{name: getattr(drops, name) for name in names},
-        "repeats": drops.random.shape[2],
-        "masked": drops.masked.tolist(),
-        "rows": drops.rows(),
-    }
 
 
 def _finite(value: Any) -> Any:

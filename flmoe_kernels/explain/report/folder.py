@@ -24,9 +24,7 @@ class FolderError(ValueError):
 def require_free(path: Path, force: bool) -> None:
     """Check that the folder has no results, or that `force` allows to replace them; changes nothing.
 
-    Raises:
-        FolderError: the folder has results, and no `force`.
-        OSError: not a folder, or it cannot be read.
+    Raises FolderError: the folder has results, and no `force`; OSError: not a folder, or it cannot be read.
     """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: expected a folder, got a file")
@@ -46,11 +44,7 @@ def claim(path: Path, force: bool) -> Path:
 
 
 def publish(path: Path, files: Mapping[str, Content]) -> None:
-    """Write the results, the page last. If this fails or is interrupted, those written are removed.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """Write the results, the page last. If this fails or is interrupted, those written are removed."""
     try:
         for name in sorted(files, key=lambda name: name == PAGE):
             write_whole(path / name, files[name])

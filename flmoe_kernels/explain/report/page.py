@@ -105,15 +105,6 @@ def _table(
     return _framed_table(caption, f"<thead><tr>{head}</tr></thead>\n", lines)
 
 
-def _facts(caption: str, facts: Mapping[str, Any]) -> str:
-    """Format a table of names and values; the name is the header of its row."""
-    lines = [
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>'
-        for name, value in facts.items()
-    ]
-    return _framed_table(caption, "", lines)
-
-
 def _framed_table(caption: str, head: str, lines: Sequence[str]) -> str:
     return (
         # Wide tables scroll alone; the focus lets them scroll by keyboard.
@@ -152,7 +143,11 @@ def _summary(findings: Findings) -> str:
         "first token never masked": ", ".join(map(findings.modality, request.exempt)) or "-",
         "random sets of tokens": f"{request.repeats}, seed {request.seed}",
     }
-    return _facts("Request", {name: printable(str(x)) for name, x in facts.items()})
+    lines = [
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(printable(str(value)))}</td></tr>'
+        for name, value in facts.items()
+    ]
+    return _framed_table("Request", "", lines)
 
 
 def _contents(findings: Findings) -> str:

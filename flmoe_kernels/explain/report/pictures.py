@@ -110,15 +110,17 @@ def _map(
     if not (between == between).any():
         return {}
     first, second = findings.modality(rows), findings.modality(columns)
-    weights, label = _over_image(findings, sample, columns)
+    result = findings.attribution
+    # Not scaled to 0..1, which would show nearly equal values as the whole range of colours.
+    own = result.of()[columns][sample].masked_fill(~result.valid[columns][sample], torch.nan)
     figure = token_patch_map(
         between,
         tokens[rows],
         image,
         errors=values.between(rows, columns, errors=True),
         patches=tokens[columns],
-        weights=None if image is None else weights,
-        weights_label=label,
+        weights=None if image is None else own,
+        weights_label=result.index + " (logit)" * (result.index == INTEGRATED),
         title=f"Sample {sample}, {short(findings.class_name(int(findings.target[sample])))}: {name}",
         unit=f"{name} ({values.game.get('output', 'v')})",
         row_name=f"token of {short(first)}",
@@ -132,16 +134,6 @@ def _map(
             f"{name} of all candidate pairs of {first} and {second}{over}.",
         )
     }
-
-
-def _over_image(findings: Findings, sample: int, modality: int) -> tuple[Any, str]:
-    """Values of the image's patches, and their description.
-
-    Not scaled to 0..1, which would show nearly equal values as the whole range of colours.
-    """
-    result = findings.attribution
-    own = result.of()[modality][sample].masked_fill(~result.valid[modality][sample], torch.nan)
-    return own, f"{result.index} (logit)" if result.index == INTEGRATED else result.index
 
 
 def _sides(features: Features, m: int, n: int) -> list[tuple[int, int]]:

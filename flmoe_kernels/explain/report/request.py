@@ -26,41 +26,25 @@ class Request:
 
     With 356 valid tokens of width 256 and four experts (the shape mmimdb, of which two cores evaluate about 130
     coalitions per second), the default budget and the maskings take about half a minute per sample.
-
-    Attributes:
-        checkpoint: file of the layer, see `load_layer`.
-        data: file of the samples, see `load_features`.
-        out: folder for results; created if missing.
-        layer: num_heads, temperature, layer, gate, top_k of `load_layer`, None for its default.
-        samples: number of samples, from the first of the file.
-        attribution: method of the tokens' scores, see `attribute`.
-        method: of the pairs' indices, see `probe_pairs`.
-        budget: the largest number of evaluated coalitions per sample.
-        top: number of tokens of largest |attribution| in each modality whose pairs are candidates.
-        pairs: "across" modalities or "all".
-        target: "label", of the file; "predicted"; or a class; None: the label if there is one, else predicted.
-        fill: replacement of absent and masked tokens; "mean" is over all samples of the file.
-        exempt: modalities whose token 0, for example a text encoder's first token, is never masked in drop curves
-            and not counted in the mean of fill="mean". In coalitions of pairs it may be absent like any token.
-        repeats: random sets of tokens for each identified set.
-        seed: of coalitions and random sets.
-        modality_names, class_names: M and C different names for the page and the figures, or None.
     """
 
-    checkpoint: Path
-    data: Path
-    out: Path
-    layer: Mapping[str, Any] = field(default_factory=dict)
-    samples: int = 4
-    attribution: str = GRADIENT_ROLLOUT
-    method: str = "auto"
-    budget: int = 3072
-    top: int = 5
+    checkpoint: Path  # see `load_layer`
+    data: Path  # see `load_features`
+    out: Path  # created if missing
+    layer: Mapping[str, Any] = field(default_factory=dict)  # options of `load_layer`
+    samples: int = 4  # the first of the file
+    attribution: str = GRADIENT_ROLLOUT  # method of `attribute`
+    method: str = "auto"  # of `probe_pairs`
+    budget: int = 3072  # the largest number of evaluated coalitions per sample
+    top: int = 5  # tokens of largest |attribution| in each modality, whose pairs are candidates
     pairs: str = ACROSS
+    # "label", of the file; "predicted"; or a class; None: the label if there is one, else predicted.
     target: str | None = None
-    fill: str = "zero"
+    fill: str = "zero"  # "mean" is over all samples of the file
+    # Modalities whose token 0, for example a text encoder's first token, is never masked in drop curves and not
+    # counted in the mean of fill="mean". In coalitions of pairs it may be absent like any token.
     exempt: tuple[int, ...] = ()
-    repeats: int = 10
+    repeats: int = 10  # random sets of tokens for each identified set
     seed: int = 0
     modality_names: tuple[str, ...] | None = None
     class_names: tuple[str, ...] | None = None
@@ -90,11 +74,7 @@ class Request:
         return cls(**{**(_QUICK if quick else {}), **given})
 
     def require_counts(self, modalities: int, classes: int) -> None:
-        """Check the numbers of names, which only the layer determines.
-
-        Raises:
-            ValueError: a wrong number of names.
-        """
+        """Check the numbers of names, which only the layer determines. Raises ValueError."""
         for name, count in {"modality_names": modalities, "class_names": classes}.items():
             names = getattr(self, name)
             if names is not None and len(names) != count:

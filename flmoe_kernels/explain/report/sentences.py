@@ -6,7 +6,6 @@ import numpy as np
 
 from flmoe_kernels.explain.estimators.indices import SII
 from flmoe_kernels.explain.estimators.results import PairValues, scored
-from flmoe_kernels.explain.figures.canvas import Floats, Ints
 from flmoe_kernels.explain.figures.curves import (
     BETTER,
     METRIC_NAMES,
@@ -17,6 +16,7 @@ from flmoe_kernels.explain.figures.curves import (
 )
 from flmoe_kernels.explain.figures.ties import groups
 from flmoe_kernels.explain.figures.weights import FEW, leading
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, tied
 
