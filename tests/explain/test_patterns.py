@@ -133,7 +133,7 @@ def test_undefined_values_are_left_out_and_counted() -> None:
     defined = [b for b in range(20) if b not in (3, 5)]
     mean = found.of("gini", "expert 1")[defined].mean()
     assert found.summary("gini", "expert 1").mean == pytest.approx(float(mean), abs=1e-12)
-    note = "or, for normalized_entropy, only one: of 20 samples 3 in all"
+    note = "left out of means: of 20 samples 3 in all (importance 0"
     assert any(note in x for x in found.notes)
     overlap = specificity(given)
     assert overlap.values.isnan().nonzero()[:, 3].tolist() == [3, 5] * 2
@@ -147,7 +147,7 @@ def test_top_tokens_among_near_ties_are_reported() -> None:
     near = torch.tensor([[8.0, 7.9, 2.0, 1.0], [1.0, 2.0, 4.0, 8.0]], dtype=torch.float64)
     found = specificity(attribution(torch.stack([apart, near])), top=1)
     assert found.near_ties.tolist() == [False, True]
-    assert "not distinguishable for 1 of 2 samples" in found.notes[-1]
+    assert "top tokens are nearly tied in 1 of 2 samples" in found.notes[-1]
     assert not specificity(attribution(torch.stack([apart, near])), top=2).near_ties.any()
 
 
@@ -275,11 +275,11 @@ MEASURED = concentration(GIVEN)
 
 
 MISTAKES: list[Mistake] = [
-    (lambda: concentration(3.0), "TypeError: attributions: expected an Attribution or several"),
+    (lambda: concentration(3.0), "TypeError: attributions: expected an Attribution or an iterable of them"),
     (lambda: concentration([]), "attributions: expected at least one Attribution"),
     (lambda: concentration([GIVEN, 1]), r"TypeError: attributions\[1\]: expected an Attribution"),
-    (lambda: concentration([GIVEN, ONE]), r"attributions\[1\]: expected experts \('expert 0', "),
-    (lambda: concentration([ONE, PATH]), r"attributions\[1\]: expected method 'grad"),
+    (lambda: concentration([GIVEN, ONE]), r"attributions\[1\]: expected the experts of attributions\[0\], \('expert 0', "),
+    (lambda: concentration([ONE, PATH]), r"attributions\[1\]: expected the method of attributions\[0\], 'grad"),
     (lambda: concentration(NAN), r"attributions\[0\]: expected finite values"),
     (lambda: concentration(GIVEN, top=0), "top: expected an int from 1, got 0"),
     (lambda: concentration(GIVEN, top=1.5), "top: expected a share above 0 up to 1"),
