@@ -275,11 +275,20 @@ MEASURED = concentration(GIVEN)
 
 
 MISTAKES: list[Mistake] = [
-    (lambda: concentration(3.0), "TypeError: attributions: expected an Attribution or an iterable of them"),
+    (
+        lambda: concentration(3.0),
+        "TypeError: attributions: expected an Attribution or an iterable of them",
+    ),
     (lambda: concentration([]), "attributions: expected at least one Attribution"),
     (lambda: concentration([GIVEN, 1]), r"TypeError: attributions\[1\]: expected an Attribution"),
-    (lambda: concentration([GIVEN, ONE]), r"attributions\[1\]: expected the experts of attributions\[0\], \('expert 0', "),
-    (lambda: concentration([ONE, PATH]), r"attributions\[1\]: expected the method of attributions\[0\], 'grad"),
+    (
+        lambda: concentration([GIVEN, ONE]),
+        r"attributions\[1\]: expected the experts of attributions\[0\], \('expert 0', ",
+    ),
+    (
+        lambda: concentration([ONE, PATH]),
+        r"attributions\[1\]: expected the method of attributions\[0\], 'grad",
+    ),
     (lambda: concentration(NAN), r"attributions\[0\]: expected finite values"),
     (lambda: concentration(GIVEN, top=0), "top: expected an int from 1, got 0"),
     (lambda: concentration(GIVEN, top=1.5), "top: expected a share above 0 up to 1"),
