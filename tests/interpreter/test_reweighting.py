@@ -50,7 +50,9 @@ def test_features(lengths: tuple[int, ...], width: int, pattern: str, dtype: tor
     mask = None if masks is None else concatenated(masks, batch, lengths)
 
     def operator(x: Tensor) -> Tensor:
-        return api.reweighting_features(x.split(list(lengths), 1), masks, x, mask, TRITON)
+        normalized = [each is not None for each in masks or [None] * len(lengths)]
+        inputs = x.split(list(lengths), 1)
+        return api.reweighting_features(inputs, masks, normalized, x, mask, TRITON)
 
     def oracle(x: Tensor) -> Tensor:
         return reference.reweighting_features(x.split(list(lengths), dim=1), masks)
@@ -136,7 +138,7 @@ def test_refusals() -> None:
     mask, scores, logits = torch.ones(2, 5, dtype=torch.bool), draw(2, 4), draw(4, 2, 3)
     for name, arguments, message in (
         ("reweighting_features", (tokens, None, [2, 2], 0), "lengths: expected"),
-        ("reweighting_features", (tokens, None, [5, 0], 0), "lengths: expected"),
+        ("reweighting_features", (tokens, None, [6, -1], 0), "lengths: expected"),
         ("reweighting_features", (tokens, mask[:, :4], [2, 3], 0), "mask: expected"),
         ("reweighting_features", (tokens, mask.int(), [2, 3], 0), "mask: expected"),
         ("reweighting_features", (tokens.double(), None, [2, 3], 0), "tokens: expected float32"),
