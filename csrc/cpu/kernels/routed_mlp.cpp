@@ -186,13 +186,13 @@ struct HiddenRow {
 // Fills the results of a row, and returns the inner product of its output and gradient.
 template <typename A, bool kGated>
 A hidden_row_gradient(Activation act, A weight, int64_t count, const HiddenRow<A>& row) {
-  A dot = 0;
-  for (int64_t d0 = 0; d0 < count; d0 += kLanes<A>) {
-    const int64_t lanes = min64(kLanes<A>, count - d0);
-    Vec<A> x = {}, slope;
+  Vec<A> dots = {};
+  // Inlined once with a constant number of lanes, for which the copies are loads and stores.
+  const auto step = [&](int64_t d0, int64_t lanes) {
+    Vec<A> x = {}, g = {}, slope;
     std::memcpy(&x, (kGated ? row.pre_gate : row.pre) + d0, lanes * sizeof(A));
+    std::memcpy(&g, row.grad + d0, lanes * sizeof(A));
     Vec<A> value = activate<A>(act, x, &slope);
-    const Vec<A> g = load(row.grad + d0);
     Vec<A> down = weight * g * slope;
     if constexpr (kGated) {
       Vec<A> hidden = {};
@@ -202,12 +202,15 @@ A hidden_row_gradient(Activation act, A weight, int64_t count, const HiddenRow<A
       down *= hidden;
       value *= hidden;
     }
-    const Vec<A> up = weight * value, product = g * value;
-    for (int64_t lane = 0; lane < lanes; ++lane) dot += product[lane];
+    const Vec<A> up = weight * value;
+    dots += g * value;
     std::memcpy((kGated ? row.grad_gate : row.grad_hidden) + d0, &down, lanes * sizeof(A));
     std::memcpy(row.weighted + d0, &up, lanes * sizeof(A));
-  }
-  return dot;
+  };
+  int64_t d0 = 0;
+  for (; d0 + kLanes<A> <= count; d0 += kLanes<A>) step(d0, kLanes<A>);
+  if (d0 < count) step(d0, count - d0);
+  return sum_lanes<A>(dots);
 }
 
 // Gradients of the block's hidden layer, routing weights and tokens.
@@ -237,8 +240,11 @@ void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packe
          static_cast<A*>(args.weighted) + at});
     if (in.b_out != nullptr) {
       const T* bias = static_cast<const T*>(in.b_out) + block.expert * in.width;
-      for (int64_t d = 0; d < in.width; ++d)
-        grad_weight += buffer.tokens[r * in.width + d] * read<T, A>(bias + d);
+      const A* grad_out = buffer.tokens + r * in.width;
+      A dot = 0;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t d = 0; d < in.width; ++d) dot += grad_out[d] * read<T, A>(bias + d);
+      grad_weight += dot;
     }
     if (args.grad_weight != nullptr)
       write<T, A>(static_cast<T*>(args.grad_weight) + flat, grad_weight);
