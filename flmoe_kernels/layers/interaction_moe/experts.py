@@ -61,12 +61,7 @@ class ExpertAverage(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.full((num_experts,), 1.0 / num_experts))
 
-    def forward(
-        self,
-        inputs: Sequence[Tensor],
-        masks: Masks = None,
-        normalized: Sequence[bool] | None = None,
-    ) -> Tensor:
+    def forward(self, inputs: Sequence[Tensor], *_masks: Any) -> Tensor:
         return torch.softmax(self.weights, dim=0).repeat(inputs[0].shape[0], 1)
 
 

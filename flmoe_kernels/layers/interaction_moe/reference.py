@@ -140,7 +140,7 @@ class ReferenceInteractionMoE(nn.Module):
             fusion_sparse, latents [E x (B, M * D)] unless compat is "i2moe"). expert_outputs[e][v] is
             (logits, latent), or the logits alone when compat is "i2moe"; v = 0 is the full view.
             gate_losses[e][v] is the sum over sparse layers and modalities, differentiable.
-            A view that does not exist, because the sample lacks the modality or the layer does not perturb it, has
+            A view that does not exist, because its modality is missing or not perturbed, has
             latent 0 and enters no loss.
         """
         masks = check.padded_masks(masks, inputs)
