@@ -140,6 +140,46 @@ void bind_views(py::module_& m) {
   bind("views_backward", &flmoe::Kernels::views_backward);
 }
 
+void expect_rows(const flmoe::EncoderInference& args) {
+  const int64_t each = args.samples > 0 ? args.segments / args.samples : 0;
+  if (args.segments != each * args.samples)
+    throw std::invalid_argument("cu_segments: expected a multiple of the samples");
+  int32_t end = 0;
+  for (int64_t s = 0; s <= args.segments; ++s) {
+    if (args.cu_segments[s] < end || args.cu_segments[s] > args.rows_total)
+      throw std::invalid_argument("cu_segments: expected non-decreasing values within the rows");
+    end = args.cu_segments[s];
+    if (each > 0 && s % each == 0 && args.cu_samples[s / each] != end)
+      throw std::invalid_argument("cu_samples: expected boundaries of cu_segments");
+  }
+  for (int64_t r = 0; args.index != nullptr && r < end; ++r)
+    if (args.index[r] < 0 || args.index[r] >= args.table)
+      throw std::invalid_argument("index: expected rows of the table");
+}
+
+// sizes = (row_sets, table, rows_total, samples, segments, experts, layers, width, hidden, heads)
+void bind_inference(py::module_& m) {
+  m.def("encoder_inference",
+        [](int dtype, Address rows, Address index, Address cu_samples, Address cu_segments,
+           const std::vector<Address>& weights, Address out, const std::array<int64_t, 10>& sizes,
+           double eps, bool self_residual, int threads) {
+          flmoe::EncoderInference args{};
+          args.rows = pointer(rows), args.index = pointer<const int64_t>(index);
+          args.cu_samples = pointer<const int32_t>(cu_samples);
+          args.cu_segments = pointer<const int32_t>(cu_segments);
+          args.weights = reinterpret_cast<const void* const*>(weights.data());
+          args.out = pointer(out);
+          args.row_sets = sizes[0], args.table = sizes[1], args.rows_total = sizes[2];
+          args.samples = sizes[3], args.segments = sizes[4], args.experts = sizes[5];
+          args.layers = sizes[6], args.width = sizes[7], args.hidden = sizes[8];
+          args.heads = sizes[9];
+          args.eps = eps, args.self_residual = self_residual, args.threads = threads;
+          expect_rows(args);
+          const DType type = dtype_of(dtype);
+          without_gil([&] { flmoe::active_kernels().encoder_inference(type, args); });
+        });
+}
+
 }  // namespace
 
 void bind_encoder(py::module_& m) {
@@ -148,6 +188,7 @@ void bind_encoder(py::module_& m) {
   bind_gelu(m);
   bind_pool(m);
   bind_views(m);
+  bind_inference(m);
 }
 
 }  // namespace flmoe::bindings

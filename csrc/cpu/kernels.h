@@ -84,6 +84,24 @@ struct ViewsArgs {
   int threads;
 };
 
+// Fusion encoders without gradients. rows: embedded rows (row_sets, table, width), one set or one
+// for each expert. index: (rows_total), the row of the table for each computed row, or null: 0, 1,
+// .. cu_samples: samples + 1 boundaries of computed rows; cu_segments: the same number of segments
+// for each sample. weights: for each expert and layer the tensors norm1 (gain, shift), q, kv, proj
+// (weight, bias), norm2 (gain, shift), and the MLP's first and second linear map (weight, bias).
+// out: (experts, segments, width).
+struct EncoderInference {
+  const void* rows;
+  const int64_t* index;
+  const int32_t *cu_samples, *cu_segments;
+  const void* const* weights;
+  void* out;
+  int64_t row_sets, table, rows_total, samples, segments, experts, layers, width, hidden, heads;
+  double eps;
+  bool self_residual;
+  int threads;
+};
+
 // exists: (batch, views - 1), whether the view that replaces a modality exists for a sample; null:
 // all.
 struct LossArgs {
@@ -240,6 +258,7 @@ struct Kernels {
   void (*pool_backward)(DType, const PoolArgs&);
   void (*views_forward)(DType, const ViewsArgs&);
   void (*views_backward)(DType, const ViewsArgs&);
+  void (*encoder_inference)(DType, const EncoderInference&);
   void (*loss_forward)(DType, const LossArgs&);
   void (*loss_backward)(DType, const LossArgs&);
   void (*pair_forward)(DType, const PairForward&);

@@ -66,6 +66,7 @@ void pool_forward(DType, const PoolArgs&);
 void pool_backward(DType, const PoolArgs&);
 void views_forward(DType, const ViewsArgs&);
 void views_backward(DType, const ViewsArgs&);
+void encoder_inference(DType, const EncoderInference&);
 void loss_forward(DType, const LossArgs&);
 void loss_backward(DType, const LossArgs&);
 void pair_forward(DType, const PairForward&);

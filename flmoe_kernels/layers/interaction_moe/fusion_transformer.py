@@ -15,6 +15,7 @@ from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from .architecture import Architecture, FusionSpec, LayerSpec
 from .forward import embed, encode, pack_inputs, require_like, stack_layer
 from .fusion import MLP, Compat, Inputs, ReferenceFusionTransformer
+from .inference import Networks, infer
 from .kernel_layer import KernelLayer
 from .packing import Views
 from .structure import describe_fusion, fusion_spec
@@ -120,6 +121,9 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
     def _fusion(self) -> Any:
         return self
 
+    def _networks(self) -> Networks:
+        return [[*self.network][:-1]]
+
     def _checked_parts(self) -> tuple[nn.Module, tuple[str, ...]]:
         # Not attributes: torch.export replaces them by proxies. A subclass may have further modules.
         network = vars(self)["_modules"].get("network")
@@ -161,14 +165,17 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
 
     def _on_kernels(self, call: Modalities, backend: str) -> tuple[Tensor, Tensor]:
         plan, tokens = pack_inputs(call.inputs, call.masks, backend)
-        *encoder, _ = self.network
-        layers = [stack_layer([layer], self.compat, tokens.dtype, called=True) for layer in encoder]
         positions: Tensor | None = self.pos_embed
         if positions is not None:
             require_like([positions], self._parameter)
             positions = positions.to(tokens.dtype)
         rows = embed(tokens, plan, positions, 1)
-        latents, _ = encode(rows, layers, plan, Views(), self.compat, backend)
+        if found := self._inference_weights(backend, [rows]):
+            latents = infer(rows, *found, plan, Views(), self.compat)
+        else:
+            (encoders,) = self._networks()
+            layers = [stack_layer([x], self.compat, tokens.dtype, called=True) for x in encoders]
+            latents, _ = encode(rows, layers, plan, Views(), self.compat, backend)
         latent = latents[0, 0].to(self._parameter.dtype)
         logits = self.network[-1](latent)
         return logits.to(latent.dtype), self._returned(latent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, Routed
 from flmoe_kernels.layers.snapshot import PartsSnapshot, has_global_hook
 
 from .fusion import MLP, Attention, EncoderLayer, Head, Inputs
+from .inference import EncoderWeights, Networks
 from .inputs import validate_inputs
 
 _OPERATOR = "interaction_moe"
@@ -46,11 +47,12 @@ class KernelLayer(nn.Module):
     modality_dropout: float
     _spec: Any
     _snapshot: PartsSnapshot | None
+    _encoders: EncoderWeights | None  # of the modules in the snapshot
     _captures: bool
 
     def _start(self, spec: Any, backend: str | None) -> None:
         self._spec = spec
-        self._snapshot = None
+        self._snapshot = self._encoders = None
         self._captures = False
         self.backend = backend
 
@@ -202,12 +204,30 @@ class KernelLayer(nn.Module):
         self._captures = any(
             part.capture_attn for part in named.values() if isinstance(part, Attention)
         )
-        self._spec, self._snapshot = spec, snapshot
+        self._spec, self._snapshot, self._encoders = spec, snapshot, None
         return ""
+
+    def _networks(self) -> Networks:
+        """The encoder layers of each expert."""
+        raise NotImplementedError
+
+    def _inference_weights(
+        self, backend: str, inputs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Networks] | None:
+        """The encoders for `infer`; None if it cannot run: gradients, dropout, routed MLPs, Triton."""
+        if backend != backends.CPU or self._spec.sparse is not None:
+            return None
+        if torch.compiler.is_compiling():
+            encoders = EncoderWeights(self._networks())
+        else:
+            encoders = self._encoders or EncoderWeights(self._networks())
+            self._encoders = encoders
+        weights = encoders.read(inputs)
+        return None if weights is None else (weights, encoders.networks)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other parts.
-        return {**self.__dict__, "_snapshot": None}
+        return {**self.__dict__, "_snapshot": None, "_encoders": None}
 
 
 def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:

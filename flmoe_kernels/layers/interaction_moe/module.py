@@ -22,6 +22,7 @@ from .experts import ExpertAverage, InteractionExpert, Reweighting
 from .forward import LayerWeights, embed, encode, pack_inputs, require_like, stack_layer
 from .fusion import Attention, Inputs
 from .fusion_transformer import FusionTransformer
+from .inference import Networks, infer
 from .inputs import check_replacements, stack_replacements
 from .kernel_layer import KernelLayer
 from .packing import TokenPlan, Views, plan_views
@@ -221,10 +222,15 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         return super()._resized() or own != (self._spec.fusion_sparse, self._spec.uniqueness)
 
     def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
-        networks = [expert.fusion_model.network for expert in self.interaction_experts]
         return [
-            stack_layer([network[i] for network in networks], self._spec.compat, dtype)
-            for i in range(self._spec.num_layers)
+            stack_layer(layers, self._spec.compat, dtype)
+            for layers in zip(*self._networks(), strict=True)
+        ]
+
+    def _networks(self) -> Networks:
+        return [
+            [*expert.fusion_model.network][: self._spec.num_layers]
+            for expert in self.interaction_experts
         ]
 
     def _latents(
@@ -241,6 +247,10 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
             learned = [expert.fusion_model.pos_embed for expert in self.interaction_experts]
             require_like(learned, self._parameter)
             positions = torch.cat(learned).to(dtype)
+        if found := self._inference_weights(backend, [tokens]):
+            shared = positions is None and replacements is None
+            rows = embed(tokens, plan, positions, 1 if shared else spec.num_experts, replacements)
+            return infer(rows, *found, plan, views, spec.compat), []
         rows = embed(tokens, plan, positions, spec.num_experts, replacements)
         return encode(rows, self._layers(dtype), plan, views, spec.compat, backend)
 

@@ -12,6 +12,8 @@ counters of core.dropout with `seed` (one int64); if the seed is None, nothing i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -89,3 +91,41 @@ def expand_views(x: Tensor, modality: Tensor, views: int, backend: str) -> Tenso
     if backend == REFERENCE:
         return reference.expand_views(x, modality, views)
     return _OPS.expand_views(x, modality, views, backend)
+
+
+def encoder_inference(
+    rows: Tensor,
+    index: Tensor | None,
+    cu_samples: Tensor,
+    cu_segments: Tensor,
+    weights: Sequence[Tensor],
+    experts: int,
+    heads: int,
+    eps: float,
+    self_residual: bool,
+    backend: str,
+) -> Tensor:
+    """Mean latents (E, S, D) of dense fusion encoders, without dropout and gradients; the CPU backend has it.
+
+    Args:
+        rows: a table of embedded rows, (1, R, D) or (E, R, D).
+        index: (n,) int64, the row of the table for each computed row; None: the table itself.
+        cu_samples, cu_segments: int32 boundaries of samples, which attend to themselves, and of the segments of
+            each sample, the same number in all samples.
+        weights: 12 tensors for each layer of each expert, see inference.layer_shapes.
+        self_residual: the attention branch is added to itself, as in I2MoE.
+    """
+    return _OPS.encoder_inference(
+        *(
+            rows,
+            index,
+            cu_samples,
+            cu_segments,
+            weights,
+            experts,
+            heads,
+            eps,
+            self_residual,
+            backend,
+        )
+    )

@@ -12,6 +12,7 @@ from flmoe_kernels.core.dtypes import dtype_code, statistics_dtype
 from flmoe_kernels.core.native import address, empty, native, threads
 from flmoe_kernels.core.operands import contiguous, expect, expect_bounds, expect_seed
 
+from .inference import LAYER_TENSORS, layer_shapes
 from .wants import rows_wanted
 
 
@@ -255,3 +256,56 @@ def views_backward(grad_out: Tensor, modality: Tensor) -> Tensor:
         threads(),
     )
     return grad_x
+
+
+def inference(
+    rows: Tensor,
+    index: Tensor | None,
+    cu_samples: Tensor,
+    cu_segments: Tensor,
+    weights: Sequence[Tensor],
+    experts: int,
+    heads: int,
+    eps: float,
+    self_residual: bool,
+) -> Tensor:
+    sets, table, width = rows.shape
+    layers = len(weights) // (experts * LAYER_TENSORS)
+    hidden = weights[LAYER_TENSORS - 4].shape[0]
+    shapes = layer_shapes(width, hidden)
+    if len(weights) != experts * layers * LAYER_TENSORS or layers < 1 or sets not in (1, experts):
+        raise ValueError(
+            f"weights: expected {LAYER_TENSORS} for each layer of {experts} experts, got {len(weights)}"
+        )
+    dtype = rows.dtype
+    for place, weight in enumerate(weights):
+        if (
+            weight.shape != shapes[place % LAYER_TENSORS]
+            or weight.dtype is not dtype
+            or not weight.is_cpu
+        ):
+            expect(f"weights[{place}]", weight, shapes[place % LAYER_TENSORS], dtype)
+    if heads < 1 or width % heads:
+        raise ValueError(f"heads: expected a divisor of {width}, got {heads}")
+    for name, bounds in (("cu_samples", cu_samples), ("cu_segments", cu_segments)):
+        expect_bounds(name, bounds)
+    if index is not None:
+        expect("index", index, (index.numel(),), torch.int64)
+    rows, cu_samples, cu_segments = (x.contiguous() for x in (rows, cu_samples, cu_segments))
+    index, kept = contiguous(index), [weight.contiguous() for weight in weights]
+    segments = cu_segments.numel() - 1
+    out = empty((experts, segments, width), rows)
+    native().encoder_inference(
+        dtype_code(rows),
+        *map(address, (rows, index, cu_samples, cu_segments)),
+        [weight.data_ptr() for weight in kept],
+        address(out),
+        (
+            *(sets, table, table if index is None else index.numel(), cu_samples.numel() - 1),
+            *(segments, experts, layers, width, hidden, heads),
+        ),
+        eps,
+        self_residual,
+        threads(),
+    )
+    return out

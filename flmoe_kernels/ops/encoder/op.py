@@ -7,15 +7,17 @@ registered: api.py calls it, and autograd differentiates it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flmoe_kernels.core.dtypes import statistics_dtype
-from flmoe_kernels.core.flops import no_products
+from flmoe_kernels.core.flops import no_products, values_of
 from flmoe_kernels.core.registration import define, first_order_only
 
+from .inference import LAYER_TENSORS
 from .wants import rows_wanted
 
 _OPS = torch.ops.flmoe
@@ -312,7 +314,45 @@ define(
     flops=no_products,
 )
 
+
+# ---- encoder_inference ----
+
+
+def _inference_flops(
+    rows: Tensor,
+    _index: Tensor | None,
+    cu_samples: Tensor,
+    cu_segments: Tensor,
+    weights: Sequence[Tensor],
+    experts: int,
+    *_rest: Any,
+) -> int:
+    """The second product of the last MLP processes one row for each segment."""
+    bounds, width = values_of(cu_samples), rows.shape[2]
+    hidden = weights[LAYER_TENSORS - 4].shape[0]
+    layers = len(weights) // (experts * LAYER_TENSORS)
+    if bounds is None:
+        count, samples = rows.shape[1], torch.sym_max(cu_samples.shape[0] - 1, 1)
+        pairs = count * count // samples
+    else:
+        count, pairs = bounds[-1], sum((end - start) ** 2 for start, end in pairwise(bounds))
+    layer = 4 * pairs * width + count * (8 * width * width + 4 * width * hidden)
+    return experts * (layers * layer - 2 * (count - cu_segments.shape[0] + 1) * width * hidden)
+
+
+define(
+    "encoder_inference",
+    "(Tensor rows, Tensor? index, Tensor cu_samples, Tensor cu_segments, Tensor[] weights, "
+    "SymInt experts, SymInt heads, float eps, bool self_residual) -> Tensor",
+    _run("inference"),
+    lambda rows, index, cu_samples, cu_segments, weights, experts, *rest: rows.new_empty(
+        (experts, cu_segments.shape[0] - 1, rows.shape[2])
+    ),
+    flops=_inference_flops,
+)
+
 first_order_only(
+    "encoder_inference",
     "expert_linear_backward",
     "dropout_add_norm_backward",
     "gelu_dropout_backward",

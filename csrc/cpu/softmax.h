@@ -1,0 +1,42 @@
+// Online softmax of a row of scores.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/simd.h"
+
+namespace flmoe::FLMOE_ISA {
+
+// Converts a row of scores, which has room for whole vectors, to unnormalised probabilities;
+// updates the row's running maximum and sum and returns the factor for the sums accumulated before.
+template <typename A>
+inline A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
+  const int64_t padded = round_up(keys, kLanes<A>);
+  for (int64_t j = keys; j < padded; ++j) scores[j] = -INFINITY;
+  Vec<A> best = splat(*maximum);
+  for (int64_t j = 0; j < padded; j += kLanes<A>) {
+    const Vec<A> s = load(scores + j);
+    // A NaN score makes the row NaN, as in a softmax.
+    best = (s > best) | (s != s) ? s : best;
+  }
+  const A top = max_lanes<A>(best);
+  const A old = *maximum;
+  if (top == -INFINITY) {
+    // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN, as
+    // in torch.
+    for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
+    return A(1);
+  }
+  Vec<A> sum = {};
+  for (int64_t j = 0; j < padded; j += kLanes<A>) {
+    const Vec<A> p = exp_nonpositive(load(scores + j) - top);
+    sum += p;
+    store(scores + j, p);
+  }
+  const A factor = old == top ? A(1) : std::exp(old - top);
+  *total = *total * factor + sum_lanes<A>(sum);
+  *maximum = top;
+  return factor;
+}
+
+}  // namespace flmoe::FLMOE_ISA
