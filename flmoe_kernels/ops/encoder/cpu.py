@@ -12,7 +12,7 @@ from flmoe_kernels.core.dtypes import dtype_code, statistics_dtype
 from flmoe_kernels.core.native import address, empty, native, threads
 from flmoe_kernels.core.operands import contiguous, expect, expect_bounds, expect_seed
 
-from .inference import LAYER_TENSORS, layer_shapes
+from .inference import FIRST_BIAS, LAYER_TENSORS, layer_shapes
 from .wants import rows_wanted
 
 
@@ -270,13 +270,15 @@ def inference(
     self_residual: bool,
 ) -> Tensor:
     sets, table, width = rows.shape
-    layers = len(weights) // (experts * LAYER_TENSORS)
-    hidden = weights[LAYER_TENSORS - 4].shape[0]
-    shapes = layer_shapes(width, hidden)
-    if len(weights) != experts * layers * LAYER_TENSORS or layers < 1 or sets not in (1, experts):
+    layers = len(weights) // max(experts * LAYER_TENSORS, 1)
+    if experts < 1 or layers < 1 or len(weights) != experts * layers * LAYER_TENSORS:
         raise ValueError(
             f"weights: expected {LAYER_TENSORS} for each layer of {experts} experts, got {len(weights)}"
         )
+    if sets not in (1, experts):
+        raise ValueError(f"rows: expected 1 or {experts} sets, got {sets}")
+    hidden = weights[FIRST_BIAS].numel()
+    shapes = layer_shapes(width, hidden)
     dtype = rows.dtype
     for place, weight in enumerate(weights):
         if (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LAYER_TENSORS = 12
+FIRST_BIAS = 9  # of the MLP; its length is the hidden width
 
 
 def layer_shapes(width: int, hidden: int) -> list[tuple[int, ...]]:

@@ -17,7 +17,7 @@ from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.flops import no_products, values_of
 from flmoe_kernels.core.registration import define, first_order_only
 
-from .inference import LAYER_TENSORS
+from .inference import FIRST_BIAS, LAYER_TENSORS
 from .wants import rows_wanted
 
 _OPS = torch.ops.flmoe
@@ -329,7 +329,7 @@ def _inference_flops(
 ) -> int:
     """The second product of the last MLP processes one row for each segment."""
     bounds, width = values_of(cu_samples), rows.shape[2]
-    hidden = weights[LAYER_TENSORS - 4].shape[0]
+    hidden = weights[FIRST_BIAS].shape[0]
     layers = len(weights) // (experts * LAYER_TENSORS)
     if bounds is None:
         count, samples = rows.shape[1], torch.sym_max(cu_samples.shape[0] - 1, 1)
