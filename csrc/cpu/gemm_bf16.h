@@ -131,21 +131,57 @@ inline void pack_depth_rows(const BFloat16* in, int64_t stride, int64_t depth, i
                out + k * padded);
 }
 
+#if defined(__AVX512BW__)
+// Transposes 16 x 16 elements of 32 bits: rows of one vector each.
+inline void transpose16(__m512i rows[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int high = 0; high < 2; ++high) {
+      rows[i + 2 * high] = _mm512_unpacklo_epi64(t[i + high], t[i + high + 2]);
+      rows[i + 2 * high + 1] = _mm512_unpackhi_epi64(t[i + high], t[i + high + 2]);
+    }
+  // Now part l (128 bits) of rows[4 g + c] is column 4 l + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
+    const __m512i even1 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
+    const __m512i odd1 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+    rows[c] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    rows[4 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    rows[8 + c] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    rows[12 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+}
+#endif
+
 // The same from rows of contiguous depth (columns x depth, `stride` apart), to pair rows `out_row`
-// elements apart.
+// elements apart. padded: a multiple of 16.
 inline void pack_depth_columns(const BFloat16* in, int64_t stride, int64_t depth, int64_t columns,
                                int64_t padded, int64_t out_row, BFloat16* out) {
-  constexpr int64_t kBlock = 32;  // reads whole cache lines of rows
-  for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
-    const int64_t end = min64(k0 + kBlock, depth);
-    for (int64_t n = 0; n < padded; ++n)
-      for (int64_t k = k0; k < end; k += kPair) {
-        BFloat16 pair[kPair] = {};
-        if (n < columns)
-          std::memcpy(pair, in + n * stride + k, (k + 1 < end ? kPair : 1) * sizeof pair[0]);
-        std::memcpy(out + k / kPair * out_row + kPair * n, pair, sizeof pair);
-      }
-  }
+#if defined(__AVX512BW__)
+  constexpr int64_t kBlock = 16, kDepth = kPair * kBlock;
+  for (int64_t n0 = 0; n0 < padded; n0 += kBlock)
+    for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+      const int64_t rest = min64(kDepth, depth - k0);
+      const auto mask = static_cast<__mmask32>((uint64_t{1} << rest) - 1);
+      __m512i rows[kBlock];
+      for (int64_t n = 0; n < kBlock; ++n)
+        rows[n] = n0 + n < columns ? _mm512_maskz_loadu_epi16(mask, in + (n0 + n) * stride + k0)
+                                   : _mm512_setzero_si512();
+      transpose16(rows);
+      for (int64_t k = 0; k < pairs_of(rest); ++k)
+        std::memcpy(out + (k0 / kPair + k) * out_row + kPair * n0, &rows[k], sizeof rows[k]);
+    }
+#else
+  for (int64_t n = 0; n < padded; ++n)
+    for (int64_t k = 0; k < kPair * pairs_of(depth); ++k)
+      out[k / kPair * out_row + kPair * n + k % kPair] =
+          n < columns && k < depth ? in[n * stride + k] : BFloat16{0};
+#endif
 }
 
 // A: rows of contiguous depth, copied to an even stride with 0 at the end of an odd depth.

@@ -144,13 +144,18 @@ struct BackwardItem {
     pack_even_rows(grads_in.data, grads_in.stride, p.length, width, grad_out);
     pack_depth_rows(queries.data, queries.stride, p.length, width, padded, q_pairs);
     pack_depth_rows(grads_in.data, grads_in.stride, p.length, width, padded, grad_out_pairs);
+    const Buffer<float> out_row(padded), grad_out_row(padded);
+    for (int64_t d = width; d < padded; ++d) out_row[d] = 0, grad_out_row[d] = 0;
     for (int64_t i = 0; i < p.length; ++i) {
       lse[i] = static_cast<const float*>(f.lse)[element(i)];
       if (lse[i] == INFINITY) lse[i] = NAN;  // so that all probabilities of the row are NaN
-      const BFloat16* out = static_cast<const BFloat16*>(f.out) + element(i) * width;
-      delta[i] = 0;
-      for (int64_t d = 0; d < width; ++d)
-        delta[i] += to_float(out[d]) * to_float(grad_out[i * even + d]);
+      read_row<BFloat16, float>(static_cast<const BFloat16*>(f.out) + element(i) * width, out_row,
+                                width);
+      read_row<BFloat16, float>(grad_out + i * even, grad_out_row, width);
+      VecF sum = {};
+      for (int64_t d = 0; d < padded; d += kLanes<float>)
+        sum += load(out_row + d) * load(grad_out_row + d);
+      delta[i] = sum_lanes<float>(sum);
     }
     for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] = 0;
   }
