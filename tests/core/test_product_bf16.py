@@ -35,7 +35,10 @@ def product(a: Tensor, b: Tensor, c: Tensor, depth_is_rows: bool, emulated: bool
     padded = -(-n // 16) * 16
     out = torch.zeros(m, padded)
     out[:, :n] = c
-    operands = [(a.T if depth_is_rows else a).contiguous(), (b if depth_is_rows else b.T).contiguous()]
+    operands = [
+        (a.T if depth_is_rows else a).contiguous(),
+        (b if depth_is_rows else b.T).contiguous(),
+    ]
     native().product_bf16(
         *map(address, (*operands, out)), (m, n, padded, depth), depth_is_rows, not emulated
     )

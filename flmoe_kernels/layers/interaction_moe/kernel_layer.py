@@ -133,8 +133,8 @@ class KernelLayer(nn.Module):
                 backend = backends.REFERENCE
         like, cast = parameter, autocast_dtype(parameter.device)
         if cast is not None and isinstance(inputs, list | tuple):
-            # The kernels compute in autocast's dtype, as torch's own layers do. The reference's products do, too, but
-            # its norms need the parameters' dtype, which an encoder under autocast does not return.
+            # The kernels compute in autocast's dtype, as torch's own layers do. The reference's products do, too,
+            # but its norms need the parameters' dtype, which an encoder under autocast does not return.
             fixed = backend == backends.REFERENCE or parameter.dtype == torch.float64
             dtype = parameter.dtype if fixed else cast
             inputs = check.cast_tensors(inputs, dtype)
