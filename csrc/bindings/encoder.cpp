@@ -28,6 +28,23 @@ void bind_linear(py::module_& m) {
           const DType type = dtype_of(dtype);
           without_gil([&] { flmoe::active_kernels().linear_backward(type, args); });
         });
+  // For tests, see ProductBf16; sizes = (m, n, n_padded, depth).
+  m.def("product_bf16", [](Address a, Address b, Address c, const std::array<int64_t, 4>& sizes,
+                           bool depth_is_rows, bool native) {
+    const flmoe::ProductBf16 args{pointer<const BFloat16>(a),
+                                  pointer<const BFloat16>(b),
+                                  pointer<float>(c),
+                                  sizes[0],
+                                  sizes[1],
+                                  sizes[2],
+                                  sizes[3],
+                                  depth_is_rows};
+    if (!native) return flmoe::baseline::product_bf16(args);
+#if defined(FLMOE_HAVE_X86_ISAS)
+    if (flmoe::instruction_set_runs("avx512bf16")) return flmoe::avx512bf16::product_bf16(args);
+#endif
+    throw std::invalid_argument("native: this processor does not have the instruction");
+  });
 }
 
 void bind_norm(py::module_& m) {

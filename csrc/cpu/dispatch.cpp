@@ -24,10 +24,14 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
 }
+bool has_avx512bf16() {
+  return __builtin_cpu_supports("avx512bf16") && has_avx512();
+}
 #endif
 
 const Choice kChoices[] = {
 #if defined(FLMOE_HAVE_X86_ISAS)
+    {"avx512bf16", has_avx512bf16, avx512bf16::kernels},
     {"avx512", has_avx512, avx512::kernels},
     {"avx2", has_avx2, avx2::kernels},
 #endif
@@ -45,7 +49,7 @@ const Choice& choose() {
     if (choice.supported()) return choice;
     throw std::runtime_error("FLMOE_ISA: this processor does not support " + std::string(wanted));
   }
-  throw std::runtime_error("FLMOE_ISA: expected avx512, avx2 or baseline, got " +
+  throw std::runtime_error("FLMOE_ISA: expected avx512bf16, avx512, avx2 or baseline, got " +
                            std::string(wanted));
 }
 

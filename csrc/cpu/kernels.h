@@ -245,6 +245,16 @@ struct RoutedBackward {
       *grad_b_gate;
 };
 
+// For tests of the product in bfloat16: c (m, n) += a b. Either a (m, depth) and b (n, depth), as
+// in a layer, or a (depth, m) and b (depth, n), as in the gradient of its weight. c is padded to
+// rows of n_padded, a multiple of 16.
+struct ProductBf16 {
+  const BFloat16 *a, *b;
+  float* c;
+  int64_t m, n, n_padded, depth;
+  bool depth_is_rows;
+};
+
 struct Kernels {
   void (*attention_forward)(DType, const AttentionForward&);
   void (*attention_backward)(DType, const AttentionBackward&);
@@ -274,7 +284,8 @@ struct Kernels {
 
 namespace baseline {
 const Kernels& kernels();
-}
+void product_bf16(const ProductBf16&);  // emulates the instruction
+}  // namespace baseline
 #if defined(FLMOE_HAVE_X86_ISAS)
 namespace avx2 {
 const Kernels& kernels();
@@ -282,10 +293,14 @@ const Kernels& kernels();
 namespace avx512 {
 const Kernels& kernels();
 }
+namespace avx512bf16 {
+const Kernels& kernels();  // those of avx512, other products in bfloat16
+void product_bf16(const ProductBf16&);
+}  // namespace avx512bf16
 #endif
 
-// The table for this processor, or for FLMOE_ISA (baseline, avx2, avx512) if this processor
-// supports it.
+// The table for this processor, or for FLMOE_ISA (baseline, avx2, avx512, avx512bf16) if this
+// processor supports it.
 const Kernels& active_kernels();
 const char* active_instruction_set();
 

@@ -291,15 +291,45 @@ inline void write(T* p, A x) {
   }
 }
 
+// Whole vectors of a row in half precision, whose conversions the compiler does not vectorise;
+// return the number of values converted. Other types have none.
+template <typename T, typename A>
+inline int64_t read_vectors(const T*, A*, int64_t) {
+  return 0;
+}
+template <typename T, typename A>
+inline int64_t write_vectors(const A*, T*, int64_t) {
+  return 0;
+}
+#if defined(__F16C__)
+inline int64_t read_vectors(const Float16* in, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    __m128i half;
+    std::memcpy(&half, in + i, sizeof half);
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+  }
+  return i;
+}
+inline int64_t write_vectors(const float* in, Float16* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0);
+    std::memcpy(out + i, &half, sizeof half);
+  }
+  return i;
+}
+#endif
+
 // n values from storage to the compute type.
 template <typename T, typename A>
 inline void read_row(const T* in, A* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = read<T, A>(in + i);
+  for (int64_t i = read_vectors(in, out, n); i < n; ++i) out[i] = read<T, A>(in + i);
 }
 
 template <typename T, typename A>
 inline void write_row(const A* in, T* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) write<T, A>(out + i, in[i]);
+  for (int64_t i = write_vectors(in, out, n); i < n; ++i) write<T, A>(out + i, in[i]);
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) {

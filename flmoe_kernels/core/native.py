@@ -12,7 +12,7 @@ from torch import Tensor
 from .settings import environment_choice
 
 _HUGE_BYTES = 4 << 20
-_INSTRUCTION_SETS = ("avx512", "avx2", "baseline")  # best first
+_INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")  # best first
 
 
 class BackendUnavailable(RuntimeError):
@@ -59,7 +59,7 @@ def native_cuda() -> ModuleType:
 
 
 def instruction_set() -> str:
-    """The instruction set of the CPU kernels ("avx512", "avx2", "baseline"), or "none"."""
+    """The instruction set of the CPU kernels ("avx512bf16", "avx512", "avx2", "baseline"), or "none"."""
     return "none" if _module is None else str(_module.instruction_set())
 
 

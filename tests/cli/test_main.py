@@ -94,7 +94,7 @@ def test_full_standard_output_is_one_line_and_exit_code_2(
         ("FLMOE_BACKEND", "nope", "reference, cpu, triton, cuda"),
         ("FLMOE_BACKEND", " cpu", "reference, cpu, triton, cuda"),
         ("FLMOE_AUTOTUNE", "garbage", "0, 1"),
-        ("FLMOE_ISA", "AVX2", "avx512, avx2, baseline"),
+        ("FLMOE_ISA", "AVX2", "avx512bf16, avx512, avx2, baseline"),
     ],
 )
 def test_an_unknown_setting_is_one_line_and_exit_code_2(

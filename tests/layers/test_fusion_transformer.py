@@ -198,6 +198,7 @@ def test_results_under_autocast_have_the_dtype_of_the_parameters() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = fusion_of(FL, "cpu")(FL.inputs(), None, True)
     assert {x.dtype for x in results} == {torch.float32}
+    assert torch.equal(results[1], results[1].bfloat16().float()), "computed in another precision"
 
 
 def test_latents_may_be_changed_in_place() -> None:

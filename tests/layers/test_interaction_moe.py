@@ -22,6 +22,7 @@ from tests.support.layers import (
     SPARSE_FL,
     SPARSE_I2,
     LayerCase,
+    assert_all_within_budget,
     assert_layer_within_budget,
     data,
     fast_layer,
@@ -333,23 +334,35 @@ def test_adopt_shares_parameters(case: LayerCase) -> None:
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_keeps_the_parameters_type(case: LayerCase, dtype: torch.dtype) -> None:
-    layer = fast_layer(case)
+def test_autocast_computes_in_its_dtype(case: LayerCase, dtype: torch.dtype) -> None:
+    """Parameters, logits, weights, latents and losses stay float32; the kernels' rows have the low precision."""
+    layer = InteractionMoE.adopt(case.reference(dtype).float(), backend="cpu")
     x, masks, noise = data(case, dtype)
-    wide = as_dtype(x, torch.float32), as_dtype(noise, torch.float32)
-    expected = layer(wide[0], masks, replacements=wide[1])
     with torch.autocast("cpu", dtype=dtype):
-        leaves = [each.requires_grad_() for each in x]
-        result = layer(leaves, masks, replacements=wide[1])
-        inferred = layer.inference(leaves, masks)
-    result[2].sum().backward()
-    assert result[2].dtype == torch.float32
-    assert torch.equal(result[2], expected[2])
-    torch.testing.assert_close(inferred[2], expected[2])
-    assert all(each.grad is not None and each.grad.dtype == dtype for each in leaves)
-    first = next(layer.parameters())
-    assert first.grad is not None
-    assert first.grad.dtype == torch.float32
+        results = outputs_and_gradients(layer, x, masks, noise)
+        inferred = layer.inference(x, masks)[2]
+    torch.testing.assert_close(inferred, results[0]["logits"])
+    assert {value.dtype for value in results[0].values()} == {torch.float32}
+    for name, gradient in results[1].items():
+        low = name.startswith(("inputs", "replacements"))
+        assert gradient.dtype == (dtype if low else torch.float32), name
+    # torch.autocast converted some results to float32.
+    found = [{name: value.to(dtype) for name, value in {**results[0], **results[1]}.items()}]
+    for each in (dtype, torch.float64):
+        reference = case.reference(dtype).to(each)
+        pair = outputs_and_gradients(reference, as_dtype(x, each), masks, as_dtype(noise, each))
+        found.append({**pair[0], **pair[1]})
+    assert_all_within_budget(*found, f"of {case} in {dtype}")
+    if case.compat == "fl_i2moe":  # the other variant returns no latents
+        latents = results[0]["latents"]
+        assert torch.equal(latents, latents.to(dtype).float()), "the rows had another precision"
+
+
+def test_float64_stays_under_autocast() -> None:
+    layer, x = fast_layer(FL, torch.float64), FL.inputs(torch.float64)
+    expected = layer.inference(x)[2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.inference(x)[2], expected)
 
 
 @EVERY

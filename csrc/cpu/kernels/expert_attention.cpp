@@ -6,25 +6,14 @@
 // and head. Backward: one item is (group, problem, head). It recomputes the probabilities from the
 // log-sum-exp and forms all three gradients tile by tile; an item owns its outputs, so the result
 // is deterministic.
-#include <cmath>
-
+#include "cpu/attention.h"
 #include "cpu/gemm.h"
-#include "cpu/kernels/entry.h"
 
 namespace flmoe::FLMOE_ISA {
 namespace {
 
-constexpr int64_t kKeyBlock = kDropoutGroup;
-constexpr int64_t kRowBlock =
-    384;  // amortises the transposition of a key block; 98 KiB of output at width 64
 constexpr int64_t kForwardTile = 24;
 constexpr int64_t kBackwardTile = 48;  // the inner depth of two of the five products
-
-template <typename T>
-const T* row_of(const RowView& view, int64_t group, int64_t row, int64_t head) {
-  return static_cast<const T*>(view.data) + group * view.group_stride + row * view.row_stride +
-         head * view.head_stride;
-}
 
 // rows x width of a view into rows x padded, zero padded and scaled.
 template <typename T, typename A>
@@ -48,61 +37,6 @@ void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t width, A
         to[r] = r0 + r < rows ? read<T, A>(in + (r0 + r) * stride + d) : A(0);
     }
   }
-}
-
-struct Problem {
-  int64_t group, index, head, first, length;
-};
-
-Problem problem_of(const AttentionForward& args, int64_t item) {
-  const int64_t head = item % args.heads, index = item / args.heads % args.problems;
-  const int64_t group = item / args.heads / args.problems;
-  return {group, index, head, args.cumulative[index],
-          args.cumulative[index + 1] - args.cumulative[index]};
-}
-
-// Converts a row of scores to unnormalised probabilities; updates the row's running maximum and sum
-// and returns the factor for the sums accumulated before.
-template <typename A>
-A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
-  const int64_t padded = round_up(keys, kLanes<A>);
-  for (int64_t j = keys; j < padded; ++j) scores[j] = -INFINITY;
-  Vec<A> best = splat(*maximum);
-  for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> s = load(scores + j);
-    // A NaN score makes the row NaN, as in a softmax.
-    best = (s > best) | (s != s) ? s : best;
-  }
-  const A top = max_lanes<A>(best);
-  const A old = *maximum;
-  if (top == -INFINITY) {
-    // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN, as
-    // in torch.
-    for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
-    return A(1);
-  }
-  // A row with only -inf would give inf - inf; its probabilities are NaN, as in torch.
-  Vec<A> sum = {};
-  for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> p = exp_vec(load(scores + j) - top);
-    sum += p;
-    store(scores + j, p);
-  }
-  const A factor = old == top ? A(1) : std::exp(old - top);
-  *total = *total * factor + sum_lanes<A>(sum);
-  *maximum = top;
-  return factor;
-}
-
-template <typename A>
-void drop_row(A* probabilities, int64_t keys, const Dropout& dropout, const Problem& problem,
-              int64_t problem_id, int64_t row, int64_t group) {
-  uint32_t bits[4];
-  dropout_bits(dropout, static_cast<uint32_t>(problem_id), static_cast<uint32_t>(problem.head),
-               static_cast<uint32_t>(row), static_cast<uint32_t>(group), bits);
-  for (int64_t j = 0; j < keys; j += kLanes<A>)
-    store(probabilities + j,
-          keep_lanes<A>(load(probabilities + j), lane_bits<A>(bits, static_cast<int>(j))));
 }
 
 template <typename T, typename A>
@@ -320,54 +254,19 @@ struct BackwardItem {
   }
 };
 
-// Rows of a group outside all problems are zero.
-template <typename T>
-void clear_uncovered(const AttentionForward& args, const RowView& view, int64_t width) {
-  const int64_t first = args.cumulative[0], last = args.cumulative[args.problems];
-  for (int64_t g = 0; g < args.groups; ++g)
-    for (int64_t r = 0; r < args.rows; ++r)
-      if (r < first || r >= last)
-        for (int64_t h = 0; h < args.heads; ++h)
-          std::memset(const_cast<T*>(row_of<T>(view, g, r, h)), 0, width * sizeof(T));
-}
-
-RowView contiguous(void* data, const AttentionForward& args, int64_t width) {
-  return {data, args.rows * args.heads * width, args.heads * width, width};
-}
-
 }  // namespace
 
 void attention_forward(DType dtype, const AttentionForward& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
-    clear_uncovered<T>(args, contiguous(args.out, args, args.width), args.width);
-    clear_uncovered<A>(args, contiguous(args.lse, args, 1), 1);
-    int64_t longest = 0;
-    for (int64_t p = 0; p < args.problems; ++p) {
-      const int64_t length = args.cumulative[p + 1] - args.cumulative[p];
-      longest = length > longest ? length : longest;
-    }
-    const int64_t blocks = (longest + kRowBlock - 1) / kRowBlock;
-    if (blocks == 0) return;
-    const int64_t items = args.groups * args.problems * args.heads * blocks;
-    parallel_for(items, args.threads, [&](int64_t item, int) {
-      const Problem p = problem_of(args, item / blocks);
-      const int64_t row0 = item % blocks * kRowBlock;
-      if (row0 < p.length) forward_item<T, A>(args, p, row0, min64(kRowBlock, p.length - row0));
-    });
+    each_forward_item<T, A>(args, forward_item<T, A>);
   });
 }
 
 void attention_backward(DType dtype, const AttentionBackward& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
-    const AttentionForward& f = args.forward;
-    for (const RowView& grad : {args.grad_q, args.grad_k, args.grad_v})
-      if (grad.data != nullptr) clear_uncovered<T>(f, grad, f.width);
-    parallel_for(f.groups * f.problems * f.heads, f.threads, [&](int64_t item, int) {
-      const Problem p = problem_of(f, item);
-      if (p.length > 0) BackwardItem<T, A>(args, p).run();
-    });
+    each_backward_item<T>(args, [&](const Problem& p) { BackwardItem<T, A>(args, p).run(); });
   });
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.core.dtypes import autocast_dtype, without_autocast
+from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.core.native import constant_in_traces
 from flmoe_kernels.layers.modalities import Masks, Modalities, prepare_modalities
 from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, record_methods
@@ -136,9 +135,10 @@ class KernelLayer(nn.Module):
                 backend = backends.REFERENCE
         like, cast = parameter, autocast_dtype(parameter.device)
         if cast is not None and isinstance(inputs, list | tuple):
-            # Under autocast an encoder returns low precision. The layer computes in its parameters' dtype or, with
-            # Triton, in autocast's dtype, as torch's own layers do.
-            dtype = cast if backend == backends.TRITON else parameter.dtype
+            # The kernels compute in autocast's dtype, as torch's own layers do. The reference's products do, too,
+            # but its norms need the parameters' dtype, which an encoder under autocast does not return.
+            fixed = backend == backends.REFERENCE or parameter.dtype == torch.float64
+            dtype = parameter.dtype if fixed else cast
             inputs = check.cast_tensors(inputs, dtype)
             like = parameter.detach().new_empty((0,), dtype=dtype)
         inputs, masks = check.widened(inputs, like), check.padded_masks(masks, inputs)
@@ -148,16 +148,15 @@ class KernelLayer(nn.Module):
 
     def _run(self, compute: Callable[..., Any], call: Modalities, *rest: Any) -> Any:
         """Run the kernels; an error that a changed part has caused names the part."""
-        with _autocast_of(rest[-1], call.inputs[0].device):
-            if torch.compiler.is_compiling():
-                return compute(call, *rest)
-            try:
-                return compute(call, *rest)
-            except (AttributeError, RuntimeError, TypeError, ValueError):
-                # A parameter of another shape, which a snapshot does not show.
-                if reason := self._check():
-                    raise UnsupportedLayer(reason + _REMEDY) from None
-                raise
+        if torch.compiler.is_compiling():
+            return compute(call, *rest)
+        try:
+            return compute(call, *rest)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            # A parameter of another shape, which a snapshot does not show.
+            if reason := self._check():
+                raise UnsupportedLayer(reason + _REMEDY) from None
+            raise
 
     # torch.compile runs this once, while tracing, and does not trace it.
     @constant_in_traces
@@ -228,10 +227,3 @@ class KernelLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy has other parts.
         return {**self.__dict__, "_snapshot": None, "_encoders": None}
-
-
-def _autocast_of(backend: str, device: torch.device) -> AbstractContextManager:
-    """Context without autocast for the CPU kernels; Triton needs it for the gates and the reweighting MLP."""
-    if backend == backends.TRITON:
-        return nullcontext()
-    return without_autocast(device)

@@ -49,10 +49,10 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
     Shapes and results are those of `ReferenceInteractionMoE`. Differences: noise and dropout are equal in
     distribution, not bitwise; two successive dropouts are merged; if all tokens of a sample are padded, its latent
     is 0, not NaN (the reference backend keeps the NaN). The kernels are differentiable once, the reference backend
-    any number of times. Under torch.autocast the CPU kernels compute in the parameters' dtype and the Triton
-    kernels in autocast's, with float32 statistics; both return logits, weights, latents and losses in the
-    parameters' dtype. In sparse fusion models the kernels call only the gates, so what a RoutedMLP records of its
-    last call (last_topk_indices and similar) stays empty.
+    any number of times. Under torch.autocast the kernels compute in autocast's dtype (float64 stays), with float32
+    statistics, and return logits, weights, latents and losses in the parameters' dtype. In sparse fusion models
+    the kernels call only the gates, so what a RoutedMLP records of its last call (last_topk_indices and similar)
+    stays empty.
 
     Raises:
         UnsupportedLayer (a ValueError): the kernels do not support the fusion model.

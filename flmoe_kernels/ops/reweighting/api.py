@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.dtypes import without_autocast
+
 from . import op as _op  # noqa: F401  registers flmoe::reweighting_features and flmoe::mix_experts
 from . import reference
 from .reference import Masks
@@ -53,13 +55,14 @@ def mix_experts(
 
     Args:
         scores: (B, E).
-        logits: (E, B, C); Triton casts scores to their dtype.
+        logits: (E, B, C); scores are cast to their dtype, and autocast has no effect.
         temperature: positive.
         backend: the result of core.backend.choose.
     """
+    scores = scores.to(logits.dtype)
     match backend:
         case "triton":
-            scores = scores.to(logits.dtype)
             return torch.ops.flmoe.mix_experts(scores, logits, float(temperature), backend)
         case _:
-            return reference.mix_experts(scores, logits, temperature)
+            with without_autocast(scores.device):
+                return reference.mix_experts(scores, logits, temperature)

@@ -1,0 +1,123 @@
+// Parts of expert_attention that do not depend on how its products are computed: items, softmax,
+// dropout.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/kernels/entry.h"
+
+namespace flmoe::FLMOE_ISA {
+
+constexpr int64_t kKeyBlock = kDropoutGroup;
+constexpr int64_t kRowBlock =
+    384;  // amortises the transposition of a key block; 98 KiB of output at width 64
+
+template <typename T>
+const T* row_of(const RowView& view, int64_t group, int64_t row, int64_t head) {
+  return static_cast<const T*>(view.data) + group * view.group_stride + row * view.row_stride +
+         head * view.head_stride;
+}
+
+struct Problem {
+  int64_t group, index, head, first, length;
+};
+
+inline Problem problem_of(const AttentionForward& args, int64_t item) {
+  const int64_t head = item % args.heads, index = item / args.heads % args.problems;
+  const int64_t group = item / args.heads / args.problems;
+  return {group, index, head, args.cumulative[index],
+          args.cumulative[index + 1] - args.cumulative[index]};
+}
+
+// Converts a row of scores to unnormalised probabilities; updates the row's running maximum and sum
+// and returns the factor for the sums accumulated before.
+template <typename A>
+A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
+  const int64_t padded = round_up(keys, kLanes<A>);
+  for (int64_t j = keys; j < padded; ++j) scores[j] = -INFINITY;
+  Vec<A> best = splat(*maximum);
+  for (int64_t j = 0; j < padded; j += kLanes<A>) {
+    const Vec<A> s = load(scores + j);
+    // A NaN score makes the row NaN, as in a softmax.
+    best = (s > best) | (s != s) ? s : best;
+  }
+  const A top = max_lanes<A>(best);
+  const A old = *maximum;
+  if (top == -INFINITY) {
+    // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN, as
+    // in torch.
+    for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
+    return A(1);
+  }
+  // A row with only -inf would give inf - inf; its probabilities are NaN, as in torch.
+  Vec<A> sum = {};
+  for (int64_t j = 0; j < padded; j += kLanes<A>) {
+    const Vec<A> p = exp_vec(load(scores + j) - top);
+    sum += p;
+    store(scores + j, p);
+  }
+  const A factor = old == top ? A(1) : std::exp(old - top);
+  *total = *total * factor + sum_lanes<A>(sum);
+  *maximum = top;
+  return factor;
+}
+
+template <typename A>
+void drop_row(A* probabilities, int64_t keys, const Dropout& dropout, const Problem& problem,
+              int64_t problem_id, int64_t row, int64_t group) {
+  uint32_t bits[4];
+  dropout_bits(dropout, static_cast<uint32_t>(problem_id), static_cast<uint32_t>(problem.head),
+               static_cast<uint32_t>(row), static_cast<uint32_t>(group), bits);
+  for (int64_t j = 0; j < keys; j += kLanes<A>)
+    store(probabilities + j,
+          keep_lanes<A>(load(probabilities + j), lane_bits<A>(bits, static_cast<int>(j))));
+}
+
+// Rows of a group outside all problems are zero.
+template <typename T>
+void clear_uncovered(const AttentionForward& args, const RowView& view, int64_t width) {
+  const int64_t first = args.cumulative[0], last = args.cumulative[args.problems];
+  for (int64_t g = 0; g < args.groups; ++g)
+    for (int64_t r = 0; r < args.rows; ++r)
+      if (r < first || r >= last)
+        for (int64_t h = 0; h < args.heads; ++h)
+          std::memset(const_cast<T*>(row_of<T>(view, g, r, h)), 0, width * sizeof(T));
+}
+
+inline RowView contiguous(void* data, const AttentionForward& args, int64_t width) {
+  return {data, args.rows * args.heads * width, args.heads * width, width};
+}
+
+// Calls item(args, problem, first row, rows) for each block of rows of every problem and head.
+template <typename T, typename A, typename F>
+void each_forward_item(const AttentionForward& args, const F& item) {
+  clear_uncovered<T>(args, contiguous(args.out, args, args.width), args.width);
+  clear_uncovered<A>(args, contiguous(args.lse, args, 1), 1);
+  int64_t longest = 0;
+  for (int64_t p = 0; p < args.problems; ++p) {
+    const int64_t length = args.cumulative[p + 1] - args.cumulative[p];
+    longest = length > longest ? length : longest;
+  }
+  const int64_t blocks = (longest + kRowBlock - 1) / kRowBlock;
+  if (blocks == 0) return;
+  const int64_t items = args.groups * args.problems * args.heads * blocks;
+  parallel_for(items, args.threads, [&](int64_t index, int) {
+    const Problem p = problem_of(args, index / blocks);
+    const int64_t row0 = index % blocks * kRowBlock;
+    if (row0 < p.length) item(args, p, row0, min64(kRowBlock, p.length - row0));
+  });
+}
+
+// Calls item(problem) for every problem and head that has rows.
+template <typename T, typename F>
+void each_backward_item(const AttentionBackward& args, const F& item) {
+  const AttentionForward& f = args.forward;
+  for (const RowView& grad : {args.grad_q, args.grad_k, args.grad_v})
+    if (grad.data != nullptr) clear_uncovered<T>(f, grad, f.width);
+  parallel_for(f.groups * f.problems * f.heads, f.threads, [&](int64_t index, int) {
+    const Problem p = problem_of(f, index);
+    if (p.length > 0) item(p);
+  });
+}
+
+}  // namespace flmoe::FLMOE_ISA

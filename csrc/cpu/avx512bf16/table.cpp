@@ -1,0 +1,17 @@
+#include "cpu/kernels/entry.h"
+
+namespace flmoe::FLMOE_ISA {
+
+const Kernels& kernels() {
+  static const Kernels table = [] {
+    Kernels differing = avx512::kernels();
+    differing.linear_forward = linear_forward;
+    differing.linear_backward = linear_backward;
+    differing.attention_forward = attention_forward;
+    differing.attention_backward = attention_backward;
+    return differing;
+  }();
+  return table;
+}
+
+}  // namespace flmoe::FLMOE_ISA

@@ -1,0 +1,215 @@
+// Register-tiled product of bfloat16 operands with sums in float32 (vdpbf16ps).
+//
+// C (M x N) = or += A (M x K) B (K x N). Operands are read as pairs of neighbours in depth: A by
+// its two strides, so rows with contiguous depth are read in place; B as pair rows, row p =
+// (B[2p][0], B[2p+1][0], B[2p][1], ...). An odd depth ends with a pair whose second element is 0 in
+// both operands. The tiles are those of gemm.h; one instruction does twice the multiply-adds of
+// float32.
+#pragma once
+
+#include "cpu/kernels/entry.h"
+#include "cpu/simd.h"
+
+namespace flmoe::FLMOE_ISA {
+
+constexpr int64_t kPair = 2;
+
+inline int64_t pairs_of(int64_t depth) {
+  return (depth + 1) / kPair;
+}
+
+#if defined(__AVX512BF16__)
+struct NativeDot {
+  static VecF add(VecF sum, VecI32 a, VecI32 b) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// The exact arithmetic of the instruction, for tests: the second product first, fused steps rounded
+// to nearest even, subnormal operands and sums are 0.
+struct EmulatedDot {
+  static float flushed(float x) {
+    return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x;
+  }
+  static float element(int32_t pair, int place) {
+    return flushed(to_float(BFloat16{static_cast<uint16_t>(pair >> (16 * place))}));
+  }
+  static VecF add(VecF sum, VecI32 a, VecI32 b) {
+    for (int i = 0; i < kLanes<float>; ++i) {
+      const float high = std::fma(element(a[i], 1), element(b[i], 1), flushed(sum[i]));
+      sum[i] = flushed(std::fma(element(a[i], 0), element(b[i], 0), flushed(high)));
+    }
+    return sum;
+  }
+};
+
+// Strides are in elements; a_col is that of a pair.
+template <typename Dot, int ROWS, int VECS>
+inline void micro_gemm_bf16(int64_t pairs, const BFloat16* a, int64_t a_row, int64_t a_col,
+                            const BFloat16* b, int64_t b_row, float* c, int64_t c_row,
+                            bool accumulate) {
+  VecF acc[ROWS][VECS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) acc[i][v] = VecF{};
+  for (int64_t k = 0; k < pairs; ++k) {
+    VecI32 row[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v)
+      std::memcpy(&row[v], b + k * b_row + v * kPair * kLanes<float>, sizeof row[v]);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, a + i * a_row + k * a_col, sizeof pair);
+      const VecI32 x = pair - VecI32{};
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) acc[i][v] = Dot::add(acc[i][v], x, row[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) {
+      float* to = c + i * c_row + v * kLanes<float>;
+      store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
+    }
+}
+
+template <typename Dot, int VECS, int ROWS>
+inline void panel_gemm_bf16(int64_t m, int64_t pairs, const BFloat16* a, int64_t a_row,
+                            int64_t a_col, const BFloat16* b, int64_t b_row, float* c,
+                            int64_t c_row, bool accumulate) {
+  int64_t i = 0;
+  for (; i + ROWS <= m; i += ROWS)
+    micro_gemm_bf16<Dot, ROWS, VECS>(pairs, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
+                                     c_row, accumulate);
+  for (; i + 2 <= m; i += 2)
+    micro_gemm_bf16<Dot, 2, VECS>(pairs, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
+                                  c_row, accumulate);
+  for (; i < m; ++i)
+    micro_gemm_bf16<Dot, 1, VECS>(pairs, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
+                                  c_row, accumulate);
+}
+
+// n is a multiple of kLanes<float>.
+template <typename Dot>
+[[gnu::noinline]] void gemm_bf16(int64_t m, int64_t n, int64_t pairs, const BFloat16* a,
+                                 int64_t a_row, int64_t a_col, const BFloat16* b, int64_t b_row,
+                                 float* c, int64_t c_row, bool accumulate) {
+  constexpr int64_t kWide = kMaxPanelVectors * kLanes<float>;
+  int64_t j = 0;
+  for (; j + kWide <= n; j += kWide)
+    panel_gemm_bf16<Dot, kMaxPanelVectors, 6>(m, pairs, a, a_row, a_col, b + kPair * j, b_row,
+                                              c + j, c_row, accumulate);
+  for (; j < n; j += kLanes<float>)
+    panel_gemm_bf16<Dot, 1, 12>(m, pairs, a, a_row, a_col, b + kPair * j, b_row, c + j, c_row,
+                                accumulate);
+}
+
+// One pair row: n elements of two rows alternate; the second is null after an odd depth. Elements
+// up to `padded` are 0.
+inline void interleave(const BFloat16* first, const BFloat16* second, int64_t n, int64_t padded,
+                       BFloat16* __restrict out) {
+  if (second == nullptr) {
+    for (int64_t i = 0; i < n; ++i) out[kPair * i] = first[i], out[kPair * i + 1] = {0};
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t pair = first[i].bits | static_cast<uint32_t>(second[i].bits) << 16;
+      std::memcpy(out + kPair * i, &pair, sizeof pair);
+    }
+  }
+  for (int64_t i = kPair * n; i < kPair * padded; ++i) out[i] = {0};
+}
+
+// B from its rows (depth x columns, `stride` apart) to pair rows of `padded` columns.
+inline void pack_depth_rows(const BFloat16* in, int64_t stride, int64_t depth, int64_t columns,
+                            int64_t padded, BFloat16* out) {
+  for (int64_t k = 0; k < depth; k += kPair)
+    interleave(in + k * stride, k + 1 < depth ? in + (k + 1) * stride : nullptr, columns, padded,
+               out + k * padded);
+}
+
+#if defined(__AVX512BW__)
+// Transposes 16 x 16 elements of 32 bits: rows of one vector each.
+inline void transpose16(__m512i rows[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int high = 0; high < 2; ++high) {
+      rows[i + 2 * high] = _mm512_unpacklo_epi64(t[i + high], t[i + high + 2]);
+      rows[i + 2 * high + 1] = _mm512_unpackhi_epi64(t[i + high], t[i + high + 2]);
+    }
+  // Now part l (128 bits) of rows[4 g + c] is column 4 l + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
+    const __m512i even1 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
+    const __m512i odd1 = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+    rows[c] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    rows[4 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    rows[8 + c] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    rows[12 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+}
+#endif
+
+// The same from rows of contiguous depth (columns x depth, `stride` apart), to pair rows `out_row`
+// elements apart. padded: a multiple of 16.
+inline void pack_depth_columns(const BFloat16* in, int64_t stride, int64_t depth, int64_t columns,
+                               int64_t padded, int64_t out_row, BFloat16* out) {
+#if defined(__AVX512BW__)
+  constexpr int64_t kBlock = 16, kDepth = kPair * kBlock;
+  for (int64_t n0 = 0; n0 < padded; n0 += kBlock)
+    for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+      const int64_t rest = min64(kDepth, depth - k0);
+      const auto mask = static_cast<__mmask32>((uint64_t{1} << rest) - 1);
+      __m512i rows[kBlock];
+      for (int64_t n = 0; n < kBlock; ++n)
+        rows[n] = n0 + n < columns ? _mm512_maskz_loadu_epi16(mask, in + (n0 + n) * stride + k0)
+                                   : _mm512_setzero_si512();
+      transpose16(rows);
+      for (int64_t k = 0; k < pairs_of(rest); ++k)
+        std::memcpy(out + (k0 / kPair + k) * out_row + kPair * n0, &rows[k], sizeof rows[k]);
+    }
+#else
+  for (int64_t n = 0; n < padded; ++n)
+    for (int64_t k = 0; k < kPair * pairs_of(depth); ++k)
+      out[k / kPair * out_row + kPair * n + k % kPair] =
+          n < columns && k < depth ? in[n * stride + k] : BFloat16{0};
+#endif
+}
+
+// A: rows of contiguous depth, copied to an even stride with 0 at the end of an odd depth.
+inline void pack_even_rows(const BFloat16* in, int64_t stride, int64_t rows, int64_t depth,
+                           BFloat16* out) {
+  const int64_t even = kPair * pairs_of(depth);
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memcpy(out + i * even, in + i * stride, depth * sizeof(BFloat16));
+    if (even > depth) out[i * even + depth] = {0};
+  }
+}
+
+// The entry point of tests: packs both operands as the kernels do.
+template <typename Dot>
+void run_product_bf16(const ProductBf16& args) {
+  const int64_t pairs = pairs_of(args.depth), b_row = kPair * args.n_padded;
+  const Buffer<BFloat16> a(kPair * pairs * args.m), b(pairs * b_row);
+  if (args.depth_is_rows) {
+    pack_depth_rows(args.a, args.m, args.depth, args.m, args.m, a);
+    pack_depth_rows(args.b, args.n, args.depth, args.n, args.n_padded, b);
+    gemm_bf16<Dot>(args.m, args.n_padded, pairs, a, kPair, kPair * args.m, b, b_row, args.c,
+                   args.n_padded, true);
+  } else {
+    pack_even_rows(args.a, args.depth, args.m, args.depth, a);
+    pack_depth_columns(args.b, args.depth, args.depth, args.n, args.n_padded, b_row, b);
+    gemm_bf16<Dot>(args.m, args.n_padded, pairs, a, kPair * pairs, kPair, b, b_row, args.c,
+                   args.n_padded, true);
+  }
+}
+
+}  // namespace flmoe::FLMOE_ISA
