@@ -9,6 +9,7 @@ const Kernels& kernels() {
     differing.linear_backward = linear_backward;
     differing.attention_forward = attention_forward;
     differing.attention_backward = attention_backward;
+    differing.encoder_inference = encoder_inference;
     return differing;
   }();
   return table;
