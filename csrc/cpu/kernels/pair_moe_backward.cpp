@@ -24,11 +24,12 @@ namespace {
 template <typename A>
 struct BackwardTile {
   A* pairs;     // logits in, d out
-  A* messages;  // h . c in, p out, for the experts of `products`
+  A* messages;  // h . c in, for the experts of `products`; p out, for those of `kept`
   const A *bias, *row_part, *column_part;
-  A *mass, *column_mass;  // += sums of p over columns and rows; column_mass null if not wanted
-  A* grad_bias;           // += sums of d, a whole vector per expert
-  uint32_t products;
+  A* mass;       // += sums of p over columns
+  A* grad_bias;  // += sums of d, a whole vector per expert
+  A scale;       // of d as it is stored
+  uint32_t products, kept;
   int64_t row_stride, rows, columns, top_k;  // row_stride: between experts of row_part and mass
 };
 
@@ -62,14 +63,9 @@ struct BackwardGate {
           if constexpr (kTopK) d = p[e] == A(0) ? Vec<A>{} : d;
           sums[e] += p[e];
           bias_sums[e] += d;
-          store(at + e * kTileExpert + j, d);
-          if (has(tile.products, e)) store(with + e * kTileExpert + j, p[e]);
+          store(at + e * kTileExpert + j, d * tile.scale);
+          if (has(tile.kept, e)) store(with + e * kTileExpert + j, p[e]);
         }
-        if (tile.column_mass != nullptr)
-          for (int e = 0; e < E; ++e) {
-            A* column = tile.column_mass + e * kPairBlock + j;
-            store(column, load(column) + p[e]);
-          }
       }
       for (int e = 0; e < E; ++e) tile.mass[e * tile.row_stride + i] += sum_lanes<A>(sums[e]);
     }
@@ -97,13 +93,16 @@ struct BackwardItem {
   int64_t b, first_row, last_row, first_column, last_column;
   ExpertSets experts;
   int64_t rank_padded, width_padded;
+  bool q_direct, k_direct, c_direct;  // products add to the call's gradients, not to a buffer
   int64_t most, block;  // (expert, row) and (expert, column) of the chunk and of one block
   int64_t rows = 0, valid = 0;
   Buffer<int64_t> row_index, column_index;
-  Buffer<A> q, h, a_part, mass, grad_q, t;             // chunk of rows
-  Buffer<A> keys, keys_rows, values, values_rows;      // block of columns
-  Buffer<A> column_part, column_mass, grad_k, grad_c;  // block of columns
+  Buffer<A> q_copy, h, a_part, mass, q_buffer, t;          // chunk of rows
+  Buffer<A> keys, k_copy, values, c_copy;                  // block of columns
+  Buffer<A> column_part, column_mass, k_buffer, c_buffer;  // block of columns
   Buffer<A> logits, messages, bias, bias_sums, grad_buffer;
+  Rows<const A> q{}, k{}, c{};
+  Rows<A> grad_q{}, grad_k{}, grad_c{};
   Gradients<A> gradients;
   A* grad_bias;
 
@@ -119,24 +118,27 @@ struct BackwardItem {
         experts(args.in, args.reduce),
         rank_padded(round_up(args.in.rank, kLanes<A>)),
         width_padded(round_up(args.in.width, kLanes<A>)),
+        q_direct(in_place<A, A>(in.mask_a, in.rank)),
+        k_direct(in_place<A, A>(in.mask_b, in.rank)),
+        c_direct(in_place<A, A>(in.mask_b, in.width)),
         most(in.experts * (last_row - first_row)),
         block(in.experts * kPairBlock),
         row_index(last_row - first_row),
         column_index(last_column - first_column),
-        q(most * rank_padded),
+        q_copy(in_place<T, A>(in.mask_a, in.rank) ? 0 : most * rank_padded),
         h(most * width_padded),
         a_part(most),
         mass(most),
-        grad_q(most * rank_padded),
+        q_buffer(q_direct ? 0 : most * rank_padded),
         t(most * width_padded),
         keys(block * in.rank),
-        keys_rows(block * rank_padded),
+        k_copy(in_place<T, A>(in.mask_b, in.rank) ? 0 : block * rank_padded),
         values(block * in.width),
-        values_rows(block * width_padded),
+        c_copy(in_place<T, A>(in.mask_b, in.width) ? 0 : block * width_padded),
         column_part(block),
         column_mass(block),
-        grad_k(block * rank_padded),
-        grad_c(block * width_padded),
+        k_buffer(k_direct ? 0 : block * rank_padded),
+        c_buffer(c_direct ? 0 : block * width_padded),
         logits(in.experts * kTileExpert),
         messages(in.experts * kTileExpert),
         bias(in.experts),
@@ -169,13 +171,21 @@ struct BackwardItem {
     return total;
   }
 
+  // Gradients of `length` tokens per expert from token `first` of this sample, or their buffer.
+  Rows<A> destination(bool direct, A* gradient, A* buffer, int64_t length, int64_t first,
+                      int64_t count, int64_t width) const {
+    if (direct && gradient != nullptr)
+      return {gradient + (b * in.experts * length + first) * width, length * width, width};
+    const int64_t padded = round_up(width, kLanes<A>);
+    return {buffer, count * padded, padded};
+  }
+
   void load_rows() {
-    for (int64_t e = 0; e < in.experts; ++e) {
-      gather_rows<T, A>(in.q, b, e, row_index, rows, in.rank, rank_padded, A(in.scale),
-                        q + e * rows * rank_padded);
-      bias[e] = in.gate_bias ? static_cast<const A*>(in.gate_bias)[e] : A(0);
+    q = rows_of<T, A>(in, in.q, in.mask_a, kAllExperts, b, row_index, rows, in.rank, q_copy);
+    grad_q = destination(q_direct, gradients.q, q_buffer, in.rows, first_row, rows, in.rank);
+    load_bias(in, bias.data());
+    for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t r = 0; r < rows; ++r) load_row(e, r);
-    }
     std::memset(mass, 0, in.experts * rows * sizeof(A));
   }
 
@@ -202,16 +212,16 @@ struct BackwardItem {
   }
 
   void load_columns(const int64_t* index, int64_t count) {
+    k = rows_of<T, A>(in, in.k, in.mask_b, kAllExperts, b, index, count, in.rank, k_copy);
+    c = rows_of<T, A>(in, in.c, in.mask_b, experts.synergy, b, index, count, in.width, c_copy);
+    grad_k = destination(k_direct, gradients.k, k_buffer, in.columns, index[0], count, in.rank);
+    grad_c = destination(c_direct, gradients.c, c_buffer, in.columns, index[0], count, in.width);
     for (int64_t e = 0; e < in.experts; ++e) {
-      gather_columns<T, A>(in.k, b, e, index, count, in.rank, keys + e * kPairBlock * in.rank);
-      gather_rows<T, A>(in.k, b, e, index, count, in.rank, rank_padded, A(in.scale),
-                        keys_rows + e * kPairBlock * rank_padded);
+      gather_columns<T, A>(in.k, b, e, index, count, in.rank, A(in.scale) * folded_unit<A>(in),
+                           keys + e * kPairBlock * in.rank);
       if (has(experts.products, e))
-        gather_columns<T, A>(in.c, b, e, index, count, in.width,
+        gather_columns<T, A>(in.c, b, e, index, count, in.width, A(1),
                              values + e * kPairBlock * in.width);
-      if (has(experts.synergy, e))
-        gather_rows<T, A>(in.c, b, e, index, count, in.width, width_padded, A(1),
-                          values_rows + e * kPairBlock * width_padded);
       for (int64_t j = 0; j < kPairBlock; ++j)
         column_part[e * kPairBlock + j] =
             has(experts.columns, e) && j < count
@@ -226,7 +236,7 @@ struct BackwardItem {
   void run_tile(int64_t i0, int64_t tile_rows, int64_t j0, int64_t count) {
     const int64_t count_padded = round_up(count, kLanes<A>);
     for (int64_t e = 0; e < in.experts; ++e) {
-      gemm<A>(tile_rows, count_padded, in.rank, q + (e * rows + i0) * rank_padded, rank_padded, 1,
+      gemm<A>(tile_rows, count_padded, in.rank, q.at(e, i0), q.row, 1,
               keys + e * kPairBlock * in.rank, kPairBlock, logits + e * kTileExpert, kTileRow,
               false);
       if (has(experts.products, e) && wants_gate())
@@ -234,26 +244,28 @@ struct BackwardItem {
                 1, values + e * kPairBlock * in.width, kPairBlock, messages + e * kTileExpert,
                 kTileRow, false);
     }
-    for_experts<BackwardGate, A>(in)({logits, messages, bias, a_part + i0, column_part, mass + i0,
-                                      experts.columns != 0 ? column_mass.data() : nullptr,
-                                      bias_sums, experts.products, rows, tile_rows, count,
-                                      in.top_k});
+    for_experts<BackwardGate, A>(in)(
+        {logits, messages, bias, a_part + i0, column_part, mass + i0, bias_sums, A(in.scale),
+         experts.products, experts.products | experts.columns, rows, tile_rows, count, in.top_k});
+    const bool add_q = j0 > 0 || (q_direct && gradients.add_rows);
+    const bool add_k = i0 > 0 || (k_direct && gradients.add_columns);
+    const bool add_c = i0 > 0 || (c_direct && gradients.add_columns);
     for (int64_t e = 0; e < in.experts; ++e) {
       const A *d = logits + e * kTileExpert, *p = messages + e * kTileExpert;
       if (gradients.q != nullptr)
-        gemm<A>(tile_rows, rank_padded, count, d, kTileRow, 1,
-                keys_rows + e * kPairBlock * rank_padded, rank_padded,
-                grad_q + (e * rows + i0) * rank_padded, rank_padded, j0 > 0);
+        gemm<A>(tile_rows, rank_padded, count, d, kTileRow, 1, k.at(e, 0), k.row, grad_q.at(e, i0),
+                grad_q.row, add_q);
       if (gradients.k != nullptr)
-        gemm<A>(count, rank_padded, tile_rows, d, 1, kTileRow, q + (e * rows + i0) * rank_padded,
-                rank_padded, grad_k + e * kPairBlock * rank_padded, rank_padded, i0 > 0);
+        gemm<A>(count, rank_padded, tile_rows, d, 1, kTileRow, q.at(e, i0), q.row, grad_k.at(e, 0),
+                grad_k.row, add_k);
       if (has(experts.products, e) && gradients.c != nullptr)
         gemm<A>(count, width_padded, tile_rows, p, 1, kTileRow, h + (e * rows + i0) * width_padded,
-                width_padded, grad_c + e * kPairBlock * width_padded, width_padded, i0 > 0);
+                width_padded, grad_c.at(e, 0), grad_c.row, add_c);
       if (has(experts.synergy, e) && gradients.a != nullptr)
-        gemm<A>(tile_rows, width_padded, count, p, kTileRow, 1,
-                values_rows + e * kPairBlock * width_padded, width_padded,
+        gemm<A>(tile_rows, width_padded, count, p, kTileRow, 1, c.at(e, 0), c.row,
                 t + (e * rows + i0) * width_padded, width_padded, j0 > 0);
+      if (has(experts.columns, e))
+        add_columns(p, tile_rows, count_padded, column_mass + e * kPairBlock);
     }
   }
 
@@ -271,15 +283,14 @@ struct BackwardItem {
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t j = 0; j < count; ++j) {
         const int64_t at = (b * in.experts + e) * in.columns + index[j];
-        const int64_t local = e * kPairBlock + j;
-        if (gradients.k != nullptr)
-          put(add, grad_k + local * rank_padded, A(1), gradients.k + at * in.rank, in.rank);
+        if (gradients.k != nullptr && !k_direct)
+          put(add, grad_k.at(e, j), A(1), gradients.k + at * in.rank, in.rank);
         if (gradients.c == nullptr) continue;
         A* to = gradients.c + at * in.width;
         if (has(experts.products, e)) {
-          put(add, grad_c + local * width_padded, A(1), to, in.width);
+          if (!c_direct) put(add, grad_c.at(e, j), A(1), to, in.width);
         } else if (has(experts.columns, e)) {
-          put(add, grad_y(e, 0), A(message(e).c) * column_mass[local], to, in.width);
+          put(add, grad_y(e, 0), A(message(e).c) * column_mass[e * kPairBlock + j], to, in.width);
         } else if (!add) {
           std::memset(to, 0, in.width * sizeof(A));
         }
@@ -291,9 +302,8 @@ struct BackwardItem {
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = row_index[r], at = (b * in.experts + e) * in.rows + i;
-        if (gradients.q != nullptr)
-          put(add, grad_q + (e * rows + r) * rank_padded, A(1), gradients.q + at * in.rank,
-              in.rank);
+        if (gradients.q != nullptr && !q_direct)
+          put(add, grad_q.at(e, r), A(1), gradients.q + at * in.rank, in.rank);
         if (gradients.a == nullptr) continue;
         const Message& m = message(e);
         A* to = gradients.a + at * in.width;
