@@ -9,14 +9,13 @@
 //     dq_i  = scale sum_j d_ij k_j    dk_j = scale sum_i d_ij q_i    dbias = sum_ij d_ij
 //     dc_j  = sum_i p_ij h_i          da_i = s1 G_i mass_i + s3 G_i * sum_j p_ij c_j
 //
-// Both sides are split into chunks. An item is a chunk of rows and processes the chunks of columns
-// in rounds: within a round no two items share a row or a column, so every gradient is summed in a
-// fixed order, without atomics. If one side is so short that too few items fit into a round, groups
-// of items use copies of that side's gradients, which are summed at the end. Bound: 6 R FLOP per
-// pair and expert, 4 V more if the message from side b varies with the row (with "pool" only for
-// synergy), 2 V more for synergy; a gradient that is not wanted saves its products. Traffic: both
-// sides once per pair of chunks.
+// An item is a chunk of rows and one of columns; pair_rounds.h has their order. Gradients of q, k
+// and c are accumulated in place if their rows are whole vectors and no token is masked. Bound: 6 R
+// FLOP per pair and expert, 4 V more if the message from side b varies with the row (with "pool"
+// only for synergy), 2 V more for synergy; a gradient that is not wanted saves its products.
+// Traffic: both sides once per pair of chunks.
 #include "cpu/pair_gate.h"
+#include "cpu/pair_rounds.h"
 
 namespace flmoe::FLMOE_ISA {
 namespace {
@@ -73,24 +72,13 @@ struct BackwardGate {
   }
 };
 
-template <typename A>
-void add(const A* in, A* out, int64_t n) {
-  for (int64_t d = 0; d < n; ++d) out[d] += in[d];
-}
-
-// Destination of gradients: those of the call or a group's copies, null if not wanted, and whether
-// to accumulate.
-template <typename A>
-struct Gradients {
-  A *q, *k, *a, *c;
-  bool add_rows = true, add_columns = true;
-};
-
 template <typename T, typename A>
 struct BackwardItem {
   const PairBackward& args;
   const PairArgs& in;
-  int64_t b, first_row, last_row, first_column, last_column;
+  const PairChunks<A> chunks;
+  const PairGradients<A>& gradients;
+  int64_t b;
   ExpertSets experts;
   int64_t rank_padded, width_padded;
   bool q_direct, k_direct, c_direct;  // products add to the call's gradients, not to a buffer
@@ -103,28 +91,23 @@ struct BackwardItem {
   Buffer<A> logits, messages, bias, bias_sums, grad_buffer;
   Rows<const A> q{}, k{}, c{};
   Rows<A> grad_q{}, grad_k{}, grad_c{};
-  Gradients<A> gradients;
-  A* grad_bias;
 
-  BackwardItem(const PairBackward& args, int64_t b, const int64_t* bounds,
-               const Gradients<A>& gradients, A* grad_bias)
+  BackwardItem(const PairBackward& args, const PairChunks<A>& chunks)
       : args(args),
         in(args.in),
-        b(b),
-        first_row(bounds[0]),
-        last_row(bounds[1]),
-        first_column(bounds[2]),
-        last_column(bounds[3]),
+        chunks(chunks),
+        gradients(this->chunks.gradients),
+        b(chunks.b),
         experts(args.in, args.reduce),
         rank_padded(round_up(args.in.rank, kLanes<A>)),
         width_padded(round_up(args.in.width, kLanes<A>)),
         q_direct(in_place<A, A>(in.mask_a, in.rank)),
         k_direct(in_place<A, A>(in.mask_b, in.rank)),
         c_direct(in_place<A, A>(in.mask_b, in.width)),
-        most(in.experts * (last_row - first_row)),
+        most(in.experts * (chunks.last_row - chunks.first_row)),
         block(in.experts * kPairBlock),
-        row_index(last_row - first_row),
-        column_index(last_column - first_column),
+        row_index(chunks.last_row - chunks.first_row),
+        column_index(chunks.last_column - chunks.first_column),
         q_copy(in_place<T, A>(in.mask_a, in.rank) ? 0 : most * rank_padded),
         h(most * width_padded),
         a_part(most),
@@ -143,9 +126,7 @@ struct BackwardItem {
         messages(in.experts * kTileExpert),
         bias(in.experts),
         bias_sums(in.experts * kLanes<A>),
-        grad_buffer(in.width),
-        gradients(gradients),
-        grad_bias(grad_bias) {}
+        grad_buffer(in.width) {}
 
   // The gradient of row i of y in the compute type; valid until the next call.
   const A* grad_y(int64_t e, int64_t i) const {
@@ -182,7 +163,7 @@ struct BackwardItem {
 
   void load_rows() {
     q = rows_of<T, A>(in, in.q, in.mask_a, kAllExperts, b, row_index, rows, in.rank, q_copy);
-    grad_q = destination(q_direct, gradients.q, q_buffer, in.rows, first_row, rows, in.rank);
+    grad_q = destination(q_direct, gradients.q, q_buffer, in.rows, row_index[0], rows, in.rank);
     load_bias(in, bias.data());
     for (int64_t e = 0; e < in.experts; ++e)
       for (int64_t r = 0; r < rows; ++r) load_row(e, r);
@@ -321,10 +302,10 @@ struct BackwardItem {
   }
 
   void run() {
-    rows =
-        valid_tokens(in.mask_a ? in.mask_a + b * in.rows : nullptr, first_row, last_row, row_index);
-    valid = valid_tokens(in.mask_b ? in.mask_b + b * in.columns : nullptr, first_column,
-                         last_column, column_index);
+    rows = valid_tokens(in.mask_a ? in.mask_a + b * in.rows : nullptr, chunks.first_row,
+                        chunks.last_row, row_index);
+    valid = valid_tokens(in.mask_b ? in.mask_b + b * in.columns : nullptr, chunks.first_column,
+                         chunks.last_column, column_index);
     if (rows == 0 || valid == 0) return;
     load_rows();
     std::memset(bias_sums, 0, in.experts * kVectorBytes);
@@ -337,105 +318,7 @@ struct BackwardItem {
     }
     put_rows();
     for (int64_t e = 0; e < in.experts; ++e)
-      grad_bias[e] += sum_lanes<A>(load(bias_sums + e * kLanes<A>));
-  }
-};
-
-constexpr int64_t kItems = 8;  // enough for a few threads; more would pack both sides more often
-
-// Chunks of one side: at most 256 tokens, which keeps an item's buffers in the second-level cache,
-// and down to 64 if the batch alone is too small for many threads.
-struct Cut {
-  int64_t each, count;
-
-  Cut(int64_t length, int64_t batch) {
-    const int64_t least = (length + 255) / 256, most = (length + 63) / 64;
-    const int64_t wanted = (kItems + batch - 1) / batch;
-    int64_t chunks = wanted < most ? wanted : most;
-    if (chunks < least) chunks = least;
-    each = round_up((length + chunks - 1) / chunks, 2 * kPairTile);  // whole tiles and vectors
-    count = (length + each - 1) / each;
-  }
-};
-
-// The rounds: the chunks of the longer side form squares with those of the shorter side, and
-// `groups` squares are processed at a time. Everything depends only on the shape.
-template <typename T, typename A>
-struct Rounds {
-  const PairBackward& args;
-  const PairArgs& in;
-  Cut row_cut, column_cut;
-  bool short_columns;
-  int64_t side, squares, groups, items, copy_size;
-  Buffer<A> copies, grad_bias;
-
-  explicit Rounds(const PairBackward& args)
-      : args(args),
-        in(args.in),
-        row_cut(args.in.rows, args.in.batch),
-        column_cut(args.in.columns, args.in.batch),
-        short_columns(column_cut.count <= row_cut.count),
-        side(short_columns ? column_cut.count : row_cut.count),
-        squares(((short_columns ? row_cut.count : column_cut.count) + side - 1) / side),
-        groups(min64((kItems + in.batch * side - 1) / (in.batch * side), squares)),
-        items(in.batch * groups * side),
-        copy_size(in.batch * in.experts * (short_columns ? in.columns : in.rows)),
-        copies((groups - 1) * copy_size * (in.rank + in.width)),
-        grad_bias(items * in.experts) {
-    std::memset(copies, 0, (groups - 1) * copy_size * (in.rank + in.width) * sizeof(A));
-    std::memset(grad_bias, 0, items * in.experts * sizeof(A));
-  }
-
-  A* rank_copy(int64_t group) const {
-    return copies + (group - 1) * copy_size * (in.rank + in.width);
-  }
-  A* width_copy(int64_t group) const { return rank_copy(group) + copy_size * in.rank; }
-
-  Gradients<A> gradients(int64_t group) const {
-    Gradients<A> all{static_cast<A*>(args.grad_q),
-                     static_cast<A*>(args.grad_k),
-                     static_cast<A*>(args.grad_a),
-                     static_cast<A*>(args.grad_c),
-                     true,
-                     true};
-    if (group == 0) return all;
-    A*& of_rank = short_columns ? all.k : all.q;
-    A*& of_width = short_columns ? all.c : all.a;
-    if (of_rank != nullptr) of_rank = rank_copy(group);
-    if (of_width != nullptr) of_width = width_copy(group);
-    return all;
-  }
-
-  void run_item(int64_t item, int64_t step, int64_t turn) const {
-    const int64_t i = item % side, group = item / side % groups, b = item / side / groups;
-    const int64_t far = (step * groups + group) * side + i, near = (i + turn) % side;
-    const int64_t row = short_columns ? far : near, column = short_columns ? near : far;
-    if (row >= row_cut.count || column >= column_cut.count) return;
-    const int64_t bounds[4] = {row * row_cut.each, min64((row + 1) * row_cut.each, in.rows),
-                               column * column_cut.each,
-                               min64((column + 1) * column_cut.each, in.columns)};
-    Gradients<A> to = gradients(group);
-    // A chunk is first used in the first turn of its first step (shorter side: by group 0).
-    const bool far_is_new = turn == 0, near_is_new = turn == 0 && step == 0 && group == 0;
-    if (args.fresh) {
-      to.add_rows = !(short_columns ? far_is_new : near_is_new);
-      to.add_columns = !(short_columns ? near_is_new : far_is_new);
-    }
-    BackwardItem<T, A>(args, b, bounds, to, grad_bias + item * in.experts).run();
-  }
-
-  void run() const {
-    for (int64_t step = 0; step * groups < squares; ++step)
-      for (int64_t turn = 0; turn < side; ++turn)
-        parallel_for(items, in.threads, [&](int64_t item, int) { run_item(item, step, turn); });
-    const Gradients<A> all = gradients(0);
-    A *of_rank = short_columns ? all.k : all.q, *of_width = short_columns ? all.c : all.a;
-    for (int64_t group = 1; group < groups; ++group) {
-      if (of_rank != nullptr) add(rank_copy(group), of_rank, copy_size * in.rank);
-      if (of_width != nullptr) add(width_copy(group), of_width, copy_size * in.width);
-    }
-    for (int64_t item = 0; item < items && args.grad_bias != nullptr; ++item)
-      add(grad_bias + item * in.experts, static_cast<A*>(args.grad_bias), in.experts);
+      chunks.grad_bias[e] += sum_lanes<A>(load(bias_sums + e * kLanes<A>));
   }
 };
 
@@ -443,7 +326,9 @@ template <typename T, typename A>
 void backward(const PairBackward& args) {
   const PairArgs& in = args.in;
   if (args.grad_bias != nullptr) std::memset(args.grad_bias, 0, in.experts * sizeof(A));
-  if (in.batch > 0 && in.rows > 0 && in.columns > 0) Rounds<T, A>(args).run();
+  if (in.batch == 0 || in.rows == 0 || in.columns == 0) return;
+  PairRounds<A>(args).run(
+      [&](const PairChunks<A>& chunks) { BackwardItem<T, A>(args, chunks).run(); });
 }
 
 }  // namespace
