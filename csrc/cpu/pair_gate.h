@@ -165,7 +165,7 @@ inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int6
 constexpr int64_t kTileRow = kPairBlock;
 constexpr int64_t kTileExpert = kPairTile * kPairBlock;
 
-// 2^x for x <= 0, to two units in the last place; 0 below -126, where results would be subnormal
+// 2^x for x <= 0, to one unit in the last place; 0 below -126, where results would be subnormal
 // and slow; NaN stays NaN. The gate's logits are in units of ln 2, because this costs half of exp.
 inline VecF gate_exp(VecF x) {
 #if defined(__AVX512DQ__)
@@ -175,11 +175,12 @@ inline VecF gate_exp(VecF x) {
   const VecF biased = x + magic;
   const VecF r = x - (biased - magic);
 #endif
-  VecF y = splat(1.326472731e-3f);
-  y = y * r + 9.671512991e-3f;
-  y = y * r + 5.550733581e-2f;
-  y = y * r + 2.402224243e-1f;
-  y = y * r + 6.931470037e-1f;
+  VecF y = splat(1.535336196e-4f);
+  y = y * r + 1.339887502e-3f;
+  y = y * r + 9.618436918e-3f;
+  y = y * r + 5.550332367e-2f;
+  y = y * r + 2.402264774e-1f;
+  y = y * r + 6.931471825e-1f;
   y = y * r + 1.0f;
 #if defined(__AVX512DQ__)
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
