@@ -10,6 +10,9 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/entry.h"
+#if defined(__AVX512DQ__)
+#include <immintrin.h>
+#endif
 
 namespace flmoe::FLMOE_ISA {
 
@@ -64,17 +67,40 @@ inline int64_t valid_tokens(const uint8_t* mask, int64_t first, int64_t last, in
   return count;
 }
 
-// count tokens of one expert into count x padded, zero padded and scaled.
+// Tokens of one side as rows in the compute type, for every expert.
+template <typename A>
+struct Rows {
+  A* data;
+  int64_t expert, row;  // strides
+  A* at(int64_t e, int64_t i) const { return data + e * expert + i * row; }
+};
+
+// Whether rows need no copy: nothing to leave out, to convert or to pad to whole vectors.
 template <typename T, typename A>
-inline void gather_rows(const RowView& view, int64_t b, int64_t e, const int64_t* index,
-                        int64_t count, int64_t width, int64_t padded, A scale, A* out) {
-  for (int64_t r = 0; r < count; ++r) {
-    const T* in = token<T>(view, b, e, index[r]);
-    A* to = out + r * padded;
-    for (int64_t d = 0; d < width; ++d) to[d] = read<T, A>(in + d) * scale;
-    for (int64_t d = width; d < padded; ++d) to[d] = 0;
-  }
+inline bool in_place(const uint8_t* mask, int64_t width) {
+  return sizeof(T) == sizeof(A) && mask == nullptr && width % kLanes<A> == 0;
 }
+
+// count tokens of the experts in `wanted`, copied to experts x count x padded, zero padded, unless
+// they can be read in place.
+template <typename T, typename A>
+inline Rows<const A> rows_of(const PairArgs& in, const RowView& view, const uint8_t* mask,
+                             uint32_t wanted, int64_t b, const int64_t* index, int64_t count,
+                             int64_t width, A* copy) {
+  if constexpr (sizeof(T) == sizeof(A))
+    if (in_place<T, A>(mask, width))
+      return {token<A>(view, b, 0, count > 0 ? index[0] : 0), view.head_stride, view.row_stride};
+  const int64_t padded = round_up(width, kLanes<A>);
+  const Rows<A> rows{copy, count * padded, padded};
+  for (int64_t e = 0; e < in.experts; ++e)
+    for (int64_t r = 0; r < count && has(wanted, e); ++r) {
+      A* to = rows.at(e, r);
+      read_row<T, A>(token<T>(view, b, e, index[r]), to, width);
+      for (int64_t d = width; d < padded; ++d) to[d] = 0;
+    }
+  return {copy, rows.expert, rows.row};
+}
+constexpr uint32_t kAllExperts = ~0u;
 
 #if defined(__clang__)
 constexpr bool kHasShuffle = false;
@@ -106,10 +132,11 @@ inline void transpose(Vec<A>* rows) {
 }
 #endif
 
-// count <= kPairBlock tokens of one expert into width x kPairBlock, zero padded to whole vectors.
+// count <= kPairBlock tokens of one expert into width x kPairBlock, scaled and zero padded to whole
+// vectors.
 template <typename T, typename A>
 inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int64_t* index,
-                           int64_t count, int64_t width, A* out) {
+                           int64_t count, int64_t width, A scale, A* out) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t r0 = 0; r0 < count; r0 += lanes) {
     const int64_t rows = min64(lanes, count - r0);
@@ -122,11 +149,13 @@ inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int6
         Vec<A> square[lanes];
         for (int64_t r = 0; r < lanes; ++r) std::memcpy(&square[r], in[r] + d, sizeof square[r]);
         transpose<A>(square);
-        for (int64_t r = 0; r < lanes; ++r) store(out + (d + r) * kPairBlock + r0, square[r]);
+        for (int64_t r = 0; r < lanes; ++r)
+          store(out + (d + r) * kPairBlock + r0, square[r] * scale);
       }
     }
     for (; d < width; ++d)
-      for (int64_t r = 0; r < lanes; ++r) out[d * kPairBlock + r0 + r] = read<T, A>(in[r] + d);
+      for (int64_t r = 0; r < lanes; ++r)
+        out[d * kPairBlock + r0 + r] = read<T, A>(in[r] + d) * scale;
     for (int64_t r = rows; r < lanes; ++r)
       for (int64_t d = 0; d < width; ++d) out[d * kPairBlock + r0 + r] = 0;
   }
@@ -136,7 +165,69 @@ inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int6
 constexpr int64_t kTileRow = kPairBlock;
 constexpr int64_t kTileExpert = kPairTile * kPairBlock;
 
-// Converts logits of a vector of pairs to probabilities over E experts, in place.
+// 2^x for x <= 0, to one unit in the last place; 0 below -126, where results would be subnormal
+// and slow; NaN stays NaN. The gate's logits are in units of ln 2, because this costs half of exp.
+inline VecF gate_exp(VecF x) {
+#if defined(__AVX512DQ__)
+  const VecF r = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VecF magic = splat(12583039.0f);  // 1.5 * 2^23 + 127: adding it rounds, and adds the bias
+  const VecF biased = x + magic;
+  const VecF r = x - (biased - magic);
+#endif
+  VecF y = splat(1.535336196e-4f);
+  y = y * r + 1.339887502e-3f;
+  y = y * r + 9.618436918e-3f;
+  y = y * r + 5.550332367e-2f;
+  y = y * r + 2.402264774e-1f;
+  y = y * r + 6.931471825e-1f;
+  y = y * r + 1.0f;
+#if defined(__AVX512DQ__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)(x - r));
+#else
+  y *= (VecF)((VecI32)biased << 23);
+  return x < -126.0f ? VecF{} : y;
+#endif
+}
+
+inline VecD gate_exp(VecD x) {
+  return exp_nonpositive(x);
+}
+
+// Factor of logits before gate_exp.
+template <typename A>
+constexpr A kGateUnit = 1;
+template <>
+constexpr float kGateUnit<float> = 1.44269504f;
+
+// 1 / x for x from 1 to 8.
+inline VecF reciprocal(VecF x) {
+#if defined(__AVX512F__)
+  const VecF near = (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return near + near * (1.0f - x * near);
+#else
+  return 1.0f / x;
+#endif
+}
+inline VecD reciprocal(VecD x) {
+  return 1.0 / x;
+}
+
+// The gate's unit is folded into k and the bias, but not with top_k: it could separate equal
+// logits.
+template <typename A>
+inline A folded_unit(const PairArgs& in) {
+  return in.top_k < in.experts ? A(1) : kGateUnit<A>;
+}
+
+template <typename A>
+inline void load_bias(const PairArgs& in, A* bias) {
+  for (int64_t e = 0; e < in.experts; ++e)
+    bias[e] = in.gate_bias ? static_cast<const A*>(in.gate_bias)[e] * folded_unit<A>(in) : A(0);
+}
+
+// Converts logits (see folded_unit) of a vector of pairs to probabilities over E experts, in place.
 template <typename A, int E, bool kTopK>
 inline void gate(Vec<A>* x, int64_t top_k) {
   using Int = typename Simd<A>::Int;
@@ -162,14 +253,26 @@ inline void gate(Vec<A>* x, int64_t top_k) {
   Vec<A> total = {};
 #pragma GCC unroll 8
   for (int e = 0; e < E; ++e) {
-    x[e] = exp_nonpositive(x[e] - top);
+    x[e] -= top;
+    if constexpr (kTopK) x[e] *= kGateUnit<A>;
+    x[e] = gate_exp(x[e]);
     total += x[e];
   }
-  const Vec<A> share = A(1) / total;
+  const Vec<A> share = reciprocal(total);
 #pragma GCC unroll 8
   for (int e = 0; e < E; ++e) {
     x[e] *= share;
     if constexpr (kTopK) x[e] = (rank[e] < static_cast<Lane>(top_k)) ? x[e] : Vec<A>{};
+  }
+}
+
+// sums[j] += the sum over the rows of a tile, for whole vectors of columns.
+template <typename A>
+inline void add_columns(const A* tile, int64_t rows, int64_t columns, A* sums) {
+  for (int64_t j = 0; j < columns; j += kLanes<A>) {
+    Vec<A> sum = load(tile + j);
+    for (int64_t i = 1; i < rows; ++i) sum += load(tile + i * kTileRow + j);
+    store(sums + j, load(sums + j) + sum);
   }
 }
 

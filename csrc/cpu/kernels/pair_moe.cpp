@@ -1,13 +1,15 @@
 // pair_moe forward: computes the gate of every token pair and accumulates the messages.
 //
-// One item is (sample, block of rows). Columns are processed in blocks of 128: k is transposed and
-// c packed once per block; then for every tile of 24 rows come the logits of all experts (one
-// product each), the gate in place, and t += p c for the experts that need it. Bound: 2 R FLOP per
-// pair and expert, and 2 V per pair and expert with a message from side b that varies with the row:
-// a uniqueness expert of side a and a null expert have none, and with "pool" only synergy has one,
-// because the sum over rows of p c_j is c_j times the column's mass. Traffic: an item reads side b
-// once and its rows once and writes its rows of y; its own buffers (q, t and mass of at most 384
-// rows, one block, one tile) stay in the second-level cache.
+// One item is (sample, block of rows). Columns are processed in groups of two blocks of 128, of
+// which k is transposed once; then for every tile of 24 rows and block come the logits of all
+// experts (one product each), the gate in place, and t += p c for the experts that need it. q and c
+// are read in place if possible. After the last group a tile's rows of y are written while its t is
+// in the first-level cache. Bound: 2 R FLOP per pair and expert, and 2 V per pair and expert with a
+// message from side b that varies with the row: a uniqueness expert of side a and a null expert
+// have none, and with "pool" only synergy has one, because the sum over rows of p c_j is c_j times
+// the column's mass. Traffic: an item reads side b once and its rows once and writes its rows of y;
+// its own buffers (t and mass of at most 384 rows, one group, one tile) and the group's rows of c
+// stay in the second-level cache.
 #include "cpu/pair_gate.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -15,10 +17,9 @@ namespace {
 
 template <typename A>
 struct ForwardTile {
-  A* pairs;        // logits in, probabilities out
-  const A* bias;   // (experts)
-  A* mass;         // += sums over columns; experts mass_stride apart
-  A* column_mass;  // += sums over rows, (experts, kPairBlock); null if not wanted
+  A* pairs;       // logits in, probabilities out
+  const A* bias;  // (experts)
+  A* mass;        // += sums over columns; experts mass_stride apart
   int64_t mass_stride, rows, columns, top_k;
 };
 
@@ -40,16 +41,13 @@ struct ForwardGate {
           sums[e] += p[e];
           store(at + e * kTileExpert + j, p[e]);
         }
-        if (tile.column_mass != nullptr)
-          for (int e = 0; e < E; ++e) {
-            A* column = tile.column_mass + e * kPairBlock + j;
-            store(column, load(column) + p[e]);
-          }
       }
       for (int e = 0; e < E; ++e) tile.mass[e * tile.mass_stride + i] += sum_lanes<A>(sums[e]);
     }
   }
 };
+
+constexpr int64_t kGroup = 2 * kPairBlock;  // columns
 
 template <typename T, typename A>
 struct ForwardItem {
@@ -60,9 +58,10 @@ struct ForwardItem {
   int64_t padded;  // width in whole vectors
   int64_t rows = 0, valid = 0;
   Buffer<int64_t> row_index, column_index;
-  Buffer<A> q, t, mass;                 // whole item; t: sum of p c, then y
-  Buffer<A> keys, values, column_mass;  // one block of columns
-  Buffer<A> tile, bias;
+  Buffer<A> q_copy, t, mass;                 // whole item; t: sum of p c
+  Buffer<A> keys, values_copy, column_mass;  // one group of columns
+  Buffer<A> tile, bias, row_a, row_y, row_total;
+  Rows<const A> q{}, values{};
   A* pooled;  // (experts, width) of this item, for "pool"
 
   ForwardItem(const PairForward& args, int64_t b, int64_t first, int64_t last, A* pooled)
@@ -75,57 +74,61 @@ struct ForwardItem {
         padded(round_up(args.in.width, kLanes<A>)),
         row_index(last - first),
         column_index(in.columns),
-        q(in.experts * (last - first) * in.rank),
+        q_copy(in_place<T, A>(in.mask_a, in.rank)
+                   ? 0
+                   : in.experts * (last - first) * round_up(in.rank, kLanes<A>)),
         t(in.experts * (last - first) * padded),
         mass(in.experts * (last - first)),
-        keys(in.experts * kPairBlock * in.rank),
-        values(in.experts * kPairBlock * padded),
-        column_mass(in.experts * kPairBlock),
+        keys(in.experts * kGroup * in.rank),
+        values_copy(in_place<T, A>(in.mask_b, in.width) ? 0 : in.experts * kGroup * padded),
+        column_mass(in.experts * kGroup),
         tile(in.experts * kTileExpert),
         bias(in.experts),
+        row_a(in.width),
+        row_y(in.width),
+        row_total(in.width),
         pooled(pooled) {}
 
   void load_rows() {
     rows = valid_tokens(in.mask_a ? in.mask_a + b * in.rows : nullptr, first, last, row_index);
     valid =
         valid_tokens(in.mask_b ? in.mask_b + b * in.columns : nullptr, 0, in.columns, column_index);
-    for (int64_t e = 0; e < in.experts; ++e) {
-      gather_rows<T, A>(in.q, b, e, row_index, rows, in.rank, in.rank, A(in.scale),
-                        q + e * rows * in.rank);
-      bias[e] = in.gate_bias ? static_cast<const A*>(in.gate_bias)[e] : A(0);
-    }
-    std::memset(t, 0, in.experts * rows * padded * sizeof(A));
+    q = rows_of<T, A>(in, in.q, in.mask_a, kAllExperts, b, row_index, rows, in.rank, q_copy);
+    load_bias(in, bias.data());
+    if (valid == 0) std::memset(t, 0, in.experts * rows * padded * sizeof(A));
     std::memset(mass, 0, in.experts * rows * sizeof(A));
     if (args.reduce == PairReduce::kPool) std::memset(pooled, 0, in.experts * in.width * sizeof(A));
   }
 
-  void load_columns(int64_t j0, int64_t count) {
-    for (int64_t e = 0; e < in.experts; ++e) {
-      gather_columns<T, A>(in.k, b, e, column_index + j0, count, in.rank,
-                           keys + e * in.rank * kPairBlock);
-      if (has(experts.products | experts.columns, e))
-        gather_rows<T, A>(in.c, b, e, column_index + j0, count, in.width, padded, A(1),
-                          values + e * kPairBlock * padded);
-    }
-    std::memset(column_mass, 0, in.experts * kPairBlock * sizeof(A));
+  // Block n of the group has its keys at n * experts * kPairBlock * rank.
+  A* keys_of(int64_t j0, int64_t e) const {
+    return keys + (j0 / kPairBlock * in.experts + e) * kPairBlock * in.rank;
   }
 
-  void run_tiles(int64_t count) {
+  void load_columns(const int64_t* index, int64_t count) {
+    const A scale = A(in.scale) * folded_unit<A>(in);
+    for (int64_t j0 = 0; j0 < count; j0 += kPairBlock)
+      for (int64_t e = 0; e < in.experts; ++e)
+        gather_columns<T, A>(in.k, b, e, index + j0, min64(kPairBlock, count - j0), in.rank, scale,
+                             keys_of(j0, e));
+    values = rows_of<T, A>(in, in.c, in.mask_b, experts.products | experts.columns, b, index, count,
+                           in.width, values_copy);
+    std::memset(column_mass, 0, in.experts * kGroup * sizeof(A));
+  }
+
+  // Adds the pairs of tile_rows rows and of the block of columns at j0 of the group.
+  void run_tile(int64_t i0, int64_t tile_rows, int64_t j0, int64_t count, bool accumulate) {
     const int64_t count_padded = round_up(count, kLanes<A>);
-    const auto gate_tile = for_experts<ForwardGate, A>(in);
-    for (int64_t i0 = 0; i0 < rows; i0 += kPairTile) {
-      const int64_t tile_rows = min64(kPairTile, rows - i0);
-      for (int64_t e = 0; e < in.experts; ++e)
-        gemm<A>(tile_rows, count_padded, in.rank, q + (e * rows + i0) * in.rank, in.rank, 1,
-                keys + e * in.rank * kPairBlock, kPairBlock, tile + e * kTileExpert, kTileRow,
-                false);
-      gate_tile({tile, bias, mass + i0, experts.columns != 0 ? column_mass.data() : nullptr, rows,
-                 tile_rows, count, in.top_k});
-      for (int64_t e = 0; e < in.experts; ++e)
-        if (has(experts.products, e))
-          gemm<A>(tile_rows, padded, count, tile + e * kTileExpert, kTileRow, 1,
-                  values + e * kPairBlock * padded, padded, t + (e * rows + i0) * padded, padded,
-                  true);
+    for (int64_t e = 0; e < in.experts; ++e)
+      gemm<A>(tile_rows, count_padded, in.rank, q.at(e, i0), q.row, 1, keys_of(j0, e), kPairBlock,
+              tile + e * kTileExpert, kTileRow, false);
+    for_experts<ForwardGate, A>(in)({tile, bias, mass + i0, rows, tile_rows, count, in.top_k});
+    for (int64_t e = 0; e < in.experts; ++e) {
+      if (has(experts.products, e))
+        gemm<A>(tile_rows, padded, count, tile + e * kTileExpert, kTileRow, 1, values.at(e, j0),
+                values.row, t + (e * rows + i0) * padded, padded, accumulate);
+      if (has(experts.columns, e))
+        add_columns(tile + e * kTileExpert, tile_rows, count_padded, column_mass + e * kGroup + j0);
     }
   }
 
@@ -134,61 +137,78 @@ struct ForwardItem {
     for (int64_t e = 0; e < in.experts; ++e) {
       if (!has(experts.columns, e)) continue;
       const A share = A(kMessages[in.kinds[e]].c);
-      for (int64_t j = 0; j < count; ++j) {
-        const A weight = share * column_mass[e * kPairBlock + j];
-        const A* c = values + (e * kPairBlock + j) * padded;
-        for (int64_t d = 0; d < in.width; ++d) pooled[e * in.width + d] += weight * c[d];
-      }
+      for (int64_t j = 0; j < count; ++j)
+        add_scaled(values.at(e, j), share * column_mass[e * kGroup + j], pooled + e * in.width);
     }
   }
 
-  // t becomes y: row by row, s1 a mass + s2 t + s3 a t.
-  void finish_row(int64_t e, int64_t row, A* a) {
+  void add_scaled(const A* x, A scale, A* to) const {
+    for (int64_t d = 0; d < in.width; ++d) to[d] += scale * x[d];
+  }
+
+  // Row r of expert e: s1 a mass + s2 t + s3 a t.
+  void finish_row(int64_t e, int64_t r, A* y) {
     const Message& message = kMessages[in.kinds[e]];
-    const A s1 = A(message.a) * mass[e * rows + row], s2 = A(message.c), s3 = A(message.product);
-    A* y = t + (e * rows + row) * padded;
-    if (message.a != 0 || message.product != 0)
-      read_row<T, A>(token<T>(in.a, b, e, row_index[row]), a, in.width);
-    if (message.product != 0) {
-      for (int64_t d = 0; d < in.width; ++d) y[d] *= s3 * a[d];
-    } else if (has(experts.products, e)) {
-      for (int64_t d = 0; d < in.width; ++d) y[d] *= s2;
+    const A s1 = A(message.a) * mass[e * rows + r], s2 = A(message.c), s3 = A(message.product);
+    const A* sum = t + (e * rows + r) * padded;
+    const A* a = row_a;
+    if (message.a != 0 || message.product != 0) {
+      const T* from = token<T>(in.a, b, e, row_index[r]);
+      if constexpr (sizeof(T) == sizeof(A))
+        a = from;
+      else
+        read_row<T, A>(from, row_a, in.width);
     }
-    if (message.a != 0)
-      for (int64_t d = 0; d < in.width; ++d) y[d] += s1 * a[d];
+    if (message.product != 0) {
+      for (int64_t d = 0; d < in.width; ++d) y[d] = s3 * a[d] * sum[d];
+    } else if (!has(experts.products, e)) {
+      for (int64_t d = 0; d < in.width; ++d) y[d] = message.a != 0 ? s1 * a[d] : A(0);
+    } else if (message.a != 0) {
+      for (int64_t d = 0; d < in.width; ++d) y[d] = s2 * sum[d] + s1 * a[d];
+    } else {
+      for (int64_t d = 0; d < in.width; ++d) y[d] = s2 * sum[d];
+    }
   }
 
-  void write() {
-    A* a = values;  // no longer needed
-    for (int64_t e = 0; e < in.experts; ++e)
-      for (int64_t r = 0; r < rows; ++r) {
-        finish_row(e, r, a);
-        const A* y = t + (e * rows + r) * padded;
+  void write(int64_t i0, int64_t tile_rows) {
+    for (int64_t r = i0; r < i0 + tile_rows; ++r) {
+      std::memset(row_total, 0, in.width * sizeof(A));
+      for (int64_t e = 0; e < in.experts; ++e) {
         const int64_t at = (b * in.experts + e) * in.rows + row_index[r];
         static_cast<A*>(args.mass)[at] = mass[e * rows + r];
-        if (args.reduce == PairReduce::kNone)
+        A* y = row_y;
+        if constexpr (sizeof(T) == sizeof(A))
+          if (args.reduce == PairReduce::kNone) y = static_cast<A*>(args.y) + at * in.width;
+        finish_row(e, r, y);
+        if (args.reduce == PairReduce::kPool)
+          add_scaled(y, A(1), pooled + e * in.width);
+        else if (args.reduce == PairReduce::kExperts)
+          add_scaled(y, A(1), row_total);
+        else if (y == row_y)
           write_row<T, A>(y, static_cast<T*>(args.y) + at * in.width, in.width);
-        else if (args.reduce == PairReduce::kPool)
-          for (int64_t d = 0; d < in.width; ++d) pooled[e * in.width + d] += y[d];
-        else if (e > 0)
-          for (int64_t d = 0; d < in.width; ++d) t[r * padded + d] += y[d];
       }
-    if (args.reduce == PairReduce::kExperts)
-      for (int64_t r = 0; r < rows; ++r)
-        write_row<T, A>(t + r * padded,
-                        static_cast<T*>(args.y) + (b * in.rows + row_index[r]) * in.width,
-                        in.width);
+      if (args.reduce == PairReduce::kExperts)
+        write_row<T, A>(
+            row_total, static_cast<T*>(args.y) + (b * in.rows + row_index[r]) * in.width, in.width);
+    }
   }
 
   void run() {
     load_rows();
-    for (int64_t j0 = 0; j0 < valid && rows > 0; j0 += kPairBlock) {
-      const int64_t count = min64(kPairBlock, valid - j0);
-      load_columns(j0, count);
-      run_tiles(count);
-      pool_columns(count);
-    }
-    write();
+    if (rows == 0) return;
+    int64_t g0 = 0;
+    do {
+      const int64_t group = min64(kGroup, valid - g0);
+      load_columns(column_index + g0, group);
+      for (int64_t i0 = 0; i0 < rows; i0 += kPairTile) {
+        const int64_t tile_rows = min64(kPairTile, rows - i0);
+        for (int64_t j0 = 0; j0 < group; j0 += kPairBlock)
+          run_tile(i0, tile_rows, j0, min64(kPairBlock, group - j0), g0 + j0 > 0);
+        if (g0 + group == valid) write(i0, tile_rows);
+      }
+      pool_columns(group);
+      g0 += group;
+    } while (g0 < valid);
   }
 };
 

@@ -108,9 +108,10 @@ struct ScoreItem {
   uint32_t synergy;
   int64_t rows = 0, valid = 0;
   Buffer<int64_t> row_index, column_index;
-  Buffer<A> q, h, a_part;               // whole item
+  Buffer<A> q_copy, h, a_part;          // whole item
   Buffer<A> keys, values, column_part;  // one block of columns
   Buffer<A> logits, messages, bias;
+  Rows<const A> q{};
   Best* best;  // experts + 1 of them, or null for pair_map
 
   ScoreItem(const PairScores& args, int64_t b, int64_t first, int64_t last, Best* best)
@@ -122,7 +123,9 @@ struct ScoreItem {
         synergy(ExpertSets(args.in, PairReduce::kPool).synergy),
         row_index(last - first),
         column_index(in.columns),
-        q(in.experts * (last - first) * in.rank),
+        q_copy(in_place<T, A>(in.mask_a, in.rank)
+                   ? 0
+                   : in.experts * (last - first) * round_up(in.rank, kLanes<A>)),
         h(in.experts * (last - first) * in.width),
         a_part(in.experts * (last - first)),
         keys(in.experts * kPairBlock * in.rank),
@@ -145,11 +148,10 @@ struct ScoreItem {
     rows = valid_tokens(in.mask_a ? in.mask_a + b * in.rows : nullptr, first, last, row_index);
     valid =
         valid_tokens(in.mask_b ? in.mask_b + b * in.columns : nullptr, 0, in.columns, column_index);
+    q = rows_of<T, A>(in, in.q, in.mask_a, kAllExperts, b, row_index, rows, in.rank, q_copy);
+    load_bias(in, bias.data());
     for (int64_t e = 0; e < in.experts; ++e) {
       const Message& message = kMessages[in.kinds[e]];
-      gather_rows<T, A>(in.q, b, e, row_index, rows, in.rank, in.rank, A(in.scale),
-                        q + e * rows * in.rank);
-      bias[e] = in.gate_bias ? static_cast<const A*>(in.gate_bias)[e] : A(0);
       for (int64_t r = 0; r < rows; ++r) {
         const T* a = token<T>(in.a, b, e, row_index[r]);
         a_part[e * rows + r] = message.a != 0 ? A(message.a) * dot(a, head(e)) : A(0);
@@ -164,9 +166,10 @@ struct ScoreItem {
   void load_columns(const int64_t* index, int64_t count) {
     for (int64_t e = 0; e < in.experts; ++e) {
       const A s2 = A(kMessages[in.kinds[e]].c);
-      gather_columns<T, A>(in.k, b, e, index, count, in.rank, keys + e * kPairBlock * in.rank);
+      gather_columns<T, A>(in.k, b, e, index, count, in.rank, A(in.scale) * folded_unit<A>(in),
+                           keys + e * kPairBlock * in.rank);
       if (has(synergy, e))
-        gather_columns<T, A>(in.c, b, e, index, count, in.width,
+        gather_columns<T, A>(in.c, b, e, index, count, in.width, A(1),
                              values + e * kPairBlock * in.width);
       for (int64_t j = 0; j < kPairBlock; ++j)
         column_part[e * kPairBlock + j] =
@@ -218,7 +221,7 @@ struct ScoreItem {
       for (int64_t i0 = 0; i0 < rows; i0 += kPairTile) {
         const int64_t tile_rows = min64(kPairTile, rows - i0);
         for (int64_t e = 0; e < in.experts; ++e) {
-          gemm<A>(tile_rows, padded, in.rank, q + (e * rows + i0) * in.rank, in.rank, 1,
+          gemm<A>(tile_rows, padded, in.rank, q.at(e, i0), q.row, 1,
                   keys + e * kPairBlock * in.rank, kPairBlock, logits + e * kTileExpert, kTileRow,
                   false);
           if (has(synergy, e))
