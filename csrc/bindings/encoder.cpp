@@ -80,27 +80,37 @@ void bind_norm(py::module_& m) {
         });
 }
 
-flmoe::GeluArgs gelu_args(Address x, Address grad_out, Address out, Address seed, int64_t threshold,
-                          int64_t experts, int64_t rows, int64_t width, int threads) {
-  return {
-      pointer(x), pointer(grad_out), pointer(out), dropout(seed, threshold), experts, rows, width,
-      threads};
+// sizes = (experts, rows, in_width, hidden_width, out_width)
+flmoe::MlpArgs mlp_args(Address x, Address w_in, Address w_out, Address seed, int64_t threshold,
+                        Address hidden, const py::tuple& sizes, int threads) {
+  flmoe::MlpArgs args{};
+  args.x = pointer(x), args.w_in = pointer(w_in), args.w_out = pointer(w_out);
+  args.dropout = dropout(seed, threshold), args.hidden = pointer(hidden);
+  const auto size = five(sizes);
+  args.experts = size[0], args.rows = size[1], args.in_width = size[2];
+  args.hidden_width = size[3], args.out_width = size[4], args.threads = threads;
+  return args;
 }
 
-void bind_gelu(py::module_& m) {
-  m.def("gelu_forward", [](int dtype, Address x, Address out, Address seed, int64_t threshold,
-                           int64_t experts, int64_t rows, int64_t width, int threads) {
-    const auto args = gelu_args(x, 0, out, seed, threshold, experts, rows, width, threads);
+void bind_mlp(py::module_& m) {
+  m.def("mlp_forward", [](int dtype, Address x, Address w_in, Address w_out, Address b_in,
+                          Address b_out, Address seed, int64_t threshold, Address hidden,
+                          Address out, const py::tuple& sizes, int threads) {
+    auto args = mlp_args(x, w_in, w_out, seed, threshold, hidden, sizes, threads);
+    args.b_in = pointer(b_in), args.b_out = pointer(b_out), args.out = pointer(out);
     const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().gelu_forward(type, args); });
+    without_gil([&] { flmoe::active_kernels().mlp_forward(type, args); });
   });
-  m.def("gelu_backward",
-        [](int dtype, Address x, Address grad_out, Address grad_x, Address seed, int64_t threshold,
-           int64_t experts, int64_t rows, int64_t width, int threads) {
-          const auto args =
-              gelu_args(x, grad_out, grad_x, seed, threshold, experts, rows, width, threads);
+  m.def("mlp_backward",
+        [](int dtype, Address x, Address w_in, Address w_out, Address seed, int64_t threshold,
+           Address hidden, Address grad_out, Address grad_x, Address grad_w_in, Address grad_b_in,
+           Address grad_w_out, Address grad_b_out, const py::tuple& sizes, int threads) {
+          auto args = mlp_args(x, w_in, w_out, seed, threshold, hidden, sizes, threads);
+          args.grad_out = pointer(grad_out), args.grad_x = pointer(grad_x);
+          args.grad_w_in = pointer(grad_w_in), args.grad_b_in = pointer(grad_b_in);
+          args.grad_w_out = pointer(grad_w_out), args.grad_b_out = pointer(grad_b_out);
           const DType type = dtype_of(dtype);
-          without_gil([&] { flmoe::active_kernels().gelu_backward(type, args); });
+          without_gil([&] { flmoe::active_kernels().mlp_backward(type, args); });
         });
 }
 
@@ -202,7 +212,7 @@ void bind_inference(py::module_& m) {
 void bind_encoder(py::module_& m) {
   bind_linear(m);
   bind_norm(m);
-  bind_gelu(m);
+  bind_mlp(m);
   bind_pool(m);
   bind_views(m);
   bind_inference(m);

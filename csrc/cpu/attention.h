@@ -2,13 +2,13 @@
 // dropout.
 #pragma once
 
-#include <cmath>
-
 #include "cpu/kernels/entry.h"
+#include "cpu/softmax.h"
 
 namespace flmoe::FLMOE_ISA {
 
 constexpr int64_t kKeyBlock = kDropoutGroup;
+constexpr int64_t kShort = 32;  // rows of a short problem
 constexpr int64_t kRowBlock =
     384;  // amortises the transposition of a key block; 98 KiB of output at width 64
 
@@ -27,39 +27,6 @@ inline Problem problem_of(const AttentionForward& args, int64_t item) {
   const int64_t group = item / args.heads / args.problems;
   return {group, index, head, args.cumulative[index],
           args.cumulative[index + 1] - args.cumulative[index]};
-}
-
-// Converts a row of scores to unnormalised probabilities; updates the row's running maximum and sum
-// and returns the factor for the sums accumulated before.
-template <typename A>
-A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
-  const int64_t padded = round_up(keys, kLanes<A>);
-  for (int64_t j = keys; j < padded; ++j) scores[j] = -INFINITY;
-  Vec<A> best = splat(*maximum);
-  for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> s = load(scores + j);
-    // A NaN score makes the row NaN, as in a softmax.
-    best = (s > best) | (s != s) ? s : best;
-  }
-  const A top = max_lanes<A>(best);
-  const A old = *maximum;
-  if (top == -INFINITY) {
-    // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN, as
-    // in torch.
-    for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
-    return A(1);
-  }
-  // A row with only -inf would give inf - inf; its probabilities are NaN, as in torch.
-  Vec<A> sum = {};
-  for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> p = exp_vec(load(scores + j) - top);
-    sum += p;
-    store(scores + j, p);
-  }
-  const A factor = old == top ? A(1) : std::exp(old - top);
-  *total = *total * factor + sum_lanes<A>(sum);
-  *maximum = top;
-  return factor;
 }
 
 template <typename A>
@@ -88,6 +55,14 @@ inline RowView contiguous(void* data, const AttentionForward& args, int64_t widt
   return {data, args.rows * args.heads * width, args.heads * width, width};
 }
 
+// Heads of a problem in one item: all if the problems are short and many. The heads share memory
+// pages, and an item then takes longer than its scheduling.
+inline int64_t heads_of_item(const AttentionForward& args) {
+  constexpr int64_t kMany = 64;
+  const bool together = args.groups * args.problems >= kMany && args.rows <= kShort * args.problems;
+  return together ? args.heads : 1;
+}
+
 // Calls item(args, problem, first row, rows) for each block of rows of every problem and head.
 template <typename T, typename A, typename F>
 void each_forward_item(const AttentionForward& args, const F& item) {
@@ -100,11 +75,14 @@ void each_forward_item(const AttentionForward& args, const F& item) {
   }
   const int64_t blocks = (longest + kRowBlock - 1) / kRowBlock;
   if (blocks == 0) return;
-  const int64_t items = args.groups * args.problems * args.heads * blocks;
+  const int64_t heads = heads_of_item(args);
+  const int64_t items = args.groups * args.problems * args.heads / heads * blocks;
   parallel_for(items, args.threads, [&](int64_t index, int) {
-    const Problem p = problem_of(args, index / blocks);
     const int64_t row0 = index % blocks * kRowBlock;
-    if (row0 < p.length) item(args, p, row0, min64(kRowBlock, p.length - row0));
+    for (int64_t h = 0; h < heads; ++h) {
+      const Problem p = problem_of(args, index / blocks * heads + h);
+      if (row0 < p.length) item(args, p, row0, min64(kRowBlock, p.length - row0));
+    }
   });
 }
 
@@ -114,9 +92,12 @@ void each_backward_item(const AttentionBackward& args, const F& item) {
   const AttentionForward& f = args.forward;
   for (const RowView& grad : {args.grad_q, args.grad_k, args.grad_v})
     if (grad.data != nullptr) clear_uncovered<T>(f, grad, f.width);
-  parallel_for(f.groups * f.problems * f.heads, f.threads, [&](int64_t index, int) {
-    const Problem p = problem_of(f, index);
-    if (p.length > 0) item(p);
+  const int64_t heads = heads_of_item(f);
+  parallel_for(f.groups * f.problems * f.heads / heads, f.threads, [&](int64_t index, int) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const Problem p = problem_of(f, index * heads + h);
+      if (p.length > 0) item(p);
+    }
   });
 }
 

@@ -55,11 +55,13 @@ struct NormArgs {
   int threads;
 };
 
-struct GeluArgs {
-  const void *x, *grad_out;
-  void* out;  // the activation, or the gradient of x in the backward
+// out[e] = dropout(GELU(hidden[e])) w_out[e]^T + b_out[e], hidden[e] = x[e] w_in[e]^T + b_in[e].
+// The forward writes hidden and out; a gradient that is not requested is null.
+struct MlpArgs {
+  const void *x, *w_in, *b_in, *w_out, *b_out, *grad_out;
   DropoutSpec dropout;
-  int64_t experts, rows, width;
+  void *hidden, *out, *grad_x, *grad_w_in, *grad_b_in, *grad_w_out, *grad_b_out;
+  int64_t experts, rows, in_width, hidden_width, out_width;
   int threads;
 };
 
@@ -262,8 +264,8 @@ struct Kernels {
   void (*linear_backward)(DType, const LinearArgs&);
   void (*norm_forward)(DType, const NormArgs&);
   void (*norm_backward)(DType, const NormArgs&);
-  void (*gelu_forward)(DType, const GeluArgs&);
-  void (*gelu_backward)(DType, const GeluArgs&);
+  void (*mlp_forward)(DType, const MlpArgs&);
+  void (*mlp_backward)(DType, const MlpArgs&);
   void (*pool_forward)(DType, const PoolArgs&);
   void (*pool_backward)(DType, const PoolArgs&);
   void (*views_forward)(DType, const ViewsArgs&);

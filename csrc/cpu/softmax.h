@@ -7,12 +7,25 @@
 
 namespace flmoe::FLMOE_ISA {
 
+// v in the first `count` lanes, -inf in the others: a vector written in parts would stall the load.
+template <typename A>
+Vec<A> first_lanes(Vec<A> v, int64_t count) {
+  using Lane = typename Simd<A>::Lane;
+  static constexpr Lane kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  typename Simd<A>::Int index;
+  std::memcpy(&index, kIndex, sizeof index);
+  return index < static_cast<Lane>(count) ? v : splat(-static_cast<A>(INFINITY));
+}
+
 // Converts a row of scores, which has room for whole vectors, to unnormalised probabilities;
 // updates the row's running maximum and sum and returns the factor for the sums accumulated before.
 template <typename A>
 inline A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
   const int64_t padded = round_up(keys, kLanes<A>);
-  for (int64_t j = keys; j < padded; ++j) scores[j] = -INFINITY;
+  if (padded != keys) {
+    A* last = scores + padded - kLanes<A>;
+    store(last, first_lanes<A>(load(last), keys - (padded - kLanes<A>)));
+  }
   Vec<A> best = splat(*maximum);
   for (int64_t j = 0; j < padded; j += kLanes<A>) {
     const Vec<A> s = load(scores + j);
@@ -33,7 +46,7 @@ inline A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
     sum += p;
     store(scores + j, p);
   }
-  const A factor = old == top ? A(1) : std::exp(old - top);
+  const A factor = old == top ? A(1) : old == -INFINITY ? A(0) : std::exp(old - top);
   *total = *total * factor + sum_lanes<A>(sum);
   *maximum = top;
   return factor;

@@ -24,6 +24,7 @@ from flmoe_kernels.core.backend import instruction_set, instruction_sets
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.encoder import reference
 from flmoe_kernels.ops.pair_moe.kinds import KINDS
+from tests.support.encoder_cases import identity_mlp
 from tests.support.inputs import (
     as_dtype,
     cumulative,
@@ -34,6 +35,7 @@ from tests.support.inputs import (
     make_seed,
 )
 from tests.support.layers import LayerCase, outputs_and_gradients
+from tests.support.operator_cases import tensors
 from tests.support.pair_cases import PairCase
 from tests.support.routed_cases import RoutedCase
 from tests.support.routed_cases import run as run_routed
@@ -64,7 +66,8 @@ def attention(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None)
 def encoder(dtype: torch.dtype, ops: Any, wide: torch.dtype | None = None) -> list[Tensor]:
     """All other operators of `ops`, chained, with more rows than a block or a chunk."""
     shapes = [(2, 2 * 300, 33), (2, 100, 33), (2, 100), (2, 100), (2, 100)]
-    x, weight, bias, gain, shift = leaves = [
+    shapes += [(2, 130, 100), (2, 130), (2, 100, 130), (2, 100)]
+    x, weight, bias, gain, shift, *mlp_weights = leaves = [
         draw(*shape, dtype=dtype, seed=i, scale=0.2 if i == 1 else 1.0)
         .to(wide or dtype)
         .requires_grad_()
@@ -73,8 +76,8 @@ def encoder(dtype: torch.dtype, ops: Any, wide: torch.dtype | None = None) -> li
     modality = (torch.arange(300) % 2).to(torch.int32)
     linear = ops.expert_linear(x, weight, bias)
     views = ops.expand_views(linear.view(2, 2, 300, 100), modality, 3).flatten(1, 2)
-    gelu = ops.gelu_dropout(views, make_seed(), 0.4)
-    norms = ops.dropout_add_norm(views, gelu, gain, shift, make_seed(3), 0.4, 1e-5)
+    mlp = tensors(ops.expert_mlp(views, *mlp_weights, make_seed(), 0.4))[0]
+    norms = ops.dropout_add_norm(views, mlp, gain, shift, make_seed(3), 0.4, 1e-5)
     alone = ops.dropout_add_norm(None, norms[1], gain, shift, make_seed(4), 0.4, 1e-5)
     runs = cumulative([90, 0, 200])
     pooled = ops.dropout_add_pool(norms[0], alone[1], runs, 3, make_seed(5), 0.4)
@@ -189,7 +192,7 @@ def battery() -> dict[str, Any]:
     found: dict[str, Any] = {"isa": instruction_set(), "masks": [], "losses": {}, "layer": {}}
     for width in (1, 40, 129, 300):
         ones = torch.ones(2, 70, width)
-        out = OPS.gelu_dropout(ones, make_seed(), 0.37)
+        out = OPS.expert_mlp(*identity_mlp(ones), make_seed(), 0.37)[0]
         twice = OPS.dropout_add_norm(
             None, ones, ones[:, 0].clone(), ones[:, 0].clone(), make_seed(-9), 0.37, 1e-5
         )

@@ -14,7 +14,12 @@ from flmoe_kernels.ops.encoder import op as _op  # noqa: F401  registers the ope
 from flmoe_kernels.ops.encoder import reference
 from flmoe_kernels.ops.encoder.triton import rows_launch
 from flmoe_kernels.ops.encoder.triton.rows_tiles import begin
-from tests.support.encoder_cases import backward_calls, norm_arguments, operator_calls
+from tests.support.encoder_cases import (
+    backward_calls,
+    identity_mlp,
+    norm_arguments,
+    operator_calls,
+)
 from tests.support.encoder_tests import EncoderTests, Size
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
 from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton, tensors
@@ -170,13 +175,17 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
     return [
         ("expert_norm", (double, gain, gain, EPS), "residual: expected float32, bfloat16"),
         ("expert_norm", (x[0], gain, gain, EPS), "residual: expected 3 dimensions"),
-        ("gelu_dropout", (x.int(), *none), "x: expected float32"),
+        ("expert_mlp", (x.int(), *identity_mlp(x)[1:], *none), "x: expected float32"),
         ("dropout_add_pool_backward", (means, cu, 0, 6, *none, ALL[:2]), "views: expected"),
         ("expert_linear", (double, weight.double(), None), "x: expected float32, bfloat16 or fl"),
         ("expert_linear", (x[0], weight, None), "x: expected three dimensions"),
         ("expert_linear", (x, weight[0], None), "weight: expected three dimensions"),
         ("expert_linear", (wide, wide, None), "up to 2.30 rows and widths of 2.24"),
-        ("gelu_dropout", (x[:1, :1, :1].expand(1, 2**30 + 1, 1), *none), "x: expected up to 2.30"),
+        (
+            "expert_mlp",
+            (x[:1, :1, :1].expand(1, 2**30 + 1, 1), *identity_mlp(x[:1, :1, :1])[1:], *none),
+            "expected up to 2.30",
+        ),
         (
             "dropout_add_pool_backward",
             (means, cu, 1, 2**30 + 1, *none, ALL[:2]),
@@ -202,7 +211,7 @@ def test_compiles_in_one_graph() -> None:
         total, normed, _, _ = OPS.dropout_add_norm(
             residual, update, gain, shift, seed, 0.5, EPS, TRITON
         )
-        update = OPS.gelu_dropout(normed, seed, 0.5, TRITON)
+        update = OPS.expert_mlp(normed, weight, shift, weight, shift, seed, 0.5, TRITON)[0]
         update = OPS.expert_linear(update, weight, shift, TRITON)
         return OPS.dropout_add_pool(total, update, cu, 1, seed, 0.5, TRITON)
 

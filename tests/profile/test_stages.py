@@ -63,12 +63,13 @@ def test_stages_sum_to_the_whole(contestant: str, phase: str, tmp_path: Path) ->
 def test_layer_has_a_row_for_every_operator_and_width() -> None:
     rows = named(traced(call_of("interaction_moe", LAYER, "cpu"), "cpu", calls=2))
     width, layers = LAYER.dim, LAYER.layers
-    # q, k, v; the projection; both maps of the MLP; forward and backward.
-    for into, out in ((1, 3), (1, 1), (1, 2), (2, 1)):
+    # q, k, v; the projection; forward and backward.
+    for into, out in ((1, 3), (1, 1)):
         widths = f"{into * width} to {out * width}"
         assert rows[f"flmoe::expert_linear {widths}"].calls == layers
         assert rows[f"flmoe::expert_linear_backward {widths}"].calls == layers
-    assert rows["flmoe::expert_attention_packed"].calls == layers
+    for name in ("expert_attention_packed", "expert_mlp", "expert_mlp_backward"):
+        assert rows[f"flmoe::{name}"].calls == layers
     assert rows["flmoe::interaction_losses_backward"].calls == 1
     assert OTHER in rows
 

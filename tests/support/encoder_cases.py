@@ -19,6 +19,29 @@ def norm_arguments(rows: int, width: int, p: float, residual: bool, experts: int
     return [x if residual else None, update, gain, shift, seed, p, EPS]
 
 
+def identity_mlp(x: torch.Tensor) -> list[torch.Tensor]:
+    """Arguments of expert_mlp whose weights are identities: its result is dropout(GELU(x))."""
+    experts, _, width = x.shape
+    eye = torch.eye(width, dtype=x.dtype).repeat(experts, 1, 1)
+    zero = torch.zeros(experts, width, dtype=x.dtype)
+    return [x, eye, zero, eye, zero]
+
+
+def mlp_arguments(
+    experts: int, rows: int, sizes: tuple[int, int, int], p: float, scale: float = 1.0
+) -> list[Any]:
+    """Arguments of expert_mlp; sizes: input, hidden and output width."""
+    in_width, hidden, out_width = sizes
+    shapes = ((hidden, in_width), (hidden,), (out_width, hidden), (out_width,))
+    scales = (scale * in_width**-0.5, 1.0, hidden**-0.5, 1.0)
+    weights = [
+        draw(experts, *shape, seed=i, scale=size)
+        for i, (shape, size) in enumerate(zip(shapes, scales, strict=True))
+    ]
+    seed = make_seed() if p else None
+    return [draw(experts, rows, in_width, seed=4), *weights, seed, p]
+
+
 def operator_calls(
     dtype: torch.dtype, p: float, rows: int = 5, width: int = 4, experts: int = 2
 ) -> dict[str, list[Any]]:
@@ -35,7 +58,7 @@ def operator_calls(
         "expert_norm": [norm[0], norm[2], norm[3], EPS],
         "dropout_add_norm": norm,
         "dropout_add_norm without residual": plain,
-        "gelu_dropout": [views[0], seed, p],
+        "expert_mlp": as_dtype(mlp_arguments(experts, 2 * rows, (width, 7, 6), p), dtype),
         "dropout_add_pool": [*views, runs, 2, seed, p],
         "expand_views": [draw(experts, 2, rows, width, dtype=dtype), modality, 3],
         "interaction_losses": [draw(4, 3, 2, 5, dtype=dtype), None],
@@ -56,12 +79,19 @@ def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
         (False, [False, False, True, False]),
     )
     wants = ((True, True, True), (True, False, True), (False, True, False))
+    hidden, w_in, w_out = draw(2, 6, 7), draw(2, 7, 4, seed=5), draw(2, 4, 7, seed=6)
+    parts = (
+        [True] * 5,
+        [True] + [False] * 4,
+        [False] * 3 + [True] * 2,
+        [False, True] * 2 + [False],
+    )
     return [
         *(
             ("dropout_add_norm_backward", (*given, x, stats, stats, gain, seed, p, own, want))
             for given, (own, want) in itertools.product(grads, own_and_wanted)
         ),
-        ("gelu_dropout_backward", (grad, x, seed, p)),
+        *(("expert_mlp_backward", (grad, x, hidden, w_in, w_out, seed, p, want)) for want in parts),
         ("dropout_add_pool_backward", (pooled, cumulative([2, 1]), 2, 6, seed, p, [True, True])),
         ("dropout_add_pool_backward", (pooled, cumulative([1, 1]), 2, 6, seed, p, [False, True])),
         ("expand_views_backward", (draw(2, 3, 3, 4), modality)),

@@ -12,7 +12,12 @@ from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.ops.encoder import reference
-from tests.support.encoder_cases import norm_arguments, operator_calls
+from tests.support.encoder_cases import (
+    identity_mlp,
+    mlp_arguments,
+    norm_arguments,
+    operator_calls,
+)
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
 from tests.support.operator_cases import (
     EPS,
@@ -49,6 +54,8 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
     drop, none = (make_seed(), 0.5), (None, 0.0)
     weight, bias, grad, wants = draw(2, 5, 4), draw(2, 5), draw(2, 6, 5), (True, True, True)
     saved = (x, stats, stats, gain, *drop, False, [True] * 4)
+    mlp = identity_mlp(x)
+    hidden = (x, x, mlp[1], mlp[3])
     return [
         ("expert_norm", (x, gain[:1], gain, EPS), "gain: expected"),
         ("expert_norm", (x, gain, gain.double(), EPS), "shift: expected"),
@@ -59,7 +66,8 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
         ("dropout_add_norm_backward", (x, half, *saved), "grad_normed: expected"),
         ("dropout_add_norm_backward", (x, x, x, stats[:1], *saved[2:]), "mean: expected"),
         ("dropout_add_norm_backward", (x, x, x, stats, stats.half(), *saved[3:]), "rstd: expected"),
-        ("gelu_dropout_backward", (x[:, :5], x, *none), "grad_out: expected"),
+        ("expert_mlp_backward", (x[:, :5], *hidden, *none, [True] * 5), "grad_out: expected"),
+        ("expert_mlp_backward", (x, x, x[:1], *hidden[2:], *none, [True] * 5), "hidden: expected"),
         ("dropout_add_pool", (x, half, cu, 2, *none), "update: expected"),
         ("dropout_add_pool", (x, x, cu.long(), 2, *none), "cu_segments: expected"),
         ("dropout_add_pool", (x, x, cu[:0], 2, *none), "cu_segments: expected"),
@@ -77,8 +85,12 @@ def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
         ("expert_linear_backward", (grad[..., :4], x, weight, *wants), "grad_out: expected"),
         ("expert_linear_backward", (grad.half(), x, weight, *wants), "grad_out: expected"),
         ("expert_linear", (x, weight[..., :3], None), "x: expected"),
-        ("gelu_dropout", (x, modality[0], 0.5), "seed: expected"),
-        ("gelu_dropout", (x, seeds, 0.5), "seed: expected"),
+        ("expert_mlp", (*mlp, modality[0], 0.5), "seed: expected"),
+        ("expert_mlp", (*mlp, seeds, 0.5), "seed: expected"),
+        ("expert_mlp", (x[..., :3], *mlp[1:], *none), "x: expected"),
+        ("expert_mlp", (*mlp[:2], gain[:, :3], *mlp[3:], *none), "b_in: expected|bias: expected"),
+        ("expert_mlp", (*mlp[:3], weight[..., :3], gain, *none), "w_out: expected|x: expected"),
+        ("expert_mlp", (*mlp[:4], gain.half(), *none), "b_out: expected|bias: expected"),
         ("dropout_add_pool", (x, x[:, :5], cu, 1, *none), "update: expected"),
         ("dropout_add_pool", (x, x, cu, 0, *none), "views: expected a divisor of 6"),
         ("expand_views", (pair, modality[:5], 3), "modality: expected"),
@@ -95,7 +107,7 @@ MASKS = (
 )
 DROPPING = tuple(
     name + suffix
-    for name in ("gelu_dropout", "dropout_add_norm", "dropout_add_pool")
+    for name in ("dropout_add_norm", "dropout_add_pool")
     for suffix in ("", "_backward")
 )
 
@@ -141,11 +153,12 @@ class EncoderTests:
                 options = {"outputs": 2, "may_vanish": width == 1}
                 self.compare("dropout_add_norm", arguments, dtype, **options)
 
-    def test_gelu_dropout(self, size: Size) -> None:
+    def test_expert_mlp(self, size: Size) -> None:
         _, rows, width, dtype = size
-        x = draw(2, rows, width, seed=1, scale=3)
         for p in self.some(size, 0.5, 0.0, 1.0):
-            self.compare("gelu_dropout", [x, make_seed() if p else None, p], dtype)
+            for hidden, out in self.some(size, (width + 3, width), (5, 17)):
+                arguments = mlp_arguments(2, rows, (width, hidden, out), p, scale=3)
+                self.compare("expert_mlp", arguments, dtype)
 
     def test_dropout_add_pool(self, size: Size) -> None:
         _, rows, width, dtype = size
@@ -173,7 +186,7 @@ class EncoderTests:
             assert torch.equal(results[0][0], results[0][1]), "a copy has no rounding"
 
     @pytest.mark.parametrize("steady", [True, False])
-    @pytest.mark.parametrize("name", ["expert_linear", "expert_norm"])
+    @pytest.mark.parametrize("name", ["expert_linear", "expert_norm", "expert_mlp"])
     def test_sums_over_many_rows(self, name: str, steady: bool) -> None:
         """Gradients of weights are sums over all tokens and views; their rounding error must not grow with the
         number.
@@ -184,7 +197,11 @@ class EncoderTests:
         cotangent = draw(1, 1 if steady else rows, width, seed=4).expand(1, rows, width)
         x, weight = draw(1, rows, width), draw(1, width, width, seed=1)
         bias = draw(1, width, seed=2)
-        arguments = [x, weight, bias] if name == "expert_linear" else [x, weight[:, 0], bias, EPS]
+        arguments = {
+            "expert_linear": [x, weight, bias],
+            "expert_norm": [x, weight[:, 0], bias, EPS],
+            "expert_mlp": [x, weight, bias, weight.mT, bias, make_seed(), 0.5],
+        }[name]
         found = []
         for operator, dtype in (
             (self.operator(name), torch.float32),
@@ -192,7 +209,7 @@ class EncoderTests:
             (getattr(reference, name), torch.float64),
         ):
             inputs = as_dtype(arguments, dtype, requires_grad=True)
-            leaves = [each for each in inputs if isinstance(each, Tensor)]
+            leaves = [each for each in inputs if is_float(each)]
             out = tensors(operator(*inputs))[0]
             found.append(torch.autograd.grad(out, leaves, cotangent.to(dtype)))
         for i, triple in enumerate(zip(*found, strict=True)):
@@ -301,8 +318,8 @@ class EncoderTests:
             pytest.skip("the results are rounded")
         far = torch.tensor([1e-30, -1e-30, 0.0, 50, -50, 1e25, -1e25, 3e38, -3e38])
         points = torch.cat([torch.linspace(-14, 14, 5601), far])
-        x = points.to(dtype).view(1, 1, -1).requires_grad_()
-        out = self.operator("gelu_dropout")(x, None, 0.0)
+        x = points.to(dtype).view(1, -1, 1).requires_grad_()
+        out, _ = self.operator("expert_mlp")(*identity_mlp(x), None, 0.0)
         (grad,) = torch.autograd.grad(out.sum(), x)
         x64 = x.detach().double().requires_grad_()
         exact = x64 * 0.5 * torch.special.erfc(-x64 / 2**0.5)
@@ -350,10 +367,10 @@ class EncoderTests:
             assert torch.equal(got != 0, first & (scale > 0))
             tolerance = 0 if self.backend == "cpu" else unit
             torch.testing.assert_close(got, (kept * scale).to(dtype), rtol=tolerance, atol=0)
-        for got in (
-            call["gelu_dropout"](ones, seed, p),
-            call["gelu_dropout_backward"](ones, zeros, seed, p),
-        ):
+        x = zeros.clone().requires_grad_()
+        mlp = self.operator("expert_mlp")
+        (grad,) = torch.autograd.grad(mlp(*identity_mlp(x), seed, p)[0], x, ones)
+        for got in (mlp(*identity_mlp(ones), seed, p)[0], grad):
             assert torch.equal(got != 0, first)
         # Without a residual, dropout is applied to the update twice.
         twice = (kept * scale * (1 + again * scale)).to(dtype)

@@ -149,7 +149,11 @@ def control(mistake: str) -> None:
     rows, width = 3, 5
     x = torch.zeros(rows * width - (mistake == "read"))
     out = torch.zeros(rows * width - (mistake == "write"))
-    native.gelu_forward(0, x.data_ptr(), out.data_ptr(), 0, 65536, 1, rows, width, 1)
+    zeros = torch.zeros(rows * width)
+    cumulative = torch.tensor([0, *range(1, rows + 1)], dtype=torch.int32)
+    sizes = (1, 1, rows, rows, width)
+    addresses = (each.data_ptr() for each in (x, zeros, cumulative))
+    native.pool_forward(0, *addresses, 0, 65536, out.data_ptr(), sizes, 1)
 
 
 if __name__ == "__main__":

@@ -6,45 +6,10 @@
 // contiguous); an item owns a block of its rows and sums over tokens in order, so results do not
 // depend on the number of threads. Why not torch's matmul: MKL uses only AVX2 on processors that
 // are not Intel's; measurements are in bench/results.
-#include "cpu/panels.h"
+#include "cpu/dense.h"
 
 namespace flmoe::FLMOE_ISA {
 namespace {
-
-constexpr int64_t kRowBlock = 96;     // 16 register tiles; 96 KiB of input at width 256
-constexpr int64_t kOutBlock = 48;     // rows of the weight gradient per item
-constexpr int64_t kBiasBlock = 32;    // tokens of grad_bias summed in the compute type
-constexpr int64_t kTokenBlock = 256;  // depth of one pass of the weight gradient
-
-// out (rows x columns) = x (rows x depth) packed panels [+ bias], for one block of rows.
-template <typename T, typename A>
-void rows_times_panels(const T* x, int64_t rows, int64_t depth, const A* panels, int64_t columns,
-                       const T* bias, T* out) {
-  const A* input;
-  const Buffer<A> edge(rows * kPanel<A>), converted(sizeof(T) == sizeof(A) ? 0 : rows * depth);
-  if constexpr (sizeof(T) == sizeof(A)) {
-    input = x;
-  } else {
-    read_row<T, A>(x, converted, rows * depth);
-    input = converted;
-  }
-  for (int64_t n0 = 0; n0 < columns; n0 += kPanel<A>) {
-    const int64_t count = min64(kPanel<A>, columns - n0);
-    const A* panel = panels + n0 * depth;
-    const bool direct = sizeof(T) == sizeof(A) && count == kPanel<A>;
-    A* tile = direct ? reinterpret_cast<A*>(out + n0) : edge;
-    const int64_t tile_stride = direct ? columns : kPanel<A>;
-    if (bias != nullptr) {
-      for (int64_t i = 0; i < rows; ++i) read_row<T, A>(bias + n0, tile + i * tile_stride, count);
-    }
-    gemm<A>(rows, round_up(count, kLanes<A>), depth, input, depth, 1, panel, kPanel<A>, tile,
-            tile_stride, bias != nullptr);
-    if (!direct) {
-      for (int64_t i = 0; i < rows; ++i)
-        write_row<T, A>(tile + i * tile_stride, out + i * columns + n0, count);
-    }
-  }
-}
 
 template <typename T, typename A>
 void batched_rows(const T* x, const A* packed, const T* bias, T* out, int64_t experts, int64_t rows,
@@ -54,86 +19,11 @@ void batched_rows(const T* x, const A* packed, const T* bias, T* out, int64_t ex
   parallel_for(experts * blocks, threads, [&](int64_t item, int) {
     const int64_t e = item / blocks, row0 = item % blocks * kRowBlock;
     const int64_t first = e * rows + row0;
-    rows_times_panels<T, A>(x + first * depth, min64(kRowBlock, rows - row0), depth,
-                            packed + e * each, columns,
-                            bias == nullptr ? nullptr : bias + e * columns, out + first * columns);
+    rows_times_panels<T, T, A>(
+        x + first * depth, min64(kRowBlock, rows - row0), depth, packed + e * each, columns,
+        bias == nullptr ? nullptr : bias + e * columns, out + first * columns);
   });
 }
-
-// Rows [n0, n0 + count) of grad_weight[e] = grad_out[e]^T x[e], and of grad_bias[e]. Blocks of
-// tokens are summed separately and then added: the rounding error grows with the block size and the
-// number of blocks, not with the number of tokens.
-template <typename T, typename A>
-struct WeightGradient {
-  const LinearArgs& args;
-  int64_t e, n0, count, padded;
-  Buffer<double> bias_total;
-  Buffer<A> total, block, bias_block, x_block, grad_block;
-
-  WeightGradient(const LinearArgs& args, int64_t e, int64_t n0, int64_t count)
-      : args(args),
-        e(e),
-        n0(n0),
-        count(count),
-        padded(round_up(args.in_width, kLanes<A>)),
-        bias_total(kOutBlock),
-        total(kOutBlock * padded),
-        block(kOutBlock * padded),
-        bias_block(kOutBlock),
-        x_block(kTokenBlock * padded),
-        grad_block(kTokenBlock * kOutBlock) {
-    for (int64_t n = 0; n < kOutBlock; ++n) bias_total[n] = 0, bias_block[n] = 0;
-    for (int64_t i = 0; i < kOutBlock * padded; ++i) total[i] = 0;
-  }
-
-  // The block's rows of x in the compute type, in place if they already have it.
-  const A* load_x(int64_t first, int64_t tokens) {
-    const int64_t width = args.in_width;
-    const T* x = static_cast<const T*>(args.x) + (e * args.rows + first) * width;
-    if constexpr (sizeof(T) == sizeof(A)) {
-      if (padded == width) return reinterpret_cast<const A*>(x);
-    }
-    for (int64_t r = 0; r < tokens; ++r) {
-      read_row<T, A>(x + r * width, x_block + r * padded, width);
-      for (int64_t k = width; k < padded; ++k) x_block[r * padded + k] = 0;
-    }
-    return x_block;
-  }
-
-  void load_grad(int64_t first, int64_t tokens) {
-    const T* grad =
-        static_cast<const T*>(args.grad_out) + (e * args.rows + first) * args.out_width + n0;
-    for (int64_t r = 0; r < tokens; ++r) {
-      A* to = grad_block + r * kOutBlock;
-      read_row<T, A>(grad + r * args.out_width, to, count);
-      for (int64_t n = 0; n < count; ++n) bias_block[n] += to[n];
-      if (r % kBiasBlock == kBiasBlock - 1 || r == tokens - 1) {
-        for (int64_t n = 0; n < count; ++n) bias_total[n] += bias_block[n], bias_block[n] = 0;
-      }
-    }
-  }
-
-  void run() {
-    for (int64_t first = 0; first < args.rows; first += kTokenBlock) {
-      const int64_t tokens = min64(kTokenBlock, args.rows - first);
-      load_grad(first, tokens);
-      if (args.grad_weight == nullptr) continue;
-      gemm<A>(count, padded, tokens, grad_block, 1, kOutBlock, load_x(first, tokens), padded, block,
-              padded, false);
-      for (int64_t i = 0; i < count * padded; ++i) total[i] += block[i];
-    }
-    const int64_t row = e * args.out_width + n0;
-    if (args.grad_weight != nullptr) {
-      T* out = static_cast<T*>(args.grad_weight) + row * args.in_width;
-      for (int64_t n = 0; n < count; ++n)
-        write_row<T, A>(total + n * padded, out + n * args.in_width, args.in_width);
-    }
-    if (args.grad_bias != nullptr) {
-      for (int64_t n = 0; n < count; ++n)
-        write<T, A>(static_cast<T*>(args.grad_bias) + row + n, static_cast<A>(bias_total[n]));
-    }
-  }
-};
 
 }  // namespace
 
@@ -164,9 +54,7 @@ void linear_backward(DType dtype, const LinearArgs& args) {
     if (args.grad_weight != nullptr || args.grad_bias != nullptr) {
       const int64_t blocks = (args.out_width + kOutBlock - 1) / kOutBlock;
       parallel_for(args.experts * blocks, args.threads, [&](int64_t item, int) {
-        const int64_t n0 = item % blocks * kOutBlock;
-        const int64_t count = min64(kOutBlock, args.out_width - n0);
-        WeightGradient<T, A>(args, item / blocks, n0, count).run();
+        WeightGradient<T, T, T, A>(args, item / blocks, item % blocks).run();
       });
     }
   });

@@ -1,5 +1,5 @@
-// Row-wise kernels between the encoder's matrix products: residual + dropout + layer norm, GELU +
-// dropout, residual + dropout + mean pooling, and the choice of each view's rows.
+// Row-wise kernels between the encoder's matrix products: residual + dropout + layer norm, residual
+// + dropout + mean pooling, and the choice of each view's rows.
 //
 // Every kernel reads and writes each element once and is memory-bound; the backward recomputes the
 // dropout masks from (seed, expert, row, column). Sums over rows are computed in fixed chunks,
@@ -258,55 +258,6 @@ void norm_backward(DType dtype, const NormArgs& args) {
       if (args.grad_shift != nullptr)
         write_row<T, A>(total + width, static_cast<T*>(args.grad_shift) + e * width, width);
     }
-  });
-}
-
-void gelu_forward(DType dtype, const GeluArgs& args) {
-  with_dtype(dtype, [&]<typename T>() {
-    using A = typename Compute<T>::Type;
-    const Dropout dropout = dropout_of(args.dropout);
-    const A kept = keep_scale<A>(dropout);
-    for_chunks(args.experts, args.rows, args.threads,
-               [&](int64_t e, int64_t, int64_t first, int64_t last) {
-                 const RowBuffer<A> x(args.width);
-                 for (int64_t r = first; r < last; ++r) {
-                   const int64_t row = e * args.rows + r;
-                   read_row<T, A>(at<T, A>(args.x, row, args.width), x, args.width);
-                   for (int64_t d = 0; d < args.width; d += kLanes<A>) {
-                     Vec<A> cdf, pdf;
-                     const Vec<A> v = load(x + d);
-                     normal_cdf_pdf(v, &cdf, &pdf);
-                     store(x + d, v * cdf);
-                   }
-                   drop_values<A>(x, args.width, dropout, kept, 0, e, r);
-                   write_row<T, A>(x, static_cast<T*>(args.out) + row * args.width, args.width);
-                 }
-               });
-  });
-}
-
-void gelu_backward(DType dtype, const GeluArgs& args) {
-  with_dtype(dtype, [&]<typename T>() {
-    using A = typename Compute<T>::Type;
-    const Dropout dropout = dropout_of(args.dropout);
-    const A kept = keep_scale<A>(dropout);
-    for_chunks(args.experts, args.rows, args.threads,
-               [&](int64_t e, int64_t, int64_t first, int64_t last) {
-                 const RowBuffer<A> x(args.width), grad(args.width);
-                 for (int64_t r = first; r < last; ++r) {
-                   const int64_t row = e * args.rows + r;
-                   read_row<T, A>(at<T, A>(args.x, row, args.width), x, args.width);
-                   read_row<T, A>(at<T, A>(args.grad_out, row, args.width), grad, args.width);
-                   drop_values<A>(grad, args.width, dropout, kept, 0, e, r);
-                   for (int64_t d = 0; d < args.width; d += kLanes<A>) {
-                     Vec<A> cdf, pdf;
-                     const Vec<A> v = load(x + d);
-                     normal_cdf_pdf(v, &cdf, &pdf);
-                     store(grad + d, load(grad + d) * (cdf + v * pdf));
-                   }
-                   write_row<T, A>(grad, static_cast<T*>(args.out) + row * args.width, args.width);
-                 }
-               });
   });
 }
 

@@ -15,64 +15,80 @@ namespace {
 constexpr int64_t kForwardTile = 24;
 constexpr int64_t kBackwardTile = 48;  // the inner depth of two of the five products
 
-// rows x width of a view into rows x padded, zero padded and scaled.
+template <typename A>
+struct Rows {
+  const A* data;
+  int64_t stride;
+  const A* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// Rows of a view in the compute type, zero padded: in place if nothing has to be converted or
+// padded and they are few, because many rows with a large stride do not stay in the cache; else a
+// copy.
 template <typename T, typename A>
-void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t width, int64_t padded, A scale,
-               A* out) {
+Rows<A> packed_rows(const T* in, int64_t stride, int64_t rows, int64_t width, int64_t padded,
+                    A* copy) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (rows <= kShort && padded == width) return {reinterpret_cast<const A*>(in), stride};
+  }
   for (int64_t r = 0; r < rows; ++r) {
-    A* to = out + r * padded;
-    for (int64_t d = 0; d < width; ++d) to[d] = read<T, A>(in + r * stride + d) * scale;
+    A* to = copy + r * padded;
+    for (int64_t d = 0; d < width; ++d) to[d] = read<T, A>(in + r * stride + d);
     for (int64_t d = width; d < padded; ++d) to[d] = 0;
   }
+  return {copy, padded};
 }
 
-// rows <= 128 keys into width x 128, zero padded to whole vectors of keys.
+// rows <= 128 keys into width x 128, scaled and zero padded to whole vectors of keys.
 template <typename T, typename A>
-void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t width, A* out) {
-  const int64_t padded = round_up(rows, kLanes<A>);
-  for (int64_t r0 = 0; r0 < padded; r0 += kLanes<A>) {
+void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t width, A scale, A* out) {
+  const int64_t whole = rows / kLanes<A> * kLanes<A>;
+  for (int64_t r0 = 0; r0 < whole; r0 += kLanes<A>) {
     for (int64_t d = 0; d < width; ++d) {
       A* to = out + d * kKeyBlock + r0;
       for (int64_t r = 0; r < kLanes<A>; ++r)
-        to[r] = r0 + r < rows ? read<T, A>(in + (r0 + r) * stride + d) : A(0);
+        to[r] = read<T, A>(in + (r0 + r) * stride + d) * scale;
     }
   }
+  if (whole == rows) return;
+  for (int64_t d = 0; d < width; ++d) store(out + d * kKeyBlock + whole, Vec<A>{});
+  for (int64_t r = whole; r < rows; ++r)
+    for (int64_t d = 0; d < width; ++d)
+      out[d * kKeyBlock + r] = read<T, A>(in + r * stride + d) * scale;
 }
 
 template <typename T, typename A>
 void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, int64_t rows) {
   const int64_t width = args.width, padded = round_up(width, kLanes<A>);
   const Dropout dropout = dropout_of(args.dropout);
-  const Buffer<A> q(rows * padded), out(rows * padded), maximum(rows), total(rows);
-  const Buffer<A> keys(width * kKeyBlock), values(kKeyBlock * padded);
+  const Buffer<A> q_copy(rows * padded), out(rows * padded), maximum(rows), total(rows);
+  const Buffer<A> keys(width * kKeyBlock), values_copy(kKeyBlock * padded);
   const Buffer<A> tile(kForwardTile * kKeyBlock);
-  pack_rows<T, A>(row_of<T>(args.q, p.group, p.first + row0, p.head), args.q.row_stride, rows,
-                  width, padded, A(args.scale), q);
+  const Rows<A> q = packed_rows<T, A>(row_of<T>(args.q, p.group, p.first + row0, p.head),
+                                      args.q.row_stride, rows, width, padded, q_copy);
   for (int64_t i = 0; i < rows; ++i) maximum[i] = -INFINITY, total[i] = 0;
-  for (int64_t i = 0; i < rows * padded; ++i) out[i] = 0;
-
   for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
     const int64_t count = min64(kKeyBlock, p.length - j0);
     const int64_t count_padded = round_up(count, kLanes<A>);
     pack_transposed<T, A>(row_of<T>(args.k, p.group, p.first + j0, p.head), args.k.row_stride,
-                          count, width, keys);
-    pack_rows<T, A>(row_of<T>(args.v, p.group, p.first + j0, p.head), args.v.row_stride, count,
-                    width, padded, A(1), values);
+                          count, width, A(args.scale), keys);
+    const Rows<A> values = packed_rows<T, A>(row_of<T>(args.v, p.group, p.first + j0, p.head),
+                                             args.v.row_stride, count, width, padded, values_copy);
     for (int64_t i0 = 0; i0 < rows; i0 += kForwardTile) {
       const int64_t tile_rows = min64(kForwardTile, rows - i0);
-      gemm<A>(tile_rows, count_padded, width, q + i0 * padded, padded, 1, keys, kKeyBlock, tile,
-              kKeyBlock, false);
+      gemm<A>(tile_rows, count_padded, width, q[i0], q.stride, 1, keys, kKeyBlock, tile, kKeyBlock,
+              false);
       for (int64_t i = 0; i < tile_rows; ++i) {
         const A factor =
             softmax_row<A>(tile + i * kKeyBlock, count, maximum + i0 + i, total + i0 + i);
-        if (factor != A(1))
+        if (factor != A(1) && j0 > 0)
           for (int64_t d = 0; d < padded; ++d) out[(i0 + i) * padded + d] *= factor;
         if (dropout.active())
           drop_row<A>(tile + i * kKeyBlock, count, dropout, p, p.group * args.problems + p.index,
                       row0 + i0 + i, j0 / kDropoutGroup);
       }
-      gemm<A>(tile_rows, padded, count, tile, kKeyBlock, 1, values, padded, out + i0 * padded,
-              padded, true);
+      gemm<A>(tile_rows, padded, count, tile, kKeyBlock, 1, values.data, values.stride,
+              out + i0 * padded, padded, j0 > 0);
     }
   }
   const A kept = keep_scale<A>(dropout);
@@ -101,9 +117,10 @@ struct BackwardItem {
   int64_t width, padded;
   Dropout dropout;
   A kept;
-  Buffer<A> q, grad_out, grad_q, lse, delta;                 // whole problem
-  Buffer<A> keys, keys_t, values_t, grad_keys, grad_values;  // one key block
-  Buffer<A> probabilities, scores;                           // one tile
+  Buffer<A> q_copy, grad_out_copy, grad_q, lse, delta;            // whole problem
+  Buffer<A> keys_copy, keys_t, values_t, grad_keys, grad_values;  // one key block
+  Buffer<A> probabilities, scores;                                // one tile
+  Rows<A> q, grad_out, keys;
 
   BackwardItem(const AttentionBackward& args, const Problem& p)
       : args(args),
@@ -115,12 +132,12 @@ struct BackwardItem {
         padded(round_up(width, kLanes<A>)),
         dropout(dropout_of(args.forward.dropout)),
         kept(keep_scale<A>(dropout)),
-        q(p.length * padded),
-        grad_out(p.length * padded),
+        q_copy(p.length * padded),
+        grad_out_copy(p.length * padded),
         grad_q(p.length * padded),
         lse(p.length),
         delta(p.length),
-        keys(kKeyBlock * padded),
+        keys_copy(kKeyBlock * padded),
         keys_t(width * kKeyBlock),
         values_t(width * kKeyBlock),
         grad_keys(kKeyBlock * padded),
@@ -138,17 +155,17 @@ struct BackwardItem {
 
   void load_problem() {
     const AttentionForward& f = args.forward;
-    pack_rows<T, A>(row_of<T>(f.q, p.group, p.first, p.head), f.q.row_stride, p.length, width,
-                    padded, A(f.scale), q);
-    pack_rows<T, A>(row_of<T>(args.grad_out, p.group, p.first, p.head), args.grad_out.row_stride,
-                    p.length, width, padded, A(1), grad_out);
+    q = packed_rows<T, A>(row_of<T>(f.q, p.group, p.first, p.head), f.q.row_stride, p.length, width,
+                          padded, q_copy);
+    grad_out = packed_rows<T, A>(row_of<T>(args.grad_out, p.group, p.first, p.head),
+                                 args.grad_out.row_stride, p.length, width, padded, grad_out_copy);
     for (int64_t i = 0; i < p.length; ++i) {
       lse[i] = static_cast<const A*>(f.lse)[element(i)];
       if (lse[i] == A(INFINITY)) lse[i] = A(NAN);  // so that all probabilities of the row are NaN
       delta[i] = 0;
       if constexpr (kExactOutput) {
         const T* out = static_cast<const T*>(f.out) + element(i) * width;
-        for (int64_t d = 0; d < width; ++d) delta[i] += out[d] * grad_out[i * padded + d];
+        for (int64_t d = 0; d < width; ++d) delta[i] += out[d] * grad_out[i][d];
       }
     }
     for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] = 0;
@@ -158,9 +175,9 @@ struct BackwardItem {
     const AttentionForward& f = args.forward;
     const T* k = row_of<T>(f.k, p.group, p.first + j0, p.head);
     const T* v = row_of<T>(f.v, p.group, p.first + j0, p.head);
-    pack_rows<T, A>(k, f.k.row_stride, count, width, padded, A(1), keys);
-    pack_transposed<T, A>(k, f.k.row_stride, count, width, keys_t);
-    pack_transposed<T, A>(v, f.v.row_stride, count, width, values_t);
+    keys = packed_rows<T, A>(k, f.k.row_stride, count, width, padded, keys_copy);
+    pack_transposed<T, A>(k, f.k.row_stride, count, width, A(f.scale), keys_t);
+    pack_transposed<T, A>(v, f.v.row_stride, count, width, A(1), values_t);
     for (int64_t i = 0; i < count * padded; ++i) grad_keys[i] = 0, grad_values[i] = 0;
   }
 
@@ -199,11 +216,11 @@ struct BackwardItem {
   // Scores and, for the gradients of q and k, grad_out . v of a tile of rows against the loaded
   // block of keys.
   void tile_products(int64_t i0, int64_t rows, int64_t keys_padded) {
-    gemm<A>(rows, keys_padded, width, q + i0 * padded, padded, 1, keys_t, kKeyBlock, probabilities,
+    gemm<A>(rows, keys_padded, width, q[i0], q.stride, 1, keys_t, kKeyBlock, probabilities,
             kKeyBlock, false);
     if (!wants_q && !wants_k) return;
-    gemm<A>(rows, keys_padded, width, grad_out + i0 * padded, padded, 1, values_t, kKeyBlock,
-            scores, kKeyBlock, false);
+    gemm<A>(rows, keys_padded, width, grad_out[i0], grad_out.stride, 1, values_t, kKeyBlock, scores,
+            kKeyBlock, false);
   }
 
   void sum_delta() {
@@ -227,19 +244,20 @@ struct BackwardItem {
       load_block(j0, count);
       for (int64_t i0 = 0; i0 < p.length; i0 += kBackwardTile) {
         const int64_t rows = min64(kBackwardTile, p.length - i0);
-        const A *q_tile = q + i0 * padded, *go_tile = grad_out + i0 * padded;
         tile_products(i0, rows, count_padded);
         for (int64_t i = 0; i < rows; ++i) tile_row<false>(i, i0 + i, j0, count);
         if (wants_v)
-          gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, go_tile, padded, grad_values,
-                  padded, true);
+          gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, grad_out[i0], grad_out.stride,
+                  grad_values, padded, true);
         if (wants_k)
-          gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded,
+          gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q[i0], q.stride, grad_keys, padded,
                   true);
         if (wants_q)
-          gemm<A>(rows, padded, count, scores, kKeyBlock, 1, keys, padded, grad_q + i0 * padded,
-                  padded, true);
+          gemm<A>(rows, padded, count, scores, kKeyBlock, 1, keys.data, keys.stride,
+                  grad_q + i0 * padded, padded, true);
       }
+      if (wants_k)
+        for (int64_t i = 0; i < count * padded; ++i) grad_keys[i] *= A(args.forward.scale);
       for (int64_t j = 0; j < count; ++j) {
         if (wants_k)
           write_row<T, A>(grad_keys + j * padded, output_row(args.grad_k, j0 + j), width);

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +37,13 @@ from .sparse import (
 )
 
 
-@dataclass(frozen=True)
-class DenseWeights:
+class DenseWeights(NamedTuple):
     """The MLPs of one encoder layer of all experts."""
 
-    w_in: tuple[Tensor, Tensor]
-    w_out: tuple[Tensor, Tensor]
+    w_in: Tensor
+    b_in: Tensor
+    w_out: Tensor
+    b_out: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def stack_layer(
             require_like([p for mlp in mlps for p in mlp.experts.parameters()], like)
         mlp, mlp_p = first.mlp if called else stack_routed(mlps, dtype), 0.0
     else:
-        mlp = DenseWeights(affine(lambda x: x.mlp.network[0]), affine(lambda x: x.mlp.network[3]))
+        mlp = DenseWeights(*affine(lambda x: x.mlp.network[0]), *affine(lambda x: x.mlp.network[3]))
         mlp_p = rate_of("mlp.network.2", [each.network[2] for each in mlps])
     return LayerWeights(
         norm1=affine(lambda x: x.norm1),
@@ -305,7 +306,7 @@ def encode(
         elif isinstance(layer.mlp, RoutedMLP):
             update = called_update(normed, layer.mlp, plan)
         else:
-            update = dense_update(normed, layer.mlp, seed, layer.mlp_p, backend)
+            update = ops.expert_mlp(normed, *layer.mlp, seed, layer.mlp_p, backend)
         seed = next(seeds)
         if following is None:
             latent = ops.dropout_add_pool(
@@ -317,10 +318,3 @@ def encode(
         )
         qkv = ops.expert_linear(normed, following.qkv, None, backend)
     raise AssertionError("a layer without encoder layers is refused at construction")
-
-
-def dense_update(
-    normed: Tensor, mlp: DenseWeights, seed: Tensor | None, p: float, backend: str
-) -> Tensor:
-    hidden = ops.expert_linear(normed, *mlp.w_in, backend)
-    return ops.expert_linear(ops.gelu_dropout(hidden, seed, p, backend), *mlp.w_out, backend)

@@ -4,8 +4,9 @@ InteractionMoE calls them several times per layer with validated tensors and a b
 Nothing is validated here: the kernels of every backend check shapes, dtypes and devices (ValueError naming the
 argument), and the reference relies on PyTorch's own errors.
 
-Sizes: E experts, R rows, K input and N output width, D width, V views, n rows of one view, S segments. All
-floating-point tensors of a call have one dtype: float32, bfloat16, float16, or float64 if the backend supports it.
+Sizes: E experts, R rows, K input, F hidden and N output width, D width, V views, n rows of one view, S segments.
+All floating-point tensors of a call have one dtype: float32, bfloat16, float16, or float64 if the backend
+supports it.
 Kernels are differentiable once, and deterministic for any number of threads. Dropout with rate p uses the
 counters of core.dropout with `seed` (one int64); if the seed is None, nothing is dropped.
 """
@@ -58,11 +59,24 @@ def dropout_add_norm(
     return _OPS.dropout_add_norm(residual, update, gain, shift, seed, p, eps, backend)[:2]
 
 
-def gelu_dropout(x: Tensor, seed: Tensor | None, p: float, backend: str) -> Tensor:
-    """Return dropout(GELU(x)) for x (E, R, D), with the exact error function."""
+def expert_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    seed: Tensor | None,
+    p: float,
+    backend: str,
+) -> Tensor:
+    """Return dropout(GELU(x w_in^T + b_in)) w_out^T + b_out (E, R, N), with the exact error function.
+
+    x (E, R, K), w_in (E, F, K), b_in (E, F), w_out (E, N, F), b_out (E, N). 2 E R F (K + N) FLOP; keeps the
+    hidden rows (E, R, F) before the GELU for the backward.
+    """
     if backend == REFERENCE:
-        return reference.gelu_dropout(x, seed, p)
-    return _OPS.gelu_dropout(x, seed, p, backend)
+        return reference.expert_mlp(x, w_in, b_in, w_out, b_out, seed, p)
+    return _OPS.expert_mlp(x, w_in, b_in, w_out, b_out, seed, p, backend)[0]
 
 
 def dropout_add_pool(

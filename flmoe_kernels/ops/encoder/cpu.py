@@ -147,29 +147,68 @@ def norm_backward(
     return rows[0], rows[1], affine[0], affine[1]
 
 
-def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    expect("x", x, x.shape, x.dtype)
-    x = x.contiguous()
-    out = empty(x.shape, x)
-    native().gelu_forward(
-        dtype_code(x), address(x), address(out), *_dropout(seed, p), *x.shape, threads()
-    )
-    return out
+def _mlp_sizes(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[int, ...]:
+    _expect_linear(x, w_in)
+    experts, hidden_width, in_width = w_in.shape
+    out_width = w_out.shape[1]
+    expect("w_out", w_out, (experts, out_width, hidden_width), x.dtype)
+    return experts, x.shape[1], in_width, hidden_width, out_width
 
 
-def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    for name, each in (("x", x), ("grad_out", grad_out)):
-        expect(name, each, x.shape, x.dtype)
-    x, grad_out = x.contiguous(), grad_out.contiguous()
-    grad_x = empty(x.shape, x)
-    native().gelu_backward(
+def mlp(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    seed: Tensor | None,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the hidden rows before the GELU."""
+    sizes = _mlp_sizes(x, w_in, w_out)
+    for name, bias, weight in (("b_in", b_in, w_in), ("b_out", b_out, w_out)):
+        expect(name, bias, weight.shape[:2], x.dtype)
+    operands = [each.contiguous() for each in (x, w_in, w_out, b_in, b_out)]
+    out, hidden = (empty((*x.shape[:2], weight.shape[1]), x) for weight in (w_out, w_in))
+    native().mlp_forward(
         dtype_code(x),
-        *map(address, (x, grad_out, grad_x)),
+        *map(address, operands),
         *_dropout(seed, p),
-        *x.shape,
+        *map(address, (hidden, out)),
+        sizes,
         threads(),
     )
-    return grad_x
+    return out, hidden
+
+
+def mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    seed: Tensor | None,
+    p: float,
+    wants: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, w_in, b_in, w_out and b_out; those not requested are empty."""
+    sizes = _mlp_sizes(x, w_in, w_out)
+    for name, rows, weight in (("grad_out", grad_out, w_out), ("hidden", hidden, w_in)):
+        expect(name, rows, (*x.shape[:2], weight.shape[1]), x.dtype)
+    grad_out, hidden = grad_out.contiguous(), hidden.contiguous()
+    operands = [each.contiguous() for each in (x, w_in, w_out)]
+    shapes = (x.shape, w_in.shape, w_in.shape[:2], w_out.shape, w_out.shape[:2])
+    grads = [empty(shape if want else (0,), x) for shape, want in zip(shapes, wants, strict=True)]
+    native().mlp_backward(
+        dtype_code(x),
+        *map(address, operands),
+        *_dropout(seed, p),
+        *map(address, (hidden, grad_out)),
+        *map(_address_if, grads, wants),
+        sizes,
+        threads(),
+    )
+    return tuple(grads)
 
 
 def _pool_sizes(shape: torch.Size, cu_segments: Tensor, views: int) -> tuple[int, ...]:

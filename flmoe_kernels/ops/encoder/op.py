@@ -25,7 +25,7 @@ _DROP = "Tensor? seed, float p"
 
 
 def _kernels(backend: str) -> Any:
-    """The backend's module with linear, norm, gelu, pool, views_of and their backward functions."""
+    """The backend's module with linear, norm, mlp, pool, views_of and their backward functions."""
     match backend:
         case "cpu":
             from . import cpu
@@ -199,33 +199,74 @@ define(
 )
 
 
-# ---- gelu_dropout ----
+# ---- expert_mlp ----
 
 
-def _gelu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, seed, ctx.p, ctx.backend = inputs
-    ctx.save_for_backward(x, seed)
+def _mlp_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, w_in, _, w_out, _, seed, ctx.p, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], w_in, w_out, seed)
 
 
-def _gelu_autograd(ctx: Any, grad: Tensor) -> tuple:
-    grad_x = _OPS.gelu_dropout_backward(grad, *ctx.saved_tensors, ctx.p, ctx.backend)
-    return grad_x, None, None, None
+def _mlp_autograd(ctx: Any, grad: Tensor | None, _hidden: None) -> tuple:
+    if grad is None:
+        return (None,) * 8
+    wants = ctx.needs_input_grad[:5]
+    grads = _OPS.expert_mlp_backward(grad, *ctx.saved_tensors, ctx.p, wants, ctx.backend)
+    return *_wanted(grads, wants), *(None,) * 3
+
+
+def _mlp_backward_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    seed: Tensor | None,
+    p: float,
+    wants: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    like = (x, w_in, w_in[:, :, 0], w_out, w_out[:, :, 0])
+    return tuple(map(_like, like, wants))
+
+
+def _mlp_flops(x: Tensor, w_in: Tensor, _b_in: Tensor, w_out: Tensor, *_rest: Any) -> int:
+    return _linear_flops(x, w_in, None) + 2 * x.shape[1] * w_out.numel()
+
+
+def _mlp_backward_flops(
+    _grad: Tensor,
+    x: Tensor,
+    _hidden: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    _seed: Tensor | None,
+    _p: float,
+    wants: Sequence[bool],
+) -> int:
+    want_x, want_in, _, want_out, _ = wants
+    through_w_out = 2 * x.shape[1] * w_out.numel()
+    return (want_x + want_in) * _linear_flops(x, w_in, None) + (1 + want_out) * through_w_out
 
 
 define(
-    "gelu_dropout",
-    f"(Tensor x, {_DROP}) -> Tensor",
-    _run("gelu"),
-    lambda x, *rest: _like(x),
-    (_gelu_setup, _gelu_autograd),
-    flops=no_products,
+    "expert_mlp",
+    f"(Tensor x, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out, {_DROP}) -> (Tensor, Tensor)",
+    _run("mlp"),
+    lambda x, w_in, b_in, w_out, *rest: tuple(
+        x.new_empty((*x.shape[:2], weight.shape[1])) for weight in (w_out, w_in)
+    ),
+    (_mlp_setup, _mlp_autograd),
+    flops=_mlp_flops,
 )
 define(
-    "gelu_dropout_backward",
-    f"(Tensor grad_out, Tensor x, {_DROP}) -> Tensor",
-    _run("gelu_backward"),
-    lambda grad_out, x, *rest: _like(x),
-    flops=no_products,
+    "expert_mlp_backward",
+    "(Tensor grad_out, Tensor x, Tensor hidden, Tensor w_in, Tensor w_out, "
+    f"{_DROP}, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run("mlp_backward"),
+    _mlp_backward_fake,
+    flops=_mlp_backward_flops,
 )
 
 
@@ -355,7 +396,7 @@ first_order_only(
     "encoder_inference",
     "expert_linear_backward",
     "dropout_add_norm_backward",
-    "gelu_dropout_backward",
+    "expert_mlp_backward",
     "dropout_add_pool_backward",
     "expand_views_backward",
 )

@@ -1,6 +1,6 @@
 """The encoder's operators in plain PyTorch, with the same dropout masks.
 
-E experts, R rows, K input and N output width, D width, V views, n rows of one view, S segments.
+E experts, R rows, K input, F hidden and N output width, D width, V views, n rows of one view, S segments.
 """
 
 from __future__ import annotations
@@ -52,9 +52,18 @@ def dropout_add_norm(
     return total, expert_norm(total, gain, shift, eps)
 
 
-def gelu_dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """Return dropout(GELU(x)) for x (E, R, D), with the exact error function."""
-    return dropout(F.gelu(x), seed, p)
+def expert_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    seed: Tensor | None,
+    p: float,
+) -> Tensor:
+    """Return dropout(GELU(x w_in^T + b_in)) w_out^T + b_out, with the exact error function."""
+    hidden = dropout(F.gelu(expert_linear(x, w_in, b_in)), seed, p)
+    return expert_linear(hidden, w_out, b_out)
 
 
 def dropout_add_pool(

@@ -1,9 +1,8 @@
 """The encoder's operators through Triton: the functions of encoder/cpu.py, on tensors of a GPU."""
 
 from .linear import linear, linear_backward
+from .mlp import mlp, mlp_backward
 from .rows import (
-    gelu,
-    gelu_backward,
     norm,
     norm_backward,
     pool,
@@ -13,10 +12,10 @@ from .rows import (
 )
 
 __all__ = [
-    "gelu",
-    "gelu_backward",
     "linear",
     "linear_backward",
+    "mlp",
+    "mlp_backward",
     "norm",
     "norm_backward",
     "pool",
