@@ -1,0 +1,131 @@
+// Rows of routed_mlp: blocks of one expert's rows, packed weights, and the sum over a token's
+// choices.
+#pragma once
+
+#include "cpu/panels.h"
+
+namespace flmoe::FLMOE_ISA {
+
+constexpr int64_t kRowBlock = 96;  // 16 register tiles
+
+// Rows [first, first + count) of the permutation, all of one expert; at: the first one's row in
+// scratch memory.
+struct RowBlock {
+  int64_t expert, first, count, at;
+};
+
+struct RowBlocks {
+  Buffer<RowBlock> block;
+  int64_t count = 0, rows = 0;
+
+  RowBlocks(int64_t most_rows, int64_t experts) : block(most_rows / kRowBlock + experts) {}
+
+  void clear() { count = rows = 0; }
+  void add(int64_t expert, int64_t first, int64_t end) {
+    for (; first < end; first += kRowBlock) {
+      block[count++] = {expert, first, min64(kRowBlock, end - first), rows};
+      rows += block[count - 1].count;
+    }
+  }
+};
+
+// Elements from row to row in scratch memory: an odd number of cache lines, so that the rows of a
+// column lie in different sets of the cache.
+template <typename A>
+int64_t row_stride(int64_t columns) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
+  return round_up(columns, 2 * kLine) + kLine;
+}
+
+// A weight of all experts, packed and shared by the threads. A null weight is not used.
+template <typename T, typename A>
+struct PackedWeight {
+  int64_t size, depth;  // of one expert
+  Buffer<A> panels;
+
+  // (depth x columns) per expert; element (k, n) of expert e lies at e * stride + k * ks + n * ns.
+  PackedWeight(const RoutedArgs& in, const void* weight, int64_t stride, int64_t rows,
+               int64_t columns, int64_t ks, int64_t ns)
+      : size(packed_size<A>(rows, columns)),
+        depth(rows),
+        panels(weight == nullptr ? 0 : in.experts * size) {
+    if (weight != nullptr)
+      pack_all<T, A>(static_cast<const T*>(weight), in.experts, stride, rows, columns, ks, ns,
+                     in.threads, panels);
+  }
+
+  // The panel that starts at a column.
+  const A* panel(int64_t expert, int64_t column) const {
+    return panels + expert * size + column * depth;
+  }
+};
+
+// The packed weights of one direction: forward w_in, w_out and w_gate, backward w_out, w_in and
+// w_gate.
+template <typename T, typename A>
+struct PackedWeights {
+  PackedWeight<T, A> first, second, gate;
+};
+
+// Calls body(column, columns) for every panel of a matrix with this number of columns.
+template <typename A, typename F>
+void each_panel(int64_t columns, const F& body) {
+  for (int64_t n = 0; n < columns; n += kPanel<A>) body(n, min64(kPanel<A>, columns - n));
+}
+
+// out (rows x columns, padded to whole vectors) = in (rows x depth) times a panel, or is increased
+// by it.
+template <typename A>
+void times_panel(const A* in, int64_t in_stride, int64_t rows, int64_t depth, const A* panel,
+                 int64_t columns, A* out, int64_t out_stride, bool accumulate = false) {
+  gemm<A>(rows, round_up(columns, kLanes<A>), depth, in, in_stride, 1, panel, kPanel<A>, out,
+          out_stride, accumulate);
+}
+
+// Bias of all experts at an offset, or null.
+template <typename T>
+const T* bias_at(const void* bias, int64_t offset) {
+  return bias == nullptr ? nullptr : static_cast<const T*>(bias) + offset;
+}
+
+template <typename T, typename A>
+void gather_tokens(const RoutedArgs& in, const void* source, const RowBlock& block, A* out) {
+  const int64_t stride = row_stride<A>(in.width);
+  for (int64_t r = 0; r < block.count; ++r) {
+    const int64_t token = in.permutation[block.first + r] / in.choices;
+    read_row<T, A>(static_cast<const T*>(source) + token * in.width, out + r * stride, in.width);
+  }
+}
+
+// out[n] = sum over k of weight[n, k] * rows[place[n, k]] for a number of tokens, in the order of
+// k; a place of -1 adds nothing, a null weight is 1.
+template <typename T, typename A>
+void combine(const RoutedArgs& in, int64_t tokens, const A* rows, const int32_t* place,
+             const T* weight, T* out) {
+  constexpr int64_t kTokens = 64;
+  const int64_t stride = row_stride<A>(in.width);
+  parallel_for((tokens + kTokens - 1) / kTokens, in.threads, [&](int64_t item, int) {
+    const Buffer<A> sum(in.width);
+    for (int64_t n = item * kTokens; n < min64((item + 1) * kTokens, tokens); ++n) {
+      for (int64_t d = 0; d < in.width; ++d) sum[d] = 0;
+      for (int64_t flat = n * in.choices; flat < (n + 1) * in.choices; ++flat) {
+        if (place[flat] < 0) continue;
+        const A* row = rows + place[flat] * stride;
+        const A factor = weight == nullptr ? A(1) : read<T, A>(weight + flat);
+        for (int64_t d = 0; d < in.width; ++d) sum[d] += factor * row[d];
+      }
+      write_row<T, A>(sum, out + n * in.width, in.width);
+    }
+  });
+}
+
+// Calls body.template operator()<whether the experts are gated>().
+template <typename F>
+void with_gate(const RoutedArgs& in, const F& body) {
+  if (in.w_gate != nullptr)
+    body.template operator()<true>();
+  else
+    body.template operator()<false>();
+}
+
+}  // namespace flmoe::FLMOE_ISA
