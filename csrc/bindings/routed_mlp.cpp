@@ -37,7 +37,10 @@ flmoe::RoutedArgs routed_args(const Tensors& tensors, const Sizes& sizes, const 
       throw std::invalid_argument("permutation: expected ascending places of each expert's rows");
     last = args.offsets[e];
   }
-  args.act = act, args.threads = threads;
+  // Starting threads takes longer than small products.
+  constexpr int64_t kSerial = int64_t{1} << 18;
+  const bool small = (rows + args.experts) * args.width * args.hidden < kSerial;
+  args.act = act, args.threads = small ? 1 : threads;
   return args;
 }
 

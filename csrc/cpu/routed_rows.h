@@ -29,29 +29,40 @@ struct RowBlocks {
   }
 };
 
-// Elements from row to row in scratch memory: an odd number of cache lines, so that the rows of a
-// column lie in different sets of the cache.
+// Elements from row to row in scratch memory: room for one more column, and an odd number of cache
+// lines, so that the rows of a column lie in different sets of the cache.
 template <typename A>
 int64_t row_stride(int64_t columns) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
-  return round_up(columns, 2 * kLine) + kLine;
+  return round_up(columns + 1, 2 * kLine) + kLine;
 }
 
-// A weight of all experts, packed and shared by the threads. A null weight is not used.
+// A weight of the experts with rows, packed and shared by the threads. With a bias, it is one row
+// deeper, and the other operand has a last column of ones. A null weight is not used.
 template <typename T, typename A>
 struct PackedWeight {
-  int64_t size, depth;  // of one expert
+  int64_t depth, size;  // of one expert
   Buffer<A> panels;
 
-  // (depth x columns) per expert; element (k, n) of expert e lies at e * stride + k * ks + n * ns.
+  // (rows x columns) per expert; element (k, n) of expert e lies at e * stride + k * ks + n * ns.
   PackedWeight(const RoutedArgs& in, const void* weight, int64_t stride, int64_t rows,
-               int64_t columns, int64_t ks, int64_t ns)
-      : size(packed_size<A>(rows, columns)),
-        depth(rows),
+               int64_t columns, int64_t ks, int64_t ns, const void* bias = nullptr)
+      : depth(rows + (bias != nullptr)),
+        size(packed_size<A>(depth, columns)),
         panels(weight == nullptr ? 0 : in.experts * size) {
-    if (weight != nullptr)
-      pack_all<T, A>(static_cast<const T*>(weight), in.experts, stride, rows, columns, ks, ns,
-                     in.threads, panels);
+    if (weight == nullptr) return;
+    const int64_t blocks = panels_of<A>(columns);
+    parallel_for(in.experts * blocks, in.threads, [&](int64_t item, int) {
+      const int64_t e = item / blocks, n0 = item % blocks * kPanel<A>;
+      if (in.offsets[e] == in.offsets[e + 1]) return;
+      const int64_t count = min64(kPanel<A>, columns - n0);
+      const T* from = static_cast<const T*>(weight) + e * stride + n0 * ns;
+      A* to = panels + item * depth * kPanel<A>;
+      pack_panel<T, A>(from, ks, ns, rows, count, to);
+      if (bias != nullptr)
+        pack_panel<T, A>(static_cast<const T*>(bias) + e * columns + n0, 0, 1, 1, count,
+                         to + rows * kPanel<A>);
+    });
   }
 
   // The panel that starts at a column.
@@ -80,12 +91,6 @@ void times_panel(const A* in, int64_t in_stride, int64_t rows, int64_t depth, co
                  int64_t columns, A* out, int64_t out_stride, bool accumulate = false) {
   gemm<A>(rows, round_up(columns, kLanes<A>), depth, in, in_stride, 1, panel, kPanel<A>, out,
           out_stride, accumulate);
-}
-
-// Bias of all experts at an offset, or null.
-template <typename T>
-const T* bias_at(const void* bias, int64_t offset) {
-  return bias == nullptr ? nullptr : static_cast<const T*>(bias) + offset;
 }
 
 template <typename T, typename A>

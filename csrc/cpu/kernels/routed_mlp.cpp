@@ -2,11 +2,11 @@
 //
 // Tokens are processed in chunks whose rows stay in the cache until they are added. One item is a
 // block of up to 96 rows of one expert in the chunk: it gathers their tokens and computes a panel
-// of the hidden layer at a time, for gated experts also the gate's; a panel starts from the bias,
-// is saved for the backward if there will be one, and is activated in place. The last product
-// reads the hidden layer from the cache. The rows are then added per token in the order of its
-// choices, so that the result depends neither on threads nor on chunks. Bound: 4 D F FLOP per row,
-// gated 6 D F.
+// of the hidden layer at a time, for gated experts also the gate's; a panel is saved if there will
+// be a backward, and activated in place. The last product reads the hidden layer from the cache.
+// Biases are a further row of the packed weights. The rows are then added per token in the order of
+// its choices, so that the result depends neither on threads nor on chunks. Bound: 4 D F FLOP per
+// row, gated 6 D F.
 #include "cpu/activations.h"
 #include "cpu/routed_rows.h"
 
@@ -15,17 +15,6 @@ namespace {
 
 // Rows of a chunk: several blocks per thread and per expert.
 constexpr int64_t kChunkPerThread = 24 * kRowBlock, kChunkPerExpert = 4 * kRowBlock;
-
-// out (rows x columns) = bias + in times a panel; bias may be null.
-template <typename T, typename A>
-void times_panel_plus(const A* in, int64_t in_stride, int64_t rows, int64_t depth, const A* panel,
-                      const T* bias, int64_t columns, A* out, int64_t out_stride) {
-  if (bias != nullptr) {
-    read_row<T, A>(bias, out, columns);
-    for (int64_t r = 1; r < rows; ++r) std::memcpy(out + r * out_stride, out, columns * sizeof(A));
-  }
-  times_panel<A>(in, in_stride, rows, depth, panel, columns, out, out_stride, bias != nullptr);
-}
 
 // hidden = act(hidden) of one row, or act(gate) * hidden, in whole vectors.
 template <typename A, bool kGated>
@@ -49,13 +38,13 @@ void forward_block(const RoutedForward& args, const PackedWeights<T, A>& packed,
   const Buffer<A> tokens(kRowBlock * width_stride), hidden(kRowBlock * hidden_stride);
   const Buffer<A> gate(kGated ? kRowBlock * kPanel<A> : 0);
   gather_tokens<T, A>(in, in.x, block, tokens);
+  for (int64_t r = 0; r < count; ++r) tokens[r * width_stride + width] = 1;
   each_panel<A>(in.hidden, [&](int64_t n, int64_t columns) {
-    const int64_t bias = e * in.hidden + n;
-    times_panel_plus<T, A>(tokens, width_stride, count, width, packed.first.panel(e, n),
-                           bias_at<T>(in.b_in, bias), columns, hidden + n, hidden_stride);
+    times_panel<A>(tokens, width_stride, count, packed.first.depth, packed.first.panel(e, n),
+                   columns, hidden + n, hidden_stride);
     if constexpr (kGated)
-      times_panel_plus<T, A>(tokens, width_stride, count, width, packed.gate.panel(e, n),
-                             bias_at<T>(in.b_gate, bias), columns, gate, kPanel<A>);
+      times_panel<A>(tokens, width_stride, count, packed.gate.depth, packed.gate.panel(e, n),
+                     columns, gate, kPanel<A>);
     for (int64_t r = 0; r < count; ++r) {
       A* row = hidden + r * hidden_stride + n;
       const A* row_gate = kGated ? gate + r * kPanel<A> : nullptr;
@@ -68,9 +57,10 @@ void forward_block(const RoutedForward& args, const PackedWeights<T, A>& packed,
       activate_row<A, kGated>(act, row_gate, row, columns);
     }
   });
+  for (int64_t r = 0; r < count; ++r) hidden[r * hidden_stride + in.hidden] = 1;
   each_panel<A>(width, [&](int64_t n, int64_t columns) {
-    times_panel_plus<T, A>(hidden, hidden_stride, count, in.hidden, packed.second.panel(e, n),
-                           bias_at<T>(in.b_out, e * width + n), columns, rows + n, width_stride);
+    times_panel<A>(hidden, hidden_stride, count, packed.second.depth, packed.second.panel(e, n),
+                   columns, rows + n, width_stride);
   });
 }
 
@@ -125,9 +115,9 @@ void routed_forward(DType dtype, const RoutedForward& args) {
     const RoutedArgs& in = args.in;
     const int64_t width = in.width, hidden = in.hidden;
     const PackedWeights<T, A> packed{
-        {in, in.w_in, in.w_in_stride, width, hidden, 1, width},
-        {in, in.w_out, width * hidden, hidden, width, 1, hidden},
-        {in, in.w_gate, in.w_gate_stride, width, hidden, 1, width},
+        {in, in.w_in, in.w_in_stride, width, hidden, 1, width, in.b_in},
+        {in, in.w_out, width * hidden, hidden, width, 1, hidden, in.b_out},
+        {in, in.w_gate, in.w_gate_stride, width, hidden, 1, width, in.b_gate},
     };
     with_gate(in, [&]<bool kGated>() { forward_chunks<T, A, kGated>(args, packed); });
   });
