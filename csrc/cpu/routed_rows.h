@@ -1,5 +1,4 @@
-// Rows of routed_mlp: blocks of one expert's rows, packed weights, and the sum over a token's
-// choices.
+// Rows of routed_mlp: blocks of one expert's rows, packed weights, gathered tokens.
 #pragma once
 
 #include "cpu/panels.h"
@@ -16,15 +15,22 @@ struct RowBlock {
 
 struct RowBlocks {
   Buffer<RowBlock> block;
-  int64_t count = 0, rows = 0;
+  int64_t threads, count = 0, rows = 0;
 
-  RowBlocks(int64_t most_rows, int64_t experts) : block(most_rows / kRowBlock + experts) {}
+  RowBlocks(int64_t most_rows, const RoutedArgs& in)
+      : block((most_rows / kRowBlock + in.experts) * 5 / 4 + 1),  // see add
+        threads(in.threads > 1 ? in.threads : 1) {}
 
   void clear() { count = rows = 0; }
+  // Many rows become equally many equal blocks for every thread.
   void add(int64_t expert, int64_t first, int64_t end) {
-    for (; first < end; first += kRowBlock) {
-      block[count++] = {expert, first, min64(kRowBlock, end - first), rows};
-      rows += block[count - 1].count;
+    const int64_t whole = (end - first + kRowBlock - 1) / kRowBlock;
+    const int64_t blocks = whole < 4 * threads ? whole : round_up(whole, threads);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t from = first + (end - first) * i / blocks;
+      const int64_t size = first + (end - first) * (i + 1) / blocks - from;
+      block[count++] = {expert, from, size, rows};
+      rows += size;
     }
   }
 };
@@ -102,26 +108,17 @@ void gather_tokens(const RoutedArgs& in, const void* source, const RowBlock& blo
   }
 }
 
-// out[n] = sum over k of weight[n, k] * rows[place[n, k]] for a number of tokens, in the order of
-// k; a place of -1 adds nothing, a null weight is 1.
-template <typename T, typename A>
-void combine(const RoutedArgs& in, int64_t tokens, const A* rows, const int32_t* place,
-             const T* weight, T* out) {
-  constexpr int64_t kTokens = 64;
-  const int64_t stride = row_stride<A>(in.width);
-  parallel_for((tokens + kTokens - 1) / kTokens, in.threads, [&](int64_t item, int) {
-    const Buffer<A> sum(in.width);
-    for (int64_t n = item * kTokens; n < min64((item + 1) * kTokens, tokens); ++n) {
-      for (int64_t d = 0; d < in.width; ++d) sum[d] = 0;
-      for (int64_t flat = n * in.choices; flat < (n + 1) * in.choices; ++flat) {
-        if (place[flat] < 0) continue;
-        const A* row = rows + place[flat] * stride;
-        const A factor = weight == nullptr ? A(1) : read<T, A>(weight + flat);
-        for (int64_t d = 0; d < in.width; ++d) sum[d] += factor * row[d];
-      }
-      write_row<T, A>(sum, out + n * in.width, in.width);
-    }
-  });
+// The first of the rows [first, end), in ascending order of the permutation, whose position is at
+// least `position`.
+inline int64_t find_row(const int32_t* permutation, int64_t first, int64_t end, int64_t position) {
+  while (first < end) {
+    const int64_t middle = first + (end - first) / 2;
+    if (permutation[middle] < position)
+      first = middle + 1;
+    else
+      end = middle;
+  }
+  return first;
 }
 
 // Calls body.template operator()<whether the experts are gated>().

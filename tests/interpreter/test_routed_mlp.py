@@ -302,7 +302,9 @@ def test_inconsistent_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"b_gate: expected None without w_gate"):
         OPS.routed_mlp(x, weight, *tail[:5], b_in, offsets, permutation, 0, True, TRITON)
     with pytest.raises(ValueError, match=r"w_gate: expected torch\.float32 \(4, 9, 6\)"):
-        OPS.routed_mlp(x, weight, *tail[:4], w_in[:, 1:], None, offsets, permutation, 0, True, TRITON)
+        OPS.routed_mlp(
+            x, weight, *tail[:4], w_in[:, 1:], None, offsets, permutation, 0, True, TRITON
+        )
     rows = 2**30 + 1
     many = [x[:1].expand(rows, -1), weight[:1, :1].expand(rows, 1), *tail]
     many += [permutation[:1].expand(rows)]

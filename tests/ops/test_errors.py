@@ -251,4 +251,6 @@ def test_operator_and_compiled_code_refuse_an_index_out_of_range() -> None:
     with pytest.raises(ValueError, match="offsets: expected non-decreasing"):
         torch.ops.flmoe.routed_mlp(*inputs, offsets, permutation, 0, False, "cpu")
     with pytest.raises(ValueError, match="permutation: expected ascending"):
-        torch.ops.flmoe.routed_mlp(*inputs, offsets.clamp(max=10), permutation.flip(0), 0, False, "cpu")
+        torch.ops.flmoe.routed_mlp(
+            *inputs, offsets.clamp(max=10), permutation.flip(0), 0, False, "cpu"
+        )

@@ -118,9 +118,7 @@ class RoutedTests:
             tail = (*parameters, offsets, permutation, 0)
             leaves = [t.detach().requires_grad_() for t in (x, weight)]
             torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail, True, self.backend))
-            torch.library.opcheck(
-                OPS.routed_mlp.default, (x, weight, *tail, False, self.backend)
-            )
+            torch.library.opcheck(OPS.routed_mlp.default, (x, weight, *tail, False, self.backend))
             out, hidden = OPS.routed_mlp(x, weight, *tail, True, self.backend)
             given = (torch.ones_like(out), hidden, x, weight, *tail)
             wants = [True, True, *(p is not None for p in parameters)]

@@ -64,17 +64,26 @@ void forward_block(const RoutedForward& args, const PackedWeights<T, A>& packed,
   });
 }
 
-// The first of the rows [first, end), in ascending order of the permutation, whose position is at
-// least `position`.
-int64_t find_row(const int32_t* permutation, int64_t first, int64_t end, int64_t position) {
-  while (first < end) {
-    const int64_t middle = first + (end - first) / 2;
-    if (permutation[middle] < position)
-      first = middle + 1;
-    else
-      end = middle;
-  }
-  return first;
+// out[n] = sum over k of weight[n, k] * rows[place[n, k]] for a number of tokens, in the order of
+// k; a place of -1 adds nothing.
+template <typename T, typename A>
+void combine(const RoutedArgs& in, int64_t tokens, const A* rows, const int32_t* place,
+             const T* weight, T* out) {
+  constexpr int64_t kTokens = 64;
+  const int64_t stride = row_stride<A>(in.width);
+  parallel_for((tokens + kTokens - 1) / kTokens, in.threads, [&](int64_t item, int) {
+    const Buffer<A> sum(in.width);
+    for (int64_t n = item * kTokens; n < min64((item + 1) * kTokens, tokens); ++n) {
+      for (int64_t d = 0; d < in.width; ++d) sum[d] = 0;
+      for (int64_t flat = n * in.choices; flat < (n + 1) * in.choices; ++flat) {
+        if (place[flat] < 0) continue;
+        const A* row = rows + place[flat] * stride;
+        const A factor = read<T, A>(weight + flat);
+        for (int64_t d = 0; d < in.width; ++d) sum[d] += factor * row[d];
+      }
+      write_row<T, A>(sum, out + n * in.width, in.width);
+    }
+  });
 }
 
 template <typename T, typename A, bool kGated>
@@ -85,7 +94,7 @@ void forward_chunks(const RoutedForward& args, const PackedWeights<T, A>& packed
   const int64_t stride = row_stride<A>(in.width);
   const Buffer<A> rows(most * in.choices * stride);
   const Buffer<int32_t> place(most * in.choices);
-  RowBlocks blocks(most * in.choices, in.experts);
+  RowBlocks blocks(most * in.choices, in);
   for (int64_t first = 0; first < in.tokens; first += most) {
     const int64_t tokens = min64(most, in.tokens - first);
     const int64_t begin = first * in.choices, end = begin + tokens * in.choices;

@@ -3,20 +3,21 @@
 // Rows are processed in pieces, by expert, so that what the passes over a piece exchange stays in
 // the cache. First, one item is a block of up to 96 rows of one expert: it gathers their tokens and
 // output gradients once, and computes the gradients of the hidden layer, a panel at a time, of the
-// routing weights and of the tokens. Then an item owns 64 rows of the gradient of w_in, w_gate or
+// routing weights and of the tokens. Then an item owns 66 rows of the gradient of w_in, w_gate or
 // (transposed) w_out and adds the products of the expert's rows to it in their order, in steps that
-// do not depend on threads. At last, the gradients of a token's rows are added in the order of its
-// choices. Bound: 8 D F FLOP per row, gated 12 D F.
+// do not depend on threads. The gradients of a token's rows are added in the order of its experts.
+// Bound: 8 D F FLOP per row, gated 12 D F.
 #include "cpu/activations.h"
 #include "cpu/routed_rows.h"
 
 namespace flmoe::FLMOE_ISA {
 namespace {
 
-constexpr int64_t kOutBlock = 64;  // rows of a weight's gradient per item
-constexpr int64_t kDepth = 96;     // rows per product: operands of a tile's columns fit L1
+constexpr int64_t kTokens = 1024;  // whose gradients an item adds
+constexpr int64_t kOutBlock = 66;  // rows of a weight's gradient per item
+constexpr int64_t kDepth = 192;    // rows per product
 // Rows of a piece per thread: several blocks, and a multiple of kDepth.
-constexpr int64_t kPiecePerThread = 12 * kDepth;
+constexpr int64_t kPiecePerThread = 6 * kDepth;
 
 // Whether the gradient of the hidden layer is wanted, directly or for other gradients.
 inline bool wants_hidden(const RoutedBackward& args) {
@@ -34,13 +35,14 @@ struct Piece {
 template <typename A>
 struct PieceRows {
   int64_t width_stride, hidden_stride;
-  Buffer<A> x, grad_out, grad_hidden, grad_gate, weighted, weight;
+  Buffer<A> x, grad_out, grad_x, grad_hidden, grad_gate, weighted, weight;
 
   PieceRows(const RoutedArgs& in, int64_t rows)
       : width_stride(row_stride<A>(in.width)),
         hidden_stride(row_stride<A>(in.hidden)),
         x(rows * width_stride),
         grad_out(rows * width_stride),
+        grad_x(rows * width_stride),
         grad_hidden(rows * hidden_stride),
         grad_gate(in.w_gate == nullptr ? 0 : rows * hidden_stride),
         weighted(rows * hidden_stride),
@@ -86,10 +88,10 @@ void hidden_row_gradient(Activation act, A weight, int64_t count, const HiddenRo
   store(dots, sums);
 }
 
-// Gradients of the block's hidden layer, routing weights and, in `rows`, tokens.
+// Gradients of the block's hidden layer, routing weights and tokens.
 template <typename T, typename A, bool kGated>
 void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packed,
-                    const RowBlock& block, const PieceRows<A>& piece, A* rows) {
+                    const RowBlock& block, const PieceRows<A>& piece) {
   const RoutedArgs& in = args.in;
   const int64_t e = block.expert, width = in.width, count = block.count;
   const int64_t width_stride = piece.width_stride, hidden_stride = piece.hidden_stride;
@@ -133,6 +135,7 @@ void backward_block(const RoutedBackward& args, const PackedWeights<T, A>& packe
     write<T, A>(static_cast<T*>(args.grad_weight) + in.permutation[block.first + r], total);
   }
   if (args.grad_x == nullptr) return;
+  A* rows = piece.grad_x + block.at * width_stride;
   each_panel<A>(width, [&](int64_t n, int64_t columns) {
     times_panel<A>(grad_hidden, hidden_stride, count, in.hidden, packed.second.panel(e, n), columns,
                    rows + n, width_stride);
@@ -243,42 +246,76 @@ void each_piece(const RoutedArgs& in, int64_t most, const F& body) {
   }
 }
 
+// Adds the gradients of a piece's rows to the sums of the tokens [first, end), by expert.
+template <typename A>
+void add_to_tokens(const RoutedArgs& in, const Piece& piece, const PieceRows<A>& rows,
+                   int64_t first, int64_t end, A* sums) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A)), kAhead = 4;
+  for (int64_t e = piece.begin_expert; e < piece.end_expert; ++e) {
+    const int64_t begin = in.offsets[e] > piece.first ? in.offsets[e] : piece.first;
+    const int64_t stop = min64(in.offsets[e + 1], piece.end);
+    const auto sum_of = [&](int64_t r) { return sums + in.permutation[r] / in.choices * in.width; };
+    int64_t r = find_row(in.permutation, begin, stop, first * in.choices);
+    for (; r < stop && in.permutation[r] < end * in.choices; ++r) {
+      const A *row = rows.grad_x + (r - piece.first) * rows.width_stride, *ahead;
+      // Tokens of an expert are not adjacent, so the processor does not prefetch them.
+      ahead = sum_of(min64(r + kAhead, stop - 1));
+      for (int64_t d = 0; d < in.width; d += kLine) __builtin_prefetch(ahead + d, 1);
+      A* sum = sum_of(r);
+#pragma omp simd
+      for (int64_t d = 0; d < in.width; ++d) sum[d] += row[d];
+    }
+  }
+}
+
 template <typename T, typename A, bool kGated>
 void backward_pieces(const RoutedBackward& args, const PackedWeights<T, A>& packed) {
   const RoutedArgs& in = args.in;
-  const int64_t total = in.tokens * in.choices, stride = row_stride<A>(in.width);
   const int64_t most = (in.threads > 1 ? in.threads : 1) * kPiecePerThread;
-  const PieceRows<A> rows(in, min64(most, total));
+  const PieceRows<A> rows(in, min64(most, in.tokens * in.choices));
   const WeightGradient<T, A> gradients[] = {
       {in, rows, rows.grad_hidden, rows.x, args.grad_w_in, args.grad_b_in, false},
       {in, rows, rows.weighted, rows.grad_out, args.grad_w_out, args.grad_b_out, true},
       {in, rows, rows.grad_gate, rows.x, args.grad_w_gate, args.grad_b_gate, false}};
   const int64_t out_blocks = (in.hidden + kOutBlock - 1) / kOutBlock, kinds = 2 + kGated;
-  const Buffer<A> token_rows(args.grad_x == nullptr ? 0 : total * stride);
-  const Buffer<int32_t> place(args.grad_x == nullptr ? 0 : total);
-  if (args.grad_x != nullptr) std::memset(place, -1, total * sizeof(int32_t));
-  RowBlocks blocks(min64(most, total), in.experts);
+  // Sums of the tokens' gradients: grad_x itself, unless its type is narrower.
+  constexpr bool kDirect = sizeof(T) == sizeof(A);
+  const int64_t shares = args.grad_x == nullptr ? 0 : (in.tokens + kTokens - 1) / kTokens;
+  const Buffer<A> own_sums(kDirect || shares == 0 ? 0 : in.tokens * in.width);
+  A* sums = kDirect ? static_cast<A*>(args.grad_x) : own_sums.data();
+  const auto each_share = [&](const auto& body) {
+    parallel_for(shares, in.threads, [&](int64_t item, int) {
+      body(item * kTokens, min64((item + 1) * kTokens, in.tokens));
+    });
+  };
+  each_share([&](int64_t first, int64_t end) {
+    std::memset(sums + first * in.width, 0, (end - first) * in.width * sizeof(A));
+  });
+  RowBlocks blocks(min64(most, in.tokens * in.choices), in);
   each_piece(in, most, [&](const Piece& piece) {
     blocks.clear();
     for (int64_t e = piece.begin_expert; e < piece.end_expert; ++e)
       blocks.add(e, piece.first > in.offsets[e] ? piece.first : in.offsets[e],
                  min64(piece.end, in.offsets[e + 1]));
     parallel_for(blocks.count, in.threads, [&](int64_t item, int) {
-      const RowBlock& block = blocks.block[item];
-      backward_block<T, A, kGated>(args, packed, block, rows, token_rows + block.first * stride);
-      for (int64_t r = block.first; r < block.first + block.count && args.grad_x != nullptr; ++r)
-        place[in.permutation[r]] = static_cast<int32_t>(r);
+      backward_block<T, A, kGated>(args, packed, blocks.block[item], rows);
     });
-    const int64_t experts = piece.end_expert - piece.begin_expert;
-    parallel_for(experts * kinds * out_blocks, in.threads, [&](int64_t item, int) {
+    const int64_t products = (piece.end_expert - piece.begin_expert) * kinds * out_blocks;
+    parallel_for(products + shares, in.threads, [&](int64_t item, int) {
       const auto& gradient = gradients[item / out_blocks % kinds];
-      if (gradient.requested())
+      if (item >= products)
+        add_to_tokens<A>(in, piece, rows, (item - products) * kTokens,
+                         min64((item - products + 1) * kTokens, in.tokens), sums);
+      else if (gradient.requested())
         gradient.run(piece, piece.begin_expert + item / out_blocks / kinds,
                      item % out_blocks * kOutBlock);
     });
   });
-  if (args.grad_x != nullptr)
-    combine<T, A>(in, in.tokens, token_rows, place, nullptr, static_cast<T*>(args.grad_x));
+  if constexpr (!kDirect)
+    each_share([&](int64_t first, int64_t end) {
+      write_row<T, A>(sums + first * in.width, static_cast<T*>(args.grad_x) + first * in.width,
+                      (end - first) * in.width);
+    });
 }
 
 }  // namespace
