@@ -35,7 +35,7 @@ def _grouped_mm_unavailable_reason(case: Case) -> str:
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
     if not is_cuda(case.device):
-        old = torch.torch_version.TorchVersion(torch.__version__) < (2, 11)
+        old = torch.torch_version.TorchVersion(torch.__version__) < "2.11"
         return f"torch {torch.__version__} has no CPU kernel for grouped_mm" if old else ""
     if case.dtype != torch.bfloat16:
         return "supports only bfloat16 on GPUs"
