@@ -35,6 +35,7 @@ class Row(NamedTuple):
     variants: tuple[str, ...]
     phases: tuple[str, ...]
     peers: tuple[str, ...]
+    dtypes: tuple[str, ...] | None = None  # None: the default of `cases`
 
 
 Rows = Mapping[str, tuple[Row, ...]]
@@ -67,7 +68,8 @@ FULL_CPU: Rows = {
     ),
     "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
     "routed_mlp": (
-        Row(_SMALL, ("bias", "swiglu"), _TWO, ("index loop", "batched bmm")),
+        Row(_SMALL, ("bias", "swiglu"), _TWO, ("index loop", "batched bmm", "grouped_mm")),
+        Row(_SMALL, ("bias",), _TWO, ("grouped_mm",), ("bfloat16",)),
         Row(_SMALL_ZIPF, ("bias",), _TWO, ("index loop",)),
     ),
     "routing": (),
@@ -89,10 +91,10 @@ FULL_CUDA: Rows = {
     "routed_mlp": (
         Row(
             *(("routed_large",), ("no_bias", "swiglu"), (BOTH, FORWARD)),
-            ("torch._grouped_mm", "scattermoe", "batched bmm", "index loop"),
+            ("grouped_mm", "scattermoe", "batched bmm", "index loop"),
         ),
         Row(_SMALL, ("bias", "swiglu"), _STEP, ("batched bmm", "index loop")),
-        Row(("routed_large_zipf",), ("no_bias",), _STEP, ("torch._grouped_mm", "scattermoe")),
+        Row(("routed_large_zipf",), ("no_bias",), _STEP, ("grouped_mm", "scattermoe")),
         Row(_SMALL_ZIPF, ("bias",), _STEP, ("index loop",)),
     ),
     "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
@@ -114,7 +116,7 @@ class Comparison:
 def comparisons(operator: str, device: str, full: bool) -> Iterator[Comparison]:
     rows = (FULL_CUDA if is_cuda(device) else FULL_CPU) if full else QUICK
     for row in rows[operator]:
-        for case in cases([operator], row.shapes, row.phases, device=device):
+        for case in cases([operator], row.shapes, row.phases, row.dtypes, device=device):
             if case.variant in row.variants:
                 yield from map(Comparison, itertools.repeat(case), row.peers)
 

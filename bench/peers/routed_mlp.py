@@ -19,21 +19,28 @@ from flmoe_kernels.profile.shapes import is_cuda
 
 # The index loop is the reference's code.
 LOOP, BMM = "index loop", "batched bmm"
-GROUPED, SCATTERMOE = "torch._grouped_mm", "scattermoe"
+GROUPED, SCATTERMOE = "grouped_mm", "scattermoe"
 PEERS = (LOOP, BMM, GROUPED, SCATTERMOE)
 
 
 def unavailable_reason(case: Case, name: str) -> str:
     if name == GROUPED:
-        if not hasattr(torch, "_grouped_mm"):
-            return f"torch {torch.__version__} has no torch._grouped_mm"
-        if case.dtype != torch.bfloat16:
-            return "supports only bfloat16"
-        if is_cuda(case.device) and torch.cuda.get_device_capability(case.device)[0] < 8:
-            return "needs sm_80 or newer"
+        return _grouped_mm_unavailable_reason(case)
     if name == SCATTERMOE:
         return _scattermoe_unavailable_reason(case)
     return ""
+
+
+def _grouped_mm_unavailable_reason(case: Case) -> str:
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    if not is_cuda(case.device):
+        old = torch.torch_version.TorchVersion(torch.__version__) < "2.11"
+        return f"torch {torch.__version__} has no CPU kernel for grouped_mm" if old else ""
+    if case.dtype != torch.bfloat16:
+        return "supports only bfloat16 on GPUs"
+    old = torch.cuda.get_device_capability(case.device)[0] < 8
+    return "needs sm_80 or newer" if old else ""
 
 
 def _scattermoe_unavailable_reason(case: Case) -> str:
@@ -124,11 +131,11 @@ def grouped_mm(
     expert, order, bounds = _sorted(index, w_in.shape[0])
     token, ends = order // index.shape[1], bounds[1:].to(torch.int32)
     rows = x.index_select(0, token)
-    hidden = torch._grouped_mm(rows, w_in.mT, offs=ends)
+    hidden = F.grouped_mm(rows, w_in.mT, offs=ends)
     hidden = hidden if b_in is None else hidden + b_in.index_select(0, expert)
-    gate = None if w_gate is None else torch._grouped_mm(rows, w_gate.mT, offs=ends)
+    gate = None if w_gate is None else F.grouped_mm(rows, w_gate.mT, offs=ends)
     hidden = _activate(hidden, gate)
-    out = torch._grouped_mm(hidden, w_out.mT, offs=ends)
+    out = F.grouped_mm(hidden, w_out.mT, offs=ends)
     out = out if b_out is None else out + b_out.index_select(0, expert)
     weighted = out * weight.reshape(-1).index_select(0, order)[:, None]
     return torch.zeros_like(x).index_add(0, token, weighted)

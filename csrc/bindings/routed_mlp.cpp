@@ -28,12 +28,19 @@ flmoe::RoutedArgs routed_args(const Tensors& tensors, const Sizes& sizes, const 
   for (int64_t e = 0; e <= args.experts; ++e) {
     if (args.offsets[e] < last || args.offsets[e] > rows)
       throw std::invalid_argument("offsets: expected non-decreasing values within the rows");
+    // The kernel searches the rows of an expert.
+    bool ascending = true;
+    for (int64_t r = last; e > 0 && r < args.offsets[e]; ++r)
+      ascending &= args.permutation[r] > (r > last ? args.permutation[r - 1] : -1) &&
+                   args.permutation[r] < rows;
+    if (!ascending)
+      throw std::invalid_argument("permutation: expected ascending places of each expert's rows");
     last = args.offsets[e];
   }
-  for (int64_t r = 0; r < rows; ++r)
-    if (args.permutation[r] < 0 || args.permutation[r] >= rows)
-      throw std::invalid_argument("permutation: expected places of the rows");
-  args.act = act, args.threads = threads;
+  // Starting threads takes longer than small products.
+  constexpr int64_t kSerial = int64_t{1} << 18;
+  const bool small = (rows + args.experts) * args.width * args.hidden < kSerial;
+  args.act = act, args.threads = small ? 1 : threads;
   return args;
 }
 
@@ -42,24 +49,19 @@ flmoe::RoutedArgs routed_args(const Tensors& tensors, const Sizes& sizes, const 
 void bind_routed_mlp(py::module_& m) {
   m.def("routed_forward",
         [](int dtype, const Tensors& tensors, const Sizes& sizes, const Strides& strides, int act,
-           int threads, Address out, Address hidden, Address rows) {
+           int threads, Address out, Address hidden) {
           const flmoe::RoutedForward args{routed_args(tensors, sizes, strides, act, threads),
-                                          pointer(out), pointer(hidden), pointer(rows)};
+                                          pointer(out), pointer(hidden)};
           const DType type = dtype_of(dtype);
           without_gil([&] { flmoe::active_kernels().routed_forward(type, args); });
         });
-  // workspace = (grad_hidden, weighted, rows);
   // grads = (x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate)
   m.def("routed_backward",
         [](int dtype, const Tensors& tensors, const Sizes& sizes, const Strides& strides, int act,
-           int threads, Address grad_out, Address hidden, const std::array<Address, 3>& workspace,
-           const std::array<Address, 8>& grads) {
+           int threads, Address grad_out, Address hidden, const std::array<Address, 8>& grads) {
           const flmoe::RoutedBackward args{routed_args(tensors, sizes, strides, act, threads),
                                            pointer(grad_out),
                                            pointer(hidden),
-                                           pointer(workspace[0]),
-                                           pointer(workspace[1]),
-                                           pointer(workspace[2]),
                                            pointer(grads[0]),
                                            pointer(grads[1]),
                                            pointer(grads[2]),

@@ -228,21 +228,18 @@ struct RoutedArgs {
   int threads;
 };
 
-// hidden: (tokens * choices, hidden), x w_in^T + b_in; gated: (2, tokens * choices, hidden), the
-// second is x w_gate^T + b_gate. rows: workspace (tokens * choices, width) in the compute type.
-// Both by place in the permutation; dropped rows are not touched.
+// hidden: null, or (tokens * choices, hidden), x w_in^T + b_in; gated: (2, tokens * choices,
+// hidden), the second is x w_gate^T + b_gate. By place in the permutation, which is ascending
+// within an expert; dropped rows are not touched.
 struct RoutedForward {
   RoutedArgs in;
-  void *out, *hidden, *rows;
+  void *out, *hidden;
 };
 
-// grad_hidden (as hidden), weighted (tokens * choices, hidden), rows: workspaces in the compute
-// type. Gradients of dropped rows' weights are not touched; a gradient that is not requested is
-// null.
+// Gradients of dropped rows' weights are not touched; a gradient that is not requested is null.
 struct RoutedBackward {
   RoutedArgs in;
   const void *grad_out, *hidden;
-  void *grad_hidden, *weighted, *rows;
   void *grad_x, *grad_weight, *grad_w_in, *grad_b_in, *grad_w_out, *grad_b_out, *grad_w_gate,
       *grad_b_gate;
 };

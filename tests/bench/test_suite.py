@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from bench import suite
 from bench.peers import find, peers
+from bench.peers.routed_mlp import unavailable_reason
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
 from flmoe_kernels.profile.check import WrongAnswer, agree
 from flmoe_kernels.profile.floors import load_floors
@@ -69,8 +71,11 @@ def test_a_compiled_backward_runs_many_times() -> None:
 def test_peers_that_cannot_run_say_why() -> None:
     case = Case("routed_mlp", ROUTED, BOTH, variant="bias")
     reasons = {peer.name: peer.why_not for peer in peers(case)}
-    assert reasons["torch._grouped_mm"] == "supports only bfloat16"
     assert reasons["scattermoe"]
+    # On a CPU, float32 and bfloat16; on a GPU, bfloat16 alone.
+    assert not reasons["grouped_mm"]
+    on_gpu = Case("routed_mlp", ROUTED, BOTH, variant="bias", device="cuda")
+    assert unavailable_reason(on_gpu, "grouped_mm") == "supports only bfloat16 on GPUs"
 
 
 @pytest.mark.parametrize(("device", "full"), [("cpu", False), ("cpu", True), ("cuda", True)])
@@ -82,7 +87,7 @@ def test_every_row_of_a_suite_names_cases_and_peers(device: str, full: bool) -> 
         assert (ROOT / "bench" / f"test_{operator}.py").is_file()
         found = list(suite.comparisons(operator, device, full))
         assert len(set(found)) == len(found)
-        wanted = sum(len(r.shapes) * len(r.variants) * len(r.phases) * len(r.peers) for r in listed)
+        wanted = sum(len(list(itertools.product(*r[:4], r.dtypes or (None,)))) for r in listed)
         assert len(found) == wanted
         for comparison in found:
             known = {peer.name for peer in peers(comparison.case)}

@@ -231,7 +231,7 @@ def test_invalid_places_and_offsets_are_not_used_as_addresses() -> None:
     wild[3], wild[7] = -(2**31), 2**31 - 1
     far[0], far[4] = -(2**31), 2**31 - 1
     call = RoutedCall(*inputs, far, wild, 0)
-    out, hidden = kernels.forward(call)
+    out, hidden = kernels.forward(call, True)
     left = torch.ones(want.shape[1], dtype=torch.bool)
     left[3] = left[7] = False
     assert torch.equal(hidden[:, left], want[:, left])
@@ -280,7 +280,7 @@ def test_offsets_beyond_32_bits() -> None:
     ):
         one.run()
     small = call(x[last], weight[last], torch.arange(3, dtype=torch.int32), 0, 3)
-    expected, h = kernels.forward(small)
+    expected, h = kernels.forward(small, True)
     wants = [True, True, True, False, True, False, False, False]
     grads = kernels.backward(small, grad[last], h, wants)
     for got, want in zip(
@@ -296,19 +296,21 @@ def test_inconsistent_arguments_are_refused() -> None:
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
     tail = (w_in, b_in, w_out, b_out, None, None, offsets)
     with pytest.raises(ValueError, match=r"permutation: expected torch\.int32 \(80,\)"):
-        OPS.routed_mlp(x, weight, *tail, permutation[1:], 0, TRITON)
+        OPS.routed_mlp(x, weight, *tail, permutation[1:], 0, True, TRITON)
     with pytest.raises(ValueError, match=r"x: expected torch\.float32 \(40, 6\)"):
-        OPS.routed_mlp(x[1:], weight, *tail, permutation, 0, TRITON)
+        OPS.routed_mlp(x[1:], weight, *tail, permutation, 0, True, TRITON)
     with pytest.raises(ValueError, match=r"b_gate: expected None without w_gate"):
-        OPS.routed_mlp(x, weight, *tail[:5], b_in, offsets, permutation, 0, TRITON)
+        OPS.routed_mlp(x, weight, *tail[:5], b_in, offsets, permutation, 0, True, TRITON)
     with pytest.raises(ValueError, match=r"w_gate: expected torch\.float32 \(4, 9, 6\)"):
-        OPS.routed_mlp(x, weight, *tail[:4], w_in[:, 1:], None, offsets, permutation, 0, TRITON)
+        OPS.routed_mlp(
+            x, weight, *tail[:4], w_in[:, 1:], None, offsets, permutation, 0, True, TRITON
+        )
     rows = 2**30 + 1
     many = [x[:1].expand(rows, -1), weight[:1, :1].expand(rows, 1), *tail]
     many += [permutation[:1].expand(rows)]
     too_many = r"permutation: expected up to 2\^30 rows N \* K, got 1073741825"
     with pytest.raises(ValueError, match=too_many):
-        OPS.routed_mlp(*many, 0, TRITON)
+        OPS.routed_mlp(*many, 0, True, TRITON)
     hidden = w_in[0, :1, :1].expand(rows, 9)
     with pytest.raises(ValueError, match=too_many):
         OPS.routed_mlp_backward(many[0], hidden, *many, 0, [True] * 8, TRITON)

@@ -247,7 +247,10 @@ def test_operator_and_compiled_code_refuse_an_index_out_of_range() -> None:
     with pytest.raises(ValueError, match="index: expected -1 or experts"):
         compiled(X, INDEX * 9, WEIGHT, W_IN, B_IN, W_OUT, B_OUT)
     offsets, permutation = torch.tensor([0, 5, 5, 99]).int(), torch.arange(10).int()
+    inputs = X, WEIGHT, W_IN, B_IN, W_OUT, B_OUT, None, None
     with pytest.raises(ValueError, match="offsets: expected non-decreasing"):
+        torch.ops.flmoe.routed_mlp(*inputs, offsets, permutation, 0, False, "cpu")
+    with pytest.raises(ValueError, match="permutation: expected ascending"):
         torch.ops.flmoe.routed_mlp(
-            *(X, WEIGHT, W_IN, B_IN, W_OUT, B_OUT, None, None, offsets, permutation), 0, "cpu"
+            *inputs, offsets.clamp(max=10), permutation.flip(0), 0, False, "cpu"
         )

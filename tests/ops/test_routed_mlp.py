@@ -187,10 +187,10 @@ def test_halves_of_a_fused_weight(dtype: torch.dtype, monkeypatch: pytest.Monkey
     read: list[Tensor] = []
     forward = cpu.forward
 
-    def recorded(call: RoutedCall) -> tuple[Tensor, Tensor]:
+    def recorded(call: RoutedCall, save_hidden: bool) -> tuple[Tensor, Tensor]:
         assert call.w_gate is not None
         read.extend([call.w_in, call.w_gate])
-        return forward(call)
+        return forward(call, save_hidden)
 
     monkeypatch.setattr(cpu, "forward", recorded)
     inputs, index = GATED.inputs(dtype), GATED.index()

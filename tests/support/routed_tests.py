@@ -117,8 +117,9 @@ class RoutedTests:
             parameters = [p if bias or i % 2 == 0 else None for i, p in enumerate(parameters)]
             tail = (*parameters, offsets, permutation, 0)
             leaves = [t.detach().requires_grad_() for t in (x, weight)]
-            torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail, self.backend))
-            out, hidden = OPS.routed_mlp(x, weight, *tail, self.backend)
+            torch.library.opcheck(OPS.routed_mlp.default, (*leaves, *tail, True, self.backend))
+            torch.library.opcheck(OPS.routed_mlp.default, (x, weight, *tail, False, self.backend))
+            out, hidden = OPS.routed_mlp(x, weight, *tail, True, self.backend)
             given = (torch.ones_like(out), hidden, x, weight, *tail)
             wants = [True, True, *(p is not None for p in parameters)]
             for wanted in (wants, [*wants[:4], *[False] * 4]):

@@ -81,8 +81,11 @@ def routed_mlp(
     routing = backends.choose("routing", x, backend)
     _, offsets, permutation = torch.ops.flmoe.routing_dispatch(index, experts, routing)
     code = list(ACTIVATIONS).index(act)
-    tensors = (x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate, offsets, permutation)
-    return torch.ops.flmoe.routed_mlp(*tensors, code, name)[0]
+    tensors = (x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate)
+    # The hidden layer is stored only for a backward.
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    operator = torch.ops.flmoe.routed_mlp
+    return operator(*tensors, offsets, permutation, code, trains, name)[0]
 
 
 def validate(

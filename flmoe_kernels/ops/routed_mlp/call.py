@@ -100,6 +100,9 @@ class RoutedCall:
             raise ValueError(f"permutation: expected up to 2^30 rows N * K, got {self.rows}")
         if self.w_gate is None and self.b_gate is not None:
             raise ValueError("b_gate: expected None without w_gate, got a Tensor")
+        given = (*self.differentiable, self.offsets, self.permutation)
+        if all(x is None or x.is_contiguous() for x in given):
+            return self
         tensors: dict[str, Any] = {name: contiguous(getattr(self, name)) for name in shapes}
         tensors["w_in"] = experts_contiguous(self.w_in)
         if self.w_gate is not None:

@@ -6,20 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flmoe_kernels.core.dtypes import dtype_code, statistics_dtype
+from flmoe_kernels.core.dtypes import dtype_code
 from flmoe_kernels.core.native import address, empty, native, threads
 from flmoe_kernels.core.operands import expect
 
 from .call import RoutedCall
 
 
-def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
+def forward(call: RoutedCall, save_hidden: bool) -> tuple[Tensor, Tensor]:
     """Return out (N, D), and the hidden layer before activation, layers_shape, by position in the permutation."""
-    x = call.x
-    out = empty(x.shape, x)
-    hidden = empty(call.layers_shape, x)
-    rows = empty((call.rows, call.width), x, statistics_dtype(x.dtype))
-    native().routed_forward(*_common(call), *map(address, (out, hidden, rows)))
+    out = empty(call.x.shape, call.x)
+    hidden = empty(call.layers_shape if save_hidden else (0,), call.x)
+    saved = address(hidden) if save_hidden else 0
+    native().routed_forward(*_common(call), address(out), saved)
     return out, hidden
 
 
@@ -27,18 +26,14 @@ def backward(
     call: RoutedCall, grad_out: Tensor, hidden: Tensor, wants: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate; those not requested are empty."""
-    x, wide = call.x, statistics_dtype(call.x.dtype)
-    shapes = (call.layers_shape, (call.rows, call.hidden), (call.rows, call.width))
-    workspace = [empty(shape, x, wide) for shape in shapes]
     grads = [
-        empty((0,) if parameter is None or not want else parameter.shape, x)
+        empty((0,) if parameter is None or not want else parameter.shape, call.x)
         for parameter, want in zip(call.differentiable, wants, strict=True)
     ]
     grads[1].zero_()  # the kernel does not write the gradients of dropped rows' weights
     native().routed_backward(
         *_common(call),
         *map(address, (grad_out, hidden)),
-        [address(buffer) for buffer in workspace],
         [address(g) if want else 0 for g, want in zip(grads, wants, strict=True)],
     )
     return tuple(grads)

@@ -38,7 +38,8 @@ def _kernels(backend: str) -> Any:
 
 
 def _forward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-    return _kernels(backend).forward(RoutedCall(*args).checked())
+    *inputs, save_hidden = args
+    return _kernels(backend).forward(RoutedCall(*inputs).checked(), save_hidden)
 
 
 def _backward(backend: str, grad_out: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -48,8 +49,10 @@ def _backward(backend: str, grad_out: Tensor, hidden: Tensor, *args: Any) -> tup
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    call = RoutedCall(*args)
-    return call.x.new_empty(call.x.shape), call.x.new_empty(call.layers_shape)
+    *inputs, save_hidden = args
+    call = RoutedCall(*inputs)
+    hidden = call.layers_shape if save_hidden else (0,)
+    return call.x.new_empty(call.x.shape), call.x.new_empty(hidden)
 
 
 def _backward_fake(_grad: Tensor, _hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -58,7 +61,7 @@ def _backward_fake(_grad: Tensor, _hidden: Tensor, *args: Any) -> tuple[Tensor, 
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.act, ctx.backend = inputs
+    *tensors, ctx.act, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *tensors)
@@ -66,11 +69,11 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _autograd(ctx: Any, grad_out: Tensor | None, _grad_hidden: None) -> tuple:
     if grad_out is None:
-        return (None,) * (_DIFFERENTIABLE + 4)
+        return (None,) * (_DIFFERENTIABLE + 5)
     hidden, *tensors = ctx.saved_tensors
     op, wants = torch.ops.flmoe.routed_mlp_backward, ctx.needs_input_grad[:_DIFFERENTIABLE]
     grads = op(grad_out, hidden, *tensors, ctx.act, wants, ctx.backend)
-    return *(g if want else None for g, want in zip(grads, wants, strict=True)), *(None,) * 4
+    return *(g if want else None for g, want in zip(grads, wants, strict=True)), *(None,) * 5
 
 
 def _product_flops(call: RoutedCall) -> int:
@@ -96,13 +99,13 @@ def _layers(call: RoutedCall) -> int:
 
 
 def _forward_flops(*args: Any) -> int:
-    call = RoutedCall(*args)
+    call = RoutedCall(*args[:-1])
     return (_layers(call) + 1) * _product_flops(call)
 
 
 define(
     "routed_mlp",
-    f"({_INPUTS}) -> (Tensor, Tensor)",
+    f"({_INPUTS}, bool save_hidden) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     (_setup, _autograd),

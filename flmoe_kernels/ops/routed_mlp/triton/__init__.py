@@ -21,7 +21,7 @@ from .choice import tiles_of
 __all__ = ["backward", "forward"]
 
 
-def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
+def forward(call: RoutedCall, save_hidden: bool) -> tuple[Tensor, Tensor]:
     """out (N, D), and the hidden layer before its activation, layers_shape, by row of the permutation.
 
     Memory beside them: R F for the activated layer, and for K > 1 R D for rows, in x's type.
@@ -35,7 +35,7 @@ def forward(call: RoutedCall) -> tuple[Tensor, Tensor]:
         launches.rows_launch(tiles_of("rows", call), call, active, parts),
     ]
     run(products + _sums(parts, out), call.x.device)
-    return out, hidden
+    return out, hidden if save_hidden else hidden.new_empty((0,))
 
 
 def backward(
