@@ -244,7 +244,8 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         spec, dtype = self._spec, tokens.dtype
         positions = self._learned_positions(range(spec.num_experts))
         positions = None if positions is None else positions.to(dtype)
-        if found := self._inference_weights(backend, [tokens]):
+        given = [x for x in (tokens, positions, replacements) if isinstance(x, Tensor)]
+        if found := self._inference_weights(backend, given):
             shared = positions is None and replacements is None
             rows = embed(tokens, plan, positions, 1 if shared else spec.num_experts, replacements)
             return infer(rows, *found, plan, views, spec.compat), []
