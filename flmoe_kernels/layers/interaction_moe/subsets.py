@@ -32,8 +32,10 @@ _BYPASSED = {
 
 
 def has_subset_logits(layer: Any) -> bool:
-    """Whether a layer is an InteractionMoE with this package's own `inference`."""
-    if not isinstance(layer, InteractionMoE):
+    """Whether `subset_logits` computes this layer: an InteractionMoE of dense experts with its own `inference`."""
+    if not isinstance(layer, InteractionMoE) or layer.spec.sparse is not None:
+        return False
+    if backends.requested(layer.backend) not in (None, backends.CPU):
         return False
     try:
         check_methods(layer, "")
