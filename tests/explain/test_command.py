@@ -103,7 +103,8 @@ def test_numbers_agree_with_the_library(made: Made) -> None:
         "scores": attribution.of(),
     }
     pairs = probe_pairs(*call, target=TARGET, sampling=Sampling(budget=300, seed=5), **options)
-    experts, weights, logits = layer.inference(inputs, masks)
+    with torch.no_grad():  # with gradients, the last bits differ
+        experts, weights, logits = layer.inference(inputs, masks)
     found = report_of(out)
     assert (found["request"]["seed"], found["format"]) == (5, 2)
     assert not {"checkpoint", "data", "out"} & set(found["request"])

@@ -101,6 +101,10 @@ def test_batches_follow_available_memory(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert memory.batch_size(2**16, torch.device("cuda")) == 32
     file.write_text("MemAvailable: 0 kB\n")
     assert memory.batch_size(2**20, cpu) == 1
+    # Inputs that are not expanded are limited by the memory, not by the caches.
+    file.write_text("MemAvailable:     67108864 kB\n")
+    assert memory.batch_size(2**19, cpu) == 32
+    assert memory.batch_size(2**19, cpu, expanded=False) == 256
 
 
 def test_a_game_gets_batches_of_its_batch_size() -> None:

@@ -138,6 +138,19 @@ def test_gradients_and_dropout_need_the_other_path(calls: list[bool]) -> None:
     assert calls == [False, True, False, False, False]
 
 
+def test_gradients_of_positions_alone(calls: list[bool]) -> None:
+    layer, oracle = fast_layer(I2).eval(), I2.reference().eval()
+    gradients = []
+    for each in (layer, oracle):
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_(name.endswith("pos_embed"))
+        each.inference(I2.inputs())[2].sum().backward()
+        gradients.append(each.interaction_experts[1].fusion_model.pos_embed.grad)
+    assert calls == [False]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 1e-3
+
+
 def test_nan_stays_in_its_sample() -> None:
     """Samples share tiles of the product, and padding is not read."""
     layer, x = fast_layer(FL).eval(), FL.inputs()

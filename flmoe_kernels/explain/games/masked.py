@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.layers.interaction_moe.subsets import has_subset_logits, subset_logits
 
 from .memory import choose_batch
 from .models import Inputs, expert_place, logits_of, require_model, takes_tokens_in_any_order
@@ -60,8 +61,10 @@ class MaskedModel:
             one = slice(sample, sample + 1)
             inputs, masks = rows_of(inputs, one) or [], rows_of(masks, one)
         place, fills = expert_place(model, expert), fill_values(fill, baseline, inputs)
-        most = choose_batch(max_batch, inputs)
-        return cls(model, place, inputs, masks, valid_tokens(inputs, masks), fill, fills, most)
+        valid = valid_tokens(inputs, masks)
+        expanded = len(valid[0]) > 1 or not has_subset_logits(model)
+        most = choose_batch(max_batch, inputs, expanded=expanded)
+        return cls(model, place, inputs, masks, valid, fill, fills, most)
 
     @property
     def samples(self) -> int:
@@ -81,6 +84,11 @@ class MaskedModel:
 
     def logits(self, rows: Tensor, absent: Sequence[Tensor]) -> Tensor:
         """Return logits (N, C) of samples `rows` (N,) without the tokens `absent`, M x (N, L_m) bool."""
+        drops = self.fill == "drop"
+        masks, fills = (self.valid, None) if drops else (self.masks, self.fills)
+        logits = subset_logits(self.model, self.inputs, masks, rows, absent, fills, self.expert)
+        if logits is not None:
+            return logits
         return logits_of(self.model, *self.present(rows, absent), self.expert)
 
     def present(

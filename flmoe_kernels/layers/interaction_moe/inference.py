@@ -57,15 +57,16 @@ def infer(
     plan: TokenPlan,
     views: Views,
     compat: Compat,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Compute latents (E, V, B, M * D) from rows (E or 1, 2, n, D) with views or (E or 1, 1, n, D) without.
 
     Without replacements the rows may be the same for all experts. A view that does not exist has latent 0 if
-    `views.folded`.
+    `views.folded`. index: without views, the place of each of the plan's rows among the given rows.
     """
     first = networks[0][0]
     sets, copies, n, width = rows.shape
-    cu_samples, cu_segments, index = plan.cu_samples, plan.cu_segments, None
+    cu_samples, cu_segments = plan.cu_samples, plan.cu_segments
     if views.folded:
         folded, index = fold_views(plan, views)
         cu_samples, cu_segments = folded.cu_samples, folded.cu_segments

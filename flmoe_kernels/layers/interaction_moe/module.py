@@ -242,21 +242,28 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         backend: str,
     ) -> tuple[Tensor, list[GateLosses]]:
         spec, dtype = self._spec, tokens.dtype
-        positions = None
-        if spec.compat == "i2moe":
-            learned = [expert.fusion_model.pos_embed for expert in self.interaction_experts]
-            require_like(learned, self._parameter)
-            positions = torch.cat(learned).to(dtype)
-        if found := self._inference_weights(backend, [tokens]):
+        positions = self._learned_positions(range(spec.num_experts))
+        positions = None if positions is None else positions.to(dtype)
+        given = [x for x in (tokens, positions, replacements) if isinstance(x, Tensor)]
+        if found := self._inference_weights(backend, given):
             shared = positions is None and replacements is None
             rows = embed(tokens, plan, positions, 1 if shared else spec.num_experts, replacements)
             return infer(rows, *found, plan, views, spec.compat), []
         rows = embed(tokens, plan, positions, spec.num_experts, replacements)
         return encode(rows, self._layers(dtype), plan, views, spec.compat, backend)
 
-    def _head(self, latents: Tensor) -> Tensor:
-        """Logits (E, V, B, C) of latents (E, V, B, M * D), in the parameters' dtype."""
-        heads = [expert.fusion_model.network[-1].fc for expert in self.interaction_experts]
+    def _learned_positions(self, experts: range) -> Tensor | None:
+        """Positions (E, L, D) of I2MoE."""
+        if self._spec.compat != "i2moe":
+            return None
+        learned = [self.interaction_experts[e].fusion_model.pos_embed for e in experts]
+        require_like(learned, self._parameter)
+        return torch.cat(learned)
+
+    def _head(self, latents: Tensor, experts: range | None = None) -> Tensor:
+        """Logits (E, V, B, C) of latents (E, V, B, M * D), in the parameters' dtype; experts: None for all."""
+        chosen = range(len(self.interaction_experts)) if experts is None else experts
+        heads = [self.interaction_experts[e].fusion_model.network[-1].fc for e in chosen]
         require_like((p for head in heads for p in head.parameters()), self._parameter)
         weight = torch.stack([head.weight for head in heads]).to(latents.dtype)
         flat, classes = latents.flatten(1, 2), weight.shape[1]
@@ -287,13 +294,21 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """Weights (B, E) of the experts and the mixture (B, C) of their logits (E, B, C)."""
-        if isinstance(self.reweight, ExpertAverage):
-            scores = self.reweight.weights.repeat(plan.samples, 1)
-        else:
+        features = None
+        if not isinstance(self.reweight, ExpertAverage):
             normalized = self._normalized(call)
             features = reweighting_features(
                 call.inputs, call.masks, normalized, tokens, plan.valid, backend
             )
+        return self._mixture(features, logits, backend)
+
+    def _mixture(
+        self, features: Tensor | None, logits: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """As `_mix`, from the reweighting's features (B, M * D), which an ExpertAverage does not need."""
+        if isinstance(self.reweight, ExpertAverage):
+            scores = self.reweight.weights.repeat(logits.shape[1], 1)
+        else:
             scores = self.reweight.mlp(features)
         weights, mixed = mix_experts(scores, logits, self.reweight.temperature, backend)
         return weights.clone(), mixed  # the backward reads the original
