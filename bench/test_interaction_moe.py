@@ -93,7 +93,7 @@ def test_regularizers(
 @pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason=memory_unavailable_reason("cpu"))
 @pytest.mark.parametrize("direction", MEMORY_LIMITS)
 def test_memory(direction: str, cpu_only: None) -> None:
-    """Peak memory at mmimdb: at most a third of the reference's in a training step, at most the same in inference."""
+    """Peak memory at mmimdb, relative to the reference."""
     case = Case("interaction_moe", MMIMDB, direction)
     ours, peer = (peak_bytes(case, name) for name in ("cpu", "reference"))
     assert ours is not None
