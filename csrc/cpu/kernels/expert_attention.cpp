@@ -67,30 +67,30 @@ template <typename A>
 A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
   const int64_t padded = round_up(keys, kLanes<A>);
   for (int64_t j = keys; j < padded; ++j) scores[j] = -INFINITY;
-  Vec<A> best = splat(*maximum);
-  for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> s = load(scores + j);
-    // A NaN score makes the row NaN, as in a softmax.
-    best = (s > best) | (s != s) ? s : best;
-  }
-  const A top = max_lanes<A>(best);
   const A old = *maximum;
-  if (top == -INFINITY) {
-    // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN, as
-    // in torch.
-    for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
-    return A(1);
+  Vec<A> best = splat(old);
+  for (int64_t j = 0; j < padded; j += kLanes<A>) best = max_vec<A>(load(scores + j), best);
+  A top = max_lanes<A>(best);
+  if (std::isinf(top)) {
+    // The maximum passes over NaN, which here would not be seen in the sum.
+    for (int64_t j = 0; j < keys; ++j)
+      if (scores[j] != scores[j]) top = scores[j];
+    if (top == -INFINITY) {
+      // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN,
+      // as in torch.
+      for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
+      return A(1);
+    }
   }
-  // A row with only -inf would give inf - inf; its probabilities are NaN, as in torch.
   Vec<A> sum = {};
   for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> p = exp_vec(load(scores + j) - top);
+    const Vec<A> p = exp_nonpositive(load(scores + j) - top);
     sum += p;
     store(scores + j, p);
   }
-  const A factor = old == top ? A(1) : std::exp(old - top);
+  const A factor = old == top ? A(1) : exp_nonpositive(splat(old - top))[0];
   *total = *total * factor + sum_lanes<A>(sum);
-  *maximum = top;
+  *maximum = *total == *total || top == A(INFINITY) ? top : *total;
   return factor;
 }
 
@@ -244,7 +244,7 @@ struct BackwardItem {
                    static_cast<uint32_t>(p.head), static_cast<uint32_t>(row),
                    static_cast<uint32_t>(j0 / kDropoutGroup), bits);
     for (int64_t j = 0; j < count; j += kLanes<A>) {
-      const Vec<A> x = exp_vec(load(prob + j) - lse[row]);
+      const Vec<A> x = exp_nonpositive(load(prob + j) - lse[row]);
       Vec<A> dropped = x, g = load(grad + j);
       if (dropout.active()) {
         // A factor, not a selection: as in torch, a dropped NaN stays NaN.
