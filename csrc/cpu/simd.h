@@ -69,34 +69,44 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Reductions halve the vector until one lane is left.
-template <typename A, int N>
-struct Part {
-  using Type __attribute__((vector_size(N * sizeof(A)))) = A;
-};
-
-template <typename A, int N, typename F>
-inline A reduce(typename Part<A, N>::Type v, const F& combine) {
-  if constexpr (N == 2) {
-    const typename Part<A, 2>::Type swapped = {v[1], v[0]};
-    return combine(v, swapped)[0];
-  } else {
-    typename Part<A, N / 2>::Type low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return reduce<A, N / 2>(combine(low, high), combine);
+// Reductions combine halves, quarters, .. of the vector. They take no address of it, which would
+// keep it in memory in the loop that fills it.
+template <typename A, typename F>
+inline A reduce(Vec<A> v, const F& combine) {
+  constexpr int n = kLanes<A>;
+#pragma GCC unroll 4
+  for (int step = n / 2; step > 0; step /= 2) {
+#if defined(__clang__)
+    Vec<A> other;
+    for (int k = 0; k < n; ++k) other[k] = v[k ^ step];
+#else
+    typename Simd<A>::Int index;
+    for (int k = 0; k < n; ++k) index[k] = k ^ step;
+    const Vec<A> other = __builtin_shuffle(v, index);
+#endif
+    v = combine(v, other);
   }
+  return v[0];
 }
 
 template <typename A>
 inline A sum_lanes(Vec<A> v) {
-  return reduce<A, kLanes<A>>(v, [](auto x, auto y) { return x + y; });
+  return reduce<A>(v, [](Vec<A> x, Vec<A> y) { return x + y; });
 }
 
-// The largest lane; NaN if any lane is NaN.
+// The largest lane. NaN if all lanes are NaN; a single one may be passed over.
 template <typename A>
 inline A max_lanes(Vec<A> v) {
-  return reduce<A, kLanes<A>>(v, [](auto x, auto y) { return ((x > y) | (x != x)) ? x : y; });
+  return reduce<A>(v, [](Vec<A> x, Vec<A> y) { return x > y ? x : y; });
+}
+
+// Inner product, summed in vector lanes.
+template <typename A>
+inline A dot_of(const A* x, const A* y, int64_t n) {
+  A total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += x[i] * y[i];
+  return total;
 }
 
 // The larger of two values in every lane. Where one of them is NaN, the result is y.

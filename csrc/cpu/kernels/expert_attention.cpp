@@ -5,7 +5,8 @@
 // the softmax is online, so memory is one tile of scores. Bound: 4 * L * L * width FLOP per problem
 // and head. Backward: one item is (group, problem, head). It recomputes the probabilities from the
 // log-sum-exp and forms all three gradients tile by tile; an item owns its outputs, so the result
-// is deterministic.
+// is deterministic. Few long problems are cut into ranges of rows, and an item is a range of
+// queries with a range of keys: see Ranges.
 #include <cmath>
 
 #include "cpu/gemm.h"
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int64_t kKeyBlock = kDropoutGroup;
 constexpr int64_t kRowBlock =
-    384;  // amortises the transposition of a key block; 98 KiB of output at width 64
+    384;  // about; amortises the packing of a key block; 98 KiB of output at width 64
 constexpr int64_t kForwardTile = 24;
 constexpr int64_t kBackwardTile = 48;  // the inner depth of two of the five products
 
@@ -40,12 +41,23 @@ void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t width, int64_t
 // rows <= 128 keys into width x 128, zero padded to whole vectors of keys.
 template <typename T, typename A>
 void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t width, A* out) {
-  const int64_t padded = round_up(rows, kLanes<A>);
-  for (int64_t r0 = 0; r0 < padded; r0 += kLanes<A>) {
-    for (int64_t d = 0; d < width; ++d) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (int64_t r0 = 0; r0 < rows; r0 += lanes) {
+    const int64_t count = min64(lanes, rows - r0);
+    int64_t d = 0;
+    if constexpr (sizeof(T) == sizeof(A) && kHasTranspose) {
+      for (; d + lanes <= width; d += lanes) {
+        Vec<A> square[lanes] = {};
+        for (int64_t r = 0; r < count; ++r)
+          std::memcpy(&square[r], in + (r0 + r) * stride + d, sizeof square[r]);
+        transpose_square<A>(square);
+        for (int64_t r = 0; r < lanes; ++r) store(out + (d + r) * kKeyBlock + r0, square[r]);
+      }
+    }
+    for (; d < width; ++d) {
       A* to = out + d * kKeyBlock + r0;
-      for (int64_t r = 0; r < kLanes<A>; ++r)
-        to[r] = r0 + r < rows ? read<T, A>(in + (r0 + r) * stride + d) : A(0);
+      for (int64_t r = 0; r < lanes; ++r)
+        to[r] = r < count ? read<T, A>(in + (r0 + r) * stride + d) : A(0);
     }
   }
 }
@@ -115,7 +127,6 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
   pack_rows<T, A>(row_of<T>(args.q, p.group, p.first + row0, p.head), args.q.row_stride, rows,
                   width, padded, A(args.scale), q);
   for (int64_t i = 0; i < rows; ++i) maximum[i] = -INFINITY, total[i] = 0;
-  for (int64_t i = 0; i < rows * padded; ++i) out[i] = 0;
 
   for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
     const int64_t count = min64(kKeyBlock, p.length - j0);
@@ -131,14 +142,14 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
       for (int64_t i = 0; i < tile_rows; ++i) {
         const A factor =
             softmax_row<A>(tile + i * kKeyBlock, count, maximum + i0 + i, total + i0 + i);
-        if (factor != A(1))
+        if (j0 > 0 && factor != A(1))
           for (int64_t d = 0; d < padded; ++d) out[(i0 + i) * padded + d] *= factor;
         if (dropout.active())
           drop_row<A>(tile + i * kKeyBlock, count, dropout, p, p.group * args.problems + p.index,
                       row0 + i0 + i, j0 / kDropoutGroup);
       }
       gemm<A>(tile_rows, padded, count, tile, kKeyBlock, 1, values, padded, out + i0 * padded,
-              padded, true);
+              padded, j0 > 0);
     }
   }
   const A kept = keep_scale<A>(dropout);
@@ -154,6 +165,52 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
   }
 }
 
+int64_t longest_problem(const AttentionForward& args) {
+  int64_t longest = 0;
+  for (int64_t p = 0; p < args.problems; ++p) {
+    const int64_t length = args.cumulative[p + 1] - args.cumulative[p];
+    longest = length > longest ? length : longest;
+  }
+  return longest;
+}
+
+// Ranges of rows into which the backward cuts every problem. In step t, range r of the queries
+// meets range r - t of the keys (modulo their number), so the items of a step share no gradient,
+// and the order of the sums is fixed. Depends only on the shape, so results do not depend on
+// threads.
+struct Ranges {
+  int64_t count;
+
+  explicit Ranges(const AttentionForward& args) {
+    constexpr int64_t kItems = 32, kLeast = 4 * kKeyBlock;
+    const int64_t items = args.groups * args.problems * args.heads;
+    const int64_t wanted = items > 0 ? (kItems + items - 1) / items : 1;
+    const int64_t most = longest_problem(args) / kLeast;
+    count = most < 1 ? 1 : min64(wanted, most);
+  }
+
+  // The first row of a range, a multiple of kKeyBlock, or the end.
+  int64_t start(const Problem& p, int64_t range) const {
+    return min64(p.length, range * round_up((p.length + count - 1) / count, kKeyBlock));
+  }
+};
+
+// What the items of the backward's steps share if there are several ranges; otherwise empty.
+template <typename A>
+struct BackwardSums {
+  int64_t rows, padded;
+  Buffer<A> grad_q, grad_k, grad_v, delta;
+
+  BackwardSums(const AttentionForward& args, const Ranges& ranges)
+      : rows(ranges.count > 1 ? args.groups * args.heads * args.rows : 0),
+        padded(round_up(args.width, kLanes<A>)),
+        grad_q(rows * padded),
+        grad_k(rows * padded),
+        grad_v(rows * padded),
+        delta(rows) {}
+};
+
+// Queries [row0, row0 + rows) and keys [key0, key_end) of one problem and head.
 template <typename T, typename A>
 struct BackwardItem {
   // delta = out . grad_out, unless the output was rounded to half precision: the gradient of the
@@ -162,18 +219,25 @@ struct BackwardItem {
   static constexpr bool kExactOutput = sizeof(T) == sizeof(A);
 
   const AttentionBackward& args;
+  const BackwardSums<A>& shared;
   const Problem& p;
+  int64_t row0, rows;
   bool wants_q, wants_k, wants_v;
   int64_t width, padded;
   Dropout dropout;
   A kept;
-  Buffer<A> q, grad_out, grad_q, lse, delta;                 // whole problem
-  Buffer<A> keys, keys_t, values_t, grad_keys, grad_values;  // one key block
-  Buffer<A> probabilities, scores;                           // one tile
+  Buffer<A> q, grad_out, own_grad_q, lse, own_delta;                 // all queries
+  Buffer<A> keys, keys_t, values_t, own_grad_keys, own_grad_values;  // one key block
+  Buffer<A> probabilities, scores;                                   // one tile
+  A *grad_q, *delta;
 
-  BackwardItem(const AttentionBackward& args, const Problem& p)
+  BackwardItem(const AttentionBackward& args, const BackwardSums<A>& shared, const Problem& p,
+               int64_t row0, int64_t row_end)
       : args(args),
+        shared(shared),
         p(p),
+        row0(row0),
+        rows(row_end - row0),
         wants_q(args.grad_q.data != nullptr),
         wants_k(args.grad_k.data != nullptr),
         wants_v(args.grad_v.data != nullptr),
@@ -181,43 +245,41 @@ struct BackwardItem {
         padded(round_up(width, kLanes<A>)),
         dropout(dropout_of(args.forward.dropout)),
         kept(keep_scale<A>(dropout)),
-        q(p.length * padded),
-        grad_out(p.length * padded),
-        grad_q(p.length * padded),
-        lse(p.length),
-        delta(p.length),
+        q(rows * padded),
+        grad_out(rows * padded),
+        own_grad_q(shared.rows ? 0 : rows * padded),
+        lse(rows),
+        own_delta(shared.rows ? 0 : rows),
         keys(kKeyBlock * padded),
         keys_t(width * kKeyBlock),
         values_t(width * kKeyBlock),
-        grad_keys(kKeyBlock * padded),
-        grad_values(kKeyBlock * padded),
+        own_grad_keys(shared.rows ? 0 : kKeyBlock * padded),
+        own_grad_values(shared.rows ? 0 : kKeyBlock * padded),
         probabilities(kBackwardTile * kKeyBlock),
-        scores(kBackwardTile * kKeyBlock) {}
+        scores(kBackwardTile * kKeyBlock),
+        grad_q(shared.rows ? shared.grad_q + shared_row(row0) * padded : own_grad_q),
+        delta(shared.rows ? shared.delta + shared_row(row0) : own_delta) {
+    const AttentionForward& f = args.forward;
+    pack_rows<T, A>(row_of<T>(f.q, p.group, p.first + row0, p.head), f.q.row_stride, rows, width,
+                    padded, A(f.scale), q);
+    pack_rows<T, A>(row_of<T>(args.grad_out, p.group, p.first + row0, p.head),
+                    args.grad_out.row_stride, rows, width, padded, A(1), grad_out);
+    for (int64_t i = 0; i < rows; ++i) {
+      lse[i] = static_cast<const A*>(f.lse)[element(row0 + i)];
+      if (lse[i] == A(INFINITY)) lse[i] = A(NAN);  // so that all probabilities of the row are NaN
+    }
+  }
 
   int64_t element(int64_t row) const {
     return (p.group * args.forward.rows + p.first + row) * args.forward.heads + p.head;
   }
 
-  T* output_row(const RowView& grad, int64_t row) const {
-    return const_cast<T*>(row_of<T>(grad, p.group, p.first + row, p.head));
+  int64_t shared_row(int64_t row) const {
+    return (p.group * args.forward.heads + p.head) * args.forward.rows + p.first + row;
   }
 
-  void load_problem() {
-    const AttentionForward& f = args.forward;
-    pack_rows<T, A>(row_of<T>(f.q, p.group, p.first, p.head), f.q.row_stride, p.length, width,
-                    padded, A(f.scale), q);
-    pack_rows<T, A>(row_of<T>(args.grad_out, p.group, p.first, p.head), args.grad_out.row_stride,
-                    p.length, width, padded, A(1), grad_out);
-    for (int64_t i = 0; i < p.length; ++i) {
-      lse[i] = static_cast<const A*>(f.lse)[element(i)];
-      if (lse[i] == A(INFINITY)) lse[i] = A(NAN);  // so that all probabilities of the row are NaN
-      delta[i] = 0;
-      if constexpr (kExactOutput) {
-        const T* out = static_cast<const T*>(f.out) + element(i) * width;
-        for (int64_t d = 0; d < width; ++d) delta[i] += out[d] * grad_out[i * padded + d];
-      }
-    }
-    for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] = 0;
+  T* output_row(const RowView& grad, int64_t row) const {
+    return const_cast<T*>(row_of<T>(grad, p.group, p.first + row, p.head));
   }
 
   void load_block(int64_t j0, int64_t count) {
@@ -227,7 +289,6 @@ struct BackwardItem {
     pack_rows<T, A>(k, f.k.row_stride, count, width, padded, A(1), keys);
     pack_transposed<T, A>(k, f.k.row_stride, count, width, keys_t);
     pack_transposed<T, A>(v, f.v.row_stride, count, width, values_t);
-    for (int64_t i = 0; i < count * padded; ++i) grad_keys[i] = 0, grad_values[i] = 0;
   }
 
   // One row of a tile: scores -> dropped probabilities (for grad_v), grad_out . v -> gradient of
@@ -241,7 +302,7 @@ struct BackwardItem {
     uint32_t bits[4];
     if (dropout.active())
       dropout_bits(dropout, static_cast<uint32_t>(p.group * args.forward.problems + p.index),
-                   static_cast<uint32_t>(p.head), static_cast<uint32_t>(row),
+                   static_cast<uint32_t>(p.head), static_cast<uint32_t>(row0 + row),
                    static_cast<uint32_t>(j0 / kDropoutGroup), bits);
     for (int64_t j = 0; j < count; j += kLanes<A>) {
       const Vec<A> x = exp_nonpositive(load(prob + j) - lse[row]);
@@ -253,7 +314,8 @@ struct BackwardItem {
         g *= factor;
       }
       if constexpr (kOnlyDelta) {
-        sum += x * g;  // 0 past the last key: there g is 0
+        const int64_t left = count - j;  // past the last key, x may be infinite
+        sum += keep_lanes<A>(x * g, left < kLanes<A> ? (1u << left) - 1 : ~0u);
       } else {
         store(prob + j, dropped);
         store(grad + j, x * (g - delta[row]));
@@ -264,48 +326,58 @@ struct BackwardItem {
 
   // Scores and, for the gradients of q and k, grad_out . v of a tile of rows against the loaded
   // block of keys.
-  void tile_products(int64_t i0, int64_t rows, int64_t keys_padded) {
-    gemm<A>(rows, keys_padded, width, q + i0 * padded, padded, 1, keys_t, kKeyBlock, probabilities,
-            kKeyBlock, false);
+  void tile_products(int64_t i0, int64_t tile_rows, int64_t keys_padded) {
+    gemm<A>(tile_rows, keys_padded, width, q + i0 * padded, padded, 1, keys_t, kKeyBlock,
+            probabilities, kKeyBlock, false);
     if (!wants_q && !wants_k) return;
-    gemm<A>(rows, keys_padded, width, grad_out + i0 * padded, padded, 1, values_t, kKeyBlock,
+    gemm<A>(tile_rows, keys_padded, width, grad_out + i0 * padded, padded, 1, values_t, kKeyBlock,
             scores, kKeyBlock, false);
   }
 
-  void sum_delta() {
+  void fill_delta() {
+    if (!wants_q && !wants_k) return;
+    if constexpr (kExactOutput) {
+      for (int64_t i = 0; i < rows; ++i)
+        delta[i] = dot_of<A>(static_cast<const A*>(args.forward.out) + element(row0 + i) * width,
+                             grad_out + i * padded, width);
+      return;
+    }
+    for (int64_t i = 0; i < rows; ++i) delta[i] = 0;
     for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
       const int64_t count = min64(kKeyBlock, p.length - j0);
       load_block(j0, count);
-      for (int64_t i0 = 0; i0 < p.length; i0 += kBackwardTile) {
-        const int64_t rows = min64(kBackwardTile, p.length - i0);
-        tile_products(i0, rows, round_up(count, kLanes<A>));
-        for (int64_t i = 0; i < rows; ++i) tile_row<true>(i, i0 + i, j0, count);
+      for (int64_t i0 = 0; i0 < rows; i0 += kBackwardTile) {
+        const int64_t tile_rows = min64(kBackwardTile, rows - i0);
+        tile_products(i0, tile_rows, round_up(count, kLanes<A>));
+        for (int64_t i = 0; i < tile_rows; ++i) tile_row<true>(i, i0 + i, j0, count);
       }
     }
   }
 
-  void run() {
-    load_problem();
-    if (!kExactOutput && (wants_q || wants_k)) sum_delta();
-    for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
-      const int64_t count = min64(kKeyBlock, p.length - j0);
+  // first, last: whether this is the first or the last step of the item's queries and keys.
+  void run(int64_t key0, int64_t key_end, bool first, bool last) {
+    for (int64_t j0 = key0; j0 < key_end; j0 += kKeyBlock) {
+      const int64_t count = min64(kKeyBlock, key_end - j0);
       const int64_t count_padded = round_up(count, kLanes<A>);
+      A* grad_keys = shared.rows ? shared.grad_k + shared_row(j0) * padded : own_grad_keys;
+      A* grad_values = shared.rows ? shared.grad_v + shared_row(j0) * padded : own_grad_values;
       load_block(j0, count);
-      for (int64_t i0 = 0; i0 < p.length; i0 += kBackwardTile) {
-        const int64_t rows = min64(kBackwardTile, p.length - i0);
+      for (int64_t i0 = 0; i0 < rows; i0 += kBackwardTile) {
+        const int64_t tile_rows = min64(kBackwardTile, rows - i0);
         const A *q_tile = q + i0 * padded, *go_tile = grad_out + i0 * padded;
-        tile_products(i0, rows, count_padded);
-        for (int64_t i = 0; i < rows; ++i) tile_row<false>(i, i0 + i, j0, count);
+        tile_products(i0, tile_rows, count_padded);
+        for (int64_t i = 0; i < tile_rows; ++i) tile_row<false>(i, i0 + i, j0, count);
         if (wants_v)
-          gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, go_tile, padded, grad_values,
-                  padded, true);
+          gemm<A>(count, padded, tile_rows, probabilities, 1, kKeyBlock, go_tile, padded,
+                  grad_values, padded, !first || i0 > 0);
         if (wants_k)
-          gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded,
-                  true);
+          gemm<A>(count, padded, tile_rows, scores, 1, kKeyBlock, q_tile, padded, grad_keys, padded,
+                  !first || i0 > 0);
         if (wants_q)
-          gemm<A>(rows, padded, count, scores, kKeyBlock, 1, keys, padded, grad_q + i0 * padded,
-                  padded, true);
+          gemm<A>(tile_rows, padded, count, scores, kKeyBlock, 1, keys, padded,
+                  grad_q + i0 * padded, padded, !first || j0 > key0);
       }
+      if (!last) continue;
       for (int64_t j = 0; j < count; ++j) {
         if (wants_k)
           write_row<T, A>(grad_keys + j * padded, output_row(args.grad_k, j0 + j), width);
@@ -313,10 +385,10 @@ struct BackwardItem {
           write_row<T, A>(grad_values + j * padded, output_row(args.grad_v, j0 + j), width);
       }
     }
-    if (!wants_q) return;
-    for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] *= A(args.forward.scale);
-    for (int64_t i = 0; i < p.length; ++i)
-      write_row<T, A>(grad_q + i * padded, output_row(args.grad_q, i), width);
+    if (!wants_q || !last) return;
+    for (int64_t i = 0; i < rows * padded; ++i) grad_q[i] *= A(args.forward.scale);
+    for (int64_t i = 0; i < rows; ++i)
+      write_row<T, A>(grad_q + i * padded, output_row(args.grad_q, row0 + i), width);
   }
 };
 
@@ -342,18 +414,16 @@ void attention_forward(DType dtype, const AttentionForward& args) {
     using A = typename Compute<T>::Type;
     clear_uncovered<T>(args, contiguous(args.out, args, args.width), args.width);
     clear_uncovered<A>(args, contiguous(args.lse, args, 1), 1);
-    int64_t longest = 0;
-    for (int64_t p = 0; p < args.problems; ++p) {
-      const int64_t length = args.cumulative[p + 1] - args.cumulative[p];
-      longest = length > longest ? length : longest;
-    }
-    const int64_t blocks = (longest + kRowBlock - 1) / kRowBlock;
-    if (blocks == 0) return;
+    // Equal blocks: a short last one would load all keys for few rows.
+    const int64_t longest = longest_problem(args);
+    if (longest == 0) return;
+    const int64_t blocks = longest > kRowBlock ? (longest + kRowBlock / 2) / kRowBlock : 1;
+    const int64_t each = round_up((longest + blocks - 1) / blocks, kForwardTile);
     const int64_t items = args.groups * args.problems * args.heads * blocks;
     parallel_for(items, args.threads, [&](int64_t item, int) {
       const Problem p = problem_of(args, item / blocks);
-      const int64_t row0 = item % blocks * kRowBlock;
-      if (row0 < p.length) forward_item<T, A>(args, p, row0, min64(kRowBlock, p.length - row0));
+      const int64_t row0 = item % blocks * each;
+      if (row0 < p.length) forward_item<T, A>(args, p, row0, min64(each, p.length - row0));
     });
   });
 }
@@ -364,10 +434,27 @@ void attention_backward(DType dtype, const AttentionBackward& args) {
     const AttentionForward& f = args.forward;
     for (const RowView& grad : {args.grad_q, args.grad_k, args.grad_v})
       if (grad.data != nullptr) clear_uncovered<T>(f, grad, f.width);
-    parallel_for(f.groups * f.problems * f.heads, f.threads, [&](int64_t item, int) {
-      const Problem p = problem_of(f, item);
-      if (p.length > 0) BackwardItem<T, A>(args, p).run();
-    });
+    const Ranges ranges(f);
+    const BackwardSums<A> shared(f, ranges);
+    const int64_t items = f.groups * f.problems * f.heads * ranges.count;
+    const auto for_items = [&](const auto& body) {
+      parallel_for(items, f.threads, [&](int64_t item, int) {
+        const Problem p = problem_of(f, item / ranges.count);
+        const int64_t range = item % ranges.count;
+        if (p.length == 0) return;
+        BackwardItem<T, A> part(args, shared, p, ranges.start(p, range),
+                                ranges.start(p, range + 1));
+        body(part, range);
+      });
+    };
+    if (ranges.count > 1) for_items([&](BackwardItem<T, A>& item, int64_t) { item.fill_delta(); });
+    for (int64_t step = 0; step < ranges.count; ++step)
+      for_items([&](BackwardItem<T, A>& item, int64_t range) {
+        if (ranges.count == 1) item.fill_delta();
+        const int64_t other = (range + ranges.count - step) % ranges.count;
+        item.run(ranges.start(item.p, other), ranges.start(item.p, other + 1), step == 0,
+                 step == ranges.count - 1);
+      });
   });
 }
 
