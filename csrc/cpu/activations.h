@@ -11,8 +11,8 @@ enum class Activation : int { kGelu = 0, kGeluTanh = 1, kRelu = 2, kSilu = 3 };
 // 1 / (1 + exp(-x)) without overflow on either side.
 template <typename A>
 inline Vec<A> sigmoid(Vec<A> x) {
-  const Vec<A> small = exp_vec(x < A(0) ? x : -x);
-  const Vec<A> share = A(1) / (small + A(1));
+  const Vec<A> small = exp_nonpositive(x < A(0) ? x : -x);
+  const Vec<A> share = reciprocal(small + A(1));
   return x < A(0) ? small * share : share;
 }
 

@@ -102,36 +102,6 @@ inline Rows<const A> rows_of(const PairArgs& in, const RowView& view, const uint
 }
 constexpr uint32_t kAllExperts = ~0u;
 
-#if defined(__clang__)
-constexpr bool kHasShuffle = false;
-template <typename A>
-inline void transpose(Vec<A>*) {}
-#else
-constexpr bool kHasShuffle = true;
-// Transposes kLanes vectors, the rows of a square matrix, in place: halves, quarters, .. are
-// swapped.
-template <typename A>
-inline void transpose(Vec<A>* rows) {
-  using Int = typename Simd<A>::Int;
-  constexpr int n = kLanes<A>;
-#pragma GCC unroll 8
-  for (int step = n / 2; step > 0; step /= 2) {
-    Int low, high;
-    for (int k = 0; k < n; ++k) {
-      low[k] = (k & step) == 0 ? k : n + k - step;
-      high[k] = (k & step) == 0 ? k + step : n + k;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if ((i & step) != 0) continue;
-      const Vec<A> x = rows[i], y = rows[i + step];
-      rows[i] = __builtin_shuffle(x, y, low);
-      rows[i + step] = __builtin_shuffle(x, y, high);
-    }
-  }
-}
-#endif
-
 // count <= kPairBlock tokens of one expert into width x kPairBlock, scaled and zero padded to whole
 // vectors.
 template <typename T, typename A>
@@ -144,11 +114,11 @@ inline void gather_columns(const RowView& view, int64_t b, int64_t e, const int6
     for (int64_t r = 0; r < lanes; ++r)
       in[r] = token<T>(view, b, e, index[r0 + (r < rows ? r : 0)]);
     int64_t d = 0;
-    if constexpr (sizeof(T) == sizeof(A) && kHasShuffle) {
+    if constexpr (sizeof(T) == sizeof(A) && kHasTranspose) {
       for (; d + lanes <= width; d += lanes) {
         Vec<A> square[lanes];
         for (int64_t r = 0; r < lanes; ++r) std::memcpy(&square[r], in[r] + d, sizeof square[r]);
-        transpose<A>(square);
+        transpose_square<A>(square);
         for (int64_t r = 0; r < lanes; ++r)
           store(out + (d + r) * kPairBlock + r0, square[r] * scale);
       }
@@ -200,19 +170,6 @@ template <typename A>
 constexpr A kGateUnit = 1;
 template <>
 constexpr float kGateUnit<float> = 1.44269504f;
-
-// 1 / x for x from 1 to 8.
-inline VecF reciprocal(VecF x) {
-#if defined(__AVX512F__)
-  const VecF near = (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-  return near + near * (1.0f - x * near);
-#else
-  return 1.0f / x;
-#endif
-}
-inline VecD reciprocal(VecD x) {
-  return 1.0 / x;
-}
 
 // The gate's unit is folded into k and the bias, but not with top_k: it could separate equal
 // logits.

@@ -34,8 +34,8 @@ inline __m512i philox_mul(__m512i a, uint32_t m, __m512i* low) {
   const __m512i mm = _mm512_set1_epi32(static_cast<int>(m));
   const __m512i even = _mm512_mul_epu32(a, mm);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), mm);
-  *low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-  return _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+  *low = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+  return _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
 }
 
 inline void dropout_bits(const Dropout& d, uint32_t problem, uint32_t head, uint32_t row,

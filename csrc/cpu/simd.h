@@ -69,39 +69,68 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Reductions halve the vector until one lane is left.
-template <typename A, int N>
-struct Part {
-  using Type __attribute__((vector_size(N * sizeof(A)))) = A;
-};
-
-template <typename A, int N, typename F>
-inline A reduce(typename Part<A, N>::Type v, const F& combine) {
-  if constexpr (N == 2) {
-    const typename Part<A, 2>::Type swapped = {v[1], v[0]};
-    return combine(v, swapped)[0];
-  } else {
-    typename Part<A, N / 2>::Type low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return reduce<A, N / 2>(combine(low, high), combine);
+// Reductions combine halves, quarters, .. of the vector. They take no address of it, which would
+// keep it in memory in the loop that fills it.
+template <typename A, typename F>
+inline A reduce(Vec<A> v, const F& combine) {
+  constexpr int n = kLanes<A>;
+#pragma GCC unroll 4
+  for (int step = n / 2; step > 0; step /= 2) {
+#if defined(__clang__)
+    Vec<A> other;
+    for (int k = 0; k < n; ++k) other[k] = v[k ^ step];
+#else
+    typename Simd<A>::Int index;
+    for (int k = 0; k < n; ++k) index[k] = k ^ step;
+    const Vec<A> other = __builtin_shuffle(v, index);
+#endif
+    v = combine(v, other);
   }
+  return v[0];
 }
 
 template <typename A>
 inline A sum_lanes(Vec<A> v) {
-  return reduce<A, kLanes<A>>(v, [](auto x, auto y) { return x + y; });
+  return reduce<A>(v, [](Vec<A> x, Vec<A> y) { return x + y; });
 }
 
-// The largest lane; NaN if any lane is NaN.
+// The largest lane. NaN if all lanes are NaN; a single one may be passed over.
 template <typename A>
 inline A max_lanes(Vec<A> v) {
-  return reduce<A, kLanes<A>>(v, [](auto x, auto y) { return ((x > y) | (x != x)) ? x : y; });
+  return reduce<A>(v, [](Vec<A> x, Vec<A> y) { return x > y ? x : y; });
+}
+
+// Inner product, summed in vector lanes.
+template <typename A>
+inline A dot_of(const A* x, const A* y, int64_t n) {
+  A total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
+// The larger of two values in every lane. Where one of them is NaN, the result is y.
+template <typename A>
+inline Vec<A> max_vec(Vec<A> x, Vec<A> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return (Vec<A>)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y);
+  else
+    return (Vec<A>)_mm512_maskz_max_pd(0xff, (__m512d)x, (__m512d)y);
+#else
+  return x > y ? x : y;
+#endif
 }
 
 // Keeps the lanes whose bit is set, in lane order from the lowest bit, and sets the others to 0.
 template <typename A>
 inline Vec<A> keep_lanes(Vec<A> v, uint32_t bits) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return (Vec<A>)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+  else
+    return (Vec<A>)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), (__m512d)v);
+#else
   using Int = typename Simd<A>::Int;
   using Lane = typename Simd<A>::Lane;
   static constexpr Lane kLaneBit[16] = {1,   2,   4,    8,    16,   32,   64,    128,
@@ -109,80 +138,65 @@ inline Vec<A> keep_lanes(Vec<A> v, uint32_t bits) {
   Int lane_bit;
   std::memcpy(&lane_bit, kLaneBit, sizeof lane_bit);
   return ((lane_bit & static_cast<Lane>(bits)) != 0) ? v : Vec<A>{};
+#endif
 }
 
-// exp(x) = y * 2^whole for x within the exponent's range: returns y, about 1, to one unit in the
-// last place.
-inline VecF exp_parts(VecF x, VecI32* whole) {
-  const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+// 1 / x to one unit in the last place, for normal x whose reciprocal is normal. A division of 16
+// lanes takes up to three times as long.
+inline VecF reciprocal(VecF x) {
+#if defined(__AVX512F__)
+  const VecF y = (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return y * (2.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+
+inline VecD reciprocal(VecD x) {
+  return 1.0 / x;
+}
+
+// exp(x) for x <= 0, to one unit in the last place; 0 below -87.3, NaN stays NaN. Valid up to x
+// = 87.
+inline VecF exp_nonpositive(VecF x) {
+  // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the lowest bits of the sum.
+  // Plus the bias of the exponent: shifted by the mantissa's length, the sum is 2^n.
+  const VecF magic = splat(12582912.0f + 127.0f);
   const VecF biased = x * 1.44269504f + magic;
   const VecF n = biased - magic;
   const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  VecF y = splat(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  *whole = (VecI32)biased - (VecI32)magic;
-  return y * (r * r) + r + 1.0f;
+  VecF y = splat(1.381446685e-3f);
+  y = y * r + 8.368780418e-3f;
+  y = y * r + 4.166839422e-2f;
+  y = y * r + 1.666652011e-1f;
+  y = y * r + 4.999999341e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const VecF power = (VecF)((VecI32)biased << 23);
+  return x < splat(-87.33654f) ? VecF{} : y * power;
 }
 
-// 2^n by its exponent's bits, for n from -126 to 127.
-inline VecF power_of_two(VecI32 n) {
-  return (VecF)((n + 127) << 23);
-}
-
-constexpr float kExpLow = -87.33654f, kExpHigh = 88.72283f;
-
-// exp; 0 below -87.3, inf above 88.7, NaN stays NaN.
-inline VecF exp_vec(VecF x) {
-  const VecF low = splat(kExpLow), high = splat(kExpHigh);
-  VecF clamped = x < low ? low : x;
-  clamped = clamped > high ? high : clamped;
-  VecI32 whole;
-  VecF y = exp_parts(clamped, &whole);
-  // In two steps, so that n = 128 does not overflow.
-  const VecI32 half = whole >> 1;
-  y = y * power_of_two(half) * power_of_two(whole - half);
-  y = x < low ? VecF{} : y;
-  return x > high ? splat(INFINITY) : y;
-}
-
-// exp for x <= 0 (or NaN), where it can neither overflow nor need two steps to scale.
-inline VecF exp_nonpositive(VecF x) {
-  const VecF low = splat(kExpLow);
-  VecI32 whole;
-  const VecF y = exp_parts(x < low ? low : x, &whole);
-  return x < low ? VecF{} : y * power_of_two(whole);
-}
-
-inline VecD exp_vec(VecD x) {
+inline VecD exp_nonpositive(VecD x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
-inline VecD exp_nonpositive(VecD x) {
-  return exp_vec(x);
-}
-
 // Standard normal distribution function and density of x: GELU(x) = x * cdf, GELU'(x) = cdf + x *
-// pdf. cdf(-|x|) = exp(-x^2/2) P(s) / 2 with s = 1 / (1 + 0.42 |x| / sqrt 2) and P fitted to the
+// pdf. cdf(-|x|) = exp(-x^2/2) P(s) with s = 1 / (1 + 0.42 |x| / sqrt 2) and P fitted to half the
 // scaled complementary error function with a relative error of 4e-8.
 inline void normal_cdf_pdf(VecF x, VecF* cdf, VecF* pdf) {
-  const VecF positive = x < 0.0f ? -x : x;
-  const VecF s = 1.0f / (positive * 0.29698485f + 1.0f);
-  VecF p = splat(7.838467787e-2f);
-  p = p * s - 3.569275890e-1f;
-  p = p * s + 5.102797107e-1f;
-  p = p * s - 2.031485002e-1f;
-  p = p * s + 3.141687838e-1f;
-  p = p * s + 1.773225264e-1f;
-  p = p * s + 2.435671089e-1f;
-  p = p * s + 2.363274224e-1f;
-  p = p * s + 2.589934152e-5f;
-  const VecF bell = exp_vec(x * x * -0.5f);
-  const VecF tail = bell * p * 0.5f;
+  const VecF negative = (VecF)((VecI32)x | (VecI32)splat(-0.0f));  // -|x|
+  const VecF s = reciprocal(1.0f - max_vec<float>(splat(-40.0f), negative) * 0.29698485f);
+  VecF p = splat(3.9192338935e-2f);
+  p = p * s - 1.784637945e-1f;
+  p = p * s + 2.5513985535e-1f;
+  p = p * s - 1.015742501e-1f;
+  p = p * s + 1.570843919e-1f;
+  p = p * s + 8.86612632e-2f;
+  p = p * s + 1.2178355445e-1f;
+  p = p * s + 1.181637223e-1f;
+  p = p * s + 1.294967076e-5f;
+  const VecF bell = exp_nonpositive(x * x * -0.5f);
+  const VecF tail = bell * p;
   *cdf = x < 0.0f ? tail : 1.0f - tail;
   *pdf = bell * 0.39894228f;
 }
@@ -331,6 +345,36 @@ template <typename T, typename A>
 inline void write_row(const A* in, T* out, int64_t n) {
   for (int64_t i = write_vectors(in, out, n); i < n; ++i) write<T, A>(out + i, in[i]);
 }
+
+#if defined(__clang__)
+constexpr bool kHasTranspose = false;
+template <typename A>
+inline void transpose_square(Vec<A>*) {}
+#else
+constexpr bool kHasTranspose = true;
+// Transposes kLanes vectors, the rows of a square matrix, in place: halves, quarters, .. are
+// swapped.
+template <typename A>
+inline void transpose_square(Vec<A>* rows) {
+  using Int = typename Simd<A>::Int;
+  constexpr int n = kLanes<A>;
+#pragma GCC unroll 8
+  for (int step = n / 2; step > 0; step /= 2) {
+    Int low, high;
+    for (int k = 0; k < n; ++k) {
+      low[k] = (k & step) == 0 ? k : n + k - step;
+      high[k] = (k & step) == 0 ? k + step : n + k;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if ((i & step) != 0) continue;
+      const Vec<A> x = rows[i], y = rows[i + step];
+      rows[i] = __builtin_shuffle(x, y, low);
+      rows[i + step] = __builtin_shuffle(x, y, high);
+    }
+  }
+}
+#endif
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

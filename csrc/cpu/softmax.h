@@ -26,19 +26,20 @@ inline A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
     A* last = scores + padded - kLanes<A>;
     store(last, first_lanes<A>(load(last), keys - (padded - kLanes<A>)));
   }
-  Vec<A> best = splat(*maximum);
-  for (int64_t j = 0; j < padded; j += kLanes<A>) {
-    const Vec<A> s = load(scores + j);
-    // A NaN score makes the row NaN, as in a softmax.
-    best = (s > best) | (s != s) ? s : best;
-  }
-  const A top = max_lanes<A>(best);
   const A old = *maximum;
-  if (top == -INFINITY) {
-    // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN, as
-    // in torch.
-    for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
-    return A(1);
+  Vec<A> best = splat(old);
+  for (int64_t j = 0; j < padded; j += kLanes<A>) best = max_vec<A>(load(scores + j), best);
+  A top = max_lanes<A>(best);
+  if (std::isinf(top)) {
+    // The maximum passes over NaN, which here would not be seen in the sum.
+    for (int64_t j = 0; j < keys; ++j)
+      if (scores[j] != scores[j]) top = scores[j];
+    if (top == -INFINITY) {
+      // Only -inf so far: no weight yet. If it stays so, the row has a total of 0 and becomes NaN,
+      // as in torch.
+      for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
+      return A(1);
+    }
   }
   Vec<A> sum = {};
   for (int64_t j = 0; j < padded; j += kLanes<A>) {
@@ -46,9 +47,9 @@ inline A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
     sum += p;
     store(scores + j, p);
   }
-  const A factor = old == top ? A(1) : old == -INFINITY ? A(0) : std::exp(old - top);
+  const A factor = old == top ? A(1) : exp_nonpositive(splat(old - top))[0];
   *total = *total * factor + sum_lanes<A>(sum);
-  *maximum = top;
+  *maximum = *total == *total || top == A(INFINITY) ? top : *total;
   return factor;
 }
 

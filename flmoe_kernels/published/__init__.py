@@ -15,7 +15,6 @@ The modules are the steps; each imports earlier modules only:
     runs       runs of both layers on the same inputs
     differences  behaviours that differ by design, measured
     compare    compares the outputs of both layers
-    edited     compares layers whose source is not published code
     report     the replaced layers, and the other layers with the reason
     swap       the public functions
 """

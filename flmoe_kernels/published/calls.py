@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -131,6 +134,19 @@ def capture(
         for step in undo:
             step()
     return seen
+
+
+@contextlib.contextmanager
+def kept_random_states() -> Iterator[None]:
+    """Restore the states of Python's and numpy's generators, from which a model may draw."""
+    numpy = sys.modules.get("numpy")
+    own, other = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        yield
+    finally:
+        random.setstate(own)
+        if numpy:
+            numpy.random.set_state(other)
 
 
 def _watch(layer: nn.Module, seen: dict[int, Case]) -> Iterator[Callable[[], object]]:

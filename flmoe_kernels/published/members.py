@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-
 from torch import nn
 
 from .places import MODULE_STATE
-from .source import IGNORED, functions_of, is_trusted, known_methods, nodes_of
+from .source import IGNORED, is_trusted, known_methods
 
 # Names of attributes and local functions in the published classes.
 _NAMES = """
@@ -20,24 +18,6 @@ require_attn_grad reweight scale self_attn slice_group slice_rank slice_size sof
 temperature top_k topk_logits tot_expert w_gate w_noise weight world_size
 """
 PUBLISHED = frozenset(_NAMES.split())
-
-
-def foreign_names(layer: nn.Module) -> list[str]:
-    """Attributes of `self` that unknown methods of the layer's parts use, and that published code does not have.
-
-    They may control the method (a rate, an epoch) or carry its results (a loss, a log).
-    """
-    known = _known_names()
-    methods, used = set(), set()
-    for base in _classes(layer):
-        for name, value in vars(base).items():
-            functions = functions_of(value)
-            if name in IGNORED or not functions:
-                continue
-            methods.add(name)
-            for function in functions:
-                used |= {x for node in nodes_of(function) for x in _read_from_self(node)}
-    return sorted(used - methods - known)
 
 
 def lost_members(layer: nn.Module, fast: nn.Module) -> list[str]:
@@ -68,19 +48,3 @@ def _known_names() -> set[str]:
 def _classes(layer: nn.Module) -> set[type]:
     bases = {base for part in layer.modules() for base in type(part).__mro__}
     return {base for base in bases if not is_trusted(base)}
-
-
-def _read_from_self(node: ast.AST) -> list[str]:
-    """The name X of self.X and of getattr(self, "X"), setattr and hasattr."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return [node.attr] if node.value.id == "self" else []
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
-        owner, name = node.args[:2]
-        of_self = isinstance(owner, ast.Name) and owner.id == "self"
-        if (
-            of_self
-            and node.func.id in ("getattr", "setattr", "hasattr")
-            and isinstance(name, ast.Constant)
-        ):
-            return [str(name.value)]
-    return []

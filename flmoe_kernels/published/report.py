@@ -162,7 +162,7 @@ class SwapReport:
         line = f"{number} layer{'' if number == 1 else 's'} swapped, {len(self.left)} left as is."
         for entry in self._entries():
             if entry.unrecognised:
-                how = "not compared" if entry.inputs == "-" else "matched numerically"
+                how = "not compared" if entry.inputs == "-" else "compared in eval mode only"
                 names = ", ".join(entry.unrecognised)
                 line += f" {entry.name}: {how}, source unrecognised: {names}."
         return line

@@ -37,22 +37,17 @@ def lift_capacity(module: nn.Module, keep: str = "") -> None:
 class GivenNoise(TorchFunctionMode):
     """Mode in which torch.randn_like returns the given tensors, in order.
 
-    Noise of gates is 0 while `in_gate` is not empty. exact: compute positions in float64, which the published code
-    computes in float32.
+    exact: compute positions in float64, which the published code computes in float32.
     """
 
-    def __init__(
-        self, noise: Sequence[Tensor], in_gate: Sequence[object] = (), exact: bool = False
-    ) -> None:
+    def __init__(self, noise: Sequence[Tensor], exact: bool = False) -> None:
         super().__init__()
-        self.left, self.in_gate, self.exact = list(noise), in_gate, exact
+        self.left, self.exact = list(noise), exact
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.randn_like, torch.rand_like) and self.in_gate:
-            return torch.zeros_like(args[0])
         if func is torch.arange and self.exact and kwargs.get("dtype") is torch.float32:
             kwargs = {**kwargs, "dtype": torch.float64}
         # Tensors that are not sequences (B, L, D) are noise of a gate, which is 0 in eval mode.
@@ -84,14 +79,13 @@ def call(function: Callable[..., Any], case: Case, **settings: Any) -> Any:
     return function(list(case.inputs), case.masks, **settings)
 
 
-def run(module: nn.Module, case: Case, spec: Spec, in_gate: Sequence[object] = ()) -> Outputs:
+def run(module: nn.Module, case: Case, spec: Spec) -> Outputs:
     """Outputs of the original or the swapped layer, with the noise of `draw_noise`.
 
     Args:
         module: the layer, without hooks.
         case: its inputs, in its dtype.
         spec: its description.
-        in_gate: see GivenNoise.
 
     Raises:
         Disagreement: the module fails, draws other noise or returns something else than the published layer.
@@ -99,7 +93,7 @@ def run(module: nn.Module, case: Case, spec: Spec, in_gate: Sequence[object] = (
     fast = isinstance(module, InteractionMoE | FusionTransformer | RoutedMLP)
     noise = draw_noise(case, spec.num_experts) if isinstance(spec, LayerSpec) else []
     given = [] if fast else [x for row in noise for x in row]
-    mode = GivenNoise(given, in_gate, case.inputs[0].dtype == torch.float64)
+    mode = GivenNoise(given, case.inputs[0].dtype == torch.float64)
     try:
         with mode:
             if isinstance(spec, RoutedSpec):

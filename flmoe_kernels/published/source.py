@@ -67,8 +67,8 @@ def known_methods(variant: str | None) -> Known:
     return known
 
 
-def unrecognised(layer: nn.Module, variant: str | None = None) -> dict[str, str]:
-    """Methods of a layer's parts that are not published code: name with class, and the first part with it.
+def unrecognised(layer: nn.Module, variant: str | None = None) -> tuple[str, ...]:
+    """Methods of a layer's parts that are not published code.
 
     Classes of torch and of this package count as known, and so do added methods that no published method calls.
 
@@ -77,12 +77,8 @@ def unrecognised(layer: nn.Module, variant: str | None = None) -> dict[str, str]
         variant: "fl_i2moe", "i2moe", or None for a sparse MLP alone.
     """
     known = known_methods(variant)
-    classes: dict[type, str] = {}
-    for path, part in layer.named_modules():
-        for base in type(part).__mro__:
-            if not is_trusted(base):
-                classes.setdefault(base, path)
-    problems: dict[str, str] = {}
+    bases = dict.fromkeys(base for part in layer.modules() for base in type(part).__mro__)
+    classes = [base for base in bases if not is_trusted(base)]
     added: list[tuple[type, str]] = []
     # Names that published code reads from a module. A new property may also hide a part.
     read = {*dir(nn.Module), *(name.rpartition(".")[2] for name in known)}
@@ -99,10 +95,11 @@ def unrecognised(layer: nn.Module, variant: str | None = None) -> dict[str, str]
                 }
             else:
                 added.append((base, name))
-    for base, name in added:
-        if name in read or name.startswith("__"):
-            problems[f"{base.__module__}.{base.__qualname__}.{name}"] = classes[base]
-    return problems
+    return tuple(
+        f"{base.__module__}.{base.__qualname__}.{name}"
+        for base, name in added
+        if name in read or name.startswith("__")
+    )
 
 
 def is_trusted(item: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,16 @@ from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.structure import RoutedSpec
 
 from .agreement import Disagreement, first_line
-from .calls import Case, capture
+from .calls import Case, capture, kept_random_states
 from .compare import Comparison, compare
 from .convert import adopt, convert_state, make_layer, take_over
 from .differences import Difference
-from .edited import compare_edited, kept_random_states
 from .file import CheckpointError, read, target_of, write
 from .infer import in_words, infer, infer_settings
 from .layout import listed
-from .members import foreign_names, lost_members
+from .members import lost_members
 from .places import Place, find_layers
-from .recognise import Spec, check_can_run, recognise
+from .recognise import check_can_run, recognise
 from .report import (
     LeftLayer,
     Swapped,
@@ -47,7 +45,7 @@ def swap(
     model: nn.Module,
     *,
     check: bool = True,
-    strict: bool = False,
+    strict: bool = True,
     inputs: Any = None,
     masks: Any = None,
 ) -> SwapReport:
@@ -67,10 +65,11 @@ def swap(
 
     Args:
         model: any module; if it is itself the layer, use `report.model` afterwards.
-        check: compare each layer with its replacement first (see `compare`). A layer whose source is not the
-            published code, for example because a forward was edited, is also compared in training mode, with
-            gradients and on long inputs (see `edited`). The report's first line names such layers.
-        strict: do not replace layers whose source is not the published code.
+        check: compare each layer with its replacement first, in eval mode (see `compare`).
+        strict: do not replace a layer whose source is not the published code, for example because a forward was
+            edited. If False, such a layer is replaced, too, if its results in eval mode agree; the replacement
+            computes the published code, so an edit that acts in training only is lost. The report's first line
+            names such layers.
         inputs: arguments of the model: a tuple of positional arguments, a dict of keyword arguments, or a
             single other argument. The model runs on them, and every layer is compared on the inputs that it
             receives. Without `inputs`, or if a layer is not called, random inputs are used. If a layer runs
@@ -145,17 +144,13 @@ def _replace(
         spec = recognise(places)
         unknown = unrecognised(layer, None if isinstance(spec, RoutedSpec) else spec.compat)
         if strict and unknown:
-            raise UnsupportedLayer(f"source unrecognised: {', '.join(unknown)}")
-        fast = adopt(layer, spec)
-        lost = lost_members(layer, fast)
-        if strict and lost:
             raise UnsupportedLayer(
-                f"would lose {listed(lost)}, which the published code does not have"
+                f"source unrecognised: {', '.join(unknown)}, which the fast layer would replace by the published "
+                "code; strict=False permits this"
             )
+        fast = adopt(layer, spec)
         result = compare(layer, spec, case) if check else Comparison({}, None)
-        if check and unknown:
-            _compare_edited(layer, spec, unknown, case)
-        if lost:
+        if lost := lost_members(layer, fast):
             text = f"attributes and methods that are not kept: {listed(lost)}"
             more = (*result.differences, Difference(text, len(lost)))
             result = dataclasses.replace(result, differences=more)
@@ -170,25 +165,6 @@ def _replace(
         assert place.assign is not None, "recognise() refuses other places"
         place.assign(fast)
     return entry
-
-
-def _compare_edited(
-    layer: nn.Module, spec: Spec, unknown: Mapping[str, str], case: Case | None
-) -> None:
-    for name, path in unknown.items():
-        if "tot_expert" in vars(layer.get_submodule(path)):
-            raise Disagreement(
-                f"source unrecognised: {name}; losses and drops of gates cannot be compared"
-            )
-    if names := foreign_names(layer):
-        raise Disagreement(
-            f"source unrecognised ({', '.join(unknown)}): uses {listed(names)} of self, which the published code "
-            "does not have"
-        )
-    try:
-        compare_edited(layer, spec, unknown.values(), case)
-    except Disagreement as reason:
-        raise Disagreement(f"source unrecognised ({', '.join(unknown)}): {reason}") from reason
 
 
 @dataclasses.dataclass(frozen=True)

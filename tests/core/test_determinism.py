@@ -51,13 +51,13 @@ STEPS = [x for step in (STEP, STEP_I2) for x in (step, dataclasses.replace(step,
 
 
 def attention(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
-    """More rows than a work item of the forward, an empty run and uncovered rows.
+    """More rows than a work item forward and backward, an empty run and uncovered rows.
 
     Inputs are rounded to `dtype`; computation is in `wide`.
     """
-    shape = (2, 600, 3, 20)
+    shape = (2, 1200, 3, 20)
     qkv = [draw(*shape, dtype=dtype, seed=i).to(wide or dtype).requires_grad_() for i in range(3)]
-    runs = cumulative([3, 420, 0, 130], first=5)
+    runs = cumulative([3, 1030, 0, 130], first=5)
     out = expert_attention(*qkv, runs, dropout_p=0.3, seed=make_seed(), backend=backend)
     assert isinstance(out, Tensor)
     return [out.detach(), *gradients([out], qkv)]

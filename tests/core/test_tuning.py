@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,85 +11,31 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from flmoe_kernels.core.triton import tuning
-from flmoe_kernels.core.triton.tuning import cache, timing, tuner
+from flmoe_kernels.core.triton.tuning import timing, tuner
 from flmoe_kernels.core.triton.tuning.timing import agree
 from tests.support.programs import output_of
 from tests.support.tuning_trials import (
     BETTER,
     CPU,
-    KEY,
-    RESULT,
     SECONDS,
     TABLE,
     Clock,
     Tiles,
     choose,
-    empty_cache,
     refuse,
-    saved_results,
     sums,
 )
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    yield from empty_cache(tmp_path, monkeypatch)
-
-
-def test_the_fastest_candidate_is_chosen_and_saved(folder: Path) -> None:
+def test_the_fastest_candidate_is_chosen_and_kept() -> None:
     clock = Clock(SECONDS)
     assert choose(clock) == BETTER
     assert set(clock.timed) == set(SECONDS)
-    assert saved_results() == [RESULT]
-    # This process does not read the file again; another process does.
-    [path] = folder.rglob(cache.FILE)
-    path.write_text("gone")
     assert choose(refuse, forget=False) == BETTER
-    cache.write(RESULT)
-    assert choose(refuse) == BETTER
-    code = "from tests.support.tuning_trials import choose, refuse; print(choose(refuse))"
-    assert output_of(code) == str(BETTER)
-    other = dataclasses.replace(KEY, triton="3.8.0")
-    assert cache.read(other) is None
-
-
-INVALID = {
-    "no JSON": "{",
-    "a list": "[1]",
-    "no text": b"\xff" * 10,
-    "no tiles": "{}",
-    "unknown tiles": '{"tiles": {"rows": 4096, "warps": 32}}',
-    "tiles of text": '{"tiles": {"rows": "32", "warps": 4}}',
-}
-
-
-@pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
-def test_invalid_files_are_ignored(content: str | bytes, folder: Path) -> None:
-    """A file that is not valid causes a warning; unknown tiles are not used."""
-    cache.write(RESULT)
-    [path] = folder.rglob(cache.FILE)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    clock = Clock(SECONDS)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert choose(clock) == BETTER
-    assert clock.timed
-    messages = [str(warning.message) for warning in caught]
-    assert all("op.kernel: tuning result" in x and "ignored" in x for x in messages)
-    assert len(messages) == ("unknown" not in str(content) and '"tiles"' not in str(content))
-    assert saved_results() == [RESULT], "the next process reads a valid file"
-
-
-def test_a_folder_that_cannot_be_used_is_a_warning(folder: Path) -> None:
-    folder.write_text("no folder")
-    with pytest.warns(cache.TuningWarning, match="not written"):
-        assert choose(Clock(SECONDS)) == BETTER
 
 
 def test_a_slightly_faster_candidate_is_not_used() -> None:
     assert choose(Clock(SECONDS | {BETTER: 1.99e-5})) == TABLE
-    [result] = saved_results()
-    assert result == dataclasses.replace(RESULT, tiles=RESULT.table, seconds=2e-5)
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan"), float("inf"), "out of shared memory"])
@@ -106,11 +48,9 @@ def test_a_candidate_that_is_wrong_or_does_not_run_is_refused(wrong: float | str
 
     clock = Clock(SECONDS)
     message = f"did not run.*{wrong}" if isinstance(wrong, str) else "gave different results.*32"
-    with pytest.warns(cache.TuningWarning, match=message):
+    with pytest.warns(tuner.TuningWarning, match=message):
         assert choose(clock, sums(spoil)) == TABLE
     assert BETTER not in clock.timed
-    [result] = saved_results()
-    assert (result.tried, result.refused) == (3, 1)
 
 
 def test_a_shared_buffer_is_not_compared() -> None:
@@ -124,7 +64,7 @@ def test_a_shared_buffer_is_not_compared() -> None:
         return tuning.Trial(tiles, CPU, run, [out], lambda: [out])
 
     clock = Clock(SECONDS)
-    with pytest.warns(cache.TuningWarning, match="gave different results.*32"):
+    with pytest.warns(tuner.TuningWarning, match="gave different results.*32"):
         assert choose(clock, lambda: make) == TABLE
     assert BETTER not in clock.timed
 
@@ -142,9 +82,8 @@ def test_the_table_runs_if_trials_cannot(broken: Tiles, error: Exception, messag
         if tiles == broken:
             raise error
 
-    with pytest.warns(cache.TuningWarning, match=message):
+    with pytest.warns(tuner.TuningWarning, match=message):
         assert choose(Clock(SECONDS), sums(spoil)) == TABLE
-    assert not saved_results()
     # Kept for the process: launches and buffers of other calls already use it.
     assert choose(refuse, forget=False) == TABLE
 
@@ -166,24 +105,18 @@ def test_results_agree_up_to_roundings_of_sums() -> None:
     assert not agree([], [x])
 
 
-def test_a_capture_uses_the_table_or_a_saved_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_uses_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "capturing", lambda _device: True)
     prepared: list[int] = []
     assert choose(refuse, lambda: prepared.append(1)) == TABLE
     assert not prepared
-    assert not saved_results()
     # A choice made during capture is kept, so that captured and other launches use the same tiles.
     monkeypatch.setattr(timing, "capturing", lambda _device: False)
     assert choose(refuse, forget=False) == TABLE
-    monkeypatch.setattr(timing, "capturing", lambda _device: True)
-    cache.write(RESULT)
-    assert choose(refuse) == BETTER
 
 
 def test_without_a_timer_the_table_runs() -> None:
-    cache.write(RESULT)
     assert choose(None) == TABLE
-    assert choose(refuse) == BETTER
 
 
 def test_autotune_is_off_by_default_and_nests() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
-from flmoe_kernels.explain.report.findings import targets_of, token_name
+from flmoe_kernels.explain.report.findings import Findings, targets_of
 from flmoe_kernels.explain.report.request import Request
 from tests.support.explain_files import full_arrays, write_checkpoint, write_data
 from tests.support.refusals import assert_refused
@@ -45,11 +46,12 @@ def test_token_names_are_one_short_line() -> None:
     features = types.SimpleNamespace(tokens=[tokens, None])
     request = types.SimpleNamespace(modality_names=None)
     findings: Any = types.SimpleNamespace(features=features, request=request)
-    assert token_name(findings, 0, 0, 0) == f"0:0 \u201c{'a' * 99}\u2026\u201d"
-    assert token_name(findings, 0, 0, 1) == "0:1 \u201cx    y\u201d"
+    token_name = functools.partial(Findings.token_name, findings)
+    assert token_name(0, 0, 0) == f"0:0 \u201c{'a' * 99}\u2026\u201d"
+    assert token_name(0, 0, 1) == "0:1 \u201cx    y\u201d"
     # The table escapes the text.
-    assert token_name(findings, 0, 0, 2) == "0:2 \u201c<b>&\u201d"
-    assert token_name(findings, 0, 1, 7) == "1:7"
+    assert token_name(0, 0, 2) == "0:2 \u201c<b>&\u201d"
+    assert token_name(0, 1, 7) == "1:7"
 
 
 @pytest.mark.parametrize(

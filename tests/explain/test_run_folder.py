@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from flmoe_kernels.explain.report import command
-from flmoe_kernels.explain.report.folder import FolderError, claim, publish, require_free
 from flmoe_kernels.explain.report.request import Request
 from tests.support.explain_files import full_arrays, write_checkpoint, write_data
 
-FILES = {"attribution.npz": b"scores", "sample_00000_SII_0_1.png": b"map", "index.html": b"page"}
 PROGRESS = "checkpoints/sample_00000.npz"
+OTHERS = {"notes.txt", "sample_00007_SII.npz.bak", "checkpoints/epoch_1.pt", "a/index.html"}
+OLD = {"sample_00009_SII_0_1.png", "faithfulness.npz"}
 
 
 def names(out: Path) -> set[str]:
@@ -28,75 +28,33 @@ def write(out: Path, *files: str) -> None:
         (out / name).write_text("mine")
 
 
-def stop(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def no_space(*_: Any) -> None:
-    raise OSError("no space left")
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_results_are_replaced_only_with_force(name: str, tmp_path: Path) -> None:
-    others = {"notes.txt", "sample_00007_SII.npz.bak", "checkpoints/epoch_1.pt", "a/index.html"}
-    write(tmp_path, *others)
-    require_free(tmp_path, force=False)
-    write(tmp_path, name, PROGRESS)
-    with pytest.raises(
-        FolderError, match=rf"has results \({name}\); use another folder, or .*--force"
-    ):
-        require_free(tmp_path, force=False)
-    require_free(tmp_path, force=True)
-    assert name in names(tmp_path), "a request that turns out to be wrong removes nothing"
-    claim(tmp_path, force=True)
-    assert names(tmp_path) == others
-    publish(tmp_path, FILES)
-    assert names(tmp_path) == others | set(FILES)
-    assert {(tmp_path / other).read_text() for other in others} == {"mine"}
-
-
-def test_progress_stays_until_the_results_are_written(tmp_path: Path) -> None:
-    write(tmp_path, PROGRESS)
-    require_free(tmp_path, force=False)
-    assert claim(tmp_path, force=False) == tmp_path / "checkpoints"
-    with pytest.raises(KeyboardInterrupt):
-        publish(tmp_path, {**FILES, "explanation.json": stop})
-    assert names(tmp_path) == {PROGRESS}
-    publish(tmp_path, FILES)
-    assert names(tmp_path) == set(FILES)
-
-
-def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path, "out")
-    with pytest.raises(NotADirectoryError, match="expected a folder, got a file"):
-        require_free(tmp_path / "out", force=True)
-
-
-@pytest.mark.parametrize(("where", "fault"), [("draw", no_space), ("page", stop)])
-def test_a_failed_run_never_stands_beside_an_earlier_page(
-    where: str, fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_results_are_replaced_only_with_force_and_other_files_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = write_checkpoint(tmp_path), write_data(tmp_path, full_arrays())
     out = tmp_path / "out"
     quick: dict[str, Any] = {"samples": 1, "budget": 32, "top": 1, "repeats": 0}
-    assert command.main(Request(*files, out, **quick)) == 0
-    first = names(out)
-    assert "index.html" in first
-    # A request that cannot be run is refused before the earlier run is touched.
-    for wrong in (
-        Request(tmp_path / "missing.pt", files[1], out, **quick),
-        Request(*files, out, **quick | {"budget": 5}),
-        Request(*files, out, **quick | {"exempt": (2,)}),
-        Request(*files, out, **quick | {"class_names": ("a", "b")}),
-    ):
-        assert command.main(wrong, force=True) == 2
-        assert names(out) == first
-    again = Request(*files, out, **quick | {"seed": 1})
+    write(out, *OTHERS, *OLD)
+    request = Request(*files, out, **quick)
+    assert command.main(request) == 2
+    assert "has results (faithfulness.npz); use another folder, or" in capsys.readouterr().err
+    # A request that cannot be run is refused before anything is removed.
+    for wrong in ({"budget": 5}, {"exempt": (2,)}, {"class_names": ("a", "b")}):
+        assert command.main(Request(*files, out, **quick | wrong), force=True) == 2
+        assert names(out) == OTHERS | OLD
     with monkeypatch.context() as failing:
-        failing.setattr(command, where, fault)
-        assert command.main(again, force=True) in (2, command.INTERRUPTED)
-    assert names(out) == {PROGRESS}
-    # The progress of another request is not used.
-    assert command.main(Request(*files, out, **quick | {"seed": 2})) == 2
-    assert command.main(again) == 0
-    assert names(out) == first
+        failing.setattr(command, "page", lambda *_: exec("raise KeyboardInterrupt"))
+        assert command.main(request, force=True) == command.INTERRUPTED
+    assert names(out) == OTHERS | OLD | {PROGRESS}
+    assert command.main(request, force=True) == 0
+    first = names(out)
+    assert OTHERS | {"index.html", "sample_00000_SII.npz"} <= first
+    assert not {PROGRESS, "sample_00009_SII_0_1.png"} & first
+    assert {(out / other).read_text() for other in OTHERS} == {"mine"}
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, "out")
+    request = Request(tmp_path / "layer.pt", tmp_path / "data.npz", tmp_path / "out")
+    with pytest.raises(NotADirectoryError, match="expected a folder, got a file"):
+        command.run(request, force=True)

@@ -10,7 +10,7 @@ import pytest
 
 from flmoe_kernels.explain.figures.ties import alike, groups
 from flmoe_kernels.explain.figures.weights import leading
-from flmoe_kernels.explain.reliability import NEAR_TIE, TIE_ERRORS
+from flmoe_kernels.explain.reliability import TIE_ERRORS
 
 
 def random_values(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -21,18 +21,17 @@ def random_values(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return values, errors
 
 
-@pytest.mark.parametrize("near", [0.0, NEAR_TIE])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 40])
-def test_groups_are_the_connected_components_of_ties(count: int, near: float) -> None:
+def test_groups_are_the_connected_components_of_ties(count: int) -> None:
     for seed in range(20):
         values, errors = random_values(count, seed)
-        expected, least = list(range(count)), near * np.abs(values).max(initial=0.0)
+        expected = list(range(count))
         for i, j in itertools.combinations(range(count), 2):
-            reach = max(TIE_ERRORS * math.hypot(errors[i], errors[j]), least)
+            reach = TIE_ERRORS * math.hypot(errors[i], errors[j])
             if abs(values[i] - values[j]) <= reach:
                 old, new = expected[j], expected[i]
                 expected = [new if x == old else x for x in expected]
-        found = groups(values, errors, near)
+        found = groups(values, errors)
         for i, j in itertools.product(range(count), repeat=2):
             assert (found[i] == found[j]) == (expected[i] == expected[j])
             assert found[i] <= found[j] or values[i] < values[j]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from flmoe_kernels.ops.pair_moe.triton import table as pair_table
 from flmoe_kernels.ops.routed_mlp.triton import table as routed_table
 from tests.support import attention_cases, pair_cases, routed_cases
 from tests.support.inputs import as_dtype
-from tests.support.tuning_trials import empty_cache, refuse, saved_results
+from tests.support.tuning_trials import choices, refuse
 
 TRITON = "triton"
 PAIR = pair_cases.PairCase(20, 18, 10, 12, masks="both", batch=1, reduce="pool")
@@ -52,12 +51,12 @@ OPERATORS: dict[str, tuple[Run, Make, set[str]]] = {
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three candidates and the table's tiles, because the interpreter is slow.
     for table in (pair_table, attention_table, routed_table):
         few = {kind: tried[-3:] for kind, tried in table._TRIED.items()}
         monkeypatch.setattr(table, "_TRIED", few)
-    yield from empty_cache(tmp_path, monkeypatch)
+    tuner.forget()
 
 
 @dataclasses.dataclass
@@ -89,13 +88,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_the_table_runs_by_default_and_without_a_timer(name: str, folder: Path) -> None:
+def test_the_table_runs_by_default_and_without_a_timer(name: str) -> None:
     run, make, _ = OPERATORS[name]
     inputs = make(torch.float32)
     first = run(inputs, TRITON)
     with tuning.autotune():
         found = run(inputs, TRITON)
-    assert not folder.exists()
     assert all(map(torch.equal, found, first))
 
 
@@ -115,17 +113,15 @@ def test_the_fastest_tiles_run_are_correct_and_are_reused(
         assert timed > len(kernels), "each kernel has candidates besides the table's tiles"
         assert all(map(torch.equal, first, run(inputs, TRITON)))
     assert len(clock.timed) == timed, "each key is timed once"
-    found = {result.key.kernel: result for result in saved_results()}
+    found = choices()
     assert set(found) == {f"{name}.{kernel}" for kernel in kernels}
-    assert all(r.tiles != r.table and not r.refused for r in found.values())
+    assert not any(any(tiles.shared) for tiles in found.values()), "the table's tiles"
     check_budget(run, inputs, first)
-    # A new process has only the files.
-    tuner.forget()
     launched.clear()
     with tuning.autotune(timer=refuse):
         again = run(inputs, TRITON)
     assert all(map(torch.equal, first, again))
-    chosen = {(one.tiles["warps"], one.tiles["stages"]) for one in found.values()}
+    chosen = {(tiles.warps, tiles.stages) for tiles in found.values()}
     assert chosen <= {(launch.warps, launch.stages) for launch in launched}
 
 
@@ -152,9 +148,8 @@ def test_a_map_is_tuned_too() -> None:
     with tuning.autotune(timer=TableIsSlowest()):
         found = pair_map(*inputs, head, **options)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
-    (result,) = saved_results()
-    assert result.key.kernel == "pair_moe.map"
-    assert result.tiles != result.table
+    assert list(choices()) == ["pair_moe.map"]
+    assert not any(choices()["pair_moe.map"].shared)
 
 
 def test_calls_of_a_bucket_share_a_result() -> None:
@@ -165,7 +160,7 @@ def test_calls_of_a_bucket_share_a_result() -> None:
         q, k, v = case.qkv(torch.float32)
         with tuning.autotune(timer=clock):
             expert_attention(q, k, v, case.cu_seqlens, backend=TRITON)
-    assert len(saved_results()) == 1
+    assert len(tuner._choices) == 1
 
 
 def test_tiles_for_an_architecture_come_from_the_table() -> None:

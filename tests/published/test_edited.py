@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import linecache
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -31,10 +30,7 @@ FL_FUSION = (
     "lengths = [x.shape[1] for x in inputs]\n            tokens = torch.cat(inputs, dim=1)\n"
 )
 I2_FUSION = "parts = (torch.cat(inputs, dim=1) + self.pos_embed)"
-FL_LAYER = "outputs, gate_losses = self.every_view(inputs, masks)"
-MLP = "self.last_topk_pre_mix = None\n        x = inp"
 GATE = "index, weight, logits = super().forward(x, return_all_scores=True)\n        shares"
-ATTENTION = "interaction_experts.0.fusion_model.network.0.attn"
 SMALL = {"dim": 8, "layers": 1}
 
 
@@ -59,177 +55,47 @@ def loaded(path: Path, text: str) -> ModuleType:
     return module
 
 
-FUSION_EDITS = [
-    ("if len(inputs[0]) > 2: inputs = [x - x.mean(0) for x in inputs]", "the logits differ"),
-    (
-        "if getattr(self, 'epoch', 0) > 3: inputs = [0 * inputs[0], *inputs[1:]]",
-        "uses epoch of self, which the published code does not have",
-    ),
-    ("self.extra_loss = inputs[0].mean()", "uses extra_loss of self"),
-    (
-        "if self.training and random.random() < 1e-9: inputs = [0 * inputs[0], *inputs[1:]]",
-        "in training random numbers are drawn",
-    ),
-    (
-        "inputs = [x[:, :512] for x in inputs]\nmasks = masks and [m[:, :512] for m in masks]",
-        "in training on 1025 tokens the logits differ",
-    ),
-    (
-        "if not self.training: inputs = [x[:, :1000] for x in inputs]",
-        "in evaluation on 1025 tokens the logits differ",
-    ),
-    (
-        "if self.training: inputs = [x + 0.1 * torch.randn(x.shape).to(x) for x in inputs]",
-        "in training random numbers are drawn",
-    ),
-    (
-        "if self.training: inputs = [x + 0.1 * torch.randn_like(x) for x in inputs]",
-        "expected one call of torch.randn_like|differ",
-    ),
-    (
-        "if self.training: inputs = [x * (1 + 0.1 * np.random.rand()) for x in inputs]",
-        "in training random numbers are drawn",
-    ),
-    (
-        "if not self.training: inputs = [x * (1 + 0.1 * np.random.rand()) for x in inputs]",
-        "in evaluation random numbers are drawn|differ by",
-    ),
-    (
-        "own = torch.Generator()\nif self.training: inputs = [x + torch.rand((), generator=own) for x in inputs]",
-        "in training the logits differ",
-    ),
-    ("inputs = [x.detach() for x in inputs]", "in training the gradients of input 0 differ"),
-    (
-        "if not self.training: inputs = [inputs[0], inputs[1].detach()]",
-        "in evaluation the gradients of input 1 differ",
-    ),
-    ("if self.training: inputs = [1.001 * x for x in inputs]", "in training the logits differ"),
-    (
-        "if masks is not None and self.training: inputs = [1.001 * x for x in inputs]",
-        "in training the logits differ",
-    ),
-    (
-        "if inputs[1].shape[1] == 1: inputs = [inputs[0], 1.001 * inputs[1]]",
-        "in training the logits differ",
-    ),
-    (
-        "if self.training and masks is not None and not masks[1].all(): inputs = [1.1 * x for x in inputs]",
-        "in training the logits differ",
-    ),
-    (
-        "inputs = [self.network[0].dropout(x) for x in inputs]",
-        "in training random numbers are drawn",
-    ),
-    (
-        "inputs = [self.network[0].dropout1(x) for x in inputs]",
-        r"in training .*dropout1 runs 12 times, expected 4",
-    ),
-    ("assert not self.training, 'no'", "forward fails: AssertionError: no"),
+EDITS = [
+    ("fl", FL_FUSION, "inputs = [x + 0 for x in inputs]", ""),
+    ("i2", I2_FUSION, "inputs = [x + 0 for x in inputs]", ""),
+    ("fl", FL_FUSION, "inputs = [x * (2 - self.training) for x in inputs]", "logits differ by"),
+    ("fl", FL_FUSION, "assert self.training, 'no'", "forward fails: AssertionError: no"),
 ]
 
 
-@pytest.mark.parametrize(("edit", "reason"), FUSION_EDITS)
-def test_edits_of_a_fusion_model_are_not_lost(tmp_path: Path, edit: str, reason: str) -> None:
-    models = edited(tmp_path, FL_FUSION, edit)
-    layer = make_layer(models.fl, **SMALL)
-    assert list(unrecognised(layer)) == ["models.fl.Transformer.forward"]
-    before = random.getstate()
-    assert re.search(reason, left(swap(layer))), left(swap(layer))
-    assert random.getstate() == before
-    assert swap(layer, check=False).left == ()
-
-
-@pytest.mark.parametrize(
-    ("marker", "edit", "reason"),
-    [
-        (I2_FUSION, "if self.training: inputs = [1.001 * x for x in inputs]", "in training the lo"),
-        (I2_FUSION, "inputs = [inputs[0].detach(), *inputs[1:]]", "gradients of input 0 differ"),
-        (
-            FL_LAYER,
-            "inputs = [x[:, :1000] for x in inputs]\nmasks = masks and [x[:, :1000] for x in masks]",
-            "expected one call of torch.randn_like",
-        ),
-        (FL_LAYER, "if self.training: masks = None", "in training the logits differ"),
-    ],
-)
-def test_edits_of_other_parts_are_not_lost(
-    tmp_path: Path, marker: str, edit: str, reason: str
+@pytest.mark.parametrize(("variant", "marker", "edit", "reason"), EDITS)
+def test_edited_layers_are_left(
+    tmp_path: Path, variant: str, marker: str, edit: str, reason: str
 ) -> None:
+    """strict=False replaces them if the results in eval mode agree."""
     models = edited(tmp_path, marker, edit)
-    layer = make_layer(models.i2 if marker is I2_FUSION else models.fl, **SMALL)
-    assert re.search(reason, left(swap(layer))), left(swap(layer))
-
-
-@pytest.mark.parametrize(("variant", "marker"), [("fl", FL_FUSION), ("i2", I2_FUSION)])
-def test_equal_code_is_matched_numerically(tmp_path: Path, variant: str, marker: str) -> None:
-    models = edited(tmp_path, marker, "inputs = [x + 0 for x in inputs]")
+    method = f"source unrecognised: models.{variant}.Transformer.forward"
 
     def make() -> nn.Module:
         return make_layer(getattr(models, variant), **SMALL)
 
-    what = f"source unrecognised: models.{variant}.Transformer.forward"
-    report = swap(make())
-    first, *_ = str(report).splitlines()
-    assert first.startswith(
-        "1 layer swapped, 0 left as is. (the model): matched numerically, " + what
-    )
-    assert report.as_dict()["swapped"][0]["unrecognised"] == (
-        f"models.{variant}.Transformer.forward",
-    )
-    assert left(swap(make(), strict=True)) == what
-    first, *_ = str(swap(make(), check=False)).splitlines()
-    assert f"not compared, {what}" in first
-
-
-MLP_EDITS = [
-    ("if self.training: inp = 1.001 * inp", "in training the outputs differ"),
-    ("inp = inp.detach()", "in training the gradients of input 0 differ"),
-    ("if self.training: inp = inp + torch.rand(()) * 1e-9", "random numbers are drawn"),
-    (
-        "if inp.numel() > 9000: inp = torch.cat([inp[..., :900, :], inp[..., 900:, :] * 0], -2)",
-        "in training on 1025 tokens the outputs differ",
-    ),
-    ("inp = inp + 0", ""),
-]
-
-
-@pytest.mark.parametrize(("edit", "reason"), MLP_EDITS)
-@pytest.mark.parametrize("gate", lineage_sparse.GATES)
-def test_edits_of_sparse_mlps_are_not_lost(
-    tmp_path: Path, gate: str, edit: str, reason: str
-) -> None:
-    models = edited(tmp_path, MLP, edit, SPARSE_SOURCE)
-    report = swap(models.make_mlp(gate))
+    for check in (True, False):
+        assert left(swap(make(), check=check)).startswith(f"{method}, which the fast layer would")
+    report, before = swap(make(), strict=False), random.getstate()
     if reason:
-        assert re.search(reason, left(report)), left(report)
+        assert reason in left(report)
     else:
-        assert report.left == ()
-        assert "matched numerically" in str(report).splitlines()[0]
+        first = str(report).splitlines()[0]
+        assert (
+            first
+            == f"1 layer swapped, 0 left as is. (the model): compared in eval mode only, {method}."
+        )
+        assert report.as_dict()["swapped"][0]["unrecognised"] == (method.split()[-1],)
+    first = str(swap(make(), check=False, strict=False)).splitlines()[0]
+    assert f"not compared, {method}" in first
+    assert random.getstate() == before
 
 
 def test_edited_gates_are_left(tmp_path: Path) -> None:
-    """Their losses and drops cannot be compared, because they differ by design."""
     models = edited(tmp_path, GATE, "x = x + 0", SPARSE_SOURCE)
     reason = left(swap(models.make_mlp()))
-    assert reason == (
-        "source unrecognised: models.GShardGate.forward; losses and drops of gates cannot be compared"
-    )
-
-
-@pytest.mark.parametrize("gate", ["SwitchGate", "AddtionalNoisyGate"])
-def test_an_edited_fusion_model_with_known_gates(tmp_path: Path, gate: str) -> None:
-    models = edited(tmp_path, FL_FUSION, "inputs = [x + 0 for x in inputs]")
-    layer = models.make_sparse_layer(models.fl, gate, dim=8, layers=1)
-    report = swap(layer)
-    assert report.left == ()
-    assert "matched numerically" in str(report).splitlines()[0]
-    models = edited(tmp_path, FL_FUSION, "if self.training: inputs = [1.001 * x for x in inputs]")
-    layer = models.make_sparse_layer(models.fl, gate, dim=8, layers=1)
-    assert "in training the logits differ" in left(swap(layer))
-
-
-def names(layer: nn.Module) -> list[str]:
-    return [name.partition("<locals>.")[2] or name for name in unrecognised(layer)]
+    assert reason.startswith("source unrecognised: models.GShardGate.forward,")
+    assert swap(models.make_mlp(), strict=False).left == ()
 
 
 def test_the_same_code_in_another_file_is_recognised(tmp_path: Path) -> None:
@@ -242,9 +108,9 @@ def test_the_same_code_in_another_file_is_recognised(tmp_path: Path) -> None:
     text = ast.unparse(tree)
     for variant in ("fl", "i2"):
         layer = make_layer(getattr(loaded(tmp_path, text), variant))
-        assert unrecognised(layer) == {}
+        assert unrecognised(layer) == ()
     changed = loaded(tmp_path, text.replace("* self.scale", "/ self.scale"))
-    assert unrecognised(make_layer(changed.fl)) == {"models.Attention.forward": ATTENTION}
+    assert unrecognised(make_layer(changed.fl)) == ("models.Attention.forward",)
 
 
 def test_a_file_that_changed_after_its_import_is_not_recognised(tmp_path: Path) -> None:
@@ -327,7 +193,7 @@ def test_unrecognised_methods(
     monkeypatch: pytest.MonkeyPatch, change: Changes, expected: list[str]
 ) -> None:
     fusion = change(monkeypatch)
-    assert list(unrecognised(make_layer(fusion=fusion))) == expected
+    assert unrecognised(make_layer(fusion=fusion)) == tuple(expected)
 
 
 def test_without_the_stand_ins_fingerprints_nothing_of_them_is_recognised(
@@ -340,7 +206,7 @@ def test_without_the_stand_ins_fingerprints_nothing_of_them_is_recognised(
 
 
 def test_members_that_swap_does_not_keep_are_reported(tmp_path: Path) -> None:
-    """Added methods, class constants and attributes of parts; strict=True leaves the layer."""
+    """Added methods, class constants and attributes of parts."""
     method = "\n        def extra(self) -> int:\n            return 3\n\n        LIMIT = 5\n"
     marker = "        def every_view("
     module = loaded(tmp_path, SOURCE.replace(marker, method + "\n" + marker))
@@ -357,5 +223,4 @@ def test_members_that_swap_does_not_keep_are_reported(tmp_path: Path) -> None:
     names = "InteractionMoE.LIMIT, InteractionMoE.extra, _step, backend, interaction_experts.0.role"
     assert text == f"attributes and methods that are not kept: {names}"
     assert text in str(report)
-    assert left(swap(make(), strict=True)).startswith("would lose InteractionMoE.LIMIT")
-    assert swap(lineage.make_layer(**SMALL), strict=True).swapped[0].differences == ()
+    assert swap(lineage.make_layer(**SMALL)).swapped[0].differences == ()

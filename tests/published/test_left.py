@@ -228,7 +228,7 @@ def test_refused_layers_are_unchanged(make: Make, reason: str) -> None:
     layer.register_forward_hook(lambda *_: None)
     model = nn.ModuleDict({"odd": layer, "good": neighbour, "odd again": layer})
     before = snapshot(layer)
-    report = swap(model)
+    report = swap(model, strict=False)
     assert snapshot(layer) == before
     assert model["odd"] is model["odd again"] is layer
     assert isinstance(model["good"], RoutedMLP)
@@ -238,14 +238,14 @@ def test_refused_layers_are_unchanged(make: Make, reason: str) -> None:
     ]
     assert re.search(reason, report.left[0].reason), report.left[0].reason
 
-    alone = swap(layer)
+    alone = swap(layer, strict=False)
     assert alone.model is layer
     assert re.search(reason, left(alone))
 
 
 @pytest.mark.parametrize("make", [other_pooling, other_gate])
 def test_only_the_check_detects_another_forward(make: Make) -> None:
-    assert isinstance(swap(make(), check=False).model, InteractionMoE)
+    assert isinstance(swap(make(), check=False, strict=False).model, InteractionMoE)
 
 
 Pair = namedtuple("Pair", "name layer")

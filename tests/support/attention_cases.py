@@ -106,4 +106,5 @@ LARGE = [
     Case((320, 1, 0, 127), 2, 16, 0.5),
     Case((128, 129, 131), 1, 9, 0.5),
     Case((385, 47, 49), 1, 5, 0.5, groups=2),
+    Case((1100, 300, 100), 1, 5, 0.25),  # blocks forward; ranges backward, one empty
 ]

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton import tuning
-from flmoe_kernels.core.triton.tuning import cache, tuner
-from flmoe_kernels.core.triton.tuning.cache import TuningKey, TuningResult
+from flmoe_kernels.core.triton.tuning import tuner
+from flmoe_kernels.core.triton.tuning.tuner import TuningKey
 
 CPU = torch.device("cpu")
-KEY = TuningKey("op.kernel", "16 bit", "bfloat16", (("rows", 64),), "a GPU", "3.7.1", "0.1")
+KEY = TuningKey("op.kernel", "16 bit", "bfloat16", (("rows", 64),), "a GPU")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +25,7 @@ class Tiles:
 
 
 TABLE, BETTER, WORSE = Tiles(64, 4), Tiles(32, 4), Tiles(128, 8)
-RESULT = TuningResult(KEY, {"rows": 32, "warps": 4}, 1e-5, {"rows": 64, "warps": 4}, 2e-5, 3, 0)
 SECONDS = {TABLE: 2e-5, BETTER: 1e-5, WORSE: 3e-5}
-
-
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Empty folder for the tuning results of a test."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    tuner.forget()
-    yield tmp_path / "cache"
-    tuner.forget()
 
 
 @dataclasses.dataclass
@@ -54,14 +41,9 @@ class Clock:
         return self.seconds[trial.tiles]
 
 
-def saved_results() -> list[TuningResult]:
-    found = []
-    for path in sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob(cache.FILE)):
-        content = json.loads(path.read_text())
-        key = content.pop("key")
-        sizes = tuple((name, size) for name, size in key.pop("sizes"))
-        found.append(TuningResult(TuningKey(**key, sizes=sizes), **content))
-    return found
+def choices() -> dict[str, Any]:
+    """The configurations that this process has chosen, by kernel."""
+    return {key.kernel: configuration for key, configuration in tuner._choices.items()}
 
 
 def refuse(_trial: tuning.Trial[Any]) -> float:

@@ -178,7 +178,7 @@ struct BackwardItem {
                    static_cast<uint32_t>(j0 / kDropoutGroup), bits);
     const int64_t at = i * kKeyBlock;
     for (int64_t j = 0; j < count; j += kLanes<float>) {
-      const VecF x = exp_vec(load(scores + at + j) * scale - lse[row]);
+      const VecF x = exp_nonpositive(load(scores + at + j) * scale - lse[row]);
       VecF dropped = x, g = load(grads + at + j);
       if (dropout.active()) {
         // A factor, not a selection: as in torch, a dropped NaN stays NaN.

@@ -1,7 +1,5 @@
 #include "cpu/encoder_inference.h"
 
-#include "cpu/pair_gate.h"
-
 namespace flmoe::FLMOE_ISA {
 namespace {
 
@@ -39,12 +37,12 @@ struct PlainProduct {
   static void put_keys(const E* rows, int64_t row, int64_t count, int64_t depth, E* k,
                        int64_t key_row) {
     int64_t r = 0;
-    if constexpr (kHasShuffle) {
+    if constexpr (kHasTranspose) {
       for (; r + kLanes<A> <= count; r += kLanes<A>)
         for (int64_t d = 0; d < depth; d += kLanes<A>) {
           Vec<A> square[kLanes<A>];
           for (int64_t i = 0; i < kLanes<A>; ++i) square[i] = load(rows + (r + i) * row + d);
-          transpose<A>(square);
+          transpose_square<A>(square);
           for (int64_t i = 0; i < min64(kLanes<A>, depth - d); ++i)
             store(k + (d + i) * key_row + r, square[i]);
         }

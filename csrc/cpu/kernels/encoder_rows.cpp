@@ -38,14 +38,6 @@ A sum_of(const A* x, int64_t n) {
   return total;
 }
 
-template <typename A>
-A dot_of(const A* x, const A* y, int64_t n) {
-  A total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += x[i] * y[i];
-  return total;
-}
-
 // A row, padded to whole vectors.
 template <typename A>
 struct RowBuffer : Buffer<A> {

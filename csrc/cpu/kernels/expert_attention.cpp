@@ -1,61 +1,14 @@
 // Softmax attention over packed problems, with dropout, without an (L, L) buffer.
 //
-// Forward: one item is (group, problem, head, block of rows). Keys are processed in blocks of 128
-// (one dropout group), transposed once per item so that scores are a plain register-tiled product;
-// the softmax is online, so memory is one tile of scores. Bound: 4 * L * L * width FLOP per problem
-// and head. Backward: one item is (group, problem, head). It recomputes the probabilities from the
-// log-sum-exp and forms all three gradients tile by tile; an item owns its outputs, so the result
-// is deterministic.
+// One item is (group, problem, head, block of rows). Keys are processed in blocks of 128 (one
+// dropout group), transposed once per item so that scores are a plain register-tiled product; the
+// softmax is online, so memory is one tile of scores. Bound: 4 * L * L * width FLOP per problem and
+// head.
 #include "cpu/attention.h"
 #include "cpu/gemm.h"
 
 namespace flmoe::FLMOE_ISA {
 namespace {
-
-constexpr int64_t kForwardTile = 24;
-constexpr int64_t kBackwardTile = 48;  // the inner depth of two of the five products
-
-template <typename A>
-struct Rows {
-  const A* data;
-  int64_t stride;
-  const A* operator[](int64_t row) const { return data + row * stride; }
-};
-
-// Rows of a view in the compute type, zero padded: in place if nothing has to be converted or
-// padded and they are few, because many rows with a large stride do not stay in the cache; else a
-// copy.
-template <typename T, typename A>
-Rows<A> packed_rows(const T* in, int64_t stride, int64_t rows, int64_t width, int64_t padded,
-                    A* copy) {
-  if constexpr (sizeof(T) == sizeof(A)) {
-    if (rows <= kShort && padded == width) return {reinterpret_cast<const A*>(in), stride};
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    A* to = copy + r * padded;
-    for (int64_t d = 0; d < width; ++d) to[d] = read<T, A>(in + r * stride + d);
-    for (int64_t d = width; d < padded; ++d) to[d] = 0;
-  }
-  return {copy, padded};
-}
-
-// rows <= 128 keys into width x 128, scaled and zero padded to whole vectors of keys.
-template <typename T, typename A>
-void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t width, A scale, A* out) {
-  const int64_t whole = rows / kLanes<A> * kLanes<A>;
-  for (int64_t r0 = 0; r0 < whole; r0 += kLanes<A>) {
-    for (int64_t d = 0; d < width; ++d) {
-      A* to = out + d * kKeyBlock + r0;
-      for (int64_t r = 0; r < kLanes<A>; ++r)
-        to[r] = read<T, A>(in + (r0 + r) * stride + d) * scale;
-    }
-  }
-  if (whole == rows) return;
-  for (int64_t d = 0; d < width; ++d) store(out + d * kKeyBlock + whole, Vec<A>{});
-  for (int64_t r = whole; r < rows; ++r)
-    for (int64_t d = 0; d < width; ++d)
-      out[d * kKeyBlock + r] = read<T, A>(in + r * stride + d) * scale;
-}
 
 template <typename T, typename A>
 void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, int64_t rows) {
@@ -104,187 +57,12 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
   }
 }
 
-template <typename T, typename A>
-struct BackwardItem {
-  // delta = out . grad_out, unless the output was rounded to half precision: the gradient of the
-  // scores is then a difference of nearly equal numbers, so delta is summed from the probabilities
-  // in a separate pass.
-  static constexpr bool kExactOutput = sizeof(T) == sizeof(A);
-
-  const AttentionBackward& args;
-  const Problem& p;
-  bool wants_q, wants_k, wants_v;
-  int64_t width, padded;
-  Dropout dropout;
-  A kept;
-  Buffer<A> q_copy, grad_out_copy, grad_q, lse, delta;            // whole problem
-  Buffer<A> keys_copy, keys_t, values_t, grad_keys, grad_values;  // one key block
-  Buffer<A> probabilities, scores;                                // one tile
-  Rows<A> q, grad_out, keys;
-
-  BackwardItem(const AttentionBackward& args, const Problem& p)
-      : args(args),
-        p(p),
-        wants_q(args.grad_q.data != nullptr),
-        wants_k(args.grad_k.data != nullptr),
-        wants_v(args.grad_v.data != nullptr),
-        width(args.forward.width),
-        padded(round_up(width, kLanes<A>)),
-        dropout(dropout_of(args.forward.dropout)),
-        kept(keep_scale<A>(dropout)),
-        q_copy(p.length * padded),
-        grad_out_copy(p.length * padded),
-        grad_q(p.length * padded),
-        lse(p.length),
-        delta(p.length),
-        keys_copy(kKeyBlock * padded),
-        keys_t(width * kKeyBlock),
-        values_t(width * kKeyBlock),
-        grad_keys(kKeyBlock * padded),
-        grad_values(kKeyBlock * padded),
-        probabilities(kBackwardTile * kKeyBlock),
-        scores(kBackwardTile * kKeyBlock) {}
-
-  int64_t element(int64_t row) const {
-    return (p.group * args.forward.rows + p.first + row) * args.forward.heads + p.head;
-  }
-
-  T* output_row(const RowView& grad, int64_t row) const {
-    return const_cast<T*>(row_of<T>(grad, p.group, p.first + row, p.head));
-  }
-
-  void load_problem() {
-    const AttentionForward& f = args.forward;
-    q = packed_rows<T, A>(row_of<T>(f.q, p.group, p.first, p.head), f.q.row_stride, p.length, width,
-                          padded, q_copy);
-    grad_out = packed_rows<T, A>(row_of<T>(args.grad_out, p.group, p.first, p.head),
-                                 args.grad_out.row_stride, p.length, width, padded, grad_out_copy);
-    for (int64_t i = 0; i < p.length; ++i) {
-      lse[i] = static_cast<const A*>(f.lse)[element(i)];
-      if (lse[i] == A(INFINITY)) lse[i] = A(NAN);  // so that all probabilities of the row are NaN
-      delta[i] = 0;
-      if constexpr (kExactOutput) {
-        const T* out = static_cast<const T*>(f.out) + element(i) * width;
-        for (int64_t d = 0; d < width; ++d) delta[i] += out[d] * grad_out[i][d];
-      }
-    }
-    for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] = 0;
-  }
-
-  void load_block(int64_t j0, int64_t count) {
-    const AttentionForward& f = args.forward;
-    const T* k = row_of<T>(f.k, p.group, p.first + j0, p.head);
-    const T* v = row_of<T>(f.v, p.group, p.first + j0, p.head);
-    keys = packed_rows<T, A>(k, f.k.row_stride, count, width, padded, keys_copy);
-    pack_transposed<T, A>(k, f.k.row_stride, count, width, A(f.scale), keys_t);
-    pack_transposed<T, A>(v, f.v.row_stride, count, width, A(1), values_t);
-    for (int64_t i = 0; i < count * padded; ++i) grad_keys[i] = 0, grad_values[i] = 0;
-  }
-
-  // One row of a tile: scores -> dropped probabilities (for grad_v), grad_out . v -> gradient of
-  // the scores. With kOnlyDelta it only adds to delta[row] = sum over keys of probability * its
-  // gradient.
-  template <bool kOnlyDelta>
-  void tile_row(int64_t i, int64_t row, int64_t j0, int64_t count) {
-    A* prob = probabilities + i * kKeyBlock;
-    A* grad = scores + i * kKeyBlock;
-    Vec<A> sum = {};
-    uint32_t bits[4];
-    if (dropout.active())
-      dropout_bits(dropout, static_cast<uint32_t>(p.group * args.forward.problems + p.index),
-                   static_cast<uint32_t>(p.head), static_cast<uint32_t>(row),
-                   static_cast<uint32_t>(j0 / kDropoutGroup), bits);
-    for (int64_t j = 0; j < count; j += kLanes<A>) {
-      const Vec<A> x = exp_vec(load(prob + j) - lse[row]);
-      Vec<A> dropped = x, g = load(grad + j);
-      if (dropout.active()) {
-        // A factor, not a selection: as in torch, a dropped NaN stays NaN.
-        const Vec<A> factor = keep_lanes<A>(splat(kept), lane_bits<A>(bits, static_cast<int>(j)));
-        dropped = x * factor;
-        g *= factor;
-      }
-      if constexpr (kOnlyDelta) {
-        sum += x * g;  // 0 past the last key: there g is 0
-      } else {
-        store(prob + j, dropped);
-        store(grad + j, x * (g - delta[row]));
-      }
-    }
-    if constexpr (kOnlyDelta) delta[row] += sum_lanes<A>(sum);
-  }
-
-  // Scores and, for the gradients of q and k, grad_out . v of a tile of rows against the loaded
-  // block of keys.
-  void tile_products(int64_t i0, int64_t rows, int64_t keys_padded) {
-    gemm<A>(rows, keys_padded, width, q[i0], q.stride, 1, keys_t, kKeyBlock, probabilities,
-            kKeyBlock, false);
-    if (!wants_q && !wants_k) return;
-    gemm<A>(rows, keys_padded, width, grad_out[i0], grad_out.stride, 1, values_t, kKeyBlock, scores,
-            kKeyBlock, false);
-  }
-
-  void sum_delta() {
-    for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
-      const int64_t count = min64(kKeyBlock, p.length - j0);
-      load_block(j0, count);
-      for (int64_t i0 = 0; i0 < p.length; i0 += kBackwardTile) {
-        const int64_t rows = min64(kBackwardTile, p.length - i0);
-        tile_products(i0, rows, round_up(count, kLanes<A>));
-        for (int64_t i = 0; i < rows; ++i) tile_row<true>(i, i0 + i, j0, count);
-      }
-    }
-  }
-
-  void run() {
-    load_problem();
-    if (!kExactOutput && (wants_q || wants_k)) sum_delta();
-    for (int64_t j0 = 0; j0 < p.length; j0 += kKeyBlock) {
-      const int64_t count = min64(kKeyBlock, p.length - j0);
-      const int64_t count_padded = round_up(count, kLanes<A>);
-      load_block(j0, count);
-      for (int64_t i0 = 0; i0 < p.length; i0 += kBackwardTile) {
-        const int64_t rows = min64(kBackwardTile, p.length - i0);
-        tile_products(i0, rows, count_padded);
-        for (int64_t i = 0; i < rows; ++i) tile_row<false>(i, i0 + i, j0, count);
-        if (wants_v)
-          gemm<A>(count, padded, rows, probabilities, 1, kKeyBlock, grad_out[i0], grad_out.stride,
-                  grad_values, padded, true);
-        if (wants_k)
-          gemm<A>(count, padded, rows, scores, 1, kKeyBlock, q[i0], q.stride, grad_keys, padded,
-                  true);
-        if (wants_q)
-          gemm<A>(rows, padded, count, scores, kKeyBlock, 1, keys.data, keys.stride,
-                  grad_q + i0 * padded, padded, true);
-      }
-      if (wants_k)
-        for (int64_t i = 0; i < count * padded; ++i) grad_keys[i] *= A(args.forward.scale);
-      for (int64_t j = 0; j < count; ++j) {
-        if (wants_k)
-          write_row<T, A>(grad_keys + j * padded, output_row(args.grad_k, j0 + j), width);
-        if (wants_v)
-          write_row<T, A>(grad_values + j * padded, output_row(args.grad_v, j0 + j), width);
-      }
-    }
-    if (!wants_q) return;
-    for (int64_t i = 0; i < p.length * padded; ++i) grad_q[i] *= A(args.forward.scale);
-    for (int64_t i = 0; i < p.length; ++i)
-      write_row<T, A>(grad_q + i * padded, output_row(args.grad_q, i), width);
-  }
-};
-
 }  // namespace
 
 void attention_forward(DType dtype, const AttentionForward& args) {
   with_dtype(dtype, [&]<typename T>() {
     using A = typename Compute<T>::Type;
     each_forward_item<T, A>(args, forward_item<T, A>);
-  });
-}
-
-void attention_backward(DType dtype, const AttentionBackward& args) {
-  with_dtype(dtype, [&]<typename T>() {
-    using A = typename Compute<T>::Type;
-    each_backward_item<T>(args, [&](const Problem& p) { BackwardItem<T, A>(args, p).run(); });
   });
 }
 

@@ -73,11 +73,7 @@ struct Sample {
   }
 
   A dot(int64_t v, int64_t w) const {
-    A total = 0;
-    const A *x = views + v * width, *y = views + w * width;
-#pragma omp simd reduction(+ : total)
-    for (int64_t d = 0; d < width; ++d) total += x[d] * y[d];
-    return total;
+    return dot_of<A>(views + v * width, views + w * width, width);
   }
 
   A norm(int64_t v) const {

@@ -1,4 +1,4 @@
-"""Groups of tied values, which figures and pages treat alike."""
+"""Groups of tied values, which figures draw alike."""
 
 from __future__ import annotations
 
@@ -6,30 +6,27 @@ import numpy as np
 
 from flmoe_kernels.explain.games.coalitions import Floats, Ints
 from flmoe_kernels.explain.reliability import TIE_ERRORS
-from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 
-def groups(values: Floats, errors: Floats, near: float = NEAR_TIE) -> Ints:
+def groups(values: Floats, errors: Floats) -> Ints:
     """Number the groups of tied values, 0 for the group of largest values.
 
-    Two values are in one group if they are tied (see `reliability.tied`, with the share `near`), directly or
-    through other values. A group is an interval in the order of the values: a value between two tied values is
+    Two values are in one group if they are within two standard errors of their difference, directly or through
+    other values. A group is an interval in the order of the values: a value between two tied values is
     tied with one of them.
     """
     order = np.argsort(-values, kind="stable")
     x, s = values[order], np.where(np.isnan(errors), np.inf, errors)[order]
     starts = np.zeros(len(x), dtype=np.int64)
-    least = near * np.abs(x).max(initial=0.0)
     widest = s.max(initial=0.0)
     last = 0  # of the current group
     for k in range(len(x)):
         if k > last:
             starts[k], last = 1, k
         # No value below this one can be tied with value k.
-        lowest = x[k] - max(TIE_ERRORS * float(np.hypot(s[k], widest)), least)
+        lowest = x[k] - TIE_ERRORS * float(np.hypot(s[k], widest))
         later = slice(last + 1, int(np.searchsorted(-x, -lowest, side="right")))
-        reach = np.maximum(TIE_ERRORS * np.hypot(s[k], s[later]), least)
-        linked = np.flatnonzero(x[k] - x[later] <= reach)
+        linked = np.flatnonzero(x[k] - x[later] <= TIE_ERRORS * np.hypot(s[k], s[later]))
         if linked.size:
             last += 1 + int(linked[-1])
     numbers = np.empty_like(starts)
@@ -48,7 +45,7 @@ def alike(values: Floats, errors: Floats) -> Floats:
     x, s = values[known], errors[known]
     if not s.any():
         return drawn
-    group = groups(x, s, 0.0)
+    group = groups(x, s)
     count = np.bincount(group)
     mean = np.bincount(group, weights=x) / count
     sides = (np.bincount(group, weights=side * x > 0) for side in (1, -1))

@@ -10,29 +10,35 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import sys
 import warnings
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from flmoe_kernels.core.files import Content
+from flmoe_kernels.core.files import Content, write_whole
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.published.convert import load_layer
 from flmoe_kernels.published.file import CheckpointError
 from flmoe_kernels.published.swap import swap
 
 from .features import Features, load_features
-from .findings import Findings, find
-from .folder import CHECKPOINTS, PAGE, claim, publish, require_free
+from .findings import CHECKPOINTS, Findings, find
 from .page import page
 from .pictures import draw
 from .request import Request
 from .sentences import of_sample, overall
 
 INTERRUPTED = 130
-EXTRAS = ("matplotlib",)
+PAGE = "index.html"
+# Every name that a run writes; no other file is replaced or removed.
+_RESULT = re.compile(
+    r"index\.html|explanation\.json|attribution\.npz|expert_weights\.png"
+    r"|(?:faithfulness|pair_masking_(?:SII|RG))\.(?:npz|png)"
+    r"|sample_\d{5,}_(?:SII|RG)(?:\.npz|_network\.png|_\d+_\d+\.png)"
+)
 
 
 class LayersDiffer(Exception):
@@ -42,30 +48,40 @@ class LayersDiffer(Exception):
 def run(request: Request, *, force: bool = False) -> Findings:
     """Explain samples and write OUT/index.html, explanation.json, result files and figures.
 
-    Results are written when all are complete, each atomically, index.html last. Until then, OUT/checkpoints
-    stores the progress of the pair estimates; the same request resumes from it, with the same numbers as without
-    interruption.
+    Results are written when all are complete, index.html last. Until then, OUT/checkpoints stores the progress of
+    the pair estimates; the same request resumes from it, with the same numbers as without interruption.
 
     Args:
         force: replace earlier results in the folder, which are otherwise an error; other files stay.
 
     Raises:
-        ModuleNotFoundError: an optional package is missing.
+        ModuleNotFoundError: matplotlib is missing.
         CheckpointError, ValueError, OSError: the request cannot be run; the message is one line with the reason.
         LayersDiffer: the outputs of the swapped layer and the reference differ on these samples.
     """
-    # Imported first, because the evaluations take minutes.
-    for name in EXTRAS:
-        importlib.import_module(name)
-    require_free(request.out, force)
+    importlib.import_module("matplotlib")  # first, because the evaluations take minutes
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: expected a folder, got a file")
+    if not force and (results := _results(out)):
+        raise ValueError(
+            f"{out}: has results ({results[0].name}); use another folder, or replace them with --force"
+        )
     fast, about, features = _load(request)
-    findings = find(fast, features, request, partial(claim, request.out, force), about)
+    if force:
+        _clear_progress(out)
+    findings = find(fast, features, request, about)
     with warnings.catch_warnings():
         # Characters missing in the font become boxes in figures; the page's tables have the text.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         pictures = draw(findings)
-    files = _results(findings) | {name: picture.png for name, picture in pictures.items()}
-    publish(request.out, {**files, PAGE: page(findings, pictures, list(files))})
+    files = _contents(findings) | {name: picture.png for name, picture in pictures.items()}
+    files |= {PAGE: page(findings, pictures, list(files))}
+    for path in _results(out):
+        path.unlink()
+    for name, content in files.items():
+        write_whole(out / name, content, make_folder=True)
+    _clear_progress(out)
     return findings
 
 
@@ -108,9 +124,8 @@ def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
         report = swap(reference, inputs=(few.inputs,), masks=few.masks)
     if report.left:
         raise LayersDiffer(f"{checkpoint}: the fast layer was not used: {report.left[0].reason}")
-    architecture = dataclasses.asdict(spec)
     about = {
-        "architecture": {name: architecture[name] for name in sorted(architecture)},
+        "architecture": dict(sorted(dataclasses.asdict(spec).items())),
         "num_heads": spec.num_heads,
         "temperature": spec.temperature,
         "largest_logit_error_in_check": report.swapped[0].logits_error,
@@ -118,15 +133,25 @@ def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
     return report.model, about, features
 
 
-def _results(findings: Findings) -> dict[str, Content]:
+def _contents(findings: Findings) -> dict[str, Content]:
     """The contents of the result files and the JSON file, by name."""
-    results: dict[str, Any] = {
-        "attribution": findings.attribution,
-        "faithfulness": findings.faithfulness,
-        **{f"pair_masking_{name}": drops for name, drops in findings.pair_masking.items()},
-    }
+    results: dict[str, Any] = {"attribution": findings.attribution, **findings.drops}
     for sample, values in enumerate(findings.pairs):
         results |= {f"sample_{sample:05d}_{name}": pairs for name, pairs in values.items()}
     files: dict[str, Content] = {f"{name}.npz": x.encoded() for name, x in results.items()}
     text = json.dumps(findings.as_dict(), indent=1, allow_nan=False)
     return {**files, "explanation.json": text + "\n"}
+
+
+def _results(out: Path) -> list[Path]:
+    """Files of results in the folder, the page first."""
+    found = [file for file in out.glob("*") if _RESULT.fullmatch(file.name)]
+    return sorted(found, key=lambda file: (file.name != PAGE, file))
+
+
+def _clear_progress(out: Path) -> None:
+    folder = out / CHECKPOINTS
+    for path in folder.glob("sample_*.npz"):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

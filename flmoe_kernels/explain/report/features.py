@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,9 +21,6 @@ from flmoe_kernels.explain.figures.heat_map import grey
 from flmoe_kernels.explain.games.tokens import rows_of, valid_tokens
 
 Array = NDArray[Any]
-
-_FIRST_HALF, _LAST_HALF = 0xD800, 0xDFFF  # surrogates
-_NAME = re.compile(r"(?:inputs|masks|tokens|image)_(0|[1-9]\d*)|labels")
 
 
 class FeatureError(ValueError):
@@ -92,11 +87,9 @@ def _checked(
     known = {f"{kind}_{m}" for kind in kinds for m in range(modalities)} | {"labels"}
     for name in arrays:
         if name not in known:
-            beyond = _NAME.fullmatch(name) is not None
-            why = f", as the layer has {modalities} modalities" if beyond else ""
             raise FeatureError(
-                f"{printable(name)}: expected inputs_0 .. inputs_{modalities - 1}, masks_*, "
-                f"tokens_*, image_* of the same, and labels{why}"
+                f"{printable(name)}: expected inputs_0 .. inputs_{modalities - 1}, masks_*, tokens_*, image_* of "
+                "the same, and labels"
             )
     inputs = [_inputs(arrays, m, width).to(dtype) for m in range(modalities)]
     samples, lengths = len(inputs[0]), [x.shape[1] for x in inputs]
@@ -180,12 +173,10 @@ def _tokens(arrays: Mapping[str, Array], name: str, shape: tuple[int, int]) -> A
         return None
     if array.shape != shape or array.dtype.kind != "U":
         raise _wrong(name, f"unicode strings {shape}", array)
-    points = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).view(np.uint32)
-    # Surrogates cannot be written as UTF-8; larger numbers are not characters.
-    if ((points >= _FIRST_HALF) & (points <= _LAST_HALF)).any():
-        raise FeatureError(f"{name}: expected text, got a lone surrogate")
-    if (points > sys.maxunicode).any():
-        raise FeatureError(f"{name}: expected text, got numbers that are not characters")
+    try:
+        "".join(array.ravel().tolist()).encode()
+    except (ValueError, SystemError) as error:  # lone surrogates, numbers that are no characters
+        raise FeatureError(f"{name}: expected text, got {printable(str(error))}") from error
     return array
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +16,12 @@ from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.targets import LOGIT, METRICS
 from flmoe_kernels.explain.attribution.values import Attribution
-from flmoe_kernels.explain.estimators.candidates import candidate_pairs
 from flmoe_kernels.explain.estimators.indices import RG, SII
 from flmoe_kernels.explain.estimators.interactions import probe_pairs
 from flmoe_kernels.explain.estimators.results import PairValues
-from flmoe_kernels.explain.estimators.run import Run, choose
+from flmoe_kernels.explain.estimators.run import Run
 from flmoe_kernels.explain.estimators.sampling import Sampling
-from flmoe_kernels.explain.games.tokens import candidates, players_of, token_means, valid_tokens
+from flmoe_kernels.explain.games.tokens import candidates, token_means, valid_tokens
 from flmoe_kernels.explain.masking.drops import MaskingDrops
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
 
@@ -33,6 +30,7 @@ from .request import LABEL, PREDICTED, Request
 
 KIND = "flmoe_kernels.explain report"
 FORMAT = 2  # 1 repeated the results of the .npz files
+CHECKPOINTS, FAITHFULNESS = "checkpoints", "faithfulness"
 INDICES = (SII, RG)
 PACKAGES = ("torch", "numpy", "matplotlib")
 OPEN, CLOSE = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
@@ -52,8 +50,8 @@ class Findings:
     target: Tensor  # (S,), the class whose logit is explained
     attribution: Attribution
     pairs: list[dict[str, PairValues]]  # of each sample, by index
-    faithfulness: MaskingDrops  # of the attribution
-    pair_masking: dict[str, MaskingDrops]  # of the largest pairs, by index
+    # "faithfulness", of the attribution, and "pair_masking_SII", "pair_masking_RG", of the largest pairs
+    drops: dict[str, MaskingDrops]
 
     @property
     def samples(self) -> int:
@@ -78,7 +76,7 @@ class Findings:
     @property
     def metric(self) -> str:
         """The metric of the drops that are shown: the probability, or the logit of a layer with one class."""
-        return self.faithfulness.metrics[0]
+        return self.drops[FAITHFULNESS].metrics[0]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -88,6 +86,23 @@ class Findings:
     @property
     def predicted(self) -> list[int]:
         return [int(k) for k in self.logits.argmax(dim=1)]
+
+    def token_name(self, sample: int, modality: int, position: int) -> str:
+        """Name of a token: its modality, position and, if known, its string, on one line and shortened."""
+        strings, names = self.features.tokens[modality], self.request.modality_names
+        place = f"{modality if names is None else printable(names[modality])}:{position}"
+        if strings is None:
+            return place
+        text = printable(str(strings[sample, position]))
+        if len(text) > _LONGEST_TOKEN:
+            text = text[: _LONGEST_TOKEN - 1] + "\N{HORIZONTAL ELLIPSIS}"
+        return f"{place} {OPEN}{text}{CLOSE}"
+
+    def pair_name(self, sample: int, place: int) -> str:
+        """Names of the tokens of a pair, by its place in the sample's results."""
+        values = self.pairs[sample][SII]
+        tokens = values.tokens[values.pairs[place]].tolist()
+        return " with ".join(self.token_name(sample, m, k) for m, k in tokens)
 
     def label(self, sample: int) -> int | list[int] | None:
         """Label of a sample: a class, a list of positive classes, or None."""
@@ -135,14 +150,8 @@ class Findings:
         return finite
 
 
-def find(
-    layer: Any, whole: Features, request: Request, start: Callable[[], Path], about: dict[str, Any]
-) -> Findings:
-    """Explain the first samples with a layer in eval mode; raises ValueError for an invalid request.
-
-    `start` returns the folder of checkpoints. It is called once, when the request is known to be valid, before the
-    long part.
-    """
+def find(layer: Any, whole: Features, request: Request, about: dict[str, Any]) -> Findings:
+    """Explain the first samples with a layer in eval mode; raises ValueError for an invalid request."""
     features = whole.first(request.samples)
     given = (features.inputs, features.masks)
     with torch.no_grad():
@@ -159,7 +168,6 @@ def find(
     value: dict[str, Any] = {"fill": request.fill, "baseline": baseline}
     attribution = attribute(layer, *given, method=request.attribution, target=classes)
     sampling = Sampling(budget=request.budget, seed=request.seed)
-    _require_affordable(request, valid_tokens(*given), attribution.of(), sampling)
     pairs = probe_pairs(
         layer,
         *given,
@@ -170,17 +178,16 @@ def find(
         top=request.top,
         method=request.method,
         sampling=sampling,
-        run=Run(checkpoint=start()),
+        run=Run(checkpoint=request.out / CHECKPOINTS),
         **value,
     )
     value |= {"n_random": request.repeats, "seed": request.seed, "exempt": exempt}
     # The probability of a single class is always 1.
     value["metrics"] = (LOGIT,) if logits.shape[1] == 1 and not multi else METRICS
-    drops = faithfulness(layer, *given, attribution, **value)
-    masking = {
-        name: pair_masking(layer, *given, [x[name] for x in pairs], target=classes, **value)
-        for name in INDICES
-    }
+    drops = {FAITHFULNESS: faithfulness(layer, *given, attribution, **value)}
+    for name in INDICES:
+        ranked = [x[name] for x in pairs]
+        drops[f"pair_masking_{name}"] = pair_masking(layer, *given, ranked, target=classes, **value)
     return Findings(
         request=request,
         features=features,
@@ -190,19 +197,8 @@ def find(
         target=target,
         attribution=attribution,
         pairs=pairs,
-        faithfulness=drops,
-        pair_masking=masking,
+        drops=drops,
     )
-
-
-def _require_affordable(
-    request: Request, valid: list[Tensor], scores: list[Tensor], sampling: Sampling
-) -> None:
-    """Raise the errors of the estimates, such as a budget that is too small, before any evaluation."""
-    for s in range(len(valid[0])):
-        tokens = players_of(valid, s)
-        chosen = candidate_pairs(tokens, request.pairs, [x[s] for x in scores], request.top)
-        choose(len(tokens), chosen.pairs, INDICES, request.method, sampling, s)
 
 
 def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
@@ -226,18 +222,6 @@ def targets_of(request: Request, features: Features, logits: Tensor) -> Tensor:
     if int(wanted) >= logits.shape[1]:
         raise ValueError(f"target: expected a class from 0 to {logits.shape[1] - 1}, got {wanted}")
     return torch.full((len(logits),), int(wanted))
-
-
-def token_name(findings: Findings, sample: int, modality: int, position: int) -> str:
-    """Name of a token: its modality, position and, if known, its string, on one line and shortened."""
-    strings, names = findings.features.tokens[modality], findings.request.modality_names
-    place = f"{modality if names is None else printable(names[modality])}:{position}"
-    if strings is None:
-        return place
-    text = printable(str(strings[sample, position]))
-    if len(text) > _LONGEST_TOKEN:
-        text = text[: _LONGEST_TOKEN - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return f"{place} {OPEN}{text}{CLOSE}"
 
 
 def versions() -> dict[str, str]:

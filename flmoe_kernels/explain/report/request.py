@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.values import GRADIENT_ROLLOUT
 from flmoe_kernels.explain.attribution.values import METHODS as ATTRIBUTIONS
 from flmoe_kernels.explain.estimators.candidates import ACROSS, ALL
@@ -58,8 +57,6 @@ class Request:
         check.require_choice("fill", self.fill, FILLS)
         for modality in self.exempt:
             check.require_count("exempt", modality, 0)
-        for name in ("modality_names", "class_names"):
-            _require_names(name, getattr(self, name))
         words = (None, LABEL, PREDICTED)
         # isdecimal also accepts digits of other scripts, and int() reads them.
         if self.target not in words and not str(self.target).isdecimal():
@@ -86,15 +83,3 @@ class Request:
         for name in ("checkpoint", "data", "out", "layer"):
             del known[name]
         return known
-
-
-def _require_names(name: str, names: Any) -> None:
-    if names is None:
-        return
-    if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
-        raise ValueError(f"{name}: expected a list of strings, got {names!r}")
-    shown = [printable(x).strip() for x in names]
-    if not all(shown):
-        raise ValueError(f"{name}: expected names with visible characters, got {list(names)}")
-    if twice := [x for k, x in enumerate(shown) if x in shown[:k]]:
-        raise ValueError(f"{name}: expected different names, got {twice[0]} twice")

@@ -5,36 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from flmoe_kernels.explain.estimators.indices import SII
-from flmoe_kernels.explain.estimators.results import PairValues, scored
-from flmoe_kernels.explain.figures.curves import (
-    BETTER,
-    METRIC_NAMES,
-    UNCLEAR,
-    UNKNOWN,
-    WORSE,
-    compare,
-)
-from flmoe_kernels.explain.figures.ties import groups
+from flmoe_kernels.explain.estimators.results import PairValues
+from flmoe_kernels.explain.figures.curves import METRIC_NAMES, compare
 from flmoe_kernels.explain.figures.weights import FEW, leading
-from flmoe_kernels.explain.games.coalitions import Floats, Ints
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS
 from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, tied
 
-from .findings import Findings, token_name
+from .findings import FAITHFULNESS, Findings
 
 # Share of |v|; smaller interactions may be rounding errors of float32 evaluations.
 _ROUNDING = 1e-5
-_VERDICTS = {
-    BETTER: "a larger drop, as it should be",
-    WORSE: "which is worse than random",
-    UNCLEAR: "not distinguishable at two standard errors",
-    UNKNOWN: f"a difference whose error is unknown (fewer than {LEAST_COUNT} samples)",
-}
 
 
 def overall(findings: Findings) -> str:
     """The finding of all samples in one sentence."""
-    return f"{_experts(findings)}; {_masking(findings)}; {_pairs(findings)}."
+    return f"{_experts(findings)}; {_masking(findings)}."
 
 
 def of_sample(findings: Findings, s: int) -> str:
@@ -54,28 +39,22 @@ def classes(findings: Findings, s: int) -> str:
 
 def interaction(findings: Findings, s: int) -> str:
     """The strongest interaction of a sample, and whether it is distinguishable from the others and from 0."""
-    count, whole = scored(findings.pairs[s][SII])
-    if not count:
-        return "no pair of tokens was scored"
-    among = "" if whole else f"of the {count} scored pairs, " if count > 1 else "of 1 scored pair, "
-    return among + _interaction(findings, s)
-
-
-def _interaction(findings: Findings, s: int) -> str:
     values = findings.pairs[s][SII]
+    if not np.isfinite(values.values).any():
+        return "no pair of tokens was scored"
     best, others = strongest(values)
+    error = float(values.standard_errors[best])
+    how = f"standard error {error:.2g}" if error else "exact"
+    how = how if np.isfinite(error) else "standard error unknown"
+    pair = f"{findings.pair_name(s, best)} ({SII} {values.values[best]:+.3g}, {how})"
     if others < 0:
-        return (
-            f"no interaction is distinguishable from 0; the largest is {_pair(findings, s, best)}"
-        )
-    if not others:
-        side = "more" if values.values[best] > 0 else "less"
-        return (
-            f"the strongest interaction is {_pair(findings, s, best)}: together {side} than the sum "
-            "of both alone"
-        )
-    pairs = "another pair is" if others == 1 else f"{others} other pairs are"
-    return f"no single interaction is the strongest; {pairs} tied with {_pair(findings, s, best)}"
+        return f"of the scored pairs none is distinguishable from 0; the largest is {pair}"
+    if others:
+        return f"of the scored pairs no single one is the strongest; {others} tied with {pair}"
+    side = "more" if values.values[best] > 0 else "less"
+    return (
+        f"of the scored pairs the strongest is {pair}: together {side} than the sum of both alone"
+    )
 
 
 def strongest(values: PairValues) -> tuple[int, int]:
@@ -91,29 +70,10 @@ def strongest(values: PairValues) -> tuple[int, int]:
     return best, int(tied(sizes, errors, best).sum()) - 1
 
 
-def ranks(values: Floats, errors: Floats) -> list[str]:
-    """The rank of each value by size; tied values, directly or through others, share it.
-
-    "-" for NaN; "?" for a value of unknown (NaN) error, which has no rank and links no others.
-    """
-    known = np.isfinite(values) & ~np.isnan(errors)
-    group = groups(np.abs(values[known]), errors[known])
-    count: Ints = np.bincount(group, minlength=1)
-    first = count.cumsum() - count + 1
-    spans = [
-        f"{k}" if n == 1 else f"{k}\N{EN DASH}{k + n - 1}"
-        for k, n in zip(first, count, strict=True)
-    ]
-    found = np.where(np.isnan(values), "-", "?").astype(object)
-    found[known] = [spans[k] for k in group]
-    return [str(x) for x in found]
-
-
 def _experts(findings: Findings) -> str:
     weights, names = findings.attribution.weights.cpu().double().numpy(), findings.experts
     best, *others = leading(weights)
-    mean = weights.mean(axis=0)
-    count = len(weights)
+    mean, count = weights.mean(axis=0), len(weights)
     if not others:
         over = f" on average over {count} samples" if count > 1 else ""
         return f"The expert {names[best]} has the largest weight, {mean[best]:.2f}{over}"
@@ -124,30 +84,12 @@ def _experts(findings: Findings) -> str:
 
 
 def _masking(findings: Findings) -> str:
-    shown = (COMPREHENSIVENESS, findings.metric)
-    mean, verdict = findings.faithfulness.aopc(*shown), compare(findings.faithfulness, *shown)
+    drops, metric = findings.drops[FAITHFULNESS], findings.metric
+    mean, verdict = drops.aopc(COMPREHENSIVENESS, metric), compare(drops, COMPREHENSIVENESS, metric)
     text = (
-        f"masking the tokens of highest attribution changes the {METRIC_NAMES[findings.metric]} of the explained "
-        f"class by {-float(mean.identified):+.2g}"
+        f"masking the tokens of highest attribution changes the {METRIC_NAMES[metric]} of the explained class by "
+        f"{-float(mean.identified):+.2g}"
     )
     if not verdict:
         return f"{text} (not compared with random tokens)"
-    return f"{text}, random tokens by {-float(mean.random):+.2g}, {_VERDICTS[verdict]}"
-
-
-def _pairs(findings: Findings) -> str:
-    if findings.samples == 1:
-        return interaction(findings, 0)
-    values = [x[SII] for x in findings.pairs]
-    count = sum(bool(np.isfinite(x.values).any()) and strongest(x)[1] == 0 for x in values)
-    among = "" if all(scored(x)[1] for x in values) else "among the scored pairs, "
-    return f"{among}one pair of tokens clearly interacts most in {count or 'none'} of {len(values)} samples"
-
-
-def _pair(findings: Findings, s: int, place: int) -> str:
-    values = findings.pairs[s][SII]
-    i, j = (token_name(findings, s, m, k) for m, k in values.tokens[values.pairs[place]].tolist())
-    error = float(values.standard_errors[place])
-    how = f"standard error {error:.2g}" if error else "exact"
-    how = how if np.isfinite(error) else "standard error unknown"
-    return f"{i} with {j} ({SII} {values.values[place]:+.3g}, {how})"
+    return f"{text}, random tokens by {-float(mean.random):+.2g} ({verdict})"

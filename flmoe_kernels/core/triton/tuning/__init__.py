@@ -1,7 +1,6 @@
 """Autotuning of launch configurations: opt-in, by `autotune` or FLMOE_AUTOTUNE=1."""
 
-from .cache import TuningKey
 from .timing import Trial
-from .tuner import autotune, bucket, choose, enabled, tuning_key
+from .tuner import TuningKey, autotune, bucket, choose, enabled, tuning_key
 
 __all__ = ["Trial", "TuningKey", "autotune", "bucket", "choose", "enabled", "tuning_key"]

@@ -1,4 +1,4 @@
-"""Choice of a kernel's configuration by saved results or by timing."""
+"""Choice of a kernel's configuration by timing, once per process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flmoe_kernels._version import __version__
 from flmoe_kernels.core.settings import ScopedSetting, environment_choice
 
-from . import cache, timing
-from .cache import Tiles, TuningKey, TuningResult
+from . import timing
 from .timing import Timer, Trial
 
 Configuration = TypeVar("Configuration")
@@ -29,6 +27,25 @@ VARIABLE = "FLMOE_AUTOTUNE"
 # Number of rounds over all candidates, so that clock drift affects all of them; and the fraction of the table's
 # time that a candidate must beat, because smaller gains are noise.
 _ROUNDS, _WORTH = 3, 0.98
+
+
+class TuningWarning(UserWarning):
+    """A candidate or a kernel cannot be tuned; the call continues without."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class TuningKey:
+    """The properties that calls must have in common to share a configuration.
+
+    kernel: "pair_moe.accumulate"; kind: its class in the launch table; dtype: "bfloat16"; sizes: names and
+    numbers, some rounded to a bucket; device: its name.
+    """
+
+    kernel: str
+    kind: str
+    dtype: str
+    sizes: tuple[tuple[str, int], ...]
+    device: str
 
 
 def enabled_by_environment() -> bool:
@@ -58,10 +75,9 @@ def autotune(enabled: bool = True, *, timer: Timer | None = None) -> Iterator[No
     """Within the `with` block, in all threads, every Triton kernel runs its fastest configuration.
 
     The first call of a kernel with a new class, dtype, size and device times the candidates on its own inputs,
-    which synchronizes with the device, and saves the fastest in this process and in Triton's cache folder
-    (TRITON_CACHE_DIR). During CUDA graph capture nothing is timed: a call uses a saved
-    result or the launch table. Without autotune and without FLMOE_AUTOTUNE=1, all calls use the launch table, and
-    no file is read or written. The choice may change the order of sums, and so the last bits of results.
+    which synchronizes with the device, and keeps the fastest for the process. During CUDA graph capture nothing is
+    timed: a call uses an earlier choice or the launch table. Without autotune and without FLMOE_AUTOTUNE=1, all
+    calls use the launch table. The choice may change the order of sums, and so the last bits of results.
 
     Args:
         enabled: False disables a surrounding autotune or FLMOE_AUTOTUNE=1.
@@ -86,8 +102,7 @@ def tuning_key(
 ) -> TuningKey:
     """The key of one kernel of a call; sizes are buckets or exact."""
     dtype_name = str(dtype).removeprefix("torch.")
-    place = _device_name(device)
-    return TuningKey(kernel, kind, dtype_name, tuple(sizes.items()), place, _triton(), __version__)
+    return TuningKey(kernel, kind, dtype_name, tuple(sizes.items()), _device_name(device))
 
 
 def _device_name(device: torch.device) -> str:
@@ -99,16 +114,6 @@ def _device_name(device: torch.device) -> str:
 @functools.cache
 def _gpu_name(index: int) -> str:
     return str(torch.cuda.get_device_name(index))
-
-
-@functools.cache
-def _triton() -> str:
-    try:
-        # The version of the module, because its distributions have several names.
-        import triton
-    except ModuleNotFoundError:
-        return "none"
-    return str(triton.__version__)
 
 
 # One choice per process: launches and the buffers between them must use the same configuration.
@@ -124,7 +129,7 @@ def choose(
 ) -> Configuration:
     """The fastest of `candidates`, frozen dataclasses of integers; the first is that of the launch table.
 
-    Returns the first if nothing is saved and timing is impossible: no GPU, CUDA graph capture, too little memory.
+    Returns the first if timing is impossible: no GPU, CUDA graph capture, too little memory.
     The choice is kept for the process. `prepare` is only called for timing: it allocates the shared buffers and
     returns the function that makes a trial.
     """
@@ -136,15 +141,9 @@ def choose(
 
 
 def forget() -> None:
-    """Clear the choices of this process, so that the next calls read files and time again."""
+    """Clear the choices of this process, so that the next calls time again."""
     with _choices_lock:
         _choices.clear()
-
-
-def described(configuration: Any) -> Tiles:
-    """The integers of a configuration by name."""
-    values = dataclasses.asdict(configuration)
-    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 def _find(
@@ -154,26 +153,16 @@ def _find(
     device: torch.device,
 ) -> Configuration:
     timer = given_timer() or (timing.device_seconds if device.type == "cuda" else None)
-    if timer is None or device.type == "meta":
-        return candidates[0]
-    saved = cache.read(key)
-    # A file only selects among the candidates of this version.
-    for candidate in candidates:
-        if described(candidate) == saved:
-            return candidate
-    if timing.capturing(device):
+    if timer is None or device.type == "meta" or timing.capturing(device):
         return candidates[0]
     try:
-        best, result = _fastest(key, candidates, prepare(), timer)
+        return _fastest(key, candidates, prepare(), timer)
     except torch.cuda.OutOfMemoryError as error:
         # The call itself may fit into memory: trials need additional memory.
         _warn(key, f"not tuned: {error}")
         return candidates[0]
     finally:
         timing.release()
-    if result is not None:
-        cache.write(result)
-    return best
 
 
 def _fastest(
@@ -181,7 +170,7 @@ def _fastest(
     candidates: Sequence[Configuration],
     make: Make[Configuration],
     timer: Timer,
-) -> tuple[Configuration, TuningResult | None]:
+) -> Configuration:
     trials: list[Trial[Configuration]] = []
     expected: list[Tensor] = []
     for candidate in candidates:
@@ -190,22 +179,11 @@ def _fastest(
             trials.append(trial)
         elif not trials:
             # Without the results of the table's configuration there is nothing to compare with.
-            return candidates[0], None
+            return candidates[0]
     rounds = [[timer(trial) for trial in trials] for _ in range(_ROUNDS)]
     seconds = [statistics.median(times) for times in zip(*rounds, strict=True)]
     best = min(range(len(trials)), key=seconds.__getitem__)
-    if seconds[best] > _WORTH * seconds[0]:
-        best = 0
-    result = TuningResult(
-        key,
-        described(trials[best].tiles),
-        seconds[best],
-        described(candidates[0]),
-        seconds[0],
-        len(candidates),
-        len(candidates) - len(trials),
-    )
-    return trials[best].tiles, result
+    return trials[best if seconds[best] <= _WORTH * seconds[0] else 0].tiles
 
 
 def _checked(
@@ -222,15 +200,15 @@ def _checked(
         raise
     except Exception as error:
         # The compiler or the driver may reject a configuration: too many registers, too much shared memory.
-        _warn(key, f"a candidate did not run: {described(candidate)}: {error}")
+        _warn(key, f"a candidate did not run: {candidate}: {error}")
         return None
     if not expected:
         expected.extend(result.clone() for result in results)
     elif not timing.agree(results, expected):
-        _warn(key, f"a candidate gave different results: {described(candidate)}")
+        _warn(key, f"a candidate gave different results: {candidate}")
         return None
     return trial
 
 
 def _warn(key: TuningKey, message: str) -> None:
-    warnings.warn(f"{key.kernel}: {message}", cache.TuningWarning, stacklevel=3)
+    warnings.warn(f"{key.kernel}: {message}", TuningWarning, stacklevel=3)
