@@ -40,17 +40,4 @@ void pack_panel(const T* in, int64_t k_stride, int64_t n_stride, int64_t depth, 
         out[k * kPanel<A> + n] = read<T, A>(in + k * k_stride + n * n_stride);
 }
 
-// One operand of a batched product, packed in parallel into a buffer shared by the threads. stride:
-// elements from one expert to the next.
-template <typename T, typename A>
-void pack_all(const T* weight, int64_t experts, int64_t stride, int64_t depth, int64_t columns,
-              int64_t k_stride, int64_t n_stride, int threads, A* out) {
-  const int64_t panels = panels_of<A>(columns);
-  parallel_for(experts * panels, threads, [&](int64_t item, int) {
-    const int64_t n0 = item % panels * kPanel<A>;
-    pack_panel<T, A>(weight + item / panels * stride + n0 * n_stride, k_stride, n_stride, depth,
-                     min64(kPanel<A>, columns - n0), out + item * depth * kPanel<A>);
-  });
-}
-
 }  // namespace flmoe::FLMOE_ISA

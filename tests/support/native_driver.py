@@ -36,9 +36,11 @@ from torch import Tensor
 
 from flmoe_kernels import pair_map, top_pairs
 from flmoe_kernels.core.native import native as loaded
+from flmoe_kernels.ops.encoder.api import encoder_inference
+from flmoe_kernels.ops.encoder.inference import layer_shapes
 from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support import attention_cases, encoder_cases, frozen_inputs, pair_cases, routed_cases
-from tests.support.inputs import as_dtype, draw
+from tests.support.inputs import as_dtype, cumulative, draw
 from tests.support.operator_cases import DTYPES, OPS, evaluate, loss_arguments
 from tests.support.routing_twin import Twin, random_index
 
@@ -64,7 +66,10 @@ def attention(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
 def encoder(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
     sizes = itertools.product((0, 1, 7, 97), (1, 3, 17, 64, 130), (0.0, 0.4))
     for rows, width, p in sizes:
-        for name, arguments in encoder_cases.operator_calls(dtype, p, rows, width).items():
+        calls = encoder_cases.operator_calls(dtype, p, rows, width)
+        # Both products have several panels and a ragged edge.
+        calls["expert_mlp wide"] = encoder_cases.mlp_arguments(2, rows, (width, 131, 66), p)
+        for name, arguments in calls.items():
             if name == "dropout_add_pool" and not rows:
                 continue  # its segments need a row
             inputs = as_dtype(arguments, dtype)
@@ -79,6 +84,23 @@ def encoder(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
         latents = shifted(draw(*shape, dtype=dtype), shift).requires_grad_()
         for arguments in loss_arguments(latents):
             yield evaluate(OPS.interaction_losses, arguments, 1)
+
+
+def inference(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
+    sizes = ((8, 2, 12), (25, 5, 7), (64, 1, 131), (17, 17, 64))
+    runs = ([2, 1, 0, 1, 0, 2], [97, 0, 0, 0, 5, 131], [0, 0], [])
+    for (width, heads, hidden), lengths, layers, shared in itertools.product(
+        sizes, runs, (1, 2), (False, True)
+    ):
+        shapes = 2 * layers * layer_shapes(width, hidden)
+        weights = [
+            shifted(draw(*shape, dtype=dtype, seed=i), shift) for i, shape in enumerate(shapes)
+        ]
+        bounds, rows = cumulative(lengths), sum(lengths)
+        index = torch.arange(rows) % 4 if shared else None
+        table = shifted(draw(1 + shared, 4 if shared else rows, width, dtype=dtype), shift)
+        tail = (bounds[::2].contiguous(), bounds, weights, 2, heads, 1e-5, shared, "cpu")
+        yield [encoder_inference(table, index, *tail)]
 
 
 def pairs(dtype: torch.dtype, shift: int) -> Iterable[list[Tensor]]:
@@ -126,7 +148,7 @@ def drive() -> int:
     torch.set_num_threads(3)
     for dtype, shift in itertools.product(DTYPES, (0, 1)):
         for results in itertools.chain(
-            *(group(dtype, shift) for group in (attention, encoder, pairs, routing))
+            *(group(dtype, shift) for group in (attention, encoder, inference, pairs, routing))
         ):
             count += 1
             assert all(x.isfinite().all() for x in results), f"call {count} in {dtype}"

@@ -7,6 +7,8 @@ const Kernels& kernels() {
     Kernels differing = avx512::kernels();
     differing.linear_forward = linear_forward;
     differing.linear_backward = linear_backward;
+    differing.mlp_forward = mlp_forward;
+    differing.mlp_backward = mlp_backward;
     differing.attention_forward = attention_forward;
     differing.attention_backward = attention_backward;
     differing.encoder_inference = encoder_inference;
