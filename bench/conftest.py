@@ -18,7 +18,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "comparison" in metafunc.fixturenames:
         operator = metafunc.module.__name__.rpartition("test_")[2]
         selected = comparisons(operator, *options(metafunc.config))
-        metafunc.parametrize("comparison", list(selected), ids=str)
+        parameters = [
+            pytest.param(x, marks=[pytest.mark.table] if x.table else [], id=str(x))
+            for x in selected
+        ]
+        metafunc.parametrize("comparison", parameters)
 
 
 @pytest.fixture

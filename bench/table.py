@@ -1,7 +1,7 @@
 """Tables of speed in README.md and docs/benchmarks.md: python -m bench.table
 
 Writes the tables of the files bench/results/NAME.json, NAME in PROCESSORS, into both pages, between the markers.
-The files come from `pytest bench/ --full --benchmark-json=bench/results/NAME.json`.
+The files come from `pytest bench/ --full -m table --benchmark-json=bench/results/NAME.json`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,58 @@ from flmoe_kernels.profile.cases import BOTH, FORWARD
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-# The processor with the lower ratios comes first.
-PROCESSORS = ("cascade_lake", "zen5")
+# The processor with the lower ratios comes first; names without a file have no column.
+PROCESSORS = ("cascade_lake_avx2", "zen5_avx2", "cascade_lake", "zen5")
 PAGES = {"short": ROOT / "README.md", "long": ROOT / "docs" / "benchmarks.md"}
 MARK, END_MARK = "<!-- begin: python -m bench.table -->", "<!-- end -->"
-LAYER = ("mmimdb", "enrico", "mimic")
+_LAYERS = ("mmimdb", "enrico", "mimic", "tokens_24")
+_SIZES = ("routed_small_e4", "routed_small_e16")
+
+
+def _row(operator: str, shapes: Sequence[str], phase: str, variant: str = "") -> list[str]:
+    return [f"{operator}/{shape}/{phase}/float32{variant}" for shape in shapes]
+
+
+def _pairs(phase: str) -> list[str]:
+    return [f"pair_moe/pair_base/{phase}/float32/{reduce}" for reduce in ("none", "pool")]
+
+
 # Rows of the short table: title, and the cases of a cell.
 SHORT = {
-    "`InteractionMoE`, training step: mmimdb / enrico / mimic": [
-        f"interaction_moe/{shape}/{BOTH}/float32" for shape in LAYER
+    "`InteractionMoE`, training step: mmimdb / enrico / mimic / tokens_24": _row(
+        "interaction_moe", _LAYERS, BOTH
+    ),
+    "`InteractionMoE`, inference: mmimdb / enrico / mimic / tokens_24": _row(
+        "interaction_moe", _LAYERS, FORWARD
+    ),
+    "`routed_mlp`, forward and backward: 4 / 16 experts": _row("routed_mlp", _SIZES, BOTH, "/bias"),
+    "`pair_moe`, forward and backward: no reduction / pooled": _pairs(BOTH),
+    "`expert_attention` with dropout, forward and backward": _row(
+        "expert_attention", ("mmimdb",), BOTH, "/dropout"
+    ),
+}
+_RATE, _BFLOAT16 = "/FLOP rate, one thread", ("mmimdb", "enrico")
+# More rows at the start of the long table.
+MORE = {
+    "`routed_mlp`, forward: 4 / 16 experts": _row("routed_mlp", _SIZES, FORWARD, "/bias"),
+    "`pair_moe`, forward: no reduction / pooled": _pairs(FORWARD),
+    "`expert_attention` with dropout, forward": _row(
+        "expert_attention", ("mmimdb",), FORWARD, "/dropout"
+    ),
+    "executed FLOP per second relative to torch.mm, one thread, enrico: inference / training step": [
+        case
+        for phase in (FORWARD, BOTH)
+        for case in _row("interaction_moe", ("enrico",), phase, _RATE)
     ],
-    "`InteractionMoE`, inference: mmimdb / enrico / mimic": [
-        f"interaction_moe/{shape}/{FORWARD}/float32" for shape in LAYER
+    "`InteractionMoE` in bfloat16 relative to its float32, training step: mmimdb / enrico": [
+        f"interaction_moe/{shape}/{BOTH}/bfloat16" for shape in _BFLOAT16
     ],
-    "`routed_mlp`, forward and backward: 4 / 16 experts": [
-        f"routed_mlp/routed_small_e{count}/{BOTH}/float32/bias" for count in (4, 16)
+    "`InteractionMoE` in bfloat16 relative to its float32, inference: mmimdb / enrico": [
+        f"interaction_moe/{shape}/{FORWARD}/bfloat16" for shape in _BFLOAT16
     ],
-    "`pair_moe`, forward and backward: no reduction / pooled": [
-        f"pair_moe/pair_base/{BOTH}/float32/{reduce}" for reduce in ("none", "pool")
-    ],
-    "`expert_attention` with dropout, forward and backward": [
-        f"expert_attention/mmimdb/{BOTH}/float32/dropout"
+    "`expert_linear` relative to torch.mm, one thread: in cache / out of L2": [
+        f"expert_linear/96 x 256 x 256/{FORWARD}/float32/in cache",
+        f"expert_linear/1680 x 256 x 1024/{FORWARD}/float32/out of L2",
     ],
 }
 HEADINGS = (
@@ -56,18 +87,21 @@ def load(name: str) -> dict[str, Any]:
     }
 
 
-def short_table(contents: Sequence[Mapping[str, Any]]) -> str:
-    """Table of the ratios to the fastest peer of each case, one column per processor."""
+def short_table(
+    contents: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequence[str]] = SHORT
+) -> str:
+    """Table of the ratios to the fastest peer of each case, one column per processor; "-": not measured."""
     heads = [_where(content["environment"]) for content in contents]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for what, cases in SHORT.items():
+    for what, cases in rows.items():
         cells = []
         for content in contents:
-            ratios = [
-                min(row["ratio"]["median"] for row in content["comparisons"] if row["case"] == case)
-                for case in cases
-            ]
-            cells.append(" / ".join(f"{ratio:.2f}x" for ratio in ratios))
+            ratios: dict[str, float] = {}
+            for row in content["comparisons"]:
+                ratio = row["ratio"]["median"]
+                ratios[row["case"]] = min(ratio, ratios.get(row["case"], ratio))
+            found = [f"{ratios[case]:.2f}x" if case in ratios else "-" for case in cases]
+            cells.append(" / ".join(found) if set(found) != {"-"} else "-")
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -75,7 +109,7 @@ def short_table(contents: Sequence[Mapping[str, Any]]) -> str:
 def _where(facts: Mapping[str, Any]) -> str:
     commit = facts["commit"] if " " in facts["commit"] else f"commit {facts['commit']}"
     cpu = facts["cpu"].replace("(family 26, model 2)", "(Zen 5)")
-    return f"{cpu}, {commit}"
+    return f"{cpu}, {facts['instruction_set']}, {commit}"
 
 
 def long_table(content: Mapping[str, Any]) -> str:
@@ -86,22 +120,21 @@ def long_table(content: Mapping[str, Any]) -> str:
     by_case: dict[str, list[dict[str, Any]]] = {}
     for row in content["comparisons"]:
         by_case.setdefault(row["case"], []).append(row)
-    dtypes = {case.split("/")[3]: None for case in by_case}
-    head = f"{where}, {' and '.join(dtypes)}, torch {facts['torch']}, commit {facts['commit']}.\n\n"
+    head = f"{where}, torch {facts['torch']}, commit {facts['commit']}.\n\n"
     return head + HEADINGS + "".join(_line(case, by_case[case]) for case in by_case)
 
 
 def _line(case: str, comparisons: Sequence[Mapping[str, Any]]) -> str:
-    operator, shape, phase, _, *variant = case.split("/")
+    operator, shape, phase, dtype, *variant = case.split("/")
     first = comparisons[0]
     peers = [
         f"{row['peer']} **{row['ratio']['median']:.2f}x** ({row['ratio']['low']:.2f} to "
         f"{row['ratio']['high']:.2f}){_peak(row, row['peer'], ', ')}"
         for row in comparisons
     ]
-    share = first["share_of_roofline"]
+    share = first.get("share_of_roofline")
     cells = [
-        ", ".join([operator, shape, *variant]),
+        ", ".join([operator, shape, *([] if dtype == "float32" else [dtype]), *variant]),
         "training step" if phase == BOTH else phase,
         f"{_digits(1e3 * first['seconds']['median'])} ms",
         "" if share is None else f"{share:.0%}",
@@ -117,15 +150,16 @@ def _digits(value: float) -> str:
 
 
 def _peak(row: Mapping[str, Any], name: str, before: str = "") -> str:
-    peak = (row["peaks"] or {}).get(name)
+    peak = (row.get("peaks") or {}).get(name)
     return "" if peak is None else f"{before}{peak / 2**20:.0f} MiB"
 
 
 def tables() -> dict[str, str]:
     """Both pages' tables, generated from the result files."""
-    contents = [load(name) for name in PROCESSORS]
+    contents = [load(name) for name in PROCESSORS if (RESULTS / f"{name}.json").is_file()]
     timed = [content for content in contents if "seconds" in content["comparisons"][0]]
-    return {"short": short_table(contents), "long": "\n".join(map(long_table, timed))}
+    long = [short_table(contents, SHORT | MORE), *map(long_table, timed)]
+    return {"short": short_table(contents), "long": "\n".join(long)}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks of the layer against the reference, of regularizers; memory of a training step."""
+"""Benchmarks of the layer against peers, of regularizers; rate relative to torch.mm; peak memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.suite import SECONDS, Comparison, compare, options
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
@@ -18,9 +19,10 @@ from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.operators import draws
 from flmoe_kernels.profile.operators import interaction_moe as operator
 from flmoe_kernels.profile.registry import default_ours, prepare
-from flmoe_kernels.profile.shapes import MMIMDB, MMIMDB_SHORT, is_cuda
+from flmoe_kernels.profile.shapes import ENRICO, MMIMDB, MMIMDB_SHORT, is_cuda
 from flmoe_kernels.profile.timing import Call
 
+MM_SIDE = 2048  # of torch.mm's second matrix
 # Of the reference's peak memory.
 MEMORY_LIMITS = {BOTH: 1 / 3, FORWARD: 1.0}
 
@@ -49,6 +51,33 @@ def test_frozen_experts(benchmark_against: Against, cpu_only: None, full: bool) 
         peer_name="all trained",
         fresh=True,
         seconds=SECONDS[full],
+    )
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("phase", [FORWARD, BOTH])
+def test_flop_rate(benchmark_against: Against, cpu_only: None, full: bool, phase: str) -> None:
+    """Rate of the executed FLOP on one thread; the peer is a torch.mm with as many FLOP."""
+    case = Case("interaction_moe", ENRICO, phase)
+    ours = default_ours(case)
+    with FlopCounterMode(display=False) as counter:
+        prepare(case, ours).call()
+    executed = counter.get_total_flops()
+
+    def product() -> Call:
+        a, b = torch.randn(executed // (2 * MM_SIDE**2), MM_SIDE), torch.randn(MM_SIDE, MM_SIDE)
+        out = torch.empty_like(a)
+        return lambda: torch.mm(a, b, out=out)
+
+    benchmark_against.benchmark.extra_info.update(ours=ours.name, executed_flop=executed)
+    benchmark_against(
+        lambda: prepare(case, ours).call,
+        product,
+        name=f"{case.name}/FLOP rate, one thread",
+        peer_name="torch.mm",
+        fresh=True,
+        seconds=SECONDS[full],
+        threads=1,
     )
 
 

@@ -1,6 +1,6 @@
 """Peers of interaction_moe: faster forms of the reference layer.
 
-Fused attention, torch.compile and lower precision; parameters and inputs are the same.
+Fused attention, torch.compile and other precision; parameters and inputs are the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flmoe_kernels.layers.interaction_moe.fusion import Attention
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
+from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.profile.cases import Case
 from flmoe_kernels.profile.operators import interaction_moe as operator
@@ -26,9 +27,10 @@ from . import common
 SDPA, COMPILED, COMPILED_SDPA = "reference+sdpa", "compiled", "compiled+sdpa"
 # These use float32 parameters in cases of half precision, because common training code does not round parameters.
 TF32, AUTOCAST = "reference, TF32", "compiled+sdpa, autocast"
-PEERS = (SDPA, COMPILED, COMPILED_SDPA, TF32, AUTOCAST)
+FLOAT32 = "float32"  # this package's layer
+PEERS = (SDPA, COMPILED, COMPILED_SDPA, TF32, AUTOCAST, FLOAT32)
 _COMPILED = (COMPILED, COMPILED_SDPA, AUTOCAST)
-_OWN_PRECISION = (TF32, AUTOCAST)
+_OWN_PRECISION = (TF32, AUTOCAST, FLOAT32)
 
 
 class SdpaAttention(Attention):
@@ -75,6 +77,8 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
 def _adopt(name: str, reference: ReferenceInteractionMoE) -> Any:
     if name == TF32:
         return reference
+    if name == FLOAT32:
+        return InteractionMoE.adopt(reference)
     layer = reference if name == COMPILED else with_sdpa(reference)
     if name in _COMPILED:
         common.prepare_compiler()

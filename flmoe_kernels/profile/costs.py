@@ -137,9 +137,10 @@ def layer_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost]:
     For each row, a layer takes 8 D^2 FLOP in q, k, v and the projection, 8 D^2 in its MLP (expansion 2; with
     routed experts this for each of two choices), plus its attention. In the first layer, the queries, keys and
     values of tokens that a view does not replace equal those of the full view and are computed once. In training
-    this product therefore has two sets of rows: the tokens and their noise. The backward takes twice the
-    products. Bytes are a lower bound: for every layer the weights and the rows that enter and leave it, in the
-    backward also their gradients; rows between kernels are not counted.
+    this product therefore has two sets of rows: the tokens and their noise. Inference without routed experts takes
+    the last MLP's second product once for each sample and modality, because only means enter the heads. The
+    backward takes twice the products. Bytes are a lower bound: for every layer the weights and the rows that enter
+    and leave it, in the backward also their gradients; rows between kernels are not counted.
     """
     tokens = shape.fusion_models * sum(shape.valid_tokens)
     rows = tokens * views
@@ -151,6 +152,9 @@ def layer_cost(shape: LayerShape, views: int, size: int) -> tuple[Cost, Cost]:
     flop = 6 * square * (first + (shape.layers - 1) * rows) + 2 * square * shape.layers * rows
     flop += 4 * _MLP_EXPANSION * square * rows * (dense_layers + choices * sparse_layers)
     mlp = 2 * _MLP_EXPANSION * square
+    if views == 1 and not shape.experts:
+        segments = shape.fusion_models * shape.batch * shape.modalities
+        flop -= mlp * (tokens - segments)
     parameters = shape.layers * 4 * square + mlp * (
         dense_layers + sparse_layers * max(shape.experts, 1)
     )

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from bench import suite
+from bench import suite, table
 from bench.peers import find, peers
 from bench.peers.routed_mlp import unavailable_reason
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Compiled peers are tested once, below, because each takes seconds to compile.
 CHECKED = [
     *cases(shapes=TINY, phases=(FORWARD, BOTH)),
-    *cases(shapes=(PAIR, ROUTED), phases=(BOTH,), dtypes=("bfloat16",)),
+    *cases(shapes=(PAIR, ROUTED, LAYER), phases=(BOTH,), dtypes=("bfloat16",)),
     *cases(["pair_moe", "interaction_moe"], (PAIR, LAYER), (BACKWARD,)),
 ]
 
@@ -92,6 +92,33 @@ def test_every_row_of_a_suite_names_cases_and_peers(device: str, full: bool) -> 
         for comparison in found:
             known = {peer.name for peer in peers(comparison.case)}
             assert comparison.peer in known, comparison
+
+
+def test_the_tables_have_exactly_the_marked_comparisons_of_operators() -> None:
+    cells = {case for row in (table.SHORT | table.MORE).values() for case in row}
+    marked = {
+        comparison.case.name
+        for operator in OPERATORS
+        for comparison in suite.comparisons(operator, "cpu", True)
+        if comparison.table
+    }
+    # Printed by the list of all comparisons alone.
+    marked -= {name for name in marked if name.startswith("routed_mlp") and "bfloat16" in name}
+    others = {cell for cell in cells if cell.startswith("expert_linear") or "FLOP rate" in cell}
+    assert marked == cells - others
+
+
+def test_a_case_without_a_result_has_an_empty_cell() -> None:
+    environment = {"cpu": "C", "instruction_set": "avx2", "commit": "version 1"}
+    case, missing = table.MORE[
+        "`expert_linear` relative to torch.mm, one thread: in cache / out of L2"
+    ]
+    rows = [{"case": case, "ratio": {"median": ratio}} for ratio in (1.5, 1.25)]
+    text = table.short_table(
+        [{"environment": environment, "comparisons": rows}],
+        {"two": [case, missing], "one": [missing]},
+    )
+    assert text == "| | C, avx2, version 1 |\n|---|---|\n| two | 1.25x / - |\n| one | - |\n"
 
 
 def test_floors_refer_to_comparisons_that_run() -> None:
