@@ -1,4 +1,4 @@
-"""Benchmarks of a dense product, expert_linear with one expert, against torch.mm on one thread."""
+"""Benchmarks of expert_linear with one expert against torch.mm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks of the fixed cost of a call: 16 tokens, whose arithmetic takes few of the microseconds."""
+"""Benchmarks of the fixed cost of a call, with 16 tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYER = LayerShape("layer_16", 1, (8, 8), (None, None), 64, 4, 1, 4)
 
 
 class Limit(NamedTuple):
-    """Most microseconds of a call, in processor time of one thread of a current server processor."""
+    """Limit of a call in microseconds of processor time, one thread of an AMD Zen 5."""
 
     operator: str
     variant: str

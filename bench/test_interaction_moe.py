@@ -1,4 +1,4 @@
-"""Benchmarks of the layer against peers, of regularizers; rate relative to torch.mm; peak memory."""
+"""Benchmarks of the layer: peers, regularizers, FLOP rate, memory."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ flmoe::RoutedArgs routed_args(const Tensors& tensors, const Sizes& sizes, const 
       throw std::invalid_argument("permutation: expected ascending places of each expert's rows");
     last = args.offsets[e];
   }
-  // Starting threads takes longer than small products.
+  // Below 2^18 multiply-adds one thread is faster.
   constexpr int64_t kSerial = int64_t{1} << 18;
   const bool small = (rows + args.experts) * args.width * args.hidden < kSerial;
   args.act = act, args.threads = small ? 1 : threads;

@@ -11,7 +11,7 @@ constexpr int64_t kKeyBlock = kDropoutGroup;
 constexpr int64_t kForwardTile = 24;
 constexpr int64_t kShort = 32;  // rows of a short problem
 constexpr int64_t kRowBlock =
-    384;  // about; amortises the packing of a key block; 98 KiB of output at width 64
+    384;  // approximate; amortises the packing of a key block (98 KiB of output at width 64)
 
 template <typename T>
 const T* row_of(const RowView& view, int64_t group, int64_t row, int64_t head) {
@@ -105,8 +105,8 @@ inline RowView contiguous(void* data, const AttentionForward& args, int64_t widt
   return {data, args.rows * args.heads * width, args.heads * width, width};
 }
 
-// Heads of a problem in one item: all if the problems are short and many. The heads share memory
-// pages, and an item then takes longer than its scheduling.
+// Heads of a problem in one item: all if the problems are short and many. One head alone takes less
+// time than scheduling an item.
 inline int64_t heads_of_item(const AttentionForward& args) {
   constexpr int64_t kMany = 64;
   const bool together = args.groups * args.problems >= kMany && args.rows <= kShort * args.problems;

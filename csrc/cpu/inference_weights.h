@@ -1,7 +1,6 @@
 // Packed weights of the fusion encoders without gradients, see cpu/encoder_inference.h.
 #pragma once
 
-#include "common/kept_weights.h"
 #include "cpu/panels.h"
 
 namespace flmoe::FLMOE_ISA {
@@ -73,56 +72,24 @@ struct Sizes {
   }
 };
 
-// A polynomial of the content in each lane: a change in one place always changes the digest.
-inline uint64_t digest_of(const void* data, int64_t bytes) {
-  constexpr int kChains = 4;
-  using Words __attribute__((vector_size(kVectorBytes))) = uint32_t;
-  Words chains[kChains] = {}, words[kChains];
-  const char* at = static_cast<const char*>(data);
-  for (int64_t done = 0; done < bytes; done += sizeof words) {
-    if (done + static_cast<int64_t>(sizeof words) > bytes) std::memset(words, 0, sizeof words);
-    std::memcpy(words, at + done, min64(sizeof words, bytes - done));
-    for (int i = 0; i < kChains; ++i) chains[i] = chains[i] * 0x9e3779b1u + words[i];
-  }
-  uint64_t digest = static_cast<uint64_t>(bytes);
-  for (int i = 0; i < kChains; ++i)
-    for (int lane = 0; lane < kVectorBytes / 4; ++lane)
-      digest = digest * 0x9e3779b97f4a7c15u + chains[i][lane];
-  return digest;
-}
-
-// The packed weights of a call, for its duration. Kept weights are found by their digests, so every
-// call reads the weights once.
+// The weights of a call, packed.
 template <typename T, typename Product>
 class Weights {
   using A = typename Product::A;
   using E = typename Product::E;
 
  public:
-  Weights(const EncoderInference& args, const Sizes<Product>& sizes) : sizes_(sizes) {
+  Weights(const EncoderInference& args, const Sizes<Product>& sizes)
+      : sizes_(sizes), packed_(args.experts * args.layers * sizes.layer) {
     const int64_t tensors = args.experts * args.layers * kLayerTensors;
-    const Buffer<uint64_t> digests(tensors + 1);
-    parallel_for(tensors, args.threads, [&](int64_t i, int) {
-      const int t = static_cast<int>(i % kLayerTensors);
-      digests[i] = digest_of(args.weights[i], sizes.columns(t) * sizes.depth(t) * sizeof(T));
-    });
-    // What else the packed form depends on: the heads and the types.
-    digests[tensors] = static_cast<uint64_t>(args.heads) << 8 | Product::template code<T>();
-    kept_ = find_weights(digests, tensors + 1);
-    if (kept_ != nullptr) return;
-    kept_ = new_weights(args.experts * args.layers * sizes.layer);
     parallel_for(tensors, args.threads, [&](int64_t i, int) {
       const int t = static_cast<int>(i % kLayerTensors);
       pack(t, static_cast<const T*>(args.weights[i]),
-           static_cast<char*>(kept_->data) + i / kLayerTensors * sizes.layer + sizes.places[t]);
+           packed_ + i / kLayerTensors * sizes.layer + sizes.places[t]);
     });
-    keep_weights(kept_, digests, tensors + 1);
   }
-  ~Weights() { release_weights(kept_); }
-  Weights(const Weights&) = delete;
-  Weights& operator=(const Weights&) = delete;
 
-  const char* data() const { return static_cast<const char*>(kept_->data); }
+  const char* data() const { return packed_; }
 
  private:
   void pack(int t, const T* in, char* out) const {
@@ -144,7 +111,7 @@ class Weights {
   }
 
   const Sizes<Product>& sizes_;
-  KeptWeights* kept_;
+  const Buffer<char> packed_;
 };
 
 }  // namespace flmoe::FLMOE_ISA

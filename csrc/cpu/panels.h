@@ -33,9 +33,22 @@ void pack_panel(const T* in, int64_t k_stride, int64_t n_stride, int64_t depth, 
       read_row<T, A>(in + k * k_stride, out + k * kPanel<A>, columns);
     return;
   }
+  constexpr int64_t lanes = kLanes<A>;
+  int64_t deep = 0, wide = 0;  // the part that is transposed by shuffles
+  if constexpr (sizeof(T) == sizeof(A) && kHasTranspose) {
+    if (k_stride == 1) deep = depth / lanes * lanes, wide = columns / lanes * lanes;
+    for (int64_t k0 = 0; k0 < deep; k0 += lanes)
+      for (int64_t n0 = 0; n0 < wide; n0 += lanes) {
+        Vec<A> square[lanes];
+        for (int64_t i = 0; i < lanes; ++i)
+          std::memcpy(&square[i], in + (n0 + i) * n_stride + k0, sizeof square[i]);
+        transpose_square<A>(square);
+        for (int64_t i = 0; i < lanes; ++i) store(out + (k0 + i) * kPanel<A> + n0, square[i]);
+      }
+  }
   constexpr int64_t kBlock = 16;  // reads whole cache lines of rows, writes a line at a time
   for (int64_t k0 = 0; k0 < depth; k0 += kBlock)
-    for (int64_t n = 0; n < columns; ++n)
+    for (int64_t n = k0 + kBlock <= deep ? wide : 0; n < columns; ++n)
       for (int64_t k = k0; k < min64(k0 + kBlock, depth); ++k)
         out[k * kPanel<A> + n] = read<T, A>(in + k * k_stride + n * n_stride);
 }

@@ -22,7 +22,7 @@ struct RowBlocks {
         threads(in.threads > 1 ? in.threads : 1) {}
 
   void clear() { count = rows = 0; }
-  // Many rows become equally many equal blocks for every thread.
+  // Many rows: equal blocks, the same number for every thread.
   void add(int64_t expert, int64_t first, int64_t end) {
     const int64_t whole = (end - first + kRowBlock - 1) / kRowBlock;
     const int64_t blocks = whole < 4 * threads ? whole : round_up(whole, threads);

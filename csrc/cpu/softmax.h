@@ -7,7 +7,7 @@
 
 namespace flmoe::FLMOE_ISA {
 
-// v in the first `count` lanes, -inf in the others: a vector written in parts would stall the load.
+// v in the first `count` lanes, -inf in the others: partial stores would delay the load.
 template <typename A>
 Vec<A> first_lanes(Vec<A> v, int64_t count) {
   using Lane = typename Simd<A>::Lane;
@@ -31,7 +31,7 @@ inline A softmax_row(A* scores, int64_t keys, A* maximum, A* total) {
   for (int64_t j = 0; j < padded; j += kLanes<A>) best = max_vec<A>(load(scores + j), best);
   A top = max_lanes<A>(best);
   if (std::isinf(top)) {
-    // The maximum passes over NaN, which here would not be seen in the sum.
+    // max_vec may ignore NaN, and this branch may return before the sum.
     for (int64_t j = 0; j < keys; ++j)
       if (scores[j] != scores[j]) top = scores[j];
     if (top == -INFINITY) {

@@ -91,7 +91,7 @@ def test_any_number_of_threads(case: LayerCase) -> None:
 
 @pytest.mark.parametrize("change", ["data", "no_grad", "numpy", "load_state_dict", "replace"])
 def test_changed_weights_are_seen(change: str) -> None:
-    """Packed weights are kept, but a change in one place is seen, also one that torch does not record."""
+    """A change in one place is seen, also one that torch does not record."""
     layer, (x, masks, _) = fast_layer(FL).eval(), data(FL)
     weight = layer.interaction_experts[1].fusion_model.network[0].mlp.network[3].weight
     with torch.no_grad():
@@ -120,6 +120,17 @@ def test_changed_weights_are_seen(change: str) -> None:
         expected.backend = "reference"
         assert not torch.equal(before, after)
         torch.testing.assert_close(after, expected.inference(x, masks)[2])
+
+
+@pytest.mark.parametrize("to", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_a_parameter_of_another_dtype_or_device_is_refused(to: Any) -> None:
+    layer, (x, masks, _) = fast_layer(FL).eval(), data(FL)
+    with torch.no_grad():
+        layer.inference(x, masks)
+        linear = layer.interaction_experts[1].fusion_model.network[0].mlp.network[3]
+        linear.weight = torch.nn.Parameter(linear.weight.detach().to(to))
+        with pytest.raises(ValueError, match="parameters differ in"):
+            layer.inference(x, masks)
 
 
 def test_gradients_and_dropout_need_the_other_path(calls: list[bool]) -> None:
@@ -204,6 +215,7 @@ BOUNDS = torch.tensor([0, 2, 3, 3, 4, 4, 6], dtype=torch.int32)
         ({"index": torch.tensor([4, 0, 1, 1, 2])}, "cu_segments: expected non-decreasing"),
         ({"cu_segments": BOUNDS.flip(0).contiguous()}, "cu_samples: expected"),
         ({"cu_segments": BOUNDS[:6].contiguous()}, "cu_segments: expected a multiple"),
+        ({"cu_segments": BOUNDS[:1].contiguous()}, "cu_segments: expected a multiple"),
         ({"cu_samples": BOUNDS[1::2].contiguous()}, "cu_samples: expected"),
         ({"cu_samples": torch.tensor([0, 2, 4, 6], dtype=torch.int32)}, "cu_samples: expected"),
         ({"weights": []}, "weights: expected"),

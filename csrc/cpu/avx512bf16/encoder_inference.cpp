@@ -13,11 +13,6 @@ struct Bf16Product {
   using E = BFloat16;
   static constexpr int64_t kUnit = kPair;
 
-  template <typename T>
-  static constexpr uint64_t code() {
-    return 0;
-  }
-
   static void gemm(int64_t m, int64_t n, int64_t depth, const E* a, int64_t a_row, const E* b,
                    int64_t b_row, A* c, int64_t c_row, bool add) {
     gemm_bf16<NativeDot>(m, n, depth / kPair, a, a_row, kPair, b, kPair * b_row, c, c_row, add);

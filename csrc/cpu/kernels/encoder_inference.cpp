@@ -3,23 +3,12 @@
 namespace flmoe::FLMOE_ISA {
 namespace {
 
-// Half precisions are packed as float32, each from its own format.
-template <typename T>
-constexpr uint64_t kTypeCode = sizeof(T);
-template <>
-constexpr uint64_t kTypeCode<BFloat16> = 1;
-
 // Products in the compute type.
 template <typename Type>
 struct PlainProduct {
   using A = Type;
   using E = Type;
   static constexpr int64_t kUnit = 1;
-
-  template <typename T>
-  static constexpr uint64_t code() {
-    return kTypeCode<T>;
-  }
 
   static void gemm(int64_t m, int64_t n, int64_t depth, const E* a, int64_t a_row, const E* b,
                    int64_t b_row, A* c, int64_t c_row, bool add) {

@@ -11,6 +11,7 @@ from torch import Tensor
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.ops.encoder import api as ops
 
+from .forward import require_like
 from .fusion import Compat
 from .packing import TokenPlan, Views, fold_views
 
@@ -18,7 +19,7 @@ Networks = Sequence[Sequence[Any]]  # the encoder layers of each expert
 
 
 class EncoderWeights:
-    """Finds the weights of dense encoders in the order of `encoder_inference`, fast.
+    """Weights of dense encoders in the order of `encoder_inference`.
 
     The modules are those of one check of the layer's parts; parameters and modes are read in every call.
     """
@@ -47,6 +48,7 @@ class EncoderWeights:
             weights = [getattr(part, name) for part, name in self._places]
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *weights)):
             return None
+        require_like(weights, weights[0])
         return weights
 
 

@@ -213,7 +213,7 @@ class KernelLayer(nn.Module):
     def _inference_weights(
         self, backend: str, inputs: Sequence[Tensor]
     ) -> tuple[list[Tensor], Networks] | None:
-        """The encoders for `infer`; None if it cannot run: gradients, dropout, routed MLPs, Triton."""
+        """Weights and encoders for `infer`; None with gradients, dropout, routed MLPs or another backend."""
         if backend != backends.CPU or self._spec.sparse is not None:
             return None
         if torch.compiler.is_compiling():
@@ -225,5 +225,5 @@ class KernelLayer(nn.Module):
         return None if weights is None else (weights, encoders.networks)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has other parts.
+        # A copy has new modules, which these do not describe.
         return {**self.__dict__, "_snapshot": None, "_encoders": None}
