@@ -2,10 +2,11 @@
 //
 // An item is an expert with a run of samples of about 96 rows or more. Its rows, queries, keys and
 // values stay in the cache through all layers; other activations live for one block of 96 rows, so
-// only weights and pooled means grow with the number of experts. Norms are the prologue, biases, GELU and
-// residuals the epilogue of a product while its block is in the cache. The last MLP is pooled
-// before its second product, because the mean of W h is W times the mean of h. If there are too few
-// items for the threads, the blocks of a phase run in parallel instead; the results are the same.
+// only weights and pooled means grow with the number of experts. Norms are the prologue, biases,
+// GELU and residuals the epilogue of a product while its block is in the cache. The last MLP is
+// pooled before its second product, because the mean of W h is W times the mean of h. If there are
+// too few items for the threads, the blocks of a phase run in parallel instead; the results are the
+// same.
 //
 // Weights are packed in every call. Kept copies would have to be compared with the weights, because
 // a change through `.data` leaves the version of a tensor as it is.
