@@ -226,7 +226,7 @@ def test_invalid_places_and_offsets_are_not_used_as_addresses() -> None:
     address from an invalid place or offset would be far outside any tensor."""
     inputs = GATED.inputs(torch.float32)
     _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
-    want = kernels.forward(RoutedCall(*inputs, offsets, permutation, 0))[1]
+    want = kernels.forward(RoutedCall(*inputs, offsets, permutation, 0), True)[1]
     wild, far = permutation.clone(), offsets.clone()
     wild[3], wild[7] = -(2**31), 2**31 - 1
     far[0], far[4] = -(2**31), 2**31 - 1
