@@ -65,8 +65,8 @@ def routed_mlp(
     variants (arXiv 2002.05202).
     """
     validate(x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate)
-    experts = w_in.shape[0]
-    index = require_index(index, experts)
+    experts, name = w_in.shape[0], backends.choose(_OPERATOR, x, backend)
+    index = require_index(index, experts, reads=name != backends.CPU)
     if index.shape != weight.shape:
         raise ValueError(
             f"index: expected {tuple(weight.shape)} as weight, got {tuple(index.shape)}"
@@ -75,7 +75,6 @@ def routed_mlp(
         raise ValueError(f"index: expected device {x.device} as x, got {index.device}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    name = backends.choose(_OPERATOR, x, backend)
     if name == backends.REFERENCE:
         return reference.routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, act, w_gate, b_gate)
     routing = backends.choose("routing", x, backend)

@@ -186,14 +186,17 @@ def _require_mask(mask: Tensor, other: str, like: Tensor) -> None:
         raise ValueError(f"mask: expected device {like.device} as {other}, got {mask.device}")
 
 
-def require_index(index: Tensor, experts: int) -> Tensor:
-    """Validate index and return it as int64; values are only checked where reading them is free."""
+def require_index(index: Tensor, experts: int, reads: bool = True) -> Tensor:
+    """Validate index and return it as int64; values are only checked where reading them is free.
+
+    reads: False if the kernels check the values, as the CPU's dispatch does.
+    """
     check.require_tensor("index", index)
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"index: expected int64 or int32, got {index.dtype}")
     if index.dim() != 2 or index.shape[1] < 1:
         raise ValueError(f"index: expected (N, K) with K from 1, got {tuple(index.shape)}")
-    readable = check.readable(index) and index.numel()
+    readable = reads and check.readable(index) and index.numel()
     if readable and (int(index.min()) < -1 or int(index.max()) >= experts):
         raise expert_out_of_range(index, experts)
     return index.long()
