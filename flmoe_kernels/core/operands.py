@@ -26,7 +26,7 @@ def expect(
     """Raise ValueError unless x is None or has this shape, dtype and device."""
     if x is None:
         return
-    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
+    if x.shape != tuple(shape) or x.dtype is not dtype or x.device != device:
         raise ValueError(
             f"{name}: expected {dtype} {tuple(shape)} on {device}, "
             f"got {x.dtype} {tuple(x.shape)} on {x.device}"
