@@ -170,7 +170,8 @@ void bind_views(py::module_& m) {
 void expect_rows(const flmoe::EncoderInference& args) {
   const int64_t each = args.samples > 0 ? args.segments / args.samples : 0;
   if (args.segments != each * args.samples || (args.samples > 0 && each == 0))
-    throw std::invalid_argument("cu_segments: expected a multiple of the samples");
+    throw std::invalid_argument(
+        "cu_segments: expected a multiple of the number of samples, at least one each");
   int32_t end = 0;
   for (int64_t s = 0; s <= args.segments; ++s) {
     if (args.cu_segments[s] < end || args.cu_segments[s] > args.rows_total)

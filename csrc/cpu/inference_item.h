@@ -9,8 +9,9 @@
 
 namespace flmoe::FLMOE_ISA {
 
-constexpr int64_t kInferenceRows = 96;                // of a block
-constexpr int64_t kScoreRows = 24, kScoreKeys = 256;  // of a tile
+constexpr int64_t kInferenceRows = 96;  // of a block: 16 register tiles
+// A tile of scores, 24 KiB in float32, stays in the first-level cache.
+constexpr int64_t kScoreRows = 24, kScoreKeys = 256;
 
 // out (rows x columns) [+]= x (rows x depth) packed panels + bias. Rows of `out` have room for
 // whole vectors.
@@ -31,7 +32,7 @@ void times(const E* x, int64_t x_row, int64_t rows, int64_t depth, const E* pane
   }
 }
 
-// Layer norm of a row, in place of the operand's row, whose padding becomes 0.
+// Layer norm of a row, written as a row of an operand, whose padding becomes 0.
 template <typename A, typename E>
 void normalize(const A* x, int64_t width, int64_t row, const A* gain, const A* shift, A eps,
                A* buffer, E* out) {

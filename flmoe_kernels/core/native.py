@@ -140,7 +140,7 @@ def threads() -> int:
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor; a large tensor uses huge pages, whose faults are ten times cheaper."""
     out = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-    size = out.numel() * out.element_size()
+    size = out.nbytes
     if size >= _HUGE_BYTES:
         native().advise_huge(out.data_ptr(), size)
     return out

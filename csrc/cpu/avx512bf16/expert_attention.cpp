@@ -1,9 +1,9 @@
 // Softmax attention in bfloat16 by vdpbf16ps; other dtypes run the kernels of avx512.
 //
-// Items, blocks and the softmax are those of kernels/expert_attention.cpp. Scores, sums and the
-// softmax are float32; as operands of the second product, probabilities and the gradients of scores
-// are rounded to bfloat16. Scores are scaled after the product, because a scaled q would be
-// rounded.
+// Items and dropout are those of cpu/attention.h, the softmax that of cpu/softmax.h. Scores, sums
+// and the softmax are float32; as operands of the second product, probabilities and the gradients
+// of scores are rounded to bfloat16. Scores are scaled after the product, because a scaled q would
+// be rounded.
 #include "cpu/attention.h"
 #include "cpu/gemm_bf16.h"
 
