@@ -34,7 +34,7 @@ def decode(program, slots, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 # a score takes one exponential (16 per clock and SM) and 12 instructions without or 21 with dropout (compiled for
 # sm_90 at width 64; an SM issues 128 per clock), and 4 d FLOP of the matrix units (4096 per clock). So at width 64
 # the instructions are the bound, 1.5 and 2.7 times as long as the exponentials or the products.
-@triton.jit
+@triton.jit(do_not_specialize=("problems", "rows"))
 def attend_kernel(
     q,
     k,
@@ -60,13 +60,14 @@ def attend_kernel(
     slot, column, head, group = decode(tl.program_id(0), slots, heads, WIDTH, CHUNK)
     problem, first, length, start, keys = place(cu, problems, rows, slot, ROWS)
     row = tl.arange(0, ROWS)
-    valid = start + row < length
+    # Rows outside all problems are stored, but not read.
+    valid, read = start + row < length, start + row < keys
     q, k, v = (
-        head_of(q, group, head, first + start),
-        head_of(k, group, head, first),
-        head_of(v, group, head, first),
+        head_of(q, group, rows, head, first + start),
+        head_of(k, group, rows, head, first),
+        head_of(v, group, rows, head, first),
     )
-    q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
+    q_tile = load_rows(q, 0, row, read, 0, WIDTH, CHUNK)
     largest = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -103,7 +104,9 @@ def attend_kernel(
     # Rows outside all problems are 0. Those with a score of inf are NaN, also if dropout removed it.
     total = tl.where(keys > 0, total, 1.0)
     sums *= tl.where(total == float("inf"), float("nan"), kept_scale / total)[:, None]
-    store_rows(head_of(out, group, head, first + start), row, valid, column, sums, WIDTH, CHUNK)
+    store_rows(
+        head_of(out, group, rows, head, first + start), row, valid, column, sums, WIDTH, CHUNK
+    )
     if column == 0:
         values = tl.where(keys > 0, (largest + tl.log2(total)) * LN_2, 0.0)
         at = statistics_of(group, rows, first + start, heads, head)
@@ -114,7 +117,7 @@ def attend_kernel(
 #     grad_q_i = scale * sum_j d_ij k_j,   d_ij = p_ij (g_ij - delta_i),   p_ij = exp(s_ij - lse_i).
 # One program per block of rows. Traffic: q, grad_out, out and grad_q once; k and v once per block, from L2.
 # Bound as above: three products, 11 instructions per score without and 20 with dropout.
-@triton.jit
+@triton.jit(do_not_specialize=("problems", "rows"))
 def query_gradient_kernel(
     q,
     k,
@@ -142,21 +145,21 @@ def query_gradient_kernel(
     slot, column, head, group = decode(tl.program_id(0), slots, heads, WIDTH, CHUNK)
     problem, first, length, start, keys = place(cu, problems, rows, slot, ROWS)
     row = tl.arange(0, ROWS)
-    valid = start + row < length
+    valid, read = start + row < length, start + row < keys
     q, k, v = (
-        head_of(q, group, head, first + start),
-        head_of(k, group, head, first),
-        head_of(v, group, head, first),
+        head_of(q, group, rows, head, first + start),
+        head_of(k, group, rows, head, first),
+        head_of(v, group, rows, head, first),
     )
-    out = head_of(out, group, head, first + start)
-    grad_out = head_of(grad_out, group, head, first + start)
-    q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
-    grad_tile = load_rows(grad_out, 0, row, valid, 0, WIDTH, CHUNK)
-    out_tile = load_rows(out, 0, row, valid, 0, WIDTH, CHUNK)
+    out = head_of(out, group, rows, head, first + start)
+    grad_out = head_of(grad_out, group, rows, head, first + start)
+    q_tile = load_rows(q, 0, row, read, 0, WIDTH, CHUNK)
+    grad_tile = load_rows(grad_out, 0, row, read, 0, WIDTH, CHUNK)
+    out_tile = load_rows(out, 0, row, read, 0, WIDTH, CHUNK)
     together = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     for other in range(CHUNK, WIDTH, CHUNK):
-        left = load_rows(grad_out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
-        together += tl.sum(left * load_rows(out, 0, row, valid, other, WIDTH, CHUNK), 1)
+        left = load_rows(grad_out, 0, row, read, other, WIDTH, CHUNK).to(tl.float32)
+        together += tl.sum(left * load_rows(out, 0, row, read, other, WIDTH, CHUNK), 1)
     at = statistics_of(group, rows, first + start, heads, head)
     if column == 0:
         tl.store(delta + at + row * heads, together, mask=valid)
@@ -188,7 +191,7 @@ def query_gradient_kernel(
                 k_tile = load_rows(k, j, key, valid_key, column, WIDTH, CHUNK)
             sums = dot(d, k_tile, sums, PRECISION)
         store_rows(
-            head_of(grad_q, group, head, first + start),
+            head_of(grad_q, group, rows, head, first + start),
             row,
             valid,
             column,
@@ -203,7 +206,7 @@ def query_gradient_kernel(
 # in the other kernels, so that threads do not exchange draws, and transposed for the products. Traffic: k, v and
 # their gradients once; q and grad_out once per block, from L2. Bound as above: four products, 13 and 24
 # instructions per score.
-@triton.jit
+@triton.jit(do_not_specialize=("problems", "rows"))
 def key_gradient_kernel(
     q,
     k,
@@ -233,14 +236,15 @@ def key_gradient_kernel(
     key = tl.arange(0, COLUMNS)
     valid_key = start + key < length
     q, k, v = (
-        head_of(q, group, head, first),
-        head_of(k, group, head, first + start),
-        head_of(v, group, head, first + start),
+        head_of(q, group, rows, head, first),
+        head_of(k, group, rows, head, first + start),
+        head_of(v, group, rows, head, first + start),
     )
-    grad_out = head_of(grad_out, group, head, first)
+    grad_out = head_of(grad_out, group, rows, head, first)
     at = statistics_of(group, rows, first, heads, head)
-    k_tile = load_rows(k, 0, key, valid_key, 0, WIDTH, CHUNK)
-    v_tile = load_rows(v, 0, key, valid_key, 0, WIDTH, CHUNK)
+    read = start + key < queries
+    k_tile = load_rows(k, 0, key, read, 0, WIDTH, CHUNK)
+    v_tile = load_rows(v, 0, key, read, 0, WIDTH, CHUNK)
     sums_k = tl.zeros((COLUMNS, CHUNK), tl.float32)
     sums_v = tl.zeros((COLUMNS, CHUNK), tl.float32)
     for i in range(0, queries, ROWS):
@@ -283,8 +287,8 @@ def key_gradient_kernel(
         if grad_k is not None:
             sums_k = dot(tl.trans(d), q_tile, sums_k, PRECISION)
     if grad_k is not None:
-        grad_k = head_of(grad_k, group, head, first + start)
+        grad_k = head_of(grad_k, group, rows, head, first + start)
         store_rows(grad_k, key, valid_key, column, sums_k * scale, WIDTH, CHUNK)
     if grad_v is not None:
-        grad_v = head_of(grad_v, group, head, first + start)
+        grad_v = head_of(grad_v, group, rows, head, first + start)
         store_rows(grad_v, key, valid_key, column, sums_v, WIDTH, CHUNK)

@@ -35,7 +35,7 @@ def valid_tokens(mask, place, inside):
 # Means of each modality's valid tokens, with length 1 if the modality is normalised. A program has one sample
 # and modality and all columns. Traffic: tokens once; bytes are the bound, 8.5 MB in bfloat16 at
 # mmimdb.
-@triton.jit
+@triton.jit(do_not_specialize=("lengths", "total"))
 def features_kernel(
     tokens,
     mask,
@@ -83,7 +83,7 @@ def features_kernel(
 
 # The gradient of each token: that of its modality's mean, 0 where it is padded. A program has a block of tokens of
 # one sample and modality and all columns. Traffic: the gradient of the tokens once; bytes are the bound.
-@triton.jit
+@triton.jit(do_not_specialize=("lengths", "total", "slots"))
 def features_gradient_kernel(
     grad_features,
     features,
@@ -133,7 +133,7 @@ def logits_at(logits, of_expert, expert, row, column, classes):
 
 # weights = softmax(scores / temperature) over experts, mixed = sum_e weights_e * logits_e. A program has a block
 # of samples. Traffic: everything once; a few KiB, latency-bound, hence a single launch.
-@triton.jit
+@triton.jit(do_not_specialize=("batch", "of_expert"))
 def mix_kernel(
     scores,
     logits,
@@ -173,7 +173,7 @@ def mix_kernel(
 # With g = grad_mixed and d_e = grad_weights_e + g . logits_e:  grad_logits_e = weights_e g,
 # grad_scores_e = weights_e (d_e - sum_f weights_f d_f) / temperature. A program has a block of samples;
 # latency-bound.
-@triton.jit
+@triton.jit(do_not_specialize=("batch", "of_expert"))
 def mix_gradient_kernel(
     grad_weights,
     grad_mixed,

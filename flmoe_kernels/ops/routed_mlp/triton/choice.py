@@ -120,12 +120,13 @@ def _weight_gradient(call: RoutedCall) -> Make:
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         splits = launches.splits_of(tiles, call)
-        shape = (call.experts, call.hidden, splits, call.width)
-        parts = whole.unsqueeze(2) if splits == 1 else call.x.new_empty(shape, dtype=torch.float32)
-        sides = ((active, False), (call.x, True))
-        products = [launches.weight_gradient_launch(tiles, call, *sides, parts, None, None)]
+        parts, _ = launches.gradient_parts(whole, None, splits)
+        assert parts is not None
+        sides, results = ((active, False), (call.x, True)), (whole, None, parts, None)
+        products = [launches.weight_gradient_launch(tiles, call, *sides, results, splits, None)]
         if splits > 1:
-            products.append(launches.sum_launch(parts.flatten(0, 1), whole.flatten(0, 1)))
+            total = launches.sum_launch(parts.flatten(0, 1), whole.flatten(0, 1), splits=True)
+            products.append(total)
         return _trial(call, tiles, products, [whole, parts], lambda: [whole])
 
     return make
