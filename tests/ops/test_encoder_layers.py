@@ -34,6 +34,7 @@ def arguments(form: str, rate: float = 0.25, **changes: Any) -> list[Any]:
         "source": source,
         "cu_samples": segments[::2].contiguous(),
         "cu_segments": segments,
+        "count": None,
         "weights": weights,
         "seeds": torch.arange(4 * LAYERS) if rate else None,
         "rates": [rate, 0.0, rate, rate] * LAYERS,
@@ -50,8 +51,8 @@ def arguments(form: str, rate: float = 0.25, **changes: Any) -> list[Any]:
 def in_double(call: list[Any]) -> tuple[list[Any], list[Tensor]]:
     """The call in float64, and its leaves."""
     call[0] = call[0].double().requires_grad_()
-    call[5] = [weight.double().requires_grad_() for weight in call[5]]
-    return call, [call[0], *call[5]]
+    call[6] = [weight.double().requires_grad_() for weight in call[6]]
+    return call, [call[0], *call[6]]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])
@@ -61,7 +62,7 @@ def test_gradcheck(form: str, self_residual: bool, rate: float) -> None:
     call, leaves = in_double(arguments(form, rate, self_residual=self_residual))
 
     def latents(rows: Tensor, *weights: Tensor) -> Tensor:
-        return OPS.encoder_layers(rows, *call[1:5], list(weights), *call[6:])[0]
+        return OPS.encoder_layers(rows, *call[1:6], list(weights), *call[7:])[0]
 
     assert torch.autograd.gradcheck(latents, leaves, fast_mode=True)
 
@@ -71,13 +72,13 @@ def test_opcheck(form: str) -> None:
     call = arguments(form)
     torch.library.opcheck(OPS.encoder_layers.default, tuple(arguments(form, save=False)))
     call[0].requires_grad_()
-    call[5] = [weight.requires_grad_() for weight in call[5]]
+    call[6] = [weight.requires_grad_() for weight in call[6]]
     torch.library.opcheck(OPS.encoder_layers.default, tuple(call))
     latents, saved = OPS.encoder_layers(*call)
     wants = [True] * (1 + LAYERS * len(PLACES))
     torch.library.opcheck(
         OPS.encoder_layers_backward.default,
-        (latents.detach(), call[0].detach(), *call[1:5], call[6], saved, *call[7:12], wants),
+        (latents.detach(), call[0].detach(), *call[1:6], call[7], saved, *call[8:13], wants),
     )
 
 
@@ -107,6 +108,7 @@ def test_any_subset_of_gradients(form: str) -> None:
     ("changes", "message"),
     [
         ({"weights": []}, "weights: expected"),
+        ({"count": torch.ones(1, dtype=torch.int32)}, "count: expected None"),
         ({"rows": draw(EXPERTS, 1, 5, 3, seed=1)}, r"weights\[0\]: expected"),
         ({"rows": draw(3, 1, 5, WIDTH, seed=1)}, "weights: expected"),
         ({"cu_samples": torch.tensor([0, 5])}, "cu_seqlens: expected"),

@@ -88,12 +88,16 @@ def train(
     elif copies > 1:
         modality = views.places(plan)
     first = encoders.networks[0][0]
+    # Read on the GPU; a CPU plan without a known number of rows exists only while tracing.
+    padded = backend == backends.TRITON and not plan.compact
+    count = plan.cu_samples[-1:] if padded else None
     latents = ops.encoder_layers(
         rows,
         modality,
         index,
         plan.cu_samples,
         plan.cu_segments,
+        count,
         weights,
         seeds,
         rates,

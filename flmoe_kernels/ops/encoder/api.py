@@ -114,6 +114,7 @@ def encoder_layers(
     index: Tensor | None,
     cu_samples: Tensor,
     cu_segments: Tensor,
+    count: Tensor | None,
     weights: Sequence[Tensor],
     seeds: Tensor | None,
     rates: Sequence[float],
@@ -132,6 +133,7 @@ def encoder_layers(
         index: (R,) int64, the place of each row among the copies * n rows; `views` is then 1.
         cu_samples, cu_segments: int32 boundaries of samples, which attend to themselves, and of the segments whose
             means are taken; of one view.
+        count: one int32, the valid rows of each of the n, if others follow them; Triton only.
         weights: 12 tensors for each layer of each expert, see inference.layer_shapes; in any dtype.
         seeds: (4 * layers,) int64, or None without dropout.
         rates: 4 of each layer: attention, attention branch, MLP, output.
@@ -139,8 +141,8 @@ def encoder_layers(
         differentiable: whether gradients will be asked for; otherwise intermediates are not kept.
     """
     return _OPS.encoder_layers(
-        *(rows, modality, index, cu_samples, cu_segments, weights, seeds, rates, heads, views),
-        *(eps, self_residual, differentiable, backend),
+        *(rows, modality, index, cu_samples, cu_segments, count, weights, seeds),
+        *(rates, heads, views, eps, self_residual, differentiable, backend),
     )[0]
 
 

@@ -85,6 +85,11 @@ class Rows(NamedTuple):
     source: Tensor | None  # or the place of every row among the copies * n rows
     cu_samples: Tensor
     cu_segments: Tensor
+    valid_rows: Tensor | None  # one int32: only so many of each n rows are computed, the first
+
+    def limits(self, views: int) -> dict[str, Any]:
+        """The arguments of kernels on rows of `views` views."""
+        return {} if self.valid_rows is None else {"count": self.valid_rows, "views": views}
 
     def expand(self, kernels: Any, x: Tensor, views: int) -> Tensor:
         """(E, copies, n, width) -> (E, R, width)."""
@@ -93,7 +98,7 @@ class Rows(NamedTuple):
             index = self._of_experts(self.source, x)
             return torch.embedding(x.view(-1, width), index)
         if self.modality is not None:
-            x = kernels.views_of(x, self.modality, views)
+            x = kernels.views_of(x, self.modality, views, *self._counted())
         return x.view(experts, -1, width)
 
     def reduce(self, kernels: Any, grad: Tensor, like: Tensor, views: int) -> Tensor:
@@ -105,8 +110,13 @@ class Rows(NamedTuple):
             index, rows = self._of_experts(self.source, like), experts * copies * n
             grad = torch.ops.aten.embedding_dense_backward(grad, index, rows, -1, False)
         elif self.modality is not None:
-            grad = kernels.views_backward(grad.view(experts, views, n, width), self.modality)
+            grad = kernels.views_backward(
+                grad.view(experts, views, n, width), self.modality, *self._counted()
+            )
         return grad.view(experts, copies * n, width)
+
+    def _counted(self) -> tuple[Tensor, ...]:
+        return () if self.valid_rows is None else (self.valid_rows,)
 
     @staticmethod
     def _of_experts(index: Tensor, x: Tensor) -> Tensor:
@@ -191,16 +201,17 @@ def forward(
     experts, copies, n, width = rows.shape
     drop = Dropouts(seeds, options.rates)
     k, heads, views = kernels.encoder, options.heads, options.views
+    of_copies, of_views = plan.limits(copies), plan.limits(views)
     buffers = stack(weights, experts, width, rows.dtype)
     layers = layers_of(buffers, experts, width, weights[FIRST_BIAS].numel())
     saved = list(buffers)
     rows = rows.contiguous()
     total = rows.view(experts, copies * n, width)
     _, normed, mean, rstd = k.norm(
-        total, None, layers[0].gain1, layers[0].shift1, None, 0.0, options.eps
+        total, None, layers[0].gain1, layers[0].shift1, None, 0.0, options.eps, **of_copies
     )
     saved += [mean, rstd, normed]
-    qkv = k.linear(normed, layers[0].qkv, None)
+    qkv = k.linear(normed, layers[0].qkv, None, **of_copies)
     qkv = plan.expand(k, qkv.view(experts, copies, n, 3 * width), views)
     stream = None if options.self_residual else plan.expand(k, rows, views)
     groups = experts * (1 if plan.source is not None else views)
@@ -209,11 +220,11 @@ def forward(
         attended, lse = kernels.attention.forward(
             *qkv.unbind(2), plan.cu_samples, *drop.of(i, 0), (width // heads) ** -0.5
         )
-        branch = k.linear(attended.view(experts, -1, width), w.proj, w.proj_bias)
+        branch = k.linear(attended.view(experts, -1, width), w.proj, w.proj_bias, **of_views)
         stream, normed, mean, rstd = k.norm(
-            stream, branch, w.gain2, w.shift2, *drop.of(i, 1), options.eps
+            stream, branch, w.gain2, w.shift2, *drop.of(i, 1), options.eps, **of_views
         )
-        update, hidden = k.mlp(normed, w.w_in, w.b_in, w.w_out, w.b_out, *drop.of(i, 2))
+        update, hidden = k.mlp(normed, w.w_in, w.b_in, w.w_out, w.b_out, *drop.of(i, 2), **of_views)
         if save:
             saved += [qkv, attended, lse, stream, mean, rstd, normed, hidden]
         seed, p = drop.of(i, 3)
@@ -222,12 +233,12 @@ def forward(
             return latents.view(experts, -1, width), saved if save else []
         following = layers[i + 1]
         total, normed, mean, rstd = k.norm(
-            stream, update, following.gain1, following.shift1, seed, p, options.eps
+            stream, update, following.gain1, following.shift1, seed, p, options.eps, **of_views
         )
         if save:
             saved += [total, mean, rstd, normed]
         stream = None if options.self_residual else total
-        qkv = k.linear(normed, following.qkv, None)
+        qkv = k.linear(normed, following.qkv, None, **of_views)
     raise AssertionError("there is at least one layer")
 
 
@@ -280,7 +291,7 @@ def backward(
     total_rows = kept[-1].total2.shape[1]
     groups = kept[0].qkv.shape[0]
     grad = grad.view(experts, groups // experts, -1, width)
-    last = len(layers) - 1
+    last, of_views = len(layers) - 1, plan.limits(options.views)
     seed, p = drop.of(last, 3)
     stops = (flow[last].normed2, flow[last].update)
     stream, update = k.pool_backward(
@@ -293,7 +304,14 @@ def backward(
         if not f.update:
             break
         normed, *mlp = k.mlp_backward(
-            update, x.normed2, x.hidden, w.w_in, w.w_out, *drop.of(i, 2), (f.normed2, *to[7:])
+            update,
+            x.normed2,
+            x.hidden,
+            w.w_in,
+            w.w_out,
+            *drop.of(i, 2),
+            (f.normed2, *to[7:]),
+            **of_views,
         )
         grads[i] = Weights(*[none] * 7, *mlp)
         if not f.normed2:
@@ -310,6 +328,7 @@ def backward(
             p,
             options.self_residual,
             (f.rows, f.branch, to.gain2, to.shift2),
+            **of_views,
         )
         if seed is None and not options.self_residual:
             branch = stream
@@ -317,7 +336,13 @@ def backward(
         if not f.branch:
             break
         attended, proj, bias = k.linear_backward(
-            branch, x.attended.view(experts, -1, width), w.proj, f.qkv, to.proj, to.proj_bias
+            branch,
+            x.attended.view(experts, -1, width),
+            w.proj,
+            f.qkv,
+            to.proj,
+            to.proj_bias,
+            **of_views,
         )
         grads[i] = grads[i]._replace(proj=proj, proj_bias=bias)
         if not f.qkv:
@@ -335,11 +360,14 @@ def backward(
         )
         through = stream if f.rows and not options.self_residual else None
         qkv = qkv.view(experts, -1, 3 * width)
+        of_normed = of_views if i > 0 else plan.limits(copies)
         if i == 0:
             qkv = plan.reduce(k, qkv, rows, options.views)
             if through is not None:
                 through = plan.reduce(k, through, rows, options.views)
-        normed, qkv_weight, _ = k.linear_backward(qkv, x.normed1, w.qkv, f.normed1, to.qkv, False)
+        normed, qkv_weight, _ = k.linear_backward(
+            qkv, x.normed1, w.qkv, f.normed1, to.qkv, False, **of_normed
+        )
         grads[i] = grads[i]._replace(qkv=qkv_weight)
         if not f.normed1:
             break
@@ -356,6 +384,7 @@ def backward(
             p,
             False,
             (*below, to.gain1, to.shift1),
+            **of_normed,
         )
         if seed is None:
             update = stream

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.backend import CPU
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.flops import values_of
 from flmoe_kernels.core.registration import define, first_order_only, loop_over_gradients
@@ -16,7 +17,7 @@ from flmoe_kernels.core.registration import define, first_order_only, loop_over_
 from .inference import FIRST_BIAS, LAYER_TENSORS
 from .layers import PLACES, Kernels, Options, Rows, Weights, backward, flows, forward
 
-_PLAN = "Tensor? modality, Tensor? index, Tensor cu_samples, Tensor cu_segments"
+_PLAN = "Tensor? modality, Tensor? index, Tensor cu_samples, Tensor cu_segments, Tensor? count"
 _OPTIONS = "float[] rates, SymInt heads, SymInt views, float eps, bool self_residual"
 
 
@@ -40,12 +41,14 @@ def _kernels(backend: str) -> Kernels:
 
 def _forward(backend: str, rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     plan, weights, seeds, options, save = _arguments(args)
+    if plan.valid_rows is not None and backend == CPU:
+        raise ValueError("count: expected None on the CPU")
     return forward(_kernels(backend), rows, plan, weights, seeds, options, save)
 
 
 def _arguments(args: Sequence[Any]) -> tuple[Rows, list[Tensor], Tensor | None, Options, bool]:
     """The arguments of encoder_layers after the rows."""
-    return Rows(*args[:4]), args[4], args[5], Options(*args[6:11]), args[11]
+    return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
 
 
 def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
@@ -131,7 +134,7 @@ def _backward_arguments(
     args: Sequence[Any],
 ) -> tuple[Rows, Tensor | None, list[Tensor], Options, list[bool]]:
     """The arguments of encoder_layers_backward after the gradient and the rows."""
-    return Rows(*args[:4]), args[4], args[5], Options(*args[6:11]), args[11]
+    return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
 
 
 def _backward_fake(grad: Tensor, rows: Tensor, *args: Any) -> list[Tensor]:
@@ -177,13 +180,14 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
-    rows, modality, index, cu_samples, cu_segments, seeds, *saved = ctx.saved_tensors
+    rows, *plan, seeds = ctx.saved_tensors[:7]
+    saved = ctx.saved_tensors[7:]
     wants = ctx.needs_input_grad
-    needs: list[bool] = wants[5]
+    needs: list[bool] = wants[6]
     results: list[Tensor | None] = [None] * len(needs)
-    rest = (None,) * (len(wants) - 6)
+    rest = (None,) * (len(wants) - 7)
     if grad is None:
-        return (None,) * 5 + (results,) + rest
+        return (None,) * 6 + (results,) + rest
     experts, width = rows.shape[0], rows.shape[3]
     layers = len(needs) // (experts * LAYER_TENSORS)
 
@@ -199,10 +203,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
     of_rows, *grads = torch.ops.flmoe.encoder_layers_backward(
         grad,
         rows,
-        modality,
-        index,
-        cu_samples,
-        cu_segments,
+        *plan,
         seeds,
         saved,
         *ctx.options,
@@ -221,7 +222,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
         )
         for i, part in zip(kind, flat.split_with_sizes(sizes), strict=True):
             results[i] = part if needs[i] else None
-    return of_rows if wants[0] else None, *(None,) * 4, results, *rest
+    return of_rows if wants[0] else None, *(None,) * 5, results, *rest
 
 
 define(
