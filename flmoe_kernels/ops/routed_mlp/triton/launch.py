@@ -186,10 +186,14 @@ def choice_gradient_launch(
 
 
 def splits_of(tiles: Tiles, call: RoutedCall) -> int:
-    """Number of splits of an expert's rows in its weight gradients, to fill the GPU if there are few tiles."""
+    """Number of splits of an expert's rows in its weight gradients, to fill the GPU if there are few tiles.
+
+    Rounded down to a power of two, so that a few programs do not wait for a second turn.
+    """
     across = blocks_of(call.hidden, tiles.rows) * blocks_of(call.width, tiles.columns)
-    wanted = tiles.programs * multiprocessors(call.x.device) // (call.experts * across)
-    return max(1, min(wanted, _MOST_SPLITS, call.rows // (call.experts * _SPLIT_ROWS)))
+    wanted = blocks_of(tiles.programs * multiprocessors(call.x.device), call.experts * across)
+    splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
+    return 1 << (splits.bit_length() - 1)
 
 
 def gradient_parts(
