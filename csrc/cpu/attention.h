@@ -133,9 +133,9 @@ void prefetch_rows(const AttentionForward& args, const RowView& view, const Prob
   }
 }
 
-// Calls item(problem) for every problem and head. Many short problems are processed in runs, all
-// heads of a problem in turn, while the rows of the next problem are on their way from memory: a
-// head touches a few cache lines of every row, which the processor does not foresee.
+// Calls item(problem) for every problem and head. If problems are many and short, a task takes up
+// to 8 in turn, all heads of each, and prefetches the rows of the next problem. Each head touches
+// only a few cache lines of every row, which the hardware prefetcher does not predict.
 template <typename T, typename F>
 void each_problem(const AttentionForward& args, std::initializer_list<RowView> inputs,
                   std::initializer_list<RowView> outputs, const F& item) {

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 1 << 20  # smaller blocks are kept by the C library
-_IDLE = 1024  # requests after which an unused block is returned
+_IDLE = (
+    1024  # requests between sweeps, which release the blocks that were not used since the last one
+)
 _SLACK = 1.25  # kept bytes relative to the largest number of bytes that were in use at once
 
 
@@ -78,7 +80,7 @@ class Blocks:
         self._lock = threading.Lock()
 
     def clear(self) -> None:
-        """Return the blocks that no tensor uses."""
+        """Release the blocks that no tensor uses."""
         with self._lock:
             self._drop(lambda block: True)
 
@@ -96,7 +98,7 @@ class Blocks:
                 del self._blocks[size]
 
     def _make_room(self, size: int) -> None:
-        """Return the least recently used blocks if there are more bytes than were ever in use at once."""
+        """Release least recently used blocks until at most _SLACK times the peak since the last sweep is kept."""
         unused = []
         used = size
         for each, blocks in self._blocks.items():
@@ -130,8 +132,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, bool]:
 
 
 def empty_cache() -> None:
-    """Return the memory that the CPU kernels keep for their next call, as torch.cuda.empty_cache does on a GPU.
+    """Release the memory that the CPU kernels keep for their next call, as torch.cuda.empty_cache does on a GPU.
 
-    The kernels keep the blocks of freed tensors of 1 MiB or more, at most 1.25 times what a call needed at once.
+    The kernels keep the blocks of freed tensors of 1 MiB or more, at most 1.25 times the peak in use.
     """
     _BLOCKS.clear()

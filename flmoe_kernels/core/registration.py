@@ -109,8 +109,8 @@ def first_order_only(*names: str, times: str = "differentiable once") -> None:
 def loop_over_gradients(name: str) -> None:
     """Let torch.autograd.grad with is_grads_batched call a backward operator once for each gradient.
 
-    torch does so itself for operators without lists of tensors. The first argument is the gradient; the results
-    are a list of tensors.
+    torch has this fallback only for operators without lists of tensors. The operator's first argument must be the
+    gradient, and it must return a list of tensors.
     """
     operator = getattr(torch.ops.flmoe, name)
     internal: Any = torch

@@ -64,14 +64,14 @@ class Driver:
 
 def _launch(source: Any, metadata: Any, *rest: Any) -> None:
     x, y, z, _stream, kernel, _packed, _launch_metadata, _enter, _exit, *arguments = rest
-    # Triton keeps launchers, so the driver is the one of this launch.
+    # Triton caches launchers across drivers, so the active driver is looked up at every launch.
     triton.runtime.driver.active.launch(source, metadata, (x, y, z), kernel, arguments)
 
 
 def _ptx_is_the_binary(
     _backend: Any = None, stages: Any = None, *_: Any, **__: Any
 ) -> tuple[str, str] | None:
-    """Hook of Triton's compiler: without arguments a part of the cache's key, else a change of its stages."""
+    """Compiler hook: without arguments it returns a part of the cache key, else it makes the PTX the binary."""
     if stages is None:
         return "ptx", "ptx"
     stages["cubin"] = lambda ptx, _metadata: ptx.encode()

@@ -1,4 +1,4 @@
-"""Dense encoders of all experts as one operator: with gradients or dropout, and on the CPU without."""
+"""Dense encoders of all experts as one operator call."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def train(
     elif copies > 1:
         modality = views.places(plan)
     first = encoders.networks[0][0]
-    # Read on the GPU; a CPU plan without a known number of rows exists only while tracing.
+    # Triton kernels read the number of valid rows on the GPU. Plans of the CPU have only valid rows, except while
+    # tracing.
     padded = backend == backends.TRITON and not plan.compact
     count = plan.cu_samples[-1:] if padded else None
     latents = ops.encoder_layers(

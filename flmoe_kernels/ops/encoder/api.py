@@ -133,12 +133,13 @@ def encoder_layers(
         index: (R,) int64, the place of each row among the copies * n rows; `views` is then 1.
         cu_samples, cu_segments: int32 boundaries of samples, which attend to themselves, and of the segments whose
             means are taken; of one view.
-        count: one int32, the valid rows of each of the n, if others follow them; Triton only.
+        count: one int32, the number of valid rows; they come first among the n rows of every copy and view, and
+            padding follows. None: all n rows are valid. Triton only.
         weights: 12 tensors for each layer of each expert, see inference.layer_shapes; in any dtype.
         seeds: (4 * layers,) int64, or None without dropout.
         rates: 4 of each layer: attention, attention branch, MLP, output.
         self_residual: the attention branch is added to itself, as in I2MoE.
-        differentiable: whether gradients will be asked for; otherwise intermediates are not kept.
+        differentiable: whether gradients may be requested; if False, intermediates are not saved.
     """
     return _OPS.encoder_layers(
         *(rows, modality, index, cu_samples, cu_segments, count, weights, seeds),

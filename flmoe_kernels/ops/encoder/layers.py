@@ -1,8 +1,8 @@
 """Dense fusion encoders of all experts as one operator, from embedded rows to pooled latents.
 
 On a small batch a call through torch's dispatcher and autograd takes as long as a kernel, so `encoder_layers` and
-`encoder_layers_backward` call a backend's kernels directly. The layer's parameters stay separate tensors: they are
-stacked here, by one copy for each number of columns, and their gradients are split again.
+`encoder_layers_backward` call a backend's kernels directly. The caller passes each parameter as a separate tensor.
+`stack` copies them into three buffers (vectors, matrices of D columns, matrices of F columns).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAVED = 12  # tensors of a layer for the backward
 
 
 class Weights(NamedTuple):
-    """One encoder layer of all experts, (E, ...) each; or whether, or as what, a gradient is returned."""
+    """Weights of one encoder layer, (E, ...) each; also their gradients, or flags that select them."""
 
     gain1: Any
     shift1: Any
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
     source: Tensor | None  # or the place of every row among the copies * n rows
     cu_samples: Tensor
     cu_segments: Tensor
-    valid_rows: Tensor | None  # one int32: only so many of each n rows are computed, the first
+    valid_rows: Tensor | None  # one int32: the valid rows of each n, which come first; None: all
 
     def limits(self, views: int) -> dict[str, Any]:
         """The arguments of kernels on rows of `views` views."""
@@ -154,7 +154,7 @@ def stack(weights: Sequence[Tensor], experts: int, width: int, dtype: torch.dtyp
 
 
 def layers_of(buffers: Sequence[Tensor], experts: int, width: int, hidden: int) -> list[Weights]:
-    """The layers in the buffers of `stack`; views."""
+    """Split the buffers of `stack` into the Weights of each layer, without copying."""
     rows = {"qkv": 3 * width, "w_in": hidden, "b_in": hidden}
     found: list[dict[str, Tensor]] = []
     for group, buffer in zip(_GROUPS, buffers, strict=True):
@@ -243,7 +243,7 @@ def forward(
 
 
 class Flow(NamedTuple):
-    """Which gradients a layer's backward computes: those of its rows, and of the results of its steps."""
+    """Which gradients a layer's backward computes: of its input rows, and of the results of its steps."""
 
     rows: bool
     normed1: bool
@@ -254,7 +254,7 @@ class Flow(NamedTuple):
 
 
 def flows(rows: bool, wants: Sequence[Weights]) -> Iterator[Flow]:
-    """The gradients that reach the wanted ones, layer by layer from the first."""
+    """For each layer, first to last: which intermediate gradients the wanted ones depend on."""
     for w in wants:
         normed1 = rows or w.gain1 or w.shift1
         qkv = normed1 or w.qkv
@@ -278,6 +278,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the rows and of every layer's Weights, in this order; those not wanted are empty."""
     experts, copies, n, width = rows.shape
+    rows = rows.contiguous()
     drop, k = Dropouts(seeds, options.rates), kernels.encoder
     buffers, rest = (
         saved[: len(_GROUPS)],

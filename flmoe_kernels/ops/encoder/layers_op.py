@@ -89,8 +89,8 @@ def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def _products(rows: Tensor, plan: Rows, hidden: int, views: int) -> tuple[int, int, int, int, int]:
-    """FLOP of the products of a layer: the first layer's q, k, v, those of others, scores, projection, one of the
-    MLP's products. Scores and probabilities times values have the same number."""
+    """FLOP of: q, k, v of the first layer; q, k, v of a later layer; attention scores; projection; one of the two
+    MLP products. The product of probabilities and values costs as much as the scores."""
     experts, copies, n, width = rows.shape
     count = experts * (views * n if plan.source is None else plan.source.shape[0])
     bounds = values_of(plan.cu_samples)

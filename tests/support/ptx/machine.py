@@ -42,7 +42,7 @@ def run(
 
 
 class Group:
-    """CTAs that execute the same instruction, and for each of their threads its place in them."""
+    """CTAs that run in lock step, with the CTA, warp and lane of each thread."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Group:
         return np.broadcast_to(register, self.count).reshape(-1, 32)
 
     def fragments(self, access: Access, rows: Array, transposed: bool) -> list[Array]:
-        """The words of each thread of matrices of 8 x 8 halves, whose rows the access's threads have loaded."""
+        """Result words of ldmatrix for each thread, from the rows of the 8 x 8 matrices of 16-bit values."""
         warps = np.unique(access.threads // 32)
         matrices = rows.reshape(len(warps), -1, 8, 8)
         if transposed:
@@ -183,7 +183,7 @@ class Group:
 
 
 def _places() -> dict[str, tuple[Array, Array, Array]]:
-    """For each kind of mma, the places of the elements of A, B and C among those of a warp, lane by lane."""
+    """For each kind of mma, the index of every element of A, B and C in the warp's fragments, ordered by lane."""
     lane = np.arange(32)[:, None]
     row, column = lane // 4, lane % 4
 

@@ -180,7 +180,7 @@ class SharedMemory:
         self.writer = np.full(cells, _NOBODY, np.int8)
         self.readers = np.zeros((cells, warps), bool)
         self.in_flight = np.zeros(cells, np.int8)
-        # Of each CTA, groups of copies that are complete.
+        # Number of committed copy groups of each CTA.
         self.committed = np.zeros(ctas, np.int64)
         self.copies: list[_Copy] = []
 

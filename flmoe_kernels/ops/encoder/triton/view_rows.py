@@ -1,4 +1,4 @@
-"""Rows of views: the computed rows of each view, as many as a count on the GPU says.
+"""Valid rows of each view, counted on the GPU.
 
 Rows are (E, views * n, D). The number of valid rows of a view is known only on the GPU, because the host does not
 wait for it; they come first in every view. Grids depend on n: programs of the other rows return at once or store
