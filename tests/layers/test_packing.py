@@ -25,7 +25,9 @@ def masks_of(pattern: str, batch: int) -> list[Tensor | None] | None:
 def test_valid_rows_come_first(pattern: str, batch: int) -> None:
     """The plan has the rows of a compact plan, in the same order, and then the other tokens in order."""
     masks = masks_of(pattern, batch)
-    plan, compact = (plan_tokens(batch, LENGTHS, masks, CPU, reads=reads) for reads in (False, True))
+    plan, compact = (
+        plan_tokens(batch, LENGTHS, masks, CPU, reads=reads) for reads in (False, True)
+    )
     assert (plan.compact, compact.compact) == (False, True)
     for name in ("cu_samples", "cu_segments"):
         assert torch.equal(getattr(plan, name), getattr(compact, name)), name
