@@ -104,3 +104,22 @@ def first_order_only(*names: str, times: str = "differentiable once") -> None:
 
     for op in (f"flmoe::{name}" for name in names):
         torch.library.register_autograd(op, refusal(op), setup_context=setup)
+
+
+def loop_over_gradients(name: str) -> None:
+    """Let torch.autograd.grad with is_grads_batched call a backward operator once for each gradient.
+
+    torch does so itself for operators without lists of tensors. The first argument is the gradient; the results
+    are a list of tensors.
+    """
+    operator = getattr(torch.ops.flmoe, name)
+    internal: Any = torch
+
+    def run(grad: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        gradients = internal._remove_batch_dim(grad, level, 1, 0)
+        results = zip(*(operator(each, *args) for each in gradients), strict=True)
+        return [internal._add_batch_dim(torch.stack(each), 0, level) for each in results]
+
+    torch.library.impl(f"flmoe::{name}", "Batched", run)

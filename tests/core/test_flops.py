@@ -297,7 +297,7 @@ def test_modules_have_their_own_counts() -> None:
     assert OPS.routed_mlp_backward in counter.get_flop_counts()["Model.routed"]
     whole = sum(counts[f"Model.{name}"] for name in ("encoder", "fusion", "routed"))
     assert whole == counts["Model"] == counts["Global"] == counter.get_total_flops()
-    assert OPS.expert_attention_packed_backward in counter.get_flop_counts()["Model.fusion"]
+    assert OPS.encoder_layers_backward in counter.get_flop_counts()["Model.fusion"]
 
 
 def test_a_compiled_layer_counts_as_much() -> None:

@@ -177,12 +177,16 @@ def norm_gradient_kernel(
                 of_gain = [of_gain[w] + grad[w] * x[w] for w in (0, 1, 2, 3)]
                 of_shift = [of_shift[w] + grad[w] for w in (0, 1, 2, 3)]
             grad = [grad[w] * gains[w] for w in (0, 1, 2, 3)]
-            level = across(grad) / WIDTH
-            slope = across([grad[w] * x[w] for w in (0, 1, 2, 3)]) / WIDTH
-            grad = [
-                spread[:, None] * (grad[w] - level[:, None] - x[w] * slope[:, None])
-                for w in (0, 1, 2, 3)
-            ]
+            if WIDTH == 1:
+                # Exactly 0: fused multiply-adds leave a rounding error, which rstd multiplies by 1 / sqrt(eps).
+                grad = [(grad[w] + x[w]) * 0.0 for w in (0, 1, 2, 3)]
+            else:
+                level = across(grad) / WIDTH
+                slope = across([grad[w] * x[w] for w in (0, 1, 2, 3)]) / WIDTH
+                grad = [
+                    spread[:, None] * (grad[w] - level[:, None] - x[w] * slope[:, None])
+                    for w in (0, 1, 2, 3)
+                ]
         if grad_total is not None:
             base = begin(grad_total, start, WIDTH)
             grad = [grad[w] + load_part(base, row, valid, 0, w, WIDTH, PART) for w in (0, 1, 2, 3)]

@@ -176,10 +176,13 @@ def query_gradient_kernel(
     q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
     grad_tile = load_rows(grad_out, 0, row, valid, 0, WIDTH, CHUNK)
     out_tile = load_rows(out, 0, row, valid, 0, WIDTH, CHUNK)
-    together = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    # The selections keep products from being fused with sums of other lanes, which round differently.
+    left = grad_tile.to(tl.float32)
+    together = tl.sum(tl.where(valid[:, None], left * out_tile.to(tl.float32), 0.0), 1)
     for other in range(CHUNK, WIDTH, CHUNK):
         left = load_rows(grad_out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
-        together += tl.sum(left * load_rows(out, 0, row, valid, other, WIDTH, CHUNK), 1)
+        right = load_rows(out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
+        together += tl.sum(tl.where(valid[:, None], left * right, 0.0), 1)
     at = statistics_of(group, rows, first + start, heads, head)
     if column == 0:
         tl.store(delta + at + row * heads, together, mask=valid)

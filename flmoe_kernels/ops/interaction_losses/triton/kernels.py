@@ -53,7 +53,9 @@ def distance(x, y, row, valid, width, CHUNK: tl.constexpr):
         x_tile = load_tile(x, row, valid, column, width, CHUNK)
         y_tile = load_tile(y, row, valid, column, width, CHUNK)
         apart = difference(x_tile, y_tile, column, width, CHUNK)
-        total += tl.sum(apart * apart, 1)
+        inside = (column + tl.arange(0, CHUNK) < width)[None, :]
+        # The selection keeps squares from being fused with sums of other lanes, which round differently.
+        total += tl.sum(tl.where(inside, apart * apart, 0.0), 1)
     return tl.sqrt(total)
 
 
@@ -62,7 +64,9 @@ def product(x, y, row, valid, width, CHUNK: tl.constexpr):
     total = tl.zeros((row.shape[0],), tl.float32)
     for column in range(0, width, CHUNK):
         x_tile = load_tile(x, row, valid, column, width, CHUNK)
-        total += tl.sum(x_tile * load_tile(y, row, valid, column, width, CHUNK), 1)
+        y_tile = load_tile(y, row, valid, column, width, CHUNK)
+        # Selected as above; by rows, because a selection of columns spills 8 bytes in the gradient.
+        total += tl.sum(tl.where(valid[:, None], x_tile * y_tile, 0.0), 1)
     return total
 
 

@@ -209,7 +209,8 @@ def mix_gradient_kernel(
         for expert in range(EXPERTS):
             pointers = logits_at(logits, of_expert, expert, row, column, classes)
             part = tl.load(pointers, mask=present, other=0.0).to(tl.float32)
-            dots = tl.sum(grad * part, 1)
+            # The selections keep products from being fused with sums of other lanes, which round differently.
+            dots = tl.sum(tl.where(present, grad * part, 0.0), 1)
             inner += tl.where((lane == expert)[None, :], dots[:, None], 0.0)
             if grad_logits is not None:
                 values = expert_column(share, lane, expert)[:, None] * grad
@@ -217,6 +218,6 @@ def mix_gradient_kernel(
                 pointers = logits_at(grad_logits, of_grad, expert, row, column, classes)
                 tl.store(pointers, values.to(grad_logits.dtype.element_ty), mask=present)
     if grad_scores is not None:
-        together = tl.sum(share * inner, 1)
+        together = tl.sum(tl.where(of_weights, share * inner, 0.0), 1)
         values = share * (inner - together[:, None]) / temperature
         tl.store(grad_scores + at, values.to(grad_scores.dtype.element_ty), mask=of_weights)
