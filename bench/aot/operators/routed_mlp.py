@@ -148,7 +148,7 @@ def launches_of(
         p, q = left[0].shape[1], right[0].shape[1]
         grad = meta((call.experts, p, q), use.dtype)
         bias = meta((call.experts, p), use.dtype) if use.bias else None
-        partial, of_bias = launches.gradient_parts(grad, bias, splits)
+        partial, of_bias = launches.gradient_parts(of_weight, call, grad, bias, splits)
         results, sides = (grad, bias, partial, of_bias), (left, right)
         launch = launches.weight_gradient_launch(of_weight, call, *sides, results, splits, weight)
         yield f"grad_{name}", launch

@@ -12,7 +12,17 @@ import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
 
-from .tiles import dot, head_of, load_rows, place, products, row_at, statistics_of, store_rows
+from .tiles import (
+    dot,
+    head_of,
+    load_rows,
+    place,
+    products,
+    row_at,
+    statistics_of,
+    store_rows,
+    store_zeros,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -60,14 +70,22 @@ def attend_kernel(
     slot, column, head, group = decode(tl.program_id(0), slots, heads, WIDTH, CHUNK)
     problem, first, length, start, keys = place(cu, problems, rows, slot, ROWS)
     row = tl.arange(0, ROWS)
-    # Rows outside all problems are stored, but not read.
-    valid, read = start + row < length, start + row < keys
+    valid = start + row < length
+    at = statistics_of(group, rows, first + start, heads, head)
+    if keys == 0:
+        # Rows outside all problems.
+        store_zeros(
+            head_of(out, group, rows, head, first + start), row, valid, column, WIDTH, CHUNK
+        )
+        if column == 0:
+            tl.store(lse + at + row * heads, tl.zeros((ROWS,), tl.float32), mask=valid)
+        return
     q, k, v = (
         head_of(q, group, rows, head, first + start),
         head_of(k, group, rows, head, first),
         head_of(v, group, rows, head, first),
     )
-    q_tile = load_rows(q, 0, row, read, 0, WIDTH, CHUNK)
+    q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
     largest = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -101,16 +119,13 @@ def attend_kernel(
             p = tl.where(kept, p, nothing)
         v_tile = load_rows(v, j, key, valid_key, column, WIDTH, CHUNK)
         sums = dot(p, v_tile, sums * fade[:, None], PRECISION)
-    # Rows outside all problems are 0. Those with a score of inf are NaN, also if dropout removed it.
-    total = tl.where(keys > 0, total, 1.0)
+    # Rows with a score of inf are NaN, also if dropout removed it.
     sums *= tl.where(total == float("inf"), float("nan"), kept_scale / total)[:, None]
     store_rows(
         head_of(out, group, rows, head, first + start), row, valid, column, sums, WIDTH, CHUNK
     )
     if column == 0:
-        values = tl.where(keys > 0, (largest + tl.log2(total)) * LN_2, 0.0)
-        at = statistics_of(group, rows, first + start, heads, head)
-        tl.store(lse + at + row * heads, values, mask=valid)
+        tl.store(lse + at + row * heads, (largest + tl.log2(total)) * LN_2, mask=valid)
 
 
 # Gradient of q, and delta_i = grad_out_i . out_i for the next kernel. With g_ij = kept_ij * grad_out_i . v_j:
@@ -145,7 +160,12 @@ def query_gradient_kernel(
     slot, column, head, group = decode(tl.program_id(0), slots, heads, WIDTH, CHUNK)
     problem, first, length, start, keys = place(cu, problems, rows, slot, ROWS)
     row = tl.arange(0, ROWS)
-    valid, read = start + row < length, start + row < keys
+    valid = start + row < length
+    if keys == 0:
+        if grad_q is not None:
+            to = head_of(grad_q, group, rows, head, first + start)
+            store_zeros(to, row, valid, column, WIDTH, CHUNK)
+        return
     q, k, v = (
         head_of(q, group, rows, head, first + start),
         head_of(k, group, rows, head, first),
@@ -153,16 +173,16 @@ def query_gradient_kernel(
     )
     out = head_of(out, group, rows, head, first + start)
     grad_out = head_of(grad_out, group, rows, head, first + start)
-    q_tile = load_rows(q, 0, row, read, 0, WIDTH, CHUNK)
-    grad_tile = load_rows(grad_out, 0, row, read, 0, WIDTH, CHUNK)
-    out_tile = load_rows(out, 0, row, read, 0, WIDTH, CHUNK)
+    q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
+    grad_tile = load_rows(grad_out, 0, row, valid, 0, WIDTH, CHUNK)
+    out_tile = load_rows(out, 0, row, valid, 0, WIDTH, CHUNK)
     # The selections keep products from being fused with sums of other lanes, which round differently.
     left = grad_tile.to(tl.float32)
-    together = tl.sum(tl.where(read[:, None], left * out_tile.to(tl.float32), 0.0), 1)
+    together = tl.sum(tl.where(valid[:, None], left * out_tile.to(tl.float32), 0.0), 1)
     for other in range(CHUNK, WIDTH, CHUNK):
-        left = load_rows(grad_out, 0, row, read, other, WIDTH, CHUNK).to(tl.float32)
-        right = load_rows(out, 0, row, read, other, WIDTH, CHUNK).to(tl.float32)
-        together += tl.sum(tl.where(read[:, None], left * right, 0.0), 1)
+        left = load_rows(grad_out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
+        right = load_rows(out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
+        together += tl.sum(tl.where(valid[:, None], left * right, 0.0), 1)
     at = statistics_of(group, rows, first + start, heads, head)
     if column == 0:
         tl.store(delta + at + row * heads, together, mask=valid)
@@ -238,6 +258,14 @@ def key_gradient_kernel(
     problem, first, length, start, queries = place(cu, problems, rows, slot, COLUMNS)
     key = tl.arange(0, COLUMNS)
     valid_key = start + key < length
+    if queries == 0:
+        if grad_k is not None:
+            to = head_of(grad_k, group, rows, head, first + start)
+            store_zeros(to, key, valid_key, column, WIDTH, CHUNK)
+        if grad_v is not None:
+            to = head_of(grad_v, group, rows, head, first + start)
+            store_zeros(to, key, valid_key, column, WIDTH, CHUNK)
+        return
     q, k, v = (
         head_of(q, group, rows, head, first),
         head_of(k, group, rows, head, first + start),
@@ -245,9 +273,8 @@ def key_gradient_kernel(
     )
     grad_out = head_of(grad_out, group, rows, head, first)
     at = statistics_of(group, rows, first, heads, head)
-    read = start + key < queries
-    k_tile = load_rows(k, 0, key, read, 0, WIDTH, CHUNK)
-    v_tile = load_rows(v, 0, key, read, 0, WIDTH, CHUNK)
+    k_tile = load_rows(k, 0, key, valid_key, 0, WIDTH, CHUNK)
+    v_tile = load_rows(v, 0, key, valid_key, 0, WIDTH, CHUNK)
     sums_k = tl.zeros((COLUMNS, CHUNK), tl.float32)
     sums_v = tl.zeros((COLUMNS, CHUNK), tl.float32)
     for i in range(0, queries, ROWS):

@@ -124,6 +124,12 @@ def store_rows(x, row, valid, column, values, WIDTH: tl.constexpr, CHUNK: tl.con
 
 
 @triton.jit
+def store_zeros(x, row, valid, column, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    nothing = tl.zeros((row.shape[0], CHUNK), tl.float32)
+    store_rows(x, row, valid, column, nothing, WIDTH, CHUNK)
+
+
+@triton.jit
 def products(
     x_tile,
     z_tile,

@@ -92,7 +92,7 @@ def _weight_gradients(
     tiles = tiles_of("weight_gradient", call)
     splits = launches.splits_of(tiles, call)
     wanted = (grad if wants[0] else None, grad_bias if wants[1] else None)
-    parts, of_bias = launches.gradient_parts(*wanted, splits)
+    parts, of_bias = launches.gradient_parts(tiles, call, *wanted, splits)
     results = (*wanted, parts, of_bias)
     found = [launches.weight_gradient_launch(tiles, call, left, right, results, splits, weight)]
     if splits > 1 and parts is not None:

@@ -358,12 +358,13 @@ def weight_gradient_kernel(
                 y = load_rows(right, r + at, end, across, permutation, rows, RIGHT_OF, Q, COLUMNS)
                 total = dot(tl.trans(x), y, total, PRECISION)
             q, there = columns_of(across, Q, COLUMNS)
-            to = (((e * P + p).to(tl.int64) * splits + split) * Q)[:, None] + q[None, :]
             inside = present[:, None] & there[None, :]
-            if splits == 1:
-                tl.store(grad + to, total.to(grad.dtype.element_ty), mask=inside)
+            if parts is None or splits == 1:
+                to = grad + (e * P + p).to(tl.int64)[:, None] * Q
+                tl.store(to + q[None, :], total.to(grad.dtype.element_ty), mask=inside)
             else:
-                tl.store(parts + to, total, mask=inside)
+                line = parts + ((e * P + p).to(tl.int64) * splits + split)[:, None] * Q
+                tl.store(line + q[None, :], total, mask=inside)
     elif bias is not None:
         sums = tl.zeros((DEPTH, ROWS), tl.float32)
         for r in range(first, end, DEPTH):
@@ -374,7 +375,7 @@ def weight_gradient_kernel(
                 x *= tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)[:, None]
             sums += x
         line, value = (e * splits + split).to(tl.int64) * P, tl.sum(sums, 0)
-        if splits == 1:
+        if bias_parts is None or splits == 1:
             tl.store(bias + line + p, value.to(bias.dtype.element_ty), mask=present)
         else:
             tl.store(bias_parts + line + p, value, mask=present)

@@ -190,22 +190,27 @@ def splits_of(tiles: Tiles, call: RoutedCall) -> int:
 
     Rounded down to a power of two, so that a few programs do not wait for a second turn.
     """
-    across = blocks_of(call.hidden, tiles.rows) * blocks_of(call.width, tiles.columns)
-    wanted = blocks_of(tiles.programs * multiprocessors(call.x.device), call.experts * across)
-    splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
+    fitting = max(1, call.rows // (call.experts * _SPLIT_ROWS))
+    splits = min(_wanted_splits(tiles, call), _MOST_SPLITS, fitting)
     return 1 << (splits.bit_length() - 1)
 
 
+def _wanted_splits(tiles: Tiles, call: RoutedCall) -> int:
+    """Number of splits for any number of rows."""
+    across = blocks_of(call.hidden, tiles.rows) * blocks_of(call.width, tiles.columns)
+    return blocks_of(tiles.programs * multiprocessors(call.x.device), call.experts * across)
+
+
 def gradient_parts(
-    grad: Tensor | None, bias: Tensor | None, splits: int
+    tiles: Tiles, call: RoutedCall, grad: Tensor | None, bias: Tensor | None, splits: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Parts (E, P, splits, Q) and (E, splits, P) in float32 of the gradients grad (E, P, Q) and bias (E, P).
 
-    Without splits they are empty; the kernel is the same, so that it is not compiled for fewer rows.
+    They are empty without splits, so that fewer rows have the same kernel, and None if no number of rows is split.
     """
 
     def parts(x: Tensor | None, place: int) -> Tensor | None:
-        if x is None:
+        if x is None or (splits == 1 and _wanted_splits(tiles, call) == 1):
             return None
         experts, *shape = x.shape
         shape.insert(place, splits)
