@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,24 +24,11 @@ _SLACK = 1.25  # kept bytes relative to the largest number of bytes that were in
 
 @dataclass(slots=True, eq=False)
 class _Block:
-    storage: torch.UntypedStorage
-    address: int
+    storage: torch.UntypedStorage  # tensors use slices of it, which hold a reference each
     last: int  # number of the request that took the block
 
     def unused(self) -> bool:
-        # The storage's Python object counts as one user, however many references it has.
-        alone = self.references() == _REFERENCES
-        return alone and torch._C._storage_Use_Count(self.storage._cdata) == 1
-
-    def references(self) -> int:
-        return sys.getrefcount(self.storage)
-
-    def intact(self, size: int) -> bool:
-        """Whether nobody resized the storage or moved it to shared memory, which another process may read."""
-        return self.storage.data_ptr() == self.address and self.storage.nbytes() == size
-
-
-_REFERENCES = _Block(torch.UntypedStorage(0), 0, 0).references()  # if nobody else has one
+        return torch._C._storage_Use_Count(self.storage._cdata) == 1
 
 
 class Blocks:
@@ -54,27 +40,34 @@ class Blocks:
         self._requests = 0
         self._most = 0  # bytes in use at once since the last sweep
 
-    def take(self, size: int) -> tuple[torch.UntypedStorage, bool]:
-        """A storage of at least `size` bytes, and whether it is new."""
+    def take(self, size: int) -> tuple[torch.UntypedStorage, bool] | None:
+        """A storage of `size` bytes, and whether its pages are new; None while another call is at work."""
+        # A signal handler may interrupt this function and call it again.
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            block, new = self._block(size)
+            # A storage of its own: a change of the tensor's storage, or sharing it, does not concern the block.
+            return block.storage[:size], new
+        finally:
+            self._lock.release()
+
+    def _block(self, size: int) -> tuple[_Block, bool]:
         # Eight sizes for each power of two, because the number of valid tokens differs from batch to batch.
         step = 1 << max(size.bit_length() - 4, 0)
         size = -(-size // step) * step
-        with self._lock:
-            self._requests += 1
-            if self._requests % _IDLE == 0:
-                self._most = 0
-                self._drop(lambda block: self._requests - block.last > _IDLE)
-            blocks = self._blocks.setdefault(size, [])
-            for block in blocks:
-                if block.unused() and block.intact(size):
-                    block.last = self._requests
-                    return block.storage, False
-            self._make_room(size)
-            storage = torch.UntypedStorage(size)
-            self._blocks.setdefault(size, []).append(
-                _Block(storage, storage.data_ptr(), self._requests)
-            )
-            return storage, True
+        self._requests += 1
+        if self._requests % _IDLE == 0:
+            self._most = 0
+            self._drop(lambda block: self._requests - block.last > _IDLE)
+        for block in self._blocks.get(size, ()):
+            if block.unused():
+                block.last = self._requests
+                return block, False
+        self._make_room(size)
+        block = _Block(torch.UntypedStorage(size, device="cpu"), self._requests)
+        self._blocks.setdefault(size, []).append(block)
+        return block, True
 
     def unlock(self) -> None:
         self._lock = threading.Lock()
@@ -85,13 +78,9 @@ class Blocks:
             self._drop(lambda block: True)
 
     def _drop(self, chosen: Callable[[_Block], bool]) -> None:
-        """Forget changed blocks, and of the unused ones those that are chosen."""
+        """Release the unused blocks that are chosen."""
         for size, blocks in list(self._blocks.items()):
-            kept = [
-                block
-                for block in blocks
-                if block.intact(size) and not (block.unused() and chosen(block))
-            ]
+            kept = [block for block in blocks if not (block.unused() and chosen(block))]
             if kept:
                 self._blocks[size] = kept
             else:
@@ -125,10 +114,11 @@ if hasattr(os, "register_at_fork"):
 def empty(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, bool]:
     """An uninitialised contiguous CPU tensor, and whether its pages are new."""
     size = math.prod(shape) * dtype.itemsize
-    if size < LEAST_BYTES:
-        return torch.empty(shape, dtype=dtype), False
-    storage, new = _BLOCKS.take(size)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), ()), new
+    found = _BLOCKS.take(size) if size >= LEAST_BYTES else None
+    if found is None:
+        return torch.empty(shape, dtype=dtype, device="cpu"), False
+    storage, new = found
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tuple(shape), ()), new
 
 
 def empty_cache() -> None:

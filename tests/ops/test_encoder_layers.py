@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._vmap_internals import _vmap
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
+from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.ops.encoder.inference import layer_shapes
 from flmoe_kernels.ops.encoder.layers import PLACES
 from tests.support.inputs import draw
@@ -127,6 +132,53 @@ def test_rows_with_other_strides() -> None:
     turned[0] = others[0].transpose(0, 3).contiguous().transpose(0, 3)
     got = torch.autograd.grad(OPS.encoder_layers(*turned)[0].sum(), others)
     assert all(map(torch.equal, got, want))
+
+
+def test_checkpointing() -> None:
+    call, leaves = in_double(arguments("views"))
+    want = torch.autograd.grad(OPS.encoder_layers(*call)[0].sum(), leaves)
+    again = checkpoint(lambda: OPS.encoder_layers(*call)[0], use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(again.sum(), leaves), want))
+
+
+def test_batches_of_gradients_in_another_thread() -> None:
+    """The backward of a GPU runs in a thread of its own."""
+    call, _ = in_double(arguments("views"))
+    latents, saved = OPS.encoder_layers(*call)
+    wants = [True] * (1 + LAYERS * len(PLACES))
+    rest = [call[0].detach(), *call[1:6], call[7], saved, *call[8:13], wants]
+    grads = torch.stack([latents.detach(), 2 * latents.detach()])
+    with ThreadPoolExecutor(1) as pool:
+
+        def run(grad: Tensor) -> tuple[Tensor, ...]:
+            return tuple(pool.submit(OPS.encoder_layers_backward, grad, *rest).result())
+
+        got = _vmap(run, 0, 0)(grads)
+        nested = _vmap(_vmap(run, 0, 0), 0, 0)(grads.unsqueeze(1))
+    for i, grad in enumerate(grads):
+        want = OPS.encoder_layers_backward(grad, *rest)
+        assert all(torch.equal(x[i], y) for x, y in zip(got, want, strict=True))
+        assert all(torch.equal(x[i, 0], y) for x, y in zip(nested, want, strict=True))
+
+
+def test_tangents_of_weights_are_refused() -> None:
+    call, _ = in_double(arguments("views", save=False))
+    with torch.no_grad(), forward_ad.dual_level():
+        call[6][0] = forward_ad.make_dual(call[6][0].detach(), torch.ones(WIDTH).double())
+        with pytest.raises(BackendUnavailable, match="forward-mode AD"):
+            OPS.encoder_layers(*call)
+
+
+def test_no_rows_at_all() -> None:
+    """Every token is padding."""
+    none = torch.zeros(9, dtype=torch.int32)
+    call, leaves = in_double(arguments("folded views", cu_samples=none[::2], cu_segments=none))
+    call[0] = leaves[0] = leaves[0][:, :, :0].detach().requires_grad_()
+    call[2] = call[2][:0]
+    latents = OPS.encoder_layers(*call)[0]
+    assert (latents == 0).all()
+    grads = torch.autograd.grad(latents.sum(), leaves)
+    assert all((grad == 0).all() for grad in grads)
 
 
 def test_differentiation_needs_what_is_saved() -> None:

@@ -214,7 +214,8 @@ class KernelLayer(nn.Module):
         """The encoders of all experts; None if they have routed MLPs."""
         if self._spec.sparse is not None:
             return None
-        if torch.compiler.is_compiling():
+        # A replica of DataParallel is a copy whose parts are its own, but not its attributes.
+        if torch.compiler.is_compiling() or getattr(self, "_is_replica", False):
             return Encoders(self._networks())
         self._encoders = self._encoders or Encoders(self._networks())
         return self._encoders

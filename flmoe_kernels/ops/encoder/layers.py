@@ -121,7 +121,7 @@ class Rows(NamedTuple):
     @staticmethod
     def _of_experts(index: Tensor, x: Tensor) -> Tensor:
         experts, copies, n, _ = x.shape
-        starts = torch.arange(0, experts * copies * n, copies * n, device=index.device)
+        starts = copies * n * torch.arange(experts, device=index.device)
         return index + starts.unsqueeze(1)
 
 

@@ -180,8 +180,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
-    rows, *plan, seeds = ctx.saved_tensors[:7]
-    saved = ctx.saved_tensors[7:]
+    # Read once: checkpointing and hooks unpack the tensors at every read.
+    tensors = ctx.saved_tensors
+    rows, *plan, seeds = tensors[:7]
+    saved = tensors[7:]
     wants = ctx.needs_input_grad
     needs: list[bool] = wants[6]
     results: list[Tensor | None] = [None] * len(needs)
