@@ -121,7 +121,7 @@ def loop_over_gradients(name: str) -> None:
 
     def run(grad: torch.Tensor, *args: Any) -> list[torch.Tensor]:
         # The level of the vmap is not that of this thread: a GPU's backward has a thread of its own.
-        for level in range(1, _LEVELS):
+        for level in reversed(range(1, _LEVELS)):
             gradients = internal._remove_batch_dim(grad, level, missing, 0)
             if len(gradients) != missing:
                 break
