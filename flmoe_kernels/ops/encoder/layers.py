@@ -165,7 +165,7 @@ def layers_of(buffers: Sequence[Tensor], experts: int, width: int, hidden: int) 
         for layer in found:
             for name in group:
                 part = next(parts)
-                layer[name] = part.view(experts, -1, *part.shape[1:])
+                layer[name] = part.reshape(experts, -1, *part.shape[1:])
     return [Weights(**layer) for layer in found]
 
 
@@ -338,7 +338,7 @@ def backward(
             break
         attended, proj, bias = k.linear_backward(
             branch,
-            x.attended.view(experts, -1, width),
+            x.attended.reshape(experts, -1, width),
             w.proj,
             f.qkv,
             to.proj,
@@ -360,7 +360,7 @@ def backward(
             (width // options.heads) ** -0.5,
         )
         through = stream if f.rows and not options.self_residual else None
-        qkv = qkv.view(experts, -1, 3 * width)
+        qkv = qkv.reshape(experts, -1, 3 * width)
         of_normed = of_views if i > 0 else plan.limits(copies)
         if i == 0:
             qkv = plan.reduce(k, qkv, rows, options.views)
