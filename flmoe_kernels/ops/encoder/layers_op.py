@@ -21,6 +21,44 @@ _PLAN = "Tensor? modality, Tensor? index, Tensor cu_samples, Tensor cu_segments,
 _OPTIONS = "float[] rates, SymInt heads, SymInt views, float eps, bool self_residual"
 
 
+_RANGES = {
+    "linear": "expert_linear",
+    "norm": "dropout_add_norm",
+    "mlp": "expert_mlp",
+    "pool": "dropout_add_pool",
+    "views_of": "expand_views",
+    "forward": "expert_attention",
+    "linear_backward": "expert_linear_backward",
+    "norm_backward": "dropout_add_norm_backward",
+    "mlp_backward": "expert_mlp_backward",
+    "pool_backward": "dropout_add_pool_backward",
+    "views_backward": "expand_views_backward",
+    "backward": "expert_attention_backward",
+}
+
+
+class _Recorded:
+    """A module whose functions are ranges of torch's profiler, with the names of the operators."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        if name not in _RANGES:
+            return function
+
+        def run(*args: Any, **options: Any) -> Any:
+            label = f"flmoe::{_RANGES[name]}"
+            if name.startswith("linear"):
+                weight = args[1 if name == "linear" else 2]
+                label += f" {weight.shape[2]} to {weight.shape[1]}"
+            with torch.profiler.record_function(label):
+                return function(*args, **options)
+
+        return run
+
+
 def _kernels(backend: str) -> Kernels:
     match backend:
         case "cpu":
@@ -28,15 +66,18 @@ def _kernels(backend: str) -> Kernels:
 
             from . import cpu
 
-            return Kernels(cpu, attention)
+            modules: tuple[Any, Any] = cpu, attention
         case "triton":
             from flmoe_kernels.ops.expert_attention import triton as attention_triton
 
             from . import triton
 
-            return Kernels(triton, attention_triton)
+            modules = triton, attention_triton
         case _:
             raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
+    if torch.autograd.profiler._is_profiler_enabled:
+        modules = _Recorded(modules[0]), _Recorded(modules[1])
+    return Kernels(*modules)
 
 
 def _forward(backend: str, rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
