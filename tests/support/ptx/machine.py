@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .arithmetic import Array, widen_bfloat16
-from .memory import Access, Findings, GlobalMemory, SharedMemory
+from .memory import Access, Findings, GlobalMemory, LocalMemory, SharedMemory
 from .program import Block, Guard, Program, Registers
 
 # Threads that run in lock step, for the speed of NumPy.
@@ -53,8 +53,11 @@ class Group:
         ctas: Array,
         threads: int,
     ) -> None:
-        self.program, self.memory, self.shared, self.findings = program, memory, shared, findings
+        self.program, self.shared, self.findings = program, shared, findings
         self.threads, self.count = threads, len(ctas) * threads
+        local = LocalMemory(self.count, program.stack)
+        self.spaces: dict[str, GlobalMemory | SharedMemory | LocalMemory]
+        self.spaces = {"global": memory, "shared": shared, "local": local}
         self.mask: Array | None = None
         self.everyone = np.arange(self.count)
         self.block, self.thread = np.divmod(self.everyone, threads)

@@ -263,6 +263,29 @@ class SharedMemory:
         access.report("race: write after read", others)
 
 
+class LocalMemory:
+    """The stacks of the threads of a group."""
+
+    def __init__(self, threads: int, size: int) -> None:
+        self.data = np.zeros((threads, size), np.uint8)
+        self.written = np.zeros((threads, size), bool)
+
+    def load(self, access: Access, address: Array, dtype: np.dtype, count: int) -> Array:
+        places = self._locate(access, address, count * dtype.itemsize)
+        access.report("uninitialised", ~self.written[places])
+        return np.ascontiguousarray(self.data[places]).view(dtype)
+
+    def store(self, access: Access, address: Array, values: Array) -> None:
+        places = self._locate(access, address, values.itemsize * values.shape[1])
+        self.data[places], self.written[places] = np.ascontiguousarray(values).view("u1"), True
+
+    def _locate(self, access: Access, address: Array, size: int) -> tuple[Array, Array]:
+        outside = (address < 0) | (address + size > self.data.shape[1])
+        access.report("out of bounds", outside, "local memory")
+        address = np.where(outside, 0, address)
+        return access.threads[:, None], address[:, None] + np.arange(size)
+
+
 def _cells(at: Array, size: int, granule: int) -> Array:
     """The cells of accesses of `size` bytes, one row for each."""
     return at[:, None] // granule + np.arange(max(1, size // granule))

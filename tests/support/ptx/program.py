@@ -25,10 +25,11 @@ Step = Callable[[Registers, "Group"], None]
 Guard = tuple[int, bool]
 Operand = str | list[str]
 
-_DTYPES = {"%p": "?", "%rs": "u2", "%r": "u4", "%rd": "u8"}
+_DTYPES = {"%p": "?", "%rs": "u2", "%r": "u4", "%rd": "u8", "%SP": "u8", "%SPL": "u8"}
 _SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _LABEL = re.compile(r"\s*([$\w]+):")
+_STACK = re.compile(r"\.local \.align \d+ \.b8 (\w+)\[(\d+)\]")
 _PARAMETER = re.compile(r"\.param \.(\w+) (?:\.ptr \.global \.align \d+ )?(\w+)")
 
 
@@ -51,6 +52,7 @@ class Program:
         blocks, labels: basic blocks, and their places by label; the last place is the end.
         successors: places that follow a block if its branch is taken and if not.
         granule: smallest number of bytes of an access to shared memory, at most 16.
+        stack: bytes of local memory of a thread.
 
     Raises:
         NotImplementedError: an instruction that the emulator does not have.
@@ -67,6 +69,7 @@ class Program:
         self.blocks = [Block()]
         self.labels = {"exit": 0}
         self.granule = 16
+        self.stack = 0
         self.slot("global_smem", np.zeros(1, np.uint32))
         for name in (*_SPECIAL, *(name for name, _ in self.parameters)):
             self.slot(name, None)
@@ -111,6 +114,10 @@ class Program:
                 self.labels[label[1]] = len(self.blocks) - 1
         text = " ".join(statement.split())
         if not text or text.startswith(".reg"):
+            return
+        if stack := _STACK.fullmatch(text):
+            self.slot(stack[1], np.zeros(1, np.uint64))
+            self.stack = int(stack[2])
             return
         found = _STATEMENT.fullmatch(text)
         if found is None:
@@ -171,7 +178,7 @@ class Program:
                 return self._unpack(operands[0], self.source(operands[1], dtype_of(modifiers[-1])))
             case "mov" if isinstance(operands[1], list):
                 return self._pack(operands[0], operands[1])
-            case "mov":
+            case "mov" | "cvta":
                 return self._copy(self.source(operands[1], dtype_of(modifiers[-1])), operands[0])
             case "setp" if "|" in operands[0]:
                 return self._compare_halves(op, operands)
@@ -253,11 +260,12 @@ class Program:
         operands: list[Operand],
         guard: Guard | None,
     ) -> Step:
-        """A load or a store of global or shared memory."""
-        space, dtype = modifiers[0], np.dtype(f"u{dtype_of(modifiers[-1]).itemsize}")
-        on_chip = space == "shared"
-        assert on_chip or space == "global"
-        if on_chip:
+        """A load or a store."""
+        # Generic addresses are those of the stack.
+        space = modifiers[0] if modifiers[0] in ("global", "shared") else "local"
+        assert space != "local" or modifiers[:-1] in ([], ["local"])
+        dtype = np.dtype(f"u{dtype_of(modifiers[-1]).itemsize}")
+        if space == "shared":
             self.granule = min(self.granule, dtype.itemsize)
         register, offset = self.address(operands[root == "ld"])
         values = operands[root == "st"]
@@ -267,9 +275,8 @@ class Program:
 
             def load(registers: Registers, group: Group) -> None:
                 access = group.access(registers, guard, text)
-                memory = group.shared if on_chip else group.memory
                 address = access.address(registers[register], offset)
-                found = memory.load(access, address, dtype, len(targets))
+                found = group.spaces[space].load(access, address, dtype, len(targets))
                 for (target, kind), column in zip(targets, found.T, strict=True):
                     registers[target] = access.merge(registers[target], fit(column, kind))
 
@@ -278,10 +285,9 @@ class Program:
 
         def store(registers: Registers, group: Group) -> None:
             access = group.access(registers, guard, text)
-            memory = group.shared if on_chip else group.memory
             address = access.address(registers[register], offset)
             columns = [access.of(fit(registers[source], dtype)) for source in sources]
-            memory.store(access, address, np.stack(columns, -1))
+            group.spaces[space].store(access, address, np.stack(columns, -1))
 
         return store
 
@@ -305,7 +311,7 @@ class Program:
             assert np.isin(counts, (0, size)).all(), "a copy of a part"
             some = access.where(counts > 0)
             address = some.address(registers[source], start)
-            words = group.memory.load(some, address, np.dtype("u4"), size // 4)
+            words = group.spaces["global"].load(some, address, np.dtype("u4"), size // 4)
             values = np.zeros((len(counts), size), np.uint8)
             values[counts > 0] = words.view("u1")
             group.shared.copy(access, access.address(registers[target], at), values)
