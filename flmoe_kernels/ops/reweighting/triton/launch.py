@@ -19,13 +19,13 @@ from .kernels import (
 
 # The same for every architecture, class of shape and dtype: these kernels are bound by bytes or by latency, and
 # all that shapes decide is how many programs there are. "features" holds all columns of a token, 4096 elements and
-# as many sums. "mix" is one program of one warp for eight samples: launch latency dominates it. Which tiles are
-# fastest is not measured.
+# as many sums. "mix" is one program of one warp for eight samples: launch latency dominates it; with more than 64
+# classes for four, because eight would spill on sm_80. Which tiles are fastest is not measured.
 TABLE = {
     "features": RowTiles(4096, 1 << 20, 8, 8192),
     "features_gradient": RowTiles(4096, 1 << 20, 8, 4096),
-    "mix": RowTiles(1024, 128, 1, 32, rows=8),
-    "mix_gradient": RowTiles(1024, 128, 1, 128, rows=8),
+    "mix": RowTiles(512, 128, 1, 32, rows=8),
+    "mix_gradient": RowTiles(512, 128, 1, 128, rows=8),
 }
 _STAGES = 2
 

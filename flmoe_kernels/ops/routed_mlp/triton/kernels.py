@@ -360,7 +360,7 @@ def weight_gradient_kernel(
             q, there = columns_of(across, Q, COLUMNS)
             inside = present[:, None] & there[None, :]
             if parts is None or splits == 1:
-                to = grad + (e * P + p).to(tl.int64)[:, None] * Q
+                to = grad + ((e * P + p).to(tl.int64) * splits + split)[:, None] * Q
                 tl.store(to + q[None, :], total.to(grad.dtype.element_ty), mask=inside)
             else:
                 line = parts + ((e * P + p).to(tl.int64) * splits + split)[:, None] * Q

@@ -232,6 +232,10 @@ def weight_gradient_launch(
     gradient_parts), the last two results; left (., P) and right (., Q) are by token or row."""
     p, q = left[0].shape[1], right[0].shape[1]
     grad, bias, parts, bias_parts = results
+    if call.x.dtype == torch.float32:
+        # Parts have the type of the gradients, so the kernel needs no second place to store.
+        grad, bias = (parts, bias_parts) if splits > 1 else (grad, bias)
+        parts = bias_parts = None
     high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
     down, across = blocks_of(p, high), blocks_of(q, wide)
     shares = call.experts * splits * down
