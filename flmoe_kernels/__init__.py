@@ -4,6 +4,7 @@ from ._version import __version__ as __version__
 from .core.backend import BackendUnavailable as BackendUnavailable
 from .core.backend import available_backends as available_backends
 from .core.backend import use_backend as use_backend
+from .core.blocks import empty_cache as empty_cache
 from .core.triton.tuning import autotune as autotune
 from .layers.interaction_moe.fusion_transformer import FusionTransformer as FusionTransformer
 from .layers.interaction_moe.module import InteractionMoE as InteractionMoE

@@ -29,8 +29,11 @@ def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def fill(*args: Any, **kwargs: Any) -> Tensor:
         out = make(*args, **kwargs)
         # Fake tensors of a tracer are not filled.
-        if type(out) is Tensor and out.device.type == "cpu" and out.dtype.is_floating_point:
-            out.detach().fill_(float("nan"))
+        if type(out) is Tensor and out.device.type == "cpu":
+            if out.dtype.is_floating_point:
+                out.detach().fill_(float("nan"))
+            elif out.dtype in (torch.int32, torch.int64):
+                out.fill_(torch.iinfo(out.dtype).max)
         return out
 
     return fill
@@ -38,7 +41,7 @@ def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.fixture(autouse=True)
 def nan_in_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill new memory with NaN, so that values that a kernel does not write are NaN."""
+    """Fill new memory with NaN and huge integers, so that values that a kernel does not write are noticed."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))

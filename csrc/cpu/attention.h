@@ -9,7 +9,8 @@ namespace flmoe::FLMOE_ISA {
 
 constexpr int64_t kKeyBlock = kDropoutGroup;
 constexpr int64_t kForwardTile = 24;
-constexpr int64_t kShort = 32;  // rows of a short problem
+constexpr int64_t kShort = 128;  // rows of a problem that are read in place
+constexpr int64_t kCacheLine = 64;
 constexpr int64_t kRowBlock =
     384;  // approximate; amortises the packing of a key block (98 KiB of output at width 64)
 
@@ -74,9 +75,12 @@ void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t width, A
     int64_t d = 0;
     if constexpr (sizeof(T) == sizeof(A) && kHasTranspose) {
       for (; d + lanes <= width; d += lanes) {
-        Vec<A> square[lanes] = {};
-        for (int64_t r = 0; r < count; ++r)
-          std::memcpy(&square[r], in + (r0 + r) * stride + d, sizeof square[r]);
+        Vec<A> square[lanes];
+        if (count == lanes)
+          for (int64_t r = 0; r < lanes; ++r) square[r] = load(in + (r0 + r) * stride + d);
+        else
+          for (int64_t r = 0; r < lanes; ++r)
+            square[r] = r < count ? load(in + (r0 + r) * stride + d) : Vec<A>{};
         transpose_square<A>(square);
         for (int64_t r = 0; r < lanes; ++r)
           store(out + (d + r) * kKeyBlock + r0, square[r] * scale);
@@ -105,14 +109,6 @@ inline RowView contiguous(void* data, const AttentionForward& args, int64_t widt
   return {data, args.rows * args.heads * width, args.heads * width, width};
 }
 
-// Heads of a problem in one item: all if the problems are short and many. One head alone takes less
-// time than scheduling an item.
-inline int64_t heads_of_item(const AttentionForward& args) {
-  constexpr int64_t kMany = 64;
-  const bool together = args.groups * args.problems >= kMany && args.rows <= kShort * args.problems;
-  return together ? args.heads : 1;
-}
-
 inline int64_t longest_problem(const AttentionForward& args) {
   int64_t longest = 0;
   for (int64_t p = 0; p < args.problems; ++p) {
@@ -122,6 +118,47 @@ inline int64_t longest_problem(const AttentionForward& args) {
   return longest;
 }
 
+// Requests part `part` of `parts` of a problem's rows, all heads, to read or to write them.
+template <typename T, bool kWrite>
+void prefetch_rows(const AttentionForward& args, const RowView& view, const Problem& p,
+                   int64_t part, int64_t parts) {
+  if (view.data == nullptr || view.head_stride != args.width) return;
+  const int64_t bytes = args.heads * args.width * sizeof(T);
+  for (int64_t r = part; r < p.length; r += parts) {
+    const char* row = reinterpret_cast<const char*>(row_of<T>(view, p.group, p.first + r, 0));
+    for (int64_t at = 0; at < bytes; at += kCacheLine) {
+      __builtin_prefetch(row + at, kWrite, 3);
+      asm volatile("" : : "r"(row));  // else the compiler removes the loop: it computes nothing
+    }
+  }
+}
+
+// Calls item(problem) for every problem and head. If problems are many and short, a task takes up
+// to 8 in turn, all heads of each, and prefetches the rows of the next problem. Each head touches
+// only a few cache lines of every row, which the hardware prefetcher does not predict.
+template <typename T, typename F>
+void each_problem(const AttentionForward& args, std::initializer_list<RowView> inputs,
+                  std::initializer_list<RowView> outputs, const F& item) {
+  constexpr int64_t kMany = 64, kRun = 8, kAverage = 128;
+  const int64_t problems = args.groups * args.problems;
+  const bool few = problems < kMany || args.rows > kAverage * args.problems;
+  const int64_t run = few ? 1 : min64(kRun, problems / (kMany / 4)), heads = few ? 1 : args.heads;
+  const int64_t count = problems * args.heads / heads;
+  parallel_for((count + run - 1) / run, args.threads, [&](int64_t index, int) {
+    const int64_t end = min64(count, (index + 1) * run);
+    for (int64_t i = index * run; i < end; ++i)
+      for (int64_t h = 0; h < heads; ++h) {
+        if (i + 1 < end) {
+          const Problem next = problem_of(args, (i + 1) * heads);
+          for (const RowView& view : inputs) prefetch_rows<T, false>(args, view, next, h, heads);
+          for (const RowView& view : outputs) prefetch_rows<T, true>(args, view, next, h, heads);
+        }
+        const Problem p = problem_of(args, i * heads + h);
+        if (p.length > 0) item(p);
+      }
+  });
+}
+
 // Calls item(args, problem, first row, rows) for each block of rows of every problem and head.
 template <typename T, typename A, typename F>
 void each_forward_item(const AttentionForward& args, const F& item) {
@@ -129,18 +166,20 @@ void each_forward_item(const AttentionForward& args, const F& item) {
   clear_uncovered<A>(args, contiguous(args.lse, args, 1), 1);
   const int64_t longest = longest_problem(args);
   if (longest == 0) return;
+  if (longest <= kRowBlock) {
+    each_problem<T>(args, {args.q, args.k, args.v}, {contiguous(args.out, args, args.width)},
+                    [&](const Problem& p) { item(args, p, 0, p.length); });
+    return;
+  }
   // Equal blocks: a short last one would load all keys for few rows.
-  const int64_t blocks = longest > kRowBlock ? (longest + kRowBlock / 2) / kRowBlock : 1;
+  const int64_t blocks = (longest + kRowBlock / 2) / kRowBlock;
   const int64_t each = round_up((longest + blocks - 1) / blocks, kForwardTile);
-  const int64_t heads = heads_of_item(args);
-  const int64_t items = args.groups * args.problems * args.heads / heads * blocks;
-  parallel_for(items, args.threads, [&](int64_t index, int) {
-    const int64_t row0 = index % blocks * each;
-    for (int64_t h = 0; h < heads; ++h) {
-      const Problem p = problem_of(args, index / blocks * heads + h);
-      if (row0 < p.length) item(args, p, row0, min64(each, p.length - row0));
-    }
-  });
+  parallel_for(args.groups * args.problems * args.heads * blocks, args.threads,
+               [&](int64_t index, int) {
+                 const int64_t row0 = index % blocks * each;
+                 const Problem p = problem_of(args, index / blocks);
+                 if (row0 < p.length) item(args, p, row0, min64(each, p.length - row0));
+               });
 }
 
 template <typename T>
@@ -154,13 +193,9 @@ template <typename T, typename F>
 void each_backward_item(const AttentionBackward& args, const F& item) {
   const AttentionForward& f = args.forward;
   clear_gradients<T>(args);
-  const int64_t heads = heads_of_item(f);
-  parallel_for(f.groups * f.problems * f.heads / heads, f.threads, [&](int64_t index, int) {
-    for (int64_t h = 0; h < heads; ++h) {
-      const Problem p = problem_of(f, index * heads + h);
-      if (p.length > 0) item(p);
-    }
-  });
+  const RowView out = contiguous(const_cast<void*>(f.out), f, f.width);
+  each_problem<T>(f, {f.q, f.k, f.v, args.grad_out, out}, {args.grad_q, args.grad_k, args.grad_v},
+                  item);
 }
 
 }  // namespace flmoe::FLMOE_ISA

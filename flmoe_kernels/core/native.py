@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import blocks
 from .settings import environment_choice
 
 _HUGE_BYTES = 4 << 20
@@ -138,9 +139,9 @@ def threads() -> int:
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor; a large tensor uses huge pages, whose faults are ten times cheaper."""
-    out = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-    size = out.nbytes
-    if size >= _HUGE_BYTES:
-        native().advise_huge(out.data_ptr(), size)
+    """An uninitialised contiguous CPU tensor; a large tensor takes the memory of a freed one, or huge pages, whose
+    faults are ten times cheaper."""
+    out, new = blocks.empty(shape, dtype or like.dtype)
+    if new and out.nbytes >= _HUGE_BYTES:
+        native().advise_huge(out.data_ptr(), out.nbytes)
     return out

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from . import flops as formulas
 from .backend import CPU, BackendUnavailable, transforms_active
 
+_LEVELS = 64  # of nested torch.vmap
+
 
 def define(
     name: str,
@@ -63,7 +65,8 @@ def _has_tangent(args: Sequence[Any]) -> bool:
     """Whether a tensor carries a tangent of forward-mode AD."""
     if forward_ad._current_level < 0:
         return False
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else (arg,))]
+    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
     # autograd hides tangents from functions without a rule for them.
     with forward_ad._set_fwd_grad_enabled(True):
         return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
@@ -104,3 +107,27 @@ def first_order_only(*names: str, times: str = "differentiable once") -> None:
 
     for op in (f"flmoe::{name}" for name in names):
         torch.library.register_autograd(op, refusal(op), setup_context=setup)
+
+
+def loop_over_gradients(name: str) -> None:
+    """Let torch.autograd.grad with is_grads_batched call a backward operator once for each gradient.
+
+    torch has this fallback only for operators without lists of tensors. The operator's first argument must be the
+    gradient, and it must return a list of tensors.
+    """
+    operator = getattr(torch.ops.flmoe, name)
+    internal: Any = torch
+    missing = 7919  # the number of gradients at a level without a batch
+
+    def run(grad: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+        # The level of the vmap is not that of this thread: a GPU's backward has a thread of its own.
+        for level in reversed(range(1, _LEVELS)):
+            gradients = internal._remove_batch_dim(grad, level, missing, 0)
+            if len(gradients) != missing:
+                break
+        else:
+            raise _unavailable(name, "this batch of gradients")
+        results = zip(*(operator(each, *args) for each in gradients), strict=True)
+        return [internal._add_batch_dim(torch.stack(each), 0, level) for each in results]
+
+    torch.library.impl(f"flmoe::{name}", "Batched", run)

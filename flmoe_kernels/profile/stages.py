@@ -34,6 +34,7 @@ COMPILED = "compiled by torch"
 IDLE = "device idle"
 
 OURS, TORCH = "flmoe::", "aten::"
+_ENCODERS = "flmoe::encoder_layers"
 NAMED_SHARE = 0.05  # a torch operator with a larger share of the whole has its own row
 _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFunction", "triton_")
 
@@ -170,7 +171,7 @@ def _collected(roots: Sequence[Any], on_gpu: bool) -> tuple[dict[str, float], Co
     todo = [(root, PYTHON) for root in roots]
     while todo:
         event, stage = todo.pop()
-        own = "" if stage.startswith((OURS, TORCH)) else _stage_of(event)
+        own = _stage_of(event) if _divisible(stage, event) else ""
         if own and own != stage:
             stage = own
             entered[stage] += 1
@@ -181,6 +182,13 @@ def _collected(roots: Sequence[Any], on_gpu: bool) -> tuple[dict[str, float], Co
             micros[stage] += event.self_cpu_time_total
         todo.extend((child, stage) for child in event.cpu_children)
     return micros, entered
+
+
+def _divisible(stage: str, event: Any) -> bool:
+    """Whether an event within a stage may begin another one: only steps within an operator of whole encoders."""
+    if stage.startswith(_ENCODERS):
+        return str(event.name).startswith(OURS)
+    return not stage.startswith((OURS, TORCH))
 
 
 def _stage_of(event: Any) -> str:

@@ -297,7 +297,7 @@ def test_modules_have_their_own_counts() -> None:
     assert OPS.routed_mlp_backward in counter.get_flop_counts()["Model.routed"]
     whole = sum(counts[f"Model.{name}"] for name in ("encoder", "fusion", "routed"))
     assert whole == counts["Model"] == counts["Global"] == counter.get_total_flops()
-    assert OPS.expert_attention_packed_backward in counter.get_flop_counts()["Model.fusion"]
+    assert OPS.encoder_layers_backward in counter.get_flop_counts()["Model.fusion"]
 
 
 def test_a_compiled_layer_counts_as_much() -> None:
@@ -318,4 +318,7 @@ def test_the_profiler_names_the_operators() -> None:
     with FlopCounterMode(display=False) as counter:
         loss_of(layer, *call).backward()
     names = {str(op).replace(".", "::") for op in counter.get_flop_counts()["Global"]}
-    assert profiled == {name for name in names if re.match("flmoe::", name)}
+    # The profiler also names the steps of encoder_layers.
+    steps = profiled - names
+    assert profiled - steps == {name for name in names if re.match("flmoe::", name)}
+    assert {"flmoe::expert_attention", "flmoe::expert_mlp_backward"} <= steps

@@ -1,7 +1,8 @@
-"""Collection of this folder only under TRITON_INTERPRET=1, where kernels run on CPU tensors.
+"""Collection of this folder only where kernels run on CPU tensors.
 
 Triton decides at import whether kernels are interpreted or compiled, and other tests compile them, so run
-`TRITON_INTERPRET=1 pytest tests/interpreter`.
+`TRITON_INTERPRET=1 pytest tests/interpreter`. `FLMOE_EMULATE=80 pytest tests/interpreter` executes the kernels
+compiled for sm_80 in the emulator of tests/support/ptx.
 """
 
 from __future__ import annotations
@@ -12,12 +13,21 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+EMULATE = os.environ.get("FLMOE_EMULATE")
+collect_ignore_glob = [] if EMULATE or os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
-def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Reduce the interpreter's work per launch, and silence NumPy's warnings about NaN and infinities."""
+def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The emulator, which must find nothing; or an interpreter with less work per launch, without NumPy's warnings
+    about NaN and infinities."""
+    if EMULATE:
+        from tests.support.ptx.emulator import emulated
+
+        with emulated(int(EMULATE)) as findings:
+            yield
+        assert not findings, findings
+        return
     from flmoe_kernels.core.triton.launches import interpreted
     from tests.support.triton_interpreter import patch_once_a_launch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from tests.support.encoder_cases import (
 from tests.support.encoder_tests import EncoderTests, Size
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
 from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton, tensors
+from tests.support.triton_interpreter import enlarge_row_tiles
 
 TRITON = "triton"
 ALL = [True] * 4
@@ -40,12 +40,8 @@ def small_calls(p: float, rows: int) -> dict[str, list[Any]]:
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use tiles a few times larger than the table's, because the interpreter's time grows with the number of
-    programs. test_other_tiles_give_the_same_numbers compares both."""
-    for key, tiles in TABLE.items():
-        columns = min(4 * tiles.columns, 1024)
-        large = dataclasses.replace(tiles, elements=8192, columns=columns)
-        monkeypatch.setitem(rows_launch.TABLE, key, large)
+    """test_other_tiles_give_the_same_numbers compares with the table's tiles."""
+    enlarge_row_tiles(monkeypatch)
 
 
 def test_a_mean_far_from_zero_keeps_the_variance() -> None:

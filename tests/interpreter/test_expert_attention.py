@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import expert_attention
+from flmoe_kernels.ops.expert_attention import triton as kernels
 from flmoe_kernels.ops.expert_attention.triton import choice
 from flmoe_kernels.ops.expert_attention.triton.launch import readable
 from flmoe_kernels.ops.expert_attention.triton.table import TABLE, AttentionCall, Tiles
@@ -102,13 +103,41 @@ def test_a_rate_or_scale_too_small_to_represent_is_zero(p: float, option: str, t
 
 
 def test_rows_with_offsets_beyond_32_bits_are_copied() -> None:
-    near = torch.empty(1, 2, 1, 4, device="meta")
-    far = torch.empty_strided((1, 2, 1, 4), (1, 2**24 + 1, 1, 1), device="meta")
-    apart = torch.empty_strided((1, 2, 1, 4), (1, 1, 1, 2), device="meta")
-    for x, kept in ((near, True), (far, False), (apart, False)):
+    def strided(groups: int, *strides: int) -> Tensor:
+        return torch.empty_strided((groups, 2, 1, 4), strides, device="meta")
+
+    for x, kept in (
+        (strided(1, 1, 2**24, 4, 1), True),
+        (strided(2, 24, 12, 4, 1), True),
+        (strided(2, 25, 12, 4, 1), False),
+        (strided(1, 1, 2**24 + 1, 1, 1), False),
+        (strided(1, 1, 1, 1, 2), False),
+    ):
+        near = torch.empty(x.shape, device="meta")
         call = AttentionCall(x, near, near, torch.empty(2, dtype=torch.int32), None, 0.0, 1.0)
-        assert (readable(call).q is x) == kept
-        assert readable(call).q.stride(3) == 1
+        q = readable(call).q
+        assert (q is x) == kept
+        assert q.stride(3) == 1
+        assert q.stride(0) == 2 * q.stride(1) or len(q) == 1
+
+
+@pytest.mark.parametrize("lengths", [(20, 3), ()], ids=str)
+def test_rows_of_no_problem_are_not_read(lengths: tuple[int, ...]) -> None:
+    """Rows after the last problem may be anything: their results are 0, those of the others do not change."""
+    rows, groups, width = 41, 2, 8
+    cu, valid = cumulative(list(lengths)), sum(lengths)
+    x = [draw(groups, rows, 2, width, seed=i) for i in range(4)]
+    results = []
+    for other in (0.0, float("nan")):
+        q, k, v, grad_out = (each.clone() for each in x)
+        for each in (q, k, v, grad_out):
+            each[:, valid:] = other
+        out, lse = kernels.forward(q, k, v, cu, make_seed(), 0.5, 1.0)
+        grads = [torch.empty_like(q) for _ in range(3)]
+        kernels.backward(grads, grad_out, q, k, v, out, lse, cu, make_seed(), 0.5, 1.0)
+        results.append([out, lse, *grads])
+    assert all(map(torch.equal, *results))
+    assert all((each[:, valid:] == 0).all() for each in results[0])
 
 
 def refusals() -> list[tuple[str, tuple[Any, ...], str]]:

@@ -115,8 +115,8 @@ def test_runs_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
 @triton.jit
 def offsets_kernel(x, statistics, out, group, rows, heads, head, first):
     """Byte offset in x, element offset in the statistics."""
-    base, _, of_row, _ = x
-    pointer, _ = head_of(x, group, head, first)
+    base, of_row, _ = x
+    pointer, _ = head_of(x, group, rows, head, first)
     tl.store(out, pointer.to(tl.int64) - base.to(tl.int64))
     tl.store(out + 1, row_at(base, first, of_row).to(tl.int64) - base.to(tl.int64))
     at = statistics + statistics_of(group, rows, first, heads, head)
@@ -135,14 +135,13 @@ def offsets_kernel(x, statistics, out, group, rows, heads, head, first):
 )
 def test_offsets_pass_32_bits(group: int, rows: int, heads: int, head: int, first: int) -> None:
     """Each term of an offset exceeds 32 bits alone, and all together; no memory is read at the offsets."""
-    of_group, of_row, of_head = rows, 2**14, heads
+    of_row, of_head = 2**14, heads
     out = torch.zeros(3, dtype=torch.int64)
-    x = (torch.zeros(1, dtype=torch.bfloat16), of_group, of_row, of_head)
+    x = (torch.zeros(1, dtype=torch.bfloat16), of_row, of_head)
     lse = torch.zeros(1, dtype=torch.int8)
     offsets_kernel[(1,)](x, lse, out, group, rows, heads, head, first)
-    at_row = first * of_row
     assert out.tolist() == [
-        2 * (group * of_group + head * of_head + at_row),
-        2 * at_row,
+        2 * ((group * rows + first) * of_row + head * of_head),
+        2 * first * of_row,
         (group * rows + first) * heads + head,
     ]

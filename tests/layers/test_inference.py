@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels.layers.interaction_moe.inference import EncoderWeights
+from flmoe_kernels.layers.interaction_moe.dense import Encoders
 from flmoe_kernels.ops.encoder.inference import layer_shapes
 from tests.support.inputs import as_dtype, draw, draw_masks
 from tests.support.layers import (
@@ -40,17 +40,16 @@ CASES = [
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each reading of the weights allowed the native call."""
-    found: list[bool] = []
-    read = EncoderWeights.read
+    """Whether each call of the layer took the kernel without gradients."""
+    taken: list[bool] = []
+    infers = Encoders.infers
 
-    def recording(self: EncoderWeights, inputs: Any) -> list[Tensor] | None:
-        weights = read(self, inputs)
-        found.append(weights is not None)
-        return weights
+    def recording(self: Encoders, *args: Any) -> bool:
+        taken.append(infers(self, *args))
+        return taken[-1]
 
-    monkeypatch.setattr(EncoderWeights, "read", recording)
-    return found
+    monkeypatch.setattr(Encoders, "infers", recording)
+    return taken
 
 
 def outputs(layer: Any, x: Any, masks: Any, noise: Any) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ def test_compiles_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     forward_pass(FL, layer, compiled)
     torch.compiler.reset()
     wanted = [
-        "expert_attention_packed",
+        "encoder_layers",
         "interaction_losses",
         "reweighting_features",
         "mix_experts",

@@ -113,6 +113,16 @@ def test_replicas_of_data_parallel(case: LayerCase) -> None:
     for _ in range(2):
         torch.testing.assert_close(replica_of(layer).inference(x)[2], expected)
         layer.inference(x)
+    with torch.no_grad():
+        changed, reference = copy.deepcopy(layer), case.reference()
+        for each in (changed, reference):
+            for parameter in each.parameters():
+                parameter.mul_(1.5)
+    changed.inference(x)
+    replica = replica_of(changed)
+    for parameter in changed.parameters():
+        parameter.data.zero_()  # a replica has weights of its own
+    torch.testing.assert_close(replica.inference(x)[2], reference.eval().inference(x)[2])
     encoder(layer).attn.scale = 2.0
     with pytest.raises(UnsupportedLayer, match=r"attn\.scale"):
         replica_of(layer).inference(x)

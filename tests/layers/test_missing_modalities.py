@@ -201,7 +201,7 @@ def test_a_fusion_model_without_a_modality() -> None:
 
 
 def test_the_work_falls_with_what_is_missing() -> None:
-    """Products of the linear layers are proportional to the rows of all views that exist."""
+    """Products are proportional to the rows, and to the pairs of rows, of all views that exist."""
     case = dataclasses.replace(FL, lengths=(6, 4), batch=4)
     layer = fast_layer(case)
     present = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
@@ -209,14 +209,15 @@ def test_the_work_falls_with_what_is_missing() -> None:
     for masks in (None, masks_of(case, present)):
         with FlopCounterMode(display=False) as counter:
             layer(case.inputs(), masks)
-        by_operator = counter.get_flop_counts()["Global"]
-        counts.append({str(op): n for op, n in by_operator.items()})
-    linear = [name for name in counts[0] if name.endswith(("expert_linear", "expert_mlp"))]
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.flmoe.encoder_layers])
     width = case.dim
     # Rows: the first product is of each row and of its replacement, the others are of all views.
-    for found, first, rows in zip(counts, (80, 64), (3 * 40, 32 + 32 + 20), strict=True):
-        products = first * 3 + rows * (1 + 4) + rows * (3 + 1 + 4)
-        assert sum(found[name] for name in linear) == case.experts * 2 * width * width * products
+    rows = (80, 64), (3 * 40, 32 + 32 + 20)
+    pairs = 3 * 4 * 10**2, 2 * 3 * 10**2 + 2 * 2 * 6**2
+    for count, first, others, scores in zip(counts, *rows, pairs, strict=True):
+        products = first * 3 + others * (1 + 4) + others * (3 + 1 + 4)
+        attention = 2 * 2 * scores
+        assert count == case.experts * 2 * width * (width * products + attention)
 
 
 def drop_counts(rate: float, present: Tensor | None, samples: int = 4000) -> Tensor:

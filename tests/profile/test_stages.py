@@ -68,7 +68,7 @@ def test_layer_has_a_row_for_every_operator_and_width() -> None:
         widths = f"{into * width} to {out * width}"
         assert rows[f"flmoe::expert_linear {widths}"].calls == layers
         assert rows[f"flmoe::expert_linear_backward {widths}"].calls == layers
-    for name in ("expert_attention_packed", "expert_mlp", "expert_mlp_backward"):
+    for name in ("expert_attention", "expert_mlp", "expert_mlp_backward"):
         assert rows[f"flmoe::{name}"].calls == layers
     assert rows["flmoe::interaction_losses_backward"].calls == 1
     assert OTHER in rows

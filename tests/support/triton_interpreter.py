@@ -1,7 +1,8 @@
-"""Patches of Triton's interpreter: bfloat16 rounding as on a GPU, faster launches."""
+"""Patches for Triton's interpreter: bfloat16 rounding as on a GPU, faster launches, fewer programs."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from flmoe_kernels.ops.encoder.triton import rows_launch
 
 
 def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +33,15 @@ def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         return low.view(torch.int16).numpy().view(np.uint16)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert, raising=False)
+
+
+def enlarge_row_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use larger tiles than the table's for the encoder's row-wise kernels until the test ends, because the
+    interpreter's time grows with the number of programs."""
+    for key, tiles in rows_launch.TABLE.items():
+        columns = min(4 * tiles.columns, 1024)
+        large = dataclasses.replace(tiles, elements=8192, columns=columns)
+        monkeypatch.setitem(rows_launch.TABLE, key, large)
 
 
 @functools.cache

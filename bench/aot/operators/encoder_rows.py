@@ -11,11 +11,14 @@ from torch import Tensor
 from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.encoder.triton import rows_launch as launches
+from flmoe_kernels.ops.encoder.triton.view_rows import ALL, ViewRows
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 NORMS = ("norm alone", "norm", "norm twice", "norm_gradient", "norm_gradient twice", "norm_sum")
 KERNELS = (*NORMS, "gelu", "gelu_gradient", "pool", "pool_gradient", "views", "views_gradient")
+# Kernels that differ if the number of valid rows is on the GPU.
+COUNTED = tuple(k for k in KERNELS if k not in ("norm_sum", "pool", "pool_gradient"))
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,14 @@ class RowsUse:
     segments: int
     width: int
     dropout_p: float = 0.5
+    counted: bool = False
 
     @property
     def variant(self) -> str:
-        return "" if self.dropout_p else "no dropout"
+        return "count" if self.counted else "" if self.dropout_p else "no dropout"
+
+    def computed(self) -> ViewRows:
+        return ViewRows(meta((1,), torch.int32), self.views) if self.counted else ALL
 
     def tensor(self, *shape: int) -> Tensor:
         return meta(shape, self.dtype)
@@ -42,11 +49,14 @@ class RowsUse:
         return self.tensor(self.experts, self.views * self.rows, times * self.width)
 
 
-def of_layer(name: str, dtype: torch.dtype, dropout_p: float = 0.5) -> RowsUse:
+def of_layer(
+    name: str, dtype: torch.dtype, dropout_p: float = 0.5, *, counted: bool = False
+) -> RowsUse:
     s = by_name(name, "cuda")
     assert isinstance(s, LayerShape)
     rows, segments = s.batch * sum(s.padded_tokens), s.batch * s.modalities
-    return RowsUse(name, dtype, s.fusion_models, s.views, rows, segments, s.dim, dropout_p)
+    sizes = (s.fusion_models, s.views, rows, segments, s.dim)
+    return RowsUse(name, dtype, *sizes, dropout_p, counted)
 
 
 def odd(width: int, rows: int = 4096) -> RowsUse:
@@ -56,6 +66,8 @@ def odd(width: int, rows: int = 4096) -> RowsUse:
 # (use, kernels, quick).
 USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
     (of_layer("mmimdb", BFLOAT16), KERNELS, True),
+    (of_layer("mmimdb", BFLOAT16, counted=True), COUNTED, False),
+    (of_layer("mmimdb", FLOAT32, counted=True), COUNTED, False),
     (of_layer("enrico", BFLOAT16), KERNELS, False),
     (of_layer("mimic", BFLOAT16), ("norm", "norm_gradient", "gelu", "views"), False),
     (of_layer("mimic", BFLOAT16), ("pool", "pool_gradient", "views_gradient"), False),
@@ -85,21 +97,23 @@ def launches_of(use: RowsUse) -> Iterator[tuple[str, str, Launch]]:
     x, affine = use.layer(), use.tensor(use.experts, use.width)
     statistics = meta(tuple(x.shape[:2]), FLOAT32)
     dropout = launches.Dropout(meta((), torch.int64), use.dropout_p)
-    results = (x, x, statistics, statistics)
+    results, computed = (x, x, statistics, statistics), use.computed()
     norm = (affine, affine), dropout, 1e-5
-    yield "norm alone", "norm", launches.norm_launch(x, None, *norm, (None, *results[1:]))
-    yield "norm", "norm", launches.norm_launch(x, x, *norm, results)
-    yield "norm twice", "norm", launches.norm_launch(None, x, *norm, results)
+    alone = launches.norm_launch(x, None, *norm, (None, *results[1:]), computed)
+    yield "norm alone", "norm", alone
+    yield "norm", "norm", launches.norm_launch(x, x, *norm, results, computed)
+    yield "norm twice", "norm", launches.norm_launch(None, x, *norm, results, computed)
     saved = (x, statistics, statistics, affine)
-    parts = meta(launches.norm_parts_shape(x), FLOAT32)
+    parts = meta(launches.norm_parts_shape(x, computed), FLOAT32)
     for name, twice, grad in (("norm_gradient", False, x), ("norm_gradient twice", True, None)):
         grads = (grad, x, affine, affine)
-        gradients = launches.norm_gradient_launches((x, x), saved, dropout, twice, grads, parts)
+        rest = (twice, grads, parts, computed)
+        gradients = launches.norm_gradient_launches((x, x), saved, dropout, *rest)
         yield name, "norm_gradient", gradients[0]
     yield "norm_sum", "norm_sum", gradients[1]
     wide = use.layer(2)
-    yield "gelu", "gelu", launches.gelu_launch(wide, dropout, wide)
-    gradient = launches.gelu_gradient_launch(wide, wide, dropout, wide)
+    yield "gelu", "gelu", launches.gelu_launch(wide, dropout, wide, computed)
+    gradient = launches.gelu_gradient_launch(wide, wide, dropout, wide, computed)
     yield "gelu_gradient", "gelu_gradient", gradient
     runs = meta((use.segments + 1,), torch.int32)
     pooled = use.tensor(use.experts, use.views, use.segments, use.width)
@@ -114,6 +128,6 @@ def launches_of(use: RowsUse) -> Iterator[tuple[str, str, Launch]]:
     before, after = (
         use.tensor(use.experts, copies, use.rows, 3 * use.width) for copies in (2, use.views)
     )
-    yield "views", "views", launches.views_launch(before, modality, after)
-    gradient = launches.views_gradient_launch(after, modality, before)
+    yield "views", "views", launches.views_launch(before, modality, after, computed.count)
+    gradient = launches.views_gradient_launch(after, modality, before, computed.count)
     yield "views_gradient", "views_gradient", gradient

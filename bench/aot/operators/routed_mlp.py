@@ -141,16 +141,17 @@ def launches_of(
     yield "grad_x", launches.token_gradient_launch(tiles["rows"], call, layers, parts)
     of_weight = tiles["weight_gradient"]
     splits = launches.splits_of(of_weight, call)
-    dtype = use.dtype if splits == 1 else FLOAT32
     for name, left, right, weight in (
         ("w_in", (layer, False), (call.x, True), None),
         ("w_out", (grad_out, True), (layer, False), call.weight),
     ):
         p, q = left[0].shape[1], right[0].shape[1]
-        grad = meta((call.experts, p, splits, q), dtype)
-        bias = meta((call.experts, splits, p), dtype) if use.bias else None
-        launch = launches.weight_gradient_launch(of_weight, call, left, right, grad, bias, weight)
+        grad = meta((call.experts, p, q), use.dtype)
+        bias = meta((call.experts, p), use.dtype) if use.bias else None
+        partial, of_bias = launches.gradient_parts(of_weight, call, grad, bias, splits)
+        results, sides = (grad, bias, partial, of_bias), (left, right)
+        launch = launches.weight_gradient_launch(of_weight, call, *sides, results, splits, weight)
         yield f"grad_{name}", launch
-        if splits > 1:
-            total = meta((call.experts * p, q), use.dtype)
-            yield f"sum_{name}", launches.sum_launch(grad.flatten(0, 1), total)
+        if splits > 1 and partial is not None:
+            total = grad.flatten(0, 1)
+            yield f"sum_{name}", launches.sum_launch(partial.flatten(0, 1), total, splits=True)

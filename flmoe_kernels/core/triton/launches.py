@@ -2,6 +2,10 @@
 
 A launch holds exactly the arguments of its kernel. A kernel compiled without a GPU, from tensors on the meta
 device, is therefore the kernel that runs on a GPU.
+
+Kernels name their sizes (numbers of rows, samples, tokens, blocks) in do_not_specialize, so that no kernel is
+compiled again for another batch size or length. Widths are constants. Strides and pointers are specialized,
+because wide loads need their alignment.
 """
 
 from __future__ import annotations
@@ -71,8 +75,8 @@ class Launch:
             if name in self.constants:
                 signature[name], constants[name] = "constexpr", self.constants[name]
             else:
-                value = self.arguments[name]
-                signature[name] = _specialize(value, (place,), constants, attributes)
+                value, plain = self.arguments[name], self.kernel.params[place].do_not_specialize
+                signature[name] = _specialize(value, plain, (place,), constants, attributes)
         return signature, constants, attributes
 
     def _options(self, architecture: int) -> dict[str, Any]:
@@ -134,20 +138,23 @@ def matrix_precision(dtype: torch.dtype) -> str:
     return "tf32" if fast == "tf32" and dtype == torch.float32 else "tf32x3"
 
 
-def _specialize(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
-    """The signature of one argument by the rules of a launch: 1 and None become constants, and pointers
-    and multiples of 16 are marked as aligned."""
+def _specialize(
+    value: Any, plain: bool, path: tuple[int, ...], constants: dict, attributes: dict
+) -> Any:
+    """The signature of one argument by the rules of a launch: None becomes a constant and, unless the argument is
+    `plain` (do_not_specialize), so does 1, and pointers and multiples of 16 are marked as aligned."""
     if isinstance(value, tuple):
         parts = [
-            _specialize(part, (*path, i), constants, attributes) for i, part in enumerate(value)
+            _specialize(part, plain, (*path, i), constants, attributes)
+            for i, part in enumerate(value)
         ]
         return tuple(parts)
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (isinstance(value, int) and value == 1 and not plain):
         constants[path] = value
         return "constexpr"
     if isinstance(value, float):
         return "fp32"
-    if isinstance(value, Tensor) or value % 16 == 0:
+    if not plain and (isinstance(value, Tensor) or value % 16 == 0):
         attributes[path] = [["tt.divisibility", 16]]
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]

@@ -67,7 +67,7 @@ def chunk_of(width: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Tiles of a row-wise kernel: elements of a tensor held per program, maximum columns, warps.
+    """Tiles of a row-wise kernel: elements of a tensor held per program, maximum columns, warps, maximum rows.
 
     shared: maximum bytes per block on sm_80, sm_90 and sm_100 in the cases of the ahead-of-time report, with
     Triton 3.7.1.
@@ -77,11 +77,13 @@ class RowTiles:
     columns: int
     warps: int
     shared: int
+    rows: int = 1 << 20
 
-    def shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns per program, powers of two."""
+    def shape(self, columns: int) -> tuple[int, int]:
+        """Rows and columns per program, powers of two; the number of rows that exist does not matter, so that no
+        kernel is compiled for it."""
         chunk = min(power_of_two(columns), self.columns)
-        return min(power_of_two(rows), max(1, self.elements // chunk)), chunk
+        return min(self.rows, max(1, self.elements // chunk)), chunk
 
 
 class Table(dict[Key, Configuration], Generic[Key, Configuration]):

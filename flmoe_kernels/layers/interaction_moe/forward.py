@@ -9,7 +9,7 @@ are never stored.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.ops.encoder import api as ops
+from flmoe_kernels.ops.encoder.layers import seeds_of
 from flmoe_kernels.ops.expert_attention.api import expert_attention_packed
 
 from .fusion import Compat, sinusoidal_positions
@@ -235,17 +236,12 @@ def _kept_positions(
         return sinusoidal_positions(length, width, device, dtype)
 
 
-def draw_seeds(layers: Sequence[LayerWeights], device: torch.device) -> Iterator[Tensor | None]:
-    """A seed for every dropout in the order of use, all drawn in one call; None for a dropout that drops nothing.
-
-    If no dropout is active, torch's generator is not used.
-    """
-    rates = [p for x in layers for p in (x.attention_p, x.branch_p, x.mlp_p, x.output_p)]
-    active = [rng.keep_threshold(p) < rng.DRAWS for p in rates]
-    if not any(active):
-        return iter([None] * len(rates))
-    values = torch.randint(0, 2**63 - 1, (len(rates),), dtype=torch.int64, device=device).unbind(0)
-    return iter([value if on else None for value, on in zip(values, active, strict=True)])
+def draw_seeds(rates: Sequence[float], device: torch.device) -> Tensor | None:
+    """A seed for every dropout, all drawn in one call; None if no dropout is active: then torch's generator is not
+    used."""
+    if not any(rng.keep_threshold(p) < rng.DRAWS for p in rates):
+        return None
+    return torch.randint(0, 2**63 - 1, (len(rates),), dtype=torch.int64, device=device)
 
 
 def encode(
@@ -260,7 +256,8 @@ def encode(
     [E][V] of every sparse layer. If `views.folded`, a view that does not exist has latent 0."""
     experts, copies, n, width = rows.shape
     shape = (experts, views.count, plan.samples, plan.modalities * width)
-    seeds = draw_seeds(layers, rows.device)
+    rates = [p for x in layers for p in (x.attention_p, x.branch_p, x.mlp_p, x.output_p)]
+    seeds = iter(seeds_of(draw_seeds(rates, rows.device), rates))
     sparse = any(isinstance(layer.mlp, RoutedWeights) for layer in layers)
     groups = rows_by_modality(plan) if sparse else None
     gathered: list[GateLosses] = []

@@ -13,9 +13,9 @@ from flmoe_kernels.layers.parts import record_methods
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 
 from .architecture import Architecture, FusionSpec, LayerSpec
+from .dense import Networks, infer, train
 from .forward import embed, encode, pack_inputs, require_like, stack_layer
 from .fusion import MLP, Compat, Inputs, ReferenceFusionTransformer
-from .inference import Networks, infer
 from .kernel_layer import KernelLayer
 from .packing import Views
 from .structure import describe_fusion, fusion_spec
@@ -170,12 +170,15 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
             require_like([positions], self._parameter)
             positions = positions.to(tokens.dtype)
         rows = embed(tokens, plan, positions, 1)
-        if found := self._inference_weights(backend, [rows]):
-            latents = infer(rows, *found, plan, Views(), self.compat)
-        else:
-            (encoders,) = self._networks()
-            layers = [stack_layer([x], self.compat, tokens.dtype, called=True) for x in encoders]
+        encoders = self._dense_encoders()
+        if encoders is None:
+            (network,) = self._networks()
+            layers = [stack_layer([x], self.compat, tokens.dtype, called=True) for x in network]
             latents, _ = encode(rows, layers, plan, Views(), self.compat, backend)
+        elif encoders.infers(backend, [rows, *(weights := encoders.read())]):
+            latents = infer(rows, weights, encoders.networks, plan, Views(), self.compat)
+        else:
+            latents = train(rows, weights, encoders, plan, Views(), self.compat, backend)
         latent = latents[0, 0].to(self._parameter.dtype)
         logits = self.network[-1](latent)
         return logits.to(latent.dtype), self._returned(latent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +18,8 @@ from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP, Routers
 from flmoe_kernels.layers.snapshot import PartsSnapshot, has_global_hook
 
+from .dense import Encoders, Networks
 from .fusion import MLP, Attention, EncoderLayer, Head, Inputs
-from .inference import EncoderWeights, Networks
 from .inputs import validate_inputs
 
 _OPERATOR = "interaction_moe"
@@ -46,7 +46,7 @@ class KernelLayer(nn.Module):
     modality_dropout: float
     _spec: Any
     _snapshot: PartsSnapshot | None
-    _encoders: EncoderWeights | None  # of the modules in the snapshot
+    _encoders: Encoders | None  # of the modules in the snapshot
     _captures: bool
 
     def _start(self, spec: Any, backend: str | None) -> None:
@@ -210,19 +210,15 @@ class KernelLayer(nn.Module):
         """The encoder layers of each expert."""
         raise NotImplementedError
 
-    def _inference_weights(
-        self, backend: str, inputs: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Networks] | None:
-        """Weights and encoders for `infer`; None with gradients, dropout, routed MLPs or another backend."""
-        if backend != backends.CPU or self._spec.sparse is not None:
+    def _dense_encoders(self) -> Encoders | None:
+        """The encoders of all experts; None if they have routed MLPs."""
+        if self._spec.sparse is not None:
             return None
-        if torch.compiler.is_compiling():
-            encoders = EncoderWeights(self._networks())
-        else:
-            encoders = self._encoders or EncoderWeights(self._networks())
-            self._encoders = encoders
-        weights = encoders.read(inputs)
-        return None if weights is None else (weights, encoders.networks)
+        # A replica of DataParallel is a copy whose parts are its own, but not its attributes.
+        if torch.compiler.is_compiling() or getattr(self, "_is_replica", False):
+            return Encoders(self._networks())
+        self._encoders = self._encoders or Encoders(self._networks())
+        return self._encoders
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has new modules, which these do not describe.

@@ -18,11 +18,11 @@ from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
 from .architecture import LayerSpec
 from .build import build_like
+from .dense import Networks, infer, train
 from .experts import ExpertAverage, InteractionExpert, Reweighting
 from .forward import LayerWeights, embed, encode, pack_inputs, require_like, stack_layer
 from .fusion import Attention, Inputs
 from .fusion_transformer import FusionTransformer
-from .inference import Networks, infer
 from .inputs import check_replacements, stack_replacements
 from .kernel_layer import KernelLayer
 from .packing import TokenPlan, Views, plan_views
@@ -244,13 +244,18 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         spec, dtype = self._spec, tokens.dtype
         positions = self._learned_positions(range(spec.num_experts))
         positions = None if positions is None else positions.to(dtype)
+        encoders = self._dense_encoders()
+        if encoders is None:
+            rows = embed(tokens, plan, positions, spec.num_experts, replacements)
+            return encode(rows, self._layers(dtype), plan, views, spec.compat, backend)
+        weights = encoders.read()
         given = [x for x in (tokens, positions, replacements) if isinstance(x, Tensor)]
-        if found := self._inference_weights(backend, given):
-            shared = positions is None and replacements is None
-            rows = embed(tokens, plan, positions, 1 if shared else spec.num_experts, replacements)
-            return infer(rows, *found, plan, views, spec.compat), []
-        rows = embed(tokens, plan, positions, spec.num_experts, replacements)
-        return encode(rows, self._layers(dtype), plan, views, spec.compat, backend)
+        infers = encoders.infers(backend, [*given, *weights])
+        shared = infers and positions is None and replacements is None
+        rows = embed(tokens, plan, positions, 1 if shared else spec.num_experts, replacements)
+        if infers:
+            return infer(rows, weights, encoders.networks, plan, views, spec.compat), []
+        return train(rows, weights, encoders, plan, views, spec.compat, backend), []
 
     def _learned_positions(self, experts: range) -> Tensor | None:
         """Positions (E, L, D) of I2MoE."""

@@ -105,8 +105,7 @@ def plan_tokens(
     )
     compact = reads and readable(valid)
     flat = valid.flatten()
-    first = torch.argsort((~flat).to(torch.uint8), stable=True) if not compact else flat.nonzero()
-    index = first.flatten()
+    index = flat.nonzero().flatten() if compact else _valid_first(flat)
     position = index % total
     counts = torch.stack([part.sum(dim=1) for part in valid.split(list(lengths), dim=1)], dim=1)
     ends = counts.flatten().cumsum(0).to(torch.int32)
@@ -121,6 +120,14 @@ def plan_tokens(
         valid=valid,
         compact=compact,
     )
+
+
+def _valid_first(valid: Tensor) -> Tensor:
+    """The indices 0..n-1, those of valid tokens first, both in order; by a prefix sum, without sorting."""
+    token = torch.arange(valid.shape[0], device=valid.device)
+    until = valid.cumsum(0)
+    row = torch.where(valid, until - 1, until[-1:] + token - until)
+    return token.scatter(0, row, token)
 
 
 def _modality(lengths: Sequence[int], device: torch.device) -> Tensor:

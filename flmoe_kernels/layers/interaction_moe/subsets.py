@@ -15,10 +15,10 @@ from flmoe_kernels.layers.modalities import Masks, Modalities
 from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods
 from flmoe_kernels.ops.encoder import api as ops
 
+from .dense import infer
 from .experts import ExpertAverage
 from .forward import position_table
 from .fusion import Inputs, concatenated_masks
-from .inference import infer
 from .module import InteractionMoE
 from .packing import Views, plan_tokens
 
@@ -96,10 +96,12 @@ def _logits(
     expert: int | None,
     backend: str,
 ) -> Tensor | None:
-    found = layer._inference_weights(backend, call.inputs)
-    if found is None:
+    encoders = layer._dense_encoders()
+    if encoders is None:
         return None
-    weights, networks = found
+    weights, networks = encoders.read(), encoders.networks
+    if not encoders.infers(backend, [*call.inputs, *weights]):
+        return None
     experts = range(len(networks)) if expert is None else range(expert, expert + 1)
     each = len(weights) // len(networks)
     weights = weights[experts.start * each : experts.stop * each]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from flmoe_kernels.core.backend import REFERENCE
 
-from . import op as _op  # noqa: F401  registers the operators
+from . import layers_op as _layers_op  # noqa: F401  registers encoder_layers
+from . import op as _op  # noqa: F401  registers the other operators
 from . import reference
 
 _OPS = torch.ops.flmoe
@@ -105,6 +106,45 @@ def expand_views(x: Tensor, modality: Tensor, views: int, backend: str) -> Tenso
     if backend == REFERENCE:
         return reference.expand_views(x, modality, views)
     return _OPS.expand_views(x, modality, views, backend)
+
+
+def encoder_layers(
+    rows: Tensor,
+    modality: Tensor | None,
+    index: Tensor | None,
+    cu_samples: Tensor,
+    cu_segments: Tensor,
+    count: Tensor | None,
+    weights: Sequence[Tensor],
+    seeds: Tensor | None,
+    rates: Sequence[float],
+    heads: int,
+    views: int,
+    eps: float,
+    self_residual: bool,
+    differentiable: bool,
+    backend: str,
+) -> Tensor:
+    """Mean latents (E, V * S, D) of dense fusion encoders, with dropout and gradients.
+
+    Args:
+        rows: embedded rows, (E, copies, n, D).
+        modality: (n,) int32, see `expand_views`; there are then 2 copies.
+        index: (R,) int64, the place of each row among the copies * n rows; `views` is then 1.
+        cu_samples, cu_segments: int32 boundaries of samples, which attend to themselves, and of the segments whose
+            means are taken; of one view.
+        count: one int32, the number of valid rows; they come first among the n rows of every copy and view, and
+            padding follows. None: all n rows are valid. Triton only.
+        weights: 12 tensors for each layer of each expert, see inference.layer_shapes; in any dtype.
+        seeds: (4 * layers,) int64, or None without dropout.
+        rates: 4 of each layer: attention, attention branch, MLP, output.
+        self_residual: the attention branch is added to itself, as in I2MoE.
+        differentiable: whether gradients may be requested; if False, intermediates are not saved.
+    """
+    return _OPS.encoder_layers(
+        *(rows, modality, index, cu_samples, cu_segments, count, weights, seeds),
+        *(rates, heads, views, eps, self_residual, differentiable, backend),
+    )[0]
 
 
 def encoder_inference(

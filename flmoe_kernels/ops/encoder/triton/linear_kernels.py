@@ -1,9 +1,11 @@
 """Triton kernels of expert_linear: products with bias, weight gradients.
 
-Rows are read through an operand, a tuple (pointer, stride over experts, stride over rows) whose last dimension
-is contiguous. Weights, biases and results are contiguous. Offsets of experts and of blocks are 64 bits wide;
-those within a block fit 32, because linear_launch copies rows with a larger stride. Sums have a fixed order,
-without atomics.
+Rows are read through an operand, a tuple (pointer, stride over rows) whose last dimension is contiguous; an
+expert's rows follow those of the previous one. Weights, biases and results are contiguous. Offsets of experts and
+of blocks are 64 bits wide; those within a block fit 32, because linear_launch copies rows with a larger stride.
+Sums have a fixed order, without atomics.
+
+An expert has `views` views of `rows` rows, of which the first `count` are computed, see view_rows.py.
 
     forward    product_kernel             out = x w^T + b
     backward   product_kernel             grad of x = grad_out w
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .view_rows import valid_rows
 
 # Blocks of rows that are multiplied with all blocks of columns before the next blocks of rows.
 BAND = tl.constexpr(8)
@@ -56,10 +60,10 @@ def slices(x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def rows_of(x, expert, row):
-    """Return the pointer to an operand's row (the row number is a scalar) and the stride over rows."""
-    pointer, of_expert, of_row = x
-    return further(further(pointer, expert, of_expert), row, of_row), of_row
+def rows_of(x, problem, rows, row):
+    """Return the pointer to a row (a scalar) of a problem in an operand, and the stride over rows."""
+    pointer, of_row = x
+    return further(pointer, tl.full((), problem, tl.int64) * rows + row, of_row), of_row
 
 
 @triton.jit
@@ -74,19 +78,22 @@ def row_of(x, expert, rows, row, WIDTH: tl.constexpr):
     return further(x, tl.full((), expert, tl.int64) * rows + row, WIDTH)
 
 
-# out (E, rows, OUTER) = a (E, rows, INNER) w, with w (E, INNER, OUTER) given by strides: the matrix in memory or
-# its transpose. One program per tile; an expert's tiles are ordered in bands of BAND blocks of rows, in which rows
-# run fastest: programs that run at the same time read few rows and one expert's weights, repeatedly from L2. Two
-# programs share an SM: one multiplies while the other waits or stores. Rows after the last row read the last row
-# again and are not stored. Traffic: a and out once, w from L2. Bound, in 16 bits on an H100: memory if INNER OUTER
-# / (INNER + OUTER) is below about 300 FLOP per byte, otherwise the matrix units.
-@triton.jit
+# out (E, views * rows, OUTER) = a (E, views * rows, INNER) w, with w (E, INNER, OUTER) given by strides: the
+# matrix in memory or its transpose. One program per tile; a view's tiles are ordered in bands of BAND blocks of
+# rows, in which rows run fastest: programs that run at the same time read few rows and one expert's weights,
+# repeatedly from L2. Two programs share an SM: one multiplies while the other waits or stores. Rows after the last
+# row read the last row again and are not stored; with ZEROS, those after the count are stored as zeros. Traffic: a
+# and out once, w from L2. Bound, in 16 bits on an H100: memory if INNER OUTER / (INNER + OUTER) is below about 300
+# FLOP per byte, otherwise the matrix units.
+@triton.jit(do_not_specialize=("count", "rows"))
 def product_kernel(
     a,
     w,
     bias,
     out,
+    count,
     rows,
+    views,
     depth,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
@@ -97,22 +104,32 @@ def product_kernel(
     DEPTH: tl.constexpr,
     SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):
     ACROSS: tl.constexpr = (OUTER + COLUMNS - 1) // COLUMNS
     WHOLE: tl.constexpr = INNER % DEPTH == 0 and OUTER % COLUMNS == 0
     blocks = tl.cdiv(rows, ROWS)
-    expert = tl.program_id(0) // (blocks * ACROSS)
+    problem = tl.program_id(0) // (blocks * ACROSS)
+    expert = problem // views
     inside = tl.program_id(0) % (blocks * ACROSS)
     band = inside // (BAND * ACROSS) * BAND
     height = tl.minimum(blocks - band, BAND)
     inside -= band * ACROSS
     first, across = (band + inside % height) * ROWS, inside // height
 
+    end = valid_rows(count, rows)
     row, at = tl.arange(0, ROWS), tl.arange(0, DEPTH)
     column = tl.arange(0, COLUMNS)
     present = across * COLUMNS + column < OUTER
-    left, of_row = rows_of(a, expert, first)
-    left += tl.minimum(row, rows - 1 - first)[:, None] * of_row + at[None, :]
+    if count is not None and first >= end:
+        if ZEROS:
+            line = row_of(out, problem, rows, first, OUTER) + across * COLUMNS
+            stored = (row < rows - first)[:, None] & present[None, :]
+            nothing = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
+            tl.store(line + row[:, None] * OUTER + column[None, :], nothing, mask=stored)
+        return
+    left, of_row = rows_of(a, problem, rows, first)
+    left += tl.minimum(row, end - 1 - first)[:, None] * of_row + at[None, :]
     right = further(row_of(w, expert, INNER, 0, OUTER), across * COLUMNS, OF_OUTER)
     right += at[:, None] * OF_INNER + column[None, :] * OF_OUTER
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -127,8 +144,9 @@ def product_kernel(
             y = tl.load(further(right, k, OF_INNER), mask=loaded, other=0.0)
         total = dot(x, y, total, PRECISION)
 
-    valid = row < rows - first
-    to = row_of(out, expert, rows, first, OUTER) + row[:, None] * OUTER
+    valid = row < end - first
+    stored = row < rows - first if ZEROS else valid
+    to = row_of(out, problem, rows, first, OUTER) + row[:, None] * OUTER
     parts = slices(total, SLICES)
     for i in tl.static_range(SLICES):
         value = parts[i]
@@ -137,26 +155,32 @@ def product_kernel(
         if bias is not None:
             own = tl.load(further(bias, expert, OUTER) + column, mask=present, other=0.0)
             value += own.to(tl.float32)[None, :]
+        if ZEROS:
+            value = tl.where(valid[:, None], value, 0.0)
         value = value.to(out.dtype.element_ty)
-        tl.store(to + column[None, :], value, mask=valid[:, None] & present[None, :])
+        tl.store(to + column[None, :], value, mask=stored[:, None] & present[None, :])
 
 
-# grad (E, splits, P, Q) = left^T right, and bias (E, splits, P) = sum of left, over each split of `part` rows of
-# left (E, rows, P) and right (E, rows, Q); either may be missing. One program per tile of a split; the ACROSS x
-# DOWN tiles of a split are adjacent, so that its rows come from memory once. The matrix units also sum the columns
-# of left, as a product of the loaded tile with ones: 1/8 of the work, while a separate pass would read grad_out
-# again, at mmimdb up to two thirds of all bytes. All tiles do this, and those of the first column store it: the
-# slowest tile would not be faster if others did less. Rows after the end of a split are zeros. Traffic: left and
-# right once, parts. Bound: as above, by P Q / (P + Q).
-@triton.jit
+# parts (E, splits, P, Q) = left^T right, and bias_parts (E, splits, P) = sum of left, over each split of the
+# chunks of DEPTH rows of left (E, views * rows, P) and right (E, views * rows, Q); for one split they are grad and
+# bias. Either may be missing. A chunk has rows of one view, and zeros after the count. One program per tile of a
+# split; the ACROSS x DOWN tiles of a split are adjacent, so that its rows come from memory once. The matrix units
+# also sum the columns of left, as a product of the loaded tile with ones: 1/8 of the work, while a separate pass
+# would read grad_out again, at mmimdb up to two thirds of all bytes. All tiles do this, and those of the first
+# column store it: the slowest tile would not be faster if others did less. Traffic: left and right once, parts.
+# Bound: as above, by P Q / (P + Q).
+@triton.jit(do_not_specialize=("count", "rows", "splits"))
 def weight_gradient_kernel(
     left,
     right,
     grad,
     bias,
+    parts,
+    bias_parts,
+    count,
     rows,
+    views,
     splits,
-    part,
     P: tl.constexpr,
     Q: tl.constexpr,
     ACROSS: tl.constexpr,
@@ -168,37 +192,58 @@ def weight_gradient_kernel(
     DOWN: tl.constexpr = (P + ROWS - 1) // ROWS
     share = tl.program_id(0) // (ACROSS * DOWN)
     across, down = tl.program_id(0) % ACROSS, tl.program_id(0) // ACROSS % DOWN
-    expert, first = share // splits, share % splits * part
-    count = tl.minimum(rows - first, part)
+    expert, split = share // splits, share % splits
+    end = valid_rows(count, rows)
+    chunks = tl.cdiv(end, DEPTH)
+    part = tl.cdiv(chunks * views, splits)
+    first = split * part
 
     at = tl.arange(0, DEPTH)
     p, q = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
-    x_of, of_left = rows_of(left, expert, first)
+    x_of, of_left = rows_of(left, expert, views * rows, 0)
     x_of += at[:, None] * of_left + p[None, :]
-    y_of, of_right = rows_of(right, expert, first)
+    y_of, of_right = rows_of(right, expert, views * rows, 0)
     y_of += at[:, None] * of_right + q[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     sums = tl.zeros((ROWS, ONES), tl.float32)
     ones = tl.full((DEPTH, ONES), 1.0, tl.float32).to(left[0].dtype.element_ty)
-    for r in range(0, count, DEPTH):
-        inside = (r + at < count)[:, None]
+    for chunk in range(first, tl.minimum(first + part, chunks * views)):
+        r = chunk * DEPTH
+        start = r
+        if count is not None:
+            view = chunk // chunks
+            r -= view * chunks * DEPTH
+            start = view * rows + r
+        inside = (r + at < end)[:, None]
         valid = inside if P % ROWS == 0 else inside & (p < P)[None, :]
-        x = tl.load(further(x_of, r, of_left), mask=valid, other=0.0)
+        x = tl.load(further(x_of, start, of_left), mask=valid, other=0.0)
         if grad is not None:
             valid = inside if Q % COLUMNS == 0 else inside & (q < Q)[None, :]
-            y = tl.load(further(y_of, r, of_right), mask=valid, other=0.0)
+            y = tl.load(further(y_of, start, of_right), mask=valid, other=0.0)
             total = dot(tl.trans(x), y, total, PRECISION)
         if bias is not None:
             # A bias is summed in float32 even if products may be TF32.
             sums = dot(tl.trans(x), ones, sums, "tf32x3")
     if grad is not None:
-        to = row_of(grad, share, P, down * ROWS, Q) + tl.arange(0, ROWS)[:, None] * Q
-        value = total.to(grad.dtype.element_ty)
-        tl.store(to + q[None, :], value, mask=(p < P)[:, None] & (q < Q)[None, :])
+        inside = (p < P)[:, None] & (q < Q)[None, :]
+        if splits == 1:
+            store_tile(grad, share, down * ROWS, q, total, inside, P, Q)
+        else:
+            store_tile(parts, share, down * ROWS, q, total, inside, P, Q)
     if bias is not None:
         # All columns are the same.
-        value = tl.max(sums, 1).to(bias.dtype.element_ty)
-        tl.store(further(bias, share, P) + p, value, mask=(p < P) & (across == 0))
+        value, inside = tl.max(sums, 1), (p < P) & (across == 0)
+        if splits == 1:
+            tl.store(further(bias, share, P) + p, value.to(bias.dtype.element_ty), mask=inside)
+        else:
+            tl.store(further(bias_parts, share, P) + p, value, mask=inside)
+
+
+@triton.jit
+def store_tile(x, share, first, column, values, inside, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Store rows from `first` on of a contiguous (shares, ROWS, WIDTH) tensor."""
+    to = row_of(x, share, ROWS, first, WIDTH) + tl.arange(0, values.shape[0])[:, None] * WIDTH
+    tl.store(to + column[None, :], values.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -218,7 +263,7 @@ def add_parts(parts, out, block, splits, WIDTH: tl.constexpr, BLOCK: tl.constexp
 
 # grad (E, GRAD) and bias (E, BIAS) from their parts (E, splits, ...), in the order of the splits. The last
 # programs sum biases. Traffic (and bound): parts, from L2 if they are still there, and gradients.
-@triton.jit
+@triton.jit(do_not_specialize=("splits",))
 def sum_kernel(
     parts,
     bias_parts,

@@ -36,9 +36,10 @@ from flmoe_kernels.core.triton.launches import Launch, matrix_precision
 from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 
 from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
+from .view_rows import ALL, ViewRows
 
-# How a kernel reads rows (E, rows, width).
-Operand = tuple[Tensor, int, int]
+# How a kernel reads rows (E, rows, width): the tensor, and elements from one row to the next.
+Operand = tuple[Tensor, int]
 
 # Rows with a larger stride are copied, so that offsets within a block stay below 2^31.
 MAX_STRIDE = 2**24
@@ -105,59 +106,89 @@ def class_of(kernel: str, dtype: torch.dtype, first: int, columns: int) -> str:
 
 
 def operand(x: Tensor) -> Operand:
-    """The rows in place, or a copy if the kernels cannot read them in place."""
-    scattered = x.stride(2) != 1 and x.shape[2] > 1
-    x = x.contiguous() if scattered or x.stride(1) > MAX_STRIDE else x
-    return x, x.stride(0), x.stride(1)
+    """The rows in place, or a copy if the kernels cannot read them in place.
+
+    The rows of all experts have one stride, which does not depend on their number, so that kernels may be
+    specialized on it.
+    """
+    experts, rows, width = x.shape
+    if x.is_contiguous():
+        return x, width
+    regular = x.stride(2) == 1 or width == 1
+    regular &= x.stride(0) == rows * x.stride(1) or experts == 1
+    if regular and x.stride(1) <= MAX_STRIDE:
+        return x, x.stride(1)
+    return x.contiguous(), width
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Launch]]:
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, computed: ViewRows = ALL
+) -> tuple[Tensor, list[Launch]]:
     """Allocate out (E, R, N) for x (E, R, K), weight (E, N, K), bias (E, N); also return its launches."""
     out = x.new_empty((*x.shape[:2], weight.shape[1]))
     bias = None if bias is None else bias.contiguous()
     weight = weight.contiguous()
-    return out, [_product(operand(x), weight, (1, weight.shape[2]), bias, out)]
+    return out, [_product(operand(x), weight, (1, weight.shape[2]), bias, out, computed)]
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    want_x: bool,
+    want_weight: bool,
+    want_bias: bool,
+    computed: ViewRows = ALL,
+    *,
+    zeros: bool = True,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Allocate gradients of x, weight and bias (empty if not requested); also return their launches.
 
-    Additional memory: the partial sums of weights and biases in float32, see shares_of.
+    zeros: store zeros in the other rows of the gradient of x; if False, they are not written. Additional memory:
+    the partial sums of weights and biases in float32, see shares_of.
     """
     left = operand(grad_out)
     found = []
     grad_x = x.new_empty(x.shape if want_x else (0,))
     if want_x:
         weights = weight.contiguous()
-        found.append(_product(left, weights, (weight.shape[2], 1), None, grad_x))
+        strides = (weight.shape[2], 1)
+        found.append(_product(left, weights, strides, None, grad_x, computed, zeros=zeros))
     grad = x.new_empty(weight.shape if want_weight else (0,))
     bias = x.new_empty(weight.shape[:2] if want_bias else (0,))
     if grad.numel() or bias.numel():
         right = operand(x) if grad.numel() else None
-        filled = (each if each.numel() else None for each in (grad, bias))
-        found += _weight_gradients(left, right, *filled)
+        filled = (grad if grad.numel() else None, bias if bias.numel() else None)
+        found += _weight_gradients(left, right, *filled, computed)
     return (grad_x, grad, bias), found
 
 
 def _product(
-    a: Operand, weight: Tensor, strides: tuple[int, int], bias: Tensor | None, out: Tensor
+    a: Operand,
+    weight: Tensor,
+    strides: tuple[int, int],
+    bias: Tensor | None,
+    out: Tensor,
+    computed: ViewRows,
+    *,
+    zeros: bool = False,
 ) -> Launch:
     """Launch of out (E, R, OUTER) from a (E, R, INNER); strides of the weights over INNER and OUTER."""
     experts, rows, inner = a[0].shape
-    outer = out.shape[2]
+    outer, sizes = out.shape[2], computed.arguments(rows)
     tiles = tiles_of("product", out.dtype, inner, outer)
     columns, deep = chunk_of(outer, tiles.columns), chunk_of(inner, tiles.deep)
+    blocks = computed.views * blocks_of(sizes["rows"], tiles.rows)
     return Launch(
         product_kernel,
-        experts * blocks_of(rows, tiles.rows) * blocks_of(outer, columns),
-        {"a": a, "w": weight, "bias": bias, "out": out, "rows": rows, "depth": inner},
+        experts * blocks * blocks_of(outer, columns),
+        {"a": a, "w": weight, "bias": bias, "out": out, "depth": inner, **sizes},
         {
             **{"INNER": inner, "OUTER": outer, "OF_INNER": strides[0], "OF_OUTER": strides[1]},
             **{"ROWS": tiles.rows, "COLUMNS": columns, "DEPTH": deep},
             "SLICES": min(tiles.slices, columns // 16),
             "PRECISION": matrix_precision(out.dtype),
+            "ZEROS": zeros and computed.count is not None,
         },
         tiles.warps,
         tiles.stages,
@@ -176,24 +207,33 @@ def shares_of(dtype: torch.dtype, experts: int, rows: int, p: int, q: int) -> in
 
 
 def _weight_gradients(
-    left: Operand, right: Operand | None, grad: Tensor | None, bias: Tensor | None
+    left: Operand,
+    right: Operand | None,
+    grad: Tensor | None,
+    bias: Tensor | None,
+    computed: ViewRows,
 ) -> list[Launch]:
     """Launches of grad (E, P, Q) and bias (E, P) from left (E, R, P) and right (E, R, Q)."""
     experts, rows, p = left[0].shape
     q = 0 if right is None else right[0].shape[2]
     empty = left[0].new_empty
     shares = shares_of(left[0].dtype, experts, rows, p, q)
-    if shares == 1:
-        return [_weight_gradient(left, right, grad, bias, 1)]
-    parts = None if grad is None else empty((experts, shares, p, q), dtype=torch.float32)
-    of_bias = None if bias is None else empty((experts, shares, p), dtype=torch.float32)
-    found = [_weight_gradient(left, right, parts, of_bias, shares)]
-    return [*found, _sum(parts, of_bias, grad, bias, shares)]
+    # Without shares the parts are empty; the kernel is the same, so that it is not compiled for fewer rows.
+    stored = experts * (shares > 1)
+    parts = None if grad is None else empty((stored, shares, p, q), dtype=torch.float32)
+    of_bias = None if bias is None else empty((stored, shares, p), dtype=torch.float32)
+    found = [_weight_gradient(left, right, (grad, bias, parts, of_bias), shares, computed)]
+    return [*found, _sum(parts, of_bias, grad, bias, shares)] if shares > 1 else found
 
 
 def _weight_gradient(
-    left: Operand, right: Operand | None, grad: Tensor | None, bias: Tensor | None, shares: int
+    left: Operand,
+    right: Operand | None,
+    results: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    shares: int,
+    computed: ViewRows,
 ) -> Launch:
+    """results: grad, bias and the parts of both."""
     experts, rows, p = left[0].shape
     q = 0 if right is None else right[0].shape[2]
     tiles = tiles_of("weight_gradient", left[0].dtype, p, q)
@@ -203,9 +243,9 @@ def _weight_gradient(
         weight_gradient_kernel,
         experts * shares * blocks_of(p, high) * across,
         {
-            **{"left": left, "right": left if right is None else right, "grad": grad},
-            **{"bias": bias, "rows": rows, "splits": shares},
-            "part": blocks_of(blocks_of(rows, tiles.deep), shares) * tiles.deep,
+            **{"left": left, "right": left if right is None else right},
+            **dict(zip(("grad", "bias", "parts", "bias_parts"), results, strict=True)),
+            **{"splits": shares, **computed.arguments(rows)},
         },
         {
             **{"P": p, "Q": q, "ACROSS": across, "ROWS": high, "COLUMNS": wide},

@@ -20,10 +20,12 @@ def mlp(
     b_out: Tensor,
     seed: Tensor | None,
     p: float,
+    count: Tensor | None = None,
+    views: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the hidden rows before the GELU."""
-    hidden = linear(x, w_in, b_in)
-    return linear(gelu(hidden, seed, p), w_out, b_out), hidden
+    """Return the output and the hidden rows before the GELU; the count is as in linear."""
+    hidden = linear(x, w_in, b_in, count, views)
+    return linear(gelu(hidden, seed, p, count, views), w_out, b_out, count, views), hidden
 
 
 def mlp_backward(
@@ -35,19 +37,24 @@ def mlp_backward(
     seed: Tensor | None,
     p: float,
     wants: Sequence[bool],
+    count: Tensor | None = None,
+    views: int = 1,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w_in, b_in, w_out and b_out; those not requested are empty.
 
-    The activation is computed again, one launch, instead of being kept from the forward.
+    The activation is computed again, one launch, instead of being kept from the forward. The count is as in
+    linear_backward.
     """
     expect("hidden", hidden, (*x.shape[:2], w_in.shape[1]), x.dtype, x.device)
     want_x, want_in, want_bias_in, want_out, want_bias_out = wants
     through = want_x or want_in or want_bias_in
-    activation = gelu(hidden, seed, p) if want_out else hidden
+    activation = gelu(hidden, seed, p, count, views) if want_out else hidden
+    wants_out = (through, want_out, want_bias_out)
     grad, *out_grads = linear_backward(
-        grad_out, activation, w_out, through, want_out, want_bias_out
+        grad_out, activation, w_out, *wants_out, count, views, zeros=False
     )
     if not through:
         return grad, x.new_empty(0), x.new_empty(0), *out_grads
-    grad = gelu_backward(grad, hidden, seed, p)
-    return *linear_backward(grad, x, w_in, want_x, want_in, want_bias_in), *out_grads
+    grad = gelu_backward(grad, hidden, seed, p, count, views)
+    wants_in = (want_x, want_in, want_bias_in)
+    return *linear_backward(grad, x, w_in, *wants_in, count, views), *out_grads

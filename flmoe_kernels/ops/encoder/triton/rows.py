@@ -2,6 +2,10 @@
 
 No call synchronizes with the GPU, and allocations and launches depend only on shapes, so that CUDA graphs can
 capture them. Tensors are made contiguous here.
+
+With a count, one int32 on the GPU, only the first `count` rows of each view are computed: forward functions do not
+write the others, and gradients of rows are 0 there, because autograd may add them. Pooling reads only the rows of
+segments anyway.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from .rows_launch import (
     views_gradient_launch,
     views_launch,
 )
+from .view_rows import view_rows
 
 # Numbers of an expert's rows and offsets within a tile are 32 bits wide.
 _MOST_ROWS, _MOST_WIDTH = 2**30, 2**20
@@ -67,6 +72,8 @@ def norm(
     seed: Tensor | None,
     p: float,
     eps: float,
+    count: Tensor | None = None,
+    views: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return total (empty without an update), normed, mean, rstd; see encoder/reference.py."""
     x = residual if update is None else update
@@ -76,7 +83,7 @@ def norm(
         expect(name, each, x.shape, x.dtype, x.device)
     for name, each in (("gain", gain), ("shift", shift)):
         expect(name, each, (x.shape[0], x.shape[2]), x.dtype, x.device)
-    dropout = _dropout(seed, p, x)
+    dropout, computed = _dropout(seed, p, x), view_rows(count, views, x.shape[1], x.device)
     total = x.new_empty(x.shape if update is not None else (0,))
     normed = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
@@ -88,6 +95,7 @@ def norm(
             dropout,
             eps,
             (None if update is None else total, normed, mean, rstd),
+            computed,
         )
         run([launch], x.device)
     return total, normed, mean, rstd
@@ -104,6 +112,8 @@ def norm_backward(
     p: float,
     self_residual: bool,
     wants: Sequence[bool],
+    count: Tensor | None = None,
+    views: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of residual, update, gain and shift, see rows_wanted; those not requested are empty."""
     _expect_rows("total", total)
@@ -113,6 +123,7 @@ def norm_backward(
         expect(name, each, total.shape[:2], torch.float32, total.device)
     expect("gain", gain, (total.shape[0], total.shape[2]), total.dtype, total.device)
     dropout = _dropout(seed, p, total)
+    computed = view_rows(count, views, total.shape[1], total.device)
     wanted = (*rows_wanted(seed, self_residual, wants), *wants[2:])
     summed = grad_normed is not None and total.numel() > 0 and any(wants[2:])
     new = gain.new_empty if summed else gain.new_zeros
@@ -121,7 +132,8 @@ def norm_backward(
         *(new(gain.shape if want else (0,)) for want in wanted[2:]),
     ]
     if total.numel() and (summed or any(wanted[:2])):
-        parts = total.new_empty(norm_parts_shape(total), dtype=torch.float32) if summed else None
+        shape = norm_parts_shape(total, computed)
+        parts = total.new_empty(shape, dtype=torch.float32) if summed else None
         launches = norm_gradient_launches(
             (contiguous(grad_total), contiguous(grad_normed)),
             (total.contiguous(), mean.contiguous(), rstd.contiguous(), gain.contiguous()),
@@ -129,26 +141,39 @@ def norm_backward(
             self_residual,
             [grad if want else None for grad, want in zip(grads, wanted, strict=True)],
             parts,
+            computed,
         )
         run(launches, total.device)
     return grads[0], grads[1], grads[2], grads[3]
 
 
-def gelu(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+def gelu(
+    x: Tensor, seed: Tensor | None, p: float, count: Tensor | None = None, views: int = 1
+) -> Tensor:
     _expect_rows("x", x)
     dropout, out = _dropout(seed, p, x), x.new_empty(x.shape)
+    computed = view_rows(count, views, x.shape[1], x.device)
     if x.numel():
-        run([gelu_launch(x.contiguous(), dropout, out)], x.device)
+        run([gelu_launch(x.contiguous(), dropout, out, computed)], x.device)
     return out
 
 
-def gelu_backward(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+def gelu_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    seed: Tensor | None,
+    p: float,
+    count: Tensor | None = None,
+    views: int = 1,
+) -> Tensor:
+    """The gradient of x; within expert_mlp, hence not written in the other rows."""
     _expect_rows("x", x)
     expect("grad_out", grad_out, x.shape, x.dtype, x.device)
     dropout, grad_x = _dropout(seed, p, x), x.new_empty(x.shape)
+    computed = view_rows(count, views, x.shape[1], x.device)
     if x.numel():
-        launch = gelu_gradient_launch(grad_out.contiguous(), x.contiguous(), dropout, grad_x)
-        run([launch], x.device)
+        grad_out, x = grad_out.contiguous(), x.contiguous()
+        run([gelu_gradient_launch(grad_out, x, dropout, grad_x, computed)], x.device)
     return grad_x
 
 
@@ -207,27 +232,29 @@ def pool_backward(
     return grad_residual, grad_update
 
 
-def views_of(x: Tensor, modality: Tensor, views: int) -> Tensor:
+def views_of(x: Tensor, modality: Tensor, views: int, count: Tensor | None = None) -> Tensor:
     """Expand the original and the replaced rows (E, 2, n, D) to (E, V, n, D)."""
     _expect_rows("x", x, 4)
     experts, _, rows, width = x.shape
     expect("x", x, (experts, 2, rows, width), x.dtype, x.device)
     expect("modality", modality, (rows,), torch.int32, x.device)
     _expect_size("views", views * rows, width)
+    view_rows(count, 1, rows, x.device)
     out = x.new_empty((experts, views, rows, width))
     if out.numel():
-        run([views_launch(x.contiguous(), modality.contiguous(), out)], x.device)
+        run([views_launch(x.contiguous(), modality.contiguous(), out, count)], x.device)
     return out
 
 
-def views_backward(grad_out: Tensor, modality: Tensor) -> Tensor:
+def views_backward(grad_out: Tensor, modality: Tensor, count: Tensor | None = None) -> Tensor:
     _expect_rows("grad_out", grad_out, 4)
     experts, views, rows, width = grad_out.shape
     expect("modality", modality, (rows,), torch.int32, grad_out.device)
+    view_rows(count, 1, rows, grad_out.device)
     grad_x = grad_out.new_empty((experts, 2, rows, width))
     if not views:
         return grad_x.zero_()
     if grad_x.numel():
-        launch = views_gradient_launch(grad_out.contiguous(), modality.contiguous(), grad_x)
-        run([launch], grad_out.device)
+        grad_out, modality = grad_out.contiguous(), modality.contiguous()
+        run([views_gradient_launch(grad_out, modality, grad_x, count)], grad_x.device)
     return grad_x

@@ -1,9 +1,10 @@
 """Row-wise Triton kernels between the encoder's matrix products.
 
 Every kernel reads and writes each element once, in vectors of 16 bytes if widths allow, and recomputes dropout
-masks from (seed, expert, row, column). Rows are contiguous, (E, rows, WIDTH). Sums over rows are stored in parts,
-which another kernel adds in an order that depends only on shapes. A missing argument (no dropout, no gradient) is
-None, and its code is not compiled.
+masks from (seed, expert, row, column). Rows are contiguous, (E, views * rows, WIDTH); only the first `count` of
+every view are computed, see view_rows.py. Sums over rows are stored in parts, which another kernel adds in an
+order that depends only on shapes. A missing argument (no dropout, no gradient, no count) is None, and its code is
+not compiled.
 
 All are memory-bound if operands come from memory: while an H100 moves one byte (3.35 TB/s), its 132 SMs issue 8.8
 instructions of a thread. The numbers at each kernel are for bfloat16 at mmimdb (198144 rows of 256): the time for
@@ -33,6 +34,7 @@ from .rows_tiles import (
     words_of,
     zeros,
 )
+from .view_rows import valid_rows
 
 
 # sum = residual + dropout(update), or without a residual u + dropout(u), u = dropout(update), or without an update
@@ -40,7 +42,7 @@ from .rows_tiles import (
 # program per block of whole rows, which stay in registers between the sums over them: first the mean, then the
 # centred squares. Traffic: both inputs and both outputs once, 8 bytes per element in 16 bits; gains and shifts
 # from L2, once per block. Bound: bytes, 0.41 GB and 121 us; 28 of 70 possible instructions per element.
-@triton.jit
+@triton.jit(do_not_specialize=("count", "rows"))
 def norm_kernel(
     residual,
     update,
@@ -51,7 +53,9 @@ def norm_kernel(
     normed,
     mean,
     rstd,
+    count,
     rows,
+    views,
     eps,
     threshold,
     kept_scale,
@@ -60,17 +64,21 @@ def norm_kernel(
     ROWS: tl.constexpr,
 ):
     blocks = tl.cdiv(rows, ROWS)
-    expert, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS
+    problem, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS
+    expert, end = problem // views, valid_rows(count, rows)
+    if count is not None and first >= end:
+        return
     row = tl.arange(0, ROWS)
-    valid = first + row < rows
-    start = tl.cast(expert, tl.int64) * rows + first
+    valid = first + row < end
+    start = tl.cast(problem, tl.int64) * rows + first
     if update is None:
         base = begin(residual, start, WIDTH)
         x = [load_part(base, row, valid, 0, w, WIDTH, PART) for w in (0, 1, 2, 3)]
     else:
         base = begin(update, start, WIDTH)
         x = [load_part(base, row, valid, 0, w, WIDTH, PART) for w in (0, 1, 2, 3)]
-        x = branch(x, seed, first + row, expert, threshold, kept_scale, residual is None, PART)
+        place = problem % views * rows + first + row
+        x = branch(x, seed, place, expert, threshold, kept_scale, residual is None, PART)
         if residual is not None:
             base = begin(residual, start, WIDTH)
             x = [x[w] + load_part(base, row, valid, 0, w, WIDTH, PART) for w in (0, 1, 2, 3)]
@@ -118,11 +126,11 @@ def branch(x, seed, row, expert, threshold, kept_scale, TWICE: tl.constexpr, PAR
 # Gradients of the residual and the update, and each program's part of the gradients of gain and shift. With n the
 # norm before gain and shift, and g = grad_normed * gain:
 #     grad_sum' = grad_sum + rstd (g - mean(g) - n mean(g n)),   grad_gain = sum over rows of grad_normed n.
-# One program per chunk of rows of an expert; it processes blocks of whole rows and keeps its sums in registers, so
-# it has half as many rows at a time as the forward. Traffic: three inputs and two outputs once, 10 bytes per
-# element in 16 bits; parts (E, chunks, 2, WIDTH) in float32, about 2% of it. Bound: bytes, 0.51 GB and 151 us;
-# fewer than 64 of 88 possible instructions per element.
-@triton.jit
+# One program per chunk of rows of a view; it processes blocks of whole rows and keeps its sums in registers, so it
+# has half as many rows at a time as the forward. Rows after the count get zeros. Traffic: three inputs and two
+# outputs once, 10 bytes per element in 16 bits; parts (E, chunks, 2, WIDTH) in float32, about 2% of it. Bound:
+# bytes, 0.51 GB and 151 us; fewer than 64 of 88 possible instructions per element.
+@triton.jit(do_not_specialize=("count", "rows", "chunk"))
 def norm_gradient_kernel(
     grad_total,
     grad_normed,
@@ -134,7 +142,9 @@ def norm_gradient_kernel(
     grad_residual,
     grad_update,
     parts,
+    count,
     rows,
+    views,
     chunk,
     threshold,
     kept_scale,
@@ -144,14 +154,16 @@ def norm_gradient_kernel(
     ROWS: tl.constexpr,
 ):
     chunks = tl.cdiv(rows, chunk)
-    expert, place = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    problem, begins = tl.program_id(0) // chunks, tl.program_id(0) % chunks * chunk
+    expert, ends = problem // views, tl.minimum(begins + chunk, rows)
+    end = valid_rows(count, rows)
     row = tl.arange(0, ROWS)
     line = begin(gain, expert, WIDTH)
     gains = [load_line(line, w, WIDTH, PART) for w in (0, 1, 2, 3)]
     of_gain, of_shift = zeros(ROWS, PART), zeros(ROWS, PART)
-    for first in range(place * chunk, tl.minimum(place * chunk + chunk, rows), ROWS):
-        valid = first + row < rows
-        start = tl.cast(expert, tl.int64) * rows + first
+    for first in range(begins, tl.minimum(ends, end), ROWS):
+        valid = first + row < end
+        start = tl.cast(problem, tl.int64) * rows + first
         grad = zeros(ROWS, PART)
         if grad_normed is not None:
             base = begin(grad_normed, start, WIDTH)
@@ -165,12 +177,16 @@ def norm_gradient_kernel(
                 of_gain = [of_gain[w] + grad[w] * x[w] for w in (0, 1, 2, 3)]
                 of_shift = [of_shift[w] + grad[w] for w in (0, 1, 2, 3)]
             grad = [grad[w] * gains[w] for w in (0, 1, 2, 3)]
-            level = across(grad) / WIDTH
-            slope = across([grad[w] * x[w] for w in (0, 1, 2, 3)]) / WIDTH
-            grad = [
-                spread[:, None] * (grad[w] - level[:, None] - x[w] * slope[:, None])
-                for w in (0, 1, 2, 3)
-            ]
+            if WIDTH == 1:
+                # Exactly 0: fused multiply-adds leave a rounding error, which rstd multiplies by 1 / sqrt(eps).
+                grad = [(grad[w] + x[w]) * 0.0 for w in (0, 1, 2, 3)]
+            else:
+                level = across(grad) / WIDTH
+                slope = across([grad[w] * x[w] for w in (0, 1, 2, 3)]) / WIDTH
+                grad = [
+                    spread[:, None] * (grad[w] - level[:, None] - x[w] * slope[:, None])
+                    for w in (0, 1, 2, 3)
+                ]
         if grad_total is not None:
             base = begin(grad_total, start, WIDTH)
             grad = [grad[w] + load_part(base, row, valid, 0, w, WIDTH, PART) for w in (0, 1, 2, 3)]
@@ -179,10 +195,22 @@ def norm_gradient_kernel(
             for w in tl.static_range(4):
                 store_part(base, row, valid, 0, grad[w], w, WIDTH, PART)
         if grad_update is not None:
-            grad = branch(grad, seed, first + row, expert, threshold, kept_scale, TWICE, PART)
+            place = problem % views * rows + first + row
+            grad = branch(grad, seed, place, expert, threshold, kept_scale, TWICE, PART)
             base = begin(grad_update, start, WIDTH)
             for w in tl.static_range(4):
                 store_part(base, row, valid, 0, grad[w], w, WIDTH, PART)
+    if count is not None:
+        for first in range(tl.maximum(begins, end), ends, ROWS):
+            start = tl.cast(problem, tl.int64) * rows + first
+            rest, nothing = first + row < ends, zeros(ROWS, PART)
+            for w in tl.static_range(4):
+                if grad_residual is not None:
+                    base = begin(grad_residual, start, WIDTH)
+                    store_part(base, row, rest, 0, nothing[w], w, WIDTH, PART)
+                if grad_update is not None:
+                    base = begin(grad_update, start, WIDTH)
+                    store_part(base, row, rest, 0, nothing[w], w, WIDTH, PART)
     if parts is not None:
         line = begin(parts, 2 * tl.program_id(0), WIDTH)
         for w in tl.static_range(4):
@@ -192,12 +220,12 @@ def norm_gradient_kernel(
 
 # grad_gain and grad_shift from the parts of the kernel above. One program per block of columns of one of the two.
 # Bound: latency; the parts are in L2.
-@triton.jit
+@triton.jit(do_not_specialize=("chunks",))
 def norm_sum_kernel(
     parts,
     grad_gain,
     grad_shift,
-    count,
+    chunks,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     LINES: tl.constexpr,
@@ -207,9 +235,9 @@ def norm_sum_kernel(
     which, expert = tl.program_id(0) // ACROSS % 2, tl.program_id(0) // ACROSS // 2
     line = tl.arange(0, LINES)
     total = tl.zeros((LINES, COLUMNS), tl.float32)
-    base = begin(parts, 2 * tl.cast(expert, tl.int64) * count + which, WIDTH)
-    for first in range(0, count, LINES):
-        inside = (first + line < count)[:, None] & (column < WIDTH)[None, :]
+    base = begin(parts, 2 * tl.cast(expert, tl.int64) * chunks + which, WIDTH)
+    for first in range(0, chunks, LINES):
+        inside = (first + line < chunks)[:, None] & (column < WIDTH)[None, :]
         at = (first + line)[:, None] * (2 * WIDTH) + column[None, :]
         total += tl.load(base + at, mask=inside, other=0.0)
     values = tl.sum(total, 0)
@@ -224,27 +252,33 @@ def norm_sum_kernel(
 
 # dropout(GELU(x)), exact. One program per block of rows and columns. Traffic: 4 bytes per element in 16 bits.
 # Bound at width 512: bytes, 0.41 GB and 121 us, and almost as much 33 of 35 possible instructions per element.
-@triton.jit
+@triton.jit(do_not_specialize=("count", "rows"))
 def gelu_kernel(
     x,
     seed,
     out,
+    count,
     rows,
+    views,
     threshold,
     kept_scale,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    expert, first, column = place_of(tl.cdiv(rows, ROWS), WIDTH, PART, ROWS)
+    problem, first, column = place_of(tl.cdiv(rows, ROWS), WIDTH, PART, ROWS)
+    expert, end = problem // views, valid_rows(count, rows)
+    if count is not None and first >= end:
+        return
     row = tl.arange(0, ROWS)
-    valid = first + row < rows
-    start = tl.cast(expert, tl.int64) * rows + first
+    valid = first + row < end
+    start = tl.cast(problem, tl.int64) * rows + first
     base = begin(x, start, WIDTH)
     values = [load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
     values = [gelu(each) for each in values]
     if seed is not None:
-        words = words_of(seed, first + row, expert, 0, column, PART)
+        place = problem % views * rows + first + row
+        words = words_of(seed, place, expert, 0, column, PART)
         values = [drop(values[w], words, threshold, kept_scale, w) for w in (0, 1, 2, 3)]
     base = begin(out, start, WIDTH)
     for w in tl.static_range(4):
@@ -253,29 +287,35 @@ def gelu_kernel(
 
 # Its gradient: dropout(grad_out) (cdf(x) + x pdf(x)). As above; 6 bytes per element, 0.61 GB and 182 us, 36 of 53
 # possible instructions.
-@triton.jit
+@triton.jit(do_not_specialize=("count", "rows"))
 def gelu_gradient_kernel(
     grad_out,
     x,
     seed,
     grad_x,
+    count,
     rows,
+    views,
     threshold,
     kept_scale,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    expert, first, column = place_of(tl.cdiv(rows, ROWS), WIDTH, PART, ROWS)
+    problem, first, column = place_of(tl.cdiv(rows, ROWS), WIDTH, PART, ROWS)
+    expert, end = problem // views, valid_rows(count, rows)
+    if count is not None and first >= end:
+        return
     row = tl.arange(0, ROWS)
-    valid = first + row < rows
-    start = tl.cast(expert, tl.int64) * rows + first
+    valid = first + row < end
+    start = tl.cast(problem, tl.int64) * rows + first
     base = begin(grad_out, start, WIDTH)
     grad = [load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
     base = begin(x, start, WIDTH)
     values = [load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
     if seed is not None:
-        words = words_of(seed, first + row, expert, 0, column, PART)
+        place = problem % views * rows + first + row
+        words = words_of(seed, place, expert, 0, column, PART)
         grad = [drop(grad[w], words, threshold, kept_scale, w) for w in (0, 1, 2, 3)]
     base = begin(grad_x, start, WIDTH)
     for w in tl.static_range(4):
@@ -284,7 +324,7 @@ def gelu_gradient_kernel(
 
 @triton.jit
 def place_of(blocks, WIDTH: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
-    """Expert, first row and first column of a program: columns run fastest, then `blocks` blocks of rows."""
+    """Problem, first row and first column of a program: columns run fastest, then `blocks` blocks of rows."""
     ACROSS: tl.constexpr = (WIDTH + 4 * PART - 1) // (4 * PART)
     column, rest = tl.program_id(0) % ACROSS * (4 * PART), tl.program_id(0) // ACROSS
     return rest // blocks, rest % blocks * ROWS, column

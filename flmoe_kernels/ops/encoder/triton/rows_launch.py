@@ -26,6 +26,7 @@ from .rows_pool_kernels import (
     views_gradient_kernel,
     views_kernel,
 )
+from .view_rows import ALL, ViewRows
 
 # Columns covered by one group of dropout counters: tiles with dropout are at least this wide.
 _GROUP = 128
@@ -79,6 +80,9 @@ TABLE = {
     ("views_gradient", False): Tiles(2048, 256, 4, (0, 0, 0)),
     ("views_gradient", True): Tiles(2048, 256, 4, (0, 0, 0)),
 }
+# With a count the gradient of a norm would take about 160 registers, and three blocks would share an SM, not four.
+# With 128 nothing spills on these architectures if widths are whole tiles.
+_REGISTERS = {80: 128, 90: 128}
 # A row wider than a tile is processed alone, with more warps, up to the maximum of a block.
 _MOST_WARPS = 16
 
@@ -118,18 +122,20 @@ def norm_launch(
     dropout: Dropout,
     eps: float,
     results: tuple[Tensor | None, Tensor, Tensor, Tensor],
+    computed: ViewRows = ALL,
 ) -> Launch:
     """results: total, normed (E, R, D), mean, rstd (E, R); total None without an update."""
     total, normed, mean, rstd = results
     experts, rows, width = normed.shape
     high, columns, warps = _shape(tiles_of("norm", normed.dtype), width)
+    sizes = computed.arguments(rows)
     return Launch(
         norm_kernel,
-        experts * blocks_of(rows, high),
+        experts * computed.views * blocks_of(sizes["rows"], high),
         {
             **{"residual": residual, "update": update, "gain": affine[0], "shift": affine[1]},
             **{"total": total, "normed": normed, "mean": mean, "rstd": rstd},
-            **{"rows": rows, "eps": eps, **dropout.arguments()},
+            **{"eps": eps, **sizes, **dropout.arguments()},
         },
         {"WIDTH": width, "PART": columns // 4, "ROWS": high},
         warps,
@@ -145,10 +151,11 @@ def chunk_of(total: Tensor) -> int:
     return blocks_of(least, high) * high
 
 
-def norm_parts_shape(total: Tensor) -> tuple[int, int, int, int]:
+def norm_parts_shape(total: Tensor, computed: ViewRows = ALL) -> tuple[int, int, int, int]:
     """Shape (E, chunks, 2, D) of the partial sums in the gradient of a norm, in float32."""
     experts, rows, width = total.shape
-    return experts, blocks_of(rows, chunk_of(total)), 2, width
+    of_view = computed.arguments(rows)["rows"]
+    return experts, computed.views * blocks_of(of_view, chunk_of(total)), 2, width
 
 
 def norm_gradient_launches(
@@ -158,27 +165,29 @@ def norm_gradient_launches(
     twice: bool,
     results: Sequence[Tensor | None],
     parts: Tensor | None,
+    computed: ViewRows = ALL,
 ) -> list[Launch]:
     """grads: of total and of normed; saved: total, mean, rstd, gain; results: gradients of residual, update, gain
     and shift, None if not wanted; parts None without a gradient of normed, or if neither gain nor shift has one.
     The second launch reads the parts that the first writes."""
     total, mean, rstd, gain = saved
     grad_residual, grad_update, grad_gain, grad_shift = results
-    experts, rows, width = total.shape
+    experts, chunks, _, width = norm_parts_shape(total, computed)
     high, columns, warps = _shape(tiles_of("norm_gradient", total.dtype), width)
-    chunk = chunk_of(total)
     first = Launch(
         norm_gradient_kernel,
-        experts * blocks_of(rows, chunk),
+        experts * chunks,
         {
             **{"grad_total": grads[0], "grad_normed": grads[1]},
             **{"total": total, "mean": mean, "rstd": rstd, "gain": gain},
             **{"grad_residual": grad_residual, "grad_update": grad_update, "parts": parts},
-            **{"rows": rows, "chunk": chunk, **dropout.arguments()},
+            **{"chunk": chunk_of(total), **computed.arguments(total.shape[1])},
+            **dropout.arguments(),
         },
         {"TWICE": twice, "WIDTH": width, "PART": columns // 4, "ROWS": high},
         warps,
         1,
+        _REGISTERS if computed.count is not None and columns == width and warps == 4 else {},
     )
     if parts is None:
         return [first]
@@ -187,7 +196,7 @@ def norm_gradient_launches(
     second = Launch(
         norm_sum_kernel,
         2 * experts * blocks_of(width, columns),
-        {"parts": parts, "grad_gain": grad_gain, "grad_shift": grad_shift, "count": parts.shape[1]},
+        {"parts": parts, "grad_gain": grad_gain, "grad_shift": grad_shift, "chunks": chunks},
         {"WIDTH": width, "COLUMNS": columns, "LINES": min(high, 128)},
         warps,
         1,
@@ -196,14 +205,19 @@ def norm_gradient_launches(
 
 
 def _elementwise(
-    kernel: Any, name: str, like: Tensor, arguments: dict[str, Any], dropout: Dropout
+    kernel: Any,
+    name: str,
+    like: Tensor,
+    arguments: dict[str, Any],
+    dropout: Dropout,
+    views: int = 1,
 ) -> Launch:
-    """Launch with one program per block of rows and columns of (E, R, D)."""
+    """Launch with one program per block of rows and columns of (E, R, D); a block has rows of one of `views`."""
     experts, rows, width = like.shape
     high, columns, warps = _shape(tiles_of(name, like.dtype), width)
     return Launch(
         kernel,
-        experts * blocks_of(rows, high) * blocks_of(width, columns),
+        experts * views * blocks_of(rows // views, high) * blocks_of(width, columns),
         arguments | dropout.arguments(),
         {"WIDTH": width, "PART": columns // 4, "ROWS": high},
         warps,
@@ -211,14 +225,18 @@ def _elementwise(
     )
 
 
-def gelu_launch(x: Tensor, dropout: Dropout, out: Tensor) -> Launch:
-    arguments = {"x": x, "out": out, "rows": x.shape[1]}
-    return _elementwise(gelu_kernel, "gelu", x, arguments, dropout)
+def gelu_launch(x: Tensor, dropout: Dropout, out: Tensor, computed: ViewRows = ALL) -> Launch:
+    arguments = {"x": x, "out": out, **computed.arguments(x.shape[1])}
+    return _elementwise(gelu_kernel, "gelu", x, arguments, dropout, computed.views)
 
 
-def gelu_gradient_launch(grad_out: Tensor, x: Tensor, dropout: Dropout, grad_x: Tensor) -> Launch:
-    arguments = {"grad_out": grad_out, "x": x, "grad_x": grad_x, "rows": x.shape[1]}
-    return _elementwise(gelu_gradient_kernel, "gelu_gradient", x, arguments, dropout)
+def gelu_gradient_launch(
+    grad_out: Tensor, x: Tensor, dropout: Dropout, grad_x: Tensor, computed: ViewRows = ALL
+) -> Launch:
+    arguments = {"grad_out": grad_out, "x": x, "grad_x": grad_x}
+    arguments |= computed.arguments(x.shape[1])
+    kernel = gelu_gradient_kernel
+    return _elementwise(kernel, "gelu_gradient", x, arguments, dropout, computed.views)
 
 
 def pool_class(rows: int, segments: int) -> str:
@@ -259,7 +277,7 @@ def pool_gradient_launch(
     arguments: dict[str, Any] = {"grad_out": grad_out, "cu": cu_segments}
     arguments |= {"grad_residual": grad_residual, "grad_update": grad_update}
     arguments |= {"rows": like.shape[1] // views, "views": views}
-    arguments |= {"bounds": cu_segments.shape[0]}
+    arguments |= {"segments": cu_segments.shape[0] - 1}
     kernel = pool_gradient_kernel
     return _elementwise(kernel, "pool_gradient", like, arguments, dropout)
 
@@ -281,10 +299,13 @@ def _views(kernel: Any, name: str, wide: Tensor, arguments: dict[str, Any]) -> L
     )
 
 
-def views_launch(x: Tensor, modality: Tensor, out: Tensor) -> Launch:
-    return _views(views_kernel, "views", out, {"x": x, "modality": modality, "out": out})
+def views_launch(x: Tensor, modality: Tensor, out: Tensor, count: Tensor | None = None) -> Launch:
+    arguments = {"x": x, "modality": modality, "out": out, "count": count}
+    return _views(views_kernel, "views", out, arguments)
 
 
-def views_gradient_launch(grad_out: Tensor, modality: Tensor, grad_x: Tensor) -> Launch:
-    arguments = {"grad_out": grad_out, "modality": modality, "grad_x": grad_x}
+def views_gradient_launch(
+    grad_out: Tensor, modality: Tensor, grad_x: Tensor, count: Tensor | None = None
+) -> Launch:
+    arguments = {"grad_out": grad_out, "modality": modality, "grad_x": grad_x, "count": count}
     return _views(views_gradient_kernel, "views_gradient", grad_out, arguments)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .rows_kernels import place_of
 from .rows_tiles import begin, drop, load_part, store_line, store_part, words_of, zeros
+from .view_rows import valid_rows
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def bound_of(cu, segment, rows):
 # columns of a segment, view and expert; it sums blocks of rows element by element, and finally over the block, in
 # an order that depends only on the segment's length. Traffic: both inputs once, 4 bytes per element in 16 bits.
 # Bound: bytes, 0.20 GB and 61 us; for short segments, launch and latency.
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "segments"))
 def pool_kernel(
     residual,
     update,
@@ -68,13 +69,13 @@ def pool_kernel(
 
 
 @triton.jit
-def segment_of(cu, row, rows, bounds):
+def segment_of(cu, row, rows, segments):
     """Return each row's segment, 1 / length of the segment, and whether the row is in a segment.
 
     Searches the last segment that does not begin after the row; with descending bounds, finds any segment or none.
     """
     found = tl.zeros_like(row)
-    size, segments = bounds - 1, bounds - 1
+    size = segments
     while size > 1:
         half = size // 2
         begins = tl.load(cu + found + half)
@@ -90,9 +91,8 @@ def segment_of(cu, row, rows, bounds):
 # Gradients of the residual, the segment's gradient divided by its length, and of the update, its dropout; zeros in
 # rows outside all segments. One program per block of rows and columns; it searches the segments of its rows.
 # Traffic: two outputs once, 4 bytes per element in 16 bits; a segment's gradient from L2 for each of its rows.
-# Bound: bytes, 0.20 GB and 61 us; 20 of 35 possible instructions per element. It takes the number of
-# bounds, not of segments: a launch makes 1 a constant, and Triton 3.6 cannot compile a search without steps.
-@triton.jit
+# Bound: bytes, 0.20 GB and 61 us; 20 of 35 possible instructions per element.
+@triton.jit(do_not_specialize=("rows", "segments"))
 def pool_gradient_kernel(
     grad_out,
     cu,
@@ -101,7 +101,7 @@ def pool_gradient_kernel(
     grad_update,
     rows,
     views,
-    bounds,
+    segments,
     threshold,
     kept_scale,
     WIDTH: tl.constexpr,
@@ -112,8 +112,8 @@ def pool_gradient_kernel(
     row = tl.arange(0, ROWS)
     valid = first + row < views * rows
     view, of_view = (first + row) // rows, (first + row) % rows
-    segment, share, covered = segment_of(cu, of_view, rows, bounds)
-    source = (tl.cast(expert, tl.int64) * views + view) * (bounds - 1) + segment
+    segment, share, covered = segment_of(cu, of_view, rows, segments)
+    source = (tl.cast(expert, tl.int64) * views + view) * segments + segment
     covered = covered & valid
     grad = [load_part(grad_out, source, covered, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
     grad = [each * share[:, None] for each in grad]
@@ -134,18 +134,24 @@ def pool_gradient_kernel(
 # out (E, V, rows, WIDTH) of x (E, 2, rows, WIDTH), the original and the replaced rows: view v replaces modality
 # v - 1. One program per block of rows and columns, for all views. Traffic: (2 + V) elements for V results; of the
 # projections, of width 768, 0.51 GB and 151 us. Bound: bytes.
-@triton.jit
+@triton.jit(do_not_specialize=("count", "rows"))
 def views_kernel(
     x,
     modality,
     out,
+    count,
     rows,
     VIEWS: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    expert, first, at, inside, replaced = view_place(modality, rows, WIDTH, COLUMNS, ROWS)
+    end = valid_rows(count, rows)
+    expert, first, column, at = view_place(rows, WIDTH, COLUMNS, ROWS)
+    if count is not None and first >= end:
+        return
+    inside = inside_tile(first, end, column, WIDTH, COLUMNS, ROWS)
+    replaced = modalities_of(modality, first, end, ROWS)
     start = 2 * tl.cast(expert, tl.int64) * rows + first
     original = tl.load(begin(x, start, WIDTH) + at, mask=inside)
     noise = tl.load(begin(x, start + rows, WIDTH) + at, mask=inside)
@@ -156,19 +162,23 @@ def views_kernel(
 
 
 # Its gradient: the sum over the views that keep a row, in the order of the views, and that of the view that
-# replaces it. Traffic: (V + 2) elements. Bound: bytes.
-@triton.jit
+# replaces it; zeros after the count. Traffic: (V + 2) elements. Bound: bytes.
+@triton.jit(do_not_specialize=("count", "rows"))
 def views_gradient_kernel(
     grad_out,
     modality,
     grad_x,
+    count,
     rows,
     VIEWS: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    expert, first, at, inside, replaced = view_place(modality, rows, WIDTH, COLUMNS, ROWS)
+    end = valid_rows(count, rows)
+    expert, first, column, at = view_place(rows, WIDTH, COLUMNS, ROWS)
+    inside = inside_tile(first, end, column, WIDTH, COLUMNS, ROWS)
+    replaced = modalities_of(modality, first, end, ROWS)
     start = VIEWS * tl.cast(expert, tl.int64) * rows + first
     original = tl.zeros((ROWS, COLUMNS), tl.float32)
     noise = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -180,23 +190,31 @@ def views_gradient_kernel(
         original += tl.where(here, 0.0, grad)
     start = 2 * tl.cast(expert, tl.int64) * rows + first
     kind = grad_x.dtype.element_ty
+    inside = inside_tile(first, rows, column, WIDTH, COLUMNS, ROWS)
     tl.store(begin(grad_x, start, WIDTH) + at, original.to(kind), mask=inside)
     tl.store(begin(grad_x, start + rows, WIDTH) + at, noise.to(kind), mask=inside)
 
 
 @triton.jit
-def view_place(modality, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Return expert and first row of a program, the offsets of its tile's elements, which of them exist, and the
-    modality of each row."""
+def view_place(rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Return expert and first row of a program, its columns, and the offsets of its tile's elements."""
     ACROSS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     column = tl.program_id(0) % ACROSS * COLUMNS + tl.arange(0, COLUMNS)
-    block = tl.program_id(0) // ACROSS
-    blocks = tl.cdiv(rows, ROWS)
-    expert, first = block // blocks, block % blocks * ROWS
-    row = tl.arange(0, ROWS)
-    valid = first + row < rows
-    inside = valid[:, None]
+    block, blocks = tl.program_id(0) // ACROSS, tl.cdiv(rows, ROWS)
+    at = tl.arange(0, ROWS)[:, None] * WIDTH + column[None, :]
+    return block // blocks, block % blocks * ROWS, column, at
+
+
+@triton.jit
+def inside_tile(first, end, column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """The elements of a tile before row `end`."""
+    inside = (first + tl.arange(0, ROWS) < end)[:, None]
     if WIDTH % COLUMNS != 0:
         inside = inside & (column < WIDTH)[None, :]
-    at = row[:, None] * WIDTH + column[None, :]
-    return expert, first, at, inside, tl.load(modality + first + row, mask=valid, other=-1)
+    return inside
+
+
+@triton.jit
+def modalities_of(modality, first, end, ROWS: tl.constexpr):
+    row = first + tl.arange(0, ROWS)
+    return tl.load(modality + row, mask=row < end, other=-1)

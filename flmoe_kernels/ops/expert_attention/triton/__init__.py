@@ -67,7 +67,7 @@ def backward(
     dropout_p: float,
     scale: float,
 ) -> None:
-    """Writes the gradients of q, k and v into `grads`, whose last dimension is contiguous; None if not wanted."""
+    """Writes the gradients of q, k and v into `grads`, strided as by rows_contiguous; None if not wanted."""
     call = readable(_checked(AttentionCall(q, k, v, cu_seqlens, seed, dropout_p, scale)))
     for name, x in (("grad_out", grad_out), ("out", out)):
         expect(name, x, q.shape, q.dtype, q.device)

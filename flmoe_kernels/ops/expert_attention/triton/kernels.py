@@ -12,7 +12,17 @@ import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
 
-from .tiles import dot, head_of, load_rows, place, products, row_at, statistics_of, store_rows
+from .tiles import (
+    dot,
+    head_of,
+    load_rows,
+    place,
+    products,
+    row_at,
+    statistics_of,
+    store_rows,
+    store_zeros,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -34,7 +44,7 @@ def decode(program, slots, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 # a score takes one exponential (16 per clock and SM) and 12 instructions without or 21 with dropout (compiled for
 # sm_90 at width 64; an SM issues 128 per clock), and 4 d FLOP of the matrix units (4096 per clock). So at width 64
 # the instructions are the bound, 1.5 and 2.7 times as long as the exponentials or the products.
-@triton.jit
+@triton.jit(do_not_specialize=("problems", "rows"))
 def attend_kernel(
     q,
     k,
@@ -61,10 +71,19 @@ def attend_kernel(
     problem, first, length, start, keys = place(cu, problems, rows, slot, ROWS)
     row = tl.arange(0, ROWS)
     valid = start + row < length
+    at = statistics_of(group, rows, first + start, heads, head)
+    if keys == 0:
+        # Rows outside all problems.
+        store_zeros(
+            head_of(out, group, rows, head, first + start), row, valid, column, WIDTH, CHUNK
+        )
+        if column == 0:
+            tl.store(lse + at + row * heads, tl.zeros((ROWS,), tl.float32), mask=valid)
+        return
     q, k, v = (
-        head_of(q, group, head, first + start),
-        head_of(k, group, head, first),
-        head_of(v, group, head, first),
+        head_of(q, group, rows, head, first + start),
+        head_of(k, group, rows, head, first),
+        head_of(v, group, rows, head, first),
     )
     q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
     largest = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -100,21 +119,20 @@ def attend_kernel(
             p = tl.where(kept, p, nothing)
         v_tile = load_rows(v, j, key, valid_key, column, WIDTH, CHUNK)
         sums = dot(p, v_tile, sums * fade[:, None], PRECISION)
-    # Rows outside all problems are 0. Those with a score of inf are NaN, also if dropout removed it.
-    total = tl.where(keys > 0, total, 1.0)
+    # Rows with a score of inf are NaN, also if dropout removed it.
     sums *= tl.where(total == float("inf"), float("nan"), kept_scale / total)[:, None]
-    store_rows(head_of(out, group, head, first + start), row, valid, column, sums, WIDTH, CHUNK)
+    store_rows(
+        head_of(out, group, rows, head, first + start), row, valid, column, sums, WIDTH, CHUNK
+    )
     if column == 0:
-        values = tl.where(keys > 0, (largest + tl.log2(total)) * LN_2, 0.0)
-        at = statistics_of(group, rows, first + start, heads, head)
-        tl.store(lse + at + row * heads, values, mask=valid)
+        tl.store(lse + at + row * heads, (largest + tl.log2(total)) * LN_2, mask=valid)
 
 
 # Gradient of q, and delta_i = grad_out_i . out_i for the next kernel. With g_ij = kept_ij * grad_out_i . v_j:
 #     grad_q_i = scale * sum_j d_ij k_j,   d_ij = p_ij (g_ij - delta_i),   p_ij = exp(s_ij - lse_i).
 # One program per block of rows. Traffic: q, grad_out, out and grad_q once; k and v once per block, from L2.
 # Bound as above: three products, 11 instructions per score without and 20 with dropout.
-@triton.jit
+@triton.jit(do_not_specialize=("problems", "rows"))
 def query_gradient_kernel(
     q,
     k,
@@ -143,20 +161,28 @@ def query_gradient_kernel(
     problem, first, length, start, keys = place(cu, problems, rows, slot, ROWS)
     row = tl.arange(0, ROWS)
     valid = start + row < length
+    if keys == 0:
+        if grad_q is not None:
+            to = head_of(grad_q, group, rows, head, first + start)
+            store_zeros(to, row, valid, column, WIDTH, CHUNK)
+        return
     q, k, v = (
-        head_of(q, group, head, first + start),
-        head_of(k, group, head, first),
-        head_of(v, group, head, first),
+        head_of(q, group, rows, head, first + start),
+        head_of(k, group, rows, head, first),
+        head_of(v, group, rows, head, first),
     )
-    out = head_of(out, group, head, first + start)
-    grad_out = head_of(grad_out, group, head, first + start)
+    out = head_of(out, group, rows, head, first + start)
+    grad_out = head_of(grad_out, group, rows, head, first + start)
     q_tile = load_rows(q, 0, row, valid, 0, WIDTH, CHUNK)
     grad_tile = load_rows(grad_out, 0, row, valid, 0, WIDTH, CHUNK)
     out_tile = load_rows(out, 0, row, valid, 0, WIDTH, CHUNK)
-    together = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    # The selections keep products from being fused with sums of other lanes, which round differently.
+    left = grad_tile.to(tl.float32)
+    together = tl.sum(tl.where(valid[:, None], left * out_tile.to(tl.float32), 0.0), 1)
     for other in range(CHUNK, WIDTH, CHUNK):
         left = load_rows(grad_out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
-        together += tl.sum(left * load_rows(out, 0, row, valid, other, WIDTH, CHUNK), 1)
+        right = load_rows(out, 0, row, valid, other, WIDTH, CHUNK).to(tl.float32)
+        together += tl.sum(tl.where(valid[:, None], left * right, 0.0), 1)
     at = statistics_of(group, rows, first + start, heads, head)
     if column == 0:
         tl.store(delta + at + row * heads, together, mask=valid)
@@ -188,7 +214,7 @@ def query_gradient_kernel(
                 k_tile = load_rows(k, j, key, valid_key, column, WIDTH, CHUNK)
             sums = dot(d, k_tile, sums, PRECISION)
         store_rows(
-            head_of(grad_q, group, head, first + start),
+            head_of(grad_q, group, rows, head, first + start),
             row,
             valid,
             column,
@@ -203,7 +229,7 @@ def query_gradient_kernel(
 # in the other kernels, so that threads do not exchange draws, and transposed for the products. Traffic: k, v and
 # their gradients once; q and grad_out once per block, from L2. Bound as above: four products, 13 and 24
 # instructions per score.
-@triton.jit
+@triton.jit(do_not_specialize=("problems", "rows"))
 def key_gradient_kernel(
     q,
     k,
@@ -232,12 +258,20 @@ def key_gradient_kernel(
     problem, first, length, start, queries = place(cu, problems, rows, slot, COLUMNS)
     key = tl.arange(0, COLUMNS)
     valid_key = start + key < length
+    if queries == 0:
+        if grad_k is not None:
+            to = head_of(grad_k, group, rows, head, first + start)
+            store_zeros(to, key, valid_key, column, WIDTH, CHUNK)
+        if grad_v is not None:
+            to = head_of(grad_v, group, rows, head, first + start)
+            store_zeros(to, key, valid_key, column, WIDTH, CHUNK)
+        return
     q, k, v = (
-        head_of(q, group, head, first),
-        head_of(k, group, head, first + start),
-        head_of(v, group, head, first + start),
+        head_of(q, group, rows, head, first),
+        head_of(k, group, rows, head, first + start),
+        head_of(v, group, rows, head, first + start),
     )
-    grad_out = head_of(grad_out, group, head, first)
+    grad_out = head_of(grad_out, group, rows, head, first)
     at = statistics_of(group, rows, first, heads, head)
     k_tile = load_rows(k, 0, key, valid_key, 0, WIDTH, CHUNK)
     v_tile = load_rows(v, 0, key, valid_key, 0, WIDTH, CHUNK)
@@ -283,8 +317,8 @@ def key_gradient_kernel(
         if grad_k is not None:
             sums_k = dot(tl.trans(d), q_tile, sums_k, PRECISION)
     if grad_k is not None:
-        grad_k = head_of(grad_k, group, head, first + start)
+        grad_k = head_of(grad_k, group, rows, head, first + start)
         store_rows(grad_k, key, valid_key, column, sums_k * scale, WIDTH, CHUNK)
     if grad_v is not None:
-        grad_v = head_of(grad_v, group, head, first + start)
+        grad_v = head_of(grad_v, group, rows, head, first + start)
         store_rows(grad_v, key, valid_key, column, sums_v, WIDTH, CHUNK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flmoe_kernels.core.dropout import DRAWS, keep_scale, keep_threshold
@@ -14,8 +15,8 @@ from flmoe_kernels.core.triton.tables import chunk_of
 from .kernels import attend_kernel, key_gradient_kernel, query_gradient_kernel
 from .table import AttentionCall, Tiles
 
-# How a kernel reads or writes (G, rows, H, d).
-Operand = tuple[Tensor, int, int, int]
+# How a kernel reads or writes (G, rows, H, d): the tensor, its strides over rows and heads.
+Operand = tuple[Tensor, int, int]
 
 # Rows with a larger stride are copied, so that offsets within a block stay below 2^31.
 _MAX_STRIDE = 2**24
@@ -37,12 +38,18 @@ def readable(call: AttentionCall) -> AttentionCall:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    scattered = x.stride(3) != 1 and x.shape[3] > 1
-    return x.contiguous() if scattered or x.stride(1) > _MAX_STRIDE else x
+    """x, or a copy of it, with one stride for the rows of all groups, which does not depend on their number:
+    kernels may be specialized on it."""
+    groups, rows, _, width = x.shape
+    regular = x.stride(3) == 1 or width == 1
+    regular &= x.stride(0) == rows * x.stride(1) or groups == 1
+    if regular and x.stride(1) <= _MAX_STRIDE:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def operand(x: Tensor) -> Operand:
-    return x, x.stride(0), x.stride(1), x.stride(2)
+    return x, x.stride(1), x.stride(2)
 
 
 def _launch(

@@ -1,8 +1,9 @@
 """Helpers of expert_attention's Triton kernels: positions, rows, products.
 
-An operand is a tuple (pointer, stride over groups, stride over rows, stride over heads); its last dimension is
-contiguous. `head_of` narrows it to (pointer, stride over rows) at a first row. Offsets of groups, heads and
-first rows are 64 bits wide; those within a block fit 32 because launch.readable copies larger strides.
+An operand is a tuple (pointer, stride over rows, stride over heads); its last dimension is contiguous, and a
+group's rows follow those of the previous one. `head_of` narrows it to (pointer, stride over rows) at a first row.
+Offsets of heads and first rows are 64 bits wide; those within a block fit 32 because launch.readable copies larger
+strides.
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ def place(cu, problems, rows, slot, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def head_of(x, group, head, first):
-    pointer, of_group, of_row, of_head = x
-    start = pointer + tl.cast(group, tl.int64) * of_group + tl.cast(head, tl.int64) * of_head
-    return row_at(start, first, of_row), of_row
+def head_of(x, group, rows, head, first):
+    pointer, of_row, of_head = x
+    start = pointer + tl.cast(head, tl.int64) * of_head
+    return row_at(start, tl.cast(group, tl.int64) * rows + first, of_row), of_row
 
 
 @triton.jit
@@ -120,6 +121,12 @@ def store_rows(x, row, valid, column, values, WIDTH: tl.constexpr, CHUNK: tl.con
     if WIDTH % CHUNK != 0:
         present = present & (column + at < WIDTH)[None, :]
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def store_zeros(x, row, valid, column, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    nothing = tl.zeros((row.shape[0], CHUNK), tl.float32)
+    store_rows(x, row, valid, column, nothing, WIDTH, CHUNK)
 
 
 @triton.jit

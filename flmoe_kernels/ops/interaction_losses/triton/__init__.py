@@ -24,8 +24,8 @@ def losses(latents: Tensor, exists: Tensor | None) -> Tensor:
     if not batch:
         return latents.new_full((experts,), float("nan"))
     out = latents.new_empty((experts,))
-    blocks = launches.loss_blocks(latents)
-    parts = None if blocks == 1 else latents.new_empty((experts, blocks), dtype=torch.float32)
+    shape = (experts, launches.loss_blocks(latents))
+    parts = latents.new_empty(shape, dtype=torch.float32)
     run(launches.loss_launches(latents, exists, parts, out), latents.device)
     return out
 

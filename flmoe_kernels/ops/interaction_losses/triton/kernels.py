@@ -53,7 +53,9 @@ def distance(x, y, row, valid, width, CHUNK: tl.constexpr):
         x_tile = load_tile(x, row, valid, column, width, CHUNK)
         y_tile = load_tile(y, row, valid, column, width, CHUNK)
         apart = difference(x_tile, y_tile, column, width, CHUNK)
-        total += tl.sum(apart * apart, 1)
+        inside = (column + tl.arange(0, CHUNK) < width)[None, :]
+        # The selection keeps squares from being fused with sums of other lanes, which round differently.
+        total += tl.sum(tl.where(inside, apart * apart, 0.0), 1)
     return tl.sqrt(total)
 
 
@@ -62,7 +64,9 @@ def product(x, y, row, valid, width, CHUNK: tl.constexpr):
     total = tl.zeros((row.shape[0],), tl.float32)
     for column in range(0, width, CHUNK):
         x_tile = load_tile(x, row, valid, column, width, CHUNK)
-        total += tl.sum(x_tile * load_tile(y, row, valid, column, width, CHUNK), 1)
+        y_tile = load_tile(y, row, valid, column, width, CHUNK)
+        # Selected as above; by rows, because a selection of columns spills 8 bytes in the gradient.
+        total += tl.sum(tl.where(valid[:, None], x_tile * y_tile, 0.0), 1)
     return total
 
 
@@ -111,7 +115,7 @@ def share_of(exists, expert, batch, UNIQUE: tl.constexpr, MODALITIES: tl.constex
 # block of one expert. Traffic: each view of the expert comes from memory once; the full view (and a uniqueness
 # expert's own view) is read again for every other view, from the nearest cache. 2 to 8 FLOP per element, so bytes
 # are the bound: 0.6 MB in bfloat16 at mmimdb, which takes less time than a launch.
-@triton.jit
+@triton.jit(do_not_specialize=("batch", "blocks"))
 def losses_kernel(
     latents,
     exists,
@@ -153,11 +157,11 @@ def losses_kernel(
             here = has_view(exists, first + row, valid, other, MODALITIES)
             total += tl.where(here, value, 0.0)
     part = tl.sum(total, 0) * share_of(exists, expert, batch, UNIQUE, MODALITIES)
-    tl.store(parts + expert * blocks + block, part.to(parts.dtype.element_ty))
+    tl.store(parts + expert * blocks + block, part)
 
 
 # Sums of parts (experts, blocks), one program per expert: a few hundred bytes, latency-bound.
-@triton.jit
+@triton.jit(do_not_specialize=("blocks",))
 def mean_kernel(parts, losses, blocks, BLOCKS: tl.constexpr):
     expert = tl.program_id(0)
     at = tl.arange(0, BLOCKS)
@@ -170,7 +174,7 @@ def mean_kernel(parts, losses, blocks, BLOCKS: tl.constexpr):
 # The gradient of all views in one launch. A program has a block of one expert and CHUNK columns; it sums the
 # gradient of the full view in registers, and recomputes the statistics over all columns. Traffic: latents once
 # from memory, once more from a cache, and the gradient once; bytes are the bound.
-@triton.jit
+@triton.jit(do_not_specialize=("batch", "blocks"))
 def gradient_kernel(
     grad_losses,
     latents,

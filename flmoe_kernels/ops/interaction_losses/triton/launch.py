@@ -25,49 +25,44 @@ _STAGES = 2
 def loss_blocks(latents: Tensor) -> int:
     """Number of partial sums of each expert's loss."""
     batch, width = latents.shape[2:]
-    return blocks_of(batch, TABLE["losses"].shape(batch, width)[0])
+    return blocks_of(batch, TABLE["losses"].shape(width)[0])
 
 
 def loss_launches(
-    latents: Tensor, exists: Tensor | None, parts: Tensor | None, losses: Tensor
+    latents: Tensor, exists: Tensor | None, parts: Tensor, losses: Tensor
 ) -> list[Launch]:
-    """Launch of losses (E,) from latents (E, V, B, width); parts (E, loss_blocks) float32, None for one block."""
+    """Launches of losses (E,) from latents (E, V, B, width); parts (E, loss_blocks) float32."""
     experts, views, batch, width = latents.shape
-    rows, chunk = TABLE["losses"].shape(batch, width)
+    rows, chunk = TABLE["losses"].shape(width)
     blocks = loss_blocks(latents)
-    found = [
+    return [
         Launch(
             losses_kernel,
             experts * blocks,
             {
-                **{"latents": latents, "exists": exists},
-                **{"parts": losses if parts is None else parts},
+                **{"latents": latents, "exists": exists, "parts": parts},
                 **{"batch": batch, "width": width, "blocks": blocks},
             },
             {"UNIQUE": experts - 2, "VIEWS": views, "ROWS": rows, "CHUNK": chunk},
             TABLE["losses"].warps,
             _STAGES,
-        )
+        ),
+        Launch(
+            mean_kernel,
+            experts,
+            {"parts": parts, "losses": losses, "blocks": blocks},
+            {"BLOCKS": TABLE["mean"].elements},
+            TABLE["mean"].warps,
+            _STAGES,
+        ),
     ]
-    if parts is not None:
-        found.append(
-            Launch(
-                mean_kernel,
-                experts,
-                {"parts": parts, "losses": losses, "blocks": blocks},
-                {"BLOCKS": TABLE["mean"].elements},
-                TABLE["mean"].warps,
-                _STAGES,
-            )
-        )
-    return found
 
 
 def gradient_launch(
     grad_losses: Tensor, latents: Tensor, exists: Tensor | None, grad_latents: Tensor
 ) -> Launch:
     experts, views, batch, width = latents.shape
-    rows, chunk = TABLE["gradient"].shape(batch, width)
+    rows, chunk = TABLE["gradient"].shape(width)
     blocks = blocks_of(batch, rows)
     return Launch(
         gradient_kernel,

@@ -216,7 +216,10 @@ def project_kernel(
                 own = load_tokens(x, b, e, i, valid, column, V, WIDE_V).to(tl.float32)
                 cotangent = load_tokens(g, b, e, i, valid, column, V, WIDE_V).to(tl.float32)
                 if C0[e] > 0.0:
-                    total += C0[e] * tl.sum(own * cotangent, 1)
+                    # The selection keeps a product from being fused with the sum of another lane, which rounds
+                    # differently.
+                    terms = tl.where(valid[:, None], own * cotangent, 0.0)
+                    total += C0[e] * tl.sum(terms, 1)
                 if C1[e] + C2[e] > 0.0:
                     # Term by term, so that a NaN in x has no effect if its coefficient is 0.
                     product = tl.zeros_like(own)

@@ -24,8 +24,8 @@ from .kernels import (
 TABLE = {
     "features": RowTiles(4096, 1 << 20, 8, 8192),
     "features_gradient": RowTiles(4096, 1 << 20, 8, 4096),
-    "mix": RowTiles(1024, 128, 1, 32),
-    "mix_gradient": RowTiles(1024, 128, 1, 128),
+    "mix": RowTiles(1024, 128, 1, 32, rows=8),
+    "mix_gradient": RowTiles(1024, 128, 1, 128, rows=8),
 }
 _STAGES = 2
 
@@ -40,7 +40,7 @@ def features_launch(
 ) -> Launch:
     """Launch of features (B, M * D) and statistics (B, M, 2) float32 from tokens (B, L, D)."""
     batch, total, width = tokens.shape
-    rows, chunk = TABLE["features"].shape(max(lengths), width)
+    rows, chunk = TABLE["features"].shape(width)
     return Launch(
         features_kernel,
         batch * len(lengths),
@@ -63,7 +63,7 @@ def features_gradient_launch(
     grad_tokens: Tensor,
 ) -> Launch:
     batch, total, width = grad_tokens.shape
-    rows, chunk = TABLE["features_gradient"].shape(max(lengths), width)
+    rows, chunk = TABLE["features_gradient"].shape(width)
     slots = blocks_of(max(lengths), rows)
     return Launch(
         features_gradient_kernel,
@@ -109,7 +109,7 @@ def mix_gradient_launch(
 
 def _mix(name: str, logits: Tensor, temperature: float, **tensors: Tensor | None) -> Launch:
     experts, batch, classes = logits.shape
-    rows, chunk = TABLE[name].shape(min(batch, 8), classes)
+    rows, chunk = TABLE[name].shape(classes)
     return Launch(
         mix_kernel if name == "mix" else mix_gradient_kernel,
         blocks_of(batch, rows),

@@ -6,7 +6,6 @@ capture it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -92,18 +91,14 @@ def _weight_gradients(
         return grad, grad_bias
     tiles = tiles_of("weight_gradient", call)
     splits = launches.splits_of(tiles, call)
-    if splits == 1:
-        parts = grad.unsqueeze(2) if wants[0] else None
-        of_bias = grad_bias.unsqueeze(1) if wants[1] else None
-    else:
-        empty = functools.partial(call.x.new_empty, dtype=torch.float32)
-        parts = empty((experts, p, splits, q)) if wants[0] else None
-        of_bias = empty((experts, splits, p)) if wants[1] else None
-    found = [launches.weight_gradient_launch(tiles, call, left, right, parts, of_bias, weight)]
+    wanted = (grad if wants[0] else None, grad_bias if wants[1] else None)
+    parts, of_bias = launches.gradient_parts(tiles, call, *wanted, splits)
+    results = (*wanted, parts, of_bias)
+    found = [launches.weight_gradient_launch(tiles, call, left, right, results, splits, weight)]
     if splits > 1 and parts is not None:
-        found.append(launches.sum_launch(parts.flatten(0, 1), grad.flatten(0, 1)))
+        found.append(launches.sum_launch(parts.flatten(0, 1), grad.flatten(0, 1), splits=True))
     if splits > 1 and of_bias is not None:
-        found.append(launches.sum_launch(of_bias, grad_bias))
+        found.append(launches.sum_launch(of_bias, grad_bias, splits=True))
     run(found, call.x.device)
     return grad, grad_bias
 

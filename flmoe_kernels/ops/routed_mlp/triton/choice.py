@@ -120,13 +120,14 @@ def _weight_gradient(call: RoutedCall) -> Make:
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         splits = launches.splits_of(tiles, call)
-        shape = (call.experts, call.hidden, splits, call.width)
-        parts = whole.unsqueeze(2) if splits == 1 else call.x.new_empty(shape, dtype=torch.float32)
-        sides = ((active, False), (call.x, True))
-        products = [launches.weight_gradient_launch(tiles, call, *sides, parts, None, None)]
-        if splits > 1:
-            products.append(launches.sum_launch(parts.flatten(0, 1), whole.flatten(0, 1)))
-        return _trial(call, tiles, products, [whole, parts], lambda: [whole])
+        parts, _ = launches.gradient_parts(tiles, call, whole, None, splits)
+        sides, results = ((active, False), (call.x, True)), (whole, None, parts, None)
+        products = [launches.weight_gradient_launch(tiles, call, *sides, results, splits, None)]
+        if splits > 1 and parts is not None:
+            total = launches.sum_launch(parts.flatten(0, 1), whole.flatten(0, 1), splits=True)
+            products.append(total)
+        buffers = [whole] if parts is None else [whole, parts]
+        return _trial(call, tiles, products, buffers, lambda: [whole])
 
     return make
 

@@ -51,7 +51,7 @@ from .tiles import (
 # hidden (R, F) by row, before activation (for the backward) and after it. The loads gather the rows of x. With a
 # gate, gate (R, F) is x w_gate^T + b_gate, and active is act(gate) hidden. Traffic: w_in and w_gate once
 # per band of rows, x from L2, two or three outputs. Bound: the matrix units.
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def hidden_kernel(
     x,
     w,
@@ -120,7 +120,7 @@ def hidden_kernel(
 # out (R, OUTER) by place, from rows `a` (R, INNER) by row: the outputs of rows before they are summed, and the
 # gradients of x, which with a gate are sums of two products. Dropped rows are the last group; their tiles multiply
 # nothing and store zeros. Traffic: w once per band of rows, a from L2, out once. Bound: the matrix units.
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def rows_kernel(
     a,
     w,
@@ -185,7 +185,7 @@ def rows_kernel(
 # the stores frees registers early; the other order spills on sm_90. With a gate, act(gate) hidden is in the place
 # of act(h), and both gradients of the hidden layer come from one product. Traffic: w_out once per band of rows,
 # grad_out from L2, hidden and gate, two or three outputs. Bound: the matrix units.
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def hidden_gradient_kernel(
     grad_out,
     w,
@@ -265,7 +265,7 @@ def hidden_gradient_kernel(
 
 # Gradient of weight[n, k]: the sum of a row's dots, plus grad_out . b_out. Programs process blocks of rows as
 # above, including dropped rows, which get zeros. Traffic: grad_out from L2, which is the bound.
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def choice_gradient_kernel(
     dots,
     grad_out,
@@ -307,13 +307,13 @@ def choice_gradient_kernel(
         tl.store(grad_weight + place, total.to(grad_weight.dtype.element_ty), mask=valid)
 
 
-# grad (E, P, SPLITS, Q) = sum over an expert's rows of left^T right, and bias (E, SPLITS, P) = sum of left,
-# weighted if there are weights; either result may be missing. left and right are by row, or gathered from tokens
-# with LEFT_OF and RIGHT_OF rows each; 0 means by row. One program per tile of an expert and split, a part of its
-# rows; the last programs sum biases, which waits for memory while the others multiply. Experts without rows get
-# zeros.
+# parts (E, P, splits, Q) = sum over an expert's rows of left^T right, and bias_parts (E, splits, P) = sum of left,
+# weighted if there are weights; for one split they are grad and bias. Either may be missing. left and right are by
+# row, or gathered from tokens with LEFT_OF and RIGHT_OF rows each; 0 means by row. One program per tile of an
+# expert and split, a part of its rows; the last programs sum biases, which waits for memory while the others
+# multiply. Experts without rows get zeros.
 # Traffic: rows once per tile, from L2, and the gradients. Bound: the matrix units.
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "splits"))
 def weight_gradient_kernel(
     left,
     right,
@@ -322,13 +322,15 @@ def weight_gradient_kernel(
     permutation,
     grad,
     bias,
+    parts,
+    bias_parts,
     rows,
+    splits,
     EXPERTS: tl.constexpr,
     LEFT_OF: tl.constexpr,
     RIGHT_OF: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
-    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -336,14 +338,14 @@ def weight_gradient_kernel(
 ):
     DOWN: tl.constexpr = (P + ROWS - 1) // ROWS
     ACROSS: tl.constexpr = (Q + COLUMNS - 1) // COLUMNS
-    PRODUCTS: tl.constexpr = 0 if grad is None else EXPERTS * SPLITS * DOWN * ACROSS
+    products = 0 if grad is None else splits * (EXPERTS * DOWN * ACROSS)
     program = tl.program_id(0)
-    multiplies = program < PRODUCTS
+    multiplies = program < products
     across = tl.where(multiplies, program % ACROSS, 0)
-    block = tl.where(multiplies, program // ACROSS, program - PRODUCTS)
-    down, split, e = block % DOWN, block // DOWN % SPLITS, block // DOWN // SPLITS
+    block = tl.where(multiplies, program // ACROSS, program - products)
+    down, split, e = block % DOWN, block // DOWN % splits, block // DOWN // splits
     first, end = group_range(offsets, e, rows, EXPERTS)
-    part = tl.cdiv(tl.cdiv(end - first, DEPTH), SPLITS) * DEPTH
+    part = tl.cdiv(tl.cdiv(end - first, DEPTH), splits) * DEPTH
     first = tl.minimum(first + split * part, end)
     end = tl.minimum(first + part, end)
     at = tl.arange(0, DEPTH)
@@ -356,12 +358,13 @@ def weight_gradient_kernel(
                 y = load_rows(right, r + at, end, across, permutation, rows, RIGHT_OF, Q, COLUMNS)
                 total = dot(tl.trans(x), y, total, PRECISION)
             q, there = columns_of(across, Q, COLUMNS)
-            to = ((e * P + p).to(tl.int64) * SPLITS + split) * Q
-            tl.store(
-                grad + to[:, None] + q[None, :],
-                total.to(grad.dtype.element_ty),
-                mask=present[:, None] & there[None, :],
-            )
+            inside = present[:, None] & there[None, :]
+            if parts is None or splits == 1:
+                to = grad + (e * P + p).to(tl.int64)[:, None] * Q
+                tl.store(to + q[None, :], total.to(grad.dtype.element_ty), mask=inside)
+            else:
+                line = parts + ((e * P + p).to(tl.int64) * splits + split)[:, None] * Q
+                tl.store(line + q[None, :], total, mask=inside)
     elif bias is not None:
         sums = tl.zeros((DEPTH, ROWS), tl.float32)
         for r in range(first, end, DEPTH):
@@ -371,17 +374,21 @@ def weight_gradient_kernel(
                 place, valid = load_places(permutation, r + at, end, rows)
                 x *= tl.load(weight + place, mask=valid, other=0.0).to(tl.float32)[:, None]
             sums += x
-        line = bias + (e * SPLITS + split).to(tl.int64) * P
-        tl.store(line + p, tl.sum(sums, 0).to(bias.dtype.element_ty), mask=present)
+        line, value = (e * splits + split).to(tl.int64) * P, tl.sum(sums, 0)
+        if bias_parts is None or splits == 1:
+            tl.store(bias + line + p, value.to(bias.dtype.element_ty), mask=present)
+        else:
+            tl.store(bias_parts + line + p, value, mask=present)
 
 
-# out (lines, WIDTH) = sum over k of parts (lines, COUNT, WIDTH), in the order of k. Traffic: parts and out once,
-# which is the bound.
-@triton.jit
+# out (lines, WIDTH) = sum over k of parts (lines, COUNT, WIDTH), in the order of k; with COUNT 0, of `splits`
+# parts. Traffic: parts and out once, which is the bound.
+@triton.jit(do_not_specialize=("lines", "splits"))
 def sum_kernel(
     parts,
     out,
     lines,
+    splits,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     LINES: tl.constexpr,
@@ -393,8 +400,9 @@ def sum_kernel(
     inside = (line < lines)[:, None] & present[None, :]
     line = line.to(tl.int64)[:, None]
     total = tl.zeros((LINES, WIDE), tl.float32)
-    for k in range(COUNT):
-        at = (line * COUNT + k) * WIDTH + column[None, :]
+    count = splits if COUNT == 0 else COUNT
+    for k in range(count):
+        at = (line * count + k) * WIDTH + column[None, :]
         total += tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
     at = line * WIDTH + column[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

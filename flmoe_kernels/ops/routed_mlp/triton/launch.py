@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, multiprocessors
@@ -187,12 +188,35 @@ def choice_gradient_launch(
 def splits_of(tiles: Tiles, call: RoutedCall) -> int:
     """Number of splits of an expert's rows in its weight gradients, to fill the GPU if there are few tiles.
 
-    It is a power of two because it is a constant of the kernels: few variants are compiled if token counts change.
+    Rounded down to a power of two, so that a few programs do not wait for a second turn.
     """
-    across = blocks_of(call.hidden, tiles.rows) * blocks_of(call.width, tiles.columns)
-    wanted = blocks_of(tiles.programs * multiprocessors(call.x.device), call.experts * across)
-    splits = min(wanted, _MOST_SPLITS, max(1, call.rows // (call.experts * _SPLIT_ROWS)))
+    fitting = max(1, call.rows // (call.experts * _SPLIT_ROWS))
+    splits = min(_wanted_splits(tiles, call), _MOST_SPLITS, fitting)
     return 1 << (splits.bit_length() - 1)
+
+
+def _wanted_splits(tiles: Tiles, call: RoutedCall) -> int:
+    """Number of splits for any number of rows."""
+    across = blocks_of(call.hidden, tiles.rows) * blocks_of(call.width, tiles.columns)
+    return blocks_of(tiles.programs * multiprocessors(call.x.device), call.experts * across)
+
+
+def gradient_parts(
+    tiles: Tiles, call: RoutedCall, grad: Tensor | None, bias: Tensor | None, splits: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Parts (E, P, splits, Q) and (E, splits, P) in float32 of the gradients grad (E, P, Q) and bias (E, P).
+
+    They are empty without splits, so that fewer rows have the same kernel, and None if no number of rows is split.
+    """
+
+    def parts(x: Tensor | None, place: int) -> Tensor | None:
+        if x is None or (splits == 1 and _wanted_splits(tiles, call) == 1):
+            return None
+        experts, *shape = x.shape
+        shape.insert(place, splits)
+        return x.new_empty((experts * (splits > 1), *shape), dtype=torch.float32)
+
+    return parts(grad, 1), parts(bias, 0)
 
 
 def weight_gradient_launch(
@@ -200,14 +224,14 @@ def weight_gradient_launch(
     call: RoutedCall,
     left: tuple[Tensor, bool],
     right: tuple[Tensor, bool],
-    grad: Tensor | None,
-    bias: Tensor | None,
+    results: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    splits: int,
     weight: Tensor | None,
 ) -> Launch:
-    """Launch of grad (E, P, splits, Q), bias (E, splits, P), or one of them; left (., P) and right (., Q) are by
-    token or row."""
+    """Launch of the gradients grad (E, P, Q) and bias (E, P), None if not wanted, or of their parts (see
+    gradient_parts), the last two results; left (., P) and right (., Q) are by token or row."""
     p, q = left[0].shape[1], right[0].shape[1]
-    splits = grad.shape[2] if grad is not None else 1 if bias is None else bias.shape[1]
+    grad, bias, parts, bias_parts = results
     high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
     down, across = blocks_of(p, high), blocks_of(q, wide)
     shares = call.experts * splits * down
@@ -218,11 +242,12 @@ def weight_gradient_launch(
         {
             **{"left": left[0], "right": right[0], "weight": weight},
             **{"offsets": call.offsets, "permutation": call.permutation},
-            **{"grad": grad, "bias": bias, "rows": call.rows},
+            **{"grad": grad, "bias": bias, "parts": parts, "bias_parts": bias_parts},
+            **{"rows": call.rows, "splits": splits},
         },
         {
             **{"EXPERTS": call.experts, "LEFT_OF": of_left, "RIGHT_OF": of_right},
-            **{"P": p, "Q": q, "SPLITS": splits},
+            **{"P": p, "Q": q},
             **{"ROWS": high, "COLUMNS": wide, "DEPTH": tiles.deep},
             "PRECISION": matrix_precision(call.x.dtype),
         },
@@ -232,16 +257,17 @@ def weight_gradient_launch(
     )
 
 
-def sum_launch(parts: Tensor, out: Tensor) -> Launch:
-    """Launch of out (lines, width), the sum of parts (lines, count, width) over count."""
+def sum_launch(parts: Tensor, out: Tensor, *, splits: bool = False) -> Launch:
+    """Launch of out (lines, width), the sum of parts (lines, count, width) over count, which is a constant of the
+    kernel unless it is a number of splits."""
     lines, count, width = parts.shape
     wide = chunk_of(width, 1024)
     high = max(1, _SUM_TILE // wide)
     return Launch(
         sum_kernel,
         blocks_of(lines, high) * blocks_of(width, wide),
-        {"parts": parts, "out": out, "lines": lines},
-        {"COUNT": count, "WIDTH": width, "LINES": high, "WIDE": wide},
+        {"parts": parts, "out": out, "lines": lines, "splits": count},
+        {"COUNT": 0 if splits else count, "WIDTH": width, "LINES": high, "WIDE": wide},
         4,
         2,
     )

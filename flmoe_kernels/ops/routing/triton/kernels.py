@@ -29,7 +29,7 @@ def order_keys(x):
 # The TOP_K experts of a block of tokens, best first, and their weights. One program per block, whose logits are in
 # registers: TOP_K times the largest key is selected (ties: the lowest expert) and removed. Its rank is its
 # position in the output, so that weights need no second search. Traffic: logits, index and weight once.
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def gate_kernel(
     logits,
     index,
@@ -65,9 +65,13 @@ def gate_kernel(
 
 
 @triton.jit
-def groups_of(index, mask, row, rows, EXPERTS: tl.constexpr, CHOICES: tl.constexpr):
-    """Expert of each row; EXPERTS where dropped, masked or out of range, -1 past the end."""
-    expert = tl.load(index + row, mask=row < rows, other=-1)
+def groups_of(
+    index, mask, first, rows, EXPERTS: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr
+):
+    """Expert of STEP rows from `first` on; EXPERTS where dropped, masked or out of range, -1 past the end."""
+    row, whole = first + tl.arange(0, STEP), first + STEP <= rows
+    # A load without a mask takes two values at a time.
+    expert = tl.load(index + row) if whole else tl.load(index + row, mask=row < rows, other=-1)
     kept = (expert >= 0) & (expert < EXPERTS)
     if mask is not None:
         kept = kept & tl.load(mask + row // CHOICES, mask=row < rows, other=False)
@@ -80,7 +84,7 @@ def one_hot(group, LANES: tl.constexpr):
 
 
 # counts[block, group] of a block of rows. One program per block, STEP rows at a time.
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def count_kernel(
     index,
     mask,
@@ -95,8 +99,8 @@ def count_kernel(
     lane = tl.arange(0, LANES)
     found = tl.zeros((LANES,), tl.int32)
     for step in range(0, BLOCK, STEP):
-        row = tl.program_id(0) * BLOCK + step + tl.arange(0, STEP)
-        group = groups_of(index, mask, row, rows, EXPERTS, CHOICES)
+        first = tl.program_id(0) * BLOCK + step
+        group = groups_of(index, mask, first, rows, EXPERTS, CHOICES, STEP)
         found += tl.sum(one_hot(group, LANES), 0)
     line = counts + tl.program_id(0).to(tl.int64) * (EXPERTS + 1)
     tl.store(line + lane, found, mask=lane <= EXPERTS)
@@ -104,7 +108,7 @@ def count_kernel(
 
 # counts[block, group] become the number of rows of the group in the blocks before; totals are also stored. One
 # program per WIDE groups processes the blocks in order.
-@triton.jit
+@triton.jit(do_not_specialize=("blocks",))
 def scan_kernel(
     counts,
     totals,
@@ -134,7 +138,7 @@ def positions(group, before, LANES: tl.constexpr):
 
 
 # The stable permutation. One program per block of rows; the first one also writes counts and offsets.
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def place_kernel(
     index,
     before,
@@ -157,13 +161,15 @@ def place_kernel(
     line = before + tl.program_id(0).to(tl.int64) * (EXPERTS + 1)
     start += tl.load(line + lane, mask=lane <= EXPERTS, other=0)
     for step in range(0, BLOCK, STEP):
-        row = tl.program_id(0) * BLOCK + step + tl.arange(0, STEP)
-        place, start = positions(groups_of(index, None, row, rows, EXPERTS, 1), start, LANES)
+        first = tl.program_id(0) * BLOCK + step
+        group = groups_of(index, None, first, rows, EXPERTS, 1, STEP)
+        place, start = positions(group, start, LANES)
+        row = first + tl.arange(0, STEP)
         tl.store(permutation + place, row, mask=row < rows)
 
 
 # The rows that an expert keeps: the first `capacity`, or without counts all rows that are not masked.
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "capacity"))
 def limit_kernel(
     index,
     mask,
@@ -183,8 +189,9 @@ def limit_kernel(
         line = before + tl.program_id(0).to(tl.int64) * (EXPERTS + 1)
         count += tl.load(line + lane, mask=lane <= EXPERTS, other=0)
     for step in range(0, BLOCK, STEP):
-        row = tl.program_id(0) * BLOCK + step + tl.arange(0, STEP)
-        group = groups_of(index, mask, row, rows, EXPERTS, CHOICES)
+        first = tl.program_id(0) * BLOCK + step
+        row = first + tl.arange(0, STEP)
+        group = groups_of(index, mask, first, rows, EXPERTS, CHOICES, STEP)
         keep = group < EXPERTS
         if before is not None:
             place, count = positions(group, count, LANES)

@@ -1,4 +1,4 @@
-"""The encoders of all experts without gradients, in one native call."""
+"""Dense encoders of all experts as one operator call."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.ops.encoder import api as ops
 
-from .forward import require_like
+from .forward import branch_rate, draw_seeds, rate_of, require_like
 from .fusion import Compat
 from .packing import TokenPlan, Views, fold_views
 
 Networks = Sequence[Sequence[Any]]  # the encoder layers of each expert
 
 
-class EncoderWeights:
-    """Weights of dense encoders in the order of `encoder_inference`.
+class Encoders:
+    """Weights and rates of dense encoders, in the order of `encoder_inference`.
 
-    The modules are those of one check of the layer's parts; parameters and modes are read in every call.
+    The modules are those of one check of the layer's parts; parameters, rates and modes are read in every call.
     """
 
     def __init__(self, networks: Networks) -> None:
@@ -37,19 +37,79 @@ class EncoderWeights:
             self._dropouts += [attention.attn_drop, attention.proj_drop, layer.dropout1]
             self._dropouts += [mlp[2], layer.dropout2]
 
-    def read(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """The weights; None if the call needs gradients or dropout."""
-        if any(part.training and part.p > 0 for part in self._dropouts):
-            return None
+    def read(self) -> list[Tensor]:
+        """The weights."""
         weights = [part._parameters.get(name) for part, name in self._places]
         if any(
             x is None for x in weights
         ):  # replicas of DataParallel have only the slower attributes
             weights = [getattr(part, name) for part, name in self._places]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *weights)):
-            return None
         require_like(weights, weights[0])
         return weights
+
+    def infers(self, backend: str, tensors: Sequence[Tensor]) -> bool:
+        """Whether a call needs neither gradients of `tensors` nor dropout, and the backend has a kernel for it."""
+        drops = any(part.training and part.p > 0 for part in self._dropouts)
+        return backend == backends.CPU and not drops and not _differentiable(tensors)
+
+    def rates(self, compat: Compat) -> list[float]:
+        """The rates of each layer's dropouts, as `encoder_layers` takes them."""
+        rates = []
+        for layers in zip(*self.networks, strict=True):
+            rates += [
+                rate_of("attn_drop", [x.attn.attn_drop for x in layers]),
+                branch_rate(layers, compat),
+                rate_of("mlp.network.2", [x.mlp.network[2] for x in layers]),
+                rate_of("dropout2", [x.dropout2 for x in layers]),
+            ]
+        return rates
+
+
+def _differentiable(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def train(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    encoders: Encoders,
+    plan: TokenPlan,
+    views: Views,
+    compat: Compat,
+    backend: str,
+) -> Tensor:
+    """Compute latents (E, V, B, M * D) from rows (E, 2, n, D) with views or (E, 1, n, D) without, as `encode`."""
+    experts, copies, _, width = rows.shape
+    rates = encoders.rates(compat)
+    seeds = draw_seeds(rates, rows.device)
+    samples, modality, index = plan.samples, None, None
+    if views.folded:
+        plan, index = fold_views(plan, views)
+    elif copies > 1:
+        modality = views.places(plan)
+    first = encoders.networks[0][0]
+    # Triton kernels read the number of valid rows on the GPU. Plans of the CPU have only valid rows, except while
+    # tracing.
+    padded = backend == backends.TRITON and not plan.compact
+    count = plan.cu_samples[-1:] if padded else None
+    latents = ops.encoder_layers(
+        rows,
+        modality,
+        index,
+        plan.cu_samples,
+        plan.cu_segments,
+        count,
+        weights,
+        seeds,
+        rates,
+        first.attn.num_heads,
+        1 if views.folded else views.count,
+        first.norm1.eps,
+        compat == "i2moe",
+        _differentiable([rows, *weights]),
+        backend,
+    )
+    return latents.view(experts, views.count, samples, plan.modalities * width)
 
 
 def infer(

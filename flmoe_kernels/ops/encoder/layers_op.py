@@ -1,0 +1,289 @@
+"""torch.library registration of encoder_layers: schema, fakes, FLOP, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flmoe_kernels.core.backend import CPU
+from flmoe_kernels.core.dtypes import statistics_dtype
+from flmoe_kernels.core.flops import values_of
+from flmoe_kernels.core.registration import define, first_order_only, loop_over_gradients
+
+from .inference import FIRST_BIAS, LAYER_TENSORS
+from .layers import PLACES, Kernels, Options, Rows, Weights, backward, flows, forward
+
+_PLAN = "Tensor? modality, Tensor? index, Tensor cu_samples, Tensor cu_segments, Tensor? count"
+_OPTIONS = "float[] rates, SymInt heads, SymInt views, float eps, bool self_residual"
+
+
+_RANGES = {
+    "linear": "expert_linear",
+    "norm": "dropout_add_norm",
+    "mlp": "expert_mlp",
+    "pool": "dropout_add_pool",
+    "views_of": "expand_views",
+    "forward": "expert_attention",
+    "linear_backward": "expert_linear_backward",
+    "norm_backward": "dropout_add_norm_backward",
+    "mlp_backward": "expert_mlp_backward",
+    "pool_backward": "dropout_add_pool_backward",
+    "views_backward": "expand_views_backward",
+    "backward": "expert_attention_backward",
+}
+
+
+class _Recorded:
+    """A module whose functions are ranges of torch's profiler, with the names of the operators."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        if name not in _RANGES:
+            return function
+
+        def run(*args: Any, **options: Any) -> Any:
+            label = f"flmoe::{_RANGES[name]}"
+            if name.startswith("linear"):
+                weight = args[1 if name == "linear" else 2]
+                label += f" {weight.shape[2]} to {weight.shape[1]}"
+            with torch.profiler.record_function(label):
+                return function(*args, **options)
+
+        return run
+
+
+def _kernels(backend: str) -> Kernels:
+    match backend:
+        case "cpu":
+            from flmoe_kernels.ops.expert_attention import cpu as attention
+
+            from . import cpu
+
+            modules: tuple[Any, Any] = cpu, attention
+        case "triton":
+            from flmoe_kernels.ops.expert_attention import triton as attention_triton
+
+            from . import triton
+
+            modules = triton, attention_triton
+        case _:
+            raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
+    if torch.autograd.profiler._is_profiler_enabled:
+        modules = _Recorded(modules[0]), _Recorded(modules[1])
+    return Kernels(*modules)
+
+
+def _forward(backend: str, rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    plan, weights, seeds, options, save = _arguments(args)
+    if plan.valid_rows is not None and backend == CPU:
+        raise ValueError("count: expected None on the CPU")
+    return forward(_kernels(backend), rows, plan, weights, seeds, options, save)
+
+
+def _arguments(args: Sequence[Any]) -> tuple[Rows, list[Tensor], Tensor | None, Options, bool]:
+    """The arguments of encoder_layers after the rows."""
+    return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
+
+
+def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    plan, weights, _, options, save = _arguments(args)
+    experts, copies, n, width = rows.shape
+    index, views, heads = plan.source, options.views, options.heads
+    groups, length = (experts, index.shape[0]) if index is not None else (experts * views, n)
+    count, hidden = groups * length // experts, weights[FIRST_BIAS].shape[0]
+    segments = groups // experts * (plan.cu_segments.shape[0] - 1)
+    latents = rows.new_empty((experts, segments, width))
+    layers = len(weights) // (experts * LAYER_TENSORS)
+    if not save:
+        return latents, []
+    statistics = statistics_dtype(rows.dtype)
+    saved = [
+        rows.new_empty(experts * layers * (6 * width + hidden)),
+        rows.new_empty((experts * layers * (4 * width + hidden), width)),
+        rows.new_empty((experts * layers * width, hidden)),
+    ]
+
+    def norm(size: int) -> list[Tensor]:
+        mean, rstd = (rows.new_empty((experts, size), dtype=statistics) for _ in range(2))
+        return [mean, rstd, rows.new_empty((experts, size, width))]
+
+    for layer in range(layers):
+        if layer > 0:
+            saved.append(rows.new_empty((experts, count, width)))
+        saved += norm(copies * n if layer == 0 else count)
+        saved += [
+            rows.new_empty((groups, length, 3, heads, width // heads)),
+            rows.new_empty((groups, length, heads, width // heads)),
+            rows.new_empty((groups, length, heads), dtype=statistics),
+            rows.new_empty((experts, count, width)),
+            *norm(count),
+            rows.new_empty((experts, count, hidden)),
+        ]
+    return latents, saved
+
+
+def _products(rows: Tensor, plan: Rows, hidden: int, views: int) -> tuple[int, int, int, int, int]:
+    """FLOP of: q, k, v of the first layer; q, k, v of a later layer; attention scores; projection; one of the two
+    MLP products. The product of probabilities and values costs as much as the scores."""
+    experts, copies, n, width = rows.shape
+    count = experts * (views * n if plan.source is None else plan.source.shape[0])
+    bounds = values_of(plan.cu_samples)
+    if bounds is None:
+        samples = torch.sym_max(plan.cu_samples.shape[0] - 1, 1)
+        pairs = (
+            count * n // samples if plan.source is None else count * count // (experts * samples)
+        )
+    else:
+        pairs = sum((end - start) ** 2 for start, end in pairwise(bounds))
+        pairs *= experts * (views if plan.source is None else 1)
+    square = 2 * width * width
+    return (
+        *(3 * experts * copies * n * square, 3 * count * square),
+        *(2 * pairs * width, count * square, 2 * count * width * hidden),
+    )
+
+
+def _flops(rows: Tensor, *args: Any) -> int:
+    plan, weights, _, options, _ = _arguments(args)
+    layers = len(weights) // (rows.shape[0] * LAYER_TENSORS)
+    first, qkv, scores, proj, mlp = _products(
+        rows, plan, weights[FIRST_BIAS].shape[0], options.views
+    )
+    return first + (layers - 1) * qkv + layers * (2 * scores + proj + 2 * mlp)
+
+
+def _wants(wants: Sequence[bool]) -> list[Weights]:
+    size = len(Weights._fields)
+    return [Weights(*wants[i : i + size]) for i in range(1, len(wants), size)]
+
+
+def _backward(backend: str, grad: Tensor, rows: Tensor, *args: Any) -> list[Tensor]:
+    plan, seeds, saved, options, wants = _backward_arguments(args)
+    return backward(
+        _kernels(backend), grad, rows, plan, seeds, saved, options, wants[0], _wants(wants)
+    )
+
+
+def _backward_arguments(
+    args: Sequence[Any],
+) -> tuple[Rows, Tensor | None, list[Tensor], Options, list[bool]]:
+    """The arguments of encoder_layers_backward after the gradient and the rows."""
+    return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
+
+
+def _backward_fake(grad: Tensor, rows: Tensor, *args: Any) -> list[Tensor]:
+    _, _, saved, _, wants = _backward_arguments(args)
+    experts, width, hidden = rows.shape[0], rows.shape[3], saved[2].shape[1]
+    vector = (experts, width)
+    shapes = Weights(
+        *(vector, vector, (experts, 3 * width, width), (experts, width, width)),
+        *(vector, vector, vector, (experts, hidden, width), (experts, hidden)),
+        *((experts, width, hidden), vector),
+    )
+    grads = [rows.new_empty(rows.shape if wants[0] else (0,))]
+    for layer in _wants(wants):
+        grads += [
+            rows.new_empty(shape if want else (0,))
+            for shape, want in zip(shapes, layer, strict=True)
+        ]
+    return grads
+
+
+def _backward_flops(_grad: Tensor, rows: Tensor, *args: Any) -> int:
+    plan, _, saved, options, wants = _backward_arguments(args)
+    first, others, scores, proj, mlp = _products(rows, plan, saved[2].shape[1], options.views)
+    layers, total = _wants(wants), 0
+    for i, (flow, want) in enumerate(zip(flows(wants[0], layers), layers, strict=True)):
+        qkv = first if i == 0 else others
+        total += qkv * (flow.normed1 + want.qkv) + proj * (flow.qkv + want.proj)
+        total += 5 * scores * flow.qkv
+        through = flow.normed2 or want.w_in or want.b_in
+        total += mlp * (flow.normed2 + want.w_in + through + want.w_out)
+    return total
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+    rows, *args, ctx.backend = inputs
+    plan, weights, seeds, ctx.options, save = _arguments(args)
+    if not save:
+        raise ValueError("save: expected True in a call that is differentiated")
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1])
+    ctx.dtypes = [weight.dtype for weight in weights]
+    ctx.save_for_backward(rows, *plan, seeds, *output[1])
+
+
+def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
+    # Read once: checkpointing and hooks unpack the tensors at every read.
+    tensors = ctx.saved_tensors
+    rows, *plan, seeds = tensors[:7]
+    saved = tensors[7:]
+    wants = ctx.needs_input_grad
+    needs: list[bool] = wants[6]
+    results: list[Tensor | None] = [None] * len(needs)
+    rest = (None,) * (len(wants) - 7)
+    if grad is None:
+        return (None,) * 6 + (results,) + rest
+    experts, width = rows.shape[0], rows.shape[3]
+    layers = len(needs) // (experts * LAYER_TENSORS)
+
+    def places(layer: int, kind: Sequence[int]) -> list[int]:
+        return [
+            (expert * layers + layer) * LAYER_TENSORS + place
+            for expert in range(experts)
+            for place in kind
+        ]
+
+    kinds = [places(layer, kind) for layer in range(layers) for kind in PLACES]
+    wanted = [wants[0], *(any(needs[i] for i in kind) for kind in kinds)]
+    of_rows, *grads = torch.ops.flmoe.encoder_layers_backward(
+        grad,
+        rows,
+        *plan,
+        seeds,
+        saved,
+        *ctx.options,
+        wanted,
+        ctx.backend,
+    )
+    for kind, of_kind, want in zip(kinds, grads, wanted[1:], strict=True):
+        if not want:
+            continue
+        flat = of_kind.view(-1, *of_kind.shape[2:]).to(ctx.dtypes[kind[0]])
+        # Only q has another number of rows than the second tensor of its kind.
+        sizes = (
+            [width, 2 * width] * experts
+            if len(kind) > experts
+            else [len(flat) // experts] * experts
+        )
+        for i, part in zip(kind, flat.split_with_sizes(sizes), strict=True):
+            results[i] = part if needs[i] else None
+    return of_rows if wants[0] else None, *(None,) * 5, results, *rest
+
+
+define(
+    "encoder_layers",
+    f"(Tensor rows, {_PLAN}, Tensor[] weights, Tensor? seeds, {_OPTIONS}, bool save) "
+    "-> (Tensor, Tensor[])",
+    _forward,
+    _fake,
+    (_setup, _autograd),
+    flops=_flops,
+)
+define(
+    "encoder_layers_backward",
+    f"(Tensor grad_out, Tensor rows, {_PLAN}, Tensor? seeds, Tensor[] saved, {_OPTIONS}, bool[] wants) "
+    "-> Tensor[]",
+    _backward,
+    _backward_fake,
+    flops=_backward_flops,
+)
+first_order_only("encoder_layers_backward")
+loop_over_gradients("encoder_layers_backward")

@@ -1,0 +1,1 @@
+"""An emulator of PTX that checks every access to memory."""
