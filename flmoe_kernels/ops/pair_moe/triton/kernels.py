@@ -9,7 +9,8 @@ WIDE_V columns. Every written chunk has its own program, which recomputes the ga
 that fits into one chunk needs one gate.
 
 A loop loads the mask of its next block: if a matrix product depends on a mask that is loaded in the same step,
-Triton 3.7 lays out the product's operands for 8-bit values. The mask of a program's own tokens is read after the loop.
+Triton 3.7 lays out the product's operands for 8-bit values. The mask of a program's own tokens is read after the
+loop.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def message_sums(
 # One program per block of tokens i, chunk of V and sample, with a loop over blocks of j. Traffic: q, a and out
 # once; k and c once per block of i, from L2. Bound, by counting instructions, not measured: the arithmetic of the
 # softmax and, for as many cycles on sm_90, its exponentials and reciprocals; the matrix units wait. Sums of p c_j
-# are therefore a matrix product for every reduction: "pool" does not need it for unique_b and redundancy, but would
-# then sum p over the rows of a tile, across warps, on the busier units.
+# are therefore a matrix product for every reduction: "pool" does not need it for unique_b and redundancy, but
+# would then sum p over the rows of a tile, across warps, on the busier units.
 @triton.jit
 def accumulate_kernel(
     q,

@@ -172,8 +172,8 @@ def gate(
 ):
     """Probabilities of the experts for a tile of pairs, one [x, z] tile each.
 
-    If `invalid`, which is the same for all threads, they are 0 where z is not valid; tiles of valid tokens skip these
-    selections. The caller handles rows x that are not valid, when it stores them.
+    If `invalid`, which is the same for all threads, they are 0 where z is not valid; tiles of valid tokens skip
+    these selections. The caller handles rows x that are not valid, when it stores them.
     """
     logits = ()
     for e in tl.static_range(EXPERTS):
