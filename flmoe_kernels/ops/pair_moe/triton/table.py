@@ -46,7 +46,8 @@ class Tiles:
 # takes more than the 99 KiB that the smallest devices of sm_8x and sm_12x have, for the first "gradient".
 # float32, whose products split operands in registers, and more than four experts have twice the values or tiles:
 # there rows, columns and chunks are what spills nothing in any named case. One still does: the float32 gradient of
-# eight experts, up to 48 bytes of a thread, see docs/launch_tables.md. The fastest choice has not been measured.
+# k of eight experts on sm_100, 24 bytes of a thread, see docs/launch_tables.md. The fastest choice has not been
+# measured.
 _ALL: dict[Key, Tiles] = {
     ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 3, (36864, 0, 0)),
     ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (51264, 0, 0), 192),
@@ -69,14 +70,14 @@ _ROWS, _FEW_PROGRAMS = 64, 100
 _SUMS, _GRADIENT = ("accumulate", False, False, FEW), ("gradient", False, False, FEW)
 
 
-# Those that an architecture has instead; their shared bytes elsewhere are 0. 32 columns in "accumulate" take TODO
-# instead of TODO instructions per pair and expert on sm_90 and TODO instead of TODO on sm_100, where sums lie in
-# tensor memory: twice the pairs share the fixed cost of a step (pointers, masks, barriers). "gradient" holds
-# two tiles of pairs for each expert and spills with 32 columns; on sm_90 and sm_100 it has room for all sums.
-# A thread of sm_100 has a row of its own. float32 and more than four experts
-# have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight warps and chunks of 16,
-# at which nothing spills. float32 "accumulate" of more than four
-# experts has sm_80's tile on sm_90 too, with chunks of 16. The fastest choice has not been measured.
+# Those that an architecture has instead; their shared bytes elsewhere are 0. 32 columns in "accumulate" take 10.3
+# instead of 12.1 instructions per pair and expert on sm_90 and 13.6 instead of 17.6 on sm_100, where sums lie in
+# tensor memory: twice the pairs share the fixed cost of a step (pointers, masks, barriers). "gradient" holds two
+# tiles of pairs for each expert and spills with 32 columns; with 16, sm_90 and sm_100 have room for the sums of a
+# and c in every reduction, sm_80 for one product's. A thread of sm_100 has a row of a tile for itself. float32 and
+# more than four experts have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight
+# warps and chunks of 16, at which nothing spills. float32 "accumulate" of more than four experts has sm_80's tile
+# on sm_90 too, with chunks of 16. The fastest choice has not been measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
     80: {
         _SUMS: Tiles(16, 64, 64, 64, 4, 2, (47104, 0, 0)),
