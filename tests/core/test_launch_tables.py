@@ -111,7 +111,7 @@ def test_buffers_for_other_tiles_are_refused() -> None:
     )
     bias = meta((8, 3, 4), torch.float32)
     with pytest.raises(ValueError, match="grad_bias: expected partial sums of 5 blocks, got 3"):
-        pair.gate_gradient_launch(tiles, call, sides, pair.operand(call.q), bias)
+        pair.gradient_launch(tiles, call, sides, pair.operand(call.q), bias)
     mlp = routed_mlp.of(routed_mlp.ODD[3].name).call()
     rows, dots = meta((mlp.rows, mlp.hidden), mlp.x.dtype), meta((mlp.rows, 2), torch.float32)
     with pytest.raises(ValueError, match="dots: expected 4 blocks of columns, got 2"):

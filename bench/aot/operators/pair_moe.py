@@ -13,15 +13,16 @@ from flmoe_kernels.ops.pair_moe.call import REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import kind_codes
 from flmoe_kernels.ops.pair_moe.triton import launch as launches
 from flmoe_kernels.ops.pair_moe.triton.choice import tiles_of
+from flmoe_kernels.ops.pair_moe.triton.kernels import accumulate_kernel, gradient_kernel
+from flmoe_kernels.ops.pair_moe.triton.map_kernels import map_kernel
 from flmoe_kernels.ops.pair_moe.triton.table import class_of
 from flmoe_kernels.profile.shapes import PairShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# The kernel that computes each output, as named in the launch table.
-KERNELS = {"y": "accumulate", "grad_a": "accumulate", "grad_c": "accumulate"}
-KERNELS |= {"grad_q": "gradient", "grad_k": "gradient", "phi": "map", "keys": "map"}
-# Minimum number of matrix instructions of a kernel, so that every loop has its products.
-LEAST = {"accumulate": 7, "gradient": 12, "map": 9}
+# The kernels' names in the launch table.
+KERNELS = {accumulate_kernel: "accumulate", gradient_kernel: "gradient", map_kernel: "map"}
+# Minimum number of matrix instructions of an output's kernel, so that every loop has its products.
+LEAST = {"y": 7, "grad_a": 7, "grad_c": 7, "grad_q": 12, "grad_k": 12, "phi": 9, "keys": 9}
 BACKWARD = ("project", "grad_a", "grad_c", "grad_q", "grad_k")
 
 
@@ -112,13 +113,12 @@ USES: tuple[tuple[PairUse, tuple[str, ...], bool], ...] = (
 def built(use: PairUse, output: str, architecture: int) -> Built:
     call = use.call()
     launch = dict(launches_of(call, use.reduce, architecture))[output]
-    kernel = KERNELS.get(output)
+    kernel = KERNELS.get(launch.kernel)
     if kernel is None:
         return Built(launch)
-    reduce = use.reduce if output == "y" else REDUCE_NONE
-    tiles = tiles_of(kernel, call, architecture, reduce)
+    tiles = tiles_of(kernel, call, architecture)
     row = f"{kernel}, {class_of(call)}, {tiles.rows} x {tiles.columns}"
-    return Built(launch, LEAST[kernel], row, stated(tiles.shared, architecture))
+    return Built(launch, LEAST[output], row, stated(tiles.shared, architecture))
 
 
 def launches_of(call: PairCall, reduce: str, architecture: int) -> Iterator[tuple[str, Launch]]:
@@ -131,13 +131,22 @@ def launches_of(call: PairCall, reduce: str, architecture: int) -> Iterator[tupl
         out = meta((call.batch, call.experts, blocks, call.width), statistics)
     mass = meta(tuple(call.q.shape[:3]), statistics)
     yield "y", launches.forward_launch(tiles, call, reduce, out, mass)
-    sides = launches.make_sides(call, reduce, call.q.dtype)
+    sides = launches.make_sides(call, reduce, call.q.dtype, of_mass=True)
     yield "project", launches.project_launches(call, reduce, y, mass, sides)[0]
     q, k, a, c = (meta(tuple(x.shape), call.q.dtype) for x in (call.q, call.k, call.a, call.c))
     sums, gates = (tiles_of(kernel, call, architecture) for kernel in ("accumulate", "gradient"))
     bias = meta((call.batch, launches.row_blocks(gates, call), call.experts), statistics)
-    backward = launches.backward_launches(sums, gates, call, reduce, y, sides, (q, k, a, c), bias)
-    yield from zip(GRADIENTS, backward, strict=True)
+    # Those of q and k also compute those of a and c, where launch.together allows.
+    for name, grads, sums_of_bias in (
+        ("grad_a", (None, None, a, None), None),
+        ("grad_c", (None, None, None, c), None),
+        ("grad_q", (q, None, a, None), bias),
+        ("grad_k", (None, k, None, c), None),
+    ):
+        backward = launches.backward_launches(
+            sums, gates, call, reduce, y, sides, grads, sums_of_bias
+        )
+        yield name, backward[0]
     if reduce != REDUCE_NONE:
         sides = launches.make_sides(call, REDUCE_POOL, statistics)
         tiles = tiles_of("map", call, architecture)

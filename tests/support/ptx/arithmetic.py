@@ -141,6 +141,7 @@ _FLOAT: dict[str, Function] = _BOTH | {
     "max": np.fmax,
     "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(a.dtype),
     "div": np.divide,
+    "rcp": np.reciprocal,
     "sqrt": np.sqrt,
     "rsqrt": lambda x: (1 / np.sqrt(x, dtype=np.float64)).astype(np.float32),
     "ex2": np.exp2,

@@ -65,7 +65,7 @@ def backward(
     sums, gates = tiles_of("accumulate", call), tiles_of("gradient", call)
     shape = (call.batch, row_blocks(gates, call), call.experts if wants[4] else 0)
     bias = call.q.new_empty(shape, dtype=call.statistics)
-    sides = make_sides(call, reduce, call.q.dtype)
+    sides = make_sides(call, reduce, call.q.dtype, of_mass=grad_mass is not None)
     grads = [g if want else None for g, want in zip((q, k, a, c, bias), wants, strict=True)]
     # The gradient of a does not use the sides.
     used = any(wants[i] for i in (0, 1, 3, 4))

@@ -15,11 +15,10 @@ from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_
 
 from .launch import (
     Sides,
+    backward_launches,
     forward_launch,
-    gate_gradient_launch,
     make_sides,
     map_launch,
-    operand,
     project_launches,
     row_blocks,
 )
@@ -37,7 +36,7 @@ def tiles_of(
     if architecture is None and tuning.enabled():
         return fastest(kernel, call, reduce)
     place = architecture_of(call.q.device) if architecture is None else architecture
-    return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call, reduce))
+    return TABLE.tiles(key_of(kernel, call), place, *narrower(kernel, call))
 
 
 def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
@@ -59,7 +58,7 @@ def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
         summed=int(summed),
         tf32=int(matrix_precision(call.q.dtype) == "tf32"),
     )
-    tried = candidates(kernel, call, architecture_of(device), reduce)
+    tried = candidates(kernel, call, architecture_of(device))
     return tuning.choose(key, tried, lambda: _TRIALS[kernel](call, reduce), device)
 
 
@@ -77,24 +76,22 @@ def _accumulate(call: PairCall, reduce: str) -> Callable[[Tiles], tuning.Trial[T
 
 
 def _gradient(call: PairCall, _reduce: str) -> Callable[[Tiles], tuning.Trial[Tiles]]:
-    """Trials of the gradients of q, k and gate_bias, with a as the gradient of y."""
+    """Trials of all gradients, with a as the gradient of y."""
     device = call.q.device
     sides = _sides(call, REDUCE_NONE, call.q.dtype, call.a)
-    grad_q, grad_k = call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape)
+    grads = [x.new_empty(x.shape) for x in (call.q, call.k, call.a, call.c)]
+    sums = candidates("accumulate", call, architecture_of(device))[0]
 
     def make(tiles: Tiles) -> tuning.Trial[Tiles]:
         shape = (call.batch, row_blocks(tiles, call), call.experts)
         bias = call.q.new_empty(shape, dtype=call.statistics)
-        launches = [
-            gate_gradient_launch(tiles, call, sides, operand(grad_q), bias),
-            gate_gradient_launch(tiles, call, sides, operand(grad_k), None, swapped=True),
-        ]
+        launches = backward_launches(sums, tiles, call, REDUCE_NONE, call.a, sides, grads, bias)
         return tuning.Trial(
             tiles,
             device,
             partial(run, launches, device),
-            [grad_q, grad_k, bias],
-            lambda: [grad_q, grad_k, bias.sum(dim=1)],
+            [*grads, bias],
+            lambda: [*grads, bias.sum(dim=1)],
         )
 
     return make

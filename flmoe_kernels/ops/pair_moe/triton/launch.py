@@ -15,8 +15,9 @@ from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import coefficients_of
 
-from .kernels import accumulate_kernel, gate_gradient_kernel, map_kernel, project_kernel
-from .table import Tiles, registers_of
+from .kernels import accumulate_kernel, gradient_kernel, project_kernel
+from .map_kernels import map_kernel
+from .table import Tiles
 
 # How a kernel reads or writes (B, E, L, width), and S1, S2, S3 of every expert.
 Operand = tuple[Tensor, int, int, int]
@@ -67,6 +68,13 @@ def _gate_constants(call: PairCall, tiles: Tiles) -> dict[str, Any]:
         "DEPTH_R": chunk_of(call.rank, tiles.deep),
         "PRECISION": matrix_precision(call.q.dtype),
     }
+
+
+def lanes_of(tiles: Tiles) -> int:
+    """LANES of tiles.lane_sums: four threads of a warp share a row, and warps without 16 rows of their own divide
+    the columns."""
+    warps = max(1, 16 * tiles.warps // tiles.rows)
+    return tiles.lanes or min(4 * warps, tiles.columns // 2)
 
 
 def _coefficients(call: PairCall) -> Coefficients:
@@ -130,28 +138,29 @@ def _accumulate(
         {
             **_gate_constants(call, tiles),
             **dict(zip(("S1", "S2", "S3"), coefficients, strict=True)),
-            **{"REDUCE": reduce, "WIDE_V": wide},
+            **{"REDUCE": reduce, "WIDE_V": wide, "LANES": lanes_of(tiles)},
         },
         tiles.warps,
         tiles.stages,
-        registers_of(tiles),
     )
 
 
 @dataclass(frozen=True)
 class Sides:
     """The parts of a pair's value that belong to one token, see project_kernel: value = offset_i + offset_j
-    + factor_i . c_j, with the product for some experts only."""
+    + factor_i . c_j. product, has_i, has_j: the experts for which the product and the offsets are not 0."""
 
     offset_i: Tensor
     offset_j: Tensor | None
     factor: Tensor | None
     product: tuple[bool, ...]
+    has_i: tuple[bool, ...]
+    has_j: tuple[bool, ...]
 
 
-def make_sides(call: PairCall, reduce: str, dtype: torch.dtype) -> Sides:
-    """Uninitialised sides for a gradient of y with this `reduce`; factors in `dtype`."""
-    _, s2, s3 = _coefficients(call)
+def make_sides(call: PairCall, reduce: str, dtype: torch.dtype, *, of_mass: bool = False) -> Sides:
+    """Uninitialised sides for a gradient of y with this `reduce` and, `of_mass`, of mass; factors in `dtype`."""
+    s1, s2, s3 = _coefficients(call)
     pool = reduce == REDUCE_POOL
     # If the gradient is the same for every i, c_j's part depends only on c_j, unless it is multiplied by a_i.
     product = tuple(
@@ -160,7 +169,9 @@ def make_sides(call: PairCall, reduce: str, dtype: torch.dtype) -> Sides:
     offset_i = call.a.new_empty(call.a.shape[:3], dtype=torch.float32)
     offset_j = call.c.new_empty(call.c.shape[:3], dtype=torch.float32) if pool else None
     factor = call.a.new_empty(call.a.shape, dtype=dtype) if any(product) else None
-    return Sides(offset_i, offset_j, factor, product)
+    has_i = tuple(of_mass or first > 0 for first in s1)
+    has_j = tuple(pool and second > 0 for second in s2)
+    return Sides(offset_i, offset_j, factor, product, has_i, has_j)
 
 
 def project_launches(
@@ -204,6 +215,15 @@ def project_launches(
     return launches
 
 
+@dataclass(frozen=True)
+class Own:
+    """Gradient of a or c: the operands and S1, S2, S3 of its sum, see accumulate_kernel."""
+
+    grad: Operand
+    values: tuple[Operand | None, Operand | None]
+    coefficients: Coefficients
+
+
 def backward_launches(
     sums: Tiles,
     gates: Tiles,
@@ -215,7 +235,7 @@ def backward_launches(
     grad_bias: Tensor | None,
 ) -> list[Launch]:
     """Launches of the gradients of q, k, a, c, and of partial sums (B, row_blocks, E) for gate_bias; None if not
-    wanted.
+    wanted. One launch computes those of q, a and gate_bias, another those of k and c, if `together`.
 
     sums: "accumulate" tiles; gates: "gradient" tiles, which determine the blocks of grad_bias.
 
@@ -230,58 +250,85 @@ def backward_launches(
     g_a = spread(grad_y, call, reduce, call.rows)
     g_c = spread(grad_y, call, reduce, call.columns) if pool else None
     added = tuple(float(product) for product in sides.product)
+    of_a = None if grad_a is None else Own(grad_a, (g_a, operand(call.c)), (s1, none, s3))
+    of_c = (
+        None if grad_c is None else Own(grad_c, (g_c, factor), (s2 if pool else none, added, none))
+    )
     launches = []
-    if grad_a is not None:
-        launches.append(_accumulate(sums, call, grad_a, (g_a, operand(call.c)), (s1, none, s3)))
-    if grad_c is not None:
-        values, coefficients = (g_c, factor), (s2 if pool else none, added, none)
-        launches.append(_accumulate(sums, call, grad_c, values, coefficients, swapped=True))
-    if grad_q is not None or grad_bias is not None:
-        launches.append(gate_gradient_launch(gates, call, sides, grad_q, grad_bias))
-    if grad_k is not None:
-        launches.append(gate_gradient_launch(gates, call, sides, grad_k, None, swapped=True))
+    for swapped, grad, bias, own in (
+        (False, grad_q, grad_bias, of_a),
+        (True, grad_k, None, of_c),
+    ):
+        fused = own if own is not None and together(gates, call, own.coefficients) else None
+        if grad is not None or bias is not None or fused is not None:
+            launches.append(gradient_launch(gates, call, sides, grad, bias, fused, swapped=swapped))
+        if own is not None and fused is None:
+            launches.append(
+                _accumulate(sums, call, own.grad, own.values, own.coefficients, swapped=swapped)
+            )
     return launches
 
 
-def gate_gradient_launch(
+def together(tiles: Tiles, call: PairCall, coefficients: Coefficients) -> bool:
+    """Whether gradient_kernel also computes the gradient of a or c: if its sums fit, and its chunks of V need no
+    gates of their own. Does not depend on which gradients are wanted, so that they have the same bits."""
+    wide_r, wide_v = chunk_of(call.rank, tiles.wide), chunk_of(call.width, tiles.wide)
+    products = sum(second + third > 0 for _, second, third in zip(*coefficients, strict=True))
+    fits = call.experts * wide_r + products * wide_v <= tiles.sums
+    return fits and blocks_of(call.width, wide_v) <= blocks_of(call.rank, wide_r)
+
+
+def gradient_launch(
     tiles: Tiles,
     call: PairCall,
     sides: Sides,
     grad: Operand | None,
     grad_bias: Tensor | None,
+    own: Own | None = None,
     *,
     swapped: bool = False,
 ) -> Launch:
-    """Launch of the gradient of q and (B, row_blocks, E) partial sums for gate_bias, or (swapped) that of k; None
-    if not wanted."""
-    wide = chunk_of(call.rank, tiles.wide)
+    """Launch of the gradient of q and (B, row_blocks, E) partial sums for gate_bias, or (swapped) that of k, and
+    of `own`, the gradient of a or (swapped) of c; None if not wanted."""
+    wide_r, wide_v = chunk_of(call.rank, tiles.wide), chunk_of(call.width, tiles.wide)
+    chunks = max(
+        1 if grad is None else blocks_of(call.rank, wide_r),
+        1 if own is None else blocks_of(call.width, wide_v),
+    )
     gates = _gate_operands(call, swapped)
     values = [None if sides.factor is None else operand(sides.factor), operand(call.c)]
     offsets = [sides.offset_i, sides.offset_j]
+    has = [sides.has_i, sides.has_j]
     if swapped:
         values.reverse()
         offsets.reverse()
+        has.reverse()
     rows, columns = gates[0][0].shape[2], gates[1][0].shape[2]
     if grad_bias is not None:
         _expect_blocks("grad_bias", grad_bias.shape[1], blocks_of(rows, tiles.rows))
+    none = (0.0,) * call.experts
+    coefficients = (none,) * 3 if own is None else own.coefficients
     return Launch(
-        gate_gradient_kernel,
-        blocks_of(rows, tiles.rows) * blocks_of(call.rank, wide) * call.batch,
+        gradient_kernel,
+        blocks_of(rows, tiles.rows) * chunks * call.batch,
         {
             **dict(zip(("x", "z", "mask_x", "mask_z"), gates, strict=True)),
             **{"u": values[0], "w": values[1], "bias": call.gate_bias},
+            "own": None if own is None else own.values[0],
             **{"offset_x": offsets[0], "offset_z": offsets[1]},
             **{"grad_x": grad, "grad_bias": grad_bias},
+            "grad_own": None if own is None else own.grad,
             **{"length_x": rows, "length_z": columns, "scale": call.scale},
         },
         {
             **_gate_constants(call, tiles),
-            **{"PRODUCT": sides.product, "WIDE_R": wide},
-            "DEPTH_V": chunk_of(call.width, tiles.deep),
+            **dict(zip(("S1", "S2", "S3"), coefficients, strict=True)),
+            **{"PRODUCT": sides.product, "OFFSET_X": has[0], "OFFSET_Z": has[1]},
+            **{"DEPTH_V": chunk_of(call.width, tiles.deep), "LANES": lanes_of(tiles)},
+            **{"WIDE_R": wide_r, "WIDE_V": wide_v},
         },
         tiles.warps,
         tiles.stages,
-        registers_of(tiles),
     )
 
 
@@ -309,11 +356,10 @@ def map_launch(
         },
         {
             **_gate_constants(call, tiles),
-            "PRODUCT": sides.product,
+            **{"PRODUCT": sides.product, "OFFSET_X": sides.has_i, "OFFSET_Z": sides.has_j},
             "KEYS": out.dtype == torch.int64,
             "DEPTH_V": chunk_of(call.width, tiles.deep),
         },
         tiles.warps,
         tiles.stages,
-        registers_of(tiles),
     )

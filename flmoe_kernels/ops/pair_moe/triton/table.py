@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flmoe_kernels.core.triton.tables import Table
-from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, PairCall
+from flmoe_kernels.ops.pair_moe.call import PairCall
 
 # Kernel, more than _MANY experts, float32; and FEW for calls of few programs.
 Key = tuple[str | bool, ...]
@@ -21,7 +21,8 @@ class Tiles:
 
     shared: bytes per block on sm_80, sm_90 and sm_100 at the named shapes (R 32, V 64), the largest over all
     reductions and outputs; compiled with Triton 3.7.1, as tests/bench/test_aot.py checks.
-    registers: maximum number per thread; 0 leaves it to the compiler, which may spill to use fewer.
+    sums: columns of sums of all experts up to which "gradient" also computes the gradient of a or c, see
+    launch.together. lanes: partial sums of a row; 0 stands for those of mma.sync and wgmma, see launch.lanes_of.
     """
 
     rows: int
@@ -31,74 +32,75 @@ class Tiles:
     warps: int
     stages: int
     shared: tuple[int, int, int]
-    registers: int = 0
+    sums: int = 0
+    lanes: int = 0
 
 
 # (kernel, more than _MANY experts, float32) -> tiles for every architecture that has none of its own. 16 columns
 # are the least that a matrix product sums over, and 64 rows give each of four warps the 16 that its instruction
 # takes (and sm_90's the 64 of its group), so that p stays in the registers where it was made. More columns spill
-# on sm_80 and sm_90, where a tile per expert and the sums fill the 255 registers of a thread. "map" sums nothing
+# on sm_80, where a tile per expert and the sums fill the 255 registers of a thread. "map" sums nothing
 # over the tile and takes 512 pairs, which leave registers for its keys. Two blocks share an SM, as registers and
-# shared memory allow, but for those of eight warps, which are alone and as many warps. Only sm_100 takes more
-# than the 99 KiB that the smallest devices of sm_8x and sm_12x have, for the first "gradient".
+# shared memory allow, but for those of eight warps, which are alone and as many warps. With two stages a block's
+# loads are issued and awaited between two tiles; with three, the loads of the next tile are under way. Only sm_100
+# takes more than the 99 KiB that the smallest devices of sm_8x and sm_12x have, for the first "gradient".
 # float32, whose products split operands in registers, and more than four experts have twice the values or tiles:
 # there rows, columns and chunks are what spills nothing in any named case. One still does: the float32 gradient of
-# eight experts, up to 104 bytes of a thread, see docs/launch_tables.md. The fastest choice has not been measured.
+# k of eight experts on sm_100, 24 bytes of a thread, see docs/launch_tables.md. The fastest choice has not been
+# measured.
 _ALL: dict[Key, Tiles] = {
-    ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 2, (26624, 36864, 53376)),
-    ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (52288, 61504, 107712)),
+    ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 3, (36864, 0, 0)),
+    ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (51264, 0, 0), 192),
     ("map", False, False): Tiles(32, 16, 64, 64, 4, 1, (8192, 8192, 8192)),
-    ("accumulate", True, False): Tiles(64, 16, 32, 32, 4, 2, (47104, 61440, 94448)),
-    ("gradient", True, False): Tiles(16, 16, 16, 32, 4, 1, (1536, 1536, 1536)),
+    ("accumulate", True, False): Tiles(64, 16, 32, 32, 4, 2, (47104, 0, 0)),
+    ("gradient", True, False): Tiles(16, 16, 16, 64, 4, 1, (2560, 0, 0), 640),
     ("map", True, False): Tiles(16, 32, 32, 64, 8, 1, (3072, 3072, 3072)),
-    ("accumulate", False, True): Tiles(16, 16, 32, 64, 4, 2, (38912, 38912, 38912)),
-    ("gradient", False, True): Tiles(16, 16, 32, 32, 4, 2, (20480, 20480, 20480)),
+    ("accumulate", False, True): Tiles(16, 16, 32, 64, 4, 2, (38912, 0, 0)),
+    ("gradient", False, True): Tiles(16, 16, 32, 64, 4, 2, (38912, 38912, 38912), 320),
     ("map", False, True): Tiles(32, 16, 64, 64, 4, 1, (8192, 8192, 8192)),
-    ("accumulate", True, True): Tiles(16, 16, 32, 32, 4, 2, (63488, 63488, 63488)),
-    ("gradient", True, True): Tiles(16, 32, 16, 32, 4, 2, (4096, 4096, 4096)),
+    ("accumulate", True, True): Tiles(16, 16, 32, 32, 4, 2, (63488, 0, 63488)),
+    ("gradient", True, True): Tiles(16, 32, 16, 32, 4, 1, (4096, 4096, 4096), lanes=1),
     ("map", True, True): Tiles(16, 32, 32, 64, 4, 1, (4096, 4096, 4096)),
 }
 
 # FEW: calls whose larger side is up to so many blocks of 64 rows, of all samples: fewer than sm_80, sm_90 and
 # sm_100 have multiprocessors (sm_86 and sm_89 may have far fewer, and keep the tiles for all). Then the time is
-# that of one program, and 16 rows by 64 columns take it through its columns in a quarter of the steps. A limit
-# of 255 registers is set where the compiler would spill 8 bytes to fit more blocks, which do not exist.
+# that of one program, and 16 rows by 64 columns take it through its columns in a quarter of the steps.
 _ROWS, _FEW_PROGRAMS = 64, 100
-_LIMITED = (80, 90, 100)
+_SUMS, _GRADIENT = ("accumulate", False, False, FEW), ("gradient", False, False, FEW)
 
 
-def _few(accumulate: int, gradient: int) -> dict[Key, Tiles]:
-    """Tiles for calls of few programs, with these register limits."""
-    return {
-        ("accumulate", False, False, FEW): Tiles(16, 64, 64, 64, 4, 2, (47104,) * 3, accumulate),
-        ("gradient", False, False, FEW): Tiles(16, 64, 64, 64, 4, 2, (53504,) * 3, gradient),
-    }
-
-
-# Those that an architecture has instead; their shared bytes elsewhere are 0. 32 columns in "accumulate" take 14.6
-# instead of 16.8 instructions per pair and expert on sm_90 and 18.2 instead of 21.9 on sm_100, where sums lie in
-# tensor memory: twice the pairs share the fixed cost of a step (pointers, masks, barriers). On sm_90 the forward
-# that sums experts would spill 8 bytes and keeps the default tile. "gradient" holds
-# two tiles of pairs for each expert and spills 24 to 96 bytes with 32 columns. float32 and more than four experts
-# have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight warps and chunks of 16,
-# at which nothing spills; sm_100 would spill to stay below 129 registers. float32 "accumulate" of more than four
-# experts has sm_80's tile on sm_90 too, with chunks of 16. The fastest choice has not been measured.
+# Those that an architecture has instead; their shared bytes elsewhere are 0. 32 columns in "accumulate" take 10.3
+# instead of 12.1 instructions per pair and expert on sm_90 and 13.6 instead of 17.6 on sm_100, where sums lie in
+# tensor memory: twice the pairs share the fixed cost of a step (pointers, masks, barriers). "gradient" holds two
+# tiles of pairs for each expert and spills with 32 columns; with 16, sm_90 and sm_100 have room for the sums of a
+# and c in every reduction, sm_80 for one product's. A thread of sm_100 has a row of a tile for itself. float32 and
+# more than four experts have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight
+# warps and chunks of 16, at which nothing spills. float32 "accumulate" of more than four experts has sm_80's tile
+# on sm_90 too, with chunks of 16. The fastest choice has not been measured.
 _REPLACED: dict[int, dict[Key, Tiles]] = {
-    80: _few(0, 0),
+    80: {
+        _SUMS: Tiles(16, 64, 64, 64, 4, 2, (47104, 0, 0)),
+        _GRADIENT: Tiles(16, 64, 64, 64, 4, 2, (53504, 0, 0), 320),
+    },
     90: {
-        **_few(0, 255),
-        ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 2, (0, 57344, 0)),
-        ("accumulate", False, False, REDUCE_EXPERTS): _ALL["accumulate", False, False],
-        ("accumulate", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 8192, 0)),
-        ("gradient", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 4608, 0)),
+        _SUMS: Tiles(16, 64, 64, 64, 4, 2, (0, 47104, 0)),
+        _GRADIENT: Tiles(16, 64, 64, 64, 4, 3, (0, 94720, 0), 320),
+        ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 3, (0, 77824, 0)),
+        ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 3, (0, 71808, 0), 320),
+        ("accumulate", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 4608, 0)),
+        ("gradient", True, False): Tiles(64, 16, 16, 64, 8, 2, (0, 8192, 0), 384),
         ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 16384, 0)),
-        ("accumulate", True, True): Tiles(16, 16, 16, 32, 4, 2, (0, 2048, 0)),
+        ("accumulate", True, True): Tiles(16, 16, 16, 32, 4, 1, (0, 2048, 0), lanes=1),
     },
     100: {
-        **_few(255, 0),
-        ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 2, (0, 0, 73872)),
-        ("gradient", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 0, 5136)),
-        ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 0, 8200), 255),
+        _SUMS: Tiles(16, 64, 64, 64, 4, 2, (0, 0, 47104)),
+        _GRADIENT: Tiles(16, 64, 64, 64, 4, 2, (0, 0, 53504)),
+        ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 2, (0, 0, 73840), lanes=1),
+        ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (0, 0, 113120), 320),
+        ("accumulate", True, False): Tiles(64, 16, 32, 32, 4, 2, (0, 0, 94432), lanes=1),
+        ("gradient", True, False): Tiles(64, 16, 16, 64, 8, 2, (0, 0, 8192), 640),
+        ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 0, 8200)),
     },
 }
 TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)
@@ -126,17 +128,9 @@ def few_programs(call: PairCall) -> bool:
     return call.batch * -(-max(call.rows, call.columns) // _ROWS) <= _FEW_PROGRAMS
 
 
-def narrower(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> list[Key]:
-    """Keys that are tried before key_of: for calls of few programs, and for a forward that sums experts, which
-    holds one more tile."""
-    key = key_of(kernel, call)
-    found = [(*key, FEW)] if few_programs(call) else []
-    return [*found, (*key, REDUCE_EXPERTS)] if reduce == REDUCE_EXPERTS else found
-
-
-def registers_of(tiles: Tiles) -> dict[int, int]:
-    """Maximum number of registers per thread by architecture, see Launch."""
-    return dict.fromkeys(_LIMITED, tiles.registers) if tiles.registers else {}
+def narrower(kernel: str, call: PairCall) -> list[Key]:
+    """Keys that are tried before key_of, for calls of few programs."""
+    return [(*key_of(kernel, call), FEW)] if few_programs(call) else []
 
 
 def class_of(call: PairCall) -> str:
@@ -145,11 +139,9 @@ def class_of(call: PairCall) -> str:
     return f"{experts}, {'float32' if call.q.dtype == torch.float32 else '16 bit'}"
 
 
-def candidates(
-    kernel: str, call: PairCall, architecture: int | None, reduce: str = REDUCE_NONE
-) -> list[Tiles]:
+def candidates(kernel: str, call: PairCall, architecture: int | None) -> list[Tiles]:
     """Candidates for autotune; the first is that of the launch table. All use the table's chunks."""
-    first = TABLE.tiles(key_of(kernel, call), architecture, *narrower(kernel, call, reduce))
+    first = TABLE.tiles(key_of(kernel, call), architecture, *narrower(kernel, call))
     fields = ("rows", "columns", "warps", "stages")
     own = tuple(getattr(first, name) for name in fields)
     tried = (one for one in _TRIED[kernel] if one != own)

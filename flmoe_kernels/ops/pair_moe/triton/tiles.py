@@ -8,6 +8,7 @@ within a block fit 32 because launch.operand copies tensors with larger strides.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,6 +16,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # The interpreter would multiply the integer representation of bfloat16, and truncates instead of rounding to it;
 # operands of products are therefore widened there.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# Whether kernels are compiled to PTX.
+PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 
 
 @triton.jit
@@ -34,6 +37,15 @@ def valid_tokens(mask, b, first, length, BLOCK: tl.constexpr):
     if mask is not None:
         valid = tl.load(mask + tl.cast(b, tl.int64) * length + token, mask=valid, other=False)
     return valid
+
+
+@triton.jit
+def count_valid(mask, valid, first, length):
+    """Number of valid tokens in a block, the same for all threads."""
+    if mask is not None:
+        return tl.sum(valid.to(tl.int32), 0)
+    else:
+        return tl.minimum(length - first, valid.shape[0])
 
 
 @triton.jit
@@ -77,6 +89,40 @@ def store_sums(sums, b, e, first, valid, length, values, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def lane_sums(x, LANES: tl.constexpr):
+    """Partial sums [rows, LANES] over the columns of a tile of pairs, to be added over tiles and then over lanes.
+
+    In the tiles of mma.sync and wgmma, a thread has columns 2 t and 2 t + 1 of every 8. With LANES from
+    launch.lanes_of each partial sum belongs to one thread, and a loop over tiles exchanges nothing.
+    """
+    parts = tl.reshape(x, (x.shape[0], x.shape[1] // (2 * LANES), LANES, 2))
+    return tl.sum(tl.sum(parts, 3), 1)
+
+
+@triton.jit
+def later(x):
+    """x, as a value that the compiler does not know. What depends on it is computed after a loop, not before, and
+    holds no registers in the loop."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return x
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x from 1 to 8, to one unit in the last place: one instruction instead of a division's seven."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def products(
     x,
     z,
@@ -116,6 +162,7 @@ def gate(
     valid_x,
     z0,
     valid_z,
+    invalid,
     scale,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -123,9 +170,10 @@ def gate(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Probabilities of the experts for a tile of pairs, one [x, z] tile each; 0 where z is not valid.
+    """Probabilities of the experts for a tile of pairs, one [x, z] tile each.
 
-    The caller handles rows x that are not valid, when it stores them.
+    If `invalid`, which is the same for all threads, they are 0 where z is not valid; tiles of valid tokens skip
+    these selections. The caller handles rows x that are not valid, when it stores them.
     """
     logits = ()
     for e in tl.static_range(EXPERTS):
@@ -152,12 +200,56 @@ def gate(
             weight = tl.where(before < TOP_K, weight, -2e-38)
         total += weight
         weights += (weight,)
-    share = 1.0 / total
+    share = reciprocal(total)
     p = ()
+    if invalid:
+        # Both, because weights and share may be NaN.
+        share, weights = select_valid(share, weights, valid_z)
     for e in tl.static_range(EXPERTS):
-        present = valid_z[None, :]
+        value = weights[e] * share
         if TOP_K < EXPERTS:
             # If weights are NaN: 0 for an unselected expert, NaN for a selected expert of weight 0.
-            present = present & ~(weights[e] < 0.0)
-        p += (tl.where(present, weights[e] * share, 0.0),)
+            value = tl.where(weights[e] < 0.0, 0.0, value)
+        p += (value,)
     return p
+
+
+@triton.jit
+def select_valid(share, weights, valid_z):
+    selected = ()
+    for e in tl.static_range(len(weights)):
+        selected += (tl.where(valid_z[None, :], weights[e], 0.0),)
+    return tl.where(valid_z[None, :], share, 0.0), selected
+
+
+@triton.jit
+def pair_values(
+    u,
+    w,
+    offset_x,
+    offset_z,
+    b,
+    e,
+    x0,
+    valid_x,
+    z0,
+    valid_z,
+    length_x,
+    length_z,
+    PRODUCT: tl.constexpr,
+    OFFSET_X: tl.constexpr,
+    OFFSET_Z: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    V: tl.constexpr,
+    DEPTH_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute offset_x + offset_z + u . w of one expert for a tile of pairs."""
+    values = tl.zeros((valid_x.shape[0], valid_z.shape[0]), tl.float32)
+    if PRODUCT:
+        values = products(u, w, b, e, x0, valid_x, z0, valid_z, V, DEPTH_V, PRECISION)
+    if OFFSET_X:
+        values += load_sums(offset_x, b, e, x0, valid_x, length_x, EXPERTS)[:, None]
+    if OFFSET_Z:
+        values += load_sums(offset_z, b, e, z0, valid_z, length_z, EXPERTS)[None, :]
+    return values
