@@ -12,6 +12,7 @@ from . import flops as formulas
 from .backend import CPU, BackendUnavailable, transforms_active
 
 _LEVELS = 64  # of nested torch.vmap
+_library = torch.library.Library("flmoe", "FRAGMENT")
 
 
 def define(
@@ -52,13 +53,61 @@ def define(
     formulas.register(operator, flops, count)
     if autograd is not None:
         setup, derivative = autograd
+        torch.library.register_autograd(
+            f"flmoe::{name}", _checked(name, derivative), setup_context=setup
+        )
 
-        def backward(ctx: Any, *grads: Any) -> tuple:
-            if _transformed(grads):
-                raise _unavailable(name, "a derivative of their backward pass")
-            return derivative(ctx, *grads)
 
-        torch.library.register_autograd(f"flmoe::{name}", backward, setup_context=setup)
+def _checked(name: str, derivative: Callable[..., tuple]) -> Callable[..., tuple]:
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        if _transformed(grads):
+            raise _unavailable(name, "a derivative of their backward pass")
+        return derivative(ctx, *grads)
+
+    return backward
+
+
+def define_derivative(
+    name: str, place: int, setup: Callable[..., None], derivative: Callable[..., tuple]
+) -> None:
+    """Register the derivative of an operator by its first argument and by its list of tensors at `place`.
+
+    torch.library.register_autograd supports lists, too, but flattens all arguments and gradients as pytrees, which
+    takes 0.5 ms for 120 tensors. The operator returns a tensor and a list of tensors.
+
+    Args:
+        setup: setup(ctx, arguments, results), as setup_context.
+        derivative: derivative(ctx, gradient of the first result) returns the gradient of the first argument and
+            the list of those of the tensors. The flags of ctx.needs_input_grad after the first two are theirs.
+    """
+    operator = getattr(torch.ops.flmoe, name).default
+    count = len(operator._schema.arguments)
+    checked, internal = _checked(name, derivative), torch._C
+
+    def below(keyset: Any, args: Sequence[Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with internal._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & internal._after_autograd_keyset, *args)
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, args: Sequence[Any], *_: torch.Tensor) -> Any:
+            results = below(keyset, args)
+            # torch omits a trailing argument that equals the default in its schema.
+            setup(ctx, args if len(args) == count else (*args, CPU), results)
+            return results[0], *results[1]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            first, listed = checked(ctx, grads[0])
+            return None, None, first, *listed
+
+    def call(keyset: Any, *args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if not (torch.is_grad_enabled() and internal._any_requires_grad(*args)):
+            return below(keyset, args)
+        result, *listed = Derivative.apply(keyset, args, args[0], *args[place])
+        return result, listed
+
+    _library.impl(name, call, "Autograd", with_keyset=True)
 
 
 def _has_tangent(args: Sequence[Any]) -> bool:

@@ -11,9 +11,9 @@ because wide loads need their alignment.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ _TYPES = {
 }
 # Without a GPU: few, because the interpreter runs programs one after another.
 _MULTIPROCESSORS: ContextVar[int] = ContextVar("multiprocessors", default=2)
+_RECORDED: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """Launches of one range of torch's profiler."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Launch:
     """A kernel, the number of its programs, and all of its arguments by name.
 
     registers: maximum number per thread, by architecture; for other architectures the compiler chooses.
+    range: see recorded_range.
     """
 
     kernel: Any
@@ -50,10 +59,12 @@ class Launch:
     warps: int
     stages: int
     registers: Mapping[int, int] = field(default_factory=dict)
+    range: Range | None = None
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Launch on the current stream; returns Triton's compiled kernel, None in the interpreter."""
         options = self._options(_current_architecture() if self.registers else 0)
-        self.kernel[(self.programs,)](**self.arguments, **self.constants, **options)
+        return self.kernel[(self.programs,)](**self.arguments, **self.constants, **options)
 
     def compile(self, architecture: int) -> Any:
         """Triton's compiled kernel for sm_`architecture`, with the text of every stage in `asm`.
@@ -89,17 +100,44 @@ class Launch:
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:
     """Run launches in order on the current stream of `device`, which need not be the current device."""
-    if device.type == "cpu":
-        _run(launches)
-    else:
-        with torch.cuda.device(device):
-            _run(launches)
+    recorded = _RECORDED.get()
+    if recorded is not None:
+        recorded += [launch for launch in launches if launch.programs]
+        return
+    with current(device):
+        for launch in launches:
+            if launch.programs:
+                launch.run()
 
 
-def _run(launches: Iterable[Launch]) -> None:
-    for launch in launches:
-        if launch.programs:
-            launch.run()
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within the `with` block, a GPU is the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Within the `with` block, launches are added to a list and not run."""
+    launches: list[Launch] = []
+    token = _RECORDED.set(launches)
+    try:
+        yield launches
+    finally:
+        _RECORDED.reset(token)
+
+
+@contextmanager
+def recorded_range(name: str) -> Iterator[None]:
+    """Launches recorded within the `with` block are one range of torch's profiler."""
+    recorded = _RECORDED.get()
+    assert recorded is not None
+    begin, own = len(recorded), Range(name)
+    yield
+    recorded[begin:] = [replace(launch, range=own) for launch in recorded[begin:]]
+
+
+def recording() -> bool:
+    return _RECORDED.get() is not None
 
 
 def interpreted() -> bool:

@@ -7,6 +7,7 @@ On a small batch a call through torch's dispatcher and autograd takes as long as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -61,6 +62,10 @@ class Saved(NamedTuple):
     hidden: Tensor
 
 
+# Place of the first layer's lse among the saved tensors, which begin with the buffers and do not have its total1.
+FIRST_LSE = len(_GROUPS) + Saved._fields.index("lse") - 1
+
+
 class Options(NamedTuple):
     """Arguments of the operators after the tensors."""
 
@@ -72,7 +77,7 @@ class Options(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Modules of a backend."""
+    """Modules of a backend. On Triton the backward of attention reads `without_inf(lse)`."""
 
     encoder: Any
     attention: Any
@@ -133,24 +138,27 @@ def stack(weights: Sequence[Tensor], experts: int, width: int, dtype: torch.dtyp
         raise ValueError(
             f"weights: expected {LAYER_TENSORS} for each layer of {experts} experts, got {len(weights)}"
         )
-    shapes = layer_shapes(width, weights[FIRST_BIAS].numel())
-    for i, weight in enumerate(weights):
-        if weight.shape != shapes[i % LAYER_TENSORS]:
-            raise ValueError(
-                f"weights[{i}]: expected {shapes[i % LAYER_TENSORS]}, got {tuple(weight.shape)}"
-            )
-    buffers = []
-    for group in _GROUPS:
-        places = [getattr(PLACES, name) for name in group]
-        chosen = [
-            weights[(expert * layers + layer) * LAYER_TENSORS + place]
+    shapes = layer_shapes(width, weights[FIRST_BIAS].numel()) * (experts * layers)
+    if [weight.shape for weight in weights] != shapes:
+        i = next(i for i, weight in enumerate(weights) if weight.shape != shapes[i])
+        raise ValueError(f"weights[{i}]: expected {shapes[i]}, got {tuple(weights[i].shape)}")
+    groups = stacked_places(experts, layers)
+    return [torch.cat([weights[i] for i in places]).to(dtype) for places in groups]
+
+
+@functools.cache
+def stacked_places(experts: int, layers: int) -> list[list[int]]:
+    """For each buffer of `stack`, the places of its tensors among the weights."""
+    return [
+        [
+            (expert * layers + layer) * LAYER_TENSORS + place
             for layer in range(layers)
-            for kind in places
+            for name in group
             for expert in range(experts)
-            for place in kind
+            for place in getattr(PLACES, name)
         ]
-        buffers.append(torch.cat(chosen).to(dtype))
-    return buffers
+        for group in _GROUPS
+    ]
 
 
 def layers_of(buffers: Sequence[Tensor], experts: int, width: int, hidden: int) -> list[Weights]:
@@ -192,20 +200,19 @@ def forward(
     kernels: Kernels,
     rows: Tensor,
     plan: Rows,
-    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    hidden: int,
     seeds: Tensor | None,
     options: Options,
     save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """See encoder_layers."""
+) -> list[Tensor]:
+    """Latents, and `Saved` of all layers without the first rows if `save`; see encoder_layers and stack."""
     experts, copies, n, width = rows.shape
     drop = Dropouts(seeds, options.rates)
     k, heads, views = kernels.encoder, options.heads, options.views
     of_copies, of_views = plan.limits(copies), plan.limits(views)
-    buffers = stack(weights, experts, width, rows.dtype)
-    layers = layers_of(buffers, experts, width, weights[FIRST_BIAS].numel())
-    saved = list(buffers)
-    rows = rows.contiguous()
+    layers = layers_of(buffers, experts, width, hidden)
+    saved = []
     total = rows.view(experts, copies * n, width)
     _, normed, mean, rstd = k.norm(
         total, None, layers[0].gain1, layers[0].shift1, None, 0.0, options.eps, **of_copies
@@ -230,7 +237,7 @@ def forward(
         seed, p = drop.of(i, 3)
         if i + 1 == len(layers):
             latents = k.pool(stream, update, plan.cu_segments, groups // experts, seed, p)
-            return latents.view(experts, -1, width), saved if save else []
+            return [latents.view(experts, -1, width), *(saved if save else [])]
         following = layers[i + 1]
         total, normed, mean, rstd = k.norm(
             stream, update, following.gain1, following.shift1, seed, p, options.eps, **of_views
@@ -278,7 +285,6 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the rows and of every layer's Weights, in this order; those not wanted are empty."""
     experts, copies, n, width = rows.shape
-    rows = rows.contiguous()
     drop, k = Dropouts(seeds, options.rates), kernels.encoder
     buffers, rest = (
         saved[: len(_GROUPS)],
@@ -296,7 +302,7 @@ def backward(
     seed, p = drop.of(last, 3)
     stops = (flow[last].normed2, flow[last].update)
     stream, update = k.pool_backward(
-        grad.contiguous(), plan.cu_segments, groups // experts, total_rows, seed, p, stops
+        grad, plan.cu_segments, groups // experts, total_rows, seed, p, stops
     )
     if seed is None:
         update = stream

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.backend import CPU
+from flmoe_kernels.core.backend import CPU, TRITON
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.flops import values_of
-from flmoe_kernels.core.registration import define, first_order_only, loop_over_gradients
+from flmoe_kernels.core.registration import (
+    define,
+    define_derivative,
+    first_order_only,
+    loop_over_gradients,
+)
 
 from .inference import FIRST_BIAS, LAYER_TENSORS
-from .layers import PLACES, Kernels, Options, Rows, Weights, backward, flows, forward
+from .layers import (
+    FIRST_LSE,
+    PLACES,
+    SAVED,
+    Kernels,
+    Options,
+    Rows,
+    Weights,
+    backward,
+    flows,
+    forward,
+    stack,
+)
 
 _PLAN = "Tensor? modality, Tensor? index, Tensor cu_samples, Tensor cu_segments, Tensor? count"
 _OPTIONS = "float[] rates, SymInt heads, SymInt views, float eps, bool self_residual"
@@ -38,10 +57,10 @@ _RANGES = {
 
 
 class _Recorded:
-    """A module whose functions are ranges of torch's profiler, with the names of the operators."""
+    """A module whose functions are ranges, with the names of the operators."""
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, module: Any, ranges: Callable[[str], Any]) -> None:
+        self._module, self._ranges = module, ranges
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
@@ -53,13 +72,16 @@ class _Recorded:
             if name.startswith("linear"):
                 weight = args[1 if name == "linear" else 2]
                 label += f" {weight.shape[2]} to {weight.shape[1]}"
-            with torch.profiler.record_function(label):
+            with self._ranges(label):
                 return function(*args, **options)
 
         return run
 
 
 def _kernels(backend: str) -> Kernels:
+    ranges: Callable[[str], Any] | None = None
+    if torch.autograd.profiler._is_profiler_enabled:
+        ranges = torch.profiler.record_function
     match backend:
         case "cpu":
             from flmoe_kernels.ops.expert_attention import cpu as attention
@@ -68,28 +90,53 @@ def _kernels(backend: str) -> Kernels:
 
             modules: tuple[Any, Any] = cpu, attention
         case "triton":
-            from flmoe_kernels.ops.expert_attention import triton as attention_triton
+            from flmoe_kernels.core.triton import launches
+            from flmoe_kernels.ops.expert_attention.triton import empty, gradients
+            from flmoe_kernels.ops.expert_attention.triton import forward as attend
 
             from . import triton
 
-            modules = triton, attention_triton
+            if launches.recording():
+                ranges = launches.recorded_range
+            modules = triton, SimpleNamespace(empty=empty, forward=attend, backward=gradients)
         case _:
             raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
-    if torch.autograd.profiler._is_profiler_enabled:
-        modules = _Recorded(modules[0]), _Recorded(modules[1])
-    return Kernels(*modules)
+    return Kernels(*(_Recorded(x, ranges) if ranges else x for x in modules))
+
+
+def _run(
+    backend: str,
+    compute: Callable[..., list[Tensor]],
+    inputs: Sequence[Tensor | None],
+    *options: Any,
+) -> list[Tensor]:
+    """compute(*inputs), on Triton from a plan of its launches."""
+    if backend != TRITON:
+        return compute(*inputs)
+    from flmoe_kernels.core.triton.plans import repeated
+
+    return [*repeated(compute, inputs, *options)]
 
 
 def _forward(backend: str, rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     plan, weights, seeds, options, save = _arguments(args)
     if plan.valid_rows is not None and backend == CPU:
         raise ValueError("count: expected None on the CPU")
-    return forward(_kernels(backend), rows, plan, weights, seeds, options, save)
+    buffers = stack(weights, rows.shape[0], rows.shape[3], rows.dtype)
+    hidden = weights[FIRST_BIAS].numel()
+
+    def compute(rows: Tensor, *tensors: Any) -> list[Tensor]:
+        plan, seeds, buffers = Rows(*tensors[:5]), tensors[5], tensors[6:]
+        return forward(_kernels(backend), rows, plan, buffers, hidden, seeds, options, save)
+
+    inputs = [rows.contiguous(), *plan, seeds, *buffers]
+    latents, *saved = _run(backend, compute, inputs, "encoder_layers", hidden, options, save)
+    return latents, [*buffers, *saved] if save else []
 
 
 def _arguments(args: Sequence[Any]) -> tuple[Rows, list[Tensor], Tensor | None, Options, bool]:
     """The arguments of encoder_layers after the rows."""
-    return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
+    return Rows(*args[:5]), args[5], args[6], Options(tuple(args[7]), *args[8:12]), args[12]
 
 
 def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
@@ -166,16 +213,28 @@ def _wants(wants: Sequence[bool]) -> list[Weights]:
 
 def _backward(backend: str, grad: Tensor, rows: Tensor, *args: Any) -> list[Tensor]:
     plan, seeds, saved, options, wants = _backward_arguments(args)
-    return backward(
-        _kernels(backend), grad, rows, plan, seeds, saved, options, wants[0], _wants(wants)
-    )
+    if backend == TRITON:
+        from flmoe_kernels.ops.expert_attention.triton import without_inf
+
+        saved = [*saved]
+        for i in range(FIRST_LSE, len(saved), SAVED):
+            saved[i] = without_inf(saved[i])
+
+    def compute(rows: Tensor, grad: Tensor, *tensors: Any) -> list[Tensor]:
+        plan, seeds, saved = Rows(*tensors[:5]), tensors[5], tensors[6:]
+        kernels, of_layers = _kernels(backend), _wants(wants)
+        return backward(kernels, grad, rows, plan, seeds, saved, options, wants[0], of_layers)
+
+    inputs = [rows.contiguous(), grad.contiguous(), *plan, seeds, *saved]
+    return _run(backend, compute, inputs, "encoder_layers_backward", options, wants)
 
 
 def _backward_arguments(
     args: Sequence[Any],
-) -> tuple[Rows, Tensor | None, list[Tensor], Options, list[bool]]:
+) -> tuple[Rows, Tensor | None, list[Tensor], Options, tuple[bool, ...]]:
     """The arguments of encoder_layers_backward after the gradient and the rows."""
-    return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
+    options = Options(tuple(args[7]), *args[8:12])
+    return Rows(*args[:5]), args[5], args[6], options, tuple(args[12])
 
 
 def _backward_fake(grad: Tensor, rows: Tensor, *args: Any) -> list[Tensor]:
@@ -209,7 +268,7 @@ def _backward_flops(_grad: Tensor, rows: Tensor, *args: Any) -> int:
     return total
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, list[Tensor]]) -> None:
     rows, *args, ctx.backend = inputs
     plan, weights, seeds, ctx.options, save = _arguments(args)
     if not save:
@@ -220,29 +279,32 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None
     ctx.save_for_backward(rows, *plan, seeds, *output[1])
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
-    # Read once: checkpointing and hooks unpack the tensors at every read.
-    tensors = ctx.saved_tensors
-    rows, *plan, seeds = tensors[:7]
-    saved = tensors[7:]
-    wants = ctx.needs_input_grad
-    needs: list[bool] = wants[6]
-    results: list[Tensor | None] = [None] * len(needs)
-    rest = (None,) * (len(wants) - 7)
-    if grad is None:
-        return (None,) * 6 + (results,) + rest
-    experts, width = rows.shape[0], rows.shape[3]
-    layers = len(needs) // (experts * LAYER_TENSORS)
-
-    def places(layer: int, kind: Sequence[int]) -> list[int]:
-        return [
+@functools.cache
+def _places(experts: int, layers: int) -> list[list[int]]:
+    """For the Weights of each layer, the places of their tensors among the weights."""
+    return [
+        [
             (expert * layers + layer) * LAYER_TENSORS + place
             for expert in range(experts)
             for place in kind
         ]
+        for layer in range(layers)
+        for kind in PLACES
+    ]
 
-    kinds = [places(layer, kind) for layer in range(layers) for kind in PLACES]
-    wanted = [wants[0], *(any(needs[i] for i in kind) for kind in kinds)]
+
+def _autograd(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
+    # Read once: checkpointing and hooks unpack the tensors at every read.
+    tensors = ctx.saved_tensors
+    rows, *plan, seeds = tensors[:7]
+    saved = tensors[7:]
+    want_rows, *needs = ctx.needs_input_grad[2:]
+    results: list[Tensor | None] = [None] * len(needs)
+    if grad is None:
+        return None, results
+    experts, width = int(rows.shape[0]), rows.shape[3]
+    kinds = _places(experts, len(needs) // (experts * LAYER_TENSORS))
+    wanted = [want_rows, *(any(needs[i] for i in kind) for kind in kinds)]
     of_rows, *grads = torch.ops.flmoe.encoder_layers_backward(
         grad,
         rows,
@@ -256,7 +318,9 @@ def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
     for kind, of_kind, want in zip(kinds, grads, wanted[1:], strict=True):
         if not want:
             continue
-        flat = of_kind.view(-1, *of_kind.shape[2:]).to(ctx.dtypes[kind[0]])
+        flat = of_kind.view(-1, *of_kind.shape[2:])
+        dtype = ctx.dtypes[kind[0]]
+        flat = flat if flat.dtype is dtype else flat.to(dtype)
         # Only q has another number of rows than the second tensor of its kind.
         sizes = (
             [width, 2 * width] * experts
@@ -265,7 +329,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
         )
         for i, part in zip(kind, flat.split_with_sizes(sizes), strict=True):
             results[i] = part if needs[i] else None
-    return of_rows if wants[0] else None, *(None,) * 5, results, *rest
+    return of_rows if want_rows else None, results
 
 
 define(
@@ -274,9 +338,9 @@ define(
     "-> (Tensor, Tensor[])",
     _forward,
     _fake,
-    (_setup, _autograd),
     flops=_flops,
 )
+define_derivative("encoder_layers", 6, _setup, _autograd)
 define(
     "encoder_layers_backward",
     f"(Tensor grad_out, Tensor rows, {_PLAN}, Tensor? seeds, Tensor[] saved, {_OPTIONS}, bool[] wants) "

@@ -33,6 +33,10 @@ class PairCall:
     scale: float
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.a, self.c, self.gate_bias, self.mask_a, self.mask_b
+
+    @property
     def batch(self) -> int:
         return self.q.shape[0]
 

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core.triton import plans
 from tests.support.triton_driver import Driver, active
 
 from .arithmetic import Array
@@ -56,7 +58,9 @@ def emulated(
         run(program, memory, parameters, grid[0], metadata.num_warps, metadata.shared, findings)
 
     device = architecture if damage is None else next(_numbers)
-    with active(Driver(architecture, load, launch, device)):
+    with active(Driver(architecture, load, launch, device)), pytest.MonkeyPatch.context() as patch:
+        # The emulator takes the memory of tensors, not addresses.
+        patch.setattr(plans, "hooked", lambda: True)
         yield findings
 
 

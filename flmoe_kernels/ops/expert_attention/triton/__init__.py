@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from .launch import (
 )
 from .table import AttentionCall
 
-__all__ = ["backward", "empty", "forward"]
+__all__ = ["backward", "empty", "forward", "gradients", "without_inf"]
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -62,12 +63,33 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    *rest: Any,
+) -> None:
+    """Writes the gradients of q, k and v into `grads`, strided as by rows_contiguous; None if not wanted."""
+    expect("lse", lse, q.shape[:3], torch.float32, q.device)
+    gradients(grads, grad_out, q, k, v, out, without_inf(lse), *rest)
+
+
+def without_inf(lse: Tensor) -> Tensor:
+    """lse as `gradients` reads it: all probabilities of a row with a score of inf are NaN, for which its kernels
+    have no register left."""
+    return lse.contiguous().nan_to_num(nan=math.nan, posinf=math.nan, neginf=-math.inf)
+
+
+def gradients(
+    grads: Sequence[Tensor | None],
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     cu_seqlens: Tensor,
     seed: Tensor | None,
     dropout_p: float,
     scale: float,
 ) -> None:
-    """Writes the gradients of q, k and v into `grads`, strided as by rows_contiguous; None if not wanted."""
+    """As `backward`, with `without_inf(lse)` as lse."""
     call = readable(_checked(AttentionCall(q, k, v, cu_seqlens, seed, dropout_p, scale)))
     for name, x in (("grad_out", grad_out), ("out", out)):
         expect(name, x, q.shape, q.dtype, q.device)
@@ -75,8 +97,6 @@ def backward(
     if q.numel():
         delta = q.new_empty(q.shape[:3], dtype=torch.float32)
         grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
-        # All probabilities of a row with a score of inf are NaN. The kernels have no register left for this.
-        lse = lse.contiguous().nan_to_num(nan=math.nan, posinf=math.nan, neginf=-math.inf)
         grad_q, grad_k, grad_v = grads
         launches = []
         if grad_q is not None or grad_k is not None:
