@@ -17,6 +17,7 @@ from tests.support.inputs import draw
 from tests.support.triton_driver import Driver, active
 
 DEVICE = 2000  # a number of this file, because Triton keeps loaded kernels by the number
+CPU = torch.device("cpu")
 Started = tuple[str, int, list[Any]]
 
 
@@ -29,14 +30,13 @@ def flat(values: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Started]]:
+def started() -> Iterator[list[Started]]:
     """Name, number of programs and arguments of every launch."""
     launches: list[Started] = []
 
     def launch(source: Any, _: Any, grid: tuple[int, ...], _kernel: Any, values: list[Any]) -> None:
         launches.append((source.hash(), grid[0], list(flat(values))))
 
-    monkeypatch.setattr(plans, "_plans", {})
     with active(Driver(90, str, launch, DEVICE)):
         yield launches
 
@@ -55,9 +55,9 @@ def test_addresses_are_those_of_the_tensors(
     seen: list[tuple[plans.Plan, Any]] = []
     original = plans.Plan.launch
 
-    def launch(plan: plans.Plan, buffers: Any) -> None:
+    def launch(plan: plans.Plan, device: torch.device, buffers: Any) -> None:
         seen.append((plan, buffers))
-        original(plan, buffers)
+        original(plan, device, buffers)
 
     monkeypatch.setattr(plans.Plan, "launch", launch)
     for _ in range(4):
@@ -66,11 +66,11 @@ def test_addresses_are_those_of_the_tensors(
     assert [plan for plan, _ in first] == [plan for plan, _ in second]
     for plan, buffers in second:
         started.clear()
-        original(plan, buffers)
+        original(plan, CPU, buffers)
         addresses = started.copy()
         with monkeypatch.context() as patch:
             patch.setattr(plans, "hooked", lambda: True)
-            original(plan, buffers)
+            original(plan, CPU, buffers)
         assert started[len(addresses) :] == addresses
         assert len(addresses) == len(plan._steps) > 0
 

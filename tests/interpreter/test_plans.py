@@ -76,9 +76,8 @@ def results_of(case: str, scale: float, *frozen: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_repeated_calls(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_calls(case: str) -> None:
     """The first two calls launch as usual."""
-    monkeypatch.setattr(plans, "_plans", {})
     direct = [results_of(case, scale) for scale in (1.0, 0.5)]
     made: list[Any] = list(plans._plans.values())
     assert len(made) == CASES[case][1]
@@ -98,8 +97,7 @@ def test_other_gradients_have_their_own_plans() -> None:
         assert all(map(torch.equal, some, [x for i, x in enumerate(everything) if i not in (1, 6)]))
 
 
-def test_inputs_that_are_copied_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_plans", {})
+def test_inputs_that_are_copied_are_not_recorded() -> None:
     q, k, a, c = (draw(1, 2, 4, 3, seed=i).transpose(2, 3) for i in range(4))
     call: Any = {"kinds": ["unique_a", "synergy"], "backend": TRITON}
     found = [pair_moe(q, k, a, c, **call).y for _ in range(3)]

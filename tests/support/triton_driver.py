@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from flmoe_kernels.core import backend
-from flmoe_kernels.core.triton import launches
+from flmoe_kernels.core.triton import launches, plans
 from flmoe_kernels.ops.expert_attention.triton import choice as attention
 from flmoe_kernels.ops.pair_moe.triton import choice as pairs
 from flmoe_kernels.ops.routed_mlp.triton import choice as routed
@@ -88,6 +88,7 @@ def active(driver: Driver) -> Iterator[None]:
         patch.setattr(triton.runtime.driver, "_active", driver)
         patch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", _ptx_is_the_binary)
         patch.setattr(backend, "_interpreted", lambda: True)
+        patch.setattr(plans, "_plans", {})
 
         def architecture_of(_device: torch.device) -> int:
             return driver.architecture

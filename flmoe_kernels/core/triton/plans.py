@@ -51,7 +51,7 @@ def planned(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 results = function(*inputs, *options)
                 return (results,) if isinstance(results, Tensor) else results
 
-            results = repeated(compute, args[:tensors], function, *options)
+            results = repeated(compute, args[:tensors], function, options)
             return results[0] if len(results) == 1 else tuple(results)
 
         return call
@@ -70,13 +70,13 @@ def repeated(
         inputs: at least one is a tensor.
         options: hashable; a name of the function, and all else that it depends on.
     """
-    first = next(x for x in inputs if x is not None)
+    first = _first(inputs)
     if tuning.enabled() or first.is_meta:
         return function(*inputs)
     key = (
         options,
         -1 if first.is_cuda else _driver(),
-        matrix_precision(first.dtype),
+        first.dtype is torch.float32 and matrix_precision(torch.float32),
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in inputs],
     )
     plan = _plans.get(key, True)
@@ -90,6 +90,13 @@ def repeated(
             _plans.clear()
         _plans[key] = None
     return results
+
+
+def _first(inputs: Sequence[Tensor | None]) -> Tensor:
+    for x in inputs:
+        if x is not None:
+            return x
+    raise ValueError("inputs: expected at least one tensor")
 
 
 def _driver() -> int:
@@ -117,7 +124,7 @@ class _OnlyLaunches(TorchDispatchMode):
 
 
 def _recorded(function: Function, inputs: Sequence[Tensor | None]) -> Plan | bool:
-    first = next(x for x in inputs if x is not None)
+    first = _first(inputs)
     like = [
         x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         for x in inputs
@@ -173,18 +180,19 @@ class Plan:
         self._kernels: dict[tuple[int, ...], list[Any]] = {}
 
     def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
-        device = next(x for x in inputs if x is not None).device
-        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._results]
-        self.launch([*inputs, *results, torch.empty(self._bytes, dtype=torch.uint8, device=device)])
+        device = _first(inputs).device
+        results = [torch.empty(shape, dtype=x, device=device) for shape, x in self._results]
+        scratch = (
+            torch.empty(self._bytes, dtype=torch.uint8, device=device) if self._bytes else None
+        )
+        self.launch(device, [*inputs, *results, scratch])
         return results
 
-    def launch(self, buffers: Sequence[Tensor | None]) -> None:
+    def launch(self, device: torch.device, buffers: Sequence[Tensor | None]) -> None:
         addresses = [0 if x is None else x.data_ptr() for x in buffers]
         alignment = tuple([address & 15 for address in addresses[: self._inputs]])
         kernels = self._kernels.get(alignment)
-        scratch = buffers[-1]
-        assert scratch is not None
-        with current(scratch.device):
+        with current(device):
             if kernels is None or hooked():
                 kernels = self._launch(buffers)
                 if None not in kernels:  # they are in the interpreter

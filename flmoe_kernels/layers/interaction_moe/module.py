@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
@@ -329,8 +330,9 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         latents, gates = self._latents(tokens, plan, views, fills, backend)
         latents = views.all_modalities(latents, 1, self.num_modalities)
         if views.exists is not None and not views.folded:
-            exists = torch.cat([torch.ones_like(views.exists[:, :1]), views.exists], dim=1)
-            latents = torch.where(exists.T.unsqueeze(2), latents, 0.0)
+            # (V, B), contiguous: the latents take its order of dimensions.
+            exists = F.pad(views.exists.T, (0, 0, 1, 0), value=True)
+            latents = torch.where(exists.unsqueeze(2), latents, 0.0)
         logits = self._head(latents)
         latents = latents.to(logits.dtype)
         weights, mixed = self._mix(call, tokens, plan, logits[:, 0], backend)

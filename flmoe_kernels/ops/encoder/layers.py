@@ -142,8 +142,10 @@ def stack(weights: Sequence[Tensor], experts: int, width: int, dtype: torch.dtyp
     if [weight.shape for weight in weights] != shapes:
         i = next(i for i, weight in enumerate(weights) if weight.shape != shapes[i])
         raise ValueError(f"weights[{i}]: expected {shapes[i]}, got {tuple(weights[i].shape)}")
-    groups = stacked_places(experts, layers)
-    return [torch.cat([weights[i] for i in places]).to(dtype) for places in groups]
+    buffers = [
+        torch.cat([weights[i] for i in places]) for places in stacked_places(experts, layers)
+    ]
+    return [buffer if buffer.dtype is dtype else buffer.to(dtype) for buffer in buffers]
 
 
 @functools.cache
@@ -283,7 +285,9 @@ def backward(
     want_rows: bool,
     wants: Sequence[Weights],
 ) -> list[Tensor]:
-    """Gradients of the rows and of every layer's Weights, in this order; those not wanted are empty."""
+    """Gradients of the rows and of every layer's Weights, in this order; those not wanted are empty.
+
+    Those of Weights have the experts one after another, (E * rows, ...)."""
     experts, copies, n, width = rows.shape
     drop, k = Dropouts(seeds, options.rates), kernels.encoder
     buffers, rest = (
@@ -397,4 +401,5 @@ def backward(
             update = stream
         grads[i] = grads[i]._replace(gain1=gain1, shift1=shift1)
     of_rows = stream.view(rows.shape) if want_rows else none
-    return [of_rows, *(each for layer in grads for each in layer)]
+    of_weights = (each for layer in grads for each in layer)
+    return [of_rows, *(x.flatten(0, 1) if x.dim() > 1 else x for x in of_weights)]

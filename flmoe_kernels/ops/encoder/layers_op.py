@@ -240,11 +240,11 @@ def _backward_arguments(
 def _backward_fake(grad: Tensor, rows: Tensor, *args: Any) -> list[Tensor]:
     _, _, saved, _, wants = _backward_arguments(args)
     experts, width, hidden = rows.shape[0], rows.shape[3], saved[2].shape[1]
-    vector = (experts, width)
+    vector = (experts * width,)
     shapes = Weights(
-        *(vector, vector, (experts, 3 * width, width), (experts, width, width)),
-        *(vector, vector, vector, (experts, hidden, width), (experts, hidden)),
-        *((experts, width, hidden), vector),
+        *(vector, vector, (experts * 3 * width, width), (experts * width, width)),
+        *(vector, vector, vector, (experts * hidden, width), (experts * hidden,)),
+        *((experts * width, hidden), vector),
     )
     grads = [rows.new_empty(rows.shape if wants[0] else (0,))]
     for layer in _wants(wants):
@@ -315,10 +315,9 @@ def _autograd(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, list[Tensor
         wanted,
         ctx.backend,
     )
-    for kind, of_kind, want in zip(kinds, grads, wanted[1:], strict=True):
+    for kind, flat, want in zip(kinds, grads, wanted[1:], strict=True):
         if not want:
             continue
-        flat = of_kind.view(-1, *of_kind.shape[2:])
         dtype = ctx.dtypes[kind[0]]
         flat = flat if flat.dtype is dtype else flat.to(dtype)
         # Only q has another number of rows than the second tensor of its kind.

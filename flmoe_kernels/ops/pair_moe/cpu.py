@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -97,8 +96,7 @@ def _checked(call: PairCall) -> PairCall:
     if bias is not None:
         expect("gate_bias", bias, (experts,), bias.dtype)
         bias = bias.to(call.statistics).contiguous()
-    return dataclasses.replace(
-        call,
+    return call._replace(
         q=rows_contiguous(call.q),
         k=rows_contiguous(call.k),
         a=rows_contiguous(call.a),

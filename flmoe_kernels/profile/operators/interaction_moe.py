@@ -125,15 +125,16 @@ def timed_call(
 
         return inference
     layer.train()
+    parameters = list(layer.parameters())
 
     def forward() -> Tensor:
-        for parameter in layer.parameters():
+        for parameter in parameters:
             parameter.grad = None
         with context():
             return loss_of(layer, layer(inputs, masks))
 
     if phase == BACKWARD:
-        loss, parameters = forward(), list(layer.parameters())
+        loss = forward()
 
         def backward() -> None:
             with context():
