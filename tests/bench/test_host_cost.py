@@ -12,7 +12,9 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from tests.support import host_cost
 
 # At the shape mimic. Lower them when a change launches or compiles less.
-LAUNCHES, KERNELS, NEW_KERNELS, OPERATORS, MOST_ATEN_CALLS = 67, 38, 0, 7, 940
+LAUNCHES, KERNELS, NEW_KERNELS, OPERATORS, MOST_ATEN_CALLS = 67, 38, 0, 7, 920
+
+PAIR_ATEN_CALLS = 2  # its results
 
 
 @pytest.mark.slow
@@ -25,3 +27,8 @@ def test_a_training_step_at_mimic() -> None:
     assert found[host_cost.NEW_KERNELS] == NEW_KERNELS
     assert found[host_cost.OPERATORS] == OPERATORS
     assert 0 < found[host_cost.ATEN] <= MOST_ATEN_CALLS
+
+
+@pytest.mark.slow
+def test_a_forward_of_pair_moe() -> None:
+    assert host_cost.measure_pairs()[host_cost.PAIR_ATEN] == PAIR_ATEN_CALLS

@@ -83,13 +83,12 @@ def rate_of(name: str, dropouts: Sequence[Any]) -> float:
     return rates.pop()
 
 
-def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
+def branch_rate(projections: Sequence[Any], residuals: Sequence[Any], compat: Compat) -> float:
     """The rate of the merged dropouts after the projection and before the residual: keep rates multiply.
 
     I2MoE adds the branch to itself between the two, so there they stay separate and must have the same rate.
     """
-    projection = rate_of("proj_drop", [x.attn.proj_drop for x in layers])
-    residual = rate_of("dropout1", [x.dropout1 for x in layers])
+    projection, residual = rate_of("proj_drop", projections), rate_of("dropout1", residuals)
     if compat == "fl_i2moe":
         return 1.0 - (1.0 - projection) * (1.0 - residual)
     if projection != residual:
@@ -146,7 +145,9 @@ def stack_layer(
         heads=first.attn.num_heads,
         eps=first.norm1.eps,
         attention_p=rate_of("attn_drop", [x.attn.attn_drop for x in layers]),
-        branch_p=branch_rate(layers, compat),
+        branch_p=branch_rate(
+            [x.attn.proj_drop for x in layers], [x.dropout1 for x in layers], compat
+        ),
         mlp_p=mlp_p,
         output_p=rate_of("dropout2", [x.dropout2 for x in layers]),
     )

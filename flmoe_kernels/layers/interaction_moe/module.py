@@ -270,14 +270,16 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         """Logits (E, V, B, C) of latents (E, V, B, M * D), in the parameters' dtype; experts: None for all."""
         chosen = range(len(self.interaction_experts)) if experts is None else experts
         heads = [self.interaction_experts[e].fusion_model.network[-1].fc for e in chosen]
-        require_like((p for head in heads for p in head.parameters()), self._parameter)
-        weight = torch.stack([head.weight for head in heads]).to(latents.dtype)
+        weights, biases = [head.weight for head in heads], [head.bias for head in heads]
+        require_like((x for x in (*weights, *biases) if x is not None), self._parameter)
+        weight = torch.stack(weights).to(latents.dtype)
         flat, classes = latents.flatten(1, 2), weight.shape[1]
-        if all(head.bias is None for head in heads):
+        if all(x is None for x in biases):
             flat = torch.bmm(flat, weight.mT)
         else:
-            zero = weight.new_zeros(classes)
-            biases = [zero if head.bias is None else head.bias for head in heads]
+            if any(x is None for x in biases):
+                zero = weights[0].new_zeros(classes)
+                biases = [zero if x is None else x for x in biases]
             bias = torch.stack(biases).to(latents.dtype)
             flat = torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
         return flat.to(self._parameter.dtype).view(*latents.shape[:3], classes)
