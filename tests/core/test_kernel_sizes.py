@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.aot.cases import assume_multiprocessors
 from bench.aot.operators import (
     encoder_rows,
     expert_attention,
@@ -20,6 +19,7 @@ from bench.aot.operators import (
     routing,
 )
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import TARGETS, assume
 from flmoe_kernels.ops.encoder.triton.view_rows import ALL, ViewRows
 from flmoe_kernels.ops.expert_attention.triton import launch as attention
 from flmoe_kernels.ops.expert_attention.triton.choice import tiles_of
@@ -58,7 +58,7 @@ def of_layer(batch: int, width: int) -> Launches:
 
 def of_routed(batch: int, width: int) -> Launches:
     shape = RoutedShape("sizes", 301 * batch, width, 2 * width, 4, 2)
-    with pytest.MonkeyPatch.context() as patch, assume_multiprocessors(132):
+    with pytest.MonkeyPatch.context() as patch, assume(TARGETS[90]):
         patch.setattr(routed_mlp, "ODD", (shape,))
         use = routed_mlp.of(shape.name)
         yield from routed_mlp.launches_of(use, use.call(), 90)

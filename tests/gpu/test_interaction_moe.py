@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels import InteractionMoE
+from flmoe_kernels import InteractionMoE, PairInteractionMoE
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.layers.interaction_moe.forward import position_table
 from tests.support.inputs import as_dtype, draw_masks, draw_replacements
 from tests.support.layers import LayerCase, named_outputs, outputs_and_gradients
+from tests.support.pair_layers import PairModel
 
 DEVICE = torch.device("cuda")
 RUNS, WHY_NOT = backends.backend_status()["triton"]
@@ -198,6 +200,41 @@ def test_a_cuda_graph_captures_a_whole_training_step(case: LayerCase) -> None:
     assert all(torch.tensor(losses).isfinite())
     assert len(set(losses)) == len(losses)
     assert not all(map(torch.equal, before, training.layer.parameters()))
+
+
+def graphable(kind: str, dropout: float) -> nn.Module:
+    if kind == "interactions":
+        return gpu_layer(dataclasses.replace(FL, dropout=dropout))
+    pairs = PairInteractionMoE([FL.dim] * 2, num_classes=3, modality_dropout=dropout)
+    return PairModel(pairs.to(DEVICE))
+
+
+@pytest.mark.parametrize("kind", ["interactions", "pairs"])
+def test_make_graphed_callables(kind: str) -> None:
+    """It trains without waiting, gradients are those of the module, and every replay draws new random numbers."""
+    x, masks = moved(FL.inputs()), moved(draw_masks("partial", FL.batch, FL.lengths))
+    logits = 2 if kind == "interactions" else 0
+    plain = graphable(kind, 0.0)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(plain), (x, masks))
+    grads = []
+    for model in (plain, graphed):
+        model(x, masks)[logits].square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for wanted, found in zip(*grads, strict=True):
+        # A graph computes zeros for parameters that the logits do not depend on.
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted)
+    graphed = torch.cuda.make_graphed_callables(graphable(kind, 0.5), (x, masks))
+    before = [p.detach().clone() for p in graphed.parameters()]
+    draws = [graphed(x, masks)[logits].detach().clone() for _ in range(2)]
+    assert not torch.equal(*draws)
+    optimizer = torch.optim.AdamW(graphed.parameters(), lr=1e-3)
+    with nothing_waits():
+        for _ in range(3):
+            optimizer.zero_grad()
+            graphed(x, masks)[logits].square().mean().backward()
+            optimizer.step()
+    assert not any(map(torch.equal, before, graphed.parameters()))
+    assert all(p.isfinite().all() for p in graphed.parameters())
 
 
 def test_a_replay_agrees_with_the_layer() -> None:

@@ -10,9 +10,7 @@ because wide loads need their alignment.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .tables import architecture_of
+from .target import assumed
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -33,7 +32,7 @@ _TYPES = {
     torch.int64: "*i64",
 }
 # Without a GPU: few, because the interpreter runs programs one after another.
-_MULTIPROCESSORS: ContextVar[int] = ContextVar("multiprocessors", default=2)
+_MULTIPROCESSORS = 2
 
 
 @dataclass(frozen=True)
@@ -110,23 +109,16 @@ def interpreted() -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Number of a GPU's multiprocessors; persistent kernels run a fixed number of programs on each."""
     if device.type != "cuda":
-        return _MULTIPROCESSORS.get()
+        target = assumed()
+        return _MULTIPROCESSORS if target is None else target.multiprocessors
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@contextmanager
-def assume_multiprocessors(count: int) -> Iterator[None]:
-    """Within the `with` block, launches for tensors that are not on a GPU assume `count` multiprocessors."""
-    token = _MULTIPROCESSORS.set(count)
-    try:
-        yield
-    finally:
-        _MULTIPROCESSORS.reset(token)
-
-
 def _current_architecture() -> int:
-    """Architecture of the current GPU, 90 for sm_90; 0 in the interpreter."""
-    return 0 if interpreted() else architecture_of(torch.device("cuda")) or 0
+    """Architecture of the current GPU, or of the assumed one, 90 for sm_90; 0 in the interpreter."""
+    if interpreted():
+        return 0
+    return architecture_of(torch.device("cpu")) or architecture_of(torch.device("cuda")) or 0
 
 
 def matrix_precision(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.support.triton_driver import Driver, active
+from tests.support.triton_driver import compiled_to_ptx
 
 from .arithmetic import Array
 from .machine import run
@@ -56,7 +56,7 @@ def emulated(
         run(program, memory, parameters, grid[0], metadata.num_warps, metadata.shared, findings)
 
     device = architecture if damage is None else next(_numbers)
-    with active(Driver(architecture, load, launch, device)):
+    with compiled_to_ptx(architecture, load, launch, device):
         yield findings
 
 
