@@ -6,7 +6,7 @@ import dataclasses
 import multiprocessing
 import re
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,12 +93,17 @@ def warm_up(calls: Iterable[Callable[[], object]], target: Target, jobs: int) ->
     context.set_forkserver_preload([*_PRELOADED])
     futures: dict[Kernel, Future[bool]] = {}
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for call in calls:
-            with recorded(target) as kernels:
-                call()
-            for kernel in kernels:
-                if kernel not in futures:
-                    futures[kernel] = pool.submit(kernel.compile, target.architecture)
+        try:
+            for call in calls:
+                with recorded(target) as kernels:
+                    call()
+                for kernel in kernels:
+                    if kernel not in futures:
+                        futures[kernel] = pool.submit(kernel.compile, target.architecture)
+            wait(futures.values())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     compiled, found, failures = 0, 0, []
     for kernel, future in futures.items():
         if error := future.exception():

@@ -88,14 +88,15 @@ def active(driver: Driver) -> Iterator[None]:
     """
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET=1: kernels are not compiled in this process")
-    configuration = triton.runtime.driver
-    before = configuration._active
-    configuration.set_active(driver)
+    configuration = vars(triton.runtime.driver)
+    # Read without creating the default driver, which needs a GPU; the name depends on the release of Triton.
+    name = "_active" if "_active" in configuration else "active"
+    before, configuration[name] = configuration[name], driver
     try:
         with assume(driver.target):
             yield
     finally:
-        configuration.set_active(before)
+        configuration[name] = before
 
 
 @dataclass(frozen=True)
