@@ -40,6 +40,20 @@ CASES = (
     # As many choices as experts: tokens that rounding sends to another expert cannot be compared.
     dataclasses.replace(FL, gate="NaiveGate", mlp_experts=2, sparse=True),
 )
+# Cases and masks of training steps that must not wait.
+WAITS = (
+    (FL, "partial"),
+    (MIMIC, "none"),
+    (dataclasses.replace(I2, dropout=0.5), "none"),
+    (dataclasses.replace(FL, gate="GShardGate", sparse=True), "padded_sample"),
+    (dataclasses.replace(FL, gate="SwitchGate", sparse=True), "padded_sample"),
+    (dataclasses.replace(FL, gate="NoisyGate", sparse=True), "partial"),
+)
+# The kernels of both 16-bit types differ only in types.
+DTYPES = (
+    *(torch.float32, torch.bfloat16),
+    pytest.param(torch.float16, marks=pytest.mark.slow),
+)
 Named = dict[str, Tensor]
 
 
@@ -98,7 +112,7 @@ class Training:
         torch.cuda.current_stream().wait_stream(side)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_within_the_error_budget_and_the_same_bits_again(
     case: LayerCase, dtype: torch.dtype
@@ -152,18 +166,7 @@ def test_dropout_is_the_cpu_kernels_mask_for_mask() -> None:
         torch.testing.assert_close(found[0][name], want, rtol=2e-3, atol=2e-3, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("case", "masks"),
-    [
-        (FL, "partial"),
-        (MIMIC, "none"),
-        (dataclasses.replace(I2, dropout=0.5), "none"),
-        (dataclasses.replace(FL, gate="GShardGate", sparse=True), "padded_sample"),
-        (dataclasses.replace(FL, gate="SwitchGate", sparse=True), "padded_sample"),
-        (dataclasses.replace(FL, gate="NoisyGate", sparse=True), "partial"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "masks"), WAITS, ids=str)
 def test_a_training_step_does_not_synchronize(case: LayerCase, masks: str) -> None:
     training = Training(case, masks)
     training.step()
