@@ -33,10 +33,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def is_broken() -> bool:
-    """Whether an earlier error, an illegal address for example, makes every call of CUDA fail."""
+    """Whether an earlier error, an illegal address or a failed capture, makes later calls of CUDA fail."""
     if not torch.cuda.is_initialized():
         return False
     try:
+        torch.rand(1, device="cuda")  # torch's generator may still belong to the failed capture
         torch.cuda.synchronize()
     except RuntimeError:
         return True

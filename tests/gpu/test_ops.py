@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import gate
+from flmoe_kernels.profile.cases import BOTH, Case
+from flmoe_kernels.profile.registry import prepare
+from flmoe_kernels.profile.shapes import LayerShape
+from flmoe_kernels.profile.warmup import call_of, target_of, warm_up
 from tests.support import attention_cases, pair_cases, routed_cases
 from tests.support.inputs import as_dtype, draw
 
@@ -118,6 +123,23 @@ def test_a_cuda_graph_captures_a_training_step_of_the_routed_mlp() -> None:
             x.copy_(draw(*x.shape, dtype=torch.bfloat16, seed=seed))
         graph.replay()
         assert all(map(torch.equal, held, step(x, router, weights)))
+
+
+@needs_gpu
+def test_a_gpu_finds_the_kernels_that_were_compiled_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With widths that no other test has, so that the process has not loaded these kernels yet."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shape = LayerShape("own widths", 32, (5, 3), (4, None), 80, 5, 1, 3)
+    case = Case("interaction_moe", shape, BOTH, torch.bfloat16, "cuda")
+    assert not warm_up([call_of(case)], target_of(None), jobs=4).failures
+    found: list[bool] = []
+    compilation = pytest.importorskip("triton").knobs.compilation
+    monkeypatch.setattr(compilation, "listener", lambda cache_hit, **_: found.append(cache_hit))
+    prepare(case, "triton").call()
+    assert found
+    assert all(found)
 
 
 @needs_gpu
