@@ -89,8 +89,11 @@ def test_every_replacement_is_used_by_some_call() -> None:
             for reduce in ("none", "experts", "pool"):
                 tiles = [pair_choice.tiles_of(kernel, call, number, reduce) for call in of_pairs]
                 used |= {("pair_moe", number, entry) for entry in tiles}
-        for kernel in ("attend", "query_gradient", "key_gradient"):
-            tiles = [attention_choice.tiles_of(kernel, call, number) for call in of_attention]
+        for call in of_attention:
+            tiles = [
+                attention_choice.tiles_of(kernel, call, number)
+                for kernel in expert_attention.kernels_of(call)
+            ]
             used |= {("expert_attention", number, entry) for entry in tiles}
         for kernel in ("hidden", "rows", "hidden_gradient", "weight_gradient"):
             tiles = [routed_choice.tiles_of(kernel, call, number) for call in of_layers]
