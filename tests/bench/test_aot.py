@@ -29,7 +29,7 @@ MMA = "mma.sync"
 NEWEST = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Shared memory of an SM; a block takes one KiB more than it requests.
 OF_AN_SM = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
-# Tiles of large products with weights: one block per SM, see routed_mlp/triton/table.py and encoder/triton/fused_launch.py.
+# Tiles of large products with weights: one block per SM, see routed_mlp/triton/table.py and fused_launch.py.
 ALONE = (", 128 x 256", ", wide")
 
 

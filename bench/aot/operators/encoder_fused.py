@@ -12,6 +12,7 @@ from bench.aot.operators.encoder_rows import RowsUse, of_layer
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.encoder.triton import fused_launch as launches
 from flmoe_kernels.ops.encoder.triton import linear_launch
+from flmoe_kernels.ops.encoder.triton.rows_launch import Dropout
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS: tuple[str, ...] = ("norm_product", "mlp", "mlp_gradient", "product_norm_gradient")
@@ -51,7 +52,7 @@ def launches_of(use: RowsUse, architecture: int) -> Iterator[tuple[str, Launch]]
         use.tensor(use.experts, times * use.width, use.width) for times in (3, 1, 2)
     )
     w_out = use.tensor(use.experts, use.width, 2 * use.width)
-    dropout = launches.Dropout(meta((), torch.int64), use.dropout_p)
+    dropout = Dropout(meta((), torch.int64), use.dropout_p)
     affine, saved, rest = (vector, vector), (x, mean, mean, vector), (use.computed(), architecture)
     results = (use.layer(3), mean, mean)
     yield "norm_product", launches.norm_product(x, affine, w_qkv, 1e-5, results, *rest)

@@ -170,7 +170,7 @@ def norm_mlp_backward(
         (grad_update, activation, w_out, of_out, None),
     ):
         both, more = linear_launch.weight_backward(
-            left, right, weight, *want, computed, norm, architecture
+            left, right, weight, want[0], want[1], computed, norm, architecture
         )
         grads += both
         found += more

@@ -44,12 +44,12 @@ class Tiles:
     shared: tuple[int, int, int]
 
 
-# (kernel, width over WIDE) -> tiles. Nothing spills in the compiled cases. With wide rows a block of 128 has the SM
-# to itself: its weights come from L2 once for 128 rows, and its sums are 128 registers a thread, so that more than
-# 32 hidden columns at a time spill on sm_90; sm_100 has its sums in a memory of their own. On sm_80 a warp has all
-# rows of a block and some of its columns: fewer than 64 hidden columns would be computed twice, and 64 rows do not
-# spill. sm_86 and sm_12x have 99 KiB for a block. Narrow rows are those of small batches, whose blocks are small to
-# fill the GPU. Which tiles are fastest has not been measured.
+# (kernel, width over WIDE) -> tiles. Nothing spills in the compiled cases. With wide rows a block of 128 has the
+# SM to itself: its weights come from L2 once for 128 rows. Its sums are 128 registers a thread, so that more than
+# 32 hidden columns at a time spill on sm_90; sm_100 has its sums in a memory of their own. On sm_80 each warp has
+# all rows of a block and some of its columns: fewer than 64 hidden columns would be computed twice, and 64 rows do
+# not spill. sm_86 and sm_12x have 99 KiB for a block. Narrow rows are those of small batches, whose blocks are
+# small to fill the GPU. Which tiles are fastest has not been measured.
 TABLE = Table(
     {
         ("norm_product", False): Tiles(64, 64, 1, 4, 3, (57344, 73728, 67600)),
