@@ -18,8 +18,8 @@ from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.core.triton.target import TARGETS, assume
 
 OPERATORS = (
-    *("pair_moe", "expert_attention", "expert_linear", "encoder_rows", "interaction_moe"),
-    *("routed_mlp", "routing"),
+    *("pair_moe", "expert_attention", "expert_linear", "encoder_rows", "encoder_fused"),
+    *("interaction_moe", "routed_mlp", "routing"),
 )
 ARCHITECTURES = (80, 90, 100)
 

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench.aot.operators import (
+    encoder_fused,
     encoder_rows,
     expert_attention,
     expert_linear,
@@ -33,6 +34,13 @@ def of_rows(batch: int, width: int, counted: bool = False) -> Launches:
     use = encoder_rows.RowsUse("", BFLOAT16, 4, 3, 24 * batch, 2 * batch, width, 0.5, counted)
     for name, _, launch in encoder_rows.launches_of(use):
         yield name, launch
+
+
+def of_fused(batch: int, width: int) -> Launches:
+    """Widths with fused steps are powers of two."""
+    width = 1 << (width - 1).bit_length()
+    use = encoder_rows.RowsUse("", BFLOAT16, 4, 3, 24 * batch, 2 * batch, width, 0.5, True)
+    yield from encoder_fused.launches_of(use, 90)
 
 
 def of_linear(batch: int, width: int, counted: bool = False) -> Launches:
@@ -68,6 +76,7 @@ def of_routed(batch: int, width: int) -> Launches:
 CALLS: dict[str, Callable[[int, int], Launches]] = {
     "rows": of_rows,
     "rows with a count": lambda *sizes: of_rows(*sizes, counted=True),
+    "fused": of_fused,
     "linear": of_linear,
     "linear with a count": lambda *sizes: of_linear(*sizes, counted=True),
     "attention": of_attention,
