@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,17 @@ from typer.testing import CliRunner
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from flmoe_kernels.cli.warmup import warmup
 from flmoe_kernels.core.backend import TRITON, use_backend
+from flmoe_kernels.core.triton import philox
+from flmoe_kernels.core.triton.launches import hash_callees_first
 from flmoe_kernels.core.triton.recording import Driver, active, recorded
 from flmoe_kernels.core.triton.target import TARGETS, Target
+from flmoe_kernels.ops.expert_attention.triton import kernels as attention
+from flmoe_kernels.ops.expert_attention.triton import tiles
+from flmoe_kernels.ops.interaction_losses.triton import kernels as losses
 from flmoe_kernels.ops.routing.api import dispatch
 from flmoe_kernels.profile.cases import BOTH, BadRequest, cases
 from flmoe_kernels.profile.warmup import call_of, target_of, warm_up
@@ -64,6 +72,35 @@ def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # Controls: a kernel with another constant, and another GPU.
     assert compiler_runs(lambda: dispatched(5), tmp_path) > 0
     assert compiler_runs(dispatched, tmp_path, TARGETS[80]) > 0
+
+
+def hashes_of(modules: list[Any], hashed: Callable[[Any], object]) -> dict[str, str]:
+    """Hash the kernels of modules in their order, as in a process that has hashed none."""
+    functions = [
+        x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)
+    ]
+    for function in functions:
+        function.hash, function.used_global_vals = None, {}
+    kernels = [function for function in functions if function.__name__.endswith("_kernel")]
+    for function in kernels:
+        hashed(function)
+    return {f"{kernel.module}.{kernel.__name__}": kernel.cache_key for kernel in kernels}
+
+
+def test_hashes_of_kernels_do_not_depend_on_their_order() -> None:
+    """Otherwise a process would not find what another one compiled; Triton alone does not ensure it."""
+    modules = [attention, losses, tiles, philox]
+
+    def plain(function: Any) -> str:
+        return str(function.cache_key)
+
+    def backwards(module: Any) -> Any:
+        return SimpleNamespace(**dict(reversed(vars(module).items())))
+
+    for hashed, equal in ((hash_callees_first, True), (plain, False)):
+        found = [hashes_of(each, hashed) for each in (modules, [*map(backwards, modules)])]
+        assert (found[0] == found[1]) == equal
+    hashes_of(modules, hash_callees_first)
 
 
 def step_of_mimic(folder: str) -> int:

@@ -26,7 +26,7 @@ def _ptx_is_the_binary(
 
 @contextmanager
 def compiled_to_ptx(
-    architecture: int, load: Callable[[str], Any], launch: Callable[..., None], device: int
+    architecture: int, load: Callable[[str], Any], launch: Callable[..., None], device: int | None
 ) -> Iterator[None]:
     """Within the `with` block the backend "triton" takes CPU tensors; see `recording.Driver`.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import jit
 
 from .tables import architecture_of
 from .target import assumed
@@ -51,6 +53,8 @@ class Launch:
     registers: Mapping[int, int] = field(default_factory=dict)
 
     def run(self) -> None:
+        if getattr(self.kernel, "hash", "interpreted") is None:
+            hash_callees_first(self.kernel)
         options = self._options(_current_architecture() if self.registers else 0)
         self.kernel[(self.programs,)](**self.arguments, **self.constants, **options)
 
@@ -59,6 +63,7 @@ class Launch:
 
         Needs no GPU, but fails in a process that interprets kernels.
         """
+        hash_callees_first(self.kernel)
         return triton.compile(
             ASTSource(self.kernel, *self._specialization()),
             target=GPUTarget("cuda", architecture, 32),
@@ -84,6 +89,22 @@ class Launch:
         if architecture in self.registers:
             options["maxnreg"] = self.registers[architecture]
         return options
+
+
+def hash_callees_first(function: Any) -> None:
+    """Compute Triton's hash of a function after those of the functions that it calls.
+
+    The hash is a part of the key of Triton's cache. It includes constants of a called function only if that was
+    hashed before. Without an order, a kernel would have other keys in processes that ran other kernels before.
+    """
+    names, known = function.fn.__code__.co_names, function.fn.__globals__
+    values = [known[name] for name in names if name in known]
+    modules = [value for value in values if isinstance(value, ModuleType)]
+    values += [getattr(module, name, None) for module in modules for name in names]
+    for value in values:
+        if isinstance(value, jit.JITFunction) and value is not function and value.hash is None:
+            hash_callees_first(value)
+    function.cache_key  # noqa: B018  a property that stores the hash
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:

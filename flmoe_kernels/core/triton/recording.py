@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launches import Launch, interpreted
+from .launches import Launch, hash_callees_first, interpreted
 from .target import Target, assume
 
 # Maximum shared memory of a block.
@@ -113,6 +113,7 @@ class Kernel:
     def compile(self, architecture: int) -> bool:
         """Compile it, or find it in Triton's cache; return whether it was found. Needs no GPU."""
         function = getattr(importlib.import_module(self.module), self.name)
+        hash_callees_first(function)
         attributes = {key: [list(pair) for pair in value] for key, value in self.attributes}
         source = ASTSource(function, dict(self.signature), dict(self.constants), attributes)
         found: list[bool] = []
