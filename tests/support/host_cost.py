@@ -20,7 +20,7 @@ from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
 from flmoe_kernels.profile.operators import pair_moe
 from flmoe_kernels.profile.operators.interaction_moe import prepare
 from flmoe_kernels.profile.shapes import LayerShape, by_name
-from tests.support.triton_driver import Driver, active
+from tests.support.triton_driver import compiled_to_ptx
 
 CALLS = 100
 LAUNCHES, KERNELS, NEW_KERNELS = (
@@ -45,7 +45,7 @@ def measure(name: str) -> dict[str, float]:
 
     triton.knobs.compilation.listener = lambda src, **_: compiled.append(src.name)
     torch.set_num_threads(1)
-    with active(Driver(90, str, launch, 90)):
+    with compiled_to_ptx(90, str, launch, 90):
         step, step_of_other = (
             prepare(
                 Case("interaction_moe", each, BOTH, torch.bfloat16), "triton", torch.bfloat16

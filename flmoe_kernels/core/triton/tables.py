@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from .target import assumed
+
 Key = TypeVar("Key", bound=Hashable)
 Configuration = TypeVar("Configuration")
 
@@ -52,9 +54,13 @@ def assume_architecture(architecture: int | None) -> Iterator[None]:
 
 
 def architecture_of(device: torch.device) -> int | None:
-    """Architecture of a device, 90 for sm_90; None in the interpreter, and for the meta device unless assumed."""
+    """Architecture of a device, 90 for sm_90; None in the interpreter and for the meta device, unless a GPU is
+    assumed."""
     if device.type != "cuda":
-        return _ASSUMED.get() if device.type == "meta" else None
+        if device.type == "meta" and (architecture := _ASSUMED.get()) is not None:
+            return architecture
+        target = assumed()
+        return None if target is None else target.architecture
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 

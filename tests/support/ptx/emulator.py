@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +12,12 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton import plans
-from tests.support.triton_driver import Driver, active
+from tests.support.triton_driver import compiled_to_ptx
 
 from .arithmetic import Array
 from .machine import run
 from .memory import Findings, GlobalMemory, Owners, Region
 from .program import Program
-
-_numbers = itertools.count(1000)
 
 
 @contextmanager
@@ -57,8 +54,11 @@ def emulated(
         parameters = _parameters(program, arguments, memory)
         run(program, memory, parameters, grid[0], metadata.num_warps, metadata.shared, findings)
 
-    device = architecture if damage is None else next(_numbers)
-    with active(Driver(architecture, load, launch, device)), pytest.MonkeyPatch.context() as patch:
+    device = architecture if damage is None else None
+    with (
+        compiled_to_ptx(architecture, load, launch, device),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         # The emulator takes the memory of tensors, not addresses.
         patch.setattr(plans, "hooked", lambda: True)
         yield findings
