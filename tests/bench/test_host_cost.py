@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -17,11 +18,16 @@ LAUNCHES, KERNELS, NEW_KERNELS, OPERATORS, MOST_ATEN_CALLS = 49, 31, 0, 7, 920
 PAIR_ATEN_CALLS = 2  # its results
 
 
+def in_a_new_process(measure: Callable[..., dict[str, float]], *shape: str) -> dict[str, float]:
+    """Where no kernel is compiled yet, and where new tensors are not filled as in tests."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *shape).result()
+
+
 @pytest.mark.slow
 def test_a_training_step_at_mimic() -> None:
-    """In a process of its own, where no kernel is compiled yet; the compiler takes a minute."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(host_cost.measure, "mimic").result()
+    """The compiler takes a minute."""
+    found = in_a_new_process(host_cost.measure, "mimic")
     assert found[host_cost.LAUNCHES] == LAUNCHES
     assert found[host_cost.KERNELS] == KERNELS
     assert found[host_cost.NEW_KERNELS] == NEW_KERNELS
@@ -31,4 +37,4 @@ def test_a_training_step_at_mimic() -> None:
 
 @pytest.mark.slow
 def test_a_forward_of_pair_moe() -> None:
-    assert host_cost.measure_pairs()[host_cost.PAIR_ATEN] == PAIR_ATEN_CALLS
+    assert in_a_new_process(host_cost.measure_pairs)[host_cost.PAIR_ATEN] == PAIR_ATEN_CALLS
