@@ -129,9 +129,16 @@ def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: int) -> 
 
 # Number of tile-sized operands that a row-wise kernel reads and writes; for views it is the number of views.
 READS = {"norm alone": 1, "norm": 2, "norm twice": 1, "norm_gradient": 3, "norm_gradient twice": 3}
-READS |= {"gelu": 1, "gelu_gradient": 2, "pool": 2, "pool_gradient": 1, "views": 2}
+READS |= {"gelu": 1, "gelu_gradient": 2, "pool": 2, "pool alone": 1, "pool_gradient": 1, "views": 2}
 WRITES = {"norm alone": 1, "norm": 2, "norm twice": 2, "norm_gradient": 2, "norm_gradient twice": 1}
-WRITES |= {"gelu": 1, "gelu_gradient": 1, "pool": 0, "pool_gradient": 2, "views_gradient": 2}
+WRITES |= {
+    "gelu": 1,
+    "gelu_gradient": 1,
+    "pool": 0,
+    "pool alone": 0,
+    "pool_gradient": 2,
+    "views_gradient": 2,
+}
 # Scalar accesses of a thread: values of one row, lengths of segments, sums.
 SINGLE = 12
 

@@ -82,7 +82,7 @@ def fits(dtype: torch.dtype, width: int, hidden: int) -> bool:
     float32 products are three of TF32, whose operands are split in registers: a block of whole rows does not fit.
     """
     whole = width & (width - 1) == 0 and hidden % _LEAST == 0 and hidden > 0
-    return dtype != torch.float32 and _LEAST <= width <= _WIDEST and whole
+    return dtype.itemsize == 2 and _LEAST <= width <= _WIDEST and whole
 
 
 def tiles_of(kernel: str, width: int, architecture: int | None) -> Tiles:

@@ -54,11 +54,12 @@ def pool_kernel(
     for at in range(first, last, ROWS):
         valid = at + row < last
         start = tl.cast(expert_view, tl.int64) * rows + at
-        base = begin(residual, start, WIDTH)
-        sums = [sums[w] + load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
         if update is not None:
             base = begin(update, start, WIDTH)
             x = [load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
+        base = begin(residual, start, WIDTH)
+        sums = [sums[w] + load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
+        if update is not None:
             if seed is not None:
                 words = words_of(seed, view * rows + at + row, expert, 0, column, PART)
                 x = [drop(x[w], words, threshold, kept_scale, w) for w in (0, 1, 2, 3)]
