@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from flmoe_kernels.core.triton import plans
 from flmoe_kernels.ops.pair_moe.api import pair_moe
 from tests.support.inputs import draw
-from tests.support.triton_driver import Driver, active
+from tests.support.triton_driver import compiled_to_ptx
 
 DEVICE = 2000  # a number of this file, because Triton keeps loaded kernels by the number
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def started() -> Iterator[list[Started]]:
     def launch(source: Any, _: Any, grid: tuple[int, ...], _kernel: Any, values: list[Any]) -> None:
         launches.append((source.hash(), grid[0], list(flat(values))))
 
-    with active(Driver(90, str, launch, DEVICE)):
+    with compiled_to_ptx(90, str, launch, DEVICE):
         yield launches
 
 

@@ -77,7 +77,7 @@ def measure_pairs() -> dict[str, float]:
     """ATen calls and time of the forward of pair_moe at pair_base."""
     case = Case("pair_moe", by_name("pair_base", "cpu"), FORWARD, torch.bfloat16, variant="none")
     torch.set_num_threads(1)
-    with active(Driver(90, str, lambda *_: None, 90)):
+    with compiled_to_ptx(90, str, lambda *_: None, 90):
         call = pair_moe.prepare(case, "triton", torch.bfloat16).call
         for _ in range(3):  # the third is from a plan
             call()

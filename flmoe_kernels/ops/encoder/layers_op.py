@@ -94,13 +94,13 @@ def _kernels(backend: str) -> Kernels:
             modules: tuple[Any, Any] = cpu, attention
         case "triton":
             from flmoe_kernels.core.triton import launches
-            from flmoe_kernels.ops.expert_attention import triton as attention
+            from flmoe_kernels.ops.expert_attention import triton as triton_attention
 
             from . import triton
 
             if launches.recording():
                 ranges = launches.recorded_range
-            modules = triton, attention
+            modules = triton, triton_attention
         case _:
             raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
     return Kernels(*(_Recorded(x, ranges) if ranges else x for x in modules))
