@@ -6,6 +6,7 @@ TARGET: for example sm_90; default: the GPU of this machine. OPERATOR: only its 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -13,6 +14,9 @@ from collections.abc import Callable, Iterator
 
 from bench.sanitize import checked
 from bench.targets import TARGETS
+from flmoe_kernels.core.backend import CAPABILITIES
+from flmoe_kernels.core.dtypes import HALVES_AND_FLOAT32
+from flmoe_kernels.profile import first_use
 from flmoe_kernels.profile.memory import SMALL
 from flmoe_kernels.profile.shapes import at_length
 from flmoe_kernels.profile.warmup import call_of, target_of, warm_up
@@ -29,6 +33,7 @@ def calls() -> Iterator[Callable[[], object]]:
     for case in checked("cuda"):
         yield call_of(case, outputs=True)
     yield from kernels.calls()
+    yield from first_use.calls(itertools.product(CAPABILITIES, HALVES_AND_FLOAT32))
 
 
 def main(name: str | None = None, operator: str | None = None) -> int:

@@ -66,6 +66,7 @@ def warmup(
     with needs_extra("triton"):
         import triton
 
+    from flmoe_kernels.profile import first_use
     from flmoe_kernels.profile.cases import BOTH, FORWARD, cases
     from flmoe_kernels.profile.user_layer import user_shape
     from flmoe_kernels.profile.warmup import call_of, target_of, warm_up
@@ -86,7 +87,9 @@ def warmup(
             chosen = cases(["interaction_moe"], [user], phases, dtype or [user.dtype], device="cpu")
         if not chosen:
             fail("expected shapes of the operators, got none")
-        warmed = warm_up(map(call_of, chosen), gpu, jobs or len(os.sched_getaffinity(0)))
+        checked = dict.fromkeys((case.operator, case.dtype) for case in chosen)
+        calls = [*map(call_of, chosen), *first_use.calls(checked)]
+        warmed = warm_up(calls, gpu, jobs or len(os.sched_getaffinity(0)))
     except (ValueError, RuntimeError) as error:  # BadRequest, CheckpointError, BackendUnavailable
         fail(str(error))
     for failure in warmed.failures:

@@ -6,7 +6,8 @@ compile the same kernels again for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,6 +100,15 @@ def failure(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> 
             except Exception as error:
                 return f"{type(error).__name__}: {words_of(error)}"
     return ""
+
+
+def calls(checked: Iterable[tuple[str, torch.dtype]]) -> Iterator[Callable[[], object]]:
+    """Calls of the Triton kernels in the cases of operators and dtypes, on CPU tensors, for `warmup`."""
+    for op, dtype in checked:
+        for make, shape, variant in _CASES[op]:
+            yield partial(
+                _results, make, Case(op, shape, BOTH, dtype, "cpu", variant), TRITON, dtype
+            )
 
 
 def _precision(backend: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:

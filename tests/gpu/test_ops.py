@@ -158,6 +158,7 @@ def test_compiled_whole() -> None:
     assert torch.equal(compiled(x, router), call(x, router))
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", backends.CAPABILITIES)
 def test_the_kernels_pass_the_self_check(op: str, dtype: torch.dtype) -> None:
