@@ -24,6 +24,7 @@ from .native import instruction_set as instruction_set
 from .native import instruction_sets as instruction_sets
 from .native import native as native
 from .settings import environment_choice
+from .triton.target import assumed
 
 REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
 BACKENDS = (REFERENCE, CPU, TRITON, CUDA)
@@ -57,6 +58,8 @@ def _triton_status() -> tuple[bool, str]:
         return False, "the package triton is not installed"
     if _interpreted():
         return True, "Triton's interpreter, slowly, on CPU tensors (TRITON_INTERPRET=1)"
+    if target := assumed():
+        return True, f"CPU tensors stand for those of {target}"
     if torch.version.cuda is None or not torch.cuda.is_available():
         return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
     return True, f"CUDA {torch.version.cuda}"
@@ -211,7 +214,8 @@ def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
             reason, expected = cpu_unavailable_reason(), "cpu"
         case "triton":
             runs, status = _triton_status()
-            reason, expected = "" if runs else status, "cpu" if _interpreted() else "cuda"
+            stand_in = _interpreted() or assumed() is not None
+            reason, expected = "" if runs else status, "cpu" if stand_in else "cuda"
         case "cuda":
             reason = cuda_unavailable_reason(tensor.device.index if kind == "cuda" else None)
             expected = "cuda"

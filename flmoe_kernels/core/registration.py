@@ -22,6 +22,7 @@ def define(
     autograd: tuple[Callable[..., None], Callable[..., tuple]] | None = None,
     *,
     flops: formulas.Formula,
+    fake_by_backend: bool = False,
 ) -> None:
     """Register the operator flmoe::name.
 
@@ -34,6 +35,7 @@ def define(
         fake: fake(*arguments) returns empty results with the right shapes and dtypes.
         autograd: (setup_context, backward), see torch.library.register_autograd.
         flops: flops(*arguments) counts the FLOP of the matrix products.
+        fake_by_backend: fake(backend, *arguments) instead, because shapes of results depend on the backend.
     """
     arguments, results = schema.split(" -> ")
     torch.library.define(f"flmoe::{name}", f"({arguments[1:-1]}, str backend='{CPU}') -> {results}")
@@ -44,11 +46,17 @@ def define(
         if _has_tangent(args):
             # Without this error the results would have no tangents, as if they were constant.
             raise _unavailable(name, "forward-mode AD")
+        return run(backend_of(args), *args[:count])
+
+    def backend_of(args: Sequence[Any]) -> str:
         # torch omits a trailing argument that equals the default in its schema.
-        return run(args[count] if len(args) > count else CPU, *args[:count])
+        return args[count] if len(args) > count else CPU
+
+    def empty(*args: Any) -> Any:
+        return fake(*((backend_of(args),) if fake_by_backend else ()), *args[:count])
 
     torch.library.impl(f"flmoe::{name}", ("cpu", "cuda"), kernel)
-    torch.library.register_fake(f"flmoe::{name}", lambda *args: fake(*args[:count]))
+    torch.library.register_fake(f"flmoe::{name}", empty)
     formulas.register(operator, flops, count)
     if autograd is not None:
         setup, derivative = autograd

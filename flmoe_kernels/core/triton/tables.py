@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from .target import assumed
+
 Key = TypeVar("Key", bound=Hashable)
 Configuration = TypeVar("Configuration")
 
@@ -37,9 +39,11 @@ def known(architecture: int | None) -> int | None:
 
 
 def architecture_of(device: torch.device) -> int | None:
-    """Architecture of a device, 90 for sm_90; None in the interpreter and for the meta device."""
+    """Architecture of a device, 90 for sm_90; None in the interpreter and for the meta device, unless a GPU is
+    assumed."""
     if device.type != "cuda":
-        return None
+        target = assumed()
+        return None if target is None else target.architecture
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 

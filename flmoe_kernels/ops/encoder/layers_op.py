@@ -15,25 +15,32 @@ from flmoe_kernels.core.flops import values_of
 from flmoe_kernels.core.registration import define, first_order_only, loop_over_gradients
 
 from .inference import FIRST_BIAS, LAYER_TENSORS
-from .layers import PLACES, Kernels, Options, Rows, Weights, backward, flows, forward
+from .layers import PLACES, Kernels, Options, Rows, backward, flows, forward
+from .steps import Weights, steps_of
 
 _PLAN = "Tensor? modality, Tensor? index, Tensor cu_samples, Tensor cu_segments, Tensor? count"
 _OPTIONS = "float[] rates, SymInt heads, SymInt views, float eps, bool self_residual"
 
 
-_RANGES = {
-    "linear": "expert_linear",
-    "norm": "dropout_add_norm",
-    "mlp": "expert_mlp",
-    "pool": "dropout_add_pool",
-    "views_of": "expand_views",
-    "forward": "expert_attention",
-    "linear_backward": "expert_linear_backward",
-    "norm_backward": "dropout_add_norm_backward",
-    "mlp_backward": "expert_mlp_backward",
-    "pool_backward": "dropout_add_pool_backward",
-    "views_backward": "expand_views_backward",
-    "backward": "expert_attention_backward",
+# Range of torch's profiler for each function of a backend, and the place of the weight whose widths it names.
+_RANGES: dict[str, tuple[str, int | None]] = {
+    "linear": ("expert_linear", 1),
+    "norm": ("dropout_add_norm", None),
+    "mlp": ("expert_mlp", None),
+    "pool": ("dropout_add_pool", None),
+    "views_of": ("expand_views", None),
+    "forward": ("expert_attention", None),
+    "norm_linear": ("norm_linear", 3),
+    "add_linear": ("add_linear", 2),
+    "norm_mlp": ("norm_mlp", None),
+    "linear_backward": ("expert_linear_backward", 2),
+    "norm_backward": ("dropout_add_norm_backward", None),
+    "mlp_backward": ("expert_mlp_backward", None),
+    "pool_backward": ("dropout_add_pool_backward", None),
+    "views_backward": ("expand_views_backward", None),
+    "backward": ("expert_attention_backward", None),
+    "norm_linear_backward": ("norm_linear_backward", 4),
+    "norm_mlp_backward": ("norm_mlp_backward", None),
 }
 
 
@@ -49,10 +56,10 @@ class _Recorded:
             return function
 
         def run(*args: Any, **options: Any) -> Any:
-            label = f"flmoe::{_RANGES[name]}"
-            if name.startswith("linear"):
-                weight = args[1 if name == "linear" else 2]
-                label += f" {weight.shape[2]} to {weight.shape[1]}"
+            label, place = _RANGES[name]
+            label = f"flmoe::{label}"
+            if place is not None:
+                label += f" {args[place].shape[2]} to {args[place].shape[1]}"
             with torch.profiler.record_function(label):
                 return function(*args, **options)
 
@@ -92,7 +99,7 @@ def _arguments(args: Sequence[Any]) -> tuple[Rows, list[Tensor], Tensor | None, 
     return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
 
 
-def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+def _fake(backend: str, rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     plan, weights, _, options, save = _arguments(args)
     experts, copies, n, width = rows.shape
     index, views, heads = plan.source, options.views, options.heads
@@ -104,6 +111,7 @@ def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     if not save:
         return latents, []
     statistics = statistics_dtype(rows.dtype)
+    fused = steps_of(_kernels(backend).encoder, rows, hidden).fused
     saved = [
         rows.new_empty(experts * layers * (6 * width + hidden)),
         rows.new_empty((experts * layers * (4 * width + hidden), width)),
@@ -112,7 +120,7 @@ def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
 
     def norm(size: int) -> list[Tensor]:
         mean, rstd = (rows.new_empty((experts, size), dtype=statistics) for _ in range(2))
-        return [mean, rstd, rows.new_empty((experts, size, width))]
+        return [mean, rstd, rows.new_empty((0,) if fused else (experts, size, width))]
 
     for layer in range(layers):
         if layer > 0:
@@ -276,6 +284,7 @@ define(
     _fake,
     (_setup, _autograd),
     flops=_flops,
+    fake_by_backend=True,
 )
 define(
     "encoder_layers_backward",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.support.triton_driver import Driver, active
+from tests.support.triton_driver import compiled_to_ptx
 
 from .arithmetic import Array
 from .machine import run
 from .memory import Findings, GlobalMemory, Owners, Region
 from .program import Program
-
-_numbers = itertools.count(1000)
 
 
 @contextmanager
@@ -55,8 +52,8 @@ def emulated(
         parameters = _parameters(program, arguments, memory)
         run(program, memory, parameters, grid[0], metadata.num_warps, metadata.shared, findings)
 
-    device = architecture if damage is None else next(_numbers)
-    with active(Driver(architecture, load, launch, device)):
+    device = architecture if damage is None else None
+    with compiled_to_ptx(architecture, load, launch, device):
         yield findings
 
 

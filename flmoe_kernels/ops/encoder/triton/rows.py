@@ -185,7 +185,12 @@ def _expect_segments(cu_segments: Tensor, views: int, rows: int, like: Tensor) -
 
 
 def pool(
-    residual: Tensor, update: Tensor, cu_segments: Tensor, views: int, seed: Tensor | None, p: float
+    residual: Tensor,
+    update: Tensor | None,
+    cu_segments: Tensor,
+    views: int,
+    seed: Tensor | None,
+    p: float,
 ) -> Tensor:
     """Means (E, V, S, D) over segments; segments are clamped to the rows of a view."""
     _expect_rows("residual", residual)
@@ -195,8 +200,8 @@ def pool(
     dropout = _dropout(seed, p, residual)
     out = residual.new_empty((experts, views, cu_segments.numel() - 1, width))
     if out.numel():
-        residual, update, cu_segments = (x.contiguous() for x in (residual, update, cu_segments))
-        run([pool_launch(residual, update, cu_segments, dropout, out)], out.device)
+        residual, cu_segments = residual.contiguous(), cu_segments.contiguous()
+        run([pool_launch(residual, contiguous(update), cu_segments, dropout, out)], out.device)
     return out
 
 
