@@ -10,9 +10,9 @@
 set(FLMOE_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF or AUTO")
 # The oldest version that the kernels are built and inspected with, see .github/workflows/ci.yml.
 set(oldest_nvcc 13.0)
-# Machine code for the supported architectures, and PTX for the oldest of them. Other GPUs of compute capability
-# 8.0 or higher, such as sm_120, compile the PTX at first use; the kernels use no newer instructions.
-set(cuda_architectures 80 90a 100)
+# Machine code for the supported architectures, and PTX for the oldest of them. Newer GPUs compile the PTX at first
+# use; the kernels use no newer instructions.
+set(cuda_architectures 80 90a 100 120)
 set(cuda_ptx 80)
 # Folder of cuda_build.h, which contains the results of this file.
 set(cuda_build_folder ${CMAKE_CURRENT_BINARY_DIR}/generated)

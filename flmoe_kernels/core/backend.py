@@ -36,10 +36,11 @@ CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     op: {REFERENCE: FLOATS, CPU: FLOATS, TRITON: HALVES_AND_FLOAT32}
     for op in ("expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp")
 }
-CAPABILITIES["routing"][CUDA] = FLOATS
+CAPABILITIES["routing"][CUDA] = CAPABILITIES["pair_moe"][CUDA] = FLOATS
 
-# Default backends for CUDA tensors, best first; the first backend that can run is used.
-_ON_CUDA = (CUDA, TRITON)
+# Default backends for CUDA tensors, best first; the first backend that can run is used. pair_moe's CUDA kernels
+# have not been measured against Triton's, and run on request.
+_ON_CUDA = {"pair_moe": (TRITON,)}
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
@@ -204,7 +205,7 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
 
 def _choose_on_cuda(op: str, tensor: torch.Tensor) -> str:
     reasons = []
-    for name in _ON_CUDA:
+    for name in _ON_CUDA.get(op, (CUDA, TRITON)):
         if name not in CAPABILITIES[op]:
             continue
         reason = _refusal(op, name, tensor)

@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels on a GPU: parity, determinism, CUDA graphs, torch.compile."""
+"""Tests of the GPU kernels on a GPU: parity, determinism, CUDA graphs, torch.compile."""
 
 from __future__ import annotations
 
@@ -65,7 +65,19 @@ def routed_run(case: routed_cases.RoutedCase) -> Run:
     )
 
 
+def cuda_run(case: pair_cases.PairCase) -> Run:
+    """The CUDA kernels instead of Triton's."""
+    return lambda inputs, backend: pair_cases.run(
+        case, inputs, "cuda" if backend == "triton" else backend
+    )
+
+
 CASES = (
+    *(
+        (cuda_run(case), case.inputs, f"pair_moe in CUDA C++:{case}")
+        for case in PAIRS
+        if backends.backend_status()["cuda"][0]
+    ),
     *((partial(pair_cases.run, case), case.inputs, f"pair_moe:{case}") for case in PAIRS),
     (routed_run(SMALLEST), SMALLEST.inputs, "routed_mlp:smallest"),
     *((routed_run(case), case.inputs, f"routed_mlp:{case}") for case in ROUTED),

@@ -63,7 +63,8 @@ def pair_moe(
         temperature: positive.
         reduce: "none" for y (B, E, La, V), "experts" for the sum over e (B, La, V), "pool" for the sum
             over i (B, E, V).
-        backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
+        backend: "reference", "cpu", "triton" or, only on request, "cuda"; default by device, see
+            flmoe_kernels.use_backend.
 
     Returns:
         (y, mass): y in the inputs' dtype, for "pool" in that of mass; mass (B, E, La) in float32 (float64 for

@@ -33,12 +33,16 @@ def _kernels(backend: str) -> Any:
             from . import cpu
 
             return cpu
+        case "cuda":
+            from . import cuda
+
+            return cuda
         case "triton":
             from . import triton
 
             return triton
         case _:
-            raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
+            raise ValueError(f"backend: expected cpu, triton or cuda, got {backend!r}")
 
 
 def _call(inputs: Sequence[Any]) -> PairCall:
