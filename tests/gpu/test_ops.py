@@ -15,6 +15,7 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import gate
+from flmoe_kernels.profile import first_use
 from flmoe_kernels.profile.cases import BOTH, Case
 from flmoe_kernels.profile.registry import prepare
 from flmoe_kernels.profile.shapes import LayerShape
@@ -155,3 +156,12 @@ def test_compiled_whole() -> None:
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, router), call(x, router))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", backends.CAPABILITIES)
+def test_the_kernels_pass_the_self_check(op: str, dtype: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    for backend in {"triton", "cuda"} & set(backends.CAPABILITIES[op]):
+        if backends.backend_status()[backend][0]:
+            assert first_use.failure(op, backend, dtype, device) == ""
