@@ -38,9 +38,10 @@ CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 }
 CAPABILITIES["routing"][CUDA] = CAPABILITIES["pair_moe"][CUDA] = FLOATS
 
-# Default backends for CUDA tensors, best first; the first backend that can run is used. pair_moe's CUDA kernels
-# have not been measured against Triton's, and run on request.
-_ON_CUDA = {"pair_moe": (TRITON,)}
+# Default backends for CUDA tensors, best first; the first backend that can run is used.
+_ON_CUDA = (CUDA, TRITON)
+# Not used unless requested: not measured against Triton's kernels.
+_ON_REQUEST = {("pair_moe", CUDA)}
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
@@ -205,8 +206,8 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
 
 def _choose_on_cuda(op: str, tensor: torch.Tensor) -> str:
     reasons = []
-    for name in _ON_CUDA.get(op, (CUDA, TRITON)):
-        if name not in CAPABILITIES[op]:
+    for name in _ON_CUDA:
+        if name not in CAPABILITIES[op] or (op, name) in _ON_REQUEST:
             continue
         reason = _refusal(op, name, tensor)
         if reason:
