@@ -40,7 +40,7 @@ struct ProjectArgs {
 // offset = base + c0 x . g and factor = (c1 + c2 x) g, 0 for masked tokens. One warp per token;
 // x and g are read once; bound by memory. Terms of coefficient 0 have no part.
 template <typename T, typename A>
-__global__ void __launch_bounds__(32 * kRowsOfProject)
+__global__ void __launch_bounds__(32 * kRowsOfProject, 1)
     project_kernel(const __grid_constant__ ProjectArgs in) {
   const int lane = threadIdx.x % 32;
   const int64_t token = int64_t{blockIdx.x} * kRowsOfProject + threadIdx.x / 32;
@@ -81,15 +81,17 @@ __global__ void __launch_bounds__(32 * kRowsOfProject)
   }
 }
 
-// out[o, i] = sum over `blocks` of parts[o, block, i], in their order.
+// out[o, i] = sum over `blocks` of parts[o, block, i]. One warp per output: a lane adds every 32nd.
 template <typename A>
 __global__ void sum_kernel(const A* parts, A* out, int64_t outer, int64_t blocks, int64_t inner) {
-  const int64_t n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t n = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
   if (n >= outer * inner) return;
   const A* const first = parts + n / inner * blocks * inner + n % inner;
   A total = 0;
-  for (int64_t block = 0; block < blocks; ++block) total += first[block * inner];
-  out[n] = total;
+  for (int64_t block = threadIdx.x % 32; block < blocks; block += 32) total += first[block * inner];
+#pragma unroll
+  for (int apart = 16; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
+  if (threadIdx.x % 32 == 0) out[n] = total;
 }
 
 RowView contiguous(const void* data, int64_t experts, int64_t length, int64_t width) {
@@ -203,7 +205,7 @@ class Launches {
 
   void sum_blocks(const void* parts, void* out, int64_t outer, int64_t blocks, int64_t inner) {
     constexpr int kThreads = 128;
-    const int64_t grid = (outer * inner + kThreads - 1) / kThreads;
+    const int64_t grid = (outer * inner * 32 + kThreads - 1) / kThreads;
     if (error_ == cudaSuccess && grid > INT32_MAX) error_ = cudaErrorInvalidConfiguration;
     if (error_ != cudaSuccess) return;
     sum_kernel<A><<<static_cast<unsigned>(grid), kThreads, 0, stream_>>>(
