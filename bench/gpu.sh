@@ -1,31 +1,33 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in 8 minutes from a fresh checkout. Needs no network: Python 3.10+ with torch, triton,
-# pytest, pytest-benchmark, pytest-xdist, typer, rich and pybind11, and nvcc, cmake and ninja must be installed. Wheels
-# in wheels/ of the checkout are installed first.
+# Everything that needs a GPU, in at most 8 minutes from a fresh checkout. Needs no network: Python 3.10+ with torch,
+# triton, pytest, pytest-benchmark, pytest-xdist, typer, rich and pybind11, and nvcc, cmake and ninja must be
+# installed. Wheels in wheels/ of the checkout are installed first.
 #
 #   bench/gpu.sh [--dry-run] [prepare] [tests] [sanitize] [targets]        default: all four, in this order
 #
 #   prepare    at most 120 s   builds the native module and compiles the Triton kernels of the other steps, in parallel
 #   tests      at most 150 s   the GPU tests that are not slow
 #   sanitize   at most  60 s   memcheck and racecheck of each operator at tiny sizes, all at once
-#   targets    at least 150 s  bench/targets.py, in order of worth; also gets the time that other steps left
+#   targets    at least 150 s  bench/targets.py, most important first; also uses the time left by earlier steps
 #                      480 s
 #
-#   --dry-run          every step on the CPU, at tiny sizes, in under a minute; proves that the script works
+#   --dry-run          runs the script's steps on the CPU at tiny sizes; without the native build, CUDA and
+#                      compute-sanitizer
 #   PYTHON             Python to use; default python3
 #   FLMOE_GPU_BUDGET   total seconds; default 480
 #   OUT                folder for results; default bench/results/<device name>/
 #   FLMOE_COMMIT       the commit, if the files are not a git checkout
 #
 # Results are written as soon as they exist: a line of JSON for each step in steps.jsonl and for each target in
-# targets.jsonl. A test that hangs or breaks the CUDA context costs no other test. Exit code: 0, or 1 if a step failed.
+# targets.jsonl. If a test hangs or breaks the CUDA context, only that test is lost. Exit code: 0, or 1 if a step
+# failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 PYTHON="${PYTHON:-python3}"
 BUDGET="${FLMOE_GPU_BUDGET:-480}"
 PREPARE=120 TESTS=150 SANITIZE=60
-KILL_AFTER=10 # seconds that a stopped program has to print what it knows
+KILL_AFTER=10 # seconds between SIGINT and SIGKILL, for partial output
 DRY='' STEPS=()
 for word in "$@"; do
     case "$word" in

@@ -1,4 +1,4 @@
-"""Pytest plugin, by which a test that hangs or breaks the CUDA context costs no other test.
+"""Pytest plugin that isolates tests: if one hangs or breaks the CUDA context, only that test is lost.
 
 For `pytest -n N -p bench.isolation`: the test's process ends, and pytest-xdist starts another for the tests that
 remain.

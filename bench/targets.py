@@ -1,7 +1,7 @@
-"""The speed that the kernels must have on a GPU, in order of worth: pytest bench/targets.py --device cuda.
+"""The speed that the kernels must have on a GPU, most important first: pytest bench/targets.py --device cuda.
 
-Without --device cuda the same code runs at tiny sizes on the CPU, and its numbers mean nothing. Each result is
-written as a line of JSON to the file of --lines as soon as it is measured. The table of such a file:
+Without --device cuda the same code runs at tiny sizes on the CPU, and these numbers are not meaningful. Each
+result is written as a line of JSON to the file of --lines as soon as it is measured. The table of such a file:
 
     python -m bench.targets FILE
 """

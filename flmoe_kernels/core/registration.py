@@ -78,7 +78,8 @@ def _checked(name: str, derivative: Callable[..., tuple]) -> Callable[..., tuple
 def define_derivative(
     name: str, place: int, setup: Callable[..., None], derivative: Callable[..., tuple]
 ) -> None:
-    """Register the derivative of an operator by its first argument and by its list of tensors at `place`.
+    """Register the derivative of an operator with respect to its first argument and the list of tensors at
+    position `place`.
 
     torch.library.register_autograd supports lists, too, but flattens all arguments and gradients as pytrees, which
     takes 0.5 ms for 120 tensors. The operator returns a tensor and a list of tensors.
@@ -86,7 +87,8 @@ def define_derivative(
     Args:
         setup: setup(ctx, arguments, results), as setup_context.
         derivative: derivative(ctx, gradient of the first result) returns the gradient of the first argument and
-            the list of those of the tensors. The flags of ctx.needs_input_grad after the first two are theirs.
+            the list of those of the tensors. `ctx.needs_input_grad[2:]` are the flags of the first argument and
+            the listed tensors.
     """
     operator = getattr(torch.ops.flmoe, name).default
     count = len(operator._schema.arguments)

@@ -27,8 +27,8 @@ from .settings import environment_choice
 from .triton.tables import architecture_of
 from .triton.tuning.timing import capturing
 
-# (architecture, package version), such as (90, "1.1.0"), whose kernels are not checked: bench/results/ has the
-# results of all GPU tests and benchmarks.
+# Pairs (architecture, package version), such as (90, "1.1.0"), that skip the self-check. Add one only when
+# bench/results/ has the results of all GPU tests and benchmarks for it.
 PROVEN: frozenset[tuple[int | None, str]] = frozenset()
 
 Key = tuple[str, str, torch.dtype, int | None]  # operator, backend, dtype, number of the GPU
@@ -135,7 +135,7 @@ def _name(op: str, backend: str, dtype: torch.dtype) -> str:
 
 
 def _environment(index: int | None) -> dict[str, str]:
-    """What a result depends on."""
+    """Key of a result."""
     versions = {"flmoe_kernels": __version__, "torch": torch.__version__, "triton": "none"}
     with suppress(importlib.metadata.PackageNotFoundError):
         versions["triton"] = importlib.metadata.version("triton")

@@ -32,7 +32,7 @@ _PAIRS = PairShape("first_use", 2, 33, 17)
 _ROUTED = RoutedShape("first_use", 37, 256, 512, 4, 2)
 # Added to the reweighting's hidden layer, so that no ReLU is near 0, where rounding changes gradients.
 _POSITIVE = 16.0
-# Of the latents, so that all triplet losses are positive.
+# Scale of the latents; small, so that all triplet losses are positive.
 _NEAR = 0.05
 
 
@@ -57,7 +57,7 @@ def _losses(case: Case, name: str, dtype: torch.dtype) -> Prepared:
 
 
 def _gate(case: Case, name: str, dtype: torch.dtype) -> Prepared:
-    """The gate without a capacity, which would replace the weights."""
+    """The gate; without a capacity, because a capacity would replace the weights."""
     logits = draws.draw(37, 4, generator=draws.generator_of(case.device))
     leaves = {"logits": draws.place(case, logits, dtype)}
 
@@ -80,8 +80,8 @@ _CASES: dict[str, list[tuple[Make, Shape, str]]] = {
 def failure(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str:
     """Return the reason why the kernels of `op` must not be used, or "".
 
-    Errors must be within `core.error_budget`. Runs in a thread of its own, whose CUDA device it sets. What the
-    reference or the allocator raises is no result about the kernels and is raised.
+    Errors must be within `core.error_budget`. Runs in a thread of its own, whose CUDA device it sets. Errors
+    of the reference or the allocator say nothing about the kernels and are raised.
     """
     gpu = [device] if is_cuda(str(device)) else []
     if gpu:

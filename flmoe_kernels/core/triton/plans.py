@@ -142,8 +142,9 @@ def _recorded(function: Function, inputs: Sequence[Tensor | None]) -> Plan | boo
 class _Step:
     """A launch with tensors on the meta device; and its arguments in the kernel's order.
 
-    addresses: index of an argument, number of a buffer, offset in bytes. tuples: index of an argument, and buffers
-    and offsets of its parts; the last buffer is at address 0, its offsets are numbers.
+    addresses: index of an argument, number of a buffer, offset in bytes. tuples: index of an argument, and a
+    (buffer, offset) pair for each of its parts. A part that is not a tensor is (-1, value): buffer -1 has
+    address 0.
     """
 
     launch: Launch
@@ -195,7 +196,8 @@ class Plan:
         with current(device):
             if kernels is None or hooked():
                 kernels = self._launch(buffers)
-                if None not in kernels:  # they are in the interpreter
+                # In the interpreter every kernel is None, and nothing is cached.
+                if None not in kernels:
                     self._kernels[alignment] = [
                         (x.run, x.function, x.packed_metadata) for x in kernels
                     ]

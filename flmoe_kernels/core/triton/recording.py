@@ -28,7 +28,7 @@ _devices = itertools.count(1000)
 
 
 class Driver:
-    """What Triton needs of a driver.
+    """Minimal driver for Triton.
 
     Args:
         target: the GPU that kernels are compiled for.
@@ -101,7 +101,7 @@ def active(driver: Driver) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What Triton compiles a kernel for: its signature, constants, attributes of arguments, and options."""
+    """Key of a kernel's compilation: its signature, constants, attributes of arguments, and options."""
 
     module: str
     name: str

@@ -36,7 +36,7 @@ _assumed: ScopedSetting[Target | None] = ScopedSetting(None)
 
 
 def assumed() -> Target | None:
-    """The GPU that tensors of the CPU and the meta device stand for; None if they are what they are."""
+    """The assumed GPU for tensors on the CPU and the meta device; None if no GPU is assumed."""
     return _assumed.get()
 
 

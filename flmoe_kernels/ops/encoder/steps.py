@@ -141,7 +141,8 @@ class Separate:
         limits: Limits,
     ) -> tuple[Tensor, ...]:
         """Gradients of total1's residual and update, gain1, shift1 and qkv, of which `wants` selects; those not
-        wanted are empty. grads: of total1 beside the norm, and of the product; dropout: of the update."""
+        wanted are empty. grads: gradient of total1 that does not pass through the norm, and gradient of the
+        product with w.qkv. dropout: seed and rate of the update's dropout."""
         stream, qkv = grads
         no = qkv.new_empty(0)
         normed, weight, _ = self.kernels.linear_backward(

@@ -67,7 +67,8 @@ def add_linear(
     count: Tensor | None = None,
     views: int = 1,
 ) -> Tensor:
-    """residual + dropout(linear map of x), or without a residual u + dropout(u), u the dropout of the map."""
+    """Return residual + dropout(y), y the linear map of x. Without a residual: u + dropout(u) with u = dropout(y),
+    as the published layer does."""
     computed, added = view_rows(count, views, x.shape[1], x.device), (residual, Dropout(seed, p))
     out, found = linear_launch.forward(x, weight, bias, computed, added)
     run(found, x.device)
@@ -191,7 +192,8 @@ def norm_linear_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of the residual and the update of which x is the sum, gain, shift and weight.
 
-    grad_total: of x beside the norm; saved: x, mean, rstd. The rest is as in norm_mlp_backward.
+    grad_total: gradient of x that does not pass through the norm; grad_out: gradient of the product with weight.
+    saved: x, mean, rstd. before: seed and rate of the update's dropout. The rest is as in norm_mlp_backward.
     """
     x, mean, rstd = saved
     gain, shift = affine

@@ -89,7 +89,7 @@ def norm_product_kernel(
 # out = x + dropout(dropout(GELU(norm(x) w_in^T + b_in)) w_out^T + b_out), w_in (E, HIDDEN, WIDTH), w_out (E,
 # WIDTH, HIDDEN); also the statistics of the norm and, for the backward, the hidden rows before the GELU. COLUMNS
 # hidden columns at a time are computed, activated and multiplied on. Traffic: x, hidden and out once; at the end x
-# again from L2. Bound, as predicted for an H100 at mmimdb: memory and matrix units equally.
+# again from L2. Bound (estimate for an H100 at mmimdb): memory and matrix units about equally.
 @triton.jit(do_not_specialize=("count", "rows"))
 def mlp_kernel(
     x,
@@ -159,13 +159,13 @@ def mlp_kernel(
         tl.store(begin(out, start, WIDTH) + to, value, mask=valid[:, None])
 
 
-# The backward of mlp_kernel up to the gradients of x, and of the step before, x = residual + dropout(update): with
+# Backward of mlp_kernel. Stores the gradients of residual and update, where x = residual + dropout(update). With
 # grad_total and grad_out the gradients of out and of the last product,
 #     grad_hidden = dropout(grad_out w_out) GELU'(hidden),   grad of norm(x) = grad_hidden w_in,
-# then norm_gradient_rows. `normed` has the gradient of norm(x) in between, in the memory of one of the results:
-# the registers hold no more than the product, and the block's rows stay in L2. Also stores the activations for the
-# gradient of w_out. Without `normed` nothing after grad_hidden is computed. Traffic: grad_total, grad_out, x,
-# hidden and the stored results once.
+# then norm_gradient_rows. `normed` holds the gradient of norm(x); it uses the memory of one of the results, if
+# there is one, because the registers have no room for it, and the same block reads it again from L2. Also stores
+# grad_hidden, and the activations for the gradient of w_out. Without `normed` nothing after grad_hidden is
+# computed. Traffic: grad_total, grad_out, x, hidden and the stored results once.
 @triton.jit(do_not_specialize=("count", "rows"))
 def mlp_gradient_kernel(
     grad_total,
@@ -247,9 +247,9 @@ def mlp_gradient_kernel(
         )
 
 
-# The backward of norm_product_kernel up to the gradients of x, and of the step before: the gradient of norm(x) is
-# grad (E, views * rows, INNER) w with w (E, INNER, WIDTH); the rest is as above. Traffic: grad, grad_total, x and
-# the stored results once. Bound: memory.
+# Backward of norm_product_kernel. The gradient of norm(x) is grad (E, views * rows, INNER) w with w (E, INNER,
+# WIDTH); the rest is as in mlp_gradient_kernel. Traffic: grad, grad_total, x and the stored results once. Bound:
+# memory.
 @triton.jit(do_not_specialize=("count", "rows"))
 def product_norm_gradient_kernel(
     grad,

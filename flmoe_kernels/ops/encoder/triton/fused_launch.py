@@ -44,12 +44,13 @@ class Tiles:
     shared: tuple[int, int, int]
 
 
-# (kernel, width over WIDE) -> tiles. Nothing spills in the compiled cases. With wide rows a block of 128 has the
-# SM to itself: its weights come from L2 once for 128 rows. Its sums are 128 registers a thread, so that more than
-# 32 hidden columns at a time spill on sm_90; sm_100 has its sums in a memory of their own. On sm_80 each warp has
-# all rows of a block and some of its columns: fewer than 64 hidden columns would be computed twice, and 64 rows do
-# not spill. sm_86 and sm_12x have 99 KiB for a block. Narrow rows are those of small batches, whose blocks are
-# small to fill the GPU. Which tiles are fastest has not been measured.
+# (kernel, width over WIDE) -> tiles. A block is the rows of one program. Nothing spills in the compiled cases.
+# Wide rows: one block of 128 rows fills an SM and loads the weights from L2 once for 128 rows. On sm_90 its
+# float32 sums take 128 registers per thread, and more than 32 hidden columns at a time would spill; on sm_100 the
+# sums are in tensor memory, and "mlp" takes 64. On sm_80 each of the eight warps computes all rows of a block for
+# at least 8 hidden columns, so with fewer than 64 columns some would be computed twice; blocks have 64 rows,
+# because 128 spill. On sm_86 and sm_12x a block has at most 99 KiB of shared memory. Narrow rows: batches are
+# small, so blocks are small to use more SMs. Which tiles are fastest has not been measured.
 TABLE = Table(
     {
         ("norm_product", False): Tiles(64, 64, 1, 4, 3, (57344, 73728, 67600)),
@@ -110,7 +111,8 @@ def _launch(
     computed: ViewRows,
     architecture: int | None,
 ) -> Launch:
-    """One program per block of rows of x; across: the name and the length of what the loop passes."""
+    """One program per block of rows of x. across: name of the constant for the step of the loop, and length of the
+    dimension it loops over."""
     tiles, (what, length) = tiles_of(name, x.shape[2], architecture), across
     return Launch(
         kernel,

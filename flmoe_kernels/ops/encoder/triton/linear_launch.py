@@ -139,7 +139,8 @@ def forward(
 ) -> tuple[Tensor, list[Launch]]:
     """Allocate out (E, R, N) for x (E, R, K), weight (E, N, K), bias (E, N); also return its launches.
 
-    added: a contiguous residual (E, R, N), or None for the map itself, and the dropout of the map that is added.
+    added: a contiguous residual (E, R, N) or None, and a dropout. out is then residual + dropout(y), y the linear
+    map. Without a residual: u + dropout(u) with u = dropout(y), as the published layer does.
     """
     out = x.new_empty((*x.shape[:2], weight.shape[1]))
     bias = None if bias is None else bias.contiguous()

@@ -44,7 +44,7 @@ def decode(program, slots, heads, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def zero_of(kept_scale, origin):
-    """What replaces dropped probabilities: NaN in rows of NaN, otherwise a zero that the compiler cannot detect:
+    """Replacement of dropped probabilities: NaN in rows of NaN, otherwise a zero that the compiler cannot detect:
     with a constant zero it would select after rounding to 16 bits, and then round and pack one value at a time."""
     return tl.where(origin == origin, kept_scale * 0.0, origin)
 

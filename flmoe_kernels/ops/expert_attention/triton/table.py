@@ -54,20 +54,21 @@ class Tiles:
 
 # (kernel, class of the call) -> tiles for every architecture that has none of its own. 64 rows give each of four
 # warps the 16 that its matrix instruction takes, and sm_90's the 64 of its group, so that scores stay in the
-# registers where they were made; with more warps each row is held twice. 64 columns: with 128 gradient kernels
-# spill on two or three of the architectures, and the first one on sm_100; it would take 16.0 instead of 17.0
-# instructions per score on sm_90, but 241 instead of 141 registers. Three stages load a tile ahead; with two,
-# loads are issued and awaited between two tiles. Two blocks share an SM: 255 registers and the shared memory
-# allow it. "wide" is for widths over 64, where a tile of rows has twice the bytes: half the columns in
-# "query_gradient"; half the rows in "key_gradient", whose sums alone are 128 registers, which leaves its scores
-# to mma.sync on every architecture. "short" is for problems of at most 16 rows on average: a warp (two for
-# float32's gradients) and a tile for each problem and head, and one kernel for all gradients. float32 products
-# are three TF32 ones, of operands that are split in two: 32 x 32 is what does not spill at width 64. "chunked" is
-# for widths over 128, whose rows pass in chunks of 128 columns; each chunk of the output is a program that makes
-# all scores. Two float32 kernels have chunks of 64, twice the programs and at width 256 1.7 times the products:
-# with 128 they spill up to 112 bytes. Tiles of wide float32 and of chunked rows are smaller for the registers and
-# the shared memory: nothing spills at widths 128 and 256, though up to 584 bytes do at 200, which fills no chunk,
-# and no block takes more than the 99 KiB that sm_86 and sm_89 have. The fastest choice has not been measured.
+# registers where they were made; with more warps each row is held twice. 64 columns, because with 128 columns
+# "key_gradient" spills on sm_80, sm_90 and sm_100, and "query_gradient" and "attend" spill on sm_100. On sm_90
+# "attend" with 128 columns would take 16.0 instead of 17.0 instructions per score, but 241 instead of 141
+# registers. With two stages, copies and products do not overlap; with three, the next tile is loaded during the
+# current one. Two blocks share an SM: 255 registers and the shared memory allow it. "wide" is for widths over 64,
+# where a tile of rows has twice the bytes: half the columns in "query_gradient"; half the rows in "key_gradient",
+# whose sums alone are 128 registers, which leaves its scores to mma.sync on every architecture. "short" is for
+# problems of at most 16 rows on average: a warp (two for float32's gradients) and a tile for each problem and
+# head, and one kernel for all gradients. float32 products are three TF32 ones, of operands that are split in two:
+# 32 x 32 is what does not spill at width 64. "chunked" is for widths over 128, whose rows pass in chunks of 128
+# columns; each chunk of the output is a program that makes all scores. Two float32 kernels have chunks of 64,
+# twice the programs and at width 256 1.7 times the products: with 128 they spill up to 112 bytes. Tiles of wide
+# float32 and of chunked rows are smaller for the registers and the shared memory: nothing spills at widths 128 and
+# 256, though up to 584 bytes do at 200, which fills no chunk, and no block takes more than the 99 KiB that sm_86
+# and sm_89 have. The fastest choice has not been measured.
 _ALL: dict[Key, Tiles] = {
     ("attend", "long"): Tiles(64, 64, 4, 3, (40960, 57344, 57392)),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 65536, 73792)),
@@ -93,15 +94,15 @@ _ALL: dict[Key, Tiles] = {
     ("gradient", "float32, short"): Tiles(16, 16, 2, 1, (14336, 14336, 14336)),
 }
 
-# Those that an architecture has instead; their shared bytes elsewhere are 0. mma.sync lays out scores that pass a
-# branch in another way than the sums: through shared memory, with 255 registers in the gradient of queries
-# instead of 182 and spills on sm_120, so that "long" problems have no branch on sm_80 and sm_86. Wide and chunked
-# rows keep it or not, whichever has no spill. The gradient of keys has tiles with two stages (long) or smaller
-# ones (wide and float32, chunked) on sm_86, so that two blocks fit an SM and nothing spills on sm_12x. The wide
-# gradient of queries loads a tile ahead where two blocks with three stages fit an SM. The other entries exist
-# because the default tiles spill 8 to 24 bytes in one named case: half the columns for wide rows on sm_80 and
-# sm_86, three stages for the wide gradient of keys on sm_90, eight warps for chunked rows on sm_100, whose
-# float32 gradient of keys also has chunks of 64. The fastest choice has not been measured.
+# Replacements by architecture; their shared bytes elsewhere are 0. With mma.sync, Triton converts the layout of
+# scores that are modified in a branch, through shared memory. In the gradient of queries this takes 255 instead of
+# 182 registers, and spills on sm_120. On sm_80 and sm_86 the tiles of "long" problems are therefore masked without
+# a branch. Wide and chunked rows keep it or not, whichever has no spill. The gradient of keys has tiles with two
+# stages (long) or smaller ones (wide and float32, chunked) on sm_86, so that two blocks fit an SM and nothing
+# spills on sm_12x. The wide gradient of queries loads a tile ahead where two blocks with three stages fit an SM.
+# The other entries exist because the default tiles spill 8 to 24 bytes in one named case: half the columns for
+# wide rows on sm_80 and sm_86, three stages for the wide gradient of keys on sm_90, eight warps for chunked rows
+# on sm_100, whose float32 gradient of keys also has chunks of 64. The fastest choice has not been measured.
 _AMPERE: dict[Key, Tiles] = {
     ("attend", "long"): Tiles(64, 64, 4, 3, (40960, 0, 0), branch=False),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 0, 0), branch=False),
