@@ -98,18 +98,37 @@ def define_derivative(
         with internal._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & internal._after_autograd_keyset, *args)
 
+    class Refused(torch.autograd.Function):
+        """The given tensors, whose derivative is refused."""
+
+        @staticmethod
+        def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple([x.view_as(x) for x in tensors])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> NoReturn:
+            raise _no_derivative(f"flmoe::{name}_backward")
+
     class Derivative(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, args: Sequence[Any], *_: torch.Tensor) -> Any:
             results = below(keyset, args)
             # torch omits a trailing argument that equals the default in its schema.
             setup(ctx, args if len(args) == count else (*args, CPU), results)
+            ctx.listed = args[place]
             return results[0], *results[1]
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             first, listed = checked(ctx, grads[0])
-            return None, None, first, *listed
+            found = [first, *listed]
+            if torch.is_grad_enabled():
+                # The saved tensors do not depend on the listed ones, so their second derivative would be zero.
+                places = [i for i, grad in enumerate(found) if grad is not None]
+                refused = Refused.apply(*[found[i] for i in places], *ctx.listed)
+                for i, grad in zip(places, refused, strict=False):
+                    found[i] = grad
+            return None, None, *found
 
     def call(keyset: Any, *args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         if not (torch.is_grad_enabled() and internal._any_requires_grad(*args)):
@@ -149,6 +168,13 @@ def _unavailable(name: str, what: str) -> BackendUnavailable:
     )
 
 
+def _no_derivative(op: str, times: str = "differentiable once") -> NotImplementedError:
+    return NotImplementedError(
+        f"{op} has no derivative: the kernels are {times}; "
+        "backend='reference' is differentiable any number of times"
+    )
+
+
 def first_order_only(*names: str, times: str = "differentiable once") -> None:
     """Raise an error when operators without a derivative are differentiated, instead of returning zeros."""
 
@@ -157,10 +183,7 @@ def first_order_only(*names: str, times: str = "differentiable once") -> None:
 
     def refusal(op: str) -> Callable[..., NoReturn]:
         def refuse(ctx: Any, *grads: Any) -> NoReturn:
-            raise NotImplementedError(
-                f"{op} has no derivative: the kernels are {times}; "
-                "backend='reference' is differentiable any number of times"
-            )
+            raise _no_derivative(op, times)
 
         return refuse
 

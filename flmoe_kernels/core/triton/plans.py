@@ -30,6 +30,8 @@ Function = Callable[..., Sequence[Tensor]]
 _MOST = 512
 # Bytes to which parts of a buffer are aligned, as in torch's allocator for GPUs.
 _ALIGNMENT = 512
+# Releases of Triton whose arguments of a compiled kernel's `run` are those of `_repeat`.
+_KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 # None after the first call; False if the launches cannot be recorded.
@@ -123,8 +125,10 @@ class _OnlyLaunches(TorchDispatchMode):
         return results
 
 
-def _recorded(function: Function, inputs: Sequence[Tensor | None]) -> Plan | bool:
+def _recorded(function: Function, inputs: Sequence[Tensor | None]) -> Plan | bool | None:
     first = _first(inputs)
+    if not _sees_operators():
+        return None
     like = [
         x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         for x in inputs
@@ -136,6 +140,16 @@ def _recorded(function: Function, inputs: Sequence[Tensor | None]) -> Plan | boo
         return Plan(launches, like, results)
     except _NotRecordable:
         return False
+
+
+def _sees_operators() -> bool:
+    """False where torch's dispatch to Python is disabled: a copy would not be noticed there."""
+    try:
+        with _OnlyLaunches():
+            torch.zeros((), device="meta")
+    except _NotRecordable:
+        return True
+    return False
 
 
 @dataclass
@@ -174,6 +188,8 @@ class Plan:
             storage = x.untyped_storage()
             if storage._cdata in self._places or storage.nbytes() != _bytes_of(x):
                 raise _NotRecordable("results with shared memory")
+            if number >= len(inputs) and not x.is_contiguous():
+                raise _NotRecordable("results that are not contiguous")
             self._places[storage._cdata] = number, 0
         self._bytes = self._arrange(launches)
         self._steps = [self._step(launch) for launch in launches]
@@ -195,7 +211,7 @@ class Plan:
         kernels = self._kernels.get(alignment)
         with current(device):
             if kernels is None or hooked():
-                kernels = self._launch(buffers)
+                kernels = self._launch(device, buffers)
                 # In the interpreter every kernel is None, and nothing is cached.
                 if None not in kernels:
                     self._kernels[alignment] = [
@@ -209,24 +225,28 @@ class Plan:
             else:
                 _repeat(zip(self._steps, kernels, strict=True), addresses)
 
-    def _launch(self, buffers: Sequence[Tensor | None]) -> list[Any]:
+    def _launch(self, device: torch.device, buffers: Sequence[Tensor | None]) -> list[Any]:
         """Launch with tensors, and return the compiled kernels."""
         return [
             replace(
                 step.launch,
                 arguments={
-                    name: self._in_buffers(value, buffers)
+                    name: self._in_buffers(value, device, buffers)
                     for name, value in step.launch.arguments.items()
                 },
             ).run()
             for step in self._steps
         ]
 
-    def _in_buffers(self, value: Any, buffers: Sequence[Tensor | None]) -> Any:
+    def _in_buffers(
+        self, value: Any, device: torch.device, buffers: Sequence[Tensor | None]
+    ) -> Any:
         if isinstance(value, tuple):
-            return tuple(self._in_buffers(part, buffers) for part in value)
+            return tuple(self._in_buffers(part, device, buffers) for part in value)
         if not isinstance(value, Tensor):
             return value
+        if not value.numel():
+            return torch.empty(value.shape, dtype=value.dtype, device=device)
         number, offset = self._place(value)
         buffer = buffers[number]
         assert buffer is not None
@@ -292,10 +312,11 @@ def _repeat(steps: Any, addresses: list[int]) -> None:
 
 
 def hooked() -> bool:
-    """Whether Triton calls functions before or after launches, which only its own launcher supports."""
+    """Whether launches need Triton's own launcher: it calls functions before or after launches, or this release
+    may take other arguments."""
     runtime = triton.knobs.runtime
     hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    return not _KNOWN or any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

@@ -129,7 +129,7 @@ def norm_backward(
     new = gain.new_empty if summed else gain.new_zeros
     grads = [
         *(total.new_empty(total.shape if want else (0,)) for want in wanted[:2]),
-        *(new(gain.shape if want else (0,)) for want in wanted[2:]),
+        *(new(gain.shape) if want else gain.new_empty(0) for want in wanted[2:]),
     ]
     if total.numel() and (summed or any(wanted[:2])):
         shape = norm_parts_shape(total, computed)
