@@ -27,6 +27,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON="${PYTHON:-python3}"
 BUDGET="${FLMOE_GPU_BUDGET:-480}"
 PREPARE=120 TESTS=150 SANITIZE=60
+TABLE=10      # seconds for the table of the targets
 KILL_AFTER=10 # seconds between SIGINT and SIGKILL, for partial output
 DRY='' STEPS=()
 for word in "$@"; do
@@ -80,13 +81,14 @@ step_prepare() {
         run "compile kernels" $PREPARE "$PYTHON" -m bench.warm sm_90 routing
         return
     fi
+    local end=$((SECONDS + PREPARE))
     if [ -d wheels ]; then
         run wheels 30 "$PYTHON" -m pip install --quiet --no-index --no-deps wheels/*.whl
     fi
     # Editable, so that the native module is in the checkout, where the tests import it.
-    FLMOE_CUDA=1 SIGNAL=TERM run install $PREPARE \
+    FLMOE_CUDA=1 SIGNAL=TERM run install $((end - SECONDS)) \
         "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable . &
-    run "compile kernels" $PREPARE "$PYTHON" -m bench.warm
+    run "compile kernels" $((end - SECONDS)) "$PYTHON" -m bench.warm
     wait
 }
 
@@ -123,7 +125,7 @@ step_sanitize() {
 step_targets() {
     local chosen=(-n 1 --limit 100)
     [ -z "$DRY" ] || chosen=(-n 0 -k "mimic or grouped_mm")
-    run targets "$BUDGET" "${PYTEST[@]}" "${chosen[@]}" bench/targets.py \
+    run targets $((BUDGET - SECONDS - TABLE)) "${PYTEST[@]}" "${chosen[@]}" bench/targets.py \
         --device "$DEVICE" --lines "$OUT/targets.jsonl"
     [ ! -f "$OUT/targets.jsonl" ] || "$PYTHON" -m bench.targets "$OUT/targets.jsonl"
 }

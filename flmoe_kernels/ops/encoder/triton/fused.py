@@ -151,18 +151,20 @@ def norm_mlp_backward(
     grads, results = _norm_results(x, gain, want_norm, blocks)
     activation = torch.empty_like(hidden) if of_out[0] else None
     of_hidden = torch.empty_like(hidden) if any(of_in) else None
-    found = [
-        launches.mlp_gradient(
+    stored = (activation, of_hidden, *results)
+    found = []
+    if any(result is not None for result in stored):
+        gradient = launches.mlp_gradient(
             (grad_total, grad_update),
             (x, mean, rstd, gain, hidden),
             (w_in, w_out),
             (Dropout(*inner), Dropout(*before)),
             self_residual,
-            (activation, of_hidden, *results),
+            stored,
             computed,
             architecture,
         )
-    ]
+        found.append(gradient)
     if results[-1] is not None:
         found.append(norm_sum_launch(results[-1], *_given(grads[2:], want_norm[2:])))
     normed = (mean, rstd, gain, shift)

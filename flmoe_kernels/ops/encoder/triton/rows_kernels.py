@@ -227,6 +227,8 @@ def norm_gradient_rows(
         if grad_total is not None:
             base = begin(grad_total, start, WIDTH)
             grad = [grad[w] + load_part(base, row, valid, 0, w, WIDTH, PART) for w in (0, 1, 2, 3)]
+        # Other threads may still read the rows of grad_normed that the stores replace.
+        tl.debug_barrier()
         if grad_residual is not None:
             base = begin(grad_residual, start, WIDTH)
             for w in tl.static_range(4):

@@ -109,7 +109,8 @@ def attend_kernel(
     whole = tile_whole(keys, COLUMNS, SPREAD)
     for tile in range(tile_count(keys, COLUMNS, SPREAD)):
         j = tile_start(tile, COLUMNS, SPREAD)
-        # Keys after the last repeat it, so that loads need no mask; infinities give the same results as in it.
+        # Keys after the last repeat it, so that loads need no mask. Their weight is 0, so an infinite value of the
+        # last key gives NaN.
         key = tl.minimum(column_of, keys - 1 - j)
         k_tile = load_rows(k, j, key, None, 0, WIDTH, CHUNK)
         scores = products(
@@ -312,8 +313,8 @@ def key_gradient_kernel(
     sums_k = tl.zeros((COLUMNS, CHUNK), tl.float32)
     sums_v = tl.zeros((COLUMNS, CHUNK), tl.float32)
     for i in range(0, queries, ROWS):
-        # Rows after the last row repeat it with weight 0, so that no elements have to be selected; infinities
-        # give the same results as in the last row.
+        # Rows after the last row repeat it with weight 0, so that no elements have to be selected. An infinite
+        # gradient of the last row gives NaN.
         row = tl.minimum(tl.arange(0, ROWS), queries - 1 - i)
         q_tile = load_rows(q, i, row, None, 0, WIDTH, CHUNK)
         grad_tile = load_rows(grad_out, i, row, None, 0, WIDTH, CHUNK)

@@ -119,7 +119,7 @@ def gradient_kernel(
     out = head_of(out, group, rows, head, first)
     grad_out = head_of(grad_out, group, rows, head, first)
     lse += statistics_of(group, rows, first, heads, head)
-    # Rows after the last repeat it, with weight 0; infinities give the same results as in the last row.
+    # Rows after the last repeat it, with weight 0; an infinite value or gradient of the last row gives NaN.
     own = tl.minimum(at, length - 1 - start)
     valid = start + at < length
     k_tile = load_rows(k, start, at, valid & (covered > 0), 0, WIDTH, CHUNK)
