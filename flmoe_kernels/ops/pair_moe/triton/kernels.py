@@ -112,7 +112,7 @@ def message_sums(
 # softmax and, for as many cycles on sm_90, its exponentials and reciprocals; the matrix units wait. The sum of
 # p c_j is therefore always a matrix product. For "pool" with unique_b and redundancy it could be avoided by
 # summing p over rows, which would add work to the arithmetic units, the bottleneck.
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "columns"))
 def accumulate_kernel(
     q,
     k,
@@ -188,7 +188,7 @@ def accumulate_kernel(
 # The terms of the backward and the maps that depend on one side, with the gradient (or head) g of each token:
 #     offset = base + C0 g . x,   factor = (C1 + C2 x) * g.
 # One program per block of tokens and sample. Traffic: x and g once, factor once. Bound: bandwidth; short.
-@triton.jit
+@triton.jit(do_not_specialize=("length",))
 def project_kernel(
     x,
     g,
@@ -241,7 +241,7 @@ def project_kernel(
 # per block of x, from L2. Bound: the arithmetic, twice the softmax's. Registers: two tiles of pairs and up to two
 # sums per expert, so that loop invariants are not kept in registers (disable_licm); launch.py computes grad_own in
 # accumulate_kernel, with a gate of its own, where the sums do not fit.
-@triton.jit
+@triton.jit(do_not_specialize=("length_x", "length_z"))
 def gradient_kernel(
     x,
     z,
