@@ -33,7 +33,7 @@ PAIR_ATEN, PAIR_TIME = "ATen calls of pair_moe", "host us of pair_moe"
 
 
 def measure(name: str) -> dict[str, float]:
-    """Counts and time of a step at a named shape; the other sizes are a fifth of the samples, with one token more."""
+    """Counts and time of a step at a named shape; the other sizes: a fifth of the samples, one token more."""
     launched: list[str] = []
     compiled: list[str] = []
     shape = by_name(name, "cpu")

@@ -31,7 +31,7 @@ _STAGES = 2
 
 
 def _odd(lengths: Sequence[int]) -> tuple[int, ...]:
-    """Odd numbers above 1, because Triton compiles again for an element of a tuple that is 1 or a multiple of 16."""
+    """Odd numbers above 1, because Triton compiles again for elements of a tuple that are 1 or multiples of 16."""
     return tuple(2 * length + 3 for length in lengths)
 
 
