@@ -169,7 +169,7 @@ inline VecD gate_exp(VecD x) {
 template <typename A>
 constexpr A kGateUnit = 1;
 template <>
-constexpr float kGateUnit<float> = 1.44269504f;
+inline constexpr float kGateUnit<float> = 1.44269504f;
 
 // The gate's unit is folded into k and the bias, but not with top_k: it could separate equal
 // logits.
