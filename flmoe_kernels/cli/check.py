@@ -31,5 +31,5 @@ def check() -> None:
                 name = f"{op} {backend} {dtype_name(dtype)}"
                 typer.echo(f"WRONG: {name}: {error}" if error else f"right: {name}")
     if wrong:
-        typer.echo(f"error: {PACKAGE}: {wrong} of these are not right", err=True)
+        typer.echo(f"error: {wrong} checks of {PACKAGE} failed", err=True)
         raise typer.Exit(code=1)
