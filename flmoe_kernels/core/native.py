@@ -92,7 +92,10 @@ def cuda_status() -> tuple[bool, str]:
     reasons = [cuda_unavailable_reason(device) for device in range(native().cuda_devices()[0])]
     if all(reasons):
         return False, reasons[0]
-    return True, f"kernels for {architectures}"
+    return (
+        True,
+        f"kernels for {architectures}, built with CUDA {_version(native().cuda_versions()[0])}",
+    )
 
 
 def _unbuilt_cuda_reason() -> str:
@@ -116,17 +119,26 @@ def cuda_unavailable_reason(device: int | None = None) -> str:
     if reason:
         return reason
     module = native()
+    compiler, driver = module.cuda_versions()
+    if (
+        0 < driver // 1000 < compiler // 1000
+    ):  # a driver runs code of later compilers of its major version
+        return (
+            f"the driver, for CUDA {_version(driver)}, is too old: the kernels were built with CUDA "
+            f"{_version(compiler)} and need a driver for CUDA {compiler // 1000}.0 or newer"
+        )
     devices, reason = module.cuda_devices()
     torch_has_one = torch.version.cuda is not None and torch.cuda.is_available()
-    if not devices and torch_has_one:
-        return (
-            f"the driver is too old for the CUDA that the native module was built with ({reason})"
-        )
     if not devices:
         return f"there is no CUDA device ({reason or 'none is visible'})"
     if not torch_has_one:
         return f"torch {torch.__version__} has no CUDA device"
     return "" if device is None else _device_reason(module, device)
+
+
+def _version(number: int) -> str:
+    """A version as CUDA numbers it: "12.8" for 12080."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _device_reason(module: ModuleType, device: int) -> str:
