@@ -42,6 +42,9 @@ CAPABILITIES["routing"][CUDA] = CAPABILITIES["pair_moe"][CUDA] = FLOATS
 _ON_CUDA = (CUDA, TRITON)
 # Not used unless requested: not measured against Triton's kernels.
 _ON_REQUEST = {("pair_moe", CUDA)}
+# On AMD, Triton's kernels are not used unless requested either: a memory fault ends the process there, so a
+# self-check could not report it.
+_AMD = "compiles for AMD GPUs, never run on one"
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
@@ -64,8 +67,10 @@ def _triton_status() -> tuple[bool, str]:
         return True, "Triton's interpreter, slowly, on CPU tensors (TRITON_INTERPRET=1)"
     if target := assumed():
         return True, f"CPU tensors stand for those of {target}"
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if not (torch.version.cuda or torch.version.hip) or not torch.cuda.is_available():
         return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    if torch.version.hip:
+        return True, f"ROCm {torch.version.hip}, only on request: {_AMD}"
     return True, f"CUDA {torch.version.cuda}"
 
 
@@ -210,6 +215,8 @@ def _choose_on_cuda(op: str, tensor: torch.Tensor) -> str:
         if name not in CAPABILITIES[op] or (op, name) in _ON_REQUEST:
             continue
         reason = _refusal(op, name, tensor)
+        if not reason and torch.version.hip:
+            reason = f"{_AMD}; backend={name!r} uses it"
         if reason:
             reasons.append(f"{name}: {reason}")
         elif not self_check.failure(op, name, tensor):

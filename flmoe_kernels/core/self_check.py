@@ -25,11 +25,12 @@ from .files import write_whole
 from .native import constant_in_traces
 from .settings import environment_choice
 from .triton.tables import architecture_of
+from .triton.target import Architecture
 from .triton.tuning.timing import capturing
 
 # Pairs (architecture, package version), such as (90, "1.1.0"), that skip the self-check. Add one only when
 # bench/results/ has the results of all GPU tests and benchmarks for it.
-PROVEN: frozenset[tuple[int | None, str]] = frozenset()
+PROVEN: frozenset[tuple[Architecture | None, str]] = frozenset()
 
 Key = tuple[str, str, torch.dtype, int | None]  # operator, backend, dtype, number of the GPU
 # Returns the reason why the kernels must not be used, or ""; raises if they cannot be checked. Runs in a thread of

@@ -1,6 +1,6 @@
 """Tests of all Triton kernels, compiled without a GPU: registers, memory, matrix units.
 
-By default about one case per kernel is compiled, for sm_90; the others are marked slow.
+By default about one case per kernel is compiled, for sm_90, and a few for an AMD GPU; the others are marked slow.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import typer
 from typer.testing import CliRunner
 
 from bench.aot import __main__ as command
-from bench.aot.cases import ARCHITECTURES, Built, cases
+from bench.aot.cases import ARCHITECTURES, Built, Case, cases
 from bench.aot.compile import ALLOWED_SPILLS, KIB, SAME_RELEASE, Report, Row, compile_case, failures
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 
 CASES = {case.name: case for case in cases()}
 MMA = "mma.sync"
@@ -31,27 +32,45 @@ NEWEST = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 OF_AN_SM = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
 # Tiles of large products with weights: one block per SM, see routed_mlp/triton/table.py and fused_launch.py.
 ALONE = (", 128 x 256", ", wide")
+# All cases are compiled for gfx942 and the quick ones for gfx90a. These few, by default, have what differs on AMD:
+# float32 products, inline assembly, and tiles of their own.
+AMD = ("gfx90a", "gfx942")
+FEW_ON_AMD = (
+    "pair_moe/y/pair_base/float32/none",
+    "expert_attention/attend/mmimdb/bfloat16/heads 2",
+    "expert_linear/grad_weight/mmimdb/float32/up",
+    "encoder_fused/mlp_gradient/mmimdb/bfloat16/count",
+)
 
 
-def select(*operators: str, without: tuple[str, ...] = ()) -> Any:
+def quick(case: Case, architecture: Architecture) -> bool:
+    if architecture == AMD[1]:
+        return case.name in FEW_ON_AMD
+    return case.quick and architecture == 90
+
+
+def select(
+    *operators: str, without: tuple[str, ...] = (), more: tuple[Architecture, ...] = ()
+) -> Any:
     """Parameters (name, architecture) of these operators, or of all; cases outside the quick set are slow.
 
-    without: kernels and shapes to exclude.
+    without: kernels and shapes to exclude. more: architectures beyond ARCHITECTURES.
     """
     return pytest.mark.parametrize(
         ("name", "architecture"),
         [
-            pytest.param(case.name, n, marks=() if case.quick and n == 90 else pytest.mark.slow)
+            pytest.param(case.name, n, marks=() if quick(case, n) else pytest.mark.slow)
             for case in CASES.values()
-            for n in ARCHITECTURES
+            for n in (*ARCHITECTURES, *more)
             if not operators or case.operator in operators
+            if n != AMD[0] or case.quick
             if case.kernel not in without and case.shape not in without
         ],
     )
 
 
 @functools.cache
-def compiled(name: str, architecture: int) -> Row:
+def compiled(name: str, architecture: Architecture) -> Row:
     return compile_case(CASES[name], architecture)
 
 
@@ -61,8 +80,8 @@ def report_of(name: str, architecture: int) -> Report:
     return report
 
 
-@select()
-def test_no_case_fails(name: str, architecture: int) -> None:
+@select(more=AMD)
+def test_no_case_fails(name: str, architecture: Architecture) -> None:
     """No forbidden spills, no products without matrix units, no blocks larger than an SM."""
     row = compiled(name, architecture)
     assert not row.failures, row
@@ -224,8 +243,8 @@ def test_cases_include_every_gpu_shape_and_kernel() -> None:
     assert named | {"routed_small_e4", "routed_small_e16", "routed_large"} <= shapes
     assert len(CASES) == len(list(cases())), "two cases have the same name"
     kernels = {case.built(90).launch.kernel for case in CASES.values()}
-    quick = {case.built(90).launch.kernel for case in CASES.values() if case.quick}
-    assert quick == kernels
+    of_quick = {case.built(90).launch.kernel for case in CASES.values() if case.quick}
+    assert of_quick == kernels
 
 
 # ---- negative controls: failures are reported
@@ -267,6 +286,15 @@ def test_failures_are_reported(changed: dict[str, Any], least: int, message: str
     report = dataclasses.replace(Report(64, 0, 36 * KIB, 4, {MMA: 4}, {}), **changed)
     found = failures("test", empty(least=least, table=36 * KIB), report, 80)
     assert found == ([message] if message else [])
+
+
+def test_limits_of_amd_are_checked() -> None:
+    report = Report(64, 8, 65 * KIB, 4, {}, {})
+    assert failures("test", empty(least=4, table=1), report, "gfx942") == [
+        "spills 8 bytes per thread, allowed: 0",
+        "takes 66560 bytes of shared memory, above the limit of a block",
+        "has 0 matrix instructions, expected at least 1",
+    ]
 
 
 def test_a_kernel_that_does_not_compile_is_a_failure() -> None:

@@ -95,6 +95,19 @@ def test_cuda_tensors_use_triton_if_it_runs(triton_machine: Callable[..., None])
     assert backends.choose("pair_moe", torch.zeros(1)) == "cpu"
 
 
+def test_amd_gpus_use_triton_only_on_request(
+    triton_machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_machine(device=True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    ok, details = backends.backend_status()["triton"]
+    assert (ok, details) == (True, f"ROCm 7.0, only on request: {backends._AMD}")
+    assert backends.choose("pair_moe", on_cuda(), "triton") == "triton"
+    with pytest.warns(backends.BackendWarning, match="never run on one; backend='triton' uses"):
+        assert backends.choose("pair_moe", on_cuda()) == "reference"
+
+
 def test_cuda_tensors_on_the_reference_warn_once_per_reason(
     triton_machine: Callable[..., None],
 ) -> None:

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
+from flmoe_kernels.core.triton.products import dot
 
 from .kernels import LOG2_E, decode, zero_of
-from .tiles import dot, head_of, load_rows, place, row_at, statistics_of, store_rows
+from .tiles import head_of, load_rows, place, row_at, statistics_of, store_rows
 
 
 @triton.jit

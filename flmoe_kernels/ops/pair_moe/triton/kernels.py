@@ -18,9 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flmoe_kernels.core.triton.products import dot
+
 from .tiles import (
     count_valid,
-    dot,
     gate,
     lane_sums,
     later,
@@ -139,6 +140,7 @@ def accumulate_kernel(
     WIDE_V: tl.constexpr,
     LANES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     EXPERTS: tl.constexpr = len(S1)
     blocks, chunks = tl.cdiv(rows, ROWS), tl.cdiv(V, WIDE_V)
@@ -156,7 +158,7 @@ def accumulate_kernel(
         invalid = count_valid(mask_b, valid_j, j, columns) < COLUMNS
         p = gate(
             *(q, k, bias, b, i, valid_i, j, valid_j, invalid, scale),
-            *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION),
+            *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
         )
         masses, sums = add_block(
             *(p, c, mass, masses, sums, b, j, valid_j, column),
@@ -276,6 +278,7 @@ def gradient_kernel(
     WIDE_V: tl.constexpr,
     LANES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     EXPERTS: tl.constexpr = len(PRODUCT)
     blocks, chunks = tl.cdiv(length_x, ROWS), 1
@@ -301,7 +304,7 @@ def gradient_kernel(
         seen += count
         p = gate(
             *(x, z, bias, b, x0, valid_x, z0, valid_z, count < COLUMNS, scale),
-            *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION),
+            *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
         )
         if grad_own is not None:
             masses, values = add_block(
@@ -335,7 +338,7 @@ def gradient_kernel(
                 new_totals += (totals[e] + lane_sums(d, LANES) if grad_bias is not None else 0.0,)
             sums, totals = new_sums, new_totals
         valid_z = valid_tokens(mask_z, b, z0 + COLUMNS, length_z, COLUMNS)
-    x0, b = later(x0), later(b)
+    x0, b = later(x0, PTX), later(b, PTX)
     # Without a valid pair the gradient is zero, also where u is infinite.
     valid_x = valid_tokens(mask_x, b, x0, length_x, ROWS) & (seen > 0)
     for e in tl.static_range(EXPERTS):

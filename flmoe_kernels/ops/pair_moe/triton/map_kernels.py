@@ -43,6 +43,7 @@ def map_kernel(
     DEPTH_R: tl.constexpr,
     DEPTH_V: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     EXPERTS: tl.constexpr = len(PRODUCT)
     down, across = tl.cdiv(end - first, ROWS), tl.cdiv(columns, COLUMNS)
@@ -54,7 +55,7 @@ def map_kernel(
     # Pairs that are not valid are replaced below.
     p = gate(
         *(q, k, bias, b, i, valid_i, j, valid_j, False, scale),
-        *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION),
+        *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
     )
     row, column = i + tl.arange(0, ROWS), j + tl.arange(0, COLUMNS)
     place = tl.cast(row, tl.int64)[:, None] * columns + column[None, :]

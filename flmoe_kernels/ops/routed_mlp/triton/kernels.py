@@ -33,12 +33,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flmoe_kernels.core.triton.products import dot
+
 from .tiles import (
     RELU,
     activate,
     block_ends,
     columns_of,
-    dot,
     group_range,
     load_places,
     load_rows,
