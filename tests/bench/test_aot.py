@@ -74,7 +74,7 @@ def compiled(name: str, architecture: Architecture) -> Row:
     return compile_case(CASES[name], architecture)
 
 
-def report_of(name: str, architecture: int) -> Report:
+def report_of(name: str, architecture: Architecture) -> Report:
     report = compiled(name, architecture).report
     assert report is not None
     return report
@@ -88,7 +88,7 @@ def test_no_case_fails(name: str, architecture: Architecture) -> None:
 
 
 @select("expert_attention")
-def test_attention_uses_the_newest_matrix_units(name: str, architecture: int) -> None:
+def test_attention_uses_the_newest_matrix_units(name: str, architecture: Architecture) -> None:
     """Holds for all 16-bit products of long problems, except the scores of a wide "key_gradient"."""
     kernel, size = CASES[name].built(architecture).tiles.split(", ")[:2]
     matrix = report_of(name, architecture).matrix
@@ -102,7 +102,9 @@ def test_attention_uses_the_newest_matrix_units(name: str, architecture: int) ->
 
 @pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
 @select("routed_mlp", "expert_linear", "encoder_fused")
-def test_products_with_weights_use_the_newest_matrix_units(name: str, architecture: int) -> None:
+def test_products_with_weights_use_the_newest_matrix_units(
+    name: str, architecture: Architecture
+) -> None:
     products = CASES[name].built(architecture).least > 0
     expected = {NEWEST[architecture]} if products else set()
     assert set(report_of(name, architecture).matrix) == expected
@@ -118,7 +120,7 @@ def test_sums_of_biases_run_on_matrix_units() -> None:
 
 
 @select()
-def test_blocks_share_an_sm(name: str, architecture: int) -> None:
+def test_blocks_share_an_sm(name: str, architecture: Architecture) -> None:
     """An SM's shared memory fits two blocks, more without products, but only one with the largest tiles.
 
     Its registers fit two blocks of products with weights in float32. In 16 bits they do if the launch table limits
@@ -139,7 +141,7 @@ def test_blocks_share_an_sm(name: str, architecture: int) -> None:
 
 @pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
 @select("interaction_moe")
-def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: int) -> None:
+def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: Architecture) -> None:
     """At least a quarter of an SM's threads are in use, because memory or latency limits these kernels."""
     report = report_of(name, architecture)
     assert report.shared <= 16 * KIB
@@ -168,7 +170,7 @@ def accesses(report: Report, kind: str) -> dict[int, int]:
 
 
 @select("encoder_rows", without=("norm_sum", "width 300"))
-def test_rows_move_in_vectors(name: str, architecture: int) -> None:
+def test_rows_move_in_vectors(name: str, architecture: Architecture) -> None:
     """Accesses have 16 bytes, or 8 in 16-bit norm gradients, where a thread has 16 elements of a tile."""
     case, report = CASES[name], report_of(name, architecture)
     if case.shape == "width 63":
