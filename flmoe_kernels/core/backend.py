@@ -224,6 +224,8 @@ def _choose_on_cuda(op: str, tensor: torch.Tensor) -> str:
     if reasons:  # a failed self-check has its own warning
         why = "; ".join(reasons)
         message = f"{op}: the reference, which is slower, computes CUDA tensors, because {why}"
+        if (op, CUDA) in _ON_REQUEST and not _refusal(op, CUDA, tensor):
+            message += "; backend='cuda' can compute them"
         self_check.warn_once(why, message)
     return REFERENCE
 

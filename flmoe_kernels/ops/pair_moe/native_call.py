@@ -18,6 +18,9 @@ def checked(call: PairCall, device: torch.device = HOST) -> PairCall:
     """Return the call in the form that the kernels read; ValueError if they must not read it."""
     batch, experts, rows, rank = call.q.shape
     columns, width = call.columns, call.width
+    for name, x in (("q", call.q), ("a", call.a)):
+        if x.shape[3] < 1:
+            raise ValueError(f"{name}: expected a last dimension from 1, got {tuple(x.shape)}")
     expect("q", call.q, (batch, experts, rows, rank), call.q.dtype, device)
     expect("k", call.k, (batch, experts, columns, rank), call.q.dtype, device)
     expect("a", call.a, (batch, experts, rows, width), call.q.dtype, device)

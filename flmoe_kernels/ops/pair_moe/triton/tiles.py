@@ -139,6 +139,14 @@ def products(
 
 
 @triton.jit
+def finite_product(x, UNIT: tl.constexpr):
+    """x * UNIT, finite if x is."""
+    MOST: tl.constexpr = 3.4028234663852886e38
+    product = x * UNIT
+    return tl.where(tl.abs(x) <= MOST, tl.clamp(product, -MOST, MOST), product)
+
+
+@triton.jit
 def gate(
     x,
     z,
@@ -162,12 +170,14 @@ def gate(
     If `invalid`, which is the same for all threads, they are 0 where z is not valid; tiles of valid tokens skip
     these selections. The caller handles rows x that are not valid, when it stores them.
     """
+    # The unit of exp2 is folded into scale and bias, but not with top_k: its rounding could separate equal logits.
+    UNIT: tl.constexpr = 1.0 if TOP_K < EXPERTS else LOG2_E
     logits = ()
     for e in tl.static_range(EXPERTS):
         logit = products(x, z, b, e, x0, valid_x, z0, valid_z, WIDTH, CHUNK, PRECISION)
-        logit *= scale * LOG2_E
+        logit *= scale * UNIT
         if bias is not None:
-            logit += tl.load(bias + e).to(tl.float32) * LOG2_E
+            logit += finite_product(tl.load(bias + e).to(tl.float32), UNIT)
         logits += (logit,)
     largest = logits[0]
     for e in tl.static_range(1, EXPERTS):
@@ -175,7 +185,10 @@ def gate(
     total = tl.zeros_like(largest)
     weights = ()
     for e in tl.static_range(EXPERTS):
-        weight = tl.exp2(logits[e] - largest)
+        power = logits[e] - largest
+        if TOP_K < EXPERTS:
+            power *= LOG2_E
+        weight = tl.exp2(power)
         if TOP_K < EXPERTS:
             before = tl.zeros_like(largest).to(tl.int32)
             for other in tl.static_range(EXPERTS):
