@@ -1,4 +1,6 @@
-"""Two graphs of torch.compile serve all batch sizes and lengths, and torch.export takes dynamic sizes."""
+"""Two graphs of torch.compile serve all batch sizes and lengths, and torch.export takes dynamic sizes.
+
+`make compatibility` runs these tests with other releases of torch."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
-from flmoe_kernels import InteractionMoE, PairInteractionMoE, RoutedMLP
+from flmoe_kernels import InteractionMoE, PairInteractionMoE, RoutedMLP, swap
 from tests.support.inputs import draw
 from tests.support.layers import LayerCase
 from tests.support.routed_layers import GATES
@@ -95,6 +97,11 @@ def forward(gate: str | None) -> Model:
     return Model(layer_of(gate), lambda layer, x, y: layer([x, y]), tokens)
 
 
+def swapped() -> Model:
+    report = swap(nn.ModuleDict({"published": DENSE.reference()}))
+    return Model(report.model["published"], lambda layer, x, y: layer([x, y]), tokens)
+
+
 def inference(gate: str | None) -> Model:
     return Model(
         layer_of(gate),
@@ -116,13 +123,14 @@ MODELS: dict[str, Callable[[], Model]] = {
     "masked": lambda: routed("GShardGate", masked=True),
     "dense": lambda: forward(None),
     "sparse": lambda: forward("GShardGate"),
+    "swapped": swapped,
     "dense inference": lambda: inference(None),
     "sparse inference": lambda: inference("GShardGate"),
     "pairs": pair,
     "pairs with losses": lambda: pair(losses=True),
 }
 # These take about 10 s each.
-SLOW = ("sparse", "sparse inference", "dense inference", "pairs with losses")
+SLOW = ("swapped", "sparse", "sparse inference", "dense inference", "pairs with losses")
 CASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
 
 
@@ -152,6 +160,21 @@ def test_two_graphs_serve_all_sizes(name: str, training: bool) -> None:
         for got, want in zip(results(compiled, layer, inputs), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swapped", "sparse", "GShardGate", "pairs with losses"])
+def test_code_of_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile with its defaults, but with the random numbers of eager mode."""
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)
+    model = MODELS[name]()
+    eager = Called(model)
+    compiled: Any = torch.compile(eager)
+    for size in SIZES[:3]:
+        inputs = model.inputs(*size)
+        expected = [x.clone() for x in results(eager, model.module, inputs)]
+        for got, want in zip(results(compiled, model.module, inputs), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
