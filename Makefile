@@ -9,6 +9,9 @@ WORKERS ?= 2
 export FLMOE_CUDA ?= 0
 
 VENV := .venv
+# The environment of `make compatibility`, and its packages.
+OTHER := build/compatibility
+PACKAGES ?= torch
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
@@ -36,10 +39,10 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pip processes must not write to the same environment at once
-.PHONY: FORCE help compiler setup demo test test-all test-aarch64 aarch64-tools bench lint format clean
+.PHONY: FORCE help compiler setup demo test test-all test-aarch64 aarch64-tools compatibility bench lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\): .*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\): .*## /\1\t/p' Makefile | expand -t 15
 	@echo "PYTHON=python3.12 make setup   uses that Python"
 	@echo "FLMOE_CUDA=1 make setup        builds the CUDA kernels too"
 	@echo "ARGS=... is appended to the command, WORKERS=... is the number of test files at a time."
@@ -77,6 +80,16 @@ aarch64-tools:
 		command -v $$tool > /dev/null || { echo "make: $$tool was not found: install the cross compiler\
  and the emulator (Debian/Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }; \
 	done
+
+compatibility: compiler ## test torch.compile, torch.export and backends with PACKAGES="torch==2.6.0"
+	@$(check_python)
+	rm -rf $(OTHER) && "$(PYTHON)" -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet $(PACKAGES) pytest --editable .
+	$(OTHER)/bin/python -m pytest tests/core/test_backend.py tests/core/test_compile.py \
+		tests/core/test_dynamic_sizes.py tests/layers/test_layer_programs.py $(ARGS)
+ifneq ($(findstring triton,$(PACKAGES)),)
+	TRITON_INTERPRET=1 $(OTHER)/bin/python -m pytest tests/interpreter -m "not slow" $(ARGS)
+endif
 
 bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression in two processes
 	$(GATE) $(ARGS) || $(GATE) --last-failed $(ARGS)

@@ -6,12 +6,15 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import blocks
 from .settings import environment_choice
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HUGE_BYTES = 4 << 20
 _INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")  # best first
@@ -105,7 +108,7 @@ def _unbuilt_cuda_reason() -> str:
     return "" if architectures else f"the native module was built without CUDA ({reason})"
 
 
-def constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
+def constant_in_traces(function: Function) -> Function:
     """Mark a function so that torch.compile does not trace it but treats its result as a constant."""
     # The same as torch.compiler.assume_constant_result, which imports the compiler and takes seconds.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

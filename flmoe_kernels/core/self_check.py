@@ -5,7 +5,6 @@ Results are kept for the process, and in a file for later processes. `profile.fi
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from .dtypes import dtype_name
 from .files import write_whole
 from .native import constant_in_traces
 from .settings import environment_choice
+from .triton.release import installed
 from .triton.tables import architecture_of
 from .triton.target import Architecture
 from .triton.tuning.timing import capturing
@@ -137,10 +137,9 @@ def _name(op: str, backend: str, dtype: torch.dtype) -> str:
 
 def _environment(index: int | None) -> dict[str, str]:
     """Key of a result."""
-    versions = {"flmoe_kernels": __version__, "torch": torch.__version__, "triton": "none"}
-    with suppress(importlib.metadata.PackageNotFoundError):
-        versions["triton"] = importlib.metadata.version("triton")
-    return {"device": str(torch.cuda.get_device_name(index)), **versions}
+    versions = {"flmoe_kernels": __version__, "torch": torch.__version__}
+    device = str(torch.cuda.get_device_name(index))
+    return {"device": device, **versions, "triton": installed() or "none"}
 
 
 def _file(environment: dict[str, str]) -> Path:

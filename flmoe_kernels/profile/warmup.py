@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flmoe_kernels.core.backend import TRITON
+from flmoe_kernels.core.backend import TRITON, BackendUnavailable
+from flmoe_kernels.core.triton.release import unsuitable_reason
 from flmoe_kernels.core.triton.tables import architecture_of
 from flmoe_kernels.core.triton.target import TARGETS, Target, architecture_name
 
@@ -86,8 +87,11 @@ def warm_up(calls: Iterable[Callable[[], object]], target: Target, jobs: int) ->
         jobs: number of processes; each takes about one gigabyte.
 
     Raises:
+        BackendUnavailable: this Triton is too old.
         RuntimeError: kernels run in Triton's interpreter in this process (TRITON_INTERPRET=1).
     """
+    if reason := unsuitable_reason():
+        raise BackendUnavailable(f"warmup: {reason}")
     from flmoe_kernels.core.triton.recording import recorded
 
     # Workers are forked from a process that has no threads.

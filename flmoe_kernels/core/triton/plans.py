@@ -31,7 +31,7 @@ _MOST = 512
 # Bytes to which parts of a buffer are aligned, as in torch's allocator for GPUs.
 _ALIGNMENT = 512
 # Releases of Triton whose arguments of a compiled kernel's `run` are those of `_repeat`.
-_KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
+_KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 # On AMD a compiled kernel also depends on the sizes of storages, which are not in the key.
 _PLANNED = torch.version.hip is None
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")

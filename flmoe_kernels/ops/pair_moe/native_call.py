@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def checked(call: PairCall, device: torch.device = HOST) -> PairCall:
     if bias is not None:
         expect("gate_bias", bias, (experts,), bias.dtype, device)
         bias = bias.to(call.statistics).contiguous()
-    return call._replace(
+    return dataclasses.replace(
+        call,
         q=rows_contiguous(call.q),
         k=rows_contiguous(call.k),
         a=rows_contiguous(call.a),

@@ -123,8 +123,9 @@ def gradient_kernel(
     # Rows after the last repeat it, with weight 0; an infinite value or gradient of the last row gives NaN.
     own = tl.minimum(at, length - 1 - start)
     valid = start + at < length
-    k_tile = load_rows(k, start, at, valid & (covered > 0), 0, WIDTH, CHUNK)
-    v_tile = load_rows(v, start, at, valid & (covered > 0), 0, WIDTH, CHUNK)
+    present = start + at < tl.where(covered > 0, length, 0)
+    k_tile = load_rows(k, start, at, present, 0, WIDTH, CHUNK)
+    v_tile = load_rows(v, start, at, present, 0, WIDTH, CHUNK)
     kept_rate = tl.cast(threshold, tl.float32) / 65536
     for i in range(0, covered, BLOCK):
         row = tl.minimum(at, length - 1 - i)

@@ -340,7 +340,9 @@ def gradient_kernel(
         valid_z = valid_tokens(mask_z, b, z0 + COLUMNS, length_z, COLUMNS)
     x0, b = later(x0, PTX), later(b, PTX)
     # Without a valid pair the gradient is zero, also where u is infinite.
-    valid_x = valid_tokens(mask_x, b, x0, length_x, ROWS) & (seen > 0)
+    # A vector, because the interpreter of Triton 3.9 rejects masks with a scalar condition.
+    some = tl.full((ROWS,), seen, tl.int32) > 0
+    valid_x = valid_tokens(mask_x, b, x0, length_x, ROWS) & some
     for e in tl.static_range(EXPERTS):
         if grad_own is not None:
             value = message_sums(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ _MAX_STRIDE = 2**24
 
 def readable(call: PairCall) -> PairCall:
     """The call with copies of the inputs that kernels cannot read in place."""
-    return call._replace(
+    return dataclasses.replace(
+        call,
         q=_rows_contiguous(call.q),
         k=_rows_contiguous(call.k),
         a=_rows_contiguous(call.a),
