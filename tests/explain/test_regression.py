@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from flmoe_kernels.explain import Sampling, probe_game
 from flmoe_kernels.explain.estimators import regression, surrogate
 from flmoe_kernels.explain.estimators.indices import LINEAR
+from flmoe_kernels.explain.estimators.kernel import Kernel
 from flmoe_kernels.explain.estimators.polynomial import AND, PRODUCT
 from flmoe_kernels.explain.estimators.strata import Stratum, allocate
 from tests.support.explain_games import (
@@ -253,3 +254,24 @@ def test_exact_sums_of_terms(kind: str, parity: int) -> None:
             two = (tables[1][size, inside[:, i] * 1 + inside[:, j]] * values).sum()
             assert single[i] == pytest.approx(one, abs=1e-10)
             assert pair[i, j] == pair[j, i] == pytest.approx(two, abs=1e-10)
+
+
+@pytest.mark.parametrize("parity", [1, -1, 0])
+def test_exact_sums_of_kernels(parity: int) -> None:
+    n = 6
+    inside = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 == 1
+    size, drawn = inside.sum(axis=1), np.random.default_rng(1)
+    kernel, weights = Kernel(inside[[3, 17, 40, 63]], 0.3, parity), drawn.normal(size=4)
+    # The product over players by definition.
+    x, y = inside * 2.0 - 1.0, kernel.points * 2.0 - 1.0
+    product, other = (np.prod(1 + 0.3 * sign * x[:, None] * y, axis=2) for sign in (1, -1))
+    own = (product + parity * other) / (1.3**n + parity * 0.7**n)
+    np.testing.assert_allclose(kernel.predict(inside, weights), own @ weights, atol=1e-12)
+    tables = [drawn.normal(size=(n + 1, count)) for count in (2, 3)]
+    values = own @ weights / np.array([math.comb(n, s) for s in size])
+    single, pair = kernel.indices(weights, tables)
+    for i, j in itertools.combinations(range(n), 2):
+        one = (tables[0][size, inside[:, i] * 1] * values).sum()
+        two = (tables[1][size, inside[:, i] * 1 + inside[:, j]] * values).sum()
+        assert single[i] == pytest.approx(one, abs=1e-10)
+        assert pair[i, j] == pytest.approx(two, abs=1e-10)

@@ -1,8 +1,9 @@
 """Polynomials fitted to a game's values, each without the fold that it predicts.
 
-Two kinds of fits are compared: a ridge regression on all products up to an order, with all orders that the data
-allows and a few ridges, and a sparse fit that adds the terms of largest correlation with the residual, many at
-a time (orthogonal matching pursuit). For each fold the choice is made by the error on the next fold, which then
+Three kinds of fits are compared: a ridge regression on all products up to an order, with all orders that the data
+allows and a few ridges; a sparse fit that adds the terms of largest correlation with the residual, many at a time
+(orthogonal matching pursuit); for few players and rows, a kernel ridge regression, which is averaged with the
+others if it is about as good. For each fold the choice is made by the error on the next fold, which then
 joins the data of the final fit; the fold itself is never used. The fit may be poor: the estimate that uses it
 stays unbiased, and only its error grows.
 """
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 
 from flmoe_kernels.explain.games.coalitions import Bools, Floats, Ints
+from flmoe_kernels.explain.reliability import LEAST_COUNT
 
+from .kernel import LARGEST_PLAYERS, LARGEST_ROWS, Kernel, fit_kernel
 from .polynomial import AND, LARGEST_ORDER, PRODUCT, Terms
 
 FOLDS = 6
@@ -39,13 +42,14 @@ _GROWTH = 0.25  # terms added at a time, relative to those found
 _PATIENCE = 3  # steps without improvement
 # An error below this, relative to the values, is a rounding error.
 _EXACT = 1e-20
+_NEARLY_EXACT = 1e-8  # no smoother fit is tried below
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """A sum of polynomials."""
+    """A sum of polynomials and functions of a kernel."""
 
-    parts: tuple[tuple[Terms, Floats], ...]
+    parts: tuple[tuple[Terms | Kernel, Floats], ...]
 
     def predict(self, inside: Bools) -> Floats:
         """Return (m,) of coalitions (m, n)."""
@@ -89,8 +93,36 @@ def fit_folds(data: Data, folds: int = FOLDS, largest: int = LARGEST_FIT) -> lis
                 sparse = _Sparse(data, scale, kind, fold, (fold + 1) % folds).best()
                 if sparse is not None and sparse[0] < error:
                     error, surrogate = sparse
+        if error > _NEARLY_EXACT * size and _fits_kernel(data):
+            other, smooth = _smooth(data, fold, (fold + 1) % folds)
+            surrogate = _mixed(surrogate, smooth, error, other)
         found.append(surrogate)
     return found
+
+
+def _mixed(first: Surrogate, second: Surrogate, error: float, other: float) -> Surrogate:
+    """The better of two fits, or their mean, in which their errors cancel in part, if they are about as good."""
+    if max(error, other) >= 2.0 * min(error, other):
+        return first if error < other else second
+    share = error / (error + other)
+    parts = [(f, w * (1.0 - share)) for f, w in first.parts]
+    return Surrogate((*parts, *((f, w * share) for f, w in second.parts)))
+
+
+def _fits_kernel(data: Data) -> bool:
+    return data.players <= LARGEST_PLAYERS and LEAST_COUNT < len(data.response) <= LARGEST_ROWS
+
+
+def _smooth(data: Data, fold: int, check: int) -> tuple[float, Surrogate]:
+    """A constant plus a kernel ridge regression, see `kernel`."""
+    rows = [data.rows(fold), data.rows(fold, check), np.flatnonzero(data.fold == check)]
+    mean = 0.0
+    if data.parity >= 0:
+        mean = float(np.average(data.response[rows[0]], weights=data.weight[rows[0]]))
+    fit, train, held = ((data.inside[r], data.response[r] - mean, data.weight[r]) for r in rows)
+    error, kernel, weights = fit_kernel(fit, train, held, data.parity)
+    constant = products(data.players, 0, 0, data.parity)
+    return error, Surrogate(((constant, np.full(len(constant), mean)), (kernel, weights)))
 
 
 def sparse_fit(data: Data) -> tuple[Surrogate, float]:
