@@ -99,7 +99,8 @@ def test_no_bias_for_a_game_without_structure(
     """The mean over seeds, with a first part; control: the fitted polynomial alone is biased."""
     game, pairs, runs = random_game(7, seed=5), [(0, 1), (2, 5), (3, 6)], 50
     monkeypatch.setattr(regression, "_LEAST_FIRST", 4)
-    monkeypatch.setattr(surrogate, "_dictionaries", lambda data: iter(()))
+    monkeypatch.setattr(surrogate, "_dictionaries", lambda data: iter(()))  # to save time
+    monkeypatch.setattr(surrogate, "_fits_kernel", lambda data: False)
     options: dict[str, Any] = {"budget": budget, "antithetic": antithetic, "design": "regression"}
 
     def scores() -> NDArray[np.float64]:
