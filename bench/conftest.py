@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bench.suite import comparisons, options
@@ -12,6 +14,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full", action="store_true", help="Large shapes and slow peers; takes half an hour."
     )
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.addoption(
+        "--lines", default=os.devnull, help="File for the results of bench/targets.py."
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,109 +1,138 @@
 #!/usr/bin/env bash
-# All checks that need a GPU, within a time limit: build, GPU tests, compute-sanitizer, benchmarks against the peers.
-# Needs no network. Python 3.10+ with torch, triton and pytest, nvcc, cmake, ninja and pybind11 must be installed. Wheels
-# in wheels/ of the checkout are installed too. If pytest-benchmark is missing, download it first:
-#   pip download --dest wheels pytest-benchmark
+# Everything that needs a GPU, in at most 8 minutes from a fresh checkout. Needs no network: Python 3.10+ with torch,
+# triton, pytest, pytest-benchmark, pytest-xdist, typer, rich and pybind11, and nvcc, cmake and ninja must be
+# installed. Wheels in wheels/ of the checkout are installed first.
 #
-#   bench/gpu.sh [install] [tests] [sanitize] [bench]        default: all four, in this order
+#   bench/gpu.sh [--dry-run] [prepare] [tests] [sanitize] [targets]        default: all four, in this order
 #
+#   prepare    at most 120 s   builds the native module and compiles the Triton kernels of the other steps, in parallel
+#   tests      at most 150 s   the GPU tests that are not slow
+#   sanitize   at most  60 s   memcheck and racecheck of each operator at tiny sizes, all at once
+#   targets    at least 150 s  bench/targets.py, most important first; also uses the time left by earlier steps
+#                      480 s
+#
+#   --dry-run          runs the script's steps on the CPU at tiny sizes; without the native build, CUDA and
+#                      compute-sanitizer
 #   PYTHON             Python to use; default python3
-#   FLMOE_GPU_BUDGET   total seconds; default 840. A step may use the remaining time, at most its own limit.
-#   FLMOE_GPU_DEVICE   default cuda; with cpu the quick benchmarks run, to try the script
+#   FLMOE_GPU_BUDGET   total seconds; default 480
 #   OUT                folder for results; default bench/results/<device name>/
 #   FLMOE_COMMIT       the commit, if the files are not a git checkout
 #
-# The benchmarks of each operator run in a separate process and write a JSON file of pytest-benchmark. At the limit,
-# SIGINT lets pytest write the results measured so far. Exit code: 0, or 1 if a step failed.
+# Results are written as soon as they exist: a line of JSON for each step in steps.jsonl and for each target in
+# targets.jsonl. If a test hangs or breaks the CUDA context, only that test is lost. Exit code: 0, or 1 if a step
+# failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 PYTHON="${PYTHON:-python3}"
-BUDGET="${FLMOE_GPU_BUDGET:-840}"
-DEVICE="${FLMOE_GPU_DEVICE:-cuda}"
-INSTALL_LIMIT=240 TESTS_LIMIT=180 SANITIZE_LIMIT=90 BENCH_LIMIT=240
-LEAST=15 # seconds below which a step is not started
-STEPS=("$@")
-[ ${#STEPS[@]} -gt 0 ] || STEPS=(install tests sanitize bench)
-for step in "${STEPS[@]}"; do
-    case "$step" in
-        install | tests | sanitize | bench) ;;
+BUDGET="${FLMOE_GPU_BUDGET:-480}"
+PREPARE=120 TESTS=150 SANITIZE=60
+TABLE=10      # seconds for the table of the targets
+KILL_AFTER=10 # seconds between SIGINT and SIGKILL, for partial output
+DRY='' STEPS=()
+for word in "$@"; do
+    case "$word" in
+        --dry-run) DRY=1 ;;
+        prepare | tests | sanitize | targets) STEPS+=("$word") ;;
         *)
-            echo "gpu.sh: unknown step '$step': expected install, tests, sanitize or bench" >&2
+            echo "gpu.sh: expected --dry-run, prepare, tests, sanitize or targets, got '$word'" >&2
             exit 2
             ;;
     esac
 done
+[ ${#STEPS[@]} -gt 0 ] || STEPS=(prepare tests sanitize targets)
+DEVICE=cuda
+if [ -n "$DRY" ]; then
+    DEVICE=cpu
+    export OMP_NUM_THREADS=1 # threads that wait for each other take longer than tiny calls
+fi
+if [ -z "${OUT:-}" ]; then
+    name=$("$PYTHON" -c "from flmoe_kernels.profile.environment import device_name
+print('-'.join(''.join(c if c.isalnum() else ' ' for c in device_name('$DEVICE').lower()).split()))") || {
+        echo "== no $DEVICE device"
+        exit 1
+    }
+    OUT=bench/results/$name
+    [ -z "$DRY" ] || OUT=$(mktemp -d)
+fi
+mkdir -p "$OUT"
+rm -f "$OUT"/{steps,targets}.jsonl
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -p bench.isolation --max-worker-restart 100)
 
-start=$SECONDS
-failed=()
-
-# run STEP LIMIT COMMAND...: run with a time limit; if a step fails or is stopped, the script records it and continues.
+# run STEP LIMIT COMMAND...: run with a time limit; the result is a line of steps.jsonl, and the script continues.
 run() {
-    local step=$1 limit=$2 left=$((BUDGET - (SECONDS - start))) code began=$SECONDS
+    local step=$1 limit=$2 left=$((BUDGET - SECONDS)) code began=$SECONDS
     shift 2
     [ "$left" -ge "$limit" ] || limit=$left
-    if [ "$limit" -lt "$LEAST" ]; then
-        echo "== $step: skipped, $left s left of $BUDGET"
-        failed+=("$step (skipped)")
-        return
+    if [ "$limit" -le "$KILL_AFTER" ]; then
+        code=skipped
+    else
+        echo "== $step, at most $limit s: $*"
+        # Programs in the background ignore SIGINT.
+        timeout --signal="${SIGNAL:-INT}" --kill-after="$KILL_AFTER" $((limit - KILL_AFTER)) "$@"
+        code=$?
     fi
-    echo "== $step, at most $limit s: $*"
-    timeout --signal=INT --kill-after=20 "$limit" "$@"
-    code=$?
-    case $code in
-        0) echo "== $step: done in $((SECONDS - began)) s" ;;
-        124 | 137) echo "== $step: stopped after $limit s"; failed+=("$step (stopped)") ;;
-        *) echo "== $step: failed with exit code $code"; failed+=("$step") ;;
-    esac
+    echo "== $step: exit code $code after $((SECONDS - began)) s"
+    echo "{\"step\": \"$step\", \"code\": \"$code\", \"seconds\": $((SECONDS - began))}" >>"$OUT/steps.jsonl"
 }
 
-step_install() {
+step_prepare() {
+    if [ -n "$DRY" ]; then
+        run "compile kernels" $PREPARE "$PYTHON" -m bench.warm sm_90 routing
+        return
+    fi
+    local end=$((SECONDS + PREPARE))
     if [ -d wheels ]; then
-        run wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps wheels/*.whl
+        run wheels 30 "$PYTHON" -m pip install --quiet --no-index --no-deps wheels/*.whl
     fi
     # Editable, so that the native module is in the checkout, where the tests import it.
-    FLMOE_CUDA=1 run install "$INSTALL_LIMIT" \
-        "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable .
+    FLMOE_CUDA=1 SIGNAL=TERM run install $((end - SECONDS)) \
+        "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable . &
+    run "compile kernels" $((end - SECONDS)) "$PYTHON" -m bench.warm
+    wait
 }
 
 step_tests() {
-    run tests "$TESTS_LIMIT" "$PYTHON" -m pytest -q -p no:cacheprovider \
+    if [ -n "$DRY" ]; then
+        TRITON_INTERPRET=1 run tests $TESTS "${PYTEST[@]}" -n 0 tests/gpu/test_ops.py -k smallest
+        return
+    fi
+    # The tests compute their references on the CPU, so several run at once.
+    OMP_NUM_THREADS=4 run tests $TESTS "${PYTEST[@]}" -n 4 -m "not slow" \
         tests/gpu tests/core/test_cuda_device.py tests/ops/test_routing_cuda.py
 }
 
 step_sanitize() {
-    local call=("$PYTHON" -m bench.sanitize "$DEVICE") tool
-    if [ "$DEVICE" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
-        echo "== sanitize: compute-sanitizer is not installed; running the same calls without it"
-        run "sanitize (without the tool)" "$SANITIZE_LIMIT" "${call[@]}"
+    local tool operator logs
+    if [ -n "$DRY" ]; then
+        run sanitize $SANITIZE "$PYTHON" -m bench.sanitize cpu
         return
     fi
+    logs=$(mktemp -d)
     for tool in memcheck racecheck; do
-        # torch's caching allocator would hide reads past the end of a tensor.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitize ($tool)" "$SANITIZE_LIMIT" \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 "${call[@]}"
+        for operator in interaction_moe pair_moe routed_mlp expert_attention routing; do
+            # torch's caching allocator would hide reads past the end of a tensor.
+            OMP_NUM_THREADS=2 PYTORCH_NO_CUDA_MEMORY_CACHING=1 SIGNAL=TERM run "$tool $operator" $SANITIZE \
+                compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m bench.sanitize cuda "$operator" \
+                >"$logs/$tool-$operator" 2>&1 &
+        done
     done
+    wait
+    cat "$logs"/* >"$OUT/sanitize.log"
+    tail -n 3 "$logs"/*
 }
 
-step_bench() {
-    local out="${OUT:-}" operator options=(--device "$DEVICE")
-    if [ -z "$out" ]; then
-        out=bench/results/$("$PYTHON" -c "from flmoe_kernels.profile.environment import device_name
-print('-'.join(''.join(c if c.isalnum() else ' ' for c in device_name('$DEVICE').lower()).split()))") || { failed+=("bench (no device $DEVICE)"); return; }
-    fi
-    mkdir -p "$out"
-    [ "$DEVICE" = cpu ] || options+=(--full)
-    # The most important operators come first.
-    for operator in interaction_moe pair_moe routed_mlp expert_attention routing; do
-        run "bench $operator" "$BENCH_LIMIT" "$PYTHON" -m pytest "bench/test_$operator.py" -q -rs \
-            -p no:cacheprovider "${options[@]}" --benchmark-json="$out/$operator.json"
-    done
+step_targets() {
+    local chosen=(-n 1 --limit 100)
+    [ -z "$DRY" ] || chosen=(-n 0 -k "mimic or grouped_mm")
+    run targets $((BUDGET - SECONDS - TABLE)) "${PYTEST[@]}" "${chosen[@]}" bench/targets.py \
+        --device "$DEVICE" --lines "$OUT/targets.jsonl"
+    [ ! -f "$OUT/targets.jsonl" ] || "$PYTHON" -m bench.targets "$OUT/targets.jsonl"
 }
 
 for step in "${STEPS[@]}"; do
     "step_$step"
 done
-if [ ${#failed[@]} -gt 0 ]; then
-    echo "== failed or skipped: ${failed[*]}"
-    exit 1
-fi
+echo "== results in $OUT, $SECONDS s of $BUDGET:"
+cat "$OUT/steps.jsonl"
+! grep -qv '"code": "0"' "$OUT/steps.jsonl"

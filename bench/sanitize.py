@@ -1,34 +1,41 @@
-"""Checked calls of all kernels at tiny sizes, for compute-sanitizer: python -m bench.sanitize [cpu|cuda]"""
+"""Checked calls of kernels at tiny sizes, for compute-sanitizer: python -m bench.sanitize DEVICE [OPERATOR]"""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 
-from flmoe_kernels.profile.cases import BOTH, cases
+from bench.targets import tiny
+from flmoe_kernels.profile.cases import BOTH, OPERATORS, Case, cases
 from flmoe_kernels.profile.check import agree
-from flmoe_kernels.profile.registry import OURS, contestants
+from flmoe_kernels.profile.registry import OURS, contestants, words_of
 from flmoe_kernels.profile.shapes import MIMIC, MMIMDB, PAIR_BASE, ROUTED_SMALL_E4
 
-SHAPES = (
-    dataclasses.replace(PAIR_BASE, batch=2, rows=33, columns=18, rank=16, width=16),
-    dataclasses.replace(MMIMDB, batch=2, tokens=(7, 7), valid=(5, None), dim=32, heads=2),
-    dataclasses.replace(MIMIC, batch=2, dim=32, heads=2),
-    dataclasses.replace(ROUTED_SMALL_E4, tokens=67, width=32, hidden=48),
-)
+SHAPES = [tiny(PAIR_BASE), tiny(MMIMDB), tiny(MIMIC), tiny(ROUTED_SMALL_E4)]
 
 
-def main(device: str = "cuda") -> None:
-    ran = 0
-    for case in cases(shapes=SHAPES, phases=(BOTH,), dtypes=("bfloat16",), device=device):
+def checked(device: str, operator: str | None = None) -> list[Case]:
+    operators = None if operator is None else [operator]
+    return cases(operators, SHAPES, (BOTH,), ("bfloat16",), device)
+
+
+def main(device: str = "cuda", operator: str | None = None) -> int:
+    """Number of failures; a case that fails does not end the others."""
+    ran = failed = 0
+    for case in checked(device, operator):
         for contestant in contestants(case):
-            if contestant.kind == OURS and not contestant.why_not:
+            if contestant.kind != OURS or contestant.why_not:
+                continue
+            ran += 1
+            try:
                 agree(case, contestant)
                 print(f"{case.name} {contestant.name}", flush=True)
-                ran += 1
+            except Exception as error:
+                failed += 1
+                print(f"{case.name} {contestant.name}: FAILED: {words_of(error)}", flush=True)
     if not ran:
-        sys.exit(f"no kernel can run on {device} on this machine")
+        print(f"no kernel of {operator or ', '.join(OPERATORS)} can run on {device} here")
+    return failed or int(not ran)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -1,6 +1,9 @@
 """Fast kernels for interaction mixtures of experts (FL-I2MoE) and their explanations."""
 
+from typing import Any as _Any
+
 from ._version import __version__ as __version__
+from .core import self_check as _self_check
 from .core.backend import BackendUnavailable as BackendUnavailable
 from .core.backend import available_backends as available_backends
 from .core.backend import use_backend as use_backend
@@ -25,3 +28,13 @@ from .ops.pair_moe.api import top_pairs as top_pairs
 from .ops.routed_mlp.api import routed_mlp as routed_mlp
 from .published.report import SwapReport as SwapReport
 from .published.swap import swap as swap
+
+
+def _first_use(*request: _Any) -> str:
+    from .profile.first_use import failure
+
+    return failure(*request)
+
+
+# core may not import profile, and only a GPU needs it.
+_self_check.install(_first_use)

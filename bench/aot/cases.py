@@ -14,15 +14,14 @@ from functools import partial
 
 from torch import Tensor, dtype, empty
 
-from flmoe_kernels.core.triton.launches import Launch, assume_multiprocessors
+from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import TARGETS, assume
 
 OPERATORS = (
-    *("pair_moe", "expert_attention", "expert_linear", "encoder_rows", "interaction_moe"),
-    *("routed_mlp", "routing"),
+    *("pair_moe", "expert_attention", "expert_linear", "encoder_rows", "encoder_fused"),
+    *("interaction_moe", "routed_mlp", "routing"),
 )
-# Multiprocessors of an A100, an H100 and a B200; persistent kernels derive their number of programs from it.
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-ARCHITECTURES = tuple(MULTIPROCESSORS)
+ARCHITECTURES = (80, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Case:
         return "/".join(part for part in parts if part)
 
     def built(self, architecture: int) -> Built:
-        with assume_multiprocessors(MULTIPROCESSORS[architecture]):
+        with assume(TARGETS[architecture]):
             return self.build(architecture)
 
 

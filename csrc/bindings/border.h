@@ -53,6 +53,7 @@ void bind_expert_attention(py::module_& m);
 void bind_encoder(py::module_& m);
 void bind_interaction_losses(py::module_& m);
 void bind_pair_moe(py::module_& m);
+void bind_pair_moe_cuda(py::module_& m);
 void bind_routing(py::module_& m);
 void bind_routed_mlp(py::module_& m);
 void bind_snapshot(py::module_& m);

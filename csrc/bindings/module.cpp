@@ -27,6 +27,9 @@ PYBIND11_MODULE(_native, m) {
   flmoe::bindings::bind_encoder(m);
   flmoe::bindings::bind_interaction_losses(m);
   flmoe::bindings::bind_pair_moe(m);
+#if defined(FLMOE_HAVE_CUDA)
+  flmoe::bindings::bind_pair_moe_cuda(m);
+#endif
   flmoe::bindings::bind_routed_mlp(m);
   flmoe::bindings::bind_routing(m);
   flmoe::bindings::bind_snapshot(m);

@@ -2,6 +2,7 @@
 // CUDA in the build, the functions that need it are missing; cuda_build gives the reason.
 #include "common/routing.h"
 #include "bindings/border.h"
+#include "bindings/cuda_queue.h"
 #include "cpu/routing_twin.h"
 #include "cuda_build.h"
 
@@ -72,22 +73,13 @@ void require_block(int64_t rows_per_block) {
 }
 
 #if defined(FLMOE_HAVE_CUDA)
-// queue = (device, stream); counters = (address, number)
-using Queue = std::array<int64_t, 2>;
+// counters = (address, number)
 using Counters = std::array<int64_t, 2>;
-
-flmoe::cuda::Place place(const Queue& queue) {
-  return {static_cast<int>(queue[0]), pointer(static_cast<Address>(queue[1]))};
-}
 
 int32_t* counters_of(const Counters& given, int64_t rows, int64_t bins) {
   if (given[1] < flmoe::routing_counters(flmoe::routing_plan(rows, bins), bins))
     throw std::invalid_argument("counters: expected the number that routing_counters returns");
   return pointer<int32_t>(static_cast<Address>(given[0]));
-}
-
-void check(const char* message) {
-  if (message != nullptr) throw std::runtime_error(std::string("CUDA: ") + message);
 }
 
 void bind_launches(py::module_& m) {
@@ -104,19 +96,19 @@ void bind_launches(py::module_& m) {
   m.def("cuda_routing_gate", [](int dtype, const std::array<Address, 3>& tensors,
                                 const GateSizes& sizes, bool over_all, const Queue& queue) {
     const flmoe::GateArgs args = gate_args(tensors, sizes, over_all);
-    check(flmoe::cuda::gate(dtype_of(dtype), args, place(queue)));
+    check_cuda(flmoe::cuda::gate(dtype_of(dtype), args, place(queue)));
   });
   m.def("cuda_routing_limit", [](const std::array<Address, 3>& tensors, const LimitSizes& sizes,
                                  int64_t capacity, const Counters& counters, const Queue& queue) {
     const flmoe::LimitArgs args = limit_args(tensors, sizes, capacity);
     int32_t* const given =
         capacity < 0 ? nullptr : counters_of(counters, sizes[0] * sizes[1], sizes[2]);
-    check(flmoe::cuda::limit(args, given, place(queue)));
+    check_cuda(flmoe::cuda::limit(args, given, place(queue)));
   });
   m.def("cuda_routing_dispatch", [](const std::array<Address, 4>& tensors, int64_t rows,
                                     int64_t experts, const Counters& counters, const Queue& queue) {
     const flmoe::DispatchArgs args = dispatch_args(tensors, rows, experts);
-    check(flmoe::cuda::dispatch(args, counters_of(counters, rows, experts + 1), place(queue)));
+    check_cuda(flmoe::cuda::dispatch(args, counters_of(counters, rows, experts + 1), place(queue)));
   });
 }
 #endif

@@ -7,13 +7,9 @@
 
 #include "common/types.h"
 #include "cpu/kernels.h"
+#include "cuda/place.h"
 
 namespace flmoe::cuda {
-
-struct Place {
-  int device;
-  void* stream;
-};
 
 // counters: routing_counters() of the plan for these rows and experts (dispatch: experts + 1).
 const char* gate(DType dtype, const GateArgs& args, const Place& place);

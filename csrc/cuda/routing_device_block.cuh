@@ -2,13 +2,11 @@
 // followed by a barrier. Scans over a block are CUB's.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
 #include "common/routing.h"
-#include "common/types.h"
+#include "cuda/convert.cuh"
 
 namespace flmoe::cuda {
 
@@ -21,20 +19,6 @@ struct Own {
   __device__ __forceinline__ T& operator[](int) { return value; }
   __device__ __forceinline__ const T& operator[](int) const { return value; }
 };
-
-__device__ __forceinline__ float widened(BFloat16 x) {
-  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
-}
-__device__ __forceinline__ float widened(Float16 x) {
-  return __half2float(__ushort_as_half(x.bits));
-}
-__device__ __forceinline__ void narrow(float x, BFloat16* out) {
-  const uint32_t bits = __float_as_uint(x);
-  out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-__device__ __forceinline__ void narrow(float x, Float16* out) {
-  out->bits = __half_as_ushort(__float2half_rn(x));
-}
 
 struct Warp {
   template <typename T>

@@ -23,6 +23,7 @@ from .explain import explain
 from .info import info
 from .profile import profile
 from .swap import swap
+from .warmup import warmup
 
 app = typer.Typer(
     name=PACKAGE,
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (info, swap, explain, profile):
+for command in (info, swap, explain, profile, warmup):
     app.command()(command)
 
 

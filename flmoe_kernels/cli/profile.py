@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from .errors import fail, needs_extra
-from .options import GateName, Heads, LayerName, Temperature, TopK
+from .options import (
+    Batch,
+    GateName,
+    Heads,
+    LayerName,
+    Temperature,
+    Tokens,
+    TopK,
+    Valid,
+    numbers,
+    refuse,
+)
 
 
 def profile(
@@ -55,19 +66,9 @@ def profile(
             help="Checkpoint of your own layer: profiles it swapped, next to the reference."
         ),
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="With --checkpoint: batch size; default 32.")
-    ] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(help="With --checkpoint: tokens per modality, for example 320,196."),
-    ] = None,
-    valid: Annotated[
-        str | None,
-        typer.Option(
-            help="With --checkpoint: tokens per modality that are not padding; default: all."
-        ),
-    ] = None,
+    batch: Batch = None,
+    tokens: Tokens = None,
+    valid: Valid = None,
     heads: Heads = None,
     temperature: Temperature = None,
     layer: LayerName = None,
@@ -105,12 +106,12 @@ def profile(
         phases: list[str | None]
         with needs_extra("demo"):
             if checkpoint is not None:
-                _refuse(shape=shape, variant=variant)
+                refuse(shape=shape, variant=variant)
                 user = user_shape(
                     str(checkpoint),
                     32 if batch is None else batch,
-                    _numbers("tokens", tokens),
-                    _numbers("valid", valid),
+                    numbers("tokens", tokens),
+                    numbers("valid", valid),
                     {
                         **{"num_heads": heads, "temperature": temperature, "layer": layer},
                         **{"gate": gate, "top_k": top_k},
@@ -118,10 +119,10 @@ def profile(
                 )
                 phases = [phase] if phase else ["training", "inference"]
             else:
-                _refuse(
+                refuse(
                     batch=batch, tokens=tokens, valid=valid, heads=heads, temperature=temperature
                 )
-                _refuse(layer=layer, gate=gate, top_k=top_k)
+                refuse(layer=layer, gate=gate, top_k=top_k)
                 phases = [phase]
             names = (op or "interaction_moe", shape if checkpoint is None else user, dtype)
             requests = [
@@ -133,19 +134,3 @@ def profile(
         raise typer.Exit(code=1) from error
     except (ValueError, BackendUnavailable) as error:  # BadRequest, CheckpointError and others
         fail(str(error))
-
-
-def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        fail(f"--{name}: expected numbers separated by commas, got {text!r}")
-
-
-def _refuse(**given: object) -> None:
-    """Reject options that do not apply to the kind of request."""
-    for name, value in given.items():
-        if value not in (None, []):
-            fail(f"--{name.replace('_', '-')}: does not apply to this kind of request; remove it")

@@ -2,8 +2,8 @@
 
 A backend is requested with `backend=` on a call, with `use_backend(...)` around it, or with the environment
 variable FLMOE_BACKEND (read at import). If a requested backend cannot run, an error gives the reason; there is no
-fallback. By default, CUDA tensors use the GPU backends and CPU tensors the C++ kernels; transforms of torch.func
-and forward-mode AD, which the kernels do not support, use the reference.
+fallback. By default, CUDA tensors use the GPU backends that pass their self-check and CPU tensors the C++ kernels;
+transforms of torch.func and forward-mode AD, which the kernels do not support, use the reference.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from contextvars import ContextVar
 import torch
 from torch.autograd import forward_ad
 
+from . import self_check
 from .dtypes import FLOATS, HALVES_AND_FLOAT32, dtype_name
 from .native import BackendUnavailable as BackendUnavailable
 from .native import cpu_unavailable_reason, cuda_status, cuda_unavailable_reason
 from .native import instruction_set as instruction_set
 from .native import instruction_sets as instruction_sets
 from .native import native as native
+from .self_check import BackendWarning as BackendWarning
 from .settings import environment_choice
+from .triton.target import assumed
 
 REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
 BACKENDS = (REFERENCE, CPU, TRITON, CUDA)
@@ -33,10 +36,12 @@ CAPABILITIES: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     op: {REFERENCE: FLOATS, CPU: FLOATS, TRITON: HALVES_AND_FLOAT32}
     for op in ("expert_attention", "interaction_moe", "pair_moe", "routing", "routed_mlp")
 }
-CAPABILITIES["routing"][CUDA] = FLOATS
+CAPABILITIES["routing"][CUDA] = CAPABILITIES["pair_moe"][CUDA] = FLOATS
 
 # Default backends for CUDA tensors, best first; the first backend that can run is used.
 _ON_CUDA = (CUDA, TRITON)
+# Not used unless requested: not measured against Triton's kernels.
+_ON_REQUEST = {("pair_moe", CUDA)}
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
@@ -57,6 +62,8 @@ def _triton_status() -> tuple[bool, str]:
         return False, "the package triton is not installed"
     if _interpreted():
         return True, "Triton's interpreter, slowly, on CPU tensors (TRITON_INTERPRET=1)"
+    if target := assumed():
+        return True, f"CPU tensors stand for those of {target}"
     if torch.version.cuda is None or not torch.cuda.is_available():
         return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
     return True, f"CUDA {torch.version.cuda}"
@@ -186,10 +193,7 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     elif tensor.device.type == "meta":
         name = CPU  # needs no values, unlike some references
     elif tensor.device.type == "cuda":
-        for name in _ON_CUDA:
-            if not _refusal(op, name, tensor):
-                return name
-        name = REFERENCE
+        return _choose_on_cuda(op, tensor)
     else:
         name = REFERENCE
     reason = _refusal(op, name, tensor)
@@ -198,6 +202,23 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
             raise BackendUnavailable(f"{op}: {reason}")
         raise BackendUnavailable(f"{op}: backend {name!r} was requested, but {reason}")
     return name
+
+
+def _choose_on_cuda(op: str, tensor: torch.Tensor) -> str:
+    reasons = []
+    for name in _ON_CUDA:
+        if name not in CAPABILITIES[op] or (op, name) in _ON_REQUEST:
+            continue
+        reason = _refusal(op, name, tensor)
+        if reason:
+            reasons.append(f"{name}: {reason}")
+        elif not self_check.failure(op, name, tensor):
+            return name
+    if reasons:  # a failed self-check has its own warning
+        why = "; ".join(reasons)
+        message = f"{op}: the reference, which is slower, computes CUDA tensors, because {why}"
+        self_check.warn_once(why, message)
+    return REFERENCE
 
 
 def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
@@ -211,7 +232,8 @@ def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
             reason, expected = cpu_unavailable_reason(), "cpu"
         case "triton":
             runs, status = _triton_status()
-            reason, expected = "" if runs else status, "cpu" if _interpreted() else "cuda"
+            stand_in = _interpreted() or assumed() is not None
+            reason, expected = "" if runs else status, "cpu" if stand_in else "cuda"
         case "cuda":
             reason = cuda_unavailable_reason(tensor.device.index if kind == "cuda" else None)
             expected = "cuda"

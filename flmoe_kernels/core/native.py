@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -57,6 +58,13 @@ def native_cuda() -> ModuleType:
     if reason:
         raise BackendUnavailable(f"backend 'cuda': {reason}")
     return native()
+
+
+@contextmanager
+def cuda_queue(device: torch.device) -> Iterator[tuple[int, int]]:
+    """Device and current stream, for a launch; the native module changes the current device, which is restored."""
+    with torch.cuda.device(device):
+        yield device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def instruction_set() -> str:

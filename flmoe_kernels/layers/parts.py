@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from flmoe_kernels.core.backend import transforming
+
+from .kept import traced
 from .snapshot import HOOKS
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -209,5 +212,24 @@ _UNIFORM: tuple[tuple[str, Callable[[Tensor], torch.dtype | torch.device]], ...]
 
 def separate(x: Tensor) -> list[Tensor]:
     """Slices of x along dimension 0 that own their memory: each can be kept alone or changed in place."""
+    if not traced() and not transforming():
+        return list(_Separate.apply(x))
     copy: Any = torch.unbind_copy  # torch's type hints do not declare its result
     return list(copy(x, 0))
+
+
+class _Separate(torch.autograd.Function):
+    """torch.unbind_copy with a single kernel on a GPU, where torch has one for each slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        # Splitting takes the host less time than unbinding.
+        sizes = [x.shape[1]] * x.shape[0] if x.dim() > 1 else []
+        parts = x.flatten(0, 1).split_with_sizes(sizes) if sizes else x.unbind(0)
+        slices = [torch.empty(x.shape[1:], dtype=x.dtype, device=x.device) for _ in parts]
+        torch._foreach_copy_(slices, parts)
+        return tuple(slices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.stack(grads)

@@ -59,7 +59,13 @@ def compare(case: Case, name: str, actual: Mapping[str, Tensor]) -> None:
     Raises:
         WrongAnswer: a result is outside of the budget, missing or unexpected.
     """
-    low, exact = _references(case)
+    compare_with(case, name, actual, *_references(case))
+
+
+def compare_with(
+    case: Case, name: str, actual: Mapping[str, Tensor], low: Outputs, exact: Outputs
+) -> None:
+    """Check results as `compare` does, given those of the reference in the case's precision and in float64."""
     missing = [key for key in exact if key not in actual and _required(key)]
     unknown = [key for key in actual if key not in exact]
     if missing or unknown:

@@ -26,7 +26,7 @@ from .shapes import at_length, is_cuda
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-_SMALL = 8
+SMALL = 8
 
 Call = Callable[[], Any]
 
@@ -83,7 +83,7 @@ def peak_growth(make: Callable[..., Call], *args: Any) -> int:
 def warmed_call(case: Case, contestant: Contestant) -> Call:
     """Return a contestant's call after a small call of the same kind; compiled contestants compile this shape."""
     compiled = contestant.name.startswith("compiled")
-    small = dataclasses.replace(case, shape=at_length(case.shape, _SMALL))
+    small = dataclasses.replace(case, shape=at_length(case.shape, SMALL))
     warm = prepare(small, REFERENCE if compiled else contestant).call
     warm()
     warm()

@@ -29,8 +29,8 @@ MMA = "mma.sync"
 NEWEST = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Shared memory of an SM; a block takes one KiB more than it requests.
 OF_AN_SM = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
-# Tiles of large products with weights: one block per SM, see routed_mlp/triton/table.py.
-ALONE = ", 128 x 256"
+# Tiles of large products with weights: one block per SM, see routed_mlp/triton/table.py and fused_launch.py.
+ALONE = (", 128 x 256", ", wide")
 
 
 def select(*operators: str, without: tuple[str, ...] = ()) -> Any:
@@ -82,7 +82,7 @@ def test_attention_uses_the_newest_matrix_units(name: str, architecture: int) ->
 
 
 @pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
-@select("routed_mlp", "expert_linear")
+@select("routed_mlp", "expert_linear", "encoder_fused")
 def test_products_with_weights_use_the_newest_matrix_units(name: str, architecture: int) -> None:
     products = CASES[name].built(architecture).least > 0
     expected = {NEWEST[architecture]} if products else set()
@@ -108,7 +108,7 @@ def test_blocks_share_an_sm(name: str, architecture: int) -> None:
     built, report = CASES[name].built(architecture), report_of(name, architecture)
     operator, shape = name.split("/")[0], name.split("/")[2]
     with_weights = operator in ("routed_mlp", "expert_linear") and built.least > 0
-    alone = operator == "routed_mlp" and built.tiles.endswith(ALONE)
+    alone = operator in ("routed_mlp", "encoder_fused") and built.tiles.endswith(ALONE)
     assert (2 * (report.shared + KIB) > OF_AN_SM[architecture]) == alone
     if not built.least:
         assert report.shared <= 48 * KIB
@@ -129,9 +129,16 @@ def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: int) -> 
 
 # Number of tile-sized operands that a row-wise kernel reads and writes; for views it is the number of views.
 READS = {"norm alone": 1, "norm": 2, "norm twice": 1, "norm_gradient": 3, "norm_gradient twice": 3}
-READS |= {"gelu": 1, "gelu_gradient": 2, "pool": 2, "pool_gradient": 1, "views": 2}
+READS |= {"gelu": 1, "gelu_gradient": 2, "pool": 2, "pool alone": 1, "pool_gradient": 1, "views": 2}
 WRITES = {"norm alone": 1, "norm": 2, "norm twice": 2, "norm_gradient": 2, "norm_gradient twice": 1}
-WRITES |= {"gelu": 1, "gelu_gradient": 1, "pool": 0, "pool_gradient": 2, "views_gradient": 2}
+WRITES |= {
+    "gelu": 1,
+    "gelu_gradient": 1,
+    "pool": 0,
+    "pool alone": 0,
+    "pool_gradient": 2,
+    "views_gradient": 2,
+}
 # Scalar accesses of a thread: values of one row, lengths of segments, sums.
 SINGLE = 12
 

@@ -142,7 +142,7 @@ def test_names_of_the_layer_s_passes() -> None:
         ),
         (
             ("--op", "pair_moe", "--backend", "tpu"),
-            "backend: expected one of cpu, triton, reference, all, got 'tpu'",
+            "backend: expected one of cpu, triton, cuda, reference, all, got 'tpu'",
         ),
         (("--op", "pair_moe", "--dtype", "int8"), "dtype: expected one of float32, bfloat16,"),
         (("--op", "pair_moe", "--pass", "sideways"), "pass: expected one of forward, backward,"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
+import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +28,11 @@ from flmoe_kernels import (
 )
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import native as loading
+from flmoe_kernels.core import self_check
 from tests.support.inputs import cumulative, draw
 from tests.support.layers import LayerCase
 from tests.support.programs import run_python
+from tests.support.stand_in_gpu import new_process, on_cuda
 
 X = torch.zeros(1)
 
@@ -47,7 +51,9 @@ def test_every_backend_says_whether_it_runs_and_why() -> None:
 
 @pytest.fixture
 def triton_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Simulate a machine with or without the package, a CUDA device and the interpreter."""
+    """Simulate a machine with or without the package, a CUDA device and the interpreter; without self-checks."""
+    new_process(monkeypatch, None)
+    monkeypatch.setattr(self_check, "_enabled", False)
 
     def pretend(*, package: bool = True, device: bool = False, interpreter: bool = False) -> None:
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: package or None)
@@ -56,11 +62,6 @@ def triton_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreter else "0")
 
     return pretend
-
-
-def on_cuda(dtype: torch.dtype = torch.float32) -> Any:
-    """Tensor properties that `choose` reads, for devices that this machine may not have."""
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
 
 
 def test_triton_reports_why_it_is_unavailable(triton_machine: Callable[..., None]) -> None:
@@ -88,13 +89,33 @@ def test_triton_reports_why_it_is_unavailable(triton_machine: Callable[..., None
 def test_cuda_tensors_use_triton_if_it_runs(triton_machine: Callable[..., None]) -> None:
     triton_machine(device=True)
     assert backends.choose("pair_moe", on_cuda()) == "triton"
-    assert backends.choose("pair_moe", on_cuda(torch.float64)) == "reference"
     assert backends.choose("interaction_moe", on_cuda()) == "triton"
     assert backends.choose("pair_moe", torch.zeros(1)) == "cpu"
-    triton_machine(package=False, device=True)
-    assert backends.choose("pair_moe", on_cuda()) == "reference"
     triton_machine(device=True, interpreter=True)
     assert backends.choose("pair_moe", torch.zeros(1)) == "cpu"
+
+
+def test_cuda_tensors_on_the_reference_warn_once_per_reason(
+    triton_machine: Callable[..., None],
+) -> None:
+    def warnings_of(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert backends.choose(op, on_cuda(dtype)) == "reference"
+            assert backends.choose(op, on_cuda(dtype), "reference") == "reference"
+        return [str(w.message) for w in caught if w.category is backends.BackendWarning]
+
+    triton_machine(device=True)
+    (message,) = warnings_of("pair_moe", torch.float64)
+    assert message.startswith("pair_moe: the reference, which is slower, computes CUDA tensors")
+    assert message.endswith("triton: dtype float64 is not among float32, bfloat16, float16")
+    assert warnings_of("routed_mlp", torch.float64) == []
+    triton_machine(package=False, device=True)
+    (message,) = warnings_of("pair_moe")
+    assert message.endswith("because triton: the package triton is not installed")
+    (message,) = warnings_of("routing")
+    assert re.search(r"because cuda: .*; triton: the package triton is not installed$", message)
+    assert warnings_of("routing") == []
 
 
 @pytest.mark.parametrize(

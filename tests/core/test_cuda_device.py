@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,9 +12,11 @@ from torch import Tensor
 from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import native as loading
+from flmoe_kernels.core import self_check
 from flmoe_kernels.ops.routing import cuda
 from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.programs import output_of
+from tests.support.stand_in_gpu import on_cuda
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ON_GPU, WHY_NOT = backends.backend_status()["cuda"]
@@ -23,6 +25,7 @@ needs_two_gpus = pytest.mark.skipif(
     not ON_GPU or torch.cuda.device_count() < 2, reason="needs two GPUs"
 )
 native = backends.native()
+pytestmark = pytest.mark.filterwarnings("ignore::flmoe_kernels.core.backend.BackendWarning")
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answers: Any) -> None:
@@ -41,6 +44,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answe
     monkeypatch.setattr(backends, "_triton_status", lambda: (False, "it is not here"))
     monkeypatch.setattr(torch.version, "cuda", "13.0" if torch_has_one else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_one)
+    monkeypatch.setattr(self_check, "_enabled", False)
+    monkeypatch.setattr(self_check, "_warned", set())
 
 
 UNAVAILABLE = [
@@ -77,11 +82,8 @@ def test_every_missing_requirement_has_a_reason(
         backends.choose("routing", on_cuda(), "cuda")
     with pytest.raises(BackendUnavailable, match=message):
         raise BackendUnavailable(reason)
-    assert backends.choose("routing", on_cuda()) == "reference"
-
-
-def on_cuda(dtype: torch.dtype = torch.float32) -> Any:
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+    with pytest.warns(backends.BackendWarning, match=f"because cuda: {message}"):
+        assert backends.choose("routing", on_cuda()) == "reference"
 
 
 def test_a_machine_with_all_requirements(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
 from flmoe_kernels.core.backend import native
+
+if TYPE_CHECKING:
+    from bench.aot.cuda import Kernel
 
 ARCHITECTURES, REASON = native().cuda_build()
 WITHOUT_CUDA = pytest.mark.skipif(
@@ -26,92 +29,83 @@ GATES = [
 ]
 ROWS = [("CountRows", 256), ("ScanCounters", 256), ("MaskRows", 256)]
 ROWS += [(name, threads) for name in ("KeepRows", "PlaceRows") for threads in (256, 1024)]
+ROUTING = [("routing_kernel", f"{threads}, {name}") for name, threads in GATES + ROWS]
+TYPES = ("BFloat16", "Float16", "float", "double")
+PAIRS = [
+    *(
+        ("pair_kernel", f"{dtype}, {experts}, {mode}")
+        for dtype in TYPES
+        for experts in (4, 8)
+        for mode in range(3)
+    ),
+    *(("project_kernel", f"{x}, {'double' if x == 'double' else 'float'}") for x in TYPES),
+    *(("sum_kernel", x) for x in ("float", "double")),
+]
+# Kernels for more than four experts and for float64 need more registers than there are; narrower chunks would
+# compute the gate more often. The named shapes have four experts.
+SPILLS = (("(float|B?Float16), 8", 64), ("double, 8", 256))
 KIB = 1024
-_RESOURCES = re.compile(
-    r"Function (\S+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) "
-    r"LOCAL:(?P<local>\d+)"
-)
-# routing_kernel<256, flmoe::routing::PlaceRows> of a demangled name.
-_KERNEL = re.compile(r"(\w+)<(\(int\))?(\d+), (.*)>\(")
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel for an architecture: registers and spilled bytes per thread, shared bytes per block."""
-
-    kernel: str
-    threads: int
-    architecture: str
-    registers: int
-    spilled: int
-    shared: int
-
-
-def output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def dump(option: str) -> str:
-    triton, module = pytest.importorskip("triton"), native().__file__
-    if shutil.which("c++filt") is None:
-        pytest.skip("c++filt is not installed")
-    assert module is not None
-    return output(triton.knobs.nvidia.cuobjdump.path, option, module)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    """All kernels of the native module, by name and architecture."""
-    found = []
-    for part in dump("--dump-resource-usage").split("Fatbin elf code:")[1:]:
-        label = re.search(r"arch = (sm_\d+)", part)
-        assert label is not None
-        # Some versions of cuobjdump omit the "a" of sm_90a.
-        architecture = f"{label[1]}a" if f"{label[1]}a" in ARCHITECTURES else label[1]
-        for match in _RESOURCES.finditer(part):
-            name = _KERNEL.search(output("c++filt", match[1]))
-            assert name is not None, f"not a kernel of routing: {match[1]}"
-            found.append(
-                Kernel(
-                    re.sub(r"\bflmoe::(\w+::)?", "", name[4]).strip(),
-                    int(name[3]),
-                    architecture,
-                    int(match["registers"]),
-                    int(match["stack"]) + int(match["local"]),
-                    int(match["shared"]),
-                )
-            )
-    return found
+    pytest.importorskip(
+        "triton", reason="the package triton, which has cuobjdump, is not installed"
+    )
+    if shutil.which("c++filt") is None:
+        pytest.skip("c++filt is not installed")
+    from bench.aot import cuda
+
+    return cuda.kernels()
 
 
 @WITHOUT_CUDA
 def test_every_kernel_exists_for_every_architecture(kernels: list[Kernel]) -> None:
-    here: dict[str, list[tuple[str, int]]] = {}
+    here: dict[str, list[tuple[str, str]]] = {}
     for kernel in kernels:
-        here.setdefault(kernel.architecture, []).append((kernel.kernel, kernel.threads))
+        arguments = re.sub(r"\((?:int|PairMode)\)(\d+)", r"\1", kernel.arguments)
+        here.setdefault(kernel.architecture, []).append((kernel.kernel, arguments))
     assert set(here) == set(ARCHITECTURES.split(",")[0].split())
     for names in here.values():
-        assert sorted(names) == sorted(GATES + ROWS)
+        assert sorted(names) == sorted(ROUTING + PAIRS)
 
 
 @WITHOUT_CUDA
 def test_registers_do_not_spill(kernels: list[Kernel]) -> None:
-    spilled = {(k.kernel, k.threads, k.architecture): k.spilled for k in kernels if k.spilled}
-    assert not spilled
+    for kernel in kernels:
+        allowed = [most for pattern, most in SPILLS if re.match(pattern, kernel.arguments)]
+        assert kernel.spilled <= max(allowed, default=0), kernel
 
 
 @WITHOUT_CUDA
 def test_blocks_fit_an_sm(kernels: list[Kernel]) -> None:
     """Every block fits 64 Ki registers and 48 KiB of static shared memory; two small blocks fit together."""
     for kernel in kernels:
-        blocks = 1 if kernel.threads == 1024 else 2
-        assert kernel.registers * kernel.threads * blocks <= 64 * KIB, kernel
+        threads = (
+            int(kernel.arguments.split(",")[0].strip("(int)"))
+            if "routing" in kernel.kernel
+            else 128
+        )
+        blocks = 1 if threads == 1024 else 2
+        assert kernel.registers * threads * blocks <= 64 * KIB, kernel
         assert kernel.shared <= 48 * KIB, kernel
+
+
+@WITHOUT_CUDA
+def test_products_of_16_bits_use_the_matrix_units(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        products = kernel.kernel == "pair_kernel" and "Float16" in kernel.arguments
+        assert (kernel.matrix > 0) == products, kernel
 
 
 @WITHOUT_CUDA
 def test_no_atomics() -> None:
     """Without atomics, results cannot depend on the order of threads."""
+    pytest.importorskip(
+        "triton", reason="the package triton, which has cuobjdump, is not installed"
+    )
+    from bench.aot.cuda import dump
+
     ptx = dump("--dump-ptx")
     assert "match.any" in ptx, "this is not the kernels' PTX"
     assert re.findall(r"\b(?:atom|red)\.\S+", ptx) == []
@@ -125,6 +119,10 @@ def test_module_needs_no_driver_and_exports_no_cuda_symbols() -> None:
         pytest.skip("readelf is not installed")
     module = native().__file__
     assert module is not None
+
+    def output(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     dynamic = output("readelf", "--wide", "--dynamic", module)
     needed = [line.split("[")[-1] for line in dynamic.splitlines() if "NEEDED" in line]
     assert needed

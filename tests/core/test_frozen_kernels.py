@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.ops.encoder.triton import rows
+from flmoe_kernels.ops.encoder.triton import fused, rows
 from flmoe_kernels.ops.expert_attention import triton as attention
 from flmoe_kernels.ops.pair_moe import triton as pair
 from flmoe_kernels.ops.pair_moe.call import PairCall
@@ -56,6 +56,19 @@ def of_norm(wants: list[bool]) -> None:
     rows.norm_backward(x, x, x, statistics, statistics, meta(2, 64), seed, 0.5, False, wants)
 
 
+def of_norm_mlp(wants: list[bool]) -> None:
+    x, statistics, vector = meta(2, 80, 64), meta(2, 80, dtype=FLOAT32), meta(2, 64)
+    hidden, w_in, w_out = meta(2, 80, 128), meta(2, 128, 64), meta(2, 64, 128)
+    drop, saved = (meta(1, dtype=torch.int64), 0.5), (x, statistics, statistics, hidden)
+    fused.norm_mlp_backward(x, x, saved, (vector, vector), w_in, w_out, drop, drop, False, wants)
+
+
+def of_norm_linear(wants: list[bool]) -> None:
+    x, statistics, vector = meta(2, 80, 64), meta(2, 80, dtype=FLOAT32), meta(2, 64)
+    drop, saved, weight = (None, 0.0), (x, statistics, statistics), meta(2, 192, 64)
+    fused.norm_linear_backward(x, meta(2, 80, 192), saved, (vector, vector), weight, drop, wants)
+
+
 def of_pool(wants: list[bool]) -> None:
     cu, seed = meta(4, dtype=torch.int32), meta(1, dtype=torch.int64)
     rows.pool_backward(meta(2, 3, 3, 64), cu, 3, 60, seed, 0.5, wants)
@@ -71,6 +84,8 @@ BACKWARDS: list[tuple[Any, Callable[[list[bool]], None], int]] = [
     (pair, of_pairs, 5),
     (routed, of_routed, 8),
     (rows, of_norm, 4),
+    (fused, of_norm_mlp, 8),
+    (fused, of_norm_linear, 5),
     (rows, of_pool, 2),
     (reweighting, of_mixture, 2),
 ]

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.aot.cases import assume_multiprocessors
 from bench.aot.operators import (
+    encoder_fused,
     encoder_rows,
     expert_attention,
     expert_linear,
@@ -20,6 +20,7 @@ from bench.aot.operators import (
     routing,
 )
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import TARGETS, assume
 from flmoe_kernels.ops.encoder.triton.view_rows import ALL, ViewRows
 from flmoe_kernels.ops.expert_attention.triton import launch as attention
 from flmoe_kernels.ops.expert_attention.triton.choice import tiles_of
@@ -33,6 +34,13 @@ def of_rows(batch: int, width: int, counted: bool = False) -> Launches:
     use = encoder_rows.RowsUse("", BFLOAT16, 4, 3, 24 * batch, 2 * batch, width, 0.5, counted)
     for name, _, launch in encoder_rows.launches_of(use):
         yield name, launch
+
+
+def of_fused(batch: int, width: int) -> Launches:
+    """Widths with fused steps are powers of two."""
+    width = 1 << (width - 1).bit_length()
+    use = encoder_rows.RowsUse("", BFLOAT16, 4, 3, 24 * batch, 2 * batch, width, 0.5, True)
+    yield from encoder_fused.launches_of(use, 90)
 
 
 def of_linear(batch: int, width: int, counted: bool = False) -> Launches:
@@ -58,7 +66,7 @@ def of_layer(batch: int, width: int) -> Launches:
 
 def of_routed(batch: int, width: int) -> Launches:
     shape = RoutedShape("sizes", 301 * batch, width, 2 * width, 4, 2)
-    with pytest.MonkeyPatch.context() as patch, assume_multiprocessors(132):
+    with pytest.MonkeyPatch.context() as patch, assume(TARGETS[90]):
         patch.setattr(routed_mlp, "ODD", (shape,))
         use = routed_mlp.of(shape.name)
         yield from routed_mlp.launches_of(use, use.call(), 90)
@@ -68,6 +76,7 @@ def of_routed(batch: int, width: int) -> Launches:
 CALLS: dict[str, Callable[[int, int], Launches]] = {
     "rows": of_rows,
     "rows with a count": lambda *sizes: of_rows(*sizes, counted=True),
+    "fused": of_fused,
     "linear": of_linear,
     "linear with a count": lambda *sizes: of_linear(*sizes, counted=True),
     "attention": of_attention,

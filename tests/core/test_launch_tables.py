@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from bench.aot.cases import meta
 from bench.aot.operators import expert_attention, pair_moe, routed_mlp
+from flmoe_kernels.ops.encoder.triton import fused_launch as fused
 from flmoe_kernels.ops.expert_attention.triton import choice as attention_choice
 from flmoe_kernels.ops.expert_attention.triton.table import TABLE as ATTENTION
 from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
@@ -28,6 +29,7 @@ from flmoe_kernels.ops.routed_mlp.triton import launch as routed
 from flmoe_kernels.ops.routed_mlp.triton.table import TABLE as ROUTED
 
 TABLES = {"pair_moe": PAIR, "expert_attention": ATTENTION, "routed_mlp": ROUTED}
+TABLES |= {"encoder": fused.TABLE}
 KIB = 1024
 # Shared memory of a block and of an SM in KiB, and the index in `shared`; sm_86 uses the index of sm_80.
 SHARED = {80: (163, 164, 0), 86: (99, 100, 0), 90: (227, 228, 1), 100: (227, 228, 2)}
@@ -71,7 +73,7 @@ def test_replaced_configurations_fit_where_they_are_used() -> None:
         most, of_an_sm, place = SHARED[architecture]
         shared = tiles.shared[place]
         assert 0 < shared <= most * KIB, (name, architecture, key)
-        alone = getattr(tiles, "programs", 2) == 1 or FEW in key
+        alone = getattr(tiles, "programs", 2) == 1 or FEW in key or name == "encoder"
         assert alone or 2 * (shared + KIB) <= of_an_sm * KIB, (name, architecture, key)
 
 
@@ -87,12 +89,17 @@ def test_every_replacement_is_used_by_some_call() -> None:
             for reduce in ("none", "experts", "pool"):
                 tiles = [pair_choice.tiles_of(kernel, call, number, reduce) for call in of_pairs]
                 used |= {("pair_moe", number, entry) for entry in tiles}
-        for kernel in ("attend", "query_gradient", "key_gradient"):
-            tiles = [attention_choice.tiles_of(kernel, call, number) for call in of_attention]
+        for call in of_attention:
+            tiles = [
+                attention_choice.tiles_of(kernel, call, number)
+                for kernel in expert_attention.kernels_of(call)
+            ]
             used |= {("expert_attention", number, entry) for entry in tiles}
         for kernel in ("hidden", "rows", "hidden_gradient", "weight_gradient"):
             tiles = [routed_choice.tiles_of(kernel, call, number) for call in of_layers]
             used |= {("routed_mlp", number, entry) for entry in tiles}
+        for kernel, wide in fused.TABLE:
+            used.add(("encoder", number, fused.tiles_of(kernel, 256 if wide else 128, number)))
     for name, architecture, key, tiles in replacements():
         assert (name, architecture, tiles) in used, (name, architecture, key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels import InteractionMoE
+from flmoe_kernels import InteractionMoE, PairInteractionMoE
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.layers.interaction_moe.forward import position_table
 from tests.support.inputs import as_dtype, draw_masks, draw_replacements
 from tests.support.layers import LayerCase, named_outputs, outputs_and_gradients
+from tests.support.pair_layers import PairModel
 
 DEVICE = torch.device("cuda")
 RUNS, WHY_NOT = backends.backend_status()["triton"]
@@ -37,6 +39,20 @@ CASES = (
     dataclasses.replace(MIMIC, dropout=0.0),
     # As many choices as experts: tokens that rounding sends to another expert cannot be compared.
     dataclasses.replace(FL, gate="NaiveGate", mlp_experts=2, sparse=True),
+)
+# Cases and masks of training steps that must not wait.
+WAITS = (
+    (FL, "partial"),
+    (MIMIC, "none"),
+    (dataclasses.replace(I2, dropout=0.5), "none"),
+    (dataclasses.replace(FL, gate="GShardGate", sparse=True), "padded_sample"),
+    (dataclasses.replace(FL, gate="SwitchGate", sparse=True), "padded_sample"),
+    (dataclasses.replace(FL, gate="NoisyGate", sparse=True), "partial"),
+)
+# The kernels of both 16-bit types differ only in types.
+DTYPES = (
+    *(torch.float32, torch.bfloat16),
+    pytest.param(torch.float16, marks=pytest.mark.slow),
 )
 Named = dict[str, Tensor]
 
@@ -96,7 +112,7 @@ class Training:
         torch.cuda.current_stream().wait_stream(side)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_within_the_error_budget_and_the_same_bits_again(
     case: LayerCase, dtype: torch.dtype
@@ -150,18 +166,7 @@ def test_dropout_is_the_cpu_kernels_mask_for_mask() -> None:
         torch.testing.assert_close(found[0][name], want, rtol=2e-3, atol=2e-3, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("case", "masks"),
-    [
-        (FL, "partial"),
-        (MIMIC, "none"),
-        (dataclasses.replace(I2, dropout=0.5), "none"),
-        (dataclasses.replace(FL, gate="GShardGate", sparse=True), "padded_sample"),
-        (dataclasses.replace(FL, gate="SwitchGate", sparse=True), "padded_sample"),
-        (dataclasses.replace(FL, gate="NoisyGate", sparse=True), "partial"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "masks"), WAITS, ids=str)
 def test_a_training_step_does_not_synchronize(case: LayerCase, masks: str) -> None:
     training = Training(case, masks)
     training.step()
@@ -198,6 +203,41 @@ def test_a_cuda_graph_captures_a_whole_training_step(case: LayerCase) -> None:
     assert all(torch.tensor(losses).isfinite())
     assert len(set(losses)) == len(losses)
     assert not all(map(torch.equal, before, training.layer.parameters()))
+
+
+def graphable(kind: str, dropout: float) -> nn.Module:
+    if kind == "interactions":
+        return gpu_layer(dataclasses.replace(FL, dropout=dropout))
+    pairs = PairInteractionMoE([FL.dim] * 2, num_classes=3, modality_dropout=dropout)
+    return PairModel(pairs.to(DEVICE))
+
+
+@pytest.mark.parametrize("kind", ["interactions", "pairs"])
+def test_make_graphed_callables(kind: str) -> None:
+    """It trains without waiting, gradients are those of the module, and every replay draws new random numbers."""
+    x, masks = moved(FL.inputs()), moved(draw_masks("partial", FL.batch, FL.lengths))
+    logits = 2 if kind == "interactions" else 0
+    plain = graphable(kind, 0.0)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(plain), (x, masks))
+    grads = []
+    for model in (plain, graphed):
+        model(x, masks)[logits].square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for wanted, found in zip(*grads, strict=True):
+        # A graph computes zeros for parameters that the logits do not depend on.
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted)
+    graphed = torch.cuda.make_graphed_callables(graphable(kind, 0.5), (x, masks))
+    before = [p.detach().clone() for p in graphed.parameters()]
+    draws = [graphed(x, masks)[logits].detach().clone() for _ in range(2)]
+    assert not torch.equal(*draws)
+    optimizer = torch.optim.AdamW(graphed.parameters(), lr=1e-3)
+    with nothing_waits():
+        for _ in range(3):
+            optimizer.zero_grad()
+            graphed(x, masks)[logits].square().mean().backward()
+            optimizer.step()
+    assert not any(map(torch.equal, before, graphed.parameters()))
+    assert all(p.isfinite().all() for p in graphed.parameters())
 
 
 def test_a_replay_agrees_with_the_layer() -> None:

@@ -1,10 +1,11 @@
-"""Tests of the Triton kernels on a GPU: parity, determinism, CUDA graphs, torch.compile."""
+"""Tests of the GPU kernels on a GPU: parity, determinism, CUDA graphs, torch.compile."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +15,24 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 from flmoe_kernels.ops.routing.api import gate
+from flmoe_kernels.profile import first_use
+from flmoe_kernels.profile.cases import BOTH, Case
+from flmoe_kernels.profile.registry import prepare
+from flmoe_kernels.profile.shapes import LayerShape
+from flmoe_kernels.profile.warmup import call_of, target_of, warm_up
 from tests.support import attention_cases, pair_cases, routed_cases
 from tests.support.inputs import as_dtype, draw
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RUNS, WHY_NOT = backends.backend_status()["triton"]
-ON_GPU = RUNS and torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(
-    not ON_GPU, reason=f"the kernels do not run on a GPU here: {WHY_NOT}"
+# In Triton's interpreter, parity is tested on CPU tensors.
+pytestmark = pytest.mark.skipif(not RUNS, reason=f"the kernels do not run here: {WHY_NOT}")
+needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+# The kernels of both 16-bit types differ only in types.
+DTYPES = (
+    *(torch.float32, torch.bfloat16),
+    pytest.param(torch.float16, marks=pytest.mark.slow),
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PAIRS = (
     pair_cases.PairCase(63, 60, 32, 64),
@@ -40,6 +49,7 @@ ROUTED = (
     routed_cases.RoutedCase(257, 130, 196, 5, 3, "gelu", "dropped", gated=True),
     routed_cases.RoutedCase(300, 1024, 1024, 2, 1, "silu", "hot", gated=True),
 )
+SMALLEST = routed_cases.RoutedCase(33, 16, 32, 3)
 ATTENTION = (
     attention_cases.Case((63, 60, 0, 196), 4, 64, 0.5),
     attention_cases.Case((12,) * 50, 4, 32, 0.1, groups=3),
@@ -55,8 +65,21 @@ def routed_run(case: routed_cases.RoutedCase) -> Run:
     )
 
 
+def cuda_run(case: pair_cases.PairCase) -> Run:
+    """The CUDA kernels instead of Triton's."""
+    return lambda inputs, backend: pair_cases.run(
+        case, inputs, "cuda" if backend == "triton" else backend
+    )
+
+
 CASES = (
+    *(
+        (cuda_run(case), case.inputs, f"pair_moe in CUDA C++:{case}")
+        for case in PAIRS
+        if backends.backend_status()["cuda"][0]
+    ),
     *((partial(pair_cases.run, case), case.inputs, f"pair_moe:{case}") for case in PAIRS),
+    (routed_run(SMALLEST), SMALLEST.inputs, "routed_mlp:smallest"),
     *((routed_run(case), case.inputs, f"routed_mlp:{case}") for case in ROUTED),
     *(
         (partial(attention_cases.run, case), case.qkv, f"expert_attention:{case}")
@@ -92,6 +115,7 @@ def step(x: Tensor, router: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad(out.float().square().sum(), [x, router, *weights])]
 
 
+@needs_gpu
 def test_a_cuda_graph_captures_a_training_step_of_the_routed_mlp() -> None:
     """Nothing synchronizes, and no allocation depends on data, so other tokens use the same graph."""
     case = dataclasses.replace(ROUTED[1], choices=2)
@@ -114,6 +138,24 @@ def test_a_cuda_graph_captures_a_training_step_of_the_routed_mlp() -> None:
         assert all(map(torch.equal, held, step(x, router, weights)))
 
 
+@needs_gpu
+def test_a_gpu_finds_the_kernels_that_were_compiled_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With widths that no other test has, so that the process has not loaded these kernels yet."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shape = LayerShape("own widths", 32, (5, 3), (4, None), 80, 5, 1, 3)
+    case = Case("interaction_moe", shape, BOTH, torch.bfloat16, "cuda")
+    assert not warm_up([call_of(case)], target_of(None), jobs=4).failures
+    found: list[bool] = []
+    compilation = pytest.importorskip("triton").knobs.compilation
+    monkeypatch.setattr(compilation, "listener", lambda cache_hit, **_: found.append(cache_hit))
+    prepare(case, "triton").call()
+    assert found
+    assert all(found)
+
+
+@needs_gpu
 def test_compiled_whole() -> None:
     case = ROUTED[1]
     x, _, *weights = (t.to(DEVICE).requires_grad_() for t in case.inputs(torch.bfloat16))
@@ -126,3 +168,13 @@ def test_compiled_whole() -> None:
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, router), call(x, router))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", backends.CAPABILITIES)
+def test_the_kernels_pass_the_self_check(op: str, dtype: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    for backend in {"triton", "cuda"} & set(backends.CAPABILITIES[op]):
+        if backends.backend_status()[backend][0]:
+            assert first_use.failure(op, backend, dtype, device) == ""

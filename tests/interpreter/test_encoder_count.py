@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from flmoe_kernels.ops.encoder.triton import fused
 from flmoe_kernels.ops.encoder.triton.linear import linear, linear_backward
 from flmoe_kernels.ops.encoder.triton.mlp import mlp, mlp_backward
 from flmoe_kernels.ops.encoder.triton.rows import norm, norm_backward, views_backward, views_of
@@ -99,6 +101,7 @@ def calls(p: float) -> dict[str, Call]:
         return views_backward(grad, kinds[: grad.shape[2]], count)
 
     return {
+        **fused_calls(drop),
         "linear": Call(of_linear, (rows,), (UNWRITTEN,)),
         "linear_backward": Call(of_linear_backward, (wide, rows), (ZEROS, SUM, SUM)),
         "norm": Call(of_norm, (rows, rows), (UNWRITTEN,) * 4),
@@ -111,6 +114,53 @@ def calls(p: float) -> dict[str, Call]:
         "mlp_backward": Call(of_mlp_backward, (rows, rows, wide), (ZEROS, *(SUM,) * 4)),
         "views": Call(of_views, ((2, ROWS, WIDTH),), (UNWRITTEN,), merged=False),
         "views_backward": Call(of_views_backward, (rows,), (ZEROS,), merged=False),
+    }
+
+
+def fused_calls(drop: tuple[Tensor | None, float]) -> dict[str, Call]:
+    d, f = 16, 32
+    rows, wide, each = (VIEWS, ROWS, d), (VIEWS, ROWS, f), (VIEWS, ROWS)
+    square, w_in, w_out, w_qkv = (
+        draw(EXPERTS, *shape, seed=5, scale=0.3) for shape in ((d, d), (f, d), (d, f), (3 * d, d))
+    )
+    vector, b_in = draw(EXPERTS, d, seed=6), draw(EXPERTS, f, seed=7)
+    affine, mlp = (vector, vector), (w_in, b_in, w_out, vector)
+
+    def both(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Without dropout both gradients of rows are the first."""
+        return grads if drop[0] is not None else (grads[0], grads[0], *grads[2:])
+
+    def of_linear(x: Tensor, count: Tensor | None) -> Sequence[Tensor]:
+        return fused.norm_linear(x, *affine, w_qkv, EPS, count, VIEWS)
+
+    def of_add(residual: Tensor, x: Tensor, count: Tensor | None) -> Tensor:
+        return fused.add_linear(residual, x, square, vector, *drop, count, VIEWS)
+
+    def of_mlp(x: Tensor, count: Tensor | None) -> Sequence[Tensor]:
+        return fused.norm_mlp(x, affine, mlp, drop, drop, EPS, True, count, VIEWS)
+
+    def of_mlp_backward(*inputs: Any) -> Sequence[Tensor]:
+        grad, update, *saved, count = inputs
+        rest = (affine, w_in, w_out, drop, drop, False, [True] * 8)
+        return both(fused.norm_mlp_backward(grad, update, tuple(saved), *rest, count, VIEWS))
+
+    def of_linear_backward(*inputs: Any) -> Sequence[Tensor]:
+        grad, out, *saved, count = inputs
+        rest = (affine, w_qkv, drop, ALL)
+        return both(fused.norm_linear_backward(grad, out, tuple(saved), *rest, count, VIEWS))
+
+    sums = (ZEROS, ZEROS, SUM, SUM, SUM)
+    saved = (rows, each, each)
+    return {
+        "norm_linear": Call(of_linear, (rows,), (UNWRITTEN,) * 3),
+        "add_linear": Call(of_add, (rows, rows), (UNWRITTEN,)),
+        "norm_mlp": Call(of_mlp, (rows,), (UNWRITTEN,) * 4),
+        "norm_mlp_backward": Call(
+            of_mlp_backward, (rows, rows, *saved, wide), (*sums, SUM, SUM, SUM)
+        ),
+        "norm_linear_backward": Call(
+            of_linear_backward, (rows, (VIEWS, ROWS, 3 * d), *saved), sums
+        ),
     }
 
 

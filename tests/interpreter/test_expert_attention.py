@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flmoe_kernels import expert_attention
 from flmoe_kernels.ops.expert_attention import triton as kernels
-from flmoe_kernels.ops.expert_attention.triton import choice
+from flmoe_kernels.ops.expert_attention.triton import choice, launch
 from flmoe_kernels.ops.expert_attention.triton.launch import readable
 from flmoe_kernels.ops.expert_attention.triton.table import TABLE, AttentionCall, Tiles
 from tests.support.attention_cases import NAMES, Case, check, run
@@ -57,12 +57,14 @@ class TestTriton(AttentionTests):
         return request.param
 
 
-@pytest.mark.parametrize("tiles", [(32, 128), (32, 16)], ids=str)
+@pytest.mark.parametrize("tiles", [(32, 128), (32, 16), (32, 64), (64, 32)], ids=str)
 def test_other_tiles_give_the_same_numbers(
     tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case((70, 33), 1, 20, 0.5, tail=1)
+    """Includes tiles of spread keys: all of a block of 128, some, less than one run."""
+    case = Case((150, 33, 5), 1, 20, 0.5, tail=1)
     expected = run(case, case.qkv(FLOAT32), TRITON)
+    monkeypatch.setattr(launch, "_SPREAD_ROWS", 1)
     for row in list(TABLE):
         monkeypatch.setitem(TABLE, row, Tiles(*tiles, 4, 1, (0, 0, 0)))
     for name, got, want in zip(NAMES, run(case, case.qkv(FLOAT32), TRITON), expected, strict=True):

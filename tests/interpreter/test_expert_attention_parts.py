@@ -11,31 +11,65 @@ from torch import Tensor
 from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.core.triton.philox import kept_elements
 from flmoe_kernels.ops.expert_attention import triton as kernels
-from flmoe_kernels.ops.expert_attention.triton.tiles import head_of, place, row_at, statistics_of
+from flmoe_kernels.ops.expert_attention.triton.tiles import (
+    head_of,
+    place,
+    row_at,
+    statistics_of,
+    tile_columns,
+    tile_count,
+    tile_start,
+    tile_whole,
+)
 from tests.support.inputs import cumulative, draw, make_seed
 
 
 @triton.jit
-def dump_kernel(seed, threshold, problem, head, row, out, COLUMNS: tl.constexpr):
+def dump_kernel(
+    seed, threshold, problem, head, row, out, COLUMNS: tl.constexpr, SPREAD: tl.constexpr
+):
     rows = row + tl.arange(0, 16)
-    first = tl.program_id(0) * COLUMNS
-    kept = kept_elements(seed, threshold, problem, head, rows, first, COLUMNS)
+    first = tile_start(tl.program_id(0), COLUMNS, SPREAD)
+    kept = kept_elements(seed, threshold, problem, head, rows, first, COLUMNS, SPREAD)
     at = tl.arange(0, 16)[:, None] * tl.num_programs(0) * COLUMNS + first
-    tl.store(out + at + tl.arange(0, COLUMNS)[None, :], kept.to(tl.int32))
+    tl.store(out + at + tile_columns(COLUMNS, SPREAD)[None, :], kept.to(tl.int32))
 
 
 @pytest.mark.parametrize("columns", [16, 32, 64, 128])
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("seed", [0, -1, 2**61 + 987654321])
-def test_tiles_of_the_mask_are_the_generators(columns: int, seed: int) -> None:
+def test_tiles_of_the_mask_are_the_generators(columns: int, spread: bool, seed: int) -> None:
     for p, problem, head, row in ((0.3, 0, 0, 0), (0.5, 2**31 - 3, 7, 8176), (1.0, 3, 1, 2)):
         found = torch.full((16, 512), -1, dtype=torch.int32)
         threshold = rng.keep_threshold(p)
         dump_kernel[(512 // columns,)](
-            make_seed(seed), threshold, problem, head, row, found, columns
+            make_seed(seed), threshold, problem, head, row, found, columns, spread
         )
         rows = row + torch.arange(16).view(-1, 1)
         kept = rng.keep_mask(make_seed(seed), p, problem, head, rows, torch.arange(512))
         assert torch.equal(found, kept.int())
+
+
+@triton.jit
+def tiles_kernel(out, length, COLUMNS: tl.constexpr, SPREAD: tl.constexpr):
+    """How often tiles, and whole tiles, have each column."""
+    whole = tile_whole(length, COLUMNS, SPREAD)
+    for tile in range(tile_count(length, COLUMNS, SPREAD)):
+        at = out + 2 * (tile_start(tile, COLUMNS, SPREAD) + tile_columns(COLUMNS, SPREAD))
+        tl.store(at, tl.load(at) + 1)
+        tl.store(at + 1, tl.load(at + 1) + (tile < whole).to(tl.int32))
+
+
+@pytest.mark.parametrize(("columns", "spread"), [(64, False), (64, True), (32, True)])
+@pytest.mark.parametrize("length", [0, 1, 8, 9, 16, 17, 32, 40, 127, 128, 129, 300])
+def test_tiles_have_every_column_once(columns: int, spread: bool, length: int) -> None:
+    found = torch.zeros(512, 2, dtype=torch.int32)
+    tiles_kernel[(1,)](found, length, columns, spread)
+    tiles, whole = found.unbind(1)
+    assert (tiles[:length] == 1).all()
+    assert tiles.max() <= 1
+    assert (whole[length:] == 0).all()
+    assert length // 128 * 128 <= whole.sum() <= length
 
 
 @triton.jit

@@ -22,6 +22,7 @@ def test_frozen_inputs_have_no_gradient_and_change_no_other(name: str) -> None:
 
 # Operator, wanted inputs, kernels of the backward in order.
 LAUNCHES = (
+    ("expert_attention, p=0.0", ".1.", ["gradient_kernel"]),
     ("expert_attention, p=0.5", "1..", ["query_gradient_kernel"]),
     ("expert_attention, p=0.5", ".1.", ["query_gradient_kernel", "key_gradient_kernel"]),
     ("expert_attention, p=0.5", "..1", ["key_gradient_kernel"]),

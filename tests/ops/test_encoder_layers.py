@@ -109,6 +109,18 @@ def test_any_subset_of_gradients(form: str) -> None:
             assert torch.equal(grad, everything[i]), f"leaf {i} of {chosen}"
 
 
+@pytest.mark.parametrize("train_rows", [False, True])
+def test_second_derivatives_are_refused(train_rows: bool) -> None:
+    """Also if only weights are trained, of which the saved tensors are copies."""
+    call, leaves = in_double(arguments("one view"))
+    leaves[0].requires_grad_(train_rows)
+    out = OPS.encoder_layers(*call)[0].square().sum()
+    grads = torch.autograd.grad(out, call[6], create_graph=True)
+    penalty = sum(grad.square().sum() for grad in grads)
+    with pytest.raises(NotImplementedError, match="has no derivative"):
+        torch.autograd.grad(penalty, call[6])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

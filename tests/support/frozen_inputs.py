@@ -39,11 +39,11 @@ def calls(backend: str, dtype: torch.dtype) -> dict[str, OperatorCall]:
         found[key] = _encoder(name.split()[0], operator_calls(dtype, p)[name], backend)
     # On the CPU more than one block, and groups of items with sums of their own.
     length = 140 if backend == "cpu" else 4
-    attention = Case((length, 0, 5), 2, 3, groups=2, lead=1, tail=1)
-    for p in (0.0, 0.5):
+    for p, lengths in ((0.0, (length, 0, 5)), (0.5, (max(length, 40), 0, 20))):
+        attention = Case(lengths, 2, 3, groups=2, lead=1, tail=1)
         options: dict[str, Any] = {"dropout_p": p, "seed": make_seed(), "backend": backend}
         found[f"expert_attention, p={p}"] = OperatorCall(
-            lambda *qkv, options=options: expert_attention(*qkv, attention.cu_seqlens, **options),
+            partial(_attend, attention.cu_seqlens, options),
             attention.qkv(dtype),
         )
     for reduce, rows, columns in (("none", length, 5), ("experts", 5, length), ("pool", 7, 5)):
@@ -65,6 +65,10 @@ def calls(backend: str, dtype: torch.dtype) -> dict[str, OperatorCall]:
         mixed = [draw(2, 4, dtype=dtype), draw(4, 2, 3, dtype=dtype, seed=1)]
         found["mix_experts"] = OperatorCall(lambda *xs: OPS.mix_experts(*xs, 1.5, backend), mixed)
     return found
+
+
+def _attend(cu_seqlens: Tensor, options: dict[str, Any], *qkv: Tensor) -> Any:
+    return expert_attention(*qkv, cu_seqlens, **options)
 
 
 def _encoder(name: str, arguments: Sequence[Any], backend: str) -> OperatorCall:

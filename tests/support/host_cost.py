@@ -1,4 +1,4 @@
-"""Host cost of a training step of InteractionMoE on its Triton kernels, counted without a GPU.
+"""Host cost of a training step of InteractionMoE and of pair_moe on Triton, counted without a GPU.
 
     python -m tests.support.host_cost mimic
 
@@ -10,23 +10,26 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 
-from flmoe_kernels.profile.cases import BOTH, Case
+from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
+from flmoe_kernels.profile.operators import pair_moe
 from flmoe_kernels.profile.operators.interaction_moe import prepare
 from flmoe_kernels.profile.shapes import LayerShape, by_name
-from tests.support.triton_driver import Driver, active
+from tests.support.triton_driver import compiled_to_ptx
 
-STEPS = 15
+CALLS = 100
 LAUNCHES, KERNELS, NEW_KERNELS = (
     "launches",
     "kernels compiled",
     "kernels compiled for another batch",
 )
 OPERATORS, ATEN, TIME = "operator calls", "ATen calls", "host ms of a step"
+PAIR_ATEN, PAIR_TIME = "ATen calls of pair_moe", "host us of pair_moe"
 
 
 def measure(name: str) -> dict[str, float]:
@@ -42,7 +45,7 @@ def measure(name: str) -> dict[str, float]:
 
     triton.knobs.compilation.listener = lambda src, **_: compiled.append(src.name)
     torch.set_num_threads(1)
-    with active(Driver(90, str, launch, 90)):
+    with compiled_to_ptx(90, str, launch, 90):
         step, step_of_other = (
             prepare(
                 Case("interaction_moe", each, BOTH, torch.bfloat16), "triton", torch.bfloat16
@@ -50,24 +53,50 @@ def measure(name: str) -> dict[str, float]:
             for each in (shape, other)
         )
         step()
-        found: dict[str, float] = {LAUNCHES: len(launched), KERNELS: len(compiled)}
+        found: dict[str, float] = {KERNELS: len(compiled)}
         step()
+        step()  # from plans
+        launched.clear()
         with torch.profiler.profile() as profile:
             step()
+        found[LAUNCHES] = len(launched)
+        # The ranges of steps within encoder_layers have names of operators.
+        calls = [x.name for x in profile.events() if not x.is_user_annotation]
         for what, prefix in ((OPERATORS, "flmoe::"), (ATEN, "aten::")):
-            found[what] = sum(x.count for x in profile.key_averages() if x.key.startswith(prefix))
-        seconds = []
-        for _ in range(STEPS):
-            start = time.process_time()
-            step()
-            seconds.append(time.process_time() - start)
-        found[TIME] = 1e3 * min(seconds)
+            found[what] = sum(name.startswith(prefix) for name in calls)
         compiled.clear()
         step_of_other()
         found[NEW_KERNELS] = len(compiled)
+        step_of_other()
+        # Of the smaller batch, because torch's own operators compute on the CPU here.
+        found[TIME] = 1e3 * _seconds(step_of_other)
     return found
 
 
+def measure_pairs() -> dict[str, float]:
+    """ATen calls and time of the forward of pair_moe at pair_base."""
+    case = Case("pair_moe", by_name("pair_base", "cpu"), FORWARD, torch.bfloat16, variant="none")
+    torch.set_num_threads(1)
+    with compiled_to_ptx(90, str, lambda *_: None, 90):
+        call = pair_moe.prepare(case, "triton", torch.bfloat16).call
+        for _ in range(3):  # the third is from a plan
+            call()
+        with torch.profiler.profile() as profile:
+            call()
+        calls = [x.name for x in profile.events() if x.name.startswith("aten::")]
+        return {PAIR_ATEN: len(calls), PAIR_TIME: 1e6 * _seconds(call)}
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    """The least time of a call."""
+    seconds = []
+    for _ in range(CALLS):
+        start = time.process_time()
+        call()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
 if __name__ == "__main__":
-    for what, value in measure(sys.argv[1]).items():
+    for what, value in (measure(sys.argv[1]) | measure_pairs()).items():
         print(f"{what:36}{value:8.4g}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.ops.pair_moe.kinds import COEFFICIENTS
@@ -103,3 +103,17 @@ def by_definition(
         mass.append(pair_mass)
     logits = state["bias"] + expert_logits.sum(1)
     return {"logits": logits, "expert_logits": expert_logits, "mass": mass, "tokens": tokens}
+
+
+class PairModel(nn.Module):
+    """A PairInteractionMoE whose results are tensors, as torch.cuda.make_graphed_callables needs them."""
+
+    def __init__(self, layer: PairInteractionMoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: list[Tensor], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
+        out = self.layer(inputs, masks, interaction_losses=True)
+        assert out.logits is not None
+        assert out.losses is not None
+        return out.logits, out.losses

@@ -16,9 +16,10 @@ from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 NORMS = ("norm alone", "norm", "norm twice", "norm_gradient", "norm_gradient twice", "norm_sum")
-KERNELS = (*NORMS, "gelu", "gelu_gradient", "pool", "pool_gradient", "views", "views_gradient")
+POOLS = ("pool", "pool alone", "pool_gradient")
+KERNELS = (*NORMS, "gelu", "gelu_gradient", *POOLS, "views", "views_gradient")
 # Kernels that differ if the number of valid rows is on the GPU.
-COUNTED = tuple(k for k in KERNELS if k not in ("norm_sum", "pool", "pool_gradient"))
+COUNTED = tuple(k for k in KERNELS if k not in ("norm_sum", *POOLS))
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def launches_of(use: RowsUse) -> Iterator[tuple[str, str, Launch]]:
     pooled = use.tensor(use.experts, use.views, use.segments, use.width)
     size = launches.pool_class(use.rows, use.segments)
     yield "pool", size, launches.pool_launch(x, x, runs, dropout, pooled)
+    none = launches.Dropout(None, 0.0)
+    yield "pool alone", size, launches.pool_launch(x, None, runs, none, pooled)
     yield (
         "pool_gradient",
         "pool_gradient",

@@ -10,14 +10,21 @@ from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.ops.expert_attention.triton import launch as launches
 from flmoe_kernels.ops.expert_attention.triton.choice import tiles_of
-from flmoe_kernels.ops.expert_attention.triton.table import AttentionCall, Tiles, class_of
+from flmoe_kernels.ops.expert_attention.triton.table import (
+    AttentionCall,
+    Tiles,
+    class_of,
+    is_short,
+)
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = ("attend", "query_gradient", "key_gradient")
+SHORT = ("attend", "gradient")
 # Number of matrix products in each kernel; each product has at least four instructions.
 # Number of products over the width of a head, and over the rows or columns of a tile.
 PRODUCTS = {"attend": (1, 1), "query_gradient": (2, 1), "key_gradient": (2, 2)}
+PRODUCTS["gradient"] = (4, 4)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ LONG = AttentionUse("long", BFLOAT16, 1, 8192, (8192,), 4, 64, 0.0)
 USES: tuple[tuple[AttentionUse, tuple[str, ...], bool], ...] = (
     (of_layer("mmimdb", BFLOAT16), KERNELS, True),
     (of_layer("enrico", BFLOAT16), KERNELS, False),
-    (of_layer("mimic", BFLOAT16), KERNELS, True),
+    (of_layer("mimic", BFLOAT16), SHORT, True),
     (of_layer("decor_mimic", BFLOAT16), KERNELS, False),
     (of_layer("mmimdb", FLOAT16, variant="inference", dropout_p=0.0), KERNELS[:1], False),
     (of_layer("mmimdb", FLOAT16, variant="no dropout", dropout_p=0.0), KERNELS[2:], False),
@@ -83,13 +90,17 @@ USES: tuple[tuple[AttentionUse, tuple[str, ...], bool], ...] = (
     (of_layer("mmimdb", BFLOAT16, 1, "heads 1"), KERNELS[1:], False),
     (of_layer("mmimdb", FLOAT32), KERNELS[:1], True),
     (of_layer("mmimdb", FLOAT32), KERNELS[1:], False),
-    (of_layer("mimic", FLOAT32), KERNELS, False),
+    (of_layer("mimic", FLOAT32), SHORT, False),
     (of_layer("mmimdb", FLOAT32, 2, "heads 2"), KERNELS, False),
     (of_layer("mmimdb", FLOAT32, 1, "heads 1"), KERNELS, False),
     (of_layer("mmimdb", FLOAT16, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, False),
     (of_layer("mmimdb", FLOAT32, 2, "heads 2, no dropout", dropout_p=0.0), KERNELS, False),
     (WIDE, KERNELS, False),
 )
+
+
+def kernels_of(call: AttentionCall) -> tuple[str, ...]:
+    return SHORT if is_short(call) else KERNELS
 
 
 def built(use: AttentionUse, kernel: str, architecture: int) -> Built:
@@ -113,4 +124,7 @@ def launch_of(kernel: str, tiles: Tiles, call: AttentionCall, use: AttentionUse)
             return launches.attend_launch(tiles, call, out, lse)
         case "query_gradient":
             return launches.query_gradient_launch(tiles, call, out, out, lse, lse, grad_q)
+        case "gradient":
+            grads = (grad_q, grad_k, grad_v)
+            return launches.gradient_launch(tiles, call, out, out, lse, grads)
     return launches.key_gradient_launch(tiles, call, out, lse, lse, grad_k, grad_v)

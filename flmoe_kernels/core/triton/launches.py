@@ -11,9 +11,10 @@ because wide loads need their alignment.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import jit
 
 from .tables import architecture_of
+from .target import assumed
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -33,7 +36,15 @@ _TYPES = {
     torch.int64: "*i64",
 }
 # Without a GPU: few, because the interpreter runs programs one after another.
-_MULTIPROCESSORS: ContextVar[int] = ContextVar("multiprocessors", default=2)
+_MULTIPROCESSORS = 2
+_RECORDED: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """Launches of one range of torch's profiler."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class Launch:
     """A kernel, the number of its programs, and all of its arguments by name.
 
     registers: maximum number per thread, by architecture; for other architectures the compiler chooses.
+    range: see recorded_range.
     """
 
     kernel: Any
@@ -50,16 +62,21 @@ class Launch:
     warps: int
     stages: int
     registers: Mapping[int, int] = field(default_factory=dict)
+    range: Range | None = None
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Launch on the current stream; returns Triton's compiled kernel, None in the interpreter."""
+        if getattr(self.kernel, "hash", "interpreted") is None:
+            hash_callees_first(self.kernel)
         options = self._options(_current_architecture() if self.registers else 0)
-        self.kernel[(self.programs,)](**self.arguments, **self.constants, **options)
+        return self.kernel[(self.programs,)](**self.arguments, **self.constants, **options)
 
     def compile(self, architecture: int) -> Any:
         """Triton's compiled kernel for sm_`architecture`, with the text of every stage in `asm`.
 
         Needs no GPU, but fails in a process that interprets kernels.
         """
+        hash_callees_first(self.kernel)
         return triton.compile(
             ASTSource(self.kernel, *self._specialization()),
             target=GPUTarget("cuda", architecture, 32),
@@ -87,19 +104,62 @@ class Launch:
         return options
 
 
+def hash_callees_first(function: Any) -> None:
+    """Compute Triton's hash of a function after those of the functions that it calls.
+
+    The hash is a part of the key of Triton's cache. It includes constants of a called function only if that was
+    hashed before. Without an order, a kernel would have other keys in processes that ran other kernels before.
+    """
+    names, known = function.fn.__code__.co_names, function.fn.__globals__
+    values = [known[name] for name in names if name in known]
+    modules = [value for value in values if isinstance(value, ModuleType)]
+    values += [getattr(module, name, None) for module in modules for name in names]
+    for value in values:
+        if isinstance(value, jit.JITFunction) and value is not function and value.hash is None:
+            hash_callees_first(value)
+    function.cache_key  # noqa: B018  a property that stores the hash
+
+
 def run(launches: Iterable[Launch], device: torch.device) -> None:
     """Run launches in order on the current stream of `device`, which need not be the current device."""
-    if device.type == "cpu":
-        _run(launches)
-    else:
-        with torch.cuda.device(device):
-            _run(launches)
+    recorded = _RECORDED.get()
+    if recorded is not None:
+        recorded += [launch for launch in launches if launch.programs]
+        return
+    with current(device):
+        for launch in launches:
+            if launch.programs:
+                launch.run()
 
 
-def _run(launches: Iterable[Launch]) -> None:
-    for launch in launches:
-        if launch.programs:
-            launch.run()
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within the `with` block, a GPU is the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Within the `with` block, launches are added to a list and not run."""
+    launches: list[Launch] = []
+    token = _RECORDED.set(launches)
+    try:
+        yield launches
+    finally:
+        _RECORDED.reset(token)
+
+
+@contextmanager
+def recorded_range(name: str) -> Iterator[None]:
+    """Launches recorded within the `with` block are one range of torch's profiler."""
+    recorded = _RECORDED.get()
+    assert recorded is not None
+    begin, own = len(recorded), Range(name)
+    yield
+    recorded[begin:] = [replace(launch, range=own) for launch in recorded[begin:]]
+
+
+def recording() -> bool:
+    return _RECORDED.get() is not None
 
 
 def interpreted() -> bool:
@@ -110,23 +170,16 @@ def interpreted() -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Number of a GPU's multiprocessors; persistent kernels run a fixed number of programs on each."""
     if device.type != "cuda":
-        return _MULTIPROCESSORS.get()
+        target = assumed()
+        return _MULTIPROCESSORS if target is None else target.multiprocessors
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@contextmanager
-def assume_multiprocessors(count: int) -> Iterator[None]:
-    """Within the `with` block, launches for tensors that are not on a GPU assume `count` multiprocessors."""
-    token = _MULTIPROCESSORS.set(count)
-    try:
-        yield
-    finally:
-        _MULTIPROCESSORS.reset(token)
-
-
 def _current_architecture() -> int:
-    """Architecture of the current GPU, 90 for sm_90; 0 in the interpreter."""
-    return 0 if interpreted() else architecture_of(torch.device("cuda")) or 0
+    """Architecture of the current GPU, or of the assumed one, 90 for sm_90; 0 in the interpreter."""
+    if interpreted():
+        return 0
+    return architecture_of(torch.device("cpu")) or architecture_of(torch.device("cuda")) or 0
 
 
 def matrix_precision(dtype: torch.dtype) -> str:

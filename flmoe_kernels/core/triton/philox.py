@@ -7,7 +7,8 @@ whole counters, so threads do not exchange draws.
 Cost: a round is two 32 x 32 -> 64 bit multiplications and two three-way exclusive ors. In round 1 all operands
 belong to a row or to a column's counter, and so do half of those of rounds 2 and 3; values that are broadcast are
 computed once per row or counter. That leaves 9 products and 11 exclusive ors per counter: 2.5 instructions per
-element of a tile of 128 columns, 5 for 64 columns, where only two of the four words are used. Comparing a draw
+element of a tile of 128 columns, 5 for 64 adjacent columns, where only two of the four words are used, but 2.5 if
+the columns are four runs that start 32 apart. Comparing a draw
 (the upper half in place, the lower half after a shift) and selecting the value take 2.5 more.
 """
 
@@ -41,10 +42,13 @@ def philox(seed, block, row, head, problem):
 
 
 @triton.jit
-def kept_elements(seed, threshold, problem, head, row, first, COLUMNS: tl.constexpr):
-    """The kept elements of a tile (rows, COLUMNS), from column `first`, a multiple of COLUMNS."""
+def kept_elements(
+    seed, threshold, problem, head, row, first, COLUMNS: tl.constexpr, SPREAD: tl.constexpr = False
+):
+    """The kept elements of a tile (rows, COLUMNS) from column `first`: adjacent columns, and `first` a multiple of
+    COLUMNS, or with SPREAD four runs that start 32 columns apart, and `first` % 32 a multiple of their length."""
     tl.static_assert(COLUMNS == 128 or COLUMNS == 64 or COLUMNS == 32 or COLUMNS == 16)
-    LANES: tl.constexpr = COLUMNS // 2 if COLUMNS < 32 else 16
+    LANES: tl.constexpr = COLUMNS // 8 if SPREAD else (COLUMNS // 2 if COLUMNS < 32 else 16)
     WORDS: tl.constexpr = COLUMNS // (2 * LANES)
     block = first // 128 * 16 + first // 2 % 16 + tl.arange(0, LANES)
     word0, word1, word2, word3 = philox(
@@ -54,11 +58,11 @@ def kept_elements(seed, threshold, problem, head, row, first, COLUMNS: tl.conste
         tl.cast(head, tl.uint32),
         tl.cast(problem, tl.uint32),
     )
-    # Column = 32 * word + 2 * lane + half. The words are in a thread's own registers, so they are selected at
-    # compile time. `join` would be equivalent, but the compiler would then choose another layout for the product
-    # of sm_80 that uses p.
+    # Column = 2 * LANES * word + 2 * lane + half. The words are in a thread's own registers, so they are selected
+    # at compile time. `join` would be equivalent, but the compiler would then choose another layout for the
+    # product of sm_80 that uses p.
     word = tl.arange(0, WORDS)[None, :, None, None]
-    if COLUMNS == 128:
+    if WORDS == 4:
         upper, odd = word >= 2, word % 2 == 1
     elif COLUMNS == 64:
         upper, odd = first // 64 % 2 == 1, word == 1

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+
+from .target import assumed
 
 Key = TypeVar("Key", bound=Hashable)
 Configuration = TypeVar("Configuration")
@@ -36,10 +40,27 @@ def known(architecture: int | None) -> int | None:
     return max((number for number in KNOWN if number <= architecture), default=None)
 
 
+_ASSUMED: ContextVar[int | None] = ContextVar("architecture", default=None)
+
+
+@contextmanager
+def assume_architecture(architecture: int | None) -> Iterator[None]:
+    """Within the `with` block, tensors on the meta device stand for those of sm_`architecture`."""
+    token = _ASSUMED.set(architecture)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
 def architecture_of(device: torch.device) -> int | None:
-    """Architecture of a device, 90 for sm_90; None in the interpreter and for the meta device."""
+    """Architecture of a device, 90 for sm_90; None in the interpreter and for the meta device, unless a GPU is
+    assumed."""
     if device.type != "cuda":
-        return None
+        if device.type == "meta" and (architecture := _ASSUMED.get()) is not None:
+            return architecture
+        target = assumed()
+        return None if target is None else target.architecture
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 

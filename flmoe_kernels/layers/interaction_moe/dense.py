@@ -27,15 +27,23 @@ class Encoders:
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
         self._places: list[tuple[Any, str]] = []
-        self._dropouts: list[Any] = []
         for layer in (layer for network in networks for layer in network):
             attention, mlp = layer.attn, layer.mlp.network
             self._places += [(layer.norm1, "weight"), (layer.norm1, "bias")]
             self._places += [(attention.q, "weight"), (attention.kv, "weight")]
             for part in (attention.proj, layer.norm2, mlp[0], mlp[3]):
                 self._places += [(part, "weight"), (part, "bias")]
-            self._dropouts += [attention.attn_drop, attention.proj_drop, layer.dropout1]
-            self._dropouts += [mlp[2], layer.dropout2]
+        # Of each layer: five kinds, and each kind's modules of all experts.
+        self._dropouts = [
+            [
+                [x.attn.attn_drop for x in layers],
+                [x.attn.proj_drop for x in layers],
+                [x.dropout1 for x in layers],
+                [x.mlp.network[2] for x in layers],
+                [x.dropout2 for x in layers],
+            ]
+            for layers in zip(*networks, strict=True)
+        ]
 
     def read(self) -> list[Tensor]:
         """The weights."""
@@ -49,18 +57,19 @@ class Encoders:
 
     def infers(self, backend: str, tensors: Sequence[Tensor]) -> bool:
         """Whether a call needs neither gradients of `tensors` nor dropout, and the backend has a kernel for it."""
-        drops = any(part.training and part.p > 0 for part in self._dropouts)
+        kinds = (kind for layer in self._dropouts for kind in layer)
+        drops = any(part.training and part.p > 0 for kind in kinds for part in kind)
         return backend == backends.CPU and not drops and not _differentiable(tensors)
 
     def rates(self, compat: Compat) -> list[float]:
         """The rates of each layer's dropouts, as `encoder_layers` takes them."""
         rates = []
-        for layers in zip(*self.networks, strict=True):
+        for attention, projection, residual, mlp, output in self._dropouts:
             rates += [
-                rate_of("attn_drop", [x.attn.attn_drop for x in layers]),
-                branch_rate(layers, compat),
-                rate_of("mlp.network.2", [x.mlp.network[2] for x in layers]),
-                rate_of("dropout2", [x.dropout2 for x in layers]),
+                rate_of("attn_drop", attention),
+                branch_rate(projection, residual, compat),
+                rate_of("mlp.network.2", mlp),
+                rate_of("dropout2", output),
             ]
         return rates
 

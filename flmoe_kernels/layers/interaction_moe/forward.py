@@ -8,7 +8,6 @@ are never stored.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -16,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import dropout as rng
+from flmoe_kernels.layers.kept import kept
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.ops.encoder import api as ops
@@ -84,13 +83,12 @@ def rate_of(name: str, dropouts: Sequence[Any]) -> float:
     return rates.pop()
 
 
-def branch_rate(layers: Sequence[Any], compat: Compat) -> float:
+def branch_rate(projections: Sequence[Any], residuals: Sequence[Any], compat: Compat) -> float:
     """The rate of the merged dropouts after the projection and before the residual: keep rates multiply.
 
     I2MoE adds the branch to itself between the two, so there they stay separate and must have the same rate.
     """
-    projection = rate_of("proj_drop", [x.attn.proj_drop for x in layers])
-    residual = rate_of("dropout1", [x.dropout1 for x in layers])
+    projection, residual = rate_of("proj_drop", projections), rate_of("dropout1", residuals)
     if compat == "fl_i2moe":
         return 1.0 - (1.0 - projection) * (1.0 - residual)
     if projection != residual:
@@ -147,7 +145,9 @@ def stack_layer(
         heads=first.attn.num_heads,
         eps=first.norm1.eps,
         attention_p=rate_of("attn_drop", [x.attn.attn_drop for x in layers]),
-        branch_p=branch_rate(layers, compat),
+        branch_p=branch_rate(
+            [x.attn.proj_drop for x in layers], [x.dropout1 for x in layers], compat
+        ),
         mlp_p=mlp_p,
         output_p=rate_of("dropout2", [x.dropout2 for x in layers]),
     )
@@ -200,40 +200,10 @@ def _select(table: Tensor, plan: TokenPlan) -> Tensor:
     return table.index_select(-2, plan.position)
 
 
+@kept
 def position_table(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal positions (length, width), cached between calls where that is safe.
-
-    The cache is bypassed in a trace or a torch.func transform, whose tensors must not outlive it, and during CUDA
-    graph capture, because a later call may evict the tensor. Each CUDA stream has its own entries, because streams
-    are not ordered: one stream could read a tensor before another has written it, or after it was freed.
-    """
-    if _traced():
-        return sinusoidal_positions(length, width, device, dtype)
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return sinusoidal_positions(length, width, device, dtype)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    return _kept_positions(length, width, device, dtype, stream)
-
-
-def _traced() -> bool:
-    # is_compiling comes first: the compiler can trace only that call.
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _kept_positions(
-    length: int, width: int, device: torch.device, dtype: torch.dtype, _stream: int
-) -> Tensor:
-    # A tensor made in inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        return sinusoidal_positions(length, width, device, dtype)
+    """Sinusoidal positions (length, width)."""
+    return sinusoidal_positions(length, width, device, dtype)
 
 
 def draw_seeds(rates: Sequence[float], device: torch.device) -> Tensor | None:

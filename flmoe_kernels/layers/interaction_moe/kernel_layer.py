@@ -121,11 +121,18 @@ class KernelLayer(nn.Module):
 
     def _enter(self, inputs: Inputs, masks: Masks) -> tuple[Modalities, str]:
         """Return the sequences of the call, in the dtype of the computation, and the backend."""
-        parameter = self._parameter
-        backend = backends.choose(_OPERATOR, parameter, self.backend)
+        parameter = like = self._parameter
+        cast = autocast_dtype(parameter.device)
+        if cast is not None and parameter.dtype != torch.float64:
+            # The kernels compute in autocast's dtype, as torch's own layers do.
+            like = parameter.detach().new_empty((0,), dtype=cast)
+        backend = backends.choose(_OPERATOR, like, self.backend)
         if backend != backends.REFERENCE:
             if reason := self._unsupported_reason():
                 raise UnsupportedLayer(reason + _REMEDY)
+            if self._spec.sparse is not None:
+                # Its routed MLPs run on the same backend.
+                backend = backends.choose("routed_mlp", like, self.backend)
             if self._captures:
                 if backends.requested(self.backend):
                     raise UnsupportedLayer(
@@ -133,14 +140,12 @@ class KernelLayer(nn.Module):
                         + _REMEDY
                     )
                 backend = backends.REFERENCE
-        like, cast = parameter, autocast_dtype(parameter.device)
+        if backend == backends.REFERENCE:
+            # Its products use autocast's dtype, too, but its norms need the parameters' dtype, which an encoder
+            # under autocast does not return.
+            like = parameter
         if cast is not None and isinstance(inputs, list | tuple):
-            # The kernels compute in autocast's dtype, as torch's own layers do. The reference's products do, too,
-            # but its norms need the parameters' dtype, which an encoder under autocast does not return.
-            fixed = backend == backends.REFERENCE or parameter.dtype == torch.float64
-            dtype = parameter.dtype if fixed else cast
-            inputs = check.cast_tensors(inputs, dtype)
-            like = parameter.detach().new_empty((0,), dtype=dtype)
+            inputs = check.cast_tensors(inputs, like.dtype)
         inputs, masks = check.widened(inputs, like), check.padded_masks(masks, inputs)
         patches, dropout = self._patches(), self.modality_dropout if self.training else 0.0
         validate_inputs(self._widths(), patches, inputs, masks, like)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flmoe_kernels.core import backend as backends
@@ -269,14 +270,16 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         """Logits (E, V, B, C) of latents (E, V, B, M * D), in the parameters' dtype; experts: None for all."""
         chosen = range(len(self.interaction_experts)) if experts is None else experts
         heads = [self.interaction_experts[e].fusion_model.network[-1].fc for e in chosen]
-        require_like((p for head in heads for p in head.parameters()), self._parameter)
-        weight = torch.stack([head.weight for head in heads]).to(latents.dtype)
+        weights, biases = [head.weight for head in heads], [head.bias for head in heads]
+        require_like((x for x in (*weights, *biases) if x is not None), self._parameter)
+        weight = torch.stack(weights).to(latents.dtype)
         flat, classes = latents.flatten(1, 2), weight.shape[1]
-        if all(head.bias is None for head in heads):
+        if all(x is None for x in biases):
             flat = torch.bmm(flat, weight.mT)
         else:
-            zero = weight.new_zeros(classes)
-            biases = [zero if head.bias is None else head.bias for head in heads]
+            if any(x is None for x in biases):
+                zero = weights[0].new_zeros(classes)
+                biases = [zero if x is None else x for x in biases]
             bias = torch.stack(biases).to(latents.dtype)
             flat = torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
         return flat.to(self._parameter.dtype).view(*latents.shape[:3], classes)
@@ -329,8 +332,9 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         latents, gates = self._latents(tokens, plan, views, fills, backend)
         latents = views.all_modalities(latents, 1, self.num_modalities)
         if views.exists is not None and not views.folded:
-            exists = torch.cat([torch.ones_like(views.exists[:, :1]), views.exists], dim=1)
-            latents = torch.where(exists.T.unsqueeze(2), latents, 0.0)
+            # (V, B), contiguous: the latents take its order of dimensions.
+            exists = F.pad(views.exists.T, (0, 0, 1, 0), value=True)
+            latents = torch.where(exists.unsqueeze(2), latents, 0.0)
         logits = self._head(latents)
         latents = latents.to(logits.dtype)
         weights, mixed = self._mix(call, tokens, plan, logits[:, 0], backend)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flmoe_kernels.core.validation import readable
+from flmoe_kernels.layers.kept import kept
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TokenPlan:
         """Whether each sample has each modality, (B, M) bool; None without masks."""
         if self.valid is None:
             return None
-        return (self.cu_segments.diff() > 0).view(-1, self.modalities)
+        return (self.cu_segments[1:] > self.cu_segments[:-1]).view(-1, self.modalities)
 
     def pack(self, tokens: Tensor) -> Tensor:
         """(..., B, L, D) -> (..., n, D). Rows after the valid rows are 0: otherwise a NaN in the padding would
@@ -79,17 +81,14 @@ def plan_tokens(
     valid tokens where that is free (on a CPU, outside of traces); the plan is then compact.
     """
     total = sum(lengths)
-    modality = _modality(lengths, device)
+    layout = _layout(batch, tuple(lengths), device)
     if masks is None or all(mask is None for mask in masks):
-        samples = torch.arange(0, (batch + 1) * total, total, dtype=torch.int32, device=device)
-        starts = accumulate(lengths[:-1], initial=0)
-        segments = torch.stack([samples + start for start in starts], dim=1).flatten()
         return TokenPlan(
             index=None,
-            position=torch.arange(total, device=device).repeat(batch),
-            modality=modality.repeat(batch),
-            cu_samples=samples,
-            cu_segments=segments[: batch * len(lengths) + 1],
+            position=layout.position,
+            modality=layout.modality,
+            cu_samples=layout.samples,
+            cu_segments=layout.segments,
             lengths=tuple(lengths),
             valid=None,
             compact=True,
@@ -105,38 +104,55 @@ def plan_tokens(
     )
     compact = reads and readable(valid)
     flat = valid.flatten()
-    index = flat.nonzero().flatten() if compact else _valid_first(flat)
+    # The number of valid tokens before each token, and of all.
+    before = torch.cat([layout.samples[:1], flat.cumsum(0, dtype=torch.int32)])
+    index = flat.nonzero().flatten() if compact else _valid_first(flat, before)
     position = index % total
-    counts = torch.stack([part.sum(dim=1) for part in valid.split(list(lengths), dim=1)], dim=1)
-    ends = counts.flatten().cumsum(0).to(torch.int32)
-    segments = torch.cat([ends.new_zeros(1), ends])
     return TokenPlan(
         index=index,
         position=position,
-        modality=modality[position],
-        cu_samples=segments[:: len(lengths)].contiguous(),
-        cu_segments=segments,
+        modality=layout.modality[position],
+        cu_samples=before.index_select(0, layout.samples),
+        cu_segments=before.index_select(0, layout.segments),
         lengths=tuple(lengths),
         valid=valid,
         compact=compact,
     )
 
 
-def _valid_first(valid: Tensor) -> Tensor:
+def _valid_first(valid: Tensor, before: Tensor) -> Tensor:
     """The indices 0..n-1, those of valid tokens first, both in order; by a prefix sum, without sorting."""
     token = torch.arange(valid.shape[0], device=valid.device)
-    until = valid.cumsum(0)
-    row = torch.where(valid, until - 1, until[-1:] + token - until)
+    row = torch.where(valid, before[:-1], before[-1:] + token - before[:-1])
     return token.scatter(0, row, token)
 
 
-def _modality(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """The modality of each token, (L,) int32; computed by comparisons, to avoid copying lengths to the device."""
-    place = torch.arange(sum(lengths), device=device)
-    modality = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
+class _Layout(NamedTuple):
+    """As in TokenPlan, for the rows of all tokens."""
+
+    position: Tensor
+    modality: Tensor
+    samples: Tensor
+    segments: Tensor
+
+
+@kept
+def _layout(batch: int, lengths: tuple[int, ...], device: torch.device) -> _Layout:
+    """Computed by comparisons, to avoid copying lengths to the device."""
+    total = sum(lengths)
+    place = torch.arange(total, device=device)
+    modality = torch.zeros(total, dtype=torch.int32, device=device)
     for end in accumulate(lengths[:-1]):
         modality += place >= end
-    return modality
+    samples = total * torch.arange(batch + 1, dtype=torch.int32, device=device)
+    starts = accumulate(lengths[:-1], initial=0)
+    segments = torch.stack([samples + start for start in starts], dim=1).flatten()
+    return _Layout(
+        place.repeat(batch),
+        modality.repeat(batch),
+        samples,
+        segments[: batch * len(lengths) + 1].contiguous(),
+    )
 
 
 @dataclass(frozen=True)

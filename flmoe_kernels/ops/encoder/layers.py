@@ -7,6 +7,7 @@ On a small batch a call through torch's dispatcher and autograd takes as long as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,25 +17,10 @@ from torch import Tensor
 from flmoe_kernels.core import dropout as rng
 
 from .inference import FIRST_BIAS, LAYER_TENSORS, layer_shapes
+from .steps import NONE, Saved, Stream, Weights, steps_of
 
 RATES = 4  # of a layer: attention, attention branch, MLP, output
 SAVED = 12  # tensors of a layer for the backward
-
-
-class Weights(NamedTuple):
-    """Weights of one encoder layer, (E, ...) each; also their gradients, or flags that select them."""
-
-    gain1: Any
-    shift1: Any
-    qkv: Any
-    proj: Any
-    proj_bias: Any
-    gain2: Any
-    shift2: Any
-    w_in: Any
-    b_in: Any
-    w_out: Any
-    b_out: Any
 
 
 # Places of the tensors of Weights among the LAYER_TENSORS of an expert's layer.
@@ -42,23 +28,6 @@ PLACES = Weights((0,), (1,), (2, 3), (4,), (5,), (6,), (7,), (8,), (9,), (10,), 
 # Tensors with the same number of columns are stacked by one copy.
 _VECTORS = ("gain1", "shift1", "proj_bias", "gain2", "shift2", "b_in", "b_out")
 _GROUPS = (_VECTORS, ("qkv", "proj", "w_in"), ("w_out",))
-
-
-class Saved(NamedTuple):
-    """Tensors of a layer for the backward; `total1` of the first layer is the rows."""
-
-    total1: Tensor
-    mean1: Tensor
-    rstd1: Tensor
-    normed1: Tensor
-    qkv: Tensor  # (E * views, rows, 3, heads, width of a head)
-    attended: Tensor
-    lse: Tensor
-    total2: Tensor
-    mean2: Tensor
-    rstd2: Tensor
-    normed2: Tensor
-    hidden: Tensor
 
 
 class Options(NamedTuple):
@@ -133,24 +102,29 @@ def stack(weights: Sequence[Tensor], experts: int, width: int, dtype: torch.dtyp
         raise ValueError(
             f"weights: expected {LAYER_TENSORS} for each layer of {experts} experts, got {len(weights)}"
         )
-    shapes = layer_shapes(width, weights[FIRST_BIAS].numel())
-    for i, weight in enumerate(weights):
-        if weight.shape != shapes[i % LAYER_TENSORS]:
-            raise ValueError(
-                f"weights[{i}]: expected {shapes[i % LAYER_TENSORS]}, got {tuple(weight.shape)}"
-            )
-    buffers = []
-    for group in _GROUPS:
-        places = [getattr(PLACES, name) for name in group]
-        chosen = [
-            weights[(expert * layers + layer) * LAYER_TENSORS + place]
+    shapes = layer_shapes(width, weights[FIRST_BIAS].numel()) * (experts * layers)
+    if [weight.shape for weight in weights] != shapes:
+        i = next(i for i, weight in enumerate(weights) if weight.shape != shapes[i])
+        raise ValueError(f"weights[{i}]: expected {shapes[i]}, got {tuple(weights[i].shape)}")
+    buffers = [
+        torch.cat([weights[i] for i in places]) for places in stacked_places(experts, layers)
+    ]
+    return [buffer if buffer.dtype is dtype else buffer.to(dtype) for buffer in buffers]
+
+
+@functools.cache
+def stacked_places(experts: int, layers: int) -> list[list[int]]:
+    """For each buffer of `stack`, the places of its tensors among the weights."""
+    return [
+        [
+            (expert * layers + layer) * LAYER_TENSORS + place
             for layer in range(layers)
-            for kind in places
+            for name in group
             for expert in range(experts)
-            for place in kind
+            for place in getattr(PLACES, name)
         ]
-        buffers.append(torch.cat(chosen).to(dtype))
-    return buffers
+        for group in _GROUPS
+    ]
 
 
 def layers_of(buffers: Sequence[Tensor], experts: int, width: int, hidden: int) -> list[Weights]:
@@ -184,62 +158,52 @@ class Dropouts:
     def __init__(self, seeds: Tensor | None, rates: Sequence[float]) -> None:
         self._dropouts = list(zip(seeds_of(seeds, rates), rates, strict=True))
 
-    def of(self, layer: int, place: int) -> tuple[Tensor | None, float]:
-        return self._dropouts[layer * RATES + place]
+    def of(self, layer: int) -> list[tuple[Tensor | None, float]]:
+        return self._dropouts[layer * RATES : (layer + 1) * RATES]
 
 
 def forward(
     kernels: Kernels,
     rows: Tensor,
     plan: Rows,
-    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    hidden: int,
     seeds: Tensor | None,
     options: Options,
     save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """See encoder_layers."""
+) -> list[Tensor]:
+    """Latents, and `Saved` of all layers without the first rows if `save`; see encoder_layers and stack."""
     experts, copies, n, width = rows.shape
     drop = Dropouts(seeds, options.rates)
     k, heads, views = kernels.encoder, options.heads, options.views
-    of_copies, of_views = plan.limits(copies), plan.limits(views)
-    buffers = stack(weights, experts, width, rows.dtype)
-    layers = layers_of(buffers, experts, width, weights[FIRST_BIAS].numel())
-    saved = list(buffers)
-    rows = rows.contiguous()
-    total = rows.view(experts, copies * n, width)
-    _, normed, mean, rstd = k.norm(
-        total, None, layers[0].gain1, layers[0].shift1, None, 0.0, options.eps, **of_copies
-    )
-    saved += [mean, rstd, normed]
-    qkv = k.linear(normed, layers[0].qkv, None, **of_copies)
+    of_views = plan.limits(views)
+    layers = layers_of(buffers, experts, width, hidden)
+    steps = steps_of(k, rows, hidden, options.eps, options.self_residual)
+    stream = Stream(rows.view(experts, copies * n, width))
+    (_, *saved), qkv = steps.qkv(stream, layers[0], plan.limits(copies))
     qkv = plan.expand(k, qkv.view(experts, copies, n, 3 * width), views)
-    stream = None if options.self_residual else plan.expand(k, rows, views)
+    residual = None if options.self_residual else plan.expand(k, rows, views)
     groups = experts * (1 if plan.source is not None else views)
     for i, w in enumerate(layers):
+        of_attention, *of_mlp = drop.of(i)
         qkv = qkv.view(groups, -1, 3, heads, width // heads)
         attended, lse = kernels.attention.forward(
-            *qkv.unbind(2), plan.cu_samples, *drop.of(i, 0), (width // heads) ** -0.5
+            *qkv.unbind(2), plan.cu_samples, *of_attention, (width // heads) ** -0.5
         )
-        branch = k.linear(attended.view(experts, -1, width), w.proj, w.proj_bias, **of_views)
-        stream, normed, mean, rstd = k.norm(
-            stream, branch, w.gain2, w.shift2, *drop.of(i, 1), options.eps, **of_views
-        )
-        update, hidden = k.mlp(normed, w.w_in, w.b_in, w.w_out, w.b_out, *drop.of(i, 2), **of_views)
-        if save:
-            saved += [qkv, attended, lse, stream, mean, rstd, normed, hidden]
-        seed, p = drop.of(i, 3)
-        if i + 1 == len(layers):
-            latents = k.pool(stream, update, plan.cu_segments, groups // experts, seed, p)
-            return latents.view(experts, -1, width), saved if save else []
-        following = layers[i + 1]
-        total, normed, mean, rstd = k.norm(
-            stream, update, following.gain1, following.shift1, seed, p, options.eps, **of_views
+        kept, stream = steps.mlp(
+            residual, attended.view(experts, -1, width), w, of_mlp, of_views, save
         )
         if save:
-            saved += [total, mean, rstd, normed]
-        stream = None if options.self_residual else total
-        qkv = k.linear(normed, following.qkv, None, **of_views)
-    raise AssertionError("there is at least one layer")
+            saved += [qkv, attended, lse, *kept]
+        if i + 1 < len(layers):
+            kept, qkv = steps.qkv(stream, layers[i + 1], of_views)
+            residual = None if options.self_residual else kept[0]
+            if save:
+                saved += kept
+    latents = k.pool(
+        stream.residual, stream.update, plan.cu_segments, groups // experts, *stream.dropout
+    )
+    return [latents.view(experts, -1, width), *(saved if save else [])]
 
 
 class Flow(NamedTuple):
@@ -276,9 +240,10 @@ def backward(
     want_rows: bool,
     wants: Sequence[Weights],
 ) -> list[Tensor]:
-    """Gradients of the rows and of every layer's Weights, in this order; those not wanted are empty."""
+    """Gradients of the rows and of every layer's Weights, in this order; those not wanted are empty.
+
+    Those of Weights have the experts one after another, (E * rows, ...)."""
     experts, copies, n, width = rows.shape
-    rows = rows.contiguous()
     drop, k = Dropouts(seeds, options.rates), kernels.encoder
     buffers, rest = (
         saved[: len(_GROUPS)],
@@ -293,47 +258,29 @@ def backward(
     groups = kept[0].qkv.shape[0]
     grad = grad.view(experts, groups // experts, -1, width)
     last, of_views = len(layers) - 1, plan.limits(options.views)
-    seed, p = drop.of(last, 3)
+    steps = steps_of(k, rows, kept[0].hidden.shape[-1], self_residual=options.self_residual)
+    seed, p = drop.of(last)[3]
     stops = (flow[last].normed2, flow[last].update)
     stream, update = k.pool_backward(
-        grad.contiguous(), plan.cu_segments, groups // experts, total_rows, seed, p, stops
+        grad, plan.cu_segments, groups // experts, total_rows, seed, p, stops
     )
     if seed is None:
         update = stream
     for i in reversed(range(len(layers))):
-        w, x, f, to = layers[i], kept[i], flow[i], wants[i]
+        w, x, f, to, dropouts = layers[i], kept[i], flow[i], wants[i], drop.of(i)
         if not f.update:
             break
-        normed, *mlp = k.mlp_backward(
-            update,
-            x.normed2,
-            x.hidden,
-            w.w_in,
-            w.w_out,
-            *drop.of(i, 2),
-            (f.normed2, *to[7:]),
-            **of_views,
+        stream, branch, *mlp = steps.mlp_backward(
+            (stream, update),
+            x,
+            w,
+            dropouts[1:],
+            (f.rows, f.branch, *to[5:]),
+            of_views,
         )
-        grads[i] = Weights(*[none] * 7, *mlp)
-        if not f.normed2:
-            break
-        seed, p = drop.of(i, 1)
-        stream, branch, gain2, shift2 = k.norm_backward(
-            stream,
-            normed,
-            x.total2,
-            x.mean2,
-            x.rstd2,
-            w.gain2,
-            seed,
-            p,
-            options.self_residual,
-            (f.rows, f.branch, to.gain2, to.shift2),
-            **of_views,
-        )
-        if seed is None and not options.self_residual:
+        grads[i] = Weights(*[none] * 5, *mlp)
+        if dropouts[1][0] is None and not options.self_residual:
             branch = stream
-        grads[i] = grads[i]._replace(gain2=gain2, shift2=shift2)
         if not f.branch:
             break
         attended, proj, bias = k.linear_backward(
@@ -356,39 +303,28 @@ def backward(
             x.attended,
             x.lse,
             plan.cu_samples,
-            *drop.of(i, 0),
+            *dropouts[0],
             (width // options.heads) ** -0.5,
         )
         through = stream if f.rows and not options.self_residual else None
         qkv = qkv.reshape(experts, -1, 3 * width)
-        of_normed = of_views if i > 0 else plan.limits(copies)
         if i == 0:
             qkv = plan.reduce(k, qkv, rows, options.views)
             if through is not None:
                 through = plan.reduce(k, through, rows, options.views)
-        normed, qkv_weight, _ = k.linear_backward(
-            qkv, x.normed1, w.qkv, f.normed1, to.qkv, False, **of_normed
-        )
-        grads[i] = grads[i]._replace(qkv=qkv_weight)
-        if not f.normed1:
-            break
-        seed, p = drop.of(i - 1, 3) if i > 0 else (None, 0.0)
         below = (flow[i - 1].normed2, flow[i - 1].update) if i > 0 else (want_rows, False)
-        stream, update, gain1, shift1 = k.norm_backward(
-            through,
-            normed,
-            x.total1,
-            x.mean1,
-            x.rstd1,
-            w.gain1,
-            seed,
-            p,
-            False,
-            (*below, to.gain1, to.shift1),
-            **of_normed,
+        before = drop.of(i - 1)[3] if i > 0 else NONE
+        stream, update, gain1, shift1, of_qkv = steps.qkv_backward(
+            (through, qkv),
+            x,
+            w,
+            before,
+            (*below, to.gain1, to.shift1, to.qkv),
+            of_views if i > 0 else plan.limits(copies),
         )
-        if seed is None:
+        if before[0] is None:
             update = stream
-        grads[i] = grads[i]._replace(gain1=gain1, shift1=shift1)
+        grads[i] = grads[i]._replace(gain1=gain1, shift1=shift1, qkv=of_qkv)
     of_rows = stream.view(rows.shape) if want_rows else none
-    return [of_rows, *(each for layer in grads for each in layer)]
+    of_weights = (each for layer in grads for each in layer)
+    return [of_rows, *(x.flatten(0, 1) if x.dim() > 1 else x for x in of_weights)]

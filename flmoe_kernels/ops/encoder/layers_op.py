@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.backend import CPU
+from flmoe_kernels.core.backend import CPU, TRITON
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.flops import values_of
-from flmoe_kernels.core.registration import define, first_order_only, loop_over_gradients
+from flmoe_kernels.core.registration import (
+    define,
+    define_derivative,
+    first_order_only,
+    loop_over_gradients,
+)
 
 from .inference import FIRST_BIAS, LAYER_TENSORS
-from .layers import PLACES, Kernels, Options, Rows, Weights, backward, flows, forward
+from .layers import (
+    PLACES,
+    Kernels,
+    Options,
+    Rows,
+    backward,
+    flows,
+    forward,
+    stack,
+)
+from .steps import Weights, steps_of
 
 _PLAN = "Tensor? modality, Tensor? index, Tensor cu_samples, Tensor cu_segments, Tensor? count"
 _OPTIONS = "float[] rates, SymInt heads, SymInt views, float eps, bool self_residual"
 
 
-_RANGES = {
-    "linear": "expert_linear",
-    "norm": "dropout_add_norm",
-    "mlp": "expert_mlp",
-    "pool": "dropout_add_pool",
-    "views_of": "expand_views",
-    "forward": "expert_attention",
-    "linear_backward": "expert_linear_backward",
-    "norm_backward": "dropout_add_norm_backward",
-    "mlp_backward": "expert_mlp_backward",
-    "pool_backward": "dropout_add_pool_backward",
-    "views_backward": "expand_views_backward",
-    "backward": "expert_attention_backward",
+# Range of torch's profiler for each function of a backend, and the place of the weight whose widths it names.
+_RANGES: dict[str, tuple[str, int | None]] = {
+    "linear": ("expert_linear", 1),
+    "norm": ("dropout_add_norm", None),
+    "mlp": ("expert_mlp", None),
+    "pool": ("dropout_add_pool", None),
+    "views_of": ("expand_views", None),
+    "forward": ("expert_attention", None),
+    "norm_linear": ("norm_linear", 3),
+    "add_linear": ("add_linear", 2),
+    "norm_mlp": ("norm_mlp", None),
+    "linear_backward": ("expert_linear_backward", 2),
+    "norm_backward": ("dropout_add_norm_backward", None),
+    "mlp_backward": ("expert_mlp_backward", None),
+    "pool_backward": ("dropout_add_pool_backward", None),
+    "views_backward": ("expand_views_backward", None),
+    "backward": ("expert_attention_backward", None),
+    "norm_linear_backward": ("norm_linear_backward", 4),
+    "norm_mlp_backward": ("norm_mlp_backward", None),
 }
 
 
 class _Recorded:
-    """A module whose functions are ranges of torch's profiler, with the names of the operators."""
+    """A module whose functions are ranges, with the names of the operators."""
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, module: Any, ranges: Callable[[str], Any]) -> None:
+        self._module, self._ranges = module, ranges
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
@@ -49,17 +71,20 @@ class _Recorded:
             return function
 
         def run(*args: Any, **options: Any) -> Any:
-            label = f"flmoe::{_RANGES[name]}"
-            if name.startswith("linear"):
-                weight = args[1 if name == "linear" else 2]
-                label += f" {weight.shape[2]} to {weight.shape[1]}"
-            with torch.profiler.record_function(label):
+            label, place = _RANGES[name]
+            label = f"flmoe::{label}"
+            if place is not None:
+                label += f" {args[place].shape[2]} to {args[place].shape[1]}"
+            with self._ranges(label):
                 return function(*args, **options)
 
         return run
 
 
 def _kernels(backend: str) -> Kernels:
+    ranges: Callable[[str], Any] | None = None
+    if torch.autograd.profiler._is_profiler_enabled:
+        ranges = torch.profiler.record_function
     match backend:
         case "cpu":
             from flmoe_kernels.ops.expert_attention import cpu as attention
@@ -68,31 +93,55 @@ def _kernels(backend: str) -> Kernels:
 
             modules: tuple[Any, Any] = cpu, attention
         case "triton":
-            from flmoe_kernels.ops.expert_attention import triton as attention_triton
+            from flmoe_kernels.core.triton import launches
+            from flmoe_kernels.ops.expert_attention import triton as triton_attention
 
             from . import triton
 
-            modules = triton, attention_triton
+            if launches.recording():
+                ranges = launches.recorded_range
+            modules = triton, triton_attention
         case _:
             raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
-    if torch.autograd.profiler._is_profiler_enabled:
-        modules = _Recorded(modules[0]), _Recorded(modules[1])
-    return Kernels(*modules)
+    return Kernels(*(_Recorded(x, ranges) if ranges else x for x in modules))
+
+
+def _run(
+    backend: str,
+    compute: Callable[..., list[Tensor]],
+    inputs: Sequence[Tensor | None],
+    *options: Any,
+) -> list[Tensor]:
+    """compute(*inputs), on Triton from a plan of its launches."""
+    if backend != TRITON:
+        return compute(*inputs)
+    from flmoe_kernels.core.triton.plans import repeated
+
+    return [*repeated(compute, inputs, *options)]
 
 
 def _forward(backend: str, rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     plan, weights, seeds, options, save = _arguments(args)
     if plan.valid_rows is not None and backend == CPU:
         raise ValueError("count: expected None on the CPU")
-    return forward(_kernels(backend), rows, plan, weights, seeds, options, save)
+    buffers = stack(weights, rows.shape[0], rows.shape[3], rows.dtype)
+    hidden = weights[FIRST_BIAS].numel()
+
+    def compute(rows: Tensor, *tensors: Any) -> list[Tensor]:
+        plan, seeds, buffers = Rows(*tensors[:5]), tensors[5], tensors[6:]
+        return forward(_kernels(backend), rows, plan, buffers, hidden, seeds, options, save)
+
+    inputs = [rows.contiguous(), *plan, seeds, *buffers]
+    latents, *saved = _run(backend, compute, inputs, "encoder_layers", hidden, options, save)
+    return latents, [*buffers, *saved] if save else []
 
 
 def _arguments(args: Sequence[Any]) -> tuple[Rows, list[Tensor], Tensor | None, Options, bool]:
     """The arguments of encoder_layers after the rows."""
-    return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
+    return Rows(*args[:5]), args[5], args[6], Options(tuple(args[7]), *args[8:12]), args[12]
 
 
-def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+def _fake(backend: str, rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     plan, weights, _, options, save = _arguments(args)
     experts, copies, n, width = rows.shape
     index, views, heads = plan.source, options.views, options.heads
@@ -104,6 +153,7 @@ def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
     if not save:
         return latents, []
     statistics = statistics_dtype(rows.dtype)
+    fused = steps_of(_kernels(backend).encoder, rows, hidden).fused
     saved = [
         rows.new_empty(experts * layers * (6 * width + hidden)),
         rows.new_empty((experts * layers * (4 * width + hidden), width)),
@@ -112,7 +162,7 @@ def _fake(rows: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
 
     def norm(size: int) -> list[Tensor]:
         mean, rstd = (rows.new_empty((experts, size), dtype=statistics) for _ in range(2))
-        return [mean, rstd, rows.new_empty((experts, size, width))]
+        return [mean, rstd, rows.new_empty((0,) if fused else (experts, size, width))]
 
     for layer in range(layers):
         if layer > 0:
@@ -166,26 +216,32 @@ def _wants(wants: Sequence[bool]) -> list[Weights]:
 
 def _backward(backend: str, grad: Tensor, rows: Tensor, *args: Any) -> list[Tensor]:
     plan, seeds, saved, options, wants = _backward_arguments(args)
-    return backward(
-        _kernels(backend), grad, rows, plan, seeds, saved, options, wants[0], _wants(wants)
-    )
+
+    def compute(rows: Tensor, grad: Tensor, *tensors: Any) -> list[Tensor]:
+        plan, seeds, saved = Rows(*tensors[:5]), tensors[5], tensors[6:]
+        kernels, of_layers = _kernels(backend), _wants(wants)
+        return backward(kernels, grad, rows, plan, seeds, saved, options, wants[0], of_layers)
+
+    inputs = [rows.contiguous(), grad.contiguous(), *plan, seeds, *saved]
+    return _run(backend, compute, inputs, "encoder_layers_backward", options, wants)
 
 
 def _backward_arguments(
     args: Sequence[Any],
-) -> tuple[Rows, Tensor | None, list[Tensor], Options, list[bool]]:
+) -> tuple[Rows, Tensor | None, list[Tensor], Options, tuple[bool, ...]]:
     """The arguments of encoder_layers_backward after the gradient and the rows."""
-    return Rows(*args[:5]), args[5], args[6], Options(*args[7:12]), args[12]
+    options = Options(tuple(args[7]), *args[8:12])
+    return Rows(*args[:5]), args[5], args[6], options, tuple(args[12])
 
 
 def _backward_fake(grad: Tensor, rows: Tensor, *args: Any) -> list[Tensor]:
     _, _, saved, _, wants = _backward_arguments(args)
     experts, width, hidden = rows.shape[0], rows.shape[3], saved[2].shape[1]
-    vector = (experts, width)
+    vector = (experts * width,)
     shapes = Weights(
-        *(vector, vector, (experts, 3 * width, width), (experts, width, width)),
-        *(vector, vector, vector, (experts, hidden, width), (experts, hidden)),
-        *((experts, width, hidden), vector),
+        *(vector, vector, (experts * 3 * width, width), (experts * width, width)),
+        *(vector, vector, vector, (experts * hidden, width), (experts * hidden,)),
+        *((experts * width, hidden), vector),
     )
     grads = [rows.new_empty(rows.shape if wants[0] else (0,))]
     for layer in _wants(wants):
@@ -209,7 +265,7 @@ def _backward_flops(_grad: Tensor, rows: Tensor, *args: Any) -> int:
     return total
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, list[Tensor]]) -> None:
     rows, *args, ctx.backend = inputs
     plan, weights, seeds, ctx.options, save = _arguments(args)
     if not save:
@@ -220,29 +276,32 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None
     ctx.save_for_backward(rows, *plan, seeds, *output[1])
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
-    # Read once: checkpointing and hooks unpack the tensors at every read.
-    tensors = ctx.saved_tensors
-    rows, *plan, seeds = tensors[:7]
-    saved = tensors[7:]
-    wants = ctx.needs_input_grad
-    needs: list[bool] = wants[6]
-    results: list[Tensor | None] = [None] * len(needs)
-    rest = (None,) * (len(wants) - 7)
-    if grad is None:
-        return (None,) * 6 + (results,) + rest
-    experts, width = rows.shape[0], rows.shape[3]
-    layers = len(needs) // (experts * LAYER_TENSORS)
-
-    def places(layer: int, kind: Sequence[int]) -> list[int]:
-        return [
+@functools.cache
+def _places(experts: int, layers: int) -> list[list[int]]:
+    """For the Weights of each layer, the places of their tensors among the weights."""
+    return [
+        [
             (expert * layers + layer) * LAYER_TENSORS + place
             for expert in range(experts)
             for place in kind
         ]
+        for layer in range(layers)
+        for kind in PLACES
+    ]
 
-    kinds = [places(layer, kind) for layer in range(layers) for kind in PLACES]
-    wanted = [wants[0], *(any(needs[i] for i in kind) for kind in kinds)]
+
+def _autograd(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
+    # Read once: checkpointing and hooks unpack the tensors at every read.
+    tensors = ctx.saved_tensors
+    rows, *plan, seeds = tensors[:7]
+    saved = tensors[7:]
+    want_rows, *needs = ctx.needs_input_grad[2:]
+    results: list[Tensor | None] = [None] * len(needs)
+    if grad is None:
+        return None, results
+    experts, width = int(rows.shape[0]), rows.shape[3]
+    kinds = _places(experts, len(needs) // (experts * LAYER_TENSORS))
+    wanted = [want_rows, *(any(needs[i] for i in kind) for kind in kinds)]
     of_rows, *grads = torch.ops.flmoe.encoder_layers_backward(
         grad,
         rows,
@@ -253,10 +312,11 @@ def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
         wanted,
         ctx.backend,
     )
-    for kind, of_kind, want in zip(kinds, grads, wanted[1:], strict=True):
+    for kind, flat, want in zip(kinds, grads, wanted[1:], strict=True):
         if not want:
             continue
-        flat = of_kind.view(-1, *of_kind.shape[2:]).to(ctx.dtypes[kind[0]])
+        dtype = ctx.dtypes[kind[0]]
+        flat = flat if flat.dtype is dtype else flat.to(dtype)
         # Only q has another number of rows than the second tensor of its kind.
         sizes = (
             [width, 2 * width] * experts
@@ -265,7 +325,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _saved: list[None]) -> tuple:
         )
         for i, part in zip(kind, flat.split_with_sizes(sizes), strict=True):
             results[i] = part if needs[i] else None
-    return of_rows if wants[0] else None, *(None,) * 5, results, *rest
+    return of_rows if want_rows else None, results
 
 
 define(
@@ -274,9 +334,10 @@ define(
     "-> (Tensor, Tensor[])",
     _forward,
     _fake,
-    (_setup, _autograd),
     flops=_flops,
+    fake_by_backend=True,
 )
+define_derivative("encoder_layers", 6, _setup, _autograd)
 define(
     "encoder_layers_backward",
     f"(Tensor grad_out, Tensor rows, {_PLAN}, Tensor? seeds, Tensor[] saved, {_OPTIONS}, bool[] wants) "

@@ -5,6 +5,7 @@ The reference is not registered: api.py calls it, and autograd differentiates it
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from flmoe_kernels.core.flops import no_products
 from flmoe_kernels.core.registration import define, first_order_only
 
 
+@functools.cache
 def _kernels(backend: str) -> Any:
     """The backend's module with losses and losses_backward."""
     match backend:

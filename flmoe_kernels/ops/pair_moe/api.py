@@ -63,7 +63,8 @@ def pair_moe(
         temperature: positive.
         reduce: "none" for y (B, E, La, V), "experts" for the sum over e (B, La, V), "pool" for the sum
             over i (B, E, V).
-        backend: "reference", "cpu" or "triton"; default by device, see flmoe_kernels.use_backend.
+        backend: "reference", "cpu", "triton" or, only on request, "cuda"; default by device, see
+            flmoe_kernels.use_backend.
 
     Returns:
         (y, mass): y in the inputs' dtype, for "pool" in that of mass; mass (B, E, La) in float32 (float64 for
@@ -83,7 +84,7 @@ def pair_moe(
     name = backends.choose(_OPERATOR, q, backend)
     if name == backends.REFERENCE:
         return PairMoEOutput(*reference.forward(call, reduce))
-    return PairMoEOutput(*torch.ops.flmoe.pair_moe(*_flat(call), reduce, name))
+    return PairMoEOutput(*torch.ops.flmoe.pair_moe(*call, reduce, name))
 
 
 def pair_map(
@@ -123,7 +124,7 @@ def pair_map(
     name = backends.choose(_OPERATOR, q, backend)
     if name == backends.REFERENCE:
         return reference.pair_map(call, weight)
-    return torch.ops.flmoe.pair_map(*_flat(call), weight, name)
+    return torch.ops.flmoe.pair_map(*call, weight, name)
 
 
 def top_pairs(
@@ -172,7 +173,7 @@ def top_pairs(
         if name == backends.REFERENCE:
             top = reference.top_pairs(call, weight, count)
         else:
-            top = torch.ops.flmoe.top_pairs(*_flat(call), weight, count, name)
+            top = torch.ops.flmoe.top_pairs(*call, weight, count, name)
     tied = near_ties(top[0], n_pairs)
     values, i, j = (x[:, :, :n_pairs] for x in top)
     return TopPairs(
@@ -185,11 +186,6 @@ def top_pairs(
         near_ties=tied[:, :-1],
         total_near_ties=tied[:, -1],
     )
-
-
-def _flat(call: PairCall) -> tuple:
-    tensors = (call.q, call.k, call.a, call.c, call.gate_bias, call.mask_a, call.mask_b)
-    return (*tensors, list(call.kinds), call.top_k, call.scale)
 
 
 def _call(

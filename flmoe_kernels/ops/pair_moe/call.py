@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from flmoe_kernels.core.dtypes import statistics_dtype
 REDUCE_NONE, REDUCE_EXPERTS, REDUCE_POOL = REDUCTIONS = ("none", "experts", "pool")
 
 
-@dataclass(frozen=True)
-class PairCall:
+class PairCall(NamedTuple):
     """Inputs of pair_moe: q (B, E, La, R), k (B, E, Lb, R), a (B, E, La, V), c (B, E, Lb, V) with the same
     dtype, gate_bias (E) with this or the statistics dtype, mask_a (B, La) and mask_b (B, Lb) bool.
 
@@ -31,6 +30,10 @@ class PairCall:
     kinds: tuple[int, ...]
     top_k: int
     scale: float
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:7]
 
     @property
     def batch(self) -> int:

@@ -15,7 +15,7 @@ UNIQUE_A, UNIQUE_B, SYNERGY, REDUNDANCY, NULL = KINDS = (
 DEFAULT_KINDS = (UNIQUE_A, UNIQUE_B, SYNERGY, REDUNDANCY)
 
 # kind -> (s1, s2, s3): the pair's message is s1 * a_i + s2 * c_j + s3 * a_i * c_j. Operators represent kinds
-# by positions in KINDS; csrc/cpu/pair_gate.h has the same table.
+# by positions in KINDS; csrc/cpu/pair_gate.h and csrc/cuda/pair_moe.cu have the same table.
 COEFFICIENTS: dict[str, tuple[float, float, float]] = {
     UNIQUE_A: (1.0, 0.0, 0.0),
     UNIQUE_B: (0.0, 1.0, 0.0),

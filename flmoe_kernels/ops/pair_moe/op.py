@@ -5,6 +5,7 @@ The reference is not registered: api.py calls it, and autograd differentiates it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ _INPUTS = (
 _NUM_INPUTS = 10
 
 
+@functools.cache
 def _kernels(backend: str) -> Any:
     """The backend's module with forward, backward, pair_map and top_pairs for a PairCall."""
     match backend:
@@ -31,12 +33,16 @@ def _kernels(backend: str) -> Any:
             from . import cpu
 
             return cpu
+        case "cuda":
+            from . import cuda
+
+            return cuda
         case "triton":
             from . import triton
 
             return triton
         case _:
-            raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
+            raise ValueError(f"backend: expected cpu, triton or cuda, got {backend!r}")
 
 
 def _call(inputs: Sequence[Any]) -> PairCall:

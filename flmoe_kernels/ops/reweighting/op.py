@@ -6,6 +6,7 @@ reference is not registered: api.py calls it, and autograd differentiates it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from flmoe_kernels.core.registration import define, first_order_only
 _OPS = torch.ops.flmoe
 
 
+@functools.cache
 def _kernels(backend: str) -> Any:
     """The backend's module with features, mix and their backward functions."""
     match backend:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.dtypes import dtype_code
-from flmoe_kernels.core.native import address, native_cuda
+from flmoe_kernels.core.native import address, cuda_queue, native_cuda
 from flmoe_kernels.core.operands import contiguous, expect
 
 # Rows are numbered in int32 by a permutation.
@@ -30,13 +30,13 @@ def gate(logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
     logits = logits.contiguous()
     index = logits.new_empty((tokens, top_k), dtype=torch.int64)
     weight = logits.new_empty((tokens, top_k))
-    with torch.cuda.device(logits.device):
+    with cuda_queue(logits.device) as queue:
         native.cuda_routing_gate(
             dtype_code(logits),
             [address(t) for t in (logits, index, weight)],
             (tokens, experts, top_k),
             over_all,
-            _queue(logits.device),
+            queue,
         )
     return index, weight
 
@@ -50,13 +50,13 @@ def limit(index: Tensor, mask: Tensor | None, experts: int, capacity: int | None
     index, mask = index.contiguous(), contiguous(mask)
     kept = torch.empty_like(index)
     counters = _counters(index, experts if capacity is not None else 0)
-    with torch.cuda.device(index.device):
+    with cuda_queue(index.device) as queue:
         native.cuda_routing_limit(
             [address(t) for t in (index, mask, kept)],
             (tokens, choices, experts),
             -1 if capacity is None else capacity,
             (address(counters), counters.numel()),
-            _queue(index.device),
+            queue,
         )
     return kept
 
@@ -70,13 +70,13 @@ def dispatch(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     offsets = index.new_empty((experts + 1,), dtype=torch.int32)
     permutation = index.new_empty((index.numel(),), dtype=torch.int32)
     counters = _counters(index, experts + 1)
-    with torch.cuda.device(index.device):
+    with cuda_queue(index.device) as queue:
         native.cuda_routing_dispatch(
             [address(t) for t in (index, counts, offsets, permutation)],
             index.numel(),
             experts,
             (address(counters), counters.numel()),
-            _queue(index.device),
+            queue,
         )
     return counts, offsets, permutation
 
@@ -92,11 +92,6 @@ def _counters(index: Tensor, bins: int) -> Tensor:
     """Buffer that passes counts between launches: one int32 per bin and block of rows, from torch's allocator."""
     count = native_cuda().routing_counters(index.numel(), bins) if bins else 0
     return index.new_empty((count,), dtype=torch.int32)
-
-
-def _queue(device: torch.device) -> tuple[int, int]:
-    """Index of the device (known, because it has tensors) and its current stream."""
-    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def _countable(name: str, rows: int) -> None:

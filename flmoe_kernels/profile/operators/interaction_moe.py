@@ -34,13 +34,13 @@ def shape_of(case: Case) -> LayerShape:
 
 
 def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
-    """Make the reference with seeded parameters or those of a checkpoint; the global generator is not changed."""
+    """Make the reference with seeded parameters or those of a checkpoint; global generators are not changed."""
     if isinstance(shape, UserShape):
         return load(shape)
     sparse = {"mlp_sparse": True, "num_experts": shape.experts} if shape.experts else {}
     sizes = (shape.modalities, shape.dim, shape.classes, shape.layers, shape.heads)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed the GPUs'
         fusion = FusionTransformer(*sizes, shape.dropout, **sparse)  # type: ignore[arg-type]
         return ReferenceInteractionMoE(
             shape.modalities,
@@ -125,15 +125,16 @@ def timed_call(
 
         return inference
     layer.train()
+    parameters = list(layer.parameters())
 
     def forward() -> Tensor:
-        for parameter in layer.parameters():
+        for parameter in parameters:
             parameter.grad = None
         with context():
             return loss_of(layer, layer(inputs, masks))
 
     if phase == BACKWARD:
-        loss, parameters = forward(), list(layer.parameters())
+        loss = forward()
 
         def backward() -> None:
             with context():

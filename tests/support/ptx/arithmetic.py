@@ -81,6 +81,11 @@ def operation(op: str, count: int) -> Operation:
             return Operation(_comparison(modifiers[0], floating), (dtype, dtype))
         case "bfe":
             return Operation(lambda *x: _extract(wide, *x), (dtype, word, word))
+        case "bfi":
+            return Operation(_insert, (word,) * 4)
+        case "clz":
+            # The exponent of the value, in float64, is exact for 32 bits.
+            return Operation(lambda x: word.type(32) - np.frexp(x)[1].astype(word), (word,))
         case "popc":
             return Operation(lambda x: np.bitwise_count(x).astype(word), (dtype,))
         case "prmt" if len(modifiers) == 1:
@@ -186,6 +191,12 @@ def _extract(wide: np.dtype, x: Array, first: Array, length: Array) -> Array:
     return (x.astype(wide) << high >> (64 - length).astype(wide)).astype(x.dtype)
 
 
+def _insert(a: Array, b: Array, first: Array, length: Array) -> Array:
+    """b with `length` bits from bit `first` on replaced by the lowest bits of a."""
+    mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1) << first).astype(np.uint32)
+    return a << first & mask | b & ~mask
+
+
 def _permute(a: Array, b: Array, selector: Array) -> Array:
     """Bytes of b:a, chosen by the four lowest nibbles of the selector; bit 3 selects the byte's sign."""
     both = b.astype(np.uint64) << np.uint64(32) | a
@@ -238,7 +249,7 @@ def _conversion(modifiers: list[str]) -> Function:
             return lambda high, low: _pair(_half(high), _half(low))
         case ("rna", "tf32", "f32"):
             return _tf32
-        case ("rn", "f16", "f32") | ("f32", "f16"):
+        case ("rn", "f16", "f32") | ("f32", "f16") | ("rn", "f32", "f64") | ("f64", "f32"):
             return lambda x: x.astype(dtype_of(to))
     if of[0] in "us" and (to[0] in "us" or (rounding == ["rn"] and to == "f32")):
         return lambda x: x.astype(dtype_of(to))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
 from torch import Tensor
 
-from tests.support.triton_driver import Driver, active
+from flmoe_kernels.core.triton import plans
+from tests.support.triton_driver import compiled_to_ptx
 
 from .arithmetic import Array
 from .machine import run
-from .memory import Findings, GlobalMemory, Owners, Region
+from .memory import Findings, GlobalMemory, Owners, region_of
 from .program import Program
-
-_numbers = itertools.count(1000)
 
 
 @contextmanager
@@ -55,8 +53,13 @@ def emulated(
         parameters = _parameters(program, arguments, memory)
         run(program, memory, parameters, grid[0], metadata.num_warps, metadata.shared, findings)
 
-    device = architecture if damage is None else next(_numbers)
-    with active(Driver(architecture, load, launch, device)):
+    device = architecture if damage is None else None
+    with (
+        compiled_to_ptx(architecture, load, launch, device),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # The emulator takes the memory of tensors, not addresses.
+        patch.setattr(plans, "hooked", lambda: True)
         yield findings
 
 
@@ -69,36 +72,21 @@ def _passed(value: Any, kind: Any) -> Iterator[Any]:
         yield value
 
 
-def _parameters(
-    program: Program, arguments: list[tuple[str, Any]], memory: GlobalMemory
-) -> dict[str, Array]:
-    """Values of a kernel's parameters; the last are pointers of Triton's own, which are not used."""
+def _parameters(program: Program, arguments: list[tuple[str, Any]], memory: GlobalMemory) -> Array:
+    """Bytes of a kernel's parameters; the last are pointers of Triton's own, which are not used."""
     granules: dict[int, int] = {}
     for _, value in arguments:
         if isinstance(value, Tensor):
             key = value.untyped_storage().data_ptr()
             granules[key] = min(granules.get(key, 16), value.itemsize)
     owners: dict[int, Owners] = {}
-    found = {name: np.zeros(1, dtype) for name, dtype in program.parameters}
-    for (name, dtype), (argument, value) in zip(program.parameters, arguments, strict=False):
+    last, size, _ = program.parameters[-1]
+    found = np.zeros(last + size, np.uint8)
+    for (first, size, dtype), (argument, value) in zip(program.parameters, arguments, strict=False):
         if isinstance(value, Tensor):
-            value = memory.add(_region(argument, value, granules, owners))
-        found[name][0] = value if dtype.kind == "f" else value % (1 << 8 * dtype.itemsize)
-    assert len(arguments) <= len(found)
-    # Registers hold unsigned integers.
-    return {name: value.view(f"u{value.itemsize}") for name, value in found.items()}
-
-
-def _region(name: str, x: Tensor, granules: dict[int, int], owners: dict[int, Owners]) -> Region:
-    """The memory between the first and the last element of a tensor."""
-    storage = x.untyped_storage()
-    data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-    key, low = storage.data_ptr(), int(x.storage_offset()) * x.itemsize
-    if key not in owners:
-        owners[key] = Owners(len(data), granules[key])
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    span = (last + 1) * x.itemsize if x.numel() else 0
-    # Addresses have the tensor's own alignment.
-    start = low - x.data_ptr() % 16
-    assert start >= 0
-    return Region(name, data[start:], low - start, low - start + span, start, owners[key])
+            value = memory.add(region_of(argument, value, granules, owners))
+        found[first : first + size].view(dtype)[0] = (
+            value if dtype.kind == "f" else value % (1 << 8 * size)
+        )
+    assert len(arguments) <= len(program.parameters)
+    return found

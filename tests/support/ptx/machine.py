@@ -15,27 +15,27 @@ _THREADS = 4096
 def run(
     program: Program,
     memory: GlobalMemory,
-    parameters: dict[str, Array],
+    parameters: Array,
     ctas: int,
     warps: int,
     shared: int,
     findings: Findings,
 ) -> None:
-    """Run all CTAs of a launch; shared: bytes of shared memory of each."""
+    """Run all CTAs of a launch; parameters: their bytes; shared: bytes of shared memory of each."""
     together = max(1, _THREADS // (32 * warps))
     with np.errstate(all="ignore"):
         for first in range(0, ctas, together):
             numbers = np.arange(first, min(first + together, ctas))
             of_group = SharedMemory(len(numbers), shared, program.granule, warps)
-            group = Group(program, memory, of_group, findings, numbers, 32 * warps)
+            group = Group(program, memory, of_group, findings, numbers, 32 * warps, parameters)
             special = {
                 "%tid.x": group.thread.astype(np.uint32),
+                "%ntid.x": np.array([32 * warps], np.uint32),
                 "%ctaid.x": group.cta.astype(np.uint32),
                 "%nctaid.x": np.array([ctas], np.uint32),
             }
-            values = special | parameters
             registers = [
-                values[name] if initial is None else initial
+                special[name] if initial is None else initial
                 for name, initial in zip(program.names, program.initial, strict=True)
             ]
             group.run(registers)
@@ -52,8 +52,10 @@ class Group:
         findings: Findings,
         ctas: Array,
         threads: int,
+        parameters: Array,
     ) -> None:
         self.program, self.shared, self.findings = program, shared, findings
+        self.parameters = parameters
         self.threads, self.count = threads, len(ctas) * threads
         local = LocalMemory(self.count, program.stack)
         self.spaces: dict[str, GlobalMemory | SharedMemory | LocalMemory]
@@ -136,6 +138,8 @@ class Group:
     def shfl(self, modifiers: list[str], values: Registers, *rest: Registers) -> list[Array]:
         (operand,), (clamp,), _ = rest
         by, lane = operand.astype(np.int64) & 31, self.lane
+        active = ... if self.mask is None else self.mask
+        clamp = np.broadcast_to(clamp, self.count)[active]
         assert (clamp == (0 if modifiers[1] == "up" else 31)).all(), "a part of a warp"
         match modifiers[1]:
             case "up":
@@ -154,6 +158,12 @@ class Group:
         function = {"add": np.add, "min": np.minimum, "max": np.maximum}[modifiers[1]]
         found = function.reduce(self._warps(values[0]).view("i4"), axis=1, dtype=np.int32)
         return [np.repeat(found.view("u4"), 32)]
+
+    def vote(self, modifiers: list[str], values: Registers, _members: Registers) -> list[Array]:
+        """A bit of each lane."""
+        assert modifiers == ["sync", "ballot", "b32"]
+        bits = self._warps(values[0]).astype(np.uint32) << np.arange(32, dtype=np.uint32)
+        return [np.repeat(np.bitwise_or.reduce(bits, axis=1), 32)]
 
     def mma(self, modifiers: list[str], *operands: Registers) -> list[Array]:
         """A matrix product of each warp: exact products, added in float64 and rounded once."""

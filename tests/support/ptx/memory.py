@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .arithmetic import Array
 
@@ -82,6 +84,21 @@ class Region:
     high: int
     start: int
     owners: Owners
+
+
+def region_of(name: str, x: Tensor, granules: dict[int, int], owners: dict[int, Owners]) -> Region:
+    """The memory between the first and the last element of a tensor."""
+    storage = x.untyped_storage()
+    data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    key, low = storage.data_ptr(), int(x.storage_offset()) * x.itemsize
+    if key not in owners:
+        owners[key] = Owners(len(data), granules[key])
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    span = (last + 1) * x.itemsize if x.numel() else 0
+    # Addresses have the tensor's own alignment.
+    start = low - x.data_ptr() % 16
+    assert start >= 0
+    return Region(name, data[start:], low - start, low - start + span, start, owners[key])
 
 
 class GlobalMemory:

@@ -25,12 +25,16 @@ Step = Callable[[Registers, "Group"], None]
 Guard = tuple[int, bool]
 Operand = str | list[str]
 
-_DTYPES = {"%p": "?", "%rs": "u2", "%r": "u4", "%rd": "u8", "%SP": "u8", "%SPL": "u8"}
-_SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x")
+_DTYPES = {"%p": "?", "%rs": "u2", "%r": "u4", "%f": "u4"}
+_DTYPES |= dict.fromkeys(("%rd", "%fd", "%SP", "%SPL"), "u8")
+_SPECIAL = ("%tid.x", "%ntid.x", "%ctaid.x", "%nctaid.x")
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _LABEL = re.compile(r"\s*([$\w]+):")
 _STACK = re.compile(r"\.local \.align \d+ \.b8 (\w+)\[(\d+)\]")
-_PARAMETER = re.compile(r"\.param \.(\w+) (?:\.ptr \.global \.align \d+ )?(\w+)")
+_PARAMETER = re.compile(
+    r"\.param (?:\.align (\d+) )?\.(\w+) (?:\.ptr \.global \.align \d+ )?(\w+)(?:\[(\d+)\])?"
+)
+_SHARED = re.compile(r"\.extern \.shared [^;]*?(\w+)\[")
 
 
 @dataclass
@@ -43,12 +47,12 @@ class Block:
 
 
 class Program:
-    """The kernel of a PTX text.
+    """A kernel of a PTX text: the one with the given name, else the first.
 
     Attributes:
-        initial: value of each register at the start; None for parameters and special registers.
+        initial: value of each register at the start; None for special registers.
         names: register of each name.
-        parameters: name and dtype of each parameter.
+        parameters: first byte, size and dtype of each parameter.
         blocks, labels: basic blocks, and their places by label; the last place is the end.
         successors: places that follow a block if its branch is taken and if not.
         granule: smallest number of bytes of an access to shared memory, at most 16.
@@ -58,21 +62,32 @@ class Program:
         NotImplementedError: an instruction that the emulator does not have.
     """
 
-    def __init__(self, ptx: str) -> None:
+    def __init__(self, ptx: str, name: str = r"\w+") -> None:
         text = re.sub(r"//[^\n]*|^\s*\.(loc|pragma)\b[^\n]*$", "", ptx, flags=re.MULTILINE)
-        found = re.search(r"\.entry (\w+)\((.*?)\).*?\{(.*?)^\}", text, re.DOTALL | re.MULTILINE)
+        entry = rf"\.entry ({name})\((.*?)\).*?\{{(.*?)^\}}"
+        found = re.search(entry, text, re.DOTALL | re.MULTILINE)
         assert found, "no kernel"
         self.name, parameters, body = found.groups()
         self.initial: list[Array | None] = []
         self.names: dict[str, int] = {}
-        self.parameters = [(name, dtype_of(kind)) for kind, name in _PARAMETER.findall(parameters)]
+        self.parameters: list[tuple[int, int, np.dtype]] = []
         self.blocks = [Block()]
         self.labels = {"exit": 0}
+        self.declared: dict[str, str] = {}
         self.granule = 16
         self.stack = 0
-        self.slot("global_smem", np.zeros(1, np.uint32))
-        for name in (*_SPECIAL, *(name for name, _ in self.parameters)):
-            self.slot(name, None)
+        for symbol in ("global_smem", *_SHARED.findall(text)):
+            self.slot(symbol, np.zeros(1, np.uint32))
+        for special in _SPECIAL:
+            self.slot(special, None)
+        end = 0
+        for align, kind, parameter, count in _PARAMETER.findall(parameters):
+            dtype = dtype_of(kind)
+            first, size = -(-end // int(align or dtype.itemsize)), dtype.itemsize * int(count or 1)
+            first *= int(align or dtype.itemsize)
+            self.slot(parameter, np.array([first], np.uint64))
+            self.parameters.append((first, size, dtype))
+            end = first + size
         for statement in body.split(";"):
             self._add(statement)
         self.labels["exit"] = len(self.blocks)
@@ -106,14 +121,22 @@ class Program:
         return self.names[name]
 
     def _add(self, statement: str) -> None:
+        # Braces are scopes; registers that are declared in one keep their type in all others.
+        statement = statement.lstrip("{} \t\n")
         while label := _LABEL.match(statement):
-            statement = statement[label.end() :]
+            statement = statement[label.end() :].lstrip("{} \t\n")
             if not label[1].startswith(("$L__tmp", "$L__func")):
                 if self.blocks[-1].steps:
                     self.blocks.append(Block())
                 self.labels[label[1]] = len(self.blocks) - 1
         text = " ".join(statement.split())
-        if not text or text.startswith(".reg"):
+        if not text:
+            return
+        if text.startswith(".reg"):
+            kind, *names = text.removeprefix(".reg .").replace(",", " ").split()
+            dtype = dtype_of(kind)
+            kept = "?" if kind == "pred" else f"u{dtype.itemsize}"
+            self.declared |= {x: kept for x in names if "<" not in x}
             return
         if stack := _STACK.fullmatch(text):
             self.slot(stack[1], np.zeros(1, np.uint64))
@@ -138,11 +161,11 @@ class Program:
     def source(self, operand: Operand, dtype: np.dtype) -> int:
         """The register of an operand; dtype: that of a constant."""
         assert isinstance(operand, str)
-        if operand.startswith("%") and operand not in _SPECIAL:
-            return self.slot(operand, np.zeros(1, _DTYPES[operand.rstrip("0123456789")]))
+        if (operand.startswith("%") and operand not in _SPECIAL) or operand in self.declared:
+            return self.slot(operand, np.zeros(1, self._dtype(operand)))
         if operand in self.names:
             return self.names[operand]
-        bits = int(operand[2:], 16) if operand[:2] == "0f" else int(operand.rstrip("U"), 0)
+        bits = int(operand[2:], 16) if operand[:2] in ("0f", "0d") else int(operand.rstrip("U"), 0)
         if dtype == "?":
             return self.slot(f"{operand}:{dtype}", np.array([bits != 0]))
         bits %= 1 << 8 * dtype.itemsize
@@ -151,8 +174,11 @@ class Program:
     def destination(self, operand: Operand) -> tuple[int, np.dtype]:
         assert isinstance(operand, str)
         # Never read.
-        dtype = np.dtype(_DTYPES["%rd" if operand == "_" else operand.rstrip("0123456789")])
+        dtype = self._dtype("%rd" if operand == "_" else operand)
         return self.slot(operand, np.zeros(1, dtype)), dtype
+
+    def _dtype(self, register: str) -> np.dtype:
+        return np.dtype(self.declared.get(register) or _DTYPES[register.rstrip("0123456789")])
 
     def address(self, operand: Operand) -> tuple[int, int]:
         """Register and offset of "[%r1 + 4]"."""
@@ -165,8 +191,7 @@ class Program:
         match root:
             case "ld" if "param" in modifiers:
                 assert guard is None
-                name = str(operands[1]).strip("[] ")
-                return self._copy(self.names[name], operands[0])
+                return self._load_parameter(modifiers, operands)
             case "ld" | "st":
                 return self._access(text, root, modifiers, operands, guard)
             case "cp":
@@ -189,7 +214,7 @@ class Program:
                 return lambda _, group: None
             case "ldmatrix":
                 return self._load_matrix(text, modifiers, operands)
-            case "shfl" | "redux" | "mma":
+            case "shfl" | "redux" | "mma" | "vote":
                 return self._of_warps(text, root, modifiers, operands)
             case _:
                 return self._compute(op, operands)
@@ -214,6 +239,21 @@ class Program:
 
         def step(registers: Registers, _group: Group) -> None:
             registers[target] = fit(registers[source], dtype)
+
+        return step
+
+    def _load_parameter(self, modifiers: list[str], operands: list[Operand]) -> Step:
+        names = operands[0] if isinstance(operands[0], list) else [operands[0]]
+        targets = [self.destination(x) for x in names]
+        dtype = np.dtype(f"u{dtype_of(modifiers[-1]).itemsize}")
+        register, offset = self.address(operands[1])
+
+        def step(registers: Registers, group: Group) -> None:
+            (base,) = np.unique(registers[register]).astype(np.int64)
+            first = int(base) + offset
+            values = group.parameters[first : first + len(targets) * dtype.itemsize].view(dtype)
+            for (target, kind), value in zip(targets, values, strict=True):
+                registers[target] = fit(value.reshape(1), kind)
 
         return step
 
@@ -303,11 +343,14 @@ class Program:
         (target, at), (source, start) = map(self.address, operands[:2])
         size = int(str(operands[2]), 0)
         self.granule = min(self.granule, size)
+        # The number of bytes that are read, or a predicate: nothing is.
         used = self.source(operands[-1], np.dtype("u4"))
 
         def step(registers: Registers, group: Group) -> None:
             access = group.access(registers, guard, text)
             counts = access.of(registers[used])
+            if counts.dtype == bool:
+                counts = np.where(counts, 0, size)
             assert np.isin(counts, (0, size)).all(), "a copy of a part"
             some = access.where(counts > 0)
             address = some.address(registers[source], start)
@@ -340,7 +383,8 @@ class Program:
     ) -> Step:
         """A shuffle, a reduction over a warp or a matrix product."""
         word = np.dtype("u4")
-        groups = [x if isinstance(x, list) else [x] for x in operands]
+        # The predicate of "%r1|%p1", whether the source is in range, is true here.
+        groups = [x if isinstance(x, list) else [x.split("|")[0]] for x in operands]
         targets = [self.destination(x)[0] for x in groups[0]]
         sources = [[self.source(x, word) for x in group] for group in groups[1:]]
 

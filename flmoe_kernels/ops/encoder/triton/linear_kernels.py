@@ -23,6 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flmoe_kernels.core.triton.philox import kept_elements
+
 from .view_rows import valid_rows
 
 # Blocks of rows that are multiplied with all blocks of columns before the next blocks of rows.
@@ -78,23 +80,38 @@ def row_of(x, expert, rows, row, WIDTH: tl.constexpr):
     return further(x, tl.full((), expert, tl.int64) * rows + row, WIDTH)
 
 
+@triton.jit
+def dropped(values, seed, threshold, kept_scale, stream, expert, row, first):
+    """Dropout of a tile of rows from column `first` on, a multiple of its width; without a seed, the values."""
+    if seed is not None:
+        kept = kept_elements(seed, threshold, stream, expert, row, first, values.shape[1])
+        values = tl.where(kept, values * kept_scale, 0.0)
+    return values
+
+
 # out (E, views * rows, OUTER) = a (E, views * rows, INNER) w, with w (E, INNER, OUTER) given by strides: the
-# matrix in memory or its transpose. One program per tile; a view's tiles are ordered in bands of BAND blocks of
-# rows, in which rows run fastest: programs that run at the same time read few rows and one expert's weights,
-# repeatedly from L2. Two programs share an SM: one multiplies while the other waits or stores. Rows after the last
-# row read the last row again and are not stored; with ZEROS, those after the count are stored as zeros. Traffic: a
-# and out once, w from L2. Bound, in 16 bits on an H100: memory if INNER OUTER / (INNER + OUTER) is below about 300
-# FLOP per byte, otherwise the matrix units.
+# matrix in memory or its transpose; or residual + dropout(a w), or with TWICE u + dropout(u), u = dropout(a w).
+# One program per tile; a view's tiles are ordered in bands of BAND blocks of rows, in which rows run fastest:
+# programs that run at the same time read few rows and one expert's weights, repeatedly from L2. Two programs share
+# an SM: one multiplies while the other waits or stores. Rows after the last row read the last row again and are
+# not stored; with ZEROS, those after the count are stored as zeros. Traffic: a and out once, w from L2. Bound, in
+# 16 bits on an H100: memory if INNER OUTER / (INNER + OUTER) is below about 300 FLOP per byte, otherwise the
+# matrix units.
 @triton.jit(do_not_specialize=("count", "rows"))
 def product_kernel(
     a,
     w,
     bias,
+    residual,
+    seed,
     out,
     count,
     rows,
     views,
     depth,
+    threshold,
+    kept_scale,
+    TWICE: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     OF_INNER: tl.constexpr,
@@ -147,28 +164,42 @@ def product_kernel(
     valid = row < end - first
     stored = row < rows - first if ZEROS else valid
     to = row_of(out, problem, rows, first, OUTER) + row[:, None] * OUTER
+    if seed is not None or TWICE:
+        column = across * COLUMNS + tl.arange(0, COLUMNS)
+        if bias is not None:
+            own = tl.load(further(bias, expert, OUTER) + column, mask=column < OUTER, other=0.0)
+            total += own.to(tl.float32)[None, :]
+        place, begins = problem % views * rows + first + row, across * COLUMNS
+        total = dropped(total, seed, threshold, kept_scale, 0, expert, place, begins)
+        if TWICE:
+            total += dropped(total, seed, threshold, kept_scale, 1, expert, place, begins)
     parts = slices(total, SLICES)
     for i in tl.static_range(SLICES):
         value = parts[i]
         column = (across * SLICES + i) * (COLUMNS // SLICES) + tl.arange(0, COLUMNS // SLICES)
         present = column < OUTER
-        if bias is not None:
+        if bias is not None and seed is None and not TWICE:
             own = tl.load(further(bias, expert, OUTER) + column, mask=present, other=0.0)
             value += own.to(tl.float32)[None, :]
+        if residual is not None:
+            base = row_of(residual, problem, rows, first, OUTER) + row[:, None] * OUTER
+            inside = valid[:, None] & present[None, :]
+            value += tl.load(base + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if ZEROS:
             value = tl.where(valid[:, None], value, 0.0)
         value = value.to(out.dtype.element_ty)
         tl.store(to + column[None, :], value, mask=stored[:, None] & present[None, :])
 
 
-# parts (E, splits, P, Q) = left^T right, and bias_parts (E, splits, P) = sum of left, over each split of the
-# chunks of DEPTH rows of left (E, views * rows, P) and right (E, views * rows, Q); for one split they are grad and
-# bias. Either may be missing. A chunk has rows of one view, and zeros after the count. One program per tile of a
-# split; the ACROSS x DOWN tiles of a split are adjacent, so that its rows come from memory once. The matrix units
-# also sum the columns of left, as a product of the loaded tile with ones: 1/8 of the work, while a separate pass
-# would read grad_out again, at mmimdb up to two thirds of all bytes. All tiles do this, and those of the first
-# column store it: the slowest tile would not be faster if others did less. Traffic: left and right once, parts.
-# Bound: as above, by P Q / (P + Q).
+# parts (E, splits, P, Q) = left^T right, or left^T norm(right), and bias_parts (E, splits, P) = sum
+# of left, over each split of the chunks of DEPTH rows of left (E, views * rows, P) and right (E, views * rows, Q);
+# for one split they are grad and bias. Either may be missing. A chunk has rows of one view, and zeros after the
+# count. One program per tile of a split; the ACROSS x DOWN tiles of a split are adjacent, so that its rows come
+# from memory once. The matrix units also sum the columns of left, as a product of the loaded tile with ones: 1/8
+# of the work, while a separate pass would read grad_out again, at mmimdb up to two thirds of all bytes. All tiles
+# do this, and those of the first column store it: the slowest tile would not be faster if others did less.
+# Gain and shift of the norm are applied to the sums: shift times the sum of left. Traffic: left and right once,
+# parts. Bound: as above, by P Q / (P + Q).
 @triton.jit(do_not_specialize=("count", "rows", "splits"))
 def weight_gradient_kernel(
     left,
@@ -177,6 +208,10 @@ def weight_gradient_kernel(
     bias,
     parts,
     bias_parts,
+    mean,
+    rstd,
+    gain,
+    shift,
     count,
     rows,
     views,
@@ -220,10 +255,21 @@ def weight_gradient_kernel(
         if grad is not None:
             valid = inside if Q % COLUMNS == 0 else inside & (q < Q)[None, :]
             y = tl.load(further(y_of, start, of_right), mask=valid, other=0.0)
+            if mean is not None:
+                place = tl.full((), expert, tl.int64) * (views * rows) + start + at
+                middle = tl.load(mean + place, mask=r + at < end, other=0.0)[:, None]
+                spread = tl.load(rstd + place, mask=r + at < end, other=0.0)[:, None]
+                y = ((y.to(tl.float32) - middle) * spread).to(x.dtype)
             total = dot(tl.trans(x), y, total, PRECISION)
-        if bias is not None:
+        if bias is not None or mean is not None:
             # A bias is summed in float32 even if products may be TF32.
             sums = dot(tl.trans(x), ones, sums, "tf32x3")
+    # All columns are the same.
+    value = tl.max(sums, 1)
+    if mean is not None:
+        scale = tl.load(further(gain, expert, Q) + q, mask=q < Q, other=0.0).to(tl.float32)
+        offset = tl.load(further(shift, expert, Q) + q, mask=q < Q, other=0.0).to(tl.float32)
+        total = total * scale[None, :] + value[:, None] * offset[None, :]
     if grad is not None:
         inside = (p < P)[:, None] & (q < Q)[None, :]
         if splits == 1:
@@ -231,8 +277,7 @@ def weight_gradient_kernel(
         else:
             store_tile(parts, share, down * ROWS, q, total, inside, P, Q)
     if bias is not None:
-        # All columns are the same.
-        value, inside = tl.max(sums, 1), (p < P) & (across == 0)
+        inside = (p < P) & (across == 0)
         if splits == 1:
             tl.store(further(bias, share, P) + p, value.to(bias.dtype.element_ty), mask=inside)
         else:

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
-from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
+from flmoe_kernels.core.triton.tables import Table, blocks_of, chunk_of
 
 from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
+from .rows_launch import Dropout
 from .view_rows import ALL, ViewRows
 
 # How a kernel reads rows (E, rows, width): the tensor, and elements from one row to the next.
@@ -84,6 +85,14 @@ TABLE = {
     ("product", "float32"): Tiles(64, 64, 32, 2, 4, 3, (32768, 49152, 49160)),
     ("weight_gradient", "float32"): Tiles(64, 64, 32, 1, 4, 3, (32768, 53248, 53256)),
 }
+# The tiles of ("weight_gradient", "16 bit") with a norm of right. On sm_80 half the depth does not spill.
+NORM_TILES = Table(
+    {"16 bit": Tiles(128, 128, 64, 1, 8, 3, (0, 101376, 101408), {90: 128})},
+    {
+        80: {"16 bit": Tiles(128, 128, 32, 1, 8, 2, (65536, 0, 0))},
+        86: {"16 bit": Tiles(128, 128, 32, 1, 8, 2, (65536, 0, 0))},
+    },
+)
 
 # Programs of the weight gradient: two on each of an H100's SMs. A share is worth its partial sums from so many
 # rows on. In float32 it has no more than the last number, which is 128 chunks: one sum over all rows in order
@@ -122,13 +131,21 @@ def operand(x: Tensor) -> Operand:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, computed: ViewRows = ALL
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    computed: ViewRows = ALL,
+    added: tuple[Tensor | None, Dropout] | None = None,
 ) -> tuple[Tensor, list[Launch]]:
-    """Allocate out (E, R, N) for x (E, R, K), weight (E, N, K), bias (E, N); also return its launches."""
+    """Allocate out (E, R, N) for x (E, R, K), weight (E, N, K), bias (E, N); also return its launches.
+
+    added: a contiguous residual (E, R, N) or None, and a dropout. out is then residual + dropout(y), y the linear
+    map. Without a residual: u + dropout(u) with u = dropout(y), as the published layer does.
+    """
     out = x.new_empty((*x.shape[:2], weight.shape[1]))
     bias = None if bias is None else bias.contiguous()
-    weight = weight.contiguous()
-    return out, [_product(operand(x), weight, (1, weight.shape[2]), bias, out, computed)]
+    strides = (1, weight.shape[2])
+    return out, [_product(operand(x), weight.contiguous(), strides, bias, out, computed, added)]
 
 
 def backward(
@@ -147,20 +164,43 @@ def backward(
     zeros: store zeros in the other rows of the gradient of x; if False, they are not written. Additional memory:
     the partial sums of weights and biases in float32, see shares_of.
     """
-    left = operand(grad_out)
     found = []
     grad_x = x.new_empty(x.shape if want_x else (0,))
     if want_x:
+        left, strides = operand(grad_out), (weight.shape[2], 1)
         weights = weight.contiguous()
-        strides = (weight.shape[2], 1)
         found.append(_product(left, weights, strides, None, grad_x, computed, zeros=zeros))
-    grad = x.new_empty(weight.shape if want_weight else (0,))
-    bias = x.new_empty(weight.shape[:2] if want_bias else (0,))
+    grads, more = weight_backward(grad_out, x, weight, want_weight, want_bias, computed)
+    return (grad_x, *grads), found + more
+
+
+def weight_backward(
+    grad_out: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor,
+    want_weight: bool,
+    want_bias: bool,
+    computed: ViewRows = ALL,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    architecture: int | None = None,
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """Allocate gradients of weight and bias (empty if not requested); also return their launches.
+
+    norm: mean, rstd, gain and shift of a norm between x and the map. What is not read may be None.
+    """
+    grad = weight.new_empty(weight.shape if want_weight else (0,))
+    bias = weight.new_empty(weight.shape[:2] if want_bias else (0,))
+    found = []
     if grad.numel() or bias.numel():
-        right = operand(x) if grad.numel() else None
+        assert grad_out is not None
+        right = None
+        if grad.numel():
+            assert x is not None
+            right = operand(x)
         filled = (grad if grad.numel() else None, bias if bias.numel() else None)
-        found += _weight_gradients(left, right, *filled, computed)
-    return (grad_x, grad, bias), found
+        norm = norm if grad.numel() else None
+        found = _weight_gradients(operand(grad_out), right, *filled, computed, norm, architecture)
+    return (grad, bias), found
 
 
 def _product(
@@ -170,10 +210,13 @@ def _product(
     bias: Tensor | None,
     out: Tensor,
     computed: ViewRows,
+    added: tuple[Tensor | None, Dropout] | None = None,
     *,
     zeros: bool = False,
 ) -> Launch:
     """Launch of out (E, R, OUTER) from a (E, R, INNER); strides of the weights over INNER and OUTER."""
+    residual, dropout = added or (None, Dropout(None, 0.0))
+    twice = added is not None and residual is None
     experts, rows, inner = a[0].shape
     outer, sizes = out.shape[2], computed.arguments(rows)
     tiles = tiles_of("product", out.dtype, inner, outer)
@@ -182,8 +225,12 @@ def _product(
     return Launch(
         product_kernel,
         experts * blocks * blocks_of(outer, columns),
-        {"a": a, "w": weight, "bias": bias, "out": out, "depth": inner, **sizes},
         {
+            **{"a": a, "w": weight, "bias": bias, "residual": residual, "out": out},
+            **{"depth": inner, **sizes, **dropout.arguments()},
+        },
+        {
+            "TWICE": twice,
             **{"INNER": inner, "OUTER": outer, "OF_INNER": strides[0], "OF_OUTER": strides[1]},
             **{"ROWS": tiles.rows, "COLUMNS": columns, "DEPTH": deep},
             "SLICES": min(tiles.slices, columns // 16),
@@ -192,7 +239,7 @@ def _product(
         },
         tiles.warps,
         tiles.stages,
-        tiles.registers,
+        {} if twice else tiles.registers,  # two masks would spill
     )
 
 
@@ -212,6 +259,8 @@ def _weight_gradients(
     grad: Tensor | None,
     bias: Tensor | None,
     computed: ViewRows,
+    norm: tuple[Tensor, ...] | None,
+    architecture: int | None,
 ) -> list[Launch]:
     """Launches of grad (E, P, Q) and bias (E, P) from left (E, R, P) and right (E, R, Q)."""
     experts, rows, p = left[0].shape
@@ -222,7 +271,8 @@ def _weight_gradients(
     stored = experts * (shares > 1)
     parts = None if grad is None else empty((stored, shares, p, q), dtype=torch.float32)
     of_bias = None if bias is None else empty((stored, shares, p), dtype=torch.float32)
-    found = [_weight_gradient(left, right, (grad, bias, parts, of_bias), shares, computed)]
+    results = (grad, bias, parts, of_bias)
+    found = [_weight_gradient(left, right, results, shares, computed, norm, architecture)]
     return [*found, _sum(parts, of_bias, grad, bias, shares)] if shares > 1 else found
 
 
@@ -232,11 +282,15 @@ def _weight_gradient(
     results: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     shares: int,
     computed: ViewRows,
+    norm: tuple[Tensor, ...] | None,
+    architecture: int | None,
 ) -> Launch:
-    """results: grad, bias and the parts of both."""
+    """results: grad, bias and the parts of both; norm: mean, rstd, gain and shift of a norm of right."""
     experts, rows, p = left[0].shape
     q = 0 if right is None else right[0].shape[2]
     tiles = tiles_of("weight_gradient", left[0].dtype, p, q)
+    if norm is not None and tiles is TABLE["weight_gradient", "16 bit"]:
+        tiles = NORM_TILES.tiles("16 bit", architecture)
     high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
     across = max(1, blocks_of(q, wide))
     return Launch(
@@ -245,6 +299,7 @@ def _weight_gradient(
         {
             **{"left": left, "right": left if right is None else right},
             **dict(zip(("grad", "bias", "parts", "bias_parts"), results, strict=True)),
+            **dict(zip(("mean", "rstd", "gain", "shift"), norm or 4 * (None,), strict=True)),
             **{"splits": shares, **computed.arguments(rows)},
         },
         {

@@ -129,7 +129,7 @@ def norm_backward(
     new = gain.new_empty if summed else gain.new_zeros
     grads = [
         *(total.new_empty(total.shape if want else (0,)) for want in wanted[:2]),
-        *(new(gain.shape if want else (0,)) for want in wanted[2:]),
+        *(new(gain.shape) if want else gain.new_empty(0) for want in wanted[2:]),
     ]
     if total.numel() and (summed or any(wanted[:2])):
         shape = norm_parts_shape(total, computed)
@@ -185,7 +185,12 @@ def _expect_segments(cu_segments: Tensor, views: int, rows: int, like: Tensor) -
 
 
 def pool(
-    residual: Tensor, update: Tensor, cu_segments: Tensor, views: int, seed: Tensor | None, p: float
+    residual: Tensor,
+    update: Tensor | None,
+    cu_segments: Tensor,
+    views: int,
+    seed: Tensor | None,
+    p: float,
 ) -> Tensor:
     """Means (E, V, S, D) over segments; segments are clamped to the rows of a view."""
     _expect_rows("residual", residual)
@@ -195,8 +200,8 @@ def pool(
     dropout = _dropout(seed, p, residual)
     out = residual.new_empty((experts, views, cu_segments.numel() - 1, width))
     if out.numel():
-        residual, update, cu_segments = (x.contiguous() for x in (residual, update, cu_segments))
-        run([pool_launch(residual, update, cu_segments, dropout, out)], out.device)
+        residual, cu_segments = residual.contiguous(), cu_segments.contiguous()
+        run([pool_launch(residual, contiguous(update), cu_segments, dropout, out)], out.device)
     return out
 
 

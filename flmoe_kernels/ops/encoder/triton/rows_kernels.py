@@ -155,8 +155,45 @@ def norm_gradient_kernel(
 ):
     chunks = tl.cdiv(rows, chunk)
     problem, begins = tl.program_id(0) // chunks, tl.program_id(0) % chunks * chunk
-    expert, ends = problem // views, tl.minimum(begins + chunk, rows)
-    end = valid_rows(count, rows)
+    ends, end = tl.minimum(begins + chunk, rows), valid_rows(count, rows)
+    norm_gradient_rows(
+        *(grad_total, grad_normed, total, mean, rstd, gain, seed, grad_residual, grad_update),
+        *(parts, count is not None, problem, begins, ends, end, rows, views, threshold, kept_scale),
+        *(TWICE, WIDTH, PART, ROWS),
+    )
+
+
+@triton.jit
+def norm_gradient_rows(
+    grad_total,
+    grad_normed,
+    total,
+    mean,
+    rstd,
+    gain,
+    seed,
+    grad_residual,
+    grad_update,
+    parts,
+    COUNTED: tl.constexpr,
+    problem,
+    begins,
+    ends,
+    end,
+    rows,
+    views,
+    threshold,
+    kept_scale,
+    TWICE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The kernel above for rows `begins` to `ends` of a problem, of which those before `end` are valid.
+
+    grad_normed may be grad_residual or grad_update, which then replaces it.
+    """
+    expert = problem // views
     row = tl.arange(0, ROWS)
     line = begin(gain, expert, WIDTH)
     gains = [load_line(line, w, WIDTH, PART) for w in (0, 1, 2, 3)]
@@ -190,6 +227,8 @@ def norm_gradient_kernel(
         if grad_total is not None:
             base = begin(grad_total, start, WIDTH)
             grad = [grad[w] + load_part(base, row, valid, 0, w, WIDTH, PART) for w in (0, 1, 2, 3)]
+        # Other threads may still read the rows of grad_normed that the stores replace.
+        tl.debug_barrier()
         if grad_residual is not None:
             base = begin(grad_residual, start, WIDTH)
             for w in tl.static_range(4):
@@ -200,7 +239,7 @@ def norm_gradient_kernel(
             base = begin(grad_update, start, WIDTH)
             for w in tl.static_range(4):
                 store_part(base, row, valid, 0, grad[w], w, WIDTH, PART)
-    if count is not None:
+    if COUNTED:
         for first in range(tl.maximum(begins, end), ends, ROWS):
             start = tl.cast(problem, tl.int64) * rows + first
             rest, nothing = first + row < ends, zeros(ROWS, PART)

@@ -29,7 +29,7 @@ from .rows_pool_kernels import (
 from .view_rows import ALL, ViewRows
 
 # Columns covered by one group of dropout counters: tiles with dropout are at least this wide.
-_GROUP = 128
+GROUP = 128
 # Chunks of an expert's rows in the gradient of a norm: no more than so many, and none of fewer rows. They are 2048
 # programs for four experts, several for each place that an H100 has for one, whose parts are 2% of the traffic.
 _MOST_CHUNKS, _CHUNK_ROWS = 512, 32
@@ -107,7 +107,7 @@ def tiles_of(kernel: str, dtype: torch.dtype) -> Tiles:
     return TABLE[kernel, dtype == torch.float32]
 
 
-def _shape(tiles: Tiles, width: int, least: int = _GROUP) -> tuple[int, int, int]:
+def _shape(tiles: Tiles, width: int, least: int = GROUP) -> tuple[int, int, int]:
     """Rows and columns of a tile for rows of this width, and its warps; columns are a power of two."""
     columns = max(least, 1 << (width - 1).bit_length())
     columns = min(columns, tiles.columns or columns)
@@ -189,11 +189,15 @@ def norm_gradient_launches(
         1,
         _REGISTERS if computed.count is not None and columns == width and warps == 4 else {},
     )
-    if parts is None:
-        return [first]
-    tiles = tiles_of("norm_sum", total.dtype)
+    return [first] if parts is None else [first, norm_sum_launch(parts, grad_gain, grad_shift)]
+
+
+def norm_sum_launch(parts: Tensor, grad_gain: Tensor | None, grad_shift: Tensor | None) -> Launch:
+    """Gradients (E, D) of gain and shift, None if not wanted, from parts (E, chunks, 2, D)."""
+    experts, chunks, _, width = parts.shape
+    tiles = tiles_of("norm_sum", parts.dtype)
     high, columns, warps = _shape(tiles, width, 1)
-    second = Launch(
+    return Launch(
         norm_sum_kernel,
         2 * experts * blocks_of(width, columns),
         {"parts": parts, "grad_gain": grad_gain, "grad_shift": grad_shift, "chunks": chunks},
@@ -201,7 +205,6 @@ def norm_gradient_launches(
         warps,
         1,
     )
-    return [first, second]
 
 
 def _elementwise(
@@ -245,7 +248,7 @@ def pool_class(rows: int, segments: int) -> str:
 
 
 def pool_launch(
-    residual: Tensor, update: Tensor, cu_segments: Tensor, dropout: Dropout, out: Tensor
+    residual: Tensor, update: Tensor | None, cu_segments: Tensor, dropout: Dropout, out: Tensor
 ) -> Launch:
     experts, views, segments, width = out.shape
     rows = residual.shape[1] // views
@@ -287,7 +290,7 @@ def _views(kernel: Any, name: str, wide: Tensor, arguments: dict[str, Any]) -> L
     tiles = tiles_of(name, wide.dtype)
     # Blocks of columns that divide the width need no mask.
     whole = width & -width
-    tiles = replace(tiles, columns=whole) if _GROUP <= whole < tiles.columns else tiles
+    tiles = replace(tiles, columns=whole) if GROUP <= whole < tiles.columns else tiles
     high, columns, warps = _shape(tiles, width, 16)
     return Launch(
         kernel,

@@ -23,10 +23,10 @@ def bound_of(cu, segment, rows):
     return tl.minimum(tl.maximum(tl.load(cu + segment), 0), rows)
 
 
-# Means of residual + dropout(update) over the rows of a segment, out (E, V, S, WIDTH). One program per block of
-# columns of a segment, view and expert; it sums blocks of rows element by element, and finally over the block, in
-# an order that depends only on the segment's length. Traffic: both inputs once, 4 bytes per element in 16 bits.
-# Bound: bytes, 0.20 GB and 61 us; for short segments, launch and latency.
+# Means of residual + dropout(update), or of the residual, over the rows of a segment, out (E, V, S, WIDTH). One
+# program per block of columns of a segment, view and expert; it sums blocks of rows element by element, and
+# finally over the block, in an order that depends only on the segment's length. Traffic: both inputs once, 4 bytes
+# per element in 16 bits. Bound: bytes, 0.20 GB and 61 us; for short segments, launch and latency.
 @triton.jit(do_not_specialize=("rows", "segments"))
 def pool_kernel(
     residual,
@@ -54,14 +54,16 @@ def pool_kernel(
     for at in range(first, last, ROWS):
         valid = at + row < last
         start = tl.cast(expert_view, tl.int64) * rows + at
-        base = begin(update, start, WIDTH)
-        x = [load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
+        if update is not None:
+            base = begin(update, start, WIDTH)
+            x = [load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
         base = begin(residual, start, WIDTH)
         sums = [sums[w] + load_part(base, row, valid, column, w, WIDTH, PART) for w in (0, 1, 2, 3)]
-        if seed is not None:
-            words = words_of(seed, view * rows + at + row, expert, 0, column, PART)
-            x = [drop(x[w], words, threshold, kept_scale, w) for w in (0, 1, 2, 3)]
-        sums = [sums[w] + x[w] for w in (0, 1, 2, 3)]
+        if update is not None:
+            if seed is not None:
+                words = words_of(seed, view * rows + at + row, expert, 0, column, PART)
+                x = [drop(x[w], words, threshold, kept_scale, w) for w in (0, 1, 2, 3)]
+            sums = [sums[w] + x[w] for w in (0, 1, 2, 3)]
     share = 1.0 / tl.maximum(last - first, 1)
     line = begin(out, tl.cast(expert_view, tl.int64) * segments + segment, WIDTH)
     for w in tl.static_range(4):

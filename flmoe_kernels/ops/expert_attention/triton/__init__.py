@@ -6,8 +6,7 @@ capture it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,17 +17,18 @@ from flmoe_kernels.core.operands import (
     expect_float32_or_half,
     expect_seed,
 )
-from flmoe_kernels.core.triton.launches import run
+from flmoe_kernels.core.triton.launches import Launch, run
 
 from .choice import tiles_of
 from .launch import (
     attend_launch,
+    gradient_launch,
     key_gradient_launch,
     query_gradient_launch,
     readable,
     rows_contiguous,
 )
-from .table import AttentionCall
+from .table import AttentionCall, is_short
 
 __all__ = ["backward", "empty", "forward"]
 
@@ -73,20 +73,25 @@ def backward(
         expect(name, x, q.shape, q.dtype, q.device)
     expect("lse", lse, q.shape[:3], torch.float32, q.device)
     if q.numel():
-        delta = q.new_empty(q.shape[:3], dtype=torch.float32)
         grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
-        # All probabilities of a row with a score of inf are NaN. The kernels have no register left for this.
-        lse = lse.contiguous().nan_to_num(nan=math.nan, posinf=math.nan, neginf=-math.inf)
-        grad_q, grad_k, grad_v = grads
-        launches = []
-        if grad_q is not None or grad_k is not None:
-            tiles = tiles_of("query_gradient", call)
-            launches.append(query_gradient_launch(tiles, call, grad_out, out, lse, delta, grad_q))
-        if grad_k is not None or grad_v is not None:
-            # For the gradient of k it reads the delta that the first launch writes.
-            tiles = tiles_of("key_gradient", call)
-            launches.append(key_gradient_launch(tiles, call, grad_out, lse, delta, grad_k, grad_v))
-        run(launches, q.device)
+        run(_gradients(call, grad_out, out, lse.contiguous(), grads), q.device)
+
+
+def _gradients(
+    call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor, grads: Sequence[Tensor | None]
+) -> Iterator[Launch]:
+    if is_short(call):
+        yield gradient_launch(tiles_of("gradient", call), call, grad_out, out, lse, grads)
+        return
+    grad_q, grad_k, grad_v = grads
+    delta = torch.empty_like(lse)
+    if grad_q is not None or grad_k is not None:
+        tiles = tiles_of("query_gradient", call)
+        yield query_gradient_launch(tiles, call, grad_out, out, lse, delta, grad_q)
+    if grad_k is not None or grad_v is not None:
+        # For the gradient of k it reads the delta that the first launch writes.
+        tiles = tiles_of("key_gradient", call)
+        yield key_gradient_launch(tiles, call, grad_out, lse, delta, grad_k, grad_v)
 
 
 def _checked(call: AttentionCall) -> AttentionCall:

@@ -12,8 +12,13 @@ from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, run
 from flmoe_kernels.core.triton.tables import architecture_of
 
-from .launch import attend_launch, key_gradient_launch, query_gradient_launch
-from .table import TABLE, AttentionCall, Tiles, candidates, class_of, narrower
+from .launch import (
+    attend_launch,
+    gradient_launch,
+    key_gradient_launch,
+    query_gradient_launch,
+)
+from .table import TABLE, AttentionCall, Tiles, candidates, class_of
 
 
 def tiles_of(kernel: str, call: AttentionCall, architecture: int | None = None) -> Tiles:
@@ -22,7 +27,7 @@ def tiles_of(kernel: str, call: AttentionCall, architecture: int | None = None) 
     if architecture is None and tuning.enabled():
         return fastest(kernel, call)
     place = architecture_of(call.q.device) if architecture is None else architecture
-    return TABLE.tiles((kernel, class_of(call)), place, *narrower(kernel, call))
+    return TABLE.tiles((kernel, class_of(call)), place)
 
 
 def fastest(kernel: str, call: AttentionCall) -> Tiles:
@@ -101,4 +106,21 @@ def _key(call: AttentionCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
     return make
 
 
-_TRIALS = {"attend": _attend, "query_gradient": _query, "key_gradient": _key}
+def _gradient(call: AttentionCall) -> Callable[[Tiles], tuning.Trial[Tiles]]:
+    """Trials of the kernel, with v as grad_out."""
+    out, lse, grads = _like_q(call), _statistics(call), [_like_q(call) for _ in range(3)]
+    run([attend_launch(_own("attend", call), call, out, lse)], call.q.device)
+
+    def make(tiles: Tiles) -> tuning.Trial[Tiles]:
+        launch = gradient_launch(tiles, call, call.v, out, lse, grads)
+        return _trial(call, tiles, launch, grads)
+
+    return make
+
+
+_TRIALS = {
+    "attend": _attend,
+    "query_gradient": _query,
+    "key_gradient": _key,
+    "gradient": _gradient,
+}

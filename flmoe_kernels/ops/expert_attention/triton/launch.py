@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from flmoe_kernels.core.triton.launches import Launch, matrix_precision
 from flmoe_kernels.core.triton.tables import chunk_of
 
 from .kernels import attend_kernel, key_gradient_kernel, query_gradient_kernel
+from .short_kernels import gradient_kernel
 from .table import AttentionCall, Tiles
 
 # How a kernel reads or writes (G, rows, H, d): the tensor, its strides over rows and heads.
@@ -20,6 +22,9 @@ Operand = tuple[Tensor, int, int]
 
 # Rows with a larger stride are copied, so that offsets within a block stay below 2^31.
 _MAX_STRIDE = 2**24
+# Mean length from which tiles have spread keys (see tiles.py), if there is dropout. They use all words of a
+# dropout counter, but 17 to 64 keys after a multiple of 128 take one more tile of 64.
+_SPREAD_ROWS = 256
 # Below this, a scale times log2(e) may be 0 in float32; 0 times the -inf of a masked score is NaN.
 _LEAST_FACTOR = 1e-37
 
@@ -52,13 +57,21 @@ def operand(x: Tensor) -> Operand:
     return x, x.stride(1), x.stride(2)
 
 
+def _slots(call: AttentionCall, block: int) -> int:
+    return call.q.shape[1] // block + call.problems + 2
+
+
 def _launch(
-    kernel: Any, tiles: Tiles, call: AttentionCall, block: int, rest: dict[str, Any]
+    kernel: Any,
+    tiles: Tiles,
+    call: AttentionCall,
+    slots: int,
+    rest: dict[str, Any],
+    sizes: dict[str, int],
 ) -> Launch:
-    """Launch with one program per slot of `block` rows, chunk, head and group."""
+    """Launch with one program per slot, chunk, head and group."""
     groups, rows, heads, width = call.q.shape
     chunk = chunk_of(width, tiles.widest)
-    slots = rows // block + call.problems + 2
     dropping = call.seed is not None
     arguments = {
         **{"q": operand(call.q), "k": operand(call.k), "v": operand(call.v)},
@@ -68,17 +81,26 @@ def _launch(
         "kept_scale": keep_scale(call.dropout_p) if dropping else 1.0,
     }
     constants = {
-        **{"WIDTH": width, "CHUNK": chunk, "ROWS": tiles.rows, "COLUMNS": tiles.columns},
+        **{"WIDTH": width, "CHUNK": chunk, **sizes},
         "PRECISION": matrix_precision(call.q.dtype),
     }
     programs = slots * -(-width // chunk) * heads * groups
     return Launch(kernel, programs, arguments, constants, tiles.warps, tiles.stages)
 
 
+def _sizes(tiles: Tiles, call: AttentionCall) -> dict[str, int]:
+    """Rows and columns of a tile of scores, and whether its columns are spread."""
+    spread = call.seed is not None and 32 <= tiles.columns < 128
+    spread &= call.q.shape[1] >= _SPREAD_ROWS * call.problems
+    return {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "SPREAD": spread}
+
+
 def attend_launch(tiles: Tiles, call: AttentionCall, out: Tensor, lse: Tensor) -> Launch:
     rest = {"out": operand(out), "lse": lse}
-    launch = _launch(attend_kernel, tiles, call, tiles.rows, rest)
-    return replace(launch, constants=launch.constants | {"POSITIVE": call.scale > _LEAST_FACTOR})
+    sizes = {"BRANCH": tiles.branch, "POSITIVE": call.scale > _LEAST_FACTOR}
+    return _launch(
+        attend_kernel, tiles, call, _slots(call, tiles.rows), rest, _sizes(tiles, call) | sizes
+    )
 
 
 def query_gradient_launch(
@@ -94,7 +116,8 @@ def query_gradient_launch(
     of_query = None if grad_q is None else operand(grad_q)
     rest = {"out": operand(out), "grad_q": of_query, "lse": lse}
     rest |= {"grad_out": operand(grad_out), "delta": delta}
-    return _launch(query_gradient_kernel, tiles, call, tiles.rows, rest)
+    slots, sizes = _slots(call, tiles.rows), _sizes(tiles, call) | {"BRANCH": tiles.branch}
+    return _launch(query_gradient_kernel, tiles, call, slots, rest, sizes)
 
 
 def key_gradient_launch(
@@ -109,4 +132,26 @@ def key_gradient_launch(
     of_key, of_value = (None if grad is None else operand(grad) for grad in (grad_k, grad_v))
     rest = {"grad_k": of_key, "grad_v": of_value, "lse": lse}
     rest |= {"grad_out": operand(grad_out), "delta": delta}
-    return _launch(key_gradient_kernel, tiles, call, tiles.columns, rest)
+    sizes = _sizes(tiles, call)
+    parts = 128 // tiles.columns if sizes["SPREAD"] else 1
+    slots = parts * _slots(call, parts * tiles.columns)
+    return _launch(key_gradient_kernel, tiles, call, slots, rest, sizes)
+
+
+def gradient_launch(
+    tiles: Tiles,
+    call: AttentionCall,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: Sequence[Tensor | None],
+) -> Launch:
+    """Launch of the wanted gradients of q, k and v, for short problems."""
+    names = ("grad_q", "grad_k", "grad_v")
+    rest: dict[str, Any] = {
+        name: None if grad is None else operand(grad)
+        for name, grad in zip(names, grads, strict=True)
+    }
+    rest |= {"out": operand(out), "lse": lse, "grad_out": operand(grad_out)}
+    slots, sizes = _slots(call, tiles.rows), {"BLOCK": tiles.rows}
+    return _launch(gradient_kernel, tiles, call, slots, rest, sizes)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from flmoe_kernels.core.triton.tables import Table
 
-# Kernel, class of the call; and DROPOUT.
-Key = tuple[str, ...]
-DROPOUT = "dropout"
+# Kernel, class of the call.
+Key = tuple[str, str]
 # Problems of up to this many rows on average take the smallest tiles.
 SHORT = 16
 # Maximum number of columns of a width per program.
@@ -41,7 +40,7 @@ class Tiles:
 
     shared: maximum bytes per block on sm_80, sm_90 and sm_100 at the named shapes, in the compiled cases,
     with Triton 3.7.1; tests/bench/test_aot.py checks them. widest: maximum number of columns
-    of a width per program.
+    of a width per program. branch: whether keys past the last are replaced in a branch, which other tiles skip.
     """
 
     rows: int
@@ -50,36 +49,38 @@ class Tiles:
     stages: int
     shared: tuple[int, int, int]
     widest: int = WIDEST
+    branch: bool = True
 
 
 # (kernel, class of the call) -> tiles for every architecture that has none of its own. 64 rows give each of four
 # warps the 16 that its matrix instruction takes, and sm_90's the 64 of its group, so that scores stay in the
-# registers where they were made; with more warps each row is held twice. 64 columns: a tile of 128 would use all
-# four words of a dropout counter (17 instead of 21 instructions per score in sm_90's first kernel), but its
-# gradient kernels spill on two or three of the architectures, and the first one on sm_100. Two blocks share an
-# SM: 255 registers and the shared memory allow it. "wide" is for widths over 64, where a tile of rows has twice
-# the bytes: half the columns in "query_gradient"; half the rows in "key_gradient", whose sums alone are 128
-# registers, which leaves its scores to mma.sync on every architecture. "short" is for problems of at most 16 rows
-# on average: a warp and a tile for each problem and head. float32 products are three TF32 ones, of operands that
-# are split in two: 32 x 32 is what does not spill at width 64. "chunked" is for widths over 128, whose rows pass
-# in chunks of 128 columns; each chunk of the output is a program that makes all scores. Two float32 kernels have
-# chunks of 64, twice the programs and at width 256 1.7 times the products: with 128 they spill up to 112 bytes.
-# Tiles of wide float32 and of chunked rows are smaller for the registers and the shared memory: nothing spills at
-# widths 128 and 256, though up to 584 bytes do at 200, which fills no chunk, and no block takes more than the 99
-# KiB that sm_86 and sm_89 have. The fastest choice has not been measured.
+# registers where they were made; with more warps each row is held twice. 64 columns, because with 128 columns
+# "key_gradient" spills on sm_80, sm_90 and sm_100, and "query_gradient" and "attend" spill on sm_100. On sm_90
+# "attend" with 128 columns would take 16.0 instead of 17.0 instructions per score, but 241 instead of 141
+# registers. With two stages, copies and products do not overlap; with three, the next tile is loaded during the
+# current one. Two blocks share an SM: 255 registers and the shared memory allow it. "wide" is for widths over 64,
+# where a tile of rows has twice the bytes: half the columns in "query_gradient"; half the rows in "key_gradient",
+# whose sums alone are 128 registers, which leaves its scores to mma.sync on every architecture. "short" is for
+# problems of at most 16 rows on average: a warp (two for float32's gradients) and a tile for each problem and
+# head, and one kernel for all gradients. float32 products are three TF32 ones, of operands that are split in two:
+# 32 x 32 is what does not spill at width 64. "chunked" is for widths over 128, whose rows pass in chunks of 128
+# columns; each chunk of the output is a program that makes all scores. Two float32 kernels have chunks of 64,
+# twice the programs and at width 256 1.7 times the products: with 128 they spill up to 112 bytes. Tiles of wide
+# float32 and of chunked rows are smaller for the registers and the shared memory: nothing spills at widths 128 and
+# 256, though up to 584 bytes do at 200, which fills no chunk, and no block takes more than the 99 KiB that sm_86
+# and sm_89 have. The fastest choice has not been measured.
 _ALL: dict[Key, Tiles] = {
-    ("attend", "long"): Tiles(64, 64, 4, 2, (24576, 40960, 41000)),
+    ("attend", "long"): Tiles(64, 64, 4, 3, (40960, 57344, 57392)),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 65536, 73792)),
-    ("key_gradient", "long"): Tiles(64, 64, 4, 2, (41472, 57856, 74312)),
-    ("attend", "wide"): Tiles(64, 64, 4, 2, (57344, 81920, 81960)),
-    ("query_gradient", "wide"): Tiles(64, 32, 4, 2, (53248, 73728, 77880)),
+    ("key_gradient", "long"): Tiles(64, 64, 4, 3, (58368, 74752, 91216)),
+    ("attend", "wide"): Tiles(64, 64, 4, 3, (90112, 114688, 114736)),
+    ("query_gradient", "wide"): Tiles(64, 32, 4, 2, (53248, 65536, 73784)),
     ("key_gradient", "wide"): Tiles(32, 64, 4, 2, (53504, 53504, 51464)),
     ("attend", "chunked"): Tiles(64, 32, 4, 1, (45056, 40960, 40968)),
-    ("query_gradient", "chunked"): Tiles(32, 32, 4, 1, (43008, 43008, 43008)),
+    ("query_gradient", "chunked"): Tiles(32, 32, 4, 1, (43008, 43008, 43008), branch=False),
     ("key_gradient", "chunked"): Tiles(32, 32, 4, 1, (51200, 51200, 51200)),
     ("attend", "short"): Tiles(16, 16, 1, 2, (3072, 3072, 3072)),
-    ("query_gradient", "short"): Tiles(16, 16, 1, 1, (3584, 3584, 3584)),
-    ("key_gradient", "short"): Tiles(16, 16, 1, 1, (4096, 4096, 4096)),
+    ("gradient", "short"): Tiles(16, 16, 1, 1, (6656, 6656, 6656)),
     ("attend", "float32"): Tiles(32, 32, 4, 1, (24576, 24576, 24576)),
     ("query_gradient", "float32"): Tiles(32, 32, 4, 1, (40960, 40960, 40960)),
     ("key_gradient", "float32"): Tiles(32, 32, 4, 1, (49152, 49152, 49152)),
@@ -90,32 +91,37 @@ _ALL: dict[Key, Tiles] = {
     ("query_gradient", "float32, chunked"): Tiles(32, 16, 4, 1, (40960, 40960, 40960), 64),
     ("key_gradient", "float32, chunked"): Tiles(16, 16, 4, 1, (73728, 73728, 73728)),
     ("attend", "float32, short"): Tiles(16, 16, 1, 1, (6144, 6144, 6144)),
-    ("query_gradient", "float32, short"): Tiles(16, 16, 1, 1, (10240, 10240, 10240)),
-    ("key_gradient", "float32, short"): Tiles(16, 16, 1, 1, (12288, 12288, 12288)),
+    ("gradient", "float32, short"): Tiles(16, 16, 2, 1, (14336, 14336, 14336)),
 }
 
-# Those that an architecture has instead; their shared bytes elsewhere are 0. With dropout 128 columns in the
-# first kernel use all four words of a dropout counter, and what a step costs once is shared by twice the scores:
-# 17.4 instead of 21.4 instructions per score on sm_90 at width 64, 19.8 instead of 23.9 on sm_80, whose siblings
-# sm_86 and sm_89 have the same instructions. At widths up to 64 nothing spills; on sm_100 this would, 280 bytes.
-# Without dropout it is 10.3 instead of 12.2 on sm_90, but 224 instead of 128 registers: two blocks on an SM where
-# four can hide their waits. The other entries exist because the default tiles spill 8 to 24 bytes in one named
-# case: half the columns for wide rows and eight warps for chunked ones on sm_80 and sm_86, three stages for the
-# gradient of keys on sm_80 and, wide, on sm_90, eight warps for chunked rows on sm_100, whose float32 gradient of
-# keys also has chunks of 64. The fastest choice has not been measured.
+# Replacements by architecture; their shared bytes elsewhere are 0. With mma.sync, Triton converts the layout of
+# scores that are modified in a branch, through shared memory. In the gradient of queries this takes 255 instead of
+# 182 registers, and spills on sm_120. On sm_80 and sm_86 the tiles of "long" problems are therefore masked without
+# a branch. Wide and chunked rows keep it or not, whichever has no spill. The gradient of keys has tiles with two
+# stages (long) or smaller ones (wide and float32, chunked) on sm_86, so that two blocks fit an SM and nothing
+# spills on sm_12x. The wide gradient of queries loads a tile ahead where two blocks with three stages fit an SM.
+# The other entries exist because the default tiles spill 8 to 24 bytes in one named case: half the columns for
+# wide rows on sm_80 and sm_86, three stages for the wide gradient of keys on sm_90, eight warps for chunked rows
+# on sm_100, whose float32 gradient of keys also has chunks of 64. The fastest choice has not been measured.
 _AMPERE: dict[Key, Tiles] = {
-    ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (40960, 0, 0)),
+    ("attend", "long"): Tiles(64, 64, 4, 3, (40960, 0, 0), branch=False),
+    ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 0, 0), branch=False),
     ("attend", "wide"): Tiles(64, 32, 4, 2, (36864, 0, 0)),
-    ("query_gradient", "chunked"): Tiles(32, 32, 8, 1, (43008, 0, 0)),
 }
 _REPLACED: dict[int, dict[Key, Tiles]] = {
-    80: {**_AMPERE, ("key_gradient", "long"): Tiles(64, 64, 4, 3, (58368, 0, 0))},
-    86: _AMPERE,
+    80: _AMPERE,
+    86: {
+        **_AMPERE,
+        ("key_gradient", "long"): Tiles(64, 64, 4, 2, (41472, 0, 0)),
+        ("key_gradient", "wide"): Tiles(16, 64, 4, 2, (43136, 0, 0)),
+        ("key_gradient", "float32, chunked"): Tiles(16, 32, 4, 1, (40960, 0, 0), 64),
+    },
     90: {
-        ("attend", "long", DROPOUT): Tiles(64, 128, 4, 2, (0, 73728, 0)),
+        ("query_gradient", "wide"): Tiles(64, 32, 4, 3, (0, 81920, 0)),
         ("key_gradient", "wide"): Tiles(32, 64, 4, 3, (0, 70144, 0)),
     },
     100: {
+        ("query_gradient", "wide"): Tiles(64, 32, 4, 3, (0, 0, 90176)),
         ("attend", "chunked"): Tiles(64, 64, 8, 1, (0, 0, 49160)),
         ("key_gradient", "float32, chunked"): Tiles(16, 32, 4, 1, (0, 0, 40960), 64),
     },
@@ -154,15 +160,16 @@ def class_of(call: AttentionCall) -> str:
     return "float32" if size == "long" else f"float32, {size}"
 
 
-def narrower(kernel: str, call: AttentionCall) -> list[Key]:
-    """The key that is tried before (kernel, class_of) if there is dropout."""
-    return [] if call.seed is None else [(kernel, class_of(call), DROPOUT)]
+def is_short(call: AttentionCall) -> bool:
+    """Whether one kernel, "gradient", computes all gradients, with square tiles."""
+    return class_of(call).endswith("short")
 
 
 def candidates(kernel: str, call: AttentionCall, architecture: int | None) -> list[Tiles]:
     """Candidates for autotune; the first is that of the launch table."""
     kind = class_of(call)
-    first = TABLE.tiles((kernel, kind), architecture, *narrower(kernel, call))
+    first = TABLE.tiles((kernel, kind), architecture)
     chunks = (64, WIDEST) if kind == "float32, chunked" else (first.widest,)
-    found = (Tiles(*one, _UNKNOWN, widest) for one in _TRIED[kind] for widest in chunks)
+    tried = [one for one in _TRIED[kind] if kernel != "gradient" or one[0] == one[1]]
+    found = (Tiles(*one, _UNKNOWN, widest) for one in tried for widest in chunks)
     return [first, *(one for one in found if replace(first, shared=_UNKNOWN) != one)]

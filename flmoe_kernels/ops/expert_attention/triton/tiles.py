@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Candidates that a step of `find_run` reads at a time: one step finds one of 64 runs, two one of 4096.
-_WIDE = tl.constexpr(64)
+# Candidates that a step of `find_run` reads at a time: one step finds one of 64 runs, two one of 4096. Each warp
+# reads them in two halves, so that the sum over a half needs no barrier.
+_HALF = tl.constexpr(32)
 # The interpreter would multiply the integer representation of bfloat16, so operands are widened there.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -38,15 +39,23 @@ def boundary(cu, run, problems, rows):
 
 
 @triton.jit
+def starts_by(cu, problems, rows, slot, low, at, span, BLOCK: tl.constexpr):
+    """1 for each of the runs low + at, at < span, whose first slot is not after `slot`."""
+    start = boundary(cu, low + at, problems, rows) // BLOCK + low + at
+    return ((at < span) & (start <= slot)).to(tl.int32)
+
+
+@triton.jit
 def find_run(cu, problems, rows, slot, BLOCK: tl.constexpr):
-    """The last run r with boundary(r) // BLOCK + r <= slot, by a search that reads _WIDE runs at a time."""
+    """The last run r with boundary(r) // BLOCK + r <= slot, by a search that reads 2 * _HALF runs at a time."""
     low = tl.full((), 0, tl.int32)
     span = tl.full((), 2, tl.int32) + problems
     while span > 1:
-        step = (span + _WIDE - 1) // _WIDE
-        at = tl.arange(0, _WIDE) * step
-        start = boundary(cu, low + at, problems, rows) // BLOCK + low + at
-        below = tl.sum(((at < span) & (start <= slot)).to(tl.int32), 0)
+        step = (span + 2 * _HALF - 1) // (2 * _HALF)
+        at = tl.arange(0, _HALF) * step
+        below = starts_by(cu, problems, rows, slot, low, at, span, BLOCK)
+        below += starts_by(cu, problems, rows, slot, low, at + _HALF * step, span, BLOCK)
+        below = tl.sum(below, 0)
         skipped = tl.maximum(below - 1, 0) * step
         low += skipped
         span = tl.minimum(step, span - skipped)
@@ -70,6 +79,56 @@ def place(cu, problems, rows, slot, BLOCK: tl.constexpr):
     start = tl.where(start < 0, length, start)
     covered = (run > 0) & (run <= problems) & (start < length)
     return run - 1, first, length, start, tl.where(covered, length, 0)
+
+
+# A tile of keys is either COLUMNS adjacent ones or, with SPREAD, four runs of COLUMNS / 4 keys that are 32 apart:
+# a quarter of a dropout counter's 128 columns, which then use all four of its words.
+@triton.jit
+def tile_columns(COLUMNS: tl.constexpr, SPREAD: tl.constexpr):
+    """The columns of a tile, from its first."""
+    at = tl.arange(0, COLUMNS)
+    return at // (COLUMNS // 4) * 32 + at % (COLUMNS // 4) if SPREAD else at
+
+
+@triton.jit
+def tile_start(tile, COLUMNS: tl.constexpr, SPREAD: tl.constexpr):
+    """The first column of a tile."""
+    if SPREAD:
+        PARTS: tl.constexpr = 128 // COLUMNS
+        return tile // PARTS * 128 + tile % PARTS * (COLUMNS // 4)
+    else:
+        return tile * COLUMNS
+
+
+@triton.jit
+def tile_count(length, COLUMNS: tl.constexpr, SPREAD: tl.constexpr):
+    """The number of tiles that have columns below a length."""
+    if SPREAD:
+        rest = tl.cdiv(tl.minimum(length % 128, 32), COLUMNS // 4)
+        return length // 128 * (128 // COLUMNS) + rest
+    else:
+        return tl.cdiv(length, COLUMNS)
+
+
+@triton.jit
+def tile_whole(length, COLUMNS: tl.constexpr, SPREAD: tl.constexpr):
+    """The number of the first tiles whose columns all are below a length."""
+    if SPREAD:
+        PARTS: tl.constexpr = 128 // COLUMNS
+        return length // 128 * PARTS
+    else:
+        return length // COLUMNS
+
+
+@triton.jit
+def replace_outside(x, inside, value, ragged, BRANCH: tl.constexpr):
+    """x in columns that are `inside`, `value` in the others, which only `ragged` tiles have."""
+    if BRANCH:
+        if ragged:
+            x = tl.where(inside[None, :], x, value)
+    else:
+        x = tl.where(inside[None, :], x, value)
+    return x
 
 
 @triton.jit

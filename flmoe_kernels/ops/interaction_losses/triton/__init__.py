@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.operands import expect, expect_float32_or_half
 from flmoe_kernels.core.triton.launches import run
+from flmoe_kernels.core.triton.plans import planned
 
 from ..call import check_shapes
 from . import launch as launches
@@ -18,6 +19,7 @@ from . import launch as launches
 __all__ = ["losses", "losses_backward"]
 
 
+@planned(2)
 def losses(latents: Tensor, exists: Tensor | None) -> Tensor:
     latents, exists = _checked(latents, exists)
     experts, _, batch, _ = latents.shape
@@ -30,6 +32,7 @@ def losses(latents: Tensor, exists: Tensor | None) -> Tensor:
     return out
 
 
+@planned(3)
 def losses_backward(grad_losses: Tensor, latents: Tensor, exists: Tensor | None) -> Tensor:
     latents, exists = _checked(latents, exists)
     expect("grad_losses", grad_losses, latents.shape[:1], latents.dtype, latents.device)

@@ -6,12 +6,14 @@ No call waits for the GPU, and what is allocated depends on shapes alone, so tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.operands import contiguous
+from flmoe_kernels.core.operands import contiguous, rows_contiguous
 from flmoe_kernels.core.triton.launches import run
+from flmoe_kernels.core.triton.plans import planned
 from flmoe_kernels.ops.pair_moe.call import REDUCE_POOL, PairCall
 
 from .choice import tiles_of
@@ -36,15 +38,21 @@ def forward(call: PairCall, reduce: str) -> tuple[Tensor, Tensor]:
     if _empty(call):
         y = call.q.new_zeros(call.y_shape(reduce), dtype=call.y_dtype(reduce))
         return y, call.q.new_zeros(call.q.shape[:3], dtype=call.statistics)
-    call = readable(call)
+    y, mass = _forward(*call.tensors, call.kinds, call.top_k, call.scale, reduce)
+    return y.sum(dim=2) if reduce == REDUCE_POOL else y, mass
+
+
+@planned(7)
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """y, for "pool" of each block of rows, and mass."""
+    *inputs, reduce = args
+    call = readable(PairCall(*inputs))
     tiles = tiles_of("accumulate", call, reduce=reduce)
     mass = call.q.new_empty(call.q.shape[:3], dtype=call.statistics)
+    shape = call.y_shape(reduce)
     if reduce == REDUCE_POOL:
         shape = (call.batch, call.experts, row_blocks(tiles, call), call.width)
-        partial = call.q.new_empty(shape, dtype=call.y_dtype(reduce))
-        run([forward_launch(tiles, call, reduce, partial, mass)], call.q.device)
-        return partial.sum(dim=2), mass
-    y = call.q.new_empty(call.y_shape(reduce))
+    y = call.q.new_empty(shape, dtype=call.y_dtype(reduce))
     run([forward_launch(tiles, call, reduce, y, mass)], call.q.device)
     return y, mass
 
@@ -53,15 +61,26 @@ def backward(
     call: PairCall, reduce: str, grad_y: Tensor, grad_mass: Tensor | None, wants: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, a, c and of the gate's bias; those not requested are empty."""
-    inputs = (call.q, call.k, call.a, call.c)
-    shapes = [x.shape if want else (0,) for x, want in zip(inputs, wants, strict=False)]
-    q, k, a, c = (call.q.new_empty(shape) for shape in shapes)
     if _empty(call):
+        inputs = zip((call.q, call.k, call.a, call.c), wants, strict=False)
+        q, k, a, c = (x.new_zeros(x.shape if want else (0,)) for x, want in inputs)
         experts = call.experts if wants[4] else 0
-        bias = call.q.new_zeros((experts,), dtype=call.statistics)
-        return q.zero_(), k.zero_(), a.zero_(), c.zero_(), bias
+        return q, k, a, c, call.q.new_zeros((experts,), dtype=call.statistics)
+    tensors = (*call.tensors, rows_contiguous(grad_y), contiguous(grad_mass))
+    options = (call.kinds, call.top_k, call.scale, reduce, tuple(wants))
+    q, k, a, c, bias = _backward(*tensors, *options)
+    return q, k, a, c, bias.sum(dim=(0, 1))
+
+
+@planned(9)
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, a, c, and of the gate's bias for each sample and block of rows."""
+    *inputs, grad_y, grad_mass = args[:9]
+    *options, reduce, wants = args[9:]
+    call = PairCall(*inputs, *options)
+    shapes = [x.shape if want else (0,) for x, want in zip(inputs[:4], wants, strict=False)]
+    q, k, a, c = (call.q.new_empty(shape) for shape in shapes)
     call = readable(call)
-    grad_mass = contiguous(grad_mass)
     sums, gates = tiles_of("accumulate", call), tiles_of("gradient", call)
     shape = (call.batch, row_blocks(gates, call), call.experts if wants[4] else 0)
     bias = call.q.new_empty(shape, dtype=call.statistics)
@@ -72,7 +91,7 @@ def backward(
     launches = project_launches(call, reduce, grad_y, grad_mass, sides) if used else []
     launches += backward_launches(sums, gates, call, reduce, grad_y, sides, grads[:4], grads[4])
     run(launches, call.q.device)
-    return q, k, a, c, bias.sum(dim=(0, 1))
+    return q, k, a, c, bias
 
 
 def pair_map(call: PairCall, head: Tensor) -> Tensor:

@@ -109,9 +109,9 @@ def message_sums(
 #     out_i = S1 a_i sum_j p + S2 sum_j p c_j + S3 a_i * sum_j p c_j
 # One program per block of tokens i, chunk of V and sample, with a loop over blocks of j. Traffic: q, a and out
 # once; k and c once per block of i, from L2. Bound, by counting instructions, not measured: the arithmetic of the
-# softmax and, for as many cycles on sm_90, its exponentials and reciprocals; the matrix units wait. Sums of p c_j
-# are therefore a matrix product for every reduction: "pool" does not need it for unique_b and redundancy, but
-# would then sum p over the rows of a tile, across warps, on the busier units.
+# softmax and, for as many cycles on sm_90, its exponentials and reciprocals; the matrix units wait. The sum of
+# p c_j is therefore always a matrix product. For "pool" with unique_b and redundancy it could be avoided by
+# summing p over rows, which would add work to the arithmetic units, the bottleneck.
 @triton.jit
 def accumulate_kernel(
     q,

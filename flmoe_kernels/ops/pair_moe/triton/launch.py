@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +29,7 @@ _MAX_STRIDE = 2**24
 
 def readable(call: PairCall) -> PairCall:
     """The call with copies of the inputs that kernels cannot read in place."""
-    return replace(
-        call,
+    return call._replace(
         q=_rows_contiguous(call.q),
         k=_rows_contiguous(call.k),
         a=_rows_contiguous(call.a),

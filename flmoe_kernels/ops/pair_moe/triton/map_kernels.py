@@ -13,7 +13,7 @@ from .tiles import gate, pair_values, valid_tokens
 
 # Contributions phi = p * (offset_i + offset_j + u_i . c_j) of the rows first .. rows, dense; or, as KEYS, 64-bit
 # integers that order them with their sum over the experts: larger phi first, then lower (i, j). One program per
-# tile and sample. Traffic: the output, once. Bound: that.
+# tile and sample. Traffic: the output, once. Bound: writing the output.
 @triton.jit
 def map_kernel(
     q,

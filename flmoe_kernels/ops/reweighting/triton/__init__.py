@@ -13,12 +13,14 @@ from torch import Tensor
 
 from flmoe_kernels.core.operands import contiguous, expect, expect_float32_or_half
 from flmoe_kernels.core.triton.launches import run
+from flmoe_kernels.core.triton.plans import planned
 
 from . import launch as launches
 
 __all__ = ["features", "features_backward", "mix", "mix_backward"]
 
 
+@planned(2)
 def features(
     tokens: Tensor, mask: Tensor | None, lengths: Sequence[int], normalized: int
 ) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,7 @@ def features(
     return out, statistics
 
 
+@planned(4)
 def features_backward(
     grad_features: Tensor,
     features: Tensor,
@@ -62,6 +65,7 @@ def features_backward(
     return grad
 
 
+@planned(2)
 def mix(scores: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Weights (B, E) and the mixture (B, C) of logits (E, B, C)."""
     logits = _logits(logits)
@@ -74,6 +78,7 @@ def mix(scores: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, Ten
     return weights, mixed
 
 
+@planned(4)
 def mix_backward(
     grad_weights: Tensor | None,
     grad_mixed: Tensor | None,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flmoe_kernels.ops.encoder.triton.rows_tiles import normal_tail
+
 # Blocks of rows that are multiplied with all blocks of columns before the next blocks of rows.
 BAND = tl.constexpr(8)
 # The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened. And it cuts
@@ -193,8 +195,9 @@ def slices(x, COUNT: tl.constexpr):
 def activate(x, ACT: tl.constexpr):
     """Value and derivative; the codes are the positions in ACTIVATIONS of reference.py."""
     if ACT == GELU:
-        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        slope = share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        tail, bell = normal_tail(x)
+        share = tl.where(x < 0.0, tail, 1.0 - tail)
+        slope = share + x * (bell * 0.3989422804014327)
         value = x * share
     elif ACT == GELU_TANH:
         # (1 + tanh(u)) / 2 is the logistic function of 2 u.

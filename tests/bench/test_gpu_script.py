@@ -1,0 +1,158 @@
+"""Tests of bench/gpu.sh, its targets and its pytest plugin, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import targets
+from bench.peers import peers
+from flmoe_kernels.core.triton.target import TARGETS
+from flmoe_kernels.profile import graphs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def gpu_script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments],
+        env=os.environ | {"PYTHON": sys.executable} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_dry_run_executes_every_step(tmp_path: Path) -> None:
+    """Takes most of a minute, because four processes import torch, one interprets and one compiles kernels."""
+    pytest.importorskip("triton")
+    done = gpu_script("--dry-run", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = {step["step"]: step["code"] for step in lines_of(tmp_path / "steps.jsonl")}
+    assert steps == dict.fromkeys(("compile kernels", "tests", "sanitize", "targets"), "0")
+    results = {result["target"]: result for result in lines_of(tmp_path / "targets.jsonl")}
+    assert len(results) == 2
+    for result in results.values():
+        assert {"ratio", "graphs", "graph_to_called", "host_ms", "share"} <= set(result["values"])
+
+
+def test_a_step_that_fails_or_has_no_time_is_recorded(tmp_path: Path) -> None:
+    done = gpu_script("tests", "--dry-run", OUT=str(tmp_path), PYTHON="/bin/false")
+    assert done.returncode == 1
+    done = gpu_script("sanitize", "--dry-run", OUT=str(tmp_path), FLMOE_GPU_BUDGET="10")
+    assert done.returncode == 1
+    [step] = lines_of(tmp_path / "steps.jsonl")
+    assert step == {"step": "sanitize", "code": "skipped", "seconds": 0}
+    assert gpu_script("bench").returncode == 2
+    assert gpu_script(PYTHON="/bin/false").stdout == "== no cuda device\n"
+
+
+@pytest.mark.slow
+def test_every_call_that_is_compiled_beforehand_can_be_recorded() -> None:
+    """At the sizes of a GPU: takes a minute and four gigabytes."""
+    pytest.importorskip("triton")
+    from bench import warm
+    from flmoe_kernels.core.triton.recording import recorded
+
+    for call in warm.calls():
+        with recorded(TARGETS[90]) as kernels:
+            call()
+        assert kernels
+
+
+def test_every_target_names_a_case_and_a_peer() -> None:
+    assert len({str(target) for target in targets.TARGETS}) == len(targets.TARGETS)
+    for target in targets.TARGETS:
+        for device in ("cpu", "cuda"):
+            assert target.peer in {peer.name for peer in peers(target.case(device))}
+
+
+def test_limits_of_targets() -> None:
+    facts: dict[str, Any] = {
+        **{"ours": "triton", "peer": targets.TF32, "share_of_roofline": 0.5},
+        **{"ratio": {"median": 12.0}, "peer_seconds": {"median": 24e-3}},
+        "ours_as_graph": {"host_seconds": 2e-3, "replay_seconds": 4e-4},
+        "peer_as_graph": {"not_captured": "it waits"},
+    }
+    values = targets.values_of(facts)
+    assert values == {"ratio": 12.0, "share": 0.5, "host_ms": 2.0, "graph_to_called": 60.0}
+    mimic = targets.TARGETS[1]
+    assert not targets.missed(mimic, values)
+    assert targets.missed(mimic, values | {"host_ms": 3.0}) == [
+        "host_ms: expected at most 2.5, got 3"
+    ]
+    del values["graph_to_called"]
+    assert targets.missed(mimic, values) == ["graph_to_called: expected at least 50, got no value"]
+
+
+def test_a_call_that_is_slower_than_its_graph_is_host_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a GPU a graph is the call itself."""
+    facts = graphs.replay_facts(lambda: lambda: None, 1.0, "cpu", 0.01)
+    assert set(facts) == {"host_seconds", "replay_seconds", "host_bound"}
+    assert not facts["host_bound"]
+    monkeypatch.setattr(graphs, "is_cuda", lambda _device: True)
+    monkeypatch.setattr(graphs.torch.cuda, "synchronize", lambda _device: None)
+    monkeypatch.setattr(graphs, "clock_for", lambda _device: ("fake", lambda _call: 0.5))
+    monkeypatch.setattr(graphs, "graphed", lambda call, _device: call)
+    for called, bound in ((1.0, True), (0.55, False)):
+        assert (
+            graphs.replay_facts(lambda: lambda: None, called, "cuda", 0.01)["host_bound"] == bound
+        )
+
+    def waits(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "graphed", waits)
+    facts = graphs.replay_facts(lambda: lambda: None, 1.0, "cuda", 0.01)
+    assert set(facts) == {"host_seconds", "not_captured"}
+
+
+TESTS = """
+import time
+from bench import isolation
+
+
+def test_hangs():
+    time.sleep(100)
+
+
+def test_breaks_the_context():
+    isolation.is_broken = lambda: True
+
+
+def test_passes():
+    pass
+"""
+
+
+def test_a_test_that_hangs_or_breaks_the_context_costs_no_other(tmp_path: Path) -> None:
+    """Two processes are replaced, each of which imports torch."""
+    file = tmp_path / "test_some.py"
+    file.write_text(TESTS)
+    command = [
+        sys.executable,
+        *["-m", "pytest", "-n", "1", "-p", "bench.isolation", "--limit", "2", "-rA"],
+    ]
+    done = subprocess.run(
+        [*command, f"--rootdir={tmp_path}", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "crashed while running 'test_some.py::test_hangs'" in done.stdout
+    assert "crashed while running 'test_some.py::test_breaks_the_context'" in done.stdout
+    # The second also passed before its process ended.
+    assert "2 failed, 2 passed" in done.stdout
