@@ -212,6 +212,10 @@ def test_half_of_the_budget_is_for_each_design() -> None:
     # Few pairs of many players share their draws.
     few = probe_game(unanimity({(0, 1): 1.0}, 30), [(0, 1), (3, 4)], sampling=Sampling(budget=500))
     assert {x.design for x in few.values()} == {"toggling"}
+    options: dict[str, Any] = {"indices": ["SII"], "sampling": Sampling(budget=1500)}
+    # Two units of every size of 1000 players are more than the budget.
+    row = probe_game(unanimity({(0, 1): 1.0}, 1000), [(0, j) for j in range(1, 96)], **options)
+    assert row["SII"].design == "toggling"
 
 
 @pytest.mark.parametrize("paired", [True, False])

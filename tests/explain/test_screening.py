@@ -95,6 +95,67 @@ def test_small_games_need_no_screening() -> None:
     assert not any("screened" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(
+    ("indices", "options", "budget"),
+    [
+        (("BII",), {}, 3000),
+        (("SII",), {}, 3000),
+        (("SII",), {"design": "regression"}, 3001),
+        (("SII",), {"design": "regression", "tolerance": 1e-6}, 3000),
+    ],
+)
+def test_checkpoints_of_other_requests_are_refused(
+    tmp_path: Path, indices: tuple[str, ...], options: dict[str, Any], budget: int
+) -> None:
+    """Requests with the same screening, but other estimates after it."""
+    game, _ = planted(24, 12, 20, seed=1)
+
+    def values(*names: str, budget: int = 3000, **given: Any) -> None:
+        sampling, run = Sampling(budget=budget, **given), Run(checkpoint=tmp_path)
+        probe_game(game, "screened", indices=names, sampling=sampling, run=run)
+
+    values("STII")
+    values("STII")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        values(*indices, budget=budget, **options)
+
+
+@pytest.mark.parametrize("design", ["regression", "toggling"])
+def test_the_screening_draws_other_coalitions_than_the_estimates(design: str) -> None:
+    game, _ = planted(120, 12, 0, seed=1)
+    asked: list[NDArray[np.bool_]] = []
+
+    def formula(inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+        asked.append(inside)
+        return game(inside)
+
+    recorded = Planted(120, formula)
+    sampling = Sampling(budget=3000, design=design)
+    found = probe_game(recorded, "screened", indices=["SII"], sampling=sampling)["SII"]
+    assert found.evaluations == recorded.asked
+    every = np.concatenate(asked)
+    # Of the small sizes there are few coalitions.
+    middle = every[(every.sum(axis=1) > 2) & (every.sum(axis=1) < 118)]
+    assert len(np.unique(middle, axis=0)) == len(middle)
+
+
+@pytest.mark.parametrize(
+    ("indices", "least"), [(("SII",), 1904), (("SII", "RG", "BII"), 2285), (("SII", "RG"), 1904)]
+)
+def test_a_budget_too_small_is_refused_before_the_evaluations(
+    indices: tuple[str, ...], least: int
+) -> None:
+    game, _ = planted(356, 30, 0, seed=3)
+    with pytest.raises(ValueError, match=f"budget: expected at least {least}, got {least - 1}"):
+        probe_game(game, "screened", indices=indices, sampling=Sampling(budget=least - 1))
+    sampling = Sampling(budget=5000, design="toggling")
+    with pytest.raises(ValueError, match="design: expected None or another design for"):
+        probe_game(game, "screened", indices=[*indices, "STII"], sampling=sampling)
+    assert not game.asked
+    found = probe_game(game, "screened", indices=indices, sampling=Sampling(budget=least))
+    assert len(found) == len(indices)
+
+
 def test_a_screened_layer_as_black_box(tmp_path: Path) -> None:
     """A 2-additive model, whose pairs all interact; the run continues from its checkpoint."""
     layer, x = pair_layer(), [each[:1] for each in pair_inputs((14, 9))]

@@ -32,7 +32,7 @@ from flmoe_kernels.explain.reliability import LEAST_COUNT
 
 from .indices import Estimate
 from .linear import share, sums, table
-from .sampling import OVERHEAD, REGRESSION, Sampling
+from .sampling import FOR_REGRESSION, OVERHEAD, REGRESSION, Sampling
 from .strata import Stratum, allocate
 from .surrogate import ALWAYS, FOLDS, LARGEST_FIT, Data, Surrogate, fit_folds
 
@@ -48,7 +48,7 @@ _COMMON_SQUARES = 4
 _PLAYERS_FIT = 700  # columns of fits that only the values of single players need
 _LISTED = 2**17  # see `Stratum.listed`
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
-_DESIGN = "strata of sizes, first part 1/8"
+_DESIGN = "strata of sizes, first part 1/8, seeds by purpose"
 
 
 class _Channel(NamedTuple):
@@ -69,6 +69,8 @@ class Regression:
 
     method: ClassVar[str] = "sampling"
     design: ClassVar[str] = REGRESSION
+    purpose: ClassVar[int] = FOR_REGRESSION
+    first: ClassVar[bool] = True  # whether a first part gives the allocation of the rest
 
     players: int
     pairs: Ints
@@ -77,23 +79,21 @@ class Regression:
     sample: int = 0
     # Gives all ranks and later runs the same numbers, see `Evaluator.agree`.
     agree: Callable[[Floats], Floats] = np.asarray
-    first: bool = True  # whether a first part gives the allocation of the rest
 
     def __post_init__(self) -> None:
         n, paired = self.players, self.sampling.antithetic
         self._sizes = np.arange(1, n // 2 + 1 if paired else n)
-        seeds = (self.sampling.seed, self.sample)
+        seeds = (self.sampling.seed, self.purpose, self.sample)
         self._strata = [Stratum(n, int(s), paired, seeds, _LISTED) for s in self._sizes]
         self._units = np.array([float(min(x.units, 10**300)) for x in self._strata])
         # Units of the middle size count once for two coalitions of the size.
         self._half = np.array([0.5 if x.middle else 1.0 for x in self._strata])
         self._cost = 2 if paired else 1
         self.ends = np.zeros(2)
-        least = OVERHEAD + 2 * self._cost * len(self._strata)
-        every = OVERHEAD + self._cost * sum(x.units for x in self._strata)
-        if self.sampling.budget < min(least, every):
+        least = self.least(n, paired)
+        if self.sampling.budget < least:
             raise ValueError(
-                f"budget: expected at least {min(least, every)}, got {self.sampling.budget}: coalitions of all "
+                f"budget: expected at least {least}, got {self.sampling.budget}: coalitions of all "
                 f"sizes of {n} players need as many evaluations"
             )
         self._channels = self._split() if len(self.pairs) else []
@@ -105,6 +105,12 @@ class Regression:
         self._stages, self._main = self._plan_stages(), False
         self._spread = self._design_spread() if len(self.pairs) else np.zeros(0)
         self._found: dict[str, Estimate] | None = None
+
+    @staticmethod
+    def least(players: int, antithetic: bool) -> int:
+        """The smallest budget: two units of every size, or all coalitions."""
+        sizes = 2 * (players // 2) if antithetic else players - 1
+        return min(2**players, OVERHEAD + 2 * sizes)
 
     @property
     def draws(self) -> int:

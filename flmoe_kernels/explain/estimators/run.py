@@ -29,7 +29,7 @@ from .screening import MOST_PAIRS, Screening
 
 METHODS = ("auto", "exact", "sampling")
 
-Estimator = PairSampling | Regression | Enumeration | Screening
+Estimator = PairSampling | Regression | Enumeration
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,11 @@ def estimate(
     parts = plan(game.players, candidates, indices, method, sampling, sample, solved is not None)
     played, outcome = play(game, parts, run, sample, advance)
     first = parts[0]
-    if isinstance(first, Screening) and first.chosen is not None:
+    screened = 0
+    if isinstance(first, Screening):
         chosen = f"{len(first.chosen)} pairs screened from {candidates.chosen}"
         candidates = Candidates(first.chosen, chosen, candidates.notes + first.said)
+        parts, [screened, *played] = parts[1:], played
     ranks = Ranks.of(run.distributed)
     estimates = {
         name: agreed(values, ranks) for part in parts for name, values in part.estimates().items()
@@ -116,7 +118,7 @@ def estimate(
                 design=part.design,
                 stopped_by=str(part.stopped_by),
                 draws=part.draws,
-                evaluations=evaluations,
+                evaluations=screened + evaluations,
                 sampling=None if isinstance(part, Enumeration) else asdict(sampling),
                 kinds=kinds,
                 notes=candidates.notes + notes[name] + too_small(own.values, own.errors) + mixed,
@@ -162,14 +164,15 @@ def plan(
     reachable = method == "exact" or (method == "auto" and enumerable(players, sampling))
     if not candidates.screen or reachable or len(pairs) <= MOST_PAIRS:
         return choose(players, pairs, indices, method, sampling, sample, solved)
+    first = Screening(players, pairs, indices, sampling, sample, solved=solved)
+    following(first, pairs[:1])  # raises errors before the evaluations
+    return [first]
 
-    def follow(chosen: Ints, left: Sampling) -> list[Estimator]:
-        # Exact for pairs that do not depend on other tokens, which are typical among many tokens.
-        if left.design is None and set(indices) <= {*TERMS}:
-            left = replace(left, design=TOGGLING)
-        return choose(players, chosen, indices, "sampling", left, sample, solved)
 
-    return [Screening(players, pairs, sampling, follow, sample)]
+def following(first: Screening, chosen: Ints) -> list[Estimator]:
+    """The estimators of the pairs that a screening chose."""
+    own = first.players, chosen, first.requested
+    return choose(*own, "sampling", first.left(), first.sample, first.solved)
 
 
 def enumerable(players: int, sampling: Sampling) -> bool:
@@ -210,10 +213,11 @@ def choose(
         half = replace(sampling, budget=max(1, sampling.budget // 2))
     if design is None and len(terms) == len(indices):
         cheap = players > MAX_PLAYERS and len(Toggles.of(players, pairs)) <= _cost(players)
-        few = (
-            RG in indices and PairSampling.least(players, pairs, sampling.antithetic) > half.budget
-        )
-        design = TOGGLING if cheap or few else None
+        least = PairSampling.least(players, pairs, sampling.antithetic)
+        few = RG in indices and least > half.budget
+        # A few rows of pairs can be estimated by a budget that has no room for two units of every size.
+        short = Regression.least(players, sampling.antithetic) > half.budget
+        design = TOGGLING if cheap or few or (short and least <= sampling.budget) else None
     if design == TOGGLING:
         return [PairSampling(players, pairs, (*indices, *kinds), sampling, sample)]
     parts: list[Estimator] = []
@@ -263,13 +267,13 @@ def play(
     evaluator.advance = advance
     counts: list[int] = []
     for part in parts:
-        if isinstance(part, Regression | Screening):
+        if isinstance(part, Regression):
             part.ends, part.agree = ends, evaluator.agree
         while part.stopped_by is None:
             part.absorb(evaluator(part.plan()))
         counts.append(evaluator.evaluations - sum(counts))
         if isinstance(part, Screening):
-            parts.extend(part.following())
+            parts.extend(following(part, part.chosen))
         if isinstance(part, Enumeration):
             ends = part.ends
     if checkpoint is not None:

@@ -61,8 +61,10 @@ _LEAST_UNITS = 2  # within a budget; a single one might give some pair no value
 _COMMON_UNITS = 4
 # Units are equal if they differ by less than this, relative to the largest of them and the end sizes.
 _EQUAL = 1e-9
+# First number of the seeds' spawn keys: parts of a run draw independently.
+FOR_TOGGLING, FOR_REGRESSION, FOR_SCREENING = range(3)
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
-_DESIGN = "toggled coalitions, end sizes apart"
+_DESIGN = "toggled coalitions, end sizes apart, seeds by purpose"
 # Coalitions evaluated between two checks of the stopping rule; enough for the batches of several ranks.
 _STEP_COALITIONS = 4096
 
@@ -112,7 +114,7 @@ def coalition(seed: int, sample: int, unit: int, players: int) -> Bools:
     The last random word gives the size of T; the players with the smallest words are in it. The words are raw
     output of the bit generator, whose stream numpy promises not to change, unlike that of Generator's methods.
     """
-    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample, unit)))
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(FOR_TOGGLING, sample, unit)))
     words = bits.random_raw(players + 1)
     size = 1 + (int(words[-1]) * (players - 1) >> 64)
     inside = np.zeros(players, dtype=np.bool_)

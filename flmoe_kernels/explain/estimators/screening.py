@@ -8,18 +8,18 @@ the fit misses has no value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from flmoe_kernels.explain.games.coalitions import Floats, Ints, Packed
+from flmoe_kernels.explain.games.coalitions import Floats, Ints
 
-from .indices import SII
+from .indices import LINEAR, RG, SII, TERMS
 from .linear import table
 from .regression import Regression
-from .sampling import PairSampling, Sampling
+from .sampling import FOR_SCREENING, TOGGLING, PairSampling, Sampling
 from .surrogate import sparse_fit
 
 MOST_PAIRS = 50
@@ -30,55 +30,60 @@ _ROUNDING = 1e-6  # smaller terms of the fit, relative to the largest, are no ca
 
 
 @dataclass
-class Screening:
-    """The first part of a run: call `plan`, evaluate, call `absorb`, then read `chosen`."""
+class Screening(Regression):
+    """The first part of a run: call `plan`, evaluate, call `absorb`, then read `chosen`.
 
-    method: ClassVar[str] = "sampling"
+    `sampling` and `indices` are those of the whole run. Raises ValueError: a budget too small for the screening
+    and the estimate of a pair.
+    """
+
     design: ClassVar[str] = "screening"
-    indices: ClassVar[tuple[str, ...]] = ()
+    purpose: ClassVar[int] = FOR_SCREENING
+    first: ClassVar[bool] = False
 
-    players: int
-    pairs: Ints
-    sampling: Sampling
-    follow: Callable[
-        [Ints, Sampling], list[Any]
-    ]  # the estimators of chosen pairs, for the rest of the budget
-    sample: int = 0
-    agree: Callable[[Floats], Floats] = np.asarray
+    solved: bool = False  # whether the SII of the chosen pairs needs no estimate
 
     def __post_init__(self) -> None:
-        share = replace(self.sampling, budget=int(_SHARE * self.sampling.budget), tolerance=None)
-        self._draws = Regression(self.players, self.pairs, (SII,), share, self.sample, first=False)
-        self.chosen: Ints | None = None
+        self.requested, self.whole = tuple(self.indices), self.sampling
+        # Exact for pairs that do not depend on other tokens, which are typical among many tokens.
+        if self.whole.design is None and {*self.requested} <= {*TERMS}:
+            self.whole = replace(self.whole, design=TOGGLING)
+        self._require_budget()
+        budget = int(_SHARE * self.whole.budget)
+        self.indices, self.sampling = (
+            (SII,),
+            replace(self.whole, budget=budget, tolerance=None),
+        )
+        super().__post_init__()
+        self.chosen = self.pairs[:0]
         self.said: tuple[str, ...] = ()
 
-    @property
-    def ends(self) -> Floats:
-        return self._draws.ends
-
-    @ends.setter
-    def ends(self, ends: Floats) -> None:
-        self._draws.ends = ends
-
-    @property
-    def draws(self) -> int:
-        return self._draws.draws
+    def _require_budget(self) -> None:
+        own = self.least(self.players, self.whole.antithetic)
+        following = max(
+            own, PairSampling.least(self.players, self.pairs[:1], self.whole.antithetic)
+        )
+        if RG in self.requested and {*self.requested} & {*LINEAR}:
+            following *= 1 if self.whole.design == TOGGLING else 2
+        least = math.ceil(max(own / _SHARE, following / (1.0 - _SHARE)))
+        if self.whole.budget < least:
+            raise ValueError(
+                f"budget: expected at least {least}, got {self.whole.budget}: the screening of {self.players} "
+                "players and the estimates of a pair need as many evaluations"
+            )
 
     @property
     def total(self) -> int:
         """Coalitions of the whole budget, including those of the estimates that follow."""
-        return self.sampling.budget
+        return self.whole.budget
 
     @property
     def stopped_by(self) -> str | None:
-        return None if self.chosen is None else "budget"
-
-    def plan(self) -> Packed:
-        return self._draws.plan()
+        return "budget" if self.said else None
 
     def absorb(self, values: Floats) -> None:
-        self._draws.absorb(values)
-        fit, explained = sparse_fit(self._draws.data())
+        super().absorb(values)
+        fit, explained = sparse_fit(self.data())
         [whole] = fit.indices([table(SII, self.players, 2)])
         square = np.broadcast_to(whole, (self.players, self.players))
         size = np.abs(square[tuple(self.pairs.T)])
@@ -98,20 +103,9 @@ class Screening:
             f"largest |SII| among them is {agreed[-2]:.3g}",
         )
 
-    def following(self) -> list[Any]:
-        """Return the estimators of the chosen pairs."""
-        assert self.chosen is not None
-        return self.follow(self.chosen, self.left())
-
-    def estimates(self) -> dict[str, Any]:
-        return {}
-
-    def notes(self) -> dict[str, tuple[str, ...]]:
-        return {}
-
     def left(self) -> Sampling:
         """The settings of the estimates that follow."""
-        return replace(self.sampling, budget=self.sampling.budget - self.draws)
+        return replace(self.whole, budget=self.whole.budget - self.draws)
 
     def _affordable(self, order: Ints) -> int:
         """The largest number of pairs with _LEAST_UNITS within the rest of the budget; at least one."""
@@ -122,4 +116,9 @@ class Screening:
         return min(1, len(order))
 
     def request(self) -> dict[str, Any]:
-        return {"screening": [MOST_PAIRS, _SHARE, _LEAST_UNITS], **self._draws.request()}
+        following = {
+            "requested": self.requested,
+            "solved": self.solved,
+            "whole": asdict(self.whole),
+        }
+        return {"screening": [MOST_PAIRS, _SHARE, _LEAST_UNITS], **following, **super().request()}
