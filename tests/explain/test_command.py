@@ -258,6 +258,11 @@ VARIANTS: dict[str, tuple[LayerCase, Arrays, dict[str, Any]]] = {
         {"labels": np.array([[1, 0, 1], [0, 0, 0]])},
         {"fill": "drop", "pairs": "all", "attribution": "integrated_gradients", "samples": 1},
     ),
+    "screened pairs": (
+        LayerCase((9, 8), batch=1, dim=8, heads=4, layers=1, classes=3),
+        {},
+        {"pairs": "screened", "samples": 1},
+    ),
     "routed MLPs, a padded modality": (
         LayerCase((4, 3), batch=2, dim=8, heads=4, layers=2, classes=3, gate="GShardGate"),
         {"masks_1": np.array([[False] * 3, [True] * 3])},

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from flmoe_kernels.explain import PairValues, Sampling, probe_game, probe_pairs
+from flmoe_kernels.explain.estimators.indices import Estimate
+from flmoe_kernels.explain.estimators.kinds import pair_kinds
 from tests.support.explain_games import Planted
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
 
@@ -51,6 +53,23 @@ def test_known_kinds(name: str, method: str) -> None:
     if mixed:
         assert mixed[0].startswith("3 pairs are undecided with any budget")
         assert np.abs(result.values).max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "kind"),
+    [
+        (-1.4, 0.02, "synergy"),
+        (-1.4, 0.2, "undecided"),
+        (-1.0, 0.02, "redundancy"),
+        (-1.0, 0.1, "undecided"),
+        (-0.5, 0.1, "redundancy"),
+    ],
+)
+def test_a_verdict_needs_evidence(value: float, error: float, kind: str) -> None:
+    """An overlap of 1, which copies reach and a negative synergy exceeds; redundancy is no default."""
+    values = {"SII": value, "RG": 1.0, "RG of -v": -1.0, "squared SII term": value**2}
+    found = {name: Estimate(np.array([x]), np.array([error])) for name, x in values.items()}
+    assert pair_kinds(found, (0.0, 2.0))[0] == (kind,)
 
 
 def test_a_small_budget_leaves_pairs_undecided() -> None:

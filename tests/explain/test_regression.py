@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 from flmoe_kernels.explain import Sampling, probe_game
-from flmoe_kernels.explain.estimators import regression, surrogate
+from flmoe_kernels.explain.estimators import regression, strata, surrogate
 from flmoe_kernels.explain.estimators.indices import LINEAR
 from flmoe_kernels.explain.estimators.kernel import Kernel
 from flmoe_kernels.explain.estimators.polynomial import AND, PRODUCT
-from flmoe_kernels.explain.estimators.strata import Stratum, allocate
+from flmoe_kernels.explain.games.coalitions import all_pairs, unpack
 from tests.support.explain_games import (
     Planted,
     deviations,
@@ -218,25 +219,87 @@ def test_half_of_the_budget_is_for_each_design() -> None:
     assert row["SII"].design == "toggling"
 
 
+@pytest.mark.parametrize("players", [12, 20])
+@pytest.mark.parametrize(("constant", "slope"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1.0)])
+def test_games_without_interactions(constant: float, slope: float, players: int) -> None:
+    """Fits without residuals give no spread; their rounding errors are no sign of a small budget."""
+    worth = slope * np.linspace(0.1, 3.0, players)
+    sampling = Sampling(budget=1100, design="regression")
+    game = Planted(players, lambda x: constant + x @ worth)
+    found = probe_game(game, indices=["SII"], method="sampling", sampling=sampling)["SII"]
+    assert np.abs(found.values).max() < 1e-8
+    assert not found.notes
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("players", [3, 4, 5])
+def test_smallest_budgets(players: int, antithetic: bool) -> None:
+    game = random_game(players)
+    exact = probe_game(game, indices=["SII"], method="exact")["SII"].values
+    for budget in range(regression.Regression.least(players, antithetic), 2**players):
+        sampling = Sampling(budget=budget, antithetic=antithetic, design="regression")
+        found = probe_game(game, indices=["SII"], method="sampling", sampling=sampling)["SII"]
+        assert np.abs(found.values - exact).max() < 10
+        json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_constant_changes_nothing() -> None:
+    sampling = Sampling(budget=512, design="regression")
+    game = layered(12, 3)
+    first, other = (
+        probe_game(
+            Planted(12, lambda x, a=added: game(x) + a),  # type: ignore[misc]
+            indices=["SII", "k-SII"],
+            method="sampling",
+            sampling=sampling,
+        )
+        for added in (0.0, 1e4)
+    )
+    for name, found in first.items():
+        np.testing.assert_allclose(other[name].values, found.values, atol=1e-6)
+        np.testing.assert_allclose(other[name].player_values, found.player_values, atol=1e-6)
+
+
+def test_ranks_agree_when_a_tolerance_is_reached() -> None:
+    """The errors of the first rank decide, which others may round differently."""
+
+    def stopped(largest: float) -> str | None:
+        def agree(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.array([largest]) if len(numbers) == 1 else numbers
+
+        sampling = Sampling(budget=900, tolerance=1e-9)
+        run = regression.Regression(10, all_pairs(range(10)), ["SII"], sampling, 0, agree)
+        while run.stopped_by is None:
+            run.absorb(random_game(10)(unpack(run.plan(), 10)))
+        return run.stopped_by
+
+    assert stopped(0.0) == "tolerance"
+    assert stopped(1.0) == "budget"
+
+
 @pytest.mark.parametrize("paired", [True, False])
-def test_strata_are_drawn_without_replacement(paired: bool) -> None:
-    for listed in (0, 10**6):
-        middle = Stratum(6, 3, paired, (0, 1), listed)
+def test_strata_are_drawn_without_replacement(
+    paired: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for listed in (0, strata.LISTED):
+        monkeypatch.setattr(strata, "LISTED", listed)
+        middle = strata.Stratum(6, 3, paired, (0, 1))
         units = np.concatenate([middle.draw(4), middle.draw(middle.units - 4)])
         assert len(np.unique(units, axis=0)) == middle.units == (10 if paired else 20)
         assert (units.sum(axis=1) == 3).all()
         assert units[:, 0].all() == paired
-    first = np.array([Stratum(6, 2, paired, (seed, 0), 99).draw(1)[0] for seed in range(600)])
+    first = np.array([strata.Stratum(6, 2, paired, (seed, 0)).draw(1)[0] for seed in range(600)])
     np.testing.assert_allclose(first.mean(axis=0), 1 / 3, atol=0.09)
 
 
 def test_allocation() -> None:
     spread = np.array([4.0, 1.0, 2.0, 0.0])
-    found = allocate(spread, [100, 100, 100, 100], 71, np.ones(4))
+    found = strata.allocate(spread, [100, 100, 100, 100], 71, np.ones(4))
     assert found.tolist() == [40, 10, 20, 1]
     # What one cannot take goes to the others.
-    assert allocate(spread, [12, 100, 100, 100], 43, np.ones(4)).tolist() == [12, 10, 20, 1]
-    assert allocate(spread, [3, 3, 3, 3], 10**6, np.ones(4)).tolist() == [3, 3, 3, 3]
+    assert strata.allocate(spread, [12, 100, 100, 100], 43, np.ones(4)).tolist() == [12, 10, 20, 1]
+    assert strata.allocate(spread, [3, 3, 3, 3], 10**6, np.ones(4)).tolist() == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("parity", [1, -1, 0])

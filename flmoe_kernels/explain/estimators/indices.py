@@ -63,6 +63,11 @@ class Estimate(NamedTuple):
     player_values: Floats | None = None
     player_errors: Floats | None = None
 
+    @classmethod
+    def exact(cls, values: Floats) -> Estimate:
+        """An estimate without error."""
+        return cls(values, np.zeros_like(values))
+
 
 # Terms of RG in the game -v, and squares of the terms of SII; only for `kinds`.
 LOSS, SQUARE = "RG of -v", "squared SII term"

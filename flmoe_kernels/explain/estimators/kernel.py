@@ -113,5 +113,7 @@ def _solved(data: Sample, rate: float, ridge: float, parity: int) -> Floats:
     inside, response, weight = data
     matrix = Kernel(inside, rate, parity).matrix(inside)
     matrix[np.diag_indices(len(matrix))] += ridge / np.maximum(weight, 1e-6) + 1e-10
-    factor = torch.linalg.cholesky_ex(torch.from_numpy(matrix))[0]
+    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
+    if int(failed):  # singular, up to rounding
+        return np.zeros(len(matrix))
     return torch.cholesky_solve(torch.from_numpy(response)[:, None], factor)[:, 0].numpy()

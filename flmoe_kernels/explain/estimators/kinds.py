@@ -4,8 +4,9 @@ SII alone does not tell redundancy from a negative synergy, and says nothing abo
 depends on other tokens. With D = v(S + i + j) - v(S + i) - v(S + j) + v(S), the term of SII:
 
 independent: D is 0 for nearly all S: its root mean square is at most 5% of the largest |index| of all pairs.
-redundancy: the tokens share a part of their effect. SII has the sign against their effect, |SII| is at most the
-    overlap, and the overlap is above 0.
+redundancy: the tokens share a part of their effect. SII has the sign against their effect, |SII| exceeds the
+    overlap by at most 15% of it, and the overlap is above 0. Two copies have an |SII| equal to the overlap, which
+    no estimate distinguishes from a slightly larger one.
 synergy: |SII| is larger than the overlap can explain: together the tokens have more than the sum of their effects,
     or less than the better one alone (a negative synergy, with an SII below 0).
 undecided: neither is certain at this budget; or, with any budget, the sign of D depends on other tokens, as in an
@@ -23,7 +24,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flmoe_kernels.explain.games.coalitions import Floats
 from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 
 from .indices import LOSS, RG, SII, SQUARE, Estimate
@@ -31,6 +31,7 @@ from .indices import LOSS, RG, SII, SQUARE, Estimate
 SYNERGY, REDUNDANCY, INDEPENDENT, UNDECIDED = KINDS = (
     *("synergy", "redundancy", "independent", "undecided"),
 )
+_MARGIN = 0.15  # share of the overlap by which |SII| may exceed it in a redundancy
 _ERRORS = 3.0  # standard errors, because many pairs are judged at once
 # Share of |v| and of the largest |index|; smaller differences may be rounding errors of float32 evaluations.
 _ROUNDING = 1e-5
@@ -51,13 +52,14 @@ def pair_kinds(
     shared = np.where(negative, overlap.values, found[LOSS].values)
     shared_error = np.where(negative, overlap.errors, found[LOSS].errors)
     size, reach = np.abs(sii.values), _ERRORS * sii.errors + rounding
-    more = size - shared > _ERRORS * np.hypot(sii.errors, shared_error) + rounding
+    excess, doubt = size - shared, _ERRORS * np.hypot(sii.errors, shared_error)
+    more, covered = excess > doubt + rounding, excess + doubt <= _MARGIN * shared + rounding
     clear = size > reach
     verdicts = np.select(
         [
             high <= least**2,
             clear & more,
-            clear & ~more & (shared > _ERRORS * shared_error + rounding),
+            clear & ~more & covered & (shared > _ERRORS * shared_error + rounding),
         ],
         [INDEPENDENT, SYNERGY, REDUNDANCY],
         UNDECIDED,
@@ -71,8 +73,3 @@ def pair_kinds(
             "other tokens",
         )
     return tuple(verdicts.tolist()), notes
-
-
-def known(values: Floats) -> Estimate:
-    """An exact estimate."""
-    return Estimate(values, np.zeros_like(values))

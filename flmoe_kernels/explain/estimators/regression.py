@@ -45,8 +45,8 @@ _CHECKS = (0.25, 0.5)
 # Weight of the mean over sizes in the spread of a size, and of all coalitions in a pair's squares, in units.
 _COMMON_UNITS = 8
 _COMMON_SQUARES = 4
+_ROWS_FIT = 8192  # units from which a polynomial is fitted; the means of residuals use all
 _PLAYERS_FIT = 700  # columns of fits that only the values of single players need
-_LISTED = 2**17  # see `Stratum.listed`
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
 _DESIGN = "strata of sizes, first part 1/8, seeds by purpose"
 
@@ -84,7 +84,7 @@ class Regression:
         n, paired = self.players, self.sampling.antithetic
         self._sizes = np.arange(1, n // 2 + 1 if paired else n)
         seeds = (self.sampling.seed, self.purpose, self.sample)
-        self._strata = [Stratum(n, int(s), paired, seeds, _LISTED) for s in self._sizes]
+        self._strata = [Stratum(n, int(s), paired, seeds) for s in self._sizes]
         self._units = np.array([float(min(x.units, 10**300)) for x in self._strata])
         # Units of the middle size count once for two coalitions of the size.
         self._half = np.array([0.5 if x.middle else 1.0 for x in self._strata])
@@ -105,6 +105,7 @@ class Regression:
         self._stages, self._main = self._plan_stages(), False
         self._spread = self._design_spread() if len(self.pairs) else np.zeros(0)
         self._found: dict[str, Estimate] | None = None
+        self._within = False  # whether all errors are within the tolerance
 
     @staticmethod
     def least(players: int, antithetic: bool) -> int:
@@ -135,11 +136,7 @@ class Regression:
             return "exact"
         if not self._stages:
             return "budget"
-        tolerance = self.sampling.tolerance
-        if tolerance is None or self.draws < self.sampling.min_draws or not self._main:
-            return None
-        errors = [x.errors for x in self.estimates().values()]
-        return "tolerance" if all(bool((x <= tolerance).all()) for x in errors) else None
+        return "tolerance" if self._within else None
 
     def plan(self) -> Packed:
         """Return the next coalitions, packed."""
@@ -160,8 +157,19 @@ class Regression:
 
     def absorb(self, values: Floats) -> None:
         """Add the values of the coalitions of the last plan, in the same order."""
-        self._values = np.concatenate([self._values, values.reshape(self._cost, -1).T])
+        # The indices do not depend on a constant; the fits would lose digits to it.
+        centred = values - self.ends.mean()
+        self._values = np.concatenate([self._values, centred.reshape(self._cost, -1).T])
         self._found = None
+        tolerance = self.sampling.tolerance
+        if (
+            tolerance is not None
+            and self._stages
+            and self._main
+            and self.draws >= self.sampling.min_draws
+        ):
+            largest = np.max([x.errors.max() for x in self.estimates().values()])
+            self._within = bool(self.agree(np.array([largest]))[0] <= tolerance)
 
     def estimates(self) -> dict[str, Estimate]:
         """Return the estimates by index."""
@@ -266,7 +274,9 @@ class Regression:
             common = float((own * self._known).sum() / self._known.sum())
             own = (own * self._known + common * _COMMON_UNITS) / (self._known + _COMMON_UNITS)
             ratio += own / max(float(own.mean()), 1e-300)
-        return self._design_spread() * np.sqrt(ratio)
+        found = self._design_spread() * np.sqrt(ratio)
+        # An exact fit leaves no residuals, whose spread says nothing.
+        return found if 0.0 < float(found.max()) < math.inf else self._design_spread()
 
     def _estimate(self) -> dict[str, Estimate]:
         # Strata with coalitions that are not known.
@@ -308,12 +318,18 @@ class Regression:
         if not sampled.any():
             return [[] for _ in self._channels]
         # The squared errors have the weights with which they enter the variance of the estimate.
-        by_size = (self._spread / self._known) ** 2
+        by_size = (self._spread / self._spread.max() / self._known) ** 2
         by_size = np.where(sampled, by_size, by_size[sampled].min())
         weight = (by_size / by_size.max())[self._stratum]
+        # Among many units the fits use the same share of every size and fold.
+        rows = np.lexsort((fold, self._stratum))
+        count = len(rows)
+        rows = np.sort(rows[np.arange(min(count, _ROWS_FIT)) * count // min(count, _ROWS_FIT)])
         return [
             fit_folds(
-                Data(self._inside, y, weight, fold, channel.parity), FOLDS, self._largest(channel)
+                Data(self._inside[rows], y[rows], weight[rows], fold[rows], channel.parity),
+                FOLDS,
+                self._largest(channel),
             )
             for y, channel in zip(self._parts(self._values), self._channels, strict=True)
         ]
@@ -339,7 +355,8 @@ class Regression:
         n = self.players
         tables = [table(name, n, inside) for name in self.indices for inside in (1, 2)]
         # One coalition each of size 0 and n, without any and with all players of K.
-        total = [t[0, 0] * self.ends[0] + t[n, -1] * self.ends[1] for t in tables]
+        none, every = self.ends - self.ends.mean()
+        total = [t[0, 0] * none + t[n, -1] * every for t in tables]
         parts = [np.full((n,) * (t.shape[1] - 1), x) for t, x in zip(tables, total, strict=True)]
         share_of = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
         for channel, surrogates in zip(self._channels, fits, strict=True):

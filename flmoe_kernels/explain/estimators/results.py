@@ -18,6 +18,7 @@ from flmoe_kernels.explain.reliability import RULE, near_ties
 from .indices import KSII, LINEAR, SII, STII
 
 CLOSED_FORM = "closed_form"
+_ROUNDING = 1e-9  # relative to the values of the game
 LARGEST, SMALLEST, MAGNITUDE = RANKINGS = ("largest", "smallest", "magnitude")
 
 
@@ -26,12 +27,14 @@ def with_notes(line: str, notes: Sequence[str]) -> str:
     return "\n".join([line, *(f"note: {note}" for note in notes)])
 
 
-def too_small(values: Floats, errors: Floats) -> tuple[str, ...]:
+def too_small(values: Floats, errors: Floats, size: float) -> tuple[str, ...]:
     """A note if zeros would be closer to the index than the values.
 
     The squared error of zeros is the sum of the squared index, whose unbiased estimate is the sum of the squared
-    values minus the squared errors; that of the values is the sum of the squared errors.
+    values minus the squared errors; that of the values is the sum of the squared errors. Errors far below `size`,
+    the largest known value, are rounding errors.
     """
+    errors = np.where(errors <= _ROUNDING * size, 0.0, errors)
     known = np.isfinite(values) & np.isfinite(errors)
     error = float((errors[known] ** 2).sum())
     if error <= 0.0 or (values[known] ** 2).sum() - error >= error:
@@ -222,10 +225,11 @@ class PairValues(Saved):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain Python values, ready for JSON; None for NaN, which JSON does not have."""
-        given = {name: getattr(self, name) for name in self._ARRAYS}
-        arrays: dict[str, Any] = {k: x if x is None else x.tolist() for k, x in given.items()}
-        for name in ("values", "standard_errors"):
-            arrays[name] = [None if math.isnan(x) else x for x in arrays[name]]
+        arrays: dict[str, Any] = {"tokens": self.tokens.tolist(), "pairs": self.pairs.tolist()}
+        for name in ("values", "standard_errors", *self._OPTIONAL):
+            given = getattr(self, name)
+            lists = given if given is None else given.tolist()
+            arrays[name] = lists and [None if math.isnan(x) else x for x in lists]
         return {
             **self._header(),
             "lengths": list(self.lengths),

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .enumeration import MAX_PLAYERS, Enumeration
 from .evaluator import Evaluator, Game
 from .indices import KIND_INDICES, LINEAR, RG, SII, TERMS, Estimate
-from .kinds import known, pair_kinds
+from .kinds import pair_kinds
 from .ranks import Ranks
 from .regression import Regression
 from .results import PairValues, too_small
@@ -93,11 +93,12 @@ def estimate(
         name: agreed(values, ranks) for part in parts for name, values in part.estimates().items()
     }
     if solved is not None:
-        estimates[SII] = known(solved(candidates.pairs))
+        estimates[SII] = Estimate.exact(solved(candidates.pairs))
+    ends = outcome["baseline"], outcome["value"]
     kinds: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
     if {SII, *KIND_INDICES} <= {*estimates}:
-        kinds, mixed = pair_kinds(estimates, (outcome["baseline"], outcome["value"]))
+        kinds, mixed = pair_kinds(estimates, ends)
     found = {}
     for part, evaluations in zip(parts, played, strict=True):
         notes = part.notes()
@@ -105,6 +106,8 @@ def estimate(
             if name not in indices:
                 continue
             own = estimates[name]
+            single = np.zeros(1) if own.player_values is None else np.abs(own.player_values)
+            largest = max(*map(abs, ends), float(single.max(initial=0.0)))
             found[name] = pair_values(
                 game,
                 candidates,
@@ -121,7 +124,10 @@ def estimate(
                 evaluations=screened + evaluations,
                 sampling=None if isinstance(part, Enumeration) else asdict(sampling),
                 kinds=kinds,
-                notes=candidates.notes + notes[name] + too_small(own.values, own.errors) + mixed,
+                notes=candidates.notes
+                + notes[name]
+                + too_small(own.values, own.errors, largest)
+                + mixed,
                 **outcome,
             )
     return found

@@ -11,6 +11,8 @@ import numpy as np
 
 from flmoe_kernels.explain.games.coalitions import Bools, Floats, Ints, pack
 
+LISTED = 2**17  # at most so many units are listed; among more, repetitions are drawn again
+
 
 @dataclass
 class Stratum:
@@ -24,9 +26,6 @@ class Stratum:
     size: int
     paired: bool
     seeds: tuple[int, ...]
-    listed: (
-        int  # the units are listed if they are at most this many, else repetitions are drawn again
-    )
     _units: Bools | None = None
     _seen: set[bytes] = field(default_factory=set)
 
@@ -47,7 +46,7 @@ class Stratum:
 
     def draw(self, count: int) -> Bools:
         """Return the next units (count, n); raw words of the generator are the same in all versions of numpy."""
-        if self.units <= self.listed:
+        if self.units <= LISTED:
             if self._units is None:
                 words = self._bits.random_raw(self.units)
                 self._units = self._all()[np.argsort(words, kind="stable")]

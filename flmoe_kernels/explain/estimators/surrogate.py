@@ -179,20 +179,27 @@ class _Normal:
     """Normal equations of a ridge regression, scaled to a unit diagonal."""
 
     def __init__(self, gram: Floats, moment: Floats) -> None:
-        self._scale = 1.0 / np.sqrt(np.maximum(np.diag(gram), 1e-300))
+        square = np.diag(gram)
+        # Columns that are zero, up to rounding, get the coefficient 0.
+        used = square > 1e-12 * square.max(initial=0.0)
+        self._scale = np.where(used, 1.0 / np.sqrt(np.where(used, square, 1.0)), 0.0)
         self._gram = torch.from_numpy(gram * self._scale * self._scale[:, None])
         self._right = torch.from_numpy(moment * self._scale)[:, None]
 
     def solve(self, penalty: Floats) -> Floats:
-        """Return the coefficients; the penalty, relative to the diagonal, grows while the matrix is singular."""
+        """Return the coefficients; the penalty, relative to the diagonal, grows while the matrix is singular.
+
+        Raises FloatingPointError: the equations are not finite.
+        """
         added = torch.from_numpy(penalty)
-        while True:
+        for _ in range(20):
             ridged = self._gram.clone()
             ridged.diagonal().add_(added)
             factor, failed = torch.linalg.cholesky_ex(ridged)
             if not int(failed):
                 return torch.cholesky_solve(self._right, factor)[:, 0].numpy() * self._scale
             added = added * 10.0 + 1e-12
+        raise FloatingPointError("normal equations: expected finite numbers, got NaN or infinity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,11 +317,11 @@ class _Sparse:
         none = _terms(kind, n, parity, np.zeros((0, 2), dtype=np.int64))
         self.terms = _joined([none, *(_terms(kind, n, parity, _sets(n, o)) for o in orders)])
         self.base = _base(n, parity) if base is None else base
-        self.fit, self.train = data.rows(fold), data.rows(fold, check)
+        self.train = data.rows(fold, check)
         self.check = np.flatnonzero(data.fold == check)
         self._found: Floats | None = None
         most = max(64, _SPARSE_ELEMENTS // max(len(self.terms), 1))
-        self._step = -(-len(self.train) // most)
+        self._step = max(1, -(-len(self.train) // most))
         self._search = self.train[:: self._step]
         if largest > 2 or len(self._search) == len(self.train):
             self._found = self.terms.features(data.inside[self._search])
@@ -323,21 +330,23 @@ class _Sparse:
 
     def best(self) -> tuple[float, Surrogate] | None:
         """Return the error on the check fold and the fit with all rows but the fold's; None without terms."""
-        y = self.data.response * self.scale
-        chosen, best = np.zeros(0, dtype=np.int64), (np.inf, np.zeros(0, dtype=np.int64))
-        rows = np.concatenate([self.train, self.check])
-        split = len(self.train)
+        rows, split, first = (
+            np.concatenate([self.train, self.check]),
+            len(self.train),
+            len(self.base),
+        )
+        y = (self.data.response * self.scale)[rows]
+        chosen, best, waited = np.zeros(0, dtype=np.int64), (np.inf, 0), 0
         x = self._columns(self.base, rows)
-        waited = 0
-        limit = min(len(self.base) + _SPARSE_TERMS, int(0.5 * split))
+        gram, moment = x[:split].T @ x[:split], x[:split].T @ y[:split]
+        limit = min(first + _SPARSE_TERMS, int(0.5 * split))
         while waited <= _PATIENCE and x.shape[1] <= limit:
-            w = self._least_squares(x[:split], y[self.train])
-            residual = y[rows] - x @ w
+            residual = y - x @ self._solved(gram, moment)
             error = float((residual[split:] ** 2).sum())
             waited += 1
             if error < 0.999 * best[0]:
-                best, waited = (error, chosen), 0
-            if (residual[:split] ** 2).sum() <= _EXACT * (y[self.train] ** 2).sum():
+                best, waited = (error, len(chosen)), 0
+            if (residual[:split] ** 2).sum() <= _EXACT * (y[:split] ** 2).sum():
                 break
             score = self._scores(residual[:split])
             score[chosen] = -1.0
@@ -347,19 +356,23 @@ class _Sparse:
             if not len(added):
                 break
             chosen = np.concatenate([chosen, added])
-            x = np.concatenate([x, self._columns(self.terms[added], rows)], axis=1)
-        error, chosen = best
-        if not len(chosen):
+            new = self._columns(self.terms[added], rows)
+            cross, own = x[:split].T @ new[:split], new[:split].T @ new[:split]
+            gram = np.block([[gram, cross], [cross.T, own]])
+            moment = np.concatenate([moment, new[:split].T @ y[:split]])
+            x = np.concatenate([x, new], axis=1)
+        error, count = best
+        if not count:
             return None
-        terms = self.terms[chosen]
-        x = np.concatenate([self._columns(part, self.fit) for part in (self.base, terms)], axis=1)
-        w = self._least_squares(x, y[self.fit])
-        count = len(self.base)
-        return error, Surrogate(((self.base, w[:count]), (terms, w[count:])))
+        x = x[split:, : first + count]
+        used = slice(first + count)
+        w = self._solved(gram[used, used] + x.T @ x, moment[used] + x.T @ y[split:])
+        terms = self.terms[chosen[:count]]
+        return error, Surrogate(((self.base, w[:first]), (terms, w[first:])))
 
     @staticmethod
-    def _least_squares(x: Floats, y: Floats) -> Floats:
-        return _Normal(x.T @ x, x.T @ y).solve(np.full(x.shape[1], 1e-12))
+    def _solved(gram: Floats, moment: Floats) -> Floats:
+        return _Normal(gram, moment).solve(np.full(len(moment), 1e-12))
 
     def _columns(self, terms: Terms, rows: Ints) -> Floats:
         return terms.features(self.data.inside[rows]) * self.scale[rows, None]
