@@ -46,7 +46,6 @@ _CHECKS = (0.25, 0.5)
 _COMMON_UNITS = 8
 _COMMON_SQUARES = 4
 _ROWS_FIT = 8192  # units from which a polynomial is fitted; the means of residuals use all
-_PLAYERS_FIT = 700  # columns of fits that only the values of single players need
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
 _DESIGN = "strata of sizes, first part 1/8, seeds by purpose"
 
@@ -254,9 +253,8 @@ class Regression:
         count = np.maximum(self._known, 1)
         fold = np.arange(len(self._inside)) % _FIRST_FOLDS
         residual = []
-        for channel, values in zip(self._channels, self._parts(self._values), strict=True):
-            data = Data(self._inside, values, np.ones(len(values)), fold, channel.parity)
-            fits = fit_folds(data, _FIRST_FOLDS, self._largest(channel))
+        every = self._fits(np.ones(len(fold)), fold, _FIRST_FOLDS)
+        for values, fits in zip(self._parts(self._values), every, strict=True):
             own = np.zeros(len(values))
             for f, fit in enumerate(fits):
                 own[fold == f] = fit.predict(self._inside[fold == f])
@@ -321,23 +319,20 @@ class Regression:
         by_size = (self._spread / self._spread.max() / self._known) ** 2
         by_size = np.where(sampled, by_size, by_size[sampled].min())
         weight = (by_size / by_size.max())[self._stratum]
+        return self._fits(weight, fold, FOLDS)
+
+    def _fits(self, weight: Floats, fold: Ints, folds: int) -> list[list[Surrogate]]:
         # Among many units the fits use the same share of every size and fold.
         rows = np.lexsort((fold, self._stratum))
-        count = len(rows)
-        rows = np.sort(rows[np.arange(min(count, _ROWS_FIT)) * count // min(count, _ROWS_FIT)])
-        return [
-            fit_folds(
-                Data(self._inside[rows], y[rows], weight[rows], fold[rows], channel.parity),
-                FOLDS,
-                self._largest(channel),
-            )
-            for y, channel in zip(self._parts(self._values), self._channels, strict=True)
-        ]
-
-    @staticmethod
-    def _largest(channel: _Channel) -> int:
-        """Columns of the largest fit: fewer if only the values of single players need the channel."""
-        return LARGEST_FIT if any(np.any(t[1]) for t in channel.tables.values()) else _PLAYERS_FIT
+        count = min(len(rows), _ROWS_FIT)
+        rows = np.sort(rows[np.arange(count) * len(rows) // max(count, 1)])
+        found = []
+        for y, channel in zip(self._parts(self._values), self._channels, strict=True):
+            data = Data(self._inside[rows], y[rows], weight[rows], fold[rows], channel.parity)
+            # Fewer columns if only the values of single players need the channel.
+            pairs = any(np.any(t[1]) for t in channel.tables.values())
+            found.append(fit_folds(data, folds, LARGEST_FIT if pairs else LARGEST_FIT // 3))
+        return found
 
     def _row_weights(self, fold: Ints, counts: Floats) -> Floats:
         """Weights (m, folds) of residuals in the sum over all coalitions, see the module docstring."""

@@ -71,8 +71,8 @@ class PairValues(Saved):
         design: of sampling, "regression" or "toggling", see `Sampling`; else empty.
         stopped_by: "exact", "budget" or "tolerance"; "tolerance" causes a bias, see `sampling`.
         draws: coalitions drawn; with "toggling" each draw gives every pair one S.
-        evaluations: coalitions evaluated by the design; a coalition that several steps of the run need counts once
-            per step. In closed form 1, a pass of the layer.
+        evaluations: coalitions evaluated by the design, and by the screening before it; a coalition that several
+            steps of the run need counts once per step. In closed form 1, a pass of the layer.
         batch_size: coalitions that were evaluated together; a model's last bits may depend on it.
         candidates: a description of how the pairs were chosen.
         game: the value function, see `TokenGame.describe`.
