@@ -94,7 +94,7 @@ def test_indices_agree_with_shapiq(index: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("antithetic", "budget", "rows"), [(True, 60, 8192), (True, 60, 20), (False, 80, 8192)]
+    ("antithetic", "budget", "rows"), [(True, 60, 16384), (True, 60, 20), (False, 80, 16384)]
 )
 def test_no_bias_for_a_game_without_structure(
     antithetic: bool, budget: int, rows: int, monkeypatch: pytest.MonkeyPatch

@@ -45,7 +45,7 @@ _CHECKS = (0.25, 0.5)
 # Weight of the mean over sizes in the spread of a size, and of all coalitions in a pair's squares, in units.
 _COMMON_UNITS = 8
 _COMMON_SQUARES = 4
-_ROWS_FIT = 8192  # units from which a polynomial is fitted; the means of residuals use all
+_ROWS_FIT = 16384  # units from which a polynomial is fitted; the means of residuals use all
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
 _DESIGN = "strata of sizes, first part 1/8, seeds by purpose"
 
