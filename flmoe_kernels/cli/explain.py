@@ -45,7 +45,10 @@ def explain(
         typer.Option(help="Number of tokens per modality whose pairs are scored; default 5."),
     ] = None,
     pairs: Annotated[
-        str | None, typer.Option(help="Token pairs: across modalities (across, default) or all.")
+        str | None,
+        typer.Option(
+            help="Token pairs: across modalities (across, default), all, or screened from those of all tokens."
+        ),
     ] = None,
     target: Annotated[
         str | None,

@@ -15,6 +15,7 @@ from flmoe_kernels.ops.pair_moe.results import NEAR_TIE
 LEAST_COUNT = 16
 # Values whose difference is at most this many of its standard errors are tied.
 TIE_ERRORS = 2.0
+CONFIDENCE_95 = 1.96  # standard errors from the mean to the ends of a 95% interval
 RULE = f"{NEAR_TIE:.0%} of the largest magnitude"
 
 

@@ -162,7 +162,7 @@ def test_page_lists_the_pairs_of_each_sample(made: Made) -> None:
     for s in (0, 1):
         values = PairValues.load(made[2] / f"sample_{s:05d}_SII.npz")
         [row] = values.top(1, "magnitude").rows()
-        place = cells.index(f"{row['value']:+.3g} \u00b1 ?")  # too few draws for an error
+        place = next(k for k, x in enumerate(cells) if x.startswith(f"{row['value']:+.3g}"))
         first, second = cells[place - 1].split(" with ")
         assert first == f"0:{row['token_i']} \u201c{WORDS[row['token_i']]}\u201d"
         assert second == f"1:{row['token_j']}"
@@ -196,7 +196,8 @@ def test_an_interrupted_run_continues_with_the_same_results(
     asked.clear()
     assert command.main(request(made, tmp_path)) == 0
     # Saved values are not evaluated again, except v(none) and v(all) of both samples.
-    whole = sum(PairValues.load(made[2] / f"sample_0000{s}_SII.npz").evaluations for s in (0, 1))
+    files = [made[2] / f"sample_0000{s}_{name}.npz" for s in (0, 1) for name in ("SII", "RG")]
+    whole = sum(PairValues.load(file).evaluations for file in files)
     assert before + sum(asked) == whole + 4
     for name in ("explanation.json", "index.html", "sample_00001_SII_network.png"):
         assert (tmp_path / name).read_bytes() == (made[2] / name).read_bytes()
@@ -256,6 +257,11 @@ VARIANTS: dict[str, tuple[LayerCase, Arrays, dict[str, Any]]] = {
         LayerCase((3, 4, 2), batch=2, dim=8, heads=4, layers=1, classes=3),
         {"labels": np.array([[1, 0, 1], [0, 0, 0]])},
         {"fill": "drop", "pairs": "all", "attribution": "integrated_gradients", "samples": 1},
+    ),
+    "screened pairs": (
+        LayerCase((9, 8), batch=1, dim=8, heads=4, layers=1, classes=3),
+        {},
+        {"pairs": "screened", "samples": 1},
     ),
     "routed MLPs, a padded modality": (
         LayerCase((4, 3), batch=2, dim=8, heads=4, layers=2, classes=3, gate="GShardGate"),

@@ -132,7 +132,7 @@ def test_memory_does_not_grow_with_the_budget(tmp_path: Path) -> None:
         game = Planted(40, formula)
         tracemalloc.start()
         try:
-            probe_game(game, pairs, sampling=Sampling(budget=budget), run=run)
+            probe_game(game, pairs, sampling=Sampling(budget=budget, design="toggling"), run=run)
             return tracemalloc.get_traced_memory()[1], game.asked
         finally:
             tracemalloc.stop()
@@ -161,7 +161,7 @@ def test_every_long_call_has_a_bar(
     tokens = attribute(layer, x)
     pairs = shapley_interactions(layer, x, run=Run(progress=False))
     capsys.readouterr()
-    sampled: Any = {"method": "sampling", "sampling": Sampling(budget=3000)}
+    sampled: Any = {"method": "sampling", "sampling": Sampling(budget=3000, design="toggling")}
     calls: list[tuple[Callable[[], object], int]] = [
         # Every coalition of the plan is counted, also those that units share.
         (lambda: shapley_interactions(layer, x, run=Run(progress=shown), **sampled), 64 * 46),

@@ -188,6 +188,7 @@ def test_summaries() -> None:
                 (drawn @ weight).mean(),
                 (drawn @ weight).mean(axis=1).std(ddof=1),
                 sign * ((own @ weight).mean() - (drawn @ weight).mean()),
+                np.nan,
             ]
             np.testing.assert_allclose([float(x) for x in found.aopc(kind, metric, mode)], expected)
         curve = found.curve(kind, metric)

@@ -70,7 +70,11 @@ def ratios(game: Planted, units: int, antithetic: bool, runs: int) -> NDArray[np
     """Deviation / standard error of SII and RG of all pairs, over seeds; without pairs that have no error."""
     pairs = all_pairs(range(game.players))
     row = 1 + game.players + len(pairs)
-    options = {"budget": 2 + 2 * row + units * (1 + antithetic) * row, "antithetic": antithetic}
+    options = {
+        "budget": 2 + 2 * row + units * (1 + antithetic) * row,
+        "antithetic": antithetic,
+        "design": "toggling",
+    }
     found: list[NDArray[np.float64]] = []
     for deviation, error, _ in deviations(game, pairs, ("SII", "RG"), runs, **options).values():
         there = ~np.isnan(error) & ~((np.abs(deviation) < 1e-12) & (error < 1e-12))
@@ -110,7 +114,9 @@ def test_control_errors_of_four_units_do_not_hold(
 
 def test_missing_errors_have_a_reason(tmp_path: Path) -> None:
     game = random_game(8, seed=5)
-    few = probe_game(game, method="sampling", sampling=Sampling(budget=400))["SII"]
+    few = probe_game(game, method="sampling", sampling=Sampling(budget=400, design="toggling"))[
+        "SII"
+    ]
     assert np.isnan(few.standard_errors).all()
     assert np.isfinite(few.values).all()
     reason = "no standard error for 28 of 28 pairs: fewer than 16 independent units"
@@ -121,13 +127,15 @@ def test_missing_errors_have_a_reason(tmp_path: Path) -> None:
     few.save(tmp_path / "few.npz")
     assert PairValues.load(tmp_path / "few.npz").notes == few.notes
     # Without a tolerance that NaN would meet.
-    loose = Sampling(budget=400, tolerance=1e6, min_draws=2)
+    loose = Sampling(budget=400, tolerance=1e6, min_draws=2, design="toggling")
     assert probe_game(game, method="sampling", sampling=loose)["SII"].stopped_by == "budget"
-    many = probe_game(game, method="sampling")["SII"]
+    many = probe_game(game, method="sampling", sampling=Sampling(design="toggling"))["SII"]
     assert not many.notes
     # A value of the full coalition only, and of a set that draws hardly meet.
     rare = unanimity({tuple(range(10)): 1.0, tuple(range(9)): 1.0}, 10)
-    found = probe_game(rare, method="sampling", sampling=Sampling(budget=2 + 56 * 2 * 31))["SII"]
+    found = probe_game(
+        rare, method="sampling", sampling=Sampling(budget=2 + 56 * 2 * 31, design="toggling")
+    )["SII"]
     exact = probe_game(rare, method="exact")["SII"]
     wrong = np.abs(found.values - exact.values) > 1e-12
     assert wrong.any()
@@ -206,7 +214,9 @@ def test_pairs_among_near_ties_are_noted() -> None:
     assert found.near_ties(1, "smallest") > 0, "two pairs are 0"
     # Estimates differ by less than their errors.
     game = random_game(8, seed=5)
-    noisy = probe_game(game, indices=["SII"], method="sampling", sampling=Sampling(budget=1500))
+    noisy = probe_game(
+        game, indices=["SII"], method="sampling", sampling=Sampling(budget=1500, design="toggling")
+    )
     exact = probe_game(game, indices=["SII"])["SII"]
     assert noisy["SII"].near_ties(3) > exact.near_ties(3)
 
@@ -243,3 +253,22 @@ def test_masked_pairs_among_near_ties_are_noted() -> None:
     assert "1 of 1 samples: pairs left out" in repr(found)
     listed = pair_masking(layer, x, None, [[((0, 0), (1, 0))]], budgets=(2,), n_random=1)
     assert not listed.near_ties.any(), "listed pairs have no values"
+
+
+def test_gap_intervals_are_paired() -> None:
+    """Samples differ more than the gap; control: the error of unpaired means does not show the gap."""
+    draw = torch.Generator().manual_seed(0)
+    level = 5 * torch.randn(2, 2, 40, 1, generator=draw, dtype=torch.float64)
+    noise = torch.randn(2, 2, 3, 40, 3, generator=draw, dtype=torch.float64)
+    random = level.unsqueeze(2) + noise
+    drops = dataclasses.replace(
+        masking_drops(1, 40), identified=level.expand(2, 2, 40, 3) + 1.0, random=random
+    )
+    for kind, sign in (("comprehensiveness", 1), ("sufficiency", -1)):
+        found = drops.aopc(kind)
+        low, high = found.gap_interval()
+        assert float(low) < sign < float(high)
+        assert float(high - low) < 0.6
+        assert float(found.standard_error) > 0.5
+    few = dataclasses.replace(masking_drops(1, 15), identified=drops.identified[:, :, :15])
+    assert dataclasses.replace(few, random=random[:, :, :, :15]).aopc().gap_error.isnan()

@@ -25,7 +25,7 @@ def sampled() -> PairValues:
     """A sample with a padded token, so that players and positions differ."""
     x = first_of(CASE.inputs(torch.float64), 1)
     masks = [torch.tensor([[True, False, True, True]]), None]
-    sampling = Sampling(budget=3000, seed=4)
+    sampling = Sampling(budget=3000, seed=4, design="toggling")
     [found] = probe_pairs(
         interaction_layer(CASE), x, masks, pairs="across", method="sampling", sampling=sampling
     )
@@ -94,7 +94,7 @@ def test_repr_and_fields_describe_the_method(sampled: PairValues) -> None:
     assert sampled.lengths == (4, 3)
     assert len(sampled) == 9
     assert repr(sampled) == (
-        "PairValues(SII of 9 pairs (pairs across modalities) of 6 tokens; sampling of "
+        "PairValues(SII of 9 pairs (pairs across modalities) of 6 tokens; sampling by toggling of "
         f"{sampled.draws} draws, stopped by budget; {sampled.evaluations} evaluations)"
     )
     assert sampled.sampling == {
@@ -103,6 +103,7 @@ def test_repr_and_fields_describe_the_method(sampled: PairValues) -> None:
         "min_draws": 64,
         "seed": 4,
         "antithetic": True,
+        "design": "toggling",
     }
     assert sampled.game["of"] == "InteractionMoE"
     assert sampled.game["fill"] == "drop"
@@ -133,7 +134,7 @@ def test_conversion_to_shapiq(sampled: PairValues) -> None:
     for (i, j), value in zip(sampled.pairs.tolist(), sampled.values, strict=True):
         assert part[(i, j)] == value
     assert part[(0, 1)] == 0.0, "no candidate"
-    assert_refused(lambda: mine["RG"].to_shapiq(), r"to_shapiq: expected the index SII.* got RG")
+    assert_refused(lambda: mine["RG"].to_shapiq(), r"to_shapiq: expected an index of SII.* got RG")
 
 
 def test_a_missing_package_is_named(sampled: PairValues, monkeypatch: pytest.MonkeyPatch) -> None:

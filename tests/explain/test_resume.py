@@ -89,7 +89,7 @@ def test_an_interrupted_run_continues_and_only_its_last_batch_is_lost(
     model.register_forward_hook(lambda _m, _i, out: asked.append(len(out)))
 
     def call(folder: Path | None, max_batch: int = 128, **options: Any) -> Any:
-        request = {"target": 1, "method": method, "sampling": Sampling(budget=15_000, seed=5)}
+        request = {"target": 1, "method": method, "sampling": Sampling(budget=3000, seed=5)}
         run = Run(max_batch=max_batch, checkpoint=folder)
         return probe_pairs(model, x, masks, **{**request, **options}, run=run)
 
@@ -97,7 +97,7 @@ def test_an_interrupted_run_continues_and_only_its_last_batch_is_lost(
         return [{name: each.to_dict() for name, each in one.items()} for one in found]
 
     whole, total = call(None), sum(asked)
-    for batches in (7, 33, 60):
+    for batches in (7, 15, 30):
         asked.clear()
         attempts, folder = 0, tmp_path / f"{batches}"
         while True:
@@ -128,7 +128,7 @@ def test_an_interrupted_run_continues_and_only_its_last_batch_is_lost(
         {"pairs": "across"},
         {"indices": ("SII",)},
         {"output": "log_prob"},
-        {"sampling": Sampling(budget=15_000, seed=6)} if method == "sampling" else {"target": 2},
+        {"sampling": Sampling(budget=3000, seed=6)} if method == "sampling" else {"target": 2},
     ):
         refused = partial(call, folder, **other)
         assert_refused(refused, r"sample_00000\.npz: belongs to another run")
@@ -143,7 +143,7 @@ def test_an_interrupted_run_continues_and_only_its_last_batch_is_lost(
 @pytest.mark.usefixtures("every_batch_is_saved")
 def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches stay the same with more memory; with less memory they become smaller."""
-    model, x, sampling = Sum().eval(), tokens(), Sampling(budget=8000)
+    model, x, sampling = Sum().eval(), tokens(), Sampling(budget=8000, design="toggling")
 
     def call(folder: Path | None) -> PairValues:
         run = Run(checkpoint=folder)
@@ -261,7 +261,7 @@ def finished(
 ) -> list[dict[str, Any]]:
     """Results of two samples, from JSON; in float32, where other batches or orders of sums change bits."""
     run = Run(distributed=distributed, checkpoint=folder, max_batch=max_batch)
-    options: Any = {"method": method, "sampling": Sampling(budget=9000, tolerance=1e-3), "run": run}
+    options: Any = {"method": method, "sampling": Sampling(budget=700, tolerance=1e-3), "run": run}
     found = probe_pairs(interaction_layer(CASE, torch.float32), CASE.inputs(), target=0, **options)
     return json.loads(json.dumps([{k: x.to_dict() for k, x in each.items()} for each in found]))
 

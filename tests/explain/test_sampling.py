@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from flmoe_kernels.explain import Sampling, probe_game
-from flmoe_kernels.explain.estimators.indices import INDICES
+from flmoe_kernels.explain.estimators.indices import TERMS
 from flmoe_kernels.explain.estimators.sampling import Toggles
 from flmoe_kernels.explain.games.coalitions import all_pairs, unpack
 from tests.support.explain_games import (
@@ -38,7 +38,7 @@ def all_draws(
     for drawn in itertools.product((False, True), repeat=players):
         inside = np.array(drawn)
         values = np.asarray(game(unpack(toggles.coalitions(inside), players)))
-        found.append(INDICES[index](toggles.corners(inside, values)))
+        found.append(TERMS[index](toggles.corners(inside, values)))
         size = int(inside.sum())
         without = size - inside[pairs].sum(axis=1)
         between = (without > 0) & (without < players - 2) & (0 < size < players)
@@ -74,7 +74,9 @@ def test_the_mean_over_all_draws_is_the_index(players: int, index: str) -> None:
 @pytest.mark.parametrize("players", [2, 3])
 def test_sampling_of_two_or_three_players_is_exact(players: int) -> None:
     """They have no sizes between the end sizes."""
-    found = probe_game(random_game(players), method="sampling", sampling=Sampling(budget=50))
+    found = probe_game(
+        random_game(players), method="sampling", sampling=Sampling(budget=50, design="toggling")
+    )
     for index, values in probe_game(random_game(players), method="exact").items():
         np.testing.assert_allclose(found[index].values, values.values, atol=1e-14)
         assert found[index].exact
@@ -94,7 +96,7 @@ def banzhaf(values: NDArray[np.float64], players: int, index: str) -> dict[tuple
 
 
 def test_redundancy_gap_of_duplicates_independents_and_synergies() -> None:
-    players, sampling = 6, Sampling(budget=20_000)
+    players, sampling = 6, Sampling(budget=20_000, design="toggling")
 
     def gaps(game: Planted) -> tuple[float, NDArray[np.float64]]:
         exact = probe_game(game, method="exact")["RG"]
@@ -134,7 +136,7 @@ def test_coverage_and_no_bias(index: str, antithetic: bool) -> None:
         all_pairs(range(6))[::2],
         3000 if antithetic else 1500,
     )
-    options: dict[str, Any] = {"budget": budget, "antithetic": antithetic}
+    options: dict[str, Any] = {"budget": budget, "antithetic": antithetic, "design": "toggling"}
     deviation, errors, units = deviations(game, pairs, [index], 250, **options)[index]
     reach = student.ppf(0.975, units - 1)
     covered = (np.abs(deviation) <= reach * errors).mean(axis=0)
@@ -151,9 +153,11 @@ def test_antithetic_draws_help_where_v_grows_with_the_coalition() -> None:
     players = 8
     game = Planted(players, lambda inside: inside.sum(axis=1) ** 3.0)
     errors = [
-        probe_game(game, method="sampling", sampling=Sampling(budget=6000, antithetic=antithetic))[
-            "SII"
-        ].standard_errors.max()
+        probe_game(
+            game,
+            method="sampling",
+            sampling=Sampling(budget=6000, antithetic=antithetic, design="toggling"),
+        )["SII"].standard_errors.max()
         for antithetic in (True, False)
     ]
     # A cube's second difference grows linearly with the size of S, and falls for its complement.
@@ -169,7 +173,7 @@ def test_the_budget_is_used_and_never_exceeded(players: int, count: int, antithe
     price = len(Toggles.of(players, pairs)) * (1 + antithetic)
     for budget in (5 * price, 30 * price + 1):
         game = Planted(players, lambda inside: inside.sum(axis=1) * 1.0)
-        sampling = Sampling(budget=budget, seed=budget, antithetic=antithetic)
+        sampling = Sampling(budget=budget, seed=budget, antithetic=antithetic, design="toggling")
         found = probe_game(game, pairs, method="sampling", sampling=sampling)["SII"]
         # Equal coalitions of different units are evaluated and counted once.
         assert found.evaluations == game.asked <= budget
@@ -179,19 +183,20 @@ def test_the_budget_is_used_and_never_exceeded(players: int, count: int, antithe
         assert found.draws == units * (1 + antithetic)
         assert found.evaluations > 0.4 * budget
     with pytest.raises(ValueError, match=r"budget: expected at least \d+, got 5"):
-        probe_game(game, pairs, method="sampling", sampling=Sampling(budget=5))
+        probe_game(game, pairs, method="sampling", sampling=Sampling(budget=5, design="toggling"))
 
 
 def test_tolerance_stops_early_but_not_before_min_draws() -> None:
     game, pairs = random_game(10), all_pairs(range(10))
-    whole = probe_game(game, pairs, method="sampling")["SII"]
-    loose = Sampling(tolerance=2 * float(whole.standard_errors.max()))
+    options = {"design": "toggling"}
+    whole = probe_game(game, pairs, method="sampling", sampling=Sampling(**options))["SII"]
+    loose = Sampling(tolerance=2 * float(whole.standard_errors.max()), **options)
     found = probe_game(game, pairs, method="sampling", sampling=loose)
     for index in BOTH:
         assert found[index].stopped_by == "tolerance"
         assert 64 <= found[index].draws < whole.draws / 2
     errors = [found[index].standard_errors.max() for index in BOTH]
     assert max(errors) <= loose.tolerance
-    patient = Sampling(tolerance=1e6, min_draws=200)
+    patient = Sampling(tolerance=1e6, min_draws=200, **options)
     found = probe_game(game, pairs, method="sampling", sampling=patient)
     assert 200 <= found["SII"].draws < 300

@@ -16,6 +16,7 @@ from flmoe_kernels.explain.reliability import RULE, near_ties
 
 ALL = "all"
 ACROSS = "across"
+SCREENED = "screened"
 
 # M x (L_m,), None for a missing modality.
 Scores = Sequence[Tensor | None]
@@ -28,6 +29,7 @@ class Candidates:
     pairs: Ints
     chosen: str
     notes: tuple[str, ...] = ()
+    screen: bool = False  # whether a part of the budget selects among the pairs, see `screening`
 
 
 def candidate_pairs(
@@ -37,7 +39,8 @@ def candidate_pairs(
 
     Args:
         tokens: (n, 2), modality and position of each player.
-        pairs: "all"; "across", of tokens of two modalities; or a list of ((m, i), (n, j)), token i of modality m
+        pairs: "all"; "across", of tokens of two modalities; "screened", at most 50 that a sparse fit to a part of
+            the budget selects among all, see `screening`; or a list of ((m, i), (n, j)), token i of modality m
             with token j of modality n, both valid.
         scores: with `top`, an attribution of each token, M x (L_m,); scores of padded tokens are ignored.
         top: number of tokens of largest |score| that are kept in each modality; ties go to the lowest position.
@@ -54,7 +57,7 @@ def candidate_pairs(
             raise ValueError(f"top: expected None with a list of pairs, got {top}")
         listed = require_pairs(listed_pairs("pairs", pairs, tokens), len(tokens))
         return Candidates(listed, f"{len(listed)} listed pairs")
-    check.require_choice("pairs", pairs, (ALL, ACROSS))
+    check.require_choice("pairs", pairs, (ALL, ACROSS, SCREENED))
     players, of = np.arange(len(tokens)), ""
     notes: tuple[str, ...] = ()
     if scores is not None and top is not None:
@@ -65,8 +68,8 @@ def candidate_pairs(
     if pairs == ACROSS:
         modality = tokens[:, 0]
         chosen = chosen[modality[chosen[:, 0]] != modality[chosen[:, 1]]]
-    what = "all pairs" if pairs == ALL else "pairs across modalities"
-    return Candidates(chosen, what + of, notes)
+    what = "pairs across modalities" if pairs == ACROSS else "all pairs"
+    return Candidates(chosen, what + of, notes, pairs == SCREENED)
 
 
 def _top_players(tokens: Ints, scores: Scores, top: int) -> tuple[Ints, tuple[str, ...]]:

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flmoe_kernels.explain.games.coalitions import Floats, Ints, Packed, from_integers
+from flmoe_kernels.explain.games.coalitions import Floats, Ints, Packed, from_integers, unpack
 
-from .indices import INDICES, Corners
+from .indices import LINEAR, TERMS, Corners, Estimate
+from .linear import sums, table
 
 MAX_PLAYERS = 16  # 65536 coalitions
 _STEP_COALITIONS = 4096
@@ -22,6 +23,7 @@ class Enumeration:
     """Exact indices of a game of at most MAX_PLAYERS players; same interface as PairSampling."""
 
     method: ClassVar[str] = "exact"
+    design: ClassVar[str] = ""
     draws: ClassVar[int] = 0
 
     players: int
@@ -59,19 +61,36 @@ class Enumeration:
         self._values[self._known : self._known + len(values)] = values
         self._known += len(values)
 
-    def estimates(self) -> dict[str, tuple[Floats, Floats]]:
-        exact = {name: np.zeros(len(self.pairs)) for name in self.indices}
-        codes = np.arange(len(self._values))
+    def estimates(self) -> dict[str, Estimate]:
+        return {
+            name: self._linear(name) if name in LINEAR else self._of_terms(name)
+            for name in self.indices
+        }
+
+    def _linear(self, index: str) -> Estimate:
+        """Sum over all coalitions, see `linear`."""
+        n, found = self.players, []
+        if not len(self.pairs):
+            return Estimate(np.zeros(0), np.zeros(0))
+        inside = unpack(from_integers(np.arange(len(self._values)), n), n)
+        size = inside.sum(axis=1)
+        value = self._values / np.array([math.comb(n, s) for s in range(n + 1)])[size]
+        for count in (2, 1):
+            found.append(sums(inside, table(index, n, count)[size] * value[:, None]))
+        pairs = found[0][tuple(self.pairs.T)]
+        return Estimate(pairs, np.zeros_like(pairs), found[1], np.zeros(n))
+
+    def _of_terms(self, index: str) -> Estimate:
+        """Weighted mean of a term over S, by definition."""
+        exact, codes = np.zeros(len(self.pairs)), np.arange(len(self._values))
         size = ((codes[:, None] >> np.arange(self.players)) & 1).sum(axis=1)
         for p, (i, j) in enumerate(self.pairs):
             first, second = 1 << int(i), 1 << int(j)
             without = codes[(codes & (first | second)) == 0]
             weight = _weights(self.players)[size[without]]
             places = (without, without | first, without | second, without | first | second)
-            corners = Corners(*(self._values[place] for place in places))
-            for name in self.indices:
-                exact[name][p] = weight @ INDICES[name](corners)
-        return {name: (values, np.zeros_like(values)) for name, values in exact.items()}
+            exact[p] = weight @ TERMS[index](Corners(*(self._values[place] for place in places)))
+        return Estimate(exact, np.zeros_like(exact))
 
     def notes(self) -> dict[str, tuple[str, ...]]:
         return dict.fromkeys(self.indices, ())

@@ -89,6 +89,16 @@ class Evaluator:
                 self.batch_size = min(self.batch_size, batch_size)
         self._checkpoint = checkpoint
 
+    def agree(self, numbers: Floats) -> Floats:
+        """Return the same numbers (m,) on every rank and in later runs, which continue from the checkpoint."""
+        if len(self._known):
+            numbers, self._known = self._known[: len(numbers)], self._known[len(numbers) :]
+            return numbers
+        numbers = self.ranks.agreed(numbers)
+        if self._checkpoint is not None:
+            self._checkpoint.add(numbers, self.batch_size)
+        return numbers
+
     def __call__(self, packed: Packed) -> Floats:
         """Return the values (m,) of packed coalitions (m, bytes), in the same order."""
         if not len(packed):

@@ -46,13 +46,49 @@ def kept_by_either(v: Corners) -> Floats:
     return np.minimum(v.first, v.second) - v.none
 
 
-INDICES: dict[str, Callable[[Corners], Floats]] = {SII: second_difference, RG: kept_by_either}
+def lost_by_either(v: Corners) -> Floats:
+    """The term of RG in the game -v."""
+    return v.none - np.maximum(v.first, v.second)
+
+
+def squared_difference(v: Corners) -> Floats:
+    return second_difference(v) ** 2
+
+
+class Estimate(NamedTuple):
+    """Values and standard errors of pairs (p,), and of players (n,) where the index has them."""
+
+    values: Floats
+    errors: Floats
+    player_values: Floats | None = None
+    player_errors: Floats | None = None
+
+    @classmethod
+    def exact(cls, values: Floats) -> Estimate:
+        """An estimate without error."""
+        return cls(values, np.zeros_like(values))
+
+
+# Terms of RG in the game -v, and squares of the terms of SII; only for `kinds`.
+LOSS, SQUARE = "RG of -v", "squared SII term"
+KIND_INDICES = (RG, LOSS, SQUARE)
+# Indices that are means of a term over S.
+TERMS: dict[str, Callable[[Corners], Floats]] = {
+    SII: second_difference,
+    RG: kept_by_either,
+    LOSS: lost_by_either,
+    SQUARE: squared_difference,
+}
+KSII, STII, BII = "k-SII", "STII", "BII"
+# Indices that are linear in v, see `linear`.
+LINEAR = (SII, KSII, STII, BII)
+INDICES = (*LINEAR, RG)
 
 
 def require_indices(indices: Sequence[str]) -> tuple[str, ...]:
     """Return the names as a tuple. Raises ValueError: no name, an unknown name, or a duplicate."""
     names = tuple(indices) if isinstance(indices, Iterable) else ()
-    known_once = all(name in [*INDICES] and names.count(name) == 1 for name in names)
+    known_once = all(name in INDICES and names.count(name) == 1 for name in names)
     if not names or not known_once:
         known = ", ".join(INDICES)
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -20,11 +21,11 @@ from flmoe_kernels.explain.games.token_game import OUTPUTS, TokenGame
 from flmoe_kernels.explain.games.tokens import players_of, require_inputs, valid_tokens
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
-from .candidates import ALL, Candidates, candidate_pairs, require_pairs
+from .candidates import ALL, SCREENED, Candidates, candidate_pairs, require_pairs
 from .evaluator import Game
 from .indices import RG, SII, require_indices
 from .results import CLOSED_FORM, PairValues
-from .run import METHODS, Run, choose, estimate, pair_values
+from .run import METHODS, Run, estimate, pair_values, plan
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def shapley_interactions(
     """Shapley interaction index of token pairs, for each sample; arguments and errors as in `probe_pairs`.
 
     For the logit of a PairInteractionMoE with fill="drop" it is exact and takes one pass. For other models it is
-    exact for few tokens, else a Monte Carlo estimate. See `indices` for the formula, `sampling` for the estimate.
+    exact for few tokens, else an unbiased estimate. See `indices` for the formula, `regression` for the estimate.
     """
     _require_options("shapley_interactions", options)
     results = probe_pairs(model, inputs, masks, indices=(SII,), **options)
@@ -97,15 +98,15 @@ def probe_pairs(
 
     Args:
         model, inputs, masks, output, expert, fill, baseline: the value function, see TokenGame.
-        indices: "SII", "RG".
+        indices: "SII", "k-SII", "STII", "BII", see `linear`, and "RG".
         target: the class, an integer for all samples or (B,) integers, a tensor, numpy array or list; None for the
             predicted class of each sample.
         pairs, top: candidates, see `candidates.candidate_pairs`.
         scores: attributions M x (B, L_m), see `candidates.candidate_pairs`.
         method: "closed_form": SII of the logit of a PairInteractionMoE with fill="drop", exact from one pass.
-            "exact": all coalitions of at most 16 tokens. "sampling": Monte Carlo, see `sampling`.
+            "exact": all coalitions of at most 16 tokens. "sampling": unbiased estimates, see `Sampling.design`.
             "auto": for each index the first of these that applies; "exact" only within the budget.
-        sampling: budget, stopping rule and seed.
+        sampling: budget, stopping rule, seed and design.
         run: batches, checkpoints, ranks, progress.
 
     Returns:
@@ -116,7 +117,9 @@ def probe_pairs(
             expected and what was passed.
 
     Cost: for n tokens, of which c are in p candidate pairs, "exact" evaluates 2^n coalitions per sample.
-    "sampling" evaluates 1 + c + p coalitions per draw, as many draws as the budget allows; standard errors need
+    The design "regression" takes up to the budget, and solves regressions of up to 2,100 terms: on a core 4 s for
+    62 tokens and 8,192 evaluations, 17 s and 0.4 GB for 64 tokens and the default budget; less for fewer tokens.
+    "toggling" evaluates 1 + c + p coalitions per draw, as many draws as the budget allows; standard errors need
     34 draws. An evaluation is a forward pass of one sample, in batches; of the terms of a PairInteractionMoE
     with a closed form.
     """
@@ -145,17 +148,27 @@ def probe_pairs(
     total = 0
     if estimated:
         plans = (
-            choose(len(players_of(valid, b)), x.pairs, estimated, method, sampling, b)
+            plan(len(players_of(valid, b)), x, estimated, method, sampling, b, bool(solved))
             for b, x in enumerate(candidates)
         )
-        total = sum(plan.total for plan in plans)
+        total = sum(part.total for parts in plans for part in parts)
     results = []
     with progress_bar(run.shown, total, f"pairs of {batch} sample(s)") as advance:
         for sample, (own_target, chosen) in enumerate(zip(targets, candidates, strict=True)):
             game = play(model, inputs, masks, target=own_target, expert=expert, sample=sample)
-            result = {SII: _in_closed_form(game, chosen, sample)} if solved else {}
+            result = {}
             if estimated:
-                result |= estimate(game, chosen, estimated, method, sampling, run, sample, advance)
+                exact = game.interactions if solved else None
+                result = estimate(
+                    *(game, chosen, estimated, method, sampling, run, sample, advance), exact
+                )
+            if solved:
+                # The same pairs, of which a screening may have chosen few.
+                for other in result.values():
+                    chosen = replace(chosen, pairs=other.pairs, chosen=other.candidates)
+                closed_form = _in_closed_form(game, chosen, sample)
+                kinds = next((x.kinds for x in result.values()), ())
+                result[SII] = replace(closed_form, kinds=kinds)
             results.append({name: result[name] for name in names})
     return results
 
@@ -172,17 +185,21 @@ def probe_game(
     """Indices of pairs of players in any game, see `evaluator.Game`.
 
     Args:
-        pairs: (p, 2) players; None for all pairs.
+        pairs: (p, 2) players; None for all pairs; "screened", see `candidates.candidate_pairs`.
         indices, method, sampling, run: as in `probe_pairs`.
     """
-    if pairs is None:
-        chosen = Candidates(all_pairs(np.arange(game.players)), "all pairs")
+    if pairs is None or isinstance(pairs, str):
+        if pairs is not None:
+            check.require_choice("pairs", pairs, (ALL, SCREENED))
+        every = all_pairs(np.arange(game.players))
+        chosen = Candidates(every, "all pairs", screen=pairs == SCREENED)
     else:
         listed = require_pairs(pairs, game.players)
         chosen = Candidates(listed, f"{len(listed)} listed pairs")
     names = require_indices(indices)
     sampling, run = _settings(sampling, run)
-    total = choose(game.players, chosen.pairs, names, method, sampling, 0).total
+    parts = plan(game.players, chosen, names, method, sampling, 0)
+    total = sum(part.total for part in parts)
     with progress_bar(run.shown, total, f"pairs of {game.players} players") as advance:
         return estimate(game, chosen, names, method, sampling, run, advance=advance)
 

@@ -50,6 +50,10 @@ class Ranks:
         dist.all_reduce(sent)
         return sent.cpu().numpy()
 
+    def agreed(self, values: Floats) -> Floats:
+        """Return the numbers of the first rank, which other processors may round differently."""
+        return self.total(values if self.first else np.zeros_like(values))
+
     def least(self, value: int) -> int:
         if self.size == 1:
             return value

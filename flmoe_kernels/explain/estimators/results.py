@@ -15,15 +15,34 @@ from flmoe_kernels.explain.extras import optional_package
 from flmoe_kernels.explain.games.coalitions import Floats, Ints
 from flmoe_kernels.explain.reliability import RULE, near_ties
 
-from .indices import SII
+from .indices import KSII, LINEAR, SII, STII
 
 CLOSED_FORM = "closed_form"
+_ROUNDING = 1e-9  # relative to the values of the game
 LARGEST, SMALLEST, MAGNITUDE = RANKINGS = ("largest", "smallest", "magnitude")
 
 
 def with_notes(line: str, notes: Sequence[str]) -> str:
     """A result's printed form: a line that describes it, and a line for every note."""
     return "\n".join([line, *(f"note: {note}" for note in notes)])
+
+
+def too_small(values: Floats, errors: Floats, size: float) -> tuple[str, ...]:
+    """A note if zeros would be closer to the index than the values.
+
+    The squared error of zeros is the sum of the squared index, whose unbiased estimate is the sum of the squared
+    values minus the squared errors; that of the values is the sum of the squared errors. Errors far below `size`,
+    the largest known value, are rounding errors.
+    """
+    errors = np.where(errors <= _ROUNDING * size, 0.0, errors)
+    known = np.isfinite(values) & np.isfinite(errors)
+    error = float((errors[known] ** 2).sum())
+    if error <= 0.0 or (values[known] ** 2).sum() - error >= error:
+        return ()
+    return (
+        "the budget is too small: zeros would have a smaller error than these values, taken together; raise the "
+        "budget or use fewer candidate pairs",
+    )
 
 
 def scored(found: PairValues) -> tuple[int, bool]:
@@ -37,30 +56,39 @@ class PairValues(Saved):
     """An index of the token pairs of one sample.
 
     Attributes:
-        index: "SII" or "RG", see `indices`.
+        index: "SII", "k-SII", "STII", "BII", see `linear`, or "RG", see `indices`.
         values: (p,) float64, in units of v; NaN for a pair that no draw gave a value.
         standard_errors: (p,), 0 if exact, NaN if the draws do not give one (see `notes` and `sampling`). They
             hold for single pairs: the largest of many values is more likely than the others to be too large by
             more than its error. Errors of pairs that share draws are not independent.
+        player_values, player_errors: (n,), the index of single players, with SII the Shapley values; None for RG
+            and with "toggling".
         pairs: (p, 2), players i < j.
         tokens: (n, 2), modality and position of each player.
         lengths: L_m of each modality, including padding.
         value, baseline: v(all) and v(none).
         method: "closed_form", "exact" (by enumeration) or "sampling".
+        design: of sampling, "regression" or "toggling", see `Sampling`; else empty.
         stopped_by: "exact", "budget" or "tolerance"; "tolerance" causes a bias, see `sampling`.
-        draws: coalitions drawn; each draw gives every pair one S.
-        evaluations: coalitions evaluated; a coalition that several steps of the run need counts once per step. In
-            closed form 1, a pass of the layer.
+        draws: coalitions drawn; with "toggling" each draw gives every pair one S.
+        evaluations: coalitions evaluated by the design, and by the screening before it; a coalition that several
+            steps of the run need counts once per step. In closed form 1, a pass of the layer.
         batch_size: coalitions that were evaluated together; a model's last bits may depend on it.
         candidates: a description of how the pairs were chosen.
         game: the value function, see `TokenGame.describe`.
         sampling: budget, tolerance, min_draws, seed and antithetic; None without sampling.
         sample: position in the batch.
-        notes: candidates chosen among near-ties, reasons for missing errors, and
-            for a result of `top` a ranking that is not distinguishable.
+        kinds: verdict on each pair, "synergy", "redundancy", "independent" or "undecided", by the rule of `kinds`;
+            empty unless SII and RG were requested together.
+        notes: candidates chosen among near-ties, what a screening left out, a budget that is too small, reasons
+            for missing errors, and for a result of `top` a ranking that is not distinguishable.
     """
 
-    _ARRAYS: ClassVar = ("tokens", "pairs", "values", "standard_errors")
+    _ARRAYS: ClassVar = (
+        *("tokens", "pairs", "values", "standard_errors"),
+        *("player_values", "player_errors"),
+    )
+    _OPTIONAL: ClassVar = ("player_values", "player_errors")
     _NUMPY: ClassVar = True
 
     index: str
@@ -81,6 +109,26 @@ class PairValues(Saved):
     sampling: dict[str, Any] | None = None
     sample: int = 0
     notes: tuple[str, ...] = ()
+    player_values: Floats | None = None
+    player_errors: Floats | None = None
+    design: str = ""
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def efficiency_residual(self) -> float:
+        """Sum of the index minus (v(all) - v(none)); 0 for an exact index, up to rounding.
+
+        The sum is over players for SII, whose players have Shapley values, and over players and all pairs for
+        k-SII and STII. NaN for other indices, for a part of the pairs, and without values of players.
+        """
+        if self.player_values is None or self.index not in (SII, KSII, STII):
+            return math.nan
+        total = float(self.player_values.sum())
+        if self.index != SII:
+            if len(self) < math.comb(self.players, 2):
+                return math.nan
+            total += float(self.values.sum())
+        return total - (self.value - self.baseline)
 
     @property
     def players(self) -> int:
@@ -142,12 +190,13 @@ class PairValues(Saved):
             pairs=self.pairs[kept],
             values=self.values[kept],
             standard_errors=self.standard_errors[kept],
+            kinds=tuple(self.kinds[k] for k in kept) if self.kinds else (),
         )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row of plain Python values for every pair, in the order of `pairs`."""
         first, second = self.tokens[self.pairs[:, 0]], self.tokens[self.pairs[:, 1]]
-        columns = {
+        columns: dict[str, Any] = {
             "modality_i": first[:, 0],
             "token_i": first[:, 1],
             "modality_j": second[:, 0],
@@ -155,6 +204,8 @@ class PairValues(Saved):
             "value": self.values,
             "standard_error": self.standard_errors,
         }
+        if self.kinds:
+            columns["kind"] = np.array(self.kinds)
         lists = [column.tolist() for column in columns.values()]
         return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
@@ -168,18 +219,22 @@ class PairValues(Saved):
         for row in best.rows():
             i = f"{row['modality_i']}:{row['token_i']}"
             j = f"{row['modality_j']}:{row['token_j']}"
-            lines.append(f"{i:>10} {j:>10} {row['value']:>12.5g} {row['standard_error']:>12.2g}")
+            line = f"{i:>10} {j:>10} {row['value']:>12.5g} {row['standard_error']:>12.2g}"
+            lines.append(f"{line}  {row['kind']}" if self.kinds else line)
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain Python values, ready for JSON; None for NaN, which JSON does not have."""
-        arrays: dict[str, Any] = {name: getattr(self, name).tolist() for name in self._ARRAYS}
-        for name in ("values", "standard_errors"):
-            arrays[name] = [None if math.isnan(x) else x for x in arrays[name]]
+        arrays: dict[str, Any] = {"tokens": self.tokens.tolist(), "pairs": self.pairs.tolist()}
+        for name in ("values", "standard_errors", *self._OPTIONAL):
+            given = getattr(self, name)
+            lists = given if given is None else given.tolist()
+            arrays[name] = lists and [None if math.isnan(x) else x for x in lists]
         return {
             **self._header(),
             "lengths": list(self.lengths),
             "notes": list(self.notes),
+            "kinds": list(self.kinds),
             **arrays,
         }
 
@@ -190,9 +245,10 @@ class PairValues(Saved):
             ModuleNotFoundError: shapiq is not installed.
             ValueError: the index is RG, which shapiq does not have.
         """
-        if self.index != SII:
+        if self.index not in LINEAR:
+            known = ", ".join(LINEAR)
             raise ValueError(
-                f"to_shapiq: expected the index {SII}, which shapiq has, got {self.index}"
+                f"to_shapiq: expected an index of {known}, which shapiq has, got {self.index}"
             )
         lookup = {(int(i), int(j)): k for k, (i, j) in enumerate(self.pairs)}
         return optional_package("shapiq").InteractionValues(
@@ -218,6 +274,8 @@ class PairValues(Saved):
 
     def _line(self) -> str:
         how = self.method.replace("_", " ")
+        if self.design:
+            how += f" by {self.design}"
         if not self.exact:
             how += f" of {self.draws} draws, stopped by {self.stopped_by}"
         return (
@@ -234,6 +292,7 @@ class PairValues(Saved):
             "pairs": (*count, 2),
             "values": count,
             "standard_errors": count,
+            **{name: tokens.shape[:1] for name in cls._OPTIONAL if name in arrays},
         }
         for key, shape in shapes.items():
             kind = "i" if key in ("tokens", "pairs") else "f"

@@ -1,4 +1,4 @@
-"""Monte Carlo estimates of pair indices from coalitions shared by all pairs.
+"""Estimates of SII and RG from draws of single pairs ("toggling"), which share coalitions.
 
 The index of a pair is the mean over the sizes s = 0 .. n - 2 of S. The two end sizes have one set each, S empty
 and S everybody else. They are evaluated first, for all pairs, and only the sizes between are sampled: a model
@@ -51,8 +51,9 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.games.coalitions import Bools, Floats, Ints, Packed, toggled
 from flmoe_kernels.explain.reliability import LEAST_COUNT, error_of_mean
 
-from .indices import INDICES, Corners
+from .indices import INDICES, TERMS, Corners, Estimate
 
+REGRESSION, TOGGLING = "regression", "toggling"
 OVERHEAD = 2  # every run starts with the evaluation of all players and of none
 _LEAST_UNITS = 2  # within a budget; a single one might give some pair no value
 # Weight of the pairs' mean variance, in units: on small games (tests/explain/test_reliability.py), 4 keeps
@@ -60,8 +61,10 @@ _LEAST_UNITS = 2  # within a budget; a single one might give some pair no value
 _COMMON_UNITS = 4
 # Units are equal if they differ by less than this, relative to the largest of them and the end sizes.
 _EQUAL = 1e-9
+# First number of the seeds' spawn keys: parts of a run draw independently.
+FOR_TOGGLING, FOR_REGRESSION, FOR_SCREENING = range(3)
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
-_DESIGN = "toggled coalitions, end sizes apart"
+_DESIGN = "toggled coalitions, end sizes apart, seeds by purpose"
 # Coalitions evaluated between two checks of the stopping rule; enough for the batches of several ranks.
 _STEP_COALITIONS = 4096
 
@@ -78,6 +81,8 @@ class Sampling:
         min_draws: draws before the tolerance is checked.
         seed: unit u of sample b depends only on (seed, b, u) and n, not on batches, ranks or interruptions.
         antithetic: draw coalitions in pairs, the second the complement of the first.
+        design: "regression", for SII, k-SII, STII and BII, see `regression`; "toggling", for SII and RG, see
+            `sampling`; None: as in `run.choose`.
     """
 
     budget: int = 2**16
@@ -85,11 +90,14 @@ class Sampling:
     min_draws: int = 64
     seed: int = 0
     antithetic: bool = True
+    design: str | None = None
 
     def __post_init__(self) -> None:
         check.require_count("budget", self.budget, 1)
         check.require_count("min_draws", self.min_draws, 2)
         check.require_count("seed", self.seed, 0)
+        if self.design is not None:
+            check.require_choice("design", self.design, (REGRESSION, TOGGLING))
         if not isinstance(self.antithetic, bool):
             raise TypeError(f"antithetic: expected a bool, got {type(self.antithetic).__name__}")
         # Plain Python numbers, not numpy scalars, so that results and checkpoints can be written.
@@ -106,7 +114,7 @@ def coalition(seed: int, sample: int, unit: int, players: int) -> Bools:
     The last random word gives the size of T; the players with the smallest words are in it. The words are raw
     output of the bit generator, whose stream numpy promises not to change, unlike that of Generator's methods.
     """
-    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample, unit)))
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(FOR_TOGGLING, sample, unit)))
     words = bits.random_raw(players + 1)
     size = 1 + (int(words[-1]) * (players - 1) >> 64)
     inside = np.zeros(players, dtype=np.bool_)
@@ -165,6 +173,7 @@ class PairSampling:
     """
 
     method: ClassVar[str] = "sampling"
+    design: ClassVar[str] = TOGGLING
 
     players: int
     pairs: Ints
@@ -172,21 +181,35 @@ class PairSampling:
     sampling: Sampling = field(default_factory=Sampling)
     sample: int = 0
 
+    @classmethod
+    def least(cls, players: int, pairs: Ints, antithetic: bool) -> int:
+        """The smallest budget."""
+        row, units = len(Toggles.of(players, pairs)), _LEAST_UNITS * (1 + antithetic)
+        if not len(pairs):
+            return OVERHEAD
+        # Two draws for the end sizes; without sizes between, they are all.
+        return OVERHEAD + 2 * row + (units * row if players > 3 else 0)
+
+    @classmethod
+    def units_within(cls, players: int, pairs: Ints, sampling: Sampling) -> int:
+        """Number of units that the budget allows, below 0 if it is too small for the end sizes."""
+        row = len(Toggles.of(players, pairs))
+        return (sampling.budget - OVERHEAD - 2 * row) // (row * (1 + sampling.antithetic))
+
     def __post_init__(self) -> None:
         self.units = 0
         self._toggles = Toggles.of(self.players, self.pairs)
-        row = len(self._toggles)
-        price = row * self._draws_per_unit
-        # Two draws for the end sizes; without sizes between, they are all.
-        fixed = OVERHEAD + (2 * row if len(self.pairs) else 0)
-        least = fixed + (_LEAST_UNITS * price if len(self.pairs) and self._between else 0)
+        least = self.least(self.players, self.pairs, self.sampling.antithetic)
         if self.sampling.budget < least:
             raise ValueError(
                 f"budget: expected at least {least}, got {self.sampling.budget}: "
                 f"{2 + _LEAST_UNITS * self._draws_per_unit} draws of {len(self.pairs)} pairs of "
                 f"{self.players} players need as many evaluations; raise the budget or use fewer candidate pairs"
             )
-        self.units_planned = (self.sampling.budget - fixed) // price if least > fixed else 0
+        self.units_planned = 0
+        if len(self.pairs) and self._between:
+            self.units_planned = self.units_within(self.players, self.pairs, self.sampling)
+        price = len(self._toggles) * self._draws_per_unit
         # Depends only on the request, so that the stopping point does not depend on ranks or memory.
         self._units_per_step = max(1, _STEP_COALITIONS // price)
         shape = (len(self.indices), len(self.pairs))
@@ -226,7 +249,8 @@ class PairSampling:
         tolerance = self.sampling.tolerance
         if tolerance is None or self.draws < self.sampling.min_draws:
             return None
-        return "tolerance" if bool((self._errors() <= tolerance).all()) else None
+        asked = [name in INDICES for name in self.indices]
+        return "tolerance" if bool((self._errors()[asked] <= tolerance).all()) else None
 
     def plan(self) -> Packed:
         """Return the next coalitions, packed."""
@@ -248,27 +272,27 @@ class PairSampling:
         parts = iter(values.reshape(-1, len(self._toggles)))
         for unit in self._drawn:
             corners = [self._toggles.corners(drawn, next(parts)) for drawn in unit]
-            terms = np.array([[INDICES[index](x) for index in self.indices] for x in corners])
+            terms = np.array([[TERMS[index](x) for index in self.indices] for x in corners])
             if self._ends is None:
                 self._ends = terms
             else:
                 self._add(unit[0], terms.mean(axis=0))
         self._drawn = []
 
-    def estimates(self) -> dict[str, tuple[Floats, Floats]]:
-        """Return values (p,) and standard errors (p,), by index; NaN where there is none."""
+    def estimates(self) -> dict[str, Estimate]:
+        """Return the estimates by index; NaN where there is none."""
         assert self._ends is not None
         # Two players have one size, which is both end sizes.
         ends = self._ends.mean(axis=0)
         sampled = np.where(self._used > 0, self._mean, np.nan) if self._between else self._mean
         share = self._between / max(1, self.players - 1)
         values, errors = ends * (1.0 - share) + sampled * share, self._errors()
-        return {name: (values[k], errors[k]) for k, name in enumerate(self.indices)}
+        return {name: Estimate(values[k], errors[k]) for k, name in enumerate(self.indices)}
 
     def notes(self) -> dict[str, tuple[str, ...]]:
         """Return the reasons for missing values and errors, by index."""
         notes: dict[str, tuple[str, ...]] = {}
-        for name, (values, errors) in self.estimates().items():
+        for name, (values, errors, *_) in self.estimates().items():
             few = (self._used < LEAST_COUNT) & (self._between > 0)
             reasons = (
                 (np.isnan(values), "value", "no draw fell between the pair's end sizes"),

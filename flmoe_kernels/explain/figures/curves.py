@@ -10,7 +10,7 @@ import numpy as np
 from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.attribution.targets import LOGIT, PROB
 from flmoe_kernels.explain.masking.drops import COMPREHENSIVENESS, KINDS, MaskingDrops
-from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS, error_of_mean
+from flmoe_kernels.explain.reliability import LEAST_COUNT, TIE_ERRORS
 
 from .canvas import require_result
 
@@ -68,18 +68,14 @@ def compare(drops: MaskingDrops, kind: str, metric: str = PROB) -> str:
     standard deviation over repeats, if there are several, since the identified set is to differ from single random
     sets.
     """
-    place, there = (KINDS.index(kind), drops.metrics.index(metric)), drops.maskable > 0
-    repeats, count = drops.random.shape[2], int(there.sum())
+    repeats, count = drops.random.shape[2], int((drops.maskable > 0).sum())
     if not (repeats and count):
         return ""
     if count < LEAST_COUNT:
         return UNKNOWN
     aopc = drops.aopc(kind, metric)
-    random = drops.random[place][:, there].mean(dim=(0, 2))
-    differences = drops.identified[place][there].mean(dim=1) - random
-    squares = float((differences - differences.mean()).square().sum())
     spread = float(aopc.random_std) if repeats > 1 else 0.0
-    gap, error = float(aopc.gap), error_of_mean(squares, count)
+    gap, error = float(aopc.gap), float(aopc.gap_error)
     if not abs(gap) > TIE_ERRORS * math.hypot(error, spread):
         return UNCLEAR
     return BETTER if gap > 0 else WORSE

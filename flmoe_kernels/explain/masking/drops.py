@@ -15,7 +15,7 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.archive import Saved
 from flmoe_kernels.explain.attribution.targets import PROB
 from flmoe_kernels.explain.estimators.results import with_notes
-from flmoe_kernels.explain.reliability import LEAST_COUNT, RULE, error_of_mean
+from flmoe_kernels.explain.reliability import CONFIDENCE_95, LEAST_COUNT, RULE, error_of_mean
 
 from .performance import area_notes, performance
 
@@ -39,8 +39,9 @@ class Summary(NamedTuple):
     random_std: the standard deviation over seeds of the samples' mean; NaN for one seed.
     gap: advantage of identified tokens: identified - random for comprehensiveness, which should be large;
         random - identified for sufficiency, which should be small.
+    gap_error: standard error of the gap over samples, each paired with its own random sets; NaN as standard_error.
 
-    Without random draws random, random_std and gap are NaN.
+    Without random draws random, random_std, gap and gap_error are NaN.
     """
 
     identified: Tensor
@@ -48,6 +49,11 @@ class Summary(NamedTuple):
     random: Tensor
     random_std: Tensor
     gap: Tensor
+    gap_error: Tensor
+
+    def gap_interval(self) -> tuple[Tensor, Tensor]:
+        """Return the ends of the paired 95% confidence interval of the gap."""
+        return self.gap - CONFIDENCE_95 * self.gap_error, self.gap + CONFIDENCE_95 * self.gap_error
 
     def __repr__(self) -> str:
         numbers = (
@@ -293,8 +299,12 @@ class MaskingDrops(Saved):
         mean, random = identified.mean(dim=0), by_seed.mean(dim=0)
         seeds, samples = len(by_seed), len(identified)
         spread = by_seed.std(dim=0) if seeds > 1 else random * torch.nan
-        error = mean * torch.nan
+        sign = 1.0 if kind == COMPREHENSIVENESS else -1.0
+        gaps = sign * (identified - (self.random[place][:, there] @ weights).mean(dim=0))
+        errors = [mean * torch.nan, mean * torch.nan]
         if samples >= LEAST_COUNT:
-            error = error_of_mean((identified - mean).square().sum(dim=0), samples)
-        gap = mean - random if kind == COMPREHENSIVENESS else random - mean
-        return Summary(mean, error, random, spread, gap)
+            errors = [
+                error_of_mean((x - x.mean(dim=0)).square().sum(dim=0), samples)
+                for x in (identified, gaps)
+            ]
+        return Summary(mean, errors[0], random, spread, gaps.mean(dim=0), errors[1])

@@ -16,6 +16,7 @@ from flmoe_kernels.core.figures import printable
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.targets import LOGIT, METRICS
 from flmoe_kernels.explain.attribution.values import Attribution
+from flmoe_kernels.explain.estimators.candidates import SCREENED
 from flmoe_kernels.explain.estimators.indices import RG, SII
 from flmoe_kernels.explain.estimators.interactions import probe_pairs
 from flmoe_kernels.explain.estimators.results import PairValues
@@ -174,8 +175,8 @@ def find(layer: Any, whole: Features, request: Request, about: dict[str, Any]) -
         indices=INDICES,
         target=target,
         pairs=request.pairs,
-        scores=attribution.of(),
-        top=request.top,
+        scores=None if request.pairs == SCREENED else attribution.of(),
+        top=None if request.pairs == SCREENED else request.top,
         method=request.method,
         sampling=sampling,
         run=Run(checkpoint=request.out / CHECKPOINTS),

@@ -14,7 +14,7 @@ import torch
 
 from flmoe_kernels.explain.estimators.indices import RG, SII
 from flmoe_kernels.explain.estimators.results import MAGNITUDE
-from flmoe_kernels.explain.reliability import RULE
+from flmoe_kernels.explain.reliability import CONFIDENCE_95, RULE
 
 from .findings import TOP_ROWS, Findings
 from .pictures import Picture
@@ -41,8 +41,12 @@ over coalitions of the other tokens. Above 0: synergy, below 0: overlap.</dd>
 <dt>RG</dt><dd>Redundancy gap: the part of the logit that either of the two tokens alone keeps. Substitutes have a
 large RG and an SII below 0.</dd>
 <dt>tied</dt><dd>Not distinguishable: the values differ by at most two standard errors or {RULE}.</dd>
-<dt>standard error</dt><dd>Of a pair's Monte Carlo estimate; none if exact, ? if unknown. Among many pairs the
-largest value is more likely than the others to be too large. A larger budget reduces the errors.</dd></dl>"""
+<dt>95% interval</dt><dd>Of a pair's Monte Carlo estimate, 1.96 standard errors to both sides; none if exact, ? if
+unknown. Among many pairs the largest value is more likely than the others to be too large. A larger budget reduces
+the errors.</dd>
+<dt>kind</dt><dd>Synergy: together the tokens have more than the sum of their effects, or less than the better one
+alone. Redundancy: they share a part of their effect. Independent: their effects add up, whatever other tokens are
+present. Undecided: not certain at this budget, or the sign depends on other tokens.</dd></dl>"""
 
 
 def page(findings: Findings, pictures: Mapping[str, Picture], files: Sequence[str]) -> str:
@@ -123,20 +127,22 @@ def _pairs_table(findings: Findings, s: int) -> str:
     values, rows = findings.pairs[s], []
     for k in values[SII].ranked(TOP_ROWS, MAGNITUDE).tolist():
         numbers = (
-            _with_error(float(x.values[k]), float(x.standard_errors[k]))
+            _with_interval(float(x.values[k]), float(x.standard_errors[k]))
             for x in (values[SII], values[RG])
         )
-        rows.append((findings.pair_name(s, k), *numbers))
-    caption = f"Top pairs by |{SII}|, in units of the logit, with standard errors"
-    return _table(caption, ("tokens", SII, RG), rows)
+        rows.append((findings.pair_name(s, k), *numbers, *values[SII].kinds[k : k + 1]))
+    caption = f"Top pairs by |{SII}|, in units of the logit, with 95% intervals"
+    return _table(caption, ("tokens", SII, RG, "kind"), rows)
 
 
-def _with_error(value: float, error: float) -> str:
-    """Format a number, "-" for NaN, with its error, "?" for NaN."""
+def _with_interval(value: float, error: float) -> str:
+    """Format a number, "-" for NaN, with its 95% interval, "?" if it is unknown; none if exact."""
     if math.isnan(value):
         return "-"
-    known = "?" if math.isnan(error) else f"{error:.2g}"
-    return f"{value:+.3g}" + (f" \N{PLUS-MINUS SIGN} {known}" if error else "")
+    if math.isnan(error):
+        return f"{value:+.3g} (?)"
+    reach = CONFIDENCE_95 * error
+    return f"{value:+.3g}" + (f" ({value - reach:+.2g} to {value + reach:+.2g})" if error else "")
 
 
 def _tokens_table(findings: Findings, s: int) -> str:

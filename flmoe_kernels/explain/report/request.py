@@ -11,7 +11,7 @@ from typing import Any
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.attribution.values import GRADIENT_ROLLOUT
 from flmoe_kernels.explain.attribution.values import METHODS as ATTRIBUTIONS
-from flmoe_kernels.explain.estimators.candidates import ACROSS, ALL
+from flmoe_kernels.explain.estimators.candidates import ACROSS, ALL, SCREENED
 from flmoe_kernels.explain.estimators.run import METHODS
 from flmoe_kernels.explain.games.masked import FILLS
 
@@ -36,7 +36,7 @@ class Request:
     method: str = "auto"  # of `probe_pairs`
     budget: int = 3072  # the largest number of evaluated coalitions per sample
     top: int = 5  # tokens of largest |attribution| in each modality, whose pairs are candidates
-    pairs: str = ACROSS
+    pairs: str = ACROSS  # "screened": among the pairs of all tokens
     # "label", of the file; "predicted"; or a class; None: the label if there is one, else predicted.
     target: str | None = None
     fill: str = "zero"  # "mean" is over all samples of the file
@@ -53,7 +53,7 @@ class Request:
             check.require_count(name, getattr(self, name), least)
         check.require_choice("attribution", self.attribution, ATTRIBUTIONS)
         check.require_choice("method", self.method, METHODS)
-        check.require_choice("pairs", self.pairs, (ACROSS, ALL))
+        check.require_choice("pairs", self.pairs, (ACROSS, ALL, SCREENED))
         check.require_choice("fill", self.fill, FILLS)
         for modality in self.exempt:
             check.require_count("exempt", modality, 0)
