@@ -9,6 +9,9 @@ WORKERS ?= 2
 export FLMOE_CUDA ?= 0
 
 VENV := .venv
+# The environment of `make compatibility`, and its packages.
+OTHER := build/compatibility
+PACKAGES ?= torch
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
@@ -18,7 +21,7 @@ TOOLS := $(VENV)/.stamp-tools
 BUILT := $(VENV)/.stamp-built
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt flmoe_kernels/_version.py \
 	$(shell find csrc 2>/dev/null)
-CPP_SOURCES := $(shell find csrc -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES := $(shell find csrc tests/native -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # A stamp is valid only if the environment runs, was not moved, and has the module.
 ifneq ($(shell $(PY) -c '' 2>/dev/null && cat $(INSTALLED) 2>/dev/null),$(shell pwd -P))
@@ -36,10 +39,10 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pip processes must not write to the same environment at once
-.PHONY: FORCE help compiler setup demo test test-all bench lint format clean
+.PHONY: FORCE help compiler setup demo test test-all test-aarch64 aarch64-tools compatibility bench lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z0-9-]*\): .*## /\1\t/p' Makefile | expand -t 15
 	@echo "PYTHON=python3.12 make setup   uses that Python"
 	@echo "FLMOE_CUDA=1 make setup        builds the CUDA kernels too"
 	@echo "ARGS=... is appended to the command, WORKERS=... is the number of test files at a time."
@@ -63,6 +66,31 @@ test: compiler $(BUILT) $(TOOLS) ## run the tests of all operators and backends:
 test-all: compiler $(BUILT) $(TOOLS) ## run all tests, including the exhaustive and slow ones: half an hour
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
+
+# The driver tests the C++ kernels alone, because Python and torch are slow under emulation.
+test-aarch64: aarch64-tools $(INSTALLED) ## cross-compile the CPU kernels and test them under qemu: minutes
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B build/aarch64 -DFLMOE_DRIVER=ON \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(VENV)/bin/cmake --build build/aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/driver
+
+aarch64-tools:
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
+		command -v $$tool > /dev/null || { echo "make: $$tool was not found: install the cross compiler\
+ and the emulator (Debian/Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }; \
+	done
+
+compatibility: compiler ## test torch.compile, torch.export and backends with PACKAGES="torch==2.6.0"
+	@$(check_python)
+	rm -rf $(OTHER) && "$(PYTHON)" -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet $(filter-out triton%,$(PACKAGES)) pytest --editable .
+	$(if $(filter triton%,$(PACKAGES)),$(OTHER)/bin/python -m pip install --quiet --upgrade --no-deps $(filter triton%,$(PACKAGES)))
+	$(OTHER)/bin/python -m pytest tests/core/test_backend.py tests/core/test_compile.py \
+		tests/core/test_dynamic_sizes.py tests/layers/test_layer_programs.py $(ARGS)
+ifneq ($(findstring triton,$(PACKAGES)),)
+	TRITON_INTERPRET=1 $(OTHER)/bin/python -m pytest tests/interpreter -m "not slow" $(ARGS)
+endif
 
 bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression in two processes
 	$(GATE) $(ARGS) || $(GATE) --last-failed $(ARGS)

@@ -51,7 +51,7 @@ def check_platform() -> None:
     if sys.platform == "win32":
         stop(
             "Windows with MSVC is not supported: the kernels need GCC or Clang. "
-            "Use Linux (WSL works) or macOS."
+            "Use Linux (WSL works)."
         )
     if "CXX" in os.environ:
         # CXX may contain arguments or start with a launcher, as in "ccache g++".

@@ -83,6 +83,10 @@ int32_t* counters_of(const Counters& given, int64_t rows, int64_t bins) {
 }
 
 void bind_launches(py::module_& m) {
+  m.def("cuda_versions", [] {
+    const flmoe::cuda::Versions found = flmoe::cuda::versions();
+    return py::make_tuple(found.compiler, found.driver);
+  });
   m.def("cuda_devices", [] {
     const char* reason;
     const int count = flmoe::cuda::devices(&reason);

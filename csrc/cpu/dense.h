@@ -4,10 +4,6 @@
 // block of rows of one expert; it processes all panels, so its rows stay in the L2 cache and a
 // panel in L1/L2. An item of the weight gradient owns a block of its rows and sums over tokens in
 // order, so results do not depend on the number of threads.
-//
-// Product gives the type T of arguments, the type A of sums and the type E of operands. The depth
-// of an operand is padded to a multiple of kUnit; element (k, n) of B with rows of b_row / kUnit
-// columns starts at k / kUnit * b_row + kUnit * n.
 #pragma once
 
 #include "cpu/panels.h"
@@ -19,25 +15,11 @@ constexpr int64_t kBiasBlock = 32;  // tokens of grad_bias summed in the type A
 
 // Products in the compute type.
 template <typename Storage>
-struct PlainDense {
-  using T = Storage;
-  using A = typename Compute<T>::Type;
-  using E = A;
-  static constexpr int64_t kUnit = 1;
+struct PlainDense : PlainOperands<Storage> {
+  using typename PlainOperands<Storage>::A;
+  using typename PlainOperands<Storage>::E;
   static constexpr int64_t kOutBlock = 48;     // rows of the weight gradient per item
   static constexpr int64_t kTokenBlock = 256;  // depth of one pass of the weight gradient
-
-  static void gemm(int64_t m, int64_t n, int64_t depth, const E* a, int64_t a_row, int64_t a_col,
-                   const E* b, int64_t b_row, A* c, int64_t c_row, bool add) {
-    flmoe::FLMOE_ISA::gemm<A>(m, n, depth, a, a_row, a_col, b, b_row, c, c_row, add);
-  }
-
-  // One panel of a weight, whose rows (or, with depth_is_rows, columns) are columns of B.
-  static void pack(const T* weight, int64_t stride, bool depth_is_rows, int64_t depth,
-                   int64_t columns, E* out) {
-    pack_panel<T, A>(weight, depth_is_rows ? stride : 1, depth_is_rows ? 1 : stride, depth, columns,
-                     out);
-  }
 
   // Contiguous rows as operand A, in place if they can be.
   template <typename X>

@@ -2,8 +2,8 @@
 //
 // C (M x N) = or += A (M x K) B (K x N), all in the compute type. A has two strides, so that a
 // transpose costs nothing; rows of B and C are contiguous, and the caller pads N to whole vectors.
-// 6 rows x 4 vectors (AVX-512) keep 24 independent multiply-add chains in registers, enough to
-// cover the latency of two FMA units; each loaded vector of B is used by 6 of them.
+// 6 rows x 4 vectors (AVX-512, NEON) keep 24 independent multiply-add chains in registers, enough
+// to cover the latency of two FMA units; each loaded vector of B is used by 6 of them.
 // With +=, the product is summed separately before it is added to C: over many calls, the rounding
 // error grows with the length of a sum plus the number of sums, not with their product.
 #pragma once

@@ -7,8 +7,7 @@
 // float32.
 #pragma once
 
-#include "cpu/kernels/entry.h"
-#include "cpu/simd.h"
+#include "cpu/panels.h"
 
 namespace flmoe::FLMOE_ISA {
 
@@ -193,6 +192,53 @@ inline void pack_even_rows(const BFloat16* in, int64_t stride, int64_t rows, int
     if (even > depth) out[i * even + depth] = {0};
   }
 }
+
+#if defined(__AVX512BF16__)
+inline void store_rounded(BFloat16* to, VecF v) {
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+
+// Operands in bfloat16, see PlainOperands; sums are in float32.
+struct Bf16Operands {
+  using T = BFloat16;
+  using A = float;
+  using E = BFloat16;
+  static constexpr int64_t kUnit = kPair;
+
+  static void gemm(int64_t m, int64_t n, int64_t depth, const E* a, int64_t a_row, int64_t a_col,
+                   const E* b, int64_t b_row, A* c, int64_t c_row, bool add) {
+    gemm_bf16<NativeDot>(m, n, pairs_of(depth), a, a_row, a_col, b, b_row, c, c_row, add);
+  }
+
+  static void pack(const T* weight, int64_t stride, bool depth_is_rows, int64_t depth,
+                   int64_t columns, E* out) {
+    if (depth_is_rows)
+      pack_depth_rows(weight, stride, depth, columns, kPanel<A>, out);
+    else
+      pack_depth_columns(weight, stride, depth, columns, kPanel<A>, kPair * kPanel<A>, out);
+  }
+
+  static void put(E* to, VecF v) { store_rounded(to, v); }
+
+  // Rows, an even number of elements of `out` apart, as depth of an operand.
+  static void put_depth(const E* rows, int64_t stride, int64_t count, int64_t columns, E* out,
+                        int64_t out_stride) {
+    for (int64_t r = 0; r < count; r += kPair)
+      interleave(rows + r * stride, r + 1 < count ? rows + (r + 1) * stride : nullptr, columns,
+                 columns, out + r * out_stride);
+  }
+
+  static void add_depth(const E* row, const A* factor, int64_t columns, A* __restrict sums) {
+    const auto element = [](uint32_t bits) { return to_float(E{static_cast<uint16_t>(bits)}); };
+    for (int64_t n = 0; n < columns; ++n) {
+      uint32_t pair;
+      std::memcpy(&pair, row + kPair * n, sizeof pair);
+      sums[n] += factor[0] * element(pair) + factor[1] * element(pair >> 16);
+    }
+  }
+};
+#endif
 
 // The entry point of tests: packs both operands as the kernels do.
 template <typename Dot>

@@ -6,7 +6,9 @@
 // lane, so the gate of a vector of pairs needs no exchange between lanes.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu/gemm.h"
 #include "cpu/kernels/entry.h"
@@ -169,7 +171,7 @@ inline VecD gate_exp(VecD x) {
 template <typename A>
 constexpr A kGateUnit = 1;
 template <>
-constexpr float kGateUnit<float> = 1.44269504f;
+inline constexpr float kGateUnit<float> = 1.44269504f;
 
 // The gate's unit is folded into k and the bias, but not with top_k: it could separate equal
 // logits.
@@ -180,8 +182,12 @@ inline A folded_unit(const PairArgs& in) {
 
 template <typename A>
 inline void load_bias(const PairArgs& in, A* bias) {
-  for (int64_t e = 0; e < in.experts; ++e)
-    bias[e] = in.gate_bias ? static_cast<const A*>(in.gate_bias)[e] * folded_unit<A>(in) : A(0);
+  constexpr A kMost = std::numeric_limits<A>::max();
+  for (int64_t e = 0; e < in.experts; ++e) {
+    bias[e] = in.gate_bias ? static_cast<const A*>(in.gate_bias)[e] : A(0);
+    // The unit must not make a finite bias infinite.
+    if (std::isfinite(bias[e])) bias[e] = std::clamp(bias[e] * folded_unit<A>(in), -kMost, kMost);
+  }
 }
 
 // Converts logits (see folded_unit) of a vector of pairs to probabilities over E experts, in place.

@@ -53,4 +53,37 @@ void pack_panel(const T* in, int64_t k_stride, int64_t n_stride, int64_t depth, 
         out[k * kPanel<A> + n] = read<T, A>(in + k * k_stride + n * n_stride);
 }
 
+// Operands of products in the compute type. A product gives the type T of arguments, the type A of
+// sums and the type E of operands. The depth of an operand is padded to a multiple of kUnit;
+// element (k, n) of one with rows of b_row / kUnit columns starts at k / kUnit * b_row + kUnit * n.
+template <typename Storage>
+struct PlainOperands {
+  using T = Storage;
+  using A = typename Compute<T>::Type;
+  using E = A;
+  static constexpr int64_t kUnit = 1;
+
+  static void gemm(int64_t m, int64_t n, int64_t depth, const E* a, int64_t a_row, int64_t a_col,
+                   const E* b, int64_t b_row, A* c, int64_t c_row, bool add) {
+    flmoe::FLMOE_ISA::gemm<A>(m, n, depth, a, a_row, a_col, b, b_row, c, c_row, add);
+  }
+
+  // One panel of a weight, whose rows (or, with depth_is_rows, columns) are columns of B.
+  static void pack(const T* weight, int64_t stride, bool depth_is_rows, int64_t depth,
+                   int64_t columns, E* out) {
+    pack_panel<T, A>(weight, depth_is_rows ? stride : 1, depth_is_rows ? 1 : stride, depth, columns,
+                     out);
+  }
+
+  static void put(E* to, Vec<A> v) { store(to, v); }
+
+  // Rows as columns of the depth of an operand: in place.
+  static void put_depth(const E*, int64_t, int64_t, int64_t, E*, int64_t) {}
+
+  // sums += kUnit rows of the depth, each times its factor.
+  static void add_depth(const E* row, const A* factor, int64_t columns, A* sums) {
+    for (int64_t n = 0; n < columns; ++n) sums[n] += factor[0] * row[n];
+  }
+};
+
 }  // namespace flmoe::FLMOE_ISA

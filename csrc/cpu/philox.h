@@ -106,6 +106,51 @@ inline void dropout_bits(const Dropout& d, uint32_t problem, uint32_t head, uint
   for (int w = 0; w < 4; ++w) bits[w] = keep_bits(words[0][w], words[1][w], d.threshold);
 }
 
+#elif defined(__aarch64__)
+
+inline uint32x4_t philox_mul(uint32x4_t a, uint32_t m, uint32x4_t* low) {
+  const uint64x2_t first = vmull_n_u32(vget_low_u32(a), m), second = vmull_high_n_u32(a, m);
+  *low = vuzp1q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
+  return vuzp2q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
+}
+
+inline void dropout_bits(const Dropout& d, uint32_t problem, uint32_t head, uint32_t row,
+                         uint32_t group, uint32_t bits[4]) {
+  constexpr uint32_t kLane[4] = {0, 1, 2, 3};
+  const uint16x8_t threshold = vdupq_n_u16(static_cast<uint16_t>(d.threshold));
+  const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
+  uint8x16_t keep[4][2];  // word, half of its 32 draws
+  for (uint32_t half = 0; half < 2; ++half) {
+    uint16x8_t below[2][4];
+    for (uint32_t quarter = 0; quarter < 2; ++quarter) {
+      uint32x4_t c0 = vaddq_u32(vdupq_n_u32(group * 16 + 8 * half + 4 * quarter), vld1q_u32(kLane));
+      uint32x4_t c1 = vdupq_n_u32(row), c2 = vdupq_n_u32(head), c3 = vdupq_n_u32(problem);
+      uint32_t k0 = d.key0, k1 = d.key1;
+      for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+        uint32x4_t low0, low1;
+        const uint32x4_t high0 = philox_mul(c0, kPhiloxM0, &low0);
+        const uint32x4_t high1 = philox_mul(c2, kPhiloxM1, &low1);
+        c0 = veorq_u32(veorq_u32(high1, c1), vdupq_n_u32(k0));
+        c2 = veorq_u32(veorq_u32(high0, c3), vdupq_n_u32(k1));
+        c1 = low1;
+        c3 = low0;
+      }
+      const uint32x4_t words[4] = {c0, c1, c2, c3};
+      for (int w = 0; w < 4; ++w)
+        below[quarter][w] = vcltq_u16(vreinterpretq_u16_u32(words[w]), threshold);
+    }
+    for (int w = 0; w < 4; ++w)
+      keep[w][half] = vandq_u8(
+          bit, vuzp1q_u8(vreinterpretq_u8_u16(below[0][w]), vreinterpretq_u8_u16(below[1][w])));
+  }
+  // Three sums of neighbours turn eight draws into one byte of bits.
+  const uint8x16_t first =
+      vpaddq_u8(vpaddq_u8(keep[0][0], keep[0][1]), vpaddq_u8(keep[1][0], keep[1][1]));
+  const uint8x16_t second =
+      vpaddq_u8(vpaddq_u8(keep[2][0], keep[2][1]), vpaddq_u8(keep[3][0], keep[3][1]));
+  vst1q_u32(bits, vreinterpretq_u32_u8(vpaddq_u8(first, second)));
+}
+
 #else
 
 inline void dropout_bits(const Dropout& d, uint32_t problem, uint32_t head, uint32_t row,

@@ -13,29 +13,34 @@ struct RowBlock {
   int64_t expert, first, count, at;
 };
 
+// In scratch memory, a block and an expert's rows start at a multiple of `unit`.
 struct RowBlocks {
   Buffer<RowBlock> block;
-  int64_t threads, count = 0, rows = 0;
+  Buffer<int64_t> start;  // the row in scratch memory of an expert's first one
+  int64_t threads, unit, count = 0, rows = 0;
 
-  RowBlocks(int64_t most_rows, const RoutedArgs& in)
+  RowBlocks(int64_t most_rows, const RoutedArgs& in, int64_t row_unit)
       : block((most_rows / kRowBlock + in.experts) * 5 / 4 + 1),  // see add
-        threads(in.threads > 1 ? in.threads : 1) {}
+        start(in.experts),
+        threads(in.threads > 1 ? in.threads : 1),
+        unit(row_unit) {}
 
   void clear() { count = rows = 0; }
   // Many rows: equal blocks, the same number for every thread.
   void add(int64_t expert, int64_t first, int64_t end) {
     const int64_t whole = (end - first + kRowBlock - 1) / kRowBlock;
     const int64_t blocks = whole < 4 * threads ? whole : round_up(whole, threads);
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t from = first + (end - first) * i / blocks;
-      const int64_t size = first + (end - first) * (i + 1) / blocks - from;
-      block[count++] = {expert, from, size, rows};
-      rows += size;
-    }
+    const int64_t total = end - first;
+    start[expert] = rows;
+    // Rounded up, so that the last block has at most kRowBlock rows, too.
+    const auto cut = [&](int64_t i) { return min64(round_up(total * i / blocks, unit), total); };
+    for (int64_t i = 0; i < blocks; ++i)
+      block[count++] = {expert, first + cut(i), cut(i + 1) - cut(i), rows + cut(i)};
+    rows += round_up(total, unit);
   }
 };
 
-// Elements from row to row in scratch memory: room for one more column, and an odd number of cache
+// Elements from row to row in scratch memory: room for two more columns, and an odd number of cache
 // lines, so that the rows of a column lie in different sets of the cache.
 template <typename A>
 int64_t row_stride(int64_t columns) {
@@ -43,18 +48,31 @@ int64_t row_stride(int64_t columns) {
   return round_up(columns + 1, 2 * kLine) + kLine;
 }
 
+// The columns after those of an operand's row: the factor of the bias, and what pads the depth.
+template <typename Product>
+void end_row(typename Product::E* row, int64_t columns, typename Product::A factor) {
+  write<typename Product::E, typename Product::A>(row + columns, factor);
+  row[columns + 1] = {};
+}
+
 // A weight of the experts with rows, packed and shared by the threads. With a bias, it is one row
 // deeper, and the other operand has a last column of ones. A null weight is not used.
-template <typename T, typename A>
+template <typename Product>
 struct PackedWeight {
-  int64_t depth, size;  // of one expert
-  Buffer<A> panels;
+  using T = typename Product::T;
+  using A = typename Product::A;
+  using E = typename Product::E;
 
-  // (rows x columns) per expert; element (k, n) of expert e lies at e * stride + k * ks + n * ns.
+  int64_t depth, padded_depth, size;  // of one expert
+  Buffer<E> panels;
+
+  // (rows x columns) per expert, `stride` apart; the transpose of what is stored, unless
+  // depth_is_rows.
   PackedWeight(const RoutedArgs& in, const void* weight, int64_t stride, int64_t rows,
-               int64_t columns, int64_t ks, int64_t ns, const void* bias = nullptr)
+               int64_t columns, bool depth_is_rows, const void* bias = nullptr)
       : depth(rows + (bias != nullptr)),
-        size(packed_size<A>(depth, columns)),
+        padded_depth(round_up(depth, Product::kUnit)),
+        size(packed_size<A>(padded_depth, columns)),
         panels(weight == nullptr ? 0 : in.experts * size) {
     if (weight == nullptr) return;
     const int64_t blocks = panels_of<A>(columns);
@@ -62,26 +80,35 @@ struct PackedWeight {
       const int64_t e = item / blocks, n0 = item % blocks * kPanel<A>;
       if (in.offsets[e] == in.offsets[e + 1]) return;
       const int64_t count = min64(kPanel<A>, columns - n0);
-      const T* from = static_cast<const T*>(weight) + e * stride + n0 * ns;
-      A* to = panels + item * depth * kPanel<A>;
-      pack_panel<T, A>(from, ks, ns, rows, count, to);
+      const T* from = static_cast<const T*>(weight) + e * stride + n0 * (depth_is_rows ? 1 : rows);
+      E* to = panels + item * padded_depth * kPanel<A>;
+      Product::pack(from, depth_is_rows ? columns : rows, depth_is_rows, rows, count, to);
       if (bias != nullptr)
-        pack_panel<T, A>(static_cast<const T*>(bias) + e * columns + n0, 0, 1, 1, count,
-                         to + rows * kPanel<A>);
+        put_bias(static_cast<const T*>(bias) + e * columns + n0, rows, count, to);
     });
   }
 
+  // Row `row` of a panel, and the padding after it.
+  static void put_bias(const T* bias, int64_t row, int64_t count, E* panel) {
+    const int64_t place = row % Product::kUnit;
+    E* to = panel + (row - place) * kPanel<A>;
+    for (int64_t n = 0; n < kPanel<A>; ++n) {
+      for (int64_t i = place; i < Product::kUnit; ++i) to[Product::kUnit * n + i] = {};
+      if (n < count) to[Product::kUnit * n + place] = read<T, E>(bias + n);
+    }
+  }
+
   // The panel that starts at a column.
-  const A* panel(int64_t expert, int64_t column) const {
-    return panels + expert * size + column * depth;
+  const E* panel(int64_t expert, int64_t column) const {
+    return panels + expert * size + column * padded_depth;
   }
 };
 
 // The packed weights of one direction: forward w_in, w_out and w_gate, backward w_out, w_in and
 // w_gate.
-template <typename T, typename A>
-struct PackedWeights {
-  PackedWeight<T, A> first, second, gate;
+template <typename Product>
+struct RoutedWeights {
+  PackedWeight<Product> first, second, gate;
 };
 
 // Calls body(column, columns) for every panel of a matrix with this number of columns.
@@ -92,19 +119,27 @@ void each_panel(int64_t columns, const F& body) {
 
 // out (rows x columns, padded to whole vectors) = in (rows x depth) times a panel, or is increased
 // by it.
-template <typename A>
-void times_panel(const A* in, int64_t in_stride, int64_t rows, int64_t depth, const A* panel,
-                 int64_t columns, A* out, int64_t out_stride, bool accumulate = false) {
-  gemm<A>(rows, round_up(columns, kLanes<A>), depth, in, in_stride, 1, panel, kPanel<A>, out,
-          out_stride, accumulate);
+template <typename Product>
+void times_panel(const typename Product::E* in, int64_t in_stride, int64_t rows, int64_t depth,
+                 const typename Product::E* panel, int64_t columns, typename Product::A* out,
+                 int64_t out_stride, bool accumulate = false) {
+  using A = typename Product::A;
+  constexpr int64_t kUnit = Product::kUnit;
+  Product::gemm(rows, round_up(columns, kLanes<A>), depth, in, in_stride, kUnit, panel,
+                kUnit * kPanel<A>, out, out_stride, accumulate);
 }
 
-template <typename T, typename A>
-void gather_tokens(const RoutedArgs& in, const void* source, const RowBlock& block, A* out) {
-  const int64_t stride = row_stride<A>(in.width);
+// Rows as operands, with the factor of the bias.
+template <typename Product>
+void gather_tokens(const RoutedArgs& in, const void* source, const RowBlock& block,
+                   typename Product::E* out) {
+  using T = typename Product::T;
+  using E = typename Product::E;
+  const int64_t stride = row_stride<E>(in.width);
   for (int64_t r = 0; r < block.count; ++r) {
     const int64_t token = in.permutation[block.first + r] / in.choices;
-    read_row<T, A>(static_cast<const T*>(source) + token * in.width, out + r * stride, in.width);
+    read_row<T, E>(static_cast<const T*>(source) + token * in.width, out + r * stride, in.width);
+    end_row<Product>(out + r * stride, in.width, 1);
   }
 }
 

@@ -11,6 +11,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "common/types.h"
@@ -23,6 +25,9 @@ constexpr int kMaxPanelVectors = 4;  // 6 x 4 accumulators leave 8 of 32 registe
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kMaxPanelVectors = 2;  // 6 x 2 accumulators leave 4 of 16
+#elif defined(__aarch64__)  // NEON, which every such processor has: this is its baseline
+constexpr int kVectorBytes = 16;
+constexpr int kMaxPanelVectors = 4;  // as for AVX-512
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kMaxPanelVectors = 2;
@@ -221,6 +226,12 @@ inline float to_float(BFloat16 x) {
 inline float to_float(Float16 x) {
   return _cvtsh_ss(x.bits);
 }
+#elif defined(__aarch64__)
+inline float to_float(Float16 x) {
+  __fp16 half;
+  std::memcpy(&half, &x, sizeof half);
+  return half;
+}
 #else
 // Without the instruction: moves the bits of half precision, then scales by 2^112, the difference
 // of the exponents' biases; this is exact and turns subnormals into normal numbers.
@@ -251,6 +262,11 @@ inline void from_float(float f, BFloat16* out) {
 #if defined(__F16C__)
 inline void from_float(float f, Float16* out) {
   out->bits = _cvtss_sh(f, 0);
+}
+#elif defined(__aarch64__)
+inline void from_float(float f, Float16* out) {
+  const auto half = static_cast<__fp16>(f);
+  std::memcpy(out, &half, sizeof half);
 }
 #else
 inline void from_float(float f, Float16* out) {
@@ -329,6 +345,24 @@ inline int64_t write_vectors(const float* in, Float16* out, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0);
+    std::memcpy(out + i, &half, sizeof half);
+  }
+  return i;
+}
+#elif defined(__aarch64__)
+inline int64_t read_vectors(const Float16* in, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    float16x4_t half;
+    std::memcpy(&half, in + i, sizeof half);
+    vst1q_f32(out + i, vcvt_f32_f16(half));
+  }
+  return i;
+}
+inline int64_t write_vectors(const float* in, Float16* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    const float16x4_t half = vcvt_f16_f32(vld1q_f32(in + i));
     std::memcpy(out + i, &half, sizeof half);
   }
   return i;

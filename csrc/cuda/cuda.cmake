@@ -8,8 +8,8 @@
 # Defines the header cuda_build.h, the target flmoe_cuda if CUDA is built, and flmoe_link_cuda(module).
 
 set(FLMOE_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF or AUTO")
-# The oldest version that the kernels are built and inspected with, see .github/workflows/ci.yml.
-set(oldest_nvcc 13.0)
+# The version of release wheels, the first with sm_100, sm_120 and --compress-mode.
+set(oldest_nvcc 12.8)
 # Machine code for the supported architectures, and PTX for the oldest of them. Newer GPUs compile the PTX at first
 # use; the kernels use no newer instructions.
 set(cuda_architectures 80 90a 100 120)
@@ -86,8 +86,13 @@ else()
     CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_ARCHITECTURES OFF
     CUDA_VISIBILITY_PRESET hidden)
   target_include_directories(flmoe_cuda PRIVATE csrc ${cuda_build_folder})
-  # Compressed by zstd the code is a quarter as large.
-  target_compile_options(flmoe_cuda PRIVATE ${cuda_options} --compress-mode=size -Xcompiler=-Wall,-Wextra)
+  # Uncompressed, the code is four to eight times as large. "size" is half of "speed", but of the drivers for CUDA 12
+  # only those since 12.4 read it.
+  set(compression --compress-mode=size)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
+    set(compression --compress-mode=speed -Xfatbin=-compress-all)
+  endif()
+  target_compile_options(flmoe_cuda PRIVATE ${cuda_options} ${compression} -Xcompiler=-Wall,-Wextra)
   list(JOIN cuda_architectures " sm_" cuda_names)
   set(cuda_names "sm_${cuda_names}, PTX ${cuda_ptx}")
   message(STATUS

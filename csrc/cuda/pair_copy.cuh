@@ -1,4 +1,10 @@
-// Copies of pair_moe's kernel: which tokens and columns a block's stages have in shared memory.
+// Copies of pair_moe's kernel to shared memory. Terms of all files of pair_moe:
+//   depth  the dimension that a product of rows and columns sums over: R in x . z, V in u . w
+//   slice  kSliceBytes of the depth; a tile in shared memory has one slice of one expert's tokens
+//   part   the slices of a depth that are in shared memory at a time: all, if there is room
+//   step   the columns z of an iteration of a block's loop
+//   stage  what is copied while the stage before is computed: a step's columns, with both depths
+//          if each is one part, otherwise with one part of one depth
 #pragma once
 
 #include "cuda/pair_gate.cuh"
@@ -9,25 +15,29 @@ namespace flmoe::cuda {
 template <typename T, int kExperts, PairMode kMode>
 struct PairTile {
   static constexpr bool kMatrix = Element<T>::kMatrix, kFew = kExperts <= 4;
-  // Warps so that a block's rows fit into shared memory.
-  static constexpr int kWarps = kMatrix && kFew ? 4 : sizeof(T) == 8 ? 1 : 2;
+  // The rows of more warps would not fit into the shared memory of all GPUs: a map's rows of u are
+  // in float32.
+  static constexpr int kWarps = kMatrix && kFew && kMode != PairMode::kMap ? 4
+                                : sizeof(T) == 8                           ? 1
+                                                                           : 2;
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
   static constexpr int kColumns = Element<T>::kColumns;
-  // Columns of a stage: more than one step of them, where shared memory suffices for two blocks.
+  // Columns of a stage: twice kColumns in sums, where two blocks still fit into an SM.
   static constexpr int kStage = (kMatrix && kFew && kMode == PairMode::kSums ? 2 : 1) * kColumns;
-  // Columns of sums, for which registers suffice.
+  // Columns of the output (V or R) that a block computes; their sums are in registers.
   static constexpr int kWide = (sizeof(T) == 8             ? 16
                                 : kMode == PairMode::kSums ? 64
                                                            : 32) /
                                (kFew ? 1 : 2);
-  // Columns of pairs of a block of kMap.
+  // kMap: columns z of a block.
   static constexpr int kSpan = 16 * kColumns;
-  // Slices of the depth: elements, bytes, bytes of a row, and of the tiles of all experts.
+  // A slice in bytes and in elements.
   static constexpr int kSliceBytes = kFew ? 64 : 32, kSlice = kSliceBytes / sizeof(T);
+  // Bytes of a tile's row (with padding), and of a slice's tiles of all experts.
   static constexpr int kLine = kSliceBytes + 16;
   static constexpr int kRowTiles = kExperts * kRows * kLine;
   static constexpr int kColumnTiles = kExperts * kStage * kLine;
-  // The values that are summed, if they have tiles of their own.
+  // The same for the values that are summed (w in sums, z in gradients), kWide columns of them.
   static constexpr int kSumLine = kWide * sizeof(T) + 16;
   static constexpr int kSumTiles = kExperts * kStage * kSumLine;
 };
@@ -51,8 +61,9 @@ class PairCopies {
   int block, chunk, first;  // first: the block's first row
   int64_t b;
   uint32_t window;
-  // What this thread copies: a part of a row. Sources of expert 0, and places in the tiles.
-  int copied_row, copied_part;
+  // This thread's row, its first vector of 16 bytes, their places in the tiles, and the sources of
+  // expert 0.
+  int copied_row, copied_vector;
   uint32_t to_slices, to_values;
   const char *of_z, *of_w;
 
@@ -63,10 +74,10 @@ class PairCopies {
     b = blockIdx.x / in.blocks / in.chunks;
     first = in.first + block * kRows;
     window = constant(shared_window());
-    copied_row = threadIdx.x / kLanes, copied_part = threadIdx.x % kLanes;
-    to_slices = constant(copied_row * Tile::kLine + copied_part / kInSlice * Tile::kColumnTiles +
-                         copied_part % kInSlice * 16);
-    to_values = constant(copied_row * Tile::kSumLine + copied_part * 16);
+    copied_row = threadIdx.x / kLanes, copied_vector = threadIdx.x % kLanes;
+    to_slices = constant(copied_row * Tile::kLine + copied_vector / kInSlice * Tile::kColumnTiles +
+                         copied_vector % kInSlice * 16);
+    to_values = constant(copied_row * Tile::kSumLine + copied_vector * 16);
     int j = copied_row;
     if constexpr (kMode == PairMode::kMap) j += chunk * Tile::kSpan;
     of_z = row_of<T>(in.z, j);
@@ -83,7 +94,7 @@ class PairCopies {
     return reinterpret_cast<const char*>(static_cast<const X*>(from.view.data) +
                                          b * from.view.group_stride +
                                          token * from.view.row_stride) +
-           16 * copied_part;
+           16 * copied_vector;
   }
 
   __device__ __forceinline__ bool valid_column(int j) const {
@@ -98,10 +109,11 @@ class PairCopies {
 
   __device__ __forceinline__ uint32_t all_experts() const { return (1u << in.experts) - 1; }
 
-  // Copies this thread's part of a row of experts `set`, from column `column` on: `count` vectors
-  // of 16 bytes in all, with zeros past the limit, or if the row is not there. kSlices: from one
-  // slice of the row to the next, 0 if it has one; kExpert: from one expert to the next. With few
-  // experts those that are not in the set get zeros, without a branch.
+  // Copies elements of a row, from `column` on, for each expert of `set`. kLanes threads share the
+  // `count` vectors of 16 bytes. Elements at `limit` and above, and all if the row is not there,
+  // become zeros. kExpert and kSlices: bytes in shared memory from one expert, and from one slice
+  // of the row, to the next; kSlices is 0 if the vectors are contiguous. With up to four experts
+  // there is no branch for the others: they get zeros.
   template <typename X, int kExpert, int kSlices>
   __device__ __forceinline__ void copy_row(int to, const char* row, const PairOperand& from,
                                            int column, int limit, int count, bool there,
@@ -113,7 +125,7 @@ class PairCopies {
     constexpr int kNext = kSlices == 0 ? 16 * kLanes : kLanes / kInSlice * kSlices;
     if (from.aligned) {
 #pragma unroll 1
-      for (int i = copied_part; i < count; i += kLanes) {
+      for (int i = copied_vector; i < count; i += kLanes) {
         const bool inside = i * kVector < left;
         const char* source = row;
 #pragma unroll(kFew ? kExperts : 1)
@@ -126,7 +138,7 @@ class PairCopies {
       }
     } else {
 #pragma unroll 1
-      for (int i = copied_part; i < count; i += kLanes) {
+      for (int i = copied_vector; i < count; i += kLanes) {
 #pragma unroll 1
         for (int e = 0; e < in.experts; ++e)
           if (set >> e & 1) {
@@ -141,12 +153,11 @@ class PairCopies {
     }
   }
 
-  // Slices of the depth of the block's rows. Rows do not mix, so those that are masked are left out
-  // at the end.
+  // Copies a part of the block's rows. Masked rows too: only their results are left out.
   template <typename X>
   __device__ __forceinline__ void copy_rows(int to, const PairOperand& from, int column, int limit,
                                             int slices, uint32_t set) const {
-    to += copied_part / kInSlice * Tile::kRowTiles + copied_part % kInSlice * 16;
+    to += copied_vector / kInSlice * Tile::kRowTiles + copied_vector % kInSlice * 16;
 #pragma unroll 1
     for (int r = copied_row; r < kRows; r += kStage)
       copy_row<X, kRows * Tile::kLine, Tile::kRowTiles>(
@@ -161,14 +172,19 @@ class PairCopies {
                                                           slices * kInSlice, there, set);
   }
 
-  // Operands of the rows, and the bias, that stay for the whole loop; waited for with the first
-  // stage. Experts that do not exist have the bias -infinity.
+  // Copies what stays for the whole loop: the bias, and the rows whose depth is one part. The wait
+  // for the first stage includes them. Experts that do not exist have the bias -infinity.
   __device__ __forceinline__ void copy_rows() const {
     if (threadIdx.x < kExperts) {
       const int e = threadIdx.x;
       Sum bias = e < in.experts ? Sum(0) : -Sum(INFINITY);
       if (in.bias != nullptr && e < in.experts) bias = static_cast<const Sum*>(in.bias)[e];
-      at<Sum>(in.at_bias + e * int(sizeof(Sum))) = bias * static_cast<Sum>(kGateUnit<Sum>);
+      // The unit must not make a finite bias infinite.
+      if (isfinite(bias)) {
+        bias *= static_cast<Sum>(in.gate_unit);
+        bias = max(-kLargest<Sum>, min(kLargest<Sum>, bias));
+      }
+      at<Sum>(in.at_bias + e * int(sizeof(Sum))) = bias;
     }
     if (in.parts_x == 1) copy_rows<T>(0, in.x, 0, in.rank, in.slices_x, all_experts());
     if constexpr (kValues) {

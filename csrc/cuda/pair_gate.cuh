@@ -2,17 +2,22 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "cuda/pair_tile.cuh"
 
 namespace flmoe::cuda {
 
-// Exponentials of the gate are powers of `kGateBase`'s base: 2 in float32, one instruction; e in
-// float64. kGateUnit is the factor of logits.
+// gate_power(x * kGateUnit) is e^x: a power of 2, one instruction, in float32, and of e in float64.
+// The unit is folded into the scale and the bias, but not with top_k: its rounding could separate
+// equal logits, of which the lowest expert must be selected.
 template <typename A>
 constexpr double kGateUnit = 1.0;
 template <>
 inline constexpr double kGateUnit<float> = 1.4426950408889634;
+
+template <typename A>
+constexpr A kLargest = std::numeric_limits<A>::max();
 
 __device__ __forceinline__ float gate_power(float x) {
   float y;
@@ -38,7 +43,8 @@ __device__ __forceinline__ double reciprocal(double x) {
 template <typename A>
 constexpr A kUnselected = A(-2e-38);
 
-// Products x . z to probabilities, in place. Experts that do not exist have the bias -infinity.
+// Products x . z to probabilities, in place. kSome: with top_k; otherwise kGateUnit is a factor of
+// scale and bias. Experts that do not exist have the bias -infinity.
 template <bool kSome, typename A, int kExperts, int kCount>
 __device__ __forceinline__ void gate_pairs(A (&p)[kExperts][kCount][4], A scale,
                                            const A (&bias)[kExperts], int top_k) {
@@ -55,7 +61,9 @@ __device__ __forceinline__ void gate_pairs(A (&p)[kExperts][kCount][4], A scale,
       A total = 0;
 #pragma unroll
       for (int e = 0; e < kExperts; ++e) {
-        A weight = gate_power(logit[e] - largest);
+        A power = logit[e] - largest;
+        if constexpr (kSome) power *= static_cast<A>(kGateUnit<A>);
+        A weight = gate_power(power);
         if constexpr (kSome) {
           // Experts that come first: a larger logit, or an equal one and a lower index.
           int before = 0;

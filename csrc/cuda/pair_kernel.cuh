@@ -1,18 +1,19 @@
 // The kernel of pair_moe, see csrc/cuda/pair_launch.h for what it computes in each mode.
 //
 // Tiling: a block has 16 rows per warp, a chunk of the output's columns and a sample. It goes once
-// over the columns of pairs, in steps of Element<T>::kColumns. Probabilities and sums are in
-// registers, one tile per expert; the operands of a step are copied to shared memory while the step
-// before is computed. Depths (R, and V in the values of pairs) that do not fit into shared memory
-// are split into parts, each with a stage of its own; the rows' operands are then copied again for
-// every step. Up to four experts and up to eight have kernels of their own; fewer experts are
-// skipped at run time, like kinds, top_k, masks and reductions, which are the same for all threads.
+// over the columns z, in steps; pair_copy.cuh defines the terms. Probabilities and sums are in
+// registers, one tile per expert; a stage is copied to shared memory while the stage before is
+// computed. A depth that does not fit into shared memory is split into parts, each with a stage of
+// its own; the rows of such a depth are copied again in every step. There is one kernel for up to
+// four experts and one for up to eight. Which experts exist, kinds, top_k, masks and the reduction
+// are branches at run time, which all threads take together.
 //
 // Traffic: x, u, own and the output once; z and the columns' values once per block of rows, from
 // L2. Bound (an estimate, not measured): issue of the softmax's instructions, and the exponentials.
 //
-// Races: a stage is written after the barrier behind which nobody reads it any more, two stages
-// take turns; blocks write different elements. No atomics, so that results are bitwise equal.
+// Races: there are two buffers for stages. A buffer is written after a barrier that all threads
+// reach only when they have read the stage in it. Blocks write different elements, without atomics,
+// so results are bitwise reproducible.
 #pragma once
 
 #include "cuda/pair_gate.cuh"
@@ -33,8 +34,9 @@ class PairBlock : PairResults<T, kExperts, kMode> {
   static constexpr bool kMatrix = Tile::kMatrix;
   static constexpr bool kMap = kMode == PairMode::kMap, kSums = kMode == PairMode::kSums;
   static constexpr int kLine = Tile::kLine;
-  // Pairs are cleared behind the last use, or, which takes fewer registers, before the first.
-  static constexpr bool kClearedBehind = kExperts <= 4;
+  // Tiles of pairs are cleared after their last use, or, which takes fewer registers, before their
+  // first.
+  static constexpr bool kClearedAfter = kExperts <= 4;
   // What this lane reads of x, z, u, w and of the values that are summed.
   int x_of_lane, z_of_lane, u_of_lane, w_of_lane, values_of_lane;
 
@@ -59,10 +61,11 @@ class PairBlock : PairResults<T, kExperts, kMode> {
       end = min(end, begin + Tile::kSpan);
     }
     const int stages = in.stages;
-    // With several stages the registers have the pairs of one step.
+    // Between the stages of a step, its pairs are in registers: there is room for kColumns.
     const int step = stages == 1 ? kStage : kColumns;
     this->copy_rows();
-    // A bit for each column that is copied; `ahead`: this lane's column behind them.
+    // copied: a bit for each valid column of the newest stage; ahead: whether this lane's column of
+    // the step after it is valid.
     uint32_t copied = __ballot_sync(kWholeWarp, this->valid_column(begin)), seen = 0;
     bool ahead = this->valid_column(begin + step);
     this->copy_stage(0, begin, 0, copied);
@@ -86,7 +89,7 @@ class PairBlock : PairResults<T, kExperts, kMode> {
         const int base = in.at_stage + buffer * in.stage_size;
 #pragma unroll 1
         for (int from = 0; from < step && j + from < end; from += kColumns) {
-          if (!kClearedBehind && stage == 0) clear_pairs();
+          if (!kClearedAfter && stage == 0) clear_pairs();
           add_part(base, stage, from);
           if (stage == stages - 1) finish_pairs(base, j, from, valid >> from);
         }
@@ -123,7 +126,7 @@ class PairBlock : PairResults<T, kExperts, kMode> {
         }
   }
 
-  // Adds a part of the depths to the logits and to the values of pairs.
+  // Adds a stage's part of a depth, or both depths, to the logits and the values of pairs.
   __device__ __forceinline__ void add_part(int base, int stage, int from) {
     constexpr int kSlice = Tile::kSlice, kDepth = Element<T>::kDepth;
     if (stage < in.parts_x) {
@@ -190,7 +193,7 @@ class PairBlock : PairResults<T, kExperts, kMode> {
       if constexpr (!kSums) weigh_cotangents(some);
       add_sums(base, from);
     }
-    if (kClearedBehind) clear_pairs();
+    if (kClearedAfter) clear_pairs();
   }
 
   // p becomes the gradient of the logits.

@@ -28,7 +28,7 @@ int place_tiles(PairLaunch& in) {
   in.at_offset = in.at_u + (in.parts_u == 1 ? u : 0);
   in.at_bias = in.at_offset + (values ? kExperts * Tile::kRows * sum : 0);
   in.at_stage = in.at_bias + kExperts * sum;
-  // Stages of their own use the same places.
+  // Stages of x . z and of u . w use the same places.
   const int rows = std::max(in.parts_x == 1 ? 0 : x, in.parts_u == 1 ? 0 : u);
   const int z = in.slices_x * Tile::kColumnTiles, w = in.slices_u * Tile::kColumnTiles;
   in.stage_z = rows;
@@ -38,7 +38,7 @@ int place_tiles(PairLaunch& in) {
       kMode == PairMode::kSums ? in.products != 0 : kMode == PairMode::kGradient && !together;
   in.stage_offset = in.stage_sum + (tile ? Tile::kSumTiles : 0);
   in.stage_size = in.stage_offset + (values ? kExperts * Tile::kColumns * sum : 0);
-  // The warps' sums take the place of all this, see kPart in pair_store.cuh.
+  // The warps' sums take the place of all this, see kRegion in pair_store.cuh.
   const int last = Tile::kWarps * (32 * (Tile::kWide + 4) + 16) * sum;
   const int size = in.at_stage + 2 * in.stage_size;
   return std::max(size, last);
@@ -56,7 +56,7 @@ cudaError_t launch_tiles(PairLaunch in, int shared, cudaStream_t stream) {
   int bytes = place_tiles<T, kExperts, kMode>(in);
   while (bytes > shared) {
     int& larger = in.slices_x > in.slices_u ? in.slices_x : in.slices_u;
-    if (larger <= 1) return cudaErrorInvalidConfiguration;
+    if (larger <= 1) return kTooLittleShared;
     larger = quotient_up(larger, 2);
     bytes = place_tiles<T, kExperts, kMode>(in);
   }
@@ -67,14 +67,16 @@ cudaError_t launch_tiles(PairLaunch in, int shared, cudaStream_t stream) {
   const int across = kMode == PairMode::kMap    ? in.columns
                      : kMode == PairMode::kSums ? in.width
                                                 : in.rank;
-  in.scale_of_powers = static_cast<float>(in.scale * kGateUnit<float>);
+  in.gate_unit = in.top_k < in.experts ? 1 : kGateUnit<typename Element<T>::Sum>;
+  in.scale_of_powers = static_cast<float>(in.scale * in.gate_unit);
   in.blocks = quotient_up(in.last - in.first, Tile::kRows);
   in.chunks = quotient_up(across, wide);
   const int64_t grid = int64_t{in.blocks} * in.chunks * in.batch;
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = pair_kernel<T, kExperts, kMode>;
+  // Always the same value: another thread may launch this kernel with more bytes meanwhile.
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(grid), Tile::kThreads, bytes, stream>>>(in);
   return cudaGetLastError();
@@ -82,7 +84,6 @@ cudaError_t launch_tiles(PairLaunch in, int shared, cudaStream_t stream) {
 
 template <typename T>
 int pair_block_rows(int experts) {
-  // The same in all modes.
   return experts <= 4 ? PairTile<T, 4, PairMode::kSums>::kRows
                       : PairTile<T, 8, PairMode::kSums>::kRows;
 }

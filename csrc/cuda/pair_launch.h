@@ -11,10 +11,10 @@
 
 namespace flmoe::cuda {
 
-// What a kernel makes of the pairs of rows x and columns z:
-//   kSums      sums of p over the columns, and of p times the columns' values
-//   kGradient  the gradient of x, from that of p
-//   kMap       p times the pairs' values
+// The result of a kernel. Rows are tokens x, columns tokens z, and p is the probability of a pair:
+//   kSums      for each row, sums over the columns of p, and of p times the columns' w
+//   kGradient  the gradient of x; the value of a pair is the gradient of its p
+//   kMap       p times the value, for each pair
 enum class PairMode { kSums, kGradient, kMap };
 
 // An operand, and whether all its rows begin and end at multiples of 16 bytes.
@@ -38,8 +38,9 @@ struct PairLaunch {
   int width;
   const void *offset_x, *offset_z;
   uint32_t products;
-  // What p is multiplied by and summed over the columns, for kSums and experts in `products`: rows
-  // of `width` of w. The result is s1 * own * mass + s2 * sum + s3 * own * sum.
+  // For kSums: mass is the sum of p over the columns, and sum, for experts in `products`, that of
+  // p times the columns' w, which has `width` elements. The result is
+  // s1 * own * mass + s2 * sum + s3 * own * sum, where `own` belongs to the row.
   RowView own;
   bool own_wide;  // `own` has the compute type
   float s1[kMaxExperts], s2[kMaxExperts], s3[kMaxExperts];
@@ -52,19 +53,23 @@ struct PairLaunch {
   // blocks, experts); or null.
   void* row_sums;
 
-  // Filled in by launch_pairs. Blocks of rows; chunks of the output's columns (kMap: of columns of
-  // pairs). The depths are read in parts of some slices. If both fit in one part, a step of columns
-  // is one stage of the loop; otherwise every part has a stage, those of u . w from first_u on.
+  // Filled in by launch_pairs; pair_copy.cuh defines slices, parts and stages. Blocks of rows;
+  // chunks of the output's columns (kMap: of columns z). Stages of a step: one if both depths are
+  // one part, otherwise one for every part, those of u . w from first_u on.
   int blocks, chunks;
-  float scale_of_powers;  // scale * kGateUnit, in float32
+  double gate_unit;       // kGateUnit, or 1 with top_k
+  float scale_of_powers;  // scale * gate_unit, in float32
   int slices_x, slices_u, parts_x, parts_u, stages, first_u;
   // Places in shared memory, and in a stage of it.
   int at_u, at_offset, at_bias, at_stage, stage_size, stage_z, stage_w, stage_sum, stage_offset;
 };
 
-// Rows of a block.
+// Rows of a block of sums and gradients.
 template <typename T>
 int pair_block_rows(int experts);
+
+// The tiles do not fit into a block's shared memory. No call of CUDA here returns this code.
+constexpr cudaError_t kTooLittleShared = cudaErrorNotSupported;
 
 // shared: bytes of shared memory that a block of the device may have.
 template <typename T>

@@ -26,6 +26,8 @@ constexpr float kCoefficients[kPairKinds][3] = {
     {1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {0.5f, 0.5f, 0}, {0, 0, 0}};
 constexpr int kMostTokens = 1 << 30, kRowsOfProject = 8;
 constexpr char kTooLarge[] = "pair_moe: expected up to 2^30 tokens and a grid of up to 2^31 blocks";
+constexpr char kTooDeep[] =
+    "pair_moe: the GPU has too little shared memory for these R and V and this dtype";
 
 struct ProjectArgs {
   RowView x, g;
@@ -148,6 +150,7 @@ class Launches {
 
   const char* message() const {
     if (error_ == cudaErrorInvalidConfiguration) return kTooLarge;
+    if (error_ == kTooLittleShared) return kTooDeep;
     return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_);
   }
 
@@ -405,7 +408,8 @@ const char* pair_map(DType dtype, const PairScores& args, const PairRows& rows, 
     using T = decltype(element);
     using A = decltype(sum);
     Launches<T, A> launches(in, place);
-    project_sides(launches, in, s, args.head, false, true, nullptr, sides, true);
+    if (rows.first == 0)
+      project_sides(launches, in, s, args.head, false, true, nullptr, sides, true);
     PairLaunch launch = launches.gate(false);
     set_values<T, A>(launch, in, sides, false, sizeof(A));
     launch.first = static_cast<int>(rows.first), launch.last = static_cast<int>(rows.last);

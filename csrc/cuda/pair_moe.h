@@ -1,10 +1,11 @@
 // pair_moe on a GPU: plain pointers to device memory, no CUDA header. Everything is queued on
 // `stream` of `device` without synchronizing. Each call returns null or CUDA's error message.
 //
-// Arguments are those of the CPU kernels (cpu/kernels.h), with these differences: `threads` and
-// `fresh` are not used; every element of an output is written; gradients of q, k, a and c have the
-// inputs' type; head, y and gradients are not limited to one sample's size by 32 bits. Up to 2^30
-// tokens a side. workspace: the bytes that the function before it returns, aligned to 16.
+// Arguments are those of the CPU kernels (cpu/kernels.h), with these differences:
+//   - `threads` and `fresh` are ignored: every element of every output is written;
+//   - gradients of q, k, a and c have the type of q;
+//   - a side has up to 2^30 tokens; offsets of elements have 64 bits.
+// workspace: device memory, aligned to 16 bytes, of the size that pair_*_workspace returns.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,8 @@ int64_t pair_backward_workspace(DType dtype, const PairBackward& args);
 const char* pair_backward(DType dtype, const PairBackward& args, void* workspace,
                           const Place& place);
 
-// Contributions of the pairs of rows first to last, (batch, experts, last - first, columns).
+// Contributions of the pairs of rows first to last, (batch, experts, last - first, columns). A call
+// with first = 0 fills the workspace; calls for other rows read it.
 struct PairRows {
   int64_t first, last;
 };

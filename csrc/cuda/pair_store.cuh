@@ -86,12 +86,12 @@ class PairResults : protected PairCopies<T, kExperts, kMode> {
                       column);
   }
 
-  // Behind the loop each warp has a part of shared memory: sums of its 16 rows for one expert, sums
-  // over experts (or, for kPool, over rows), and the rows' masses.
-  static constexpr int kLine = kWide + 4, kPart = 32 * kLine + 16;
+  // After the loop each warp has a region of shared memory: sums of its 16 rows for one expert,
+  // sums over experts (or, for kPool, over rows), and the rows' masses.
+  static constexpr int kLine = kWide + 4, kRegion = 32 * kLine + 16;
 
   __device__ __forceinline__ Sum& of_warp(int other, int n) const {
-    return at<Sum>((other * kPart + n) * int(sizeof(Sum)));
+    return at<Sum>((other * kRegion + n) * int(sizeof(Sum)));
   }
 
   __device__ __forceinline__ void put_sums(int e) const {

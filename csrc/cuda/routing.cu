@@ -109,6 +109,11 @@ const char* dispatch(const DispatchArgs& args, int32_t* counters, const Place& p
   return launch.message();
 }
 
+Versions versions() {
+  int driver = 0;
+  return {CUDART_VERSION, cudaDriverGetVersion(&driver) == cudaSuccess ? driver : 0};
+}
+
 int devices(const char** reason) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

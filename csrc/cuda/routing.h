@@ -19,6 +19,12 @@ const char* dispatch(const DispatchArgs& args, int32_t* counters, const Place& p
 // The number of devices; if there is none, *reason is CUDA's message.
 int devices(const char** reason);
 
+// As CUDA numbers them, 12080 for CUDA 12.8; the driver's is 0 if none is installed.
+struct Versions {
+  int compiler, driver;
+};
+Versions versions();
+
 // Null if the kernels run on a device, otherwise the reason. Only reads attributes: no context is
 // created, and the current device does not change.
 struct Capability {

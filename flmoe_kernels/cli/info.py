@@ -56,13 +56,15 @@ def gather_info() -> dict[str, Any]:
 def cuda_devices() -> list[str]:
     import torch
 
+    from flmoe_kernels.core.triton.tables import architecture_of
+    from flmoe_kernels.core.triton.target import architecture_name
+
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        devices.append(
-            f"{properties.name} (sm_{properties.major}{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB)"
-        )
+        architecture = architecture_name(architecture_of(torch.device("cuda", index)) or 0)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        devices.append(f"{properties.name} ({architecture}, {memory})")
     return devices
 
 

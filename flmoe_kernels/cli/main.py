@@ -18,6 +18,7 @@ import typer
 
 from flmoe_kernels._version import __version__
 
+from .check import check
 from .errors import PACKAGE
 from .explain import explain
 from .info import info
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (info, swap, explain, profile, warmup):
+for command in (info, check, swap, explain, profile, warmup):
     app.command()(command)
 
 

@@ -8,7 +8,6 @@ transforms of torch.func and forward-mode AD, which the kernels do not support, 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +19,18 @@ from torch.autograd import forward_ad
 from . import self_check
 from .dtypes import FLOATS, HALVES_AND_FLOAT32, dtype_name
 from .native import BackendUnavailable as BackendUnavailable
-from .native import cpu_unavailable_reason, cuda_status, cuda_unavailable_reason
+from .native import (
+    constant_in_traces,
+    cpu_unavailable_reason,
+    cuda_status,
+    cuda_unavailable_reason,
+)
 from .native import instruction_set as instruction_set
 from .native import instruction_sets as instruction_sets
 from .native import native as native
 from .self_check import BackendWarning as BackendWarning
 from .settings import environment_choice
+from .triton.release import unsuitable_reason
 from .triton.target import assumed
 
 REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
@@ -42,6 +47,9 @@ CAPABILITIES["routing"][CUDA] = CAPABILITIES["pair_moe"][CUDA] = FLOATS
 _ON_CUDA = (CUDA, TRITON)
 # Not used unless requested: not measured against Triton's kernels.
 _ON_REQUEST = {("pair_moe", CUDA)}
+# On AMD, Triton's kernels are not used unless requested either: a memory fault ends the process there, so a
+# self-check could not report it.
+_AMD = "compiles for AMD GPUs, never run on one"
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
@@ -57,16 +65,23 @@ def backend_status() -> dict[str, tuple[bool, str]]:
 
 
 def _triton_status() -> tuple[bool, str]:
-    """Status of Triton, checked on every call without importing it, which takes seconds."""
-    if importlib.util.find_spec("triton") is None:
-        return False, "the package triton is not installed"
+    if reason := unsuitable_reason():
+        return False, reason
     if _interpreted():
         return True, "Triton's interpreter, slowly, on CPU tensors (TRITON_INTERPRET=1)"
     if target := assumed():
         return True, f"CPU tensors stand for those of {target}"
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if not (torch.version.cuda or torch.version.hip) or not torch.cuda.is_available():
         return False, "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    if torch.version.hip:
+        return True, f"ROCm {torch.version.hip}, only on request: {_AMD}"
     return True, f"CUDA {torch.version.cuda}"
+
+
+@constant_in_traces
+def _triton_unavailable_reason() -> str:
+    runs, status = _triton_status()
+    return "" if runs else status
 
 
 def _interpreted() -> bool:
@@ -157,9 +172,10 @@ def use_backend(name: str) -> Iterator[None]:
         _requests.leave(request)
 
 
+# torch.compile guards the transforms that were active when it traced, and the wrappers of transformed tensors.
+@constant_in_traces
 def transforms_active() -> bool:
     """Whether the call runs in a torch.func transform (grad, vmap, jvp, ...)."""
-    # torch has several such functions; torch.compile evaluates this one while tracing and guards its value.
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
@@ -210,6 +226,8 @@ def _choose_on_cuda(op: str, tensor: torch.Tensor) -> str:
         if name not in CAPABILITIES[op] or (op, name) in _ON_REQUEST:
             continue
         reason = _refusal(op, name, tensor)
+        if not reason and torch.version.hip:
+            reason = f"{_AMD}; backend={name!r} uses it"
         if reason:
             reasons.append(f"{name}: {reason}")
         elif not self_check.failure(op, name, tensor):
@@ -217,6 +235,8 @@ def _choose_on_cuda(op: str, tensor: torch.Tensor) -> str:
     if reasons:  # a failed self-check has its own warning
         why = "; ".join(reasons)
         message = f"{op}: the reference, which is slower, computes CUDA tensors, because {why}"
+        if (op, CUDA) in _ON_REQUEST and not _refusal(op, CUDA, tensor):
+            message += "; backend='cuda' can compute them"
         self_check.warn_once(why, message)
     return REFERENCE
 
@@ -231,9 +251,8 @@ def _refusal(op: str, name: str, tensor: torch.Tensor) -> str:
         case "cpu":
             reason, expected = cpu_unavailable_reason(), "cpu"
         case "triton":
-            runs, status = _triton_status()
             stand_in = _interpreted() or assumed() is not None
-            reason, expected = "" if runs else status, "cpu" if stand_in else "cuda"
+            reason, expected = _triton_unavailable_reason(), "cpu" if stand_in else "cuda"
         case "cuda":
             reason = cuda_unavailable_reason(tensor.device.index if kind == "cuda" else None)
             expected = "cuda"

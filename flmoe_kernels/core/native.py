@@ -6,12 +6,15 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import blocks
 from .settings import environment_choice
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HUGE_BYTES = 4 << 20
 _INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")  # best first
@@ -92,7 +95,10 @@ def cuda_status() -> tuple[bool, str]:
     reasons = [cuda_unavailable_reason(device) for device in range(native().cuda_devices()[0])]
     if all(reasons):
         return False, reasons[0]
-    return True, f"kernels for {architectures}"
+    return (
+        True,
+        f"kernels for {architectures}, built with CUDA {_version(native().cuda_versions()[0])}",
+    )
 
 
 def _unbuilt_cuda_reason() -> str:
@@ -102,7 +108,7 @@ def _unbuilt_cuda_reason() -> str:
     return "" if architectures else f"the native module was built without CUDA ({reason})"
 
 
-def constant_in_traces(function: Callable[..., str]) -> Callable[..., str]:
+def constant_in_traces(function: Function) -> Function:
     """Mark a function so that torch.compile does not trace it but treats its result as a constant."""
     # The same as torch.compiler.assume_constant_result, which imports the compiler and takes seconds.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -116,17 +122,26 @@ def cuda_unavailable_reason(device: int | None = None) -> str:
     if reason:
         return reason
     module = native()
+    compiler, driver = module.cuda_versions()
+    if (
+        0 < driver // 1000 < compiler // 1000
+    ):  # a driver runs code of later compilers of its major version
+        return (
+            f"the driver, for CUDA {_version(driver)}, is too old: the kernels were built with CUDA "
+            f"{_version(compiler)} and need a driver for CUDA {compiler // 1000}.0 or newer"
+        )
     devices, reason = module.cuda_devices()
     torch_has_one = torch.version.cuda is not None and torch.cuda.is_available()
-    if not devices and torch_has_one:
-        return (
-            f"the driver is too old for the CUDA that the native module was built with ({reason})"
-        )
     if not devices:
         return f"there is no CUDA device ({reason or 'none is visible'})"
     if not torch_has_one:
         return f"torch {torch.__version__} has no CUDA device"
     return "" if device is None else _device_reason(module, device)
+
+
+def _version(number: int) -> str:
+    """A version as CUDA numbers it: "12.8" for 12080."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _device_reason(module: ModuleType, device: int) -> str:

@@ -131,7 +131,8 @@ def define_derivative(
             return None, None, *found
 
     def call(keyset: Any, *args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        if not (torch.is_grad_enabled() and internal._any_requires_grad(*args)):
+        needed = any(x.requires_grad for x in (args[0], *args[place]))
+        if not (needed and torch.is_grad_enabled()):
             return below(keyset, args)
         result, *listed = Derivative.apply(keyset, args, args[0], *args[place])
         return result, listed

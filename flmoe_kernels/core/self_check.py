@@ -5,7 +5,6 @@ Results are kept for the process, and in a file for later processes. `profile.fi
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -24,12 +23,14 @@ from .dtypes import dtype_name
 from .files import write_whole
 from .native import constant_in_traces
 from .settings import environment_choice
+from .triton.release import installed
 from .triton.tables import architecture_of
+from .triton.target import Architecture
 from .triton.tuning.timing import capturing
 
 # Pairs (architecture, package version), such as (90, "1.1.0"), that skip the self-check. Add one only when
 # bench/results/ has the results of all GPU tests and benchmarks for it.
-PROVEN: frozenset[tuple[int | None, str]] = frozenset()
+PROVEN: frozenset[tuple[Architecture | None, str]] = frozenset()
 
 Key = tuple[str, str, torch.dtype, int | None]  # operator, backend, dtype, number of the GPU
 # Returns the reason why the kernels must not be used, or ""; raises if they cannot be checked. Runs in a thread of
@@ -136,10 +137,9 @@ def _name(op: str, backend: str, dtype: torch.dtype) -> str:
 
 def _environment(index: int | None) -> dict[str, str]:
     """Key of a result."""
-    versions = {"flmoe_kernels": __version__, "torch": torch.__version__, "triton": "none"}
-    with suppress(importlib.metadata.PackageNotFoundError):
-        versions["triton"] = importlib.metadata.version("triton")
-    return {"device": str(torch.cuda.get_device_name(index)), **versions}
+    versions = {"flmoe_kernels": __version__, "torch": torch.__version__}
+    device = str(torch.cuda.get_device_name(index))
+    return {"device": device, **versions, "triton": installed() or "none"}
 
 
 def _file(environment: dict[str, str]) -> Path:

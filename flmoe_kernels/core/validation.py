@@ -64,7 +64,7 @@ def require_bool(name: str, value: object) -> None:
 
 
 def require_probability(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a probability from 0 to 1, got {value}")
@@ -81,7 +81,7 @@ def require_seed(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def require_count(name: str, value: int, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least or (most is not None and value > most):
         upper = "" if most is None else f" to {most}"
@@ -95,7 +95,7 @@ def class_number(name: str, value: Any) -> int | None:
     Raises:
         TypeError: a bool, or a number that is not an integer.
     """
-    if isinstance(value, list | tuple) or getattr(value, "shape", ()) != ():
+    if isinstance(value, (list, tuple)) or getattr(value, "shape", ()) != ():
         return None
     kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
     try:
@@ -132,7 +132,7 @@ def require_array(name: str, value: Any, device: torch.device) -> Tensor:
         require_tensor(name, value)
         return value
     try:
-        if isinstance(value, list | tuple) or hasattr(value, "__array__"):
+        if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
             return torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{name}: expected integers, got {value!r}") from error
@@ -187,14 +187,14 @@ def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def padded_masks(masks: Any, inputs: Any) -> Any:
     """A mask or None for every input: missing masks count as all valid. Invalid arguments are not changed."""
-    if not isinstance(masks, list | tuple) or not isinstance(inputs, list | tuple):
+    if not isinstance(masks, (list, tuple)) or not isinstance(inputs, (list, tuple)):
         return masks
     return [*masks, *[None] * (len(inputs) - len(masks))]
 
 
 def widened(inputs: Any, like: Tensor) -> Any:
     """Inputs cast to the dtype of `like` if that loses no precision; other inputs are not changed."""
-    if not isinstance(inputs, list | tuple):
+    if not isinstance(inputs, (list, tuple)):
         return inputs
 
     def cast(x: Any) -> Any:
@@ -209,14 +209,14 @@ def cast_tensors(values: Any, dtype: torch.dtype) -> Any:
     """The tensors of nested lists cast to a dtype; invalid values are not changed."""
     if isinstance(values, Tensor):
         return values.to(dtype)
-    return [cast_tensors(x, dtype) for x in values] if isinstance(values, list | tuple) else values
+    return [cast_tensors(x, dtype) for x in values] if isinstance(values, (list, tuple)) else values
 
 
 def require_masks(inputs: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None) -> None:
     """Check masks M x (B, L_m), bool or 0/1 or None, for inputs M x (B, L_m, ...); None if the input is None."""
     if masks is None:
         return
-    if not isinstance(masks, list | tuple):
+    if not isinstance(masks, (list, tuple)):
         raise TypeError(f"masks: expected a list of Tensors or None, got {type(masks).__name__}")
     if len(masks) != len(inputs):
         raise ValueError(f"masks: expected {len(inputs)}, got {len(masks)}")
@@ -292,7 +292,7 @@ def require_replacements(
 
 
 def _require_list(name: str, value: object, count: int) -> None:
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: expected a list of Tensors, got {type(value).__name__}")
     if len(value) != count:
         raise ValueError(f"{name}: expected {count} modalities, got {len(value)}")

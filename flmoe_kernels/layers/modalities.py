@@ -43,14 +43,14 @@ def prepare_modalities(
     """
     given: list[Tensor | None] = list(masks or [None] * len(inputs))
     absent = tuple(x is None or x.shape[1] == 0 for x in inputs)
-    like = next((x for x in inputs if x is not None), None)
-    if like is None:
+    like = [x for x in inputs if x is not None]
+    if not like:
         raise ValueError("inputs: expected at least one modality, got None for all")
     filled: list[Tensor] = []
     all_masks: list[Tensor | None] = []
     for x, mask, missing in zip(inputs, given, absent, strict=True):
         if missing or x is None:
-            x = like.new_zeros((like.shape[0], tokens, like.shape[2]))
+            x = like[0].new_zeros((like[0].shape[0], tokens, like[0].shape[2]))
             mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         filled.append(x)
         all_masks.append(mask)

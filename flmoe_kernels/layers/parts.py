@@ -149,7 +149,7 @@ def rate_of_dropout(module: nn.Module, path: str) -> float:
 
 def sequence_of(module: nn.Module, path: str, name: str) -> list[nn.Module]:
     network = child_of(module, path, name, nn.Module)
-    if not isinstance(network, nn.Sequential | nn.ModuleList):
+    if not isinstance(network, (nn.Sequential, nn.ModuleList)):
         raise UnsupportedLayer(
             f"{joined(path, name)}: expected Sequential, got {type(network).__name__}"
         )

@@ -15,6 +15,8 @@ import torch
 
 from flmoe_kernels import __version__
 from flmoe_kernels.core.backend import instruction_set
+from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.core.triton.target import architecture_name
 
 from .shapes import is_cuda
 
@@ -106,7 +108,7 @@ def _gpu_facts(device: str) -> dict[str, Any]:
     return {
         "driver": driver or "unknown",
         "cuda": torch.version.cuda,
-        "architecture": f"sm_{properties.major}{properties.minor}",
+        "architecture": architecture_name(architecture_of(torch.device(device)) or 0),
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "clock": clock or "unknown",

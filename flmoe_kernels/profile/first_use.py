@@ -117,7 +117,7 @@ def _precision(backend: str, dtype: torch.dtype, device: torch.device) -> torch.
     if backend == TRITON and is_cuda(str(device)) and dtype == torch.float32:
         from flmoe_kernels.core.triton.launches import matrix_precision
 
-        return torch.float16 if matrix_precision(dtype) == "tf32" else dtype
+        return torch.float16 if matrix_precision(dtype, device) == "tf32" else dtype
     return dtype
 
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flmoe_kernels.core.backend import TRITON
-from flmoe_kernels.core.triton.target import TARGETS, Target
+from flmoe_kernels.core.backend import TRITON, BackendUnavailable
+from flmoe_kernels.core.triton.release import unsuitable_reason
+from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.core.triton.target import TARGETS, Target, architecture_name
 
 from .cases import BadRequest, Case
 from .registry import operator_module, words_of
@@ -44,17 +46,18 @@ def target_of(name: str | None) -> Target:
     if name is None:
         if not torch.cuda.is_available():
             raise BadRequest("target: expected a name such as sm_90, since there is no CUDA device")
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        architecture = 10 * properties.major + properties.minor
-        return Target(architecture, properties.multi_processor_count)
-    known = {f"sm_{number}": target for number, target in TARGETS.items()}
+        device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(device)
+        return Target(architecture_of(device) or 0, properties.multi_processor_count)
+    known = {architecture_name(key): target for key, target in TARGETS.items()}
+    if name in known:
+        return known[name]
     match = re.fullmatch(r"sm_(\d+)", name)
-    if match is None or int(match[1]) < min(TARGETS):
+    older = [x for x in TARGETS if isinstance(x, int) and match and x <= int(match[1])]
+    if match is None or not older:
         raise BadRequest(f"target: expected a name such as {', '.join(known)}, got {name!r}")
     # Of an unknown GPU only the number of multiprocessors is a guess.
-    architecture = int(match[1])
-    nearest = max(number for number in TARGETS if number <= architecture)
-    return known.get(name, dataclasses.replace(TARGETS[nearest], architecture=architecture))
+    return dataclasses.replace(TARGETS[max(older)], architecture=int(match[1]))
 
 
 def call_of(case: Case, *, outputs: bool = False) -> Callable[[], object]:
@@ -84,8 +87,11 @@ def warm_up(calls: Iterable[Callable[[], object]], target: Target, jobs: int) ->
         jobs: number of processes; each takes about one gigabyte.
 
     Raises:
+        BackendUnavailable: this Triton is too old.
         RuntimeError: kernels run in Triton's interpreter in this process (TRITON_INTERPRET=1).
     """
+    if reason := unsuitable_reason():
+        raise BackendUnavailable(f"warmup: {reason}")
     from flmoe_kernels.core.triton.recording import recorded
 
     # Workers are forked from a process that has no threads.

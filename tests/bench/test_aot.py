@@ -1,6 +1,6 @@
 """Tests of all Triton kernels, compiled without a GPU: registers, memory, matrix units.
 
-By default about one case per kernel is compiled, for sm_90; the others are marked slow.
+By default about one case per kernel is compiled, for sm_90, and a few for an AMD GPU; the others are marked slow.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import typer
 from typer.testing import CliRunner
 
 from bench.aot import __main__ as command
-from bench.aot.cases import ARCHITECTURES, Built, cases
+from bench.aot.cases import ARCHITECTURES, Built, Case, cases
 from bench.aot.compile import ALLOWED_SPILLS, KIB, SAME_RELEASE, Report, Row, compile_case, failures
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 
 CASES = {case.name: case for case in cases()}
 MMA = "mma.sync"
@@ -31,45 +32,63 @@ NEWEST = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 OF_AN_SM = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
 # Tiles of large products with weights: one block per SM, see routed_mlp/triton/table.py and fused_launch.py.
 ALONE = (", 128 x 256", ", wide")
+# All cases are compiled for gfx942 and the quick ones for gfx90a. These few, by default, have what differs on AMD:
+# float32 products, inline assembly, and tiles of their own.
+AMD = ("gfx90a", "gfx942")
+FEW_ON_AMD = (
+    "pair_moe/y/pair_base/float32/none",
+    "expert_attention/attend/mmimdb/bfloat16/heads 2",
+    "expert_linear/grad_weight/mmimdb/float32/up",
+    "encoder_fused/mlp_gradient/mmimdb/bfloat16/count",
+)
 
 
-def select(*operators: str, without: tuple[str, ...] = ()) -> Any:
+def quick(case: Case, architecture: Architecture) -> bool:
+    if architecture == AMD[1]:
+        return case.name in FEW_ON_AMD
+    return case.quick and architecture == 90
+
+
+def select(
+    *operators: str, without: tuple[str, ...] = (), more: tuple[Architecture, ...] = ()
+) -> Any:
     """Parameters (name, architecture) of these operators, or of all; cases outside the quick set are slow.
 
-    without: kernels and shapes to exclude.
+    without: kernels and shapes to exclude. more: architectures beyond ARCHITECTURES.
     """
     return pytest.mark.parametrize(
         ("name", "architecture"),
         [
-            pytest.param(case.name, n, marks=() if case.quick and n == 90 else pytest.mark.slow)
+            pytest.param(case.name, n, marks=() if quick(case, n) else pytest.mark.slow)
             for case in CASES.values()
-            for n in ARCHITECTURES
+            for n in (*ARCHITECTURES, *more)
             if not operators or case.operator in operators
+            if n != AMD[0] or case.quick
             if case.kernel not in without and case.shape not in without
         ],
     )
 
 
 @functools.cache
-def compiled(name: str, architecture: int) -> Row:
+def compiled(name: str, architecture: Architecture) -> Row:
     return compile_case(CASES[name], architecture)
 
 
-def report_of(name: str, architecture: int) -> Report:
+def report_of(name: str, architecture: Architecture) -> Report:
     report = compiled(name, architecture).report
     assert report is not None
     return report
 
 
-@select()
-def test_no_case_fails(name: str, architecture: int) -> None:
+@select(more=AMD)
+def test_no_case_fails(name: str, architecture: Architecture) -> None:
     """No forbidden spills, no products without matrix units, no blocks larger than an SM."""
     row = compiled(name, architecture)
     assert not row.failures, row
 
 
 @select("expert_attention")
-def test_attention_uses_the_newest_matrix_units(name: str, architecture: int) -> None:
+def test_attention_uses_the_newest_matrix_units(name: str, architecture: Architecture) -> None:
     """Holds for all 16-bit products of long problems, except the scores of a wide "key_gradient"."""
     kernel, size = CASES[name].built(architecture).tiles.split(", ")[:2]
     matrix = report_of(name, architecture).matrix
@@ -83,7 +102,9 @@ def test_attention_uses_the_newest_matrix_units(name: str, architecture: int) ->
 
 @pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
 @select("routed_mlp", "expert_linear", "encoder_fused")
-def test_products_with_weights_use_the_newest_matrix_units(name: str, architecture: int) -> None:
+def test_products_with_weights_use_the_newest_matrix_units(
+    name: str, architecture: Architecture
+) -> None:
     products = CASES[name].built(architecture).least > 0
     expected = {NEWEST[architecture]} if products else set()
     assert set(report_of(name, architecture).matrix) == expected
@@ -99,7 +120,7 @@ def test_sums_of_biases_run_on_matrix_units() -> None:
 
 
 @select()
-def test_blocks_share_an_sm(name: str, architecture: int) -> None:
+def test_blocks_share_an_sm(name: str, architecture: Architecture) -> None:
     """An SM's shared memory fits two blocks, more without products, but only one with the largest tiles.
 
     Its registers fit two blocks of products with weights in float32. In 16 bits they do if the launch table limits
@@ -120,7 +141,7 @@ def test_blocks_share_an_sm(name: str, architecture: int) -> None:
 
 @pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
 @select("interaction_moe")
-def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: int) -> None:
+def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: Architecture) -> None:
     """At least a quarter of an SM's threads are in use, because memory or latency limits these kernels."""
     report = report_of(name, architecture)
     assert report.shared <= 16 * KIB
@@ -149,7 +170,7 @@ def accesses(report: Report, kind: str) -> dict[int, int]:
 
 
 @select("encoder_rows", without=("norm_sum", "width 300"))
-def test_rows_move_in_vectors(name: str, architecture: int) -> None:
+def test_rows_move_in_vectors(name: str, architecture: Architecture) -> None:
     """Accesses have 16 bytes, or 8 in 16-bit norm gradients, where a thread has 16 elements of a tile."""
     case, report = CASES[name], report_of(name, architecture)
     if case.shape == "width 63":
@@ -224,8 +245,8 @@ def test_cases_include_every_gpu_shape_and_kernel() -> None:
     assert named | {"routed_small_e4", "routed_small_e16", "routed_large"} <= shapes
     assert len(CASES) == len(list(cases())), "two cases have the same name"
     kernels = {case.built(90).launch.kernel for case in CASES.values()}
-    quick = {case.built(90).launch.kernel for case in CASES.values() if case.quick}
-    assert quick == kernels
+    of_quick = {case.built(90).launch.kernel for case in CASES.values() if case.quick}
+    assert of_quick == kernels
 
 
 # ---- negative controls: failures are reported
@@ -267,6 +288,15 @@ def test_failures_are_reported(changed: dict[str, Any], least: int, message: str
     report = dataclasses.replace(Report(64, 0, 36 * KIB, 4, {MMA: 4}, {}), **changed)
     found = failures("test", empty(least=least, table=36 * KIB), report, 80)
     assert found == ([message] if message else [])
+
+
+def test_limits_of_amd_are_checked() -> None:
+    report = Report(64, 8, 65 * KIB, 4, {}, {})
+    assert failures("test", empty(least=4, table=1), report, "gfx942") == [
+        "spills 8 bytes per thread, allowed: 0",
+        "takes 66560 bytes of shared memory, above the limit of a block",
+        "has 0 matrix instructions, expected at least 1",
+    ]
 
 
 def test_a_kernel_that_does_not_compile_is_a_failure() -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from flmoe_kernels._version import __version__
 from flmoe_kernels.cli.errors import needs_extra
+from flmoe_kernels.cli.main import app
+from flmoe_kernels.core import backend
+from flmoe_kernels.profile import first_use
 from tests.support.programs import output_of
 
 
@@ -60,6 +64,31 @@ def test_info_table_for_people(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for word in ("torch", "instruction set", "threads", "reference", "triton"):
         assert word in result.stdout
+
+
+def test_check_compares_every_cpu_kernel(tmp_path: Path) -> None:
+    result = run_cli("check", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for op, backends in backend.CAPABILITIES.items():
+        for dtype in backends["cpu"]:
+            assert f"right: {op} cpu {str(dtype).removeprefix('torch.')}\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("cpu", "error", "line"),
+    [
+        ((True, ""), "error 3 of 2", "WRONG: pair_moe cpu float64: error 3 of 2\n"),
+        ((False, "not built"), "", "not checked: cpu: not built\n"),
+    ],
+)
+def test_check_fails_for_a_wrong_or_missing_kernel(
+    cpu: tuple[bool, str], error: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "backend_status", lambda: {"cpu": cpu})
+    monkeypatch.setattr(first_use, "failure", lambda op, *_: error if op == "pair_moe" else "")
+    result = CliRunner().invoke(app, ["check"])
+    assert result.exit_code == 1
+    assert line in result.stdout
 
 
 def test_version(tmp_path: Path) -> None:

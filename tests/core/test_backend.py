@@ -29,6 +29,9 @@ from flmoe_kernels import (
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import native as loading
 from flmoe_kernels.core import self_check
+from flmoe_kernels.core.triton import release
+from flmoe_kernels.core.triton.target import TARGETS
+from flmoe_kernels.profile.warmup import warm_up
 from tests.support.inputs import cumulative, draw
 from tests.support.layers import LayerCase
 from tests.support.programs import run_python
@@ -51,12 +54,15 @@ def test_every_backend_says_whether_it_runs_and_why() -> None:
 
 @pytest.fixture
 def triton_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Simulate a machine with or without the package, a CUDA device and the interpreter; without self-checks."""
+    """Simulate a machine with this version of the package ("": none), with or without a CUDA device and the
+    interpreter; without self-checks."""
     new_process(monkeypatch, None)
     monkeypatch.setattr(self_check, "_enabled", False)
 
-    def pretend(*, package: bool = True, device: bool = False, interpreter: bool = False) -> None:
-        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: package or None)
+    def pretend(
+        *, package: str = release.OLDEST, device: bool = False, interpreter: bool = False
+    ) -> None:
+        monkeypatch.setattr(release, "installed", lambda: package)
         monkeypatch.setattr(torch.version, "cuda", "13.0" if device else None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
         monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreter else "0")
@@ -66,7 +72,7 @@ def triton_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_triton_reports_why_it_is_unavailable(triton_machine: Callable[..., None]) -> None:
     x = torch.zeros(1)
-    triton_machine(package=False)
+    triton_machine(package="")
     assert backends.backend_status()["triton"] == (False, "the package triton is not installed")
     with pytest.raises(BackendUnavailable, match=r"^pair_moe: .*'triton'.* is not installed$"):
         backends.choose("pair_moe", x, "triton")
@@ -86,6 +92,35 @@ def test_triton_reports_why_it_is_unavailable(triton_machine: Callable[..., None
         backends.choose("pair_moe", x, "triton")
 
 
+@pytest.mark.parametrize(
+    ("version", "runs"),
+    [
+        *(("2.3.1", False), ("3.2.0", False), (release.OLDEST, True), ("3.10.0", True)),
+        *((f"{release.OLDEST}.0+git1a2b", True), ("of unknown version", True)),
+    ],
+)
+@pytest.mark.parametrize("interpreter", [False, True])
+def test_triton_must_be_new_enough(
+    triton_machine: Callable[..., None], version: str, runs: bool, interpreter: bool
+) -> None:
+    triton_machine(package=version, device=True, interpreter=interpreter)
+    x = torch.zeros(1) if interpreter else on_cuda()
+    assert backends.backend_status()["triton"][0] == runs
+    if runs:
+        assert backends.choose("pair_moe", x, "triton") == "triton"
+        return
+    reason = f"'triton' was requested, but it needs Triton >= {release.OLDEST}, found {version}$"
+    with pytest.raises(BackendUnavailable, match=reason):
+        backends.choose("pair_moe", x, "triton")
+    with pytest.raises(BackendUnavailable, match="warmup: it needs Triton"):
+        warm_up([], TARGETS[90], jobs=1)
+
+
+def test_the_version_of_triton_is_that_of_the_package() -> None:
+    triton = pytest.importorskip("triton")
+    assert release.installed() == triton.__version__
+
+
 def test_cuda_tensors_use_triton_if_it_runs(triton_machine: Callable[..., None]) -> None:
     triton_machine(device=True)
     assert backends.choose("pair_moe", on_cuda()) == "triton"
@@ -95,8 +130,21 @@ def test_cuda_tensors_use_triton_if_it_runs(triton_machine: Callable[..., None])
     assert backends.choose("pair_moe", torch.zeros(1)) == "cpu"
 
 
+def test_amd_gpus_use_triton_only_on_request(
+    triton_machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_machine(device=True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    ok, details = backends.backend_status()["triton"]
+    assert (ok, details) == (True, f"ROCm 7.0, only on request: {backends._AMD}")
+    assert backends.choose("pair_moe", on_cuda(), "triton") == "triton"
+    with pytest.warns(backends.BackendWarning, match="never run on one; backend='triton' uses"):
+        assert backends.choose("pair_moe", on_cuda()) == "reference"
+
+
 def test_cuda_tensors_on_the_reference_warn_once_per_reason(
-    triton_machine: Callable[..., None],
+    triton_machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warnings_of(op: str, dtype: torch.dtype = torch.float32) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
@@ -106,16 +154,24 @@ def test_cuda_tensors_on_the_reference_warn_once_per_reason(
         return [str(w.message) for w in caught if w.category is backends.BackendWarning]
 
     triton_machine(device=True)
-    (message,) = warnings_of("pair_moe", torch.float64)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "cuda_unavailable_reason", lambda _device: "")
+        (message,) = warnings_of("pair_moe", torch.float64)
     assert message.startswith("pair_moe: the reference, which is slower, computes CUDA tensors")
-    assert message.endswith("triton: dtype float64 is not among float32, bfloat16, float16")
+    assert message.endswith(
+        "triton: dtype float64 is not among float32, bfloat16, float16; backend='cuda' can compute them"
+    )
     assert warnings_of("routed_mlp", torch.float64) == []
-    triton_machine(package=False, device=True)
+    triton_machine(package="", device=True)
     (message,) = warnings_of("pair_moe")
     assert message.endswith("because triton: the package triton is not installed")
     (message,) = warnings_of("routing")
     assert re.search(r"because cuda: .*; triton: the package triton is not installed$", message)
     assert warnings_of("routing") == []
+    triton_machine(package="3.2.0", device=True)
+    (message,) = warnings_of("pair_moe")
+    assert message.endswith(f"because triton: it needs Triton >= {release.OLDEST}, found 3.2.0")
+    assert warnings_of("routed_mlp") == []
 
 
 @pytest.mark.parametrize(

@@ -195,18 +195,6 @@ def test_training_with_dropout_and_fresh_noise(case: LayerCase) -> None:
     assert not torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.slow
-def test_layer_through_inductor() -> None:
-    case = dataclasses.replace(FL, layers=1, masks="partial")
-    x, layer = case.inputs(), fast_layer(case)
-    masks = draw_masks(case.masks, case.batch, case.lengths)
-    noise = draw_replacements(x, case.experts)
-    expected = outputs_and_gradients(layer, x, masks, noise)
-    found = outputs_and_gradients(Whole(layer, "inductor"), x, masks, noise)
-    for one, other in zip(found, expected, strict=True):
-        assert_same(one, other)
-
-
 class Inference(nn.Module):
     def __init__(self, layer: InteractionMoE, masked: bool) -> None:
         super().__init__()
@@ -268,6 +256,10 @@ def test_another_choice_of_the_backend_is_compiled_again() -> None:
         function(x)
 
 
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < "2.7",
+    reason="torch.compile traces no function with contextlib.contextmanager: a graph break",
+)
 def test_a_block_inside_and_calls_after_it() -> None:
     """A traced block ends where it ends, alone, nested, and within a block around the compiled function."""
 

@@ -32,6 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, torch_has_one: bool = True, **answe
     """Simulate a machine without Triton whose native module returns these values."""
     facts: dict[str, Any] = {
         "cuda_build": ("sm_80 sm_90a sm_100, PTX 80", ""),
+        "cuda_versions": (13000, 13000),
         "cuda_devices": (1, ""),
         "cuda_probe": (9, 0, ""),
     } | answers
@@ -58,8 +59,8 @@ UNAVAILABLE = [
         r"there is no CUDA device \(no CUDA-capable device is detected\)",
     ),
     (
-        {"cuda_devices": (0, "CUDA driver version is insufficient")},
-        r"the driver is too old .* \(CUDA driver version is insufficient\)",
+        {"cuda_versions": (13030, 12080), "cuda_devices": (0, "driver version is insufficient")},
+        r"the driver, for CUDA 12\.8, is too old: .* with CUDA 13\.3 and need .* for CUDA 13\.0 or",
     ),
     ({"torch_has_one": False}, r"torch \S+ has no CUDA device"),
     (
@@ -87,8 +88,11 @@ def test_every_missing_requirement_has_a_reason(
 
 
 def test_a_machine_with_all_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch)
-    assert backends.backend_status()["cuda"] == (True, "kernels for sm_80 sm_90a sm_100, PTX 80")
+    machine(
+        monkeypatch, cuda_versions=(12080, 12020)
+    )  # the driver is older, but for the same major version
+    details = "kernels for sm_80 sm_90a sm_100, PTX 80, built with CUDA 12.8"
+    assert backends.backend_status()["cuda"] == (True, details)
     for dtype in DTYPES:
         assert backends.choose("routing", on_cuda(dtype)) == "cuda"
     assert backends.choose("routed_mlp", on_cuda()) != "cuda"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ from tests.support import pair_cases
 from tests.support.inputs import gradients
 from tests.support.pair_cases import MANY, PairCase, run
 from tests.support.pair_tests import PairTests
+from tests.support.ptx import cuda as emulated
+from tests.support.ptx import machine
 from tests.support.ptx.cuda import emulated_cuda
 from tests.support.ptx.memory import Findings
+from tests.support.ptx.program import Program
 from tests.support.score_tests import KernelScoreTests
 
 pytestmark = pytest.mark.slow
@@ -31,27 +35,30 @@ THREE = ("unique_a", "synergy", "redundancy")
 # Two blocks of rows, a ragged step of columns; copies of 16 bytes, single elements.
 SMALL = PairCase(40, 24, 16, 24, THREE, batch=1, masks="both")
 ODD = PairCase(35, 33, 20, 24, reduce="pool", batch=1, masks="both", top_k=2)
+# Several chunks of R; depths in parts.
+DEEP_Q = PairCase(20, 18, 200, 40, ("synergy", "redundancy"), masks="a", batch=1)
+DEEP_C = PairCase(20, 18, 40, 300, reduce="experts", masks="b", batch=1)
+# Call, dtype, KiB of shared memory of a block.
 CASES = [
-    *((case, dtype) for dtype in pair_cases.DTYPES for case in (SMALL, ODD)),
+    *((case, dtype, 99) for dtype in pair_cases.DTYPES for case in (SMALL, ODD)),
     # More than four experts, several chunks of V; a padded sample.
-    (PairCase(35, 33, 48, 70, MANY, "experts", masks="sample"), BFLOAT16),
-    (PairCase(18, 33, 17, 40, MANY, "pool", top_k=3, masks="both", batch=1), FLOAT32),
-    (PairCase(17, 9, 16, 12, MANY, top_k=2, masks="b", batch=1), FLOAT64),
-    # Several chunks of R; depths in parts.
-    (PairCase(20, 18, 200, 40, ("synergy", "redundancy"), masks="a", batch=1), FLOAT16),
-    (PairCase(20, 18, 40, 300, reduce="experts", masks="b", batch=1), FLOAT32),
-    (PairCase(33, 1, 64, 8, ("null",), batch=1), BFLOAT16),
+    (PairCase(35, 33, 48, 70, MANY, "experts", masks="sample"), BFLOAT16, 99),
+    (PairCase(18, 33, 17, 40, MANY, "pool", top_k=3, masks="both", batch=1), FLOAT32, 99),
+    (PairCase(17, 9, 16, 12, MANY, top_k=2, masks="b", batch=1), FLOAT64, 99),
+    *((DEEP_Q, FLOAT16, kib) for kib in (99, 227)),
+    *((DEEP_C, FLOAT32, kib) for kib in (99, 227)),
+    (PairCase(33, 1, 64, 8, ("null",), batch=1), BFLOAT16, 99),
 ]
 
 
 @pytest.fixture
-def findings() -> Iterator[Findings]:
-    with emulated_cuda() as found:
+def findings(request: pytest.FixtureRequest) -> Iterator[Findings]:
+    with emulated_cuda(shared_kib=getattr(request, "param", 99)) as found:
         yield found
     assert not found, found
 
 
-@pytest.mark.parametrize(("case", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype", "findings"), CASES, indirect=["findings"], ids=str)
 def test_all_results(case: PairCase, dtype: torch.dtype, findings: Findings) -> None:
     pair_cases.check(case, dtype, CUDA)
 
@@ -59,6 +66,12 @@ def test_all_results(case: PairCase, dtype: torch.dtype, findings: Findings) -> 
 def test_no_tokens(findings: Findings) -> None:
     for case in (PairCase(0, 3), PairCase(3, 0), PairCase(4, 3, batch=0)):
         pair_cases.check(case, FLOAT32, CUDA)
+
+
+@pytest.mark.parametrize("findings", [32], indirect=True)
+def test_too_little_shared_memory(findings: Findings) -> None:
+    with pytest.raises(RuntimeError, match="too little shared memory for these R and V"):
+        run(SMALL, SMALL.inputs(FLOAT32), CUDA)
 
 
 @pytest.mark.usefixtures("findings")
@@ -69,6 +82,7 @@ class TestPairMoe(PairTests):
 SCORES = [
     (dataclasses.replace(SMALL, masks="sample", batch=3), BFLOAT16),
     (PairCase(19, 20, 7, 10, MANY, top_k=3, masks="both"), FLOAT16),
+    (PairCase(19, 20, 32, 64, masks="both", batch=1), FLOAT16),
     (dataclasses.replace(ODD, top_k=None), FLOAT32),
     (ODD, FLOAT64),
 ]
@@ -85,8 +99,17 @@ class TestScores(KernelScoreTests):
 
 def test_top_pairs_stream_over_rows(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in several launches: the choices of the ones before compete with the next."""
+    programs: list[str] = []
+
+    def counted(program: Program, *arguments: Any) -> None:
+        programs.append(program.name)
+        machine.run(program, *arguments)
+
+    monkeypatch.setattr(emulated, "run", counted)
     monkeypatch.setattr(cuda, "_PAIRS", 5 * 24 * 7)
     TestScores().test_top_pairs_are_the_sorted_map((SMALL, FLOAT32), 30)
+    # The map and top_pairs project both sides once.
+    assert sum("project" in name for name in programs) == 4 < len(programs) - 4
 
 
 def test_gradients_that_are_not_requested(findings: Findings) -> None:

@@ -249,6 +249,10 @@ def test_registered_operators_check_sizes() -> None:
         OPS.pair_moe(q, k, a, c, None, short, None, *tail)
     with pytest.raises(ValueError, match=r"k: expected torch\.float32 \(2, 4, 14, 5\)"):
         OPS.pair_moe(q, k[..., :3], a, c, None, None, None, *tail)
+    with pytest.raises(ValueError, match="q: expected a last dimension from 1, got"):
+        OPS.pair_moe(q[..., :0], k[..., :0], a, c, None, None, None, *tail)
+    with pytest.raises(ValueError, match="a: expected a last dimension from 1, got"):
+        OPS.pair_moe(q, k, a[..., :0], c[..., :0], None, None, None, *tail)
     with pytest.raises(ValueError, match="top_k: expected 1 to the number of experts"):
         OPS.pair_moe(q, k, a, c, None, None, None, [0, 1, 2, 3], 0, 0.5, "none", "cpu")
     with pytest.raises(ValueError, match="kinds: expected one code per expert"):

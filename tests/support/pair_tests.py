@@ -16,6 +16,7 @@ from tests.support.pair_cases import NAMES, REDUCTIONS, PairCase, check, run
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 PAIRED = [*zip((FLOAT32, BFLOAT16, FLOAT16), REDUCTIONS, strict=True)]
 BASE = PairCase(9, 14)
+LEAST = torch.finfo(FLOAT32).min
 paired = pytest.mark.parametrize(("dtype", "reduce"), PAIRED, ids=str)
 
 
@@ -77,13 +78,22 @@ class PairTests:
             for name, got, want in zip(NAMES, actual, oracle, strict=True):
                 assert torch.equal(got.isfinite(), want.isfinite()), name
 
-    @pytest.mark.parametrize("top_k", [1, 2, 3])
-    def test_equal_logits_select_the_lower_experts(self, top_k: int) -> None:
+    @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+    @pytest.mark.parametrize(
+        ("logit", "bias"),
+        # Products and biases whose multiples by log2(e) do not add up to equal logits; the least float32.
+        [(0.0, (0.0,) * 4), (-7.0, (0.0, -6.0, 5.0, -3.0)), (LEAST, (LEAST,) * 4)],
+        ids=["products", "biases", "least"],
+    )
+    def test_equal_logits_select_the_lower_experts(
+        self, logit: float, bias: tuple[float, ...], top_k: int
+    ) -> None:
         a, c = draw(1, 4, 2, 3, seed=1), draw(1, 4, 3, 3, seed=2)
-        zeros = [torch.zeros(1, 4, n, 2) for n in (2, 3)]
+        gate_bias = torch.tensor(bias)
+        q, k = torch.ones(1, 4, 2, 1), (logit - gate_bias).view(1, 4, 1, 1).expand(1, 4, 3, 1)
         options = {"kinds": DEFAULT_KINDS, "top_k": top_k, "reduce": "pool"}
         for backend in (self.backend, "reference"):
-            mass = pair_moe(*zeros, a, c, backend=backend, **options).mass
+            mass = pair_moe(q, k, a, c, gate_bias=gate_bias, backend=backend, **options).mass
             assert torch.allclose(mass[0, :top_k], torch.tensor(3.0 / top_k))
             assert not mass[0, top_k:].any()
 

@@ -129,7 +129,8 @@ def check(case: RoutedCase, dtype: torch.dtype, backend: str) -> list[list[Tenso
     return found
 
 
-# One token, no token, less than a block, several blocks of an expert, odd widths and widths beyond a panel.
+# One token, no token, less than a block, several blocks of an expert, one row less than two blocks, odd widths and
+# widths beyond a panel.
 SIZES = (
     RoutedCase(17),
     RoutedCase(1, 1, 1, 1, 1),
@@ -138,6 +139,7 @@ SIZES = (
     RoutedCase(130, 33, 70, 8, 3),
     RoutedCase(50, 16, 16, 64, 4),
     RoutedCase(257, 64, 200, 2, 1),
+    RoutedCase(191, 8, 6, 1, 1),
     RoutedCase(97, 130, 3, 5, 2),
     RoutedCase(700, 9, 131, 3, 3),
 )

@@ -10,6 +10,7 @@ import torch
 from bench.aot.cases import Built, meta, stated
 from bench.aot.operators.encoder_rows import RowsUse, of_layer
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.encoder.triton import fused_launch as launches
 from flmoe_kernels.ops.encoder.triton import linear_launch
 from flmoe_kernels.ops.encoder.triton.rows_launch import Dropout
@@ -30,7 +31,7 @@ USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
 )
 
 
-def built(use: RowsUse, kernel: str, architecture: int) -> Built:
+def built(use: RowsUse, kernel: str, architecture: Architecture) -> Built:
     launch = dict(launches_of(use, architecture))[kernel]
     if kernel in PRODUCTS:
         tiles = linear_launch.TABLE["product", "16 bit"]
@@ -44,7 +45,7 @@ def built(use: RowsUse, kernel: str, architecture: int) -> Built:
     return Built(launch, steps, kernel + wide, stated(shared, architecture))
 
 
-def launches_of(use: RowsUse, architecture: int) -> Iterator[tuple[str, Launch]]:
+def launches_of(use: RowsUse, architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     x, vector = use.layer(), use.tensor(use.experts, use.width)
     hidden, bias = use.layer(2), use.tensor(use.experts, 2 * use.width)
     mean = meta(tuple(x.shape[:2]), FLOAT32)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.encoder.triton import rows_launch as launches
 from flmoe_kernels.ops.encoder.triton.view_rows import ALL, ViewRows
 from flmoe_kernels.profile.shapes import LayerShape, by_name
@@ -84,7 +85,7 @@ USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
 )
 
 
-def built(use: RowsUse, kernel: str, architecture: int) -> Built:
+def built(use: RowsUse, kernel: str, architecture: Architecture) -> Built:
     row, launch = {name: (row, launch) for name, row, launch in launches_of(use)}[kernel]
     kind = ", float32" if use.dtype == FLOAT32 else ""
     shared = launches.tiles_of(row, use.dtype).shared

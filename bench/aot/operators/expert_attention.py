@@ -8,6 +8,7 @@ import torch
 
 from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.expert_attention.triton import launch as launches
 from flmoe_kernels.ops.expert_attention.triton.choice import tiles_of
 from flmoe_kernels.ops.expert_attention.triton.table import (
@@ -103,7 +104,7 @@ def kernels_of(call: AttentionCall) -> tuple[str, ...]:
     return SHORT if is_short(call) else KERNELS
 
 
-def built(use: AttentionUse, kernel: str, architecture: int) -> Built:
+def built(use: AttentionUse, kernel: str, architecture: Architecture) -> Built:
     call = launches.readable(use.call())
     tiles = tiles_of(kernel, call, architecture)
     over_width, over_tile = PRODUCTS[kernel]

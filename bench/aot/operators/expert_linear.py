@@ -9,6 +9,7 @@ import torch
 
 from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.encoder.triton import linear_launch as launches
 from flmoe_kernels.ops.encoder.triton.view_rows import ALL, ViewRows
 from flmoe_kernels.profile.shapes import LayerShape, by_name
@@ -83,7 +84,7 @@ USES: tuple[tuple[LinearUse, tuple[str, ...], bool], ...] = (
 )
 
 
-def built(use: LinearUse, output: str, architecture: int) -> Built:
+def built(use: LinearUse, output: str, architecture: Architecture) -> Built:
     launch = dict(launches_of(use))[output]
     kernel = KERNELS.get(output)
     if kernel is None:

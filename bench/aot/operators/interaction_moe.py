@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.aot.cases import Built, meta
+from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.interaction_losses.triton import launch as losses
 from flmoe_kernels.ops.reweighting.triton import launch as reweighting
 from flmoe_kernels.profile.shapes import LayerShape, by_name
@@ -67,5 +68,6 @@ USES = (
 )
 
 
-def built(use: LayerUse, kernel: str, _architecture: int) -> Built:
-    return Built(use.launches()[kernel], tiles=kernel, table=TABLE[kernel].shared)
+def built(use: LayerUse, kernel: str, architecture: Architecture) -> Built:
+    table = stated((TABLE[kernel].shared,) * 3, architecture)
+    return Built(use.launches()[kernel], tiles=kernel, table=table)

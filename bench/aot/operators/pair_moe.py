@@ -9,6 +9,7 @@ import torch
 
 from bench.aot.cases import Built, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.pair_moe.call import REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import kind_codes
 from flmoe_kernels.ops.pair_moe.triton import launch as launches
@@ -110,7 +111,7 @@ USES: tuple[tuple[PairUse, tuple[str, ...], bool], ...] = (
 )
 
 
-def built(use: PairUse, output: str, architecture: int) -> Built:
+def built(use: PairUse, output: str, architecture: Architecture) -> Built:
     call = use.call()
     launch = dict(launches_of(call, use.reduce, architecture))[output]
     kernel = KERNELS.get(launch.kernel)
@@ -121,7 +122,9 @@ def built(use: PairUse, output: str, architecture: int) -> Built:
     return Built(launch, LEAST[output], row, stated(tiles.shared, architecture))
 
 
-def launches_of(call: PairCall, reduce: str, architecture: int) -> Iterator[tuple[str, Launch]]:
+def launches_of(
+    call: PairCall, reduce: str, architecture: Architecture
+) -> Iterator[tuple[str, Launch]]:
     """Launches of a call as (result, launch); "project" is the launch for side a."""
     statistics = call.statistics
     y = out = meta(call.y_shape(reduce), call.y_dtype(reduce))

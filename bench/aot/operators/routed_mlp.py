@@ -9,6 +9,7 @@ import torch
 
 from bench.aot.cases import Built, dtype_name, meta, stated
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 from flmoe_kernels.ops.routed_mlp.triton import launch as launches
 from flmoe_kernels.ops.routed_mlp.triton.choice import tiles_of
@@ -107,7 +108,7 @@ USES: tuple[tuple[RoutedUse, tuple[str, ...], bool], ...] = (
 )
 
 
-def built(use: RoutedUse, output: str, architecture: int) -> Built:
+def built(use: RoutedUse, output: str, architecture: Architecture) -> Built:
     call = use.call()
     launch = dict(launches_of(use, call, architecture))[output]
     kernel = KERNELS.get(output)
@@ -123,7 +124,7 @@ def built(use: RoutedUse, output: str, architecture: int) -> Built:
 
 
 def launches_of(
-    use: RoutedUse, call: RoutedCall, architecture: int
+    use: RoutedUse, call: RoutedCall, architecture: Architecture
 ) -> Iterator[tuple[str, Launch]]:
     """Launches of a call as (result, launch)."""
     layer, layers = meta((call.rows, call.hidden), use.dtype), meta(call.layers_shape, use.dtype)

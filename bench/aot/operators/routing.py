@@ -9,6 +9,7 @@ import torch
 
 from bench.aot.cases import Built, meta
 from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.routing.triton import launch as routing
 from flmoe_kernels.profile.shapes import RoutedShape, by_name
 
@@ -33,7 +34,7 @@ USES = (
 )
 
 
-def built(use: RoutingUse, kernel: str, _architecture: int) -> Built:
+def built(use: RoutingUse, kernel: str, _architecture: Architecture) -> Built:
     sizes = by_name(use.shape, "cuda")
     assert isinstance(sizes, RoutedShape)
     return Built(dict(launches_of(sizes, use.dtype))[kernel])

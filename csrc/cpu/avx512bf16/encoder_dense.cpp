@@ -8,26 +8,9 @@ namespace flmoe::FLMOE_ISA {
 namespace {
 
 // Products of bfloat16 operands with sums in float32.
-struct Bf16Dense {
-  using T = BFloat16;
-  using A = float;
-  using E = BFloat16;
-  static constexpr int64_t kUnit = kPair;
+struct Bf16Dense : Bf16Operands {
   static constexpr int64_t kOutBlock = 96;  // more than in float32: each item packs x
   static constexpr int64_t kTokenBlock = 128;
-
-  static void gemm(int64_t m, int64_t n, int64_t depth, const E* a, int64_t a_row, int64_t a_col,
-                   const E* b, int64_t b_row, A* c, int64_t c_row, bool add) {
-    gemm_bf16<NativeDot>(m, n, pairs_of(depth), a, a_row, a_col, b, b_row, c, c_row, add);
-  }
-
-  static void pack(const T* weight, int64_t stride, bool depth_is_rows, int64_t depth,
-                   int64_t columns, E* out) {
-    if (depth_is_rows)
-      pack_depth_rows(weight, stride, depth, columns, kPanel<A>, out);
-    else
-      pack_depth_columns(weight, stride, depth, columns, kPanel<A>, kPair * kPanel<A>, out);
-  }
 
   static const E* rows(const E* x, int64_t count, int64_t depth, E* out) {
     if (depth % kPair == 0) return x;

@@ -14,11 +14,6 @@ constexpr int64_t kForwardTile = 24;
 constexpr int64_t kBackwardTile = 48;  // even: the depth of two of the five products
 constexpr int64_t kPairRow = kPair * kKeyBlock;
 
-void store_rounded(BFloat16* to, VecF v) {
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(to, &rounded, sizeof rounded);
-}
-
 // A view's rows of one problem and head, from row `first` of the problem.
 struct Rows {
   const BFloat16* data;

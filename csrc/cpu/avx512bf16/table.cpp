@@ -12,6 +12,8 @@ const Kernels& kernels() {
     differing.attention_forward = attention_forward;
     differing.attention_backward = attention_backward;
     differing.encoder_inference = encoder_inference;
+    differing.routed_forward = routed_forward;
+    differing.routed_backward = routed_backward;
     return differing;
   }();
   return table;

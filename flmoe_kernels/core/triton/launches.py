@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime import jit
 
 from .tables import architecture_of
-from .target import assumed
+from .target import Architecture, assumed
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -37,6 +37,10 @@ _TYPES = {
 }
 # Without a GPU: few, because the interpreter runs programs one after another.
 _MULTIPROCESSORS = 2
+# The first architecture of NVIDIA with TF32.
+_TF32 = 80
+# Triton uses AMD's buffer instructions for storages of up to so many bytes.
+_BUFFER_BYTES = 2**31 - 1
 _RECORDED: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 
 
@@ -51,7 +55,7 @@ class Range:
 class Launch:
     """A kernel, the number of its programs, and all of its arguments by name.
 
-    registers: maximum number per thread, by architecture; for other architectures the compiler chooses.
+    registers: maximum number per thread, by architecture of NVIDIA; for other architectures the compiler chooses.
     range: see recorded_range.
     """
 
@@ -71,19 +75,19 @@ class Launch:
         options = self._options(_current_architecture() if self.registers else 0)
         return self.kernel[(self.programs,)](**self.arguments, **self.constants, **options)
 
-    def compile(self, architecture: int) -> Any:
-        """Triton's compiled kernel for sm_`architecture`, with the text of every stage in `asm`.
+    def compile(self, architecture: Architecture) -> Any:
+        """Triton's compiled kernel for an architecture, with the text of every stage in `asm`.
 
         Needs no GPU, but fails in a process that interprets kernels.
         """
         hash_callees_first(self.kernel)
         return triton.compile(
-            ASTSource(self.kernel, *self._specialization()),
-            target=GPUTarget("cuda", architecture, 32),
+            ASTSource(self.kernel, *self._specialization(isinstance(architecture, str))),
+            target=gpu_target(architecture),
             options=self._options(architecture),
         )
 
-    def _specialization(self) -> tuple[dict, dict, dict]:
+    def _specialization(self, amd: bool = False) -> tuple[dict, dict, dict]:
         """Signature, constants and attributes of the kernel."""
         signature: dict[str, Any] = {}
         constants: dict[Any, Any] = {}
@@ -93,13 +97,13 @@ class Launch:
                 signature[name], constants[name] = "constexpr", self.constants[name]
             else:
                 value, plain = self.arguments[name], self.kernel.params[place].do_not_specialize
-                signature[name] = _specialize(value, plain, (place,), constants, attributes)
+                signature[name] = _specialize(value, plain, (place,), constants, attributes, amd)
         return signature, constants, attributes
 
-    def _options(self, architecture: int) -> dict[str, Any]:
+    def _options(self, architecture: Architecture) -> dict[str, Any]:
         # The error budgets assume fused multiply-adds, so do not rely on Triton's default.
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-        if architecture in self.registers:
+        if isinstance(architecture, int) and architecture in self.registers:
             options["maxnreg"] = self.registers[architecture]
         return options
 
@@ -175,16 +179,34 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _current_architecture() -> int:
-    """Architecture of the current GPU, or of the assumed one, 90 for sm_90; 0 in the interpreter."""
+def gpu_target(architecture: Architecture) -> GPUTarget:
+    """Triton's name of an architecture."""
+    if isinstance(architecture, int):
+        return GPUTarget("cuda", architecture, 32)
+    return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+
+
+def _current_architecture() -> Architecture:
+    """Architecture of the current GPU, or of the assumed one; 0 in the interpreter."""
     if interpreted():
         return 0
     return architecture_of(torch.device("cpu")) or architecture_of(torch.device("cuda")) or 0
 
 
-def matrix_precision(dtype: torch.dtype) -> str:
-    """Precision of float32 products: three TF32 products, which are close to float32, or a single TF32 product if
-    torch allows TF32."""
+def compiles_to_ptx(device: torch.device) -> bool:
+    """Whether kernels may use inline assembly of NVIDIA's GPUs."""
+    return not interpreted() and not isinstance(architecture_of(device), str)
+
+
+def matrix_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """Precision of float32 products in a call of this dtype, for `products.dot`.
+
+    Three TF32 products, which are close to float32, or a single one if torch allows TF32. On AMD and before sm_80,
+    which have no TF32, float32 itself.
+    """
+    architecture = architecture_of(device)
+    if isinstance(architecture, str) or (architecture or _TF32) < _TF32:
+        return "ieee"
     settings = torch.backends.cuda.matmul
     # Since torch 2.9, reading allow_tf32 may raise.
     fast = getattr(settings, "fp32_precision", None) or ("tf32" if settings.allow_tf32 else "ieee")
@@ -192,13 +214,13 @@ def matrix_precision(dtype: torch.dtype) -> str:
 
 
 def _specialize(
-    value: Any, plain: bool, path: tuple[int, ...], constants: dict, attributes: dict
+    value: Any, plain: bool, path: tuple[int, ...], constants: dict, attributes: dict, amd: bool
 ) -> Any:
     """The signature of one argument by the rules of a launch: None becomes a constant and, unless the argument is
     `plain` (do_not_specialize), so does 1, and pointers and multiples of 16 are marked as aligned."""
     if isinstance(value, tuple):
         parts = [
-            _specialize(part, plain, (*path, i), constants, attributes)
+            _specialize(part, plain, (*path, i), constants, attributes, amd)
             for i, part in enumerate(value)
         ]
         return tuple(parts)
@@ -210,5 +232,7 @@ def _specialize(
     if not plain and (isinstance(value, Tensor) or value % 16 == 0):
         attributes[path] = [["tt.divisibility", 16]]
     if isinstance(value, Tensor):
+        if amd and not plain and value.untyped_storage().size() <= _BUFFER_BYTES:
+            attributes[path].append(["tt.pointer_range", 32])
         return _TYPES[value.dtype]
     return "i32" if -(2**31) <= value < 2**31 else "i64"

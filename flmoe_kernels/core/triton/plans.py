@@ -31,7 +31,9 @@ _MOST = 512
 # Bytes to which parts of a buffer are aligned, as in torch's allocator for GPUs.
 _ALIGNMENT = 512
 # Releases of Triton whose arguments of a compiled kernel's `run` are those of `_repeat`.
-_KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
+_KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+# On AMD a compiled kernel also depends on the sizes of storages, which are not in the key.
+_PLANNED = torch.version.hip is None
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 # None after the first call; False if the launches cannot be recorded.
@@ -73,12 +75,12 @@ def repeated(
         options: hashable; a name of the function, and all else that it depends on.
     """
     first = _first(inputs)
-    if tuning.enabled() or first.is_meta:
+    if tuning.enabled() or first.is_meta or not _PLANNED:
         return function(*inputs)
     key = (
         options,
         -1 if first.is_cuda else _driver(),
-        first.dtype is torch.float32 and matrix_precision(torch.float32),
+        first.dtype is torch.float32 and matrix_precision(first.dtype, first.device),
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in inputs],
     )
     plan = _plans.get(key, True)

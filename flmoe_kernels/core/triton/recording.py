@@ -18,12 +18,9 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launches import Launch, hash_callees_first, interpreted
-from .target import Target, assume
+from .launches import Launch, gpu_target, hash_callees_first, interpreted
+from .target import Architecture, Target, assume, most_shared
 
-# Maximum shared memory of a block.
-_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_SHARED_OF_OTHERS = 99 * 1024
 _devices = itertools.count(1000)
 
 
@@ -60,7 +57,7 @@ class Driver:
         return gpu_target(self.target.architecture)
 
     def get_device_properties(self, _device: int) -> dict[str, int]:
-        return {"max_shared_mem": _SHARED.get(self.target.architecture, _SHARED_OF_OTHERS)}
+        return {"max_shared_mem": most_shared(self.target.architecture)}
 
     def load_binary(self, _name: str, binary: bytes, _shared: int, _device: int) -> tuple[Any, ...]:
         return None, self.load(binary), 0, 0, 1024
@@ -73,10 +70,6 @@ def _launch(source: Any, metadata: Any, *rest: Any) -> None:
     x, y, z, _stream, kernel, _packed, _launch_metadata, _enter, _exit, *arguments = rest
     # Triton caches launchers across drivers, so the active driver is looked up at every launch.
     triton.runtime.driver.active.launch(source, metadata, (x, y, z), kernel, arguments)
-
-
-def gpu_target(architecture: int) -> GPUTarget:
-    return GPUTarget("cuda", architecture, 32)
 
 
 @contextmanager
@@ -110,7 +103,7 @@ class Kernel:
     attributes: tuple[tuple[Any, Any], ...]
     options: tuple[tuple[str, Any], ...]
 
-    def compile(self, architecture: int) -> bool:
+    def compile(self, architecture: Architecture) -> bool:
         """Compile it, or find it in Triton's cache; return whether it was found. Needs no GPU."""
         function = getattr(importlib.import_module(self.module), self.name)
         hash_callees_first(function)

@@ -15,37 +15,41 @@ from typing import Generic, TypeVar
 
 import torch
 
-from .target import assumed
+from .target import Architecture, assumed
 
 Key = TypeVar("Key", bound=Hashable)
 Configuration = TypeVar("Configuration")
 
 # Architectures whose limits differ. Shared memory of a block and of an SM: 163 and 164 KiB on sm_80, 99 and 100 on
 # sm_86 and sm_89, 227 and 228 on sm_90 and sm_100; sm_90 and sm_100 have their own matrix instructions.
-KNOWN = (80, 86, 90, 100)
+# AMD: all GPUs whose names start with gfx, with 64 KiB; GPUs with more memory do not use it.
+AMD = "gfx"
+KNOWN = (80, 86, 90, 100, AMD)
 # sm_12x has the shared memory and the matrix instructions of sm_89, not those of sm_100.
 _CONSUMER, _LIKE = 120, 86
 
 
 @functools.cache
-def known(architecture: int | None) -> int | None:
-    """The architecture in KNOWN whose configurations are used: the nearest that is not newer.
+def known(architecture: Architecture | None) -> Architecture | None:
+    """The architecture in KNOWN whose configurations are used: AMD, or the nearest of NVIDIA that is not newer.
 
     None (default configurations) if there is no such architecture or no GPU.
     """
     if architecture is None:
         return None
+    if isinstance(architecture, str):
+        return AMD
     if architecture >= _CONSUMER:
         return _LIKE
-    return max((number for number in KNOWN if number <= architecture), default=None)
+    return max((x for x in KNOWN if isinstance(x, int) and x <= architecture), default=None)
 
 
-_ASSUMED: ContextVar[int | None] = ContextVar("architecture", default=None)
+_ASSUMED: ContextVar[Architecture | None] = ContextVar("architecture", default=None)
 
 
 @contextmanager
-def assume_architecture(architecture: int | None) -> Iterator[None]:
-    """Within the `with` block, tensors on the meta device stand for those of sm_`architecture`."""
+def assume_architecture(architecture: Architecture | None) -> Iterator[None]:
+    """Within the `with` block, tensors on the meta device stand for those of a GPU of this architecture."""
     token = _ASSUMED.set(architecture)
     try:
         yield
@@ -53,20 +57,21 @@ def assume_architecture(architecture: int | None) -> Iterator[None]:
         _ASSUMED.reset(token)
 
 
-def architecture_of(device: torch.device) -> int | None:
-    """Architecture of a device, 90 for sm_90; None in the interpreter and for the meta device, unless a GPU is
-    assumed."""
+def architecture_of(device: torch.device) -> Architecture | None:
+    """Architecture of a device; None in the interpreter and for the meta device, unless a GPU is assumed."""
     if device.type != "cuda":
         if device.type == "meta" and (architecture := _ASSUMED.get()) is not None:
             return architecture
         target = assumed()
         return None if target is None else target.architecture
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
-def _capability(device: int) -> int:
-    """Compute capability as an integer, 90 for sm_90."""
+def _architecture(device: int) -> Architecture:
+    if torch.version.hip:
+        # gfx942:sramecc+:xnack-. Its compute capability would be 9.4, as if it were newer than sm_90.
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -117,7 +122,7 @@ class Table(dict[Key, Configuration], Generic[Key, Configuration]):
     def __init__(
         self,
         configurations: Mapping[Key, Configuration],
-        replaced: Mapping[int, Mapping[Key, Configuration]] | None = None,
+        replaced: Mapping[Architecture, Mapping[Key, Configuration]] | None = None,
     ) -> None:
         super().__init__(configurations)
         self.replaced = {number: dict(entries) for number, entries in (replaced or {}).items()}
@@ -125,8 +130,10 @@ class Table(dict[Key, Configuration], Generic[Key, Configuration]):
         if unknown:
             raise ValueError(f"architecture: expected some of {KNOWN}, got {sorted(unknown)}")
 
-    def tiles(self, key: Key, architecture: int | None = None, *narrower: Key) -> Configuration:
-        """The configuration of a key on sm_`architecture`; for None, the default configuration.
+    def tiles(
+        self, key: Key, architecture: Architecture | None = None, *narrower: Key
+    ) -> Configuration:
+        """The configuration of a key on an architecture; for None, the default configuration.
 
         narrower: more specific keys, which only have entries for some architectures; the first with an entry is
         used instead of `key`.
@@ -137,7 +144,7 @@ class Table(dict[Key, Configuration], Generic[Key, Configuration]):
                 return entries[candidate]
         return self[key]
 
-    def replacements(self) -> Iterator[tuple[int, Key, Configuration]]:
+    def replacements(self) -> Iterator[tuple[Architecture, Key, Configuration]]:
         """Architecture, key and configuration of every replacement."""
         for architecture, entries in self.replaced.items():
             for key, configuration in entries.items():

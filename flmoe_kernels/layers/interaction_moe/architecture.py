@@ -61,10 +61,10 @@ class SparseSpec:
         values: dict[str, Any] = {}
         for name in GATE_SETTINGS:
             own, value = getattr(self, name), found.get(name)
-            if isinstance(own, tuple) and isinstance(value, list | tuple):
+            if isinstance(own, tuple) and isinstance(value, (list, tuple)):
                 value = tuple(value)
                 fits = len(value) == len(own) and all(
-                    isinstance(x, int | float) and x > 0 for x in value
+                    isinstance(x, (int, float)) and x > 0 for x in value
                 )
             else:
                 fits = own is not None and isinstance(value, type(own))

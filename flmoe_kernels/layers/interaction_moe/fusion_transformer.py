@@ -186,7 +186,7 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
 
 def called_parts(network: Any) -> tuple[str, ...]:
     """Name prefixes of the parts that a fusion model calls: the head and routed MLPs."""
-    if not isinstance(network, nn.Sequential | nn.ModuleList):
+    if not isinstance(network, (nn.Sequential, nn.ModuleList)):
         return ()
     routed = [
         f"network.{i}.mlp"

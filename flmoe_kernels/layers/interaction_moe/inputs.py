@@ -52,7 +52,7 @@ def check_replacements(
     """
     if replacements is None:
         return None
-    if not isinstance(replacements, list | tuple):
+    if not isinstance(replacements, (list, tuple)):
         raise TypeError(f"replacements: expected a list, got {type(replacements).__name__}")
     if len(replacements) != spec.num_experts:
         raise ValueError(
@@ -60,7 +60,7 @@ def check_replacements(
         )
     filled = []
     for e, each in enumerate(replacements):
-        if isinstance(each, list | tuple) and len(each) == len(call.inputs):
+        if isinstance(each, (list, tuple)) and len(each) == len(call.inputs):
             missing = zip(each, call.inputs, call.absent, strict=True)
             each = [x if noise is None and absent else noise for noise, x, absent in missing]
         check.require_replacements(f"replacements[{e}]", each, call.inputs)
@@ -71,6 +71,6 @@ def check_replacements(
 def stack_replacements(replacements: Replacements) -> Tensor:
     """The tokens that replace all modalities: (E, B, L, D), or (B, L, D) if all experts share them."""
     first = replacements[0]
-    if all(each is first for each in replacements):
+    if all(x is y for each in replacements for x, y in zip(each, first, strict=True)):
         return torch.cat(list(first), dim=1)
     return torch.stack([torch.cat(list(each), dim=1) for each in replacements])

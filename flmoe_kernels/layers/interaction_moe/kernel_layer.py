@@ -66,7 +66,7 @@ class KernelLayer(nn.Module):
             check.require_choice("backend", backend, backends.BACKENDS)
         self._backend = backend
         for part in self.modules():
-            if part is not self and isinstance(part, KernelLayer | RoutedMLP):
+            if part is not self and isinstance(part, (KernelLayer, RoutedMLP)):
                 part.backend = backend
 
     def _fusion(self) -> Any:
@@ -144,7 +144,7 @@ class KernelLayer(nn.Module):
             # Its products use autocast's dtype, too, but its norms need the parameters' dtype, which an encoder
             # under autocast does not return.
             like = parameter
-        if cast is not None and isinstance(inputs, list | tuple):
+        if cast is not None and isinstance(inputs, (list, tuple)):
             inputs = check.cast_tensors(inputs, like.dtype)
         inputs, masks = check.widened(inputs, like), check.padded_masks(masks, inputs)
         patches, dropout = self._patches(), self.modality_dropout if self.training else 0.0

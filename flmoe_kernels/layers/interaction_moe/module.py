@@ -179,7 +179,7 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         if autocast_dtype(like.device) is not None:
             replacements = check.cast_tensors(replacements, like.dtype)
             mean_vectors = check.cast_tensors(mean_vectors, like.dtype)
-        elif isinstance(replacements, list | tuple):
+        elif isinstance(replacements, (list, tuple)):
             replacements = [check.widened(noise, like) for noise in replacements]
         replacements = check_replacements(self._spec, replacements, call)
         given = self._replacements(call, replacements, check.widened(mean_vectors, like))

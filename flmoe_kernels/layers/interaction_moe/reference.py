@@ -223,7 +223,7 @@ class ReferenceInteractionMoE(nn.Module):
         return call.masked if self.compat == "fl_i2moe" else (False,) * self.num_modalities
 
     def _weights(self, call: Modalities) -> Tensor:
-        own = isinstance(self.reweight, Reweighting | ExpertAverage)
+        own = isinstance(self.reweight, (Reweighting, ExpertAverage))
         return self.reweight(call.inputs, call.masks, *([self._normalized(call)] if own else []))
 
     def _view_losses(self, views: Tensor, exists: Tensor | None, backend: str) -> list[Tensor]:
@@ -287,9 +287,9 @@ class ReferenceInteractionMoE(nn.Module):
 
 def mean_values(mean_vectors: Sequence[Tensor], call: Modalities) -> list[Tensor]:
     """Mean vectors (D,) or (L_m, D) of all modalities, expanded to (B, L_m, D)."""
-    if not isinstance(mean_vectors, list | tuple) or len(mean_vectors) != len(call.inputs):
+    if not isinstance(mean_vectors, (list, tuple)) or len(mean_vectors) != len(call.inputs):
         got = type(mean_vectors).__name__
-        got += f" of {len(mean_vectors)}" if isinstance(mean_vectors, list | tuple) else ""
+        got += f" of {len(mean_vectors)}" if isinstance(mean_vectors, (list, tuple)) else ""
         raise TypeError(f"mean_vectors: expected a list of {len(call.inputs)} Tensors, got {got}")
     values = []
     for m, (mean, x) in enumerate(zip(mean_vectors, call.inputs, strict=True)):

@@ -137,7 +137,7 @@ def warmup_scale(epoch: float, warmup_epochs: int) -> float:
 
 def _stacked(latents: Tensor | Sequence[Tensor]) -> Tensor:
     """Check the latents; return (E, B, d) in the dtype of sums."""
-    if isinstance(latents, list | tuple):
+    if isinstance(latents, (list, tuple)):
         if not latents:
             raise ValueError("latents: expected at least one expert, got none")
         for e, z in enumerate(latents):

@@ -19,7 +19,7 @@ def validate_sizes(
     dims: Sequence[int], num_classes: int | None, kinds: Sequence[str], token_outputs: bool
 ) -> None:
     """Check the constructor's arguments; TypeError and ValueError name the argument."""
-    if not isinstance(dims, list | tuple):
+    if not isinstance(dims, (list, tuple)):
         raise TypeError(f"dims: expected a list of widths, got {type(dims).__name__}")
     if len(dims) < 2:
         raise ValueError(f"dims: expected at least 2 modalities, got {len(dims)}")
@@ -31,7 +31,7 @@ def validate_sizes(
         check.require_count("num_classes", num_classes, 1)
     elif not token_outputs:
         raise ValueError("num_classes: expected an int, as token_outputs is False; got None")
-    if not isinstance(kinds, list | tuple):
+    if not isinstance(kinds, (list, tuple)):
         raise TypeError(f"kinds: expected a list of names, got {type(kinds).__name__}")
     if not 1 <= len(kinds) <= MAX_EXPERTS:
         raise ValueError(f"kinds: expected 1 to {MAX_EXPERTS} names, got {len(kinds)}")
@@ -45,7 +45,7 @@ def cast_inputs(inputs: Inputs, parameter: Tensor) -> Inputs:
 
     Under autocast, where an encoder returns low precision, also if it loses some.
     """
-    if autocast_dtype(parameter.device) is None or not isinstance(inputs, list | tuple):
+    if autocast_dtype(parameter.device) is None or not isinstance(inputs, (list, tuple)):
         return check.widened(inputs, parameter)
     return [
         x.to(parameter.dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_DTYPES else x

@@ -238,24 +238,23 @@ class PairInteractionMoE(nn.Module):
         noise = self._noise(inputs, replacements, interaction_losses)
         tokens, valid = self._tokens(inputs, masks)
         pairs = self._project(tokens, valid)
-        out = PairOutput()
+        logits = expert_logits = latents = outputs = losses = None
+        mass: tuple[Tensor, ...] = ()
         if noise is not None:
             replaced = self._project(self._tokens(noise, masks)[0], valid)
             views, mass = self._perturbed_latents(pairs, replaced)
             exists = present_modalities(inputs, masks)
             losses = self._losses(torch.stack([views[e] for e in chosen]), exists)
-            out = out._replace(latents=views[:, 0].clone(), mass=mass, losses=losses)
+            latents = views[:, 0].clone()
         elif self.head is not None:
             pooled, mass = self._pool(pairs)
-            out = out._replace(latents=_side_by_side(pooled), mass=mass)
-        if self.head is not None and out.latents is not None:
-            logits, expert_logits = self._classify(out.latents)
+            latents = _side_by_side(pooled)
+        if self.head is not None and latents is not None:
             dtype = self.gate_bias.dtype
-            out = out._replace(logits=logits.to(dtype), expert_logits=expert_logits.to(dtype))
+            logits, expert_logits = (x.to(dtype) for x in self._classify(latents))
         if self.token_outputs:
-            tokens_out, mass = self._token_outputs(tokens, pairs)
-            out = out._replace(tokens=tokens_out, mass=mass)
-        return out
+            outputs, mass = self._token_outputs(tokens, pairs)
+        return PairOutput(logits, expert_logits, latents, mass, outputs, losses)
 
     @torch.no_grad()
     def explain(
@@ -337,7 +336,9 @@ class PairInteractionMoE(nn.Module):
         """Project both sides of every modality pair; the anchor follows the tokens."""
         batch, experts = tokens[0].shape[0], len(self.kinds)
         sequences, masks = [], []
-        for x, mask, anchor, norm in zip(tokens, valid, self.anchors, self.norms, strict=True):
+        # torch.compile cannot trace zip over a ParameterList before torch 2.12.
+        for m, (x, mask, norm) in enumerate(zip(tokens, valid, self.norms, strict=True)):
+            anchor = self.anchors[m]
             sequences.append(norm(torch.cat([x, anchor.expand(batch, 1, -1)], dim=1)))
             masks.append(None if mask is None else nn.functional.pad(mask, (0, 1), value=True))
 
@@ -404,8 +405,9 @@ class PairInteractionMoE(nn.Module):
         masses = []
         for (m, n), pair, maps in zip(self.modality_pairs, pairs, self.token_maps, strict=True):
             own, partners = (side.accumulate(REDUCE_EXPERTS) for side in (pair, pair.swapped()))
-            added[m].append(maps["a"](own.y[:, :-1]))
-            added[n].append(maps["b"](partners.y[:, :-1]))
+            # Not sliced: torch.export before torch 2.9 guards the batch size where a slice takes all of it.
+            added[m].append(maps["a"](own.y.narrow(1, 0, tokens[m].shape[1])))
+            added[n].append(maps["b"](partners.y.narrow(1, 0, tokens[n].shape[1])))
             masses.append(own.mass)
         scale = 1.0 / math.sqrt(self.normalizer)
         outputs = tuple(

@@ -50,13 +50,9 @@ class Side:
 
 def join(sides: Sequence[Side]) -> Side:
     """Concatenate versions of one side along the batch."""
-    first = sides[0]
     masks = [side.mask for side in sides if side.mask is not None]
-    return replace(
-        first,
-        packed=torch.cat([side.packed for side in sides]),
-        mask=torch.cat(masks) if masks else None,
-    )
+    packed = torch.cat([side.packed for side in sides])
+    return Side(packed, torch.cat(masks) if masks else None, sides[0].rank)
 
 
 @dataclass(frozen=True)
@@ -80,12 +76,14 @@ class ProjectedPair:
 
     def between(self, a: Side, b: Side) -> ProjectedPair:
         """The same pair with other tokens."""
-        return replace(self, a=a, b=b)
+        return ProjectedPair(a, b, self.gate)
 
     def swapped(self) -> ProjectedPair:
         """The same pair seen from side b; its experts keep their order."""
-        gate = replace(self.gate, kinds=swap_sides(self.gate.kinds))
-        return ProjectedPair(self.b, self.a, gate)
+        gate = self.gate
+        # torch.compile cannot trace dataclasses.replace before torch 2.9.
+        kinds, rest = swap_sides(gate.kinds), (gate.top_k, gate.temperature, gate.backend)
+        return ProjectedPair(self.b, self.a, Gate(kinds, gate.bias, *rest))
 
     def frozen(self) -> ProjectedPair:
         """A copy without autograd, in the statistics dtype, which later training steps do not change."""

@@ -84,7 +84,7 @@ def pair_moe(
     name = backends.choose(_OPERATOR, q, backend)
     if name == backends.REFERENCE:
         return PairMoEOutput(*reference.forward(call, reduce))
-    return PairMoEOutput(*torch.ops.flmoe.pair_moe(*call, reduce, name))
+    return PairMoEOutput(*torch.ops.flmoe.pair_moe(*call.arguments, reduce, name))
 
 
 def pair_map(
@@ -124,7 +124,7 @@ def pair_map(
     name = backends.choose(_OPERATOR, q, backend)
     if name == backends.REFERENCE:
         return reference.pair_map(call, weight)
-    return torch.ops.flmoe.pair_map(*call, weight, name)
+    return torch.ops.flmoe.pair_map(*call.arguments, weight, name)
 
 
 def top_pairs(
@@ -173,7 +173,7 @@ def top_pairs(
         if name == backends.REFERENCE:
             top = reference.top_pairs(call, weight, count)
         else:
-            top = torch.ops.flmoe.top_pairs(*call, weight, count, name)
+            top = torch.ops.flmoe.top_pairs(*call.arguments, weight, count, name)
     tied = near_ties(top[0], n_pairs)
     values, i, j = (x[:, :, :n_pairs] for x in top)
     return TopPairs(

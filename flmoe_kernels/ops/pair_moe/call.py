@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from flmoe_kernels.core.dtypes import statistics_dtype
 REDUCE_NONE, REDUCE_EXPERTS, REDUCE_POOL = REDUCTIONS = ("none", "experts", "pool")
 
 
-class PairCall(NamedTuple):
+@dataclass(frozen=True)
+class PairCall:
     """Inputs of pair_moe: q (B, E, La, R), k (B, E, Lb, R), a (B, E, La, V), c (B, E, Lb, V) with the same
     dtype, gate_bias (E) with this or the statistics dtype, mask_a (B, La) and mask_b (B, Lb) bool.
 
@@ -33,7 +34,12 @@ class PairCall(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:7]
+        return self.q, self.k, self.a, self.c, self.gate_bias, self.mask_a, self.mask_b
+
+    @property
+    def arguments(self) -> tuple:
+        """Arguments of the operators."""
+        return *self.tensors, self.kinds, self.top_k, self.scale
 
     @property
     def batch(self) -> int:

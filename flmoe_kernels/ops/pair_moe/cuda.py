@@ -77,7 +77,7 @@ def pair_map(call: PairCall, head: Tensor) -> Tensor:
     if _empty(call):
         shape = (call.batch, call.experts, call.rows, call.columns)
         return call.q.new_zeros(shape, dtype=call.statistics)
-    return _map_rows(call, head, 0, call.rows)
+    return _map_rows(call, head, _workspace(call, REDUCE_POOL, 2), 0, call.rows)
 
 
 def top_pairs(call: PairCall, head: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,9 +92,10 @@ def top_pairs(call: PairCall, head: Tensor, count: int) -> tuple[Tensor, Tensor,
     places = call.q.new_full(best.shape, -1, dtype=torch.int64)
     if not _empty(call):
         step = max(1, _PAIRS // (call.batch * lines * call.columns))
+        memory = _workspace(call, REDUCE_POOL, 2)
         for first in range(0, call.rows, step):
             last = min(first + step, call.rows)
-            phi = _map_rows(call, head, first, last)
+            phi = _map_rows(call, head, memory, first, last)
             keys = _ordered(torch.cat([phi, phi.sum(dim=1, keepdim=True)], dim=1), integers)
             keys = keys.masked_fill(~_valid(call, first, last), least).flatten(2)
             here = torch.arange(first * call.columns, last * call.columns, device=keys.device)
@@ -129,10 +130,10 @@ def _valid(call: PairCall, first: int, last: int) -> Tensor:
     return valid
 
 
-def _map_rows(call: PairCall, head: Tensor, first: int, last: int) -> Tensor:
+def _map_rows(call: PairCall, head: Tensor, memory: Tensor, first: int, last: int) -> Tensor:
+    """Contributions of some rows. The call for the first rows fills the workspace, which those after it read."""
     shape = (call.batch, call.experts, last - first, call.columns)
     phi = call.q.new_empty(shape, dtype=call.statistics)
-    memory = _workspace(call, REDUCE_POOL, 2)
     with cuda_queue(call.q.device) as queue:
         native_cuda().cuda_pair_map(
             *arguments(call),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ def checked(call: PairCall, device: torch.device = HOST) -> PairCall:
     """Return the call in the form that the kernels read; ValueError if they must not read it."""
     batch, experts, rows, rank = call.q.shape
     columns, width = call.columns, call.width
+    for name, x in (("q", call.q), ("a", call.a)):
+        if x.shape[3] < 1:
+            raise ValueError(f"{name}: expected a last dimension from 1, got {tuple(x.shape)}")
     expect("q", call.q, (batch, experts, rows, rank), call.q.dtype, device)
     expect("k", call.k, (batch, experts, columns, rank), call.q.dtype, device)
     expect("a", call.a, (batch, experts, rows, width), call.q.dtype, device)
@@ -28,7 +33,8 @@ def checked(call: PairCall, device: torch.device = HOST) -> PairCall:
     if bias is not None:
         expect("gate_bias", bias, (experts,), bias.dtype, device)
         bias = bias.to(call.statistics).contiguous()
-    return call._replace(
+    return dataclasses.replace(
+        call,
         q=rows_contiguous(call.q),
         k=rows_contiguous(call.k),
         a=rows_contiguous(call.a),

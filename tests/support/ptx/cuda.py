@@ -151,11 +151,14 @@ def _kernel(name: str) -> str:
 
 
 @contextmanager
-def emulated_cuda(damage: Callable[[str], str] | None = None) -> Iterator[Findings]:
+def emulated_cuda(
+    damage: Callable[[str], str] | None = None, shared_kib: int = 99
+) -> Iterator[Findings]:
     """Within the `with` block backend "cuda" takes CPU tensors, and pair_moe's kernels are emulated.
 
     Args:
         damage: a change of every kernel's PTX.
+        shared_kib: shared memory that a block may have; 99 is the least among the supported GPUs.
 
     Yields:
         The findings so far: mistakes that the kernels made.
@@ -191,7 +194,7 @@ def emulated_cuda(damage: Callable[[str], str] | None = None) -> Iterator[Findin
     def refused(op: str, name: str, tensor: Tensor) -> str:
         return "" if (op, name) == ("pair_moe", "cuda") else refusal(op, name, tensor)
 
-    module.on_launch(launch)
+    module.on_launch(shared_kib << 10, launch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "_refusal", refused)
         patch.setattr(cuda, "native_cuda", lambda: module)

@@ -14,8 +14,8 @@ namespace {
 // Never destroyed, because Python may be gone then.
 auto& launch = *new std::function<void(const std::string&, unsigned, unsigned, size_t, uintptr_t)>;
 std::map<const void*, std::string> names;
-// The least that a block may have on the supported GPUs.
-constexpr int kShared = 99 << 10;
+// Bytes of shared memory that a block of the GPU may have, and that the next launch may have.
+int limit = 0;
 int allowed = 48 << 10;
 cudaError_t last = cudaSuccess;
 
@@ -75,11 +75,12 @@ cudaError_t cudaSetDevice(int) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return last = cudaErrorInvalidValue;
-  *value = kShared;
+  *value = limit;
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-  if (value > kShared) return last = cudaErrorInvalidValue;
+  // Less could fail the launch of another thread between this call and its own launch.
+  if (value != limit) return last = cudaErrorInvalidValue;
   allowed = value;
   return cudaSuccess;
 }
@@ -87,5 +88,7 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
 
 PYBIND11_MODULE(flmoe_emulated, m) {
   flmoe::bindings::bind_pair_moe_cuda(m);
-  m.def("on_launch", [](std::remove_reference_t<decltype(launch)> f) { launch = std::move(f); });
+  m.def("on_launch", [](int shared, std::remove_reference_t<decltype(launch)> f) {
+    limit = shared, launch = std::move(f);
+  });
 }

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
+from flmoe_kernels.core.triton.products import dot
 
-from .linear_kernels import dot, dropped, row_of, slices
+from .linear_kernels import dropped, row_of, slices
 from .rows_kernels import norm_gradient_rows
 from .rows_tiles import begin, normal_tail
 from .view_rows import valid_rows
@@ -82,7 +83,7 @@ def norm_product_kernel(
     to = begin(out, start, OUTER) + row[:, None] * OUTER + column[None, :]
     # outer, which is OUTER, is not a constant, so that the loop is not unrolled.
     for at in range(0, outer, COLUMNS):
-        value = dot(normed, tl.load(right + at * WIDTH), None, "tf32x3")
+        value = dot(normed, tl.load(right + at * WIDTH), None)
         tl.store(to + at, value.to(out.dtype.element_ty), mask=valid[:, None])
 
 
@@ -135,7 +136,7 @@ def mlp_kernel(
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for at in range(0, wide, COLUMNS):
         weight = load_tile(up + at * WIDTH, deep, 1, column, WIDTH)
-        value = dot(normed, weight, None, "tf32x3")
+        value = dot(normed, weight, None)
         value += tl.load(bias + at).to(tl.float32)[None, :]
         if hidden is not None:
             to = begin(hidden, start, HIDDEN) + at + (row[:, None] * HIDDEN + column[None, :])
@@ -146,7 +147,7 @@ def mlp_kernel(
             kept = kept_elements(seed, threshold, 0, expert, place, at, COLUMNS)
             value = tl.where(kept, value * kept_scale, 0.0)
         weight = load_tile(down + at, column, 1, deep, HIDDEN)
-        total = dot(value.to(x.dtype.element_ty), weight, total, "tf32x3")
+        total = dot(value.to(x.dtype.element_ty), weight, total)
     parts = slices(total, SLICES)
     PART: tl.constexpr = WIDTH // SLICES
     for i in tl.static_range(SLICES):
@@ -215,7 +216,7 @@ def mlp_gradient_kernel(
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for at in range(0, tl.where(first < end, wide, 0), COLUMNS):
         weight = load_tile(down + at, deep, HIDDEN, column, 1)
-        slope = dot(grad, weight, None, "tf32x3")
+        slope = dot(grad, weight, None)
         of_hidden = row[:, None] * HIDDEN + column[None, :]
         to = begin(hidden, start, HIDDEN) + at + of_hidden
         value = tl.load(to, mask=valid[:, None], other=0.0).to(tl.float32)
@@ -236,7 +237,7 @@ def mlp_gradient_kernel(
             tl.store(to, slope, mask=valid[:, None])
         if normed is not None:
             weight = load_tile(up + at * WIDTH, column, WIDTH, deep, 1)
-            total = dot(slope, weight, total, "tf32x3")
+            total = dot(slope, weight, total)
     if normed is not None:
         store_rows(normed, start, row, valid, total, WIDTH, SLICES)
         tl.debug_barrier()
@@ -289,7 +290,7 @@ def product_norm_gradient_kernel(
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for k in range(0, tl.where(first < end, inner, 0), DEPTH):
         value = tl.load(left + k, mask=valid[:, None], other=0.0)
-        total = dot(value, tl.load(right + k * WIDTH), total, "tf32x3")
+        total = dot(value, tl.load(right + k * WIDTH), total)
     store_rows(normed, start, row, valid, total, WIDTH, SLICES)
     tl.debug_barrier()
     norm_gradient_rows(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.core.triton.tables import Table, blocks_of
+from flmoe_kernels.core.triton.tables import AMD, Table, blocks_of
+from flmoe_kernels.core.triton.target import Architecture
 
 from .fused_kernels import (
     mlp_gradient_kernel,
@@ -50,8 +51,9 @@ class Tiles:
 # float32 sums take 128 registers per thread, and more than 32 hidden columns at a time would spill; on sm_100 the
 # sums are in tensor memory, and "mlp" takes 64. On sm_80 each of the eight warps computes all rows of a block for
 # at least 8 hidden columns, so with fewer than 64 columns some would be computed twice; blocks have 64 rows,
-# because 128 spill. On sm_86 and sm_12x a block has at most 99 KiB of shared memory. Narrow rows: batches are
-# small, so blocks are small to use more SMs. Which tiles are fastest has not been measured.
+# because 128 spill. On sm_86 and sm_12x a block has at most 99 KiB of shared memory, on AMD 64; there 128 rows
+# spill. Narrow rows: batches are small, so blocks are small to use more SMs. Which tiles are fastest has not been
+# measured.
 TABLE = Table(
     {
         ("norm_product", False): Tiles(64, 64, 1, 4, 3, (57344, 73728, 67600)),
@@ -74,6 +76,11 @@ TABLE = Table(
             ("mlp_gradient", True): Tiles(64, 32, 4, 8, 2, (77832, 0, 0)),
         },
         100: {("mlp", True): Tiles(128, 64, 4, 8, 2, (0, 0, 200872))},
+        AMD: {
+            ("mlp", True): Tiles(64, 32, 4, 4, 2, (0, 0, 0)),
+            ("mlp_gradient", True): Tiles(64, 32, 2, 8, 2, (0, 0, 0)),
+            ("product_norm_gradient", True): Tiles(128, 64, 4, 8, 2, (0, 0, 0)),
+        },
     },
 )
 
@@ -87,7 +94,7 @@ def fits(dtype: torch.dtype, width: int, hidden: int) -> bool:
     return dtype.itemsize == 2 and _LEAST <= width <= _WIDEST and whole
 
 
-def tiles_of(kernel: str, width: int, architecture: int | None) -> Tiles:
+def tiles_of(kernel: str, width: int, architecture: Architecture | None) -> Tiles:
     return TABLE.tiles((kernel, width > WIDE), architecture)
 
 
@@ -96,7 +103,7 @@ def _chunk(length: int, most: int) -> int:
     return min(most, length & -length)
 
 
-def blocks(kernel: str, x: Tensor, computed: ViewRows, architecture: int | None) -> int:
+def blocks(kernel: str, x: Tensor, computed: ViewRows, architecture: Architecture | None) -> int:
     """Number of blocks of rows of an expert of x (E, views * rows, D)."""
     rows, tiles = computed.arguments(x.shape[1])["rows"], tiles_of(kernel, x.shape[2], architecture)
     return computed.views * blocks_of(rows, tiles.rows)
@@ -110,7 +117,7 @@ def _launch(
     constants: dict[str, Any],
     across: tuple[str, int],
     computed: ViewRows,
-    architecture: int | None,
+    architecture: Architecture | None,
 ) -> Launch:
     """One program per block of rows of x. across: name of the constant for the step of the loop, and length of the
     dimension it loops over."""
@@ -125,12 +132,12 @@ def _launch(
     )
 
 
-def _slices(name: str, x: Tensor, architecture: int | None) -> int:
+def _slices(name: str, x: Tensor, architecture: Architecture | None) -> int:
     slices = tiles_of(name, x.shape[2], architecture).slices
     return max(1, min(slices, x.shape[2] // 32))
 
 
-def _norm_tiles(name: str, x: Tensor, architecture: int | None) -> dict[str, int]:
+def _norm_tiles(name: str, x: Tensor, architecture: Architecture | None) -> dict[str, int]:
     """Constants of the gradient of a norm: columns of a part, a step's rows, slices."""
     tiles, part = tiles_of(name, x.shape[2], architecture), max(GROUP, x.shape[2]) // 4
     height = max(1, min(tiles.rows, _NORM_ELEMENTS * tiles.warps // (4 * part)))
@@ -148,7 +155,7 @@ def norm_product(
     eps: float,
     results: tuple[Tensor, Tensor, Tensor],
     computed: ViewRows = ALL,
-    architecture: int | None = None,
+    architecture: Architecture | None = None,
 ) -> Launch:
     """affine: gain and shift; results: out (E, R, N), mean, rstd."""
     outer = weight.shape[1]
@@ -168,7 +175,7 @@ def mlp(
     eps: float,
     results: tuple[Tensor, Tensor | None, Tensor, Tensor],
     computed: ViewRows = ALL,
-    architecture: int | None = None,
+    architecture: Architecture | None = None,
 ) -> Launch:
     """weights: w_in, b_in, w_out, b_out; dropouts: of the activations and of the result; results: out, hidden
     (None if not kept), mean, rstd."""
@@ -193,7 +200,7 @@ def mlp_gradient(
     twice: bool,
     results: tuple[Tensor | None, ...],
     computed: ViewRows = ALL,
-    architecture: int | None = None,
+    architecture: Architecture | None = None,
 ) -> Launch:
     """grads: of the result and of the last product; saved: x, mean, rstd, gain, hidden; weights: w_in, w_out;
     dropouts: of the activations and of the step before; results: activation, grad_hidden, and
@@ -220,7 +227,7 @@ def product_norm_gradient(
     dropout: Dropout,
     results: tuple[Tensor | None, ...],
     computed: ViewRows = ALL,
-    architecture: int | None = None,
+    architecture: Architecture | None = None,
 ) -> Launch:
     """grads: of x by the residual, and of the product; saved: x, mean, rstd, gain; results: _NORM_RESULTS, None if
     not needed."""

@@ -24,22 +24,14 @@ import triton
 import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
+from flmoe_kernels.core.triton.products import dot
 
 from .view_rows import valid_rows
 
 # Blocks of rows that are multiplied with all blocks of columns before the next blocks of rows.
 BAND = tl.constexpr(8)
-# The interpreter would multiply the integer representation of bfloat16, so operands are widened there.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # Number of columns of the ones that sum rows in a product: the minimum of all matrix units.
 ONES = tl.constexpr(16)
-
-
-@triton.jit
-def dot(x, y, total, PRECISION: tl.constexpr):
-    if INTERPRETED and x.dtype == tl.bfloat16:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -225,6 +217,8 @@ def weight_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     DOWN: tl.constexpr = (P + ROWS - 1) // ROWS
+    # A bias is summed in float32 even if products may be TF32.
+    EXACT: tl.constexpr = "tf32x3" if PRECISION == "tf32" else PRECISION
     share = tl.program_id(0) // (ACROSS * DOWN)
     across, down = tl.program_id(0) % ACROSS, tl.program_id(0) // ACROSS % DOWN
     expert, split = share // splits, share % splits
@@ -262,8 +256,7 @@ def weight_gradient_kernel(
                 y = ((y.to(tl.float32) - middle) * spread).to(x.dtype)
             total = dot(tl.trans(x), y, total, PRECISION)
         if bias is not None or mean is not None:
-            # A bias is summed in float32 even if products may be TF32.
-            sums = dot(tl.trans(x), ones, sums, "tf32x3")
+            sums = dot(tl.trans(x), ones, sums, EXACT)
     # All columns are the same.
     value = tl.max(sums, 1)
     if mean is not None:
@@ -277,7 +270,7 @@ def weight_gradient_kernel(
         else:
             store_tile(parts, share, down * ROWS, q, total, inside, P, Q)
     if bias is not None:
-        inside = (p < P) & (across == 0)
+        inside = p < tl.where(across == 0, P, 0)
         if splits == 1:
             tl.store(further(bias, share, P) + p, value.to(bias.dtype.element_ty), mask=inside)
         else:

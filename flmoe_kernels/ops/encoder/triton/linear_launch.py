@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
-from flmoe_kernels.core.triton.tables import Table, blocks_of, chunk_of
+from flmoe_kernels.core.triton.tables import AMD, Table, blocks_of, chunk_of
+from flmoe_kernels.core.triton.target import Architecture
 
 from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
 from .rows_launch import Dropout
@@ -85,12 +86,14 @@ TABLE = {
     ("product", "float32"): Tiles(64, 64, 32, 2, 4, 3, (32768, 49152, 49160)),
     ("weight_gradient", "float32"): Tiles(64, 64, 32, 1, 4, 3, (32768, 53248, 53256)),
 }
-# The tiles of ("weight_gradient", "16 bit") with a norm of right. On sm_80 half the depth does not spill.
+# The tiles of ("weight_gradient", "16 bit") with a norm of right. On sm_80 half the depth does not spill; AMD has
+# 64 KiB, which one stage less fits.
 NORM_TILES = Table(
     {"16 bit": Tiles(128, 128, 64, 1, 8, 3, (0, 101376, 101408), {90: 128})},
     {
         80: {"16 bit": Tiles(128, 128, 32, 1, 8, 2, (65536, 0, 0))},
         86: {"16 bit": Tiles(128, 128, 32, 1, 8, 2, (65536, 0, 0))},
+        AMD: {"16 bit": Tiles(128, 128, 64, 1, 8, 2, (0, 0, 0))},
     },
 )
 
@@ -182,7 +185,7 @@ def weight_backward(
     want_bias: bool,
     computed: ViewRows = ALL,
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    architecture: int | None = None,
+    architecture: Architecture | None = None,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Allocate gradients of weight and bias (empty if not requested); also return their launches.
 
@@ -234,7 +237,7 @@ def _product(
             **{"INNER": inner, "OUTER": outer, "OF_INNER": strides[0], "OF_OUTER": strides[1]},
             **{"ROWS": tiles.rows, "COLUMNS": columns, "DEPTH": deep},
             "SLICES": min(tiles.slices, columns // 16),
-            "PRECISION": matrix_precision(out.dtype),
+            "PRECISION": matrix_precision(out.dtype, out.device),
             "ZEROS": zeros and computed.count is not None,
         },
         tiles.warps,
@@ -260,7 +263,7 @@ def _weight_gradients(
     bias: Tensor | None,
     computed: ViewRows,
     norm: tuple[Tensor, ...] | None,
-    architecture: int | None,
+    architecture: Architecture | None,
 ) -> list[Launch]:
     """Launches of grad (E, P, Q) and bias (E, P) from left (E, R, P) and right (E, R, Q)."""
     experts, rows, p = left[0].shape
@@ -283,7 +286,7 @@ def _weight_gradient(
     shares: int,
     computed: ViewRows,
     norm: tuple[Tensor, ...] | None,
-    architecture: int | None,
+    architecture: Architecture | None,
 ) -> Launch:
     """results: grad, bias and the parts of both; norm: mean, rstd, gain and shift of a norm of right."""
     experts, rows, p = left[0].shape
@@ -304,7 +307,7 @@ def _weight_gradient(
         },
         {
             **{"P": p, "Q": q, "ACROSS": across, "ROWS": high, "COLUMNS": wide},
-            **{"DEPTH": tiles.deep, "PRECISION": matrix_precision(left[0].dtype)},
+            **{"DEPTH": tiles.deep, "PRECISION": matrix_precision(left[0].dtype, left[0].device)},
         },
         tiles.warps,
         tiles.stages,

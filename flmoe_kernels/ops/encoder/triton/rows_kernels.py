@@ -280,13 +280,13 @@ def norm_sum_kernel(
         at = (first + line)[:, None] * (2 * WIDTH) + column[None, :]
         total += tl.load(base + at, mask=inside, other=0.0)
     values = tl.sum(total, 0)
-    at, inside = expert * WIDTH + column, column < WIDTH
+    at = expert * WIDTH + column
     if grad_gain is not None:
-        tl.store(grad_gain + at, values.to(grad_gain.dtype.element_ty), mask=inside & (which == 0))
+        inside = column < tl.where(which == 0, WIDTH, 0)
+        tl.store(grad_gain + at, values.to(grad_gain.dtype.element_ty), mask=inside)
     if grad_shift is not None:
-        tl.store(
-            grad_shift + at, values.to(grad_shift.dtype.element_ty), mask=inside & (which == 1)
-        )
+        inside = column < tl.where(which == 1, WIDTH, 0)
+        tl.store(grad_shift + at, values.to(grad_shift.dtype.element_ty), mask=inside)
 
 
 # dropout(GELU(x)), exact. One program per block of rows and columns. Traffic: 4 bytes per element in 16 bits.

@@ -11,6 +11,7 @@ from torch import Tensor
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, run
 from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.core.triton.target import Architecture
 
 from .launch import (
     attend_launch,
@@ -21,8 +22,8 @@ from .launch import (
 from .table import TABLE, AttentionCall, Tiles, candidates, class_of
 
 
-def tiles_of(kernel: str, call: AttentionCall, architecture: int | None = None) -> Tiles:
-    """The launch table's tiles for sm_`architecture`. None: the tiles for the device of the call's tensors,
+def tiles_of(kernel: str, call: AttentionCall, architecture: Architecture | None = None) -> Tiles:
+    """The launch table's tiles for an architecture. None: the tiles for the device of the call's tensors,
     with autotune the fastest tiles."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call)
@@ -44,7 +45,7 @@ def fastest(kernel: str, call: AttentionCall) -> Tiles:
         problems=tuning.bucket(call.problems),
         width=width,
         dropout=int(call.seed is not None),
-        tf32=int(matrix_precision(call.q.dtype) == "tf32"),
+        tf32=int(matrix_precision(call.q.dtype, device) == "tf32"),
     )
     tried = candidates(kernel, call, architecture_of(device))
     return tuning.choose(key, tried, lambda: _TRIALS[kernel](call), device)

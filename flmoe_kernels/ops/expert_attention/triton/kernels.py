@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
+from flmoe_kernels.core.triton.products import dot
 
 from .tiles import (
-    dot,
     head_of,
     load_rows,
     place,

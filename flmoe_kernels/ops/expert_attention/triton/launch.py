@@ -82,7 +82,7 @@ def _launch(
     }
     constants = {
         **{"WIDTH": width, "CHUNK": chunk, **sizes},
-        "PRECISION": matrix_precision(call.q.dtype),
+        "PRECISION": matrix_precision(call.q.dtype, call.q.device),
     }
     programs = slots * -(-width // chunk) * heads * groups
     return Launch(kernel, programs, arguments, constants, tiles.warps, tiles.stages)

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
+from flmoe_kernels.core.triton.products import dot
 
 from .kernels import LOG2_E, decode, zero_of
-from .tiles import dot, head_of, load_rows, place, row_at, statistics_of, store_rows
+from .tiles import head_of, load_rows, place, row_at, statistics_of, store_rows
 
 
 @triton.jit
@@ -122,8 +123,9 @@ def gradient_kernel(
     # Rows after the last repeat it, with weight 0; an infinite value or gradient of the last row gives NaN.
     own = tl.minimum(at, length - 1 - start)
     valid = start + at < length
-    k_tile = load_rows(k, start, at, valid & (covered > 0), 0, WIDTH, CHUNK)
-    v_tile = load_rows(v, start, at, valid & (covered > 0), 0, WIDTH, CHUNK)
+    present = start + at < tl.where(covered > 0, length, 0)
+    k_tile = load_rows(k, start, at, present, 0, WIDTH, CHUNK)
+    v_tile = load_rows(v, start, at, present, 0, WIDTH, CHUNK)
     kept_rate = tl.cast(threshold, tl.float32) / 65536
     for i in range(0, covered, BLOCK):
         row = tl.minimum(at, length - 1 - i)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.tables import Table
+from flmoe_kernels.core.triton.tables import AMD, Table
+from flmoe_kernels.core.triton.target import Architecture
 
 # Kernel, class of the call.
 Key = tuple[str, str]
@@ -15,6 +16,7 @@ Key = tuple[str, str]
 SHORT = 16
 # Maximum number of columns of a width per program.
 WIDEST = 128
+_UNKNOWN = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,14 @@ _ALL: dict[Key, Tiles] = {
 # spills on sm_12x. The wide gradient of queries loads a tile ahead where two blocks with three stages fit an SM.
 # The other entries exist because the default tiles spill 8 to 24 bytes in one named case: half the columns for
 # wide rows on sm_80 and sm_86, three stages for the wide gradient of keys on sm_90, eight warps for chunked rows
-# on sm_100, whose float32 gradient of keys also has chunks of 64. The fastest choice has not been measured.
+# on sm_100, whose float32 gradient of keys also has chunks of 64. AMD has 64 KiB a block. The fastest choice has
+# not been measured.
 _AMPERE: dict[Key, Tiles] = {
     ("attend", "long"): Tiles(64, 64, 4, 3, (40960, 0, 0), branch=False),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 0, 0), branch=False),
     ("attend", "wide"): Tiles(64, 32, 4, 2, (36864, 0, 0)),
 }
-_REPLACED: dict[int, dict[Key, Tiles]] = {
+_REPLACED: dict[Architecture, dict[Key, Tiles]] = {
     80: _AMPERE,
     86: {
         **_AMPERE,
@@ -125,10 +128,10 @@ _REPLACED: dict[int, dict[Key, Tiles]] = {
         ("attend", "chunked"): Tiles(64, 64, 8, 1, (0, 0, 49160)),
         ("key_gradient", "float32, chunked"): Tiles(16, 32, 4, 1, (0, 0, 40960), 64),
     },
+    AMD: {("attend", "wide"): Tiles(64, 64, 4, 2, _UNKNOWN)},
 }
 TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)
 
-_UNKNOWN = (0, 0, 0)
 # Rows, columns, warps and stages that autotune tries for every kernel of a class.
 _TRIED = {
     "long": (
@@ -165,7 +168,7 @@ def is_short(call: AttentionCall) -> bool:
     return class_of(call).endswith("short")
 
 
-def candidates(kernel: str, call: AttentionCall, architecture: int | None) -> list[Tiles]:
+def candidates(kernel: str, call: AttentionCall, architecture: Architecture | None) -> list[Tiles]:
     """Candidates for autotune; the first is that of the launch table."""
     kind = class_of(call)
     first = TABLE.tiles((kernel, kind), architecture)

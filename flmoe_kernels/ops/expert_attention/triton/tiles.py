@@ -11,21 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flmoe_kernels.core.triton.products import dot
+
 # Candidates that a step of `find_run` reads at a time: one step finds one of 64 runs, two one of 4096. Each warp
 # reads them in two halves, so that the sum over a half needs no barrier.
 _HALF = tl.constexpr(32)
-# The interpreter would multiply the integer representation of bfloat16, so operands are widened there.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-
-@triton.jit
-def dot(x, y, total, PRECISION: tl.constexpr):
-    """total + x @ y, with x rounded to y's type."""
-    if INTERPRETED and y.dtype == tl.bfloat16:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    else:
-        x = x.to(y.dtype)
-    return tl.dot(x, y, total, input_precision=PRECISION)
 
 
 @triton.jit

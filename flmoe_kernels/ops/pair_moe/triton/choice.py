@@ -11,6 +11,7 @@ from torch import Tensor
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import matrix_precision, run
 from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 
 from .launch import (
@@ -29,9 +30,9 @@ _MAP = 2**24
 
 
 def tiles_of(
-    kernel: str, call: PairCall, architecture: int | None = None, reduce: str = REDUCE_NONE
+    kernel: str, call: PairCall, architecture: Architecture | None = None, reduce: str = REDUCE_NONE
 ) -> Tiles:
-    """The launch table's tiles for sm_`architecture`. None: the tiles for the device of the call's tensors,
+    """The launch table's tiles for an architecture. None: the tiles for the device of the call's tensors,
     with autotune the fastest tiles. `reduce` is that of the forward."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call, reduce)
@@ -56,7 +57,7 @@ def fastest(kernel: str, call: PairCall, reduce: str = REDUCE_NONE) -> Tiles:
         some=int(call.top_k < call.experts),
         few=int(few_programs(call)),
         summed=int(summed),
-        tf32=int(matrix_precision(call.q.dtype) == "tf32"),
+        tf32=int(matrix_precision(call.q.dtype, device) == "tf32"),
     )
     tried = candidates(kernel, call, architecture_of(device))
     return tuning.choose(key, tried, lambda: _TRIALS[kernel](call, reduce), device)

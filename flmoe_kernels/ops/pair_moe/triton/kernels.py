@@ -18,9 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flmoe_kernels.core.triton.products import dot
+
 from .tiles import (
     count_valid,
-    dot,
     gate,
     lane_sums,
     later,
@@ -112,7 +113,7 @@ def message_sums(
 # softmax and, for as many cycles on sm_90, its exponentials and reciprocals; the matrix units wait. The sum of
 # p c_j is therefore always a matrix product. For "pool" with unique_b and redundancy it could be avoided by
 # summing p over rows, which would add work to the arithmetic units, the bottleneck.
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "columns"))
 def accumulate_kernel(
     q,
     k,
@@ -139,6 +140,7 @@ def accumulate_kernel(
     WIDE_V: tl.constexpr,
     LANES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     EXPERTS: tl.constexpr = len(S1)
     blocks, chunks = tl.cdiv(rows, ROWS), tl.cdiv(V, WIDE_V)
@@ -156,7 +158,7 @@ def accumulate_kernel(
         invalid = count_valid(mask_b, valid_j, j, columns) < COLUMNS
         p = gate(
             *(q, k, bias, b, i, valid_i, j, valid_j, invalid, scale),
-            *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION),
+            *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
         )
         masses, sums = add_block(
             *(p, c, mass, masses, sums, b, j, valid_j, column),
@@ -188,7 +190,7 @@ def accumulate_kernel(
 # The terms of the backward and the maps that depend on one side, with the gradient (or head) g of each token:
 #     offset = base + C0 g . x,   factor = (C1 + C2 x) * g.
 # One program per block of tokens and sample. Traffic: x and g once, factor once. Bound: bandwidth; short.
-@triton.jit
+@triton.jit(do_not_specialize=("length",))
 def project_kernel(
     x,
     g,
@@ -241,7 +243,7 @@ def project_kernel(
 # per block of x, from L2. Bound: the arithmetic, twice the softmax's. Registers: two tiles of pairs and up to two
 # sums per expert, so that loop invariants are not kept in registers (disable_licm); launch.py computes grad_own in
 # accumulate_kernel, with a gate of its own, where the sums do not fit.
-@triton.jit
+@triton.jit(do_not_specialize=("length_x", "length_z"))
 def gradient_kernel(
     x,
     z,
@@ -276,6 +278,7 @@ def gradient_kernel(
     WIDE_V: tl.constexpr,
     LANES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     EXPERTS: tl.constexpr = len(PRODUCT)
     blocks, chunks = tl.cdiv(length_x, ROWS), 1
@@ -301,7 +304,7 @@ def gradient_kernel(
         seen += count
         p = gate(
             *(x, z, bias, b, x0, valid_x, z0, valid_z, count < COLUMNS, scale),
-            *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION),
+            *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
         )
         if grad_own is not None:
             masses, values = add_block(
@@ -335,9 +338,11 @@ def gradient_kernel(
                 new_totals += (totals[e] + lane_sums(d, LANES) if grad_bias is not None else 0.0,)
             sums, totals = new_sums, new_totals
         valid_z = valid_tokens(mask_z, b, z0 + COLUMNS, length_z, COLUMNS)
-    x0, b = later(x0), later(b)
+    x0, b = later(x0, PTX), later(b, PTX)
     # Without a valid pair the gradient is zero, also where u is infinite.
-    valid_x = valid_tokens(mask_x, b, x0, length_x, ROWS) & (seen > 0)
+    # A vector, because the interpreter of Triton 3.9 rejects masks with a scalar condition.
+    some = tl.full((ROWS,), seen, tl.int32) > 0
+    valid_x = valid_tokens(mask_x, b, x0, length_x, ROWS) & some
     for e in tl.static_range(EXPERTS):
         if grad_own is not None:
             value = message_sums(

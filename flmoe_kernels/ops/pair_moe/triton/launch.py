@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.operands import contiguous
-from flmoe_kernels.core.triton.launches import Launch, matrix_precision
+from flmoe_kernels.core.triton.launches import Launch, compiles_to_ptx, matrix_precision
 from flmoe_kernels.core.triton.tables import blocks_of, chunk_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_NONE, REDUCE_POOL, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import coefficients_of
@@ -29,7 +30,8 @@ _MAX_STRIDE = 2**24
 
 def readable(call: PairCall) -> PairCall:
     """The call with copies of the inputs that kernels cannot read in place."""
-    return call._replace(
+    return dataclasses.replace(
+        call,
         q=_rows_contiguous(call.q),
         k=_rows_contiguous(call.k),
         a=_rows_contiguous(call.a),
@@ -65,7 +67,8 @@ def _gate_constants(call: PairCall, tiles: Tiles) -> dict[str, Any]:
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,
         "DEPTH_R": chunk_of(call.rank, tiles.deep),
-        "PRECISION": matrix_precision(call.q.dtype),
+        "PRECISION": matrix_precision(call.q.dtype, call.q.device),
+        "PTX": compiles_to_ptx(call.q.device),
     }
 
 

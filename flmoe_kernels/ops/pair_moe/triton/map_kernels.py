@@ -14,7 +14,7 @@ from .tiles import gate, pair_values, valid_tokens
 # Contributions phi = p * (offset_i + offset_j + u_i . c_j) of the rows first .. rows, dense; or, as KEYS, 64-bit
 # integers that order them with their sum over the experts: larger phi first, then lower (i, j). One program per
 # tile and sample. Traffic: the output, once. Bound: writing the output.
-@triton.jit
+@triton.jit(do_not_specialize=("first", "end", "rows", "columns"))
 def map_kernel(
     q,
     k,
@@ -43,6 +43,7 @@ def map_kernel(
     DEPTH_R: tl.constexpr,
     DEPTH_V: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     EXPERTS: tl.constexpr = len(PRODUCT)
     down, across = tl.cdiv(end - first, ROWS), tl.cdiv(columns, COLUMNS)
@@ -54,7 +55,7 @@ def map_kernel(
     # Pairs that are not valid are replaced below.
     p = gate(
         *(q, k, bias, b, i, valid_i, j, valid_j, False, scale),
-        *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION),
+        *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
     )
     row, column = i + tl.arange(0, ROWS), j + tl.arange(0, COLUMNS)
     place = tl.cast(row, tl.int64)[:, None] * columns + column[None, :]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flmoe_kernels.core.triton.tables import Table
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.pair_moe.call import PairCall
 
 # Kernel, more than _MANY experts, float32; and FEW for calls of few programs.
@@ -77,7 +78,7 @@ _SUMS, _GRADIENT = ("accumulate", False, False, FEW), ("gradient", False, False,
 # more than four experts have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight
 # warps and chunks of 16, at which nothing spills. float32 "accumulate" of more than four experts has sm_80's tile
 # on sm_90 too, with chunks of 16. The fastest choice has not been measured.
-_REPLACED: dict[int, dict[Key, Tiles]] = {
+_REPLACED: dict[Architecture, dict[Key, Tiles]] = {
     80: {
         _SUMS: Tiles(16, 64, 64, 64, 4, 2, (47104, 0, 0)),
         _GRADIENT: Tiles(16, 64, 64, 64, 4, 2, (53504, 0, 0), 320),
@@ -138,7 +139,7 @@ def class_of(call: PairCall) -> str:
     return f"{experts}, {'float32' if call.q.dtype == torch.float32 else '16 bit'}"
 
 
-def candidates(kernel: str, call: PairCall, architecture: int | None) -> list[Tiles]:
+def candidates(kernel: str, call: PairCall, architecture: Architecture | None) -> list[Tiles]:
     """Candidates for autotune; the first is that of the launch table. All use the table's chunks."""
     first = TABLE.tiles(key_of(kernel, call), architecture, *narrower(kernel, call))
     fields = ("rows", "columns", "warps", "stages")

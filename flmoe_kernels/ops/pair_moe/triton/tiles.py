@@ -8,26 +8,12 @@ within a block fit 32 because launch.operand copies tensors with larger strides.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from flmoe_kernels.core.triton.products import dot
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The interpreter would multiply the integer representation of bfloat16, and truncates instead of rounding to it;
-# operands of products are therefore widened there.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-# Whether kernels are compiled to PTX.
-PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
-
-
-@triton.jit
-def dot(x, y, total, PRECISION: tl.constexpr):
-    """total + x @ y, with x rounded to y's type."""
-    if INTERPRETED and y.dtype == tl.bfloat16:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    else:
-        x = x.to(y.dtype)
-    return tl.dot(x, y, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -100,7 +86,7 @@ def lane_sums(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def later(x):
+def later(x, PTX: tl.constexpr):
     """x, as a value that the compiler does not know. What depends on it is computed after a loop, not before, and
     holds no registers in the loop."""
     if PTX:
@@ -112,8 +98,8 @@ def later(x):
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x for x from 1 to 8, to one unit in the last place: one instruction instead of a division's seven."""
+def reciprocal(x, PTX: tl.constexpr):
+    """1 / x for x from 1 to 8, to one unit in the last place: in PTX one instruction, not a division's seven."""
     if PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -153,6 +139,14 @@ def products(
 
 
 @triton.jit
+def finite_product(x, UNIT: tl.constexpr):
+    """x * UNIT, finite if x is."""
+    MOST: tl.constexpr = 3.4028234663852886e38
+    product = x * UNIT
+    return tl.where(tl.abs(x) <= MOST, tl.clamp(product, -MOST, MOST), product)
+
+
+@triton.jit
 def gate(
     x,
     z,
@@ -169,18 +163,21 @@ def gate(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Probabilities of the experts for a tile of pairs, one [x, z] tile each.
 
     If `invalid`, which is the same for all threads, they are 0 where z is not valid; tiles of valid tokens skip
     these selections. The caller handles rows x that are not valid, when it stores them.
     """
+    # The unit of exp2 is folded into scale and bias, but not with top_k: its rounding could separate equal logits.
+    UNIT: tl.constexpr = 1.0 if TOP_K < EXPERTS else LOG2_E
     logits = ()
     for e in tl.static_range(EXPERTS):
         logit = products(x, z, b, e, x0, valid_x, z0, valid_z, WIDTH, CHUNK, PRECISION)
-        logit *= scale * LOG2_E
+        logit *= scale * UNIT
         if bias is not None:
-            logit += tl.load(bias + e).to(tl.float32) * LOG2_E
+            logit += finite_product(tl.load(bias + e).to(tl.float32), UNIT)
         logits += (logit,)
     largest = logits[0]
     for e in tl.static_range(1, EXPERTS):
@@ -188,7 +185,10 @@ def gate(
     total = tl.zeros_like(largest)
     weights = ()
     for e in tl.static_range(EXPERTS):
-        weight = tl.exp2(logits[e] - largest)
+        power = logits[e] - largest
+        if TOP_K < EXPERTS:
+            power *= LOG2_E
+        weight = tl.exp2(power)
         if TOP_K < EXPERTS:
             before = tl.zeros_like(largest).to(tl.int32)
             for other in tl.static_range(EXPERTS):
@@ -200,7 +200,7 @@ def gate(
             weight = tl.where(before < TOP_K, weight, -2e-38)
         total += weight
         weights += (weight,)
-    share = reciprocal(total)
+    share = reciprocal(total, PTX)
     p = ()
     if invalid:
         # Both, because weights and share may be NaN.

@@ -30,6 +30,11 @@ TABLE = {
 _STAGES = 2
 
 
+def _odd(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Odd numbers above 1, because Triton compiles again for elements of a tuple that are 1 or multiples of 16."""
+    return tuple(2 * length + 3 for length in lengths)
+
+
 def features_launch(
     tokens: Tensor,
     mask: Tensor | None,
@@ -46,7 +51,7 @@ def features_launch(
         batch * len(lengths),
         {
             **{"tokens": tokens, "mask": mask, "features": features, "statistics": statistics},
-            **{"lengths": tuple(lengths), "normalized": normalized, "total": total},
+            **{"lengths": _odd(lengths), "normalized": normalized, "total": total},
         },
         {"WIDTH": width, "CHUNK": chunk, "TOKENS": rows},
         TABLE["features"].warps,
@@ -70,7 +75,7 @@ def features_gradient_launch(
         batch * len(lengths) * slots,
         {
             **{"grad_features": grad_features, "features": features, "statistics": statistics},
-            **{"mask": mask, "grad_tokens": grad_tokens, "lengths": tuple(lengths)},
+            **{"mask": mask, "grad_tokens": grad_tokens, "lengths": _odd(lengths)},
             **{"total": total, "slots": slots},
         },
         {"WIDTH": width, "CHUNK": chunk, "TOKENS": rows},

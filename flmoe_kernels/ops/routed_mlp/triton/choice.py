@@ -11,6 +11,7 @@ from torch import Tensor
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision, run
 from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 
 from . import launch as launches
@@ -19,8 +20,8 @@ from .table import TABLE, Tiles, candidates, key_of, narrower
 Make = Callable[[Tiles], tuning.Trial[Tiles]]
 
 
-def tiles_of(kernel: str, call: RoutedCall, architecture: int | None = None) -> Tiles:
-    """The launch table's tiles for sm_`architecture`. None: the tiles for the device of the call's tensors,
+def tiles_of(kernel: str, call: RoutedCall, architecture: Architecture | None = None) -> Tiles:
+    """The launch table's tiles for an architecture. None: the tiles for the device of the call's tensors,
     with autotune the fastest tiles."""
     if architecture is None and tuning.enabled():
         return fastest(kernel, call)
@@ -42,7 +43,7 @@ def fastest(kernel: str, call: RoutedCall) -> Tiles:
         width=call.width,
         hidden=call.hidden,
         gated=int(call.gated),
-        tf32=int(matrix_precision(dtype) == "tf32"),
+        tf32=int(matrix_precision(dtype, device) == "tf32"),
     )
     tried = candidates(kernel, call, architecture_of(device))
     return tuning.choose(key, tried, lambda: _TRIALS[kernel](call), device)

@@ -33,12 +33,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flmoe_kernels.core.triton.products import dot
+
 from .tiles import (
     RELU,
     activate,
     block_ends,
     columns_of,
-    dot,
     group_range,
     load_places,
     load_rows,
@@ -152,9 +153,10 @@ def rows_kernel(
         first, end = group_range(offsets, group, rows, EXPERTS)
         row = first + down * ROWS + tl.arange(0, ROWS)
         place, valid = load_places(permutation, row, end, rows)
-        kept = group < EXPERTS
+        # Numbers, because Triton's interpreter rejects masks made of a scalar condition.
+        kept_end, width = tl.where(group < EXPERTS, end, 0), tl.where(group < EXPERTS, OUTER, 0)
         e = tl.minimum(group, EXPERTS - 1)
-        source, depth = tl.where(valid, row, 0), tl.where(kept, INNER, 0)
+        source, depth = tl.where(valid, row, 0), tl.where(group < EXPERTS, INNER, 0)
         value = multiply(
             *(a, source, w, None, e, across, depth, None, INNER, OUTER, OF_EXPERT, 0),
             *(OF_INNER, OF_OUTER, COLUMNS, DEPTH, PRECISION),
@@ -165,14 +167,14 @@ def rows_kernel(
                 *(GATE_OF_EXPERT, 0, OF_INNER, OF_OUTER, COLUMNS, DEPTH, PRECISION),
             )
         if weight is not None:
-            share = tl.load(weight + place, mask=valid & kept, other=0.0).to(tl.float32)
+            share = tl.load(weight + place, mask=valid & (row < kept_end), other=0.0).to(tl.float32)
         to = out + place.to(tl.int64)[:, None] * OUTER
         parts = slices(value, SLICES)
         for i in tl.static_range(SLICES):
             column, present = columns_of(across * SLICES + i, OUTER, COLUMNS // SLICES)
             value = parts[i]
             if bias is not None:
-                own = tl.load(bias + e * OUTER + column, mask=present & kept, other=0.0)
+                own = tl.load(bias + e * OUTER + column, mask=column < width, other=0.0)
                 value += own.to(tl.float32)[None, :]
             if weight is not None:
                 value *= share[:, None]
@@ -288,7 +290,7 @@ def choice_gradient_kernel(
         first, end = group_range(offsets, group, rows, EXPERTS)
         row = first + down * ROWS + tl.arange(0, ROWS)
         place, valid = load_places(permutation, row, end, rows)
-        kept = valid & (group < EXPERTS)
+        kept = valid & (row < tl.where(group < EXPERTS, end, 0))
         at = row.to(tl.int64)[:, None] * PARTS + part
         own = tl.load(dots + at, mask=kept[:, None] & (part < PARTS), other=0.0)
         total = tl.sum(own, 1)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flmoe_kernels.core.triton.tables import Table
+from flmoe_kernels.core.triton.tables import AMD, Table
+from flmoe_kernels.core.triton.target import Architecture
 from flmoe_kernels.ops.routed_mlp.call import RoutedCall
 
 # Kernel, float32; and LARGE or ODD.
@@ -84,8 +85,9 @@ def _wide(slices: int, stages: int, shared: tuple[int, int, int]) -> Tiles:
 # 26 TB/s instead of 15.5 and 35. L2 gives less (assumed), so its traffic is the bound and falls by a quarter.
 # One program has an SM to itself, with 255 registers a thread on sm_90: the activations in slices
 # of 32 columns do not spill. Nothing multiplies while it finishes a tile, which is why the sums must be long: at
-# 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. The fastest choice has not been measured.
-_REPLACED: dict[int, dict[Key, Tiles]] = {
+# 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. AMD has 64 KiB a block. The fastest choice
+# has not been measured.
+_REPLACED: dict[Architecture, dict[Key, Tiles]] = {
     80: _ODD,
     86: _ODD,
     90: {
@@ -101,6 +103,7 @@ _REPLACED: dict[int, dict[Key, Tiles]] = {
         ("hidden", False, LARGE): _wide(8, 3, (0, 0, 147488)),
         ("weight_gradient", False, LARGE): _wide(1, 5, (0, 0, 147984)),
     },
+    AMD: {("weight_gradient", False): Tiles(128, 128, 64, 1, 8, 3, (0, 0, 0))},
 }
 TABLE: Table[Key, Tiles] = Table(_ALL, _REPLACED)
 
@@ -130,7 +133,7 @@ def narrower(kernel: str, call: RoutedCall) -> list[Key]:
     return [(*key, LARGE)] if min(call.width, call.hidden) >= _LARGE else []
 
 
-def candidates(kernel: str, call: RoutedCall, architecture: int | None) -> list[Tiles]:
+def candidates(kernel: str, call: RoutedCall, architecture: Architecture | None) -> list[Tiles]:
     """Candidates for autotune; the first is that of the launch table."""
     dtype = call.x.dtype
     first = TABLE.tiles(key_of(kernel, dtype), architecture, *narrower(kernel, call))

@@ -10,21 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flmoe_kernels.core.triton.products import dot
 from flmoe_kernels.ops.encoder.triton.rows_tiles import normal_tail
 
 # Blocks of rows that are multiplied with all blocks of columns before the next blocks of rows.
 BAND = tl.constexpr(8)
-# The interpreter multiplies bfloat16 as the integers that it keeps it in: there operands are widened. And it cuts
-# float32 off to bfloat16, where a GPU rounds to nearest: what it stores is off by up to a whole unit, not half.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 GELU, GELU_TANH, RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def dot(x, y, total, PRECISION: tl.constexpr):
-    if INTERPRETED and x.dtype == tl.bfloat16:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, total, input_precision=PRECISION)
 
 
 @triton.jit
