@@ -3,11 +3,11 @@
     python -m bench.explain_error.layers TABLES                      tables of trained layers
     python -m bench.explain_error.run TABLES OUT ours                this package
     python -m bench.explain_error.run TABLES OUT peers               in an environment with shapiq alone
-    python -m bench.explain_error.table OUT...                       ratios, and the JSON file of the results
+    python -m bench.explain_error.table RESULTS OUT...               writes RESULTS (JSON), prints the ratios
 
 One line per game, budget and estimator: root mean square error over pairs and seeds relative to that of zeros,
-mean recall, seconds and evaluations of a run, for this package the coverage of the 95% intervals that are not
-exact.
+mean recall, seconds and evaluations of a run, for this package the number of 95% intervals
+and of those that cover the index.
 """
 
 from __future__ import annotations

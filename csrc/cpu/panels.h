@@ -77,7 +77,7 @@ struct PlainOperands {
 
   static void put(E* to, Vec<A> v) { store(to, v); }
 
-  // Rows as columns of the depth of an operand: in place.
+  // Writes rows in the layout of an operand whose depth runs over rows; here nothing to do.
   static void put_depth(const E*, int64_t, int64_t, int64_t, E*, int64_t) {}
 
   // sums += kUnit rows of the depth, each times its factor.

@@ -6,8 +6,8 @@
 // routing weights and of the tokens. Then an item owns 66 rows of the gradient of w_in, w_gate or
 // (transposed) w_out and adds the products of the expert's rows to it in their order, in steps that
 // do not depend on threads. The gradients of a token's rows are added in the order of its experts.
-// In products whose operands are pairs in depth, pairs of rows are the depth of the second step: a
-// block has rows of its own and copies them to the piece as pairs.
+// bfloat16 products take pairs in depth. In the second step depth runs over rows, so a block keeps
+// its own rows and copies them to the piece with pairs of rows interleaved.
 // Bound: 8 D F FLOP per row, gated 12 D F.
 #pragma once
 

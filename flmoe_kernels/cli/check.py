@@ -8,7 +8,7 @@ from .errors import PACKAGE
 
 
 def check() -> None:
-    """Compare every kernel that runs here with the reference, forward and backward: is this installation right?"""
+    """Check this installation: compare every kernel that can run here with the reference, forward and backward."""
     import torch
 
     from flmoe_kernels.core.backend import CAPABILITIES, CPU, REFERENCE, backend_status

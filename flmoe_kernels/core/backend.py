@@ -49,7 +49,7 @@ _ON_CUDA = (CUDA, TRITON)
 _ON_REQUEST = {("pair_moe", CUDA)}
 # On AMD, Triton's kernels are not used unless requested either: a memory fault ends the process there, so a
 # self-check could not report it.
-_AMD = "compiles for AMD GPUs, never run on one"
+_AMD = "it compiles for AMD GPUs, but was never run on one"
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
@@ -227,7 +227,7 @@ def _choose_on_cuda(op: str, tensor: torch.Tensor) -> str:
             continue
         reason = _refusal(op, name, tensor)
         if not reason and torch.version.hip:
-            reason = f"{_AMD}; backend={name!r} uses it"
+            reason = f"{_AMD}; backend={name!r} uses it anyway"
         if reason:
             reasons.append(f"{name}: {reason}")
         elif not self_check.failure(op, name, tensor):

@@ -87,7 +87,7 @@ def warm_up(calls: Iterable[Callable[[], object]], target: Target, jobs: int) ->
         jobs: number of processes; each takes about one gigabyte.
 
     Raises:
-        BackendUnavailable: this Triton is too old.
+        BackendUnavailable: Triton is not installed, or too old.
         RuntimeError: kernels run in Triton's interpreter in this process (TRITON_INTERPRET=1).
     """
     if reason := unsuitable_reason():

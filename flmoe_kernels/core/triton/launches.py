@@ -201,8 +201,8 @@ def compiles_to_ptx(device: torch.device) -> bool:
 def matrix_precision(dtype: torch.dtype, device: torch.device) -> str:
     """Precision of float32 products in a call of this dtype, for `products.dot`.
 
-    Three TF32 products, which are close to float32, or a single one if torch allows TF32. On AMD and before sm_80,
-    which have no TF32, float32 itself.
+    Three TF32 products, which are close to float32, or a single one if torch allows TF32. On AMD and before sm_80:
+    float32 itself.
     """
     architecture = architecture_of(device)
     if isinstance(architecture, str) or (architecture or _TF32) < _TF32:

@@ -22,10 +22,9 @@ _KIND = "flmoe_kernels.explain checkpoint"
 class Checkpoint:
     """The values that one sample's run has evaluated, 8 bytes per value, in the order of evaluation.
 
-    A run evaluates the same coalitions in the same order every time, so the values alone restore it, with the
-    numbers that its allocation depends on, see `Evaluator.agree`. With
-    several ranks, only the first reads and writes. The file of another request, with another fingerprint, is
-    rejected, not overwritten.
+    A run evaluates the same coalitions in the same order every time, so the values restore it, together with the
+    numbers that its allocation depends on (see `Evaluator.agree`). With several ranks, only the first reads and
+    writes. The file of another request, with another fingerprint, is rejected, not overwritten.
     """
 
     def __init__(self, folder: str | Path, sample: int, fingerprint: str, ranks: Ranks) -> None:

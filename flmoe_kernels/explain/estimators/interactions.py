@@ -117,8 +117,8 @@ def probe_pairs(
             expected and what was passed.
 
     Cost: for n tokens, of which c are in p candidate pairs, "exact" evaluates 2^n coalitions per sample.
-    The design "regression" takes up to the budget, and solves regressions of up to 2,100 terms: on a core 4 s for
-    62 tokens and 8,192 evaluations, 17 s and 0.4 GB for 64 tokens and the default budget; less for fewer tokens.
+    "regression" evaluates at most the budget and fits up to 2,100 terms: on a core 4 s for 62 tokens and 8,192
+    evaluations, 17 s and 0.4 GB for 64 tokens and the default budget. Up to 20 tokens it also fits kernels.
     "toggling" evaluates 1 + c + p coalitions per draw, as many draws as the budget allows; standard errors need
     34 draws. An evaluation is a forward pass of one sample, in batches; of the terms of a PairInteractionMoE
     with a closed form.

@@ -15,7 +15,7 @@ where q(t) is the weight of the sets S = T - K of size t. The indices differ onl
 | STII, order 2 | 2 (n - 1 - t) / (n (n - 1)) | v(i) - v(none) |
 | BII | C(n - 2, t) / 2^(n - 2) | Banzhaf value: C(n - 1, t) / 2^(n - 1) |
 
-Sources: SII, Grabisch and Roubens (1999); k-SII, Bord and von Luxburg (2023); STII, Sundararajan, Dhamdhere and
+Sources: SII, Grabisch and Roubens (1999); k-SII, Bordt and von Luxburg (2023); STII, Sundararajan, Dhamdhere and
 Agarwal (2020). The names are those of shapiq.
 """
 

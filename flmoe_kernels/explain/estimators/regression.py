@@ -42,10 +42,10 @@ _LEAST_FIRST = 64
 _FIRST_FOLDS = 4
 # Shares of the budget after which a tolerance is checked.
 _CHECKS = (0.25, 0.5)
-# Weight of the mean over sizes in the spread of a size, and of all coalitions in a pair's squares, in units.
+# Pseudo-counts, in units: of the mean over sizes in a size's spread, of all coalitions in a pair's squares.
 _COMMON_UNITS = 8
 _COMMON_SQUARES = 4
-_ROWS_FIT = 16384  # units from which a polynomial is fitted; the means of residuals use all
+_ROWS_FIT = 16384  # most units used in a fit; the residual means use all units
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
 _DESIGN = "strata of sizes, first part 1/8, seeds by purpose"
 
@@ -421,8 +421,8 @@ class Regression:
                     count = sums(x, np.broadcast_to(one[c], square.shape))
                     cell = sums(x, square * one[c]) + _COMMON_SQUARES * mean[c]
                     moderated = moderated + chance[k, c] * cell / (count + _COMMON_SQUARES)
-            # The mean of the main units stands for all that the first part left, and W of these are not known:
-            # the error is W / N times the sum over N minus the sum over W.
+            # Of the N units outside the first part, W are unknown. The mean of the main units estimates the mean
+            # over N; the error is W / N * (sum over N) - (sum over W).
             left = 1.0 - (self._known[k] - counts[k].sum()) / self._units[k]
             factor = (1.0 - self._known[k] / self._units[k]) * left / counts[k].sum()
             factor *= self._half[k] ** 2

@@ -237,8 +237,8 @@ def choose(
 def _cost(players: int) -> float:
     """Evaluations per draw of a pair at which both designs have the same error.
 
-    If the terms of a pair's index vary as much as the residuals r of the regression: the variance of the latter's
-    estimate is the square of the sum over sizes of the coefficients' spread, about (2 log n)^2 var(r) / budget.
+    Assumes that a pair's terms vary as much as the regression's residuals r. The variance of a regression estimate
+    is then about (2 log n)^2 var(r) / budget.
     """
     return (2.0 * math.log(max(players, 2))) ** 2
 

@@ -99,8 +99,8 @@ class Screening(Regression):
         self.chosen = self.pairs[kept]
         self.said = (
             f"screened out: {len(self.pairs) - len(kept)} of {len(self.pairs)} pairs by a sparse fit to "
-            f"{self.draws} coalitions, which explains {max(0.0, agreed[-1]):.1%} of the variance of others; its "
-            f"largest |SII| among them is {agreed[-2]:.3g}",
+            f"{self.draws} coalitions, which explains {max(0.0, agreed[-1]):.1%} of the variance of held-out "
+            f"coalitions; the largest fitted |SII| of these pairs is {agreed[-2]:.3g}",
         )
 
     def left(self) -> Sampling:

@@ -101,7 +101,7 @@ def fit_folds(data: Data, folds: int = FOLDS, largest: int = LARGEST_FIT) -> lis
 
 
 def _mixed(first: Surrogate, second: Surrogate, error: float, other: float) -> Surrogate:
-    """The better of two fits, or their mean, in which their errors cancel in part, if they are about as good."""
+    """The better of two fits, or, if they are about as good, their weighted mean, whose errors partly cancel."""
     if max(error, other) >= 2.0 * min(error, other):
         return first if error < other else second
     share = error / (error + other)
@@ -126,7 +126,7 @@ def _smooth(data: Data, fold: int, check: int) -> tuple[float, Surrogate]:
 
 
 def sparse_fit(data: Data) -> tuple[Surrogate, float]:
-    """Fit products of two players, without those of all players with the size; fold 0 checks when to stop.
+    """Sparse fit of products of two players, beside single players and powers of the size; fold 0 stops it.
 
     Returns the products alone, and the explained share of the variance of fold 0.
     """

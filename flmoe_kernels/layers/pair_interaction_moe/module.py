@@ -405,7 +405,7 @@ class PairInteractionMoE(nn.Module):
         masses = []
         for (m, n), pair, maps in zip(self.modality_pairs, pairs, self.token_maps, strict=True):
             own, partners = (side.accumulate(REDUCE_EXPERTS) for side in (pair, pair.swapped()))
-            # Not sliced: torch.export before torch 2.9 guards the batch size where a slice takes all of it.
+            # narrow, not a slice: before torch 2.9, torch.export guards the batch size for a full slice.
             added[m].append(maps["a"](own.y.narrow(1, 0, tokens[m].shape[1])))
             added[n].append(maps["b"](partners.y.narrow(1, 0, tokens[n].shape[1])))
             masses.append(own.mass)
