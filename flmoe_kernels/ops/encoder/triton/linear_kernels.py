@@ -270,7 +270,7 @@ def weight_gradient_kernel(
         else:
             store_tile(parts, share, down * ROWS, q, total, inside, P, Q)
     if bias is not None:
-        inside = p < tl.where(across == 0, P, 0)
+        inside = (p < P) & (tl.zeros_like(p) + across == 0)
         if splits == 1:
             tl.store(further(bias, share, P) + p, value.to(bias.dtype.element_ty), mask=inside)
         else:
