@@ -46,7 +46,7 @@ class Tiles:
 # is loaded during the current one. Only sm_100 takes more than the 99 KiB that the smallest devices of sm_8x and
 # sm_12x have, for the first "gradient". float32, whose products split operands in registers, and more than four
 # experts have twice the values or tiles. Their rows, columns and chunks were chosen so that no named case spills,
-# with one exception: the float32 gradient of k of eight experts on sm_100 (24 bytes per thread), see
+# with one exception: the float32 gradient of k of eight experts on sm_100 (40 bytes per thread), see
 # docs/launch_tables.md. The fastest choice has not been measured.
 _ALL: dict[Key, Tiles] = {
     ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 3, (36864, 0, 0)),
