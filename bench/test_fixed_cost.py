@@ -19,6 +19,10 @@ ROUTED = RoutedShape("routed_16", 16, 64, 128, 4, 2)
 LAYER = LayerShape("layer_16", 1, (8, 8), (None, None), 64, 4, 1, 4)
 
 
+# A processor's clock changes from minute to minute.
+TOLERANCE = 1.2
+
+
 class Limit(NamedTuple):
     """Limit of a call in microseconds of processor time, one thread of an AMD Zen 5."""
 
@@ -52,7 +56,7 @@ def one_thread() -> Iterator[None]:
 def test_fixed_cost(
     benchmark: Any, cpu_only: None, one_thread: None, pytestconfig: pytest.Config, limit: Limit
 ) -> None:
-    """The fastest of many rounds; with --gate it must be within the limit."""
+    """The fastest of many rounds; with --gate it must be within the limit and the tolerance."""
     keep_freed_memory()
     case = Case(limit.operator, limit.shape, limit.phase, variant=limit.variant)
     call = prepare(case, default_ours(case)).call
@@ -60,6 +64,7 @@ def test_fixed_cost(
     microseconds = 1e6 * benchmark.stats["min"]
     benchmark.extra_info.update(limit_microseconds=limit.microseconds)
     if pytestconfig.getoption("--gate"):
-        assert microseconds <= limit.microseconds, (
-            f"{case.name}: expected at most {limit.microseconds:.0f} us, measured {microseconds:.0f}"
+        most = TOLERANCE * limit.microseconds
+        assert microseconds <= most, (
+            f"{case.name}: expected at most {most:.0f} us, measured {microseconds:.0f}"
         )

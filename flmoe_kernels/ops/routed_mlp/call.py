@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -82,20 +82,16 @@ class RoutedCall:
         experts, hidden, width = self.w_in.shape
         tokens, choices = self.weight.shape
         dtype, device = self.x.dtype, self.x.device
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "x": ((tokens, width), dtype),
-            "weight": ((tokens, choices), dtype),
-            "w_in": ((experts, hidden, width), dtype),
-            "b_in": ((experts, hidden), dtype),
-            "w_out": ((experts, width, hidden), dtype),
-            "b_out": ((experts, width), dtype),
-            "w_gate": ((experts, hidden, width), dtype),
-            "b_gate": ((experts, hidden), dtype),
-            "offsets": ((experts + 1,), torch.int32),
-            "permutation": ((tokens * choices,), torch.int32),
-        }
-        for name, (shape, expected) in shapes.items():
-            expect(name, getattr(self, name), shape, expected, device)
+        expect("x", self.x, (tokens, width), dtype, device)
+        expect("weight", self.weight, (tokens, choices), dtype, device)
+        expect("w_in", self.w_in, (experts, hidden, width), dtype, device)
+        expect("b_in", self.b_in, (experts, hidden), dtype, device)
+        expect("w_out", self.w_out, (experts, width, hidden), dtype, device)
+        expect("b_out", self.b_out, (experts, width), dtype, device)
+        expect("w_gate", self.w_gate, (experts, hidden, width), dtype, device)
+        expect("b_gate", self.b_gate, (experts, hidden), dtype, device)
+        expect("offsets", self.offsets, (experts + 1,), torch.int32, device)
+        expect("permutation", self.permutation, (tokens * choices,), torch.int32, device)
         if self.rows > _MOST_ROWS:
             raise ValueError(f"permutation: expected up to 2^30 rows N * K, got {self.rows}")
         if self.w_gate is None and self.b_gate is not None:
@@ -103,7 +99,9 @@ class RoutedCall:
         given = (*self.differentiable, self.offsets, self.permutation)
         if all(x is None or x.is_contiguous() for x in given):
             return self
-        tensors: dict[str, Any] = {name: contiguous(getattr(self, name)) for name in shapes}
+        tensors: dict[str, Any] = {
+            field.name: contiguous(getattr(self, field.name)) for field in fields(self)[:-1]
+        }
         tensors["w_in"] = experts_contiguous(self.w_in)
         if self.w_gate is not None:
             tensors["w_gate"] = experts_contiguous(self.w_gate)
