@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -78,8 +78,12 @@ def build() -> Path:
         return folder
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        _compile(nvcc, Path(temporary))
-        shutil.copytree(temporary, folder, dirs_exist_ok=True)
+        built = Path(temporary) / folder.name
+        built.mkdir()
+        _compile(nvcc, built)
+        # Another process may have built it meanwhile, and loaded its module, which stays.
+        with suppress(OSError):
+            built.rename(folder)
     return folder
 
 
