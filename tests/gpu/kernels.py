@@ -54,7 +54,7 @@ def step_of_router() -> None:
 
 
 def calls() -> Iterator[Callable[[], object]]:
-    """The calls with most of the kernels; what they lack is compiled by the tests."""
+    """Calls that launch most of the kernels. The tests compile the others."""
     for run, make, _name in operators.CASES:
         for dtype in DTYPES:
             yield partial(on_cpu, operators, partial(run, make(dtype), TRITON))
