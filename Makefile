@@ -11,6 +11,8 @@ export FLMOE_CUDA ?= 0
 VENV := .venv
 # The environment of `make compatibility`, and its packages.
 OTHER := build/compatibility
+# The environment of `make docs`, which needs neither torch nor the native module.
+DOCS := build/docs
 PACKAGES ?= torch
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -39,7 +41,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pip processes must not write to the same environment at once
-.PHONY: FORCE help compiler setup demo test test-all test-aarch64 aarch64-tools compatibility bench lint format clean
+.PHONY: FORCE help compiler setup demo test test-all test-aarch64 aarch64-tools compatibility bench docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\): .*## /\1\t/p' Makefile | expand -t 15
@@ -94,6 +96,17 @@ endif
 
 bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression in two processes
 	$(GATE) $(ARGS) || $(GATE) --last-failed $(ARGS)
+
+# The pages may load nothing from other hosts.
+docs: $(DOCS)/.stamp ## build the documentation site in build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@! grep -rE --include='*.html' '<(script|link|img)[^>]* (src|href)="https?:' build/site
+
+$(DOCS)/.stamp: requirements/docs.txt
+	@$(check_python)
+	rm -rf $(DOCS) && "$(PYTHON)" -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
 
 lint: $(TOOLS) ## check style and types, change nothing
 	$(PY) -m ruff check .

@@ -87,6 +87,15 @@ def load(name: str) -> dict[str, Any]:
     }
 
 
+def fastest_ratios(content: Mapping[str, Any]) -> dict[str, float]:
+    """The ratio to the fastest peer of each case."""
+    ratios: dict[str, float] = {}
+    for row in content["comparisons"]:
+        ratio = row["ratio"]["median"]
+        ratios[row["case"]] = min(ratio, ratios.get(row["case"], ratio))
+    return ratios
+
+
 def short_table(
     contents: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequence[str]] = SHORT
 ) -> str:
@@ -95,21 +104,21 @@ def short_table(
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for what, cases in rows.items():
         cells = []
-        for content in contents:
-            ratios: dict[str, float] = {}
-            for row in content["comparisons"]:
-                ratio = row["ratio"]["median"]
-                ratios[row["case"]] = min(ratio, ratios.get(row["case"], ratio))
+        for ratios in map(fastest_ratios, contents):
             found = [f"{ratios[case]:.2f}x" if case in ratios else "-" for case in cases]
             cells.append(" / ".join(found) if set(found) != {"-"} else "-")
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def processor(facts: Mapping[str, Any]) -> str:
+    cpu = facts["cpu"].replace("(family 26, model 2)", "(Zen 5)")
+    return f"{cpu}, {facts['instruction_set']}"
+
+
 def _where(facts: Mapping[str, Any]) -> str:
     commit = facts["commit"] if " " in facts["commit"] else f"commit {facts['commit']}"
-    cpu = facts["cpu"].replace("(family 26, model 2)", "(Zen 5)")
-    return f"{cpu}, {facts['instruction_set']}, {commit}"
+    return f"{processor(facts)}, {commit}"
 
 
 def long_table(content: Mapping[str, Any]) -> str:

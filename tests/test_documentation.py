@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -11,15 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 
+import flmoe_kernels
 from bench import table
-from flmoe_kernels import FusionTransformer, ReferenceInteractionMoE
+from flmoe_kernels import FusionTransformer, ReferenceInteractionMoE, explain
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = [ROOT / "docs" / "tutorial.md", ROOT / "docs" / "own_model.md"]
 BLOCKS = [
     pytest.param(text, id=f"{page.name}-{number}")
     for page in PAGES
-    for number, text in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    if page not in TUTORIALS
+    for number, text in enumerate(blocks(page, "python"))
 ]
 
 
@@ -34,11 +44,35 @@ def test_a_snippet_runs(text: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.name)
+def test_a_tutorial_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
+    """The blocks of a tutorial are one script. Numbers, and notes on near-ties, depend on the machine."""
+    script = "\n".join(blocks(page, "python"))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    def words(text: str) -> list[str]:
+        text = re.sub(r"^note:.*$", "", text, flags=re.MULTILINE)
+        return re.sub(r"[-+]?[\d.]+(e-\d+)?", "0", text).split()
+
+    assert words(done.stdout) == words("\n".join(blocks(page, "text")))
+
+
+def test_the_reference_has_all_public_names() -> None:
+    text = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    for module in (flmoe_kernels, explain):
+        for name, value in vars(module).items():
+            if not name.startswith("_") and not inspect.ismodule(value):
+                assert f"::: {module.__name__}.{name}\n" in text, name
+
+
 COMMANDS = sorted(
     {
         shlex.join(shlex.split(line, comments=True))
         for page in PAGES
-        for text in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+        for text in blocks(page, "bash")
         if "../old" not in text
         for line in text.replace("\\\n", " ").splitlines()
         if line.strip() and not line.startswith("pip ") and "PATH_OF" not in line

@@ -132,14 +132,14 @@ class ReferenceInteractionMoE(nn.Module):
         Args:
             inputs: M token sequences (B, L_m, D); None for a missing modality.
             masks: M masks (B, L_m), True (or 1) = valid; each may be None.
-            replacements: replacements[e][m] (B, L_m, D) instead of fresh N(0, 1) noise.
+            replacements: `replacements[e][m]` (B, L_m, D) instead of fresh N(0, 1) noise.
             mean_vectors: with replacement="mean", M tensors (D,) or (L_m, D), the data set's means.
 
         Returns:
             (expert_outputs, weights (B, E), logits (B, C), losses [M + 2], gate_losses when
-            fusion_sparse, latents [E x (B, M * D)] unless compat is "i2moe"). expert_outputs[e][v] is
+            fusion_sparse, latents [E x (B, M * D)] unless compat is "i2moe"). `expert_outputs[e][v]` is
             (logits, latent), or the logits alone when compat is "i2moe"; v = 0 is the full view.
-            gate_losses[e][v] is the sum over sparse layers and modalities, differentiable.
+            `gate_losses[e][v]` is the sum over sparse layers and modalities, differentiable.
             A view that does not exist, because its modality is missing or not perturbed, has
             latent 0 and enters no loss.
         """

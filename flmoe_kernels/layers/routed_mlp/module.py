@@ -123,8 +123,8 @@ class RoutedMLP(nn.Module):
         last_tot_expert: E.
         capture_topk_pre_mix: also compute last_topk_pre_mix; default False.
         last_topk_pre_mix: (N, K, D), each chosen expert's output before weighting, 0 if dropped, with its graph;
-            the output is their weighted sum. None unless captured.
-        The results of a call (last_*) are neither copied nor pickled.
+            the output is their weighted sum. None unless captured. The results of a call (last_*) are neither
+            copied nor pickled.
         mean_gradients: with world_size above 1, experts' gradients are those of the mean of all processes'
             objectives, as in DistributedDataParallel, not of the sum; default False. See `prepare_for_ddp`.
 
