@@ -85,7 +85,7 @@ def speed() -> Figure:
             widths = [ratios.get(case, 0.0) for case in cases]
             label = table.processor(content["environment"])
             bars = axes.barh(places, widths, 0.27, color=BLUES[k], label=label)
-            labels = [f"{width:.2f}" if width else "not measured" for width in widths]
+            labels = [f"{width:.2f}" if width else "-" for width in widths]
             axes.bar_label(bars, labels, size=7, padding=2)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_title(title, size=9)
@@ -105,8 +105,8 @@ def explanation() -> Figure:
 
 
 def main() -> None:
-    for draw in (house, speed, explanation):
-        write_whole(OUT / f"{draw.__name__}.png", png_bytes(draw()))
+    for draw, dpi in ((house, 110), (speed, 110), (explanation, 80)):
+        write_whole(OUT / f"{draw.__name__}.png", png_bytes(draw(), dpi))
 
 
 if __name__ == "__main__":

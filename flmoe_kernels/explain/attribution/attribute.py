@@ -57,18 +57,18 @@ def attribute(
     With z_e the target's logit of expert e and w_e its weight in the mixture, the score of expert e is w_e z_e,
     its part of the mixture's logit (explains="mixture"), or z_e (explains="expert"). Per expert:
 
-    attention_rollout: a = r R, R = A_n ... A_1 over the layers, A = (P + I) / 2 with P the mean over heads of the
-        softmax rows; r the readout's weights of the last layer's tokens. Describes the attention, independently
-        of the score. Source: arXiv 2005.00928.
-    gradient_rollout: a = r R with A = (C + I) / (its row sums), C the mean over heads of relu(P * dP), dP the
-        score's gradient by the attention probabilities; w_e is constant, because it does not depend on them.
-        Source: arXiv 2103.15679, which does not divide by the row sums.
-    integrated_gradients: (x - x0) * integral over t of the score's gradient at x0 + t (x - x0), summed over the
-        token's features; the token's values sum to score(x) - score(x0) up to `completeness_error`, the
-        rule's error. Source: arXiv 1703.01365. With explains="mixture" the experts' weights move with t. Those of
-        FL-I2MoE come from features that are L2-normalised if masks are given. These jump at a zero baseline:
-        their gradient grows like 1 / t and its integral diverges, so values depend on the rule and completeness
-        does not hold. Use another baseline, or explains="expert", which uses the weights at x for all t.
+    - attention_rollout: a = r R, R = A_n ... A_1 over the layers, A = (P + I) / 2 with P the mean over heads of
+      the softmax rows; r the readout's weights of the last layer's tokens. Describes the attention, independently
+      of the score. Source: arXiv 2005.00928.
+    - gradient_rollout: a = r R with A = (C + I) / (its row sums), C the mean over heads of relu(P * dP), dP the
+      score's gradient by the attention probabilities; w_e is constant, because it does not depend on them.
+      Source: arXiv 2103.15679, which does not divide by the row sums.
+    - integrated_gradients: (x - x0) * integral over t of the score's gradient at x0 + t (x - x0), summed over the
+      token's features; the token's values sum to score(x) - score(x0) up to `completeness_error`, the
+      rule's error. Source: arXiv 1703.01365. With explains="mixture" the experts' weights move with t. Those of
+      FL-I2MoE come from features that are L2-normalised if masks are given. These jump at a zero baseline:
+      their gradient grows like 1 / t and its integral diverges, so values depend on the rule and completeness
+      does not hold. Use another baseline, or explains="expert", which uses the weights at x for all t.
 
     The published evaluator's attributions are those of the mixture (`normalized` scales them): rollouts with
     readout="all", integrated gradients with rule="right", n_steps=16 and magnitude=True. Difference: in layers

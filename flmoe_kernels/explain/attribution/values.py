@@ -43,9 +43,9 @@ class Attribution(Saved):
         settings: arguments of the method.
     """
 
-    _ARRAYS: ClassVar = ("weights", "targets", "scores", "completeness_error")
-    _LISTS: ClassVar = ("values", "mixture", "valid")
-    _OPTIONAL: ClassVar = ("completeness_error",)
+    _ARRAYS: ClassVar[tuple[str, ...]] = ("weights", "targets", "scores", "completeness_error")
+    _LISTS: ClassVar[tuple[str, ...]] = ("values", "mixture", "valid")
+    _OPTIONAL: ClassVar[tuple[str, ...]] = ("completeness_error",)
 
     index: str
     explains: str

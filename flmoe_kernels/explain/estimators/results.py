@@ -84,12 +84,12 @@ class PairValues(Saved):
             for missing errors, and for a result of `top` a ranking that is not distinguishable.
     """
 
-    _ARRAYS: ClassVar = (
+    _ARRAYS: ClassVar[tuple[str, ...]] = (
         *("tokens", "pairs", "values", "standard_errors"),
         *("player_values", "player_errors"),
     )
-    _OPTIONAL: ClassVar = ("player_values", "player_errors")
-    _NUMPY: ClassVar = True
+    _OPTIONAL: ClassVar[tuple[str, ...]] = ("player_values", "player_errors")
+    _NUMPY: ClassVar[bool] = True
 
     index: str
     values: Floats

@@ -97,8 +97,8 @@ class MaskingDrops(Saved):
         masked_logits: (2, 1 + R, B, K, C), of the samples with T, or all but T, masked; identified T first.
     """
 
-    _ARRAYS: ClassVar = tuple(_SAMPLES)
-    _OPTIONAL: ClassVar = ("near_ties", "labels", "logits", "masked_logits")
+    _ARRAYS: ClassVar[tuple[str, ...]] = tuple(_SAMPLES)
+    _OPTIONAL: ClassVar[tuple[str, ...]] = ("near_ties", "labels", "logits", "masked_logits")
 
     index: str
     unit: str

@@ -89,7 +89,7 @@ class PatternMeasures(Saved):
         settings: arguments of that method.
     """
 
-    _ARRAYS: ClassVar = ("values", "tokens", "near_ties")
+    _ARRAYS: ClassVar[tuple[str, ...]] = ("values", "tokens", "near_ties")
 
     index: str
     measures: tuple[str, ...]

@@ -129,8 +129,8 @@ class RoutedMLP(nn.Module):
             objectives, as in DistributedDataParallel, not of the sum; default False. See `prepare_for_ddp`.
 
     Parameters: experts.htoh4.weight (E, F, D), experts.htoh4.bias (E, F), experts.h4toh.weight (E, D, F),
-    experts.h4toh.bias (E, D); the gate's parameters as gate.*; those of other routers as all_gates.1.*, ... A
-    state_dict also has the gate's as all_gates.0.*, as published.
+    experts.h4toh.bias (E, D); the gate's parameters as `gate.*`; those of other routers as `all_gates.1.*`, ... A
+    state_dict also has the gate's as `all_gates.0.*`, as published.
 
     Changes of the parts: another activation or gate, and hooks, pruning and parametrizations of the gate, htoh4 or
     h4toh take effect. A hook on `experts` or `experts.activation` would never run and is an error in forward.
