@@ -24,10 +24,10 @@ import numpy as np
 
 from .games import Game, errors, games
 
-BUDGETS = (512, 2048, 8192)
+BUDGETS = (512, 2048, 8192, 16384)
 SEEDS, FEW = 20, 3
-# Budgets above this, and games of hundreds of players, run with few seeds.
-LARGE = 2048
+# This package up to this budget and number of players: more seeds, for the coverage of its intervals.
+COVERAGE_SEEDS, COVERAGE_BUDGET, COVERAGE_PLAYERS = 200, 2048, 16
 SCREENED = 100  # from this number of players on, candidates are screened
 Run = Callable[[Game, int, int], dict[str, Any]]
 
@@ -117,8 +117,10 @@ def main(
                     continue
                 if estimator == "ProxySPEX" and budget > BUDGETS[0]:
                     continue  # up to a minute a run
-                slow = budget > LARGE or estimator == "ProxySPEX" or game.players > 64
-                count = min(int(seeds or SEEDS), FEW if slow else SEEDS)
+                count = FEW if estimator == "ProxySPEX" else SEEDS
+                if which == "ours" and budget <= COVERAGE_BUDGET:
+                    count = COVERAGE_SEEDS if game.players <= COVERAGE_PLAYERS else count
+                count = min(int(seeds or count), count)
                 runs = [run(game, budget, seed) for seed in range(count)]
                 row: dict[str, Any] = {"game": name, "budget": budget, "estimator": estimator}
                 row |= {"runs": len(runs)}

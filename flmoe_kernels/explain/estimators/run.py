@@ -274,7 +274,9 @@ def play(
     counts: list[int] = []
     for part in parts:
         if isinstance(part, Regression):
-            part.ends, part.agree = ends, evaluator.agree
+            part.ends = ends
+        if isinstance(part, Regression | PairSampling):
+            part.agree = evaluator.agree
         while part.stopped_by is None:
             part.absorb(evaluator(part.plan()))
         counts.append(evaluator.evaluations - sum(counts))

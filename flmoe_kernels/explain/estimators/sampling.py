@@ -41,7 +41,7 @@ pairs is no more precise than a single pair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -64,7 +64,7 @@ _EQUAL = 1e-9
 # First number of the seeds' spawn keys: parts of a run draw independently.
 FOR_TOGGLING, FOR_REGRESSION, FOR_SCREENING = range(3)
 # Part of the checkpoints' fingerprint: values of different draws must not enter an estimate.
-_DESIGN = "toggled coalitions, end sizes apart, seeds by purpose"
+_DESIGN = "toggled coalitions, end sizes apart, tolerance agreed, seeds by purpose"
 # Coalitions evaluated between two checks of the stopping rule; enough for the batches of several ranks.
 _STEP_COALITIONS = 4096
 
@@ -180,6 +180,8 @@ class PairSampling:
     indices: Sequence[str]
     sampling: Sampling = field(default_factory=Sampling)
     sample: int = 0
+    # Gives all ranks and later runs the same numbers, see `Evaluator.agree`.
+    agree: Callable[[Floats], Floats] = np.asarray
 
     @classmethod
     def least(cls, players: int, pairs: Ints, antithetic: bool) -> int:
@@ -218,6 +220,7 @@ class PairSampling:
         self._mean = np.zeros(shape)
         self._squares = np.zeros(shape)  # summed squared deviations from the mean
         self._drawn: list[list[Bools]] = []
+        self._within = False  # whether all errors are within the tolerance
 
     @property
     def _draws_per_unit(self) -> int:
@@ -246,11 +249,7 @@ class PairSampling:
             return None
         if self.units >= self.units_planned:
             return "budget" if self._between else "exact"
-        tolerance = self.sampling.tolerance
-        if tolerance is None or self.draws < self.sampling.min_draws:
-            return None
-        asked = [name in INDICES for name in self.indices]
-        return "tolerance" if bool((self._errors()[asked] <= tolerance).all()) else None
+        return "tolerance" if self._within else None
 
     def plan(self) -> Packed:
         """Return the next coalitions, packed."""
@@ -278,6 +277,11 @@ class PairSampling:
             else:
                 self._add(unit[0], terms.mean(axis=0))
         self._drawn = []
+        tolerance = self.sampling.tolerance
+        if tolerance is not None and self.draws >= self.sampling.min_draws:
+            asked = [name in INDICES for name in self.indices]
+            within = float((self._errors()[asked] <= tolerance).all())
+            self._within = bool(self.agree(np.array([within]))[0])
 
     def estimates(self) -> dict[str, Estimate]:
         """Return the estimates by index; NaN where there is none."""
