@@ -41,7 +41,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pip processes must not write to the same environment at once
-.PHONY: FORCE help compiler setup demo test test-all test-aarch64 aarch64-tools compatibility bench docs lint format clean
+.PHONY: FORCE help compiler setup demo test test-all test-aarch64 test-integrations aarch64-tools compatibility bench docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\): .*## /\1\t/p' Makefile | expand -t 15
@@ -68,6 +68,12 @@ test: compiler $(BUILT) $(TOOLS) ## run the tests of all operators and backends:
 test-all: compiler $(BUILT) $(TOOLS) ## run all tests, including the exhaustive and slow ones: half an hour
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
+
+# The packages are added to .venv; they need Python 3.11 or newer.
+test-integrations: compiler $(BUILT) $(TOOLS) ## install transformers, Lightning and accelerate (107 MB) and test with them
+	$(PIP) install -r requirements/integrations.txt
+	$(PYTEST) tests/integrations $(ARGS)
+	$(PYTEST) tests/test_documentation.py -k integrations.md
 
 # The driver tests the C++ kernels alone, because Python and torch are slow under emulation.
 test-aarch64: aarch64-tools $(INSTALLED) ## cross-compile the CPU kernels and test them under qemu: minutes
