@@ -52,6 +52,15 @@ def test_number_of_choices(experts: int, gated: bool) -> None:
         check(case, torch.float32, "cpu")
 
 
+def test_halves_of_a_fused_weight_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, contiguous = [], Tensor.contiguous
+    monkeypatch.setattr(Tensor, "contiguous", lambda x: shapes.append(x.shape) or contiguous(x))
+    inputs = fused(GATED, GATED.inputs(torch.float32))
+    GATED.call(*inputs, index=GATED.index(), backend="cpu")
+    assert inputs[3].shape in shapes  # the biases, which are copied
+    assert inputs[2].shape not in shapes
+
+
 def swapped(case: RoutedCase, inputs: list[Tensor], index: Tensor) -> list[Tensor]:
     """Results with the roles of w_in and w_gate exchanged, and of b_in and b_gate."""
     x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate = inputs

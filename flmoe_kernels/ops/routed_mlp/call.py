@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.operands import contiguous, expect, experts_contiguous
+from flmoe_kernels.core.operands import expect, experts_contiguous
 
 # Positions are int32, and the kernels also compute slightly larger positions in int32.
 _MOST_ROWS = 2**30
@@ -99,12 +99,10 @@ class RoutedCall:
         given = (*self.differentiable, self.offsets, self.permutation)
         if all(x is None or x.is_contiguous() for x in given):
             return self
-        tensors: dict[str, Any] = {
-            field.name: contiguous(getattr(self, field.name)) for field in fields(self)[:-1]
-        }
-        tensors["w_in"] = experts_contiguous(self.w_in)
-        if self.w_gate is not None:
-            tensors["w_gate"] = experts_contiguous(self.w_gate)
+        tensors: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)[:-1]):
+            copy = experts_contiguous if name in ("w_in", "w_gate") else Tensor.contiguous
+            tensors[name] = None if getattr(self, name) is None else copy(getattr(self, name))
         return replace(self, **tensors)
 
     def checked_gradients(self, grad_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
