@@ -15,32 +15,18 @@ Masks = Sequence[Tensor | None] | None
 
 @dataclass(frozen=True)
 class Modalities:
-    """The token sequences of a call.
+    """The token sequences of a call."""
 
-    Attributes:
-        inputs: M x (B, L_m, D); a missing modality has only padding, or no tokens.
-        masks: M x (B, L_m), True (or 1) = valid, or None; None if no modality has a mask.
-        masked: whether the caller gave a mask for the modality.
-        absent: whether the input was None or had no tokens, so that the modality is missing in all samples.
-    """
-
-    inputs: list[Tensor]
-    masks: list[Tensor | None] | None
-    masked: tuple[bool, ...]
-    absent: tuple[bool, ...]
+    inputs: list[Tensor]  # M x (B, L_m, D); a missing modality has only padding, or no tokens
+    masks: list[Tensor | None] | None  # M x (B, L_m), True (or 1) = valid; None if there is no mask
+    masked: tuple[bool, ...]  # whether the caller gave a mask for the modality
+    absent: tuple[bool, ...]  # whether the input was None or had no tokens: missing in all samples
 
 
 def prepare_modalities(
     inputs: Sequence[Tensor | None], masks: Masks, tokens: int, dropout: float
 ) -> Modalities:
-    """Fill in modalities that are None or have no tokens, and drop modalities.
-
-    Args:
-        inputs: M x (B, L_m, D).
-        masks: M x (B, L_m) or None, or None.
-        tokens: number of padded tokens for a missing modality.
-        dropout: see `drop_modalities`; 0 draws nothing.
-    """
+    """Fill in modalities that are None or have no tokens with padding, `tokens` of them, and drop modalities."""
     given: list[Tensor | None] = list(masks or [None] * len(inputs))
     absent = tuple(x is None or x.shape[1] == 0 for x in inputs)
     like = [x for x in inputs if x is not None]
@@ -63,18 +49,24 @@ def prepare_modalities(
 
 def present_modalities(inputs: Sequence[Tensor | None], masks: Masks) -> Tensor | None:
     """Whether each sample has each modality, (B, M) bool; None if all samples have all modalities."""
-    if masks is None:
-        masks = [None] * len(inputs)
-    if all(x is not None and x.shape[1] and m is None for x, m in zip(inputs, masks, strict=True)):
+    complete = all(x is not None and x.shape[1] for x in inputs)
+    if complete and all(mask is None for mask in masks or ()):
         return None
+    return torch.stack([valid.any(dim=1) for valid in valid_tokens(inputs, masks)], dim=1)
+
+
+def valid_tokens(inputs: Sequence[Tensor | None], masks: Masks) -> list[Tensor]:
+    """Valid tokens, M x (B, L_m) bool; (B, 0) for a missing modality."""
     like = next(x for x in inputs if x is not None)
-    columns = [
-        torch.full((like.shape[0],), x is not None and x.shape[1] > 0, device=like.device)
-        if mask is None
-        else mask.bool().any(dim=1)
-        for x, mask in zip(inputs, masks, strict=True)
-    ]
-    return torch.stack(columns, dim=1)
+    valid = []
+    for x, mask in zip(inputs, masks or [None] * len(inputs), strict=True):
+        shape = (like.shape[0], 0) if x is None else x.shape[:2]
+        valid.append(
+            torch.ones(shape, dtype=torch.bool, device=like.device)
+            if mask is None
+            else mask.to(torch.bool)
+        )
+    return valid
 
 
 def drop_modalities(

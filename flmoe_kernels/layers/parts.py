@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar
 
@@ -41,11 +41,6 @@ class UnsupportedLayer(ValueError):
 def is_integer(x: object) -> TypeGuard[int]:
     """Whether x is an integer of Python or numpy, not a bool."""
     return isinstance(x, Integral) and not isinstance(x, bool)
-
-
-def is_real(x: object) -> TypeGuard[float]:
-    """Whether x is a real number of Python or numpy."""
-    return isinstance(x, Real)
 
 
 def joined(path: str, name: str) -> str:
@@ -140,7 +135,7 @@ def dropout_rate(module: nn.Module, path: str, name: str) -> float:
 
 def rate_of_dropout(module: nn.Module, path: str) -> float:
     dropout = plain_module(module, path, nn.Dropout)
-    if not is_real(dropout.p) or not 0 <= dropout.p <= 1:
+    if not isinstance(dropout.p, Real) or not 0 <= dropout.p <= 1:
         raise UnsupportedLayer(f"{path}.p: expected a probability from 0 to 1, got {dropout.p!r}")
     if dropout.inplace:
         raise UnsupportedLayer(f"{path}.inplace: expected False, got {dropout.inplace!r}")
@@ -164,11 +159,7 @@ def check_parameters(
 ) -> None:
     """Check that a layer has exactly the expected parameters, with one floating dtype and one device.
 
-    Args:
-        layer: the layer; an extra parameter or buffer is an error, because it would be lost.
-        expected: name and shape of each parameter.
-        optional: names of parameters that may be absent.
-        skipped: prefixes of names that are not checked.
+    optional: names of parameters that may be absent. skipped: prefixes of names that are not checked.
     """
 
     def checked(named: Iterable[tuple[str, T]]) -> dict[str, T]:
@@ -195,8 +186,8 @@ def check_parameters(
             raise UnsupportedLayer(
                 f"{name}: expected shape {expected[name]}, got {tuple(parameter.shape)}"
             )
-    for what, value_of in _UNIFORM:
-        values = {value_of(tensor) for tensor in tensors.values()}
+    for what in ("dtype", "device"):
+        values = {getattr(tensor, what) for tensor in tensors.values()}
         if len(values) > 1:
             raise UnsupportedLayer(f"parameters differ in {what}: {sorted(map(str, values))}")
     dtype = next(iter(tensors.values())).dtype
@@ -204,10 +195,18 @@ def check_parameters(
         raise UnsupportedLayer(f"parameters are {dtype}, expected a floating dtype")
 
 
-_UNIFORM: tuple[tuple[str, Callable[[Tensor], torch.dtype | torch.device]], ...] = (
-    ("dtype", lambda tensor: tensor.dtype),
-    ("device", lambda tensor: tensor.device),
-)
+def share_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the Parameter objects and the modes of the parts of `source` with the same names.
+
+    A parameter that `source` does not have, such as the bias of a head, is removed.
+    """
+    parameters = dict(source.named_parameters(remove_duplicate=False))
+    for name, _ in list(target.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        target.get_submodule(owner).register_parameter(leaf, parameters.get(name))
+    modes = {name: part.training for name, part in source.named_modules(remove_duplicate=False)}
+    for name, part in target.named_modules():
+        part.training = modes.get(name, source.training)
 
 
 def separate(x: Tensor) -> list[Tensor]:

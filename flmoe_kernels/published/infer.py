@@ -12,8 +12,11 @@ import sys
 import warnings
 from typing import Any
 
-from flmoe_kernels.layers.interaction_moe.architecture import Architecture, SparseSpec
-from flmoe_kernels.layers.interaction_moe.sparse_structure import default_sparse
+from flmoe_kernels.layers.interaction_moe.architecture import (
+    Architecture,
+    SparseSpec,
+    default_sparse,
+)
 from flmoe_kernels.layers.routed_mlp.gates import gate_class
 
 from .file import CheckpointFile
@@ -33,9 +36,6 @@ def infer(file: CheckpointFile, gate: str | None = None, top_k: int | None = Non
     """Infer the architecture from the keys and shapes of a checkpoint.
 
     Sparse MLPs may be in either layout of FastMoE. gate and top_k: see `load_checkpoint`.
-
-    Raises:
-        CheckpointError: not an interaction layer, or the settings do not fit its parameters.
     """
     experts = _require(file, r"interaction_experts\.(\d+)\..*", "of the experts")
     if experts < 4:

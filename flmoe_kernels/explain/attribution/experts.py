@@ -14,7 +14,7 @@ from flmoe_kernels.explain.games.models import Inputs, expert_names
 from flmoe_kernels.explain.games.tokens import per_feature, valid_tokens
 from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer, called_parts
-from flmoe_kernels.layers.interaction_moe.inputs import validate_inputs
+from flmoe_kernels.layers.interaction_moe.kernel_layer import validate_inputs
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe, describe_fusion
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core import validation as check
+from flmoe_kernels.layers.modalities import valid_tokens as valid_tokens
 
 from .coalitions import Ints
 from .models import Inputs
@@ -50,20 +51,6 @@ def per_feature(flags: Tensor, x: Tensor) -> Tensor:
     return flags.reshape(*flags.shape, *[1] * (x.dim() - 2))
 
 
-def valid_tokens(inputs: Inputs, masks: Inputs | None) -> list[Tensor]:
-    """Valid tokens, M x (B, L_m) bool; (B, 0) for a missing modality."""
-    example = next(x for x in inputs if x is not None)
-    valid = []
-    for m, x in enumerate(inputs):
-        mask = None if masks is None else masks[m]
-        shape = (example.shape[0], 0) if x is None else x.shape[:2]
-        if mask is None:
-            valid.append(torch.ones(shape, dtype=torch.bool, device=example.device))
-        else:
-            valid.append(mask.to(torch.bool))
-    return valid
-
-
 def players_of(valid: Sequence[Tensor], sample: int) -> Ints:
     """Modality and position (n, 2) of the valid tokens M x (B, L_m) of one sample."""
     players = [np.zeros((0, 2), dtype=np.int64)]
@@ -83,9 +70,6 @@ def candidates(valid: Sequence[Tensor], exempt: Sequence[int] = ()) -> list[Tens
     """Tokens that may be masked, M x (B, L_m) bool: valid tokens except token 0 of the exempt modalities.
 
     As in the published evaluator, a modality with a single token is never exempt.
-
-    Raises:
-        TypeError, ValueError: exempt is no sequence, or has an unknown or duplicate modality.
     """
     if not isinstance(exempt, Collection) or getattr(exempt, "shape", None) == ():
         raise TypeError(

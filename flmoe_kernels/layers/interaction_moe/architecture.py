@@ -1,4 +1,4 @@
-"""Sizes of fusion models and interaction layers, which determine their state_dicts."""
+"""Sizes of fusion models and interaction layers, which determine their state_dicts; check of sparse MLPs."""
 
 from __future__ import annotations
 
@@ -6,45 +6,41 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import nn
+
+from flmoe_kernels.layers.parts import UnsupportedLayer
+from flmoe_kernels.layers.routed_mlp.gates import gate_class
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
-from flmoe_kernels.layers.routed_mlp.structure import parameter_shapes
+from flmoe_kernels.layers.routed_mlp.structure import SPARSE_MLP, describe, parameter_shapes
 
 from .fusion import MLP_EXPANSION, Compat, is_sparse_layer
 
+CLASS_NAMES = (SPARSE_MLP, RoutedMLP.__name__)
 GATE_SETTINGS = ("capacity", "random_routing", "switch_eps", "noise_epsilon")
 
 
 @dataclasses.dataclass(frozen=True)
 class DropoutRates:
-    """Dropout rates of one fusion layer: on attention probabilities, after the projection, on the attention
-    branch before its residual (dropout1), inside the MLP (0 in a routed MLP, which has no dropout),
-    and on the MLP branch (dropout2)."""
+    """Dropout rates of one fusion layer."""
 
-    attention: float
+    attention: float  # on the probabilities
     projection: float
-    residual1: float
-    mlp: float
-    residual2: float
+    residual1: float  # on the attention branch before its residual (dropout1)
+    mlp: float  # inside the MLP; 0 in a routed MLP, which has no dropout
+    residual2: float  # on the MLP branch (dropout2)
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseSpec:
-    """The routed MLPs of a sparse fusion model; parameters determine the sizes and whether a gate is noisy.
+    """The routed MLPs of a sparse fusion model; parameters determine the sizes and whether a gate is noisy."""
 
-    Attributes:
-        num_experts: X, experts of every routed MLP.
-        d_hidden: their hidden width F.
-        num_routers: gates per routed MLP; only the first routes.
-        gate: class of the gates, a name in routed_mlp's GATES.
-        top_k: experts per token.
-        capacity, random_routing, switch_eps, noise_epsilon: settings of the gate, None if it does not have them.
-    """
-
-    num_experts: int
-    d_hidden: int
-    num_routers: int
-    gate: str
-    top_k: int
+    num_experts: int  # X, of every routed MLP
+    d_hidden: int  # their hidden width F
+    num_routers: int  # gates per routed MLP; only the first routes
+    gate: str  # class of the gates, a name in routed_mlp's GATES
+    top_k: int  # experts per token
+    # Settings of the gate, None if it does not have them.
     capacity: tuple[float, float] | None
     random_routing: bool | None
     switch_eps: float | None
@@ -74,31 +70,96 @@ class SparseSpec:
 
     def configure(self, mlp: RoutedMLP) -> None:
         """Give the gates of a routed MLP these settings."""
-        for router in mlp.all_gates.values():
-            for name in GATE_SETTINGS:
-                if (value := getattr(self, name)) is not None:
+        for name in GATE_SETTINGS:
+            if (value := getattr(self, name)) is not None:
+                for router in mlp.all_gates.values():
                     setattr(router, name, value)
 
 
+def is_sparse(mlp: nn.Module) -> bool:
+    """Whether this is a sparse MLP of any kind."""
+    names = {base.__name__ for base in type(mlp).__mro__}
+    return hasattr(mlp, "experts") or not names.isdisjoint(CLASS_NAMES)
+
+
+def describe_sparse(mlp: nn.Module, path: str, dim: int) -> SparseSpec:
+    """The description of a fusion layer's sparse MLP: the published class or a RoutedMLP."""
+    if type(mlp).__name__ not in CLASS_NAMES:
+        raise UnsupportedLayer(
+            f"{path}: expected {SPARSE_MLP} as the sparse MLP, got {type(mlp).__name__}"
+        )
+    try:
+        spec = describe(mlp)
+    except UnsupportedLayer as error:
+        raise UnsupportedLayer(f"{path}.{error}") from error
+    for name, value, expected in (
+        ("d_model", spec.d_model, dim),
+        ("d_hidden", spec.d_hidden, MLP_EXPANSION * dim),
+    ):
+        if value != expected:
+            raise UnsupportedLayer(f"{path}.{name}: expected {expected}, got {value}")
+    if spec.act != "gelu":
+        raise UnsupportedLayer(
+            f"{path}.experts.activation: expected GELU with the exact erf, got {spec.act}"
+        )
+    routers = spec.routers(mlp)
+    settings = {number: _settings(router) for number, router in routers.items()}
+    for number, router in routers.items():
+        linear = getattr(router, "gate", None)
+        if isinstance(linear, nn.Linear) and linear.bias is None:
+            raise UnsupportedLayer(f"{path}.all_gates.{number}.gate: has no bias")
+        if settings[number] != settings["0"]:
+            raise UnsupportedLayer(f"{path}.all_gates.{number}: settings differ from gate 0")
+    return SparseSpec(
+        num_experts=spec.num_expert,
+        d_hidden=spec.d_hidden,
+        num_routers=len(routers),
+        gate=gate_class(spec.gate).__name__,
+        top_k=spec.top_k,
+        **settings["0"],
+    )
+
+
+def default_sparse(
+    num_experts: int, dim: int, num_routers: int, gate: str, top_k: int
+) -> SparseSpec:
+    """The description of the sparse MLPs of a fusion model of these sizes, with default gate settings."""
+    with torch.device("meta"):
+        sizes = (num_experts, dim, MLP_EXPANSION * dim)
+        mlp = RoutedMLP(*sizes, n_router=num_routers, gate=gate, top_k=top_k)
+    return describe_sparse(mlp, "mlp", dim)
+
+
+def _settings(gate: Any) -> dict[str, Any]:
+    values = {name: getattr(gate, name, None) for name in GATE_SETTINGS}
+    if values["capacity"] is not None:
+        values["capacity"] = tuple(float(rate) for rate in values["capacity"])
+    return values
+
+
 @dataclasses.dataclass(frozen=True)
-class FusionSpec:
-    """The sizes and rates of a fusion model; the attributes are those of LayerSpec."""
+class FusionSizes:
+    """The properties of a fusion model that follow from its parameters."""
 
     num_modalities: int
-    hidden_dim: int
+    hidden_dim: int  # token width D
     num_classes: int
     num_layers: int
+    compat: Compat  # "fl_i2moe", or "i2moe" with learned positions
+    num_patches: int | None  # tokens per modality of the learned positions, else None
+    sparse: SparseSpec | None  # in fusion layers 0, 2, 4, ..., None when all are dense
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionSpec(FusionSizes):
+    """The sizes and rates of a fusion model."""
+
     num_heads: int
-    compat: Compat
-    num_patches: int | None
-    norm_eps: float
-    dropout: tuple[DropoutRates, ...]
-    sparse: SparseSpec | None
+    norm_eps: float  # of every LayerNorm
+    dropout: tuple[DropoutRates, ...]  # of each fusion layer
 
 
-def fusion_shapes(
-    spec: FusionSpec | Architecture, path: str
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def fusion_shapes(spec: FusionSizes, path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Keys, which start with `path`, and shapes of a fusion model's parameters."""
     dim, hidden = spec.hidden_dim, MLP_EXPANSION * spec.hidden_dim
     if spec.num_patches is not None:
@@ -125,30 +186,11 @@ def fusion_shapes(
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
-    """The properties of a layer that follow from its parameters.
+class Architecture(FusionSizes):
+    """The properties of a layer that follow from its parameters."""
 
-    Attributes:
-        num_modalities: M.
-        hidden_dim: token width D.
-        num_classes: C.
-        num_layers: fusion layers of every expert.
-        compat: "fl_i2moe", or "i2moe" when the experts have learned positions.
-        num_patches: tokens per modality of the learned positions, else None.
-        reweight_hidden: hidden width of the reweighting MLP, None when it is a single linear map.
-        reweight_layers: its number of linear layers, 0 for weights that are the same for all samples.
-        sparse: the routed MLPs in fusion layers 0, 2, 4, ..., None when all are dense.
-    """
-
-    num_modalities: int
-    hidden_dim: int
-    num_classes: int
-    num_layers: int
-    compat: Compat
-    num_patches: int | None
-    reweight_hidden: int | None
-    reweight_layers: int
-    sparse: SparseSpec | None
+    reweight_hidden: int | None  # width of the reweighting MLP, None when it is a single linear map
+    reweight_layers: int  # its linear layers, 0 for weights that are the same for all samples
 
     @property
     def num_experts(self) -> int:
@@ -173,27 +215,16 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec(Architecture):
-    """An architecture and the properties of a layer that its parameters do not show.
-
-    Attributes:
-        num_heads: attention heads H, a divisor of D.
-        fusion_sparse: whether the forward also returns gate losses.
-        norm_eps: epsilon of every LayerNorm.
-        temperature: of the softmax over experts.
-        dropout: rates of each fusion layer, the same in all experts.
-        reweight_dropout: rate inside the reweighting MLP.
-        uniqueness: whether there is a uniqueness expert per modality.
-        regression: whether the losses are those of InteractionMoERegression.
-    """
+    """An architecture and the properties of a layer that its parameters do not show."""
 
     num_heads: int
-    fusion_sparse: bool
     norm_eps: float
-    temperature: float
-    dropout: tuple[DropoutRates, ...]
+    dropout: tuple[DropoutRates, ...]  # the same in all experts
+    fusion_sparse: bool  # whether the forward also returns gate losses
+    temperature: float  # of the softmax over experts
     reweight_dropout: float
-    uniqueness: bool
-    regression: bool
+    uniqueness: bool  # whether there is a uniqueness expert per modality
+    regression: bool  # whether the losses are those of InteractionMoERegression
 
     @property
     def num_experts(self) -> int:

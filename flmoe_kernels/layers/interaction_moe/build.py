@@ -18,18 +18,9 @@ def build(
     fusion_sparse: bool = False,
     uniqueness: bool = True,
 ) -> ReferenceInteractionMoE:
-    """A reference layer of this architecture with fresh parameters.
+    """A reference layer of this architecture with fresh parameters; the other settings are not in a checkpoint.
 
-    Args:
-        architecture: the sizes.
-        num_heads: attention heads, a divisor of hidden_dim; not part of a checkpoint.
-        temperature: of the softmax over experts, positive; not part of a checkpoint.
-        dropout: rate of every dropout inside the fusion models.
-        fusion_sparse: whether the forward also returns gate losses.
-        uniqueness: whether there is a uniqueness expert per modality.
-
-    Raises:
-        ValueError: an argument is outside its range.
+    Raises ValueError: an argument is outside its range.
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")

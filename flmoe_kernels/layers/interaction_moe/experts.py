@@ -111,16 +111,10 @@ class InteractionExpert(nn.Module):
         replaced: Sequence[int] | None = None,
         exists: Tensor | None = None,
     ) -> Any:
-        """Run the full view, then for each modality the view in which it is replaced.
+        """Run the full view, then for each modality the view in which it is replaced; return the results by view.
 
-        Args:
-            inputs, masks, replacements: as in the layer's forward, of this expert.
-            replaced: modalities that have a view; None for all.
-            exists: (B, M) bool, whether the view that replaces a modality exists for a sample; None: all exist.
-
-        Returns:
-            A list of results by view; with fusion_sparse also a list of gate losses. A view that does not exist
-            has latent 0, that is, the head's bias as logits.
+        With fusion_sparse also return a list of gate losses. Views exist for the modalities `replaced` (None: all)
+        and for the samples in `exists` (B, M) bool (None: all). A view that does not exist has latent 0.
         """
         noise = [None] * len(inputs) if replacements is None else replacements
         views = [self(inputs, masks)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from flmoe_kernels.ops.expert_attention.api import expert_attention_packed
 
 from .fusion import Compat, sinusoidal_positions
 from .packing import TokenPlan, Views, fold_views, plan_tokens
+from .reference import Replacements
 from .sparse import (
     GateLosses,
     RoutedWeights,
@@ -36,14 +37,7 @@ from .sparse import (
     stack_routed,
 )
 
-
-class DenseWeights(NamedTuple):
-    """The MLPs of one encoder layer of all experts."""
-
-    w_in: Tensor
-    b_in: Tensor
-    w_out: Tensor
-    b_out: Tensor
+DenseWeights = tuple[Tensor, Tensor, Tensor, Tensor]  # w_in, b_in, w_out, b_out
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ def stack_layer(
             require_like([p for mlp in mlps for p in mlp.experts.parameters()], like)
         mlp, mlp_p = first.mlp if called else stack_routed(mlps, dtype), 0.0
     else:
-        mlp = DenseWeights(*affine(lambda x: x.mlp.network[0]), *affine(lambda x: x.mlp.network[3]))
+        mlp = (*affine(lambda x: x.mlp.network[0]), *affine(lambda x: x.mlp.network[3]))
         mlp_p = rate_of("mlp.network.2", [each.network[2] for each in mlps])
     return LayerWeights(
         norm1=affine(lambda x: x.norm1),
@@ -180,11 +174,13 @@ def embed(
     batch, length, width = tokens.shape
     # Rows as (B, L) if none are left out: then a position's gradient is a plain sum over the samples.
     shape = (batch, length) if plan.index is None else (plan.rows,)
-    if positions is not None:
-        place = positions.unsqueeze(1) if plan.index is None else _select(positions, plan)
-    else:
+    place = positions
+    if place is None:
         place = position_table(length, width, tokens.device, tokens.dtype)
-        place = place if plan.index is None else _select(place, plan)
+    if plan.index is not None:
+        place = place.index_select(-2, plan.position)
+    elif positions is not None:
+        place = place.unsqueeze(1)
     rows = (plan.pack(tokens).view(*shape, width) + place).expand(experts, *shape, width)
     if replacements is None:
         return rows.reshape(experts, 1, plan.rows, width)
@@ -196,14 +192,15 @@ def embed(
     return torch.stack([rows, (noise + place).expand_as(rows)], dim=1).flatten(2, -2)
 
 
-def _select(table: Tensor, plan: TokenPlan) -> Tensor:
-    return table.index_select(-2, plan.position)
+position_table = kept(sinusoidal_positions)
 
 
-@kept
-def position_table(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal positions (length, width)."""
-    return sinusoidal_positions(length, width, device, dtype)
+def stack_replacements(replacements: Replacements) -> Tensor:
+    """The tokens that replace all modalities: (E, B, L, D), or (B, L, D) if all experts share them."""
+    first = replacements[0]
+    if all(x is y for each in replacements for x, y in zip(each, first, strict=True)):
+        return torch.cat(list(first), dim=1)
+    return torch.stack([torch.cat(list(each), dim=1) for each in replacements])
 
 
 def draw_seeds(rates: Sequence[float], device: torch.device) -> Tensor | None:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.core import validation as check
-from flmoe_kernels.layers.modalities import Masks, Modalities, prepare_modalities
+from flmoe_kernels.core.backend import REFERENCE
+from flmoe_kernels.layers.modalities import (
+    Masks,
+    Modalities,
+    prepare_modalities,
+    valid_tokens,
+)
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 from flmoe_kernels.ops.reweighting.reference import masked_mean
 
@@ -38,19 +44,6 @@ def sinusoidal_positions(
     column = torch.arange(width, device=device)
     angle = position / torch.pow(10000.0, (2 * (column // 2)).to(compute) / width)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(dtype)
-
-
-def concatenated_masks(inputs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
-    """Masks of all tokens, (B, L) bool; a missing mask counts as all valid."""
-    return torch.cat(
-        [
-            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            if m is None
-            else m.to(torch.bool)
-            for x, m in itertools.zip_longest(inputs, masks)
-        ],
-        dim=1,
-    )
 
 
 class MLP(nn.Module):
@@ -190,14 +183,8 @@ class Head(nn.Module):
         return self.fc(x)
 
 
-def _require_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
 class ReferenceFusionTransformer(nn.Module):
-    """FusionTransformer in plain PyTorch, with the same arguments apart from backend."""
+    """FusionTransformer in plain PyTorch, with the same arguments; backend: None or "reference"."""
 
     network: Any  # a Sequential of EncoderLayer, then the Head
 
@@ -218,18 +205,21 @@ class ReferenceFusionTransformer(nn.Module):
         top_k: int = 2,
         gate: str = "GShardGate",
         modality_dropout: float = 0.0,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         check.require_probability("modality_dropout", modality_dropout)
         if compat not in ("fl_i2moe", "i2moe"):
             raise ValueError(f"compat: expected 'fl_i2moe' or 'i2moe', got {compat!r}")
-        _require_sizes(
-            num_modalities=num_modalities,
-            hidden_dim=hidden_dim,
-            output_dim=output_dim,
-            num_layers=num_layers,
-            num_heads=num_heads,
-        )
+        for name, size in (
+            ("num_modalities", num_modalities),
+            ("hidden_dim", hidden_dim),
+            ("output_dim", output_dim),
+            ("num_layers", num_layers),
+            ("num_heads", num_heads),
+        ):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         if hidden_dim % num_heads:
             raise ValueError(
                 f"hidden_dim: expected a multiple of num_heads={num_heads}, got {hidden_dim}"
@@ -265,6 +255,11 @@ class ReferenceFusionTransformer(nn.Module):
                     f"num_patches: compat='i2moe' expected at least 1, got {num_patches}"
                 )
             self.pos_embed = nn.Parameter(torch.zeros(1, num_modalities * num_patches, hidden_dim))
+        self._complete(backend)
+
+    def _complete(self, backend: str | None) -> None:
+        """Finish the construction; a subclass may have other backends."""
+        check.require_choice("backend", backend or REFERENCE, (REFERENCE,))
 
     def forward(
         self, inputs: Inputs, masks: Masks = None, return_latent: bool = False
@@ -311,7 +306,7 @@ class ReferenceFusionTransformer(nn.Module):
                 tokens.shape[1], tokens.shape[2], tokens.device, tokens.dtype
             )
         if masks is not None:
-            valid = concatenated_masks(inputs, masks)
+            valid = torch.cat(valid_tokens(inputs, masks), dim=1)
             # The published code multiplies by the mask instead, which keeps NaN.
             tokens = torch.where(valid.unsqueeze(-1), tokens, 0.0)
         parts = list(torch.split(tokens, lengths, dim=1))

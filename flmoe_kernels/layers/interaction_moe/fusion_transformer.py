@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from flmoe_kernels.core.backend import REFERENCE
 from flmoe_kernels.layers.modalities import Masks, Modalities
-from flmoe_kernels.layers.parts import record_methods
+from flmoe_kernels.layers.parts import record_methods, share_parameters
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
 
-from .architecture import Architecture, FusionSpec, LayerSpec
+from .architecture import FusionSizes, FusionSpec, LayerSpec
 from .dense import Networks, infer, train
 from .forward import embed, encode, pack_inputs, require_like, stack_layer
-from .fusion import MLP, Compat, Inputs, ReferenceFusionTransformer
+from .fusion import MLP, Inputs, ReferenceFusionTransformer
 from .kernel_layer import KernelLayer
 from .packing import Views
 from .structure import describe_fusion, fusion_spec
@@ -57,35 +57,7 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
     Source: arXiv 2603.13326 and 2505.19190.
     """
 
-    def __init__(
-        self,
-        num_modalities: int,
-        hidden_dim: int,
-        output_dim: int,
-        num_layers: int = 2,
-        num_heads: int = 4,
-        dropout: float = 0.5,
-        compat: Compat = "fl_i2moe",
-        num_patches: int | None = None,
-        *,
-        mlp_sparse: bool = False,
-        num_experts: int | None = None,
-        num_routers: int = 1,
-        top_k: int = 2,
-        gate: str = "GShardGate",
-        modality_dropout: float = 0.0,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            *(num_modalities, hidden_dim, output_dim, num_layers, num_heads),
-            *(dropout, compat, num_patches),
-            mlp_sparse=mlp_sparse,
-            num_experts=num_experts,
-            num_routers=num_routers,
-            top_k=top_k,
-            gate=gate,
-            modality_dropout=modality_dropout,
-        )
+    def _complete(self, backend: str | None) -> None:
         self._start(fusion_spec(self), backend)
 
     @classmethod
@@ -101,20 +73,11 @@ class FusionTransformer(KernelLayer, ReferenceFusionTransformer):
         set_rates(self, spec)
         if isinstance(model, ReferenceFusionTransformer):
             self.modality_dropout = model.modality_dropout
-        published: Any = model
-        for own, layer in zip(self.network, published.network, strict=True):
-            if isinstance(getattr(own, "mlp", None), RoutedMLP):
-                own.mlp = RoutedMLP.adopt(layer.mlp)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name in dict(self.named_parameters()):
-            if ".mlp.gate." in name or ".mlp.experts." in name or ".mlp.all_gates." in name:
-                continue
-            owner, _, leaf = name.rpartition(".")
-            # A head may have no bias.
-            self.get_submodule(owner).register_parameter(leaf, parameters.get(name))
-        modes = {name: part.training for name, part in model.named_modules()}
         for name, part in self.named_modules():
-            part.training = modes.get(name, model.training)
+            if isinstance(part, RoutedMLP):
+                captures = getattr(model.get_submodule(name), "capture_topk_pre_mix", False)
+                part.capture_topk_pre_mix = bool(captures)
+        share_parameters(model, self)
         self._start(spec, backend)
         return self
 
@@ -196,9 +159,7 @@ def called_parts(network: Any) -> tuple[str, ...]:
     return (*routed, f"network.{len(network) - 1}")
 
 
-def build_fusion(
-    spec: FusionSpec | Architecture, num_heads: int, dropout: float = 0.5
-) -> FusionTransformer:
+def build_fusion(spec: FusionSizes, num_heads: int, dropout: float = 0.5) -> FusionTransformer:
     """A fusion model of these sizes with fresh parameters."""
     sparse = spec.sparse
     routed: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +20,34 @@ from flmoe_kernels.layers.snapshot import PartsSnapshot, has_global_hook
 
 from .dense import Encoders, Networks
 from .fusion import MLP, Attention, EncoderLayer, Head, Inputs
-from .inputs import validate_inputs
 
 _OPERATOR = "interaction_moe"
 _REMEDY = "; use backend='reference'"
+
+
+def validate_inputs(
+    widths: Sequence[int],
+    num_patches: int | None,
+    inputs: Sequence[Tensor | None],
+    masks: Masks,
+    parameter: Tensor,
+    *,
+    complete: bool = False,
+) -> None:
+    """Check inputs, M x (B, L_m, D) like the parameters, and masks, M x (B, L_m), bool or 0/1, or None.
+
+    num_patches: L_m of all modalities, None for any.
+    complete: require tokens for every modality, and no masks with learned positions.
+    """
+    check.require_inputs(widths, inputs, masks, parameter, optional=not complete)
+    for m, x in enumerate(inputs):
+        if num_patches is not None and x is not None and x.shape[1] not in (0, num_patches):
+            raise ValueError(
+                f"inputs[{m}]: expected {num_patches} tokens, the number of positions, "
+                f"got {x.shape[1]}"
+            )
+    if complete and num_patches is not None and any(mask is not None for mask in masks or ()):
+        raise ValueError("masks: expected None for learned positions (I2MoE)")
 
 
 @record_methods
@@ -48,6 +72,13 @@ class KernelLayer(nn.Module):
     _snapshot: PartsSnapshot | None
     _encoders: Encoders | None  # of the modules in the snapshot
     _captures: bool
+    # Methods of the subclasses.
+    _fusion: Callable[[], Any]  # a fusion model of the layer
+    _networks: Callable[[], Networks]  # the encoder layers of each expert
+    # A module that holds the parts, and the name prefixes of those parts that are called.
+    _checked_parts: Callable[[], tuple[nn.Module, tuple[str, ...]]]
+    # The specification of the parts; UnsupportedLayer if the kernels cannot compute them.
+    _describe: Callable[[nn.Module], Any]
 
     def _start(self, spec: Any, backend: str | None) -> None:
         self._spec = spec
@@ -68,18 +99,6 @@ class KernelLayer(nn.Module):
         for part in self.modules():
             if part is not self and isinstance(part, (KernelLayer, RoutedMLP)):
                 part.backend = backend
-
-    def _fusion(self) -> Any:
-        """A fusion model of the layer."""
-        raise NotImplementedError
-
-    def _checked_parts(self) -> tuple[nn.Module, tuple[str, ...]]:
-        """A module that holds the parts, and the name prefixes of those parts that are called."""
-        raise NotImplementedError
-
-    def _describe(self, parts: nn.Module) -> Any:
-        """The specification of the parts; UnsupportedLayer if the kernels cannot compute them."""
-        raise NotImplementedError
 
     def _resized(self) -> bool:
         """Whether a size that the layer itself stores has changed since the last check."""
@@ -210,10 +229,6 @@ class KernelLayer(nn.Module):
         )
         self._spec, self._snapshot, self._encoders = spec, snapshot, None
         return ""
-
-    def _networks(self) -> Networks:
-        """The encoder layers of each expert."""
-        raise NotImplementedError
 
     def _dense_encoders(self) -> Encoders | None:
         """The encoders of all experts; None if they have routed MLPs."""

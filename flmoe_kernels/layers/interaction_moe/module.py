@@ -14,20 +14,24 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.modalities import Masks, Modalities
-from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate
+from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate, share_parameters
 from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
 from .architecture import LayerSpec
 from .build import build_like
 from .dense import Networks, infer, train
 from .experts import ExpertAverage, InteractionExpert, Reweighting
-from .forward import LayerWeights, embed, encode, pack_inputs, require_like, stack_layer
+from .forward import embed, encode, pack_inputs, require_like, stack_layer, stack_replacements
 from .fusion import Attention, Inputs
 from .fusion_transformer import FusionTransformer
-from .inputs import check_replacements, stack_replacements
 from .kernel_layer import KernelLayer
 from .packing import TokenPlan, Views, plan_views
-from .reference import OPTIONS, ReferenceInteractionMoE, Replacement, Replacements
+from .reference import (
+    OPTIONS,
+    ReferenceInteractionMoE,
+    Replacements,
+    check_replacements,
+)
 from .sparse import GateLosses, sum_losses
 from .structure import describe, fusion_width
 from .variants import variant_of
@@ -65,44 +69,12 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         *(Reweighting, ExpertAverage, InteractionExpert, FusionTransformer)
     }
 
-    def __init__(
-        self,
-        num_modalities: int,
-        fusion_model: nn.Module,
-        fusion_sparse: bool = False,
-        hidden_dim: int = 256,
-        hidden_dim_rw: int = 256,
-        num_layer_rw: int = 2,
-        temperature_rw: float = 1.0,
-        *,
-        modality_dropout: float = 0.0,
-        replacement: Replacement = "noise",
-        num_perturbed: int | None = None,
-        interaction_loss: bool = True,
-        uniqueness: bool = True,
-        reweighting: Literal["mlp", "average"] = "mlp",
-        backend: str | None = None,
-    ) -> None:
-        width = fusion_width(fusion_model)
+    def _complete(self, hidden_dim: int, backend: str | None) -> None:
+        width = fusion_width(self.interaction_experts[0].fusion_model)
         if width not in (None, hidden_dim):
             raise ValueError(
                 f"hidden_dim: expected {width}, the fusion model's width, got {hidden_dim}"
             )
-        super().__init__(
-            num_modalities,
-            fusion_model,
-            fusion_sparse,
-            hidden_dim,
-            hidden_dim_rw,
-            num_layer_rw,
-            temperature_rw,
-            modality_dropout=modality_dropout,
-            replacement=replacement,
-            num_perturbed=num_perturbed,
-            interaction_loss=interaction_loss,
-            uniqueness=uniqueness,
-            reweighting=reweighting,
-        )
         self._spec = _supported(self)
         self._take_parameters(self)
         self._start(self._spec, backend)
@@ -137,27 +109,16 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
 
         The reference backend then runs for any class of `layer`.
         """
-        parameters = dict(layer.named_parameters(remove_duplicate=False))
-        modes = {name: part.training for name, part in layer.named_modules()}
-        flags = ("capture_attn", "require_attn_grad")
-        # Of this package's attentions only: published ones capture by default.
-        capturing = {
-            name: {flag: vars(part)[flag] for flag in flags}
-            for name, part in layer.named_modules()
-            if isinstance(part, Attention)
-        }
         with torch.device("meta"):
             skeleton = build_like(self._spec)
+        share_parameters(layer, skeleton)
+        for name, part in layer.named_modules():
+            # Of this package's attentions only: published ones capture by default.
+            if isinstance(part, Attention):
+                own: Any = skeleton.get_submodule(name)
+                own.capture_attn, own.require_attn_grad = part.capture_attn, part.require_attn_grad
         self.reweight = skeleton.reweight
         self.interaction_experts = skeleton.interaction_experts
-        for name, _ in list(skeleton.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            # A head may have no bias.
-            skeleton.get_submodule(owner).register_parameter(leaf, parameters.get(name))
-        for name, part in skeleton.named_modules():
-            part.training = modes.get(name, layer.training)
-        for name, values in capturing.items():
-            skeleton.get_submodule(name).__dict__.update(values)
 
     def forward(
         self,
@@ -181,7 +142,7 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
             mean_vectors = check.cast_tensors(mean_vectors, like.dtype)
         elif isinstance(replacements, (list, tuple)):
             replacements = [check.widened(noise, like) for noise in replacements]
-        replacements = check_replacements(self._spec, replacements, call)
+        replacements = check_replacements(replacements, call, self._spec.num_experts)
         given = self._replacements(call, replacements, check.widened(mean_vectors, like))
         if backend == backends.REFERENCE:
             with self._plain_parts():
@@ -222,12 +183,6 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         own = self.fusion_sparse, self.uniqueness
         return super()._resized() or own != (self._spec.fusion_sparse, self._spec.uniqueness)
 
-    def _layers(self, dtype: torch.dtype) -> list[LayerWeights]:
-        return [
-            stack_layer(layers, self._spec.compat, dtype)
-            for layers in zip(*self._networks(), strict=True)
-        ]
-
     def _networks(self) -> Networks:
         return [
             [*expert.fusion_model.network][: self._spec.num_layers]
@@ -248,7 +203,9 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         encoders = self._dense_encoders()
         if encoders is None:
             rows = embed(tokens, plan, positions, spec.num_experts, replacements)
-            return encode(rows, self._layers(dtype), plan, views, spec.compat, backend)
+            networks = zip(*self._networks(), strict=True)
+            layers = [stack_layer(x, spec.compat, dtype) for x in networks]
+            return encode(rows, layers, plan, views, spec.compat, backend)
         weights = encoders.read()
         given = [x for x in (tokens, positions, replacements) if isinstance(x, Tensor)]
         infers = encoders.infers(backend, [*given, *weights])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,26 +17,20 @@ from flmoe_kernels.layers.kept import kept
 class TokenPlan:
     """The n rows that are computed, ordered by sample, and by modality within a sample.
 
-    Attributes:
-        index: (n,) int64, each row's index in the flattened (B, L) tokens, or None if that is 0..n-1.
-        position: (n,) int64, each row's position in the concatenated modalities, including padding.
-        modality: (n,) int32, each row's modality.
-        cu_samples: (B + 1,) int32, boundaries between samples.
-        cu_segments: (B * M + 1,) int32, boundaries between modalities of samples.
-        lengths: L_m, including padding.
-        valid: (B, L) bool, or None if all tokens are valid.
-        compact: whether all rows are valid. False if the number of valid rows may not be read (tracing, a GPU):
-            then n = B * L, the valid rows come first, and the last boundary is the number of valid rows.
+    compact: whether all rows are valid. False if the number of valid rows may not be read (tracing, a GPU): then
+    n = B * L, the valid rows come first, and the last boundary is the number of valid rows.
     """
 
-    index: Tensor | None
-    position: Tensor
-    modality: Tensor
-    cu_samples: Tensor
-    cu_segments: Tensor
-    lengths: tuple[int, ...]
-    valid: Tensor | None
-    compact: bool
+    position: Tensor  # (n,) int64, in the concatenated modalities, including padding
+    modality: Tensor  # (n,) int32
+    cu_samples: Tensor  # (B + 1,) int32, boundaries between samples
+    cu_segments: Tensor  # (B * M + 1,) int32, boundaries between modalities of samples
+    lengths: tuple[int, ...]  # L_m, including padding
+    index: Tensor | None = (
+        None  # (n,) int64, in the flattened (B, L) tokens; None if that is 0..n-1
+    )
+    valid: Tensor | None = None  # (B, L) bool, or None if all tokens are valid
+    compact: bool = True
 
     @property
     def rows(self) -> int:
@@ -81,18 +74,9 @@ def plan_tokens(
     valid tokens where that is free (on a CPU, outside of traces); the plan is then compact.
     """
     total = sum(lengths)
-    layout = _layout(batch, tuple(lengths), device)
+    positions, modality, samples, segments = _layout(batch, tuple(lengths), device)
     if masks is None or all(mask is None for mask in masks):
-        return TokenPlan(
-            index=None,
-            position=layout.position,
-            modality=layout.modality,
-            cu_samples=layout.samples,
-            cu_segments=layout.segments,
-            lengths=tuple(lengths),
-            valid=None,
-            compact=True,
-        )
+        return TokenPlan(positions, modality, samples, segments, tuple(lengths))
     valid = torch.cat(
         [
             torch.ones((batch, length), dtype=torch.bool, device=device)
@@ -105,16 +89,16 @@ def plan_tokens(
     compact = reads and readable(valid)
     flat = valid.flatten()
     # The number of valid tokens before each token, and of all.
-    before = torch.cat([layout.samples[:1], flat.cumsum(0, dtype=torch.int32)])
+    before = torch.cat([samples[:1], flat.cumsum(0, dtype=torch.int32)])
     index = flat.nonzero().flatten() if compact else _valid_first(flat, before)
     position = index % total
     return TokenPlan(
-        index=index,
         position=position,
-        modality=layout.modality[position],
-        cu_samples=before.index_select(0, layout.samples),
-        cu_segments=before.index_select(0, layout.segments),
+        modality=modality[position],
+        cu_samples=before.index_select(0, samples),
+        cu_segments=before.index_select(0, segments),
         lengths=tuple(lengths),
+        index=index,
         valid=valid,
         compact=compact,
     )
@@ -127,18 +111,14 @@ def _valid_first(valid: Tensor, before: Tensor) -> Tensor:
     return token.scatter(0, row, token)
 
 
-class _Layout(NamedTuple):
-    """As in TokenPlan, for the rows of all tokens."""
-
-    position: Tensor
-    modality: Tensor
-    samples: Tensor
-    segments: Tensor
-
-
 @kept
-def _layout(batch: int, lengths: tuple[int, ...], device: torch.device) -> _Layout:
-    """Computed by comparisons, to avoid copying lengths to the device."""
+def _layout(
+    batch: int, lengths: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """position, modality, cu_samples and cu_segments of TokenPlan, for the rows of all tokens.
+
+    Computed by comparisons, to avoid copying lengths to the device.
+    """
     total = sum(lengths)
     place = torch.arange(total, device=device)
     modality = torch.zeros(total, dtype=torch.int32, device=device)
@@ -147,7 +127,7 @@ def _layout(batch: int, lengths: tuple[int, ...], device: torch.device) -> _Layo
     samples = total * torch.arange(batch + 1, dtype=torch.int32, device=device)
     starts = accumulate(lengths[:-1], initial=0)
     segments = torch.stack([samples + start for start in starts], dim=1).flatten()
-    return _Layout(
+    return (
         place.repeat(batch),
         modality.repeat(batch),
         samples,
@@ -157,17 +137,14 @@ def _layout(batch: int, lengths: tuple[int, ...], device: torch.device) -> _Layo
 
 @dataclass(frozen=True)
 class Views:
-    """The views of a call: the full view, then a view for each modality in `replaced`, with its tokens replaced.
-
-    Attributes:
-        replaced: the modality of each view after the full one.
-        exists: (B, M) bool, whether the view that replaces a modality exists for a sample; None: all exist.
-        folded: whether the rows of views that do not exist are omitted, see `fold_views`.
-    """
+    """The views of a call: the full view, then for each modality in `replaced` a view with its tokens replaced."""
 
     replaced: tuple[int, ...] = ()
+    # (B, M) bool, whether the view that replaces a modality exists for a sample; None: all exist.
     exists: Tensor | None = None
-    folded: bool = False
+    folded: bool = (
+        False  # whether the rows of views that do not exist are omitted, see `fold_views`
+    )
 
     @property
     def count(self) -> int:

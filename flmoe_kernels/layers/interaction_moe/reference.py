@@ -60,6 +60,7 @@ class ReferenceInteractionMoE(nn.Module):
         interaction_loss: False: only the full view is computed, and the losses are zeros.
         uniqueness: False for only the synergy and the redundancy expert.
         reweighting: "mlp", or "average" for a softmax of E parameters, which are equal at first.
+        backend: None or "reference".
     """
 
     regression: ClassVar[bool] = False  # whether losses use the logits instead of the latents
@@ -82,6 +83,7 @@ class ReferenceInteractionMoE(nn.Module):
         interaction_loss: bool = True,
         uniqueness: bool = True,
         reweighting: Literal["mlp", "average"] = "mlp",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         if num_modalities < 2:
@@ -109,6 +111,11 @@ class ReferenceInteractionMoE(nn.Module):
         for part in self.interaction_experts.modules():
             if isinstance(getattr(type(part), "backend", None), property):
                 part.backend = REFERENCE
+        self._complete(hidden_dim, backend)
+
+    def _complete(self, hidden_dim: int, backend: str | None) -> None:
+        """Finish the construction; a subclass may have other backends."""
+        check.require_choice("backend", backend or REFERENCE, (REFERENCE,))
 
     def extra_repr(self) -> str:
         changed = {name: getattr(self, name) for name in OPTIONS}
@@ -305,3 +312,28 @@ def mean_values(mean_vectors: Sequence[Tensor], call: Modalities) -> list[Tensor
         check.require_same(name, mean, f"inputs[{m}]", x)
         values.append(mean.expand_as(x))
     return values
+
+
+def check_replacements(
+    replacements: Replacements | None, call: Modalities, num_experts: int
+) -> Replacements | None:
+    """Check that replacements[e][m] has the shape, dtype and device of inputs[m], for all experts.
+
+    In the result, None for a missing modality becomes its padded input.
+    """
+    if replacements is None:
+        return None
+    if not isinstance(replacements, (list, tuple)):
+        raise TypeError(f"replacements: expected a list, got {type(replacements).__name__}")
+    if len(replacements) != num_experts:
+        raise ValueError(
+            f"replacements: expected one list per expert, {num_experts}, got {len(replacements)}"
+        )
+    filled = []
+    for e, each in enumerate(replacements):
+        if isinstance(each, (list, tuple)) and len(each) == len(call.inputs):
+            missing = zip(each, call.inputs, call.absent, strict=True)
+            each = [x if noise is None and absent else noise for noise, x, absent in missing]
+        check.require_replacements(f"replacements[{e}]", each, call.inputs)
+        filled.append(each)
+    return filled

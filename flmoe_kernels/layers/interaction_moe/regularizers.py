@@ -60,14 +60,7 @@ def rep_barlow(latents: Tensor | Sequence[Tensor]) -> Tensor:
     z is standardized over the batch first: (z - mean) / (population standard deviation + 1e-5). A constant feature
     becomes 0; its gradient is finite, because the gradient of the standard deviation is 0 there.
 
-    Args:
-        latents: see `rep_cos`.
-
-    Returns:
-        (), see `rep_cos`; 0 for one expert, B = 1 or d = 1.
-
-    Raises:
-        TypeError, ValueError: an invalid argument; the message names it.
+    Arguments, result and errors as in `rep_cos`; 0 for one expert, B = 1 or d = 1.
 
     Cost: for B <= d O(E B^2 d + E^2 B d), no d x d matrix, memory O(E^2 B d); else O(E^2 B d^2).
     """
@@ -96,14 +89,7 @@ def rep_cka(latents: Tensor | Sequence[Tensor]) -> Tensor:
     CKA = |z_e^T z_f|^2 / (|z_e^T z_e| |z_f^T z_f| + 1e-8) in Frobenius norms: 1 for equal latents. For a latent
     that is constant over the batch it is 0, with gradient 0.
 
-    Args:
-        latents: see `rep_cos`.
-
-    Returns:
-        (), see `rep_cos`; 0 for one expert or B = 1.
-
-    Raises:
-        TypeError, ValueError: an invalid argument; the message names it.
+    Arguments, result and errors as in `rep_cos`; 0 for one expert or B = 1.
 
     Cost: for B <= d O(E B^2 d) and no d x d matrix; else O(E^2 B d^2).
     """

@@ -38,21 +38,13 @@ class RoutedWeights:
 
 @dataclass(frozen=True)
 class ModalityRows:
-    """The n rows of a plan, sorted by modality, and by sample within a modality.
+    """The n rows of a plan, sorted by modality, and by sample within a modality."""
 
-    Attributes:
-        order: (n,) int64, the row at each place.
-        place: (n,) int64, the place of each row.
-        sizes: number of rows of each modality.
-        tokens: number of tokens of each modality, including padding; a gate's capacity is a fraction of it.
-        valid: (n,) bool by place; None if all are valid.
-    """
-
-    order: Tensor
-    place: Tensor
-    sizes: tuple[int, ...]
-    tokens: tuple[int, ...]
-    valid: Tensor | None
+    order: Tensor  # (n,) int64, the row at each place
+    place: Tensor  # (n,) int64, the place of each row
+    sizes: tuple[int, ...]  # number of rows of each modality
+    tokens: tuple[int, ...]  # the same including padding; a gate's capacity is a fraction of it
+    valid: Tensor | None  # (n,) bool by place; None if all are valid
 
 
 def rows_by_modality(plan: TokenPlan) -> ModalityRows:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,7 +25,6 @@ from flmoe_kernels.layers.parts import (
     dropout_rate,
     expect_linear,
     is_integer,
-    is_real,
     joined,
     plain_module,
     rate_of_dropout,
@@ -34,7 +35,15 @@ from flmoe_kernels.layers.routed_mlp.gate_base import Gate
 from flmoe_kernels.layers.routed_mlp.gates import GATES
 from flmoe_kernels.layers.routed_mlp.module import ExpertLinear, Experts, RoutedMLP
 
-from .architecture import DropoutRates, FusionSpec, LayerSpec, SparseSpec, fusion_shapes
+from .architecture import (
+    DropoutRates,
+    FusionSpec,
+    LayerSpec,
+    SparseSpec,
+    describe_sparse,
+    fusion_shapes,
+    is_sparse,
+)
 from .experts import ExpertAverage, InteractionExpert, Reweighting
 from .fusion import (
     MLP,
@@ -47,7 +56,6 @@ from .fusion import (
     is_sparse_layer,
 )
 from .reference import ReferenceInteractionMoE
-from .sparse_structure import describe_sparse, is_sparse
 
 for _kind in (
     *(Reweighting, ExpertAverage, InteractionExpert, EncoderLayer, Attention, MLP, Head),
@@ -55,27 +63,16 @@ for _kind in (
 ):
     record_methods(_kind)
 
+SpecT = TypeVar("SpecT", FusionSpec, SparseSpec)
 # The published regression class; its structure is that of InteractionMoE.
 REGRESSION = "InteractionMoERegression"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encoder:
-    num_heads: int
-    rates: DropoutRates
-    sparse: SparseSpec | None
 
 
 def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
     """The specification of a published interaction layer or of the reference.
 
-    Args:
-        layer: the layer.
-        known: the earlier specification of a fast layer whose parts may have changed. The reweighting MLP is
-            then not described again, because the fast layer calls it.
-
-    Raises:
-        UnsupportedLayer: the fast layer does not support a part of the layer; the error names it.
+    known: the earlier specification of a fast layer whose parts may have changed. The reweighting MLP is then not
+    described again, because the fast layer calls it. Raises UnsupportedLayer, which names the unsupported part.
     """
     if known is None:
         check_methods(layer, "")
@@ -98,7 +95,7 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
             f"interaction_experts: expected {count} experts ({kinds}), got {len(experts)}"
         )
     fusion_sparse = bool(getattr(layer, "fusion_sparse", False))
-    fusions = []
+    fusions: dict[str, FusionSpec] = {}
     for e, expert in enumerate(experts):
         path = f"interaction_experts.{e}"
         if bool(getattr(expert, "fusion_sparse", fusion_sparse)) != fusion_sparse:
@@ -111,9 +108,8 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
                 f"{path}.fusion_model.modality_dropout: expected 0, got "
                 f"{fusion_model.modality_dropout}; set it on the interaction layer"
             )
-        fusions.append(fusion_spec(fusion_model, f"{path}.fusion_model", num_modalities))
-    _same_in_all(fusions)
-    first = fusions[0]
+        fusions[path] = fusion_spec(fusion_model, f"{path}.fusion_model", num_modalities)
+    first = _same_in_all(fusions, "expert 0")
     reweight = child_of(layer, "", "reweight", nn.Module)
     if known is None:
         widths = num_modalities * first.hidden_dim, len(experts)
@@ -138,15 +134,9 @@ def describe(layer: nn.Module, known: LayerSpec | None = None) -> LayerSpec:
 def describe_fusion(
     model: nn.Module, known: FusionSpec | None = None, called: tuple[str, ...] = ()
 ) -> FusionSpec:
-    """The specification of a published fusion model or of the reference.
+    """The specification of a published fusion model or of the reference; known and UnsupportedLayer as `describe`.
 
-    Args:
-        model: the fusion model.
-        known: the earlier specification of a fast model whose parts may have changed.
-        called: prefixes of the parts that the fast model calls, which are not described again.
-
-    Raises:
-        UnsupportedLayer: the fast model does not support a part of the model; the error names it.
+    called: prefixes of the parts that the fast model calls, which are not described again.
     """
     if known is None:
         check_methods(model, "")
@@ -197,7 +187,7 @@ def fusion_spec(
     described = [
         _encoder_layer(layer, f"{where}.{i}", dim, eps, known) for i, layer in enumerate(layers)
     ]
-    heads = {encoder.num_heads for encoder in described}
+    heads = {num_heads for num_heads, _, _ in described}
     if len(heads) > 1:
         raise UnsupportedLayer(f"{where}: layers differ in num_heads, {sorted(heads)}")
     if known is None:
@@ -223,8 +213,8 @@ def fusion_spec(
         compat=compat,
         num_patches=num_patches,
         norm_eps=eps,
-        dropout=tuple(encoder.rates for encoder in described),
-        sparse=_sparse(described, path),
+        dropout=tuple(rates for _, rates, _ in described),
+        sparse=_sparse([sparse for _, _, sparse in described], path),
     )
 
 
@@ -239,9 +229,9 @@ def _head(head: nn.Module, path: str, dim: int, num_modalities: int | None) -> t
     return num_modalities, classes
 
 
-def _sparse(layers: list[_Encoder], path: str) -> SparseSpec | None:
+def _sparse(layers: list[SparseSpec | None], path: str) -> SparseSpec | None:
     """The description of all sparse layers, which must be in the published positions."""
-    specs = {i: layer.sparse for i, layer in enumerate(layers) if layer.sparse is not None}
+    specs = {i: spec for i, spec in enumerate(layers) if spec is not None}
     if not specs:
         return None
     expected = [i for i in range(len(layers)) if is_sparse_layer(i)]
@@ -249,14 +239,8 @@ def _sparse(layers: list[_Encoder], path: str) -> SparseSpec | None:
         raise UnsupportedLayer(
             f"{path}: sparse MLPs in layers {list(specs)}, expected none or {expected}"
         )
-    for i, spec in specs.items():
-        for field in dataclasses.fields(SparseSpec):
-            value, first = (getattr(layer, field.name) for layer in (spec, specs[0]))
-            if value != first:
-                raise UnsupportedLayer(
-                    f"{path}.network.{i}.mlp: {field.name} is {value}, {first} in the first layer"
-                )
-    return specs[0]
+    named = {f"{path}.network.{i}.mlp": spec for i, spec in specs.items()}
+    return _same_in_all(named, "the first layer")
 
 
 def _num_patches(model: nn.Module, path: str, num_modalities: int, dim: int) -> int | None:
@@ -282,7 +266,8 @@ def _num_patches(model: nn.Module, path: str, num_modalities: int, dim: int) -> 
 
 def _encoder_layer(
     layer: nn.Module, path: str, dim: int, eps: float, known: FusionSpec | None
-) -> _Encoder:
+) -> tuple[int, DropoutRates, SparseSpec | None]:
+    """The number of heads, the dropout rates and the routed MLP."""
     if getattr(layer, "self_attn", True) is not True:
         raise UnsupportedLayer(f"{path}: cross-attention (self_attn is False)")
     for name in ("norm1", "norm2"):
@@ -302,7 +287,7 @@ def _encoder_layer(
         mlp=0.0 if is_sparse(mlp) else _dense_mlp(mlp, f"{path}.mlp", dim),
         residual2=dropout_rate(layer, path, "dropout2"),
     )
-    return _Encoder(heads, rates, sparse)
+    return heads, rates, sparse
 
 
 def _dense_mlp(mlp: nn.Module, path: str, dim: int) -> float:
@@ -327,7 +312,7 @@ def _layer_norm(layer: nn.Module, path: str, name: str, dim: int, eps: float) ->
         raise UnsupportedLayer(f"{where}: expected width {dim}, got {tuple(norm.normalized_shape)}")
     if norm.weight is None or norm.bias is None:
         raise UnsupportedLayer(f"{where}: has no affine weight and bias")
-    if not is_real(norm.eps) or norm.eps != eps:
+    if not isinstance(norm.eps, Real) or norm.eps != eps:
         raise UnsupportedLayer(f"{where}: eps is {norm.eps}, {eps} in the first layer")
 
 
@@ -337,7 +322,7 @@ def _attention(attn: nn.Module, path: str, dim: int) -> int:
         raise UnsupportedLayer(f"{path}.num_heads: expected a divisor of {dim}, got {heads!r}")
     heads = int(heads)
     scale, expected = getattr(attn, "scale", None), (dim // heads) ** -0.5
-    if not is_real(scale) or not math.isclose(scale, expected, rel_tol=1e-6):
+    if not isinstance(scale, Real) or not math.isclose(scale, expected, rel_tol=1e-6):
         raise UnsupportedLayer(
             f"{path}.scale: expected head_dim^-1/2 = {expected:.6g}, got {scale}"
         )
@@ -346,19 +331,20 @@ def _attention(attn: nn.Module, path: str, dim: int) -> int:
     return heads
 
 
-def _same_in_all(fusions: list[FusionSpec]) -> None:
-    for field in dataclasses.fields(FusionSpec):
-        values = [getattr(fusion, field.name) for fusion in fusions]
-        for e, value in enumerate(values):
-            if value != values[0]:
-                raise UnsupportedLayer(
-                    f"interaction_experts.{e}: {field.name} is {value}, {values[0]} in expert 0"
-                )
+def _same_in_all(specs: Mapping[str, SpecT], where: str) -> SpecT:
+    """The first of the descriptions by path, `where` in errors, after a check that all are the same."""
+    first = next(iter(specs.values()))
+    for field in dataclasses.fields(first):
+        expected = getattr(first, field.name)
+        for path, spec in specs.items():
+            if (value := getattr(spec, field.name)) != expected:
+                raise UnsupportedLayer(f"{path}: {field.name} is {value}, {expected} in {where}")
+    return first
 
 
 def _temperature(reweight: nn.Module) -> float:
     temperature = getattr(reweight, "temperature", None)
-    if not is_real(temperature) or not temperature > 0:
+    if not isinstance(temperature, Real) or not float(temperature) > 0:
         raise UnsupportedLayer(
             f"reweight.temperature: expected a positive int or float, got {temperature!r}"
         )

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.dtypes import autocast_dtype, statistics_dtype
-from flmoe_kernels.layers.modalities import Masks, Modalities
+from flmoe_kernels.layers.modalities import Masks, Modalities, valid_tokens
 from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods
 from flmoe_kernels.ops.encoder import api as ops
 
 from .dense import infer
 from .experts import ExpertAverage
 from .forward import position_table
-from .fusion import Inputs, concatenated_masks
+from .fusion import Inputs
 from .module import InteractionMoE
 from .packing import Views, plan_tokens
 
@@ -55,20 +55,12 @@ def subset_logits(
 ) -> Tensor | None:
     """Logits (N, C) of samples `rows` (N,) without the tokens `absent`, M x (N, L_m) bool.
 
-    They are those of `layer.inference`, but the inputs are not expanded to N rows, and the first encoder layer
-    computes the queries, keys and values of each token once.
+    They are those of `layer.inference` for B samples, or of one expert, but the inputs are not expanded to N rows,
+    and the first encoder layer computes the queries, keys and values of each token once. Absent tokens have the
+    values `fills`, broadcastable to (L_m, D), or are masked out (None).
 
-    Args:
-        inputs, masks: B samples, as in `inference`.
-        fills: values of absent tokens, broadcastable to (L_m, D); None: absent tokens are masked out.
-        expert: compute the logits of this expert alone; None: the mixture.
-
-    Returns:
-        None if it cannot be computed in this way, which needs the CPU kernels, dense experts, all modalities and
-        finite tokens, and neither gradients nor autocast.
-
-    Raises:
-        As `inference`.
+    Returns None if it cannot be computed in this way, which needs the CPU kernels, dense experts, all modalities
+    and finite tokens, and neither gradients nor autocast.
     """
     possible = len(rows) > 0 and rows.is_cpu and all(x is not None for x in inputs)
     if not possible or not has_subset_logits(layer):
@@ -139,8 +131,7 @@ def _table(
 ) -> tuple[Tensor, Tensor]:
     """All tokens (U, L, D), padded ones 0, followed by the fills, if any; tokens of each subset (N, L) bool."""
     tokens = torch.cat(call.inputs, dim=1)
-    masks = [None] * len(call.inputs) if call.masks is None else call.masks
-    valid = concatenated_masks(call.inputs, masks)
+    valid = torch.cat(valid_tokens(call.inputs, call.masks), dim=1)
     tokens = torch.where(valid.unsqueeze(2), tokens, 0.0)
     kept = valid[samples]
     if fills is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,26 +21,20 @@ class ExpertTable:
 
     "unique_a" in pair (m, n) is the uniqueness expert of modality m, "unique_b" that of n; experts of
     other kinds are shared by all pairs.
-
-    Attributes:
-        modalities: M.
-        kinds: the kinds of one pair's experts.
-        pairs: all (m, n) with m < n, in lexicographic order.
-        names: E names, uniqueness by modality first ("unique_0", "unique_1", ..), then the other kinds in
-            the order of `kinds`; repeated kinds have the suffix "_2", "_3", ..
-        places: places[p][e] is the position in `names` of expert e of pair p.
+    The names have uniqueness by modality first ("unique_0", "unique_1", ..), then the other kinds in the order of
+    `kinds`; repeated kinds have the suffix "_2", "_3", ..
     """
 
     modalities: int
-    kinds: tuple[str, ...]
-    pairs: tuple[tuple[int, int], ...]
+    kinds: tuple[str, ...]  # of one pair's experts
+    pairs: tuple[tuple[int, int], ...]  # all (m, n) with m < n, in lexicographic order
     names: tuple[str, ...]
-    places: tuple[tuple[int, ...], ...]
+    places: tuple[tuple[int, ...], ...]  # places[p][e]: position in `names` of expert e of pair p
 
     @classmethod
     def of(cls, modalities: int, kinds: Sequence[str]) -> ExpertTable:
         pairs = tuple(itertools.combinations(range(modalities), 2))
-        copies = _copies(kinds)
+        copies = [kinds[: e + 1].count(kind) for e, kind in enumerate(kinds)]
         in_pairs = [
             [_name(kind, copy, m, n) for kind, copy in zip(kinds, copies, strict=True)]
             for m, n in pairs
@@ -81,16 +74,6 @@ class ExpertTable:
             )
         unique = [i for i, name in enumerate(self.names) if name.startswith("unique_")]
         return (*unique, self.names.index(SYNERGY), self.names.index(REDUNDANCY))
-
-
-def _copies(kinds: Sequence[str]) -> list[int]:
-    """The number of each expert among those of its kind, from 1."""
-    seen: Counter[str] = Counter()
-    copies = []
-    for kind in kinds:
-        seen[kind] += 1
-        copies.append(seen[kind])
-    return copies
 
 
 def _name(kind: str, copy: int, m: int, n: int) -> str:

@@ -165,7 +165,7 @@ class PairExplanation:
 
     def _of_target(self) -> Tensor:
         """The experts' parts of the target's logit, (B, E)."""
-        return _at_target(self.expert_logits, self.target)
+        return self.expert_logits.take_along_dim(self.target[:, None, None], dim=2)[..., 0]
 
     def _between_tokens(self, m: int, n: int) -> tuple[ProjectedPair, int]:
         """The operands of modalities m (side a) and n without anchors, and the pair's position."""
@@ -215,7 +215,6 @@ def explain_pairs(
     """Explain the class target (B) of the logits bias (C) + sum of expert_logits (B, E, C).
 
     All tensors are in the statistics dtype. They are kept, so the caller and the layer must not share them.
-    Row sums come from pair_moe, anchor terms from maps with one column.
     """
     terms = _Terms(tuple(pairs), table, head, normalizer)
     anchored: list[list[Tensor]] = [[] for _ in range(table.modalities)]
@@ -247,10 +246,3 @@ def explain_pairs(
 
 def _without_anchors(pair: ProjectedPair) -> ProjectedPair:
     return pair.between(pair.a.tokens, pair.b.tokens)
-
-
-def _at_target(expert_logits: Tensor, target: Tensor) -> Tensor:
-    """Select the target class: (B, E) from (B, E, C)."""
-    return expert_logits.gather(2, target[:, None, None].expand(-1, expert_logits.shape[1], 1))[
-        ..., 0
-    ]

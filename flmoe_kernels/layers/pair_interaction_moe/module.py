@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import without_autocast
 from flmoe_kernels.layers.modalities import drop_modalities, present_modalities
-from flmoe_kernels.ops.interaction_losses import interaction_losses
+from flmoe_kernels.ops.interaction_losses import interaction_losses as losses_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_POOL
 from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
 
@@ -31,7 +31,7 @@ from .arguments import (
 from .experts import ExpertTable
 from .explanation import PairExplanation, explain_pairs
 from .output import PairOutput
-from .sides import Gate, ProjectedPair, Side, join
+from .sides import ProjectedPair, Side, join
 
 # Options that the repr shows if they differ from the default.
 _DEFAULTS = {
@@ -135,14 +135,14 @@ class PairInteractionMoE(nn.Module):
     def _make_parameters(self, num_classes: int | None) -> None:
         pairs, experts = self.modality_pairs, len(self.kinds)
         width = experts * (self.rank + self.value_dim)
+
+        def maps(make: Callable[[int], nn.Linear]) -> nn.ModuleList:
+            sides = ({"a": make(self.dims[m]), "b": make(self.dims[n])} for m, n in pairs)
+            return nn.ModuleList(nn.ModuleDict(both) for both in sides)
+
         self.anchors = nn.ParameterList(nn.Parameter(torch.empty(dim)) for dim in self.dims)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.dims)
-        self.projections: Any = nn.ModuleList(
-            nn.ModuleDict(
-                {"a": nn.Linear(self.dims[m], width), "b": nn.Linear(self.dims[n], width)}
-            )
-            for m, n in pairs
-        )
+        self.projections: Any = maps(lambda dim: nn.Linear(dim, width))
         self.gate_bias = nn.Parameter(torch.empty(len(pairs), experts))
         self.head: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
@@ -153,15 +153,7 @@ class PairInteractionMoE(nn.Module):
         self.token_maps: Any = None
         if self.token_outputs:
             # Without a bias, so that a token whose pairs add nothing stays unchanged.
-            self.token_maps = nn.ModuleList(
-                nn.ModuleDict(
-                    {
-                        "a": nn.Linear(self.value_dim, self.dims[m], bias=False),
-                        "b": nn.Linear(self.value_dim, self.dims[n], bias=False),
-                    }
-                )
-                for m, n in pairs
-            )
+            self.token_maps = maps(lambda dim: nn.Linear(self.value_dim, dim, bias=False))
 
     def reset_parameters(self) -> None:
         """Initialize this module's own parameters again; its parts have their own methods."""
@@ -244,7 +236,8 @@ class PairInteractionMoE(nn.Module):
             replaced = self._project(self._tokens(noise, masks)[0], valid)
             views, mass = self._perturbed_latents(pairs, replaced)
             exists = present_modalities(inputs, masks)
-            losses = self._losses(torch.stack([views[e] for e in chosen]), exists)
+            backend = backends.choose("pair_moe", views, self.backend)
+            losses = losses_of(torch.stack([views[e] for e in chosen]), backend, exists)
             latents = views[:, 0].clone()
         elif self.head is not None:
             pooled, mass = self._pool(pairs)
@@ -346,11 +339,13 @@ class PairInteractionMoE(nn.Module):
             packed = linear(sequences[m]).unflatten(2, (experts, self.rank + self.value_dim))
             return Side(packed, masks[m], self.rank)
 
+        options: dict[str, Any] = {"kinds": self.kinds, "top_k": self.top_k}
+        options |= {"temperature": self.temperature, "backend": self.backend}
         pairs = []
         for (m, n), maps, bias in zip(
             self.modality_pairs, self.projections, self.gate_bias, strict=True
         ):
-            gate = Gate(self.kinds, bias, self.top_k, self.temperature, self.backend)
+            gate = {**options, "gate_bias": bias}
             pairs.append(ProjectedPair(side(maps["a"], m), side(maps["b"], n), gate))
         return pairs
 
@@ -382,11 +377,6 @@ class PairInteractionMoE(nn.Module):
                 parts.append(latents[which])
             views.append(_side_by_side(parts))
         return torch.stack(views, dim=1), tuple(x[:batch].clone() for x in mass)
-
-    def _losses(self, latents: Tensor, exists: Tensor | None) -> Tensor:
-        """Compute losses (M + 2,) from latents (M + 2, M + 1, B, P * V)."""
-        backend = backends.choose("pair_moe", latents, self.backend)
-        return interaction_losses(latents, backend, exists)
 
     def _classify(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits (B, C) and the experts' parts (B, E, C) from latents (E, B, P * V), in their dtype."""

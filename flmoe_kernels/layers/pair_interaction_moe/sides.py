@@ -36,16 +36,13 @@ class Side:
     @property
     def tokens(self) -> Side:
         """This side without the anchor."""
-        return self._part(slice(None, -1))
+        mask = None if self.mask is None else self.mask[:, :-1]
+        return replace(self, packed=self.packed[:, :-1], mask=mask)
 
     @property
     def anchor(self) -> Side:
         """Only the anchor, which is never masked."""
         return replace(self, packed=self.packed[:, -1:], mask=None)
-
-    def _part(self, rows: slice) -> Side:
-        mask = None if self.mask is None else self.mask[:, rows]
-        return replace(self, packed=self.packed[:, rows], mask=mask)
 
 
 def join(sides: Sequence[Side]) -> Side:
@@ -56,23 +53,12 @@ def join(sides: Sequence[Side]) -> Side:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """The options of pair_moe that are the same for every call on a modality pair."""
-
-    kinds: tuple[str, ...]
-    bias: Tensor
-    top_k: int | None
-    temperature: float
-    backend: str | None
-
-
-@dataclass(frozen=True)
 class ProjectedPair:
-    """Both sides of a pair of modalities, ready for the operators of api.py."""
+    """Both sides of a pair of modalities; gate: kinds, gate_bias and other keywords of pair_moe."""
 
     a: Side
     b: Side
-    gate: Gate
+    gate: dict[str, Any]
 
     def between(self, a: Side, b: Side) -> ProjectedPair:
         """The same pair with other tokens."""
@@ -80,17 +66,15 @@ class ProjectedPair:
 
     def swapped(self) -> ProjectedPair:
         """The same pair seen from side b; its experts keep their order."""
-        gate = self.gate
-        # torch.compile cannot trace dataclasses.replace before torch 2.9.
-        kinds, rest = swap_sides(gate.kinds), (gate.top_k, gate.temperature, gate.backend)
-        return ProjectedPair(self.b, self.a, Gate(kinds, gate.bias, *rest))
+        gate = {**self.gate, "kinds": swap_sides(self.gate["kinds"])}
+        return ProjectedPair(self.b, self.a, gate)
 
     def frozen(self) -> ProjectedPair:
         """A copy without autograd, in the statistics dtype, which later training steps do not change."""
         wide = statistics_dtype(self.a.packed.dtype)
         a, b = (replace(side, packed=side.packed.detach().to(wide)) for side in (self.a, self.b))
-        bias = self.gate.bias.detach().to(wide, copy=True)
-        return ProjectedPair(a, b, replace(self.gate, bias=bias))
+        bias = self.gate["gate_bias"].detach().to(wide, copy=True)
+        return ProjectedPair(a, b, {**self.gate, "gate_bias": bias})
 
     def accumulate(self, reduce: str) -> PairMoEOutput:
         return pair_moe(*self._operands(), **self._options(), reduce=reduce)
@@ -103,15 +87,7 @@ class ProjectedPair:
         return top_pairs(*self._operands(), head, **self._options(), target=target, n_pairs=n_pairs)
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "kinds": self.gate.kinds,
-            "gate_bias": self.gate.bias,
-            "mask_a": self.a.mask,
-            "mask_b": self.b.mask,
-            "top_k": self.gate.top_k,
-            "temperature": self.gate.temperature,
-            "backend": self.gate.backend,
-        }
+        return {**self.gate, "mask_a": self.a.mask, "mask_b": self.b.mask}
 
     def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (q, a), (k, c) = self.a.operands, self.b.operands

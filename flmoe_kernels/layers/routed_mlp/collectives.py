@@ -14,12 +14,7 @@ from flmoe_kernels.ops.routing.api import dispatch, limit
 
 
 def ranks_of(group: Any = None) -> int:
-    """The number of ranks in a process group; None is the default group.
-
-    Raises:
-        ValueError: torch.distributed is not initialised, or this process is not in the group.
-        NotImplementedError: within a torch.func transform or a level of forward-mode AD.
-    """
+    """The number of ranks in a process group; None is the default group."""
     if backends.transforming():
         raise NotImplementedError(
             "group: expert parallelism supports neither torch.func transforms nor forward-mode AD; "
@@ -63,19 +58,8 @@ def limit_over_ranks(
 ) -> Tensor:
     """Apply routing.limit with a capacity shared by all ranks, as in one process with all tokens in rank order.
 
-    Args:
-        index: (N, K) int64 or int32, experts from 0 to experts - 1, or -1 for a choice already dropped.
-        mask: (N) bool, True = valid, or None.
-        experts: E, on all ranks together.
-        capacity: maximum number of rows per expert from all ranks; the same on every rank.
-        group: as in parallel_routed_mlp.
-        backend: backend of the sorting, as in dispatch.
-
-    Returns:
-        (N, K) int64, -1 where dropped. Every rank sends E integers; the host does not synchronize.
-
-    Raises:
-        TypeError, ValueError, BackendUnavailable: as in routing.limit.
+    `experts` and `capacity`, the rows per expert, count all ranks together and are the same on each. Every rank
+    sends E integers; the host does not synchronize.
     """
     ranks = ranks_of(group)
     check.require_count("capacity", capacity, 0)
@@ -98,9 +82,6 @@ def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
 
     The gradient is that of the sum of all ranks' objectives: it is also summed over the ranks. All ranks must take
     part in both directions, and x must require a gradient on all ranks or on none.
-
-    Raises:
-        ValueError: torch.distributed is not initialised, or this process is not in the group.
     """
     ranks_of(group)
     return _Sum.apply(x, group)

@@ -267,12 +267,7 @@ LINEAGE_NAMES: dict[str, type[Gate]] = {"AddtionalNoisyGate": NoisyGate}
 
 
 def gate_class(gate: str | type[Gate] | Callable[..., Gate]) -> Callable[..., Gate]:
-    """A function of (d_model, num_expert, world_size, top_k) that returns a gate, from a name, class or function.
-
-    Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor a function that returns a Gate.
-    """
+    """A function of (d_model, num_expert, world_size, top_k) that returns a gate, of a name, class or function."""
     if isinstance(gate, str):
         known = GATES | LINEAGE_NAMES
         if gate not in known:

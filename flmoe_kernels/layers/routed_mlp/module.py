@@ -20,6 +20,7 @@ from flmoe_kernels.layers.parts import (
     check_methods,
     child_of,
     class_name,
+    share_parameters,
 )
 from flmoe_kernels.ops.routed_mlp.api import routed_mlp
 
@@ -161,12 +162,9 @@ class RoutedMLP(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("num_expert", num_expert),
-            ("d_model", d_model),
-            ("d_hidden", d_hidden),
-        ):
-            check.require_count(name, size, 1)
+        check.require_count("num_expert", num_expert, 1)
+        check.require_count("d_model", d_model, 1)
+        check.require_count("d_hidden", d_hidden, 1)
         check.require_count("n_router", n_router, 1)
         make = gate_class(gate)
         routers = {str(r): make(d_model, num_expert, world_size, top_k) for r in range(n_router)}
@@ -178,7 +176,10 @@ class RoutedMLP(nn.Module):
                 router.spread, router.group = True, moe_group
         self.moe_group = moe_group
         self.expert_rank = expert_rank
-        self._mark(expert_dp_comm)
+        # For FastMoE's DistributedGroupedDataParallel.
+        for parts, comm in ((experts, expert_dp_comm), (self.all_gates, "gate")):
+            for parameter in parts.parameters():
+                parameter.dp_comm = comm  # type: ignore[attr-defined]
 
     @classmethod
     def adopt(cls, layer: nn.Module, *, backend: str | None = None) -> RoutedMLP:
@@ -204,13 +205,10 @@ class RoutedMLP(nn.Module):
         self.moe_group = None
         self.expert_rank = 0
         self.capture_topk_pre_mix = bool(getattr(layer, "capture_topk_pre_mix", False))
-        for name, router in spec.routers(layer).items():
-            _share(router, routers[name])
-        for name in ("htoh4", "h4toh"):
-            _share(getattr(published.experts, name), getattr(experts, name))
+        share_parameters(published.experts, experts)
         self.train(layer.training)
         for name, router in spec.routers(layer).items():
-            routers[name].train(router.training)
+            share_parameters(router, routers[name])
         return self
 
     def _assemble(self, routers: dict[str, Gate], experts: Experts, backend: str | None) -> None:
@@ -270,13 +268,6 @@ class RoutedMLP(nn.Module):
         self.last_topk_indices: Tensor | None = None
         self.last_topk_scores: Tensor | None = None
         self.last_topk_pre_mix: Tensor | None = None
-
-    def _mark(self, comm: str) -> None:
-        """Mark the parameters for FastMoE's DistributedGroupedDataParallel."""
-        for parameter in self.experts.parameters():
-            parameter.dp_comm = comm  # type: ignore[attr-defined]
-        for parameter in self.all_gates.parameters():
-            parameter.dp_comm = "gate"  # type: ignore[attr-defined]
 
     def forward(self, inp: Tensor, mask: Tensor | None = None) -> Tensor:
         """Route every token and apply its experts.
@@ -358,18 +349,11 @@ class RoutedMLP(nn.Module):
         self, x: Tensor, index: Tensor, weight: Tensor, weights: tuple[Any, ...]
     ) -> Tensor:
         parameters: list[Any] = [None if p is None else p.to(x.dtype) for p in weights]
+        options: dict[str, Any] = {"act": self.act, "backend": self.backend}
         if self.world_size == 1:
-            return routed_mlp(x, index, weight, *parameters, act=self.act, backend=self.backend)
-        return parallel_routed_mlp(
-            x,
-            index,
-            weight,
-            *parameters,
-            act=self.act,
-            group=self.moe_group,
-            mean_gradients=self.mean_gradients,
-            backend=self.backend,
-        )
+            return routed_mlp(x, index, weight, *parameters, **options)
+        options |= {"group": self.moe_group, "mean_gradients": self.mean_gradients}
+        return parallel_routed_mlp(x, index, weight, *parameters, **options)
 
     # torch.compile runs this once, while tracing, and does not trace it.
     @constant_in_traces
@@ -399,10 +383,3 @@ class RoutedMLP(nn.Module):
     def extra_repr(self) -> str:
         shown = [f"{name}={getattr(self.gate, name, None)}" for name in ("d_model", "top_k")]
         return ", ".join(shown)
-
-
-def _share(source: nn.Module, target: nn.Module) -> None:
-    """Replace target's Parameter objects by source's."""
-    for name, parameter in source.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        target.get_submodule(owner).register_parameter(leaf, parameter)

@@ -44,7 +44,7 @@ gradient clipping must include the experts of all ranks; clip_grad_norm_ does no
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,32 +114,28 @@ def parallel_routed_mlp(
     parameters: tuple[Tensor | None, ...] = (w_in, b_in, w_out, b_out)
     if mean_gradients:
         parameters = tuple(_divide_gradient(p, ranks) for p in parameters)
-    plan = _agree(counts.view(ranks, -1), x, parameters, group)
-    order = permutation[: sum(plan.send)].long()
+    agreed = _agree(counts.view(ranks, -1), x, parameters, group)
+    send, receive, expert, rows_on_graph, outputs_on_graph = agreed
+    order = permutation[: sum(send)].long()
     places = _inverse(permutation, len(order))
     rows = _Take.apply(x, order, places, weight.shape[1])
-    rows = _exchange(rows, plan.send, plan.receive, group, plan.rows_on_graph)
+    rows = _exchange(rows, send, receive, group, rows_on_graph)
     ones = rows.new_ones((len(rows), 1))
-    rows = routed_mlp(rows, plan.expert, ones, *parameters, act=act, backend=backend)  # type: ignore[arg-type]
-    rows = _exchange(rows, plan.receive, plan.send, group, plan.outputs_on_graph)
+    rows = routed_mlp(rows, expert, ones, *parameters, act=act, backend=backend)  # type: ignore[arg-type]
+    rows = _exchange(rows, receive, send, group, outputs_on_graph)
     rows = _Place.apply(rows, order, places)
     return _combine(rows.view(*weight.shape, x.shape[1]), weight, index)
 
 
-class _Plan(NamedTuple):
-    """The exchanges of a call: rows to and from each rank, each received row's local expert as an index (rows, 1),
-    and whether the exchanges of rows and of outputs have a backward, which is the same on all ranks."""
-
-    send: list[int]
-    receive: list[int]
-    expert: Tensor
-    rows_on_graph: bool
-    outputs_on_graph: bool
-
-
-def _agree(counts: Tensor, x: Tensor, parameters: tuple[Tensor | None, ...], group: Any) -> _Plan:
+def _agree(
+    counts: Tensor, x: Tensor, parameters: tuple[Tensor | None, ...], group: Any
+) -> tuple[list[int], list[int], Tensor, bool, bool]:
     """Send every rank the number of rows for each of its experts (counts: (ranks, local)), and the properties that
-    must be the same on all ranks."""
+    must be the same on all ranks.
+
+    Returns the rows to and from each rank, each received row's local expert as an index (rows, 1), and whether the
+    exchanges of rows and of outputs have a backward, which is the same on all ranks.
+    """
     ranks, local = counts.shape
     records = torch.is_grad_enabled()
     rows_need = records and x.requires_grad
@@ -168,7 +164,7 @@ def _agree(counts: Tensor, x: Tensor, parameters: tuple[Tensor | None, ...], gro
         )
     own = torch.arange(local, device=x.device).repeat(ranks)
     expert = own.repeat_interleave(incoming.reshape(-1), output_size=sum(receive))
-    return _Plan(send, receive, expert.unsqueeze(1), any(rows), any(outputs))
+    return send, receive, expert.unsqueeze(1), any(rows), any(outputs)
 
 
 def _inverse(permutation: Tensor, kept: int) -> Tensor:

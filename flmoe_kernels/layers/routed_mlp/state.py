@@ -27,10 +27,7 @@ def prepare_state_dict(
     _unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Rewrite `state` before loading; adds to `missing` and `errors` what torch would not report.
-
-    Unknown keys are left to torch's own strict check, like those in `missing`.
-    """
+    """Rewrite `state` before loading; adds to `missing` and `errors` what torch would not report."""
     _stack_experts(module, state, prefix + "experts.", missing, errors)
     _match_gates(state, prefix + "gate.", prefix + "all_gates.0.", missing, errors)
 
@@ -57,9 +54,13 @@ def _stack_experts(
                 else:
                     missing.append(key)
                 continue
-            value = state.pop(key)
-            if problem := _problem(key, value, (1, *own.shape[1:])):
-                errors.append(problem)
+            value, expected = state.pop(key), (1, *own.shape[1:])
+            if not isinstance(value, Tensor):
+                errors.append(f'"{key}": expected a Tensor, got {type(value).__name__}.')
+            elif value.shape != expected:
+                errors.append(
+                    f"size mismatch for {key}: expected {expected}, got {tuple(value.shape)}."
+                )
             else:
                 pieces[expert] = value
         if len(pieces) == module.num_expert:
@@ -68,14 +69,6 @@ def _stack_experts(
         state[prefix + piece] = own.clone()
         for expert, value in pieces.items():
             state[prefix + piece][expert : expert + 1] = value
-
-
-def _problem(key: str, value: Any, expected: tuple[int, ...]) -> str:
-    if not isinstance(value, Tensor):
-        return f'"{key}": expected a Tensor, got {type(value).__name__}.'
-    if tuple(value.shape) != expected:
-        return f"size mismatch for {key}: expected {expected}, got {tuple(value.shape)}."
-    return ""
 
 
 def _match_gates(

@@ -89,11 +89,7 @@ def parameter_shapes(
 
 
 def activation_name(module: object) -> str:
-    """The name of a torch activation module in routed_mlp's `act`.
-
-    Raises:
-        TypeError: the module is not a supported activation.
-    """
+    """The name of a torch activation module in routed_mlp's `act`; TypeError for other modules."""
     kinds: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
     for kind, name in kinds.items():
         if isinstance(module, kind) and type(module).forward is FORWARDS[kind]:
@@ -103,11 +99,7 @@ def activation_name(module: object) -> str:
 
 
 def describe(layer: nn.Module) -> RoutedSpec:
-    """The description of a published sparse MLP.
-
-    Raises:
-        UnsupportedLayer: RoutedMLP does not support a part of the layer; the error names it.
-    """
+    """The description of a published sparse MLP; UnsupportedLayer names a part that RoutedMLP does not support."""
     published: Any = layer
     _check_settings(published)
     experts = getattr(published, "experts", None)
@@ -137,10 +129,8 @@ def describe(layer: nn.Module) -> RoutedSpec:
     top_k = int(top_k)
     spec = RoutedSpec(num_expert, d_model, d_hidden, top_k, gate, act)
     for name, value in (("num_expert", num_expert), ("d_model", d_model)):
-        if getattr(published, name, value) != value:
-            raise UnsupportedLayer(
-                f"{name}: {getattr(published, name)}, but the experts have {value}"
-            )
+        if (own := getattr(published, name, value)) != value:
+            raise UnsupportedLayer(f"{name}: {own}, but the experts have {value}")
     _check_gates(published, spec)
     routers = len(spec.routers(layer)) if hasattr(layer, "all_gates") else 0
     shapes = parameter_shapes(num_expert, d_model, d_hidden, gate, routers)
@@ -175,15 +165,14 @@ def _check_gates(layer: Any, spec: RoutedSpec) -> None:
     tensors = ([id(p) for p in gate.parameters()] for gate in (routers["0"], layer.gate))
     if len(set(map(tuple, tensors))) > 1:
         raise UnsupportedLayer("all_gates.0: not the gate itself")
-    sizes = {"num_expert": spec.num_expert, "tot_expert": spec.num_expert, "world_size": 1}
-    sizes["top_k"] = spec.top_k
+    sizes = dict.fromkeys(("num_expert", "tot_expert"), spec.num_expert)
+    sizes |= {"world_size": 1, "top_k": spec.top_k}
     for number, router in routers.items():
         path: str = f"all_gates.{number}"
         if type(router).__name__ != spec.gate:
             raise UnsupportedLayer(f"{path}: expected {spec.gate}, got {type(router).__name__}")
         for name, value in sizes.items():
-            if getattr(router, name, None) != value:
-                actual = getattr(router, name, None)
+            if (actual := getattr(router, name, None)) != value:
                 raise UnsupportedLayer(f"{path}.{name}: expected {value}, got {actual!r}")
         if spec.top_k != (fixed := _FIXED_CHOICES.get(spec.gate, spec.top_k)):
             raise UnsupportedLayer(f"{path}.top_k: expected {fixed}, got {spec.top_k}")
