@@ -7,8 +7,7 @@ The modules are the steps; each imports earlier modules only:
     infer      infers the architecture from keys and shapes
     places     finds the published layers inside a model
     recognise  checks whether a layer can be replaced
-    source     recognises published source code; fingerprints is its table
-    members    attributes and methods that the fast layer would not have
+    source     recognises published source code, and what the fast layer would lose; fingerprints is its table
     convert    converts state dicts and modules
     agreement  error budgets for the outputs of two layers
     calls      inputs for the comparison

@@ -98,11 +98,7 @@ def _existing(views: list[list[Tensor]], exists: Tensor | None) -> list[Tensor]:
 
 
 def losses_of_existing(outputs: Outputs, dtype: torch.dtype) -> Outputs:
-    """Replace the losses of a published layer, which include all views, by losses over the existing views.
-
-    Raises:
-        Disagreement: the layer's own losses violate the formula.
-    """
+    """Replace the losses of a published layer, which include all views, by losses over the existing views."""
     if outputs.exists is None:
         return outputs
     rounding = EXACT_ROUNDING if dtype == torch.float64 else ROUNDING * torch.finfo(dtype).eps

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
-from flmoe_kernels.layers.modalities import present_modalities
+from flmoe_kernels.layers.modalities import valid_tokens
 
 from .agreement import Disagreement
 
@@ -63,11 +63,7 @@ def random_cases(spec: LayerSpec | FusionSpec) -> list[Case]:
 
 
 def few_samples(case: Case, spec: LayerSpec | FusionSpec) -> Case:
-    """Select the first samples with a valid token; for samples without, the original returns NaN.
-
-    Raises:
-        Disagreement: the inputs do not fit the layer, or no sample has a valid token.
-    """
+    """Select the first samples with a valid token; for samples without, the original returns NaN."""
     shapes = [tuple(x.shape) for x in case.inputs]
     if len(shapes) != spec.num_modalities or any(len(shape) != 3 for shape in shapes):
         raise Disagreement(
@@ -82,42 +78,22 @@ def few_samples(case: Case, spec: LayerSpec | FusionSpec) -> Case:
         raise Disagreement(
             f"was called with {len(case.masks or ())} masks for {len(shapes)} modalities"
         )
-    keep = _with_tokens(case).nonzero().flatten()[:MAX_SAMPLES]
+    keep = present(case).any(dim=1).nonzero().flatten()[:MAX_SAMPLES]
     if not len(keep):
         raise Disagreement("the captured call has no sample with a valid token, cannot compare")
     return case.map(lambda x: x[keep.to(x.device)], lambda m: m[keep.to(m.device)])
 
 
-def padded_samples(case: Case) -> int:
-    """Number of samples without a valid token; 0 without masks."""
-    return int((~_with_tokens(case)).sum()) if case.masks else 0
-
-
-def incomplete_samples(case: Case) -> int:
-    """Number of samples without a valid token in some modality, but with one in another."""
-    present = _present(case)
-    return int((present.any(dim=1) & ~present.all(dim=1)).sum())
-
-
-def _with_tokens(case: Case) -> Tensor:
-    return _present(case).any(dim=1)
-
-
-def _present(case: Case) -> Tensor:
-    present = present_modalities(case.inputs, case.masks)
-    if present is None:
-        return torch.ones(case.inputs[0].shape[0], len(case.inputs), dtype=torch.bool)
-    return present.cpu()
+def present(case: Case) -> Tensor:
+    """Whether each sample has a valid token of each modality, (B, M) bool on the CPU."""
+    valid = valid_tokens(case.inputs, case.masks)
+    return torch.stack([x.any(dim=1) for x in valid], dim=1).cpu()
 
 
 def capture(
     model: nn.Module, layers: Sequence[nn.Module], args: tuple, kwargs: dict[str, Any]
 ) -> dict[int, Case]:
-    """Run the model in eval mode and return the first call of each layer, by id(layer).
-
-    Calls of forward and of inference are captured. Modes are restored and no gradient is recorded. The
-    model's hooks run, and its exceptions are not caught.
-    """
+    """Run the model in eval mode and return the first call of each layer's forward or inference, by id(layer)."""
     seen: dict[int, Case] = {}
     modes = [(part, part.training) for part in model.modules()]
     undo: list[Callable[[], object]] = []

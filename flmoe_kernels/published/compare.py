@@ -56,15 +56,8 @@ def compare(layer: nn.Module, spec: Spec, case: Case | None = None) -> Compariso
     because the original keeps only those of the last modality. Fusion models: logits and latents. Sparse
     MLPs: only outputs of tokens whose expert choice does not depend on rounding.
 
-    Args:
-        layer: the original; not run and not changed.
-        spec: its description.
-        case: the call to compare, of which the first samples are used; None: random inputs, with and
-            without masks.
-
-    Raises:
-        Disagreement: the layers differ or cannot be compared; the message is the reason.
-        UnsupportedLayer: the layer has sparse MLPs of FastMoE's own code and is not on a CUDA GPU.
+    case: the call to compare, of which the first samples are used; None: random inputs, with and without masks.
+    Raises Disagreement: the layers differ or cannot be compared; the message is the reason.
     """
     check_can_run(layer)
     original, exact = bare_copy(layer).eval(), bare_copy(layer).double().eval()
@@ -111,16 +104,12 @@ def _compare(
     if peer is not original or not hasattr(original, method):
         return Comparison(errors, None)
     calls = [
-        partial(_timed, getattr(module, method), cases[0], spec) for module in (original, fast)
+        partial(function, cases[0].inputs[0])
+        if isinstance(spec, RoutedSpec)
+        else partial(call, function, cases[0])
+        for function in (getattr(original, method), getattr(fast, method))
     ]
     return Comparison(errors, _times_faster(calls[0], calls[1], device))
-
-
-def _timed(function: Callable[..., Any], case: Case, spec: Spec) -> None:
-    if isinstance(spec, RoutedSpec):
-        function(case.inputs[0])
-    else:
-        call(function, case)
 
 
 def _clear_tokens(x: Tensor, layer: nn.Module, spec: RoutedSpec) -> Tensor:

@@ -89,11 +89,7 @@ def load_layer(
 
 
 def convert_state(file: CheckpointFile, architecture: Architecture) -> dict[str, Tensor]:
-    """Return a checkpoint's state_dict, strictly checked, with sparse MLPs in the published layout.
-
-    Raises:
-        CheckpointError: keys, shapes or dtypes do not fit the architecture, or memory does not suffice.
-    """
+    """Return a checkpoint's state_dict, strictly checked, with sparse MLPs in the published layout."""
     state = dict(file.state_dict)
     if architecture.sparse is not None:
         state = _stack_experts(file, architecture)
@@ -109,11 +105,7 @@ def make_layer(
     temperature: float,
     dropout: float = 0.5,
 ) -> ReferenceInteractionMoE:
-    """Build the reference layer from a checked state_dict, in eval mode.
-
-    Raises:
-        CheckpointError: num_heads or temperature does not fit.
-    """
+    """Build the reference layer from a checked state_dict, in eval mode."""
     try:
         sparse = architecture.sparse is not None
         layer = build(architecture, num_heads, temperature, dropout, fusion_sparse=sparse)
@@ -156,11 +148,7 @@ def take_over(layer: nn.Module, fast: nn.Module) -> None:
 
 
 def _stack_experts(file: CheckpointFile, architecture: Architecture) -> dict[str, Tensor]:
-    """Return the state_dict with experts in one tensor and gates under both of their names.
-
-    Raises:
-        CheckpointError: the two copies of a gate differ, or a tensor of an expert is missing or misshaped.
-    """
+    """Return the state_dict with experts in one tensor and gates under both of their names."""
     with torch.device("meta"):
         skeleton = build(architecture, num_heads=1)
     state: dict[str, Any] = dict(file.state_dict)

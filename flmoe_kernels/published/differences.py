@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionM
 from flmoe_kernels.layers.routed_mlp.structure import NOISY_GATES, RoutedSpec
 
 from .agreement import Outputs, largest
-from .calls import Case, bare_copy, incomplete_samples, padded_samples
+from .calls import Case, bare_copy, present
 from .convert import adopt
 from .recognise import Spec
 from .runs import lift_capacity, run
@@ -41,23 +42,22 @@ def measure(
 ) -> tuple[Difference, ...]:
     """Measure the differences of a layer with sparse MLPs, and count samples with missing modalities.
 
-    Args:
-        layer: the original; only copies are run.
-        spec: its description.
-        case: the call to compare.
-        captured: the whole call of the model, if there is one; `case` may have fewer samples.
+    captured: the whole call of the model, if there is one; `case`, the call to compare, may have fewer samples.
     """
     found = []
-    if captured is not None and (padded := padded_samples(captured)):
-        text = f"samples without a valid token ({padded}): NaN in the original, latent 0 after swap"
-        found.append(Difference(text, padded))
-    published = isinstance(spec, LayerSpec) and not isinstance(layer, ReferenceInteractionMoE)
-    if captured is not None and published and (incomplete := incomplete_samples(captured)):
-        text = (
-            f"samples without a modality ({incomplete}): the views that replace it enter the losses only in the "
-            "original"
-        )
-        found.append(Difference(text, incomplete))
+    if captured is not None:
+        there = present(captured)
+        empty, whole = ~there.any(dim=1), there.all(dim=1)
+        if padded := int(empty.sum()):
+            text = f"samples without a valid token ({padded}): NaN in the original, latent 0 after swap"
+            found.append(Difference(text, padded))
+        published = isinstance(spec, LayerSpec) and not isinstance(layer, ReferenceInteractionMoE)
+        if published and (incomplete := int((~empty & ~whole).sum())):
+            text = (
+                f"samples without a modality ({incomplete}): the views that replace it enter the losses only in "
+                "the original"
+            )
+            found.append(Difference(text, incomplete))
     gates = [part for part in layer.modules() if "tot_expert" in vars(part)]
     if not gates:
         return tuple(found)
@@ -85,7 +85,10 @@ def measure(
 
 
 def _gate_losses(layer: nn.Module, spec: Spec, case: Case) -> list[Difference]:
-    expected, actual = (_mean(x.gate_losses) for x in _outputs(layer, spec, case, "capacity"))
+    expected, actual = (
+        statistics.fmean([float(loss) for loss in x.gate_losses if loss is not None] or [0.0])
+        for x in _outputs(layer, spec, case, "capacity")
+    )
     size = abs(actual - expected)
     text = f"gate losses in evaluation: {expected:.4g} in the original, {actual:.4g} in the swapped layer"
     if isinstance(spec, RoutedSpec):
@@ -153,8 +156,3 @@ def _counter(case: Case, dropped: list[int], number: int) -> Callable[..., None]
 
 def _largest(expected: Outputs, actual: Outputs) -> float:
     return max(largest(x, actual.groups[name]) for name, x in expected.groups.items())
-
-
-def _mean(losses: Sequence[Any]) -> float:
-    values = [float(loss) for loss in losses if loss is not None]
-    return sum(values) / max(1, len(values))

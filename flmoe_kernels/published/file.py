@@ -35,21 +35,13 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFile:
-    """The layer in a checkpoint file.
-
-    Attributes:
-        path: of the file.
-        state_dict: of the layer, with the layer's own keys.
-        config: the settings that `write` added; empty if there are none.
-        content: of the file, without the settings; {"ensemble_model": state_dict} if it is a single state dict.
-        place: of the layer in the content.
-    """
+    """The layer in a checkpoint file."""
 
     path: Path
-    state_dict: dict[str, Tensor]
-    config: dict[str, Any]
-    content: dict[Any, Any]
-    place: Place
+    state_dict: dict[str, Tensor]  # of the layer, with the layer's own keys
+    config: dict[str, Any]  # the settings that `write` added; empty if there are none
+    content: dict[Any, Any]  # without the settings; {"ensemble_model": state_dict} for a single one
+    place: Place  # of the layer in the content
 
     def error(self, problem: str) -> CheckpointError:
         """An error that names the file and, if it has a name in the file, the layer."""
@@ -57,15 +49,7 @@ class CheckpointFile:
 
 
 def read(path: Path, layer: str | None = None) -> CheckpointFile:
-    """Read a file of torch.save or a .safetensors file; only tensors are unpickled.
-
-    Args:
-        layer: name of the layer if the file has several, see `find_layer`.
-
-    Raises:
-        CheckpointError: the file does not exist, is damaged, too large or no regular file, or does not hold this
-            layer or a single one.
-    """
+    """Read a file of torch.save or a .safetensors file; only tensors are unpickled. layer: see `find_layer`."""
     try:
         head = checked_head(path)
     except OSError as error:
@@ -126,11 +110,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def target_of(file: CheckpointFile, out: str | os.PathLike[str] | None) -> Path:
-    """Return the path to write to.
-
-    Raises:
-        CheckpointError: the path cannot be written; this is checked before any other work.
-    """
+    """Return the path to write to; CheckpointError if it cannot be written."""
     known = file.path.suffix in SUFFIXES
     name = (file.path.stem if known else file.path.name) + ".flmoe.pt"
     target = file.path.with_name(name) if out is None else Path(out)
@@ -157,13 +137,7 @@ def _no_tensors(file: CheckpointFile) -> list[str]:
 def write(
     target: Path, file: CheckpointFile, state: dict[str, Tensor], config: dict[str, Any]
 ) -> None:
-    """Write the file's contents with this state dict of the layer, and the settings, atomically.
-
-    The contents are changed in place.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
+    """Write the file's contents, changed in place, with this state dict and the settings, atomically."""
     file.place.replace({key: value.detach().clone().contiguous() for key, value in state.items()})
 
     def save(stream: BinaryIO) -> None:

@@ -34,24 +34,14 @@ class LayoutError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The place of a layer: all entries of a mapping whose keys start with a prefix.
+    """The place of a layer: all entries of a mapping whose keys start with a prefix."""
 
-    Attributes:
-        name: keys of the outer mappings and the prefix, joined by dots.
-        mapping: the mapping inside the file's contents.
-        prefix: "", or ends with a dot.
-    """
-
-    name: str
-    mapping: dict[Any, Any]
-    prefix: str
+    name: str  # keys of the outer mappings and the prefix, joined by dots
+    mapping: dict[Any, Any]  # inside the file's contents
+    prefix: str  # "", or ends with a dot
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the layer's entries, by their keys without the prefix and wrappers.
-
-        Raises:
-            LayoutError: an entry is not a dense tensor with a str as its key, or two entries have the same key.
-        """
+        """Return the layer's entries, by their keys without the prefix and wrappers."""
         state: dict[str, Tensor] = {}
         for key, value in self.mapping.items():
             if not self._holds(key):
@@ -97,11 +87,7 @@ class Place:
 def find_layer(content: Any, name: str | None = None) -> Place:
     """Find the layer in the contents of a file, or the one with this name if there are several.
 
-    Args:
-        name: `Place.name`, or its last parts if these are unique.
-
-    Raises:
-        LayoutError: there is no such layer, or there are several; the message lists them.
+    name: `Place.name`, or its last parts if these are unique.
     """
     places = [
         Place(".".join([*path, *filter(None, [prefix.removesuffix(".")])]), mapping, prefix)

@@ -30,21 +30,13 @@ Assign = Callable[[Any], object]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """An attribute or element that refers to a module.
+    """An attribute or element that refers to a module."""
 
-    Attributes:
-        path: name inside the model, empty for the model itself.
-        module: the module.
-        assign: replaces the module; None if the place cannot be changed.
-        parent: the module that holds it, None for the model itself.
-        held: if the place cannot be changed, what holds the module.
-    """
-
-    path: str
+    path: str  # inside the model, empty for the model itself
     module: nn.Module
-    assign: Assign | None
-    parent: nn.Module | None
-    held: str = ""
+    assign: Assign | None  # replaces the module; None if the place cannot be changed
+    parent: nn.Module | None  # the module that holds it, None for the model itself
+    held: str = ""  # if the place cannot be changed, what holds the module
 
 
 def find_layers(model: nn.Module, assign: Assign) -> list[list[Place]]:
@@ -53,10 +45,7 @@ def find_layers(model: nn.Module, assign: Assign) -> list[list[Place]]:
     Layers are recognised by class name, fusion models also by their structure. A sparse MLP in a fusion model
     follows the fusion model. The search includes attributes and hooks of modules, and what containers,
     functions, methods and other objects refer to. Only attributes of modules, lists and dicts can be changed.
-
-    Args:
-        model: the model.
-        assign: receives a replacement of the model itself.
+    assign: receives a replacement of the model itself.
     """
     layers: dict[int, list[Place]] = {}
     for place in _places(Place("", model, assign, None), 0, {}):

@@ -27,11 +27,7 @@ _NOT_COMPARED = {"replacement": "noise", "num_perturbed": None, "interaction_los
 
 
 def recognise(places: list[Place]) -> Spec:
-    """Describe a layer that a fast layer can replace in all of these places.
-
-    Raises:
-        UnsupportedLayer: the layer cannot be replaced; the message is the reason.
-    """
+    """Describe a layer that a fast layer can replace in all of these places; UnsupportedLayer has the reason."""
     layer = places[0].module
     if isinstance(layer, InteractionMoE | FusionTransformer):
         raise UnsupportedLayer("already fast")
@@ -64,14 +60,10 @@ def recognise(places: list[Place]) -> Spec:
 
 
 def check_state(layer: nn.Module) -> None:
-    """Check for state that a fast layer would not keep.
-
-    Raises:
-        UnsupportedLayer: the layer was compiled in place, a part has a hook, or a part
-            whose mode matters is in a different mode than the layer.
-    """
+    """Check for state that a fast layer would not keep: compilation, hooks and modes of the parts."""
     if getattr(layer, "_compiled_call_impl", None) is not None:
         raise UnsupportedLayer("the layer is compiled: swap first, then compile")
+    mode = ("eval", "train")
     every_mode_matters = type(layer).__name__ == SPARSE_MLP
     for name, part in layer.named_modules():
         if part is layer:
@@ -88,7 +80,7 @@ def check_state(layer: nn.Module) -> None:
         )
         if mode_matters and part.training != layer.training:
             raise UnsupportedLayer(
-                f"{name}: in {_mode(part)} mode while the layer is in {_mode(layer)} mode; the "
+                f"{name}: in {mode[part.training]} mode while the layer is in {mode[layer.training]} mode; the "
                 "fast layer has one mode for all its parts"
             )
 
@@ -103,16 +95,8 @@ def _has_hook(part: nn.Module) -> bool:
     )
 
 
-def _mode(module: nn.Module) -> str:
-    return "train" if module.training else "eval"
-
-
 def check_can_run(layer: nn.Module) -> None:
-    """Check the device, because FastMoE's kernels do not: a CPU tensor crashes the process.
-
-    Raises:
-        UnsupportedLayer: the layer has parts from the fmoe package and is not on a CUDA device.
-    """
+    """Check the device, because FastMoE's kernels do not: a CPU tensor crashes the process."""
     first = next(layer.parameters(), None)
     if first is None or first.is_cuda:
         return

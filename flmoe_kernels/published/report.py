@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,13 @@ NOTE = (
 DIFFERENCES = (
     "Differences by design, on the inputs of the check (docs/differences.md, docs/fastmoe.md):"
 )
+# Of the tables, by the field of SwapReport.
+_COLUMNS = {
+    "swapped": "swapped, variant, experts, inputs, logits, weights, latents, losses, faster",
+    "swapped_fusions": "swapped, variant, modalities, inputs, logits, latents, faster",
+    "swapped_mlps": "swapped, gate, experts, top k, inputs, output, faster",
+    "left": "left, class, reason",
+}
 MLP_NOTE = (
     f"{SPARSE_MLP} is compared in eval mode without capacity limits, because the original drops different rows "
     "in every run."
@@ -121,9 +128,7 @@ class SwapReport:
     Attributes:
         model: the model to use from now on: the given model, or the fast layer if the model itself was
             the layer.
-        swapped: the interaction layers that were replaced.
-        swapped_fusions: the fusion models outside of them that were replaced.
-        swapped_mlps: the sparse MLPs that were replaced.
+        swapped, swapped_fusions, swapped_mlps: the layers that were replaced, by kind.
         left: the modules that were recognised but not changed, with the reason.
     """
 
@@ -136,20 +141,25 @@ class SwapReport:
     def as_dict(self) -> dict[str, Any]:
         """Return everything except the model as plain values for JSON."""
         return {
-            "swapped": [dataclasses.asdict(entry) for entry in self.swapped],
-            "swapped_fusions": [dataclasses.asdict(entry) for entry in self.swapped_fusions],
-            "swapped_mlps": [dataclasses.asdict(entry) for entry in self.swapped_mlps],
-            "left": [dataclasses.asdict(entry) for entry in self.left],
+            name: [dataclasses.asdict(entry) for entry in getattr(self, name)] for name in _COLUMNS
         }
 
     def __str__(self) -> str:
         blocks = [self._summary()]
-        for columns, rows in self._tables():
-            table = [columns, *rows]
-            widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-            lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-            blocks.append("\n".join(lines))
-        return "\n\n".join([*blocks, *self._differences(), *self._notes()])
+        for name, columns in _COLUMNS.items():
+            if entries := getattr(self, name):
+                table = [columns.split(", "), *(_cells(entry) for entry in entries)]
+                widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+                lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+                blocks.append("\n".join(lines))
+        differences = [f"{x.name}: {y.text}" for x in self._entries() for y in x.differences]
+        if differences:
+            blocks.append("\n".join([DIFFERENCES, *differences]))
+        if self._entries():
+            blocks.append(NOTE)
+        if self.swapped_mlps:
+            blocks.append(MLP_NOTE)
+        return "\n\n".join(blocks)
 
     def _summary(self) -> str:
         number = len(self._entries())
@@ -169,28 +179,6 @@ class SwapReport:
 
     def _entries(self) -> list[Swapped]:
         return [*self.swapped, *self.swapped_fusions, *self.swapped_mlps]
-
-    def _differences(self) -> list[str]:
-        lines = [f"{x.name}: {y.text}" for x in self._entries() for y in x.differences]
-        return ["\n".join([DIFFERENCES, *lines])] if lines else []
-
-    def _notes(self) -> list[str]:
-        notes = [NOTE] if self._entries() else []
-        return [*notes, MLP_NOTE] if self.swapped_mlps else notes
-
-    def _tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
-        if self.swapped:
-            columns = ["swapped", "variant", "experts", "inputs"]
-            columns += ["logits", "weights", "latents", "losses", "faster"]
-            yield columns, [_cells(entry) for entry in self.swapped]
-        if self.swapped_fusions:
-            columns = ["swapped", "variant", "modalities", "inputs", "logits", "latents", "faster"]
-            yield columns, [_cells(entry) for entry in self.swapped_fusions]
-        if self.swapped_mlps:
-            columns = ["swapped", "gate", "experts", "top k", "inputs", "output", "faster"]
-            yield columns, [_cells(entry) for entry in self.swapped_mlps]
-        if self.left:
-            yield ["left", "class", "reason"], [_cells(entry) for entry in self.left]
 
 
 def _cells(entry: Swapped | LeftLayer) -> list[str]:

@@ -80,15 +80,9 @@ def call(function: Callable[..., Any], case: Case, **settings: Any) -> Any:
 
 
 def run(module: nn.Module, case: Case, spec: Spec) -> Outputs:
-    """Outputs of the original or the swapped layer, with the noise of `draw_noise`.
+    """Outputs of the original or the swapped layer, without hooks, with the noise of `draw_noise`.
 
-    Args:
-        module: the layer, without hooks.
-        case: its inputs, in its dtype.
-        spec: its description.
-
-    Raises:
-        Disagreement: the module fails, draws other noise or returns something else than the published layer.
+    Raises Disagreement: the module fails, draws other noise or returns something else than the published layer.
     """
     fast = isinstance(module, InteractionMoE | FusionTransformer | RoutedMLP)
     noise = draw_noise(case, spec.num_experts) if isinstance(spec, LayerSpec) else []

@@ -24,7 +24,6 @@ from .differences import Difference
 from .file import CheckpointError, read, target_of, write
 from .infer import in_words, infer, infer_settings
 from .layout import listed
-from .members import lost_members
 from .places import Place, find_layers
 from .recognise import check_can_run, recognise
 from .report import (
@@ -36,7 +35,7 @@ from .report import (
     SwapReport,
     entry_of,
 )
-from .source import unrecognised
+from .source import lost_members, unrecognised
 
 ROOT = "(the model)"
 

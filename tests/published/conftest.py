@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flmoe_kernels.published import members
+from flmoe_kernels.published import source
 from flmoe_kernels.published.fingerprints import FINGERPRINTS
 from tests.support.fingerprints import stand_ins
 
@@ -13,4 +13,4 @@ from tests.support.fingerprints import stand_ins
 def known_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let methods of the stand-ins count as published code, for both variants."""
     monkeypatch.setitem(FINGERPRINTS, "fastmoe", stand_ins())
-    monkeypatch.setattr(members, "PUBLISHED", members.PUBLISHED | {"layer", "compat"})
+    monkeypatch.setattr(source, "PUBLISHED", source.PUBLISHED | {"layer", "compat"})
